@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# From nothing to two programs run in virtual machines. Says what it will install, installs it, builds the guest image,
+# runs the two examples. Run again it takes seconds. Environment: X07_PYTHON names the Python for .venv.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd -- "$root"
+# shellcheck source=scripts/lib.sh
+source "$root/scripts/lib.sh"
+
+[[ $# -eq 0 ]] || fail "unknown arguments: $*" "Usage: scripts/quickstart.sh"
+
+say "x07-sandbox: set up, build the guest image, run two examples (.venv/bin/x07 does everything after this)."
+set_up runtime
+
+step "Guest image: .venv/bin/x07 image build"
+.venv/bin/x07 image build ||
+    fail "the guest image could not be built" "See the message above; .venv/bin/x07 doctor tells what is missing."
+
+# example ARGUMENT...: shows the command as a user would type it, then runs it.
+example() {
+    step ".venv/bin/x07 run $*"
+    .venv/bin/x07 run "$@" || fail "the example ended with exit code $?" "See the message above."
+}
+example --input examples/text.txt examples/word_frequency.c
+example --input examples/orders.jsonl examples/jsonl_to_csv.py
+
+step "Done. Now a program of yours:"
+say "    .venv/bin/x07 run PROGRAM.py"

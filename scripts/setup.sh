@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Installs what x07-sandbox needs and makes .venv; --dev adds what the tests need. quickstart.sh and test.sh begin
+# with the same. Environment: X07_PYTHON names the Python for .venv.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd -- "$root"
+# shellcheck source=scripts/lib.sh
+source "$root/scripts/lib.sh"
+
+kind=runtime
+case "$#:${1:-}" in
+    0:) ;;
+    1:--dev) kind=dev ;;
+    *) fail "unknown arguments: $*" "Usage: scripts/setup.sh [--dev]" ;;
+esac
+
+set_up "$kind"
+say "Ready: .venv/bin/x07"

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Every check and test: the set-up of quickstart.sh plus what tests need, then ruff, mypy, import-linter, shellcheck,
+# the guest image, pytest.
+#   scripts/test.sh [--full] [-- PYTEST ARGUMENTS]
+# --full: full sizes, long property tests, and the quick start in a clean Debian root. Environment: CI=1 makes a
+# missing tool an error instead of a skip; X07_PYTHON names the Python for .venv.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd -- "$root"
+# shellcheck source=scripts/lib.sh
+source "$root/scripts/lib.sh"
+
+full=no
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        --full) full=yes ;;
+        --) shift && break ;;
+        *) fail "unknown argument: $1" "Usage: scripts/test.sh [--full] [-- PYTEST ARGUMENTS]" ;;
+    esac
+    shift
+done
+
+set_up dev
+export PATH="$root/.venv/bin:$PATH"
+
+# All of them, so that one run tells everything that is to be mended.
+broken=()
+check() {
+    step "$*"
+    "$@" || broken+=("$*")
+}
+check ruff format --check
+check ruff check
+check mypy
+check lint-imports --no-logo
+check shellcheck --external-sources scripts/*.sh .ci/run
+[[ ${#broken[@]} -eq 0 ]] || fail "static checks failed; the tests were not started" "${broken[@]}"
+
+step "Guest image: .venv/bin/x07 image build"
+.venv/bin/x07 image build || fail "the guest image could not be built" "See the message above."
+
+if [[ $full == yes ]]; then
+    export X07_TEST_FULL=1
+    check as_root scripts/fresh_root_check.sh
+    check as_root scripts/fresh_root_check.sh --user
+    [[ ${#broken[@]} -eq 0 ]] || fail "the quick start failed in a clean root" "See its messages above."
+fi
+
+# -rs: every skip with its reason; pytest's own line with all counts comes last.
+step "pytest"
+exec .venv/bin/pytest -rs "$@"

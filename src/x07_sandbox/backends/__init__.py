@@ -1,0 +1,1 @@
+"""Ways to start a job: the contract, one folder per backend, selection."""

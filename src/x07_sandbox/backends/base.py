@@ -1,0 +1,81 @@
+"""The contract of a backend: what it can say about a host, how it starts a job, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from x07_sandbox.images.verify import OpenImage
+    from x07_sandbox.jobs.record import JobRecord
+    from x07_sandbox.plan.features import Features
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Availability:
+    """Whether a backend can run here.
+
+    proof: how that is known. warnings: what the user should know all the same. fix: what to do when it cannot.
+    """
+
+    usable: bool
+    features: Features
+    proof: str
+    fix: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a backend needs to start one job; the program itself comes later, over the channel.
+
+    ram_bytes: RAM of the machine: a size class. console_bytes: how much console output is kept.
+    """
+
+    record: JobRecord
+    image: OpenImage
+    ram_bytes: int
+    deadline_s: int
+
+
+class Instance(Protocol):
+    """A started job. All its descriptors are its own; `close` of the context that made it ends it."""
+
+    channel_fd: int
+    pidfd: int
+    jail: str
+
+    def release(self) -> None:
+        """Let the machine run: its record is written."""
+
+    def side_fds(self) -> tuple[int, ...]:
+        """Descriptors besides the channel that want to be read."""
+
+    def drain(self, fd: int) -> None:
+        """Read one of them, keeping no more than its bound."""
+
+    def cpu_s(self) -> float:
+        """CPU time that the machine has used on the host so far."""
+
+    def console_tail(self) -> str:
+        """The last of the console, as text that is safe to show."""
+
+    def exit_status(self) -> int | None:
+        """How the machine's process ended (subprocess convention); None while it lives."""
+
+    def stop(self) -> bool:
+        """Kill it, wait, remove what it left; whether it is proven gone."""
+
+
+class Backend(Protocol):
+    """One way to start a job."""
+
+    name: str
+
+    def probe(self, image: OpenImage) -> Availability:
+        """What this host offers. Cheap when it has been proven before."""
+
+    def start(self, job: Job) -> AbstractContextManager[Instance]:
+        """Start a job, blocked until `Instance.release`. Raises BackendError, HostError."""

@@ -1,0 +1,1 @@
+"""The embedded Linux backend: QEMU with hardware virtualisation or emulated."""

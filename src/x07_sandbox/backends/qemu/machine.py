@@ -1,0 +1,87 @@
+"""The machine that QEMU is told to be: pure, and final, because a saved machine can only be resumed on the same one.
+
+Measured in facts: microvm with the PIT off and a given TSC frequency never failed to boot under emulation; the second
+port `x07.net` needs max_ports=3; nothing that belongs to one job is on this command line but descriptors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from x07_sandbox.host.arch import Arch
+
+KERNEL: Final = "/img/vmlinux"
+INITRD: Final = "/img/initrd.cpio"
+SCRATCH_SERIAL: Final = "x07scratch"
+ROOT_SERIAL: Final = "x07root"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One machine: sizes, how the processor is provided, and the descriptors that QEMU inherits.
+
+    kvm_fd: an opened /dev/kvm, or None for emulation.
+    tsc_khz: frequency of the host's time stamp counter; None where the guest can find it itself.
+    """
+
+    arch: Arch
+    ram_bytes: int
+    kvm_fd: int | None
+    tsc_khz: int | None
+    root_fd: int
+    scratch_fd: int
+    channel_fd: int
+    qmp_fd: int
+    console_fd: int
+    mark: str
+
+
+def kernel_command_line(machine: Machine) -> str:
+    """Nothing that belongs to one job: a machine that was saved and resumed serves any."""
+    words = ["console=ttyS0" if machine.arch.machine == "microvm" else "console=ttyAMA0", "quiet", "panic=-1"]
+    if machine.arch.machine == "microvm":
+        words += ["reboot=t", "tsc=reliable", "no_timer_check"]
+    if machine.kvm_fd is None:
+        words.append("mitigations=off")  # an emulated processor does not speculate
+    if machine.tsc_khz is not None:
+        words.append(f"tsc_early_khz={machine.tsc_khz}")
+    return " ".join(words)
+
+
+def qemu_argv(machine: Machine) -> list[str]:
+    """QEMU's command line. Commas cannot occur in any value: all are ours."""
+    megabytes = machine.ram_bytes // (1024 * 1024)
+    accel = "tcg,thread=single" if machine.kvm_fd is None else "kvm,device=/dev/fdset/3"
+    argv = [machine.arch.qemu_binary, "-name", f"x07-{machine.mark}", "-nodefaults", "-no-user-config"]
+    argv += ["-display", "none", "-no-reboot"]
+    argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    argv += ["-object", f"memory-backend-ram,id=ram0,size={megabytes}M", "-M", _machine_type(machine)]
+    argv += ["-m", f"{megabytes}M", "-smp", "1", "-cpu", "max" if machine.kvm_fd is None else "host", "-accel", accel]
+    argv += ["-kernel", KERNEL, "-initrd", INITRD, "-append", kernel_command_line(machine)]
+    argv += _disk(1, machine.root_fd, "root", ROOT_SERIAL, read_only=True)
+    argv += _disk(2, machine.scratch_fd, "scratch", SCRATCH_SERIAL, read_only=False)
+    if machine.kvm_fd is not None:
+        argv += ["-add-fd", f"set=3,fd={machine.kvm_fd}"]
+    argv += ["-device", "virtio-serial-device,max_ports=3"]
+    argv += ["-chardev", f"socket,id=channel,fd={machine.channel_fd}", "-device", "virtserialport,chardev=channel,nr=1,name=x07.0"]
+    argv += ["-chardev", "null,id=net", "-device", "virtserialport,chardev=net,nr=2,name=x07.net"]
+    argv += ["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng"]
+    argv += ["-chardev", f"socket,id=console,fd={machine.console_fd}", "-serial", "chardev:console"]
+    return [*argv, "-chardev", f"socket,id=qmp,fd={machine.qmp_fd}", "-mon", "chardev=qmp,mode=control"]
+
+
+def _machine_type(machine: Machine) -> str:
+    if machine.arch.machine == "microvm":
+        devices = "acpi=on,pcie=off,pit=off,pic=off,rtc=on,isa-serial=on,auto-kernel-cmdline=off"
+        return f"microvm,{devices},memory-backend=ram0"
+    return f"{machine.arch.machine},memory-backend=ram0"
+
+
+def _disk(number: int, fd: int, name: str, serial: str, *, read_only: bool) -> list[str]:
+    mode = "read-only=on" if read_only else "read-only=off,cache.no-flush=on,discard=unmap"
+    node = f"driver=raw,node-name={name},{mode},file.driver=file,file.filename=/dev/fdset/{number},file.locking=off"
+    if not read_only:
+        node += ",file.discard=unmap,file.cache.no-flush=on"
+    return ["-add-fd", f"set={number},fd={fd}", "-blockdev", node, "-device", f"virtio-blk-device,drive={name},serial={serial}"]

@@ -1,0 +1,88 @@
+"""Whether hardware virtualisation works here: proven by our own agent answering from a guest, or not at all.
+
+A /dev/kvm that opens, makes a machine and runs an instruction proves nothing (facts: it may still boot no stock
+kernel, or spin for ever). So the guest is booted once, under a hard limit, and the verdict is remembered for this
+boot, kernel and QEMU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from x07_sandbox.backends.base import Job
+from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
+from x07_sandbox.channel.connection import Connection
+from x07_sandbox.channel.frames import Role
+from x07_sandbox.channel.link import State
+from x07_sandbox.errors import SandboxError
+from x07_sandbox.host import settings
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.host.processes import boot_id
+from x07_sandbox.jobs.record import create_record, new_run_id
+
+if TYPE_CHECKING:
+    from x07_sandbox.images.verify import OpenImage
+
+
+def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
+    """(works, how that is known). Boots a guest at most once per boot, kernel and QEMU."""
+    device = Path("/dev/kvm")
+    if not device.exists():
+        return False, "there is no /dev/kvm"
+    if not os.access(device, os.R_OK | os.W_OK):
+        return False, "/dev/kvm cannot be opened by this user (join the group kvm to use it)"
+    folder = private_dir(private_dir(cache_dir()) / "kvm")
+    record = folder / f"{_key()}.json"
+    with file_lock(folder / ".lock"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(record.read_text(encoding="utf-8"))
+            return bool(known["works"]), str(known["reason"])
+        works, reason = _try(image)
+        temporary = record.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"works": works, "reason": reason}), encoding="utf-8")
+        temporary.replace(record)
+    return works, reason
+
+
+def _key() -> str:
+    info = Path(host_arch().qemu_binary).stat()
+    parts = [boot_id(), os.uname().release, os.uname().version, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _try(image: OpenImage) -> tuple[bool, str]:
+    limit_s = settings.KVM_PROOF_S
+    record = create_record(run_id=new_run_id(), phase="probe", backend="qemu", wall_ms=int(limit_s * 1000), image_digest=image.manifest.digest)
+    job = Job(record=record, image=image, ram_bytes=512 * settings.MIB, deadline_s=int(limit_s) + 5)
+    try:
+        with start_qemu(job, Accelerator(kvm=True)) as instance:
+            instance.release()
+            connection = Connection(instance.channel_fd, Role.HOST)
+            deadline = Deadline.after(limit_s)
+            while not deadline.passed():
+                poll = select.poll()
+                for fd in (instance.channel_fd, instance.pidfd, *instance.side_fds()):
+                    poll.register(fd, select.POLLIN)
+                for fd, _ in poll.poll(deadline.left_s() * 1000):
+                    if fd == instance.channel_fd:
+                        if connection.read() is None:
+                            return False, "QEMU with KVM closed the channel"
+                        if connection.link.state is State.GREETED:
+                            return True, "our agent answered from a guest under KVM"
+                    elif fd != instance.pidfd:
+                        instance.drain(fd)
+                if instance.exit_status() is not None:
+                    said = " ".join(instance.console_tail().split())[-200:]
+                    return False, f"QEMU with KVM ended before our agent answered: {said or 'it said nothing'}"
+            return False, f"no answer from a guest under KVM within {limit_s:.0f} s"
+    except SandboxError as exc:
+        return False, f"a guest under KVM could not be tried: {exc.why}"

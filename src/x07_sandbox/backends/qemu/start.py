@@ -1,0 +1,312 @@
+"""Starting QEMU in its jail: created blocked, recorded, released; killed and proven gone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.backends.qemu.machine import INITRD, KERNEL, Machine, qemu_argv
+from x07_sandbox.backends.qemu.side import SideStream
+from x07_sandbox.errors import BackendError, HostError
+from x07_sandbox.host import settings
+from x07_sandbox.host.arch import Arch, host_arch
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.processes import Identity, cpu_ticks, identify, wait_gone
+from x07_sandbox.images.scratch import write_disk
+from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv
+from x07_sandbox.jail.cgroups import HostGroups, make_groups
+from x07_sandbox.jail.libraries import needed_files
+from x07_sandbox.jail.uids import lease_uid
+from x07_sandbox.jobs.launcher import Launch, launch
+from x07_sandbox.jobs.record import mark_done, write_owner
+
+if TYPE_CHECKING:
+    from x07_sandbox.backends.base import Job
+
+_AS_ABOVE_RAM: Final = 3 * settings.GIB  # code, thread stacks, and the translator's buffer of 1 GiB
+_CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
+_TASKS: Final = 64
+_SETUP_S: Final = 10.0
+_GONE_S: Final = 10.0
+_QMP_QUIT: Final = b'{"execute":"qmp_capabilities"}\n{"execute":"quit"}\n'
+
+
+class QemuInstance:
+    """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
+
+    def __init__(self, *, child: subprocess.Popen[bytes], inner: Identity, block_fd: int, ends: dict[str, int], groups: HostGroups, job: Job, jail: str) -> None:
+        self.child = child
+        self.outer = identify(child.pid)
+        self.inner = inner
+        self.jail = jail
+        self.groups = groups
+        self.job = job
+        self.channel_fd = ends["channel"]
+        self.pidfd = os.pidfd_open(child.pid)
+        self._block_fd = block_fd
+        self._qmp_fd = ends["qmp"]
+        self.console = SideStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES)
+        self.qmp = SideStream(ends["qmp"], keep_bytes=4096)
+        self.errors = SideStream(ends["stderr"], keep_bytes=settings.STDERR_MAX_BYTES)
+        self._side = {stream.fd: stream for stream in (self.console, self.qmp, self.errors)}
+        self._gone = False
+
+    def release(self) -> None:
+        """Let the machine run: its record is written."""
+        os.write(self._block_fd, b"x")
+
+    def side_fds(self) -> tuple[int, ...]:
+        """Console, QMP replies and the VMM's own messages."""
+        return tuple(fd for fd, stream in self._side.items() if not stream.ended)
+
+    def drain(self, fd: int) -> None:
+        """Read one of them, keeping no more than its bound."""
+        self._side[fd].read()
+
+    def cpu_s(self) -> float:
+        """CPU time of the whole jail on the host so far."""
+        pids = [self.inner.pid]
+        with contextlib.suppress(OSError):
+            pids += [int(pid) for pid in Path(f"/proc/{self.inner.pid}/task/{self.inner.pid}/children").read_text(encoding="ascii").split()]
+        return sum(cpu_ticks(pid) for pid in pids) / os.sysconf("SC_CLK_TCK")
+
+    def console_tail(self) -> str:
+        """The last of the console and of the VMM's messages, control characters replaced."""
+        for stream in self._side.values():
+            stream.read()
+        return self.console.text() + self.errors.text()
+
+    def exit_status(self) -> int | None:
+        """How the jail's outer process ended; it passes on QEMU's own status."""
+        return self.child.poll()
+
+    def stop(self) -> bool:
+        """Ask QEMU to quit, kill, wait, remove the groups; whether all of it is proven gone. Safe to call again."""
+        if self._gone:
+            return True
+        with contextlib.suppress(OSError):
+            os.write(self._qmp_fd, _QMP_QUIT)
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        if not poll.poll(50):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        deadline = Deadline.after(_GONE_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.child.wait(deadline.left_s())
+        # The end of the namespace's first process is the proof: the kernel lets it go only after all others.
+        gone = self.child.returncode is not None and wait_gone(self.inner, deadline.left_s())
+        self._gone = gone and self.groups.remove()
+        return self._gone
+
+    def close(self) -> None:
+        """Close what is ours to close besides the descriptors that `start_qemu` made."""
+        os.close(self.pidfd)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accelerator:
+    """How the guest's processor is provided."""
+
+    kvm: bool
+
+
+@contextlib.contextmanager
+def start_qemu(job: Job, accelerator: Accelerator) -> Iterator[QemuInstance]:
+    """A QEMU for *job*, blocked until released; on the way out it is gone and its record says so.
+
+    Raises BackendError, HostError.
+    """
+    arch = host_arch()
+    _check_tools(arch)
+    with contextlib.ExitStack() as stack:
+        uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
+        given = Given()  # what the child gets: ours to close once it has them, or when it never came to be
+        stack.callback(given.close)
+        ours, theirs = _channel_ends(stack, given)
+        machine = Machine(
+            arch=arch,
+            ram_bytes=job.ram_bytes,
+            kvm_fd=_own(stack, os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) if accelerator.kvm else None,
+            tsc_khz=None if accelerator.kvm else tsc_khz(arch),
+            root_fd=job.image.root_fd,
+            scratch_fd=_scratch_disk(stack, job),
+            channel_fd=theirs["channel"],
+            qmp_fd=theirs["qmp"],
+            console_fd=theirs["console"],
+            mark=job.record.mark,
+        )
+        info_r, info_w = os.pipe2(os.O_CLOEXEC)
+        _own(stack, info_r)
+        block_r, block_w = os.pipe2(os.O_CLOEXEC)
+        _own(stack, block_w)
+        given.fds += [info_w, block_r]
+        jail = Jail(
+            files=_jail_files(arch, with_setpriv=uid is not None),
+            fd_files=((job.image.kernel_fd, KERNEL), (job.image.initrd_fd, INITRD)),
+            devices=("/dev/urandom",),
+            uid=uid,
+            mark=job.record.mark,
+            deadline_s=job.deadline_s,
+            info_fd=info_w,
+            block_fd=block_r,
+            lock_fd=lock_fd,
+        )
+        passed = [fd for fd in (machine.kvm_fd, lock_fd) if fd is not None]
+        passed += [job.image.kernel_fd, job.image.initrd_fd, machine.root_fd, machine.scratch_fd, info_w, block_r]
+        passed += [theirs[name] for name in ("channel", "qmp", "console")]
+        request = Launch(argv=jail_argv(jail, qemu_argv(machine)), pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
+        yield from _run(job, request, info_r=info_r, block_w=block_w, ours=ours, given=given)
+
+
+def _run(job: Job, request: Launch, *, info_r: int, block_w: int, ours: dict[str, int], given: Given) -> Iterator[QemuInstance]:
+    groups = make_groups(job.record.job_id, memory_bytes=job.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
+    child = None
+    instance = None
+    try:
+        try:
+            child = launch(request)
+        except OSError as exc:
+            raise BackendError("cannot start the virtual machine", f"{request.argv[0]}: {exc.strerror}", "Run x07 doctor") from exc
+        given.close()  # the child has its own by now; an end of a pipe that stayed open here would never end
+        inner = _inner_process(child, info_r, ours["stderr"])
+        _bound(inner.pid, job, groups)
+        form = "namespaces, root" if os.geteuid() == 0 else "namespaces, user"
+        instance = QemuInstance(child=child, inner=inner, block_fd=block_w, ends=ours, groups=groups, job=job, jail=form)
+        _record(job, instance)
+        yield instance
+    finally:
+        if instance is not None:
+            if instance.stop():
+                mark_done(job.record)
+            instance.close()
+        elif child is not None:
+            child.kill()
+            child.wait()
+            groups.remove()
+        else:
+            groups.remove()
+
+
+def _record(job: Job, instance: QemuInstance) -> None:
+    runner = identify(os.getpid())
+    if runner is None or instance.outer is None:
+        raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
+    folders = tuple(str(folder) for folder in instance.groups.folders)
+    write_owner(job.record, runner=runner, processes={"outer": instance.outer, "inner": instance.inner}, cgroups=folders)
+
+
+def _inner_process(child: subprocess.Popen[bytes], info_r: int, stderr_fd: int) -> Identity:
+    """The first process of the jail's pid namespace, as bubblewrap tells it. Raises BackendError."""
+    deadline = Deadline.after(_SETUP_S)
+    text = b""
+    poll = select.poll()
+    poll.register(info_r, select.POLLIN)
+    while b"}" not in text and not deadline.passed():
+        if poll.poll(deadline.left_s() * 1000):
+            chunk = os.read(info_r, 4096)
+            text += chunk
+            if not chunk:
+                break
+    try:
+        inner = identify(json.loads(text)["child-pid"])
+    except (ValueError, KeyError, TypeError):
+        inner = None
+    if inner is not None:
+        return inner
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(1)
+    stream = SideStream(stderr_fd, keep_bytes=4096)
+    stream.read()
+    said = stream.text().strip() or f"bubblewrap ended with status {child.returncode}"
+    fix = "Allow user and mount namespaces here (in a container: --privileged, or --security-opt seccomp=unconfined with --cap-add SYS_ADMIN)"
+    raise BackendError("cannot build the jail around the virtual machine", said[:500], fix)
+
+
+def _bound(pid: int, job: Job, groups: HostGroups) -> None:
+    """Limits on the still blocked process: everything that it starts inherits them."""
+    try:
+        for which, value in (
+            (resource.RLIMIT_FSIZE, settings.SCRATCH_BYTES),
+            (resource.RLIMIT_AS, job.ram_bytes + _AS_ABOVE_RAM),
+            (resource.RLIMIT_NOFILE, 64),
+            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_MEMLOCK, 0),
+        ):
+            resource.prlimit(pid, which, (value, value))
+        groups.add(pid)
+    except OSError as exc:
+        raise BackendError("cannot bound the virtual machine", str(exc), "Run x07 doctor") from exc
+
+
+class Given:
+    """Descriptors that are closed together, exactly once."""
+
+    def __init__(self) -> None:
+        self.fds: list[int] = []
+
+    def close(self) -> None:
+        """Close them; a second call does nothing."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+def _own(stack: contextlib.ExitStack, fd: int) -> int:
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _channel_ends(stack: contextlib.ExitStack, given: Given) -> tuple[dict[str, int], dict[str, int]]:
+    """Our ends, and those that the child gets."""
+    ours: dict[str, int] = {}
+    theirs: dict[str, int] = {}
+    for name in ("channel", "qmp", "console", "stderr"):
+        near, far = socket.socketpair()
+        ours[name], theirs[name] = _own(stack, near.detach()), far.detach()
+        given.fds.append(theirs[name])
+        os.set_blocking(ours[name], False)
+    return ours, theirs
+
+
+def _scratch_disk(stack: contextlib.ExitStack, job: Job) -> int:
+    """The job's own disk: a file without a name, so that nothing of it can be left behind, and never read here."""
+    try:
+        fd = _own(stack, os.open(job.record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    except OSError as exc:
+        raise HostError("cannot make the scratch disk", f"{job.record.folder}: {exc.strerror}", "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs") from exc
+    write_disk(job.image.scratch_fd, job.image.manifest.scratch_disk, fd)
+    return fd
+
+
+def _jail_files(arch: Arch, *, with_setpriv: bool) -> tuple[str, ...]:
+    files = [*needed_files(arch.qemu_binary), *arch.firmware]
+    if with_setpriv:
+        files += needed_files(SETPRIV)
+    return tuple(dict.fromkeys(files))
+
+
+def _check_tools(arch: Arch) -> None:
+    packages = {BWRAP: "bubblewrap", SETPRIV: "util-linux", PERL: "perl-base", arch.qemu_binary: arch.qemu_package}
+    missing = [package for path, package in packages.items() if not os.access(path, os.X_OK)]
+    if missing:
+        raise HostError("cannot start a virtual machine", f"missing: {', '.join(missing)}", f"Run: apt-get install --no-install-recommends {' '.join(missing)}")
+
+
+def tsc_khz(arch: Arch) -> int | None:
+    """The host's time stamp counter in kHz, which an emulated guest shares and could not find out reliably."""
+    if arch.machine != "microvm":
+        return None
+    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("bogomips"):
+            return int(float(line.partition(":")[2]) * 500)
+    raise HostError("cannot tell the processor's clock", "/proc/cpuinfo has no bogomips line", "Run on a machine with hardware virtualisation")

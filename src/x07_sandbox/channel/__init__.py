@@ -1,0 +1,1 @@
+"""Frames and connection between host and guest agent; standard library only."""

@@ -1,0 +1,244 @@
+"""The frames between host and guest agent: the table, the bytes, and nothing that does I/O.
+
+A frame is an 8-byte header and a payload (docs/guest-channel.md):
+
+    payload length  u32, big endian
+    type            u8
+    reserved        u8, always 0
+    stream          u16, big endian; 0 for control frames
+
+Control payloads are JSON objects with closed schemas (`BODIES`); data payloads are raw bytes.
+Everything that the guest says is hostile: each length, count, number and text below has a bound.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from x07_sandbox.errors import PeerError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PROTOCOL: Final = 1
+HEADER: Final = struct.Struct(">IBBH")
+DATA_MAX: Final = 32 * 1024  # the guest's console driver takes 32 KiB a write; larger gains nothing (measured)
+CONTROL_MAX: Final = 16 * 1024  # guest to host: small and hostile
+START_MAX: Final = 4 * 1024 * 1024  # host to guest: argv and environment, as large as execve(2) takes them
+WINDOW: Final = 256 * 1024  # bytes that may be on the way in one stream before the reader grants more
+
+
+class Role(enum.Enum):
+    """The two ends of the channel."""
+
+    HOST = "host"
+    GUEST = "guest"
+
+
+class Kind(enum.IntEnum):
+    """Frame types; the numbers are the protocol."""
+
+    HELLO = 1
+    SEED = 2
+    SEEDED = 3
+    START = 4
+    STARTED = 5
+    DATA = 6
+    EOF = 7
+    CREDIT = 8
+    STOP = 9
+    EXITED = 10
+    FAILED = 11
+
+
+class Stream(enum.IntEnum):
+    """Streams with a fixed number; files that go in take FIRST_FILE and up, in the order of START."""
+
+    CONTROL = 0
+    STDIN = 1
+    STDOUT = 2
+    STDERR = 3
+    OUTPUT_FILE = 4
+    FIRST_FILE = 16
+
+
+LAST_FILE: Final = 16 + 255
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What one field of a control body may hold.
+
+    kind: "int" (lo..hi), "text" (hi = most characters), "bool", or "any" (checked by its reader, host to guest only).
+    """
+
+    kind: str
+    lo: int = 0
+    hi: int = 2**63 - 1
+    optional: bool = False  # null is allowed; the key must be there all the same
+
+
+_COUNT = Shape("int")
+_TEXT = Shape("text", hi=2000)
+
+BODIES: Final[dict[Kind, dict[str, Shape]]] = {
+    Kind.HELLO: {"protocol": Shape("int", 1, 2**31)},
+    Kind.SEED: {
+        "unix_ns": _COUNT,
+        "entropy": Shape("text", lo=128, hi=128),  # 64 bytes in hex
+        "nonce": Shape("text", lo=32, hi=32),
+        "hostname": Shape("text", lo=1, hi=64),
+        "machine_id": Shape("text", lo=32, hi=32),
+    },
+    Kind.SEEDED: {"nonce": Shape("text", lo=32, hi=32)},
+    Kind.START: {
+        "run_id": Shape("text", lo=1, hi=128),
+        "phase": Shape("text", lo=1, hi=16),
+        "argv": Shape("any"),
+        "env": Shape("any"),
+        "cwd": Shape("text", lo=1, hi=4096),
+        "files": Shape("any"),
+        "limits": Shape("any"),
+        "output": Shape("any"),
+    },
+    Kind.STARTED: {},
+    Kind.STOP: {},
+    Kind.EXITED: {
+        "wait_status": Shape("int", 0, 0xFFFF),
+        "cpu_us": _COUNT,
+        "memory_peak_bytes": _COUNT,
+        "oom_kills": _COUNT,
+        "tasks_peak": _COUNT,
+        "tasks_refused": _COUNT,
+        "cpu_exceeded": Shape("bool"),
+        "stopped": Shape("bool"),
+        "disk_full": Shape("bool"),
+        "output_bytes": Shape("int", 0, 2**40, optional=True),
+        "output_problem": Shape("text", hi=2000, optional=True),
+    },
+    Kind.FAILED: {"stage": Shape("text", hi=64), "errno": Shape("int", 0, 4096), "message": _TEXT},
+}
+
+SENDER: Final[dict[Kind, Role]] = {
+    Kind.HELLO: Role.GUEST,
+    Kind.SEED: Role.HOST,
+    Kind.SEEDED: Role.GUEST,
+    Kind.START: Role.HOST,
+    Kind.STARTED: Role.GUEST,
+    Kind.STOP: Role.HOST,
+    Kind.EXITED: Role.GUEST,
+    Kind.FAILED: Role.GUEST,
+}  # DATA, EOF and CREDIT go both ways: see `stream_sender`
+
+
+def stream_sender(stream: int) -> Role | None:
+    """Who may send data on *stream*; None where nobody may."""
+    if stream == Stream.STDIN or Stream.FIRST_FILE <= stream <= LAST_FILE:
+        return Role.HOST
+    if stream in {Stream.STDOUT, Stream.STDERR, Stream.OUTPUT_FILE}:
+        return Role.GUEST
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame, its payload not yet interpreted."""
+
+    kind: Kind
+    stream: int
+    payload: bytes
+
+
+def payload_max(kind: Kind) -> int:
+    """Largest payload of a frame of this kind, in bytes."""
+    if kind is Kind.DATA:
+        return DATA_MAX
+    if kind is Kind.CREDIT:
+        return 4
+    if kind is Kind.EOF:
+        return 0
+    return START_MAX if kind is Kind.START else CONTROL_MAX
+
+
+def encode(kind: Kind, stream: int = 0, payload: bytes = b"") -> bytes:
+    """The bytes of one frame. Raises ValueError if it is larger than the table allows."""
+    if len(payload) > payload_max(kind):
+        raise ValueError(f"{kind.name} of {len(payload)} bytes is over {payload_max(kind)}")
+    return HEADER.pack(len(payload), kind, 0, stream) + payload
+
+
+def take_frame(buf: bytearray) -> Frame | None:
+    """Remove the first whole frame from *buf*; None means that more bytes are needed.
+
+    Raises PeerError as soon as a header cannot be right, before its payload has come; *buf* is then unchanged.
+    """
+    if len(buf) < HEADER.size:
+        return None
+    length, number, reserved, stream = HEADER.unpack_from(buf)
+    try:
+        kind = Kind(number)
+    except ValueError:
+        raise PeerError("bad frame", f"type {number} does not exist") from None
+    if reserved:
+        raise PeerError("bad frame", f"reserved byte is {reserved}")
+    if length > payload_max(kind):
+        raise PeerError("bad frame", f"{kind.name} of {length} bytes is over {payload_max(kind)}")
+    if (stream != 0) != (kind in {Kind.DATA, Kind.EOF, Kind.CREDIT}):
+        raise PeerError("bad frame", f"{kind.name} on stream {stream}")
+    end = HEADER.size + length
+    if len(buf) < end:
+        return None
+    payload = bytes(buf[HEADER.size : end])
+    del buf[:end]
+    return Frame(kind, stream, payload)
+
+
+def encode_body(body: Mapping[str, object]) -> bytes:
+    """A control body as JSON bytes; lone surrogates of undecodable arguments survive as escapes."""
+    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def decode_body(kind: Kind, payload: bytes) -> dict[str, Any]:
+    """The checked body of a control frame. Raises PeerError."""
+    try:
+        body = json.loads(payload.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as exc:
+        raise PeerError(f"bad {kind.name} frame", f"not the JSON that it should be ({type(exc).__name__})") from None
+    if not isinstance(body, dict):
+        raise PeerError(f"bad {kind.name} frame", "not a JSON object")
+    shapes = BODIES[kind]
+    if body.keys() != shapes.keys():
+        raise PeerError(f"bad {kind.name} frame", "its keys are not those of the table")
+    for key, shape in shapes.items():
+        if problem := _problem(shape, body[key]):
+            raise PeerError(f"bad {kind.name} frame", f"{key} {problem}")
+    return body
+
+
+def _problem(shape: Shape, value: object) -> str | None:
+    if shape.kind == "any" or (value is None and shape.optional):
+        return None
+    if shape.kind == "bool":
+        return None if isinstance(value, bool) else "is no boolean"
+    if shape.kind == "text":
+        if not isinstance(value, str):
+            return "is no text"
+        return None if shape.lo <= len(value) <= shape.hi else "has a wrong length"
+    if not isinstance(value, int) or isinstance(value, bool):
+        return "is no whole number"
+    return None if shape.lo <= value <= shape.hi else "is out of range"
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    body = dict(pairs)
+    if len(body) != len(pairs):
+        raise ValueError("duplicate key")
+    return body
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)

@@ -1,0 +1,229 @@
+"""One end of the channel as a state machine without I/O: bytes in, events out, bytes out.
+
+The table `NEXT` is the protocol: the state after each control frame. Data frames change no state; `DATA_STATES`
+says when they are in order. A pair that is missing raises PeerError (their fault) or ChannelUsageError (ours).
+Both ends run the same table, so the host's idea of the state is never what the guest claims but what it may do.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from x07_sandbox.channel.frames import (
+    DATA_MAX,
+    SENDER,
+    WINDOW,
+    Frame,
+    Kind,
+    Role,
+    Stream,
+    decode_body,
+    encode,
+    encode_body,
+    stream_sender,
+    take_frame,
+)
+from x07_sandbox.errors import ChannelUsageError, PeerError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_CREDIT: Final = struct.Struct(">I")
+
+
+class State(enum.Enum):
+    """Where the conversation stands."""
+
+    WAITING = "waiting"  # for the guest to speak
+    GREETED = "greeted"
+    SEEDING = "seeding"
+    READY = "ready"
+    PREPARING = "preparing"
+    RUNNING = "running"
+    COLLECTING = "collecting"  # the program has ended; its output file may follow
+    FAILED = "failed"
+
+
+NEXT: Final[dict[tuple[State, Kind], State]] = {
+    (State.WAITING, Kind.HELLO): State.GREETED,
+    (State.GREETED, Kind.SEED): State.SEEDING,
+    (State.SEEDING, Kind.SEEDED): State.READY,
+    (State.READY, Kind.START): State.PREPARING,
+    (State.PREPARING, Kind.STARTED): State.RUNNING,
+    (State.PREPARING, Kind.FAILED): State.FAILED,
+    (State.RUNNING, Kind.FAILED): State.FAILED,
+    (State.RUNNING, Kind.STOP): State.RUNNING,
+    (State.RUNNING, Kind.EXITED): State.COLLECTING,
+    (State.COLLECTING, Kind.FAILED): State.FAILED,
+    # The host cannot know yet that the guest has just finished or failed, so its STOP may cross that frame.
+    (State.PREPARING, Kind.STOP): State.PREPARING,
+    (State.COLLECTING, Kind.STOP): State.COLLECTING,
+    (State.FAILED, Kind.STOP): State.FAILED,
+}
+
+_FROM_START: Final = frozenset({State.PREPARING, State.RUNNING, State.COLLECTING, State.FAILED})
+DATA_STATES: Final[dict[int, frozenset[State]]] = {
+    Stream.STDIN: _FROM_START,  # may cross EXITED
+    Stream.STDOUT: frozenset({State.RUNNING}),
+    Stream.STDERR: frozenset({State.RUNNING}),
+    Stream.OUTPUT_FILE: frozenset({State.COLLECTING}),
+    Stream.FIRST_FILE: _FROM_START,  # stands for all files that go in
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A control frame came."""
+
+    kind: Kind
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Bytes of a stream came; call `Link.consumed` once they are taken."""
+
+    stream: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Eof:
+    """A stream has ended."""
+
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """The peer takes more bytes of a stream."""
+
+    stream: int
+
+
+Event = Control | Data | Eof | Credit
+
+
+class Link:
+    """One end of the conversation. Not thread-safe: its owner is one loop."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.peer = Role.GUEST if role is Role.HOST else Role.HOST
+        self.state = State.WAITING
+        self._in = bytearray()
+        self._out = bytearray()
+        self._may_send: dict[int, int] = {}  # bytes left of the window, per stream that we send
+        self._may_come: dict[int, int] = {}
+        self._unacknowledged: dict[int, int] = {}
+        self._ended_out: set[int] = set()
+        self._ended_in: set[int] = set()
+
+    # what comes in
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Take bytes from the peer and return what they mean. Raises PeerError, and then the link is of no more use."""
+        self._in += data
+        events: list[Event] = []
+        while (frame := take_frame(self._in)) is not None:
+            events.append(self._event(frame))
+        return events
+
+    def _event(self, frame: Frame) -> Event:
+        if frame.kind is Kind.CREDIT:
+            return self._credit(frame)
+        if frame.kind in {Kind.DATA, Kind.EOF}:
+            return self._data(frame)
+        if SENDER[frame.kind] is not self.peer:
+            raise PeerError("frame out of order", f"{frame.kind.name} is not for the {self.peer.value} to send")
+        following = NEXT.get((self.state, frame.kind))
+        if following is None:
+            raise PeerError("frame out of order", f"{frame.kind.name} while {self.state.value}")
+        body = decode_body(frame.kind, frame.payload)
+        self.state = following
+        return Control(frame.kind, body)
+
+    def _data(self, frame: Frame) -> Event:
+        stream = frame.stream
+        if stream_sender(stream) is not self.peer:
+            raise PeerError("frame out of order", f"stream {stream} is not for the {self.peer.value} to send")
+        if self.state not in _data_states(stream):
+            raise PeerError("frame out of order", f"data on stream {stream} while {self.state.value}")
+        if stream in self._ended_in:
+            raise PeerError("frame out of order", f"stream {stream} had ended")
+        if frame.kind is Kind.EOF:
+            self._ended_in.add(stream)
+            return Eof(stream)
+        left = self._may_come.get(stream, WINDOW) - len(frame.payload)
+        if left < 0 or not frame.payload:
+            raise PeerError("bad frame", f"stream {stream} sent more than its window, or nothing")
+        self._may_come[stream] = left
+        return Data(stream, frame.payload)
+
+    def _credit(self, frame: Frame) -> Event:
+        stream = frame.stream
+        if stream_sender(stream) is not self.role or len(frame.payload) != _CREDIT.size:
+            raise PeerError("bad frame", f"credit for stream {stream}")
+        total = self._may_send.get(stream, WINDOW) + _CREDIT.unpack(frame.payload)[0]
+        if total > WINDOW:
+            raise PeerError("bad frame", f"more credit than the window of stream {stream}")
+        self._may_send[stream] = total
+        return Credit(stream)
+
+    # what goes out
+
+    def send(self, kind: Kind, body: Mapping[str, object]) -> None:
+        """Queue a control frame. Raises ChannelUsageError if it is not our turn."""
+        following = NEXT.get((self.state, kind))
+        if SENDER[kind] is not self.role or following is None:
+            raise ChannelUsageError(f"{kind.name} cannot be sent by the {self.role.value} while {self.state.value}")
+        self._out += encode(kind, 0, encode_body(body))
+        self.state = following
+
+    def window(self, stream: int) -> int:
+        """How many bytes of *stream* the peer takes now."""
+        return self._may_send.get(stream, WINDOW)
+
+    def send_data(self, stream: int, data: bytes | memoryview) -> int:
+        """Queue as much of *data* as the peer takes; the number of bytes queued."""
+        if stream_sender(stream) is not self.role or stream in self._ended_out:
+            raise ChannelUsageError(f"stream {stream} is not ours to send, or has ended")
+        view = memoryview(data)[: self.window(stream)]
+        for at in range(0, len(view), DATA_MAX):
+            self._out += encode(Kind.DATA, stream, bytes(view[at : at + DATA_MAX]))
+        self._may_send[stream] = self.window(stream) - len(view)
+        return len(view)
+
+    def end_stream(self, stream: int) -> None:
+        """Queue the end of a stream; a second call does nothing."""
+        if stream not in self._ended_out:
+            self._ended_out.add(stream)
+            self._out += encode(Kind.EOF, stream)
+
+    def consumed(self, stream: int, count: int) -> None:
+        """Tell the peer, in steps of a quarter window, that *count* bytes of *stream* were taken."""
+        waiting = self._unacknowledged.get(stream, 0) + count
+        if waiting >= WINDOW // 4:
+            self._out += encode(Kind.CREDIT, stream, _CREDIT.pack(waiting))
+            self._may_come[stream] = self._may_come.get(stream, WINDOW) + waiting
+            waiting = 0
+        self._unacknowledged[stream] = waiting
+
+    def pending(self) -> int:
+        """Bytes queued and not yet taken by `sent`."""
+        return len(self._out)
+
+    def data_to_send(self, most: int) -> bytes:
+        """The next bytes for the peer, at most *most*; call `sent` with what was written."""
+        return bytes(self._out[:most])
+
+    def sent(self, count: int) -> None:
+        """Forget *count* bytes that have been written."""
+        del self._out[:count]
+
+
+def _data_states(stream: int) -> frozenset[State]:
+    return DATA_STATES[min(stream, int(Stream.FIRST_FILE))]

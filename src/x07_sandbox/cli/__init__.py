@@ -1,0 +1,1 @@
+"""Both commands: one module per verb, rendering, exit codes."""

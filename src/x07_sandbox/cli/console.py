@@ -1,0 +1,34 @@
+"""What we say to people: on standard error, never mixed into a program's output."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+def say(text: str) -> None:
+    """One line to the user."""
+    print(f"x07: {text}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Lines of progress with the time that has passed; on a terminal the last one stays on one line."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._begun = time.monotonic()
+        self._live = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        """Say what is being done now."""
+        line = f"x07: {self._title}: [{time.monotonic() - self._begun:5.1f} s] {text}"
+        if self._live:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def done(self, text: str) -> None:
+        """The last line."""
+        self(text)
+        if self._live:
+            print(file=sys.stderr)

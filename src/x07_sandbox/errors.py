@@ -1,0 +1,67 @@
+"""Every error that a user can meet: what failed, why, and what to do about it.
+
+Standard library only: the guest agent and the channel import this module too.
+"""
+
+from __future__ import annotations
+
+
+class SandboxError(Exception):
+    """Base of all errors raised on purpose.
+
+    what: the thing that failed, without a full stop.
+    why: the cause, without a full stop.
+    fix: one sentence on what to do, without its full stop.
+    """
+
+    def __init__(self, what: str, why: str, fix: str) -> None:
+        super().__init__(what, why, fix)  # all arguments, so that the error survives pickling
+
+    @property
+    def what(self) -> str:
+        """The thing that failed."""
+        return str(self.args[0])
+
+    @property
+    def why(self) -> str:
+        """The cause."""
+        return str(self.args[1])
+
+    @property
+    def fix(self) -> str:
+        """What to do."""
+        return str(self.args[2])
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}. {self.fix}."
+
+
+class UsageError(SandboxError):
+    """The request itself is wrong: a flag, a variable, a missing program (exit 2)."""
+
+
+class RefusedError(SandboxError):
+    """Nothing was run because a promise could not be kept (exit 125, outcome ``refused``)."""
+
+
+class HostError(SandboxError):
+    """The host lacks or denies something that the tool needs."""
+
+
+class ImageError(SandboxError):
+    """A guest image is missing, damaged, or could not be built."""
+
+
+class BackendError(SandboxError):
+    """A virtual machine could not be started or stopped."""
+
+
+class PeerError(SandboxError):
+    """The other end of the channel broke the protocol: their fault, never ours."""
+
+    def __init__(self, what: str, why: str, fix: str = "The connection is of no more use") -> None:
+        super().__init__(what, why, fix)
+
+
+class ChannelUsageError(RuntimeError):
+    """Our own code used the channel out of order: a bug on this side."""

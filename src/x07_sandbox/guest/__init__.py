@@ -1,0 +1,1 @@
+"""What runs inside the guest: agent, init, confinement; standard library only."""

@@ -1,0 +1,1 @@
+"""What the image build runs or compiles inside the built root: never imported by anything."""

@@ -1,0 +1,107 @@
+"""PID 1 of the program's namespaces: builds its world, starts it, reaps, and reports its true wait status.
+
+The program itself is never PID 1, because the kernel spares a namespace's PID 1 from signals that it sends itself.
+Reports go over a pipe that the program never has: one byte of kind, then a fixed or counted rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from typing import NoReturn
+
+from x07_sandbox.guest import confine
+
+STARTED = b"S"
+EXITED = b"X"  # then u32: the wait status as waitpid(2) gives it
+FAILED = b"F"  # then JSON to the end of the pipe
+
+_STATUS = struct.Struct(">I")
+
+
+def run_init(job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], report_fd: int) -> NoReturn:
+    """Be the init of the program *argv*; fds become its standard streams. Never returns."""
+    try:
+        os.setsid()
+        _only_descriptors(*fds, report_fd, job.netns_fd, job.procs_fd)
+        confine.apply(confine.WORLD, job)
+        status = _supervise(job, argv, env, cwd, fds, report_fd)
+        os.write(report_fd, EXITED + _STATUS.pack(status))
+    except confine.StepError as exc:
+        _report_failure(report_fd, exc.stage, exc.errno, str(exc.args[2]))
+    except OSError as exc:
+        _report_failure(report_fd, "start", exc.errno or 0, str(exc))
+    finally:
+        # The end of PID 1 ends, by the kernel's own hand, whatever the program has left running.
+        os._exit(0)
+
+
+def _supervise(job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], report_fd: int) -> int:
+    """Start the program and return its wait status. Raises StepError if it could not become the program."""
+    failure_r, failure_w = os.pipe2(os.O_CLOEXEC)
+    program = os.fork()
+    if program == 0:
+        os.close(report_fd)
+        _become(job, argv, env, cwd, fds, failure_w)
+    os.close(failure_w)
+    for fd in {*fds, job.procs_fd}:
+        os.close(fd)
+    failure = _read_all(failure_r)
+    if failure:
+        stage, number, message = json.loads(failure)
+        raise confine.StepError(stage, number, message)
+    os.write(report_fd, STARTED)
+    while True:
+        pid, status = os.wait()
+        if pid == program:
+            return status
+
+
+def _become(job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], failure_w: int) -> NoReturn:
+    """Turn this process into the program; a failure is told through *failure_w*, which a success closes."""
+    try:
+        try:
+            os.setsid()
+            high = [os.dup(fd) for fd in fds]  # so that no dup2 below can overwrite one that is still needed
+            for target, fd in enumerate(high):
+                os.dup2(fd, target)
+            confine.apply(confine.RIGHTS, job)
+            os.umask(0o022)
+            os.chdir(cwd)
+            os.execvpe(argv[0], argv, env)
+        except confine.StepError as exc:
+            told = [exc.stage, exc.errno, str(exc.args[2])]
+        except OSError as exc:
+            told = ["exec", exc.errno or 0, str(exc)]
+        os.write(failure_w, json.dumps(told).encode())
+    finally:
+        os._exit(127)
+
+
+def _only_descriptors(*keep: int) -> None:
+    """Close every descriptor but those: the agent's channel above all."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for target in (0, 1, 2):
+        if target not in keep:
+            os.dup2(null, target)
+    kept = {0, 1, 2, *keep}
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            try:
+                os.close(int(name))
+            except OSError:
+                continue  # the descriptor of the listing itself
+
+
+def _report_failure(report_fd: int, stage: str, number: int, message: str) -> None:
+    text = json.dumps({"stage": stage[:64], "errno": number, "message": message[:1000]})
+    os.write(report_fd, FAILED + text.encode())
+
+
+def _read_all(fd: int) -> bytes:
+    chunks = []
+    while chunk := os.read(fd, 4096):
+        chunks.append(chunk)
+    os.close(fd)
+    return b"".join(chunks)

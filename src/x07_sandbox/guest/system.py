@@ -1,0 +1,87 @@
+"""The kernel calls that the guest needs and Python's standard library does not have."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import socket
+import struct
+from typing import Final
+
+MS_RDONLY: Final = 1
+MS_NOSUID: Final = 2
+MS_NODEV: Final = 4
+MS_NOEXEC: Final = 8
+MS_REMOUNT: Final = 32
+MS_NOATIME: Final = 1024
+MS_BIND: Final = 4096
+MS_REC: Final = 16384
+MS_PRIVATE: Final = 1 << 18
+MNT_DETACH: Final = 2
+
+PR_CAPBSET_DROP: Final = 24
+PR_SET_NO_NEW_PRIVS: Final = 38
+PR_CAP_AMBIENT: Final = 47
+PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+
+_RNDADDENTROPY: Final = 0x40085203  # _IOW('R', 0x03, int[2])
+_RNDRESEEDCRNG: Final = 0x5207  # _IO('R', 0x07)
+_SIOCSIFFLAGS: Final = 0x8914
+_IFF_UP_RUNNING: Final = 0x41
+_RB_POWER_OFF: Final = 0x4321FEDC
+
+_PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}  # syscall numbers: glibc has no wrapper
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), what)
+
+
+def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
+    """mount(2). Raises OSError naming the target."""
+    _check(_libc.mount(source.encode(), target.encode(), kind.encode(), flags, options.encode()), target)
+
+
+def bind(source: str, target: str, flags: int = 0) -> None:
+    """Bind *source* on *target*; flags such as MS_RDONLY need a second call, which this makes."""
+    mount(source, target, "", MS_BIND)
+    mount("", target, "", MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | flags)
+
+
+def pivot_root(new_root: str) -> None:
+    """Make *new_root* the root of this mount namespace and let go of the old one."""
+    os.chdir(new_root)
+    _check(_libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
+    _check(_libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    os.chdir("/")
+
+
+def prctl(option: int, *values: int) -> None:
+    """prctl(2). Raises OSError."""
+    padded = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
+    _check(_libc.prctl(option, *padded), f"prctl {option}")
+
+
+def add_entropy(seed: bytes) -> None:
+    """Mix *seed* into the kernel's pool, credit it, and reseed at once (random(4))."""
+    with open("/dev/urandom", "wb", buffering=0) as device:
+        fcntl.ioctl(device, _RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
+        fcntl.ioctl(device, _RNDRESEEDCRNG)
+
+
+def loopback_up() -> None:
+    """Bring up `lo` in the current network namespace."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP_RUNNING))
+
+
+def power_off() -> None:
+    """End the machine; does not return where we are PID 1 of a virtual machine."""
+    _libc.reboot(_RB_POWER_OFF)
+    os._exit(0)

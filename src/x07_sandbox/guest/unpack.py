@@ -1,0 +1,83 @@
+"""Archives that come into the guest: newc cpio (cpio(5)) of plain files and folders, nothing else.
+
+Standard format, own reader: the standard library's tarfile takes ten times as long here (measured), and follows
+more of what an archive asks for than we want. The archive of a program was made by a hostile build, so each name
+is checked and made below a folder that was empty.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from typing import BinaryIO, Final
+
+_MAGIC: Final = b"070701"
+_HEADER: Final = 110
+_FIELDS: Final = re.compile(rb"[0-9A-Fa-f]{104}")  # int() alone would also take signs, blanks and underscores
+_NAME_MAX: Final = 4096
+ENTRIES_MAX: Final = 100_000
+
+
+class ArchiveError(Exception):
+    """The archive is not what it should be."""
+
+
+def unpack(source: BinaryIO, target: str, *, most_bytes: int) -> int:
+    """Unpack below the empty folder *target*; the number of entries. Raises ArchiveError, OSError."""
+    total = 0
+    for count in range(ENTRIES_MAX + 1):
+        header = _exactly(source, _HEADER)
+        if header[:6] != _MAGIC:
+            raise ArchiveError("no newc header")
+        if not _FIELDS.fullmatch(header, 6):
+            raise ArchiveError("no number in a header")
+        mode, size, name_size = (int(header[at : at + 8], 16) for at in (14, 54, 94))
+        if not 1 < name_size <= _NAME_MAX:
+            raise ArchiveError("a name is too long or empty")
+        padded = _exactly(source, name_size + -(_HEADER + name_size) % 4)
+        raw = padded[: name_size - 1]
+        if padded[name_size - 1]:
+            raise ArchiveError("a name without an end")
+        if raw == b"TRAILER!!!":
+            return count
+        if count == ENTRIES_MAX:
+            break
+        total += size
+        if total > most_bytes:
+            raise ArchiveError(f"more than {most_bytes} bytes")
+        _make(source, os.path.join(os.fsencode(target), _checked(raw)), mode, size)
+    raise ArchiveError(f"more than {ENTRIES_MAX} entries")
+
+
+def _checked(raw: bytes) -> bytes:
+    parts = raw.split(b"/")
+    if b"\0" in raw or any(part in {b"", b".", b".."} or len(part) > 255 for part in parts):
+        raise ArchiveError("a name leads out of the archive")
+    return raw
+
+
+def _make(source: BinaryIO, path: bytes, mode: int, size: int) -> None:
+    if stat.S_ISDIR(mode):
+        if size:
+            raise ArchiveError("a folder with content of its own")
+        os.mkdir(path, 0o755)
+        return
+    if not stat.S_ISREG(mode):
+        raise ArchiveError("something that is neither file nor folder")
+    # O_EXCL: nothing that the archive made before, a link above all, can be written through.
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755 if mode & 0o111 else 0o644)
+    with os.fdopen(fd, "wb") as file:
+        left = size
+        while left:
+            chunk = _exactly(source, min(left, 1 << 20))
+            file.write(chunk)
+            left -= len(chunk)
+    _exactly(source, -size % 4)
+
+
+def _exactly(source: BinaryIO, size: int) -> bytes:
+    data = source.read(size)
+    if len(data) != size:
+        raise ArchiveError("it ends too early")
+    return data

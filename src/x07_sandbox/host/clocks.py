@@ -1,0 +1,41 @@
+"""Time: deadlines on a monotonic clock, wall time for records only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def unix_ms() -> int:
+    """Wall clock in milliseconds since 1970; for records and labels, never for a decision."""
+    return time.time_ns() // 1_000_000
+
+
+def unix_ns() -> int:
+    """Wall clock in nanoseconds since 1970: what a guest's clock is set to."""
+    return time.time_ns()
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A point in time that nested calls share.
+
+    at: seconds on the clock's scale.
+    """
+
+    at: float
+    clock: Callable[[], float] = time.monotonic
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        """The deadline *seconds* from now."""
+        return cls(time.monotonic() + seconds)
+
+    def left_s(self) -> float:
+        """Seconds left, 0.0 when it has passed."""
+        return max(0.0, self.at - self.clock())
+
+    def passed(self) -> bool:
+        """Whether it has passed."""
+        return self.clock() >= self.at

@@ -1,0 +1,96 @@
+"""Where state and caches live, and how their folders are made: ours, private, no link on the way."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from x07_sandbox.errors import HostError
+
+
+def cache_dir() -> Path:
+    """Images, templates and artifacts: X07_VM_CACHE_DIR, else XDG_CACHE_HOME/x07-sandbox, else ~/.cache/x07-sandbox."""
+    if named := os.environ.get("X07_VM_CACHE_DIR"):
+        return _absolute(named, "X07_VM_CACHE_DIR")
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return _absolute(xdg, "XDG_CACHE_HOME") / "x07-sandbox"
+    return _home() / ".cache" / "x07-sandbox"
+
+
+def state_dir() -> Path:
+    """Job records: X07_VM_STATE_DIR, else ~/.x07/vm/jobs."""
+    if named := os.environ.get("X07_VM_STATE_DIR"):
+        return _absolute(named, "X07_VM_STATE_DIR")
+    return _home() / ".x07" / "vm" / "jobs"
+
+
+def _absolute(value: str, name: str) -> Path:
+    path = Path(value)
+    if not path.is_absolute():
+        raise HostError(f"cannot use {name}", f"{value!r} is not an absolute path", f"Set {name} to an absolute path")
+    return path
+
+
+def _home() -> Path:
+    home = os.environ.get("HOME")
+    if not home:
+        raise HostError("no place for state and images", "HOME is not set", "Set HOME, or X07_VM_STATE_DIR and X07_VM_CACHE_DIR")
+    return _absolute(home, "HOME")
+
+
+def private_dir(path: Path) -> Path:
+    """Make *path* (and what is missing above it) with mode 0700, and check that it is ours alone.
+
+    Every component is opened without following links, so that nobody can lead us elsewhere. The last
+    folder must belong to the effective uid and be closed to group and others; folders above it must
+    belong to that uid or to root and not be writable by others, but for sticky ones like /tmp.
+    Raises HostError.
+    """
+    if not path.is_absolute() or ".." in path.parts:
+        raise HostError(f"cannot use folder {path}", "it is not a plain absolute path", "Give an absolute path without '..'")
+    fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for depth, part in enumerate(path.parts[1:], start=1):
+            here = Path(*path.parts[: depth + 1])
+            made = _mkdir(fd, part, here)
+            child = _open_folder(fd, part, here)
+            os.close(fd)
+            fd = child
+            _check_owner(os.fstat(fd), here, last=here == path, made=made)
+    finally:
+        os.close(fd)
+    return path
+
+
+def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
+    try:
+        os.mkdir(part, 0o700, dir_fd=dir_fd)
+    except FileExistsError:
+        return False
+    except OSError as exc:
+        raise HostError(f"cannot make folder {here}", exc.strerror or str(exc), "Choose a folder that you can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR") from exc
+    return True
+
+
+def _open_folder(dir_fd: int, part: str, here: Path) -> int:
+    try:
+        return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    except OSError as exc:
+        raise HostError(f"cannot use folder {here}", f"it is a link or no folder ({exc.strerror})", "Name the real folder instead of the link") from exc
+
+
+def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) -> None:
+    uid = os.geteuid()
+    if last and not made and (info.st_uid != uid or info.st_mode & 0o077):
+        raise HostError(
+            f"cannot use folder {here}",
+            f"it belongs to uid {info.st_uid} with mode {stat.S_IMODE(info.st_mode):04o}, and must be yours with mode 0700",
+            f"Run chmod 0700 on it, or choose another folder",
+        )
+    if info.st_uid not in {0, uid} or (info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX):
+        raise HostError(
+            f"cannot use folder {here}",
+            f"others can change it (uid {info.st_uid}, mode {stat.S_IMODE(info.st_mode):04o})",
+            "Choose a folder below one that only you or root can write",
+        )

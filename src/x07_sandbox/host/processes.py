@@ -1,0 +1,101 @@
+"""Processes by identity: a number is reused, a number with its start time and boot is not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def boot_id() -> str:
+    """This boot of the kernel (random(4): /proc/sys/kernel/random/boot_id)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def pid_namespace() -> str:
+    """The pid namespace in which our numbers mean something."""
+    return str(Path("/proc/self/ns/pid").readlink())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """One process of one boot.
+
+    start_ticks: field 22 of proc(5) stat, clock ticks since boot.
+    """
+
+    pid: int
+    start_ticks: int
+
+
+def identify(pid: int) -> Identity | None:
+    """The identity of a live process; None when there is none of that number."""
+    fields = _stat_fields(pid)
+    return None if fields is None else Identity(pid=pid, start_ticks=int(fields[19]))
+
+
+def cpu_ticks(pid: int) -> int:
+    """User and system time of a process so far, in clock ticks; 0 when it is gone."""
+    fields = _stat_fields(pid)
+    return 0 if fields is None else int(fields[11]) + int(fields[12])
+
+
+def _stat_fields(pid: int) -> list[str] | None:
+    """Fields 3 and up of /proc/PID/stat: the name before them may hold anything."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return text.rpartition(")")[2].split()
+
+
+def carries_mark(pid: int, mark: str) -> bool:
+    """Whether a process has *mark*, which only our launcher sets, among its arguments."""
+    try:
+        return mark.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def is_alive(identity: Identity) -> bool:
+    """Whether that very process still exists and is no zombie."""
+    fields = _stat_fields(identity.pid)
+    return fields is not None and int(fields[19]) == identity.start_ticks and fields[0] not in {"Z", "X"}
+
+
+def kill_identity(identity: Identity, mark: str) -> bool:
+    """SIGKILL that very process, through a pidfd, if number, start time and mark agree; whether it was signalled."""
+    try:
+        pidfd = os.pidfd_open(identity.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        # Checked after the pidfd is held: from here on the number cannot come to mean another process.
+        if not is_alive(identity) or not carries_mark(identity.pid, mark):
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        return True
+    finally:
+        os.close(pidfd)
+
+
+def wait_gone(identity: Identity, timeout_s: float) -> bool:
+    """Wait until that process has ended, at most *timeout_s*; whether it has."""
+    try:
+        pidfd = os.pidfd_open(identity.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        if not is_alive(identity):
+            return True
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(max(0, int(timeout_s * 1000))))
+    finally:
+        os.close(pidfd)

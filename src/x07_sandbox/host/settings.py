@@ -1,0 +1,58 @@
+"""Every number of the tool that a policy does not decide, in one table (DESIGN 10)."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from x07_sandbox.errors import UsageError
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+OUTPUT_MAX_BYTES: Final = 64 * MIB  # per stream
+ARTIFACT_MAX_BYTES: Final = 256 * MIB
+SOURCE_MAX_BYTES: Final = 64 * MIB
+INPUT_MAX_BYTES: Final = 2 * GIB
+CONSOLE_MAX_BYTES: Final = 64 * KIB
+STDERR_MAX_BYTES: Final = 64 * KIB  # of the VMM itself
+
+QUEUE_S: Final = 600.0
+BOOT_S: Final = 30.0
+COPY_IN_S: Final = 60.0
+CHANGES_OUT_S: Final = 60.0
+KVM_PROOF_S: Final = 5.0
+CLEANUP_MS: Final = 30_000
+
+BUILD_WALL_MS: Final = 300_000
+BUILD_CPU_MS: Final = 300_000
+BUILD_MEM_BYTES: Final = 2 * GIB
+BUILD_TASKS: Final = 256
+BUILD_FDS: Final = 1024
+
+SCRATCH_BYTES: Final = 8 * GIB
+TMP_SHARE: Final = 4  # /tmp may hold a quarter of the memory limit
+
+
+def allowance_ms() -> int:
+    """Time that a job may take besides its program's own: queue, boot, copy in, changes out."""
+    return int((QUEUE_S + BOOT_S + COPY_IN_S + CHANGES_OUT_S) * 1000)
+
+
+def grace_ms(wall_ms: int) -> int:
+    """Time between asking a program to end and killing it (facts of upstream: min(1000, max(1, wall/10)))."""
+    return min(1000, max(1, wall_ms // 10))
+
+
+def flag_from_environment(name: str) -> bool:
+    """A boolean variable of the tool's: 1 true TRUE yes YES, or 0 false FALSE no NO, or unset.
+
+    Raises UsageError for anything else, so that a typing error never weakens a promise.
+    """
+    value = os.environ.get(name, "").strip()
+    if value in {"1", "true", "TRUE", "yes", "YES"}:
+        return True
+    if value in {"", "0", "false", "FALSE", "no", "NO"}:
+        return False
+    raise UsageError(f"cannot use {name}", f"{value!r} is neither 1 nor 0", f"Set {name} to 1 or 0, or unset it")

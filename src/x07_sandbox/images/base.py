@@ -1,0 +1,272 @@
+"""The first stage of an image: root file system, kernel and modules, from the host's package sources.
+
+It takes half a minute and the network, so it is kept and shared by all images of the same recipe,
+architecture, suite and packages; our own code comes in the second stage (boot.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.images import commands, kernel, manifest, recipe, scratch, sources
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from x07_sandbox.host.arch import Arch
+
+BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
+MMDEBSTRAP_TIMEOUT_S = 1800.0
+NEEDED_BYTES = 2 * 1024**3  # the tree, its tar file and the packages, all there at the same time
+SHARED = Path("/var/tmp")  # noqa: S108 - only a new folder of a random name is made in it
+PLACE_FILE = "mmdebstrap-folder"
+TAR_FILE = "root.tar"
+
+
+class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """base.json. boot and net: module files in loading order."""
+
+    schema_version: str
+    kernel_release: str
+    kernel: manifest.Part
+    root: manifest.Part
+    scratch: manifest.Part
+    scratch_disk: manifest.ScratchDisk
+    boot: list[manifest.Part]
+    net: list[manifest.Part]
+    packages: list[manifest.Package]
+
+    @property
+    def digest(self) -> str:
+        """What this base is, for the manifest of an image."""
+        return hashlib.sha256(manifest.canonical(msgspec.to_builtins(self))).hexdigest()
+
+
+def base_key(arch: Arch, suite: str, include: Sequence[str]) -> str:
+    """The name of the base folder's kind."""
+    return hashlib.sha256(manifest.canonical([recipe.RECIPE, arch.deb, suite, list(include)])).hexdigest()[:32]
+
+
+def read_base(folder: Path) -> Base | None:
+    """The base in *folder*, or None where there is none of this format; every file is there with its size."""
+    try:
+        with (folder / "base.json").open("rb") as file:
+            base = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=Base)
+        whole = all(
+            (folder / part.file).lstat().st_size == part.bytes
+            for part in (base.kernel, base.root, base.scratch, *base.boot, *base.net)
+        )
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return base if whole and base.schema_version == BASE_SCHEMA else None
+
+
+def make_base(work: Path, arch: Arch, suite: str, include: Sequence[str], progress: Callable[[str], None]) -> Path:
+    """A finished base folder below *work*, ready to be renamed to its place. Raises SandboxError."""
+    for name in ("mmdebstrap", "mkfs.erofs", "mke2fs", "dpkg-deb", "zstd", "apt-config", "bwrap"):
+        commands.tool(name)
+    found = sources.host_sources(suite, arch.deb, note=progress)
+    (work / "build.sources").write_text("\n".join(source.stanza() for source in found))
+    progress(f"fetching and unpacking {suite} packages")
+    _mmdebstrap(work, arch, suite, include, progress)
+    progress("taking the kernel apart")
+    with (work / "kernel.tar").open("wb") as tar:
+        commands.run(
+            [commands.tool("dpkg-deb"), "--fsys-tarfile", str(work / "kernel.deb")],
+            cwd=work,
+            timeout_s=120,
+            stdout_fd=tar.fileno(),
+        )
+    parts = kernel.read_package(work / "kernel.tar", functools.partial(_unzstd))
+    progress("making the root file system")
+    folder = work / "base"
+    folder.mkdir(mode=0o700)
+    argv = [
+        commands.tool("mkfs.erofs"),
+        "--quiet",
+        *recipe.EROFS_OPTIONS,
+        f"-T{commands.EPOCH}",
+        "-U",
+        recipe.EROFS_UUID,
+    ]
+    commands.run([*argv, "--tar=f", str(folder / "root.erofs"), str(work / TAR_FILE)], cwd=work, timeout_s=600)
+    (work / TAR_FILE).unlink()
+    head, disk = scratch.make_head(work)
+    base = Base(
+        schema_version=BASE_SCHEMA,
+        kernel_release=parts.release,
+        kernel=put(folder, "vmlinux", parts.vmlinux),
+        root=part_of(folder, "root.erofs"),
+        scratch=put(folder, "scratch.head", head),
+        scratch_disk=disk,
+        boot=[put(folder, f"{number:02}-{name}.ko".lower(), data) for number, (name, data) in enumerate(parts.boot)],
+        net=[put(folder, f"net-{number:02}-{name}.ko".lower(), data) for number, (name, data) in enumerate(parts.net)],
+        packages=_packages(work),
+    )
+    put(folder, "base.json", msgspec.json.format(msgspec.json.encode(base), indent=2))
+    return folder
+
+
+def _mmdebstrap(work: Path, arch: Arch, suite: str, include: Sequence[str], progress: Callable[[str], None]) -> None:
+    settings = sources.fetch_settings(commands.capture([commands.tool("apt-config"), "dump"]).decode(errors="replace"))
+    # Names and passwords for a private mirror; apt reads them on the host and they never enter the tree.
+    for option, path in (
+        ("Dir::Etc::netrc", Path("/etc/apt/auth.conf")),
+        ("Dir::Etc::netrcparts", Path("/etc/apt/auth.conf.d")),
+    ):
+        if os.access(path, os.R_OK):
+            settings.append(f'{option} "{path}";')
+    with _tree_place(work) as place:
+        argv = [*launcher(), "--format=tar"]
+        argv += recipe.mmdebstrap_options(arch, include, str(work / "kernel.deb"), str(work / "dpkg-status"))
+        argv += [f"--aptopt={setting}" for setting in settings]
+        # The tar file goes through a descriptor: in unshare mode other uids write it, and no folder opens to them.
+        with (work / TAR_FILE).open("wb") as tar:
+            # The lock goes with the descriptor to mmdebstrap's processes: see remove_work.
+            fcntl.flock(tar, fcntl.LOCK_EX)
+            commands.run(
+                [*argv, suite, "-", str(work / "build.sources")],
+                cwd=place,
+                timeout_s=MMDEBSTRAP_TIMEOUT_S,
+                extra_env={"TMPDIR": str(place)},
+                stdout_fd=tar.fileno(),
+                on_line=lambda line: progress(line[3:]) if line.startswith("I: ") else None,
+            )
+
+
+def launcher() -> list[str]:
+    """How mmdebstrap is started and gets the rights that it needs.
+
+    As root it mounts /proc and the like where everybody sees it, and leaves that behind when killed: so it
+    gets namespaces of its own, which end with their first process. In unshare mode it makes them itself.
+    """
+    if os.geteuid() == 0:
+        own = [commands.tool("unshare"), "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "--"]
+        return [*own, commands.tool("mmdebstrap"), "--mode=root"]
+    commands.tool("newuidmap")
+    return [commands.tool("mmdebstrap"), "--mode=unshare"]
+
+
+@contextlib.contextmanager
+def _tree_place(work: Path) -> Iterator[Path]:
+    """A folder for mmdebstrap's tree, removed in the end; *work* remembers it for the build after a killed one.
+
+    As root it lies in *work*. In unshare mode the tree belongs to the user's sub-uids, who cannot pass the
+    private folders above *work*: then it is a folder in /var/tmp that they may pass and not list.
+    """
+    # The name cannot be guessed, and mkdir fails if it is there.
+    place = work / "tree" if os.geteuid() == 0 else SHARED / f"x07-image-{secrets.token_hex(8)}"
+    (work / PLACE_FILE).write_text(str(place))
+    place.mkdir(mode=0o700)
+    try:
+        place.chmod(0o711)
+        _check_space(place)
+        _check_space(work)
+        yield place
+    finally:
+        remove_place(place)
+
+
+def remove_work(work: Path, progress: Callable[[str], None]) -> None:
+    """Remove a build's folder, also one of a build that was killed, once none of its processes is left."""
+    with file_lock(work / TAR_FILE, on_wait=lambda: progress("waiting for the rest of a killed build to end")):
+        place = work / PLACE_FILE
+        if place.exists():
+            remove_place(Path(place.read_text()))
+        remove_tree(work)
+
+
+def remove_place(place: Path) -> None:
+    """Remove mmdebstrap's folder with what a killed one left in it. Raises ImageError."""
+    try:
+        entries = list(place.iterdir())
+    except FileNotFoundError:
+        return
+    foreign = [entry for entry in entries if entry.lstat().st_uid != os.geteuid()]
+    if foreign:
+        # A tree of the sub-uids: they may empty it, and only we may then take the empty folder out of ours.
+        helper = [commands.tool("mmdebstrap"), "--unshare-helper", commands.tool("find"), *map(str, foreign)]
+        commands.run([*helper, "-xdev", "-mindepth", "1", "-delete"], cwd=place, timeout_s=120)
+        for entry in foreign:
+            entry.rmdir()
+    remove_tree(place)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a whole tree, but never into something mounted there. Raises ImageError."""
+    below = f"{folder}/".encode()
+    with Path("/proc/self/mountinfo").open("rb") as file:
+        if any(line.split()[4].startswith(below) for line in file):
+            raise ImageError(
+                f"cannot remove {folder}",
+                "something is still mounted below it",
+                "Unmount it (see findmnt), then try again",
+            )
+    shutil.rmtree(folder)
+
+
+def _check_space(folder: Path) -> None:
+    info = os.statvfs(folder)
+    free = info.f_bavail * info.f_frsize
+    if free < NEEDED_BYTES:
+        raise HostError(
+            "cannot build the guest image",
+            f"{folder.parent} has {free // 1024**2} MiB free, and a build needs {NEEDED_BYTES // 1024**2}",
+            "Free some space, or set X07_VM_CACHE_DIR to a larger disk",
+        )
+
+
+def _unzstd(data: bytes) -> bytes:
+    return commands.capture([commands.tool("zstd"), "-dcq"], data=data, max_bytes=kernel.MAX_KERNEL_BYTES)
+
+
+def _packages(work: Path) -> list[manifest.Package]:
+    """What dpkg says is installed, and the kernel, which is not installed but taken apart."""
+    packages = [
+        manifest.Package(name=stanza["Package"], version=stanza["Version"], arch=stanza["Architecture"])
+        for stanza in sources.parse_deb822((work / "dpkg-status").read_text(errors="replace"))
+        if stanza.get("Status", "").endswith(" installed")
+    ]
+    shown = commands.capture(
+        [
+            commands.tool("dpkg-deb"),
+            "--show",
+            "--showformat=${Package} ${Version} ${Architecture}",
+            str(work / "kernel.deb"),
+        ]
+    )
+    name, version, arch = shown.decode().split()
+    packages.append(manifest.Package(name=name, version=version, arch=arch))
+    return sorted(packages, key=lambda package: (package.name, package.arch))
+
+
+def put(folder: Path, name: str, data: bytes) -> manifest.Part:
+    """Write a new file of an image: complete on disk, read-only."""
+    path = folder / name
+    with path.open("xb") as file:
+        file.write(data)
+    return part_of(folder, name)
+
+
+def part_of(folder: Path, name: str) -> manifest.Part:
+    """Hash, sync and close a finished file of an image."""
+    path = folder / name
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fchmod(file.fileno(), stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
+        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+    return manifest.Part(file=name, sha256=digest, bytes=size)

@@ -1,0 +1,167 @@
+"""Outside commands of the image build: found by name, explicit environment, bounded log, killed as a group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from x07_sandbox.errors import HostError, ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+SEARCH = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
+PACKAGES = {
+    "apt-config": "apt",
+    "bwrap": "bubblewrap",
+    "dpkg-deb": "dpkg",
+    "find": "findutils",
+    "fsck.erofs": "erofs-utils",
+    "mkfs.erofs": "erofs-utils",
+    "mke2fs": "e2fsprogs",
+    "mmdebstrap": "mmdebstrap",
+    "newuidmap": "uidmap",
+    "setpriv": "util-linux",
+    "unshare": "util-linux",
+    "zstd": "zstd",
+}
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+EPOCH = 1735689600  # the one date in every image: 1 January 2025
+LOG_BYTES = 64 * 1024
+ERROR_LINES = 12
+GRACE_S = 10.0  # mmdebstrap unmounts and removes its tree after SIGTERM
+
+
+def tool(name: str) -> str:
+    """The absolute path of a command in PACKAGES. Raises HostError naming its package."""
+    for folder in SEARCH:
+        path = f"{folder}/{name}"
+        if os.access(path, os.X_OK):
+            return path
+    package = PACKAGES[name]
+    raise HostError("cannot build the guest image", f"the command {name} is missing", f"Run apt install {package}")
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The whole environment of a build command: nothing of the caller's but HOME and the proxies that apt reads."""
+    env = {"PATH": ":".join(SEARCH), "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH)}
+    env |= {name: os.environ[name] for name in ("HOME", *PROXIES) if name in os.environ}
+    return env | dict(extra or {})
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    timeout_s: float,
+    extra_env: Mapping[str, str] | None = None,
+    stdout_fd: int | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> None:
+    """Run *argv* to its end; its last lines are in the error if it fails.
+
+    stdout_fd: where standard output goes, lent; None puts it into the log with standard error.
+    on_line: called with each line of the log as it comes.
+    The command is killed when the calling thread dies, so a killed build does not go on alone.
+    Raises ImageError on a status other than 0 and after timeout_s seconds.
+    """
+    proc = subprocess.Popen(
+        [tool("setpriv"), "--pdeathsig", "KILL", "--", *argv],
+        cwd=cwd,
+        env=environment(extra_env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if stdout_fd is None else stdout_fd,
+        stderr=subprocess.STDOUT if stdout_fd is None else subprocess.PIPE,
+        process_group=0,
+        umask=0o022,
+    )
+    log = bytearray()
+    try:
+        pipe = proc.stdout if stdout_fd is None else proc.stderr
+        assert pipe is not None  # noqa: S101 - for the type checker
+        with pipe:
+            in_time = _drain(pipe.fileno(), log, on_line, time.monotonic() + timeout_s)
+        if in_time:
+            proc.wait()
+    finally:
+        _end(proc)
+    if not in_time:
+        raise ImageError(
+            f"cannot build the guest image with {Path(argv[0]).name}",
+            f"not done after {timeout_s:.0f} s",
+            "Look at the network, then try again",
+        )
+    if proc.returncode:
+        raise ImageError(
+            f"cannot build the guest image: {Path(argv[0]).name} ended with status {proc.returncode}",
+            _tail(log),
+            "See its last lines above, then try again",
+        )
+
+
+def _drain(fd: int, log: bytearray, on_line: Callable[[str], None] | None, until: float) -> bool:
+    """Read *fd* to its end into *log*, which keeps the last LOG_BYTES; False when the time is over."""
+    line = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        while True:
+            left_s = until - time.monotonic()
+            if left_s <= 0 or not selector.select(left_s):
+                return False
+            chunk = os.read(fd, 65536)
+            if not chunk:
+                return True
+            log += chunk
+            del log[:-LOG_BYTES]
+            *whole, line = (line + chunk).split(b"\n")
+            line = line[-LOG_BYTES:]
+            if on_line is not None:
+                for text in whole:
+                    on_line(text.decode(errors="replace"))
+
+
+def _tail(log: bytearray) -> str:
+    lines = [line for line in log.decode(errors="replace").splitlines() if line.strip()]
+    return "\n  " + "\n  ".join(lines[-ERROR_LINES:]) if lines else "it said nothing"
+
+
+def _end(proc: subprocess.Popen[bytes]) -> None:
+    """Leave nothing of the command's group running, whatever happened before."""
+    if proc.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(proc.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            proc.wait(GRACE_S)
+        if proc.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(proc.pid, signal.SIGKILL)
+            proc.wait()
+
+
+def capture(argv: Sequence[str], *, data: bytes | None = None, max_bytes: int = 64 * 1024 * 1024) -> bytes:
+    """Standard output of a short command. Raises ImageError if it fails or says more than max_bytes."""
+    try:
+        done = subprocess.run(
+            argv,
+            input=data,
+            stdin=subprocess.DEVNULL if data is None else None,
+            env=environment(),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as exc:
+        raise ImageError(
+            f"cannot build the guest image with {Path(argv[0]).name}", "not done after 60 s", "Try again"
+        ) from exc
+    if done.returncode or len(done.stdout) > max_bytes:
+        raise ImageError(
+            f"cannot build the guest image with {Path(argv[0]).name}", _tail(bytearray(done.stderr)), "Try again"
+        )
+    return done.stdout

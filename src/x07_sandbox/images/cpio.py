@@ -1,0 +1,66 @@
+"""The newc cpio archive that the kernel unpacks as initramfs: same entries, same bytes."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MAX_FILE_BYTES = 0xFFFFFFFF  # the size field has eight hexadecimal digits; past it the archive would be silently wrong
+TRAILER = "TRAILER!!!"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file or folder; mode holds the type too (stat.S_IFREG or stat.S_IFDIR)."""
+
+    name: str
+    mode: int
+    data: bytes = b""
+
+
+def folder(name: str, mode: int = 0o755) -> Entry:
+    """An entry for a folder."""
+    return Entry(name, stat.S_IFDIR | mode)
+
+
+def file(name: str, data: bytes, mode: int = 0o444) -> Entry:
+    """An entry for a regular file."""
+    return Entry(name, stat.S_IFREG | mode, data)
+
+
+def pack(entries: Sequence[Entry]) -> bytes:
+    """The archive, in the order given: owner root, no time, inode numbers counted from 1.
+
+    Raises ValueError for a name that is empty, absolute or twice there, and for a file over MAX_FILE_BYTES.
+    """
+    out = bytearray()
+    seen: set[str] = set()
+    for inode, entry in enumerate([*entries, Entry(TRAILER, 0)], start=1):
+        if not entry.name or entry.name.startswith("/") or "\0" in entry.name or entry.name in seen:
+            raise ValueError(f"bad name in archive: {entry.name!r}")
+        seen.add(entry.name)
+        out += _header(inode, entry)
+        out += entry.name.encode() + b"\0"
+        out += b"\0" * (-len(out) % 4)
+        out += entry.data
+        out += b"\0" * (-len(out) % 4)
+    return bytes(out)
+
+
+def _header(inode: int, entry: Entry) -> bytes:
+    size = check_size(entry.name, len(entry.data))
+    links = 2 if stat.S_ISDIR(entry.mode) else 1
+    # inode mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check
+    fields = (inode, entry.mode, 0, 0, links, 0, size, 0, 0, 0, 0, len(entry.name.encode()) + 1, 0)
+    return b"070701" + b"".join(b"%08X" % field for field in fields)
+
+
+def check_size(name: str, size: int) -> int:
+    """*size* if the format can hold it. Raises ValueError."""
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{name} has {size} bytes, and a file in an initramfs at most {MAX_FILE_BYTES}")
+    return size

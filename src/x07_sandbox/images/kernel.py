@@ -1,0 +1,215 @@
+"""Debian's kernel package taken apart: the ELF inside bzImage, and the modules in the order of loading.
+
+The bzImage header is that of the kernel's Documentation/arch/x86/boot.rst, protocol 2.08 and newer.
+"""
+
+from __future__ import annotations
+
+import lzma
+import re
+import struct
+import tarfile
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from x07_sandbox.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+HEADER_BYTES = 0x250
+SIZE_BYTES = 4
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+MAX_KERNEL_BYTES = 512 * 1024 * 1024
+MAX_MODULE_BYTES = 64 * 1024 * 1024
+# What init needs before it can reach the root file system, and what every job mounts.
+BOOT_MODULES = (
+    "libcrc32c",
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_pci",
+    "virtio_rng",
+    "erofs",
+    "overlay",
+    "ext4",
+    "virtio_console",
+)
+# What a job with a network policy loads: the rules of the in-guest relay.
+NET_MODULES = (
+    "nfnetlink",
+    "nfnetlink_queue",
+    "nf_tables",
+    "nft_queue",
+    "nft_tproxy",
+    "nft_socket",
+    "nf_tproxy_ipv4",
+    "nf_tproxy_ipv6",
+    "nf_socket_ipv4",
+    "nf_socket_ipv6",
+    "nf_defrag_ipv4",
+    "nf_defrag_ipv6",
+    "nf_conntrack",
+    "nft_ct",
+    "nft_reject",
+    "nf_reject_ipv4",
+    "nf_reject_ipv6",
+    "nft_reject_ipv4",
+    "nft_reject_ipv6",
+    "nft_reject_inet",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """A kernel package: its version, the ELF image, and (name, bytes) of the modules in loading order."""
+
+    release: str
+    vmlinux: bytes
+    boot: tuple[tuple[str, bytes], ...]
+    net: tuple[tuple[str, bytes], ...]
+
+
+def payload(image: bytes) -> tuple[bytes, int]:
+    """The zstd stream of a bzImage and the size that it unpacks to. Raises ImageError."""
+    if len(image) < HEADER_BYTES or image[0x202:0x206] != b"HdrS":
+        raise _bad("it is no bzImage")
+    setup_sectors = image[0x1F1] or 4
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    body = image[start : start + length]
+    if length < len(ZSTD_MAGIC) + SIZE_BYTES or len(body) != length:
+        raise _bad("its header points outside the file")
+    if body[:4] != ZSTD_MAGIC:
+        raise _bad("its payload is not zstd")
+    # The build appends the unpacked size, which is not part of the stream.
+    (size,) = struct.unpack("<I", body[-SIZE_BYTES:])
+    if size > MAX_KERNEL_BYTES:
+        raise _bad(f"it says that it unpacks to {size} bytes")
+    return body[:-SIZE_BYTES], size
+
+
+def vmlinux(image: bytes, unzstd: Callable[[bytes], bytes]) -> bytes:
+    """The ELF kernel inside a bzImage. Raises ImageError if it is not what the header promised."""
+    packed, size = payload(image)
+    elf = unzstd(packed)
+    if elf[:4] != b"\x7fELF" or len(elf) != size:
+        raise _bad("what it unpacks to is no ELF file of the promised size")
+    return elf
+
+
+def modinfo(module: bytes) -> dict[str, str]:
+    """The .modinfo section of a module: the last value of each key. Raises ImageError."""
+    try:
+        if module[:6] != b"\x7fELF\x02\x01":
+            raise _bad_module("it is no little-endian 64-bit ELF file")
+        (table,) = struct.unpack_from("<Q", module, 0x28)
+        entry_size, count, names_index = struct.unpack_from("<HHH", module, 0x3A)
+        sections = [struct.unpack_from("<IIQQQQ", module, table + i * entry_size) for i in range(count)]
+        names_at = sections[names_index][4]
+        for name, _kind, _flags, _address, offset, size in sections:
+            if module[names_at + name : names_at + name + 9] == b".modinfo\0":
+                fields = (field.partition(b"=") for field in module[offset : offset + size].split(b"\0") if field)
+                return {key.decode(errors="replace"): value.decode(errors="replace") for key, _, value in fields}
+    except (struct.error, IndexError) as exc:
+        raise _bad_module("its section table is damaged") from exc
+    raise _bad_module("it has no .modinfo section")
+
+
+def load_order(
+    wanted: Iterable[str], depends: Mapping[str, Iterable[str]], built_in: frozenset[str] = frozenset()
+) -> list[str]:
+    """*wanted* and all that they need, each after what it needs, in a fixed order.
+
+    depends: module -> the modules that it needs. Names are those the kernel shows, with underscores.
+    Raises ImageError for a name that is neither a module nor built in, and for a circle.
+    """
+    order: list[str] = []
+    open_names: list[str] = []
+
+    def visit(name: str) -> None:
+        if name in order or (name in built_in and name not in depends):
+            return
+        if name in open_names:
+            raise _bad_module(f"modules need each other in a circle: {' '.join([*open_names, name])}")
+        if name not in depends:
+            raise _bad_module(f"there is no module {name}")
+        open_names.append(name)
+        for needed in sorted(depends[name]):
+            visit(needed)
+        open_names.pop()
+        order.append(name)
+
+    for name in wanted:
+        visit(name)
+    return order
+
+
+def read_package(tar_path: Path, unzstd: Callable[[bytes], bytes]) -> Kernel:
+    """The kernel in the file tree of a linux-image package, as unpacked to a tar file. Raises ImageError."""
+    with tarfile.open(tar_path, "r:") as tar:
+        members = {member.name.removeprefix("./"): member for member in tar if member.isfile()}
+
+        def read(name: str) -> bytes:
+            file = tar.extractfile(members[name])
+            assert file is not None  # noqa: S101 - only regular files are in members
+            return file.read(MAX_KERNEL_BYTES)
+
+        images = [name for name in members if name.startswith("boot/vmlinuz-")]
+        if len(images) != 1:
+            raise _bad(f"the package holds {len(images)} kernels")
+        release = images[0].removeprefix("boot/vmlinuz-")
+        files = {
+            module_name(name): name
+            for name in members
+            if f"lib/modules/{release}/" in name and re.search(r"\.ko(\.xz)?$", name)
+        }
+        built_in_files = [name for name in members if name.endswith(f"lib/modules/{release}/modules.builtin")]
+        built_in = frozenset(module_name(line) for name in built_in_files for line in read(name).decode().splitlines())
+        loaded: dict[str, bytes] = {}
+        depends: dict[str, list[str]] = {}
+        pending = [*BOOT_MODULES, *NET_MODULES]
+        # The package ships no modules.dep (depmod makes it on the machine), so read what it is made from.
+        while pending:
+            name = pending.pop()
+            if name in loaded or name not in files:
+                continue
+            loaded[name] = _unxz(read(files[name])) if files[name].endswith(".xz") else read(files[name])
+            depends[name] = [
+                module_name(needed) for needed in modinfo(loaded[name]).get("depends", "").split(",") if needed
+            ]
+            pending += depends[name]
+        boot = load_order(BOOT_MODULES, depends, built_in)
+        net = [name for name in load_order(NET_MODULES, depends, built_in) if name not in boot]
+        return Kernel(
+            release=release,
+            vmlinux=vmlinux(read(images[0]), unzstd),
+            boot=tuple((name, loaded[name]) for name in boot),
+            net=tuple((name, loaded[name]) for name in net),
+        )
+
+
+def module_name(path: str) -> str:
+    """The kernel's name for a module file."""
+    return re.sub(r"\.ko(\.xz)?$", "", path.rpartition("/")[2]).replace("-", "_")
+
+
+def _unxz(data: bytes) -> bytes:
+    unpacker = lzma.LZMADecompressor(memlimit=256 * 1024 * 1024)
+    try:
+        module = unpacker.decompress(data, max_length=MAX_MODULE_BYTES)
+    except lzma.LZMAError as exc:
+        raise _bad_module(f"it cannot be unpacked ({exc})") from exc
+    if not unpacker.eof:
+        raise _bad_module("it is cut short or too large")
+    return module
+
+
+def _bad(why: str) -> ImageError:
+    return ImageError("cannot use the kernel package", why, "Build the image on a Debian release that x07 knows (13)")
+
+
+def _bad_module(why: str) -> ImageError:
+    return ImageError(
+        "cannot use a kernel module of the package", why, "Build the image on a Debian release that x07 knows (13)"
+    )

@@ -1,0 +1,153 @@
+"""manifest.json of a guest image: the typed model, its one encoding, and the digest over it.
+
+No name, no host, no time of build is in it, so that two builds from the same inputs are the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any
+
+import msgspec
+import msgspec.structs
+
+from x07_sandbox.errors import ImageError
+
+SCHEMA = "x07.sandbox.image@0.1.0"
+NO_DIGEST = "sha256:" + "0" * 64  # of a draft, until sealed() puts the true one there
+MAX_BYTES = 4 * 1024 * 1024
+
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 42)]
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One file of the image."""
+
+    file: FileName
+    sha256: Sha256
+    bytes: Size
+
+
+class Parts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The files that a virtual machine is started from."""
+
+    kernel: Part
+    initrd: Part
+    root: Part
+    scratch: Part
+
+    def all(self) -> tuple[Part, Part, Part, Part]:
+        """In a fixed order."""
+        return (self.kernel, self.initrd, self.root, self.scratch)
+
+
+class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The next *bytes* of the scratch part belong at *offset* of the disk."""
+
+    offset: Size
+    bytes: Size
+
+
+class ScratchDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a scratch disk is made: *bytes* of zeros, with the pieces of the scratch part written into them."""
+
+    bytes: Size
+    pieces: list[Piece]
+
+
+class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An installed package, as dpkg knows it; the kernel's is among them."""
+
+    name: str
+    version: str
+    arch: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All that is known of an image.
+
+    digest: "sha256:" and the sha256 of the canonical JSON of everything else.
+    base: digest of the first stage (root file system, kernel, modules); guest_code: of our code in it.
+    filters: seccomp filters by name.
+    """
+
+    schema_version: str
+    digest: Annotated[str, msgspec.Meta(pattern="^sha256:[0-9a-f]{64}$")]
+    recipe: int
+    arch: str
+    suite: str
+    include: list[str]
+    base: Sha256
+    guest_code: Sha256
+    kernel_release: str
+    parts: Parts
+    scratch_disk: ScratchDisk
+    packages: list[Package]
+    filters: dict[str, Part]
+
+
+_decoder = msgspec.json.Decoder(Manifest, strict=True)
+
+
+def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value
+    """JSON with sorted keys and no spaces: one value, one byte string."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest_of(manifest: Manifest) -> str:
+    """What manifest.digest must be."""
+    fields = msgspec.to_builtins(manifest)
+    del fields["digest"]
+    return "sha256:" + hashlib.sha256(canonical(fields)).hexdigest()
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """*manifest* with its true digest."""
+    return msgspec.structs.replace(manifest, digest=digest_of(manifest))
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The file's bytes: sorted keys, two spaces, final newline."""
+    return json.dumps(msgspec.to_builtins(manifest), sort_keys=True, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """The manifest in *data*. Raises ImageError.
+
+    Refused are another schema, unknown fields, and a digest that is not that of the content.
+    """
+    if len(data) > MAX_BYTES:
+        raise _bad(where, f"it has more than {MAX_BYTES} bytes")
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+    except msgspec.MsgspecError as exc:
+        raise _bad(where, str(exc)) from exc
+    if version != SCHEMA:
+        raise ImageError(
+            f"cannot read {where}",
+            f"its format is {version[:80]!r}, and this x07 reads {SCHEMA}",
+            "Use the x07 that made it, or run x07 image build",
+        )
+    try:
+        manifest = _decoder.decode(data)
+    except msgspec.MsgspecError as exc:
+        raise _bad(where, str(exc)) from exc
+    files = [part.file for part in (*manifest.parts.all(), *manifest.filters.values())]
+    if len(set(files)) != len(files) or "manifest.json" in files:
+        raise _bad(where, "two parts are one file")
+    if sum(piece.bytes for piece in manifest.scratch_disk.pieces) != manifest.parts.scratch.bytes:
+        raise _bad(where, "the pieces of the scratch disk do not add up to its part")
+    if digest_of(manifest) != manifest.digest:
+        raise _bad(where, "its digest is not that of its content")
+    return manifest
+
+
+class _Version(msgspec.Struct):
+    schema_version: str
+
+
+def _bad(where: str, why: str) -> ImageError:
+    return ImageError(f"cannot use {where}", why, "Run x07 image build")

@@ -1,0 +1,100 @@
+"""What goes into the root file system: packages, and the hooks that mmdebstrap runs on the built tree.
+
+Bump RECIPE whenever a change here, in base.py, scratch.py or kernel.py changes what an image holds.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import TYPE_CHECKING
+
+from x07_sandbox.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from x07_sandbox.host.arch import Arch
+
+RECIPE = 1
+PACKAGES = ("ca-certificates", "g++", "gcc", "iproute2", "libc6-dev", "make", "nftables", "python3")
+JOB_ID = 65532  # uid and gid of the program; guest/confine uses the same
+EROFS_UUID = "00000000-0000-4000-8000-000000000006"
+# lz4hc costs 4 s once and saves a quarter of the size against lz4; zstd at a high level took six minutes.
+EROFS_OPTIONS = ("-zlz4hc,level=9", "-C65536")
+UNWANTED = ("man", "doc", "locale", "info", "lintian", "bug", "doc-base", "pixmaps")
+
+# Hooks get the tree as $1 and run with `set -eu`. They see no chroot network and leave nothing behind.
+ACCOUNTS = f"""
+printf 'x07:x:{JOB_ID}:{JOB_ID}:x07:/opt/x07:/bin/sh\\n' >> "$1/etc/passwd"
+printf 'x07:x:{JOB_ID}:\\n' >> "$1/etc/group"
+mkdir -p "$1/x07" "$1/opt/x07"
+chmod 0755 "$1/x07" "$1/opt/x07"
+"""
+# Debian's byte code carries times, and the times in an image are all one: it would be stale, and on a
+# read-only root be compiled anew at every start.
+BYTE_CODE = """
+chroot "$1" sh -c 'cd /usr/lib; exec python3 -m compileall -q -f -j2 --invalidation-mode unchecked-hash $PWD/python3*'
+find "$1/usr/lib" -name '*.opt-*.pyc' -delete
+"""
+KERNEL = """
+mkdir "$1/x07-kernel"
+cd "$1/x07-kernel"
+export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+package=$(apt-cache depends --important {meta} | sed -n 's/^ *Depends: \\(linux-image-[0-9][^ ]*\\)$/\\1/p' | head -n 1)
+test -n "$package" || {{ echo 'no kernel package found below {meta}' >&2; exit 1; }}
+apt-get -q -o APT::Sandbox::User=root download "$package"
+mv -- *.deb kernel.deb
+"""
+# Nothing of the host and of the build: names of mirrors, resolvers and this machine; times; logs.
+CLEAN = """
+rm -rf "$1/x07-kernel" "$1/etc/apt" "$1/var/log" "$1/var/cache" "$1/var/lib/apt"
+rm -f "$1/etc/dpkg/dpkg.cfg.d/99mmdebstrap" "$1/usr/bin/"*lto-dump* "$1/usr/libexec/gcc/"*/*/lto1
+rm -f "$1/usr/lib/{multiarch}/"lib?san.so* "$1/usr/lib/{multiarch}/"libhwasan.so*
+rm -f "$1/var/lib/dpkg/"*-old "$1/etc/"*- "$1/etc/resolv.conf" "$1/var/lib/dbus/machine-id" "$1/etc/.pwd.lock"
+mkdir -m 0755 "$1/var/log" "$1/var/cache"
+: > "$1/etc/resolv.conf"
+: > "$1/etc/machine-id"
+echo x07 > "$1/etc/hostname"
+printf '127.0.0.1 localhost\\n::1 localhost\\n' > "$1/etc/hosts"
+"""
+
+
+def check_packages(include: Sequence[str]) -> tuple[str, ...]:
+    """*include* sorted, without doubles and what is there anyway. Raises UsageError for what is no package name."""
+    for name in include:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]{1,127}", name):
+            raise UsageError(
+                f"cannot add {name!r} to an image",
+                "it is no name of a Debian package",
+                "Give names as apt knows them, parted by commas",
+            )
+    return tuple(sorted(set(include) - set(PACKAGES)))
+
+
+def mmdebstrap_options(arch: Arch, include: Sequence[str], kernel_deb: str, dpkg_status: str) -> list[str]:
+    """The part of mmdebstrap's command line that makes the tree; the two paths say where to put what it gives out.
+
+    CLEAN removes apt's folders whole; mmdebstrap's own clean-up would make them again, owned as its mode has it.
+    """
+    options = [
+        "--variant=essential",
+        "--skip=cleanup/apt",
+        f"--architectures={arch.deb}",
+        f"--include={','.join([*PACKAGES, *include])}",
+    ]
+    options += ['--aptopt=Acquire::Languages "none"', '--aptopt=APT::Install-Recommends "false"']
+    options += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNWANTED]
+    hooks = [
+        _script(KERNEL.format(meta=arch.kernel_package)),
+        f"download /x07-kernel/kernel.deb {shlex.quote(kernel_deb)}",
+        f"download /var/lib/dpkg/status {shlex.quote(dpkg_status)}",
+        _script(ACCOUNTS),
+        _script(BYTE_CODE),
+        _script(CLEAN.format(multiarch=arch.multiarch)),
+    ]
+    return options + [f"--customize-hook={hook}" for hook in hooks]
+
+
+def _script(text: str) -> str:
+    return "set -eu\n" + text.strip()

@@ -1,0 +1,113 @@
+"""The scratch disk: an empty ext4 of which only the few blocks that are not zero are kept.
+
+A job's disk is a sparse file of the full size with these blocks written into it: about a dozen pages
+instead of a mke2fs per job. There is no journal (a job's disk never outlives its VM), nothing is left for
+the kernel to initialise in the background, and no copies of the superblock.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING
+
+from x07_sandbox.errors import ImageError
+from x07_sandbox.images import commands
+from x07_sandbox.images.manifest import Piece, ScratchDisk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DISK_BYTES = 8 * 1024**3
+BLOCK = 4096
+MAX_HEAD_BYTES = 4 * 1024 * 1024
+UUID = "00000000-0000-4000-8000-000000000007"
+HASH_SEED = "00000000-0000-4000-8000-000000000008"
+# Named one by one, so that neither mke2fs.conf nor another version's defaults choose. Without flex_bg a
+# group's tables lie in the group itself, so that an unused group has no block that is not zero.
+FEATURES = (
+    "none,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,huge_file,large_file,metadata_csum,"
+    "sparse_super2,64bit"
+)
+EXTENDED = (
+    f"num_backup_sb=0,lazy_itable_init=1,assume_storage_prezeroed=1,nodiscard,hash_seed={HASH_SEED},root_owner=0:0"
+)
+
+
+def make_head(folder: Path) -> tuple[bytes, ScratchDisk]:
+    """The blocks of a fresh scratch disk, and where they belong. folder: for the temporary disk. Raises ImageError."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="scratch-") as disk:
+        disk.truncate(DISK_BYTES)
+        argv = [
+            commands.tool("mke2fs"),
+            "-q",
+            "-F",
+            "-t",
+            "ext4",
+            "-b",
+            str(BLOCK),
+            "-I",
+            "256",
+            "-i",
+            "16384",
+            "-m",
+            "0",
+        ]
+        argv += ["-U", UUID, "-O", FEATURES, "-E", EXTENDED, disk.name]
+        env = {"E2FSPROGS_FAKE_TIME": str(commands.EPOCH), "MKE2FS_CONFIG": os.devnull}
+        commands.run(argv, cwd=folder, timeout_s=60, extra_env=env)
+        return _pieces(disk.fileno())
+
+
+def _pieces(fd: int) -> tuple[bytes, ScratchDisk]:
+    head = bytearray()
+    pieces: list[Piece] = []
+    for offset in _data_blocks(fd):
+        block = os.pread(fd, BLOCK, offset)
+        if not any(block):
+            continue
+        if pieces and pieces[-1].offset + pieces[-1].bytes == offset:
+            last = pieces.pop()
+            pieces.append(Piece(offset=last.offset, bytes=last.bytes + BLOCK))
+        else:
+            pieces.append(Piece(offset=offset, bytes=BLOCK))
+        head += block
+        if len(head) > MAX_HEAD_BYTES:
+            raise ImageError(
+                "cannot make the scratch disk",
+                f"mke2fs wrote more than {MAX_HEAD_BYTES} bytes",
+                "Use Debian's e2fsprogs 1.47 or newer",
+            )
+    return bytes(head), ScratchDisk(bytes=DISK_BYTES, pieces=pieces)
+
+
+def _data_blocks(fd: int) -> list[int]:
+    """Offsets of the blocks that the file system holds data for; the rest reads as zeros."""
+    blocks: list[int] = []
+    end = 0
+    while True:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # ENXIO: no data behind here
+            return blocks
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        blocks += range(start - start % BLOCK, end, BLOCK)
+        if len(blocks) > DISK_BYTES // BLOCK // 64:
+            raise ImageError(
+                "cannot make the scratch disk",
+                "the cache lies on a file system without sparse files",
+                "Set X07_VM_CACHE_DIR to a folder on ext4, xfs or btrfs",
+            )
+
+
+def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
+    """Make the empty file *fd* a scratch disk. scratch_fd: the verified scratch part; its offset is not used."""
+    os.ftruncate(fd, disk.bytes)
+    position = 0
+    for piece in disk.pieces:
+        data = os.pread(scratch_fd, piece.bytes, position)
+        if len(data) != piece.bytes or os.pwrite(fd, data, piece.offset) != piece.bytes:
+            raise ImageError(
+                "cannot make a scratch disk", "a short read or write", "Check for free space, then try again"
+            )
+        position += piece.bytes

@@ -1,0 +1,255 @@
+"""Open an image's files so that what was checked is what runs.
+
+Each file is opened once, without following links, below the image folder's descriptor, and that descriptor
+is what the virtual machine gets: a path swapped later changes nothing. Its whole sha256 is computed
+once per boot of the host and again after any change of the times, size, owner or place that fstat shows;
+small files are hashed each time.
+
+This protects against accident (a bad disk, a stray write, a restored backup) and against other users. It
+does not protect against the user's own processes, who could as well change this program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from x07_sandbox.errors import ImageError
+from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.images import manifest
+from x07_sandbox.images.store import Image, replace_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from x07_sandbox.images.manifest import Manifest, Part
+
+FILE_MODE = 0o444
+FOLDER_MODE = 0o700
+SMALL_BYTES = 4 * 1024 * 1024
+CHUNK_BYTES = 1024 * 1024
+RECORD_SCHEMA = "x07.sandbox.verified@0.1.0"
+# A file changed within one tick of the kernel's clock (4 ms at HZ=250, 10 ms at 100) after it was hashed could
+# keep its ctime: what is so young is not recorded, so it is hashed again next time.
+SETTLED_NS = 1_000_000_000
+# File systems of which we know that a write through a mapping changes ctime. Not tmpfs (measured), and
+# not overlay, whose upper layer may be one: there each open hashes everything.
+TIMES_MOVE = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
+FIX = "Run x07 image build, and if it comes again look at the disk"
+
+Identity = tuple[int, int, int, int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenImage:
+    """Checked files of an image; the descriptors are lent, read-only, and closed by open_image."""
+
+    kernel_fd: int
+    initrd_fd: int
+    root_fd: int
+    scratch_fd: int
+    manifest: Manifest
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """verified/<hex>.json: what the large files looked like when their sha256 was right."""
+
+    schema_version: str
+    boot_id: str
+    files: dict[str, Identity]
+
+
+@contextlib.contextmanager
+def open_image(image: Image) -> Iterator[OpenImage]:
+    """The image's files, verified. Raises ImageError if anything is not as the manifest says."""
+    with contextlib.ExitStack() as stack:
+        folder_fd = stack.enter_context(_opened_folder(image.folder))
+        _check_manifest(folder_fd, image)
+        record = _read_record(image.digest)
+        known = record.files if record is not None and record.boot_id == boot_id() else {}
+        fresh: dict[str, Identity] = {}
+        fds = []
+        for part in image.manifest.parts.all():
+            fd = stack.enter_context(_opened(folder_fd, part.file, image))
+            fds.append(fd)
+            identity = check_part(fd, part, known.get(part.file), image.digest)
+            if part.bytes > SMALL_BYTES:
+                fresh[part.file] = identity
+        if fresh != known:
+            _write_record(image.digest, fresh)
+        yield OpenImage(kernel_fd=fds[0], initrd_fd=fds[1], root_fd=fds[2], scratch_fd=fds[3], manifest=image.manifest)
+
+
+def verify_image(image: Image) -> list[str]:
+    """Hash every file whatever was recorded before. One sentence for each problem; none means that all is well."""
+    problems: list[str] = []
+    with contextlib.ExitStack() as stack:
+        try:
+            folder_fd = stack.enter_context(_opened_folder(image.folder))
+            _check_manifest(folder_fd, image)
+        except ImageError as exc:
+            return [f"{exc.what}: {exc.why}"]
+        parts = [*image.manifest.parts.all(), *image.manifest.filters.values()]
+        for part in parts:
+            try:
+                with _opened(folder_fd, part.file, image) as fd:
+                    check_part(fd, part, None, image.digest)
+            except ImageError as exc:
+                problems.append(f"{part.file}: {exc.why}")
+        expected = {part.file for part in parts} | {"manifest.json"}
+        problems += [f"{name}: it does not belong to the image" for name in sorted(_names(folder_fd) - expected)]
+    return problems
+
+
+def check_part(fd: int, part: Part, known: Identity | None, digest: str) -> Identity:
+    """Make sure that *fd* is *part*; what it looked like then. known: how it looked when it was hashed before.
+
+    Raises ImageError.
+    """
+    before = os.fstat(fd)
+    if before.st_size != part.bytes:
+        raise _bad(digest, f"{part.file} has {before.st_size} bytes instead of {part.bytes}")
+    identity = identity_of(before)
+    if known == identity and part.bytes > SMALL_BYTES and filesystem(fd) in TIMES_MOVE:
+        return identity
+    if sha256_of(fd, part.bytes) != part.sha256:
+        raise _bad(digest, f"the content of {part.file} has changed since it was built")
+    if identity_of(os.fstat(fd)) != identity:
+        raise _bad(digest, f"{part.file} was changed while it was being checked")
+    return identity
+
+
+def identity_of(info: os.stat_result) -> Identity:
+    """All that fstat shows and that changes when somebody writes, replaces or hands over a file.
+
+    The count of links is not among it: builds link the files of a base into new images.
+    """
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_mode, info.st_uid)
+
+
+def sha256_of(fd: int, size: int) -> str:
+    """Digest of the first *size* bytes, without moving the descriptor's offset."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    offset = 0
+    while offset < size:
+        got = os.preadv(fd, [buffer[: min(CHUNK_BYTES, size - offset)]], offset)
+        if got == 0:
+            break
+        digest.update(buffer[:got])
+        offset += got
+    return digest.hexdigest()
+
+
+def filesystem(fd: int) -> str:
+    """The type of the file system that *fd* lies on, as in mountinfo; empty if it cannot be told."""
+    try:
+        mount_id = next(line.split()[1] for line in _lines(f"/proc/self/fdinfo/{fd}") if line.startswith(b"mnt_id:"))
+        mount = next(line for line in _lines("/proc/self/mountinfo") if line.split(b" ", 1)[0] == mount_id)
+    except (OSError, StopIteration):
+        return ""
+    return mount.partition(b" - ")[2].split(b" ")[0].decode(errors="replace")
+
+
+def boot_id() -> str:
+    """The kernel's name for this boot of the host."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _names(folder_fd: int) -> set[str]:
+    with os.scandir(folder_fd) as entries:
+        return {entry.name for entry in entries}
+
+
+def _lines(path: str) -> list[bytes]:
+    with Path(path).open("rb") as file:
+        return file.readlines()
+
+
+@contextlib.contextmanager
+def _opened_folder(folder: Path) -> Iterator[int]:
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as exc:
+        raise ImageError(f"cannot open guest image {folder.name[:12]}", exc.strerror or str(exc), FIX) from exc
+    try:
+        info = os.fstat(fd)
+        if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != FOLDER_MODE:
+            raise ImageError(
+                f"cannot use guest image {folder.name[:12]}", "its folder must be yours with mode 0700", FIX
+            )
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _opened(folder_fd: int, name: str, image: Image) -> Iterator[int]:
+    """A regular file of ours, read-only for everybody, under its own name."""
+    try:
+        # O_NONBLOCK: a FIFO put in the file's place must not stop us.
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
+    except OSError as exc:
+        raise _bad(image.digest, f"{name} cannot be opened, or is a link ({exc.strerror})") from exc
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise _bad(image.digest, f"{name} is no regular file")
+        if stat.S_IMODE(info.st_mode) != FILE_MODE or info.st_uid != os.geteuid():
+            raise _bad(
+                image.digest,
+                f"{name} has mode {stat.S_IMODE(info.st_mode):04o} and uid {info.st_uid}, "
+                f"and must be yours with mode {FILE_MODE:04o}",
+            )
+        os.set_blocking(fd, True)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _check_manifest(folder_fd: int, image: Image) -> None:
+    """The manifest that *image* was read from is still the one in the folder."""
+    with _opened(folder_fd, "manifest.json", image) as fd:
+        data = os.pread(fd, manifest.MAX_BYTES + 1, 0)
+    if data != manifest.encode(image.manifest) or manifest.digest_of(image.manifest) != image.digest:
+        raise _bad(image.digest, "manifest.json has changed since it was read")
+
+
+def _record_path(digest: str) -> Path:
+    return private_dir(cache_dir() / "verified") / f"{digest.removeprefix('sha256:')}.json"
+
+
+def _read_record(digest: str) -> Record | None:
+    """The record, or None where there is none that counts: then everything is hashed."""
+    try:
+        fd = os.open(_record_path(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+            return None
+        try:
+            record = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=Record)
+        except msgspec.MsgspecError:
+            return None
+    return record if record.schema_version == RECORD_SCHEMA else None
+
+
+def _write_record(digest: str, files: dict[str, Identity]) -> None:
+    now_ns = time.time_ns()  # wall time, because ctime is
+    settled = {name: identity for name, identity in files.items() if identity[4] < now_ns - SETTLED_NS}
+    record = Record(schema_version=RECORD_SCHEMA, boot_id=boot_id(), files=settled)
+    replace_file(_record_path(digest), msgspec.json.encode(record))
+
+
+def _bad(digest: str, why: str) -> ImageError:
+    return ImageError(f"cannot use guest image {digest.removeprefix('sha256:')[:12]}", why, FIX)

@@ -1,0 +1,1 @@
+"""One way to confine a host process."""

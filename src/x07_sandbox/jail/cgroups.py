@@ -1,0 +1,94 @@
+"""Control groups of the host around a jail, where the host has them and we may use them.
+
+Version 2: a group below our own, where we may make one and memory and pids are delegated. Version 1: as root, one
+group in the memory and one in the pids hierarchy. Neither: the guest's fixed RAM size and rlimits bound the process;
+the result says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_ROOT: Final = Path("/sys/fs/cgroup")
+_PARENT: Final = "x07-sandbox"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostGroups:
+    """The groups of one job: their folders, and which limits they hold."""
+
+    folders: tuple[Path, ...]
+    holds: tuple[str, ...]
+
+    def add(self, pid: int) -> None:
+        """Move a process into them. Raises OSError."""
+        for folder in self.folders:
+            (folder / "cgroup.procs").write_text(str(pid), encoding="ascii")
+
+    def remove(self) -> bool:
+        """Remove the groups of a job whose processes are gone; whether they are gone too."""
+        for folder in self.folders:
+            for _ in range(50):
+                with contextlib.suppress(FileNotFoundError):
+                    try:
+                        folder.rmdir()
+                    except OSError:
+                        time.sleep(0.01)  # the kernel lets go of the last task a moment after it was reaped
+                        continue
+                break
+        return not any(folder.exists() for folder in self.folders)
+
+
+def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
+    """Groups called *name* with these limits; no folders where the host gives us none."""
+    if (_ROOT / "cgroup.controllers").exists():
+        return _version_2(name, memory_bytes, tasks)
+    return _version_1(name, memory_bytes, tasks)
+
+
+def _version_2(name: str, memory_bytes: int, tasks: int) -> HostGroups:
+    parent = _ROOT / _PARENT if os.geteuid() == 0 else _own_group()
+    try:
+        if os.geteuid() == 0:
+            parent.mkdir(exist_ok=True)
+            (_ROOT / "cgroup.subtree_control").write_text("+memory +pids", encoding="ascii")
+        (parent / "cgroup.subtree_control").write_text("+memory +pids", encoding="ascii")
+        folder = parent / name
+        folder.mkdir()
+        (folder / "memory.max").write_text(str(memory_bytes), encoding="ascii")
+        (folder / "pids.max").write_text(str(tasks), encoding="ascii")
+    except OSError:
+        return HostGroups(folders=(), holds=())
+    return HostGroups(folders=(folder,), holds=("memory", "pids"))
+
+
+def _own_group() -> Path:
+    """The parent of our own version 2 group: a group with processes cannot have children with controllers."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
+        if line.startswith("0::"):
+            return (_ROOT / line[3:].lstrip("/")).parent
+    return _ROOT
+
+
+def _version_1(name: str, memory_bytes: int, tasks: int) -> HostGroups:
+    folders = []
+    holds = []
+    for controller, file, value in (("memory", "memory.limit_in_bytes", memory_bytes), ("pids", "pids.max", tasks)):
+        folder = _ROOT / controller / _PARENT / name
+        try:
+            if not (_ROOT / controller / "cgroup.procs").exists():
+                continue
+            folder.mkdir(parents=True)
+            (folder / file).write_text(str(value), encoding="ascii")
+        except OSError:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            continue
+        folders.append(folder)
+        holds.append(controller)
+    return HostGroups(folders=tuple(folders), holds=tuple(holds))

@@ -1,0 +1,57 @@
+"""Which files a dynamically linked program needs: the jail holds these and no others."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from x07_sandbox.errors import HostError
+from x07_sandbox.host.paths import cache_dir, private_dir
+
+_LDD = "/usr/bin/ldd"
+_LINE = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$")
+
+
+def needed_files(binary: str) -> tuple[str, ...]:
+    """*binary*, its shared libraries and its loader, as absolute paths.
+
+    Asked of ldd(1) once for each state of the binary and the library cache, and remembered in the cache folder:
+    the loader takes longer to answer than everything else of a start together.
+    Raises HostError.
+    """
+    key = _identity(binary)
+    folder = private_dir(cache_dir()) / "libraries"
+    private_dir(folder)
+    record = folder / f"{Path(binary).name}.json"
+    try:
+        known = json.loads(record.read_text(encoding="utf-8"))
+        if known["key"] == key:
+            return tuple(known["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not asked yet, or damaged: ask
+    files = _ask(binary)
+    temporary = record.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({"key": key, "files": files}), encoding="utf-8")
+    temporary.replace(record)
+    return tuple(files)
+
+
+def _identity(binary: str) -> list[object]:
+    try:
+        states = [Path(path).stat() for path in (binary, "/etc/ld.so.cache")]
+    except OSError as exc:
+        raise HostError(f"cannot find {binary}", exc.strerror or str(exc), "Run x07 doctor to see what is missing") from exc
+    return [binary, *([info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns] for info in states)]
+
+
+def _ask(binary: str) -> list[str]:
+    done = subprocess.run(  # noqa: S603 - a fixed program, a path from our table
+        [_LDD, binary], capture_output=True, text=True, timeout=30, check=False, stdin=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
+    )
+    if done.returncode != 0:
+        raise HostError(f"cannot list the libraries of {binary}", done.stderr.strip()[:200] or "ldd failed", "Reinstall its package")
+    found = [match.group(1) for line in done.stdout.splitlines() if (match := _LINE.match(line))]
+    return [binary, *dict.fromkeys(found)]

@@ -1,0 +1,73 @@
+"""A host uid of its own for each running job, where we are root.
+
+The lock on a uid is a descriptor that bubblewrap keeps open as long as anything of the jail lives, so a uid is
+free again when its last process is gone, whoever died first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.errors import HostError
+from x07_sandbox.host.paths import private_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COUNT: Final = 4096
+_FOLDER: Final = Path("/run/x07-sandbox/uids")
+_CANDIDATES: Final = (0x70000000, 0x60000000, 1_000_000_000, 500_000_000, 60_100)
+_TRIES: Final = 64
+
+
+def _ranges(path: str, first: int, count: int) -> list[tuple[int, int]]:
+    """Ranges (first, count) named in a file of colon-separated fields."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            fields = line.strip().split(":")
+            with contextlib.suppress(IndexError, ValueError):
+                found.append((int(fields[first]), int(fields[count]) if count else 1))
+    return found
+
+
+def free_range() -> int:
+    """First of COUNT uids that our user namespace maps and that no passwd, group or subordinate range holds.
+
+    Raises HostError.
+    """
+    mapped = [tuple(int(word) for word in line.split()) for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
+    taken = _ranges("/etc/passwd", 2, 0) + _ranges("/etc/group", 2, 0) + _ranges("/etc/subuid", 1, 2) + _ranges("/etc/subgid", 1, 2)
+    for first in _CANDIDATES:
+        inside = any(start <= first and first + COUNT <= start + size for start, _, size in mapped)
+        clash = any(first < start + size and start < first + COUNT for start, size in taken)
+        if inside and not clash:
+            return first
+    raise HostError("no uid for the job", "no free range of 4096 uids is mapped here", "Run as an ordinary user, or map more uids into this container")
+
+
+@contextlib.contextmanager
+def lease_uid() -> Iterator[tuple[int, int]]:
+    """(uid, lock descriptor): a uid that no other job of this machine has; ours to use while the lock is held."""
+    private_dir(_FOLDER.parent)
+    private_dir(_FOLDER)
+    first = free_range()
+    for _ in range(_TRIES):
+        uid = first + secrets.randbelow(COUNT)
+        fd = os.open(_FOLDER / str(uid), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            continue
+        try:
+            yield uid, fd
+        finally:
+            os.close(fd)
+        return
+    raise HostError("no uid for the job", f"{_TRIES} random uids were all in use", "Wait for other jobs to end")

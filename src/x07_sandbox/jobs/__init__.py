@@ -1,0 +1,1 @@
+"""Job records, labels, launching, stopping."""

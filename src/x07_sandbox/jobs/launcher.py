@@ -1,0 +1,62 @@
+"""One thread that starts every virtual machine of this process, and lives as long as the process.
+
+The kernel's parent-death signal follows the *thread* that started a child, not the process (prctl(2)). A machine
+started from a short-lived thread would be killed when that thread ends; from this one it dies with the process.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import subprocess
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """A child to start: descriptors are lent and stay the caller's."""
+
+    argv: list[str]
+    pass_fds: tuple[int, ...]
+    stderr_fd: int
+
+
+_requests: queue.SimpleQueue[tuple[Launch, Future[subprocess.Popen[bytes]]]] = queue.SimpleQueue()
+_lock = threading.Lock()
+_thread: threading.Thread | None = None
+
+
+def launch(request: Launch) -> subprocess.Popen[bytes]:
+    """Start the child from the launcher thread. Raises OSError if it cannot be executed."""
+    global _thread  # noqa: PLW0603 - one thread a process is the point
+    with _lock:
+        if _thread is None or not _thread.is_alive():  # not alive: after a fork
+            _thread = threading.Thread(target=_serve, name="x07-launcher", daemon=True)
+            _thread.start()
+    future: Future[subprocess.Popen[bytes]] = Future()
+    _requests.put((request, future))
+    return future.result()
+
+
+def _serve() -> None:
+    # A child inherits the mask of this thread: with SIGALRM blocked its own deadline would never fire.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    while True:
+        request, future = _requests.get()
+        try:
+            child = subprocess.Popen(  # noqa: S603 - argv is built by jail/ and backends/, no shell
+                request.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=request.stderr_fd,
+                pass_fds=request.pass_fds,
+                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as exc:
+            future.set_exception(exc)
+        else:
+            future.set_result(child)

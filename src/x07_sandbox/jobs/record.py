@@ -1,0 +1,175 @@
+"""The record of a job on disk: what upstream's tools read (`job.json`), and what ours need to act on it (`owner.json`).
+
+Formats: facts of upstream 6.4. `job.json` has exactly upstream's keys; everything else lies in `owner.json`. Both are
+written by rename, `done` last and only when the machine is proven gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from x07_sandbox.errors import HostError
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.paths import private_dir, state_dir
+from x07_sandbox.host.processes import Identity, boot_id, pid_namespace
+
+JOB_SCHEMA: Final = "x07.vm.job@0.1.0"
+OWNER_SCHEMA: Final = "x07.sandbox.owner@0.1.0"
+_INSTANCE_ID: Final = re.compile(r"ri-[0-9a-f]{32}\n?")
+
+_counter = itertools.count()
+
+
+def new_run_id() -> str:
+    """`<unix_ms>-<pid>-<n>`: unique on this machine as long as its clock is not set back within one process."""
+    return f"{unix_ms()}-{os.getpid()}-{next(_counter)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """One job's folder and what is fixed about it from the start.
+
+    mark: random id that the job's processes carry in their arguments.
+    """
+
+    job_id: str
+    run_id: str
+    backend: str
+    folder: Path
+    created_unix_ms: int
+    deadline_unix_ms: int
+    grace_ms: int
+    mark: str
+    runner_instance: str
+    image_digest: str
+
+    def labels(self) -> dict[str, str]:
+        """The `io.x07.*` labels that an instance of this job carries."""
+        return {
+            "io.x07.schema": "1",
+            "io.x07.run_id": self.job_id,
+            "io.x07.job_id": self.job_id,
+            "io.x07.runner_instance": self.runner_instance,
+            "io.x07.deadline_unix_ms": str(self.deadline_unix_ms),
+            "io.x07.backend": f"vm.{self.backend}",
+            "io.x07.created_unix_ms": str(self.created_unix_ms),
+            "io.x07.image_digest": self.image_digest,
+        }
+
+
+def create_record(*, run_id: str, phase: str, backend: str, wall_ms: int, image_digest: str) -> JobRecord:
+    """Make the job's folder and write `job.json`. Raises HostError."""
+    root = private_dir(state_dir())
+    instance = runner_instance(root)
+    created = unix_ms()
+    job_id = f"{run_id}-{phase}"
+    record = JobRecord(
+        job_id=job_id,
+        run_id=run_id,
+        backend=backend,
+        folder=root / job_id,
+        created_unix_ms=created,
+        deadline_unix_ms=created + settings.allowance_ms() + wall_ms,
+        grace_ms=settings.grace_ms(wall_ms),
+        mark=secrets.token_hex(16),
+        runner_instance=instance,
+        image_digest=image_digest,
+    )
+    try:
+        record.folder.mkdir(mode=0o700)
+    except OSError as exc:
+        raise HostError(f"cannot make the job's folder {record.folder}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR") from exc
+    _write_json(
+        record.folder / "job.json",
+        {
+            "schema_version": JOB_SCHEMA,
+            "run_id": job_id,
+            "backend": backend,
+            "container_id": f"x07-{job_id}",
+            "pid": None,
+            "created_unix_ms": created,
+            "deadline_unix_ms": record.deadline_unix_ms,
+            "grace_ms": record.grace_ms,
+            "cleanup_ms": settings.CLEANUP_MS,
+            "ctr": None,
+        },
+    )
+    return record
+
+
+def write_owner(record: JobRecord, *, runner: Identity, processes: dict[str, Identity], cgroups: tuple[str, ...]) -> None:
+    """Write who runs the job and what was started for it, before any of it is let go."""
+    _write_json(
+        record.folder / "owner.json",
+        {
+            "schema_version": OWNER_SCHEMA,
+            "run": record.run_id,
+            "instance": record.mark,
+            "boot_id": boot_id(),
+            "pid_namespace": pid_namespace(),
+            "runner": _identity(runner),
+            "processes": {name: _identity(identity) for name, identity in processes.items()},
+            "cgroups": list(cgroups),
+            "labels": record.labels(),
+        },
+    )
+
+
+def mark_done(record: JobRecord) -> None:
+    """The last word on a job: its machine is proven gone."""
+    _write(record.folder / "done", b"done\n")
+
+
+def _identity(identity: Identity) -> dict[str, int]:
+    return {"pid": identity.pid, "start_ticks": identity.start_ticks}
+
+
+def home_of(root: Path) -> Path:
+    """Where things beside the state root lie: its parent if that folder is ours and only ours to write, else itself."""
+    info = root.parent.stat()
+    return root.parent if info.st_uid == os.geteuid() and not info.st_mode & 0o022 else root
+
+
+def runner_instance(root: Path) -> str:
+    """The stable id of this user's runner: beside the state root if that folder is ours alone, else inside it.
+
+    Made once, by link(2), so that two first runs agree. Raises HostError for a damaged file.
+    """
+    home = home_of(root)
+    path = home / "runner_instance"
+    if not path.exists():
+        temporary = home / f".runner_instance.{secrets.token_hex(8)}"
+        _write(temporary, f"ri-{secrets.token_hex(16)}\n".encode())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+        temporary.unlink()
+    text = path.read_text(encoding="ascii", errors="replace")
+    if not _INSTANCE_ID.fullmatch(text):
+        raise HostError(f"cannot use {path}", "it does not hold a runner id", "Remove it; a new one is made")
+    return text.strip()
+
+
+def _write_json(path: Path, value: dict[str, object]) -> None:
+    _write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a new version of a small file by rename, so that a reader sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        temporary.replace(path)
+    except OSError as exc:
+        temporary.unlink(missing_ok=True)
+        raise HostError(f"cannot write {path}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR") from exc

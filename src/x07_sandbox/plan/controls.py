@@ -1,0 +1,138 @@
+"""The plan of a job: one control for every field of the policy, and either limits to run with or refusals.
+
+Pure: policy, backend features and settings in; nothing is looked up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.errors import RefusedError
+from x07_sandbox.plan.rows import TABLE, Asked, State
+from x07_sandbox.plan.sizes import ram_class_bytes
+from x07_sandbox.policy.environment import VARIABLES, program_environment
+from x07_sandbox.policy.model import leaf_values
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from x07_sandbox.plan.features import Features
+    from x07_sandbox.policy.model import Policy
+
+# Linux refuses to start a program with one longer variable (MAX_ARG_STRLEN: 32 pages, name, '=' and NUL included).
+VARIABLE_MAX_BYTES: Final = 131_072
+GUEST_VARIABLES: Final = frozenset({"PATH", "HOME", "LANG"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """One field in the plan.
+
+    field: its path, like "limits.wall_ms".
+    by: who holds it; for advisory fields who is told.
+    """
+
+    field: str
+    state: State
+    by: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HowToAllow:
+    """The line of policy, and the flag where there is one, that would let the run go on."""
+
+    json_path: str
+    value: object
+    flag: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a policy cannot be carried out here. field: its path, like "fs.read_roots"."""
+
+    field: str
+    why: str
+    how_to_allow: HowToAllow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLimits:
+    """What the run job is held to: the policy's limits, and the machine's RAM that follows from them."""
+
+    wall_ms: int
+    cpu_ms: int
+    mem_bytes: int
+    fds: int
+    procs: int
+    core_dumps: bool
+    ram_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The answer: it may be carried out only if there are no refusals."""
+
+    controls: tuple[Control, ...]
+    refusals: tuple[Refusal, ...]
+    limits: RunLimits
+
+    def require(self) -> None:
+        """Raise RefusedError, naming every refusal, if there is one."""
+        if self.refusals:
+            why = "; ".join(refusal.why for refusal in self.refusals)
+            wanted = ", ".join(f"{refusal.field}" for refusal in self.refusals)
+            raise RefusedError("the policy cannot be carried out", why, f"Change {wanted} in the policy")
+
+
+def make_plan(policy: Policy, features: Features, *, guest_variables: frozenset[str] = GUEST_VARIABLES) -> Plan:
+    """The plan for *policy* on a backend with *features*.
+
+    guest_variables: names of the variables that every program gets besides X07's own.
+    """
+    asked = Asked(values=leaf_values(policy), holds=features.can_hold, given=guest_variables)
+    controls = _controls(asked)
+    limits = policy.limits
+    return Plan(
+        controls=controls,
+        refusals=(*_refusals(controls, asked), *_too_long(policy)),
+        limits=RunLimits(
+            wall_ms=limits.wall_ms,
+            cpu_ms=limits.cpu_ms,
+            mem_bytes=limits.mem_bytes,
+            fds=limits.fds,
+            procs=limits.procs,
+            core_dumps=limits.core_dumps,
+            ram_bytes=ram_class_bytes(limits.mem_bytes),
+        ),
+    )
+
+
+def _controls(asked: Asked) -> tuple[Control, ...]:
+    """A control for every field of the policy, in its order."""
+    found = []
+    for field in asked.values:
+        answer = TABLE[field](asked, field)
+        found.append(Control(field=field, state=answer.state, by=answer.by, why=answer.why))
+    return tuple(found)
+
+
+def _refusals(controls: tuple[Control, ...], asked: Asked) -> Iterator[Refusal]:
+    for control in controls:
+        if control.state == "refused":
+            value = asked.values[control.field]
+            without: object = [] if isinstance(value, tuple) else False
+            if control.field.startswith("limits."):
+                without = value  # a limit is not to be dropped: another backend must hold it
+            how = HowToAllow(json_path=f"$.{control.field}", value=without)
+            yield Refusal(field=control.field, why=f"{control.why}: {control.field}", how_to_allow=how)
+
+
+def _too_long(policy: Policy) -> Iterator[Refusal]:
+    environment = program_environment(policy)
+    for variable, field in VARIABLES:
+        size = len(variable) + len(environment[variable].encode()) + 2
+        if size > VARIABLE_MAX_BYTES:
+            why = f"{field} makes {variable} {size} bytes long, and Linux takes at most {VARIABLE_MAX_BYTES}"
+            yield Refusal(field=field, why=why, how_to_allow=HowToAllow(json_path=f"$.{field}", value=[]))

@@ -1,0 +1,41 @@
+"""What a backend says about itself, as far as a plan depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+# Strongest first.
+Isolation = Literal["vm-hardware", "vm-emulated", "container", "process", "none"]
+
+# What a virtual machine with our agent in it holds. A capability bears the name of the policy field that needs it.
+VM_HOLDS: Final = frozenset(
+    {
+        "limits.cpu_ms",
+        "limits.mem_bytes",
+        "limits.fds",
+        "limits.procs",
+        "limits.core_dumps",
+        "no-host-files",
+        "no-host-variables",
+        "no-network",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """A backend on this host.
+
+    own_kernel: the program's system calls meet a kernel that is not the host's.
+    can_hold: limits by field name, and the walls "no-host-files", "no-host-variables", "no-network".
+    """
+
+    isolation: Isolation
+    own_kernel: bool
+    can_hold: frozenset[str]
+
+    @property
+    def emulated(self) -> bool:
+        """Whether CPU work is many times slower than on hardware."""
+        return self.isolation == "vm-emulated"

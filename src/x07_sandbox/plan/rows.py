@@ -1,0 +1,292 @@
+"""The table behind the controls: for every field of a policy, whether it holds, by whom, and why.
+
+A field that permits something and a field that restricts nothing are ``enforced`` when the run behaves as the policy
+says. ``not-enforced-yet`` stands where the value asks for a restriction that nothing holds so far: the run goes on,
+and its result says so. ``advisory`` fields reach X07's own libraries as variables, and bind only programs that ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from x07_sandbox.policy.environment import VARIABLES
+from x07_sandbox.policy.model import SCHEMA_VERSION
+
+State = Literal["enforced", "advisory", "refused", "not-enforced-yet"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a row of the table says about a value."""
+
+    state: State
+    by: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the rows look at: all values of the policy in force, and the walls that stand.
+
+    holds: what the backend can hold (Features.can_hold).
+    given: names of the variables that the program gets besides X07's own.
+    """
+
+    values: Mapping[str, object]
+    holds: frozenset[str]
+    given: frozenset[str]
+
+    def entries(self, field: str) -> tuple[object, ...]:
+        """A list field's entries."""
+        value = self.values[field]
+        return value if isinstance(value, tuple) else ()
+
+    def number(self, field: str) -> int:
+        """A number field's value."""
+        value = self.values[field]
+        return value if isinstance(value, int) else 0
+
+    @property
+    def files(self) -> bool:
+        """Whether the policy asks for files of the host."""
+        return bool(self.entries("fs.read_roots") or self.entries("fs.write_roots"))
+
+    @property
+    def connections(self) -> bool:
+        """Whether the policy asks for hosts of the network."""
+        return self.values["net.enabled"] is True and bool(self.entries("net.allow_hosts"))
+
+    @property
+    def alone(self) -> bool:
+        """Whether the program can start neither a process nor a thread: its first thread fills the control group."""
+        return self.number("limits.procs") == 0 and "limits.procs" in self.holds
+
+    @property
+    def may_execute(self) -> bool:
+        """Whether the policy lets other programs be executed."""
+        return self.values["process.enabled"] is True and self.values["process.allow_exec"] is True
+
+
+Row = Callable[[Asked, str], Answer]
+
+_VARIABLES: Final = {field: variable for variable, field in VARIABLES}
+_VM: Final = "the virtual machine"
+_CGROUP: Final = "the guest's control group"
+_RLIMIT: Final = "the guest's resource limits"
+_NOBODY: Final = "nobody yet"
+
+
+def _always(by: str, why: str) -> Row:
+    return lambda _asked, _field: Answer("enforced", by, why)
+
+
+def _limit(by: str, why: str) -> Row:
+    def row(asked: Asked, field: str) -> Answer:
+        if field in asked.holds:
+            return Answer("enforced", by, why)
+        return Answer("refused", _NOBODY, "this backend cannot hold this limit")
+
+    return row
+
+
+def _advice(asked: Asked, field: str) -> Answer:
+    del asked
+    if variable := _VARIABLES.get(field):
+        return Answer("advisory", "X07's libraries", f"told to the program as {variable}")
+    return Answer("advisory", "X07's compiler", "it concerns X07's compiler, and no other")
+
+
+def _label(_asked: Asked, _field: str) -> Answer:
+    return Answer("advisory", "people", "it names or explains the policy and restricts nothing")
+
+
+def _roots(asked: Asked, field: str) -> Answer:
+    if asked.entries(field):
+        return Answer("refused", _NOBODY, "this version cannot yet give a program files of the host")
+    return _no_files(asked, field)
+
+
+def _no_files(asked: Asked, _field: str) -> Answer:
+    if asked.files:
+        return Answer("not-enforced-yet", _NOBODY, "this version cannot yet give a program files of the host")
+    if "no-host-files" not in asked.holds:
+        return Answer("not-enforced-yet", _NOBODY, "this backend does not keep the host's files away")
+    return Answer("enforced", _VM, "no file of the host is in the machine")
+
+
+def _hosts(asked: Asked, field: str) -> Answer:
+    if asked.connections:
+        return Answer("refused", _NOBODY, "this version cannot yet give a program connections")
+    return _no_network(asked, field)
+
+
+def _no_network(asked: Asked, _field: str) -> Answer:
+    if asked.connections:
+        return Answer("not-enforced-yet", _NOBODY, "this version cannot yet give a program connections")
+    if "no-network" not in asked.holds:
+        return Answer("not-enforced-yet", _NOBODY, "this backend does not keep the network away")
+    return Answer("enforced", _VM, "the machine has no network card")
+
+
+def _database(asked: Asked, field: str) -> Answer:
+    if asked.values[field] is True:
+        return Answer("refused", _NOBODY, "this version cannot yet give a program databases")
+    if _no_network(asked, field).state == "enforced":
+        told = f"told to the program as {_VARIABLES[field]}"
+        return Answer("advisory", "X07's libraries", f"{told}; no server can be reached, a file of its own can be used")
+    return _advice(asked, field)
+
+
+def _database_net(asked: Asked, field: str) -> Answer:
+    if asked.values["db.enabled"] is True:
+        return Answer("not-enforced-yet", _NOBODY, "this version cannot yet give a program databases")
+    return _no_network(asked, field)
+
+
+def _no_variables(asked: Asked, field: str) -> Answer:
+    if "no-host-variables" not in asked.holds:
+        return Answer("not-enforced-yet", _NOBODY, "this backend passes variables of the host")
+    if field == "env.deny_keys":
+        given = sorted(key for key in asked.entries(field) if isinstance(key, str) and _is_given(asked, key))
+        if given:
+            return Answer("not-enforced-yet", _NOBODY, f"every program gets {', '.join(given)}, with fixed values")
+    return Answer("enforced", _VM, "no variable of the host goes in, only fixed ones and X07's own")
+
+
+def _is_given(asked: Asked, key: str) -> bool:
+    return key in asked.given or key == "X07_WORLD" or key.startswith("X07_OS_")
+
+
+def _allow_tasks(asked: Asked, field: str) -> Answer:
+    """threads.enabled and process.allow_spawn: a restriction when false."""
+    if asked.values[field] is True and (field == "threads.enabled" or asked.values["process.enabled"] is True):
+        return Answer("enforced", _CGROUP, "allowed, within limits.procs")
+    if asked.alone:
+        return Answer("enforced", _CGROUP, "limits.procs is 0: there can be no second task")
+    return Answer("not-enforced-yet", _NOBODY, "tasks are only counted so far, by limits.procs")
+
+
+def _allow_exec(asked: Asked, field: str) -> Answer:
+    if asked.may_execute:
+        return Answer("enforced", _VM, "allowed, inside a machine that is thrown away")
+    if field == "process.enabled" and asked.values[field] is True:
+        return Answer("enforced", _VM, "the fields of this section say what is allowed")
+    return Answer("not-enforced-yet", _NOBODY, "a program can execute what is in the image or what it writes itself")
+
+
+def _execs(asked: Asked, _field: str) -> Answer:
+    if asked.may_execute and "/" in asked.entries("process.allow_exec_prefixes"):
+        return Answer("enforced", _VM, 'the prefix "/" allows every program in the machine')
+    return Answer("not-enforced-yet", _NOBODY, "a program can execute what is in the image or what it writes itself")
+
+
+def _max_live(asked: Asked, field: str) -> Answer:
+    if "limits.procs" in asked.holds and asked.number("limits.procs") <= asked.number(field):
+        return Answer("enforced", _CGROUP, "limits.procs is not larger, and holds for children too")
+    return Answer("not-enforced-yet", _NOBODY, "limits.procs is larger, and is all that holds so far")
+
+
+def _kill(asked: Asked, field: str) -> Answer:
+    if asked.values[field] is True:
+        return Answer("enforced", _VM, "whatever the program started ends with the run")
+    return Answer("advisory", "X07's libraries", "false asks for no restriction; what is started ends with the run")
+
+
+# One row for each field, in the order of DESIGN's list of who enforces what.
+TABLE: Final[dict[str, Row]] = {
+    "schema_version": _always("the check of the policy", f"every other format than {SCHEMA_VERSION} is refused"),
+    "policy_id": _label,
+    "notes": _label,
+    "limits.wall_ms": _always("the host's own clock", "the machine is ended at the deadline"),
+    "limits.cpu_ms": _limit(_CGROUP, "the kernel counts the CPU time of the program and its children"),
+    "limits.mem_bytes": _limit(_CGROUP, "memory of the program and its children, without swap"),
+    "limits.fds": _limit(_RLIMIT, "open descriptors of each process"),
+    "limits.procs": _limit(_CGROUP, "processes and threads beyond the program's first thread"),
+    "limits.core_dumps": _limit(_RLIMIT, "the size of a core file is zero unless core dumps are allowed"),
+    "fs.read_roots": _roots,
+    "fs.write_roots": _roots,
+    **dict.fromkeys(
+        (
+            "fs.enabled",
+            "fs.deny_hidden",
+            "fs.allow_symlinks",
+            "fs.allow_mkdir",
+            "fs.allow_remove",
+            "fs.allow_rename",
+            "fs.max_read_bytes",
+            "fs.max_write_bytes",
+            "fs.max_entries",
+            "fs.max_depth",
+        ),
+        _no_files,
+    ),
+    "net.allow_hosts": _hosts,
+    **dict.fromkeys(("net.enabled", "net.allow_dns", "net.allow_tcp", "net.allow_udp"), _no_network),
+    "db.enabled": _database,
+    **dict.fromkeys(
+        ("db.net.allow_dns", "db.net.allow_cidrs", "db.net.allow_ports", "db.net.require_tls", "db.net.require_verify"),
+        _database_net,
+    ),
+    **dict.fromkeys(("env.enabled", "env.allow_keys", "env.deny_keys"), _no_variables),
+    "threads.enabled": _allow_tasks,
+    "process.allow_spawn": _allow_tasks,
+    "process.enabled": _allow_exec,
+    "process.allow_exec": _allow_exec,
+    "process.allow_execs": _execs,
+    "process.allow_exec_prefixes": _execs,
+    "process.max_live": _max_live,
+    "process.kill_on_drop": _kill,
+    "process.kill_tree": _kill,
+    **dict.fromkeys(
+        (
+            "fs.allow_walk",
+            "fs.allow_glob",
+            "language.allow_unsafe",
+            "language.allow_ffi",
+            "threads.max_workers",
+            "threads.max_blocking",
+            "threads.max_queue",
+            "time.enabled",
+            "time.allow_monotonic",
+            "time.allow_wall_clock",
+            "time.allow_sleep",
+            "time.max_sleep_ms",
+            "time.allow_local_tzid",
+            "process.allow_exit",
+            "process.max_spawns",
+            "process.max_runtime_ms",
+            "process.allow_args_regex_lite",
+            "process.allow_env_keys",
+            "process.allow_cwd",
+            "process.allow_cwd_roots",
+            "process.max_args",
+            "process.max_env",
+            "process.max_exe_bytes",
+            "process.max_arg_bytes",
+            "process.max_env_key_bytes",
+            "process.max_env_val_bytes",
+            "process.max_stdout_bytes",
+            "process.max_stderr_bytes",
+            "process.max_total_bytes",
+            "process.max_stdin_bytes",
+            "db.drivers.sqlite",
+            "db.drivers.postgres",
+            "db.drivers.mysql",
+            "db.drivers.redis",
+            "db.max_live_conns",
+            "db.max_queries",
+            "db.connect_timeout_ms",
+            "db.query_timeout_ms",
+            "db.max_sql_bytes",
+            "db.max_rows",
+            "db.max_resp_bytes",
+            "db.sqlite.allow_paths",
+            "db.sqlite.readonly_only",
+            "db.sqlite.allow_create",
+            "db.sqlite.allow_in_memory",
+        ),
+        _advice,
+    ),
+}

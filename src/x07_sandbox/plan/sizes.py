@@ -1,0 +1,36 @@
+"""How much RAM a virtual machine has: few sizes, so that one warmed machine can serve many jobs.
+
+| RAM of the machine | largest limits.mem_bytes |
+|---|---|
+| 512 MiB | 341 MiB |
+| 2 GiB | 1830 MiB |
+| 8 GiB | 7788 MiB |
+| 17 GiB | 16 GiB, the largest that a policy may ask for |
+
+limits.mem_bytes is held by a control group inside the guest. Above it the machine needs room for the kernel, the
+agent and what the image keeps in memory (160 MiB), and for the kernel's bookkeeping, which grows with the program's
+memory (1/32). Were the machine itself too small, its kernel would choose a victim, and that would be no honest `oom`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+_MIB: Final = 1 << 20
+_GIB: Final = 1 << 30
+
+RAM_CLASSES: Final = (512 * _MIB, 2 * _GIB, 8 * _GIB, 17 * _GIB)
+FIXED_OVERHEAD_BYTES: Final = 160 * _MIB
+OVERHEAD_DIVISOR: Final = 32
+
+
+def ram_class_bytes(mem_bytes: int) -> int:
+    """The smallest size of machine, in bytes, that can hold a program with *mem_bytes*.
+
+    Raises ValueError above what the largest can hold, which no valid policy asks for.
+    """
+    needed = mem_bytes + FIXED_OVERHEAD_BYTES + -(-mem_bytes // OVERHEAD_DIVISOR)
+    for size in RAM_CLASSES:
+        if size >= needed:
+            return size
+    raise ValueError(f"no machine is large enough for {mem_bytes} bytes")

@@ -1,0 +1,91 @@
+"""The built-in policy that applies when none is given, and how a policy is written."""
+
+import json
+from collections.abc import Mapping
+
+import msgspec
+
+from x07_sandbox.policy.model import (
+    SCHEMA_VERSION,
+    Env,
+    Fs,
+    Language,
+    Limits,
+    Net,
+    Policy,
+    Process,
+    Threads,
+    Time,
+)
+
+_MIB = 1 << 20
+
+
+def default_policy() -> Policy:
+    """One minute, half a GiB, 64 processes; no file of the host, no host of the network.
+
+    Spawning and executing inside the machine are allowed, since it is thrown away. fs and net are enabled
+    with empty lists, so that a flag that adds a root or a host needs no policy file.
+    """
+    return Policy(
+        schema_version=SCHEMA_VERSION,
+        policy_id="sandbox.default.base",
+        notes="Built-in policy: one minute, 512 MiB, no file of the host, no network until a root or a host is added.",
+        limits=Limits(cpu_ms=60_000, wall_ms=60_000, mem_bytes=512 * _MIB, fds=256, procs=64, core_dumps=False),
+        fs=Fs(
+            enabled=True,
+            read_roots=(),
+            write_roots=(),
+            deny_hidden=True,
+            allow_symlinks=False,
+            allow_mkdir=True,
+            allow_remove=True,
+            allow_rename=True,
+            allow_walk=True,
+            allow_glob=True,
+            max_read_bytes=256 * _MIB,
+            max_write_bytes=256 * _MIB,
+            max_entries=100_000,
+            max_depth=128,
+        ),
+        net=Net(enabled=True, allow_dns=True, allow_tcp=True, allow_udp=False, allow_hosts=()),
+        env=Env(enabled=True, allow_keys=(), deny_keys=()),
+        time=Time(
+            enabled=True,
+            allow_monotonic=True,
+            allow_wall_clock=True,
+            allow_sleep=True,
+            max_sleep_ms=86_400_000,
+            allow_local_tzid=False,
+        ),
+        language=Language(allow_unsafe=True, allow_ffi=True),
+        threads=Threads(enabled=True, max_workers=0, max_blocking=4, max_queue=1024),
+        process=_default_process(),
+    )
+
+
+def _default_process() -> Process:
+    return Process(
+        enabled=True,
+        allow_spawn=True,
+        max_live=64,
+        max_spawns=1024,
+        allow_exec=True,
+        allow_exit=True,
+        allow_exec_prefixes=("/",),
+        max_runtime_ms=60_000,
+        max_stdout_bytes=10 * _MIB,
+        max_stderr_bytes=10 * _MIB,
+        max_total_bytes=16 * _MIB,
+        max_stdin_bytes=_MIB,
+    )
+
+
+def render_policy(policy: Policy | Mapping[str, object]) -> bytes:
+    """A policy as a file: keys sorted at all levels, two blanks deep, characters unescaped, one newline at the end.
+
+    A Policy is written with every default filled in; a section that it does not have stays away.
+    """
+    document = msgspec.to_builtins(policy) if isinstance(policy, Policy) else policy
+    # sort_keys goes by code points, which is the order of the UTF-8 bytes.
+    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,307 @@
+"""The policy document x07.run-os-policy@0.1.0 as one typed model.
+
+This is the one owner of every field's range, default and one-line doc: decoder, JSON schema
+(schemas/run-os-policy.schema.json) and docs/policy.md come from it. What no range can say is in rules.py.
+
+A section that may be absent is ``UNSET`` when it was absent, so that a document survives a round trip;
+the ``*_in_force`` properties give what counts then.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+SCHEMA_VERSION: Literal["x07.run-os-policy@0.1.0"] = "x07.run-os-policy@0.1.0"
+
+Path = Annotated[str, Meta(min_length=1, max_length=4096)]
+EnvKey = Annotated[str, Meta(min_length=1, max_length=256)]
+Name = Annotated[str, Meta(min_length=1, max_length=255)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Millis = Annotated[int, Meta(ge=0, le=600_000)]
+U32 = Annotated[int, Meta(ge=0, le=4_294_967_295)]
+Count1024 = Annotated[int, Meta(ge=0, le=1024)]
+ArgBytes = Annotated[int, Meta(ge=0, le=1_048_576)]
+StreamBytes = Annotated[int, Meta(ge=0, le=268_435_456)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every object in the document: immutable, closed."""
+
+
+class Limits(Section, frozen=True, kw_only=True):
+    """What the program may use up."""
+
+    cpu_ms: Annotated[
+        int, Meta(ge=1, le=600_000, description="CPU time of the program and its children, in milliseconds.")
+    ]
+    wall_ms: Annotated[int, Meta(ge=1, le=600_000, description="Time from the program's start to its end.")]
+    mem_bytes: Annotated[
+        int, Meta(ge=1_048_576, le=17_179_869_184, description="Memory of the program and its children, in bytes.")
+    ]
+    fds: Annotated[Count1024, Meta(description="Open file descriptors of one process.")]
+    procs: Annotated[
+        Count1024, Meta(description="Processes and threads beyond the program's first thread; 0 is the program alone.")
+    ]
+    core_dumps: Annotated[bool, Meta(description="Whether a crash may leave a core file.")] = False
+
+
+class Fs(Section, frozen=True, kw_only=True):
+    """Files of the host. They go in as a copy; changes come back after the run."""
+
+    enabled: Annotated[bool, Meta(description="Whether the program gets files of the host at all.")]
+    read_roots: Annotated[
+        tuple[Path, ...], Meta(max_length=128, description="Files and folders that the program may read.")
+    ]
+    write_roots: Annotated[
+        tuple[Path, ...], Meta(max_length=128, description="Files and folders that the program may read and change.")
+    ]
+    deny_hidden: Annotated[bool, Meta(description="Keep back files and folders whose name starts with a dot.")]
+    allow_symlinks: Annotated[bool, Meta(description="Whether symbolic links may be followed and made.")] = False
+    allow_mkdir: Annotated[bool, Meta(description="Whether new folders may be made.")] = False
+    allow_remove: Annotated[bool, Meta(description="Whether files and folders may be removed.")] = False
+    allow_rename: Annotated[bool, Meta(description="Whether files and folders may be renamed.")] = False
+    allow_walk: Annotated[bool, Meta(description="Whether a folder may be walked with all that is below it.")] = False
+    allow_glob: Annotated[bool, Meta(description="Whether files may be found by pattern.")] = False
+    max_read_bytes: Annotated[U32, Meta(description="Largest file to read, in bytes; 0 is X07's default, 16 MiB.")] = 0
+    max_write_bytes: Annotated[
+        U32, Meta(description="Largest file to write, in bytes; 0 is X07's default, 16 MiB.")
+    ] = 0
+    max_entries: Annotated[U32, Meta(description="Most entries of a listing; 0 is X07's default, 10000.")] = 0
+    max_depth: Annotated[U32, Meta(description="Deepest folder of a walk; 0 is X07's default, 64.")] = 0
+
+
+class HostPorts(Section, frozen=True, kw_only=True):
+    """One host and its ports."""
+
+    host: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=255,
+            pattern=r"^[^;\s]+$",
+            description="A DNS name, an IP address, a CIDR network or a range of addresses.",
+        ),
+    ]
+    ports: Annotated[tuple[Port, ...], Meta(max_length=64, description="Ports on that host; at least one.")]
+
+
+class Net(Section, frozen=True, kw_only=True):
+    """Connections to the outside. There is no network card: each one is asked for by name."""
+
+    enabled: Annotated[bool, Meta(description="Whether the program may connect to anything.")]
+    allow_dns: Annotated[bool, Meta(description="Whether names may be looked up.")]
+    allow_tcp: Annotated[bool, Meta(description="Whether TCP connections may be made.")]
+    allow_udp: Annotated[bool, Meta(description="Whether UDP may be used.")]
+    allow_hosts: Annotated[
+        tuple[HostPorts, ...],
+        Meta(max_length=256, description='Hosts that may be reached, each as {"host": ..., "ports": [...]}.'),
+    ]
+
+
+class Env(Section, frozen=True, kw_only=True):
+    """Environment variables that an X07 program may read. The host's own never go in."""
+
+    enabled: Annotated[bool, Meta(description="Whether environment variables may be read.")]
+    allow_keys: Annotated[tuple[EnvKey, ...], Meta(max_length=256, description="Variables that may be read.")]
+    deny_keys: Annotated[
+        tuple[EnvKey, ...], Meta(max_length=256, description="Variables that may not be read, in spite of allow_keys.")
+    ]
+
+
+class Time(Section, frozen=True, kw_only=True):
+    """Clocks and sleeping."""
+
+    enabled: Annotated[bool, Meta(description="Whether clocks may be used.")]
+    allow_monotonic: Annotated[bool, Meta(description="Whether the monotonic clock may be read.")]
+    allow_wall_clock: Annotated[bool, Meta(description="Whether the time of day may be read.")]
+    allow_sleep: Annotated[bool, Meta(description="Whether the program may sleep.")]
+    max_sleep_ms: Annotated[int, Meta(ge=0, le=86_400_000, description="Longest sleep, in milliseconds.")]
+    allow_local_tzid: Annotated[bool, Meta(description="Whether the name of the time zone may be read.")]
+
+
+class Language(Section, frozen=True, kw_only=True):
+    """What X07's compiler accepts."""
+
+    allow_unsafe: Annotated[bool, Meta(description="Whether unsafe code compiles.")]
+    allow_ffi: Annotated[bool, Meta(description="Whether calls into foreign code compile.")]
+
+
+class Threads(Section, frozen=True, kw_only=True):
+    """Threads of the program."""
+
+    enabled: Annotated[bool, Meta(description="Whether the program may start threads.")]
+    max_workers: Annotated[int, Meta(ge=0, le=256, description="Worker threads; 0 lets the runtime choose.")]
+    max_blocking: Annotated[int, Meta(ge=0, le=4096, description="Threads for blocking calls.")]
+    max_queue: Annotated[int, Meta(ge=0, le=1_000_000, description="Tasks that may wait for a thread.")]
+
+
+class Process(Section, frozen=True, kw_only=True):
+    """Processes that the program starts."""
+
+    enabled: Annotated[bool, Meta(description="Whether processes are a matter of the program at all.")]
+    allow_spawn: Annotated[bool, Meta(description="Whether child processes may be started.")]
+    max_live: Annotated[Count1024, Meta(description="Children alive at one time.")]
+    max_spawns: Annotated[Count1024, Meta(description="Children started in all.")]
+    allow_exec: Annotated[bool, Meta(description="Whether other programs may be executed.")]
+    allow_exit: Annotated[bool, Meta(description="Whether the program may choose its exit status.")]
+    allow_execs: Annotated[
+        tuple[Path, ...], Meta(max_length=256, description="Programs that may be executed, by path.")
+    ] = ()
+    allow_exec_prefixes: Annotated[
+        tuple[Path, ...], Meta(max_length=256, description="Starts of paths below which programs may be executed.")
+    ] = ()
+    allow_args_regex_lite: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...],
+        Meta(max_length=128, description="Patterns that a child's arguments must match."),
+    ] = ()
+    allow_env_keys: Annotated[
+        tuple[EnvKey, ...], Meta(max_length=256, description="Variables that may be given to a child.")
+    ] = ()
+    max_exe_bytes: Annotated[ArgBytes, Meta(description="Longest path of a program to execute, in bytes.")] = 4096
+    max_args: Annotated[Count1024, Meta(description="Arguments of a child.")] = 64
+    max_arg_bytes: Annotated[ArgBytes, Meta(description="Longest argument of a child, in bytes.")] = 4096
+    max_env: Annotated[Count1024, Meta(description="Variables of a child.")] = 64
+    max_env_key_bytes: Annotated[
+        int, Meta(ge=0, le=4096, description="Longest name of a child's variable, in bytes.")
+    ] = 256
+    max_env_val_bytes: Annotated[ArgBytes, Meta(description="Longest value of a child's variable, in bytes.")] = 4096
+    max_runtime_ms: Annotated[Millis, Meta(description="Time that a child may run, in milliseconds.")] = 0
+    max_stdout_bytes: Annotated[StreamBytes, Meta(description="Standard output of a child, in bytes.")] = 0
+    max_stderr_bytes: Annotated[StreamBytes, Meta(description="Standard error of a child, in bytes.")] = 0
+    max_total_bytes: Annotated[
+        int, Meta(ge=0, le=536_870_912, description="Both outputs of a child together, in bytes.")
+    ] = 0
+    max_stdin_bytes: Annotated[StreamBytes, Meta(description="Standard input of a child, in bytes.")] = 0
+    kill_on_drop: Annotated[bool, Meta(description="Whether a child ends when the program lets go of it.")] = True
+    kill_tree: Annotated[bool, Meta(description="Whether a child's own children end with it.")] = True
+    allow_cwd: Annotated[bool, Meta(description="Whether a child may start in another folder.")] = False
+    allow_cwd_roots: Annotated[
+        tuple[Path, ...], Meta(max_length=128, description="Folders in which a child may start.")
+    ] = ()
+
+
+class Drivers(Section, frozen=True, kw_only=True):
+    """Kinds of database."""
+
+    sqlite: Annotated[bool, Meta(description="Whether SQLite may be used.")]
+    postgres: Annotated[bool, Meta(description="Whether PostgreSQL may be used.")]
+    mysql: Annotated[bool, Meta(description="Whether MySQL may be used.")]
+    redis: Annotated[bool, Meta(description="Whether Redis may be used.")] = False
+
+
+class Sqlite(Section, frozen=True, kw_only=True):
+    """SQLite files."""
+
+    allow_paths: Annotated[tuple[Path, ...], Meta(max_length=256, description="Database files to open.")] = ()
+    readonly_only: Annotated[bool, Meta(description="Open databases for reading only.")] = False
+    allow_create: Annotated[bool, Meta(description="Whether database files may be made.")] = False
+    allow_in_memory: Annotated[bool, Meta(description="Whether databases in memory may be used.")] = False
+
+
+class DbNet(Section, frozen=True, kw_only=True):
+    """Database servers."""
+
+    allow_dns: Annotated[tuple[Name, ...], Meta(max_length=256, description="Servers by name.")] = ()
+    allow_cidrs: Annotated[tuple[Name, ...], Meta(max_length=256, description="Servers by network.")] = ()
+    allow_ports: Annotated[tuple[Port, ...], Meta(max_length=256, description="Ports of servers.")] = ()
+    require_tls: Annotated[bool, Meta(description="Refuse a server without TLS (false when db.net is absent).")] = True
+    require_verify: Annotated[
+        bool, Meta(description="Refuse a server whose certificate does not verify (false when db.net is absent).")
+    ] = True
+
+
+class Db(Section, frozen=True, kw_only=True):
+    """Databases."""
+
+    enabled: Annotated[bool, Meta(description="Whether databases may be used.")]
+    drivers: Drivers
+    max_live_conns: Annotated[Count1024, Meta(description="Connections open at one time.")] = 0
+    max_queries: Annotated[int, Meta(ge=0, le=1_000_000, description="Queries in all.")] = 0
+    connect_timeout_ms: Annotated[Millis, Meta(description="Time to connect, in milliseconds.")] = 0
+    query_timeout_ms: Annotated[Millis, Meta(description="Time of one query, in milliseconds.")] = 0
+    max_sql_bytes: Annotated[int, Meta(ge=0, le=10_485_760, description="Longest statement, in bytes.")] = 0
+    max_rows: Annotated[int, Meta(ge=0, le=1_000_000, description="Rows of one answer.")] = 0
+    max_resp_bytes: Annotated[int, Meta(ge=0, le=134_217_728, description="Largest answer, in bytes.")] = 0
+    sqlite: Sqlite | UnsetType = UNSET
+    net: DbNet | UnsetType = UNSET
+
+    @property
+    def sqlite_in_force(self) -> Sqlite:
+        """The section, or what counts when it is absent."""
+        return ABSENT_SQLITE if isinstance(self.sqlite, UnsetType) else self.sqlite
+
+    @property
+    def net_in_force(self) -> DbNet:
+        """The section, or what counts when it is absent."""
+        return ABSENT_DB_NET if isinstance(self.net, UnsetType) else self.net
+
+
+class Policy(Section, frozen=True, kw_only=True):
+    """What a program may touch and use."""
+
+    schema_version: Annotated[
+        Literal["x07.run-os-policy@0.1.0"], Meta(description="The format of the document, exactly this one.")
+    ]
+    policy_id: Annotated[
+        str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$", description="A name for records: letters, digits, '_', '.', '-'.")
+    ]
+    notes: Annotated[str, Meta(max_length=4096, description="Free text for people.")] | UnsetType = UNSET
+    limits: Limits
+    fs: Fs
+    net: Net
+    db: Db | UnsetType = UNSET
+    env: Env
+    time: Time
+    language: Language | UnsetType = UNSET
+    threads: Threads | UnsetType = UNSET
+    process: Process
+
+    @property
+    def notes_in_force(self) -> str:
+        """The notes, or the empty text."""
+        return "" if isinstance(self.notes, UnsetType) else self.notes
+
+    @property
+    def db_in_force(self) -> Db:
+        """The section, or what counts when it is absent: no databases."""
+        return ABSENT_DB if isinstance(self.db, UnsetType) else self.db
+
+    @property
+    def language_in_force(self) -> Language:
+        """The section, or what counts when it is absent: neither unsafe code nor foreign calls."""
+        return ABSENT_LANGUAGE if isinstance(self.language, UnsetType) else self.language
+
+    @property
+    def threads_in_force(self) -> Threads:
+        """The section, or what counts when it is absent: threads allowed."""
+        return ABSENT_THREADS if isinstance(self.threads, UnsetType) else self.threads
+
+
+ABSENT_SQLITE = Sqlite()
+# Not the defaults of the fields: upstream derives both from a section that is not there.
+ABSENT_DB_NET = DbNet(require_tls=False, require_verify=False)
+ABSENT_DB = Db(enabled=False, drivers=Drivers(sqlite=False, postgres=False, mysql=False))
+ABSENT_LANGUAGE = Language(allow_unsafe=False, allow_ffi=False)
+ABSENT_THREADS = Threads(enabled=True, max_workers=0, max_blocking=4, max_queue=1024)
+
+
+def leaf_values(policy: Policy) -> dict[str, object]:
+    """Every field's value in force, by its path ("limits.wall_ms"), in the model's order.
+
+    A list is one field. Absent sections and notes appear with what counts in their place.
+    """
+    return dict(_leaves(policy, ""))
+
+
+def _leaves(section: Section, prefix: str) -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for name in section.__struct_fields__:
+        value = getattr(section, name)
+        if value is UNSET:
+            value = getattr(section, f"{name}_in_force")
+        if isinstance(value, Section):
+            found += _leaves(value, f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", value))
+    return found

@@ -1,0 +1,60 @@
+"""What is wrong with a policy document, and the error that carries all of it at once."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from x07_sandbox.errors import UsageError
+
+_SHOWN_CHARS = 80  # of a key that nobody trusts, in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong, at one place.
+
+    json_path: like ``$.limits.cpu_ms`` or ``$.net.allow_hosts[2].ports``.
+    message: what is wrong there, without a full stop.
+    suggestion: the key or value that was probably meant.
+    """
+
+    json_path: str
+    message: str
+    suggestion: str | None = None
+
+    def __str__(self) -> str:
+        """One line: place, fault, what was probably meant."""
+        hint = f"; did you mean {self.suggestion}?" if self.suggestion else ""
+        return f"{self.json_path}: {self.message}{hint}"
+
+
+class PolicyError(UsageError):
+    """A policy document was refused; ``problems`` holds everything that is wrong with it."""
+
+    def __init__(self, what: str, why: str, fix: str, problems: Iterable[Problem] = ()) -> None:
+        """The three parts of every error, and all problems that were found."""
+        super().__init__(what, why, fix)
+        # Kept out of args on purpose: pickle rebuilds from args and then restores this attribute.
+        self.problems: tuple[Problem, ...] = tuple(problems)
+
+    @classmethod
+    def of(cls, source: str, problems: Sequence[Problem]) -> "PolicyError":
+        """The error for *problems* (at least one) in the document that came from *source*."""
+        lines = [str(problem) for problem in problems]
+        why = lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *(f"  {line}" for line in lines)])
+        fix = "Correct the document; docs/policy.md lists every field"
+        return cls(f"policy {source} is refused", why, fix, problems)
+
+
+def json_path(parts: Iterable[str | int]) -> str:
+    """The path of a place: ``$.a.b[3]``; a key that is no plain name is quoted, escaped and cut."""
+    text = "$"
+    for part in parts:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part.isidentifier() and part.isascii() and len(part) <= _SHOWN_CHARS:
+            text += f".{part}"
+        else:
+            shown = part if len(part) <= _SHOWN_CHARS else part[:_SHOWN_CHARS] + "..."
+            text += f"[{json.dumps(shown)}]"
+    return text

@@ -1,0 +1,1 @@
+"""Result documents: our JSON result, later X07's reports."""

@@ -1,0 +1,1 @@
+"""Request, build, execute, result: the only room that sees all below it."""

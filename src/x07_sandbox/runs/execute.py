@@ -1,0 +1,339 @@
+"""One phase of a run: the conversation with the agent, and the only place where output caps and deadlines are kept.
+
+The loop waits for the channel, the machine's own streams and end, the program's input, slow readers of its output,
+and a request to cancel. Nothing in it blocks on any of them.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from x07_sandbox.channel.connection import Connection
+from x07_sandbox.channel.frames import DATA_MAX, PROTOCOL, Kind, Role, Stream
+from x07_sandbox.channel.link import Control, Credit, Data, Eof, Event, State
+from x07_sandbox.errors import PeerError
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import Deadline, unix_ns
+from x07_sandbox.plan.outcomes import Evidence, Stage
+
+if TYPE_CHECKING:
+    from x07_sandbox.backends.base import Instance
+    from x07_sandbox.runs.streams import Cancel, InFile, OutFile, Sink
+
+_LOST_S: Final = 1.0  # how long a machine whose channel has ended may take to end itself, so that we can say how
+_FILL: Final = 256 * 1024  # bytes queued for the guest at most, besides the windows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseRequest:
+    """What one phase is to do. Descriptors and sinks are lent.
+
+    stdin_fd: where the program's input is streamed from; None for none.
+    limits: the agent's share of the plan: mem_bytes, tasks, cpu_ms, fds, core_bytes, tmp_bytes.
+    """
+
+    job_id: str
+    phase: str
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    files: tuple[InFile, ...]
+    limits: dict[str, int]
+    wall_ms: int
+    stdin_fd: int | None
+    stdout: Sink
+    stderr: Sink
+    output: OutFile | None
+    cancel: Cancel
+
+
+@dataclass(slots=True)
+class PhaseFacts:
+    """What is known after a phase: the evidence, the guest's own counters, and when what happened.
+
+    times_ms: from the release of the machine to: hello, seeded, started, exited, end.
+    """
+
+    evidence: Evidence
+    usage: dict[str, Any] = field(default_factory=dict)
+    times_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Phase:
+    """The loop of one phase. Made, run once, and thrown away."""
+
+    def __init__(self, request: PhaseRequest, instance: Instance) -> None:
+        self.request = request
+        self.instance = instance
+        self.connection = Connection(instance.channel_fd, Role.HOST)
+        self.link = self.connection.link
+        self.nonce = secrets.token_hex(16)
+        self.stage = Stage.BOOT
+        self.deadline = Deadline.after(settings.BOOT_S)
+        self.begun = time.monotonic()
+        self.times_ms: dict[str, float] = {}
+        self.seen: dict[str, Any] = {}  # evidence so far, under the names of `Evidence`
+        self.usage: dict[str, Any] = {}
+        self.over = False
+        self.asked_to_stop = False
+        self.sent = [0] * len(request.files)
+        self.input = bytearray()
+        self.input_done = request.stdin_fd is None
+        self.sinks = {Stream.STDOUT: request.stdout, Stream.STDERR: request.stderr}
+
+    def run(self) -> PhaseFacts:
+        """Run to the end, whatever it is."""
+        self.instance.release()
+        while not self.over:
+            try:
+                self._turn()
+            except PeerError as exc:
+                self._end(channel_error=f"{exc.what}: {exc.why}")
+        self._mark("end")
+        if self.seen.get("wait_status") is None:
+            self.seen["console_tail"] = self.instance.console_tail()
+        return PhaseFacts(evidence=Evidence(stage=self.stage, **self.seen), usage=self.usage, times_ms=self.times_ms)
+
+    # one turn
+
+    def _turn(self) -> None:
+        self._check_time()
+        if self.over:
+            return
+        self._fill()
+        if not self.connection.flush():
+            self._lost()
+            return
+        for fd, mask in self._poll().poll(self.deadline.left_s() * 1000 + 1):
+            self._ready(fd, mask)
+            if self.over:
+                return
+
+    def _poll(self) -> select.poll:
+        poll = select.poll()
+        poll.register(self.instance.channel_fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))
+        for fd in (self.instance.pidfd, self.request.cancel.fd, *self.instance.side_fds()):
+            poll.register(fd, select.POLLIN)
+        if self._wants_input():
+            poll.register(self.request.stdin_fd or 0, select.POLLIN)
+        writers = [sink.wants_write for sink in self.sinks.values()]
+        for fd in {fd for fd in writers if fd is not None}:
+            poll.register(fd, select.POLLOUT)
+        return poll
+
+    def _ready(self, fd: int, mask: int) -> None:
+        if fd == self.request.cancel.fd:
+            self._end(cancelled_by=self.request.cancel.signal or 0)
+        elif fd == self.instance.channel_fd:
+            if mask & (select.POLLIN | select.POLLHUP | select.POLLERR):
+                self._receive()
+        elif fd == self.instance.pidfd:
+            self._lost()
+        elif any(fd == sink.wants_write for sink in self.sinks.values()):
+            self._pump(fd)
+        elif fd == self.request.stdin_fd:
+            self._read_input()
+        else:
+            self.instance.drain(fd)
+
+    def _check_time(self) -> None:
+        if not self.deadline.passed():
+            return
+        if self.stage is Stage.BOOT:
+            self._end(boot_timeout=True)
+        elif self.stage is Stage.RUN and not self.asked_to_stop:
+            # The deadline is ours and has passed, whatever the guest says from here on; it may still tell how it stood.
+            self.seen["deadline_passed"] = True
+            self.asked_to_stop = True
+            self.link.send(Kind.STOP, {})
+            self.deadline = Deadline.after(settings.grace_ms(self.request.wall_ms) / 1000)
+        elif self.asked_to_stop:
+            self._end()
+        else:
+            self._end(deadline_passed=True)
+
+    # what comes from the guest
+
+    def _receive(self) -> None:
+        events = self.connection.read()
+        if events is None:
+            self._lost()
+            return
+        for event in events:
+            self._take(event)
+            if self.over:
+                return
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Control):
+            self._take_control(event)
+        elif isinstance(event, Data):
+            self._take_data(event)
+        elif isinstance(event, Eof) and event.stream == Stream.OUTPUT_FILE and self.request.output is not None:
+            self.request.output.complete = self.request.output.size == self.usage.get("output_bytes")
+            self._end()
+        elif isinstance(event, Credit):
+            return  # `_fill` looks at the windows anyway
+
+    def _take_control(self, event: Control) -> None:
+        body = event.body
+        if event.kind is Kind.HELLO:
+            self._greet(body["protocol"])
+        elif event.kind is Kind.SEEDED:
+            if body["nonce"] != self.nonce:
+                raise PeerError("bad SEEDED frame", "it does not answer our seed")
+            self._start()
+        elif event.kind is Kind.STARTED:
+            self._mark("started")
+            self.stage = Stage.RUN
+            self.deadline = Deadline.after(self.request.wall_ms / 1000)
+        elif event.kind is Kind.FAILED:
+            self._end(setup_failure=f"{body['stage']}: {body['message']}")
+        elif event.kind is Kind.EXITED:
+            self._exited(body)
+
+    def _greet(self, protocol: int) -> None:
+        if protocol != PROTOCOL:
+            raise PeerError("bad HELLO frame", f"the agent speaks protocol {protocol}, and this is {PROTOCOL}")
+        self._mark("hello")
+        seed = {
+            "unix_ns": unix_ns(),
+            "entropy": secrets.token_hex(64),
+            "nonce": self.nonce,
+            "hostname": "x07",
+            "machine_id": secrets.token_hex(16),
+        }
+        self.link.send(Kind.SEED, seed)
+
+    def _start(self) -> None:
+        self._mark("seeded")
+        self.stage = Stage.SETUP
+        self.deadline = Deadline.after(settings.COPY_IN_S)
+        request = self.request
+        files = [{"path": file.path, "mode": file.mode, "kind": file.kind} for file in request.files]
+        output = None if request.output is None else {"path": request.output.path, "max_bytes": request.output.max_bytes}
+        self.link.send(
+            Kind.START,
+            {
+                "run_id": request.job_id,
+                "phase": request.phase,
+                "argv": request.argv,
+                "env": request.env,
+                "cwd": request.cwd,
+                "files": files,
+                "limits": request.limits,
+                "output": output,
+            },
+        )
+
+    def _take_data(self, event: Data) -> None:
+        if event.stream == Stream.OUTPUT_FILE:
+            output = self.request.output
+            if output is None or not output.take(event.payload):
+                raise PeerError("bad data", "an output file that was not asked for, or is larger than announced")
+            self.link.consumed(event.stream, len(event.payload))
+            return
+        sink = self.sinks[Stream(event.stream)]
+        self.link.consumed(event.stream, sink.take(event.payload))
+        if sink.overflow:
+            self._end(output_overflow=sink.name)
+
+    def _exited(self, body: dict[str, Any]) -> None:
+        self._mark("exited")
+        self.usage = body
+        for name in ("wait_status", "oom_kills", "cpu_exceeded"):
+            self.seen[name] = body[name]
+        if self.asked_to_stop:
+            # What the guest says after our STOP tells how things stood; the end itself was our doing.
+            self.seen["stopped"] = body["stopped"]
+            self._end()
+            return
+        self.stage = Stage.COLLECT
+        self.deadline = Deadline.after(settings.CHANGES_OUT_S)
+        if self.request.output is None or body["output_bytes"] is None:
+            self._end()
+
+    # what goes to the guest
+
+    def _fill(self) -> None:
+        """Queue as much for the guest as its windows take."""
+        if self.link.state not in {State.PREPARING, State.RUNNING}:
+            return
+        for index, file in enumerate(self.request.files):
+            stream = Stream.FIRST_FILE + index
+            while self.sent[index] < file.size and self.link.pending() < _FILL and self.link.window(stream):
+                data = os.pread(file.fd, min(DATA_MAX, self.link.window(stream), file.size - self.sent[index]), self.sent[index])
+                if not data:
+                    self._end(setup_failure=f"{file.path} became shorter while it was read")
+                    return
+                self.sent[index] += self.link.send_data(stream, data)
+            if self.sent[index] == file.size:
+                self.link.end_stream(stream)
+        if self.input and self.link.pending() < _FILL:
+            del self.input[: self.link.send_data(Stream.STDIN, self.input)]
+        if self.input_done and not self.input:
+            self.link.end_stream(Stream.STDIN)
+
+    def _wants_input(self) -> bool:
+        ready = self.link.state in {State.PREPARING, State.RUNNING}
+        return ready and not self.input_done and not self.input and self.link.window(Stream.STDIN) > 0
+
+    def _read_input(self) -> None:
+        try:
+            data = os.read(self.request.stdin_fd or 0, DATA_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # a terminal that hung up, a folder: there is no more input
+        self.input += data
+        self.input_done = not data
+
+    def _pump(self, fd: int) -> None:
+        for stream, sink in self.sinks.items():
+            if sink.wants_write == fd:
+                self.link.consumed(stream, sink.pump())
+                return
+
+    # the end
+
+    def _lost(self) -> None:
+        """The channel or the machine has ended: give it a moment to say how."""
+        limit = Deadline.after(_LOST_S)
+        poll = select.poll()
+        poll.register(self.instance.pidfd, select.POLLIN)
+        for fd in self.instance.side_fds():
+            poll.register(fd, select.POLLIN)
+        while self.instance.exit_status() is None and not limit.passed():
+            for fd, _ in poll.poll(limit.left_s() * 1000):
+                if fd != self.instance.pidfd:
+                    self.instance.drain(fd)
+                    if fd not in self.instance.side_fds():
+                        poll.unregister(fd)
+        self._end(vmm_status=self.instance.exit_status())
+
+    def _end(self, **seen: object) -> None:
+        self.seen.update(seen)
+        self.over = True
+
+    def _mark(self, name: str) -> None:
+        self.times_ms[name] = round((time.monotonic() - self.begun) * 1000, 1)
+
+
+def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> None:
+    """Give slow readers the rest of what they have coming; at most one window a stream, until a cancel."""
+    while any(sink.wants_write is not None for sink in sinks):
+        poll = select.poll()
+        poll.register(cancel.fd, select.POLLIN)
+        for fd in {sink.wants_write for sink in sinks} - {None}:
+            poll.register(fd or 0, select.POLLOUT)
+        for fd, _ in poll.poll():
+            if fd == cancel.fd:
+                return
+            for sink in sinks:
+                if sink.wants_write == fd:
+                    sink.pump()

@@ -1,0 +1,61 @@
+"""The folder of a run: what is kept of it besides the records of its jobs."""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from x07_sandbox.errors import HostError
+from x07_sandbox.host.paths import private_dir, state_dir
+from x07_sandbox.jobs.record import home_of
+from x07_sandbox.runs.result import Output
+from x07_sandbox.runs.streams import OutFile, Sink
+
+if TYPE_CHECKING:
+    import contextlib
+
+
+class RunFolder:
+    """`runs/RUN/`, beside the state root where that folder is ours, else inside it as `.runs/RUN/`."""
+
+    def __init__(self, run_id: str, stack: contextlib.ExitStack) -> None:
+        root = private_dir(state_dir())
+        home = home_of(root)
+        runs = private_dir(home / ("runs" if home != root else ".runs"))
+        self.path = private_dir(runs / run_id)
+        self._stack = stack
+
+    def sink(self, name: str, *, live_fd: int | None, max_bytes: int) -> tuple[Sink, int]:
+        """A sink that keeps its stream in this folder, and the descriptor of that file."""
+        fd = self._open(self.path / name)
+        return Sink(name.rpartition("-")[2], keep_fd=fd, live_fd=live_fd, max_bytes=max_bytes), fd
+
+    def out_file(self, guest_path: str, max_bytes: int) -> OutFile:
+        """A file without a name for what comes out of the guest: bound by its descriptor, gone with it."""
+        try:
+            fd = os.open(self.path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise HostError("cannot keep the built program", f"{self.path}: {exc.strerror}", "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs") from exc
+        self._stack.callback(os.close, fd)
+        return OutFile(path=guest_path, fd=fd, max_bytes=max_bytes)
+
+    def _open(self, path: Path) -> int:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise HostError(f"cannot write {path}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR") from exc
+        self._stack.callback(os.close, fd)
+        return fd
+
+
+def output_of(sink: Sink, fd: int) -> Output:
+    """What a sink kept, as the result shows it."""
+    data = b""
+    while chunk := os.pread(fd, 1 << 20, len(data)):
+        data += chunk
+    try:
+        return Output(bytes=sink.total_bytes, truncated=sink.overflow, text=data.decode())
+    except UnicodeDecodeError:
+        return Output(bytes=sink.total_bytes, truncated=sink.overflow, base64=base64.b64encode(data).decode())

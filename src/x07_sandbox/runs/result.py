@@ -1,0 +1,113 @@
+"""The result of a run: one frozen value, from which text, JSON and reports are made.
+
+Schema `x07.sandbox.result@0.1.0`: `schemas/result.schema.json` is generated from these types.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+SCHEMA = "x07.sandbox.result@0.1.0"
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One output stream: `text` where it is UTF-8, else `base64`. bytes: how many came up to the cap."""
+
+    bytes: int
+    truncated: bool
+    text: str | None = None
+    base64: str | None = None
+
+
+class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One phase. times_ms: since the machine was let go: hello, seeded, started, exited, end; boot and copying included."""
+
+    job_id: str
+    outcome: str
+    reason: str
+    times_ms: dict[str, float]
+    stdout: Output
+    stderr: Output
+    cpu_ms: int
+    memory_peak_bytes: int
+    tasks_peak: int
+
+
+class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One field of the policy, and who holds it."""
+
+    field: str
+    state: Literal["enforced", "advisory", "refused", "not-enforced-yet"]
+    by: str
+    why: str
+
+
+class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The line of policy, and the flag where there is one, that would allow it."""
+
+    json_path: str
+    value: object
+    flag: str | None = None
+
+
+class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One thing that the program tried, or the policy asked for, and did not get."""
+
+    field: str
+    action: str
+    subject: str
+    enforced_by: str
+    observed_by: Literal["host", "guest"]
+    count: int
+    how_to_allow: HowToAllow
+
+
+class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What became of the program's changes to files."""
+
+    state: Literal["none", "applied", "kept", "conflict", "discarded"] = "none"
+
+
+class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """sha256 of what went in and came out, as `sha256:<hex>`; null for what there was none of."""
+
+    image: str | None = None
+    policy: str | None = None
+    source: str | None = None
+    artifact: str | None = None
+    input: str | None = None
+    output: str | None = None
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one run ended."""
+
+    run: str
+    outcome: str
+    fault: Literal["program", "policy", "host", "none"]
+    reason: str
+    x07_exit_code: int
+    exit_code: int | None = None
+    signal: int | None = None
+    isolation: str | None = None
+    backend: str | None = None
+    jail: str | None = None
+    stdout: Output
+    stderr: Output
+    phases: dict[str, PhaseReport]
+    digests: Digests
+    controls: list[ControlReport]
+    denials: list[Denial]
+    changes: Changes = Changes()
+    warnings: list[str]
+    schema_version: str = SCHEMA
+
+    @property
+    def ok(self) -> bool:
+        """Whether the program ended by itself with status 0."""
+        return self.outcome == "ok"
+
+
+NOTHING = Output(bytes=0, truncated=False, text="")

@@ -1,0 +1,355 @@
+"""One run from request to result: plan, build job, run job. Nothing of the host changes on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from x07_sandbox.backends.base import Job
+from x07_sandbox.backends.qemu.backend import QemuBackend
+from x07_sandbox.errors import BackendError, HostError, ImageError, RefusedError, SandboxError, UsageError
+from x07_sandbox.host import settings
+from x07_sandbox.images.store import find_image
+from x07_sandbox.images.verify import open_image
+from x07_sandbox.jobs.record import create_record, new_run_id
+from x07_sandbox.plan.controls import GUEST_VARIABLES, Plan, make_plan
+from x07_sandbox.plan.outcomes import Evidence, Outcome, Verdict, as_build, classify, verdict
+from x07_sandbox.plan.sizes import ram_class_bytes
+from x07_sandbox.policy import decode_policy, default_policy, program_environment, render_policy
+from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, SOURCE_FOLDER, Toolchain, source_name, toolchain_for
+from x07_sandbox.runs.execute import Phase, PhaseFacts, PhaseRequest, drain
+from x07_sandbox.runs.folder import RunFolder, output_of
+from x07_sandbox.runs.result import NOTHING, ControlReport, Denial, Digests, HowToAllow, Output, PhaseReport, Result
+from x07_sandbox.runs.streams import Cancel, InFile, OutFile, Sink
+
+if TYPE_CHECKING:
+    from x07_sandbox.backends.base import Availability
+    from x07_sandbox.images.verify import OpenImage
+    from x07_sandbox.plan.controls import RunLimits
+    from x07_sandbox.policy import Policy
+
+_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
+_CWD = "/opt/x07"
+_KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], Outcome], ...] = (
+    (UsageError, Outcome.USAGE_ERROR),
+    (RefusedError, Outcome.REFUSED),
+    (ImageError, Outcome.REFUSED),
+    (HostError, Outcome.REFUSED),
+    (BackendError, Outcome.BACKEND_ERROR),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What is asked for.
+
+    policy: path of a policy document; None for the built-in default.
+    stdin_fd: the program's input, lent; None for none. live_*: where output is streamed as it comes, or None.
+    """
+
+    program: Path
+    args: tuple[str, ...] = ()
+    policy: Path | None = None
+    image: str | None = None
+    stdin_fd: int | None = None
+    live_stdout: int | None = None
+    live_stderr: int | None = None
+    max_output_bytes: int = settings.OUTPUT_MAX_BYTES
+    cancel: Cancel
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What is known so far: whatever happens next, the result is made from it."""
+
+    run_id: str
+    policy: Policy | None = None
+    availability: Availability | None = None
+    plan: Plan | None = None
+    jail: str | None = None
+    phases: dict[str, PhaseReport] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    denials: list[Denial] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    stdout: Output = NOTHING
+    stderr: Output = NOTHING
+
+
+def run(request: RunRequest) -> Result:
+    """Carry out one run. Every ending is a result; only a bug raises."""
+    so_far = _Progress(run_id=new_run_id())
+    try:
+        with contextlib.ExitStack() as stack:
+            folder = RunFolder(so_far.run_id, stack)
+            ending = _carry_out(request, so_far, folder, stack)
+            result = _result(so_far, ending)
+            _write_result(folder.path / "result.json", result)
+            return result
+    except SandboxError as exc:
+        return _result(so_far, _verdict_of(exc))
+
+
+def _verdict_of(exc: SandboxError) -> Verdict:
+    outcome = next(outcome for kind, outcome in _KNOWN_OUTCOMES if isinstance(exc, kind))
+    ours = isinstance(exc, (ImageError, HostError, BackendError))
+    return verdict(outcome, str(exc).removesuffix("."), fault="host" if ours else None)
+
+
+def _carry_out(request: RunRequest, so_far: _Progress, folder: RunFolder, stack: contextlib.ExitStack) -> Verdict:
+    toolchain = toolchain_for(str(request.program))
+    source = _snapshot(request.program, stack, so_far)
+    policy, policy_bytes = _policy(request.policy)
+    so_far.policy = policy
+    so_far.digests["policy"] = _digest(policy_bytes)
+    image = stack.enter_context(open_image(find_image(request.image)))
+    so_far.digests["image"] = image.manifest.digest
+    backend = QemuBackend()
+    so_far.availability = availability = backend.probe(image)
+    so_far.warnings += availability.warnings
+    so_far.plan = plan = make_plan(policy, availability.features, guest_variables=GUEST_VARIABLES)
+    _add_refusals(plan, so_far)
+    plan.require()
+    session = _Session(request, so_far, folder, backend, image)
+    artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
+    failed = session.build(toolchain, source, artifact)
+    if failed is not None:
+        return failed
+    so_far.digests["artifact"] = f"sha256:{artifact.sha256()}"
+    return session.run(toolchain, artifact, policy, policy_bytes, plan.limits, stack)
+
+
+class _Session:
+    """The jobs of one run: they share backend, image, folder and what is known so far."""
+
+    def __init__(self, request: RunRequest, so_far: _Progress, folder: RunFolder, backend: QemuBackend, image: OpenImage) -> None:
+        self.request = request
+        self.so_far = so_far
+        self.folder = folder
+        self.backend = backend
+        self.image = image
+
+    def build(self, toolchain: Toolchain, source: InFile, artifact: OutFile) -> Verdict | None:
+        """Build in a machine of its own; None if there is an artifact, else how that ended."""
+        name = Path(source.path).name
+        limits = {
+            "mem_bytes": settings.BUILD_MEM_BYTES,
+            "tasks": settings.BUILD_TASKS,
+            "cpu_ms": settings.BUILD_CPU_MS,
+            "fds": settings.BUILD_FDS,
+            "core_bytes": 0,
+            "tmp_bytes": settings.BUILD_MEM_BYTES // settings.TMP_SHARE,
+        }
+        argv = toolchain.build(source.path, name)
+        spec = _PhaseSpec("build", argv, (source,), limits, settings.BUILD_WALL_MS, dict(_ENVIRONMENT), output=artifact)
+        ending, facts = self._phase(spec)
+        ending = as_build(ending)
+        report = self.so_far.phases["build"]
+        if ending.outcome is not Outcome.OK:
+            self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
+            return ending
+        if not artifact.complete:
+            problem = facts.usage.get("output_problem") or "did not arrive whole"
+            return verdict(Outcome.BUILD_FAILED, f"the build ended well, but what it made {problem}", fault="program")
+        return None
+
+    def run(self, toolchain: Toolchain, artifact: OutFile, policy: Policy, policy_bytes: bytes, plan: RunLimits, stack: contextlib.ExitStack) -> Verdict:
+        """Run the artifact in a fresh machine."""
+        name = source_name(str(self.request.program))
+        limits = {
+            "mem_bytes": plan.mem_bytes,
+            "tasks": plan.procs + 1,
+            "cpu_ms": plan.cpu_ms,
+            "fds": plan.fds,
+            "core_bytes": settings.SCRATCH_BYTES if plan.core_dumps else 0,
+            "tmp_bytes": max(65536, plan.mem_bytes // settings.TMP_SHARE),
+        }
+        program = InFile(
+            path=PROGRAM_FOLDER if toolchain.archive else ARTIFACT,
+            mode=0o755,
+            kind="archive" if toolchain.archive else "file",
+            fd=artifact.fd,
+            size=artifact.size,
+        )
+        policy_file = _in_file(policy_bytes, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)
+        argv = [*toolchain.start(name), *self.request.args]
+        environment = _ENVIRONMENT | program_environment(policy)
+        spec = _PhaseSpec(
+            "run", argv, (program, policy_file), limits, plan.wall_ms, environment, ram_bytes=plan.ram_bytes, limits_shown=policy.limits
+        )
+        ending, facts = self._phase(spec)
+        report = self.so_far.phases["run"]
+        self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
+        self._note_denials(facts, policy)
+        return ending
+
+    def _phase(self, spec: _PhaseSpec) -> tuple[Verdict, PhaseFacts]:
+        live = spec.name == "run"
+        request = self.request
+        prefix = "" if live else "build-"
+        cap = request.max_output_bytes if live else settings.OUTPUT_MAX_BYTES
+        stdout, stdout_fd = self.folder.sink(f"{prefix}stdout", live_fd=request.live_stdout if live else None, max_bytes=cap)
+        stderr, stderr_fd = self.folder.sink(f"{prefix}stderr", live_fd=request.live_stderr if live else None, max_bytes=cap)
+        record = create_record(
+            run_id=self.so_far.run_id, phase=spec.name, backend=self.backend.name, wall_ms=spec.wall_ms, image_digest=self.image.manifest.digest
+        )
+        ram_bytes = spec.ram_bytes or ram_class_bytes(spec.limits["mem_bytes"])
+        seconds = (settings.allowance_ms() + spec.wall_ms) // 1000 + 1
+        phase_request = PhaseRequest(
+            job_id=record.job_id,
+            phase=spec.name,
+            argv=spec.argv,
+            env=spec.env,
+            cwd=_CWD,
+            files=spec.files,
+            limits=spec.limits,
+            wall_ms=spec.wall_ms,
+            stdin_fd=request.stdin_fd if live else None,
+            stdout=stdout,
+            stderr=stderr,
+            output=spec.output,
+            cancel=request.cancel,
+        )
+        job = Job(record=record, image=self.image, ram_bytes=ram_bytes, deadline_s=seconds)
+        with self.backend.start(job) as instance:
+            self.so_far.jail = instance.jail
+            facts = Phase(phase_request, instance).run()
+        drain((stdout, stderr), request.cancel)
+        availability = self.so_far.availability
+        emulated = availability is not None and availability.features.emulated
+        ending = classify(facts.evidence, emulated=emulated, limits=spec.limits_shown)
+        self.so_far.warnings += ending.warnings
+        self.so_far.phases[spec.name] = _report(record.job_id, ending, facts, output_of(stdout, stdout_fd), output_of(stderr, stderr_fd))
+        if live:
+            self.so_far.digests["output"] = f"sha256:{stdout.sha256()}"
+        return ending, facts
+
+    def _note_denials(self, facts: PhaseFacts, policy: Policy) -> None:
+        refused = int(facts.usage.get("tasks_refused", 0))
+        if refused:
+            how = HowToAllow(json_path="$.limits.procs", value=min(1024, policy.limits.procs * 2 + 1))
+            self.so_far.denials.append(_denial("limits.procs", "fork", "a new task", "guest control group", refused, how))
+        if facts.usage.get("disk_full"):
+            how = HowToAllow(json_path="$.fs", value="a smaller output: the scratch disk has 8 GiB")
+            self.so_far.denials.append(_denial("scratch", "write", "the scratch disk is full", "size of the disk", 1, how))
+
+
+@dataclass(frozen=True, slots=True)
+class _PhaseSpec:
+    name: str
+    argv: list[str]
+    files: tuple[InFile, ...]
+    limits: dict[str, int]
+    wall_ms: int
+    env: dict[str, str]
+    output: OutFile | None = None
+    ram_bytes: int = 0
+    limits_shown: Any = None
+
+
+def _denial(field_name: str, action: str, subject: str, by: str, count: int, how: HowToAllow) -> Denial:
+    return Denial(field=field_name, action=action, subject=subject, enforced_by=by, observed_by="guest", count=count, how_to_allow=how)
+
+
+def _add_refusals(plan: Plan, so_far: _Progress) -> None:
+    for refusal in plan.refusals:
+        how = HowToAllow(json_path=refusal.how_to_allow.json_path, value=refusal.how_to_allow.value, flag=refusal.how_to_allow.flag)
+        so_far.denials.append(
+            Denial(field=refusal.field, action="plan", subject=refusal.why, enforced_by="plan", observed_by="host", count=1, how_to_allow=how)
+        )
+
+
+def _policy(path: Path | None) -> tuple[Policy, bytes]:
+    if path is None:
+        policy = default_policy()
+        return policy, render_policy(policy)
+    try:
+        with path.open("rb") as file:
+            data = file.read((1 << 20) + 1)
+    except OSError as exc:
+        raise UsageError(f"cannot read the policy {path}", exc.strerror or str(exc), "Name a readable file with --policy") from exc
+    return decode_policy(data, source=str(path)), data
+
+
+def _snapshot(path: Path, stack: contextlib.ExitStack, so_far: _Progress) -> InFile:
+    """The program's source as it is now: what is digested is what is built."""
+    name = source_name(str(path))
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise UsageError(f"cannot read the program {path}", exc.strerror or str(exc), "Name a readable source file") from exc
+    with os.fdopen(fd, "rb") as file:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise UsageError(f"cannot run {path}", "it is no regular file", "Name a source file")
+        if info.st_size > settings.SOURCE_MAX_BYTES:
+            raise UsageError(f"cannot run {path}", f"it has {info.st_size} bytes, over {settings.SOURCE_MAX_BYTES}", "Name a smaller source file")
+        data = file.read(settings.SOURCE_MAX_BYTES)
+    so_far.digests["source"] = _digest(data)
+    return _in_file(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack)
+
+
+def _in_file(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) -> InFile:
+    fd = os.memfd_create("x07-in", os.MFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    return InFile(path=path, mode=mode, kind="file", fd=fd, size=len(data))
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _report(job_id: str, ending: Verdict, facts: PhaseFacts, stdout: Output, stderr: Output) -> PhaseReport:
+    usage = facts.usage
+    return PhaseReport(
+        job_id=job_id,
+        outcome=ending.outcome.value,
+        reason=ending.reason,
+        times_ms=facts.times_ms,
+        stdout=stdout,
+        stderr=stderr,
+        cpu_ms=int(usage.get("cpu_us", 0)) // 1000,
+        memory_peak_bytes=int(usage.get("memory_peak_bytes", 0)),
+        tasks_peak=int(usage.get("tasks_peak", 0)),
+    )
+
+
+def _result(so_far: _Progress, ending: Verdict) -> Result:
+    availability, plan = so_far.availability, so_far.plan
+    controls = [] if plan is None else [ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls]
+    return Result(
+        run=so_far.run_id,
+        outcome=ending.outcome.value,
+        fault=ending.fault,
+        reason=ending.reason,
+        x07_exit_code=ending.x07_exit_code,
+        exit_code=ending.exit_code,
+        signal=ending.signal,
+        isolation=availability.features.isolation if availability else None,
+        backend="qemu" if availability else None,
+        jail=so_far.jail,
+        stdout=so_far.stdout,
+        stderr=so_far.stderr,
+        phases=so_far.phases,
+        digests=Digests(**so_far.digests),
+        controls=controls,
+        denials=so_far.denials,
+        warnings=so_far.warnings,
+    )
+
+
+def _write_result(path: Path, result: Result) -> None:
+    import msgspec  # noqa: PLC0415 - see docs/dependencies.md
+
+    with contextlib.suppress(OSError):  # the run is over, and its result is on its way to the caller
+        path.write_bytes(msgspec.json.encode(result))
+        path.chmod(0o600)
+
+

@@ -1,0 +1,130 @@
+"""What flows between a job and the outside: bytes that go in, and sinks that take what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import Final
+
+# What a pipe that polls as writable takes without blocking (pipe(7): at least one page).
+_SAFE_WRITE: Final = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InFile:
+    """A file that goes into the guest.
+
+    path: where it lies there. kind: "file", or "archive" to be unpacked there.
+    fd: open for reading, lent; read from offset 0, so that one descriptor serves several jobs.
+    """
+
+    path: str
+    mode: int
+    kind: str
+    fd: int
+    size: int
+
+
+class Sink:
+    """Takes one output stream: counts, caps, keeps it in a file, and passes it on to a reader who may be slow.
+
+    keep_fd: a file that gets everything up to the cap. live_fd: where it is streamed to as well, or None.
+    Both are lent. A live reader who stalls never blocks us: `wants_write` says when to poll for it.
+    """
+
+    def __init__(self, name: str, *, keep_fd: int, live_fd: int | None, max_bytes: int) -> None:
+        self.name = name
+        self.total_bytes = 0
+        self.overflow = False
+        self.reader_gone = False
+        self._keep_fd = keep_fd
+        self._live_fd = live_fd
+        self._max_bytes = max_bytes
+        self._pending = bytearray()
+        self._regular = live_fd is not None and stat.S_ISREG(os.fstat(live_fd).st_mode)
+        self._hash = hashlib.sha256()
+
+    def take(self, data: bytes) -> int:
+        """Take bytes; how many of them are done with at once. The rest is done when `pump` says so. Raises OSError."""
+        allowed = data[: self._max_bytes - self.total_bytes]
+        self.overflow = self.overflow or len(allowed) < len(data)
+        self.total_bytes += len(allowed)
+        self._hash.update(allowed)
+        view = memoryview(allowed)
+        while view:
+            view = view[os.write(self._keep_fd, view) :]
+        if self._live_fd is None or self.reader_gone:
+            return len(data)
+        self._pending += allowed
+        return len(data) - len(allowed)
+
+    @property
+    def wants_write(self) -> int | None:
+        """The descriptor to poll for writing, or None."""
+        return self._live_fd if self._pending and not self.reader_gone else None
+
+    def pump(self) -> int:
+        """Write a little to the live reader, who polled as writable; how many bytes are done with."""
+        if self._live_fd is None:
+            return 0
+        size = len(self._pending) if self._regular else _SAFE_WRITE
+        try:
+            count = os.write(self._live_fd, self._pending[:size])
+        except BlockingIOError:
+            return 0
+        except (BrokenPipeError, ConnectionResetError):
+            self.reader_gone = True
+            count = len(self._pending)
+        del self._pending[:count]
+        return count
+
+    def sha256(self) -> str:
+        """Digest of what was taken."""
+        return self._hash.hexdigest()
+
+
+@dataclass(slots=True)
+class OutFile:
+    """A file that comes out of the guest: written to *fd* (lent), never more than *max_bytes*, hashed on the way."""
+
+    path: str
+    fd: int
+    max_bytes: int
+    size: int = 0
+    complete: bool = False
+    _hash: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def take(self, data: bytes) -> bool:
+        """Append; False if it would pass the bound."""
+        if self.size + len(data) > self.max_bytes:
+            return False
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.fd, view) :]
+        self._hash.update(data)
+        self.size += len(data)
+        return True
+
+    def sha256(self) -> str:
+        """Digest of what came."""
+        return self._hash.hexdigest()
+
+
+class Cancel:
+    """A request from outside to end the run: a signal handler or another thread sets it, the loop polls its descriptor."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.signal: int | None = None
+
+    def __call__(self, signal: int = 0) -> None:
+        """Ask for the end; signal: the one that we got, 0 for a request without one."""
+        if self.signal is None:
+            self.signal = signal
+        os.eventfd_write(self.fd, 1)
+
+    def close(self) -> None:
+        """Let go of the descriptor."""
+        os.close(self.fd)

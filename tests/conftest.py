@@ -1,0 +1,83 @@
+"""What every test shares: sizes, the rule for missing tools, and the watch on leaked descriptors."""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CI = os.environ.get("CI", "") in {"1", "true"}
+FULL = os.environ.get("X07_TEST_FULL") == "1"
+
+settings.register_profile("dev", max_examples=25, deadline=None)
+# Derandomized: a submission must not fail by a luck that its author did not have.
+settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("deep", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile("deep" if FULL else "ci" if CI else "dev")
+
+LASTING_FDS: set[int] = set()
+"""Descriptors that outlive a test on purpose, such as those of the launcher thread: a fixture adds them here."""
+
+
+class Need(Protocol):
+    """The type of the fixture ``need``."""
+
+    def __call__(self, condition: object, reason: str, *, installable: bool) -> None:
+        """Go on if *condition* holds; see ``need`` below."""
+
+
+def need(condition: object, reason: str, *, installable: bool) -> None:
+    """Go on if *condition* holds, else skip the test, or fail it where it must not be skipped.
+
+    installable: apt or pip can bring what is missing. scripts/test.sh installs all such things, so that in CI their
+    absence is a fault. What no package can bring (KVM, macOS, a kernel feature) is skipped everywhere, and counted.
+    """
+    if condition:
+        return
+    if CI and installable:
+        pytest.fail(f"missing, and scripts/test.sh should have installed it: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", name="need")
+def _need() -> Need:
+    return need
+
+
+@pytest.fixture(scope="session")
+def full() -> bool:
+    """Whether the tests run in full size (scripts/test.sh --full)."""
+    return FULL
+
+
+def _open_fds() -> dict[int, str]:
+    """Every open descriptor of this process and what it is; that of the listing itself is closed by then."""
+    found: dict[int, str] = {}
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 a name here is a number, no path
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")  # noqa: PTH115 its target is no path either
+        except FileNotFoundError:
+            continue
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fail the test that leaves a descriptor open, or another thing under a number that was open before it."""
+    before = _open_fds()
+    yield
+    leaked = _leaked(before)
+    if leaked:
+        gc.collect()  # what garbage alone still held is reported by Python's own ResourceWarning, which is an error
+        leaked = _leaked(before)
+    assert not leaked, f"the test left descriptors open: {leaked}"
+
+
+def _leaked(before: dict[int, str]) -> dict[int, str]:
+    return {fd: what for fd, what in _open_fds().items() if fd not in LASTING_FDS and before.get(fd) != what}

@@ -1,0 +1,72 @@
+"""The documents are true: what is generated is up to date, and what the README tells people to type is tested."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from scripts.make_specification import render
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def readme_commands() -> list[str]:
+    """The command lines of the README's ``sh`` blocks, without comments, continued lines joined."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?ms)^```sh\n(.*?)^```$", text)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    bare = (re.sub(r"\s+#\s.*$", "", line).strip() for line in lines)
+    return [" ".join(line.split()) for line in bare if line and not line.startswith("#")]
+
+
+def tested_commands() -> set[str]:
+    """The strings of tests/vm/test_readme.py: a command of the README that is run there stands there as one string."""
+    tree = ast.parse((ROOT / "tests" / "vm" / "test_readme.py").read_bytes())
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_the_specification_is_what_the_tests_say() -> None:
+    """docs/specification.md lists exactly the promises of the tests there are."""
+    written = (ROOT / "docs" / "specification.md").read_text(encoding="utf-8")
+    assert written == render(), "run: python3 scripts/make_specification.py"
+
+
+def test_every_command_of_the_readme_is_tested() -> None:
+    """Every command line in the README's sh blocks is one that a test runs."""
+    commands = readme_commands()
+    assert commands, "the README shows no command"
+    untested = [command for command in commands if command not in tested_commands()]
+    assert not untested, f"not in tests/vm/test_readme.py: {untested}"
+
+
+def test_readme_links_lead_somewhere() -> None:
+    """Every relative link in the project's documents leads to a file that exists."""
+    dead = [
+        f"{path.relative_to(ROOT)}: {target}"
+        for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+        if "://" not in target and not target.startswith("mailto:") and not (path.parent / target).exists()
+    ]
+    assert not dead, dead
+
+
+@pytest.mark.parametrize("listed", ["runtime", "dev"])
+def test_every_dependency_has_its_reason(listed: str) -> None:
+    """docs/dependencies.md has a line for every Python package that the project asks for."""
+    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    wanted = re.findall(r"(?m)^([a-z][a-z0-9-]+)", (ROOT / "requirements" / f"{listed}.in").read_text(encoding="utf-8"))
+    assert wanted
+    assert [name for name in wanted if f"`{name}`" not in text] == []
+
+
+def test_every_debian_package_has_its_reason() -> None:
+    """docs/dependencies.md has a line for every Debian package that the scripts install."""
+    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    ask = ["bash", "-c", "source scripts/lib.sh && runtime_packages && test_packages"]
+    names = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {"bubblewrap", "ca-certificates", "sudo"} <= set(names)
+    assert [name for name in names if f"`{name}`" not in text] == []

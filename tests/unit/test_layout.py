@@ -1,0 +1,178 @@
+"""The house keeps its order: who imports whom, what the guest may load, sizes, words and addresses in files."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from scripts.make_specification import Promise, promises
+from x07_sandbox.host.arch import ARCHES
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "src" / "x07_sandbox"
+MODULES = sorted(SOURCE.rglob("*.py"))
+# 500 is the aim, see CONTRIBUTING.md.
+MOST_LINES = 600
+
+# Made, fetched or private: nothing here is the project's own text.
+NOT_OURS = {".git", "__pycache__", "build", "dist", "node_modules"}
+
+
+def our_files() -> list[Path]:
+    """Every text file of the project; works without git, since a user may have only an archive of the tree."""
+    found: list[Path] = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [
+            name
+            for name in folders
+            if name not in NOT_OURS
+            and not name.endswith((".egg-info", "_cache"))
+            and (not name.startswith(".") or name == ".ci")
+        ]
+        found += [Path(folder, name) for name in names if not name.endswith(".pyc")]
+    return sorted(path for path in found if path.is_file() and b"\0" not in path.read_bytes()[:8192])
+
+
+def project() -> dict[str, object]:
+    """The pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def shown(paths: list[str]) -> str:
+    """A list for a failure's message, one a line."""
+    return "\n" + "\n".join(paths)
+
+
+def name_of(path: Path) -> str:
+    """The path as a person names it, relative to the project."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_imports_point_down() -> None:
+    """No room imports one above it, and the guest stands apart."""
+    # A process of its own, and no cache: import-linter keeps its settings in the process, and writes into the folder.
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_room_is_forbidden_to_the_guest_but_channel_and_errors() -> None:
+    """A new room is closed to the guest from its first day."""
+    match project():
+        case {"tool": {"importlinter": {"contracts": [_, {"forbidden_modules": list(forbidden)}, _]}}}:
+            rooms = {f"x07_sandbox.{path.parent.name}" for path in SOURCE.glob("*/__init__.py")}
+            assert set(forbidden) == rooms - {"x07_sandbox.guest", "x07_sandbox.channel"}
+        case _:
+            pytest.fail("pyproject.toml: the second contract lists what the guest may not import")
+
+
+@pytest.mark.parametrize("room", ["guest", "channel", "errors", "jobs/reaper"])
+def test_the_guest_side_uses_only_the_standard_library(room: str) -> None:
+    """Guest, channel, errors and reaper load in a bare Python, without site-packages, with nothing but themselves."""
+    paths = sorted((SOURCE / room).rglob("*.py")) or [SOURCE / f"{room}.py"]
+    if room == "jobs/reaper" and not paths[0].is_file():
+        pytest.skip("the reaper is not built yet")
+    names = [".".join(path.relative_to(SOURCE.parent).with_suffix("").parts) for path in paths]
+    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    code = (
+        "import importlib, sys\n"
+        f"sys.path.insert(0, {str(SOURCE.parent)!r})\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "known = sys.stdlib_module_names | {'x07_sandbox', '__main__'}\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules} - known))\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_module_is_too_long(path: Path) -> None:
+    """A module is short enough to be read in one sitting."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_there_are_no_notes_to_self() -> None:
+    """Unfinished work is in an issue, not in a comment."""
+    # Put together here, so that this file does not find itself.
+    notes = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+    found = [
+        f"{name_of(path)}:{number}: {line.strip()}"
+        for path in our_files()
+        if path.suffix in {".py", ".sh", ".c", ".toml"} or path.parent.name == ".ci"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if notes.search(line)
+    ]
+    assert not found, shown(found)
+
+
+def test_no_file_names_a_place_on_a_developers_machine() -> None:
+    """The tree works wherever it lies: no file has an absolute path of the machine that it was written on."""
+    place = b"/wo" + b"rk/"
+    found = [name_of(path) for path in our_files() if place in path.read_bytes()]
+    assert not found, shown(found)
+
+
+def test_every_test_states_its_promise_in_one_sentence() -> None:
+    """A test's docstring is one sentence with a full stop, since it becomes a line of the specification."""
+
+    def is_sentence(promise: Promise) -> bool:
+        return promise.text.endswith(".") and not re.search(r"[.!?] [A-Z]", promise.text)
+
+    wrong = [f"{promise.file}::{promise.test}: {promise.text!r}" for promise in promises() if not is_sentence(promise)]
+    assert not wrong, shown(wrong)
+
+
+def test_no_two_tests_of_a_file_have_one_name() -> None:
+    """No test hides another of the same name."""
+    count = Counter(f"{promise.file}::{promise.test}" for promise in promises())
+    twice = [name for name, times in count.items() if times > 1]
+    assert not twice, shown(twice)
+
+
+@pytest.mark.parametrize("name", ["runtime", "dev"])
+def test_requirements_are_pinned_by_hash_and_name_no_index(name: str) -> None:
+    """Every Python package is one exact version with its hashes, from whatever index the user has set."""
+    text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
+    assert not re.search(r"(?m)://|^\s*-", re.sub(r"(?m)^ +--hash=sha256:[0-9a-f]{64}", "", text))
+    entries = [entry for entry in re.split(r"\n(?=[a-zA-Z])", re.sub(r"(?m)^ *#.*\n", "", text)) if entry.strip()]
+    assert entries
+    for entry in entries:
+        assert re.match(r"[a-z0-9-]+==[^\s;]+( ; [^\\]+)? \\\n", entry), entry.splitlines()[0]
+        assert "--hash=sha256:" in entry
+
+
+def test_the_lock_covers_what_the_package_declares() -> None:
+    """The ranges of pyproject.toml and those that the lock was made from are the same, and dev holds all of runtime."""
+    lines = (ROOT / "requirements" / "runtime.in").read_text(encoding="utf-8").splitlines()
+    ranges = {line for line in lines if line and not line.startswith("#")}
+    match project():
+        case {"project": {"dependencies": list(declared)}, "build-system": {"requires": list(builds)}}:
+            assert ranges == {*declared, *builds}
+        case _:
+            pytest.fail("pyproject.toml declares no dependencies")
+    pins = {
+        name: set(re.findall(r"(?m)^[a-z][^\\]*", (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")))
+        for name in ("runtime", "dev")
+    }
+    assert pins["runtime"] <= pins["dev"]
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    """Every module of the package opens with a docstring."""
+    bare = [name_of(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_bytes()))]
+    assert not bare, shown(bare)
+
+
+def test_the_scripts_install_the_qemu_of_the_one_table_of_architectures() -> None:
+    """The package that set-up installs for an architecture is the one that the program looks for."""
+    script = (ROOT / "scripts" / "lib.sh").read_text(encoding="utf-8")
+    installed = dict(re.findall(r"(?m)^ +([a-z0-9_]+)\) echo (qemu-[a-z0-9-]+) ;;$", script))
+    assert installed == {name: arch.qemu_package for name, arch in ARCHES.items()}

@@ -1,0 +1,170 @@
+"""Promises of the plan: one truthful control for every field, and refusals for what cannot be given."""
+
+import json
+from typing import Any
+
+import pytest
+
+from x07_sandbox.errors import RefusedError
+from x07_sandbox.plan.controls import Plan, make_plan
+from x07_sandbox.plan.features import VM_HOLDS, Features
+from x07_sandbox.plan.rows import TABLE
+from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.schema import fields
+
+VM = Features(isolation="vm-emulated", own_kernel=True, can_hold=VM_HOLDS)
+NOTHING = Features(isolation="none", own_kernel=False, can_hold=frozenset())
+DRIVERS = {"sqlite": True, "postgres": False, "mysql": False}
+ADVISORY = {
+    "fs.allow_walk",
+    "fs.allow_glob",
+    *(f"process.{name}" for name in ("allow_exit", "max_spawns", "max_runtime_ms", "allow_args_regex_lite")),
+    *(f"process.{name}" for name in ("allow_env_keys", "allow_cwd", "allow_cwd_roots", "max_args", "max_env")),
+}
+
+
+def plan(**values: object) -> Plan:
+    """The plan in a VM for the default policy with values set by path (dots written as two underscores)."""
+    made: dict[str, Any] = json.loads(render_policy(default_policy()))
+    for path, value in values.items():
+        *sections, name = path.split("__")
+        holder = made
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[name] = value
+    return make_plan(decode_policy(render_policy(made), source="p"), VM)
+
+
+def states(made: Plan, *names: str) -> set[str]:
+    """The states of the named fields."""
+    return {control.state for control in made.controls if control.field in names}
+
+
+def test_every_field_has_one_control() -> None:
+    """The controls name exactly the fields of the model, each once, and so does the table behind them."""
+    paths = [field.path for field in fields()]
+    assert [control.field for control in plan().controls] == paths
+    assert set(TABLE) == set(paths)
+
+
+def test_the_default_policy_holds_fully_in_a_virtual_machine() -> None:
+    """Without a policy of one's own nothing is refused, and nothing is left unenforced."""
+    made = plan()
+    assert made.refusals == ()
+    assert {control.state for control in made.controls} == {"enforced", "advisory"}
+    made.require()
+
+
+def test_limits_are_enforced_and_named_for_the_job() -> None:
+    """Each limit is held by clock, control group or resource limit, and the job gets its value."""
+    made = plan(limits__core_dumps=True)
+    names = ("cpu_ms", "wall_ms", "mem_bytes", "fds", "procs", "core_dumps")
+    assert states(made, *(f"limits.{name}" for name in names)) == {"enforced"}
+    limits = made.limits
+    assert (limits.wall_ms, limits.cpu_ms, limits.mem_bytes) == (60_000, 60_000, 512 << 20)
+    assert (limits.fds, limits.procs, limits.core_dumps, limits.ram_bytes) == (256, 64, True, 2 << 30)
+
+
+def test_advice_is_advice_whatever_its_value() -> None:
+    """The advisory fields are never refused for being set."""
+    advisory = ADVISORY | {
+        field.path
+        for field in fields()
+        if field.path.startswith(("time.", "language.", "threads.max_", "db.drivers", "db.max_", "db.sqlite"))
+        or (field.path.startswith("process.max_") and field.path.endswith("_bytes"))
+    }
+    extreme = {"time__allow_sleep": False, "process__max_spawns": 1, "threads__max_workers": 3, "process__max_args": 0}
+    for made in (plan(), plan(**extreme), make_plan(default_policy(), NOTHING)):
+        assert states(made, *advisory) == {"advisory"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fs.read_roots", ["."]),
+        ("fs.write_roots", ["out"]),
+        ("net.allow_hosts", [{"host": "example.org", "ports": [443]}]),
+        ("db.enabled", True),
+    ],
+)
+def test_what_cannot_be_given_yet_is_refused_by_name(field: str, value: object) -> None:
+    """Files, hosts and databases are refused with the field, the part that is missing, and the line to change."""
+    made = plan(**{"db__drivers": DRIVERS, "db__enabled": False, field.replace(".", "__"): value})
+    (refusal,) = made.refusals
+    assert refusal.field == field
+    assert refusal.why.startswith("this version cannot yet give a program ")
+    assert refusal.why.endswith(f": {field}")
+    assert refusal.how_to_allow.json_path == f"$.{field}"
+    assert refusal.how_to_allow.value in ([], False)
+    assert states(made, field) == {"refused"}
+    with pytest.raises(RefusedError, match=field):
+        made.require()
+
+
+def test_refusals_are_told_all_at_once() -> None:
+    """A policy that asks for several missing things hears of each."""
+    made = plan(fs__read_roots=["."], net__allow_hosts=[{"host": "a", "ports": [1]}])
+    assert [refusal.field for refusal in made.refusals] == ["fs.read_roots", "net.allow_hosts"]
+
+
+def test_files_are_refused_even_when_fs_is_off() -> None:
+    """A policy that names roots asks for files, since upstream mounts them even then."""
+    assert [refusal.field for refusal in plan(fs__enabled=False, fs__read_roots=["."]).refusals] == ["fs.read_roots"]
+
+
+def test_no_network_holds_for_every_network_field() -> None:
+    """Without hosts, or with net off, nothing of the network is there: enforced, not promised."""
+    names = ("net.enabled", "net.allow_dns", "net.allow_tcp", "net.allow_udp", "net.allow_hosts")
+    off = plan(net__enabled=False, net__allow_hosts=[{"host": "a", "ports": [1]}])
+    for made in (plan(), off):
+        assert states(made, *names) == {"enforced"}
+        assert made.refusals == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "state"),
+    [
+        ({"process__allow_spawn": False}, "process.allow_spawn", "not-enforced-yet"),
+        ({"process__allow_spawn": False, "limits__procs": 0}, "process.allow_spawn", "enforced"),
+        ({"threads__enabled": False}, "threads.enabled", "not-enforced-yet"),
+        ({"threads__enabled": False, "limits__procs": 0}, "threads.enabled", "enforced"),
+        ({"process__enabled": False}, "process.enabled", "not-enforced-yet"),
+        ({"process__enabled": False}, "process.allow_spawn", "not-enforced-yet"),
+        ({"process__enabled": False}, "process.allow_exec", "not-enforced-yet"),
+        ({"process__allow_exec": False}, "process.allow_exec", "not-enforced-yet"),
+        ({"process__allow_exec": False}, "process.enabled", "enforced"),
+        ({"process__allow_exec_prefixes": ["/usr/"]}, "process.allow_exec_prefixes", "not-enforced-yet"),
+        ({"process__allow_execs": ["/bin/true"]}, "process.allow_execs", "enforced"),
+        ({"process__max_live": 8}, "process.max_live", "not-enforced-yet"),
+        ({"process__max_live": 8, "limits__procs": 8}, "process.max_live", "enforced"),
+        ({"process__kill_tree": False}, "process.kill_tree", "advisory"),
+        ({"process__kill_on_drop": False}, "process.kill_on_drop", "advisory"),
+        ({"env__deny_keys": ["SECRET"]}, "env.deny_keys", "enforced"),
+        ({"env__deny_keys": ["PATH"]}, "env.deny_keys", "not-enforced-yet"),
+        ({"env__deny_keys": ["X07_OS_FS"]}, "env.deny_keys", "not-enforced-yet"),
+        ({"env__enabled": False, "env__allow_keys": ["HOME"]}, "env.enabled", "enforced"),
+    ],
+)
+def test_a_restriction_that_nobody_holds_is_said_to_be_unenforced(
+    changes: dict[str, object], field: str, state: str
+) -> None:
+    """A control says enforced only where the run behaves as the policy says; the run goes on, and its result tells."""
+    made = plan(**changes)
+    assert states(made, field) == {state}
+    assert made.refusals == ()
+
+
+def test_a_backend_without_walls_claims_none() -> None:
+    """Where a backend cannot hold a limit the plan refuses; where it has no wall the control does not claim one."""
+    made = make_plan(default_policy(), NOTHING)
+    assert {refusal.field for refusal in made.refusals} == {field for field in VM_HOLDS if field.startswith("limits.")}
+    assert states(made, "fs.enabled", "net.enabled", "env.enabled", "process.max_live") == {"not-enforced-yet"}
+
+
+def test_a_variable_too_long_for_linux_is_refused_before_anything_starts() -> None:
+    """A list that no program could be started with is refused by name, not by a failing start."""
+    made = plan(process__allow_execs=["/" + "x" * 4000] * 40)
+    (refusal,) = made.refusals
+    assert refusal.field == "process.allow_execs"
+    assert "X07_OS_PROC_ALLOW_EXECS" in refusal.why

@@ -1,0 +1,143 @@
+"""Promises of the rules that go beyond ranges; each holds whether or not its section is enabled."""
+
+import json
+from typing import Any
+
+import pytest
+
+from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.policy.rules import RULES, regex_lite_fault
+
+DB = {"enabled": True, "drivers": {"sqlite": False, "postgres": False, "mysql": False}}
+LISTS = (
+    "fs.read_roots",
+    "fs.write_roots",
+    "env.allow_keys",
+    "env.deny_keys",
+    "process.allow_execs",
+    "process.allow_exec_prefixes",
+    "process.allow_env_keys",
+    "process.allow_cwd_roots",
+    "db.sqlite.allow_paths",
+    "db.net.allow_dns",
+    "db.net.allow_cidrs",
+)
+
+
+def with_values(**values: object) -> dict[str, Any]:
+    """The default document, all sections off, with values set by path (dots written as two underscores)."""
+    made: dict[str, Any] = json.loads(render_policy(default_policy()))
+    made["db"] = {"enabled": False, "drivers": {"sqlite": False, "postgres": False, "mysql": False}}
+    for section in ("fs", "net", "env", "process", "threads", "time"):
+        made[section]["enabled"] = False
+    for path, value in values.items():
+        *sections, name = path.split("__")
+        holder = made
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[name] = value
+    return made
+
+
+def faults(made: dict[str, Any]) -> list[str]:
+    """Where a document is refused; empty when it is accepted."""
+    try:
+        decode_policy(json.dumps(made).encode(), source="p")
+    except PolicyError as error:
+        return [problem.json_path for problem in error.problems]
+    return []
+
+
+def test_the_starting_point_is_valid() -> None:
+    """The document that these tests change is itself accepted."""
+    assert faults(with_values()) == []
+
+
+@pytest.mark.parametrize("name", ["max_live", "max_spawns", "max_runtime_ms"])
+def test_spawning_needs_each_limit(name: str) -> None:
+    """allow_spawn needs max_live, max_spawns and max_runtime_ms above zero."""
+    assert faults(with_values(**{f"process__{name}": 0})) == [f"$.process.{name}"]
+    assert faults(with_values(**{f"process__{name}": 0, "process__allow_spawn": False})) == []
+
+
+def test_spawning_needs_a_program_to_start() -> None:
+    """allow_spawn needs allow_execs or allow_exec_prefixes."""
+    none: dict[str, object] = {"process__allow_execs": [], "process__allow_exec_prefixes": []}
+    assert faults(with_values(**none)) == ["$.process.allow_execs"]
+    assert faults(with_values(**{**none, "process__allow_execs": ["/bin/true"]})) == []
+    assert faults(with_values(**none, process__allow_spawn=False)) == []
+
+
+def test_spawning_rules_hold_for_fields_that_are_absent() -> None:
+    """A missing field counts with its default: no program, no run time."""
+    made = with_values()
+    for name in ("allow_execs", "allow_exec_prefixes", "max_runtime_ms"):
+        del made["process"][name]
+    assert faults(made) == ["$.process.allow_execs", "$.process.max_runtime_ms"]
+
+
+def test_a_working_folder_needs_roots() -> None:
+    """allow_cwd needs allow_cwd_roots."""
+    assert faults(with_values(process__allow_cwd=True)) == ["$.process.allow_cwd_roots"]
+    assert faults(with_values(process__allow_cwd=True, process__allow_cwd_roots=["/tmp"])) == []  # noqa: S108 - a text
+
+
+def test_databases_need_a_driver() -> None:
+    """db.enabled needs at least one driver, and redis counts."""
+    assert faults(with_values(db=DB)) == ["$.db.drivers"]
+    assert faults(with_values(db={**DB, "drivers": {**DB["drivers"], "redis": True}})) == []  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("host", ["a;b", "a b", "a\tb", "a\n", " ", "\0", "a\0", "a\u00a0b", "é" * 128])
+def test_a_host_is_one_plain_word(host: str) -> None:
+    """A host has no ';', no blank of any kind, no NUL, and at most 255 bytes."""
+    made = with_values(net__allow_hosts=[{"host": "ok.example", "ports": [1]}, {"host": host, "ports": [1]}])
+    assert faults(made) == ["$.net.allow_hosts[1].host"]
+
+
+@pytest.mark.parametrize("host", ["example.org", "10.0.0.0/8", "::1", "[::1]", "10.0.0.1-10.0.0.9", "é" * 127])
+def test_every_kind_of_host_is_taken(host: str) -> None:
+    """Names, addresses, networks and ranges are hosts."""
+    assert faults(with_values(net__allow_hosts=[{"host": host, "ports": [443]}])) == []
+
+
+@pytest.mark.parametrize(("ports", "place"), [([], ""), ([0], "[0]"), ([65536], "[0]"), ([1] * 65, "")])
+def test_a_host_has_ports(ports: list[int], place: str) -> None:
+    """A host has 1 to 64 ports from 1 to 65535."""
+    made = with_values(net__allow_hosts=[{"host": "a", "ports": ports}])
+    assert faults(made) == [f"$.net.allow_hosts[0].ports{place}"]
+
+
+@pytest.mark.parametrize("path", LISTS)
+@pytest.mark.parametrize("entry", ["a;b", ";", "a\0"])
+def test_lists_that_are_handed_on_joined_hold_no_separator(path: str, entry: str) -> None:
+    """No ';' and no NUL in any list that becomes one variable."""
+    made = with_values(**{path.replace(".", "__"): ["/good", entry]})
+    assert faults(made) == [f"$.{path}[1]"]
+
+
+@pytest.mark.parametrize("pattern", ["", ";", "a;b", "*", "*a", "a**", "a*b**", "a\\", "\\\\\\", "\0"])
+def test_bad_patterns_are_refused(pattern: str) -> None:
+    """A pattern without sense in regex-lite is refused."""
+    assert faults(with_values(process__allow_args_regex_lite=["ok", pattern])) == ["$.process.allow_args_regex_lite[1]"]
+
+
+@pytest.mark.parametrize("pattern", ["a", ".*", "a*b*", "\\*", "\\**", "a\\\\", "--x=.*", "\\."])
+def test_good_patterns_are_taken(pattern: str) -> None:
+    """A backslash makes the next character plain, the star and the backslash too."""
+    assert regex_lite_fault(pattern) is None
+    assert faults(with_values(process__allow_args_regex_lite=[pattern])) == []
+
+
+@pytest.mark.parametrize("policy_id", ["", "a b", "a\n", "é", "a" * 65, "a/b"])
+def test_the_id_is_a_plain_word(policy_id: str) -> None:
+    """policy_id is 1 to 64 letters, digits, '_', '.', '-', and no line break."""
+    assert faults(with_values(policy_id=policy_id)) == ["$.policy_id"]
+
+
+def test_every_rule_is_documented() -> None:
+    """Each rule has its own sentence for docs/policy.md."""
+    assert len({rule.doc for rule in RULES}) == len(RULES)
+    assert all(rule.check.__doc__ and rule.doc.endswith((".", ")")) for rule in RULES)
