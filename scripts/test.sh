@@ -33,6 +33,7 @@ check() {
 check ruff format --check
 check ruff check
 check mypy
+check mypy --python-version 3.11 --exclude '/x07_sandbox/guest/' src
 check lint-imports --no-logo
 check shellcheck --external-sources scripts/*.sh .ci/run
 [[ ${#broken[@]} -eq 0 ]] || fail "static checks failed; the tests were not started" "${broken[@]}"

@@ -1,3 +1,38 @@
-"""Run a program that nobody trusts inside a throw-away virtual machine."""
+"""Run a program that nobody trusts inside a throw-away virtual machine.
+
+    from x07_sandbox import run_program
+    result = run_program("prog.py", stdin=b"data")
+    print(result.outcome, result.stdout.text)
+
+Everything is imported on first use, from the table below, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from x07_sandbox.errors import SandboxError
+    from x07_sandbox.policy.model import Policy
+    from x07_sandbox.runs.library import run_program
+    from x07_sandbox.runs.result import Result
 
 __version__ = "0.1.0.dev0"
+
+__all__ = ["Policy", "Result", "SandboxError", "run_program"]
+
+_EXPORTS = {
+    "Policy": "x07_sandbox.policy.model",
+    "Result": "x07_sandbox.runs.result",
+    "SandboxError": "x07_sandbox.errors",
+    "run_program": "x07_sandbox.runs.library",
+}
+
+
+def __getattr__(name: str) -> object:
+    try:
+        module = _EXPORTS[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    return getattr(import_module(module), name)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.channel.link import Link
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from x07_sandbox.channel.frames import Role
     from x07_sandbox.channel.link import Event
 
@@ -23,12 +25,15 @@ class Connection:
         self.link = Link(role)
         os.set_blocking(fd, False)
 
-    def read(self) -> list[Event] | None:
-        """Read once and return the events; None means that the peer has closed. Raises PeerError, OSError."""
+    def read(self) -> Iterable[Event] | None:
+        """Read once; the events, decoded one by one, or None if the peer has closed.
+
+        Raises OSError; the iteration raises PeerError (see `Link.receive`).
+        """
         try:
             data = os.read(self.fd, READ_SIZE)
         except BlockingIOError:
-            return []
+            return ()
         except ConnectionResetError:
             return None
         return self.link.receive(data) if data else None

@@ -73,7 +73,8 @@ LAST_FILE: Final = 16 + 255
 class Shape:
     """What one field of a control body may hold.
 
-    kind: "int" (lo..hi), "text" (hi = most characters), "bool", or "any" (checked by its reader, host to guest only).
+    kind: "int" (lo..hi), "text" (lo..hi characters, no lone surrogates), "bool", or "any" (checked by its reader, host
+        to guest only).
     """
 
     kind: str
@@ -171,10 +172,21 @@ def encode(kind: Kind, stream: int = 0, payload: bytes = b"") -> bytes:
     return HEADER.pack(len(payload), kind, 0, stream) + payload
 
 
-def take_frame(buf: bytearray) -> Frame | None:
-    """Remove the first whole frame from *buf*; None means that more bytes are needed.
+def frame_sender(kind: Kind, stream: int) -> Role | None:
+    """Who may send this frame; None if nobody may. Credit is sent by the one who takes the stream's data."""
+    if kind in SENDER:
+        return SENDER[kind] if stream == 0 else None
+    sender = stream_sender(stream)
+    if kind is Kind.CREDIT and sender is not None:
+        return Role.GUEST if sender is Role.HOST else Role.HOST
+    return sender
+
+
+def take_frame(buf: bytearray, sender: Role) -> Frame | None:
+    """Remove the first whole frame that *sender* has sent from *buf*; None means that more bytes are needed.
 
     Raises PeerError as soon as a header cannot be right, before its payload has come; *buf* is then unchanged.
+    So never more than the largest payload that *sender* may send has to be held.
     """
     if len(buf) < HEADER.size:
         return None
@@ -187,8 +199,8 @@ def take_frame(buf: bytearray) -> Frame | None:
         raise PeerError("bad frame", f"reserved byte is {reserved}")
     if length > payload_max(kind):
         raise PeerError("bad frame", f"{kind.name} of {length} bytes is over {payload_max(kind)}")
-    if (stream != 0) != (kind in {Kind.DATA, Kind.EOF, Kind.CREDIT}):
-        raise PeerError("bad frame", f"{kind.name} on stream {stream}")
+    if frame_sender(kind, stream) is not sender:
+        raise PeerError("bad frame", f"{kind.name} on stream {stream} is not for the {sender.value} to send")
     end = HEADER.size + length
     if len(buf) < end:
         return None
@@ -225,12 +237,17 @@ def _problem(shape: Shape, value: object) -> str | None:
     if shape.kind == "bool":
         return None if isinstance(value, bool) else "is no boolean"
     if shape.kind == "text":
-        if not isinstance(value, str):
-            return "is no text"
-        return None if shape.lo <= len(value) <= shape.hi else "has a wrong length"
+        return _text_problem(shape, value)
     if not isinstance(value, int) or isinstance(value, bool):
         return "is no whole number"
     return None if shape.lo <= value <= shape.hi else "is out of range"
+
+
+def _text_problem(shape: Shape, value: object) -> str | None:
+    # A lone surrogate would be an error wherever the text is written to later.
+    if not isinstance(value, str) or any("\ud800" <= char <= "\udfff" for char in value):
+        return "is no text"
+    return None if shape.lo <= len(value) <= shape.hi else "has a wrong length"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

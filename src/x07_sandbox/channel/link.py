@@ -29,7 +29,7 @@ from x07_sandbox.channel.frames import (
 from x07_sandbox.errors import ChannelUsageError, PeerError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 _CREDIT: Final = struct.Struct(">I")
 
@@ -115,6 +115,7 @@ class Link:
         self.peer = Role.GUEST if role is Role.HOST else Role.HOST
         self.state = State.WAITING
         self._in = bytearray()
+        self._error: PeerError | None = None
         self._out = bytearray()
         self._may_send: dict[int, int] = {}  # bytes left of the window, per stream that we send
         self._may_come: dict[int, int] = {}
@@ -124,21 +125,31 @@ class Link:
 
     # what comes in
 
-    def receive(self, data: bytes) -> list[Event]:
-        """Take bytes from the peer and return what they mean. Raises PeerError, and then the link is of no more use."""
+    def receive(self, data: bytes) -> Iterator[Event]:
+        """Take bytes from the peer; what they mean, each event decoded when it is asked for.
+
+        So what is done about an event comes before the next one is judged, and what came before a fault is not lost
+        with it: events do not depend on how the stream was cut. An iteration that is given up loses nothing: the next
+        one goes on. Raises PeerError from the iteration, and from then on always: the link is of no more use.
+        """
         self._in += data
-        events: list[Event] = []
-        while (frame := take_frame(self._in)) is not None:
-            events.append(self._event(frame))
-        return events
+        return self._events()
+
+    def _events(self) -> Iterator[Event]:
+        if self._error is not None:
+            raise self._error
+        try:
+            while (frame := take_frame(self._in, self.peer)) is not None:
+                yield self._event(frame)
+        except PeerError as exc:
+            self._error = exc
+            raise
 
     def _event(self, frame: Frame) -> Event:
         if frame.kind is Kind.CREDIT:
             return self._credit(frame)
         if frame.kind in {Kind.DATA, Kind.EOF}:
             return self._data(frame)
-        if SENDER[frame.kind] is not self.peer:
-            raise PeerError("frame out of order", f"{frame.kind.name} is not for the {self.peer.value} to send")
         following = NEXT.get((self.state, frame.kind))
         if following is None:
             raise PeerError("frame out of order", f"{frame.kind.name} while {self.state.value}")
@@ -148,8 +159,6 @@ class Link:
 
     def _data(self, frame: Frame) -> Event:
         stream = frame.stream
-        if stream_sender(stream) is not self.peer:
-            raise PeerError("frame out of order", f"stream {stream} is not for the {self.peer.value} to send")
         if self.state not in _data_states(stream):
             raise PeerError("frame out of order", f"data on stream {stream} while {self.state.value}")
         if stream in self._ended_in:
@@ -165,11 +174,12 @@ class Link:
 
     def _credit(self, frame: Frame) -> Event:
         stream = frame.stream
-        if stream_sender(stream) is not self.role or len(frame.payload) != _CREDIT.size:
-            raise PeerError("bad frame", f"credit for stream {stream}")
-        total = self._may_send.get(stream, WINDOW) + _CREDIT.unpack(frame.payload)[0]
-        if total > WINDOW:
-            raise PeerError("bad frame", f"more credit than the window of stream {stream}")
+        if len(frame.payload) != _CREDIT.size:
+            raise PeerError("bad frame", f"credit of {len(frame.payload)} bytes for stream {stream}")
+        more = _CREDIT.unpack(frame.payload)[0]
+        total = self.window(stream) + more
+        if not more or total > WINDOW:
+            raise PeerError("bad frame", f"more credit than the window of stream {stream}, or none")
         self._may_send[stream] = total
         return Credit(stream)
 
@@ -187,10 +197,11 @@ class Link:
         """How many bytes of *stream* the peer takes now."""
         return self._may_send.get(stream, WINDOW)
 
-    def send_data(self, stream: int, data: bytes | memoryview) -> int:
-        """Queue as much of *data* as the peer takes; the number of bytes queued."""
-        if stream_sender(stream) is not self.role or stream in self._ended_out:
-            raise ChannelUsageError(f"stream {stream} is not ours to send, or has ended")
+    def send_data(self, stream: int, data: bytes | bytearray | memoryview) -> int:
+        """Queue as much of *data* as the peer takes; the number of bytes queued. Raises ChannelUsageError."""
+        self._check_ours(stream)
+        if stream in self._ended_out:
+            raise ChannelUsageError(f"stream {stream} has ended")
         view = memoryview(data)[: self.window(stream)]
         for at in range(0, len(view), DATA_MAX):
             self._out += encode(Kind.DATA, stream, bytes(view[at : at + DATA_MAX]))
@@ -198,14 +209,26 @@ class Link:
         return len(view)
 
     def end_stream(self, stream: int) -> None:
-        """Queue the end of a stream; a second call does nothing."""
+        """Queue the end of a stream; a second call does nothing. Raises ChannelUsageError."""
         if stream not in self._ended_out:
+            self._check_ours(stream)
             self._ended_out.add(stream)
             self._out += encode(Kind.EOF, stream)
 
+    def _check_ours(self, stream: int) -> None:
+        if stream_sender(stream) is not self.role or self.state not in _data_states(stream):
+            raise ChannelUsageError(
+                f"stream {stream} is not for the {self.role.value} to send while {self.state.value}"
+            )
+
     def consumed(self, stream: int, count: int) -> None:
-        """Tell the peer, in steps of a quarter window, that *count* bytes of *stream* were taken."""
+        """Tell the peer, in steps of a quarter window, that *count* bytes of *stream* were taken.
+
+        Raises ChannelUsageError if these are more than have come.
+        """
         waiting = self._unacknowledged.get(stream, 0) + count
+        if count < 0 or waiting > WINDOW - self._may_come.get(stream, WINDOW):
+            raise ChannelUsageError(f"{count} bytes of stream {stream} were never there to be taken")
         if waiting >= WINDOW // 4:
             self._out += encode(Kind.CREDIT, stream, _CREDIT.pack(waiting))
             self._may_come[stream] = self._may_come.get(stream, WINDOW) + waiting

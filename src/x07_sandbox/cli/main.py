@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from x07_sandbox import __version__
-from x07_sandbox.cli import image, run
+from x07_sandbox.cli import doctor, image, run
 from x07_sandbox.cli.console import say
 from x07_sandbox.errors import SandboxError, UsageError
 
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
     run.add_parser(verbs)
     image.add_parser(verbs)
+    doctor.add_parser(verbs)
     return parser
 
 

@@ -46,11 +46,21 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.add_argument("program", metavar="PROGRAM", help="a source file")
     parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, behind --")
-    parser.add_argument("--policy", type=Path, metavar="FILE", help="what it may touch (default: no files, no network, 60 s, 512 MiB)")
+    parser.add_argument(
+        "--policy", type=Path, metavar="FILE", help="what it may touch (default: no files, no network, 60 s, 512 MiB)"
+    )
     parser.add_argument("--input", type=Path, metavar="FILE", help="its standard input (default: ours)")
     parser.add_argument("--image", metavar="NAME|DIGEST", help="the guest image (default: default)")
-    parser.add_argument("--max-output-bytes", type=_size, default=settings.OUTPUT_MAX_BYTES, metavar="N", help="per stream (default: 64 MiB)")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object instead of the program's output")
+    parser.add_argument(
+        "--max-output-bytes",
+        type=_size,
+        default=settings.OUTPUT_MAX_BYTES,
+        metavar="N",
+        help="per stream (default: 64 MiB)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object instead of the program's output"
+    )
     parser.set_defaults(carry_out=_run)
 
 
@@ -80,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
             )
         )
     if options.json:
-        from x07_sandbox.reports.document import render_json  # noqa: PLC0415 - only where it is used
+        from x07_sandbox.reports.document import render_json
 
         sys.stdout.buffer.write(render_json(result))
         sys.stdout.buffer.flush()
@@ -103,7 +113,9 @@ def _input(path: Path | None, stack: contextlib.ExitStack) -> int | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
-        raise UsageError(f"cannot read the input {path}", exc.strerror or str(exc), "Name a readable file with --input") from exc
+        raise UsageError(
+            f"cannot read the input {path}", exc.strerror or str(exc), "Name a readable file with --input"
+        ) from exc
     stack.callback(os.close, fd)
     if Path(f"/proc/self/fd/{fd}").is_dir():
         raise UsageError(f"cannot read the input {path}", "it is a folder", "Name a readable file with --input")
@@ -112,11 +124,11 @@ def _input(path: Path | None, stack: contextlib.ExitStack) -> int | None:
 
 def _need_image(ref: str | None) -> None:
     """On a terminal, make the default image when there is none, or renew it; elsewhere leave the refusal to the run."""
-    from x07_sandbox.images.store import find_image, image_is_current  # noqa: PLC0415 - only where it is used
+    from x07_sandbox.images.store import find_image, image_is_current
 
     if ref is not None or not sys.stderr.isatty():
         return
-    from x07_sandbox.cli.image import build_with_progress  # noqa: PLC0415 - only where it is used
+    from x07_sandbox.cli.image import build_with_progress
 
     try:
         if image_is_current(find_image(None)):
@@ -130,7 +142,10 @@ def _need_image(ref: str | None) -> None:
 def _cancelled_by_signals() -> Iterator[Cancel]:
     """SIGINT, SIGTERM and SIGHUP end the run in good order; a second one as well."""
     cancel = Cancel()
-    before = {number: signal.signal(number, lambda got, _frame: cancel(got)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, lambda got, _frame: cancel(got))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield cancel
     finally:
@@ -152,4 +167,6 @@ def _explain(result: Result) -> None:
 def _show(text: str | None) -> None:
     """Text from a guest, with control characters filtered."""
     for line in (text or "").splitlines():
-        sys.stderr.write("".join(char if char.isprintable() or char == "\t" else "\N{REPLACEMENT CHARACTER}" for char in line) + "\n")
+        sys.stderr.write(
+            "".join(char if char.isprintable() or char == "\t" else "\N{REPLACEMENT CHARACTER}" for char in line) + "\n"
+        )

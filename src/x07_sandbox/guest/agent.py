@@ -15,7 +15,7 @@ import socket
 import stat
 import struct
 import time
-from typing import Any, BinaryIO, Final, NoReturn
+from typing import Any, BinaryIO, Final
 
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import PROTOCOL, Kind, Role, Stream
@@ -29,13 +29,14 @@ SCRATCH_SERIAL: Final = "x07scratch"
 _READ: Final = 32 * 1024
 _TICK_MS: Final = 100  # how often the CPU counter is read while the program runs
 _UNPACKED_MAX: Final = 4 << 30
+_FULL_BLOCKS: Final = 256  # of 4 KiB: a disk with less left counts as full
 
 
 class JobError(Exception):
     """The job cannot be carried out: stage, errno, message; told to the host as FAILED."""
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Serve the one conversation and end the machine."""
     with contextlib.suppress(OSError):
         _protect_from_memory_pressure()
@@ -260,7 +261,7 @@ class Job:
         self.report_fd = -1
         with contextlib.suppress(ChildProcessError):
             os.wait()
-        if self.report.startswith(init.EXITED) and len(self.report) == 5:
+        if self.report.startswith(init.EXITED) and len(self.report) == init.EXITED_SIZE:
             self.wait_status = struct.unpack(">I", self.report[1:])[0]
         elif self.report.startswith(init.FAILED):
             failure = json.loads(self.report[1:])
@@ -273,10 +274,10 @@ class Job:
         """Whatever time or the last events have made due."""
         if self.group is None or self.link.state is State.FAILED:
             return
-        if self.link.state is State.RUNNING and self.wait_status is None and not self.cpu_exceeded:
-            if self.group.cpu_us() > self.limits["cpu_ms"] * 1000:
-                self.cpu_exceeded = True
-                self.group.kill()
+        running = self.link.state is State.RUNNING and self.wait_status is None
+        if running and not self.cpu_exceeded and self.group.cpu_us() > self.limits["cpu_ms"] * 1000:
+            self.cpu_exceeded = True
+            self.group.kill()
         if self.link.state is State.RUNNING and self.wait_status is not None and not self.fds:
             self._exited()
         if self.link.state is State.COLLECTING and self.output_file is not None:
@@ -305,7 +306,7 @@ class Job:
                 "tasks_refused": group.tasks_refused(),
                 "cpu_exceeded": self.cpu_exceeded,
                 "stopped": self.stopped,
-                "disk_full": os.statvfs(confine.SCRATCH).f_bavail < 256,
+                "disk_full": os.statvfs(confine.SCRATCH).f_bavail < _FULL_BLOCKS,
                 "output_bytes": size,
                 "output_problem": problem,
             },
@@ -416,7 +417,9 @@ def _connected(path: str, deadline: float) -> int:
 def _mount_scratch() -> None:
     device = _disk(SCRATCH_SERIAL)
     os.makedirs(confine.SCRATCH, mode=0o755, exist_ok=True)
-    system.mount(device, confine.SCRATCH, "ext4", system.MS_NOATIME | system.MS_NODEV | system.MS_NOSUID, "noinit_itable")
+    system.mount(
+        device, confine.SCRATCH, "ext4", system.MS_NOATIME | system.MS_NODEV | system.MS_NOSUID, "noinit_itable"
+    )
     for name, owner in (("in", 0), ("out", confine.UID), ("work", confine.UID)):
         os.mkdir(f"{confine.SCRATCH}/{name}", 0o755)
         os.chown(f"{confine.SCRATCH}/{name}", owner, owner)
@@ -445,6 +448,3 @@ def _network_namespace() -> int:
 def _protect_from_memory_pressure() -> None:
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("-1000")
-
-
-

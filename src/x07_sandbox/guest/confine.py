@@ -95,7 +95,7 @@ def _devices(job: Confinement) -> None:
     for name in ("null", "zero", "full", "random", "urandom"):
         number = os.stat(f"/dev/{name}").st_rdev
         os.mknod(f"{dev}/{name}", 0o20666, number)
-        os.chmod(f"{dev}/{name}", 0o666)
+        os.chmod(f"{dev}/{name}", 0o666)  # noqa: S103 - these devices are for everybody
     for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
         os.symlink(f"/proc/self/fd{target}", f"{dev}/{name}")
     os.mkdir(f"{dev}/shm")
@@ -110,7 +110,7 @@ def _sized_tmpfs(path: str, size_bytes: int) -> None:
 
 
 def _temporary(job: Confinement) -> None:
-    _sized_tmpfs(f"{ROOT}/tmp", job.tmp_bytes)
+    _sized_tmpfs(f"{ROOT}/tmp", job.tmp_bytes)  # noqa: S108 - the guest's own
     read_only = system.MS_NOSUID | system.MS_NODEV | system.MS_RDONLY
     system.mount("tmpfs", f"{ROOT}/run", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
     with open(f"{ROOT}/run/machine-id", "w", encoding="ascii") as file:
@@ -127,7 +127,9 @@ def _work_folders(job: Confinement) -> None:
         os.mkdir(f"{x07}/{name}")
     system.bind(f"{SCRATCH}/in", f"{x07}/in", system.MS_RDONLY)
     system.bind(f"{SCRATCH}/out", f"{x07}/out", 0 if job.out_writable else system.MS_RDONLY)
-    system.mount("", x07, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | system.MS_RDONLY)
+    system.mount(
+        "", x07, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | system.MS_RDONLY
+    )
     system.bind(f"{SCRATCH}/work", f"{ROOT}{CWD}")
 
 
@@ -150,7 +152,6 @@ def _control_group(job: Confinement) -> None:
     os.write(job.procs_fd, b"0")
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("500")  # not the agent's, which the kernel must never choose
-
 
 
 def _resource_limits(job: Confinement) -> None:

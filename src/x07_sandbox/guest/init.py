@@ -15,12 +15,15 @@ from x07_sandbox.guest import confine
 
 STARTED = b"S"
 EXITED = b"X"  # then u32: the wait status as waitpid(2) gives it
+EXITED_SIZE = 5
 FAILED = b"F"  # then JSON to the end of the pipe
 
 _STATUS = struct.Struct(">I")
 
 
-def run_init(job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], report_fd: int) -> NoReturn:
+def run_init(
+    job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], report_fd: int
+) -> NoReturn:
     """Be the init of the program *argv*; fds become its standard streams. Never returns."""
     try:
         os.setsid()
@@ -37,7 +40,9 @@ def run_init(job: confine.Confinement, argv: list[str], env: dict[str, str], cwd
         os._exit(0)
 
 
-def _supervise(job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], report_fd: int) -> int:
+def _supervise(
+    job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], report_fd: int
+) -> int:
     """Start the program and return its wait status. Raises StepError if it could not become the program."""
     failure_r, failure_w = os.pipe2(os.O_CLOEXEC)
     program = os.fork()
@@ -58,7 +63,9 @@ def _supervise(job: confine.Confinement, argv: list[str], env: dict[str, str], c
             return status
 
 
-def _become(job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], failure_w: int) -> NoReturn:
+def _become(
+    job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], failure_w: int
+) -> NoReturn:
     """Turn this process into the program; a failure is told through *failure_w*, which a success closes."""
     try:
         try:

@@ -44,7 +44,7 @@ def _check(result: int, what: str) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
-    """mount(2). Raises OSError naming the target."""
+    """Mount a file system (the kernel call of that name). Raises OSError naming the target."""
     _check(_libc.mount(source.encode(), target.encode(), kind.encode(), flags, options.encode()), target)
 
 
@@ -63,7 +63,7 @@ def pivot_root(new_root: str) -> None:
 
 
 def prctl(option: int, *values: int) -> None:
-    """prctl(2). Raises OSError."""
+    """Change this process (the kernel call of that name). Raises OSError."""
     padded = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
     _check(_libc.prctl(option, *padded), f"prctl {option}")
 

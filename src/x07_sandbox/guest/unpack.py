@@ -16,6 +16,7 @@ _MAGIC: Final = b"070701"
 _HEADER: Final = 110
 _FIELDS: Final = re.compile(rb"[0-9A-Fa-f]{104}")  # int() alone would also take signs, blanks and underscores
 _NAME_MAX: Final = 4096
+_PART_MAX: Final = 255
 ENTRIES_MAX: Final = 100_000
 
 
@@ -52,7 +53,7 @@ def unpack(source: BinaryIO, target: str, *, most_bytes: int) -> int:
 
 def _checked(raw: bytes) -> bytes:
     parts = raw.split(b"/")
-    if b"\0" in raw or any(part in {b"", b".", b".."} or len(part) > 255 for part in parts):
+    if b"\0" in raw or any(part in {b"", b".", b".."} or len(part) > _PART_MAX for part in parts):
         raise ArchiveError("a name leads out of the archive")
     return raw
 
@@ -66,7 +67,9 @@ def _make(source: BinaryIO, path: bytes, mode: int, size: int) -> None:
     if not stat.S_ISREG(mode):
         raise ArchiveError("something that is neither file nor folder")
     # O_EXCL: nothing that the archive made before, a link above all, can be written through.
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755 if mode & 0o111 else 0o644)
+    fd = os.open(
+        path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755 if mode & 0o111 else 0o644
+    )
     with os.fdopen(fd, "wb") as file:
         left = size
         while left:

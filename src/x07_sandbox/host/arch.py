@@ -39,7 +39,11 @@ ARCHES: dict[str, Arch] = {
         qemu_binary="/usr/bin/qemu-system-x86_64",
         qemu_package="qemu-system-x86",
         machine="microvm",
-        firmware=("/usr/share/seabios/bios-microvm.bin", "/usr/share/qemu/pvh.bin", "/usr/share/qemu/linuxboot_dma.bin"),
+        firmware=(
+            "/usr/share/seabios/bios-microvm.bin",
+            "/usr/share/qemu/pvh.bin",
+            "/usr/share/qemu/linuxboot_dma.bin",
+        ),
         kernel_package="linux-image-cloud-amd64",
         kernel_format="bzImage",
         multiarch="x86_64-linux-gnu",

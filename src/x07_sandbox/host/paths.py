@@ -35,7 +35,9 @@ def _absolute(value: str, name: str) -> Path:
 def _home() -> Path:
     home = os.environ.get("HOME")
     if not home:
-        raise HostError("no place for state and images", "HOME is not set", "Set HOME, or X07_VM_STATE_DIR and X07_VM_CACHE_DIR")
+        raise HostError(
+            "no place for state and images", "HOME is not set", "Set HOME, or X07_VM_STATE_DIR and X07_VM_CACHE_DIR"
+        )
     return _absolute(home, "HOME")
 
 
@@ -48,7 +50,9 @@ def private_dir(path: Path) -> Path:
     Raises HostError.
     """
     if not path.is_absolute() or ".." in path.parts:
-        raise HostError(f"cannot use folder {path}", "it is not a plain absolute path", "Give an absolute path without '..'")
+        raise HostError(
+            f"cannot use folder {path}", "it is not a plain absolute path", "Give an absolute path without '..'"
+        )
     fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for depth, part in enumerate(path.parts[1:], start=1):
@@ -69,7 +73,11 @@ def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as exc:
-        raise HostError(f"cannot make folder {here}", exc.strerror or str(exc), "Choose a folder that you can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR") from exc
+        raise HostError(
+            f"cannot make folder {here}",
+            exc.strerror or str(exc),
+            "Choose a folder that you can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR",
+        ) from exc
     return True
 
 
@@ -77,7 +85,11 @@ def _open_folder(dir_fd: int, part: str, here: Path) -> int:
     try:
         return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as exc:
-        raise HostError(f"cannot use folder {here}", f"it is a link or no folder ({exc.strerror})", "Name the real folder instead of the link") from exc
+        raise HostError(
+            f"cannot use folder {here}",
+            f"it is a link or no folder ({exc.strerror})",
+            "Name the real folder instead of the link",
+        ) from exc
 
 
 def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) -> None:
@@ -85,8 +97,8 @@ def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) ->
     if last and not made and (info.st_uid != uid or info.st_mode & 0o077):
         raise HostError(
             f"cannot use folder {here}",
-            f"it belongs to uid {info.st_uid} with mode {stat.S_IMODE(info.st_mode):04o}, and must be yours with mode 0700",
-            f"Run chmod 0700 on it, or choose another folder",
+            f"it is uid {info.st_uid}'s with mode {stat.S_IMODE(info.st_mode):04o}, and must be yours with 0700",
+            "Run chmod 0700 on it, or choose another folder",
         )
     if info.st_uid not in {0, uid} or (info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX):
         raise HostError(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 @cache
 def boot_id() -> str:
-    """This boot of the kernel (random(4): /proc/sys/kernel/random/boot_id)."""
+    """Which boot of the kernel it is (random(4): /proc/sys/kernel/random/boot_id)."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 

@@ -43,15 +43,25 @@ def _identity(binary: str) -> list[object]:
     try:
         states = [Path(path).stat() for path in (binary, "/etc/ld.so.cache")]
     except OSError as exc:
-        raise HostError(f"cannot find {binary}", exc.strerror or str(exc), "Run x07 doctor to see what is missing") from exc
+        raise HostError(
+            f"cannot find {binary}", exc.strerror or str(exc), "Run x07 doctor to see what is missing"
+        ) from exc
     return [binary, *([info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns] for info in states)]
 
 
 def _ask(binary: str) -> list[str]:
-    done = subprocess.run(  # noqa: S603 - a fixed program, a path from our table
-        [_LDD, binary], capture_output=True, text=True, timeout=30, check=False, stdin=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
+    done = subprocess.run(
+        [_LDD, binary],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
     )
     if done.returncode != 0:
-        raise HostError(f"cannot list the libraries of {binary}", done.stderr.strip()[:200] or "ldd failed", "Reinstall its package")
+        raise HostError(
+            f"cannot list the libraries of {binary}", done.stderr.strip()[:200] or "ldd failed", "Reinstall its package"
+        )
     found = [match.group(1) for line in done.stdout.splitlines() if (match := _LINE.match(line))]
     return [binary, *dict.fromkeys(found)]

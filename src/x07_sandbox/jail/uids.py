@@ -28,7 +28,7 @@ _TRIES: Final = 64
 def _ranges(path: str, first: int, count: int) -> list[tuple[int, int]]:
     """Ranges (first, count) named in a file of colon-separated fields."""
     found = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+    with contextlib.suppress(FileNotFoundError), Path(path).open(encoding="utf-8", errors="replace") as file:
         for line in file:
             fields = line.strip().split(":")
             with contextlib.suppress(IndexError, ValueError):
@@ -41,14 +41,26 @@ def free_range() -> int:
 
     Raises HostError.
     """
-    mapped = [tuple(int(word) for word in line.split()) for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
-    taken = _ranges("/etc/passwd", 2, 0) + _ranges("/etc/group", 2, 0) + _ranges("/etc/subuid", 1, 2) + _ranges("/etc/subgid", 1, 2)
+    mapped = [
+        tuple(int(word) for word in line.split())
+        for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
+    ]
+    taken = (
+        _ranges("/etc/passwd", 2, 0)
+        + _ranges("/etc/group", 2, 0)
+        + _ranges("/etc/subuid", 1, 2)
+        + _ranges("/etc/subgid", 1, 2)
+    )
     for first in _CANDIDATES:
         inside = any(start <= first and first + COUNT <= start + size for start, _, size in mapped)
         clash = any(first < start + size and start < first + COUNT for start, size in taken)
         if inside and not clash:
             return first
-    raise HostError("no uid for the job", "no free range of 4096 uids is mapped here", "Run as an ordinary user, or map more uids into this container")
+    raise HostError(
+        "no uid for the job",
+        "no free range of 4096 uids is mapped here",
+        "Run as an ordinary user, or map more uids into this container",
+    )
 
 
 @contextlib.contextmanager

@@ -87,7 +87,11 @@ def create_record(*, run_id: str, phase: str, backend: str, wall_ms: int, image_
     try:
         record.folder.mkdir(mode=0o700)
     except OSError as exc:
-        raise HostError(f"cannot make the job's folder {record.folder}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR") from exc
+        raise HostError(
+            f"cannot make the job's folder {record.folder}",
+            exc.strerror or str(exc),
+            "Free space there, or set X07_VM_STATE_DIR",
+        ) from exc
     _write_json(
         record.folder / "job.json",
         {
@@ -106,7 +110,9 @@ def create_record(*, run_id: str, phase: str, backend: str, wall_ms: int, image_
     return record
 
 
-def write_owner(record: JobRecord, *, runner: Identity, processes: dict[str, Identity], cgroups: tuple[str, ...]) -> None:
+def write_owner(
+    record: JobRecord, *, runner: Identity, processes: dict[str, Identity], cgroups: tuple[str, ...]
+) -> None:
     """Write who runs the job and what was started for it, before any of it is let go."""
     _write_json(
         record.folder / "owner.json",
@@ -172,4 +178,6 @@ def _write(path: Path, data: bytes) -> None:
         temporary.replace(path)
     except OSError as exc:
         temporary.unlink(missing_ok=True)
-        raise HostError(f"cannot write {path}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR") from exc
+        raise HostError(
+            f"cannot write {path}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR"
+        ) from exc

@@ -17,6 +17,7 @@ SOURCE_FOLDER: Final = "/x07/in"
 OUTPUT: Final = "/x07/out/compiled-out"
 ARTIFACT: Final = "/x07/in/artifact"
 PROGRAM_FOLDER: Final = "/x07/in/program"
+_NAME_MAX: Final = 200  # bytes; byte code gets a longer one, and a file system takes 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +86,27 @@ def toolchain_for(path: str) -> Toolchain:
         if suffix in toolchain.suffixes:
             return toolchain
     known = ", ".join(suffix for toolchain in TOOLCHAINS for suffix in toolchain.suffixes)
-    raise UsageError(f"cannot run {path}", f"no toolchain for {suffix or 'a file without suffix'}", f"Name the source with one of: {known}")
+    raise UsageError(
+        f"cannot run {path}",
+        f"no toolchain for {suffix or 'a file without suffix'}",
+        f"Name the source with one of: {known}",
+    )
 
 
 def source_name(path: str) -> str:
     """The name under which a source travels: its own, if that is harmless. Raises UsageError."""
     name = PurePosixPath(path).name
-    if not name or name.startswith((".", "-")) or not name.isprintable() or len(name.encode("utf-8", "surrogateescape")) > 200:  # noqa: PLR2004
-        raise UsageError(f"cannot run {path!r}", "its name begins with '.' or '-', is too long or has control characters", "Rename the file")
+    if (
+        not name
+        or name.startswith((".", "-"))
+        or not name.isprintable()
+        or len(name.encode("utf-8", "surrogateescape")) > _NAME_MAX
+    ):
+        raise UsageError(
+            f"cannot run {path!r}",
+            "its name begins with '.' or '-', is too long or has control characters",
+            "Rename the file",
+        )
     return name
 
 

@@ -6,6 +6,7 @@ and a request to cancel. Nothing in it blocks on any of them.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import select
@@ -57,11 +58,13 @@ class PhaseFacts:
     """What is known after a phase: the evidence, the guest's own counters, and when what happened.
 
     times_ms: from the release of the machine to: hello, seeded, started, exited, end.
+    input_sha256: of what was read of the program's input: it may have ended before reading it all.
     """
 
     evidence: Evidence
     usage: dict[str, Any] = field(default_factory=dict)
     times_ms: dict[str, float] = field(default_factory=dict)
+    input_sha256: str = ""
 
 
 class Phase:
@@ -83,6 +86,7 @@ class Phase:
         self.asked_to_stop = False
         self.sent = [0] * len(request.files)
         self.input = bytearray()
+        self.input_hash = hashlib.sha256()
         self.input_done = request.stdin_fd is None
         self.sinks = {Stream.STDOUT: request.stdout, Stream.STDERR: request.stderr}
 
@@ -97,13 +101,17 @@ class Phase:
         self._mark("end")
         if self.seen.get("wait_status") is None:
             self.seen["console_tail"] = self.instance.console_tail()
-        return PhaseFacts(evidence=Evidence(stage=self.stage, **self.seen), usage=self.usage, times_ms=self.times_ms)
+        return PhaseFacts(
+            evidence=Evidence(stage=self.stage, **self.seen),
+            usage=self.usage,
+            times_ms=self.times_ms,
+            input_sha256=self.input_hash.hexdigest(),
+        )
 
     # one turn
 
     def _turn(self) -> None:
-        self._check_time()
-        if self.over:
+        if self._time_is_up():
             return
         self._fill()
         if not self.connection.flush():
@@ -141,9 +149,10 @@ class Phase:
         else:
             self.instance.drain(fd)
 
-    def _check_time(self) -> None:
+    def _time_is_up(self) -> bool:
+        """Act on a deadline that has passed; whether that was the end."""
         if not self.deadline.passed():
-            return
+            return False
         if self.stage is Stage.BOOT:
             self._end(boot_timeout=True)
         elif self.stage is Stage.RUN and not self.asked_to_stop:
@@ -156,6 +165,7 @@ class Phase:
             self._end()
         else:
             self._end(deadline_passed=True)
+        return self.over
 
     # what comes from the guest
 
@@ -216,7 +226,9 @@ class Phase:
         self.deadline = Deadline.after(settings.COPY_IN_S)
         request = self.request
         files = [{"path": file.path, "mode": file.mode, "kind": file.kind} for file in request.files]
-        output = None if request.output is None else {"path": request.output.path, "max_bytes": request.output.max_bytes}
+        output = (
+            None if request.output is None else {"path": request.output.path, "max_bytes": request.output.max_bytes}
+        )
         self.link.send(
             Kind.START,
             {
@@ -267,7 +279,9 @@ class Phase:
         for index, file in enumerate(self.request.files):
             stream = Stream.FIRST_FILE + index
             while self.sent[index] < file.size and self.link.pending() < _FILL and self.link.window(stream):
-                data = os.pread(file.fd, min(DATA_MAX, self.link.window(stream), file.size - self.sent[index]), self.sent[index])
+                data = os.pread(
+                    file.fd, min(DATA_MAX, self.link.window(stream), file.size - self.sent[index]), self.sent[index]
+                )
                 if not data:
                     self._end(setup_failure=f"{file.path} became shorter while it was read")
                     return
@@ -291,6 +305,7 @@ class Phase:
         except OSError:
             data = b""  # a terminal that hung up, a folder: there is no more input
         self.input += data
+        self.input_hash.update(data)
         self.input_done = not data
 
     def _pump(self, fd: int) -> None:

@@ -37,7 +37,11 @@ class RunFolder:
         try:
             fd = os.open(self.path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as exc:
-            raise HostError("cannot keep the built program", f"{self.path}: {exc.strerror}", "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs") from exc
+            raise HostError(
+                "cannot keep the built program",
+                f"{self.path}: {exc.strerror}",
+                "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs",
+            ) from exc
         self._stack.callback(os.close, fd)
         return OutFile(path=guest_path, fd=fd, max_bytes=max_bytes)
 
@@ -45,7 +49,9 @@ class RunFolder:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as exc:
-            raise HostError(f"cannot write {path}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR") from exc
+            raise HostError(
+                f"cannot write {path}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR"
+            ) from exc
         self._stack.callback(os.close, fd)
         return fd
 

@@ -22,7 +22,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
 
 class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One phase. times_ms: since the machine was let go: hello, seeded, started, exited, end; boot and copying included."""
+    """One phase. times_ms: from the machine's release to hello, seeded, started, exited and end."""
 
     job_id: str
     outcome: str

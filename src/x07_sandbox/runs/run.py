@@ -18,14 +18,22 @@ from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import create_record, new_run_id
 from x07_sandbox.plan.controls import GUEST_VARIABLES, Plan, make_plan
-from x07_sandbox.plan.outcomes import Evidence, Outcome, Verdict, as_build, classify, verdict
+from x07_sandbox.plan.outcomes import Outcome, Verdict, as_build, classify, verdict
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import decode_policy, default_policy, program_environment, render_policy
-from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, SOURCE_FOLDER, Toolchain, source_name, toolchain_for
+from x07_sandbox.programs.toolchains import (
+    ARTIFACT,
+    OUTPUT,
+    PROGRAM_FOLDER,
+    SOURCE_FOLDER,
+    Toolchain,
+    source_name,
+    toolchain_for,
+)
 from x07_sandbox.runs.execute import Phase, PhaseFacts, PhaseRequest, drain
 from x07_sandbox.runs.folder import RunFolder, output_of
 from x07_sandbox.runs.result import NOTHING, ControlReport, Denial, Digests, HowToAllow, Output, PhaseReport, Result
-from x07_sandbox.runs.streams import Cancel, InFile, OutFile, Sink
+from x07_sandbox.runs.streams import Cancel, InFile, OutFile
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Availability
@@ -126,7 +134,9 @@ def _carry_out(request: RunRequest, so_far: _Progress, folder: RunFolder, stack:
 class _Session:
     """The jobs of one run: they share backend, image, folder and what is known so far."""
 
-    def __init__(self, request: RunRequest, so_far: _Progress, folder: RunFolder, backend: QemuBackend, image: OpenImage) -> None:
+    def __init__(
+        self, request: RunRequest, so_far: _Progress, folder: RunFolder, backend: QemuBackend, image: OpenImage
+    ) -> None:
         self.request = request
         self.so_far = so_far
         self.folder = folder
@@ -157,7 +167,15 @@ class _Session:
             return verdict(Outcome.BUILD_FAILED, f"the build ended well, but what it made {problem}", fault="program")
         return None
 
-    def run(self, toolchain: Toolchain, artifact: OutFile, policy: Policy, policy_bytes: bytes, plan: RunLimits, stack: contextlib.ExitStack) -> Verdict:
+    def run(
+        self,
+        toolchain: Toolchain,
+        artifact: OutFile,
+        policy: Policy,
+        policy_bytes: bytes,
+        plan: RunLimits,
+        stack: contextlib.ExitStack,
+    ) -> Verdict:
         """Run the artifact in a fresh machine."""
         name = source_name(str(self.request.program))
         limits = {
@@ -179,7 +197,14 @@ class _Session:
         argv = [*toolchain.start(name), *self.request.args]
         environment = _ENVIRONMENT | program_environment(policy)
         spec = _PhaseSpec(
-            "run", argv, (program, policy_file), limits, plan.wall_ms, environment, ram_bytes=plan.ram_bytes, limits_shown=policy.limits
+            "run",
+            argv,
+            (program, policy_file),
+            limits,
+            plan.wall_ms,
+            environment,
+            ram_bytes=plan.ram_bytes,
+            limits_shown=policy.limits,
         )
         ending, facts = self._phase(spec)
         report = self.so_far.phases["run"]
@@ -192,10 +217,18 @@ class _Session:
         request = self.request
         prefix = "" if live else "build-"
         cap = request.max_output_bytes if live else settings.OUTPUT_MAX_BYTES
-        stdout, stdout_fd = self.folder.sink(f"{prefix}stdout", live_fd=request.live_stdout if live else None, max_bytes=cap)
-        stderr, stderr_fd = self.folder.sink(f"{prefix}stderr", live_fd=request.live_stderr if live else None, max_bytes=cap)
+        stdout, stdout_fd = self.folder.sink(
+            f"{prefix}stdout", live_fd=request.live_stdout if live else None, max_bytes=cap
+        )
+        stderr, stderr_fd = self.folder.sink(
+            f"{prefix}stderr", live_fd=request.live_stderr if live else None, max_bytes=cap
+        )
         record = create_record(
-            run_id=self.so_far.run_id, phase=spec.name, backend=self.backend.name, wall_ms=spec.wall_ms, image_digest=self.image.manifest.digest
+            run_id=self.so_far.run_id,
+            phase=spec.name,
+            backend=self.backend.name,
+            wall_ms=spec.wall_ms,
+            image_digest=self.image.manifest.digest,
         )
         ram_bytes = spec.ram_bytes or ram_class_bytes(spec.limits["mem_bytes"])
         seconds = (settings.allowance_ms() + spec.wall_ms) // 1000 + 1
@@ -223,19 +256,26 @@ class _Session:
         emulated = availability is not None and availability.features.emulated
         ending = classify(facts.evidence, emulated=emulated, limits=spec.limits_shown)
         self.so_far.warnings += ending.warnings
-        self.so_far.phases[spec.name] = _report(record.job_id, ending, facts, output_of(stdout, stdout_fd), output_of(stderr, stderr_fd))
+        self.so_far.phases[spec.name] = _report(
+            record.job_id, ending, facts, output_of(stdout, stdout_fd), output_of(stderr, stderr_fd)
+        )
         if live:
             self.so_far.digests["output"] = f"sha256:{stdout.sha256()}"
+            self.so_far.digests["input"] = f"sha256:{facts.input_sha256}"
         return ending, facts
 
     def _note_denials(self, facts: PhaseFacts, policy: Policy) -> None:
         refused = int(facts.usage.get("tasks_refused", 0))
         if refused:
             how = HowToAllow(json_path="$.limits.procs", value=min(1024, policy.limits.procs * 2 + 1))
-            self.so_far.denials.append(_denial("limits.procs", "fork", "a new task", "guest control group", refused, how))
+            self.so_far.denials.append(
+                _denial("limits.procs", "fork", "a new task", "guest control group", refused, how)
+            )
         if facts.usage.get("disk_full"):
             how = HowToAllow(json_path="$.fs", value="a smaller output: the scratch disk has 8 GiB")
-            self.so_far.denials.append(_denial("scratch", "write", "the scratch disk is full", "size of the disk", 1, how))
+            self.so_far.denials.append(
+                _denial("scratch", "write", "the scratch disk is full", "size of the disk", 1, how)
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,14 +292,32 @@ class _PhaseSpec:
 
 
 def _denial(field_name: str, action: str, subject: str, by: str, count: int, how: HowToAllow) -> Denial:
-    return Denial(field=field_name, action=action, subject=subject, enforced_by=by, observed_by="guest", count=count, how_to_allow=how)
+    return Denial(
+        field=field_name,
+        action=action,
+        subject=subject,
+        enforced_by=by,
+        observed_by="guest",
+        count=count,
+        how_to_allow=how,
+    )
 
 
 def _add_refusals(plan: Plan, so_far: _Progress) -> None:
     for refusal in plan.refusals:
-        how = HowToAllow(json_path=refusal.how_to_allow.json_path, value=refusal.how_to_allow.value, flag=refusal.how_to_allow.flag)
+        how = HowToAllow(
+            json_path=refusal.how_to_allow.json_path, value=refusal.how_to_allow.value, flag=refusal.how_to_allow.flag
+        )
         so_far.denials.append(
-            Denial(field=refusal.field, action="plan", subject=refusal.why, enforced_by="plan", observed_by="host", count=1, how_to_allow=how)
+            Denial(
+                field=refusal.field,
+                action="plan",
+                subject=refusal.why,
+                enforced_by="plan",
+                observed_by="host",
+                count=1,
+                how_to_allow=how,
+            )
         )
 
 
@@ -271,7 +329,9 @@ def _policy(path: Path | None) -> tuple[Policy, bytes]:
         with path.open("rb") as file:
             data = file.read((1 << 20) + 1)
     except OSError as exc:
-        raise UsageError(f"cannot read the policy {path}", exc.strerror or str(exc), "Name a readable file with --policy") from exc
+        raise UsageError(
+            f"cannot read the policy {path}", exc.strerror or str(exc), "Name a readable file with --policy"
+        ) from exc
     return decode_policy(data, source=str(path)), data
 
 
@@ -281,13 +341,19 @@ def _snapshot(path: Path, stack: contextlib.ExitStack, so_far: _Progress) -> InF
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
-        raise UsageError(f"cannot read the program {path}", exc.strerror or str(exc), "Name a readable source file") from exc
+        raise UsageError(
+            f"cannot read the program {path}", exc.strerror or str(exc), "Name a readable source file"
+        ) from exc
     with os.fdopen(fd, "rb") as file:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise UsageError(f"cannot run {path}", "it is no regular file", "Name a source file")
         if info.st_size > settings.SOURCE_MAX_BYTES:
-            raise UsageError(f"cannot run {path}", f"it has {info.st_size} bytes, over {settings.SOURCE_MAX_BYTES}", "Name a smaller source file")
+            raise UsageError(
+                f"cannot run {path}",
+                f"it has {info.st_size} bytes, over {settings.SOURCE_MAX_BYTES}",
+                "Name a smaller source file",
+            )
         data = file.read(settings.SOURCE_MAX_BYTES)
     so_far.digests["source"] = _digest(data)
     return _in_file(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack)
@@ -323,7 +389,9 @@ def _report(job_id: str, ending: Verdict, facts: PhaseFacts, stdout: Output, std
 
 def _result(so_far: _Progress, ending: Verdict) -> Result:
     availability, plan = so_far.availability, so_far.plan
-    controls = [] if plan is None else [ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls]
+    controls = (
+        [] if plan is None else [ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls]
+    )
     return Result(
         run=so_far.run_id,
         outcome=ending.outcome.value,
@@ -346,10 +414,8 @@ def _result(so_far: _Progress, ending: Verdict) -> Result:
 
 
 def _write_result(path: Path, result: Result) -> None:
-    import msgspec  # noqa: PLC0415 - see docs/dependencies.md
+    import msgspec
 
     with contextlib.suppress(OSError):  # the run is over, and its result is on its way to the caller
         path.write_bytes(msgspec.json.encode(result))
         path.chmod(0o600)
-
-

@@ -113,7 +113,7 @@ class OutFile:
 
 
 class Cancel:
-    """A request from outside to end the run: a signal handler or another thread sets it, the loop polls its descriptor."""
+    """A request to end the run: a signal handler or another thread makes it, the loop polls its descriptor."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

@@ -10,7 +10,7 @@ from x07_sandbox.backends.qemu.proof import kvm_verdict
 from x07_sandbox.backends.qemu.start import Accelerator, QemuInstance, start_qemu
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.host.settings import flag_from_environment
-from x07_sandbox.plan.features import VM_HOLDS, Features
+from x07_sandbox.plan.features import VM_HOLDS, Features, Isolation
 
 if TYPE_CHECKING:
     from x07_sandbox.images.verify import OpenImage
@@ -34,8 +34,12 @@ class QemuBackend:
         """
         self._kvm, reason = kvm_verdict(image)
         if not self._kvm and flag_from_environment("X07_VM_REQUIRE_HARDWARE"):
-            raise RefusedError("hardware virtualisation was required", reason, "Unset X07_VM_REQUIRE_HARDWARE to accept emulation, or run where KVM works")
-        isolation = "vm-hardware" if self._kvm else "vm-emulated"
+            raise RefusedError(
+                "hardware virtualisation was required",
+                reason,
+                "Unset X07_VM_REQUIRE_HARDWARE to accept emulation, or run where KVM works",
+            )
+        isolation: Isolation = "vm-hardware" if self._kvm else "vm-emulated"
         warnings = () if self._kvm else (f"emulated: CPU work in the guest takes {SLOWDOWN} as long as on this host",)
         features = Features(isolation=isolation, own_kernel=True, can_hold=VM_HOLDS)
         return Availability(usable=True, features=features, proof=reason, warnings=warnings)

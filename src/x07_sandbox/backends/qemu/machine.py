@@ -65,7 +65,12 @@ def qemu_argv(machine: Machine) -> list[str]:
     if machine.kvm_fd is not None:
         argv += ["-add-fd", f"set=3,fd={machine.kvm_fd}"]
     argv += ["-device", "virtio-serial-device,max_ports=3"]
-    argv += ["-chardev", f"socket,id=channel,fd={machine.channel_fd}", "-device", "virtserialport,chardev=channel,nr=1,name=x07.0"]
+    argv += [
+        "-chardev",
+        f"socket,id=channel,fd={machine.channel_fd}",
+        "-device",
+        "virtserialport,chardev=channel,nr=1,name=x07.0",
+    ]
     argv += ["-chardev", "null,id=net", "-device", "virtserialport,chardev=net,nr=2,name=x07.net"]
     argv += ["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng"]
     argv += ["-chardev", f"socket,id=console,fd={machine.console_fd}", "-serial", "chardev:console"]
@@ -84,4 +89,11 @@ def _disk(number: int, fd: int, name: str, serial: str, *, read_only: bool) -> l
     node = f"driver=raw,node-name={name},{mode},file.driver=file,file.filename=/dev/fdset/{number},file.locking=off"
     if not read_only:
         node += ",file.discard=unmap,file.cache.no-flush=on"
-    return ["-add-fd", f"set={number},fd={fd}", "-blockdev", node, "-device", f"virtio-blk-device,drive={name},serial={serial}"]
+    return [
+        "-add-fd",
+        f"set={number},fd={fd}",
+        "-blockdev",
+        node,
+        "-device",
+        f"virtio-blk-device,drive={name},serial={serial}",
+    ]

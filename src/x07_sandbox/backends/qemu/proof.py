@@ -55,13 +55,27 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
 
 def _key() -> str:
     info = Path(host_arch().qemu_binary).stat()
-    parts = [boot_id(), os.uname().release, os.uname().version, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
+    parts = [
+        boot_id(),
+        os.uname().release,
+        os.uname().version,
+        info.st_dev,
+        info.st_ino,
+        info.st_size,
+        info.st_mtime_ns,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _try(image: OpenImage) -> tuple[bool, str]:
     limit_s = settings.KVM_PROOF_S
-    record = create_record(run_id=new_run_id(), phase="probe", backend="qemu", wall_ms=int(limit_s * 1000), image_digest=image.manifest.digest)
+    record = create_record(
+        run_id=new_run_id(),
+        phase="probe",
+        backend="qemu",
+        wall_ms=int(limit_s * 1000),
+        image_digest=image.manifest.digest,
+    )
     job = Job(record=record, image=image, ram_bytes=512 * settings.MIB, deadline_s=int(limit_s) + 5)
     try:
         with start_qemu(job, Accelerator(kvm=True)) as instance:

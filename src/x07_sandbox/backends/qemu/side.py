@@ -1,4 +1,7 @@
-"""Streams of the VMM besides the channel: console, QMP replies, its own messages. Hostile, bounded, kept for diagnosis."""
+"""Streams of the VMM besides the channel: console, QMP replies, its own messages.
+
+Hostile, bounded, and kept for diagnosis.
+"""
 
 from __future__ import annotations
 
@@ -39,4 +42,6 @@ class SideStream:
     def text(self) -> str:
         """What was kept, decoded, everything but printable characters, tabs and line ends replaced."""
         text = self._kept.decode("utf-8", errors="replace").replace("\r", "")
-        return "".join(char if char.isprintable() or char in _PRINTABLE else "\N{REPLACEMENT CHARACTER}" for char in text)
+        return "".join(
+            char if char.isprintable() or char in _PRINTABLE else "\N{REPLACEMENT CHARACTER}" for char in text
+        )

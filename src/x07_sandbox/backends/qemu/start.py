@@ -44,13 +44,21 @@ _QMP_QUIT: Final = b'{"execute":"qmp_capabilities"}\n{"execute":"quit"}\n'
 class QemuInstance:
     """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
 
-    def __init__(self, *, child: subprocess.Popen[bytes], inner: Identity, block_fd: int, ends: dict[str, int], groups: HostGroups, job: Job, jail: str) -> None:
+    def __init__(
+        self,
+        *,
+        child: subprocess.Popen[bytes],
+        inner: Identity,
+        block_fd: int,
+        ends: dict[str, int],
+        groups: HostGroups,
+        jail: str,
+    ) -> None:
         self.child = child
         self.outer = identify(child.pid)
         self.inner = inner
         self.jail = jail
         self.groups = groups
-        self.job = job
         self.channel_fd = ends["channel"]
         self.pidfd = os.pidfd_open(child.pid)
         self._block_fd = block_fd
@@ -77,7 +85,12 @@ class QemuInstance:
         """CPU time of the whole jail on the host so far."""
         pids = [self.inner.pid]
         with contextlib.suppress(OSError):
-            pids += [int(pid) for pid in Path(f"/proc/{self.inner.pid}/task/{self.inner.pid}/children").read_text(encoding="ascii").split()]
+            pids += [
+                int(pid)
+                for pid in Path(f"/proc/{self.inner.pid}/task/{self.inner.pid}/children")
+                .read_text(encoding="ascii")
+                .split()
+            ]
         return sum(cpu_ticks(pid) for pid in pids) / os.sysconf("SC_CLK_TCK")
 
     def console_tail(self) -> str:
@@ -169,7 +182,9 @@ def start_qemu(job: Job, accelerator: Accelerator) -> Iterator[QemuInstance]:
         yield from _run(job, request, info_r=info_r, block_w=block_w, ours=ours, given=given)
 
 
-def _run(job: Job, request: Launch, *, info_r: int, block_w: int, ours: dict[str, int], given: Given) -> Iterator[QemuInstance]:
+def _run(
+    job: Job, request: Launch, *, info_r: int, block_w: int, ours: dict[str, int], given: Given
+) -> Iterator[QemuInstance]:
     groups = make_groups(job.record.job_id, memory_bytes=job.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
     child = None
     instance = None
@@ -177,12 +192,14 @@ def _run(job: Job, request: Launch, *, info_r: int, block_w: int, ours: dict[str
         try:
             child = launch(request)
         except OSError as exc:
-            raise BackendError("cannot start the virtual machine", f"{request.argv[0]}: {exc.strerror}", "Run x07 doctor") from exc
+            raise BackendError(
+                "cannot start the virtual machine", f"{request.argv[0]}: {exc.strerror}", "Run x07 doctor"
+            ) from exc
         given.close()  # the child has its own by now; an end of a pipe that stayed open here would never end
         inner = _inner_process(child, info_r, ours["stderr"])
         _bound(inner.pid, job, groups)
         form = "namespaces, root" if os.geteuid() == 0 else "namespaces, user"
-        instance = QemuInstance(child=child, inner=inner, block_fd=block_w, ends=ours, groups=groups, job=job, jail=form)
+        instance = QemuInstance(child=child, inner=inner, block_fd=block_w, ends=ours, groups=groups, jail=form)
         _record(job, instance)
         yield instance
     finally:
@@ -203,7 +220,9 @@ def _record(job: Job, instance: QemuInstance) -> None:
     if runner is None or instance.outer is None:
         raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
     folders = tuple(str(folder) for folder in instance.groups.folders)
-    write_owner(job.record, runner=runner, processes={"outer": instance.outer, "inner": instance.inner}, cgroups=folders)
+    write_owner(
+        job.record, runner=runner, processes={"outer": instance.outer, "inner": instance.inner}, cgroups=folders
+    )
 
 
 def _inner_process(child: subprocess.Popen[bytes], info_r: int, stderr_fd: int) -> Identity:
@@ -229,7 +248,7 @@ def _inner_process(child: subprocess.Popen[bytes], info_r: int, stderr_fd: int) 
     stream = SideStream(stderr_fd, keep_bytes=4096)
     stream.read()
     said = stream.text().strip() or f"bubblewrap ended with status {child.returncode}"
-    fix = "Allow user and mount namespaces here (in a container: --privileged, or --security-opt seccomp=unconfined with --cap-add SYS_ADMIN)"
+    fix = "Allow user and mount namespaces here (in a container: --privileged)"
     raise BackendError("cannot build the jail around the virtual machine", said[:500], fix)
 
 
@@ -283,7 +302,11 @@ def _scratch_disk(stack: contextlib.ExitStack, job: Job) -> int:
     try:
         fd = _own(stack, os.open(job.record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
     except OSError as exc:
-        raise HostError("cannot make the scratch disk", f"{job.record.folder}: {exc.strerror}", "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs") from exc
+        raise HostError(
+            "cannot make the scratch disk",
+            f"{job.record.folder}: {exc.strerror}",
+            "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs",
+        ) from exc
     write_disk(job.image.scratch_fd, job.image.manifest.scratch_disk, fd)
     return fd
 
@@ -295,11 +318,17 @@ def _jail_files(arch: Arch, *, with_setpriv: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(files))
 
 
+def required_tools(arch: Arch) -> dict[str, str]:
+    """Programs that a start needs, and Debian's package of each."""
+    return {BWRAP: "bubblewrap", SETPRIV: "util-linux", PERL: "perl-base", arch.qemu_binary: arch.qemu_package}
+
+
 def _check_tools(arch: Arch) -> None:
-    packages = {BWRAP: "bubblewrap", SETPRIV: "util-linux", PERL: "perl-base", arch.qemu_binary: arch.qemu_package}
-    missing = [package for path, package in packages.items() if not os.access(path, os.X_OK)]
+    missing = [package for path, package in required_tools(arch).items() if not os.access(path, os.X_OK)]
     if missing:
-        raise HostError("cannot start a virtual machine", f"missing: {', '.join(missing)}", f"Run: apt-get install --no-install-recommends {' '.join(missing)}")
+        names = " ".join(missing)
+        fix = f"Run: apt-get install --no-install-recommends {names}"
+        raise HostError("cannot start a virtual machine", f"missing: {names}", fix)
 
 
 def tsc_khz(arch: Arch) -> int | None:
@@ -309,4 +338,8 @@ def tsc_khz(arch: Arch) -> int | None:
     for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith("bogomips"):
             return int(float(line.partition(":")[2]) * 500)
-    raise HostError("cannot tell the processor's clock", "/proc/cpuinfo has no bogomips line", "Run on a machine with hardware virtualisation")
+    raise HostError(
+        "cannot tell the processor's clock",
+        "/proc/cpuinfo has no bogomips line",
+        "Run on a machine with hardware virtualisation",
+    )

@@ -18,10 +18,12 @@ except (SyntaxError, ValueError) as exc:
     sys.stderr.write("".join(traceback.format_exception_only(exc)))
     sys.exit(1)
 
-from importlib._bootstrap_external import _code_to_hash_pyc  # noqa: E402 - only once the source is known to be good
+from importlib._bootstrap_external import (  # type: ignore[attr-defined]
+    _code_to_hash_pyc,
+)
 
 stem = name.rpartition(".")[0]
-byte_code = _code_to_hash_pyc(code, importlib.util.source_hash(text), False)
+byte_code = _code_to_hash_pyc(code, importlib.util.source_hash(text), checked=False)
 entries = [
     (name, 0o100644, text),
     ("__pycache__", 0o040755, b""),

@@ -1,0 +1,114 @@
+"""`x07 doctor`: what is here, what was proven, what to do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from x07_sandbox.backends.qemu.backend import SLOWDOWN, QemuBackend
+from x07_sandbox.backends.qemu.start import required_tools
+from x07_sandbox.errors import SandboxError
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
+from x07_sandbox.images.store import find_image, image_is_current
+from x07_sandbox.images.verify import open_image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing looked at. good: None where it is neither good nor bad but worth knowing."""
+
+    subject: str
+    good: bool | None
+    text: str
+    fix: str = ""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser("doctor", help="what is here, what was proven, what to do")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.set_defaults(carry_out=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    findings = [_architecture(), *_tools(), _folders(), _groups(), *_image_and_machine()]
+    good = all(finding.good is not False for finding in findings)
+    if options.json:
+        rows = [
+            {"subject": finding.subject, "good": finding.good, "text": finding.text, "fix": finding.fix}
+            for finding in findings
+        ]
+        sys.stdout.write(json.dumps({"good": good, "findings": rows}, indent=2) + "\n")
+        return 0 if good else 1
+    for finding in findings:
+        mark = {True: "good", False: "BAD ", None: "note"}[finding.good]
+        sys.stdout.write(f"{mark}  {finding.subject}: {finding.text}\n")
+        if finding.fix:
+            sys.stdout.write(f"      {finding.fix}\n")
+    return 0 if good else 1
+
+
+def _architecture() -> Finding:
+    try:
+        arch = host_arch()
+    except SandboxError as exc:
+        return Finding(subject="architecture", good=False, text=exc.why, fix=exc.fix)
+    tested = "" if arch.tested else ", which has never been tried: please tell us how it goes"
+    return Finding(subject="architecture", good=True if arch.tested else None, text=arch.name + tested)
+
+
+def _tools() -> list[Finding]:
+    return [
+        Finding(subject=path, good=True, text="here")
+        if os.access(path, os.X_OK)
+        else Finding(subject=path, good=False, text="missing", fix=f"apt-get install --no-install-recommends {package}")
+        for path, package in required_tools(host_arch()).items()
+    ]
+
+
+def _folders() -> Finding:
+    try:
+        state, cache = private_dir(state_dir()), private_dir(cache_dir())
+    except SandboxError as exc:
+        return Finding(subject="folders", good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
+    return Finding(subject="folders", good=True, text=f"records in {state}, images in {cache}")
+
+
+def _groups() -> Finding:
+    root = Path("/sys/fs/cgroup")
+    version = "2" if (root / "cgroup.controllers").exists() else "1"
+    limits = "hold the virtual machine monitor's memory and tasks" if os.geteuid() == 0 else "are used if delegated"
+    text = f"version {version}, {limits}; rlimits and the guest's own limits hold everywhere"
+    return Finding(subject="control groups", good=None, text=text)
+
+
+def _image_and_machine() -> list[Finding]:
+    try:
+        image = find_image(None)
+        findings = [_image(image_is_current(image), image.digest)]
+        with open_image(image) as opened:
+            availability = QemuBackend().probe(opened)
+    except SandboxError as exc:
+        return [Finding(subject=exc.what, good=False, text=exc.why, fix=exc.fix)]
+    isolation = availability.features.isolation
+    findings.append(Finding(subject="isolation", good=True, text=f"{isolation} ({availability.proof})"))
+    if availability.features.emulated:
+        text = f"CPU work in the guest takes {SLOWDOWN} as long as on this host; X07_VM_REQUIRE_HARDWARE=1 refuses it"
+        findings.append(Finding(subject="emulation", good=None, text=text))
+    return findings
+
+
+def _image(current: bool, digest: str) -> Finding:  # noqa: FBT001 - one caller, one meaning
+    if current:
+        return Finding(subject="guest image", good=True, text=digest)
+    return Finding(
+        subject="guest image",
+        good=None,
+        text="made by another version of x07-sandbox",
+        fix="x07 image build renews it in a second",
+    )

@@ -1,0 +1,190 @@
+"""What the channel keeps to, whatever bytes come: checked here for one input, by the fuzzer and by the replay of its seeds.
+
+An input is a byte of switches, the sizes of the pieces in which the stream is read, and the stream itself:
+
+    bit 7        1: we play the guest, and the bytes come from a host; 0: we play the host
+    bit 6        1: a stalled reader, who never takes what has come
+    bits 0 to 3  how many bytes of sizes follow; a size byte N cuts N + 1 bytes off, and the sizes come round again
+
+The side that we play answers as host and agent do. What must hold:
+
+* only events or PeerError come out, and after a PeerError the same one again;
+* the state moves only along NEXT;
+* what is held of the input is bounded by one frame that the peer may send, what is queued by what we sent ourselves
+  plus one credit frame for each quarter of a window;
+* no stream has more than WINDOW bytes on the way;
+* the events and the error do not depend on how the stream was cut.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from x07_sandbox.channel.frames import CONTROL_MAX, DATA_MAX, HEADER, START_MAX, WINDOW, Kind, Role, Stream
+from x07_sandbox.channel.link import NEXT, Control, Credit, Data, Eof, Event, Link, State
+from x07_sandbox.errors import PeerError
+
+ENTROPY: Final = "e" * 128
+NONCE: Final = "n" * 32
+SEED: Final = {"unix_ns": 1, "entropy": ENTROPY, "nonce": NONCE, "hostname": "x07", "machine_id": "m" * 32}
+START: Final = {
+    "run_id": "1-2-3-run",
+    "phase": "run",
+    "argv": ["true"],
+    "env": {},
+    "cwd": "/",
+    "files": [],
+    "limits": {},
+    "output": None,
+}
+EXITED: Final = {
+    "wait_status": 0,
+    "cpu_us": 1,
+    "memory_peak_bytes": 1,
+    "oom_kills": 0,
+    "tasks_peak": 1,
+    "tasks_refused": 0,
+    "cpu_exceeded": False,
+    "stopped": False,
+    "disk_full": False,
+    "output_bytes": None,
+    "output_problem": None,
+}
+ANSWERS: Final = {
+    (Role.HOST, Kind.HELLO): (Kind.SEED, SEED),
+    (Role.HOST, Kind.SEEDED): (Kind.START, START),
+    (Role.HOST, Kind.STARTED): (Kind.STOP, {}),
+    (Role.GUEST, Kind.SEED): (Kind.SEEDED, {"nonce": NONCE}),
+    (Role.GUEST, Kind.START): (Kind.STARTED, {}),
+    (Role.GUEST, Kind.STOP): (Kind.EXITED, EXITED),
+}
+# What we send once we may: more than a window, so that all of it is on the way and credit for it is in order.
+OWN_STREAMS: Final = {
+    (Role.HOST, Kind.START): Stream.STDIN,
+    (Role.GUEST, Kind.STARTED): Stream.STDOUT,
+    (Role.GUEST, Kind.EXITED): Stream.OUTPUT_FILE,
+}
+OUR_BYTES: Final = bytes(WINDOW + 1)
+HELD_MAX: Final = {
+    Role.HOST: HEADER.size + max(CONTROL_MAX, DATA_MAX),
+    Role.GUEST: HEADER.size + max(CONTROL_MAX, DATA_MAX, START_MAX),
+}
+CREDIT_FRAME: Final = HEADER.size + 4
+
+
+class Side:
+    """One end of the channel that answers as it should, and checks after each event that the promises hold."""
+
+    def __init__(self, role: Role, *, stalled: bool) -> None:
+        self.link = Link(role)
+        self.stalled = stalled
+        self.state = State.WAITING
+        self.events: list[Event] = []
+        self.error: PeerError | None = None
+        self.on_the_way: dict[int, int] = {}
+        self.ended: set[int] = set()
+        self.data_bytes = 0
+        self.queued = 0
+        if role is Role.GUEST:
+            self._send(Kind.HELLO, {"protocol": 1})
+
+    def feed(self, piece: bytes) -> None:
+        """Take a piece of the stream."""
+        try:
+            for event in self.link.receive(piece):
+                self._take(event)
+        except PeerError as exc:
+            assert self.error is None or exc is self.error
+            self.error = exc
+        else:
+            assert self.error is None, "the link came back to life"
+            held = len(self.link._in)  # noqa: SLF001 - the bound on it is the promise
+            assert held <= HELD_MAX[self.link.role], f"{held} bytes are held"
+        assert self.link.state is self.state
+        assert self.link.pending() <= self.queued + CREDIT_FRAME * (self.data_bytes // (WINDOW // 4))
+
+    def _take(self, event: Event) -> None:
+        assert self.error is None, "an event after the fault"
+        self.events.append(event)
+        match event:
+            case Control(kind):
+                self.state = NEXT[self.state, kind]
+                self._answer(kind)
+            case Data(stream, payload):
+                self._take_data(stream, payload)
+            case Eof(stream):
+                assert stream not in self.ended
+                self.ended.add(stream)
+            case Credit(stream):
+                assert 0 < self.link.window(stream) <= WINDOW
+        assert self.link.state is self.state
+
+    def _take_data(self, stream: int, payload: bytes) -> None:
+        assert 0 < len(payload) <= DATA_MAX
+        assert stream not in self.ended
+        way = self.on_the_way.get(stream, 0) + len(payload)
+        assert way <= WINDOW, f"{way} bytes of stream {stream} are on the way"
+        self.on_the_way[stream] = way
+        self.data_bytes += len(payload)
+        if not self.stalled:
+            before = self.link.pending()
+            self.link.consumed(stream, len(payload))
+            if self.link.pending() > before:  # only now may the peer send as much again
+                self.on_the_way[stream] = 0
+
+    def _answer(self, kind: Kind) -> None:
+        answer = ANSWERS.get((self.link.role, kind))
+        if answer is None or (self.state, answer[0]) not in NEXT:
+            return
+        self._send(*answer)
+        stream = OWN_STREAMS.get((self.link.role, answer[0]))
+        if stream is not None:
+            before = self.link.pending()
+            assert self.link.send_data(stream, OUR_BYTES) == WINDOW
+            self.queued += self.link.pending() - before
+
+    def _send(self, kind: Kind, body: dict[str, object]) -> None:
+        before = self.link.pending()
+        self.link.send(kind, body)
+        self.state = NEXT[self.state, kind]
+        self.queued += self.link.pending() - before
+
+
+def pieces(stream: bytes, sizes: bytes) -> list[bytes]:
+    """The stream, cut; in one piece where there are no sizes."""
+    if not sizes:
+        return [stream]
+    cut = []
+    at = 0
+    while at < len(stream):
+        size = sizes[len(cut) % len(sizes)] + 1
+        cut.append(stream[at : at + size])
+        at += size
+    return cut
+
+
+def play(role: Role, parts: list[bytes], *, stalled: bool) -> Side:
+    """A side that was fed these pieces, and then nothing more, twice."""
+    side = Side(role, stalled=stalled)
+    for part in [*parts, b"", b""]:
+        side.feed(part)
+    return side
+
+
+def same_error(one: PeerError | None, other: PeerError | None) -> bool:
+    """Whether both are the same fault, or none."""
+    return (one and one.args) == (other and other.args)
+
+
+def one_input(data: bytes) -> None:
+    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    if not data:
+        return
+    role = Role.GUEST if data[0] & 0x80 else Role.HOST
+    stalled = bool(data[0] & 0x40)
+    count = data[0] & 0x0F
+    stream = data[1 + count :]
+    cut = play(role, pieces(stream, data[1 : 1 + count]), stalled=stalled)
+    whole = play(role, [stream], stalled=stalled)
+    assert cut.events == whole.events
+    assert same_error(cut.error, whole.error)

@@ -1,0 +1,113 @@
+"""Writes tests/fuzz/seeds: where the fuzzer starts from, and what each test run replays. Run: python -m tests.fuzz.make_seeds.
+
+The name of a channel's seed is the frame kind that it ends with; one a kind at least. See `fuzz_channel` for the
+first byte. The seeds below "found" are inputs that once broke a promise.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Final
+
+from tests.fuzz.fuzz_channel import EXITED, NONCE, SEED, START
+from tests.fuzz.fuzz_unpack import MOST_BYTES
+from x07_sandbox.channel.frames import PROTOCOL, WINDOW, Kind, Stream, encode, encode_body
+from x07_sandbox.images import cpio
+
+SEEDS: Final = Path(__file__).parent / "seeds"
+AS_HOST: Final = b"\x00"
+AS_HOST_CUT: Final = b"\x03\x00\x06\x12"
+AS_HOST_STALLED: Final = b"\x41\x63"
+AS_GUEST: Final = b"\x80"
+AS_GUEST_CUT: Final = b"\x82\x08\x1f"
+
+
+def control(kind: Kind, body: dict[str, object] | None = None) -> bytes:
+    """A control frame."""
+    return encode(kind, 0, encode_body(body or {}))
+
+
+def channel_seeds() -> dict[str, bytes]:
+    """One conversation a frame kind, up to that frame, and some more for the ways that fork off."""
+    greeted = control(Kind.HELLO, {"protocol": PROTOCOL})
+    ready = greeted + control(Kind.SEEDED, {"nonce": NONCE})
+    running = ready + control(Kind.STARTED)
+    output = encode(Kind.DATA, Stream.STDOUT, b"hello\n") + encode(Kind.DATA, Stream.STDERR, b"\0\xff")
+    exited = running + output + encode(Kind.EOF, Stream.STDOUT) + control(Kind.EXITED, {**EXITED, "output_bytes": 3})
+    collected = exited + encode(Kind.DATA, Stream.OUTPUT_FILE, b"\x7fEL") + encode(Kind.EOF, Stream.OUTPUT_FILE)
+    failed = {"stage": "prepare", "errno": 2, "message": "No such file: '/x07/in/\u00e9'"}
+    seeded = control(Kind.SEED, SEED)
+    started = seeded + control(Kind.START, START)
+    files = encode(Kind.DATA, Stream.FIRST_FILE, b"#!/bin/sh\n") + encode(Kind.EOF, Stream.FIRST_FILE)
+    return {
+        "HELLO": AS_HOST + greeted,
+        "SEED": AS_GUEST + seeded,
+        "SEEDED": AS_HOST_CUT + ready,
+        "START": AS_GUEST_CUT + started,
+        "STARTED": AS_HOST + running,
+        "DATA": AS_HOST_CUT + running + output,
+        "DATA-files": AS_GUEST_CUT + started + files + encode(Kind.DATA, Stream.STDIN, b"in"),
+        "DATA-stalled": AS_HOST_STALLED + running + output * 3,
+        "EOF": AS_HOST + collected,
+        "CREDIT": AS_HOST_CUT + running + encode(Kind.CREDIT, Stream.STDIN, (WINDOW // 4).to_bytes(4, "big")),
+        "STOP": AS_GUEST + started + control(Kind.STOP) + control(Kind.STOP),
+        "EXITED": AS_HOST + exited,
+        "FAILED": AS_HOST_CUT + ready + control(Kind.FAILED, failed),
+        "FAILED-late": AS_HOST + exited + control(Kind.FAILED, failed),
+        # Read in one piece, the fault took the events before it with it; cut, it did not.
+        "found/fault-after-events": AS_HOST_CUT + running + output + b"\0\0\0\0\xff\0\0\0",
+        # A frame that was refused for its order was gone, and the conversation went on behind it.
+        "found/life-after-fault": AS_HOST_CUT + control(Kind.STARTED) + greeted,
+        # The host took in 4 MiB of a START, which is not the guest's to send, before it said so.
+        "found/start-from-the-guest": AS_HOST + b"\x00\x40\x00\x00\x04\x00\x00\x00" + bytes(40_000),
+        "found/no-credit": AS_HOST + running + encode(Kind.CREDIT, Stream.STDIN, bytes(4)),
+    }
+
+
+def unpack_seeds() -> dict[str, bytes]:
+    """Archives as the build makes them, and such as only an enemy makes."""
+    tree = [cpio.folder("program"), cpio.file("program/main.py", b"print(1)\n"), cpio.file("program/run", b"#!", 0o755)]
+    small = cpio.pack([cpio.file("f", b"12345")])
+    size_at = 54
+    folder = cpio.pack([cpio.folder("d"), cpio.file("f", bytes(MOST_BYTES + 1))])
+    return {
+        "empty": cpio.pack([]),
+        "tree": cpio.pack(tree),
+        "large": cpio.pack([cpio.file("zeros", bytes(MOST_BYTES))]),
+        "twice": small[:-124] + small,
+        "up": cpio.pack([cpio.file("../outside", b"x")]),
+        "under-a-file": cpio.pack([cpio.file("f", b"x"), cpio.file("f/g", b"x")]),
+        "link": cpio.pack([cpio.Entry("l", stat.S_IFLNK | 0o777, b"/etc"), cpio.file("l/passwd", b"x")]),
+        "device": cpio.pack([cpio.Entry("null", stat.S_IFCHR | 0o666)]),
+        "set-id": cpio.pack([cpio.file("s", b"x", 0o6777)]),
+        "long-name": cpio.pack([cpio.file("x" * 256, b"")]),
+        # int() took a sign: a folder of -256 MiB made room for files over the limit, a file of -1 byte was read whole.
+        "found/negative-folder": folder[:size_at] + b"-FFFFFFF" + folder[size_at + 8 :],
+        "found/negative-file": small[:size_at] + b"-0000001" + small[size_at + 8 :],
+    }
+
+
+def seeds() -> dict[str, bytes]:
+    """All seeds: their path below tests/fuzz/seeds, and what is in them."""
+    return {
+        f"{target}/{name}": data
+        for target, made in (("channel", channel_seeds()), ("unpack", unpack_seeds()))
+        for name, data in made.items()
+    }
+
+
+def main() -> None:
+    """Write them; remove what is no seed any more."""
+    wanted = seeds()
+    for path in SEEDS.rglob("*"):
+        if path.is_file() and path.relative_to(SEEDS).as_posix() not in wanted:
+            path.unlink()
+    for name, data in wanted.items():
+        path = SEEDS / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()

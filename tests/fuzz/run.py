@@ -1,0 +1,29 @@
+"""Runs one fuzz target under atheris: python -m tests.fuzz.run channel|unpack [libFuzzer arguments]. See docs/fuzzing.md."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Final
+
+import atheris
+
+# What is watched for new paths; a target is imported only here, so that these modules are imported watched.
+WATCHED: Final = {
+    "channel": ["x07_sandbox.channel"],
+    "unpack": ["x07_sandbox.guest"],
+}
+
+
+def main(argv: list[str]) -> None:
+    """Fuzz until a fault, a limit in the arguments, or Ctrl-C."""
+    if len(argv) < 2 or argv[1] not in WATCHED:
+        sys.exit(__doc__)
+    with atheris.instrument_imports(include=WATCHED[argv[1]]):
+        target = importlib.import_module(f"tests.fuzz.fuzz_{argv[1]}")
+    atheris.Setup([argv[0], *argv[2:]], target.one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main(sys.argv)
