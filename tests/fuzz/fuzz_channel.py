@@ -1,4 +1,4 @@
-"""What the channel keeps to, whatever bytes come: checked here for one input, by the fuzzer and by the replay of its seeds.
+"""What the channel keeps to, whatever bytes come: the check of one input, for the fuzzer and the replay of its seeds.
 
 An input is a byte of switches, the sizes of the pieces in which the stream is read, and the stream itself:
 
@@ -26,8 +26,14 @@ from x07_sandbox.errors import PeerError
 
 ENTROPY: Final = "e" * 128
 NONCE: Final = "n" * 32
-SEED: Final = {"unix_ns": 1, "entropy": ENTROPY, "nonce": NONCE, "hostname": "x07", "machine_id": "m" * 32}
-START: Final = {
+SEED: Final[dict[str, object]] = {
+    "unix_ns": 1,
+    "entropy": ENTROPY,
+    "nonce": NONCE,
+    "hostname": "x07",
+    "machine_id": "m" * 32,
+}
+START: Final[dict[str, object]] = {
     "run_id": "1-2-3-run",
     "phase": "run",
     "argv": ["true"],
@@ -37,7 +43,7 @@ START: Final = {
     "limits": {},
     "output": None,
 }
-EXITED: Final = {
+EXITED: Final[dict[str, object]] = {
     "wait_status": 0,
     "cpu_us": 1,
     "memory_peak_bytes": 1,
@@ -50,7 +56,7 @@ EXITED: Final = {
     "output_bytes": None,
     "output_problem": None,
 }
-ANSWERS: Final = {
+ANSWERS: Final[dict[tuple[Role, Kind], tuple[Kind, dict[str, object]]]] = {
     (Role.HOST, Kind.HELLO): (Kind.SEED, SEED),
     (Role.HOST, Kind.SEEDED): (Kind.START, START),
     (Role.HOST, Kind.STARTED): (Kind.STOP, {}),
@@ -94,14 +100,17 @@ class Side:
             for event in self.link.receive(piece):
                 self._take(event)
         except PeerError as exc:
-            assert self.error is None or exc is self.error
-            self.error = exc
+            self._fault(exc)
         else:
             assert self.error is None, "the link came back to life"
             held = len(self.link._in)  # noqa: SLF001 - the bound on it is the promise
             assert held <= HELD_MAX[self.link.role], f"{held} bytes are held"
         assert self.link.state is self.state
         assert self.link.pending() <= self.queued + CREDIT_FRAME * (self.data_bytes // (WINDOW // 4))
+
+    def _fault(self, exc: PeerError) -> None:
+        assert self.error is None or exc is self.error
+        self.error = exc
 
     def _take(self, event: Event) -> None:
         assert self.error is None, "an event after the fault"
@@ -154,7 +163,7 @@ def pieces(stream: bytes, sizes: bytes) -> list[bytes]:
     """The stream, cut; in one piece where there are no sizes."""
     if not sizes:
         return [stream]
-    cut = []
+    cut: list[bytes] = []
     at = 0
     while at < len(stream):
         size = sizes[len(cut) % len(sizes)] + 1

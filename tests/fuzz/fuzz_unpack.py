@@ -1,4 +1,4 @@
-"""What unpacking keeps to, whatever the archive: checked here for one input, by the fuzzer and by the replay of its seeds.
+"""What unpacking keeps to, whatever the archive: the check of one input, for the fuzzer and the replay of its seeds.
 
 An input is the archive. What must hold:
 

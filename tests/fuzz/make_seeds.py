@@ -1,4 +1,6 @@
-"""Writes tests/fuzz/seeds: where the fuzzer starts from, and what each test run replays. Run: python -m tests.fuzz.make_seeds.
+"""Writes tests/fuzz/seeds: where the fuzzer starts from, and what each test run replays.
+
+Run: python -m tests.fuzz.make_seeds
 
 The name of a channel's seed is the frame kind that it ends with; one a kind at least. See `fuzz_channel` for the
 first byte. The seeds below "found" are inputs that once broke a promise.
@@ -36,7 +38,7 @@ def channel_seeds() -> dict[str, bytes]:
     output = encode(Kind.DATA, Stream.STDOUT, b"hello\n") + encode(Kind.DATA, Stream.STDERR, b"\0\xff")
     exited = running + output + encode(Kind.EOF, Stream.STDOUT) + control(Kind.EXITED, {**EXITED, "output_bytes": 3})
     collected = exited + encode(Kind.DATA, Stream.OUTPUT_FILE, b"\x7fEL") + encode(Kind.EOF, Stream.OUTPUT_FILE)
-    failed = {"stage": "prepare", "errno": 2, "message": "No such file: '/x07/in/\u00e9'"}
+    failed: dict[str, object] = {"stage": "prepare", "errno": 2, "message": "No such file: '/x07/in/\u00e9'"}
     seeded = control(Kind.SEED, SEED)
     started = seeded + control(Kind.START, START)
     files = encode(Kind.DATA, Stream.FIRST_FILE, b"#!/bin/sh\n") + encode(Kind.EOF, Stream.FIRST_FILE)

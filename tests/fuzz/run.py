@@ -1,4 +1,7 @@
-"""Runs one fuzz target under atheris: python -m tests.fuzz.run channel|unpack [libFuzzer arguments]. See docs/fuzzing.md."""
+"""Runs one fuzz target under atheris: python -m tests.fuzz.run channel|unpack [libFuzzer arguments].
+
+See docs/fuzzing.md.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+import traceback
+from typing import TYPE_CHECKING, NoReturn
 
 from x07_sandbox import __version__
 from x07_sandbox.cli import doctor, image, run
@@ -24,11 +25,13 @@ _EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code (DESIGN 8)."""
-    parser = _parser()
-    options = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
+        options = _parser().parse_args(words)
         code: int = options.carry_out(options)
     except SandboxError as exc:
+        if _wants_json(words):
+            return run.print_failure(exc)
         say(str(exc))
         return 2 if isinstance(exc, UsageError) else 125
     except KeyboardInterrupt:
@@ -36,11 +39,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141  # whoever read our output has gone; nothing can be said to them any more
+    except Exception as exc:  # noqa: BLE001 - the last place that can keep the exit code's promise
+        traceback.print_exc()
+        say("this is a bug in x07-sandbox; please report it with the lines above")
+        return run.print_failure(exc) if _wants_json(words) else 125
     return code
 
 
+def _wants_json(words: list[str]) -> bool:
+    """Whether standard output must be one JSON object; asked of the words, since parsing them may have failed."""
+    ours = words[: words.index("--")] if "--" in words else words
+    return ours[:1] == ["run"] and "--json" in ours
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours, so that --json holds for them too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing and exiting."""
+        raise UsageError("wrong usage", message, f"See {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="x07",
         description="Run a program that nobody trusts in a throw-away virtual machine.",
         epilog=_EXAMPLES,

@@ -14,7 +14,8 @@ from x07_sandbox.cli.console import say
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.programs.toolchains import describe
-from x07_sandbox.runs.run import RunRequest, run
+from x07_sandbox.reports.document import render_json
+from x07_sandbox.runs.run import RunRequest, failure, run
 from x07_sandbox.runs.streams import Cancel
 
 if TYPE_CHECKING:
@@ -90,12 +91,19 @@ def _run(options: argparse.Namespace) -> int:
             )
         )
     if options.json:
-        from x07_sandbox.reports.document import render_json
+        return _print(result)
+    _explain(result)
+    return result.x07_exit_code
 
-        sys.stdout.buffer.write(render_json(result))
-        sys.stdout.buffer.flush()
-    else:
-        _explain(result)
+
+def print_failure(exc: Exception) -> int:
+    """A failure from before there was a result, as the one JSON object that --json promises; the exit code."""
+    return _print(failure(exc))
+
+
+def _print(result: Result) -> int:
+    sys.stdout.buffer.write(render_json(result))
+    sys.stdout.buffer.flush()
     return result.x07_exit_code
 
 

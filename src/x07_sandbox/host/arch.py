@@ -29,8 +29,32 @@ class Arch:
     kernel_format: str  # "bzImage" or "zboot"
     multiarch: str
     loader: str  # the dynamic loader's path
+    audit: int  # linux/audit.h: AUDIT_ARCH_*
+    syscalls: dict[str, int]
     tested: bool
 
+
+# Numbers of the system calls that the jail's filter names (a test compares them with libseccomp's).
+# fmt: off
+_X86_64_CALLS = {
+    "add_key": 248, "bpf": 321, "chroot": 161, "clone": 56, "clone3": 435, "fork": 57, "fsconfig": 431,
+    "fsmount": 432, "fsopen": 430, "fspick": 433, "io_uring_setup": 425, "kcmp": 312, "keyctl": 250,
+    "memfd_create": 319, "memfd_secret": 447, "mount": 165, "mount_setattr": 442, "move_mount": 429,
+    "msgget": 68, "open_by_handle_at": 304, "open_tree": 428, "perf_event_open": 298, "pidfd_getfd": 438,
+    "pivot_root": 155, "prctl": 157, "process_vm_readv": 310, "process_vm_writev": 311, "ptrace": 101,
+    "request_key": 249, "semget": 64, "setns": 308, "shmget": 29, "socket": 41, "umount2": 166,
+    "unshare": 272, "userfaultfd": 323, "vfork": 58,
+}
+_AARCH64_CALLS = {
+    "add_key": 217, "bpf": 280, "chroot": 51, "clone": 220, "clone3": 435, "fsconfig": 431, "fsmount": 432,
+    "fsopen": 430, "fspick": 433, "io_uring_setup": 425, "kcmp": 272, "keyctl": 219, "memfd_create": 279,
+    "memfd_secret": 447, "mount": 40, "mount_setattr": 442, "move_mount": 429, "msgget": 186,
+    "open_by_handle_at": 265, "open_tree": 428, "perf_event_open": 241, "pidfd_getfd": 438, "pivot_root": 41,
+    "prctl": 167, "process_vm_readv": 270, "process_vm_writev": 271, "ptrace": 117, "request_key": 218,
+    "semget": 190, "setns": 268, "shmget": 194, "socket": 198, "umount2": 39, "unshare": 97,
+    "userfaultfd": 282,
+}
+# fmt: on
 
 ARCHES: dict[str, Arch] = {
     "x86_64": Arch(
@@ -48,6 +72,8 @@ ARCHES: dict[str, Arch] = {
         kernel_format="bzImage",
         multiarch="x86_64-linux-gnu",
         loader="/lib64/ld-linux-x86-64.so.2",
+        audit=0xC000003E,
+        syscalls=_X86_64_CALLS,
         tested=True,
     ),
     "aarch64": Arch(
@@ -61,6 +87,8 @@ ARCHES: dict[str, Arch] = {
         kernel_format="zboot",
         multiarch="aarch64-linux-gnu",
         loader="/lib/ld-linux-aarch64.so.1",
+        audit=0xC00000B7,
+        syscalls=_AARCH64_CALLS,
         tested=False,
     ),
 }

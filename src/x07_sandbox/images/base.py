@@ -6,12 +6,10 @@ architecture, suite and packages; our own code comes in the second stage (boot.p
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
 import hashlib
 import os
-import secrets
 import shutil
 import stat
 from pathlib import Path
@@ -24,15 +22,14 @@ from x07_sandbox.host.locks import file_lock
 from x07_sandbox.images import commands, kernel, manifest, recipe, scratch, sources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from x07_sandbox.host.arch import Arch
 
 BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
 MMDEBSTRAP_TIMEOUT_S = 1800.0
 NEEDED_BYTES = 2 * 1024**3  # the tree, its tar file and the packages, all there at the same time
-SHARED = Path("/var/tmp")  # noqa: S108 - only a new folder of a random name is made in it
-PLACE_FILE = "mmdebstrap-folder"
+TREE = "tree"
 TAR_FILE = "root.tar"
 
 
@@ -129,80 +126,47 @@ def _mmdebstrap(work: Path, arch: Arch, suite: str, include: Sequence[str], prog
     ):
         if os.access(path, os.R_OK):
             settings.append(f'{option} "{path}";')
-    with _tree_place(work) as place:
-        argv = [*launcher(), "--format=tar"]
-        argv += recipe.mmdebstrap_options(arch, include, str(work / "kernel.deb"), str(work / "dpkg-status"))
-        argv += [f"--aptopt={setting}" for setting in settings]
-        # The tar file goes through a descriptor: in unshare mode other uids write it, and no folder opens to them.
-        with (work / TAR_FILE).open("wb") as tar:
-            # The lock goes with the descriptor to mmdebstrap's processes: see remove_work.
-            fcntl.flock(tar, fcntl.LOCK_EX)
-            commands.run(
-                [*argv, suite, "-", str(work / "build.sources")],
-                cwd=place,
-                timeout_s=MMDEBSTRAP_TIMEOUT_S,
-                extra_env={"TMPDIR": str(place)},
-                stdout_fd=tar.fileno(),
-                on_line=lambda line: progress(line[3:]) if line.startswith("I: ") else None,
-            )
+    tree = work / TREE
+    tree.mkdir(mode=0o700)
+    _check_space(work)
+    argv = [*own_namespaces(), commands.tool("mmdebstrap"), "--mode=root", "--format=tar"]
+    argv += recipe.mmdebstrap_options(arch, include, str(work / "kernel.deb"), str(work / "dpkg-status"))
+    argv += [f"--aptopt={setting}" for setting in settings]
+    with (work / TAR_FILE).open("wb") as tar:
+        # The lock goes with the descriptor to mmdebstrap's processes: see remove_work.
+        fcntl.flock(tar, fcntl.LOCK_EX)
+        commands.run(
+            [*argv, suite, "-", str(work / "build.sources")],
+            cwd=tree,
+            timeout_s=MMDEBSTRAP_TIMEOUT_S,
+            extra_env={"TMPDIR": str(tree)},
+            stdout_fd=tar.fileno(),
+            on_line=lambda line: progress(line[3:]) if line.startswith("I: ") else None,
+        )
 
 
-def launcher() -> list[str]:
-    """How mmdebstrap is started and gets the rights that it needs.
+def own_namespaces() -> list[str]:
+    """The start of a command line: what follows is root over a tree, and gone with all it started when killed.
 
-    As root it mounts /proc and the like where everybody sees it, and leaves that behind when killed: so it
-    gets namespaces of its own, which end with their first process. In unshare mode it makes them itself.
+    mmdebstrap's own modes leave things behind: as root it mounts where everybody sees it, and in unshare mode
+    its workers outlive it and wait for ever. So both kinds of user get this, and mmdebstrap mode "root".
     """
-    if os.geteuid() == 0:
-        own = [commands.tool("unshare"), "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "--"]
-        return [*own, commands.tool("mmdebstrap"), "--mode=root"]
-    commands.tool("newuidmap")
-    return [commands.tool("mmdebstrap"), "--mode=unshare"]
-
-
-@contextlib.contextmanager
-def _tree_place(work: Path) -> Iterator[Path]:
-    """A folder for mmdebstrap's tree, removed in the end; *work* remembers it for the build after a killed one.
-
-    As root it lies in *work*. In unshare mode the tree belongs to the user's sub-uids, who cannot pass the
-    private folders above *work*: then it is a folder in /var/tmp that they may pass and not list.
-    """
-    # The name cannot be guessed, and mkdir fails if it is there.
-    place = work / "tree" if os.geteuid() == 0 else SHARED / f"x07-image-{secrets.token_hex(8)}"
-    (work / PLACE_FILE).write_text(str(place))
-    place.mkdir(mode=0o700)
-    try:
-        place.chmod(0o711)
-        _check_space(place)
-        _check_space(work)
-        yield place
-    finally:
-        remove_place(place)
+    argv = [commands.tool("unshare"), "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if os.geteuid() != 0:
+        commands.tool("newuidmap")
+        argv += ["--user", "--map-root-user", "--map-auto"]
+    return [*argv, "--"]
 
 
 def remove_work(work: Path, progress: Callable[[str], None]) -> None:
     """Remove a build's folder, also one of a build that was killed, once none of its processes is left."""
     with file_lock(work / TAR_FILE, on_wait=lambda: progress("waiting for the rest of a killed build to end")):
-        place = work / PLACE_FILE
-        if place.exists():
-            remove_place(Path(place.read_text()))
+        tree = work / TREE
+        if tree.exists() and os.geteuid() != 0:
+            # Most of it belongs to the user's sub-uids.
+            argv = [*own_namespaces(), commands.tool("rm"), "-rf", "--one-file-system", str(tree)]
+            commands.run(argv, cwd=work, timeout_s=120)
         remove_tree(work)
-
-
-def remove_place(place: Path) -> None:
-    """Remove mmdebstrap's folder with what a killed one left in it. Raises ImageError."""
-    try:
-        entries = list(place.iterdir())
-    except FileNotFoundError:
-        return
-    foreign = [entry for entry in entries if entry.lstat().st_uid != os.geteuid()]
-    if foreign:
-        # A tree of the sub-uids: they may empty it, and only we may then take the empty folder out of ours.
-        helper = [commands.tool("mmdebstrap"), "--unshare-helper", commands.tool("find"), *map(str, foreign)]
-        commands.run([*helper, "-xdev", "-mindepth", "1", "-delete"], cwd=place, timeout_s=120)
-        for entry in foreign:
-            entry.rmdir()
-    remove_tree(place)
 
 
 def remove_tree(folder: Path) -> None:

@@ -24,11 +24,17 @@ WORK_PREFIX = "image-"
 
 
 def build_image(
-    *, name: str = store.DEFAULT, include: Sequence[str] = (), progress: Callable[[str], None], fresh: bool = False
+    *,
+    name: str = store.DEFAULT,
+    include: Sequence[str] = (),
+    progress: Callable[[str], None],
+    fresh: bool = False,
+    code: guestcode.GuestCode | None = None,
 ) -> Image:
     """The image for this installation's guest code, called *name* from now on.
 
     include: further Debian packages. fresh: fetch and unpack the packages again although a base is there.
+    code: what runs in the guest; this installation's if None.
     progress: called with one line of text at a time. Raises SandboxError; then nothing has changed.
     """
     store.check_name(name)
@@ -38,19 +44,26 @@ def build_image(
         _remove_leftovers(progress)
         work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=_work_dir()))
         try:
-            digest = _build(work, images, packages, progress, fresh=fresh)
+            digest = _build(work, images, packages, progress, fresh=fresh, code=code or guestcode.read_guest_code())
         finally:
             bases.remove_work(work, progress)
         store.set_name(name, digest)
     return store.load(digest, name)
 
 
-def _build(work: Path, images: Path, include: Sequence[str], progress: Callable[[str], None], *, fresh: bool) -> str:
+def _build(
+    work: Path,
+    images: Path,
+    include: Sequence[str],
+    progress: Callable[[str], None],
+    *,
+    fresh: bool,
+    code: guestcode.GuestCode,
+) -> str:
     arch = host_arch()
     suite = sources.release_codename()
     folder = images / f"base-{bases.base_key(arch, suite, include)}"
     base = None if fresh else bases.read_base(folder)
-    code = guestcode.read_guest_code()
     if base is None:
         made = bases.make_base(work, arch, suite, include, progress)
         if folder.exists():

@@ -75,11 +75,12 @@ def check_packages(include: Sequence[str]) -> tuple[str, ...]:
 def mmdebstrap_options(arch: Arch, include: Sequence[str], kernel_deb: str, dpkg_status: str) -> list[str]:
     """The part of mmdebstrap's command line that makes the tree; the two paths say where to put what it gives out.
 
-    CLEAN removes apt's folders whole; mmdebstrap's own clean-up would make them again, owned as its mode has it.
+    CLEAN removes apt's folders whole; mmdebstrap's own clean-up would make them again.
+    /sys is left out: an ordinary user could not mount it, and no package needs it.
     """
     options = [
         "--variant=essential",
-        "--skip=cleanup/apt",
+        "--skip=cleanup/apt,chroot/mount/sys",
         f"--architectures={arch.deb}",
         f"--include={','.join([*PACKAGES, *include])}",
     ]

@@ -25,6 +25,10 @@ class HostGroups:
     folders: tuple[Path, ...]
     holds: tuple[str, ...]
 
+    def describe(self) -> str:
+        """Which limits they hold, for the result."""
+        return f"host control groups hold {' and '.join(self.holds)}" if self.holds else "no host control groups"
+
     def add(self, pid: int) -> None:
         """Move a process into them. Raises OSError."""
         for folder in self.folders:

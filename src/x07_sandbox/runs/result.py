@@ -5,7 +5,7 @@ Schema `x07.sandbox.result@0.1.0`: `schemas/result.schema.json` is generated fro
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -48,7 +48,7 @@ class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The line of policy, and the flag where there is one, that would allow it."""
 
     json_path: str
-    value: object
+    value: Any
     flag: str | None = None
 
 

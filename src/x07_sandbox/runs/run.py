@@ -14,7 +14,8 @@ from x07_sandbox.backends.base import Job
 from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.errors import BackendError, HostError, ImageError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.images.store import find_image
+from x07_sandbox.images.build import build_image
+from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import create_record, new_run_id
 from x07_sandbox.plan.controls import GUEST_VARIABLES, Plan, make_plan
@@ -37,6 +38,7 @@ from x07_sandbox.runs.streams import Cancel, InFile, OutFile
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Availability
+    from x07_sandbox.images.store import Image
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.policy import Policy
@@ -58,6 +60,7 @@ class RunRequest:
 
     policy: path of a policy document; None for the built-in default.
     stdin_fd: the program's input, lent; None for none. live_*: where output is streamed as it comes, or None.
+    artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
     """
 
     program: Path
@@ -68,6 +71,7 @@ class RunRequest:
     live_stdout: int | None = None
     live_stderr: int | None = None
     max_output_bytes: int = settings.OUTPUT_MAX_BYTES
+    artifact: OutFile | None = None
     cancel: Cancel
 
 
@@ -102,6 +106,15 @@ def run(request: RunRequest) -> Result:
         return _result(so_far, _verdict_of(exc))
 
 
+def failure(exc: Exception) -> Result:
+    """The result of a run that never began, or that met a bug of ours."""
+    if isinstance(exc, SandboxError):
+        ending = _verdict_of(exc)
+    else:
+        ending = verdict(Outcome.INTERNAL_ERROR, f"a bug in x07-sandbox: {type(exc).__name__}: {exc}")
+    return _result(_Progress(run_id=new_run_id()), ending)
+
+
 def _verdict_of(exc: SandboxError) -> Verdict:
     outcome = next(outcome for kind, outcome in _KNOWN_OUTCOMES if isinstance(exc, kind))
     ours = isinstance(exc, (ImageError, HostError, BackendError))
@@ -114,7 +127,7 @@ def _carry_out(request: RunRequest, so_far: _Progress, folder: RunFolder, stack:
     policy, policy_bytes = _policy(request.policy)
     so_far.policy = policy
     so_far.digests["policy"] = _digest(policy_bytes)
-    image = stack.enter_context(open_image(find_image(request.image)))
+    image = stack.enter_context(open_image(_current(find_image(request.image))))
     so_far.digests["image"] = image.manifest.digest
     backend = QemuBackend()
     so_far.availability = availability = backend.probe(image)
@@ -123,10 +136,11 @@ def _carry_out(request: RunRequest, so_far: _Progress, folder: RunFolder, stack:
     _add_refusals(plan, so_far)
     plan.require()
     session = _Session(request, so_far, folder, backend, image)
-    artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-    failed = session.build(toolchain, source, artifact)
-    if failed is not None:
-        return failed
+    artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
+    if not artifact.complete:
+        failed = session.build(toolchain, source, artifact)
+        if failed is not None:
+            return failed
     so_far.digests["artifact"] = f"sha256:{artifact.sha256()}"
     return session.run(toolchain, artifact, policy, policy_bytes, plan.limits, stack)
 
@@ -366,6 +380,13 @@ def _in_file(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) -> 
     while view:
         view = view[os.write(fd, view) :]
     return InFile(path=path, mode=mode, kind="file", fd=fd, size=len(data))
+
+
+def _current(image: Image) -> Image:
+    """The image with our own guest code: the cheap part of a named image is made anew when that has changed."""
+    if not image.name or image_is_current(image):
+        return image
+    return build_image(name=image.name, include=image.manifest.include, progress=lambda _text: None)
 
 
 def _digest(data: bytes) -> str:

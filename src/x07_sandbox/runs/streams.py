@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import stat
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,6 +29,25 @@ class InFile:
     size: int
 
 
+class TerminalFilter:
+    """Takes control sequences out of what a terminal gets: it would act on them, whoever wrote them.
+
+    Line ends, tabs and carriage returns pass; every other control character becomes a visible mark.
+    """
+
+    def __init__(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+
+    def __call__(self, data: bytes) -> bytes:
+        """What the terminal gets for *data*; a character may be cut anywhere between two calls."""
+        return "".join(
+            char
+            if char in "\n\t\r" or unicodedata.category(char) not in {"Cc", "Cf", "Cs"}
+            else "\N{REPLACEMENT CHARACTER}"
+            for char in self._decode(data)
+        ).encode()
+
+
 class Sink:
     """Takes one output stream: counts, caps, keeps it in a file, and passes it on to a reader who may be slow.
 
@@ -43,6 +64,8 @@ class Sink:
         self._live_fd = live_fd
         self._max_bytes = max_bytes
         self._pending = bytearray()
+        self._owed = 0  # bytes as they came that are not done with: a terminal may get more or fewer
+        self._filter = TerminalFilter() if live_fd is not None and os.isatty(live_fd) else None
         self._regular = live_fd is not None and stat.S_ISREG(os.fstat(live_fd).st_mode)
         self._hash = hashlib.sha256()
 
@@ -57,7 +80,8 @@ class Sink:
             view = view[os.write(self._keep_fd, view) :]
         if self._live_fd is None or self.reader_gone:
             return len(data)
-        self._pending += allowed
+        self._pending += self._filter(allowed) if self._filter else allowed
+        self._owed += len(allowed)
         return len(data) - len(allowed)
 
     @property
@@ -78,7 +102,11 @@ class Sink:
             self.reader_gone = True
             count = len(self._pending)
         del self._pending[:count]
-        return count
+        if self._filter and self._pending:
+            return 0
+        done = min(count, self._owed) if self._pending else self._owed
+        self._owed -= done
+        return done
 
     def sha256(self) -> str:
         """Digest of what was taken."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import Job
-from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
+from x07_sandbox.backends.qemu.start import Accelerator, QemuInstance, start_qemu
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import Role
 from x07_sandbox.channel.link import State
@@ -26,7 +26,7 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, private_dir
-from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.processes import boot_id, wait_gone
 from x07_sandbox.jobs.record import create_record, new_run_id
 
 if TYPE_CHECKING:
@@ -89,14 +89,19 @@ def _try(image: OpenImage) -> tuple[bool, str]:
                 for fd, _ in poll.poll(deadline.left_s() * 1000):
                     if fd == instance.channel_fd:
                         if connection.read() is None:
-                            return False, "QEMU with KVM closed the channel"
+                            wait_gone(instance.inner, 1.0)  # so that it can say how it ended
+                            return False, _ended(instance)
                         if connection.link.state is State.GREETED:
                             return True, "our agent answered from a guest under KVM"
                     elif fd != instance.pidfd:
                         instance.drain(fd)
                 if instance.exit_status() is not None:
-                    said = " ".join(instance.console_tail().split())[-200:]
-                    return False, f"QEMU with KVM ended before our agent answered: {said or 'it said nothing'}"
+                    return False, _ended(instance)
             return False, f"no answer from a guest under KVM within {limit_s:.0f} s"
     except SandboxError as exc:
         return False, f"a guest under KVM could not be tried: {exc.why}"
+
+
+def _ended(instance: QemuInstance) -> str:
+    said = " ".join(instance.console_tail().split())[-200:]
+    return f"QEMU with KVM ended before our agent answered: {said or 'it said nothing'}"

@@ -198,7 +198,7 @@ def _run(
         given.close()  # the child has its own by now; an end of a pipe that stayed open here would never end
         inner = _inner_process(child, info_r, ours["stderr"])
         _bound(inner.pid, job, groups)
-        form = "namespaces, root" if os.geteuid() == 0 else "namespaces, user"
+        form = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
         instance = QemuInstance(child=child, inner=inner, block_fd=block_w, ends=ours, groups=groups, jail=form)
         _record(job, instance)
         yield instance

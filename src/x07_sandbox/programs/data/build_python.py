@@ -7,6 +7,7 @@ import importlib.util
 import io
 import sys
 import traceback
+from importlib._bootstrap_external import _code_to_hash_pyc  # type: ignore[attr-defined]  # as py_compile does
 
 source, name, folder, output = sys.argv[1:]
 with open(source, "rb") as file:
@@ -17,10 +18,6 @@ try:
 except (SyntaxError, ValueError) as exc:
     sys.stderr.write("".join(traceback.format_exception_only(exc)))
     sys.exit(1)
-
-from importlib._bootstrap_external import (  # type: ignore[attr-defined]
-    _code_to_hash_pyc,
-)
 
 stem = name.rpartition(".")[0]
 byte_code = _code_to_hash_pyc(code, importlib.util.source_hash(text), checked=False)

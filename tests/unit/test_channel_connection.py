@@ -1,0 +1,170 @@
+"""Promises of a link over a real descriptor: partial reads and writes, and a peer that goes away."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.fuzz.fuzz_channel import NONCE, SEED, START
+from x07_sandbox.channel.connection import Connection
+from x07_sandbox.channel.frames import DATA_MAX, WINDOW, Kind, Role, Stream
+from x07_sandbox.channel.link import Control, Data, Event, State
+from x07_sandbox.errors import PeerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two ends, the first one's send buffer as small as the kernel makes it."""
+    near, far = socket.socketpair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    with near, far:
+        yield near, far
+
+
+def read_some(connection: Connection) -> list[Event]:
+    """What has come."""
+    events = connection.read()
+    assert events is not None
+    return list(events)
+
+
+def running(one: socket.socket, other: socket.socket) -> tuple[Connection, Connection]:
+    """Host and guest, in the midst of a run."""
+    host, guest = Connection(one.fileno(), Role.HOST), Connection(other.fileno(), Role.GUEST)
+    steps: list[tuple[Connection, Connection, Kind, dict[str, object]]] = [
+        (guest, host, Kind.HELLO, {"protocol": 1}),
+        (host, guest, Kind.SEED, SEED),
+        (guest, host, Kind.SEEDED, {"nonce": NONCE}),
+        (host, guest, Kind.START, START),
+        (guest, host, Kind.STARTED, {}),
+    ]
+    for sender, receiver, kind, body in steps:
+        sender.link.send(kind, body)
+        assert sender.flush()
+        assert read_some(receiver) == [Control(kind, body)]
+    assert host.link.state is guest.link.state is State.RUNNING
+    return host, guest
+
+
+def test_a_conversation_goes_over_a_real_socket(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """Host and guest come to a running program over a socket pair."""
+    running(*sockets)
+
+
+def test_nothing_to_read_is_no_event(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """A read with nothing there returns at once, and does not look like the end."""
+    assert read_some(Connection(sockets[0].fileno(), Role.HOST)) == []
+
+
+def test_a_full_pipe_keeps_the_rest_for_later(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """What the descriptor does not take stays queued, and arrives whole once the peer reads."""
+    host, guest = running(*sockets)
+    sent = os.urandom(WINDOW)
+    assert host.link.send_data(Stream.STDIN, sent) == WINDOW
+    came = bytearray()
+    turns = 0
+    assert host.flush()
+    assert host.link.pending() > 0, "the socket took everything at once: nothing is tested"
+    while len(came) < WINDOW:
+        assert host.flush()
+        events = read_some(guest)
+        assert all(isinstance(event, Data) and len(event.payload) <= DATA_MAX for event in events)
+        came += b"".join(event.payload for event in events if isinstance(event, Data))
+        turns += 1
+    assert came == sent
+    assert turns > 1
+
+
+def test_frames_are_read_byte_by_byte(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """A peer that writes one byte at a time is understood."""
+    host, guest = running(*sockets)
+    guest.link.send_data(Stream.STDOUT, b"slow")
+    wire = guest.link.data_to_send(100)
+    for at in range(len(wire) - 1):
+        sockets[1].send(wire[at : at + 1])
+        assert read_some(host) == []
+    sockets[1].send(wire[-1:])
+    assert read_some(host) == [Data(Stream.STDOUT, b"slow")]
+
+
+def test_a_peer_that_closes_is_gone_after_its_last_words(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """What a peer said before it closed is read; then reading says that it is gone, as often as it is asked."""
+    host, guest = running(*sockets)
+    guest.link.send_data(Stream.STDOUT, b"last words")
+    assert guest.flush()
+    sockets[1].close()
+    assert read_some(host) == [Data(Stream.STDOUT, b"last words")]
+    assert host.read() is None
+    assert host.read() is None
+
+
+def test_a_peer_that_closes_within_a_frame_is_gone(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """Half a frame before the end is no event."""
+    host, _ = running(*sockets)
+    sockets[1].send(b"\0\0\0")
+    sockets[1].close()
+    assert read_some(host) == []
+    assert host.read() is None
+
+
+def test_writing_to_a_peer_that_is_gone_says_so(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """A write to a closed descriptor is an answer, no error and no signal."""
+    host, _ = running(*sockets)
+    sockets[1].close()
+    host.link.send(Kind.STOP, {})
+    assert not host.flush()
+    assert host.link.pending() > 0
+
+
+def test_a_peer_that_goes_with_unread_bytes_is_gone(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """A connection that the kernel resets, since the peer left bytes unread, reads as closed."""
+    host, _ = running(*sockets)
+    host.link.send(Kind.STOP, {})
+    assert host.flush()
+    sockets[1].close()
+    assert host.read() is None
+
+
+def test_junk_is_a_peer_error(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """A peer that talks nonsense ends in PeerError, after what it said before."""
+    host, guest = running(*sockets)
+    guest.link.send_data(Stream.STDERR, b"!")
+    sockets[1].send(guest.link.data_to_send(100) + b"\xff" * 100)
+    events = host.read()
+    assert events is not None
+    seen = iter(events)
+    assert next(seen) == Data(Stream.STDERR, b"!")
+    with pytest.raises(PeerError):
+        next(seen)
+
+
+def test_a_pipe_serves_as_well() -> None:
+    """Nothing but read and write is asked of a descriptor: a backend may give a pipe or a terminal's line."""
+    read_end, write_end = os.pipe()
+    try:
+        guest = Connection(write_end, Role.GUEST)
+        host = Connection(read_end, Role.HOST)
+        guest.link.send(Kind.HELLO, {"protocol": 1})
+        assert guest.flush()
+        assert read_some(host) == [Control(Kind.HELLO, {"protocol": 1})]
+    finally:
+        os.close(write_end)
+        os.close(read_end)
+
+
+def test_the_descriptor_stays_its_openers(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """A connection closes nothing: the descriptor works after it."""
+    connection = Connection(sockets[0].fileno(), Role.HOST)
+    del connection
+    sockets[1].send(b"x")
+    poll = select.poll()
+    poll.register(sockets[0], select.POLLIN)
+    assert poll.poll(5000)
+    assert sockets[0].recv(1) == b"x"

@@ -1,0 +1,120 @@
+"""Outside commands of the build: bounded, explained, and never left running."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from x07_sandbox.errors import HostError, ImageError, UsageError
+from x07_sandbox.host.arch import ARCHES
+from x07_sandbox.images import commands, guestcode, recipe
+
+
+def _sh(script: str) -> list[str]:
+    return ["/bin/sh", "-c", script]
+
+
+def test_error_shows_the_last_lines(tmp_path: Path) -> None:
+    """When a command fails, the user sees what it said last."""
+    with pytest.raises(ImageError, match=r"sh ended with status 3: \n  first\n  second"):
+        commands.run(_sh("echo first; echo second >&2; exit 3"), cwd=tmp_path, timeout_s=10)
+
+
+def test_lines_come_whole_and_endless_output_is_bounded(tmp_path: Path) -> None:
+    """Progress gets whole lines; a command that talks without end costs no memory."""
+    lines: list[str] = []
+    commands.run(
+        _sh("printf 'a b\\nc'; sleep 0.1; printf 'd\\nrest'"), cwd=tmp_path, timeout_s=10, on_line=lines.append
+    )
+    assert lines == ["a b", "cd"]
+    with pytest.raises(ImageError) as caught:
+        commands.run(_sh("head -c 30000000 /dev/zero | tr '\\0' x; exit 1"), cwd=tmp_path, timeout_s=60)
+    assert len(str(caught.value)) < 2 * commands.LOG_BYTES
+
+
+def test_command_past_its_time_is_ended_with_its_children(tmp_path: Path) -> None:
+    """A command that hangs is ended, and so is what it started."""
+    with pytest.raises(ImageError, match="not done after"):
+        commands.run(_sh("sleep 1000 & echo $! > child; wait"), cwd=tmp_path, timeout_s=0.5)
+    pid = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and _runs(pid):
+        os.sched_yield()
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in {b"Z", b"X"}
+
+
+def test_environment_is_explicit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands see proxies and nothing else of the user's environment."""
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    commands.run(_sh("env > out"), cwd=tmp_path, timeout_s=10, extra_env={"TMPDIR": "/x"})
+    names = {line.partition("=")[0] for line in (tmp_path / "out").read_text().splitlines()}
+    assert {"PATH", "LC_ALL", "SOURCE_DATE_EPOCH", "http_proxy", "TMPDIR"} <= names
+    assert "SECRET_TOKEN" not in names
+
+
+def test_missing_command_names_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A tool that is not installed is an error with the package to install."""
+    monkeypatch.setattr(commands, "SEARCH", (str(tmp_path),))
+    with pytest.raises(HostError, match="apt install erofs-utils"):
+        commands.tool("mkfs.erofs")
+
+
+@pytest.mark.parametrize("name", ["", "Gcc", "-o", "gcc=1", "a b", "gcc,make", "../x", "$(id)"])
+def test_odd_package_names_are_refused(name: str) -> None:
+    """Only names of packages reach apt."""
+    with pytest.raises(UsageError, match="no name of a Debian package"):
+        recipe.check_packages([name])
+
+
+def test_packages_are_sorted_and_counted_once() -> None:
+    """The order in which packages are named makes no other image."""
+    assert recipe.check_packages(["zip", "jq", "gcc", "zip"]) == ("jq", "zip")
+
+
+def test_command_line_names_no_architecture_but_the_tables() -> None:
+    """Every name that depends on the architecture comes from the one table."""
+    options = "\n".join(recipe.mmdebstrap_options(ARCHES["aarch64"], (), "/k d.deb", "/s"))
+    assert "arm64" in options
+    assert "aarch64-linux-gnu" in options
+    assert "x86" not in options
+    assert "amd64" not in options
+    assert "'/k d.deb'" in options
+
+
+def test_guest_code_is_the_guests_rooms_and_no_more() -> None:
+    """The agent's zip gets guest, channel and errors, an empty package file, and nothing of the host's side."""
+    code = guestcode.read_guest_code()
+    assert code.agent["__init__.py"] == b""
+    assert "errors.py" in code.agent
+    assert {name.partition("/")[0] for name in code.agent} == {"__init__.py", "errors.py", "channel", "guest"}
+    assert not any(name.startswith("guest/boot/") for name in code.agent)
+    assert set(code.tools) == {guestcode.INIT, guestcode.PACK}
+
+
+def test_every_guest_file_counts_for_the_digest(tmp_path: Path) -> None:
+    """A change in any guest file, or a new one, makes an image out of date; a change elsewhere does not."""
+    names = ["guest/boot/init.c", "guest/boot/pack.py", "guest/agent.py", "channel/frames.py", "errors.py"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    digests = {guestcode.read_guest_code(tmp_path).digest}
+    for name in [*names, "guest/new.py"]:
+        (tmp_path / name).write_text("changed")
+        digests.add(guestcode.read_guest_code(tmp_path).digest)
+    assert len(digests) == 7
+    last = guestcode.read_guest_code(tmp_path).digest
+    (tmp_path / "cli").mkdir()
+    (tmp_path / "cli" / "main.py").write_text("x")
+    assert guestcode.read_guest_code(tmp_path).digest == last

@@ -1,0 +1,109 @@
+"""The manifest: one encoding, one digest, nothing unknown accepted."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.errors import ImageError
+from x07_sandbox.images import manifest
+
+HEX = "0123456789abcdef" * 4
+
+
+def _part(name: str, size: int = 4096) -> manifest.Part:
+    return manifest.Part(file=name, sha256=HEX, bytes=size)
+
+
+MANIFEST = manifest.sealed(
+    manifest.Manifest(
+        schema_version=manifest.SCHEMA,
+        digest=manifest.NO_DIGEST,
+        recipe=1,
+        arch="x86_64",
+        suite="trixie",
+        include=["jq"],
+        base=HEX,
+        guest_code=HEX,
+        kernel_release="6.12",
+        parts=manifest.Parts(
+            kernel=_part("vmlinux"),
+            initrd=_part("initrd.cpio"),
+            root=_part("root.erofs"),
+            scratch=_part("scratch.head"),
+        ),
+        scratch_disk=manifest.ScratchDisk(bytes=1 << 33, pieces=[manifest.Piece(offset=0, bytes=4096)]),
+        packages=[manifest.Package(name="gcc", version="4:14.2", arch="amd64")],
+        filters={},
+    )
+)
+
+
+def _resealed(**changes: Any) -> bytes:  # noqa: ANN401 - any JSON value
+    """The manifest as JSON with other fields, and a digest that is right for them."""
+    fields = json.loads(manifest.encode(MANIFEST)) | changes
+    del fields["digest"]
+    fields["digest"] = "sha256:" + hashlib.sha256(manifest.canonical(fields)).hexdigest()
+    return json.dumps(fields).encode()
+
+
+def test_manifest_reads_back() -> None:
+    """What is written is what is read, byte for byte the same when written again."""
+    data = manifest.encode(MANIFEST)
+    assert manifest.decode(data, "x") == MANIFEST
+    assert manifest.encode(manifest.decode(data, "x")) == data
+
+
+def test_unknown_field_is_refused() -> None:
+    """A field that this x07 does not know is an error: it may matter."""
+    with pytest.raises(ImageError, match="unknown field `extra`"):
+        manifest.decode(_resealed(extra=1), "x")
+    with pytest.raises(ImageError, match="unknown field"):
+        manifest.decode(_resealed(scratch_disk={"bytes": 1, "pieces": [], "more": 1}), "x")
+
+
+def test_newer_schema_is_refused_before_anything_else() -> None:
+    """An image of a newer format is named as such, whatever else is in it."""
+    with pytest.raises(ImageError, match="its format is 'x07.sandbox.image@0.2.0'"):
+        manifest.decode(_resealed(schema_version="x07.sandbox.image@0.2.0", extra=1), "x")
+
+
+def test_changed_content_does_not_fit_the_digest() -> None:
+    """No field can be changed without changing the digest."""
+    data = manifest.encode(MANIFEST).replace(b'"suite": "trixie"', b'"suite": "forky"')
+    with pytest.raises(ImageError, match="its digest is not that of its content"):
+        manifest.decode(data, "x")
+
+
+@pytest.mark.parametrize("name", ["../root", "/etc/passwd", "a/b", "", ".hidden", "A", "manifest.json", "vmlinux"])
+def test_file_names_lead_nowhere_else(name: str) -> None:
+    """A part is a plain file of its own in the image's folder."""
+    parts = json.loads(manifest.encode(MANIFEST))["parts"]
+    parts["root"]["file"] = name
+    with pytest.raises(ImageError):
+        manifest.decode(_resealed(parts=parts), "x")
+
+
+def test_scratch_pieces_must_add_up() -> None:
+    """The pieces of the scratch disk are exactly its part."""
+    with pytest.raises(ImageError, match="do not add up"):
+        manifest.decode(_resealed(scratch_disk={"bytes": 1 << 33, "pieces": [{"offset": 0, "bytes": 8192}]}), "x")
+
+
+def test_large_manifest_is_refused() -> None:
+    """A manifest has a bound."""
+    with pytest.raises(ImageError, match="more than"):
+        manifest.decode(b" " * (manifest.MAX_BYTES + 1), "x")
+
+
+@given(st.one_of(st.binary(max_size=200), st.integers(0, 3000).map(lambda cut: manifest.encode(MANIFEST)[:cut])))
+def test_any_bytes_give_a_manifest_or_an_error(data: bytes) -> None:
+    """Junk and cut files raise our error, nothing else."""
+    with contextlib.suppress(ImageError):
+        manifest.decode(data, "x")

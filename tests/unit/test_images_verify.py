@@ -1,0 +1,360 @@
+"""Opening an image: what was checked is what is handed on, and a changed byte is found whatever its times say."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.errors import ImageError
+from x07_sandbox.images import manifest, scratch, store, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.conftest import Need
+
+FILES = {
+    "vmlinux": b"kernel" * 1000,
+    "initrd.cpio": b"initrd" * 1000,
+    "root.erofs": bytes(verify.SMALL_BYTES + 5000),  # large: hashed once, then recorded
+    "scratch.head": b"s" * 4096,
+}
+
+
+def _write(folder: Path) -> str:
+    """A made-up image in the store; its digest in hex."""
+    folder.mkdir(mode=0o700)
+    parts = []
+    for name, data in FILES.items():
+        (folder / name).write_bytes(data)
+        (folder / name).chmod(0o444)
+        parts.append(manifest.Part(file=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)))
+    made = manifest.sealed(
+        manifest.Manifest(
+            schema_version=manifest.SCHEMA,
+            digest=manifest.NO_DIGEST,
+            recipe=1,
+            arch="x86_64",
+            suite="trixie",
+            include=[],
+            base="0" * 64,
+            guest_code="0" * 64,
+            kernel_release="6.12",
+            parts=manifest.Parts(kernel=parts[0], initrd=parts[1], root=parts[2], scratch=parts[3]),
+            scratch_disk=manifest.ScratchDisk(bytes=1 << 20, pieces=[manifest.Piece(offset=8192, bytes=4096)]),
+            packages=[],
+            filters={},
+        )
+    )
+    (folder / "manifest.json").write_bytes(manifest.encode(made))
+    (folder / "manifest.json").chmod(0o444)
+    return made.digest.removeprefix("sha256:")
+
+
+@pytest.fixture
+def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
+    """An image called "default" in a store of its own, on whatever file system the tests' folder is."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    digest = _write(store.images_dir() / "made")
+    (store.images_dir() / "made").rename(store.images_dir() / digest)
+    store.set_name("default", digest)
+    return store.find_image(None)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all that was hashed, in order: the real function, watched."""
+    sizes: list[int] = []
+    real = verify.sha256_of
+
+    def watch(fd: int, size: int) -> str:
+        sizes.append(size)
+        return real(fd, size)
+
+    monkeypatch.setattr(verify, "sha256_of", watch)
+    return sizes
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as old enough to be recorded at once."""
+    monkeypatch.setattr(verify, "SETTLED_NS", 0)
+
+
+def _open(image: store.Image) -> None:
+    with verify.open_image(image):
+        pass
+
+
+def _flip(path: Path, *, restore_times: bool) -> None:
+    """Change one byte in place, and give the file its old mode and, if asked, its old mtime."""
+    before = path.stat()
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(before.st_size // 2)
+        file.write(b"!")
+    path.chmod(0o444)
+    if restore_times:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_descriptors_are_read_only_and_hold_the_parts(image: store.Image) -> None:
+    """The four descriptors are the image's files, cannot be written, and are closed afterwards."""
+    with verify.open_image(image) as opened:
+        fds = (opened.kernel_fd, opened.initrd_fd, opened.root_fd, opened.scratch_fd)
+        assert [os.pread(fd, 1 << 24, 0) for fd in fds] == list(FILES.values())
+        for fd in fds:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.pwrite(fd, b"x", 0)
+            assert not os.get_inheritable(fd)
+            assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.usefixtures("settled")
+def test_flipped_byte_is_found_although_mtime_was_restored(image: store.Image, name: str) -> None:
+    """One changed byte in any part is found at the next start, also when its modification time was put back."""
+    _open(image)
+    _flip(image.folder / name, restore_times=True)
+    with pytest.raises(ImageError, match=f"the content of {name} has changed"):
+        _open(image)
+    assert verify.verify_image(image) == [f"{name}: the content of {name} has changed since it was built"]
+
+
+@pytest.mark.usefixtures("settled")
+def test_large_files_are_hashed_once_and_small_ones_each_time(
+    image: store.Image, counted: list[int], tmp_path: Path, need: Need
+) -> None:
+    """The hot path hashes only what is small, once the large files were found right."""
+    with (tmp_path / "probe").open("wb") as file:
+        kind = verify.filesystem(file.fileno())
+    need(kind in verify.TIMES_MOVE, f"tests' folder on a disk file system, not {kind}", installable=False)
+    small = [len(data) for data in FILES.values() if len(data) <= verify.SMALL_BYTES]
+    _open(image)
+    assert sorted(counted) == sorted(map(len, FILES.values()))
+    counted.clear()
+    _open(image)
+    assert counted == small
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize(
+    "change",
+    [
+        os.utime,
+        lambda path: (path.chmod(0o644), path.chmod(0o444)),
+        lambda path: (
+            path.rename(path.with_name("x")),
+            path.with_name("y").write_bytes(path.with_name("x").read_bytes()),
+            path.with_name("y").chmod(0o444),
+            path.with_name("y").rename(path),
+        ),
+    ],
+    ids=["times", "mode", "replaced"],
+)
+def test_any_visible_change_makes_the_file_be_hashed_again(
+    image: store.Image, counted: list[int], change: Callable[[Path], object]
+) -> None:
+    """A record holds only for the very file with the very times, mode and owner that it had."""
+    _open(image)
+    counted.clear()
+    change(image.folder / "root.erofs")
+    _open(image)
+    assert len(FILES["root.erofs"]) in counted
+
+
+@pytest.mark.usefixtures("settled")
+def test_new_boot_makes_everything_be_hashed_again(
+    image: store.Image, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records of an earlier boot of the host do not count."""
+    _open(image)
+    counted.clear()
+    monkeypatch.setattr(verify, "boot_id", lambda: "another")
+    _open(image)
+    assert sorted(counted) == sorted(map(len, FILES.values()))
+
+
+def test_file_changed_just_now_is_not_recorded(image: store.Image, counted: list[int]) -> None:
+    """A file younger than the kernel's clock can tell apart is hashed again next time."""
+    path = image.folder / "root.erofs"
+    path.chmod(0o444)
+    if time.time_ns() - path.stat().st_ctime_ns > verify.SETTLED_NS:
+        pytest.fail("the host is too slow for this test")
+    _open(image)
+    counted.clear()
+    _open(image)
+    assert len(FILES["root.erofs"]) in counted
+
+
+def test_unknown_file_system_means_hashing_each_time(
+    image: store.Image, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a write need not move the change time, such as tmpfs, every start hashes everything."""
+    monkeypatch.setattr(verify, "SETTLED_NS", 0)
+    monkeypatch.setattr(verify, "TIMES_MOVE", frozenset({"none-such"}))
+    _open(image)
+    counted.clear()
+    _open(image)
+    assert sorted(counted) == sorted(map(len, FILES.values()))
+
+
+def test_file_system_of_a_descriptor_is_known(need: Need) -> None:
+    """Tmpfs is told apart from a disk."""
+    need(os.path.ismount("/dev/shm"), "a tmpfs at /dev/shm", installable=False)  # noqa: S108 - only looked at
+    fd = os.open("/dev/shm", os.O_RDONLY | os.O_DIRECTORY)  # noqa: S108 - only looked at
+    try:
+        assert verify.filesystem(fd) == "tmpfs"
+        assert "tmpfs" not in verify.TIMES_MOVE
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.usefixtures("settled")
+def test_path_swapped_after_opening_changes_nothing(image: store.Image) -> None:
+    """What was checked is what the descriptor shows, whatever happens to the path."""
+    with verify.open_image(image) as opened:
+        evil = image.folder / "evil"
+        evil.write_bytes(b"evil")
+        evil.rename(image.folder / "root.erofs")
+        assert os.pread(opened.root_fd, 1 << 24, 0) == FILES["root.erofs"]
+    with pytest.raises(ImageError):
+        _open(image)
+
+
+def test_link_is_refused(image: store.Image) -> None:
+    """A symbolic link in a part's place is refused although it leads to the right bytes."""
+    path = image.folder / "vmlinux"
+    path.rename(image.folder.parent / "elsewhere")
+    path.symlink_to(image.folder.parent / "elsewhere")
+    with pytest.raises(ImageError, match="is a link"):
+        _open(image)
+
+
+def test_folder_that_is_a_link_is_refused(image: store.Image) -> None:
+    """The image's folder itself is no link either."""
+    image.folder.rename(image.folder.parent / "elsewhere")
+    image.folder.symlink_to(image.folder.parent / "elsewhere")
+    with pytest.raises(ImageError, match="cannot open guest image"):
+        _open(image)
+
+
+def test_fifo_is_refused_and_does_not_hang(image: store.Image) -> None:
+    """Something that is no file is refused at once."""
+    (image.folder / "vmlinux").unlink()
+    os.mkfifo(image.folder / "vmlinux", 0o444)
+    with pytest.raises(ImageError, match="no regular file"):
+        _open(image)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o400, 0o666, 0o4444])
+def test_wrong_mode_is_refused(image: store.Image, mode: int) -> None:
+    """A file that somebody could write is not used."""
+    (image.folder / "vmlinux").chmod(mode)
+    with pytest.raises(ImageError, match="has mode"):
+        _open(image)
+
+
+def test_open_folder_is_refused(image: store.Image) -> None:
+    """A folder that others can enter is not used."""
+    image.folder.chmod(0o755)
+    with pytest.raises(ImageError, match="mode 0700"):
+        _open(image)
+    assert verify.verify_image(image) != []
+
+
+def test_wrong_size_is_refused(image: store.Image) -> None:
+    """A longer or shorter file is refused before it is hashed."""
+    path = image.folder / "root.erofs"
+    path.chmod(0o644)
+    os.truncate(path, len(FILES["root.erofs"]) - 1)
+    path.chmod(0o444)
+    with pytest.raises(ImageError, match="bytes instead of"):
+        _open(image)
+
+
+def test_manifest_changed_since_it_was_read_is_refused(image: store.Image) -> None:
+    """The manifest in memory and the one in the folder are the same."""
+    path = image.folder / "manifest.json"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes().replace(b"trixie", b"forky1"))
+    path.chmod(0o444)
+    with pytest.raises(ImageError, match=r"manifest\.json has changed"):
+        _open(image)
+    with pytest.raises(ImageError, match="its digest is not that of its content"):
+        store.find_image(None)
+
+
+def test_missing_and_foreign_files_are_reported(image: store.Image) -> None:
+    """x07 image verify names every part that is gone and every file that does not belong there."""
+    (image.folder / "scratch.head").unlink()
+    (image.folder / "notes.txt").write_text("x")
+    problems = verify.verify_image(image)
+    assert len(problems) == 2
+    assert problems[0].startswith("scratch.head: ")
+    assert problems[1] == "notes.txt: it does not belong to the image"
+
+
+def test_good_image_has_no_problems(image: store.Image) -> None:
+    """A whole image verifies without a word."""
+    assert verify.verify_image(image) == []
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize(
+    "damage", [b"", b"junk", b'{"schema_version":"x07.sandbox.verified@9","boot_id":"","files":{}}']
+)
+def test_damaged_record_means_hashing(image: store.Image, counted: list[int], damage: bytes) -> None:
+    """A record that cannot be read counts as none, and is written anew."""
+    _open(image)
+    record = next((image.folder.parent.parent / "verified").glob("*.json"))
+    assert record.stat().st_mode & 0o777 == 0o600
+    whole = record.read_bytes()
+    record.write_bytes(damage)
+    counted.clear()
+    _open(image)
+    assert sorted(counted) == sorted(map(len, FILES.values()))
+    assert record.read_bytes() == whole
+
+
+def test_image_is_found_by_name_digest_and_prefix(image: store.Image) -> None:
+    """A name, the whole digest and a unique prefix of it lead to the same image."""
+    digest = image.digest.removeprefix("sha256:")
+    for ref in (None, "default", image.digest, digest, digest[:12], f"sha256:{digest[:20]}"):
+        assert store.find_image(ref).digest == image.digest
+    for ref in (
+        "other",
+        "f" * 12 if not digest.startswith("f" * 12) else "e" * 12,
+        "sha256:xyz",
+        f"sha256:{digest[:8]}",
+    ):
+        with pytest.raises(ImageError, match="no guest image"):
+            store.find_image(ref)
+    assert [found.name for found in store.list_images()] == ["default"]
+
+
+def test_image_without_a_build_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an image the error has the one line to type."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(ImageError, match="no guest image: none was built. Run x07 image build"):
+        store.find_image(None)
+    assert store.list_images() == []
+
+
+def test_image_of_other_guest_code_is_not_current(image: store.Image) -> None:
+    """An image built from other guest code is told apart from one of this installation."""
+    assert not store.image_is_current(image)
+
+
+def test_scratch_disk_is_made_from_the_part(image: store.Image, tmp_path: Path) -> None:
+    """A job's disk has the pieces where they belong, zeros elsewhere, and takes no space for zeros."""
+    with (tmp_path / "disk").open("w+b") as disk, verify.open_image(image) as opened:
+        scratch.write_disk(opened.scratch_fd, opened.manifest.scratch_disk, disk.fileno())
+        disk.seek(0)
+        assert disk.read() == bytes(8192) + b"s" * 4096 + bytes((1 << 20) - 12288)
+        assert os.fstat(disk.fileno()).st_blocks * 512 < 1 << 20

@@ -1,0 +1,82 @@
+"""Sinks: caps, slow readers, and what a terminal gets."""
+
+from __future__ import annotations
+
+import os
+import pty
+import tempfile
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.runs.streams import Sink, TerminalFilter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def keep_fd() -> Iterator[int]:
+    """A file for a sink to keep its stream in."""
+    with tempfile.TemporaryFile() as file:
+        yield file.fileno()
+
+
+@given(st.lists(st.binary(max_size=64), max_size=20))
+def test_a_terminal_never_gets_a_control_sequence(chunks: list[bytes]) -> None:
+    """Whatever bytes come, cut anywhere, only line ends, tabs and carriage returns pass of all control characters."""
+    shown = TerminalFilter()
+    text = b"".join(shown(chunk) for chunk in chunks).decode()
+    controls = {chr(code) for code in [*range(32), *range(0x7F, 0xA0)]} - {"\n", "\t", "\r"}
+    assert not controls & set(text)
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["C"]), max_size=50), st.integers(1, 7))
+def test_ordinary_text_passes_the_filter_however_it_is_cut(text: str, cut: int) -> None:
+    """Text without control characters reaches a terminal unchanged, also when a character is cut in two."""
+    shown, data = TerminalFilter(), text.encode()
+    assert b"".join(shown(data[at : at + cut]) for at in range(0, len(data), cut)) == data
+
+
+def test_a_sink_keeps_exactly_its_cap(keep_fd: int) -> None:
+    """A stream past its cap is marked as overflown, and exactly the cap is kept."""
+    sink = Sink("stdout", keep_fd=keep_fd, live_fd=None, max_bytes=10)
+    assert sink.take(b"12345678") == 8
+    assert not sink.overflow
+    assert sink.take(b"abcdefgh") == 8
+    assert sink.overflow
+    assert os.pread(keep_fd, 100, 0) == b"12345678ab"
+
+
+def test_a_sink_to_a_terminal_filters_and_settles_every_byte(keep_fd: int) -> None:
+    """A terminal gets filtered text and the file raw bytes, all of them done with once the terminal took it."""
+    main, terminal = pty.openpty()
+    try:
+        sink = Sink("stdout", keep_fd=keep_fd, live_fd=terminal, max_bytes=1000)
+        raw = b"\x1b]0;owned\x07plain\n"
+        done = sink.take(raw)
+        while sink.wants_write is not None:
+            done += sink.pump()
+        assert done == len(raw)
+        assert b"\x1b" not in os.read(main, 1000)
+        assert os.pread(keep_fd, 100, 0) == raw
+    finally:
+        os.close(main)
+        os.close(terminal)
+
+
+def test_a_reader_who_has_gone_does_not_stop_the_stream(keep_fd: int) -> None:
+    """When the live reader closes, the rest is kept and counted as done with."""
+    read, write = os.pipe()
+    try:
+        sink = Sink("stdout", keep_fd=keep_fd, live_fd=write, max_bytes=1000)
+        sink.take(b"first")
+        os.close(read)
+        assert sink.pump() == 5
+        assert sink.reader_gone
+        assert sink.take(b"second") == 6
+        assert os.pread(keep_fd, 100, 0) == b"firstsecond"
+    finally:
+        os.close(write)

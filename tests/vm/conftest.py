@@ -1,0 +1,269 @@
+"""Real machines for tests: the image, a private place for each test's records, and the watch on what is left."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from x07_sandbox.host import settings
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.processes import Identity, carries_mark, is_alive
+from x07_sandbox.images.build import build_image
+from x07_sandbox.images.store import Image
+from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.programs.toolchains import OUTPUT, toolchain_for
+from x07_sandbox.runs.result import Output, Result
+from x07_sandbox.runs.run import RunRequest, run
+from x07_sandbox.runs.streams import Cancel, OutFile
+
+PROGRAMS = Path(__file__).parent / "programs"
+BEHAVE = PROGRAMS / "behave.c"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """A run that has ended. seconds: all of it, as the caller waited."""
+
+    result: Result
+    stdout: bytes
+    stderr: bytes
+    seconds: float
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, in one word."""
+        return self.result.outcome
+
+    @property
+    def reason(self) -> str:
+        """How it ended, in one sentence."""
+        return self.result.reason
+
+    @property
+    def program_ms(self) -> float:
+        """From the program's exec to the end of its phase, by the host's clock."""
+        times = self.result.phases["run"].times_ms
+        return times["end"] - times["started"]
+
+    def lines(self) -> list[str]:
+        """Standard output, line by line."""
+        return self.stdout.decode().splitlines()
+
+    def denied(self, field: str) -> int:
+        """How often the run was denied something that *field* allows."""
+        return sum(denial.count for denial in self.result.denials if denial.field == field)
+
+
+def output_bytes(output: Output) -> bytes:
+    """What a stream held."""
+    return base64.b64decode(output.base64) if output.base64 is not None else (output.text or "").encode()
+
+
+class Sandbox:
+    """Starts runs as a caller of the library would, and checks after each that it left nothing on the host."""
+
+    def __init__(self, state: Path, work: Path, artifacts: Artifacts) -> None:
+        self.state = state
+        self.work = work
+        self.artifacts = artifacts
+        self._count = 0
+
+    def run(  # noqa: PLR0913 - one place for all that a request may hold
+        self,
+        program: Path,
+        *args: str,
+        stdin: bytes | int | None = b"",
+        policy: Mapping[str, object] | None = None,
+        image: str | None = None,
+        max_output_bytes: int = settings.OUTPUT_MAX_BYTES,
+        live_stdout: int | None = None,
+        artifact: bytes | None = None,
+        cancel: Cancel | None = None,
+    ) -> Ran:
+        """One run to its end. stdin: bytes, or a descriptor to stream from. artifact: what was built before."""
+        with contextlib.ExitStack() as stack:
+            if cancel is None:
+                cancel = Cancel()
+                stack.callback(cancel.close)
+            request = RunRequest(
+                program=program,
+                args=args,
+                policy=None if policy is None else self.policy(policy),
+                image=image,
+                stdin_fd=_memory_file(stdin, stack) if isinstance(stdin, bytes) else stdin,
+                live_stdout=live_stdout,
+                max_output_bytes=max_output_bytes,
+                artifact=None if artifact is None else _out_file(artifact, stack),
+                cancel=cancel,
+            )
+            began = time.monotonic()
+            result = run(request)
+            seconds = time.monotonic() - began
+        assert left_behind(self.state) == []
+        return Ran(
+            result=result, stdout=output_bytes(result.stdout), stderr=output_bytes(result.stderr), seconds=seconds
+        )
+
+    def run_text(self, name: str, text: str | bytes, *args: str, **options: object) -> Ran:
+        """Run a source text under *name*."""
+        path = self.work / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return self.run(path, *args, **options)  # type: ignore[arg-type] # the caller's are checked by `run` itself
+
+    def behave(self, *args: str, **options: object) -> Ran:
+        """Run programs/behave.c, which was built before."""
+        artifact = self.artifacts.built(BEHAVE)
+        return self.run(BEHAVE, *args, artifact=artifact, **options)  # type: ignore[arg-type] # as above
+
+    def policy(self, changes: Mapping[str, object]) -> Path:
+        """The built-in policy with *changes* (dotted names) as a file."""
+        document = msgspec.to_builtins(default_policy())
+        for name, value in changes.items():
+            section, _, key = name.partition(".")
+            document[section][key] = value
+        self._count += 1
+        path = self.work / f"policy-{self._count}.json"
+        path.write_bytes(render_policy(document))
+        return path
+
+
+class Artifacts:
+    """Built programs by the content that they were built from, shared by the workers and by sessions.
+
+    What is under test here is how programs run; that building works is proven where a test builds.
+    """
+
+    def __init__(self, folder: Path, image: Image) -> None:
+        self.folder = folder
+        self.image = image
+        self._known: dict[Path, bytes] = {}
+
+    def built(self, source: Path) -> bytes:
+        """The artifact of *source*."""
+        if source not in self._known:
+            self._known[source] = self._load_or_build(source)
+        return self._known[source]
+
+    def _load_or_build(self, source: Path) -> bytes:
+        argv = toolchain_for(source.name).build("source", source.name)
+        key = hashlib.sha256(repr((self.image.digest, argv, source.read_bytes())).encode()).hexdigest()
+        path = self.folder / key
+        with file_lock(self.folder / f"{key}.lock"):
+            if not path.exists():
+                temporary = path.with_suffix(".new")
+                temporary.write_bytes(self._build(source))
+                temporary.replace(path)
+        return path.read_bytes()
+
+    def _build(self, source: Path) -> bytes:
+        with contextlib.ExitStack() as stack:
+            cancel = Cancel()
+            stack.callback(cancel.close)
+            kept = _out_file(None, stack)
+            result = run(RunRequest(program=source, artifact=kept, cancel=cancel))
+            assert result.ok, result.reason
+            return os.pread(kept.fd, kept.size, 0)
+
+
+def _memory_file(data: bytes, stack: contextlib.ExitStack) -> int:
+    fd = os.memfd_create("x07-test")
+    stack.callback(os.close, fd)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _out_file(content: bytes | None, stack: contextlib.ExitStack) -> OutFile:
+    file = OutFile(path=OUTPUT, fd=_memory_file(b"", stack), max_bytes=settings.ARTIFACT_MAX_BYTES)
+    if content is not None:
+        assert file.take(content)
+        file.complete = True
+    return file
+
+
+def owners(state: Path) -> list[dict[str, object]]:
+    """The owner records of all jobs below *state*."""
+    return [json.loads(path.read_bytes()) for path in sorted(state.glob("*/owner.json"))]
+
+
+def marked(mark: str) -> list[int]:
+    """Every process of this machine that carries *mark*."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and carries_mark(int(name), mark)]  # noqa: PTH208 - numbers
+
+
+def left_behind(state: Path) -> list[str]:
+    """What the jobs recorded below *state* have left on the host, one sentence each."""
+    found = []
+    for folder in sorted(path.parent for path in state.glob("*/job.json")):
+        if not (folder / "done").is_file():
+            found.append(f"{folder.name} is not recorded as done")
+        owner = folder / "owner.json"
+        if owner.is_file():
+            found += [f"{folder.name}: {what}" for what in _still_there(json.loads(owner.read_bytes()))]
+    return found
+
+
+def _still_there(owner: dict[str, object]) -> Iterator[str]:
+    for pid in marked(str(owner["instance"])):
+        yield f"process {pid} carries its mark"
+    processes, groups = owner["processes"], owner["cgroups"]
+    assert isinstance(processes, dict)
+    assert isinstance(groups, list)
+    for name, fields in processes.items():
+        if is_alive(Identity(**fields)):
+            yield f"its {name} process lives"
+    for group in groups:
+        if Path(group).exists():
+            yield f"its control group {group} is there"
+
+
+@pytest.fixture(scope="session")
+def image() -> Image:
+    """The default image, there and current, in the user's ordinary cache."""
+    return build_image(progress=lambda _text: None)
+
+
+@pytest.fixture(scope="session")
+def artifacts(image: Image, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """Programs that tests share, each built once."""
+    assert pytestconfig.cache is not None
+    made = Artifacts(pytestconfig.cache.mkdir("x07-artifacts"), image)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("building") / "jobs"))
+        made.built(BEHAVE)
+    return made
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place of the test's own for records of jobs."""
+    place = tmp_path / "home" / "jobs"
+    place.parent.mkdir(mode=0o700)
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(place))
+    return place
+
+
+@pytest.fixture
+def sandbox(state: Path, tmp_path: Path, artifacts: Artifacts) -> Sandbox:
+    """Runs with the test's own records; what a run leaves behind fails the test."""
+    return Sandbox(state, tmp_path, artifacts)
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """For tests that look at a run while it goes on."""
+    with ThreadPoolExecutor(4) as pool:
+        yield pool

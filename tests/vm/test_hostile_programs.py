@@ -1,0 +1,215 @@
+"""Programs that try to take more than they were given: each ends within its limits, and says so by the right word."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.vm.conftest import Ran, Sandbox
+
+pytestmark = pytest.mark.vm
+
+MIB = 1 << 20
+GRACE_MS = 1000
+SLACK_MS = 4000  # an emulated guest on two busy cores answers late; the machine is killed by the host's own clock
+
+
+def values(ran: Ran) -> dict[str, str]:
+    """Lines of "key value" that the program reported."""
+    return dict(line.split(" ", 1) for line in ran.lines() if " " in line)
+
+
+def in_time(ran: Ran, wall_ms: int) -> bool:
+    """Whether the program's end came within its limit and the grace."""
+    return ran.program_ms < wall_ms + GRACE_MS + SLACK_MS
+
+
+# processes
+
+
+def test_spawning_1000_processes_stops_at_the_limit(sandbox: Sandbox) -> None:
+    """With limits.procs 64 a program gets exactly 64 more processes; each further one is denied, counted, and hinted at."""
+    ran = sandbox.behave("spawn", "1000")
+    assert ran.outcome == "ok"
+    assert values(ran) == {"made": "64", "refused": "936"}
+    assert ran.denied("limits.procs") == 936
+    (denial,) = [denial for denial in ran.result.denials if denial.field == "limits.procs"]
+    assert denial.how_to_allow.json_path == "$.limits.procs"
+    assert denial.how_to_allow.value > 64
+    assert ran.result.phases["run"].tasks_peak == 65
+
+
+def test_no_process_at_all_with_procs_0(sandbox: Sandbox) -> None:
+    """With limits.procs 0 neither a thread nor a child can be made, and the program itself runs."""
+    ran = sandbox.behave("threads", policy={"limits.procs": 0})
+    assert ran.outcome == "ok"
+    assert values(ran) == {"thread": "EAGAIN", "child": "EAGAIN"}
+
+
+def test_a_fork_bomb_ends_at_its_deadline(sandbox: Sandbox) -> None:
+    """A program that forks for ever is a `timeout`, and the guest stays able to say what was denied."""
+    ran = sandbox.behave("bomb", policy={"limits.wall_ms": 4000})
+    assert (ran.outcome, ran.result.x07_exit_code) == ("timeout", 124)
+    assert in_time(ran, 4000)
+    assert ran.denied("limits.procs") > 0
+
+
+def test_children_that_outlive_the_program_do_not_hold_the_run(sandbox: Sandbox) -> None:
+    """The run ends when the program ends, with all that it wrote, though a daemon of its keeps standard output open."""
+    ran = sandbox.behave("outlive", policy={"limits.wall_ms": 30_000})
+    assert ran.outcome == "ok"
+    assert ran.lines() == [f"line {number}" for number in range(20000)]
+    assert ran.program_ms < 15_000
+
+
+def test_closing_everything_and_forking_twice_frees_nothing(sandbox: Sandbox) -> None:
+    """A program that closes every descriptor and leaves a daemon ends with its own status, and the daemon with it."""
+    ran = sandbox.behave("close-everything", policy={"limits.wall_ms": 30_000})
+    assert (ran.outcome, ran.result.exit_code) == ("failed", 5)
+    assert ran.program_ms < 15_000
+
+
+# memory
+
+
+def test_memory_without_end_is_oom(sandbox: Sandbox) -> None:
+    """A program that allocates for ever is `oom` with exit code 137, and keeps what it wrote before."""
+    ran = sandbox.behave("hog", policy={"limits.mem_bytes": 64 * MIB})
+    assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("oom", 137, "policy")
+    assert "64 MiB" in ran.reason
+    assert ran.lines() == ["allocating"]
+    assert 60 * MIB < ran.result.phases["run"].memory_peak_bytes <= 64 * MIB
+
+
+def test_memory_of_a_child_counts_as_the_programs(sandbox: Sandbox) -> None:
+    """When a child is killed for memory, all of the program ends, as `oom`: no half of it goes on."""
+    ran = sandbox.behave("hog-child", policy={"limits.mem_bytes": 64 * MIB})
+    assert (ran.outcome, ran.stdout) == ("oom", b"")
+
+
+def test_137_by_choice_is_no_oom(sandbox: Sandbox) -> None:
+    """A program that exits with 137 is `failed`: numbers prove nothing."""
+    ran = sandbox.behave("exit", "137")
+    assert (ran.outcome, ran.result.exit_code, ran.result.x07_exit_code) == ("failed", 137, 137)
+
+
+def test_the_smallest_memory_limit_still_runs_a_program(sandbox: Sandbox) -> None:
+    """limits.mem_bytes of 1 MiB, the least that a policy can ask for, is enough for a small C program."""
+    ran = sandbox.behave("exit", "7", policy={"limits.mem_bytes": MIB})
+    assert (ran.outcome, ran.result.exit_code) == ("failed", 7), ran.reason
+
+
+# files
+
+
+def test_10_gb_into_memory_and_into_read_only_places_fail_with_an_error(sandbox: Sandbox) -> None:
+    """/tmp and /dev/shm are full at a quarter of the memory limit; everything else refuses a new file at once."""
+    places = ("/", "/x07/in", "/x07/out", "/dev", "/run", "/sys", "/proc", "/etc", "/usr/lib", "/var/tmp")
+    ran = sandbox.behave("write", "/tmp", "/dev/shm", *places, policy={"limits.mem_bytes": 128 * MIB})  # noqa: S108
+    assert ran.outcome == "ok", ran.reason
+    assert ran.lines()[:2] == ["wrote /tmp ENOSPC 32", "wrote /dev/shm ENOSPC 32"]
+    refused = {line.split()[1]: line.split()[2] for line in ran.lines()[2:]}
+    assert refused == dict.fromkeys(places, "EROFS") | {"/proc": "ENOENT"}
+
+
+def test_10_gb_into_the_working_directory_end_at_the_limit(sandbox: Sandbox, *, full: bool) -> None:
+    """Writing 10 GB to the scratch disk ends as `timeout`, or with ENOSPC at the disk's size, never beyond it."""
+    wall_ms = 300_000 if full else 6000
+    ran = sandbox.behave("write", "/opt/x07", policy={"limits.wall_ms": wall_ms})
+    assert ran.outcome in {"ok", "timeout"}, ran.reason
+    assert in_time(ran, wall_ms)
+    if ran.outcome == "ok":
+        _, _, error, mib = ran.lines()[0].split()
+        assert error == "ENOSPC"
+        assert 7 * 1024 < int(mib) < 8 * 1024
+        assert ran.denied("scratch") == 1
+
+
+def test_a_full_disk_is_a_denial_and_no_oom(sandbox: Sandbox) -> None:
+    """A program that takes the whole scratch disk gets ENOSPC, ends by itself, and the result names the disk."""
+    ran = sandbox.behave("fill")
+    assert ran.outcome == "ok", ran.reason
+    assert ran.denied("scratch") == 1
+    assert 7000 < int(ran.lines()[0].split()[2]) < 8192
+
+
+def test_files_without_number_run_into_a_bound(sandbox: Sandbox) -> None:
+    """Empty files in /tmp and /dev/shm end with ENOSPC at a number that follows from the memory limit, not with oom."""
+    ran = sandbox.behave("many", "/tmp", "/dev/shm", policy={"limits.mem_bytes": 32 * MIB})  # noqa: S108
+    assert ran.outcome == "ok", ran.reason
+    for line in ran.lines():
+        _, _, error, count = line.split()
+        assert error == "ENOSPC"
+        assert 1000 < int(count) <= 2048
+
+
+# time
+
+
+def test_sleeping_for_ever_is_a_timeout(sandbox: Sandbox) -> None:
+    """A program that sleeps for ever ends as `timeout` with exit code 124 at limits.wall_ms, its output kept."""
+    ran = sandbox.behave("sleep", policy={"limits.wall_ms": 1000})
+    assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("timeout", 124, "policy")
+    assert ran.program_ms >= 1000
+    assert in_time(ran, 1000)
+    assert "1 s" in ran.reason
+    assert "stopped" not in ran.reason
+    assert ran.lines() == ["sleeping"]
+
+
+@pytest.mark.parametrize("more", [(), ("4",), ("0", "4")], ids=["alone", "threads", "children"])
+def test_cpu_time_of_all_threads_and_children_is_one_budget(sandbox: Sandbox, more: tuple[str, ...]) -> None:
+    """Burning CPU ends as `cpu-limit` with exit code 124, whether one thread, many, or children do it."""
+    ran = sandbox.behave("burn", *more, policy={"limits.cpu_ms": 1000, "limits.wall_ms": 30_000})
+    assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("cpu-limit", 124, "policy")
+    assert "1 s of CPU time" in ran.reason
+    assert ran.program_ms < 20_000
+    assert 1000 <= ran.result.phases["run"].cpu_ms < 3000
+
+
+# output
+
+
+@pytest.mark.parametrize(("streams", "capped"), [("1", "stdout"), ("2", "stderr"), ("12", "")])
+def test_a_flood_ends_at_the_cap_with_exactly_the_cap_delivered(sandbox: Sandbox, streams: str, capped: str) -> None:
+    """Too much output ends as `output-limit` with exit code 153; what was kept is the cap to the byte, and marked cut."""
+    cap = 300_001
+    ran = sandbox.behave("flood", streams, max_output_bytes=cap)
+    assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("output-limit", 153, "policy")
+    over = capped or ("stdout" if ran.result.stdout.truncated else "stderr")
+    assert over in ran.reason
+    output = ran.result.stdout if over == "stdout" else ran.result.stderr
+    assert (output.bytes, output.truncated) == (cap, True)
+    assert (ran.stdout if over == "stdout" else ran.stderr) == b"x" * cap
+    assert max(len(ran.stdout), len(ran.stderr)) == cap
+
+
+def test_output_of_exactly_the_cap_is_no_overflow(sandbox: Sandbox) -> None:
+    """A program that writes as much as is allowed, and no more, is `ok`."""
+    data = bytes(100_000)
+    ran = sandbox.behave("echo", stdin=data, max_output_bytes=len(data))
+    assert (ran.outcome, ran.stdout, ran.result.stdout.truncated) == ("ok", data, False)
+
+
+# descriptors and cores
+
+
+@pytest.mark.parametrize("fds", [0, 2, 3, 8])
+def test_few_descriptors_or_none(sandbox: Sandbox, fds: int) -> None:
+    """A program starts with any limits.fds; with too few for its loader it fails, and with enough it gets just those."""
+    ran = sandbox.behave("open-many", policy={"limits.fds": fds})
+    if fds > 3:
+        assert (ran.outcome, ran.lines()) == ("ok", [f"opened {fds - 3} EMFILE"])
+    else:
+        # The dynamic loader cannot open libc: that is the program's own end, and no refusal of ours.
+        assert (ran.outcome, ran.result.exit_code) == ("failed", 127), ran.reason
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_core_dumps_as_the_policy_says(sandbox: Sandbox, *, allowed: bool) -> None:
+    """limits.core_dumps decides whether a crash leaves a core file."""
+    ran = sandbox.behave("core", policy={"limits.core_dumps": allowed})
+    assert ran.outcome == "ok"
+    assert values(ran) == {"limit": "some" if allowed else "none", "core": str(int(allowed)), "file": str(int(allowed))}

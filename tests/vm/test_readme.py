@@ -1,0 +1,59 @@
+"""The README's commands, run as a reader would type them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.vm
+
+
+def _type(line: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run one line of the README in the project's folder, its standard input empty."""
+    return subprocess.run(
+        line.split(), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, check=False
+    )
+
+
+def test_quickstart_ends_with_the_output_of_both_examples() -> None:
+    """scripts/quickstart.sh, run again, ends well and shows what both examples print."""
+    done = _type("scripts/quickstart.sh")
+    assert done.returncode == 0, done.stderr
+    assert "customer.name" in done.stdout
+    assert "5 the" in done.stdout
+
+
+def test_test_script_is_what_ci_runs() -> None:
+    """scripts/test.sh, which runs this test, is what .ci/run calls."""
+    script = ROOT / "scripts/test.sh"
+    assert os.access(script, os.X_OK)
+    assert "scripts/test.sh" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
+def test_a_python_program_runs_on_input() -> None:
+    """The README's Python example prints the CSV, and nothing on standard error."""
+    done = _type(".venv/bin/x07 run --input examples/orders.jsonl examples/jsonl_to_csv.py")
+    assert done.returncode == 0
+    assert done.stdout.startswith("id,customer.name,")
+    assert done.stderr == ""
+
+
+def test_json_is_exactly_one_object() -> None:
+    """The README's --json example prints one JSON object that holds the program's output."""
+    done = _type(".venv/bin/x07 run --json --input examples/text.txt examples/word_frequency.c")
+    result = json.loads(done.stdout)
+    assert result["outcome"] == "ok"
+    assert "5 the" in result["stdout"]["text"]
+
+
+def test_doctor_finds_nothing_bad() -> None:
+    """The README's doctor call ends with 0 where the examples run."""
+    done = _type(".venv/bin/x07 doctor")
+    assert done.returncode == 0, done.stdout
+    assert "isolation" in done.stdout

@@ -1,0 +1,63 @@
+"""A program that ends by a signal gets exactly that signal in the result."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.plan.outcomes import signal_name
+
+if TYPE_CHECKING:
+    from tests.vm.conftest import Sandbox
+
+pytestmark = pytest.mark.vm
+
+# Linux's numbers, written out: the guest is Linux whatever runs the tests.
+ENDING = (*range(1, 17), *range(24, 28), *range(29, 32))
+REAL_TIME = (34, 64)
+
+
+@pytest.mark.parametrize("number", [*ENDING, *REAL_TIME])
+def test_a_signal_that_ends_the_program_is_the_one_in_the_result(sandbox: Sandbox, number: int) -> None:
+    """A program that ends itself by a signal is `signalled` by exactly that one, with exit code 128 and the number."""
+    ran = sandbox.behave("kill", str(number))
+    assert ran.outcome == "signalled", ran.reason
+    assert ran.result.signal == number
+    assert ran.result.exit_code is None
+    assert ran.result.x07_exit_code == 128 + number
+    assert ran.result.fault == "program"
+    assert signal_name(number) in ran.reason
+    assert ran.stdout == b""
+
+
+def test_abort_is_sigabrt(sandbox: Sandbox) -> None:
+    """abort() gives SIGABRT, and never a core that nobody asked for."""
+    ran = sandbox.behave("abort")
+    assert (ran.outcome, ran.result.signal, ran.result.x07_exit_code) == ("signalled", signal.SIGABRT, 134)
+    assert "core" not in ran.reason
+
+
+def test_signals_that_are_ignored_by_default_leave_the_program_running(sandbox: Sandbox) -> None:
+    """SIGCHLD, SIGCONT, SIGURG and SIGWINCH do not end a program."""
+    ran = sandbox.behave("kill", "17", "18", "23", "28")
+    assert (ran.outcome, ran.lines()) == ("ok", ["alive"])
+
+
+def test_a_terminals_stop_signals_leave_the_program_running(sandbox: Sandbox) -> None:
+    """SIGTSTP, SIGTTIN and SIGTTOU do not stop it: it leads a session of its own, with nobody who could continue it.
+
+    POSIX (General Terminal Interface, orphaned process group): the kernel drops them there.
+    """
+    ran = sandbox.behave("kill", "20", "21", "22")
+    assert (ran.outcome, ran.lines()) == ("ok", ["alive"])
+
+
+def test_a_program_that_stops_itself_times_out_as_stopped(sandbox: Sandbox) -> None:
+    """SIGSTOP leads to `timeout`, and the reason says that the program had been stopped."""
+    ran = sandbox.behave("kill", "19", policy={"limits.wall_ms": 1500})
+    assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("timeout", 124, "policy")
+    assert "stopped by a signal" in ran.reason
+    assert 1500 <= ran.program_ms < 1500 + 150 + 1500
+    assert ran.stdout == b""
