@@ -14,7 +14,8 @@ NAMES = st.text("abcdefghij-.é", min_size=1, max_size=20)
 
 def _unpack(archive: bytes) -> list[Entry]:
     """Read a newc archive, by the kernel's rules (usr/initramfs.c)."""
-    entries, at = [], 0
+    entries: list[Entry] = []
+    at = 0
     while True:
         assert archive[at : at + 6] == b"070701"
         fields = [int(archive[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]

@@ -70,7 +70,7 @@ def test_unknown_field_is_refused() -> None:
 
 def test_newer_schema_is_refused_before_anything_else() -> None:
     """An image of a newer format is named as such, whatever else is in it."""
-    with pytest.raises(ImageError, match="its format is 'x07.sandbox.image@0.2.0'"):
+    with pytest.raises(ImageError, match=r"its format is 'x07.sandbox.image@0.2.0'"):
         manifest.decode(_resealed(schema_version="x07.sandbox.image@0.2.0", extra=1), "x")
 
 

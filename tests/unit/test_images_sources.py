@@ -60,7 +60,10 @@ def test_deb822_sources_are_taken_with_their_keys(tmp_path: Path) -> None:
 
 def test_one_line_sources_are_taken_with_their_options(tmp_path: Path) -> None:
     """A .list file works like a .sources file."""
-    text = "deb [arch=amd64,arm64 signed-by=/k.gpg] http://mirror.example/debian trixie main contrib # best\ndeb-src http://x y z\n"
+    text = (
+        "deb [arch=amd64,arm64 signed-by=/k.gpg] http://mirror.example/debian trixie main contrib # best\n"
+        "deb-src http://x y z\n"
+    )
     found, _ = _read(_apt(tmp_path / "apt", {"sources.list": text}))
     assert found[0].stanza() == (
         "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie\nComponents: main contrib\nSigned-By: /k.gpg\n"

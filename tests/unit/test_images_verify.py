@@ -341,7 +341,7 @@ def test_image_is_found_by_name_digest_and_prefix(image: store.Image) -> None:
 def test_image_without_a_build_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an image the error has the one line to type."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
-    with pytest.raises(ImageError, match="no guest image: none was built. Run x07 image build"):
+    with pytest.raises(ImageError, match=r"no guest image: none was built. Run x07 image build"):
         store.find_image(None)
     assert store.list_images() == []
 

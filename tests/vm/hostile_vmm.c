@@ -9,6 +9,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <linux/capability.h>
 #include <linux/keyctl.h>
 #include <mqueue.h>
@@ -201,7 +202,7 @@ static void processes(void)
 	char *top = stack + sizeof stack;
 	unsigned long long clone_args[11] = { 0 };
 	char buffer[16];
-	struct iovec mine = { buffer, sizeof buffer }, theirs = { (void *)main, sizeof buffer };
+	struct iovec mine = { buffer, sizeof buffer }, theirs = { (void *)write_all, sizeof buffer };
 
 	say("own-pid", "", 0, getpid());
 	say("parent", "", 0, getppid());

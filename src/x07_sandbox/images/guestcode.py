@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import x07_sandbox
 from x07_sandbox.images import manifest
 
 BOOT_RECIPE = 1  # bump when boot.py makes something else of the same files
@@ -37,7 +36,7 @@ def read_guest_code(root: Path | None = None) -> GuestCode:
 
     The package's own __init__ is empty in the guest: the host's exports the library, which the guest has not.
     """
-    root = root or Path(x07_sandbox.__file__).parent
+    root = root or Path(__file__).parents[1]
     paths = [root / "errors.py", *root.glob("channel/**/*.py"), *root.glob("guest/**/*.py")]
     boot = root / "guest" / "boot"
     agent = {

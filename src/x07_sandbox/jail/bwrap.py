@@ -8,7 +8,7 @@ root   no user namespace. Bubblewrap's own two processes keep uid 0 but drop eve
 user   a user namespace in which the process has a uid that is not 0, and no capability.
 
 In both: own mount, pid, ipc, uts, net and cgroup namespaces, an empty root that holds just the named files,
-read-only, and no /proc.
+read-only, and no /proc; and a filter of system calls, loaded as the last thing before the program (or setpriv).
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ INNER_UID: Final = 64000  # in the user form: the uid that the process sees itse
 
 # The timer is set before exec and stays with the process, which becomes bubblewrap's outer one: when it fires,
 # that process dies, and the kernel kills what it started. No live runner is needed (measured: qemu.md 10.4).
-_TIMER: Final = '$SIG{ALRM}="DEFAULT"; alarm shift; exec {$ARGV[0]} @ARGV; die "exec: $!"'
+# So does the parent-death signal, 1 being PR_SET_PDEATHSIG. Bubblewrap asks for that too, but later, and never looks
+# whether it came too late: a runner that is killed right after the fork would leave a machine behind.
+_TIMER: Final = (
+    '$SIG{ALRM}="DEFAULT"; alarm shift; ($prctl, $runner) = (shift()+0, shift);'
+    ' syscall($prctl, 1, 9) == 0 or die "prctl: $!"; getppid == $runner or die "the runner is gone";'
+    ' exec {$ARGV[0]} @ARGV; die "exec: $!"'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,8 @@ class Jail:
     uid: host uid for the root form; None for the user form.
     mark: random text that proves, in the arguments, that our launcher started this.
     deadline_s: when the kernel ends it, in whole seconds.
+    runner_pid: the process with which it dies. prctl: number of that system call here.
+    filter_fd: readable, holds the filter of system calls.
     """
 
     files: tuple[str, ...]
@@ -44,15 +52,19 @@ class Jail:
     uid: int | None
     mark: str
     deadline_s: int
+    runner_pid: int
+    prctl: int
     info_fd: int
     block_fd: int
+    filter_fd: int
     lock_fd: int | None = None
     links: tuple[tuple[str, str], ...] = field(default=())
 
 
 def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     """The whole command line: timer, bubblewrap, where root setpriv, then *command*."""
-    argv = [PERL, "-e", _TIMER, str(jail.deadline_s), BWRAP, *_namespaces(jail)]
+    argv = [PERL, "-e", _TIMER, str(jail.deadline_s), str(jail.prctl), str(jail.runner_pid)]
+    argv += [BWRAP, *_namespaces(jail)]
     argv += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "X07_INSTANCE", jail.mark]
     for target, link in jail.links:
         argv += ["--symlink", target, link]
@@ -65,6 +77,7 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     for path in jail.devices:
         argv += ["--dev-bind", path, path]
     argv += ["--remount-ro", "/", "--info-fd", str(jail.info_fd), "--block-fd", str(jail.block_fd)]
+    argv += ["--seccomp", str(jail.filter_fd)]
     if jail.lock_fd is not None:
         argv += ["--sync-fd", str(jail.lock_fd)]
     return [*argv, "--", *_rights(jail), *command]

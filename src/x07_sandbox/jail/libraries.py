@@ -59,6 +59,8 @@ def _ask(binary: str) -> list[str]:
         stdin=subprocess.DEVNULL,
         env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
     )
+    if done.returncode == 1 and "not a dynamic executable" in done.stdout + done.stderr:
+        return [binary]  # linked statically
     if done.returncode != 0:
         raise HostError(
             f"cannot list the libraries of {binary}", done.stderr.strip()[:200] or "ldd failed", "Reinstall its package"

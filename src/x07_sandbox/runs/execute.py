@@ -267,8 +267,11 @@ class Phase:
             return
         self.stage = Stage.COLLECT
         self.deadline = Deadline.after(settings.CHANGES_OUT_S)
-        if self.request.output is None or body["output_bytes"] is None:
+        output = self.request.output
+        if output is None or body["output_bytes"] is None:
             self._end()
+        else:
+            output.max_bytes = min(output.max_bytes, body["output_bytes"])  # it is held to what it announced
 
     # what goes to the guest
 

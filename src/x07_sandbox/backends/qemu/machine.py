@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 KERNEL: Final = "/img/vmlinux"
 INITRD: Final = "/img/initrd.cpio"
+ROOT: Final = "/img/root.erofs"
 SCRATCH_SERIAL: Final = "x07scratch"
 ROOT_SERIAL: Final = "x07root"
 
@@ -30,7 +31,6 @@ class Machine:
     ram_bytes: int
     kvm_fd: int | None
     tsc_khz: int | None
-    root_fd: int
     scratch_fd: int
     channel_fd: int
     qmp_fd: int
@@ -60,8 +60,9 @@ def qemu_argv(machine: Machine) -> list[str]:
     argv += ["-object", f"memory-backend-ram,id=ram0,size={megabytes}M", "-M", _machine_type(machine)]
     argv += ["-m", f"{megabytes}M", "-smp", "1", "-cpu", "max" if machine.kvm_fd is None else "host", "-accel", accel]
     argv += ["-kernel", KERNEL, "-initrd", INITRD, "-append", kernel_command_line(machine)]
-    argv += _disk(1, machine.root_fd, "root", ROOT_SERIAL, read_only=True)
-    argv += _disk(2, machine.scratch_fd, "scratch", SCRATCH_SERIAL, read_only=False)
+    argv += _disk(ROOT, "root", ROOT_SERIAL, read_only=True)
+    argv += ["-add-fd", f"set=2,fd={machine.scratch_fd}"]
+    argv += _disk("/dev/fdset/2", "scratch", SCRATCH_SERIAL, read_only=False)
     if machine.kvm_fd is not None:
         argv += ["-add-fd", f"set=3,fd={machine.kvm_fd}"]
     argv += ["-device", "virtio-serial-device,max_ports=3"]
@@ -84,14 +85,12 @@ def _machine_type(machine: Machine) -> str:
     return f"{machine.arch.machine},memory-backend=ram0"
 
 
-def _disk(number: int, fd: int, name: str, serial: str, *, read_only: bool) -> list[str]:
+def _disk(path: str, name: str, serial: str, *, read_only: bool) -> list[str]:
     mode = "read-only=on" if read_only else "read-only=off,cache.no-flush=on,discard=unmap"
-    node = f"driver=raw,node-name={name},{mode},file.driver=file,file.filename=/dev/fdset/{number},file.locking=off"
+    node = f"driver=raw,node-name={name},{mode},file.driver=file,file.filename={path},file.locking=off"
     if not read_only:
         node += ",file.discard=unmap,file.cache.no-flush=on"
     return [
-        "-add-fd",
-        f"set={number},fd={fd}",
         "-blockdev",
         node,
         "-device",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.qemu.machine import INITRD, KERNEL, Machine, qemu_argv
+from x07_sandbox.backends.qemu.machine import INITRD, KERNEL, ROOT, Machine, qemu_argv
 from x07_sandbox.backends.qemu.side import SideStream
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
@@ -26,6 +26,7 @@ from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv
 from x07_sandbox.jail.cgroups import HostGroups, make_groups
 from x07_sandbox.jail.libraries import needed_files
+from x07_sandbox.jail.seccomp import vmm_filter
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import mark_done, write_owner
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 
 _AS_ABOVE_RAM: Final = 3 * settings.GIB  # code, thread stacks, and the translator's buffer of 1 GiB
 _CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
-_TASKS: Final = 64
+# QEMU's own threads, up to 64 workers of its block layer (thread-pool-max) when a guest has as many requests under
+# way, and bubblewrap's first process: with less, a busy guest ends QEMU ("pthread_create failed").
+_TASKS: Final = 96
 _SETUP_S: Final = 10.0
 _GONE_S: Final = 10.0
 _QMP_QUIT: Final = b'{"execute":"qmp_capabilities"}\n{"execute":"quit"}\n'
@@ -135,12 +138,13 @@ class Accelerator:
 
 
 @contextlib.contextmanager
-def start_qemu(job: Job, accelerator: Accelerator) -> Iterator[QemuInstance]:
+def start_qemu(job: Job, accelerator: Accelerator, arch: Arch | None = None) -> Iterator[QemuInstance]:
     """A QEMU for *job*, blocked until released; on the way out it is gone and its record says so.
 
+    arch: names the VMM and what it needs; this machine's row if None (tests of the jail put another VMM in its place).
     Raises BackendError, HostError.
     """
-    arch = host_arch()
+    arch = arch or host_arch()
     _check_tools(arch)
     with contextlib.ExitStack() as stack:
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
@@ -152,7 +156,6 @@ def start_qemu(job: Job, accelerator: Accelerator) -> Iterator[QemuInstance]:
             ram_bytes=job.ram_bytes,
             kvm_fd=_own(stack, os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) if accelerator.kvm else None,
             tsc_khz=None if accelerator.kvm else tsc_khz(arch),
-            root_fd=job.image.root_fd,
             scratch_fd=_scratch_disk(stack, job),
             channel_fd=theirs["channel"],
             qmp_fd=theirs["qmp"],
@@ -163,20 +166,30 @@ def start_qemu(job: Job, accelerator: Accelerator) -> Iterator[QemuInstance]:
         _own(stack, info_r)
         block_r, block_w = os.pipe2(os.O_CLOEXEC)
         _own(stack, block_w)
-        given.fds += [info_w, block_r]
+        filter_r = _filter(arch)
+        given.fds += [info_w, block_r, filter_r]
         jail = Jail(
             files=_jail_files(arch, with_setpriv=uid is not None),
-            fd_files=((job.image.kernel_fd, KERNEL), (job.image.initrd_fd, INITRD)),
+            # The opened files themselves, on a read-only mount: through a descriptor of its own a VMM that runs under
+            # the owner's uid could still change an image's mode and times, and so spoil it for later runs.
+            fd_files=(
+                (job.image.kernel_fd, KERNEL),
+                (job.image.initrd_fd, INITRD),
+                (job.image.root_fd, ROOT),
+            ),
             devices=("/dev/urandom",),
             uid=uid,
             mark=job.record.mark,
             deadline_s=job.deadline_s,
+            runner_pid=os.getpid(),
+            prctl=arch.syscalls["prctl"],
             info_fd=info_w,
             block_fd=block_r,
+            filter_fd=filter_r,
             lock_fd=lock_fd,
         )
         passed = [fd for fd in (machine.kvm_fd, lock_fd) if fd is not None]
-        passed += [job.image.kernel_fd, job.image.initrd_fd, machine.root_fd, machine.scratch_fd, info_w, block_r]
+        passed += [*(fd for fd, _ in jail.fd_files), machine.scratch_fd, info_w, block_r, filter_r]
         passed += [theirs[name] for name in ("channel", "qmp", "console")]
         request = Launch(argv=jail_argv(jail, qemu_argv(machine)), pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
         yield from _run(job, request, info_r=info_r, block_w=block_w, ours=ours, given=given)
@@ -261,11 +274,22 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
             (resource.RLIMIT_NOFILE, 64),
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_MEMLOCK, 0),
+            *([(resource.RLIMIT_NPROC, _TASKS)] if _tasks_are_counted_apart() else []),
         ):
             resource.prlimit(pid, which, (value, value))
         groups.add(pid)
     except OSError as exc:
         raise BackendError("cannot bound the virtual machine", str(exc), "Run x07 doctor") from exc
+
+
+def _tasks_are_counted_apart() -> bool:
+    """Whether RLIMIT_NPROC counts only the jail's tasks.
+
+    It does in a user namespace of the jail's own (Linux 5.14), and for a uid of the job's own, as long as bubblewrap's
+    processes before it are the machine's real root, whom the limit does not hold.
+    """
+    mapped = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
+    return os.geteuid() != 0 or mapped == ["0", "0", "4294967295"]
 
 
 class Given:
@@ -278,6 +302,13 @@ class Given:
         """Close them; a second call does nothing."""
         while self.fds:
             os.close(self.fds.pop())
+
+
+def _filter(arch: Arch) -> int:
+    fd = os.memfd_create("x07-filter", os.MFD_CLOEXEC)
+    os.write(fd, vmm_filter(arch))
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def _own(stack: contextlib.ExitStack, fd: int) -> int:

@@ -1,0 +1,55 @@
+"""Promises of everything that reads hostile bytes, tried with kept inputs and by a coverage-guided fuzzer."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.conftest import FULL, need
+from tests.fuzz import fuzz_channel, fuzz_unpack
+from tests.fuzz.make_seeds import SEEDS, channel_seeds, seeds
+from x07_sandbox.channel.frames import Kind
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+TARGETS: Final = {"channel": fuzz_channel.one_input, "unpack": fuzz_unpack.one_input}
+RUNS: Final = 200_000 if FULL else 20_000
+
+
+def test_seeds_are_what_their_script_writes() -> None:
+    """The seeds on disk are exactly those of tests/fuzz/make_seeds.py."""
+    found = {path.relative_to(SEEDS).as_posix(): path.read_bytes() for path in SEEDS.rglob("*") if path.is_file()}
+    assert found == seeds(), "run: python -m tests.fuzz.make_seeds"
+
+
+def test_every_kind_of_frame_has_a_seed() -> None:
+    """A new frame comes with an input that the fuzzer starts from."""
+    assert {kind.name for kind in Kind} <= channel_seeds().keys()
+
+
+@pytest.mark.parametrize("name", seeds())
+def test_kept_inputs_keep_the_promises(name: str) -> None:
+    """Every seed, and every input that once broke a promise, is handled as its target says."""
+    TARGETS[name.partition("/")[0]]((SEEDS / name).read_bytes())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_fuzzer_finds_nothing(target: str, tmp_path: Path) -> None:
+    """Thousands of inputs that search for new ways through the code break no promise."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    found = importlib.util.find_spec("atheris") is not None
+    # requirements/dev.in leaves it out where it has no wheel, so that what is missing here no package can bring.
+    need(found, f"atheris has no wheel for this machine or Python {version}", installable=False)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    command = [sys.executable, "-m", "tests.fuzz.run", target, f"-runs={RUNS}", "-max_len=4096", "-rss_limit_mb=2048"]
+    command += [f"-artifact_prefix={tmp_path}/", str(corpus)]
+    command += [str(folder) for folder in (SEEDS / target, SEEDS / target / "found")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
+    inputs = {path.name: path.read_bytes()[:200] for path in tmp_path.iterdir() if path.is_file()}
+    assert done.returncode == 0, f"{inputs}\n{done.stderr[-3000:]}"
+    assert f"Done {RUNS} runs" in done.stderr

@@ -1,0 +1,179 @@
+"""Promises of the jail's command line: both forms of it, what each holds, and what it ends in."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.jail.bwrap import BWRAP, INNER_UID, PERL, SETPRIV, Jail, jail_argv
+
+COMMAND = ["/usr/bin/qemu", "--bind", "/", "/", "--uid", "0", "--"]
+UID = 0x70000123
+WITH_ONE = {"--uid", "--gid", "--cap-drop", "--cap-add", "--perms", "--dir", "--info-fd", "--block-fd", "--sync-fd"}
+WITH_ONE |= {"--remount-ro", "--seccomp", "--add-seccomp-fd"}
+WITH_TWO = {"--setenv", "--symlink", "--ro-bind", "--ro-bind-fd", "--dev-bind"}
+
+
+def jail(uid: int | None) -> Jail:
+    """A jail as for a virtual machine."""
+    return Jail(
+        files=("/usr/bin/qemu", "/lib64/ld.so", "/usr/share/seabios/bios.bin"),
+        fd_files=((11, "/img/vmlinux"), (12, "/img/initrd.cpio")),
+        devices=("/dev/urandom",),
+        uid=uid,
+        mark="m" * 32,
+        deadline_s=815,
+        info_fd=21,
+        block_fd=22,
+        lock_fd=None if uid is None else 23,
+    )
+
+
+def options(made: Jail) -> list[tuple[str, ...]]:
+    """Bubblewrap's own options, each with its values, up to the command."""
+    argv = jail_argv(made, COMMAND)
+    words = argv[argv.index(BWRAP) + 1 :]
+    found = []
+    while words[0] != "--":
+        size = 2 if words[0] in WITH_ONE else 3 if words[0] in WITH_TWO else 1
+        found.append(tuple(words[:size]))
+        words = words[size:]
+    return found
+
+
+def inside(made: Jail) -> list[str]:
+    """What bubblewrap executes."""
+    argv = jail_argv(made, COMMAND)
+    return argv[argv.index("--", argv.index(BWRAP)) + 1 :]
+
+
+BOTH = pytest.mark.parametrize("uid", [None, UID], ids=["user", "root"])
+
+
+@BOTH
+def test_a_timer_that_needs_no_runner_comes_first(uid: int | None) -> None:
+    """The deadline is set before anything is started, by the process that everything dies with."""
+    argv = jail_argv(jail(uid), COMMAND)
+    assert argv[:2] == [PERL, "-e"]
+    assert argv[2].index("alarm shift") < argv[2].index("exec")
+    assert argv[3:5] == ["815", BWRAP]
+
+
+@BOTH
+def test_the_jail_dies_with_its_starter_and_inherits_nothing(uid: int | None) -> None:
+    """No environment but the mark, no terminal, and an end when the starter ends."""
+    found = options(jail(uid))
+    assert {("--die-with-parent",), ("--new-session",), ("--clearenv",)} <= set(found)
+    assert [option for option in found if option[0] == "--setenv"] == [("--setenv", "X07_INSTANCE", "m" * 32)]
+    assert found.index(("--clearenv",)) < found.index(("--setenv", "X07_INSTANCE", "m" * 32))
+    assert not any(option[0].startswith("--share") for option in found)
+
+
+def test_the_user_form_has_all_namespaces_and_a_uid_that_is_not_0() -> None:
+    """An ordinary user's jail has every namespace, is not root inside, and holds no capability."""
+    found = options(jail(None))
+    assert ("--unshare-all",) in found
+    assert INNER_UID != 0
+    assert {("--uid", str(INNER_UID)), ("--gid", str(INNER_UID)), ("--cap-drop", "ALL")} <= set(found)
+    assert not any(option[0] == "--cap-add" for option in found)
+    assert inside(jail(None)) == COMMAND
+
+
+def test_the_root_form_has_no_user_namespace_and_keeps_what_changing_uid_needs() -> None:
+    """Root's jail has all other namespaces, and only the capabilities to become another uid."""
+    found = options(jail(UID))
+    unshared = {option[0] for option in found if option[0].startswith("--unshare")}
+    assert unshared == {f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")}
+    assert not {"--uid", "--gid"} & {option[0] for option in found}
+    kept = [option[1] for option in found if option[0] == "--cap-add"]
+    assert sorted(kept) == ["CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID"]
+    assert found.index(("--cap-drop", "ALL")) < found.index(("--cap-add", kept[0]))
+
+
+def test_the_root_form_ends_in_setpriv_which_clears_everything() -> None:
+    """The last step before the command gives up uid, groups, every set of capabilities, and the way to new ones."""
+    words = inside(jail(UID))
+    assert words[0] == SETPRIV
+    assert words[words.index("--") + 1 :] == COMMAND
+    rights = words[1 : words.index("--")]
+    assert rights[rights.index("--reuid") + 1] == rights[rights.index("--regid") + 1] == str(UID)
+    cleared = {"--clear-groups", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs"}
+    assert cleared <= set(rights)
+
+
+@BOTH
+def test_files_are_bound_read_only_and_nothing_else_is(uid: int | None) -> None:
+    """Exactly the named files appear, read-only, under their own paths; opened ones by descriptor."""
+    made = jail(uid)
+    binds = [option for option in options(made) if "bind" in option[0]]
+    assert [option for option in binds if option[0] == "--ro-bind"] == [
+        ("--ro-bind", path, path) for path in made.files
+    ]
+    assert [option for option in binds if option[0] == "--ro-bind-fd"] == [
+        ("--ro-bind-fd", str(fd), path) for fd, path in made.fd_files
+    ]
+    assert [option for option in binds if option[0] == "--dev-bind"] == [("--dev-bind", "/dev/urandom", "/dev/urandom")]
+    assert {option[0] for option in binds} == {"--ro-bind", "--ro-bind-fd", "--dev-bind"}
+
+
+@BOTH
+def test_there_is_no_proc_and_nothing_to_write(uid: int | None) -> None:
+    """The root is sealed after it was filled, and holds no /proc, /dev, tmpfs or overlay."""
+    found = options(jail(uid))
+    names = {option[0] for option in found}
+    assert not {"--proc", "--dev", "--tmpfs", "--mqueue", "--bind", "--bind-fd", "--overlay", "--file"} & names
+    sealed = found.index(("--remount-ro", "/"))
+    last = max(at for at, option in enumerate(found) if option[0] in WITH_TWO | {"--dir"} - {"--setenv"})
+    assert sealed > last
+
+
+@BOTH
+def test_it_starts_blocked_and_tells_its_process(uid: int | None) -> None:
+    """The first process is reported, and waits until it is recorded."""
+    found = options(jail(uid))
+    assert {("--info-fd", "21"), ("--block-fd", "22")} <= set(found)
+
+
+def test_the_lock_on_the_uid_stays_as_long_as_the_jail() -> None:
+    """Bubblewrap holds the lock of the job's uid open; the user form, which has none, needs none."""
+    assert ("--sync-fd", "23") in options(jail(UID))
+    assert not any(option[0] == "--sync-fd" for option in options(jail(None)))
+
+
+@BOTH
+def test_what_the_command_says_is_no_option_of_the_jail(uid: int | None) -> None:
+    """Words of the command that look like options of bubblewrap or setpriv stay the command's."""
+    assert jail_argv(jail(uid), COMMAND)[-len(COMMAND) :] == COMMAND
+    assert not any(option[0] == "--bind" for option in options(jail(uid)))
+
+
+PATHS = st.lists(st.text("ab.-", min_size=1, max_size=4), min_size=1, max_size=4).map(
+    lambda parts: "/" + "/".join(parts)
+)
+
+
+@given(st.lists(PATHS, max_size=4, unique=True), st.sampled_from([None, UID]))
+def test_every_folder_is_made_once_parents_first(paths: list[str], uid: int | None) -> None:
+    """Each folder on the way to a file is made before what lies in it, once, and open to read for the job's uid."""
+    made = dataclasses.replace(jail(uid), files=tuple(paths))
+    found = options(made)
+    folders = [found[at + 1][1] for at, option in enumerate(found) if option == ("--perms", "0755")]
+    assert len(set(folders)) == len(folders)
+    for at, folder in enumerate(folders):
+        parent = folder.rpartition("/")[0]
+        assert parent == "" or parent in folders[:at]
+    for path in [*paths, "/img/vmlinux", "/dev/urandom"]:
+        parent = path.rpartition("/")[0]
+        assert parent == "" or parent in folders
+
+
+def test_links_are_made_before_what_is_reached_through_them() -> None:
+    """A link such as /lib64 is there before files are bound, so that both names of a library lead to one place."""
+    made = dataclasses.replace(jail(None), links=(("usr/lib64", "/lib64"),))
+    found = options(made)
+    assert found.index(("--symlink", "usr/lib64", "/lib64")) < min(
+        at for at, option in enumerate(found) if "bind" in option[0]
+    )

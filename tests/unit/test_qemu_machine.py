@@ -1,0 +1,179 @@
+"""Promises of the virtual machine's command line: nothing of a job on it, no way out but the named descriptors."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.backends.qemu.machine import (
+    INITRD,
+    KERNEL,
+    ROOT_SERIAL,
+    SCRATCH_SERIAL,
+    Machine,
+    kernel_command_line,
+    qemu_argv,
+)
+from x07_sandbox.guest import agent
+from x07_sandbox.host.arch import ARCHES
+
+MIB = 1024 * 1024
+FDS = {"root_fd": 101, "scratch_fd": 102, "channel_fd": 103, "qmp_fd": 104, "console_fd": 105}
+MACHINES = [pytest.param(name, kvm, id=f"{name}-{'kvm' if kvm else 'tcg'}") for name in ARCHES for kvm in (None, 106)]
+
+
+def machine(
+    name: str = "x86_64", kvm_fd: int | None = None, *, ram_bytes: int = 512 * MIB, mark: str = "a" * 32
+) -> Machine:
+    """A machine of an architecture."""
+    return Machine(arch=ARCHES[name], ram_bytes=ram_bytes, kvm_fd=kvm_fd, tsc_khz=2_000_000, mark=mark, **FDS)
+
+
+def values(argv: list[str], option: str) -> list[str]:
+    """What follows each time an option is given."""
+    return [argv[at + 1] for at, word in enumerate(argv) if word == option]
+
+
+@pytest.mark.parametrize(("name", "kvm"), MACHINES)
+def test_the_kernel_command_line_is_the_same_for_every_job(name: str, kvm: int | None) -> None:
+    """Two jobs on machines of one size boot by the very same words, so that a saved machine serves any job."""
+    one = machine(name, kvm)
+    other = dataclasses.replace(
+        machine(name, None if kvm is None else 206, mark="b" * 32), **{key: fd + 100 for key, fd in FDS.items()}
+    )
+    assert kernel_command_line(one) == kernel_command_line(other)
+    assert values(qemu_argv(one), "-append") == [kernel_command_line(one)]
+    assert one.mark not in kernel_command_line(one)
+
+
+@pytest.mark.parametrize(("name", "kvm"), MACHINES)
+def test_two_jobs_differ_in_mark_and_descriptors_alone(name: str, kvm: int | None) -> None:
+    """Besides the mark that names its owner and numbers of descriptors, a job leaves no trace on the command line."""
+    one, other = machine(name, kvm), machine(name, kvm, mark="b" * 32)
+    other = dataclasses.replace(other, **{key: fd + 100 for key, fd in FDS.items()})
+
+    def plain(argv: list[str]) -> list[str]:
+        return [re.sub(r"fd=\d+", "fd=N", word) for word in argv]
+
+    different = [
+        pair for pair in zip(plain(qemu_argv(one)), plain(qemu_argv(other)), strict=True) if len(set(pair)) > 1
+    ]
+    assert different == [(f"x07-{one.mark}", f"x07-{other.mark}")]
+
+
+@pytest.mark.parametrize(("name", "kvm"), MACHINES)
+def test_qemus_own_sandbox_is_on(name: str, kvm: int | None) -> None:
+    """QEMU starts nothing, raises no rights and uses no obsolete calls: all four groups are denied."""
+    argv = qemu_argv(machine(name, kvm))
+    (sandbox,) = values(argv, "-sandbox")
+    assert set(sandbox.split(",")) == {
+        "on",
+        "obsolete=deny",
+        "elevateprivileges=deny",
+        "spawn=deny",
+        "resourcecontrol=deny",
+    }
+
+
+@pytest.mark.parametrize(("name", "kvm"), MACHINES)
+def test_there_is_no_network_card_and_no_default_device(name: str, kvm: int | None) -> None:
+    """The machine has no network device, no monitor of its own, no user's configuration and no window."""
+    argv = qemu_argv(machine(name, kvm))
+    assert {"-nodefaults", "-no-user-config", "-no-reboot"} <= set(argv)
+    assert values(argv, "-display") == ["none"]
+    assert not {"-net", "-netdev", "-nic", "-usb", "-vnc", "-spice", "-monitor", "-qmp", "-gdb", "-s"} & set(argv)
+    drivers = {value.partition(",")[0] for value in values(argv, "-device")}
+    assert drivers == {"virtio-blk-device", "virtio-serial-device", "virtserialport", "virtio-rng-device"}
+    assert not any(word in value for value in argv for word in ("vhost", "virtio-net", "9p", "virtiofs", "vsock"))
+
+
+@pytest.mark.parametrize(("name", "kvm"), MACHINES)
+def test_every_descriptor_is_given_once(name: str, kvm: int | None) -> None:
+    """Channel, QMP, console and disks are descriptors that QEMU inherits, each in its one place."""
+    argv = qemu_argv(machine(name, kvm))
+    given_fds = [int(number) for value in argv for number in re.findall(r"\bfd=(\d+)", value)]
+    assert sorted(given_fds) == sorted([*FDS.values(), *([] if kvm is None else [kvm])])
+    assert f"socket,id=channel,fd={FDS['channel_fd']}" in values(argv, "-chardev")
+    assert f"socket,id=console,fd={FDS['console_fd']}" in values(argv, "-chardev")
+    assert f"socket,id=qmp,fd={FDS['qmp_fd']}" in values(argv, "-chardev")
+    assert values(argv, "-mon") == ["chardev=qmp,mode=control"]
+    assert values(argv, "-serial") == ["chardev:console"]
+
+
+@pytest.mark.parametrize(("name", "kvm"), MACHINES)
+def test_no_path_of_the_host_is_opened(name: str, kvm: int | None) -> None:
+    """The only paths are those of the jail's empty root: kernel, initramfs, random source and descriptor sets."""
+    argv = qemu_argv(machine(name, kvm))[1:]
+    paths = {path for value in argv for path in re.findall(r"(?:^|=)(/[^,\s]+)", value)}
+    sets = {"/dev/fdset/1", "/dev/fdset/2"} | (set() if kvm is None else {"/dev/fdset/3"})
+    assert paths == {KERNEL, INITRD, "/dev/urandom"} | sets
+
+
+@pytest.mark.parametrize(("name", "kvm"), MACHINES)
+def test_the_image_cannot_be_written_and_the_scratch_disk_can(name: str, kvm: int | None) -> None:
+    """The root file system is opened read-only; what the guest writes goes to the job's own disk."""
+    argv = qemu_argv(machine(name, kvm))
+    disks = {
+        dict(part.split("=", 1) for part in node.split(","))["node-name"]: node for node in values(argv, "-blockdev")
+    }
+    assert disks.keys() == {"root", "scratch"}
+    assert ",read-only=on," in disks["root"]
+    assert "read-only=off" not in disks["root"]
+    assert ",read-only=off," in disks["scratch"]
+    assert all("driver=raw" in node for node in disks.values()), "a guest could write a header that names other files"
+    devices = values(argv, "-device")
+    assert f"virtio-blk-device,drive=root,serial={ROOT_SERIAL}" in devices
+    assert f"virtio-blk-device,drive=scratch,serial={SCRATCH_SERIAL}" in devices
+
+
+def test_host_and_agent_name_port_and_disk_alike() -> None:
+    """The port and the disk that the agent looks for are those that the machine has."""
+    devices = values(qemu_argv(machine()), "-device")
+    assert f"virtserialport,chardev=channel,nr=1,name={agent.PORT}" in devices
+    assert agent.SCRATCH_SERIAL == SCRATCH_SERIAL
+
+
+def test_the_port_of_the_network_is_there_from_the_start() -> None:
+    """The second port exists, leading nowhere, since a saved machine cannot be given one later."""
+    argv = qemu_argv(machine())
+    assert "virtio-serial-device,max_ports=3" in values(argv, "-device")
+    assert "virtserialport,chardev=net,nr=2,name=x07.net" in values(argv, "-device")
+    assert "null,id=net" in values(argv, "-chardev")
+
+
+@given(st.integers(64 * MIB, 20 * 1024 * MIB))
+def test_memory_is_what_was_asked_for(ram_bytes: int) -> None:
+    """Both places that name the memory's size agree, in whole mebibytes and never more than asked for."""
+    argv = qemu_argv(machine(ram_bytes=ram_bytes))
+    (size,) = values(argv, "-m")
+    assert int(size.removesuffix("M")) * MIB <= ram_bytes < (int(size.removesuffix("M")) + 1) * MIB
+    assert f"memory-backend-ram,id=ram0,size={size}" in values(argv, "-object")
+
+
+def test_hardware_is_used_by_descriptor_and_emulation_says_so() -> None:
+    """With KVM the accelerator is the proven descriptor and nothing else; without it, it is named emulation."""
+    hardware, emulated = qemu_argv(machine(kvm_fd=106)), qemu_argv(machine())
+    assert values(hardware, "-accel") == ["kvm,device=/dev/fdset/3"]
+    assert "set=3,fd=106" in values(hardware, "-add-fd")
+    assert values(hardware, "-cpu") == ["host"]
+    assert values(emulated, "-accel") == ["tcg,thread=single"]
+    assert not any("kvm" in word for word in emulated)
+
+
+def test_mitigations_are_off_only_where_nothing_speculates() -> None:
+    """An emulated processor needs no mitigations; a real one keeps them all."""
+    assert "mitigations=off" in kernel_command_line(machine()).split()
+    assert "mitigations=off" not in kernel_command_line(machine(kvm_fd=106))
+    for weaker in ("nokaslr", "nosmep", "nosmap", "init=", "x07."):
+        assert weaker not in kernel_command_line(machine())
+
+
+@pytest.mark.parametrize(("name", "kvm"), MACHINES)
+def test_building_is_pure(name: str, kvm: int | None) -> None:
+    """The same machine gives the same words, on any host, whether its architecture is this one's or not."""
+    assert qemu_argv(machine(name, kvm)) == qemu_argv(machine(name, kvm))
+    assert qemu_argv(machine(name, kvm))[0] == ARCHES[name].qemu_binary

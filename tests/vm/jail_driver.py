@@ -1,0 +1,175 @@
+"""A runner of its own, with a hostile program in QEMU's place: run by path, as root or as an ordinary user.
+
+    jail_driver.py '{"binary": PATH, "do": "hold" | "talk" | "phase", ...}'
+
+Answers one JSON object a line on standard output and takes one word a line on standard input. hold: wait blocked,
+go on at "release", end at "stop". talk: send `facts` over the channel, print what comes back, then as hold. phase:
+be the host's side of a run's conversation, as in a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from x07_sandbox.backends.base import Job
+from x07_sandbox.backends.qemu.start import Accelerator, QemuInstance, start_qemu
+from x07_sandbox.host import settings
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.images.store import find_image
+from x07_sandbox.images.verify import open_image
+from x07_sandbox.jobs.record import create_record, new_run_id
+from x07_sandbox.plan.outcomes import classify
+from x07_sandbox.runs.execute import Phase, PhaseRequest
+from x07_sandbox.runs.streams import Cancel, Sink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_TALK_S = 60.0
+_TALK_BYTES = 4 * settings.MIB
+
+
+def tell(event: str, **fields: object) -> None:
+    """One line for the test."""
+    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
+    sys.stdout.flush()
+
+
+def status_kib(name: str) -> int:
+    """A figure of /proc/self/status in KiB."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+def wait_for(word: str) -> None:
+    """Go on when the test says so."""
+    got = sys.stdin.readline().strip()
+    if got != word:
+        raise SystemExit(f"the test said {got!r} instead of {word!r}")
+
+
+@contextlib.contextmanager
+def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
+    """The hostile program in the jail, blocked."""
+    with open_image(find_image(None)) as image:
+        record = create_record(
+            run_id=new_run_id(), phase="run", backend="qemu", wall_ms=1000, image_digest=image.manifest.digest
+        )
+        job = Job(record=record, image=image, ram_bytes=512 * settings.MIB, deadline_s=order.get("deadline_s", 120))
+        arch = replace(host_arch(), qemu_binary=order["binary"], firmware=())
+        with start_qemu(job, Accelerator(kvm=False), arch) as instance:
+            assert instance.outer is not None
+            tell(
+                "started",
+                outer=instance.outer.pid,
+                inner=instance.inner.pid,
+                jail=instance.jail,
+                holds=list(instance.groups.holds),
+                folder=str(record.folder),
+                root_inode=os.fstat(image.root_fd).st_ino,
+            )
+            yield instance
+        tell("gone", done=(record.folder / "done").is_file())
+
+
+def hold(order: dict[str, Any]) -> None:
+    """Started from this thread; then wait."""
+    with started(order) as instance:
+        wait_for("release")
+        instance.release()
+        wait_for("stop")
+
+
+def talk(order: dict[str, Any]) -> None:
+    """The program's findings, at most 4 MiB of them."""
+    with started(order) as instance:
+        wait_for("release")
+        os.write(instance.channel_fd, order["facts"].encode() + b"go\n")
+        instance.release()
+        deadline = Deadline.after(_TALK_S)
+        data = b""
+        poll = select.poll()
+        poll.register(instance.channel_fd, select.POLLIN)
+        while b'"end"' not in data and len(data) < _TALK_BYTES and not deadline.passed():
+            if poll.poll(deadline.left_s() * 1000):
+                chunk = os.read(instance.channel_fd, 65536)
+                data += chunk
+                if not chunk:
+                    break
+        tell("findings", text=data.decode(), status=instance.exit_status(), console=instance.console_tail())
+        wait_for("stop")
+
+
+def phase(order: dict[str, Any]) -> None:
+    """A phase of a run up to its verdict."""
+    settings.BOOT_S = order.get("boot_s", 3.0)  # type: ignore[misc] # so that the tests need not wait half a minute
+    with contextlib.ExitStack() as stack:
+        cancel = Cancel()
+        stack.callback(cancel.close)
+        sinks = []
+        for name in ("stdout", "stderr"):
+            keep_fd = os.memfd_create(name)
+            stack.callback(os.close, keep_fd)
+            sinks.append(Sink(name, keep_fd=keep_fd, live_fd=None, max_bytes=settings.MIB))
+        instance = stack.enter_context(started(order))
+        request = PhaseRequest(
+            job_id="test",
+            phase="run",
+            argv=["/bin/true"],
+            env={},
+            cwd="/",
+            files=(),
+            limits={},
+            wall_ms=1000,
+            stdin_fd=None,
+            stdout=sinks[0],
+            stderr=sinks[1],
+            output=None,
+            cancel=cancel,
+        )
+        before = status_kib("VmRSS")
+        clock = Deadline.after(0)
+        facts = Phase(request, instance).run()
+        verdict = classify(facts.evidence)
+        tell(
+            "verdict",
+            outcome=verdict.outcome.value,
+            reason=verdict.reason,
+            seconds=clock.clock() - clock.at,
+            grown_kib=status_kib("VmHWM") - before,
+            said={name: getattr(instance, name).total_bytes for name in ("console", "qmp", "errors")},
+            kept=len(facts.evidence.console_tail),
+        )
+
+
+def main() -> None:
+    """Carry out the order."""
+    order = json.loads(sys.argv[1])
+    if order["do"] == "thread":
+        # Started from a thread that has ended when the test hears of it.
+        instances: list[QemuInstance] = []
+        stack = contextlib.ExitStack()
+        starter = threading.Thread(target=lambda: instances.append(stack.enter_context(started(order))))
+        starter.start()
+        starter.join()
+        instances[0].release()
+        tell("thread-ended")
+        wait_for("stop")
+        stack.close()
+        return
+    {"hold": hold, "talk": talk, "phase": phase}[order["do"]](order)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""A runner that starts a machine with a short deadline and then only waits: what a test stops or kills.
+
+Arguments: digest of the image, deadline in seconds. Prints the pid of the jail's first process as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import sys
+
+from x07_sandbox.backends.base import Job
+from x07_sandbox.backends.qemu.backend import QemuBackend
+from x07_sandbox.images.store import find_image
+from x07_sandbox.images.verify import open_image
+from x07_sandbox.jobs.record import create_record, new_run_id
+
+
+def main(image: str, deadline_s: str) -> None:
+    """Start, say so, wait for the machine's end."""
+    with open_image(find_image(image)) as opened:
+        backend = QemuBackend()
+        backend.probe(opened)
+        record = create_record(
+            run_id=new_run_id(), phase="run", backend="qemu", wall_ms=1000, image_digest=opened.manifest.digest
+        )
+        job = Job(record=record, image=opened, ram_bytes=512 << 20, deadline_s=int(deadline_s))
+        with backend.start(job) as instance:
+            instance.release()
+            sys.stdout.write(json.dumps({"inner": instance.inner.pid}) + "\n")
+            sys.stdout.flush()
+            while instance.exit_status() is None:
+                for fd, _ in _poll(instance.pidfd, *instance.side_fds()).poll():
+                    if fd != instance.pidfd:
+                        instance.drain(fd)
+
+
+def _poll(*fds: int) -> select.poll:
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return poll
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

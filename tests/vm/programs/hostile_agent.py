@@ -1,0 +1,163 @@
+"""A guest that lies: takes the place of `guest/agent.py` in images that tests build; the honest one is `guest/honest.py`.
+
+`guest/mode.py` says how it behaves from the start (`BOOT`). Where it greets like an honest agent, the word of the job's
+command line that is in `DEEDS` says what it does once it has claimed that the program runs.
+"""
+
+import ctypes
+import os
+import struct
+import time
+
+from x07_sandbox.channel.frames import HEADER, PROTOCOL, Kind, Stream
+from x07_sandbox.channel.link import Control
+from x07_sandbox.guest import honest, system
+from x07_sandbox.guest.mode import BOOT
+
+ENDED = {
+    "wait_status": 0,
+    "cpu_us": 1,
+    "memory_peak_bytes": 1,
+    "oom_kills": 0,
+    "tasks_peak": 1,
+    "tasks_refused": 0,
+    "cpu_exceeded": False,
+    "stopped": False,
+    "disk_full": False,
+    "output_bytes": None,
+    "output_problem": None,
+}
+
+
+def main():
+    """Behave as BOOT says."""
+    if BOOT == "off":
+        system.power_off()
+    if BOOT == "panic":
+        panic()
+    port = honest._open_port(honest.PORT)
+    if BOOT == "silent":
+        for_ever()
+    if BOOT == "garbage":
+        pour(port, os.urandom(4096))
+    if BOOT == "protocol":
+        link = honest.Connection(port, honest.Role.GUEST)
+        link.link.send(Kind.HELLO, {"protocol": PROTOCOL + 1})
+        link.flush()
+        for_ever()
+    Liar(port).serve()
+
+
+class Liar(honest.Agent):
+    """Honest until START."""
+
+    def _take(self, event):
+        if isinstance(event, Control) and event.kind is Kind.START:
+            words = [os.path.basename(arg).partition(".")[0] for arg in event.body["argv"]]
+            for word in words:
+                if word in DEEDS:
+                    self.link.send(Kind.STARTED, {})
+                    self.say()
+                    DEEDS[word](self)
+                    for_ever()
+        super()._take(event)
+
+    def say(self):
+        """Let all that is queued go."""
+        while self.link.pending():
+            self.connection.flush()
+            time.sleep(0.001)
+
+    def raw(self, kind, stream, payload, size=None):
+        """One frame as it is, whatever the link thinks of it."""
+        header = HEADER.pack(len(payload) if size is None else size, kind, 0, stream)
+        write(self.connection.fd, header + payload)
+
+    def end(self, **lies):
+        """Claim the program's end."""
+        self.link.send(Kind.EXITED, ENDED | lies)
+        self.say()
+
+
+def write(fd, data):
+    """Write all."""
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            time.sleep(0.001)
+
+
+def pour(fd, data):
+    """Write the same for ever."""
+    while True:
+        write(fd, data)
+
+
+def for_ever():
+    """Do nothing any more."""
+    while True:
+        time.sleep(1000)
+
+
+def panic():
+    """Have the kernel end itself."""
+    with open("/proc/sys/kernel/sysrq", "w") as file:
+        file.write("1")
+    with open("/proc/sysrq-trigger", "w") as file:
+        file.write("c")
+    for_ever()
+
+
+def flood_console():
+    """Write to the console for ever."""
+    pour(os.open("/dev/console", os.O_WRONLY), b"Kernel panic - not syncing\x1b[31m: I lie\n" * 100)
+
+
+def flood_output(agent):
+    """More output than the window allows."""
+    while True:
+        agent.raw(Kind.DATA, Stream.STDOUT, bytes(32768))
+
+
+def lie_about_file(agent, announced, sent):
+    """Announce one size, send another."""
+    agent.end(output_bytes=announced)
+    agent.raw(Kind.DATA, Stream.OUTPUT_FILE, bytes(sent))
+    agent.raw(Kind.EOF, Stream.OUTPUT_FILE, b"")
+
+
+def endless_file(agent):
+    """Announce a small file, then keep to the window and send for ever."""
+    agent.end(output_bytes=100)
+    while True:
+        agent.link.send_data(Stream.OUTPUT_FILE, bytes(32768))
+        agent.connection.flush()
+        for _ in agent.connection.read() or ():
+            pass
+        time.sleep(0.001)
+
+
+DEEDS = {
+    "panic": lambda _agent: panic(),
+    "exit": lambda _agent: os._exit(3),
+    "crash": lambda _agent: ctypes.string_at(0),
+    "off": lambda _agent: system.power_off(),
+    "mute": lambda _agent: for_ever(),
+    "garbage": lambda agent: pour(agent.connection.fd, os.urandom(65536)),
+    "oversized": lambda agent: agent.raw(Kind.DATA, Stream.STDOUT, b"x" * 100, size=1 << 31),
+    "frames": lambda agent: pour(agent.connection.fd, HEADER.pack(2, Kind.STARTED, 0, 0) + b"{}"),
+    "credit": lambda agent: pour(agent.connection.fd, HEADER.pack(4, Kind.CREDIT, 0, 1) + struct.pack(">I", 1 << 20)),
+    "window": flood_output,
+    "status": lambda agent: agent.end(wait_status=0x137F),
+    "failed": lambda agent: agent.link.send(Kind.FAILED, {"stage": "x", "errno": 5, "message": "\x1b[2J it broke"})
+    or agent.say(),
+    "json": lambda agent: agent.raw(Kind.EXITED, 0, b'{"wait_status": NaN}'),
+    "deep": lambda agent: agent.raw(Kind.EXITED, 0, b"[" * 16000),
+    "numbers": lambda agent: agent.raw(Kind.EXITED, 0, b'{"wait_status":' + b"9" * 5000 + b"}"),
+    "ok": lambda agent: agent.end(),
+    "console": lambda _agent: flood_console(),
+    "longer": lambda agent: lie_about_file(agent, 10, 20),
+    "shorter": lambda agent: lie_about_file(agent, 20, 10),
+    "endless": endless_file,
+}

@@ -1,0 +1,185 @@
+"""A guest of which nothing can be believed: agent and kernel broken, killed or lying, in real machines.
+
+The images are real ones, built in a cache of the tests' own; only their agent is another one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.vm.conftest import BEHAVE, PROGRAMS, Ran, Sandbox
+from x07_sandbox.host.paths import cache_dir
+from x07_sandbox.images.build import build_image
+from x07_sandbox.images.guestcode import GuestCode, read_guest_code
+from x07_sandbox.images.store import Image
+
+pytestmark = pytest.mark.vm
+
+MIB = 1 << 20
+
+
+def hostile_code(boot: str) -> GuestCode:
+    """This installation's guest code with the liar in the agent's place."""
+    honest = read_guest_code()
+    agent = dict(honest.agent)
+    agent["guest/honest.py"] = agent["guest/agent.py"]
+    agent["guest/agent.py"] = (PROGRAMS / "hostile_agent.py").read_bytes()
+    agent["guest/mode.py"] = f"BOOT = {boot!r}\n".encode()
+    return replace(honest, agent=agent)
+
+
+@pytest.fixture(scope="session")
+def hostile_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of images beside the user's: the packages come from there by link, the images do not go there."""
+    cache = tmp_path_factory.mktemp("hostile") / "cache"
+    (cache / "images").mkdir(parents=True, mode=0o700)
+    cache.chmod(0o700)
+    for base in (cache_dir() / "images").glob("base-*"):
+        shutil.copytree(base, cache / "images" / base.name, copy_function=_link_or_copy)
+    if (cache_dir() / "kvm").is_dir():  # a liar is no witness to what the processor can do
+        shutil.copytree(cache_dir() / "kvm", cache / "kvm")
+        (cache / "kvm").chmod(0o700)
+    return cache
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+Hostile = Callable[..., Ran]
+
+
+@pytest.fixture
+def hostile(sandbox: Sandbox, hostile_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Hostile:
+    """Runs in a machine with a lying agent: boot: how it behaves from the start."""
+    artifact = sandbox.artifacts.built(BEHAVE)
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(hostile_cache))
+
+    def run(*args: str, boot: str = "", **options: object) -> Ran:
+        image = build_image(name=f"boot-{boot or 'well'}", progress=lambda _text: None, code=hostile_code(boot))
+        # By digest: an image named otherwise would be made anew with honest code.
+        options = {"image": image.digest, "artifact": artifact, "policy": {"limits.wall_ms": 3000}} | options
+        return sandbox.run(BEHAVE, *args, **options)  # type: ignore[arg-type] # `run` checks them
+
+    return run
+
+
+def lost(ran: Ran, fault: str) -> str:
+    """The reason of a run whose guest was lost, by whose fault."""
+    assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("guest-lost", 125, fault), ran.reason
+    assert ran.result.exit_code is None
+    assert ran.reason.isprintable()
+    assert ran.reason.isascii()
+    assert len(ran.reason) < 400
+    return ran.reason
+
+
+def test_the_same_guest_is_honest_where_it_is_not_told_to_lie(hostile: Hostile) -> None:
+    """The hostile image runs a program like any other when no word tells it otherwise: what follows is the lies' doing."""
+    ran = hostile("args", "plain")
+    assert (ran.outcome, ran.stdout) == ("ok", b"plain\0")
+
+
+# until the program runs: nothing there can be the program's doing
+
+
+def test_an_agent_that_never_answers_is_lost_at_the_boot_limit(hostile: Hostile) -> None:
+    """A guest that boots and stays silent is given up after the time for booting, and the reason says so."""
+    ran = hostile("nothing", boot="silent")
+    assert "did not answer within the time allowed for booting" in lost(ran, "host")
+    assert ran.result.phases["run"].times_ms["end"] < 34_000
+
+
+@pytest.mark.parametrize(
+    ("boot", "reason"),
+    [
+        ("protocol", "speaks protocol 2"),
+        ("garbage", "broke the channel's protocol while booting"),
+        ("panic", "kernel panicked while booting"),
+        ("off", "ended without an error while the guest was booting"),
+    ],
+)
+def test_a_guest_that_fails_before_the_program_is_the_hosts_fault(hostile: Hostile, boot: str, reason: str) -> None:
+    """What breaks before the program runs is `guest-lost`, fault host, each with a reason of its own."""
+    ran = hostile("nothing", boot=boot)
+    assert reason in lost(ran, "host")
+    assert "started" not in ran.result.phases["run"].times_ms
+
+
+# while the program runs: it may be the program's doing, and must not pass for the host's
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("panic", "kernel panicked while running the program (kernel: sysrq triggered crash)"),
+        ("exit", "agent died while running the program (kernel: Attempted to kill init! exitcode=0x00000300)"),
+        ("crash", "agent died while running the program (kernel: Attempted to kill init! exitcode=0x0000000b)"),
+        ("off", "switched itself off while running the program"),
+        ("garbage", "broke the channel's protocol while running the program"),
+        ("oversized", "broke the channel's protocol while running the program: bad frame"),
+        ("frames", "STARTED while running"),
+        ("credit", "more credit than the window of stream 1"),
+        ("window", "stream 2 sent more than its window"),
+        ("status", "a wait status that no ended program has: 4991"),
+        ("failed", "the guest failed while running the program: x: ?[2J it broke"),
+        ("json", "broke the channel's protocol while running the program: bad EXITED frame"),
+        ("deep", "broke the channel's protocol while running the program: bad EXITED frame"),
+        ("numbers", "broke the channel's protocol while running the program: bad EXITED frame"),
+    ],
+)
+def test_each_way_to_lose_a_guest_has_its_own_reason(hostile: Hostile, word: str, reason: str) -> None:
+    """What breaks while the program runs is `guest-lost`, fault program, with a reason that tells the cases apart."""
+    ran = hostile(word)
+    assert reason in lost(ran, "program")
+    assert ran.program_ms < 20_000
+
+
+@pytest.mark.parametrize("word", ["mute", "console"])
+def test_a_guest_that_says_nothing_of_use_ends_at_the_deadline(hostile: Hostile, word: str) -> None:
+    """An agent that stays silent, or floods the console, ends as `timeout` at our own deadline, and is not believed."""
+    ran = hostile(word)
+    assert (ran.outcome, ran.result.x07_exit_code) == ("timeout", 124)
+    assert ran.program_ms < 3000 + 300 + 4000
+    assert "panic" not in ran.reason
+
+
+def test_a_claim_of_success_is_only_the_programs_own(hostile: Hostile) -> None:
+    """A guest that claims success without running anything is `ok` with nothing to show: only its own result is forged."""
+    ran = hostile("ok")
+    assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", b"", b"")
+
+
+# in the build machine
+
+
+@pytest.mark.parametrize(
+    ("word", "outcome", "reason"),
+    [
+        ("longer", "guest-lost", "larger than announced"),
+        ("endless", "guest-lost", "larger than announced"),
+        ("shorter", "build-failed", "did not arrive whole"),
+        ("panic", "guest-lost", "kernel panicked"),
+    ],
+)
+def test_a_lying_build_machine_gives_no_artifact(
+    hostile: Hostile, sandbox: Sandbox, hostile_cache: Path, word: str, outcome: str, reason: str
+) -> None:
+    """A build machine that sends another file than it announced, or dies, gives nothing that would be run."""
+    del hostile
+    image = build_image(name="boot-well", progress=lambda _text: None, code=hostile_code(""))
+    assert image.folder.is_relative_to(hostile_cache)
+    ran = sandbox.run_text(f"{word}.c", "int main(void) { return 0; }\n", image=image.digest)
+    assert (ran.outcome, ran.result.fault) == (outcome, "program"), ran.reason
+    assert reason in ran.reason
+    assert list(ran.result.phases) == ["build"]
+    assert ran.result.digests.artifact is None

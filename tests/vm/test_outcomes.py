@@ -1,0 +1,407 @@
+"""What a program sees, gets and gives back; and what becomes of a run that is ended from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
+from x07_sandbox.images.store import Image
+from x07_sandbox.runs.streams import Cancel
+
+pytestmark = pytest.mark.vm
+
+MIB = 1 << 20
+EVERY_BYTE = bytes(range(256))
+
+
+# exit codes, streams, arguments
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(0, "ok"), (3, "failed"), (255, "failed")])
+def test_the_programs_own_exit_code_is_the_runs(sandbox: Sandbox, code: int, outcome: str) -> None:
+    """A program that ends by itself gives its own exit code, 0 as `ok`, others as `failed`."""
+    ran = sandbox.behave("exit", str(code))
+    assert (ran.outcome, ran.result.exit_code, ran.result.x07_exit_code) == (outcome, code, code)
+    assert ran.result.signal is None
+    assert ran.result.fault == ("none" if code == 0 else "program")
+
+
+def test_both_outputs_arrive_apart_and_unchanged(sandbox: Sandbox) -> None:
+    """Standard output and standard error are kept apart, and carry every byte value unchanged."""
+    ran = sandbox.behave("both")
+    assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", EVERY_BYTE, EVERY_BYTE[::-1])
+    assert not ran.result.stdout.truncated
+
+
+def test_a_mebibyte_goes_both_ways_unchanged(sandbox: Sandbox) -> None:
+    """1 MiB of random bytes goes in and comes out with the same sha256, which is also the result's digest."""
+    data = random.Random(7).randbytes(MIB)  # noqa: S311 - test data
+    ran = sandbox.behave("echo", stdin=data)
+    digest = hashlib.sha256(data).hexdigest()
+    assert (ran.outcome, len(ran.stdout), hashlib.sha256(ran.stdout).hexdigest()) == ("ok", MIB, digest)
+    assert ran.result.digests.output == f"sha256:{digest}"
+
+
+def test_arguments_arrive_byte_for_byte(sandbox: Sandbox) -> None:
+    """Arguments with blanks, quotes, line ends, any script, undecodable bytes, or nothing at all reach the program."""
+    args = ["two words", "", "'\"$(id)\\", "line\nend", "Zoë 日本 🙂", b"\xff\xfe raw".decode("utf-8", "surrogateescape"), "--", "-x"]
+    ran = sandbox.behave("args", *args)
+    assert ran.outcome == "ok", ran.reason
+    assert ran.stdout == b"".join(os.fsencode(arg) + b"\0" for arg in args)
+
+
+def test_no_arguments_and_no_input(sandbox: Sandbox) -> None:
+    """A program without arguments and without standard input has none, and an input at its end."""
+    ran = sandbox.behave("args", stdin=None)
+    assert (ran.outcome, ran.stdout) == ("ok", b"")
+    ran = sandbox.behave("echo", stdin=None)
+    assert (ran.outcome, ran.stdout) == ("ok", b"")
+
+
+# what it sees
+
+
+@pytest.fixture(scope="module")
+def looked(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """One program's look around, which the tests below read."""
+    place = tmp_path_factory.mktemp("looked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("X07_VM_STATE_DIR", str(place / "jobs"))
+        patch.setenv("X07_TEST_CANARY", "of the host")
+        ran = Sandbox(place / "jobs", place, artifacts).behave("look")
+    assert ran.outcome == "ok", ran.reason
+    return ran
+
+
+def _told(ran: Ran, key: str) -> list[str]:
+    return [line.removeprefix(f"{key} ") for line in ran.lines() if line.startswith(f"{key} ")]
+
+
+def _status(ran: Ran) -> dict[str, str]:
+    lines = (line.removeprefix("/proc/self/status: ").split(":", 1) for line in ran.lines() if "self/status: " in line)
+    return {name: value.strip() for name, value in lines}
+
+
+def test_no_variable_of_the_host_goes_in(looked: Ran) -> None:
+    """The environment holds the fixed variables and X07's own, and nothing of the caller's."""
+    given = dict(line.split("=", 1) for line in _told(looked, "env"))
+    fixed = {name: value for name, value in given.items() if not name.startswith("X07_")}
+    assert fixed == {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
+    assert given["X07_WORLD"]
+    assert "X07_TEST_CANARY" not in given
+    assert not any(name.startswith("X07_VM") for name in given)
+
+
+def test_the_working_directory_is_private_and_writable(looked: Ran) -> None:
+    """The program starts in /opt/x07, which is its own and which it can write."""
+    assert _told(looked, "cwd") == ["/opt/x07"]
+    assert _told(looked, "cwd-mode") == ["755 65532"]
+    assert "cwd OK" in _told(looked, "make")
+
+
+def test_the_program_is_nobody(looked: Ran) -> None:
+    """Uid and gid 65532, no further groups, no capability in any of the five sets, no way to new privileges."""
+    status = _status(looked)
+    assert _told(looked, "ids") == ["65532 65532 65532 65532 groups 0"]
+    assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert status["NoNewPrivs"] == "1"
+    assert set(status["Uid"].split()) == {"65532"}
+
+
+def test_the_program_is_alone_and_not_pid_1(looked: Ran) -> None:
+    """It has a pid namespace of its own, is not its first process, and sees itself only."""
+    pid = _status(looked)["Pid"]
+    assert pid != "1"
+    assert _told(looked, "process") == [pid]
+    assert _told(looked, "session") == [pid]
+
+
+def test_signals_are_as_a_program_expects_them(looked: Ran) -> None:
+    """No signal is ignored, caught or blocked from the start."""
+    status = _status(looked)
+    assert {int(status[name], 16) for name in ("SigBlk", "SigIgn", "SigCgt")} == {0}
+    assert _told(looked, "not-default") == []
+
+
+def test_the_machine_has_one_name_and_no_network(looked: Ran) -> None:
+    """The host name is x07, and the only interface is lo."""
+    assert _told(looked, "hostname") == ["x07"]
+    lines = [line.removeprefix("/proc/net/dev: ") for line in looked.lines() if line.startswith("/proc/net/dev: ")]
+    assert [line.split(":")[0].strip() for line in lines if ":" in line and "|" not in line] == ["lo"]
+
+
+def test_nothing_of_the_agent_is_visible(looked: Ran) -> None:
+    """Agent, channel, disks, console, other processes and control groups are not there for the program."""
+    seen = dict(line.split() for line in _told(looked, "see"))
+    assert seen == dict.fromkeys(seen, "ENOENT")
+    assert {"/run/x07", "/proc/1", "/dev/vport0p1", "/sys/fs/cgroup"} < set(seen)
+    assert "/run/x07" not in "".join(line for line in looked.lines() if line.startswith("/proc/self/mounts"))
+    assert "hidepid=invisible" in looked.stdout.decode()
+    assert "/proc/self/cgroup: 0::/\n" in looked.stdout.decode()
+
+
+def test_the_system_is_read_only(looked: Ran) -> None:
+    """No place but the working directory, /tmp and /dev/shm takes a file."""
+    made = dict(line.split() for line in _told(looked, "make"))
+    assert made.pop("cwd") == "OK"
+    assert made.pop("/proc") == "ENOENT"
+    assert set(made.values()) <= {"EROFS", "EACCES"}
+    assert {made["/"], made["/x07/in"], made["/x07/out"]} == {"EROFS"}
+
+
+def test_what_came_in_cannot_be_changed(looked: Ran) -> None:
+    """Its own artifact, the policy, the kernel's settings and its memory score are out of its reach."""
+    tried = dict(line.split() for line in _told(looked, "write"))
+    assert "OK" not in tried.values()
+    assert tried["/x07/in/artifact"] in {"EROFS", "ETXTBSY", "EACCES"}
+    assert tried["/proc/self/oom_score_adj"] == "EACCES"
+    assert _told(looked, "chmod") == ["artifact EROFS"]
+    assert _told(looked, "unlink") == ["artifact EROFS"]
+
+
+def test_the_program_has_no_power_over_others(looked: Ran) -> None:
+    """It can neither signal nor trace PID 1, nor mount, change its root or its user, nor raise its priority."""
+    for action in ("signal", "trace", "mount", "remount", "umount", "chroot", "setuid", "setgid", "sethostname", "nice"):
+        answers = {line.split()[1] for line in _told(looked, action)}
+        assert answers <= {"EPERM", "EACCES"}, action
+        assert answers, action
+    assert _told(looked, "mknod") == ["/tmp/disk EPERM"]
+    assert _told(looked, "unshare") == ["mount EPERM"]
+
+
+def test_a_user_namespace_reaches_nothing_new(looked: Ran) -> None:
+    """Whoever makes a user namespace inside gets no mount undone, no disk, no sysctl and no view of PID 1."""
+    tried = dict(line.split() for line in _told(looked, "userns"))
+    if tried["unshare"] == "OK":
+        reached = {name for name, answer in tried.items() if answer == "OK"} - {"unshare", "mount-namespace"}
+        # An own sysfs would show no more than its own network namespace; the machine's devices are the kernel's to hide.
+        assert reached == set(), tried
+    else:
+        assert tried["unshare"] in {"EPERM", "ENOSPC", "EUSERS"}
+
+
+def test_limits_of_resources_are_set(looked: Ran) -> None:
+    """limits.fds and the fixed bounds on cores, locked memory and message queues hold as hard limits."""
+    limits = {int(number): (int(soft), int(hard)) for number, soft, hard in (line.split() for line in _told(looked, "rlimit"))}
+    assert limits[resource.RLIMIT_NOFILE] == (256, 256)
+    assert limits[resource.RLIMIT_CORE] == (0, 0)
+    assert limits[resource.RLIMIT_MEMLOCK] == (65536, 65536)
+
+
+def test_exactly_three_descriptors_go_in(sandbox: Sandbox) -> None:
+    """The program has descriptors 0, 1 and 2, all pipes, and none of init or agent."""
+    ran = sandbox.behave("fds")
+    assert ran.lines() == [f"fd {number} pipe" for number in range(3)]
+
+
+# input
+
+
+def test_input_is_streamed_while_the_program_runs(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
+    """A line sent is answered before the input ends: stdin and stdout are streams, no batches."""
+    with contextlib.ExitStack() as stack:
+        ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
+        heard, out = os.pipe()
+        stack.callback(os.close, heard)
+        stack.callback(os.close, out)
+        running = threads.submit(sandbox.behave, "lines", stdin=theirs.fileno(), live_stdout=out)
+        for word in (b"one", b"two"):
+            ours.sendall(word + b"\n")
+            assert _until(heard, b"\n", 60) == b"got " + word + b"\n"
+        assert not running.done()
+        ours.shutdown(socket.SHUT_WR)
+        ran = running.result(60)
+        assert (ran.outcome, ran.lines()) == ("ok", ["got one", "got two", "end"])
+        assert _until(heard, b"\n", 10) == b"end\n"
+
+
+def _until(fd: int, end: bytes, timeout_s: float) -> bytes:
+    """Read up to and including *end*."""
+    data = b""
+    deadline = time.monotonic() + timeout_s
+    while not data.endswith(end):
+        assert select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0], data
+        data += os.read(fd, 1)
+    return data
+
+
+def test_input_that_nobody_reads_holds_nothing(sandbox: Sandbox) -> None:
+    """A program that never reads its 5 MB of input ends when it wants to."""
+    ran = sandbox.behave("ignore-input", "500", stdin=bytes(5_000_000), policy={"limits.wall_ms": 30_000})
+    assert (ran.outcome, ran.lines()) == ("ok", ["never read a byte"])
+    assert ran.program_ms < 10_000
+
+
+def test_slow_reading_loses_nothing(sandbox: Sandbox) -> None:
+    """A program that takes its input in small bites, with pauses, gets all of it."""
+    data = random.Random(8).randbytes(600_000)  # noqa: S311 - test data
+    ran = sandbox.behave("echo", "5", stdin=data)
+    assert (ran.outcome, ran.stdout) == ("ok", data)
+
+
+def test_a_reader_who_stalls_stalls_the_program_and_not_the_deadline(
+    sandbox: Sandbox, threads: ThreadPoolExecutor
+) -> None:
+    """When nobody takes the output the program waits, and still ends at its deadline."""
+    with contextlib.ExitStack() as stack:
+        heard, out = os.pipe()
+        stack.callback(os.close, out)
+        running = threads.submit(sandbox.behave, "flood", "1", live_stdout=out, policy={"limits.wall_ms": 2000})
+        assert os.read(heard, 1) == b"x"
+        time.sleep(5)  # nothing can be waited for: the point is that nothing more is read
+        os.close(heard)
+        ran = running.result(60)
+        assert ran.outcome == "timeout"
+        assert ran.program_ms < 8000
+        assert len(ran.stdout) < 2 * MIB
+
+
+# ended from outside
+
+
+def test_a_cancel_ends_the_run(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
+    """A request to cancel ends a run at once, as `cancelled`, and nothing is left."""
+    cancel = Cancel()
+    with contextlib.closing(cancel):
+        running = threads.submit(sandbox.behave, "sleep", cancel=cancel)
+        while not owners(sandbox.state):
+            time.sleep(0.02)
+        cancel()
+        ran = running.result(20)
+    assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("cancelled", 143, "none")
+
+
+@contextlib.contextmanager
+def command(args: Sequence[str], **options: object) -> Iterator[subprocess.Popen[bytes]]:
+    """The real `x07` with *args*, killed at the latest at the end."""
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *args]
+    child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload]
+    with child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def _started(state: Path, child: subprocess.Popen[bytes]) -> dict[str, object]:
+    """The record of the run phase's job, once its program runs, as its first output shows."""
+    assert child.stdout is not None
+    assert _until(child.stdout.fileno(), b"sleeping\n", 60).endswith(b"sleeping\n")
+    (owner,) = [owner for owner in owners(state) if str(owner["labels"]).count("-run'")]
+    return owner
+
+
+@pytest.fixture
+def sleeper(state: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, object]]]:
+    """The command line while its program sleeps, and the record of that job."""
+    source = tmp_path / "sleeper.c"
+    source.write_text('#include <stdio.h>\n#include <unistd.h>\nint main(void) { puts("sleeping"); fflush(stdout); for (;;) pause(); }\n')
+    with command(["run", str(source)], stdin=subprocess.DEVNULL) as child:
+        yield child, _started(state, child)
+
+
+Sleeper = tuple[subprocess.Popen[bytes], dict[str, object]]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_command_cancels_the_run(sleeper: Sleeper, state: Path, number: int, code: int) -> None:
+    """SIGINT ends `x07 run` with 130 and SIGTERM with 143, with one line that says so, and nothing is left."""
+    child, _ = sleeper
+    child.send_signal(number)
+    _, said = child.communicate(timeout=20)
+    assert child.returncode == code
+    assert b"cancelled" in said
+    assert said.count(b"\n") == 1
+    assert left_behind(state) == []
+
+
+def test_the_machine_dies_with_its_runner(sleeper: Sleeper) -> None:
+    """SIGKILL to the command ends the machine within two seconds; the record stays, for a later sweep."""
+    child, owner = sleeper
+    mark = str(owner["instance"])
+    pidfds = [os.pidfd_open(pid) for pid in marked(mark)]
+    assert len(pidfds) >= 2, "outer and inner process of the jail, at least"
+    child.kill()
+    deadline = time.monotonic() + 2
+    try:
+        for fd in pidfds:
+            assert select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0], "still there after 2 s"
+    finally:
+        for fd in pidfds:
+            os.close(fd)
+    assert marked(mark) == []
+    groups = owner["cgroups"]
+    assert isinstance(groups, list)
+    for group in map(Path, groups):
+        # Nobody is left to remove it; that it is empty means that nothing of the job lives.
+        assert (group / "cgroup.procs").read_text() == ""
+        group.rmdir()
+
+
+def test_the_deadline_holds_without_a_live_runner(state: Path, image: Image) -> None:
+    """A machine whose runner is stopped ends at the job's deadline all the same: the timer is the jail's own."""
+    script = PROGRAMS / "hold_machine.py"
+    env = {**os.environ, "X07_VM_STATE_DIR": str(state)}
+    argv = [sys.executable, str(script), image.digest, "6"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, env=env) as child:
+        try:
+            assert child.stdout is not None
+            inner = json.loads(child.stdout.readline())["inner"]
+            began = time.monotonic()
+            child.send_signal(signal.SIGSTOP)
+            pidfd = os.pidfd_open(inner)
+            try:
+                assert select.select([pidfd], [], [], 12)[0], "it lives past its deadline"
+            finally:
+                os.close(pidfd)
+            assert 3 < time.monotonic() - began < 9
+            (owner,) = owners(state)
+            # The outer process is a zombie until its parent goes on; nothing that carries the mark runs any more.
+            assert all(_state_of(pid) == "Z" for pid in marked(str(owner["instance"])))
+        finally:
+            child.send_signal(signal.SIGCONT)
+            child.wait(30)
+    assert left_behind(state) == []
+
+
+def _state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_the_command_streams_and_ends_as_the_program(state: Path, tmp_path: Path) -> None:
+    """`x07 run` passes input, both outputs and the exit code through, and adds nothing of its own."""
+    source = tmp_path / "through.c"
+    source.write_text(
+        '#include <stdio.h>\nint main(void) { int c; while ((c = getchar()) != EOF) putchar(c ^ 1); fputs("err", stderr); return 42; }\n'
+    )
+    with command(["run", str(source)], stdin=subprocess.PIPE) as child:
+        out, err = child.communicate(EVERY_BYTE, timeout=60)
+    assert (child.returncode, err) == (42, b"err")
+    assert out == bytes(byte ^ 1 for byte in EVERY_BYTE)
+    assert left_behind(state) == []
+
+
+def test_a_result_as_json_is_one_object(state: Path) -> None:
+    """`x07 run --json` prints exactly one JSON object, with outcome, both phases and the reason, and the same exit code."""
+    with command(["run", "--json", str(BEHAVE), "--", "exit", "9"], stdin=subprocess.DEVNULL) as child:
+        out, err = child.communicate(timeout=60)
+    told = json.loads(out)
+    assert (child.returncode, err) == (9, b"")
+    assert (told["outcome"], told["exit_code"], sorted(told["phases"])) == ("failed", 9, ["build", "run"])
+    assert left_behind(state) == []
