@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import select
+import signal
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from x07_sandbox.host.arch import host_arch
 from x07_sandbox.jail.bwrap import BWRAP, INNER_UID, PERL, SETPRIV, Jail, jail_argv
 
 COMMAND = ["/usr/bin/qemu", "--bind", "/", "/", "--uid", "0", "--"]
 UID = 0x70000123
-WITH_ONE = {"--uid", "--gid", "--cap-drop", "--cap-add", "--perms", "--dir", "--info-fd", "--block-fd", "--sync-fd"}
+WITH_ONE = {"--uid", "--gid", "--cap-drop", "--cap-add", "--perms", "--dir", "--info-fd", "--sync-fd"}
 WITH_ONE |= {"--remount-ro", "--seccomp", "--add-seccomp-fd"}
 WITH_TWO = {"--setenv", "--symlink", "--ro-bind", "--ro-bind-fd", "--dev-bind"}
 
@@ -26,8 +32,10 @@ def jail(uid: int | None) -> Jail:
         uid=uid,
         mark="m" * 32,
         deadline_s=815,
+        runner_pid=4242,
+        prctl=host_arch().syscalls["prctl"],
+        filter_fd=24,
         info_fd=21,
-        block_fd=22,
         lock_fd=None if uid is None else 23,
     )
 
@@ -59,7 +67,56 @@ def test_a_timer_that_needs_no_runner_comes_first(uid: int | None) -> None:
     argv = jail_argv(jail(uid), COMMAND)
     assert argv[:2] == [PERL, "-e"]
     assert argv[2].index("alarm shift") < argv[2].index("exec")
-    assert argv[3:5] == ["815", BWRAP]
+    assert argv[3] == "815"
+    assert argv.index(BWRAP) == 6
+
+
+def starter(made: Jail, command: list[str]) -> list[str]:
+    """The part of the command line before bubblewrap, before another command."""
+    argv = jail_argv(made, COMMAND)
+    return argv[: argv.index(BWRAP)] + command
+
+
+def test_the_timer_ends_what_follows_it() -> None:
+    """At the deadline the kernel ends the process, with the signal of its timer, whatever it has become by then."""
+    made = dataclasses.replace(jail(None), deadline_s=1, runner_pid=os.getpid())
+    child = subprocess.Popen(starter(made, ["/bin/sleep", "60"]))
+    try:
+        assert child.wait(30) == -signal.SIGALRM
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_nothing_is_started_for_a_runner_that_is_gone() -> None:
+    """Where the starter is not the runner any more, the command is not executed at all."""
+    made = dataclasses.replace(jail(None), runner_pid=os.getppid())
+    done = subprocess.run(starter(made, ["/bin/echo", "started"]), capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert (done.stdout, "the runner is gone" in done.stderr) == ("", True)
+
+
+def test_the_jail_dies_with_a_runner_that_is_killed() -> None:
+    """A runner that is killed takes with it what it has started, without any process of ours left to do so."""
+    words = starter(jail(None), ["/bin/sleep", "60"])
+    words[words.index("4242")] = "RUNNER"
+    read_end, write_end = os.pipe()
+    code = "import os, subprocess, sys; words = [str(os.getpid()) if w == 'RUNNER' else w for w in sys.argv[2:]]; "
+    code += "subprocess.Popen(words, pass_fds=[int(sys.argv[1])]); print('started', flush=True); input()"
+    runner = subprocess.Popen(
+        [sys.executable, "-c", code, str(write_end), *words],
+        pass_fds=[write_end],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    os.close(write_end)
+    with runner, open(read_end, "rb") as pipe:  # noqa: PTH123 - a descriptor, no path
+        assert runner.stdout is not None
+        assert runner.stdout.readline() == b"started\n"
+        runner.kill()
+        # The pipe ends when all who hold it are gone.
+        assert select.select([pipe], [], [], 30)[0]
+        assert pipe.read() == b""
 
 
 @BOTH
@@ -76,7 +133,7 @@ def test_the_user_form_has_all_namespaces_and_a_uid_that_is_not_0() -> None:
     """An ordinary user's jail has every namespace, is not root inside, and holds no capability."""
     found = options(jail(None))
     assert ("--unshare-all",) in found
-    assert INNER_UID != 0
+    assert int(str(INNER_UID)) > 0
     assert {("--uid", str(INNER_UID)), ("--gid", str(INNER_UID)), ("--cap-drop", "ALL")} <= set(found)
     assert not any(option[0] == "--cap-add" for option in found)
     assert inside(jail(None)) == COMMAND
@@ -132,9 +189,16 @@ def test_there_is_no_proc_and_nothing_to_write(uid: int | None) -> None:
 
 @BOTH
 def test_it_starts_blocked_and_tells_its_process(uid: int | None) -> None:
-    """The first process is reported, and waits until it is recorded."""
+    """The first process is reported, and waits for its filter; --block-fd would go on at the end of a dead runner."""
     found = options(jail(uid))
-    assert {("--info-fd", "21"), ("--block-fd", "22")} <= set(found)
+    assert {("--info-fd", "21"), ("--seccomp", "24")} <= set(found)
+    assert "--block-fd" not in {option[0] for option in found}
+
+
+@BOTH
+def test_a_filter_of_system_calls_is_loaded(uid: int | None) -> None:
+    """Both forms load the filter that closes what namespaces and capabilities leave open."""
+    assert [option for option in options(jail(uid)) if option[0] == "--seccomp"] == [("--seccomp", "24")]
 
 
 def test_the_lock_on_the_uid_stays_as_long_as_the_jail() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from x07_sandbox.backends.qemu.machine import (
     INITRD,
     KERNEL,
+    ROOT,
     ROOT_SERIAL,
     SCRATCH_SERIAL,
     Machine,
@@ -22,15 +22,22 @@ from x07_sandbox.guest import agent
 from x07_sandbox.host.arch import ARCHES
 
 MIB = 1024 * 1024
-FDS = {"root_fd": 101, "scratch_fd": 102, "channel_fd": 103, "qmp_fd": 104, "console_fd": 105}
+FDS = {"scratch_fd": 102, "channel_fd": 103, "qmp_fd": 104, "console_fd": 105}
 MACHINES = [pytest.param(name, kvm, id=f"{name}-{'kvm' if kvm else 'tcg'}") for name in ARCHES for kvm in (None, 106)]
 
 
 def machine(
-    name: str = "x86_64", kvm_fd: int | None = None, *, ram_bytes: int = 512 * MIB, mark: str = "a" * 32
+    name: str = "x86_64", kvm_fd: int | None = None, *, ram_bytes: int = 512 * MIB, mark: str = "a" * 32, shift: int = 0
 ) -> Machine:
-    """A machine of an architecture."""
-    return Machine(arch=ARCHES[name], ram_bytes=ram_bytes, kvm_fd=kvm_fd, tsc_khz=2_000_000, mark=mark, **FDS)
+    """A machine of an architecture; shift: added to the number of each descriptor."""
+    return Machine(
+        arch=ARCHES[name],
+        ram_bytes=ram_bytes,
+        kvm_fd=None if kvm_fd is None else kvm_fd + shift,
+        tsc_khz=2_000_000,
+        mark=mark,
+        **{key: fd + shift for key, fd in FDS.items()},
+    )
 
 
 def values(argv: list[str], option: str) -> list[str]:
@@ -41,10 +48,7 @@ def values(argv: list[str], option: str) -> list[str]:
 @pytest.mark.parametrize(("name", "kvm"), MACHINES)
 def test_the_kernel_command_line_is_the_same_for_every_job(name: str, kvm: int | None) -> None:
     """Two jobs on machines of one size boot by the very same words, so that a saved machine serves any job."""
-    one = machine(name, kvm)
-    other = dataclasses.replace(
-        machine(name, None if kvm is None else 206, mark="b" * 32), **{key: fd + 100 for key, fd in FDS.items()}
-    )
+    one, other = machine(name, kvm), machine(name, kvm, mark="b" * 32, shift=100)
     assert kernel_command_line(one) == kernel_command_line(other)
     assert values(qemu_argv(one), "-append") == [kernel_command_line(one)]
     assert one.mark not in kernel_command_line(one)
@@ -53,8 +57,7 @@ def test_the_kernel_command_line_is_the_same_for_every_job(name: str, kvm: int |
 @pytest.mark.parametrize(("name", "kvm"), MACHINES)
 def test_two_jobs_differ_in_mark_and_descriptors_alone(name: str, kvm: int | None) -> None:
     """Besides the mark that names its owner and numbers of descriptors, a job leaves no trace on the command line."""
-    one, other = machine(name, kvm), machine(name, kvm, mark="b" * 32)
-    other = dataclasses.replace(other, **{key: fd + 100 for key, fd in FDS.items()})
+    one, other = machine(name, kvm), machine(name, kvm, mark="b" * 32, shift=100)
 
     def plain(argv: list[str]) -> list[str]:
         return [re.sub(r"fd=\d+", "fd=N", word) for word in argv]
@@ -93,7 +96,7 @@ def test_there_is_no_network_card_and_no_default_device(name: str, kvm: int | No
 
 @pytest.mark.parametrize(("name", "kvm"), MACHINES)
 def test_every_descriptor_is_given_once(name: str, kvm: int | None) -> None:
-    """Channel, QMP, console and disks are descriptors that QEMU inherits, each in its one place."""
+    """Channel, QMP, console and scratch disk are descriptors that QEMU inherits, each in its one place."""
     argv = qemu_argv(machine(name, kvm))
     given_fds = [int(number) for value in argv for number in re.findall(r"\bfd=(\d+)", value)]
     assert sorted(given_fds) == sorted([*FDS.values(), *([] if kvm is None else [kvm])])
@@ -106,11 +109,12 @@ def test_every_descriptor_is_given_once(name: str, kvm: int | None) -> None:
 
 @pytest.mark.parametrize(("name", "kvm"), MACHINES)
 def test_no_path_of_the_host_is_opened(name: str, kvm: int | None) -> None:
-    """The only paths are those of the jail's empty root: kernel, initramfs, random source and descriptor sets."""
+    """The only paths are those of the jail's empty root: the image's parts, the random source and descriptor sets."""
     argv = qemu_argv(machine(name, kvm))[1:]
     paths = {path for value in argv for path in re.findall(r"(?:^|=)(/[^,\s]+)", value)}
-    sets = {"/dev/fdset/1", "/dev/fdset/2"} | (set() if kvm is None else {"/dev/fdset/3"})
-    assert paths == {KERNEL, INITRD, "/dev/urandom"} | sets
+    sets = {"/dev/fdset/2"} | (set() if kvm is None else {"/dev/fdset/3"})
+    assert paths == {KERNEL, INITRD, ROOT, "/dev/urandom"} | sets
+    assert all(path.startswith("/img/") for path in (KERNEL, INITRD, ROOT))
 
 
 @pytest.mark.parametrize(("name", "kvm"), MACHINES)
@@ -121,6 +125,9 @@ def test_the_image_cannot_be_written_and_the_scratch_disk_can(name: str, kvm: in
         dict(part.split("=", 1) for part in node.split(","))["node-name"]: node for node in values(argv, "-blockdev")
     }
     assert disks.keys() == {"root", "scratch"}
+    assert f"file.filename={ROOT}," in disks["root"]
+    assert "file.filename=/dev/fdset/2," in disks["scratch"]
+    assert f"set=2,fd={FDS['scratch_fd']}" in values(argv, "-add-fd")
     assert ",read-only=on," in disks["root"]
     assert "read-only=off" not in disks["root"]
     assert ",read-only=off," in disks["scratch"]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
@@ -20,12 +21,14 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.processes import Identity, carries_mark, is_alive
 from x07_sandbox.images.build import build_image
-from x07_sandbox.images.store import Image
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import OUTPUT, toolchain_for
-from x07_sandbox.runs.result import Output, Result
 from x07_sandbox.runs.run import RunRequest, run
 from x07_sandbox.runs.streams import Cancel, OutFile
+
+if TYPE_CHECKING:
+    from x07_sandbox.images.store import Image
+    from x07_sandbox.runs.result import Output, Result
 
 PROGRAMS = Path(__file__).parent / "programs"
 BEHAVE = PROGRAMS / "behave.c"
@@ -197,6 +200,14 @@ def _out_file(content: bytes | None, stack: contextlib.ExitStack) -> OutFile:
 def owners(state: Path) -> list[dict[str, object]]:
     """The owner records of all jobs below *state*."""
     return [json.loads(path.read_bytes()) for path in sorted(state.glob("*/owner.json"))]
+
+
+def wait_done(state: Path, timeout_s: float) -> None:
+    """Wait until a job below *state* is recorded as done: its machine is gone, though its run may go on."""
+    deadline = time.monotonic() + timeout_s
+    while not any(state.glob("*/done")):
+        assert time.monotonic() < deadline, f"no job was done within {timeout_s} s"
+        time.sleep(0.05)  # the record is a file on purpose: there is nothing to wait on
 
 
 def marked(mark: str) -> list[int]:

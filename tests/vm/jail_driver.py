@@ -3,8 +3,9 @@
     jail_driver.py '{"binary": PATH, "do": "hold" | "talk" | "phase", ...}'
 
 Answers one JSON object a line on standard output and takes one word a line on standard input. hold: wait blocked,
-go on at "release", end at "stop". talk: send `facts` over the channel, print what comes back, then as hold. phase:
-be the host's side of a run's conversation, as in a run.
+go on at "release", end at "stop". talk: send the next line, a JSON string, over the channel and go on, print what
+comes back, end at "stop". phase: be the host's side of a run's conversation, as in a run. thread: as hold, but
+started and let go by a thread that has ended when the test hears of it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from x07_sandbox.backends.base import Job
 from x07_sandbox.backends.qemu.start import Accelerator, QemuInstance, start_qemu
+from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
@@ -59,10 +61,28 @@ def wait_for(word: str) -> None:
         raise SystemExit(f"the test said {got!r} instead of {word!r}")
 
 
+def swap(folder: Path, how: str) -> None:
+    """Put something else under the path of each part of the image, which has been opened and checked.
+
+    file, link: a file or a link, the checked file living on under another name. over: a file, by rename(2) over it.
+    """
+    for name in ("vmlinux", "initrd.cpio", "root.erofs", "scratch.head"):
+        other = folder / f"{name}.other"
+        other.write_bytes(b"not what was checked")
+        if how != "over":
+            (folder / name).rename(folder / f"{name}.checked")
+        if how == "link":
+            (folder / name).symlink_to(other)
+        else:
+            other.replace(folder / name)
+
+
 @contextlib.contextmanager
 def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
     """The hostile program in the jail, blocked."""
-    with open_image(find_image(None)) as image:
+    with open_image(find_image(order.get("image"))) as image:
+        if "swap" in order:
+            swap(find_image(order.get("image")).folder, order["swap"])
         record = create_record(
             run_id=new_run_id(), phase="run", backend="qemu", wall_ms=1000, image_digest=image.manifest.digest
         )
@@ -94,19 +114,26 @@ def hold(order: dict[str, Any]) -> None:
 def talk(order: dict[str, Any]) -> None:
     """The program's findings, at most 4 MiB of them."""
     with started(order) as instance:
-        wait_for("release")
-        os.write(instance.channel_fd, order["facts"].encode() + b"go\n")
+        facts = json.loads(sys.stdin.readline())
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as the reading below finds too
+            os.write(instance.channel_fd, facts.encode())
         instance.release()
         deadline = Deadline.after(_TALK_S)
         data = b""
+        chunk = b"-"
         poll = select.poll()
         poll.register(instance.channel_fd, select.POLLIN)
         while b'"end"' not in data and len(data) < _TALK_BYTES and not deadline.passed():
             if poll.poll(deadline.left_s() * 1000):
-                chunk = os.read(instance.channel_fd, 65536)
+                try:
+                    chunk = os.read(instance.channel_fd, 65536)
+                except ConnectionResetError:  # it ended with our words unread
+                    chunk = b""
                 data += chunk
                 if not chunk:
                     break
+        if not chunk:
+            instance.child.wait(10)
         tell("findings", text=data.decode(), status=instance.exit_status(), console=instance.console_tail())
         wait_for("stop")
 
@@ -157,7 +184,6 @@ def main() -> None:
     """Carry out the order."""
     order = json.loads(sys.argv[1])
     if order["do"] == "thread":
-        # Started from a thread that has ended when the test hears of it.
         instances: list[QemuInstance] = []
         stack = contextlib.ExitStack()
         starter = threading.Thread(target=lambda: instances.append(stack.enter_context(started(order))))
@@ -168,7 +194,10 @@ def main() -> None:
         wait_for("stop")
         stack.close()
         return
-    {"hold": hold, "talk": talk, "phase": phase}[order["do"]](order)
+    try:
+        {"hold": hold, "talk": talk, "phase": phase}[order["do"]](order)
+    except BackendError as exc:
+        tell("refused", text=str(exc))
 
 
 if __name__ == "__main__":

@@ -8,24 +8,29 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm.conftest import BEHAVE, PROGRAMS, Ran, Sandbox
+from tests.vm.conftest import BEHAVE, PROGRAMS, Ran, Sandbox, wait_done
+from x07_sandbox.channel.frames import WINDOW
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.guestcode import GuestCode, read_guest_code
-from x07_sandbox.images.store import Image
 
-pytestmark = pytest.mark.vm
+if TYPE_CHECKING:
+    from x07_sandbox.images.store import Image
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 MIB = 1 << 20
 
 
 def hostile_code(boot: str) -> GuestCode:
-    """This installation's guest code with the liar in the agent's place."""
+    """Our own guest code with the liar in the agent's place."""
     honest = read_guest_code()
     agent = dict(honest.agent)
     agent["guest/honest.py"] = agent["guest/agent.py"]
@@ -37,6 +42,7 @@ def hostile_code(boot: str) -> GuestCode:
 @pytest.fixture(scope="session")
 def hostile_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of images beside the user's: the packages come from there by link, the images do not go there."""
+    del image  # made by now, and with it the base
     cache = tmp_path_factory.mktemp("hostile") / "cache"
     (cache / "images").mkdir(parents=True, mode=0o700)
     cache.chmod(0o700)
@@ -84,7 +90,7 @@ def lost(ran: Ran, fault: str) -> str:
 
 
 def test_the_same_guest_is_honest_where_it_is_not_told_to_lie(hostile: Hostile) -> None:
-    """The hostile image runs a program like any other when no word tells it otherwise: what follows is the lies' doing."""
+    """The hostile image runs a program like any other when no word tells it to lie: what follows is its lies."""
     ran = hostile("args", "plain")
     assert (ran.outcome, ran.stdout) == ("ok", b"plain\0")
 
@@ -129,7 +135,6 @@ def test_a_guest_that_fails_before_the_program_is_the_hosts_fault(hostile: Hosti
         ("oversized", "broke the channel's protocol while running the program: bad frame"),
         ("frames", "STARTED while running"),
         ("credit", "more credit than the window of stream 1"),
-        ("window", "stream 2 sent more than its window"),
         ("status", "a wait status that no ended program has: 4991"),
         ("failed", "the guest failed while running the program: x: ?[2J it broke"),
         ("json", "broke the channel's protocol while running the program: bad EXITED frame"),
@@ -144,6 +149,28 @@ def test_each_way_to_lose_a_guest_has_its_own_reason(hostile: Hostile, word: str
     assert ran.program_ms < 20_000
 
 
+def test_output_without_credit_breaks_the_protocol(hostile: Hostile, state: Path, threads: ThreadPoolExecutor) -> None:
+    """While nobody takes the output, a guest that sends beyond its window is `guest-lost`, and costs no more."""
+    heard, out = os.pipe()
+    try:
+        running = threads.submit(hostile, "window", live_stdout=out)
+        try:
+            wait_done(state, 60)
+        finally:
+            os.close(heard)  # the run itself waits for its reader, as any program does
+        ran = running.result(30)
+    finally:
+        os.close(out)
+    assert "stream 2 sent more than its window" in lost(ran, "program")
+    assert ran.result.stdout.bytes <= WINDOW + 65536
+
+
+def test_output_without_credit_ends_at_the_cap(hostile: Hostile) -> None:
+    """While the output is taken as it comes, a guest that floods it ends at the output limit like any program."""
+    ran = hostile("window", max_output_bytes=MIB)
+    assert (ran.outcome, ran.result.stdout.bytes, ran.result.stdout.truncated) == ("output-limit", MIB, True)
+
+
 @pytest.mark.parametrize("word", ["mute", "console"])
 def test_a_guest_that_says_nothing_of_use_ends_at_the_deadline(hostile: Hostile, word: str) -> None:
     """An agent that stays silent, or floods the console, ends as `timeout` at our own deadline, and is not believed."""
@@ -154,7 +181,7 @@ def test_a_guest_that_says_nothing_of_use_ends_at_the_deadline(hostile: Hostile,
 
 
 def test_a_claim_of_success_is_only_the_programs_own(hostile: Hostile) -> None:
-    """A guest that claims success without running anything is `ok` with nothing to show: only its own result is forged."""
+    """A guest that claims success without running anything is `ok` with nothing to show: it forges no more."""
     ran = hostile("ok")
     assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", b"", b"")
 

@@ -12,7 +12,7 @@ from x07_sandbox.plan.outcomes import signal_name
 if TYPE_CHECKING:
     from tests.vm.conftest import Sandbox
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 # Linux's numbers, written out: the guest is Linux whatever runs the tests.
 ENDING = (*range(1, 17), *range(24, 28), *range(29, 32))

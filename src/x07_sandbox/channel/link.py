@@ -51,6 +51,7 @@ NEXT: Final[dict[tuple[State, Kind], State]] = {
     (State.WAITING, Kind.HELLO): State.GREETED,
     (State.GREETED, Kind.SEED): State.SEEDING,
     (State.SEEDING, Kind.SEEDED): State.READY,
+    (State.SEEDING, Kind.FAILED): State.FAILED,
     (State.READY, Kind.START): State.PREPARING,
     (State.PREPARING, Kind.STARTED): State.RUNNING,
     (State.PREPARING, Kind.FAILED): State.FAILED,

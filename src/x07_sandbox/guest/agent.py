@@ -106,7 +106,7 @@ class Agent:
             self._fail("prepare", exc.errno or 0, str(exc))
 
     def _fail(self, stage: str, number: int, message: str) -> None:
-        if self.link.state in {State.PREPARING, State.RUNNING, State.COLLECTING}:
+        if self.link.state in {State.SEEDING, State.PREPARING, State.RUNNING, State.COLLECTING}:
             self.link.send(Kind.FAILED, {"stage": stage[:64], "errno": number, "message": message[:1000]})
 
     def _take(self, event: Event) -> None:
@@ -223,7 +223,9 @@ class Job:
         if fd == self.report_fd:
             self._take_report()
         elif fd in self.fds:
-            self._carry(fd)
+            # In one turn init may have ended without a report: after FAILED nothing more of the program is carried.
+            if self.link.state is State.RUNNING:
+                self._carry(fd)
         elif fd == self.stdin_fd:
             self._feed(broken=bool(mask & select.POLLERR))
 
@@ -382,7 +384,9 @@ class IncomingFiles:
 
     def close(self, stream: int) -> None:
         """The file is whole: close it, unpack it if it is an archive."""
-        file = self.open.pop(stream)
+        file = self.open.pop(stream, None)
+        if file is None:
+            raise JobError("files", 0, f"stream {stream} is not in the job, or has ended")
         file.close()
         entry = self.entries[stream]
         if entry["kind"] != "archive":

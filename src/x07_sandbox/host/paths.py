@@ -49,11 +49,11 @@ def private_dir(path: Path) -> Path:
     belong to that uid or to root and not be writable by others, but for sticky ones like /tmp.
     Raises HostError.
     """
-    if not path.is_absolute() or ".." in path.parts:
+    if not path.is_absolute() or ".." in path.parts or len(path.parts) == 1:
         raise HostError(
             f"cannot use folder {path}", "it is not a plain absolute path", "Give an absolute path without '..'"
         )
-    fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for depth, part in enumerate(path.parts[1:], start=1):
             here = Path(*path.parts[: depth + 1])
@@ -83,7 +83,7 @@ def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
 
 def _open_folder(dir_fd: int, part: str, here: Path) -> int:
     try:
-        return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        return os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as exc:
         raise HostError(
             f"cannot use folder {here}",

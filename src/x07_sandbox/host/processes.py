@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -55,9 +56,9 @@ def _stat_fields(pid: int) -> list[str] | None:
 
 
 def carries_mark(pid: int, mark: str) -> bool:
-    """Whether a process has *mark*, which only our launcher sets, among its arguments."""
+    """Whether a process has *mark*, which only our launcher sets, among its arguments. No mark is no proof."""
     try:
-        return mark.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return bool(mark) and mark.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -70,9 +71,8 @@ def is_alive(identity: Identity) -> bool:
 
 def kill_identity(identity: Identity, mark: str) -> bool:
     """SIGKILL that very process, through a pidfd, if number, start time and mark agree; whether it was signalled."""
-    try:
-        pidfd = os.pidfd_open(identity.pid)
-    except ProcessLookupError:
+    pidfd = _pidfd(identity.pid)
+    if pidfd is None:
         return False
     try:
         # Checked after the pidfd is held: from here on the number cannot come to mean another process.
@@ -85,11 +85,22 @@ def kill_identity(identity: Identity, mark: str) -> bool:
         os.close(pidfd)
 
 
+def _pidfd(pid: int) -> int | None:
+    """A descriptor of the process; None when the number is nobody's, or has come to be a mere thread's."""
+    try:
+        return os.pidfd_open(pid)
+    except (ProcessLookupError, FileNotFoundError):
+        return None
+    except OSError as exc:
+        if exc.errno == errno.EINVAL:  # how older kernels say that it is a thread
+            return None
+        raise
+
+
 def wait_gone(identity: Identity, timeout_s: float) -> bool:
     """Wait until that process has ended, at most *timeout_s*; whether it has."""
-    try:
-        pidfd = os.pidfd_open(identity.pid)
-    except ProcessLookupError:
+    pidfd = _pidfd(identity.pid)
+    if pidfd is None:
         return True
     try:
         if not is_alive(identity):

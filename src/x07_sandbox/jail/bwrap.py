@@ -43,7 +43,9 @@ class Jail:
     mark: random text that proves, in the arguments, that our launcher started this.
     deadline_s: when the kernel ends it, in whole seconds.
     runner_pid: the process with which it dies. prctl: number of that system call here.
-    filter_fd: readable, holds the filter of system calls.
+    filter_fd: a pipe from which bubblewrap reads the filter of system calls, as its last step, until the pipe's end.
+        It is the gate: the jail waits there until the filter is written, and where the pipe ends without one, as when
+        the runner dies, the kernel refuses the empty filter and the jail ends. (--block-fd goes on at either.)
     """
 
     files: tuple[str, ...]
@@ -55,7 +57,6 @@ class Jail:
     runner_pid: int
     prctl: int
     info_fd: int
-    block_fd: int
     filter_fd: int
     lock_fd: int | None = None
     links: tuple[tuple[str, str], ...] = field(default=())
@@ -76,7 +77,12 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
         argv += ["--ro-bind-fd", str(fd), path]
     for path in jail.devices:
         argv += ["--dev-bind", path, path]
-    argv += ["--remount-ro", "/", "--info-fd", str(jail.info_fd), "--block-fd", str(jail.block_fd)]
+    argv += [
+        "--remount-ro",
+        "/",
+        "--info-fd",
+        str(jail.info_fd),
+    ]
     argv += ["--seccomp", str(jail.filter_fd)]
     if jail.lock_fd is not None:
         argv += ["--sync-fd", str(jail.lock_fd)]

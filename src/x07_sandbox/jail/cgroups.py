@@ -36,16 +36,8 @@ class HostGroups:
 
     def remove(self) -> bool:
         """Remove the groups of a job whose processes are gone; whether they are gone too."""
-        for folder in self.folders:
-            for _ in range(50):
-                with contextlib.suppress(FileNotFoundError):
-                    try:
-                        folder.rmdir()
-                    except OSError:
-                        time.sleep(0.01)  # the kernel lets go of the last task a moment after it was reaped
-                        continue
-                break
-        return not any(folder.exists() for folder in self.folders)
+        left = [folder for folder in self.folders if not _removed(folder)]  # each is tried, also when one stays
+        return not left
 
 
 def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
@@ -56,19 +48,21 @@ def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
 
 
 def _version_2(name: str, memory_bytes: int, tasks: int) -> HostGroups:
+    nothing = HostGroups(folders=(), holds=())
     parent = _ROOT / _PARENT if os.geteuid() == 0 else _own_group()
     try:
         if os.geteuid() == 0:
             parent.mkdir(exist_ok=True)
             (_ROOT / "cgroup.subtree_control").write_text("+memory +pids", encoding="ascii")
+        elif not os.access(parent / "cgroup.procs", os.W_OK):
+            return nothing  # a process can only be moved below a group whose list of processes we may write
         (parent / "cgroup.subtree_control").write_text("+memory +pids", encoding="ascii")
         folder = parent / name
         folder.mkdir()
-        (folder / "memory.max").write_text(str(memory_bytes), encoding="ascii")
-        (folder / "pids.max").write_text(str(tasks), encoding="ascii")
     except OSError:
-        return HostGroups(folders=(), holds=())
-    return HostGroups(folders=(folder,), holds=("memory", "pids"))
+        return nothing
+    limits = {"memory.max": memory_bytes, "pids.max": tasks}
+    return HostGroups(folders=(folder,), holds=("memory", "pids")) if _limited(folder, limits) else nothing
 
 
 def _own_group() -> Path:
@@ -88,11 +82,34 @@ def _version_1(name: str, memory_bytes: int, tasks: int) -> HostGroups:
             if not (_ROOT / controller / "cgroup.procs").exists():
                 continue
             folder.mkdir(parents=True)
-            (folder / file).write_text(str(value), encoding="ascii")
         except OSError:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-            continue
-        folders.append(folder)
-        holds.append(controller)
+            continue  # not ours to make, or the name is taken: then it is another job's
+        if _limited(folder, {file: value}):
+            folders.append(folder)
+            holds.append(controller)
     return HostGroups(folders=tuple(folders), holds=tuple(holds))
+
+
+def _limited(folder: Path, limits: dict[str, int]) -> bool:
+    """Write the limits of a group that was just made; where the kernel refuses one, the group goes again."""
+    try:
+        for file, value in limits.items():
+            (folder / file).write_text(str(value), encoding="ascii")
+    except OSError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        return False
+    return True
+
+
+def _removed(folder: Path) -> bool:
+    for _ in range(50):
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            time.sleep(0.01)  # the kernel lets go of the last task a moment after it was reaped
+        else:
+            return True
+    return False

@@ -34,6 +34,7 @@ def needed_files(binary: str) -> tuple[str, ...]:
         pass  # not asked yet, or damaged: ask
     files = _ask(binary)
     temporary = record.with_suffix(f".{os.getpid()}.tmp")
+    temporary.touch(mode=0o600)
     temporary.write_text(json.dumps({"key": key, "files": files}), encoding="utf-8")
     temporary.replace(record)
     return tuple(files)

@@ -1,18 +1,23 @@
-"""A guest that lies: takes the place of `guest/agent.py` in images that tests build; the honest one is `guest/honest.py`.
+# ruff: noqa: PTH119, PTH123, SLF001 - guest code, without pathlib; the honest parts are what it abuses
+# mypy: ignore-errors
+"""A guest that lies, in the place of `guest/agent.py` in images that tests build; the honest one is `guest/honest.py`.
 
 `guest/mode.py` says how it behaves from the start (`BOOT`). Where it greets like an honest agent, the word of the job's
 command line that is in `DEEDS` says what it does once it has claimed that the program runs.
 """
+
+from __future__ import annotations
 
 import ctypes
 import os
 import struct
 import time
 
-from x07_sandbox.channel.frames import HEADER, PROTOCOL, Kind, Stream
-from x07_sandbox.channel.link import Control
-from x07_sandbox.guest import honest, system
 from x07_sandbox.guest.mode import BOOT
+
+from x07_sandbox.channel.frames import HEADER, PROTOCOL, Kind, Stream
+from x07_sandbox.channel.link import Control, Event
+from x07_sandbox.guest import honest, system
 
 ENDED = {
     "wait_status": 0,
@@ -29,7 +34,7 @@ ENDED = {
 }
 
 
-def main():
+def main() -> None:
     """Behave as BOOT says."""
     if BOOT == "off":
         system.power_off()
@@ -51,7 +56,7 @@ def main():
 class Liar(honest.Agent):
     """Honest until START."""
 
-    def _take(self, event):
+    def _take(self, event: Event) -> None:
         if isinstance(event, Control) and event.kind is Kind.START:
             words = [os.path.basename(arg).partition(".")[0] for arg in event.body["argv"]]
             for word in words:
@@ -62,24 +67,24 @@ class Liar(honest.Agent):
                     for_ever()
         super()._take(event)
 
-    def say(self):
+    def say(self) -> None:
         """Let all that is queued go."""
         while self.link.pending():
             self.connection.flush()
             time.sleep(0.001)
 
-    def raw(self, kind, stream, payload, size=None):
+    def raw(self, kind: int, stream: int, payload: bytes, size: int | None = None) -> None:
         """One frame as it is, whatever the link thinks of it."""
         header = HEADER.pack(len(payload) if size is None else size, kind, 0, stream)
         write(self.connection.fd, header + payload)
 
-    def end(self, **lies):
+    def end(self, **lies: object) -> None:
         """Claim the program's end."""
         self.link.send(Kind.EXITED, ENDED | lies)
         self.say()
 
 
-def write(fd, data):
+def write(fd: int, data: bytes) -> None:
     """Write all."""
     while data:
         try:
@@ -88,19 +93,19 @@ def write(fd, data):
             time.sleep(0.001)
 
 
-def pour(fd, data):
+def pour(fd: int, data: bytes) -> None:
     """Write the same for ever."""
     while True:
         write(fd, data)
 
 
-def for_ever():
+def for_ever() -> None:
     """Do nothing any more."""
     while True:
         time.sleep(1000)
 
 
-def panic():
+def panic() -> None:
     """Have the kernel end itself."""
     with open("/proc/sys/kernel/sysrq", "w") as file:
         file.write("1")
@@ -109,25 +114,25 @@ def panic():
     for_ever()
 
 
-def flood_console():
+def flood_console() -> None:
     """Write to the console for ever."""
     pour(os.open("/dev/console", os.O_WRONLY), b"Kernel panic - not syncing\x1b[31m: I lie\n" * 100)
 
 
-def flood_output(agent):
+def flood_output(agent: Liar) -> None:
     """More output than the window allows."""
     while True:
         agent.raw(Kind.DATA, Stream.STDOUT, bytes(32768))
 
 
-def lie_about_file(agent, announced, sent):
+def lie_about_file(agent: Liar, announced: int, sent: int) -> None:
     """Announce one size, send another."""
     agent.end(output_bytes=announced)
     agent.raw(Kind.DATA, Stream.OUTPUT_FILE, bytes(sent))
     agent.raw(Kind.EOF, Stream.OUTPUT_FILE, b"")
 
 
-def endless_file(agent):
+def endless_file(agent: Liar) -> None:
     """Announce a small file, then keep to the window and send for ever."""
     agent.end(output_bytes=100)
     while True:
@@ -150,8 +155,9 @@ DEEDS = {
     "credit": lambda agent: pour(agent.connection.fd, HEADER.pack(4, Kind.CREDIT, 0, 1) + struct.pack(">I", 1 << 20)),
     "window": flood_output,
     "status": lambda agent: agent.end(wait_status=0x137F),
-    "failed": lambda agent: agent.link.send(Kind.FAILED, {"stage": "x", "errno": 5, "message": "\x1b[2J it broke"})
-    or agent.say(),
+    "failed": lambda agent: (
+        agent.link.send(Kind.FAILED, {"stage": "x", "errno": 5, "message": "\x1b[2J it broke"}) or agent.say()
+    ),
     "json": lambda agent: agent.raw(Kind.EXITED, 0, b'{"wait_status": NaN}'),
     "deep": lambda agent: agent.raw(Kind.EXITED, 0, b"[" * 16000),
     "numbers": lambda agent: agent.raw(Kind.EXITED, 0, b'{"wait_status":' + b"9" * 5000 + b"}"),

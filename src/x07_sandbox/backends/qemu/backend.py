@@ -32,8 +32,9 @@ class QemuBackend:
 
         Raises RefusedError if the user demands hardware and there is none.
         """
+        demanded = flag_from_environment("X07_VM_REQUIRE_HARDWARE")
         self._kvm, reason = kvm_verdict(image)
-        if not self._kvm and flag_from_environment("X07_VM_REQUIRE_HARDWARE"):
+        if demanded and not self._kvm:
             raise RefusedError(
                 "hardware virtualisation was required",
                 reason,

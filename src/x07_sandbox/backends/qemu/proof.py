@@ -48,6 +48,7 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
             return bool(known["works"]), str(known["reason"])
         works, reason = _try(image)
         temporary = record.with_suffix(".tmp")
+        temporary.touch(mode=0o600)
         temporary.write_text(json.dumps({"works": works, "reason": reason}), encoding="utf-8")
         temporary.replace(record)
     return works, reason

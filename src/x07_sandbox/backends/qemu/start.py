@@ -21,7 +21,7 @@ from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.processes import Identity, cpu_ticks, identify, wait_gone
+from x07_sandbox.host.processes import Identity, cpu_ticks, identify, kill_identity, wait_gone
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv
 from x07_sandbox.jail.cgroups import HostGroups, make_groups
@@ -44,6 +44,29 @@ _GONE_S: Final = 10.0
 _QMP_QUIT: Final = b'{"execute":"qmp_capabilities"}\n{"execute":"quit"}\n'
 
 
+class Gate:
+    """Where a jail waits to be let go, for its filter of system calls: see `Jail.filter_fd`. Owns the descriptor."""
+
+    def __init__(self, owned_fd: int, filter_bytes: bytes) -> None:
+        self.opened = False
+        self._fd: int | None = owned_fd
+        self._filter = filter_bytes
+
+    def open(self) -> None:
+        """Let it go. A second call does nothing."""
+        if self._fd is not None:
+            self.opened = True
+            with contextlib.suppress(BrokenPipeError):  # it has ended: its descriptors tell
+                os.write(self._fd, self._filter)  # less than a pipe takes at once (pipe(7)): whole or not at all
+        self.close()
+
+    def close(self) -> None:
+        """Shut it for good: what still waits ends. A second call does nothing."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
 class QemuInstance:
     """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
 
@@ -52,7 +75,7 @@ class QemuInstance:
         *,
         child: subprocess.Popen[bytes],
         inner: Identity,
-        block_fd: int,
+        gate: Gate,
         ends: dict[str, int],
         groups: HostGroups,
         jail: str,
@@ -64,7 +87,8 @@ class QemuInstance:
         self.groups = groups
         self.channel_fd = ends["channel"]
         self.pidfd = os.pidfd_open(child.pid)
-        self._block_fd = block_fd
+        self._inner_pidfd = os.pidfd_open(inner.pid)
+        self._gate = gate
         self._qmp_fd = ends["qmp"]
         self.console = SideStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES)
         self.qmp = SideStream(ends["qmp"], keep_bytes=4096)
@@ -74,7 +98,8 @@ class QemuInstance:
 
     def release(self) -> None:
         """Let the machine run: its record is written."""
-        os.write(self._block_fd, b"x")
+        if self.child.poll() is None:  # else its deadline came first, and nothing would end what is let go now
+            self._gate.open()
 
     def side_fds(self) -> tuple[int, ...]:
         """Console, QMP replies and the VMM's own messages."""
@@ -114,9 +139,12 @@ class QemuInstance:
             os.write(self._qmp_fd, _QMP_QUIT)
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        if not poll.poll(50):
+        if not self._gate.opened or not poll.poll(50):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            # It dies with the outer process, but not while it waits at the gate: bubblewrap asks for that later.
+            signal.pidfd_send_signal(self._inner_pidfd, signal.SIGKILL)
         deadline = Deadline.after(_GONE_S)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.child.wait(deadline.left_s())
@@ -128,6 +156,7 @@ class QemuInstance:
     def close(self) -> None:
         """Close what is ours to close besides the descriptors that `start_qemu` made."""
         os.close(self.pidfd)
+        os.close(self._inner_pidfd)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,10 +193,10 @@ def start_qemu(job: Job, accelerator: Accelerator, arch: Arch | None = None) -> 
         )
         info_r, info_w = os.pipe2(os.O_CLOEXEC)
         _own(stack, info_r)
-        block_r, block_w = os.pipe2(os.O_CLOEXEC)
-        _own(stack, block_w)
-        filter_r = _filter(arch)
-        given.fds += [info_w, block_r, filter_r]
+        gate_r, gate_w = os.pipe2(os.O_CLOEXEC)
+        gate = Gate(gate_w, vmm_filter(arch))
+        stack.callback(gate.close)
+        given.fds += [info_w, gate_r]
         jail = Jail(
             files=_jail_files(arch, with_setpriv=uid is not None),
             # The opened files themselves, on a read-only mount: through a descriptor of its own a VMM that runs under
@@ -184,24 +213,26 @@ def start_qemu(job: Job, accelerator: Accelerator, arch: Arch | None = None) -> 
             runner_pid=os.getpid(),
             prctl=arch.syscalls["prctl"],
             info_fd=info_w,
-            block_fd=block_r,
-            filter_fd=filter_r,
+            filter_fd=gate_r,
             lock_fd=lock_fd,
         )
         passed = [fd for fd in (machine.kvm_fd, lock_fd) if fd is not None]
-        passed += [*(fd for fd, _ in jail.fd_files), machine.scratch_fd, info_w, block_r, filter_r]
+        passed += [*(fd for fd, _ in jail.fd_files), machine.scratch_fd, info_w, gate_r]
         passed += [theirs[name] for name in ("channel", "qmp", "console")]
         request = Launch(argv=jail_argv(jail, qemu_argv(machine)), pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
-        yield from _run(job, request, info_r=info_r, block_w=block_w, ours=ours, given=given)
+        yield from _run(job, request, info_r=info_r, gate=gate, ours=ours, given=given)
 
 
 def _run(
-    job: Job, request: Launch, *, info_r: int, block_w: int, ours: dict[str, int], given: Given
+    job: Job, request: Launch, *, info_r: int, gate: Gate, ours: dict[str, int], given: Given
 ) -> Iterator[QemuInstance]:
     groups = make_groups(job.record.job_id, memory_bytes=job.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
     child = None
+    inner = None
     instance = None
     try:
+        # First without processes: whatever is left by a runner killed from here on carries the mark that stands there.
+        _record(job, groups, {})
         try:
             child = launch(request)
         except OSError as exc:
@@ -210,10 +241,15 @@ def _run(
             ) from exc
         given.close()  # the child has its own by now; an end of a pipe that stayed open here would never end
         inner = _inner_process(child, info_r, ours["stderr"])
-        _bound(inner.pid, job, groups)
+        try:
+            _bound(inner.pid, job, groups)
+        except ProcessLookupError as exc:
+            raise _no_jail(child, ours["stderr"]) from exc
         form = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
-        instance = QemuInstance(child=child, inner=inner, block_fd=block_w, ends=ours, groups=groups, jail=form)
-        _record(job, instance)
+        instance = QemuInstance(child=child, inner=inner, gate=gate, ends=ours, groups=groups, jail=form)
+        if instance.outer is None:
+            raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
+        _record(job, groups, {"outer": instance.outer, "inner": inner})
         yield instance
     finally:
         if instance is not None:
@@ -223,19 +259,20 @@ def _run(
         elif child is not None:
             child.kill()
             child.wait()
+            if inner is not None:  # it may not have asked yet to die with the outer process
+                kill_identity(inner, job.record.mark)
+                wait_gone(inner, _GONE_S)
             groups.remove()
         else:
             groups.remove()
 
 
-def _record(job: Job, instance: QemuInstance) -> None:
+def _record(job: Job, groups: HostGroups, processes: dict[str, Identity]) -> None:
     runner = identify(os.getpid())
-    if runner is None or instance.outer is None:
-        raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
-    folders = tuple(str(folder) for folder in instance.groups.folders)
-    write_owner(
-        job.record, runner=runner, processes={"outer": instance.outer, "inner": instance.inner}, cgroups=folders
-    )
+    if runner is None:
+        raise BackendError("cannot record the job", "/proc does not show this process", "Mount /proc here")
+    folders = tuple(str(folder) for folder in groups.folders)
+    write_owner(job.record, runner=runner, processes=processes, cgroups=folders)
 
 
 def _inner_process(child: subprocess.Popen[bytes], info_r: int, stderr_fd: int) -> Identity:
@@ -256,13 +293,21 @@ def _inner_process(child: subprocess.Popen[bytes], info_r: int, stderr_fd: int) 
         inner = None
     if inner is not None:
         return inner
+    raise _no_jail(child, stderr_fd)
+
+
+def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> BackendError:
+    """What bubblewrap said when it could not build the jail, as an error."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(1)
     stream = SideStream(stderr_fd, keep_bytes=4096)
     stream.read()
     said = stream.text().strip() or f"bubblewrap ended with status {child.returncode}"
-    fix = "Allow user and mount namespaces here (in a container: --privileged)"
-    raise BackendError("cannot build the jail around the virtual machine", said[:500], fix)
+    if "find source path" in said:
+        fix = "A file that it needs was replaced or removed meanwhile: try again"
+    else:
+        fix = "Allow user and mount namespaces here (in a container: --privileged)"
+    return BackendError("cannot build the jail around the virtual machine", said[:500], fix)
 
 
 def _bound(pid: int, job: Job, groups: HostGroups) -> None:
@@ -278,6 +323,8 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
         ):
             resource.prlimit(pid, which, (value, value))
         groups.add(pid)
+    except ProcessLookupError:
+        raise  # it has ended: the caller knows how to ask why
     except OSError as exc:
         raise BackendError("cannot bound the virtual machine", str(exc), "Run x07 doctor") from exc
 
@@ -302,13 +349,6 @@ class Given:
         """Close them; a second call does nothing."""
         while self.fds:
             os.close(self.fds.pop())
-
-
-def _filter(arch: Arch) -> int:
-    fd = os.memfd_create("x07-filter", os.MFD_CLOEXEC)
-    os.write(fd, vmm_filter(arch))
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 def _own(stack: contextlib.ExitStack, fd: int) -> int:

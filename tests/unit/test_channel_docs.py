@@ -1,0 +1,246 @@
+"""Promises of docs/guest-channel.md: its tables and its diagram are those of the code.
+
+Run as a program (python -m tests.unit.test_channel_docs) it writes them anew.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from x07_sandbox.channel import connection, frames
+from x07_sandbox.channel.frames import BODIES, SENDER, Kind, Role, Shape, Stream, payload_max, stream_sender
+from x07_sandbox.channel.link import DATA_STATES, NEXT, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "guest-channel.md"
+
+FRAME_MEANING: Final = {
+    Kind.HELLO: "The agent is there, and speaks this protocol.",
+    Kind.SEED: "Clock, entropy and names: what a resumed machine has to have anew.",
+    Kind.SEEDED: "Clock and entropy are in place.",
+    Kind.START: "The job. Its files and its input follow as data.",
+    Kind.STARTED: "The program has been executed: its time counts from here.",
+    Kind.DATA: "Bytes of a stream, at least one.",
+    Kind.EOF: "The stream has ended.",
+    Kind.CREDIT: "How many more bytes of the stream are taken: u32, big endian, at least 1.",
+    Kind.STOP: "End the program.",
+    Kind.EXITED: "The program has ended; its output file follows, if one was asked for and is there.",
+    Kind.FAILED: "The agent cannot go on.",
+}
+FIELD_MEANING: Final = {
+    "HELLO.protocol": "Number of the protocol that the agent speaks.",
+    "SEED.unix_ns": "What the clock is set to, in nanoseconds since 1970.",
+    "SEED.entropy": "64 random bytes in hexadecimal, for the kernel's random pool.",
+    "SEED.nonce": "A random text that the answer has to repeat.",
+    "SEED.hostname": "Name of the machine.",
+    "SEED.machine_id": "Content of /etc/machine-id.",
+    "SEEDED.nonce": "That of SEED.",
+    "START.run_id": "Id of the job.",
+    "START.phase": "`build` or `run`.",
+    "START.argv": "List of texts: the program and its arguments.",
+    "START.env": "Object of texts: the whole environment.",
+    "START.cwd": "Working directory.",
+    "START.files": "List of `{path, mode, kind}`, kind `file` or `archive`; entry N comes on stream 16 + N.",
+    "START.limits": "Object of whole numbers: the agent's share of the plan.",
+    "START.output": "`{path, max_bytes}` of the one file that is wanted back, or null.",
+    "EXITED.wait_status": "As wait(2) gives it.",
+    "EXITED.cpu_us": "CPU time of the program and its children, in microseconds.",
+    "EXITED.memory_peak_bytes": "Most memory that they had at once.",
+    "EXITED.oom_kills": "How many of them the kernel killed for memory.",
+    "EXITED.tasks_peak": "Most processes and threads at once.",
+    "EXITED.tasks_refused": "How often one more was refused.",
+    "EXITED.cpu_exceeded": "The agent killed the program for its CPU time.",
+    "EXITED.stopped": "The program stood still by a signal when STOP came.",
+    "EXITED.disk_full": "The scratch disk is full.",
+    "EXITED.output_bytes": "Size of the output file; null when none follows.",
+    "EXITED.output_problem": "Why none follows.",
+    "FAILED.stage": "What the agent was doing.",
+    "FAILED.errno": "The error's number, 0 for none.",
+    "FAILED.message": "The error in words.",
+}
+STREAM_MEANING: Final = {
+    Stream.STDIN: "The program's standard input.",
+    Stream.STDOUT: "Its standard output.",
+    Stream.STDERR: "Its standard error.",
+    Stream.OUTPUT_FILE: "The file that START asks for, after EXITED.",
+    Stream.FIRST_FILE: "Files that go in, in the order of START.",
+}
+STATE_MEANING: Final = {
+    State.WAITING: "The guest boots.",
+    State.GREETED: "The agent has spoken.",
+    State.SEEDING: "The agent sets clock and entropy.",
+    State.READY: "The agent waits for a job. A saved machine stands here, or earlier.",
+    State.PREPARING: "Files come in, the program is confined and executed.",
+    State.RUNNING: "The program runs.",
+    State.COLLECTING: "The program has ended; its output file may follow.",
+    State.FAILED: "The agent has given up.",
+}
+SENDS: Final = {Role.HOST: "host", Role.GUEST: "guest"}
+
+
+def table(*rows: tuple[object, ...]) -> str:
+    """A table in Markdown, its first row the head."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def size(count: int) -> str:
+    """A number of bytes, in KiB or MiB where it is a whole number of them."""
+    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit and count % unit == 0:
+            return f"{count // unit} {name}"
+    return f"{count} bytes"
+
+
+def number(value: int) -> str:
+    """A bound, as a power of two where it is one, or one less than one."""
+    if value >= 1 << 16 and value & (value - 1) == 0:
+        return f"2^{value.bit_length() - 1}"
+    if value >= 1 << 16 and value & (value + 1) == 0:
+        return f"2^{value.bit_length()} - 1"
+    return str(value)
+
+
+def bounds(shape: Shape) -> str:
+    """What a field may hold, in words."""
+    text = {
+        "int": f"whole number, {number(shape.lo)} to {number(shape.hi)}",
+        "text": f"text, {shape.lo} to {shape.hi} characters"
+        if shape.lo != shape.hi
+        else f"text, {shape.lo} characters",
+        "bool": "true or false",
+        "any": "see right",
+    }[shape.kind]
+    return text + (", or null" if shape.optional else "")
+
+
+def frames_table() -> str:
+    """Every frame."""
+    both = {Kind.DATA: "the stream's sender", Kind.EOF: "the stream's sender", Kind.CREDIT: "the stream's taker"}
+    rows = [
+        (
+            int(kind),
+            f"`{kind.name}`",
+            SENDS[SENDER[kind]] if kind in SENDER else both[kind],
+            size(payload_max(kind)),
+            text,
+        )
+        for kind, text in ((kind, FRAME_MEANING[kind]) for kind in Kind)
+    ]
+    return table(("type", "frame", "sent by", "largest payload", "meaning"), *rows)
+
+
+def bodies_table() -> str:
+    """Every field of every control frame."""
+    rows = [
+        (f"`{kind.name}`", f"`{name}`", bounds(shape), FIELD_MEANING[f"{kind.name}.{name}"])
+        for kind, fields in BODIES.items()
+        for name, shape in fields.items()
+    ]
+    empty = ", ".join(f"`{kind.name}`" for kind, fields in BODIES.items() if not fields)
+    return table(("frame", "field", "holds", "meaning"), *rows) + f"\n\nWithout fields: {empty}."
+
+
+def streams_table() -> str:
+    """Every stream."""
+    rows = []
+    for stream, text in STREAM_MEANING.items():
+        sender = stream_sender(stream)
+        assert sender is not None
+        numbers = f"{int(stream)} to {frames.LAST_FILE}" if stream is Stream.FIRST_FILE else int(stream)
+        states = ", ".join(state.value for state in State if state in DATA_STATES[stream])
+        rows.append((numbers, SENDS[sender], states, text))
+    return table(("stream", "sent by", "data is in order while", "what it is"), *rows)
+
+
+def states_table() -> str:
+    """Every state, and who may send which control frame in it."""
+    rows = []
+    for state, text in STATE_MEANING.items():
+        sends = {
+            role: ", ".join(f"`{kind.name}`" for begin, kind in NEXT if begin is state and SENDER[kind] is role) or "-"
+            for role in Role
+        }
+        rows.append((state.value, text, sends[Role.GUEST], sends[Role.HOST]))
+    return table(("state", "what goes on", "guest may send", "host may send"), *rows)
+
+
+def diagram() -> str:
+    """The states, as a diagram."""
+    lines = [
+        f"    {begin.value} --> {end.value}: {SENDS[SENDER[kind]]} {kind.name}" for (begin, kind), end in NEXT.items()
+    ]
+    return "\n".join(["```mermaid", "stateDiagram-v2", f"    [*] --> {State.WAITING.value}", *lines, "```"])
+
+
+def bounds_table() -> str:
+    """Every number."""
+    guest = max(payload_max(kind) for kind in Kind if SENDER.get(kind) is not Role.HOST)
+    return table(
+        ("what", "bound", "name in the code"),
+        ("header", size(frames.HEADER.size), "`frames.HEADER`"),
+        ("payload of data", size(frames.DATA_MAX), "`frames.DATA_MAX`"),
+        ("payload of control frames", size(frames.CONTROL_MAX), "`frames.CONTROL_MAX`"),
+        ("payload of START", size(frames.START_MAX), "`frames.START_MAX`"),
+        ("bytes of one stream without credit", size(frames.WINDOW), "`frames.WINDOW`"),
+        ("credit is sent after", size(frames.WINDOW // 4), "a quarter of `frames.WINDOW`"),
+        ("files that go in", frames.LAST_FILE - Stream.FIRST_FILE + 1, "`frames.LAST_FILE`"),
+        ("bytes of a frame of the guest's that the host holds", size(guest + frames.HEADER.size), "header and data"),
+        ("bytes in one read", size(connection.READ_SIZE), "`connection.READ_SIZE`"),
+        ("bytes in one write", size(connection.WRITE_SIZE), "`connection.WRITE_SIZE`"),
+    )
+
+
+PARTS: Final[dict[str, Callable[[], str]]] = {
+    "frames": frames_table,
+    "bodies": bodies_table,
+    "streams": streams_table,
+    "states": states_table,
+    "diagram": diagram,
+    "bounds": bounds_table,
+}
+MARKED: Final = re.compile(r"(?s)(<!-- ([a-z]+): made from the code -->\n).*?(\n<!-- end -->)")
+
+
+def renewed(text: str) -> str:
+    """The page with every part made anew."""
+    return MARKED.sub(lambda match: match[1] + PARTS[match[2]]() + match[3], text)
+
+
+def test_the_page_shows_the_tables_of_the_code() -> None:
+    """Frames, fields, streams, states, diagram and numbers in docs/guest-channel.md are those of the code."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert [match[2] for match in MARKED.finditer(text)] == list(PARTS)
+    assert text == renewed(text), "run: python -m tests.unit.test_channel_docs"
+
+
+@pytest.mark.parametrize(
+    ("described", "there"),
+    [
+        (FRAME_MEANING, set(Kind)),
+        (FIELD_MEANING, {f"{kind.name}.{name}" for kind, fields in BODIES.items() for name in fields}),
+        (STREAM_MEANING, set(DATA_STATES)),
+        (STATE_MEANING, set(State)),
+    ],
+    ids=["frames", "fields", "streams", "states"],
+)
+def test_nothing_goes_without_a_word(described: dict[object, str], there: set[object]) -> None:
+    """Each frame, field, stream and state has its sentence, and there is none for what is gone."""
+    assert described.keys() == there
+    assert all(text.endswith(".") for text in described.values())
+
+
+def test_the_header_is_the_one_that_is_described() -> None:
+    """Length, type, a zero and stream: the header's bytes are those of the page."""
+    assert frames.encode(Kind.DATA, 0x1234, b"abc") == bytes.fromhex("00000003 06 00 1234") + b"abc"
+    assert "00 00 00 03  06  00  12 34  61 62 63" in PAGE.read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,106 @@
+"""Promises of the locks between processes."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.host.locks import file_lock
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HOLDER = (
+    "import pathlib, sys\n"
+    "from x07_sandbox.host.locks import file_lock\n"
+    "with file_lock(pathlib.Path(sys.argv[1])):\n"
+    "    print('held', flush=True)\n"
+    "    sys.stdin.read()\n"
+)
+
+
+def holder(path: Path) -> subprocess.Popen[bytes]:
+    """Another process that holds the lock until its input ends."""
+    child = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"held\n"
+    return child
+
+
+def test_a_free_lock_is_taken_without_waiting(tmp_path: Path) -> None:
+    """Nobody is told to wait for a lock that nobody holds; its file is made, private, and stays."""
+    waits: list[str] = []
+    for _ in range(2):
+        with file_lock(tmp_path / "lock", on_wait=lambda: waits.append("wait")):
+            assert stat.S_IMODE((tmp_path / "lock").stat().st_mode) == 0o600
+    assert waits == []
+    assert (tmp_path / "lock").exists()
+
+
+def test_another_process_waits_and_is_told_so_once(tmp_path: Path) -> None:
+    """While another process holds the lock, we wait, say so once, and have it when that one lets go."""
+    path = tmp_path / "lock"
+    waits: list[int | None] = []
+    with holder(path) as child:
+
+        def let_go() -> None:
+            waits.append(child.poll())
+            assert child.stdin is not None
+            child.stdin.close()
+
+        with file_lock(path, on_wait=let_go):
+            assert child.wait(30) == 0
+    assert waits == [None], "told when the other process still held it"
+
+
+def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
+    """The kernel takes a lock from a process that was killed: no stale lock is ever left."""
+    path = tmp_path / "lock"
+    with holder(path) as child:
+        child.kill()
+        child.wait()
+        waits: list[str] = []
+        with file_lock(path, on_wait=lambda: waits.append("wait")):
+            pass
+        assert waits == []
+
+
+def test_threads_exclude_each_other_too(tmp_path: Path) -> None:
+    """Two threads of one process do not hold one lock at once."""
+    path = tmp_path / "lock"
+    inside: list[str] = []
+    waiting = threading.Event()
+
+    def second() -> None:
+        with file_lock(path, on_wait=waiting.set):
+            inside.append("second")
+
+    thread = threading.Thread(target=second)
+    with file_lock(path):
+        thread.start()
+        assert waiting.wait(30)
+        inside.append("first")
+    thread.join(30)
+    assert inside == ["first", "second"]
+
+
+def test_a_link_is_not_a_lock(tmp_path: Path) -> None:
+    """A lock's file is never opened through a link."""
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"), file_lock(tmp_path / "lock"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_lock_is_let_go_when_the_work_fails(tmp_path: Path) -> None:
+    """An error inside releases the lock and comes out."""
+    with pytest.raises(KeyError), file_lock(tmp_path / "lock"):
+        raise KeyError("work")
+    waits: list[str] = []
+    with file_lock(tmp_path / "lock", on_wait=lambda: waits.append("wait")):
+        assert waits == []

@@ -1,0 +1,103 @@
+"""Promises of the host's control groups around a job: real groups, real processes, and none left behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.jail.cgroups import HostGroups, make_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.conftest import Need
+
+MEMORY = 64 * 1024 * 1024
+TASKS = 7
+VALUES = {"memory.max": MEMORY, "memory.limit_in_bytes": MEMORY, "pids.max": TASKS}
+
+
+@pytest.fixture
+def groups(need: Need) -> Iterator[HostGroups]:
+    """The groups of a job, if this host lets us make any."""
+    made = make_groups(f"test-{secrets.token_hex(8)}", memory_bytes=MEMORY, tasks=TASKS)
+    need(made.folders, "this host gives us no control groups", installable=False)
+    try:
+        yield made
+    finally:
+        assert made.remove()
+
+
+def test_groups_hold_what_they_say(groups: HostGroups) -> None:
+    """Each limit that is said to be held is in the kernel's own file."""
+    found = {
+        path.name: int(path.read_text(encoding="ascii"))
+        for folder in groups.folders
+        for path in folder.iterdir()
+        if path.name in VALUES
+    }
+    assert len(found) == len(groups.holds)
+    assert found == {name: VALUES[name] for name in found}
+    assert {name.partition(".")[0] for name in found} == set(groups.holds)
+    assert all(name in groups.describe() for name in groups.holds)
+
+
+def test_a_process_is_moved_into_all_of_them(groups: HostGroups) -> None:
+    """A process that was added is in every group of the job, and its group cannot be removed while it lives."""
+    with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) as child:
+        groups.add(child.pid)
+        for folder in groups.folders:
+            assert (folder / "cgroup.procs").read_text(encoding="ascii").split() == [str(child.pid)]
+        assert not groups.remove()
+        assert child.stdin is not None
+        child.stdin.close()
+        child.wait()
+    assert groups.remove()
+    assert not any(folder.exists() for folder in groups.folders)
+
+
+def test_the_limit_on_tasks_is_real(groups: HostGroups, need: Need) -> None:
+    """A process in the groups cannot have more tasks than the limit, whatever it tries."""
+    need("pids" in groups.holds, "this host gives us no pids group", installable=False)
+    code = "read x; for i in 1 2 3 4 5 6 7 8 9; do sleep 60 & done"
+    with subprocess.Popen(
+        ["/bin/sh", "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as child:
+        groups.add(child.pid)
+        assert child.stdin is not None
+        child.stdin.write(b"go\n")
+        child.stdin.close()
+        assert child.wait(60) != 0
+        (pids,) = {(folder / "cgroup.procs").read_text(encoding="ascii") for folder in groups.folders}
+        left = [int(pid) for pid in pids.split()]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert 0 < len(left) <= TASKS
+
+
+def test_removing_is_safe_to_repeat(groups: HostGroups) -> None:
+    """Groups that are gone are gone, however often one asks."""
+    assert groups.remove()
+    assert groups.remove()
+
+
+def test_a_host_without_groups_is_told_apart() -> None:
+    """No group at all is an answer, not an error: it holds nothing, says so, and has nothing to remove."""
+    none = HostGroups(folders=(), holds=())
+    none.add(1)
+    assert none.remove()
+    assert none.describe() == "no host control groups"
+
+
+def test_a_name_that_is_taken_is_not_shared(groups: HostGroups) -> None:
+    """A second job of one name gets no groups, and does not change those of the first."""
+    name = Path(groups.folders[0]).name
+    second = make_groups(name, memory_bytes=1 << 30, tasks=1000)
+    assert second.folders == ()
+    test_groups_hold_what_they_say(groups)

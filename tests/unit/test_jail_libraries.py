@@ -1,0 +1,88 @@
+"""Promises about the files that a program needs in its jail: all of them, and no others."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from x07_sandbox.errors import HostError
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.jail.bwrap import SETPRIV
+from x07_sandbox.jail.libraries import needed_files
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_program_needs_itself_its_loader_and_its_libraries() -> None:
+    """The list begins with the program, holds the loader and the C library, and each file once, and all exist."""
+    files = needed_files(SETPRIV)
+    assert files[0] == SETPRIV
+    assert host_arch().loader in files
+    assert any(Path(path).name.startswith("libc.so") for path in files)
+    assert len(set(files)) == len(files)
+    assert all(Path(path).is_absolute() and Path(path).is_file() for path in files)
+
+
+def test_what_is_remembered_is_what_was_found(cache: Path) -> None:
+    """The second answer, from the cache, is the first one; the cache is private."""
+    first = needed_files(SETPRIV)
+    (record,) = (cache / "libraries").iterdir()
+    assert needed_files(SETPRIV) == first
+    assert json.loads(record.read_bytes())["files"] == list(first)
+    assert stat.S_IMODE((cache / "libraries").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"key":[]}', b'{"key":[],"files":["/etc/shadow"]}', b"\xff"]
+)
+def test_a_damaged_memory_is_asked_anew(content: bytes, cache: Path) -> None:
+    """What is not the record of this very program is thrown away, never believed."""
+    first = needed_files(SETPRIV)
+    (record,) = (cache / "libraries").iterdir()
+    record.write_bytes(content)
+    assert needed_files(SETPRIV) == first
+    assert json.loads(record.read_bytes())["files"] == list(first)
+
+
+def test_a_new_version_of_a_program_is_asked_anew(tmp_path: Path) -> None:
+    """The memory belongs to one state of the file: another file of that name is looked at again."""
+    program = tmp_path / "program"
+    program.write_bytes(Path(SETPRIV).read_bytes())
+    program.chmod(0o755)
+    assert len(needed_files(str(program))) == len(needed_files(SETPRIV))
+    source = tmp_path / "p.c"
+    source.write_text("int main(void) { return 0; }\n", encoding="ascii")
+    other = tmp_path / "other"
+    subprocess.run(["/usr/bin/cc", "-static", "-o", str(other), str(source)], check=True)
+    other.replace(program)
+    assert needed_files(str(program)) == (str(program),)
+
+
+def test_a_program_that_is_not_there_is_an_error() -> None:
+    """A missing program is told by name, with what to do."""
+    with pytest.raises(HostError, match="/nowhere/qemu") as caught:
+        needed_files("/nowhere/qemu")
+    assert "x07 doctor" in caught.value.fix
+
+
+def test_nothing_of_the_environment_leads_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library path or preload of the user's is not followed into the jail."""
+    expected = needed_files(SETPRIV)
+    libc = next(path for path in expected if Path(path).name.startswith("libc.so"))
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / Path(libc).name).write_bytes(Path(libc).read_bytes())
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "second"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path / "evil"))
+    monkeypatch.setenv("LD_PRELOAD", str(tmp_path / "evil" / Path(libc).name))
+    assert needed_files(SETPRIV) == expected
+    assert os.environ["LD_LIBRARY_PATH"]

@@ -1,0 +1,318 @@
+"""Promises of a job's record: upstream's format to the letter, ours beside it, and ids that are never given twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.errors import HostError
+from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.processes import boot_id, identify, pid_namespace
+from x07_sandbox.jobs.record import JobRecord, create_record, mark_done, new_run_id, runner_instance, write_owner
+
+# facts of upstream, 6.4
+KEYS = [
+    "schema_version",
+    "run_id",
+    "backend",
+    "container_id",
+    "pid",
+    "created_unix_ms",
+    "deadline_unix_ms",
+    "grace_ms",
+    "cleanup_ms",
+    "ctr",
+]
+LABELS = {
+    "io.x07.schema",
+    "io.x07.run_id",
+    "io.x07.job_id",
+    "io.x07.runner_instance",
+    "io.x07.deadline_unix_ms",
+    "io.x07.backend",
+    "io.x07.created_unix_ms",
+    "io.x07.image_digest",
+}
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+ALLOWANCE_MS = 750_000
+INSTANCE = re.compile(r"ri-[0-9a-f]{32}")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state root, not made yet."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "vm" / "jobs"))
+    return tmp_path / "vm" / "jobs"
+
+
+def create(phase: str = "run", wall_ms: int = 60_000) -> JobRecord:
+    """A record as for a virtual machine."""
+    return create_record(run_id=new_run_id(), phase=phase, backend="qemu", wall_ms=wall_ms, image_digest=DIGEST)
+
+
+@pytest.mark.usefixtures("root")
+def test_job_json_has_exactly_upstreams_keys() -> None:
+    """The file has the keys of x07.vm.job@0.1.0, all of them and no other, each with its type."""
+    record = create()
+    text = (record.folder / "job.json").read_text(encoding="ascii")
+    job = json.loads(text)
+    assert list(job) == KEYS
+    assert text == json.dumps(job, indent=2) + "\n"
+    assert job["schema_version"] == "x07.vm.job@0.1.0"
+    assert (job["run_id"], job["backend"]) == (record.job_id, "qemu")
+    assert (job["pid"], job["ctr"], job["cleanup_ms"]) == (None, None, 30_000)
+    assert all(type(job[name]) is int for name in KEYS if name.endswith("_ms"))
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("phase", ["build", "run"])
+def test_names_fit_upstreams_patterns(phase: str) -> None:
+    """A container's name is x07- and the job's id, made of what every runtime takes, and short enough for all."""
+    record = create(phase)
+    job = json.loads((record.folder / "job.json").read_bytes())
+    assert re.fullmatch(rf"\d+-{os.getpid()}-\d+-{phase}", record.job_id)
+    assert job["container_id"] == f"x07-{record.job_id}"
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", job["container_id"])
+    assert len(job["container_id"]) <= 63  # Apple's; docker and podman take 128
+    assert record.folder.name == record.job_id
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize(("wall_ms", "grace_ms"), [(1, 1), (500, 50), (60_000, 1000), (600_000, 1000)])
+def test_times_are_those_of_one_clock(wall_ms: int, grace_ms: int) -> None:
+    """The deadline is the creation, plus the allowance, plus the program's own time; the grace is a tenth of that."""
+    before = unix_ms()
+    record = create(wall_ms=wall_ms)
+    job = json.loads((record.folder / "job.json").read_bytes())
+    assert before <= job["created_unix_ms"] <= unix_ms()
+    assert job["deadline_unix_ms"] - job["created_unix_ms"] == ALLOWANCE_MS + wall_ms
+    assert job["grace_ms"] == grace_ms
+
+
+@pytest.mark.usefixtures("root")
+def test_labels_are_upstreams() -> None:
+    """An instance carries upstream's labels, with values that agree with job.json."""
+    record = create()
+    job = json.loads((record.folder / "job.json").read_bytes())
+    labels = record.labels()
+    assert labels.keys() == LABELS
+    assert labels["io.x07.schema"] == "1"
+    assert labels["io.x07.run_id"] == labels["io.x07.job_id"] == job["run_id"]
+    assert labels["io.x07.backend"] == "vm.qemu"
+    assert labels["io.x07.image_digest"] == DIGEST
+    assert INSTANCE.fullmatch(labels["io.x07.runner_instance"])
+    for name in ("created_unix_ms", "deadline_unix_ms"):
+        assert int(labels[f"io.x07.{name}"]) == job[name] > 0
+
+
+@given(
+    run_ms=st.integers(0, 2**50),
+    pid=st.integers(1, 2**22),
+    number=st.integers(0, 10**9),
+    phase=st.sampled_from(["build", "run"]),
+    backend=st.sampled_from(["qemu", "firecracker-ctr", "apple-container", "vz", "podman", "docker", "os", "none"]),
+    deadline=st.integers(1, 2**53),
+)
+def test_labels_hold_only_what_every_runtime_takes(
+    run_ms: int, pid: int, number: int, phase: str, backend: str, deadline: int
+) -> None:
+    """Keys, values and lengths of all labels are within upstream's bounds, for any job."""
+    record = JobRecord(
+        job_id=f"{run_ms}-{pid}-{number}-{phase}",
+        run_id=f"{run_ms}-{pid}-{number}",
+        backend=backend,
+        folder=Path("/nowhere"),
+        created_unix_ms=run_ms,
+        deadline_unix_ms=deadline,
+        grace_ms=1000,
+        mark="m" * 32,
+        runner_instance="ri-" + "0" * 32,
+        image_digest=DIGEST,
+    )
+    for key, value in record.labels().items():
+        assert re.fullmatch(r"io\.x07\.[a-z0-9._-]+", key)
+        assert re.fullmatch(r"[A-Za-z0-9._:@/+-]+", value)
+        assert len(key) + len(value) <= 4096
+
+
+def test_everything_is_private(root: Path) -> None:
+    """Folders have mode 0700 and files 0600, under any umask, and nothing half-written is left beside them."""
+    before = os.umask(0)
+    try:
+        record = create()
+        runner = identify(os.getpid())
+        assert runner is not None
+        write_owner(record, runner=runner, processes={}, cgroups=())
+        mark_done(record)
+    finally:
+        os.umask(before)
+    assert sorted(path.name for path in record.folder.iterdir()) == ["done", "job.json", "owner.json"]
+    assert sorted(path.name for path in root.parent.iterdir()) == ["jobs", "runner_instance"]
+    for path in (root, *root.rglob("*"), root.parent / "runner_instance"):
+        assert stat.S_IMODE(path.lstat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+@pytest.mark.usefixtures("root")
+def test_the_owner_is_told_by_more_than_a_number() -> None:
+    """What is needed to act on a job stands in owner.json: boot, namespace, start time of each process, mark."""
+    record = create()
+    runner = identify(os.getpid())
+    assert runner is not None
+    write_owner(record, runner=runner, processes={"outer": runner, "inner": runner}, cgroups=("/sys/fs/cgroup/x",))
+    owner = json.loads((record.folder / "owner.json").read_bytes())
+    own = {"pid": os.getpid(), "start_ticks": runner.start_ticks}
+    assert owner["schema_version"] == "x07.sandbox.owner@0.1.0"
+    assert (owner["boot_id"], owner["pid_namespace"]) == (boot_id(), pid_namespace())
+    assert (owner["runner"], owner["processes"]) == (own, {"outer": own, "inner": own})
+    assert owner["cgroups"] == ["/sys/fs/cgroup/x"]
+    assert (owner["run"], owner["instance"], owner["labels"]) == (record.run_id, record.mark, record.labels())
+    assert "mark" not in json.loads((record.folder / "job.json").read_bytes())
+
+
+@pytest.mark.usefixtures("root")
+def test_done_is_written_last_and_says_so() -> None:
+    """A job that is not proven gone has no `done`; one that is has upstream's."""
+    record = create()
+    assert not (record.folder / "done").exists()
+    mark_done(record)
+    assert (record.folder / "done").read_bytes() == b"done\n"
+
+
+@pytest.mark.usefixtures("root")
+def test_marks_cannot_be_guessed() -> None:
+    """Each job has a mark of its own, of 128 random bits."""
+    marks = {create().mark for _ in range(5)}
+    assert len(marks) == 5
+    assert all(re.fullmatch(r"[0-9a-f]{32}", mark) for mark in marks)
+
+
+def test_one_record_is_not_written_over_another(root: Path) -> None:
+    """A second job of the same id is an error that names the folder, and the first record stays."""
+    record = create()
+    before = (record.folder / "job.json").read_bytes()
+    with pytest.raises(HostError, match=record.job_id):
+        create_record(run_id=record.run_id, phase="run", backend="qemu", wall_ms=1, image_digest=DIGEST)
+    assert (root / record.job_id / "job.json").read_bytes() == before
+
+
+def test_run_ids_are_never_given_twice() -> None:
+    """Threads of one process that ask at the same moment get different ids."""
+    threads, each = 8, 500
+    barrier = threading.Barrier(threads)
+    found: list[list[str]] = [[] for _ in range(threads)]
+
+    def ask(at: int) -> None:
+        barrier.wait(30)
+        found[at] = [new_run_id() for _ in range(each)]
+
+    workers = [threading.Thread(target=ask, args=(at,)) for at in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    ids = [run_id for part in found for run_id in part]
+    assert len(set(ids)) == threads * each
+    assert all(re.fullmatch(rf"\d{{13}}-{os.getpid()}-\d+", run_id) for run_id in ids)
+
+
+# the runner's instance
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A state root whose parent is ours alone."""
+    folder = tmp_path / "vm" / "jobs"
+    folder.mkdir(parents=True, mode=0o700)
+    (tmp_path / "vm").chmod(0o700)
+    return folder
+
+
+def test_the_runner_has_one_id_beside_its_state(home: Path) -> None:
+    """The id is made once, lies beside the state root as upstream's does, and stays."""
+    first = runner_instance(home)
+    assert INSTANCE.fullmatch(first)
+    assert (home.parent / "runner_instance").read_text(encoding="ascii") == first + "\n"
+    assert runner_instance(home) == first
+    assert sorted(path.name for path in home.parent.iterdir()) == ["jobs", "runner_instance"]
+
+
+def test_an_id_of_upstreams_is_taken(home: Path) -> None:
+    """Where X07 has made its id already, ours is the same."""
+    (home.parent / "runner_instance").write_text("ri-" + "ab" * 16 + "\n", encoding="ascii")
+    assert runner_instance(home) == "ri-" + "ab" * 16
+
+
+@pytest.mark.parametrize("bits", [0o770, 0o702, 0o1777])
+def test_beside_what_others_can_write_the_id_lies_inside(bits: int, home: Path) -> None:
+    """Where others could have put a file in its place, the id is kept inside the state root."""
+    home.parent.chmod(bits)
+    (home.parent / "runner_instance").write_text("ri-" + "0" * 32 + "\n", encoding="ascii")
+    found = runner_instance(home)
+    assert found != "ri-" + "0" * 32
+    assert (home / "runner_instance").read_text(encoding="ascii") == found + "\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"ri-", b"x" * 35, b"ri-" + b"A" * 32, b"ri-" + b"0" * 33, b"\xff\xfe", b"ri-" + b"0" * 32 + b"\n\n"],
+)
+def test_a_damaged_id_is_an_error(content: bytes, home: Path) -> None:
+    """What is no id is neither used nor replaced: the error names the file."""
+    path = home.parent / "runner_instance"
+    path.write_bytes(content)
+    with pytest.raises(HostError, match="runner_instance"):
+        runner_instance(home)
+    assert path.read_bytes() == content
+
+
+def test_threads_that_start_together_agree_on_one_id(home: Path) -> None:
+    """First runs at the same moment in one process get the same id, and leave one file."""
+    threads = 8
+    barrier = threading.Barrier(threads)
+    found: list[str] = []
+
+    def ask() -> None:
+        barrier.wait(30)
+        found.append(runner_instance(home))
+
+    workers = [threading.Thread(target=ask) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == threads
+    assert len(set(found)) == 1
+    assert sorted(path.name for path in home.parent.iterdir()) == ["jobs", "runner_instance"]
+
+
+def test_processes_that_start_together_agree_on_one_id(home: Path) -> None:
+    """First runs at the same moment in several processes get the same id."""
+    code = (
+        "import pathlib, sys\n"
+        "from x07_sandbox.jobs.record import runner_instance\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "print(runner_instance(pathlib.Path(sys.argv[1])))\n"
+    )
+    command = [sys.executable, "-c", code, str(home)]
+    children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    found = {child.communicate(timeout=60)[0] for child in children}
+    assert [child.returncode for child in children] == [0] * 6
+    assert found == {runner_instance(home) + "\n"}

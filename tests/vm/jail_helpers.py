@@ -1,0 +1,427 @@
+"""The jail seen from outside: a runner as root or as an ordinary user, with a hostile program in QEMU's place."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import pwd
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import x07_sandbox
+from tests.conftest import need
+from tests.vm.conftest import marked
+from x07_sandbox.backends.qemu.machine import ROOT
+from x07_sandbox.host.paths import cache_dir
+from x07_sandbox.jail.bwrap import SETPRIV
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Self
+
+    from x07_sandbox.images.store import Image
+
+HERE = Path(__file__).parent
+SOURCE = HERE / "hostile_vmm.c"
+MODES = (
+    *("look", "digest", "flood", "garbage", "mute", "exit", "abort"),
+    *("hang-up", "hog", "stubborn", "abi"),
+)
+USERADD, USERDEL = "/usr/sbin/useradd", "/usr/sbin/userdel"
+FORMS = ("root", "user")
+_count = itertools.count()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """Who runs x07, and with what.
+
+    command: words before a command that make it run as this user. folder: readable by the user: binaries, and where
+    needed copies of the package and of what it imports.
+    """
+
+    form: str
+    uid: int
+    home: Path
+    command: tuple[str, ...]
+    env: dict[str, str]
+    folder: Path
+
+    @property
+    def cache(self) -> Path:
+        """The user's folder of images."""
+        return Path(self.env["X07_VM_CACHE_DIR"])
+
+    @property
+    def state(self) -> Path:
+        """The user's folder of job records."""
+        return Path(self.env["X07_VM_STATE_DIR"])
+
+    def hostile(self, mode: str) -> Path:
+        """The program that behaves so."""
+        return self.folder / f"hostile-{mode}"
+
+    def x07(self, *args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """The real command line, run as this user."""
+        code = "import sys; from x07_sandbox.cli.main import main; sys.exit(main())"
+        return subprocess.run(
+            [*self.command, sys.executable, "-B", "-c", code, *args],
+            input=stdin,
+            capture_output=True,
+            env=self.env,
+            cwd=self.folder,
+            timeout=300,
+            check=False,
+        )
+
+
+# --- who -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def public_folder() -> Iterator[Path]:
+    """A folder that every user may read, with the hostile program under each of its names."""
+    gcc = shutil.which("gcc")
+    need(gcc, "gcc is not installed", installable=True)
+    assert gcc is not None
+    folder = Path(tempfile.mkdtemp(prefix="x07-jail-"))
+    try:
+        folder.chmod(0o755)
+        first = folder / f"hostile-{MODES[0]}"
+        subprocess.run(
+            [gcc, "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", first, SOURCE], check=True
+        )
+        for mode in MODES[1:]:
+            os.link(first, folder / f"hostile-{mode}")
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def copy_image(image: Image, cache: Path) -> Path:
+    """A copy of an image in another cache, by its digest and as the default; its folder."""
+    images = cache / "images"
+    target = images / image.digest.removeprefix("sha256:")
+    for folder in (cache, images, images / "names"):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    if not target.exists():
+        shutil.copytree(image.folder, target)  # copies, not links: what a test does to them stays here
+        target.chmod(0o700)
+    name = images / "names" / "default"
+    name.write_text(f"{target.name}\n", encoding="ascii")
+    name.chmod(0o600)
+    return target
+
+
+@contextlib.contextmanager
+def temporary_user() -> Iterator[pwd.struct_passwd]:
+    """A new ordinary user, gone afterwards with all that is theirs."""
+    need(Path(USERADD).exists(), "useradd is not installed", installable=True)
+    name = f"x07t{os.getpid()}n{next(_count)}"
+    subprocess.run([USERADD, "--create-home", "--shell", "/bin/sh", name], check=True, capture_output=True)
+    try:
+        yield pwd.getpwnam(name)
+    finally:
+        home = pwd.getpwnam(name).pw_dir
+        subprocess.run([USERDEL, "--remove", name], check=False, capture_output=True)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def own_tree(path: Path, uid: int) -> None:
+    """Give a folder and all in it to a user and the group of that number, as useradd makes it."""
+    os.chown(path, uid, uid)
+    for found in path.rglob("*"):
+        os.chown(found, uid, uid, follow_symlinks=False)
+
+
+def _environment(home: Path, python_path: list[Path]) -> dict[str, str]:
+    return {
+        "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+        "HOME": str(home),
+        "LC_ALL": "C.UTF-8",
+        "PYTHONPATH": os.pathsep.join(map(str, python_path)),
+        "X07_VM_CACHE_DIR": str(home / ".cache" / "x07-sandbox"),
+        "X07_VM_STATE_DIR": str(home / ".x07" / "vm" / "jobs"),
+    }
+
+
+def _packages() -> Path:
+    import msgspec
+
+    return Path(msgspec.__file__).parent.parent
+
+
+def _other_account(found: pwd.struct_passwd, folder: Path, image: Image) -> Account:
+    """An ordinary user with a home, an image and all they need to run x07."""
+    home = Path(found.pw_dir)
+    home.chmod(0o700)
+    (home / ".cache").mkdir(mode=0o700)
+    copy_image(image, home / ".cache" / "x07-sandbox")
+    own_tree(home, found.pw_uid)
+    ids = ("--reuid", str(found.pw_uid), "--regid", str(found.pw_gid), "--clear-groups", "--inh-caps=-all")
+    command = (SETPRIV, *ids, "--")
+    # What root works in may lie below /root: the user gets copies of what they cannot read.
+    source = folder / "src"
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(x07_sandbox.__file__).parent, source / "x07_sandbox", ignore=skip)
+    shutil.copy(HERE / "jail_driver.py", folder)
+    packages = _packages()
+    asks = [*command, sys.executable, "-I", "-c", f"import sys; sys.path = {[str(packages)]!r}; import msgspec"]
+    if subprocess.run(asks, check=False, capture_output=True, cwd="/").returncode != 0:
+        need(
+            subprocess.run([*command, sys.executable, "-c", ""], check=False, cwd="/").returncode == 0,
+            f"an ordinary user cannot run {sys.executable}",
+            installable=False,
+        )
+        packages = shutil.copytree(packages, folder / "packages", ignore=skip, symlinks=True)
+    env = _environment(home, [source, packages])
+    return Account(form="user", uid=found.pw_uid, home=home, command=command, env=env, folder=folder)
+
+
+def _own_account(form: str, home: Path, folder: Path) -> Account:
+    """Ourselves, with the image that we have, and a place of the tests' own for records."""
+    shutil.copy(HERE / "jail_driver.py", folder)
+    env = _environment(home, [Path(x07_sandbox.__file__).parent.parent, _packages()])
+    env["X07_VM_CACHE_DIR"] = str(cache_dir())
+    return Account(form=form, uid=os.geteuid(), home=home, command=(), env=env, folder=folder)
+
+
+@pytest.fixture(scope="session", name="accounts")
+def accounts_fixture(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Account]]:
+    """Those of the two forms that this session can have: as root both, else only one's own."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(public_folder())
+        home = tmp_path_factory.mktemp("home")
+        home.chmod(0o700)
+        if os.geteuid() != 0:
+            yield {"user": _own_account("user", home, folder)}
+            return
+        found = stack.enter_context(temporary_user())
+        yield {"root": _own_account("root", home, folder), "user": _other_account(found, folder, image)}
+
+
+@pytest.fixture(scope="session", params=FORMS, name="account")
+def account_fixture(request: pytest.FixtureRequest, accounts: dict[str, Account]) -> Account:
+    """Each of the two forms of the jail in turn."""
+    need(request.param in accounts, "needs to be root", installable=False)
+    return accounts[request.param]
+
+
+@pytest.fixture(scope="session", name="ordinary")
+def ordinary_fixture(accounts: dict[str, Account]) -> Account:
+    """The ordinary user."""
+    return accounts["user"]
+
+
+# --- the runner ------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """jail_driver.py as a process of its own; whatever a test does, it and its machine end with the `with`."""
+
+    def __init__(self, account: Account, *, may_fail: bool = False, **order: Any) -> None:  # noqa: ANN401 - JSON
+        self._expect = ("started", "refused") if may_fail else ("started",)
+        self.account = account
+        self.order = order | {"binary": str(account.hostile(order.pop("mode")))}
+        self.started: dict[str, Any] = {}
+        self._buffer = b""
+
+    def __enter__(self) -> Self:
+        self._errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [
+                *self.account.command,
+                sys.executable,
+                "-B",
+                self.account.folder / "jail_driver.py",
+                json.dumps(self.order),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=self.account.env,
+            cwd=self.account.folder,
+        )
+        try:
+            self.started = self.hear(*self._expect)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_args: object) -> None:
+        self.process.kill()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        self.process.wait()
+        self._errors.close()
+
+    def say(self, word: str) -> None:
+        """Let the runner go on."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n".encode())
+        self.process.stdin.flush()
+
+    def hear(self, *events: str, timeout_s: float = 90) -> dict[str, Any]:
+        """The next thing that it says, which must be one of *events*."""
+        assert self.process.stdout is not None
+        fd = self.process.stdout.fileno()
+        deadline = time.monotonic() + timeout_s
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while b"\n" not in self._buffer:
+            assert poll.poll(max(0, deadline - time.monotonic()) * 1000), f"no {events} within {timeout_s} s"
+            chunk = os.read(fd, 1 << 20)
+            if not chunk:
+                self._errors.seek(0)
+                pytest.fail(f"the runner ended before {events}: {self._errors.read().decode()[-2000:]}")
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        assert message["event"] in events, message
+        return message
+
+    @property
+    def outer(self) -> int:
+        """Bubblewrap's outer process, a child of the runner."""
+        return int(self.started["outer"])
+
+    @property
+    def inner(self) -> int:
+        """The first process of the jail."""
+        return int(self.started["inner"])
+
+    def vmm(self) -> int:
+        """The program that stands in QEMU's place, once it runs."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            found = children(self.inner)
+            if found and Path(f"/proc/{found[0]}/exe").readlink() == Path(self.order["binary"]):
+                return found[0]
+            select.select([], [], [], 0.01)  # no event tells of another process's exec
+        pytest.fail("the program did not start")
+
+    def wait_at_the_gate(self) -> None:
+        """Until the jail is made, all but the start of the program."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if ROOT in Path(f"/proc/{self.inner}/mountinfo").read_text(encoding="utf-8"):
+                return
+            select.select([], [], [], 0.01)  # no event tells of another process's mounts
+        pytest.fail("the jail was not made")
+
+    def pidfds(self, stack: contextlib.ExitStack) -> list[int]:
+        """One for each process of the jail."""
+        fds = [os.pidfd_open(pid) for pid in (self.outer, self.inner, self.vmm())]
+        for fd in fds:
+            stack.callback(os.close, fd)
+        return fds
+
+    def left(self) -> list[str]:
+        """What of this job is still on the host."""
+        folder = Path(self.started["folder"])
+        owner = json.loads((folder / "owner.json").read_bytes())
+        found = [f"process {pid}" for pid in marked(owner["instance"])]
+        return found + [f"group {group}" for group in owner["cgroups"] if Path(group).exists()]
+
+
+def ended(pidfds: list[int], timeout_s: float) -> bool:
+    """Whether all those processes have ended, waiting so long for it."""
+    deadline = time.monotonic() + timeout_s
+    for fd in pidfds:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
+            return False
+    return True
+
+
+# --- /proc -----------------------------------------------------------------------------------------------------------
+
+
+def status(pid: int) -> dict[str, str]:
+    """/proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def all_pids() -> list[int]:
+    """Every process of this machine."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - numbers
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process."""
+    found = []
+    for other in all_pids():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if int(status(other)["PPid"]) == pid:
+                found.append(other)
+    return found
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """What each descriptor of a process is."""
+    found = {}
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[int(link.name)] = os.readlink(link)  # noqa: PTH115 - no path
+    return found
+
+
+# --- what the hostile program found ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that it tried. err: 0 if it worked."""
+
+    probe: str
+    arg: str
+    err: int
+    value: int
+
+
+def parse(text: str) -> list[Finding]:
+    """The findings as it wrote them."""
+    return [Finding(**json.loads(line)) for line in text.splitlines()]
+
+
+@dataclass(slots=True)
+class Look:
+    """What a job found out about its jail, and what was seen of it from outside.
+
+    statuses, links: by name of the process ("outer", "inner", "vmm"), for this job and for one beside it.
+    """
+
+    account: Account
+    findings: list[Finding]
+    started: dict[str, Any]
+    statuses: list[dict[str, dict[str, str]]]
+    links: list[dict[str, dict[int, str]]]
+    paths: list[str]
+    image: tuple[os.stat_result, os.stat_result]
+    reached: list[str] = field(default_factory=list)
+
+    def of(self, *probes: str) -> list[Finding]:
+        """All findings of these probes; there is at least one of each."""
+        found = [finding for finding in self.findings if finding.probe in probes]
+        assert {finding.probe for finding in found} == set(probes)
+        return found
+
+    def worked(self, *probes: str) -> list[Finding]:
+        """Those that worked."""
+        return [finding for finding in self.of(*probes) if finding.err == 0]

@@ -1,0 +1,96 @@
+"""x07 as an ordinary user, with a home and an image of their own: nothing needs root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.vm.conftest import marked
+from tests.vm.jail_helpers import (
+    accounts_fixture,  # noqa: F401 - pytest finds it here
+    ordinary_fixture,  # noqa: F401 - pytest finds it here
+)
+
+if TYPE_CHECKING:
+    import subprocess
+
+    from tests.vm.jail_helpers import (
+        Account,
+    )
+
+pytestmark = [pytest.mark.vm, pytest.mark.user]
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def ran(ordinary: Account) -> subprocess.CompletedProcess[bytes]:
+    """The Python example over its input, started by the user."""
+    shutil.copy(EXAMPLES / "jsonl_to_csv.py", ordinary.folder)
+    return ordinary.x07(
+        "run", "--json", str(ordinary.folder / "jsonl_to_csv.py"), stdin=(EXAMPLES / "orders.jsonl").read_bytes()
+    )
+
+
+def test_an_ordinary_user_runs_the_example(ran: subprocess.CompletedProcess[bytes]) -> None:
+    """An ordinary user runs the Python example with their own image and gets the CSV."""
+    assert ran.stderr == b""
+    result = json.loads(ran.stdout)
+    assert (ran.returncode, result["outcome"]) == (0, "ok"), result["reason"]
+    assert result["stdout"]["text"].startswith("id,customer.name,")
+
+
+def test_the_result_names_the_user_form_of_the_jail(ran: subprocess.CompletedProcess[bytes]) -> None:
+    """The result of an ordinary user's run says that the jail was the one made of user namespaces."""
+    assert json.loads(ran.stdout)["jail"].startswith("namespaces, user; ")
+
+
+def test_what_is_kept_is_the_user_s_alone(ran: subprocess.CompletedProcess[bytes], ordinary: Account) -> None:
+    """Every folder of state and cache has mode 0700 and every file 0600; an image's parts are 0444 within."""
+    assert ran.returncode == 0
+    roots = [ordinary.home / ".x07", ordinary.cache]
+    found = [path for root in roots if root.exists() for path in [root, *root.rglob("*")]]
+    assert found
+    for path in found:
+        info = path.lstat()
+        assert info.st_uid == ordinary.uid, path
+        mode = stat.S_IMODE(info.st_mode)
+        if stat.S_ISDIR(info.st_mode):
+            assert mode == 0o700, (path, oct(mode))
+        elif path.parent.parent == ordinary.cache / "images" and path.parent.name != "names":
+            assert mode == 0o444, (path, oct(mode))
+        else:
+            assert mode == 0o600, (path, oct(mode))
+
+
+def test_nothing_of_the_run_is_left(ran: subprocess.CompletedProcess[bytes], ordinary: Account) -> None:
+    """When an ordinary user's run has ended, both of its jobs are recorded as done and no process is left."""
+    run = json.loads(ran.stdout)["run"]
+    for phase in ("build", "run"):
+        folder = ordinary.state / f"{run}-{phase}"
+        assert (folder / "done").is_file()
+        owner = json.loads((folder / "owner.json").read_bytes())
+        assert marked(owner["instance"]) == []
+        assert owner["cgroups"] == [] or not any(Path(group).exists() for group in owner["cgroups"])
+
+
+def test_a_program_that_the_user_may_not_read_is_refused(ordinary: Account, tmp_path: Path) -> None:
+    """A program that the user may not read is refused with the reason, and no job is started for it."""
+    if os.geteuid() != 0:
+        program = tmp_path / "secret.py"
+        program.write_text("print(1)\n", encoding="ascii")
+        program.chmod(0)
+    else:
+        program = Path("/root/secret.py")  # whether there or not: the user cannot look below /root
+    before = set(ordinary.state.glob("*"))
+    done = ordinary.x07("run", "--json", str(program))
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["outcome"]) == (2, "usage-error")
+    assert "Permission denied" in result["reason"]
+    assert set(ordinary.state.glob("*")) == before

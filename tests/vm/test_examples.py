@@ -1,0 +1,90 @@
+"""The examples on real input, with the output that Python computes for it, by library and by command."""
+
+from __future__ import annotations
+
+import collections
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.vm.conftest import Sandbox, left_behind
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+WORDS = EXAMPLES / "word_frequency.c"
+CSV = EXAMPLES / "jsonl_to_csv.py"
+ORDERS = EXAMPLES / "orders.jsonl"
+
+SYLLABLES = ("ba", "ko", "lir", "sta", "nor", "mi", "tu", "vel", "gra", "po")
+
+
+def word_list() -> list[str]:
+    """3,000 different words of one to four syllables, always the same."""
+    dice = random.Random(12)  # noqa: S311 - test data
+    words: dict[str, None] = {}
+    while len(words) < 3000:
+        words["".join(dice.choices(SYLLABLES, k=dice.randint(1, 4)))] = None
+    return list(words)
+
+
+def long_text(size: int) -> str:
+    """Prose of about *size* bytes: some words far more frequent than others, capitals, punctuation, short lines."""
+    dice = random.Random(13)  # noqa: S311 - as above
+    words = word_list()
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    lines = []
+    length = 0
+    while length < size:
+        line = dice.choices(words, weights, k=12)
+        line[0] = line[0].capitalize()
+        text = " ".join(line[:6]) + ", " + " ".join(line[6:]) + ".\n"
+        lines.append(text)
+        length += len(text)
+    return "".join(lines)
+
+
+def expected_frequencies(text: str, most: int) -> str:
+    """What word_frequency.c is to print."""
+    counted = collections.Counter("".join(char.lower() if char.isalpha() else " " for char in text).split())
+    ordered = sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))
+    return "".join(f"{count:7d} {word}\n" for word, count in ordered[:most])
+
+
+def test_word_frequencies_of_several_megabytes(sandbox: Sandbox) -> None:
+    """The C example, built and run for real, counts the words of 4 MB of text as Python does."""
+    text = long_text(4_000_000)
+    assert len(text) >= 4_000_000
+    ran = sandbox.run(WORDS, stdin=text.encode())
+    assert ran.outcome == "ok", ran.reason
+    assert ran.stdout.decode() == expected_frequencies(text, 20)
+    assert ran.stderr == b""
+
+
+def expected_csv() -> bytes:
+    """What jsonl_to_csv.py is to print for the example's orders, written down independently of it."""
+    return (
+        "id,customer.name,customer.city,total,items,note\n"
+        '1,Ada,London,12.5,"[""tea"", ""cup""]",\n'
+        "2,Grace,New York,99.0,,\n"
+        '3,Zoë,Zürich,7,,"says ""hello"", twice"\n'
+    ).encode()
+
+
+def test_json_lines_become_csv(sandbox: Sandbox) -> None:
+    """The Python example turns its orders into exactly the expected bytes."""
+    ran = sandbox.run(CSV, stdin=ORDERS.read_bytes())
+    assert ran.outcome == "ok", ran.reason
+    assert ran.stdout == expected_csv()
+
+
+def test_the_command_runs_the_python_example(state: Path) -> None:
+    """`x07 run --input orders.jsonl jsonl_to_csv.py` prints the CSV and nothing else, and leaves nothing."""
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--input", str(ORDERS), str(CSV)]
+    done = subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == expected_csv()
+    assert left_behind(state) == []

@@ -1,0 +1,144 @@
+"""What was checked of an image is what runs: paths swapped behind the check, bytes changed on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.vm.jail_helpers import (
+    Account,
+    Runner,
+    account_fixture,  # noqa: F401 - pytest finds it here
+    accounts_fixture,  # noqa: F401 - pytest finds it here
+    copy_image,
+    own_tree,
+    parse,
+)
+from x07_sandbox.images.scratch import write_disk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from x07_sandbox.images.store import Image
+
+pytestmark = pytest.mark.vm
+
+SCRATCH_LOOK_BYTES = 8 << 20
+PARTS = ("vmlinux", "initrd.cpio", "root.erofs", "scratch.head")
+
+
+@pytest.fixture
+def copied(account: Account, image: Image, tmp_path: Path) -> tuple[Account, Path]:
+    """The account with a cache of the test's own, below the account's home, and the image's folder in it."""
+    cache = account.home / f"cache-{tmp_path.name}"
+    folder = copy_image(image, cache)
+    own_tree(cache, account.uid)
+    places = {"X07_VM_CACHE_DIR": str(cache), "X07_VM_STATE_DIR": str(cache / "jobs")}
+    return replace(account, env=account.env | places), folder
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+@pytest.mark.parametrize("how", ["file", "link"])
+def test_the_checked_bytes_are_what_the_machine_gets(
+    copied: tuple[Account, Path], image: Image, tmp_path: Path, how: str
+) -> None:
+    """Where another file or a link takes the path of a checked part, the machine still gets the checked bytes."""
+    account, folder = copied
+    checked = {name: _crc(folder / name) for name in PARTS[:3]}
+    scratch = tmp_path / "scratch"
+    with (folder / "scratch.head").open("rb") as head, scratch.open("wb+") as disk:
+        write_disk(head.fileno(), image.manifest.scratch_disk, disk.fileno())
+        disk.truncate(SCRATCH_LOOK_BYTES)
+    with Runner(account, mode="digest", do="talk", swap=how) as runner:
+        assert all((folder / name).read_bytes() == b"not what was checked" for name in PARTS)
+        runner.say(json.dumps(str(SCRATCH_LOOK_BYTES)))
+        message = runner.hear("findings")
+        runner.say("stop")
+        assert runner.hear("gone")["done"]
+    found = {finding.arg: finding.value for finding in parse(message["text"]) if finding.probe == "digest"}
+    assert found == {
+        "/img/vmlinux": checked["vmlinux"],
+        "/img/initrd.cpio": checked["initrd.cpio"],
+        "/img/root.erofs": checked["root.erofs"],
+        "scratch": _crc(scratch),
+    }
+
+
+def test_nothing_runs_where_the_checked_bytes_are_gone(copied: tuple[Account, Path]) -> None:
+    """Where the checked parts were replaced for good, nothing runs, and it is told why."""
+    account, _folder = copied
+    with Runner(account, mode="digest", do="talk", may_fail=True, swap="over") as runner:
+        # Bubblewrap finds out while it makes the jail: before or after we have set our limits on it.
+        if runner.started["event"] == "refused":
+            text = str(runner.started["text"])
+            assert "A file that it needs was replaced or removed meanwhile" in text
+        else:
+            runner.say(json.dumps("0"))
+            message = runner.hear("findings")
+            assert message["text"] == ""
+            text = message["console"]
+    assert "Can't find source path" in text
+
+
+def _run(account: Account, folder: Path, *args: str) -> tuple[int, dict[str, object]]:
+    program = account.folder / "answer.py"
+    program.write_text("print(42)\n", encoding="ascii")
+    done = account.x07("run", "--json", "--image", f"sha256:{folder.name}", *args, str(program))
+    assert done.stderr == b""
+    return done.returncode, json.loads(done.stdout)
+
+
+def _flip(path: Path) -> None:
+    """Another byte in the middle, and the times and mode as before: only ctime, which no call can set, tells."""
+    before = path.stat()
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(before.st_size // 2)
+        byte = file.read(1)
+        file.seek(before.st_size // 2)
+        file.write(bytes([byte[0] ^ 1]))
+    path.chmod(before.st_mode & 0o777)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns, after.st_mode) == (
+        before.st_ino,
+        before.st_size,
+        before.st_mtime_ns,
+        before.st_mode,
+    )
+
+
+def test_one_flipped_byte_is_refused(copied: tuple[Account, Path]) -> None:
+    """An image that has been checked before, and of which one byte is another now, is refused by the part's name."""
+    account, folder = copied
+    for part in PARTS:
+        _flip(folder / part)
+        code, result = _run(account, folder)
+        assert (code, result["outcome"], result["fault"]) == (125, "refused", "host")
+        assert f"the content of {part} has changed since it was built" in str(result["reason"])
+        assert result["phases"] == {}
+        _flip(folder / part)
+    assert not list((account.state).glob("*/owner.json"))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_link_in_a_part_s_place_is_refused(copied: tuple[Account, Path], part: str) -> None:
+    """A link to the very same bytes in place of a part is refused: nobody leads the check elsewhere."""
+    account, folder = copied
+    (folder / part).rename(folder.parent / part)
+    (folder / part).symlink_to(folder.parent / part)
+    code, result = _run(account, folder)
+    assert (code, result["outcome"]) == (125, "refused")
+    assert f"{part} cannot be opened, or is a link" in str(result["reason"])

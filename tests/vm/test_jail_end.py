@@ -1,0 +1,164 @@
+"""How a machine ends: floods and silence, its deadline without a runner, the death of its runner."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import need
+from tests.vm.jail_helpers import (
+    Account,
+    Runner,
+    account_fixture,  # noqa: F401 - pytest finds it here
+    accounts_fixture,  # noqa: F401 - pytest finds it here
+    ended,
+    parse,
+)
+from x07_sandbox.host import settings
+from x07_sandbox.host.arch import host_arch
+
+pytestmark = pytest.mark.vm
+
+BOOT_S = 2.0
+BOOT_REASON = "the guest did not answer within the time allowed for booting"
+SIGSYS = 31
+
+
+def _phase(account: Account, mode: str) -> dict[str, object]:
+    """The verdict on a phase with that program; nothing of it is left afterwards."""
+    with Runner(account, mode=mode, do="phase", boot_s=BOOT_S) as runner:
+        verdict = runner.hear("verdict")
+        assert runner.hear("gone")["done"]
+        assert runner.process.wait(30) == 0
+        assert runner.left() == []
+    assert verdict["outcome"] == "guest-lost"
+    assert float(verdict["seconds"]) < BOOT_S + 2
+    return verdict
+
+
+def test_floods_are_bounded(account: Account) -> None:
+    """A VMM that floods QMP, console and standard error at once is drained in bounded memory and ends in time."""
+    verdict = _phase(account, "flood")
+    assert verdict["reason"] == BOOT_REASON
+    said = verdict["said"]
+    assert isinstance(said, dict)
+    assert min(said.values()) > settings.MIB
+    assert int(str(verdict["kept"])) <= settings.CONSOLE_MAX_BYTES + settings.STDERR_MAX_BYTES
+    assert int(str(verdict["grown_kib"])) < 20 * 1024
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("mute", BOOT_REASON),
+        ("stubborn", BOOT_REASON),
+        ("exit", "ended with status 3"),
+        ("abort", "ended with status 134"),
+        ("hang-up", "the guest's agent fell silent while booting"),
+        ("garbage", "the guest broke the channel's protocol while booting"),
+    ],
+)
+def test_every_misbehaviour_has_its_verdict(account: Account, mode: str, reason: str) -> None:
+    """A VMM that is silent, deaf to signals, ends, hangs up or talks garbage ends in time with a reason of its own."""
+    verdict = _phase(account, mode)
+    assert reason in str(verdict["reason"])
+    assert int(str(verdict["grown_kib"])) < 20 * 1024
+
+
+def test_another_numbering_of_system_calls_kills(account: Account) -> None:
+    """A system call by x86's 32-bit numbers, which the filter's table does not know, kills the VMM."""
+    need(host_arch().name == "x86_64", "only x86-64 has a second numbering", installable=False)
+    assert f"ended with status {128 + SIGSYS}" in str(_phase(account, "abi")["reason"])
+
+
+def test_a_memory_hog_is_bounded(account: Account) -> None:
+    """A VMM that takes memory without end is stopped by the host's control group or by its address space's limit."""
+    available = next(
+        int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line
+    )
+    need(available > 5 << 20, "this machine has less than 5 GiB of free memory", installable=False)
+    with Runner(account, mode="hog", do="talk") as runner:
+        runner.say(json.dumps(""))
+        message = runner.hear("findings")
+        if "memory" in runner.started["holds"]:
+            # The kernel's out-of-memory killer, as bubblewrap tells it; it says nothing itself.
+            assert message["text"] == ""
+        else:
+            assert [finding.err for finding in parse(message["text"])] == [errno.ENOMEM, 0]
+
+
+# --- the deadline ----------------------------------------------------------------------------------------------------
+
+
+def test_the_deadline_needs_no_runner(account: Account) -> None:
+    """A machine that ignores every signal is gone at its deadline although its runner is stopped."""
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(Runner(account, mode="stubborn", do="hold", deadline_s=2))
+        runner.say("release")
+        pidfds = runner.pidfds(stack)
+        runner.process.send_signal(signal.SIGSTOP)
+        stack.callback(runner.process.send_signal, signal.SIGCONT)
+        assert ended(pidfds, 4)
+
+
+def test_the_deadline_holds_before_release(account: Account) -> None:
+    """A machine whose deadline comes before it was let go never runs, and is gone as soon as its runner goes on."""
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(Runner(account, mode="mute", do="hold", deadline_s=2))
+        pidfds = [os.pidfd_open(pid) for pid in (runner.outer, runner.inner)]
+        for fd in pidfds:
+            stack.callback(os.close, fd)
+        runner.process.send_signal(signal.SIGSTOP)
+        stack.callback(runner.process.send_signal, signal.SIGCONT)
+        assert ended(pidfds[:1], 4)
+        runner.process.send_signal(signal.SIGCONT)
+        runner.say("release")
+        runner.say("stop")
+        assert runner.hear("gone")["done"]
+        assert ended(pidfds, 0)
+        assert runner.left() == []
+
+
+# --- the runner's death ----------------------------------------------------------------------------------------------
+
+
+def test_the_machine_dies_with_its_runner(account: Account) -> None:
+    """A killed runner takes its machine along, one that ignores every signal too."""
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(Runner(account, mode="stubborn", do="hold"))
+        runner.say("release")
+        pidfds = runner.pidfds(stack)
+        assert not ended(pidfds, 0.2)
+        runner.process.kill()
+        assert ended(pidfds, 5)
+        assert [line for line in runner.left() if line.startswith("process")] == []
+
+
+def test_a_machine_that_was_not_let_go_dies_with_its_runner(account: Account) -> None:
+    """A runner killed before it has let its machine go leaves nothing that runs."""
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(Runner(account, mode="mute", do="hold"))
+        runner.wait_at_the_gate()
+        pidfds = [os.pidfd_open(pid) for pid in (runner.outer, runner.inner)]
+        for fd in pidfds:
+            stack.callback(os.close, fd)
+        runner.process.kill()
+        assert ended(pidfds, 5)
+        assert [line for line in runner.left() if line.startswith("process")] == []
+
+
+def test_the_machine_does_not_die_with_a_thread(account: Account) -> None:
+    """A machine started from a thread that has ended lives on, and still dies with the process."""
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(Runner(account, mode="mute", do="thread"))
+        runner.hear("thread-ended")
+        pidfds = runner.pidfds(stack)
+        assert not ended(pidfds[:1], 0.5)
+        runner.process.kill()
+        assert ended(pidfds, 5)

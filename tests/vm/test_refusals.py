@@ -1,0 +1,127 @@
+"""What is refused before any machine exists, and how that is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from x07_sandbox.policy import default_policy, render_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.images.store import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image")]
+
+
+def _run(tmp_path: Path, *words: str, **environment: str) -> tuple[int, dict[str, Any]]:
+    """`x07 run --json`, with a state folder of its own: exit code and result."""
+    done = subprocess.run(
+        [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", *words],
+        env=os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")} | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    return done.returncode, json.loads(done.stdout)
+
+
+def _policy(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    document = json.loads(render_policy(default_policy()))
+    change(document)
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return str(path)
+
+
+def _no_machine(tmp_path: Path) -> bool:
+    """Whether no job was made: a refusal comes before any machine."""
+    jobs = tmp_path / "jobs"
+    return not [path for path in jobs.iterdir() if (path / "job.json").exists()] if jobs.exists() else True
+
+
+PROGRAM = str(ROOT / "examples/jsonl_to_csv.py")
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("fs.read_roots", lambda p: p["fs"].update(read_roots=["data"])),
+        ("fs.write_roots", lambda p: p["fs"].update(write_roots=["out"])),
+        ("net.allow_hosts", lambda p: p["net"].update(allow_hosts=[{"host": "example.org", "ports": [443]}])),
+        (
+            "db.enabled",
+            lambda p: p.update(
+                db={
+                    "enabled": True,
+                    "drivers": {"sqlite": True, "postgres": False, "mysql": False, "redis": False},
+                }
+            ),
+        ),
+    ],
+)
+def test_a_policy_that_asks_for_what_is_missing_is_refused(
+    tmp_path: Path, field: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    """A policy that asks for files, hosts or a database is refused, the result names the field and how to go on."""
+    code, result = _run(tmp_path, "--policy", _policy(tmp_path, change), PROGRAM)
+    assert (code, result["outcome"]) == (125, "refused")
+    assert field in result["reason"]
+    assert [denial for denial in result["denials"] if denial["field"] == field and denial["how_to_allow"]]
+    assert _no_machine(tmp_path)
+
+
+def test_a_policy_with_a_misspelt_key_is_wrong_usage(tmp_path: Path) -> None:
+    """An unknown key in a policy ends as usage-error, exit 2, with its path and a suggestion."""
+    path = _policy(tmp_path, lambda p: p["limits"].update(wall_mss=1))
+    code, result = _run(tmp_path, "--policy", path, PROGRAM)
+    assert (code, result["outcome"]) == (2, "usage-error")
+    assert "$.limits.wall_mss" in result["reason"]
+    assert "wall_ms" in result["reason"]
+    assert _no_machine(tmp_path)
+
+
+def test_without_an_image_the_one_line_to_type_is_said(tmp_path: Path) -> None:
+    """With no image and no terminal a run is refused, and says what to type."""
+    code, result = _run(tmp_path, PROGRAM, X07_VM_CACHE_DIR=str(tmp_path / "cache"))
+    assert (code, result["outcome"]) == (125, "refused")
+    assert "x07 image build" in result["reason"]
+
+
+def test_an_unknown_image_is_refused(tmp_path: Path) -> None:
+    """An image name that nothing has is refused with what there is to do."""
+    code, result = _run(tmp_path, "--image", "nobody-made-this", PROGRAM)
+    assert (code, result["outcome"]) == (125, "refused")
+
+
+def test_an_image_is_found_by_its_digest(tmp_path: Path, image: Image) -> None:
+    """`--image` takes a digest, and the result names the digest of the image that ran."""
+    code, result = _run(tmp_path, "--image", image.digest, PROGRAM)
+    assert (code, result["outcome"]) == (0, "ok")
+    assert result["digests"]["image"] == image.digest
+
+
+def test_hardware_can_be_demanded(tmp_path: Path) -> None:
+    """With X07_VM_REQUIRE_HARDWARE=1 a run has vm-hardware or is refused, never an emulated machine."""
+    code, result = _run(tmp_path, PROGRAM, X07_VM_REQUIRE_HARDWARE="1")
+    assert (result["outcome"], result["isolation"]) == ("ok", "vm-hardware") or (code, result["outcome"]) == (
+        125,
+        "refused",
+    )
+
+
+def test_a_malformed_switch_is_an_error(tmp_path: Path) -> None:
+    """A switch that is neither 1 nor 0 is wrong usage that names it, and never weakens the promise."""
+    code, result = _run(tmp_path, PROGRAM, X07_VM_REQUIRE_HARDWARE="True")
+    assert (code, result["outcome"]) == (2, "usage-error")
+    assert "X07_VM_REQUIRE_HARDWARE" in result["reason"]
