@@ -46,10 +46,7 @@ def test_signals_that_are_ignored_by_default_leave_the_program_running(sandbox: 
 
 
 def test_a_terminals_stop_signals_leave_the_program_running(sandbox: Sandbox) -> None:
-    """SIGTSTP, SIGTTIN and SIGTTOU do not stop it: it leads a session of its own, with nobody who could continue it.
-
-    POSIX (General Terminal Interface, orphaned process group): the kernel drops them there.
-    """
+    """SIGTSTP, SIGTTIN and SIGTTOU do not stop it, since POSIX drops them in an orphaned process group, as its is."""
     ran = sandbox.behave("kill", "20", "21", "22")
     assert (ran.outcome, ran.lines()) == ("ok", ["alive"])
 

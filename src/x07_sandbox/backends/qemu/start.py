@@ -86,8 +86,8 @@ class QemuInstance:
         self.jail = jail
         self.groups = groups
         self.channel_fd = ends["channel"]
+        self._inner_pidfd = os.pidfd_open(inner.pid)  # may be gone, unlike the unreaped child: so it comes first
         self.pidfd = os.pidfd_open(child.pid)
-        self._inner_pidfd = os.pidfd_open(inner.pid)
         self._gate = gate
         self._qmp_fd = ends["qmp"]
         self.console = SideStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES)
@@ -243,10 +243,10 @@ def _run(
         inner = _inner_process(child, info_r, ours["stderr"])
         try:
             _bound(inner.pid, job, groups)
+            form = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
+            instance = QemuInstance(child=child, inner=inner, gate=gate, ends=ours, groups=groups, jail=form)
         except ProcessLookupError as exc:
             raise _no_jail(child, ours["stderr"]) from exc
-        form = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
-        instance = QemuInstance(child=child, inner=inner, gate=gate, ends=ours, groups=groups, jail=form)
         if instance.outer is None:
             raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
         _record(job, groups, {"outer": instance.outer, "inner": inner})
