@@ -358,3 +358,27 @@ def test_scratch_disk_is_made_from_the_part(image: store.Image, tmp_path: Path) 
         disk.seek(0)
         assert disk.read() == bytes(8192) + b"s" * 4096 + bytes((1 << 20) - 12288)
         assert os.fstat(disk.fileno()).st_blocks * 512 < 1 << 20
+
+
+@pytest.mark.parametrize(("times", "good"), [(1, True), (100, False)])
+def test_a_link_made_meanwhile_is_no_damage(
+    image: store.Image, monkeypatch: pytest.MonkeyPatch, times: int, *, good: bool
+) -> None:
+    """A file that another build links while it is read is read again, and refused only if it never comes to rest."""
+    real, left = verify.sha256_of, [times]
+
+    def linked_meanwhile(fd: int, size: int) -> str:
+        digest = real(fd, size)
+        if left[0] > 0:
+            left[0] -= 1
+            before = os.fstat(fd).st_ctime_ns
+            while os.fstat(fd).st_ctime_ns == before:  # the clock of a file system moves in steps
+                os.fchmod(fd, 0o444)  # moves it as a link does
+        return digest
+
+    monkeypatch.setattr(verify, "sha256_of", linked_meanwhile)
+    if good:
+        _open(image)
+    else:
+        with pytest.raises(ImageError, match="each time"):
+            _open(image)
