@@ -56,6 +56,10 @@ class BackendError(SandboxError):
     """A virtual machine could not be started or stopped."""
 
 
+class Cancelled(SandboxError):  # noqa: N818 - it is no error of anybody
+    """The user ended it before there was a run (exit 130)."""
+
+
 class PeerError(SandboxError):
     """The other end of the channel broke the protocol: their fault, never ours."""
 

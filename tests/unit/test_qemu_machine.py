@@ -133,8 +133,9 @@ def test_the_image_cannot_be_written_and_the_scratch_disk_can(name: str, kvm: in
     assert ",read-only=off," in disks["scratch"]
     assert all("driver=raw" in node for node in disks.values()), "a guest could write a header that names other files"
     devices = values(argv, "-device")
-    assert f"virtio-blk-device,drive=root,serial={ROOT_SERIAL}" in devices
-    assert f"virtio-blk-device,drive=scratch,serial={SCRATCH_SERIAL}" in devices
+    on_error = "werror=report,rerror=report"  # a full disk of the host must not make the machine wait for ever
+    assert f"virtio-blk-device,drive=root,serial={ROOT_SERIAL},{on_error}" in devices
+    assert f"virtio-blk-device,drive=scratch,serial={SCRATCH_SERIAL},{on_error}" in devices
 
 
 def test_host_and_agent_name_port_and_disk_alike() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import traceback
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from x07_sandbox import __version__
 from x07_sandbox.cli import doctor, image, run
 from x07_sandbox.cli.console import say
-from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.cli.streams import fill_closed_streams
+from x07_sandbox.errors import Cancelled, SandboxError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,24 +28,41 @@ _EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code (DESIGN 8)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    fill_closed_streams()
     try:
         options = _parser().parse_args(words)
         code: int = options.carry_out(options)
     except SandboxError as exc:
-        if _wants_json(words):
-            return run.print_failure(exc)
-        say(str(exc))
-        return 2 if isinstance(exc, UsageError) else 125
+        if not _wants_json(words):
+            say(str(exc))
+        return _json_or(2 if isinstance(exc, UsageError) else 125, exc, words)
     except KeyboardInterrupt:
         say("cancelled")
-        return 130
-    except BrokenPipeError:
-        return 141  # whoever read our output has gone; nothing can be said to them any more
+        return _json_or(130, Cancelled("cancelled before there was a run", "SIGINT", "Start it again"), words)
+    except OSError as exc:
+        if exc.errno not in {errno.EPIPE, errno.ENOSPC, errno.EIO}:
+            return _bug(exc, words)
+        say(f"cannot write the output: {exc.strerror}")
+        return 125
     except Exception as exc:  # noqa: BLE001 - the last place that can keep the exit code's promise
-        traceback.print_exc()
-        say("this is a bug in x07-sandbox; please report it with the lines above")
-        return run.print_failure(exc) if _wants_json(words) else 125
+        return _bug(exc, words)
     return code
+
+
+def _bug(exc: Exception, words: list[str]) -> int:
+    traceback.print_exception(exc)
+    say("this is a bug in x07-sandbox; please report it with the lines above")
+    return _json_or(125, exc, words)
+
+
+def _json_or(code: int, exc: Exception, words: list[str]) -> int:
+    """The failure as JSON where that was promised; *code* elsewhere, and where nobody takes the JSON."""
+    if not _wants_json(words):
+        return code
+    try:
+        return run.print_failure(exc)
+    except OSError:
+        return code
 
 
 def _wants_json(words: list[str]) -> bool:
@@ -53,7 +72,10 @@ def _wants_json(words: list[str]) -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours, so that --json holds for them too."""
+    """A parser whose errors are ours, so that --json holds for them too; options are written out in full."""
+
+    def __init__(self, *args: Any, **words: Any) -> None:  # noqa: ANN401 - as argparse has them
+        super().__init__(*args, **(words | {"allow_abbrev": False}))
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing and exiting."""

@@ -167,6 +167,9 @@ def _explain(result: Result) -> None:
     if result.outcome == "build-failed":
         _show(result.stdout.text)
         _show(result.stderr.text)
+    for warning in result.warnings:
+        if "could not be" in warning:
+            say(warning)
     if result.outcome in {"ok", "failed"}:
         return
     say(f"{result.outcome}: {result.reason}")

@@ -14,7 +14,6 @@ GIB: Final = 1024 * MIB
 OUTPUT_MAX_BYTES: Final = 64 * MIB  # per stream
 ARTIFACT_MAX_BYTES: Final = 256 * MIB
 SOURCE_MAX_BYTES: Final = 64 * MIB
-INPUT_MAX_BYTES: Final = 2 * GIB
 CONSOLE_MAX_BYTES: Final = 64 * KIB
 STDERR_MAX_BYTES: Final = 64 * KIB  # of the VMM itself
 

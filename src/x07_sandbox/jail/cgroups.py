@@ -14,8 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from x07_sandbox.host.clocks import unix_ms
+
 _ROOT: Final = Path("/sys/fs/cgroup")
 _PARENT: Final = "x07-sandbox"
+_ABANDONED_S: Final = 60.0
+_SWEPT_AT_ONCE: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,7 @@ class HostGroups:
 
 def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
     """Groups called *name* with these limits; no folders where the host gives us none."""
+    _remove_abandoned()
     if (_ROOT / "cgroup.controllers").exists():
         return _version_2(name, memory_bytes, tasks)
     return _version_1(name, memory_bytes, tasks)
@@ -113,3 +118,13 @@ def _removed(folder: Path) -> bool:
         else:
             return True
     return False
+
+
+def _remove_abandoned() -> None:
+    """Remove groups of ours that killed runners left: empty ones only, and old enough not to be about to be filled."""
+    for parent in (_ROOT / _PARENT, _ROOT / "memory" / _PARENT, _ROOT / "pids" / _PARENT):
+        with contextlib.suppress(OSError):
+            for folder in list(parent.iterdir())[:_SWEPT_AT_ONCE]:
+                if folder.is_dir() and unix_ms() / 1000 - folder.stat().st_mtime > _ABANDONED_S:
+                    with contextlib.suppress(OSError):  # the kernel refuses one that holds a process
+                        folder.rmdir()

@@ -152,6 +152,13 @@ def runner_instance(root: Path) -> str:
     """
     home = home_of(root)
     path = home / "runner_instance"
+    try:
+        return _instance_at(path, home)
+    except OSError as exc:
+        raise HostError(f"cannot use {path}", exc.strerror or str(exc), "Remove it; a new one is made") from exc
+
+
+def _instance_at(path: Path, home: Path) -> str:
     if not path.exists():
         temporary = home / f".runner_instance.{secrets.token_hex(8)}"
         _write(temporary, f"ri-{secrets.token_hex(16)}\n".encode())
@@ -171,8 +178,8 @@ def _write_json(path: Path, value: dict[str, object]) -> None:
 def _write(path: Path, data: bytes) -> None:
     """Write a new version of a small file by rename, so that a reader sees the old or the new one."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
             file.write(data)
         temporary.replace(path)

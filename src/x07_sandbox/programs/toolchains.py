@@ -39,7 +39,7 @@ class Toolchain:
 
 
 def _build_c(source: str, _name: str) -> list[str]:
-    return ["gcc", "-std=gnu17", "-O2", "-o", OUTPUT, source, "-lm", "-lpthread"]
+    return ["gcc", "-std=gnu17", "-O2", "-o", OUTPUT, "-x", "c", source, "-x", "none", "-lm", "-lpthread"]
 
 
 def _start_executable(_name: str) -> list[str]:

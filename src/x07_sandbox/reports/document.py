@@ -11,7 +11,8 @@ from x07_sandbox.runs.result import SCHEMA, Result
 
 def render_json(result: Result) -> bytes:
     """One JSON object and a line end."""
-    return msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n"
+    # ASCII only: everything else, control characters of a guest's text above all, is escaped, also on a terminal.
+    return json.dumps(msgspec.to_builtins(result), indent=2).encode("ascii") + b"\n"
 
 
 def result_schema() -> str:

@@ -58,13 +58,14 @@ class PhaseFacts:
     """What is known after a phase: the evidence, the guest's own counters, and when what happened.
 
     times_ms: from the release of the machine to: hello, seeded, started, exited, end.
-    input_sha256: of what was read of the program's input: it may have ended before reading it all.
+    input_sha256: of the program's input, None if it was not read to its end. input_problem: why reading it failed.
     """
 
     evidence: Evidence
     usage: dict[str, Any] = field(default_factory=dict)
     times_ms: dict[str, float] = field(default_factory=dict)
-    input_sha256: str = ""
+    input_sha256: str | None = None
+    input_problem: str = ""
 
 
 class Phase:
@@ -87,6 +88,7 @@ class Phase:
         self.sent = [0] * len(request.files)
         self.input = bytearray()
         self.input_hash = hashlib.sha256()
+        self.input_problem = ""
         self.input_done = request.stdin_fd is None
         self.sinks = {Stream.STDOUT: request.stdout, Stream.STDERR: request.stderr}
 
@@ -105,8 +107,13 @@ class Phase:
             evidence=Evidence(stage=self.stage, **self.seen),
             usage=self.usage,
             times_ms=self.times_ms,
-            input_sha256=self.input_hash.hexdigest(),
+            input_sha256=self._input_sha256(),
+            input_problem=self.input_problem,
         )
+
+    def _input_sha256(self) -> str | None:
+        """Digest of the input, if it was read to its end: of a part of unknown length it would say nothing."""
+        return self.input_hash.hexdigest() if self.input_done and not self.input_problem else None
 
     # one turn
 
@@ -305,8 +312,10 @@ class Phase:
             data = os.read(self.request.stdin_fd or 0, DATA_MAX)
         except BlockingIOError:
             return
-        except OSError:
-            data = b""  # a terminal that hung up, a folder: there is no more input
+        except OSError as exc:
+            data = b""
+            if not os.isatty(self.request.stdin_fd or 0):  # a terminal that hung up has ended, and that is all
+                self.input_problem = exc.strerror or str(exc)
         self.input += data
         self.input_hash.update(data)
         self.input_done = not data
@@ -342,8 +351,11 @@ class Phase:
         self.times_ms[name] = round((time.monotonic() - self.begun) * 1000, 1)
 
 
-def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> None:
-    """Give slow readers the rest of what they have coming; at most one window a stream, until a cancel."""
+def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> bool:
+    """Give slow readers the rest of what they have coming, at most one window a stream; False if a cancel came first.
+
+    Without a deadline, as with any pipe: the machine is gone, and nobody but the reader's owner waits.
+    """
     while any(sink.wants_write is not None for sink in sinks):
         poll = select.poll()
         poll.register(cancel.fd, select.POLLIN)
@@ -351,7 +363,8 @@ def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> None:
             poll.register(fd or 0, select.POLLOUT)
         for fd, _ in poll.poll():
             if fd == cancel.fd:
-                return
+                return False
             for sink in sinks:
                 if sink.wants_write == fd:
                     sink.pump()
+    return True

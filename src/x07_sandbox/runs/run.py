@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from x07_sandbox.backends.base import Job
 from x07_sandbox.backends.qemu.backend import QemuBackend
-from x07_sandbox.errors import BackendError, HostError, ImageError, RefusedError, SandboxError, UsageError
+from x07_sandbox.errors import BackendError, Cancelled, HostError, ImageError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image, image_is_current
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.policy import Policy
+    from x07_sandbox.runs.streams import Sink
 
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 _CWD = "/opt/x07"
@@ -108,7 +110,9 @@ def run(request: RunRequest) -> Result:
 
 def failure(exc: Exception) -> Result:
     """The result of a run that never began, or that met a bug of ours."""
-    if isinstance(exc, SandboxError):
+    if isinstance(exc, Cancelled):
+        ending = replace(verdict(Outcome.CANCELLED, exc.what), signal=signal.SIGINT)
+    elif isinstance(exc, SandboxError):
         ending = _verdict_of(exc)
     else:
         ending = verdict(Outcome.INTERNAL_ERROR, f"a bug in x07-sandbox: {type(exc).__name__}: {exc}")
@@ -265,18 +269,30 @@ class _Session:
         with self.backend.start(job) as instance:
             self.so_far.jail = instance.jail
             facts = Phase(phase_request, instance).run()
-        drain((stdout, stderr), request.cancel)
+        delivered = drain((stdout, stderr), request.cancel)
         availability = self.so_far.availability
         emulated = availability is not None and availability.features.emulated
-        ending = classify(facts.evidence, emulated=emulated, limits=spec.limits_shown)
+        evidence = facts.evidence
+        if not delivered:
+            evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
+        ending = classify(evidence, emulated=emulated, limits=spec.limits_shown)
+        self._note_streams(facts, stdout, stderr)
         self.so_far.warnings += ending.warnings
         self.so_far.phases[spec.name] = _report(
             record.job_id, ending, facts, output_of(stdout, stdout_fd), output_of(stderr, stderr_fd)
         )
         if live:
             self.so_far.digests["output"] = f"sha256:{stdout.sha256()}"
-            self.so_far.digests["input"] = f"sha256:{facts.input_sha256}"
+            if facts.input_sha256 is not None:
+                self.so_far.digests["input"] = f"sha256:{facts.input_sha256}"
         return ending, facts
+
+    def _note_streams(self, facts: PhaseFacts, *sinks: Sink) -> None:
+        if facts.input_problem:
+            self.so_far.warnings.append(f"the input could not be read to its end: {facts.input_problem}")
+        for sink in sinks:
+            if sink.reader_problem:
+                self.so_far.warnings.append(f"{sink.name} could not be passed on: {sink.reader_problem}")
 
     def _note_denials(self, facts: PhaseFacts, policy: Policy) -> None:
         refused = int(facts.usage.get("tasks_refused", 0))
@@ -358,10 +374,11 @@ def _snapshot(path: Path, stack: contextlib.ExitStack, so_far: _Progress) -> InF
         raise UsageError(
             f"cannot read the program {path}", exc.strerror or str(exc), "Name a readable source file"
         ) from exc
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(fd)
+        raise UsageError(f"cannot run {path}", "it is no regular file", "Name a source file")
     with os.fdopen(fd, "rb") as file:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise UsageError(f"cannot run {path}", "it is no regular file", "Name a source file")
         if info.st_size > settings.SOURCE_MAX_BYTES:
             raise UsageError(
                 f"cannot run {path}",

@@ -10,8 +10,11 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import Final
 
+from x07_sandbox.errors import BackendError
+
 # What a pipe that polls as writable takes without blocking (pipe(7): at least one page).
 _SAFE_WRITE: Final = 4096
+_ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,7 @@ class Sink:
         self.total_bytes = 0
         self.overflow = False
         self.reader_gone = False
+        self.reader_problem = ""
         self._keep_fd = keep_fd
         self._live_fd = live_fd
         self._max_bytes = max_bytes
@@ -75,9 +79,10 @@ class Sink:
         self.overflow = self.overflow or len(allowed) < len(data)
         self.total_bytes += len(allowed)
         self._hash.update(allowed)
-        view = memoryview(allowed)
-        while view:
-            view = view[os.write(self._keep_fd, view) :]
+        try:
+            _write_all(self._keep_fd, allowed)
+        except OSError as exc:
+            raise BackendError(f"cannot keep the program's {self.name}", exc.strerror or str(exc), _ROOM) from exc
         if self._live_fd is None or self.reader_gone:
             return len(data)
         self._pending += self._filter(allowed) if self._filter else allowed
@@ -98,8 +103,10 @@ class Sink:
             count = os.write(self._live_fd, self._pending[:size])
         except BlockingIOError:
             return 0
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError as exc:
+            # Gone, or a full disk behind it: what follows is kept all the same, and the result says so.
             self.reader_gone = True
+            self.reader_problem = "" if isinstance(exc, BrokenPipeError) else exc.strerror or str(exc)
             count = len(self._pending)
         del self._pending[:count]
         if self._filter and self._pending:
@@ -128,9 +135,10 @@ class OutFile:
         """Append; False if it would pass the bound."""
         if self.size + len(data) > self.max_bytes:
             return False
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self.fd, view) :]
+        try:
+            _write_all(self.fd, data)
+        except OSError as exc:
+            raise BackendError("cannot keep the built program", exc.strerror or str(exc), _ROOM) from exc
         self._hash.update(data)
         self.size += len(data)
         return True
@@ -138,6 +146,12 @@ class OutFile:
     def sha256(self) -> str:
         """Digest of what came."""
         return self._hash.hexdigest()
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 class Cancel:

@@ -94,5 +94,6 @@ def _disk(path: str, name: str, serial: str, *, read_only: bool) -> list[str]:
         "-blockdev",
         node,
         "-device",
-        f"virtio-blk-device,drive={name},serial={serial}",
+        # A full disk of the host is an error in the guest, not a machine that waits for ever.
+        f"virtio-blk-device,drive={name},serial={serial},werror=report,rerror=report",
     ]

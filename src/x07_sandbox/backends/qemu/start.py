@@ -185,7 +185,7 @@ def start_qemu(job: Job, accelerator: Accelerator, arch: Arch | None = None) -> 
             ram_bytes=job.ram_bytes,
             kvm_fd=_own(stack, os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) if accelerator.kvm else None,
             tsc_khz=None if accelerator.kvm else tsc_khz(arch),
-            scratch_fd=_scratch_disk(stack, job),
+            scratch_fd=_scratch_disk(given, job),
             channel_fd=theirs["channel"],
             qmp_fd=theirs["qmp"],
             console_fd=theirs["console"],
@@ -254,7 +254,8 @@ def _run(
     finally:
         if instance is not None:
             if instance.stop():
-                mark_done(job.record)
+                with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
+                    mark_done(job.record)
             instance.close()
         elif child is not None:
             child.kill()
@@ -368,16 +369,17 @@ def _channel_ends(stack: contextlib.ExitStack, given: Given) -> tuple[dict[str, 
     return ours, theirs
 
 
-def _scratch_disk(stack: contextlib.ExitStack, job: Job) -> int:
+def _scratch_disk(given: Given, job: Job) -> int:
     """The job's own disk: a file without a name, so that nothing of it can be left behind, and never read here."""
     try:
-        fd = _own(stack, os.open(job.record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        fd = os.open(job.record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise HostError(
             "cannot make the scratch disk",
             f"{job.record.folder}: {exc.strerror}",
             "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs",
         ) from exc
+    given.fds.append(fd)  # not ours once the child has it, so that its space is free when the child is gone
     write_disk(job.image.scratch_fd, job.image.manifest.scratch_disk, fd)
     return fd
 
