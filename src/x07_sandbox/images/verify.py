@@ -24,6 +24,7 @@ import msgspec
 
 from x07_sandbox.errors import ImageError
 from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images import manifest
 from x07_sandbox.images.store import Image, replace_file
 
@@ -162,11 +163,6 @@ def filesystem(fd: int) -> str:
     except (OSError, StopIteration):
         return ""
     return mount.partition(b" - ")[2].split(b" ")[0].decode(errors="replace")
-
-
-def boot_id() -> str:
-    """The kernel's name for this boot of the host."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _names(folder_fd: int) -> set[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.host import settings
 from x07_sandbox.runs.run import RunRequest, run
-from x07_sandbox.runs.streams import Cancel
+from x07_sandbox.runs.streams import Cancel, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,19 +35,13 @@ def run_program(
     with contextlib.ExitStack() as stack:
         cancel = Cancel()
         stack.callback(cancel.close)
-        fd = os.memfd_create("x07-stdin", os.MFD_CLOEXEC)
-        stack.callback(os.close, fd)
-        view = memoryview(stdin)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.lseek(fd, 0, os.SEEK_SET)
         return run(
             RunRequest(
                 program=Path(program),
                 args=tuple(args),
                 policy=None if policy is None else Path(policy),
                 image=image,
-                stdin_fd=fd,
+                stdin_fd=memory_file(stdin, stack),
                 max_output_bytes=max_output_bytes,
                 cancel=cancel,
             )

@@ -35,7 +35,7 @@ from x07_sandbox.programs.toolchains import (
 from x07_sandbox.runs.execute import Phase, PhaseFacts, PhaseRequest, drain
 from x07_sandbox.runs.folder import RunFolder, output_of
 from x07_sandbox.runs.result import NOTHING, ControlReport, Denial, Digests, HowToAllow, Output, PhaseReport, Result
-from x07_sandbox.runs.streams import Cancel, InFile, OutFile
+from x07_sandbox.runs.streams import Cancel, InFile, OutFile, memory_file
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Availability
@@ -391,12 +391,7 @@ def _snapshot(path: Path, stack: contextlib.ExitStack, so_far: _Progress) -> InF
 
 
 def _in_file(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) -> InFile:
-    fd = os.memfd_create("x07-in", os.MFD_CLOEXEC)
-    stack.callback(os.close, fd)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    return InFile(path=path, mode=mode, kind="file", fd=fd, size=len(data))
+    return InFile(path=path, mode=mode, kind="file", fd=memory_file(data, stack), size=len(data))
 
 
 def _current(image: Image) -> Image:

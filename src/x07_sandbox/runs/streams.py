@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import os
 import stat
@@ -146,6 +147,15 @@ class OutFile:
     def sha256(self) -> str:
         """Digest of what came."""
         return self._hash.hexdigest()
+
+
+def memory_file(data: bytes, stack: contextlib.ExitStack) -> int:
+    """A file in memory that holds *data*, at its beginning; *stack* closes it."""
+    fd = os.memfd_create("x07", os.MFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    _write_all(fd, data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -46,7 +46,7 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(record.read_text(encoding="utf-8"))
             return bool(known["works"]), str(known["reason"])
-        works, reason = _try(image)
+        works, reason = prove(image, Accelerator(kvm=True), settings.KVM_PROOF_S)
         temporary = record.with_suffix(".tmp")
         temporary.touch(mode=0o600)
         temporary.write_text(json.dumps({"works": works, "reason": reason}), encoding="utf-8")
@@ -68,8 +68,8 @@ def _key() -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _try(image: OpenImage) -> tuple[bool, str]:
-    limit_s = settings.KVM_PROOF_S
+def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[bool, str]:
+    """(works, how that is known): whether our agent answers from a guest with *accelerator* within *limit_s*."""
     record = create_record(
         run_id=new_run_id(),
         phase="probe",
@@ -79,7 +79,7 @@ def _try(image: OpenImage) -> tuple[bool, str]:
     )
     job = Job(record=record, image=image, ram_bytes=512 * settings.MIB, deadline_s=int(limit_s) + 5)
     try:
-        with start_qemu(job, Accelerator(kvm=True)) as instance:
+        with start_qemu(job, accelerator) as instance:
             instance.release()
             connection = Connection(instance.channel_fd, Role.HOST)
             deadline = Deadline.after(limit_s)
@@ -89,20 +89,26 @@ def _try(image: OpenImage) -> tuple[bool, str]:
                     poll.register(fd, select.POLLIN)
                 for fd, _ in poll.poll(deadline.left_s() * 1000):
                     if fd == instance.channel_fd:
-                        if connection.read() is None:
+                        events = connection.read()
+                        if events is None:
                             wait_gone(instance.inner, 1.0)  # so that it can say how it ended
                             return False, _ended(instance)
+                        list(events)  # the state moves as they are taken
                         if connection.link.state is State.GREETED:
-                            return True, "our agent answered from a guest under KVM"
+                            return True, f"our agent answered from a guest{_under(accelerator)}"
                     elif fd != instance.pidfd:
                         instance.drain(fd)
                 if instance.exit_status() is not None:
                     return False, _ended(instance)
-            return False, f"no answer from a guest under KVM within {limit_s:.0f} s"
+            return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s"
     except SandboxError as exc:
-        return False, f"a guest under KVM could not be tried: {exc.why}"
+        return False, f"a guest{_under(accelerator)} could not be tried: {exc.why}"
 
 
 def _ended(instance: QemuInstance) -> str:
     said = " ".join(instance.console_tail().split())[-200:]
     return f"QEMU with KVM ended before our agent answered: {said or 'it said nothing'}"
+
+
+def _under(accelerator: Accelerator) -> str:
+    return " under KVM" if accelerator.kvm else " under emulation"
