@@ -168,12 +168,12 @@ def test_the_owner_is_told_by_more_than_a_number() -> None:
     record = create()
     runner = identify(os.getpid())
     assert runner is not None
-    write_owner(record, runner=runner, processes={"outer": runner, "inner": runner}, cgroups=("/sys/fs/cgroup/x",))
+    write_owner(record, runner=runner, processes={"supervisor": runner, "inner": runner}, cgroups=("/sys/fs/cgroup/x",))
     owner = json.loads((record.folder / "owner.json").read_bytes())
     own = {"pid": os.getpid(), "start_ticks": runner.start_ticks}
     assert owner["schema_version"] == "x07.sandbox.owner@0.1.0"
     assert (owner["boot_id"], owner["pid_namespace"]) == (boot_id(), pid_namespace())
-    assert (owner["runner"], owner["processes"]) == (own, {"outer": own, "inner": own})
+    assert (owner["runner"], owner["processes"]) == (own, {"supervisor": own, "inner": own})
     assert owner["cgroups"] == ["/sys/fs/cgroup/x"]
     assert (owner["run"], owner["instance"], owner["labels"]) == (record.run_id, record.mark, record.labels())
     assert "mark" not in json.loads((record.folder / "job.json").read_bytes())

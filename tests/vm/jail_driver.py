@@ -4,7 +4,8 @@
 
 Answers one JSON object a line on standard output and takes one word a line on standard input. hold: wait blocked,
 go on at "release", end at "stop". talk: send the next line, a JSON string, over the channel and go on, print what
-comes back, end at "stop". phase: be the host's side of a run's conversation, as in a run. thread: as hold, but
+comes back, end at "stop". die: let it go, and be killed after so many microseconds. die-early: be killed so many
+microseconds after the start began. phase: be the host's side of a run's conversation, as in a run. thread: as hold, but
 started and let go by a thread that has ended when the test hears of it.
 """
 
@@ -15,8 +16,10 @@ import json
 import os
 import re
 import select
+import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,10 +92,10 @@ def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
         job = Job(record=record, image=image, ram_bytes=512 * settings.MIB, deadline_s=order.get("deadline_s", 120))
         arch = replace(host_arch(), qemu_binary=order["binary"], firmware=())
         with start_qemu(job, Accelerator(kvm=False), arch) as instance:
-            assert instance.outer is not None
+            assert instance.supervisor is not None
             tell(
                 "started",
-                outer=instance.outer.pid,
+                supervisor=instance.supervisor.pid,
                 inner=instance.inner.pid,
                 jail=instance.jail,
                 holds=list(instance.groups.holds),
@@ -109,6 +112,26 @@ def hold(order: dict[str, Any]) -> None:
         wait_for("release")
         instance.release()
         wait_for("stop")
+
+
+def die(order: dict[str, Any]) -> None:
+    """Let go, then killed in the midst of what follows."""
+    with started(order) as instance:
+        instance.release()
+        kill_after(order["after_us"])
+
+
+def die_early(order: dict[str, Any]) -> None:
+    """Killed in the midst of the start."""
+    threading.Thread(target=kill_after, args=(order["after_us"],)).start()
+    with started(order):
+        wait_for("stop")
+
+
+def kill_after(microseconds: int) -> None:
+    """SIGKILL to this process."""
+    time.sleep(microseconds / 1e6)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def talk(order: dict[str, Any]) -> None:
@@ -195,7 +218,7 @@ def main() -> None:
         stack.close()
         return
     try:
-        {"hold": hold, "talk": talk, "phase": phase}[order["do"]](order)
+        {"hold": hold, "talk": talk, "phase": phase, "die": die, "die-early": die_early}[order["do"]](order)
     except BackendError as exc:
         tell("refused", text=str(exc))
 

@@ -295,9 +295,15 @@ class Runner:
         return message
 
     @property
-    def outer(self) -> int:
-        """Bubblewrap's outer process, a child of the runner."""
-        return int(self.started["outer"])
+    def supervisor(self) -> int:
+        """The jail's first process, a child of the runner."""
+        return int(self.started["supervisor"])
+
+    @property
+    def monitor(self) -> int:
+        """Bubblewrap's outer process."""
+        (pid,) = children(self.supervisor)
+        return pid
 
     @property
     def inner(self) -> int:
@@ -325,7 +331,7 @@ class Runner:
 
     def pidfds(self, stack: contextlib.ExitStack) -> list[int]:
         """One for each process of the jail."""
-        fds = [os.pidfd_open(pid) for pid in (self.outer, self.inner, self.vmm())]
+        fds = [os.pidfd_open(pid) for pid in (self.supervisor, self.monitor, self.inner, self.vmm())]
         for fd in fds:
             stack.callback(os.close, fd)
         return fds
@@ -404,7 +410,8 @@ def parse(text: str) -> list[Finding]:
 class Look:
     """What a job found out about its jail, and what was seen of it from outside.
 
-    statuses, links: by name of the process ("outer", "inner", "vmm"), for this job and for one beside it.
+    statuses, links: by name of the process ("supervisor", "monitor", "inner", "vmm"), for this job and for one beside
+    it.
     """
 
     account: Account

@@ -17,6 +17,7 @@ import pytest
 
 from tests.vm.conftest import BEHAVE, PROGRAMS, Ran, Sandbox, wait_done
 from x07_sandbox.channel.frames import WINDOW
+from x07_sandbox.host import settings
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.guestcode import GuestCode, read_guest_code
@@ -186,7 +187,38 @@ def test_a_claim_of_success_is_only_the_programs_own(hostile: Hostile) -> None:
     assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", b"", b"")
 
 
+def test_an_agent_silent_in_set_up_is_lost_at_its_limit(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that takes the files and never starts the program is given up after the time for copying in."""
+    monkeypatch.setattr(settings, "COPY_IN_S", 2.0)
+    ran = hostile("unready")
+    assert "took too long while" in lost(ran, "host")
+    assert "started" not in ran.result.phases["run"].times_ms
+    times = ran.result.phases["run"].times_ms
+    assert 2000 <= times["end"] - times["seeded"] < 6000
+
+
 # in the build machine
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("mute", "BUILD_WALL_MS", "build-failed", "time"),
+        ("withheld", "CHANGES_OUT_S", "guest-lost", "took too long while handing over"),
+    ],
+)
+def test_a_silent_build_machine_ends_at_its_limit(
+    hostile: Hostile, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, case: tuple[str, str, str, str]
+) -> None:
+    """A build machine that never ends, or keeps back what it made, is given up at the limit of that stage."""
+    del hostile
+    word, limit, outcome, reason = case
+    monkeypatch.setattr(settings, limit, 2000 if limit.endswith("MS") else 2.0)
+    image = build_image(name="boot-well", progress=lambda _text: None, code=hostile_code(""))
+    ran = sandbox.run_text(f"{word}.c", "int main(void) { return 0; }\n", image=image.digest)
+    assert (ran.outcome, list(ran.result.phases)) == (outcome, ["build"]), ran.reason
+    assert reason in ran.reason
+    assert ran.result.digests.artifact is None
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,12 @@ def test_few_descriptors_or_none(sandbox: Sandbox, fds: int) -> None:
         assert (ran.outcome, ran.result.exit_code) == ("failed", 127), ran.reason
 
 
+def test_a_python_program_without_descriptors_fails_by_itself(sandbox: Sandbox) -> None:
+    """With limits.fds 0 a Python program is started too, and it is its loader that fails."""
+    ran = sandbox.run_text("none.py", "print('started')\n", policy={"limits.fds": 0})
+    assert (ran.outcome, ran.result.exit_code, ran.result.fault) == ("failed", 127, "program"), ran.reason
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_core_dumps_as_the_policy_says(sandbox: Sandbox, *, allowed: bool) -> None:
     """limits.core_dumps decides whether a crash leaves a core file."""

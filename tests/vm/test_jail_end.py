@@ -6,12 +6,17 @@ import contextlib
 import errno
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import need
+from tests.vm.conftest import marked
 from tests.vm.jail_helpers import (
     Account,
     Runner,
@@ -111,7 +116,7 @@ def test_the_deadline_holds_before_release(account: Account) -> None:
     """A machine whose deadline comes before it was let go never runs, and is gone as soon as its runner goes on."""
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(Runner(account, mode="mute", do="hold", deadline_s=2))
-        pidfds = [os.pidfd_open(pid) for pid in (runner.outer, runner.inner)]
+        pidfds = [os.pidfd_open(pid) for pid in (runner.supervisor, runner.inner)]
         for fd in pidfds:
             stack.callback(os.close, fd)
         runner.process.send_signal(signal.SIGSTOP)
@@ -145,12 +150,29 @@ def test_a_machine_that_was_not_let_go_dies_with_its_runner(account: Account) ->
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(Runner(account, mode="mute", do="hold"))
         runner.wait_at_the_gate()
-        pidfds = [os.pidfd_open(pid) for pid in (runner.outer, runner.inner)]
+        pidfds = [os.pidfd_open(pid) for pid in (runner.supervisor, runner.inner)]
         for fd in pidfds:
             stack.callback(os.close, fd)
         runner.process.kill()
         assert ended(pidfds, 5)
         assert [line for line in runner.left() if line.startswith("process")] == []
+
+
+@pytest.mark.parametrize("do", ["die", "die-early"])
+def test_no_moment_of_a_runner_s_death_leaves_a_process(account: Account, do: str) -> None:
+    """A runner killed at any moment of a start, or just after it has let its machine go, leaves no process behind."""
+    step_us = 100 if do == "die" else 1500
+    for turn in range(24):
+        order = json.dumps({"binary": str(account.hostile("stubborn")), "do": do, "after_us": turn * step_us})
+        argv = [*account.command, sys.executable, "-B", str(account.folder / "jail_driver.py"), order]
+        died = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=account.env, check=False)
+        assert died.returncode in {-signal.SIGKILL, 128 + signal.SIGKILL}, died.stderr.decode()
+    marks = {json.loads(path.read_bytes())["instance"] for path in account.state.glob("*/owner.json")}
+    assert marks
+    deadline = time.monotonic() + 2
+    while (alive := [pid for mark in marks for pid in marked(mark)]) and time.monotonic() < deadline:
+        select.select([], [], [], 0.01)  # they are nobody's children here: no event tells of their end
+    assert alive == []
 
 
 def test_the_machine_does_not_die_with_a_thread(account: Account) -> None:

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.vm
 
 IPC_CREAT = 0o1000
 IPC_RMID = 0
+OUTER_PROCESSES = ("supervisor", "monitor", "inner")
 CAP_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
@@ -94,7 +95,8 @@ class HostThings:
             *map(str, [account.home, account.cache, account.state, *folders, folders[0] / "owner.json", self.secret]),
             *map(str, [find_image(None).folder, account.folder / "jail_driver.py", account.hostile("mute")]),
         ]
-        pids = [self.process.pid, os.getpid(), other.process.pid, other.outer, other.inner, other.vmm(), mine.outer]
+        pids = [self.process.pid, os.getpid(), other.process.pid, other.supervisor, other.monitor, other.inner]
+        pids += [other.vmm(), mine.supervisor, mine.monitor]
         lines = [f"read {path}" for path in paths] + [f"pid {pid}" for pid in pids]
         lines += [f"tcp {self.tcp[0].getsockname()[1]}", f"udp {self.udp.getsockname()[1]}"]
         lines += [f"abstract {self.abstract.getsockname()[1:].decode()}", f"unix {self.path.getsockname()}"]
@@ -134,7 +136,10 @@ def look(account: Account) -> Look:
         findings = parse(message["text"])
         assert findings, message
         assert findings[-1].probe == "end", (findings[-1], message["status"], message["console"])
-        pids = [{"outer": runner.outer, "inner": runner.inner, "vmm": runner.vmm()} for runner in (mine, other)]
+        pids = [
+            {name: getattr(runner, name) for name in OUTER_PROCESSES} | {"vmm": runner.vmm()}
+            for runner in (mine, other)
+        ]
         seen = Look(
             account=account,
             findings=findings,
@@ -218,7 +223,7 @@ def test_no_other_process_is_seen_or_signalled(look: Look) -> None:
     assert look.worked("signal", "ptrace", "pidfd") == []
     assert "the process was ended" not in look.reached
     assert "the other job's runner" not in look.reached
-    assert all(name in jail for jail in look.statuses for name in ("outer", "inner", "vmm"))
+    assert all(name in jail for jail in look.statuses for name in (*OUTER_PROCESSES, "vmm"))
 
 
 def test_the_first_process_of_the_jail_cannot_be_taken_over(look: Look) -> None:
@@ -312,11 +317,11 @@ def _uid(pid: int) -> int | None:
 
 
 def test_the_outer_processes_hold_nothing(look: Look) -> None:
-    """Bubblewrap's processes hold no effective or permitted capability, and no descriptor of channel, QMP or disk."""
+    """Supervisor and bubblewrap hold no effective or permitted capability, no descriptor of channel, QMP or disk."""
     given = {finding.arg.split()[0]: finding.value for finding in look.of("descriptor") if "socket" in finding.arg}
     errors = f"socket:[{given['2']}]"
     for jail, links in zip(look.statuses, look.links, strict=True):
-        for name in ("outer", "inner"):
+        for name in OUTER_PROCESSES:
             assert {jail[name]["CapEff"], jail[name]["CapPrm"]} == {"0" * 16}
             assert jail[name]["NoNewPrivs"] == "1"
             held = {what for fd, what in links[name].items() if fd > 2}
@@ -325,9 +330,7 @@ def test_the_outer_processes_hold_nothing(look: Look) -> None:
             assert {os.path.dirname(path) for path in files} <= {"/run/x07-sandbox/uids"}, held  # noqa: PTH120
     mine = look.links[0]
     assert [what for what in mine["vmm"].values() if what == errors] == [errors]
-    assert {what for name in ("outer", "inner") for what in mine[name].values() if what.startswith("socket:")} <= {
-        errors
-    }
+    assert {what for name in OUTER_PROCESSES for what in mine[name].values() if what.startswith("socket:")} <= {errors}
 
 
 # --- bounds ----------------------------------------------------------------------------------------------------------

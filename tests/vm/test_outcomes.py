@@ -364,7 +364,7 @@ def test_the_machine_dies_with_its_runner(sleeper: Sleeper) -> None:
     child, owner = sleeper
     mark = str(owner["instance"])
     pidfds = [os.pidfd_open(pid) for pid in marked(mark)]
-    assert len(pidfds) >= 2, "outer and inner process of the jail, at least"
+    assert len(pidfds) >= 2, "supervisor and inner process of the jail, at least"
     child.kill()
     deadline = time.monotonic() + 2
     try:
@@ -400,7 +400,7 @@ def test_the_deadline_holds_without_a_live_runner(state: Path, image: Image) -> 
                 os.close(pidfd)
             assert 3 < time.monotonic() - began < 9
             (owner,) = owners(state)
-            # The outer process is a zombie until its parent goes on; nothing that carries the mark runs any more.
+            # The supervisor is a zombie until its parent goes on; nothing that carries the mark runs any more.
             assert all(_state_of(pid) == "Z" for pid in marked(str(owner["instance"])))
         finally:
             child.send_signal(signal.SIGCONT)

@@ -56,9 +56,6 @@ class Instance(Protocol):
     def drain(self, fd: int) -> None:
         """Read one of them, keeping no more than its bound."""
 
-    def cpu_s(self) -> float:
-        """CPU time that the machine has used on the host so far."""
-
     def console_tail(self) -> str:
         """The last of the console, as text that is safe to show."""
 

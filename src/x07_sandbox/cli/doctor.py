@@ -14,6 +14,7 @@ from x07_sandbox.backends.qemu.start import required_tools
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
+from x07_sandbox.images.commands import missing_tools
 from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.images.verify import open_image
 
@@ -28,15 +29,15 @@ class Finding:
     fix: str = ""
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
-    parser = verbs.add_parser("doctor", help="what is here, what was proven, what to do")
+    parser = verbs.add_parser("doctor", help=help)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.set_defaults(carry_out=_doctor)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    findings = [_architecture(), *_tools(), _folders(), _groups(), *_image_and_machine()]
+    findings = [_architecture(), *_tools(), _image_tools(), _folders(), _groups(), *_image_and_machine()]
     good = all(finding.good is not False for finding in findings)
     if options.json:
         rows = [
@@ -71,6 +72,18 @@ def _tools() -> list[Finding]:
     ]
 
 
+def _image_tools() -> Finding:
+    missing = missing_tools()
+    if not missing:
+        return Finding(subject="tools that build an image", good=True, text="here")
+    return Finding(
+        subject="tools that build an image",
+        good=None,
+        text="missing (needed only to build): " + ", ".join(missing),
+        fix="apt-get install --no-install-recommends " + " ".join(sorted(set(missing.values()))),
+    )
+
+
 def _folders() -> Finding:
     try:
         state, cache = private_dir(state_dir()), private_dir(cache_dir())
@@ -82,7 +95,10 @@ def _folders() -> Finding:
 def _groups() -> Finding:
     root = Path("/sys/fs/cgroup")
     version = "2" if (root / "cgroup.controllers").exists() else "1"
-    limits = "hold the virtual machine monitor's memory and tasks" if os.geteuid() == 0 else "are used if delegated"
+    if os.geteuid() == 0:
+        limits = "hold the virtual machine monitor's memory and tasks"
+    else:
+        limits = "are used if delegated to you" if version == "2" else "are for root only: none around the machine"
     text = f"version {version}, {limits}; rlimits and the guest's own limits hold everywhere"
     return Finding(subject="control groups", good=None, text=text)
 

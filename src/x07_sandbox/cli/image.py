@@ -22,11 +22,11 @@ _EXAMPLES = """examples:
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb and its own verbs."""
     parser = verbs.add_parser(
         "image",
-        help="build, list, inspect, verify guest images",
+        help=help,
         description="Guest images: what programs run on. Made from this host's own package sources.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,22 +1,23 @@
-"""The command `x07`: one module a verb; this one finds the verb and turns errors into text and exit codes."""
+"""The command `x07`: one module a verb; this one finds the verb and turns errors into text and exit codes.
+
+Everything else is imported inside `main`: Ctrl-C while modules load is a cancelled command like any other, and a verb
+costs only its own imports.
+"""
 
 from __future__ import annotations
 
-import argparse
-import errno
 import sys
-import traceback
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from x07_sandbox import __version__
-from x07_sandbox.cli import doctor, image, run
-from x07_sandbox.cli.console import say
-from x07_sandbox.cli.streams import fill_closed_streams
-from x07_sandbox.errors import Cancelled, SandboxError, UsageError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
+_VERBS = {
+    "run": "run a program in a throw-away virtual machine",
+    "image": "build, list, inspect, verify guest images",
+    "doctor": "what is here, what was proven, what to do",
+}
 _EXAMPLES = """examples:
   x07 image build                         make the guest image (once)
   x07 run prog.py -- --verbose            run a Python program in a throw-away machine
@@ -28,39 +29,54 @@ _EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code (DESIGN 8)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    fill_closed_streams()
     try:
-        options = _parser().parse_args(words)
+        from x07_sandbox.cli.streams import fill_closed_streams
+
+        fill_closed_streams()
+        options = _parser(words).parse_args(words)
         code: int = options.carry_out(options)
-    except SandboxError as exc:
-        if not _wants_json(words):
-            say(str(exc))
-        return _json_or(2 if isinstance(exc, UsageError) else 125, exc, words)
     except KeyboardInterrupt:
-        say("cancelled")
+        from x07_sandbox.errors import Cancelled
+
+        _say("cancelled")
         return _json_or(130, Cancelled("cancelled before there was a run", "SIGINT", "Start it again"), words)
-    except OSError as exc:
-        if exc.errno not in {errno.EPIPE, errno.ENOSPC, errno.EIO}:
-            return _bug(exc, words)
-        say(f"cannot write the output: {exc.strerror}")
-        return 125
     except Exception as exc:  # noqa: BLE001 - the last place that can keep the exit code's promise
-        return _bug(exc, words)
+        return _failed(exc, words)
     return code
 
 
-def _bug(exc: Exception, words: list[str]) -> int:
+def _failed(exc: Exception, words: list[str]) -> int:
+    import errno
+    import traceback
+
+    from x07_sandbox.errors import SandboxError, UsageError
+
+    if isinstance(exc, SandboxError):
+        if not _wants_json(words):
+            _say(str(exc))
+        return _json_or(2 if isinstance(exc, UsageError) else 125, exc, words)
+    if isinstance(exc, OSError) and exc.errno in {errno.EPIPE, errno.ENOSPC, errno.EIO}:
+        _say(f"cannot write the output: {exc.strerror}")
+        return 125
     traceback.print_exception(exc)
-    say("this is a bug in x07-sandbox; please report it with the lines above")
+    _say("this is a bug in x07-sandbox; please report it with the lines above")
     return _json_or(125, exc, words)
+
+
+def _say(text: str) -> None:
+    from x07_sandbox.cli.console import say
+
+    say(text)
 
 
 def _json_or(code: int, exc: Exception, words: list[str]) -> int:
     """The failure as JSON where that was promised; *code* elsewhere, and where nobody takes the JSON."""
     if not _wants_json(words):
         return code
+    from x07_sandbox.cli.run import print_failure
+
     try:
-        return run.print_failure(exc)
+        return print_failure(exc)
     except OSError:
         return code
 
@@ -71,19 +87,15 @@ def _wants_json(words: list[str]) -> bool:
     return ours[:1] == ["run"] and "--json" in ours
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours, so that --json holds for them too; options are written out in full."""
+def _parser(words: list[str]) -> argparse.ArgumentParser:
+    """The parser for these words: with the verb that they name, or with all of them."""
+    import argparse
+    from importlib import import_module
 
-    def __init__(self, *args: Any, **words: Any) -> None:  # noqa: ANN401 - as argparse has them
-        super().__init__(*args, **(words | {"allow_abbrev": False}))
+    from x07_sandbox import __version__
+    from x07_sandbox.cli.usage import Parser
 
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing and exiting."""
-        raise UsageError("wrong usage", message, f"See {self.prog} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = _Parser(
+    parser = Parser(
         prog="x07",
         description="Run a program that nobody trusts in a throw-away virtual machine.",
         epilog=_EXAMPLES,
@@ -91,9 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
-    run.add_parser(verbs)
-    image.add_parser(verbs)
-    doctor.add_parser(verbs)
+    for verb in words[:1] if words and words[0] in _VERBS else _VERBS:
+        import_module(f"x07_sandbox.cli.{verb}").add_parser(verbs, help=_VERBS[verb])
     return parser
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from x07_sandbox.cli.console import say
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import describe
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.run import RunRequest, failure, run
@@ -27,7 +28,8 @@ _EPILOG = f"""languages, by the name of the file:
 {describe()}
 
 exit code: the program's own; 128+N for signal N; 124 for a time or CPU limit; 137 out of memory; 153 too much output;
-126 the build failed; 125 refused or lost; 2 wrong usage. A program may use the same numbers: scripts read `outcome`.
+126 the build failed; 125 refused, lost, or its output could not be written; 2 wrong usage. A program may use the same
+numbers: scripts read `outcome`.
 
 examples:
   x07 run prog.py
@@ -36,11 +38,11 @@ examples:
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
     parser = verbs.add_parser(
         "run",
-        help="run a program in a throw-away virtual machine",
+        help=help,
         description="Build PROGRAM in one throw-away virtual machine and run it in another.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,10 +68,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def _size(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 1 << 40:
-        raise argparse.ArgumentTypeError("must be between 0 and 2^40")
-    return value
+    if not (text.isascii() and text.isdigit() and int(text) <= 1 << 40):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of bytes between 0 and 2^40")
+    return int(text)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -93,7 +94,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         return _print(result)
     _explain(result)
-    return result.x07_exit_code
+    lost = result.stdout.undelivered or result.stderr.undelivered
+    return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
 
 
 def print_failure(exc: Exception) -> int:
@@ -168,8 +170,11 @@ def _explain(result: Result) -> None:
         _show(result.stdout.text)
         _show(result.stderr.text)
     for warning in result.warnings:
-        if "could not be" in warning:
+        if warning.startswith("the input"):
             say(warning)
+    for name, stream in (("standard output", result.stdout), ("standard error", result.stderr)):
+        if stream.undelivered:
+            say(f"the program's {name} could not be passed on: {stream.undelivered}")
     if result.outcome in {"ok", "failed"}:
         return
     say(f"{result.outcome}: {result.reason}")

@@ -40,12 +40,6 @@ def identify(pid: int) -> Identity | None:
     return None if fields is None else Identity(pid=pid, start_ticks=int(fields[19]))
 
 
-def cpu_ticks(pid: int) -> int:
-    """User and system time of a process so far, in clock ticks; 0 when it is gone."""
-    fields = _stat_fields(pid)
-    return 0 if fields is None else int(fields[11]) + int(fields[12])
-
-
 def _stat_fields(pid: int) -> list[str] | None:
     """Fields 3 and up of /proc/PID/stat: the name before them may hold anything."""
     try:

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import pwd
 import shutil
 import stat
 from pathlib import Path
@@ -154,8 +155,33 @@ def own_namespaces() -> list[str]:
     argv = [commands.tool("unshare"), "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
     if os.geteuid() != 0:
         commands.tool("newuidmap")
+        _check_sub_uids()
         argv += ["--user", "--map-root-user", "--map-auto"]
     return [*argv, "--"]
+
+
+def _check_sub_uids() -> None:
+    """That this user has ranges of subordinate uids and gids, by name or number (subuid(5)). Raises HostError."""
+    uid = os.geteuid()
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        raise HostError(
+            "cannot build the guest image",
+            f"uid {uid} has no entry in the passwd file, and so no subordinate uids",
+            "Build it as a user who has a name, or as root",
+        ) from None
+    for path in ("/etc/subuid", "/etc/subgid"):
+        try:
+            owners = {line.partition(":")[0] for line in Path(path).read_text(encoding="utf-8").splitlines()}
+        except OSError:
+            owners = set()
+        if not owners & {name, str(uid)}:
+            raise HostError(
+                "cannot build the guest image",
+                f"{path} gives {name} no range",
+                f"Run usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name} as root",
+            )
 
 
 def remove_work(work: Path, progress: Callable[[str], None]) -> None:

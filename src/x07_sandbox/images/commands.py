@@ -48,6 +48,15 @@ def tool(name: str) -> str:
     raise HostError("cannot build the guest image", f"the command {name} is missing", f"Run apt install {package}")
 
 
+def missing_tools() -> dict[str, str]:
+    """Commands of PACKAGES that are not here, and Debian's package of each."""
+    return {
+        name: package
+        for name, package in PACKAGES.items()
+        if not any(os.access(f"{folder}/{name}", os.X_OK) for folder in SEARCH)
+    }
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The whole environment of a build command: nothing of the caller's but HOME and the proxies that apt reads."""
     env = {"PATH": ":".join(SEARCH), "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH)}

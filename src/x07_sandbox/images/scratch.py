@@ -11,7 +11,7 @@ import os
 import tempfile
 from typing import TYPE_CHECKING
 
-from x07_sandbox.errors import ImageError
+from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.images import commands
 from x07_sandbox.images.manifest import Piece, ScratchDisk
 
@@ -106,8 +106,16 @@ def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
     position = 0
     for piece in disk.pieces:
         data = os.pread(scratch_fd, piece.bytes, position)
-        if len(data) != piece.bytes or os.pwrite(fd, data, piece.offset) != piece.bytes:
+        if len(data) != piece.bytes:
             raise ImageError(
-                "cannot make a scratch disk", "a short read or write", "Check for free space, then try again"
+                "cannot make a scratch disk", "its part of the image became shorter", "Run x07 image build"
             )
         position += piece.bytes
+        written = 0
+        try:
+            while written < len(data):  # a full disk first takes a part, and only then says so
+                written += os.pwrite(fd, data[written:], piece.offset + written)
+        except OSError as exc:
+            raise HostError(
+                "cannot make a scratch disk", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR"
+            ) from exc

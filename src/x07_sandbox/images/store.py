@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import ImageError, UsageError
-from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
 from x07_sandbox.images import guestcode, manifest
 
 if TYPE_CHECKING:
@@ -113,21 +112,7 @@ def load(digest: str, name: str = "") -> Image:
 def set_name(name: str, digest: str) -> None:
     """Let *name* point to *digest* (hex); readers see the old one or the new one."""
     names = private_dir(images_dir() / "names")
-    replace_file(names / check_name(name), f"{digest}\n".encode())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write *path* whole or not at all, mode 0600."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(names / check_name(name), f"{digest}\n".encode(), sync=True)
 
 
 def _names() -> dict[str, str]:

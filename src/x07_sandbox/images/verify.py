@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images import manifest
-from x07_sandbox.images.store import Image, replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from x07_sandbox.images.manifest import Manifest, Part
+    from x07_sandbox.images.store import Image
 
 FILE_MODE = 0o444
 FOLDER_MODE = 0o700
@@ -249,7 +249,7 @@ def _write_record(digest: str, files: dict[str, Identity]) -> None:
     now_ns = time.time_ns()  # wall time, because ctime is
     settled = {name: identity for name, identity in files.items() if identity[4] < now_ns - SETTLED_NS}
     record = Record(schema_version=RECORD_SCHEMA, boot_id=boot_id(), files=settled)
-    replace_file(_record_path(digest), msgspec.json.encode(record))
+    replace_file(_record_path(digest), msgspec.json.encode(record), sync=True)
 
 
 def _bad(digest: str, why: str) -> ImageError:

@@ -2,9 +2,9 @@
 
 Two forms (DESIGN 6):
 
-root   no user namespace. Bubblewrap's own two processes keep uid 0 but drop every capability and every descriptor
-       except the lock of the job's uid; setpriv, as the last step inside, changes to that uid, clears all
-       capability sets and the bounding set, and becomes the program.
+root   no user namespace. The supervisor and bubblewrap's own two processes keep uid 0 but drop every capability and
+       every descriptor except the lock of the job's uid; setpriv, as the last step inside, changes to that uid,
+       clears all capability sets and the bounding set, and becomes the program.
 user   a user namespace in which the process has a uid that is not 0, and no capability.
 
 In both: own mount, pid, ipc, uts, net and cgroup namespaces, an empty root that holds just the named files,
@@ -13,7 +13,8 @@ read-only, and no /proc; and a filter of system calls, loaded as the last thing 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 BWRAP: Final = "/usr/bin/bwrap"
@@ -21,15 +22,8 @@ SETPRIV: Final = "/usr/bin/setpriv"
 PERL: Final = "/usr/bin/perl"
 INNER_UID: Final = 64000  # in the user form: the uid that the process sees itself under
 
-# The timer is set before exec and stays with the process, which becomes bubblewrap's outer one: when it fires,
-# that process dies, and the kernel kills what it started. No live runner is needed (measured: qemu.md 10.4).
-# So does the parent-death signal, 1 being PR_SET_PDEATHSIG. Bubblewrap asks for that too, but later, and never looks
-# whether it came too late: a runner that is killed right after the fork would leave a machine behind.
-_TIMER: Final = (
-    '$SIG{ALRM}="DEFAULT"; alarm shift; ($prctl, $runner) = (shift()+0, shift);'
-    ' syscall($prctl, 1, 9) == 0 or die "prctl: $!"; getppid == $runner or die "the runner is gone";'
-    ' exec {$ARGV[0]} @ARGV; die "exec: $!"'
-)
+SUPERVISOR: Final = str(Path(__file__).with_name("data") / "supervisor.pl")
+_CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_range")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +36,7 @@ class Jail:
     uid: host uid for the root form; None for the user form.
     mark: random text that proves, in the arguments, that our launcher started this.
     deadline_s: when the kernel ends it, in whole seconds.
-    runner_pid: the process with which it dies. prctl: number of that system call here.
+    runner_pid: the process with which it dies. syscalls: numbers of the system calls here.
     filter_fd: a pipe from which bubblewrap reads the filter of system calls, as its last step, until the pipe's end.
         It is the gate: the jail waits there until the filter is written, and where the pipe ends without one, as when
         the runner dies, the kernel refuses the empty filter and the jail ends. (--block-fd goes on at either.)
@@ -55,20 +49,19 @@ class Jail:
     mark: str
     deadline_s: int
     runner_pid: int
-    prctl: int
+    syscalls: dict[str, int]
     info_fd: int
     filter_fd: int
     lock_fd: int | None = None
-    links: tuple[tuple[str, str], ...] = field(default=())
 
 
 def jail_argv(jail: Jail, command: list[str]) -> list[str]:
-    """The whole command line: timer, bubblewrap, where root setpriv, then *command*."""
-    argv = [PERL, "-e", _TIMER, str(jail.deadline_s), str(jail.prctl), str(jail.runner_pid)]
+    """The whole command line: supervisor, bubblewrap, where root setpriv, then *command*."""
+    kept_fd = -1 if jail.lock_fd is None else jail.lock_fd
+    numbers = (jail.deadline_s, jail.runner_pid, kept_fd, *(jail.syscalls[name] for name in _CALLS))
+    argv = [PERL, SUPERVISOR, *map(str, numbers)]
     argv += [BWRAP, *_namespaces(jail)]
     argv += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "X07_INSTANCE", jail.mark]
-    for target, link in jail.links:
-        argv += ["--symlink", target, link]
     for path in _folders([*jail.files, *(path for _, path in jail.fd_files), *jail.devices]):
         argv += ["--perms", "0755", "--dir", path]
     for path in jail.files:

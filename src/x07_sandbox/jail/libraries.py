@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from pathlib import Path
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
 
 _LDD = "/usr/bin/ldd"
 _LINE = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$")
@@ -33,10 +32,7 @@ def needed_files(binary: str) -> tuple[str, ...]:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not asked yet, or damaged: ask
     files = _ask(binary)
-    temporary = record.with_suffix(f".{os.getpid()}.tmp")
-    temporary.touch(mode=0o600)
-    temporary.write_text(json.dumps({"key": key, "files": files}), encoding="utf-8")
-    temporary.replace(record)
+    replace_file(record, json.dumps({"key": key, "files": files}).encode())
     return tuple(files)
 
 

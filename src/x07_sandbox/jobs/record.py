@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +20,7 @@ from typing import Final
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import unix_ms
-from x07_sandbox.host.paths import private_dir, state_dir
+from x07_sandbox.host.paths import private_dir, replace_file, state_dir
 from x07_sandbox.host.processes import Identity, boot_id, pid_namespace
 
 JOB_SCHEMA: Final = "x07.vm.job@0.1.0"
@@ -92,22 +93,30 @@ def create_record(*, run_id: str, phase: str, backend: str, wall_ms: int, image_
             exc.strerror or str(exc),
             "Free space there, or set X07_VM_STATE_DIR",
         ) from exc
-    _write_json(
-        record.folder / "job.json",
-        {
-            "schema_version": JOB_SCHEMA,
-            "run_id": job_id,
-            "backend": backend,
-            "container_id": f"x07-{job_id}",
-            "pid": None,
-            "created_unix_ms": created,
-            "deadline_unix_ms": record.deadline_unix_ms,
-            "grace_ms": record.grace_ms,
-            "cleanup_ms": settings.CLEANUP_MS,
-            "ctr": None,
-        },
-    )
+    document: dict[str, object] = {
+        "schema_version": JOB_SCHEMA,
+        "run_id": job_id,
+        "backend": backend,
+        "container_id": f"x07-{job_id}",
+        "pid": None,
+        "created_unix_ms": created,
+        "deadline_unix_ms": record.deadline_unix_ms,
+        "grace_ms": record.grace_ms,
+        "cleanup_ms": settings.CLEANUP_MS,
+        "ctr": None,
+    }
+    try:
+        _write_json(record.folder / "job.json", document)
+    except HostError:
+        drop_unstarted(record)
+        raise
     return record
+
+
+def drop_unstarted(record: JobRecord) -> None:
+    """Remove the folder of a job for which nothing was ever started, as when the disk is full: it has no owner."""
+    if not (record.folder / "owner.json").exists():
+        shutil.rmtree(record.folder, ignore_errors=True)
 
 
 def write_owner(
@@ -176,15 +185,9 @@ def _write_json(path: Path, value: dict[str, object]) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a new version of a small file by rename, so that a reader sees the old or the new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-        temporary.replace(path)
+        replace_file(path, data)
     except OSError as exc:
-        temporary.unlink(missing_ok=True)
         raise HostError(
             f"cannot write {path}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR"
         ) from exc

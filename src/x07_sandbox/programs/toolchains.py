@@ -17,6 +17,7 @@ SOURCE_FOLDER: Final = "/x07/in"
 OUTPUT: Final = "/x07/out/compiled-out"
 ARTIFACT: Final = "/x07/in/artifact"
 PROGRAM_FOLDER: Final = "/x07/in/program"
+_PYTHON: Final = "/usr/bin/python3"
 _NAME_MAX: Final = 200  # bytes; byte code gets a longer one, and a file system takes 255
 
 
@@ -25,7 +26,7 @@ class Toolchain:
     """One language.
 
     suffixes: of source files, lower case.
-    build: argv of the build, given the source's path in the guest and the file's own name.
+    build: argv of the build, given the source's path in the guest and the file's own name; the first is a path.
     archive: whether the artifact is an archive that is unpacked to PROGRAM_FOLDER, else an executable at ARTIFACT.
     start: argv that starts the program, given the file's own name.
     """
@@ -39,7 +40,7 @@ class Toolchain:
 
 
 def _build_c(source: str, _name: str) -> list[str]:
-    return ["gcc", "-std=gnu17", "-O2", "-o", OUTPUT, "-x", "c", source, "-x", "none", "-lm", "-lpthread"]
+    return ["/usr/bin/gcc", "-std=gnu17", "-O2", "-o", OUTPUT, "-x", "c", source, "-x", "none", "-lm", "-lpthread"]
 
 
 def _start_executable(_name: str) -> list[str]:
@@ -47,11 +48,11 @@ def _start_executable(_name: str) -> list[str]:
 
 
 def _build_python(source: str, name: str) -> list[str]:
-    return ["python3", "-I", "-S", "-c", _driver(), source, name, PROGRAM_FOLDER, OUTPUT]
+    return [_PYTHON, "-I", "-S", "-c", _driver(), source, name, PROGRAM_FOLDER, OUTPUT]
 
 
 def _start_python(name: str) -> list[str]:
-    return ["python3", f"{PROGRAM_FOLDER}/{name}"]
+    return [_PYTHON, f"{PROGRAM_FOLDER}/{name}"]
 
 
 @cache

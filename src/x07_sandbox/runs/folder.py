@@ -62,6 +62,13 @@ def output_of(sink: Sink, fd: int) -> Output:
     while chunk := os.pread(fd, 1 << 20, len(data)):
         data += chunk
     try:
-        return Output(bytes=sink.total_bytes, truncated=sink.overflow, text=data.decode())
+        text, coded = data.decode(), None
     except UnicodeDecodeError:
-        return Output(bytes=sink.total_bytes, truncated=sink.overflow, base64=base64.b64encode(data).decode())
+        text, coded = None, base64.b64encode(data).decode()
+    return Output(
+        bytes=sink.total_bytes,
+        truncated=sink.overflow,
+        text=text,
+        base64=coded,
+        undelivered=sink.reader_problem or None,
+    )

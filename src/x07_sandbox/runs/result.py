@@ -13,12 +13,16 @@ SCHEMA = "x07.sandbox.result@0.1.0"
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One output stream: `text` where it is UTF-8, else `base64`. bytes: how many came up to the cap."""
+    """One output stream: `text` where it is UTF-8, else `base64`. bytes: how many came up to the cap.
+
+    undelivered: why not all of it could be passed on as it came (a full disk, say; a reader who went away is none).
+    """
 
     bytes: int
     truncated: bool
     text: str | None = None
     base64: str | None = None
+    undelivered: str | None = None
 
 
 class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

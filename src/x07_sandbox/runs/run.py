@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.policy import Policy
-    from x07_sandbox.runs.streams import Sink
 
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 _CWD = "/opt/x07"
@@ -82,7 +81,6 @@ class _Progress:
     """What is known so far: whatever happens next, the result is made from it."""
 
     run_id: str
-    policy: Policy | None = None
     availability: Availability | None = None
     plan: Plan | None = None
     jail: str | None = None
@@ -129,7 +127,6 @@ def _carry_out(request: RunRequest, so_far: _Progress, folder: RunFolder, stack:
     toolchain = toolchain_for(str(request.program))
     source = _snapshot(request.program, stack, so_far)
     policy, policy_bytes = _policy(request.policy)
-    so_far.policy = policy
     so_far.digests["policy"] = _digest(policy_bytes)
     image = stack.enter_context(open_image(_current(find_image(request.image))))
     so_far.digests["image"] = image.manifest.digest
@@ -276,7 +273,8 @@ class _Session:
         if not delivered:
             evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
         ending = classify(evidence, emulated=emulated, limits=spec.limits_shown)
-        self._note_streams(facts, stdout, stderr)
+        if facts.input_problem:
+            self.so_far.warnings.append(f"the input could not be read to its end: {facts.input_problem}")
         self.so_far.warnings += ending.warnings
         self.so_far.phases[spec.name] = _report(
             record.job_id, ending, facts, output_of(stdout, stdout_fd), output_of(stderr, stderr_fd)
@@ -286,13 +284,6 @@ class _Session:
             if facts.input_sha256 is not None:
                 self.so_far.digests["input"] = f"sha256:{facts.input_sha256}"
         return ending, facts
-
-    def _note_streams(self, facts: PhaseFacts, *sinks: Sink) -> None:
-        if facts.input_problem:
-            self.so_far.warnings.append(f"the input could not be read to its end: {facts.input_problem}")
-        for sink in sinks:
-            if sink.reader_problem:
-                self.so_far.warnings.append(f"{sink.name} could not be passed on: {sink.reader_problem}")
 
     def _note_denials(self, facts: PhaseFacts, policy: Policy) -> None:
         refused = int(facts.usage.get("tasks_refused", 0))

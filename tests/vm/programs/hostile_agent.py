@@ -60,6 +60,8 @@ class Liar(honest.Agent):
         if isinstance(event, Control) and event.kind is Kind.START:
             words = [os.path.basename(arg).partition(".")[0] for arg in event.body["argv"]]
             for word in words:
+                if word == "unready":
+                    for_ever()
                 if word in DEEDS:
                     self.link.send(Kind.STARTED, {})
                     self.say()
@@ -166,4 +168,5 @@ DEEDS = {
     "longer": lambda agent: lie_about_file(agent, 10, 20),
     "shorter": lambda agent: lie_about_file(agent, 20, 10),
     "endless": endless_file,
+    "withheld": lambda agent: agent.end(output_bytes=10),
 }

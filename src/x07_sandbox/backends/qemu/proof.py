@@ -25,7 +25,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
 from x07_sandbox.host.processes import boot_id, wait_gone
 from x07_sandbox.jobs.record import create_record, new_run_id
 
@@ -47,10 +47,7 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
             known = json.loads(record.read_text(encoding="utf-8"))
             return bool(known["works"]), str(known["reason"])
         works, reason = prove(image, Accelerator(kvm=True), settings.KVM_PROOF_S)
-        temporary = record.with_suffix(".tmp")
-        temporary.touch(mode=0o600)
-        temporary.write_text(json.dumps({"works": works, "reason": reason}), encoding="utf-8")
-        temporary.replace(record)
+        replace_file(record, json.dumps({"works": works, "reason": reason}).encode())
     return works, reason
 
 

@@ -21,7 +21,7 @@ from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.processes import Identity, cpu_ticks, identify, kill_identity, wait_gone
+from x07_sandbox.host.processes import Identity, identify, wait_gone
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv
 from x07_sandbox.jail.cgroups import HostGroups, make_groups
@@ -29,7 +29,7 @@ from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.seccomp import vmm_filter
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch, launch
-from x07_sandbox.jobs.record import mark_done, write_owner
+from x07_sandbox.jobs.record import drop_unstarted, mark_done, write_owner
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Job
@@ -81,7 +81,7 @@ class QemuInstance:
         jail: str,
     ) -> None:
         self.child = child
-        self.outer = identify(child.pid)
+        self.supervisor = identify(child.pid)
         self.inner = inner
         self.jail = jail
         self.groups = groups
@@ -109,18 +109,6 @@ class QemuInstance:
         """Read one of them, keeping no more than its bound."""
         self._side[fd].read()
 
-    def cpu_s(self) -> float:
-        """CPU time of the whole jail on the host so far."""
-        pids = [self.inner.pid]
-        with contextlib.suppress(OSError):
-            pids += [
-                int(pid)
-                for pid in Path(f"/proc/{self.inner.pid}/task/{self.inner.pid}/children")
-                .read_text(encoding="ascii")
-                .split()
-            ]
-        return sum(cpu_ticks(pid) for pid in pids) / os.sysconf("SC_CLK_TCK")
-
     def console_tail(self) -> str:
         """The last of the console and of the VMM's messages, control characters replaced."""
         for stream in self._side.values():
@@ -128,7 +116,7 @@ class QemuInstance:
         return self.console.text() + self.errors.text()
 
     def exit_status(self) -> int | None:
-        """How the jail's outer process ended; it passes on QEMU's own status."""
+        """How the jail's supervisor ended; it passes on QEMU's own status."""
         return self.child.poll()
 
     def stop(self) -> bool:
@@ -141,13 +129,16 @@ class QemuInstance:
         poll.register(self.pidfd, select.POLLIN)
         if not self._gate.opened or not poll.poll(50):
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            # It dies with the outer process, but not while it waits at the gate: bubblewrap asks for that later.
-            signal.pidfd_send_signal(self._inner_pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
         deadline = Deadline.after(_GONE_S)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.child.wait(deadline.left_s())
+        try:
+            self.child.wait(_GONE_S / 2)
+        except subprocess.TimeoutExpired:  # the supervisor itself is stopped, say
+            for pidfd in (self._inner_pidfd, self.pidfd):
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(deadline.left_s())
         # The end of the namespace's first process is the proof: the kernel lets it go only after all others.
         gone = self.child.returncode is not None and wait_gone(self.inner, deadline.left_s())
         self._gone = gone and self.groups.remove()
@@ -176,6 +167,7 @@ def start_qemu(job: Job, accelerator: Accelerator, arch: Arch | None = None) -> 
     arch = arch or host_arch()
     _check_tools(arch)
     with contextlib.ExitStack() as stack:
+        stack.callback(drop_unstarted, job.record)
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
         given = Given()  # what the child gets: ours to close once it has them, or when it never came to be
         stack.callback(given.close)
@@ -211,7 +203,7 @@ def start_qemu(job: Job, accelerator: Accelerator, arch: Arch | None = None) -> 
             mark=job.record.mark,
             deadline_s=job.deadline_s,
             runner_pid=os.getpid(),
-            prctl=arch.syscalls["prctl"],
+            syscalls=arch.syscalls,
             info_fd=info_w,
             filter_fd=gate_r,
             lock_fd=lock_fd,
@@ -228,8 +220,8 @@ def _run(
 ) -> Iterator[QemuInstance]:
     groups = make_groups(job.record.job_id, memory_bytes=job.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
     child = None
-    inner = None
     instance = None
+    gone = False
     try:
         # First without processes: whatever is left by a runner killed from here on carries the mark that stands there.
         _record(job, groups, {})
@@ -247,25 +239,22 @@ def _run(
             instance = QemuInstance(child=child, inner=inner, gate=gate, ends=ours, groups=groups, jail=form)
         except ProcessLookupError as exc:
             raise _no_jail(child, ours["stderr"]) from exc
-        if instance.outer is None:
+        if instance.supervisor is None:
             raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
-        _record(job, groups, {"outer": instance.outer, "inner": inner})
+        _record(job, groups, {"supervisor": instance.supervisor, "inner": inner})
         yield instance
     finally:
         if instance is not None:
-            if instance.stop():
-                with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
-                    mark_done(job.record)
+            gone = instance.stop()
             instance.close()
-        elif child is not None:
-            child.kill()
-            child.wait()
-            if inner is not None:  # it may not have asked yet to die with the outer process
-                kill_identity(inner, job.record.mark)
-                wait_gone(inner, _GONE_S)
-            groups.remove()
         else:
-            groups.remove()
+            if child is not None:
+                child.terminate()
+                child.wait()
+            gone = groups.remove()
+        if gone:
+            with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
+                mark_done(job.record)
 
 
 def _record(job: Job, groups: HostGroups, processes: dict[str, Identity]) -> None:

@@ -1,0 +1,67 @@
+# Runs a jail and outlives it: at the deadline, when the runner ends, or when asked by SIGTERM, it kills all of the jail.
+#
+#     perl supervisor.pl DEADLINE_S RUNNER_PID KEEP_FD PRCTL SIGPROCMASK SIGTIMEDWAIT CAPSET CLOSE_RANGE COMMAND...
+#
+# The last five are the numbers of these system calls here. KEEP_FD stays open (-1: none). It ends as COMMAND ended
+# (128 + N for a signal), or by SIGALRM at the deadline, by SIGTERM when asked or without its runner.
+#
+# Why a process, and not the kernel's parent-death signal alone: bubblewrap's inner process asks for that signal late,
+# and one whose parent had died by then would never get it. Here nothing that was started can be lost: orphans become
+# children of this process (a subreaper, prctl(2)), which ends only when it has no child left.
+# Perl, because every Debian has it; no module, because each costs more than the rest of the start.
+
+my ($deadline, $runner, $keep, $prctl, $sigprocmask, $sigtimedwait, $capset, $close_range) =
+    map { $_ + 0 } splice @ARGV, 0, 8;
+my ($PDEATHSIG, $SUBREAPER, $NO_NEW_PRIVS, $BLOCK, $SETMASK) = (1, 36, 38, 0, 2);
+my ($KILL, $ALRM, $TERM, $CHLD, $EINTR) = (9, 14, 15, 17, 4);
+my $set = pack 'Q', 1 << ($ALRM - 1) | 1 << ($TERM - 1) | 1 << ($CHLD - 1);
+my $none = pack 'Q', 0;
+
+sub call {
+    my ($what, $number, @words) = @_;
+    syscall($number, @words) == 0 or die "$what: $!\n";
+}
+
+# Blocked and then waited for, so that none can come between a look and a wait.
+call('rt_sigprocmask', $sigprocmask, $BLOCK, $set, 0, 8);
+call('subreaper', $prctl, $SUBREAPER, 1, 0, 0, 0);
+call('parent-death signal', $prctl, $PDEATHSIG, $TERM, 0, 0, 0);
+getppid == $runner or die "the runner is gone\n";
+my $children = "/proc/$$/task/$$/children"; # proc(5)
+-r $children or die "$children: $!\n";
+alarm $deadline;
+
+my $supervisor = $$;
+my $jail = fork // die "fork: $!\n";
+if (!$jail) {
+    call('parent-death signal', $prctl, $PDEATHSIG, $KILL, 0, 0, 0);
+    getppid == $supervisor or die "the supervisor is gone\n";
+    call('rt_sigprocmask', $sigprocmask, $SETMASK, $none, 0, 8);
+    exec {$ARGV[0]} @ARGV;
+    die "$ARGV[0]: $!\n";
+}
+call('no new privileges', $prctl, $NO_NEW_PRIVS, 1, 0, 0, 0);
+# Version 3 of capset's header (capabilities(7)), this process; all sets empty.
+call('capset', $capset, pack('LL', 0x20080522, 0), pack('L6', (0) x 6));
+call('close_range', $close_range, 0, $keep - 1, 0) if $keep > 0;
+call('close_range', $close_range, $keep + 1, 0xFFFFFFFF, 0);
+
+my $status;
+my $signal = $CHLD;
+while ($signal == $CHLD && !defined $status) {
+    do { $signal = syscall($sigtimedwait, $set, 0, 0, 8) } while $signal < 0 && $! == $EINTR;
+    while ((my $ended = waitpid -1, 1) > 0) { $status = $? if $ended == $jail }
+}
+# Each turn kills every child and waits for one. When one has ended, those that it left are children of this process.
+while (1) {
+    my $list;
+    kill $KILL, split ' ', <$list> // '' if open $list, '<', $children;
+    my $ended = waitpid -1, 0;
+    last if $ended < 0;
+    $status = $? if $ended == $jail;
+}
+if ($signal == $ALRM || $signal == $TERM) {
+    kill $signal, $$;
+    call('rt_sigprocmask', $sigprocmask, $SETMASK, $none, 0, 8);
+}
+exit($status & 127 ? 128 + ($status & 127) : $status >> 8);

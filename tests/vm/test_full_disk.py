@@ -1,0 +1,67 @@
+"""A full disk of the host under the state folder: refused before, an error for the program meanwhile, never a hang."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import need
+from tests.vm.conftest import Artifacts, Sandbox
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+SmallDisk = Callable[[str], Sandbox]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifacts: Artifacts) -> Iterator[SmallDisk]:
+    """Runs whose records and scratch disks lie on a file system of the given size."""
+    need(os.geteuid() == 0, "only root can mount a small file system", installable=False)
+    with contextlib.ExitStack() as stack:
+
+        def make(size: str) -> Sandbox:
+            disk = tmp_path / "disk"
+            disk.mkdir()
+            subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "none", disk], check=True)
+            stack.callback(lambda: subprocess.run(["/usr/bin/umount", disk], check=True))
+            monkeypatch.setenv("X07_VM_STATE_DIR", str(disk / "jobs"))
+            return Sandbox(disk / "jobs", tmp_path, artifacts)
+
+        yield make
+
+
+@pytest.mark.parametrize("size", ["4k", "16k", "32k"])
+def test_no_room_for_a_job_is_refused(small_disk: SmallDisk, size: str) -> None:
+    """Where records and an empty scratch disk do not fit, nothing is run, and the reason says what to do."""
+    ran = small_disk(size).behave("nothing")
+    assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("refused", 125, "host")
+    assert "No space left" in ran.reason
+    assert "X07_VM_STATE_DIR" in ran.reason
+
+
+def test_a_disk_that_fills_up_is_the_programs_error(small_disk: SmallDisk) -> None:
+    """A program that writes more than the host's disk holds gets an error, ends by itself, and leaves nothing."""
+    ran = small_disk("24m").run_text(
+        "fill.py",
+        "import os\n"
+        "fd = os.open('big', os.O_WRONLY | os.O_CREAT)\n"
+        "try:\n"
+        "    for _ in range(100):\n"
+        "        os.write(fd, bytes(1 << 20))\n"
+        "        os.fsync(fd)\n"
+        "except OSError as exc:\n"
+        "    raise SystemExit(3)\n",
+    )
+    assert (ran.outcome, ran.result.exit_code) == ("failed", 3), ran.reason
+
+
+def test_output_that_cannot_be_kept_ends_the_run(small_disk: SmallDisk) -> None:
+    """Where the program's output does not fit on the host's disk, the run ends as `backend-error` and says why."""
+    ran = small_disk("8m").behave("flood", "1")
+    assert (ran.outcome, ran.result.x07_exit_code) == ("backend-error", 125), ran.reason
+    assert "cannot keep the program's stdout: No space left on device" in ran.reason
