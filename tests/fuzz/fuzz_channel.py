@@ -60,6 +60,7 @@ ANSWERS: Final[dict[tuple[Role, Kind], tuple[Kind, dict[str, object]]]] = {
     (Role.HOST, Kind.HELLO): (Kind.SEED, SEED),
     (Role.HOST, Kind.SEEDED): (Kind.START, START),
     (Role.HOST, Kind.STARTED): (Kind.STOP, {}),
+    (Role.GUEST, Kind.WARM): (Kind.WARMED, {}),
     (Role.GUEST, Kind.SEED): (Kind.SEEDED, {"nonce": NONCE}),
     (Role.GUEST, Kind.START): (Kind.STARTED, {}),
     (Role.GUEST, Kind.STOP): (Kind.EXITED, EXITED),

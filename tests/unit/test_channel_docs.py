@@ -22,6 +22,8 @@ PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "guest-channel.md"
 
 FRAME_MEANING: Final = {
     Kind.HELLO: "The agent is there, and speaks this protocol.",
+    Kind.WARM: "Prepare all that no job decides; the machine is saved after the answer.",
+    Kind.WARMED: "It is prepared.",
     Kind.SEED: "Clock, entropy and names: what a resumed machine has to have anew.",
     Kind.SEEDED: "Clock and entropy are in place.",
     Kind.START: "The job. Its files and its input follow as data.",
@@ -35,6 +37,7 @@ FRAME_MEANING: Final = {
 }
 FIELD_MEANING: Final = {
     "HELLO.protocol": "Number of the protocol that the agent speaks.",
+    "WARM.commands": "List of lists of texts: programs of the image to be run once, so that the kernel has read them.",
     "SEED.unix_ns": "What the clock is set to, in nanoseconds since 1970.",
     "SEED.entropy": "64 random bytes in hexadecimal, for the kernel's random pool.",
     "SEED.nonce": "A random text that the answer has to repeat.",
@@ -74,8 +77,10 @@ STREAM_MEANING: Final = {
 STATE_MEANING: Final = {
     State.WAITING: "The guest boots.",
     State.GREETED: "The agent has spoken.",
+    State.WARMING: "The agent prepares the program's place.",
+    State.WARM: "The agent waits to be saved. A clone of a saved machine begins here.",
     State.SEEDING: "The agent sets clock and entropy.",
-    State.READY: "The agent waits for a job. A saved machine stands here, or earlier.",
+    State.READY: "The agent waits for a job.",
     State.PREPARING: "Files come in, the program is confined and executed.",
     State.RUNNING: "The program runs.",
     State.COLLECTING: "The program has ended; its output file may follow.",

@@ -308,9 +308,10 @@ def test_keys_are_exactly_those_of_the_table(kind: Kind) -> None:
 
 
 def test_what_a_guest_says_has_no_field_without_a_bound() -> None:
-    """Every field of a frame that the guest sends has a type and bounds; "any" is for the host's START alone."""
+    """Every field of a frame that the guest sends has a type and bounds; "any" is for the host's frames alone."""
     unbounded = {(kind, key) for kind in CONTROL for key, shape in BODIES[kind].items() if shape.kind == "any"}
-    assert {kind for kind, _ in unbounded} == {Kind.START}
+    assert {kind for kind, _ in unbounded} == {Kind.START, Kind.WARM}
+    assert all(SENDER[kind] is Role.HOST for kind, _ in unbounded)
     texts = [shape for kind in CONTROL for shape in BODIES[kind].values() if shape.kind == "text"]
     assert texts
     assert all(shape.hi <= CONTROL_MAX for shape in texts)

@@ -30,6 +30,8 @@ from x07_sandbox.errors import ChannelUsageError, PeerError
 
 BODY: dict[Kind, dict[str, object]] = {
     Kind.HELLO: {"protocol": 1},
+    Kind.WARM: {"commands": []},
+    Kind.WARMED: {},
     Kind.SEED: SEED,
     Kind.SEEDED: {"nonce": NONCE},
     Kind.START: START,
@@ -157,8 +159,12 @@ def give(link: Link, kind: Kind, stream: int) -> None:
 
 @pytest.mark.parametrize(
     ("state", "last"),
-    # While seeding there is no job yet, and nothing of it that the host could have sent.
-    [(state, kind) for state, kind in NEXT if kind in {Kind.EXITED, Kind.FAILED} and state is not State.SEEDING],
+    # While warming and seeding there is no job yet, and nothing of it that the host could have sent.
+    [
+        (state, kind)
+        for state, kind in NEXT
+        if kind in {Kind.EXITED, Kind.FAILED} and state not in {State.WARMING, State.SEEDING}
+    ],
 )
 def test_what_crosses_the_end_on_the_way_is_in_order(state: State, last: Kind) -> None:
     """STOP, input and files that the host sent before it could know of the end do not break the conversation."""

@@ -66,7 +66,7 @@ def test_a_supervisor_comes_first(uid: int | None) -> None:
     """Deadline and runner are the supervisor's, which starts all the rest, and keeps nothing but the uid's lock."""
     argv = jail_argv(jail(uid), COMMAND)
     assert argv[:5] == [PERL, SUPERVISOR, "815", "4242", "-1" if uid is None else "23"]
-    assert argv.index(BWRAP) == 10
+    assert argv.index(BWRAP) == 11
 
 
 def starter(made: Jail, command: list[str]) -> list[str]:

@@ -15,10 +15,11 @@ from x07_sandbox.backends.qemu.machine import (
     ROOT_SERIAL,
     SCRATCH_SERIAL,
     Machine,
+    Origin,
     kernel_command_line,
     qemu_argv,
 )
-from x07_sandbox.guest import agent
+from x07_sandbox.guest import agent, place
 from x07_sandbox.host.arch import ARCHES
 
 MIB = 1024 * 1024
@@ -27,7 +28,13 @@ MACHINES = [pytest.param(name, kvm, id=f"{name}-{'kvm' if kvm else 'tcg'}") for 
 
 
 def machine(
-    name: str = "x86_64", kvm_fd: int | None = None, *, ram_bytes: int = 512 * MIB, mark: str = "a" * 32, shift: int = 0
+    name: str = "x86_64",
+    kvm_fd: int | None = None,
+    *,
+    ram_bytes: int = 512 * MIB,
+    mark: str = "a" * 32,
+    shift: int = 0,
+    origin: Origin = Origin.COLD,
 ) -> Machine:
     """A machine of an architecture; shift: added to the number of each descriptor."""
     return Machine(
@@ -36,7 +43,11 @@ def machine(
         kvm_fd=None if kvm_fd is None else kvm_fd + shift,
         tsc_khz=2_000_000,
         mark=mark,
-        **{key: fd + shift for key, fd in FDS.items()},
+        scratch_fd=FDS["scratch_fd"] + shift,
+        channel_fd=FDS["channel_fd"] + shift,
+        qmp_fd=FDS["qmp_fd"] + shift,
+        console_fd=FDS["console_fd"] + shift,
+        origin=origin,
     )
 
 
@@ -142,7 +153,7 @@ def test_host_and_agent_name_port_and_disk_alike() -> None:
     """The port and the disk that the agent looks for are those that the machine has."""
     devices = values(qemu_argv(machine()), "-device")
     assert f"virtserialport,chardev=channel,nr=1,name={agent.PORT}" in devices
-    assert agent.SCRATCH_SERIAL == SCRATCH_SERIAL
+    assert place.SCRATCH_SERIAL == SCRATCH_SERIAL
 
 
 def test_the_port_of_the_network_is_there_from_the_start() -> None:

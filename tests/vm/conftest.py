@@ -23,7 +23,8 @@ from x07_sandbox.host.processes import Identity, carries_mark, is_alive
 from x07_sandbox.images.build import build_image
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import OUTPUT, toolchain_for
-from x07_sandbox.runs.run import RunRequest, run
+from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.run import run
 from x07_sandbox.runs.streams import Cancel, OutFile
 
 if TYPE_CHECKING:
@@ -91,10 +92,16 @@ class Sandbox:
         image: str | None = None,
         max_output_bytes: int = settings.OUTPUT_MAX_BYTES,
         live_stdout: int | None = None,
+        live_stderr: int | None = None,
         artifact: bytes | None = None,
         cancel: Cancel | None = None,
+        cold: bool = False,
+        alone: bool = True,
     ) -> Ran:
-        """One run to its end. stdin: bytes, or a descriptor to stream from. artifact: what was built before."""
+        """One run to its end. stdin: bytes, or a descriptor to stream from. artifact: what was built before.
+
+        alone: no other run goes on beside it, so that what is left must be its own.
+        """
         with contextlib.ExitStack() as stack:
             if cancel is None:
                 cancel = Cancel()
@@ -106,14 +113,16 @@ class Sandbox:
                 image=image,
                 stdin_fd=_memory_file(stdin, stack) if isinstance(stdin, bytes) else stdin,
                 live_stdout=live_stdout,
+                live_stderr=live_stderr,
                 max_output_bytes=max_output_bytes,
                 artifact=None if artifact is None else _out_file(artifact, stack),
+                cold=cold,
                 cancel=cancel,
             )
             began = time.monotonic()
             result = run(request)
             seconds = time.monotonic() - began
-        assert left_behind(self.state) == []
+        assert not alone or left_behind(self.state) == []
         return Ran(
             result=result, stdout=output_bytes(result.stdout), stderr=output_bytes(result.stderr), seconds=seconds
         )

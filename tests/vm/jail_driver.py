@@ -24,8 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from x07_sandbox.backends.base import Job
-from x07_sandbox.backends.qemu.start import Accelerator, QemuInstance, start_qemu
+from x07_sandbox.backends.base import Job, MachineKind
+from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -39,6 +39,8 @@ from x07_sandbox.runs.streams import Cancel, Sink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from x07_sandbox.backends.qemu.instance import QemuInstance
 
 _TALK_S = 60.0
 _TALK_BYTES = 4 * settings.MIB
@@ -89,7 +91,8 @@ def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
         record = create_record(
             run_id=new_run_id(), phase="run", backend="qemu", wall_ms=1000, image_digest=image.manifest.digest
         )
-        job = Job(record=record, image=image, ram_bytes=512 * settings.MIB, deadline_s=order.get("deadline_s", 120))
+        kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
+        job = Job(record=record, kind=kind, deadline_s=order.get("deadline_s", 120))
         arch = replace(host_arch(), qemu_binary=order["binary"], firmware=())
         with start_qemu(job, Accelerator(kvm=False), arch) as instance:
             assert instance.supervisor is not None

@@ -52,7 +52,7 @@ def test_the_result_names_the_user_form_of_the_jail(ran: subprocess.CompletedPro
 
 
 def test_what_is_kept_is_the_user_s_alone(ran: subprocess.CompletedProcess[bytes], ordinary: Account) -> None:
-    """Every folder of state and cache has mode 0700 and every file 0600; an image's parts are 0444 within."""
+    """Every folder of state and cache has mode 0700, every file 0600; parts of images and templates are 0444."""
     assert ran.returncode == 0
     roots = [ordinary.home / ".x07", ordinary.cache]
     found = [path for root in roots if root.exists() for path in [root, *root.rglob("*")]]
@@ -63,7 +63,7 @@ def test_what_is_kept_is_the_user_s_alone(ran: subprocess.CompletedProcess[bytes
         mode = stat.S_IMODE(info.st_mode)
         if stat.S_ISDIR(info.st_mode):
             assert mode == 0o700, (path, oct(mode))
-        elif path.parent.parent == ordinary.cache / "images" and path.parent.name != "names":
+        elif path.parent.parent.name in {"images", "templates"} and path.parent.name != "names":
             assert mode == 0o444, (path, oct(mode))
         else:
             assert mode == 0o600, (path, oct(mode))

@@ -74,7 +74,12 @@ def hostile(sandbox: Sandbox, hostile_cache: Path, monkeypatch: pytest.MonkeyPat
     def run(*args: str, boot: str = "", **options: object) -> Ran:
         image = build_image(name=f"boot-{boot or 'well'}", progress=lambda _text: None, code=hostile_code(boot))
         # By digest: an image named otherwise would be made anew with honest code.
-        options = {"image": image.digest, "artifact": artifact, "policy": {"limits.wall_ms": 3000}} | options
+        options = {
+            "cold": True,
+            "image": image.digest,
+            "artifact": artifact,
+            "policy": {"limits.wall_ms": 3000},
+        } | options
         return sandbox.run(BEHAVE, *args, **options)  # type: ignore[arg-type] # `run` checks them
 
     return run
@@ -215,7 +220,7 @@ def test_a_silent_build_machine_ends_at_its_limit(
     word, limit, outcome, reason = case
     monkeypatch.setattr(settings, limit, 2000 if limit.endswith("MS") else 2.0)
     image = build_image(name="boot-well", progress=lambda _text: None, code=hostile_code(""))
-    ran = sandbox.run_text(f"{word}.c", "int main(void) { return 0; }\n", image=image.digest)
+    ran = sandbox.run_text(f"{word}.c", "int main(void) { return 0; }\n", image=image.digest, cold=True)
     assert (ran.outcome, list(ran.result.phases)) == (outcome, ["build"]), ran.reason
     assert reason in ran.reason
     assert ran.result.digests.artifact is None
@@ -237,7 +242,7 @@ def test_a_lying_build_machine_gives_no_artifact(
     del hostile
     image = build_image(name="boot-well", progress=lambda _text: None, code=hostile_code(""))
     assert image.folder.is_relative_to(hostile_cache)
-    ran = sandbox.run_text(f"{word}.c", "int main(void) { return 0; }\n", image=image.digest)
+    ran = sandbox.run_text(f"{word}.c", "int main(void) { return 0; }\n", image=image.digest, cold=True)
     assert (ran.outcome, ran.result.fault) == (outcome, "program"), ran.reason
     assert reason in ran.reason
     assert list(ran.result.phases) == ["build"]

@@ -175,6 +175,22 @@ def test_no_moment_of_a_runner_s_death_leaves_a_process(account: Account, do: st
     assert alive == []
 
 
+def test_the_machine_dies_with_runner_and_supervisor(account: Account) -> None:
+    """Runner and supervisor killed together, at any moment after the record is there, leave no process behind."""
+    for turn in range(24):
+        with Runner(account, mode="stubborn", do="hold") as runner:
+            runner.say("release")
+            moment = time.monotonic() + turn * 0.0002
+            while time.monotonic() < moment:
+                pass
+            os.kill(runner.supervisor, signal.SIGKILL)
+            runner.process.kill()
+            deadline = time.monotonic() + 2
+            while left := [line for line in runner.left() if line.startswith("process")]:
+                assert time.monotonic() < deadline, left
+                select.select([], [], [], 0.01)  # they are nobody's children here: no event tells of their end
+
+
 def test_the_machine_does_not_die_with_a_thread(account: Account) -> None:
     """A machine started from a thread that has ended lives on, and still dies with the process."""
     with contextlib.ExitStack() as stack:

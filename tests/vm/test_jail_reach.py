@@ -282,7 +282,9 @@ def test_no_root_no_mount_no_device(look: Look) -> None:
     """The VMM cannot become root, change group or name, mount, or make a device node."""
     assert look.worked("become-root", "mount", "hostname", "make-device") == []
     assert 0 not in {finding.value for finding in look.of("uid", "gid")}
-    assert [finding.value for finding in look.of("groups")] == [0]
+    # The kernel lets nobody but root leave a group: an ordinary user's VMM keeps the user's own.
+    kept = len(os.getgroups()) if os.geteuid() else 0
+    assert [finding.value for finding in look.of("groups")] == [kept]
 
 
 def test_large_parts_of_the_kernel_are_closed(look: Look) -> None:

@@ -91,10 +91,39 @@ def test_an_interrupt_while_modules_load_is_a_cancelled_command() -> None:
     assert done.stderr == b"x07: cancelled\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("x07 run /nowhere/x.py 2>/dev/full", 2),
+        ("x07 image verify no-such-image 2>/dev/full", 125),
+        ("x07 --version >/dev/full", 125),
+        ("x07 run --help >/dev/full", 125),
+    ],
+)
+def test_a_full_disk_behind_our_own_words_changes_no_exit_code(tmp_path: Path, line: str, code: int) -> None:
+    """Where our own messages cannot be written the exit code is what it would be; where help cannot, it says so."""
+    assert _shell(tmp_path, line).returncode == code
+
+
+def test_a_policy_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    """A named pipe as a policy is wrong usage: reading it might never end."""
+    os.mkfifo(tmp_path / "policy.json")
+    done = _shell(tmp_path, f"x07 run --policy '{tmp_path}/policy.json' \"$PROGRAM\"")
+    assert done.returncode == 2
+    assert b"no regular file" in done.stderr
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, image: Image) -> None:
+    """Started with SIGHUP ignored, as by nohup, the command goes on when its terminal goes."""
+    assert image.digest
+    done = _shell(tmp_path, "trap '' HUP; x07 run \"$PROGRAM\" & sleep 1.5; kill -HUP $!; wait $!; echo $?")
+    assert done.stdout.endswith(b"\n0\n"), done.stderr
+
+
 def test_a_folder_is_no_program(tmp_path: Path, image: Image) -> None:
     """A folder with the name of a source is wrong usage, not a bug."""
     assert image.digest
     (tmp_path / "folder.py").mkdir()
     done = _shell(tmp_path, f"x07 run '{tmp_path}/folder.py'")
     assert done.returncode == 2
-    assert b"no regular file" in done.stderr
+    assert b"Is a directory" in done.stderr

@@ -28,16 +28,28 @@ class Availability:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MachineKind:
+    """A kind of machine: all jobs with the same may go on from one saved machine.
+
+    ram_bytes: RAM of the machine: a size class. runtime: what it is made ready for, "build" or "run".
+    """
+
+    image: OpenImage
+    ram_bytes: int
+    runtime: str = "run"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What a backend needs to start one job; the program itself comes later, over the channel.
 
-    ram_bytes: RAM of the machine: a size class. console_bytes: how much console output is kept.
+    cold: boot its machine anew, also where a saved one could go on.
     """
 
     record: JobRecord
-    image: OpenImage
-    ram_bytes: int
+    kind: MachineKind
     deadline_s: int
+    cold: bool = False
 
 
 class Instance(Protocol):
@@ -46,6 +58,8 @@ class Instance(Protocol):
     channel_fd: int
     pidfd: int
     jail: str
+    cloned: bool  # whether it goes on from a saved machine, in which the agent has spoken already
+    cold_reason: str  # why not, where it was not asked to start cold
 
     def release(self) -> None:
         """Let the machine run: its record is written."""
@@ -76,3 +90,9 @@ class Backend(Protocol):
 
     def start(self, job: Job) -> AbstractContextManager[Instance]:
         """Start a job, blocked until `Instance.release`. Raises BackendError, HostError."""
+
+    def distrust(self, kind: MachineKind, reason: str) -> None:
+        """A clone of this kind did not answer: start them cold from now on, and say *reason*."""
+
+    def prepare(self, kind: MachineKind) -> None:
+        """Save a machine of this kind now, whatever spoke against it before. Raises SandboxError."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.channel.link import Link
+from x07_sandbox.channel.link import Link, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,9 +20,9 @@ WRITE_SIZE: Final = 64 * 1024
 class Connection:
     """A `Link` and the descriptor that carries it. The descriptor is lent: its opener closes it."""
 
-    def __init__(self, fd: int, role: Role) -> None:
+    def __init__(self, fd: int, role: Role, state: State = State.WAITING) -> None:
         self.fd = fd
-        self.link = Link(role)
+        self.link = Link(role, state)
         os.set_blocking(fd, False)
 
     def read(self) -> Iterable[Event] | None:

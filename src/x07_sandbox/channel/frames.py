@@ -53,6 +53,8 @@ class Kind(enum.IntEnum):
     STOP = 9
     EXITED = 10
     FAILED = 11
+    WARM = 12
+    WARMED = 13
 
 
 class Stream(enum.IntEnum):
@@ -88,6 +90,8 @@ _TEXT = Shape("text", hi=2000)
 
 BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.HELLO: {"protocol": Shape("int", 1, 2**31)},
+    Kind.WARM: {"commands": Shape("any")},
+    Kind.WARMED: {},
     Kind.SEED: {
         "unix_ns": _COUNT,
         "entropy": Shape("text", lo=128, hi=128),  # 64 bytes in hex
@@ -126,6 +130,8 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
 
 SENDER: Final[dict[Kind, Role]] = {
     Kind.HELLO: Role.GUEST,
+    Kind.WARM: Role.HOST,
+    Kind.WARMED: Role.GUEST,
     Kind.SEED: Role.HOST,
     Kind.SEEDED: Role.GUEST,
     Kind.START: Role.HOST,

@@ -39,6 +39,8 @@ class State(enum.Enum):
 
     WAITING = "waiting"  # for the guest to speak
     GREETED = "greeted"
+    WARMING = "warming"
+    WARM = "warm"  # a machine is saved here, and every clone of it begins here
     SEEDING = "seeding"
     READY = "ready"
     PREPARING = "preparing"
@@ -50,6 +52,10 @@ class State(enum.Enum):
 NEXT: Final[dict[tuple[State, Kind], State]] = {
     (State.WAITING, Kind.HELLO): State.GREETED,
     (State.GREETED, Kind.SEED): State.SEEDING,
+    (State.GREETED, Kind.WARM): State.WARMING,
+    (State.WARMING, Kind.WARMED): State.WARM,
+    (State.WARMING, Kind.FAILED): State.FAILED,
+    (State.WARM, Kind.SEED): State.SEEDING,
     (State.SEEDING, Kind.SEEDED): State.READY,
     (State.SEEDING, Kind.FAILED): State.FAILED,
     (State.READY, Kind.START): State.PREPARING,
@@ -109,12 +115,15 @@ Event = Control | Data | Eof | Credit
 
 
 class Link:
-    """One end of the conversation. Not thread-safe: its owner is one loop."""
+    """One end of the conversation. Not thread-safe: its owner is one loop.
 
-    def __init__(self, role: Role) -> None:
+    state: where it goes on: with a clone of a saved machine the first frames were exchanged before it was saved.
+    """
+
+    def __init__(self, role: Role, state: State = State.WAITING) -> None:
         self.role = role
         self.peer = Role.GUEST if role is Role.HOST else Role.HOST
-        self.state = State.WAITING
+        self.state = state
         self._in = bytearray()
         self._error: PeerError | None = None
         self._out = bytearray()

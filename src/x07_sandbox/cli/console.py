@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
 
 def say(text: str) -> None:
-    """One line to the user."""
-    print(f"x07: {text}", file=sys.stderr, flush=True)
+    """One line to the user; one who cannot be told (a full disk, a closed pipe) still gets the exit code."""
+    with contextlib.suppress(OSError):
+        print(f"x07: {text}", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -22,13 +24,15 @@ class Progress:
     def __call__(self, text: str) -> None:
         """Say what is being done now."""
         line = f"x07: {self._title}: [{time.monotonic() - self._begun:5.1f} s] {text}"
-        if self._live:
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            if self._live:
+                print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     def done(self, text: str) -> None:
         """The last line."""
         self(text)
         if self._live:
-            print(file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(file=sys.stderr)

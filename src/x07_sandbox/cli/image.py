@@ -8,9 +8,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.console import Progress, say
+from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image, image_is_current, list_images
 from x07_sandbox.images.verify import verify_image
+from x07_sandbox.runs.prepare import prepare_templates
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
@@ -52,6 +54,10 @@ def build_with_progress(name: str, include: list[str], *, fresh: bool = False) -
     """Build an image, telling the user how far it is."""
     progress = Progress(f"image {name}")
     image = build_image(name=name, include=include, progress=progress, fresh=fresh)
+    try:
+        prepare_templates(image, progress)
+    except SandboxError as exc:  # the image is good all the same; a run says it again
+        progress.done(f"no VM templates: {exc}")
     progress.done(f"ready: {image.digest}")
     return image
 

@@ -16,7 +16,8 @@ from x07_sandbox.host import settings
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import describe
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.run import RunRequest, failure, run
+from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.run import failure, run
 from x07_sandbox.runs.streams import Cancel
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         metavar="N",
         help="per stream (default: 64 MiB)",
     )
+    parser.add_argument("--cold", action="store_true", help="boot the machines anew instead of cloning saved ones")
     parser.add_argument(
         "--json", action="store_true", help="print the result as one JSON object instead of the program's output"
     )
@@ -88,6 +90,8 @@ def _run(options: argparse.Namespace) -> int:
                 live_stdout=None if options.json else _stream(1),
                 live_stderr=None if options.json else _stream(2),
                 max_output_bytes=options.max_output_bytes,
+                cold=options.cold,
+                progress=say if sys.stderr.isatty() else lambda _text: None,
                 cancel=cancel,
             )
         )
@@ -152,10 +156,9 @@ def _need_image(ref: str | None) -> None:
 def _cancelled_by_signals() -> Iterator[Cancel]:
     """SIGINT, SIGTERM and SIGHUP end the run in good order; a second one as well."""
     cancel = Cancel()
-    before = {
-        number: signal.signal(number, lambda got, _frame: cancel(got))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    # What is ignored stays so: by nohup, or in a script's background.
+    wanted = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda got, _frame: cancel.interrupt(got)) for number in wanted}
     try:
         yield cancel
     finally:
@@ -182,7 +185,7 @@ def _explain(result: Result) -> None:
 
 def _show(text: str | None) -> None:
     """Text from a guest, with control characters filtered."""
-    for line in (text or "").splitlines():
-        sys.stderr.write(
-            "".join(char if char.isprintable() or char == "\t" else "\N{REPLACEMENT CHARACTER}" for char in line) + "\n"
-        )
+    with contextlib.suppress(OSError):
+        for line in (text or "").splitlines():
+            shown = (char if char.isprintable() or char == "\t" else "\N{REPLACEMENT CHARACTER}" for char in line)
+            sys.stderr.write("".join(shown) + "\n")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, NoReturn
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from x07_sandbox.errors import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,6 +17,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **words: Any) -> None:  # noqa: ANN401 - as argparse has them
         super().__init__(*args, **(words | {"allow_abbrev": False}))
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Print help or version; unlike the base class, not past an error. Raises OSError."""
+        (file or sys.stderr).write(message)
+        sys.stdout.flush()
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing and exiting."""

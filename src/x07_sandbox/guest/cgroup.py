@@ -13,16 +13,19 @@ _GROUP: Final = f"{_ROOT}/x07"
 class ProgramGroup:
     """One cgroup v2 group that holds the program and its children, and neither our init nor the agent."""
 
-    def __init__(self, *, mem_bytes: int, tasks: int) -> None:
+    def __init__(self) -> None:
         _write(f"{_ROOT}/cgroup.subtree_control", "+memory +pids +cpu")
         os.mkdir(_GROUP)
-        _write(f"{_GROUP}/memory.max", str(mem_bytes))
         with contextlib.suppress(FileNotFoundError):  # only there in kernels with swap accounting
             _write(f"{_GROUP}/memory.swap.max", "0")
         # One process killed for memory ends the whole program: a survivor in an unknown state is worth nothing.
         _write(f"{_GROUP}/memory.oom.group", "1")
-        _write(f"{_GROUP}/pids.max", str(tasks))
         _write(f"{_GROUP}/cpu.weight", "20")  # agent and init must get their turn beside a busy program
+
+    def limit(self, *, mem_bytes: int, tasks: int) -> None:
+        """Set the job's limits, before its program starts."""
+        _write(f"{_GROUP}/memory.max", str(mem_bytes))
+        _write(f"{_GROUP}/pids.max", str(tasks))
 
     def open_procs(self) -> int:
         """A descriptor through which a process joins the group by writing 0."""
@@ -52,19 +55,21 @@ class ProgramGroup:
         """Most memory at once, in bytes."""
         return _number("memory.peak")
 
-    def any_stopped(self) -> bool:
-        """Whether the group's processes are all stopped by a signal."""
+    def program_stopped(self) -> bool:
+        """Whether the program itself, whatever its children do, stands still by a signal."""
         with open(f"{_GROUP}/cgroup.procs", encoding="ascii") as procs:
             pids = procs.read().split()
-        return bool(pids) and all(_state(pid) in "TtZX" for pid in pids)
+        return any(_is_stopped_program(pid) for pid in pids)
 
 
-def _state(pid: str) -> str:
+def _is_stopped_program(pid: str) -> bool:
+    """Whether it is the first child of our init, which is PID 2 of its namespace, and stopped."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-            return stat.read().rpartition(")")[2].split()[0]
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            fields = dict(line.partition(":")[::2] for line in file)
     except (FileNotFoundError, ProcessLookupError):
-        return "X"
+        return False
+    return fields["NSpid"].split()[-1] == "2" and fields["State"].split()[0] in "Tt"
 
 
 def _write(path: str, text: str) -> None:

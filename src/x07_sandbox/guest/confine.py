@@ -1,8 +1,9 @@
-"""Confinement of the program, as two lists of steps that each name what they need.
+"""Confinement of the program, as lists of steps that each name what they need.
 
 `WORLD` is done once by our init, still root, and builds what the program will see. `RIGHTS` is done by the program's
-own process right before it becomes the program, and takes away what it may do. The order matters: a step may need
-what a later one gives up.
+own process, and takes away what it may do. Neither depends on the job, so both can be done before a machine is saved.
+`JOB` is done by init and `LIMITS` by the program's process, when the orders have come, right before it becomes the
+program. The order matters: a step may need what a later one gives up.
 
 A step that fails ends the job: there is no weaker form of any of them here.
 """
@@ -15,9 +16,11 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Generic, TypeVar
 
 from x07_sandbox.guest import system
+
+T = TypeVar("T")
 
 UID: Final = 65532  # fixed, in the image's passwd; holds nothing in the guest
 ROOT: Final = "/run/x07/root"
@@ -26,23 +29,38 @@ CWD: Final = "/opt/x07"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Confinement:
-    """What depends on the job.
+class World:
+    """What the steps before the job work on.
 
     netns_fd: the program's network namespace, made and kept by the agent.
     procs_fd: joins the program's control group.
-    tmp_bytes: size of /tmp and of /dev/shm.
     """
 
     netns_fd: int
     procs_fd: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """What depends on the job.
+
+    tmp_bytes: size of /tmp and of /dev/shm. cpu_s: the limit below that of the control group's counter.
+    """
+
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
     hostname: str
     machine_id: str
     tmp_bytes: int
+    out_writable: bool
     fds: int
     cpu_s: int
     core_bytes: int
-    out_writable: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `Orders(**value)` is the way back."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 class StepError(Exception):
@@ -60,27 +78,26 @@ class StepError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Step(Generic[T]):
     """One measure: what it is called in reports, what it needs, and the doing."""
 
     name: str
     needs: str
-    apply: Callable[[Confinement], None]
+    apply: Callable[[T], None]
 
 
-def _namespaces(job: Confinement) -> None:
-    os.setns(job.netns_fd, os.CLONE_NEWNET)
+def _namespaces(world: World) -> None:
+    os.setns(world.netns_fd, os.CLONE_NEWNET)
     os.unshare(os.CLONE_NEWNS | os.CLONE_NEWIPC | os.CLONE_NEWUTS | os.CLONE_NEWCGROUP)
     system.mount("none", "/", "", system.MS_REC | system.MS_PRIVATE)
-    socket.sethostname(job.hostname)
 
 
-def _read_only_system(_job: Confinement) -> None:
+def _read_only_system(_world: World) -> None:
     os.makedirs(ROOT, exist_ok=True)
     system.bind("/", ROOT, system.MS_RDONLY)
 
 
-def _proc(_job: Confinement) -> None:
+def _proc(_world: World) -> None:
     flags = system.MS_NOSUID | system.MS_NODEV | system.MS_NOEXEC
     system.mount("proc", f"{ROOT}/proc", "proc", flags, "hidepid=invisible")
     # What is left of /proc that speaks of the machine or changes it: bound over itself, read-only.
@@ -89,7 +106,7 @@ def _proc(_job: Confinement) -> None:
             system.bind(f"{ROOT}/proc/{name}", f"{ROOT}/proc/{name}", system.MS_RDONLY)
 
 
-def _devices(job: Confinement) -> None:
+def _devices(_world: World) -> None:
     dev = f"{ROOT}/dev"
     system.mount("tmpfs", dev, "tmpfs", system.MS_NOSUID, "mode=0755,size=64k,nr_inodes=64")
     for name in ("null", "zero", "full", "random", "urandom"):
@@ -99,45 +116,44 @@ def _devices(job: Confinement) -> None:
     for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
         os.symlink(f"/proc/self/fd{target}", f"{dev}/{name}")
     os.mkdir(f"{dev}/shm")
-    _sized_tmpfs(f"{dev}/shm", job.tmp_bytes)
+    _tmpfs(f"{dev}/shm")
     system.mount("", dev, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_RDONLY)
 
 
-def _sized_tmpfs(path: str, size_bytes: int) -> None:
-    # Inodes are bounded too: an empty file costs about 1 KiB of kernel memory.
-    options = f"mode=1777,size={size_bytes},nr_inodes={max(1024, size_bytes // 4096)}"
-    system.mount("tmpfs", path, "tmpfs", system.MS_NOSUID | system.MS_NODEV, options)
+def _tmpfs(path: str) -> None:
+    """An empty one for the program, still without room: `_sizes` gives it that."""
+    system.mount("tmpfs", path, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=1777,size=4k,nr_inodes=16")
 
 
-def _temporary(job: Confinement) -> None:
-    _sized_tmpfs(f"{ROOT}/tmp", job.tmp_bytes)  # noqa: S108 - the guest's own
+def _temporary(_world: World) -> None:
+    _tmpfs(f"{ROOT}/tmp")  # noqa: S108 - the guest's own
     read_only = system.MS_NOSUID | system.MS_NODEV | system.MS_RDONLY
     system.mount("tmpfs", f"{ROOT}/run", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
-    with open(f"{ROOT}/run/machine-id", "w", encoding="ascii") as file:
-        file.write(job.machine_id + "\n")
+    with open(f"{ROOT}/run/machine-id", "x", encoding="ascii"):
+        pass  # filled when the job is known
     system.bind(f"{ROOT}/run/machine-id", f"{ROOT}/etc/machine-id", system.MS_RDONLY)
     system.mount("", f"{ROOT}/run", "", system.MS_REMOUNT | system.MS_BIND | read_only)
     system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", read_only, "mode=0755,size=4k")
 
 
-def _work_folders(job: Confinement) -> None:
+def _work_folders(_world: World) -> None:
     x07 = f"{ROOT}/x07"
     system.mount("tmpfs", x07, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
     for name in ("in", "out"):
         os.mkdir(f"{x07}/{name}")
     system.bind(f"{SCRATCH}/in", f"{x07}/in", system.MS_RDONLY)
-    system.bind(f"{SCRATCH}/out", f"{x07}/out", 0 if job.out_writable else system.MS_RDONLY)
+    system.bind(f"{SCRATCH}/out", f"{x07}/out", system.MS_RDONLY)
     system.mount(
         "", x07, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | system.MS_RDONLY
     )
     system.bind(f"{SCRATCH}/work", f"{ROOT}{CWD}")
 
 
-def _enter(_job: Confinement) -> None:
+def _enter(_world: World) -> None:
     system.pivot_root(ROOT)
 
 
-WORLD: Final = (
+WORLD: Final[tuple[Step[World], ...]] = (
     Step("namespaces", "CAP_SYS_ADMIN", _namespaces),
     Step("read-only system", "CAP_SYS_ADMIN", _read_only_system),
     Step("proc", "CAP_SYS_ADMIN", _proc),
@@ -148,19 +164,47 @@ WORLD: Final = (
 )
 
 
-def _control_group(job: Confinement) -> None:
-    os.write(job.procs_fd, b"0")
+def _names(orders: Orders) -> None:
+    socket.sethostname(orders.hostname)
+    flags = system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV
+    system.mount("", "/run", "", flags)
+    with open("/run/machine-id", "w", encoding="ascii") as file:
+        file.write(orders.machine_id + "\n")
+    system.mount("", "/run", "", flags | system.MS_RDONLY)
+
+
+def _sizes(orders: Orders) -> None:
+    # Inodes are bounded too: an empty file costs about 1 KiB of kernel memory.
+    options = f"size={orders.tmp_bytes},nr_inodes={max(1024, orders.tmp_bytes // 4096)}"
+    for path in ("/tmp", "/dev/shm"):  # noqa: S108 - the guest's own
+        system.mount("tmpfs", path, "", system.MS_REMOUNT | system.MS_NOSUID | system.MS_NODEV, options)
+
+
+def _output(orders: Orders) -> None:
+    if orders.out_writable:
+        system.mount("", "/x07/out", "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV)
+
+
+JOB: Final[tuple[Step[Orders], ...]] = (
+    Step("names", "CAP_SYS_ADMIN", _names),
+    Step("sizes", "CAP_SYS_ADMIN", _sizes),
+    Step("output folder", "CAP_SYS_ADMIN", _output),
+)
+
+
+def _control_group(world: World) -> None:
+    os.write(world.procs_fd, b"0")
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("500")  # not the agent's, which the kernel must never choose
 
 
-def _resource_limits(job: Confinement) -> None:
+def _resource_limits(orders: Orders) -> None:
     # The cgroup's counter decides on cpu-limit; this is only the net below it, and later, because its
     # signal could not be told from one that the program sends itself.
     for which, value in (
-        (resource.RLIMIT_CPU, job.cpu_s),
-        (resource.RLIMIT_NOFILE, job.fds),
-        (resource.RLIMIT_CORE, job.core_bytes),
+        (resource.RLIMIT_CPU, orders.cpu_s),
+        (resource.RLIMIT_NOFILE, orders.fds),
+        (resource.RLIMIT_CORE, orders.core_bytes),
         (resource.RLIMIT_MEMLOCK, 65536),
         (resource.RLIMIT_MSGQUEUE, 65536),
         (resource.RLIMIT_SIGPENDING, 1024),
@@ -170,7 +214,7 @@ def _resource_limits(job: Confinement) -> None:
         resource.setrlimit(which, (value, value))
 
 
-def _no_capabilities(_job: Confinement) -> None:
+def _no_capabilities(_world: World) -> None:
     with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
         last = int(file.read())
     for cap in range(last + 1):
@@ -178,40 +222,42 @@ def _no_capabilities(_job: Confinement) -> None:
     system.prctl(system.PR_CAP_AMBIENT, system.PR_CAP_AMBIENT_CLEAR_ALL)
 
 
-def _own_user(_job: Confinement) -> None:
+def _own_user(_world: World) -> None:
     os.setgroups([])
     os.setresgid(UID, UID, UID)
     os.setresuid(UID, UID, UID)  # from 0 to another: the kernel clears all capability sets
 
 
-def _no_new_privileges(_job: Confinement) -> None:
+def _no_new_privileges(_world: World) -> None:
     system.prctl(system.PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _fresh_signals(_job: Confinement) -> None:
+def _fresh_signals(_world: World) -> None:
     for number in range(1, 32):
         if number not in {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-RIGHTS: Final = (
+RIGHTS: Final[tuple[Step[World], ...]] = (
     Step("control group", "a writable cgroup v2", _control_group),
     Step("no capabilities", "CAP_SETPCAP", _no_capabilities),
     Step("own user", "CAP_SETUID, CAP_SETGID", _own_user),
     Step("no new privileges", "", _no_new_privileges),
-    # Late: a policy may allow no descriptor at all, and the steps above open files.
-    Step("resource limits", "", _resource_limits),
     # Landlock and seccomp stand here, in this order, once the image carries filters.
     Step("fresh signals", "", _fresh_signals),
 )
 
 
-def apply(steps: tuple[Step, ...], job: Confinement) -> None:
+# Last: a policy may allow no descriptor at all, and the steps above open files.
+LIMITS: Final[tuple[Step[Orders], ...]] = (Step("resource limits", "", _resource_limits),)
+
+
+def apply(steps: tuple[Step[T], ...], what: T) -> None:
     """Do the steps in order. Raises StepError at the first that fails."""
     for step in steps:
         try:
-            step.apply(job)
+            step.apply(what)
         except (OSError, ValueError) as exc:
             number = exc.errno if isinstance(exc, OSError) and exc.errno else 0
             raise StepError(step.name, number, str(exc)) from exc

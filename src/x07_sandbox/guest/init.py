@@ -6,6 +6,7 @@ Reports go over a pipe that the program never has: one byte of kind, then a fixe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -13,6 +14,7 @@ from typing import NoReturn
 
 from x07_sandbox.guest import confine
 
+READY = b"R"  # the program's process waits for its orders
 STARTED = b"S"
 EXITED = b"X"  # then u32: the wait status as waitpid(2) gives it
 EXITED_SIZE = 5
@@ -21,15 +23,13 @@ FAILED = b"F"  # then JSON to the end of the pipe
 _STATUS = struct.Struct(">I")
 
 
-def run_init(
-    job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], report_fd: int
-) -> NoReturn:
-    """Be the init of the program *argv*; fds become its standard streams. Never returns."""
+def run_init(world: confine.World, fds: tuple[int, int, int], orders_fd: int, report_fd: int) -> NoReturn:
+    """Be the init of a program whose orders come later; fds become its standard streams. Never returns."""
     try:
         os.setsid()
-        _only_descriptors(*fds, report_fd, job.netns_fd, job.procs_fd)
-        confine.apply(confine.WORLD, job)
-        status = _supervise(job, argv, env, cwd, fds, report_fd)
+        _only_descriptors(*fds, orders_fd, report_fd, world.netns_fd, world.procs_fd)
+        confine.apply(confine.WORLD, world)
+        status = _supervise(world, fds, orders_fd, report_fd)
         os.write(report_fd, EXITED + _STATUS.pack(status))
     except confine.StepError as exc:
         _report_failure(report_fd, exc.stage, exc.errno, str(exc.args[2]))
@@ -40,21 +40,29 @@ def run_init(
         os._exit(0)
 
 
-def _supervise(
-    job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], report_fd: int
-) -> int:
+def _supervise(world: confine.World, fds: tuple[int, int, int], orders_fd: int, report_fd: int) -> int:
     """Start the program and return its wait status. Raises StepError if it could not become the program."""
-    failure_r, failure_w = os.pipe2(os.O_CLOEXEC)
+    told_r, told_w = os.pipe2(os.O_CLOEXEC)
+    start_r, start_w = os.pipe2(os.O_CLOEXEC)
     program = os.fork()
     if program == 0:
-        os.close(report_fd)
-        _become(job, argv, env, cwd, fds, failure_w)
-    os.close(failure_w)
-    for fd in {*fds, job.procs_fd}:
+        for fd in (report_fd, orders_fd, start_w, told_r):
+            os.close(fd)
+        _become(world, fds, start_r, told_w)
+    for fd in {*fds, world.procs_fd, told_w, start_r}:
         os.close(fd)
-    failure = _read_all(failure_r)
-    if failure:
-        stage, number, message = json.loads(failure)
+    told = os.read(told_r, 1)
+    if told == READY:
+        os.write(report_fd, READY)
+        data = _read_all(orders_fd)
+        confine.apply(confine.JOB, confine.Orders(**json.loads(data)))
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+            _write_all(start_w, data)
+        os.close(start_w)
+        told = b""
+    told += _read_all(told_r)
+    if told:
+        stage, number, message = json.loads(told)
         raise confine.StepError(stage, number, message)
     os.write(report_fd, STARTED)
     while True:
@@ -63,26 +71,30 @@ def _supervise(
             return status
 
 
-def _become(
-    job: confine.Confinement, argv: list[str], env: dict[str, str], cwd: str, fds: tuple[int, int, int], failure_w: int
-) -> NoReturn:
-    """Turn this process into the program; a failure is told through *failure_w*, which a success closes."""
+def _become(world: confine.World, fds: tuple[int, int, int], start_fd: int, told_fd: int) -> NoReturn:
+    """Give up all rights, wait for the orders, turn this process into the program.
+
+    told_fd: gets READY, then a failure, which a success closes.
+    """
     try:
         try:
             os.setsid()
             high = [os.dup(fd) for fd in fds]  # so that no dup2 below can overwrite one that is still needed
             for target, fd in enumerate(high):
                 os.dup2(fd, target)
-            confine.apply(confine.RIGHTS, job)
+            confine.apply(confine.RIGHTS, world)
             os.umask(0o022)
-            os.chdir(cwd)
+            os.write(told_fd, READY)
+            orders = confine.Orders(**json.loads(_read_all(start_fd)))
+            os.chdir(orders.cwd)
+            confine.apply(confine.LIMITS, orders)
             # Not os.execvpe: it imports a module on its way, which a policy that allows no descriptor forbids.
-            os.execve(argv[0], argv, env)
+            os.execve(orders.argv[0], orders.argv, orders.env)
         except confine.StepError as exc:
             told = [exc.stage, exc.errno, str(exc.args[2])]
         except OSError as exc:
             told = ["exec", exc.errno or 0, str(exc)]
-        os.write(failure_w, json.dumps(told).encode())
+        os.write(told_fd, json.dumps(told).encode())
     finally:
         os._exit(127)
 
@@ -113,3 +125,9 @@ def _read_all(fd: int) -> bytes:
         chunks.append(chunk)
     os.close(fd)
     return b"".join(chunks)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

@@ -40,6 +40,14 @@ def identify(pid: int) -> Identity | None:
     return None if fields is None else Identity(pid=pid, start_ticks=int(fields[19]))
 
 
+def children_of(pid: int) -> list[int]:
+    """The children of a process of one thread (proc(5): /proc/PID/task/TID/children)."""
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
 def _stat_fields(pid: int) -> list[str] | None:
     """Fields 3 and up of /proc/PID/stat: the name before them may hold anything."""
     try:

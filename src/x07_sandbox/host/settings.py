@@ -19,6 +19,8 @@ STDERR_MAX_BYTES: Final = 64 * KIB  # of the VMM itself
 
 QUEUE_S: Final = 600.0
 BOOT_S: Final = 30.0
+CLONE_S: Final = 10.0  # until a clone answers; then the job starts cold
+TEMPLATE_S: Final = 60.0  # making a VM template: boot, warm-up, saving
 COPY_IN_S: Final = 60.0
 CHANGES_OUT_S: Final = 60.0
 KVM_PROOF_S: Final = 5.0
@@ -30,6 +32,7 @@ BUILD_MEM_BYTES: Final = 2 * GIB
 BUILD_TASKS: Final = 256
 BUILD_FDS: Final = 1024
 
+TEMPLATES_MAX_BYTES: Final = 4 * GIB  # of all VM templates together, as the disk counts them
 SCRATCH_BYTES: Final = 8 * GIB
 TMP_SHARE: Final = 4  # /tmp may hold a quarter of the memory limit
 

@@ -56,10 +56,11 @@ def make_head(folder: Path) -> tuple[bytes, ScratchDisk]:
         argv += ["-U", UUID, "-O", FEATURES, "-E", EXTENDED, disk.name]
         env = {"E2FSPROGS_FAKE_TIME": str(commands.EPOCH), "MKE2FS_CONFIG": os.devnull}
         commands.run(argv, cwd=folder, timeout_s=60, extra_env=env)
-        return _pieces(disk.fileno())
+        return read_disk(disk.fileno())
 
 
-def _pieces(fd: int) -> tuple[bytes, ScratchDisk]:
+def read_disk(fd: int) -> tuple[bytes, ScratchDisk]:
+    """What `write_disk` needs to make the disk *fd* again. Raises ImageError if there is much on it."""
     head = bytearray()
     pieces: list[Piece] = []
     for offset in _data_blocks(fd):

@@ -28,7 +28,7 @@ from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images import manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from x07_sandbox.images.manifest import Manifest, Part
     from x07_sandbox.images.store import Image
@@ -69,41 +69,63 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     files: dict[str, Identity]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is verified: how errors call it, under which name it is remembered, and how its files are hashed."""
+
+    name: str
+    record: str
+    sha256: Callable[[int, int], str]
+
+
 @contextlib.contextmanager
 def open_image(image: Image) -> Iterator[OpenImage]:
     """The image's files, verified. Raises ImageError if anything is not as the manifest says."""
+    subject = _subject(image)
     with contextlib.ExitStack() as stack:
-        folder_fd = stack.enter_context(_opened_folder(image.folder))
+        folder_fd = stack.enter_context(opened_folder(image.folder, subject))
         _check_manifest(folder_fd, image)
-        record = _read_record(image.digest)
-        known = record.files if record is not None and record.boot_id == boot_id() else {}
-        fresh: dict[str, Identity] = {}
-        fds = []
-        for part in image.manifest.parts.all():
-            fd = stack.enter_context(_opened(folder_fd, part.file, image))
-            fds.append(fd)
-            identity = check_part(fd, part, known.get(part.file), image.digest)
-            if part.bytes > SMALL_BYTES:
-                fresh[part.file] = identity
-        if fresh != known:
-            _write_record(image.digest, fresh)
+        fds = opened_parts(folder_fd, image.manifest.parts.all(), subject, stack)
         yield OpenImage(kernel_fd=fds[0], initrd_fd=fds[1], root_fd=fds[2], scratch_fd=fds[3], manifest=image.manifest)
+
+
+def _subject(image: Image) -> Subject:
+    hexes = image.digest.removeprefix("sha256:")
+    return Subject(name=f"guest image {hexes[:12]}", record=hexes, sha256=sha256_of)
+
+
+def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack: contextlib.ExitStack) -> list[int]:
+    """Files below an opened folder, each verified; descriptors that *stack* closes. Raises ImageError."""
+    record = _read_record(subject)
+    known = record.files if record is not None and record.boot_id == boot_id() else {}
+    fresh: dict[str, Identity] = {}
+    fds = []
+    for part in parts:
+        fd = stack.enter_context(opened_file(folder_fd, part.file, subject))
+        fds.append(fd)
+        identity = check_part(fd, part, known.get(part.file), subject)
+        if part.bytes > SMALL_BYTES:
+            fresh[part.file] = identity
+    if fresh != known:
+        _write_record(subject, fresh)
+    return fds
 
 
 def verify_image(image: Image) -> list[str]:
     """Hash every file whatever was recorded before. One sentence for each problem; none means that all is well."""
     problems: list[str] = []
+    subject = _subject(image)
     with contextlib.ExitStack() as stack:
         try:
-            folder_fd = stack.enter_context(_opened_folder(image.folder))
+            folder_fd = stack.enter_context(opened_folder(image.folder, subject))
             _check_manifest(folder_fd, image)
         except ImageError as exc:
             return [f"{exc.what}: {exc.why}"]
         parts = [*image.manifest.parts.all(), *image.manifest.filters.values()]
         for part in parts:
             try:
-                with _opened(folder_fd, part.file, image) as fd:
-                    check_part(fd, part, None, image.digest)
+                with opened_file(folder_fd, part.file, subject) as fd:
+                    check_part(fd, part, None, subject)
             except ImageError as exc:
                 problems.append(f"{part.file}: {exc.why}")
         expected = {part.file for part in parts} | {"manifest.json"}
@@ -111,26 +133,26 @@ def verify_image(image: Image) -> list[str]:
     return problems
 
 
-def check_part(fd: int, part: Part, known: Identity | None, digest: str) -> Identity:
+def check_part(fd: int, part: Part, known: Identity | None, subject: Subject) -> Identity:
     """Make sure that *fd* is *part*; what it looked like then. known: how it looked when it was hashed before.
 
     Raises ImageError.
     """
     before = os.fstat(fd)
     if before.st_size != part.bytes:
-        raise _bad(digest, f"{part.file} has {before.st_size} bytes instead of {part.bytes}")
+        raise _bad(subject, f"{part.file} has {before.st_size} bytes instead of {part.bytes}")
     identity = identity_of(before)
     if known == identity and part.bytes > SMALL_BYTES and filesystem(fd) in TIMES_MOVE:
         return identity
     # Another build of the same user links the file into its image at any time, which moves ctime: read it once more.
     for _ in range(TRIES):
-        if sha256_of(fd, part.bytes) != part.sha256:
-            raise _bad(digest, f"the content of {part.file} has changed since it was built")
+        if subject.sha256(fd, part.bytes) != part.sha256:
+            raise _bad(subject, f"the content of {part.file} has changed since it was built")
         after = identity_of(os.fstat(fd))
         if after == identity:
             return identity
         identity = after
-    raise _bad(digest, f"{part.file} was changed each time it was being checked")
+    raise _bad(subject, f"{part.file} was changed each time it was being checked")
 
 
 def identity_of(info: os.stat_result) -> Identity:
@@ -176,37 +198,36 @@ def _lines(path: str) -> list[bytes]:
 
 
 @contextlib.contextmanager
-def _opened_folder(folder: Path) -> Iterator[int]:
+def opened_folder(folder: Path, subject: Subject) -> Iterator[int]:
+    """A folder of ours, for nobody else. Raises ImageError."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as exc:
-        raise ImageError(f"cannot open guest image {folder.name[:12]}", exc.strerror or str(exc), FIX) from exc
+        raise ImageError(f"cannot open {subject.name}", exc.strerror or str(exc), FIX) from exc
     try:
         info = os.fstat(fd)
         if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != FOLDER_MODE:
-            raise ImageError(
-                f"cannot use guest image {folder.name[:12]}", "its folder must be yours with mode 0700", FIX
-            )
+            raise _bad(subject, "its folder must be yours with mode 0700")
         yield fd
     finally:
         os.close(fd)
 
 
 @contextlib.contextmanager
-def _opened(folder_fd: int, name: str, image: Image) -> Iterator[int]:
-    """A regular file of ours, read-only for everybody, under its own name."""
+def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
+    """A regular file of ours, read-only for everybody, under its own name. Raises ImageError."""
     try:
         # O_NONBLOCK: a FIFO put in the file's place must not stop us.
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
     except OSError as exc:
-        raise _bad(image.digest, f"{name} cannot be opened, or is a link ({exc.strerror})") from exc
+        raise _bad(subject, f"{name} cannot be opened, or is a link ({exc.strerror})") from exc
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
-            raise _bad(image.digest, f"{name} is no regular file")
+            raise _bad(subject, f"{name} is no regular file")
         if stat.S_IMODE(info.st_mode) != FILE_MODE or info.st_uid != os.geteuid():
             raise _bad(
-                image.digest,
+                subject,
                 f"{name} has mode {stat.S_IMODE(info.st_mode):04o} and uid {info.st_uid}, "
                 f"and must be yours with mode {FILE_MODE:04o}",
             )
@@ -218,20 +239,21 @@ def _opened(folder_fd: int, name: str, image: Image) -> Iterator[int]:
 
 def _check_manifest(folder_fd: int, image: Image) -> None:
     """The manifest that *image* was read from is still the one in the folder."""
-    with _opened(folder_fd, "manifest.json", image) as fd:
+    subject = _subject(image)
+    with opened_file(folder_fd, "manifest.json", subject) as fd:
         data = os.pread(fd, manifest.MAX_BYTES + 1, 0)
     if data != manifest.encode(image.manifest) or manifest.digest_of(image.manifest) != image.digest:
-        raise _bad(image.digest, "manifest.json has changed since it was read")
+        raise _bad(subject, "manifest.json has changed since it was read")
 
 
-def _record_path(digest: str) -> Path:
-    return private_dir(cache_dir() / "verified") / f"{digest.removeprefix('sha256:')}.json"
+def _record_path(subject: Subject) -> Path:
+    return private_dir(cache_dir() / "verified") / f"{subject.record}.json"
 
 
-def _read_record(digest: str) -> Record | None:
+def _read_record(subject: Subject) -> Record | None:
     """The record, or None where there is none that counts: then everything is hashed."""
     try:
-        fd = os.open(_record_path(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(_record_path(subject), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return None
     with os.fdopen(fd, "rb") as file:
@@ -245,12 +267,12 @@ def _read_record(digest: str) -> Record | None:
     return record if record.schema_version == RECORD_SCHEMA else None
 
 
-def _write_record(digest: str, files: dict[str, Identity]) -> None:
+def _write_record(subject: Subject, files: dict[str, Identity]) -> None:
     now_ns = time.time_ns()  # wall time, because ctime is
     settled = {name: identity for name, identity in files.items() if identity[4] < now_ns - SETTLED_NS}
     record = Record(schema_version=RECORD_SCHEMA, boot_id=boot_id(), files=settled)
-    replace_file(_record_path(digest), msgspec.json.encode(record), sync=True)
+    replace_file(_record_path(subject), msgspec.json.encode(record), sync=True)
 
 
-def _bad(digest: str, why: str) -> ImageError:
-    return ImageError(f"cannot use guest image {digest.removeprefix('sha256:')[:12]}", why, FIX)
+def _bad(subject: Subject, why: str) -> ImageError:
+    return ImageError(f"cannot use {subject.name}", why, FIX)

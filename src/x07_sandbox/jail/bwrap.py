@@ -23,7 +23,7 @@ PERL: Final = "/usr/bin/perl"
 INNER_UID: Final = 64000  # in the user form: the uid that the process sees itself under
 
 SUPERVISOR: Final = str(Path(__file__).with_name("data") / "supervisor.pl")
-_CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_range")
+_CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_range", "unshare")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,7 @@ class Jail:
 
     files: host paths that appear inside under the same path, read-only.
     fd_files: (descriptor, path inside), read-only: the opened file itself, whatever its path says by then.
+    fd_writable: the same for files that may be written; only a machine that is made to be saved has any.
     devices: device nodes of the host, under the same path.
     uid: host uid for the root form; None for the user form.
     mark: random text that proves, in the arguments, that our launcher started this.
@@ -53,6 +54,7 @@ class Jail:
     info_fd: int
     filter_fd: int
     lock_fd: int | None = None
+    fd_writable: tuple[tuple[int, str], ...] = ()
 
 
 def jail_argv(jail: Jail, command: list[str]) -> list[str]:
@@ -62,12 +64,15 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     argv = [PERL, SUPERVISOR, *map(str, numbers)]
     argv += [BWRAP, *_namespaces(jail)]
     argv += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "X07_INSTANCE", jail.mark]
-    for path in _folders([*jail.files, *(path for _, path in jail.fd_files), *jail.devices]):
+    opened = [path for _, path in (*jail.fd_files, *jail.fd_writable)]
+    for path in _folders([*jail.files, *opened, *jail.devices]):
         argv += ["--perms", "0755", "--dir", path]
     for path in jail.files:
         argv += ["--ro-bind", path, path]
     for fd, path in jail.fd_files:
         argv += ["--ro-bind-fd", str(fd), path]
+    for fd, path in jail.fd_writable:
+        argv += ["--bind-fd", str(fd), path]
     for path in jail.devices:
         argv += ["--dev-bind", path, path]
     argv += [

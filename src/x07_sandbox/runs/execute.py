@@ -57,11 +57,13 @@ class PhaseRequest:
 class PhaseFacts:
     """What is known after a phase: the evidence, the guest's own counters, and when what happened.
 
+    unanswered: the machine ended, or its time for booting did, before it answered; nobody cancelled.
     times_ms: from the release of the machine to: hello, seeded, started, exited, end.
     input_sha256: of the program's input, None if it was not read to its end. input_problem: why reading it failed.
     """
 
     evidence: Evidence
+    unanswered: bool = False
     usage: dict[str, Any] = field(default_factory=dict)
     times_ms: dict[str, float] = field(default_factory=dict)
     input_sha256: str | None = None
@@ -74,11 +76,12 @@ class Phase:
     def __init__(self, request: PhaseRequest, instance: Instance) -> None:
         self.request = request
         self.instance = instance
-        self.connection = Connection(instance.channel_fd, Role.HOST)
+        state = State.WARM if instance.cloned else State.WAITING
+        self.connection = Connection(instance.channel_fd, Role.HOST, state)
         self.link = self.connection.link
         self.nonce = secrets.token_hex(16)
         self.stage = Stage.BOOT
-        self.deadline = Deadline.after(settings.BOOT_S)
+        self.deadline = Deadline.after(settings.CLONE_S if instance.cloned else settings.BOOT_S)
         self.begun = time.monotonic()
         self.times_ms: dict[str, float] = {}
         self.seen: dict[str, Any] = {}  # evidence so far, under the names of `Evidence`
@@ -95,6 +98,8 @@ class Phase:
     def run(self) -> PhaseFacts:
         """Run to the end, whatever it is."""
         self.instance.release()
+        if self.instance.cloned:  # its agent greeted whoever had it saved, and waits
+            self._seed()
         while not self.over:
             try:
                 self._turn()
@@ -105,6 +110,7 @@ class Phase:
             self.seen["console_tail"] = self.instance.console_tail()
         return PhaseFacts(
             evidence=Evidence(stage=self.stage, **self.seen),
+            unanswered=self.stage is Stage.BOOT and "cancelled_by" not in self.seen,
             usage=self.usage,
             times_ms=self.times_ms,
             input_sha256=self._input_sha256(),
@@ -136,9 +142,9 @@ class Phase:
             poll.register(fd, select.POLLIN)
         if self._wants_input():
             poll.register(self.request.stdin_fd or 0, select.POLLIN)
-        writers = [sink.wants_write for sink in self.sinks.values()]
-        for fd in {fd for fd in writers if fd is not None}:
-            poll.register(fd, select.POLLOUT)
+        for sink in self.sinks.values():
+            if sink.progress_fd is not None:
+                poll.register(sink.progress_fd, select.POLLIN)
         return poll
 
     def _ready(self, fd: int, mask: int) -> None:
@@ -149,7 +155,7 @@ class Phase:
                 self._receive()
         elif fd == self.instance.pidfd:
             self._lost()
-        elif any(fd == sink.wants_write for sink in self.sinks.values()):
+        elif any(fd == sink.progress_fd for sink in self.sinks.values()):
             self._pump(fd)
         elif fd == self.request.stdin_fd:
             self._read_input()
@@ -218,6 +224,9 @@ class Phase:
         if protocol != PROTOCOL:
             raise PeerError("bad HELLO frame", f"the agent speaks protocol {protocol}, and this is {PROTOCOL}")
         self._mark("hello")
+        self._seed()
+
+    def _seed(self) -> None:
         seed = {
             "unix_ns": unix_ns(),
             "entropy": secrets.token_hex(64),
@@ -322,7 +331,7 @@ class Phase:
 
     def _pump(self, fd: int) -> None:
         for stream, sink in self.sinks.items():
-            if sink.wants_write == fd:
+            if sink.progress_fd == fd:
                 self.link.consumed(stream, sink.pump())
                 return
 
@@ -356,15 +365,14 @@ def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> bool:
 
     Without a deadline, as with any pipe: the machine is gone, and nobody but the reader's owner waits.
     """
-    while any(sink.wants_write is not None for sink in sinks):
+    while fds := [sink.progress_fd for sink in sinks if sink.progress_fd is not None]:
         poll = select.poll()
-        poll.register(cancel.fd, select.POLLIN)
-        for fd in {sink.wants_write for sink in sinks} - {None}:
-            poll.register(fd or 0, select.POLLOUT)
+        for fd in (cancel.fd, *fds):
+            poll.register(fd, select.POLLIN)
         for fd, _ in poll.poll():
             if fd == cancel.fd:
                 return False
             for sink in sinks:
-                if sink.wants_write == fd:
+                if sink.progress_fd == fd:
                     sink.pump()
     return True

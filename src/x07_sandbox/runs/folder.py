@@ -30,7 +30,9 @@ class RunFolder:
     def sink(self, name: str, *, live_fd: int | None, max_bytes: int) -> tuple[Sink, int]:
         """A sink that keeps its stream in this folder, and the descriptor of that file."""
         fd = self._open(self.path / name)
-        return Sink(name.rpartition("-")[2], keep_fd=fd, live_fd=live_fd, max_bytes=max_bytes), fd
+        sink = Sink(name.rpartition("-")[2], keep_fd=fd, live_fd=live_fd, max_bytes=max_bytes)
+        self._stack.callback(sink.close)
+        return sink, fd
 
     def out_file(self, guest_path: str, max_bytes: int) -> OutFile:
         """A file without a name for what comes out of the guest: bound by its descriptor, gone with it."""

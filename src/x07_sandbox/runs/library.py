@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.host import settings
-from x07_sandbox.runs.run import RunRequest, run
+from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.run import run
 from x07_sandbox.runs.streams import Cancel, memory_file
 
 if TYPE_CHECKING:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import signal
-import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from x07_sandbox.backends.base import Job
+from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.errors import BackendError, Cancelled, HostError, ImageError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
@@ -22,7 +19,7 @@ from x07_sandbox.jobs.record import create_record, new_run_id
 from x07_sandbox.plan.controls import GUEST_VARIABLES, Plan, make_plan
 from x07_sandbox.plan.outcomes import Outcome, Verdict, as_build, classify, verdict
 from x07_sandbox.plan.sizes import ram_class_bytes
-from x07_sandbox.policy import decode_policy, default_policy, program_environment, render_policy
+from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,
     OUTPUT,
@@ -34,11 +31,12 @@ from x07_sandbox.programs.toolchains import (
 )
 from x07_sandbox.runs.execute import Phase, PhaseFacts, PhaseRequest, drain
 from x07_sandbox.runs.folder import RunFolder, output_of
+from x07_sandbox.runs.request import RunRequest, in_memory, read_policy, read_source, sha256_text
 from x07_sandbox.runs.result import NOTHING, ControlReport, Denial, Digests, HowToAllow, Output, PhaseReport, Result
-from x07_sandbox.runs.streams import Cancel, InFile, OutFile, memory_file
+from x07_sandbox.runs.streams import InFile, OutFile
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.base import Availability
+    from x07_sandbox.backends.base import Availability, Instance
     from x07_sandbox.images.store import Image
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.plan.controls import RunLimits
@@ -53,27 +51,6 @@ _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], Outcome], ...] = (
     (HostError, Outcome.REFUSED),
     (BackendError, Outcome.BACKEND_ERROR),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRequest:
-    """What is asked for.
-
-    policy: path of a policy document; None for the built-in default.
-    stdin_fd: the program's input, lent; None for none. live_*: where output is streamed as it comes, or None.
-    artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
-    """
-
-    program: Path
-    args: tuple[str, ...] = ()
-    policy: Path | None = None
-    image: str | None = None
-    stdin_fd: int | None = None
-    live_stdout: int | None = None
-    live_stderr: int | None = None
-    max_output_bytes: int = settings.OUTPUT_MAX_BYTES
-    artifact: OutFile | None = None
-    cancel: Cancel
 
 
 @dataclass(slots=True)
@@ -103,21 +80,21 @@ def run(request: RunRequest) -> Result:
             _write_result(folder.path / "result.json", result)
             return result
     except SandboxError as exc:
-        return _result(so_far, _verdict_of(exc))
+        return _result(so_far, _verdict_of(exc, request.cancel.signal))
 
 
 def failure(exc: Exception) -> Result:
     """The result of a run that never began, or that met a bug of ours."""
-    if isinstance(exc, Cancelled):
-        ending = replace(verdict(Outcome.CANCELLED, exc.what), signal=signal.SIGINT)
-    elif isinstance(exc, SandboxError):
+    if isinstance(exc, SandboxError):
         ending = _verdict_of(exc)
     else:
         ending = verdict(Outcome.INTERNAL_ERROR, f"a bug in x07-sandbox: {type(exc).__name__}: {exc}")
     return _result(_Progress(run_id=new_run_id()), ending)
 
 
-def _verdict_of(exc: SandboxError) -> Verdict:
+def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
+    if isinstance(exc, Cancelled):
+        return replace(verdict(Outcome.CANCELLED, exc.what), signal=signalled or signal.SIGINT)
     outcome = next(outcome for kind, outcome in _KNOWN_OUTCOMES if isinstance(exc, kind))
     ours = isinstance(exc, (ImageError, HostError, BackendError))
     return verdict(outcome, str(exc).removesuffix("."), fault="host" if ours else None)
@@ -125,12 +102,13 @@ def _verdict_of(exc: SandboxError) -> Verdict:
 
 def _carry_out(request: RunRequest, so_far: _Progress, folder: RunFolder, stack: contextlib.ExitStack) -> Verdict:
     toolchain = toolchain_for(str(request.program))
-    source = _snapshot(request.program, stack, so_far)
-    policy, policy_bytes = _policy(request.policy)
-    so_far.digests["policy"] = _digest(policy_bytes)
-    image = stack.enter_context(open_image(_current(find_image(request.image))))
+    source, so_far.digests["source"] = read_source(request.program, stack)
+    policy, policy_bytes = read_policy(request.policy)
+    so_far.digests["policy"] = sha256_text(policy_bytes)
+    with request.cancel.waiting():
+        image = stack.enter_context(open_image(_current(find_image(request.image))))
     so_far.digests["image"] = image.manifest.digest
-    backend = QemuBackend()
+    backend = QemuBackend(request.progress, request.cancel.waiting)
     so_far.availability = availability = backend.probe(image)
     so_far.warnings += availability.warnings
     so_far.plan = plan = make_plan(policy, availability.features, guest_variables=GUEST_VARIABLES)
@@ -208,7 +186,7 @@ class _Session:
             fd=artifact.fd,
             size=artifact.size,
         )
-        policy_file = _in_file(policy_bytes, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)
+        policy_file = in_memory(policy_bytes, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)
         argv = [*toolchain.start(name), *self.request.args]
         environment = _ENVIRONMENT | program_environment(policy)
         spec = _PhaseSpec(
@@ -238,17 +216,9 @@ class _Session:
         stderr, stderr_fd = self.folder.sink(
             f"{prefix}stderr", live_fd=request.live_stderr if live else None, max_bytes=cap
         )
-        record = create_record(
-            run_id=self.so_far.run_id,
-            phase=spec.name,
-            backend=self.backend.name,
-            wall_ms=spec.wall_ms,
-            image_digest=self.image.manifest.digest,
-        )
         ram_bytes = spec.ram_bytes or ram_class_bytes(spec.limits["mem_bytes"])
-        seconds = (settings.allowance_ms() + spec.wall_ms) // 1000 + 1
         phase_request = PhaseRequest(
-            job_id=record.job_id,
+            job_id=f"{self.so_far.run_id}-{spec.name}",
             phase=spec.name,
             argv=spec.argv,
             env=spec.env,
@@ -262,10 +232,15 @@ class _Session:
             output=spec.output,
             cancel=request.cancel,
         )
-        job = Job(record=record, image=self.image, ram_bytes=ram_bytes, deadline_s=seconds)
+        job = self._job(spec, spec.name, ram_bytes, cold=request.cold)
         with self.backend.start(job) as instance:
-            self.so_far.jail = instance.jail
-            facts = Phase(phase_request, instance).run()
+            facts = self._converse(phase_request, instance)
+        if instance.cloned and facts.unanswered:
+            # It never got to hear of the program, so another machine may take its place.
+            self.backend.distrust(job.kind, f"a clone of it did not answer: {classify(facts.evidence).reason}")
+            job = self._job(spec, f"{spec.name}-cold", ram_bytes, cold=False)
+            with self.backend.start(job) as instance:
+                facts = self._converse(phase_request, instance)
         delivered = drain((stdout, stderr), request.cancel)
         availability = self.so_far.availability
         emulated = availability is not None and availability.features.emulated
@@ -277,13 +252,36 @@ class _Session:
             self.so_far.warnings.append(f"the input could not be read to its end: {facts.input_problem}")
         self.so_far.warnings += ending.warnings
         self.so_far.phases[spec.name] = _report(
-            record.job_id, ending, facts, output_of(stdout, stdout_fd), output_of(stderr, stderr_fd)
+            job,
+            instance,
+            ending,
+            facts,
+            output_of(stdout, stdout_fd),
+            output_of(stderr, stderr_fd),
         )
         if live:
             self.so_far.digests["output"] = f"sha256:{stdout.sha256()}"
             if facts.input_sha256 is not None:
                 self.so_far.digests["input"] = f"sha256:{facts.input_sha256}"
         return ending, facts
+
+    def _job(self, spec: _PhaseSpec, name: str, ram_bytes: int, *, cold: bool) -> Job:
+        record = create_record(
+            run_id=self.so_far.run_id,
+            phase=name,
+            backend=self.backend.name,
+            wall_ms=spec.wall_ms,
+            image_digest=self.image.manifest.digest,
+        )
+        seconds = (settings.allowance_ms() + spec.wall_ms) // 1000 + 1
+        kind = MachineKind(image=self.image, ram_bytes=ram_bytes, runtime=spec.name)
+        return Job(record=record, kind=kind, deadline_s=seconds, cold=cold)
+
+    def _converse(self, request: PhaseRequest, instance: Instance) -> PhaseFacts:
+        self.so_far.jail = instance.jail
+        if instance.cold_reason:
+            self.so_far.warnings.append(f"the {request.phase} machine started cold: {instance.cold_reason}")
+        return Phase(request, instance).run()
 
     def _note_denials(self, facts: PhaseFacts, policy: Policy) -> None:
         refused = int(facts.usage.get("tasks_refused", 0))
@@ -342,49 +340,6 @@ def _add_refusals(plan: Plan, so_far: _Progress) -> None:
         )
 
 
-def _policy(path: Path | None) -> tuple[Policy, bytes]:
-    if path is None:
-        policy = default_policy()
-        return policy, render_policy(policy)
-    try:
-        with path.open("rb") as file:
-            data = file.read((1 << 20) + 1)
-    except OSError as exc:
-        raise UsageError(
-            f"cannot read the policy {path}", exc.strerror or str(exc), "Name a readable file with --policy"
-        ) from exc
-    return decode_policy(data, source=str(path)), data
-
-
-def _snapshot(path: Path, stack: contextlib.ExitStack, so_far: _Progress) -> InFile:
-    """The program's source as it is now: what is digested is what is built."""
-    name = source_name(str(path))
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as exc:
-        raise UsageError(
-            f"cannot read the program {path}", exc.strerror or str(exc), "Name a readable source file"
-        ) from exc
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
-        os.close(fd)
-        raise UsageError(f"cannot run {path}", "it is no regular file", "Name a source file")
-    with os.fdopen(fd, "rb") as file:
-        if info.st_size > settings.SOURCE_MAX_BYTES:
-            raise UsageError(
-                f"cannot run {path}",
-                f"it has {info.st_size} bytes, over {settings.SOURCE_MAX_BYTES}",
-                "Name a smaller source file",
-            )
-        data = file.read(settings.SOURCE_MAX_BYTES)
-    so_far.digests["source"] = _digest(data)
-    return _in_file(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack)
-
-
-def _in_file(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) -> InFile:
-    return InFile(path=path, mode=mode, kind="file", fd=memory_file(data, stack), size=len(data))
-
-
 def _current(image: Image) -> Image:
     """The image with our own guest code: the cheap part of a named image is made anew when that has changed."""
     if not image.name or image_is_current(image):
@@ -392,14 +347,13 @@ def _current(image: Image) -> Image:
     return build_image(name=image.name, include=image.manifest.include, progress=lambda _text: None)
 
 
-def _digest(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def _report(job_id: str, ending: Verdict, facts: PhaseFacts, stdout: Output, stderr: Output) -> PhaseReport:
+def _report(
+    job: Job, instance: Instance, ending: Verdict, facts: PhaseFacts, stdout: Output, stderr: Output
+) -> PhaseReport:
     usage = facts.usage
     return PhaseReport(
-        job_id=job_id,
+        job_id=job.record.job_id,
+        start="clone" if instance.cloned else "cold",
         outcome=ending.outcome.value,
         reason=ending.reason,
         times_ms=facts.times_ms,

@@ -6,15 +6,18 @@ import codecs
 import contextlib
 import hashlib
 import os
-import stat
+import select
+import threading
 import unicodedata
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.errors import BackendError
+from x07_sandbox.errors import BackendError, Cancelled
 
-# What a pipe that polls as writable takes without blocking (pipe(7): at least one page).
-_SAFE_WRITE: Final = 4096
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CHUNK: Final = 64 * 1024
 _ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
 
 
@@ -52,11 +55,80 @@ class TerminalFilter:
         ).encode()
 
 
+class _Writer:
+    """Writes to a descriptor that may block, in a thread of its own: nothing else can be stalled by its reader.
+
+    Polling before each write would not do: whoever else writes to the same pipe may fill it in between, and a terminal
+    may make more bytes of what it gets. The descriptor is lent; its O_NONBLOCK is shared with others and not changed.
+    progress_fd: readable when something was written, or will never be.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.problem: OSError | None = None
+        self.progress_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._fd = fd
+        self._queue = bytearray()
+        self._written = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        # A daemon: a reader who never reads again must not hold the process.
+        self._thread = threading.Thread(target=self._serve, name="x07-output", daemon=True)
+        self._thread.start()
+
+    def put(self, data: bytes) -> None:
+        """Queue bytes."""
+        with self._changed:
+            self._queue += data
+            self._changed.notify()
+
+    def take_written(self) -> tuple[int, int]:
+        """(bytes written since the last call, bytes still queued)."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.progress_fd)
+        with self._changed:
+            count, self._written = self._written, 0
+            return count, len(self._queue)
+
+    def close(self) -> None:
+        """Let the thread end once it has nothing to write; wait for that only if it has nothing now."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+            idle = not self._queue
+        if idle:
+            self._thread.join()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue:
+                    if self._closed:
+                        os.close(self.progress_fd)
+                        return
+                    self._changed.wait()
+                chunk = bytes(self._queue[:_CHUNK])
+            try:
+                count = os.write(self._fd, chunk)
+            except BlockingIOError:  # it was given to us with O_NONBLOCK
+                select.select([], [self._fd], [])
+                continue
+            except OSError as exc:
+                with self._changed:
+                    self.problem = exc
+                    self._written += len(self._queue)
+                    self._queue.clear()
+            else:
+                with self._changed:
+                    self._written += count
+                    del self._queue[:count]
+            os.eventfd_write(self.progress_fd, 1)
+
+
 class Sink:
     """Takes one output stream: counts, caps, keeps it in a file, and passes it on to a reader who may be slow.
 
     keep_fd: a file that gets everything up to the cap. live_fd: where it is streamed to as well, or None.
-    Both are lent. A live reader who stalls never blocks us: `wants_write` says when to poll for it.
+    Both are lent. A live reader who stalls never blocks us: `progress_fd` says when it took something.
     """
 
     def __init__(self, name: str, *, keep_fd: int, live_fd: int | None, max_bytes: int) -> None:
@@ -68,10 +140,9 @@ class Sink:
         self._keep_fd = keep_fd
         self._live_fd = live_fd
         self._max_bytes = max_bytes
-        self._pending = bytearray()
+        self._writer: _Writer | None = None
         self._owed = 0  # bytes as they came that are not done with: a terminal may get more or fewer
         self._filter = TerminalFilter() if live_fd is not None and os.isatty(live_fd) else None
-        self._regular = live_fd is not None and stat.S_ISREG(os.fstat(live_fd).st_mode)
         self._hash = hashlib.sha256()
 
     def take(self, data: bytes) -> int:
@@ -84,37 +155,38 @@ class Sink:
             _write_all(self._keep_fd, allowed)
         except OSError as exc:
             raise BackendError(f"cannot keep the program's {self.name}", exc.strerror or str(exc), _ROOM) from exc
-        if self._live_fd is None or self.reader_gone:
+        if self._live_fd is None or self.reader_gone or not allowed:
             return len(data)
-        self._pending += self._filter(allowed) if self._filter else allowed
+        if self._writer is None:
+            self._writer = _Writer(self._live_fd)
         self._owed += len(allowed)
+        self._writer.put(self._filter(allowed) if self._filter else allowed)
         return len(data) - len(allowed)
 
     @property
-    def wants_write(self) -> int | None:
-        """The descriptor to poll for writing, or None."""
-        return self._live_fd if self._pending and not self.reader_gone else None
+    def progress_fd(self) -> int | None:
+        """The descriptor to poll for reading while something is on its way to the live reader, or None."""
+        return self._writer.progress_fd if self._writer is not None and self._owed else None
 
     def pump(self) -> int:
-        """Write a little to the live reader, who polled as writable; how many bytes are done with."""
-        if self._live_fd is None:
+        """How many bytes the live reader has taken, or never will, since the last call."""
+        if self._writer is None:
             return 0
-        size = len(self._pending) if self._regular else _SAFE_WRITE
-        try:
-            count = os.write(self._live_fd, self._pending[:size])
-        except BlockingIOError:
-            return 0
-        except OSError as exc:
+        written, queued = self._writer.take_written()
+        problem = self._writer.problem
+        if problem is not None:
             # Gone, or a full disk behind it: what follows is kept all the same, and the result says so.
             self.reader_gone = True
-            self.reader_problem = "" if isinstance(exc, BrokenPipeError) else exc.strerror or str(exc)
-            count = len(self._pending)
-        del self._pending[:count]
-        if self._filter and self._pending:
-            return 0
-        done = min(count, self._owed) if self._pending else self._owed
+            self.reader_problem = "" if isinstance(problem, BrokenPipeError) else problem.strerror or str(problem)
+        done = self._owed if not queued else 0 if self._filter else min(written, self._owed)
         self._owed -= done
         return done
+
+    def close(self) -> None:
+        """Nothing more comes. What is still on its way goes on without anybody waiting for it."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def sha256(self) -> str:
         """Digest of what was taken."""
@@ -170,6 +242,24 @@ class Cancel:
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.signal: int | None = None
+        self._waiting = False
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits without polling the descriptor, a lock say: there a signal raises Cancelled."""
+        if self.signal is not None:
+            raise Cancelled("the run was cancelled", "a signal came", "Start it again")
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def interrupt(self, signal: int) -> None:
+        """As a call, for a signal handler. Raises Cancelled while the main thread is in `waiting`."""
+        self(signal)
+        if self._waiting:
+            raise Cancelled("the run was cancelled", "a signal came", "Start it again")
 
     def __call__(self, signal: int = 0) -> None:
         """Ask for the end; signal: the one that we got, 0 for a request without one."""

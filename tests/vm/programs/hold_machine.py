@@ -9,7 +9,7 @@ import json
 import select
 import sys
 
-from x07_sandbox.backends.base import Job
+from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
@@ -24,7 +24,8 @@ def main(image: str, deadline_s: str) -> None:
         record = create_record(
             run_id=new_run_id(), phase="run", backend="qemu", wall_ms=1000, image_digest=opened.manifest.digest
         )
-        job = Job(record=record, image=opened, ram_bytes=512 << 20, deadline_s=int(deadline_s))
+        kind = MachineKind(image=opened, ram_bytes=512 << 20)
+        job = Job(record=record, kind=kind, deadline_s=int(deadline_s), cold=True)
         with backend.start(job) as instance:
             instance.release()
             sys.stdout.write(json.dumps({"inner": instance.inner.pid}) + "\n")

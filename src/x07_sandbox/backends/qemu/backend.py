@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import contextlib
 from typing import TYPE_CHECKING
 
-from x07_sandbox.backends.base import Availability, Job
+from x07_sandbox.backends.base import Availability, Job, MachineKind
 from x07_sandbox.backends.qemu.proof import kvm_verdict
-from x07_sandbox.backends.qemu.start import Accelerator, QemuInstance, start_qemu
-from x07_sandbox.errors import RefusedError
+from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
+from x07_sandbox.backends.qemu.template import ensure_template, opened_template, remove_template, template_for
+from x07_sandbox.errors import BackendError, ImageError, RefusedError
 from x07_sandbox.host.settings import flag_from_environment
 from x07_sandbox.plan.features import VM_HOLDS, Features, Isolation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from x07_sandbox.backends.qemu.instance import QemuInstance
+    from x07_sandbox.backends.qemu.start import Saved
     from x07_sandbox.images.verify import OpenImage
 
 # Measured on 2 cores (docs/design.md, "Emulation"): compilers and interpreters take this much longer.
@@ -20,12 +26,22 @@ SLOWDOWN = "9 to 17 times"
 
 
 class QemuBackend:
-    """The embedded backend of Linux: needs nothing but packages."""
+    """The embedded backend of Linux: needs nothing but packages.
+
+    progress: called with a line of text before something that takes seconds, as making a VM template does.
+    waiting: around that, so that a signal can end it.
+    """
 
     name = "qemu"
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        progress: Callable[[str], None] = lambda _text: None,
+        waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self._kvm = False
+        self._progress = progress
+        self._waiting = waiting
 
     def probe(self, image: OpenImage) -> Availability:
         """Hardware virtualisation if our agent has answered under it, else emulation.
@@ -45,6 +61,50 @@ class QemuBackend:
         features = Features(isolation=isolation, own_kernel=True, can_hold=VM_HOLDS)
         return Availability(usable=True, features=features, proof=reason, warnings=warnings)
 
-    def start(self, job: Job) -> AbstractContextManager[QemuInstance]:
-        """Start a job, blocked until released."""
-        return start_qemu(job, Accelerator(kvm=self._kvm))
+    @contextlib.contextmanager
+    def start(self, job: Job) -> Iterator[QemuInstance]:
+        """Start a job, blocked until released: a clone where there is a template or one can be made, else cold."""
+        accelerator = Accelerator(kvm=self._kvm)
+        with contextlib.ExitStack() as stack:
+            saved, why_not = (None, "") if job.cold else self._saved(job.kind, accelerator, stack)
+            instance = stack.enter_context(start_qemu(job, accelerator, memory=saved))
+            instance.cold_reason = why_not
+            yield instance
+
+    def _saved(
+        self, kind: MachineKind, accelerator: Accelerator, stack: contextlib.ExitStack
+    ) -> tuple[Saved | None, str]:
+        """The machine that such jobs go on from, or None and why not."""
+        template = template_for(kind, accelerator)
+        if reason := template.bad():
+            return None, reason
+        try:
+            saved = stack.enter_context(opened_template(template))
+        except ImageError as exc:
+            self._progress(f"{exc.what}: {exc.why}; making it anew")
+            remove_template(template.folder)
+            saved = None
+        if saved is not None:
+            return saved, ""
+        try:
+            self._make(kind, accelerator)
+            return stack.enter_context(opened_template(template)), ""
+        except (BackendError, ImageError) as exc:
+            template.distrust(f"{exc.what}: {exc.why}")
+            return None, f"{exc.what}: {exc.why}"
+
+    def _make(self, kind: MachineKind, accelerator: Accelerator) -> None:
+        from x07_sandbox.backends.qemu.saving import make_template
+
+        with self._waiting():
+            ensure_template(kind, accelerator, make_template, self._progress)
+
+    def distrust(self, kind: MachineKind, reason: str) -> None:
+        """A clone did not answer: its template is used no more in this boot of the host."""
+        template_for(kind, Accelerator(kvm=self._kvm)).distrust(reason)
+
+    def prepare(self, kind: MachineKind) -> None:
+        """Make the template of this kind now, whatever spoke against it before. Raises SandboxError."""
+        accelerator = Accelerator(kvm=self._kvm)
+        template_for(kind, accelerator).trust()
+        self._make(kind, accelerator)

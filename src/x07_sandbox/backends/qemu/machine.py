@@ -6,17 +6,31 @@ port `x07.net` needs max_ports=3; nothing that belongs to one job is on this com
 
 from __future__ import annotations
 
+import enum
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from x07_sandbox.host.arch import Arch
 
 KERNEL: Final = "/img/vmlinux"
 INITRD: Final = "/img/initrd.cpio"
 ROOT: Final = "/img/root.erofs"
+RAM: Final = "/img/ram"
+STATE: Final = "/img/state"
 SCRATCH_SERIAL: Final = "x07scratch"
 ROOT_SERIAL: Final = "x07root"
+
+
+class Origin(enum.Enum):
+    """Where a machine's memory comes from."""
+
+    COLD = "cold"  # it boots, in memory of its own
+    SAVING = "saving"  # it boots, in a file that is kept
+    CLONE = "clone"  # it goes on from such a file, copy-on-write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +50,7 @@ class Machine:
     qmp_fd: int
     console_fd: int
     mark: str
+    origin: Origin = Origin.COLD
 
 
 def kernel_command_line(machine: Machine) -> str:
@@ -57,9 +72,12 @@ def qemu_argv(machine: Machine) -> list[str]:
     argv = [machine.arch.qemu_binary, "-name", f"x07-{machine.mark}", "-nodefaults", "-no-user-config"]
     argv += ["-display", "none", "-no-reboot"]
     argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
-    argv += ["-object", f"memory-backend-ram,id=ram0,size={megabytes}M", "-M", _machine_type(machine)]
+    argv += ["-object", _memory(machine.origin, megabytes), "-M", _machine_type(machine)]
     argv += ["-m", f"{megabytes}M", "-smp", "1", "-cpu", "max" if machine.kvm_fd is None else "host", "-accel", accel]
-    argv += ["-kernel", KERNEL, "-initrd", INITRD, "-append", kernel_command_line(machine)]
+    if machine.origin is Origin.CLONE:
+        argv += ["-incoming", "defer"]
+    else:
+        argv += ["-kernel", KERNEL, "-initrd", INITRD, "-append", kernel_command_line(machine)]
     argv += _disk(ROOT, "root", ROOT_SERIAL, read_only=True)
     argv += ["-add-fd", f"set=2,fd={machine.scratch_fd}"]
     argv += _disk("/dev/fdset/2", "scratch", SCRATCH_SERIAL, read_only=False)
@@ -76,6 +94,48 @@ def qemu_argv(machine: Machine) -> list[str]:
     argv += ["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng"]
     argv += ["-chardev", f"socket,id=console,fd={machine.console_fd}", "-serial", "chardev:console"]
     return [*argv, "-chardev", f"socket,id=qmp,fd={machine.qmp_fd}", "-mon", "chardev=qmp,mode=control"]
+
+
+def _memory(origin: Origin, megabytes: int) -> str:
+    if origin is Origin.COLD:
+        return f"memory-backend-ram,id=ram0,size={megabytes}M"
+    # share=on in a clone would ruin the saved machine for all (measured); readonly=on makes that impossible.
+    sharing = "share=on" if origin is Origin.SAVING else "share=off,readonly=on,rom=off"
+    return f"memory-backend-file,id=ram0,size={megabytes}M,mem-path={RAM},{sharing}"
+
+
+def qmp_save() -> bytes:
+    """What makes QEMU write the device state to STATE; the memory is in its file already.
+
+    Not after `stop`: a machine that was saved while it stood still would stand still in every clone.
+    """
+    return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{STATE}"}})
+
+
+def qmp_resume() -> bytes:
+    """What makes a clone go on from STATE; may be written in one piece, before QEMU reads."""
+    return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate-incoming", "arguments": {"uri": f"file:{STATE}"}})
+
+
+def qmp_saved() -> bytes:
+    """The question how far saving is."""
+    return _qmp({"execute": "query-migrate"})
+
+
+def qmp_quit() -> bytes:
+    """What ends QEMU in good order, whether or not it was spoken to before."""
+    return _qmp(_CAPABILITIES, {"execute": "quit"})
+
+
+_CAPABILITIES: Final = {"execute": "qmp_capabilities"}
+_IGNORE_SHARED: Final = {
+    "execute": "migrate-set-capabilities",
+    "arguments": {"capabilities": [{"capability": "x-ignore-shared", "state": True}]},
+}
+
+
+def _qmp(*commands: Mapping[str, object]) -> bytes:
+    return b"".join(json.dumps(command).encode() + b"\n" for command in commands)
 
 
 def _machine_type(machine: Machine) -> str:

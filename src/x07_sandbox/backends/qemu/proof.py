@@ -15,8 +15,8 @@ import select
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.backends.base import Job
-from x07_sandbox.backends.qemu.start import Accelerator, QemuInstance, start_qemu
+from x07_sandbox.backends.base import Job, MachineKind
+from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import Role
 from x07_sandbox.channel.link import State
@@ -30,6 +30,7 @@ from x07_sandbox.host.processes import boot_id, wait_gone
 from x07_sandbox.jobs.record import create_record, new_run_id
 
 if TYPE_CHECKING:
+    from x07_sandbox.backends.qemu.instance import QemuInstance
     from x07_sandbox.images.verify import OpenImage
 
 
@@ -74,7 +75,8 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
         wall_ms=int(limit_s * 1000),
         image_digest=image.manifest.digest,
     )
-    job = Job(record=record, image=image, ram_bytes=512 * settings.MIB, deadline_s=int(limit_s) + 5)
+    kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
+    job = Job(record=record, kind=kind, deadline_s=int(limit_s) + 5)
     try:
         with start_qemu(job, accelerator) as instance:
             instance.release()

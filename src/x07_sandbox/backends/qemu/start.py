@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import select
-import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -15,13 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.qemu.machine import INITRD, KERNEL, ROOT, Machine, qemu_argv
+from x07_sandbox.backends.qemu.instance import Gate, QemuInstance
+from x07_sandbox.backends.qemu.machine import (
+    INITRD,
+    KERNEL,
+    RAM,
+    ROOT,
+    STATE,
+    Machine,
+    Origin,
+    qemu_argv,
+)
 from x07_sandbox.backends.qemu.side import SideStream
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.processes import Identity, identify, wait_gone
+from x07_sandbox.host.processes import Identity, children_of, identify
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv
 from x07_sandbox.jail.cgroups import HostGroups, make_groups
@@ -33,6 +41,7 @@ from x07_sandbox.jobs.record import drop_unstarted, mark_done, write_owner
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Job
+    from x07_sandbox.images.manifest import ScratchDisk
 
 _AS_ABOVE_RAM: Final = 3 * settings.GIB  # code, thread stacks, and the translator's buffer of 1 GiB
 _CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
@@ -40,114 +49,25 @@ _CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
 # way, and bubblewrap's first process: with less, a busy guest ends QEMU ("pthread_create failed").
 _TASKS: Final = 96
 _SETUP_S: Final = 10.0
-_GONE_S: Final = 10.0
-_QMP_QUIT: Final = b'{"execute":"qmp_capabilities"}\n{"execute":"quit"}\n'
 
 
-class Gate:
-    """Where a jail waits to be let go, for its filter of system calls: see `Jail.filter_fd`. Owns the descriptor."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """A machine that will be saved: empty files for it, lent, open for writing. ram_fd: of the machine's size."""
 
-    def __init__(self, owned_fd: int, filter_bytes: bytes) -> None:
-        self.opened = False
-        self._fd: int | None = owned_fd
-        self._filter = filter_bytes
-
-    def open(self) -> None:
-        """Let it go. A second call does nothing."""
-        if self._fd is not None:
-            self.opened = True
-            with contextlib.suppress(BrokenPipeError):  # it has ended: its descriptors tell
-                os.write(self._fd, self._filter)  # less than a pipe takes at once (pipe(7)): whole or not at all
-        self.close()
-
-    def close(self) -> None:
-        """Shut it for good: what still waits ends. A second call does nothing."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+    ram_fd: int
+    state_fd: int
+    scratch_fd: int
 
 
-class QemuInstance:
-    """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A saved machine: its files, lent, open for reading, and what its scratch disk held."""
 
-    def __init__(
-        self,
-        *,
-        child: subprocess.Popen[bytes],
-        inner: Identity,
-        gate: Gate,
-        ends: dict[str, int],
-        groups: HostGroups,
-        jail: str,
-    ) -> None:
-        self.child = child
-        self.supervisor = identify(child.pid)
-        self.inner = inner
-        self.jail = jail
-        self.groups = groups
-        self.channel_fd = ends["channel"]
-        self._inner_pidfd = os.pidfd_open(inner.pid)  # may be gone, unlike the unreaped child: so it comes first
-        self.pidfd = os.pidfd_open(child.pid)
-        self._gate = gate
-        self._qmp_fd = ends["qmp"]
-        self.console = SideStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES)
-        self.qmp = SideStream(ends["qmp"], keep_bytes=4096)
-        self.errors = SideStream(ends["stderr"], keep_bytes=settings.STDERR_MAX_BYTES)
-        self._side = {stream.fd: stream for stream in (self.console, self.qmp, self.errors)}
-        self._gone = False
-
-    def release(self) -> None:
-        """Let the machine run: its record is written."""
-        if self.child.poll() is None:  # else its deadline came first, and nothing would end what is let go now
-            self._gate.open()
-
-    def side_fds(self) -> tuple[int, ...]:
-        """Console, QMP replies and the VMM's own messages."""
-        return tuple(fd for fd, stream in self._side.items() if not stream.ended)
-
-    def drain(self, fd: int) -> None:
-        """Read one of them, keeping no more than its bound."""
-        self._side[fd].read()
-
-    def console_tail(self) -> str:
-        """The last of the console and of the VMM's messages, control characters replaced."""
-        for stream in self._side.values():
-            stream.read()
-        return self.console.text() + self.errors.text()
-
-    def exit_status(self) -> int | None:
-        """How the jail's supervisor ended; it passes on QEMU's own status."""
-        return self.child.poll()
-
-    def stop(self) -> bool:
-        """Ask QEMU to quit, kill, wait, remove the groups; whether all of it is proven gone. Safe to call again."""
-        if self._gone:
-            return True
-        with contextlib.suppress(OSError):
-            os.write(self._qmp_fd, _QMP_QUIT)
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        if not self._gate.opened or not poll.poll(50):
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
-        deadline = Deadline.after(_GONE_S)
-        try:
-            self.child.wait(_GONE_S / 2)
-        except subprocess.TimeoutExpired:  # the supervisor itself is stopped, say
-            for pidfd in (self._inner_pidfd, self.pidfd):
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.child.wait(deadline.left_s())
-        # The end of the namespace's first process is the proof: the kernel lets it go only after all others.
-        gone = self.child.returncode is not None and wait_gone(self.inner, deadline.left_s())
-        self._gone = gone and self.groups.remove()
-        return self._gone
-
-    def close(self) -> None:
-        """Close what is ours to close besides the descriptors that `start_qemu` made."""
-        os.close(self.pidfd)
-        os.close(self._inner_pidfd)
+    ram_fd: int
+    state_fd: int
+    scratch_fd: int
+    scratch_disk: ScratchDisk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,9 +78,12 @@ class Accelerator:
 
 
 @contextlib.contextmanager
-def start_qemu(job: Job, accelerator: Accelerator, arch: Arch | None = None) -> Iterator[QemuInstance]:
+def start_qemu(
+    job: Job, accelerator: Accelerator, arch: Arch | None = None, memory: Saving | Saved | None = None
+) -> Iterator[QemuInstance]:
     """A QEMU for *job*, blocked until released; on the way out it is gone and its record says so.
 
+    memory: a machine to go on from, or files in which this one is to be saved; None boots it in memory of its own.
     arch: names the VMM and what it needs; this machine's row if None (tests of the jail put another VMM in its place).
     Raises BackendError, HostError.
     """
@@ -174,14 +97,15 @@ def start_qemu(job: Job, accelerator: Accelerator, arch: Arch | None = None) -> 
         ours, theirs = _channel_ends(stack, given)
         machine = Machine(
             arch=arch,
-            ram_bytes=job.ram_bytes,
+            ram_bytes=job.kind.ram_bytes,
             kvm_fd=_own(stack, os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) if accelerator.kvm else None,
             tsc_khz=None if accelerator.kvm else tsc_khz(arch),
-            scratch_fd=_scratch_disk(given, job),
+            scratch_fd=_scratch_disk(given, job, memory),
             channel_fd=theirs["channel"],
             qmp_fd=theirs["qmp"],
             console_fd=theirs["console"],
             mark=job.record.mark,
+            origin=_origin(memory),
         )
         info_r, info_w = os.pipe2(os.O_CLOEXEC)
         _own(stack, info_r)
@@ -193,11 +117,8 @@ def start_qemu(job: Job, accelerator: Accelerator, arch: Arch | None = None) -> 
             files=_jail_files(arch, with_setpriv=uid is not None),
             # The opened files themselves, on a read-only mount: through a descriptor of its own a VMM that runs under
             # the owner's uid could still change an image's mode and times, and so spoil it for later runs.
-            fd_files=(
-                (job.image.kernel_fd, KERNEL),
-                (job.image.initrd_fd, INITRD),
-                (job.image.root_fd, ROOT),
-            ),
+            fd_files=_fd_files(job, memory),
+            fd_writable=_writable(memory, uid),
             devices=("/dev/urandom",),
             uid=uid,
             mark=job.record.mark,
@@ -209,16 +130,17 @@ def start_qemu(job: Job, accelerator: Accelerator, arch: Arch | None = None) -> 
             lock_fd=lock_fd,
         )
         passed = [fd for fd in (machine.kvm_fd, lock_fd) if fd is not None]
-        passed += [*(fd for fd, _ in jail.fd_files), machine.scratch_fd, info_w, gate_r]
+        passed += [*(fd for fd, _ in (*jail.fd_files, *jail.fd_writable)), machine.scratch_fd, info_w, gate_r]
         passed += [theirs[name] for name in ("channel", "qmp", "console")]
         request = Launch(argv=jail_argv(jail, qemu_argv(machine)), pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
-        yield from _run(job, request, info_r=info_r, gate=gate, ours=ours, given=given)
+        cloned = machine.origin is Origin.CLONE
+        yield from _run(job, request, info_r=info_r, gate=gate, ours=ours, given=given, cloned=cloned)
 
 
-def _run(
-    job: Job, request: Launch, *, info_r: int, gate: Gate, ours: dict[str, int], given: Given
+def _run(  # noqa: PLR0913 - what one start has made, for the one function that uses it
+    job: Job, request: Launch, *, info_r: int, gate: Gate, ours: dict[str, int], given: Given, cloned: bool
 ) -> Iterator[QemuInstance]:
-    groups = make_groups(job.record.job_id, memory_bytes=job.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
+    groups = make_groups(job.record.job_id, memory_bytes=job.kind.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
     child = None
     instance = None
     gone = False
@@ -235,8 +157,7 @@ def _run(
         inner = _inner_process(child, info_r, ours["stderr"])
         try:
             _bound(inner.pid, job, groups)
-            form = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
-            instance = QemuInstance(child=child, inner=inner, gate=gate, ends=ours, groups=groups, jail=form)
+            instance = QemuInstance(child=child, inner=inner, gate=gate, ends=ours, groups=groups, cloned=cloned)
         except ProcessLookupError as exc:
             raise _no_jail(child, ours["stderr"]) from exc
         if instance.supervisor is None:
@@ -266,7 +187,10 @@ def _record(job: Job, groups: HostGroups, processes: dict[str, Identity]) -> Non
 
 
 def _inner_process(child: subprocess.Popen[bytes], info_r: int, stderr_fd: int) -> Identity:
-    """The first process of the jail's pid namespace, as bubblewrap tells it. Raises BackendError."""
+    """The first process of the jail's pid namespace. Raises BackendError.
+
+    bubblewrap tells when it is there. Which number it has, it does not know: it runs in a pid namespace itself.
+    """
     deadline = Deadline.after(_SETUP_S)
     text = b""
     poll = select.poll()
@@ -277,13 +201,13 @@ def _inner_process(child: subprocess.Popen[bytes], info_r: int, stderr_fd: int) 
             text += chunk
             if not chunk:
                 break
-    try:
-        inner = identify(json.loads(text)["child-pid"])
-    except (ValueError, KeyError, TypeError):
-        inner = None
-    if inner is not None:
-        return inner
-    raise _no_jail(child, stderr_fd)
+    inner = None
+    if b"}" in text:
+        pids = [pid for monitor in children_of(child.pid) for pid in children_of(monitor)]
+        inner = identify(pids[0]) if len(pids) == 1 else None
+    if inner is None:
+        raise _no_jail(child, stderr_fd)
+    return inner
 
 
 def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> BackendError:
@@ -305,7 +229,7 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
     try:
         for which, value in (
             (resource.RLIMIT_FSIZE, settings.SCRATCH_BYTES),
-            (resource.RLIMIT_AS, job.ram_bytes + _AS_ABOVE_RAM),
+            (resource.RLIMIT_AS, job.kind.ram_bytes + _AS_ABOVE_RAM),
             (resource.RLIMIT_NOFILE, 64),
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_MEMLOCK, 0),
@@ -358,8 +282,36 @@ def _channel_ends(stack: contextlib.ExitStack, given: Given) -> tuple[dict[str, 
     return ours, theirs
 
 
-def _scratch_disk(given: Given, job: Job) -> int:
-    """The job's own disk: a file without a name, so that nothing of it can be left behind, and never read here."""
+def _origin(memory: Saving | Saved | None) -> Origin:
+    if memory is None:
+        return Origin.COLD
+    return Origin.SAVING if isinstance(memory, Saving) else Origin.CLONE
+
+
+def _fd_files(job: Job, memory: Saving | Saved | None) -> tuple[tuple[int, str], ...]:
+    """What the machine reads. A clone has kernel and initramfs in its memory."""
+    if isinstance(memory, Saved):
+        return ((memory.ram_fd, RAM), (memory.state_fd, STATE), (job.kind.image.root_fd, ROOT))
+    return ((job.kind.image.kernel_fd, KERNEL), (job.kind.image.initrd_fd, INITRD), (job.kind.image.root_fd, ROOT))
+
+
+def _writable(memory: Saving | Saved | None, uid: int | None) -> tuple[tuple[int, str], ...]:
+    if not isinstance(memory, Saving):
+        return ()
+    for fd in (memory.ram_fd, memory.state_fd):
+        if uid is not None:
+            os.fchown(fd, uid, uid)
+    return ((memory.ram_fd, RAM), (memory.state_fd, STATE))
+
+
+def _scratch_disk(given: Given, job: Job, memory: Saving | Saved | None) -> int:
+    """The job's own disk: a file without a name, so that nothing of it can be left behind, and never read here.
+
+    A clone's holds what it held when the machine was saved, for its kernel has it in memory.
+    """
+    if isinstance(memory, Saving):
+        write_disk(job.kind.image.scratch_fd, job.kind.image.manifest.scratch_disk, memory.scratch_fd)
+        return memory.scratch_fd
     try:
         fd = os.open(job.record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
@@ -369,7 +321,10 @@ def _scratch_disk(given: Given, job: Job) -> int:
             "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs",
         ) from exc
     given.fds.append(fd)  # not ours once the child has it, so that its space is free when the child is gone
-    write_disk(job.image.scratch_fd, job.image.manifest.scratch_disk, fd)
+    if isinstance(memory, Saved):
+        write_disk(memory.scratch_fd, memory.scratch_disk, fd)
+    else:
+        write_disk(job.kind.image.scratch_fd, job.kind.image.manifest.scratch_disk, fd)
     return fd
 
 

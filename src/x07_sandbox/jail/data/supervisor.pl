@@ -1,18 +1,22 @@
 # Runs a jail and outlives it: at the deadline, when the runner ends, or when asked by SIGTERM, it kills all of the jail.
 #
-#     perl supervisor.pl DEADLINE_S RUNNER_PID KEEP_FD PRCTL SIGPROCMASK SIGTIMEDWAIT CAPSET CLOSE_RANGE COMMAND...
+#     perl supervisor.pl DEADLINE_S RUNNER_PID KEEP_FD PRCTL SIGPROCMASK SIGTIMEDWAIT CAPSET CLOSE_RANGE UNSHARE \
+#         COMMAND...
 #
-# The last five are the numbers of these system calls here. KEEP_FD stays open (-1: none). It ends as COMMAND ended
+# The last six are the numbers of these system calls here. KEEP_FD stays open (-1: none). It ends as COMMAND ended
 # (128 + N for a signal), or by SIGALRM at the deadline, by SIGTERM when asked or without its runner.
 #
 # Why a process, and not the kernel's parent-death signal alone: bubblewrap's inner process asks for that signal late,
 # and one whose parent had died by then would never get it. Here nothing that was started can be lost: orphans become
-# children of this process (a subreaper, prctl(2)), which ends only when it has no child left.
+# children of this process (a subreaper, prctl(2)), which ends only when it has no child left. And should this process
+# itself be killed, the jail's first process dies with it, and all others with that one, since it is the first of a pid
+# namespace around the jail.
 # Perl, because every Debian has it; no module, because each costs more than the rest of the start.
 
-my ($deadline, $runner, $keep, $prctl, $sigprocmask, $sigtimedwait, $capset, $close_range) =
-    map { $_ + 0 } splice @ARGV, 0, 8;
+my ($deadline, $runner, $keep, $prctl, $sigprocmask, $sigtimedwait, $capset, $close_range, $unshare) =
+    map { $_ + 0 } splice @ARGV, 0, 9;
 my ($PDEATHSIG, $SUBREAPER, $NO_NEW_PRIVS, $BLOCK, $SETMASK) = (1, 36, 38, 0, 2);
+my ($NEWUSER, $NEWPID) = (0x10000000, 0x20000000);
 my ($KILL, $ALRM, $TERM, $CHLD, $EINTR) = (9, 14, 15, 17, 4);
 my $set = pack 'Q', 1 << ($ALRM - 1) | 1 << ($TERM - 1) | 1 << ($CHLD - 1);
 my $none = pack 'Q', 0;
@@ -20,6 +24,12 @@ my $none = pack 'Q', 0;
 sub call {
     my ($what, $number, @words) = @_;
     syscall($number, @words) == 0 or die "$what: $!\n";
+}
+
+sub put {
+    my ($name, $text) = @_;
+    open my $file, '>', "/proc/self/$name" or die "$name: $!\n";
+    syswrite $file, $text or die "$name: $!\n";
 }
 
 # Blocked and then waited for, so that none can come between a look and a wait.
@@ -31,15 +41,26 @@ my $children = "/proc/$$/task/$$/children"; # proc(5)
 -r $children or die "$children: $!\n";
 alarm $deadline;
 
-my $supervisor = $$;
+my ($uid, $gid) = ($>, $) + 0); # now: in a new user namespace nobody has a name until it is mapped
+if ($uid == 0) {
+    call('unshare', $unshare, $NEWPID);
+} elsif (syscall($unshare, $NEWUSER | $NEWPID) == 0) {
+    # Else the host lets bubblewrap make user namespaces and not us: the jail then goes without that last safety.
+    put('setgroups', 'deny');
+    put('uid_map', "$uid $uid 1");
+    put('gid_map', "$gid $gid 1");
+}
+pipe my $alive_r, my $alive_w or die "pipe: $!\n";
 my $jail = fork // die "fork: $!\n";
 if (!$jail) {
     call('parent-death signal', $prctl, $PDEATHSIG, $KILL, 0, 0, 0);
-    getppid == $supervisor or die "the supervisor is gone\n";
+    close $alive_w;
+    sysread($alive_r, my $word, 1) or exit 1; # the supervisor had gone before that signal was asked for
     call('rt_sigprocmask', $sigprocmask, $SETMASK, $none, 0, 8);
     exec {$ARGV[0]} @ARGV;
     die "$ARGV[0]: $!\n";
 }
+syswrite $alive_w, '.' or die "pipe: $!\n";
 call('no new privileges', $prctl, $NO_NEW_PRIVS, 1, 0, 0, 0);
 # Version 3 of capset's header (capabilities(7)), this process; all sets empty.
 call('capset', $capset, pack('LL', 0x20080522, 0), pack('L6', (0) x 6));

@@ -1,0 +1,135 @@
+"""A QEMU in its jail, from its release to the proof that it is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
+from x07_sandbox.backends.qemu.side import SideStream
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.processes import Identity, identify, wait_gone
+
+if TYPE_CHECKING:
+    from x07_sandbox.jail.cgroups import HostGroups
+
+_GONE_S: Final = 10.0
+
+
+class Gate:
+    """Where a jail waits to be let go, for its filter of system calls: see `Jail.filter_fd`. Owns the descriptor."""
+
+    def __init__(self, owned_fd: int, filter_bytes: bytes) -> None:
+        self.opened = False
+        self._fd: int | None = owned_fd
+        self._filter = filter_bytes
+
+    def open(self) -> None:
+        """Let it go. A second call does nothing."""
+        if self._fd is not None:
+            self.opened = True
+            with contextlib.suppress(BrokenPipeError):  # it has ended: its descriptors tell
+                os.write(self._fd, self._filter)  # less than a pipe takes at once (pipe(7)): whole or not at all
+        self.close()
+
+    def close(self) -> None:
+        """Shut it for good: what still waits ends. A second call does nothing."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+class QemuInstance:
+    """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
+
+    def __init__(
+        self,
+        *,
+        child: subprocess.Popen[bytes],
+        inner: Identity,
+        gate: Gate,
+        ends: dict[str, int],
+        groups: HostGroups,
+        cloned: bool,
+    ) -> None:
+        self.child = child
+        self.cloned = cloned
+        self.cold_reason = ""
+        self.supervisor = identify(child.pid)
+        self.inner = inner
+        self.jail = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
+        self.groups = groups
+        self.channel_fd = ends["channel"]
+        self._inner_pidfd = os.pidfd_open(inner.pid)  # may be gone, unlike the unreaped child: so it comes first
+        self.pidfd = os.pidfd_open(child.pid)
+        self._gate = gate
+        self._qmp_fd = ends["qmp"]
+        self.console = SideStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES)
+        self.qmp = SideStream(ends["qmp"], keep_bytes=4096)
+        self.errors = SideStream(ends["stderr"], keep_bytes=settings.STDERR_MAX_BYTES)
+        self._side = {stream.fd: stream for stream in (self.console, self.qmp, self.errors)}
+        self._gone = False
+
+    def release(self) -> None:
+        """Let the machine run: its record is written."""
+        if self.child.poll() is None:  # else its deadline came first, and nothing would end what is let go now
+            if self.cloned:
+                self.tell(qmp_resume())
+            self._gate.open()
+
+    def tell(self, commands: bytes) -> None:
+        """Write to QMP; what it answers is in `qmp`."""
+        with contextlib.suppress(OSError):  # it has ended, as its other streams tell
+            os.write(self._qmp_fd, commands)
+
+    def side_fds(self) -> tuple[int, ...]:
+        """Console, QMP replies and the VMM's own messages."""
+        return tuple(fd for fd, stream in self._side.items() if not stream.ended)
+
+    def drain(self, fd: int) -> None:
+        """Read one of them, keeping no more than its bound."""
+        self._side[fd].read()
+
+    def console_tail(self) -> str:
+        """The last of the console and of the VMM's messages, control characters replaced."""
+        for stream in self._side.values():
+            stream.read()
+        return self.console.text() + self.errors.text()
+
+    def exit_status(self) -> int | None:
+        """How the jail's supervisor ended; it passes on QEMU's own status."""
+        return self.child.poll()
+
+    def stop(self) -> bool:
+        """Ask QEMU to quit, kill, wait, remove the groups; whether all of it is proven gone. Safe to call again."""
+        if self._gone:
+            return True
+        self.tell(qmp_quit())
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        if not self._gate.opened or not poll.poll(50):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+        deadline = Deadline.after(_GONE_S)
+        try:
+            self.child.wait(_GONE_S / 2)
+        except subprocess.TimeoutExpired:  # the supervisor itself is stopped, say
+            for pidfd in (self._inner_pidfd, self.pidfd):
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(deadline.left_s())
+        # The end of the namespace's first process is the proof: the kernel lets it go only after all others.
+        gone = self.child.returncode is not None and wait_gone(self.inner, deadline.left_s())
+        self._gone = gone and self.groups.remove()
+        return self._gone
+
+    def close(self) -> None:
+        """Close what is ours to close besides the descriptors that `start_qemu` made."""
+        os.close(self.pidfd)
+        os.close(self._inner_pidfd)

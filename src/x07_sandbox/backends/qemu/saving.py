@@ -1,0 +1,149 @@
+"""Making a VM template: boot a machine, let our agent prepare all that no job decides, save it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.backends.base import Job, MachineKind
+from x07_sandbox.backends.qemu.machine import qmp_save, qmp_saved
+from x07_sandbox.backends.qemu.start import Saving, start_qemu
+from x07_sandbox.backends.qemu.template import SCHEMA, WARM_UP, TemplateManifest, sparse_sha256
+from x07_sandbox.channel.connection import Connection
+from x07_sandbox.channel.frames import Kind, Role
+from x07_sandbox.channel.link import Control, State
+from x07_sandbox.errors import BackendError, PeerError
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.images.manifest import Part
+from x07_sandbox.images.scratch import read_disk
+from x07_sandbox.jobs.record import create_record, new_run_id
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from x07_sandbox.backends.qemu.instance import QemuInstance
+    from x07_sandbox.backends.qemu.start import Accelerator
+    from x07_sandbox.backends.qemu.template import Template
+
+_SAVED: Final = '"status": "completed"'
+_NOT_SAVED: Final = '"status": "failed"'
+_ASK_AGAIN_MS: Final = 5
+_FIX: Final = "Jobs start cold until the host boots anew or x07 image build is run"
+
+
+def make_template(template: Template, kind: MachineKind, accelerator: Accelerator, work: Path) -> TemplateManifest:
+    """Make it in the folder *work*. Raises SandboxError."""
+    record = create_record(
+        run_id=new_run_id(),
+        phase="template",
+        backend="qemu",
+        wall_ms=int(settings.TEMPLATE_S * 1000),
+        image_digest=kind.image.manifest.digest,
+    )
+    job = Job(record=record, kind=kind, deadline_s=2 * int(settings.TEMPLATE_S))
+    with contextlib.ExitStack() as stack:
+        files = {name: _new_file(work / name, stack) for name in ("ram", "state")}
+        os.ftruncate(files["ram"], kind.ram_bytes)
+        scratch_fd = os.open(work, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, scratch_fd)
+        saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
+        with start_qemu(job, accelerator, memory=saving) as instance:
+            instance.release()
+            _Maker(instance).warm(WARM_UP[kind.runtime])
+            _save(instance)
+            if not instance.stop():
+                raise BackendError("cannot make a VM template", "its machine did not end", _FIX)
+        head, disk = read_disk(scratch_fd)
+        files["scratch.head"] = _new_file(work / "scratch.head", stack)
+        os.write(files["scratch.head"], head)
+        parts = {name: _seal(name, fd) for name, fd in files.items()}
+        return TemplateManifest(
+            schema_version=SCHEMA,
+            key=template.key,
+            image=kind.image.manifest.digest,
+            ram=parts["ram"],
+            state=parts["state"],
+            scratch=parts["scratch.head"],
+            scratch_disk=disk,
+        )
+
+
+def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _seal(name: str, fd: int) -> Part:
+    """Ours again, and read-only for everybody; the machine that wrote it is gone."""
+    os.fchown(fd, os.geteuid(), os.getegid())
+    os.fchmod(fd, 0o444)
+    size = os.fstat(fd).st_size
+    return Part(file=name, bytes=size, sha256=sparse_sha256(fd, size))
+
+
+class _Maker:
+    """The conversation with an agent that no job follows."""
+
+    def __init__(self, instance: QemuInstance) -> None:
+        self.instance = instance
+        self.connection = Connection(instance.channel_fd, Role.HOST)
+        self.link = self.connection.link
+
+    def warm(self, commands: list[list[str]]) -> None:
+        """From the machine's boot until the agent has prepared everything. Raises BackendError."""
+        deadline = Deadline.after(settings.TEMPLATE_S)
+        while self.link.state is not State.WARM:
+            if self.link.state is State.GREETED:
+                self.link.send(Kind.WARM, {"commands": commands})
+            if not self.connection.flush() or deadline.passed():
+                raise self._lost("it did not answer in time" if deadline.passed() else "its channel ended")
+            self._turn(deadline)
+
+    def _turn(self, deadline: Deadline) -> None:
+        poll = select.poll()
+        poll.register(self.instance.channel_fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))
+        for fd in (self.instance.pidfd, *self.instance.side_fds()):
+            poll.register(fd, select.POLLIN)
+        for fd, _ in poll.poll(deadline.left_s() * 1000 + 1):
+            if fd == self.instance.pidfd:
+                raise self._lost("it ended")
+            if fd == self.instance.channel_fd:
+                self._receive()
+            else:
+                self.instance.drain(fd)
+
+    def _receive(self) -> None:
+        events = self.connection.read()
+        if events is None:
+            raise self._lost("its channel ended")
+        try:
+            for event in events:
+                if isinstance(event, Control) and event.kind is Kind.FAILED:
+                    raise self._lost(f"{event.body['stage']}: {event.body['message']}")
+        except PeerError as exc:
+            raise self._lost(f"{exc.what}: {exc.why}") from exc
+
+    def _lost(self, why: str) -> BackendError:
+        said = " ".join(self.instance.console_tail().split())[-200:]
+        return BackendError("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
+
+
+def _save(instance: QemuInstance) -> None:
+    """Have QEMU write the device state; the memory is in its file. Raises BackendError."""
+    deadline = Deadline.after(settings.TEMPLATE_S)
+    instance.tell(qmp_save())
+    poll = select.poll()
+    for fd in (instance.pidfd, *instance.side_fds()):
+        poll.register(fd, select.POLLIN)
+    while _SAVED not in instance.qmp.text():
+        if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():
+            said = instance.qmp.text()[-300:] + instance.console_tail()[-200:]
+            raise BackendError("cannot make a VM template", f"QEMU did not save it: {said}", _FIX)
+        instance.tell(qmp_saved())
+        for fd, _ in poll.poll(_ASK_AGAIN_MS):
+            if fd != instance.pidfd:
+                instance.drain(fd)

@@ -1,0 +1,258 @@
+"""VM templates: a machine that was booted, prepared and saved once, and from which jobs go on copy-on-write.
+
+cache/templates/<key>/{template.json,ram,state,scratch.head}
+cache/templates/<key>.bad       why this one is not used in this boot of the host
+
+The key is a hash of all that a saved machine depends on: image, QEMU and firmware as files, the whole command line,
+the processor's clock. Measured: QEMU resumes on another root image or another count of processors without a word, and
+hangs on another processor model, so nothing but the key stands between a template and the wrong machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv
+from x07_sandbox.backends.qemu.start import Saved, tsc_khz
+from x07_sandbox.errors import ImageError
+from x07_sandbox.host import settings
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
+from x07_sandbox.host.processes import boot_id
+from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
+from x07_sandbox.images.store import list_images
+from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from x07_sandbox.backends.base import MachineKind
+    from x07_sandbox.backends.qemu.start import Accelerator
+
+    Maker = Callable[["Template", MachineKind, Accelerator, Path], "TemplateManifest"]
+
+SCHEMA: Final = "x07.sandbox.template@0.1.0"
+MANIFEST: Final = "template.json"
+_MANIFEST_MAX: Final = 1 << 20
+_ZEROS: Final = bytes(CHUNK_BYTES)
+
+# What is run once in each machine before it is saved, so that its kernel has read it. Sources are the image's own.
+WARM_UP: Final[dict[str, list[list[str]]]] = {
+    "run": [["/bin/true"], ["/usr/bin/python3", "-c", "pass"]],
+    "build": [
+        ["/bin/true"],
+        ["/usr/bin/python3", "-I", "-S", "-c", "import ast, py_compile, struct, tokenize"],
+        ["/bin/sh", "-c", "echo 'int main(void) { return 0; }' > warm.c && gcc -O2 -o warm warm.c -lm; rm -f warm*"],
+    ],
+}
+
+
+class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """template.json. image: digest of the image that it was made of."""
+
+    schema_version: str
+    key: str
+    image: str
+    ram: Part
+    state: Part
+    scratch: Part
+    scratch_disk: ScratchDisk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """Where a template is, or would be."""
+
+    key: str
+    folder: Path
+
+    @property
+    def subject(self) -> Subject:
+        """For verification."""
+        return Subject(name=f"VM template {self.key[:12]}", record=self.key, sha256=sparse_sha256)
+
+    def bad(self) -> str:
+        """Why it is not used in this boot of the host; empty if nothing speaks against it."""
+        try:
+            told = json.loads(self.folder.with_suffix(".bad").read_text(encoding="utf-8"))
+            return str(told["reason"]) if told["boot_id"] == boot_id() else ""
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def distrust(self, reason: str) -> None:
+        """Remove it, and make no other in this boot of the host."""
+        with contextlib.suppress(OSError):
+            record = {"boot_id": boot_id(), "reason": reason[:500]}
+            replace_file(self.folder.with_suffix(".bad"), json.dumps(record).encode())
+        remove_template(self.folder)
+
+    def trust(self) -> None:
+        """Forget what spoke against it."""
+        self.folder.with_suffix(".bad").unlink(missing_ok=True)
+
+
+def templates_dir() -> Path:
+    """The folder of all templates. Raises HostError."""
+    return private_dir(private_dir(cache_dir()) / "templates")
+
+
+def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
+    """The template that jobs of this kind go on from. Raises HostError."""
+    arch = host_arch()
+    clock = tsc_khz(arch)
+    machine = Machine(
+        arch=arch,
+        ram_bytes=kind.ram_bytes,
+        kvm_fd=0 if accelerator.kvm else None,
+        tsc_khz=None,
+        scratch_fd=0,
+        channel_fd=0,
+        qmp_fd=0,
+        console_fd=0,
+        mark="",
+        origin=Origin.SAVING,
+    )
+    parts = [
+        SCHEMA,
+        kind.image.manifest.digest,
+        qemu_argv(machine),
+        [_file_identity(path) for path in (arch.qemu_binary, *arch.firmware)],
+        # The clock as steps of 0.1 %: what /proc/cpuinfo says of it moves in the last digits.
+        0 if clock is None else round(math.log(clock) * 1000),
+        _processor() if accelerator.kvm else "",
+        WARM_UP[kind.runtime],
+    ]
+    key = hashlib.sha256(canonical(parts)).hexdigest()
+    return Template(key=key, folder=templates_dir() / key)
+
+
+def _file_identity(path: str) -> list[object]:
+    info = Path(path).stat()
+    return [path, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
+
+
+def _processor() -> list[str]:
+    """What of the processor a guest under KVM gets to see."""
+    wanted = ("model name", "flags", "microcode")
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return sorted({line for line in lines if line.partition("\t")[0] in wanted})
+
+
+@contextlib.contextmanager
+def opened_template(template: Template) -> Iterator[Saved | None]:
+    """Its files, verified; None where there is none. Raises ImageError if it is damaged."""
+    if not template.folder.is_dir():
+        yield None
+        return
+    subject = template.subject
+    with contextlib.ExitStack() as stack:
+        folder_fd = stack.enter_context(opened_folder(template.folder, subject))
+        with opened_file(folder_fd, MANIFEST, subject) as fd:
+            made = _decode(os.pread(fd, _MANIFEST_MAX, 0), template)
+        parts = (made.ram, made.state, made.scratch)
+        ram_fd, state_fd, scratch_fd = opened_parts(folder_fd, parts, subject, stack)
+        with contextlib.suppress(OSError):
+            os.utime(template.folder)  # when it was last used: the oldest go first when space runs short
+        yield Saved(ram_fd=ram_fd, state_fd=state_fd, scratch_fd=scratch_fd, scratch_disk=made.scratch_disk)
+
+
+def _decode(data: bytes, template: Template) -> TemplateManifest:
+    try:
+        made = msgspec.json.decode(data, type=TemplateManifest)
+    except msgspec.MsgspecError as exc:
+        raise ImageError(f"cannot use {template.subject.name}", f"its {MANIFEST} is damaged", "Try again") from exc
+    if (made.schema_version, made.key) != (SCHEMA, template.key):
+        raise ImageError(f"cannot use {template.subject.name}", f"its {MANIFEST} belongs to another", "Try again")
+    return made
+
+
+def sparse_sha256(fd: int, size: int) -> str:
+    """Digest of the parts of a file that are not zero, and where they lie: most of a machine's memory is a hole."""
+    digest = hashlib.sha256(str(size).encode())
+    offset = 0
+    while offset < size:
+        try:
+            offset = os.lseek(fd, offset, os.SEEK_DATA) // CHUNK_BYTES * CHUNK_BYTES
+        except OSError:  # ENXIO: no data behind here
+            break
+        data = os.pread(fd, min(CHUNK_BYTES, size - offset), offset)
+        if not data:
+            break
+        if data != _ZEROS[: len(data)]:
+            digest.update(f" {offset} {len(data)} ".encode())
+            digest.update(data)
+        offset += len(data)
+    return digest.hexdigest()
+
+
+def ensure_template(kind: MachineKind, accelerator: Accelerator, make: Maker, progress: Callable[[str], None]) -> None:
+    """Make the template for *kind* if it is not there, under a lock, so that several who want it wait for one.
+
+    make: fills a folder. Raises SandboxError; then nothing is there.
+    """
+    folder = templates_dir()
+    template = template_for(kind, accelerator)
+    with file_lock(folder / ".lock", on_wait=lambda: progress("waiting for another process to make the VM template")):
+        if template.folder.is_dir():
+            return
+        _remove_leftovers(folder)
+        work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+        try:
+            progress("making the VM template, once for this image")
+            made = make(template, kind, accelerator, work)
+            path = work / MANIFEST
+            path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
+            path.chmod(0o444)
+            work.rename(template.folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        images = {image.digest for image in list_images()} | {kind.image.manifest.digest}
+        expire_templates(keep=template.key, images=images)
+
+
+def expire_templates(*, keep: str, images: set[str]) -> None:
+    """Remove templates of images that are gone, and the least recently used above the size limit; never *keep*."""
+    found: list[tuple[float, int, Path]] = []
+    for folder in templates_dir().glob("[0-9a-f]" * 64):
+        if folder.name == keep:
+            continue
+        try:
+            made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=TemplateManifest)
+        except (OSError, msgspec.MsgspecError):
+            made = None
+        if made is None or made.image not in images:
+            remove_template(folder)
+        else:
+            size = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+            found.append((folder.stat().st_mtime, size, folder))
+    room = settings.TEMPLATES_MAX_BYTES
+    for _, size, folder in sorted(found, reverse=True):
+        room -= size
+        if room < 0:
+            remove_template(folder)
+
+
+def remove_template(folder: Path) -> None:
+    """Remove a template; machines that go on from it keep what they have opened."""
+    with contextlib.suppress(OSError):
+        doomed = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
+        folder.rename(doomed / "old")
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What killed processes left; the lock is held, so nobody makes one now."""
+    for path in (*folder.glob(".new-*"), *folder.glob(".old-*")):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,258 @@
+"""One program: its files, its limits, its streams, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import stat
+import struct
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from x07_sandbox.channel.frames import Kind, Stream
+from x07_sandbox.channel.link import Data, Eof, Event, State
+from x07_sandbox.guest import confine, init
+from x07_sandbox.guest.files import IncomingFiles
+from x07_sandbox.guest.place import failure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.channel.link import Link
+    from x07_sandbox.guest.errors import JobError
+    from x07_sandbox.guest.place import Place
+
+    Fail = Callable[[JobError], None]
+
+_READ: Final = 32 * 1024
+_FULL_BLOCKS: Final = 256  # of 4 KiB: a disk with less left counts as full
+
+
+class Job:
+    """One program: its files, its limits, its streams, its end."""
+
+    def __init__(self, link: Link, seed: dict[str, Any], body: dict[str, Any], place: Place, fail: Fail) -> None:
+        self.link = link
+        self.seed = seed
+        self.place = place
+        self.group = place.group
+        self.fail = fail
+        self.argv: list[str] = body["argv"]
+        self.env: dict[str, str] = body["env"]
+        self.cwd: str = body["cwd"]
+        self.limits: dict[str, int] = body["limits"]
+        self.output: dict[str, Any] | None = body["output"]
+        self.files = IncomingFiles(body["files"])
+        self.started = False
+        self.fds: dict[int, int] = {}  # our ends of the program's output -> stream
+        self.stdin_fd = place.stdin_fd
+        self.report_fd = -1
+        self.report = b""
+        self.held = bytearray()  # input that the program has not read yet: at most one window
+        self.input_ended = False
+        self.cpu_before_us = 0
+        self.cpu_exceeded = False
+        self.stopped = False
+        self.wait_status: int | None = None
+        self.output_file: BinaryIO | None = None
+
+    # before the program
+
+    def take(self, event: Event) -> None:
+        """A data event from the host."""
+        if isinstance(event, Data) and event.stream == Stream.STDIN:
+            self.held += event.payload
+            self._feed()
+        elif isinstance(event, Eof) and event.stream == Stream.STDIN:
+            self.input_ended = True
+            self._feed()
+        elif isinstance(event, Data):
+            self.files.write(event.stream, event.payload)
+            self.link.consumed(event.stream, len(event.payload))
+        elif isinstance(event, Eof):
+            self.files.close(event.stream)
+            self.begin_if_complete()
+
+    def begin_if_complete(self) -> None:
+        """Start the program once all files have come."""
+        if not self.started and self.files.complete():
+            self._start()
+
+    def _start(self) -> None:
+        limits = self.limits
+        self.group.limit(mem_bytes=limits["mem_bytes"], tasks=limits["tasks"])
+        self.cpu_before_us = self.group.cpu_us()
+        self.started = True
+        self.place.order(
+            confine.Orders(
+                argv=self.argv,
+                env=self.env,
+                cwd=self.cwd,
+                hostname=self.seed["hostname"],
+                machine_id=self.seed["machine_id"],
+                tmp_bytes=limits["tmp_bytes"],
+                out_writable=self.output is not None,
+                fds=limits["fds"],
+                cpu_s=limits["cpu_ms"] // 1000 + 5,
+                core_bytes=limits["core_bytes"],
+            )
+        )
+        self.report_fd = self.place.report_fd
+        self.fds = {self.place.stdout_fd: Stream.STDOUT, self.place.stderr_fd: Stream.STDERR}
+        for fd in (*self.fds, self.stdin_fd, self.report_fd):
+            os.set_blocking(fd, False)
+        self._feed()
+
+    # while it runs
+
+    def register(self, poll: select.poll) -> None:
+        """Name the descriptors to wait for."""
+        if self.report_fd >= 0:
+            poll.register(self.report_fd, select.POLLIN)
+        if self.link.state is State.RUNNING:
+            # A reader on the host who stalls lets the window run out: then the program waits, and nobody else.
+            for fd, stream in self.fds.items():
+                if self.link.window(stream):
+                    poll.register(fd, select.POLLIN)
+        if self.stdin_fd >= 0 and self.held:
+            poll.register(self.stdin_fd, select.POLLOUT)
+
+    def handle(self, fd: int, mask: int) -> None:
+        """One of those descriptors is ready."""
+        if fd == self.report_fd:
+            self._take_report()
+        elif fd in self.fds:
+            # In one turn init may have ended without a report: after FAILED nothing more of the program is carried.
+            if self.link.state is State.RUNNING:
+                self._carry(fd)
+        elif fd == self.stdin_fd:
+            self._feed(broken=bool(mask & select.POLLERR))
+
+    def _carry(self, fd: int) -> None:
+        stream = self.fds[fd]
+        try:
+            data = os.read(fd, min(_READ, self.link.window(stream)))
+        except BlockingIOError:
+            return
+        if data:
+            self.link.send_data(stream, data)
+        else:
+            self.link.end_stream(stream)
+            os.close(fd)
+            del self.fds[fd]
+
+    def _feed(self, *, broken: bool = False) -> None:
+        """Give the program what has come for it; where it reads no more, take and drop the rest."""
+        if not self.started:
+            return
+        while self.held and self.stdin_fd >= 0 and not broken:
+            try:
+                count = os.write(self.stdin_fd, self.held[:_READ])
+            except BlockingIOError:
+                return
+            except BrokenPipeError:
+                broken = True
+            else:
+                del self.held[:count]
+                self.link.consumed(Stream.STDIN, count)
+        if (broken or self.input_ended) and self.stdin_fd >= 0:
+            os.close(self.stdin_fd)
+            self.stdin_fd = -1
+        if self.stdin_fd < 0 and self.held:
+            self.link.consumed(Stream.STDIN, len(self.held))
+            self.held.clear()
+
+    def _take_report(self) -> None:
+        data = os.read(self.report_fd, 8192)
+        if data:
+            self.report += data
+            self.report = self.report.removeprefix(init.READY)  # of a place that nobody waited for
+            if self.report.startswith(init.STARTED) and self.link.state is State.PREPARING:
+                self.link.send(Kind.STARTED, {})
+                self.report = self.report[1:]
+            return
+        # Init is gone, and with it, by the kernel's hand, every process of its namespace.
+        os.close(self.report_fd)
+        self.report_fd = -1
+        with contextlib.suppress(ChildProcessError):
+            os.wait()
+        if self.report.startswith(init.EXITED) and len(self.report) == init.EXITED_SIZE:
+            self.wait_status = struct.unpack(">I", self.report[1:])[0]
+        else:
+            self.fail(failure(self.report))
+
+    def tick(self) -> None:
+        """Whatever time or the last events have made due."""
+        if not self.started or self.link.state is State.FAILED:
+            return
+        running = self.link.state is State.RUNNING and self.wait_status is None
+        if running and not self.cpu_exceeded and self._cpu_us() > self.limits["cpu_ms"] * 1000:
+            self.cpu_exceeded = True
+            self.group.kill()
+        if self.link.state is State.RUNNING and self.wait_status is not None and not self.fds:
+            self._exited()
+        if self.link.state is State.COLLECTING and self.output_file is not None:
+            self._send_output()
+
+    def stop(self) -> None:
+        """The host asks for the end: note what the program was doing, then kill it."""
+        if self.started and self.wait_status is None:
+            self.stopped = self.group.program_stopped()
+            self.group.kill()
+
+    def _cpu_us(self) -> int:
+        return self.group.cpu_us() - self.cpu_before_us
+
+    # after it
+
+    def _exited(self) -> None:
+        group = self.group
+        assert self.wait_status is not None  # noqa: S101 - for the type checker
+        size, problem = self._open_output()
+        self.link.send(
+            Kind.EXITED,
+            {
+                "wait_status": self.wait_status,
+                "cpu_us": self._cpu_us(),
+                "memory_peak_bytes": group.memory_peak_bytes(),
+                "oom_kills": group.oom_kills(),
+                "tasks_peak": group.tasks_peak(),
+                "tasks_refused": group.tasks_refused(),
+                "cpu_exceeded": self.cpu_exceeded,
+                "stopped": self.stopped,
+                "disk_full": os.statvfs(confine.SCRATCH).f_bavail < _FULL_BLOCKS,
+                "output_bytes": size,
+                "output_problem": problem,
+            },
+        )
+
+    def _open_output(self) -> tuple[int | None, str | None]:
+        """Open the one file that the host wants: its size, or what is wrong with it."""
+        if self.output is None:
+            return None, None
+        path = f"{confine.SCRATCH}/out/{os.path.basename(self.output['path'])}"
+        try:
+            # O_NONBLOCK: a fifo in its place must not hold us.
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as exc:
+            return None, f"cannot be opened: {exc.strerror}"
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            os.close(fd)
+            return None, "is no regular file of its own"
+        if info.st_size > self.output["max_bytes"]:
+            os.close(fd)
+            return None, f"has {info.st_size} bytes, over the limit of {self.output['max_bytes']}"
+        self.output_file = os.fdopen(fd, "rb", buffering=0)
+        return info.st_size, None
+
+    def _send_output(self) -> None:
+        assert self.output_file is not None  # noqa: S101 - for the type checker
+        while (window := self.link.window(Stream.OUTPUT_FILE)) and self.link.pending() < 4 * _READ:
+            data = self.output_file.read(min(window, _READ))
+            if not data:
+                self.link.end_stream(Stream.OUTPUT_FILE)
+                self.output_file.close()
+                self.output_file = None
+                return
+            self.link.send_data(Stream.OUTPUT_FILE, data)

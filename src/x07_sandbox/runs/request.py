@@ -1,0 +1,91 @@
+"""What a run is asked to do, and reading what it names: each once, so that what is digested is what is used."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host import settings
+from x07_sandbox.policy import decode_policy, default_policy, render_policy
+from x07_sandbox.programs.toolchains import SOURCE_FOLDER, source_name
+from x07_sandbox.runs.streams import InFile, memory_file
+
+if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from x07_sandbox.policy import Policy
+    from x07_sandbox.runs.streams import Cancel, OutFile
+
+_POLICY_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What is asked for.
+
+    policy: path of a policy document; None for the built-in default.
+    stdin_fd: the program's input, lent; None for none. live_*: where output is streamed as it comes, or None.
+    artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
+    cold: boot machines anew instead of cloning saved ones. progress: told of what takes seconds besides the run.
+    """
+
+    program: Path
+    args: tuple[str, ...] = ()
+    policy: Path | None = None
+    image: str | None = None
+    stdin_fd: int | None = None
+    live_stdout: int | None = None
+    live_stderr: int | None = None
+    max_output_bytes: int = settings.OUTPUT_MAX_BYTES
+    artifact: OutFile | None = None
+    cold: bool = False
+    progress: Callable[[str], None] = lambda _text: None
+    cancel: Cancel
+
+
+def read_policy(path: Path | None) -> tuple[Policy, bytes]:
+    """The policy and its bytes; the built-in default if None. Raises UsageError, PolicyError."""
+    if path is None:
+        policy = default_policy()
+        return policy, render_policy(policy)
+    data = _read(path, "policy", _POLICY_MAX_BYTES + 1)
+    return decode_policy(data, source=str(path)), data
+
+
+def read_source(path: Path, stack: contextlib.ExitStack) -> tuple[InFile, str]:
+    """The program's source as it is now, and its digest. Raises UsageError."""
+    name = source_name(str(path))
+    data = _read(path, "program", settings.SOURCE_MAX_BYTES + 1)
+    if len(data) > settings.SOURCE_MAX_BYTES:
+        raise UsageError(
+            f"cannot run {path}", f"it has more than {settings.SOURCE_MAX_BYTES} bytes", "Name a smaller source file"
+        )
+    return in_memory(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack), sha256_text(data)
+
+
+def in_memory(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) -> InFile:
+    """A file for the guest that holds *data*; *stack* closes it."""
+    return InFile(path=path, mode=mode, kind="file", fd=memory_file(data, stack), size=len(data))
+
+
+def sha256_text(data: bytes) -> str:
+    """A digest as results show it."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _read(path: Path, what: str, most: int) -> bytes:
+    """A regular file; nothing else, since a pipe or a device may never end. Raises UsageError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return file.read(most)
+    except OSError as exc:
+        raise UsageError(f"cannot read the {what} {path}", exc.strerror or str(exc), "Name a readable file") from exc
+    raise UsageError(f"cannot read the {what} {path}", "it is no regular file", "Name a file")

@@ -1,0 +1,215 @@
+"""Jobs go on from saved machines: what a clone has of its own, and what happens when a saved machine is no good."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.vm.conftest import BEHAVE, Artifacts, Ran, Sandbox, left_behind
+from x07_sandbox.backends.qemu.template import MANIFEST, sparse_sha256, templates_dir
+from x07_sandbox.host import clocks, settings
+from x07_sandbox.images.build import build_image
+from x07_sandbox.runs import execute
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import ThreadPoolExecutor
+
+    from x07_sandbox.images.store import Image
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+RANDOM = """
+import ctypes, json, os, random, tempfile, time, uuid
+libc = ctypes.CDLL(None)
+buffer = ctypes.create_string_buffer(16)
+assert libc.getrandom(buffer, 16, 0) == 16
+print(json.dumps({
+    "urandom": os.urandom(16).hex(),
+    "getrandom": buffer.raw.hex(),
+    "uuid4": str(uuid.uuid4()),
+    "random": random.random(),
+    "tempfile": tempfile.mktemp(),
+    "boot": open("/proc/sys/kernel/random/uuid").read(),
+    "machine_id": open("/etc/machine-id").read(),
+    "time": time.time(),
+}))
+"""
+
+
+def starts(ran: Ran) -> dict[str, str]:
+    """How the machine of each phase was started."""
+    return {name: phase.start for name, phase in ran.result.phases.items()}
+
+
+def seen(ran: Ran) -> dict[str, object]:
+    """What the program printed."""
+    assert ran.outcome == "ok", ran.reason
+    found = json.loads(ran.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_both_phases_are_clones_unless_asked_otherwise(sandbox: Sandbox) -> None:
+    """A run clones its machines, with the same outcome as one that boots them anew, and each says which it did."""
+    text = 'int puts(const char *); int main(void) { puts("hello"); return 3; }\n'
+    cloned = sandbox.run_text("hello.c", text)
+    cold = sandbox.run_text("hello.c", text, cold=True)
+    assert starts(cloned) == {"build": "clone", "run": "clone"}
+    assert starts(cold) == {"build": "cold", "run": "cold"}
+    for ran in (cloned, cold):
+        assert (ran.outcome, ran.stdout, ran.result.exit_code) == ("failed", b"hello\n", 3)
+    assert cloned.result.digests == cold.result.digests
+    assert cloned.result.controls == cold.result.controls
+
+
+def test_nothing_random_is_shared(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
+    """Two clones that go on at once from one saved machine have no random value, id or name in common."""
+    first = sandbox.run_text("random_values.py", RANDOM)
+    jobs = [threads.submit(sandbox.run_text, "random_values.py", RANDOM, alone=False) for _ in range(2)]
+    found = [seen(ran) for ran in (first, *(job.result() for job in jobs))]
+    for name in found[0]:
+        assert len({str(values[name]) for values in found}) == len(found), name
+
+
+def test_the_clock_is_the_hosts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone's clock is that of its runner, however long ago the machine was saved, and wherever that clock stands."""
+
+    def ahead_s() -> float:
+        return float(str(seen(sandbox.run_text("clock.py", RANDOM))["time"])) - clocks.unix_ns() / 1e9
+
+    assert -10 < ahead_s() < 1
+    monkeypatch.setattr(execute, "unix_ns", lambda: clocks.unix_ns() + 3600 * 10**9)
+    assert 3590 < ahead_s() < 3601
+
+
+def test_a_program_cannot_change_the_saved_machine(sandbox: Sandbox) -> None:
+    """Whatever a program does to its memory and disk, the files of the saved machines stay as they were made."""
+    ran = sandbox.behave("hog")
+    assert starts(ran) == {"run": "clone"}
+    for folder in templates_dir().glob("[0-9a-f]" * 64):
+        made = json.loads((folder / MANIFEST).read_bytes())
+        for part in (made["ram"], made["state"], made["scratch"]):
+            fd = os.open(folder / part["file"], os.O_RDONLY)
+            try:
+                assert sparse_sha256(fd, part["bytes"]) == part["sha256"]
+            finally:
+                os.close(fd)
+
+
+# saved machines that are no good: in a cache of the tests' own
+
+
+@pytest.fixture(scope="module")
+def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache beside the user's, with the same packages and no saved machine."""
+    cache = tmp_path_factory.mktemp("clones") / "cache"
+    shutil.copytree(image.folder.parents[1], cache, ignore=shutil.ignore_patterns("templates", "verified", "*.lock"))
+    for folder in (cache, *(path for path in cache.rglob("*") if path.is_dir())):
+        folder.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("X07_VM_CACHE_DIR", str(cache))
+        build_image(progress=lambda _text: None)
+        yield cache
+
+
+@pytest.fixture
+def in_own_cache(own_cache: Path, sandbox: Sandbox, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    """Runs of a prebuilt program with that cache."""
+    artifacts.built(BEHAVE)
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(own_cache))
+    return sandbox
+
+
+def template_folder() -> Path:
+    """The one saved machine of the cache in use."""
+    (folder,) = templates_dir().glob("[0-9a-f]" * 64)
+    return folder
+
+
+def replace_part(folder: Path, name: str, data: bytes, *, told: bool) -> None:
+    """Put other bytes at the start of a part, times restored. told: its manifest agrees with them."""
+    path = folder / name
+    info = path.stat()
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.write(data)
+    path.chmod(0o444)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    if told:
+        made = json.loads((folder / MANIFEST).read_bytes())
+        fd = os.open(path, os.O_RDONLY)
+        made[name]["sha256"] = sparse_sha256(fd, made[name]["bytes"])
+        os.close(fd)
+        (folder / MANIFEST).unlink()
+        (folder / MANIFEST).write_text(json.dumps(made))
+        (folder / MANIFEST).chmod(0o444)
+
+
+def test_the_first_run_saves_a_machine_and_the_next_goes_on_from_it(
+    in_own_cache: Sandbox, threads: ThreadPoolExecutor
+) -> None:
+    """Runs that find no saved machine wait for one to be made, once for all of them, and go on from it."""
+    shutil.rmtree(templates_dir(), ignore_errors=True)
+    jobs = [threads.submit(in_own_cache.behave, "nothing", alone=False) for _ in range(2)]
+    done = [job.result() for job in jobs]
+    assert left_behind(in_own_cache.state) == []
+    for ran in done:
+        assert (ran.outcome, starts(ran)) == ("ok", {"run": "clone"})
+    assert template_folder().is_dir()
+
+
+def test_a_damaged_machine_is_made_anew(in_own_cache: Sandbox) -> None:
+    """One changed byte in a saved machine's memory, its times restored, is found, and the machine is saved anew."""
+    in_own_cache.behave("nothing")
+    before = (template_folder() / "ram").stat().st_ino
+    replace_part(template_folder(), "ram", b"\x55", told=False)
+    ran = in_own_cache.behave("nothing")
+    assert (ran.outcome, starts(ran)) == ("ok", {"run": "clone"})
+    assert (template_folder() / "ram").stat().st_ino != before
+
+
+@pytest.mark.parametrize(("name", "data"), [("state", b"no such machine"), ("ram", bytes(96 << 20))])
+def test_a_machine_that_does_not_answer_is_replaced_by_a_cold_one(
+    in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes
+) -> None:
+    """A clone that is not accepted, or stays silent, costs its time and no more: the job starts cold and says why."""
+    monkeypatch.setattr(settings, "CLONE_S", 3.0)
+    for path in templates_dir().glob("*.bad"):
+        path.unlink()
+    in_own_cache.behave("nothing")
+    replace_part(template_folder(), name, data, told=True)
+    for _ in range(2):  # the second does not try it again
+        ran = in_own_cache.behave("nothing")
+        assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
+        assert [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
+    assert list(templates_dir().glob("*.bad"))
+    for path in templates_dir().glob("*.bad"):
+        path.unlink()
+
+
+def test_processes_that_make_a_machine_may_be_killed(in_own_cache: Sandbox, own_cache: Path, state: Path) -> None:
+    """A command killed while it saves a machine leaves nothing that stands in the way of the next."""
+    shutil.rmtree(templates_dir(), ignore_errors=True)
+    env = {**os.environ, "X07_VM_CACHE_DIR": str(own_cache), "X07_VM_STATE_DIR": str(state)}
+    source = in_own_cache.work / "quick.py"
+    source.write_text("print(1)\n")
+    with subprocess.Popen([sys.executable, "-m", "x07_sandbox.cli.main", "run", str(source)], env=env) as child:
+        deadline = time.monotonic() + 60
+        while not list(templates_dir().glob(".new-*/ram")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)  # the folder is the only sign of it
+        child.kill()
+    for folder in state.iterdir():
+        shutil.rmtree(folder, ignore_errors=True)
+    ran = in_own_cache.behave("nothing")
+    assert starts(ran) == {"run": "clone"}
+    assert not list(templates_dir().glob(".new-*"))
