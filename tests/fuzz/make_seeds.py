@@ -44,7 +44,7 @@ def channel_seeds() -> dict[str, bytes]:
     files = encode(Kind.DATA, Stream.FIRST_FILE, b"#!/bin/sh\n") + encode(Kind.EOF, Stream.FIRST_FILE)
     return {
         "HELLO": AS_HOST + greeted,
-        "WARM": AS_GUEST + control(Kind.WARM, {"commands": [["/bin/true"]]}) + seeded,
+        "WARM": AS_GUEST + control(Kind.WARM, {"interpreter": False, "commands": [["/bin/true"]]}) + seeded,
         "WARMED": AS_HOST + greeted + control(Kind.WARMED),
         "SEED": AS_GUEST + seeded,
         "SEEDED": AS_HOST_CUT + ready,

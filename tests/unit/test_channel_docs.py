@@ -37,6 +37,7 @@ FRAME_MEANING: Final = {
 }
 FIELD_MEANING: Final = {
     "HELLO.protocol": "Number of the protocol that the agent speaks.",
+    "WARM.interpreter": "Whether the process that will become the program is a started Python.",
     "WARM.commands": "List of lists of texts: programs of the image to be run once, so that the kernel has read them.",
     "SEED.unix_ns": "What the clock is set to, in nanoseconds since 1970.",
     "SEED.entropy": "64 random bytes in hexadecimal, for the kernel's random pool.",

@@ -18,7 +18,7 @@ from x07_sandbox.jail.bwrap import BWRAP, INNER_UID, PERL, SETPRIV, SUPERVISOR, 
 
 COMMAND = ["/usr/bin/qemu", "--bind", "/", "/", "--uid", "0", "--"]
 UID = 0x70000123
-WITH_ONE = {"--uid", "--gid", "--cap-drop", "--cap-add", "--perms", "--dir", "--info-fd", "--sync-fd"}
+WITH_ONE = {"--uid", "--gid", "--cap-drop", "--cap-add", "--perms", "--dir", "--sync-fd"}
 WITH_ONE |= {"--remount-ro", "--seccomp", "--add-seccomp-fd"}
 WITH_TWO = {"--setenv", "--ro-bind", "--ro-bind-fd", "--dev-bind"}
 
@@ -34,8 +34,8 @@ def jail(uid: int | None) -> Jail:
         deadline_s=815,
         runner_pid=4242,
         syscalls=host_arch().syscalls,
+        nest=True,
         filter_fd=24,
-        info_fd=21,
         lock_fd=None if uid is None else 23,
     )
 
@@ -65,8 +65,8 @@ BOTH = pytest.mark.parametrize("uid", [None, UID], ids=["user", "root"])
 def test_a_supervisor_comes_first(uid: int | None) -> None:
     """Deadline and runner are the supervisor's, which starts all the rest, and keeps nothing but the uid's lock."""
     argv = jail_argv(jail(uid), COMMAND)
-    assert argv[:5] == [PERL, SUPERVISOR, "815", "4242", "-1" if uid is None else "23"]
-    assert argv.index(BWRAP) == 11
+    assert argv[:6] == [PERL, SUPERVISOR, "815", "4242", "-1" if uid is None else "23", "1"]
+    assert argv.index(BWRAP) == 13
 
 
 def starter(made: Jail, command: list[str]) -> list[str]:
@@ -186,11 +186,11 @@ def test_there_is_no_proc_and_nothing_to_write(uid: int | None) -> None:
 
 
 @BOTH
-def test_it_starts_blocked_and_tells_its_process(uid: int | None) -> None:
-    """The first process is reported, and waits for its filter; --block-fd would go on at the end of a dead runner."""
+def test_it_starts_blocked(uid: int | None) -> None:
+    """The first process waits for its filter; --block-fd would go on at the end of a dead runner."""
     found = options(jail(uid))
-    assert {("--info-fd", "21"), ("--seccomp", "24")} <= set(found)
-    assert "--block-fd" not in {option[0] for option in found}
+    assert ("--seccomp", "24") in found
+    assert not {"--block-fd", "--info-fd"} & {option[0] for option in found}
 
 
 @BOTH

@@ -96,6 +96,7 @@ class Sandbox:
         artifact: bytes | None = None,
         cancel: Cancel | None = None,
         cold: bool = False,
+        cache: bool = False,
         alone: bool = True,
     ) -> Ran:
         """One run to its end. stdin: bytes, or a descriptor to stream from. artifact: what was built before.
@@ -117,6 +118,7 @@ class Sandbox:
                 max_output_bytes=max_output_bytes,
                 artifact=None if artifact is None else _out_file(artifact, stack),
                 cold=cold,
+                cache=cache,
                 cancel=cancel,
             )
             began = time.monotonic()
@@ -183,7 +185,7 @@ class Artifacts:
             cancel = Cancel()
             stack.callback(cancel.close)
             kept = _out_file(None, stack)
-            result = run(RunRequest(program=source, artifact=kept, cancel=cancel))
+            result = run(RunRequest(program=source, artifact=kept, cache=False, cancel=cancel))
             assert result.ok, result.reason
             return os.pread(kept.fd, kept.size, 0)
 

@@ -213,3 +213,32 @@ def test_processes_that_make_a_machine_may_be_killed(in_own_cache: Sandbox, own_
     ran = in_own_cache.behave("nothing")
     assert starts(ran) == {"run": "clone"}
     assert not list(templates_dir().glob(".new-*"))
+
+
+# the artifact cache
+
+
+def test_what_was_built_before_is_not_built_again(own_cache: Path, sandbox: Sandbox) -> None:
+    """The same source in the same image is built once; another source, image or --no-cache builds."""
+    del own_cache
+    text = 'int puts(const char *); int main(void) { puts("one"); return 0; }\n'
+    first, second = [sandbox.run_text("one.c", text, cache=True) for _ in range(2)]
+    assert (first.result.artifact_from, second.result.artifact_from) == ("build", "cache")
+    assert (list(first.result.phases), list(second.result.phases)) == (["build", "run"], ["run"])
+    assert first.result.digests == second.result.digests
+    assert first.stdout == second.stdout == b"one\n"
+    assert sandbox.run_text("one.c", text.replace("one", "two"), cache=True).result.artifact_from == "build"
+    assert sandbox.run_text("one.c", text).result.artifact_from == "build"
+
+
+def test_a_damaged_artifact_is_built_again(own_cache: Path, sandbox: Sandbox) -> None:
+    """A cached artifact of which a byte has changed is dropped, built anew, and kept again."""
+    text = 'int puts(const char *); int main(void) { puts("three"); return 0; }\n'
+    sandbox.run_text("three.c", text, cache=True)
+    newest = max((own_cache / "artifacts").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    again, cached = [sandbox.run_text("three.c", text, cache=True) for _ in range(2)]
+    assert (again.result.artifact_from, cached.result.artifact_from) == ("build", "cache")
+    assert again.stdout == cached.stdout == b"three\n"

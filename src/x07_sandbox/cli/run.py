@@ -62,6 +62,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         metavar="N",
         help="per stream (default: 64 MiB)",
     )
+    parser.add_argument("--no-cache", action="store_true", help="build also what was built before from the same source")
     parser.add_argument("--cold", action="store_true", help="boot the machines anew instead of cloning saved ones")
     parser.add_argument(
         "--json", action="store_true", help="print the result as one JSON object instead of the program's output"
@@ -91,6 +92,7 @@ def _run(options: argparse.Namespace) -> int:
                 live_stderr=None if options.json else _stream(2),
                 max_output_bytes=options.max_output_bytes,
                 cold=options.cold,
+                cache=not options.no_cache,
                 progress=say if sys.stderr.isatty() else lambda _text: None,
                 cancel=cancel,
             )

@@ -103,7 +103,7 @@ class Agent:
     def _take(self, event: Event) -> None:
         if isinstance(event, Control):
             if event.kind is Kind.WARM:
-                self._warm(event.body["commands"])
+                self._warm(event.body)
             elif event.kind is Kind.SEED:
                 self._take_seed(event.body)
             elif event.kind is Kind.START:
@@ -114,14 +114,14 @@ class Agent:
         elif self.job is not None:
             self.job.take(event)
 
-    def _warm(self, commands: list[list[str]]) -> None:
+    def _warm(self, body: dict[str, Any]) -> None:
         """Do beforehand what every job needs; the machine is saved after the answer.
 
         commands: programs of the image, run as root while there is nothing hostile, so that the kernel has read them.
         """
-        self.place = Place()
+        self.place = Place(interpreter=body["interpreter"])
         self.place.wait_ready()
-        for argv in commands:
+        for argv in body["commands"]:
             _run_quietly(argv)
         os.sync()  # the scratch disk is saved as the host sees it
         self.link.send(Kind.WARMED, {})

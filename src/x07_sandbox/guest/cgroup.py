@@ -6,6 +6,8 @@ import contextlib
 import os
 from typing import Final
 
+from x07_sandbox.guest.confine import PROGRAM_PID
+
 _ROOT: Final = "/sys/fs/cgroup"
 _GROUP: Final = f"{_ROOT}/x07"
 
@@ -69,7 +71,7 @@ def _is_stopped_program(pid: str) -> bool:
             fields = dict(line.partition(":")[::2] for line in file)
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return fields["NSpid"].split()[-1] == "2" and fields["State"].split()[0] in "Tt"
+    return fields["NSpid"].split()[-1] == str(PROGRAM_PID) and fields["State"].split()[0] in "Tt"
 
 
 def _write(path: str, text: str) -> None:

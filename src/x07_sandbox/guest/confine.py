@@ -2,8 +2,7 @@
 
 `WORLD` is done once by our init, still root, and builds what the program will see. `RIGHTS` is done by the program's
 own process, and takes away what it may do. Neither depends on the job, so both can be done before a machine is saved.
-`JOB` is done by init and `LIMITS` by the program's process, when the orders have come, right before it becomes the
-program. The order matters: a step may need what a later one gives up.
+`JOB` is done by init, still root, when the orders have come. A step may need what a later one gives up.
 
 A step that fails ends the job: there is no weaker form of any of them here.
 """
@@ -18,10 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
-from x07_sandbox.guest import system
+from x07_sandbox.guest import interpreter, system
 
 T = TypeVar("T")
 
+PROGRAM_PID: Final = 2  # in the namespace of which our init is the first process
 UID: Final = 65532  # fixed, in the image's passwd; holds nothing in the guest
 ROOT: Final = "/run/x07/root"
 SCRATCH: Final = "/run/x07/scratch"
@@ -34,10 +34,12 @@ class World:
 
     netns_fd: the program's network namespace, made and kept by the agent.
     procs_fd: joins the program's control group.
+    interpreter: whether a Python interpreter waits to become the program.
     """
 
     netns_fd: int
     procs_fd: int
+    interpreter: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +127,14 @@ def _tmpfs(path: str) -> None:
     system.mount("tmpfs", path, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=1777,size=4k,nr_inodes=16")
 
 
-def _temporary(_world: World) -> None:
+def _temporary(world: World) -> None:
     _tmpfs(f"{ROOT}/tmp")  # noqa: S108 - the guest's own
     read_only = system.MS_NOSUID | system.MS_NODEV | system.MS_RDONLY
     system.mount("tmpfs", f"{ROOT}/run", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
+    if world.interpreter:
+        os.mkdir(f"{ROOT}{interpreter.FOLDER}")
+        with open(f"{ROOT}{interpreter.FOLDER}/sitecustomize.py", "x", encoding="ascii") as file:
+            file.write(interpreter.HOOK)
     with open(f"{ROOT}/run/machine-id", "x", encoding="ascii"):
         pass  # filled when the job is known
     system.bind(f"{ROOT}/run/machine-id", f"{ROOT}/etc/machine-id", system.MS_RDONLY)
@@ -170,6 +176,9 @@ def _names(orders: Orders) -> None:
     system.mount("", "/run", "", flags)
     with open("/run/machine-id", "w", encoding="ascii") as file:
         file.write(orders.machine_id + "\n")
+    if os.path.isdir(interpreter.FOLDER):
+        os.unlink(f"{interpreter.FOLDER}/sitecustomize.py")
+        os.rmdir(interpreter.FOLDER)
     system.mount("", "/run", "", flags | system.MS_RDONLY)
 
 
@@ -185,19 +194,6 @@ def _output(orders: Orders) -> None:
         system.mount("", "/x07/out", "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV)
 
 
-JOB: Final[tuple[Step[Orders], ...]] = (
-    Step("names", "CAP_SYS_ADMIN", _names),
-    Step("sizes", "CAP_SYS_ADMIN", _sizes),
-    Step("output folder", "CAP_SYS_ADMIN", _output),
-)
-
-
-def _control_group(world: World) -> None:
-    os.write(world.procs_fd, b"0")
-    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-        file.write("500")  # not the agent's, which the kernel must never choose
-
-
 def _resource_limits(orders: Orders) -> None:
     # The cgroup's counter decides on cpu-limit; this is only the net below it, and later, because its
     # signal could not be told from one that the program sends itself.
@@ -211,7 +207,21 @@ def _resource_limits(orders: Orders) -> None:
         (resource.RLIMIT_NICE, 0),
         (resource.RLIMIT_RTPRIO, 0),
     ):
-        resource.setrlimit(which, (value, value))
+        resource.prlimit(PROGRAM_PID, which, (value, value))
+
+
+JOB: Final[tuple[Step[Orders], ...]] = (
+    Step("names", "CAP_SYS_ADMIN", _names),
+    Step("sizes", "CAP_SYS_ADMIN", _sizes),
+    Step("output folder", "CAP_SYS_ADMIN", _output),
+    Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits),
+)
+
+
+def _control_group(world: World) -> None:
+    os.write(world.procs_fd, b"0")
+    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("500")  # not the agent's, which the kernel must never choose
 
 
 def _no_capabilities(_world: World) -> None:
@@ -247,10 +257,6 @@ RIGHTS: Final[tuple[Step[World], ...]] = (
     # Landlock and seccomp stand here, in this order, once the image carries filters.
     Step("fresh signals", "", _fresh_signals),
 )
-
-
-# Last: a policy may allow no descriptor at all, and the steps above open files.
-LIMITS: Final[tuple[Step[Orders], ...]] = (Step("resource limits", "", _resource_limits),)
 
 
 def apply(steps: tuple[Step[T], ...], what: T) -> None:

@@ -7,12 +7,14 @@ Reports go over a pipe that the program never has: one byte of kind, then a fixe
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import marshal
 import os
 import struct
 from typing import NoReturn
 
-from x07_sandbox.guest import confine
+from x07_sandbox.guest import confine, interpreter
 
 READY = b"R"  # the program's process waits for its orders
 STARTED = b"S"
@@ -55,15 +57,16 @@ def _supervise(world: confine.World, fds: tuple[int, int, int], orders_fd: int, 
     if told == READY:
         os.write(report_fd, READY)
         data = _read_all(orders_fd)
-        confine.apply(confine.JOB, confine.Orders(**json.loads(data)))
+        orders = confine.Orders(**json.loads(data))
+        confine.apply(confine.JOB, orders)
+        become = world.interpreter and interpreter.can_become(orders.argv, orders.env)
         with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
-            _write_all(start_w, data)
+            _write_all(start_w, marshal.dumps((become, orders.argv, orders.env, orders.cwd)))
         os.close(start_w)
         told = b""
     told += _read_all(told_r)
     if told:
-        stage, number, message = json.loads(told)
-        raise confine.StepError(stage, number, message)
+        raise _told(told)
     os.write(report_fd, STARTED)
     while True:
         pid, status = os.wait()
@@ -84,19 +87,30 @@ def _become(world: confine.World, fds: tuple[int, int, int], start_fd: int, told
                 os.dup2(fd, target)
             confine.apply(confine.RIGHTS, world)
             os.umask(0o022)
+            if world.interpreter:
+                # By way of high numbers, so that neither is put where the other one is.
+                start_fd, told_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (start_fd, told_fd))
+                os.dup2(start_fd, interpreter.START_FD)
+                os.dup2(told_fd, interpreter.TOLD_FD)
+                os.execve(interpreter.PYTHON, interpreter.argv(), interpreter.env())
             os.write(told_fd, READY)
-            orders = confine.Orders(**json.loads(_read_all(start_fd)))
-            os.chdir(orders.cwd)
-            confine.apply(confine.LIMITS, orders)
+            _, argv, env, cwd = marshal.loads(_read_all(start_fd))  # noqa: S302 - it is our init that speaks
+            os.chdir(cwd)
             # Not os.execvpe: it imports a module on its way, which a policy that allows no descriptor forbids.
-            os.execve(orders.argv[0], orders.argv, orders.env)
+            os.execve(argv[0], argv, env)
         except confine.StepError as exc:
-            told = [exc.stage, exc.errno, str(exc.args[2])]
+            told = f"{exc.errno} {exc.stage}: {exc.args[2]}"
         except OSError as exc:
-            told = ["exec", exc.errno or 0, str(exc)]
-        os.write(told_fd, json.dumps(told).encode())
+            told = f"{exc.errno or 0} {exc}"
+        os.write(told_fd, told.encode("utf-8", "backslashreplace"))
     finally:
         os._exit(127)
+
+
+def _told(text: bytes) -> confine.StepError:
+    """What the program's process says when it could not become the program: a number, and words."""
+    number, _, message = text.decode("utf-8", "replace").partition(" ")
+    return confine.StepError("exec", int(number) if number.isdigit() else 0, message)
 
 
 def _only_descriptors(*keep: int) -> None:

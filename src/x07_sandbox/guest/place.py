@@ -20,10 +20,11 @@ SCRATCH_SERIAL: Final = "x07scratch"
 class Place:
     """One prepared place; descriptors are the agent's ends, all close-on-exec.
 
+    interpreter: whether the process that waits is a started Python, as `x07_sandbox.guest.interpreter` has it.
     stdin_fd, stdout_fd, stderr_fd: the program's standard streams. report_fd: what init says, to its end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, interpreter: bool = False) -> None:
         _mount_scratch()
         self.group = ProgramGroup()
         self.report = b""
@@ -32,7 +33,7 @@ class Place:
         self.stderr_fd, stderr_w = os.pipe2(os.O_CLOEXEC)
         self.report_fd, report_w = os.pipe2(os.O_CLOEXEC)
         orders_r, self._orders_fd = os.pipe2(os.O_CLOEXEC)
-        world = confine.World(netns_fd=_network_namespace(), procs_fd=self.group.open_procs())
+        world = confine.World(netns_fd=_network_namespace(), procs_fd=self.group.open_procs(), interpreter=interpreter)
         os.unshare(os.CLONE_NEWPID)  # for the next child only: it becomes PID 1 of the program's namespace
         if os.fork() == 0:
             init.run_init(world, (stdin_r, stdout_w, stderr_w), orders_r, report_w)

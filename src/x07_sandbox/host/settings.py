@@ -33,6 +33,7 @@ BUILD_TASKS: Final = 256
 BUILD_FDS: Final = 1024
 
 TEMPLATES_MAX_BYTES: Final = 4 * GIB  # of all VM templates together, as the disk counts them
+ARTIFACTS_MAX_BYTES: Final = GIB
 SCRATCH_BYTES: Final = 8 * GIB
 TMP_SHARE: Final = 4  # /tmp may hold a quarter of the memory limit
 

@@ -8,11 +8,9 @@ the kernel to initialise in the background, and no copies of the superblock.
 from __future__ import annotations
 
 import os
-import tempfile
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import HostError, ImageError
-from x07_sandbox.images import commands
 from x07_sandbox.images.manifest import Piece, ScratchDisk
 
 if TYPE_CHECKING:
@@ -36,6 +34,10 @@ EXTENDED = (
 
 def make_head(folder: Path) -> tuple[bytes, ScratchDisk]:
     """The blocks of a fresh scratch disk, and where they belong. folder: for the temporary disk. Raises ImageError."""
+    import tempfile
+
+    from x07_sandbox.images import commands
+
     with tempfile.NamedTemporaryFile(dir=folder, prefix="scratch-") as disk:
         disk.truncate(DISK_BYTES)
         argv = [

@@ -13,6 +13,7 @@ read-only, and no /proc; and a filter of system calls, loaded as the last thing 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,7 +24,8 @@ PERL: Final = "/usr/bin/perl"
 INNER_UID: Final = 64000  # in the user form: the uid that the process sees itself under
 
 SUPERVISOR: Final = str(Path(__file__).with_name("data") / "supervisor.pl")
-_CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_range", "unshare")
+_EMPTY_IN_PROC: Final = "/proc/sys/fs/binfmt_misc"  # an empty folder, which hides nothing
+_CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_range", "unshare", "mount")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class Jail:
     mark: random text that proves, in the arguments, that our launcher started this.
     deadline_s: when the kernel ends it, in whole seconds.
     runner_pid: the process with which it dies. syscalls: numbers of the system calls here.
+    nest: whether a pid namespace is put around it, so that it ends even if its supervisor is killed: see `may_nest`.
     filter_fd: a pipe from which bubblewrap reads the filter of system calls, as its last step, until the pipe's end.
         It is the gate: the jail waits there until the filter is written, and where the pipe ends without one, as when
         the runner dies, the kernel refuses the empty filter and the jail ends. (--block-fd goes on at either.)
@@ -51,16 +54,28 @@ class Jail:
     deadline_s: int
     runner_pid: int
     syscalls: dict[str, int]
-    info_fd: int
     filter_fd: int
+    nest: bool
     lock_fd: int | None = None
     fd_writable: tuple[tuple[int, str], ...] = ()
+
+
+def may_nest() -> bool:
+    """Whether this process may mount a /proc of its own, as a pid namespace around bubblewrap needs.
+
+    The kernel lets an ordinary user do so only where the /proc that is there is fully visible: containers hide parts.
+    """
+    if os.geteuid() == 0:
+        return True
+    mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    places = {line.split()[4] for line in mounts}
+    return not [place for place in places if place.startswith("/proc/") and place != _EMPTY_IN_PROC]
 
 
 def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     """The whole command line: supervisor, bubblewrap, where root setpriv, then *command*."""
     kept_fd = -1 if jail.lock_fd is None else jail.lock_fd
-    numbers = (jail.deadline_s, jail.runner_pid, kept_fd, *(jail.syscalls[name] for name in _CALLS))
+    numbers = (jail.deadline_s, jail.runner_pid, kept_fd, int(jail.nest), *(jail.syscalls[name] for name in _CALLS))
     argv = [PERL, SUPERVISOR, *map(str, numbers)]
     argv += [BWRAP, *_namespaces(jail)]
     argv += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "X07_INSTANCE", jail.mark]
@@ -75,13 +90,7 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
         argv += ["--bind-fd", str(fd), path]
     for path in jail.devices:
         argv += ["--dev-bind", path, path]
-    argv += [
-        "--remount-ro",
-        "/",
-        "--info-fd",
-        str(jail.info_fd),
-    ]
-    argv += ["--seccomp", str(jail.filter_fd)]
+    argv += ["--remount-ro", "/", "--seccomp", str(jail.filter_fd)]
     if jail.lock_fd is not None:
         argv += ["--sync-fd", str(jail.lock_fd)]
     return [*argv, "--", *_rights(jail), *command]

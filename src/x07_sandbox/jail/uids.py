@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -70,7 +69,7 @@ def lease_uid() -> Iterator[tuple[int, int]]:
     private_dir(_FOLDER)
     first = free_range()
     for _ in range(_TRIES):
-        uid = first + secrets.randbelow(COUNT)
+        uid = first + int.from_bytes(os.urandom(4), "big") % COUNT
         fd = os.open(_FOLDER / str(uid), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,7 +10,6 @@ import queue
 import signal
 import subprocess
 import threading
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 
@@ -23,7 +22,8 @@ class Launch:
     stderr_fd: int
 
 
-_requests: queue.SimpleQueue[tuple[Launch, Future[subprocess.Popen[bytes]]]] = queue.SimpleQueue()
+_Answer = queue.SimpleQueue["subprocess.Popen[bytes] | OSError"]
+_requests: queue.SimpleQueue[tuple[Launch, _Answer]] = queue.SimpleQueue()
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
 
@@ -35,16 +35,19 @@ def launch(request: Launch) -> subprocess.Popen[bytes]:
         if _thread is None or not _thread.is_alive():  # not alive: after a fork
             _thread = threading.Thread(target=_serve, name="x07-launcher", daemon=True)
             _thread.start()
-    future: Future[subprocess.Popen[bytes]] = Future()
-    _requests.put((request, future))
-    return future.result()
+    answer: _Answer = queue.SimpleQueue()
+    _requests.put((request, answer))
+    child = answer.get()
+    if isinstance(child, OSError):
+        raise child
+    return child
 
 
 def _serve() -> None:
     # A child inherits the mask of this thread: with SIGALRM blocked its own deadline would never fire.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     while True:
-        request, future = _requests.get()
+        request, answer = _requests.get()
         try:
             child = subprocess.Popen(
                 request.argv,
@@ -57,6 +60,6 @@ def _serve() -> None:
                 start_new_session=True,
             )
         except OSError as exc:
-            future.set_exception(exc)
+            answer.put(exc)
         else:
-            future.set_result(child)
+            answer.put(child)

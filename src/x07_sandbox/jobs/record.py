@@ -11,8 +11,6 @@ import itertools
 import json
 import os
 import re
-import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -81,7 +79,7 @@ def create_record(*, run_id: str, phase: str, backend: str, wall_ms: int, image_
         created_unix_ms=created,
         deadline_unix_ms=created + settings.allowance_ms() + wall_ms,
         grace_ms=settings.grace_ms(wall_ms),
-        mark=secrets.token_hex(16),
+        mark=os.urandom(16).hex(),
         runner_instance=instance,
         image_digest=image_digest,
     )
@@ -116,6 +114,8 @@ def create_record(*, run_id: str, phase: str, backend: str, wall_ms: int, image_
 def drop_unstarted(record: JobRecord) -> None:
     """Remove the folder of a job for which nothing was ever started, as when the disk is full: it has no owner."""
     if not (record.folder / "owner.json").exists():
+        import shutil
+
         shutil.rmtree(record.folder, ignore_errors=True)
 
 
@@ -169,8 +169,8 @@ def runner_instance(root: Path) -> str:
 
 def _instance_at(path: Path, home: Path) -> str:
     if not path.exists():
-        temporary = home / f".runner_instance.{secrets.token_hex(8)}"
-        _write(temporary, f"ri-{secrets.token_hex(16)}\n".encode())
+        temporary = home / f".runner_instance.{os.urandom(8).hex()}"
+        _write(temporary, f"ri-{os.urandom(16).hex()}\n".encode())
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
         temporary.unlink()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import UsageError
@@ -57,7 +56,7 @@ def _start_python(name: str) -> list[str]:
 
 @cache
 def _driver() -> str:
-    return resources.files("x07_sandbox.programs").joinpath("data/build_python.py").read_text(encoding="utf-8")
+    return (Path(__file__).parent / "data" / "build_python.py").read_text(encoding="utf-8")
 
 
 TOOLCHAINS: Final = (

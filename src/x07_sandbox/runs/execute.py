@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import select
 import time
 from dataclasses import dataclass, field
@@ -79,7 +78,7 @@ class Phase:
         state = State.WARM if instance.cloned else State.WAITING
         self.connection = Connection(instance.channel_fd, Role.HOST, state)
         self.link = self.connection.link
-        self.nonce = secrets.token_hex(16)
+        self.nonce = os.urandom(16).hex()
         self.stage = Stage.BOOT
         self.deadline = Deadline.after(settings.CLONE_S if instance.cloned else settings.BOOT_S)
         self.begun = time.monotonic()
@@ -229,10 +228,10 @@ class Phase:
     def _seed(self) -> None:
         seed = {
             "unix_ns": unix_ns(),
-            "entropy": secrets.token_hex(64),
+            "entropy": os.urandom(64).hex(),
             "nonce": self.nonce,
             "hostname": "x07",
-            "machine_id": secrets.token_hex(16),
+            "machine_id": os.urandom(16).hex(),
         }
         self.link.send(Kind.SEED, seed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +65,8 @@ def output_of(sink: Sink, fd: int) -> Output:
     try:
         text, coded = data.decode(), None
     except UnicodeDecodeError:
+        import base64
+
         text, coded = None, base64.b64encode(data).decode()
     return Output(
         bytes=sink.total_bytes,

@@ -32,7 +32,8 @@ class RunRequest:
     policy: path of a policy document; None for the built-in default.
     stdin_fd: the program's input, lent; None for none. live_*: where output is streamed as it comes, or None.
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
-    cold: boot machines anew instead of cloning saved ones. progress: told of what takes seconds besides the run.
+    cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
+    progress: told of what takes seconds besides the run.
     """
 
     program: Path
@@ -45,6 +46,7 @@ class RunRequest:
     max_output_bytes: int = settings.OUTPUT_MAX_BYTES
     artifact: OutFile | None = None
     cold: bool = False
+    cache: bool = True
     progress: Callable[[str], None] = lambda _text: None
     cancel: Cancel
 

@@ -90,7 +90,10 @@ class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one run ended."""
+    """How one run ended.
+
+    artifact_from: whether the program was built now, kept from an earlier build of the same, or given.
+    """
 
     run: str
     outcome: str
@@ -102,6 +105,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     isolation: str | None = None
     backend: str | None = None
     jail: str | None = None
+    artifact_from: Literal["build", "cache", "caller"] | None = None
     stdout: Output
     stderr: Output
     phases: dict[str, PhaseReport]

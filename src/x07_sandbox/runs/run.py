@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.errors import BackendError, Cancelled, HostError, ImageError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import create_record, new_run_id
@@ -20,6 +20,7 @@ from x07_sandbox.plan.controls import GUEST_VARIABLES, Plan, make_plan
 from x07_sandbox.plan.outcomes import Outcome, Verdict, as_build, classify, verdict
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import program_environment
+from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,
     OUTPUT,
@@ -61,6 +62,7 @@ class _Progress:
     availability: Availability | None = None
     plan: Plan | None = None
     jail: str | None = None
+    artifact_from: Literal["build", "cache", "caller"] | None = None
     phases: dict[str, PhaseReport] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     denials: list[Denial] = field(default_factory=list)
@@ -116,8 +118,9 @@ def _carry_out(request: RunRequest, so_far: _Progress, folder: RunFolder, stack:
     plan.require()
     session = _Session(request, so_far, folder, backend, image)
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
+    so_far.artifact_from = "caller"
     if not artifact.complete:
-        failed = session.build(toolchain, source, artifact)
+        failed = session.build_or_recall(toolchain, source, artifact)
         if failed is not None:
             return failed
     so_far.digests["artifact"] = f"sha256:{artifact.sha256()}"
@@ -135,6 +138,20 @@ class _Session:
         self.folder = folder
         self.backend = backend
         self.image = image
+
+    def build_or_recall(self, toolchain: Toolchain, source: InFile, artifact: OutFile) -> Verdict | None:
+        """What was built before from the same, or a build now; None if there is an artifact, else how that ended."""
+        name = Path(source.path).name
+        argv = toolchain.build(source.path, name)
+        key = artifact_key(self.image.manifest.digest, toolchain.name, argv, self.so_far.digests["source"])
+        if self.request.cache and _recall(key, artifact):
+            self.so_far.artifact_from = "cache"
+            return None
+        self.so_far.artifact_from = "build"
+        failed = self.build(toolchain, source, artifact)
+        if failed is None and self.request.cache:
+            keep_artifact(key, artifact.fd, artifact.size, artifact.sha256())
+        return failed
 
     def build(self, toolchain: Toolchain, source: InFile, artifact: OutFile) -> Verdict | None:
         """Build in a machine of its own; None if there is an artifact, else how that ended."""
@@ -344,7 +361,26 @@ def _current(image: Image) -> Image:
     """The image with our own guest code: the cheap part of a named image is made anew when that has changed."""
     if not image.name or image_is_current(image):
         return image
+    from x07_sandbox.images.build import build_image
+
     return build_image(name=image.name, include=image.manifest.include, progress=lambda _text: None)
+
+
+def _recall(key: str, artifact: OutFile) -> bool:
+    """Copy the cached artifact *key* into *artifact*, hashing what is copied; whether there was a good one."""
+    with cached_artifact(key) as found:
+        if found is None or found.size > artifact.max_bytes:
+            return False
+        while artifact.size < found.size:
+            data = os.pread(found.fd, min(1 << 20, found.size - artifact.size), HEADER_BYTES + artifact.size)
+            if not data or not artifact.take(data):
+                break
+        if artifact.sha256() == found.sha256:
+            artifact.complete = True
+            return True
+    artifact.clear()
+    drop_artifact(key)
+    return False
 
 
 def _report(
@@ -381,6 +417,7 @@ def _result(so_far: _Progress, ending: Verdict) -> Result:
         isolation=availability.features.isolation if availability else None,
         backend="qemu" if availability else None,
         jail=so_far.jail,
+        artifact_from=so_far.artifact_from,
         stdout=so_far.stdout,
         stderr=so_far.stderr,
         phases=so_far.phases,

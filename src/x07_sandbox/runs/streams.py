@@ -220,6 +220,12 @@ class OutFile:
         """Digest of what came."""
         return self._hash.hexdigest()
 
+    def clear(self) -> None:
+        """Back to nothing."""
+        os.ftruncate(self.fd, 0)
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        self.size, self.complete, self._hash = 0, False, hashlib.sha256()
+
 
 def memory_file(data: bytes, stack: contextlib.ExitStack) -> int:
     """A file in memory that holds *data*, at its beginning; *stack* closes it."""

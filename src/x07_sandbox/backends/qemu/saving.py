@@ -93,12 +93,12 @@ class _Maker:
         self.connection = Connection(instance.channel_fd, Role.HOST)
         self.link = self.connection.link
 
-    def warm(self, commands: list[list[str]]) -> None:
+    def warm(self, body: dict[str, object]) -> None:
         """From the machine's boot until the agent has prepared everything. Raises BackendError."""
         deadline = Deadline.after(settings.TEMPLATE_S)
         while self.link.state is not State.WARM:
             if self.link.state is State.GREETED:
-                self.link.send(Kind.WARM, {"commands": commands})
+                self.link.send(Kind.WARM, body)
             if not self.connection.flush() or deadline.passed():
                 raise self._lost("it did not answer in time" if deadline.passed() else "its channel ended")
             self._turn(deadline)

@@ -31,7 +31,7 @@ from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import Identity, children_of, identify
 from x07_sandbox.images.scratch import write_disk
-from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv
+from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv, may_nest
 from x07_sandbox.jail.cgroups import HostGroups, make_groups
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.seccomp import vmm_filter
@@ -49,6 +49,7 @@ _CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
 # way, and bubblewrap's first process: with less, a busy guest ends QEMU ("pthread_create failed").
 _TASKS: Final = 96
 _SETUP_S: Final = 10.0
+_LOOK_AGAIN_S: Final = 0.0003
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,12 +108,10 @@ def start_qemu(
             mark=job.record.mark,
             origin=_origin(memory),
         )
-        info_r, info_w = os.pipe2(os.O_CLOEXEC)
-        _own(stack, info_r)
         gate_r, gate_w = os.pipe2(os.O_CLOEXEC)
         gate = Gate(gate_w, vmm_filter(arch))
         stack.callback(gate.close)
-        given.fds += [info_w, gate_r]
+        given.fds.append(gate_r)
         jail = Jail(
             files=_jail_files(arch, with_setpriv=uid is not None),
             # The opened files themselves, on a read-only mount: through a descriptor of its own a VMM that runs under
@@ -125,20 +124,20 @@ def start_qemu(
             deadline_s=job.deadline_s,
             runner_pid=os.getpid(),
             syscalls=arch.syscalls,
-            info_fd=info_w,
+            nest=may_nest(),
             filter_fd=gate_r,
             lock_fd=lock_fd,
         )
         passed = [fd for fd in (machine.kvm_fd, lock_fd) if fd is not None]
-        passed += [*(fd for fd, _ in (*jail.fd_files, *jail.fd_writable)), machine.scratch_fd, info_w, gate_r]
+        passed += [*(fd for fd, _ in (*jail.fd_files, *jail.fd_writable)), machine.scratch_fd, gate_r]
         passed += [theirs[name] for name in ("channel", "qmp", "console")]
         request = Launch(argv=jail_argv(jail, qemu_argv(machine)), pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
         cloned = machine.origin is Origin.CLONE
-        yield from _run(job, request, info_r=info_r, gate=gate, ours=ours, given=given, cloned=cloned)
+        yield from _run(job, request, gate=gate, ours=ours, given=given, cloned=cloned)
 
 
-def _run(  # noqa: PLR0913 - what one start has made, for the one function that uses it
-    job: Job, request: Launch, *, info_r: int, gate: Gate, ours: dict[str, int], given: Given, cloned: bool
+def _run(
+    job: Job, request: Launch, *, gate: Gate, ours: dict[str, int], given: Given, cloned: bool
 ) -> Iterator[QemuInstance]:
     groups = make_groups(job.record.job_id, memory_bytes=job.kind.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
     child = None
@@ -154,7 +153,7 @@ def _run(  # noqa: PLR0913 - what one start has made, for the one function that 
                 "cannot start the virtual machine", f"{request.argv[0]}: {exc.strerror}", "Run x07 doctor"
             ) from exc
         given.close()  # the child has its own by now; an end of a pipe that stayed open here would never end
-        inner = _inner_process(child, info_r, ours["stderr"])
+        inner = _inner_process(child, ours["stderr"])
         try:
             _bound(inner.pid, job, groups)
             instance = QemuInstance(child=child, inner=inner, gate=gate, ends=ours, groups=groups, cloned=cloned)
@@ -186,28 +185,25 @@ def _record(job: Job, groups: HostGroups, processes: dict[str, Identity]) -> Non
     write_owner(job.record, runner=runner, processes=processes, cgroups=folders)
 
 
-def _inner_process(child: subprocess.Popen[bytes], info_r: int, stderr_fd: int) -> Identity:
-    """The first process of the jail's pid namespace. Raises BackendError.
+def _inner_process(child: subprocess.Popen[bytes], stderr_fd: int) -> Identity:
+    """The first process inside the jail, which waits at the gate. Raises BackendError.
 
-    bubblewrap tells when it is there. Which number it has, it does not know: it runs in a pid namespace itself.
+    Looked for, not asked for: bubblewrap would tell (--info-fd), but numbers of the pid namespace that it runs in,
+    which it then looks up in the /proc of ours.
     """
     deadline = Deadline.after(_SETUP_S)
-    text = b""
-    poll = select.poll()
-    poll.register(info_r, select.POLLIN)
-    while b"}" not in text and not deadline.passed():
-        if poll.poll(deadline.left_s() * 1000):
-            chunk = os.read(info_r, 4096)
-            text += chunk
-            if not chunk:
+    pidfd = os.pidfd_open(child.pid)
+    try:
+        while not deadline.passed():
+            for monitor in children_of(child.pid):
+                for pid in children_of(monitor):
+                    if (inner := identify(pid)) is not None:
+                        return inner
+            if select.select([pidfd], [], [], _LOOK_AGAIN_S)[0]:  # no event tells of another process's child
                 break
-    inner = None
-    if b"}" in text:
-        pids = [pid for monitor in children_of(child.pid) for pid in children_of(monitor)]
-        inner = identify(pids[0]) if len(pids) == 1 else None
-    if inner is None:
-        raise _no_jail(child, stderr_fd)
-    return inner
+    finally:
+        os.close(pidfd)
+    raise _no_jail(child, stderr_fd)
 
 
 def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> BackendError:

@@ -15,8 +15,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -48,14 +46,19 @@ MANIFEST: Final = "template.json"
 _MANIFEST_MAX: Final = 1 << 20
 _ZEROS: Final = bytes(CHUNK_BYTES)
 
-# What is run once in each machine before it is saved, so that its kernel has read it. Sources are the image's own.
-WARM_UP: Final[dict[str, list[list[str]]]] = {
-    "run": [["/bin/true"], ["/usr/bin/python3", "-c", "pass"]],
-    "build": [
-        ["/bin/true"],
-        ["/usr/bin/python3", "-I", "-S", "-c", "import ast, py_compile, struct, tokenize"],
-        ["/bin/sh", "-c", "echo 'int main(void) { return 0; }' > warm.c && gcc -O2 -o warm warm.c -lm; rm -f warm*"],
-    ],
+_COMPILE: Final = "echo 'int main(void) { return 0; }' > warm.c && gcc -O2 -o warm warm.c -lm; rm -f warm*"
+# The body of WARM for each runtime. commands: what is run once before the machine is saved, so that its kernel has
+# read it.
+WARM_UP: Final[dict[str, dict[str, object]]] = {
+    "run": {"interpreter": True, "commands": [["/bin/true"], ["/usr/bin/python3", "-c", "pass"]]},
+    "build": {
+        "interpreter": False,
+        "commands": [
+            ["/bin/true"],
+            ["/usr/bin/python3", "-I", "-S", "-c", "import ast, py_compile, struct, tokenize"],
+            ["/bin/sh", "-c", _COMPILE],
+        ],
+    },
 }
 
 
@@ -202,6 +205,9 @@ def ensure_template(kind: MachineKind, accelerator: Accelerator, make: Maker, pr
 
     make: fills a folder. Raises SandboxError; then nothing is there.
     """
+    import shutil
+    import tempfile
+
     folder = templates_dir()
     template = template_for(kind, accelerator)
     with file_lock(folder / ".lock", on_wait=lambda: progress("waiting for another process to make the VM template")):
@@ -246,6 +252,9 @@ def expire_templates(*, keep: str, images: set[str]) -> None:
 
 def remove_template(folder: Path) -> None:
     """Remove a template; machines that go on from it keep what they have opened."""
+    import shutil
+    import tempfile
+
     with contextlib.suppress(OSError):
         doomed = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
         folder.rename(doomed / "old")
@@ -254,5 +263,7 @@ def remove_template(folder: Path) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """What killed processes left; the lock is held, so nobody makes one now."""
+    import shutil
+
     for path in (*folder.glob(".new-*"), *folder.glob(".old-*")):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,22 +1,23 @@
 # Runs a jail and outlives it: at the deadline, when the runner ends, or when asked by SIGTERM, it kills all of the jail.
 #
-#     perl supervisor.pl DEADLINE_S RUNNER_PID KEEP_FD PRCTL SIGPROCMASK SIGTIMEDWAIT CAPSET CLOSE_RANGE UNSHARE \
-#         COMMAND...
+#     perl supervisor.pl DEADLINE_S RUNNER_PID KEEP_FD NEST PRCTL SIGPROCMASK SIGTIMEDWAIT CAPSET CLOSE_RANGE UNSHARE \
+#         MOUNT COMMAND...
 #
-# The last six are the numbers of these system calls here. KEEP_FD stays open (-1: none). It ends as COMMAND ended
+# The last seven are the numbers of these system calls here. KEEP_FD stays open (-1: none). It ends as COMMAND ended
 # (128 + N for a signal), or by SIGALRM at the deadline, by SIGTERM when asked or without its runner.
 #
 # Why a process, and not the kernel's parent-death signal alone: bubblewrap's inner process asks for that signal late,
 # and one whose parent had died by then would never get it. Here nothing that was started can be lost: orphans become
 # children of this process (a subreaper, prctl(2)), which ends only when it has no child left. And should this process
 # itself be killed, the jail's first process dies with it, and all others with that one, since it is the first of a pid
-# namespace around the jail.
+# namespace around the jail, with its own /proc (NEST; 0: this host does not let us).
 # Perl, because every Debian has it; no module, because each costs more than the rest of the start.
 
-my ($deadline, $runner, $keep, $prctl, $sigprocmask, $sigtimedwait, $capset, $close_range, $unshare) =
-    map { $_ + 0 } splice @ARGV, 0, 9;
+my ($deadline, $runner, $keep, $nest, @calls) = map { $_ + 0 } splice @ARGV, 0, 11;
+my ($prctl, $sigprocmask, $sigtimedwait, $capset, $close_range, $unshare, $mount) = @calls;
 my ($PDEATHSIG, $SUBREAPER, $NO_NEW_PRIVS, $BLOCK, $SETMASK) = (1, 36, 38, 0, 2);
-my ($NEWUSER, $NEWPID) = (0x10000000, 0x20000000);
+my ($NEWNS, $NEWUSER, $NEWPID) = (0x20000, 0x10000000, 0x20000000);
+my ($PRIVATE, $NOSUID_NODEV_NOEXEC) = (0x44000, 2 | 4 | 8); # MS_REC | MS_PRIVATE
 my ($KILL, $ALRM, $TERM, $CHLD, $EINTR) = (9, 14, 15, 17, 4);
 my $set = pack 'Q', 1 << ($ALRM - 1) | 1 << ($TERM - 1) | 1 << ($CHLD - 1);
 my $none = pack 'Q', 0;
@@ -42,18 +43,26 @@ my $children = "/proc/$$/task/$$/children"; # proc(5)
 alarm $deadline;
 
 my ($uid, $gid) = ($>, $) + 0); # now: in a new user namespace nobody has a name until it is mapped
-if ($uid == 0) {
+if ($nest && $uid == 0) {
     call('unshare', $unshare, $NEWPID);
-} elsif (syscall($unshare, $NEWUSER | $NEWPID) == 0) {
-    # Else the host lets bubblewrap make user namespaces and not us: the jail then goes without that last safety.
-    put('setgroups', 'deny');
-    put('uid_map', "$uid $uid 1");
-    put('gid_map', "$gid $gid 1");
+} elsif ($nest) {
+    # Refused where the host lets bubblewrap make user namespaces and not us: the jail then goes without.
+    $nest = syscall($unshare, $NEWUSER | $NEWPID) == 0;
+    if ($nest) {
+        put('setgroups', 'deny');
+        put('uid_map', "$uid $uid 1");
+        put('gid_map', "$gid $gid 1");
+    }
 }
 pipe my $alive_r, my $alive_w or die "pipe: $!\n";
 my $jail = fork // die "fork: $!\n";
 if (!$jail) {
     call('parent-death signal', $prctl, $PDEATHSIG, $KILL, 0, 0, 0);
+    if ($nest) {
+        call('unshare', $unshare, $NEWNS);
+        call('mount', $mount, 'none', '/', 0, $PRIVATE, 0);
+        call('/proc', $mount, 'proc', '/proc', 'proc', $NOSUID_NODEV_NOEXEC, 0);
+    }
     close $alive_w;
     sysread($alive_r, my $word, 1) or exit 1; # the supervisor had gone before that signal was asked for
     call('rt_sigprocmask', $sigprocmask, $SETMASK, $none, 0, 8);

@@ -1,0 +1,98 @@
+"""A Python interpreter that is started before there is a job, and becomes the program when there is one.
+
+It is started as any is, with a script's name that does not exist, and stops in its own start-up, where Python imports
+`sitecustomize`: that module is HOOK, which waits for the orders. Then it takes away everything of itself, puts the
+right script's name where the interpreter will look for it, and lets the start-up go on: the interpreter reads, compiles
+and runs the script by itself, with nothing of ours on its stack. Or it executes another program, if that is the order.
+
+What cannot be made the same as in a fresh start: the seed of string hashes and the layout of memory, which are those of
+the saved machine, /proc/self/cmdline and /proc/self/environ, and the CPU time that the start took.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+PYTHON: Final = "/usr/bin/python3"
+FOLDER: Final = "/run/start"  # in the program's view until it starts
+PROGRAMS: Final = "/x07/in/program"
+START_FD: Final = 3
+TOLD_FD: Final = 4
+_NAME_MAX: Final = 255
+PLACEHOLDER: Final = f"{PROGRAMS}/{'x' * _NAME_MAX}"
+# What the interpreter looks at before it comes to our hook: where the job's differs, it is started afresh.
+_EARLY: Final = ("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "LOCPATH")
+ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
+
+HOOK: Final = f"""
+import sys
+known, importers = set(sys.modules), set(sys.path_importer_cache)
+import ctypes, marshal, os
+
+placeholder = {PLACEHOLDER!r}.encode("utf-32-le") + bytes(4)
+ctypes.pythonapi._Py_GetConfig.restype = ctypes.c_void_p
+config = memoryview(ctypes.string_at(ctypes.pythonapi._Py_GetConfig(), 640)).cast("Q")
+memory = os.open("/proc/self/mem", os.O_RDWR)
+places = []
+for word in set(config):
+    try:
+        if 65536 < word < 1 << 47 and os.pread(memory, len(placeholder), word) == placeholder:
+            places.append(word)
+    except OSError:
+        pass
+if not places:
+    raise SystemExit("no place for the script's name")
+os.write({TOLD_FD}, b"R")
+orders = []
+while piece := os.read({START_FD}, 65536):
+    orders.append(piece)
+become, argv, env, cwd = marshal.loads(b"".join(orders))
+os.close({START_FD})
+os.chdir(cwd)
+if not become:
+    os.set_inheritable({TOLD_FD}, False)
+    os.close(memory)
+    try:
+        os.execve(argv[0], argv, env)
+    except OSError as exc:
+        os.write({TOLD_FD}, b"%d %s" % (exc.errno, str(exc).encode("utf-8", "backslashreplace")))
+        os._exit(127)
+os.environ.clear()
+os.environ.update(env)
+name = argv[1].encode("utf-32-le", "surrogatepass") + bytes(4)
+for place in places:
+    os.pwrite(memory, name, place)
+os.close(memory)
+sys.argv[:] = argv[1:]
+sys.orig_argv[:] = argv
+sys.path.remove({FOLDER!r})
+for module in set(sys.modules) - known:
+    del sys.modules[module]
+for path in set(sys.path_importer_cache) - importers | {{{FOLDER!r}}}:
+    sys.path_importer_cache.pop(path, None)
+del sys.modules["sitecustomize"]
+os.close({TOLD_FD})
+import sitecustomize  # the system's own, where it has one
+"""
+
+
+def argv() -> list[str]:
+    """How it is started."""
+    return [PYTHON, PLACEHOLDER]
+
+
+def env() -> dict[str, str]:
+    """With which environment."""
+    return ENVIRONMENT | {"PYTHONPATH": FOLDER}
+
+
+def can_become(argv: list[str], env: dict[str, str]) -> bool:
+    """Whether it would be the same as a fresh start of that command, but for what stands above."""
+    return (
+        len(argv) > 1
+        and argv[0] == PYTHON
+        and argv[1].startswith(f"{PROGRAMS}/")
+        and len(argv[1]) <= len(PLACEHOLDER)
+        and not any(name.startswith("PYTHON") for name in env)
+        and all(env.get(name) == ENVIRONMENT.get(name) for name in _EARLY)
+    )

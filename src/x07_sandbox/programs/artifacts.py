@@ -1,0 +1,114 @@
+"""The artifact cache: what was built before from the same source, by the same tools, in the same image.
+
+cache/artifacts/<key>: one line of JSON, padded to HEADER_BYTES, then the artifact. One file, so that it is there whole
+or not at all. Holds artifacts only; whoever uses one hashes it again while copying it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.host import settings
+from x07_sandbox.host.paths import cache_dir, private_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SCHEMA: Final = "x07.sandbox.artifact@0.1.0"
+HEADER_BYTES: Final = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedArtifact:
+    """An artifact that is there. fd: lent, its content starts at HEADER_BYTES. sha256: what it must hash to."""
+
+    fd: int
+    size: int
+    sha256: str
+
+
+def artifact_key(*parts: object) -> str:
+    """The name of an artifact: a hash of everything that what a build makes depends on."""
+    return hashlib.sha256(json.dumps([SCHEMA, *parts], sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def cached_artifact(key: str) -> Iterator[CachedArtifact | None]:
+    """The artifact *key*, or None where there is none that can be used."""
+    try:
+        fd = os.open(_folder() / key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        yield None
+        return
+    try:
+        yield _described(fd, key)
+    finally:
+        os.close(fd)
+
+
+def _described(fd: int, key: str) -> CachedArtifact | None:
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        return None
+    try:
+        told = json.loads(os.pread(fd, HEADER_BYTES, 0))
+        found = CachedArtifact(fd=fd, size=int(told["bytes"]), sha256=str(told["sha256"]))
+        good = told["schema_version"] == SCHEMA and told["key"] == key
+    except (ValueError, KeyError, TypeError):
+        return None
+    if not good or info.st_size != HEADER_BYTES + found.size:
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(fd)  # when it was last used: the oldest go first when space runs short
+    return found
+
+
+def keep_artifact(key: str, fd: int, size: int, sha256: str) -> None:
+    """Keep what was built; fd: its content from offset 0. Where that cannot be written the next run builds again."""
+    if size > settings.ARTIFACTS_MAX_BYTES // 4:
+        return
+    folder = _folder()
+    header = {"schema_version": SCHEMA, "key": key, "sha256": sha256, "bytes": size}
+    temporary = folder / f".{key}.{os.urandom(8).hex()}"
+    try:
+        with temporary.open("xb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n")
+            file.flush()
+            position = 0
+            while position < size and (count := os.sendfile(file.fileno(), fd, position, size - position)):
+                position += count
+        temporary.replace(folder / key)
+        _make_room(folder)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def drop_artifact(key: str) -> None:
+    """Forget one that is not what it should be."""
+    (_folder() / key).unlink(missing_ok=True)
+
+
+def _make_room(folder: Path) -> None:
+    """Remove the least recently used above the size limit, and what killed processes left half written."""
+    found = []
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            info = path.stat()
+            found.append((info.st_mtime, info.st_blocks * 512, path))
+    room = settings.ARTIFACTS_MAX_BYTES
+    for _, size, path in sorted(found, reverse=True):
+        room -= size
+        if room < 0:
+            path.unlink(missing_ok=True)
+
+
+def _folder() -> Path:
+    return private_dir(private_dir(cache_dir()) / "artifacts")

@@ -1,0 +1,109 @@
+"""The artifact cache: what comes back is what was kept, or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from x07_sandbox.host import settings
+from x07_sandbox.programs.artifacts import (
+    HEADER_BYTES,
+    artifact_key,
+    cached_artifact,
+    drop_artifact,
+    keep_artifact,
+)
+
+DATA = b"\x7fELF" + bytes(range(256)) * 40
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "artifacts"
+
+
+def keep(key: str, data: bytes = DATA) -> None:
+    """Keep *data* as a build's artifact."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        keep_artifact(key, file.fileno(), len(data), hashlib.sha256(data).hexdigest())
+
+
+def recalled(key: str) -> bytes | None:
+    """What the cache has, if that is what it says."""
+    with cached_artifact(key) as found:
+        if found is None:
+            return None
+        data = os.pread(found.fd, found.size, HEADER_BYTES)
+        return data if hashlib.sha256(data).hexdigest() == found.sha256 else None
+
+
+def test_what_was_kept_comes_back(cache: Path) -> None:
+    """An artifact comes back byte for byte under its key, under no other, and no longer once dropped."""
+    key = artifact_key("image", "c", ["gcc"], "source")
+    keep(key)
+    assert recalled(key) == DATA
+    assert recalled(artifact_key("image", "c", ["gcc"], "other")) is None
+    assert (cache / key).stat().st_mode & 0o777 == 0o600
+    drop_artifact(key)
+    assert recalled(key) is None
+
+
+def test_every_part_changes_the_key() -> None:
+    """Image, toolchain, arguments and source each make another key, and none can pass for its neighbour."""
+    keys = {artifact_key(*parts) for parts in (["a", "b"], ["ab", ""], ["a", ["b"]], ["b", "a"], ["a", "b", ""])}
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize("at", [0, 100, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 5000, -1])
+def test_damage_is_found(cache: Path, at: int) -> None:
+    """A changed byte anywhere that counts means nothing is taken from the cache."""
+    key = artifact_key("x")
+    keep(key)
+    data = bytearray((cache / key).read_bytes())
+    data[at] ^= 0x55
+    (cache / key).write_bytes(data)
+    got = recalled(key)
+    assert got is None or (got == DATA and 0 < at < HEADER_BYTES)
+
+
+def test_a_file_cut_short_or_of_another_key_is_nothing(cache: Path) -> None:
+    """What was cut, grew, is a link, or lies under another's name is not used."""
+    key, other = artifact_key("x"), artifact_key("y")
+    keep(key)
+    whole = (cache / key).read_bytes()
+    (cache / other).write_bytes(whole)
+    (cache / other).chmod(0o600)
+    assert recalled(other) is None
+    for wrong in (whole[:-1], whole + b"x", b"", b"{}"):
+        (cache / key).write_bytes(wrong)
+        assert recalled(key) is None
+    (cache / key).unlink()
+    (cache / key).symlink_to(cache / other)
+    assert recalled(key) is None
+
+
+def test_the_oldest_goes_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the size limit the least recently used artifacts are removed; one larger than a quarter is not kept."""
+    monkeypatch.setattr(settings, "ARTIFACTS_MAX_BYTES", 200_000)
+    keys = [artifact_key(number) for number in range(8)]
+    for number, key in enumerate(keys):
+        keep(key, os.urandom(40_000))
+        if (cache / key).exists():
+            os.utime(cache / key, (number, number))
+        if number >= 2:
+            assert recalled(keys[0]) is not None  # used again each time, so never the oldest
+    there = [key for key in keys if (cache / key).exists()]
+    assert keys[0] in there
+    assert keys[-1] in there
+    assert sum((cache / key).stat().st_blocks * 512 for key in there) <= 200_000
+    big = artifact_key("big")
+    keep(big, bytes(60_000))
+    assert recalled(big) is None

@@ -1,0 +1,132 @@
+"""A Python program in a clone is run by an interpreter that was started before: it must not see a difference."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tests.vm.conftest import Ran, Sandbox
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+LOOK = '''
+"""A doc string."""
+import sys
+modules = sorted(sys.modules)
+names = sorted(globals())
+frame = sys._getframe()
+depth = 0
+while frame is not None:
+    depth, frame = depth + 1, frame.f_back
+import builtins, gc, json, os, resource, signal, site, threading, traceback, warnings
+main = sys.modules["__main__"]
+try:
+    1 / 0
+except ZeroDivisionError:
+    trace = traceback.format_exc()
+print(json.dumps({
+    "modules": modules,
+    "names": names,
+    "depth": depth,
+    "stack": traceback.format_stack(),
+    "trace": trace,
+    "argv": sys.argv,
+    "orig_argv": sys.orig_argv,
+    "path": sys.path,
+    "importers": sorted(sys.path_importer_cache),
+    "meta_path": [str(type(finder)) + getattr(finder, "__name__", "") for finder in sys.meta_path],
+    "flags": repr(sys.flags),
+    "executable": sys.executable,
+    "prefix": [sys.prefix, sys.exec_prefix, sys.base_prefix],
+    "streams": [[type(s).__name__, s.name, s.mode, s.encoding, s.errors, s.line_buffering] for s in
+        (sys.stdin, sys.stdout, sys.stderr)],
+    "hooks": [sys.excepthook is sys.__excepthook__, sys.displayhook is sys.__displayhook__, hasattr(sys, "ps1")],
+    "limits": [sys.getrecursionlimit(), sys.getswitchinterval(), sys.get_int_max_str_digits(), gc.get_threshold()],
+    "xoptions": sys._xoptions,
+    "warnings": [str(f) for f in warnings.filters],
+    "environ": dict(os.environ),
+    "cwd": os.getcwd(),
+    "umask": os.umask(0o22),
+    "fds": sorted(os.listdir("/proc/self/fd"))[:-1],
+    "signals": {n: str(signal.getsignal(n)) for n in range(1, 65) if n not in (32, 33)},
+    "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+    "main": {
+        "name": main.__name__, "file": main.__file__, "doc": main.__doc__, "spec": main.__spec__,
+        "cached": getattr(main, "__cached__", "none"), "package": main.__package__,
+        "loader": type(main.__loader__).__name__, "loader_path": main.__loader__.path,
+        "builtins": main.__builtins__ is builtins,
+    },
+    "threads": [t.name for t in threading.enumerate()],
+    "site": [site.ENABLE_USER_SITE, site.USER_SITE, site.PREFIXES],
+    "rlimits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name[:7] == "RLIMIT_"},
+    "ids": [os.getuid(), os.geteuid(), os.getgid(), os.getgroups(), os.getpid(), os.getppid(), os.getpgid(0)],
+    "run": sorted(os.listdir("/run")),
+    "program": sorted(os.listdir(os.path.dirname(__file__))),
+    "imported_again": [__import__(name).__name__ for name in ("ctypes", "struct", "marshal", "sitecustomize")],
+    "ctypes": __import__("ctypes").sizeof(__import__("ctypes").c_long),
+}))
+'''
+
+
+WITH_CHILDREN = """
+import concurrent.futures, operator
+if __name__ == "__main__":
+    with concurrent.futures.ProcessPoolExecutor(1) as pool:
+        print(pool.submit(operator.add, 1, 2).result())
+"""
+
+
+def both(sandbox: Sandbox, threads: ThreadPoolExecutor, name: str, text: str, *args: str) -> tuple[Ran, Ran]:
+    """The same program in a clone, and in a machine and an interpreter that were started for it."""
+    jobs = [
+        threads.submit(sandbox.run_text, name, text, *args, cold=cold, alone=False, stdin=b"in")
+        for cold in (False, True)
+    ]
+    cloned, cold = [job.result() for job in jobs]
+    assert cloned.result.phases["run"].start == "clone"
+    assert cold.result.phases["run"].start == "cold"
+    return cloned, cold
+
+
+def test_a_program_sees_what_it_would_in_a_fresh_interpreter(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
+    """Modules, arguments, paths, environment, streams, signals, limits, stack and `__main__` are a fresh start's."""
+    ran = both(sandbox, threads, "look around.py", LOOK, "one", "tw\u00f6", "", "-x")
+    seen: list[dict[str, Any]] = [json.loads(one.stdout) for one in ran]
+    assert seen[0].keys() == seen[1].keys()
+    for key in seen[0]:
+        assert seen[0][key] == seen[1][key], key
+    assert seen[0]["argv"] == ["/x07/in/program/look around.py", "one", "tw\u00f6", "", "-x"]
+    assert seen[0]["depth"] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f():\n    raise ValueError('a\\u00e9')\nf()\n",
+        "import sys\nsys.exit(7)\n",
+        "import sys\nsys.exit('words')\n",
+        "print(1)\nraise SystemExit\n",
+        "raise KeyboardInterrupt\n",
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n",
+        "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nwhile True: pass\n",
+        "import atexit\natexit.register(print, 'at exit')\nprint(input())\n",
+        "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n",
+        "import os\nos._exit(3)\n",
+        "import warnings\nwarnings.warn('look', stacklevel=1)\nwarnings.warn('look', stacklevel=9)\n",
+        "import sys\nsys.stdout.write('no newline')\nsys.stderr.write('err')\n",
+        "f = lambda: f()\nf()\n",
+        WITH_CHILDREN,
+    ],
+)
+def test_it_ends_as_in_a_fresh_interpreter(sandbox: Sandbox, threads: ThreadPoolExecutor, text: str) -> None:
+    """Output, traceback, exit code and signal are those of a fresh start, however the program ends."""
+    cloned, cold = both(sandbox, threads, "prog.py", text)
+    for one in (cloned, cold):
+        assert one.outcome in {"ok", "failed", "signalled"}, one.reason
+    found = [(one.outcome, one.result.exit_code, one.result.signal, one.stdout, one.stderr) for one in (cloned, cold)]
+    assert found[0] == found[1]
