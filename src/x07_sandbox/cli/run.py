@@ -62,6 +62,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         metavar="N",
         help="per stream (default: 64 MiB)",
     )
+    parser.add_argument(
+        "--queue-timeout",
+        type=_seconds,
+        default=settings.QUEUE_S,
+        metavar="S",
+        help="how long to wait while as many machines run as may (default: 600)",
+    )
     parser.add_argument("--no-cache", action="store_true", help="build also what was built before from the same source")
     parser.add_argument("--cold", action="store_true", help="boot the machines anew instead of cloning saved ones")
     parser.add_argument(
@@ -74,6 +81,12 @@ def _size(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) <= 1 << 40):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of bytes between 0 and 2^40")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not (text.isascii() and text.isdigit() and int(text) <= settings.QUEUE_S):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of seconds up to {settings.QUEUE_S:.0f}")
+    return float(text)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -93,6 +106,7 @@ def _run(options: argparse.Namespace) -> int:
                 max_output_bytes=options.max_output_bytes,
                 cold=options.cold,
                 cache=not options.no_cache,
+                queue_s=options.queue_timeout,
                 progress=say if sys.stderr.isatty() else lambda _text: None,
                 cancel=cancel,
             )

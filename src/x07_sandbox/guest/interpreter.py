@@ -27,7 +27,7 @@ ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07"
 HOOK: Final = f"""
 import sys
 known, importers = set(sys.modules), set(sys.path_importer_cache)
-import ctypes, marshal, os
+import _signal, ctypes, marshal, os
 
 placeholder = {PLACEHOLDER!r}.encode("utf-32-le") + bytes(4)
 ctypes.pythonapi._Py_GetConfig.restype = ctypes.c_void_p
@@ -52,6 +52,8 @@ os.chdir(cwd)
 if not become:
     os.set_inheritable({TOLD_FD}, False)
     os.close(memory)
+    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them, and what it executes would too
+        _signal.signal(number, _signal.SIG_DFL)
     try:
         os.execve(argv[0], argv, env)
     except OSError as exc:

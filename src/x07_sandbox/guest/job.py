@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     Fail = Callable[[JobError], None]
 
 _READ: Final = 32 * 1024
+_WAITING_BYTES: Final = 32 << 20
 _FULL_BLOCKS: Final = 256  # of 4 KiB: a disk with less left counts as full
 
 
@@ -80,7 +81,8 @@ class Job:
 
     def _start(self) -> None:
         limits = self.limits
-        self.group.limit(mem_bytes=limits["mem_bytes"], tasks=limits["tasks"])
+        # What waits may be larger than a small limit: until it has become the program it may keep what it has.
+        self.group.limit(mem_bytes=max(limits["mem_bytes"], _WAITING_BYTES), tasks=limits["tasks"])
         self.cpu_before_us = self.group.cpu_us()
         self.started = True
         self.place.order(
@@ -168,6 +170,8 @@ class Job:
             self.report += data
             self.report = self.report.removeprefix(init.READY)  # of a place that nobody waited for
             if self.report.startswith(init.STARTED) and self.link.state is State.PREPARING:
+                if self.limits["mem_bytes"] < _WAITING_BYTES:
+                    self.group.limit(mem_bytes=self.limits["mem_bytes"], tasks=self.limits["tasks"])
                 self.link.send(Kind.STARTED, {})
                 self.report = self.report[1:]
             return

@@ -33,6 +33,7 @@ class RunRequest:
     stdin_fd: the program's input, lent; None for none. live_*: where output is streamed as it comes, or None.
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
     cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
+    queue_s: how long each machine may wait for others to end.
     progress: told of what takes seconds besides the run.
     """
 
@@ -47,6 +48,7 @@ class RunRequest:
     artifact: OutFile | None = None
     cold: bool = False
     cache: bool = True
+    queue_s: float = settings.QUEUE_S
     progress: Callable[[str], None] = lambda _text: None
     cancel: Cancel
 

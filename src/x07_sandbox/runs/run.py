@@ -15,6 +15,7 @@ from x07_sandbox.errors import BackendError, Cancelled, HostError, ImageError, R
 from x07_sandbox.host import settings
 from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.images.verify import open_image
+from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import create_record, new_run_id
 from x07_sandbox.plan.controls import GUEST_VARIABLES, Plan, make_plan
 from x07_sandbox.plan.outcomes import Outcome, Verdict, as_build, classify, verdict
@@ -249,15 +250,16 @@ class _Session:
             output=spec.output,
             cancel=request.cancel,
         )
-        job = self._job(spec, spec.name, ram_bytes, cold=request.cold)
-        with self.backend.start(job) as instance:
-            facts = self._converse(phase_request, instance)
-        if instance.cloned and facts.unanswered:
-            # It never got to hear of the program, so another machine may take its place.
-            self.backend.distrust(job.kind, f"a clone of it did not answer: {classify(facts.evidence).reason}")
-            job = self._job(spec, f"{spec.name}-cold", ram_bytes, cold=False)
+        with admitted(cancel_fd=request.cancel.fd, timeout_s=request.queue_s, progress=request.progress):
+            job = self._job(spec, spec.name, ram_bytes, cold=request.cold)
             with self.backend.start(job) as instance:
                 facts = self._converse(phase_request, instance)
+            if instance.cloned and facts.unanswered:
+                # It never got to hear of the program, so another machine may take its place.
+                self.backend.distrust(job.kind, f"a clone of it did not answer: {classify(facts.evidence).reason}")
+                job = self._job(spec, f"{spec.name}-cold", ram_bytes, cold=False)
+                with self.backend.start(job) as instance:
+                    facts = self._converse(phase_request, instance)
         delivered = drain((stdout, stderr), request.cancel)
         availability = self.so_far.availability
         emulated = availability is not None and availability.features.emulated

@@ -1,0 +1,1 @@
+"""How quick a run is, against physical floors and other tools, as ratios of one interleaved run."""

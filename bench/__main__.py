@@ -1,0 +1,106 @@
+"""Measure and print the table.
+
+    .venv/bin/python -m bench [--rounds 15] [--only TEXT] [--json FILE]
+
+All cases take turns, round after round, so that what else the machine does hits each of them alike. Needs root for
+podman; podman and runc come from apt. A few minutes at 15 rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench import peers, programs
+from bench.ours import X07, Command, Floor
+from x07_sandbox.images.store import find_image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RATIOS = (
+    ("clone ready / QEMU spawned and quit", "clone, to its answer", "QEMU, spawned and quit", 3.4, 2.2),
+    ("x07 run, cached C / podman", "x07 C, cached", "podman+runc, C", 2.5, 1.4),
+    ("x07 run, cached Python / podman", "x07 Python, cached", "podman+runc, Python", 3.0, 1.6),
+)
+
+
+def cases(work: Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], float]]:
+    """What is timed, by name."""
+    c, python = work / "prog.c", work / "prog.py"
+    c.write_text(programs.C)
+    python.write_text(programs.PYTHON)
+    found: dict[str, Callable[[], float]] = {}
+    for name, program in (("C", c), ("Python", python)):
+        subprocess.run([X07, "run", program], input=b"x\n", check=True, capture_output=True)  # builds, and keeps it
+        cold = Command(program=program, flags=("--cold", "--no-cache"), start="cold", built="build")
+        cloned = Command(program=program, flags=("--no-cache",), start="clone", built="build")
+        cached = Command(program=program, flags=(), start="clone", built="cache")
+        found |= {f"x07 {name}, cold": cold.seconds, f"x07 {name}, built": cloned.seconds}
+        found[f"x07 {name}, cached"] = cached.seconds
+    floor = Floor(stack)
+    found |= {"QEMU, spawned and quit": floor.quit_seconds, "clone, to its answer": floor.answer_seconds}
+    root = peers.unpacked_root(find_image(None).folder / "root.erofs", work)
+    subprocess.run(["gcc", "-O2", "-o", root / "prog/c", c], check=True)
+    shutil.copy(python, root / "prog/prog.py")
+    commands = {"C": ["/prog/c"], "Python": ["/usr/bin/python3", "/prog/prog.py"]}
+    engine = peers.podman(root, work)
+    if engine is not None:
+        stack.callback(peers.forget_podman, work)
+    for name, command in commands.items():
+        found[f"bwrap, {name}"] = peers.bwrap(root, command).seconds
+        if engine is not None:
+            found[f"podman+runc, {name}"] = peers.Peer(argv=(*engine, *command)).seconds
+    found["bare exec, C"] = peers.Peer(argv=(str(root / "prog/c"),)).seconds
+    found["bare exec, Python"] = peers.Peer(argv=("/usr/bin/python3", str(python))).seconds
+    return found
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="only cases whose name holds this text")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
+    options = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp", prefix="x07-bench-")))
+        found = {name: case for name, case in cases(work, stack).items() if options.only in name}
+        times: dict[str, list[float]] = {name: [] for name in found}
+        for turn in range(options.rounds + 1):
+            sys.stderr.write(f"\rround {turn} of {options.rounds} (0 only warms up)")
+            for name, case in found.items():
+                seconds = case()
+                if turn:
+                    times[name].append(seconds)
+        sys.stderr.write("\n")
+    show(times)
+    if options.json is not None:
+        options.json.write_text(json.dumps(times, indent=1))
+
+
+def show(times: dict[str, list[float]]) -> None:
+    """The table, the ratios, and what was left out."""
+    print(f"{'':28} {'median':>9} {'least':>9} {'most':>9}   ms, {os.cpu_count()} cores")
+    medians = {name: statistics.median(values) for name, values in times.items() if values}
+    for name, median in medians.items():
+        print(f"{name:28} {median * 1000:9.1f} {min(times[name]) * 1000:9.1f} {max(times[name]) * 1000:9.1f}")
+    for title, over, under, bar, goal in RATIOS:
+        if over in medians and under in medians:
+            print(f"{title:42} {medians[over] / medians[under]:6.2f}   bar {bar}, goal {goal}")
+    for tool in ("podman", "runc", "docker", "runsc"):
+        if not shutil.which(tool):
+            print(f"not here: {tool}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Other tools running the same programs: what is not there is left out and named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import programs
+
+PODMAN_ENV = {"PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A command line that runs the program with its input on standard input."""
+
+    argv: tuple[str, ...]
+
+    def seconds(self) -> float:
+        """One run. Raises SystemExit if its output is not the program's."""
+        nonce = os.urandom(8).hex()
+        begun = time.monotonic()
+        done = subprocess.run(
+            self.argv, input=f"{nonce}\n".encode(), capture_output=True, check=False, env=os.environ | PODMAN_ENV
+        )
+        seconds = time.monotonic() - begun
+        if done.stdout != programs.expected(nonce):
+            raise SystemExit(f"{self.argv[0]} does not run the program: {done.stderr.decode()[-500:]}")
+        return seconds
+
+
+def unpacked_root(image_root: Path, work: Path) -> Path:
+    """The guest image's own root file system as a folder, so that all run the same libc and the same Python."""
+    root = work / "root"
+    subprocess.run(["fsck.erofs", f"--extract={root}", str(image_root)], check=True, capture_output=True)
+    (root / "prog").mkdir()
+    return root
+
+
+def bwrap(root: Path, command: list[str]) -> Peer:
+    """Bubblewrap with all namespaces, as its manual page begins."""
+    argv = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--ro-bind", str(root), "/"]
+    return Peer(argv=(*argv, "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--clearenv", *command))
+
+
+def podman(root: Path, work: Path) -> list[str] | None:
+    """The start of a podman command line with runc and a store of its own, its image made; None where it is missing."""
+    if not (shutil.which("podman") and shutil.which("runc")):
+        return None
+    store = ["podman", "--root", str(work / "store"), "--runroot", str(work / "run"), "--storage-driver", "overlay"]
+    store += ["--runtime", "runc"]
+    tar = work / "root.tar"
+    subprocess.run(["tar", "-C", str(root), "--numeric-owner", "-cf", str(tar), "."], check=True)
+    imported = [*store, "import", str(tar), "localhost/bench:1"]
+    subprocess.run(imported, check=True, capture_output=True, env=os.environ | PODMAN_ENV)
+    tar.unlink()
+    return [
+        *store,
+        "run",
+        "--rm",
+        "-i",
+        "--pull",
+        "never",
+        "--network",
+        "none",
+        "--log-driver",
+        "none",
+        "localhost/bench:1",
+    ]
+
+
+def forget_podman(work: Path) -> None:
+    """Undo the mount that podman leaves on its store (engines.md 1.1)."""
+    subprocess.run(["umount", str(work / "store/overlay")], check=False, capture_output=True)

@@ -1,0 +1,16 @@
+"""The programs that are timed: each repeats a nonce from its input, so that no output can be a kept one."""
+
+from __future__ import annotations
+
+from typing import Final
+
+C: Final = """\
+#include <stdio.h>
+int main(void) { char line[128]; return !fgets(line, sizeof line, stdin) || printf("got %s", line) < 0; }
+"""
+PYTHON: Final = 'print("got", input())\n'
+
+
+def expected(nonce: str) -> bytes:
+    """What either prints for the input line *nonce*."""
+    return f"got {nonce}\n".encode()

@@ -1,0 +1,144 @@
+"""How many machines run at once, over all processes of the user: the rest wait in a queue, first come first served.
+
+cache/slots/<n>     one file a machine that may run; whoever has it locked (flock(2)) runs one
+cache/slots/turn    locked by the first of the queue while it waits for a slot
+
+Locks, so that whatever becomes of a process its slot is free with it. The kernel serves those who wait for one lock in
+order, so the queue needs no numbers; only its first looks at the slots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.errors import Cancelled, RefusedError, UsageError
+from x07_sandbox.host import settings
+from x07_sandbox.host.paths import cache_dir, private_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+_VARIABLE: Final = "X07_VM_MAX_RUNNING"
+_MOST: Final = 4096
+_MEMORY_EACH: Final = 2 * settings.GIB  # of RAM, of which an ordinary machine uses a small part
+_LOOK_AGAIN_S: Final = 0.003
+_SAY_AFTER_S: Final = 1.0
+
+
+def max_running() -> int:
+    """How many machines may run at once: X07_VM_MAX_RUNNING, else what cores and memory hold. Raises UsageError."""
+    text = os.environ.get(_VARIABLE, "").strip()
+    if text:
+        if text.isascii() and text.isdigit() and 1 <= int(text) <= _MOST:
+            return int(text)
+        raise UsageError(f"cannot use {_VARIABLE}", f"{text!r} is no number from 1 to {_MOST}", "Set one, or unset it")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), memory * 3 // 4 // _MEMORY_EACH))
+
+
+@contextlib.contextmanager
+def admitted(
+    *, cancel_fd: int, timeout_s: float, progress: Callable[[str], None] = lambda _text: None
+) -> Iterator[float]:
+    """Around a machine that runs; the seconds that it waited. cancel_fd: ends the wait when it becomes readable.
+
+    Raises RefusedError after timeout_s, Cancelled, UsageError.
+    """
+    begun = time.monotonic()
+    place = _Place(private_dir(private_dir(cache_dir()) / "slots"), max_running())
+    try:
+        if not place.take_now():
+            place.wait(cancel_fd, timeout_s, progress)
+        yield time.monotonic() - begun
+    finally:
+        place.leave()
+
+
+class _Place:
+    """A place in the queue, then a slot."""
+
+    def __init__(self, folder: Path, slots: int) -> None:
+        self._folder = folder
+        self._slots = slots
+        self._fd: int | None = None
+        self._left = False
+        self._lock = threading.Lock()
+
+    def take_now(self) -> bool:
+        """A slot without waiting, if nobody waits and one is free."""
+        turn = self._open("turn")
+        try:
+            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return self._take()
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(turn)
+
+    def wait(self, cancel_fd: int, timeout_s: float, progress: Callable[[str], None]) -> None:
+        """Queue until there is a slot. The lock is waited for by a thread: nothing else could end that wait."""
+        done = os.eventfd(0, os.EFD_CLOEXEC)
+        thread = threading.Thread(target=self._queue, args=(done,), name="x07-queue", daemon=True)
+        thread.start()
+        poll = select.poll()
+        for fd in (done, cancel_fd):
+            poll.register(fd, select.POLLIN)
+        ready = poll.poll(min(timeout_s, _SAY_AFTER_S) * 1000)
+        if not ready:
+            progress(f"waiting: {self._slots} machines run, as many as {_VARIABLE} or cores and memory allow")
+            ready = poll.poll(max(0.0, timeout_s - _SAY_AFTER_S) * 1000)
+        with self._lock:
+            self._left = self._fd is None
+        if not self._left:
+            thread.join()
+            os.close(done)
+            return
+        if ready:
+            raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
+        raise RefusedError(
+            "no machine was free in time",
+            f"{self._slots} run, and {timeout_s:.0f} s of waiting are over",
+            f"Set a longer --queue-timeout, or a larger {_VARIABLE}",
+        )
+
+    def leave(self) -> None:
+        """Give the slot back."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _queue(self, done: int) -> None:
+        turn = self._open("turn")
+        try:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            while not self._left:
+                with self._lock:
+                    if not self._left and self._take():
+                        os.eventfd_write(done, 1)
+                        return
+                time.sleep(_LOOK_AGAIN_S)  # no event tells of several locks at once; one waiter looks, the others sleep
+            os.close(done)
+        finally:
+            os.close(turn)
+
+    def _take(self) -> bool:
+        for number in range(self._slots):
+            fd = self._open(str(number))
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+            else:
+                self._fd = fd
+                return True
+        return False
+
+    def _open(self, name: str) -> int:
+        return os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -1,0 +1,142 @@
+"""Admission: how many run at once, who waits, and that nothing keeps a slot."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from x07_sandbox.errors import Cancelled, RefusedError, UsageError
+from x07_sandbox.jobs.admission import admitted, max_running
+
+
+@pytest.fixture(autouse=True)
+def one_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue of the test's own, in front of one slot."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
+
+
+@pytest.fixture
+def never() -> Iterator[int]:
+    """A request to cancel that never comes."""
+    fd = os.eventfd(0)
+    yield fd
+    os.close(fd)
+
+
+HOLDER = """
+import os, sys, time
+from x07_sandbox.jobs.admission import admitted
+never = os.eventfd(0)
+print("queued", flush=True)
+with admitted(cancel_fd=never, timeout_s=60):
+    print(sys.argv[1], flush=True)
+    sys.stdin.read(1)
+"""
+
+
+class Holder:
+    """Another process that waits for a slot and keeps it until it is told or killed."""
+
+    def __init__(self, name: str) -> None:
+        argv = [sys.executable, "-c", HOLDER, name]
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdin is not None
+        self.out, self.into = self.process.stdout, self.process.stdin
+        assert self.out.readline() == "queued\n"
+
+    def has_it(self) -> str:
+        """Wait until it has a slot; its name."""
+        return self.out.readline().strip()
+
+    def end(self) -> None:
+        """Let it go."""
+        self.process.kill()
+        self.process.wait()
+        self.out.close()
+        self.into.close()
+
+
+def test_a_free_slot_is_taken_at_once(never: int) -> None:
+    """With a free slot nobody waits, and it is free again afterwards."""
+    for _ in range(3):
+        with admitted(cancel_fd=never, timeout_s=0.1) as waited:
+            assert waited < 0.1
+
+
+def test_a_killed_process_keeps_no_slot(never: int) -> None:
+    """While another process has the only slot the wait ends at its time; killed, that process has none."""
+    holder = Holder("first")
+    try:
+        assert holder.has_it() == "first"
+        with pytest.raises(RefusedError, match="no machine was free in time"), admitted(cancel_fd=never, timeout_s=0.2):
+            pass
+        holder.process.send_signal(signal.SIGKILL)
+        with admitted(cancel_fd=never, timeout_s=10):
+            pass
+    finally:
+        holder.end()
+
+
+def test_a_request_to_cancel_ends_the_wait(never: int) -> None:
+    """Who waits can be cancelled, and then stands in nobody's way."""
+    with admitted(cancel_fd=never, timeout_s=1):
+        cancel = os.eventfd(1)
+        try:
+            with pytest.raises(Cancelled), admitted(cancel_fd=cancel, timeout_s=60):
+                pass
+        finally:
+            os.close(cancel)
+    with admitted(cancel_fd=never, timeout_s=5):
+        pass
+
+
+def test_first_come_first_served(never: int) -> None:
+    """Processes get a free slot in the order in which they came, and newcomers do not overtake them."""
+    holders: list[Holder] = []
+    try:
+        with admitted(cancel_fd=never, timeout_s=1):
+            for number in range(4):
+                holders.append(Holder(str(number)))
+                time.sleep(0.3)  # until it waits for the lock: no event tells of that
+        for number, holder in enumerate(holders):
+            assert holder.has_it() == str(number)
+            holder.into.write("x")
+            holder.into.flush()
+    finally:
+        for holder in holders:
+            holder.end()
+
+
+def test_as_many_run_as_there_are_slots(never: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable is the number of those that run at once."""
+    monkeypatch.setenv("X07_VM_MAX_RUNNING", "3")
+    inside = [admitted(cancel_fd=never, timeout_s=0.2) for _ in range(4)]
+    for one in inside[:3]:
+        one.__enter__()
+    with pytest.raises(RefusedError):
+        inside[3].__enter__()
+    for one in inside[:3]:
+        one.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "99999"])
+def test_a_wrong_number_is_an_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """A value that is no number of machines is refused, naming the variable."""
+    monkeypatch.setenv("X07_VM_MAX_RUNNING", value)
+    with pytest.raises(UsageError, match="X07_VM_MAX_RUNNING"):
+        max_running()
+
+
+def test_without_the_variable_cores_and_memory_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least one, and no more than there are processors for us."""
+    monkeypatch.delenv("X07_VM_MAX_RUNNING")
+    assert 1 <= max_running() <= len(os.sched_getaffinity(0))
