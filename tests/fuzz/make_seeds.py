@@ -25,6 +25,15 @@ AS_GUEST: Final = b"\x80"
 AS_GUEST_CUT: Final = b"\x82\x08\x1f"
 
 
+WARM: Final[dict[str, object]] = {
+    "interpreter": False,
+    "hostname": "x07",
+    "output": True,
+    "limits": {"fds": 256},
+    "commands": [["/bin/true"]],
+}
+
+
 def control(kind: Kind, body: dict[str, object] | None = None) -> bytes:
     """A control frame."""
     return encode(kind, 0, encode_body(body or {}))
@@ -44,7 +53,7 @@ def channel_seeds() -> dict[str, bytes]:
     files = encode(Kind.DATA, Stream.FIRST_FILE, b"#!/bin/sh\n") + encode(Kind.EOF, Stream.FIRST_FILE)
     return {
         "HELLO": AS_HOST + greeted,
-        "WARM": AS_GUEST + control(Kind.WARM, {"interpreter": False, "commands": [["/bin/true"]]}) + seeded,
+        "WARM": AS_GUEST + control(Kind.WARM, WARM) + seeded,
         "WARMED": AS_HOST + greeted + control(Kind.WARMED),
         "SEED": AS_GUEST + seeded,
         "SEEDED": AS_HOST_CUT + ready,

@@ -38,6 +38,9 @@ FRAME_MEANING: Final = {
 FIELD_MEANING: Final = {
     "HELLO.protocol": "Number of the protocol that the agent speaks.",
     "WARM.interpreter": "Whether the process that will become the program is a started Python.",
+    "WARM.hostname": "That of SEED, most likely: what is the same need not be done again.",
+    "WARM.output": "Whether START will likely ask for a file.",
+    "WARM.limits": "Those of START, most likely.",
     "WARM.commands": "List of lists of texts: programs of the image to be run once, so that the kernel has read them.",
     "SEED.unix_ns": "What the clock is set to, in nanoseconds since 1970.",
     "SEED.entropy": "64 random bytes in hexadecimal, for the kernel's random pool.",

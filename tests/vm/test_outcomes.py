@@ -440,7 +440,7 @@ def test_the_command_streams_and_ends_as_the_program(state: Path, tmp_path: Path
 
 def test_a_result_as_json_is_one_object(state: Path) -> None:
     """`x07 run --json` prints exactly one JSON object, with outcome and both phases, and ends with the same code."""
-    with command(["run", "--json", str(BEHAVE), "--", "exit", "9"], stdin=subprocess.DEVNULL) as child:
+    with command(["run", "--no-cache", "--json", str(BEHAVE), "--", "exit", "9"], stdin=subprocess.DEVNULL) as child:
         out, err = child.communicate(timeout=60)
     told = json.loads(out)
     assert (child.returncode, err) == (9, b""), told["reason"]

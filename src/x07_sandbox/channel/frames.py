@@ -90,7 +90,13 @@ _TEXT = Shape("text", hi=2000)
 
 BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.HELLO: {"protocol": Shape("int", 1, 2**31)},
-    Kind.WARM: {"interpreter": Shape("bool"), "commands": Shape("any")},
+    Kind.WARM: {
+        "interpreter": Shape("bool"),
+        "hostname": Shape("text", lo=1, hi=64),
+        "output": Shape("bool"),
+        "limits": Shape("any"),
+        "commands": Shape("any"),
+    },
     Kind.WARMED: {},
     Kind.SEED: {
         "unix_ns": _COUNT,

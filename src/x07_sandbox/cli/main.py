@@ -102,7 +102,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
-    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog="x07")  # else argparse lays out a usage line
     for verb in words[:1] if words and words[0] in _VERBS else _VERBS:
         import_module(f"x07_sandbox.cli.{verb}").add_parser(verbs, help=_VERBS[verb])
     return parser

@@ -18,7 +18,7 @@ from x07_sandbox.channel.frames import PROTOCOL, Kind, Role
 from x07_sandbox.channel.link import NEXT, Control, Event, State
 from x07_sandbox.guest import system
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.job import Job
+from x07_sandbox.guest.job import WAITING_BYTES, Job, orders
 from x07_sandbox.guest.place import Place
 
 PORT: Final = "x07.0"
@@ -117,10 +117,15 @@ class Agent:
     def _warm(self, body: dict[str, Any]) -> None:
         """Do beforehand what every job needs; the machine is saved after the answer.
 
+        limits, hostname, output: as they will likely be in START and SEED.
         commands: programs of the image, run as root while there is nothing hostile, so that the kernel has read them.
         """
-        self.place = Place(interpreter=body["interpreter"])
+        limits = body["limits"]
+        hostname, writable = body["hostname"], body["output"]
+        usual = orders(limits, hostname=hostname, out_writable=writable, argv=[], env={}, cwd="/")
+        self.place = Place(interpreter=body["interpreter"], usual=usual)
         self.place.wait_ready()
+        self.place.group.limit(mem_bytes=max(limits["mem_bytes"], WAITING_BYTES), tasks=limits["tasks"])
         for argv in body["commands"]:
             _run_quietly(argv)
         os.sync()  # the scratch disk is saved as the host sees it

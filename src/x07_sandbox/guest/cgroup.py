@@ -16,6 +16,7 @@ class ProgramGroup:
     """One cgroup v2 group that holds the program and its children, and neither our init nor the agent."""
 
     def __init__(self) -> None:
+        self._limits = (0, 0)
         _write(f"{_ROOT}/cgroup.subtree_control", "+memory +pids +cpu")
         os.mkdir(_GROUP)
         with contextlib.suppress(FileNotFoundError):  # only there in kernels with swap accounting
@@ -25,7 +26,10 @@ class ProgramGroup:
         _write(f"{_GROUP}/cpu.weight", "20")  # agent and init must get their turn beside a busy program
 
     def limit(self, *, mem_bytes: int, tasks: int) -> None:
-        """Set the job's limits, before its program starts."""
+        """Set the job's limits, if they are others than before."""
+        if self._limits == (mem_bytes, tasks):
+            return
+        self._limits = (mem_bytes, tasks)
         _write(f"{_GROUP}/memory.max", str(mem_bytes))
         _write(f"{_GROUP}/pids.max", str(tasks))
 

@@ -24,6 +24,7 @@ T = TypeVar("T")
 PROGRAM_PID: Final = 2  # in the namespace of which our init is the first process
 UID: Final = 65532  # fixed, in the image's passwd; holds nothing in the guest
 ROOT: Final = "/run/x07/root"
+MACHINE_ID: Final = "/run/x07/machine-id"
 SCRATCH: Final = "/run/x07/scratch"
 CWD: Final = "/opt/x07"
 
@@ -53,7 +54,6 @@ class Orders:
     env: dict[str, str]
     cwd: str
     hostname: str
-    machine_id: str
     tmp_bytes: int
     out_writable: bool
     fds: int
@@ -81,11 +81,12 @@ class StepError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[T]):
-    """One measure: what it is called in reports, what it needs, and the doing."""
+    """One measure: what it is called in reports, what it needs, the doing, and which fields of the orders decide it."""
 
     name: str
     needs: str
     apply: Callable[[T], None]
+    fields: tuple[str, ...] = ()
 
 
 def _namespaces(world: World) -> None:
@@ -135,9 +136,7 @@ def _temporary(world: World) -> None:
         os.mkdir(f"{ROOT}{interpreter.FOLDER}")
         with open(f"{ROOT}{interpreter.FOLDER}/sitecustomize.py", "x", encoding="ascii") as file:
             file.write(interpreter.HOOK)
-    with open(f"{ROOT}/run/machine-id", "x", encoding="ascii"):
-        pass  # filled when the job is known
-    system.bind(f"{ROOT}/run/machine-id", f"{ROOT}/etc/machine-id", system.MS_RDONLY)
+    system.bind(MACHINE_ID, f"{ROOT}/etc/machine-id", system.MS_RDONLY)
     system.mount("", f"{ROOT}/run", "", system.MS_REMOUNT | system.MS_BIND | read_only)
     system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", read_only, "mode=0755,size=4k")
 
@@ -170,16 +169,17 @@ WORLD: Final[tuple[Step[World], ...]] = (
 )
 
 
-def _names(orders: Orders) -> None:
-    socket.sethostname(orders.hostname)
+def forget_interpreter() -> None:
+    """Remove what the waiting interpreter has read of ours from the program's view."""
     flags = system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV
     system.mount("", "/run", "", flags)
-    with open("/run/machine-id", "w", encoding="ascii") as file:
-        file.write(orders.machine_id + "\n")
-    if os.path.isdir(interpreter.FOLDER):
-        os.unlink(f"{interpreter.FOLDER}/sitecustomize.py")
-        os.rmdir(interpreter.FOLDER)
+    os.unlink(f"{interpreter.FOLDER}/sitecustomize.py")
+    os.rmdir(interpreter.FOLDER)
     system.mount("", "/run", "", flags | system.MS_RDONLY)
+
+
+def _hostname(orders: Orders) -> None:
+    socket.sethostname(orders.hostname)
 
 
 def _sizes(orders: Orders) -> None:
@@ -190,8 +190,8 @@ def _sizes(orders: Orders) -> None:
 
 
 def _output(orders: Orders) -> None:
-    if orders.out_writable:
-        system.mount("", "/x07/out", "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV)
+    flags = system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV
+    system.mount("", "/x07/out", "", flags if orders.out_writable else flags | system.MS_RDONLY)
 
 
 def _resource_limits(orders: Orders) -> None:
@@ -211,10 +211,10 @@ def _resource_limits(orders: Orders) -> None:
 
 
 JOB: Final[tuple[Step[Orders], ...]] = (
-    Step("names", "CAP_SYS_ADMIN", _names),
-    Step("sizes", "CAP_SYS_ADMIN", _sizes),
-    Step("output folder", "CAP_SYS_ADMIN", _output),
-    Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits),
+    Step("host name", "CAP_SYS_ADMIN", _hostname, ("hostname",)),
+    Step("sizes", "CAP_SYS_ADMIN", _sizes, ("tmp_bytes",)),
+    Step("output folder", "CAP_SYS_ADMIN", _output, ("out_writable",)),
+    Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits, ("fds", "cpu_s", "core_bytes")),
 )
 
 
@@ -259,9 +259,14 @@ RIGHTS: Final[tuple[Step[World], ...]] = (
 )
 
 
-def apply(steps: tuple[Step[T], ...], what: T) -> None:
-    """Do the steps in order. Raises StepError at the first that fails."""
+def apply(steps: tuple[Step[T], ...], what: T, before: T | None = None) -> None:
+    """Do the steps in order. Raises StepError at the first that fails.
+
+    before: what they were done with before; what would be the same again is not done again.
+    """
     for step in steps:
+        if before is not None and all(getattr(before, name) == getattr(what, name) for name in step.fields):
+            continue
         try:
             step.apply(what)
         except (OSError, ValueError) as exc:

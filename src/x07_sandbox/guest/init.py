@@ -25,13 +25,18 @@ FAILED = b"F"  # then JSON to the end of the pipe
 _STATUS = struct.Struct(">I")
 
 
-def run_init(world: confine.World, fds: tuple[int, int, int], orders_fd: int, report_fd: int) -> NoReturn:
-    """Be the init of a program whose orders come later; fds become its standard streams. Never returns."""
+def run_init(
+    world: confine.World, usual: confine.Orders | None, fds: tuple[int, int, int], orders_fd: int, report_fd: int
+) -> NoReturn:
+    """Be the init of a program whose orders come later; fds become its standard streams. Never returns.
+
+    usual: orders that are likely; what they say is done beforehand.
+    """
     try:
         os.setsid()
         _only_descriptors(*fds, orders_fd, report_fd, world.netns_fd, world.procs_fd)
         confine.apply(confine.WORLD, world)
-        status = _supervise(world, fds, orders_fd, report_fd)
+        status = _supervise(world, usual, fds, orders_fd, report_fd)
         os.write(report_fd, EXITED + _STATUS.pack(status))
     except confine.StepError as exc:
         _report_failure(report_fd, exc.stage, exc.errno, str(exc.args[2]))
@@ -42,7 +47,9 @@ def run_init(world: confine.World, fds: tuple[int, int, int], orders_fd: int, re
         os._exit(0)
 
 
-def _supervise(world: confine.World, fds: tuple[int, int, int], orders_fd: int, report_fd: int) -> int:
+def _supervise(
+    world: confine.World, usual: confine.Orders | None, fds: tuple[int, int, int], orders_fd: int, report_fd: int
+) -> int:
     """Start the program and return its wait status. Raises StepError if it could not become the program."""
     told_r, told_w = os.pipe2(os.O_CLOEXEC)
     start_r, start_w = os.pipe2(os.O_CLOEXEC)
@@ -55,10 +62,14 @@ def _supervise(world: confine.World, fds: tuple[int, int, int], orders_fd: int, 
         os.close(fd)
     told = os.read(told_r, 1)
     if told == READY:
+        if usual is not None:
+            confine.apply(confine.JOB, usual)
+        if world.interpreter:
+            confine.forget_interpreter()
         os.write(report_fd, READY)
         data = _read_all(orders_fd)
         orders = confine.Orders(**json.loads(data))
-        confine.apply(confine.JOB, orders)
+        confine.apply(confine.JOB, orders, usual)
         become = world.interpreter and interpreter.can_become(orders.argv, orders.env)
         with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
             _write_all(start_w, marshal.dumps((become, orders.argv, orders.env, orders.cwd)))

@@ -25,8 +25,25 @@ if TYPE_CHECKING:
     Fail = Callable[[JobError], None]
 
 _READ: Final = 32 * 1024
-_WAITING_BYTES: Final = 32 << 20
+WAITING_BYTES: Final = 32 << 20
 _FULL_BLOCKS: Final = 256  # of 4 KiB: a disk with less left counts as full
+
+
+def orders(
+    limits: dict[str, int], *, hostname: str, out_writable: bool, argv: list[str], env: dict[str, str], cwd: str
+) -> confine.Orders:
+    """What init is told of a job with these limits."""
+    return confine.Orders(
+        argv=argv,
+        env=env,
+        cwd=cwd,
+        hostname=hostname,
+        tmp_bytes=limits["tmp_bytes"],
+        out_writable=out_writable,
+        fds=limits["fds"],
+        cpu_s=limits["cpu_ms"] // 1000 + 5,
+        core_bytes=limits["core_bytes"],
+    )
 
 
 class Job:
@@ -82,21 +99,18 @@ class Job:
     def _start(self) -> None:
         limits = self.limits
         # What waits may be larger than a small limit: until it has become the program it may keep what it has.
-        self.group.limit(mem_bytes=max(limits["mem_bytes"], _WAITING_BYTES), tasks=limits["tasks"])
+        self.group.limit(mem_bytes=max(limits["mem_bytes"], WAITING_BYTES), tasks=limits["tasks"])
         self.cpu_before_us = self.group.cpu_us()
         self.started = True
+        self.place.name(self.seed["machine_id"])
         self.place.order(
-            confine.Orders(
+            orders(
+                limits,
+                hostname=self.seed["hostname"],
+                out_writable=self.output is not None,
                 argv=self.argv,
                 env=self.env,
                 cwd=self.cwd,
-                hostname=self.seed["hostname"],
-                machine_id=self.seed["machine_id"],
-                tmp_bytes=limits["tmp_bytes"],
-                out_writable=self.output is not None,
-                fds=limits["fds"],
-                cpu_s=limits["cpu_ms"] // 1000 + 5,
-                core_bytes=limits["core_bytes"],
             )
         )
         self.report_fd = self.place.report_fd
@@ -170,7 +184,7 @@ class Job:
             self.report += data
             self.report = self.report.removeprefix(init.READY)  # of a place that nobody waited for
             if self.report.startswith(init.STARTED) and self.link.state is State.PREPARING:
-                if self.limits["mem_bytes"] < _WAITING_BYTES:
+                if self.limits["mem_bytes"] < WAITING_BYTES:
                     self.group.limit(mem_bytes=self.limits["mem_bytes"], tasks=self.limits["tasks"])
                 self.link.send(Kind.STARTED, {})
                 self.report = self.report[1:]

@@ -20,12 +20,15 @@ SCRATCH_SERIAL: Final = "x07scratch"
 class Place:
     """One prepared place; descriptors are the agent's ends, all close-on-exec.
 
+    usual: orders that are likely.
     interpreter: whether the process that waits is a started Python, as `x07_sandbox.guest.interpreter` has it.
     stdin_fd, stdout_fd, stderr_fd: the program's standard streams. report_fd: what init says, to its end.
     """
 
-    def __init__(self, *, interpreter: bool = False) -> None:
+    def __init__(self, *, interpreter: bool = False, usual: confine.Orders | None = None) -> None:
         _mount_scratch()
+        with open(confine.MACHINE_ID, "x", encoding="ascii"):
+            pass  # filled when it is known
         self.group = ProgramGroup()
         self.report = b""
         stdin_r, self.stdin_fd = os.pipe2(os.O_CLOEXEC)
@@ -36,7 +39,7 @@ class Place:
         world = confine.World(netns_fd=_network_namespace(), procs_fd=self.group.open_procs(), interpreter=interpreter)
         os.unshare(os.CLONE_NEWPID)  # for the next child only: it becomes PID 1 of the program's namespace
         if os.fork() == 0:
-            init.run_init(world, (stdin_r, stdout_w, stderr_w), orders_r, report_w)
+            init.run_init(world, usual, (stdin_r, stdout_w, stderr_w), orders_r, report_w)
         for fd in (stdin_r, stdout_w, stderr_w, report_w, orders_r, world.netns_fd, world.procs_fd):
             os.close(fd)
 
@@ -48,6 +51,11 @@ class Place:
         while chunk := os.read(self.report_fd, 8192):
             data += chunk
         raise failure(data)
+
+    def name(self, machine_id: str) -> None:
+        """Fill in /etc/machine-id."""
+        with open(confine.MACHINE_ID, "w", encoding="ascii") as file:
+            file.write(machine_id + "\n")
 
     def order(self, orders: confine.Orders) -> None:
         """Let the program start; what follows is told by reports."""

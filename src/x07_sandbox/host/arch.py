@@ -5,7 +5,7 @@ Only x86_64 has been run; the aarch64 row holds what its packages are called and
 
 from __future__ import annotations
 
-import platform
+import os
 from dataclasses import dataclass
 
 from x07_sandbox.errors import HostError
@@ -100,7 +100,7 @@ ARCHES: dict[str, Arch] = {
 
 def host_arch() -> Arch:
     """The row of this machine. Raises HostError where there is none."""
-    name = platform.machine()
+    name = os.uname().machine
     try:
         return ARCHES[name]
     except KeyError:

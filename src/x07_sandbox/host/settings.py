@@ -35,6 +35,7 @@ BUILD_FDS: Final = 1024
 TEMPLATES_MAX_BYTES: Final = 4 * GIB  # of all VM templates together, as the disk counts them
 ARTIFACTS_MAX_BYTES: Final = GIB
 SCRATCH_BYTES: Final = 8 * GIB
+GUEST_HOSTNAME: Final = "x07"
 TMP_SHARE: Final = 4  # /tmp may hold a quarter of the memory limit
 
 

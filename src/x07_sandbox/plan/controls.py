@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.rows import TABLE, Asked, State
-from x07_sandbox.plan.sizes import ram_class_bytes
+from x07_sandbox.plan.sizes import guest_limits, ram_class_bytes
 from x07_sandbox.policy.environment import VARIABLES, program_environment
 from x07_sandbox.policy.model import leaf_values
 
@@ -69,6 +69,16 @@ class RunLimits:
     core_dumps: bool
     ram_bytes: int
 
+    def for_guest(self) -> dict[str, int]:
+        """What START carries as `limits`. procs counts tasks beyond the program's first thread (DESIGN 10)."""
+        return guest_limits(
+            mem_bytes=self.mem_bytes,
+            tasks=self.procs + 1,
+            cpu_ms=self.cpu_ms,
+            fds=self.fds,
+            core_dumps=self.core_dumps,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -93,19 +103,24 @@ def make_plan(policy: Policy, features: Features, *, guest_variables: frozenset[
     """
     asked = Asked(values=leaf_values(policy), holds=features.can_hold, given=guest_variables)
     controls = _controls(asked)
-    limits = policy.limits
     return Plan(
         controls=controls,
         refusals=(*_refusals(controls, asked), *_too_long(policy)),
-        limits=RunLimits(
-            wall_ms=limits.wall_ms,
-            cpu_ms=limits.cpu_ms,
-            mem_bytes=limits.mem_bytes,
-            fds=limits.fds,
-            procs=limits.procs,
-            core_dumps=limits.core_dumps,
-            ram_bytes=ram_class_bytes(limits.mem_bytes),
-        ),
+        limits=run_limits(policy),
+    )
+
+
+def run_limits(policy: Policy) -> RunLimits:
+    """What *policy* holds a run to."""
+    limits = policy.limits
+    return RunLimits(
+        wall_ms=limits.wall_ms,
+        cpu_ms=limits.cpu_ms,
+        mem_bytes=limits.mem_bytes,
+        fds=limits.fds,
+        procs=limits.procs,
+        core_dumps=limits.core_dumps,
+        ram_bytes=ram_class_bytes(limits.mem_bytes),
     )
 
 

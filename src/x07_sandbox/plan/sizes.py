@@ -16,12 +16,37 @@ from __future__ import annotations
 
 from typing import Final
 
+from x07_sandbox.host import settings
+
 _MIB: Final = 1 << 20
 _GIB: Final = 1 << 30
 
 RAM_CLASSES: Final = (512 * _MIB, 2 * _GIB, 8 * _GIB, 17 * _GIB)
 FIXED_OVERHEAD_BYTES: Final = 160 * _MIB
 OVERHEAD_DIVISOR: Final = 32
+
+
+def guest_limits(*, mem_bytes: int, tasks: int, cpu_ms: int, fds: int, core_dumps: bool) -> dict[str, int]:
+    """The agent's share of a plan: what START carries as `limits`."""
+    return {
+        "mem_bytes": mem_bytes,
+        "tasks": tasks,
+        "cpu_ms": cpu_ms,
+        "fds": fds,
+        "core_bytes": settings.SCRATCH_BYTES if core_dumps else 0,
+        "tmp_bytes": max(65536, mem_bytes // settings.TMP_SHARE),
+    }
+
+
+def build_limits() -> dict[str, int]:
+    """Those of every build."""
+    return guest_limits(
+        mem_bytes=settings.BUILD_MEM_BYTES,
+        tasks=settings.BUILD_TASKS,
+        cpu_ms=settings.BUILD_CPU_MS,
+        fds=settings.BUILD_FDS,
+        core_dumps=False,
+    )
 
 
 def ram_class_bytes(mem_bytes: int) -> int:

@@ -230,7 +230,7 @@ class Phase:
             "unix_ns": unix_ns(),
             "entropy": os.urandom(64).hex(),
             "nonce": self.nonce,
-            "hostname": "x07",
+            "hostname": settings.GUEST_HOSTNAME,
             "machine_id": os.urandom(16).hex(),
         }
         self.link.send(Kind.SEED, seed)

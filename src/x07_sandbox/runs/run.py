@@ -19,7 +19,7 @@ from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import create_record, new_run_id
 from x07_sandbox.plan.controls import GUEST_VARIABLES, Plan, make_plan
 from x07_sandbox.plan.outcomes import Outcome, Verdict, as_build, classify, verdict
-from x07_sandbox.plan.sizes import ram_class_bytes
+from x07_sandbox.plan.sizes import build_limits, ram_class_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
 from x07_sandbox.programs.toolchains import (
@@ -157,16 +157,10 @@ class _Session:
     def build(self, toolchain: Toolchain, source: InFile, artifact: OutFile) -> Verdict | None:
         """Build in a machine of its own; None if there is an artifact, else how that ended."""
         name = Path(source.path).name
-        limits = {
-            "mem_bytes": settings.BUILD_MEM_BYTES,
-            "tasks": settings.BUILD_TASKS,
-            "cpu_ms": settings.BUILD_CPU_MS,
-            "fds": settings.BUILD_FDS,
-            "core_bytes": 0,
-            "tmp_bytes": settings.BUILD_MEM_BYTES // settings.TMP_SHARE,
-        }
         argv = toolchain.build(source.path, name)
-        spec = _PhaseSpec("build", argv, (source,), limits, settings.BUILD_WALL_MS, dict(_ENVIRONMENT), output=artifact)
+        spec = _PhaseSpec(
+            "build", argv, (source,), build_limits(), settings.BUILD_WALL_MS, dict(_ENVIRONMENT), output=artifact
+        )
         ending, facts = self._phase(spec)
         ending = as_build(ending)
         report = self.so_far.phases["build"]
@@ -189,14 +183,6 @@ class _Session:
     ) -> Verdict:
         """Run the artifact in a fresh machine."""
         name = source_name(str(self.request.program))
-        limits = {
-            "mem_bytes": plan.mem_bytes,
-            "tasks": plan.procs + 1,
-            "cpu_ms": plan.cpu_ms,
-            "fds": plan.fds,
-            "core_bytes": settings.SCRATCH_BYTES if plan.core_dumps else 0,
-            "tmp_bytes": max(65536, plan.mem_bytes // settings.TMP_SHARE),
-        }
         program = InFile(
             path=PROGRAM_FOLDER if toolchain.archive else ARTIFACT,
             mode=0o755,
@@ -211,7 +197,7 @@ class _Session:
             "run",
             argv,
             (program, policy_file),
-            limits,
+            plan.for_guest(),
             plan.wall_ms,
             environment,
             ram_bytes=plan.ram_bytes,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.qemu.machine import qmp_save, qmp_saved
 from x07_sandbox.backends.qemu.start import Saving, start_qemu
-from x07_sandbox.backends.qemu.template import SCHEMA, WARM_UP, TemplateManifest, sparse_sha256
+from x07_sandbox.backends.qemu.template import SCHEMA, TemplateManifest, sparse_sha256, warm_up
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import Kind, Role
 from x07_sandbox.channel.link import Control, State
@@ -52,7 +52,7 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
         saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
         with start_qemu(job, accelerator, memory=saving) as instance:
             instance.release()
-            _Maker(instance).warm(WARM_UP[kind.runtime])
+            _Maker(instance).warm(warm_up(kind.runtime))
             _save(instance)
             if not instance.stop():
                 raise BackendError("cannot make a VM template", "its machine did not end", _FIX)

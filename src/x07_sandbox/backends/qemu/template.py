@@ -32,6 +32,9 @@ from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
+from x07_sandbox.plan.controls import run_limits
+from x07_sandbox.plan.sizes import build_limits
+from x07_sandbox.policy import default_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,19 +50,29 @@ _MANIFEST_MAX: Final = 1 << 20
 _ZEROS: Final = bytes(CHUNK_BYTES)
 
 _COMPILE: Final = "echo 'int main(void) { return 0; }' > warm.c && gcc -O2 -o warm warm.c -lm; rm -f warm*"
-# The body of WARM for each runtime. commands: what is run once before the machine is saved, so that its kernel has
-# read it.
-WARM_UP: Final[dict[str, dict[str, object]]] = {
-    "run": {"interpreter": True, "commands": [["/bin/true"], ["/usr/bin/python3", "-c", "pass"]]},
-    "build": {
-        "interpreter": False,
-        "commands": [
-            ["/bin/true"],
-            ["/usr/bin/python3", "-I", "-S", "-c", "import ast, py_compile, struct, tokenize"],
-            ["/bin/sh", "-c", _COMPILE],
-        ],
-    },
+_COMMANDS: Final = {
+    "run": [["/bin/true"], ["/usr/bin/python3", "-c", "pass"]],
+    "build": [
+        ["/bin/true"],
+        ["/usr/bin/python3", "-I", "-S", "-c", "import ast, py_compile, struct, tokenize"],
+        ["/bin/sh", "-c", _COMPILE],
+    ],
 }
+
+
+def warm_up(runtime: str) -> dict[str, object]:
+    """The body of WARM: what every job of this kind needs, or most likely will.
+
+    commands: programs that are run once before the machine is saved, so that its kernel has read them.
+    """
+    running = runtime == "run"
+    return {
+        "interpreter": running,
+        "hostname": settings.GUEST_HOSTNAME,
+        "output": not running,
+        "limits": run_limits(default_policy()).for_guest() if running else build_limits(),
+        "commands": _COMMANDS[runtime],
+    }
 
 
 class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -135,7 +148,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
         # The clock as steps of 0.1 %: what /proc/cpuinfo says of it moves in the last digits.
         0 if clock is None else round(math.log(clock) * 1000),
         _processor() if accelerator.kvm else "",
-        WARM_UP[kind.runtime],
+        warm_up(kind.runtime),
     ]
     key = hashlib.sha256(canonical(parts)).hexdigest()
     return Template(key=key, folder=templates_dir() / key)
