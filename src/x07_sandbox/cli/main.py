@@ -7,7 +7,7 @@ costs only its own imports.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import argparse
@@ -108,5 +108,23 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def entry() -> NoReturn:
+    """The command itself: run and end with exactly that code.
+
+    Python's own end would flush both streams once more, and turn a full disk behind them into exit code 120.
+    """
+    import contextlib
+    import os
+
+    try:
+        code = main()
+    except SystemExit as exc:  # argparse's, after --help
+        code = exc.code if isinstance(exc.code, int) else 0
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()
