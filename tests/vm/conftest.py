@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -132,7 +133,10 @@ class Sandbox:
     def run_text(self, name: str, text: str | bytes, *args: str, **options: object) -> Ran:
         """Run a source text under *name*."""
         path = self.work / name
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        # By rename: a run beside this one may be reading a source of the same name.
+        temporary = path.with_name(f".{threading.get_ident()}.{name[:64]}")
+        temporary.write_bytes(text.encode() if isinstance(text, str) else text)
+        temporary.replace(path)
         return self.run(path, *args, **options)  # type: ignore[arg-type] # the caller's are checked by `run` itself
 
     def behave(self, *args: str, **options: object) -> Ran:

@@ -24,6 +24,7 @@ from tests.conftest import need
 from tests.vm.conftest import marked
 from x07_sandbox.backends.qemu.machine import ROOT
 from x07_sandbox.host.paths import cache_dir
+from x07_sandbox.host.processes import children_of
 from x07_sandbox.jail.bwrap import SETPRIV
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ class Runner:
     @property
     def monitor(self) -> int:
         """Bubblewrap's outer process."""
-        (pid,) = children(self.supervisor)
+        (pid,) = children_of(self.supervisor)
         return pid
 
     @property
@@ -314,7 +315,7 @@ class Runner:
         """The program that stands in QEMU's place, once it runs."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            found = children(self.inner)
+            found = children_of(self.inner)
             if found and Path(f"/proc/{found[0]}/exe").readlink() == Path(self.order["binary"]):
                 return found[0]
             select.select([], [], [], 0.01)  # no event tells of another process's exec
@@ -367,16 +368,6 @@ def status(pid: int) -> dict[str, str]:
 def all_pids() -> list[int]:
     """Every process of this machine."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - numbers
-
-
-def children(pid: int) -> list[int]:
-    """The children of a process."""
-    found = []
-    for other in all_pids():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if int(status(other)["PPid"]) == pid:
-                found.append(other)
-    return found
 
 
 def descriptors(pid: int) -> dict[int, str]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def cache_dir() -> Path:
@@ -65,6 +69,16 @@ def private_dir(path: Path) -> Path:
     finally:
         os.close(fd)
     return path
+
+
+def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: int) -> list[Path]:
+    """Which of (time of last use, size in bytes, path) have to go so that the rest is at most *most_bytes*."""
+    doomed = []
+    for _, size, path in sorted(found, reverse=True):
+        most_bytes -= size
+        if most_bytes < 0:
+            doomed.append(path)
+    return doomed
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:

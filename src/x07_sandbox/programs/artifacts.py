@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.host.paths import cache_dir, least_recently_used, private_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,11 +103,8 @@ def _make_room(folder: Path) -> None:
         with contextlib.suppress(OSError):
             info = path.stat()
             found.append((info.st_mtime, info.st_blocks * 512, path))
-    room = settings.ARTIFACTS_MAX_BYTES
-    for _, size, path in sorted(found, reverse=True):
-        room -= size
-        if room < 0:
-            path.unlink(missing_ok=True)
+    for path in least_recently_used(found, settings.ARTIFACTS_MAX_BYTES):
+        path.unlink(missing_ok=True)
 
 
 def _folder() -> Path:

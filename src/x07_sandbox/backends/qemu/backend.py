@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import Availability, Job, MachineKind
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.qemu.instance import QemuInstance
     from x07_sandbox.backends.qemu.start import Saved
+    from x07_sandbox.backends.qemu.template import Template
     from x07_sandbox.images.verify import OpenImage
 
 # Measured on 2 cores (docs/design.md, "Emulation"): compilers and interpreters take this much longer.
@@ -87,17 +89,18 @@ class QemuBackend:
         if saved is not None:
             return saved, ""
         try:
-            self._make(kind, accelerator)
+            self._make(template, kind, accelerator)
             return stack.enter_context(opened_template(template)), ""
         except (BackendError, ImageError) as exc:
             template.distrust(f"{exc.what}: {exc.why}")
             return None, f"{exc.what}: {exc.why}"
 
-    def _make(self, kind: MachineKind, accelerator: Accelerator) -> None:
+    def _make(self, template: Template, kind: MachineKind, accelerator: Accelerator) -> None:
         from x07_sandbox.backends.qemu.saving import make_template
 
         with self._waiting():
-            ensure_template(kind, accelerator, make_template, self._progress)
+            make = partial(make_template, template, kind, accelerator)
+            ensure_template(template, kind.image.manifest.digest, make, self._progress)
 
     def distrust(self, kind: MachineKind, reason: str) -> None:
         """A clone did not answer: its template is used no more in this boot of the host."""
@@ -106,5 +109,6 @@ class QemuBackend:
     def prepare(self, kind: MachineKind) -> None:
         """Make the template of this kind now, whatever spoke against it before. Raises SandboxError."""
         accelerator = Accelerator(kvm=self._kvm)
-        template_for(kind, accelerator).trust()
-        self._make(kind, accelerator)
+        template = template_for(kind, accelerator)
+        template.trust()
+        self._make(template, kind, accelerator)

@@ -27,7 +27,7 @@ from x07_sandbox.errors import ImageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
+from x07_sandbox.host.paths import cache_dir, least_recently_used, private_dir, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.store import list_images
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import MachineKind
     from x07_sandbox.backends.qemu.start import Accelerator
 
-    Maker = Callable[["Template", MachineKind, Accelerator, Path], "TemplateManifest"]
+    Maker = Callable[[Path], "TemplateManifest"]
 
 SCHEMA: Final = "x07.sandbox.template@0.1.0"
 MANIFEST: Final = "template.json"
@@ -213,16 +213,15 @@ def sparse_sha256(fd: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def ensure_template(kind: MachineKind, accelerator: Accelerator, make: Maker, progress: Callable[[str], None]) -> None:
-    """Make the template for *kind* if it is not there, under a lock, so that several who want it wait for one.
+def ensure_template(template: Template, image: str, make: Maker, progress: Callable[[str], None]) -> None:
+    """Make the template if it is not there, under a lock, so that several who want it wait for one.
 
-    make: fills a folder. Raises SandboxError; then nothing is there.
+    image: digest of the image that it is of. make: fills a folder. Raises SandboxError; then nothing is there.
     """
     import shutil
     import tempfile
 
     folder = templates_dir()
-    template = template_for(kind, accelerator)
     with file_lock(folder / ".lock", on_wait=lambda: progress("waiting for another process to make the VM template")):
         if template.folder.is_dir():
             return
@@ -230,14 +229,14 @@ def ensure_template(kind: MachineKind, accelerator: Accelerator, make: Maker, pr
         work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
         try:
             progress("making the VM template, once for this image")
-            made = make(template, kind, accelerator, work)
+            made = make(work)
             path = work / MANIFEST
             path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
             path.chmod(0o444)
             work.rename(template.folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        images = {image.digest for image in list_images()} | {kind.image.manifest.digest}
+        images = {image.digest for image in list_images()} | {image}
         expire_templates(keep=template.key, images=images)
 
 
@@ -256,11 +255,8 @@ def expire_templates(*, keep: str, images: set[str]) -> None:
         else:
             size = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
             found.append((folder.stat().st_mtime, size, folder))
-    room = settings.TEMPLATES_MAX_BYTES
-    for _, size, folder in sorted(found, reverse=True):
-        room -= size
-        if room < 0:
-            remove_template(folder)
+    for folder in least_recently_used(found, settings.TEMPLATES_MAX_BYTES):
+        remove_template(folder)
 
 
 def remove_template(folder: Path) -> None:
