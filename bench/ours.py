@@ -23,7 +23,7 @@ from x07_sandbox.channel.frames import Kind, Role
 from x07_sandbox.channel.link import State
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.record import create_record, new_run_id
+from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
 
@@ -87,7 +87,9 @@ class Floor:
     @contextlib.contextmanager
     def _started(self) -> Iterator[QemuInstance]:
         digest = self.kind.image.manifest.digest
-        record = create_record(run_id=new_run_id(), phase="bench", backend="qemu", wall_ms=1000, image_digest=digest)
+        record = create_record(
+            Claim(run_id=new_run_id(), phase="bench", wall_ms=1000), backend="qemu", image_digest=digest
+        )
         job = Job(record=record, kind=self.kind, deadline_s=60)
         with start_qemu(job, self.accelerator, memory=self.saved) as instance:
             yield instance
@@ -107,9 +109,9 @@ class Floor:
         with self._started() as instance:
             instance.release()
             connection = Connection(instance.channel_fd, Role.HOST, State.WARM)
-            nonce = os.urandom(16).hex()
-            body = {"unix_ns": time.time_ns(), "entropy": os.urandom(64).hex(), "nonce": nonce}
-            connection.link.send(Kind.SEED, body | {"hostname": "x07", "machine_id": nonce})
+            nonce = os.urandom(16)
+            body = {"unix_ns": time.time_ns(), "entropy": os.urandom(64), "nonce": nonce, "machine_id": nonce}
+            connection.link.send(Kind.SEED, body)
             while connection.link.state is not State.READY:
                 connection.flush()
                 fds = [instance.channel_fd, *instance.side_fds()]

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.library import run_program
+    from x07_sandbox.runs.pool import Pool
     from x07_sandbox.runs.result import Result
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["Policy", "Result", "SandboxError", "run_program"]
+__all__ = ["Policy", "Pool", "Result", "SandboxError", "run_program"]
 
 _EXPORTS = {
     "Policy": "x07_sandbox.policy.model",
+    "Pool": "x07_sandbox.runs.pool",
     "Result": "x07_sandbox.runs.result",
     "SandboxError": "x07_sandbox.errors",
     "run_program": "x07_sandbox.runs.library",

@@ -24,17 +24,17 @@ from x07_sandbox.channel.frames import CONTROL_MAX, DATA_MAX, HEADER, START_MAX,
 from x07_sandbox.channel.link import NEXT, Control, Credit, Data, Eof, Event, Link, State
 from x07_sandbox.errors import PeerError
 
-ENTROPY: Final = "e" * 128
-NONCE: Final = "n" * 32
+ENTROPY: Final = b"e" * 64
+NONCE: Final = b"n" * 16
 SEED: Final[dict[str, object]] = {
     "unix_ns": 1,
     "entropy": ENTROPY,
     "nonce": NONCE,
-    "hostname": "x07",
-    "machine_id": "m" * 32,
+    "machine_id": b"m" * 16,
 }
 START: Final[dict[str, object]] = {
     "run_id": "1-2-3-run",
+    "hostname": "x07",
     "phase": "run",
     "argv": ["true"],
     "env": {},

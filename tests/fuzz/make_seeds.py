@@ -27,6 +27,7 @@ AS_GUEST_CUT: Final = b"\x82\x08\x1f"
 
 WARM: Final[dict[str, object]] = {
     "interpreter": False,
+    "preload": [],
     "hostname": "x07",
     "output": True,
     "limits": {"fds": 256},
@@ -36,7 +37,7 @@ WARM: Final[dict[str, object]] = {
 
 def control(kind: Kind, body: dict[str, object] | None = None) -> bytes:
     """A control frame."""
-    return encode(kind, 0, encode_body(body or {}))
+    return encode(kind, 0, encode_body(kind, body or {}))
 
 
 def channel_seeds() -> dict[str, bytes]:

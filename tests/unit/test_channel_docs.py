@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from x07_sandbox.channel import connection, frames
-from x07_sandbox.channel.frames import BODIES, SENDER, Kind, Role, Shape, Stream, payload_max, stream_sender
+from x07_sandbox.channel.frames import BODIES, PACKED, SENDER, Kind, Role, Shape, Stream, payload_max, stream_sender
 from x07_sandbox.channel.link import DATA_STATES, NEXT, State
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "guest-channel.md"
 
 FRAME_MEANING: Final = {
     Kind.HELLO: "The agent is there, and speaks this protocol.",
-    Kind.WARM: "Prepare all that no job decides; the machine is saved after the answer.",
+    Kind.WARM: "Prepare all that no job decides; after the answer the machine is saved, or waits.",
     Kind.WARMED: "It is prepared.",
     Kind.SEED: "Clock, entropy and names: what a resumed machine has to have anew.",
     Kind.SEEDED: "Clock and entropy are in place.",
@@ -38,22 +38,23 @@ FRAME_MEANING: Final = {
 FIELD_MEANING: Final = {
     "HELLO.protocol": "Number of the protocol that the agent speaks.",
     "WARM.interpreter": "Whether the process that will become the program is a started Python.",
-    "WARM.hostname": "That of SEED, most likely: what is the same need not be done again.",
+    "WARM.preload": "List of texts: Python modules that it imports.",
+    "WARM.hostname": "That of START, most likely: what is the same need not be done again.",
     "WARM.output": "Whether START will likely ask for a file.",
     "WARM.limits": "Those of START, most likely.",
     "WARM.commands": "List of lists of texts: programs of the image to be run once, so that the kernel has read them.",
     "SEED.unix_ns": "What the clock is set to, in nanoseconds since 1970.",
-    "SEED.entropy": "64 random bytes in hexadecimal, for the kernel's random pool.",
-    "SEED.nonce": "A random text that the answer has to repeat.",
-    "SEED.hostname": "Name of the machine.",
-    "SEED.machine_id": "Content of /etc/machine-id.",
+    "SEED.entropy": "Random, for the kernel's pool.",
+    "SEED.nonce": "Random; the answer has to repeat it.",
+    "SEED.machine_id": "What /etc/machine-id holds in hexadecimal.",
     "SEEDED.nonce": "That of SEED.",
     "START.run_id": "Id of the job.",
+    "START.hostname": "Name of the machine, as the program sees it.",
     "START.phase": "`build` or `run`.",
     "START.argv": "List of texts: the program and its arguments.",
     "START.env": "Object of texts: the whole environment.",
     "START.cwd": "Working directory.",
-    "START.files": "List of `{path, mode, kind}`, kind `file` or `archive`; entry N comes on stream 16 + N.",
+    "START.files": "List of `{path, mode, kind, bytes}`, kind `file` or `archive`; entry N comes on stream 16 + N.",
     "START.limits": "Object of whole numbers: the agent's share of the plan.",
     "START.output": "`{path, max_bytes}` of the one file that is wanted back, or null.",
     "EXITED.wait_status": "As wait(2) gives it.",
@@ -82,7 +83,7 @@ STATE_MEANING: Final = {
     State.WAITING: "The guest boots.",
     State.GREETED: "The agent has spoken.",
     State.WARMING: "The agent prepares the program's place.",
-    State.WARM: "The agent waits to be saved. A clone of a saved machine begins here.",
+    State.WARM: "The agent waits. A clone of a saved machine begins here.",
     State.SEEDING: "The agent sets clock and entropy.",
     State.READY: "The agent waits for a job.",
     State.PREPARING: "Files come in, the program is confined and executed.",
@@ -124,6 +125,7 @@ def bounds(shape: Shape) -> str:
         if shape.lo != shape.hi
         else f"text, {shape.lo} characters",
         "bool": "true or false",
+        "bytes": f"{shape.hi} bytes",
         "any": "see right",
     }[shape.kind]
     return text + (", or null" if shape.optional else "")
@@ -152,8 +154,9 @@ def bodies_table() -> str:
         for kind, fields in BODIES.items()
         for name, shape in fields.items()
     ]
+    packed = ", ".join(f"`{kind.name}`" for kind in PACKED if BODIES[kind])
     empty = ", ".join(f"`{kind.name}`" for kind, fields in BODIES.items() if not fields)
-    return table(("frame", "field", "holds", "meaning"), *rows) + f"\n\nWithout fields: {empty}."
+    return table(("frame", "field", "holds", "meaning"), *rows) + f"\n\nPacked: {packed}. Without fields: {empty}."
 
 
 def streams_table() -> str:

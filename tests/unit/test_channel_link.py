@@ -30,7 +30,7 @@ from x07_sandbox.errors import ChannelUsageError, PeerError
 
 BODY: dict[Kind, dict[str, object]] = {
     Kind.HELLO: {"protocol": 1},
-    Kind.WARM: {"interpreter": True, "hostname": "x07", "output": False, "limits": {}, "commands": []},
+    Kind.WARM: {"interpreter": True, "preload": [], "hostname": "x07", "output": False, "limits": {}, "commands": []},
     Kind.WARMED: {},
     Kind.SEED: SEED,
     Kind.SEEDED: {"nonce": NONCE},
@@ -54,7 +54,7 @@ def path_to(state: State) -> list[Kind]:
 
 def control(kind: Kind) -> bytes:
     """A control frame as bytes."""
-    return encode(kind, 0, encode_body(BODY[kind]))
+    return encode(kind, 0, encode_body(kind, BODY[kind]))
 
 
 def link_in(state: State, role: Role) -> Link:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import select
 import signal
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,7 +77,7 @@ def starter(made: Jail, command: list[str]) -> list[str]:
 
 def test_the_timer_ends_what_follows_it() -> None:
     """At the deadline the command is killed, and the supervisor ends by the signal of its timer."""
-    made = dataclasses.replace(jail(None), deadline_s=1, runner_pid=os.getpid())
+    made = msgspec.structs.replace(jail(None), deadline_s=1, runner_pid=os.getpid())
     child = subprocess.Popen(starter(made, ["/bin/sleep", "60"]))
     try:
         assert child.wait(30) == -signal.SIGALRM
@@ -88,7 +88,7 @@ def test_the_timer_ends_what_follows_it() -> None:
 
 def test_nothing_is_started_for_a_runner_that_is_gone() -> None:
     """Where the starter is not the runner any more, the command is not executed at all."""
-    made = dataclasses.replace(jail(None), runner_pid=os.getppid())
+    made = msgspec.structs.replace(jail(None), runner_pid=os.getppid())
     done = subprocess.run(starter(made, ["/bin/echo", "started"]), capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert (done.stdout, "the runner is gone" in done.stderr) == ("", True)
@@ -220,7 +220,7 @@ PATHS = st.lists(st.text("ab.-", min_size=1, max_size=4), min_size=1, max_size=4
 @given(st.lists(PATHS, max_size=4, unique=True), st.sampled_from([None, UID]))
 def test_every_folder_is_made_once_parents_first(paths: list[str], uid: int | None) -> None:
     """Each folder on the way to a file is made before what lies in it, once, and open to read for the job's uid."""
-    made = dataclasses.replace(jail(uid), files=tuple(paths))
+    made = msgspec.structs.replace(jail(uid), files=tuple(paths))
     found = options(made)
     folders = [found[at + 1][1] for at, option in enumerate(found) if option == ("--perms", "0755")]
     assert len(set(folders)) == len(folders)

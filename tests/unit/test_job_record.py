@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.processes import boot_id, identify, pid_namespace
-from x07_sandbox.jobs.record import JobRecord, create_record, mark_done, new_run_id, runner_instance, write_owner
+from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, new_run_id, runner_instance, write_owner
 
 # facts of upstream, 6.4
 KEYS = [
@@ -57,7 +57,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def create(phase: str = "run", wall_ms: int = 60_000) -> JobRecord:
     """A record as for a virtual machine."""
-    return create_record(run_id=new_run_id(), phase=phase, backend="qemu", wall_ms=wall_ms, image_digest=DIGEST)
+    return create_record(Claim(run_id=new_run_id(), phase=phase, wall_ms=wall_ms), backend="qemu", image_digest=DIGEST)
 
 
 @pytest.mark.usefixtures("root")
@@ -201,7 +201,7 @@ def test_one_record_is_not_written_over_another(root: Path) -> None:
     record = create()
     before = (record.folder / "job.json").read_bytes()
     with pytest.raises(HostError, match=record.job_id):
-        create_record(run_id=record.run_id, phase="run", backend="qemu", wall_ms=1, image_digest=DIGEST)
+        create_record(Claim(run_id=record.run_id, phase="run", wall_ms=1), backend="qemu", image_digest=DIGEST)
     assert (root / record.job_id / "job.json").read_bytes() == before
 
 

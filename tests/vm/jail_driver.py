@@ -20,9 +20,10 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
@@ -32,7 +33,7 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.record import create_record, new_run_id
+from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.outcomes import classify
 from x07_sandbox.runs.execute import Phase, PhaseRequest
 from x07_sandbox.runs.streams import Cancel, Sink
@@ -89,7 +90,7 @@ def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
         if "swap" in order:
             swap(find_image(order.get("image")).folder, order["swap"])
         record = create_record(
-            run_id=new_run_id(), phase="run", backend="qemu", wall_ms=1000, image_digest=image.manifest.digest
+            Claim(run_id=new_run_id(), phase="run", wall_ms=1000), backend="qemu", image_digest=image.manifest.digest
         )
         kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
         job = Job(record=record, kind=kind, deadline_s=order.get("deadline_s", 120))

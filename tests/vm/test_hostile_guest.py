@@ -9,11 +9,11 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from msgspec.structs import replace
 
 from tests.vm.conftest import BEHAVE, PROGRAMS, Ran, Sandbox, wait_done
 from x07_sandbox.channel.frames import WINDOW

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from x07_sandbox import run_program
 from x07_sandbox.policy import default_policy, render_policy
 
 if TYPE_CHECKING:
@@ -79,6 +80,45 @@ def test_a_policy_that_asks_for_what_is_missing_is_refused(
     assert field in result["reason"]
     assert [denial for denial in result["denials"] if denial["field"] == field and denial["how_to_allow"]]
     assert _no_machine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["x" * 131_072], "more than 131072 bytes"),
+        (["x" * 100_000] * 11, "all together more than 1048576"),
+        (["a\0b"], "number 1 holds a zero byte"),
+        (["a", 3], "number 2 is no text"),
+    ],
+)
+def test_arguments_that_no_program_can_have_are_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], why: str
+) -> None:
+    """Arguments that execve(2) does not take are wrong usage, told before any machine exists."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    result = run_program(PROGRAM, args)
+    assert (result.outcome, result.x07_exit_code) == ("usage-error", 2)
+    assert why in result.reason
+    assert _no_machine(tmp_path)
+
+
+def test_a_negative_output_limit_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output limit below 0 is wrong usage."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    assert run_program(PROGRAM, max_output_bytes=-1).outcome == "usage-error"
+
+
+def test_an_unknown_option_names_the_verbs_own_help(tmp_path: Path) -> None:
+    """What is no option of `x07 run` is wrong usage, and the help that lists them is named."""
+    code, result = _run(tmp_path, PROGRAM, "--bogus")
+    assert (code, result["outcome"]) == (2, "usage-error")
+    assert "See x07 run --help" in result["reason"]
+
+
+def test_a_name_that_is_no_utf_8_is_told_as_such(tmp_path: Path) -> None:
+    """A source whose name is no UTF-8 is refused for that reason."""
+    result = run_program(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.py"))
+    assert (result.outcome, "no UTF-8" in result.reason) == ("usage-error", True)
 
 
 def test_a_policy_with_a_misspelt_key_is_wrong_usage(tmp_path: Path) -> None:

@@ -73,21 +73,22 @@ def test_wrong_usage_with_json_is_one_object(tmp_path: Path, words: str, code: i
     assert (done.returncode, json.loads(done.stdout)["outcome"]) == (code, "usage-error")
 
 
-def test_an_interrupt_while_modules_load_is_a_cancelled_command() -> None:
-    """Ctrl-C before the command has read its words ends it as cancelled: one JSON object, one line, no traceback."""
-    code = (
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143)])
+def test_a_signal_while_modules_load_is_a_cancelled_command(name: str, code: int) -> None:
+    """A signal before the command has read its words ends it as cancelled: one JSON object, one line, no traceback."""
+    program = (
         "import signal, sys\n"
         "class Interrupt:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'x07_sandbox.runs.run':\n"
         "            sys.meta_path.remove(self)\n"
-        "            signal.raise_signal(signal.SIGINT)\n"
+        f"            signal.raise_signal(signal.{name})\n"
         "sys.meta_path.insert(0, Interrupt())\n"
         "from x07_sandbox.cli.main import main\n"
         "sys.exit(main(['run', '--json', 'program.py']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert (done.returncode, json.loads(done.stdout)["outcome"]) == (130, "cancelled")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, json.loads(done.stdout)["outcome"]) == (code, "cancelled")
     assert done.stderr == b"x07: cancelled\n"
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import msgspec
+
+from x07_sandbox.images.verify import OpenImage
+from x07_sandbox.jobs.record import Claim, JobRecord
+from x07_sandbox.plan.features import Features
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from x07_sandbox.images.verify import OpenImage
-    from x07_sandbox.jobs.record import JobRecord
-    from x07_sandbox.plan.features import Features
+Begun = Literal["cold", "clone", "pool"]  # how a machine came to be: booted, cloned, or taken from a pool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Availability:
+class Availability(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a backend can run here.
 
     proof: how that is known. warnings: what the user should know all the same. fix: what to do when it cannot.
@@ -27,8 +29,7 @@ class Availability:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MachineKind:
+class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
     """A kind of machine: all jobs with the same may go on from one saved machine.
 
     ram_bytes: RAM of the machine: a size class. runtime: what it is made ready for, "build" or "run".
@@ -39,8 +40,7 @@ class MachineKind:
     runtime: str = "run"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend needs to start one job; the program itself comes later, over the channel.
 
     cold: boot its machine anew, also where a saved one could go on.
@@ -58,7 +58,8 @@ class Instance(Protocol):
     channel_fd: int
     pidfd: int
     jail: str
-    cloned: bool  # whether it goes on from a saved machine, in which the agent has spoken already
+    begun: Begun  # in all but "cold" the agent has spoken already, to whoever had the machine saved
+    record: JobRecord
     cold_reason: str  # why not, where it was not asked to start cold
 
     def release(self) -> None:
@@ -78,6 +79,13 @@ class Instance(Protocol):
 
     def stop(self) -> bool:
         """Kill it, wait, remove what it left; whether it is proven gone."""
+
+
+class Machines(Protocol):
+    """Where machines wait that were warmed beforehand."""
+
+    def claim(self, kind: MachineKind, claim: Claim) -> AbstractContextManager[Instance] | None:
+        """One of them, as the job of *claim*; None if there is none of this kind, or it could not be had."""
 
 
 class Backend(Protocol):

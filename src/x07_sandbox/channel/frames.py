@@ -7,8 +7,9 @@ A frame is an 8-byte header and a payload (docs/guest-channel.md):
     reserved        u8, always 0
     stream          u16, big endian; 0 for control frames
 
-Control payloads are JSON objects with closed schemas (`BODIES`); data payloads are raw bytes.
-Everything that the guest says is hostile: each length, count, number and text below has a bound.
+Control payloads have closed schemas (`BODIES`): those of `PACKED` are fixed binary records, since a fresh clone pays
+about ten times for each instruction that it meets first, and a JSON parser has many; the others are JSON objects. Data
+payloads are raw bytes. All that the guest says is hostile: each length, count, number and text below has a bound.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from __future__ import annotations
 import enum
 import json
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from x07_sandbox.errors import PeerError
 
@@ -28,7 +28,7 @@ PROTOCOL: Final = 1
 HEADER: Final = struct.Struct(">IBBH")
 DATA_MAX: Final = 32 * 1024  # the guest's console driver takes 32 KiB a write; larger gains nothing (measured)
 CONTROL_MAX: Final = 16 * 1024  # guest to host: small and hostile
-START_MAX: Final = 4 * 1024 * 1024  # host to guest: argv and environment, as large as execve(2) takes them
+START_MAX: Final = 16 * 1024 * 1024  # host to guest: argv and environment, of which JSON may make six times as much
 WINDOW: Final = 256 * 1024  # bytes that may be on the way in one stream before the reader grants more
 
 
@@ -71,12 +71,11 @@ class Stream(enum.IntEnum):
 LAST_FILE: Final = 16 + 255
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """What one field of a control body may hold.
 
-    kind: "int" (lo..hi), "text" (lo..hi characters, no lone surrogates), "bool", or "any" (checked by its reader, host
-        to guest only).
+    kind: "int" (lo..hi), "text" (lo..hi characters, no lone surrogates), "bool", "bytes" (lo of them; in packed bodies
+        only), or "any" (checked by its reader, host to guest only).
     """
 
     kind: str
@@ -92,6 +91,7 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.HELLO: {"protocol": Shape("int", 1, 2**31)},
     Kind.WARM: {
         "interpreter": Shape("bool"),
+        "preload": Shape("any"),
         "hostname": Shape("text", lo=1, hi=64),
         "output": Shape("bool"),
         "limits": Shape("any"),
@@ -100,14 +100,14 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.WARMED: {},
     Kind.SEED: {
         "unix_ns": _COUNT,
-        "entropy": Shape("text", lo=128, hi=128),  # 64 bytes in hex
-        "nonce": Shape("text", lo=32, hi=32),
-        "hostname": Shape("text", lo=1, hi=64),
-        "machine_id": Shape("text", lo=32, hi=32),
+        "entropy": Shape("bytes", lo=64, hi=64),
+        "nonce": Shape("bytes", lo=16, hi=16),
+        "machine_id": Shape("bytes", lo=16, hi=16),
     },
-    Kind.SEEDED: {"nonce": Shape("text", lo=32, hi=32)},
+    Kind.SEEDED: {"nonce": Shape("bytes", lo=16, hi=16)},
     Kind.START: {
         "run_id": Shape("text", lo=1, hi=128),
+        "hostname": Shape("text", lo=1, hi=64),
         "phase": Shape("text", lo=1, hi=16),
         "argv": Shape("any"),
         "env": Shape("any"),
@@ -134,6 +134,14 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.FAILED: {"stage": Shape("text", hi=64), "errno": Shape("int", 0, 4096), "message": _TEXT},
 }
 
+PACKED: Final[dict[Kind, struct.Struct]] = {
+    Kind.WARMED: struct.Struct(""),
+    Kind.SEED: struct.Struct(">Q64s16s16s"),
+    Kind.SEEDED: struct.Struct("16s"),
+    Kind.STARTED: struct.Struct(""),
+    Kind.STOP: struct.Struct(""),
+}  # control bodies that are no JSON: the fields of BODIES, in that order
+
 SENDER: Final[dict[Kind, Role]] = {
     Kind.HELLO: Role.GUEST,
     Kind.WARM: Role.HOST,
@@ -157,8 +165,7 @@ def stream_sender(stream: int) -> Role | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One frame, its payload not yet interpreted."""
 
     kind: Kind
@@ -174,6 +181,8 @@ def payload_max(kind: Kind) -> int:
         return 4
     if kind is Kind.EOF:
         return 0
+    if kind in PACKED:
+        return PACKED[kind].size
     return START_MAX if kind is Kind.START else CONTROL_MAX
 
 
@@ -203,10 +212,9 @@ def take_frame(buf: bytearray, sender: Role) -> Frame | None:
     if len(buf) < HEADER.size:
         return None
     length, number, reserved, stream = HEADER.unpack_from(buf)
-    try:
-        kind = Kind(number)
-    except ValueError:
-        raise PeerError("bad frame", f"type {number} does not exist") from None
+    kind = _KINDS.get(number)
+    if kind is None:
+        raise PeerError("bad frame", f"type {number} does not exist")
     if reserved:
         raise PeerError("bad frame", f"reserved byte is {reserved}")
     if length > payload_max(kind):
@@ -221,20 +229,20 @@ def take_frame(buf: bytearray, sender: Role) -> Frame | None:
     return Frame(kind, stream, payload)
 
 
-def encode_body(body: Mapping[str, object]) -> bytes:
-    """A control body as JSON bytes; lone surrogates of undecodable arguments survive as escapes."""
-    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
+def encode_body(kind: Kind, body: Mapping[str, object]) -> bytes:
+    """A control body as bytes; lone surrogates of undecodable arguments survive as escapes of JSON.
+
+    Raises KeyError or struct.error for a packed body that is not that of the table.
+    """
+    if kind in PACKED:
+        return PACKED[kind].pack(*[body[name] for name in BODIES[kind]])
+    return _ENCODER.encode(body).encode("ascii")
 
 
 def decode_body(kind: Kind, payload: bytes) -> dict[str, Any]:
     """The checked body of a control frame. Raises PeerError."""
-    try:
-        body = json.loads(payload.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as exc:
-        raise PeerError(f"bad {kind.name} frame", f"not the JSON that it should be ({type(exc).__name__})") from None
-    if not isinstance(body, dict):
-        raise PeerError(f"bad {kind.name} frame", "not a JSON object")
     shapes = BODIES[kind]
+    body = _unpacked(kind, payload) if kind in PACKED else _parsed(kind, payload)
     if body.keys() != shapes.keys():
         raise PeerError(f"bad {kind.name} frame", "its keys are not those of the table")
     for key, shape in shapes.items():
@@ -243,8 +251,26 @@ def decode_body(kind: Kind, payload: bytes) -> dict[str, Any]:
     return body
 
 
+def _unpacked(kind: Kind, payload: bytes) -> dict[str, Any]:
+    layout = PACKED[kind]
+    if len(payload) != layout.size:
+        raise PeerError(f"bad {kind.name} frame", f"{len(payload)} bytes instead of {layout.size}")
+    return dict(zip(BODIES[kind], layout.unpack(payload), strict=True))
+
+
+def _parsed(kind: Kind, payload: bytes) -> dict[str, Any]:
+    try:
+        text = payload.decode("utf-8")
+        body, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError) as exc:
+        raise PeerError(f"bad {kind.name} frame", f"not the JSON that it should be ({type(exc).__name__})") from None
+    if not isinstance(body, dict) or end != len(text):
+        raise PeerError(f"bad {kind.name} frame", "not one JSON object")
+    return body
+
+
 def _problem(shape: Shape, value: object) -> str | None:
-    if shape.kind == "any" or (value is None and shape.optional):
+    if shape.kind in {"any", "bytes"} or (value is None and shape.optional):
         return None
     if shape.kind == "bool":
         return None if isinstance(value, bool) else "is no boolean"
@@ -257,9 +283,17 @@ def _problem(shape: Shape, value: object) -> str | None:
 
 def _text_problem(shape: Shape, value: object) -> str | None:
     # A lone surrogate would be an error wherever the text is written to later.
-    if not isinstance(value, str) or any("\ud800" <= char <= "\udfff" for char in value):
+    if not isinstance(value, str) or not (value.isascii() or _encodable(value)):
         return "is no text"
     return None if shape.lo <= len(value) <= shape.hi else "has a wrong length"
+
+
+def _encodable(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -271,3 +305,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(name)
+
+
+# Made once: what json.dumps and json.loads make anew for each call costs a fresh clone milliseconds.
+_KINDS: Final = {int(kind): kind for kind in Kind}
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)

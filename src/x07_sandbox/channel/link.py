@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.frames import (
@@ -65,6 +64,8 @@ NEXT: Final[dict[tuple[State, Kind], State]] = {
     (State.RUNNING, Kind.STOP): State.RUNNING,
     (State.RUNNING, Kind.EXITED): State.COLLECTING,
     (State.COLLECTING, Kind.FAILED): State.FAILED,
+    # After a program of ours that only warms the machine: the next one finds everything as the first did.
+    (State.COLLECTING, Kind.WARM): State.WARMING,
     # The host cannot know yet that the guest has just finished or failed, so its STOP may cross that frame.
     (State.PREPARING, Kind.STOP): State.PREPARING,
     (State.COLLECTING, Kind.STOP): State.COLLECTING,
@@ -81,34 +82,60 @@ DATA_STATES: Final[dict[int, frozenset[State]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Control:
+class _Event:
+    """What came. Plain classes: those of `dataclasses` cost each start of the command several milliseconds."""
+
+    __slots__ = ()
+    __match_args__: tuple[str, ...] = ()
+
+    def _values(self) -> tuple[object, ...]:
+        return tuple(getattr(self, name) for name in self.__match_args__)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Event) and type(self) is type(other) and self._values() == other._values()
+
+    __hash__ = None  # type: ignore[assignment]  # a body is no constant
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self._values()}"
+
+
+class Control(_Event):
     """A control frame came."""
 
-    kind: Kind
-    body: dict[str, Any]
+    __slots__ = __match_args__ = ("kind", "body")
+
+    def __init__(self, kind: Kind, body: dict[str, Any]) -> None:
+        self.kind = kind
+        self.body = body
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(_Event):
     """Bytes of a stream came; call `Link.consumed` once they are taken."""
 
-    stream: int
-    payload: bytes
+    __slots__ = __match_args__ = ("stream", "payload")
+
+    def __init__(self, stream: int, payload: bytes) -> None:
+        self.stream = stream
+        self.payload = payload
 
 
-@dataclass(frozen=True, slots=True)
-class Eof:
+class Eof(_Event):
     """A stream has ended."""
 
-    stream: int
+    __slots__ = __match_args__ = ("stream",)
+
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
 
 
-@dataclass(frozen=True, slots=True)
-class Credit:
+class Credit(_Event):
     """The peer takes more bytes of a stream."""
 
-    stream: int
+    __slots__ = __match_args__ = ("stream",)
+
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
 
 
 Event = Control | Data | Eof | Credit
@@ -132,6 +159,11 @@ class Link:
         self._unacknowledged: dict[int, int] = {}
         self._ended_out: set[int] = set()
         self._ended_in: set[int] = set()
+
+    def _forget_streams(self) -> None:
+        """A new job's streams begin: nothing of the last one's is on the way any more, at either end."""
+        for kept in (self._may_send, self._may_come, self._unacknowledged, self._ended_out, self._ended_in):
+            kept.clear()
 
     # what comes in
 
@@ -165,6 +197,8 @@ class Link:
             raise PeerError("frame out of order", f"{frame.kind.name} while {self.state.value}")
         body = decode_body(frame.kind, frame.payload)
         self.state = following
+        if frame.kind in {Kind.WARM, Kind.WARMED}:
+            self._forget_streams()
         return Control(frame.kind, body)
 
     def _data(self, frame: Frame) -> Event:
@@ -200,7 +234,7 @@ class Link:
         following = NEXT.get((self.state, kind))
         if SENDER[kind] is not self.role or following is None:
             raise ChannelUsageError(f"{kind.name} cannot be sent by the {self.role.value} while {self.state.value}")
-        self._out += encode(kind, 0, encode_body(body))
+        self._out += encode(kind, 0, encode_body(kind, body))
         self.state = following
 
     def window(self, stream: int) -> int:

@@ -13,6 +13,21 @@ def say(text: str) -> None:
         print(f"x07: {text}", file=sys.stderr, flush=True)
 
 
+class LiveLine:
+    """One line on a terminal about what takes long; it goes away again. Elsewhere nothing."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._shown = False
+
+    def __call__(self, text: str) -> None:
+        """Show *text* in place of what was shown; an empty text clears the line."""
+        if self._live and (text or self._shown):
+            self._shown = bool(text)
+            with contextlib.suppress(OSError):
+                print(f"\r\033[K{f'x07: {text}' if text else ''}", end="", file=sys.stderr, flush=True)
+
+
 class Progress:
     """Lines of progress with the time that has passed; on a terminal the last one stays on one line."""
 

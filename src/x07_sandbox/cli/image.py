@@ -31,7 +31,6 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         help=help,
         description="Guest images: what programs run on. Made from this host's own package sources.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     build = inner.add_parser("build", help="make an image, or renew it when our guest code has changed")

@@ -6,6 +6,7 @@ costs only its own imports.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _VERBS = {
     "run": "run a program in a throw-away virtual machine",
     "image": "build, list, inspect, verify guest images",
+    "pool": "keep machines warm, so that runs start at once",
     "doctor": "what is here, what was proven, what to do",
 }
 _EXAMPLES = """examples:
@@ -30,19 +32,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code (DESIGN 8)."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        _heed_signals()
         from x07_sandbox.cli.streams import fill_closed_streams
 
         fill_closed_streams()
-        options = _parser(words).parse_args(words)
+        options = _parsed(words)
         code: int = options.carry_out(options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as exc:
         from x07_sandbox.errors import Cancelled
 
         _say("cancelled")
-        return _json_or(130, Cancelled("cancelled before there was a run", "SIGINT", "Start it again"), words)
+        number = exc.args[0] if exc.args else 2
+        cancelled = Cancelled("cancelled before there was a run", "a signal came", "Start it again")
+        return _json_or(130 if number == 2 else 143, cancelled, words, number)  # noqa: PLR2004 - SIGINT
     except Exception as exc:  # noqa: BLE001 - the last place that can keep the exit code's promise
         return _failed(exc, words)
     return code
+
+
+def _heed_signals() -> None:
+    """SIGTERM and SIGHUP end any command as Ctrl-C does, in good order; what is ignored stays so."""
+    import signal
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    with contextlib.suppress(ValueError):  # not the main thread: then signals are not ours to take
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, interrupt)
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
+    """What the words mean. Raises UsageError, which names the verb's own help."""
+    from x07_sandbox.errors import UsageError
+
+    options, unknown = _parser(words).parse_known_args(words)
+    if unknown:
+        verb = f"x07 {words[0]}" if words[0] in _VERBS else "x07"
+        raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", f"See {verb} --help")
+    return options
 
 
 def _failed(exc: Exception, words: list[str]) -> int:
@@ -69,14 +98,14 @@ def _say(text: str) -> None:
     say(text)
 
 
-def _json_or(code: int, exc: Exception, words: list[str]) -> int:
+def _json_or(code: int, exc: Exception, words: list[str], signalled: int | None = None) -> int:
     """The failure as JSON where that was promised; *code* elsewhere, and where nobody takes the JSON."""
     if not _wants_json(words):
         return code
     from x07_sandbox.cli.run import print_failure
 
     try:
-        return print_failure(exc)
+        return print_failure(exc, signalled)
     except OSError:
         return code
 
@@ -89,7 +118,6 @@ def _wants_json(words: list[str]) -> bool:
 
 def _parser(words: list[str]) -> argparse.ArgumentParser:
     """The parser for these words: with the verb that they name, or with all of them."""
-    import argparse
     from importlib import import_module
 
     from x07_sandbox import __version__
@@ -99,7 +127,6 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
         prog="x07",
         description="Run a program that nobody trusts in a throw-away virtual machine.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog="x07")  # else argparse lays out a usage line
@@ -113,7 +140,6 @@ def entry() -> NoReturn:
 
     Python's own end would flush both streams once more, and turn a full disk behind them into exit code 120.
     """
-    import contextlib
     import os
 
     try:

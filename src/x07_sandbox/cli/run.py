@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.cli.console import say
+from x07_sandbox.cli.console import LiveLine, say
+from x07_sandbox.cli.usage import whole_number
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import describe
 from x07_sandbox.reports.document import render_json
+from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import failure, run
 from x07_sandbox.runs.streams import Cancel
@@ -46,7 +48,6 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         help=help,
         description="Build PROGRAM in one throw-away virtual machine and run it in another.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("program", metavar="PROGRAM", help="a source file")
     parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, behind --")
@@ -57,18 +58,19 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     parser.add_argument("--image", metavar="NAME|DIGEST", help="the guest image (default: default)")
     parser.add_argument(
         "--max-output-bytes",
-        type=_size,
+        type=whole_number(0, 1 << 40, "bytes"),
         default=settings.OUTPUT_MAX_BYTES,
         metavar="N",
         help="per stream (default: 64 MiB)",
     )
     parser.add_argument(
         "--queue-timeout",
-        type=_seconds,
+        type=whole_number(0, int(settings.QUEUE_S), "seconds"),
         default=settings.QUEUE_S,
         metavar="S",
         help="how long to wait while as many machines run as may (default: 600)",
     )
+    parser.add_argument("--no-pool", action="store_true", help="take no warm machine, also where x07 pool keeps some")
     parser.add_argument("--no-cache", action="store_true", help="build also what was built before from the same source")
     parser.add_argument("--cold", action="store_true", help="boot the machines anew instead of cloning saved ones")
     parser.add_argument(
@@ -77,23 +79,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     parser.set_defaults(carry_out=_run)
 
 
-def _size(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) <= 1 << 40):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of bytes between 0 and 2^40")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    if not (text.isascii() and text.isdigit() and int(text) <= settings.QUEUE_S):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of seconds up to {settings.QUEUE_S:.0f}")
-    return float(text)
-
-
 def _run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         stdin_fd = _input(options.input, stack)
         _need_image(options.image)
         cancel = stack.enter_context(_cancelled_by_signals())
+        progress = LiveLine()
+        stack.callback(progress, "")
         result = run(
             RunRequest(
                 program=Path(options.program),
@@ -107,7 +99,8 @@ def _run(options: argparse.Namespace) -> int:
                 cold=options.cold,
                 cache=not options.no_cache,
                 queue_s=options.queue_timeout,
-                progress=say if sys.stderr.isatty() else lambda _text: None,
+                machines=None if options.no_pool else PoolMachines(),
+                progress=progress,
                 cancel=cancel,
             )
         )
@@ -118,9 +111,9 @@ def _run(options: argparse.Namespace) -> int:
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
 
 
-def print_failure(exc: Exception) -> int:
+def print_failure(exc: Exception, signalled: int | None = None) -> int:
     """A failure from before there was a result, as the one JSON object that --json promises; the exit code."""
-    return _print(failure(exc))
+    return _print(failure(exc, signalled))
 
 
 def _print(result: Result) -> int:

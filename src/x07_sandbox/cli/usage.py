@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from _typeshed import SupportsWrite
+
+
+def whole_number(lo: int, hi: int, what: str) -> Callable[[str], int]:
+    """A type of options: a whole number of *what* within bounds."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) <= len(str(hi)) and lo <= int(text) <= hi):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {what} from {lo} to {hi}")
+        return int(text)
+
+    return read
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help as wide as the terminal; asked of it without the modules that the base class would import for that."""
+
+    def __init__(self, prog: str, indent_increment: int = 2, max_help_position: int = 24) -> None:
+        try:
+            columns = os.get_terminal_size(1).columns
+        except OSError:
+            columns = 80
+        super().__init__(prog, indent_increment, max_help_position, width=max(40, columns - 2))
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ours, so that --json holds for them too; options are written out in full."""
 
     def __init__(self, *args: Any, **words: Any) -> None:  # noqa: ANN401 - as argparse has them
-        super().__init__(*args, **(words | {"allow_abbrev": False}))
+        super().__init__(*args, **({"formatter_class": Formatter} | words | {"allow_abbrev": False}))
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         """Print help or version; unlike the base class, not past an error. Raises OSError."""

@@ -26,6 +26,7 @@ UID: Final = 65532  # fixed, in the image's passwd; holds nothing in the guest
 ROOT: Final = "/run/x07/root"
 MACHINE_ID: Final = "/run/x07/machine-id"
 SCRATCH: Final = "/run/x07/scratch"
+MEMORY: Final = "/run/x07/memory"
 CWD: Final = "/opt/x07"
 
 
@@ -35,12 +36,13 @@ class World:
 
     netns_fd: the program's network namespace, made and kept by the agent.
     procs_fd: joins the program's control group.
-    interpreter: whether a Python interpreter waits to become the program.
+    interpreter: whether a Python interpreter waits to become the program. preload: what it has imported by then.
     """
 
     netns_fd: int
     procs_fd: int
     interpreter: bool
+    preload: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +50,13 @@ class Orders:
     """What depends on the job.
 
     tmp_bytes: size of /tmp and of /dev/shm. cpu_s: the limit below that of the control group's counter.
+    inputs_on_disk: whether the files of the job are too large to lie in memory.
     """
 
-    argv: list[str]
-    env: dict[str, str]
-    cwd: str
     hostname: str
     tmp_bytes: int
     out_writable: bool
+    inputs_on_disk: bool
     fds: int
     cpu_s: int
     core_bytes: int
@@ -134,8 +135,8 @@ def _temporary(world: World) -> None:
     system.mount("tmpfs", f"{ROOT}/run", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
     if world.interpreter:
         os.mkdir(f"{ROOT}{interpreter.FOLDER}")
-        with open(f"{ROOT}{interpreter.FOLDER}/sitecustomize.py", "x", encoding="ascii") as file:
-            file.write(interpreter.HOOK)
+        with open(f"{ROOT}{interpreter.FOLDER}/sitecustomize.py", "x", encoding="utf-8") as file:
+            file.write(interpreter.hook(world.preload))
     system.bind(MACHINE_ID, f"{ROOT}/etc/machine-id", system.MS_RDONLY)
     system.mount("", f"{ROOT}/run", "", system.MS_REMOUNT | system.MS_BIND | read_only)
     system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", read_only, "mode=0755,size=4k")
@@ -146,7 +147,9 @@ def _work_folders(_world: World) -> None:
     system.mount("tmpfs", x07, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
     for name in ("in", "out"):
         os.mkdir(f"{x07}/{name}")
+    # Files of the job lie in memory, unless they are large: then the upper mount is taken off.
     system.bind(f"{SCRATCH}/in", f"{x07}/in", system.MS_RDONLY)
+    system.bind(f"{MEMORY}/in", f"{x07}/in", system.MS_RDONLY)
     system.bind(f"{SCRATCH}/out", f"{x07}/out", system.MS_RDONLY)
     system.mount(
         "", x07, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | system.MS_RDONLY
@@ -194,6 +197,11 @@ def _output(orders: Orders) -> None:
     system.mount("", "/x07/out", "", flags if orders.out_writable else flags | system.MS_RDONLY)
 
 
+def _inputs(orders: Orders) -> None:
+    if orders.inputs_on_disk:
+        system.unmount("/x07/in")
+
+
 def _resource_limits(orders: Orders) -> None:
     # The cgroup's counter decides on cpu-limit; this is only the net below it, and later, because its
     # signal could not be told from one that the program sends itself.
@@ -214,19 +222,18 @@ JOB: Final[tuple[Step[Orders], ...]] = (
     Step("host name", "CAP_SYS_ADMIN", _hostname, ("hostname",)),
     Step("sizes", "CAP_SYS_ADMIN", _sizes, ("tmp_bytes",)),
     Step("output folder", "CAP_SYS_ADMIN", _output, ("out_writable",)),
+    Step("large inputs", "CAP_SYS_ADMIN", _inputs, ("inputs_on_disk",)),
     Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits, ("fds", "cpu_s", "core_bytes")),
 )
 
 
 def _control_group(world: World) -> None:
     os.write(world.procs_fd, b"0")
-    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-        file.write("500")  # not the agent's, which the kernel must never choose
+    system.write_file("/proc/self/oom_score_adj", "500")  # not the agent's, which the kernel must never choose
 
 
 def _no_capabilities(_world: World) -> None:
-    with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
-        last = int(file.read())
+    last = int(system.read_file("/proc/sys/kernel/cap_last_cap"))
     for cap in range(last + 1):
         system.prctl(system.PR_CAPBSET_DROP, cap)
     system.prctl(system.PR_CAP_AMBIENT, system.PR_CAP_AMBIENT_CLEAR_ALL)

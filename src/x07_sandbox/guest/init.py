@@ -11,89 +11,110 @@ import fcntl
 import json
 import marshal
 import os
+import signal
 import struct
+from dataclasses import dataclass
 from typing import NoReturn
 
 from x07_sandbox.guest import confine, interpreter
+from x07_sandbox.guest.system import read_all
 
-READY = b"R"  # the program's process waits for its orders
-STARTED = b"S"
+READY = b"R"  # from the program's process: it waits for its start; from init: the orders are carried out
 EXITED = b"X"  # then u32: the wait status as waitpid(2) gives it
 EXITED_SIZE = 5
-FAILED = b"F"  # then JSON to the end of the pipe
+FAILED = b"F"  # then JSON
 
 _STATUS = struct.Struct(">I")
 
 
-def run_init(
-    world: confine.World, usual: confine.Orders | None, fds: tuple[int, int, int], orders_fd: int, report_fd: int
-) -> NoReturn:
-    """Be the init of a program whose orders come later; fds become its standard streams. Never returns.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ends:
+    """Descriptors of init and of the program's process; the agent has the other ends.
 
-    usual: orders that are likely; what they say is done beforehand.
+    streams: what become the program's standard streams.
+    start_fd: where the program's process reads what it is to become. told_fd: gets READY from it, then a failure, which
+        a success closes.
+    orders_fd: where init reads what of the world depends on the job. report_fd: what init says.
     """
+
+    streams: tuple[int, int, int]
+    start_fd: int
+    told_fd: int
+    orders_fd: int
+    report_fd: int
+
+    def of_program(self) -> tuple[int, ...]:
+        """Those that only the program's process keeps."""
+        return (*self.streams, self.start_fd, self.told_fd)
+
+
+def run_init(world: confine.World, ends: Ends) -> NoReturn:
+    """Be the init of a program whose orders come later. Never returns."""
     try:
         os.setsid()
-        _only_descriptors(*fds, orders_fd, report_fd, world.netns_fd, world.procs_fd)
+        _only_descriptors(*ends.of_program(), ends.orders_fd, ends.report_fd, world.netns_fd, world.procs_fd)
         confine.apply(confine.WORLD, world)
-        status = _supervise(world, usual, fds, orders_fd, report_fd)
-        os.write(report_fd, EXITED + _STATUS.pack(status))
+        program = os.fork()
+        if program == 0:
+            for fd in (ends.report_fd, ends.orders_fd):
+                os.close(fd)
+            _become(world, ends)
+        for fd in {*ends.of_program(), world.procs_fd}:
+            os.close(fd)
+        _obey(world, ends)
+        status = _last_of(program)
+        os.write(ends.report_fd, EXITED + _STATUS.pack(status))
+        # Its end would take the namespaces apart, which takes longer than a small program, for a machine that is about
+        # to be thrown away.
+        while True:
+            signal.pause()
     except confine.StepError as exc:
-        _report_failure(report_fd, exc.stage, exc.errno, str(exc.args[2]))
+        _report_failure(ends.report_fd, exc.stage, exc.errno, str(exc.args[2]))
     except OSError as exc:
-        _report_failure(report_fd, "start", exc.errno or 0, str(exc))
+        _report_failure(ends.report_fd, "start", exc.errno or 0, str(exc))
     finally:
-        # The end of PID 1 ends, by the kernel's own hand, whatever the program has left running.
+        # The end of PID 1 ends, by the kernel's own hand, whatever of the program is there.
         os._exit(0)
 
 
-def _supervise(
-    world: confine.World, usual: confine.Orders | None, fds: tuple[int, int, int], orders_fd: int, report_fd: int
-) -> int:
-    """Start the program and return its wait status. Raises StepError if it could not become the program."""
-    told_r, told_w = os.pipe2(os.O_CLOEXEC)
-    start_r, start_w = os.pipe2(os.O_CLOEXEC)
-    program = os.fork()
-    if program == 0:
-        for fd in (report_fd, orders_fd, start_w, told_r):
-            os.close(fd)
-        _become(world, fds, start_r, told_w)
-    for fd in {*fds, world.procs_fd, told_w, start_r}:
-        os.close(fd)
-    told = os.read(told_r, 1)
-    if told == READY:
-        if usual is not None:
-            confine.apply(confine.JOB, usual)
-        if world.interpreter:
-            confine.forget_interpreter()
-        os.write(report_fd, READY)
-        data = _read_all(orders_fd)
-        orders = confine.Orders(**json.loads(data))
-        confine.apply(confine.JOB, orders, usual)
-        become = world.interpreter and interpreter.can_become(orders.argv, orders.env)
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
-            _write_all(start_w, marshal.dumps((become, orders.argv, orders.env, orders.cwd)))
-        os.close(start_w)
-        told = b""
-    told += _read_all(told_r)
-    if told:
-        raise _told(told)
-    os.write(report_fd, STARTED)
+def _obey(world: confine.World, ends: Ends) -> None:
+    """Carry out orders, one a line, until their end."""
+    before: confine.Orders | None = None
+    kept = b""
+    while chunk := os.read(ends.orders_fd, 65536):
+        kept += chunk
+        while b"\n" in kept:
+            line, _, kept = kept.partition(b"\n")
+            orders = confine.Orders(**json.loads(line))
+            confine.apply(confine.JOB, orders, before)
+            if before is None and world.interpreter:
+                confine.forget_interpreter()
+            before = orders
+            os.write(ends.report_fd, READY)
+    os.close(ends.orders_fd)
+
+
+def _last_of(program: int) -> int:
+    """Wait for the program's end, then end whatever it has left running; its wait status."""
     while True:
         pid, status = os.wait()
         if pid == program:
-            return status
+            break
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        # All of this namespace but us, and none of them can fork with that signal pending. Orphans are our children.
+        os.kill(-1, signal.SIGKILL)
+        while True:
+            os.wait()
+    return status
 
 
-def _become(world: confine.World, fds: tuple[int, int, int], start_fd: int, told_fd: int) -> NoReturn:
-    """Give up all rights, wait for the orders, turn this process into the program.
-
-    told_fd: gets READY, then a failure, which a success closes.
-    """
+def _become(world: confine.World, ends: Ends) -> NoReturn:
+    """Give up all rights, wait for the start, turn this process into the program."""
+    start_fd, told_fd = ends.start_fd, ends.told_fd
     try:
         try:
             os.setsid()
-            high = [os.dup(fd) for fd in fds]  # so that no dup2 below can overwrite one that is still needed
+            high = [os.dup(fd) for fd in ends.streams]  # so that no dup2 below can overwrite one that is still needed
             for target, fd in enumerate(high):
                 os.dup2(fd, target)
             confine.apply(confine.RIGHTS, world)
@@ -105,23 +126,17 @@ def _become(world: confine.World, fds: tuple[int, int, int], start_fd: int, told
                 os.dup2(told_fd, interpreter.TOLD_FD)
                 os.execve(interpreter.PYTHON, interpreter.argv(), interpreter.env())
             os.write(told_fd, READY)
-            _, argv, env, cwd = marshal.loads(_read_all(start_fd))  # noqa: S302 - it is our init that speaks
+            _, argv, env, cwd = marshal.loads(read_all(start_fd))  # noqa: S302 - it is our agent that speaks
             os.chdir(cwd)
             # Not os.execvpe: it imports a module on its way, which a policy that allows no descriptor forbids.
             os.execve(argv[0], argv, env)
         except confine.StepError as exc:
             told = f"{exc.errno} {exc.stage}: {exc.args[2]}"
-        except OSError as exc:
-            told = f"{exc.errno or 0} {exc}"
+        except (OSError, ValueError) as exc:
+            told = f"{getattr(exc, 'errno', 0) or 0} {exc}"
         os.write(told_fd, told.encode("utf-8", "backslashreplace"))
     finally:
         os._exit(127)
-
-
-def _told(text: bytes) -> confine.StepError:
-    """What the program's process says when it could not become the program: a number, and words."""
-    number, _, message = text.decode("utf-8", "replace").partition(" ")
-    return confine.StepError("exec", int(number) if number.isdigit() else 0, message)
 
 
 def _only_descriptors(*keep: int) -> None:
@@ -142,17 +157,3 @@ def _only_descriptors(*keep: int) -> None:
 def _report_failure(report_fd: int, stage: str, number: int, message: str) -> None:
     text = json.dumps({"stage": stage[:64], "errno": number, "message": message[:1000]})
     os.write(report_fd, FAILED + text.encode())
-
-
-def _read_all(fd: int) -> bytes:
-    chunks = []
-    while chunk := os.read(fd, 4096):
-        chunks.append(chunk)
-    os.close(fd)
-    return b"".join(chunks)
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

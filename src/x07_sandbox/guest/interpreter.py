@@ -1,9 +1,11 @@
 """A Python interpreter that is started before there is a job, and becomes the program when there is one.
 
 It is started as any is, with a script's name that does not exist, and stops in its own start-up, where Python imports
-`sitecustomize`: that module is HOOK, which waits for the orders. Then it takes away everything of itself, puts the
+`sitecustomize`: that module is `hook`, which waits for the orders. Then it takes away everything of itself, puts the
 right script's name where the interpreter will look for it, and lets the start-up go on: the interpreter reads, compiles
 and runs the script by itself, with nothing of ours on its stack. Or it executes another program, if that is the order.
+
+With modules to preload it imports them before it waits: a program's own import of them takes no time.
 
 What cannot be made the same as in a fresh start: the seed of string hashes and the layout of memory, which are those of
 the saved machine, /proc/self/cmdline and /proc/self/environ, and the CPU time that the start took.
@@ -24,10 +26,16 @@ PLACEHOLDER: Final = f"{PROGRAMS}/{'x' * _NAME_MAX}"
 _EARLY: Final = ("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "LOCPATH")
 ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 
-HOOK: Final = f"""
-import sys
+_HOOK: Final = f"""
+import os, sys
+for name in PRELOAD:
+    try:
+        __import__(name)
+    except BaseException as exc:
+        os.write({TOLD_FD}, f"0 cannot preload {{name}}: {{exc!r}}".encode("utf-8", "backslashreplace")[:1000])
+        os._exit(127)
 known, importers = set(sys.modules), set(sys.path_importer_cache)
-import _signal, ctypes, marshal, os
+import _signal, ctypes, marshal
 
 placeholder = {PLACEHOLDER!r}.encode("utf-32-le") + bytes(4)
 ctypes.pythonapi._Py_GetConfig.restype = ctypes.c_void_p
@@ -56,8 +64,8 @@ if not become:
         _signal.signal(number, _signal.SIG_DFL)
     try:
         os.execve(argv[0], argv, env)
-    except OSError as exc:
-        os.write({TOLD_FD}, b"%d %s" % (exc.errno, str(exc).encode("utf-8", "backslashreplace")))
+    except (OSError, ValueError) as exc:
+        os.write({TOLD_FD}, b"%d %s" % (getattr(exc, "errno", 0) or 0, str(exc).encode("utf-8", "backslashreplace")))
         os._exit(127)
 os.environ.clear()
 os.environ.update(env)
@@ -73,9 +81,17 @@ for module in set(sys.modules) - known:
 for path in set(sys.path_importer_cache) - importers | {{{FOLDER!r}}}:
     sys.path_importer_cache.pop(path, None)
 del sys.modules["sitecustomize"]
+for name in ("random", "numpy.random"):  # what they have drawn is every clone's
+    if name in sys.modules:
+        sys.modules[name].seed()
 os.close({TOLD_FD})
 import sitecustomize  # the system's own, where it has one
 """
+
+
+def hook(preload: list[str]) -> str:
+    """The module that the interpreter stops in. preload: modules that the program will find imported."""
+    return f"PRELOAD = {preload!r}\n{_HOOK}"
 
 
 def argv() -> list[str]:

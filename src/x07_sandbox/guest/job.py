@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import stat
 import struct
+import time
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from x07_sandbox.channel.frames import Kind, Stream
 from x07_sandbox.channel.link import Data, Eof, Event, State
 from x07_sandbox.guest import confine, init
 from x07_sandbox.guest.files import IncomingFiles
-from x07_sandbox.guest.place import failure
+from x07_sandbox.guest.place import failure, told_failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,19 +27,16 @@ if TYPE_CHECKING:
 _READ: Final = 32 * 1024
 WAITING_BYTES: Final = 32 << 20
 _FULL_BLOCKS: Final = 256  # of 4 KiB: a disk with less left counts as full
+TICK_S: Final = 0.1  # how often the CPU counter is read while the program runs
 
 
-def orders(
-    limits: dict[str, int], *, hostname: str, out_writable: bool, argv: list[str], env: dict[str, str], cwd: str
-) -> confine.Orders:
+def orders(limits: dict[str, int], *, hostname: str, out_writable: bool, inputs_on_disk: bool) -> confine.Orders:
     """What init is told of a job with these limits."""
     return confine.Orders(
-        argv=argv,
-        env=env,
-        cwd=cwd,
         hostname=hostname,
         tmp_bytes=limits["tmp_bytes"],
         out_writable=out_writable,
+        inputs_on_disk=inputs_on_disk,
         fds=limits["fds"],
         cpu_s=limits["cpu_ms"] // 1000 + 5,
         core_bytes=limits["core_bytes"],
@@ -49,9 +46,9 @@ def orders(
 class Job:
     """One program: its files, its limits, its streams, its end."""
 
-    def __init__(self, link: Link, seed: dict[str, Any], body: dict[str, Any], place: Place, fail: Fail) -> None:
+    def __init__(self, link: Link, machine_id: bytes, body: dict[str, Any], place: Place, fail: Fail) -> None:
         self.link = link
-        self.seed = seed
+        self.machine_id = machine_id
         self.place = place
         self.group = place.group
         self.fail = fail
@@ -59,16 +56,19 @@ class Job:
         self.env: dict[str, str] = body["env"]
         self.cwd: str = body["cwd"]
         self.limits: dict[str, int] = body["limits"]
+        self.hostname: str = body["hostname"]
         self.output: dict[str, Any] | None = body["output"]
-        self.files = IncomingFiles(body["files"])
+        self.files = IncomingFiles(body["files"], place)
         self.started = False
         self.fds: dict[int, int] = {}  # our ends of the program's output -> stream
         self.stdin_fd = place.stdin_fd
         self.report_fd = -1
-        self.report = b""
+        self.told_fd = -1
+        self.told = b""
         self.held = bytearray()  # input that the program has not read yet: at most one window
         self.input_ended = False
         self.cpu_before_us = 0
+        self.cpu_looked_at = 0.0
         self.cpu_exceeded = False
         self.stopped = False
         self.wait_status: int | None = None
@@ -97,25 +97,19 @@ class Job:
             self._start()
 
     def _start(self) -> None:
-        limits = self.limits
+        limits, place = self.limits, self.place
         # What waits may be larger than a small limit: until it has become the program it may keep what it has.
         self.group.limit(mem_bytes=max(limits["mem_bytes"], WAITING_BYTES), tasks=limits["tasks"])
-        self.cpu_before_us = self.group.cpu_us()
+        on_disk, writable = self.files.on_disk, self.output is not None
+        place.prepare(orders(limits, hostname=self.hostname, out_writable=writable, inputs_on_disk=on_disk))
+        place.name(self.machine_id)
+        self.cpu_before_us = place.cpu_us_so_far()
+        self.cpu_looked_at = time.monotonic()
         self.started = True
-        self.place.name(self.seed["machine_id"])
-        self.place.order(
-            orders(
-                limits,
-                hostname=self.seed["hostname"],
-                out_writable=self.output is not None,
-                argv=self.argv,
-                env=self.env,
-                cwd=self.cwd,
-            )
-        )
-        self.report_fd = self.place.report_fd
-        self.fds = {self.place.stdout_fd: Stream.STDOUT, self.place.stderr_fd: Stream.STDERR}
-        for fd in (*self.fds, self.stdin_fd, self.report_fd):
+        place.start(self.argv, self.env, self.cwd)
+        self.report_fd, self.told_fd = place.report_fd, place.told_fd
+        self.fds = {place.stdout_fd: Stream.STDOUT, place.stderr_fd: Stream.STDERR}
+        for fd in (*self.fds, self.stdin_fd):
             os.set_blocking(fd, False)
         self._feed()
 
@@ -123,8 +117,9 @@ class Job:
 
     def register(self, poll: select.poll) -> None:
         """Name the descriptors to wait for."""
-        if self.report_fd >= 0:
-            poll.register(self.report_fd, select.POLLIN)
+        for fd in (self.report_fd, self.told_fd):
+            if fd >= 0:
+                poll.register(fd, select.POLLIN)
         if self.link.state is State.RUNNING:
             # A reader on the host who stalls lets the window run out: then the program waits, and nobody else.
             for fd, stream in self.fds.items():
@@ -137,6 +132,8 @@ class Job:
         """One of those descriptors is ready."""
         if fd == self.report_fd:
             self._take_report()
+        elif fd == self.told_fd:
+            self._take_told()
         elif fd in self.fds:
             # In one turn init may have ended without a report: after FAILED nothing more of the program is carried.
             if self.link.state is State.RUNNING:
@@ -178,35 +175,36 @@ class Job:
             self.link.consumed(Stream.STDIN, len(self.held))
             self.held.clear()
 
-    def _take_report(self) -> None:
-        data = os.read(self.report_fd, 8192)
-        if data:
-            self.report += data
-            self.report = self.report.removeprefix(init.READY)  # of a place that nobody waited for
-            if self.report.startswith(init.STARTED) and self.link.state is State.PREPARING:
-                if self.limits["mem_bytes"] < WAITING_BYTES:
-                    self.group.limit(mem_bytes=self.limits["mem_bytes"], tasks=self.limits["tasks"])
-                self.link.send(Kind.STARTED, {})
-                self.report = self.report[1:]
+    def _take_told(self) -> None:
+        """The end of this pipe, without a word before it, is the program's execution."""
+        if data := os.read(self.told_fd, 8192):
+            self.told += data
             return
-        # Init is gone, and with it, by the kernel's hand, every process of its namespace.
+        os.close(self.told_fd)
+        self.told_fd = -1
+        if self.told:
+            self.fail(told_failure(self.told))
+        elif self.link.state is State.PREPARING:
+            if self.limits["mem_bytes"] < WAITING_BYTES:
+                self.group.limit(mem_bytes=self.limits["mem_bytes"], tasks=self.limits["tasks"])
+            self.link.send(Kind.STARTED, {})
+
+    def _take_report(self) -> None:
+        report = os.read(self.report_fd, 8192)
         os.close(self.report_fd)
         self.report_fd = -1
-        with contextlib.suppress(ChildProcessError):
-            os.wait()
-        if self.report.startswith(init.EXITED) and len(self.report) == init.EXITED_SIZE:
-            self.wait_status = struct.unpack(">I", self.report[1:])[0]
+        if report.startswith(init.EXITED) and len(report) == init.EXITED_SIZE:
+            # And every other process of its namespace is gone too.
+            self.wait_status = struct.unpack(">I", report[1:])[0]
         else:
-            self.fail(failure(self.report))
+            self.fail(failure(report))
 
     def tick(self) -> None:
         """Whatever time or the last events have made due."""
         if not self.started or self.link.state is State.FAILED:
             return
-        running = self.link.state is State.RUNNING and self.wait_status is None
-        if running and not self.cpu_exceeded and self._cpu_us() > self.limits["cpu_ms"] * 1000:
-            self.cpu_exceeded = True
-            self.group.kill()
+        if self.link.state is State.RUNNING and self.wait_status is None and not self.cpu_exceeded:
+            self._look_at_cpu()
         if self.link.state is State.RUNNING and self.wait_status is not None and not self.fds:
             self._exited()
         if self.link.state is State.COLLECTING and self.output_file is not None:
@@ -216,6 +214,15 @@ class Job:
         """The host asks for the end: note what the program was doing, then kill it."""
         if self.started and self.wait_status is None:
             self.stopped = self.group.program_stopped()
+            self.group.kill()
+
+    def _look_at_cpu(self) -> None:
+        now = time.monotonic()
+        if now - self.cpu_looked_at < TICK_S:
+            return
+        self.cpu_looked_at = now
+        if self._cpu_us() > self.limits["cpu_ms"] * 1000:
+            self.cpu_exceeded = True
             self.group.kill()
 
     def _cpu_us(self) -> int:
@@ -248,7 +255,7 @@ class Job:
         """Open the one file that the host wants: its size, or what is wrong with it."""
         if self.output is None:
             return None, None
-        path = f"{confine.SCRATCH}/out/{os.path.basename(self.output['path'])}"
+        path = self.place.scratch(f"out/{os.path.basename(self.output['path'])}")
         try:
             # O_NONBLOCK: a fifo in its place must not hold us.
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

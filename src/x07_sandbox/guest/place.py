@@ -7,63 +7,131 @@ from __future__ import annotations
 
 import contextlib
 import json
+import marshal
 import os
+import signal
 from typing import Final
 
-from x07_sandbox.guest import confine, init, system
+from x07_sandbox.guest import confine, init, interpreter, system
 from x07_sandbox.guest.cgroup import ProgramGroup
 from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.system import read_all, write_all
 
 SCRATCH_SERIAL: Final = "x07scratch"
+IN_MEMORY_BYTES: Final = 256 * 1024  # files of a job up to that together lie in memory
+_FOLDERS: Final = {"in": 0, "out": confine.UID, "work": confine.UID}  # on the scratch disk, and whose they are
+_ENTRIES: Final = 4096  # an archive of that size cannot hold more: a header has 110 bytes
 
 
 class Place:
     """One prepared place; descriptors are the agent's ends, all close-on-exec.
 
-    usual: orders that are likely.
+    first: whether it is the first of this machine; before another is made, the last one is closed.
     interpreter: whether the process that waits is a started Python, as `x07_sandbox.guest.interpreter` has it.
-    stdin_fd, stdout_fd, stderr_fd: the program's standard streams. report_fd: what init says, to its end.
+    preload: modules that it has imported.
+    stdin_fd, stdout_fd, stderr_fd: the program's standard streams. report_fd: what init says.
+    told_fd: what the program's process says before it is the program; its end means that it is.
     """
 
-    def __init__(self, *, interpreter: bool = False, usual: confine.Orders | None = None) -> None:
-        _mount_scratch()
-        with open(confine.MACHINE_ID, "x", encoding="ascii"):
-            pass  # filled when it is known
+    def __init__(self, *, first: bool = True, interpreter: bool = False, preload: list[str] | None = None) -> None:
+        if first:
+            _mount_scratch()
+            with open(confine.MACHINE_ID, "x", encoding="ascii"):
+                pass  # filled when it is known
         self.group = ProgramGroup()
-        self.report = b""
+        self._interpreter = interpreter
+        self._orders: confine.Orders | None = None
+        self._cpu_us: int | None = None
+        self._machine_id_fd = os.open(confine.MACHINE_ID, os.O_WRONLY | os.O_CLOEXEC)
+        _make_folders()
         stdin_r, self.stdin_fd = os.pipe2(os.O_CLOEXEC)
         self.stdout_fd, stdout_w = os.pipe2(os.O_CLOEXEC)
         self.stderr_fd, stderr_w = os.pipe2(os.O_CLOEXEC)
         self.report_fd, report_w = os.pipe2(os.O_CLOEXEC)
+        self.told_fd, told_w = os.pipe2(os.O_CLOEXEC)
+        start_r, self._start_fd = os.pipe2(os.O_CLOEXEC)
         orders_r, self._orders_fd = os.pipe2(os.O_CLOEXEC)
-        world = confine.World(netns_fd=_network_namespace(), procs_fd=self.group.open_procs(), interpreter=interpreter)
+        ends = init.Ends(
+            streams=(stdin_r, stdout_w, stderr_w),
+            start_fd=start_r,
+            told_fd=told_w,
+            orders_fd=orders_r,
+            report_fd=report_w,
+        )
+        world = confine.World(
+            netns_fd=_network_namespace(),
+            procs_fd=self.group.open_procs(),
+            interpreter=interpreter,
+            preload=preload or [],
+        )
+        own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         os.unshare(os.CLONE_NEWPID)  # for the next child only: it becomes PID 1 of the program's namespace
-        if os.fork() == 0:
-            init.run_init(world, usual, (stdin_r, stdout_w, stderr_w), orders_r, report_w)
-        for fd in (stdin_r, stdout_w, stderr_w, report_w, orders_r, world.netns_fd, world.procs_fd):
+        self._init = os.fork()
+        if self._init == 0:
+            init.run_init(world, ends)
+        os.setns(own, os.CLONE_NEWPID)  # the child after it is again one of ours
+        for fd in (own, *ends.of_program(), orders_r, report_w, world.netns_fd, world.procs_fd):
             os.close(fd)
 
-    def wait_ready(self) -> None:
-        """Wait until the program's process waits for its orders. Raises JobError."""
-        data = os.read(self.report_fd, 1)
-        if data == init.READY:
+    def prepare(self, orders: confine.Orders) -> None:
+        """Wait until the program's process waits, and have what of the world depends on the job made. Raises JobError.
+
+        May be called again, with other orders: what is the same is not done again.
+        """
+        if self._orders == orders:
             return
-        while chunk := os.read(self.report_fd, 8192):
-            data += chunk
-        raise failure(data)
-
-    def name(self, machine_id: str) -> None:
-        """Fill in /etc/machine-id."""
-        with open(confine.MACHINE_ID, "w", encoding="ascii") as file:
-            file.write(machine_id + "\n")
-
-    def order(self, orders: confine.Orders) -> None:
-        """Let the program start; what follows is told by reports."""
+        if self._orders is None and (told := os.read(self.told_fd, 1)) != init.READY:
+            raise self._failure(told + read_all(self.told_fd))
+        self._orders = orders
         with contextlib.suppress(BrokenPipeError):  # init has ended, and its report says why
-            view = memoryview(json.dumps(orders.as_dict()).encode())
-            while view:
-                view = view[os.write(self._orders_fd, view) :]
+            write_all(self._orders_fd, json.dumps(orders.as_dict()).encode() + b"\n")
+        report = os.read(self.report_fd, 8192)
+        if report != init.READY:
+            raise failure(report)
+
+    def _failure(self, told: bytes) -> JobError:
+        """Why no process waits: what it says itself, else what init says."""
+        if told:
+            return told_failure(told)
         os.close(self._orders_fd)
+        return failure(os.read(self.report_fd, 8192))
+
+    def cpu_us_so_far(self) -> int:
+        """CPU time of what waits, in microseconds, as it was when this was first asked for; it does nothing since."""
+        if self._cpu_us is None:
+            self._cpu_us = self.group.cpu_us()
+        return self._cpu_us
+
+    def name(self, machine_id: bytes) -> None:
+        """Fill in /etc/machine-id."""
+        os.pwrite(self._machine_id_fd, machine_id.hex().encode() + b"\n", 0)
+
+    def start(self, argv: list[str], env: dict[str, str], cwd: str) -> None:
+        """Let the process become the program; what follows is told by `told_fd` and `report_fd`."""
+        os.close(self._orders_fd)
+        become = self._interpreter and interpreter.can_become(argv, env)
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as `told_fd` tells
+            write_all(self._start_fd, marshal.dumps((become, argv, env, cwd)))
+        os.close(self._start_fd)
+
+    def folder(self, *, on_disk: bool) -> str:
+        """Where files of the job are written, so that the program finds them in /x07/in."""
+        return f"{confine.SCRATCH if on_disk else confine.MEMORY}/in"
+
+    def scratch(self, name: str) -> str:
+        """A path on the scratch disk that the program does not see."""
+        return f"{confine.SCRATCH}/{name}"
+
+    def close(self) -> None:
+        """End what is left of it, and remove what it wrote, so that another can be made in the same machine."""
+        import shutil
+
+        os.kill(self._init, signal.SIGKILL)
+        os.waitpid(self._init, 0)
+        os.close(self._machine_id_fd)
+        for path in (f"{confine.MEMORY}/in", *(self.scratch(name) for name in _FOLDERS)):
+            shutil.rmtree(path)
+        self.group.remove()
 
 
 def failure(report: bytes) -> JobError:
@@ -74,13 +142,23 @@ def failure(report: bytes) -> JobError:
     return JobError(told["stage"], told["errno"], told["message"])
 
 
+def told_failure(told: bytes) -> JobError:
+    """What the program's process says when it could not become the program: a number, and words."""
+    number, _, message = told.decode("utf-8", "replace").partition(" ")
+    return JobError("exec", int(number) if number.isdigit() else 0, message)
+
+
 def _mount_scratch() -> None:
-    device = _disk(SCRATCH_SERIAL)
     os.makedirs(confine.SCRATCH, mode=0o755, exist_ok=True)
-    system.mount(
-        device, confine.SCRATCH, "ext4", system.MS_NOATIME | system.MS_NODEV | system.MS_NOSUID, "noinit_itable"
-    )
-    for name, owner in (("in", 0), ("out", confine.UID), ("work", confine.UID)):
+    flags = system.MS_NODEV | system.MS_NOSUID
+    system.mount(_disk(SCRATCH_SERIAL), confine.SCRATCH, "ext4", system.MS_NOATIME | flags, "noinit_itable")
+    os.makedirs(confine.MEMORY, mode=0o755, exist_ok=True)
+    system.mount("tmpfs", confine.MEMORY, "tmpfs", flags, f"mode=0755,size=32m,nr_inodes={_ENTRIES}")
+
+
+def _make_folders() -> None:
+    os.mkdir(f"{confine.MEMORY}/in", 0o755)
+    for name, owner in _FOLDERS.items():
         os.mkdir(f"{confine.SCRATCH}/{name}", 0o755)
         os.chown(f"{confine.SCRATCH}/{name}", owner, owner)
 

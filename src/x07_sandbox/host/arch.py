@@ -6,13 +6,13 @@ Only x86_64 has been run; the aarch64 row holds what its packages are called and
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+
+import msgspec
 
 from x07_sandbox.errors import HostError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arch:
+class Arch(msgspec.Struct, frozen=True, kw_only=True):
     """Names and switches of one architecture.
 
     firmware: paths below /usr/share that the machine type reads at start.

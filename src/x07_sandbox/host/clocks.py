@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 
 def unix_ms() -> int:
@@ -17,8 +18,7 @@ def unix_ns() -> int:
     return time.time_ns()
 
 
-@dataclass(frozen=True, slots=True)
-class Deadline:
+class Deadline(msgspec.Struct, frozen=True):
     """A point in time that nested calls share.
 
     at: seconds on the clock's scale.

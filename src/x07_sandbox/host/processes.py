@@ -7,9 +7,12 @@ import errno
 import os
 import select
 import signal
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import msgspec
+
+from x07_sandbox.errors import HostError
 
 
 @cache
@@ -23,8 +26,7 @@ def pid_namespace() -> str:
     return str(Path("/proc/self/ns/pid").readlink())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """One process of one boot.
 
     start_ticks: field 22 of proc(5) stat, clock ticks since boot.
@@ -38,6 +40,14 @@ def identify(pid: int) -> Identity | None:
     """The identity of a live process; None when there is none of that number."""
     fields = _stat_fields(pid)
     return None if fields is None else Identity(pid=pid, start_ticks=int(fields[19]))
+
+
+def own_identity() -> Identity:
+    """The identity of this process. Raises HostError where /proc does not show it."""
+    found = identify(os.getpid())
+    if found is None:
+        raise HostError("cannot record the job", "/proc does not show this process", "Mount /proc here")
+    return found
 
 
 def children_of(pid: int) -> list[int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from x07_sandbox.images import manifest
 
@@ -13,8 +14,7 @@ INIT = "guest/boot/init.c"
 PACK = "guest/boot/pack.py"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuestCode:
+class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
     """One reading of the files, so that digest and content belong together while an editor writes.
 
     agent: path below the package -> source of all Python code that the guest runs.

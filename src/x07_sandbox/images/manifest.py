@@ -66,12 +66,13 @@ class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     arch: str
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """All that is known of an image.
 
     digest: "sha256:" and the sha256 of the canonical JSON of everything else.
     base: digest of the first stage (root file system, kernel, modules); guest_code: of our code in it.
     filters: seccomp filters by name.
+    preload: Python modules that a program on a saved machine finds imported; absent where there are none.
     """
 
     schema_version: str
@@ -87,6 +88,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     scratch_disk: ScratchDisk
     packages: list[Package]
     filters: dict[str, Part]
+    preload: list[str] = []
 
 
 _decoder = msgspec.json.Decoder(Manifest, strict=True)

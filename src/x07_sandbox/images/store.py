@@ -11,17 +11,14 @@ import contextlib
 import os
 import re
 import stat
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+import msgspec
 
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
 from x07_sandbox.images import guestcode, manifest
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from x07_sandbox.images.manifest import Manifest
+from x07_sandbox.images.manifest import Manifest
 
 DEFAULT = "default"
 PREFIX_DIGITS = 12
@@ -29,8 +26,7 @@ PREFIX = re.compile(rf"[0-9a-f]{{{PREFIX_DIGITS},64}}")
 FIX = "Run x07 image build"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Image:
+class Image(msgspec.Struct, frozen=True, kw_only=True):
     """A built image. name: the one it was found by, else one that points to it, else empty."""
 
     name: str

@@ -16,7 +16,7 @@ import hashlib
 import os
 import stat
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +26,12 @@ from x07_sandbox.errors import ImageError
 from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images import manifest
+from x07_sandbox.images.manifest import Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from x07_sandbox.images.manifest import Manifest, Part
+    from x07_sandbox.images.manifest import Part
     from x07_sandbox.images.store import Image
 
 FILE_MODE = 0o444
@@ -50,8 +51,7 @@ FIX = "Run x07 image build, and if it comes again look at the disk"
 Identity = tuple[int, int, int, int, int, int, int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenImage:
+class OpenImage(msgspec.Struct, frozen=True, kw_only=True):
     """Checked files of an image; the descriptors are lent, read-only, and closed by open_image."""
 
     kernel_fd: int
@@ -69,8 +69,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     files: dict[str, Identity]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
     """What is verified: how errors call it, under which name it is remembered, and how its files are hashed."""
 
     name: str

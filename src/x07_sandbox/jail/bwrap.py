@@ -14,9 +14,10 @@ read-only, and no /proc; and a filter of system calls, loaded as the last thing 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 BWRAP: Final = "/usr/bin/bwrap"
 SETPRIV: Final = "/usr/bin/setpriv"
@@ -28,8 +29,7 @@ _EMPTY_IN_PROC: Final = "/proc/sys/fs/binfmt_misc"  # an empty folder, which hid
 _CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_range", "unshare", "mount")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Jail:
+class Jail(msgspec.Struct, frozen=True, kw_only=True):
     """What one confined process may have.
 
     files: host paths that appear inside under the same path, read-only.

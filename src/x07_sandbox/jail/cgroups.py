@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from x07_sandbox.host.clocks import unix_ms
 
@@ -22,8 +23,7 @@ _ABANDONED_S: Final = 60.0
 _SWEPT_AT_ONCE: Final = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostGroups:
+class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
     """The groups of one job: their folders, and which limits they hold."""
 
     folders: tuple[Path, ...]
@@ -32,6 +32,10 @@ class HostGroups:
     def describe(self) -> str:
         """Which limits they hold, for the result."""
         return f"host control groups hold {' and '.join(self.holds)}" if self.holds else "no host control groups"
+
+    def names(self) -> tuple[str, ...]:
+        """Their folders, for the record."""
+        return tuple(str(folder) for folder in self.folders)
 
     def add(self, pid: int) -> None:
         """Move a process into them. Raises OSError."""

@@ -39,8 +39,12 @@ def max_running() -> int:
         if text.isascii() and text.isdigit() and 1 <= int(text) <= _MOST:
             return int(text)
         raise UsageError(f"cannot use {_VARIABLE}", f"{text!r} is no number from 1 to {_MOST}", "Set one, or unset it")
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), memory * 3 // 4 // _MEMORY_EACH))
+    return max(1, min(len(os.sched_getaffinity(0)), memory_bytes() * 3 // 4 // _MEMORY_EACH))
+
+
+def memory_bytes() -> int:
+    """Memory of this host. Three quarters are for machines that run, one is for those that wait in a pool."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextlib.contextmanager

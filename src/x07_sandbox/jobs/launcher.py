@@ -10,11 +10,11 @@ import queue
 import signal
 import subprocess
 import threading
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """A child to start: descriptors are lent and stay the caller's."""
 
     argv: list[str]

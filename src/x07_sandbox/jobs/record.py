@@ -11,9 +11,11 @@ import itertools
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
+from msgspec.structs import asdict, replace
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
@@ -33,8 +35,7 @@ def new_run_id() -> str:
     return f"{unix_ms()}-{os.getpid()}-{next(_counter)}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobRecord:
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One job's folder and what is fixed about it from the start.
 
     mark: random id that the job's processes carry in their arguments.
@@ -65,20 +66,37 @@ class JobRecord:
         }
 
 
-def create_record(*, run_id: str, phase: str, backend: str, wall_ms: int, image_digest: str) -> JobRecord:
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine is for: the job *phase* of the run *run_id*, whose program may take *wall_ms*."""
+
+    run_id: str
+    phase: str
+    wall_ms: int
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return f"{self.run_id}-{self.phase}"
+
+    @property
+    def deadline_s(self) -> int:
+        """When the job is ended, in whole seconds from now."""
+        return (settings.allowance_ms() + self.wall_ms) // 1000 + 1
+
+
+def create_record(claim: Claim, *, backend: str, image_digest: str) -> JobRecord:
     """Make the job's folder and write `job.json`. Raises HostError."""
     root = private_dir(state_dir())
     instance = runner_instance(root)
     created = unix_ms()
-    job_id = f"{run_id}-{phase}"
     record = JobRecord(
-        job_id=job_id,
-        run_id=run_id,
+        job_id=claim.job_id,
+        run_id=claim.run_id,
         backend=backend,
-        folder=root / job_id,
+        folder=root / claim.job_id,
         created_unix_ms=created,
-        deadline_unix_ms=created + settings.allowance_ms() + wall_ms,
-        grace_ms=settings.grace_ms(wall_ms),
+        deadline_unix_ms=created + settings.allowance_ms() + claim.wall_ms,
+        grace_ms=settings.grace_ms(claim.wall_ms),
         mark=os.urandom(16).hex(),
         runner_instance=instance,
         image_digest=image_digest,
@@ -91,24 +109,66 @@ def create_record(*, run_id: str, phase: str, backend: str, wall_ms: int, image_
             exc.strerror or str(exc),
             "Free space there, or set X07_VM_STATE_DIR",
         ) from exc
+    try:
+        _write_job(record)
+    except HostError:
+        drop_unstarted(record)
+        raise
+    return record
+
+
+def record_values(record: JobRecord) -> dict[str, object]:
+    """A record for JSON; `record_from` is the way back."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(record).items()}
+
+
+def record_from(values: dict[str, object]) -> JobRecord:
+    """The record with these values. Raises TypeError."""
+    return JobRecord(**(values | {"folder": Path(str(values["folder"]))}))  # type: ignore[arg-type]  # as written
+
+
+def renewed_record(record: JobRecord, claim: Claim) -> JobRecord:
+    """The record of a machine that waited, as that of the job which it is now; written where it was. Raises HostError.
+
+    The mark stays: it is in the arguments of the machine's processes.
+    """
+    created = unix_ms()
+    renewed = replace(
+        record,
+        job_id=claim.job_id,
+        run_id=claim.run_id,
+        created_unix_ms=created,
+        deadline_unix_ms=created + settings.allowance_ms() + claim.wall_ms,
+        grace_ms=settings.grace_ms(claim.wall_ms),
+    )
+    _write_job(renewed)
+    return renewed
+
+
+def renamed_record(record: JobRecord) -> JobRecord:
+    """Its folder under the name of its job. Raises HostError."""
+    folder = record.folder.with_name(record.job_id)
+    try:
+        record.folder.rename(folder)
+    except OSError as exc:
+        raise HostError(f"cannot rename {record.folder}", exc.strerror or str(exc), "Free space there") from exc
+    return replace(record, folder=folder)
+
+
+def _write_job(record: JobRecord) -> None:
     document: dict[str, object] = {
         "schema_version": JOB_SCHEMA,
-        "run_id": job_id,
-        "backend": backend,
-        "container_id": f"x07-{job_id}",
+        "run_id": record.job_id,
+        "backend": record.backend,
+        "container_id": f"x07-{record.job_id}",
         "pid": None,
-        "created_unix_ms": created,
+        "created_unix_ms": record.created_unix_ms,
         "deadline_unix_ms": record.deadline_unix_ms,
         "grace_ms": record.grace_ms,
         "cleanup_ms": settings.CLEANUP_MS,
         "ctr": None,
     }
-    try:
-        _write_json(record.folder / "job.json", document)
-    except HostError:
-        drop_unstarted(record)
-        raise
-    return record
+    _write_json(record.folder / "job.json", document)
 
 
 def drop_unstarted(record: JobRecord) -> None:

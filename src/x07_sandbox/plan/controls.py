@@ -5,8 +5,9 @@ Pure: policy, backend features and settings in; nothing is looked up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.rows import TABLE, Asked, State
@@ -25,8 +26,7 @@ VARIABLE_MAX_BYTES: Final = 131_072
 GUEST_VARIABLES: Final = frozenset({"PATH", "HOME", "LANG"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Control:
+class Control(msgspec.Struct, frozen=True, kw_only=True):
     """One field in the plan.
 
     field: its path, like "limits.wall_ms".
@@ -39,8 +39,7 @@ class Control:
     why: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HowToAllow:
+class HowToAllow(msgspec.Struct, frozen=True, kw_only=True):
     """The line of policy, and the flag where there is one, that would let the run go on."""
 
     json_path: str
@@ -48,8 +47,7 @@ class HowToAllow:
     flag: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """Why a policy cannot be carried out here. field: its path, like "fs.read_roots"."""
 
     field: str
@@ -57,8 +55,7 @@ class Refusal:
     how_to_allow: HowToAllow
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunLimits:
+class RunLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What the run job is held to: the policy's limits, and the machine's RAM that follows from them."""
 
     wall_ms: int
@@ -80,8 +77,7 @@ class RunLimits:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The answer: it may be carried out only if there are no refusals."""
 
     controls: tuple[Control, ...]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Literal
+
+import msgspec
 
 # Strongest first.
 Isolation = Literal["vm-hardware", "vm-emulated", "container", "process", "none"]
@@ -23,8 +24,7 @@ VM_HOLDS: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Features:
+class Features(msgspec.Struct, frozen=True, kw_only=True):
     """A backend on this host.
 
     own_kernel: the program's system calls meet a kernel that is not the host's.

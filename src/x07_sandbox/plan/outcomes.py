@@ -10,9 +10,11 @@ four are our own doing, so whatever the guest said afterwards follows from it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+from msgspec.structs import replace
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Limits
@@ -34,6 +36,7 @@ _SIGNALS: Final = (
 )
 # fmt: on
 _PANIC: Final = re.compile(r"Kernel panic - not syncing: ([^\n]*)")
+_POLICY_FIELD: Final = re.compile(r"\(limits\.\w+\)")
 _INIT_DIED: Final = "Attempted to kill init"
 
 
@@ -65,8 +68,7 @@ class ExitRule(StrEnum):
     CANCEL = "130 for SIGINT, else 143"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One outcome. fault: the usual one; a verdict may know better."""
 
     fault: Fault
@@ -136,8 +138,7 @@ _DOING: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """What is known about a finished phase.
 
     stage: how far it had come when it ended.
@@ -170,8 +171,7 @@ class Evidence:
     boot_timeout: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """How a phase ended.
 
     exit_code: the program's own status, where it chose one.
@@ -223,7 +223,8 @@ def as_build(found: Verdict) -> Verdict:
     }
     if found.outcome not in own_end:
         return found
-    return replace(found, outcome=Outcome.BUILD_FAILED, fault="program", reason=f"the build failed: {found.reason}")
+    reason = _POLICY_FIELD.sub("(fixed for builds)", found.reason)
+    return replace(found, outcome=Outcome.BUILD_FAILED, fault="program", reason=f"the build failed: {reason}")
 
 
 def signal_name(number: int) -> str:

@@ -8,8 +8,9 @@ and its result says so. ``advisory`` fields reach X07's own libraries as variabl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Final, Literal
+
+import msgspec
 
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import SCHEMA_VERSION
@@ -17,8 +18,7 @@ from x07_sandbox.policy.model import SCHEMA_VERSION
 State = Literal["enforced", "advisory", "refused", "not-enforced-yet"]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """What a row of the table says about a value."""
 
     state: State
@@ -26,8 +26,7 @@ class Answer:
     why: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What the rows look at: all values of the policy in force, and the walls that stand.
 
     holds: what the backend can hold (Features.can_hold).

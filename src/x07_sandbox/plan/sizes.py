@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Final
 
 from x07_sandbox.host import settings
+from x07_sandbox.policy.model import Limits
 
 _MIB: Final = 1 << 20
 _GIB: Final = 1 << 30
@@ -45,6 +46,18 @@ def build_limits() -> dict[str, int]:
         tasks=settings.BUILD_TASKS,
         cpu_ms=settings.BUILD_CPU_MS,
         fds=settings.BUILD_FDS,
+        core_dumps=False,
+    )
+
+
+def build_limits_shown() -> Limits:
+    """Those of every build, as a policy would name them: for reasons."""
+    return Limits(
+        cpu_ms=settings.BUILD_CPU_MS,
+        wall_ms=settings.BUILD_WALL_MS,
+        mem_bytes=settings.BUILD_MEM_BYTES,
+        fds=settings.BUILD_FDS,
+        procs=settings.BUILD_TASKS - 1,
         core_dumps=False,
     )
 

@@ -7,7 +7,6 @@ the document would be refused all the same.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import NoReturn
 
@@ -44,8 +43,7 @@ class _Repeated(dict[str, object]):
     names: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
+class Parsed(msgspec.Struct, frozen=True):
     r"""A document as JSON gives it.
 
     odd: it holds repeated keys or \u escapes, so its keys and texts need a closer look.

@@ -2,15 +2,15 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from x07_sandbox.errors import UsageError
 
 _SHOWN_CHARS = 80  # of a key that nobody trusts, in a message
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(msgspec.Struct, frozen=True):
     """One thing wrong, at one place.
 
     json_path: like ``$.limits.cpu_ms`` or ``$.net.allow_hosts[2].ports``.

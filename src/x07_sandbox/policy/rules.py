@@ -6,8 +6,9 @@ takes the plain document, and where a value has the wrong shape it stays silent:
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from x07_sandbox.policy.problems import Problem, json_path
 
@@ -139,8 +140,7 @@ def lists_hold_no_nul(document: object) -> Iterator[Problem]:
                 yield Problem(json_path((*place, index)), "must not hold a NUL")
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(msgspec.Struct, frozen=True):
     """One rule: how it is checked, and what docs/policy.md says about it."""
 
     check: Callable[[object], Iterator[Problem]]

@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import cache_dir, least_recently_used, private_dir
@@ -25,8 +26,7 @@ SCHEMA: Final = "x07.sandbox.artifact@0.1.0"
 HEADER_BYTES: Final = 512
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedArtifact:
+class CachedArtifact(msgspec.Struct, frozen=True, kw_only=True):
     """An artifact that is there. fd: lent, its content starts at HEADER_BYTES. sha256: what it must hash to."""
 
     fd: int

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 SOURCE_FOLDER: Final = "/x07/in"
 OUTPUT: Final = "/x07/out/compiled-out"
@@ -20,8 +22,7 @@ _PYTHON: Final = "/usr/bin/python3"
 _NAME_MAX: Final = 200  # bytes; byte code gets a longer one, and a file system takes 255
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Toolchain:
+class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
     """One language.
 
     suffixes: of source files, lower case.
@@ -96,6 +97,8 @@ def toolchain_for(path: str) -> Toolchain:
 def source_name(path: str) -> str:
     """The name under which a source travels: its own, if that is harmless. Raises UsageError."""
     name = PurePosixPath(path).name
+    if any("\udc80" <= char <= "\udcff" for char in name):
+        raise UsageError(f"cannot run {path!r}", "its name is no UTF-8", "Rename the file")
     if (
         not name
         or name.startswith((".", "-"))

@@ -10,8 +10,10 @@ import hashlib
 import os
 import select
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import DATA_MAX, PROTOCOL, Kind, Role, Stream
@@ -20,20 +22,19 @@ from x07_sandbox.errors import PeerError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline, unix_ns
 from x07_sandbox.plan.outcomes import Evidence, Stage
+from x07_sandbox.runs.streams import Cancel, InFile, OutFile, Sink
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
-    from x07_sandbox.runs.streams import Cancel, InFile, OutFile, Sink
 
 _LOST_S: Final = 1.0  # how long a machine whose channel has ended may take to end itself, so that we can say how
 _FILL: Final = 256 * 1024  # bytes queued for the guest at most, besides the windows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseRequest:
+class PhaseRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What one phase is to do. Descriptors and sinks are lent.
 
-    stdin_fd: where the program's input is streamed from; None for none.
+    on_started: called when the program runs. stdin_fd: where the program's input is streamed from; None for none.
     limits: the agent's share of the plan: mem_bytes, tasks, cpu_ms, fds, core_bytes, tmp_bytes.
     """
 
@@ -50,10 +51,10 @@ class PhaseRequest:
     stderr: Sink
     output: OutFile | None
     cancel: Cancel
+    on_started: Callable[[], None] = lambda: None
 
 
-@dataclass(slots=True)
-class PhaseFacts:
+class PhaseFacts(msgspec.Struct):
     """What is known after a phase: the evidence, the guest's own counters, and when what happened.
 
     unanswered: the machine ended, or its time for booting did, before it answered; nobody cancelled.
@@ -63,8 +64,8 @@ class PhaseFacts:
 
     evidence: Evidence
     unanswered: bool = False
-    usage: dict[str, Any] = field(default_factory=dict)
-    times_ms: dict[str, float] = field(default_factory=dict)
+    usage: dict[str, Any] = msgspec.field(default_factory=dict)
+    times_ms: dict[str, float] = msgspec.field(default_factory=dict)
     input_sha256: str | None = None
     input_problem: str = ""
 
@@ -75,12 +76,13 @@ class Phase:
     def __init__(self, request: PhaseRequest, instance: Instance) -> None:
         self.request = request
         self.instance = instance
-        state = State.WARM if instance.cloned else State.WAITING
+        self.cold = instance.begun == "cold"  # else its agent greeted whoever had it saved, and waits
+        state = State.WAITING if self.cold else State.WARM
         self.connection = Connection(instance.channel_fd, Role.HOST, state)
         self.link = self.connection.link
-        self.nonce = os.urandom(16).hex()
+        self.nonce = os.urandom(16)
         self.stage = Stage.BOOT
-        self.deadline = Deadline.after(settings.CLONE_S if instance.cloned else settings.BOOT_S)
+        self.deadline = Deadline.after(settings.BOOT_S if self.cold else settings.CLONE_S)
         self.begun = time.monotonic()
         self.times_ms: dict[str, float] = {}
         self.seen: dict[str, Any] = {}  # evidence so far, under the names of `Evidence`
@@ -97,7 +99,7 @@ class Phase:
     def run(self) -> PhaseFacts:
         """Run to the end, whatever it is."""
         self.instance.release()
-        if self.instance.cloned:  # its agent greeted whoever had it saved, and waits
+        if not self.cold:
             self._seed()
         while not self.over:
             try:
@@ -212,6 +214,7 @@ class Phase:
             self._start()
         elif event.kind is Kind.STARTED:
             self._mark("started")
+            self.request.on_started()
             self.stage = Stage.RUN
             self.deadline = Deadline.after(self.request.wall_ms / 1000)
         elif event.kind is Kind.FAILED:
@@ -228,10 +231,9 @@ class Phase:
     def _seed(self) -> None:
         seed = {
             "unix_ns": unix_ns(),
-            "entropy": os.urandom(64).hex(),
+            "entropy": os.urandom(64),
             "nonce": self.nonce,
-            "hostname": settings.GUEST_HOSTNAME,
-            "machine_id": os.urandom(16).hex(),
+            "machine_id": os.urandom(16),
         }
         self.link.send(Kind.SEED, seed)
 
@@ -240,7 +242,9 @@ class Phase:
         self.stage = Stage.SETUP
         self.deadline = Deadline.after(settings.COPY_IN_S)
         request = self.request
-        files = [{"path": file.path, "mode": file.mode, "kind": file.kind} for file in request.files]
+        files = [
+            {"path": file.path, "mode": file.mode, "kind": file.kind, "bytes": file.size} for file in request.files
+        ]
         output = (
             None if request.output is None else {"path": request.output.path, "max_bytes": request.output.max_bytes}
         )
@@ -248,6 +252,7 @@ class Phase:
             Kind.START,
             {
                 "run_id": request.job_id,
+                "hostname": settings.GUEST_HOSTNAME,
                 "phase": request.phase,
                 "argv": request.argv,
                 "env": request.env,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.host import settings
+from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import run
 from x07_sandbox.runs.streams import Cancel, memory_file
@@ -31,6 +32,7 @@ def run_program(
 
     program: path of a source file. args: its arguments. stdin: its whole input.
     policy: path of a policy document; None for the built-in `default`. image: name or digest of a guest image.
+    A warm machine is taken where `x07 pool` keeps some.
     Every ending is a result, refusals and wrong usage included: look at `outcome` and `reason`.
     """
     with contextlib.ExitStack() as stack:
@@ -44,6 +46,7 @@ def run_program(
                 image=image,
                 stdin_fd=memory_file(stdin, stack),
                 max_output_bytes=max_output_bytes,
+                machines=PoolMachines(),
                 cancel=cancel,
             )
         )

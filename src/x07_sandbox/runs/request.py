@@ -5,36 +5,40 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from x07_sandbox.backends.base import Machines
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.policy import decode_policy, default_policy, render_policy
 from x07_sandbox.programs.toolchains import SOURCE_FOLDER, source_name
-from x07_sandbox.runs.streams import InFile, memory_file
+from x07_sandbox.runs.streams import Cancel, InFile, OutFile, memory_file
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Callable
-    from pathlib import Path
 
     from x07_sandbox.policy import Policy
-    from x07_sandbox.runs.streams import Cancel, OutFile
 
 _POLICY_MAX_BYTES = 1 << 20
+# Linux refuses one longer argument (MAX_ARG_STRLEN: 32 pages, NUL included); all of them share a quarter of the stack's
+# 8 MiB with the environment, which may take some hundred KiB.
+_ARGUMENT_MAX_BYTES = 131_072
+_ARGUMENTS_MAX_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRequest:
+class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked for.
 
     policy: path of a policy document; None for the built-in default.
     stdin_fd: the program's input, lent; None for none. live_*: where output is streamed as it comes, or None.
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
     cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
-    queue_s: how long each machine may wait for others to end.
-    progress: told of what takes seconds besides the run.
+    queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
+    progress: told of what takes seconds besides the program; of nothing, "", when that is over.
     """
 
     program: Path
@@ -49,8 +53,27 @@ class RunRequest:
     cold: bool = False
     cache: bool = True
     queue_s: float = settings.QUEUE_S
+    machines: Machines | None = None
     progress: Callable[[str], None] = lambda _text: None
     cancel: Cancel
+
+
+def check_arguments(request: RunRequest) -> None:
+    """Refuse what no program could be started with (execve(2)), before anything is built. Raises UsageError."""
+    what = f"cannot run {request.program} with these arguments"
+    total = 0
+    for number, arg in enumerate(request.args, start=1):
+        if not isinstance(arg, str):
+            raise UsageError(what, f"number {number} is no text", "Give texts")
+        size = len(os.fsencode(arg)) + 1
+        total += size
+        if "\0" in arg:
+            raise UsageError(what, f"number {number} holds a zero byte", "Pass such data by standard input")
+        if size > _ARGUMENT_MAX_BYTES or total > _ARGUMENTS_MAX_BYTES:
+            why = f"one has more than {_ARGUMENT_MAX_BYTES} bytes, or all together more than {_ARGUMENTS_MAX_BYTES}"
+            raise UsageError(what, why, "Pass long data by standard input")
+    if request.max_output_bytes < 0:
+        raise UsageError(what, f"the output limit of {request.max_output_bytes} bytes is negative", "Give 0 or more")
 
 
 def read_policy(path: Path | None) -> tuple[Policy, bytes]:

@@ -28,11 +28,11 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One phase. times_ms: from the machine's release to hello, seeded, started, exited and end; a clone says no hello.
 
-    start: whether the machine was booted anew, or is a clone of one that was saved.
+    start: whether the machine was booted anew, is a clone of one that was saved, or waited in a pool.
     """
 
     job_id: str
-    start: Literal["cold", "clone"]
+    start: Literal["cold", "clone", "pool"]
     outcome: str
     reason: str
     times_ms: dict[str, float]

@@ -9,8 +9,9 @@ import os
 import select
 import threading
 import unicodedata
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from x07_sandbox.errors import BackendError, Cancelled
 
@@ -21,8 +22,7 @@ _CHUNK: Final = 64 * 1024
 _ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InFile:
+class InFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file that goes into the guest.
 
     path: where it lies there. kind: "file", or "archive" to be unpacked there.
@@ -193,8 +193,7 @@ class Sink:
         return self._hash.hexdigest()
 
 
-@dataclass(slots=True)
-class OutFile:
+class OutFile(msgspec.Struct):
     """A file that comes out of the guest: written to *fd* (lent), never more than *max_bytes*, hashed on the way."""
 
     path: str
@@ -202,7 +201,7 @@ class OutFile:
     max_bytes: int
     size: int = 0
     complete: bool = False
-    _hash: hashlib._Hash = field(default_factory=hashlib.sha256)
+    _hash: hashlib._Hash = msgspec.field(default_factory=hashlib.sha256)
 
     def take(self, data: bytes) -> bool:
         """Append; False if it would pass the bound."""

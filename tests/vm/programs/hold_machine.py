@@ -13,7 +13,7 @@ from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.record import create_record, new_run_id
+from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
 
 def main(image: str, deadline_s: str) -> None:
@@ -22,7 +22,7 @@ def main(image: str, deadline_s: str) -> None:
         backend = QemuBackend()
         backend.probe(opened)
         record = create_record(
-            run_id=new_run_id(), phase="run", backend="qemu", wall_ms=1000, image_digest=opened.manifest.digest
+            Claim(run_id=new_run_id(), phase="run", wall_ms=1000), backend="qemu", image_digest=opened.manifest.digest
         )
         kind = MachineKind(image=opened, ram_bytes=512 << 20)
         job = Job(record=record, kind=kind, deadline_s=int(deadline_s), cold=True)

@@ -153,7 +153,7 @@ DEEDS = {
     "mute": lambda _agent: for_ever(),
     "garbage": lambda agent: pour(agent.connection.fd, os.urandom(65536)),
     "oversized": lambda agent: agent.raw(Kind.DATA, Stream.STDOUT, b"x" * 100, size=1 << 31),
-    "frames": lambda agent: pour(agent.connection.fd, HEADER.pack(2, Kind.STARTED, 0, 0) + b"{}"),
+    "frames": lambda agent: pour(agent.connection.fd, HEADER.pack(0, Kind.STARTED, 0, 0)),
     "credit": lambda agent: pour(agent.connection.fd, HEADER.pack(4, Kind.CREDIT, 0, 1) + struct.pack(">I", 1 << 20)),
     "window": flood_output,
     "status": lambda agent: agent.end(wait_status=0x137F),

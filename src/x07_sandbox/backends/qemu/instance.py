@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
 from x07_sandbox.backends.qemu.side import SideStream
+from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import Identity, identify, wait_gone
+from x07_sandbox.jobs.record import renamed_record, renewed_record, write_owner
 
 if TYPE_CHECKING:
+    from x07_sandbox.backends.base import Begun
     from x07_sandbox.jail.cgroups import HostGroups
+    from x07_sandbox.jobs.record import Claim, JobRecord
 
 _GONE_S: Final = 10.0
 
@@ -44,43 +48,16 @@ class Gate:
             self._fd = None
 
 
-class QemuInstance:
-    """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
+class Streams:
+    """What a QEMU says and is told, whoever started it. The descriptors in *ends* are lent."""
 
-    def __init__(
-        self,
-        *,
-        child: subprocess.Popen[bytes],
-        inner: Identity,
-        gate: Gate,
-        ends: dict[str, int],
-        groups: HostGroups,
-        cloned: bool,
-    ) -> None:
-        self.child = child
-        self.cloned = cloned
-        self.cold_reason = ""
-        self.supervisor = identify(child.pid)
-        self.inner = inner
-        self.jail = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
-        self.groups = groups
+    def __init__(self, ends: dict[str, int]) -> None:
         self.channel_fd = ends["channel"]
-        self._inner_pidfd = os.pidfd_open(inner.pid)  # may be gone, unlike the unreaped child: so it comes first
-        self.pidfd = os.pidfd_open(child.pid)
-        self._gate = gate
         self._qmp_fd = ends["qmp"]
         self.console = SideStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES)
         self.qmp = SideStream(ends["qmp"], keep_bytes=4096)
         self.errors = SideStream(ends["stderr"], keep_bytes=settings.STDERR_MAX_BYTES)
         self._side = {stream.fd: stream for stream in (self.console, self.qmp, self.errors)}
-        self._gone = False
-
-    def release(self) -> None:
-        """Let the machine run: its record is written."""
-        if self.child.poll() is None:  # else its deadline came first, and nothing would end what is let go now
-            if self.cloned:
-                self.tell(qmp_resume())
-            self._gate.open()
 
     def tell(self, commands: bytes) -> None:
         """Write to QMP; what it answers is in `qmp`."""
@@ -101,13 +78,75 @@ class QemuInstance:
             stream.read()
         return self.console.text() + self.errors.text()
 
+
+class QemuInstance(Streams):
+    """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
+
+    def __init__(
+        self,
+        *,
+        child: subprocess.Popen[bytes],
+        inner: Identity,
+        gate: Gate,
+        ends: dict[str, int],
+        groups: HostGroups,
+        record: JobRecord,
+    ) -> None:
+        super().__init__(ends)
+        self.child = child
+        self.begun: Begun = "cold"
+        self.cold_reason = ""
+        self.record = record
+        self.supervisor = identify(child.pid)
+        self.inner = inner
+        self.jail = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
+        self.groups = groups
+        self.ends = ends
+        self.inner_pidfd = os.pidfd_open(inner.pid)  # may be gone, unlike the unreaped child: so it comes first
+        self.pidfd = os.pidfd_open(child.pid)
+        self._gate = gate
+        self.gone = False
+
+    def release(self) -> None:
+        """Let the machine run: its record is written. A second call does nothing."""
+        if self.child.poll() is None:  # else its deadline came first, and nothing would end what is let go now
+            if self.begun == "clone" and not self._gate.opened:
+                self.tell(qmp_resume())
+            self._gate.open()
+
+    def record_owner(self, runner: Identity) -> None:
+        """Write down whose job it is. Raises BackendError, HostError."""
+        if self.supervisor is None:
+            raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
+        processes = {"supervisor": self.supervisor, "inner": self.inner}
+        write_owner(self.record, runner=runner, processes=processes, cgroups=self.groups.names())
+
+    def adopt(self, claim: Claim, runner: Identity) -> None:
+        """Make a machine that waited the job of *claim*, which *runner* carries out. Raises HostError, BackendError.
+
+        Whatever breaks off in between leaves a record that names its processes and an owner that is dead by then.
+        """
+        self.set_deadline(claim.deadline_s)
+        self.record = renewed_record(self.record, claim)
+        self.record_owner(runner)
+        self.record = renamed_record(self.record)
+        self.begun = "pool"
+
+    def set_deadline(self, seconds: int) -> None:
+        """Give the supervisor another deadline: it takes SIGUSR1 with a value (jail/data/supervisor.pl)."""
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.sigqueue(self.child.pid, int(signal.SIGUSR1), ctypes.c_void_p(seconds)):  # unreaped: surely ours
+            raise BackendError("cannot set the deadline", os.strerror(ctypes.get_errno()), "Try again")
+
     def exit_status(self) -> int | None:
         """How the jail's supervisor ended; it passes on QEMU's own status."""
         return self.child.poll()
 
     def stop(self) -> bool:
         """Ask QEMU to quit, kill, wait, remove the groups; whether all of it is proven gone. Safe to call again."""
-        if self._gone:
+        if self.gone:
             return True
         self.tell(qmp_quit())
         poll = select.poll()
@@ -119,17 +158,17 @@ class QemuInstance:
         try:
             self.child.wait(_GONE_S / 2)
         except subprocess.TimeoutExpired:  # the supervisor itself is stopped, say
-            for pidfd in (self._inner_pidfd, self.pidfd):
+            for pidfd in (self.inner_pidfd, self.pidfd):
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.child.wait(deadline.left_s())
         # The end of the namespace's first process is the proof: the kernel lets it go only after all others.
         gone = self.child.returncode is not None and wait_gone(self.inner, deadline.left_s())
-        self._gone = gone and self.groups.remove()
-        return self._gone
+        self.gone = gone and self.groups.remove()
+        return self.gone
 
     def close(self) -> None:
         """Close what is ours to close besides the descriptors that `start_qemu` made."""
         os.close(self.pidfd)
-        os.close(self._inner_pidfd)
+        os.close(self.inner_pidfd)

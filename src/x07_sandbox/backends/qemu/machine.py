@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import enum
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.host.arch import Arch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from x07_sandbox.host.arch import Arch
 
 KERNEL: Final = "/img/vmlinux"
 INITRD: Final = "/img/initrd.cpio"
@@ -33,8 +35,7 @@ class Origin(enum.Enum):
     CLONE = "clone"  # it goes on from such a file, copy-on-write
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """One machine: sizes, how the processor is provided, and the descriptors that QEMU inherits.
 
     kvm_fd: an opened /dev/kvm, or None for emulation.
@@ -58,6 +59,9 @@ def kernel_command_line(machine: Machine) -> str:
     words = ["console=ttyS0" if machine.arch.machine == "microvm" else "console=ttyAMA0", "quiet", "panic=-1"]
     if machine.arch.machine == "microvm":
         words += ["reboot=t", "tsc=reliable", "no_timer_check"]
+    # No statistics of stalls, no groups of sessions, no watchdog, and of the security modules those that hold something
+    # here: the others only lengthen every path.
+    words += ["psi=0", "noautogroup", "nowatchdog", "lsm=lockdown,landlock,yama"]
     if machine.kvm_fd is None:
         words.append("mitigations=off")  # an emulated processor does not speculate
     if machine.tsc_khz is not None:

@@ -11,14 +11,12 @@ import contextlib
 import hashlib
 import json
 import os
-import select
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
-from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.frames import Role
+from x07_sandbox.backends.qemu.talk import talk_until
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
@@ -27,7 +25,7 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
 from x07_sandbox.host.processes import boot_id, wait_gone
-from x07_sandbox.jobs.record import create_record, new_run_id
+from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.qemu.instance import QemuInstance
@@ -69,10 +67,8 @@ def _key() -> str:
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[bool, str]:
     """(works, how that is known): whether our agent answers from a guest with *accelerator* within *limit_s*."""
     record = create_record(
-        run_id=new_run_id(),
-        phase="probe",
+        Claim(run_id=new_run_id(), phase="probe", wall_ms=int(limit_s * 1000)),
         backend="qemu",
-        wall_ms=int(limit_s * 1000),
         image_digest=image.manifest.digest,
     )
     kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
@@ -80,26 +76,13 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
     try:
         with start_qemu(job, accelerator) as instance:
             instance.release()
-            connection = Connection(instance.channel_fd, Role.HOST)
-            deadline = Deadline.after(limit_s)
-            while not deadline.passed():
-                poll = select.poll()
-                for fd in (instance.channel_fd, instance.pidfd, *instance.side_fds()):
-                    poll.register(fd, select.POLLIN)
-                for fd, _ in poll.poll(deadline.left_s() * 1000):
-                    if fd == instance.channel_fd:
-                        events = connection.read()
-                        if events is None:
-                            wait_gone(instance.inner, 1.0)  # so that it can say how it ended
-                            return False, _ended(instance)
-                        list(events)  # the state moves as they are taken
-                        if connection.link.state is State.GREETED:
-                            return True, f"our agent answered from a guest{_under(accelerator)}"
-                    elif fd != instance.pidfd:
-                        instance.drain(fd)
-                if instance.exit_status() is not None:
-                    return False, _ended(instance)
-            return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s"
+            why = talk_until(instance, State.GREETED, Deadline.after(limit_s))
+            if not why:
+                return True, f"our agent answered from a guest{_under(accelerator)}"
+            wait_gone(instance.inner, 1.0 if "ended" in why else 0.0)  # so that it can say how it ended
+            if instance.exit_status() is not None:
+                return False, _ended(instance)
+            return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {why}"
     except SandboxError as exc:
         return False, f"a guest{_under(accelerator)} could not be tried: {exc.why}"
 

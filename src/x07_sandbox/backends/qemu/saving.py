@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.qemu.machine import qmp_save, qmp_saved
 from x07_sandbox.backends.qemu.start import Saving, start_qemu
+from x07_sandbox.backends.qemu.talk import talk_until
 from x07_sandbox.backends.qemu.template import SCHEMA, TemplateManifest, sparse_sha256, warm_up
-from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.frames import Kind, Role
-from x07_sandbox.channel.link import Control, State
-from x07_sandbox.errors import BackendError, PeerError
+from x07_sandbox.channel.frames import Kind
+from x07_sandbox.channel.link import State
+from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.images.manifest import Part
 from x07_sandbox.images.scratch import read_disk
-from x07_sandbox.jobs.record import create_record, new_run_id
+from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,10 +37,8 @@ _FIX: Final = "Jobs start cold until the host boots anew or x07 image build is r
 def make_template(template: Template, kind: MachineKind, accelerator: Accelerator, work: Path) -> TemplateManifest:
     """Make it in the folder *work*. Raises SandboxError."""
     record = create_record(
-        run_id=new_run_id(),
-        phase="template",
+        Claim(run_id=new_run_id(), phase="template", wall_ms=int(settings.TEMPLATE_S * 1000)),
         backend="qemu",
-        wall_ms=int(settings.TEMPLATE_S * 1000),
         image_digest=kind.image.manifest.digest,
     )
     job = Job(record=record, kind=kind, deadline_s=2 * int(settings.TEMPLATE_S))
@@ -52,7 +50,10 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
         saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
         with start_qemu(job, accelerator, memory=saving) as instance:
             instance.release()
-            _Maker(instance).warm(warm_up(kind.runtime))
+            words = {State.GREETED: (Kind.WARM, warm_up(kind))}
+            if why := talk_until(instance, State.WARM, Deadline.after(settings.TEMPLATE_S), words=words):
+                said = " ".join(instance.console_tail().split())[-200:]
+                raise BackendError("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
             _save(instance)
             if not instance.stop():
                 raise BackendError("cannot make a VM template", "its machine did not end", _FIX)
@@ -83,53 +84,6 @@ def _seal(name: str, fd: int) -> Part:
     os.fchmod(fd, 0o444)
     size = os.fstat(fd).st_size
     return Part(file=name, bytes=size, sha256=sparse_sha256(fd, size))
-
-
-class _Maker:
-    """The conversation with an agent that no job follows."""
-
-    def __init__(self, instance: QemuInstance) -> None:
-        self.instance = instance
-        self.connection = Connection(instance.channel_fd, Role.HOST)
-        self.link = self.connection.link
-
-    def warm(self, body: dict[str, object]) -> None:
-        """From the machine's boot until the agent has prepared everything. Raises BackendError."""
-        deadline = Deadline.after(settings.TEMPLATE_S)
-        while self.link.state is not State.WARM:
-            if self.link.state is State.GREETED:
-                self.link.send(Kind.WARM, body)
-            if not self.connection.flush() or deadline.passed():
-                raise self._lost("it did not answer in time" if deadline.passed() else "its channel ended")
-            self._turn(deadline)
-
-    def _turn(self, deadline: Deadline) -> None:
-        poll = select.poll()
-        poll.register(self.instance.channel_fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))
-        for fd in (self.instance.pidfd, *self.instance.side_fds()):
-            poll.register(fd, select.POLLIN)
-        for fd, _ in poll.poll(deadline.left_s() * 1000 + 1):
-            if fd == self.instance.pidfd:
-                raise self._lost("it ended")
-            if fd == self.instance.channel_fd:
-                self._receive()
-            else:
-                self.instance.drain(fd)
-
-    def _receive(self) -> None:
-        events = self.connection.read()
-        if events is None:
-            raise self._lost("its channel ended")
-        try:
-            for event in events:
-                if isinstance(event, Control) and event.kind is Kind.FAILED:
-                    raise self._lost(f"{event.body['stage']}: {event.body['message']}")
-        except PeerError as exc:
-            raise self._lost(f"{exc.what}: {exc.why}") from exc
-
-    def _lost(self, why: str) -> BackendError:
-        said = " ".join(self.instance.console_tail().split())[-200:]
-        return BackendError("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
 
 
 def _save(instance: QemuInstance) -> None:

@@ -9,9 +9,10 @@ import select
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from x07_sandbox.backends.qemu.instance import Gate, QemuInstance
 from x07_sandbox.backends.qemu.machine import (
@@ -29,7 +30,8 @@ from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.processes import Identity, children_of, identify
+from x07_sandbox.host.processes import Identity, children_of, identify, own_identity
+from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv, may_nest
 from x07_sandbox.jail.cgroups import HostGroups, make_groups
@@ -41,7 +43,6 @@ from x07_sandbox.jobs.record import drop_unstarted, mark_done, write_owner
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Job
-    from x07_sandbox.images.manifest import ScratchDisk
 
 _AS_ABOVE_RAM: Final = 3 * settings.GIB  # code, thread stacks, and the translator's buffer of 1 GiB
 _CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
@@ -52,8 +53,7 @@ _SETUP_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 0.0003
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saving:
+class Saving(msgspec.Struct, frozen=True, kw_only=True):
     """A machine that will be saved: empty files for it, lent, open for writing. ram_fd: of the machine's size."""
 
     ram_fd: int
@@ -61,8 +61,7 @@ class Saving:
     scratch_fd: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
+class Saved(msgspec.Struct, frozen=True, kw_only=True):
     """A saved machine: its files, lent, open for reading, and what its scratch disk held."""
 
     ram_fd: int
@@ -71,8 +70,7 @@ class Saved:
     scratch_disk: ScratchDisk
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accelerator:
+class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
     """How the guest's processor is provided."""
 
     kvm: bool
@@ -145,7 +143,8 @@ def _run(
     gone = False
     try:
         # First without processes: whatever is left by a runner killed from here on carries the mark that stands there.
-        _record(job, groups, {})
+        runner = own_identity()
+        write_owner(job.record, runner=runner, processes={}, cgroups=groups.names())
         try:
             child = launch(request)
         except OSError as exc:
@@ -156,12 +155,11 @@ def _run(
         inner = _inner_process(child, ours["stderr"])
         try:
             _bound(inner.pid, job, groups)
-            instance = QemuInstance(child=child, inner=inner, gate=gate, ends=ours, groups=groups, cloned=cloned)
+            instance = QemuInstance(child=child, inner=inner, gate=gate, ends=ours, groups=groups, record=job.record)
+            instance.begun = "clone" if cloned else "cold"
         except ProcessLookupError as exc:
             raise _no_jail(child, ours["stderr"]) from exc
-        if instance.supervisor is None:
-            raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
-        _record(job, groups, {"supervisor": instance.supervisor, "inner": inner})
+        instance.record_owner(runner)
         yield instance
     finally:
         if instance is not None:
@@ -174,15 +172,7 @@ def _run(
             gone = groups.remove()
         if gone:
             with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
-                mark_done(job.record)
-
-
-def _record(job: Job, groups: HostGroups, processes: dict[str, Identity]) -> None:
-    runner = identify(os.getpid())
-    if runner is None:
-        raise BackendError("cannot record the job", "/proc does not show this process", "Mount /proc here")
-    folders = tuple(str(folder) for folder in groups.folders)
-    write_owner(job.record, runner=runner, processes=processes, cgroups=folders)
+                mark_done(job.record if instance is None else instance.record)
 
 
 def _inner_process(child: subprocess.Popen[bytes], stderr_fd: int) -> Identity:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -60,18 +59,19 @@ _COMMANDS: Final = {
 }
 
 
-def warm_up(runtime: str) -> dict[str, object]:
+def warm_up(kind: MachineKind) -> dict[str, object]:
     """The body of WARM: what every job of this kind needs, or most likely will.
 
     commands: programs that are run once before the machine is saved, so that its kernel has read them.
     """
-    running = runtime == "run"
+    running = kind.runtime == "run"
     return {
         "interpreter": running,
+        "preload": kind.image.manifest.preload if running else [],
         "hostname": settings.GUEST_HOSTNAME,
         "output": not running,
         "limits": run_limits(default_policy()).for_guest() if running else build_limits(),
-        "commands": _COMMANDS[runtime],
+        "commands": _COMMANDS[kind.runtime],
     }
 
 
@@ -87,8 +87,7 @@ class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     scratch_disk: ScratchDisk
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Template:
+class Template(msgspec.Struct, frozen=True, kw_only=True):
     """Where a template is, or would be."""
 
     key: str
@@ -148,7 +147,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
         # The clock as steps of 0.1 %: what /proc/cpuinfo says of it moves in the last digits.
         0 if clock is None else round(math.log(clock) * 1000),
         _processor() if accelerator.kvm else "",
-        warm_up(kind.runtime),
+        warm_up(kind),
     ]
     key = hashlib.sha256(canonical(parts)).hexdigest()
     return Template(key=key, folder=templates_dir() / key)

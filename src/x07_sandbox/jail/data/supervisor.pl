@@ -4,7 +4,8 @@
 #         MOUNT COMMAND...
 #
 # The last seven are the numbers of these system calls here. KEEP_FD stays open (-1: none). It ends as COMMAND ended
-# (128 + N for a signal), or by SIGALRM at the deadline, by SIGTERM when asked or without its runner.
+# (128 + N for a signal), or by SIGALRM at the deadline, by SIGTERM when asked or without its runner. SIGUSR1 that was
+# sent with a value, by sigqueue(3), sets another deadline, that many seconds from then.
 #
 # Why a process, and not the kernel's parent-death signal alone: bubblewrap's inner process asks for that signal late,
 # and one whose parent had died by then would never get it. Here nothing that was started can be lost: orphans become
@@ -18,8 +19,9 @@ my ($prctl, $sigprocmask, $sigtimedwait, $capset, $close_range, $unshare, $mount
 my ($PDEATHSIG, $SUBREAPER, $NO_NEW_PRIVS, $BLOCK, $SETMASK) = (1, 36, 38, 0, 2);
 my ($NEWNS, $NEWUSER, $NEWPID) = (0x20000, 0x10000000, 0x20000000);
 my ($PRIVATE, $NOSUID_NODEV_NOEXEC) = (0x44000, 2 | 4 | 8); # MS_REC | MS_PRIVATE
-my ($KILL, $ALRM, $TERM, $CHLD, $EINTR) = (9, 14, 15, 17, 4);
-my $set = pack 'Q', 1 << ($ALRM - 1) | 1 << ($TERM - 1) | 1 << ($CHLD - 1);
+my ($KILL, $USR1, $ALRM, $TERM, $CHLD, $EINTR, $QUEUED) = (9, 10, 14, 15, 17, 4, -1);
+my $set = pack 'Q', 1 << ($USR1 - 1) | 1 << ($ALRM - 1) | 1 << ($TERM - 1) | 1 << ($CHLD - 1);
+my $info = "\0" x 128; # siginfo_t of 64-bit Linux: si_code at 8, si_value at 24
 my $none = pack 'Q', 0;
 
 sub call {
@@ -78,8 +80,9 @@ call('close_range', $close_range, $keep + 1, 0xFFFFFFFF, 0);
 
 my $status;
 my $signal = $CHLD;
-while ($signal == $CHLD && !defined $status) {
-    do { $signal = syscall($sigtimedwait, $set, 0, 0, 8) } while $signal < 0 && $! == $EINTR;
+while (($signal == $CHLD || $signal == $USR1) && !defined $status) {
+    do { $signal = syscall($sigtimedwait, $set, $info, 0, 8) } while $signal < 0 && $! == $EINTR;
+    alarm(unpack 'l', substr $info, 24, 4) if $signal == $USR1 && unpack('l', substr $info, 8, 4) == $QUEUED;
     while ((my $ended = waitpid -1, 1) > 0) { $status = $? if $ended == $jail }
 }
 # Each turn kills every child and waits for one. When one has ended, those that it left are children of this process.

@@ -1,0 +1,137 @@
+"""`x07 pool`: start, stop and look at the process that keeps machines warm."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from x07_sandbox.cli.console import Progress
+from x07_sandbox.cli.usage import whole_number
+from x07_sandbox.errors import HostError
+from x07_sandbox.host import settings
+from x07_sandbox.runs.lease import GONE_S, PROTOCOL, connected, pool_dir, receive, send
+
+if TYPE_CHECKING:
+    from typing import IO
+
+_EPILOG = """A warm machine has run two programs of ours and waits for one of yours. `x07 run` takes it where there
+is one, and another is made in its place. No machine is used for two programs. Each that waits takes memory, and hardly
+any time of the processor. The pool ends by itself when nobody has used it for a while.
+
+examples:
+  x07 pool start --size 4 --idle 3600
+  x07 run prog.py                       takes one of the four
+  x07 pool status --json
+  x07 pool stop
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
+    """Add the verb and its own verbs."""
+    parser = verbs.add_parser("pool", help=help, description="Machines that wait, warm, for programs.", epilog=_EPILOG)
+    inner = parser.add_subparsers(metavar="ACTION", required=True)
+    start = inner.add_parser("start", help="keep machines warm from now on")
+    start.add_argument(
+        "--size", type=whole_number(1, 4096, "machines"), default=2, metavar="N", help="how many (default: 2)"
+    )
+    start.add_argument(
+        "--idle",
+        type=whole_number(1, 86_400, "seconds"),
+        default=settings.POOL_IDLE_S,
+        metavar="S",
+        help="end when nobody has used it for S seconds (default: 600)",
+    )
+    start.add_argument("--image", default="", metavar="NAME|DIGEST", help="the guest image (default: default)")
+    start.set_defaults(carry_out=_start)
+    stop = inner.add_parser("stop", help="end it, and every machine of its that waits or runs")
+    stop.set_defaults(carry_out=_stop)
+    status = inner.add_parser("status", help="how many wait and run")
+    status.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    status.set_defaults(carry_out=_status)
+
+
+def _start(options: argparse.Namespace) -> int:
+    progress = Progress("pool")
+    progress("starting")
+    log = pool_dir() / "log"
+    ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
+    words = [str(options.size), str(options.idle), options.image, str(ready_w)]
+    with os.fdopen(ready_r, "rb") as ready, log.open("wb") as errors:
+        log.chmod(0o600)
+        child = subprocess.Popen(
+            [sys.executable, "-m", "x07_sandbox.runs.pool_server", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            pass_fds=(ready_w,),
+            start_new_session=True,
+            cwd="/",
+        )
+        os.close(ready_w)
+        try:
+            told = _heard(ready, progress)
+        except KeyboardInterrupt:
+            child.terminate()
+            child.wait()
+            raise
+    if "ready" in told:
+        progress.done(f"{told['ready']} machines are warm (process {child.pid})")
+        return 0
+    child.terminate()
+    child.wait()
+    raise HostError(
+        str(told.get("what", "cannot start the pool")),
+        str(told.get("why", f"its process ended; see {log}")),
+        str(told.get("fix", "Run x07 doctor")),
+    )
+
+
+def _heard(ready: IO[bytes], progress: Progress) -> dict[str, Any]:
+    """What the pool's process says in the end: that it is ready, or what went wrong."""
+    for line in ready:
+        told: dict[str, Any] = json.loads(line)
+        if "progress" not in told:
+            return told
+        progress(str(told["progress"]))
+    return {}
+
+
+def _stop(_options: argparse.Namespace) -> int:
+    connection = connected()
+    if connection is None:
+        sys.stdout.write("no pool runs\n")
+        return 0
+    with connection:
+        connection.settimeout(2 * GONE_S)
+        send(connection, {"protocol": PROTOCOL, "want": "stop"})
+        if receive(connection) is None and connected() is None:
+            sys.stdout.write("the pool has ended\n")
+            return 0
+    raise HostError("cannot stop the pool", "it does not end", "Look at it with x07 pool status")
+
+
+def _status(options: argparse.Namespace) -> int:
+    connection = connected()
+    told: dict[str, Any] = {}
+    if connection is not None:
+        with connection:
+            send(connection, {"protocol": PROTOCOL, "want": "status"})
+            answer = receive(connection)
+            told = {} if answer is None else answer[0]
+    told.pop("protocol", None)
+    if options.json:
+        sys.stdout.write(json.dumps({"pool": told or None}, indent=2) + "\n")
+    elif not told:
+        sys.stdout.write("no pool runs\n")
+    else:
+        sys.stdout.write(
+            f"{told['ready']} of {told['size']} machines wait, {told['running']} run, {told['claimed']} were taken; "
+            f"unused for {told['unused_s']:.0f} of {told['idle_s']:.0f} s (process {told['pid']})\n"
+        )
+        if told["problem"]:
+            sys.stdout.write(f"no more can be made: {told['problem']}\n")
+    return 0

@@ -1,0 +1,147 @@
+"""Many runs from one Python program: an executor whose workers run programs in warm machines."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.jobs.admission import max_running
+from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.run import run
+from x07_sandbox.runs.streams import Cancel, memory_file
+from x07_sandbox.runs.warm import WarmMachines
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Iterator, Sequence
+    from concurrent.futures import Future
+    from types import TracebackType
+    from typing import Self
+
+    from x07_sandbox.runs.result import Result
+
+
+class Pool(Executor):
+    """Runs programs, as many at once as `x07 run` would, each in a warm machine where one waits, else in a clone.
+
+        with Pool(size=4) as pool:
+            future = pool.submit("grade.py", b"input", args=["--strict"])
+            results = list(pool.map("grade.py", [b"first input", b"second input"]))
+
+    A `concurrent.futures.Executor` whose callables are paths of programs, and whose results are `Result`s: also for
+    `asyncio.wrap_future` and `loop.run_in_executor(pool, "grade.py", b"input")`. Thread-safe. A machine is never used
+    for two programs. Leaving the `with` block waits for all runs; by an exception (Ctrl-C) it cancels them.
+    """
+
+    def __init__(self, size: int = 2, *, image: str | None = None) -> None:
+        """size: how many machines wait, warm, beside those that run. image: name or digest; None for the default.
+
+        Raises SandboxError. The machines are made in the background: `wait_ready` waits for them.
+        """
+        self._machines = WarmMachines(size, image=image)
+        self._image = image
+        self._machines.start()
+        self._workers = ThreadPoolExecutor(max_workers=max_running(), thread_name_prefix="x07-run")
+        self._lock = threading.Lock()
+        self._running: set[Cancel] = set()
+        self._cancelled = False
+
+    def wait_ready(self, timeout_s: float = settings.QUEUE_S) -> bool:
+        """Wait until all machines are warm; whether they are. Raises SandboxError if none can be made."""
+        return self._machines.wait_ready(Deadline.after(timeout_s))
+
+    def submit(  # type: ignore[override]  # programs instead of callables is the point
+        self,
+        program: str | os.PathLike[str],
+        stdin: bytes = b"",
+        /,
+        *,
+        args: Sequence[str] = (),
+        policy: str | os.PathLike[str] | None = None,
+        max_output_bytes: int = settings.OUTPUT_MAX_BYTES,
+    ) -> Future[Result]:
+        """Run *program* when there is room, with *stdin* as its whole input; otherwise as `run_program`."""
+        return self._workers.submit(
+            self._run, program, stdin, args=tuple(args), policy=policy, max_output_bytes=max_output_bytes
+        )
+
+    def map(  # type: ignore[override]  # as above
+        self,
+        program: str | os.PathLike[str],
+        inputs: Iterable[bytes],
+        /,
+        *,
+        timeout: float | None = None,
+    ) -> Iterator[Result]:
+        """The results of *program* for each of *inputs*, in order. timeout: seconds for all, else TimeoutError."""
+        return super().map(program, inputs, timeout=timeout)  # type: ignore[arg-type]  # as above
+
+    def _run(
+        self,
+        program: str | os.PathLike[str],
+        stdin: bytes,
+        *,
+        args: tuple[str, ...],
+        policy: str | os.PathLike[str] | None,
+        max_output_bytes: int,
+    ) -> Result:
+        with contextlib.ExitStack() as stack:
+            cancel = Cancel()
+            stack.callback(cancel.close)
+            stack.enter_context(self._cancellable(cancel))
+            request = RunRequest(
+                program=Path(program),
+                args=args,
+                policy=None if policy is None else Path(policy),
+                image=self._image,
+                stdin_fd=memory_file(stdin, stack),
+                max_output_bytes=max_output_bytes,
+                machines=self._machines,
+                cancel=cancel,
+            )
+            return run(request)
+
+    @contextlib.contextmanager
+    def _cancellable(self, cancel: Cancel) -> Iterator[None]:
+        with self._lock:
+            self._running.add(cancel)
+            if self._cancelled:
+                cancel()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.discard(cancel)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - as the base has it
+        """Take no more programs; end the machines that wait, once all runs have ended.
+
+        cancel_futures: also those that run are cancelled, not only those that wait.
+        """
+        if cancel_futures:
+            with self._lock:
+                self._cancelled = True
+                for cancel in self._running:
+                    cancel()
+        self._workers.shutdown(wait=wait, cancel_futures=cancel_futures)
+        if wait:
+            self._machines.close()
+        else:
+            threading.Thread(target=self._close_later, name="x07-pool-end").start()
+
+    def _close_later(self) -> None:
+        self._workers.shutdown(wait=True)
+        self._machines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown(cancel_futures=kind is not None)

@@ -1,0 +1,224 @@
+"""The pool's process: keeps machines warm and gives them to this user's commands over a private socket.
+
+    python -m x07_sandbox.runs.pool_server SIZE IDLE_S IMAGE READY_FD
+
+IMAGE: a name or digest, "" for the default. READY_FD gets one JSON object: {"ready": SIZE}, or what went wrong. It ends
+by SIGTERM or SIGINT, when it is told to, and after IDLE_S seconds in which nobody claimed a machine or holds one; its
+machines end with it, whatever ends it, since each dies with the process that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from x07_sandbox.errors import HostError, SandboxError
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.paths import state_dir
+from x07_sandbox.host.processes import identify
+from x07_sandbox.jobs.record import Claim
+from x07_sandbox.runs.lease import (
+    ANSWER_S,
+    PROTOCOL,
+    SOCKET,
+    handed_over,
+    peer_of,
+    pool_dir,
+    receive,
+    send,
+    socket_address,
+)
+from x07_sandbox.runs.warm import WarmMachines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from x07_sandbox.runs.warm import WarmMachine
+
+_WAITING_MAX: Final = 128
+_JOB_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,10}-[a-z]{1,16}")
+_WALL_MS_MAX: Final = 86_400_000
+
+
+class Server:
+    """Accepts connections; each is served by a thread, for as long as its lease lasts."""
+
+    def __init__(self, machines: WarmMachines, listener: socket.socket, idle_s: float) -> None:
+        self.machines = machines
+        self.listener = listener
+        self.idle_s = idle_s
+        self._end = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._leases = 0
+        self._lock = threading.Lock()
+
+    def end(self, *_: object) -> None:
+        """Stop serving. May be called by a signal handler, and again."""
+        os.eventfd_write(self._end, 1)
+
+    def serve(self) -> None:
+        """Until it is told to end, or nobody has used it for long."""
+        poll = select.poll()
+        for fd in (self.listener.fileno(), self._end):
+            poll.register(fd, select.POLLIN)
+        while not self._unused():
+            for fd, _ in poll.poll(min(self.idle_s, 1.0) * 1000):
+                if fd == self._end:
+                    return
+                connection, _ = self.listener.accept()
+                threading.Thread(target=self._serve_one, args=(connection,), name="x07-lease", daemon=True).start()
+
+    def _unused(self) -> bool:
+        with self._lock:
+            return not self._leases and time.monotonic() - self.machines.used_at > self.idle_s
+
+    def _serve_one(self, connection: socket.socket) -> None:
+        with connection:
+            connection.settimeout(ANSWER_S)
+            pid, uid = peer_of(connection)
+            asked = receive(connection) if uid == os.geteuid() else None
+            if asked is None or asked[1]:
+                return
+            with contextlib.suppress(OSError):
+                if asked[0].get("want") == "claim":
+                    self._lend(connection, asked[0], pid)
+                elif asked[0].get("want") == "status":
+                    send(connection, {"protocol": PROTOCOL, **self.status()})
+                elif asked[0].get("want") == "stop":
+                    self.end()
+                    connection.settimeout(None)
+                    connection.recv(1)  # the end of this process is the answer
+
+    def status(self) -> dict[str, object]:
+        """What `x07 pool status` tells."""
+        with self._lock:
+            leases = self._leases
+        machines = self.machines
+        problem = machines.problem
+        return {
+            "pid": os.getpid(),
+            "size": machines.size,
+            "ready": machines.ready(),
+            "running": leases,
+            "claimed": machines.claimed,
+            "image": machines.kind.image.manifest.digest,
+            "idle_s": self.idle_s,
+            "unused_s": round(time.monotonic() - machines.used_at, 1),
+            "problem": None if problem is None else str(problem),
+        }
+
+    def _lend(self, connection: socket.socket, asked: dict[str, Any], pid: int) -> None:
+        machine = self._taken(asked, pid)
+        if machine is None:
+            send(connection, {"protocol": PROTOCOL})
+            return
+        with self._lock:
+            self._leases += 1
+        try:
+            message, fds = handed_over(machine.instance)
+            send(connection, message, fds)
+            connection.settimeout(None)
+            poll = select.poll()
+            for fd in (connection.fileno(), machine.instance.pidfd):
+                poll.register(fd, select.POLLIN)
+            poll.poll()
+        finally:
+            gone = machine.close()
+            with self._lock:
+                self._leases -= 1
+            self.machines.used_at = time.monotonic()
+        status = machine.instance.exit_status()
+        send(connection, {"protocol": PROTOCOL, "status": -9 if status is None else status, "gone": gone})
+
+    def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
+        """The machine that is asked for, already the claimer's by its record; None if there is none."""
+        kind = self.machines.kind
+        ours = (str(state_dir()), kind.image.manifest.digest, kind.ram_bytes, kind.runtime)
+        theirs = tuple(asked.get(name) for name in ("state_dir", "image", "ram_bytes", "runtime"))
+        runner = identify(pid)
+        claim = _claim(asked)
+        if claim is None or runner is None or theirs != ours:
+            return None
+        return self.machines.take(claim, runner)
+
+
+def _claim(asked: dict[str, Any]) -> Claim | None:
+    """What is claimed, if it is well-formed: it becomes the name of a folder."""
+    with contextlib.suppress(msgspec.ValidationError):
+        claim = msgspec.convert({name: asked.get(name) for name in ("run_id", "phase", "wall_ms")}, Claim)
+        if _JOB_ID.fullmatch(claim.job_id) and 0 < claim.wall_ms <= _WALL_MS_MAX:
+            return claim
+    return None
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[socket.socket]:
+    """The pool's socket, of which this user has one. Raises HostError if another process has it."""
+    folder = pool_dir()
+
+    def taken() -> None:
+        raise HostError("cannot start the pool", "it runs already", "See x07 pool status, or run x07 pool stop")
+
+    with file_lock(folder / "lock", on_wait=taken):
+        with contextlib.suppress(FileNotFoundError):
+            (folder / SOCKET).unlink()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        with listener, socket_address(folder) as address:
+            listener.bind(address)
+            listener.listen(_WAITING_MAX)
+            try:
+                yield listener
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    (folder / SOCKET).unlink()
+
+
+def main(words: list[str]) -> int:
+    """Serve until the end."""
+    size, idle_s, image, ready_fd = int(words[0]), float(words[1]), words[2] or None, int(words[3])
+
+    def tell(value: dict[str, object]) -> None:
+        with contextlib.suppress(OSError):
+            os.write(ready_fd, json.dumps(value).encode() + b"\n")
+
+    try:
+        with _listening() as listener:
+            machines = WarmMachines(size, image=image, progress=lambda text: tell({"progress": text}))
+            server = Server(machines, listener, idle_s)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, server.end)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            machines.start()
+            with contextlib.closing(machines):
+                announce = threading.Thread(target=_announce, args=(machines, tell, ready_fd), daemon=True)
+                announce.start()
+                server.serve()
+    except SandboxError as exc:
+        tell({"what": exc.what, "why": exc.why, "fix": exc.fix})
+        return 125
+    return 0
+
+
+def _announce(machines: WarmMachines, tell: Any, ready_fd: int) -> None:  # noqa: ANN401 - a function of main's
+    try:
+        machines.wait_ready(Deadline.after(settings.QUEUE_S))
+        tell({"ready": machines.ready()})
+    except SandboxError as exc:
+        tell({"what": exc.what, "why": exc.why, "fix": exc.fix})
+    os.close(ready_fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

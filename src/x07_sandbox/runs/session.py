@@ -1,0 +1,340 @@
+"""The jobs of one run: an artifact, built or kept from before, and its run, each in a machine of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+from msgspec.structs import replace
+
+from x07_sandbox.backends.base import Availability, Job, MachineKind
+from x07_sandbox.host import settings
+from x07_sandbox.jobs.admission import admitted
+from x07_sandbox.jobs.record import Claim, create_record
+from x07_sandbox.plan.controls import Plan
+from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
+from x07_sandbox.policy import program_environment
+from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
+from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, SOURCE_FOLDER, source_name, toolchain_for
+from x07_sandbox.runs.request import in_memory
+from x07_sandbox.runs.result import NOTHING, Denial, HowToAllow, Output, PhaseReport
+from x07_sandbox.runs.streams import InFile, OutFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.backends.base import Instance
+    from x07_sandbox.backends.qemu.backend import QemuBackend
+    from x07_sandbox.images.verify import OpenImage
+    from x07_sandbox.plan.controls import RunLimits
+    from x07_sandbox.plan.outcomes import Verdict
+    from x07_sandbox.policy import Policy
+    from x07_sandbox.programs.toolchains import Toolchain
+    from x07_sandbox.runs.execute import PhaseFacts
+    from x07_sandbox.runs.folder import RunFolder
+    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.streams import Cancel, Sink
+
+_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
+_CWD = "/opt/x07"
+
+
+class Progress(msgspec.Struct):
+    """What is known so far: whatever happens next, the result is made from it."""
+
+    run_id: str
+    availability: Availability | None = None
+    plan: Plan | None = None
+    jail: str | None = None
+    artifact_from: Literal["build", "cache", "caller"] | None = None
+    phases: dict[str, PhaseReport] = msgspec.field(default_factory=dict)
+    digests: dict[str, str] = msgspec.field(default_factory=dict)
+    denials: list[Denial] = msgspec.field(default_factory=list)
+    warnings: list[str] = msgspec.field(default_factory=list)
+    stdout: Output = NOTHING
+    stderr: Output = NOTHING
+
+
+class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One phase, all of it known beforehand. limits_shown: those of the policy, for reasons."""
+
+    name: Literal["build", "run"]
+    argv: list[str]
+    files: tuple[InFile, ...]
+    limits: dict[str, int]
+    wall_ms: int
+    env: dict[str, str]
+    ram_bytes: int
+    output: OutFile | None = None
+    limits_shown: Any = None
+
+
+def carry_out(
+    spec: PhaseSpec,
+    instance: Instance,
+    *,
+    stdin_fd: int | None,
+    sinks: tuple[Sink, Sink],
+    cancel: Cancel,
+    on_started: Callable[[], None] = lambda: None,
+) -> PhaseFacts:
+    """Have the machine carry out a phase, whatever becomes of it. stdin_fd: the program's input, lent, or None."""
+    instance.release()
+    # Not before: while the machine comes up there is nothing else to do.
+    from x07_sandbox.runs.execute import Phase, PhaseRequest
+
+    stdout, stderr = sinks
+    request = PhaseRequest(
+        job_id=instance.record.job_id,
+        phase=spec.name,
+        argv=spec.argv,
+        env=spec.env,
+        cwd=_CWD,
+        files=spec.files,
+        limits=spec.limits,
+        wall_ms=spec.wall_ms,
+        stdin_fd=stdin_fd,
+        stdout=stdout,
+        stderr=stderr,
+        output=spec.output,
+        cancel=cancel,
+        on_started=on_started,
+    )
+    return Phase(request, instance).run()
+
+
+class Session:
+    """The jobs of one run: they share backend, image, folder and what is known so far."""
+
+    def __init__(
+        self, request: RunRequest, so_far: Progress, folder: RunFolder, backend: QemuBackend, image: OpenImage
+    ) -> None:
+        self.request = request
+        self.so_far = so_far
+        self.folder = folder
+        self.backend = backend
+        self.image = image
+        self.toolchain: Toolchain = toolchain_for(str(request.program))
+
+    # the artifact
+
+    def prepare(self, source: InFile, artifact: OutFile) -> Verdict | None:
+        """What was built before from the same, or a build now; None if there is an artifact, else how that ended."""
+        if artifact.complete:
+            self.so_far.artifact_from = "caller"
+            return None
+        argv = self.toolchain.build(source.path, Path(source.path).name)
+        key = artifact_key(self.image.manifest.digest, self.toolchain.name, argv, self.so_far.digests["source"])
+        if self.request.cache and _recall(key, artifact):
+            self.so_far.artifact_from = "cache"
+            return None
+        self.so_far.artifact_from = "build"
+        self.request.progress(f"building {Path(source.path).name} in a machine of its own")
+        failed = self._build(argv, source, artifact)
+        if failed is None and self.request.cache:
+            keep_artifact(key, artifact.fd, artifact.size, artifact.sha256())
+        return failed
+
+    def _build(self, argv: list[str], source: InFile, artifact: OutFile) -> Verdict | None:
+        """Build in a machine of its own; None if there is an artifact, else how that ended."""
+        from x07_sandbox.plan.outcomes import Outcome, as_build, verdict
+
+        limits = build_limits()
+        spec = PhaseSpec(
+            name="build",
+            argv=argv,
+            files=(source,),
+            limits=limits,
+            wall_ms=settings.BUILD_WALL_MS,
+            env=dict(_ENVIRONMENT),
+            ram_bytes=ram_class_bytes(limits["mem_bytes"]),
+            output=artifact,
+            limits_shown=build_limits_shown(),
+        )
+        ending, facts = self.phase(spec)
+        ending = as_build(ending)
+        report = self.so_far.phases["build"]
+        if ending.outcome is not Outcome.OK:
+            self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
+            return ending
+        if not artifact.complete:
+            problem = facts.usage.get("output_problem") or "did not arrive whole"
+            return verdict(Outcome.BUILD_FAILED, f"the build ended well, but what it made {problem}", fault="program")
+        return None
+
+    # its run
+
+    def run_spec(
+        self, artifact: OutFile, policy: Policy, policy_bytes: bytes, limits: RunLimits, stack: contextlib.ExitStack
+    ) -> PhaseSpec:
+        """The run of an artifact."""
+        archive = self.toolchain.archive
+        program = InFile(
+            path=PROGRAM_FOLDER if archive else ARTIFACT,
+            mode=0o755,
+            kind="archive" if archive else "file",
+            fd=artifact.fd,
+            size=artifact.size,
+        )
+        policy_file = in_memory(policy_bytes, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)
+        return PhaseSpec(
+            name="run",
+            argv=[*self.toolchain.start(source_name(str(self.request.program))), *self.request.args],
+            files=(program, policy_file),
+            limits=limits.for_guest(),
+            wall_ms=limits.wall_ms,
+            env=_ENVIRONMENT | program_environment(policy),
+            ram_bytes=limits.ram_bytes,
+            limits_shown=policy.limits,
+        )
+
+    def run(self, spec: PhaseSpec, policy: Policy) -> Verdict:
+        """Carry that out."""
+        ending, facts = self.phase(spec)
+        report = self.so_far.phases["run"]
+        self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
+        self._note_denials(facts, policy)
+        return ending
+
+    # one phase
+
+    def phase(self, spec: PhaseSpec) -> tuple[Verdict, PhaseFacts]:
+        """Carry out one phase in a machine of its own, and report it."""
+        live = spec.name == "run"
+        request = self.request
+        prefix = "" if live else "build-"
+        cap = request.max_output_bytes if live else settings.OUTPUT_MAX_BYTES
+        stdout, stdout_fd = self.folder.sink(
+            f"{prefix}stdout", live_fd=request.live_stdout if live else None, max_bytes=cap
+        )
+        stderr, stderr_fd = self.folder.sink(
+            f"{prefix}stderr", live_fd=request.live_stderr if live else None, max_bytes=cap
+        )
+        with admitted(cancel_fd=request.cancel.fd, timeout_s=request.queue_s, progress=request.progress):
+            instance, facts = self._answered(spec, (stdout, stderr))
+        from x07_sandbox.plan.outcomes import classify
+        from x07_sandbox.runs.execute import drain
+        from x07_sandbox.runs.folder import output_of
+
+        evidence = facts.evidence
+        if not drain((stdout, stderr), request.cancel):
+            evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
+        availability = self.so_far.availability
+        emulated = availability is not None and availability.features.emulated
+        ending = classify(evidence, emulated=emulated, limits=spec.limits_shown)
+        if facts.input_problem:
+            self.so_far.warnings.append(f"the input could not be read to its end: {facts.input_problem}")
+        self.so_far.warnings += ending.warnings
+        outputs = output_of(stdout, stdout_fd), output_of(stderr, stderr_fd)
+        self.so_far.phases[spec.name] = _report(instance, ending, facts, outputs)
+        if live:
+            self.so_far.digests["output"] = f"sha256:{stdout.sha256()}"
+            if facts.input_sha256 is not None:
+                self.so_far.digests["input"] = f"sha256:{facts.input_sha256}"
+        return ending, facts
+
+    def _answered(self, spec: PhaseSpec, sinks: tuple[Sink, Sink]) -> tuple[Instance, PhaseFacts]:
+        """Have a phase carried out by a warm machine, by a clone, or by a cold one: by the first that answers."""
+        kind = MachineKind(image=self.image, ram_bytes=spec.ram_bytes, runtime=spec.name)
+        claim = Claim(run_id=self.so_far.run_id, phase=spec.name, wall_ms=spec.wall_ms)
+        machines = None if self.request.cold else self.request.machines
+        if machines is not None and (waiting := machines.claim(kind, claim)) is not None:
+            with waiting as instance:
+                facts = self._converse(spec, instance, sinks)
+            if not facts.unanswered:
+                return instance, facts
+            claim = replace(claim, phase=f"{spec.name}-clone")  # that job is over, and stays on record
+        if self.request.cold:
+            self.request.progress(f"booting a machine for the {spec.name}")
+        with self.backend.start(self._job(claim, kind, cold=self.request.cold)) as instance:
+            facts = self._converse(spec, instance, sinks)
+        if instance.begun == "clone" and facts.unanswered:
+            from x07_sandbox.plan.outcomes import classify
+
+            # It never got to hear of the program, so another machine may take its place.
+            self.backend.distrust(kind, f"a clone of it did not answer: {classify(facts.evidence).reason}")
+            claim = replace(claim, phase=f"{spec.name}-cold")
+            with self.backend.start(self._job(claim, kind, cold=False)) as instance:
+                facts = self._converse(spec, instance, sinks)
+        return instance, facts
+
+    def _job(self, claim: Claim, kind: MachineKind, *, cold: bool) -> Job:
+        digest = self.image.manifest.digest
+        record = create_record(claim, backend=self.backend.name, image_digest=digest)
+        return Job(record=record, kind=kind, deadline_s=claim.deadline_s, cold=cold)
+
+    def _converse(self, spec: PhaseSpec, instance: Instance, sinks: tuple[Sink, Sink]) -> PhaseFacts:
+        self.so_far.jail = instance.jail
+        if instance.cold_reason:
+            self.so_far.warnings.append(f"the {spec.name} machine started cold: {instance.cold_reason}")
+        request = self.request
+        return carry_out(
+            spec,
+            instance,
+            stdin_fd=request.stdin_fd if spec.name == "run" else None,
+            sinks=sinks,
+            cancel=request.cancel,
+            on_started=lambda: request.progress("") if spec.name == "run" else None,
+        )
+
+    def _note_denials(self, facts: PhaseFacts, policy: Policy) -> None:
+        refused = int(facts.usage.get("tasks_refused", 0))
+        if refused:
+            how = HowToAllow(json_path="$.limits.procs", value=min(1024, policy.limits.procs * 2 + 1))
+            self.so_far.denials.append(
+                _denial("limits.procs", "fork", "a new task", "guest control group", refused, how)
+            )
+        if facts.usage.get("disk_full"):
+            how = HowToAllow(json_path="$.fs", value="a smaller output: the scratch disk has 8 GiB")
+            self.so_far.denials.append(
+                _denial("scratch", "write", "the scratch disk is full", "size of the disk", 1, how)
+            )
+
+
+def _denial(field_name: str, action: str, subject: str, by: str, count: int, how: HowToAllow) -> Denial:
+    return Denial(
+        field=field_name,
+        action=action,
+        subject=subject,
+        enforced_by=by,
+        observed_by="guest",
+        count=count,
+        how_to_allow=how,
+    )
+
+
+def _recall(key: str, artifact: OutFile) -> bool:
+    """Copy the cached artifact *key* into *artifact*, hashing what is copied; whether there was a good one."""
+    with cached_artifact(key) as found:
+        if found is None or found.size > artifact.max_bytes:
+            return False
+        while artifact.size < found.size:
+            data = os.pread(found.fd, min(1 << 20, found.size - artifact.size), HEADER_BYTES + artifact.size)
+            if not data or not artifact.take(data):
+                break
+        if artifact.sha256() == found.sha256:
+            artifact.complete = True
+            return True
+    artifact.clear()
+    drop_artifact(key)
+    return False
+
+
+def _report(instance: Instance, ending: Verdict, facts: PhaseFacts, outputs: tuple[Output, Output]) -> PhaseReport:
+    usage = facts.usage
+    stdout, stderr = outputs
+    return PhaseReport(
+        job_id=instance.record.job_id,
+        start=instance.begun,
+        outcome=ending.outcome.value,
+        reason=ending.reason,
+        times_ms=facts.times_ms,
+        stdout=stdout,
+        stderr=stderr,
+        cpu_ms=int(usage.get("cpu_us", 0)) // 1000,
+        memory_peak_bytes=int(usage.get("memory_peak_bytes", 0)),
+        tasks_peak=int(usage.get("tasks_peak", 0)),
+    )

@@ -1,0 +1,305 @@
+"""Warm machines: what a run gets from a pool, and that nothing is left of one, whoever is killed when."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.vm.conftest import left_behind, marked, owners
+from tests.vm.test_clones import RANDOM
+from x07_sandbox import Pool
+from x07_sandbox.backends.base import MachineKind
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host import clocks
+from x07_sandbox.host.processes import own_identity
+from x07_sandbox.images.verify import open_image
+from x07_sandbox.jobs.record import Claim, new_run_id
+from x07_sandbox.plan.sizes import ram_class_bytes
+from x07_sandbox.policy import default_policy
+from x07_sandbox.runs.lease import PoolMachines
+from x07_sandbox.runs.warm import WarmMachines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from x07_sandbox.images.store import Image
+    from x07_sandbox.runs.result import Result
+
+# One pool a user: tests that start its process take turns.
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600), pytest.mark.xdist_group("pool")]
+
+COMMAND = (sys.executable, "-m", "x07_sandbox.cli.main")
+ECHO = "import sys\nprint('got', sys.stdin.read())\n"
+# What a program finds in its machine that one before it could have left, or that would tell it from the first.
+TRACES = """
+import json, os
+print(json.dumps({
+    "folders": {name: sorted(os.listdir(name)) for name in (".", "/tmp", "/dev/shm", "/x07/in", "/x07/out", "/run")},
+    "pids": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
+    "group": open("/proc/self/cgroup").read(),
+    "fds": len(os.listdir("/proc/self/fd")),
+    "host": os.uname().nodename,
+}))
+"""
+
+
+def x07(*words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """One command of ours."""
+    return subprocess.run([*COMMAND, *words], input=stdin, capture_output=True, check=False, timeout=300)
+
+
+def ran(*words: str, stdin: bytes = b"") -> dict[str, Any]:
+    """The result of `x07 run --json`."""
+    done = x07("run", "--json", *words, stdin=stdin)
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result["outcome"] == "ok", (result["reason"], done.stderr)
+    return result
+
+
+def status() -> dict[str, Any] | None:
+    """What `x07 pool status` tells."""
+    told: dict[str, Any] | None = json.loads(x07("pool", "status", "--json").stdout)["pool"]
+    return told
+
+
+def wait_for(holds: Callable[[], bool], seconds: float) -> None:
+    """Wait until something in another process holds, of which no event tells."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def pool_process(size: int) -> Iterator[int]:
+    """The pool's process, all its machines warm."""
+    started = x07("pool", "start", "--size", str(size))
+    assert started.returncode == 0, started.stderr
+    told = status()
+    assert told is not None
+    try:
+        yield told["pid"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(told["pid"], signal.SIGCONT)
+        x07("pool", "stop")
+
+
+@pytest.fixture
+def echo(tmp_path: Path, state: Path) -> str:
+    """A program, built before, whose runs need one machine only."""
+    del state
+    path = tmp_path / "echo.py"
+    path.write_text(ECHO)
+    ran(str(path), "--no-pool")
+    return str(path)
+
+
+@pytest.fixture
+def kind(image: Image) -> Iterator[MachineKind]:
+    """The kind of machines that a pool keeps."""
+    with open_image(image) as opened:
+        yield MachineKind(image=opened, ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes))
+
+
+def claim() -> Claim:
+    """One for a job of a run of its own."""
+    return Claim(run_id=new_run_id(), phase="run", wall_ms=1000)
+
+
+def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path) -> None:
+    """With `x07 pool` a run's machine is a warm one, under the run's own name and record; stopped, all is gone."""
+    with pool_process(2) as pid:
+        result = ran(echo, stdin=b"hello")
+        assert (result["stdout"]["text"], result["phases"]["run"]["start"]) == ("got hello\n", "pool")
+        folder = state / f"{result['run']}-run"
+        job, owner = (json.loads((folder / name).read_bytes()) for name in ("job.json", "owner.json"))
+        assert (folder / "done").is_file()
+        assert job["run_id"] == folder.name == owner["labels"]["io.x07.run_id"]
+        assert (owner["run"], owner["runner"]["pid"] != pid) == (result["run"], True)
+        assert str(job["deadline_unix_ms"]) == owner["labels"]["io.x07.deadline_unix_ms"]
+        assert ran(echo, "--no-pool")["phases"]["run"]["start"] == "clone"
+        assert ran(echo, "--cold")["phases"]["run"]["start"] == "cold"
+        again = x07("pool", "start")
+        assert (again.returncode, b"runs already" in again.stderr) == (125, True)
+        told = status()
+        assert told is not None
+        assert (told["claimed"], told["problem"]) == (1, None)
+    assert status() is None
+    assert left_behind(state) == []
+    assert ran(echo)["phases"]["run"]["start"] == "clone"
+
+
+def test_a_warm_machine_is_as_new(state: Path, tmp_path: Path) -> None:
+    """A program finds in a warm machine what it finds in a clone; no random value is another's, the clock is right."""
+    traces, random = tmp_path / "traces.py", tmp_path / "random_values.py"
+    traces.write_text(TRACES)
+    random.write_text(RANDOM)
+    clone = json.loads(ran(str(traces), "--no-pool")["stdout"]["text"])
+    with Pool(size=3) as pool:
+        assert pool.wait_ready()
+        warm = pool.submit(traces).result()
+        values = [future.result() for future in [pool.submit(random), pool.submit(random)]]
+        assert [result.phases["run"].start for result in (warm, *values)] == ["pool"] * 3, [warm.reason]
+    found = json.loads(warm.stdout.text or "")
+    assert found.pop("group") != ""
+    clone.pop("group")
+    assert found == clone
+    one, other = (json.loads(result.stdout.text or "") for result in values)
+    assert [name for name in one if one[name] == other[name]] == []
+    assert abs(one["time"] - clocks.unix_ms() / 1000) < 60
+    assert left_behind(state) == []
+
+
+def test_no_machine_is_served_twice(state: Path, kind: MachineKind, full: bool) -> None:  # noqa: FBT001 - a fixture
+    """Many claims of a few warm machines at once: each machine is one claimer's, and the rest go without."""
+    size, claims = (10, 100) if full else (3, 30)
+    held = contextlib.ExitStack()
+    marks: list[str] = []
+    lock = threading.Lock()
+
+    def take() -> None:
+        waiting = PoolMachines().claim(kind, claim())
+        if waiting is not None:
+            with lock:
+                marks.append(held.enter_context(waiting).record.mark)
+
+    with pool_process(size):
+        threads = [threading.Thread(target=take) for _ in range(claims)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert size <= len(marks) < claims
+        assert len(set(marks)) == len(marks)
+        for mark in marks:
+            assert marked(mark) != []
+        held.close()
+        for mark in marks:
+            assert marked(mark) == []
+    assert left_behind(state) == []
+
+
+def test_a_claimed_machine_has_its_jobs_deadline(state: Path) -> None:
+    """The kernel ends a warm machine at the deadline that its claim has set, without anybody's help."""
+    machines = WarmMachines(1)
+    machines.start()
+    with contextlib.closing(machines):
+        wait_for(lambda: machines.ready() == 1, 120)
+        machine = machines.take(claim(), own_identity())
+        assert machine is not None
+        machine.instance.set_deadline(1)
+        assert select.select([machine.instance.pidfd], [], [], 10)[0]
+        assert machine.close()
+        assert machine.instance.exit_status() == -signal.SIGALRM
+    assert left_behind(state) == []
+
+
+@pytest.mark.parametrize("killed", ["claimer", "pool", "both"])
+def test_nothing_is_left_of_a_claim_that_was_killed(echo: str, state: Path, killed: str, full: bool) -> None:  # noqa: FBT001
+    """SIGKILL of claimer, pool's process, or both, at any moment of a run: no machine of theirs lives on."""
+    moments = range(40, 400, 15) if full else (60, 110, 160, 220, 300)
+    argv = [*COMMAND, "run", "--json", echo]
+    kept = 1 if killed == "claimer" else 0
+
+    def at_rest() -> bool:
+        told = status()
+        return told is None or (told["ready"], told["running"]) == (kept, 0)
+
+    for moment in moments:
+        with pool_process(1) as pool:
+            child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(moment / 1000)  # the moment is what is tried
+            if killed != "pool":
+                child.kill()
+            if killed != "claimer":
+                os.kill(pool, signal.SIGKILL)
+            child.communicate(b"late\n", timeout=120)
+            # What waits is made anew after a claim: when that is done, it is all that may live.
+            wait_for(at_rest, 60)
+            alive = {str(owner["instance"]) for owner in owners(state) if marked(str(owner["instance"]))}
+            assert len(alive) <= kept, f"killed at {moment} ms"
+        wait_for(lambda: not any(marked(str(owner["instance"])) for owner in owners(state)), 20)
+
+
+def test_a_pool_that_does_not_answer_costs_a_clone(echo: str) -> None:
+    """A stopped pool's process, or one that has died and left its socket: the run goes on with a clone."""
+    with pool_process(1) as pid:
+        os.kill(pid, signal.SIGSTOP)
+        assert ran(echo)["phases"]["run"]["start"] == "clone"
+        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGCONT)
+        assert ran(echo)["phases"]["run"]["start"] == "clone"
+
+
+def test_a_pool_ends_when_nobody_uses_it(state: Path) -> None:
+    """A pool's process ends, with its machines, once it has not been used for its idle time."""
+    assert x07("pool", "start", "--size", "1", "--idle", "1").returncode == 0
+    wait_for(lambda: status() is None, 30)
+    wait_for(lambda: left_behind(state) == [], 10)
+
+
+def test_programs_run_from_short_lived_threads_and_from_asyncio(state: Path, echo: str, full: bool) -> None:  # noqa: FBT001
+    """One pool serves threads that end at once and coroutines, each with its own program's output."""
+    count = 50 if full else 6
+    with Pool(size=2) as pool:
+        futures: list[tuple[bytes, Future[Result]]] = []
+
+        def submit(text: bytes) -> None:
+            futures.append((text, pool.submit(echo, text)))
+
+        for number in range(count):
+            thread = threading.Thread(target=submit, args=(b"%d" % number,))
+            thread.start()
+            thread.join()
+        for text, future in futures:
+            result = future.result(300)
+            assert result.stdout.text == f"got {text.decode()}\n", result.reason
+
+        async def main() -> list[str | None]:
+            loop = asyncio.get_running_loop()
+            runs: list[asyncio.Future[Result]] = [
+                loop.run_in_executor(pool, echo, b"%d" % number)  # type: ignore[arg-type] # programs are the point
+                for number in range(count)
+            ]
+            return [result.stdout.text for result in await asyncio.gather(*runs)]
+
+        assert asyncio.run(main()) == [f"got {number}\n" for number in range(count)]
+        assert [result.stdout.text for result in pool.map(echo, [b"a", b"b"])] == ["got a\n", "got b\n"]
+    assert left_behind(state) == []
+
+
+def test_an_exception_cancels_what_a_pool_runs(state: Path, tmp_path: Path) -> None:
+    """Leaving a pool by an exception ends its runs as cancelled, and soon."""
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("import time\nprint('up', flush=True)\ntime.sleep(50)\n")
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Pool(size=1) as pool:  # noqa: PT012 - the block is what is tried
+        future = pool.submit(sleeper)
+        wait_for(lambda: any(path.stat().st_size for path in state.parent.rglob("runs/*/stdout")), 60)
+        raise KeyboardInterrupt
+    assert future.result().outcome == "cancelled"
+    assert time.monotonic() - began < 45
+    assert left_behind(state) == []
+
+
+def test_a_pool_of_no_size_is_refused(state: Path) -> None:
+    """A pool of no machine, or of more than memory holds, is refused with the bound."""
+    del state
+    for size in (0, 100_000):
+        with pytest.raises(UsageError, match="not between 1 and"):
+            Pool(size=size)
