@@ -8,6 +8,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,18 @@ from x07_sandbox.backends.qemu.template import opened_template, template_for
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import Kind, Role
 from x07_sandbox.channel.link import State
+from x07_sandbox.host.processes import children_of
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
+from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.sizes import ram_class_bytes
-from x07_sandbox.policy import default_policy
+from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.programs.toolchains import ARTIFACT
+from x07_sandbox.runs.pool import Pool
+from x07_sandbox.runs.request import in_memory
+from x07_sandbox.runs.session import PhaseSpec, carry_out
+from x07_sandbox.runs.streams import Cancel, Sink, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,14 +83,50 @@ class Command:
             raise SystemExit(f"a timed run of {self.program.name} {self.flags} is not what it claims: {wrong}")
 
 
-class Floor:
-    """A clone as bare as it can be: the same jail and the same QEMU, without a run around it."""
+class Pooled:
+    """`x07 run` and the library's call, each with a machine of a pool that is warm when the time begins."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._command("stop")
+        self._command("start", "--size", "1", "--idle", "3600")
+        stack.callback(self._command, "stop")
+        self.pool = stack.enter_context(Pool(size=1))
+
+    @staticmethod
+    def _command(*words: str) -> bytes:
+        return subprocess.run([X07, "pool", *words], check=True, capture_output=True).stdout
+
+    def settle(self) -> None:
+        """Wait until both pools are at rest: making a machine takes a core."""
+        while True:
+            told = json.loads(self._command("status", "--json"))["pool"]
+            if told["ready"] == told["size"] and self.pool.wait_ready():
+                return
+            time.sleep(0.05)
+
+    def library_seconds(self, program: Path) -> float:
+        """One call of the library that a warm machine answers."""
+        nonce = os.urandom(8).hex()
+        begun = time.monotonic()
+        result = self.pool.submit(program, f"{nonce}\n".encode()).result()
+        seconds = time.monotonic() - begun
+        if result.stdout.text != programs.expected(nonce).decode() or result.phases["run"].start != "pool":
+            raise SystemExit(f"a timed call is not what it claims: {result.reason}")
+        return seconds
+
+
+class Floor:
+    """A clone as bare as it can be: the same jail and the same QEMU, without a run around it.
+
+    program: the C program's artifact.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack, program: Path) -> None:
         image = stack.enter_context(open_image(find_image(None)))
         self.kind = MachineKind(image=image, ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes))
         self.accelerator = Accelerator(kvm=False)
         self.saved = stack.enter_context(opened_template(template_for(self.kind, self.accelerator)))
+        self.artifact = program.read_bytes()
 
     @contextlib.contextmanager
     def _started(self) -> Iterator[QemuInstance]:
@@ -122,3 +166,86 @@ class Floor:
                     else:
                         instance.drain(fd)
             return time.monotonic() - begun
+
+    def program_seconds(self) -> float:
+        """From the start of a clone to the end of a C program in it, and of the machine."""
+        nonce = os.urandom(8).hex()
+        begun = time.monotonic()
+        with self._started() as instance, contextlib.ExitStack() as stack:
+            stdout = self._carried_out(instance, f"{nonce}\n".encode(), stack)
+        seconds = time.monotonic() - begun
+        if stdout != programs.expected(nonce):
+            raise SystemExit("a raw clone does not run the program")
+        return seconds
+
+    def _carried_out(self, instance: QemuInstance, data: bytes, stack: contextlib.ExitStack) -> bytes:
+        keep_fd = memory_file(b"", stack)
+        stdout = Sink("stdout", keep_fd=keep_fd, live_fd=None, max_bytes=1 << 20)
+        stderr = Sink("stderr", keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=1 << 20)
+        cancel = Cancel()
+        stack.callback(cancel.close)
+        stdin_fd = memory_file(data, stack)
+        carry_out(self._spec(stack), instance, stdin_fd=stdin_fd, sinks=(stdout, stderr), cancel=cancel)
+        return os.pread(keep_fd, 1 << 20, 0)
+
+    def _spec(self, stack: contextlib.ExitStack) -> PhaseSpec:
+        policy = default_policy()
+        program = in_memory(self.artifact, ARTIFACT, 0o755, stack)
+        return PhaseSpec(
+            name="run",
+            argv=[ARTIFACT],
+            files=(program, in_memory(render_policy(policy), "/x07/in/policy.json", 0o644, stack)),
+            limits=run_limits(policy).for_guest(),
+            wall_ms=policy.limits.wall_ms,
+            env={},
+            ram_bytes=self.kind.ram_bytes,
+        )
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[int]:
+        """A clone that waits to be spoken to: its VMM's process."""
+        with self._started() as instance:
+            instance.release()
+            time.sleep(0.3)  # until it has come up
+            yield _vmm(instance)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[int]:
+        """A clone in which a C program waits for its input: its VMM's process."""
+        with self._started() as instance, contextlib.ExitStack() as stack:
+            read_fd, write_fd = os.pipe()
+            stack.callback(os.close, read_fd)
+            cancel = Cancel()
+            stack.callback(cancel.close)
+            started = threading.Event()
+            sinks = [
+                Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=1 << 20)
+                for name in ("stdout", "stderr")
+            ]
+            spec = self._spec(stack)
+
+            def carry() -> None:
+                carry_out(
+                    spec,
+                    instance,
+                    stdin_fd=read_fd,
+                    sinks=(sinks[0], sinks[1]),
+                    cancel=cancel,
+                    on_started=started.set,
+                )
+
+            thread = threading.Thread(target=carry)
+            thread.start()
+            if not started.wait(60):
+                raise SystemExit("a raw clone does not start the program")
+            time.sleep(0.2)  # until it has come to its input
+            try:
+                yield _vmm(instance)
+            finally:
+                os.close(write_fd)
+                thread.join()
+
+
+def _vmm(instance: QemuInstance) -> int:
+    """QEMU itself, below the first process of the jail."""
+    return children_of(instance.inner.pid)[0]

@@ -14,3 +14,10 @@ PYTHON: Final = 'print("got", input())\n'
 def expected(nonce: str) -> bytes:
     """What either prints for the input line *nonce*."""
     return f"got {nonce}\n".encode()
+
+
+COUNT: Final = """\
+#include <stdio.h>
+int main(void) { static char b[65536]; long n = 0; size_t k; while ((k = fread(b, 1, sizeof b, stdin))) n += k;
+return printf("%ld\\n", n) < 0; }
+"""

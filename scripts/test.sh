@@ -48,7 +48,6 @@ if [[ $full == yes ]]; then
     [[ ${#broken[@]} -eq 0 ]] || fail "the quick start failed in a clean root" "See its messages above."
 fi
 
-# -rs: every skip with its reason; pytest's own line with all counts comes last. One worker a processor; tests of one
-# group (xdist_group) stay together, and so do those that share a costly fixture.
+# -rs: every skip with its reason; pytest's own line with all counts comes last. One worker a processor.
 step "pytest"
-exec .venv/bin/pytest -rs -n auto --maxprocesses 4 --dist loadgroup "$@"
+exec .venv/bin/pytest -rs -n auto --maxprocesses 4 --dist load "$@"

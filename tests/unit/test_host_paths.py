@@ -161,6 +161,22 @@ def test_a_folder_of_another_user_is_refused(where: str, tmp_path: Path, need: N
         private_dir(theirs if where == "last" else theirs / "ours")
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("bits", [0o1777, 0o755, 0o775])
+def test_nobody_is_told_to_close_a_folder_of_the_system(bits: int, tmp_path: Path, need: Need) -> None:
+    """To root, whose /tmp or /var/lib it may be, an open folder's error names a folder below it and never chmod."""
+    need(os.geteuid() == 0, "needs root, whose folders are the system's", installable=False)
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(bits)
+    with pytest.raises(HostError) as caught:
+        private_dir(folder)
+    assert "chmod" not in caught.value.fix
+    assert str(folder / "x07-sandbox") in caught.value.fix
+    if bits != 0o775:  # others could swap what lies there
+        private_dir(folder / "x07-sandbox")
+
+
 TRY = """
 import pathlib, sys
 from x07_sandbox.errors import HostError
@@ -170,7 +186,7 @@ for path in sys.argv[1:]:
         private_dir(pathlib.Path(path))
         print("taken")
     except HostError as exc:
-        print(exc.why)
+        print(exc.why, exc.fix, sep=". ")
 """
 
 
@@ -202,7 +218,7 @@ def test_an_ordinary_user_is_refused_a_folder_of_root(base: Path) -> None:
     taken, refused, failed = as_nobody(base / "home" / "jobs", base / "roots", base / "roots" / "sub")
     assert taken == "taken"
     assert refused.startswith("it is uid 0's")
-    assert failed == "Permission denied"
+    assert failed.startswith("Permission denied. ")
 
 
 @pytest.mark.root
@@ -210,3 +226,20 @@ def test_folders_on_the_way_need_not_be_readable(base: Path) -> None:
     """A home below a folder that others may pass but not list, as on shared machines, is a good place."""
     base.chmod(0o711)
     assert as_nobody(base / "home" / "jobs") == ["taken"]
+
+
+@pytest.mark.root
+def test_only_a_folder_of_one_s_own_may_be_closed(base: Path) -> None:
+    """An ordinary user hears of chmod only for a folder of their own that nobody else writes, and under a condition."""
+    folders = [base / "home" / f"mode-{bits:o}" for bits in (0o755, 0o775, 0o1777)]
+    for folder in folders:
+        folder.mkdir()
+        folder.chmod(int(folder.name.removeprefix("mode-"), 8))
+        os.chown(folder, NOBODY, NOBODY)
+    own, group, sticky, system = as_nobody(*folders, Path("/tmp"))  # noqa: S108 - only looked at
+    assert own.endswith("If nobody else needs it run chmod 0700 on it, or choose another folder")
+    for told in (group, sticky, system):
+        assert "chmod" not in told
+        assert "below it" in told
+    (roots,) = as_nobody(Path("/usr"))
+    assert "choose a folder of your own" in roots

@@ -118,3 +118,11 @@ def test_every_guest_file_counts_for_the_digest(tmp_path: Path) -> None:
     (tmp_path / "cli").mkdir()
     (tmp_path / "cli" / "main.py").write_text("x")
     assert guestcode.read_guest_code(tmp_path).digest == last
+
+
+@pytest.mark.parametrize("name", ["", "a-b", "1a", "a..b", "os;x", "a b", "é", "x" * 201, ".a"])
+def test_only_names_of_modules_are_preloaded(name: str) -> None:
+    """What Python's import would not take as a name is refused before anything is built."""
+    with pytest.raises(UsageError, match="no name of a Python module"):
+        recipe.check_modules([name])
+    assert recipe.check_modules(["numpy", "a.b", "numpy"]) == ("a.b", "numpy")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from x07_sandbox.cli.main import main
 from x07_sandbox.errors import ImageError
 from x07_sandbox.images import manifest, scratch, store, verify
 
@@ -382,3 +384,78 @@ def test_a_link_made_meanwhile_is_no_damage(
     else:
         with pytest.raises(ImageError, match="each time"):
             _open(image)
+
+
+@pytest.mark.parametrize(
+    ("ref", "fix"),
+    [
+        (None, "Run x07 image build"),
+        ("default", "Run x07 image build"),
+        ("nosuch", "Run x07 image build --name nosuch, or see x07 image list"),
+        ("f" * 12, "See x07 image list"),
+        ("sha256:xyz", "See x07 image list"),
+    ],
+)
+def test_a_missing_image_names_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ref: str | None, fix: str
+) -> None:
+    """For an image that is not there the error has the very command that makes one of that name, if any does."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(ImageError, match="no guest image") as caught:
+        store.find_image(ref)
+    assert caught.value.fix == fix
+
+
+def test_a_damaged_image_names_the_command_that_mends_it(image: store.Image) -> None:
+    """What to do about a damaged part has the image's own name, and is no command where no name leads to it."""
+    store.set_name("science", image.digest.removeprefix("sha256:"))
+    _flip(image.folder / "vmlinux", restore_times=True)
+    fixes = []
+    for ref in ("default", "science", image.digest):
+        with pytest.raises(ImageError, match="the content of vmlinux has changed") as caught:
+            _open(store.find_image(ref))
+        fixes.append(caught.value.fix)
+    assert fixes[0] == "Run x07 image build, which mends it, and if it comes again look at the disk"
+    assert fixes[1] == "Run x07 image build --name science, which mends it, and if it comes again look at the disk"
+    assert fixes[2] == fixes[0]
+    for name in ("default", "science"):
+        (store.images_dir() / "names" / name).unlink()
+    with pytest.raises(ImageError) as caught:
+        _open(store.find_image(image.digest))
+    assert "build" not in caught.value.fix
+
+
+def test_the_list_shows_damaged_images(image: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    """`image list` shows an image whose manifest is damaged as such, with what to do, and ends with 0; JSON too."""
+    store.set_name("science", image.digest.removeprefix("sha256:"))
+    (store.images_dir() / "names" / "default").unlink()
+    _flip(image.folder / "manifest.json", restore_times=True)
+    assert main(["image", "list"]) == 0
+    told = capsys.readouterr()
+    assert "no images yet" not in told.err
+    fix = "Run x07 image build --name science --no-include, or with --include and the packages that it had"
+    assert told.out.startswith(f"science          {image.digest}  damaged  (")
+    assert told.out.endswith(f". {fix}.)\n")
+    assert main(["image", "list", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["images"]
+    assert (row["name"], row["digest"], row["suite"], row["current"]) == ("science", image.digest, None, False)
+    assert row["problem"]
+    assert row["fix"] == fix
+
+
+def test_the_list_names_the_command_that_renews(image: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    """`image list` gives, for an image of another version, the command that renews the one of that name."""
+    store.set_name("science", image.digest.removeprefix("sha256:"))
+    assert main(["image", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("(")[2] for line in lines] == [
+        "it was made by another version of x07-sandbox. Run x07 image build.)",
+        "it was made by another version of x07-sandbox. Run x07 image build --name science.)",
+    ]
+
+
+def test_verify_names_the_command_that_mends(image: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    """`image verify` of a damaged image ends with 1 and names the command that mends it."""
+    _flip(image.folder / "initrd.cpio", restore_times=True)
+    assert main(["image", "verify"]) == 1
+    assert "Run x07 image build, which mends it" in capsys.readouterr().err

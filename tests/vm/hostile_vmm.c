@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <linux/aio_abi.h>
 #include <linux/capability.h>
 #include <linux/keyctl.h>
 #include <mqueue.h>
@@ -24,6 +25,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/fanotify.h>
+#include <sys/file.h>
+#include <sys/inotify.h>
 #include <sys/ipc.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -356,6 +360,38 @@ static void kernel(void)
 #endif
 }
 
+/* --- what all jobs of a host share --- */
+
+static void shared(void)
+{
+	static const struct { int command; const char *name; } locks[] = {
+		{ F_SETLK, "F_SETLK" }, { F_SETLKW, "F_SETLKW" }, { F_OFD_SETLK, "F_OFD_SETLK" },
+		{ F_OFD_SETLKW, "F_OFD_SETLKW" },
+	};
+	struct flock lock = { .l_type = F_RDLCK, .l_whence = SEEK_SET };
+	uint64_t hint = 2; /* RWH_WRITE_LIFE_SHORT */
+	aio_context_t pool = 0;
+	int fd = open("/img/root.erofs", O_RDONLY);
+
+	say("shared", "open", fd < 0 ? errno : 0, 0);
+	tried("aio", "io_setup", syscall(SYS_io_setup, 1, &pool));
+	tried("lock", "flock", flock(fd, LOCK_EX | LOCK_NB));
+	for (size_t i = 0; i < sizeof locks / sizeof *locks; i++)
+		tried("lock", locks[i].name, fcntl(fd, locks[i].command, &lock));
+	tried("lock", "F_GETLK", fcntl(fd, F_GETLK, &lock));
+	tried("lock", "F_SETLEASE", fcntl(fd, F_SETLEASE, F_RDLCK));
+	/* The kernel looks at 32 bits of the command, so others above them must not lead past the filter. */
+	tried("lock", "F_SETLEASE above 32 bits", syscall(SYS_fcntl, fd, 1ULL << 32 | F_SETLEASE, F_RDLCK));
+	tried("lock", "F_NOTIFY", fcntl(fd, F_NOTIFY, DN_ACCESS));
+	tried("lock", "F_SET_RW_HINT", fcntl(fd, F_SET_RW_HINT, &hint));
+	tried_fd("notice", "inotify_init1", inotify_init1(0));
+#ifdef SYS_inotify_init
+	tried_fd("notice", "inotify_init", syscall(SYS_inotify_init));
+#endif
+	tried_fd("notice", "fanotify_init", fanotify_init(FAN_CLASS_NOTIF | FAN_REPORT_FID, O_RDONLY));
+	close(fd);
+}
+
 static void memory(void)
 {
 	unsigned long long total = 0, step = 64 << 20;
@@ -483,6 +519,7 @@ static void look(void)
 	}
 	families();
 	kernel();
+	shared();
 	disk();
 	processes();
 	rights();

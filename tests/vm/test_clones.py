@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
-from tests.vm.conftest import BEHAVE, Artifacts, Ran, Sandbox, left_behind
+from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
 from x07_sandbox.backends.qemu.template import MANIFEST, sparse_sha256, templates_dir
+from x07_sandbox.cli.main import main
 from x07_sandbox.host import clocks, settings
+from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.images.build import build_image
+from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.runs import execute
 
 if TYPE_CHECKING:
@@ -217,6 +222,111 @@ def test_processes_that_make_a_machine_may_be_killed(in_own_cache: Sandbox, own_
     ran = in_own_cache.behave("nothing")
     assert starts(ran) == {"run": "clone"}
     assert not list(templates_dir().glob(".new-*"))
+
+
+# modules that are there beforehand
+
+PRELOADED = """
+import sys
+there = [name in sys.modules for name in ("fractions", "random", "wave")]
+import random
+print(there, sys.argv, random.random())
+"""
+
+
+def test_preloaded_modules_are_there_and_share_no_randomness(in_own_cache: Sandbox, state: Path) -> None:
+    """A program of an image with modules to preload finds them imported; what `random` draws is each run's own."""
+    image = build_image(name="preloaded", preload=["random", "fractions"], progress=lambda _text: None)
+    assert build_image(name="preloaded", progress=lambda _text: None).digest == image.digest  # it keeps them
+    lines = [in_own_cache.run_text("see.py", PRELOADED, "a", image="preloaded", cache=True) for _ in range(2)]
+    for ran in lines:
+        assert ran.outcome == "ok", ran.reason
+        assert starts(ran)["run"] == "clone"
+        assert ran.stdout.startswith(b"[True, True, False] ['/x07/in/program/see.py', 'a'] ")
+    assert lines[0].stdout != lines[1].stdout
+    plain = build_image(name="preloaded", preload=[], progress=lambda _text: None)
+    assert in_own_cache.run_text("see.py", PRELOADED, image=plain.name).stdout.startswith(b"[False, False, False]")
+    assert left_behind(state) == []
+
+
+def test_a_module_that_cannot_be_preloaded_is_named(
+    own_cache: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image whose modules cannot be imported is told as an error that names the module; its runs start cold."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(own_cache))
+    assert main(["image", "build", "--name", "wrong", "--preload", "no_such_module"]) == 125
+    assert "No module named 'no_such_module'" in capsys.readouterr().err
+    ran = sandbox.run_text("see.py", PRELOADED, image="wrong")
+    assert (ran.outcome, starts(ran)["run"]) == ("ok", "cold")
+    assert [text for text in ran.result.warnings if "no_such_module" in text]
+
+
+# hosts that change under a saved machine: stand-ins, which docs/performance.md names as such
+
+
+def in_qemus_place(monkeypatch: pytest.MonkeyPatch, binary: Path, *more: str) -> None:
+    """Have *binary* started as QEMU, with more files in its jail."""
+    row = host_arch()
+    other = msgspec.structs.replace(row, qemu_binary=str(binary), firmware=(*row.firmware, *more))
+    monkeypatch.setitem(ARCHES, row.name, other)
+
+
+def test_an_upgraded_qemu_gets_a_saved_machine_of_its_own(
+    in_own_cache: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that was saved by one QEMU is not resumed by another: that one saves its own, and goes on from it."""
+    assert starts(in_own_cache.behave("nothing")) == {"run": "clone"}
+    before = {path.name for path in templates_dir().glob("[0-9a-f]" * 64)}
+    upgraded = tmp_path / "qemu"
+    upgraded.write_bytes(Path(host_arch().qemu_binary).read_bytes() + b"another version")
+    upgraded.chmod(0o755)
+    in_qemus_place(monkeypatch, upgraded)
+    assert starts(in_own_cache.behave("nothing")) == {"run": "clone"}
+    made = {path.name for path in templates_dir().glob("[0-9a-f]" * 64)} - before
+    assert len(made) == 1
+    for name in made:
+        shutil.rmtree(templates_dir() / name)
+
+
+def test_another_processor_under_a_saved_machine_costs_a_cold_start(
+    in_own_cache: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clone whose processor is not the saved machine's falls silent: the job starts cold, and says why."""
+    real = host_arch().qemu_binary
+    wrapper = tmp_path / "qemu"
+    source = PROGRAMS / "other_processor.c"
+    subprocess.run(["/usr/bin/gcc", "-static", "-O2", f'-DQEMU="{real}"', "-o", wrapper, source], check=True)
+    in_qemus_place(monkeypatch, wrapper, *needed_files(real))
+    monkeypatch.setattr(settings, "CLONE_S", 3.0)
+    ran = in_own_cache.behave("nothing")
+    assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
+    assert [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
+    for path in templates_dir().glob("*.bad"):
+        path.unlink()
+
+
+def test_a_run_goes_on_after_all_of_it_stood_still(sandbox: Sandbox, state: Path, tmp_path: Path) -> None:
+    """Runner, supervisor and VMM stopped for seconds and let go again, as by a suspended host: the run ends well."""
+    source = tmp_path / "patient.py"
+    source.write_text("print('up', flush=True)\nprint('got', input())\n")
+    assert sandbox.run(source, stdin=b"x\n", cache=True).outcome == "ok"
+    shutil.rmtree(state)
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", str(source)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
+        (owner,) = owners(state)
+        stopped = [child.pid, *marked(str(owner["instance"]))]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(3)  # that it is stopped for long is what is tried
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        child.stdin.write(b"well\n")
+        child.stdin.close()
+        assert (child.stdout.read(), child.wait(60)) == (b"got well\n", 0)
+    assert left_behind(state) == []
 
 
 # the artifact cache

@@ -292,6 +292,20 @@ def test_large_parts_of_the_kernel_are_closed(look: Look) -> None:
     assert look.worked("kernel") == []
 
 
+def test_the_host_s_pool_of_asynchronous_io_cannot_be_used_up(look: Look) -> None:
+    """No context for asynchronous I/O can be made: all users of a host, root included, share one number of events."""
+    assert {finding.err for finding in look.of("aio")} == {errno.EPERM}
+
+
+def test_the_shared_image_file_carries_no_words_between_jobs(look: Look) -> None:
+    """On the image's files, which jobs share, no lock, lease, hint or notice can be set: no job signals another so."""
+    (opened,) = look.of("shared")
+    assert opened.err == 0
+    tried = look.of("lock", "notice")
+    assert len(tried) >= 12
+    assert [finding for finding in tried if finding.err != errno.EPERM] == []
+
+
 def test_capabilities_and_uids_from_outside(look: Look) -> None:
     """Seen from the host the VMM has no capability in any set, no-new-privileges, and a uid of its own, never 0."""
     vmms = [jail["vmm"] for jail in look.statuses]

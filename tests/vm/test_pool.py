@@ -23,6 +23,8 @@ from x07_sandbox import Pool
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import clocks
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.paths import cache_dir, private_dir
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, new_run_id
@@ -39,8 +41,7 @@ if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
     from x07_sandbox.runs.result import Result
 
-# One pool a user: tests that start its process take turns.
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(600), pytest.mark.xdist_group("pool")]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 COMMAND = (sys.executable, "-m", "x07_sandbox.cli.main")
 ECHO = "import sys\nprint('got', sys.stdin.read())\n"
@@ -85,18 +86,19 @@ def wait_for(holds: Callable[[], bool], seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def pool_process(size: int) -> Iterator[int]:
-    """The pool's process, all its machines warm."""
-    started = x07("pool", "start", "--size", str(size))
-    assert started.returncode == 0, started.stderr
-    told = status()
-    assert told is not None
-    try:
-        yield told["pid"]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(told["pid"], signal.SIGCONT)
-        x07("pool", "stop")
+def pool_process(size: int, idle_s: int = 600) -> Iterator[int]:
+    """The pool's process, all its machines warm. A user has one pool, so tests of several workers take turns."""
+    with file_lock(private_dir(cache_dir()) / "pool-tests.lock"):
+        started = x07("pool", "start", "--size", str(size), "--idle", str(idle_s))
+        assert started.returncode == 0, started.stderr
+        told = status()
+        assert told is not None
+        try:
+            yield told["pid"]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(told["pid"], signal.SIGCONT)
+            assert x07("pool", "stop").returncode == 0
 
 
 @pytest.fixture
@@ -248,9 +250,9 @@ def test_a_pool_that_does_not_answer_costs_a_clone(echo: str) -> None:
 
 def test_a_pool_ends_when_nobody_uses_it(state: Path) -> None:
     """A pool's process ends, with its machines, once it has not been used for its idle time."""
-    assert x07("pool", "start", "--size", "1", "--idle", "1").returncode == 0
-    wait_for(lambda: status() is None, 30)
-    wait_for(lambda: left_behind(state) == [], 10)
+    with pool_process(1, idle_s=2):
+        wait_for(lambda: status() is None, 30)
+        wait_for(lambda: left_behind(state) == [], 10)
 
 
 def test_programs_run_from_short_lived_threads_and_from_asyncio(state: Path, echo: str, full: bool) -> None:  # noqa: FBT001

@@ -142,6 +142,7 @@ def test_an_unknown_image_is_refused(tmp_path: Path) -> None:
     """An image name that nothing has is refused with what there is to do."""
     code, result = _run(tmp_path, "--image", "nobody-made-this", PROGRAM)
     assert (code, result["outcome"]) == (125, "refused")
+    assert "Run x07 image build --name nobody-made-this" in result["reason"]
 
 
 def test_an_image_is_found_by_its_digest(tmp_path: Path, image: Image) -> None:

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING
 from x07_sandbox.cli.console import Progress, say
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
-from x07_sandbox.images.store import find_image, image_is_current, list_images
+from x07_sandbox.images.store import build_command, cure, damaged_images, find_image, image_is_current, list_images
 from x07_sandbox.images.verify import verify_image
 from x07_sandbox.runs.prepare import prepare_templates
 
 if TYPE_CHECKING:
-    from x07_sandbox.images.store import Image
+    from x07_sandbox.images.store import DamagedImage, Image
 
 _EXAMPLES = """examples:
   x07 image build                                make or renew the image `default`
   x07 image build --name science --include python3-numpy,python3-pandas
+  x07 image build --name science --preload numpy,pandas
+  x07 image build --name science                 renew or mend it, with the packages that it has
   x07 image verify                               read every byte again and compare
 """
 
@@ -33,9 +35,28 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         epilog=_EXAMPLES,
     )
     inner = parser.add_subparsers(metavar="ACTION", required=True)
-    build = inner.add_parser("build", help="make an image, or renew it when our guest code has changed")
+    build = inner.add_parser("build", help="make an image; renew or mend one that is here")
     build.add_argument("--name", default="default", help="its name (default: default)")
-    build.add_argument("--include", action="append", default=[], metavar="PKG,...", help="further Debian packages")
+    packages = build.add_mutually_exclusive_group()
+    packages.add_argument(
+        "--include",
+        action="append",
+        metavar="PKG,...",
+        help="further Debian packages (default: those that the image of this name has)",
+    )
+    packages.add_argument(
+        "--no-include", action="store_true", help="no further packages, also where the image of this name has some"
+    )
+    modules = build.add_mutually_exclusive_group()
+    modules.add_argument(
+        "--preload",
+        action="append",
+        metavar="MODULE,...",
+        help="Python modules that programs find imported already (default: those that the image of this name has)",
+    )
+    modules.add_argument(
+        "--no-preload", action="store_true", help="no such modules, also where the image of this name has some"
+    )
     build.add_argument("--fresh", action="store_true", help="fetch all packages again, to take in updates")
     build.set_defaults(carry_out=_build)
     listing = inner.add_parser("list", help="the images that are here")
@@ -49,40 +70,62 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
-def build_with_progress(name: str, include: list[str], *, fresh: bool = False) -> Image:
-    """Build an image, telling the user how far it is."""
+def build_with_progress(
+    name: str, include: list[str] | None, preload: list[str] | None = None, *, fresh: bool = False
+) -> Image:
+    """Build an image, telling the user how far it is. include, preload: None for what it has. Raises SandboxError."""
     progress = Progress(f"image {name}")
-    image = build_image(name=name, include=include, progress=progress, fresh=fresh)
+    image = build_image(name=name, include=include, preload=preload, progress=progress, fresh=fresh)
     try:
         prepare_templates(image, progress)
-    except SandboxError as exc:  # the image is good all the same; a run says it again
-        progress.done(f"no VM templates: {exc}")
+    except SandboxError as exc:
+        if image.manifest.preload:
+            raise  # most likely a module that is not there: no run would find any of them imported
+        progress.done(f"no VM templates: {exc}")  # the image is good all the same; a run says it again
     progress.done(f"ready: {image.digest}")
     return image
 
 
 def _build(options: argparse.Namespace) -> int:
-    include = sorted({package.strip() for chunk in options.include for package in chunk.split(",") if package.strip()})
-    image = build_with_progress(options.name, include, fresh=options.fresh)
+    include = [] if options.no_include else _names(options.include)
+    preload = [] if options.no_preload else _names(options.preload)
+    image = build_with_progress(options.name, include, preload, fresh=options.fresh)
     if options.json:
         _print({"name": image.name, "digest": image.digest})
     return 0
 
 
+def _names(chunks: list[str] | None) -> list[str] | None:
+    """What an option that takes names parted by commas was given; None if it was not."""
+    return None if chunks is None else [name.strip() for chunk in chunks for name in chunk.split(",") if name.strip()]
+
+
 def _list(options: argparse.Namespace) -> int:
-    rows = [
-        {"name": image.name, "digest": image.digest, "suite": image.manifest.suite, "current": image_is_current(image)}
-        for image in list_images()
-    ]
+    rows = [_row(image) for image in list_images()] + [_damaged_row(image) for image in damaged_images()]
     if options.json:
         _print({"images": rows})
         return 0
     if not rows:
         say("no images yet: run x07 image build")
     for row in rows:
-        note = "" if row["current"] else "  (of another version of x07-sandbox: run x07 image build)"
-        sys.stdout.write(f"{row['name'] or '-':<16} {row['digest']}  {row['suite']}{note}\n")
+        note = "" if row["problem"] is None else f"  ({row['problem']}. {row['fix']}.)"
+        sys.stdout.write(f"{row['name'] or '-':<16} {row['digest']}  {row['suite'] or 'damaged'}{note}\n")
     return 0
+
+
+def _row(image: Image) -> dict[str, object]:
+    """One image of the list. problem, fix: None where it can be used as it is."""
+    row: dict[str, object] = {"name": image.name, "digest": image.digest, "suite": image.manifest.suite}
+    row |= {"current": image_is_current(image), "problem": None, "fix": None}
+    if not row["current"]:
+        row["problem"] = "it was made by another version of x07-sandbox"
+        row["fix"] = f"Run {build_command(image.name)}" if image.name else "It has no name: take another one"
+    return row
+
+
+def _damaged_row(image: DamagedImage) -> dict[str, object]:
+    row: dict[str, object] = {"name": image.name, "digest": image.digest, "suite": None, "current": False}
+    return row | {"problem": image.problem.why, "fix": image.problem.fix}
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -95,11 +138,12 @@ def _verify(options: argparse.Namespace) -> int:
     image = find_image(options.image)
     problems = verify_image(image)
     if options.json:
-        _print({"digest": image.digest, "good": not problems, "problems": problems})
+        fix = cure(image) if problems else None
+        _print({"digest": image.digest, "good": not problems, "problems": problems, "fix": fix})
     elif problems:
         for problem in problems:
             say(problem)
-        say("the image is damaged: run x07 image build --fresh")
+        say(f"the image is damaged. {cure(image)}.")
     else:
         sys.stdout.write(f"{image.digest} is what its manifest says\n")
     return 1 if problems else 0

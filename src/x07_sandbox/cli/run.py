@@ -158,7 +158,7 @@ def _need_image(ref: str | None) -> None:
             return
     except ImageError:
         say("there is no guest image yet; building it takes about a minute")
-    build_with_progress("default", [])
+    build_with_progress("default", None)
 
 
 @contextlib.contextmanager

@@ -38,25 +38,23 @@ class Arch(msgspec.Struct, frozen=True, kw_only=True):
 # fmt: off
 _X86_64_CALLS = {
     "add_key": 248, "bpf": 321, "capset": 126, "chroot": 161, "clone": 56, "clone3": 435, "close_range": 436,
-    "fork": 57, "fsconfig": 431,
-    "fsmount": 432, "fsopen": 430, "fspick": 433, "io_uring_setup": 425, "kcmp": 312, "keyctl": 250,
-    "memfd_create": 319, "memfd_secret": 447, "mount": 165, "mount_setattr": 442, "move_mount": 429,
+    "fanotify_init": 300, "fcntl": 72, "flock": 73, "fork": 57, "fsconfig": 431, "fsmount": 432, "fsopen": 430,
+    "fspick": 433, "inotify_init": 253, "inotify_init1": 294, "io_setup": 206, "io_uring_setup": 425, "kcmp": 312,
+    "keyctl": 250, "memfd_create": 319, "memfd_secret": 447, "mount": 165, "mount_setattr": 442, "move_mount": 429,
     "msgget": 68, "open_by_handle_at": 304, "open_tree": 428, "perf_event_open": 298, "pidfd_getfd": 438,
     "pivot_root": 155, "prctl": 157, "process_vm_readv": 310, "process_vm_writev": 311, "ptrace": 101,
-    "request_key": 249, "rt_sigprocmask": 14, "rt_sigtimedwait": 128, "semget": 64, "setns": 308,
-    "shmget": 29, "socket": 41, "umount2": 166,
-    "unshare": 272, "userfaultfd": 323, "vfork": 58,
+    "request_key": 249, "rt_sigprocmask": 14, "rt_sigtimedwait": 128, "semget": 64, "setns": 308, "shmget": 29,
+    "socket": 41, "umount2": 166, "unshare": 272, "userfaultfd": 323, "vfork": 58,
 }
 _AARCH64_CALLS = {
     "add_key": 217, "bpf": 280, "capset": 91, "chroot": 51, "clone": 220, "clone3": 435, "close_range": 436,
-    "fsconfig": 431, "fsmount": 432,
-    "fsopen": 430, "fspick": 433, "io_uring_setup": 425, "kcmp": 272, "keyctl": 219, "memfd_create": 279,
+    "fanotify_init": 262, "fcntl": 25, "flock": 32, "fsconfig": 431, "fsmount": 432, "fsopen": 430, "fspick": 433,
+    "inotify_init1": 26, "io_setup": 0, "io_uring_setup": 425, "kcmp": 272, "keyctl": 219, "memfd_create": 279,
     "memfd_secret": 447, "mount": 40, "mount_setattr": 442, "move_mount": 429, "msgget": 186,
     "open_by_handle_at": 265, "open_tree": 428, "perf_event_open": 241, "pidfd_getfd": 438, "pivot_root": 41,
     "prctl": 167, "process_vm_readv": 270, "process_vm_writev": 271, "ptrace": 117, "request_key": 218,
-    "rt_sigprocmask": 135, "rt_sigtimedwait": 137,
-    "semget": 190, "setns": 268, "shmget": 194, "socket": 198, "umount2": 39, "unshare": 97,
-    "userfaultfd": 282,
+    "rt_sigprocmask": 135, "rt_sigtimedwait": 137, "semget": 190, "setns": 268, "shmget": 194, "socket": 198,
+    "umount2": 39, "unshare": 97, "userfaultfd": 282,
 }
 # fmt: on
 

@@ -131,7 +131,7 @@ def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) ->
         raise HostError(
             f"cannot use folder {here}",
             f"it is uid {info.st_uid}'s with mode {stat.S_IMODE(info.st_mode):04o}, and must be yours with 0700",
-            "Run chmod 0700 on it, or choose another folder",
+            _how_to_be_private(info, here),
         )
     if info.st_uid not in {0, uid} or (info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX):
         raise HostError(
@@ -139,3 +139,18 @@ def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) ->
             f"others can change it (uid {info.st_uid}, mode {stat.S_IMODE(info.st_mode):04o})",
             "Choose a folder below one that only you or root can write",
         )
+
+
+def _how_to_be_private(info: os.stat_result, here: Path) -> str:
+    """What to do about a folder that is not ours alone.
+
+    To close it is right only where nobody else can be meant to use it. A sticky one is shared, and one of root's may
+    hold a part of the system: closing /tmp or /var/lib would break the host.
+    """
+    uid = os.geteuid()
+    shared = bool(info.st_mode & (stat.S_ISVTX | stat.S_IWGRP | stat.S_IWOTH))
+    if info.st_uid == uid != 0 and not shared:
+        return "If nobody else needs it run chmod 0700 on it, or choose another folder"
+    below = f"a new folder below it, such as {here / 'x07-sandbox'}"
+    where = below if info.st_uid == uid or info.st_mode & stat.S_ISVTX else "a folder of your own"
+    return f"Leave it as it is and choose {where}, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR"

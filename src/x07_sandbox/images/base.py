@@ -6,6 +6,7 @@ architecture, suite and packages; our own code comes in the second stage (boot.p
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -20,7 +21,7 @@ import msgspec
 
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.images import commands, kernel, manifest, recipe, scratch, sources
+from x07_sandbox.images import commands, kernel, manifest, recipe, scratch, sources, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,6 +48,10 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     net: list[manifest.Part]
     packages: list[manifest.Package]
 
+    def parts(self) -> list[manifest.Part]:
+        """Every file of it."""
+        return [self.kernel, self.root, self.scratch, *self.boot, *self.net]
+
     @property
     def digest(self) -> str:
         """What this base is, for the manifest of an image."""
@@ -63,13 +68,26 @@ def read_base(folder: Path) -> Base | None:
     try:
         with (folder / "base.json").open("rb") as file:
             base = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=Base)
-        whole = all(
-            (folder / part.file).lstat().st_size == part.bytes
-            for part in (base.kernel, base.root, base.scratch, *base.boot, *base.net)
-        )
+        whole = all((folder / part.file).lstat().st_size == part.bytes for part in base.parts())
     except (OSError, msgspec.MsgspecError):
         return None
     return base if whole and base.schema_version == BASE_SCHEMA else None
+
+
+def check_base(folder: Path, base: Base) -> None:
+    """Make sure that all files of *base* are what base.json says, hashing what has changed since it was hashed.
+
+    Raises ImageError.
+    """
+    subject = verify.Subject(
+        name="the kept base of guest images",
+        record=folder.name,
+        sha256=verify.sha256_of,
+        fix="Run x07 image build, which fetches it anew",
+    )
+    with contextlib.ExitStack() as stack:
+        folder_fd = stack.enter_context(verify.opened_folder(folder, subject))
+        verify.opened_parts(folder_fd, base.parts(), subject, stack)
 
 
 def make_base(work: Path, arch: Arch, suite: str, include: Sequence[str], progress: Callable[[str], None]) -> Path:

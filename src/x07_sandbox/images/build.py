@@ -9,42 +9,57 @@ from typing import TYPE_CHECKING
 
 import msgspec.structs
 
+from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, private_dir
 from x07_sandbox.images import base as bases
-from x07_sandbox.images import boot, guestcode, manifest, recipe, sources, store
+from x07_sandbox.images import boot, guestcode, manifest, recipe, sources, store, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from x07_sandbox.host.arch import Arch
     from x07_sandbox.images.store import Image
 
 WORK_PREFIX = "image-"
 
 
+class Extras(msgspec.Struct, frozen=True, kw_only=True):
+    """What an image has beyond the usual: Debian packages, and Python modules to preload."""
+
+    include: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ()
+
+
 def build_image(
     *,
     name: str = store.DEFAULT,
-    include: Sequence[str] = (),
+    include: Sequence[str] | None = None,
+    preload: Sequence[str] | None = None,
     progress: Callable[[str], None],
     fresh: bool = False,
     code: guestcode.GuestCode | None = None,
 ) -> Image:
     """The image for this installation's guest code, called *name* from now on.
 
-    include: further Debian packages. fresh: fetch and unpack the packages again although a base is there.
+    include: further Debian packages. preload: Python modules that a program on a saved machine finds imported.
+    Either None: those that the image of this name has by now.
+    fresh: fetch and unpack the packages again although a base is there.
     code: what runs in the guest; this installation's if None.
     progress: called with one line of text at a time. Raises SandboxError; then nothing has changed.
+    What is there already is verified before it is used; what is damaged is made anew.
     """
     store.check_name(name)
-    packages = recipe.check_packages(include)
+    asked_packages = None if include is None else recipe.check_packages(include)
+    asked_modules = None if preload is None else recipe.check_modules(preload)
     images = store.images_dir()
     with file_lock(images / ".lock", on_wait=lambda: progress("waiting for another build of an image")):
         _remove_leftovers(progress)
+        more = _extras(name, asked_packages, asked_modules, progress)
         work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=_work_dir()))
         try:
-            digest = _build(work, images, packages, progress, fresh=fresh, code=code or guestcode.read_guest_code())
+            digest = _build(work, images, more, progress, fresh=fresh, code=code or guestcode.read_guest_code())
         finally:
             bases.remove_work(work, progress)
         store.set_name(name, digest)
@@ -54,7 +69,7 @@ def build_image(
 def _build(
     work: Path,
     images: Path,
-    include: Sequence[str],
+    more: Extras,
     progress: Callable[[str], None],
     *,
     fresh: bool,
@@ -62,25 +77,20 @@ def _build(
 ) -> str:
     arch = host_arch()
     suite = sources.release_codename()
-    folder = images / f"base-{bases.base_key(arch, suite, include)}"
+    folder = images / f"base-{bases.base_key(arch, suite, more.include)}"
     base = None if fresh else bases.read_base(folder)
-    if base is None:
-        made = bases.make_base(work, arch, suite, include, progress)
-        if folder.exists():
-            # Images hold the old base's files by links of their own.
-            folder.rename(work / "old-base")
-        made.rename(folder)
-        base = bases.read_base(folder)
-        assert base is not None  # noqa: S101 - just written
-    elif (known := _known(base.digest, code.digest)) is not None:
+    if base is not None and (known := _known((base.digest, code.digest, more.preload), progress)) is not None:
         return known
+    if base is None or not _whole(folder, base, progress):
+        base = _new_base(work, folder, (arch, suite, more.include), progress)
     draft = manifest.Manifest(
         schema_version=manifest.SCHEMA,
         digest=manifest.NO_DIGEST,
         recipe=recipe.RECIPE,
         arch=arch.name,
         suite=suite,
-        include=list(include),
+        include=list(more.include),
+        preload=list(more.preload),
         base=base.digest,
         guest_code=code.digest,
         kernel_release=base.kernel_release,
@@ -99,22 +109,65 @@ def _build(
     return target.name
 
 
-def _known(base_digest: str, code_digest: str) -> str | None:
-    """The image that this build would make, if it is there, whole by names and sizes."""
+def _extras(
+    name: str, packages: tuple[str, ...] | None, modules: tuple[str, ...] | None, progress: Callable[[str], None]
+) -> Extras:
+    """What is asked for, and where nothing is, what the image called *name* has.
+
+    Raises ImageError where there is one that cannot tell of its packages.
+    """
+    if packages is not None and modules is not None:
+        return Extras(include=packages, preload=modules)
+    try:
+        image = store.named(name)
+    except ImageError as exc:
+        if packages is None:
+            raise
+        progress(f"{exc.why}: it will have no modules preloaded")
+        image = None
+    had: list[list[str]] = [[], []] if image is None else [image.manifest.include, image.manifest.preload]
+    if packages is None and had[0]:
+        progress(f"with the packages that it had: {', '.join(had[0])}")
+    if modules is None and had[1]:
+        progress(f"with the modules that it had: {', '.join(had[1])}")
+    return Extras(
+        include=recipe.check_packages(had[0]) if packages is None else packages,
+        preload=recipe.check_modules(had[1]) if modules is None else modules,
+    )
+
+
+def _known(wanted: tuple[str, str, tuple[str, ...]], progress: Callable[[str], None]) -> str | None:
+    """The image that this build would make, if it is there and whole. wanted: base, guest code, modules to preload."""
     for image in store.list_images():
         made = image.manifest
-        if (
-            made.base == base_digest
-            and made.guest_code == code_digest
-            and all(_has(image, part) for part in made.parts.all())
-        ):
+        if (made.base, made.guest_code, tuple(made.preload)) == wanted:
+            if problem := verify.first_problem(image):
+                progress(f"{problem}: making the image anew")
+                return None  # another name's is the same folder
             return image.digest.removeprefix("sha256:")
     return None
 
 
-def _has(image: Image, part: manifest.Part) -> bool:
-    path = image.folder / part.file
-    return path.is_file() and path.stat().st_size == part.bytes
+def _whole(folder: Path, base: bases.Base, progress: Callable[[str], None]) -> bool:
+    try:
+        bases.check_base(folder, base)
+    except ImageError as exc:
+        progress(f"{exc.what}: {exc.why}: fetching it anew")
+        return False
+    return True
+
+
+def _new_base(
+    work: Path, folder: Path, kind: tuple[Arch, str, Sequence[str]], progress: Callable[[str], None]
+) -> bases.Base:
+    made = bases.make_base(work, *kind, progress)
+    if folder.exists():
+        # Images hold the old base's files by links of their own.
+        folder.rename(work / "old-base")
+    made.rename(folder)
+    base = bases.read_base(folder)
+    assert base is not None  # noqa: S101 - just written
+    return base
 
 
 def _second_stage(

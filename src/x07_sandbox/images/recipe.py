@@ -60,6 +60,9 @@ printf '127.0.0.1 localhost\\n::1 localhost\\n' > "$1/etc/hosts"
 """
 
 
+MODULE_NAME_MAX = 200
+
+
 def check_packages(include: Sequence[str]) -> tuple[str, ...]:
     """*include* sorted, without doubles and what is there anyway. Raises UsageError for what is no package name."""
     for name in include:
@@ -70,6 +73,18 @@ def check_packages(include: Sequence[str]) -> tuple[str, ...]:
                 "Give names as apt knows them, parted by commas",
             )
     return tuple(sorted(set(include) - set(PACKAGES)))
+
+
+def check_modules(preload: Sequence[str]) -> tuple[str, ...]:
+    """*preload* sorted and without doubles. Raises UsageError for what is no name of a Python module."""
+    for name in preload:
+        if len(name) > MODULE_NAME_MAX or not all(part.isidentifier() and part.isascii() for part in name.split(".")):
+            raise UsageError(
+                f"cannot preload {name!r}",
+                "it is no name of a Python module",
+                "Give names as Python's import takes them",
+            )
+    return tuple(sorted(set(preload)))
 
 
 def mmdebstrap_options(arch: Arch, include: Sequence[str], kernel_deb: str, dpkg_status: str) -> list[str]:

@@ -111,7 +111,7 @@ def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
         data = os.pread(scratch_fd, piece.bytes, position)
         if len(data) != piece.bytes:
             raise ImageError(
-                "cannot make a scratch disk", "its part of the image became shorter", "Run x07 image build"
+                "cannot make a scratch disk", "its part became shorter meanwhile", "Try again, which checks it anew"
             )
         position += piece.bytes
         written = 0

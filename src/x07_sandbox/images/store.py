@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,10 +21,13 @@ from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
 from x07_sandbox.images import guestcode, manifest
 from x07_sandbox.images.manifest import Manifest
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 DEFAULT = "default"
 PREFIX_DIGITS = 12
 PREFIX = re.compile(rf"[0-9a-f]{{{PREFIX_DIGITS},64}}")
-FIX = "Run x07 image build"
+SEE_LIST = "See x07 image list"
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +37,27 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     folder: Path
     manifest: Manifest
+
+
+class DamagedImage(msgspec.Struct, frozen=True, kw_only=True):
+    """An image of which not even the manifest can be used. name: one that points to it, else empty."""
+
+    name: str
+    digest: str
+    problem: ImageError
+
+
+def build_command(name: str) -> str:
+    """What to type so that there is a whole and current image called *name*."""
+    return "x07 image build" if name == DEFAULT else f"x07 image build --name {name}"
+
+
+def cure(image: Image) -> str:
+    """What to do about an image whose parts are damaged."""
+    name = image.name or _name_of(image.digest.removeprefix("sha256:"))
+    if not name:
+        return "No name leads to it any more, so nothing mends it: take another one of x07 image list"
+    return f"Run {build_command(name)}, which mends it, and if it comes again look at the disk"
 
 
 def images_dir() -> Path:
@@ -63,30 +88,47 @@ def find_image(ref: str | None) -> Image:
             raise ImageError(
                 f"no guest image {wanted[:80]}",
                 f"a digest is given by at least {PREFIX_DIGITS} lower-case hex digits",
-                "See x07 image list",
+                SEE_LIST,
             )
         return load(_by_prefix(hexes))
-    digest = _names().get(check_name(wanted))
-    if digest is None or not (images_dir() / digest).is_dir():
-        raise ImageError(
-            f"no guest image {wanted!r}" if ref else "no guest image",
-            "none was built" if digest is None else "its folder is gone",
-            FIX,
-        )
-    return load(digest, wanted)
+    image = named(wanted)
+    if image is None:
+        raise _not_there(wanted, f"no guest image {wanted!r}" if ref else "no guest image")
+    return image
+
+
+def _not_there(name: str, what: str) -> ImageError:
+    digest = _names().get(name)
+    if digest is not None:
+        return ImageError(what, "its folder is gone", _cure_unread(images_dir() / digest, name))
+    command = f"Run {build_command(name)}"
+    return ImageError(what, "none was built", command if name == DEFAULT else f"{command}, or see x07 image list")
+
+
+def named(name: str) -> Image | None:
+    """The image called *name*; None where none was built, or its folder is gone. Raises ImageError if it is damaged."""
+    digest = _names().get(check_name(name))
+    return None if digest is None or not (images_dir() / digest).is_dir() else load(digest, name)
 
 
 def list_images() -> list[Image]:
     """All readable images: those with names first, by name, then by digest. One with two names is there twice."""
+    return [image for image in _all() if isinstance(image, Image)]
+
+
+def damaged_images() -> list[DamagedImage]:
+    """All others, in the same order."""
+    return [image for image in _all() if isinstance(image, DamagedImage)]
+
+
+def _all() -> Iterator[Image | DamagedImage]:
     names = _names()
-    images = []
-    for name, digest in sorted(names.items()):
-        with contextlib.suppress(ImageError):
-            images.append(load(digest, name))
-    for digest in sorted(set(_digests()) - set(names.values())):
-        with contextlib.suppress(ImageError):
-            images.append(load(digest))
-    return images
+    nameless = [("", digest) for digest in sorted(set(_digests()) - set(names.values()))]
+    for name, digest in [*sorted(names.items()), *nameless]:
+        try:
+            yield load(digest, name)
+        except ImageError as exc:
+            yield DamagedImage(name=name, digest=f"sha256:{digest}", problem=exc)
 
 
 def image_is_current(image: Image) -> bool:
@@ -97,12 +139,29 @@ def image_is_current(image: Image) -> bool:
 def load(digest: str, name: str = "") -> Image:
     """The image in the folder *digest* (hex). Raises ImageError."""
     folder = images_dir() / digest
-    read = manifest.decode(_read(folder / "manifest.json"), f"guest image {digest[:PREFIX_DIGITS]}")
+    what = f"guest image {digest[:PREFIX_DIGITS]}"
+    try:
+        read = manifest.decode(_read(folder / "manifest.json"), what)
+    except ImageError as exc:
+        raise ImageError(exc.what, exc.why, _cure_unread(folder, name or _name_of(digest))) from exc
     if read.digest != f"sha256:{digest}":
-        raise ImageError(
-            f"cannot use guest image {digest[:PREFIX_DIGITS]}", "its manifest belongs to another image", FIX
-        )
+        fix = _cure_unread(folder, name or _name_of(digest))
+        raise ImageError(f"cannot use {what}", "its manifest belongs to another image", fix)
     return Image(name=name, digest=read.digest, folder=folder, manifest=read)
+
+
+def _cure_unread(folder: Path, name: str) -> str:
+    """What to do about an image whose manifest cannot be used: which packages it had is known to nobody else."""
+    if not name:
+        return f"Remove {folder}: no name leads to it"
+    command = build_command(name)
+    if not folder.is_dir():
+        return f"Run {command}, with --include if it had further packages"
+    return f"Run {command} --no-include, or with --include and the packages that it had"
+
+
+def _name_of(digest: str) -> str:
+    return next((name for name, pointed in sorted(_names().items()) if pointed == digest), "")
 
 
 def set_name(name: str, digest: str) -> None:
@@ -133,7 +192,7 @@ def _by_prefix(hexes: str) -> str:
         raise ImageError(
             f"no guest image {hexes}",
             "several begin like this" if found else "none was built with this digest",
-            "See x07 image list" if found else FIX,
+            SEE_LIST,
         )
     return found[0]
 
@@ -145,9 +204,7 @@ def _read(path: Path) -> bytes:
         with os.fdopen(fd, "rb") as file:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
-                raise ImageError(
-                    f"cannot use {path}", "it is not a regular file of yours", "Remove it, then run x07 image build"
-                )
+                raise ImageError(f"cannot use {path}", "it is not a regular file of yours", "Remove it, then try again")
             return file.read(manifest.MAX_BYTES + 1)
     except OSError as exc:
-        raise ImageError(f"cannot read {path}", exc.strerror or str(exc), FIX) from exc
+        raise ImageError(f"cannot read {path}", exc.strerror or str(exc), "Remove it, then try again") from exc

@@ -25,7 +25,7 @@ import msgspec
 from x07_sandbox.errors import ImageError
 from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
 from x07_sandbox.host.processes import boot_id
-from x07_sandbox.images import manifest
+from x07_sandbox.images import manifest, store
 from x07_sandbox.images.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FILE_MODE = 0o444
 FOLDER_MODE = 0o700
 TRIES = 5
-SMALL_BYTES = 4 * 1024 * 1024
+SMALL_BYTES = 64 * 1024
 CHUNK_BYTES = 1024 * 1024
 RECORD_SCHEMA = "x07.sandbox.verified@0.1.0"
 # A file changed within one tick of the kernel's clock (4 ms at HZ=250, 10 ms at 100) after it was hashed could
@@ -70,11 +70,15 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
-    """What is verified: how errors call it, under which name it is remembered, and how its files are hashed."""
+    """What is verified: how errors call it, under which name it is remembered, how its files are hashed.
+
+    fix: what mends it, for errors.
+    """
 
     name: str
     record: str
     sha256: Callable[[int, int], str]
+    fix: str = FIX
 
 
 @contextlib.contextmanager
@@ -90,7 +94,7 @@ def open_image(image: Image) -> Iterator[OpenImage]:
 
 def _subject(image: Image) -> Subject:
     hexes = image.digest.removeprefix("sha256:")
-    return Subject(name=f"guest image {hexes[:12]}", record=hexes, sha256=sha256_of)
+    return Subject(name=f"guest image {hexes[:12]}", record=hexes, sha256=sha256_of, fix=store.cure(image))
 
 
 def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack: contextlib.ExitStack) -> list[int]:
@@ -110,6 +114,19 @@ def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack:
     return fds
 
 
+def first_problem(image: Image) -> str:
+    """What `verify_image` would find first, but hashing only what has changed since it was hashed; empty: nothing."""
+    subject = _subject(image)
+    try:
+        with contextlib.ExitStack() as stack:
+            folder_fd = stack.enter_context(opened_folder(image.folder, subject))
+            _check_manifest(folder_fd, image)
+            opened_parts(folder_fd, _parts(image), subject, stack)
+            return "".join(_foreign(folder_fd, image)[:1])
+    except ImageError as exc:
+        return exc.why
+
+
 def verify_image(image: Image) -> list[str]:
     """Hash every file whatever was recorded before. One sentence for each problem; none means that all is well."""
     problems: list[str] = []
@@ -120,16 +137,22 @@ def verify_image(image: Image) -> list[str]:
             _check_manifest(folder_fd, image)
         except ImageError as exc:
             return [f"{exc.what}: {exc.why}"]
-        parts = [*image.manifest.parts.all(), *image.manifest.filters.values()]
-        for part in parts:
+        for part in _parts(image):
             try:
                 with opened_file(folder_fd, part.file, subject) as fd:
                     check_part(fd, part, None, subject)
             except ImageError as exc:
                 problems.append(f"{part.file}: {exc.why}")
-        expected = {part.file for part in parts} | {"manifest.json"}
-        problems += [f"{name}: it does not belong to the image" for name in sorted(_names(folder_fd) - expected)]
-    return problems
+        return problems + _foreign(folder_fd, image)
+
+
+def _parts(image: Image) -> list[Part]:
+    return [*image.manifest.parts.all(), *image.manifest.filters.values()]
+
+
+def _foreign(folder_fd: int, image: Image) -> list[str]:
+    expected = {part.file for part in _parts(image)} | {"manifest.json"}
+    return [f"{name}: it does not belong to the image" for name in sorted(_names(folder_fd) - expected)]
 
 
 def check_part(fd: int, part: Part, known: Identity | None, subject: Subject) -> Identity:
@@ -202,7 +225,7 @@ def opened_folder(folder: Path, subject: Subject) -> Iterator[int]:
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as exc:
-        raise ImageError(f"cannot open {subject.name}", exc.strerror or str(exc), FIX) from exc
+        raise ImageError(f"cannot open {subject.name}", exc.strerror or str(exc), subject.fix) from exc
     try:
         info = os.fstat(fd)
         if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != FOLDER_MODE:
@@ -274,4 +297,4 @@ def _write_record(subject: Subject, files: dict[str, Identity]) -> None:
 
 
 def _bad(subject: Subject, why: str) -> ImageError:
-    return ImageError(f"cannot use {subject.name}", why, FIX)
+    return ImageError(f"cannot use {subject.name}", why, subject.fix)

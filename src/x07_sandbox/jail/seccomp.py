@@ -1,13 +1,15 @@
 """The filter of system calls around a VMM, as bytes for bubblewrap's --seccomp: building it is pure.
 
-Capabilities and namespaces alone leave three ways open, which this closes in both forms of the jail:
+Capabilities and namespaces alone leave four ways open, which this closes in both forms of the jail:
 
 * a new user namespace, in which its maker holds every capability, and with it far more of the kernel;
 * other processes of the jail: bubblewrap's own first process, which this filter does not hold, could be traced and
   made to do what the VMM may not; and with a second process of its own a VMM could have every bound on one process
   many times over, so it may start threads only;
 * what namespaces do not part: the session keyring, which a child inherits from the user's login, sockets of families
-  that reach past the network namespace (vsock), files by handle.
+  that reach past the network namespace (vsock), files by handle;
+* what all jobs of a host share: the one pool of its asynchronous I/O (fs.aio-max-nr), which a loop of io_setup uses up
+  for root too; and the image's files, on which locks, leases, hints and notices are words from one job to another.
 
 Memory that belongs to no process (memfd, System V) is refused too: where the host gives no control group, the limit
 on the address space is the only one.
@@ -32,14 +34,20 @@ DENIED: Final = (
     *("add_key", "request_key", "keyctl", "memfd_create", "memfd_secret", "shmget", "semget", "msgget"),
     # large parts of the kernel that an emulator does without
     *("bpf", "perf_event_open", "userfaultfd", "io_uring_setup"),
+    # what all jobs share: the host's pool of asynchronous I/O, and locks and notices on one file
+    *("io_setup", "flock", "inotify_init", "inotify_init1", "fanotify_init"),
 )
 _CLONE_THREAD: Final = 0x00010000
 _CLONE_NEW: Final = 0x7E020000  # every CLONE_NEW* flag of clone(2); NEWTIME exists in clone3 only
 _AF_UNIX: Final = 1
+# fcntl's commands from here on are locks (5 to 7, 36 to 38), leases (1024), notices (1026), hints (1036) and the like.
+# QEMU needs, as strace shows for booting, saving and cloning, only those below and F_DUPFD_CLOEXEC.
+_F_GETLK: Final = 5
+_F_DUPFD_CLOEXEC: Final = 1030
 _X32: Final = 0x40000000  # x86-64's second numbering of the same calls (the filter sees no other difference)
 
-# struct seccomp_data: nr at 0, arch at 4, the low half of the first argument at 16 (both our machines: little-endian).
-_NR, _ARCH, _ARG0 = 0, 4, 16
+# struct seccomp_data: nr at 0, arch at 4, the low halves of the arguments from 16 on (our machines are little-endian).
+_NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24
 _LOAD, _JEQ, _JGE, _JSET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW: Final = 0x7FFF0000
 _KILL: Final = 0x80000000
@@ -58,6 +66,9 @@ def vmm_filter(arch: Arch) -> bytes:
     lines += [_line(_JEQ, nr["clone3"], 0, 1), _line(_RETURN, _ERRNO | errno.ENOSYS)]
     lines += [_line(_JEQ, nr["clone"], 0, 5), _line(_LOAD, _ARG0), _line(_JSET, _CLONE_NEW, 1, 0)]
     lines += [_line(_JSET, _CLONE_THREAD, 1, 0), _line(_RETURN, _ERRNO | errno.EPERM), _line(_RETURN, _ALLOW)]
+    # The kernel takes a command of 32 bits too, so nothing hides in the upper half.
+    lines += [_line(_JEQ, nr["fcntl"], 0, 5), _line(_LOAD, _ARG1), _line(_JGE, _F_GETLK, 0, 2)]
+    lines += [_line(_JEQ, _F_DUPFD_CLOEXEC, 1, 0), _line(_RETURN, _ERRNO | errno.EPERM), _line(_RETURN, _ALLOW)]
     lines += [_line(_JEQ, nr["socket"], 0, 3), _line(_LOAD, _ARG0), _line(_JEQ, _AF_UNIX, 1, 0)]
     lines += [_line(_RETURN, _ERRNO | errno.EAFNOSUPPORT), _line(_RETURN, _ALLOW)]
     return b"".join(lines)

@@ -61,6 +61,7 @@ class Server:
         self.listener = listener
         self.idle_s = idle_s
         self._end = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._filled = False
         self._leases = 0
         self._lock = threading.Lock()
 
@@ -82,7 +83,7 @@ class Server:
 
     def _unused(self) -> bool:
         with self._lock:
-            return not self._leases and time.monotonic() - self.machines.used_at > self.idle_s
+            return self._filled and not self._leases and time.monotonic() - self.machines.used_at > self.idle_s
 
     def _serve_one(self, connection: socket.socket) -> None:
         with connection:
@@ -100,6 +101,13 @@ class Server:
                     self.end()
                     connection.settimeout(None)
                     connection.recv(1)  # the end of this process is the answer
+
+    def wait_filled(self) -> int:
+        """Wait until all machines are warm; how many are. Its idle time begins then. Raises SandboxError."""
+        self.machines.wait_ready(Deadline.after(settings.QUEUE_S))
+        self.machines.used_at = time.monotonic()
+        self._filled = True
+        return self.machines.ready()
 
     def status(self) -> dict[str, object]:
         """What `x07 pool status` tells."""
@@ -202,7 +210,7 @@ def main(words: list[str]) -> int:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             machines.start()
             with contextlib.closing(machines):
-                announce = threading.Thread(target=_announce, args=(machines, tell, ready_fd), daemon=True)
+                announce = threading.Thread(target=_announce, args=(server, tell, ready_fd), daemon=True)
                 announce.start()
                 server.serve()
     except SandboxError as exc:
@@ -211,10 +219,9 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _announce(machines: WarmMachines, tell: Any, ready_fd: int) -> None:  # noqa: ANN401 - a function of main's
+def _announce(server: Server, tell: Any, ready_fd: int) -> None:  # noqa: ANN401 - a function of main's
     try:
-        machines.wait_ready(Deadline.after(settings.QUEUE_S))
-        tell({"ready": machines.ready()})
+        tell({"ready": server.wait_filled()})
     except SandboxError as exc:
         tell({"what": exc.what, "why": exc.why, "fix": exc.fix})
     os.close(ready_fd)

@@ -118,7 +118,7 @@ def current_image(image: Image) -> Image:
         return image
     from x07_sandbox.images.build import build_image
 
-    return build_image(name=image.name, include=image.manifest.include, progress=lambda _text: None)
+    return build_image(name=image.name, progress=lambda _text: None)
 
 
 def _result(so_far: Progress, ending: Verdict) -> Result:

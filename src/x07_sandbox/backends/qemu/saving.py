@@ -52,7 +52,7 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
             instance.release()
             words = {State.GREETED: (Kind.WARM, warm_up(kind))}
             if why := talk_until(instance, State.WARM, Deadline.after(settings.TEMPLATE_S), words=words):
-                said = " ".join(instance.console_tail().split())[-200:]
+                said = " ".join(instance.console_tail().split())[-200:] if "ended" in why else ""
                 raise BackendError("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
             _save(instance)
             if not instance.stop():

@@ -1,0 +1,121 @@
+"""Many at once, memory, and growth: measured once each, after the rounds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from bench import programs
+from bench.ours import X07, Command, Floor
+from x07_sandbox.host.paths import state_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MANY: Final = 50
+MIB: Final = 1 << 20
+
+
+def at_once(command: Command, count: int, slots: int) -> float:
+    """Seconds for *count* runs started at the same moment, of which *slots* may run at once."""
+    with _variable("X07_VM_MAX_RUNNING", str(slots)), ThreadPoolExecutor(count) as threads:
+        begun = time.monotonic()
+        for done in [threads.submit(command.seconds) for _ in range(count)]:
+            done.result()
+        return time.monotonic() - begun
+
+
+def raw_two_at_a_time(floor: Floor, count: int) -> float:
+    """Seconds for *count* raw clones that run the program, two at a time."""
+    with ThreadPoolExecutor(2) as threads:
+        begun = time.monotonic()
+        for done in [threads.submit(floor.program_seconds) for _ in range(count)]:
+            done.result()
+        return time.monotonic() - begun
+
+
+def memory_mib(floor: Floor, count: int) -> tuple[float, float]:
+    """MiB of PSS for each of *count* clones in which a C program runs, and for one that waits to be spoken to."""
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(floor.waiting()) for _ in range(4)]
+        each_idle = sum(map(_pss_bytes, idle)) / len(idle)
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(floor.running()) for _ in range(count)]
+        return sum(map(_pss_bytes, running)) / count / MIB, each_idle / MIB
+
+
+def _pss_bytes(pid: int) -> int:
+    """proc(5): smaps_rollup, the share of the file's pages that is this process's."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"no Pss for process {pid}")
+
+
+def input_seconds(work: Path, size: int) -> float:
+    """Seconds for a C program that reads *size* bytes of input and counts them."""
+    source = work / "count.c"
+    source.write_text(programs.COUNT)
+    data = os.urandom(size)
+    argv = [str(X07), "run", "--no-pool", str(source)]
+    subprocess.run(argv, input=b"", capture_output=True, check=True)  # builds it
+    begun = time.monotonic()
+    done = subprocess.run(argv, input=data, capture_output=True, check=True)
+    seconds = time.monotonic() - begun
+    if done.stdout != f"{size}\n".encode():
+        raise SystemExit("a program does not get its whole input")
+    return seconds
+
+
+def jobs_on_record() -> int:
+    """How many jobs' folders there are: what a start must not grow with."""
+    return sum(1 for _ in state_dir().iterdir())
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def table(command: Command, floor: Floor, work: Path, say: Callable[[str], None]) -> list[tuple[str, str]]:
+    """All of it, as rows of text."""
+    rows: list[tuple[str, str]] = []
+
+    def row(name: str, value: str) -> None:
+        rows.append((name, value))
+        say(f"{name}: {value}")
+
+    for count in (1, 10, MANY):
+        seconds = at_once(command, count, count)
+        row(f"{count} runs, all at once", f"{seconds:.2f} s, {seconds / count * 1000:.0f} ms each")
+    queued = at_once(command, MANY, 2)
+    raw = raw_two_at_a_time(floor, MANY)
+    row(f"{MANY} runs through the queue, two at a time", f"{queued:.2f} s")
+    row(f"{MANY} raw clones, two at a time", f"{raw:.2f} s")
+    row("through the queue / raw (bar 1.5, goal 1.1)", f"{queued / raw:.2f}")
+    active, idle = memory_mib(floor, MANY)
+    row(f"PSS of a clone that runs C, {MANY} alive (bar 45 MB, goal 30)", f"{active * MIB / 1e6:.0f} MB")
+    row("PSS of a clone that waits", f"{idle * MIB / 1e6:.0f} MB")
+    for size in (1, 4, 16):
+        row(f"input of {size} MiB", f"{input_seconds(work, size * MIB):.2f} s")
+    before, begun = jobs_on_record(), command.seconds()
+    for number in range(1000):
+        (state_dir() / f"bench-{number}").mkdir(mode=0o700)
+    after = command.seconds()
+    for number in range(1000):
+        (state_dir() / f"bench-{number}").rmdir()
+    row(f"a run beside {before} jobs on record, and beside 1000 more", f"{begun * 1000:.0f} and {after * 1000:.0f} ms")
+    return rows

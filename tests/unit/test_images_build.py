@@ -1,0 +1,185 @@
+"""What a build does with what is there already: verified, reused only where it is whole, and with its packages.
+
+The images are made up; the real mending is in tests/vm/test_image_build.py. No outside command is found here, so a
+build that has to make something ends at the first one that it needs.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from x07_sandbox.cli.main import main
+from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.images import base as bases
+from x07_sandbox.images import build, commands, guestcode, manifest, recipe, sources, store, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tests.conftest import Need
+
+SHARED = ("vmlinux", "root.erofs", "scratch.head")
+PACKAGES = ("hello", "netbase")
+
+
+def _base_folder(include: Sequence[str]) -> Path:
+    return store.images_dir() / f"base-{bases.base_key(host_arch(), sources.release_codename(), include)}"
+
+
+def _make(include: Sequence[str]) -> str:
+    """A base and an image of it in the store, as a build leaves them; the image's digest in hex."""
+    folder = _base_folder(include)
+    folder.mkdir(mode=0o700)
+    base = bases.Base(
+        schema_version=bases.BASE_SCHEMA,
+        kernel_release="6.12",
+        kernel=bases.put(folder, "vmlinux", b"kernel" * 1000),
+        root=bases.put(folder, "root.erofs", bytes(verify.SMALL_BYTES + 5000)),
+        scratch=bases.put(folder, "scratch.head", b"s" * 4096),
+        scratch_disk=manifest.ScratchDisk(bytes=1 << 20, pieces=[manifest.Piece(offset=0, bytes=4096)]),
+        boot=[bases.put(folder, "00-erofs.ko", b"module" * 100)],
+        net=[bases.put(folder, "net-00-nf_tables.ko", b"module" * 200)],
+        packages=[manifest.Package(name=name, version="1", arch="all") for name in include],
+    )
+    bases.put(folder, "base.json", msgspec.json.encode(base))
+    place = store.images_dir() / "made"
+    place.mkdir(mode=0o700)
+    initrd = bases.put(place, "initrd.cpio", b"initrd" * 1000)
+    for name in SHARED:
+        os.link(folder / name, place / name)
+    made = manifest.sealed(
+        manifest.Manifest(
+            schema_version=manifest.SCHEMA,
+            digest=manifest.NO_DIGEST,
+            recipe=recipe.RECIPE,
+            arch=host_arch().name,
+            suite=sources.release_codename(),
+            include=list(include),
+            base=base.digest,
+            guest_code=guestcode.read_guest_code().digest,
+            kernel_release=base.kernel_release,
+            parts=manifest.Parts(kernel=base.kernel, initrd=initrd, root=base.root, scratch=base.scratch),
+            scratch_disk=base.scratch_disk,
+            packages=base.packages,
+            filters={},
+        )
+    )
+    bases.put(place, "manifest.json", manifest.encode(made))
+    digest = made.digest.removeprefix("sha256:")
+    place.rename(store.images_dir() / digest)
+    return digest
+
+
+@pytest.fixture
+def science(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
+    """An image called "science" with further packages, and its base."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(commands, "SEARCH", ())
+    store.set_name("science", _make(PACKAGES))
+    return store.find_image("science")
+
+
+def _flip(path: Path) -> None:
+    """Another byte in the middle, with the mode and times as before."""
+    before = path.stat()
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(before.st_size // 2)
+        byte = file.read(1)
+        file.seek(before.st_size // 2)
+        file.write(bytes([byte[0] ^ 1]))
+    path.chmod(before.st_mode & 0o777)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_whole_image_is_taken_as_it_is(science: store.Image) -> None:
+    """A build that finds what it would make, whole, makes nothing and needs no outside command."""
+    said: list[str] = []
+    assert build.build_image(name="science", include=PACKAGES, progress=said.append) == science
+    assert said == []
+
+
+@pytest.mark.parametrize("name", [*SHARED, "initrd.cpio", "notes.txt"])
+def test_a_damaged_image_is_never_called_ready(science: store.Image, name: str) -> None:
+    """With one byte of any part changed, its times put back, or a foreign file in it, an image is made anew."""
+    if name == "notes.txt":
+        (science.folder / name).write_bytes(b"x")
+    else:
+        _flip(science.folder / name)
+    said: list[str] = []
+    with pytest.raises(HostError, match="is missing"):
+        build.build_image(name="science", include=PACKAGES, progress=said.append)
+    assert name in said[0]
+    assert said[0].endswith(": making the image anew")
+    # The base holds the same file by a link: it is damaged too, and of no use.
+    assert any("fetching" in line for line in said) == (name in SHARED)
+
+
+def test_a_damaged_base_is_fetched_anew(science: store.Image) -> None:
+    """A base of which only a module is damaged is fetched anew when an image has to be made from it."""
+    _flip(_base_folder(PACKAGES) / "00-erofs.ko")
+    assert build.build_image(name="science", include=PACKAGES, progress=print) == science  # it needs no module
+    (science.folder / "initrd.cpio").unlink()
+    said: list[str] = []
+    with pytest.raises(HostError, match="mmdebstrap is missing"):
+        build.build_image(name="science", include=PACKAGES, progress=said.append)
+    assert any("the content of 00-erofs.ko has changed" in line and "fetching it anew" in line for line in said)
+
+
+def test_a_build_hashes_large_parts_once(science: store.Image, monkeypatch: pytest.MonkeyPatch, need: Need) -> None:
+    """A second build with nothing changed reads no large part again, on file systems where that is safe."""
+    monkeypatch.setattr(verify, "SETTLED_NS", 0)
+    with (science.folder / "root.erofs").open("rb") as file:
+        kind = verify.filesystem(file.fileno())
+    need(kind in verify.TIMES_MOVE, f"tests' folder on a disk file system, not {kind}", installable=False)
+    sizes: list[int] = []
+    real = verify.sha256_of
+
+    def watch(fd: int, size: int) -> str:
+        sizes.append(size)
+        return real(fd, size)
+
+    monkeypatch.setattr(verify, "sha256_of", watch)
+    for expected in (True, False):
+        sizes.clear()
+        build.build_image(name="science", include=PACKAGES, progress=print)
+        assert any(size > verify.SMALL_BYTES for size in sizes) == expected
+
+
+def test_a_named_image_keeps_its_packages(science: store.Image) -> None:
+    """Built again without a word on packages, an image keeps those that it has, and it is said which."""
+    said: list[str] = []
+    assert build.build_image(name="science", progress=said.append) == science
+    assert said == ["with the packages that it had: hello, netbase"]
+    assert store.find_image("science").manifest.include == list(PACKAGES)
+
+
+def test_packages_are_dropped_only_when_asked(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--no-include` builds an image without further packages; with --include it is wrong usage."""
+    plain = _make(())
+    assert build.build_image(name="science", include=(), progress=print).digest == f"sha256:{plain}"
+    store.set_name("science", science.folder.name)
+    (store.images_dir() / plain / "initrd.cpio").unlink()
+    assert main(["image", "build", "--name", "science", "--no-include"]) == 125  # it would make the plain one anew
+    said = capsys.readouterr().err
+    assert "making the image anew" in said
+    assert "with the packages" not in said
+    assert main(["image", "build", "--no-include", "--include", "hello"]) == 2
+
+
+def test_packages_that_cannot_be_known_are_not_dropped(science: store.Image) -> None:
+    """Where the manifest that tells an image's packages is damaged, a build without a word on them is refused."""
+    _flip(science.folder / "manifest.json")
+    with pytest.raises(ImageError) as caught:
+        build.build_image(name="science", progress=print)
+    assert caught.value.fix == (
+        "Run x07 image build --name science --no-include, or with --include and the packages that it had"
+    )
+    with pytest.raises(HostError, match=r"fsck\.erofs is missing"):  # so far it comes: the image is made anew
+        build.build_image(name="science", include=PACKAGES, progress=print)

@@ -1,0 +1,74 @@
+"""`x07 doctor` starts what a run starts: where no run could, it says so and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from x07_sandbox.jail.bwrap import SETPRIV
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import Need
+
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image")]
+
+DOCTOR = (sys.executable, "-m", "x07_sandbox.cli.main", "doctor", "--json")
+SUBJECT = "start of a machine"
+
+
+def _ask(tmp_path: Path, *before: str) -> tuple[int, str, dict[str, Any]]:
+    """Exit code, standard error, and what the doctor found out by starting a machine."""
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
+    done = subprocess.run(
+        [*before, *DOCTOR], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
+    )
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert SUBJECT in findings, findings
+    return done.returncode, done.stderr, findings[SUBJECT]
+
+
+def test_doctor_starts_a_machine(tmp_path: Path) -> None:
+    """Where runs work, the doctor has heard our agent from a machine in its jail, and says nothing on the way."""
+    code, stderr, found = _ask(tmp_path)
+    assert (code, stderr, found["good"]) == (0, "", True)
+    assert "our agent answered" in found["text"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("missing", "text", "fix"),
+    [
+        ("all", "cannot build the jail around the virtual machine", "Allow user and mount namespaces here"),
+        ("setuid", "setresuid failed", "allow it to change uids"),
+    ],
+)
+def test_doctor_says_where_no_machine_can_start(tmp_path: Path, need: Need, missing: str, text: str, fix: str) -> None:
+    """Without the rights that the jail is made with, or without those of its last step, the doctor says BAD and why."""
+    need(os.geteuid() == 0, "needs root, to take rights away from it", installable=False)
+    _ask(tmp_path)  # first as it should be: what is found out about KVM is remembered
+    code, _stderr, found = _ask(tmp_path, SETPRIV, f"--bounding-set=-{missing}", f"--inh-caps=-{missing}")
+    assert (code, found["good"]) == (1, False)
+    assert text in found["text"]
+    assert fix in found["fix"]
+
+
+def test_doctor_shows_on_a_terminal_what_takes_time(tmp_path: Path) -> None:
+    """On a terminal the doctor says that it starts a machine, on standard error only."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    with os.fdopen(ours, "rb", buffering=0) as terminal, os.fdopen(theirs, "wb") as stderr:
+        env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
+        done = subprocess.run(
+            DOCTOR, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, timeout=120, check=False
+        )
+        assert done.returncode == 0
+        assert json.loads(done.stdout)["good"]
+        assert b"starting a machine" in (terminal.read(4096) or b"")

@@ -1,0 +1,73 @@
+"""What one `x07 run` has imported when it ends: each module costs every start, so each has its place in these lists."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import pytest
+
+from x07_sandbox.host import paths
+
+if TYPE_CHECKING:
+    from x07_sandbox.images.store import Image
+
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
+
+OURS: Final = """
+backends.base backends.qemu.backend backends.qemu.instance backends.qemu.machine backends.qemu.proof
+backends.qemu.side backends.qemu.start backends.qemu.talk backends.qemu.template
+channel.connection channel.frames channel.link
+cli.console cli.main cli.run cli.streams cli.usage errors
+host.arch host.clocks host.locks host.paths host.processes host.settings
+images.guestcode images.manifest images.scratch images.store images.verify
+jail.bwrap jail.cgroups jail.libraries jail.seccomp jail.uids
+jobs.admission jobs.launcher jobs.record
+plan.controls plan.features plan.outcomes plan.rows plan.sizes
+policy.decode policy.default policy.environment policy.model policy.problems policy.rules
+programs.artifacts programs.toolchains reports.document
+runs.execute runs.folder runs.lease runs.request runs.result runs.run runs.session runs.streams
+"""
+# Beyond what a bare interpreter has. Not among them, and costly: dataclasses (with inspect, ast, dis), asyncio,
+# logging, tempfile, shutil, random, http, ssl.
+OTHERS: Final = """
+argparse array collections contextlib copyreg datetime decimal encodings enum errno fcntl fnmatch functools genericpath
+gettext glob grp hashlib heapq importlib itertools json keyword locale math msgspec ntpath numbers operator os pathlib
+posixpath pwd queue re reprlib resource select selectors signal socket stat struct subprocess textwrap threading types
+typing unicodedata urllib uuid warnings weakref
+"""
+
+SHOW: Final = """
+import json, sys
+before = set(sys.modules)
+sys.path[:0] = sys.argv[1:3]
+from x07_sandbox.cli.main import main
+code = main(["run", sys.argv[3]])
+sys.stdout.write(json.dumps(sorted(set(sys.modules) - before)))
+sys.exit(code)
+"""
+
+
+def test_a_run_imports_what_is_on_the_list(image: Image, tmp_path: Path) -> None:
+    """`x07 run` of a program that was built before imports exactly these modules of ours, and of others only these."""
+    assert image.digest
+    program = tmp_path / "quiet.py"
+    program.write_text("pass\n")
+    site = tmp_path / "site"
+    site.mkdir()
+    # msgspec alone: beside it in a developer's environment lies what it imports where it is there.
+    (site / "msgspec").symlink_to(Path(msgspec.__file__).parent)
+    source = Path(paths.__file__).parents[2]
+    argv = [sys.executable, "-I", "-S", "-c", SHOW, *map(str, (source, site, program))]
+    subprocess.run(argv, capture_output=True, check=True, stdin=subprocess.DEVNULL)  # builds it
+    done = subprocess.run(argv, capture_output=True, check=True, stdin=subprocess.DEVNULL)
+    found = json.loads(done.stdout)
+    packages = {name.rpartition(".")[0] for name in OURS.split()} | {"backends"}
+    ours = {name.removeprefix("x07_sandbox.") for name in found if name.startswith("x07_sandbox.")} - packages
+    assert sorted(ours) == sorted(OURS.split())
+    others = {name.partition(".")[0] for name in found} - {"x07_sandbox"}
+    assert sorted(name for name in others if not name.startswith("_") and name not in OTHERS.split()) == []
