@@ -113,7 +113,9 @@ def test_a_program_cannot_change_the_saved_machine(sandbox: Sandbox) -> None:
 def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache beside the user's, with the same packages and no saved machine."""
     cache = tmp_path_factory.mktemp("clones") / "cache"
-    shutil.copytree(image.folder.parents[1], cache, ignore=shutil.ignore_patterns("templates", "verified", "*.lock"))
+    shutil.copytree(
+        image.folder.parents[1], cache, ignore=shutil.ignore_patterns("templates", "verified", "pool", "*.lock")
+    )
     for folder in (cache, *(path for path in cache.rglob("*") if path.is_dir())):
         folder.chmod(0o700)
     with pytest.MonkeyPatch.context() as patch:

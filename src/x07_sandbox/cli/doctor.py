@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.qemu.backend import SLOWDOWN, QemuBackend
 from x07_sandbox.backends.qemu.proof import prove
 from x07_sandbox.backends.qemu.start import Accelerator, required_tools
@@ -22,7 +21,6 @@ from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
 from x07_sandbox.images.commands import missing_tools
 from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
 if TYPE_CHECKING:
     from x07_sandbox.images.verify import OpenImage
@@ -128,7 +126,7 @@ def _image_and_machine() -> list[Finding]:
             emulated = availability.features.emulated
             isolation = f"{availability.features.isolation} ({availability.proof})"
             findings.append(Finding(subject="isolation", good=True, text=isolation))
-            findings.append(_start(opened, backend, Accelerator(kvm=not emulated)))
+            findings.append(_start(opened, Accelerator(kvm=not emulated)))
     except SandboxError as exc:
         return [*findings, Finding(subject=exc.what, good=False, text=exc.why, fix=exc.fix)]
     if emulated:
@@ -137,27 +135,21 @@ def _image_and_machine() -> list[Finding]:
     return findings
 
 
-def _start(image: OpenImage, backend: QemuBackend, accelerator: Accelerator) -> Finding:
+def _start(image: OpenImage, accelerator: Accelerator) -> Finding:
     """Whether a run could start: a machine in the jail of a run, by the same launcher, until our agent answers."""
     subject = "start of a machine"
     progress = Progress("doctor") if sys.stderr.isatty() else None
     if progress:
         progress("starting a machine in its jail, as a run does")
-    works, reason = prove(image, accelerator, settings.BOOT_S)
+    try:
+        works, reason = prove(image, accelerator, settings.BOOT_S)
+    except SandboxError as exc:
+        works, found = False, Finding(subject=subject, good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
+    else:
+        found = Finding(subject=subject, good=works, text=reason, fix="" if works else _NO_START)
     if progress:
         progress.done("started" if works else "it did not start")
-    if works:
-        return Finding(subject=subject, good=True, text=reason)
-    # The jail alone, blocked: an error there knows what to do about it.
-    claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=0)
-    record = create_record(claim, backend=backend.name, image_digest=image.manifest.digest)
-    kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
-    try:
-        with backend.start(Job(record=record, kind=kind, deadline_s=int(settings.BOOT_S), cold=True)):
-            pass
-    except SandboxError as exc:
-        return Finding(subject=subject, good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
-    return Finding(subject=subject, good=False, text=reason, fix=_NO_START)
+    return found
 
 
 def _image(current: bool, digest: str) -> Finding:  # noqa: FBT001 - one caller, one meaning

@@ -14,9 +14,7 @@ from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.usage import whole_number
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import describe
-from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import failure, run
@@ -107,6 +105,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         return _print(result)
     _explain(result)
+    from x07_sandbox.plan.outcomes import REFUSED_EXIT  # loaded by now, while the machine came up
+
     lost = result.stdout.undelivered or result.stderr.undelivered
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
 
@@ -117,6 +117,8 @@ def print_failure(exc: Exception, signalled: int | None = None) -> int:
 
 
 def _print(result: Result) -> int:
+    from x07_sandbox.reports.document import render_json
+
     sys.stdout.buffer.write(render_json(result))
     sys.stdout.buffer.flush()
     return result.x07_exit_code

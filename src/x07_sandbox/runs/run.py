@@ -15,7 +15,6 @@ from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import GUEST_VARIABLES, make_plan
-from x07_sandbox.plan.outcomes import Outcome, verdict
 from x07_sandbox.programs.toolchains import OUTPUT, toolchain_for
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.request import check_arguments, read_policy, read_source, sha256_text
@@ -30,12 +29,13 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.request import RunRequest
 
-_KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], Outcome], ...] = (
-    (UsageError, Outcome.USAGE_ERROR),
-    (RefusedError, Outcome.REFUSED),
-    (ImageError, Outcome.REFUSED),
-    (HostError, Outcome.REFUSED),
-    (BackendError, Outcome.BACKEND_ERROR),
+# By the value of their outcome: its table is loaded only while a machine comes up, or where one of these is raised.
+_KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
+    (UsageError, "usage-error"),
+    (RefusedError, "refused"),
+    (ImageError, "refused"),
+    (HostError, "refused"),
+    (BackendError, "backend-error"),
 )
 
 
@@ -55,6 +55,8 @@ def run(request: RunRequest) -> Result:
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:
     """The result of a run that never began, or that met a bug of ours. signalled: the signal that cancelled it."""
+    from x07_sandbox.plan.outcomes import Outcome, verdict
+
     if isinstance(exc, SandboxError):
         ending = _verdict_of(exc, signalled)
     else:
@@ -63,11 +65,13 @@ def failure(exc: Exception, signalled: int | None = None) -> Result:
 
 
 def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
+    from x07_sandbox.plan.outcomes import Outcome, verdict
+
     if isinstance(exc, Cancelled):
         return replace(verdict(Outcome.CANCELLED, exc.what), signal=signalled or signal.SIGINT)
     outcome = next(outcome for kind, outcome in _KNOWN_OUTCOMES if isinstance(exc, kind))
     ours = isinstance(exc, (ImageError, HostError, BackendError))
-    return verdict(outcome, str(exc).removesuffix("."), fault="host" if ours else None)
+    return verdict(Outcome(outcome), str(exc).removesuffix("."), fault="host" if ours else None)
 
 
 def _carry_out(request: RunRequest, so_far: Progress, folder: RunFolder, stack: contextlib.ExitStack) -> Verdict:

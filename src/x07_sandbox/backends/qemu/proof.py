@@ -11,20 +11,19 @@ import contextlib
 import hashlib
 import json
 import os
+import select
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
-from x07_sandbox.backends.qemu.talk import talk_until
-from x07_sandbox.channel.link import State
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
-from x07_sandbox.host.processes import boot_id, wait_gone
+from x07_sandbox.host.processes import boot_id
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
 if TYPE_CHECKING:
@@ -45,7 +44,10 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(record.read_text(encoding="utf-8"))
             return bool(known["works"]), str(known["reason"])
-        works, reason = prove(image, Accelerator(kvm=True), settings.KVM_PROOF_S)
+        try:
+            works, reason = prove(image, Accelerator(kvm=True), settings.KVM_PROOF_S)
+        except SandboxError as exc:  # that says nothing of KVM, and is not remembered
+            return False, f"a guest under KVM could not be tried: {exc.why}"
         replace_file(record, json.dumps({"works": works, "reason": reason}).encode())
     return works, reason
 
@@ -65,7 +67,14 @@ def _key() -> str:
 
 
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[bool, str]:
-    """(works, how that is known): whether our agent answers from a guest with *accelerator* within *limit_s*."""
+    """(works, how that is known): whether our agent answers from a guest with *accelerator* within *limit_s*.
+
+    Raises SandboxError if no guest could be started at all.
+    """
+    # What follows is not needed where the verdict is known.
+    from x07_sandbox.backends.qemu.talk import talk_until
+    from x07_sandbox.channel.link import State
+
     record = create_record(
         Claim(run_id=new_run_id(), phase="probe", wall_ms=int(limit_s * 1000)),
         backend="qemu",
@@ -73,23 +82,20 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
     )
     kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
     job = Job(record=record, kind=kind, deadline_s=int(limit_s) + 5)
-    try:
-        with start_qemu(job, accelerator) as instance:
-            instance.release()
-            why = talk_until(instance, State.GREETED, Deadline.after(limit_s))
-            if not why:
-                return True, f"our agent answered from a guest{_under(accelerator)}"
-            wait_gone(instance.inner, 1.0 if "ended" in why else 0.0)  # so that it can say how it ended
-            if instance.exit_status() is not None:
-                return False, _ended(instance)
-            return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {why}"
-    except SandboxError as exc:
-        return False, f"a guest{_under(accelerator)} could not be tried: {exc.why}"
+    with start_qemu(job, accelerator) as instance:
+        instance.release()
+        why = talk_until(instance, State.GREETED, Deadline.after(limit_s))
+        if not why:
+            return True, f"our agent answered from a guest{_under(accelerator)}"
+        # Where it has ended, its supervisor says so in a moment; before that it could not say how.
+        if "ended" in why and select.select([instance.pidfd], [], [], 1.0)[0]:
+            return False, _ended(instance, accelerator)
+        return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {why}"
 
 
-def _ended(instance: QemuInstance) -> str:
+def _ended(instance: QemuInstance, accelerator: Accelerator) -> str:
     said = " ".join(instance.console_tail().split())[-200:]
-    return f"QEMU with KVM ended before our agent answered: {said or 'it said nothing'}"
+    return f"a guest{_under(accelerator)} ended before our agent answered: {said or 'it said nothing'}"
 
 
 def _under(accelerator: Accelerator) -> str:
