@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import stat
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 CI = os.environ.get("CI", "") in {"1", "true"}
 FULL = os.environ.get("X07_TEST_FULL") == "1"
@@ -43,6 +45,23 @@ def need(condition: object, reason: str, *, installable: bool) -> None:
     if CI and installable:
         pytest.fail(f"missing, and scripts/test.sh should have installed it: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+def overwrite(path: Path, data: bytes | None = None) -> None:
+    """Put *data* at the start of a file, or one other byte in its middle; mode and times as before.
+
+    Only ctime, which no call can set, tells.
+    """
+    before = path.stat()
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        if data is None:
+            file.seek(before.st_size // 2)
+            data = bytes([file.read(1)[0] ^ 1])
+            file.seek(before.st_size // 2)
+        file.write(data)
+    path.chmod(stat.S_IMODE(before.st_mode))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.fixture(scope="session", name="need")

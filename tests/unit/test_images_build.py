@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from tests.conftest import overwrite
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import host_arch
@@ -85,19 +86,6 @@ def science(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
     return store.find_image("science")
 
 
-def _flip(path: Path) -> None:
-    """Another byte in the middle, with the mode and times as before."""
-    before = path.stat()
-    path.chmod(0o600)
-    with path.open("r+b") as file:
-        file.seek(before.st_size // 2)
-        byte = file.read(1)
-        file.seek(before.st_size // 2)
-        file.write(bytes([byte[0] ^ 1]))
-    path.chmod(before.st_mode & 0o777)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
 def test_a_whole_image_is_taken_as_it_is(science: store.Image) -> None:
     """A build that finds what it would make, whole, makes nothing and needs no outside command."""
     said: list[str] = []
@@ -111,7 +99,7 @@ def test_a_damaged_image_is_never_called_ready(science: store.Image, name: str) 
     if name == "notes.txt":
         (science.folder / name).write_bytes(b"x")
     else:
-        _flip(science.folder / name)
+        overwrite(science.folder / name)
     said: list[str] = []
     with pytest.raises(HostError, match="is missing"):
         build.build_image(name="science", include=PACKAGES, progress=said.append)
@@ -123,7 +111,7 @@ def test_a_damaged_image_is_never_called_ready(science: store.Image, name: str) 
 
 def test_a_damaged_base_is_fetched_anew(science: store.Image) -> None:
     """A base of which only a module is damaged is fetched anew when an image has to be made from it."""
-    _flip(_base_folder(PACKAGES) / "00-erofs.ko")
+    overwrite(_base_folder(PACKAGES) / "00-erofs.ko")
     assert build.build_image(name="science", include=PACKAGES, progress=print) == science  # it needs no module
     (science.folder / "initrd.cpio").unlink()
     said: list[str] = []
@@ -175,7 +163,7 @@ def test_packages_are_dropped_only_when_asked(science: store.Image, capsys: pyte
 
 def test_packages_that_cannot_be_known_are_not_dropped(science: store.Image) -> None:
     """Where the manifest that tells an image's packages is damaged, a build without a word on them is refused."""
-    _flip(science.folder / "manifest.json")
+    overwrite(science.folder / "manifest.json")
     with pytest.raises(ImageError) as caught:
         build.build_image(name="science", progress=print)
     assert caught.value.fix == (

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from tests.conftest import overwrite
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
 from x07_sandbox.backends.qemu.template import MANIFEST, sparse_sha256, templates_dir
 from x07_sandbox.cli.main import main
@@ -150,12 +151,7 @@ def sha256(path: Path) -> str:
 def replace_part(folder: Path, name: str, data: bytes, *, told: bool) -> None:
     """Put other bytes at the start of a part, times restored. told: its manifest agrees with them."""
     path = folder / name
-    info = path.stat()
-    path.chmod(0o644)
-    with path.open("r+b") as file:
-        file.write(data)
-    path.chmod(0o444)
-    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    overwrite(path, data)
     if told:
         made = json.loads((folder / MANIFEST).read_bytes())
         made[name]["sha256"] = sha256(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import overwrite
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import build, commands, manifest, sources, store, verify
 
@@ -162,26 +162,13 @@ def test_interpreter_finds_fresh_byte_code(tree: Path) -> None:
     assert {path.read_bytes()[4:8] for path in files} == {b"\x01\0\0\0"}
 
 
-def _flip(path: Path) -> None:
-    """Another byte in the middle, and the times and mode as before."""
-    before = path.stat()
-    path.chmod(0o600)
-    with path.open("r+b") as file:
-        file.seek(before.st_size // 2)
-        byte = file.read(1)
-        file.seek(before.st_size // 2)
-        file.write(bytes([byte[0] ^ 1]))
-    path.chmod(stat.S_IMODE(before.st_mode))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
 @pytest.mark.parametrize(("part", "fetched"), [("initrd.cpio", False), ("root.erofs", True)])
 def test_a_build_mends_a_damaged_image(
     first: Image, killed: Path, monkeypatch: pytest.MonkeyPatch, part: str, *, fetched: bool
 ) -> None:
     """A build makes a damaged image whole: what is its own from the kept base, what it shares from fetched packages."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(killed))
-    _flip(first.folder / part)
+    overwrite(first.folder / part)
     said: list[str] = []
     mended = build.build_image(progress=said.append)
     assert mended == first

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 
 OURS: Final = """
 backends.base backends.qemu.backend backends.qemu.instance backends.qemu.machine backends.qemu.proof
-backends.qemu.side backends.qemu.start backends.qemu.talk backends.qemu.template
+backends.qemu.side backends.qemu.start backends.qemu.template
 channel.connection channel.frames channel.link
 cli.console cli.main cli.run cli.streams cli.usage errors
 host.arch host.clocks host.locks host.paths host.processes host.settings
@@ -29,7 +29,7 @@ jail.bwrap jail.cgroups jail.libraries jail.seccomp jail.uids
 jobs.admission jobs.launcher jobs.record
 plan.controls plan.features plan.outcomes plan.rows plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
-programs.artifacts programs.toolchains reports.document
+programs.artifacts programs.toolchains
 runs.execute runs.folder runs.lease runs.request runs.result runs.run runs.session runs.streams
 """
 # Beyond what a bare interpreter has. Not among them, and costly: dataclasses (with inspect, ast, dis), asyncio,
