@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import subprocess
-import threading
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
@@ -47,29 +46,6 @@ class Gate:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
-
-
-class _Joining:
-    """A process is moved into its control groups, by a thread."""
-
-    def __init__(self, groups: HostGroups, pid: int) -> None:
-        self._problem: OSError | None = None
-        self._thread = threading.Thread(target=self._join, args=(groups, pid), name="x07-groups", daemon=True)
-        self._thread.start()
-
-    def _join(self, groups: HostGroups, pid: int) -> None:
-        try:
-            groups.add(pid)
-        except ProcessLookupError:
-            pass  # it has ended, as its other signs tell
-        except OSError as exc:
-            self._problem = exc
-
-    def wait(self) -> None:
-        """Until it is in them. Raises BackendError."""
-        self._thread.join()
-        if self._problem is not None:
-            raise BackendError("cannot bound the virtual machine", str(self._problem), "Run x07 doctor")
 
 
 class Streams:
@@ -132,18 +108,12 @@ class QemuInstance(Streams):
         self.gone = False
 
     def release(self) -> None:
-        """Let the machine run: its record is written. A second call does nothing. Raises BackendError.
-
-        It joins its control groups while QEMU starts, and before it hears of anything: the kernel takes 10 to 20 ms to
-        move a process (it waits for every processor), in which nothing but QEMU's own start-up runs.
-        """
+        """Let the machine run: its record is written. A second call does nothing."""
         if self._gate.opened or self.child.poll() is not None:
             return  # its deadline came first, and nothing would end what is let go now
-        joining = _Joining(self.groups, self.inner.pid)
         if self.begun == "clone":
             self.tell(qmp_resume())
         self._gate.open()
-        joining.wait()
 
     def record_owner(self, runner: Identity) -> None:
         """Write down whose job it is. Raises BackendError, HostError."""

@@ -34,7 +34,7 @@ from x07_sandbox.host.processes import Identity, children_of, identify, own_iden
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv, may_nest
-from x07_sandbox.jail.cgroups import make_groups
+from x07_sandbox.jail.cgroups import HostGroups, make_groups
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.seccomp import vmm_filter
 from x07_sandbox.jail.uids import lease_uid
@@ -154,7 +154,7 @@ def _run(
         given.close()  # the child has its own by now; an end of a pipe that stayed open here would never end
         inner = _inner_process(child, ours["stderr"])
         try:
-            _bound(inner.pid, job)
+            _bound(inner.pid, job, groups)
             instance = QemuInstance(child=child, inner=inner, gate=gate, ends=ours, groups=groups, record=job.record)
             instance.begun = "clone" if cloned else "cold"
         except ProcessLookupError as exc:
@@ -210,7 +210,7 @@ def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> BackendError:
     return BackendError("cannot build the jail around the virtual machine", said[:500], fix)
 
 
-def _bound(pid: int, job: Job) -> None:
+def _bound(pid: int, job: Job, groups: HostGroups) -> None:
     """Limits on the still blocked process: everything that it starts inherits them."""
     try:
         for which, value in (
@@ -222,6 +222,9 @@ def _bound(pid: int, job: Job) -> None:
             *([(resource.RLIMIT_NPROC, _TASKS)] if _tasks_are_counted_apart() else []),
         ):
             resource.prlimit(pid, which, (value, value))
+        # Before it is let go, though the kernel takes 10 to 20 ms for it: a VMM that ran meanwhile could take memory
+        # that no group would ever count (tried: the test of a memory hog fails).
+        groups.add(pid)
     except ProcessLookupError:
         raise  # it has ended: the caller knows how to ask why
     except OSError as exc:
