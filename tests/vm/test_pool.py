@@ -304,6 +304,42 @@ def test_an_exception_cancels_what_a_pool_runs(state: Path, tmp_path: Path) -> N
     assert left_behind(state) == []
 
 
+def test_a_forked_child_has_no_part_in_its_parents_pool(state: Path, echo: str) -> None:
+    """A child that was forked from a pool's owner takes no machine and ends none, whatever it does with the pool."""
+    machines = WarmMachines(1)
+    machines.start()
+    with contextlib.closing(machines):
+        wait_for(lambda: machines.ready() == 1, 120)
+        child = os.fork()
+        if child == 0:
+            taken = machines.take(claim(), own_identity())
+            machines.close()
+            os._exit(0 if taken is None else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        machine = machines.take(claim(), own_identity())
+        assert machine is not None
+        assert machine.instance.exit_status() is None
+        assert machine.close()
+    assert left_behind(state) == []
+    assert echo
+
+
+def test_a_pool_that_ends_under_a_run_ends_it_on_record(state: Path, tmp_path: Path, echo: str) -> None:
+    """`x07 pool stop` while a program runs in one of its machines: the run is lost, and its job is recorded as done."""
+    assert echo
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("print('up', flush=True)\nimport time\ntime.sleep(50)\n")
+    with pool_process(1):
+        argv = [*COMMAND, "run", str(sleeper)]
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"up\n"
+            assert x07("pool", "stop").returncode == 0
+            child.communicate(timeout=60)
+            assert child.returncode == 125
+    assert left_behind(state) == []
+
+
 def test_a_pool_of_no_size_is_refused(state: Path) -> None:
     """A pool of no machine, or of more than memory holds, is refused with the bound."""
     del state

@@ -85,7 +85,10 @@ class Machines(Protocol):
     """Where machines wait that were warmed beforehand."""
 
     def claim(self, kind: MachineKind, claim: Claim) -> AbstractContextManager[Instance] | None:
-        """One of them, as the job of *claim*; None if there is none of this kind, or it could not be had."""
+        """One of them, as the job of *claim*; None if there is none of this kind.
+
+        Raises BackendError if it broke off: there may be a record of that job by then.
+        """
 
 
 class Backend(Protocol):

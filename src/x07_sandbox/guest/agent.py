@@ -19,7 +19,7 @@ from x07_sandbox.channel.frames import PROTOCOL, Kind, Role
 from x07_sandbox.channel.link import NEXT, Control, Event, State
 from x07_sandbox.guest import system
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.job import TICK_S, WAITING_BYTES, Job, orders
+from x07_sandbox.guest.job import TICK_S, Job, orders
 from x07_sandbox.guest.place import Place
 from x07_sandbox.guest.system import write_file
 
@@ -137,9 +137,18 @@ class Agent:
             self.job = None
             self.place.close()
         limits = body["limits"]
-        self.place = Place(first=first, interpreter=body["interpreter"], preload=body["preload"])
-        self.place.prepare(orders(limits, hostname=body["hostname"], out_writable=body["output"], inputs_on_disk=False))
-        self.place.group.limit(mem_bytes=max(limits["mem_bytes"], WAITING_BYTES), tasks=limits["tasks"])
+        self.place = place = Place(first=first, interpreter=body["interpreter"], preload=body["preload"])
+        place.prepare(
+            orders(
+                limits,
+                hostname=body["hostname"],
+                out_writable=body["output"],
+                inputs_on_disk=False,
+                spare_cpu_s=place.spare_cpu_s,
+            )
+        )
+        place.measure()
+        place.group.limit(mem_bytes=max(limits["mem_bytes"], place.waiting_bytes), tasks=limits["tasks"])
         for argv in body["commands"]:
             _run_quietly(argv)
         os.sync()  # the scratch disk is saved as the host sees it
@@ -147,7 +156,7 @@ class Agent:
         gc.collect()
         gc.freeze()
         gc.disable()
-        self.place.cpu_us_so_far()
+        place.cpu_us_so_far()
         self.link.send(Kind.WARMED, {})
 
     def _take_seed(self, body: dict[str, Any]) -> None:

@@ -73,6 +73,10 @@ class ProgramGroup:
         """Most tasks at once."""
         return self._number("pids.peak")
 
+    def memory_bytes(self) -> int:
+        """Memory now, in bytes."""
+        return self._number("memory.current")
+
     def memory_peak_bytes(self) -> int:
         """Most memory at once, in bytes."""
         return self._number("memory.peak")

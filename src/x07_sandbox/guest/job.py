@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     Fail = Callable[[JobError], None]
 
 _READ: Final = 32 * 1024
-WAITING_BYTES: Final = 32 << 20
 _FULL_BLOCKS: Final = 256  # of 4 KiB: a disk with less left counts as full
 TICK_S: Final = 0.1  # how often the CPU counter is read while the program runs
 
 
-def orders(limits: dict[str, int], *, hostname: str, out_writable: bool, inputs_on_disk: bool) -> confine.Orders:
-    """What init is told of a job with these limits."""
+def orders(
+    limits: dict[str, int], *, hostname: str, out_writable: bool, inputs_on_disk: bool, spare_cpu_s: int
+) -> confine.Orders:
+    """What init is told of a job with these limits. spare_cpu_s: what the process may have used before it."""
     return confine.Orders(
         hostname=hostname,
         tmp_bytes=limits["tmp_bytes"],
         out_writable=out_writable,
         inputs_on_disk=inputs_on_disk,
         fds=limits["fds"],
-        cpu_s=limits["cpu_ms"] // 1000 + 5,
+        cpu_s=limits["cpu_ms"] // 1000 + spare_cpu_s,
         core_bytes=limits["core_bytes"],
     )
 
@@ -99,9 +100,17 @@ class Job:
     def _start(self) -> None:
         limits, place = self.limits, self.place
         # What waits may be larger than a small limit: until it has become the program it may keep what it has.
-        self.group.limit(mem_bytes=max(limits["mem_bytes"], WAITING_BYTES), tasks=limits["tasks"])
+        self.group.limit(mem_bytes=max(limits["mem_bytes"], place.waiting_bytes), tasks=limits["tasks"])
         on_disk, writable = self.files.on_disk, self.output is not None
-        place.prepare(orders(limits, hostname=self.hostname, out_writable=writable, inputs_on_disk=on_disk))
+        place.prepare(
+            orders(
+                limits,
+                hostname=self.hostname,
+                out_writable=writable,
+                inputs_on_disk=on_disk,
+                spare_cpu_s=place.spare_cpu_s,
+            )
+        )
         place.name(self.machine_id)
         self.cpu_before_us = place.cpu_us_so_far()
         self.cpu_looked_at = time.monotonic()
@@ -185,7 +194,7 @@ class Job:
         if self.told:
             self.fail(told_failure(self.told))
         elif self.link.state is State.PREPARING:
-            if self.limits["mem_bytes"] < WAITING_BYTES:
+            if self.limits["mem_bytes"] < self.place.waiting_bytes:
                 self.group.limit(mem_bytes=self.limits["mem_bytes"], tasks=self.limits["tasks"])
             self.link.send(Kind.STARTED, {})
 

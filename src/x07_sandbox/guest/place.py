@@ -20,6 +20,9 @@ from x07_sandbox.guest.system import read_all, write_all
 SCRATCH_SERIAL: Final = "x07scratch"
 IN_MEMORY_BYTES: Final = 256 * 1024  # files of a job up to that together lie in memory
 _FOLDERS: Final = {"in": 0, "out": confine.UID, "work": confine.UID}  # on the scratch disk, and whose they are
+WAITING_BYTES: Final = 32 << 20  # what the process that waits may have, whatever the job's limit
+SPARE_CPU_S: Final = 5
+PRELOAD_CPU_S: Final = 300  # importing may have taken long; the control group's counter, which knows, is what decides
 _ENTRIES: Final = 4096  # an archive of that size cannot hold more: a header has 110 bytes
 
 
@@ -40,6 +43,8 @@ class Place:
                 pass  # filled when it is known
         self.group = ProgramGroup()
         self._interpreter = interpreter
+        self.waiting_bytes = WAITING_BYTES
+        self.spare_cpu_s = SPARE_CPU_S + (PRELOAD_CPU_S if preload else 0)
         self._orders: confine.Orders | None = None
         self._cpu_us: int | None = None
         self._machine_id_fd = os.open(confine.MACHINE_ID, os.O_WRONLY | os.O_CLOEXEC)
@@ -95,6 +100,10 @@ class Place:
             return told_failure(told)
         os.close(self._orders_fd)
         return failure(os.read(self.report_fd, 8192))
+
+    def measure(self) -> None:
+        """See how much memory the process that waits has, and will have until it is the program."""
+        self.waiting_bytes = max(WAITING_BYTES, 2 * self.group.memory_bytes())
 
     def cpu_us_so_far(self) -> int:
         """CPU time of what waits, in microseconds, as it was when this was first asked for; it does nothing since."""

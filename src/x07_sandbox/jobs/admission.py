@@ -115,6 +115,7 @@ class _Place:
     def leave(self) -> None:
         """Give the slot back."""
         if self._fd is not None:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has the same lock
             os.close(self._fd)
             self._fd = None
 

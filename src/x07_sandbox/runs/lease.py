@@ -153,10 +153,10 @@ class LeasedInstance(Streams):
 
 
 class PoolMachines:
-    """The pool's process of this user, as `Machines` has it. Every failure means: there is none."""
+    """The pool's process of this user, as `Machines` has it."""
 
     def claim(self, kind: MachineKind, claim: Claim) -> contextlib.AbstractContextManager[LeasedInstance] | None:
-        """One of its machines, as the job of *claim*."""
+        """One of its machines, as the job of *claim*. Raises BackendError: the pool may have that job on record now."""
         connection = connected()
         if connection is None:
             return None
@@ -171,14 +171,18 @@ class PoolMachines:
             "ram_bytes": kind.ram_bytes,
             "runtime": kind.runtime,
         }
-        with contextlib.suppress(OSError):
+        try:
             send(connection, wanted)
             answer = receive(connection)
-            if answer is not None and len(answer[1]) == len(_FDS):
-                return _leased(connection, *answer)
-            for fd in answer[1] if answer is not None else ():
-                os.close(fd)
+        except OSError:
+            answer = None
+        if answer is not None and len(answer[1]) == len(_FDS):
+            return _leased(connection, *answer)
         connection.close()
+        if answer is None:
+            raise BackendError("cannot take a machine from the pool", "it does not answer", "See x07 pool status")
+        for fd in answer[1]:
+            os.close(fd)
         return None
 
 

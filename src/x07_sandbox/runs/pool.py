@@ -34,8 +34,8 @@ class Pool(Executor):
             results = list(pool.map("grade.py", [b"first input", b"second input"]))
 
     A `concurrent.futures.Executor` whose callables are paths of programs, and whose results are `Result`s: also for
-    `asyncio.wrap_future` and `loop.run_in_executor(pool, "grade.py", b"input")`. Thread-safe. A machine is never used
-    for two programs. Leaving the `with` block waits for all runs; by an exception (Ctrl-C) it cancels them.
+    `asyncio.wrap_future(pool.submit(...))`. Thread-safe; a forked child can take nothing. A machine is never used for
+    two programs. Leaving the `with` block waits for all runs; by an exception (Ctrl-C) it cancels them.
     """
 
     def __init__(self, size: int = 2, *, image: str | None = None) -> None:
@@ -43,10 +43,11 @@ class Pool(Executor):
 
         Raises SandboxError. The machines are made in the background: `wait_ready` waits for them.
         """
+        workers = max_running()
         self._machines = WarmMachines(size, image=image)
         self._image = image
         self._machines.start()
-        self._workers = ThreadPoolExecutor(max_workers=max_running(), thread_name_prefix="x07-run")
+        self._workers = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="x07-run")
         self._lock = threading.Lock()
         self._running: set[Cancel] = set()
         self._cancelled = False
@@ -123,6 +124,8 @@ class Pool(Executor):
 
         cancel_futures: also those that run are cancelled, not only those that wait.
         """
+        if self._machines.in_a_child():
+            return  # what runs is the parent's
         if cancel_futures:
             with self._lock:
                 self._cancelled = True

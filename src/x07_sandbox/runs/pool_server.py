@@ -32,6 +32,7 @@ from x07_sandbox.host.processes import identify
 from x07_sandbox.jobs.record import Claim
 from x07_sandbox.runs.lease import (
     ANSWER_S,
+    GONE_S,
     PROTOCOL,
     SOCKET,
     handed_over,
@@ -63,6 +64,7 @@ class Server:
         self._end = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._filled = False
         self._leases = 0
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
 
     def end(self, *_: object) -> None:
@@ -79,7 +81,19 @@ class Server:
                 if fd == self._end:
                     return
                 connection, _ = self.listener.accept()
-                threading.Thread(target=self._serve_one, args=(connection,), name="x07-lease", daemon=True).start()
+                thread = threading.Thread(target=self._serve_one, args=(connection,), name="x07-lease", daemon=True)
+                thread.start()
+                self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+
+    def wait_leases(self) -> None:
+        """Wait until every leased machine has ended, with its record, now that the end has come."""
+        deadline = Deadline.after(GONE_S)
+        while not deadline.passed():
+            with self._lock:
+                if not self._leases:
+                    return
+            for thread in self._threads:
+                thread.join(0.05)
 
     def _unused(self) -> bool:
         with self._lock:
@@ -90,6 +104,8 @@ class Server:
             connection.settimeout(ANSWER_S)
             pid, uid = peer_of(connection)
             asked = receive(connection) if uid == os.geteuid() else None
+            for fd in asked[1] if asked is not None else ():
+                os.close(fd)
             if asked is None or asked[1]:
                 return
             with contextlib.suppress(OSError):
@@ -139,7 +155,7 @@ class Server:
             send(connection, message, fds)
             connection.settimeout(None)
             poll = select.poll()
-            for fd in (connection.fileno(), machine.instance.pidfd):
+            for fd in (connection.fileno(), machine.instance.pidfd, self._end):
                 poll.register(fd, select.POLLIN)
             poll.poll()
         finally:
@@ -213,6 +229,7 @@ def main(words: list[str]) -> int:
                 announce = threading.Thread(target=_announce, args=(server, tell, ready_fd), daemon=True)
                 announce.start()
                 server.serve()
+                server.wait_leases()
     except SandboxError as exc:
         tell({"what": exc.what, "why": exc.why, "fix": exc.fix})
         return 125

@@ -11,6 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Availability, Job, MachineKind
+from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, create_record
@@ -241,12 +242,16 @@ class Session:
         kind = MachineKind(image=self.image, ram_bytes=spec.ram_bytes, runtime=spec.name)
         claim = Claim(run_id=self.so_far.run_id, phase=spec.name, wall_ms=spec.wall_ms)
         machines = None if self.request.cold else self.request.machines
-        if machines is not None and (waiting := machines.claim(kind, claim)) is not None:
-            with waiting as instance:
-                facts = self._converse(spec, instance, sinks)
-            if not facts.unanswered:
-                return instance, facts
-            claim = replace(claim, phase=f"{spec.name}-clone")  # that job is over, and stays on record
+        if machines is not None:
+            try:
+                if (waiting := machines.claim(kind, claim)) is not None:
+                    with waiting as instance:
+                        facts = self._converse(spec, instance, sinks)
+                    if not facts.unanswered:
+                        return instance, facts
+                    claim = replace(claim, phase=f"{spec.name}-clone")  # that job is over, and stays on record
+            except BackendError:
+                claim = replace(claim, phase=f"{spec.name}-clone")
         if self.request.cold:
             self.request.progress(f"booting a machine for the {spec.name}")
         with self.backend.start(self._job(claim, kind, cold=self.request.cold)) as instance:

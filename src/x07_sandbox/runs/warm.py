@@ -11,6 +11,7 @@ the deadline, then the record, then the machine.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import threading
 import time
@@ -82,7 +83,7 @@ class WarmMachines:
         self, size: int, *, image: str | None = None, progress: Callable[[str], None] = lambda _text: None
     ) -> None:
         most = memory_bytes() // 4 // settings.WARM_BYTES
-        if not 1 <= size <= most:
+        if not isinstance(size, int) or not 1 <= size <= most:
             raise UsageError("cannot keep a pool", f"{size} machines are not between 1 and {most}", "Set another size")
         self.size = size
         self.claimed = 0
@@ -95,6 +96,7 @@ class WarmMachines:
         self._ready: deque[WarmMachine] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self._owner_pid = os.getpid()
         self._thread = threading.Thread(target=self._keep, name="x07-warm", daemon=True)
 
     def start(self) -> None:
@@ -137,11 +139,11 @@ class WarmMachines:
                 machine = self._make()
             except Cancelled:
                 return
-            except SandboxError as exc:
+            except (SandboxError, OSError) as exc:
                 failures += 1
                 if failures >= _FAILURES_MAX:
                     with self._changed:
-                        self.problem = exc
+                        self.problem = exc if isinstance(exc, SandboxError) else _out_of(exc)
                         self._changed.notify_all()
                     return
                 time.sleep(_TRY_AGAIN_S)
@@ -203,6 +205,10 @@ class WarmMachines:
 
     # giving out
 
+    def in_a_child(self) -> bool:
+        """Whether this is a process that was forked from the owner's: no machine is its to take, or to end."""
+        return os.getpid() != self._owner_pid
+
     def ready(self) -> int:
         """How many wait now."""
         with self._changed:
@@ -224,6 +230,8 @@ class WarmMachines:
 
     def take(self, claim: Claim, runner: Identity) -> WarmMachine | None:
         """One of them, as the job of *claim*, carried out by *runner*; None if none waits or it could not become it."""
+        if self.in_a_child():
+            return None
         with self._changed:
             if not self._ready or self._closing:
                 return None
@@ -246,6 +254,8 @@ class WarmMachines:
 
     def close(self) -> None:
         """End those that wait, and make no more. Those that were claimed are their claimers'."""
+        if self.in_a_child():
+            return
         with self._changed:
             if self._closing:
                 return
@@ -260,6 +270,10 @@ class WarmMachines:
             self._thread.join()
         self._stack.close()
         self._cancel.close()
+
+
+def _out_of(exc: OSError) -> HostError:
+    return HostError("cannot keep machines warm", exc.strerror or str(exc), "Raise the limit on open files: ulimit -n")
 
 
 @contextlib.contextmanager
