@@ -83,7 +83,11 @@ class ProgramGroup:
 
     def program_stopped(self) -> bool:
         """Whether the program itself, whatever its children do, stands still by a signal."""
-        return any(_is_stopped_program(pid) for pid in self._read("cgroup.procs").decode().split())
+        for pid in self._read("cgroup.procs").decode().split():
+            # It comes first, most likely: to ask all of a fork bomb takes longer than the host may wait for our word.
+            if state := _state_of_program(pid):
+                return state in "Tt"
+        return False
 
     def _read(self, name: str) -> bytes:
         return read_file(f"{_GROUP}/{name}")
@@ -105,11 +109,11 @@ class ProgramGroup:
             return 0
 
 
-def _is_stopped_program(pid: str) -> bool:
-    """Whether it is the first child of our init, which is PID 2 of its namespace, and stopped."""
+def _state_of_program(pid: str) -> str:
+    """The state (proc(5)) of the first child of our init, which is PID 2 of its namespace; empty if it is another."""
     try:
         text = read_file(f"/proc/{pid}/status").decode("utf-8", "replace")
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return ""
     fields = dict(line.partition(":")[::2] for line in text.splitlines())
-    return fields["NSpid"].split()[-1] == str(PROGRAM_PID) and fields["State"].split()[0] in "Tt"
+    return fields["State"].split()[0] if fields["NSpid"].split()[-1] == str(PROGRAM_PID) else ""
