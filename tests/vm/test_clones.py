@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from tests.conftest import overwrite
+from tests.conftest import FULL, overwrite
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
 from x07_sandbox.backends.qemu.template import MANIFEST, sparse_sha256, templates_dir
 from x07_sandbox.cli.main import main
@@ -230,6 +230,11 @@ there = [name in sys.modules for name in ("fractions", "random", "wave")]
 import random
 print(there, sys.argv, random.random())
 """
+DRAWN = """
+import multiprocessing, random, ssl, sys, tempfile
+print("this" in sys.modules, random.random(), tempfile.mktemp(), bytes(multiprocessing.current_process().authkey))
+print(ssl.RAND_bytes(16))
+"""
 
 
 def test_preloaded_modules_are_there_and_share_no_randomness(in_own_cache: Sandbox, state: Path) -> None:
@@ -245,6 +250,30 @@ def test_preloaded_modules_are_there_and_share_no_randomness(in_own_cache: Sandb
     plain = build_image(name="preloaded", preload=[], progress=lambda _text: None)
     assert in_own_cache.run_text("see.py", PRELOADED, image=plain.name).stdout.startswith(b"[False, False, False]")
     assert left_behind(state) == []
+
+
+def test_what_modules_print_and_draw_before_the_program_is_not_the_programs(in_own_cache: Sandbox) -> None:
+    """What a module prints when it is preloaded is in no run; names and keys it would draw are each run's own."""
+    modules = ["this", "random", "tempfile", "multiprocessing", "ssl"]
+    build_image(name="noisy", preload=modules, progress=lambda _text: None)
+    drawn = [in_own_cache.run_text("drawn.py", DRAWN, image="noisy", cache=True) for _ in range(2)]
+    words = []
+    for ran in drawn:
+        assert ran.outcome == "ok", ran.reason
+        assert starts(ran)["run"] == "clone"
+        assert ran.stdout.startswith(b"True 0.")
+        words += ran.stdout.split(b" ", 3)[1:]
+    assert len(set(words)) == len(words)
+
+
+@pytest.mark.skipif(not FULL, reason="full sizes only: builds an image with more packages")
+def test_what_openssl_drew_before_the_program_is_not_what_it_draws_after(in_own_cache: Sandbox) -> None:
+    """A preloaded module that makes a TLS context leaves no generator of OpenSSL that clones share."""
+    build_image(name="tls", include=["python3-requests"], preload=["requests"], progress=lambda _text: None)
+    source = "import ssl, sys\nprint('requests' in sys.modules, ssl.RAND_bytes(16))\n"
+    drawn = [in_own_cache.run_text("tls.py", source, image="tls", cache=True) for _ in range(2)]
+    assert [ran.stdout.startswith(b"True ") and starts(ran)["run"] for ran in drawn] == ["clone", "clone"]
+    assert drawn[0].stdout != drawn[1].stdout
 
 
 def test_a_module_that_cannot_be_preloaded_is_named(

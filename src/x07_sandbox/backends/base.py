@@ -39,6 +39,11 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
     ram_bytes: int
     runtime: str = "run"
 
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """What tells kinds apart, in any process."""
+        return self.image.manifest.digest, self.ram_bytes, self.runtime
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend needs to start one job; the program itself comes later, over the channel.

@@ -60,7 +60,7 @@ def _start(options: argparse.Namespace) -> int:
     log = pool_dir() / "log"
     ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
     words = [str(options.size), str(options.idle), options.image, str(ready_w)]
-    with os.fdopen(ready_r, "rb") as ready, log.open("wb") as errors:
+    with os.fdopen(ready_r, "rb") as ready, log.open("ab") as errors:
         log.chmod(0o600)
         child = subprocess.Popen(
             [sys.executable, "-m", "x07_sandbox.runs.pool_server", *words],

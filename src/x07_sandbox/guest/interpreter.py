@@ -28,14 +28,27 @@ ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07"
 
 _HOOK: Final = f"""
 import os, sys
-for name in PRELOAD:
-    try:
-        __import__(name)
-    except BaseException as exc:
-        os.write({TOLD_FD}, f"0 cannot preload {{name}}: {{exc!r}}".encode("utf-8", "backslashreplace")[:1000])
-        os._exit(127)
+if PRELOAD:  # what they print is not the program's
+    outputs = os.dup(1), os.dup(2)
+    null = os.open("/dev/null", os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    for name in PRELOAD:
+        try:
+            __import__(name)
+        except BaseException as exc:
+            os.write({TOLD_FD}, f"0 cannot preload {{name}}: {{exc!r}}".encode("utf-8", "backslashreplace")[:1000])
+            os._exit(127)
+    sys.__stdout__.flush()
+    sys.__stderr__.flush()
+    for number, fd in enumerate(outputs, 1):
+        os.dup2(fd, number)
+        os.close(fd)
+    os.close(null)
 known, importers = set(sys.modules), set(sys.path_importer_cache)
 import _signal, ctypes, marshal
+if "_hashlib" in known:
+    import _ssl
 
 placeholder = {PLACEHOLDER!r}.encode("utf-32-le") + bytes(4)
 ctypes.pythonapi._Py_GetConfig.restype = ctypes.c_void_p
@@ -81,9 +94,16 @@ for module in set(sys.modules) - known:
 for path in set(sys.path_importer_cache) - importers | {{{FOLDER!r}}}:
     sys.path_importer_cache.pop(path, None)
 del sys.modules["sitecustomize"]
-for name in ("random", "numpy.random"):  # what they have drawn is every clone's
-    if name in sys.modules:
-        sys.modules[name].seed()
+if PRELOAD:  # what they have drawn is every clone's
+    for name in ("random", "numpy.random"):
+        if name in sys.modules:
+            sys.modules[name].seed()
+    if "tempfile" in sys.modules:
+        sys.modules["tempfile"]._name_sequence = None
+    if "multiprocessing.process" in sys.modules:
+        sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
+    if "_hashlib" in known:
+        _ssl.RAND_add(os.urandom(32), 32.0)  # OpenSSL's generators take it up when they are asked next
 os.close({TOLD_FD})
 import sitecustomize  # the system's own, where it has one
 """

@@ -80,7 +80,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
             fds.frombytes(content[: len(content) // fds.itemsize * fds.itemsize])
     try:
         message = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict) or message.get("protocol") != PROTOCOL:
         for fd in fds:
@@ -167,9 +167,7 @@ class PoolMachines:
             "phase": claim.phase,
             "wall_ms": claim.wall_ms,
             "state_dir": str(state_dir()),
-            "image": kind.image.manifest.digest,
-            "ram_bytes": kind.ram_bytes,
-            "runtime": kind.runtime,
+            "kind": kind.key,
         }
         try:
             send(connection, wanted)
@@ -189,18 +187,23 @@ class PoolMachines:
 @contextlib.contextmanager
 def _leased(lease: socket.socket, told: dict[str, Any], owned_fds: list[int]) -> Iterator[LeasedInstance]:
     try:
-        instance = LeasedInstance(lease, told, dict(zip(_FDS, owned_fds, strict=True)))
+        instance = _instance_of(lease, told, owned_fds)
         try:
             yield instance
         finally:
             instance.stop()
-    except (KeyError, ValueError, TypeError) as exc:
-        what = "cannot take a machine from the pool"
-        raise BackendError(what, f"its answer is damaged ({exc})", "Run x07 pool stop, and try again") from exc
     finally:
         lease.close()
         for fd in owned_fds:
             os.close(fd)
+
+
+def _instance_of(lease: socket.socket, told: dict[str, Any], owned_fds: list[int]) -> LeasedInstance:
+    try:
+        return LeasedInstance(lease, told, dict(zip(_FDS, owned_fds, strict=True)))
+    except (KeyError, ValueError, TypeError) as exc:
+        what = "cannot take a machine from the pool"
+        raise BackendError(what, f"its answer is damaged ({exc})", "Run x07 pool stop, and try again") from exc
 
 
 def handed_over(instance: QemuInstance) -> tuple[dict[str, object], list[int]]:

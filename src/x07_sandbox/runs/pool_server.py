@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 _WAITING_MAX: Final = 128
 _JOB_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,10}-[a-z]{1,16}")
 _WALL_MS_MAX: Final = 86_400_000
+_NO_FDS_S: Final = 0.2
 
 
 class Server:
@@ -80,7 +82,11 @@ class Server:
             for fd, _ in poll.poll(min(self.idle_s, 1.0) * 1000):
                 if fd == self._end:
                     return
-                connection, _ = self.listener.accept()
+                try:
+                    connection, _ = self.listener.accept()
+                except OSError:  # no descriptor is left: some come back with the leases
+                    select.select([self._end], [], [], _NO_FDS_S)
+                    continue
                 thread = threading.Thread(target=self._serve_one, args=(connection,), name="x07-lease", daemon=True)
                 thread.start()
                 self._threads = [*(other for other in self._threads if other.is_alive()), thread]
@@ -168,12 +174,10 @@ class Server:
 
     def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
         """The machine that is asked for, already the claimer's by its record; None if there is none."""
-        kind = self.machines.kind
-        ours = (str(state_dir()), kind.image.manifest.digest, kind.ram_bytes, kind.runtime)
-        theirs = tuple(asked.get(name) for name in ("state_dir", "image", "ram_bytes", "runtime"))
+        ours = (str(state_dir()), list(self.machines.kind.key))
         runner = identify(pid)
         claim = _claim(asked)
-        if claim is None or runner is None or theirs != ours:
+        if claim is None or runner is None or (asked.get("state_dir"), asked.get("kind")) != ours:
             return None
         return self.machines.take(claim, runner)
 
@@ -196,6 +200,8 @@ def _listening() -> Iterator[socket.socket]:
         raise HostError("cannot start the pool", "it runs already", "See x07 pool status, or run x07 pool stop")
 
     with file_lock(folder / "lock", on_wait=taken):
+        with contextlib.suppress(OSError):
+            os.ftruncate(sys.stderr.fileno(), 0)  # the log, which is ours now
         with contextlib.suppress(FileNotFoundError):
             (folder / SOCKET).unlink()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -217,6 +223,8 @@ def main(words: list[str]) -> int:
         with contextlib.suppress(OSError):
             os.write(ready_fd, json.dumps(value).encode() + b"\n")
 
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a machine takes about ten descriptors
     try:
         with _listening() as listener:
             machines = WarmMachines(size, image=image, progress=lambda text: tell({"progress": text}))

@@ -225,8 +225,7 @@ class WarmMachines:
 
     def serves(self, kind: MachineKind) -> bool:
         """Whether its machines are of that kind."""
-        ours = (self.kind.image.manifest.digest, self.kind.ram_bytes, self.kind.runtime)
-        return ours == (kind.image.manifest.digest, kind.ram_bytes, kind.runtime)
+        return kind.key == self.kind.key
 
     def take(self, claim: Claim, runner: Identity) -> WarmMachine | None:
         """One of them, as the job of *claim*, carried out by *runner*; None if none waits or it could not become it."""
