@@ -1,7 +1,7 @@
 """Run a program that nobody trusts inside a throw-away virtual machine.
 
     from x07_sandbox import run_program
-    result = run_program("prog.py", stdin=b"data")
+    result = run_program("prog.py", input=b"data")
     print(result.outcome, result.stdout.text)
 
 Everything is imported on first use, from the table below, so that importing the package costs nothing.
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.policy.model import Policy
-    from x07_sandbox.runs.library import run_program
+    from x07_sandbox.runs.library import run_program, run_program_async
     from x07_sandbox.runs.pool import Pool
     from x07_sandbox.runs.result import Result
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["Policy", "Pool", "Result", "SandboxError", "run_program"]
+__all__ = ["Policy", "Pool", "Result", "SandboxError", "run_program", "run_program_async"]
 
 _EXPORTS = {
     "Policy": "x07_sandbox.policy.model",
@@ -29,6 +29,7 @@ _EXPORTS = {
     "Result": "x07_sandbox.runs.result",
     "SandboxError": "x07_sandbox.errors",
     "run_program": "x07_sandbox.runs.library",
+    "run_program_async": "x07_sandbox.runs.library",
 }
 
 

@@ -5,6 +5,8 @@ Standard library only: the guest agent and the channel import this module too.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SandboxError(Exception):
     """Base of all errors raised on purpose.
@@ -13,6 +15,9 @@ class SandboxError(Exception):
     why: the cause, without a full stop.
     fix: one sentence on what to do, without its full stop.
     """
+
+    # The run's Result, where there is one. Not typed as such: this module knows nothing of the others.
+    result: Any = None
 
     def __init__(self, what: str, why: str, fix: str) -> None:
         super().__init__(what, why, fix)  # all arguments, so that the error survives pickling

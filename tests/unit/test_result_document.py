@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jsonschema
+import pytest
 
+from x07_sandbox.errors import SandboxError
 from x07_sandbox.reports.document import render_json, result_schema
 from x07_sandbox.runs.library import run_program
-
-if TYPE_CHECKING:
-    import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,8 +23,9 @@ def test_the_published_schema_is_that_of_the_types() -> None:
 def test_a_usage_error_is_a_result_that_keeps_to_the_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that is not there ends as usage-error, as one JSON object after the schema."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
-    result = run_program(tmp_path / "missing.py")
-    document = json.loads(render_json(result))
+    with pytest.raises(SandboxError) as caught:
+        run_program(tmp_path / "missing.py")
+    document = json.loads(render_json(caught.value.result))
     jsonschema.validate(document, json.loads(result_schema()))
     assert document["outcome"] == "usage-error"
     assert document["x07_exit_code"] == 2

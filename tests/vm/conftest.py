@@ -23,7 +23,7 @@ from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.processes import Identity, carries_mark, is_alive
 from x07_sandbox.images.build import build_image
 from x07_sandbox.policy import default_policy, render_policy
-from x07_sandbox.programs.toolchains import OUTPUT, toolchain_for
+from x07_sandbox.programs.toolchains import OUTPUT, Source, toolchain_for
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import run
 from x07_sandbox.runs.streams import Cancel, OutFile
@@ -174,7 +174,9 @@ class Artifacts:
         return self._known[source]
 
     def _load_or_build(self, source: Path) -> bytes:
-        argv = toolchain_for(source.name).build("source", source.name)
+        build = toolchain_for(source.name).build
+        assert build is not None
+        argv = build(Source(name=source.name))
         key = hashlib.sha256(repr((self.image.digest, argv, source.read_bytes())).encode()).hexdigest()
         path = self.folder / key
         with file_lock(self.folder / f"{key}.lock"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from x07_sandbox import run_program
+from x07_sandbox import SandboxError, run_program
 from x07_sandbox.policy import default_policy, render_policy
 
 if TYPE_CHECKING:
@@ -96,16 +96,17 @@ def test_arguments_that_no_program_can_have_are_wrong_usage(
 ) -> None:
     """Arguments that execve(2) does not take are wrong usage, told before any machine exists."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
-    result = run_program(PROGRAM, args)
-    assert (result.outcome, result.x07_exit_code) == ("usage-error", 2)
-    assert why in result.reason
+    with pytest.raises(SandboxError, match=why) as caught:
+        run_program(PROGRAM, args)
+    assert (caught.value.result.outcome, caught.value.result.x07_exit_code) == ("usage-error", 2)
     assert _no_machine(tmp_path)
 
 
 def test_a_negative_output_limit_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An output limit below 0 is wrong usage."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
-    assert run_program(PROGRAM, max_output_bytes=-1).outcome == "usage-error"
+    with pytest.raises(SandboxError, match="negative"):
+        run_program(PROGRAM, max_output_bytes=-1)
 
 
 def test_an_unknown_option_names_the_verbs_own_help(tmp_path: Path) -> None:
@@ -117,15 +118,15 @@ def test_an_unknown_option_names_the_verbs_own_help(tmp_path: Path) -> None:
 
 def test_a_name_that_is_no_utf_8_is_told_as_such(tmp_path: Path) -> None:
     """A source whose name is no UTF-8 is refused for that reason."""
-    result = run_program(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.py"))
-    assert (result.outcome, "no UTF-8" in result.reason) == ("usage-error", True)
+    with pytest.raises(SandboxError, match="no UTF-8"):
+        run_program(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.py"))
 
 
-def test_a_policy_with_a_misspelt_key_is_wrong_usage(tmp_path: Path) -> None:
-    """An unknown key in a policy ends as usage-error, exit 2, with its path and a suggestion."""
+def test_a_policy_with_a_misspelt_key_is_refused(tmp_path: Path) -> None:
+    """A policy with an unknown key is refused, exit 125, with its path and a suggestion."""
     path = _policy(tmp_path, lambda p: p["limits"].update(wall_mss=1))
     code, result = _run(tmp_path, "--policy", path, PROGRAM)
-    assert (code, result["outcome"]) == (2, "usage-error")
+    assert (code, result["outcome"]) == (125, "refused")
     assert "$.limits.wall_mss" in result["reason"]
     assert "wall_ms" in result["reason"]
     assert _no_machine(tmp_path)

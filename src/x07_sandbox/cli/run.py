@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import binascii
 import contextlib
 import os
 import signal
@@ -14,19 +15,20 @@ from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.usage import whole_number
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.programs.toolchains import describe
+from x07_sandbox.programs.toolchains import BY_NAME, describe
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import failure, run
-from x07_sandbox.runs.streams import Cancel
+from x07_sandbox.runs.streams import Cancel, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from x07_sandbox.runs.result import Result
 
-_EPILOG = f"""languages, by the name of the file:
+_EPILOG = f"""languages, by the name of the file or by --toolchain:
 {describe()}
+A folder with an x07-sandbox.toml is a project of more files: docs/programs.md.
 
 exit code: the program's own; 128+N for signal N; 124 for a time or CPU limit; 137 out of memory; 153 too much output;
 126 the build failed; 125 refused, lost, or its output could not be written; 2 wrong usage. A program may use the same
@@ -35,8 +37,13 @@ numbers: scripts read `outcome`.
 examples:
   x07 run prog.py
   x07 run --input data.txt prog.c -- --top 10
+  x07 run -c 'print(6 * 7)' --toolchain python
+  generate | x07 run --toolchain shell -           the source comes from standard input
   x07 run --policy strict.json --json prog.py
+  x07 run --env LEVEL=3 ./a.out
+  x07 run --dry-run project/                       what would be done, and what the policy would hold
 """
+_SOURCE_MAX = settings.SOURCE_MAX_BYTES
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
@@ -47,68 +54,168 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         description="Build PROGRAM in one throw-away virtual machine and run it in another.",
         epilog=_EPILOG,
     )
-    parser.add_argument("program", metavar="PROGRAM", help="a source file")
-    parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, behind --")
     parser.add_argument(
+        "program", metavar="PROGRAM", nargs="?", help="a source file, an executable, a project's folder; - for stdin"
+    )
+    parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, behind --")
+    _add_program(parser)
+    _add_input(parser)
+    _add_machine(parser)
+    _add_output(parser)
+    parser.set_defaults(carry_out=_run)
+
+
+def _add_program(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the program")
+    group.add_argument("-c", dest="code", metavar="CODE", help="a source text; needs --toolchain")
+    group.add_argument("--toolchain", choices=tuple(BY_NAME), metavar="T", help="how it is built and started")
+    group.add_argument(
         "--policy", type=Path, metavar="FILE", help="what it may touch (default: no files, no network, 60 s, 512 MiB)"
     )
-    parser.add_argument("--input", type=Path, metavar="FILE", help="its standard input (default: ours)")
-    parser.add_argument("--image", metavar="NAME|DIGEST", help="the guest image (default: default)")
-    parser.add_argument(
-        "--max-output-bytes",
-        type=whole_number(0, 1 << 40, "bytes"),
-        default=settings.OUTPUT_MAX_BYTES,
-        metavar="N",
-        help="per stream (default: 64 MiB)",
+    group.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of the program; NAME alone: ours"
     )
-    parser.add_argument(
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    title = "its standard input (default: the project's, else ours)"
+    group = parser.add_argument_group(title).add_mutually_exclusive_group()
+    group.add_argument("--input", type=Path, metavar="FILE", help="a file")
+    group.add_argument("--stdin", action="store_true", help="ours, whatever the project says")
+    group.add_argument("--input-b64", metavar="TEXT", help="bytes, as base64")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the machines")
+    group.add_argument("--image", metavar="NAME|DIGEST", help="the guest image (default: default)")
+    group.add_argument("--require-hardware", action="store_true", help="refuse emulation")
+    group.add_argument(
         "--queue-timeout",
         type=whole_number(0, int(settings.QUEUE_S), "seconds"),
         default=settings.QUEUE_S,
         metavar="S",
         help="how long to wait while as many machines run as may (default: 600)",
     )
-    parser.add_argument("--no-pool", action="store_true", help="take no warm machine, also where x07 pool keeps some")
-    parser.add_argument("--no-cache", action="store_true", help="build also what was built before from the same source")
-    parser.add_argument("--cold", action="store_true", help="boot the machines anew instead of cloning saved ones")
-    parser.add_argument(
+    group.add_argument("--no-pool", action="store_true", help="take no warm machine, also where x07 pool keeps some")
+    group.add_argument("--no-cache", action="store_true", help="build also what was built before from the same source")
+    group.add_argument("--cold", action="store_true", help="boot the machines anew instead of cloning saved ones")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
         "--json", action="store_true", help="print the result as one JSON object instead of the program's output"
     )
-    parser.set_defaults(carry_out=_run)
+    group.add_argument("--report-out", type=Path, metavar="FILE", help="write the result there too, as JSON")
+    group.add_argument("--quiet-json", action="store_true", help="with --report-out: print no JSON")
+    group.add_argument("--raw", action="store_true", help="let a terminal have control sequences of the program's")
+    group.add_argument(
+        "--max-output-bytes",
+        type=whole_number(0, 1 << 40, "bytes"),
+        default=settings.OUTPUT_MAX_BYTES,
+        metavar="N",
+        help="per stream (default: 64 MiB)",
+    )
+    group.add_argument("--compiled-out", type=Path, metavar="FILE", help="keep what was built there")
+    group.add_argument("--dry-run", action="store_true", help="boot nothing: say what would be done")
 
 
 def _run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
-        stdin_fd = _input(options.input, stack)
-        _need_image(options.image)
-        cancel = stack.enter_context(_cancelled_by_signals())
         progress = LiveLine()
         stack.callback(progress, "")
-        result = run(
-            RunRequest(
-                program=Path(options.program),
-                args=tuple(options.args),
-                policy=options.policy,
-                image=options.image,
-                stdin_fd=stdin_fd,
-                live_stdout=None if options.json else _stream(1),
-                live_stderr=None if options.json else _stream(2),
-                max_output_bytes=options.max_output_bytes,
-                cold=options.cold,
-                cache=not options.no_cache,
-                queue_s=options.queue_timeout,
-                machines=None if options.no_pool else PoolMachines(),
-                progress=progress,
-                cancel=cancel,
-            )
-        )
+        request = _request(options, stack, progress)
+        if options.dry_run:
+            from x07_sandbox.cli.dry_run import show_plan
+
+            return show_plan(request, as_json=options.json)
+        _need_image(options.image)
+        stack.enter_context(cancelled_by_signals(request.cancel))
+        if options.compiled_out is not None:
+            from x07_sandbox.cli.written import compiled_out
+
+            request = stack.enter_context(compiled_out(options.compiled_out, request))
+        result = run(request)
+    if options.report_out is not None:
+        from x07_sandbox.cli.written import write_report
+
+        write_report(options.report_out, result)
     if options.json:
-        return _print(result)
+        return result.x07_exit_code if options.quiet_json else _print(result)
     _explain(result)
     from x07_sandbox.plan.outcomes import REFUSED_EXIT  # loaded by now, while the machine came up
 
     lost = result.stdout.undelivered or result.stderr.undelivered
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
+
+
+def _request(options: argparse.Namespace, stack: contextlib.ExitStack, progress: LiveLine) -> RunRequest:
+    """What the command line asks for. Raises UsageError."""
+    words = list(options.args)
+    program: str | None = options.program
+    source: bytes | None = None
+    if options.code is not None:
+        words = [*([program] if program is not None else []), *words]
+        program, source = None, options.code.encode("utf-8", "surrogateescape")
+    elif program == "-":
+        program, source = None, _source_from_stdin()
+    elif program is None:
+        raise UsageError("cannot run nothing", "no PROGRAM is named", "Name one, or give a source with -c")
+    stdin_fd = None if options.code is None and source is not None else _stream(0)
+    if options.input_b64 is not None:
+        stdin_fd = memory_file(_decoded(options.input_b64), stack)
+    return RunRequest(
+        program=None if program is None else Path(program),
+        source=source,
+        toolchain=options.toolchain,
+        args=tuple(words),
+        policy=options.policy,
+        env=dict(map(_variable, options.env)),
+        image=options.image,
+        input=options.input,
+        stdin_fd=stdin_fd,
+        stdin_default=not (options.stdin or options.input_b64 is not None),
+        live_stdout=None if options.json else _stream(1),
+        live_stderr=None if options.json else _stream(2),
+        raw=options.raw,
+        max_output_bytes=options.max_output_bytes,
+        cold=options.cold,
+        cache=not options.no_cache,
+        queue_s=options.queue_timeout,
+        machines=None if options.no_pool else PoolMachines(),
+        require_hardware=options.require_hardware,
+        progress=progress,
+        cancel=stack.enter_context(contextlib.closing(Cancel())),
+    )
+
+
+def _source_from_stdin() -> bytes:
+    """The source that PROGRAM `-` stands for. Raises UsageError."""
+    try:
+        source = sys.stdin.buffer.read(_SOURCE_MAX + 1)
+    except OSError as exc:
+        raise UsageError("cannot read the source", exc.strerror or str(exc), "Pipe it to standard input") from exc
+    if not source:
+        raise UsageError("cannot run the source", "standard input is empty", "Pipe it to standard input")
+    return source
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text.encode(), strict_mode=True)
+    except (binascii.Error, UnicodeEncodeError) as exc:
+        why = f"it is no base64: {exc}"
+        raise UsageError("cannot use --input-b64", why, "Encode the input with base64 -w0") from exc
+
+
+def _variable(text: str) -> tuple[str, str]:
+    """NAME=VALUE, or NAME for the value that it has here. Raises UsageError."""
+    name, equals, value = text.partition("=")
+    if equals:
+        return name, value
+    if name not in os.environ:
+        raise UsageError(f"cannot use --env {name}", "there is no such variable here", "Give NAME=VALUE, or set it")
+    return name, os.environ[name]
 
 
 def print_failure(exc: Exception, signalled: int | None = None) -> int:
@@ -132,21 +239,6 @@ def _stream(fd: int) -> int | None:
     return fd
 
 
-def _input(path: Path | None, stack: contextlib.ExitStack) -> int | None:
-    if path is None:
-        return _stream(0)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise UsageError(
-            f"cannot read the input {path}", exc.strerror or str(exc), "Name a readable file with --input"
-        ) from exc
-    stack.callback(os.close, fd)
-    if Path(f"/proc/self/fd/{fd}").is_dir():
-        raise UsageError(f"cannot read the input {path}", "it is a folder", "Name a readable file with --input")
-    return fd
-
-
 def _need_image(ref: str | None) -> None:
     """On a terminal, make the default image when there is none, or renew it; elsewhere leave the refusal to the run."""
     from x07_sandbox.images.store import find_image, image_is_current
@@ -164,18 +256,16 @@ def _need_image(ref: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _cancelled_by_signals() -> Iterator[Cancel]:
+def cancelled_by_signals(cancel: Cancel) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP end the run in good order; a second one as well."""
-    cancel = Cancel()
     # What is ignored stays so: by nohup, or in a script's background.
     wanted = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda got, _frame: cancel.interrupt(got)) for number in wanted}
     try:
-        yield cancel
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        cancel.close()
 
 
 def _explain(result: Result) -> None:

@@ -30,6 +30,7 @@ class Arch(msgspec.Struct, frozen=True, kw_only=True):
     multiarch: str
     loader: str  # the dynamic loader's path
     audit: int  # linux/audit.h: AUDIT_ARCH_*
+    elf_machine: int  # elf.h: EM_*
     syscalls: dict[str, int]
     tested: bool
 
@@ -75,6 +76,7 @@ ARCHES: dict[str, Arch] = {
         multiarch="x86_64-linux-gnu",
         loader="/lib64/ld-linux-x86-64.so.2",
         audit=0xC000003E,
+        elf_machine=62,
         syscalls=_X86_64_CALLS,
         tested=True,
     ),
@@ -90,6 +92,7 @@ ARCHES: dict[str, Arch] = {
         multiarch="aarch64-linux-gnu",
         loader="/lib/ld-linux-aarch64.so.1",
         audit=0xC00000B7,
+        elf_machine=183,
         syscalls=_AARCH64_CALLS,
         tested=False,
     ),

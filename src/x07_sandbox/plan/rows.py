@@ -151,7 +151,7 @@ def _no_variables(asked: Asked, field: str) -> Answer:
         given = sorted(key for key in asked.entries(field) if isinstance(key, str) and _is_given(asked, key))
         if given:
             return Answer("not-enforced-yet", _NOBODY, f"every program gets {', '.join(given)}, with fixed values")
-    return Answer("enforced", _VM, "no variable of the host goes in, only fixed ones and X07's own")
+    return Answer("enforced", _VM, "none of the host goes in: only fixed ones, X07's own, and what the caller names")
 
 
 def _is_given(asked: Asked, key: str) -> bool:

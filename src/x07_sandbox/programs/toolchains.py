@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -9,89 +10,242 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 SOURCE_FOLDER: Final = "/x07/in"
+PROJECT_FOLDER: Final = "/x07/in/project"
 OUTPUT: Final = "/x07/out/compiled-out"
 ARTIFACT: Final = "/x07/in/artifact"
 PROGRAM_FOLDER: Final = "/x07/in/program"
 _PYTHON: Final = "/usr/bin/python3"
+_BASH: Final = "/bin/bash"
 _NAME_MAX: Final = 200  # bytes; byte code gets a longer one, and a file system takes 255
+_ELF: Final = b"\x7fELF"
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """What a toolchain is told of a source: where it lies in the build VM, and what of it counts.
+
+    name: the file that is started, relative to the folder; "" where there is none (make).
+    folder: its folder in the build VM. files: all files below it, sorted, where it is a tree; () for a single file.
+    head: the first bytes of *name*. args: for the build tool. artifact: what make makes, relative to the folder.
+    """
+
+    name: str
+    folder: str = SOURCE_FOLDER
+    files: tuple[str, ...] = ()
+    head: bytes = b""
+    args: tuple[str, ...] = ()
+    artifact: str = ""
+
+    @property
+    def path(self) -> str:
+        """The file that is started, in the build VM."""
+        return f"{self.folder}/{self.name}"
+
+    def with_suffixes(self, suffixes: tuple[str, ...]) -> list[str]:
+        """Paths of the files of a language in the build VM."""
+        if not self.files:
+            return [self.path]
+        return [f"{self.folder}/{name}" for name in self.files if PurePosixPath(name).suffix.lower() in suffixes]
 
 
 class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
     """One language.
 
     suffixes: of source files, lower case.
-    build: argv of the build, given the source's path in the guest and the file's own name; the first is a path.
+    build: argv of the build; the first is a path. None where the source is the artifact.
     archive: whether the artifact is an archive that is unpacked to PROGRAM_FOLDER, else an executable at ARTIFACT.
-    start: argv that starts the program, given the file's own name.
+    start: argv that starts the program.
+    needs: Debian packages that the image must have.
+    entry: whether a project of it names the file that is started.
     """
 
     name: str
     suffixes: tuple[str, ...]
-    build: Callable[[str, str], list[str]]
+    build: Callable[[Source], list[str]] | None
     archive: bool
-    start: Callable[[str], list[str]]
+    start: Callable[[Source], list[str]]
+    needs: tuple[str, ...] = ()
+    entry: bool
     doc: str
 
 
-def _build_c(source: str, _name: str) -> list[str]:
-    return ["/usr/bin/gcc", "-std=gnu17", "-O2", "-o", OUTPUT, "-x", "c", source, "-x", "none", "-lm", "-lpthread"]
+_C: Final = (".c",)
+_CPP: Final = (".cpp", ".cc", ".cxx", ".c++")
 
 
-def _start_executable(_name: str) -> list[str]:
+def _build_c(source: Source) -> list[str]:
+    given = ["-x", "c", *source.with_suffixes(_C), "-x", "none"]
+    return ["/usr/bin/gcc", "-std=gnu17", "-O2", "-o", OUTPUT, *source.args, *given, "-lm", "-lpthread"]
+
+
+def _build_cpp(source: Source) -> list[str]:
+    given = ["-x", "c++", *source.with_suffixes(_CPP), "-x", "none"]
+    return ["/usr/bin/g++", "-std=gnu++20", "-O2", "-o", OUTPUT, *source.args, *given, "-lm", "-lpthread"]
+
+
+def _start_executable(_source: Source) -> list[str]:
     return [ARTIFACT]
 
 
-def _build_python(source: str, name: str) -> list[str]:
-    return [_PYTHON, "-I", "-S", "-c", _driver(), source, name, PROGRAM_FOLDER, OUTPUT]
+def _build_archive(source: Source, *check: str) -> list[str]:
+    what = "tree" if source.files else "file"
+    words = [what, source.folder, source.name, PROGRAM_FOLDER, OUTPUT, *check]
+    return [_PYTHON, "-I", "-S", "-c", _driver(), *words]
 
 
-def _start_python(name: str) -> list[str]:
-    return [_PYTHON, f"{PROGRAM_FOLDER}/{name}"]
+def _start_python(source: Source) -> list[str]:
+    return [_PYTHON, f"{PROGRAM_FOLDER}/{source.name}"]
+
+
+def _shell(source: Source) -> str:
+    """The shell that a script's first line asks for; bash where it asks for none."""
+    asked = re.match(rb"#![ \t]*(?:/usr/bin/env[ \t]+|(?:/usr)?/bin/)(sh|dash|bash)\b", source.head)
+    return f"/bin/{asked[1].decode()}" if asked else _BASH
+
+
+def _start_shell(source: Source) -> list[str]:
+    return [_shell(source), f"{PROGRAM_FOLDER}/{source.name}"]
+
+
+# The tree is copied, since what came in cannot be written. The artifact is moved, not copied: whatever it is (a link,
+# a fifo) arrives as that, and is looked at from outside.
+_MAKE: Final = """
+set -e
+cp -R -- "$1/." /x07/out/tree
+cd /x07/out/tree
+artifact=$2 output=$3
+shift 3
+make "$@"
+if [ ! -e "$artifact" ] && [ ! -L "$artifact" ]; then
+    echo "make ended well, but there is no file $artifact" >&2
+    exit 1
+fi
+mv -T -- "$artifact" "$output"
+"""
+
+
+def _build_make(source: Source) -> list[str]:
+    return ["/bin/sh", "-c", _MAKE, "make", source.folder, source.artifact, OUTPUT, *source.args]
 
 
 @cache
 def _driver() -> str:
-    return (Path(__file__).parent / "data" / "build_python.py").read_text(encoding="utf-8")
+    return (Path(__file__).parent / "data" / "build_archive.py").read_text(encoding="utf-8")
 
 
 TOOLCHAINS: Final = (
     Toolchain(
         name="c",
-        suffixes=(".c",),
+        suffixes=_C,
         build=_build_c,
         archive=False,
         start=_start_executable,
-        doc="C, by the image's gcc: one source file, optimised, linked with libm and threads.",
+        needs=("gcc", "libc6-dev"),
+        entry=False,
+        doc="C, by the image's gcc: optimised, linked with libm and threads.",
+    ),
+    Toolchain(
+        name="cpp",
+        suffixes=_CPP,
+        build=_build_cpp,
+        archive=False,
+        start=_start_executable,
+        needs=("g++", "libc6-dev"),
+        entry=False,
+        doc="C++20, by the image's g++: optimised, linked with libm and threads.",
     ),
     Toolchain(
         name="python",
         suffixes=(".py",),
-        build=_build_python,
+        build=lambda source: _build_archive(source, "python"),
         archive=True,
         start=_start_python,
+        needs=("python3",),
+        entry=True,
         doc="Python, by the image's python3: checked, byte-compiled, started as a script.",
     ),
+    Toolchain(
+        name="shell",
+        suffixes=(".sh", ".bash"),
+        build=lambda source: _build_archive(source, "shell", _shell(source)),
+        archive=True,
+        start=_start_shell,
+        needs=("bash",),
+        entry=True,
+        doc="Shell: checked, started by the shell of its first line, else bash.",
+    ),
+    Toolchain(
+        name="make",
+        suffixes=(),
+        build=_build_make,
+        archive=False,
+        start=_start_executable,
+        needs=("make",),
+        entry=False,
+        doc="A project with a Makefile: make, then the artifact that the manifest names.",
+    ),
+    Toolchain(
+        name="executable",
+        suffixes=(),
+        build=None,
+        archive=False,
+        start=_start_executable,
+        entry=True,
+        doc="A ready Linux executable, or a script that names its interpreter: run as it is.",
+    ),
 )
+BY_NAME: Final = {toolchain.name: toolchain for toolchain in TOOLCHAINS}
 
 
-def toolchain_for(path: str) -> Toolchain:
-    """The toolchain of a source file, by its suffix. Raises UsageError."""
+def toolchain_named(name: str) -> Toolchain:
+    """The toolchain of that name. Raises UsageError."""
+    try:
+        return BY_NAME[name]
+    except KeyError:
+        raise UsageError(f"no toolchain {name!r}", "there is none of that name", f"Use one of {_names()}") from None
+
+
+def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
+    """The toolchain of a source file, by its suffix, else by its first bytes. Raises UsageError."""
     suffix = PurePosixPath(path).suffix.lower()
     for toolchain in TOOLCHAINS:
         if suffix in toolchain.suffixes:
             return toolchain
+    if head.startswith((_ELF, b"#!")):
+        return BY_NAME["executable"]
     known = ", ".join(suffix for toolchain in TOOLCHAINS for suffix in toolchain.suffixes)
     raise UsageError(
         f"cannot run {path}",
-        f"no toolchain for {suffix or 'a file without suffix'}",
-        f"Name the source with one of: {known}",
+        f"{suffix or 'no suffix'} names no toolchain, and it is no executable",
+        f"Name the source with one of {known}, or the toolchain with --toolchain",
     )
+
+
+def require_packages(toolchain: Toolchain, installed: Collection[str], image: str) -> None:
+    """Refuse an image that lacks what *toolchain* needs. image: how a user names it. Raises RefusedError."""
+    missing = [name for name in toolchain.needs if name not in installed]
+    if missing:
+        raise RefusedError(
+            f"the image {image} cannot run {toolchain.name} programs",
+            f"it has no {', '.join(missing)}",
+            f"Run x07 image build --name {image} --include {','.join(missing)}",
+        )
+
+
+def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> None:
+    """Refuse an executable of another machine. elf_machine: e_machine of the guest's (elf(5)). Raises UsageError."""
+    if not head.startswith(_ELF):
+        if head.startswith(b"#!"):
+            return
+        raise UsageError(f"cannot run {path}", "it is neither an ELF file nor a script", "Name its --toolchain")
+    # 64 bits, little endian; e_machine is at 18 (elf(5)).
+    if head[4:6] != b"\x02\x01" or head[18:20] != elf_machine.to_bytes(2, "little"):
+        raise UsageError(f"cannot run {path}", f"it is no executable for {machine}", "Build it for that machine")
 
 
 def source_name(path: str) -> str:
@@ -113,6 +267,14 @@ def source_name(path: str) -> str:
     return name
 
 
-def describe(names: Sequence[Toolchain] = TOOLCHAINS) -> str:
+def describe(rows: Sequence[Toolchain] = TOOLCHAINS) -> str:
     """One line a toolchain, for help texts."""
-    return "\n".join(f"{', '.join(toolchain.suffixes)}: {toolchain.doc}" for toolchain in names)
+    lines = []
+    for row in rows:
+        names = f" ({', '.join(row.suffixes)})" if row.suffixes else ""
+        lines.append(f"  {row.name}{names}: {row.doc}")
+    return "\n".join(lines)
+
+
+def _names() -> str:
+    return ", ".join(BY_NAME)

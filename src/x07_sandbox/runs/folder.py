@@ -26,10 +26,10 @@ class RunFolder:
         self.path = private_dir(runs / run_id)
         self._stack = stack
 
-    def sink(self, name: str, *, live_fd: int | None, max_bytes: int) -> tuple[Sink, int]:
+    def sink(self, name: str, *, live_fd: int | None, max_bytes: int, raw: bool = False) -> tuple[Sink, int]:
         """A sink that keeps its stream in this folder, and the descriptor of that file."""
         fd = self._open(self.path / name)
-        sink = Sink(name.rpartition("-")[2], keep_fd=fd, live_fd=live_fd, max_bytes=max_bytes)
+        sink = Sink(name.rpartition("-")[2], keep_fd=fd, live_fd=live_fd, max_bytes=max_bytes, raw=raw)
         self._stack.callback(sink.close)
         return sink, fd
 

@@ -4,49 +4,204 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.policy.model import Policy
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import run
 from x07_sandbox.runs.streams import Cancel, memory_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from x07_sandbox.backends.base import Machines
     from x07_sandbox.runs.result import Result
 
+    OnOutput = Callable[[Literal["stdout", "stderr"], bytes], object]
 
-def run_program(
-    program: str | os.PathLike[str],
+# A program that ends in any other way has been run, whatever became of it.
+_NOT_RUN = frozenset({"usage-error", "refused", "backend-error", "internal-error"})
+_WALL_S_MAX = 600
+_CHUNK = 64 * 1024
+
+
+def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
+    program: str | os.PathLike[str] | None = None,
     args: Sequence[str] = (),
     *,
-    stdin: bytes = b"",
-    policy: str | os.PathLike[str] | None = None,
+    source: str | bytes | None = None,
+    toolchain: str | None = None,
+    files: Mapping[str, bytes] | None = None,
+    input: bytes = b"",  # noqa: A002 - as subprocess.run has it
+    policy: str | os.PathLike[str] | Policy | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
     image: str | None = None,
     max_output_bytes: int = settings.OUTPUT_MAX_BYTES,
+    on_output: OnOutput | None = None,
+    check: bool = False,
 ) -> Result:
-    """Build and run *program* in throw-away virtual machines, and return how it ended.
+    """Build and run a program in throw-away virtual machines, and return how it ended.
 
-    program: path of a source file. args: its arguments. stdin: its whole input.
-    policy: path of a policy document; None for the built-in `default`. image: name or digest of a guest image.
-    A warm machine is taken where `x07 pool` keeps some.
-    Every ending is a result, refusals and wrong usage included: look at `outcome` and `reason`.
+    program: path of a source file, an executable, or a project's folder. source: a text instead, in the language of
+    *toolchain* ("python", "c", "cpp", "shell"). files: more files beside it, relative name to content.
+    args: its arguments. input: its whole input. env: variables beside the fixed ones.
+    policy: path of a policy document, or a Policy; None for the built-in `default`.
+    timeout_s: seconds that the program may take, at most the policy's. image: name or digest of a guest image.
+    max_output_bytes: of each stream. on_output: called with "stdout" or "stderr" and bytes as they come, from another
+    thread; what it raises ends the run, and is raised here.
+
+    A warm machine is taken where `x07 pool` keeps some. Thread-safe; nothing is printed.
+
+    Raises SandboxError, whose `result` says more, if the program could not be run: wrong usage, refused, no machine.
+    A program that was run is a Result however it ended, unless *check*: then SandboxError unless `Result.ok`.
     """
+    options = {name: value for name, value in locals().items() if name not in {"program", "args", "check"}}
+    with contextlib.closing(Cancel()) as cancel:
+        return checked(_run(cancel, program, args, **options), check=check)
+
+
+async def run_program_async(
+    program: str | os.PathLike[str] | None = None,
+    args: Sequence[str] = (),
+    *,
+    check: bool = False,
+    **options: Any,  # noqa: ANN401 - those of run_program, by name
+) -> Result:
+    """As `run_program`, with its options, beside the event loop. Cancelled, it ends the machine, then raises."""
+    import asyncio
+
+    with contextlib.closing(Cancel()) as cancel:
+        work = asyncio.ensure_future(asyncio.to_thread(_run, cancel, program, args, **options))
+        try:
+            result = await asyncio.shield(work)
+        except asyncio.CancelledError:
+            cancel()
+            while not work.done():  # also if it is cancelled again: nothing is left running
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([work])
+            if not work.cancelled():
+                work.exception()  # nobody else will ask
+            raise
+    return checked(result, check=check)
+
+
+def _run(
+    cancel: Cancel,
+    program: str | os.PathLike[str] | None,
+    args: Sequence[str],
+    *,
+    input: bytes = b"",  # noqa: A002 - as above
+    on_output: OnOutput | None = None,
+    **options: Any,  # noqa: ANN401 - make_request knows them
+) -> Result:
     with contextlib.ExitStack() as stack:
-        cancel = Cancel()
-        stack.callback(cancel.close)
-        return run(
-            RunRequest(
-                program=Path(program),
-                args=tuple(args),
-                policy=None if policy is None else Path(policy),
-                image=image,
-                stdin_fd=memory_file(stdin, stack),
-                max_output_bytes=max_output_bytes,
-                machines=PoolMachines(),
-                cancel=cancel,
-            )
+        output = stack.enter_context(_Output(on_output, cancel)) if on_output is not None else None
+        live = (None, None) if output is None else output.fds
+        stdin_fd = memory_file(input, stack)
+        result = run(
+            make_request(program, args, stdin_fd=stdin_fd, machines=PoolMachines(), cancel=cancel, live=live, **options)
         )
+    if output is not None and output.problem is not None:
+        raise output.problem
+    return result
+
+
+def make_request(  # noqa: PLR0913 - as above
+    program: str | os.PathLike[str] | None,
+    args: Sequence[str],
+    *,
+    source: str | bytes | None = None,
+    toolchain: str | None = None,
+    files: Mapping[str, bytes] | None = None,
+    policy: str | os.PathLike[str] | Policy | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+    image: str | None = None,
+    max_output_bytes: int = settings.OUTPUT_MAX_BYTES,
+    stdin_fd: int,
+    machines: Machines,
+    cancel: Cancel,
+    live: tuple[int | None, int | None] = (None, None),
+) -> RunRequest:
+    """The request of a call. Raises UsageError."""
+    if (program is None) == (source is None):
+        raise UsageError("cannot run a program", "exactly one of program and source is needed", "Give one of them")
+    if timeout_s is not None and not 0 < timeout_s <= _WALL_S_MAX:
+        why = f"timeout_s is {timeout_s!r}, and must be above 0 and at most {_WALL_S_MAX}"
+        raise UsageError("cannot run a program", why, "Give another time limit")
+    return RunRequest(
+        program=None if program is None else Path(program),
+        source=source.encode() if isinstance(source, str) else source,
+        toolchain=toolchain,
+        files=dict(files or {}),
+        args=tuple(args),
+        policy=policy if policy is None or isinstance(policy, Policy) else Path(policy),
+        wall_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),
+        image=image,
+        env=dict(env or {}),
+        stdin_fd=stdin_fd,
+        live_stdout=live[0],
+        live_stderr=live[1],
+        max_output_bytes=max_output_bytes,
+        machines=machines,
+        cancel=cancel,
+    )
+
+
+def checked(result: Result, *, check: bool) -> Result:
+    """The result, if the program was run; with *check* only if it ended well. Raises SandboxError."""
+    if result.outcome in _NOT_RUN:
+        error = SandboxError("the program could not be run", result.reason, "Look at the error's result")
+    elif check and not result.ok:
+        error = SandboxError(f"the program ended as {result.outcome}", result.reason, "Look at the error's result")
+    else:
+        return result
+    error.result = result
+    raise error
+
+
+class _Output:
+    """Passes a program's output on to a function, as it comes: two pipes, and a thread that reads them."""
+
+    def __init__(self, on_output: OnOutput, cancel: Cancel) -> None:
+        self.problem: BaseException | None = None
+        self._on_output = on_output
+        self._cancel = cancel
+        self._ends = {name: os.pipe2(os.O_CLOEXEC) for name in ("stdout", "stderr")}
+        self._threads = [
+            threading.Thread(target=self._read, args=(name, ends[0]), name=f"x07-{name}", daemon=True)
+            for name, ends in self._ends.items()
+        ]
+
+    @property
+    def fds(self) -> tuple[int, int]:
+        """Where the run writes."""
+        return self._ends["stdout"][1], self._ends["stderr"][1]
+
+    def _read(self, name: Literal["stdout", "stderr"], fd: int) -> None:
+        while data := os.read(fd, _CHUNK):
+            if self.problem is None:
+                try:
+                    self._on_output(name, data)
+                except BaseException as exc:  # noqa: BLE001 - raised again where the caller waits
+                    self.problem = exc
+                    self._cancel()
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for _, write_fd in self._ends.values():
+            os.close(write_fd)
+        for thread in self._threads:
+            thread.join()
+        for read_fd, _ in self._ends.values():
+            os.close(read_fd)

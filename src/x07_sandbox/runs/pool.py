@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.jobs.admission import max_running
-from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.library import checked, make_request
 from x07_sandbox.runs.run import run
 from x07_sandbox.runs.streams import Cancel, memory_file
 from x07_sandbox.runs.warm import WarmMachines
@@ -58,18 +57,13 @@ class Pool(Executor):
 
     def submit(  # type: ignore[override]  # programs instead of callables is the point
         self,
-        program: str | os.PathLike[str],
-        stdin: bytes = b"",
+        program: str | os.PathLike[str] | None = None,
+        input: bytes = b"",  # noqa: A002 - as subprocess.run has it
         /,
-        *,
-        args: Sequence[str] = (),
-        policy: str | os.PathLike[str] | None = None,
-        max_output_bytes: int = settings.OUTPUT_MAX_BYTES,
+        **options: Any,  # noqa: ANN401 - those of run_program, by name
     ) -> Future[Result]:
-        """Run *program* when there is room, with *stdin* as its whole input; otherwise as `run_program`."""
-        return self._workers.submit(
-            self._run, program, stdin, args=tuple(args), policy=policy, max_output_bytes=max_output_bytes
-        )
+        """Run *program* when there is room, with *input* as its whole input; otherwise as `run_program`."""
+        return self._workers.submit(self._run, program, input, **options)
 
     def map(  # type: ignore[override]  # as above
         self,
@@ -84,28 +78,25 @@ class Pool(Executor):
 
     def _run(
         self,
-        program: str | os.PathLike[str],
-        stdin: bytes,
+        program: str | os.PathLike[str] | None,
+        data: bytes,
         *,
-        args: tuple[str, ...],
-        policy: str | os.PathLike[str] | None,
-        max_output_bytes: int,
+        args: Sequence[str] = (),
+        check: bool = False,
+        **options: Any,  # noqa: ANN401 - make_request knows them
     ) -> Result:
         with contextlib.ExitStack() as stack:
-            cancel = Cancel()
-            stack.callback(cancel.close)
+            cancel = stack.enter_context(contextlib.closing(Cancel()))
             stack.enter_context(self._cancellable(cancel))
-            request = RunRequest(
-                program=Path(program),
-                args=args,
-                policy=None if policy is None else Path(policy),
-                image=self._image,
-                stdin_fd=memory_file(stdin, stack),
-                max_output_bytes=max_output_bytes,
+            request = make_request(
+                program,
+                args,
+                stdin_fd=memory_file(data, stack),
                 machines=self._machines,
                 cancel=cancel,
+                **{"image": self._image} | options,
             )
-            return run(request)
+            return checked(run(request), check=check)
 
     @contextlib.contextmanager
     def _cancellable(self, cancel: Cancel) -> Iterator[None]:

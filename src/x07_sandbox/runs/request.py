@@ -4,63 +4,77 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Machines
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.policy import decode_policy, default_policy, render_policy
-from x07_sandbox.programs.toolchains import SOURCE_FOLDER, source_name
+from x07_sandbox.policy import Policy, decode_policy, default_policy, render_policy
 from x07_sandbox.runs.streams import Cancel, InFile, OutFile, memory_file
 
 if TYPE_CHECKING:
     import contextlib
-
-    from x07_sandbox.policy import Policy
 
 _POLICY_MAX_BYTES = 1 << 20
 # Linux refuses one longer argument (MAX_ARG_STRLEN: 32 pages, NUL included); all of them share a quarter of the stack's
 # 8 MiB with the environment, which may take some hundred KiB.
 _ARGUMENT_MAX_BYTES = 131_072
 _ARGUMENTS_MAX_BYTES = 1 << 20
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked for.
 
-    policy: path of a policy document; None for the built-in default.
-    stdin_fd: the program's input, lent; None for none. live_*: where output is streamed as it comes, or None.
+    program: path of a source, of a project's folder, or of its manifest. source: a text instead, in the language of
+    toolchain, which for a file overrides what its name says. files: more files beside it, by relative name.
+    policy: a policy, or the path of a document; None for the built-in default. wall_ms: a tighter limit than its own.
+    env: variables of the program besides the fixed ones.
+    input: path of the program's input; else stdin_fd, lent; None for none. stdin_default: a project's own input goes
+    before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
     cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
     queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
+    require_hardware: refuse emulation.
     progress: told of what takes seconds besides the program; of nothing, "", when that is over.
     """
 
-    program: Path
+    program: Path | None = None
+    source: bytes | None = None
+    toolchain: str | None = None
+    files: Mapping[str, bytes] = {}
     args: tuple[str, ...] = ()
-    policy: Path | None = None
+    policy: Path | Policy | None = None
+    wall_ms: int | None = None
     image: str | None = None
+    env: Mapping[str, str] = {}
+    input: Path | None = None
     stdin_fd: int | None = None
+    stdin_default: bool = False
     live_stdout: int | None = None
     live_stderr: int | None = None
+    raw: bool = False
     max_output_bytes: int = settings.OUTPUT_MAX_BYTES
     artifact: OutFile | None = None
     cold: bool = False
     cache: bool = True
     queue_s: float = settings.QUEUE_S
     machines: Machines | None = None
+    require_hardware: bool = False
     progress: Callable[[str], None] = lambda _text: None
     cancel: Cancel
 
 
 def check_arguments(request: RunRequest) -> None:
     """Refuse what no program could be started with (execve(2)), before anything is built. Raises UsageError."""
-    what = f"cannot run {request.program} with these arguments"
+    what = f"cannot run {request.program or 'the source'} with these arguments"
     total = 0
     for number, arg in enumerate(request.args, start=1):
         if not isinstance(arg, str):
@@ -72,28 +86,63 @@ def check_arguments(request: RunRequest) -> None:
         if size > _ARGUMENT_MAX_BYTES or total > _ARGUMENTS_MAX_BYTES:
             why = f"one has more than {_ARGUMENT_MAX_BYTES} bytes, or all together more than {_ARGUMENTS_MAX_BYTES}"
             raise UsageError(what, why, "Pass long data by standard input")
+    for name, value in request.env.items():
+        if not isinstance(name, str) or not isinstance(value, str) or not _VARIABLE.fullmatch(name):
+            raise UsageError(what, f"{name!r} is no name of a variable", "Use letters, digits and '_'")
+        if name.startswith("X07_"):
+            raise UsageError(what, f"{name} is X07's own", "Use another name")
+        total += len(name) + len(os.fsencode(value)) + 2
+        if "\0" in value or total > _ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
+            raise UsageError(
+                what, f"the variable {name} is too long, or holds a zero byte", "Pass it by standard input"
+            )
     if request.max_output_bytes < 0:
         raise UsageError(what, f"the output limit of {request.max_output_bytes} bytes is negative", "Give 0 or more")
 
 
-def read_policy(path: Path | None) -> tuple[Policy, bytes]:
-    """The policy and its bytes; the built-in default if None. Raises UsageError, PolicyError."""
+def read_policy(given: Path | Policy | None, wall_ms: int | None = None) -> tuple[Policy, bytes]:
+    """The policy in force and its bytes; the built-in default if None. wall_ms: at most this, whatever it says.
+
+    Raises UsageError, PolicyError.
+    """
+    if isinstance(given, Path):
+        data = read_file(given, "policy", _POLICY_MAX_BYTES + 1)
+        policy = decode_policy(data, source=str(given))
+    else:
+        data = render_policy(default_policy() if given is None else given)
+        policy = default_policy() if given is None else decode_policy(data, source="given")
+    if wall_ms is not None and wall_ms < policy.limits.wall_ms:
+        policy = replace(policy, limits=replace(policy.limits, wall_ms=wall_ms))
+        data = render_policy(policy)
+        policy = decode_policy(data, source="with a time limit")
+    return policy, data
+
+
+def check_variables(request: RunRequest, policy: Policy) -> None:
+    """Refuse variables that the policy forbids. Raises RefusedError."""
+    if request.env and not policy.env.enabled:
+        why = "the policy has env.enabled false"
+        raise RefusedError("the program cannot be given variables", why, "Set env.enabled to true, or leave them out")
+    for name in request.env:
+        if name in policy.env.deny_keys:
+            why = "the policy's env.deny_keys names it"
+            raise RefusedError(f"the program cannot be given {name}", why, "Take it off the list, or leave it out")
+
+
+def open_input(request: RunRequest, stack: contextlib.ExitStack) -> int | None:
+    """The descriptor of the program's input, or None. Raises UsageError."""
+    path = request.input
     if path is None:
-        policy = default_policy()
-        return policy, render_policy(policy)
-    data = _read(path, "policy", _POLICY_MAX_BYTES + 1)
-    return decode_policy(data, source=str(path)), data
-
-
-def read_source(path: Path, stack: contextlib.ExitStack) -> tuple[InFile, str]:
-    """The program's source as it is now, and its digest. Raises UsageError."""
-    name = source_name(str(path))
-    data = _read(path, "program", settings.SOURCE_MAX_BYTES + 1)
-    if len(data) > settings.SOURCE_MAX_BYTES:
-        raise UsageError(
-            f"cannot run {path}", f"it has more than {settings.SOURCE_MAX_BYTES} bytes", "Name a smaller source file"
-        )
-    return in_memory(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack), sha256_text(data)
+        return request.stdin_fd
+    what, fix = f"cannot read the input {path}", "Name a readable file"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise UsageError(what, exc.strerror or str(exc), fix) from exc
+    stack.callback(os.close, fd)
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        raise UsageError(what, "it is a folder", fix)
+    return fd
 
 
 def in_memory(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) -> InFile:
@@ -106,7 +155,7 @@ def sha256_text(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def _read(path: Path, what: str, most: int) -> bytes:
+def read_file(path: Path, what: str, most: int) -> bytes:
     """A regular file; nothing else, since a pipe or a device may never end. Raises UsageError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

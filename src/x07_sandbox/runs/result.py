@@ -5,6 +5,7 @@ Schema `x07.sandbox.result@0.1.0`: `schemas/result.schema.json` is generated fro
 
 from __future__ import annotations
 
+import builtins
 from typing import Any, Literal
 
 import msgspec
@@ -23,6 +24,15 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     text: str | None = None
     base64: str | None = None
     undelivered: str | None = None
+
+    @property
+    def data(self) -> builtins.bytes:
+        """The stream itself."""
+        if self.base64 is None:
+            return (self.text or "").encode()
+        from base64 import b64decode
+
+        return b64decode(self.base64)
 
 
 class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

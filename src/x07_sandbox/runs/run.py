@@ -15,9 +15,11 @@ from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import GUEST_VARIABLES, make_plan
-from x07_sandbox.programs.toolchains import OUTPUT, toolchain_for
+from x07_sandbox.policy import PolicyError
+from x07_sandbox.programs.toolchains import OUTPUT, require_packages
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.request import check_arguments, read_policy, read_source, sha256_text
+from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.request import check_arguments, check_variables, open_input, read_policy, sha256_text
 from x07_sandbox.runs.result import ControlReport, Denial, Digests, HowToAllow, Result
 from x07_sandbox.runs.session import Progress, Session
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 # By the value of their outcome: its table is loaded only while a machine comes up, or where one of these is raised.
 _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
+    (PolicyError, "refused"),
     (UsageError, "usage-error"),
     (RefusedError, "refused"),
     (ImageError, "refused"),
@@ -75,23 +78,27 @@ def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
 
 
 def _carry_out(request: RunRequest, so_far: Progress, folder: RunFolder, stack: contextlib.ExitStack) -> Verdict:
+    request, program = load_program(request, stack)
+    so_far.digests["source"] = program.sha256
     check_arguments(request)
-    toolchain_for(str(request.program))  # a program that nothing can build is wrong usage, whatever else is amiss
-    source, so_far.digests["source"] = read_source(request.program, stack)
-    policy, policy_bytes = read_policy(request.policy)
+    request = replace(request, stdin_fd=open_input(request, stack))
+    policy, policy_bytes = read_policy(request.policy, request.wall_ms)
     so_far.digests["policy"] = sha256_text(policy_bytes)
+    check_variables(request, policy)
     with request.cancel.waiting():
         image = stack.enter_context(open_image(current_image(find_image(request.image))))
     so_far.digests["image"] = image.manifest.digest
+    installed = {package.name for package in image.manifest.packages}
+    require_packages(program.toolchain, installed, request.image or "default")
     backend = QemuBackend(request.progress, request.cancel.waiting)
-    so_far.availability = availability = backend.probe(image)
+    so_far.availability = availability = backend.probe(image, require_hardware=request.require_hardware)
     so_far.warnings += availability.warnings
-    so_far.plan = plan = make_plan(policy, availability.features, guest_variables=GUEST_VARIABLES)
+    so_far.plan = plan = make_plan(policy, availability.features, guest_variables=GUEST_VARIABLES | request.env.keys())
     _add_refusals(plan, so_far)
     plan.require()
-    session = Session(request, so_far, folder, backend, image)
+    session = Session(request, program, so_far, folder, backend, image)
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-    failed = session.prepare(source, artifact)
+    failed = session.prepare(artifact)
     if failed is not None:
         return failed
     so_far.digests["artifact"] = f"sha256:{artifact.sha256()}"

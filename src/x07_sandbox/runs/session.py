@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -19,7 +18,7 @@ from x07_sandbox.plan.controls import Plan
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
-from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, SOURCE_FOLDER, source_name, toolchain_for
+from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, SOURCE_FOLDER
 from x07_sandbox.runs.request import in_memory
 from x07_sandbox.runs.result import NOTHING, Denial, HowToAllow, Output, PhaseReport
 from x07_sandbox.runs.streams import InFile, OutFile
@@ -33,9 +32,9 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.policy import Policy
-    from x07_sandbox.programs.toolchains import Toolchain
     from x07_sandbox.runs.execute import PhaseFacts
     from x07_sandbox.runs.folder import RunFolder
+    from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.streams import Cancel, Sink
 
@@ -111,35 +110,44 @@ class Session:
     """The jobs of one run: they share backend, image, folder and what is known so far."""
 
     def __init__(
-        self, request: RunRequest, so_far: Progress, folder: RunFolder, backend: QemuBackend, image: OpenImage
+        self,
+        request: RunRequest,
+        program: Program,
+        so_far: Progress,
+        folder: RunFolder,
+        backend: QemuBackend,
+        image: OpenImage,
     ) -> None:
         self.request = request
+        self.program = program
         self.so_far = so_far
         self.folder = folder
         self.backend = backend
         self.image = image
-        self.toolchain: Toolchain = toolchain_for(str(request.program))
 
     # the artifact
 
-    def prepare(self, source: InFile, artifact: OutFile) -> Verdict | None:
+    def prepare(self, artifact: OutFile) -> Verdict | None:
         """What was built before from the same, or a build now; None if there is an artifact, else how that ended."""
-        if artifact.complete:
+        program, toolchain = self.program, self.program.toolchain
+        if artifact.complete or toolchain.build is None:
+            if not artifact.complete:
+                artifact.complete = artifact.take(program.data)
             self.so_far.artifact_from = "caller"
             return None
-        argv = self.toolchain.build(source.path, Path(source.path).name)
-        key = artifact_key(self.image.manifest.digest, self.toolchain.name, argv, self.so_far.digests["source"])
+        argv = toolchain.build(program.source)
+        key = artifact_key(self.image.manifest.digest, toolchain.name, argv, program.sha256)
         if self.request.cache and _recall(key, artifact):
             self.so_far.artifact_from = "cache"
             return None
         self.so_far.artifact_from = "build"
-        self.request.progress(f"building {Path(source.path).name} in a machine of its own")
-        failed = self._build(argv, source, artifact)
+        self.request.progress(f"building {program.source.name or 'the project'} in a machine of its own")
+        failed = self._build(argv, artifact)
         if failed is None and self.request.cache:
             keep_artifact(key, artifact.fd, artifact.size, artifact.sha256())
         return failed
 
-    def _build(self, argv: list[str], source: InFile, artifact: OutFile) -> Verdict | None:
+    def _build(self, argv: list[str], artifact: OutFile) -> Verdict | None:
         """Build in a machine of its own; None if there is an artifact, else how that ended."""
         from x07_sandbox.plan.outcomes import Outcome, as_build, verdict
 
@@ -147,7 +155,7 @@ class Session:
         spec = PhaseSpec(
             name="build",
             argv=argv,
-            files=(source,),
+            files=(self.program.file,),
             limits=limits,
             wall_ms=settings.BUILD_WALL_MS,
             env=dict(_ENVIRONMENT),
@@ -172,7 +180,8 @@ class Session:
         self, artifact: OutFile, policy: Policy, policy_bytes: bytes, limits: RunLimits, stack: contextlib.ExitStack
     ) -> PhaseSpec:
         """The run of an artifact."""
-        archive = self.toolchain.archive
+        toolchain = self.program.toolchain
+        archive = toolchain.archive
         program = InFile(
             path=PROGRAM_FOLDER if archive else ARTIFACT,
             mode=0o755,
@@ -183,11 +192,11 @@ class Session:
         policy_file = in_memory(policy_bytes, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)
         return PhaseSpec(
             name="run",
-            argv=[*self.toolchain.start(source_name(str(self.request.program))), *self.request.args],
+            argv=[*toolchain.start(self.program.source), *self.request.args],
             files=(program, policy_file),
             limits=limits.for_guest(),
             wall_ms=limits.wall_ms,
-            env=_ENVIRONMENT | program_environment(policy),
+            env={**_ENVIRONMENT, **self.request.env, **program_environment(policy)},
             ram_bytes=limits.ram_bytes,
             limits_shown=policy.limits,
         )
@@ -209,10 +218,10 @@ class Session:
         prefix = "" if live else "build-"
         cap = request.max_output_bytes if live else settings.OUTPUT_MAX_BYTES
         stdout, stdout_fd = self.folder.sink(
-            f"{prefix}stdout", live_fd=request.live_stdout if live else None, max_bytes=cap
+            f"{prefix}stdout", live_fd=request.live_stdout if live else None, max_bytes=cap, raw=request.raw
         )
         stderr, stderr_fd = self.folder.sink(
-            f"{prefix}stderr", live_fd=request.live_stderr if live else None, max_bytes=cap
+            f"{prefix}stderr", live_fd=request.live_stderr if live else None, max_bytes=cap, raw=request.raw
         )
         with admitted(cancel_fd=request.cancel.fd, timeout_s=request.queue_s, progress=request.progress):
             instance, facts = self._answered(spec, (stdout, stderr))

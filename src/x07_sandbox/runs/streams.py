@@ -127,11 +127,12 @@ class _Writer:
 class Sink:
     """Takes one output stream: counts, caps, keeps it in a file, and passes it on to a reader who may be slow.
 
-    keep_fd: a file that gets everything up to the cap. live_fd: where it is streamed to as well, or None.
-    Both are lent. A live reader who stalls never blocks us: `progress_fd` says when it took something.
+    keep_fd: a file that gets everything up to the cap. live_fd: where it is streamed to as well, or None. Both are
+    lent. raw: a terminal gets the bytes as they are. A live reader who stalls never blocks us: `progress_fd` says when
+    it took something.
     """
 
-    def __init__(self, name: str, *, keep_fd: int, live_fd: int | None, max_bytes: int) -> None:
+    def __init__(self, name: str, *, keep_fd: int, live_fd: int | None, max_bytes: int, raw: bool = False) -> None:
         self.name = name
         self.total_bytes = 0
         self.overflow = False
@@ -142,7 +143,7 @@ class Sink:
         self._max_bytes = max_bytes
         self._writer: _Writer | None = None
         self._owed = 0  # bytes as they came that are not done with: a terminal may get more or fewer
-        self._filter = TerminalFilter() if live_fd is not None and os.isatty(live_fd) else None
+        self._filter = TerminalFilter() if live_fd is not None and not raw and os.isatty(live_fd) else None
         self._hash = hashlib.sha256()
 
     def take(self, data: bytes) -> int:

@@ -41,7 +41,8 @@ from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.request import RunRequest, read_policy, read_source
+from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.request import RunRequest, read_policy
 from x07_sandbox.runs.run import current_image
 from x07_sandbox.runs.session import Progress, Session, carry_out
 from x07_sandbox.runs.streams import Cancel, Sink, memory_file
@@ -118,10 +119,10 @@ class WarmMachines:
         folder = RunFolder(so_far.run_id, self._stack)
         try:
             request = RunRequest(program=program, cancel=self._cancel, progress=self._progress)
-            session = Session(request, so_far, folder, self._backend, self._image)
-            source, so_far.digests["source"] = read_source(program, self._stack)
+            request, loaded = load_program(request, self._stack)
+            session = Session(request, loaded, so_far, folder, self._backend, self._image)
             artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-            failed = session.prepare(source, artifact)
+            failed = session.prepare(artifact)
             if failed is not None:
                 raise BackendError("cannot warm a machine", f"{program.name}: {failed.reason}", "Run x07 doctor")
             policy, policy_bytes = read_policy(None)

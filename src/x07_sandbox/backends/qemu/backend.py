@@ -45,18 +45,18 @@ class QemuBackend:
         self._progress = progress
         self._waiting = waiting
 
-    def probe(self, image: OpenImage) -> Availability:
+    def probe(self, image: OpenImage, *, require_hardware: bool = False) -> Availability:
         """Hardware virtualisation if our agent has answered under it, else emulation.
 
-        Raises RefusedError if the user demands hardware and there is none.
+        Raises RefusedError if the user demands hardware (X07_VM_REQUIRE_HARDWARE too) and there is none.
         """
-        demanded = flag_from_environment("X07_VM_REQUIRE_HARDWARE")
+        demanded = flag_from_environment("X07_VM_REQUIRE_HARDWARE") or require_hardware
         self._kvm, reason = kvm_verdict(image)
         if demanded and not self._kvm:
             raise RefusedError(
                 "hardware virtualisation was required",
                 reason,
-                "Unset X07_VM_REQUIRE_HARDWARE to accept emulation, or run where KVM works",
+                "Leave out --require-hardware and X07_VM_REQUIRE_HARDWARE to accept emulation, or run where KVM works",
             )
         isolation: Isolation = "vm-hardware" if self._kvm else "vm-emulated"
         warnings = () if self._kvm else (f"emulated: CPU work in the guest takes {SLOWDOWN} as long as on this host",)

@@ -1,0 +1,59 @@
+"""`x07 run --dry-run`: what a run would do, and what its policy would hold; nothing is booted."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from x07_sandbox.plan.outcomes import REFUSED_EXIT
+from x07_sandbox.runs.preview import Preview, preview
+
+if TYPE_CHECKING:
+    from x07_sandbox.runs.request import RunRequest
+
+SCHEMA = "x07.sandbox.preview@0.1.0"
+
+
+def show_plan(request: RunRequest, *, as_json: bool) -> int:
+    """Print it; 0 if the run would be carried out, 125 if its policy would be refused. Raises SandboxError."""
+    found = preview(request)
+    if as_json:
+        document = {"schema_version": SCHEMA, **msgspec.to_builtins(found)}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    else:
+        sys.stdout.write("\n".join(_lines(found)) + "\n")
+    return REFUSED_EXIT if found.plan.refusals else 0
+
+
+def _lines(found: Preview) -> list[str]:
+    limits = found.plan.limits
+    states: dict[str, int] = {}
+    for control in found.plan.controls:
+        states[control.state] = states.get(control.state, 0) + 1
+    built = "nothing is built" if found.build is None else f"built in a machine without network: {_short(found.build)}"
+    files = found.files if len(found.files) <= 8 else [*found.files[:8], f"and {len(found.files) - 8} more"]  # noqa: PLR2004 - as many as fit a line
+    held = (
+        f"{limits.wall_ms} ms",
+        f"{limits.cpu_ms} ms of CPU",
+        f"{limits.mem_bytes >> 20} MiB",
+        f"{limits.procs} tasks beside the first",
+        f"{limits.fds} descriptors",
+    )
+    return [
+        f"toolchain {found.toolchain}: {built}",
+        f"files that go in: {', '.join(files)}",
+        f"run in another machine: {_short(found.run)}",
+        f"limits: {', '.join(held)}",
+        f"image {found.image}: {found.digests['image']}",
+        f"policy: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))} (x07 policy explain)",
+        *(f"refused: {refusal.why}" for refusal in found.plan.refusals),
+    ]
+
+
+def _short(argv: list[str]) -> str:
+    shown = " ".join("..." if "\n" in word else shlex.quote(word) for word in argv)
+    return shown if len(shown) <= 120 else f"{shown[:117]}..."  # noqa: PLR2004 - a line

@@ -1,0 +1,1 @@
+"""Files that go into a machine, as copies, and come out of it as changes."""

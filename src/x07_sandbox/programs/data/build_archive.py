@@ -1,0 +1,80 @@
+"""Runs in the build VM: check a script or a tree of them, and pack it as a newc archive (cpio(5)).
+
+Arguments: "file" or "tree", the source's folder, the file that is started, the folder it will lie in, the output, then
+"python", or "shell" and the shell. Every Python file is byte-compiled; exit 1 with the errors as Python, or the shell,
+shows them.
+"""
+
+import importlib.util
+import io
+import os
+import sys
+import traceback
+from importlib._bootstrap_external import _code_to_hash_pyc  # type: ignore[attr-defined]  # as py_compile does
+
+what, folder, name, target, output, kind, *shell = sys.argv[1:]
+sys.dont_write_bytecode = True
+wrong: list[str] = []
+entries: dict[str, tuple[int, bytes]] = {}
+
+
+def compiled(path: str, text: bytes) -> None:
+    """Add the byte code of one file."""
+    try:
+        code = compile(text, f"{target}/{path}", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as exc:
+        wrong.append("".join(traceback.format_exception_only(exc)))
+        return
+    at, _, base = path.rpartition("/")
+    cache = f"{at}/__pycache__" if at else "__pycache__"
+    entries[cache] = (0o040755, b"")
+    byte_code = _code_to_hash_pyc(code, importlib.util.source_hash(text), checked=False)
+    entries[f"{cache}/{base.rpartition('.')[0]}.{sys.implementation.cache_tag}.pyc"] = (0o100644, byte_code)
+
+
+def take(path: str) -> None:
+    """Add one file."""
+    with open(f"{folder}/{path}", "rb") as file:
+        text = file.read()
+        mode = os.fstat(file.fileno()).st_mode
+    entries[path] = (0o100755 if mode & 0o100 else 0o100644, text)
+    if path.endswith(".py") or (path == name and kind == "python"):
+        compiled(path, text)
+
+
+def walk(below: str) -> None:
+    """Add what lies in a folder."""
+    for found in sorted(os.listdir(f"{folder}/{below}")):
+        path = f"{below}/{found}" if below else found
+        if found == "__pycache__":  # of another Python, if anything
+            continue
+        if os.path.isdir(f"{folder}/{path}"):
+            entries.setdefault(path, (0o040755, b""))
+            walk(path)
+        else:
+            take(path)
+
+
+if what == "tree":
+    walk("")
+else:
+    take(name)
+if kind == "shell":
+    pid = os.posix_spawn(shell[0], [shell[0], "-n", f"{folder}/{name}"], {})
+    if os.waitpid(pid, 0)[1]:
+        sys.exit(1)
+if wrong:
+    sys.stderr.write("".join(wrong))
+    sys.exit(1)
+
+entries["TRAILER!!!"] = (0, b"")
+archive = io.BytesIO()
+for number, (path, (mode, data)) in enumerate(entries.items(), start=1):
+    raw = path.encode("utf-8", "surrogateescape") + b"\0"
+    fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(raw), 0)
+    archive.write(b"070701" + b"".join(b"%08X" % field for field in fields) + raw)
+    archive.write(b"\0" * (-archive.tell() % 4))
+    archive.write(data)
+    archive.write(b"\0" * (-archive.tell() % 4))
+with open(output, "wb") as file:
+    file.write(archive.getvalue())

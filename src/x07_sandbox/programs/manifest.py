@@ -1,0 +1,135 @@
+"""x07-sandbox.toml: what a project of more than one file consists of, and how it is built and run."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Final, NoReturn
+
+import msgspec
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.programs.toolchains import Toolchain, toolchain_named
+
+FILE: Final = "x07-sandbox.toml"
+SCHEMA: Final = "x07.sandbox.project@0.1.0"
+MAX_BYTES: Final = 64 * 1024
+
+RelativePath = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+Word = Annotated[str, msgspec.Meta(max_length=131_072)]
+
+
+class BuildTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[build]`. args: for make, or for the compiler, before the sources."""
+
+    args: Annotated[tuple[Word, ...], msgspec.Meta(max_length=256)] = ()
+
+
+class RunTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[run]`: what a run of it gets unless the command line says otherwise. input: a file of the project."""
+
+    args: Annotated[tuple[Word, ...], msgspec.Meta(max_length=1024)] = ()
+    input: RelativePath | None = None
+    env: Annotated[dict[str, Word], msgspec.Meta(max_length=256)] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file. Paths are relative to its folder, and do not leave it.
+
+    files: what travels: names, or patterns with *, ?, [] and **. Nothing else does.
+    entry: the file that is started (python, shell, executable). artifact: the file that make makes.
+    policy, image: for runs of it, unless the command line names another.
+    """
+
+    schema_version: str
+    toolchain: str
+    files: Annotated[tuple[RelativePath, ...], msgspec.Meta(min_length=1, max_length=1024)]
+    entry: RelativePath | None = None
+    artifact: RelativePath | None = None
+    policy: RelativePath | None = None
+    image: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] | None = None
+    build: BuildTable = BuildTable()
+    run: RunTable = RunTable()
+
+
+def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
+    """The manifest in *data*, and its toolchain. source: names it in errors. Raises UsageError."""
+    if len(data) > MAX_BYTES:
+        _wrong(source, f"it has more than {MAX_BYTES} bytes")
+    try:
+        value = tomllib.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as exc:
+        _wrong(source, f"it is not UTF-8 text (byte {exc.start})")
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+        _wrong(source, f"it is not TOML: {exc}" if str(exc) else "it is nested too deep")
+    if value.get("schema_version") != SCHEMA:
+        found = value.get("schema_version")
+        _wrong(source, f"schema_version is {found!r}, and this version reads {SCHEMA!r}")
+    _check_keys(value, source)
+    try:
+        manifest = msgspec.convert(value, Manifest)
+    except msgspec.ValidationError as exc:
+        _wrong(source, str(exc))
+    toolchain = toolchain_named(manifest.toolchain)
+    _check(manifest, toolchain, source)
+    return manifest, toolchain
+
+
+def _check_keys(value: dict[str, object], source: str) -> None:
+    """A misspelt key is named, with the one that was meant."""
+    for prefix, table, model in (
+        ("", value, Manifest),
+        ("build.", value.get("build"), BuildTable),
+        ("run.", value.get("run"), RunTable),
+    ):
+        known = [field.encode_name for field in msgspec.structs.fields(model)]
+        for key in table if isinstance(table, dict) else ():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+                _wrong(source, f"there is no key {prefix}{key[:64]}{hint}")
+
+
+def _check(manifest: Manifest, toolchain: Toolchain, source: str) -> None:
+    for key, path in (
+        ("entry", manifest.entry),
+        ("artifact", manifest.artifact),
+        ("policy", manifest.policy),
+        ("run.input", manifest.run.input),
+        *(("files", pattern) for pattern in manifest.files),
+    ):
+        if path is not None and (path.startswith("/") or "\0" in path or ".." in PurePosixPath(path).parts):
+            _wrong(source, f"{key}: {path!r} is not a path inside the project")
+    if toolchain.entry and manifest.entry is None:
+        _wrong(source, f"a {toolchain.name} project needs `entry`: the file that is started")
+    if not toolchain.entry and manifest.entry is not None:
+        _wrong(source, f"a {toolchain.name} project has no `entry`; its `files` are compiled")
+    if (toolchain.name == "make") != (manifest.artifact is not None):
+        needs = "needs `artifact`: the file that make makes" if toolchain.name == "make" else "has no `artifact`"
+        _wrong(source, f"a {toolchain.name} project {needs}")
+    if manifest.build.args and toolchain.name not in {"make", "c", "cpp"}:
+        _wrong(source, f"a {toolchain.name} project has no [build] args")
+
+
+def find_manifest(program: Path) -> Path | None:
+    """The manifest that *program* names: itself, or the one in that folder; None for a file of another kind.
+
+    Raises UsageError for a folder without one.
+    """
+    if program.name == FILE:
+        return program
+    if not program.is_dir():
+        return None
+    manifest = program / FILE
+    if manifest.is_file():
+        return manifest
+    raise UsageError(
+        f"cannot run the folder {program}",
+        f"there is no {FILE} in it",
+        f"Write one (docs/programs.md), or name a source file in it: x07 run {program}/FILE",
+    )
+
+
+def _wrong(source: str, why: str) -> NoReturn:
+    raise UsageError(f"the manifest {source} is refused", why, "See docs/programs.md")

@@ -1,0 +1,158 @@
+"""What is to be run, read once: a source file, a text, files in memory, or a project with a manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec.structs import replace
+
+from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.host import settings
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.programs.toolchains import (
+    PROJECT_FOLDER,
+    SOURCE_FOLDER,
+    Source,
+    Toolchain,
+    check_executable,
+    source_name,
+    toolchain_for,
+    toolchain_named,
+)
+from x07_sandbox.runs.request import in_memory, read_file, sha256_text
+from x07_sandbox.runs.streams import InFile
+
+if TYPE_CHECKING:
+    import contextlib
+
+    from x07_sandbox.files.pack import Packed
+    from x07_sandbox.programs.manifest import Manifest
+    from x07_sandbox.runs.request import RunRequest
+
+_HEAD_BYTES = 256
+_X07 = (".x07.json", "x07.json")
+
+
+class Program(msgspec.Struct, frozen=True, kw_only=True):
+    """A program that was read. data: the source's bytes (for a tree its archive); file: the same, for the build VM."""
+
+    toolchain: Toolchain
+    source: Source
+    data: bytes
+    file: InFile
+    sha256: str
+
+
+def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
+    """The program of *request*, and the request with what the program's manifest says where the request is silent.
+
+    Raises UsageError, and RefusedError for an X07 program.
+    """
+    if request.source is not None:
+        return request, _from_text(request, request.source, stack)
+    path = request.program
+    if path is None:
+        raise UsageError("cannot run nothing", "there is neither a program nor a source", "Name a file, or use -c")
+    if path.name.endswith(_X07) or (path.is_dir() and (path / "x07.json").exists()):
+        raise RefusedError(
+            f"cannot run {path}", "the image carries no X07 toolchain", "Run a program of a toolchain that it has"
+        )
+    if path.name == "x07-sandbox.toml" or path.is_dir():
+        return _from_project(request, path, stack)
+    name = source_name(str(path))
+    chosen = toolchain_named(request.toolchain) if request.toolchain else None
+    most = settings.ARTIFACT_MAX_BYTES if chosen and chosen.build is None else settings.SOURCE_MAX_BYTES
+    data = read_file(path, "program", most + 1)
+    toolchain = chosen or toolchain_for(str(path), data[:_HEAD_BYTES])
+    if toolchain.build is None and len(data) > settings.SOURCE_MAX_BYTES:
+        data = read_file(path, "program", settings.ARTIFACT_MAX_BYTES + 1)
+        most = settings.ARTIFACT_MAX_BYTES
+    if len(data) > most:
+        raise UsageError(f"cannot run {path}", f"it has more than {most} bytes", "Name a smaller file")
+    return request, _single(toolchain, name, data, request, stack)
+
+
+def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) -> Program:
+    if not request.toolchain:
+        why = "a source without a file's name does not say what language it is"
+        raise UsageError("cannot run the source", why, "Name its --toolchain")
+    toolchain = toolchain_named(request.toolchain)
+    if toolchain.name == "make":
+        raise UsageError("cannot run the source", "make works on a project", "Name a folder with a manifest")
+    if len(text) > settings.SOURCE_MAX_BYTES:
+        raise UsageError("cannot run the source", f"it has more than {settings.SOURCE_MAX_BYTES} bytes", "Shorten it")
+    return _single(toolchain, f"main{toolchain.suffixes[0] if toolchain.suffixes else ''}", text, request, stack)
+
+
+def _single(toolchain: Toolchain, name: str, data: bytes, request: RunRequest, stack: contextlib.ExitStack) -> Program:
+    """A program of one file, or of one file and others that were given with it."""
+    if toolchain.name == "make":
+        raise UsageError(f"cannot run {name}", "make works on a project", "Name a folder with a manifest")
+    if toolchain.build is None:
+        arch = host_arch()
+        check_executable(name, data[:_HEAD_BYTES], arch.name, arch.elf_machine)
+    if request.files:
+        from x07_sandbox.files.pack import pack_files
+
+        if toolchain.build is None:
+            raise UsageError(f"cannot run {name}", "an executable takes no files beside it", "Leave `files` out")
+        packed = pack_files({**request.files, name: data}, "the files beside the program")
+        return _tree(toolchain, Source(name=name, head=data[:_HEAD_BYTES]), packed, stack)
+    return Program(
+        toolchain=toolchain,
+        source=Source(name=name, head=data[:_HEAD_BYTES]),
+        data=data,
+        file=in_memory(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack),
+        sha256=sha256_text(data),
+    )
+
+
+def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextlib.ExitStack) -> Program:
+    file = in_memory(packed.archive, PROJECT_FOLDER, 0o755, stack)
+    return Program(
+        toolchain=toolchain,
+        source=replace(source, folder=PROJECT_FOLDER, files=tuple(packed.files)),
+        data=packed.archive,
+        file=replace(file, kind="archive"),
+        sha256=sha256_text(packed.archive),
+    )
+
+
+def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
+    from x07_sandbox.files.pack import pack_tree
+    from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
+
+    if request.toolchain or request.files:
+        raise UsageError(f"cannot run the project {path}", "its manifest says what it is", "Leave --toolchain out")
+    place = find_manifest(path)
+    assert place is not None  # noqa: S101 - for the type checker: a folder, or that name
+    manifest, toolchain = decode_manifest(read_file(place, "manifest", MAX_BYTES + 1), source=str(place))
+    packed = pack_tree(place.parent, manifest.files)
+    entry = manifest.entry or ""
+    if entry and entry not in packed.files:
+        why = f"its entry {entry} is not among its files"
+        raise UsageError(f"cannot run the project {path}", why, "Add it to `files` in its manifest")
+    merged = _merged(request, manifest, place.parent)
+    head = packed.files.get(entry, b"")[:_HEAD_BYTES]
+    if toolchain.build is None:
+        return merged, _single(toolchain, source_name(entry), packed.files[entry], request, stack)
+    source = Source(name=entry, head=head, args=manifest.build.args, artifact=manifest.artifact or "")
+    program = _tree(toolchain, source, packed, stack)
+    if not entry and toolchain.suffixes and not program.source.with_suffixes(toolchain.suffixes):
+        why = f"none of its files is {' or '.join(toolchain.suffixes)}"
+        raise UsageError(f"cannot run the project {path}", why, "Add sources to `files` in its manifest")
+    return merged, program
+
+
+def _merged(request: RunRequest, manifest: Manifest, folder: Path) -> RunRequest:
+    """What the manifest says, where the request is silent."""
+    return replace(
+        request,
+        args=request.args or manifest.run.args,
+        policy=request.policy if request.policy is not None or not manifest.policy else folder / manifest.policy,
+        image=request.image or manifest.image,
+        env={**manifest.run.env, **request.env},
+        input=folder / manifest.run.input if request.stdin_default and manifest.run.input else request.input,
+    )

@@ -1,0 +1,124 @@
+"""Trees that go into a machine: what is chosen, what is refused, and that it arrives as it was."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.files.pack import FILES_MAX, pack_files, pack_tree
+from x07_sandbox.guest.unpack import unpack
+from x07_sandbox.host import settings
+
+NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=12)
+
+
+def unpacked(archive: bytes) -> dict[str, bytes]:
+    """The files of an archive, as the guest unpacks it."""
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(io.BytesIO(archive), folder, most_bytes=1 << 30)
+        root = Path(folder)
+        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def tree(root: Path, *names: str) -> None:
+    """Files that hold their own names."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+
+def test_patterns_choose_and_hidden_files_stay(tmp_path: Path) -> None:
+    """What the patterns name travels, each once; hidden files only where a pattern names them so."""
+    tree(tmp_path, "Makefile", "src/a.c", "src/deep/b.c", "src/.secret", ".env", ".git/config", "other.txt")
+    packed = pack_tree(tmp_path, ["Makefile", "src/**", "src/a.c"])
+    assert sorted(packed.files) == ["Makefile", "src/a.c", "src/deep/b.c"]
+    assert unpacked(packed.archive) == packed.files
+    assert sorted(pack_tree(tmp_path, ["**"]).files) == ["Makefile", "other.txt", "src/a.c", "src/deep/b.c"]
+    assert list(pack_tree(tmp_path, [".env"]).files) == [".env"]
+
+
+def test_the_same_tree_is_the_same_archive(tmp_path: Path) -> None:
+    """Order of patterns, times and owners change nothing: what was built before is found again."""
+    tree(tmp_path, "a.c", "b/c.c")
+    first = pack_tree(tmp_path, ["a.c", "b/*"])
+    os.utime(tmp_path / "a.c", (1, 1))
+    assert pack_tree(tmp_path, ["b/*", "a.c"]).archive == first.archive
+    (tmp_path / "a.c").chmod(0o755)
+    assert pack_tree(tmp_path, ["b/*", "a.c"]).archive != first.archive
+
+
+def huge(path: Path) -> None:
+    """A file that is too large, with nothing in it."""
+    with path.open("wb") as file:
+        file.truncate(settings.SOURCE_MAX_BYTES + 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda root: (root / "x").symlink_to("/etc/passwd"), "leads out of it, to /etc/passwd"),
+        (lambda root: (root / "x").symlink_to("/etc"), "leads out of it, to /etc"),
+        (lambda root: (root / "x").symlink_to("nowhere"), "No such file"),
+        (lambda root: (root / "x").symlink_to("x"), "symbolic links"),
+        (lambda root: os.mkfifo(root / "x"), "no regular file"),
+        (lambda root: (root / "x\n").touch(), "no relative path of plain names"),
+        (lambda root: (root / os.fsdecode(b"x\xff")).touch(), "no relative path of plain names"),
+        (lambda root: huge(root / "x"), "more than"),
+    ],
+)
+def test_what_cannot_travel_is_refused(tmp_path: Path, make: object, why: str) -> None:
+    """Links out of the project, loops, pipes, names that are no text, and too much of it: refused by name."""
+    assert callable(make)
+    make(tmp_path)
+    with pytest.raises(UsageError, match=why):
+        pack_tree(tmp_path, ["x*"])
+
+
+def test_a_link_inside_the_project_is_the_file_it_leads_to(tmp_path: Path) -> None:
+    """A link that stays inside travels as the file's content."""
+    tree(tmp_path, "real.txt")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    assert pack_tree(tmp_path, ["link.txt"]).files == {"link.txt": b"real.txt"}
+
+
+def test_a_pattern_that_names_nothing_is_an_error(tmp_path: Path) -> None:
+    """A pattern without a file is told, since the build would miss it."""
+    with pytest.raises(UsageError, match=r"no file matches 'lib/\*'"):
+        pack_tree(tmp_path, ["lib/*"])
+
+
+@pytest.mark.parametrize("name", ["", "/a", "a//b", "../a", "a/..", "./a", "a\0", "a\nb", "a" * 256, "a/" * 600 + "b"])
+def test_a_name_that_leads_out_is_refused(name: str) -> None:
+    """Files given in memory have relative names of plain parts, or are refused."""
+    with pytest.raises(UsageError, match="cannot take the files"):
+        pack_files({name: b""}, "the files")
+
+
+def test_a_file_cannot_lie_below_a_file() -> None:
+    """Two names of which one is the other's folder are refused."""
+    with pytest.raises(UsageError, match="lies below a file"):
+        pack_files({"a": b"", "a/b": b""}, "the files")
+
+
+def test_too_many_files_are_refused() -> None:
+    """The number of files has a bound."""
+    with pytest.raises(UsageError, match="may be"):
+        pack_files({str(number): b"" for number in range(FILES_MAX + 1)}, "the files")
+
+
+@given(st.dictionaries(st.lists(NAMES, min_size=1, max_size=3).map("/".join), st.binary(max_size=50), max_size=8))
+def test_any_files_arrive_as_they_were_or_are_refused(files: dict[str, bytes]) -> None:
+    """What is packed is unpacked in the guest to the same names and bytes."""
+    try:
+        packed = pack_files(files, "the files")
+    except UsageError:
+        return
+    assert unpacked(packed.archive) == files

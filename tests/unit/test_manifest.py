@@ -1,0 +1,81 @@
+"""x07-sandbox.toml: what is read, and how what is wrong with it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
+
+HEAD = 'schema_version = "x07.sandbox.project@0.1.0"\n'
+MAKE = HEAD + 'toolchain = "make"\nfiles = ["Makefile", "src/**"]\nartifact = "bin/prog"\n'
+PYTHON = HEAD + 'toolchain = "python"\nfiles = ["*.py"]\nentry = "main.py"\n'
+
+
+def test_everything_that_a_manifest_may_say_is_read() -> None:
+    """All keys arrive as they are."""
+    more = 'policy = "p.json"\nimage = "mine"\n[build]\nargs = ["-j2"]\n'
+    more += '[run]\nargs = ["a"]\ninput = "in.txt"\nenv = { A = "1" }\n'
+    manifest, toolchain = decode_manifest((MAKE + more).encode(), source="m")
+    assert toolchain.name == "make"
+    assert (manifest.artifact, manifest.policy, manifest.image) == ("bin/prog", "p.json", "mine")
+    assert (manifest.build.args, manifest.run.args, manifest.run.input) == (("-j2",), ("a",), "in.txt")
+    assert manifest.run.env == {"A": "1"}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "schema_version is None"),
+        ("x = [", "not TOML"),
+        ("\xff", "not UTF-8"),
+        ('schema_version = "x07.sandbox.project@9.0.0"', "reads 'x07.sandbox.project@0.1.0'"),
+        (PYTHON + 'entri = "x"', "no key entri; did you mean entry"),
+        (PYTHON + '[run]\nargz = ["x"]', r"no key run.argz; did you mean run.args"),
+        (PYTHON.replace("python", "pyton"), "no toolchain 'pyton'"),
+        (PYTHON.replace('entry = "main.py"', ""), "needs `entry`"),
+        (PYTHON.replace('["*.py"]', "[]"), "files"),
+        (PYTHON.replace('["*.py"]', '"*.py"'), "files"),
+        (PYTHON.replace("*.py", "../*.py"), "not a path inside"),
+        (PYTHON.replace("*.py", "/etc/*"), "not a path inside"),
+        (PYTHON.replace("main.py", "a/../../main.py"), "entry: .* not a path inside"),
+        (PYTHON + 'policy = "/etc/p.json"', "policy: .* not a path inside"),
+        (PYTHON + '[run]\ninput = "../x"', r"run.input: .* not a path inside"),
+        (PYTHON + 'artifact = "x"', "has no `artifact`"),
+        (PYTHON + '[build]\nargs = ["x"]', r"has no \[build\] args"),
+        (MAKE.replace('artifact = "bin/prog"', ""), "needs `artifact`"),
+        (MAKE + 'entry = "x"', "has no `entry`"),
+        (MAKE + "#" * MAX_BYTES, "more than"),
+        (HEAD + "x = " + "[" * 5000, "not TOML|nested too deep"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_told(text: str, why: str) -> None:
+    """Each mistake is refused with its place, and a misspelt key with the one that was meant."""
+    data = text.encode("latin-1") if text == "\xff" else text.encode()
+    with pytest.raises(UsageError, match=why):
+        decode_manifest(data, source="m")
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_manifest_or_an_error(data: bytes) -> None:
+    """Whatever a manifest holds, it is read or refused, and nothing else happens."""
+    for content in (data, HEAD.encode() + data):
+        try:
+            decode_manifest(content, source="m")
+        except UsageError:
+            continue
+
+
+def test_a_folder_without_a_manifest_is_told_to_have_one(tmp_path: Path) -> None:
+    """A folder is a project only if a manifest lies in it; a file is none."""
+    with pytest.raises(UsageError, match=r"there is no x07-sandbox\.toml"):
+        find_manifest(tmp_path)
+    (tmp_path / "x07-sandbox.toml").write_text(PYTHON)
+    assert find_manifest(tmp_path) == tmp_path / "x07-sandbox.toml"
+    assert find_manifest(tmp_path / "x07-sandbox.toml") == tmp_path / "x07-sandbox.toml"
+    (tmp_path / "a.py").touch()
+    assert find_manifest(tmp_path / "a.py") is None

@@ -1,0 +1,139 @@
+"""The table of toolchains: which source gets which, and what it is built and started with."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.host.arch import ARCHES
+from x07_sandbox.programs.toolchains import (
+    BY_NAME,
+    TOOLCHAINS,
+    Source,
+    check_executable,
+    describe,
+    require_packages,
+    toolchain_for,
+    toolchain_named,
+)
+
+ELF = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 2, 62)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "toolchain"),
+    [
+        ("a.c", b"", "c"),
+        ("a.C", b"", "c"),
+        ("a.cpp", b"", "cpp"),
+        ("a.cc", b"", "cpp"),
+        ("dir.py/a.cxx", b"", "cpp"),
+        ("a.py", b"#!/bin/sh", "python"),
+        ("a.sh", b"", "shell"),
+        ("a.bash", b"", "shell"),
+        ("a.out", ELF, "executable"),
+        ("prog", b"#!/usr/bin/perl", "executable"),
+    ],
+)
+def test_a_source_gets_its_toolchain(name: str, head: bytes, toolchain: str) -> None:
+    """The suffix decides, then the first bytes."""
+    assert toolchain_for(name, head).name == toolchain
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.rs", "Makefile", "a.py.bak"])
+def test_what_no_toolchain_takes_is_wrong_usage(name: str) -> None:
+    """Anything else is told which suffixes there are."""
+    with pytest.raises(UsageError, match=r"\.py.*--toolchain"):
+        toolchain_for(name, b"hello")
+
+
+def test_an_unknown_name_is_told_which_there_are() -> None:
+    """A toolchain that there is not names all that there are."""
+    with pytest.raises(UsageError, match="c, cpp, python, shell, make, executable"):
+        toolchain_named("rust")
+
+
+@pytest.mark.parametrize(
+    ("head", "shell"),
+    [
+        (b"#!/bin/sh\n", "/bin/sh"),
+        (b"#! /bin/sh -e\n", "/bin/sh"),
+        (b"#!/usr/bin/env bash\n", "/bin/bash"),
+        (b"#!/usr/bin/bash\n", "/bin/bash"),
+        (b"#!/bin/dash\n", "/bin/dash"),
+        (b"#!/bin/shred\n", "/bin/bash"),
+        (b"echo\n", "/bin/bash"),
+        (b"", "/bin/bash"),
+    ],
+)
+def test_the_first_line_names_the_shell(head: bytes, shell: str) -> None:
+    """A script is started by the shell that its first line asks for, bash where it asks for none."""
+    row = BY_NAME["shell"]
+    source = Source(name="a.sh", head=head)
+    assert row.start(source) == [shell, "/x07/in/program/a.sh"]
+    assert row.build is not None
+    assert row.build(source)[-2:] == ["shell", shell]
+
+
+def test_a_tree_gives_the_compiler_every_source_of_its_language() -> None:
+    """In a project all C files are compiled, and nothing else; in a single file just that one."""
+    row = BY_NAME["c"]
+    assert row.build is not None
+    tree = Source(name="", folder="/x07/in/project", files=("a.c", "b.h", "sub/b.c", "x.py"), args=("-Wall",))
+    argv = row.build(tree)
+    assert [word for word in argv if word.startswith("/x07/in")] == ["/x07/in/project/a.c", "/x07/in/project/sub/b.c"]
+    assert "-Wall" in argv
+    assert "/x07/in/a.c" in row.build(Source(name="a.c"))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"MZ",
+        b"\x7fELF",
+        ELF[:18] + struct.pack("<H", 183),
+        ELF[:4] + b"\x01" + ELF[5:],
+        ELF[:5] + b"\x02" + ELF[6:],
+    ],
+)
+def test_an_executable_of_another_machine_is_refused(head: bytes) -> None:
+    """Other formats, other machines, 32 bits and the other byte order are told before anything boots."""
+    with pytest.raises(UsageError, match="cannot run prog"):
+        check_executable("prog", head, "x86_64", 62)
+
+
+def test_an_executable_of_this_machine_passes() -> None:
+    """An ELF file of the guest's machine, and a script that names its interpreter, pass."""
+    check_executable("prog", ELF, "x86_64", ARCHES["x86_64"].elf_machine)
+    check_executable("prog", b"#!/usr/bin/perl", "x86_64", 62)
+
+
+@given(st.binary(max_size=64))
+def test_any_first_bytes_are_an_answer(head: bytes) -> None:
+    """Whatever a file begins with, it is taken or refused, and nothing else happens."""
+    try:
+        check_executable("prog", head, "x86_64", 62)
+    except UsageError:
+        return
+    assert head.startswith((b"#!", b"\x7fELF"))
+
+
+def test_an_image_without_the_compiler_is_refused_with_what_to_do() -> None:
+    """What a toolchain needs and an image lacks is named, with the line that builds one that has it."""
+    with pytest.raises(RefusedError, match=r"has no g\+\+.*x07 image build --name small --include g\+\+"):
+        require_packages(BY_NAME["cpp"], {"libc6-dev", "gcc"}, "small")
+    require_packages(BY_NAME["cpp"], {"libc6-dev", "g++"}, "small")
+    require_packages(BY_NAME["executable"], set(), "small")
+
+
+def test_every_row_is_described() -> None:
+    """The help names each toolchain with its suffixes."""
+    text = describe()
+    for row in TOOLCHAINS:
+        assert row.name in text
+        assert all(suffix in text for suffix in row.suffixes)

@@ -1,0 +1,286 @@
+"""Programs of every toolchain, built and run for real: from files, texts, projects; and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.vm.conftest import Sandbox, left_behind
+from x07_sandbox import SandboxError, run_program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+HEAD = 'schema_version = "x07.sandbox.project@0.1.0"\n'
+MAKE = HEAD + 'toolchain = "make"\nfiles = ["Makefile", "*.c"]\nartifact = "out"\n'
+
+
+def project(folder: Path, **files: str) -> Path:
+    """A folder with these files; "_" in a name stands for ".", "__" for "/"."""
+    folder.mkdir()
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def command(*words: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """`x07 run` with these words."""
+    return subprocess.run(
+        [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words],
+        input=stdin,
+        env=os.environ | environment,
+        capture_output=True,
+        check=False,
+        timeout=150,
+    )
+
+
+# each toolchain
+
+
+def test_a_cpp_program_is_built_and_run(sandbox: Sandbox) -> None:
+    """C++20 with the standard library."""
+    source = '#include <cstdio>\n#include <string>\nint main() { std::string s = "c++"; std::puts(s.c_str()); }\n'
+    ran = sandbox.run_text("a.cpp", source)
+    assert (ran.outcome, ran.stdout) == ("ok", b"c++\n"), ran.reason
+
+
+@pytest.mark.parametrize(("first", "shell"), [("#!/bin/sh", "dash"), ("", "bash")])
+def test_a_shell_script_runs_in_its_shell(sandbox: Sandbox, first: str, shell: str) -> None:
+    """A pipeline, in the shell of the first line, with its arguments and under its own name."""
+    text = f'{first}\nreadlink /proc/$$/exe\necho "$0 $1"; tr a-z A-Z | sort\n'
+    ran = sandbox.run_text("do.sh", text, "one", stdin=b"b\na\n")
+    assert ran.outcome == "ok", ran.reason
+    assert ran.stdout.decode() == f"/usr/bin/{shell}\n/x07/in/program/do.sh one\nA\nB\n"
+
+
+def test_a_shell_script_is_checked_before_it_runs(sandbox: Sandbox) -> None:
+    """A script that its shell cannot read is a failed build, with the shell's own words."""
+    ran = sandbox.run_text("bad.sh", "echo before\nif then\n")
+    assert ran.outcome == "build-failed"
+    assert b"line 2: syntax error" in ran.stderr
+    assert ran.stdout == b""
+
+
+def test_a_ready_executable_runs_as_it_is(sandbox: Sandbox, artifacts: Any) -> None:  # noqa: ANN401 - the fixture's
+    """An executable is not built: its digest is the source's, and only one machine is started."""
+    path = sandbox.work / "ready"
+    path.write_bytes(artifacts.built(Path(__file__).parent / "programs/behave.c"))
+    ran = sandbox.run(path, "nothing")
+    assert ran.outcome == "ok", ran.reason
+    assert list(ran.result.phases) == ["run"]
+    assert ran.result.digests.artifact == ran.result.digests.source
+    assert ran.result.artifact_from == "caller"
+
+
+def test_a_script_may_name_its_interpreter(sandbox: Sandbox) -> None:
+    """A file without a known suffix that begins with #! is started as the kernel starts it."""
+    ran = sandbox.run_text("tool", "#!/usr/bin/python3 -I\nimport sys\nprint(sys.flags.isolated)\n")
+    assert (ran.outcome, ran.stdout) == ("ok", b"1\n"), ran.reason
+
+
+# projects
+
+
+def test_a_make_project_is_built_from_its_files(sandbox: Sandbox) -> None:
+    """Make runs on a copy of the listed files, parallel as asked; its artifact runs with the manifest's words."""
+    folder = project(
+        sandbox.work / "p",
+        Makefile="out: a.c b.c\n\t$(CC) -o $@ $^\n",
+        a_c='#include <stdio.h>\nint two(void);\nint main(int c, char **v) { printf("%d %s\\n", two(), v[1]); }\n',
+        b_c="int two(void) { return 2; }\n",
+    )
+    (folder / "x07-sandbox.toml").write_text(MAKE + '[build]\nargs = ["-j2"]\n[run]\nargs = ["mine"]\n')
+    ran = sandbox.run(folder)
+    assert (ran.outcome, ran.stdout) == ("ok", b"2 mine\n"), ran.stderr
+    assert sandbox.run(folder / "x07-sandbox.toml", "other").stdout == b"2 other\n"
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        ("out:\n\ttrue\n", "there is no file out"),
+        ("out:\n\tln -s /etc/passwd out\n", "cannot be opened"),
+        ("out:\n\tmkfifo out\n", "no regular file"),
+        ("out:\n\tmkdir out\n", "no regular file"),
+        ("out:\n\ttruncate -s 300M out\n", "over the limit of 268435456"),
+        ("out:\n\texit 3\n", "status 2"),
+    ],
+)
+def test_an_artifact_that_is_none_is_a_failed_build(sandbox: Sandbox, rule: str, why: str) -> None:
+    """Missing, a link, a pipe, a folder, too large: the build fails, and says so."""
+    folder = project(sandbox.work / "p", Makefile=rule, a_c="")
+    (folder / "x07-sandbox.toml").write_text(MAKE)
+    ran = sandbox.run(folder)
+    assert ran.outcome == "build-failed"
+    assert why in ran.reason + ran.stderr.decode()
+
+
+def test_a_python_project_imports_its_own_modules(sandbox: Sandbox) -> None:
+    """Modules and data beside the entry are there, byte-compiled; its input, variables and policy come from it."""
+    folder = project(
+        sandbox.work / "p",
+        main_py="import os, sys\nfrom pkg import m\nprint(m.up(sys.stdin.read()), os.environ['A'], m.__cached__)\n",
+        pkg__m_py="def up(text):\n    return text.upper()\n",
+        in_txt="text",
+        left_py="raise SystemExit('not listed')\n",
+    )
+    (folder / "pkg" / "__init__.py").touch()
+    (folder / "x07-sandbox.toml").write_text(
+        HEAD + 'toolchain = "python"\nentry = "main.py"\nfiles = ["main.py", "pkg/*.py"]\n'
+        '[run]\ninput = "in.txt"\nenv = { A = "1" }\n'
+    )
+    done = command(str(folder), X07_VM_STATE_DIR=str(sandbox.state))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"TEXT 1 /x07/in/program/pkg/__pycache__/m.")
+    assert command("--stdin", "--env", "A=2", str(folder), stdin=b"ours").stdout.startswith(b"OURS 2 ")
+
+
+def test_every_error_of_a_project_comes_back(sandbox: Sandbox) -> None:
+    """A Python project with two files that do not compile names both."""
+    folder = project(sandbox.work / "p", main_py="x = (\n", other_py="y = )\n")
+    (folder / "x07-sandbox.toml").write_text(HEAD + 'toolchain = "python"\nentry = "main.py"\nfiles = ["*.py"]\n')
+    ran = sandbox.run(folder)
+    assert ran.outcome == "build-failed"
+    assert b"main.py" in ran.stderr
+    assert b"other.py" in ran.stderr
+
+
+# texts
+
+
+def test_a_source_may_come_as_a_text() -> None:
+    """-c CODE, and - for standard input: both with arguments; with -c standard input is the program's."""
+    done = command("-c", "import sys; print(sys.argv[1:], sys.stdin.read())", "--toolchain", "python", "a", stdin=b"in")
+    assert (done.returncode, done.stdout) == (0, b"['a'] in\n"), done.stderr
+    done = command("--toolchain", "shell", "-", "--", "a b", stdin=b'echo "$1"; cat\n')
+    assert (done.returncode, done.stdout) == (0, b"a b\n"), done.stderr
+
+
+def test_a_library_call_takes_texts_files_and_more(state: Path) -> None:
+    """run_program with a source, files beside it, variables, a time limit and output as it comes."""
+    seen: list[tuple[str, bytes]] = []
+    result = run_program(
+        source="import helper, os\nprint(helper.NAME, os.environ['A'])\n",
+        toolchain="python",
+        files={"helper.py": b"NAME = 'helper'\n"},
+        env={"A": "1"},
+        on_output=lambda name, data: seen.append((name, data)),
+    )
+    assert (result.outcome, result.stdout.data) == ("ok", b"helper 1\n"), result.reason
+    assert b"".join(data for name, data in seen if name == "stdout") == b"helper 1\n"
+    slow = run_program(source="while True: pass", toolchain="python", timeout_s=0.5)
+    assert (slow.outcome, slow.ok) == ("timeout", False)
+    assert left_behind(state) == []
+
+
+def test_check_raises_for_a_program_that_fails() -> None:
+    """With check=True a program that ends with another status is an error that carries its result."""
+    with pytest.raises(SandboxError, match="failed") as caught:
+        run_program(source="exit 3", toolchain="shell", check=True)
+    assert caught.value.result.exit_code == 3
+
+
+def test_what_on_output_raises_ends_the_run(state: Path) -> None:
+    """An exception of the caller's function ends the machine, and is raised where the caller waits."""
+
+    def refuse(_name: str, _data: bytes) -> None:
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        run_program(source="echo x; sleep 60", toolchain="shell", on_output=refuse)
+    assert left_behind(state) == []
+
+
+# wrong programs
+
+
+def pipe(path: Path) -> str:
+    """A pipe with a source's name, which nobody writes to."""
+    os.mkfifo(path)
+    return str(path)
+
+
+def written(path: Path) -> str:
+    """A file that holds nothing of use."""
+    path.write_text("nothing\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "why"),
+    [
+        (lambda _: ["missing.py"], 2, "No such file"),
+        (lambda at: [str(at)], 2, "there is no x07-sandbox.toml in it"),
+        (lambda _: ["-c", "x"], 2, "does not say what language"),
+        (lambda _: [], 2, "no PROGRAM is named"),
+        (lambda _: ["--toolchain", "make", "-c", "x"], 2, "make works on a project"),
+        (lambda _: ["a.x07.json"], 125, "no X07 toolchain"),
+        (lambda at: [pipe(at / "a.py")], 2, "no regular file"),
+        (lambda at: [written(at / "-a.py")], 2, "begins with '.' or '-'"),
+        (lambda at: [written(at / "a\nb.py")], 2, "control characters"),
+        (lambda at: [written(at / "a.exe")], 2, "names no toolchain"),
+        (lambda at: ["--toolchain", "executable", written(at / "a.exe")], 2, "neither an ELF file nor a script"),
+        (lambda _: ["--env", "A-B=1", "-c", "x", "--toolchain", "c"], 2, "no name of a variable"),
+        (lambda _: ["--env", "X07_WORLD=1", "-c", "x", "--toolchain", "c"], 2, "X07's own"),
+        (lambda _: ["--env", "NOT_SET_ANYWHERE", "-c", "x", "--toolchain", "c"], 2, "no such variable"),
+        (lambda _: ["--input-b64", "???", "-c", "x", "--toolchain", "c"], 2, "no base64"),
+        (lambda _: ["--input", "missing", "-c", "x", "--toolchain", "c"], 2, "cannot read the input missing"),
+        (lambda at: ["--compiled-out", str(at / "no/a"), "-c", "x", "--toolchain", "c"], 125, "cannot write"),
+    ],
+)
+def test_a_program_that_cannot_be_run_is_told_why(
+    tmp_path: Path, make: Callable[[Path], list[str]], code: int, why: str
+) -> None:
+    """Each mistake in naming a program, its input or its variables has its own error and its exit code."""
+    jobs = tmp_path / "home" / "jobs"
+    jobs.parent.mkdir(mode=0o700)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    done = command("--json", *make(folder), X07_VM_STATE_DIR=str(jobs))
+    assert done.returncode == code, done.stderr
+    assert why in json.loads(done.stdout)["reason"]
+    assert not list(jobs.glob("*/job.json"))
+
+
+def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
+    """--dry-run says how a program would be built, started and held, and starts no machine."""
+    jobs = tmp_path / "jobs"
+    done = command("--dry-run", "--json", "-c", "int main(void) {}", "--toolchain", "c", X07_VM_STATE_DIR=str(jobs))
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert (shown["toolchain"], shown["run"]) == ("c", ["/x07/in/artifact"])
+    assert {control["field"] for control in shown["plan"]["controls"]} >= {"limits.wall_ms", "net.enabled"}
+    assert b"built in a machine without network" in command("--dry-run", "-c", "x", "--toolchain", "c").stdout
+    assert not jobs.exists()
+
+
+def test_what_was_built_and_the_report_can_be_kept(tmp_path: Path) -> None:
+    """--compiled-out keeps the executable, --report-out the result; --quiet-json prints none."""
+    out, report = tmp_path / "prog", tmp_path / "result.json"
+    words = ["--json", "--quiet-json", "--report-out", str(report), "--compiled-out", str(out)]
+    done = command(*words, "-c", "int main(void) { return 3; }", "--toolchain", "c")
+    assert (done.returncode, done.stdout) == (3, b""), done.stderr
+    assert out.read_bytes().startswith(b"\x7fELF")
+    assert os.access(out, os.X_OK)
+    assert json.loads(report.read_bytes())["exit_code"] == 3
+    assert command(str(out)).returncode == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prog", "result.json"]
+
+
+def test_variables_that_a_policy_denies_are_refused(sandbox: Sandbox) -> None:
+    """env.deny_keys and env.enabled false hold for variables that the caller names."""
+    for changes in ({"env.deny_keys": ["A"]}, {"env.enabled": False}):
+        policy = str(sandbox.policy(changes))
+        done = command("--json", "--policy", policy, "--env", "A=1", "-c", "true", "--toolchain", "shell")
+        assert (done.returncode, json.loads(done.stdout)["outcome"]) == (125, "refused")
