@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,9 @@ import msgspec
 from x07_sandbox.backends.base import Machines
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy import decode_policy, default_policy, render_policy
+from x07_sandbox.policy.decode import MAX_BYTES
 from x07_sandbox.programs.toolchains import SOURCE_FOLDER, source_name
 from x07_sandbox.runs.streams import Cancel, InFile, OutFile, memory_file
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from x07_sandbox.policy import Policy
 
-_POLICY_MAX_BYTES = 1 << 20
 # Linux refuses one longer argument (MAX_ARG_STRLEN: 32 pages, NUL included); all of them share a quarter of the stack's
 # 8 MiB with the environment, which may take some hundred KiB.
 _ARGUMENT_MAX_BYTES = 131_072
@@ -81,18 +81,14 @@ def read_policy(path: Path | None) -> tuple[Policy, bytes]:
     if path is None:
         policy = default_policy()
         return policy, render_policy(policy)
-    data = _read(path, "policy", _POLICY_MAX_BYTES + 1)
+    data = read_bounded(path, "policy", MAX_BYTES)
     return decode_policy(data, source=str(path)), data
 
 
 def read_source(path: Path, stack: contextlib.ExitStack) -> tuple[InFile, str]:
     """The program's source as it is now, and its digest. Raises UsageError."""
     name = source_name(str(path))
-    data = _read(path, "program", settings.SOURCE_MAX_BYTES + 1)
-    if len(data) > settings.SOURCE_MAX_BYTES:
-        raise UsageError(
-            f"cannot run {path}", f"it has more than {settings.SOURCE_MAX_BYTES} bytes", "Name a smaller source file"
-        )
+    data = read_bounded(path, "program", settings.SOURCE_MAX_BYTES)
     return in_memory(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack), sha256_text(data)
 
 
@@ -104,15 +100,3 @@ def in_memory(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) ->
 def sha256_text(data: bytes) -> str:
     """A digest as results show it."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def _read(path: Path, what: str, most: int) -> bytes:
-    """A regular file; nothing else, since a pipe or a device may never end. Raises UsageError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                return file.read(most)
-    except OSError as exc:
-        raise UsageError(f"cannot read the {what} {path}", exc.strerror or str(exc), "Name a readable file") from exc
-    raise UsageError(f"cannot read the {what} {path}", "it is no regular file", "Name a file")
