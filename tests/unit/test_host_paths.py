@@ -250,11 +250,11 @@ def test_a_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"12345")
     assert read_bounded(path, "thing", 5) == b"12345"
-    with pytest.raises(UsageError, match="cannot read the thing .*: it has more than 4 bytes"):
+    with pytest.raises(UsageError, match="it has more than 4 bytes"):
         read_bounded(path, "thing", 4)
     os.mkfifo(tmp_path / "pipe")
     for name in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(UsageError, match="it is no regular file"):
             read_bounded(name, "thing", 5)
-    with pytest.raises(UsageError, match="null byte"):
+    with pytest.raises(UsageError, match="null"):
         read_bounded(Path("a\0b"), "thing", 5)
