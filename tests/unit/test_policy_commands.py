@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.unit.policy_command import as_json, policy
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.schema import render_schema
@@ -20,21 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GOOD = render_policy(TEMPLATES["cli"])
-
-
-def policy(where: Path, *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `x07 policy`, started in *where*."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", *words]
-    done = subprocess.run(argv, cwd=where, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-def as_json(where: Path, *words: str) -> tuple[int, dict[str, Any]]:
-    """Exit code and the one JSON object of `x07 policy --json`; standard error is empty."""
-    code, out, err = policy(where, *words, "--json")
-    assert err == ""
-    found: dict[str, Any] = json.loads(out)
-    return code, found
 
 
 def test_good_policies_are_told_to_be_valid(tmp_path: Path) -> None:

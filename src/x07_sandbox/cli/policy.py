@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from x07_sandbox.cli import policy_init
+from x07_sandbox.cli import policy_explain, policy_init
 from x07_sandbox.cli.console import say
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host.paths import read_bounded
@@ -19,14 +19,17 @@ from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.decode import MAX_BYTES, decode_policy
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.policy.schema import fields, render_schema
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from x07_sandbox.policy.differences import Change
     from x07_sandbox.policy.model import Policy
 
 BUILT_IN: Final = "built-in:"
+DIFFERENT: Final = 1
 UNREADABLE: Final = 2
 INVALID: Final = 3
 REFUSED: Final = 125
@@ -34,6 +37,8 @@ REFUSED: Final = 125
 EXIT_CODES: Final = (
     ("check", "0 all are valid; 3 one is not; 2 one cannot be read"),
     ("digest", "0; 3 not valid; 2 cannot be read"),
+    ("explain", "0 a run would start; 125 it would be refused; 3 not valid; 2 cannot be read"),
+    ("diff", "0 no difference; 1 they differ; 3 one is not valid; 2 one cannot be read"),
     ("schema", "0"),
 )
 _EPILOG: Final = """A policy is named by its file, or as built-in:NAME, by the name of a template.
@@ -42,6 +47,8 @@ exit code: 0; 2 wrong usage, or a file that cannot be read; 3 a policy that is n
 examples:
   x07 policy init --template default        write the built-in policy, to change it
   x07 policy check strict.json              all that is wrong with it, at once
+  x07 policy explain strict.json            who enforces each field, before anything runs
+  x07 policy diff built-in:default strict.json
 """
 
 
@@ -56,6 +63,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     digest = inner.add_parser("digest", help="one digest for all documents that say the same")
     digest.add_argument("file", metavar="FILE", help="a policy")
     digest.set_defaults(carry_out=_digest)
+    policy_explain.add_parser(inner).set_defaults(carry_out=_explain)
+    diff = inner.add_parser("diff", help="what the second policy grants or withdraws")
+    diff.add_argument("first", metavar="A", help="a policy")
+    diff.add_argument("second", metavar="B", help="another")
+    diff.set_defaults(carry_out=_diff)
     schema = inner.add_parser("schema", help="the JSON Schema of a policy")
     schema.set_defaults(carry_out=_schema)
     for action in inner.choices.values():
@@ -158,8 +170,59 @@ def _digest(options: argparse.Namespace) -> int:
     return 0
 
 
-def _schema(_options: argparse.Namespace) -> int:
-    from x07_sandbox.policy.schema import render_schema
+def _explain(options: argparse.Namespace) -> int:
+    policy, _ = load(options.policy)
+    found = policy_explain.explanation(policy, options.backend, options.toolchain)
+    if options.json:
+        _print_json("explain", {"policy": options.policy, **found})
+    else:
+        # A name need not be UTF-8.
+        sys.stdout.buffer.write(os.fsencode("\n".join(policy_explain.lines(found, options.policy)) + "\n"))
+    return 0 if found["carried_out"] else REFUSED
 
+
+def _diff(options: argparse.Namespace) -> int:
+    from x07_sandbox.policy.differences import differences
+
+    (first, _), (second, _) = load(options.first), load(options.second)
+    changes = differences(first, second)
+    if options.json:
+        _print_json("diff", {"same": not changes, "changes": [_change_row(change) for change in changes]})
+        return DIFFERENT if changes else 0
+    for effect, title in _EFFECTS:
+        found = [change for change in changes if change.effect == effect]
+        if found:
+            sys.stdout.write(f"{title}\n")
+        for change in found:
+            sys.stdout.write(f"  {_in_words(change)}\n")
+    return DIFFERENT if changes else 0
+
+
+_EFFECTS: Final = (
+    ("granted", "the second policy grants:"),
+    ("withdrawn", "the second policy withdraws:"),
+    ("changed", "the second policy changes:"),
+)
+
+
+_DOCS: Final = {field.path: field.doc for field in fields()}
+
+
+def _change_row(change: Change) -> dict[str, Any]:
+    return {"field": change.field, "effect": change.effect, "before": change.before, "after": change.after}
+
+
+def _in_words(change: Change) -> str:
+    """One line; values as JSON, in ASCII, since a policy's text may come from anybody."""
+    before, after = policy_explain.shown(change.before), policy_explain.shown(change.after)
+    what = f"{after} instead of {before}"
+    if change.before is None:
+        what = f"{after} added"
+    elif change.after is None:
+        what = f"{before} removed"
+    return f"{change.field}: {what}. {_DOCS[change.field]}"
+
+
+def _schema(_options: argparse.Namespace) -> int:
     sys.stdout.write(render_schema().decode())
     return 0
