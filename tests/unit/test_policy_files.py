@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from x07_sandbox.cli.policy_page import render_page
 from x07_sandbox.policy.canonical import canonical_json, policy_digest
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.environment import VARIABLES, program_environment
 from x07_sandbox.policy.model import Policy, leaf_values
-from x07_sandbox.policy.schema import fields, policy_schema, render_docs, render_schema
+from x07_sandbox.policy.schema import fields, policy_schema, render_schema
 from x07_sandbox.policy.templates import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
-HINT = "run: python -m x07_sandbox.policy.schema schema > schemas/run-os-policy.schema.json (docs > docs/policy.md)"
+HINT = (
+    "run: x07 policy schema > schemas/run-os-policy.schema.json; python -m x07_sandbox.cli.policy_page > docs/policy.md"
+)
 MIB = 1 << 20
 
 
@@ -28,7 +31,7 @@ def test_the_schema_file_is_the_model() -> None:
 
 def test_the_page_is_the_model() -> None:
     """docs/policy.md is what the model and the rules say."""
-    assert (ROOT / "docs/policy.md").read_text(encoding="utf-8") == render_docs(), HINT
+    assert (ROOT / "docs/policy.md").read_text(encoding="utf-8") == render_page(), HINT
 
 
 def test_the_schema_is_a_sound_schema_closed_everywhere() -> None:

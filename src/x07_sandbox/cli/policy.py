@@ -33,13 +33,14 @@ DIFFERENT: Final = 1
 UNREADABLE: Final = 2
 INVALID: Final = 3
 REFUSED: Final = 125
-# Of every action but init; docs/policy.md shows the same lines.
+# Shown by each action's help and by docs/policy.md.
 EXIT_CODES: Final = (
+    ("init", "0 the file is there as wanted; 2 another file is there and was left alone, or any error"),
     ("check", "0 all are valid; 3 one is not; 2 one cannot be read"),
-    ("digest", "0; 3 not valid; 2 cannot be read"),
+    ("digest", "0 it is printed; 3 not valid; 2 cannot be read"),
     ("explain", "0 a run would start; 125 it would be refused; 3 not valid; 2 cannot be read"),
     ("diff", "0 no difference; 1 they differ; 3 one is not valid; 2 one cannot be read"),
-    ("schema", "0"),
+    ("schema", "0 it is printed"),
 )
 _EPILOG: Final = """A policy is named by its file, or as built-in:NAME, by the name of a template.
 exit code: 0; 2 wrong usage, or a file that cannot be read; 3 a policy that is not valid; see also each action's help.
@@ -74,7 +75,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         action.add_argument("--json", action="store_true", help="one JSON object on standard output, errors too")
         action.set_defaults(carry_out=partial(_guarded, action.get_default("carry_out")))
     for name, codes in EXIT_CODES:
-        inner.choices[name].epilog = "\n\n".join(filter(None, (f"exit code: {codes}.", inner.choices[name].epilog)))
+        inner.choices[name].epilog = "\n\n".join(filter(None, (f"exit code: {codes}", inner.choices[name].epilog)))
 
 
 def print_failure(exc: Exception, signalled: int | None = None) -> int:

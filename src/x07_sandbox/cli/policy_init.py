@@ -27,8 +27,6 @@ DIFFERENT: Final = 2
 
 _EPILOG = f"""templates: {", ".join(TEMPLATES)}
 
-exit code: 0 the file is there as wanted; 2 another file is there and was left alone, or it could not be written.
-
 examples:
   x07 policy init --template default
   x07 policy init --template cli --out policies/cli.json --mkdir-out
