@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from pathlib import Path
@@ -48,7 +49,9 @@ def write_document(root: Path, parts: tuple[str, ...], data: bytes, *, overwrite
             return _put(folder, name, data, overwrite=overwrite)
     except OSError as exc:
         why = exc.strerror or str(exc)
-        raise UsageError(f"cannot write {path}", f"{why}; no link is followed", "Choose another place") from exc
+        if exc.errno in {errno.ELOOP, errno.ENOTDIR}:  # what the kernel says of a link that is not to be followed
+            why = f"there is a link or no folder on the way, and no link is followed ({why})"
+        raise UsageError(f"cannot write {path}", why, "Choose another place") from exc
 
 
 @contextlib.contextmanager

@@ -89,15 +89,17 @@ def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise UsageError(f"cannot read the {what} {path}", "it is no regular file", "Name a file")
+            mode = os.fstat(fd).st_mode
+            if not stat.S_ISREG(mode):
+                why = "Is a directory" if stat.S_ISDIR(mode) else "it is no regular file"
+                raise UsageError(f"cannot read the {what} {path}", why, "Name a file")
             with open(fd, "rb", closefd=False) as file:
                 data = file.read(max_bytes + 1)
         finally:
             os.close(fd)
     except (OSError, ValueError) as exc:  # ValueError: a zero byte in the name
-        why = exc.strerror if isinstance(exc, OSError) else None
-        raise UsageError(f"cannot read the {what} {path}", why or str(exc), "Name a readable file") from exc
+        why = getattr(exc, "strerror", None) or str(exc)
+        raise UsageError(f"cannot read the {what} {path}", why, "Name a readable file") from exc
     if len(data) > max_bytes:
         raise UsageError(f"cannot read the {what} {path}", f"it has more than {max_bytes} bytes", "Name a smaller file")
     return data

@@ -42,16 +42,18 @@ def is_name(host: str) -> bool:
     return addresses(host) is None and any(char.isalpha() for char in host)
 
 
-def covers(mine: str, theirs: str) -> Cover:
+def meaning(host: str) -> Addresses | str:
+    """What *host* stands for: addresses, or a name in the form in which equal names are equal."""
+    return addresses(host) or host.lower().rstrip(".")
+
+
+def covers(mine: Addresses | str, theirs: Addresses | str) -> Cover:
     """How much of what *theirs* stands for is meant by *mine*."""
-    ours, other = addresses(mine), addresses(theirs)
-    if ours is None and other is None:
-        return "whole" if mine.lower().rstrip(".") == theirs.lower().rstrip(".") else "none"
-    if ours is None or other is None:
+    if isinstance(mine, str) or isinstance(theirs, str):
+        return "whole" if mine == theirs else "none"
+    if mine.version != theirs.version or theirs.last < mine.first or mine.last < theirs.first:
         return "none"
-    if ours.version != other.version or other.last < ours.first or ours.last < other.first:
-        return "none"
-    return "whole" if ours.first <= other.first and other.last <= ours.last else "part"
+    return "whole" if mine.first <= theirs.first and theirs.last <= mine.last else "part"
 
 
 def _plain(version: int, first: int, last: int) -> Addresses:

@@ -15,7 +15,7 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.canonical import canonical_json
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import render_policy
-from x07_sandbox.policy.hosts import covers, is_name
+from x07_sandbox.policy.hosts import Addresses, covers, is_name, meaning
 from x07_sandbox.policy.model import HostPorts, Net, Policy
 
 # A flag is refused in its own words; that the same holds for the whole policy is checked again at the end.
@@ -241,13 +241,22 @@ def _net(net: Net, asked: _Asked, *, raise_dns: bool) -> Net:
 
 def _deny(hosts: dict[str, set[int]], deny: Mapping[str, set[int] | None]) -> None:
     """Take from *hosts* what is denied. Raises UsageError where a policy could not say what would be left."""
-    reach = [(denied, ports, host) for denied, ports in deny.items() for host in hosts]
-    for denied, ports, host in reach:
-        if covers(denied, host) == "whole":
-            hosts[host] = set() if ports is None else hosts[host] - ports
-    for denied, ports, host in reach:
-        hit = hosts[host] if ports is None else hosts[host] & ports
-        if hit and covers(denied, host) == "part":
+    names: dict[Addresses | str, list[str]] = {}
+    for host in hosts:
+        names.setdefault(meaning(host), []).append(host)
+    ranges = [token for token in names if not isinstance(token, str)]
+    partly = []
+    for denied, ports in deny.items():  # there may be many thousands, from files
+        mine = meaning(denied)
+        for token in (mine,) if isinstance(mine, str) else ranges:
+            cover = covers(mine, token)
+            for host in names.get(token, ()):
+                if cover == "whole":
+                    hosts[host] = set() if ports is None else hosts[host] - ports
+                elif cover == "part":
+                    partly.append((denied, ports, host))
+    for denied, ports, host in partly:
+        if hosts[host] if ports is None else hosts[host] & ports:
             raise UsageError(
                 f"cannot deny {denied}",
                 f"it is only a part of {host}, which is allowed",
