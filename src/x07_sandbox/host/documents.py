@@ -31,7 +31,9 @@ def project_root(project: Path | None) -> Path:
     try:
         here = Path.cwd()
     except OSError as exc:
-        raise UsageError("cannot find the project", f"this folder is gone ({exc.strerror})", "Go to one") from exc
+        raise UsageError(
+            "cannot find the project", f"this folder is gone ({exc.strerror})", "Go to a folder that is there"
+        ) from exc
     return next((folder for folder in (here, *here.parents) if (folder / MANIFEST).is_file()), here)
 
 
