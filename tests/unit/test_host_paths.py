@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.errors import HostError
-from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
+from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.host.paths import cache_dir, private_dir, read_bounded, state_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -243,3 +243,18 @@ def test_only_a_folder_of_one_s_own_may_be_closed(base: Path) -> None:
         assert "below it" in told
     (roots,) = as_nobody(Path("/usr"))
     assert "choose a folder of your own" in roots
+
+
+def test_a_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A file of just the most bytes is read, a larger one is refused, and so is all that is no regular file."""
+    path = tmp_path / "f"
+    path.write_bytes(b"12345")
+    assert read_bounded(path, "thing", 5) == b"12345"
+    with pytest.raises(UsageError, match="it has more than 4 bytes"):
+        read_bounded(path, "thing", 4)
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UsageError, match=r"it is no regular file|Is a directory"):
+            read_bounded(name, "thing", 5)
+    with pytest.raises(UsageError, match="null"):
+        read_bounded(Path("a\0b"), "thing", 5)

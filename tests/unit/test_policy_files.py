@@ -1,4 +1,4 @@
-"""Promises about what the model makes: schema file, page, default policy, environment, and upstream's templates."""
+"""Promises about what the model makes: schema file, page, templates, digest, environment."""
 
 import hashlib
 import json
@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from x07_sandbox.cli.policy_page import render_page
+from x07_sandbox.policy.canonical import canonical_json, policy_digest
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.environment import VARIABLES, program_environment
 from x07_sandbox.policy.model import Policy, leaf_values
-from x07_sandbox.policy.schema import fields, policy_schema, render_docs, render_schema
+from x07_sandbox.policy.schema import fields, policy_schema, render_schema
+from x07_sandbox.policy.templates import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
-HINT = "run: python -m x07_sandbox.policy.schema schema > schemas/run-os-policy.schema.json (docs > docs/policy.md)"
+HINT = (
+    "run: x07 policy schema > schemas/run-os-policy.schema.json; python -m x07_sandbox.cli.policy_page > docs/policy.md"
+)
 MIB = 1 << 20
 
 
@@ -26,7 +31,7 @@ def test_the_schema_file_is_the_model() -> None:
 
 def test_the_page_is_the_model() -> None:
     """docs/policy.md is what the model and the rules say."""
-    assert (ROOT / "docs/policy.md").read_text(encoding="utf-8") == render_docs(), HINT
+    assert (ROOT / "docs/policy.md").read_text(encoding="utf-8") == render_page(), HINT
 
 
 def test_the_schema_is_a_sound_schema_closed_everywhere() -> None:
@@ -47,10 +52,31 @@ def test_the_default_policy_is_what_the_format_page_says() -> None:
     expected: dict[str, Any] = {
         "schema_version": "x07.run-os-policy@0.1.0",
         "policy_id": "sandbox.default.base",
-        "limits": limits(60_000, 60_000, 512, 256, 64),
-        "fs": fs([], [], allow_remove=True, max_read_bytes=256 * MIB, max_write_bytes=256 * MIB)
-        | {"max_entries": 100_000, "max_depth": 128},
-        "net": net(on=True),
+        "limits": {
+            "cpu_ms": 60_000,
+            "wall_ms": 60_000,
+            "mem_bytes": 512 * MIB,
+            "fds": 256,
+            "procs": 64,
+            "core_dumps": False,
+        },
+        "fs": {
+            "enabled": True,
+            "read_roots": [],
+            "write_roots": [],
+            "deny_hidden": True,
+            "allow_symlinks": False,
+            "allow_mkdir": True,
+            "allow_remove": True,
+            "allow_rename": True,
+            "allow_walk": True,
+            "allow_glob": True,
+            "max_read_bytes": 256 * MIB,
+            "max_write_bytes": 256 * MIB,
+            "max_entries": 100_000,
+            "max_depth": 128,
+        },
+        "net": {"enabled": True, "allow_dns": True, "allow_tcp": True, "allow_udp": False, "allow_hosts": []},
         "env": {"enabled": True, "allow_keys": [], "deny_keys": []},
         "time": {
             "enabled": True,
@@ -61,15 +87,33 @@ def test_the_default_policy_is_what_the_format_page_says() -> None:
             "allow_local_tzid": False,
         },
         "language": {"allow_unsafe": True, "allow_ffi": True},
-        "threads": THREADS,
+        "threads": {"enabled": True, "max_workers": 0, "max_blocking": 4, "max_queue": 1024},
         "process": {
-            **PROCESS,
+            "enabled": True,
             "allow_spawn": True,
-            "allow_exec": True,
             "max_live": 64,
             "max_spawns": 1024,
-            "max_runtime_ms": 60_000,
+            "allow_exec": True,
+            "allow_exit": True,
+            "allow_execs": [],
             "allow_exec_prefixes": ["/"],
+            "allow_args_regex_lite": [],
+            "allow_env_keys": [],
+            "max_exe_bytes": 4096,
+            "max_args": 64,
+            "max_arg_bytes": 4096,
+            "max_env": 64,
+            "max_env_key_bytes": 256,
+            "max_env_val_bytes": 4096,
+            "max_runtime_ms": 60_000,
+            "max_stdout_bytes": 10_485_760,
+            "max_stderr_bytes": 10_485_760,
+            "max_total_bytes": 16_777_216,
+            "max_stdin_bytes": 1_048_576,
+            "kill_on_drop": True,
+            "kill_tree": True,
+            "allow_cwd": False,
+            "allow_cwd_roots": [],
         },
     }
     found = json.loads(render_policy(default_policy()))
@@ -86,184 +130,12 @@ def test_a_policy_file_has_one_form() -> None:
 def test_writing_and_reading_gives_the_same_policy() -> None:
     """A policy survives a round trip, and a section that was absent stays absent."""
     for name, made in TEMPLATES.items():
-        policy = decode_policy(render_policy(made), source=name)
-        again = decode_policy(render_policy(policy), source=name)
-        assert again == policy
-        assert ("db" in json.loads(render_policy(policy))) == ("db" in made)
+        assert decode_policy(render_policy(made), source=name) == made
+    assert "db" not in json.loads(render_policy(TEMPLATES["cli"]))
 
 
-# upstream's templates, from the table of facts/x07-formats.md 6.2
+# upstream's templates: their check sums stand in its own format page (facts/x07-formats.md 6.2)
 
-THREADS = {"enabled": True, "max_workers": 0, "max_blocking": 4, "max_queue": 1024}
-PROCESS: dict[str, Any] = {
-    "enabled": True,
-    "allow_spawn": False,
-    "max_live": 0,
-    "max_spawns": 0,
-    "allow_exec": False,
-    "allow_exit": True,
-    "allow_execs": [],
-    "allow_exec_prefixes": [],
-    "allow_args_regex_lite": [],
-    "allow_env_keys": [],
-    "max_exe_bytes": 4096,
-    "max_args": 64,
-    "max_arg_bytes": 4096,
-    "max_env": 64,
-    "max_env_key_bytes": 256,
-    "max_env_val_bytes": 4096,
-    "max_runtime_ms": 0,
-    "max_stdout_bytes": 10_485_760,
-    "max_stderr_bytes": 10_485_760,
-    "max_total_bytes": 16_777_216,
-    "max_stdin_bytes": 1_048_576,
-    "kill_on_drop": True,
-    "kill_tree": True,
-    "allow_cwd": False,
-    "allow_cwd_roots": [],
-}
-PARALLEL = {
-    **PROCESS,
-    "allow_spawn": True,
-    "max_live": 16,
-    "max_spawns": 64,
-    "allow_exec": True,
-    "allow_exec_prefixes": ["deps/x07/"],
-    "max_runtime_ms": 60_000,
-}
-DB = {
-    "enabled": True,
-    "max_live_conns": 8,
-    "max_queries": 10_000,
-    "query_timeout_ms": 30_000,
-    "max_sql_bytes": 1_048_576,
-    "max_rows": 100_000,
-    "max_resp_bytes": 16_777_216,
-}
-NO_DRIVER = {"sqlite": False, "postgres": False, "mysql": False, "redis": False}
-SQLITE_DB = {
-    **DB,
-    "connect_timeout_ms": 2000,
-    "drivers": {**NO_DRIVER, "sqlite": True},
-    "sqlite": {
-        "allow_paths": ["out/app.sqlite"],
-        "readonly_only": False,
-        "allow_create": True,
-        "allow_in_memory": True,
-    },
-}
-POSTGRES_DB = {
-    **DB,
-    "connect_timeout_ms": 5000,
-    "drivers": {**NO_DRIVER, "postgres": True},
-    "net": {"allow_dns": [], "allow_cidrs": [], "allow_ports": [], "require_tls": True, "require_verify": True},
-}
-
-
-def limits(cpu_ms: int, wall_ms: int, mem_mib: int, fds: int, procs: int) -> dict[str, Any]:
-    """A limits section."""
-    made = {"cpu_ms": cpu_ms, "wall_ms": wall_ms, "mem_bytes": mem_mib * MIB, "fds": fds, "procs": procs}
-    return {**made, "core_dumps": False}
-
-
-def fs(read: list[str], write: list[str], **more: object) -> dict[str, Any]:
-    """An fs section as most templates have it."""
-    made: dict[str, Any] = dict.fromkeys(("enabled", "allow_mkdir", "allow_rename", "allow_walk", "allow_glob"), True)
-    made |= {"read_roots": read, "write_roots": write, "deny_hidden": True}
-    made |= {"allow_symlinks": False, "allow_remove": False}
-    made |= {"max_read_bytes": 64 * MIB, "max_write_bytes": 64 * MIB, "max_entries": 50_000, "max_depth": 64}
-    return made | more
-
-
-NO_FS = fs([], []) | dict.fromkeys(("enabled", "allow_mkdir", "allow_rename", "allow_walk", "allow_glob"), False)
-NO_FS |= dict.fromkeys(("max_read_bytes", "max_write_bytes", "max_entries", "max_depth"), 0)
-
-
-def net(*, on: bool) -> dict[str, Any]:
-    """A net section without hosts."""
-    return {"enabled": on, "allow_dns": on, "allow_tcp": on, "allow_udp": False, "allow_hosts": []}
-
-
-def template(
-    name: str,
-    limited: dict[str, Any],
-    files: dict[str, Any],
-    *,
-    unsafe: bool,
-    wall: bool = True,
-    sleep: int = 0,
-    **more: object,
-) -> dict[str, Any]:
-    """One of upstream's templates; wall is its time.allow_wall_clock, sleep its longest sleep."""
-    made = {
-        "schema_version": "x07.run-os-policy@0.1.0",
-        "policy_id": f"sandbox.{name}.base",
-        "limits": limited,
-        "fs": files,
-        "net": net(on=False),
-        "env": {"enabled": False, "allow_keys": [], "deny_keys": []},
-        "time": {
-            "enabled": True,
-            "allow_monotonic": True,
-            "allow_wall_clock": wall,
-            "allow_sleep": sleep > 0,
-            "max_sleep_ms": sleep,
-            "allow_local_tzid": False,
-        },
-        "language": {"allow_unsafe": unsafe, "allow_ffi": unsafe},
-        "threads": THREADS,
-        "process": PROCESS,
-    }
-    return made | more
-
-
-TEMPLATES: dict[str, dict[str, Any]] = {
-    "cli": template("cli", limits(60_000, 120_000, 512, 128, 16), fs(["."], ["out"]), unsafe=False),
-    "http-client": template(
-        "http-client",
-        limits(180_000, 300_000, 1024, 256, 32),
-        fs(["."], ["out"], allow_glob=False, max_write_bytes=256 * MIB, max_entries=20_000, max_depth=32),
-        unsafe=True,
-        net=net(on=True),
-        sleep=5000,
-    ),
-    "web-service": template(
-        "web-service",
-        limits(180_000, 600_000, 1024, 512, 64),
-        fs(["."], ["out"], max_write_bytes=128 * MIB),
-        unsafe=True,
-        net=net(on=True),
-        env={"enabled": True, "allow_keys": ["PORT", "HOST", "LOG_LEVEL"], "deny_keys": []},
-        sleep=1000,
-    ),
-    "fs-tool": template(
-        "fs-tool",
-        limits(90_000, 180_000, 512, 256, 16),
-        fs(["."], ["src", "out"], max_read_bytes=256 * MIB, max_write_bytes=256 * MIB)
-        | {"max_entries": 200_000, "max_depth": 128},
-        unsafe=False,
-    ),
-    "sqlite-app": template(
-        "sqlite-app",
-        limits(120_000, 300_000, 1024, 256, 32),
-        fs(["."], ["out"], max_read_bytes=128 * MIB, max_write_bytes=256 * MIB, max_entries=100_000),
-        unsafe=True,
-        db=SQLITE_DB,
-    ),
-    "postgres-client": template(
-        "postgres-client", limits(120_000, 300_000, 1024, 256, 32), fs(["."], ["out"]), unsafe=True, db=POSTGRES_DB
-    ),
-    "worker": template("worker", limits(300_000, 300_000, 1024, 64, 16), NO_FS, unsafe=False, wall=False, sleep=5000),
-    "worker-parallel": template(
-        "worker-parallel",
-        limits(300_000, 300_000, 1024, 128, 1024),
-        NO_FS,
-        unsafe=False,
-        wall=False,
-        sleep=5000,
-        process=PARALLEL,
-    ),
-}
 CHECKS = {
     "cli": "6785fdac",
     "http-client": "66b2ae67",
@@ -276,12 +148,35 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
-def test_upstreams_templates_are_accepted_and_written_back_unchanged(name: str) -> None:
-    """Every template of X07 (known by its check sum) decodes, and its policy has the same content when written."""
-    policy = decode_policy(render_policy(TEMPLATES[name]), source=name)
-    written = json.dumps(json.loads(render_policy(policy)), sort_keys=True, separators=(",", ":"))
-    assert hashlib.sha256(written.encode()).hexdigest()[:8] == CHECKS[name]
+@pytest.mark.parametrize("name", sorted(CHECKS))
+def test_the_templates_of_x07_are_upstreams_to_the_last_number(name: str) -> None:
+    """Every template of X07 has the check sum of upstream's document, its usual name, and one sentence of notes."""
+    document = json.loads(render_policy(TEMPLATES[name]))
+    assert document.pop("notes").count(".") == 1
+    assert document["policy_id"] == f"sandbox.{name}.base"
+    assert hashlib.sha256(canonical_json(document)).hexdigest()[:8] == CHECKS[name]
+
+
+def test_there_are_the_templates_of_x07_and_our_default() -> None:
+    """The built-in default is a template like the others."""
+    assert set(TEMPLATES) == {*CHECKS, "default"}
+    assert TEMPLATES["default"] == default_policy()
+
+
+# the digest
+
+
+def test_documents_that_say_the_same_have_one_digest() -> None:
+    """Blanks, the order of keys and spelt-out defaults do not change a policy's digest; any value does."""
+    whole = json.loads(render_policy(TEMPLATES["cli"]))
+    short = {key: whole[key] for key in reversed(whole)}
+    short["limits"] = {key: value for key, value in whole["limits"].items() if key != "core_dumps"}
+    digest = policy_digest(TEMPLATES["cli"])
+    assert policy_digest(decode_policy(json.dumps(short).encode(), source="short")) == digest
+    assert digest.startswith("sha256:")
+    assert len({policy_digest(policy) for policy in TEMPLATES.values()}) == len(TEMPLATES)
+    short["limits"]["core_dumps"] = True
+    assert policy_digest(decode_policy(json.dumps(short).encode(), source="short")) != digest
 
 
 # the environment

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _VERBS = {
     "run": "run a program in a throw-away virtual machine",
+    "policy": "write, check, explain, compare policies",
     "image": "build, list, inspect, verify guest images",
     "pool": "keep machines warm, so that runs start at once",
     "doctor": "what is here, what was proven, what to do",
@@ -113,18 +114,17 @@ def _json_or(code: int, exc: Exception, words: list[str], signalled: int | None 
     """The failure as JSON where that was promised; *code* elsewhere, and where nobody takes the JSON."""
     if not _wants_json(words):
         return code
-    from x07_sandbox.cli.run import print_failure
+    from importlib import import_module
 
-    try:
-        return print_failure(exc, signalled)
-    except OSError:
-        return code
+    with contextlib.suppress(OSError):
+        code = import_module(f"x07_sandbox.cli.{words[0]}").print_failure(exc, signalled)
+    return code
 
 
 def _wants_json(words: list[str]) -> bool:
     """Whether standard output must be one JSON object; asked of the words, since parsing them may have failed."""
     ours = words[: words.index("--")] if "--" in words else words
-    return ours[:1] == ["run"] and "--json" in ours
+    return ours[:1] in (["run"], ["policy"]) and "--json" in ours
 
 
 def _parser(words: list[str]) -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import HostError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,6 +79,30 @@ def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: in
         if most_bytes < 0:
             doomed.append(path)
     return doomed
+
+
+def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
+    """A regular file of at most *max_bytes*; nothing else, since a pipe or a device may never end.
+
+    what: the thing that is in it, for the error. Raises UsageError.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            mode = os.fstat(fd).st_mode
+            if not stat.S_ISREG(mode):
+                why = "Is a directory" if stat.S_ISDIR(mode) else "it is no regular file"
+                raise UsageError(f"cannot read the {what} {path}", why, "Name a file")
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(max_bytes + 1)
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as exc:  # ValueError: a zero byte in the name
+        why = getattr(exc, "strerror", None) or str(exc)
+        raise UsageError(f"cannot read the {what} {path}", why, "Name a readable file") from exc
+    if len(data) > max_bytes:
+        raise UsageError(f"cannot read the {what} {path}", f"it has more than {max_bytes} bytes", "Name a smaller file")
+    return data
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:

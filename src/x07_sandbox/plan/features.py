@@ -39,3 +39,8 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     def emulated(self) -> bool:
         """Whether CPU work is many times slower than on hardware."""
         return self.isolation == "vm-emulated"
+
+
+def vm_features(isolation: Isolation) -> Features:
+    """Those of a virtual machine with our agent in it."""
+    return Features(isolation=isolation, own_kernel=True, can_hold=VM_HOLDS)

@@ -1,10 +1,9 @@
-"""The files that the model makes: schemas/run-os-policy.schema.json and docs/policy.md.
+"""What the model makes: the JSON Schema, and every field with its range and meaning for docs/policy.md.
 
-A unit test holds the files to this. ``python -m x07_sandbox.policy.schema schema|docs`` prints either.
+A unit test holds schemas/run-os-policy.schema.json to this; `x07 policy schema` prints it.
 """
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +11,6 @@ from typing import Any
 
 import msgspec
 
-from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.model import (
     ABSENT_DB,
     ABSENT_DB_NET,
@@ -21,20 +19,17 @@ from x07_sandbox.policy.model import (
     ABSENT_THREADS,
     SCHEMA_VERSION,
     Policy,
-    Section,
 )
-from x07_sandbox.policy.rules import RULES
 
 _REF = "#/$defs/"
 # Absence is a value here; see the ABSENT_* sections of the model.
-_OPTIONAL_SECTIONS = {
+OPTIONAL_SECTIONS = {
     "db": ABSENT_DB,
     "db.sqlite": ABSENT_SQLITE,
     "db.net": ABSENT_DB_NET,
     "language": ABSENT_LANGUAGE,
     "threads": ABSENT_THREADS,
 }
-_TABLE_HEAD = ("| Field | Values | When absent | Meaning |", "|---|---|---|---|")
 _KINDS = {"boolean": "true or false", "integer": "whole number", "string": "text", "array": "list"}
 
 
@@ -65,6 +60,11 @@ def policy_schema() -> dict[str, Any]:
 def fields() -> tuple[Field, ...]:
     """Every field of the document in the model's order; a list is one field."""
     return tuple(_fields("Policy", ""))
+
+
+def host_fields() -> tuple[Field, ...]:
+    """The fields of one entry of net.allow_hosts."""
+    return tuple(_fields("HostPorts", ""))
 
 
 def _fields(section: str, prefix: str) -> Iterator[Field]:
@@ -102,61 +102,3 @@ def _bounds(schema: Mapping[str, Any]) -> str:
 def render_schema() -> bytes:
     """The bytes of schemas/run-os-policy.schema.json."""
     return (json.dumps(policy_schema(), indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def render_docs() -> str:
-    """The text of docs/policy.md."""
-    lines = [
-        "# The policy document",
-        "",
-        "<!-- Made by `python -m x07_sandbox.policy.schema docs` from src/x07_sandbox/policy; do not edit. -->",
-        "",
-        f"A policy is one JSON object of format `{SCHEMA_VERSION}`: UTF-8, at most 1 MiB. It is refused as a whole,",
-        "before anything starts, if it holds a field that is not listed here, a key twice, a value out of range, or",
-        "breaks one of the rules at the end; the message names every problem with its place. The same as a JSON",
-        "Schema: [schemas/run-os-policy.schema.json](../schemas/run-os-policy.schema.json).",
-        "",
-        "What is enforced, by whom, and what is only advice to X07's own libraries, stands in the result of each run",
-        "(`controls`), one line for every field.",
-        "",
-        "All sections are required but these, which count like this when they are absent:",
-        "",
-        *(f"- `{name}`: {_in_words(section)}" for name, section in _OPTIONAL_SECTIONS.items()),
-        "",
-    ]
-    for section, inner in _by_section():
-        doc = policy_schema()["$defs"][inner[0].section]["description"]
-        lines += [f"## {section}", "", doc, "", *_TABLE_HEAD]
-        lines += [_row(field) for field in inner]
-        lines.append("")
-    lines += ["## Each host of net.allow_hosts", "", *_TABLE_HEAD]
-    lines += [_row(field) for field in _fields("HostPorts", "")]
-    lines += ["", "## Rules", "", "These hold whether or not their section is enabled.", ""]
-    lines += [f"{number}. {rule.doc}" for number, rule in enumerate(RULES, start=1)]
-    lines += ["", "## The default policy", "", "This one applies when none is given.", "", "```json"]
-    lines += [render_policy(default_policy()).decode().rstrip("\n"), "```", ""]
-    return "\n".join(lines)
-
-
-def _by_section() -> Iterator[tuple[str, list[Field]]]:
-    grouped: dict[str, list[Field]] = {}
-    for field in fields():
-        grouped.setdefault(field.path.rpartition(".")[0] or "Top level", []).append(field)
-    yield from grouped.items()
-
-
-def _in_words(section: Section) -> str:
-    plain = msgspec.to_builtins(section)
-    return ", ".join(f"{name} {json.dumps(value)}" for name, value in plain.items() if not isinstance(value, dict))
-
-
-def _row(field: Field) -> str:
-    values = f"{field.kind}, {field.bounds}" if field.bounds else field.kind
-    absent = "" if field.default is None else f"`{json.dumps(field.default)}`"
-    if field.required:
-        absent = "required"
-    return f"| `{field.path}` | {values.replace('|', chr(92) + '|')} | {absent} | {field.doc} |"
-
-
-if __name__ == "__main__":
-    sys.stdout.write({"schema": render_schema().decode, "docs": render_docs}[sys.argv[1]]())

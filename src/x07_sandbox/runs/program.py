@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.programs.toolchains import (
     PROJECT_FOLDER,
     SOURCE_FOLDER,
@@ -21,7 +22,7 @@ from x07_sandbox.programs.toolchains import (
     toolchain_for,
     toolchain_named,
 )
-from x07_sandbox.runs.request import in_memory, read_file, sha256_text
+from x07_sandbox.runs.request import in_memory, sha256_text
 from x07_sandbox.runs.streams import InFile
 
 if TYPE_CHECKING:
@@ -62,15 +63,12 @@ def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunR
     if path.name == "x07-sandbox.toml" or path.is_dir():
         return _from_project(request, path, stack)
     name = source_name(str(path))
-    chosen = toolchain_named(request.toolchain) if request.toolchain else None
-    most = settings.ARTIFACT_MAX_BYTES if chosen and chosen.build is None else settings.SOURCE_MAX_BYTES
-    data = read_file(path, "program", most + 1)
-    toolchain = chosen or toolchain_for(str(path), data[:_HEAD_BYTES])
-    if toolchain.build is None and len(data) > settings.SOURCE_MAX_BYTES:
-        data = read_file(path, "program", settings.ARTIFACT_MAX_BYTES + 1)
-        most = settings.ARTIFACT_MAX_BYTES
-    if len(data) > most:
-        raise UsageError(f"cannot run {path}", f"it has more than {most} bytes", "Name a smaller file")
+    data = read_bounded(path, "program", settings.ARTIFACT_MAX_BYTES)
+    head = data[:_HEAD_BYTES]
+    toolchain = toolchain_named(request.toolchain) if request.toolchain else toolchain_for(str(path), head)
+    if toolchain.build is not None and len(data) > settings.SOURCE_MAX_BYTES:
+        why = f"it has more than {settings.SOURCE_MAX_BYTES} bytes"
+        raise UsageError(f"cannot run {path}", why, "Name a smaller source file")
     return request, _single(toolchain, name, data, request, stack)
 
 
@@ -128,7 +126,7 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
         raise UsageError(f"cannot run the project {path}", "its manifest says what it is", "Leave --toolchain out")
     place = find_manifest(path)
     assert place is not None  # noqa: S101 - for the type checker: a folder, or that name
-    manifest, toolchain = decode_manifest(read_file(place, "manifest", MAX_BYTES + 1), source=str(place))
+    manifest, toolchain = decode_manifest(read_bounded(place, "manifest", MAX_BYTES), source=str(place))
     packed = pack_tree(place.parent, manifest.files)
     entry = manifest.entry or ""
     if entry and entry not in packed.files:

@@ -16,13 +16,14 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import Machines
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy import Policy, decode_policy, default_policy, render_policy
+from x07_sandbox.policy.decode import MAX_BYTES
 from x07_sandbox.runs.streams import Cancel, InFile, OutFile, memory_file
 
 if TYPE_CHECKING:
     import contextlib
 
-_POLICY_MAX_BYTES = 1 << 20
 # Linux refuses one longer argument (MAX_ARG_STRLEN: 32 pages, NUL included); all of them share a quarter of the stack's
 # 8 MiB with the environment, which may take some hundred KiB.
 _ARGUMENT_MAX_BYTES = 131_072
@@ -106,7 +107,7 @@ def read_policy(given: Path | Policy | None, wall_ms: int | None = None) -> tupl
     Raises UsageError, PolicyError.
     """
     if isinstance(given, Path):
-        data = read_file(given, "policy", _POLICY_MAX_BYTES + 1)
+        data = read_bounded(given, "policy", MAX_BYTES)
         policy = decode_policy(data, source=str(given))
     else:
         data = render_policy(default_policy() if given is None else given)
@@ -153,15 +154,3 @@ def in_memory(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) ->
 def sha256_text(data: bytes) -> str:
     """A digest as results show it."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def read_file(path: Path, what: str, most: int) -> bytes:
-    """A regular file; nothing else, since a pipe or a device may never end. Raises UsageError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                return file.read(most)
-    except OSError as exc:
-        raise UsageError(f"cannot read the {what} {path}", exc.strerror or str(exc), "Name a readable file") from exc
-    raise UsageError(f"cannot read the {what} {path}", "it is no regular file", "Name a file")

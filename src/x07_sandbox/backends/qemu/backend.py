@@ -12,7 +12,7 @@ from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
 from x07_sandbox.backends.qemu.template import ensure_template, opened_template, remove_template, template_for
 from x07_sandbox.errors import BackendError, ImageError, RefusedError
 from x07_sandbox.host.settings import flag_from_environment
-from x07_sandbox.plan.features import VM_HOLDS, Features, Isolation
+from x07_sandbox.plan.features import Isolation, vm_features
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,8 +60,7 @@ class QemuBackend:
             )
         isolation: Isolation = "vm-hardware" if self._kvm else "vm-emulated"
         warnings = () if self._kvm else (f"emulated: CPU work in the guest takes {SLOWDOWN} as long as on this host",)
-        features = Features(isolation=isolation, own_kernel=True, can_hold=VM_HOLDS)
-        return Availability(usable=True, features=features, proof=reason, warnings=warnings)
+        return Availability(usable=True, features=vm_features(isolation), proof=reason, warnings=warnings)
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[QemuInstance]:

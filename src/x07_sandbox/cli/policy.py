@@ -1,0 +1,229 @@
+"""`x07 policy`: write, check, explain and compare policies."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from x07_sandbox.cli import policy_explain, policy_init
+from x07_sandbox.cli.console import say
+from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.policy.canonical import policy_digest
+from x07_sandbox.policy.decode import MAX_BYTES, decode_policy
+from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.policy.schema import fields, render_schema
+from x07_sandbox.policy.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.policy.differences import Change
+    from x07_sandbox.policy.model import Policy
+
+BUILT_IN: Final = "built-in:"
+DIFFERENT: Final = 1
+UNREADABLE: Final = 2
+INVALID: Final = 3
+REFUSED: Final = 125
+# Shown by each action's help and by docs/policy.md.
+EXIT_CODES: Final = (
+    ("init", "0 the file is there as wanted; 2 another file is there and was left alone, or any error"),
+    ("check", "0 all are valid; 3 one is not; 2 one cannot be read"),
+    ("digest", "0 it is printed; 3 not valid; 2 cannot be read"),
+    ("explain", "0 a run would start; 125 it would be refused; 3 not valid; 2 cannot be read"),
+    ("diff", "0 no difference; 1 they differ; 3 one is not valid; 2 one cannot be read"),
+    ("schema", "0 it is printed"),
+)
+_EPILOG: Final = """A policy is named by its file, or as built-in:NAME, by the name of a template.
+exit code: 0; 2 wrong usage, or a file that cannot be read; 3 a policy that is not valid; see also each action's help.
+
+examples:
+  x07 policy init --template default        write the built-in policy, to change it
+  x07 policy check strict.json              all that is wrong with it, at once
+  x07 policy explain strict.json            who enforces each field, before anything runs
+  x07 policy diff built-in:default strict.json
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
+    """Add the verb and its own verbs."""
+    parser = verbs.add_parser("policy", help=help, description="What a program may touch and use.", epilog=_EPILOG)
+    inner = parser.add_subparsers(metavar="ACTION", required=True)
+    policy_init.add_parser(inner)
+    check = inner.add_parser("check", help="say all that is wrong with policies")
+    check.add_argument("files", nargs="+", metavar="FILE", help="a policy")
+    check.set_defaults(carry_out=_check)
+    digest = inner.add_parser("digest", help="one digest for all documents that say the same")
+    digest.add_argument("file", metavar="FILE", help="a policy")
+    digest.set_defaults(carry_out=_digest)
+    policy_explain.add_parser(inner).set_defaults(carry_out=_explain)
+    diff = inner.add_parser("diff", help="what the second policy grants or withdraws")
+    diff.add_argument("first", metavar="A", help="a policy")
+    diff.add_argument("second", metavar="B", help="another")
+    diff.set_defaults(carry_out=_diff)
+    schema = inner.add_parser("schema", help="the JSON Schema of a policy")
+    schema.set_defaults(carry_out=_schema)
+    for action in inner.choices.values():
+        action.add_argument("--json", action="store_true", help="one JSON object on standard output, errors too")
+        action.set_defaults(carry_out=partial(_guarded, action.get_default("carry_out")))
+    for name, codes in EXIT_CODES:
+        inner.choices[name].epilog = "\n\n".join(filter(None, (f"exit code: {codes}", inner.choices[name].epilog)))
+
+
+def print_failure(exc: Exception, signalled: int | None = None) -> int:
+    """An error as the one JSON object that --json promises; the exit code."""
+    told: dict[str, Any] = {"what": "a bug in x07-sandbox", "why": f"{type(exc).__name__}: {exc}", "fix": "Report it"}
+    if isinstance(exc, SandboxError):
+        told = {"what": exc.what, "why": exc.why, "fix": exc.fix}
+    _print_json("failure", {"ok": False, "error": told, "problems": _problems(exc)})
+    if signalled is not None:
+        return 128 + (signalled if signalled == signal.SIGINT else signal.SIGTERM)
+    return (INVALID if isinstance(exc, PolicyError) else UNREADABLE) if isinstance(exc, UsageError) else REFUSED
+
+
+def load(name: str) -> tuple[Policy, bytes]:
+    """A policy by the name that the user gave, and its bytes. Raises UsageError, PolicyError."""
+    if name.startswith(BUILT_IN):
+        policy = TEMPLATES.get(name.removeprefix(BUILT_IN))
+        if policy is None:
+            raise UsageError(f"there is no policy {name}", "no template has that name", f"Name one of {_templates()}")
+        return policy, render_policy(policy)
+    data = read_bounded(Path(name), "policy", MAX_BYTES)
+    return decode_policy(data, source=name), data
+
+
+def _templates() -> str:
+    return ", ".join(f"{BUILT_IN}{name}" for name in TEMPLATES)
+
+
+def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """An invalid policy has an exit code of its own here; every other error is told as everywhere."""
+    try:
+        return act(options)
+    except PolicyError as exc:
+        if options.json:
+            return print_failure(exc)
+        say(str(exc))
+        return INVALID
+
+
+def _print_json(kind: str, told: dict[str, Any]) -> None:
+    whole = {"schema_version": f"x07.sandbox.policy.{kind}@0.1.0", **told}
+    sys.stdout.write(json.dumps(whole, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def _problems(exc: Exception) -> list[dict[str, str | None]]:
+    found = exc.problems if isinstance(exc, PolicyError) else ()
+    return [
+        {"json_path": problem.json_path, "message": problem.message, "suggestion": problem.suggestion}
+        for problem in found
+    ]
+
+
+def _check(options: argparse.Namespace) -> int:
+    rows = [_checked(name) for name in options.files]
+    worst = max((_CHECK_CODES[row["status"]] for row in rows), key=_SEVERITY.index)
+    if options.json:
+        _print_json("check", {"ok": worst == 0, "files": rows})
+        return worst
+    for row in rows:
+        if row["status"] == "valid":
+            # A name need not be UTF-8.
+            sys.stdout.buffer.write(os.fsencode(f"{row['file']}: valid ({row['policy_id']})\n"))
+            sys.stdout.buffer.flush()
+        else:
+            say(row["text"])
+    return worst
+
+
+_CHECK_CODES: Final = {"valid": 0, "invalid": INVALID, "unreadable": UNREADABLE}
+_SEVERITY: Final = (0, INVALID, UNREADABLE)  # what could not even be looked at counts most
+
+
+def _checked(name: str) -> dict[str, Any]:
+    try:
+        policy, _ = load(name)
+    except UsageError as exc:
+        status = "invalid" if isinstance(exc, PolicyError) else "unreadable"
+        return {"file": name, "status": status, "problems": _problems(exc), "text": str(exc)}
+    return {"file": name, "status": "valid", "policy_id": policy.policy_id, "digest": policy_digest(policy)}
+
+
+def _digest(options: argparse.Namespace) -> int:
+    from hashlib import sha256
+
+    policy, data = load(options.file)
+    digest = policy_digest(policy)
+    if options.json:
+        of_file = f"sha256:{sha256(data).hexdigest()}"
+        _print_json("digest", {"policy_id": policy.policy_id, "digest": digest, "file_digest": of_file})
+    else:
+        sys.stdout.write(f"{digest}\n")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    policy, _ = load(options.policy)
+    found = policy_explain.explanation(policy, options.backend, options.toolchain)
+    if options.json:
+        _print_json("explain", {"policy": options.policy, **found})
+    else:
+        # A name need not be UTF-8.
+        sys.stdout.buffer.write(os.fsencode("\n".join(policy_explain.lines(found, options.policy)) + "\n"))
+    return 0 if found["carried_out"] else REFUSED
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from x07_sandbox.policy.differences import differences
+
+    (first, _), (second, _) = load(options.first), load(options.second)
+    changes = differences(first, second)
+    if options.json:
+        _print_json("diff", {"same": not changes, "changes": [_change_row(change) for change in changes]})
+        return DIFFERENT if changes else 0
+    for effect, title in _EFFECTS:
+        found = [change for change in changes if change.effect == effect]
+        if found:
+            sys.stdout.write(f"{title}\n")
+        for change in found:
+            sys.stdout.write(f"  {_in_words(change)}\n")
+    return DIFFERENT if changes else 0
+
+
+_EFFECTS: Final = (
+    ("granted", "the second policy grants:"),
+    ("withdrawn", "the second policy withdraws:"),
+    ("changed", "the second policy changes:"),
+)
+
+
+_DOCS: Final = {field.path: field.doc for field in fields()}
+
+
+def _change_row(change: Change) -> dict[str, Any]:
+    return {"field": change.field, "effect": change.effect, "before": change.before, "after": change.after}
+
+
+def _in_words(change: Change) -> str:
+    """One line; values as JSON, in ASCII, since a policy's text may come from anybody."""
+    before, after = policy_explain.shown(change.before), policy_explain.shown(change.after)
+    what = f"{after} instead of {before}"
+    if change.before is None:
+        what = f"{after} added"
+    elif change.after is None:
+        what = f"{before} removed"
+    return f"{change.field}: {what}. {_DOCS[change.field]}"
+
+
+def _schema(_options: argparse.Namespace) -> int:
+    sys.stdout.write(render_schema().decode())
+    return 0

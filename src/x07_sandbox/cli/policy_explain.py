@@ -1,0 +1,113 @@
+"""`x07 policy explain`: the plan of a run before there is one, field by field. Nothing is booted or looked for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from x07_sandbox.plan.backends import BACKENDS, backend_named, need_built
+from x07_sandbox.plan.controls import make_plan
+from x07_sandbox.plan.features import vm_features
+from x07_sandbox.policy.canonical import policy_digest
+from x07_sandbox.policy.model import leaf_values
+from x07_sandbox.programs.toolchains import TOOLCHAINS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from x07_sandbox.policy.model import Policy
+
+# What needs a reader's eye comes first.
+_GROUPS: Final = (
+    ("refused", "refused: a run with this policy does not start"),
+    ("not-enforced-yet", "not enforced yet: a run starts, and nobody holds this"),
+    ("enforced", "enforced"),
+    ("advisory", "advisory: it binds only programs that ask"),
+)
+_SHOWN_CHARS: Final = 40
+
+_EPILOG: Final = """Nothing is booted and nothing is looked for on this machine: that is why isolation is said as
+what it may be. The result of a run has the same lines (controls).
+
+examples:
+  x07 policy explain                      the built-in default
+  x07 policy explain strict.json --json | jq '.refusals'
+  x07 policy explain built-in:cli
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "explain",
+        help="say of each field who enforces it, before anything runs",
+        description="Say of each field of POLICY whether a run would hold it, by whom, and why.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument(
+        "policy", nargs="?", default="built-in:default", metavar="POLICY", help="a policy (default: built-in:default)"
+    )
+    names = ", ".join(backend.name for backend in BACKENDS)
+    parser.add_argument("--backend", default="qemu", metavar="B", help=f"one of {names} (default: qemu)")
+    toolchains = tuple(toolchain.name for toolchain in TOOLCHAINS)
+    parser.add_argument(
+        "--toolchain",
+        choices=toolchains,
+        metavar="T",
+        help=f"the program's, one of {', '.join(toolchains)}; of these none is concerned by language.*",
+    )
+    return parser
+
+
+def explanation(policy: Policy, backend_name: str, toolchain: str | None = None) -> dict[str, Any]:
+    """What --json prints. Raises UsageError, and RefusedError for a backend that comes later."""
+    backend = backend_named(backend_name)
+    need_built(backend)
+    # The weakest class that it may have: the plan is the same for all of them.
+    plan = make_plan(policy, vm_features(backend.isolation[-1]))
+    values = leaf_values(policy)
+    return {
+        "policy_id": policy.policy_id,
+        "digest": policy_digest(policy),
+        "backend": backend.name,
+        "isolation": list(backend.isolation),
+        "toolchain": toolchain,
+        "carried_out": not plan.refusals,
+        "controls": [
+            {**msgspec.to_builtins(control), "value": msgspec.to_builtins(values[control.field])}
+            for control in plan.controls
+        ],
+        "refusals": msgspec.to_builtins(plan.refusals),
+    }
+
+
+def lines(found: Mapping[str, Any], source: str) -> list[str]:
+    """An explanation as text. source: the policy's name, as the user gave it."""
+    isolation = " or ".join(found["isolation"])
+    text = [f"policy {found['policy_id']} ({source}) on {found['backend']} ({isolation})"]
+    width = max(len(control["field"]) for control in found["controls"])
+    for state, title in _GROUPS:
+        group = [control for control in found["controls"] if control["state"] == state]
+        if group:
+            text += ["", f"{title}:"]
+        for control in group:
+            value = shown(control["value"])
+            text.append(f"  {control['field']:{width}}  {value:12}  {control['by']}: {control['why']}")
+    if found["refusals"]:
+        text += ["", "what would allow a run:"]
+    for refusal in found["refusals"]:
+        how = refusal["how_to_allow"]
+        text.append(f"  {refusal['why']}")
+        text.append(f"    in the policy: {how['json_path']} = {shown(how['value'])}")
+        if how["flag"]:
+            text.append(f"    or: {how['flag']}")
+    return text
+
+
+def shown(value: object) -> str:
+    """A value as JSON, in ASCII, cut: a policy's text may come from anybody."""
+    text = json.dumps(value, separators=(",", ":"))
+    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 3] + "..."

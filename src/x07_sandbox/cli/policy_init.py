@@ -1,0 +1,119 @@
+"""`x07 policy init`: a template as a file of the project."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
+
+from x07_sandbox.cli.console import say
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host.documents import project_root, write_document
+from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from x07_sandbox.policy.model import Policy
+
+REPORT: Final = "x07.policy.init.report@0.1.0"
+BASE_FOLDER: Final = (".x07", "policies", "base")
+DIFFERENT: Final = 2
+
+_EPILOG = f"""templates: {", ".join(TEMPLATES)}
+
+examples:
+  x07 policy init --template default
+  x07 policy init --template cli --out policies/cli.json --mkdir-out
+  x07 policy init --template worker --emit policy | jq .limits
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "init",
+        help="write a policy from a template",
+        description="Write a policy from a template; without --out below .x07/policies/base of the project.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--template", required=True, choices=tuple(TEMPLATES), metavar="T", help="which one, see below")
+    parser.add_argument(
+        "--project", type=Path, metavar="FILE", help="the project's file (default: x07.json above here)"
+    )
+    parser.add_argument("--policy-id", metavar="ID", help="the policy's name (default: sandbox.T.base)")
+    parser.add_argument("--force", action="store_true", help="overwrite a file with another content")
+    parser.add_argument(
+        "--emit",
+        choices=("report", "policy"),
+        default="report",
+        metavar="report|policy",
+        help="what is printed: one line of JSON about the file, or the policy itself (default: report)",
+    )
+    parser.add_argument("--out", type=Path, metavar="PATH", help="where to, from the project's folder")
+    parser.add_argument("--mkdir-out", action="store_true", help="make the folder that --out names")
+    parser.set_defaults(carry_out=_init)
+    return parser
+
+
+def _init(options: argparse.Namespace) -> int:
+    policy = _named(TEMPLATES[options.template], options.policy_id)
+    data = render_policy(policy)
+    root = project_root(options.project)
+    if options.out is None:
+        parts = (*BASE_FOLDER, f"{options.template}.sandbox.base.policy.json")
+        path = root.joinpath(*parts)
+        status = write_document(root, parts, data, overwrite=options.force)
+    else:
+        path = _chosen(root, options.out, make=options.mkdir_out)
+        status = write_document(path.parent, (path.name,), data, overwrite=options.force)
+    if options.emit == "policy":
+        sys.stdout.buffer.write(data)
+    else:
+        report = {
+            "schema_version": REPORT,
+            "template": options.template,
+            "project_root": str(root),
+            "out": str(path.relative_to(root) if path.is_relative_to(root) else path),
+            "status": status,
+            "policy_id": policy.policy_id,
+        }
+        line = json.dumps(report, ensure_ascii=False, separators=(",", ":")) + "\n"
+        sys.stdout.buffer.write(line.encode("utf-8", "replace"))  # a path need not be UTF-8
+    sys.stdout.buffer.flush()
+    if status != "exists_different":
+        return 0
+    say(f"{path} holds something else and was left alone; --force overwrites it")
+    return DIFFERENT
+
+
+def _named(policy: Policy, policy_id: str | None) -> Policy:
+    if policy_id is None:
+        return policy
+    if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", policy_id):
+        raise UsageError(
+            f"cannot name a policy {policy_id!r}",
+            "a name has 1 to 64 letters, digits, '_', '.' or '-'",
+            "Give another --policy-id",
+        )
+    return replace(policy, policy_id=policy_id)
+
+
+def _chosen(root: Path, out: Path, *, make: bool) -> Path:
+    """The place that the user named, with a folder that is there. Raises UsageError."""
+    if out.name in {"", ".."}:
+        raise UsageError(f"cannot write {out}", "it names no file", "Give the name of a file")
+    folder = root / out.parent
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise UsageError(f"cannot make the folder {folder}", exc.strerror or str(exc), "Choose another --out") from exc
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {out}", f"there is no folder {folder}", "Make it, or add --mkdir-out")
+    return Path(os.path.realpath(folder)) / out.name

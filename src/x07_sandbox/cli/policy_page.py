@@ -1,0 +1,171 @@
+"""The text of docs/policy.md: model, rules, templates, plan and exit codes on one page.
+
+A unit test holds the file to this. ``python -m x07_sandbox.cli.policy_page`` prints it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.cli.policy import EXIT_CODES
+from x07_sandbox.plan.controls import make_plan
+from x07_sandbox.plan.features import vm_features
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.model import SCHEMA_VERSION
+from x07_sandbox.policy.rules import RULES
+from x07_sandbox.policy.schema import OPTIONAL_SECTIONS, fields, host_fields, policy_schema
+from x07_sandbox.policy.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from x07_sandbox.policy.model import Policy, Section
+    from x07_sandbox.policy.schema import Field
+
+_HEAD: Final = f"""# The policy document
+
+<!-- Made by `python -m x07_sandbox.cli.policy_page`; do not edit. -->
+
+A policy is one JSON object of format `{SCHEMA_VERSION}`: UTF-8, at most 1 MiB. It is refused as a whole,
+before anything starts, if it holds a field that is not listed here, a key twice, a value out of range, or
+breaks one of the rules below; the message names every problem with its place, and what was probably meant. The same as
+a JSON Schema: [schemas/run-os-policy.schema.json](../schemas/run-os-policy.schema.json).
+
+## Commands
+
+A policy is named by its file, or as `built-in:NAME` by the name of a template. With `--json` each command prints one
+JSON object, errors too.
+
+| Command | What it gives | Exit code |
+|---|---|---|
+"""
+_COMMANDS: Final = {
+    "init": "`x07 policy init --template T` | a template, written into the project, below `.x07/policies/base`",
+    "check": "`x07 policy check FILE...` | all that is wrong, at once",
+    "digest": "`x07 policy digest FILE` | the canonical digest, see below",
+    "explain": "`x07 policy explain [POLICY]` | of each field who enforces it, before anything runs",
+    "diff": "`x07 policy diff A B` | what B grants or withdraws compared to A",
+    "schema": "`x07 policy schema` | the JSON Schema",
+}
+_BEFORE_FIELDS: Final = """
+## Fields
+
+*Held* says what a run in a virtual machine does about the field of the **default policy**: enforced, and by whom, or
+only advice, and to whom. For another policy ask `x07 policy explain FILE`: a value that asks for something that this
+version cannot give is refused, and a restriction that nobody holds so far is told as `not-enforced-yet`. The result of
+each run has the same lines (`controls`).
+
+All sections are required but these, which count like this when they are absent:
+
+"""
+_TEMPLATES: Final = """
+## Templates
+
+`x07 policy init` writes these, and `built-in:NAME` names them. The first applies when no policy is given; the others
+are X07's. `x07 policy diff built-in:default built-in:cli` shows all that two of them differ in.
+
+| Template | For | CPU s | Wall s | MiB | Tasks | Reads | Writes | Network |
+|---|---|---|---|---|---|---|---|---|
+"""
+_OVERRIDES: Final = """
+## Flags that change a policy
+
+`--allow-host H:P[,P...]`, `--deny-host H:P[,P...]` or `H:*`, `--allow-host-file PATH` and `--deny-host-file PATH` (one
+of these a line, `#` begins a comment), `--allow-read-root PATH` and `--allow-write-root PATH` change the policy for one
+run, the built-in default too. Each may stand there any number of times.
+
+- The base must allow what they are about: `net.enabled` and `net.allow_tcp` for hosts, for denied ones too;
+  `fs.enabled` for roots.
+- Hosts of the base come first, each once and in lower case, then new ones in the order given, files before flags. Ports
+  are sorted. Then what is denied goes, whatever allows it; a host without ports goes too.
+- A denied network takes the addresses in it along. A part of an allowed network cannot be denied: a policy could not
+  say what is left, so it is an error. A denied name does not deny the addresses that it leads to.
+- An IPv6 address may stand in brackets. There are no wildcards.
+- `net.allow_dns` becomes true when hosts are allowed and a name is among those that are left. An address is no name.
+- Roots are added behind those of the base, each once.
+- The derived policy is named `<policy_id>.g<D>`; D is 8 digits of the SHA-256 of the base's bytes and the flags. Its
+  notes name the base. It is checked like any other. The same base and flags give the same bytes.
+"""
+_DIGESTS: Final = """
+## Digests
+
+`x07 policy digest` gives one digest to all documents that say the same: the SHA-256 of the policy as JSON with sorted
+keys, without blanks, characters unescaped, with the defaults of each section that is there filled in. Notes and the
+order of lists count.
+
+The result of a run has `digests.policy`: the SHA-256 of the file's bytes as they were read (of what
+`x07 policy init --template default --emit policy` prints, where no policy was given). `x07 policy digest --json` shows
+both, the second as `file_digest`.
+"""
+_TABLE_HEAD: Final = ("| Field | Values | When absent | Meaning | Held |", "|---|---|---|---|---|")
+_MIB: Final = 1 << 20
+
+
+def render_page() -> str:
+    """The whole page."""
+    held = _held()
+    text = _HEAD + "".join(f"| {_COMMANDS[name]} | {codes} |\n" for name, codes in EXIT_CODES)
+    text += _BEFORE_FIELDS
+    text += "".join(f"- `{name}`: {_in_words(section)}\n" for name, section in OPTIONAL_SECTIONS.items())
+    for section, inner in _by_section():
+        doc = policy_schema()["$defs"][inner[0].section]["description"]
+        text += "\n".join(
+            ["", f"### {section}", "", doc, "", *_TABLE_HEAD, *(_row(field, held) for field in inner), ""]
+        )
+    head = ("| Field | Values | When absent | Meaning |", "|---|---|---|---|")
+    text += "\n".join(
+        ["", "### Each host of net.allow_hosts", "", *head, *(_row(field) for field in host_fields()), ""]
+    )
+    text += "\n## Rules\n\nThese hold whether or not their section is enabled.\n\n"
+    text += "".join(f"{number}. {rule.doc}\n" for number, rule in enumerate(RULES, start=1))
+    text += _TEMPLATES + "".join(_template_row(name, policy) for name, policy in TEMPLATES.items())
+    text += _OVERRIDES + _DIGESTS
+    text += "\n## The default policy\n\nThis one applies when none is given.\n\n```json\n"
+    return text + render_policy(default_policy()).decode() + "```\n"
+
+
+def _held() -> dict[str, str]:
+    plan = make_plan(default_policy(), vm_features("vm-emulated"))
+    words = {"enforced": "", "advisory": "advice to "}
+    return {control.field: words.get(control.state, f"{control.state}: ") + control.by for control in plan.controls}
+
+
+def _by_section() -> Iterator[tuple[str, list[Field]]]:
+    grouped: dict[str, list[Field]] = {}
+    for field in fields():
+        grouped.setdefault(field.path.rpartition(".")[0] or "Top level", []).append(field)
+    yield from grouped.items()
+
+
+def _in_words(section: Section) -> str:
+    plain = msgspec.to_builtins(section)
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in plain.items() if not isinstance(value, dict))
+
+
+def _row(field: Field, held: Mapping[str, str] | None = None) -> str:
+    values = f"{field.kind}, {field.bounds}" if field.bounds else field.kind
+    absent = "" if field.default is None else f"`{json.dumps(field.default)}`"
+    if field.required:
+        absent = "required"
+    cells = [f"`{field.path}`", values.replace("|", "\\|"), absent, field.doc]
+    return f"| {' | '.join(cells if held is None else [*cells, held[field.path]])} |"
+
+
+def _template_row(name: str, policy: Policy) -> str:
+    limits, roots = policy.limits, (policy.fs.read_roots, policy.fs.write_roots)
+    cells = [
+        f"`{name}`",
+        policy.notes_in_force,
+        *(limits.cpu_ms // 1000, limits.wall_ms // 1000, limits.mem_bytes // _MIB, limits.procs),
+        *(", ".join(f"`{root}`" for root in found) or "nothing" for found in roots),
+        "once hosts are added" if policy.net.enabled else "off",
+    ]
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render_page())

@@ -1,0 +1,303 @@
+"""Flags that add hosts and roots to a policy, or take hosts away: `--allow-host` and its kin.
+
+Pure but for the files of specs, whose bytes the caller reads. Given the same base and the same flags the derived policy
+is the same to the last byte: entries of the base first, new ones in the order given, files before flags.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final, NoReturn
+
+import msgspec
+from msgspec.structs import replace
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.policy.canonical import canonical_json
+from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.hosts import Addresses, covers, is_name, meaning
+from x07_sandbox.policy.model import HostPorts, Net, Policy
+
+# A flag is refused in its own words; that the same holds for the whole policy is checked again at the end.
+_HOSTS_MAX: Final = 256
+_PORTS_MAX: Final = 64
+_PORT_LAST: Final = 65_535
+_HOST_MAX_BYTES: Final = 255
+_ROOTS_MAX: Final = 128
+_ROOT_MAX_CHARS: Final = 4096
+_NOTES_MAX_CHARS: Final = 4096
+_ID_MAX_BYTES: Final = 64
+_DIGEST_CHARS: Final = 8
+_ALLOW_FORM: Final = "Write HOST:PORT[,PORT...], such as example.org:443 or [2001:db8::1]:80,443"
+_DENY_FORM: Final = "Write HOST:PORT[,PORT...] or HOST:*, such as example.org:443 or example.org:*"
+
+ReadFile = Callable[[str], bytes]
+
+
+class Overrides(msgspec.Struct, frozen=True, kw_only=True):
+    """The flags as they were given, each any number of times; the files are paths."""
+
+    allow_host: tuple[str, ...] = ()
+    allow_host_file: tuple[str, ...] = ()
+    deny_host: tuple[str, ...] = ()
+    deny_host_file: tuple[str, ...] = ()
+    allow_read_root: tuple[str, ...] = ()
+    allow_write_root: tuple[str, ...] = ()
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one at all."""
+        return any(msgspec.structs.astuple(self))
+
+    @property
+    def allows(self) -> bool:
+        """Whether one of them adds hosts."""
+        return bool(self.allow_host or self.allow_host_file)
+
+    @property
+    def hosts(self) -> bool:
+        """Whether one of them is about hosts."""
+        return bool(self.allows or self.deny_host or self.deny_host_file)
+
+
+class Derived(msgspec.Struct, frozen=True, kw_only=True):
+    """A policy that came of a base and overrides.
+
+    data: the document as it is written. digest: 8 hexadecimal digits of what it came of. file_name: its usual name.
+    """
+
+    policy: Policy
+    data: bytes
+    digest: str
+    file_name: str
+
+
+class _Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """All flags of one kind together: ports by host, in the order given; None stands for all ports."""
+
+    allow: Mapping[str, set[int]]
+    deny: Mapping[str, set[int] | None]
+    read_roots: tuple[str, ...]
+    write_roots: tuple[str, ...]
+
+    def digest(self, base_bytes: bytes) -> str:
+        asked = {
+            "allow_hosts": [{"host": host, "ports": sorted(ports)} for host, ports in sorted(self.allow.items())],
+            "allow_read_roots": sorted(self.read_roots),
+            "allow_write_roots": sorted(self.write_roots),
+            "deny_hosts": [
+                {"all_ports": ports is None, "host": host, "ports": sorted(ports or ())}
+                for host, ports in sorted(self.deny.items())
+            ],
+        }
+        return hashlib.sha256(base_bytes + canonical_json(asked)).hexdigest()[:_DIGEST_CHARS]
+
+
+def derive_policy(
+    base: Policy, base_bytes: bytes, base_path: str, overrides: Overrides, *, read_spec_file: ReadFile
+) -> Derived:
+    """*base* with *overrides* applied; a denied host stays denied, whatever allows it.
+
+    base_bytes: the base as it was read. base_path: names it for people.
+    read_spec_file: gives the bytes of a file of specs, bounded; raises UsageError if it cannot.
+    Raises UsageError for the first flag that cannot be applied.
+    """
+    _need_sections(base, overrides)
+    asked = _Asked(
+        allow=_allowed(_specs("--allow-host", overrides.allow_host_file, overrides.allow_host, read_spec_file)),
+        deny=_denied(_specs("--deny-host", overrides.deny_host_file, overrides.deny_host, read_spec_file)),
+        read_roots=tuple(_roots("--allow-read-root", overrides.allow_read_root)),
+        write_roots=tuple(_roots("--allow-write-root", overrides.allow_write_root)),
+    )
+    digest = asked.digest(base_bytes)
+    mark = f".g{digest}"
+    made = replace(
+        base,
+        policy_id=base.policy_id[: _ID_MAX_BYTES - len(mark)] + mark,
+        notes=_notes(base, base_path, digest),
+        net=_net(base.net, asked, raise_dns=overrides.allows) if overrides.hosts else base.net,
+        fs=replace(
+            base.fs,
+            read_roots=_joined("--allow-read-root", base.fs.read_roots, asked.read_roots),
+            write_roots=_joined("--allow-write-root", base.fs.write_roots, asked.write_roots),
+        ),
+    )
+    data = render_policy(made)
+    name = f"{base.policy_id}{mark}.policy.json"
+    return Derived(policy=decode_policy(data, source=name), data=data, digest=digest, file_name=name)
+
+
+def _need_sections(base: Policy, overrides: Overrides) -> None:
+    needs = []
+    if overrides.hosts:
+        needs += [("net.enabled", base.net.enabled, "hosts"), ("net.allow_tcp", base.net.allow_tcp, "hosts")]
+    if overrides.allow_read_root or overrides.allow_write_root:
+        needs.append(("fs.enabled", base.fs.enabled, "roots"))
+    for field, held, what in needs:
+        if not held:
+            raise UsageError(
+                f"cannot change the {what} of policy {base.policy_id}",
+                f"{field} is false there",
+                f"Set {field} to true in it, or leave the flags out",
+            )
+
+
+def _specs(
+    flag: str, files: Iterable[str], given: Iterable[str], read: ReadFile
+) -> Iterator[tuple[str, str, set[int] | None]]:
+    """Every spec as where it stands, its host and its ports: files first, then flags."""
+    for name in files:
+        try:
+            text = read(name).decode("utf-8-sig")
+        except UnicodeDecodeError as exc:
+            why = f"it is not UTF-8 text (byte {exc.start})"
+            raise UsageError(f"cannot use {flag}-file {name}", why, "Write one host a line") from None
+        for number, line in enumerate(text.split("\n"), start=1):
+            if spec := line.partition("#")[0].strip():
+                where = f"{flag}-file {name}, line {number}"
+                yield (where, *_parsed(where, spec, deny=flag == "--deny-host"))
+    for spec in given:
+        where = f"{flag} {spec!r}"
+        yield (where, *_parsed(where, spec.strip(), deny=flag == "--deny-host"))
+
+
+def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]:
+    """Host, lower case without brackets, and ports of a spec; None for all ports."""
+
+    def refuse(why: str) -> NoReturn:
+        raise UsageError(f"cannot use {where}", why, _DENY_FORM if deny else _ALLOW_FORM)
+
+    host, colon, ports = spec.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    host, ports = host.strip(), ports.strip()
+    if not colon or not host or not ports:
+        refuse("it is not a host and ports with ':' between them")
+    if fault := _host_fault(host):
+        refuse(fault)
+    host = host.encode().lower().decode()  # bytes, so that only ASCII letters change
+    if ports == "*":
+        return (host, None) if deny else refuse("'*' for all ports is for --deny-host only")
+    found = {_port(text.strip()) for text in ports.split(",")}
+    if None in found:
+        refuse(f"a port is a number from 1 to {_PORT_LAST}")
+    if len(found) > _PORTS_MAX:
+        refuse(f"it names more than {_PORTS_MAX} ports")
+    return host, {port for port in found if port is not None}
+
+
+def _host_fault(host: str) -> str:
+    """What is wrong with a host; nothing where it may stand in a policy and could mean something there."""
+    if any("\ud800" <= char <= "\udfff" for char in host):
+        return "it is not UTF-8 text"
+    if "://" in host:
+        return "it is the address of a page, not a host"
+    if "*" in host:
+        return "a host has no wildcards"
+    if len(host.encode()) > _HOST_MAX_BYTES or any(char in ";\0" or char.isspace() for char in host):
+        return f"a host has at most {_HOST_MAX_BYTES} bytes, and no ';', blank or NUL"
+    return ""
+
+
+def _port(text: str) -> int | None:
+    if text.isascii() and text.isdigit() and len(text) <= len(str(_PORT_LAST)) and 1 <= int(text) <= _PORT_LAST:
+        return int(text)
+    return None
+
+
+def _allowed(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for _, host, ports in specs:
+        found.setdefault(host, set()).update(ports or ())
+    return found
+
+
+def _denied(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set[int] | None]:
+    found: dict[str, set[int] | None] = {}
+    for _, host, ports in specs:
+        before = found.setdefault(host, set())
+        found[host] = None if before is None or ports is None else before | ports
+    return found
+
+
+def _net(net: Net, asked: _Asked, *, raise_dns: bool) -> Net:
+    hosts: dict[str, set[int]] = {}
+    for entry in net.allow_hosts:
+        hosts.setdefault(entry.host.encode().lower().decode(), set()).update(entry.ports)
+    for host, more in asked.allow.items():
+        hosts.setdefault(host, set()).update(more)
+    _deny(hosts, asked.deny)
+    left = {host: tuple(sorted(ports)) for host, ports in hosts.items() if ports}
+    for host, kept in left.items():
+        if len(kept) > _PORTS_MAX:
+            _too_many(f"ports of {host}", len(kept), _PORTS_MAX)
+    if len(left) > _HOSTS_MAX:
+        _too_many("hosts", len(left), _HOSTS_MAX)
+    # A flag that only takes hosts away must not switch anything on.
+    allow_dns = net.allow_dns or (raise_dns and any(is_name(host) for host in left))
+    entries = tuple(HostPorts(host=host, ports=ports) for host, ports in left.items())
+    return replace(net, allow_dns=allow_dns, allow_hosts=entries)
+
+
+def _deny(hosts: dict[str, set[int]], deny: Mapping[str, set[int] | None]) -> None:
+    """Take from *hosts* what is denied. Raises UsageError where a policy could not say what would be left."""
+    names: dict[Addresses | str, list[str]] = {}
+    for host in hosts:
+        names.setdefault(meaning(host), []).append(host)
+    ranges = [token for token in names if not isinstance(token, str)]
+    partly = []
+    for denied, ports in deny.items():  # there may be many thousands, from files
+        mine = meaning(denied)
+        for token in (mine,) if isinstance(mine, str) else ranges:
+            cover = covers(mine, token)
+            for host in names.get(token, ()):
+                if cover == "whole":
+                    hosts[host] = set() if ports is None else hosts[host] - ports
+                elif cover == "part":
+                    partly.append((denied, ports, host))
+    for denied, ports, host in partly:
+        if hosts[host] if ports is None else hosts[host] & ports:
+            raise UsageError(
+                f"cannot deny {denied}",
+                f"it is only a part of {host}, which is allowed",
+                f"Deny {host}, and allow the rest of it by narrower networks",
+            )
+
+
+def _roots(flag: str, given: Iterable[str]) -> Iterator[str]:
+    """The roots, each once, in the order given."""
+    seen = set()
+    for text in given:
+        root = text.strip()
+        why = ""
+        if not root or len(root) > _ROOT_MAX_CHARS:
+            why = f"a path has 1 to {_ROOT_MAX_CHARS} characters"
+        elif ";" in root or "\0" in root:
+            why = "a path must not hold ';' or a NUL"
+        elif any("\ud800" <= char <= "\udfff" for char in root):
+            why = "a path must be UTF-8 text"
+        if why:
+            shown = root if len(root) <= _HOST_MAX_BYTES else root[:_HOST_MAX_BYTES] + "..."
+            raise UsageError(f"cannot use {flag} {shown!r}", why, "Name a file or folder of the project")
+        if root not in seen:
+            seen.add(root)
+            yield root
+
+
+def _joined(flag: str, base: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
+    found = (*base, *(root for root in more if root not in base))
+    if more and len(found) > _ROOTS_MAX:
+        _too_many(f"roots with {flag}", len(found), _ROOTS_MAX)
+    return found
+
+
+def _too_many(what: str, count: int, most: int) -> NoReturn:
+    raise UsageError(f"cannot allow {count} {what}", f"a policy holds at most {most}", "Leave some out")
+
+
+def _notes(base: Policy, base_path: str, digest: str) -> str | msgspec.UnsetType:
+    """The base's notes and a line on where this policy came from, as long as there is room for it."""
+    path = base_path.encode("utf-8", "replace").decode()
+    line = f"Derived from {path} by overrides {digest}."
+    notes = f"{base.notes_in_force}\n{line}" if base.notes_in_force else line
+    return notes if len(notes) <= _NOTES_MAX_CHARS else base.notes

@@ -1,0 +1,186 @@
+"""The policies that `x07 policy init` writes: the eight of X07, and our default.
+
+Values are upstream's to the last number; a test holds them to the check sums of its documents.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from msgspec.structs import replace
+
+from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.model import (
+    SCHEMA_VERSION,
+    Db,
+    DbNet,
+    Drivers,
+    Env,
+    Fs,
+    Language,
+    Limits,
+    Net,
+    Policy,
+    Process,
+    Sqlite,
+    Threads,
+    Time,
+)
+
+_MIB: Final = 1 << 20
+_NO_DRIVER: Final = Drivers(sqlite=False, postgres=False, mysql=False)
+_FILES: Final = Fs(
+    enabled=True,
+    read_roots=(".",),
+    write_roots=("out",),
+    deny_hidden=True,
+    allow_mkdir=True,
+    allow_rename=True,
+    allow_walk=True,
+    allow_glob=True,
+    max_read_bytes=64 * _MIB,
+    max_write_bytes=64 * _MIB,
+    max_entries=50_000,
+    max_depth=64,
+)
+_DATABASE: Final = Db(
+    enabled=True,
+    drivers=_NO_DRIVER,
+    max_live_conns=8,
+    max_queries=10_000,
+    connect_timeout_ms=5000,
+    query_timeout_ms=30_000,
+    max_sql_bytes=_MIB,
+    max_rows=100_000,
+    max_resp_bytes=16 * _MIB,
+)
+_CALM: Final = Time(
+    enabled=True,
+    allow_monotonic=True,
+    allow_wall_clock=True,
+    allow_sleep=False,
+    max_sleep_ms=0,
+    allow_local_tzid=False,
+)
+_NAPS: Final = replace(_CALM, allow_wall_clock=False, allow_sleep=True, max_sleep_ms=5000)
+_ON_THE_NET: Final = Net(enabled=True, allow_dns=True, allow_tcp=True, allow_udp=False, allow_hosts=())
+_UNSAFE: Final = Language(allow_unsafe=True, allow_ffi=True)
+
+
+def _limits(cpu_s: int, wall_s: int, mem_mib: int, fds: int, procs: int) -> Limits:
+    return Limits(cpu_ms=cpu_s * 1000, wall_ms=wall_s * 1000, mem_bytes=mem_mib * _MIB, fds=fds, procs=procs)
+
+
+# What a template has where it says nothing else.
+_CLI: Final = Policy(
+    schema_version=SCHEMA_VERSION,
+    policy_id="sandbox.cli.base",
+    notes="A command that reads the project and writes below out, without network.",
+    limits=_limits(60, 120, 512, 128, 16),
+    fs=_FILES,
+    net=Net(enabled=False, allow_dns=False, allow_tcp=False, allow_udp=False, allow_hosts=()),
+    env=Env(enabled=False, allow_keys=(), deny_keys=()),
+    time=_CALM,
+    language=Language(allow_unsafe=False, allow_ffi=False),
+    threads=Threads(enabled=True, max_workers=0, max_blocking=4, max_queue=1024),
+    process=Process(
+        enabled=True,
+        allow_spawn=False,
+        max_live=0,
+        max_spawns=0,
+        allow_exec=False,
+        allow_exit=True,
+        max_stdout_bytes=10 * _MIB,
+        max_stderr_bytes=10 * _MIB,
+        max_total_bytes=16 * _MIB,
+        max_stdin_bytes=_MIB,
+    ),
+)
+_WORKER: Final = replace(
+    _CLI,
+    policy_id="sandbox.worker.base",
+    notes="A long computation on its input: no files, no network, no time of day.",
+    limits=_limits(300, 300, 1024, 64, 16),
+    fs=Fs(enabled=False, read_roots=(), write_roots=(), deny_hidden=True),
+    time=_NAPS,
+)
+
+TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
+    {
+        "default": default_policy(),
+        "cli": _CLI,
+        "http-client": replace(
+            _CLI,
+            policy_id="sandbox.http-client.base",
+            notes="A client of web servers; the hosts that it may reach have to be added.",
+            limits=_limits(180, 300, 1024, 256, 32),
+            fs=replace(_FILES, allow_glob=False, max_write_bytes=256 * _MIB, max_entries=20_000, max_depth=32),
+            net=_ON_THE_NET,
+            time=replace(_CALM, allow_sleep=True, max_sleep_ms=5000),
+            language=_UNSAFE,
+        ),
+        "web-service": replace(
+            _CLI,
+            policy_id="sandbox.web-service.base",
+            notes="A web service that is told its port and host by variables; hosts have to be added.",
+            limits=_limits(180, 600, 1024, 512, 64),
+            fs=replace(_FILES, max_write_bytes=128 * _MIB),
+            net=_ON_THE_NET,
+            env=Env(enabled=True, allow_keys=("PORT", "HOST", "LOG_LEVEL"), deny_keys=()),
+            time=replace(_CALM, allow_sleep=True, max_sleep_ms=1000),
+            language=_UNSAFE,
+        ),
+        "fs-tool": replace(
+            _CLI,
+            policy_id="sandbox.fs-tool.base",
+            notes="A tool that reads the project and changes files below src and out.",
+            limits=_limits(90, 180, 512, 256, 16),
+            fs=replace(
+                _FILES,
+                write_roots=("src", "out"),
+                max_read_bytes=256 * _MIB,
+                max_write_bytes=256 * _MIB,
+                max_entries=200_000,
+                max_depth=128,
+            ),
+        ),
+        "sqlite-app": replace(
+            _CLI,
+            policy_id="sandbox.sqlite-app.base",
+            notes="A program with a SQLite database of its own below out.",
+            limits=_limits(120, 300, 1024, 256, 32),
+            fs=replace(_FILES, max_read_bytes=128 * _MIB, max_write_bytes=256 * _MIB, max_entries=100_000),
+            language=_UNSAFE,
+            db=replace(
+                _DATABASE,
+                drivers=replace(_NO_DRIVER, sqlite=True),
+                connect_timeout_ms=2000,
+                sqlite=Sqlite(allow_paths=("out/app.sqlite",), allow_create=True, allow_in_memory=True),
+            ),
+        ),
+        "postgres-client": replace(
+            _CLI,
+            policy_id="sandbox.postgres-client.base",
+            notes="A client of a PostgreSQL server, over TLS only; the server has to be added.",
+            limits=_limits(120, 300, 1024, 256, 32),
+            language=_UNSAFE,
+            db=replace(_DATABASE, drivers=replace(_NO_DRIVER, postgres=True), net=DbNet()),
+        ),
+        "worker": _WORKER,
+        "worker-parallel": replace(
+            _WORKER,
+            policy_id="sandbox.worker-parallel.base",
+            notes="A long computation that spreads over processes of the project's own dependencies.",
+            limits=_limits(300, 300, 1024, 128, 1024),
+            process=replace(
+                _CLI.process,
+                allow_spawn=True,
+                max_live=16,
+                max_spawns=64,
+                allow_exec=True,
+                allow_exec_prefixes=("deps/x07/",),
+                max_runtime_ms=60_000,
+            ),
+        ),
+    }
+)

@@ -1,0 +1,130 @@
+"""Promises of `x07 policy check`, `digest` and `schema`: verdicts, exit codes, and bad files of every kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.unit.policy_command import as_json, policy
+from x07_sandbox.policy.canonical import policy_digest
+from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.schema import render_schema
+from x07_sandbox.policy.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GOOD = render_policy(TEMPLATES["cli"])
+
+
+def test_good_policies_are_told_to_be_valid(tmp_path: Path) -> None:
+    """Valid policies, and templates by their name, make exit code 0 and a line each."""
+    (tmp_path / "p.json").write_bytes(GOOD)
+    assert policy(tmp_path, "check", "p.json", "built-in:default") == (
+        0,
+        "p.json: valid (sandbox.cli.base)\nbuilt-in:default: valid (sandbox.default.base)\n",
+        "",
+    )
+    code, found = as_json(tmp_path, "check", "p.json")
+    assert (code, found["ok"]) == (0, True)
+    assert found["files"] == [
+        {
+            "file": "p.json",
+            "status": "valid",
+            "policy_id": "sandbox.cli.base",
+            "digest": policy_digest(TEMPLATES["cli"]),
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "is not JSON"),
+        (b"not JSON", "is not JSON"),
+        (b'{"limits": NaN}', "NaN is no number there"),
+        (b"[" * 100_000, "nested deeper"),
+        (GOOD.replace(b'"procs": 16', b'"procs": 16, "procs": 16'), "$.limits.procs: stands here more than once"),
+        (
+            GOOD.replace(b'"procs": 16', b'"procss": 16'),
+            "$.limits.procss: is no field of the policy; did you mean procs",
+        ),
+        (GOOD.replace(b'"procs": 16', b'"procs": 1025'), "$.limits.procs: must be from 0 to 1024, not 1025"),
+        (GOOD.replace(b'"procs": 16', b'"procs": "16"'), '$.limits.procs: must be a whole number, not "16"'),
+        (GOOD.replace(b"run-os-policy", b"arch.rr.policy"), "$.schema_version"),
+    ],
+)
+def test_an_invalid_policy_has_an_exit_code_of_its_own(tmp_path: Path, data: bytes, why: str) -> None:
+    """What can be read and is no valid policy makes exit code 3 and the reason, with its JSON path and a suggestion."""
+    (tmp_path / "p.json").write_bytes(data)
+    code, out, err = policy(tmp_path, "check", "p.json")
+    assert (code, out) == (3, "")
+    assert why in err
+    code, found = as_json(tmp_path, "check", "p.json")
+    (row,) = found["files"]
+    assert (code, found["ok"], row["status"]) == (3, False, "invalid")
+    assert why in f"{row['problems'][0]['json_path']}: {row['text']}"
+    assert [policy(tmp_path, verb, "p.json")[0] for verb in ("digest", "check")] == [3, 3]
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    """One call names every problem of every file, each with its place."""
+    (tmp_path / "a.json").write_bytes(GOOD.replace(b'"fds": 128', b'"fds": -1').replace(b'"enabled"', b'"enable"'))
+    (tmp_path / "b.json").write_bytes(GOOD.replace(b'"wall_ms"', b'"wal_ms"'))
+    _, found = as_json(tmp_path, "check", "a.json", "b.json")
+    first, second = ([problem["json_path"] for problem in row["problems"]] for row in found["files"])
+    assert {"$.limits.fds", "$.fs.enable", "$.net.enable", "$.process.enabled"} <= set(first)
+    assert set(second) == {"$.limits.wal_ms", "$.limits.wall_ms"}
+
+
+@pytest.mark.parametrize("name", ["missing.json", ".", "pipe", "/dev/zero", "large.json", "built-in:nope", "loop"])
+def test_what_cannot_be_read_is_told_apart_from_what_is_invalid(tmp_path: Path, name: str) -> None:
+    """A missing file, a folder, a pipe, an endless device, 100 MB: exit code 2 at once, also beside an invalid one."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "bad.json").write_bytes(b"{}")
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(100_000_000)
+    code, out, err = policy(tmp_path, "check", name)
+    assert (code, out) == (2, "")
+    assert name in err
+    code, found = as_json(tmp_path, "check", "bad.json", name)
+    assert (code, [row["status"] for row in found["files"]]) == (2, ["invalid", "unreadable"])
+    code, found = as_json(tmp_path, "digest", name)
+    assert (code, found["ok"], name in found["error"]["what"]) == (2, False, True)
+
+
+def test_a_digest_is_one_line(tmp_path: Path) -> None:
+    """`x07 policy digest` prints the canonical digest; with --json the digest of the bytes too, as a result has it."""
+    (tmp_path / "p.json").write_bytes(json.dumps(json.loads(GOOD)).encode())
+    digest = policy_digest(TEMPLATES["cli"])
+    assert policy(tmp_path, "digest", "p.json") == (0, f"{digest}\n", "")
+    _, found = as_json(tmp_path, "digest", "p.json")
+    assert found["digest"] == digest
+    assert found["file_digest"] == f"sha256:{sha256((tmp_path / 'p.json').read_bytes()).hexdigest()}"
+
+
+def test_a_file_whose_name_is_no_text_is_checked_as_any_other(tmp_path: Path) -> None:
+    """A name that is no UTF-8 is printed as it is."""
+    name = os.fsdecode(b"p\xff.json")
+    (tmp_path / name).write_bytes(GOOD)
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", "check", name]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"p\xff.json: valid (sandbox.cli.base)\n")
+
+
+def test_the_schema_is_printed_as_it_is_published(tmp_path: Path) -> None:
+    """`x07 policy schema` prints the bytes of schemas/run-os-policy.schema.json."""
+    assert policy(tmp_path, "schema") == (0, render_schema().decode(), "")
+
+
+def test_wrong_words_are_one_json_object_too(tmp_path: Path) -> None:
+    """With --json a usage error is one JSON object, exit code 2."""
+    code, found = as_json(tmp_path, "check")
+    assert (code, found["error"]["what"]) == (2, "wrong usage")

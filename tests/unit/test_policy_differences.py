@@ -1,0 +1,145 @@
+"""Promises of `x07 policy diff`: every field has its direction, and nothing that differs goes untold."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.policy_command import as_json, policy
+from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.differences import DIRECTIONS, Effect, differences
+from x07_sandbox.policy.model import Policy, leaf_values
+from x07_sandbox.policy.schema import fields
+from x07_sandbox.policy.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OPPOSITE: dict[Effect, Effect] = {"granted": "withdrawn", "withdrawn": "granted", "changed": "changed"}
+
+
+def changed(**values: object) -> Policy:
+    """The built-in default with values set by path (dots written as two underscores)."""
+    made: dict[str, Any] = json.loads(render_policy(default_policy()))
+    made["db"] = {"enabled": False, "drivers": {"sqlite": False, "postgres": False, "mysql": False}}
+    made["db"]["net"] = {"require_tls": False, "require_verify": False}
+    for path, value in values.items():
+        *sections, name = path.split("__")
+        holder = made
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[name] = value
+    return decode_policy(render_policy(made), source="p")
+
+
+def test_every_field_has_a_direction() -> None:
+    """The table names exactly the fields of the model."""
+    assert set(DIRECTIONS) == {field.path for field in fields()}
+
+
+def test_an_absent_section_is_what_stands_for_it() -> None:
+    """Sections that say what counts in their absence make no difference."""
+    assert differences(default_policy(), changed()) == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "effect"),
+    [
+        ("limits.wall_ms", 60_001, "granted"),
+        ("limits.wall_ms", 59_999, "withdrawn"),
+        ("limits.core_dumps", True, "granted"),
+        ("fs.deny_hidden", False, "granted"),
+        ("fs.allow_remove", False, "withdrawn"),
+        ("fs.max_entries", 0, "withdrawn"),
+        ("threads.max_workers", 8, "changed"),
+        ("net.enabled", False, "withdrawn"),
+        ("process.kill_tree", False, "granted"),
+        ("db.net.require_tls", True, "withdrawn"),
+        ("db.sqlite.readonly_only", True, "withdrawn"),
+        ("time.allow_local_tzid", True, "granted"),
+        ("policy_id", "other", "changed"),
+        ("notes", "other", "changed"),
+    ],
+)
+def test_a_value_is_told_by_what_it_does(field: str, value: object, effect: str) -> None:
+    """A larger limit is granted, a restriction switched on is withdrawn, a name is only changed."""
+    before = leaf_values(changed())[field]
+    (change,) = differences(changed(), changed(**{field.replace(".", "__"): value}))
+    assert (change.field, change.effect, change.before, change.after) == (field, effect, before, value)
+
+
+def test_lists_are_told_entry_by_entry() -> None:
+    """Each root, each key and each port of a host is told alone; order, case of hosts and repetition do not count."""
+    hosts = [{"host": "A.example", "ports": [2, 1]}, {"host": "b.example", "ports": [3]}]
+    more = [{"host": "b.example", "ports": [3, 4]}, {"host": "a.example", "ports": [1]}]
+    first = changed(fs__read_roots=["a", "b"], env__deny_keys=["K"], net__allow_hosts=hosts)
+    second = changed(fs__read_roots=["c", "b", "b"], env__deny_keys=["K", "L"], net__allow_hosts=more)
+    found = [(change.field, change.effect, change.before, change.after) for change in differences(first, second)]
+    assert found == [
+        ("fs.read_roots", "withdrawn", "a", None),
+        ("fs.read_roots", "granted", None, "c"),
+        ("net.allow_hosts", "withdrawn", "a.example:2", None),
+        ("net.allow_hosts", "granted", None, "b.example:4"),
+        ("env.deny_keys", "withdrawn", None, "L"),
+    ]
+
+
+def test_a_number_that_stands_for_another_is_compared_as_that_one() -> None:
+    """0 bytes to read is X07's own 16 MiB: the same as writing that, and more than 1 MiB."""
+    none = changed(fs__max_read_bytes=0)
+    assert differences(none, changed(fs__max_read_bytes=16 << 20)) == ()
+    (change,) = differences(none, changed(fs__max_read_bytes=1 << 20))
+    assert change.effect == "withdrawn"
+
+
+POLICIES = st.builds(
+    changed,
+    limits__procs=st.integers(0, 3),
+    fs__deny_hidden=st.booleans(),
+    fs__max_depth=st.sampled_from([0, 1, 64]),
+    threads__max_workers=st.integers(0, 2),
+    env__deny_keys=st.lists(st.sampled_from("abc"), max_size=3),
+    fs__read_roots=st.lists(st.sampled_from("abc"), max_size=3),
+)
+
+
+@given(POLICIES, POLICIES)
+def test_the_way_back_is_the_opposite(first: Policy, second: Policy) -> None:
+    """Nothing differs from itself, and what one way grants the other way withdraws."""
+    assert differences(first, first) == ()
+    there = [(change.field, change.effect, change.before, change.after) for change in differences(first, second)]
+    back = [
+        (change.field, OPPOSITE[change.effect], change.after, change.before) for change in differences(second, first)
+    ]
+    assert sorted(there, key=repr) == sorted(back, key=repr)
+
+
+def test_the_command_says_it_in_words_and_as_json(tmp_path: Path) -> None:
+    """`x07 policy diff` groups what is granted, withdrawn and changed, and its exit code says whether anything is."""
+    assert policy(tmp_path, "diff", "built-in:cli", "built-in:cli") == (0, "", "")
+    code, out, err = policy(tmp_path, "diff", "built-in:worker", "built-in:worker-parallel")
+    assert (code, err) == (1, "")
+    granted, _, changed_part = out.partition("the second policy changes:\n")
+    assert granted.startswith("the second policy grants:\n  limits.fds: 128 instead of 64. Open file descriptors")
+    assert '  process.allow_exec_prefixes: "deps/x07/" added. ' in granted
+    assert changed_part.startswith("  policy_id: ")
+    code, found = as_json(tmp_path, "diff", "built-in:worker", "built-in:worker-parallel")
+    assert (code, found["same"]) == (1, False)
+    assert found["changes"][1] == {"field": "notes", "effect": "changed"} | {
+        "before": TEMPLATES["worker"].notes,
+        "after": TEMPLATES["worker-parallel"].notes,
+    }
+    assert as_json(tmp_path, "diff", "built-in:cli", "built-in:cli")[1]["same"] is True
+
+
+def test_what_cannot_be_compared_has_its_exit_code(tmp_path: Path) -> None:
+    """A file that cannot be read ends `x07 policy diff` with 2, an invalid policy with 3."""
+    (tmp_path / "bad.json").write_bytes(b"{}")
+    assert policy(tmp_path, "diff", "built-in:cli", "missing.json")[0] == 2
+    assert policy(tmp_path, "diff", "bad.json", "built-in:cli")[0] == 3
+    assert as_json(tmp_path, "diff", "built-in:cli", "bad.json")[1]["problems"]

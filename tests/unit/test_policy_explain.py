@@ -1,0 +1,116 @@
+"""Promises of `x07 policy explain`: the plan of a run, told before there is one, with no field left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from tests.unit.policy_command import as_json, policy
+from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.plan.backends import BACKENDS, backend_named, need_built
+from x07_sandbox.plan.controls import make_plan
+from x07_sandbox.plan.features import vm_features
+from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.model import leaf_values
+from x07_sandbox.policy.schema import fields
+from x07_sandbox.policy.templates import TEMPLATES
+from x07_sandbox.programs.toolchains import TOOLCHAINS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_what_is_explained_is_the_plan_of_a_run(tmp_path: Path, name: str) -> None:
+    """Every field is there once, with its value and just the control and the refusals that a run would have."""
+    code, found = as_json(tmp_path, "explain", f"built-in:{name}")
+    values = leaf_values(TEMPLATES[name])
+    assert [row["field"] for row in found["controls"]] == [field.path for field in fields()]
+    assert {row["field"]: row.pop("value") for row in found["controls"]} == json.loads(msgspec.json.encode(values))
+    for isolation in found["isolation"]:
+        plan = make_plan(TEMPLATES[name], vm_features(isolation))
+        assert found["controls"] == list(msgspec.to_builtins(plan.controls))
+        assert found["refusals"] == json.loads(msgspec.json.encode(plan.refusals))
+        assert (code, found["carried_out"]) == ((125, False) if plan.refusals else (0, True))
+
+
+def test_without_a_policy_the_built_in_one_is_explained(tmp_path: Path) -> None:
+    """`x07 policy explain` alone explains what applies when no policy is given."""
+    code, found = as_json(tmp_path, "explain")
+    assert (code, found["policy"], found["policy_id"]) == (0, "built-in:default", "sandbox.default.base")
+    assert (found["backend"], found["isolation"]) == ("qemu", ["vm-hardware", "vm-emulated"])
+
+
+def test_the_text_names_every_field_and_what_would_allow_a_run(tmp_path: Path) -> None:
+    """The text has a line for each field, what is refused first, and for each refusal the line of policy to change."""
+    code, out, err = policy(tmp_path, "explain", "built-in:cli")
+    assert (code, err) == (125, "")
+    rows = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert {field.path for field in fields()} <= set(rows)
+    assert rows[0] == "fs.read_roots"
+    assert "    in the policy: $.fs.read_roots = []\n" in out
+
+
+def test_a_policys_own_text_is_escaped(tmp_path: Path) -> None:
+    """Control characters of a policy reach no terminal, neither from explain nor from diff."""
+    document = json.loads(render_policy(TEMPLATES["worker"]))
+    document["notes"] = "\x1b[2J\x9b"
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    for words in (("explain", "p.json"), ("diff", "built-in:worker", "p.json")):
+        _, out, _ = policy(tmp_path, *words)
+        assert "\\u001b[2J\\u009b" in out
+        assert out.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("name", ["podman", "docker", "vz", "firecracker", "Apple-Container", "native", "none"])
+def test_a_backend_that_comes_later_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    """A backend that this version does not have is refused with exit code 125, and no other is taken in its place."""
+    code, out, err = policy(tmp_path, "explain", "--backend", name)
+    assert (code, out) == (125, "")
+    assert f"cannot use backend {backend_named(name).name}: this version does not have it yet" in err
+    code, found = as_json(tmp_path, "explain", "--backend", name)
+    assert (code, found["ok"]) == (125, False)
+
+
+def test_backends_have_names_of_their_own() -> None:
+    """Every name and alias means one backend, whatever its case; any other name is wrong usage."""
+    names = [name for backend in BACKENDS for name in (backend.name, *backend.aliases)]
+    assert len(set(names)) == len(names)
+    assert backend_named(" QEMU ").built
+    need_built(backend_named("qemu"))
+    with pytest.raises(RefusedError, match="does not have it yet"):
+        need_built(backend_named("container"))
+    with pytest.raises(UsageError, match="there is no such backend"):
+        backend_named("xen")
+
+
+@pytest.mark.parametrize("toolchain", [toolchain.name for toolchain in TOOLCHAINS])
+def test_a_toolchain_changes_no_control_and_is_named(tmp_path: Path, toolchain: str) -> None:
+    """None of the toolchains there are is concerned by language.*, so that the plan is the same for all."""
+    _, found = as_json(tmp_path, "explain", "--toolchain", toolchain)
+    assert found["toolchain"] == toolchain
+    assert found["controls"] == as_json(tmp_path, "explain")[1]["controls"]
+    language = [row for row in found["controls"] if row["field"].startswith("language.")]
+    assert {row["state"] for row in language} == {"advisory"}
+
+
+def test_wrong_words_and_wrong_policies_have_their_exit_codes(tmp_path: Path) -> None:
+    """An unknown backend or toolchain is wrong usage (2), as is a missing file; an invalid policy is 3."""
+    (tmp_path / "bad.json").write_bytes(b"[]")
+    assert policy(tmp_path, "explain", "--backend", "xen")[0] == 2
+    assert policy(tmp_path, "explain", "--toolchain", "cobol")[0] == 2
+    assert policy(tmp_path, "explain", "missing.json")[0] == 2
+    assert policy(tmp_path, "explain", "bad.json")[0] == 3
+
+
+def test_explaining_touches_nothing(tmp_path: Path) -> None:
+    """`x07 policy explain` makes no folder and starts no process, also where there is no home and no PATH."""
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", "explain"]
+    done = subprocess.run(argv, cwd=tmp_path, env={"HOME": str(tmp_path)}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr, os.listdir(tmp_path)) == (0, b"", [])  # noqa: PTH208 - names are wanted

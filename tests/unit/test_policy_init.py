@@ -1,0 +1,150 @@
+"""Promises of `x07 policy init`: where a policy goes, what is said about it, and what is never touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DEFAULT_PLACE = ".x07/policies/base/{}.sandbox.base.policy.json"
+
+
+def init(where: Path, *words: str, template: str = "cli") -> tuple[int, bytes, str]:
+    """Exit code, standard output and standard error of `x07 policy init`, started in *where*."""
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", "init", "--template", template, *words]
+    done = subprocess.run(argv, cwd=where, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+def report(where: Path, *words: str, template: str = "cli") -> tuple[int, dict[str, Any]]:
+    """Exit code and report of `x07 policy init`."""
+    code, out, _ = init(where, *words, template=template)
+    return code, json.loads(out)
+
+
+@pytest.mark.parametrize("template", ["default", "worker-parallel"])
+def test_the_first_call_creates_and_the_second_finds_it_unchanged(tmp_path: Path, template: str) -> None:
+    """A template is written below .x07/policies/base once, and told in one compact line, keys in order."""
+    place = DEFAULT_PLACE.format(template)
+    code, out, err = init(tmp_path, template=template)
+    expected = (
+        '{"schema_version":"x07.policy.init.report@0.1.0","template":"%s","project_root":"%s","out":"%s",'
+        '"status":"created","policy_id":"sandbox.%s.base"}\n'
+    )
+    assert (code, out.decode(), err) == (0, expected % (template, tmp_path, place, template), "")
+    assert (tmp_path / place).read_bytes() == render_policy(TEMPLATES[template])
+    code, said = report(tmp_path, template=template)
+    assert (code, said["status"]) == (0, "unchanged")
+
+
+def test_another_file_is_left_alone_until_force_overwrites_it(tmp_path: Path) -> None:
+    """A file with another content makes exit code 2 and stays as it is; --force replaces it and keeps its mode."""
+    report(tmp_path)
+    place = tmp_path / DEFAULT_PLACE.format("cli")
+    place.write_bytes(b"mine\n")
+    place.chmod(0o640)
+    code, out, err = init(tmp_path)
+    assert (code, json.loads(out)["status"], place.read_bytes()) == (2, "exists_different", b"mine\n")
+    assert "--force" in err
+    code, out, _ = init(tmp_path, "--emit", "policy")
+    assert (code, out, place.read_bytes()) == (2, render_policy(TEMPLATES["cli"]), b"mine\n")
+    code, said = report(tmp_path, "--force")
+    assert (code, said["status"], place.read_bytes()) == (0, "overwritten", render_policy(TEMPLATES["cli"]))
+    assert stat.S_IMODE(place.stat().st_mode) == 0o640
+    assert report(tmp_path, "--force")[1]["status"] == "unchanged"
+    assert os.listdir(place.parent) == [place.name]  # noqa: PTH208 - names are wanted
+
+
+def test_the_policy_can_be_printed_instead_of_the_report(tmp_path: Path) -> None:
+    """--emit policy prints the bytes of the file, under the name that was asked for."""
+    code, out, _ = init(tmp_path, "--emit", "policy", "--policy-id", "mine.1")
+    assert code == 0
+    assert out == (tmp_path / DEFAULT_PLACE.format("cli")).read_bytes()
+    assert json.loads(out)["policy_id"] == "mine.1"
+
+
+def test_the_project_is_found_from_below_and_by_its_file(tmp_path: Path) -> None:
+    """The project's root is the folder of --project, else the nearest folder above with an x07.json, else this one."""
+    (tmp_path / "x07.json").write_text("{}")
+    below = tmp_path / "a" / "b"
+    below.mkdir(parents=True)
+    assert report(below)[1]["project_root"] == str(tmp_path)
+    other = tmp_path / "a" / "other.json"
+    other.write_text("{}")
+    code, said = report(below, "--project", "../other.json")
+    assert (code, said["project_root"]) == (0, str(tmp_path / "a"))
+    assert (tmp_path / "a" / said["out"]).is_file()
+
+
+def test_out_counts_from_the_project_and_its_folder_must_be_there(tmp_path: Path) -> None:
+    """A relative --out lies below the project's root, in a folder that is there or that --mkdir-out makes."""
+    (tmp_path / "x07.json").write_text("{}")
+    below = tmp_path / "below"
+    below.mkdir()
+    code, out, err = init(below, "--out", "p/q/one.json")
+    assert (code, out) == (2, b"")
+    assert "--mkdir-out" in err
+    code, said = report(below, "--out", "p/q/one.json", "--mkdir-out")
+    assert (code, said["out"], said["status"]) == (0, "p/q/one.json", "created")
+    assert (tmp_path / "p/q/one.json").is_file()
+    outside = tmp_path.parent / f"{tmp_path.name}-outside.json"
+    assert report(below, "--out", f"../{outside.name}")[1]["out"] == str(outside)
+    assert report(below, "--out", str(outside))[1]["status"] == "unchanged"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--policy-id", "no blanks"), "'no blanks'"),
+        (("--policy-id", "x" * 65), "1 to 64"),
+        (("--policy-id", "line\n"), "1 to 64"),
+        (("--project", "missing.json"), "missing.json"),
+        (("--project", "."), "no file"),
+        (("--out", ".."), "no file"),
+        (("--out", "folder"), "no regular file"),
+        (("--out", "pipe"), "no regular file"),
+        (("--out", "link"), "no link is followed"),
+        (("--out", "link", "--force"), "no link is followed"),
+        (("--template", "nope"), "worker-parallel"),
+    ],
+)
+def test_what_cannot_be_written_is_wrong_usage(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
+    """Every error of `x07 policy init` ends with exit code 2, nothing on standard output, and the reason."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "target").write_bytes(b"kept")
+    (tmp_path / "link").symlink_to("target")
+    code, out, err = init(tmp_path, *words)
+    assert (code, out) == (2, b"")
+    assert why in err
+    assert (tmp_path / "target").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("planted", [".x07", ".x07/policies", ".x07/policies/base"])
+def test_a_planted_link_does_not_lead_out_of_the_project(tmp_path: Path, planted: str) -> None:
+    """A project whose .x07 is a link to somewhere else gets no policy written there."""
+    outside, project = tmp_path / "outside", tmp_path / "project"
+    outside.mkdir()
+    (project / planted).parent.mkdir(parents=True)
+    (project / planted).symlink_to(outside)
+    code, _, err = init(project, "--force")
+    assert (code, list(outside.iterdir())) == (2, [])
+    assert "no link is followed" in err
+
+
+def test_an_error_is_one_json_object_where_json_is_asked_for(tmp_path: Path) -> None:
+    """With --json an error of `x07 policy init` is one JSON object on standard output, and nothing else."""
+    code, out, err = init(tmp_path, "--json", "--project", "missing.json")
+    assert (code, err) == (2, "")
+    assert json.loads(out)["error"]["what"] == "cannot use the project missing.json"

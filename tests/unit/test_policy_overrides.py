@@ -1,0 +1,317 @@
+"""Promises of the override flags: what they add, what they take away, and that the same flags give the same bytes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.hosts import addresses, covers, is_name, meaning
+from x07_sandbox.policy.model import HostPorts, Policy
+from x07_sandbox.policy.overrides import Derived, Overrides, derive_policy
+from x07_sandbox.policy.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+BUILT_IN = "built-in:default"
+
+
+def derive(
+    base: Policy | None = None,
+    files: Mapping[str, bytes] | None = None,
+    path: str = BUILT_IN,
+    flags: Overrides | None = None,
+    **words: tuple[str, ...],
+) -> Derived:
+    """What comes of *base* (the built-in default) and *flags*, or *words*; *files* holds the files of specs."""
+    base = base or default_policy()
+    wanted = flags or Overrides(**words)
+    return derive_policy(base, render_policy(base), path, wanted, read_spec_file=(files or {}).__getitem__)
+
+
+def with_hosts(*hosts: tuple[str, tuple[int, ...]], **changes: object) -> Policy:
+    """The built-in default with hosts."""
+    base = default_policy()
+    entries = tuple(HostPorts(host=host, ports=ports) for host, ports in hosts)
+    return replace(base, net=replace(base.net, allow_hosts=entries, **changes))
+
+
+def hosts_of(derived: Derived) -> list[tuple[str, tuple[int, ...]]]:
+    """Hosts and ports in their order."""
+    return [(entry.host, entry.ports) for entry in derived.policy.net.allow_hosts]
+
+
+@pytest.mark.parametrize(
+    ("flags", "digest"),
+    [
+        (
+            {"allow_host": ("Example.com:443, 80",), "allow_read_root": ("data",), "deny_host": ("bad.example:*",)},
+            "bc4c6893",
+        ),
+        ({"allow_write_root": (" tmp ", "tmp")}, "9e3171d5"),
+    ],
+)
+def test_the_digest_is_upstreams(flags: dict[str, tuple[str, ...]], digest: str) -> None:
+    """Both vectors of the format page: base bytes and flags give upstream's eight digits."""
+    derived = derive_policy(default_policy(), b"{}\n", BUILT_IN, Overrides(**flags), read_spec_file=str.encode)
+    assert derived.digest == digest
+
+
+def test_a_derived_policy_says_where_it_came_from() -> None:
+    """Name, file name and notes of a derived policy bear the digest; a long name is cut, the file's name is not."""
+    derived = derive(allow_host=("example.org:443",))
+    mark = f".g{derived.digest}"
+    assert derived.policy.policy_id == f"sandbox.default.base{mark}"
+    assert derived.file_name == f"sandbox.default.base{mark}.policy.json"
+    first, second = derived.policy.notes_in_force.split("\n")
+    assert first == default_policy().notes
+    assert (BUILT_IN in second, derived.digest in second) == (True, True)
+    long = replace(default_policy(), policy_id="x" * 60)
+    derived = derive(long, allow_host=("example.org:443",))
+    assert derived.policy.policy_id == "x" * 54 + f".g{derived.digest}"
+    assert derived.file_name == "x" * 60 + f".g{derived.digest}.policy.json"
+
+
+def test_notes_get_their_line_only_where_there_is_room() -> None:
+    """The line about the origin is left out where the notes would become too long, and made where there were none."""
+    full = replace(default_policy(), notes="x" * 4090)
+    assert derive(full, allow_read_root=("a",)).policy.notes == "x" * 4090
+    none = decode_policy(render_policy({k: v for k, v in document().items() if k != "notes"}), source="p")
+    assert derive(none, allow_read_root=("a",)).policy.notes_in_force.startswith(f"Derived from {BUILT_IN}")
+    assert "caf? ?" in derive(none, path="caf\udce9 \ud800", allow_read_root=("a",)).policy.notes_in_force
+
+
+def document() -> dict[str, Any]:
+    """The built-in default as plain JSON."""
+    found: dict[str, Any] = json.loads(render_policy(default_policy()))
+    return found
+
+
+def test_hosts_are_joined_and_keep_their_order() -> None:
+    """Hosts of the base come first, in lower case and each once, then new ones: files before flags, in their order."""
+    base = with_hosts(("B.example", (443,)), ("a.example", (80,)), ("b.EXAMPLE", (22,)))
+    files = {"more.txt": b"\xef\xbb\xbf# all of ours\n\n z.example : 1 , 2 # one\r\n[::1]:5\ny.example:7"}
+    derived = derive(base, files, allow_host_file=("more.txt",), allow_host=("x.example:9", "a.example:8,80"))
+    assert hosts_of(derived) == [
+        ("b.example", (22, 443)),
+        ("a.example", (8, 80)),
+        ("z.example", (1, 2)),
+        ("::1", (5,)),
+        ("y.example", (7,)),
+        ("x.example", (9,)),
+    ]
+
+
+def test_a_denied_host_is_gone_whatever_allows_it() -> None:
+    """Denies come last: ports go, a host without ports goes, and case, a final dot or brackets do not hide one."""
+    base = with_hosts(("a.example", (1, 2)), ("b.example.", (3,)), ("[2001:db8::1]", (4,)), ("10.1.2.3", (5, 6)))
+    derived = derive(
+        base,
+        {"deny.txt": b"A.example:2\n10.0.0.0/8:6"},
+        allow_host=("b.example:9", "a.example:2"),
+        deny_host=("B.example:*", "2001:0db8:0::1:*"),
+        deny_host_file=("deny.txt",),
+    )
+    assert hosts_of(derived) == [("a.example", (1,)), ("10.1.2.3", (5,))]
+
+
+def test_what_a_policy_cannot_deny_is_refused() -> None:
+    """An address cannot be taken out of an allowed network: that is an error, never a deny that does not hold."""
+    base = with_hosts(("10.0.0.0/8", (443, 80)))
+    with pytest.raises(UsageError, match=r"is only a part of 10\.0\.0\.0/8"):
+        derive(base, deny_host=("10.1.2.3:443",))
+    with pytest.raises(UsageError, match="is only a part of"):
+        derive(base, deny_host=("::ffff:10.1.2.3:*",))
+    assert hosts_of(derive(base, deny_host=("10.1.2.3:22",))) == [("10.0.0.0/8", (80, 443))]
+    assert hosts_of(derive(base, deny_host=("10.1.2.3:*", "10.0.0.0/8:*"))) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "dns"),
+    [
+        ("example.org:443", True),
+        ("bücher.example:443", True),
+        ("10.0.0.1:443", False),
+        ("2001:db8::abcd:443", False),
+        ("[2001:db8::abcd]:443", False),
+        ("2001:db8::/32:443", False),
+        ("fe80::a-fe80::f:443", False),
+    ],
+)
+def test_only_names_need_name_resolution(host: str, dns: object) -> None:
+    """allow_dns becomes true when a name is among the hosts, and no letter of an IPv6 address counts as a name."""
+    base = with_hosts(allow_dns=False)
+    derived = derive(base, allow_host=(host,))
+    assert derived.policy.net.allow_dns is dns
+    assert len(hosts_of(derived)) == 1
+
+
+def test_a_deny_switches_nothing_on() -> None:
+    """Where hosts are only denied, allow_dns stays as it was."""
+    base = with_hosts(("a.example", (1,)), ("b.example", (2,)), allow_dns=False)
+    assert derive(base, deny_host=("a.example:*",)).policy.net.allow_dns is False
+
+
+def test_roots_are_added_once() -> None:
+    """Roots are trimmed and added behind those of the base, each once."""
+    derived = derive(TEMPLATES["cli"], allow_read_root=(" data ", ".", "data"), allow_write_root=("out", "tmp"))
+    assert derived.policy.fs.read_roots == (".", "data")
+    assert derived.policy.fs.write_roots == ("out", "tmp")
+    assert derived.policy.net == TEMPLATES["cli"].net
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(
+            "",
+            " ",
+            "example.org",
+            ":443",
+            "example.org:",
+            "[]:1",
+            "a:0",
+            "a:65536",
+            "a:1,,2",
+            "a:+1",
+            "a:1-2",
+            "a:\u0661",
+        ),
+        *("a b:1", "a;b:1", "a\0:1", "\udcff:1", "x" * 256 + ":1", "https://example.org:443", "*.example.org:443"),
+        "a:" + ",".join(map(str, range(1, 66))),
+    ],
+)
+def test_a_bad_host_is_wrong_usage(spec: str) -> None:
+    """What is no host with ports is refused in either flag and in a file, with the form that it has to have."""
+    for flags in ({"allow_host": (spec,)}, {"deny_host": (spec,)}):
+        with pytest.raises(UsageError, match=r"cannot use --(allow|deny)-host .* Write HOST:PORT"):
+            derive(flags=Overrides(**flags))
+    line = spec.encode(errors="surrogateescape")
+    if spec.strip():
+        with pytest.raises(UsageError, match=r"cannot use --allow-host-file f(, line 2)?: "):
+            derive(None, {"f": b"# first\n" + line}, allow_host_file=("f",))
+
+
+def test_all_ports_can_only_be_denied() -> None:
+    """'*' as ports stands for all ports in --deny-host, and is refused in --allow-host."""
+    with pytest.raises(UsageError, match="--deny-host only"):
+        derive(allow_host=("example.org:*",))
+    with pytest.raises(UsageError, match="a number from 1 to 65535"):
+        derive(deny_host=("example.org:80,*",))
+    assert hosts_of(derive(allow_host=("example.org:1",), deny_host=("example.org:*",))) == []
+
+
+@pytest.mark.parametrize("root", ["", "  ", "x" * 4097, "a;b", "a\0b", "a\udcff"])
+def test_a_bad_root_is_wrong_usage(root: str) -> None:
+    """A root that no policy can hold is refused by its flag."""
+    with pytest.raises(UsageError, match="cannot use --allow-write-root"):
+        derive(allow_write_root=(root,))
+
+
+def test_a_section_that_is_off_is_not_changed() -> None:
+    """Host flags, denies too, need net with TCP in the base, and roots need fs; the field to change is named."""
+    for flags in ({"allow_host": ("a:1",)}, {"deny_host": ("a:1",)}, {"allow_host_file": ("f",)}):
+        with pytest.raises(UsageError, match=r"net\.enabled is false"):
+            derive(TEMPLATES["cli"], flags=Overrides(**flags))
+        with pytest.raises(UsageError, match=r"net\.allow_tcp is false"):
+            derive(with_hosts(allow_tcp=False, allow_udp=True), flags=Overrides(**flags))
+    with pytest.raises(UsageError, match=r"fs\.enabled is false"):
+        derive(TEMPLATES["worker"], allow_read_root=("a",))
+
+
+def test_a_policy_holds_only_so_much() -> None:
+    """256 hosts, 64 ports a host and 128 roots are the most; one more is refused."""
+    hosts = tuple(f"h{number}.example:1" for number in range(257))
+    assert len(hosts_of(derive(allow_host=hosts[:256]))) == 256
+    with pytest.raises(UsageError, match="257 hosts"):
+        derive(allow_host=hosts)
+    assert len(hosts_of(derive(allow_host=hosts, deny_host=(hosts[0],)))) == 256
+    ports = ",".join(map(str, range(1, 65)))
+    with pytest.raises(UsageError, match="65 ports of a"):
+        derive(allow_host=(f"a:{ports}", "a:65"))
+    with pytest.raises(UsageError, match="129 roots"):
+        derive(allow_read_root=tuple(map(str, range(129))))
+
+
+def test_whether_there_are_overrides_can_be_asked() -> None:
+    """`any` is true as soon as one flag was given."""
+    assert not Overrides().any
+    assert all(Overrides(**{name: ("x",)}).any for name in Overrides.__struct_fields__)
+
+
+# properties
+
+HOSTS = st.sampled_from(
+    ["a.example", "A.example", "b.example", "10.0.0.1", "10.0.0.0/30", "10.0.0.1-10.0.0.9", "::1", "[::1]", "::/64"]
+)
+PORTS = st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=3)
+SPECS = st.builds(lambda host, ports: f"{host}:{','.join(map(str, ports))}", HOSTS, PORTS)
+DENIES = SPECS | HOSTS.map(lambda host: f"{host}:*")
+ROOTS = st.text(min_size=1, max_size=6)
+FLAGS = st.fixed_dictionaries(
+    {
+        "allow_host": st.lists(SPECS, max_size=4).map(tuple),
+        "deny_host": st.lists(DENIES, max_size=3).map(tuple),
+        "allow_read_root": st.lists(ROOTS, max_size=3).map(tuple),
+        "allow_write_root": st.lists(ROOTS, max_size=3).map(tuple),
+    }
+)
+BASES = st.lists(st.tuples(HOSTS, PORTS.map(tuple)), max_size=4).map(lambda hosts: with_hosts(*hosts))
+
+
+@given(BASES, FLAGS)
+@example(default_policy(), {})
+def test_any_flags_give_a_valid_policy_and_always_the_same_or_wrong_usage(
+    base: Policy, flags: dict[str, tuple[str, ...]]
+) -> None:
+    """Whatever the flags: a policy that decodes, the same bytes again, every deny held; or an error of usage."""
+    try:
+        derived = derive(base, flags=Overrides(**flags))
+    except UsageError:
+        with pytest.raises(UsageError):
+            derive(base, flags=Overrides(**flags))
+        return
+    assert decode_policy(derived.data, source="p") == derived.policy
+    assert derive(base, flags=Overrides(**flags)).data == derived.data
+    for spec in flags.get("deny_host", ()):
+        denied, _, ports = spec.rpartition(":")
+        gone = set(range(65536)) if ports == "*" else set(map(int, ports.split(",")))
+        for host, left in hosts_of(derived):
+            assert covers(meaning(denied), meaning(host)) == "none" or not gone & set(left)
+
+
+@given(st.text(max_size=20) | st.builds("{}:{}".format, st.text(max_size=8), st.text(max_size=4)))
+def test_any_text_is_a_host_or_wrong_usage(spec: str) -> None:
+    """No text whatever, as a flag or in a file, fails in another way than by our own error."""
+    for flags in ({"allow_host": (spec,)}, {"deny_host": (spec,)}, {"allow_read_root": (spec,)}):
+        try:
+            derive(flags=Overrides(**flags))
+        except UsageError as error:
+            assert error.fix  # noqa: PT017 - either end is right
+    try:
+        derive(None, {"f": spec.encode()}, allow_host_file=("f",))
+    except UsageError as error:
+        assert error.fix  # noqa: PT017 - as above
+
+
+@given(HOSTS, HOSTS)
+def test_covering_goes_by_addresses(mine: str, theirs: str) -> None:
+    """A token covers itself whole; two that touch each other say so from both sides."""
+    one, other = meaning(mine), meaning(theirs)
+    assert covers(one, one) == "whole"
+    assert (covers(one, other) == "none") == (covers(other, one) == "none")
+
+
+@pytest.mark.parametrize("host", ["1", "10.0.0.9-10.0.0.1", "10.0.0.1-::1", "a-b.example", "a/8", "10.0.0.0/33", "[a]"])
+def test_what_is_no_address_is_no_address(host: str) -> None:
+    """Malformed networks and ranges stand for no address; only what has a letter is a name."""
+    assert addresses(host) is None
+    assert is_name(host) == any(char.isalpha() for char in host)
