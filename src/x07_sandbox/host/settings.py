@@ -27,6 +27,9 @@ TEMPLATE_S: Final = 60.0  # making a VM template: boot, warm-up, saving
 COPY_IN_S: Final = 60.0
 CHANGES_OUT_S: Final = 60.0
 KVM_PROOF_S: Final = 5.0
+# How long a guest may take to say how its program stood when it was killed at its deadline: the longest grace. A tenth
+# of a short wall time is too little for an emulated machine among others.
+STOPPED_S: Final = 1.0
 CLEANUP_MS: Final = 30_000
 
 BUILD_WALL_MS: Final = 300_000

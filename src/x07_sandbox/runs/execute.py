@@ -174,7 +174,7 @@ class Phase:
             self.seen["deadline_passed"] = True
             self.asked_to_stop = True
             self.link.send(Kind.STOP, {})
-            self.deadline = Deadline.after(settings.grace_ms(self.request.wall_ms) / 1000)
+            self.deadline = Deadline.after(settings.STOPPED_S)
         elif self.asked_to_stop:
             self._end()
         else:
