@@ -8,19 +8,15 @@ import os
 import signal
 import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.cli import policy_explain, policy_init
 from x07_sandbox.cli.console import say
 from x07_sandbox.errors import SandboxError, UsageError
-from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy.canonical import policy_digest
-from x07_sandbox.policy.decode import MAX_BYTES, decode_policy
-from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
-from x07_sandbox.policy.templates import TEMPLATES
+from x07_sandbox.runs.request import read_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +24,6 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.differences import Change
     from x07_sandbox.policy.model import Policy
 
-BUILT_IN: Final = "built-in:"
 DIFFERENT: Final = 1
 UNREADABLE: Final = 2
 INVALID: Final = 3
@@ -91,17 +86,7 @@ def print_failure(exc: Exception, signalled: int | None = None) -> int:
 
 def load(name: str) -> tuple[Policy, bytes]:
     """A policy by the name that the user gave, and its bytes. Raises UsageError, PolicyError."""
-    if name.startswith(BUILT_IN):
-        policy = TEMPLATES.get(name.removeprefix(BUILT_IN))
-        if policy is None:
-            raise UsageError(f"there is no policy {name}", "no template has that name", f"Name one of {_templates()}")
-        return policy, render_policy(policy)
-    data = read_bounded(Path(name), "policy", MAX_BYTES)
-    return decode_policy(data, source=name), data
-
-
-def _templates() -> str:
-    return ", ".join(f"{BUILT_IN}{name}" for name in TEMPLATES)
+    return read_policy(name)
 
 
 def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from x07_sandbox.runs.streams import Cancel, memory_file
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.runs.result import Result
 
 _EPILOG = f"""languages, by the name of the file or by --toolchain:
@@ -43,6 +44,14 @@ examples:
   x07 run --env LEVEL=3 ./a.out
   x07 run --dry-run project/                       what would be done, and what the policy would hold
 """
+_OVERRIDES = (
+    ("--allow-host", "HOST:PORT[,PORT...]", "a host that it may connect to"),
+    ("--allow-host-file", "FILE", "a file of such, one a line"),
+    ("--deny-host", "HOST:PORT[,...]|HOST:*", "one that it may not, whatever allows it"),
+    ("--deny-host-file", "FILE", "a file of such"),
+    ("--allow-read-root", "PATH", "a folder that it may read"),
+    ("--allow-write-root", "PATH", "one that it may change"),
+)
 _SOURCE_MAX = settings.SOURCE_MAX_BYTES
 
 
@@ -59,6 +68,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     )
     parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, behind --")
     _add_program(parser)
+    _add_overrides(parser)
     _add_input(parser)
     _add_machine(parser)
     _add_output(parser)
@@ -70,11 +80,19 @@ def _add_program(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-c", dest="code", metavar="CODE", help="a source text; needs --toolchain")
     group.add_argument("--toolchain", choices=tuple(BY_NAME), metavar="T", help="how it is built and started")
     group.add_argument(
-        "--policy", type=Path, metavar="FILE", help="what it may touch (default: no files, no network, 60 s, 512 MiB)"
+        "--policy",
+        metavar="FILE",
+        help="what it may touch: a document, or built-in:TEMPLATE (default: no files, no network, 60 s, 512 MiB)",
     )
     group.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of the program; NAME alone: ours"
     )
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("changes to the policy, each any number of times")
+    for flag, form, text in _OVERRIDES:
+        group.add_argument(flag, action="append", default=[], metavar=form, help=text)
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -170,6 +188,7 @@ def _request(options: argparse.Namespace, stack: contextlib.ExitStack, progress:
         toolchain=options.toolchain,
         args=tuple(words),
         policy=options.policy,
+        overrides=_overrides(options),
         env=dict(map(_variable, options.env)),
         image=options.image,
         input=options.input,
@@ -187,6 +206,16 @@ def _request(options: argparse.Namespace, stack: contextlib.ExitStack, progress:
         progress=progress,
         cancel=stack.enter_context(contextlib.closing(Cancel())),
     )
+
+
+def _overrides(options: argparse.Namespace) -> Overrides | None:
+    keys = [flag[2:].replace("-", "_") for flag, _, _ in _OVERRIDES]
+    given = {key: tuple(getattr(options, key)) for key in keys}
+    if not any(given.values()):
+        return None
+    from x07_sandbox.policy.overrides import Overrides
+
+    return Overrides(**given)
 
 
 def _source_from_stdin() -> bytes:

@@ -9,6 +9,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import (
     SCHEMA_VERSION,
@@ -184,3 +185,17 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
         ),
     }
 )
+BUILT_IN: Final = "built-in:"
+
+
+def built_in(name: str) -> Policy | None:
+    """The policy that *name* stands for, as `built-in:TEMPLATE`; None for any other name. Raises UsageError."""
+    if not name.startswith(BUILT_IN):
+        return None
+    try:
+        return TEMPLATES[name.removeprefix(BUILT_IN)]
+    except KeyError:
+        known = ", ".join(f"{BUILT_IN}{template}" for template in TEMPLATES)
+        raise UsageError(
+            f"there is no policy {name}", "nothing of that name is built in", f"Name one of {known}"
+        ) from None

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.policy.model import Policy
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import run
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from x07_sandbox.backends.base import Machines
+    from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.result import Result
 
     OnOutput = Callable[[Literal["stdout", "stderr"], bytes], object]
@@ -51,7 +51,7 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     program: path of a source file, an executable, or a project's folder. source: a text instead, in the language of
     *toolchain* ("python", "c", "cpp", "shell"). files: more files beside it, relative name to content.
     args: its arguments. input: its whole input. env: variables beside the fixed ones.
-    policy: path of a policy document, or a Policy; None for the built-in `default`.
+    policy: path of a policy document, `built-in:TEMPLATE`, or a Policy; None for the built-in `default`.
     timeout_s: seconds that the program may take, at most the policy's. image: name or digest of a guest image.
     max_output_bytes: of each stream. on_output: called with "stdout" or "stderr" and bytes as they come, from another
     thread; what it raises ends the run, and is raised here.
@@ -141,7 +141,7 @@ def make_request(  # noqa: PLR0913 - as above
         toolchain=toolchain,
         files=dict(files or {}),
         args=tuple(args),
-        policy=policy if policy is None or isinstance(policy, Policy) else Path(policy),
+        policy=os.fspath(policy) if isinstance(policy, os.PathLike) else policy,
         wall_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),
         image=image,
         env=dict(env or {}),

@@ -12,7 +12,7 @@ from x07_sandbox.plan.controls import GUEST_VARIABLES, Plan, make_plan
 from x07_sandbox.plan.features import VM_HOLDS, Features
 from x07_sandbox.programs.toolchains import require_packages
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest, check_arguments, check_variables, read_policy, sha256_text
+from x07_sandbox.runs.request import RunRequest, check_arguments, check_variables, policy_in_force, sha256_text
 
 
 class Preview(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +35,7 @@ def preview(request: RunRequest) -> Preview:
     with contextlib.ExitStack() as stack:
         request, program = load_program(request, stack)
         check_arguments(request)
-        policy, policy_bytes = read_policy(request.policy, request.wall_ms)
+        policy, policy_bytes = policy_in_force(request)
         check_variables(request, policy)
         image = stack.enter_context(open_image(find_image(request.image)))
         installed = {package.name for package in image.manifest.packages}

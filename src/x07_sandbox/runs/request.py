@@ -24,6 +24,10 @@ from x07_sandbox.runs.streams import Cancel, InFile, OutFile, memory_file
 if TYPE_CHECKING:
     import contextlib
 
+    from x07_sandbox.policy.overrides import Overrides
+else:
+    Overrides = object  # msgspec reads annotations; its module is loaded only where there are some
+
 # Linux refuses one longer argument (MAX_ARG_STRLEN: 32 pages, NUL included); all of them share a quarter of the stack's
 # 8 MiB with the environment, which may take some hundred KiB.
 _ARGUMENT_MAX_BYTES = 131_072
@@ -36,7 +40,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     program: path of a source, of a project's folder, or of its manifest. source: a text instead, in the language of
     toolchain, which for a file overrides what its name says. files: more files beside it, by relative name.
-    policy: a policy, or the path of a document; None for the built-in default. wall_ms: a tighter limit than its own.
+    policy: as read_policy takes it. overrides: hosts and roots that flags add, or take away. wall_ms: a tighter limit.
     env: variables of the program besides the fixed ones.
     input: path of the program's input; else stdin_fd, lent; None for none. stdin_default: a project's own input goes
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
@@ -52,7 +56,8 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     toolchain: str | None = None
     files: Mapping[str, bytes] = {}
     args: tuple[str, ...] = ()
-    policy: Path | Policy | None = None
+    policy: str | Path | Policy | None = None
+    overrides: Overrides | None = None
     wall_ms: int | None = None
     image: str | None = None
     env: Mapping[str, str] = {}
@@ -101,22 +106,47 @@ def check_arguments(request: RunRequest) -> None:
         raise UsageError(what, f"the output limit of {request.max_output_bytes} bytes is negative", "Give 0 or more")
 
 
-def read_policy(given: Path | Policy | None, wall_ms: int | None = None) -> tuple[Policy, bytes]:
-    """The policy in force and its bytes; the built-in default if None. wall_ms: at most this, whatever it says.
+def read_policy(given: str | Path | Policy | None) -> tuple[Policy, bytes]:
+    """A policy and its bytes; the built-in default if None. A text may be `built-in:TEMPLATE`, else it is a path.
 
     Raises UsageError, PolicyError.
     """
-    if isinstance(given, Path):
-        data = read_bounded(given, "policy", MAX_BYTES)
-        policy = decode_policy(data, source=str(given))
-    else:
-        data = render_policy(default_policy() if given is None else given)
-        policy = default_policy() if given is None else decode_policy(data, source="given")
-    if wall_ms is not None and wall_ms < policy.limits.wall_ms:
-        policy = replace(policy, limits=replace(policy.limits, wall_ms=wall_ms))
-        data = render_policy(policy)
+    if isinstance(given, str) and given.startswith("built-in:"):
+        from x07_sandbox.policy.templates import built_in
+
+        given = built_in(given)
+    if isinstance(given, str | Path):
+        data = read_bounded(Path(given), "policy", MAX_BYTES)
+        return decode_policy(data, source=str(given)), data
+    if given is None:
+        policy = default_policy()
+        return policy, render_policy(policy)
+    data = render_policy(given)
+    return decode_policy(data, source=given.policy_id), data
+
+
+def policy_in_force(request: RunRequest) -> tuple[Policy, bytes]:
+    """The policy of a request with its overrides and its tighter time limit, and its bytes.
+
+    Raises UsageError, PolicyError.
+    """
+    policy, data = read_policy(request.policy)
+    if request.overrides is not None:
+        from x07_sandbox.policy.overrides import derive_policy
+
+        base = "built-in:default" if request.policy is None else str(request.policy)
+        if isinstance(request.policy, Policy):
+            base = policy.policy_id
+        derived = derive_policy(policy, data, base, request.overrides, read_spec_file=_read_spec_file)
+        policy, data = derived.policy, derived.data
+    if request.wall_ms is not None and request.wall_ms < policy.limits.wall_ms:
+        data = render_policy(replace(policy, limits=replace(policy.limits, wall_ms=request.wall_ms)))
         policy = decode_policy(data, source="with a time limit")
     return policy, data
+
+
+def _read_spec_file(name: str) -> bytes:
+    return read_bounded(Path(name), "list of hosts", MAX_BYTES)
 
 
 def check_variables(request: RunRequest, policy: Policy) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import signal
 from typing import TYPE_CHECKING
 
+import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.backends.qemu.backend import QemuBackend
@@ -19,7 +20,7 @@ from x07_sandbox.policy import PolicyError
 from x07_sandbox.programs.toolchains import OUTPUT, require_packages
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import check_arguments, check_variables, open_input, read_policy, sha256_text
+from x07_sandbox.runs.request import check_arguments, check_variables, open_input, policy_in_force, sha256_text
 from x07_sandbox.runs.result import ControlReport, Denial, Digests, HowToAllow, Result
 from x07_sandbox.runs.session import Progress, Session
 
@@ -50,7 +51,7 @@ def run(request: RunRequest) -> Result:
             folder = RunFolder(so_far.run_id, stack)
             ending = _carry_out(request, so_far, folder, stack)
             result = _result(so_far, ending)
-            _write_result(folder.path / "result.json", result)
+            _keep(folder.path / "result.json", msgspec.json.encode(result))
             return result
     except SandboxError as exc:
         return _result(so_far, _verdict_of(exc, request.cancel.signal))
@@ -82,9 +83,11 @@ def _carry_out(request: RunRequest, so_far: Progress, folder: RunFolder, stack: 
     so_far.digests["source"] = program.sha256
     check_arguments(request)
     request = replace(request, stdin_fd=open_input(request, stack))
-    policy, policy_bytes = read_policy(request.policy, request.wall_ms)
+    policy, policy_bytes = policy_in_force(request)
     so_far.digests["policy"] = sha256_text(policy_bytes)
     check_variables(request, policy)
+    if request.overrides is not None:
+        _keep(folder.path / "policy.json", policy_bytes)
     with request.cancel.waiting():
         image = stack.enter_context(open_image(current_image(find_image(request.image))))
     so_far.digests["image"] = image.manifest.digest
@@ -159,9 +162,8 @@ def _result(so_far: Progress, ending: Verdict) -> Result:
     )
 
 
-def _write_result(path: Path, result: Result) -> None:
-    import msgspec
-
-    with contextlib.suppress(OSError):  # the run is over, and its result is on its way to the caller
-        path.write_bytes(msgspec.json.encode(result))
+def _keep(path: Path, data: bytes) -> None:
+    """A file of the run's folder, for whoever looks there; the run does not depend on it."""
+    with contextlib.suppress(OSError):
+        path.write_bytes(data)
         path.chmod(0o600)
