@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.usage import whole_number
 from x07_sandbox.errors import ImageError, UsageError
@@ -18,11 +18,8 @@ from x07_sandbox.programs.toolchains import describe
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import failure, run
-from x07_sandbox.runs.streams import Cancel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from x07_sandbox.runs.result import Result
 
 _EPILOG = f"""languages, by the name of the file:
@@ -81,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         stdin_fd = _input(options.input, stack)
         _need_image(options.image)
-        cancel = stack.enter_context(_cancelled_by_signals())
+        cancel = stack.enter_context(cancelled_by_signals())
         progress = LiveLine()
         stack.callback(progress, "")
         result = run(
@@ -161,21 +158,6 @@ def _need_image(ref: str | None) -> None:
     except ImageError:
         say("there is no guest image yet; building it takes about a minute")
     build_with_progress("default", None)
-
-
-@contextlib.contextmanager
-def _cancelled_by_signals() -> Iterator[Cancel]:
-    """SIGINT, SIGTERM and SIGHUP end the run in good order; a second one as well."""
-    cancel = Cancel()
-    # What is ignored stays so: by nohup, or in a script's background.
-    wanted = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda got, _frame: cancel.interrupt(got)) for number in wanted}
-    try:
-        yield cancel
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        cancel.close()
 
 
 def _explain(result: Result) -> None:
