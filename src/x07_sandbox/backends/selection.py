@@ -192,3 +192,22 @@ def this_platform() -> Platform:
         major = platform.mac_ver()[0].partition(".")[0]
         return Platform(system="macos", macos_major=int(major) if major.isdigit() else 0)
     return Platform(system="other")
+
+
+def describe() -> str:
+    """The table of backends as docs/x07.md shows it."""
+    lines = ["| backend | `--sandbox-backend` | isolation | Linux | macOS | needs acceptance | here |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in ROWS:
+        macos = f"{row.macos_from}+" if row.macos_from else ""
+        cells = (
+            f"`{row.name}`",
+            row.sandbox_class,
+            "`vm-hardware` or `vm-emulated`" if row.name == "qemu" else f"`{row.isolation}`",
+            "yes" if row.linux else "",
+            macos,
+            "yes" if row.weaker else "",
+            "yes" if row.built else "later",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
