@@ -12,6 +12,7 @@ import pytest
 from x07_sandbox.host import settings
 from x07_sandbox.programs.artifacts import (
     HEADER_BYTES,
+    NOTES_MAX_BYTES,
     artifact_key,
     cached_artifact,
     drop_artifact,
@@ -28,12 +29,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "artifacts"
 
 
-def keep(key: str, data: bytes = DATA) -> None:
+def keep(key: str, data: bytes = DATA, notes: bytes = b"") -> None:
     """Keep *data* as a build's artifact."""
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
-        keep_artifact(key, file.fileno(), len(data), hashlib.sha256(data).hexdigest())
+        keep_artifact(key, file.fileno(), len(data), hashlib.sha256(data).hexdigest(), notes)
 
 
 def recalled(key: str) -> bytes | None:
@@ -60,6 +61,22 @@ def test_every_part_changes_the_key() -> None:
     """Image, toolchain, arguments and source each make another key, and none can pass for its neighbour."""
     keys = {artifact_key(*parts) for parts in (["a", "b"], ["ab", ""], ["a", ["b"]], ["b", "a"], ["a", "b", ""])}
     assert len(keys) == 5
+
+
+def test_notes_about_the_build_come_back_too(cache: Path) -> None:
+    """What was noted about a build comes back as it was given, and is not used when damaged or a part of it."""
+    key, notes = artifact_key("x"), b'{"stderr": "a warning"}'
+    keep(key, DATA, notes)
+    assert recalled(key) == DATA
+    with cached_artifact(key) as found:
+        assert found is not None
+        assert found.notes == notes
+    whole = (cache / key).read_bytes()
+    for wrong in (whole[:-1] + b"?", whole[:-1], whole + b"?"):
+        (cache / key).write_bytes(wrong)
+        assert recalled(key) is None
+    keep(artifact_key("y"), DATA, bytes(NOTES_MAX_BYTES + 1))
+    assert not (cache / artifact_key("y")).exists()
 
 
 @pytest.mark.parametrize("at", [0, 100, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 5000, -1])

@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from tests.unit.policy_command import as_json, policy
+from x07_sandbox.backends.selection import BY_NAME, backend_named, need_built
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.plan.backends import BACKENDS, backend_named, need_built
+from x07_sandbox.host.variables import BACKENDS
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.plan.features import vm_features
 from x07_sandbox.policy.default import render_policy
@@ -68,23 +69,22 @@ def test_a_policys_own_text_is_escaped(tmp_path: Path) -> None:
         assert out.replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize("name", ["podman", "docker", "vz", "firecracker", "Apple-Container", "native", "none"])
+@pytest.mark.parametrize("name", ["podman", "docker", "vz", "firecracker", "Apple-Container", "os", "none"])
 def test_a_backend_that_comes_later_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
     """A backend that this version does not have is refused with exit code 125, and no other is taken in its place."""
     code, out, err = policy(tmp_path, "explain", "--backend", name)
     assert (code, out) == (125, "")
-    assert f"cannot use backend {backend_named(name).name}: this version does not have it yet" in err
+    assert f"cannot use the backend {backend_named(name).name}: this version does not have it yet" in err
     code, found = as_json(tmp_path, "explain", "--backend", name)
     assert (code, found["ok"]) == (125, False)
 
 
 def test_backends_have_names_of_their_own() -> None:
     """Every name and alias means one backend, whatever its case; any other name is wrong usage."""
-    names = [name for backend in BACKENDS for name in (backend.name, *backend.aliases)]
-    assert len(set(names)) == len(names)
+    assert set(BACKENDS.values()) == set(BY_NAME)
     assert backend_named(" QEMU ").built
     need_built(backend_named("qemu"))
-    with pytest.raises(RefusedError, match="does not have it yet"):
+    with pytest.raises(RefusedError, match="not have it yet"):
         need_built(backend_named("container"))
     with pytest.raises(UsageError, match="there is no such backend"):
         backend_named("xen")

@@ -7,10 +7,10 @@ import sys
 import time
 
 
-def say(text: str) -> None:
+def say(text: str, command: str = "x07") -> None:
     """One line to the user; one who cannot be told (a full disk, a closed pipe) still gets the exit code."""
     with contextlib.suppress(OSError):
-        print(f"x07: {text}", file=sys.stderr, flush=True)
+        print(f"{command}: {text}", file=sys.stderr, flush=True)
 
 
 class LiveLine:

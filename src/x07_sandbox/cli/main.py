@@ -147,20 +147,14 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
 
 
 def entry() -> NoReturn:
-    """The command itself: run and end with exactly that code.
-
-    Python's own end would flush both streams once more, and turn a full disk behind them into exit code 120.
-    """
-    import os
-
+    """The command itself: run and end with exactly that code."""
     try:
         code = main()
     except SystemExit as exc:  # argparse's, after --help
         code = exc.code if isinstance(exc.code, int) else 0
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
+    from x07_sandbox.cli.streams import leave
+
+    leave(code)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.plan.backends import BACKENDS, backend_named, need_built
+from x07_sandbox.backends.selection import BY_NAME, backend_named, need_built
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.plan.features import vm_features
 from x07_sandbox.policy.canonical import policy_digest
@@ -50,7 +50,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
     parser.add_argument(
         "policy", nargs="?", default="built-in:default", metavar="POLICY", help="a policy (default: built-in:default)"
     )
-    names = ", ".join(backend.name for backend in BACKENDS)
+    names = ", ".join(BY_NAME)
     parser.add_argument("--backend", default="qemu", metavar="B", help=f"one of {names} (default: qemu)")
     toolchains = tuple(toolchain.name for toolchain in TOOLCHAINS)
     parser.add_argument(

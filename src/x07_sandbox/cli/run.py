@@ -6,11 +6,11 @@ import argparse
 import binascii
 import contextlib
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.usage import whole_number
 from x07_sandbox.errors import ImageError, UsageError
@@ -19,13 +19,12 @@ from x07_sandbox.programs.toolchains import BY_NAME, describe
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import failure, run
-from x07_sandbox.runs.streams import Cancel, memory_file
+from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.runs.result import Result
+    from x07_sandbox.runs.streams import Cancel
 
 _EPILOG = f"""languages, by the name of the file or by --toolchain:
 {describe()}
@@ -140,15 +139,16 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
+        if not options.dry_run:
+            _need_image(options.image)
+        cancel = stack.enter_context(cancelled_by_signals())
         progress = LiveLine()
         stack.callback(progress, "")
-        request = _request(options, stack, progress)
+        request = _request(options, stack, cancel, progress)
         if options.dry_run:
             from x07_sandbox.cli.dry_run import show_plan
 
             return show_plan(request, as_json=options.json)
-        _need_image(options.image)
-        stack.enter_context(cancelled_by_signals(request.cancel))
         if options.compiled_out is not None:
             from x07_sandbox.cli.written import compiled_out
 
@@ -167,7 +167,9 @@ def _run(options: argparse.Namespace) -> int:
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
 
 
-def _request(options: argparse.Namespace, stack: contextlib.ExitStack, progress: LiveLine) -> RunRequest:
+def _request(
+    options: argparse.Namespace, stack: contextlib.ExitStack, cancel: Cancel, progress: LiveLine
+) -> RunRequest:
     """What the command line asks for. Raises UsageError."""
     words = list(options.args)
     program: str | None = options.program
@@ -176,7 +178,8 @@ def _request(options: argparse.Namespace, stack: contextlib.ExitStack, progress:
         words = [*([program] if program is not None else []), *words]
         program, source = None, options.code.encode("utf-8", "surrogateescape")
     elif program == "-":
-        program, source = None, _source_from_stdin()
+        with cancel.waiting():
+            program, source = None, _source_from_stdin()
     elif program is None:
         raise UsageError("cannot run nothing", "no PROGRAM is named", "Name one, or give a source with -c")
     stdin_fd = None if options.code is None and source is not None else _stream(0)
@@ -204,7 +207,7 @@ def _request(options: argparse.Namespace, stack: contextlib.ExitStack, progress:
         machines=None if options.no_pool else PoolMachines(),
         require_hardware=options.require_hardware,
         progress=progress,
-        cancel=stack.enter_context(contextlib.closing(Cancel())),
+        cancel=cancel,
     )
 
 
@@ -282,19 +285,6 @@ def _need_image(ref: str | None) -> None:
     except ImageError:
         say("there is no guest image yet; building it takes about a minute")
     build_with_progress("default", None)
-
-
-@contextlib.contextmanager
-def cancelled_by_signals(cancel: Cancel) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP end the run in good order; a second one as well."""
-    # What is ignored stays so: by nohup, or in a script's background.
-    wanted = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda got, _frame: cancel.interrupt(got)) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _explain(result: Result) -> None:

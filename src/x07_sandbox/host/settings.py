@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from typing import Final
-
-from x07_sandbox.errors import UsageError
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -53,16 +50,3 @@ def allowance_ms() -> int:
 def grace_ms(wall_ms: int) -> int:
     """Time between asking a program to end and killing it (facts of upstream: min(1000, max(1, wall/10)))."""
     return min(1000, max(1, wall_ms // 10))
-
-
-def flag_from_environment(name: str) -> bool:
-    """A boolean variable of the tool's: 1 true TRUE yes YES, or 0 false FALSE no NO, or unset.
-
-    Raises UsageError for anything else, so that a typing error never weakens a promise.
-    """
-    value = os.environ.get(name, "").strip()
-    if value in {"1", "true", "TRUE", "yes", "YES"}:
-        return True
-    if value in {"", "0", "false", "FALSE", "no", "NO"}:
-        return False
-    raise UsageError(f"cannot use {name}", f"{value!r} is neither 1 nor 0", f"Set {name} to 1 or 0, or unset it")

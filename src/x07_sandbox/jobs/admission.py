@@ -17,16 +17,16 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.errors import Cancelled, RefusedError, UsageError
+from x07_sandbox.errors import Cancelled, RefusedError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.host.variables import number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _VARIABLE: Final = "X07_VM_MAX_RUNNING"
-_MOST: Final = 4096
 _MEMORY_EACH: Final = 2 * settings.GIB  # of RAM, of which an ordinary machine uses a small part
 _LOOK_AGAIN_S: Final = 0.003
 _SAY_AFTER_S: Final = 1.0
@@ -34,11 +34,8 @@ _SAY_AFTER_S: Final = 1.0
 
 def max_running() -> int:
     """How many machines may run at once: X07_VM_MAX_RUNNING, else what cores and memory hold. Raises UsageError."""
-    text = os.environ.get(_VARIABLE, "").strip()
-    if text:
-        if text.isascii() and text.isdigit() and 1 <= int(text) <= _MOST:
-            return int(text)
-        raise UsageError(f"cannot use {_VARIABLE}", f"{text!r} is no number from 1 to {_MOST}", "Set one, or unset it")
+    if (named := number(_VARIABLE)) is not None:
+        return named
     return max(1, min(len(os.sched_getaffinity(0)), memory_bytes() * 3 // 4 // _MEMORY_EACH))
 
 
@@ -134,8 +131,8 @@ class _Place:
             os.close(turn)
 
     def _take(self) -> bool:
-        for number in range(self._slots):
-            fd = self._open(str(number))
+        for slot in range(self._slots):
+            fd = self._open(str(slot))
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -1,7 +1,7 @@
 """The artifact cache: what was built before from the same source, by the same tools, in the same image.
 
-cache/artifacts/<key>: one line of JSON, padded to HEADER_BYTES, then the artifact. One file, so that it is there whole
-or not at all. Holds artifacts only; whoever uses one hashes it again while copying it.
+cache/artifacts/<key>: one line of JSON, padded to HEADER_BYTES, then the artifact, then notes about its build. It is
+one file, so that it is there whole or not at all. Whoever uses an artifact hashes it again while copying it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SCHEMA: Final = "x07.sandbox.artifact@0.1.0"
+SCHEMA: Final = "x07.sandbox.artifact@0.2.0"
 HEADER_BYTES: Final = 512
+NOTES_MAX_BYTES: Final = settings.MIB
 
 
 class CachedArtifact(msgspec.Struct, frozen=True, kw_only=True):
-    """An artifact that is there. fd: lent, its content starts at HEADER_BYTES. sha256: what it must hash to."""
+    """An artifact that is there. fd: lent, its content starts at HEADER_BYTES. sha256: what it must hash to.
+
+    notes: what was noted about its build, as it was given.
+    """
 
     fd: int
     size: int
     sha256: str
+    notes: bytes = b""
 
 
 def artifact_key(*parts: object) -> str:
@@ -59,23 +64,31 @@ def _described(fd: int, key: str) -> CachedArtifact | None:
         return None
     try:
         told = json.loads(os.pread(fd, HEADER_BYTES, 0))
-        found = CachedArtifact(fd=fd, size=int(told["bytes"]), sha256=str(told["sha256"]))
-        good = told["schema_version"] == SCHEMA and told["key"] == key
+        size, count = int(told["bytes"]), int(told["notes_bytes"])
+        if info.st_size != HEADER_BYTES + size + count or not 0 <= count <= NOTES_MAX_BYTES:
+            return None
+        notes = os.pread(fd, count, HEADER_BYTES + size)
+        found = CachedArtifact(fd=fd, size=size, sha256=str(told["sha256"]), notes=notes)
+        good = told["schema_version"] == SCHEMA and told["key"] == key and told["notes_sha256"] == _sha256(notes)
     except (ValueError, KeyError, TypeError):
         return None
-    if not good or info.st_size != HEADER_BYTES + found.size:
+    if not good:
         return None
     with contextlib.suppress(OSError):
         os.utime(fd)  # when it was last used: the oldest go first when space runs short
     return found
 
 
-def keep_artifact(key: str, fd: int, size: int, sha256: str) -> None:
-    """Keep what was built; fd: its content from offset 0. Where that cannot be written the next run builds again."""
-    if size > settings.ARTIFACTS_MAX_BYTES // 4:
+def keep_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"") -> None:
+    """Keep what was built; fd: its content from offset 0. Where that cannot be written the next run builds again.
+
+    What is very large is not kept, nor what has more than NOTES_MAX_BYTES of notes: a part of them would be no record.
+    """
+    if size > settings.ARTIFACTS_MAX_BYTES // 4 or len(notes) > NOTES_MAX_BYTES:
         return
     folder = _folder()
     header = {"schema_version": SCHEMA, "key": key, "sha256": sha256, "bytes": size}
+    header |= {"notes_bytes": len(notes), "notes_sha256": _sha256(notes)}
     temporary = folder / f".{key}.{os.urandom(8).hex()}"
     try:
         with temporary.open("xb") as file:
@@ -85,6 +98,8 @@ def keep_artifact(key: str, fd: int, size: int, sha256: str) -> None:
             position = 0
             while position < size and (count := os.sendfile(file.fileno(), fd, position, size - position)):
                 position += count
+            file.seek(0, os.SEEK_END)
+            file.write(notes)
         temporary.replace(folder / key)
         _make_room(folder)
     except OSError:
@@ -105,6 +120,10 @@ def _make_room(folder: Path) -> None:
             found.append((info.st_mtime, info.st_blocks * 512, path))
     for path in least_recently_used(found, settings.ARTIFACTS_MAX_BYTES):
         path.unlink(missing_ok=True)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _folder() -> Path:

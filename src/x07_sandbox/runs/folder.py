@@ -35,16 +35,7 @@ class RunFolder:
 
     def out_file(self, guest_path: str, max_bytes: int) -> OutFile:
         """A file without a name for what comes out of the guest: bound by its descriptor, gone with it."""
-        try:
-            fd = os.open(self.path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as exc:
-            raise HostError(
-                "cannot keep the built program",
-                f"{self.path}: {exc.strerror}",
-                "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs",
-            ) from exc
-        self._stack.callback(os.close, fd)
-        return OutFile(path=guest_path, fd=fd, max_bytes=max_bytes)
+        return unnamed_file(self.path, guest_path, max_bytes, self._stack)
 
     def _open(self, path: Path) -> int:
         try:
@@ -55,6 +46,23 @@ class RunFolder:
             ) from exc
         self._stack.callback(os.close, fd)
         return fd
+
+
+def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextlib.ExitStack) -> OutFile:
+    """A file without a name on the disk of *folder*, for what comes out of the guest at *guest_path*.
+
+    *stack* closes it. Raises HostError.
+    """
+    try:
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise HostError(
+            "cannot keep the built program",
+            f"{folder}: {exc.strerror}",
+            "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs",
+        ) from exc
+    stack.callback(os.close, fd)
+    return OutFile(path=guest_path, fd=fd, max_bytes=max_bytes)
 
 
 def output_of(sink: Sink, fd: int) -> Output:

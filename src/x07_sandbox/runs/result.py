@@ -53,6 +53,13 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tasks_peak: int
 
 
+class BuildOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a build printed."""
+
+    stdout: Output
+    stderr: Output
+
+
 class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One field of the policy, and who holds it."""
 
@@ -103,6 +110,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How one run ended.
 
     artifact_from: whether the program was built now, kept from an earlier build of the same, or given.
+    build: what its build printed, then or now; null where there was none.
     """
 
     run: str
@@ -116,6 +124,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     backend: str | None = None
     jail: str | None = None
     artifact_from: Literal["build", "cache", "caller"] | None = None
+    build: BuildOutput | None = None
     stdout: Output
     stderr: Output
     phases: dict[str, PhaseReport]

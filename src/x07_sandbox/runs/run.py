@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.errors import BackendError, Cancelled, HostError, ImageError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.variables import text
 from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import new_run_id
@@ -93,6 +94,7 @@ def _carry_out(request: RunRequest, so_far: Progress, folder: RunFolder, stack: 
     so_far.digests["image"] = image.manifest.digest
     installed = {package.name for package in image.manifest.packages}
     require_packages(program.toolchain, installed, request.image or "default")
+    _check_pinned(image.manifest.digest)
     backend = QemuBackend(request.progress, request.cancel.waiting)
     so_far.availability = availability = backend.probe(image, require_hardware=request.require_hardware)
     so_far.warnings += availability.warnings
@@ -106,6 +108,17 @@ def _carry_out(request: RunRequest, so_far: Progress, folder: RunFolder, stack: 
         return failed
     so_far.digests["artifact"] = f"sha256:{artifact.sha256()}"
     return session.run(session.run_spec(artifact, policy, policy_bytes, plan.limits, stack), policy)
+
+
+def _check_pinned(digest: str) -> None:
+    """Raises RefusedError if another image is the only one that may run."""
+    pinned = text("X07_VM_GUEST_IMAGE_DIGEST")
+    if pinned not in {None, digest}:
+        raise RefusedError(
+            "the guest image is not the one that may run",
+            f"X07_VM_GUEST_IMAGE_DIGEST is {pinned}, and the image has {digest}",
+            "Name the right image, or set the variable to the image that you trust",
+        )
 
 
 def _add_refusals(plan: Plan, so_far: Progress) -> None:
@@ -152,6 +165,7 @@ def _result(so_far: Progress, ending: Verdict) -> Result:
         backend="qemu" if availability else None,
         jail=so_far.jail,
         artifact_from=so_far.artifact_from,
+        build=so_far.build,
         stdout=so_far.stdout,
         stderr=so_far.stderr,
         phases=so_far.phases,

@@ -20,7 +20,7 @@ from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
 from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, SOURCE_FOLDER
 from x07_sandbox.runs.request import in_memory
-from x07_sandbox.runs.result import NOTHING, Denial, HowToAllow, Output, PhaseReport
+from x07_sandbox.runs.result import NOTHING, BuildOutput, Denial, HowToAllow, Output, PhaseReport
 from x07_sandbox.runs.streams import InFile, OutFile
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Progress(msgspec.Struct):
     plan: Plan | None = None
     jail: str | None = None
     artifact_from: Literal["build", "cache", "caller"] | None = None
+    build: BuildOutput | None = None
     phases: dict[str, PhaseReport] = msgspec.field(default_factory=dict)
     digests: dict[str, str] = msgspec.field(default_factory=dict)
     denials: list[Denial] = msgspec.field(default_factory=list)
@@ -137,14 +138,14 @@ class Session:
             return None
         argv = toolchain.build(program.source)
         key = artifact_key(self.image.manifest.digest, toolchain.name, argv, program.sha256)
-        if self.request.cache and _recall(key, artifact):
-            self.so_far.artifact_from = "cache"
+        if self.request.cache and (build := _recall(key, artifact)) is not None:
+            self.so_far.artifact_from, self.so_far.build = "cache", build
             return None
         self.so_far.artifact_from = "build"
         self.request.progress(f"building {program.source.name or 'the project'} in a machine of its own")
         failed = self._build(argv, artifact)
         if failed is None and self.request.cache:
-            keep_artifact(key, artifact.fd, artifact.size, artifact.sha256())
+            keep_artifact(key, artifact.fd, artifact.size, artifact.sha256(), msgspec.json.encode(self.so_far.build))
         return failed
 
     def _build(self, argv: list[str], artifact: OutFile) -> Verdict | None:
@@ -166,6 +167,7 @@ class Session:
         ending, facts = self.phase(spec)
         ending = as_build(ending)
         report = self.so_far.phases["build"]
+        self.so_far.build = BuildOutput(stdout=report.stdout, stderr=report.stderr)
         if ending.outcome is not Outcome.OK:
             self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
             return ending
@@ -320,21 +322,23 @@ def _denial(field_name: str, action: str, subject: str, by: str, count: int, how
     )
 
 
-def _recall(key: str, artifact: OutFile) -> bool:
-    """Copy the cached artifact *key* into *artifact*, hashing what is copied; whether there was a good one."""
+def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
+    """Copy the cached artifact *key* into *artifact*, hashing what is copied; what its build printed if it is good."""
     with cached_artifact(key) as found:
         if found is None or found.size > artifact.max_bytes:
-            return False
+            return None
         while artifact.size < found.size:
             data = os.pread(found.fd, min(1 << 20, found.size - artifact.size), HEADER_BYTES + artifact.size)
             if not data or not artifact.take(data):
                 break
         if artifact.sha256() == found.sha256:
-            artifact.complete = True
-            return True
+            with contextlib.suppress(msgspec.MsgspecError):
+                build = msgspec.json.decode(found.notes, type=BuildOutput)
+                artifact.complete = True
+                return build
     artifact.clear()
     drop_artifact(key)
-    return False
+    return None
 
 
 def _report(instance: Instance, ending: Verdict, facts: PhaseFacts, outputs: tuple[Output, Output]) -> PhaseReport:

@@ -11,7 +11,7 @@ from x07_sandbox.backends.qemu.proof import kvm_verdict
 from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
 from x07_sandbox.backends.qemu.template import ensure_template, opened_template, remove_template, template_for
 from x07_sandbox.errors import BackendError, ImageError, RefusedError
-from x07_sandbox.host.settings import flag_from_environment
+from x07_sandbox.host.variables import flag
 from x07_sandbox.plan.features import Isolation, vm_features
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class QemuBackend:
 
         Raises RefusedError if the user demands hardware (X07_VM_REQUIRE_HARDWARE too) and there is none.
         """
-        demanded = flag_from_environment("X07_VM_REQUIRE_HARDWARE") or require_hardware
+        demanded = flag("X07_VM_REQUIRE_HARDWARE") or require_hardware
         self._kvm, reason = kvm_verdict(image)
         if demanded and not self._kvm:
             raise RefusedError(

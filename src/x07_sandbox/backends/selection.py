@@ -1,0 +1,232 @@
+"""Which backend a run takes: pure, from the platform and from what was asked for by flag or variable.
+
+What is asked for is taken or refused, never replaced; nothing weaker than a virtual machine is taken without the
+user's word; and a refusal names a combination that works here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final, Literal
+
+import msgspec
+
+from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.host.variables import BACKENDS
+from x07_sandbox.plan.features import Isolation
+
+Class = Literal["vm", "os", "none"]
+Wish = Literal["auto", "vm", "os", "none"]
+System = Literal["linux", "macos", "other"]
+
+ACCEPT_FLAG: Final = "--i-accept-weaker-isolation"
+ACCEPT_VARIABLE: Final = "X07_I_ACCEPT_WEAKER_ISOLATION"
+_WEAKER: Final = frozenset({"container", "process", "none"})
+
+
+class Platform(msgspec.Struct, frozen=True, kw_only=True):
+    """Where we are. macos_major: the first number of the macOS version, 0 elsewhere."""
+
+    system: System
+    macos_major: int = 0
+
+    def __str__(self) -> str:
+        if self.system == "macos":
+            return f"macOS {self.macos_major}"
+        return "Linux" if self.system == "linux" else "this system"
+
+
+class BackendRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One backend.
+
+    sandbox_class: what the seed's --sandbox-backend calls it. isolation: what it may turn out to give, best first.
+    linux: whether it is for Linux. macos_from: the first macOS that it is for, 0 for none.
+    auto: whether `auto` may take it; those before it in the table are preferred. built: whether this version has it.
+    """
+
+    name: str
+    sandbox_class: Class
+    isolation: tuple[Isolation, ...]
+    linux: bool = True
+    macos_from: int = 0
+    auto: bool = False
+    built: bool = False
+
+    @property
+    def weaker(self) -> bool:
+        """Whether it is no virtual machine, so that the user must accept it."""
+        return self.isolation[0] in _WEAKER
+
+    def runs_on(self, platform: Platform) -> bool:
+        """Whether it is for that platform at all."""
+        if platform.system == "linux":
+            return self.linux
+        return platform.system == "macos" and 0 < self.macos_from <= platform.macos_major
+
+
+_MACOS: Final = 12
+ROWS: Final = (
+    BackendRow(name="firecracker-ctr", sandbox_class="vm", isolation=("vm-hardware",), auto=True),
+    BackendRow(
+        name="apple-container", sandbox_class="vm", isolation=("vm-hardware",), linux=False, macos_from=26, auto=True
+    ),
+    BackendRow(name="qemu", sandbox_class="vm", isolation=("vm-hardware", "vm-emulated"), auto=True, built=True),
+    BackendRow(name="vz", sandbox_class="vm", isolation=("vm-hardware",), linux=False, macos_from=_MACOS, auto=True),
+    BackendRow(name="podman", sandbox_class="vm", isolation=("container",), macos_from=_MACOS),
+    BackendRow(name="docker", sandbox_class="vm", isolation=("container",), macos_from=_MACOS),
+    BackendRow(name="os", sandbox_class="os", isolation=("process",), macos_from=_MACOS),
+    BackendRow(name="none", sandbox_class="none", isolation=("none",), macos_from=_MACOS),
+)
+BY_NAME: Final = {row.name: row for row in ROWS}
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for, with words as they are meant (host/variables); None for nothing.
+
+    accepted: whether weaker isolation was, by flag or variable. auto: the class that `auto` stands for.
+    """
+
+    sandbox_flag: str | None = None
+    sandbox_variable: str | None = None
+    backend_flag: str | None = None
+    backend_variable: str | None = None
+    accepted: bool = False
+    auto: Class = "vm"
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run takes. sandbox_backend: its class."""
+
+    backend: str
+    sandbox_backend: Class
+
+
+def select(platform: Platform, asked: Asked) -> Choice:
+    """The backend. Raises UsageError for a contradiction, RefusedError for what cannot be had here."""
+    wanted_class, name = _wanted(asked)
+    if name is None and wanted_class in {"os", "none"}:
+        name = wanted_class
+    if name is None:
+        return _automatic(platform)
+    row = BY_NAME[name]
+    if row.weaker and not asked.accepted:
+        raise RefusedError(
+            f"the backend {row.name} fails closed",
+            f"it gives {_wall(row)}, which is weaker than a virtual machine, and nobody has accepted that",
+            _instead(platform, row),
+        )
+    if not row.runs_on(platform):
+        raise RefusedError(f"cannot use the backend {row.name}", f"it is not for {platform}", _instead(platform))
+    if not row.built:
+        raise RefusedError(
+            f"cannot use the backend {row.name}",
+            "this version does not have it yet, and never takes another in its place",
+            _instead(platform),
+        )
+    return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
+
+
+def backend_named(word: str) -> BackendRow:
+    """The backend that *word*, a name or an alias in any case, means. Raises UsageError."""
+    name = BACKENDS.get(word.strip().lower())
+    if name is None:
+        raise UsageError(
+            f"cannot use backend {word!r}", "there is no such backend", f"Name one of: {', '.join(BY_NAME)}"
+        )
+    return BY_NAME[name]
+
+
+def need_built(row: BackendRow) -> None:
+    """Raises RefusedError for a backend that comes later."""
+    if not row.built:
+        why = "this version does not have it yet, and never takes another in its place"
+        built = ", ".join(other.name for other in ROWS if other.built)
+        raise RefusedError(f"cannot use the backend {row.name}", why, f"Use {built}")
+
+
+def working(platform: Platform) -> tuple[str, ...]:
+    """The flags of a combination that works there without anybody's acceptance; empty where there is none yet."""
+    for row in ROWS:
+        if row.built and row.runs_on(platform) and not row.weaker:
+            return "--sandbox-backend", row.sandbox_class, "--backend", row.name
+    return ()
+
+
+def _wanted(asked: Asked) -> tuple[str, str | None]:
+    """(class, backend or None): the command line before the environment. Raises UsageError."""
+    _agree("--sandbox-backend", asked.sandbox_flag, "--backend", asked.backend_flag)
+    _agree("X07_SANDBOX_BACKEND", asked.sandbox_variable, "X07_VM_BACKEND", asked.backend_variable)
+    if asked.backend_flag is not None:
+        return BY_NAME[asked.backend_flag].sandbox_class, asked.backend_flag
+    wanted = asked.sandbox_flag or asked.sandbox_variable or "auto"
+    # A variable gives way where the command line has named another class.
+    name = None if _contradict(wanted, asked.backend_variable) else asked.backend_variable
+    return (asked.auto if wanted == "auto" and name is None else wanted), name
+
+
+def _agree(class_from: str, wanted: str | None, name_from: str, name: str | None) -> None:
+    if name is not None and _contradict(wanted, name):
+        raise UsageError(
+            f"{class_from} and {name_from} contradict each other",
+            f"{name} is of the class {BY_NAME[name].sandbox_class}, not {wanted}",
+            f"Give {class_from} or {name_from}, not both",
+        )
+
+
+def _contradict(wanted: str | None, name: str | None) -> bool:
+    return name is not None and wanted not in {None, "auto", BY_NAME[name].sandbox_class}
+
+
+def _automatic(platform: Platform) -> Choice:
+    candidates = [row for row in ROWS if row.auto and row.runs_on(platform)]
+    for row in candidates:
+        if row.built:
+            return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
+    names = " and ".join(row.name for row in candidates)
+    why = f"this version has none of those for {platform} yet ({names})" if names else f"there is none for {platform}"
+    raise RefusedError("no virtual machine backend, and the sandbox fails closed", why, _instead(platform))
+
+
+def _instead(platform: Platform, weaker: BackendRow | None = None) -> str:
+    """What to do. weaker: what was asked for, and would do with the user's acceptance."""
+    words = " ".join(working(platform))
+    parts = [f"Use {words}"] if words else [f"Run it on Linux with {' '.join(working(Platform(system='linux')))}"]
+    if weaker is not None and weaker.built and weaker.runs_on(platform):
+        parts.append(f"or add {ACCEPT_FLAG} (or {ACCEPT_VARIABLE}=1)")
+    return ", ".join(parts)
+
+
+def _wall(row: BackendRow) -> str:
+    return {"container": "a container", "process": "a confined process of this system"}.get(row.isolation[0], "no wall")
+
+
+def this_platform() -> Platform:
+    """Where this process runs."""
+    system = os.uname()
+    if system.sysname == "Linux":
+        return Platform(system="linux")
+    if system.sysname == "Darwin":
+        import platform
+
+        major = platform.mac_ver()[0].partition(".")[0]
+        return Platform(system="macos", macos_major=int(major) if major.isdigit() else 0)
+    return Platform(system="other")
+
+
+def describe() -> str:
+    """The table of backends as docs/x07.md shows it."""
+    lines = ["| backend | `--sandbox-backend` | isolation | Linux | macOS | needs acceptance | here |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in ROWS:
+        macos = f"{row.macos_from}+" if row.macos_from else ""
+        cells = (
+            f"`{row.name}`",
+            row.sandbox_class,
+            " or ".join(f"`{isolation}`" for isolation in row.isolation),
+            "yes" if row.linux else "",
+            macos,
+            "yes" if row.weaker else "",
+            "yes" if row.built else "later",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

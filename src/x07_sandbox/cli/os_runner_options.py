@@ -1,0 +1,181 @@
+"""The flags of `x07-os-runner`, in one table: parser, machine-readable description and documentation come from it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, Final
+
+import msgspec
+
+from x07_sandbox import __version__
+from x07_sandbox.cli.usage import Parser, whole_number
+from x07_sandbox.host import settings
+from x07_sandbox.host.variables import SANDBOX_BACKENDS
+
+COMMAND: Final = "x07-os-runner"
+_SPECROWS: Final = "x07cli.specrows@0.1.0"
+_MOST: Final = 1 << 48
+
+
+class Option(msgspec.Struct, frozen=True, kw_only=True):
+    """One flag. metavar: of its value; empty for a switch.
+
+    number: what its whole number counts, empty if it is none. choices: the words that it takes.
+    x07_only: it binds X07's own compiler and runtime, and nothing of a program of our toolchains. hidden: from people.
+    """
+
+    flag: str
+    doc: str
+    metavar: str = ""
+    default: str | int | None = None
+    number: str = ""
+    choices: tuple[str, ...] = ()
+    repeat: bool = False
+    x07_only: bool = False
+    hidden: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name among the parsed options."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+
+OPTIONS: Final = (
+    Option(flag="--program", metavar="F", doc="a source file of one of our toolchains, or *.x07.json"),
+    Option(flag="--project", metavar="F", doc="the manifest of a project"),
+    Option(flag="--artifact", metavar="F", doc="an executable that X07 compiled before"),
+    Option(flag="--world", metavar="W", default="run-os", doc="run-os or run-os-sandboxed; solve worlds are refused"),
+    Option(flag="--policy", metavar="F", doc="the policy: needed in run-os-sandboxed, refused in run-os"),
+    Option(flag="--input", metavar="F", doc="the program's input (default: empty)"),
+    Option(
+        flag="--sandbox-backend",
+        metavar="B",
+        choices=tuple(SANDBOX_BACKENDS),
+        doc="the wall: auto is vm in run-os-sandboxed and none in run-os (default: X07_SANDBOX_BACKEND, else auto)",
+    ),
+    Option(
+        flag="--i-accept-weaker-isolation",
+        doc="accept a wall that is no virtual machine (or X07_I_ACCEPT_WEAKER_ISOLATION=1)",
+    ),
+    Option(
+        flag="--max-output-bytes",
+        metavar="N",
+        default=settings.MIB,
+        number="bytes",
+        doc="of each output stream of the program",
+    ),
+    Option(flag="--compiled-out", metavar="F", doc="where a copy of the built Linux executable goes"),
+    Option(flag="--attest-runtime", metavar="F", doc="where the attestation of the run goes; only in run-os-sandboxed"),
+    Option(
+        flag="--solve-fuel",
+        metavar="N",
+        default=50_000_000,
+        number="units",
+        x07_only=True,
+        doc="fuel of an X07 program",
+    ),
+    Option(
+        flag="--max-memory-bytes",
+        metavar="N",
+        default=64 * settings.MIB,
+        number="bytes",
+        x07_only=True,
+        doc="memory that an X07 program may allocate; others have the policy's limits.mem_bytes",
+    ),
+    Option(
+        flag="--cpu-time-limit-seconds",
+        metavar="N",
+        default=30,
+        number="seconds",
+        x07_only=True,
+        doc="CPU time of an X07 program; others have the policy's limits.cpu_ms",
+    ),
+    Option(
+        flag="--cc-profile",
+        metavar="P",
+        default="default",
+        choices=("default", "size"),
+        x07_only=True,
+        doc="how X07's C is compiled",
+    ),
+    Option(
+        flag="--max-c-bytes", metavar="N", number="bytes", x07_only=True, doc="how much C the X07 compiler may make"
+    ),
+    Option(flag="--compat", metavar="S", x07_only=True, doc="the X07 version to compile like"),
+    Option(flag="--debug-borrow-checks", x07_only=True, doc="count borrow violations"),
+    Option(flag="--auto-ffi", x07_only=True, doc="compile the foreign code of packages"),
+    Option(flag="--module-root", metavar="D", repeat=True, x07_only=True, doc="a folder of X07 modules (repeatable)"),
+    Option(flag="--cli-specrows", doc="print this command line as JSON and exit"),
+    Option(flag="--compile-only", hidden=True, doc="for X07's own runner inside a guest"),
+    Option(flag="--i-accept-precompiled-artifact", hidden=True, doc="for X07's own runner inside a guest"),
+)
+
+_EPILOG: Final = """standard output: one JSON object, X07's report x07-os-runner.report@0.5.0
+exit code: 0 the report says ok; 1 it says what failed; 2 wrong usage, policy or set-up, and there is no report
+
+examples:
+  x07-os-runner --world run-os-sandboxed --policy policy.json --program prog.c --input data.txt
+  x07-os-runner --world run-os-sandboxed --policy policy.json --program prog.py --attest-runtime attest.json
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser. Everything is None that was not given, so that what was given can be told from a default."""
+    made = Parser(
+        prog=COMMAND,
+        description="Build a program in one throw-away virtual machine, run it in another, and report as X07 does.",
+        epilog=_EPILOG,
+    )
+    made.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
+    for option in OPTIONS:
+        made.add_argument(option.flag, **_words(option))
+    return made
+
+
+def _words(option: Option) -> dict[str, Any]:
+    text = argparse.SUPPRESS if option.hidden else option.doc
+    if option.default is not None and not option.hidden:
+        text += f" (default: {option.default})"
+    if not option.metavar:
+        return {"action": "store_true", "help": text}
+    words: dict[str, Any] = {"metavar": option.metavar, "help": text}
+    if option.choices:
+        words |= {"choices": option.choices, "metavar": None}
+    if option.number:
+        words["type"] = whole_number(0, _MOST, option.number)
+    if option.repeat:
+        words["action"] = "append"
+    return words
+
+
+def specrows() -> str:
+    """The command line as X07's tools describe theirs: one line of JSON, one row an option."""
+    rows: list[list[Any]] = [
+        ["root", "help", "-h", "--help", "show this help message and exit"],
+        ["root", "version", "", "--version", "show the version and exit"],
+    ]
+    for option in OPTIONS:
+        if option.hidden:
+            continue
+        if not option.metavar:
+            rows.append(["root", "flag", "", option.flag, option.key, option.doc])
+            continue
+        row: list[Any] = ["root", "opt", "", option.flag, option.key, option.metavar, option.doc]
+        meta = {"default": str(option.default)} if option.default is not None else {}
+        rows.append([*row, meta] if meta else row)
+    document = {"schema_version": _SPECROWS, "app": {"name": COMMAND, "version": __version__}, "rows": rows}
+    return json.dumps(document, separators=(",", ":")) + "\n"
+
+
+def describe() -> str:
+    """The flags as docs/x07.md shows them."""
+    lines = ["| flag | meaning | while not given | binds |", "|---|---|---|---|"]
+    for option in OPTIONS:
+        if not option.hidden:
+            value = "\\|".join(option.choices) if option.choices else option.metavar
+            flag = f"{option.flag} {value}".strip()
+            default = "" if option.default is None else f"`{option.default}`"
+            binds = "X07 programs only" if option.x07_only else "every program"
+            lines.append(f"| `{flag}` | {option.doc} | {default} | {binds} |")
+    return "\n".join(lines) + "\n"

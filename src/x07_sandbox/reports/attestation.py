@@ -1,0 +1,139 @@
+"""X07's attestation of a run, `x07.runtime.attest@0.2.0`: what ran, under which policy, in which image. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from x07_sandbox.errors import RefusedError
+from x07_sandbox.policy import Policy
+from x07_sandbox.reports.runner import AttestationReference, SandboxBackend, SolveReport, World
+
+if TYPE_CHECKING:
+    from x07_sandbox.runs.result import Result
+
+SCHEMA: Final = "x07.runtime.attest@0.2.0"
+POLICY_CODE: Final = "X07RA_EPOLICY_DIGEST"
+GUEST_CODE: Final = "X07RA_EGUEST_DIGEST"
+WRITE_CODE: Final = "X07RA_EWRITE"
+
+Digest = Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$")]
+NetworkMode = Literal["none", "disabled", "allowlist"]
+Enforcement = Literal["none", "vm_boundary_allowlist", "guest_allowlist", "unsupported"]
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A host and its ports."""
+
+    host: str
+    ports: list[Annotated[int, Meta(ge=1, le=65535)]]
+
+
+class AttestedOutcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the program ended."""
+
+    ok: bool
+    exit_status: int
+    trap: str | UnsetType | None = UNSET
+
+
+class Attestation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file. effective_policy_digest: of the very bytes that the run guest got.
+
+    weaker_isolation: whether it was accepted.
+    """
+
+    schema_version: Literal["x07.runtime.attest@0.2.0"] = SCHEMA
+    world: World
+    sandbox_backend: SandboxBackend
+    weaker_isolation: bool
+    artifact_path: str
+    input_len_bytes: Annotated[int, Meta(ge=0)]
+    guest_image_digest: Digest | None
+    effective_policy_digest: Digest
+    network_mode: NetworkMode
+    network_enforcement: Enforcement
+    allow_dns: bool
+    allow_tcp: bool
+    allow_udp: bool
+    effective_allow_hosts: list[Host]
+    effective_deny_hosts: list[Host]
+    bundled_binary_digest: Digest | None
+    compile_attestation_digest: Digest | None
+    capsule_attestation_digests: list[Digest]
+    effect_log_digests: list[Digest]
+    outcome: AttestedOutcome
+    policy_path: str | UnsetType = UNSET
+    run_dir: str | UnsetType = UNSET
+
+
+class Attested(msgspec.Struct, frozen=True, kw_only=True):
+    """What is attested besides the result: as it was given to the run."""
+
+    policy: Policy
+    policy_bytes: bytes
+    policy_path: str
+    artifact_path: str
+    input_len_bytes: int
+    weaker_isolation: bool
+
+
+def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
+    """The attestation of a run that took place. Raises RefusedError for what cannot be attested."""
+    policy_digest = f"sha256:{hashlib.sha256(given.policy_bytes).hexdigest()}"
+    if result.digests.policy != policy_digest:
+        raise _cannot(POLICY_CODE, f"{given.policy_path} changed while the run began", "Leave the policy alone")
+    if result.digests.image is None:
+        raise _cannot(GUEST_CODE, "the digest of the guest image is not known", "Build the image anew")
+    net = given.policy.net
+    mode = network_mode(given.policy)
+    return Attestation(
+        world="run-os-sandboxed",
+        sandbox_backend="vm",
+        weaker_isolation=given.weaker_isolation,
+        artifact_path=given.artifact_path,
+        input_len_bytes=given.input_len_bytes,
+        guest_image_digest=result.digests.image,
+        effective_policy_digest=policy_digest,
+        network_mode=mode,
+        # A plan with hosts is carried out only where something on the host's side holds it to them.
+        network_enforcement="vm_boundary_allowlist" if mode == "allowlist" else "none",
+        allow_dns=net.allow_dns,
+        allow_tcp=net.allow_tcp,
+        allow_udp=net.allow_udp,
+        effective_allow_hosts=[Host(host=entry.host, ports=list(entry.ports)) for entry in net.allow_hosts],
+        effective_deny_hosts=[],
+        bundled_binary_digest=result.digests.artifact,
+        compile_attestation_digest=None,
+        capsule_attestation_digests=[],
+        effect_log_digests=[],
+        outcome=AttestedOutcome(
+            ok=solve.ok, exit_status=solve.exit_status, trap=UNSET if solve.trap is None else solve.trap
+        ),
+        policy_path=given.policy_path,
+    )
+
+
+def network_mode(policy: Policy) -> NetworkMode:
+    """What the policy asks of the network, in X07's words."""
+    if not policy.net.enabled:
+        return "none"
+    return "allowlist" if policy.net.allow_hosts else "disabled"
+
+
+def reference(path: str, made: Attestation) -> AttestationReference:
+    """What the report says of the attestation that lies at *path*."""
+    return AttestationReference(
+        path=path,
+        sandbox_backend=made.sandbox_backend,
+        weaker_isolation=made.weaker_isolation,
+        network_mode=made.network_mode,
+        network_enforcement=made.network_enforcement,
+    )
+
+
+def _cannot(code: str, why: str, fix: str) -> RefusedError:
+    return RefusedError(f"{code}: cannot attest this run", why, fix)

@@ -1,0 +1,34 @@
+"""What `x07 policy init` reports, `x07.policy.init.report@0.1.0`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+SCHEMA: Final = "x07.policy.init.report@0.1.0"
+
+
+class PolicyInitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One compact line, with its keys in this order. template: X07's eight, and our `default`.
+
+    out: the policy's path, relative to the project's root when inside it.
+    """
+
+    schema_version: Literal["x07.policy.init.report@0.1.0"] = SCHEMA
+    template: Literal[
+        "cli",
+        "default",
+        "fs-tool",
+        "http-client",
+        "postgres-client",
+        "sqlite-app",
+        "web-service",
+        "worker",
+        "worker-parallel",
+    ]
+    project_root: str
+    out: str
+    status: Literal["created", "unchanged", "overwritten", "exists_different"]
+    policy_id: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]

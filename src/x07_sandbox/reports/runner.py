@@ -1,0 +1,334 @@
+"""X07's runner report, `x07-os-runner.report@0.5.0`, made from our result. Pure.
+
+Its shape is X07's, closed: all keys of a mode are there, and no other. What X07's own programs count (fuel, calls,
+statistics) is null for programs of our toolchains.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from x07_sandbox.runs.result import NOTHING, Output, Result
+
+SCHEMA: Final = "x07-os-runner.report@0.5.0"
+NATIVE_REQUIRES: Final = "x07.native-requires@0.1.0"
+FAILED_EXIT: Final = 1  # of the command, and in the report, when anything but everything went well
+_TRAP_CHARS: Final = 1000
+
+World = Literal["run-os", "run-os-sandboxed"]
+CompileMode = Literal["compile-run", "project-compile-run"]
+SandboxBackend = Literal["vm", "os"]
+Count = Annotated[int, Meta(ge=0)]
+ExitCode = Annotated[int, Meta(ge=0, le=255)]
+
+
+class NativeRequirement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One native library that a compiled X07 program needs."""
+
+    backend_id: str
+    abi_major: Annotated[int, Meta(ge=1)]
+    features: list[str] | UnsetType = UNSET
+
+
+class NativeRequires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The native libraries that it needs; none for programs of our toolchains."""
+
+    schema_version: Literal["x07.native-requires@0.1.0"] = NATIVE_REQUIRES
+    world: World | UnsetType = UNSET
+    requires: list[NativeRequirement]
+
+
+class CompileReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the build went.
+
+    c_source_size: of the C that X07's compiler makes; 0 for our toolchains. compiled_exe: its path in the build guest.
+    """
+
+    ok: bool
+    exit_status: int
+    lang_id: str
+    native_requires: NativeRequires
+    c_source_size: Count
+    compiled_exe: str | None
+    compiled_exe_size: Count | None
+    compile_error: str | None
+    stdout_b64: bytes
+    stderr_b64: bytes
+    fuel_used: Count | None
+    trap: str | None
+    diagnostics: list[dict[str, Any]] | UnsetType = UNSET
+
+
+class SchedStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What X07's scheduler counted."""
+
+    tasks_spawned: Count
+    spawn_calls: Count
+    join_calls: Count
+    yield_calls: Count
+    sleep_calls: Count
+    chan_send_calls: Count
+    chan_recv_calls: Count
+    ctx_switches: Count
+    wake_events: Count
+    blocked_waits: Count
+    virtual_time_end: Count
+    sched_trace_hash: str
+
+
+class MemStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What X07's allocator counted."""
+
+    alloc_calls: Count
+    realloc_calls: Count
+    free_calls: Count
+    bytes_alloc_total: Count
+    bytes_freed_total: Count
+    live_bytes: Count
+    peak_live_bytes: Count
+    live_allocs: Count
+    peak_live_allocs: Count
+    memcpy_bytes: Count
+
+
+class DebugStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What X07's checks counted."""
+
+    borrow_violations: Count
+
+
+class SolveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the program's run went."""
+
+    ok: bool
+    exit_status: int
+    solve_output_b64: bytes
+    stdout_b64: bytes
+    stderr_b64: bytes
+    fuel_used: Count | None
+    heap_used: Count | None
+    fs_read_file_calls: Count | None
+    fs_list_dir_calls: Count | None
+    rr_open_calls: Count | None
+    rr_close_calls: Count | None
+    rr_stats_calls: Count | None
+    rr_next_calls: Count | None
+    rr_next_miss_calls: Count | None
+    rr_append_calls: Count | None
+    kv_get_calls: Count | None
+    kv_set_calls: Count | None
+    sched_stats: SchedStats | None
+    mem_stats: MemStats | None
+    debug_stats: DebugStats | None
+    trap: str | None
+    trap_help: str | UnsetType | None = UNSET
+
+
+class AttestationReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the attestation of the run lies, and the main of it."""
+
+    path: str
+    sandbox_backend: SandboxBackend
+    weaker_isolation: bool
+    network_mode: Literal["none", "disabled", "allowlist"]
+    network_enforcement: Literal["none", "vm_boundary_allowlist", "guest_allowlist", "unsupported"]
+
+
+class CompileRunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The report of a program that was built and run. solve: null when it was not run."""
+
+    schema_version: Literal["x07-os-runner.report@0.5.0"] = SCHEMA
+    mode: CompileMode
+    world: World
+    sandbox_backend: SandboxBackend | UnsetType = UNSET
+    exit_code: ExitCode
+    compile: CompileReport
+    solve: SolveReport | None
+    runtime_attestation: AttestationReference | UnsetType = UNSET
+
+
+class RunOsReport(SolveReport, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The report of an artifact that was run: how it went stands at the top level."""
+
+    schema_version: Literal["x07-os-runner.report@0.5.0"] = SCHEMA
+    mode: Literal["run-os"]
+    world: World
+    sandbox_backend: SandboxBackend | UnsetType = UNSET
+    exit_code: ExitCode
+    runtime_attestation: AttestationReference | UnsetType = UNSET
+
+
+class Built(msgspec.Struct, frozen=True, kw_only=True):
+    """What a report says besides the result.
+
+    lang_id: the toolchain's name. path, size: of the artifact in the guest.
+    """
+
+    mode: CompileMode
+    world: World
+    lang_id: str
+    path: str
+    size: int
+
+
+def runner_report(result: Result, built: Built) -> CompileRunReport:
+    """The report of a run that ended as *result* says. Usage errors have none: they end the command with exit 2."""
+    if result.outcome == "build-failed":
+        compiled, solve = _failed_build(result, built.lang_id), None
+    elif result.digests.artifact is None:
+        return failure_report(result.reason, mode=built.mode, world=built.world, lang_id=built.lang_id)
+    else:
+        compiled, solve = _compiled(result, built), _solved(result)
+    good = compiled.ok and solve is not None and solve.ok and solve.exit_status == 0
+    return CompileRunReport(
+        mode=built.mode,
+        world=built.world,
+        sandbox_backend="vm",
+        exit_code=0 if good else FAILED_EXIT,
+        compile=compiled,
+        solve=solve,
+    )
+
+
+def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: str) -> CompileRunReport:
+    """The report where no machine could be had for the build, or it was lost."""
+    compiled = CompileReport(
+        ok=False,
+        exit_status=FAILED_EXIT,
+        lang_id=lang_id,
+        native_requires=NativeRequires(requires=[]),
+        c_source_size=0,
+        compiled_exe=None,
+        compiled_exe_size=None,
+        compile_error=message,
+        stdout_b64=b"",
+        stderr_b64=message.encode(errors="backslashreplace"),
+        fuel_used=None,
+        trap=_lost(message),
+    )
+    return CompileRunReport(
+        mode=mode, world=world, sandbox_backend="vm", exit_code=FAILED_EXIT, compile=compiled, solve=None
+    )
+
+
+def render_report(report: msgspec.Struct) -> bytes:
+    """One pretty JSON object and a line end; ASCII, so that what a guest wrote cannot act on a terminal."""
+    return json.dumps(msgspec.to_builtins(report), indent=2).encode("ascii") + b"\n"
+
+
+def output_bytes(output: Output) -> bytes:
+    """What a stream held."""
+    return base64.b64decode(output.base64) if output.base64 is not None else (output.text or "").encode()
+
+
+def _compiled(result: Result, built: Built) -> CompileReport:
+    """The build's success; one that was kept from before answers as it did then."""
+    return CompileReport(
+        ok=True,
+        exit_status=0,
+        lang_id=built.lang_id,
+        native_requires=NativeRequires(requires=[]),
+        c_source_size=0,
+        compiled_exe=built.path,
+        compiled_exe_size=built.size,
+        compile_error=None,
+        stdout_b64=output_bytes(result.build.stdout if result.build else NOTHING),
+        stderr_b64=output_bytes(result.build.stderr if result.build else NOTHING),
+        fuel_used=None,
+        trap=None,
+    )
+
+
+def _failed_build(result: Result, lang_id: str) -> CompileReport:
+    return CompileReport(
+        ok=False,
+        exit_status=result.exit_code or FAILED_EXIT,
+        lang_id=lang_id,
+        native_requires=NativeRequires(requires=[]),
+        c_source_size=0,
+        compiled_exe=None,
+        compiled_exe_size=None,
+        compile_error=result.reason,
+        stdout_b64=output_bytes(result.stdout),
+        stderr_b64=output_bytes(result.stderr),
+        fuel_used=None,
+        # A compiler that ended by itself has said what is wrong; of one that was ended only the reason tells.
+        trap=None if result.exit_code else result.reason,
+    )
+
+
+def _solved(result: Result) -> SolveReport:
+    stdout = output_bytes(result.stdout)
+    stderr = output_bytes(result.stderr)
+    return SolveReport(
+        ok=result.outcome == "ok",
+        exit_status=_exit_status(result),
+        solve_output_b64=stdout,
+        stdout_b64=stdout,
+        stderr_b64=stderr,
+        fuel_used=None,
+        heap_used=None,
+        fs_read_file_calls=None,
+        fs_list_dir_calls=None,
+        rr_open_calls=None,
+        rr_close_calls=None,
+        rr_stats_calls=None,
+        rr_next_calls=None,
+        rr_next_miss_calls=None,
+        rr_append_calls=None,
+        kv_get_calls=None,
+        kv_set_calls=None,
+        sched_stats=None,
+        mem_stats=None,
+        debug_stats=None,
+        trap=_trap(result, stderr),
+    )
+
+
+def _exit_status(result: Result) -> int:
+    """The program's own status where it chose one; else what `x07 run` ends with, which is never 0 then."""
+    own = result.exit_code if result.outcome in {"ok", "failed"} else None
+    return (result.x07_exit_code or FAILED_EXIT) if own is None else own
+
+
+def _trap(result: Result, stderr: bytes) -> str | None:
+    """What ended the program, in X07's words where it has some; None where it ended well."""
+    words = {
+        "ok": None,
+        "failed": _last_words(stderr),
+        "timeout": "timed out",
+        "output-limit": f"{'stdout' if result.stdout.truncated else 'stderr'} exceeded cap",
+        "signalled": f"terminated by signal {result.signal}",
+        "oom": result.reason,
+        "cpu-limit": result.reason,
+        "cancelled": result.reason,
+    }
+    return words[result.outcome] if result.outcome in words else _lost(result.reason)
+
+
+def _last_words(stderr: bytes) -> str | None:
+    """The last line of standard error that is not JSON, as X07 takes it for the trap of a program that failed."""
+    for line in reversed(stderr.decode(errors="replace").splitlines()):
+        words = line.strip()
+        if words and not _is_json(words):
+            return words[:_TRAP_CHARS]
+    return None
+
+
+def _is_json(words: str) -> bool:
+    if not words.startswith(("{", "[")):
+        return False
+    try:
+        msgspec.json.decode(words)
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
+        return False
+    return True
+
+
+def _lost(message: str) -> str:
+    return f"vm backend failure: {message}"

@@ -1,0 +1,38 @@
+"""X07's wrapped report, `x07.run.report@0.3.0`: a runner's report with what was resolved to start it. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, World
+
+SCHEMA: Final = "x07.run.report@0.3.0"
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was run. resolved_module_roots: X07's; none for our toolchains."""
+
+    kind: Literal["project", "program", "artifact"]
+    path: str
+    project_root: str | None
+    lockfile: str | None
+    resolved_module_roots: list[str]
+
+
+class WrappedReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The envelope. report: the runner's, unchanged."""
+
+    schema_version: Literal["x07.run.report@0.3.0"] = SCHEMA
+    runner: Literal["os", "host"]
+    world: World
+    target: Target
+    repair: dict[str, Any] | UnsetType = UNSET
+    report: dict[str, Any]
+
+
+def wrap(report: CompileRunReport | RunOsReport, target: Target) -> WrappedReport:
+    """The runner's report in its envelope."""
+    return WrappedReport(runner="os", world=report.world, target=target, report=msgspec.to_builtins(report))

@@ -1,0 +1,171 @@
+"""Which backend a run takes: every platform, backend, flag and variable, as a table with the platform injected."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from x07_sandbox.backends.selection import (
+    ACCEPT_FLAG,
+    BY_NAME,
+    ROWS,
+    Asked,
+    Choice,
+    Class,
+    Platform,
+    select,
+    this_platform,
+    working,
+)
+from x07_sandbox.errors import RefusedError, SandboxError, UsageError
+from x07_sandbox.host.variables import BACKENDS, SANDBOX_BACKENDS
+
+LINUX = Platform(system="linux")
+MACOS_26 = Platform(system="macos", macos_major=26)
+MACOS_12 = Platform(system="macos", macos_major=12)
+OTHER = Platform(system="other")
+PLATFORMS = [LINUX, MACOS_26, MACOS_12, OTHER]
+AUTOS: tuple[Class, ...] = ("vm", "none")
+QEMU = Choice(backend="qemu", sandbox_backend="vm")
+
+# For each backend named alone: what becomes of it on Linux, macOS 26, macOS 12 and elsewhere, without acceptance and
+# with it. "closed": fails closed for want of acceptance; "later": not built yet; "elsewhere": not for this platform.
+NAMED = {
+    "firecracker-ctr": ("later elsewhere elsewhere elsewhere", "later elsewhere elsewhere elsewhere"),
+    "apple-container": ("elsewhere later elsewhere elsewhere", "elsewhere later elsewhere elsewhere"),
+    "qemu": ("taken elsewhere elsewhere elsewhere", "taken elsewhere elsewhere elsewhere"),
+    "vz": ("elsewhere later later elsewhere", "elsewhere later later elsewhere"),
+    "podman": ("closed closed closed closed", "later later later elsewhere"),
+    "docker": ("closed closed closed closed", "later later later elsewhere"),
+    "os": ("closed closed closed closed", "later later later elsewhere"),
+    "none": ("closed closed closed closed", "later later later elsewhere"),
+}
+TEXTS = {"closed": "fails closed", "later": "does not have it yet", "elsewhere": "is not for"}
+
+
+def answer(platform: Platform, asked: Asked) -> str:
+    """What becomes of a request, in one word of the table above, "contradiction", or "nothing" to choose from."""
+    try:
+        choice = select(platform, asked)
+    except UsageError as exc:
+        return "contradiction" if "contradict" in str(exc) else str(exc)
+    except RefusedError as exc:
+        return next((word for word, text in TEXTS.items() if text in f"{exc.what} {exc.why}"), "nothing")
+    return "taken" if choice.backend in BY_NAME else "?"
+
+
+@pytest.mark.parametrize("by", ["backend_flag", "backend_variable"])
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_backend_is_taken_or_refused_never_replaced(name: str, by: str) -> None:
+    """Each backend by name, on each platform, with and without acceptance, by flag and by variable."""
+    for accepted, expected in zip((False, True), NAMED[name], strict=True):
+        for platform, word in zip(PLATFORMS, expected.split(), strict=True):
+            asked = Asked(**{by: name}, accepted=accepted)  # type: ignore[arg-type] # the names are of texts
+            assert answer(platform, asked) == word, (platform, accepted)
+            if word == "taken":
+                assert select(platform, asked).backend == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (Asked(), QEMU),
+        (Asked(sandbox_flag="auto"), QEMU),
+        (Asked(sandbox_flag="vm"), QEMU),
+        (Asked(sandbox_variable="vm"), QEMU),
+        (Asked(accepted=True), QEMU),
+        (Asked(sandbox_flag="vm", sandbox_variable="os"), QEMU),
+        (Asked(backend_flag="qemu", sandbox_variable="none"), QEMU),
+        (Asked(backend_flag="qemu", backend_variable="docker"), QEMU),
+        (Asked(sandbox_flag="vm", backend_variable="os"), QEMU),
+        (Asked(sandbox_flag="vm", backend_variable="qemu", sandbox_variable="vm"), QEMU),
+        (Asked(sandbox_flag="os"), "closed"),
+        (Asked(sandbox_flag="os", accepted=True), "later"),
+        (Asked(sandbox_flag="os", backend_variable="qemu", accepted=True), "later"),
+        (Asked(sandbox_flag="none", accepted=True), "later"),
+        (Asked(sandbox_variable="none"), "closed"),
+        (Asked(sandbox_flag="auto", backend_variable="docker"), "closed"),
+        (Asked(auto="none"), "closed"),
+        (Asked(auto="none", accepted=True), "later"),
+        (Asked(auto="none", sandbox_flag="vm"), QEMU),
+    ],
+)
+def test_the_command_line_comes_before_the_environment(asked: Asked, expected: object) -> None:
+    """On Linux: command line, then environment, then the default, and what weaker isolation needs."""
+    assert (select(LINUX, asked) if isinstance(expected, Choice) else answer(LINUX, asked)) == expected
+
+
+@pytest.mark.parametrize("wanted", ["vm", "os", "none"])
+@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("of", ["flag", "variable"])
+def test_a_contradiction_is_an_error(wanted: str, name: str, of: str) -> None:
+    """Class and backend of one origin must agree, whatever was accepted, else both are named."""
+    asked = Asked(**{f"sandbox_{of}": wanted, f"backend_{of}": name}, accepted=True)  # type: ignore[arg-type] # texts
+    contradicts = BY_NAME[name].sandbox_class != wanted
+    assert (answer(LINUX, asked) == "contradiction") is contradicts
+    if contradicts:
+        with pytest.raises(UsageError, match="--sandbox-backend" if of == "flag" else "X07_SANDBOX_BACKEND"):
+            select(LINUX, asked)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS, ids=str)
+def test_no_combination_gives_less_than_a_virtual_machine_unasked(platform: Platform) -> None:
+    """Over all flags and variables, nothing weaker than a VM and nothing unbuilt is ever chosen without acceptance."""
+    words: list[str | None] = [None, *sorted(set(SANDBOX_BACKENDS.values()))]
+    names: list[str | None] = [None, *BY_NAME]
+    for sandbox_flag, sandbox_variable, backend_flag, backend_variable in itertools.product(words, words, names, names):
+        for auto in AUTOS:
+            asked = Asked(
+                sandbox_flag=sandbox_flag,
+                sandbox_variable=sandbox_variable,
+                backend_flag=backend_flag,
+                backend_variable=backend_variable,
+                auto=auto,
+            )
+            try:
+                choice = select(platform, asked)
+            except SandboxError as exc:
+                if isinstance(exc, RefusedError):
+                    _names_what_works(platform, exc)
+                continue
+            row = BY_NAME[choice.backend]
+            assert row.built
+            assert row.runs_on(platform)
+            assert not row.weaker
+            assert backend_flag in {None, choice.backend}
+
+
+def _names_what_works(platform: Platform, exc: RefusedError) -> None:
+    """Every refusal names flags that select something there, or says which platform they work on."""
+    here = working(platform)
+    words = here or working(LINUX)
+    assert " ".join(words) in exc.fix
+    assert here or "on Linux" in exc.fix
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    asked = Asked(sandbox_flag=given["--sandbox-backend"], backend_flag=given["--backend"])
+    assert select(platform if here else LINUX, asked).backend == given["--backend"]
+    # Acceptance is proposed only where it would help.
+    assert ACCEPT_FLAG not in exc.fix or any(row.weaker and row.built for row in ROWS)
+
+
+def test_the_order_on_each_platform_is_that_of_the_design() -> None:
+    """What `auto` prefers, were it built: firecracker before qemu on Linux, apple-container before vz on macOS 26."""
+
+    def order(platform: Platform) -> list[str]:
+        return [row.name for row in ROWS if row.auto and row.runs_on(platform)]
+
+    assert order(LINUX) == ["firecracker-ctr", "qemu"]
+    assert order(MACOS_26) == ["apple-container", "vz"]
+    assert order(MACOS_12) == ["vz"]
+    assert order(OTHER) == []
+
+
+def test_every_alias_leads_to_a_row() -> None:
+    """Each word that a flag or variable takes stands for a backend of the table."""
+    assert set(BACKENDS.values()) == set(BY_NAME)
+
+
+def test_this_platform_is_one_that_is_known() -> None:
+    """The platform of the tests is one for which something works."""
+    assert working(this_platform())

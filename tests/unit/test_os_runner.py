@@ -1,0 +1,306 @@
+"""x07-os-runner before any machine: what it takes, what it refuses, and that a refusal leaves standard output empty."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from x07_sandbox.cli.os_runner import INPUT_MAX_BYTES, main
+from x07_sandbox.cli.os_runner_options import OPTIONS, parser
+from x07_sandbox.host.variables import VARIABLES
+from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.reports.schemas import schemas
+
+SANDBOXED = ("--world", "run-os-sandboxed")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a program and a policy, and an environment without variables of ours."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prog.c").write_text("int main(void) { return 0; }\n")
+    (tmp_path / "prog.py").write_text("pass\n")
+    (tmp_path / "policy.json").write_bytes(render_policy(default_policy()))
+    return tmp_path
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
+    """The command's words when it refuses."""
+    return Refused(capfd)
+
+
+class Refused:
+    """Runs the command, and holds it to the rule of exit 2: nothing on standard output, the reason on the other."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capfd = capfd
+
+    def __call__(self, *words: str) -> str:
+        """What it said."""
+        assert main(words) == 2
+        told = self._capfd.readouterr()
+        assert told.out == ""
+        assert told.err.startswith("x07-os-runner: ")
+        assert "Traceback" not in told.err
+        return told.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--program", "prog.c", "--artifact", "a.out"),
+        ("--program", "prog.c", "--project", "x07.json"),
+        ("--project", "x07.json", "--artifact", "a.out"),
+    ],
+)
+def test_exactly_one_thing_is_run(refused: Refused, words: tuple[str, ...]) -> None:
+    """Exactly one of --program, --project and --artifact is wanted."""
+    told = refused(*SANDBOXED, "--policy", "policy.json", *words)
+    assert "exactly one of --program, --project, --artifact" in told
+
+
+@pytest.mark.parametrize("world", ["solve-pure", "solve-fs", "solve-", "run", "RUN-OS", "run-os-sandbox"])
+def test_other_worlds_are_refused(refused: Refused, world: str) -> None:
+    """X07's deterministic worlds and unknown ones are refused by name."""
+    assert repr(world) in refused("--world", world, "--program", "prog.c")
+
+
+def test_the_sandboxed_world_needs_a_policy(refused: Refused) -> None:
+    """Without --policy nothing runs in run-os-sandboxed."""
+    assert "--policy" in refused(*SANDBOXED, "--program", "prog.c")
+
+
+@pytest.mark.parametrize("flag", ["--policy", "--attest-runtime"])
+def test_the_other_world_has_no_policy(refused: Refused, flag: str) -> None:
+    """--policy and --attest-runtime are refused in run-os."""
+    assert flag in refused("--program", "prog.c", flag, "policy.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "variables"),
+    [
+        (("--program", "prog.c"), {}),
+        (("--program", "prog.c", "--world", "run-os", "--sandbox-backend", "none"), {}),
+        (("--program", "prog.c", *SANDBOXED, "--policy", "policy.json", "--sandbox-backend", "os"), {}),
+        (("--program", "prog.c", *SANDBOXED, "--policy", "policy.json", "--sandbox-backend", "native"), {}),
+        (("--program", "prog.c", *SANDBOXED, "--policy", "policy.json"), {"X07_SANDBOX_BACKEND": "NONE"}),
+        (("--program", "prog.c", *SANDBOXED, "--policy", "policy.json"), {"X07_VM_BACKEND": "docker"}),
+    ],
+)
+def test_weaker_isolation_fails_closed(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], variables: dict[str, str]
+) -> None:
+    """Without acceptance, run-os too, the refusal says that it fails closed and names what works."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    told = refused(*words)
+    assert "fails closed" in told
+    assert "--world run-os-sandboxed --policy FILE --sandbox-backend vm" in told
+
+
+@pytest.mark.parametrize("by", ["flag", "variable"])
+@pytest.mark.parametrize("backend", ["os", "none"])
+def test_an_accepted_backend_that_is_not_built_is_never_replaced(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, backend: str, by: str
+) -> None:
+    """With acceptance by flag or variable, what this version lacks is refused as such."""
+    accept = ("--i-accept-weaker-isolation",) if by == "flag" else ()
+    if by == "variable":
+        monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "yes")
+    words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--sandbox-backend", backend)
+    assert "does not have it yet" in refused(*words, *accept)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("X07_I_ACCEPT_WEAKER_ISOLATION", "True"),
+        ("X07_SANDBOX_BACKEND", "qemu"),
+        ("X07_VM_BACKEND", "kvm"),
+        ("X07_VM_STATE_DIR", "jobs"),
+        ("X07_VM_MAX_RUNNING", "many"),
+    ],
+)
+def test_a_bad_variable_is_an_error_also_where_a_flag_wins(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """An invalid value ends the command with its variable's name, whatever flags say."""
+    monkeypatch.setenv(name, value)
+    words = ("--sandbox-backend", "vm", "--i-accept-weaker-isolation")
+    assert name in refused(*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", *words)
+
+
+def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt variable is a warning with a suggestion, whatever becomes of the command."""
+    monkeypatch.setenv("X07_SANDBOX_BACKENDS", "vm")
+    assert "did you mean X07_SANDBOX_BACKEND?" in refused()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--program", "main.x07.json"), "no X07 toolchain"),
+        (("--project", "x07.json"), "no X07 toolchain"),
+        (("--project", "x07-sandbox.toml"), "no manifests yet"),
+        (("--project", "pyproject.toml"), "a manifest is called x07.json or x07-sandbox.toml"),
+        (("--artifact", "a.out"), "X07's own protocol"),
+        (("--artifact", "a.out", "--i-accept-precompiled-artifact"), "X07's own protocol"),
+        (("--program", "prog.c", "--compile-only"), "--compile-only"),
+        (("--program", "prog.rs"), ".rs names no toolchain"),
+        (("--program", "missing.c"), "missing.c"),
+        (("--program", "."), "no toolchain"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_by_name(refused: Refused, words: tuple[str, ...], named: str) -> None:
+    """X07 programs, projects, artifacts and unknown languages are refused before anything starts."""
+    assert named in refused(*SANDBOXED, "--policy", "policy.json", *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (None, "policy.json"),
+        ("{", "policy"),
+        ('{"schema_version": "x07.run-os-policy@0.1.0"}', "$.limits"),
+        ("schema", "$.limits.cpu_mss"),
+        ("rule", "$.process.max_live"),
+        ("nan", "policy"),
+    ],
+)
+def test_an_invalid_policy_ends_in_two(refused: Refused, place: Path, text: str | None, named: str) -> None:
+    """Schema and extra rules both hold, stricter than X07's runner: a text that names the place, and no report."""
+    good = json.loads(render_policy(default_policy()))
+    if text == "schema":
+        good["limits"]["cpu_mss"] = good["limits"].pop("cpu_ms")
+        text = json.dumps(good)
+    elif text == "rule":
+        good["process"]["max_live"] = 0
+        text = json.dumps(good)
+    elif text == "nan":
+        good["limits"]["cpu_ms"] = float("nan")
+        text = json.dumps(good)
+    if text is None:
+        (place / "policy.json").unlink()
+    else:
+        (place / "policy.json").write_text(text)
+    assert named in refused(*SANDBOXED, "--policy", "policy.json", "--program", "prog.c")
+
+
+def test_input_is_read_whole_or_refused(refused: Refused, place: Path) -> None:
+    """An input that is missing, a folder, or larger than the bound is refused."""
+    words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--input")
+    assert "nowhere" in refused(*words, "nowhere")
+    assert "cannot read the input" in refused(*words, str(place))
+    with (place / "large").open("wb") as file:
+        file.truncate(INPUT_MAX_BYTES + 1)
+    assert f"more than {INPUT_MAX_BYTES} bytes" in refused(*words, "large")
+
+
+@pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])
+def test_places_for_files_are_checked_before_anything_starts(refused: Refused, place: Path, flag: str) -> None:
+    """A link, a folder, a device or a missing folder where a file is to go is refused."""
+    (place / "link").symlink_to("policy.json")
+    words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", flag)
+    for where in ("link", str(place), "/dev/null", "nowhere/file"):
+        assert f"cannot write {where}" in refused(*words, where)
+    assert (place / "policy.json").read_bytes() == render_policy(default_policy())
+
+
+def test_a_script_has_no_executable(refused: Refused) -> None:
+    """--compiled-out is refused for a language whose programs are no executables."""
+    words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.py", "--compiled-out", "out")
+    assert "python makes no executable" in refused(*words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--progra", "prog.c"),
+        ("--program=prog.c", "--polic", "policy.json"),
+        ("--program", "prog.c", "extra"),
+        ("--program", "prog.c", "--max-output-bytes", "-1"),
+        ("--program", "prog.c", "--max-output-bytes", "1k"),
+        ("--program", "prog.c", "--solve-fuel", "1.5"),
+        ("--program", "prog.c", "--sandbox-backend", "VM"),
+        ("--program", "prog.c", "--cc-profile", "fast"),
+        ("--program",),
+    ],
+)
+def test_flags_are_written_out_and_checked(refused: Refused, words: tuple[str, ...]) -> None:
+    """No abbreviation, no further word, no value outside its kind."""
+    assert "wrong usage" in refused(*SANDBOXED, "--policy", "policy.json", *words)
+
+
+def test_run_os_in_a_vm_is_a_report_of_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
+    """With backend vm only run-os-sandboxed is legal: anything else is X07's failure report, with exit 1."""
+    assert main(["--program", "prog.c", "--sandbox-backend", "vm"]) == 1
+    told = capfd.readouterr()
+    report = json.loads(told.out)
+    jsonschema.validate(report, json.loads(schemas()["x07-os-runner.report.schema.json"]))
+    assert (report["world"], report["exit_code"], report["solve"]) == ("run-os", 1, None)
+    assert "run-os-sandboxed only" in report["compile"]["compile_error"]
+
+
+def test_defaults_are_x07s() -> None:
+    """What holds while a flag is not given is what X07's runner has."""
+    defaults = {option.flag: option.default for option in OPTIONS if option.default is not None}
+    assert defaults == {
+        "--world": "run-os",
+        "--max-output-bytes": 1 << 20,
+        "--solve-fuel": 50_000_000,
+        "--max-memory-bytes": 67_108_864,
+        "--cpu-time-limit-seconds": 30,
+        "--cc-profile": "default",
+    }
+
+
+def test_every_flag_of_x07s_runner_is_known() -> None:
+    """A command line that X07's own tools write for the runner is understood."""
+    line = (
+        "--cc-profile size --world run-os-sandboxed --sandbox-backend vm --i-accept-weaker-isolation --max-c-bytes 1 "
+        "--policy p --input i --solve-fuel 1 --max-memory-bytes 1 --max-output-bytes 1 --cpu-time-limit-seconds 1 "
+        "--debug-borrow-checks --compiled-out o --compile-only --auto-ffi --program m.x07.json --module-root a "
+        "--module-root b --compat 0.2 --attest-runtime a.json --i-accept-precompiled-artifact --project x --artifact y "
+        "--cli-specrows"
+    )
+    options, unknown = parser().parse_known_args(line.split())
+    assert unknown == []
+    assert options.module_root == ["a", "b"]
+    flags = set(re.findall(r"--[a-z-]+", line))
+    assert flags == {option.flag for option in OPTIONS}
+
+
+def test_the_command_line_describes_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    """--cli-specrows prints one JSON object that lists every flag, and ends with 0, also without anything to run."""
+    assert main(["--cli-specrows"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["schema_version"] == "x07cli.specrows@0.1.0"
+    assert told["app"]["name"] == "x07-os-runner"
+    named = {row[3] for row in told["rows"]}
+    assert named == {"--help", "--version", *(option.flag for option in OPTIONS if not option.hidden)}
+    assert {row[1] for row in told["rows"]} == {"help", "version", "opt", "flag"}
+
+
+def test_standard_output_that_cannot_be_written_ends_in_two(capfd: pytest.CaptureFixture[str]) -> None:
+    """A full disk behind standard output is told on standard error, with exit 2."""
+    kept = os.dup(1)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, 1)
+    try:
+        code = main(["--cli-specrows"])
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(full)
+    assert code == 2
+    assert "No space left" in capfd.readouterr().err

@@ -1,0 +1,47 @@
+"""docs/x07.md says what the source says, and shows only commands that a test runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from scripts.make_x07_page import PAGE, render
+from x07_sandbox.cli.os_runner_options import OPTIONS
+from x07_sandbox.host.variables import VARIABLES
+from x07_sandbox.policy import decode_policy
+from x07_sandbox.reports import attestation, runner, wrapped
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = PAGE.read_text(encoding="utf-8")
+
+
+def test_its_tables_are_those_of_the_source() -> None:
+    """Flags, backends and variables stand there as their tables have them."""
+    assert render() == TEXT, "run: python scripts/make_x07_page.py"
+    assert all(f"`{name}`" in TEXT for name in VARIABLES)
+    assert all(f"`{option.flag}" in TEXT for option in OPTIONS if not option.hidden)
+
+
+def test_it_names_the_versions_and_codes_that_are_made() -> None:
+    """Every version and error code that the reports hold is on the page."""
+    made = (runner.SCHEMA, wrapped.SCHEMA, attestation.SCHEMA)
+    assert all(
+        name in TEXT for name in (*made, attestation.POLICY_CODE, attestation.GUEST_CODE, attestation.WRITE_CODE)
+    )
+
+
+def test_every_command_of_the_page_is_run_by_a_test() -> None:
+    """Each line of its sh block stands, as one string, in the test that runs it."""
+    (block,) = re.findall(r"(?ms)^```sh\n(.*?)^```$", TEXT)
+    lines = block.splitlines()
+    tree = ast.parse((ROOT / "tests" / "vm" / "test_x07_page.py").read_bytes())
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert len(lines) == 3
+    assert set(lines) <= strings
+
+
+def test_the_example_policy_is_valid() -> None:
+    """examples/policy.json passes schema and rules."""
+    data = (ROOT / "examples" / "policy.json").read_bytes()
+    assert decode_policy(data, source="examples/policy.json").policy_id == "example.strict"

@@ -1,0 +1,114 @@
+"""How X07's compiled programs speak: frames on standard input and output, counters on standard error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from x07_sandbox.reports.protocol import (
+    NO_METRICS,
+    NOT_FRAMED,
+    find_metrics,
+    frame_input,
+    framed_output,
+    read_protocol,
+)
+from x07_sandbox.reports.runner import Built, CompileRunReport, failure_report, render_report, runner_report
+from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.runs.result import NOTHING, Changes, Digests, Result
+
+SHA = "sha256:" + "ab" * 32
+DIGESTS = Digests(artifact=SHA)
+COUNTED = b'{"fuel_used": 12, "heap_used": 3, "debug_stats": {"borrow_violations": 0}, "later": [1]}'
+SCHEMA = json.loads(schemas()["x07-os-runner.report.schema.json"])
+
+
+def report(stdout: bytes, stderr: bytes, code: int = 0) -> CompileRunReport:
+    """The report of a built program that ended by itself with these streams."""
+    result = Result(
+        run="1-2-3",
+        outcome="failed" if code else "ok",
+        fault="none",
+        reason="",
+        x07_exit_code=code,
+        exit_code=code,
+        stdout=NOTHING,
+        stderr=NOTHING,
+        phases={},
+        digests=DIGESTS,
+        controls=[],
+        denials=[],
+        changes=Changes(),
+        warnings=[],
+    )
+    built = Built(mode="compile-run", world="run-os-sandboxed", lang_id="x07", path="/x07/out/compiled-out", size=1)
+    made = runner_report(result, built)
+    assert made.solve is not None
+    return replace(made, solve=replace(made.solve, stdout_b64=stdout, solve_output_b64=stdout, stderr_b64=stderr))
+
+
+def told(made: CompileRunReport) -> dict[str, Any]:
+    """The report as a caller reads it, after the schema."""
+    document: dict[str, Any] = json.loads(render_report(made))
+    jsonschema.validate(document, SCHEMA)
+    return document
+
+
+@given(st.binary(max_size=300), st.binary(max_size=5))
+def test_a_frame_is_exactly_its_length(data: bytes, more: bytes) -> None:
+    """What was framed comes out again; one byte more or less, and nothing does."""
+    frame = frame_input(data)
+    assert framed_output(frame) == data
+    assert framed_output(frame + more) == (data if not more else None)
+    assert framed_output(frame[:-1]) is None
+    assert framed_output(b"") is None
+
+
+@given(st.lists(st.sampled_from([COUNTED, b"talk", b"{", b"[1]", b"{}", b'{"fuel_used": -1}', b"\xff{", b'{"x":1}'])))
+def test_the_last_line_with_a_counter_holds_the_metrics(lines: list[bytes]) -> None:
+    """Whatever stands around it, the last good line counts; without one there are no metrics."""
+    found = find_metrics(b"\n".join(lines))
+    assert (found is not None) is (COUNTED in lines)
+    assert found is None or (found.fuel_used, found.heap_used, found.kv_get_calls) == (12, 3, None)
+
+
+@given(st.binary(max_size=400), st.binary(max_size=400), st.sampled_from([0, 3]))
+def test_any_program_gets_a_valid_report(stdout: bytes, stderr: bytes, code: int) -> None:
+    """Whatever a program writes, its report keeps to the schema, and only a whole protocol is a success."""
+    document = told(read_protocol(report(stdout, stderr, code)))
+    good = code == 0 and framed_output(stdout) is not None and find_metrics(stderr) is not None
+    assert (document["exit_code"] == 0) is document["solve"]["ok"] is good
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "trap"),
+    [
+        (frame_input(b"out"), COUNTED, None),
+        (frame_input(b"out") + b"x", COUNTED, NOT_FRAMED),
+        (b"out", COUNTED, NOT_FRAMED),
+        (frame_input(b"out"), b"no counters\n", NO_METRICS),
+    ],
+)
+def test_a_program_that_breaks_the_protocol_is_trapped(stdout: bytes, stderr: bytes, trap: str | None) -> None:
+    """A status of 0 is a success only with a whole frame and with metrics; the trap says which is missing."""
+    document = told(read_protocol(report(stdout, stderr)))
+    assert document["solve"]["trap"] == trap
+    assert document["solve"]["fuel_used"] == (12 if stderr == COUNTED else None)
+
+
+def test_a_report_without_a_run_stays_as_it_is() -> None:
+    """Where nothing was run there is nothing to unpack."""
+    failed = failure_report("no", mode="compile-run", world="run-os-sandboxed", lang_id="x07")
+    assert read_protocol(failed) == failed
+
+
+def test_deep_nesting_is_no_metrics() -> None:
+    """A line that is nested without end is a line like any other."""
+    assert find_metrics(b'{"fuel_used":' + b"[" * 100_000 + b"\n" + COUNTED) is not None
+    assert find_metrics(COUNTED + b"\n" + b'{"fuel_used":' + b"[" * 100_000) is not None

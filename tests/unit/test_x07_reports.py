@@ -1,0 +1,380 @@
+"""X07's documents, made from our results: their closed schemas, and what each ending becomes in them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import msgspec
+import pytest
+
+from x07_sandbox.errors import RefusedError
+from x07_sandbox.plan.outcomes import OUTCOMES, ExitRule, Outcome
+from x07_sandbox.policy import decode_policy, default_policy, render_policy
+from x07_sandbox.reports.attestation import Attestation, Attested, attest, network_mode, reference
+from x07_sandbox.reports.policy_init import PolicyInitReport
+from x07_sandbox.reports.runner import (
+    Built,
+    CompileRunReport,
+    SolveReport,
+    World,
+    failure_report,
+    render_report,
+    runner_report,
+)
+from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.reports.wrapped import Target, wrap
+from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Digests, Output, Result
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = {name: json.loads(text) for name, text in schemas().items()}
+RUNNER = PUBLISHED["x07-os-runner.report.schema.json"]
+WRAPPED = PUBLISHED["x07-run.report.schema.json"]
+ATTEST = PUBLISHED["x07-runtime.attest.schema.json"]
+INIT = PUBLISHED["x07-policy-init.report.schema.json"]
+
+SANDBOXED: World = "run-os-sandboxed"
+BUILT = Built(mode="compile-run", world=SANDBOXED, lang_id="c", path="/x07/out/compiled-out", size=17000)
+POLICY_BYTES = render_policy(default_policy())
+SHA = "sha256:" + "ab" * 32
+
+# Written out as X07 has them, so that neither the types nor the schemas can forget one.
+COMPILE_TEXT = """
+ok exit_status lang_id native_requires c_source_size compiled_exe compiled_exe_size compile_error stdout_b64
+stderr_b64 fuel_used trap
+"""
+SOLVE_TEXT = """
+ok exit_status solve_output_b64 stdout_b64 stderr_b64 fuel_used heap_used fs_read_file_calls fs_list_dir_calls
+rr_open_calls rr_close_calls rr_stats_calls rr_next_calls rr_next_miss_calls rr_append_calls kv_get_calls
+kv_set_calls sched_stats mem_stats debug_stats trap
+"""
+ATTEST_TEXT = """
+schema_version world sandbox_backend weaker_isolation artifact_path input_len_bytes guest_image_digest
+effective_policy_digest network_mode network_enforcement allow_dns allow_tcp allow_udp effective_allow_hosts
+effective_deny_hosts bundled_binary_digest compile_attestation_digest capsule_attestation_digests effect_log_digests
+outcome
+"""
+
+COMPILE_KEYS, SOLVE_KEYS, ATTEST_KEYS = (set(text.split()) for text in (COMPILE_TEXT, SOLVE_TEXT, ATTEST_TEXT))
+
+
+def output(data: bytes = b"", *, truncated: bool = False) -> Output:
+    """A stream of a result."""
+    return Output(bytes=len(data), truncated=truncated, base64=base64.b64encode(data).decode())
+
+
+def ended(outcome: Outcome, *, built: bool = True, **more: Any) -> Result:  # noqa: ANN401 - any field of a result
+    """A result of this outcome. built: whether there is an artifact."""
+    rule = OUTCOMES[outcome].exit
+    code = rule if isinstance(rule, int) else {ExitRule.PROGRAM: 0, ExitRule.SIGNAL: 139}.get(rule, 130)
+    fields: dict[str, Any] = {
+        "run": "1-2-3",
+        "outcome": outcome.value,
+        "fault": "none",
+        "reason": f"because of {outcome.value}",
+        "x07_exit_code": code,
+        "stdout": NOTHING,
+        "stderr": NOTHING,
+        "phases": {},
+        "digests": Digests(
+            image=SHA, policy=f"sha256:{hashlib.sha256(POLICY_BYTES).hexdigest()}", artifact=SHA if built else None
+        ),
+        "controls": [],
+        "denials": [],
+        "changes": Changes(),
+        "warnings": [],
+    }
+    return Result(**(fields | more))
+
+
+def document(report: CompileRunReport) -> dict[str, Any]:
+    """The report as a caller reads it, found to be whole, closed, and of the right shape."""
+    text = render_report(report)
+    assert text.endswith(b"}\n")
+    assert text.startswith(b'{\n  "')
+    made: dict[str, Any] = json.loads(text)
+    jsonschema.validate(made, RUNNER)
+    assert set(made) - {"runtime_attestation"} == {
+        "schema_version",
+        "mode",
+        "world",
+        "sandbox_backend",
+        "exit_code",
+        "compile",
+        "solve",
+    }
+    assert set(made["compile"]) == COMPILE_KEYS
+    assert made["solve"] is None or set(made["solve"]) == SOLVE_KEYS
+    assert made["sandbox_backend"] == "vm"
+    return made
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_schemas_are_those_of_the_types(name: str) -> None:
+    """Each file in schemas/ of X07's documents is generated from the types that make them, and is a sound schema."""
+    assert (ROOT / "schemas" / name).read_text(encoding="utf-8") == schemas()[name]
+    jsonschema.Draft202012Validator.check_schema(PUBLISHED[name])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_schemas_are_closed(name: str) -> None:
+    """No object of ours takes a key that is not named, and every document must name its version."""
+    for title, schema in PUBLISHED[name]["$defs"].items():
+        assert schema["additionalProperties"] is False, title
+        assert "schema_version" not in schema["properties"] or "schema_version" in schema["required"], title
+
+
+def test_a_program_that_ended_well() -> None:
+    """Ok: exit code 0, both parts there, the program's output where X07 puts a program's output."""
+    data = b"\x00\xff three\n"
+    result = ended(Outcome.OK, exit_code=0, stdout=output(data), stderr=output(b"talk"))
+    made = document(runner_report(result, BUILT))
+    assert made["exit_code"] == 0
+    assert made["mode"] == "compile-run"
+    assert made["world"] == SANDBOXED
+    solve, compiled = made["solve"], made["compile"]
+    assert base64.b64decode(solve["solve_output_b64"], validate=True) == data
+    assert base64.b64decode(solve["stdout_b64"], validate=True) == data
+    assert base64.b64decode(solve["stderr_b64"], validate=True) == b"talk"
+    assert (solve["ok"], solve["exit_status"], solve["trap"]) == (True, 0, None)
+    assert all(solve[key] is None for key in SOLVE_KEYS if key.endswith(("_calls", "_stats", "_used")))
+    assert (compiled["ok"], compiled["lang_id"], compiled["exit_status"]) == (True, "c", 0)
+    assert (compiled["compiled_exe"], compiled["compiled_exe_size"]) == ("/x07/out/compiled-out", 17000)
+    assert compiled["native_requires"] == {"schema_version": "x07.native-requires@0.1.0", "requires": []}
+
+
+def test_a_build_kept_from_before_answers_as_it_did_then() -> None:
+    """What the compiler printed comes with the report also when the program was built by an earlier run."""
+    printed = BuildOutput(stdout=output(), stderr=output(b"prog.c:1: warning: unused\n"))
+    now = ended(Outcome.OK, exit_code=0, artifact_from="build", build=printed)
+    kept = ended(Outcome.OK, exit_code=0, artifact_from="cache", build=printed)
+    assert document(runner_report(now, BUILT))["compile"] == document(runner_report(kept, BUILT))["compile"]
+    told = document(runner_report(kept, BUILT))["compile"]["stderr_b64"]
+    assert base64.b64decode(told) == b"prog.c:1: warning: unused\n"
+
+
+def test_a_failed_build_says_so_under_a_vm() -> None:
+    """A compile error: not ok, the compiler's own words and status, nothing solved, and still `sandbox_backend: vm`."""
+    result = ended(Outcome.BUILD_FAILED, built=False, exit_code=1, stderr=output(b"prog.c:3: error: expected ';'\n"))
+    made = document(runner_report(result, BUILT))
+    assert made["exit_code"] == 1
+    assert made["solve"] is None
+    compiled = made["compile"]
+    assert (compiled["ok"], compiled["exit_status"], compiled["trap"]) == (False, 1, None)
+    assert compiled["compile_error"] == "because of build-failed"
+    assert b"expected ';'" in base64.b64decode(compiled["stderr_b64"])
+    assert compiled["compiled_exe"] is None
+    assert compiled["compiled_exe_size"] is None
+
+
+def test_a_compiler_that_was_ended_has_a_trap() -> None:
+    """A build without a status of its own (too long, too large) has a trap and a status that is not 0."""
+    made = document(runner_report(ended(Outcome.BUILD_FAILED, built=False), BUILT))
+    assert made["compile"]["trap"] == "because of build-failed"
+    assert made["compile"]["exit_status"] != 0
+
+
+@pytest.mark.parametrize(
+    ("outcome", "more", "status", "trap"),
+    [
+        (Outcome.FAILED, {"exit_code": 3, "stderr": output(b'first\nthe end\n{"fuel": 1}\n\n')}, 3, "the end"),
+        (Outcome.FAILED, {"exit_code": 3}, 3, None),
+        (Outcome.FAILED, {"exit_code": 3, "stderr": output(b"[" * 100_000 + b"\n")}, 3, "[" * 1000),
+        (Outcome.SIGNALLED, {"signal": 11}, 139, "terminated by signal 11"),
+        (Outcome.TIMEOUT, {}, 124, "timed out"),
+        (Outcome.CPU_LIMIT, {"signal": 9}, 124, "because of cpu-limit"),
+        (Outcome.OOM, {"signal": 9}, 137, "because of oom"),
+        (Outcome.OUTPUT_LIMIT, {"stdout": output(b"x", truncated=True)}, 153, "stdout exceeded cap"),
+        (Outcome.OUTPUT_LIMIT, {"stderr": output(b"x", truncated=True)}, 153, "stderr exceeded cap"),
+        (Outcome.GUEST_LOST, {}, 125, "vm backend failure: because of guest-lost"),
+        (Outcome.BACKEND_ERROR, {}, 125, "vm backend failure: because of backend-error"),
+        (Outcome.CANCELLED, {"signal": 2}, 130, "because of cancelled"),
+    ],
+)
+def test_every_end_of_a_built_program_is_told(
+    outcome: Outcome, more: dict[str, Any], status: int, trap: str | None
+) -> None:
+    """A program that was built and did not end well keeps its compile part, and has X07's word for its end."""
+    made = document(runner_report(ended(outcome, **more), BUILT))
+    assert made["exit_code"] == 1
+    assert made["compile"]["ok"] is True
+    assert (made["solve"]["ok"], made["solve"]["exit_status"], made["solve"]["trap"]) == (False, status, trap)
+
+
+@pytest.mark.parametrize(
+    "outcome", [Outcome.REFUSED, Outcome.BACKEND_ERROR, Outcome.GUEST_LOST, Outcome.INTERNAL_ERROR, Outcome.CANCELLED]
+)
+def test_a_machine_that_could_not_be_had_is_a_setup_failure(outcome: Outcome) -> None:
+    """Without an artifact the message is told as the error, as stderr and in the trap, and nothing was solved."""
+    result = ended(outcome, built=False, reason="no machine \udc80 for you")
+    made = document(runner_report(result, BUILT))
+    compiled = made["compile"]
+    assert made["solve"] is None
+    assert (made["exit_code"], compiled["ok"], compiled["exit_status"]) == (1, False, 1)
+    assert compiled["compile_error"] == result.reason
+    assert base64.b64decode(compiled["stderr_b64"]) == rb"no machine \udc80 for you"
+    assert compiled["trap"] == f"vm backend failure: {result.reason}"
+
+
+def test_no_outcome_but_ok_is_a_success() -> None:
+    """Over the whole table of outcomes, exit code 0 and ok are told of `ok` alone."""
+    for outcome in Outcome:
+        made = document(runner_report(ended(outcome, exit_code=0 if outcome is Outcome.OK else None), BUILT))
+        assert (made["exit_code"] == 0) is (outcome is Outcome.OK), outcome
+        assert (made["solve"] is not None and made["solve"]["ok"]) is (outcome is Outcome.OK), outcome
+
+
+def test_the_schema_takes_no_other_key() -> None:
+    """A key more, or one less, at any level is against the schema."""
+    good = document(runner_report(ended(Outcome.OK, exit_code=0), BUILT))
+    for place in ((), ("compile",), ("solve",), ("compile", "native_requires")):
+        for change in ("add", *sorted(_at(good, place))):
+            wrong = json.loads(json.dumps(good))
+            if change == "add":
+                _at(wrong, place)["more"] = 1
+            elif (place, change) == ((), "sandbox_backend"):
+                continue  # X07 has it optional
+            else:
+                del _at(wrong, place)[change]
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(wrong, RUNNER)
+
+
+def _at(made: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
+    for name in place:
+        made = made[name]
+    return made
+
+
+def test_a_report_of_an_artifact_is_flat() -> None:
+    """Mode run-os is in the schema with the fields of `solve` at the top level, and is closed too."""
+    solved = document(runner_report(ended(Outcome.OK, exit_code=0), BUILT))["solve"]
+    flat = {"schema_version": RUNNER["$id"], "mode": "run-os", "world": SANDBOXED, "exit_code": 0, **solved}
+    jsonschema.validate(flat, RUNNER)
+    for wrong in (flat | {"solve": None}, {key: value for key, value in flat.items() if key != "kv_get_calls"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, RUNNER)
+
+
+def test_wrapped_holds_the_report_unchanged() -> None:
+    """The wrapped report keeps to its schema, and holds the runner's report as it was, unless that is none."""
+    report = runner_report(ended(Outcome.FAILED, exit_code=3), BUILT)
+    target = Target(kind="program", path="prog.c", project_root=None, lockfile=None, resolved_module_roots=[])
+    made = json.loads(render_report(wrap(report, target)))
+    jsonschema.validate(made, WRAPPED)
+    assert made["schema_version"] == "x07.run.report@0.3.0"
+    assert (made["runner"], made["world"]) == ("os", SANDBOXED)
+    assert made["report"] == json.loads(render_report(report))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(made | {"report": {}}, WRAPPED)
+
+
+def solved(result: Result) -> SolveReport:
+    """The `solve` of a result that has one."""
+    solve = runner_report(result, BUILT).solve
+    assert solve is not None
+    return solve
+
+
+def given(**changes: Any) -> Attested:  # noqa: ANN401 - any field
+    """What was given to a run under the default policy."""
+    fields: dict[str, Any] = {
+        "policy": default_policy(),
+        "policy_bytes": POLICY_BYTES,
+        "policy_path": "policy.json",
+        "artifact_path": "/x07/in/artifact",
+        "input_len_bytes": 5,
+        "weaker_isolation": False,
+    }
+    return Attested(**(fields | changes))
+
+
+@pytest.mark.parametrize(("outcome", "code"), [(Outcome.OK, 0), (Outcome.FAILED, 3)])
+def test_an_attestation_names_what_ran(outcome: Outcome, code: int) -> None:
+    """It keeps to its schema with every key of X07's, and has the digests of image, policy bytes and executable."""
+    result = ended(outcome, exit_code=code, stderr=output(b"sorry\n"))
+    attested = attest(result, solved(result), given())
+    made = json.loads(render_report(attested))
+    jsonschema.validate(made, ATTEST)
+    assert set(made) == ATTEST_KEYS | {"policy_path"}
+    assert made["effective_policy_digest"] == f"sha256:{hashlib.sha256(POLICY_BYTES).hexdigest()}"
+    assert made["guest_image_digest"] == made["bundled_binary_digest"] == SHA
+    assert (made["network_mode"], made["network_enforcement"]) == ("disabled", "none")
+    assert (
+        made["outcome"] == {"ok": True, "exit_status": 0}
+        if code == 0
+        else {
+            "ok": False,
+            "exit_status": 3,
+            "trap": "sorry",
+        }
+    )
+    report = msgspec.structs.replace(
+        runner_report(result, BUILT), runtime_attestation=reference("attest.json", attested)
+    )
+    assert document(report)["runtime_attestation"] == {
+        "path": "attest.json",
+        "sandbox_backend": "vm",
+        "weaker_isolation": False,
+        "network_mode": "disabled",
+        "network_enforcement": "none",
+    }
+
+
+def test_a_policy_that_changed_is_not_attested() -> None:
+    """A policy that is not the one of the run has X07's error code for it."""
+    result = ended(Outcome.OK, exit_code=0)
+    with pytest.raises(RefusedError, match="X07RA_EPOLICY_DIGEST"):
+        attest(result, solved(result), given(policy_bytes=POLICY_BYTES + b"\n"))
+
+
+def test_an_unknown_image_is_not_attested() -> None:
+    """A run whose image has no known digest has X07's error code for it."""
+    result = ended(Outcome.OK, exit_code=0)
+    nameless = msgspec.structs.replace(result, digests=msgspec.structs.replace(result.digests, image=None))
+    with pytest.raises(RefusedError, match="X07RA_EGUEST_DIGEST"):
+        attest(nameless, solved(result), given())
+
+
+@pytest.mark.parametrize(
+    ("enabled", "hosts", "mode"),
+    [
+        (False, [], "none"),
+        (True, [], "disabled"),
+        (True, [{"host": "example.org", "ports": [443]}], "allowlist"),
+        (False, [{"host": "example.org", "ports": [443]}], "none"),
+    ],
+)
+def test_the_network_has_x07s_word(enabled: bool, hosts: list[object], mode: str) -> None:  # noqa: FBT001 - a row
+    """Off is `none`, on without hosts `disabled`, with hosts `allowlist`."""
+    document = msgspec.to_builtins(default_policy())
+    document["net"] |= {"enabled": enabled, "allow_hosts": hosts}
+    policy = decode_policy(render_policy(document), source="test")
+    assert network_mode(policy) == mode
+    result = ended(Outcome.OK, exit_code=0)
+    made: Attestation = attest(result, solved(result), given(policy=policy))
+    jsonschema.validate(json.loads(render_report(made)), ATTEST)
+    assert made.network_enforcement == ("vm_boundary_allowlist" if mode == "allowlist" else "none")
+
+
+def test_the_report_of_policy_init_has_x07s_keys_in_x07s_order() -> None:
+    """Its schema takes X07's eight templates and ours, and nothing else."""
+    report = PolicyInitReport(
+        template="worker-parallel", project_root="/p", out="policy.json", status="created", policy_id="a.b"
+    )
+    made = msgspec.to_builtins(report)
+    assert list(made) == ["schema_version", "template", "project_root", "out", "status", "policy_id"]
+    jsonschema.validate(made, INIT)
+    for wrong in ({"template": "other"}, {"status": "new"}, {"policy_id": "a b"}, {"more": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(made | wrong, INIT)
+
+
+def test_a_failure_without_a_result_has_the_same_shape() -> None:
+    """What is known to fail before any run is told as a report too."""
+    made = document(failure_report("no", mode="project-compile-run", world="run-os", lang_id="x07"))
+    assert (made["mode"], made["world"], made["exit_code"]) == ("project-compile-run", "run-os", 1)

@@ -1,0 +1,263 @@
+"""x07-os-runner as a caller sees it who knows only X07's own runner."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import msgspec
+import pytest
+
+from tests.vm.conftest import left_behind, output_bytes
+from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.runs.library import run_program
+
+if TYPE_CHECKING:
+    from x07_sandbox.images.store import Image
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+RUNNER_SCHEMA = json.loads(schemas()["x07-os-runner.report.schema.json"])
+ATTEST_SCHEMA = json.loads(schemas()["x07-runtime.attest.schema.json"])
+COMMAND = [sys.executable, "-m", "x07_sandbox.cli.os_runner", "--world", "run-os-sandboxed", "--policy", "policy.json"]
+
+ECHO = """\
+#include <stdio.h>
+int main(void) {
+  int c;
+  while ((c = getchar()) != EOF) putchar(c);
+  fputs("warned\\n", stderr);
+  return 0;
+}
+"""
+
+
+class Caller:
+    """Calls the command in a folder of its own, and reads its report as X07's tools do."""
+
+    def __init__(self, place: Path, state: Path) -> None:
+        self.place = place
+        self.state = state
+        self.policy({})
+
+    def policy(self, limits: dict[str, int]) -> None:
+        """The built-in policy with other limits, as policy.json."""
+        document = msgspec.to_builtins(default_policy())
+        document["limits"] |= limits
+        (self.place / "policy.json").write_bytes(render_policy(document))
+
+    def call(self, name: str, text: str, *words: str) -> subprocess.CompletedProcess[bytes]:
+        """Run a program; its machines are gone afterwards."""
+        (self.place / name).write_text(text, encoding="utf-8")
+        done = subprocess.run(
+            [*COMMAND, "--program", name, *words],
+            cwd=self.place,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+        assert left_behind(self.state) == []
+        return done
+
+    def report(self, name: str, text: str, *words: str, code: int = 0) -> dict[str, Any]:
+        """Run a program that has a report: one pretty object with a line end, after the schema."""
+        done = self.call(name, text, *words)
+        assert done.returncode == code, done.stderr.decode()
+        return parsed(done.stdout, code)
+
+
+def parsed(stdout: bytes, code: int) -> dict[str, Any]:
+    """The one object on standard output."""
+    report: dict[str, Any] = json.loads(stdout)
+    assert stdout == json.dumps(report, indent=2).encode() + b"\n"
+    jsonschema.validate(report, RUNNER_SCHEMA)
+    assert (report["exit_code"] == 0) is (code == 0)
+    assert report["world"] == "run-os-sandboxed"
+    assert report["sandbox_backend"] == "vm"
+    return report
+
+
+def decoded(part: dict[str, Any], key: str) -> bytes:
+    """A stream of a report."""
+    return base64.b64decode(part[key], validate=True)
+
+
+@pytest.fixture
+def caller(image: Image, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Caller:
+    """A caller with the test's own records."""
+    assert image.digest
+    monkeypatch.delenv("X07_VM_GUEST_IMAGE_DIGEST", raising=False)
+    return Caller(tmp_path, state)
+
+
+def test_a_program_runs_with_executable_and_attestation(caller: Caller, image: Image) -> None:
+    """Input in, output out, an ELF executable as --compiled-out, and an attestation of exactly these digests."""
+    data = bytes(range(256))
+    (caller.place / "input.bin").write_bytes(data)
+    words = ("--input", "input.bin", "--compiled-out", "echo", "--attest-runtime", "attest.json")
+    done = caller.call("echo.c", ECHO, *words)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stderr == b"warned\n"
+    report = parsed(done.stdout, 0)
+    assert report["mode"] == "compile-run"
+    compiled, solve = report["compile"], report["solve"]
+    assert (compiled["ok"], compiled["lang_id"], compiled["compiled_exe"]) == (True, "c", "/x07/out/compiled-out")
+    assert (solve["ok"], solve["exit_status"], solve["trap"]) == (True, 0, None)
+    assert decoded(solve, "solve_output_b64") == data
+    assert decoded(solve, "stderr_b64") == b"warned\n"
+
+    executable = caller.place / "echo"
+    elf = executable.read_bytes()
+    assert elf.startswith(b"\x7fELF")
+    assert len(elf) == compiled["compiled_exe_size"]
+    assert os.access(executable, os.X_OK)
+
+    attested = json.loads((caller.place / "attest.json").read_bytes())
+    jsonschema.validate(attested, ATTEST_SCHEMA)
+    assert attested["bundled_binary_digest"] == f"sha256:{hashlib.sha256(elf).hexdigest()}"
+    policy = (caller.place / "policy.json").read_bytes()
+    assert attested["effective_policy_digest"] == f"sha256:{hashlib.sha256(policy).hexdigest()}"
+    assert attested["guest_image_digest"] == image.digest
+    assert attested["input_len_bytes"] == len(data)
+    assert attested["outcome"] == {"ok": True, "exit_status": 0}
+    assert report["runtime_attestation"] == {
+        "path": "attest.json",
+        "sandbox_backend": "vm",
+        "weaker_isolation": False,
+        "network_mode": "disabled",
+        "network_enforcement": "none",
+    }
+
+
+def test_a_kept_build_answers_with_its_recorded_compile(caller: Caller) -> None:
+    """The second run of a source that the compiler warned about has the very same `compile`, warning included."""
+    source = f"#warning careful {os.urandom(4).hex()}\nint main(void) {{ return 0; }}\n"
+    first = caller.report("warned.c", source)
+    built = set(caller.state.glob("*-build/job.json"))
+    second = caller.report("warned.c", source)
+    assert set(caller.state.glob("*-build/job.json")) == built
+    assert first["compile"] == second["compile"]
+    assert b"careful" in decoded(second["compile"], "stderr_b64")
+
+
+def test_a_failing_program_has_its_status_and_its_last_words(caller: Caller) -> None:
+    """A program that fails: exit 1, its own status, and the last line of its standard error as the trap."""
+    report = caller.report("fail.py", 'import sys\nprint("half")\nsys.exit("no more\\n")\n', code=1)
+    assert report["compile"]["ok"] is True
+    solve = report["solve"]
+    assert (solve["ok"], solve["exit_status"], solve["trap"]) == (False, 1, "no more")
+    assert decoded(solve, "solve_output_b64") == b"half\n"
+
+
+def test_a_compile_error_comes_back(caller: Caller) -> None:
+    """The compiler's own text is in the report, nothing was solved, and nothing is attested or left as executable."""
+    (caller.place / "attest.json").write_text("of an earlier run")
+    words = ("--compiled-out", "broken", "--attest-runtime", "attest.json")
+    report = caller.report("broken.c", "int main(void) { return x; }\n", *words, code=1)
+    compiled = report["compile"]
+    assert (compiled["ok"], report["solve"]) == (False, None)
+    assert compiled["exit_status"] != 0
+    assert b"undeclared" in decoded(compiled, "stderr_b64")
+    assert "runtime_attestation" not in report
+    assert not (caller.place / "broken").exists()
+    assert not (caller.place / "attest.json").exists()
+
+
+def test_a_program_that_does_not_end_is_timed_out(caller: Caller) -> None:
+    """At limits.wall_ms of the policy the trap is X07's `timed out`, with what was written until then."""
+    caller.policy({"wall_ms": 1500})
+    report = caller.report("hang.py", 'import time\nprint("begun", flush=True)\ntime.sleep(60)\n', code=1)
+    solve = report["solve"]
+    assert (solve["ok"], solve["trap"]) == (False, "timed out")
+    assert solve["exit_status"] != 0
+    assert decoded(solve, "solve_output_b64") == b"begun\n"
+
+
+def test_output_is_capped(caller: Caller) -> None:
+    """At --max-output-bytes the program is ended, the trap says which stream, and what fits is there."""
+    report = caller.report("loud.py", 'print("x" * 100_000)\n', "--max-output-bytes", "1000", code=1)
+    solve = report["solve"]
+    assert (solve["ok"], solve["trap"]) == (False, "stdout exceeded cap")
+    assert decoded(solve, "solve_output_b64") == b"x" * 1000
+
+
+def test_a_policy_that_cannot_be_carried_out_is_a_setup_failure(caller: Caller) -> None:
+    """What this version cannot enforce is refused before any machine, as X07's failure of the backend."""
+    document = msgspec.to_builtins(default_policy())
+    document["net"]["allow_hosts"] = [{"host": "example.org", "ports": [443]}]
+    (caller.place / "policy.json").write_bytes(render_policy(document))
+    report = caller.report("quiet.py", "pass\n", code=1)
+    assert report["solve"] is None
+    assert report["compile"]["trap"].startswith("vm backend failure: ")
+    assert "net.allow_hosts" in report["compile"]["compile_error"]
+    assert not list(caller.state.glob("*/job.json"))
+
+
+def test_an_invalid_policy_starts_nothing(caller: Caller) -> None:
+    """A policy that breaks a rule: exit 2, an empty standard output, and no job on record."""
+    caller.policy({"wall_ms": 0})
+    done = caller.call("quiet.py", "pass\n")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"$.limits.wall_ms" in done.stderr
+    assert not list(caller.state.glob("*/job.json"))
+
+
+def test_another_image_than_the_pinned_one_is_refused(
+    caller: Caller, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """X07_VM_GUEST_IMAGE_DIGEST holds, whatever was accepted: a mismatch starts nothing and names both digests."""
+    pinned = "sha256:" + "0" * 64
+    monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", pinned)
+    report = caller.report("quiet.py", "pass\n", "--i-accept-weaker-isolation", code=1)
+    assert pinned in report["compile"]["compile_error"]
+    assert image.digest in report["compile"]["compile_error"]
+    assert not list(caller.state.glob("*/job.json"))
+    monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", image.digest)
+    assert caller.report("quiet.py", "pass\n")["solve"]["ok"] is True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_machine_in_good_order(caller: Caller, number: signal.Signals) -> None:
+    """SIGINT and SIGTERM end the run at once, with a report of how far it came, and nothing left on the host."""
+    (caller.place / "wait.py").write_text(
+        'import sys, time\nprint("begun", file=sys.stderr, flush=True)\ntime.sleep(60)\n'
+    )
+    with subprocess.Popen(
+        [*COMMAND, "--program", "wait.py"],
+        cwd=caller.place,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr is not None
+        ready, _, _ = select.select([process.stderr], [], [], 120)
+        assert ready
+        assert os.read(process.stderr.fileno(), 100).startswith(b"begun")
+        process.send_signal(number)
+        stdout, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    report = parsed(stdout, 1)
+    assert "cancelled" in report["solve"]["trap"]
+    assert left_behind(caller.state) == []
+
+
+def test_it_is_the_same_run_as_that_of_the_library(caller: Caller) -> None:
+    """Report and result of one program agree on output, status and digests."""
+    source = "import sys\nprint(sum(range(1000)))\nsys.exit(7)\n"
+    report = caller.report("sum.py", source, "--attest-runtime", "attest.json", code=1)
+    result = run_program(caller.place / "sum.py", policy=caller.place / "policy.json")
+    assert decoded(report["solve"], "solve_output_b64") == output_bytes(result.stdout)
+    assert report["solve"]["exit_status"] == result.exit_code == 7
+    attested = json.loads((caller.place / "attest.json").read_bytes())
+    assert attested["bundled_binary_digest"] == result.digests.artifact
+    assert attested["effective_policy_digest"] == result.digests.policy
