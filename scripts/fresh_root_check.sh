@@ -5,6 +5,7 @@
 # --user: as an ordinary user who may use sudo, instead of root. COMMAND: something else than the quick start, relative
 # to the project's folder, such as scripts/test.sh; it runs once. Needs root, and about 3 GB below ${TMPDIR:-/var/tmp}.
 set -euo pipefail
+unset CDPATH # cd would print where it went
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"

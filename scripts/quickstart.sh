@@ -2,6 +2,7 @@
 # From nothing to two programs run in virtual machines. Says what it will install, installs it, builds the guest image,
 # runs the two examples. Run again it takes seconds. Environment: X07_PYTHON names the Python for .venv.
 set -euo pipefail
+unset CDPATH # cd would print where it went
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"

@@ -2,6 +2,7 @@
 # Installs what x07-sandbox needs and makes .venv; --dev adds what the tests need. quickstart.sh and test.sh begin
 # with the same. Environment: X07_PYTHON names the Python for .venv.
 set -euo pipefail
+unset CDPATH # cd would print where it went
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"

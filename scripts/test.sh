@@ -5,6 +5,7 @@
 # --full: full sizes, long property tests, and the quick start in a clean Debian root. Environment: CI=1 makes a
 # missing tool an error instead of a skip; X07_PYTHON names the Python for .venv.
 set -euo pipefail
+unset CDPATH # cd would print where it went
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"

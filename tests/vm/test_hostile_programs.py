@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.vm.conftest import PROGRAMS
+
 if TYPE_CHECKING:
     from tests.vm.conftest import Ran, Sandbox
 
@@ -46,6 +48,15 @@ def test_no_process_at_all_with_procs_0(sandbox: Sandbox) -> None:
     ran = sandbox.behave("threads", policy={"limits.procs": 0})
     assert ran.outcome == "ok"
     assert values(ran) == {"thread": "EAGAIN", "child": "EAGAIN"}
+
+
+def test_outputs_that_were_sent_away_do_not_hold_the_run(sandbox: Sandbox) -> None:
+    """A program that leaves its outputs open in sockets without a receiver ends with its own status, at once."""
+    ran = sandbox.run(PROGRAMS / "send_away.c")
+    assert (ran.outcome, ran.result.exit_code, ran.stdout, ran.stderr) == ("failed", 7, b"sent\n", b"away\n"), (
+        ran.reason
+    )
+    assert ran.program_ms < 30_000
 
 
 def test_a_fork_bomb_ends_at_its_deadline(sandbox: Sandbox) -> None:

@@ -7,10 +7,15 @@ import sys
 import time
 
 
+def plain(text: str) -> str:
+    """Text without control characters but line ends and tabs: names of files and words of a guest may hold any."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
 def say(text: str, command: str = "x07") -> None:
     """One line to the user; one who cannot be told (a full disk, a closed pipe) still gets the exit code."""
     with contextlib.suppress(OSError):
-        print(f"{command}: {text}", file=sys.stderr, flush=True)
+        print(f"{command}: {plain(text)}", file=sys.stderr, flush=True)
 
 
 class LiveLine:

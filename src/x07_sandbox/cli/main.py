@@ -70,6 +70,7 @@ def _heed_signals() -> None:
         raise KeyboardInterrupt(number)
 
     with contextlib.suppress(ValueError):  # not the main thread: then signals are not ours to take
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored nobody learns how a process ended
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, interrupt)
@@ -96,9 +97,14 @@ def _failed(exc: Exception, words: list[str]) -> int:
         if not _wants_json(words):
             _say(str(exc))
         return _json_or(2 if isinstance(exc, UsageError) else 125, exc, words)
-    if isinstance(exc, OSError) and exc.errno in {errno.EPIPE, errno.ENOSPC, errno.EIO}:
+    if isinstance(exc, OSError) and exc.filename is None and exc.errno in {errno.EPIPE, errno.ENOSPC, errno.EIO}:
         _say(f"cannot write the output: {exc.strerror}")
         return 125
+    if isinstance(exc, OSError):
+        from x07_sandbox.host.troubles import host_error
+
+        if (error := host_error(exc)) is not None:
+            return _failed(error, words)
     traceback.print_exception(exc)
     _say("this is a bug in x07-sandbox; please report it with the lines above")
     return _json_or(125, exc, words)

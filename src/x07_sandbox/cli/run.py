@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.cancel import cancelled_by_signals
-from x07_sandbox.cli.console import LiveLine, say
+from x07_sandbox.cli.console import LiveLine, plain, say
 from x07_sandbox.cli.usage import whole_number
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.host import settings
@@ -305,7 +305,6 @@ def _explain(result: Result) -> None:
 
 def _show(text: str | None) -> None:
     """Text from a guest, with control characters filtered."""
-    with contextlib.suppress(OSError):
-        for line in (text or "").splitlines():
-            shown = (char if char.isprintable() or char == "\t" else "\N{REPLACEMENT CHARACTER}" for char in line)
-            sys.stderr.write("".join(shown) + "\n")
+    if text:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(plain(text).removesuffix("\n") + "\n")

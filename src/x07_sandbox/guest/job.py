@@ -159,9 +159,7 @@ class Job:
         if data:
             self.link.send_data(stream, data)
         else:
-            self.link.end_stream(stream)
-            os.close(fd)
-            del self.fds[fd]
+            self._end_output(fd)
 
     def _feed(self, *, broken: bool = False) -> None:
         """Give the program what has come for it; where it reads no more, take and drop the rest."""
@@ -214,10 +212,27 @@ class Job:
             return
         if self.link.state is State.RUNNING and self.wait_status is None and not self.cpu_exceeded:
             self._look_at_cpu()
-        if self.link.state is State.RUNNING and self.wait_status is not None and not self.fds:
-            self._exited()
+        if self.link.state is State.RUNNING and self.wait_status is not None:
+            self._end_streams()
+            if not self.fds:
+                self._exited()
         if self.link.state is State.COLLECTING and self.output_file is not None:
             self._send_output()
+
+    def _end_streams(self) -> None:
+        """End outputs that hold nothing more, though they are open: nobody is left who could write to them.
+
+        Descriptors that were sent over a socket and never received keep a pipe open without any process.
+        """
+        for fd in list(self.fds):
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            if not poll.poll(0):
+                self._end_output(fd)
+
+    def _end_output(self, fd: int) -> None:
+        self.link.end_stream(self.fds.pop(fd))
+        os.close(fd)
 
     def stop(self) -> None:
         """The host asks for the end: note what the program was doing, then kill it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -127,6 +128,7 @@ def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:
 def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
     try:
         os.mkdir(part, 0o700, dir_fd=dir_fd)
+        os.chmod(part, 0o700, dir_fd=dir_fd)  # whatever the umask took away
     except FileExistsError:
         return False
     except OSError as exc:
@@ -142,6 +144,8 @@ def _open_folder(dir_fd: int, part: str, here: Path) -> int:
     try:
         return os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as exc:
+        if exc.errno not in {errno.ELOOP, errno.ENOTDIR}:
+            raise
         raise HostError(
             f"cannot use folder {here}",
             f"it is a link or no folder ({exc.strerror})",

@@ -105,7 +105,11 @@ def _data_blocks(fd: int) -> list[int]:
 
 def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
     """Make the empty file *fd* a scratch disk. scratch_fd: the verified scratch part; its offset is not used."""
-    os.ftruncate(fd, disk.bytes)
+    try:
+        os.ftruncate(fd, disk.bytes)
+    except OSError as exc:  # a limit on the size of files, or a file system that has one
+        fix = "Raise it with ulimit -f, or set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs"
+        raise HostError("cannot make a scratch disk", exc.strerror or str(exc), fix) from exc
     position = 0
     for piece in disk.pieces:
         data = os.pread(scratch_fd, piece.bytes, position)

@@ -13,6 +13,8 @@ import threading
 
 import msgspec
 
+from x07_sandbox.errors import HostError
+
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """A child to start: descriptors are lent and stay the caller's."""
@@ -29,7 +31,10 @@ _thread: threading.Thread | None = None
 
 
 def launch(request: Launch) -> subprocess.Popen[bytes]:
-    """Start the child from the launcher thread. Raises OSError if it cannot be executed."""
+    """Start the child from the launcher thread. Raises HostError, and OSError if it cannot be executed."""
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        why = "SIGCHLD is ignored, so nobody would learn how it ended"
+        raise HostError("cannot start a virtual machine", why, "Give that signal back its default: signal.SIG_DFL")
     global _thread  # noqa: PLW0603 - one thread a process is the point
     with _lock:
         if _thread is None or not _thread.is_alive():  # not alive: after a fork

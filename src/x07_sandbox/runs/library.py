@@ -103,13 +103,20 @@ def _run(
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(_Output(on_output, cancel)) if on_output is not None else None
         live = (None, None) if output is None else output.fds
-        stdin_fd = memory_file(input, stack)
+        stdin_fd = input_file(input, stack)
         result = run(
             make_request(program, args, stdin_fd=stdin_fd, machines=PoolMachines(), cancel=cancel, live=live, **options)
         )
     if output is not None and output.problem is not None:
         raise output.problem
     return result
+
+
+def input_file(data: bytes, stack: contextlib.ExitStack) -> int:
+    """The input as a file in memory; *stack* closes it. Raises UsageError."""
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise UsageError("cannot run a program", f"its input is {type(data).__name__}, not bytes", "Encode it")
+    return memory_file(bytes(data), stack)
 
 
 def make_request(  # noqa: PLR0913 - as above

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.jobs.admission import max_running
-from x07_sandbox.runs.library import checked, make_request
+from x07_sandbox.runs.library import checked, input_file, make_request
 from x07_sandbox.runs.run import run
-from x07_sandbox.runs.streams import Cancel, memory_file
+from x07_sandbox.runs.streams import Cancel
 from x07_sandbox.runs.warm import WarmMachines
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Pool(Executor):
             request = make_request(
                 program,
                 args,
-                stdin_fd=memory_file(data, stack),
+                stdin_fd=input_file(data, stack),
                 machines=self._machines,
                 cancel=cancel,
                 **{"image": self._image} | options,

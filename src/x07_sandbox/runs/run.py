@@ -56,6 +56,12 @@ def run(request: RunRequest) -> Result:
             return result
     except SandboxError as exc:
         return _result(so_far, _verdict_of(exc, request.cancel.signal))
+    except OSError as exc:
+        from x07_sandbox.host.troubles import host_error
+
+        if (error := host_error(exc)) is None:
+            raise
+        return _result(so_far, _verdict_of(error))
 
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:

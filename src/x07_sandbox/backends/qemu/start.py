@@ -31,6 +31,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import Identity, children_of, identify, own_identity
+from x07_sandbox.host.troubles import need_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv, may_nest
@@ -87,9 +88,10 @@ def start_qemu(
     Raises BackendError, HostError.
     """
     arch = arch or host_arch()
-    _check_tools(arch)
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, job.record)
+        need_own_proc()
+        _check_tools(arch)
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
         given = Given()  # what the child gets: ours to close once it has them, or when it never came to be
         stack.callback(given.close)
@@ -167,12 +169,21 @@ def _run(
             instance.close()
         else:
             if child is not None:
-                child.terminate()
-                child.wait()
+                _end_without_jail(child)
             gone = groups.remove()
         if gone:
             with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
                 mark_done(job.record if instance is None else instance.record)
+
+
+def _end_without_jail(child: subprocess.Popen[bytes]) -> None:
+    """End a supervisor whose jail could not be seen; should it not end its own, it is killed, and they die with it."""
+    child.terminate()
+    try:
+        child.wait(_SETUP_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def _inner_process(child: subprocess.Popen[bytes], stderr_fd: int) -> Identity:
@@ -228,7 +239,8 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
     except ProcessLookupError:
         raise  # it has ended: the caller knows how to ask why
     except OSError as exc:
-        raise BackendError("cannot bound the virtual machine", str(exc), "Run x07 doctor") from exc
+        fix = "Raise the hard limits of this shell: ulimit -H -a shows them"
+        raise BackendError("cannot bound the virtual machine", f"{exc.strerror or exc}", fix) from exc
 
 
 def _tasks_are_counted_apart() -> bool:

@@ -1,0 +1,47 @@
+"""Errors of the operating system that are a host's state and no bug of ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+from x07_sandbox.errors import HostError
+
+_FIXES: Final = {
+    errno.EMFILE: "Raise the limit on open files: ulimit -n",
+    errno.ENFILE: "Close programs: the whole system has no descriptor left",
+    errno.EFBIG: "Raise the limit on the size of files: ulimit -f",
+    errno.ENOSPC: "Free space there, or set X07_VM_STATE_DIR and X07_VM_CACHE_DIR",
+    errno.EDQUOT: "Free space there, or set X07_VM_STATE_DIR and X07_VM_CACHE_DIR",
+    errno.EROFS: "Set X07_VM_STATE_DIR and X07_VM_CACHE_DIR to folders that can be written",
+    errno.EACCES: "Make it yours with mode 0700, or set X07_VM_STATE_DIR and X07_VM_CACHE_DIR",
+    errno.EPERM: "Make it yours with mode 0700, or set X07_VM_STATE_DIR and X07_VM_CACHE_DIR",
+    errno.EIO: "Look at the system's log: the disk may be failing",
+    errno.ENOMEM: "Close programs, or raise the limit on memory: ulimit -v",
+    errno.EAGAIN: "Raise the limit on processes: ulimit -u",
+}
+
+
+def host_error(exc: OSError) -> HostError | None:
+    """What to tell the user of *exc*; None if it is no such error, and so a bug."""
+    fix = _FIXES.get(exc.errno or 0)
+    if fix is None:
+        return None
+    place = os.fsdecode(exc.filename) if isinstance(exc.filename, str | bytes) else ""
+    return HostError(f"cannot use {place}" if place else "cannot go on", exc.strerror or str(exc), fix)
+
+
+def need_own_proc() -> None:
+    """Refuse a host whose /proc is missing or tells of another pid namespace: no process could be found in it.
+
+    Raises HostError.
+    """
+    try:
+        number = Path("/proc/self").readlink().name
+    except OSError as exc:
+        raise HostError("cannot look at processes", f"/proc: {exc.strerror}", "Mount /proc") from exc
+    if number != str(os.getpid()):
+        why = "/proc belongs to another pid namespace"
+        raise HostError("cannot look at processes", why, "Mount one of this namespace: unshare --mount-proc")

@@ -1,0 +1,155 @@
+"""Hosts and shells in odd states: an error that says what is wrong there, never a hang or a wrong word."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import need
+
+ROOT = Path(__file__).resolve().parents[2]
+X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
+HELLO = ["-c", "echo hello", "--toolchain", "shell"]
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180), pytest.mark.usefixtures("image")]
+
+
+def run(*words: str, before: tuple[str, ...] = (), state: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`x07` with these words, started through the command *before*."""
+    env = os.environ | ({} if state is None else {"X07_VM_STATE_DIR": str(state)})
+    return subprocess.run(
+        [*before, *X07, *words], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+
+
+def shell(limit: str) -> tuple[str, ...]:
+    """A command that sets a limit and goes on as the rest of the words."""
+    return ("/bin/bash", "-c", f'{limit} && exec "$@"', "limited")
+
+
+def test_a_foreign_proc_is_refused(state: Path) -> None:
+    """In a pid namespace with the /proc of another a run is refused with what to do, and ends."""
+    need(os.geteuid() == 0, "needs root, to make a pid namespace", installable=False)
+    done = run("run", *HELLO, before=("unshare", "--pid", "--fork"), state=state)
+    assert done.returncode == 125
+    assert "/proc belongs to another pid namespace" in done.stderr
+    assert "unshare --mount-proc" in done.stderr
+    done = run("run", *HELLO, before=("unshare", "--pid", "--fork", "--mount-proc"), state=state)
+    assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
+
+
+def test_an_ignored_sigchld_changes_no_verdict(state: Path) -> None:
+    """Started by a shell that ignores SIGCHLD, a killed machine is still told as killed, and so the host's fault."""
+    env = os.environ | {"X07_VM_STATE_DIR": str(state)}
+    words = ["/usr/bin/env", "--ignore-signal=CHLD", *X07, "run", "--json", "-c", "sleep 60", "--toolchain", "shell"]
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as child:
+        os.kill(_machine_of_the_run(state), signal.SIGKILL)
+        result = json.loads(child.communicate(timeout=60)[0])
+    assert (result["outcome"], result["fault"]) == ("guest-lost", "host"), result["reason"]
+    assert "monitor ended" in result["reason"]
+
+
+def _machine_of_the_run(state: Path) -> int:
+    """The VMM of the run job, once its program runs."""
+    deadline = time.monotonic() + 60
+    while True:
+        assert time.monotonic() < deadline
+        for path in state.glob("*-run/owner.json"):
+            owner = json.loads(path.read_bytes())
+            for name in os.listdir("/proc"):  # noqa: PTH208 - numbers
+                if name.isdigit() and _is_vmm(int(name), owner):
+                    time.sleep(3)  # until the program runs: the record says nothing of that
+                    return int(name)
+        time.sleep(0.05)  # the record is a file: there is nothing to wait on
+
+
+def _is_vmm(pid: int, owner: dict[str, Any]) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return words[0].endswith(b"qemu-system-x86_64") and any(owner["instance"].encode() in word for word in words)
+
+
+def test_a_library_call_says_that_sigchld_is_ignored(state: Path) -> None:
+    """A Python program that ignores SIGCHLD is told so, instead of getting wrong verdicts."""
+    code = "import signal, x07_sandbox\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+    code += "x07_sandbox.run_program(source='true', toolchain='shell')\n"
+    env = os.environ | {"X07_VM_STATE_DIR": str(state)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert "SIGCHLD is ignored" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("limit", "why", "fix"),
+    [("ulimit -f 1000", "File too large", "ulimit -f"), ("ulimit -n 20", "Too many open files", "ulimit -n")],
+)
+def test_a_limit_of_the_shell_is_named(state: Path, limit: str, why: str, fix: str) -> None:
+    """Too low a limit of the shell ends a run as refused, with the limit that has to be raised."""
+    done = run("run", "--json", *HELLO, before=shell(limit), state=state)
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["fault"]) == (125, "host"), result["reason"]
+    assert why in result["reason"]
+    assert fix in result["reason"]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("run", *HELLO), ("doctor",), ("pool", "start"), ("image", "build")])
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """On a read-only cache every command says so, doctor too; none shows a traceback."""
+    need(os.geteuid() == 0, "needs root, to mount", installable=False)
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    script = f'mount --bind "{cache}" "{cache}" && mount -o remount,ro,bind "{cache}" && exec "$@"'
+    before = ("unshare", "--mount", "/bin/bash", "-c", script, "readonly", "/usr/bin/env", f"X07_VM_CACHE_DIR={cache}")
+    done = run(*words, before=before, state=tmp_path / "state")
+    assert done.returncode != 0
+    assert "Read-only file system" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_strict_umask_takes_nothing_from_our_folders(tmp_path: Path) -> None:
+    """Whatever the umask, folders of ours are their owner's to use."""
+    done = run("run", *HELLO, before=shell("umask 777"), state=tmp_path / "state" / "jobs")
+    assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
+
+
+def test_a_missing_tool_leaves_no_record(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is refused since a tool is missing leaves no record of a job behind."""
+    from x07_sandbox import SandboxError, run_program
+    from x07_sandbox.backends.qemu import start
+
+    monkeypatch.setattr(start, "required_tools", lambda _arch: {"/usr/bin/no-such-tool": "nothing"})
+    with pytest.raises(SandboxError, match="missing: nothing"):
+        run_program(source="true", toolchain="shell")
+    assert [path for path in state.iterdir() if (path / "job.json").exists()] == []
+
+
+def test_names_of_files_send_no_control_sequences(tmp_path: Path) -> None:
+    """A hostile name of a file reaches the terminal without its control characters."""
+    for name in ("a\x1b]0;x\x07.txt", "b\x1b[31m.p\x1b[5my", "c\x1b[31m/p.py"):
+        done = run("run", str(tmp_path / name))
+        assert done.returncode == 2
+        assert done.stderr.replace("\n", "").isprintable(), done.stderr
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "setup.sh", "test.sh", "fresh_root_check.sh"])
+def test_scripts_find_their_folder_whatever_cdpath_says(script: str) -> None:
+    """CDPATH in the environment does not lead the scripts astray."""
+    bash = shutil.which("bash")
+    assert bash is not None
+    lines = (ROOT / "scripts" / script).read_text(encoding="utf-8").splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("source "))
+    code = "\n".join([*lines[:head], "pwd"]).replace('"${BASH_SOURCE[0]}"', f"scripts/{script}")
+    env = os.environ | {"CDPATH": "."}
+    done = subprocess.run([bash, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{ROOT}\n"), done.stderr
