@@ -236,7 +236,11 @@ def written(path: Path) -> str:
         (lambda _: ["--env", "NOT_SET_ANYWHERE", "-c", "x", "--toolchain", "c"], 2, "no such variable"),
         (lambda _: ["--input-b64", "???", "-c", "x", "--toolchain", "c"], 2, "no base64"),
         (lambda _: ["--input", "missing", "-c", "x", "--toolchain", "c"], 2, "cannot read the input missing"),
-        (lambda at: ["--compiled-out", str(at / "no/a"), "-c", "x", "--toolchain", "c"], 125, "cannot write"),
+        (
+            lambda at: ["--compiled-out", str(at / "no/a"), "-c", "x", "--toolchain", "c"],
+            2,
+            "no folder that you can write",
+        ),
     ],
 )
 def test_a_program_that_cannot_be_run_is_told_why(
@@ -276,6 +280,55 @@ def test_what_was_built_and_the_report_can_be_kept(tmp_path: Path) -> None:
     assert json.loads(report.read_bytes())["exit_code"] == 3
     assert command(str(out)).returncode == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prog", "result.json"]
+
+
+def test_x07s_report_instead_of_the_output(tmp_path: Path) -> None:
+    """--report runner and wrapped print X07's report and end with its exit code; the attestation goes with it."""
+    attested = tmp_path / "attest.json"
+    words = ["--attest-runtime", str(attested), "-c", "cat; exit 3", "--toolchain", "shell"]
+    done = command("--report", "runner", *words, stdin=b"in")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["schema_version"]) == (1, "x07-os-runner.report@0.5.0")
+    assert (report["solve"]["exit_status"], report["solve"]["solve_output_b64"]) == (3, "aW4=")
+    assert json.loads(attested.read_bytes())["input_len_bytes"] == 2
+    done = command("--report", "wrapped", "-c", "true", "--toolchain", "shell")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["schema_version"] == "x07.run.report@0.3.0"
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "code", "why"),
+    [
+        (["--backend", "qemu"], {}, 0, ""),
+        (["--sandbox-backend", "vm"], {"X07_VM_BACKEND": "qemu"}, 0, ""),
+        (["--backend", "docker"], {}, 125, "fails closed"),
+        (["--backend", "firecracker"], {}, 125, "does not have it yet"),
+        (["--backend", "xen"], {}, 2, "no such backend"),
+        (["--sandbox-backend", "os"], {}, 125, "fails closed"),
+        (["--sandbox-backend", "os", "--i-accept-weaker-isolation"], {}, 125, "does not have it yet"),
+        (["--sandbox-backend", "os", "--backend", "qemu"], {}, 2, "contradict each other"),
+        ([], {"X07_VM_BACKEND": "docker"}, 125, "fails closed"),
+        ([], {"X07_SANDBOX_BACKEND": "maybe"}, 2, "X07_SANDBOX_BACKEND"),
+        (["--backend", "qemu"], {"X07_VM_BACKEND": "xen"}, 2, "X07_VM_BACKEND"),
+        ([], {"X07_I_ACCEPT_WEAKER_ISOLATION": "True"}, 2, "X07_I_ACCEPT_WEAKER_ISOLATION"),
+        (["--world", "run-os"], {}, 2, "cannot run in the world run-os"),
+        (["--world", "solve-pure"], {}, 2, "cannot run in the world solve-pure"),
+        (["--profile", "dev"], {}, 2, "an x07.json"),
+    ],
+)
+def test_backends_and_worlds_are_taken_or_refused(
+    words: list[str], environment: dict[str, str], code: int, why: str
+) -> None:
+    """A wall, a backend or a world that is named by flag or variable is taken, or refused by its name."""
+    done = command("--json", *words, "-c", "true", "--toolchain", "shell", stdin=b"", **environment)
+    assert (done.returncode, why in json.loads(done.stdout)["reason"]) == (code, True), done.stdout
+
+
+def test_a_misspelt_variable_is_told() -> None:
+    """A variable that looks like ours and is none is told, with the one that was probably meant."""
+    done = command("-c", "true", "--toolchain", "shell", X07_VM_BACKENT="qemu")
+    assert done.returncode == 0
+    assert b"X07_VM_BACKENT is no variable of x07-sandbox; did you mean X07_VM_BACKEND?" in done.stderr
 
 
 def test_variables_that_a_policy_denies_are_refused(sandbox: Sandbox) -> None:

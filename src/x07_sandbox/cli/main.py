@@ -7,6 +7,7 @@ costs only its own imports.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         fill_closed_streams()
         _import_msgspec()
+        from x07_sandbox.host.variables import check_environment
+
+        for warning in check_environment(os.environ):
+            _say(warning)
         options = _parsed(words)
         code: int = options.carry_out(options)
     except KeyboardInterrupt as exc:

@@ -12,29 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 import msgspec
-from msgspec.structs import replace
 
 from x07_sandbox.backends.selection import Asked, Platform, select, this_platform, working
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
 from x07_sandbox.cli.streams import fill_closed_streams, leave
+from x07_sandbox.cli.written import check_place, write_all
+from x07_sandbox.cli.x07_report import Wanted, make_report
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import private_dir, state_dir
+from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
-from x07_sandbox.policy import Policy
-from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, Toolchain, toolchain_for
-from x07_sandbox.reports.attestation import WRITE_CODE, Attested, attest, reference
-from x07_sandbox.reports.runner import (
-    Built,
-    CompileMode,
-    CompileRunReport,
-    World,
-    failure_report,
-    render_report,
-    runner_report,
-)
+from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest
+from x07_sandbox.programs.toolchains import OUTPUT, Toolchain, toolchain_for
+from x07_sandbox.reports.runner import CompileMode, World, failure_report, render_report
 from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest, read_policy
@@ -43,10 +35,8 @@ from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.streams import OutFile
 
 SETUP_EXIT: Final = 2
 INPUT_MAX_BYTES: Final = 64 * settings.MIB
@@ -64,20 +54,6 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     path: Path
     mode: CompileMode
     toolchain: Toolchain
-
-
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """A valid command line of run-os-sandboxed, and what it names, read."""
-
-    target: Target
-    policy: Policy
-    policy_bytes: bytes
-    policy_path: Path
-    input: bytes
-    max_output_bytes: int
-    compiled_out: Path | None
-    attest_runtime: Path | None
-    accepted: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,9 +105,11 @@ def _carry_out(options: argparse.Namespace) -> int:
         report = failure_report(message, mode=target.mode, world=world, lang_id=target.toolchain.name)
         _say(f"{message}. Use {_SANDBOXED}")
         return _print(render_report(report), report.exit_code)
-    order = _order(options, target, accepted=accepted)
+    data = b"" if options.input is None else read_bounded(Path(options.input), "input", INPUT_MAX_BYTES)
+    wanted = _wanted(options, target, data, accepted=accepted)
     _note_unused(options, target)
-    return _run(order)
+    max_output_bytes = settings.MIB if options.max_output_bytes is None else options.max_output_bytes
+    return _run(target.path, wanted, data, max_output_bytes)
 
 
 # the command line
@@ -184,24 +162,27 @@ def _target(options: argparse.Namespace) -> Target:
     path = Path(options.program)
     if path.name.endswith(_X07_SOURCE):
         raise UsageError(f"cannot run {path}", _NO_X07, "Give a program of another language, as x07 run --help lists")
-    return Target(path=path, mode="compile-run", toolchain=toolchain_for(str(path)))
+    head = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        head = file.read(64)  # what cannot be read is told when it is
+    return Target(path=path, mode="compile-run", toolchain=toolchain_for(str(path), head))
 
 
 def _project(path: Path) -> Target:
-    """A project by its manifest: the one place where manifests come in."""
+    """A project by its manifest."""
+    if path.name == _OUR_PROJECT:
+        _, toolchain = decode_manifest(read_bounded(path, "manifest", MAX_BYTES), source=str(path))
+        return Target(path=path, mode="project-compile-run", toolchain=toolchain)
     if path.name == _X07_PROJECT:
         why, fix = _NO_X07, "Give a program of another language with --program"
-    elif path.name == _OUR_PROJECT:
-        why, fix = "this version reads no manifests yet", "Give the program itself with --program"
     else:
         why, fix = f"a manifest is called {_X07_PROJECT} or {_OUR_PROJECT}", "Name one, or give --program"
     raise UsageError(f"cannot run the project {path}", why, fix)
 
 
-def _order(options: argparse.Namespace, target: Target, *, accepted: bool) -> Order:
+def _wanted(options: argparse.Namespace, target: Target, data: bytes, *, accepted: bool) -> Wanted:
     """Read and check what the flags name, before anything starts. Raises UsageError."""
-    policy_path = Path(options.policy)
-    policy, policy_bytes = read_policy(policy_path)
+    policy, policy_bytes = read_policy(Path(options.policy))
     compiled_out = None if options.compiled_out is None else Path(options.compiled_out)
     attest_runtime = None if options.attest_runtime is None else Path(options.attest_runtime)
     if compiled_out is not None and target.toolchain.archive:
@@ -210,40 +191,18 @@ def _order(options: argparse.Namespace, target: Target, *, accepted: bool) -> Or
         )
     for name, place in (("--compiled-out", compiled_out), ("--attest-runtime", attest_runtime)):
         if place is not None:
-            _check_place(name, place)
-    return Order(
-        target=target,
+            check_place(name, place)
+    return Wanted(
+        mode=target.mode,
+        toolchain=target.toolchain,
         policy=policy,
         policy_bytes=policy_bytes,
-        policy_path=policy_path,
-        input=b"" if options.input is None else _read_input(Path(options.input)),
-        max_output_bytes=settings.MIB if options.max_output_bytes is None else options.max_output_bytes,
+        policy_path=options.policy,
+        input_bytes=len(data),
         compiled_out=compiled_out,
         attest_runtime=attest_runtime,
         accepted=accepted,
     )
-
-
-def _read_input(path: Path) -> bytes:
-    """All of it, since its length is attested. Raises UsageError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(INPUT_MAX_BYTES + 1)
-    except OSError as exc:
-        raise UsageError(f"cannot read the input {path}", exc.strerror or str(exc), "Name a readable file") from exc
-    if len(data) > INPUT_MAX_BYTES:
-        why = f"it has more than {INPUT_MAX_BYTES} bytes"
-        raise UsageError(f"cannot read the input {path}", why, "Stream it with x07 run --input")
-    return data
-
-
-def _check_place(name: str, path: Path) -> None:
-    """Raises UsageError where a file cannot be written. It is replaced as a whole, so only the folder matters."""
-    what = f"cannot write {path} ({name})"
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UsageError(what, "something that is no file lies there", "Name another place")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(what, f"{path.parent} is no folder that you can write", "Name another place")
 
 
 def _note_unused(options: argparse.Namespace, target: Target) -> None:
@@ -257,21 +216,21 @@ def _note_unused(options: argparse.Namespace, target: Target) -> None:
 # the run
 
 
-def _run(order: Order) -> int:
+def _run(path: Path, wanted: Wanted, data: bytes, max_output_bytes: int) -> int:
     with contextlib.ExitStack() as stack:
         artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
-        if order.attest_runtime is not None:
-            order.attest_runtime.unlink(missing_ok=True)  # what lies there attests another run
+        if wanted.attest_runtime is not None:
+            wanted.attest_runtime.unlink(missing_ok=True)  # what lies there attests another run
         cancel = stack.enter_context(cancelled_by_signals())
         progress = LiveLine()
         stack.callback(progress, "")
         result = run(
             RunRequest(
-                program=order.target.path,
-                policy=order.policy_path,
-                stdin_fd=memory_file(order.input, stack),
+                program=path,
+                policy=None if wanted.policy_path is None else Path(wanted.policy_path),
+                stdin_fd=memory_file(data, stack),
                 live_stderr=2,
-                max_output_bytes=order.max_output_bytes,
+                max_output_bytes=max_output_bytes,
                 artifact=artifact,
                 machines=PoolMachines(),
                 progress=progress,
@@ -282,74 +241,16 @@ def _run(order: Order) -> int:
         if result.outcome == "usage-error":
             _say(result.reason)
             return SETUP_EXIT
-        report = _report(order, result, artifact)
-    if report.exit_code:
-        _say(f"{result.outcome}: {result.reason}")
+        report, line = make_report(wanted, result, artifact)
+    for told in (line, f"{result.outcome}: {result.reason}" if report.exit_code else ""):
+        if told:
+            _say(told)
     return _print(render_report(report), report.exit_code)
-
-
-def _report(order: Order, result: Result, artifact: OutFile) -> CompileRunReport:
-    """The report, and the files that were asked for with it. Raises RefusedError where one cannot be written."""
-    built = Built(
-        mode=order.target.mode,
-        world="run-os-sandboxed",
-        lang_id=order.target.toolchain.name,
-        path=OUTPUT,
-        size=artifact.size,
-    )
-    report = runner_report(result, built)
-    if order.compiled_out is not None and report.compile.ok:
-        _write(order.compiled_out, lambda fd: _copy(artifact, fd), mode=0o777)
-    if order.attest_runtime is None:
-        return report
-    if report.solve is None or "run" not in result.phases:
-        _say("nothing was run, so nothing is attested")
-        return report
-    given = Attested(
-        policy=order.policy,
-        policy_bytes=order.policy_bytes,
-        policy_path=str(order.policy_path),
-        artifact_path=PROGRAM_FOLDER if order.target.toolchain.archive else ARTIFACT,
-        input_len_bytes=len(order.input),
-        weaker_isolation=order.accepted,
-    )
-    made = attest(result, report.solve, given)
-    text = render_report(made)
-    _write(order.attest_runtime, lambda fd: _write_all(fd, text), mode=0o666, code=f"{WRITE_CODE}: ")
-    return replace(report, runtime_attestation=reference(str(order.attest_runtime), made))
-
-
-def _write(path: Path, fill: Callable[[int], None], *, mode: int, code: str = "") -> None:
-    """Write *path* as a whole or not at all; mode: as for open(2), so that the user's umask holds."""
-    temporary = path.with_name(f".{path.name[:64]}.{os.urandom(8).hex()}")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        try:
-            fill(fd)
-        finally:
-            os.close(fd)
-        temporary.replace(path)
-    except OSError as exc:
-        temporary.unlink(missing_ok=True)
-        why = exc.strerror or str(exc)
-        raise RefusedError(f"{code}cannot write {path}", why, "Name another place, or free space there") from exc
-
-
-def _copy(artifact: OutFile, fd: int) -> None:
-    position = 0
-    while position < artifact.size and (count := os.sendfile(fd, artifact.fd, position, artifact.size - position)):
-        position += count
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def _print(data: bytes, code: int) -> int:
     """Write to standard output past Python's buffer, which would be written once more at the end of the process."""
-    _write_all(1, data)
+    write_all(1, data)
     return code
 
 

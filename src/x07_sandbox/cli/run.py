@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
-from x07_sandbox.cli.usage import whole_number
+from x07_sandbox.cli.run_options import EPILOG, OVERRIDES, X07_LIMITS, add_options
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.programs.toolchains import BY_NAME, describe
+from x07_sandbox.host.variables import SANDBOX_BACKENDS, flag, text
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import failure, run
@@ -26,31 +26,6 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import Cancel
 
-_EPILOG = f"""languages, by the name of the file or by --toolchain:
-{describe()}
-A folder with an x07-sandbox.toml is a project of more files: docs/programs.md.
-
-exit code: the program's own; 128+N for signal N; 124 for a time or CPU limit; 137 out of memory; 153 too much output;
-126 the build failed; 125 refused, lost, or its output could not be written; 2 wrong usage. A program may use the same
-numbers: scripts read `outcome`.
-
-examples:
-  x07 run prog.py
-  x07 run --input data.txt prog.c -- --top 10
-  x07 run -c 'print(6 * 7)' --toolchain python
-  generate | x07 run --toolchain shell -           the source comes from standard input
-  x07 run --policy strict.json --json prog.py
-  x07 run --env LEVEL=3 ./a.out
-  x07 run --dry-run project/                       what would be done, and what the policy would hold
-"""
-_OVERRIDES = (
-    ("--allow-host", "HOST:PORT[,PORT...]", "a host that it may connect to"),
-    ("--allow-host-file", "FILE", "a file of such, one a line"),
-    ("--deny-host", "HOST:PORT[,...]|HOST:*", "one that it may not, whatever allows it"),
-    ("--deny-host-file", "FILE", "a file of such"),
-    ("--allow-read-root", "PATH", "a folder that it may read"),
-    ("--allow-write-root", "PATH", "one that it may change"),
-)
 _SOURCE_MAX = settings.SOURCE_MAX_BYTES
 
 
@@ -60,84 +35,15 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         "run",
         help=help,
         description="Build PROGRAM in one throw-away virtual machine and run it in another.",
-        epilog=_EPILOG,
+        usage="x07 run [OPTIONS] PROGRAM [-- ARGS]",
+        epilog=EPILOG,
     )
-    parser.add_argument(
-        "program", metavar="PROGRAM", nargs="?", help="a source file, an executable, a project's folder; - for stdin"
-    )
-    parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, behind --")
-    _add_program(parser)
-    _add_overrides(parser)
-    _add_input(parser)
-    _add_machine(parser)
-    _add_output(parser)
+    add_options(parser)
     parser.set_defaults(carry_out=_run)
 
 
-def _add_program(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the program")
-    group.add_argument("-c", dest="code", metavar="CODE", help="a source text; needs --toolchain")
-    group.add_argument("--toolchain", choices=tuple(BY_NAME), metavar="T", help="how it is built and started")
-    group.add_argument(
-        "--policy",
-        metavar="FILE",
-        help="what it may touch: a document, or built-in:TEMPLATE (default: no files, no network, 60 s, 512 MiB)",
-    )
-    group.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of the program; NAME alone: ours"
-    )
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("changes to the policy, each any number of times")
-    for flag, form, text in _OVERRIDES:
-        group.add_argument(flag, action="append", default=[], metavar=form, help=text)
-
-
-def _add_input(parser: argparse.ArgumentParser) -> None:
-    title = "its standard input (default: the project's, else ours)"
-    group = parser.add_argument_group(title).add_mutually_exclusive_group()
-    group.add_argument("--input", type=Path, metavar="FILE", help="a file")
-    group.add_argument("--stdin", action="store_true", help="ours, whatever the project says")
-    group.add_argument("--input-b64", metavar="TEXT", help="bytes, as base64")
-
-
-def _add_machine(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the machines")
-    group.add_argument("--image", metavar="NAME|DIGEST", help="the guest image (default: default)")
-    group.add_argument("--require-hardware", action="store_true", help="refuse emulation")
-    group.add_argument(
-        "--queue-timeout",
-        type=whole_number(0, int(settings.QUEUE_S), "seconds"),
-        default=settings.QUEUE_S,
-        metavar="S",
-        help="how long to wait while as many machines run as may (default: 600)",
-    )
-    group.add_argument("--no-pool", action="store_true", help="take no warm machine, also where x07 pool keeps some")
-    group.add_argument("--no-cache", action="store_true", help="build also what was built before from the same source")
-    group.add_argument("--cold", action="store_true", help="boot the machines anew instead of cloning saved ones")
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--json", action="store_true", help="print the result as one JSON object instead of the program's output"
-    )
-    group.add_argument("--report-out", type=Path, metavar="FILE", help="write the result there too, as JSON")
-    group.add_argument("--quiet-json", action="store_true", help="with --report-out: print no JSON")
-    group.add_argument("--raw", action="store_true", help="let a terminal have control sequences of the program's")
-    group.add_argument(
-        "--max-output-bytes",
-        type=whole_number(0, 1 << 40, "bytes"),
-        default=settings.OUTPUT_MAX_BYTES,
-        metavar="N",
-        help="per stream (default: 64 MiB)",
-    )
-    group.add_argument("--compiled-out", type=Path, metavar="FILE", help="keep what was built there")
-    group.add_argument("--dry-run", action="store_true", help="boot nothing: say what would be done")
-
-
 def _run(options: argparse.Namespace) -> int:
+    _check_backend(options)
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
             _need_image(options.image)
@@ -149,15 +55,19 @@ def _run(options: argparse.Namespace) -> int:
             from x07_sandbox.cli.dry_run import show_plan
 
             return show_plan(request, as_json=options.json)
-        if options.compiled_out is not None:
-            from x07_sandbox.cli.written import compiled_out
+        if options.report or options.attest_runtime:
+            from x07_sandbox.cli.run_report import run_with_report
 
-            request = stack.enter_context(compiled_out(options.compiled_out, request))
+            return run_with_report(request, options, stack)
+        if options.compiled_out:
+            from x07_sandbox.cli.written import artifact_to_keep
+
+            request = stack.enter_context(artifact_to_keep(options.compiled_out, request))
         result = run(request)
-    if options.report_out is not None:
-        from x07_sandbox.cli.written import write_report
+    if options.report_out:
+        from x07_sandbox.cli.written import write_result
 
-        write_report(options.report_out, result)
+        write_result(options.report_out, result)
     if options.json:
         return result.x07_exit_code if options.quiet_json else _print(result)
     _explain(result)
@@ -167,13 +77,32 @@ def _run(options: argparse.Namespace) -> int:
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
 
 
+def _check_backend(options: argparse.Namespace) -> None:
+    """Refuse a wall or a backend that is not to be had. Raises UsageError, RefusedError."""
+    variables = text("X07_SANDBOX_BACKEND"), text("X07_VM_BACKEND")
+    if not (options.sandbox_backend or options.backend or any(variables)):
+        return  # what `auto` takes here
+    from x07_sandbox.backends.selection import Asked, backend_named, select, this_platform
+
+    select(
+        this_platform(),
+        Asked(
+            sandbox_flag=SANDBOX_BACKENDS[options.sandbox_backend] if options.sandbox_backend else None,
+            sandbox_variable=variables[0],
+            backend_flag=backend_named(options.backend).name if options.backend else None,
+            backend_variable=variables[1],
+            accepted=options.i_accept_weaker_isolation or flag("X07_I_ACCEPT_WEAKER_ISOLATION"),
+        ),
+    )
+
+
 def _request(
     options: argparse.Namespace, stack: contextlib.ExitStack, cancel: Cancel, progress: LiveLine
 ) -> RunRequest:
     """What the command line asks for. Raises UsageError."""
-    words = list(options.args)
-    program: str | None = options.program
+    program, words = _named(options)
     source: bytes | None = None
+    toolchain = "executable" if options.artifact else options.toolchain
     if options.code is not None:
         words = [*([program] if program is not None else []), *words]
         program, source = None, options.code.encode("utf-8", "surrogateescape")
@@ -188,7 +117,7 @@ def _request(
     return RunRequest(
         program=None if program is None else Path(program),
         source=source,
-        toolchain=options.toolchain,
+        toolchain=toolchain,
         args=tuple(words),
         policy=options.policy,
         overrides=_overrides(options),
@@ -211,8 +140,30 @@ def _request(
     )
 
 
+def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """The program and its arguments; X07's flags name it too. Raises UsageError."""
+    if options.world != "run-os-sandboxed":
+        why = "it is the only world that x07-sandbox implements"
+        raise UsageError(
+            f"cannot run in the world {options.world}", why, "Use --world run-os-sandboxed, or leave it out"
+        )
+    if options.profile:
+        raise UsageError("cannot use --profile", "profiles are in an x07.json, for X07 programs", "Leave it out")
+    for name in X07_LIMITS:
+        if getattr(options, name[2:].replace("-", "_")) is not None:
+            say(f"{name} binds X07 programs only; this one has the policy's limits")
+    by_flag = [value for value in (options.program_flag, options.project, options.artifact) if value]
+    if len(by_flag) > 1:
+        raise UsageError(
+            "wrong usage", "more than one program is named", "Give one of --program, --project, --artifact"
+        )
+    if not by_flag:
+        return options.program, options.args
+    return by_flag[0], [*([] if options.program is None else [options.program]), *options.args]
+
+
 def _overrides(options: argparse.Namespace) -> Overrides | None:
-    keys = [flag[2:].replace("-", "_") for flag, _, _ in _OVERRIDES]
+    keys = [name[2:].replace("-", "_") for name, _, _ in OVERRIDES]
     given = {key: tuple(getattr(options, key)) for key in keys}
     if not any(given.values()):
         return None

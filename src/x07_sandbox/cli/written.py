@@ -1,77 +1,91 @@
-"""Files that a run writes on the host because the user named them: whole, or not at all."""
+"""Files that a command writes on the host because the user named them: whole, or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.programs.toolchains import OUTPUT
-from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.streams import OutFile
+from x07_sandbox.runs.folder import unnamed_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
+    from x07_sandbox.runs.streams import OutFile
 
 
-@contextlib.contextmanager
-def compiled_out(path: Path, request: RunRequest) -> Iterator[RunRequest]:
-    """The request whose artifact becomes the file *path* (mode 0755), if one is built. Raises HostError."""
-    with _file_to_be(path, 0o755) as (fd, finish):
-        artifact = OutFile(path=OUTPUT, fd=fd, max_bytes=settings.ARTIFACT_MAX_BYTES)
-        yield replace(request, artifact=artifact)
-        if artifact.complete:
-            finish()
+def check_place(name: str, path: Path) -> None:
+    """Raises UsageError where a file cannot be written. It is replaced as a whole, so only the folder matters."""
+    what = f"cannot write {path} ({name})"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UsageError(what, "something that is no file lies there", "Name another place")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(what, f"{path.parent} is no folder that you can write", "Name another place")
 
 
-def write_report(path: Path, result: Result) -> None:
-    """The result as JSON. Raises HostError."""
-    with _file_to_be(path, 0o644) as (fd, finish):
-        try:
-            with os.fdopen(fd, "wb", closefd=False) as file:
-                file.write(render_json(result))
-        except OSError as exc:
-            raise _unwritable(path, exc) from exc
-        finish()
+def write_whole(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, code: str = "") -> None:
+    """Have *fill* write into a new file that then becomes *path*.
 
-
-class _Finish:
-    def __init__(self, temporary: Path, path: Path) -> None:
-        self.temporary = temporary
-        self.path = path
-
-    def __call__(self) -> None:
-        """Put it in its place."""
-        try:
-            self.temporary.replace(self.path)
-        except OSError as exc:
-            raise _unwritable(self.path, exc) from exc
-
-
-@contextlib.contextmanager
-def _file_to_be(path: Path, mode: int) -> Iterator[tuple[int, _Finish]]:
-    """A new file beside *path*, and what puts it there; without that call it is gone again."""
-    if path.is_dir():
-        raise HostError(f"cannot write {path}", "it is a folder", "Name a file")
+    mode: as for open(2), so that the user's umask holds. code: stands before the error. Raises RefusedError.
+    """
     temporary = path.with_name(f".{path.name[:64]}.{os.urandom(8).hex()}")
     try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            fill(fd)
+        finally:
+            os.close(fd)
+        temporary.replace(path)
     except OSError as exc:
-        raise _unwritable(path, exc) from exc
-    try:
-        yield fd, _Finish(temporary, path)
-    finally:
-        os.close(fd)
         temporary.unlink(missing_ok=True)
+        why = exc.strerror or str(exc)
+        raise RefusedError(f"{code}cannot write {path}", why, "Name another place, or free space there") from exc
 
 
-def _unwritable(path: Path, exc: OSError) -> HostError:
-    return HostError(f"cannot write {path}", exc.strerror or str(exc), "Name a file in a folder that you can write")
+def write_all(fd: int, data: bytes) -> None:
+    """All of *data*, past Python's buffers. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def write_executable(path: Path, artifact: OutFile) -> None:
+    """A copy of what was built, as an executable. Raises RefusedError."""
+
+    def copy(fd: int) -> None:
+        position = 0
+        while position < artifact.size and (count := os.sendfile(fd, artifact.fd, position, artifact.size - position)):
+            position += count
+
+    write_whole(path, copy, mode=0o777)
+
+
+@contextlib.contextmanager
+def artifact_to_keep(path: Path, request: RunRequest) -> Iterator[RunRequest]:
+    """The request whose artifact becomes the executable *path*, if there is one in the end.
+
+    Raises UsageError, HostError, RefusedError.
+    """
+    check_place("--compiled-out", path)
+    with contextlib.ExitStack() as stack:
+        artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
+        yield replace(request, artifact=artifact)
+        if artifact.complete:
+            write_executable(path, artifact)
+
+
+def write_result(path: Path, result: Result) -> None:
+    """The result as JSON. Raises RefusedError."""
+    from x07_sandbox.reports.document import render_json
+
+    write_whole(path, partial(write_all, data=render_json(result)))

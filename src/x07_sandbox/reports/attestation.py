@@ -75,7 +75,7 @@ class Attested(msgspec.Struct, frozen=True, kw_only=True):
 
     policy: Policy
     policy_bytes: bytes
-    policy_path: str
+    policy_path: str | None
     artifact_path: str
     input_len_bytes: int
     weaker_isolation: bool
@@ -113,7 +113,7 @@ def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
         outcome=AttestedOutcome(
             ok=solve.ok, exit_status=solve.exit_status, trap=UNSET if solve.trap is None else solve.trap
         ),
-        policy_path=given.policy_path,
+        policy_path=UNSET if given.policy_path is None else given.policy_path,
     )
 
 

@@ -6,14 +6,13 @@ statistics) is null for programs of our toolchains.
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from x07_sandbox.runs.result import NOTHING, Output, Result
+from x07_sandbox.runs.result import NOTHING, Result
 
 SCHEMA: Final = "x07-os-runner.report@0.5.0"
 NATIVE_REQUIRES: Final = "x07.native-requires@0.1.0"
@@ -221,11 +220,6 @@ def render_report(report: msgspec.Struct) -> bytes:
     return json.dumps(msgspec.to_builtins(report), indent=2).encode("ascii") + b"\n"
 
 
-def output_bytes(output: Output) -> bytes:
-    """What a stream held."""
-    return base64.b64decode(output.base64) if output.base64 is not None else (output.text or "").encode()
-
-
 def _compiled(result: Result, built: Built) -> CompileReport:
     """The build's success; one that was kept from before answers as it did then."""
     return CompileReport(
@@ -237,8 +231,8 @@ def _compiled(result: Result, built: Built) -> CompileReport:
         compiled_exe=built.path,
         compiled_exe_size=built.size,
         compile_error=None,
-        stdout_b64=output_bytes(result.build.stdout if result.build else NOTHING),
-        stderr_b64=output_bytes(result.build.stderr if result.build else NOTHING),
+        stdout_b64=(result.build.stdout if result.build else NOTHING).data,
+        stderr_b64=(result.build.stderr if result.build else NOTHING).data,
         fuel_used=None,
         trap=None,
     )
@@ -254,8 +248,8 @@ def _failed_build(result: Result, lang_id: str) -> CompileReport:
         compiled_exe=None,
         compiled_exe_size=None,
         compile_error=result.reason,
-        stdout_b64=output_bytes(result.stdout),
-        stderr_b64=output_bytes(result.stderr),
+        stdout_b64=result.stdout.data,
+        stderr_b64=result.stderr.data,
         fuel_used=None,
         # A compiler that ended by itself has said what is wrong; of one that was ended only the reason tells.
         trap=None if result.exit_code else result.reason,
@@ -263,8 +257,8 @@ def _failed_build(result: Result, lang_id: str) -> CompileReport:
 
 
 def _solved(result: Result) -> SolveReport:
-    stdout = output_bytes(result.stdout)
-    stderr = output_bytes(result.stderr)
+    stdout = result.stdout.data
+    stderr = result.stderr.data
     return SolveReport(
         ok=result.outcome == "ok",
         exit_status=_exit_status(result),

@@ -1,0 +1,142 @@
+"""The flags of `x07 run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from x07_sandbox.cli.usage import whole_number
+from x07_sandbox.host import settings
+from x07_sandbox.host.variables import SANDBOX_BACKENDS
+from x07_sandbox.programs.toolchains import BY_NAME, describe
+
+if TYPE_CHECKING:
+    import argparse
+
+EPILOG = f"""languages, by the name of the file or by --toolchain:
+{describe()}
+A folder with an x07-sandbox.toml is a project of more files: docs/programs.md.
+
+exit code: the program's own; 128+N for signal N; 124 for a time or CPU limit; 137 out of memory; 153 too much output;
+126 the build failed; 125 refused, lost, or its output could not be written; 2 wrong usage. A program may use the same
+numbers: scripts read `outcome`.
+
+examples:
+  x07 run prog.py
+  x07 run --input data.txt prog.c -- --top 10
+  x07 run -c 'print(6 * 7)' --toolchain python
+  generate | x07 run --toolchain shell -           the source comes from standard input
+  x07 run --policy strict.json --json prog.py
+  x07 run --env LEVEL=3 ./a.out
+  x07 run --dry-run project/                       what would be done, and what the policy would hold
+"""
+OVERRIDES = (
+    ("--allow-host", "HOST:PORT[,PORT...]", "a host that it may connect to"),
+    ("--allow-host-file", "FILE", "a file of such, one a line"),
+    ("--deny-host", "HOST:PORT[,...]|HOST:*", "one that it may not, whatever allows it"),
+    ("--deny-host-file", "FILE", "a file of such"),
+    ("--allow-read-root", "PATH", "a folder that it may read"),
+    ("--allow-write-root", "PATH", "one that it may change"),
+)
+X07_LIMITS = ("--solve-fuel", "--max-memory-bytes", "--cpu-time-limit-seconds")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add them all."""
+    parser.add_argument(
+        "program", metavar="PROGRAM", nargs="?", help="a source file, an executable, a project's folder; - for stdin"
+    )
+    parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, behind --")
+    _add_program(parser)
+    _add_overrides(parser)
+    _add_input(parser)
+    _add_machine(parser)
+    _add_output(parser)
+    _add_x07(parser)
+
+
+def _add_program(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the program")
+    group.add_argument("-c", dest="code", metavar="CODE", help="a source text; needs --toolchain")
+    group.add_argument("--toolchain", choices=tuple(BY_NAME), metavar="T", help="how it is built and started")
+    group.add_argument(
+        "--policy",
+        metavar="FILE",
+        help="what it may touch: a document, or built-in:TEMPLATE (default: no files, no network, 60 s, 512 MiB)",
+    )
+    group.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of the program; NAME alone: ours"
+    )
+
+
+def _add_x07(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("for X07's own programs, and scripts that call X07's command")
+    for name, kind in (("--program", "program"), ("--project", "project"), ("--artifact", "artifact")):
+        dest = "program_flag" if kind == "program" else kind
+        group.add_argument(name, dest=dest, metavar="F", help=f"the {kind}, in place of PROGRAM")
+    group.add_argument("--world", metavar="W", default="run-os-sandboxed", help="run-os-sandboxed, the only one here")
+    group.add_argument("--profile", metavar="N", help="of an x07.json")
+    for name in X07_LIMITS:
+        group.add_argument(name, type=whole_number(0, 1 << 48, "units"), metavar="N", help="binds X07 programs only")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("changes to the policy, each any number of times")
+    for name, form, meaning in OVERRIDES:
+        group.add_argument(name, action="append", default=[], metavar=form, help=meaning)
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    title = "its standard input (default: the project's, else ours)"
+    group = parser.add_argument_group(title).add_mutually_exclusive_group()
+    group.add_argument("--input", type=Path, metavar="FILE", help="a file")
+    group.add_argument("--stdin", action="store_true", help="ours, whatever the project says")
+    group.add_argument("--input-b64", metavar="TEXT", help="bytes, as base64")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the machines")
+    group.add_argument("--image", metavar="NAME|DIGEST", help="the guest image (default: default)")
+    group.add_argument("--require-hardware", action="store_true", help="refuse emulation")
+    group.add_argument("--backend", metavar="B", help="how they are started (default: X07_VM_BACKEND, else qemu)")
+    group.add_argument(
+        "--sandbox-backend", choices=tuple(SANDBOX_BACKENDS), help="the wall (default: X07_SANDBOX_BACKEND, else auto)"
+    )
+    group.add_argument(
+        "--i-accept-weaker-isolation", action="store_true", help="accept a wall that is no virtual machine, if named"
+    )
+    group.add_argument(
+        "--queue-timeout",
+        type=whole_number(0, int(settings.QUEUE_S), "seconds"),
+        default=settings.QUEUE_S,
+        metavar="S",
+        help="how long to wait while as many machines run as may (default: 600)",
+    )
+    group.add_argument("--no-pool", action="store_true", help="take no warm machine, also where x07 pool keeps some")
+    group.add_argument("--no-cache", action="store_true", help="build also what was built before from the same source")
+    group.add_argument("--cold", action="store_true", help="boot the machines anew instead of cloning saved ones")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object instead of the program's output"
+    )
+    group.add_argument("--report-out", type=Path, metavar="FILE", help="write the result there too, as JSON")
+    group.add_argument("--quiet-json", action="store_true", help="with --report-out: print no JSON")
+    group.add_argument("--raw", action="store_true", help="let a terminal have control sequences of the program's")
+    group.add_argument(
+        "--max-output-bytes",
+        type=whole_number(0, 1 << 40, "bytes"),
+        default=settings.OUTPUT_MAX_BYTES,
+        metavar="N",
+        help="per stream (default: 64 MiB)",
+    )
+    group.add_argument("--compiled-out", type=Path, metavar="FILE", help="keep what was built there")
+    group.add_argument(
+        "--report", choices=("runner", "wrapped"), help="print X07's report instead, and end with its exit code"
+    )
+    group.add_argument(
+        "--attest-runtime", type=Path, metavar="FILE", help="with --report: X07's attestation of the run"
+    )
+    group.add_argument("--dry-run", action="store_true", help="boot nothing: say what would be done")
