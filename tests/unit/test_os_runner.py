@@ -151,7 +151,7 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
     [
         (("--program", "main.x07.json"), "no X07 toolchain"),
         (("--project", "x07.json"), "no X07 toolchain"),
-        (("--project", "x07-sandbox.toml"), "no manifests yet"),
+        (("--project", "x07-sandbox.toml"), "cannot read the manifest"),
         (("--project", "pyproject.toml"), "a manifest is called x07.json or x07-sandbox.toml"),
         (("--artifact", "a.out"), "X07's own protocol"),
         (("--artifact", "a.out", "--i-accept-precompiled-artifact"), "X07's own protocol"),
