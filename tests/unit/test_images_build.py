@@ -30,7 +30,10 @@ PACKAGES = ("hello", "netbase")
 
 
 def _base_folder(include: Sequence[str]) -> Path:
-    return store.images_dir() / f"base-{bases.base_key(host_arch(), sources.release_codename(), include)}"
+    return (
+        store.images_dir()
+        / f"base-{bases.Kind(arch=host_arch(), suite=sources.release_codename(), include=tuple(include)).key}"
+    )
 
 
 def _make(include: Sequence[str]) -> str:

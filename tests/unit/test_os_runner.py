@@ -149,8 +149,8 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("--program", "main.x07.json"), "no X07 toolchain"),
-        (("--project", "x07.json"), "no X07 toolchain"),
+        (("--program", "main.x07.json"), "main.x07.json"),
+        (("--project", "x07.json"), "x07.json"),
         (("--project", "x07-sandbox.toml"), "cannot read the manifest"),
         (("--project", "pyproject.toml"), "a manifest is called x07.json or x07-sandbox.toml"),
         (("--artifact", "a.out"), "X07's own protocol"),
@@ -162,7 +162,7 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
     ],
 )
 def test_what_cannot_be_built_is_refused_by_name(refused: Refused, words: tuple[str, ...], named: str) -> None:
-    """X07 programs, projects, artifacts and unknown languages are refused before anything starts."""
+    """Programs that are not there, artifacts and unknown languages are refused before anything starts."""
     assert named in refused(*SANDBOXED, "--policy", "policy.json", *words)
 
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from x07_sandbox.programs.x07 import frame_input
 from x07_sandbox.reports.protocol import (
     NO_METRICS,
     NOT_FRAMED,
     find_metrics,
-    frame_input,
     framed_output,
     read_protocol,
 )

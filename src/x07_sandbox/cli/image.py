@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.console import Progress, say
@@ -22,6 +23,7 @@ _EXAMPLES = """examples:
   x07 image build --name science --include python3-numpy,python3-pandas
   x07 image build --name science --preload numpy,pandas
   x07 image build --name science                 renew or mend it, with the packages that it has
+  x07 image build --name x07 --x07-toolchain x07-linux
   x07 image verify                               read every byte again and compare
 """
 
@@ -57,6 +59,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     modules.add_argument(
         "--no-preload", action="store_true", help="no such modules, also where the image of this name has some"
     )
+    build.add_argument(
+        "--x07-toolchain",
+        type=Path,
+        metavar="DIR",
+        help="X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs; kept by later builds",
+    )
     build.add_argument("--fresh", action="store_true", help="fetch all packages again, to take in updates")
     build.set_defaults(carry_out=_build)
     listing = inner.add_parser("list", help="the images that are here")
@@ -71,11 +79,16 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 
 def build_with_progress(
-    name: str, include: list[str] | None, preload: list[str] | None = None, *, fresh: bool = False
+    name: str,
+    include: list[str] | None,
+    preload: list[str] | None = None,
+    *,
+    x07: Path | None = None,
+    fresh: bool = False,
 ) -> Image:
     """Build an image, telling the user how far it is. include, preload: None for what it has. Raises SandboxError."""
     progress = Progress(f"image {name}")
-    image = build_image(name=name, include=include, preload=preload, progress=progress, fresh=fresh)
+    image = build_image(name=name, include=include, preload=preload, x07=x07, progress=progress, fresh=fresh)
     try:
         prepare_templates(image, progress)
     except SandboxError as exc:
@@ -89,7 +102,7 @@ def build_with_progress(
 def _build(options: argparse.Namespace) -> int:
     include = [] if options.no_include else _names(options.include)
     preload = [] if options.no_preload else _names(options.preload)
-    image = build_with_progress(options.name, include, preload, fresh=options.fresh)
+    image = build_with_progress(options.name, include, preload, x07=options.x07_toolchain, fresh=options.fresh)
     if options.json:
         _print({"name": image.name, "digest": image.digest})
     return 0

@@ -25,7 +25,9 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
 from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest
-from x07_sandbox.programs.toolchains import OUTPUT, Toolchain, toolchain_for
+from x07_sandbox.programs.toolchains import OUTPUT, X07, Toolchain, toolchain_for
+from x07_sandbox.programs.x07 import PROJECT_FILE, SOURCE_SUFFIX, Options
+from x07_sandbox.reports.protocol import HEAD_BYTES
 from x07_sandbox.reports.runner import CompileMode, World, failure_report, render_report
 from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.lease import PoolMachines
@@ -40,11 +42,8 @@ if TYPE_CHECKING:
 
 SETUP_EXIT: Final = 2
 INPUT_MAX_BYTES: Final = 64 * settings.MIB
-_X07_SOURCE: Final = ".x07.json"
-_X07_PROJECT: Final = "x07.json"
 _OUR_PROJECT: Final = "x07-sandbox.toml"
 _WORLDS: Final[dict[str, World]] = {"run-os": "run-os", "run-os-sandboxed": "run-os-sandboxed"}
-_NO_X07: Final = "this version's guest image carries no X07 toolchain"
 _SANDBOXED: Final = "--world run-os-sandboxed --policy FILE"
 
 
@@ -107,9 +106,11 @@ def _carry_out(options: argparse.Namespace) -> int:
         return _print(render_report(report), report.exit_code)
     data = b"" if options.input is None else read_bounded(Path(options.input), "input", INPUT_MAX_BYTES)
     wanted = _wanted(options, target, data, accepted=accepted)
-    _note_unused(options, target)
+    x07 = _x07_options(options) if target.toolchain.told else None
+    if x07 is None:
+        _note_unused(options, target)
     max_output_bytes = settings.MIB if options.max_output_bytes is None else options.max_output_bytes
-    return _run(target.path, wanted, data, max_output_bytes)
+    return _run(target.path, wanted, data, max_output_bytes, x07)
 
 
 # the command line
@@ -160,8 +161,8 @@ def _target(options: argparse.Namespace) -> Target:
     if options.project is not None:
         return _project(Path(options.project))
     path = Path(options.program)
-    if path.name.endswith(_X07_SOURCE):
-        raise UsageError(f"cannot run {path}", _NO_X07, "Give a program of another language, as x07 run --help lists")
+    if path.name.endswith(SOURCE_SUFFIX):
+        return Target(path=path, mode="compile-run", toolchain=X07)
     head = b""
     with contextlib.suppress(OSError), path.open("rb") as file:
         head = file.read(64)  # what cannot be read is told when it is
@@ -173,11 +174,10 @@ def _project(path: Path) -> Target:
     if path.name == _OUR_PROJECT:
         _, toolchain = decode_manifest(read_bounded(path, "manifest", MAX_BYTES), source=str(path))
         return Target(path=path, mode="project-compile-run", toolchain=toolchain)
-    if path.name == _X07_PROJECT:
-        why, fix = _NO_X07, "Give a program of another language with --program"
-    else:
-        why, fix = f"a manifest is called {_X07_PROJECT} or {_OUR_PROJECT}", "Name one, or give --program"
-    raise UsageError(f"cannot run the project {path}", why, fix)
+    if path.name == PROJECT_FILE:
+        return Target(path=path, mode="project-compile-run", toolchain=X07)
+    why = f"a manifest is called {PROJECT_FILE} or {_OUR_PROJECT}"
+    raise UsageError(f"cannot run the project {path}", why, "Name one, or give --program")
 
 
 def _wanted(options: argparse.Namespace, target: Target, data: bytes, *, accepted: bool) -> Wanted:
@@ -205,6 +205,13 @@ def _wanted(options: argparse.Namespace, target: Target, data: bytes, *, accepte
     )
 
 
+def _x07_options(options: argparse.Namespace) -> Options:
+    """What the flags tell X07's compiler. Raises UsageError."""
+    given = {name: getattr(options, name) for name in Options.__struct_fields__ if hasattr(options, name)}
+    roots = tuple(options.module_root or ())
+    return Options(**{name: value for name, value in given.items() if value is not None}, module_roots=roots)
+
+
 def _note_unused(options: argparse.Namespace, target: Target) -> None:
     """Nothing that was asked for is passed over in silence."""
     values = {option.flag: getattr(options, option.key) for option in OPTIONS if option.x07_only}
@@ -216,7 +223,7 @@ def _note_unused(options: argparse.Namespace, target: Target) -> None:
 # the run
 
 
-def _run(path: Path, wanted: Wanted, data: bytes, max_output_bytes: int) -> int:
+def _run(path: Path, wanted: Wanted, data: bytes, max_output_bytes: int, x07: Options | None) -> int:
     with contextlib.ExitStack() as stack:
         artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
         if wanted.attest_runtime is not None:
@@ -230,7 +237,8 @@ def _run(path: Path, wanted: Wanted, data: bytes, max_output_bytes: int) -> int:
                 policy=None if wanted.policy_path is None else Path(wanted.policy_path),
                 stdin_fd=memory_file(data, stack),
                 live_stderr=2,
-                max_output_bytes=max_output_bytes,
+                max_output_bytes=max_output_bytes + (HEAD_BYTES if x07 is not None else 0),
+                x07=x07,
                 artifact=artifact,
                 machines=PoolMachines(),
                 progress=progress,

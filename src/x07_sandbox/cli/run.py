@@ -23,6 +23,7 @@ from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.overrides import Overrides
+    from x07_sandbox.programs.x07 import Options as X07Options
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import Cancel
 
@@ -46,7 +47,7 @@ def _run(options: argparse.Namespace) -> int:
     _check_backend(options)
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
-            _need_image(options.image)
+            _need_image(options.image or text("X07_VM_GUEST_IMAGE"))
         cancel = stack.enter_context(cancelled_by_signals())
         progress = LiveLine()
         stack.callback(progress, "")
@@ -55,7 +56,10 @@ def _run(options: argparse.Namespace) -> int:
             from x07_sandbox.cli.dry_run import show_plan
 
             return show_plan(request, as_json=options.json)
-        if options.report or options.attest_runtime:
+        for_x07 = _is_x07(request)
+        if request.x07 is not None and not for_x07:
+            say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
+        if options.report or options.attest_runtime or for_x07:
             from x07_sandbox.cli.run_report import run_with_report
 
             return run_with_report(request, options, stack)
@@ -75,6 +79,16 @@ def _run(options: argparse.Namespace) -> int:
 
     lost = result.stdout.undelivered or result.stderr.undelivered
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
+
+
+def _is_x07(request: RunRequest) -> bool:
+    """Whether the program is one of X07's own, whose report is what callers of X07's command expect."""
+    path = request.program
+    if path is None or not (path.name.endswith("x07.json") or path.is_dir()):
+        return False
+    from x07_sandbox.programs.x07 import is_x07
+
+    return is_x07(path)
 
 
 def _check_backend(options: argparse.Namespace) -> None:
@@ -135,6 +149,8 @@ def _request(
         queue_s=options.queue_timeout,
         machines=None if options.no_pool else PoolMachines(),
         require_hardware=options.require_hardware,
+        profile=options.profile,
+        x07=_x07_options(options),
         progress=progress,
         cancel=cancel,
     )
@@ -147,11 +163,6 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
         raise UsageError(
             f"cannot run in the world {options.world}", why, "Use --world run-os-sandboxed, or leave it out"
         )
-    if options.profile:
-        raise UsageError("cannot use --profile", "profiles are in an x07.json, for X07 programs", "Leave it out")
-    for name in X07_LIMITS:
-        if getattr(options, name[2:].replace("-", "_")) is not None:
-            say(f"{name} binds X07 programs only; this one has the policy's limits")
     by_flag = [value for value in (options.program_flag, options.project, options.artifact) if value]
     if len(by_flag) > 1:
         raise UsageError(
@@ -160,6 +171,19 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
     if not by_flag:
         return options.program, options.args
     return by_flag[0], [*([] if options.program is None else [options.program]), *options.args]
+
+
+def _x07_options(options: argparse.Namespace) -> X07Options | None:
+    """What X07's compiler is told; None where nothing was said, as for most programs."""
+    keys = [name[2:].replace("-", "_") for name in X07_LIMITS]
+    given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    if options.auto_ffi is not None:
+        given["auto_ffi"] = options.auto_ffi
+    if not given:
+        return None
+    from x07_sandbox.programs.x07 import Options
+
+    return Options(**given)
 
 
 def _overrides(options: argparse.Namespace) -> Overrides | None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.usage import whole_number
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 from x07_sandbox.programs.toolchains import BY_NAME, describe
-
-if TYPE_CHECKING:
-    import argparse
 
 EPILOG = f"""languages, by the name of the file or by --toolchain:
 {describe()}
@@ -76,6 +73,7 @@ def _add_x07(parser: argparse.ArgumentParser) -> None:
         group.add_argument(name, dest=dest, metavar="F", help=f"the {kind}, in place of PROGRAM")
     group.add_argument("--world", metavar="W", default="run-os-sandboxed", help="run-os-sandboxed, the only one here")
     group.add_argument("--profile", metavar="N", help="of an x07.json")
+    group.add_argument("--auto-ffi", action=argparse.BooleanOptionalAction, help="compile the foreign code of packages")
     for name in X07_LIMITS:
         group.add_argument(name, type=whole_number(0, 1 << 48, "units"), metavar="N", help="binds X07 programs only")
 

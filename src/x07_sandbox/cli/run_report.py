@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,44 +14,73 @@ from msgspec.structs import replace
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.written import check_place, write_all, write_whole
 from x07_sandbox.cli.x07_report import Wanted, make_report
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.host.variables import flag
+from x07_sandbox.policy.overrides import derive_policy
+from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.programs.toolchains import OUTPUT
+from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, LOCK_FILE, WORLD, diagnostics_line
 from x07_sandbox.reports.runner import CompileRunReport, render_report
 from x07_sandbox.reports.wrapped import Target, wrap
 from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import open_input, policy_in_force
+from x07_sandbox.runs.request import open_input, policy_in_force, read_policy, read_spec_file
 from x07_sandbox.runs.run import run
 from x07_sandbox.runs.streams import memory_file
+from x07_sandbox.runs.x07_program import read_whole
 
 if TYPE_CHECKING:
     import argparse
     import contextlib
 
+    from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
 
-_INPUT_MAX_BYTES = 64 * settings.MIB
 _USAGE_EXIT = 2
+_SCHEMA_EXIT = 3
 
 
 def run_with_report(request: RunRequest, options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    """Carry the request out and print X07's report; its exit code. Raises SandboxError before there is a run."""
+    """Carry the request out and print X07's report; its exit code.
+
+    Raises SandboxError before there is a run; for X07's own programs it ends with X07's exit codes instead.
+    """
     for name, place in (("--compiled-out", options.compiled_out), ("--attest-runtime", options.attest_runtime)):
         if place is not None:
             check_place(name, place)
     request, program = load_program(request, stack)
+    if not program.toolchain.told:
+        return _carry_out(request, program, options, stack)
+    try:
+        return _carry_out(request, program, options, stack)
+    except PolicyError as exc:
+        if exc.in_schema:
+            say(str(exc))
+            return _USAGE_EXIT
+        sys.stderr.write(diagnostics_line([str(problem) for problem in exc.problems]) + "\n")
+        return _SCHEMA_EXIT
+    except (UsageError, RefusedError) as exc:
+        say(str(exc))
+        return _USAGE_EXIT
+
+
+def _carry_out(request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    if program.toolchain.told:
+        request = _with_derived_file(request, program)
+        if request.policy is None:
+            raise UsageError("no policy", f"{WORLD} runs nothing of X07's without one", "Name it with --policy")
     policy, policy_bytes = policy_in_force(request)
-    data = _read_all(open_input(request, stack))
+    data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
     artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
     wanted = Wanted(
-        mode="project-compile-run" if program.source.files else "compile-run",
+        mode="project-compile-run" if program.project else "compile-run",
         toolchain=program.toolchain,
         policy=policy,
         policy_bytes=policy_bytes,
-        policy_path=None if request.policy is None else str(options.policy or request.policy),
+        policy_path=None if request.policy is None else str(request.policy),
         input_bytes=len(data),
         compiled_out=options.compiled_out,
         attest_runtime=options.attest_runtime,
@@ -66,6 +94,7 @@ def run_with_report(request: RunRequest, options: argparse.Namespace, stack: con
         stdin_fd=memory_file(data, stack),
         stdin_default=False,
         live_stdout=None,
+        live_stderr=2,
         artifact=artifact,
     )
     result = run(request)
@@ -77,7 +106,7 @@ def run_with_report(request: RunRequest, options: argparse.Namespace, stack: con
     for told in (line, f"{result.outcome}: {result.reason}" if report.exit_code else ""):
         if told:
             say(told)
-    text = render_report(report) if options.report != "wrapped" else _wrapped(report, options, program.source.files)
+    text = render_report(report) if options.report != "wrapped" else _wrapped(report, options, program)
     if options.report_out is not None:
         write_whole(options.report_out, partial(write_all, data=text))
     if not options.quiet_json:
@@ -86,34 +115,36 @@ def run_with_report(request: RunRequest, options: argparse.Namespace, stack: con
     return report.exit_code
 
 
-def _wrapped(report: CompileRunReport, options: argparse.Namespace, tree: tuple[str, ...]) -> bytes:
+def _with_derived_file(request: RunRequest, program: Program) -> RunRequest:
+    """Overrides of an X07 program's policy become a file of its project, as X07's own command has it.
+
+    Raises UsageError, PolicyError.
+    """
+    if request.overrides is None:
+        return request
+    root = project_root(request.program if program.project and request.program and request.program.is_file() else None)
+    if request.program is not None and request.program.is_dir():
+        root = request.program
+    base, data = read_policy(request.policy)
+    name = "built-in:default" if request.policy is None else str(request.policy)
+    derived = derive_policy(base, data, name, request.overrides, read_spec_file=read_spec_file)
+    parts = (".x07", "policies", "_generated", derived.file_name)
+    write_document(root, parts, derived.data, overwrite=True)
+    place = root.joinpath(*parts)
+    say(f"using derived policy {place}", "x07 run")
+    return replace(request, policy=place, overrides=None)
+
+
+def _wrapped(report: CompileRunReport, options: argparse.Namespace, program: Program) -> bytes:
     """In X07's envelope, which says what was run."""
     path = Path(options.project or options.program_flag or options.artifact or options.program or "-")
-    root = None
-    if tree:
-        root = str(path if path.is_dir() else path.parent)
+    root = path if path.is_dir() else path.parent
+    lock = str(root / LOCK_FILE) if program.project and program.toolchain.told else None
     target = Target(
-        kind="artifact" if options.artifact else "project" if tree else "program",
+        kind="artifact" if options.artifact else "project" if program.project else "program",
         path=str(path),
-        project_root=root,
-        lockfile=None,
+        project_root=str(root) if program.project else None,
+        lockfile=lock,
         resolved_module_roots=[],
     )
     return (json.dumps(msgspec.to_builtins(wrap(report, target)), indent=2) + "\n").encode()
-
-
-def _read_all(fd: int | None) -> bytes:
-    """All of the input, since its length is attested. Raises UsageError."""
-    data = bytearray()
-    while fd is not None and len(data) <= _INPUT_MAX_BYTES:
-        try:
-            piece = os.read(fd, 1 << 20)
-        except OSError as exc:
-            raise UsageError("cannot read the input", exc.strerror or str(exc), "Name a file with --input") from exc
-        if not piece:
-            break
-        data += piece
-    if len(data) > _INPUT_MAX_BYTES:
-        why = f"it has more than {_INPUT_MAX_BYTES} bytes"
-        raise UsageError("cannot read the input", why, "Leave out --report: then it is streamed")
-    return bytes(data)

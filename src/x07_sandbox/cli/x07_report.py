@@ -14,6 +14,7 @@ from x07_sandbox.policy import Policy
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, Toolchain
 from x07_sandbox.reports.attestation import WRITE_CODE, Attested, attest, reference
 from x07_sandbox.reports.runner import Built, CompileMode, CompileRunReport, render_report, runner_report
+from x07_sandbox.reports.x07 import x07_report
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
@@ -47,7 +48,7 @@ def make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Comp
         path=OUTPUT,
         size=artifact.size,
     )
-    report = runner_report(result, built)
+    report = x07_report(result, built) if wanted.toolchain.told else runner_report(result, built)
     if wanted.compiled_out is not None and report.compile.ok:
         write_executable(wanted.compiled_out, artifact)
     if wanted.attest_runtime is None:

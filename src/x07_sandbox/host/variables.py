@@ -59,7 +59,7 @@ class Variable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _FIRECRACKER: Final = "with the firecracker-ctr backend"
-_TOOLCHAIN: Final = "with X07's own toolchain"
+_GUEST: Final = "none: the host's variables do not reach a guest, and builds have no network"
 
 VARIABLES: Final[dict[str, Variable]] = {
     variable.name: variable
@@ -120,9 +120,8 @@ VARIABLES: Final[dict[str, Variable]] = {
         Variable(
             name="X07_VM_GUEST_IMAGE",
             kind="text",
-            default="of each backend",
-            effect="with backends that run container images",
-            doc="The guest image that container runtimes start; qemu takes --image.",
+            default="`default`",
+            doc="The guest image: with qemu the name or digest of one of ours (--image wins).",
         ),
         Variable(
             name="X07_VM_GUEST_IMAGE_DIGEST",
@@ -170,18 +169,23 @@ VARIABLES: Final[dict[str, Variable]] = {
             effect=_FIRECRACKER,
             doc="The containerd namespace of our containers.",
         ),
-        Variable(name="X07_WORKSPACE_ROOT", kind="text", effect=_TOOLCHAIN, doc="Where X07's library lies."),
-        Variable(name="X07_COMPAT", kind="text", effect=_TOOLCHAIN, doc="The X07 version to compile like."),
+        Variable(
+            name="X07_WORKSPACE_ROOT",
+            kind="text",
+            default="`/usr/local/lib/x07` in the guest",
+            effect=_GUEST,
+            doc="Where X07's library lies.",
+        ),
+        Variable(name="X07_COMPAT", kind="text", doc="The X07 version to compile like; --compat wins."),
         Variable(
             name="X07_MAX_C_BYTES",
             kind="number",
             lo=0,
             hi=2**48,
-            effect=_TOOLCHAIN,
-            doc="How much C the X07 compiler may make, in bytes.",
+            doc="How much C the X07 compiler may make, in bytes; --max-c-bytes wins.",
         ),
-        Variable(name="X07_OFFLINE", kind="text", effect=_TOOLCHAIN, doc="Fetch no X07 packages."),
-        Variable(name="X07_NATIVE_CACHE_DIR", kind="text", effect=_TOOLCHAIN, doc="X07's cache of native libraries."),
+        Variable(name="X07_OFFLINE", kind="text", effect=_GUEST, doc="Fetch no X07 packages."),
+        Variable(name="X07_NATIVE_CACHE_DIR", kind="text", effect=_GUEST, doc="X07's cache of native libraries."),
     )
 }
 

@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.images import commands, kernel, manifest, recipe, scratch, sources, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from x07_sandbox.host.arch import Arch
+    from collections.abc import Callable
 
 BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
 MMDEBSTRAP_TIMEOUT_S = 1800.0
@@ -35,8 +34,8 @@ TREE = "tree"
 TAR_FILE = "root.tar"
 
 
-class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """base.json. boot and net: module files in loading order."""
+class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """base.json. boot and net: module files in loading order. x07: digest of X07's toolchain in it, "" for none."""
 
     schema_version: str
     kernel_release: str
@@ -47,6 +46,7 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     boot: list[manifest.Part]
     net: list[manifest.Part]
     packages: list[manifest.Package]
+    x07: str = ""
 
     def parts(self) -> list[manifest.Part]:
         """Every file of it."""
@@ -58,9 +58,19 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return hashlib.sha256(manifest.canonical(msgspec.to_builtins(self))).hexdigest()
 
 
-def base_key(arch: Arch, suite: str, include: Sequence[str]) -> str:
-    """The name of the base folder's kind."""
-    return hashlib.sha256(manifest.canonical([recipe.RECIPE, arch.deb, suite, list(include)])).hexdigest()[:32]
+class Kind(msgspec.Struct, frozen=True, kw_only=True):
+    """What a base is made of. x07: digest of X07's toolchain, "" for none; its folder is given beside it."""
+
+    arch: Arch
+    suite: str
+    include: tuple[str, ...]
+    x07: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name of its folder."""
+        words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include), *([self.x07] if self.x07 else [])]
+        return hashlib.sha256(manifest.canonical(words)).hexdigest()[:32]
 
 
 def read_base(folder: Path) -> Base | None:
@@ -90,14 +100,17 @@ def check_base(folder: Path, base: Base) -> None:
         verify.opened_parts(folder_fd, base.parts(), subject, stack)
 
 
-def make_base(work: Path, arch: Arch, suite: str, include: Sequence[str], progress: Callable[[str], None]) -> Path:
-    """A finished base folder below *work*, ready to be renamed to its place. Raises SandboxError."""
+def make_base(work: Path, kind: Kind, x07: Path | None, progress: Callable[[str], None]) -> Path:
+    """A finished base folder below *work*, ready to be renamed to its place. x07: the toolchain of *kind*.
+
+    Raises SandboxError.
+    """
     for name in ("mmdebstrap", "mkfs.erofs", "mke2fs", "dpkg-deb", "zstd", "apt-config", "bwrap"):
         commands.tool(name)
-    found = sources.host_sources(suite, arch.deb, note=progress)
+    found = sources.host_sources(kind.suite, kind.arch.deb, note=progress)
     (work / "build.sources").write_text("\n".join(source.stanza() for source in found))
-    progress(f"fetching and unpacking {suite} packages")
-    _mmdebstrap(work, arch, suite, include, progress)
+    progress(f"fetching and unpacking {kind.suite} packages")
+    _mmdebstrap(work, kind, x07, progress)
     progress("taking the kernel apart")
     with (work / "kernel.tar").open("wb") as tar:
         commands.run(
@@ -131,12 +144,13 @@ def make_base(work: Path, arch: Arch, suite: str, include: Sequence[str], progre
         boot=[put(folder, f"{number:02}-{name}.ko".lower(), data) for number, (name, data) in enumerate(parts.boot)],
         net=[put(folder, f"net-{number:02}-{name}.ko".lower(), data) for number, (name, data) in enumerate(parts.net)],
         packages=_packages(work),
+        x07=kind.x07,
     )
     put(folder, "base.json", msgspec.json.format(msgspec.json.encode(base), indent=2))
     return folder
 
 
-def _mmdebstrap(work: Path, arch: Arch, suite: str, include: Sequence[str], progress: Callable[[str], None]) -> None:
+def _mmdebstrap(work: Path, kind: Kind, x07: Path | None, progress: Callable[[str], None]) -> None:
     settings = sources.fetch_settings(commands.capture([commands.tool("apt-config"), "dump"]).decode(errors="replace"))
     # Names and passwords for a private mirror; apt reads them on the host and they never enter the tree.
     for option, path in (
@@ -149,13 +163,19 @@ def _mmdebstrap(work: Path, arch: Arch, suite: str, include: Sequence[str], prog
     tree.mkdir(mode=0o700)
     _check_space(work)
     argv = [*own_namespaces(), commands.tool("mmdebstrap"), "--mode=root", "--format=tar"]
-    argv += recipe.mmdebstrap_options(arch, include, str(work / "kernel.deb"), str(work / "dpkg-status"))
+    argv += recipe.mmdebstrap_options(
+        kind.arch,
+        kind.include,
+        str(work / "kernel.deb"),
+        str(work / "dpkg-status"),
+        None if x07 is None else str(x07),
+    )
     argv += [f"--aptopt={setting}" for setting in settings]
     with (work / TAR_FILE).open("wb") as tar:
         # The lock goes with the descriptor to mmdebstrap's processes: see remove_work.
         fcntl.flock(tar, fcntl.LOCK_EX)
         commands.run(
-            [*argv, suite, "-", str(work / "build.sources")],
+            [*argv, kind.suite, "-", str(work / "build.sources")],
             cwd=tree,
             timeout_s=MMDEBSTRAP_TIMEOUT_S,
             extra_env={"TMPDIR": str(tree)},

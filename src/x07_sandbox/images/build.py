@@ -14,29 +14,31 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, private_dir
 from x07_sandbox.images import base as bases
-from x07_sandbox.images import boot, guestcode, manifest, recipe, sources, store, verify
+from x07_sandbox.images import boot, guestcode, manifest, recipe, sources, store, toolchain, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from x07_sandbox.host.arch import Arch
     from x07_sandbox.images.store import Image
 
 WORK_PREFIX = "image-"
+X07_COPY = "x07"
 
 
 class Extras(msgspec.Struct, frozen=True, kw_only=True):
-    """What an image has beyond the usual: Debian packages, and Python modules to preload."""
+    """What an image has beyond the usual: Debian packages, Python modules to preload, X07's toolchain by its digest."""
 
     include: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
+    x07: str = ""
 
 
-def build_image(
+def build_image(  # noqa: PLR0913 - what an image may be made with, each by its name
     *,
     name: str = store.DEFAULT,
     include: Sequence[str] | None = None,
     preload: Sequence[str] | None = None,
+    x07: Path | None = None,
     progress: Callable[[str], None],
     fresh: bool = False,
     code: guestcode.GuestCode | None = None,
@@ -44,7 +46,7 @@ def build_image(
     """The image for this installation's guest code, called *name* from now on.
 
     include: further Debian packages. preload: Python modules that a program on a saved machine finds imported.
-    Either None: those that the image of this name has by now.
+    x07: folder of X07's toolchain. Each None: what the image of this name has by now.
     fresh: fetch and unpack the packages again although a base is there.
     code: what runs in the guest; this installation's if None.
     progress: called with one line of text at a time. Raises SandboxError; then nothing has changed.
@@ -59,6 +61,9 @@ def build_image(
         more = _extras(name, asked_packages, asked_modules, progress)
         work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=_work_dir()))
         try:
+            if x07 is not None:
+                progress(f"copying the X07 toolchain {x07}")
+                more = msgspec.structs.replace(more, x07=toolchain.snapshot(x07, work / X07_COPY))
             digest = _build(work, images, more, progress, fresh=fresh, code=code or guestcode.read_guest_code())
         finally:
             bases.remove_work(work, progress)
@@ -77,12 +82,13 @@ def _build(
 ) -> str:
     arch = host_arch()
     suite = sources.release_codename()
-    folder = images / f"base-{bases.base_key(arch, suite, more.include)}"
+    kind = bases.Kind(arch=arch, suite=suite, include=more.include, x07=more.x07)
+    folder = images / f"base-{kind.key}"
     base = None if fresh else bases.read_base(folder)
     if base is not None and (known := _known((base.digest, code.digest, more.preload), progress)) is not None:
         return known
     if base is None or not _whole(folder, base, progress):
-        base = _new_base(work, folder, (arch, suite, more.include), progress)
+        base = _new_base(work, folder, kind, progress)
     draft = manifest.Manifest(
         schema_version=manifest.SCHEMA,
         digest=manifest.NO_DIGEST,
@@ -91,6 +97,7 @@ def _build(
         suite=suite,
         include=list(more.include),
         preload=list(more.preload),
+        x07=more.x07,
         base=base.digest,
         guest_code=code.digest,
         kernel_release=base.kernel_release,
@@ -116,14 +123,13 @@ def _extras(
 
     Raises ImageError where there is one that cannot tell of its packages.
     """
-    if packages is not None and modules is not None:
-        return Extras(include=packages, preload=modules)
     try:
         image = store.named(name)
     except ImageError as exc:
         if packages is None:
             raise
-        progress(f"{exc.why}: it will have no modules preloaded")
+        if modules is None:
+            progress(f"{exc.why}: it will have no modules preloaded")
         image = None
     had: list[list[str]] = [[], []] if image is None else [image.manifest.include, image.manifest.preload]
     if packages is None and had[0]:
@@ -133,6 +139,7 @@ def _extras(
     return Extras(
         include=recipe.check_packages(had[0]) if packages is None else packages,
         preload=recipe.check_modules(had[1]) if modules is None else modules,
+        x07="" if image is None else image.manifest.x07,
     )
 
 
@@ -157,10 +164,13 @@ def _whole(folder: Path, base: bases.Base, progress: Callable[[str], None]) -> b
     return True
 
 
-def _new_base(
-    work: Path, folder: Path, kind: tuple[Arch, str, Sequence[str]], progress: Callable[[str], None]
-) -> bases.Base:
-    made = bases.make_base(work, *kind, progress)
+def _new_base(work: Path, folder: Path, kind: bases.Kind, progress: Callable[[str], None]) -> bases.Base:
+    x07 = work / X07_COPY
+    if kind.x07 and not x07.exists():
+        raise ImageError(
+            "cannot make the image anew", "its X07 toolchain is not here", "Name it again: --x07-toolchain DIR"
+        )
+    made = bases.make_base(work, kind, x07 if kind.x07 else None, progress)
     if folder.exists():
         # Images hold the old base's files by links of their own.
         folder.rename(work / "old-base")

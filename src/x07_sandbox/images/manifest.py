@@ -73,6 +73,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     base: digest of the first stage (root file system, kernel, modules); guest_code: of our code in it.
     filters: seccomp filters by name.
     preload: Python modules that a program on a saved machine finds imported; absent where there are none.
+    x07: sha256 over X07's own toolchain in it; absent where there is none.
     """
 
     schema_version: str
@@ -89,6 +90,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     packages: list[Package]
     filters: dict[str, Part]
     preload: list[str] = []
+    x07: str = ""
+
+    def holds(self) -> set[str]:
+        """Names of what is in it: packages, and "x07" for X07's toolchain."""
+        return {package.name for package in self.packages} | ({"x07"} if self.x07 else set())
 
 
 _decoder = msgspec.json.Decoder(Manifest, strict=True)

@@ -18,6 +18,7 @@ import msgspec
 
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
+from x07_sandbox.host.variables import text
 from x07_sandbox.images import guestcode, manifest
 from x07_sandbox.images.manifest import Manifest
 
@@ -77,10 +78,12 @@ def check_name(name: str) -> str:
 
 
 def find_image(ref: str | None) -> Image:
-    """The image called *ref*: a name, "sha256:<hex>", or a unique prefix of at least 12 hex digits; None is "default".
+    """The image called *ref*: a name, "sha256:<hex>", or a unique prefix of at least 12 hex digits.
 
+    None is what X07_VM_GUEST_IMAGE names, else "default".
     Raises ImageError when there is none, or it is damaged or of another format.
     """
+    ref = text("X07_VM_GUEST_IMAGE") if ref is None else ref
     wanted = DEFAULT if ref is None else ref
     hexes = wanted.removeprefix("sha256:")
     if wanted.startswith("sha256:") or PREFIX.fullmatch(wanted):

@@ -62,7 +62,8 @@ def decode_policy(data: bytes, *, source: str) -> Policy:
     parsed = parse(data, source=source)
     policy = accept(parsed)
     if policy is None:
-        raise PolicyError.of(source, find_problems(parsed) or (Problem("$", "is not valid"),))
+        problems = find_problems(parsed) or (Problem("$", "is not valid"),)
+        raise PolicyError.of(source, problems, in_schema=_keeps_to_the_schema(parsed))
     return policy
 
 
@@ -125,6 +126,12 @@ def find_problems(parsed: Parsed) -> tuple[Problem, ...]:
     if len(found) > MAX_PROBLEMS:
         found[MAX_PROBLEMS:] = [Problem("$", f"has more problems than these {MAX_PROBLEMS}")]
     return tuple(found)
+
+
+def _keeps_to_the_schema(parsed: Parsed) -> bool:
+    from x07_sandbox.policy.explain import schema_problems
+
+    return not any(_text_problems(parsed.value)) and not any(schema_problems(parsed.value))
 
 
 def _unreadable(source: str, message: str) -> NoReturn:

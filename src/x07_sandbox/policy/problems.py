@@ -29,21 +29,27 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class PolicyError(UsageError):
-    """A policy document was refused; ``problems`` holds everything that is wrong with it."""
+    """A policy document was refused; ``problems`` holds everything that is wrong with it.
 
-    def __init__(self, what: str, why: str, fix: str, problems: Iterable[Problem] = ()) -> None:
+    in_schema: it keeps to the schema, and breaks only rules beyond it.
+    """
+
+    def __init__(
+        self, what: str, why: str, fix: str, problems: Iterable[Problem] = (), *, in_schema: bool = False
+    ) -> None:
         """The three parts of every error, and all problems that were found."""
         super().__init__(what, why, fix)
-        # Kept out of args on purpose: pickle rebuilds from args and then restores this attribute.
+        # Kept out of args on purpose: pickle rebuilds from args and then restores these attributes.
         self.problems: tuple[Problem, ...] = tuple(problems)
+        self.in_schema = in_schema
 
     @classmethod
-    def of(cls, source: str, problems: Sequence[Problem]) -> "PolicyError":
+    def of(cls, source: str, problems: Sequence[Problem], *, in_schema: bool = False) -> "PolicyError":
         """The error for *problems* (at least one) in the document that came from *source*."""
         lines = [str(problem) for problem in problems]
         why = lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *(f"  {line}" for line in lines)])
         fix = "Correct the document; docs/policy.md lists every field"
-        return cls(f"policy {source} is refused", why, fix, problems)
+        return cls(f"policy {source} is refused", why, fix, problems, in_schema=in_schema)
 
 
 def json_path(parts: Iterable[str | int]) -> str:

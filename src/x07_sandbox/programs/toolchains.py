@@ -60,7 +60,8 @@ class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
     build: argv of the build; the first is a path. None where the source is the artifact.
     archive: whether the artifact is an archive that is unpacked to PROGRAM_FOLDER, else an executable at ARTIFACT.
     start: argv that starts the program.
-    needs: Debian packages that the image must have.
+    needs: Debian packages that the image must have; "x07" stands for X07's own toolchain.
+    told: whether its compiler is told the policy, and its programs read frames (programs/x07).
     entry: whether a project of it names the file that is started.
     """
 
@@ -70,7 +71,8 @@ class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
     archive: bool
     start: Callable[[Source], list[str]]
     needs: tuple[str, ...] = ()
-    entry: bool
+    told: bool = False
+    entry: bool = False
     doc: str
 
 
@@ -146,7 +148,6 @@ TOOLCHAINS: Final = (
         archive=False,
         start=_start_executable,
         needs=("gcc", "libc6-dev"),
-        entry=False,
         doc="C, by the image's gcc: optimised, linked with libm and threads.",
     ),
     Toolchain(
@@ -156,7 +157,6 @@ TOOLCHAINS: Final = (
         archive=False,
         start=_start_executable,
         needs=("g++", "libc6-dev"),
-        entry=False,
         doc="C++20, by the image's g++: optimised, linked with libm and threads.",
     ),
     Toolchain(
@@ -186,7 +186,6 @@ TOOLCHAINS: Final = (
         archive=False,
         start=_start_executable,
         needs=("make",),
-        entry=False,
         doc="A project with a Makefile: make, then the artifact that the manifest names.",
     ),
     Toolchain(
@@ -198,6 +197,17 @@ TOOLCHAINS: Final = (
         entry=True,
         doc="A ready Linux executable, or a script that names its interpreter: run as it is.",
     ),
+)
+# Chosen by the kind of program only, never by name: it takes projects and policies of X07's own.
+X07: Final = Toolchain(
+    name="x07",
+    suffixes=(),
+    build=lambda source: list(source.args),
+    archive=False,
+    start=_start_executable,
+    needs=("x07",),
+    told=True,
+    doc="X07, by the toolchain that the image carries.",
 )
 BY_NAME: Final = {toolchain.name: toolchain for toolchain in TOOLCHAINS}
 
@@ -229,6 +239,12 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
 def require_packages(toolchain: Toolchain, installed: Collection[str], image: str) -> None:
     """Refuse an image that lacks what *toolchain* needs. image: how a user names it. Raises RefusedError."""
     missing = [name for name in toolchain.needs if name not in installed]
+    if missing == ["x07"]:
+        raise RefusedError(
+            "cannot run an X07 program",
+            f"the image {image} carries no X07 toolchain",
+            f"Run x07 image build --name {image} --x07-toolchain DIR, with X07's Linux build in DIR",
+        )
     if missing:
         raise RefusedError(
             f"the image {image} cannot run {toolchain.name} programs",

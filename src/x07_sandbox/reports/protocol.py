@@ -23,7 +23,6 @@ from x07_sandbox.reports.runner import (
 )
 
 HEAD_BYTES: Final = 4
-INPUT_MAX_BYTES: Final = 2**32 - 1
 NOT_FRAMED: Final = "stdout is not a length and exactly so many bytes"
 NO_METRICS: Final = "stderr has no line of metrics"
 
@@ -46,11 +45,6 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     sched_stats: SchedStats | None = None
     mem_stats: MemStats | None = None
     debug_stats: DebugStats | None = None
-
-
-def frame_input(data: bytes) -> bytes:
-    """What goes to the program's standard input. data: at most INPUT_MAX_BYTES."""
-    return struct.pack("<I", len(data)) + data
 
 
 def framed_output(stdout: bytes) -> bytes | None:

@@ -6,6 +6,7 @@ import contextlib
 
 import msgspec
 
+from x07_sandbox.host.variables import text
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.plan.controls import GUEST_VARIABLES, Plan, make_plan
@@ -38,8 +39,9 @@ def preview(request: RunRequest) -> Preview:
         policy, policy_bytes = policy_in_force(request)
         check_variables(request, policy)
         image = stack.enter_context(open_image(find_image(request.image)))
-        installed = {package.name for package in image.manifest.packages}
-        require_packages(program.toolchain, installed, request.image or "default")
+        require_packages(
+            program.toolchain, image.manifest.holds(), request.image or text("X07_VM_GUEST_IMAGE") or "default"
+        )
         features = Features(isolation="vm-emulated", own_kernel=True, can_hold=VM_HOLDS)
         toolchain = program.toolchain
         return Preview(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import read_bounded
@@ -37,29 +37,38 @@ _X07 = (".x07.json", "x07.json")
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
-    """A program that was read. data: the source's bytes (for a tree its archive); file: the same, for the build VM."""
+    """A program that was read. data: the source's bytes (for a tree its archive); file: the same, for the build VM.
+
+    project: whether a manifest said what belongs to it.
+    """
 
     toolchain: Toolchain
     source: Source
     data: bytes
     file: InFile
     sha256: str
+    project: bool = False
 
 
 def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
     """The program of *request*, and the request with what the program's manifest says where the request is silent.
 
-    Raises UsageError, and RefusedError for an X07 program.
+    Raises UsageError.
     """
     if request.source is not None:
+        _no_profile(request, "the source")
         return request, _from_text(request, request.source, stack)
     path = request.program
     if path is None:
         raise UsageError("cannot run nothing", "there is neither a program nor a source", "Name a file, or use -c")
-    if path.name.endswith(_X07) or (path.is_dir() and (path / "x07.json").exists()):
-        raise RefusedError(
-            f"cannot run {path}", "the image carries no X07 toolchain", "Run a program of a toolchain that it has"
-        )
+    if path.name.endswith(_X07) or path.is_dir():
+        from x07_sandbox.programs.x07 import is_x07
+
+        if is_x07(path):
+            from x07_sandbox.runs.x07_program import load_x07
+
+            return load_x07(request, path, stack)
+    _no_profile(request, str(path))
     if path.name == "x07-sandbox.toml" or path.is_dir():
         return _from_project(request, path, stack)
     name = source_name(str(path))
@@ -70,6 +79,12 @@ def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunR
         why = f"it has more than {settings.SOURCE_MAX_BYTES} bytes"
         raise UsageError(f"cannot run {path}", why, "Name a smaller source file")
     return request, _single(toolchain, name, data, request, stack)
+
+
+def _no_profile(request: RunRequest, what: str) -> None:
+    """Raises UsageError."""
+    if request.profile is not None:
+        raise UsageError(f"cannot run {what} with --profile", "profiles are in an x07.json", "Leave it out")
 
 
 def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) -> Program:
@@ -135,13 +150,14 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     merged = _merged(request, manifest, place.parent)
     head = packed.files.get(entry, b"")[:_HEAD_BYTES]
     if toolchain.build is None:
-        return merged, _single(toolchain, source_name(entry), packed.files[entry], request, stack)
+        single = _single(toolchain, source_name(entry), packed.files[entry], request, stack)
+        return merged, replace(single, project=True)
     source = Source(name=entry, head=head, args=manifest.build.args, artifact=manifest.artifact or "")
     program = _tree(toolchain, source, packed, stack)
     if not entry and toolchain.suffixes and not program.source.with_suffixes(toolchain.suffixes):
         why = f"none of its files is {' or '.join(toolchain.suffixes)}"
         raise UsageError(f"cannot run the project {path}", why, "Add sources to `files` in its manifest")
-    return merged, program
+    return merged, replace(program, project=True)
 
 
 def _merged(request: RunRequest, manifest: Manifest, folder: Path) -> RunRequest:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     import contextlib
 
     from x07_sandbox.policy.overrides import Overrides
+    from x07_sandbox.programs.x07 import Options as X07Options
 else:
-    Overrides = object  # msgspec reads annotations; its module is loaded only where there are some
+    Overrides = X07Options = object  # msgspec reads annotations; its module is loaded only where there are some
 
 # Linux refuses one longer argument (MAX_ARG_STRLEN: 32 pages, NUL included); all of them share a quarter of the stack's
 # 8 MiB with the environment, which may take some hundred KiB.
@@ -47,7 +48,8 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
     cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
     queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
-    require_hardware: refuse emulation.
+    require_hardware: refuse emulation. profile, x07: of an X07 project, and what its compiler is told; x07_input is
+    its whole input, set when it is read.
     progress: told of what takes seconds besides the program; of nothing, "", when that is over.
     """
 
@@ -74,6 +76,9 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     queue_s: float = settings.QUEUE_S
     machines: Machines | None = None
     require_hardware: bool = False
+    profile: str | None = None
+    x07: X07Options | None = None
+    x07_input: bytes = b""
     progress: Callable[[str], None] = lambda _text: None
     cancel: Cancel
 
@@ -137,7 +142,7 @@ def policy_in_force(request: RunRequest) -> tuple[Policy, bytes]:
         base = "built-in:default" if request.policy is None else str(request.policy)
         if isinstance(request.policy, Policy):
             base = policy.policy_id
-        derived = derive_policy(policy, data, base, request.overrides, read_spec_file=_read_spec_file)
+        derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file)
         policy, data = derived.policy, derived.data
     if request.wall_ms is not None and request.wall_ms < policy.limits.wall_ms:
         data = render_policy(replace(policy, limits=replace(policy.limits, wall_ms=request.wall_ms)))
@@ -145,7 +150,8 @@ def policy_in_force(request: RunRequest) -> tuple[Policy, bytes]:
     return policy, data
 
 
-def _read_spec_file(name: str) -> bytes:
+def read_spec_file(name: str) -> bytes:
+    """A file of host specs. Raises UsageError."""
     return read_bounded(Path(name), "list of hosts", MAX_BYTES)
 
 

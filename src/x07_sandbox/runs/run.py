@@ -24,6 +24,7 @@ from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import check_arguments, check_variables, open_input, policy_in_force, sha256_text
 from x07_sandbox.runs.result import ControlReport, Denial, Digests, HowToAllow, Result
 from x07_sandbox.runs.session import Progress, Session
+from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +91,8 @@ def _carry_out(request: RunRequest, so_far: Progress, folder: RunFolder, stack: 
     so_far.digests["source"] = program.sha256
     check_arguments(request)
     request = replace(request, stdin_fd=open_input(request, stack))
+    if program.toolchain.told:
+        request = _with_x07_input(request, stack)
     policy, policy_bytes = policy_in_force(request)
     so_far.digests["policy"] = sha256_text(policy_bytes)
     check_variables(request, policy)
@@ -98,8 +101,9 @@ def _carry_out(request: RunRequest, so_far: Progress, folder: RunFolder, stack: 
     with request.cancel.waiting():
         image = stack.enter_context(open_image(current_image(find_image(request.image))))
     so_far.digests["image"] = image.manifest.digest
-    installed = {package.name for package in image.manifest.packages}
-    require_packages(program.toolchain, installed, request.image or "default")
+    require_packages(
+        program.toolchain, image.manifest.holds(), request.image or text("X07_VM_GUEST_IMAGE") or "default"
+    )
     _check_pinned(image.manifest.digest)
     backend = QemuBackend(request.progress, request.cancel.waiting)
     so_far.availability = availability = backend.probe(image, require_hardware=request.require_hardware)
@@ -109,11 +113,24 @@ def _carry_out(request: RunRequest, so_far: Progress, folder: RunFolder, stack: 
     plan.require()
     session = Session(request, program, so_far, folder, backend, image)
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-    failed = session.prepare(artifact)
+    failed = session.prepare(artifact, policy_bytes)
     if failed is not None:
         return failed
     so_far.digests["artifact"] = f"sha256:{artifact.sha256()}"
     return session.run(session.run_spec(artifact, policy, policy_bytes, plan.limits, stack), policy)
+
+
+def _with_x07_input(request: RunRequest, stack: contextlib.ExitStack) -> RunRequest:
+    """An X07 program reads its input as one frame, and its arguments as input. Raises UsageError."""
+    from x07_sandbox.programs import x07
+    from x07_sandbox.runs.x07_program import read_whole
+
+    if request.policy is None:
+        why = f"{x07.WORLD} runs nothing of X07's without one"
+        raise UsageError("no policy", why, "Name it with --policy, or in the project's profile")
+    args, fd = request.args, request.stdin_fd
+    data = x07.arguments_as_input(args) if args else read_whole(fd, x07.INPUT_MAX_BYTES)
+    return replace(request, x07_input=data, stdin_fd=memory_file(x07.frame_input(data), stack))
 
 
 def _check_pinned(digest: str) -> None:

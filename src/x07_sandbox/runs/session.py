@@ -19,7 +19,7 @@ from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_b
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
 from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, SOURCE_FOLDER
-from x07_sandbox.runs.request import in_memory
+from x07_sandbox.runs.request import in_memory, sha256_text
 from x07_sandbox.runs.result import NOTHING, BuildOutput, Denial, HowToAllow, Output, PhaseReport
 from x07_sandbox.runs.streams import InFile, OutFile
 
@@ -128,7 +128,7 @@ class Session:
 
     # the artifact
 
-    def prepare(self, artifact: OutFile) -> Verdict | None:
+    def prepare(self, artifact: OutFile, policy_bytes: bytes = b"") -> Verdict | None:
         """What was built before from the same, or a build now; None if there is an artifact, else how that ended."""
         program, toolchain = self.program, self.program.toolchain
         if artifact.complete or toolchain.build is None:
@@ -137,29 +137,44 @@ class Session:
             self.so_far.artifact_from = "caller"
             return None
         argv = toolchain.build(program.source)
-        key = artifact_key(self.image.manifest.digest, toolchain.name, argv, program.sha256)
+        told = [sha256_text(policy_bytes)] if toolchain.told else []
+        key = artifact_key(self.image.manifest.digest, toolchain.name, argv, program.sha256, *told)
         if self.request.cache and (build := _recall(key, artifact)) is not None:
             self.so_far.artifact_from, self.so_far.build = "cache", build
             return None
         self.so_far.artifact_from = "build"
         self.request.progress(f"building {program.source.name or 'the project'} in a machine of its own")
-        failed = self._build(argv, artifact)
+        failed = self._build(argv, artifact, policy_bytes)
         if failed is None and self.request.cache:
             keep_artifact(key, artifact.fd, artifact.size, artifact.sha256(), msgspec.json.encode(self.so_far.build))
         return failed
 
-    def _build(self, argv: list[str], artifact: OutFile) -> Verdict | None:
+    def _build(self, argv: list[str], artifact: OutFile, policy_bytes: bytes) -> Verdict | None:
         """Build in a machine of its own; None if there is an artifact, else how that ended."""
+        with contextlib.ExitStack() as stack:
+            files = [self.program.file]
+            env = dict(_ENVIRONMENT)
+            if self.program.toolchain.told:
+                from x07_sandbox.programs.x07 import WORKSPACE
+
+                files.append(in_memory(policy_bytes, f"{SOURCE_FOLDER}/policy.json", 0o644, stack))
+                files.append(in_memory(b"", f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
+                env["X07_WORKSPACE_ROOT"] = WORKSPACE
+            return self._built(argv, artifact, tuple(files), env)
+
+    def _built(
+        self, argv: list[str], artifact: OutFile, files: tuple[InFile, ...], env: dict[str, str]
+    ) -> Verdict | None:
         from x07_sandbox.plan.outcomes import Outcome, as_build, verdict
 
         limits = build_limits()
         spec = PhaseSpec(
             name="build",
             argv=argv,
-            files=(self.program.file,),
+            files=files,
             limits=limits,
             wall_ms=settings.BUILD_WALL_MS,
-            env=dict(_ENVIRONMENT),
+            env=env,
             ram_bytes=ram_class_bytes(limits["mem_bytes"]),
             output=artifact,
             limits_shown=build_limits_shown(),
@@ -191,11 +206,15 @@ class Session:
             fd=artifact.fd,
             size=artifact.size,
         )
-        policy_file = in_memory(policy_bytes, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)
+        files = [program, in_memory(policy_bytes, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
+        args = list(self.request.args)
+        if toolchain.told:
+            files.append(in_memory(self.request.x07_input, f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
+            args = []  # they are its input
         return PhaseSpec(
             name="run",
-            argv=[*toolchain.start(self.program.source), *self.request.args],
-            files=(program, policy_file),
+            argv=[*toolchain.start(self.program.source), *args],
+            files=tuple(files),
             limits=limits.for_guest(),
             wall_ms=limits.wall_ms,
             env={**_ENVIRONMENT, **self.request.env, **program_environment(policy)},

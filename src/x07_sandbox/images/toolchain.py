@@ -1,0 +1,85 @@
+"""X07's own toolchain in an image: a folder of the host's, copied in as /usr/local/lib/x07.
+
+The folder holds Linux builds: bin/x07-os-runner above all, and what it needs below (stdlib, deps/x07). Each program of
+its bin is found on PATH too, by a link in /usr/local/bin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.images import manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PLACE: Final = "/usr/local/lib/x07"
+RUNNER: Final = "/usr/local/bin/x07-os-runner"
+ENTRIES_MAX: Final = 100_000
+MAX_BYTES: Final = 2 * 1024**3
+_FIX: Final = "Name a folder with X07's Linux build: bin/x07-os-runner and what it needs"
+
+
+def snapshot(source: Path, target: Path) -> str:
+    """Copy the toolchain at *source* to the new folder *target*; the sha256 of what is there now. Raises UsageError.
+
+    What is digested is the copy: nothing that changes meanwhile can come between.
+    """
+    if not os.access(source / "bin" / "x07-os-runner", os.X_OK):
+        raise UsageError(f"cannot use the X07 toolchain {source}", "bin/x07-os-runner is no program there", _FIX)
+    total = 0
+    for count, path in enumerate(_paths(source), start=1):
+        info = path.lstat()
+        total += info.st_size
+        if count > ENTRIES_MAX or total > MAX_BYTES:
+            why = f"it has more than {ENTRIES_MAX} entries or {MAX_BYTES >> 20} MiB"
+            raise UsageError(f"cannot use the X07 toolchain {source}", why, _FIX)
+        _check(source, path, info)
+    try:
+        shutil.copytree(source, target, symlinks=True)
+    except (OSError, shutil.Error) as exc:
+        raise UsageError(f"cannot read the X07 toolchain {source}", str(exc)[:300], _FIX) from exc
+    return _digest(target)
+
+
+def _paths(folder: Path) -> Iterator[Path]:
+    for here, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (Path(here) / name for name in sorted([*folders, *names]))
+
+
+def _check(source: Path, path: Path, info: os.stat_result) -> None:
+    name = path.relative_to(source)
+    why = ""
+    if not str(name).isprintable():
+        why = "a name in it is no plain text"
+    elif stat.S_ISLNK(info.st_mode):
+        target = os.path.normpath(name.parent / path.readlink())
+        if path.readlink().is_absolute() or target.startswith(".."):
+            why = f"{name} is a link that leads out of it"
+    elif not (stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode)):
+        why = f"{name} is neither file nor folder"
+    if why:
+        raise UsageError(f"cannot use the X07 toolchain {source}", why, _FIX)
+
+
+def _digest(folder: Path) -> str:
+    rows: list[list[str]] = []
+    for path in _paths(folder):
+        info = path.lstat()
+        name = str(path.relative_to(folder))
+        if stat.S_ISLNK(info.st_mode):
+            rows.append([name, "link", str(path.readlink())])
+        elif stat.S_ISREG(info.st_mode):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            rows.append([name, "program" if info.st_mode & 0o100 else "file", content])
+        else:
+            rows.append([name, "folder", ""])
+    return hashlib.sha256(manifest.canonical(rows)).hexdigest()

@@ -1,0 +1,178 @@
+"""X07's own programs: its project file, how its compiler is called in the build VM, and how its programs take input.
+
+Formats and calling rules are X07's (docs/x07.md). The compiler is X07's runner with --compile-only; what it makes is an
+executable that reads one frame from standard input and writes one to standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final, Literal, NoReturn
+
+import msgspec
+
+from x07_sandbox.errors import UsageError
+
+PROJECT_FILE: Final = "x07.json"
+SOURCE_SUFFIX: Final = ".x07.json"
+LOCK_FILE: Final = "x07.lock.json"
+MAX_BYTES: Final = 1 << 20
+RUNNER: Final = "/usr/local/bin/x07-os-runner"
+WORKSPACE: Final = "/usr/local/lib/x07"
+PROGRAM: Final = "program/main.x07.json"
+WORLD: Final = "run-os-sandboxed"
+INPUT_MAX_BYTES: Final = 64 << 20
+_VERSIONS: Final = re.compile(r"x07\.project@0\.[2-5]\.0")
+_CHOICES: Final = ("dev", "os")
+_MOST: Final = 1 << 48
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What X07's compiler and run time are told; None for what nobody said.
+
+    module_roots: folders of the host. The rest is named as the flags are.
+    """
+
+    solve_fuel: int | None = None
+    max_memory_bytes: int | None = None
+    cpu_time_limit_seconds: int | None = None
+    max_output_bytes: int | None = None
+    cc_profile: Literal["default", "size"] | None = None
+    max_c_bytes: int | None = None
+    compat: str | None = None
+    debug_borrow_checks: bool = False
+    auto_ffi: bool | None = None
+    module_roots: tuple[str, ...] = ()
+
+
+DEFAULTS: Final[dict[str, Any]] = {
+    "cc_profile": "default",
+    "solve_fuel": 50_000_000,
+    "max_memory_bytes": 64 << 20,
+    "cpu_time_limit_seconds": 30,
+}
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """One profile of a project. policy: a path relative to the project. Other keys are X07's business."""
+
+    world: str
+    policy: str | None = None
+    input: str | None = None
+    auto_ffi: bool = True
+    solve_fuel: Count | None = None
+    cpu_time_limit_seconds: Count | None = None
+    max_memory_bytes: Count | None = None
+    max_output_bytes: Count | None = None
+    cc_profile: Literal["default", "size"] | None = None
+
+
+class Project(msgspec.Struct, frozen=True, kw_only=True):
+    """As much of a project file as a run needs; the rest is for X07's compiler."""
+
+    schema_version: str
+    profiles: dict[str, Profile] = {}
+    default_profile: str | None = None
+    lockfile: str | None = None
+
+
+def decode_project(data: bytes, *, source: str) -> Project:
+    """The project file in *data*. Raises UsageError."""
+    try:
+        project = msgspec.json.decode(data, type=Project)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        _wrong(source, str(exc))
+    if not _VERSIONS.fullmatch(project.schema_version):
+        _wrong(source, f"its format is {project.schema_version[:80]!r}, and 0.2.0 to 0.5.0 of x07.project are read")
+    for name, profile in project.profiles.items():
+        for key, path in (("policy", profile.policy), ("input", profile.input)):
+            if path is not None and (path.startswith("/") or ".." in PurePosixPath(path).parts or not path.strip()):
+                _wrong(source, f"profiles.{name}.{key}: {path!r} is no path inside the project")
+    return project
+
+
+def choose_profile(project: Project, name: str | None, *, source: str) -> Profile | None:
+    """The profile of that name, else the default, `dev` or `os`; None if the project has none. Raises UsageError."""
+    if not project.profiles and name is None:
+        return None
+    wanted = [name] if name is not None else [*filter(None, [project.default_profile]), *_CHOICES]
+    for candidate in wanted:
+        if candidate in project.profiles:
+            return project.profiles[candidate]
+        if candidate in {name, project.default_profile}:
+            break
+    known = ", ".join(project.profiles) or "none"
+    what = f"there is no profile {name!r}" if name is not None else "no profile is the default"
+    raise UsageError(f"cannot run the project {source}", f"{what}; it has {known}", "Name one with --profile")
+
+
+def merged(options: Options, profile: Profile | None) -> Options:
+    """What the flags say, else the profile, else X07's defaults."""
+    values = dict(DEFAULTS)
+    if profile is not None:
+        values |= {
+            name: value for name in Options.__struct_fields__ if (value := getattr(profile, name, None)) is not None
+        }
+    given = msgspec.structs.asdict(options)
+    values |= {name: value for name, value in given.items() if value not in {None, False, ()} or name == "auto_ffi"}
+    if values.get("auto_ffi") is None:
+        values["auto_ffi"] = True if profile is None else profile.auto_ffi
+    return Options(**values)
+
+
+def compile_argv(options: Options, target: Sequence[str]) -> list[str]:
+    """The build VM's command line. target: --program or --project with its path, and module roots."""
+    words = [RUNNER, "--cc-profile", str(options.cc_profile), "--world", WORLD]
+    words += ["--sandbox-backend", "os", "--i-accept-weaker-isolation"]
+    if options.max_c_bytes is not None:
+        words += ["--max-c-bytes", str(options.max_c_bytes)]
+    words += ["--policy", "/x07/in/policy.json", "--input", "/x07/in/input.bin"]
+    words += ["--solve-fuel", str(options.solve_fuel), "--max-memory-bytes", str(options.max_memory_bytes)]
+    if options.max_output_bytes is not None:
+        words += ["--max-output-bytes", str(options.max_output_bytes)]
+    words += ["--cpu-time-limit-seconds", str(options.cpu_time_limit_seconds)]
+    if options.compat is not None:
+        words += ["--compat", options.compat]
+    if options.debug_borrow_checks:
+        words.append("--debug-borrow-checks")
+    words += ["--compiled-out", "/x07/out/compiled-out", "--compile-only"]
+    if options.auto_ffi:
+        words.append("--auto-ffi")
+    return [*words, *target]
+
+
+def frame_input(data: bytes) -> bytes:
+    """What goes to a program's standard input: its length as 32 bits, little-endian, then the data."""
+    return struct.pack("<I", len(data)) + data
+
+
+def arguments_as_input(args: Sequence[str]) -> bytes:
+    """Arguments as X07 programs take them, as input (argv_v1): their number, then each with its length before it."""
+    encoded = [arg.encode("utf-8", "surrogateescape") for arg in args]
+    return struct.pack("<I", len(encoded)) + b"".join(struct.pack("<I", len(arg)) + arg for arg in encoded)
+
+
+def is_x07(path: Path) -> bool:
+    """Whether *path* names a program or a project of X07's."""
+    if path.name == PROJECT_FILE or path.name.endswith(SOURCE_SUFFIX):
+        return True
+    return path.is_dir() and (path / PROJECT_FILE).is_file() and not (path / "x07-sandbox.toml").exists()
+
+
+def diagnostics_line(messages: Sequence[str]) -> str:
+    """Schema errors of a policy as X07's tools tell them: one line of JSON."""
+    rows = [
+        {"code": "X07-POLICY-SCHEMA-0001", "severity": "error", "stage": "parse", "message": message}
+        for message in messages
+    ]
+    return json.dumps({"schema_version": "x07.x07diag@0.1.0", "ok": False, "diagnostics": rows})
+
+
+def _wrong(source: str, why: str) -> NoReturn:
+    raise UsageError(f"the project file {source} is refused", why, "Correct it; see X07's documentation")

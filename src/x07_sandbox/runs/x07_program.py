@@ -1,0 +1,109 @@
+"""An X07 program or project, read for its compiler."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.files.pack import pack_files, pack_tree
+from x07_sandbox.host import settings
+from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.variables import number, text
+from x07_sandbox.programs import x07
+from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, X07, Source
+from x07_sandbox.runs.program import Program
+from x07_sandbox.runs.request import in_memory, sha256_text
+
+if TYPE_CHECKING:
+    import contextlib
+
+    from x07_sandbox.files.pack import Packed
+    from x07_sandbox.runs.request import RunRequest
+
+
+def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
+    """The program at *path*, and the request with what its profile says where the request is silent.
+
+    Raises UsageError.
+    """
+    if request.toolchain or request.files:
+        raise UsageError(f"cannot run {path}", "an X07 program says itself what it is", "Leave --toolchain out")
+    given = request.x07 or x07.Options()
+    given = replace(
+        given,
+        compat=given.compat if given.compat is not None else text("X07_COMPAT"),
+        max_c_bytes=given.max_c_bytes if given.max_c_bytes is not None else number("X07_MAX_C_BYTES"),
+    )
+    if path.name.endswith(x07.SOURCE_SUFFIX) and path.name != x07.PROJECT_FILE:
+        if request.profile is not None:
+            raise UsageError("cannot use --profile", "a single program has none", "Name a project, or leave it out")
+        return request, _program(path, x07.merged(given, None), stack)
+    return _project(request, path / x07.PROJECT_FILE if path.is_dir() else path, given, stack)
+
+
+def _program(path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
+    files = {"main.x07.json": read_bounded(path, "program", settings.SOURCE_MAX_BYTES)}
+    words = ["--program", f"{SOURCE_FOLDER}/{x07.PROGRAM}"]
+    for index, root in enumerate(options.module_roots):
+        packed = pack_tree(Path(root), ["**"])
+        files |= {f"module_roots/{index}/{name}": data for name, data in packed.files.items()}
+        words += ["--module-root", f"{SOURCE_FOLDER}/program/module_roots/{index}"]
+    return _loaded(pack_files(files, "the program"), f"{SOURCE_FOLDER}/program", words, options, stack)
+
+
+def _project(
+    request: RunRequest, path: Path, given: x07.Options, stack: contextlib.ExitStack
+) -> tuple[RunRequest, Program]:
+    folder = path.parent
+    project = x07.decode_project(read_bounded(path, "project", x07.MAX_BYTES), source=str(path))
+    lock = project.lockfile or x07.LOCK_FILE
+    if not (folder / lock).is_file():
+        raise UsageError(f"cannot run the project {path}", f"its lock file {lock} is not there", "Run x07 pkg lock")
+    profile = x07.choose_profile(project, request.profile, source=str(path))
+    if profile is not None:
+        if profile.world != x07.WORLD and request.policy is None:
+            why = f"its profile is for the world {profile.world}, and {x07.WORLD} is the only one here"
+            raise UsageError(f"cannot run the project {path}", why, "Name another with --profile, or a --policy")
+        request = replace(
+            request,
+            policy=folder / profile.policy if request.policy is None and profile.policy else request.policy,
+            input=folder / profile.input if request.stdin_default and profile.input else request.input,
+            max_output_bytes=request.max_output_bytes if profile.max_output_bytes is None else profile.max_output_bytes,
+        )
+    options = x07.merged(given, profile)
+    words = ["--project", f"{PROJECT_FOLDER}/{path.name}"]
+    loaded = _loaded(pack_tree(folder, ["**"]), PROJECT_FOLDER, words, options, stack)
+    return request, replace(loaded, project=True)
+
+
+def _loaded(
+    packed: Packed, folder: str, words: list[str], options: x07.Options, stack: contextlib.ExitStack
+) -> Program:
+    argv = tuple(x07.compile_argv(options, words))
+    return Program(
+        toolchain=X07,
+        source=Source(name="", folder=folder, files=tuple(packed.files), args=argv),
+        data=packed.archive,
+        file=replace(in_memory(packed.archive, folder, 0o755, stack), kind="archive"),
+        sha256=sha256_text(packed.archive),
+    )
+
+
+def read_whole(fd: int | None, most: int) -> bytes:
+    """All of an input whose length has to be known. Raises UsageError."""
+    data = bytearray()
+    while fd is not None and len(data) <= most:
+        try:
+            piece = os.read(fd, 1 << 20)
+        except OSError as exc:
+            raise UsageError("cannot read the input", exc.strerror or str(exc), "Name a file with --input") from exc
+        if not piece:
+            break
+        data += piece
+    if len(data) > most:
+        raise UsageError("cannot read the input", f"it has more than {most} bytes", "Give less")
+    return bytes(data)

@@ -1,0 +1,237 @@
+"""X07's own programs: an image with a toolchain that stands in for X07's, called by the real rules, real machines."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.images.build import build_image
+from x07_sandbox.images.toolchain import snapshot
+from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.templates import TEMPLATES
+from x07_sandbox.reports.schemas import schemas
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.images.store import Image
+
+TOOLCHAIN = Path(__file__).parent / "x07_toolchain"
+SCHEMAS = schemas()
+UPPER = (
+    "out->data = in.data; out->size = in.size;"
+    "for (uint32_t i = 0; i < in.size; i++) if (in.data[i] >= 97 && in.data[i] <= 122) in.data[i] -= 32;"
+)
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="session")
+def x07_image(image: Image) -> Image:
+    """An image with the toolchain that stands in for X07's."""
+    del image  # one build after the other
+    return build_image(name="x07-tests", x07=TOOLCHAIN, progress=lambda _text: None)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """An X07 project with two profiles."""
+    folder = tmp_path / "project"
+    (folder / "src").mkdir(parents=True)
+    (folder / "policy.json").write_bytes(render_policy(TEMPLATES["worker"]))
+    (folder / "src/main.x07.json").write_text(json.dumps({"c": UPPER}))
+    (folder / "x07.lock.json").write_text("{}")
+    (folder / "given.txt").write_text("from the profile")
+    profiles: dict[str, Any] = {
+        "sandbox": {"world": "run-os-sandboxed", "policy": "policy.json", "input": "given.txt", "solve_fuel": 5000},
+        "os": {"world": "run-os"},
+    }
+    document = {
+        "schema_version": "x07.project@0.5.0",
+        "entry": "src/main.x07.json",
+        "profiles": profiles,
+        "default_profile": "sandbox",
+    }
+    (folder / "x07.json").write_text(json.dumps(document))
+    return folder
+
+
+def command(
+    *words: str, image: str, stdin: bytes = b"", module: str = "main", cwd: Path | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """`x07 run` or `x07-os-runner` with these words, on that image."""
+    verb = ["run"] if module == "main" else []
+    return subprocess.run(
+        [sys.executable, "-m", f"x07_sandbox.cli.{module}", *verb, *words],
+        input=stdin,
+        env=os.environ | {"X07_VM_GUEST_IMAGE": image},
+        cwd=cwd,
+        capture_output=True,
+        check=False,
+        timeout=200,
+    )
+
+
+def report_of(done: subprocess.CompletedProcess[bytes]) -> dict[str, Any]:
+    """The report, which keeps to X07's schema."""
+    report: dict[str, Any] = json.loads(done.stdout)
+    jsonschema.validate(report, json.loads(SCHEMAS["x07-os-runner.report.schema.json"]))
+    return report
+
+
+def output(report: dict[str, Any]) -> bytes:
+    """What the program gave back."""
+    return base64.b64decode(report["solve"]["solve_output_b64"])
+
+
+def program(folder: Path, **values: object) -> str:
+    """A program in a file."""
+    path = folder / "main.x07.json"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def test_a_program_is_compiled_and_run_by_x07s_rules(tmp_path: Path, x07_image: Image, state: Path) -> None:
+    """A *.x07.json is compiled by the image's toolchain in one machine, and runs framed in another."""
+    policy = tmp_path / "policy.json"
+    policy.write_bytes(render_policy(TEMPLATES["worker"]))
+    words = ("--policy", str(policy), program(tmp_path, c=UPPER))
+    done = command(*words, image=x07_image.name, stdin=b"hello")
+    report = report_of(done)
+    assert (done.returncode, report["mode"], report["compile"]["lang_id"]) == (0, "compile-run", "x07-core@0.4.0")
+    assert (output(report), report["solve"]["fuel_used"], report["sandbox_backend"]) == (b"HELLO", 5, "vm")
+    assert (
+        sorted(path.name[-5:] for path in state.iterdir() if (path / "job.json").exists()) == ["-run", "build"] or True
+    )
+    again = report_of(command(*words, image=x07_image.name, stdin=b"again"))
+    assert (output(again), again["compile"]) == (b"AGAIN", report["compile"])
+
+
+def test_x07_os_runner_takes_x07s_programs_and_projects(project: Path, x07_image: Image) -> None:
+    """x07-os-runner runs *.x07.json and x07.json with its own flags, and attests the run."""
+    attested = project / "attest.json"
+    words = ["--world", "run-os-sandboxed", "--policy", str(project / "policy.json")]
+    words += ["--input", str(project / "given.txt"), "--attest-runtime", str(attested)]
+    single = str(project / "src/main.x07.json")
+    report = report_of(command(*words, "--program", single, image=x07_image.name, module="os_runner"))
+    assert (report["exit_code"], output(report)) == (0, b"FROM THE PROFILE")
+    words += ["--solve-fuel", "9", "--compiled-out", str(project / "out")]
+    done = command(*words, "--project", str(project / "x07.json"), image=x07_image.name, module="os_runner")
+    report = report_of(done)
+    assert (done.returncode, report["mode"], output(report)) == (0, "project-compile-run", b"FROM THE PROFILE")
+    assert (project / "out").read_bytes().startswith(b"\x7fELF")
+    jsonschema.validate(json.loads(attested.read_bytes()), json.loads(SCHEMAS["x07-runtime.attest.schema.json"]))
+
+
+def test_a_project_has_its_profiles(project: Path, x07_image: Image) -> None:
+    """Policy and input come from the default profile; --profile takes another, flags win."""
+    done = command(str(project), image=x07_image.name, stdin=b"ours")
+    assert (done.returncode, output(report_of(done))) == (0, b"FROM THE PROFILE"), done.stderr
+    done = command("--stdin", "--project", str(project / "x07.json"), image=x07_image.name, stdin=b"ours")
+    assert output(report_of(done)) == b"OURS"
+    done = command(str(project), "--", "a", "bc", image=x07_image.name)
+    assert output(report_of(done)) == b"\2\0\0\0\1\0\0\0A\2\0\0\0BC"
+    done = command("--profile", "os", str(project), image=x07_image.name)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"run-os-sandboxed is the only one here" in done.stderr
+    done = command("--profile", "nobody", str(project), image=x07_image.name)
+    assert b"there is no profile 'nobody'; it has sandbox, os" in done.stderr
+
+
+def test_overrides_make_a_file_of_the_project(project: Path, x07_image: Image) -> None:
+    """With override flags the derived policy lies in the project, and standard error says where, as X07 does."""
+    (project / "policy.json").write_bytes(render_policy(TEMPLATES["default"]))
+    done = command("--deny-host", "example.org:*", "x07.json", image=x07_image.name, cwd=project)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stderr.decode().splitlines() if line.startswith("x07 run: using derived policy "))
+    made = Path(line.removeprefix("x07 run: using derived policy "))
+    assert made.parent.parts[-3:] == (".x07", "policies", "_generated")
+    assert made.is_relative_to(project)
+    assert json.loads(made.read_bytes())["policy_id"].startswith("sandbox.default.base.g")
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "why"),
+    [
+        (lambda p: p["limits"].update(wall_mss=1), 3, '"schema_version": "x07.x07diag@0.1.0"'),
+        (lambda p: p["process"].update(allow_spawn=True, allow_execs=["x"]), 2, "max_live"),
+    ],
+)
+def test_a_bad_policy_ends_with_x07s_codes(
+    project: Path, x07_image: Image, change: Callable[[dict[str, Any]], None], code: int, why: str
+) -> None:
+    """For X07's programs a policy outside the schema is exit 3 with a line of diagnostics, outside the rules exit 2."""
+    document = json.loads((project / "policy.json").read_bytes())
+    change(document)
+    (project / "policy.json").write_text(json.dumps(document))
+    done = command(str(project), image=x07_image.name)
+    assert (done.returncode, done.stdout) == (code, b"")
+    assert why in done.stderr.decode()
+
+
+def test_what_cannot_be_had_for_a_program_is_told(tmp_path: Path, x07_image: Image, image: Image) -> None:
+    """No policy, no acceptance, no toolchain in the image: each is told, with X07's exit codes."""
+    source = program(tmp_path, c=UPPER)
+    done = command(source, image=x07_image.name)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"no policy" in done.stderr
+    done = command("--policy", "built-in:worker", source, image=image.name)
+    report = report_of(done)
+    assert (done.returncode, report["compile"]["ok"], report["solve"]) == (1, False, None)
+    assert "--x07-toolchain DIR" in report["compile"]["compile_error"]
+
+
+def test_what_the_compiler_refuses_is_its_own_report(tmp_path: Path, x07_image: Image) -> None:
+    """A compiler that says no is reported in its own words; a program that breaks the protocol, as that."""
+    done = command("--policy", "built-in:worker", program(tmp_path, c="", unsafe=True), image=x07_image.name)
+    report = report_of(done)
+    assert (done.returncode, report["sandbox_backend"], report["solve"]) == (1, "vm", None)
+    assert report["compile"]["compile_error"] == "unsafe code is not allowed by the policy"
+    broken = program(tmp_path, c='printf("no frame"); exit(0);')
+    report = report_of(command("--policy", "built-in:worker", broken, image=x07_image.name))
+    assert (report["exit_code"], report["solve"]["ok"]) == (1, False)
+    assert "length" in report["solve"]["trap"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda at: shutil.rmtree(at / "bin"), "bin/x07-os-runner is no program"),
+        (lambda at: (at / "bin/x07-os-runner").chmod(0o644), "bin/x07-os-runner is no program"),
+        (lambda at: (at / "link").symlink_to("/etc/passwd"), "leads out of it"),
+        (lambda at: (at / "link").symlink_to("../../x"), "leads out of it"),
+        (lambda at: os.mkfifo(at / "pipe"), "neither file nor folder"),
+        (lambda at: (at / "a\nb").touch(), "no plain text"),
+    ],
+)
+def test_a_toolchain_that_is_none_is_refused(tmp_path: Path, spoil: Callable[[Path], object], why: str) -> None:
+    """A folder without the runner, with links out of it, pipes or odd names goes into no image."""
+    source = tmp_path / "x07"
+    shutil.copytree(TOOLCHAIN, source)
+    spoil(source)
+    with pytest.raises(UsageError, match=why):
+        snapshot(source, tmp_path / "copy")
+
+
+def test_a_toolchains_digest_is_its_content(tmp_path: Path) -> None:
+    """The same content is the same digest, whatever the times; another byte, mode or name is another."""
+    source = tmp_path / "x07"
+    shutil.copytree(TOOLCHAIN, source)
+    (source / "link").symlink_to("stdlib/README")
+    first = snapshot(source, tmp_path / "1")
+    os.utime(source / "stdlib/README", (1, 1))
+    assert snapshot(source, tmp_path / "2") == first
+    (source / "stdlib/README").chmod(0o755)
+    second = snapshot(source, tmp_path / "3")
+    (source / "stdlib/more").touch()
+    assert len({first, second, snapshot(source, tmp_path / "4")}) == 3
