@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.vm.conftest import Sandbox, left_behind
-from x07_sandbox import SandboxError, run_program
+from x07_sandbox import SandboxError, run_program, run_program_async
+from x07_sandbox.host import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,6 +204,50 @@ def test_what_on_output_raises_ends_the_run(state: Path) -> None:
     assert left_behind(state) == []
 
 
+def test_many_runs_beside_an_event_loop(state: Path) -> None:
+    """run_program_async gives results without holding the loop, several at once, and raises as run_program does."""
+
+    async def several() -> list[str | None]:
+        ticks = 0
+        runs = [run_program_async(source=f"echo {number}", toolchain="shell") for number in range(3)]
+        gathered = asyncio.gather(*runs)
+        while not gathered.done():
+            ticks += 1
+            await asyncio.sleep(0.01)
+        assert ticks > 5
+        with pytest.raises(SandboxError, match="no toolchain 'rust'"):
+            await run_program_async(source="", toolchain="rust")
+        return [result.stdout.text for result in gathered.result()]
+
+    assert asyncio.run(several()) == ["0\n", "1\n", "2\n"]
+    assert left_behind(state) == []
+
+
+def test_cancelling_ends_the_machine(state: Path) -> None:
+    """A cancelled run_program_async raises only when its machine is gone, also if it is cancelled twice."""
+
+    async def cancelled(times: int) -> None:
+        started = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        task = asyncio.create_task(
+            run_program_async(
+                source="echo on; sleep 60",
+                toolchain="shell",
+                on_output=lambda _name, _data: loop.call_soon_threadsafe(started.set),
+            )
+        )
+        await started.wait()
+        for _ in range(times):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert left_behind(state) == []
+
+    for times in (1, 2):
+        asyncio.run(cancelled(times))
+
+
 # wrong programs
 
 
@@ -337,3 +383,33 @@ def test_variables_that_a_policy_denies_are_refused(sandbox: Sandbox) -> None:
         policy = str(sandbox.policy(changes))
         done = command("--json", "--policy", policy, "--env", "A=1", "-c", "true", "--toolchain", "shell")
         assert (done.returncode, json.loads(done.stdout)["outcome"]) == (125, "refused")
+
+
+# builds that do not end well
+
+
+def test_a_build_that_never_ends_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that goes on for ever is ended at its own time limit, and is a failed build that says so."""
+    monkeypatch.setattr(settings, "BUILD_WALL_MS", 2000)
+    folder = project(sandbox.work / "p", Makefile="out:\n\tsleep 1000\n", a_c="")
+    (folder / "x07-sandbox.toml").write_text(MAKE)
+    ran = sandbox.run(folder)
+    assert (ran.outcome, ran.result.x07_exit_code) == ("build-failed", 126)
+    assert "2 s" in ran.reason
+
+
+def test_a_compiler_that_eats_all_memory_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that makes its compiler take memory without end is a failed build that says so."""
+    monkeypatch.setattr(settings, "BUILD_MEM_BYTES", 96 << 20)
+    ran = sandbox.run_text("eat.c", '#include "/dev/zero"\nint main(void) { return 0; }\n')
+    assert ran.outcome == "build-failed"
+    assert "killed at 96 MiB" in ran.reason
+
+
+def test_the_compilers_own_words_come_back(sandbox: Sandbox) -> None:
+    """What the compiler says of a wrong program is the run's output, with its line."""
+    ran = sandbox.run_text("wrong.c", "int main(void) {\n    return x;\n}\n")
+    assert ran.outcome == "build-failed"
+    assert b"wrong.c:2" in ran.stderr
+    assert ran.result.build is not None
+    assert "undeclared" in (ran.result.build.stderr.text or "")
