@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.vm.conftest import Sandbox, left_behind
-from x07_sandbox import SandboxError, run_program, run_program_async
+from x07_sandbox import SandboxError, load_policy, run_program, run_program_async
 from x07_sandbox.host import settings
 
 if TYPE_CHECKING:
@@ -186,6 +187,17 @@ def test_a_library_call_takes_texts_files_and_more(state: Path) -> None:
     assert left_behind(state) == []
 
 
+def test_a_policy_may_be_a_value() -> None:
+    """load_policy reads a document or a template; a changed one holds, and an invalid one is refused."""
+    policy = load_policy("built-in:worker")
+    tight = replace(policy, limits=replace(policy.limits, wall_ms=300))
+    assert run_program(source="sleep 5", toolchain="shell", policy=tight).outcome == "timeout"
+    with pytest.raises(SandboxError, match=r"\$\.limits\.wall_ms"):
+        run_program(source="true", toolchain="shell", policy=replace(policy, limits=replace(policy.limits, wall_ms=0)))
+    with pytest.raises(SandboxError, match="nothing of that name is built in"):
+        load_policy("built-in:nothing")
+
+
 def test_check_raises_for_a_program_that_fails() -> None:
     """With check=True a program that ends with another status is an error that carries its result."""
     with pytest.raises(SandboxError, match="failed") as caught:
@@ -320,6 +332,15 @@ def test_what_was_built_and_the_report_can_be_kept(tmp_path: Path) -> None:
     out, report = tmp_path / "prog", tmp_path / "result.json"
     words = ["--json", "--quiet-json", "--report-out", str(report), "--compiled-out", str(out)]
     done = command(*words, "-c", "int main(void) { return 3; }", "--toolchain", "c")
+    before = [sys.executable, "-m", "x07_sandbox.cli.main", "--quiet-json", "--report-out", str(tmp_path / "first")]
+    first = subprocess.run(
+        [*before, "run", "--json", "--toolchain", "shell", "-c", "exit 4"],
+        capture_output=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (first.returncode, first.stdout) == (4, b""), first.stderr
+    (tmp_path / "first").unlink()
     assert (done.returncode, done.stdout) == (3, b""), done.stderr
     assert out.read_bytes().startswith(b"\x7fELF")
     assert os.access(out, os.X_OK)

@@ -32,7 +32,7 @@ _EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code (DESIGN 8)."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     try:
         _heed_signals()
         from x07_sandbox.cli.streams import fill_closed_streams
@@ -55,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as exc:  # noqa: BLE001 - the last place that can keep the exit code's promise
         return _failed(exc, words)
     return code
+
+
+def _verb_first(words: list[str]) -> list[str]:
+    """The words with X07's global flags behind the verb, where they are read."""
+    count = 0
+    while count < len(words) and (flag := words[count].partition("=")[0]) in {"--report-out", "--quiet-json"}:
+        count += 2 if words[count] == flag == "--report-out" else 1
+    return [*words[count : count + 1], *words[:count], *words[count + 1 :]]
 
 
 def _import_msgspec() -> None:

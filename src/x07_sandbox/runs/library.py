@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.runs.lease import PoolMachines
-from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.request import RunRequest, read_policy
 from x07_sandbox.runs.run import run
 from x07_sandbox.runs.streams import Cancel, memory_file
 
@@ -110,6 +110,15 @@ def _run(
     if output is not None and output.problem is not None:
         raise output.problem
     return result
+
+
+def load_policy(name: str | os.PathLike[str] | None = None) -> Policy:
+    """The policy at a path, or `built-in:TEMPLATE` (docs/policy.md); None is the built-in `default`.
+
+    It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another. Raises SandboxError that tells all that
+    is wrong with a document, each with its place.
+    """
+    return read_policy(os.fspath(name) if isinstance(name, os.PathLike) else name)[0]
 
 
 def input_file(data: bytes, stack: contextlib.ExitStack) -> int:
