@@ -283,7 +283,7 @@ def written(path: Path) -> str:
         (lambda _: ["-c", "x"], 2, "does not say what language"),
         (lambda _: [], 2, "no PROGRAM is named"),
         (lambda _: ["--toolchain", "make", "-c", "x"], 2, "make works on a project"),
-        (lambda _: ["a.x07.json"], 125, "no X07 toolchain"),
+        (lambda _: ["a.x07.json"], 2, "cannot read the program a.x07.json"),
         (lambda at: [pipe(at / "a.py")], 2, "no regular file"),
         (lambda at: [written(at / "-a.py")], 2, "begins with '.' or '-'"),
         (lambda at: [written(at / "a\nb.py")], 2, "control characters"),

@@ -133,5 +133,5 @@ def _status(options: argparse.Namespace) -> int:
             f"unused for {told['unused_s']:.0f} of {told['idle_s']:.0f} s (process {told['pid']})\n"
         )
         if told["problem"]:
-            sys.stdout.write(f"no more can be made: {told['problem']}\n")
+            sys.stdout.write(f"none can be made now: {told['problem']}\n")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import binascii
 import contextlib
 import os
 import sys
@@ -59,7 +58,7 @@ def _run(options: argparse.Namespace) -> int:
         for_x07 = _is_x07(request)
         if request.x07 is not None and not for_x07:
             say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
-        if options.report or options.attest_runtime or for_x07:
+        if options.report or options.attest_runtime or (for_x07 and not options.json):
             from x07_sandbox.cli.run_report import run_with_report
 
             return run_with_report(request, options, stack)
@@ -84,7 +83,7 @@ def _run(options: argparse.Namespace) -> int:
 def _is_x07(request: RunRequest) -> bool:
     """Whether the program is one of X07's own, whose report is what callers of X07's command expect."""
     path = request.program
-    if path is None or not (path.name.endswith("x07.json") or path.is_dir()):
+    if path is None or not (path.name.endswith("x07.json") or os.path.isdir(path)):  # noqa: PTH112 - never an error
         return False
     from x07_sandbox.programs.x07 import is_x07
 
@@ -208,6 +207,8 @@ def _source_from_stdin() -> bytes:
 
 
 def _decoded(text: str) -> bytes:
+    import binascii
+
     try:
         return binascii.a2b_base64(text.encode(), strict_mode=True)
     except (binascii.Error, UnicodeEncodeError) as exc:

@@ -7,8 +7,9 @@ and runs the script by itself, with nothing of ours on its stack. Or it executes
 
 With modules to preload it imports them before it waits: a program's own import of them takes no time.
 
-What cannot be made the same as in a fresh start: the seed of string hashes and the layout of memory, which are those of
-the saved machine, /proc/self/cmdline and /proc/self/environ, and the CPU time that the start took.
+What cannot be made the same as in a fresh start: the seed of string hashes, the layout of memory and what the kernel
+gave the process at its start (AT_RANDOM: stack canary, pointer guard), which are those of the saved machine,
+/proc/self/cmdline and /proc/self/environ, and the CPU time that the start took, by which RLIMIT_CPU is larger.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ TOLD_FD: Final = 4
 _NAME_MAX: Final = 255
 PLACEHOLDER: Final = f"{PROGRAMS}/{'x' * _NAME_MAX}"
 # What the interpreter looks at before it comes to our hook: where the job's differs, it is started afresh.
-_EARLY: Final = ("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "LOCPATH")
+_EARLY: Final = ("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "LOCPATH", "HOME")
+# And the C library, before Python.
+_EARLIER: Final = ("PYTHON", "LD_", "GLIBC_", "MALLOC_")
 ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 
 _HOOK: Final = f"""
@@ -39,8 +42,11 @@ if PRELOAD:  # what they print is not the program's
         except BaseException as exc:
             os.write({TOLD_FD}, f"0 cannot preload {{name}}: {{exc!r}}".encode("utf-8", "backslashreplace")[:1000])
             os._exit(127)
-    sys.__stdout__.flush()
-    sys.__stderr__.flush()
+    for stream in sys.__stdout__, sys.__stderr__, sys.stdout, sys.stderr:
+        try:
+            stream.flush()
+        except Exception:
+            pass  # closed, or gone: as the module wanted it
     for number, fd in enumerate(outputs, 1):
         os.dup2(fd, number)
         os.close(fd)
@@ -88,7 +94,8 @@ for place in places:
 os.close(memory)
 sys.argv[:] = argv[1:]
 sys.orig_argv[:] = argv
-sys.path.remove({FOLDER!r})
+if {FOLDER!r} in sys.path:  # a preloaded module may have changed it
+    sys.path.remove({FOLDER!r})
 for module in set(sys.modules) - known:
     del sys.modules[module]
 for path in set(sys.path_importer_cache) - importers | {{{FOLDER!r}}}:
@@ -124,13 +131,17 @@ def env() -> dict[str, str]:
     return ENVIRONMENT | {"PYTHONPATH": FOLDER}
 
 
-def can_become(argv: list[str], env: dict[str, str]) -> bool:
-    """Whether it would be the same as a fresh start of that command, but for what stands above."""
+def can_become(argv: list[str], env: dict[str, str], *, preload: bool) -> bool:
+    """Whether it would be the same as a fresh start of that command, but for what stands above.
+
+    preload: it has imported modules, any of which may have looked at any variable.
+    """
     return (
         len(argv) > 1
         and argv[0] == PYTHON
         and argv[1].startswith(f"{PROGRAMS}/")
         and len(argv[1]) <= len(PLACEHOLDER)
-        and not any(name.startswith("PYTHON") for name in env)
+        and not any(name.startswith(_EARLIER) for name in env)
+        and (not preload or all(name in ENVIRONMENT or name.startswith("X07_") for name in env))
         and all(env.get(name) == ENVIRONMENT.get(name) for name in _EARLY)
     )

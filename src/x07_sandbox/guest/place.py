@@ -43,6 +43,7 @@ class Place:
                 pass  # filled when it is known
         self.group = ProgramGroup()
         self._interpreter = interpreter
+        self._preload = bool(preload)
         self.waiting_bytes = WAITING_BYTES
         self.spare_cpu_s = SPARE_CPU_S + (PRELOAD_CPU_S if preload else 0)
         self._orders: confine.Orders | None = None
@@ -118,7 +119,7 @@ class Place:
     def start(self, argv: list[str], env: dict[str, str], cwd: str) -> None:
         """Let the process become the program; what follows is told by `told_fd` and `report_fd`."""
         os.close(self._orders_fd)
-        become = self._interpreter and interpreter.can_become(argv, env)
+        become = self._interpreter and interpreter.can_become(argv, env, preload=self._preload)
         with contextlib.suppress(BrokenPipeError):  # it has ended, as `told_fd` tells
             write_all(self._start_fd, marshal.dumps((become, argv, env, cwd)))
         os.close(self._start_fd)

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from x07_sandbox.host import forks
+
 
 @contextlib.contextmanager
 def file_lock(path: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
@@ -15,7 +17,7 @@ def file_lock(path: Path, *, on_wait: Callable[[], None] | None = None) -> Itera
 
     on_wait is called once when another process holds the lock, before waiting for it.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = forks.keep(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -25,4 +27,4 @@ def file_lock(path: Path, *, on_wait: Callable[[], None] | None = None) -> Itera
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(fd)
+        forks.unlock(fd)

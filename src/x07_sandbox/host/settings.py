@@ -35,6 +35,7 @@ BUILD_MEM_BYTES: Final = 2 * GIB
 BUILD_TASKS: Final = 256
 BUILD_FDS: Final = 1024
 
+TEMPLATE_BYTES: Final = 384 * MIB  # what saving one machine takes at the most, generously
 TEMPLATES_MAX_BYTES: Final = 4 * GIB  # of all VM templates together, as the disk counts them
 ARTIFACTS_MAX_BYTES: Final = GIB
 SCRATCH_BYTES: Final = 8 * GIB

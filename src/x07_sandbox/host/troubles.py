@@ -9,7 +9,11 @@ from typing import Final
 
 from x07_sandbox.errors import HostError
 
+_ODD: Final = "Remove it: x07 makes its own"
 _FIXES: Final = {
+    errno.EISDIR: _ODD,
+    errno.ENOTDIR: _ODD,
+    errno.ELOOP: _ODD,
     errno.EMFILE: "Raise the limit on open files: ulimit -n",
     errno.ENFILE: "Close programs: the whole system has no descriptor left",
     errno.EFBIG: "Raise the limit on the size of files: ulimit -f",

@@ -18,7 +18,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import Cancelled, RefusedError
-from x07_sandbox.host import settings
+from x07_sandbox.host import forks, settings
+from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import cache_dir, private_dir
 from x07_sandbox.host.variables import number
 
@@ -69,8 +70,9 @@ class _Place:
         self._folder = folder
         self._slots = slots
         self._fd: int | None = None
-        self._left = False
+        self._over = False
         self._lock = threading.Lock()
+        self._waiter_gone = threading.Event()
 
     def take_now(self) -> bool:
         """A slot without waiting, if nobody waits and one is free."""
@@ -81,7 +83,7 @@ class _Place:
         except BlockingIOError:
             return False
         finally:
-            os.close(turn)
+            forks.unlock(turn)
 
     def wait(self, cancel_fd: int, timeout_s: float, progress: Callable[[str], None]) -> None:
         """Queue until there is a slot. The lock is waited for by a thread: nothing else could end that wait."""
@@ -91,15 +93,21 @@ class _Place:
         poll = select.poll()
         for fd in (done, cancel_fd):
             poll.register(fd, select.POLLIN)
-        ready = poll.poll(min(timeout_s, _SAY_AFTER_S) * 1000)
-        if not ready:
-            progress(f"waiting: {self._slots} machines run, as many as {_VARIABLE} or cores and memory allow")
-            ready = poll.poll(max(0.0, timeout_s - _SAY_AFTER_S) * 1000)
+        deadline = Deadline.after(timeout_s)
+        said = False
+        while not (ready := poll.poll(min(deadline.left_s(), _SAY_AFTER_S) * 1000)) and not deadline.passed():
+            if not said:
+                progress(f"waiting: {self._slots} machines run, as many as {_VARIABLE} or cores and memory allow")
+                said = True
+            # The first of the queue takes a slot within milliseconds. One that is free now has nobody who would: the
+            # first is stopped, by Ctrl-Z say, and must not hold all others.
+            with self._lock:
+                if self._fd is not None or self._take():
+                    break
         with self._lock:
-            self._left = self._fd is None
-        if not self._left:
-            thread.join()
-            os.close(done)
+            self._over = True
+        self._waiter_gone.set()
+        if self._fd is not None:
             return
         if ready:
             raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
@@ -112,23 +120,23 @@ class _Place:
     def leave(self) -> None:
         """Give the slot back."""
         if self._fd is not None:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has the same lock
-            os.close(self._fd)
+            forks.unlock(self._fd)
             self._fd = None
 
     def _queue(self, done: int) -> None:
         turn = self._open("turn")
         try:
             fcntl.flock(turn, fcntl.LOCK_EX)
-            while not self._left:
+            while not self._over:
                 with self._lock:
-                    if not self._left and self._take():
+                    if not self._over and self._take():
+                        self._over = True
                         os.eventfd_write(done, 1)
-                        return
                 time.sleep(_LOOK_AGAIN_S)  # no event tells of several locks at once; one waiter looks, the others sleep
-            os.close(done)
         finally:
-            os.close(turn)
+            forks.unlock(turn)
+            self._waiter_gone.wait()  # who may be polling it
+            os.close(done)
 
     def _take(self) -> bool:
         for slot in range(self._slots):
@@ -136,11 +144,12 @@ class _Place:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                os.close(fd)
+                forks.unlock(fd)
             else:
                 self._fd = fd
                 return True
         return False
 
     def _open(self, name: str) -> int:
-        return os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        return forks.keep(os.open(self._folder / name, flags, 0o600))

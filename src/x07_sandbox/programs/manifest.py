@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Final, NoReturn
@@ -119,7 +120,7 @@ def find_manifest(program: Path) -> Path | None:
     """
     if program.name == FILE:
         return program
-    if not program.is_dir():
+    if not os.path.isdir(program):  # noqa: PTH112 - no error for what may not be looked at
         return None
     manifest = program / FILE
     if manifest.is_file():

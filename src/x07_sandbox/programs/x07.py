@@ -7,6 +7,7 @@ executable that reads one frame from standard input and writes one to standard o
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Sequence
@@ -162,7 +163,7 @@ def is_x07(path: Path) -> bool:
     """Whether *path* names a program or a project of X07's."""
     if path.name == PROJECT_FILE or path.name.endswith(SOURCE_SUFFIX):
         return True
-    return path.is_dir() and (path / PROJECT_FILE).is_file() and not (path / "x07-sandbox.toml").exists()
+    return os.path.isfile(path / PROJECT_FILE) and not os.path.exists(path / "x07-sandbox.toml")  # noqa: PTH110, PTH113 - no error for what may not be looked at
 
 
 def diagnostics_line(messages: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from x07_sandbox.backends.qemu.instance import Streams
 from x07_sandbox.backends.qemu.machine import qmp_quit
 from x07_sandbox.errors import BackendError
+from x07_sandbox.host import forks
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
 from x07_sandbox.jobs.record import Claim, JobRecord, record_from, record_values
 
@@ -186,6 +187,7 @@ class PoolMachines:
 
 @contextlib.contextmanager
 def _leased(lease: socket.socket, told: dict[str, Any], owned_fds: list[int]) -> Iterator[LeasedInstance]:
+    forks.keep(lease.fileno())  # it would last as long as any child that is forked meanwhile
     try:
         instance = _instance_of(lease, told, owned_fds)
         try:
@@ -193,6 +195,7 @@ def _leased(lease: socket.socket, told: dict[str, Any], owned_fds: list[int]) ->
         finally:
             instance.stop()
     finally:
+        forks.forget(lease.fileno())
         lease.close()
         for fd in owned_fds:
             os.close(fd)

@@ -76,17 +76,38 @@ async def run_program_async(
     """As `run_program`, with its options, beside the event loop. Cancelled, it ends the machine, then raises."""
     import asyncio
 
-    with contextlib.closing(Cancel()) as cancel:
-        work = asyncio.ensure_future(asyncio.to_thread(_run, cancel, program, args, **options))
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+    ended = asyncio.Event()
+
+    def tell(result: Result | None, exc: BaseException | None) -> None:
+        ended.set()
+        if done.cancelled():
+            return
+        if exc is not None:
+            done.set_exception(exc)
+        elif result is not None:
+            done.set_result(result)
+
+    def work() -> None:
+        result, problem = None, None
         try:
-            result = await asyncio.shield(work)
+            result = _run(cancel, program, args, **options)
+        except BaseException as exc:  # noqa: BLE001 - raised again where it is awaited
+            problem = exc
+        with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody waits
+            loop.call_soon_threadsafe(tell, result, problem)
+
+    with contextlib.closing(Cancel()) as cancel:
+        # A thread of its own: runs that wait for a machine must not hold those of the loop's executor.
+        threading.Thread(target=work, name="x07-async", daemon=True).start()
+        try:
+            result = await done
         except asyncio.CancelledError:
             cancel()
-            while not work.done():  # also if it is cancelled again: nothing is left running
+            while not ended.is_set():  # also if it is cancelled again: nothing is left running
                 with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([work])
-            if not work.cancelled():
-                work.exception()  # nobody else will ask
+                    await ended.wait()
             raise
     return checked(result, check=check)
 

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.jobs.admission import max_running
@@ -34,7 +35,8 @@ class Pool(Executor):
 
     A `concurrent.futures.Executor` whose callables are paths of programs, and whose results are `Result`s: also for
     `asyncio.wrap_future(pool.submit(...))`. Thread-safe; a forked child can take nothing. A machine is never used for
-    two programs. Leaving the `with` block waits for all runs; by an exception (Ctrl-C) it cancels them.
+    two programs. Leaving the `with` block waits for all runs; by an exception (Ctrl-C) it cancels them. A pool that is
+    dropped without `shutdown` keeps its machines until the process ends.
     """
 
     def __init__(self, size: int = 2, *, image: str | None = None) -> None:
@@ -62,7 +64,13 @@ class Pool(Executor):
         /,
         **options: Any,  # noqa: ANN401 - those of run_program, by name
     ) -> Future[Result]:
-        """Run *program* when there is room, with *input* as its whole input; otherwise as `run_program`."""
+        """Run *program* when there is room, with *input* as its whole input; otherwise as `run_program`.
+
+        Raises SandboxError in a forked child. Cancelling the future of a program that runs does not end it (as with
+        any executor): `shutdown(cancel_futures=True)` does.
+        """
+        if self._machines.in_a_child():
+            raise UsageError("cannot use this pool", "it is of the process that this one was forked from", "Make one")
         return self._workers.submit(self._run, program, input, **options)
 
     def map(  # type: ignore[override]  # as above

@@ -156,21 +156,32 @@ class Server:
             return
         with self._lock:
             self._leases += 1
+        ended = False
         try:
             message, fds = handed_over(machine.instance)
             send(connection, message, fds)
             connection.settimeout(None)
-            poll = select.poll()
-            for fd in (connection.fileno(), machine.instance.pidfd, self._end):
-                poll.register(fd, select.POLLIN)
-            poll.poll()
+            ended = self._wait_for_an_end(connection, machine.instance.pidfd, pid)
         finally:
             gone = machine.close()
             with self._lock:
                 self._leases -= 1
             self.machines.used_at = time.monotonic()
-        status = machine.instance.exit_status()
+        status = -signal.SIGTERM if ended else machine.instance.exit_status()
         send(connection, {"protocol": PROTOCOL, "status": -9 if status is None else status, "gone": gone})
+
+    def _wait_for_an_end(self, connection: socket.socket, machine_pidfd: int, claimer: int) -> bool:
+        """Until the lease, its claimer or the machine has ended, or this process is to end: whether it was that."""
+        with contextlib.ExitStack() as stack:
+            fds = [connection.fileno(), machine_pidfd, self._end]
+            with contextlib.suppress(OSError):
+                # A child that the claimer forked may hold the connection open when the claimer is dead.
+                fds.append(os.pidfd_open(claimer))
+                stack.callback(os.close, fds[-1])
+            poll = select.poll()
+            for fd in fds:
+                poll.register(fd, select.POLLIN)
+            return any(fd == self._end for fd, _ in poll.poll())
 
     def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
         """The machine that is asked for, already the claimer's by its record; None if there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,8 @@ def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunR
     path = request.program
     if path is None:
         raise UsageError("cannot run nothing", "there is neither a program nor a source", "Name a file, or use -c")
-    if path.name.endswith(_X07) or path.is_dir():
+    folder = os.path.isdir(path)  # noqa: PTH112 - no error for what may not be looked at
+    if path.name.endswith(_X07) or folder:
         from x07_sandbox.programs.x07 import is_x07
 
         if is_x07(path):
@@ -69,7 +71,7 @@ def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunR
 
             return load_x07(request, path, stack)
     _no_profile(request, str(path))
-    if path.name == "x07-sandbox.toml" or path.is_dir():
+    if path.name == "x07-sandbox.toml" or folder:
         return _from_project(request, path, stack)
     name = source_name(str(path))
     data = read_bounded(path, "program", settings.ARTIFACT_MAX_BYTES)

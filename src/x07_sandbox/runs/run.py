@@ -105,7 +105,7 @@ def _carry_out(request: RunRequest, so_far: Progress, folder: RunFolder, stack: 
         program.toolchain, image.manifest.holds(), request.image or text("X07_VM_GUEST_IMAGE") or "default"
     )
     _check_pinned(image.manifest.digest)
-    backend = QemuBackend(request.progress, request.cancel.waiting)
+    backend = QemuBackend(request.progress, request.cancel.waiting, so_far.warnings.append)
     so_far.availability = availability = backend.probe(image, require_hardware=request.require_hardware)
     so_far.warnings += availability.warnings
     so_far.plan = plan = make_plan(policy, availability.features, guest_variables=GUEST_VARIABLES | request.env.keys())

@@ -57,7 +57,8 @@ _PROGRAMS: Final = tuple(Path(__file__).parents[1] / "programs" / "data" / name 
 _INPUT: Final = b"hello\n"
 _WALL_MS: Final = 30_000
 _TRY_AGAIN_S: Final = 1.0
-_FAILURES_MAX: Final = 3  # in a row: then no more are made
+_FAILURES_MAX: Final = 3  # in a row: then the user is told, and it is tried again now and then
+_TRY_LATER_S: Final = 10.0
 
 
 class WarmMachine:
@@ -84,7 +85,7 @@ class WarmMachines:
         self, size: int, *, image: str | None = None, progress: Callable[[str], None] = lambda _text: None
     ) -> None:
         most = memory_bytes() // 4 // settings.WARM_BYTES
-        if not isinstance(size, int) or not 1 <= size <= most:
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
             raise UsageError("cannot keep a pool", f"{size} machines are not between 1 and {most}", "Set another size")
         self.size = size
         self.claimed = 0
@@ -97,6 +98,7 @@ class WarmMachines:
         self._ready: deque[WarmMachine] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self._closed = False
         self._owner_pid = os.getpid()
         self._thread = threading.Thread(target=self._keep, name="x07-warm", daemon=True)
 
@@ -110,6 +112,7 @@ class WarmMachines:
             self._specs = tuple(self._spec(program) for program in _PROGRAMS)
         except BaseException:
             self._stack.close()
+            self._cancel.close()
             raise
         self._thread.start()
 
@@ -142,15 +145,16 @@ class WarmMachines:
                 return
             except (SandboxError, OSError) as exc:
                 failures += 1
-                if failures >= _FAILURES_MAX:
-                    with self._changed:
+                with self._changed:
+                    if failures >= _FAILURES_MAX:
                         self.problem = exc if isinstance(exc, SandboxError) else _out_of(exc)
                         self._changed.notify_all()
-                    return
-                time.sleep(_TRY_AGAIN_S)
+                    if not self._closing:
+                        self._changed.wait(_TRY_AGAIN_S if failures < _FAILURES_MAX else _TRY_LATER_S)
                 continue
             failures = 0
             with self._changed:
+                self.problem = None
                 if not self._closing:
                     self._ready.append(machine)
                     self._changed.notify_all()
@@ -258,6 +262,7 @@ class WarmMachines:
             return
         with self._changed:
             if self._closing:
+                self._changed.wait_for(lambda: self._closed)
                 return
             self._closing = True
             waiting = list(self._ready)
@@ -270,6 +275,9 @@ class WarmMachines:
             self._thread.join()
         self._stack.close()
         self._cancel.close()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 def _out_of(exc: OSError) -> HostError:

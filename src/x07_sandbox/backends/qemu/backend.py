@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING
 from x07_sandbox.backends.base import Availability, Job, MachineKind
 from x07_sandbox.backends.qemu.proof import kvm_verdict
 from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
-from x07_sandbox.backends.qemu.template import ensure_template, opened_template, remove_template, template_for
+from x07_sandbox.backends.qemu.template import (
+    ensure_template,
+    lack_of_space,
+    opened_template,
+    remove_template,
+    template_for,
+)
 from x07_sandbox.errors import BackendError, ImageError, RefusedError
 from x07_sandbox.host.variables import flag
+from x07_sandbox.jobs.record import drop_unstarted
 from x07_sandbox.plan.features import Isolation, vm_features
 
 if TYPE_CHECKING:
@@ -31,7 +38,7 @@ class QemuBackend:
     """The embedded backend of Linux: needs nothing but packages.
 
     progress: called with a line of text before something that takes seconds, as making a VM template does.
-    waiting: around that, so that a signal can end it.
+    waiting: around that, so that a signal can end it. note: called with what the user should know of afterwards.
     """
 
     name = "qemu"
@@ -40,10 +47,12 @@ class QemuBackend:
         self,
         progress: Callable[[str], None] = lambda _text: None,
         waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        note: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self._kvm = False
         self._progress = progress
         self._waiting = waiting
+        self._note = note
 
     def probe(self, image: OpenImage, *, require_hardware: bool = False) -> Availability:
         """Hardware virtualisation if our agent has answered under it, else emulation.
@@ -67,6 +76,7 @@ class QemuBackend:
         """Start a job, blocked until released: a clone where there is a template or one can be made, else cold."""
         accelerator = Accelerator(kvm=self._kvm)
         with contextlib.ExitStack() as stack:
+            stack.callback(drop_unstarted, job.record)
             saved, why_not = (None, "") if job.cold else self._saved(job.kind, accelerator, stack)
             instance = stack.enter_context(start_qemu(job, accelerator, memory=saved))
             instance.cold_reason = why_not
@@ -83,10 +93,13 @@ class QemuBackend:
             saved = stack.enter_context(opened_template(template))
         except ImageError as exc:
             self._progress(f"{exc.what}: {exc.why}; making it anew")
+            self._note(f"{exc.what}: {exc.why}; it was made anew")
             remove_template(template.folder)
             saved = None
         if saved is not None:
             return saved, ""
+        if short := lack_of_space():
+            return None, short  # for now: nothing speaks against the template
         try:
             self._make(template, kind, accelerator)
             return stack.enter_context(opened_template(template)), ""

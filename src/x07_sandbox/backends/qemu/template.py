@@ -123,6 +123,16 @@ def templates_dir() -> Path:
     return private_dir(private_dir(cache_dir()) / "templates")
 
 
+def lack_of_space() -> str:
+    """Why no template can be saved now, if the disk is too full; else empty."""
+    info = os.statvfs(templates_dir())
+    free = info.f_bavail * info.f_frsize
+    if free >= settings.TEMPLATE_BYTES:
+        return ""
+    needed = settings.TEMPLATE_BYTES >> 20
+    return f"there is no saved machine, and {free >> 20} MiB are too little space for one: {needed} are needed"
+
+
 def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
     """The template that jobs of this kind go on from. Raises HostError."""
     arch = host_arch()
@@ -224,6 +234,7 @@ def ensure_template(template: Template, image: str, make: Maker, progress: Calla
     with file_lock(folder / ".lock", on_wait=lambda: progress("waiting for another process to make the VM template")):
         if template.folder.is_dir():
             return
+        remove_template(template.folder)  # something that is no folder
         _remove_leftovers(folder)
         work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
         try:
@@ -263,9 +274,11 @@ def remove_template(folder: Path) -> None:
     import shutil
     import tempfile
 
+    if not os.path.lexists(folder):
+        return
     with contextlib.suppress(OSError):
         doomed = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
-        folder.rename(doomed / "old")
+        folder.rename(doomed / "old")  # whatever it is
         shutil.rmtree(doomed, ignore_errors=True)
 
 

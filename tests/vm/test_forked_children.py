@@ -1,0 +1,191 @@
+"""Processes that are forked from one that runs programs: they hold nothing of its locks, leases and machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.vm.conftest import left_behind
+from x07_sandbox.host import forks
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.jobs.admission import admitted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from x07_sandbox.images.store import Image
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+# Runs a program in a thread, forks a child that sleeps, and says so; then it is killed from outside.
+FORKING = """
+import os, sys, threading, time
+from x07_sandbox import run_program
+started = threading.Event()
+def run():
+    run_program(source="echo on; sleep 100", toolchain="shell", on_output=lambda *_: started.set())
+threading.Thread(target=run, daemon=True).start()
+assert started.wait(60)
+child = os.fork()
+if child == 0:
+    time.sleep(100)
+    os._exit(0)
+print(child, flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def _own_cache(tmp_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache beside the user's, with its images and templates: the queue and the pool in it are the test's own."""
+    from x07_sandbox.host.paths import cache_dir
+
+    del image
+    place = tmp_path / "cache"
+    place.mkdir(mode=0o700)
+    for path in cache_dir().iterdir():
+        if path.name in {"images", "templates", "verified", "kvm", "libraries"}:
+            (place / path.name).mkdir(mode=0o700)
+            subprocess.run(["/bin/cp", "-al", "--", f"{path}/.", str(place / path.name)], check=True)
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(place))
+
+
+@pytest.fixture
+def sleeping() -> Iterator[list[int]]:
+    """Children of a test that sleep; they are ended with it."""
+    pids: list[int] = []
+    yield pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def forked(pids: list[int]) -> None:
+    """Fork a child that sleeps."""
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(100)
+        os._exit(0)
+    pids.append(pid)
+
+
+def reap(pids: list[int]) -> None:
+    """End such children of this process."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    pids.clear()
+
+
+def test_a_lock_is_not_a_forked_childs(tmp_path: Path) -> None:
+    """A lock that is let go is free, also if a child was forked while it was held."""
+    pids: list[int] = []
+    with file_lock(tmp_path / "lock"):
+        forked(pids)
+    with file_lock(tmp_path / "lock", on_wait=lambda: pytest.fail("it is still locked")):
+        pass
+    reap(pids)
+
+
+def test_what_is_kept_from_children_is_dev_null_there(tmp_path: Path) -> None:
+    """In a forked child such a descriptor leads to /dev/null: its number stays taken, its file is not held."""
+    path = tmp_path / "file"
+    fd = forks.keep(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    pid = os.fork()
+    if pid == 0:
+        same = os.fstat(fd).st_rdev == Path("/dev/null").stat().st_rdev
+        os._exit(0 if same else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    os.write(fd, b"mine")
+    forks.forget(fd)
+    os.close(fd)
+    assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_a_killed_runner_frees_its_slot_whatever_it_forked(
+    state: Path, sleeping: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runner killed with a forked child alive leaves no machine and no slot taken: the next run starts at once."""
+    monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
+    with subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, text=True) as runner:
+        assert runner.stdout is not None
+        sleeping.append(int(runner.stdout.readline()))
+        runner.kill()
+    cancel = os.eventfd(0)
+    with admitted(cancel_fd=cancel, timeout_s=10) as waited_s:
+        assert waited_s < 10
+    os.close(cancel)
+    wait_gone(state)
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_a_killed_claimer_gives_its_machine_back_whatever_it_forked(state: Path, sleeping: list[int]) -> None:
+    """A claimer of the pool killed with a forked child alive: the pool ends its machine all the same."""
+    x07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
+    subprocess.run([*x07, "pool", "start", "--size", "1"], check=True, capture_output=True)
+    try:
+        with subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, text=True) as runner:
+            assert runner.stdout is not None
+            sleeping.append(int(runner.stdout.readline()))
+            runner.kill()
+        deadline = time.monotonic() + 15
+        while True:
+            shown = subprocess.run([*x07, "pool", "status", "--json"], check=True, capture_output=True)
+            pool = json.loads(shown.stdout)["pool"]
+            if pool["running"] == 0:
+                break
+            assert time.monotonic() < deadline, pool
+            time.sleep(0.2)  # another process's state: there is nothing to wait on
+        assert pool["claimed"] == 1
+    finally:
+        subprocess.run([*x07, "pool", "stop"], check=True, capture_output=True)
+    wait_gone(state)
+
+
+def wait_gone(state: Path) -> None:
+    """Wait until no process of a job below *state* is left; its record may be unfinished, as its runner was killed."""
+    deadline = time.monotonic() + 20
+    while alive := [what for what in left_behind(state) if "done" not in what and "control group" not in what]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)  # as above
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_a_stopped_waiter_holds_nobody(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of the queue, stopped by Ctrl-Z say, does not keep a free slot from the next."""
+    monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
+    del state
+    code = "import os, sys\nfrom x07_sandbox.jobs.admission import admitted\n"
+    code += "sys.stdout.write('w'); sys.stdout.flush()\nwith admitted(cancel_fd=os.eventfd(0), timeout_s=60): pass\n"
+    cancel = os.eventfd(0)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with admitted(cancel_fd=cancel, timeout_s=10):
+            entered.set()
+            leave.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert entered.wait(30)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        first.stdout.read(1)
+        time.sleep(1)  # until it is the first of the queue: nothing tells
+        first.send_signal(signal.SIGSTOP)
+        leave.set()
+        holder.join()
+        with admitted(cancel_fd=cancel, timeout_s=20):
+            pass
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(30) == 0
+    os.close(cancel)
