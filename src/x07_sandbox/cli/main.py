@@ -20,6 +20,7 @@ _VERBS = {
     "policy": "write, check, explain, compare policies",
     "image": "build, list, inspect, verify guest images",
     "pool": "keep machines warm, so that runs start at once",
+    "prune": "remove what nobody needs any more",
     "doctor": "what is here, what was proven, what to do",
 }
 _EXAMPLES = """examples:

@@ -35,6 +35,8 @@ BUILD_MEM_BYTES: Final = 2 * GIB
 BUILD_TASKS: Final = 256
 BUILD_FDS: Final = 1024
 
+DAY_S: Final = 86_400.0
+RETENTION_S: Final = 7 * DAY_S  # how long records and folders of runs stay, and what was built and is not used
 TEMPLATES_MAX_BYTES: Final = 4 * GIB  # of all VM templates together, as the disk counts them
 ARTIFACTS_MAX_BYTES: Final = GIB
 SCRATCH_BYTES: Final = 8 * GIB

@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from x07_sandbox.reports import attestation, doctor, policy_init, runner, wrapped
+from x07_sandbox.runs import prune
 
 _REF: Final = "#/$defs/{name}"
 _RUNNER: Final = (runner.CompileRunReport, runner.RunOsReport)
@@ -26,6 +27,7 @@ def schemas() -> dict[str, str]:
         "x07-runtime.attest.schema.json": _text(attestation.SCHEMA, _any_of((attestation.Attestation,))),
         "x07-policy-init.report.schema.json": _text(policy_init.SCHEMA, _any_of((policy_init.PolicyInitReport,))),
         "doctor.schema.json": _text(doctor.SCHEMA, _any_of((doctor.DoctorReport,))),
+        "prune.schema.json": _text(prune.SCHEMA, _any_of((prune.PruneReport,))),
     }
 
 
