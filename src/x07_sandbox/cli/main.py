@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _VERBS = {
     "run": "run a program in a throw-away virtual machine",
+    "init": "begin a project: write its first file",
     "policy": "write, check, explain, compare policies",
     "image": "build, list, inspect, verify guest images",
     "pool": "keep machines warm, so that runs start at once",
