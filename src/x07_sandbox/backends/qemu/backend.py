@@ -10,7 +10,7 @@ from x07_sandbox.backends.base import Availability, Job, MachineKind
 from x07_sandbox.backends.qemu.proof import kvm_verdict
 from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
 from x07_sandbox.backends.qemu.template import ensure_template, opened_template, remove_template, template_for
-from x07_sandbox.errors import BackendError, ImageError, RefusedError
+from x07_sandbox.errors import BackendError, HostError, ImageError, RefusedError
 from x07_sandbox.host.variables import flag
 from x07_sandbox.plan.features import Isolation, vm_features
 
@@ -92,6 +92,8 @@ class QemuBackend:
             return stack.enter_context(opened_template(template)), ""
         except (BackendError, ImageError) as exc:
             template.distrust(f"{exc.what}: {exc.why}")
+            return None, f"{exc.what}: {exc.why}"
+        except HostError as exc:  # as on a full disk; that says nothing of the template, and is tried again
             return None, f"{exc.what}: {exc.why}"
 
     def _make(self, template: Template, kind: MachineKind, accelerator: Accelerator) -> None:
