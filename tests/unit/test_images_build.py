@@ -18,6 +18,7 @@ from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import base as bases
 from x07_sandbox.images import build, commands, guestcode, manifest, recipe, sources, store, verify
+from x07_sandbox.runs.prune import prune
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,3 +175,17 @@ def test_packages_that_cannot_be_known_are_not_dropped(science: store.Image) -> 
     )
     with pytest.raises(HostError, match=r"fsck\.erofs is missing"):  # so far it comes: the image is made anew
         build.build_image(name="science", include=PACKAGES, progress=print)
+
+
+def test_a_base_goes_with_the_last_image_that_is_made_of_it(science: store.Image) -> None:
+    """`x07 prune` keeps the packages of a named image, and removes them once no name leads to any image of them."""
+
+    def gone() -> set[str]:
+        report = prune(["images"], progress=lambda _text: None, dry_run=False)
+        return {removed.path.rpartition("/")[2] for removed in report.removed}
+
+    base = _base_folder(PACKAGES)
+    assert gone() == set()
+    (store.images_dir() / "names" / "science").unlink()
+    assert gone() == {science.folder.name, base.name}
+    assert sorted(path.name for path in store.images_dir().iterdir()) == [".lock", "names"]

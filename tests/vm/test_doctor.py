@@ -9,9 +9,12 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import pytest
 
+from x07_sandbox.backends.selection import ROWS
 from x07_sandbox.jail.bwrap import SETPRIV
+from x07_sandbox.reports.schemas import schemas
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,8 +33,14 @@ def _ask(tmp_path: Path, *before: str) -> tuple[int, str, dict[str, Any]]:
     done = subprocess.run(
         [*before, *DOCTOR], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
     )
-    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
+    report = json.loads(done.stdout)
+    jsonschema.validate(report, json.loads(schemas()["doctor.schema.json"]))
+    findings = {finding["subject"]: finding for finding in report["findings"]}
     assert SUBJECT in findings, findings
+    states = {state["name"]: state for state in report["backends"]}
+    assert list(states) == [row.name for row in ROWS]
+    assert states["qemu"]["state"] == ("proven" if done.returncode == 0 else "failed")
+    assert len(states["qemu"]["remedies"]) == (0 if done.returncode == 0 else 3)
     return done.returncode, done.stderr, findings[SUBJECT]
 
 
@@ -72,3 +81,34 @@ def test_doctor_shows_on_a_terminal_what_takes_time(tmp_path: Path) -> None:
         assert done.returncode == 0
         assert json.loads(done.stdout)["good"]
         assert b"starting a machine" in (terminal.read(4096) or b"")
+
+
+def _findings(env: dict[str, str]) -> tuple[int, dict[str, Any]]:
+    """Exit code and findings of a doctor in this environment."""
+    done = subprocess.run(DOCTOR, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    return done.returncode, {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
+
+
+def test_doctor_says_which_x07_is_first(tmp_path: Path) -> None:
+    """Another program called x07 that comes first on PATH is named as such, and not started."""
+    other = tmp_path / "bin" / "x07"
+    other.parent.mkdir()
+    other.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    other.chmod(0o755)
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    _code, findings = _findings(env | {"PATH": f"{other.parent}:/usr/bin:/bin"})
+    assert f"{other} is another program" in findings["x07 on PATH"]["text"]
+    assert "x07-sandbox" in findings["x07 on PATH"]["fix"]
+    assert not (tmp_path / "started").exists()
+    _code, findings = _findings(env | {"PATH": "/nowhere"})
+    assert (findings["x07 on PATH"]["good"], findings["x07 on PATH"]["text"]) == (None, "there is none")
+
+
+def test_doctor_shows_our_variables_and_no_secret(tmp_path: Path) -> None:
+    """Variables of ours are shown with what they hold, names that only look so without."""
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    code, findings = _findings(env | {"X07_VM_TOKEN": "hunter2", "X07_VM_MAX_RUNNING": "3"})
+    assert code == 1  # there is no image in that cache
+    assert "X07_VM_MAX_RUNNING=3" in findings["variables"]["text"]
+    assert "X07_VM_TOKEN" in findings["variables"]["text"]
+    assert "hunter2" not in json.dumps(findings)

@@ -6,64 +6,148 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.qemu.backend import SLOWDOWN, QemuBackend
-from x07_sandbox.backends.qemu.proof import prove
-from x07_sandbox.backends.qemu.start import Accelerator, required_tools
-from x07_sandbox.cli.console import Progress
+import msgspec
+
+from x07_sandbox.backends.looks import Proof, advice, backend_states, gather
+from x07_sandbox.backends.selection import this_platform, working
+from x07_sandbox.cli.console import Progress, plain
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
-from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
-from x07_sandbox.images.commands import missing_tools
-from x07_sandbox.images.store import find_image, image_is_current
-from x07_sandbox.images.verify import open_image
+from x07_sandbox.host.variables import PREFIXES, VARIABLES
+from x07_sandbox.reports.doctor import DoctorReport, Finding
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from x07_sandbox.backends.looks import BackendState
+    from x07_sandbox.backends.qemu.start import Accelerator
+    from x07_sandbox.backends.selection import Platform
     from x07_sandbox.images.verify import OpenImage
 
-
-_NO_START = (
+START: Final = "start of a machine"
+_NO_START: Final = (
     "A run would end the same way: allow it to change uids (in a container: --privileged), or see x07 run --cold"
 )
+_HEAD_BYTES: Final = 4096
+_MARKS: Final = {"proven": "good", "failed": "BAD ", "later": "note", "not-here": "note"}
+_EXAMPLES: Final = """examples:
+  x07 doctor                                     everything, for people
+  x07 doctor --json | jq '.backends[] | {name, state}'
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing looked at. good: None where it is neither good nor bad but worth knowing."""
-
-    subject: str
-    good: bool | None
-    text: str
-    fix: str = ""
+exit code: 0 if nothing is bad, else 1
+"""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
-    parser = verbs.add_parser("doctor", help=help)
+    parser = verbs.add_parser(
+        "doctor",
+        help=help,
+        description="Look at this machine: what is here, what was proven by starting a machine, what to do.",
+        epilog=_EXAMPLES,
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.set_defaults(carry_out=_doctor)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    findings = [_architecture(), *_tools(), _image_tools(), _folders(), _groups(), *_image_and_machine()]
-    good = all(finding.good is not False for finding in findings)
+    report = _examined()
     if options.json:
-        rows = [
-            {"subject": finding.subject, "good": finding.good, "text": finding.text, "fix": finding.fix}
-            for finding in findings
-        ]
-        sys.stdout.write(json.dumps({"good": good, "findings": rows}, indent=2) + "\n")
-        return 0 if good else 1
-    for finding in findings:
+        sys.stdout.write(json.dumps(msgspec.to_builtins(report), indent=2) + "\n")
+        return 0 if report.good else 1
+    for finding in report.findings:
         mark = {True: "good", False: "BAD ", None: "note"}[finding.good]
-        sys.stdout.write(f"{mark}  {finding.subject}: {finding.text}\n")
+        _print(f"{mark}  {finding.subject}: {finding.text}")
         if finding.fix:
-            sys.stdout.write(f"      {finding.fix}\n")
-    return 0 if good else 1
+            _print(f"      {finding.fix}")
+    _print("\nbackends, those that are preferred first:")
+    for state in report.backends:
+        _print_backend(state)
+    return 0 if report.good else 1
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(plain(line) + "\n")
+
+
+def _print_backend(state: BackendState) -> None:
+    wall = " or ".join(state.isolation) + (", only if accepted" if state.needs_acceptance else "")
+    _print(f"{_MARKS[state.state]}  {state.name} ({wall}): {state.text}")
+    for look in state.looks:
+        _print(f"      {look.what}: {look.text}")
+    # Where it is only not in this version or not for this platform, what they all have in common was said above.
+    for remedy in state.remedies if state.state == "failed" else state.remedies[-1:]:
+        _print(f"      - {remedy}")
+
+
+def _examined() -> DoctorReport:
+    platform = this_platform()
+    findings = [platform_finding(platform), _architecture(), _first_on_path(os.environ), _variables(os.environ)]
+    findings.append(_folders())
+    proof = None
+    if platform.system == "linux" and os.uname().machine in ARCHES:
+        machine = _image_and_machine()
+        findings += [*_tools(), _image_tools(), _groups(), *machine]
+        proof = proof_among(machine)
+    return DoctorReport(
+        good=all(finding.good is not False for finding in findings),
+        findings=tuple(findings),
+        backends=backend_states(gather(platform, os.environ), proof),
+    )
+
+
+def platform_finding(platform: Platform) -> Finding:
+    """Whether this version has a backend for that platform at all."""
+    if words := " ".join(working(platform)):
+        return Finding(subject="platform", good=True, text=f"{platform}, for which there is {words}")
+    instead, here = advice(platform)
+    return Finding(
+        subject="platform", good=False, text=f"this version has no backend for {platform}", fix=f"{instead}. {here}"
+    )
+
+
+def proof_among(findings: list[Finding]) -> Proof | None:
+    """What is known of starting a machine: that it went well, or the first thing that speaks against it."""
+    bad = next((finding for finding in findings if finding.good is False), None)
+    if bad is not None:
+        return Proof(good=False, text=f"{bad.subject}: {bad.text}", fixes=(bad.fix,))
+    started = next((finding for finding in findings if finding.subject == START), None)
+    return None if started is None else Proof(good=True, text=started.text)
+
+
+def _first_on_path(environ: Mapping[str, str]) -> Finding:
+    """Which program `x07` starts: X07 itself has one of that name. It is looked at, not started."""
+    import shutil
+
+    subject = "x07 on PATH"
+    path = shutil.which("x07", path=environ.get("PATH", ""))
+    ours = Path(sys.executable).with_name("x07-sandbox")
+    call = f"Call this one x07-sandbox ({ours}), or put its folder first on PATH"
+    if path is None:
+        return Finding(subject=subject, good=None, text="there is none", fix=call)
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as exc:
+        return Finding(subject=subject, good=None, text=f"{path} cannot be read: {exc.strerror}", fix=call)
+    if b"x07_sandbox" in head:
+        return Finding(subject=subject, good=True, text=f"{path} is x07-sandbox")
+    return Finding(subject=subject, good=None, text=f"{path} is another program, perhaps X07's own", fix=call)
+
+
+def _variables(environ: Mapping[str, str]) -> Finding:
+    """Those of ours that are set; of others that only look so the name, and never what they hold."""
+    known = [f"{name}={ascii(environ[name])[1:-1]}" for name in VARIABLES if environ.get(name, "").strip()]
+    others = [name for name in sorted(environ) if name.startswith(PREFIXES) and name not in VARIABLES]
+    text = f"set: {', '.join(known)}" if known else "none is set"
+    if others:
+        text += f"; not of x07-sandbox: {', '.join(others)}"
+    return Finding(subject="variables", good=None, text=text, fix="docs/x07.md lists them all" if others else "")
 
 
 def _architecture() -> Finding:
@@ -76,6 +160,8 @@ def _architecture() -> Finding:
 
 
 def _tools() -> list[Finding]:
+    from x07_sandbox.backends.qemu.start import required_tools
+
     return [
         Finding(subject=path, good=True, text="here")
         if os.access(path, os.X_OK)
@@ -85,6 +171,8 @@ def _tools() -> list[Finding]:
 
 
 def _image_tools() -> Finding:
+    from x07_sandbox.images.commands import missing_tools
+
     missing = missing_tools()
     if not missing:
         return Finding(subject="tools that build an image", good=True, text="here")
@@ -116,6 +204,12 @@ def _groups() -> Finding:
 
 
 def _image_and_machine() -> list[Finding]:
+    # Here, so that a machine where QEMU cannot run is told about all the rest.
+    from x07_sandbox.backends.qemu.backend import SLOWDOWN, QemuBackend
+    from x07_sandbox.backends.qemu.start import Accelerator
+    from x07_sandbox.images.store import find_image, image_is_current
+    from x07_sandbox.images.verify import open_image
+
     findings: list[Finding] = []
     try:
         image = find_image(None)
@@ -137,16 +231,17 @@ def _image_and_machine() -> list[Finding]:
 
 def _start(image: OpenImage, accelerator: Accelerator) -> Finding:
     """Whether a run could start: a machine in the jail of a run, by the same launcher, until our agent answers."""
-    subject = "start of a machine"
+    from x07_sandbox.backends.qemu.proof import prove
+
     progress = Progress("doctor") if sys.stderr.isatty() else None
     if progress:
         progress("starting a machine in its jail, as a run does")
     try:
         works, reason = prove(image, accelerator, settings.BOOT_S)
     except SandboxError as exc:
-        works, found = False, Finding(subject=subject, good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
+        works, found = False, Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
     else:
-        found = Finding(subject=subject, good=works, text=reason, fix="" if works else _NO_START)
+        found = Finding(subject=START, good=works, text=reason, fix="" if works else _NO_START)
     if progress:
         progress.done("started" if works else "it did not start")
     return found

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 _VERBS = {
     "run": "run a program in a throw-away virtual machine",
+    "init": "begin a project: write its first file",
     "policy": "write, check, explain, compare policies",
     "image": "build, list, inspect, verify guest images",
     "pool": "keep machines warm, so that runs start at once",
+    "prune": "remove what nobody needs any more",
+    "completion": "complete these words in a shell",
     "doctor": "what is here, what was proven, what to do",
 }
 _EXAMPLES = """examples:
@@ -93,7 +96,7 @@ def _parsed(words: list[str]) -> argparse.Namespace:
     """What the words mean. Raises UsageError, which names the verb's own help."""
     from x07_sandbox.errors import UsageError
 
-    options, unknown = _parser(words).parse_known_args(words)
+    options, unknown = parser_for(words).parse_known_args(words)
     if unknown:
         verb = f"x07 {words[0]}" if words[0] in _VERBS else "x07"
         raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", f"See {verb} --help")
@@ -146,7 +149,7 @@ def _wants_json(words: list[str]) -> bool:
     return ours[:1] in (["run"], ["policy"]) and "--json" in ours
 
 
-def _parser(words: list[str]) -> argparse.ArgumentParser:
+def parser_for(words: list[str]) -> argparse.ArgumentParser:
     """The parser for these words: with the verb that they name, or with all of them."""
     from importlib import import_module
 

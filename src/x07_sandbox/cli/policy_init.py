@@ -61,12 +61,17 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
     return parser
 
 
+def file_name(template: str) -> str:
+    """What the file of a template is called."""
+    return f"{template}.sandbox.base.policy.json"
+
+
 def _init(options: argparse.Namespace) -> int:
     policy = _named(TEMPLATES[options.template], options.policy_id)
     data = render_policy(policy)
     root = project_root(options.project)
     if options.out is None:
-        parts = (*BASE_FOLDER, f"{options.template}.sandbox.base.policy.json")
+        parts = (*BASE_FOLDER, file_name(options.template))
         path = root.joinpath(*parts)
         status = write_document(root, parts, data, overwrite=options.force)
     else:

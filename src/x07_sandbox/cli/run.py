@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
-from x07_sandbox.cli.run_options import EPILOG, OVERRIDES, X07_LIMITS, add_options
+from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, flag, text
@@ -36,7 +36,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         help=help,
         description="Build PROGRAM in one throw-away virtual machine and run it in another.",
         usage="x07 run [OPTIONS] PROGRAM [-- ARGS]",
-        epilog=EPILOG,
+        late_epilog=epilog,
     )
     add_options(parser)
     parser.set_defaults(carry_out=_run)
@@ -207,7 +207,7 @@ def _source_from_stdin() -> bytes:
 
 
 def _decoded(text: str) -> bytes:
-    import binascii
+    import binascii  # a file of its own in some Pythons, and hardly ever wanted
 
     try:
         return binascii.a2b_base64(text.encode(), strict_mode=True)

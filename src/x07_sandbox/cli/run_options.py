@@ -10,15 +10,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 from x07_sandbox.programs.toolchains import BY_NAME, describe
 
-EPILOG = f"""languages, by the name of the file or by --toolchain:
-{describe()}
-A folder with an x07-sandbox.toml is a project of more files: docs/programs.md.
-
-exit code: the program's own; 128+N for signal N; 124 for a time or CPU limit; 137 out of memory; 153 too much output;
-126 the build failed; 125 refused, lost, or its output could not be written; 2 wrong usage. A program may use the same
-numbers: scripts read `outcome`.
-
-examples:
+_EXAMPLES = """examples:
   x07 run prog.py
   x07 run --input data.txt prog.c -- --top 10
   x07 run -c 'print(6 * 7)' --toolchain python
@@ -36,6 +28,21 @@ OVERRIDES = (
     ("--allow-write-root", "PATH", "one that it may change"),
 )
 X07_LIMITS = ("--solve-fuel", "--max-memory-bytes", "--cpu-time-limit-seconds")
+
+
+def epilog() -> str:
+    """What help says below the options; made only when it is asked for, since a run has no use for it."""
+    from x07_sandbox.plan.outcomes import describe_exits
+
+    return f"""languages, by the name of the file or by --toolchain:
+{describe()}
+A folder with an x07-sandbox.toml is a project of more files: docs/programs.md.
+
+exit codes, and the outcomes that have them (docs/outcomes.md):
+{describe_exits()}A program may use the same numbers: scripts read `outcome`. Output that could not
+be written makes 125 too.
+
+{_EXAMPLES}"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -38,10 +38,20 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours, so that --json holds for them too; options are written out in full."""
+    """A parser whose errors are ours, so that --json holds for them too; options are written out in full.
 
-    def __init__(self, *args: Any, **words: Any) -> None:  # noqa: ANN401 - as argparse has them
+    late_epilog: makes the epilog when help is asked for.
+    """
+
+    def __init__(self, *args: Any, late_epilog: Callable[[], str] | None = None, **words: Any) -> None:  # noqa: ANN401 - as argparse has them
         super().__init__(*args, **({"formatter_class": Formatter} | words | {"allow_abbrev": False}))
+        self._late_epilog = late_epilog
+
+    def format_help(self) -> str:
+        """All of the help."""
+        if self._late_epilog is not None:
+            self.epilog = self._late_epilog()
+        return super().format_help()
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         """Print help or version; unlike the base class, not past an error. Raises OSError."""

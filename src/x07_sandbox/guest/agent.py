@@ -160,7 +160,11 @@ class Agent:
         self.link.send(Kind.WARMED, {})
 
     def _take_seed(self, body: dict[str, Any]) -> None:
-        time.clock_settime_ns(time.CLOCK_REALTIME, body["unix_ns"])
+        try:
+            time.clock_settime_ns(time.CLOCK_REALTIME, body["unix_ns"])
+        except OSError:
+            # A kernel takes no time before its own boot (EINVAL), and a host whose clock was never set has just that.
+            time.clock_settime_ns(time.CLOCK_REALTIME, time.monotonic_ns() + 10**9)
         system.add_entropy(self.random_fd, body["entropy"])
         self.machine_id = body["machine_id"]
         self.link.send(Kind.SEEDED, {"nonce": body["nonce"]})

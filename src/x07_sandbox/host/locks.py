@@ -28,3 +28,32 @@ def file_lock(path: Path, *, on_wait: Callable[[], None] | None = None) -> Itera
         yield
     finally:
         forks.unlock(fd)
+
+
+def share_folder(path: Path) -> int:
+    """A descriptor of a folder, under a shared flock(2) until it is closed: nobody removes it meanwhile.
+
+    Raises OSError, BlockingIOError where somebody is removing it.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@contextlib.contextmanager
+def folder_to_remove(path: Path) -> Iterator[bool]:
+    """Whether nobody shares the folder; nobody does before the end of the context then. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(fd)

@@ -165,7 +165,7 @@ def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) ->
         raise HostError(
             f"cannot use folder {here}",
             f"others can change it (uid {info.st_uid}, mode {stat.S_IMODE(info.st_mode):04o})",
-            "Choose a folder below one that only you or root can write",
+            "Choose a folder below one that only you or root can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR",
         )
 
 

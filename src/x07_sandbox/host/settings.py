@@ -36,6 +36,8 @@ BUILD_TASKS: Final = 256
 BUILD_FDS: Final = 1024
 
 TEMPLATE_BYTES: Final = 384 * MIB  # what saving one machine takes at the most, generously
+DAY_S: Final = 86_400.0
+RETENTION_S: Final = 7 * DAY_S  # how long records and folders of runs stay, and what was built and is not used
 TEMPLATES_MAX_BYTES: Final = 4 * GIB  # of all VM templates together, as the disk counts them
 ARTIFACTS_MAX_BYTES: Final = GIB
 SCRATCH_BYTES: Final = 8 * GIB

@@ -57,7 +57,8 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
     asked_modules = None if preload is None else recipe.check_modules(preload)
     images = store.images_dir()
     with file_lock(images / ".lock", on_wait=lambda: progress("waiting for another build of an image")):
-        _remove_leftovers(progress)
+        for left in leftovers():
+            bases.remove_work(left, progress)
         more = _extras(name, asked_packages, asked_modules, progress)
         work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=_work_dir()))
         try:
@@ -204,7 +205,18 @@ def _work_dir() -> Path:
     return private_dir(cache_dir() / "tmp")
 
 
-def _remove_leftovers(progress: Callable[[str], None]) -> None:
-    """Remove what killed builds left: the lock is ours, so nobody works there."""
-    for work in sorted(_work_dir().glob(f"{WORK_PREFIX}*")):
+def leftovers() -> list[Path]:
+    """What killed builds left; whoever asks holds the lock of the store, so that nobody works there."""
+    return sorted(_work_dir().glob(f"{WORK_PREFIX}*"))
+
+
+def remove_from_store(folder: Path, progress: Callable[[str], None]) -> None:
+    """Remove an image or a base, which nobody finds any more from then on; who has opened it keeps what it opened.
+
+    Whoever calls holds the lock of the store. Killed on the way it is a leftover. Raises OSError, SandboxError.
+    """
+    work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=_work_dir()))
+    try:
+        folder.rename(work / "removed")
+    finally:
         bases.remove_work(work, progress)

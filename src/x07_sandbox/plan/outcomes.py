@@ -118,6 +118,33 @@ def exit_code(outcome: Outcome, *, program_exit: int | None, signal: int | None)
             return rule
 
 
+def outcomes_by_exit() -> dict[str, list[Outcome]]:
+    """Each exit code or rule in words, and the outcomes that have it, in the order of the table."""
+    found: dict[str, list[Outcome]] = {}
+    for outcome, row in OUTCOMES.items():
+        found.setdefault(str(row.exit), []).append(outcome)
+    return found
+
+
+def describe() -> str:
+    """The table as docs/outcomes.md shows it."""
+    rows = ["| outcome | exit code of `x07 run` | usual `fault` | what happened |", "|---|---|---|---|"]
+    rows += [f"| `{outcome}` | {row.exit} | `{row.fault}` | {row.doc} |" for outcome, row in OUTCOMES.items()]
+    return "\n".join(rows) + "\n"
+
+
+def describe_exits_table() -> str:
+    """The exit codes as docs/outcomes.md shows them."""
+    rows = ["| exit code | outcomes |", "|---|---|"]
+    rows += [f"| {code} | {', '.join(f'`{name}`' for name in names)} |" for code, names in outcomes_by_exit().items()]
+    return "\n".join(rows) + "\n"
+
+
+def describe_exits() -> str:
+    """The exit codes as help shows them: one line each."""
+    return "".join(f"  {code}: {', '.join(outcomes)}\n" for code, outcomes in outcomes_by_exit().items())
+
+
 class Stage(StrEnum):
     """How far a job had come."""
 

@@ -128,7 +128,7 @@ def find_manifest(program: Path) -> Path | None:
     raise UsageError(
         f"cannot run the folder {program}",
         f"there is no {FILE} in it",
-        f"Write one (docs/programs.md), or name a source file in it: x07 run {program}/FILE",
+        f"Write one (x07 init --toolchain T), or name a source file in it: x07 run {program}/FILE",
     )
 
 

@@ -1,4 +1,4 @@
-"""The published JSON Schemas of X07's documents, from the types that make them.
+"""The published JSON Schemas of X07's documents and of our own reports, from the types that make them.
 
 ``python -m x07_sandbox.reports.schemas FOLDER`` writes the files; a unit test holds them to this.
 """
@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.reports import attestation, policy_init, runner, wrapped
+from x07_sandbox.reports import attestation, doctor, policy_init, runner, wrapped
+from x07_sandbox.runs import prune
 
 _REF: Final = "#/$defs/{name}"
 _RUNNER: Final = (runner.CompileRunReport, runner.RunOsReport)
@@ -25,6 +26,8 @@ def schemas() -> dict[str, str]:
         "x07-run.report.schema.json": _text(wrapped.SCHEMA, _wrapped()),
         "x07-runtime.attest.schema.json": _text(attestation.SCHEMA, _any_of((attestation.Attestation,))),
         "x07-policy-init.report.schema.json": _text(policy_init.SCHEMA, _any_of((policy_init.PolicyInitReport,))),
+        "doctor.schema.json": _text(doctor.SCHEMA, _any_of((doctor.DoctorReport,))),
+        "prune.schema.json": _text(prune.SCHEMA, _any_of((prune.PruneReport,))),
     }
 
 

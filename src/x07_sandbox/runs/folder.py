@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import HostError
+from x07_sandbox.host.locks import share_folder
 from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.jobs.record import home_of
 from x07_sandbox.runs.result import Output
@@ -20,11 +21,13 @@ class RunFolder:
     """`runs/RUN/`, beside the state root where that folder is ours, else inside it as `.runs/RUN/`."""
 
     def __init__(self, run_id: str, stack: contextlib.ExitStack) -> None:
-        root = private_dir(state_dir())
-        home = home_of(root)
-        runs = private_dir(home / ("runs" if home != root else ".runs"))
-        self.path = private_dir(runs / run_id)
+        self.path = private_dir(private_dir(runs_dir(private_dir(state_dir()))) / run_id)
         self._stack = stack
+        try:
+            stack.callback(os.close, share_folder(self.path))  # however old it looks, as after a wrong clock
+        except OSError as exc:
+            why = exc.strerror or str(exc)
+            raise HostError(f"cannot use the run's folder {self.path}", why, "Start the run again") from exc
 
     def sink(self, name: str, *, live_fd: int | None, max_bytes: int, raw: bool = False) -> tuple[Sink, int]:
         """A sink that keeps its stream in this folder, and the descriptor of that file."""
@@ -46,6 +49,12 @@ class RunFolder:
             ) from exc
         self._stack.callback(os.close, fd)
         return fd
+
+
+def runs_dir(root: Path) -> Path:
+    """Where the folders of runs lie. root: of the records."""
+    home = home_of(root)
+    return home / ("runs" if home != root else ".runs")
 
 
 def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextlib.ExitStack) -> OutFile:

@@ -16,7 +16,7 @@ from x07_sandbox.backends.qemu.template import (
     remove_template,
     template_for,
 )
-from x07_sandbox.errors import BackendError, ImageError, RefusedError
+from x07_sandbox.errors import BackendError, HostError, ImageError, RefusedError
 from x07_sandbox.host.variables import flag
 from x07_sandbox.jobs.record import drop_unstarted
 from x07_sandbox.plan.features import Isolation, vm_features
@@ -105,6 +105,8 @@ class QemuBackend:
             return stack.enter_context(opened_template(template)), ""
         except (BackendError, ImageError) as exc:
             template.distrust(f"{exc.what}: {exc.why}")
+            return None, f"{exc.what}: {exc.why}"
+        except HostError as exc:  # as on a full disk; that says nothing of the template, and is tried again
             return None, f"{exc.what}: {exc.why}"
 
     def _make(self, template: Template, kind: MachineKind, accelerator: Accelerator) -> None:

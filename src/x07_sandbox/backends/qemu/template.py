@@ -235,7 +235,8 @@ def ensure_template(template: Template, image: str, make: Maker, progress: Calla
         if template.folder.is_dir():
             return
         remove_template(template.folder)  # something that is no folder
-        _remove_leftovers(folder)
+        for path in leftovers(folder):
+            shutil.rmtree(path, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
         try:
             progress("making the VM template, once for this image")
@@ -252,39 +253,51 @@ def ensure_template(template: Template, image: str, make: Maker, progress: Calla
 
 def expire_templates(*, keep: str, images: set[str]) -> None:
     """Remove templates of images that are gone, and the least recently used above the size limit; never *keep*."""
+    for folder, _ in expired_templates(keep=keep, images=images):
+        remove_template(folder)
+
+
+def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
+    """Which templates go, and why. keep: the key of one that never does; images: digests of those that are there."""
     found: list[tuple[float, int, Path]] = []
+    doomed = []
     for folder in templates_dir().glob("[0-9a-f]" * 64):
         if folder.name == keep:
             continue
         try:
             made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=TemplateManifest)
         except (OSError, msgspec.MsgspecError):
-            made = None
-        if made is None or made.image not in images:
-            remove_template(folder)
+            doomed.append((folder, "its manifest is damaged"))
+            continue
+        if made.image not in images:
+            doomed.append((folder, "its image is gone"))
         else:
             size = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
             found.append((folder.stat().st_mtime, size, folder))
-    for folder in least_recently_used(found, settings.TEMPLATES_MAX_BYTES):
-        remove_template(folder)
+    oldest = least_recently_used(found, settings.TEMPLATES_MAX_BYTES)
+    return doomed + [(folder, "there are too many, and it was not used for longest") for folder in oldest]
 
 
 def remove_template(folder: Path) -> None:
-    """Remove a template; machines that go on from it keep what they have opened."""
+    """Remove a template if that is possible; machines that go on from it keep what they have opened."""
+    with contextlib.suppress(OSError):
+        take_template_away(folder)
+
+
+def take_template_away(folder: Path) -> None:
+    """Remove a template, which nobody finds any more from then on. Raises OSError."""
     import shutil
     import tempfile
 
     if not os.path.lexists(folder):
         return
-    with contextlib.suppress(OSError):
-        doomed = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
+    doomed = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
+    try:
         folder.rename(doomed / "old")  # whatever it is
+    finally:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """What killed processes left; the lock is held, so nobody makes one now."""
-    import shutil
-
-    for path in (*folder.glob(".new-*"), *folder.glob(".old-*")):
-        shutil.rmtree(path, ignore_errors=True)
+def leftovers(folder: Path) -> list[Path]:
+    """What killed processes left; whoever asks holds the lock, so that nobody makes one now."""
+    return [*folder.glob(".new-*"), *folder.glob(".old-*")]

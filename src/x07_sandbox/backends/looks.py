@@ -1,0 +1,298 @@
+"""What each backend needs, whether it is here, and what to do: for `x07 doctor`, on any machine.
+
+The table says what to look for; `gather` looks, cheaply and without starting anything; `backend_states` is pure, so
+that any machine can tell what another one would be told.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from x07_sandbox.backends.selection import ACCEPT_FLAG, ROWS, BackendRow, Platform, System, working
+from x07_sandbox.host.arch import ARCHES
+
+Kind = Literal["program", "socket", "device", "folder", "namespaces"]
+State = Literal["proven", "failed", "later", "not-here"]
+
+CONNECT_S: Final = 0.5
+_KVM: Final = "/dev/kvm"
+
+
+class Need(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that a backend needs.
+
+    name: a program's name or path, else a path. variable: the variable that may name another.
+    system: where it is needed; None for everywhere. optional: it works without, but worse.
+    """
+
+    kind: Kind
+    name: str
+    variable: str = ""
+    system: System | None = None
+    optional: bool = False
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a look: whether it is here and usable, and how that looks."""
+
+    good: bool
+    text: str
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """A machine, as far as backends ask. machine: as uname -m has it. seen: by (kind, name)."""
+
+    platform: Platform
+    machine: str
+    environ: Mapping[str, str]
+    seen: Mapping[tuple[str, str], Seen]
+
+
+class Proof(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of starting a machine as a run does. fixes: what to do where it failed."""
+
+    good: bool
+    text: str
+    fixes: tuple[str, ...] = ()
+
+
+class Look(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One thing that was looked for. good: None where it is missing and nothing depends on it."""
+
+    what: str
+    good: bool | None
+    text: str
+
+
+class BackendState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One backend on this machine.
+
+    state: proven (it has started a machine here), failed, later (not in this version), not-here (not for this
+    platform). needs_acceptance: whether it is weaker than a virtual machine. remedies: three, but for proven none.
+    """
+
+    name: str
+    sandbox_backend: str
+    isolation: tuple[str, ...]
+    needs_acceptance: bool
+    state: State
+    text: str
+    looks: tuple[Look, ...]
+    remedies: tuple[str, ...]
+
+
+NEEDS: Final[dict[str, tuple[Need, ...]]] = {
+    "firecracker-ctr": (
+        Need(kind="program", name="firecracker-ctr", variable="X07_VM_FIRECRACKER_CTR_BIN"),
+        Need(
+            kind="socket",
+            name="/run/firecracker-containerd/containerd.sock",
+            variable="X07_VM_FIRECRACKER_CONTAINERD_SOCK",
+        ),
+        Need(kind="device", name=_KVM),
+    ),
+    "apple-container": (Need(kind="program", name="container"),),
+    "qemu": (Need(kind="device", name=_KVM, optional=True),),  # and the programs of its architecture
+    "vz": (
+        Need(kind="program", name="x07-vz-helper", variable="X07_VM_VZ_HELPER_BIN"),
+        Need(kind="folder", name="", variable="X07_VM_VZ_GUEST_BUNDLE"),
+    ),
+    "podman": (Need(kind="program", name="podman"),),
+    "docker": (Need(kind="program", name="docker"), Need(kind="socket", name="/var/run/docker.sock")),
+    "os": (
+        Need(kind="program", name="/usr/bin/bwrap", system="linux"),
+        Need(kind="namespaces", name="user namespaces", system="linux"),
+        Need(kind="program", name="/usr/bin/sandbox-exec", system="macos"),
+    ),
+    "none": (),
+}
+_COMING: Final = {
+    "firecracker-ctr": "start firecracker-containerd, and give this user its socket and /dev/kvm",
+    "apple-container": "install Apple's container, and run container system start",
+    "vz": "build x07-vz-helper, and name its guest bundle in X07_VM_VZ_GUEST_BUNDLE",
+    "podman": f"install podman, and accept a container with {ACCEPT_FLAG}",
+    "docker": f"let this user reach Docker's socket, and accept a container with {ACCEPT_FLAG}",
+    "os": f"allow user namespaces, install bubblewrap, and accept a confined process with {ACCEPT_FLAG}",
+    "none": f"nothing has to be here, and it is no wall: it wants {ACCEPT_FLAG}",
+}
+_NO_ARCHITECTURE: Final = (
+    f"Run x07 on one of: {', '.join(sorted(ARCHES))}",
+    "Start an emulated x86_64 Debian 13 machine of your own here, and run x07 inside it: slow, but whole",
+    "Give this architecture a row in host/arch.py, and tell us how it goes",
+)
+
+
+def needs_of(name: str, system: System, machine: str) -> tuple[Need, ...]:
+    """What the backend *name* needs there."""
+    wanted = tuple(need for need in NEEDS[name] if need.system in {None, system})
+    if name != "qemu" or machine not in ARCHES:
+        return wanted
+    from x07_sandbox.backends.qemu.start import required_tools
+
+    programs = required_tools(ARCHES[machine])
+    return (*(Need(kind="program", name=path) for path in programs), *wanted)
+
+
+def place_of(need: Need, environ: Mapping[str, str]) -> str:
+    """Where to look: where its variable says, else its usual place; empty where neither names one."""
+    return environ.get(need.variable, "").strip() or need.name
+
+
+def gather(platform: Platform, environ: Mapping[str, str]) -> Facts:
+    """Look for everything that a backend of this platform needs. Nothing is started; a socket has CONNECT_S."""
+    machine = os.uname().machine
+    seen: dict[tuple[str, str], Seen] = {}
+    for row in ROWS:
+        if row.runs_on(platform):
+            for need in needs_of(row.name, platform.system, machine):
+                place = place_of(need, environ)
+                seen[need.kind, place] = _LOOKS[need.kind](place)
+    return Facts(platform=platform, machine=machine, environ=dict(environ), seen=seen)
+
+
+def _program(name: str) -> Seen:
+    path = shutil.which(name)
+    return Seen(good=path is not None, text="not found" if path is None else "here" if path == name else path)
+
+
+def _device(path: str) -> Seen:
+    if not Path(path).exists():
+        return Seen(good=False, text="not here")
+    usable = os.access(path, os.R_OK | os.W_OK)
+    return Seen(good=usable, text="can be opened" if usable else "here, but not for this user")
+
+
+def _folder(path: str) -> Seen:
+    if not path:
+        return Seen(good=False, text="none is named")
+    return Seen(good=Path(path).is_dir(), text="here" if Path(path).is_dir() else "no such folder")
+
+
+def _socket(path: str) -> Seen:
+    try:
+        if not stat.S_ISSOCK(Path(path).stat().st_mode):
+            return Seen(good=False, text="no socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(CONNECT_S)
+            connection.connect(path)
+    except FileNotFoundError:
+        return Seen(good=False, text="not here")
+    except OSError as exc:
+        return Seen(good=False, text=f"nobody answers ({exc.strerror or exc})")
+    return Seen(good=True, text="somebody listens")
+
+
+def _namespaces(_name: str) -> Seen:
+    """Whether the kernel's switches forbid user namespaces; where none does, only a try would tell."""
+    for path, forbids in (
+        ("/proc/sys/user/max_user_namespaces", "0"),
+        ("/proc/sys/kernel/unprivileged_userns_clone", "0"),
+        ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1"),
+    ):
+        try:
+            value = Path(path).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if value == forbids and (os.geteuid() != 0 or "max" in path):
+            return Seen(good=False, text=f"forbidden: {path} is {value}")
+    return Seen(good=True, text="no switch of the kernel forbids them")
+
+
+_LOOKS: Final = {
+    "program": _program,
+    "socket": _socket,
+    "device": _device,
+    "folder": _folder,
+    "namespaces": _namespaces,
+}
+
+
+def backend_states(facts: Facts, proof: Proof | None) -> tuple[BackendState, ...]:
+    """Every backend, in the order of the table. proof: of qemu, None where nothing was tried."""
+    return tuple(_state(row, facts, proof) for row in ROWS)
+
+
+def _state(row: BackendRow, facts: Facts, proof: Proof | None) -> BackendState:
+    looks = _looks(row, facts) if row.runs_on(facts.platform) else ()
+    state: State
+    if not row.runs_on(facts.platform):
+        state, text = "not-here", f"it is not for {facts.platform}"
+        remedies = _elsewhere(row, facts.platform)
+    elif not row.built:
+        state, text = "later", "this version does not have it yet, and never takes another in its place"
+        remedies = (*advice(facts.platform), f"For the version that brings it: {_COMING[row.name]}")
+    elif proof is not None and proof.good:
+        state, text, remedies = "proven", proof.text, ()
+    else:
+        state, (text, remedies) = "failed", _failure(facts, looks, proof)
+    return BackendState(
+        name=row.name,
+        sandbox_backend=row.sandbox_class,
+        isolation=row.isolation,
+        needs_acceptance=row.weaker,
+        state=state,
+        text=text,
+        looks=looks,
+        remedies=remedies,
+    )
+
+
+def _looks(row: BackendRow, facts: Facts) -> tuple[Look, ...]:
+    found = []
+    for need in needs_of(row.name, facts.platform.system, facts.machine):
+        place = place_of(need, facts.environ)
+        seen = facts.seen.get((need.kind, place), Seen(good=False, text="not looked for"))
+        good = None if need.optional and not seen.good else seen.good
+        found.append(Look(what=place or need.variable, good=good, text=seen.text))
+    return tuple(found)
+
+
+def _failure(facts: Facts, looks: tuple[Look, ...], proof: Proof | None) -> tuple[str, tuple[str, ...]]:
+    """Why qemu cannot be used, and three things to do about it."""
+    if facts.machine not in ARCHES:
+        return f"no virtual machine for architecture {facts.machine}", _NO_ARCHITECTURE
+    missing = [look.what for look in looks if look.good is False]
+    if missing:
+        from x07_sandbox.backends.qemu.start import required_tools
+
+        packages = required_tools(ARCHES[facts.machine])
+        names = " ".join(sorted({packages[path] for path in missing if path in packages}))
+        return f"missing: {', '.join(missing)}", (
+            f"Run apt-get install --no-install-recommends {names}",
+            "Run scripts/setup.sh in a checkout of x07-sandbox, which installs what is missing",
+            "Run x07 in a Debian 13 machine or container that has them",
+        )
+    told = proof or Proof(good=False, text="nothing was started")
+    return told.text, (*(fix for fix in told.fixes if fix), *_NO_START)[:3]
+
+
+_NO_START: Final = (
+    "Allow user and mount namespaces: sysctl kernel.unprivileged_userns_clone=1, or run x07 as root",
+    "In a container start it with --privileged",
+    "Run x07 on another Linux machine with --sandbox-backend vm --backend qemu",
+)
+
+
+def advice(platform: Platform) -> tuple[str, str]:
+    """Two things to do instead of taking a backend that cannot be had there."""
+    words = " ".join(working(platform))
+    if words:
+        return f"Use {words}", "Leave --backend and X07_VM_BACKEND out: then what this version has is taken"
+    return (
+        f"Run x07 on Linux with {' '.join(working(Platform(system='linux')))}",
+        "Start a Linux virtual machine of your own here, and run x07 inside it",
+    )
+
+
+def _elsewhere(row: BackendRow, platform: Platform) -> tuple[str, ...]:
+    places = [*(["Linux"] if row.linux else []), *([f"macOS {row.macos_from} or newer"] if row.macos_from else [])]
+    later = "" if row.built else ", with the version that brings it"
+    return (*advice(platform), f"Run x07 on {' or '.join(places)}{later}")

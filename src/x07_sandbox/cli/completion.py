@@ -1,0 +1,62 @@
+"""`x07 completion`: what a shell needs to complete our commands, from the very parsers that read them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHELLS: Final = ("bash", "zsh", "tcsh")
+_EPILOG: Final = """examples:
+  eval "$(x07 completion bash)"                                in ~/.bashrc
+  x07 completion bash > ~/.local/share/bash-completion/completions/x07
+  x07 completion zsh > ~/.zfunc/_x07                           with ~/.zfunc in fpath
+  x07 completion tcsh > ~/.x07.tcsh                            and source it in ~/.tcshrc
+"""
+# What is printed serves the command's second name too. By shell: what stands in shtab's text, and what it becomes.
+_BOTH: Final = {
+    "bash": (" _shtab_x07 x07", " _shtab_x07 x07 x07-sandbox"),
+    "zsh": ("#compdef x07\n", "#compdef x07 x07-sandbox\n"),
+}
+# An option says in its help what it takes, and so a shell can know.
+_FILES: Final = frozenset({"FILE", "PATH", "F", "PROGRAM", "POLICY", "A", "B"})
+_FOLDERS: Final = frozenset({"DIR"})
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "completion", help=help, description="Print what completes x07's words in a shell.", epilog=_EPILOG
+    )
+    parser.add_argument("shell", choices=SHELLS, help="which shell")
+    parser.set_defaults(carry_out=_completion)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    import shtab  # only here: no other command needs it
+
+    from x07_sandbox.cli.main import parser_for
+
+    parser = parser_for([])
+    for action in _actions(parser):
+        if isinstance(action.metavar, str) and action.choices is None:
+            kind = shtab.FILE if action.metavar in _FILES else shtab.DIR if action.metavar in _FOLDERS else None
+            if kind is not None:
+                action.complete = kind  # type: ignore[attr-defined]  # shtab's own attribute
+    text = shtab.complete(parser, shell=options.shell)
+    if options.shell in _BOTH:
+        text = text.replace(*_BOTH[options.shell])
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    return 0
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Every option and argument, of the verbs too."""
+    for action in parser._actions:  # noqa: SLF001 - argparse has no other way, and shtab takes this one
+        yield action
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above
+            for inner in action.choices.values():
+                yield from _actions(inner)

@@ -1,0 +1,126 @@
+"""`x07 init`: begin a project, and overwrite nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Final
+
+from x07_sandbox.cli.console import say
+from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host.documents import MANIFEST, write_document
+from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.policy.templates import TEMPLATES
+from x07_sandbox.programs.manifest import FILE
+from x07_sandbox.programs.starter import MAKEFILES, SUFFIXES, sandbox_manifest, x07_project
+
+REPORT: Final = "x07.sandbox.init.report@0.1.0"
+_FILES_MAX: Final = 10_000
+_MAKEFILE_MAX: Final = 1 << 20
+# Where builds and tools put what is no source.
+_NO_SOURCES: Final = frozenset({"__pycache__", "bin", "build", "deps", "dist", "node_modules", "out", "target", "venv"})
+_EPILOG: Final = f"""Without --toolchain: an {MANIFEST} for a project of X07's, with one profile, `sandbox`, and its
+policy where x07 policy init --template T puts it. X07's own `x07 pkg lock` writes the lock file that it needs.
+With it: an {FILE} with the sources that are there (docs/programs.md).
+
+examples:
+  x07 init && x07 policy init --template default
+  x07 init --toolchain python
+  x07 init --toolchain make --artifact bin/prog project
+
+exit code: 0 if the file was created or is there unchanged, 2 if there is another one, which stays, and for errors
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
+    """Add the verb."""
+    parser = verbs.add_parser("init", help=help, description="Write a project's first file.", epilog=_EPILOG)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR", help="where (default: here)")
+    parser.add_argument("--toolchain", choices=tuple(SUFFIXES), metavar="T", help=f"one of {', '.join(SUFFIXES)}")
+    parser.add_argument("--entry", metavar="FILE", help="python, shell: the file that is started (default: main)")
+    parser.add_argument("--artifact", metavar="FILE", help="make: what it makes (default: its first target)")
+    parser.add_argument(
+        "--template",
+        choices=tuple(TEMPLATES),
+        metavar="T",
+        help="X07: of the profile's policy, see x07 policy init (default: default)",
+    )
+    parser.set_defaults(carry_out=_init)
+
+
+def _init(options: argparse.Namespace) -> int:
+    folder: Path = options.folder
+    _check_options(options)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = _files_below(folder)
+    except OSError as exc:
+        raise UsageError(f"cannot use {folder}", exc.strerror or str(exc), "Name another folder") from exc
+    template = options.template or "default"
+    policy = "/".join((*BASE_FOLDER, file_name(template)))
+    if options.toolchain is None:
+        name, data = MANIFEST, x07_project(files, policy)
+    else:
+        name = FILE
+        data = sandbox_manifest(
+            options.toolchain, files, entry=options.entry, artifact=options.artifact, makefile=_makefile(folder, files)
+        )
+    root = Path(os.path.realpath(folder))
+    status = write_document(root, (name,), data, overwrite=False)
+    report = {"schema_version": REPORT, "toolchain": options.toolchain or "x07"}
+    report |= {"project_root": str(root), "out": name, "status": status}
+    line = json.dumps(report, ensure_ascii=False, separators=(",", ":")) + "\n"
+    sys.stdout.buffer.write(line.encode("utf-8", "replace"))  # a path need not be UTF-8
+    sys.stdout.buffer.flush()
+    if status == "exists_different":
+        say(f"{root / name} holds something else and was left alone")
+        return DIFFERENT
+    if options.toolchain is None and not (root / policy).exists():
+        say(f"its policy is not there yet: run x07 policy init --template {template}")
+    return 0
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    for given, name, toolchains in (
+        (options.entry, "--entry", ("python", "shell")),
+        (options.artifact, "--artifact", ("make",)),
+        (options.template, "--template", (None,)),
+    ):
+        if given is not None and options.toolchain not in toolchains:
+            why = f"it is for {' or '.join(f'--toolchain {name}' if name else 'X07 projects' for name in toolchains)}"
+            raise UsageError(f"cannot use {name}", why, "Leave it out")
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Names of the files of a project, sorted: no hidden ones, nothing that a build made, no link followed.
+
+    Raises OSError, and UsageError for too large a tree.
+    """
+    found: list[str] = []
+    seen = 0
+    for place, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NO_SOURCES)
+        seen += len(folders) + len(names)
+        if seen > _FILES_MAX:
+            why = f"there are more than {_FILES_MAX} files"
+            raise UsageError(f"cannot begin a project in {folder}", why, "Name a folder with the sources alone")
+        for name in names:
+            path = os.path.relpath(Path(place) / name, folder)
+            if not name.startswith(".") and path.isprintable():
+                found.append(path)
+    return sorted(found)
+
+
+def _raise(exc: OSError) -> None:
+    raise exc
+
+
+def _makefile(folder: Path, files: list[str]) -> str:
+    name = next((name for name in MAKEFILES if name in files), None)
+    if name is None:
+        return ""
+    return read_bounded(folder / name, "Makefile", _MAKEFILE_MAX).decode("utf-8", "replace")

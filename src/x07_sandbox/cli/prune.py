@@ -1,0 +1,73 @@
+"""`x07 prune`: remove what nobody needs any more, and say what and how much."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.cli.console import plain, say
+from x07_sandbox.host.settings import KIB
+from x07_sandbox.runs.prune import PARTS, prune
+
+if TYPE_CHECKING:
+    from x07_sandbox.runs.prune import PruneReport
+
+_EPILOG: Final = """what goes, with no switch all of it:
+  --images  images that no name leads to, and the packages kept for them; not what X07_VM_GUEST_IMAGE_DIGEST names
+  --cache   what was built and has not been used for 7 days, and what killed processes left
+  --runs    records of jobs, and folders of runs, that ended more than 7 days ago
+Saved machines go with their image. Nothing goes that a run or a build under way uses, that is somebody else's, damaged
+or of a newer format; the latter are named.
+
+examples:
+  x07 prune --dry-run
+  x07 prune --images
+  x07 prune --json | jq .bytes
+
+exit code: 0; 1 if something that should go could not be removed
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
+    """Add the verb."""
+    parser = verbs.add_parser("prune", help=help, description="Remove what nobody needs any more.", epilog=_EPILOG)
+    for part in PARTS:
+        parser.add_argument(
+            f"--{part}", action="append_const", dest="parts", const=part, help=f"only {part}: see below"
+        )
+    parser.add_argument("--dry-run", action="store_true", help="remove nothing: say what would go")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.set_defaults(carry_out=_prune)
+
+
+def _prune(options: argparse.Namespace) -> int:
+    report = prune(options.parts or PARTS, progress=say, dry_run=options.dry_run)
+    if options.json:
+        sys.stdout.write(json.dumps(msgspec.to_builtins(report), indent=2) + "\n")
+    else:
+        _show(report)
+    return 1 if any(kept.failed for kept in report.kept) else 0
+
+
+def _show(report: PruneReport) -> None:
+    word = "would remove" if report.dry_run else "removed"
+    lines = [
+        f"{word} {removed.kind} {removed.path} ({_size(removed.bytes)}): {removed.why}" for removed in report.removed
+    ]
+    lines += [f"kept {kept.kind} {kept.path}: {kept.why}" for kept in report.kept]
+    count = len(report.removed)
+    lines.append(f"{word} {count} thing{'' if count == 1 else 's'}, {_size(report.bytes)}")
+    sys.stdout.write(plain("\n".join(lines)) + "\n")
+
+
+def _size(count: int) -> str:
+    amount, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < KIB:
+            break
+        amount, unit = amount / KIB, larger
+    return f"{amount:.0f} {unit}" if unit == "bytes" else f"{amount:.1f} {unit}"

@@ -1,0 +1,126 @@
+"""The first version of a project's file, from the names of the files that are there: X07's x07.json, or our manifest.
+
+Pure. What is made here is read back by the decoder that a run uses before anybody writes it.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.programs import manifest, x07
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SUFFIXES: Final[dict[str, tuple[str, ...]]] = {
+    "make": (".c", ".h", ".cpp", ".cc", ".cxx", ".c++", ".hpp", ".hh", ".hxx", ".s", ".mk"),
+    "python": (".py",),
+    "c": (".c", ".h"),
+    "cpp": (".cpp", ".cc", ".cxx", ".c++", ".h", ".hpp", ".hh", ".hxx"),
+    "shell": (".sh", ".bash"),
+}
+MAKEFILES: Final = ("GNUmakefile", "makefile", "Makefile")  # in the order in which make looks for them
+_ENTRIES: Final = {"python": ("main.py", "__main__.py", "app.py"), "shell": ("main.sh", "run.sh", "main.bash")}
+_X07_ENTRIES: Final = ("src/main.x07.json", "main.x07.json")
+_X07_VERSION: Final = "x07.project@0.5.0"
+_PROFILE: Final = "sandbox"
+_ASSIGNED: Final = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*)\s*[:?]?=\s*(.*?)\s*(?:#.*)?$", re.MULTILINE)
+_RULE: Final = re.compile(r"^(?![.\t#])([^:=\n#]+?)\s*:(?![:=])\s*([^\n#;=]*)", re.MULTILINE)
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]*")
+
+
+def x07_project(files: Sequence[str], policy: str) -> bytes:
+    """x07.json: what X07 needs to know of any project, and one profile, which runs it in the sandbox by *policy*.
+
+    The entry is the usual one, or the only X07 source that is there.
+    """
+    sources = [name for name in files if name.endswith(x07.SOURCE_SUFFIX)]
+    usual = [name for name in _X07_ENTRIES if name in sources]
+    entry = usual[0] if usual else sources[0] if len(sources) == 1 else _X07_ENTRIES[0]
+    document = {
+        "schema_version": _X07_VERSION,
+        "world": x07.WORLD,
+        "entry": entry,
+        "module_roots": [str(PurePosixPath(entry).parent)],
+        "dependencies": [],
+        "lockfile": x07.LOCK_FILE,
+        "default_profile": _PROFILE,
+        "profiles": {_PROFILE: {"world": x07.WORLD, "policy": policy}},
+    }
+    data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    x07.decode_project(data, source=x07.PROJECT_FILE)
+    return data
+
+
+def sandbox_manifest(
+    toolchain: str, files: Sequence[str], *, entry: str | None = None, artifact: str | None = None, makefile: str = ""
+) -> bytes:
+    """x07-sandbox.toml for *files* (relative names). makefile: the text of make's. Raises UsageError."""
+    lines = [f"schema_version = {_text(manifest.SCHEMA)}", f"toolchain = {_text(toolchain)}"]
+    lines.append(f"files = [{', '.join(map(_text, _patterns(toolchain, files)))}]")
+    if toolchain in _ENTRIES:
+        lines.append(f"entry = {_text(entry or _entry(toolchain, files))}")
+    if toolchain == "make":
+        lines.append(f"artifact = {_text(artifact or _artifact(makefile))}")
+    data = ("# What this project consists of. All keys: docs/programs.md\n" + "\n".join(lines) + "\n").encode()
+    manifest.decode_manifest(data, source=manifest.FILE)
+    return data
+
+
+def _patterns(toolchain: str, files: Sequence[str]) -> list[str]:
+    """One pattern for each folder and suffix that is there, so that a file added later is taken too."""
+    found = []
+    for name in files:
+        path = PurePosixPath(name)
+        if toolchain == "make" and name in MAKEFILES:
+            found.append(name)
+        elif path.suffix.lower() in SUFFIXES[toolchain]:
+            folder = "" if str(path.parent) == "." else f"{glob.escape(str(path.parent))}/"
+            found.append(f"{folder}*{path.suffix}")
+    if toolchain == "make" and not any(name in MAKEFILES for name in found):
+        raise UsageError(
+            "cannot begin a make project", "there is no Makefile", "Write one, or name another --toolchain"
+        )
+    if not found:
+        known = ", ".join(SUFFIXES[toolchain])
+        why = f"there is no file that ends in {known}"
+        raise UsageError(f"cannot begin a {toolchain} project", why, "Put one there, or name another --toolchain")
+    return list(dict.fromkeys(found))
+
+
+def _entry(toolchain: str, files: Sequence[str]) -> str:
+    """The file that is started: one with the usual name, or the only one at the top. Raises UsageError."""
+    for name in _ENTRIES[toolchain]:
+        if name in files:
+            return name
+    top = [name for name in files if "/" not in name and PurePosixPath(name).suffix in SUFFIXES[toolchain]]
+    if len(top) != 1:
+        why = f"it could be any of {', '.join(top[:5])}" if top else "there is none at the top"
+        raise UsageError("cannot tell which file is started", why, "Name it with --entry")
+    return top[0]
+
+
+def _artifact(makefile: str) -> str:
+    """What make makes: its first target, or what `all` needs first, if that is a plain name. Raises UsageError."""
+    assigned = dict(_ASSIGNED.findall(makefile))
+
+    def expanded(text: str) -> str:
+        return re.sub(r"\$[({](\w+)[)}]", lambda match: assigned.get(match[1], match[0]), text)
+
+    rules = [(expanded(targets).split(), expanded(needs).split()) for targets, needs in _RULE.findall(makefile)]
+    first = next((rule for rule in rules if rule[0]), ([], []))
+    name = next(iter(first[1] if first[0] == ["all"] else first[0]), "")
+    if not _PLAIN.fullmatch(name):
+        why = f"the Makefile's first target is {name!r}" if name else "the Makefile has no plain first target"
+        raise UsageError("cannot tell which file make makes", why, "Name it with --artifact")
+    return name
+
+
+def _text(value: str) -> str:
+    """A basic string of TOML; what JSON writes is one, but for DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,163 @@
+"""What may go from state and cache: by age, or because nothing leads to it any more.
+
+Each part has a module of its own that says what goes and how. Here is what they share: the account of it, the measure
+of what the disk gets back, and the rule that a thing which cannot be judged stays and is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+
+from x07_sandbox.errors import SandboxError
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import unix_ms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from pathlib import Path
+
+SCHEMA: Final = "x07.sandbox.prune@0.1.0"
+Part = Literal["images", "cache", "runs"]
+Kind = Literal["image", "base", "template", "artifact", "verification", "leftover", "job", "run"]
+PARTS: Final[tuple[Part, ...]] = ("images", "cache", "runs")
+# host/paths replace_file and programs/artifacts write beside a file's place, and rename.
+_TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{16}")
+_BLOCK: Final = 512  # stat(2): st_blocks
+
+
+class Removed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One thing that was removed, or would be. bytes: what the disk gets back."""
+
+    kind: Kind
+    path: str
+    bytes: int
+    why: str
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One thing that stays although it is old or nobody's, and why. failed: removing it was tried."""
+
+    kind: Kind
+    path: str
+    why: str
+    failed: bool = False
+
+
+class PruneReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `x07 prune --json` prints. dry_run: nothing was removed. bytes: of all together."""
+
+    schema_version: Literal["x07.sandbox.prune@0.1.0"] = SCHEMA
+    dry_run: bool
+    bytes: int
+    removed: tuple[Removed, ...]
+    kept: tuple[Kept, ...]
+
+
+class Broom:
+    """Removes one thing after the other, or only counts them. now_ms: the wall clock, asked once."""
+
+    def __init__(self, progress: Callable[[str], None], *, dry_run: bool) -> None:
+        self.progress = progress
+        self.now_ms = unix_ms()
+        self._dry_run = dry_run
+        self._removed: list[Removed] = []
+        self._kept: list[Kept] = []
+        self._links: dict[tuple[int, int], int] = {}  # how many names a file would still have
+
+    def remove(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
+        """Remove *path* as *how* does; what cannot be removed is told and stays."""
+        size = sum(self._freed(info) for info in _everything(path))
+        if not self._dry_run:
+            try:
+                how(path)
+            except FileNotFoundError:  # somebody else was quicker
+                return
+            except (OSError, SandboxError) as exc:
+                told = exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
+                self._kept.append(Kept(kind=kind, path=str(path), why=f"it cannot be removed: {told}", failed=True))
+                return
+        self._removed.append(Removed(kind=kind, path=str(path), bytes=size, why=why))
+
+    def keep(self, kind: Kind, path: Path, why: str) -> None:
+        """Tell that *path* stays."""
+        self._kept.append(Kept(kind=kind, path=str(path), why=why))
+
+    def old(self, info: os.stat_result, limit_s: float = settings.RETENTION_S) -> bool:
+        """Whether a file was last changed longer ago than that, by the wall clock: there is no other across boots."""
+        return self.now_ms - info.st_mtime_ns // 1_000_000 > limit_s * 1000
+
+    def report(self) -> PruneReport:
+        """All that was done."""
+        size = sum(removed.bytes for removed in self._removed)
+        return PruneReport(dry_run=self._dry_run, bytes=size, removed=tuple(self._removed), kept=tuple(self._kept))
+
+    def _freed(self, info: os.stat_result) -> int:
+        """What the disk gets back for this name of a file: images share files, and the last name gives them back."""
+        file = info.st_dev, info.st_ino
+        left = self._links.get(file, info.st_nlink) - 1
+        self._links[file] = left
+        return info.st_blocks * _BLOCK if left <= 0 or stat.S_ISDIR(info.st_mode) else 0
+
+
+def prune(parts: Collection[Part], *, progress: Callable[[str], None], dry_run: bool) -> PruneReport:
+    """Remove what may go of *parts*. Raises SandboxError if a folder of ours cannot be used at all."""
+    from x07_sandbox.runs.prune_cache import prune_cache, prune_templates
+    from x07_sandbox.runs.prune_images import prune_images
+    from x07_sandbox.runs.prune_records import prune_records
+
+    broom = Broom(progress, dry_run=dry_run)
+    gone: set[str] = set()
+    if "images" in parts:
+        gone = prune_images(broom)
+    if {"images", "cache"} & set(parts):
+        prune_templates(broom, gone)
+    if "cache" in parts:
+        prune_cache(broom, gone)
+    if "runs" in parts:
+        prune_records(broom)
+    return broom.report()
+
+
+def sweep_temporaries(folder: Path, broom: Broom) -> None:
+    """Remove what killed processes left half written in *folder*; one that lives needs no day for it."""
+    for path in entries(folder):
+        info = path.lstat()
+        if _TEMPORARY.fullmatch(path.name) and not foreign(info, stat.S_ISREG) and broom.old(info, settings.DAY_S):
+            broom.remove("leftover", path, "a killed process left it half written", unlink)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted; nothing where it is not there."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(folder / entry.name for entry in found)
+    except FileNotFoundError:
+        return []
+
+
+def foreign(info: os.stat_result, kind: Callable[[int], bool]) -> str:
+    """Why something is not ours to remove; empty if it is. kind: S_ISDIR or S_ISREG, so that no link is taken."""
+    if not kind(info.st_mode):
+        return "it is a link, or another kind of file"
+    return "" if info.st_uid == os.geteuid() else f"it is uid {info.st_uid}'s"
+
+
+def unlink(path: Path) -> None:
+    """Remove a file. Raises OSError."""
+    path.unlink()
+
+
+def _everything(path: Path) -> Iterator[os.stat_result]:
+    """The state of *path* and of all below it; no link is followed."""
+    with contextlib.suppress(OSError):
+        info = path.lstat()
+        yield info
+        if stat.S_ISDIR(info.st_mode):
+            for below in entries(path):
+                yield from _everything(below)

@@ -1,0 +1,83 @@
+"""Saved machines whose image is gone, what was built and has not been used for long, and what killed processes left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.backends.qemu.template import expired_templates, leftovers, take_template_away, templates_dir
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.host.processes import boot_id
+from x07_sandbox.images.store import list_images
+from x07_sandbox.runs.prune import entries, foreign, sweep_temporaries, unlink
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from x07_sandbox.runs.prune import Broom
+
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_MESSY: Final = ("artifacts", "kvm", "libraries", "verified")  # where files are written beside their place
+
+
+def prune_templates(broom: Broom, gone: set[str]) -> None:
+    """Remove templates as the making of another does. gone: digests of images that go. Raises SandboxError."""
+    if not os.path.lexists(cache_dir() / "templates"):
+        return
+    folder = templates_dir()
+    lock = folder / ".lock"
+    with file_lock(lock, on_wait=lambda: broom.progress("waiting for a VM template to be made")):
+        for left in leftovers(folder):
+            if not foreign(left.lstat(), stat.S_ISDIR):
+                broom.remove("leftover", left, "a killed process left it", shutil.rmtree)
+        images = {image.digest for image in list_images()} - gone
+        for path, why in expired_templates(keep="", images=images):
+            if problem := foreign(path.lstat(), stat.S_ISDIR):
+                broom.keep("template", path, problem)
+            else:
+                broom.remove("template", path, why, take_template_away)
+        for path in folder.glob("*.bad"):
+            if not foreign(path.lstat(), stat.S_ISREG) and _of_another_boot(path):
+                broom.remove("leftover", path, "it was true of another boot of this machine", unlink)
+
+
+def _of_another_boot(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["boot_id"] != boot_id())
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # nobody heeds it either
+
+
+def prune_cache(broom: Broom, gone: set[str]) -> None:
+    """Remove what was not used for long, and records of what is not there. Raises SandboxError."""
+    cache = cache_dir()
+    if not os.path.lexists(cache):
+        return
+    private_dir(cache)
+    for name in _MESSY:
+        if os.path.lexists(cache / name):
+            sweep_temporaries(private_dir(cache / name), broom)
+    for path in entries(cache / "artifacts"):
+        info = path.lstat()
+        if not _DIGEST.fullmatch(path.name):
+            continue
+        if problem := foreign(info, stat.S_ISREG):
+            broom.keep("artifact", path, problem)
+        elif broom.old(info):
+            broom.remove("artifact", path, "it was not used for 7 days", unlink)
+    _prune_verifications(cache, gone, broom)
+
+
+def _prune_verifications(cache: Path, gone: set[str], broom: Broom) -> None:
+    """What was hashed once and is not there: the record says nothing any more."""
+    there = {path.name for name in ("images", "templates") for path in entries(cache / name)}
+    there -= {digest.removeprefix("sha256:") for digest in gone}
+    for path in entries(cache / "verified"):
+        known = path.suffix == ".json" and not path.name.startswith(".")
+        if known and path.stem not in there and not foreign(path.lstat(), stat.S_ISREG):
+            broom.remove("verification", path, "what it tells of is gone", unlink)

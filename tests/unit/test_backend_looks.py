@@ -1,0 +1,172 @@
+"""What `x07 doctor` says of backends: every one by name on any machine, and three things to do where one fails."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.backends.looks import (
+    NEEDS,
+    BackendState,
+    Facts,
+    Proof,
+    Seen,
+    backend_states,
+    gather,
+    needs_of,
+    place_of,
+)
+from x07_sandbox.backends.qemu.start import required_tools
+from x07_sandbox.backends.selection import BY_NAME, ROWS, Platform
+from x07_sandbox.cli.doctor import START, platform_finding, proof_among
+from x07_sandbox.host.arch import ARCHES
+from x07_sandbox.host.variables import VARIABLES
+from x07_sandbox.reports.doctor import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+LINUX = Platform(system="linux")
+PLATFORMS = (
+    LINUX,
+    Platform(system="macos", macos_major=11),
+    Platform(system="macos", macos_major=13),
+    Platform(system="macos", macos_major=26),
+    Platform(system="other"),
+)
+HERE = Proof(good=True, text="our agent answered")
+BROKEN = Proof(good=False, text="it ended", fixes=("Give it rights",))
+
+
+def facts(
+    platform: Platform = LINUX,
+    machine: str = "x86_64",
+    *,
+    without: tuple[str, ...] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Facts:
+    """A machine that has everything *without* a few."""
+    seen: dict[tuple[str, str], Seen] = {}
+    for name in NEEDS:
+        for need in needs_of(name, platform.system, machine):
+            place = place_of(need, environ or {})
+            seen[need.kind, place] = Seen(good=place not in without, text="missing" if place in without else "here")
+    return Facts(platform=platform, machine=machine, environ=environ or {}, seen=seen)
+
+
+def state(name: str, found: Facts, proof: Proof | None = HERE) -> BackendState:
+    """What is said of one backend."""
+    return next(state for state in backend_states(found, proof) if state.name == name)
+
+
+@pytest.mark.parametrize("machine", [*ARCHES, "riscv64"])
+@pytest.mark.parametrize("platform", PLATFORMS, ids=str)
+@pytest.mark.parametrize("proof", [None, HERE, BROKEN])
+def test_every_backend_is_named_on_any_machine(platform: Platform, machine: str, proof: Proof | None) -> None:
+    """On each platform and architecture every backend is there, with a reason, and three remedies unless proven."""
+    states = backend_states(facts(platform, machine), proof)
+    assert [state.name for state in states] == [row.name for row in ROWS]
+    for found in states:
+        assert found.text
+        assert len(set(found.remedies)) == (0 if found.state == "proven" else 3), found
+        assert (found.state == "not-here") == (not BY_NAME[found.name].runs_on(platform))
+        assert not found.looks or found.state != "not-here"
+
+
+def test_only_what_has_started_a_machine_is_proven() -> None:
+    """All pieces of QEMU being there proves nothing; a machine that answered does."""
+    assert state("qemu", facts(), None).state == "failed"
+    assert state("qemu", facts(), BROKEN).state == "failed"
+    assert state("qemu", facts(), HERE).state == "proven"
+    assert [found.name for found in backend_states(facts(), HERE) if found.state == "proven"] == ["qemu"]
+
+
+def test_a_missing_program_is_named_with_its_package() -> None:
+    """Where a program of QEMU's is missing, the first remedy installs just its package."""
+    for path, package in required_tools(ARCHES["x86_64"]).items():
+        found = state("qemu", facts(without=(path,)), BROKEN)
+        assert path in found.text
+        assert found.remedies[0] == f"Run apt-get install --no-install-recommends {package}"
+
+
+def test_the_fix_of_what_failed_comes_first() -> None:
+    """What is known of a failed start leads the remedies."""
+    found = state("qemu", facts(), BROKEN)
+    assert (found.text, found.remedies[0]) == ("it ended", "Give it rights")
+
+
+def test_missing_hardware_virtualisation_is_no_fault_of_qemu() -> None:
+    """QEMU emulates without /dev/kvm, so that its absence is neither good nor bad there; firecracker needs it."""
+    found = facts(without=("/dev/kvm",))
+    assert {look.good for look in state("qemu", found).looks if look.what == "/dev/kvm"} == {None}
+    assert {look.good for look in state("firecracker-ctr", found).looks if look.what == "/dev/kvm"} == {False}
+
+
+def test_variables_say_where_to_look() -> None:
+    """Every variable of a need is one of ours, and what it names is looked for in place of the usual."""
+    assert {need.variable for needs in NEEDS.values() for need in needs if need.variable} <= VARIABLES.keys()
+    environ = {"X07_VM_FIRECRACKER_CONTAINERD_SOCK": "/elsewhere.sock"}
+    looks = state("firecracker-ctr", facts(environ=environ)).looks
+    assert "/elsewhere.sock" in [look.what for look in looks]
+    assert "/run/firecracker-containerd/containerd.sock" not in [look.what for look in looks]
+    macos = facts(Platform(system="macos", macos_major=13))
+    assert "X07_VM_VZ_GUEST_BUNDLE" in [look.what for look in state("vz", macos).looks]
+
+
+def test_looking_finds_what_is_there(tmp_path: Path) -> None:
+    """A program, a socket that somebody serves, one that nobody does, and a plain file are told apart."""
+    program = tmp_path / "ctr"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o700)
+    place = os.path.relpath(tmp_path / "s")  # an address has 107 bytes at most
+    environ = {"X07_VM_FIRECRACKER_CTR_BIN": str(program), "X07_VM_FIRECRACKER_CONTAINERD_SOCK": place}
+
+    def looked() -> tuple[Seen, Seen]:
+        seen = gather(LINUX, environ).seen
+        return seen["program", str(program)], seen["socket", place]
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(place)
+        server.listen()
+        assert [found.good for found in looked()] == [True, True]
+    program.chmod(0o600)
+    assert [found.good for found in looked()] == [False, False]
+    assert "nobody answers" in looked()[1].text
+    (tmp_path / "s").unlink()
+    assert looked()[1].text == "not here"
+    (tmp_path / "s").write_bytes(b"")
+    assert looked()[1].text == "no socket"
+
+
+@pytest.mark.timeout(20)
+def test_a_socket_that_accepts_nobody_does_not_hold_the_doctor(tmp_path: Path) -> None:
+    """A socket whose queue is full is given up after half a second."""
+    place = os.path.relpath(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as waiting:
+        server.bind(place)
+        server.listen(0)
+        waiting.connect(place)
+        seen = gather(LINUX, {"X07_VM_FIRECRACKER_CONTAINERD_SOCK": place}).seen["socket", place]
+    assert not seen.good
+    assert "nobody answers" in seen.text
+
+
+def test_a_platform_without_a_backend_is_bad() -> None:
+    """Where this version has no backend at all, the doctor says so and ends with 1."""
+    assert [platform_finding(platform).good for platform in PLATFORMS] == [True, False, False, False, False]
+    assert all("Linux" in platform_finding(platform).fix for platform in PLATFORMS[1:])
+
+
+def test_the_first_fault_speaks_against_the_machine() -> None:
+    """Anything bad about image or start is what the backend's state says; nothing tried is no proof."""
+    started = Finding(subject=START, good=True, text="answered")
+    bad = Finding(subject="no guest image", good=False, text="none was built", fix="Run x07 image build")
+    assert proof_among([started]) == Proof(good=True, text="answered")
+    assert proof_among([bad, started]) == Proof(
+        good=False, text="no guest image: none was built", fixes=("Run x07 image build",)
+    )
+    assert proof_among([]) is None

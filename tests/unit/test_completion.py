@@ -1,0 +1,86 @@
+"""Promises of `x07 completion`: a shell completes the words that the parsers read."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.cli.main import _VERBS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMAND = [sys.executable, "-m", "x07_sandbox.cli.main"]
+# Asks as bash itself does on a tab: which function is registered for the command, then that function.
+ASK = """
+source "$1" || exit 9
+shift
+registered=$(complete -p "$1") || exit 8
+function=$(sed -E 's/.*-F ([^ ]+) .*/\\1/' <<<"$registered")
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMP_LINE="$*" COMP_POINT=${#COMP_LINE}
+"$function" "$1" "${@: -1}" "${@: -2:1}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is printed for bash."""
+    path = tmp_path_factory.mktemp("completion") / "x07.bash"
+    path.write_bytes(subprocess.run([*COMMAND, "completion", "bash"], capture_output=True, check=True).stdout)
+    return path
+
+
+def completed(script: Path, *words: str) -> set[str]:
+    """What a real bash offers for the last word."""
+    argv = ["/bin/bash", "--norc", "-c", ASK, "ask", str(script), *words]
+    done = subprocess.run(argv, cwd=script.parent, capture_output=True, text=True, check=True)
+    return {line.rstrip() for line in done.stdout.splitlines() if line.strip()}
+
+
+@pytest.mark.parametrize("command", ["x07", "x07-sandbox"])
+def test_bash_completes_verbs(script: Path, command: str) -> None:
+    """A bash that read the script offers every verb, by both names of the command."""
+    assert set(_VERBS) <= completed(script, command, "")
+    assert completed(script, command, "pru") == {"prune"}
+
+
+def test_bash_completes_options_and_choices(script: Path) -> None:
+    """A verb's options are offered, those of inner verbs too, and the words that an option takes."""
+    assert {"--images", "--cache", "--runs", "--dry-run"} <= completed(script, "x07", "prune", "--")
+    assert "--template" in completed(script, "x07", "policy", "init", "--")
+    assert completed(script, "x07", "init", "--toolchain", "pyth") == {"python"}
+    assert {"bash", "zsh", "tcsh"} <= completed(script, "x07", "completion", "")
+
+
+def test_bash_completes_files_where_one_is_meant(script: Path) -> None:
+    """Where an option or an argument takes a file, names of files are offered."""
+    (script.parent / "policy one.json").touch()
+    assert "policy one.json" in completed(script, "x07", "run", "--policy", "pol")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_every_shell_gets_every_verb(shell: str) -> None:
+    """For each shell something is printed that names all verbs, and no path of this machine."""
+    done = subprocess.run([*COMMAND, "completion", shell], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert all(re.search(rf"\b{verb}\b", done.stdout) for verb in _VERBS)
+    assert sys.prefix not in done.stdout
+
+
+def test_another_shell_is_named_as_unknown() -> None:
+    """A shell that is not known is wrong usage, and those that are known are named."""
+    done = subprocess.run([*COMMAND, "completion", "cmd"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "bash" in done.stderr
+
+
+def test_nothing_else_imports_shtab() -> None:
+    """The library behind it costs no other command anything."""
+    code = "import sys; from x07_sandbox.cli.main import parser_for; parser_for([]); print('shtab' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

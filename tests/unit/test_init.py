@@ -1,0 +1,229 @@
+"""Promises of `x07 init`: a file that a run understands, from what is there, and nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.files.pack import pack_tree
+from x07_sandbox.policy.templates import TEMPLATES
+from x07_sandbox.programs.manifest import FILE, decode_manifest
+from x07_sandbox.programs.starter import SUFFIXES, sandbox_manifest, x07_project
+from x07_sandbox.programs.x07 import choose_profile, decode_project
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def x07(where: Path, *words: str) -> tuple[int, bytes, str]:
+    """Exit code, standard output and standard error of a command started in *where*."""
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+    done = subprocess.run(argv, cwd=where, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+def init(where: Path, *words: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, report and standard error of `x07 init`."""
+    code, out, err = x07(where, "init", *words)
+    return code, json.loads(out), err
+
+
+def made(where: Path) -> dict[str, Any]:
+    """What x07-sandbox.toml says, as a run reads it, and the files that a run would take along."""
+    manifest, toolchain = decode_manifest((where / FILE).read_bytes(), source=FILE)
+    files = sorted(pack_tree(where, manifest.files).files)
+    return {"toolchain": toolchain.name, "entry": manifest.entry, "artifact": manifest.artifact, "files": files}
+
+
+def fill(where: Path, *names: str) -> None:
+    """Files of these names."""
+    for name in names:
+        (where / name).parent.mkdir(parents=True, exist_ok=True)
+        (where / name).write_bytes(b"")
+
+
+# X07's
+
+
+def test_an_x07_project_is_minimal_and_readable(tmp_path: Path) -> None:
+    """`x07 init` writes X07's required keys and one profile, and one compact line about it; again it is unchanged."""
+    code, out, err = x07(tmp_path, "init")
+    report = '{"schema_version":"x07.sandbox.init.report@0.1.0","toolchain":"x07","project_root":"%s","out":"x07.json",'
+    assert (code, out.decode()) == (0, report % tmp_path + '"status":"created"}\n')
+    assert "x07 policy init --template default" in err
+    data = (tmp_path / "x07.json").read_bytes()
+    assert list(json.loads(data)) == [
+        "schema_version",
+        "world",
+        "entry",
+        "module_roots",
+        "dependencies",
+        "lockfile",
+        "default_profile",
+        "profiles",
+    ]
+    assert json.loads(data)["schema_version"] == "x07.project@0.5.0"
+    assert init(tmp_path)[:2] == (0, json.loads(out) | {"status": "unchanged"})
+
+
+@pytest.mark.parametrize("template", ["default", "worker"])
+def test_its_profile_finds_the_policy_that_policy_init_writes(tmp_path: Path, template: str) -> None:
+    """The profile that is the default names the very file that `x07 policy init` then writes."""
+    assert template in TEMPLATES
+    init(tmp_path, "--template", template)
+    project = decode_project((tmp_path / "x07.json").read_bytes(), source="x07.json")
+    profile = choose_profile(project, None, source="x07.json")
+    assert profile is not None
+    assert (profile.world, (tmp_path / str(profile.policy)).exists()) == ("run-os-sandboxed", False)
+    assert x07(tmp_path, "policy", "init", "--template", template)[0] == 0
+    assert (tmp_path / str(profile.policy)).is_file()
+    assert init(tmp_path, "--template", template)[2] == ""
+
+
+@pytest.mark.parametrize(
+    ("there", "entry", "root"),
+    [
+        ((), "src/main.x07.json", "src"),
+        (("main.x07.json", "other.x07.json"), "main.x07.json", "."),
+        (("app/only.x07.json",), "app/only.x07.json", "app"),
+        (("a.x07.json", "b.x07.json"), "src/main.x07.json", "src"),
+    ],
+)
+def test_the_entry_is_what_is_there(there: tuple[str, ...], entry: str, root: str) -> None:
+    """The usual file is the entry, else the only X07 source that is there; its folder holds the modules."""
+    document = json.loads(x07_project(there, "p.json"))
+    assert (document["entry"], document["module_roots"]) == (entry, [root])
+
+
+def test_another_file_is_left_alone(tmp_path: Path) -> None:
+    """A file with another content stays byte for byte, and the exit code is 2, of either kind of project."""
+    fill(tmp_path, "main.py")
+    for name, words in (("x07.json", ()), (FILE, ("--toolchain", "python"))):
+        (tmp_path / name).write_bytes(b"mine\n")
+        code, report, err = init(tmp_path, *words)
+        assert (code, report["status"]) == (2, "exists_different")
+        assert "left alone" in err
+        assert (tmp_path / name).read_bytes() == b"mine\n"
+
+
+def test_no_link_is_written_through(tmp_path: Path) -> None:
+    """A planted link in place of the file is refused, and what it leads to is not made."""
+    (tmp_path / "x07.json").symlink_to(tmp_path / "elsewhere")
+    code, out, err = x07(tmp_path, "init")
+    assert (code, out) == (2, b"")
+    assert "no link is followed" in err
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_folder_that_is_named_is_made(tmp_path: Path) -> None:
+    """`x07 init DIR` makes the folder; where that cannot be, it says why."""
+    assert init(tmp_path, "new/project")[1]["project_root"] == str(tmp_path / "new" / "project")
+    assert (tmp_path / "new" / "project" / "x07.json").is_file()
+    code, out, err = x07(tmp_path, "init", "new/project/x07.json")
+    assert (code, out) == (2, b"")
+    assert "File exists" in err
+
+
+# ours
+
+
+@pytest.mark.parametrize(
+    ("toolchain", "there", "expected"),
+    [
+        ("c", ["a.c", "a.h", "lib/b.c", "notes.txt"], {"files": ["a.c", "a.h", "lib/b.c"]}),
+        ("cpp", ["a.cpp", "x/b.cc", "x/b.hpp"], {"files": ["a.cpp", "x/b.cc", "x/b.hpp"]}),
+        ("python", ["tool.py", "pkg/__init__.py"], {"files": ["pkg/__init__.py", "tool.py"], "entry": "tool.py"}),
+        ("python", ["main.py", "other.py"], {"files": ["main.py", "other.py"], "entry": "main.py"}),
+        ("shell", ["run.sh", "lib/a.bash"], {"files": ["lib/a.bash", "run.sh"], "entry": "run.sh"}),
+        ("make", ["Makefile", "src/a.c"], {"files": ["Makefile", "src/a.c"], "artifact": "bin/p"}),
+        ("c", ["odd [dir]/a*.c"], {"files": ["odd [dir]/a*.c"]}),
+    ],
+)
+def test_a_manifest_lists_the_sources_that_are_there(
+    tmp_path: Path, toolchain: str, there: list[str], expected: dict[str, object]
+) -> None:
+    """Each toolchain takes its own sources of every folder; hidden files, links out and what builds made stay out."""
+    fill(tmp_path, *there, ".git/x.c", ".git/x.py", "build/y.c", "__pycache__/z.py", "node_modules/w.sh")
+    if toolchain == "make":
+        (tmp_path / "Makefile").write_text("BIN := bin/p\nall: $(BIN)\n\n$(BIN): src/a.c\n\tcc -o $@ $^\n")
+    code, report, err = init(tmp_path, "--toolchain", toolchain)
+    assert (code, report["status"], report["toolchain"], err) == (0, "created", toolchain, "")
+    assert made(tmp_path) == {"entry": None, "artifact": None, "toolchain": toolchain} | expected
+
+
+def test_our_own_example_is_understood(tmp_path: Path) -> None:
+    """From examples/routes a manifest with the same toolchain and artifact is made."""
+    shutil.copytree(ROOT / "examples" / "routes", tmp_path / "routes", ignore=shutil.ignore_patterns(FILE))
+    init(tmp_path, "--toolchain", "make", "routes")
+    found = made(tmp_path / "routes")
+    assert (found["toolchain"], found["artifact"]) == ("make", "bin/routes")
+    assert found["files"] == ["Makefile", "src/graph.cpp", "src/graph.h", "src/main.cpp"]
+
+
+def test_what_cannot_be_told_may_be_said(tmp_path: Path) -> None:
+    """--entry and --artifact name what the files do not show; for another toolchain they are refused."""
+    fill(tmp_path, "a.py", "b.py", "Makefile", "x.c")
+    assert init(tmp_path, "--toolchain", "python", "--entry", "b.py")[0] == 0
+    assert made(tmp_path)["entry"] == "b.py"
+    (tmp_path / FILE).unlink()
+    assert init(tmp_path, "--toolchain", "make", "--artifact", "x")[0] == 0
+    assert made(tmp_path)["artifact"] == "x"
+    code, _, err = x07(tmp_path, "init", "--entry", "a.py")
+    assert code == 2
+    assert "--toolchain python or --toolchain shell" in err
+    code, _, err = x07(tmp_path, "init", "--toolchain", "c", "--template", "cli")
+    assert (code, "it is for X07 projects" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("toolchain", "files", "makefile", "why"),
+    [
+        ("c", ["a.py"], "", r"no file that ends in \.c"),
+        ("make", ["a.c"], "", "no Makefile"),
+        ("make", ["Makefile"], "", "no plain first target"),
+        ("make", ["Makefile"], "$(OBJECTS): x\n", "--artifact"),
+        ("make", ["Makefile"], "%.o: %.c\n", "--artifact"),
+        ("python", ["a.py", "b.py"], "", "any of a.py, b.py.*--entry"),
+        ("shell", ["lib/a.sh"], "", "none at the top"),
+        ("python", ["../a.py"], "", "--entry|not a path inside"),
+    ],
+)
+def test_what_is_missing_is_told(toolchain: str, files: list[str], makefile: str, why: str) -> None:
+    """Where the files do not make a project of that toolchain, the error says what is missing and what to do."""
+    with pytest.raises(UsageError, match=why):
+        sandbox_manifest(toolchain, files, makefile=makefile)
+
+
+@given(
+    st.sampled_from(sorted(SUFFIXES)),
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), max_size=5),
+    st.text(max_size=200),
+)
+def test_any_names_make_a_manifest_or_our_error(toolchain: str, names: list[str], makefile: str) -> None:
+    """Whatever files are called and a Makefile holds, what comes out is a manifest that we read, or our error."""
+    files = [f"{name}{suffix}" for name in names for suffix in SUFFIXES[toolchain][:2]]
+    try:
+        data = sandbox_manifest(toolchain, ["Makefile", *files], makefile=makefile)
+    except UsageError:
+        return
+    assert decode_manifest(data, source=FILE)[1].name == toolchain
+
+
+def test_a_tree_that_is_too_large_is_told(tmp_path: Path) -> None:
+    """In a folder with more files than a project may have, init says so instead of walking for ever."""
+    for number in range(101):
+        (tmp_path / f"{number}").mkdir()
+        for other in range(100):
+            os.mknod(tmp_path / f"{number}" / f"{other}")
+    code, out, err = x07(tmp_path, "init")
+    assert (code, out) == (2, b"")
+    assert "more than 10000 files" in err

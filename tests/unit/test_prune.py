@@ -1,0 +1,458 @@
+"""Promises of `x07 prune`: what goes is over or led to by nothing, and whatever cannot be judged stays and is told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+from msgspec.structs import replace
+
+from tests.unit.test_images_manifest import MANIFEST
+from x07_sandbox.cli.main import main
+from x07_sandbox.host import clocks
+from x07_sandbox.host.locks import file_lock, folder_to_remove, share_folder
+from x07_sandbox.host.processes import Identity, own_identity
+from x07_sandbox.images import manifest, store
+from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, write_owner
+from x07_sandbox.programs.artifacts import artifact_key
+from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.runs.folder import RunFolder
+from x07_sandbox.runs.prune import PARTS, Part, PruneReport, prune
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DAY_MS = 86_400_000
+DIGEST = "sha256:" + "ab" * 32
+GONE = Identity(pid=2**22 - 1, start_ticks=1)
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State and cache of the test's own."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "vm" / "jobs"))
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("X07_VM_GUEST_IMAGE_DIGEST", raising=False)
+
+
+def age(path: Path, days: float) -> None:
+    """Let a file or a tree look as if nobody had touched it for *days*."""
+    then = (clocks.unix_ms() - days * DAY_MS) / 1000
+    for below in path.iterdir() if path.is_dir() and not path.is_symlink() else ():
+        age(below, days)
+    os.utime(path, (then, then), follow_symlinks=False)
+
+
+def run_id(days: float, number: int = 0) -> str:
+    """The id of a run that began *days* ago."""
+    return f"{int(clocks.unix_ms() - days * DAY_MS)}-{GONE.pid}-{number}"
+
+
+def job(days: float, *, done: bool = True, runner: Identity = GONE, number: int = 0) -> JobRecord:
+    """The record of a job that ended *days* ago, and the folder of its run."""
+    record = create_record(
+        Claim(run_id=run_id(days, number), phase="run", wall_ms=1000), backend="qemu", image_digest=DIGEST
+    )
+    write_owner(record, runner=runner, processes={"runner": runner}, cgroups=())
+    if done:
+        mark_done(record)
+    with contextlib.ExitStack() as stack:
+        folder = RunFolder(record.run_id, stack).path
+        (folder / "result.json").write_bytes(b"{}")
+    age(record.folder, days)
+    age(folder, days)
+    return record
+
+
+def run_folder(record: JobRecord) -> Path:
+    """The folder of its run."""
+    return record.folder.parent.parent / "runs" / record.run_id
+
+
+def swept(*parts: Part, dry_run: bool = False) -> PruneReport:
+    """What `prune` reports."""
+    return prune(parts or PARTS, progress=lambda _text: None, dry_run=dry_run)
+
+
+def paths(report: PruneReport) -> set[str]:
+    """What went."""
+    return {removed.path for removed in report.removed}
+
+
+def why_kept(report: PruneReport, path: Path) -> str:
+    """Why something stayed; empty if it was not told of."""
+    return "".join(kept.why for kept in report.kept if kept.path == str(path))
+
+
+# records
+
+
+def test_what_ended_longer_ago_than_the_retention_goes() -> None:
+    """Record and run folder of a job that ended eight days ago go; those of one that ended six days ago stay."""
+    old, young = job(8), job(6, number=1)
+    report = swept("runs")
+    assert paths(report) == {str(old.folder), str(run_folder(old))}
+    assert report.bytes > 0
+    assert not old.folder.exists()
+    assert not run_folder(old).exists()
+    assert (young.folder / "job.json").is_file()
+    assert (run_folder(young) / "result.json").is_file()
+    assert swept("runs").removed == ()
+
+
+def test_a_job_that_is_not_done_stays_with_its_run() -> None:
+    """Without done or reaped a job stays however old it is, is named, and so does the folder of its run."""
+    record = job(400, done=False)
+    report = swept("runs")
+    assert report.removed == ()
+    assert "neither done nor reaped" in why_kept(report, record.folder)
+    (record.folder / "reaped").write_bytes(b"reaped\n")
+    age(record.folder, 400)
+    assert paths(swept("runs")) == {str(record.folder), str(run_folder(record))}
+
+
+def test_a_job_of_a_live_process_stays() -> None:
+    """Whatever done says: while a process of a job lives, its record stays."""
+    record = job(400, runner=own_identity())
+    report = swept("runs")
+    assert report.removed == ()
+    assert "a process of it lives" in why_kept(report, record.folder)
+
+
+def test_a_run_under_way_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that holds its folder keeps it and the records of its jobs, also where a wrong clock made them old."""
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: 1_000_000_000)  # one second of 1970
+        record = job(0)
+    with contextlib.ExitStack() as stack:
+        RunFolder(record.run_id, stack)
+        age(run_folder(record), 8)
+        assert swept("runs").removed == ()
+    assert paths(swept("runs")) == {str(record.folder), str(run_folder(record))}
+
+
+def test_a_clock_in_1970_makes_nothing_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the clock stands before all that was recorded, nothing goes."""
+    job(400)
+    (store.images_dir().parent / "artifacts").mkdir(mode=0o700)
+    monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000)
+    assert swept().removed == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("job.json", b"{", "damaged"),
+        ("job.json", b'{"schema_version": "x07.vm.job@0.2.0"}', "another format: 'x07.vm.job@0.2.0'"),
+        ("job.json", b"[" * 100_000, "damaged"),
+        ("owner.json", b"\xff", "damaged"),
+        ("owner.json", b"[]", "damaged"),
+        ("owner.json", b'{"schema_version": "x07.sandbox.owner@0.1.0"}', "damaged"),
+        ("owner.json", b'{"schema_version": "x07.sandbox.owner@9.0.0"}', "another format"),
+        ("owner.json", None, "did not make it"),
+        ("job.json", None, "did not make it"),
+    ],
+)
+def test_what_cannot_be_judged_stays_and_is_told(name: str, content: bytes | None, why: str) -> None:
+    """A damaged record, one of a newer format and one that is not ours stay with their run, and are named with why."""
+    record = job(400)
+    (record.folder / name).unlink()
+    if content is not None:
+        (record.folder / name).write_bytes(content)
+    age(record.folder, 400)
+    report = swept("runs")
+    assert report.removed == ()
+    assert why in why_kept(report, record.folder)
+    assert run_folder(record).is_dir()
+
+
+def test_a_record_of_another_runner_stays() -> None:
+    """Somebody else's jobs in the same folder are told by their runner_instance, and left alone."""
+    record = job(400)
+    owner = json.loads((record.folder / "owner.json").read_bytes())
+    owner["labels"]["io.x07.runner_instance"] = "ri-" + "0" * 32
+    (record.folder / "owner.json").write_text(json.dumps(owner))
+    age(record.folder, 400)
+    assert "another runner" in why_kept(swept("runs"), record.folder)
+
+
+def test_no_link_is_followed(tmp_path: Path) -> None:
+    """A link in place of a record, of done, of a run's folder or of a file in it leads nowhere: its target stays."""
+    record, other, third = job(400), job(400, number=1), job(400, number=2)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "f").write_bytes(b"kept")
+    shutil.move(record.folder, tmp_path / "moved")
+    record.folder.symlink_to(tmp_path / "moved")
+    (run_folder(record) / "link").symlink_to(precious)
+    shutil.rmtree(run_folder(other))
+    run_folder(other).symlink_to(precious)
+    (third.folder / "done").unlink()
+    (third.folder / "done").symlink_to(precious / "f")
+    for path in (record.folder, run_folder(record), run_folder(other), third.folder, precious):
+        age(path, 400)
+    report = swept("runs")
+    assert (precious / "f").read_bytes() == b"kept"
+    assert (tmp_path / "moved" / "job.json").is_file()
+    assert "link" in why_kept(report, record.folder)
+    assert "link" in why_kept(report, run_folder(other))
+    assert "neither done nor reaped" in why_kept(report, third.folder)
+    assert not run_folder(record).exists()
+
+
+def test_other_files_in_the_state_folder_stay(tmp_path: Path) -> None:
+    """Nothing but records of jobs and folders of runs is looked at, whatever else lies beside them."""
+    record = job(8)
+    root = record.folder.parent
+    for name in ("notes.txt", "1-2-3-run.txt", "mine"):
+        (root / name).mkdir()
+        (root.parent / "runs" / name).mkdir()
+        age(root / name, 400)
+    (tmp_path / "vm" / "other").write_bytes(b"")
+    report = swept("runs")
+    assert paths(report) == {str(record.folder), str(run_folder(record))}
+    assert sorted(path.name for path in root.iterdir()) == ["1-2-3-run.txt", "mine", "notes.txt"]
+    assert (tmp_path / "vm" / "runner_instance").is_file()
+
+
+def test_what_a_killed_prune_left_goes_with_the_next() -> None:
+    """A removal that was cut short leaves no record that others could act on, and the next one finishes it."""
+    record = job(8)
+    doomed = record.folder.with_name(f".pruned-{record.folder.name}")
+    record.folder.rename(doomed)
+    (doomed / "job.json").unlink()
+    assert str(doomed) in paths(swept("runs"))
+    assert not doomed.exists()
+
+
+def test_a_folder_is_shared_or_removed_never_both(tmp_path: Path) -> None:
+    """Any number may share a folder; while they do nobody removes it, and while somebody does nobody can share it."""
+    with folder_to_remove(tmp_path) as free:
+        assert free
+        with pytest.raises(BlockingIOError):
+            share_folder(tmp_path)
+    fds = [share_folder(tmp_path) for _ in range(2)]
+    for fd in fds:
+        with folder_to_remove(tmp_path) as free:
+            assert not free
+        os.close(fd)
+    with folder_to_remove(tmp_path) as free:
+        assert free
+
+
+# images and cache
+
+
+def image(name: str = "", *, base: str = "cd" * 32, size: int = 200_000) -> store.Image:
+    """An image in the store, whose root file is shared with a base of it."""
+    made = manifest.sealed(replace(MANIFEST, base=base, kernel_release=f"{name or 'none'}-{size}"))
+    folder = store.images_dir() / made.digest.removeprefix("sha256:")
+    folder.mkdir(mode=0o700)
+    (folder / "root.erofs").write_bytes(os.urandom(size))
+    (folder / "manifest.json").write_bytes(manifest.encode(made))
+    if name:
+        store.set_name(name, folder.name)
+    return store.load(folder.name, name)
+
+
+def test_only_images_without_a_name_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that no name leads to goes whole; a named one stays, and the one that the pinning variable names too."""
+    named, old, pinned = image("default"), image(size=1000), image(size=2000)
+    monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", pinned.digest)
+    report = swept("images")
+    assert paths(report) == {str(old.folder)}
+    assert "X07_VM_GUEST_IMAGE_DIGEST" in why_kept(report, pinned.folder)
+    assert [found.digest for found in store.list_images()] == [named.digest, pinned.digest]
+    assert list((store.images_dir().parent / "tmp").iterdir()) == []
+
+
+def test_bytes_are_those_that_the_disk_gets_back() -> None:
+    """A file that an image shares with one that stays counts for nothing; shared by two that go, it counts once."""
+    named, old = image("default"), image(size=1000)
+    shared = named.folder / "root.erofs"
+    (old.folder / "root.erofs").unlink()
+    os.link(shared, old.folder / "root.erofs")
+    assert swept("images", dry_run=True).bytes < 200_000
+    (store.images_dir() / "names" / "default").unlink()
+    report = swept("images", dry_run=True)
+    assert len(report.removed) == 2
+    assert 200_000 <= report.bytes < 300_000
+    assert swept("images").bytes == report.bytes
+
+
+def test_a_damaged_image_stays_and_is_told() -> None:
+    """An image whose manifest cannot be read may be a newer format's: it stays, and is named with what to do."""
+    broken = image()
+    (broken.folder / "manifest.json").write_bytes(b'{"schema_version": "x07.sandbox.image@9.0.0"}')
+    (store.images_dir() / f"base-{'0' * 32}").mkdir()
+    report = swept("images")
+    assert report.removed == ()
+    assert "x07.sandbox.image@9.0.0" in why_kept(report, broken.folder)
+    assert "damaged" in why_kept(report, store.images_dir() / f"base-{'0' * 32}")
+
+
+def test_a_build_under_way_is_waited_for() -> None:
+    """While a build holds the store, prune waits, says so, and looks at the store as the build left it."""
+    fresh = image()
+    told: list[str] = []
+    waiting, reports = threading.Event(), []
+
+    def say(text: str) -> None:
+        told.append(text)
+        waiting.set()
+
+    thread = threading.Thread(target=lambda: reports.append(prune(["images"], progress=say, dry_run=False)))
+    with file_lock(store.images_dir() / ".lock"):
+        thread.start()
+        assert waiting.wait(30)
+        store.set_name("default", fresh.folder.name)
+    thread.join(30)
+    assert reports[0].removed == ()
+    assert told == ["waiting for a build of an image to end"]
+
+
+def test_what_was_built_goes_when_nobody_used_it_for_long(tmp_path: Path) -> None:
+    """An artifact unused for eight days goes, one used six days ago stays, and so does what is no artifact."""
+    folder = store.images_dir().parent / "artifacts"
+    folder.mkdir(mode=0o700)
+    old, young, link = (folder / artifact_key(name) for name in ("old", "young", "link"))
+    old.write_bytes(bytes(10_000))
+    young.write_bytes(bytes(10_000))
+    link.symlink_to(tmp_path / "elsewhere")
+    half, fresh = folder / f".{old.name}.{'0' * 16}", folder / f".{young.name}.{'0' * 16}"
+    for path, days in ((old, 8), (young, 6), (link, 400), (half, 2), (fresh, 0)):
+        if not path.is_symlink():
+            path.touch()
+        age(path, days)
+    report = swept("cache")
+    assert paths(report) == {str(old), str(half)}
+    assert "link" in why_kept(report, link)
+    assert young.exists()
+    assert fresh.exists()
+
+
+def test_saved_machines_and_notes_go_with_what_they_were_of() -> None:
+    """A template whose image goes, and notes of what is not there, go too; a dry run says the same of them."""
+    named, old = image("default"), image(size=1000)
+    templates, verified = (store.images_dir().parent / name for name in ("templates", "verified"))
+    for folder in (templates, verified):
+        folder.mkdir(mode=0o700)
+    part = {"file": "ram", "sha256": "0" * 64, "bytes": 1}
+    for key, made in (("a" * 64, named), ("b" * 64, old)):
+        (templates / key).mkdir(mode=0o700)
+        document: dict[str, object] = {"schema_version": "x07.sandbox.template@0.1.0", "key": key, "image": made.digest}
+        document |= {"ram": part, "state": part, "scratch": part, "scratch_disk": {"bytes": 1, "pieces": []}}
+        (templates / key / "template.json").write_text(json.dumps(document))
+        (verified / f"{key}.json").write_bytes(b"{}")
+        (verified / f"{made.folder.name}.json").write_bytes(b"{}")
+    (templates / f"{'a' * 64}.bad").write_text('{"boot_id": "another", "reason": "x"}')
+    (templates / ".new-left").mkdir()
+    expected = {
+        old.folder,
+        templates / ("b" * 64),
+        templates / f"{'a' * 64}.bad",
+        templates / ".new-left",
+        verified / f"{old.folder.name}.json",
+    }
+    assert paths(swept(dry_run=True)) == {str(path) for path in expected}
+    report = swept()
+    assert paths(report) >= {str(path) for path in expected}
+    assert not any(path.exists() for path in expected)
+    assert (templates / ("a" * 64)).is_dir()
+    assert (verified / f"{named.folder.name}.json").exists()
+
+
+# the command
+
+
+@pytest.fixture
+def full() -> list[Path]:
+    """Something of each part that would go."""
+    old = image()
+    artifacts = store.images_dir().parent / "artifacts"
+    artifacts.mkdir(mode=0o700)
+    artifact = artifacts / artifact_key("old")
+    artifact.write_bytes(bytes(10_000))
+    age(artifact, 8)
+    return [old.folder, artifact, job(8).folder]
+
+
+def command(*words: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and JSON of `x07 prune`."""
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "prune", "--json", *words]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert done.stderr == b""
+    report = json.loads(done.stdout)
+    jsonschema.validate(report, json.loads(schemas()["prune.schema.json"]))
+    return done.returncode, report
+
+
+@pytest.mark.parametrize("words", [("--images",), ("--cache",), ("--runs",), ("--images", "--runs"), ()])
+def test_a_switch_names_the_part(full: list[Path], words: tuple[str, ...]) -> None:
+    """--images, --cache and --runs each prune that part alone, together several, and without one all is pruned."""
+    chosen = {
+        path for path, part in zip(full, ("--images", "--cache", "--runs"), strict=True) if part in words or not words
+    }
+    code, report = command(*words)
+    assert code == 0
+    assert {path for path in full if not path.exists()} == chosen
+    assert {str(path) for path in chosen} <= {removed["path"] for removed in report["removed"]}
+
+
+def test_a_dry_run_removes_nothing_and_says_the_same(full: list[Path]) -> None:
+    """--dry-run leaves every file as it is, and reports what the real one then does, byte for byte."""
+    code, dry = command("--dry-run")
+    assert (code, dry["dry_run"]) == (0, True)
+    assert all(path.exists() for path in full)
+    code, real = command()
+    assert {**real, "dry_run": True} == dry
+
+
+def test_people_are_told_what_and_how_much(full: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each thing has a line with its size and reason, and the last line has the sum."""
+    assert main(["prune", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"would remove image {full[0]} " in lines[0]
+    assert lines[-1].startswith(f"would remove {len(lines) - 1} things, ")
+    assert lines[-1].endswith("KiB")
+
+
+def test_nothing_there_is_no_error(tmp_path: Path) -> None:
+    """On a machine that has never run anything prune says so, and makes no folder."""
+    code, report = command()
+    assert (code, report["removed"], report["kept"], report["bytes"]) == (0, [], [], 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("which", ["cache", "vm"])
+def test_a_planted_link_in_place_of_our_folders_is_refused(full: list[Path], tmp_path: Path, which: str) -> None:
+    """Where state or cache folder has become a link, nothing behind it is touched."""
+    (tmp_path / which).rename(tmp_path / "real")
+    (tmp_path / which).symlink_to(tmp_path / "real")
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "prune"]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 125
+    assert "it is a link or no folder" in done.stderr
+    moved = [path.relative_to(tmp_path / which) for path in full if path.is_relative_to(tmp_path / which)]
+    assert all((tmp_path / "real" / path).exists() for path in moved)
+
+
+def test_what_cannot_be_removed_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A thing that the disk will not let go stays, is named with the reason, and the exit code is 1."""
+    record = job(8)
+
+    def refuse(_path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("x07_sandbox.runs.prune_records._remove_record", refuse)
+    assert main(["prune", "--runs"]) == 1
+    assert f"kept job {record.folder}: it cannot be removed: Operation not permitted" in capsys.readouterr().out

@@ -1,0 +1,169 @@
+"""State, cache and project in odd places: refused with what to do, nothing of anybody's lost, or the run just works."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.conftest import need
+from x07_sandbox.host.paths import cache_dir
+
+if TYPE_CHECKING:
+    from tests.vm.conftest import Sandbox
+
+ROOT = Path(__file__).resolve().parents[2]
+X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
+HELLO = ["run", "--json", "-c", "print('hello')", "--toolchain", "python"]
+NOBODY = 65534
+VARIABLES = ("X07_VM_STATE_DIR", "X07_VM_CACHE_DIR")
+# Makes "$1" a mount of its own that cannot be written, and goes on as the other words.
+READ_ONLY = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
+SMALL = 'mount -t tmpfs -o size=16k,mode=0700 none "$1" && shift && exec "$@"'
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(240), pytest.mark.usefixtures("image")]
+
+
+def mounted(script: str, place: Path) -> list[str]:
+    """The start of a command that changes *place* for itself alone."""
+    need(os.geteuid() == 0, "needs root, to mount", installable=False)
+    return ["unshare", "--mount", "/bin/bash", "-c", script, "mounted", str(place)]
+
+
+def x07(
+    *words: str, env: dict[str, str] | None = None, before: list[str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A command with *env* beside what is set, started by way of *before*."""
+    done = subprocess.run(
+        [*(before or []), *X07, *words],
+        env=os.environ | (env or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a run was refused, as the host's fault."""
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert (done.returncode, result["outcome"], result["fault"]) == (125, "refused", "host"), result["reason"]
+    return str(result["reason"])
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, variable: str) -> None:
+    """A state or cache folder that is another user's is named, with whose it is, and nothing is put there."""
+    need(os.geteuid() == 0, "needs root to make a folder that is another user's", installable=False)
+    place = tmp_path / "theirs"
+    place.mkdir(mode=0o700)
+    os.chown(place, NOBODY, NOBODY)
+    reason = refused(x07(*HELLO, env={"X07_VM_STATE_DIR": str(tmp_path / "state"), variable: str(place)}))
+    assert f"uid {NOBODY}" in reason
+    assert variable in reason
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("below", ["", "jobs"])
+def test_a_planted_link_is_refused(tmp_path: Path, variable: str, below: str) -> None:
+    """A link in the place of a state or cache folder, or above it, is refused, and nothing appears behind it."""
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    place = tmp_path / "link" / below
+    reason = refused(x07(*HELLO, env={"X07_VM_STATE_DIR": str(tmp_path / "state"), variable: str(place)}))
+    assert "it is a link or no folder" in reason
+    assert list((tmp_path / "real").iterdir()) == []
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, variable: str) -> None:
+    """A state or cache folder on a read-only file system is refused with the variable to set."""
+    place = tmp_path / "readonly"
+    place.mkdir(mode=0o700)
+    env = {"X07_VM_STATE_DIR": str(tmp_path / "state"), variable: str(place)}
+    reason = refused(x07(*HELLO, env=env, before=mounted(READ_ONLY, place)))
+    assert "Read-only file system" in reason
+    assert variable in reason
+
+
+def test_without_home_the_variables_to_set_are_named(tmp_path: Path) -> None:
+    """Without HOME, and without variables that say where, a run is refused; with them it works."""
+    bare = ["/usr/bin/env", "-u", "HOME", "-u", "XDG_CACHE_HOME"]
+    reason = refused(x07(*HELLO, before=[*bare, "-u", "X07_VM_STATE_DIR", "-u", "X07_VM_CACHE_DIR"]))
+    assert "HOME is not set" in reason
+    assert all(variable in reason for variable in VARIABLES)
+    env = {"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(cache_dir())}
+    done = x07(*HELLO, before=bare, env=env)
+    assert json.loads(done.stdout)["stdout"]["text"] == "hello\n"
+
+
+def test_a_read_only_checkout_is_enough(tmp_path: Path) -> None:
+    """Project and x07-sandbox itself may lie where nothing can be written: runs work, and what writes there says no."""
+    env = {"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(cache_dir())}
+    checkout = mounted(READ_ONLY, ROOT)
+    inside = ["/bin/bash", "-c", f'cd "{ROOT}/examples" && exec "$@"', "inside"]
+    done = x07("run", "--input", "orders.jsonl", "jsonl_to_csv.py", env=env, before=[*checkout, *inside])
+    assert (done.returncode, done.stdout.splitlines()[0][:3]) == (0, "id,"), done.stderr
+    for words in (["init"], ["policy", "init", "--template", "cli"]):
+        done = x07(*words, env=env, before=[*checkout, *inside])
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "Read-only file system" in done.stderr
+
+
+def test_a_clock_in_1970_changes_no_verdict(sandbox: Sandbox, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host whose clock was never set a program runs to its end, in about that time, and its records are whole."""
+    real = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: 5_000_000_000)
+    ran = sandbox.run_text("clock.py", "import time\nprint(int(time.time()))\n")
+    assert ran.outcome == "ok", ran.reason
+    assert 5 <= int(ran.stdout) < 3600  # a guest's clock cannot stand before its own boot
+    for path in state.glob("*/job.json"):
+        job = json.loads(path.read_bytes())
+        assert job["created_unix_ms"] == 5_000
+        assert 5_000 < job["deadline_unix_ms"] < real // 1_000_000
+        assert (path.parent / "done").is_file()
+
+
+def test_a_full_disk_under_the_cache_costs_only_the_cache(tmp_path: Path) -> None:
+    """Where what was built cannot be kept, the program runs all the same, and the next time it is built again."""
+    artifacts = cache_dir() / "artifacts"
+    artifacts.mkdir(mode=0o700, exist_ok=True)
+    program = tmp_path / "hello.c"
+    program.write_text(f'#include <stdio.h>\nint main(void) {{ puts("hello {os.urandom(4).hex()}"); return 0; }}\n')
+    env = {"X07_VM_STATE_DIR": str(tmp_path / "state")}
+    for _ in range(2):
+        done = x07("run", "--json", str(program), env=env, before=mounted(SMALL, artifacts))
+        result = json.loads(done.stdout)
+        assert (done.returncode, result["outcome"], result["artifact_from"]) == (0, "ok", "build"), result["reason"]
+
+
+def test_a_full_disk_under_the_saved_machines_means_a_cold_start(tmp_path: Path) -> None:
+    """Where no machine can be saved, the program runs in one that was booted anew, and the result says why."""
+    env = {"X07_VM_STATE_DIR": str(tmp_path / "state")}
+    done = x07(*HELLO, "--no-cache", env=env, before=mounted(SMALL, cache_dir() / "templates"))
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["stdout"]["text"]) == (0, "hello\n"), result["reason"]
+    assert {phase["start"] for phase in result["phases"].values()} == {"cold"}
+    assert [warning for warning in result["warnings"] if "No space left" in warning], result["warnings"]
+
+
+@pytest.mark.parametrize(
+    "words", [("doctor",), ("prune", "--dry-run"), ("completion", "bash"), ("image", "list"), ("policy", "schema")]
+)
+def test_output_that_nobody_takes_is_told(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """With standard output closed a command ends as ever; on a full disk it says so and ends with 125."""
+    env = {"X07_VM_STATE_DIR": str(tmp_path / "state")}
+    closed = x07(*words, env=env, before=["/bin/sh", "-c", 'exec "$@" >&-', "closed"])
+    assert (closed.returncode, closed.stderr) == (0, "")
+    full = x07(*words, env=env, before=["/bin/sh", "-c", 'exec "$@" >/dev/full', "full"])
+    assert full.returncode == 125
+    assert full.stderr == "x07: cannot write the output: No space left on device\n"
