@@ -180,8 +180,32 @@ def test_a_damaged_machine_is_made_anew(in_own_cache: Sandbox) -> None:
     damaged = sha256(template_folder() / "ram")
     ran = in_own_cache.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "clone"})
+    assert [text for text in ran.result.warnings if "it was made anew" in text]
     made = json.loads((template_folder() / MANIFEST).read_bytes())
     assert sha256(template_folder() / "ram") == made["ram"]["sha256"] != damaged
+
+
+def test_a_file_in_a_saved_machines_place_is_replaced(in_own_cache: Sandbox) -> None:
+    """Something else where a saved machine should lie is removed, and the machine is saved there."""
+    in_own_cache.behave("nothing")
+    place = template_folder()
+    shutil.rmtree(place)
+    place.write_text("no machine")
+    assert starts(in_own_cache.behave("nothing")) == {"run": "clone"}
+    assert place.is_dir()
+
+
+def test_without_space_for_a_saved_machine_a_run_starts_cold(
+    in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk is too full to save a machine the run starts cold and says so; with space again it is saved."""
+    shutil.rmtree(templates_dir(), ignore_errors=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "TEMPLATE_BYTES", 1 << 60)
+        ran = in_own_cache.behave("nothing")
+    assert starts(ran) == {"run": "cold"}
+    assert [text for text in ran.result.warnings if "too little space" in text]
+    assert starts(in_own_cache.behave("nothing")) == {"run": "clone"}
 
 
 @pytest.mark.parametrize(("name", "data"), [("state", b"no such machine"), ("ram", bytes(96 << 20))])

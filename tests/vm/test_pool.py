@@ -19,7 +19,7 @@ import pytest
 
 from tests.vm.conftest import left_behind, marked, owners
 from tests.vm.test_clones import RANDOM
-from x07_sandbox import Pool
+from x07_sandbox import Pool, SandboxError
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import clocks
@@ -322,6 +322,38 @@ def test_a_forked_child_has_no_part_in_its_parents_pool(state: Path, echo: str) 
         assert machine.close()
     assert left_behind(state) == []
     assert echo
+
+
+def test_a_forked_child_cannot_give_a_pool_programs(state: Path, echo: str) -> None:
+    """A child that was forked from a pool's owner gets an error when it submits a program, and no endless wait."""
+    with Pool(size=1) as pool:
+        child = os.fork()
+        if child == 0:
+            try:
+                pool.submit(echo)
+            except SandboxError as exc:
+                os._exit(0 if "forked" in exc.why else 2)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert left_behind(state) == []
+
+
+def test_a_pool_that_cannot_be_made_keeps_nothing(state: Path) -> None:
+    """A pool on an image that is not there is an error, and holds no descriptor afterwards."""
+    del state
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - numbers
+    for _ in range(5):
+        with pytest.raises(SandboxError, match="nobody-made-this"):
+            Pool(size=1, image="nobody-made-this")
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 - numbers
+
+
+def test_leaving_a_pool_that_ends_already_waits_for_its_end(state: Path) -> None:
+    """After the `with` block every machine is gone, also if somebody has begun to shut the pool down before."""
+    with Pool(size=1) as pool:
+        pool.wait_ready(120)
+        pool.shutdown(wait=False)
+    assert left_behind(state) == []
 
 
 def test_a_pool_that_ends_under_a_run_ends_it_on_record(state: Path, tmp_path: Path, echo: str) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from x07_sandbox import run_program
+
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -130,3 +132,25 @@ def test_it_ends_as_in_a_fresh_interpreter(sandbox: Sandbox, threads: ThreadPool
         assert one.outcome in {"ok", "failed", "signalled"}, one.reason
     found = [(one.outcome, one.result.exit_code, one.result.signal, one.stdout, one.stderr) for one in (cloned, cold)]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("HOME", "/tmp", "print(__import__('site').getuserbase())"),  # noqa: S108 - the guest's own
+        ("LD_PRELOAD", "libanl.so.1", "print('libanl.so.1' in open('/proc/self/maps').read())"),
+        ("PYTHONOPTIMIZE", "1", "print(__debug__)"),
+        ("LC_ALL", "C", "print(__import__('locale').setlocale(0))"),
+    ],
+)
+def test_a_variable_that_is_read_early_counts(sandbox: Sandbox, name: str, value: str, shown: str) -> None:
+    """What the loader, the C library and Python's start-up read from the environment holds in a clone too."""
+    program = sandbox.work / "shown.py"
+    program.write_text(shown + "\n")
+    seen = []
+    for env in ({}, {name: value}):
+        result = run_program(program, env=env)
+        assert result.outcome == "ok", result.reason
+        assert result.phases["run"].start in {"clone", "pool"}
+        seen.append(result.stdout.text)
+    assert seen[0] != seen[1]

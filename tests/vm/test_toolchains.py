@@ -260,6 +260,34 @@ def test_cancelling_ends_the_machine(state: Path) -> None:
         asyncio.run(cancelled(times))
 
 
+def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancelling a run that waits for a machine raises soon, and the loop's own threads stay free meanwhile."""
+    monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
+
+    async def crowded() -> float:
+        started = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        first = asyncio.create_task(
+            run_program_async(
+                source="echo on; sleep 60",
+                toolchain="shell",
+                on_output=lambda _name, _data: loop.call_soon_threadsafe(started.set),
+            )
+        )
+        await started.wait()
+        waiting = [asyncio.create_task(run_program_async(source="true", toolchain="shell")) for _ in range(40)]
+        await asyncio.sleep(1)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: 5), 5) == 5
+        began = loop.time()
+        for task in (first, *waiting):
+            task.cancel()
+        await asyncio.gather(first, *waiting, return_exceptions=True)
+        return loop.time() - began
+
+    assert asyncio.run(crowded()) < 20
+    assert left_behind(state) == []
+
+
 # wrong programs
 
 
