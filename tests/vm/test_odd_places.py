@@ -153,7 +153,7 @@ def test_a_full_disk_under_the_saved_machines_means_a_cold_start(tmp_path: Path)
     result = json.loads(done.stdout)
     assert (done.returncode, result["stdout"]["text"]) == (0, "hello\n"), result["reason"]
     assert {phase["start"] for phase in result["phases"].values()} == {"cold"}
-    assert [warning for warning in result["warnings"] if "No space left" in warning], result["warnings"]
+    assert [warning for warning in result["warnings"] if "too little space" in warning], result["warnings"]
 
 
 @pytest.mark.parametrize(
