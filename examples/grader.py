@@ -19,7 +19,9 @@ TESTS = ((b"1\n2\n3\n", "6\n"), (b"-5\n10\n", "5\n"))
 
 # What people hand in: language, text. "{n}" makes submissions that differ from each other.
 PYTHON_GOOD = "import sys\nprint(sum(int(line) for line in sys.stdin))  # {n}\n"
-C_GOOD = '#include <stdio.h>\nint main(void) { long s = 0, x; while (scanf("%ld", &x) == 1) s += x; printf("%ld\\n", s); }\n'
+C_GOOD = (
+    '#include <stdio.h>\nint main(void) { long s = 0, x; while (scanf("%ld", &x) == 1) s += x; printf("%ld\\n", s); }\n'
+)
 KINDS = (
     ("python", PYTHON_GOOD.replace("{n}", "0")),
     ("c", C_GOOD),

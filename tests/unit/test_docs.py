@@ -47,7 +47,7 @@ def test_readme_links_lead_somewhere() -> None:
     """Every relative link in the project's documents leads to a file that exists."""
     dead = [
         f"{path.relative_to(ROOT)}: {target}"
-        for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+        for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
         if "://" not in target and not target.startswith("mailto:") and not (path.parent / target).exists()
     ]

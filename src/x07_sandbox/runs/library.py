@@ -50,12 +50,13 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
 
     program: path of a source file, an executable, or a project's folder. source: a text instead, in the language of
     *toolchain* ("python", "c", "cpp", "shell"). files: more files beside it, relative name to content.
-    args: its arguments. input: its whole input. env: variables beside the fixed ones.
+    args: its arguments, a list of texts. input: its whole input. env: variables beside the fixed ones.
     policy: path of a policy document, `built-in:TEMPLATE`, or a Policy; None for the built-in `default`.
     timeout_s: seconds that the program may take, at most the policy's. image: name or digest of a guest image.
     max_output_bytes: of each stream. on_output: called with "stdout" or "stderr" and bytes as they come, from another
     thread; what it raises ends the run, and is raised here.
 
+    The Result has what the program printed as `stdout.data` (bytes) and `stdout.text` (None where it is no UTF-8).
     A warm machine is taken where `x07 pool` keeps some. Thread-safe; nothing is printed.
 
     Raises SandboxError, whose `result` says more, if the program could not be run: wrong usage, refused, no machine.

@@ -1,0 +1,188 @@
+"""examples/agent_tool.py: every call, good, hostile or malformed, has one answer, and the next one works."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from tests.vm.conftest import left_behind
+
+if TYPE_CHECKING:
+    from x07_sandbox.images.store import Image
+
+EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
+TOOL: Final = EXAMPLES / "agent_tool.py"
+WAYS: Final = ("library", "command")
+LINE_MAX: Final = 1 << 20
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+
+FORKS: Final = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
+FLOODS: Final = "while True: print('x' * 4096)"
+
+
+def call(number: object, language: object = "python", source: object = "print('well')", **more: object) -> bytes:
+    """One call as a line."""
+    asked = {"id": number, "name": "run_code", "input": {"language": language, "source": source, **more}}
+    return json.dumps(asked).encode() + b"\n"
+
+
+def answers(way: str, lines: bytes) -> list[dict[str, Any]]:
+    """What the tool writes for *lines*: each line of it one JSON object."""
+    argv = [sys.executable, str(TOOL), *(["--command"] if way == "command" else [])]
+    done = subprocess.run(argv, input=lines, capture_output=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def by_id(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The contents by the id of their call; each call has one."""
+    contents = {one["id"]: one["content"] for one in found}
+    assert len(contents) == len(found)
+    assert all(one["is_error"] == (one["content"]["outcome"] != "ok") for one in found)
+    return contents
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, state: Path) -> None:
+    """The agent's tool runs every language with input and further files, and tells output, status and signal."""
+    assert image.digest
+    text = "import sys, words\nprint(words.HELLO, sys.stdin.read())\n"
+    told = by_id(
+        answers(
+            way,
+            call("python", source=text, files={"words.py": "HELLO = 'grüezi'"}, stdin="Zoë", timeout_s=29.5)
+            + call("c", "c", '#include "n.h"\nint main(void) { return N; }', files={"n.h": "#define N 7\n"})
+            + call("cpp", "cpp", "#include <iostream>\nint main() { std::cout << 6 * 7; }")
+            + call("shell", "shell", "tr a-z A-Z; kill -TERM $$", stdin="loud")
+            + call("unbuilt", "c", "int main(void) { return nothing; }")
+            + call(8, source="import os; os.write(1, bytes(range(128, 256)))"),
+        )
+    )
+    assert told["python"] == {
+        "outcome": "ok",
+        "reason": "the program ended with status 0",
+        "stdout": "grüezi Zoë\n",
+        "stderr": "",
+        "exit_code": 0,
+    }
+    assert (told["c"]["outcome"], told["c"]["exit_code"]) == ("failed", 7)
+    assert told["cpp"]["stdout"] == "42"
+    assert (told["shell"]["outcome"], told["shell"]["signal"], told["shell"]["stdout"]) == ("signalled", 15, "LOUD")
+    assert told["unbuilt"]["outcome"] == "build-failed"
+    assert "nothing" in told["unbuilt"]["stderr"]
+    assert "correct it" in told["unbuilt"]["advice"]
+    assert told["8"]["stdout"] == "\N{REPLACEMENT CHARACTER}" * 128
+    assert left_behind(state) == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_hostile_calls_of_an_assistant_end_as_their_limits_say(way: str, image: Image, state: Path) -> None:
+    """Programs that flood, never end, fork, fill the memory or crash each get their verdict, bounded; the next runs."""
+    assert image.digest
+    told = by_id(
+        answers(
+            way,
+            call("floods", source=FLOODS)
+            + call("never ends", source="import time\ntime.sleep(600)", timeout_s=1)
+            + call("forks", source=FORKS)
+            + call("fills", source="kept = []\nwhile True: kept.append(b'x' * (1 << 20))")
+            + call("crashes", "c", "int main(void) { return *(volatile int *)0; }")
+            + call("connects", source="import socket\nsocket.create_connection(('example.org', 80), 5)")
+            + call("looks", "shell", "cat /etc/shadow /root/.ssh/id_rsa /x07/in/policy.json > /etc/passwd")
+            + call("next"),
+        )
+    )
+    outcomes = {name: content["outcome"] for name, content in told.items()}
+    assert outcomes.pop("forks") in {"cpu-limit", "timeout"}  # which of the two is first
+    assert outcomes == {
+        "floods": "output-limit",
+        "never ends": "timeout",
+        "fills": "oom",
+        "crashes": "signalled",
+        "connects": "failed",
+        "looks": "failed",
+        "next": "ok",
+    }
+    assert 4000 < len(told["floods"]["stdout"]) < 4100
+    assert "left out" in told["floods"]["stdout"]
+    assert "sandbox" in told["never ends"]["advice"]
+    assert told["crashes"]["signal"] == 11
+    assert "gaierror" in told["connects"]["stderr"]
+    assert told["next"]["stdout"] == "well\n"
+    assert left_behind(state) == []
+
+
+MALFORMED: Final = {
+    "no language": (b'{"id": "1", "name": "run_code", "input": {"source": "1"}}\n', "language"),
+    "no source": (b'{"id": "1", "name": "run_code", "input": {"language": "c"}}\n', "source"),
+    "no input": (b'{"id": "1", "name": "run_code"}\n', "input"),
+    "another tool": (b'{"id": "1", "name": "rm", "input": {}}\n', "$.name"),
+    "unknown language": (call("1", "cobol"), 'enum ["python"'),
+    "language is a number": (call("1", 3), "$.input.language"),
+    "source is a list": (call("1", source=["1"]), "$.input.source"),
+    "huge source": (call("1", source="#" * 200_000), "maxLength 100000"),
+    "unknown field": (call("1", policy="/etc/passwd"), "additionalProperties false"),
+    "a file leads out": (call("1", files={"../x": ""}), "pattern"),
+    "a file is hidden": (call("1", files={".bashrc": ""}), "pattern"),
+    "a file is the program": (call("1", files={"main.py": "print(1)"}), "main.py is taken"),
+    "a file is the manifest": (call("1", files={"x07-sandbox.toml": ""}), "x07-sandbox.toml is taken"),
+    "a file is a number": (call("1", files={"x": 1}), "$.input.files.x"),
+    "too many files": (call("1", files={f"f{n}": "" for n in range(21)}), "maxProperties 20"),
+    "input is a number": (call("1", stdin=5), "$.input.stdin"),
+    "no time": (call("1", timeout_s=0), "exclusiveMinimum 0"),
+    "too much time": (call("1", timeout_s=1e9), "maximum 30"),
+    "time is true": (call("1", timeout_s=True), "type"),
+    "half a character": (call("1", source="print('\ud800')"), "no Unicode"),
+}
+NO_ID: Final = {
+    "time is no number": (call("1", timeout_s=float("nan")), "NaN is no number"),
+    "no JSON": (b"run this please\n", "no JSON"),
+    "an empty line": (b"\n", "no JSON"),
+    "no UTF-8": (b'{"id": "\xff"}\n', "no JSON"),
+    "no object": (b"[1]\n", "type"),
+    "no id": (b'{"name": "run_code", "input": {"language": "c", "source": ""}}\n', "id"),
+    "deep": (b"[" * 100_000 + b"\n", "no JSON"),
+    "a huge number": (b'{"id": ' + b"9" * 5000 + b"}\n", "no JSON"),
+    "a huge line": (call("1", source="#" * (LINE_MAX * 3)), "more than"),
+}
+
+
+def test_malformed_calls_of_an_assistant_are_told_what_is_wrong(image: Image, state: Path) -> None:
+    """Missing fields, wrong types, unknown names, huge texts: each has a short answer, and nothing runs."""
+    assert image.digest
+    for number, (line, _) in enumerate(MALFORMED.values()):
+        assert line.startswith(b'{"id": "1"'), number
+    lines = [line.replace(b'"1"', f'"{number}"'.encode(), 1) for number, (line, _) in enumerate(MALFORMED.values())]
+    lines += [line for line, _ in NO_ID.values()]
+    found = answers("command", b"".join(lines) + call("next"))
+    told = by_id([one for one in found if one["id"] is not None])
+    assert told.pop("next")["stdout"] == "well\n"
+    for number, (name, (_, part)) in enumerate(MALFORMED.items()):
+        content = told.pop(str(number))
+        assert content["outcome"] == "usage-error", name
+        assert len(content["reason"]) < 1600, name
+        assert part in content["reason"], name
+    assert told == {}
+    reasons = [one["content"]["reason"] for one in found if one["id"] is None]
+    assert len(reasons) == len(NO_ID)
+    assert all(any(part in reason for reason in reasons) for _, part in NO_ID.values())
+    assert len(list(state.glob("*/job.json"))) <= 2  # of the next one: its build, its run
+
+
+def test_the_definition_is_a_schema_that_the_calls_keep_to() -> None:
+    """`--definition` prints the tool's name, a description and a JSON Schema, to which the example's calls keep."""
+    done = subprocess.run([sys.executable, str(TOOL), "--definition"], capture_output=True, check=True, timeout=60)
+    definition = json.loads(done.stdout)
+    assert definition["name"] == "run_code"
+    schema = definition["input_schema"]
+    Draft202012Validator.check_schema(schema)
+    calls = [json.loads(line) for line in (EXAMPLES / "agent_calls.jsonl").read_bytes().splitlines()]
+    keeping = [Draft202012Validator(schema).is_valid(one["input"]) for one in calls]
+    assert keeping == [True, True, True, False, True]
