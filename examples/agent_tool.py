@@ -50,7 +50,10 @@ DEFINITION: Final[dict[str, Any]] = {
             "source": {"type": "string", "maxLength": 100_000, "description": "The whole program."},
             "files": {
                 "type": "object",
-                "description": "Further files beside the program, by name: headers, modules, data.",
+                "description": (
+                    "Headers and modules beside the program, by name. Python and shell find them in the program's own "
+                    "folder, which is not the working directory. Data for c and cpp has to come by stdin."
+                ),
                 "propertyNames": {"pattern": "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"},
                 "additionalProperties": {"type": "string"},
                 "maxProperties": 20,

@@ -60,7 +60,13 @@ def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, stat
             call("python", source=text, files={"words.py": "HELLO = 'grüezi'"}, stdin="Zoë", timeout_s=29.5)
             + call("c", "c", '#include "n.h"\nint main(void) { return N; }', files={"n.h": "#define N 7\n"})
             + call("cpp", "cpp", "#include <iostream>\nint main() { std::cout << 6 * 7; }")
-            + call("shell", "shell", "tr a-z A-Z; kill -TERM $$", stdin="loud")
+            + call(
+                "shell",
+                "shell",
+                '. "$(dirname "$0")/it.sh"; kill -TERM $$',
+                stdin="loud",
+                files={"it.sh": "tr a-z A-Z\n"},
+            )
             + call("unbuilt", "c", "int main(void) { return nothing; }")
             + call(8, source="import os; os.write(1, bytes(range(128, 256)))"),
         )
