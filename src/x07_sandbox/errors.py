@@ -38,7 +38,7 @@ class SandboxError(Exception):
         return str(self.args[2])
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.why}. {self.fix}."
+        return f"{self.what}: {self.why}{'' if self.why.endswith('?') else '.'} {self.fix}."
 
 
 class UsageError(SandboxError):

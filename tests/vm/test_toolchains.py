@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,14 @@ from msgspec.structs import replace
 from tests.vm.conftest import Sandbox, left_behind
 from x07_sandbox import SandboxError, load_policy, run_program, run_program_async
 from x07_sandbox.host import settings
+from x07_sandbox.policy import PolicyError, render_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
+ROOT = Path(__file__).resolve().parents[2]
 HEAD = 'schema_version = "x07.sandbox.project@0.1.0"\n'
 MAKE = HEAD + 'toolchain = "make"\nfiles = ["Makefile", "*.c"]\nartifact = "out"\n'
 
@@ -147,6 +150,19 @@ def test_a_python_project_imports_its_own_modules(sandbox: Sandbox) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(b"TEXT 1 /x07/in/program/pkg/__pycache__/m.")
     assert command("--stdin", "--env", "A=2", str(folder), stdin=b"ours").stdout.startswith(b"OURS 2 ")
+
+
+def test_an_entry_in_a_folder_finds_its_neighbours(sandbox: Sandbox) -> None:
+    """A Python entry in a folder of the project begins its search for modules there, in a clone as in a fresh start."""
+    folder = project(
+        sandbox.work / "p", src__main_py="import near, sys\nprint(near.X, sys.path[0])\n", src__near_py="X = 1\n"
+    )
+    (folder / "x07-sandbox.toml").write_text(
+        HEAD + 'toolchain = "python"\nentry = "src/main.py"\nfiles = ["src/*.py"]\n'
+    )
+    for cold in (False, True):
+        ran = sandbox.run(folder, cold=cold)
+        assert (ran.outcome, ran.stdout) == ("ok", b"1 /x07/in/program/src\n"), ran.stderr
 
 
 def test_every_error_of_a_project_comes_back(sandbox: Sandbox) -> None:
@@ -288,6 +304,40 @@ def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.Monk
     assert left_behind(state) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ({"program": 5}, "program is int, not a path"),
+        ({"source": 5}, "source is int"),
+        ({"source": "x", "toolchain": 5}, "toolchain is int"),
+        ({"source": "x", "args": "abc"}, "args is str, not a list of texts"),
+        ({"source": "x", "files": ["a"]}, "files is list"),
+        ({"source": "x", "policy": {"a": 1}}, "policy is dict"),
+        ({"source": "x", "env": {"A": 1}}, "variable A is int, not text"),
+        ({"source": "x", "timeout_s": "5"}, "timeout_s is str"),
+        ({"source": "x", "timeout_s": True}, "timeout_s is bool"),
+        ({"source": "x", "timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"source": "x", "max_output_bytes": 1.5}, "max_output_bytes is float"),
+        ({"source": "x", "input": "text"}, "input is str, not bytes"),
+        ({"source": "x", "on_output": 3}, "on_output is int, not a function"),
+        ({}, "exactly one of program and source"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(state: Path, words: dict[str, Any], why: str) -> None:
+    """Whatever is given to the library in place of what it takes, the error names it; nothing else is raised."""
+    del state
+    with pytest.raises(SandboxError, match=why):
+        run_program(**({"toolchain": "shell"} if "source" in words else {}) | words)
+
+
+def test_an_error_of_the_library_is_the_error_itself() -> None:
+    """What could not be run is told by the error that says so, a refused policy with all its problems."""
+    with pytest.raises(PolicyError) as caught:
+        run_program(source="true", toolchain="shell", policy=ROOT / "pyproject.toml")
+    assert caught.value.problems
+    assert caught.value.result.outcome == "refused"
+
+
 # wrong programs
 
 
@@ -341,6 +391,63 @@ def test_a_program_that_cannot_be_run_is_told_why(
     assert done.returncode == code, done.stderr
     assert why in json.loads(done.stdout)["reason"]
     assert not list(jobs.glob("*/job.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["a.sh", "--compiled-out", "a.sh"], "the run reads it"),
+        (["a.sh", "--report-out", "a.sh"], "the run reads it"),
+        (["a.sh", "--report-out", "./link.sh"], "no file lies there"),
+        (["a.sh", "--policy", "p.json", "--report-out", "p.json"], "the run reads it"),
+        (["a.sh", "--input", "in.txt", "--report-out", "../files/in.txt"], "the run reads it"),
+        (["a.sh", "--compiled-out", "out", "--report-out", "out"], "it is named twice"),
+        (["a.sh", "--report", "runner", "--attest-runtime", "a.sh"], "the run reads it"),
+        (["a.sh", "--report-out", "pipe"], "no file lies there"),
+        (["a.sh", "--report-out", "."], "no file lies there"),
+        (["a.sh", "--report-out", ""], "no file lies there"),
+        (["a.sh", "--report-out", "none/x"], "no folder that you can write"),
+        (["a.sh", "--dry-run", "--report-out", "x"], "--dry-run writes nothing"),
+        (["a.sh", "--timeout", "0"], "no time above 0"),
+        (["a.sh", "--timeout", "nan"], "no time above 0"),
+        (["a.sh", "--top", "10"], "arguments of the program go behind --"),
+    ],
+)
+def test_nothing_that_a_run_reads_is_written_over(tmp_path: Path, words: list[str], why: str) -> None:
+    """A file to be written that is an input, another output, a link, a pipe or nowhere is refused before the run."""
+    work = tmp_path / "files"
+    work.mkdir()
+    (work / "a.sh").write_text("echo on\n")
+    (work / "in.txt").write_text("in\n")
+    (work / "p.json").write_bytes(render_policy(load_policy()))
+    (work / "link.sh").symlink_to("a.sh")
+    os.mkfifo(work / "pipe")
+    before = {path.name: path.lstat().st_mtime_ns for path in work.iterdir()}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words]
+    done = subprocess.run(argv, cwd=work, capture_output=True, check=False, stdin=subprocess.DEVNULL, timeout=100)
+    assert (done.returncode, why in done.stderr.decode()) == (2, True), done.stderr
+    assert {path.name: path.lstat().st_mtime_ns for path in work.iterdir()} == before
+
+
+def test_a_time_limit_of_the_command_line_holds() -> None:
+    """--timeout is a tighter limit than the policy's."""
+    done = command("--timeout", "0.5", "-c", "sleep 20", "--toolchain", "shell")
+    assert done.returncode == 124
+    assert b"0.5 s" in done.stderr
+
+
+def test_waiting_for_a_pipes_writer_can_be_ended(tmp_path: Path) -> None:
+    """A run whose input is a pipe that nobody writes to ends by SIGTERM, as cancelled."""
+    os.mkfifo(tmp_path / "pipe")
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--input", str(tmp_path / "pipe")]
+    with subprocess.Popen([*argv, "-c", "cat", "--toolchain", "shell"], stderr=subprocess.PIPE) as child:
+        wanted = Path(f"/proc/{child.pid}/wchan")
+        deadline = time.monotonic() + 30
+        while "wait_for_partner" not in wanted.read_text() and "fifo_open" not in wanted.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)  # another process's state: nothing tells
+        child.terminate()
+        assert child.wait(20) == 143
 
 
 def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def _parsed(words: list[str]) -> argparse.Namespace:
     options, unknown = parser_for(words).parse_known_args(words)
     if unknown:
         verb = f"x07 {words[0]}" if words[0] in _VERBS else "x07"
-        raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", f"See {verb} --help")
+        fix = f"See {verb} --help" + ("; arguments of the program go behind --" if verb == "x07 run" else "")
+        raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", fix)
     return options
 
 

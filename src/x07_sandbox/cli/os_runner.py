@@ -18,7 +18,7 @@ from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
 from x07_sandbox.cli.streams import fill_closed_streams, leave
-from x07_sandbox.cli.written import check_place, write_all
+from x07_sandbox.cli.written import check_outputs, write_all
 from x07_sandbox.cli.x07_report import Wanted, make_report
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
@@ -189,9 +189,8 @@ def _wanted(options: argparse.Namespace, target: Target, data: bytes, *, accepte
         raise UsageError(
             f"cannot write {compiled_out}", f"{target.toolchain.name} makes no executable", "Leave --compiled-out away"
         )
-    for name, place in (("--compiled-out", compiled_out), ("--attest-runtime", attest_runtime)):
-        if place is not None:
-            check_place(name, place)
+    read = [target.path, Path(options.policy), None if options.input is None else Path(options.input)]
+    check_outputs({"--compiled-out": compiled_out, "--attest-runtime": attest_runtime}, read)
     return Wanted(
         mode=target.mode,
         toolchain=target.toolchain,

@@ -44,6 +44,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 def _run(options: argparse.Namespace) -> int:
     _check_backend(options)
+    if options.report_out or options.compiled_out or options.attest_runtime:
+        _check_outputs(options)
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
             _need_image(options.image or text("X07_VM_GUEST_IMAGE"))
@@ -78,6 +80,22 @@ def _run(options: argparse.Namespace) -> int:
 
     lost = result.stdout.undelivered or result.stderr.undelivered
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse files that could not be written, or that the run needs. Raises UsageError."""
+    from x07_sandbox.cli.written import check_outputs
+
+    if options.dry_run:
+        raise UsageError("wrong usage", "--dry-run writes nothing", "Leave the names of files out")
+    outputs = {
+        "--compiled-out": options.compiled_out,
+        "--report-out": options.report_out,
+        "--attest-runtime": options.attest_runtime,
+    }
+    named = [options.program_flag, options.project, options.artifact, options.program, options.policy]
+    named += [*options.allow_host_file, *options.deny_host_file]
+    check_outputs(outputs, [options.input, *(Path(name) for name in named if name)])
 
 
 def _is_x07(request: RunRequest) -> bool:
@@ -136,6 +154,7 @@ def _request(
         overrides=_overrides(options),
         env=dict(map(_variable, options.env)),
         image=options.image,
+        wall_ms=None if options.timeout is None else max(1, round(options.timeout * 1000)),
         input=options.input,
         stdin_fd=stdin_fd,
         stdin_default=not (options.stdin or options.input_b64 is not None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from x07_sandbox.cli.usage import whole_number
+from x07_sandbox.cli.usage import seconds, whole_number
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 from x07_sandbox.programs.toolchains import BY_NAME, describe
@@ -67,6 +67,12 @@ def _add_program(parser: argparse.ArgumentParser) -> None:
         "--policy",
         metavar="FILE",
         help="what it may touch: a document, or built-in:TEMPLATE (default: no files, no network, 60 s, 512 MiB)",
+    )
+    group.add_argument(
+        "--timeout",
+        type=seconds(600),
+        metavar="S",
+        help="seconds that it may take, at most the policy's",
     )
     group.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of the program; NAME alone: ours"

@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.written import check_place, write_all, write_whole
+from x07_sandbox.cli.written import write_all, write_whole
 from x07_sandbox.cli.x07_report import Wanted, make_report
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
@@ -48,9 +48,6 @@ def run_with_report(request: RunRequest, options: argparse.Namespace, stack: con
 
     Raises SandboxError before there is a run; for X07's own programs it ends with X07's exit codes instead.
     """
-    for name, place in (("--compiled-out", options.compiled_out), ("--attest-runtime", options.attest_runtime)):
-        if place is not None:
-            check_place(name, place)
     request, program = load_program(request, stack)
     if not program.toolchain.told:
         return _carry_out(request, program, options, stack)
@@ -73,7 +70,8 @@ def _carry_out(request: RunRequest, program: Program, options: argparse.Namespac
         if request.policy is None:
             raise UsageError("no policy", f"{WORLD} runs nothing of X07's without one", "Name it with --policy")
     policy, policy_bytes = policy_in_force(request)
-    data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
+    with request.cancel.waiting():
+        data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
     artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
     wanted = Wanted(
         mode="project-compile-run" if program.project else "compile-run",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from _typeshed import SupportsWrite
 
+_NUMBER_CHARS = 32
+
 
 def whole_number(lo: int, hi: int, what: str) -> Callable[[str], int]:
     """A type of options: a whole number of *what* within bounds."""
@@ -22,6 +24,21 @@ def whole_number(lo: int, hi: int, what: str) -> Callable[[str], int]:
         if not (text.isascii() and text.isdigit() and len(text) <= len(str(hi)) and lo <= int(text) <= hi):
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {what} from {lo} to {hi}")
         return int(text)
+
+    return read
+
+
+def seconds(most: int) -> Callable[[str], float]:
+    """A type of options: a time in seconds above 0, as 2 or 0.5."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text) if text.isascii() and len(text) < _NUMBER_CHARS else 0.0
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= most:  # NaN is not
+            raise argparse.ArgumentTypeError(f"{text!r} is no time above 0 and at most {most} seconds")
+        return value
 
     return read
 

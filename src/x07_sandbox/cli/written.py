@@ -16,7 +16,7 @@ from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import unnamed_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from x07_sandbox.runs.request import RunRequest
@@ -24,13 +24,28 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.streams import OutFile
 
 
-def check_place(name: str, path: Path) -> None:
-    """Raises UsageError where a file cannot be written. It is replaced as a whole, so only the folder matters."""
-    what = f"cannot write {path} ({name})"
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UsageError(what, "something that is no file lies there", "Name another place")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(what, f"{path.parent} is no folder that you can write", "Name another place")
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | None]) -> None:
+    """Refuse files that cannot be written, or that something else of the run needs, before there is a run.
+
+    outputs: by the flag that names them. inputs: files that the run reads. Each is replaced as a whole, so of a place
+    only its folder matters. Raises UsageError.
+    """
+    taken = {_real(path): "the run reads it" for path in inputs if path is not None}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        what = f"cannot write {path} ({name})"
+        if path.name in {"", "..", "."} or path.is_symlink() or (os.path.lexists(path) and not path.is_file()):
+            raise UsageError(what, "something that is no file lies there", "Name another place")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+            raise UsageError(what, f"{path.parent} is no folder that you can write", "Name another place")
+        if why := taken.get(_real(path)):
+            raise UsageError(what, why, "Name another place")
+        taken[_real(path)] = "it is named twice"
+
+
+def _real(path: Path) -> str:
+    return os.path.realpath(path)
 
 
 def write_whole(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, code: str = "") -> None:
@@ -74,9 +89,8 @@ def write_executable(path: Path, artifact: OutFile) -> None:
 def artifact_to_keep(path: Path, request: RunRequest) -> Iterator[RunRequest]:
     """The request whose artifact becomes the executable *path*, if there is one in the end.
 
-    Raises UsageError, HostError, RefusedError.
+    Raises HostError, RefusedError.
     """
-    check_place("--compiled-out", path)
     with contextlib.ExitStack() as stack:
         artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
         yield replace(request, artifact=artifact)

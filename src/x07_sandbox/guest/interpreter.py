@@ -63,9 +63,12 @@ memory = os.open("/proc/self/mem", os.O_RDWR)
 places = []
 for word in set(config):
     try:
-        if 65536 < word < 1 << 47 and os.pread(memory, len(placeholder), word) == placeholder:
-            places.append(word)
-    except OSError:
+        if 65536 < word < 1 << 47:
+            # run_filename, and argv, which is a list: its first decides what sys.path begins with.
+            for at in word, int.from_bytes(os.pread(memory, 8, word), "little"):
+                if 65536 < at < 1 << 47 and os.pread(memory, len(placeholder), at) == placeholder:
+                    places.append(at)
+    except (OSError, OverflowError):
         pass
 if not places:
     raise SystemExit("no place for the script's name")

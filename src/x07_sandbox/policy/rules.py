@@ -13,6 +13,7 @@ import msgspec
 from x07_sandbox.policy.problems import Problem, json_path
 
 _HOST_MAX_BYTES = 255
+_TOKENS_MAX = 256
 
 # X07 hands these lists to the program joined with ';'.
 _JOINED = (
@@ -107,6 +108,8 @@ def regex_lite_fault(pattern: str) -> str | None:
         return "must not be empty"
     if ";" in pattern:
         return "must not hold ';'"
+    if len(pattern.encode("utf-8", "surrogatepass")) - pattern.count("\\") > _TOKENS_MAX:
+        return f"must have at most {_TOKENS_MAX} tokens (bytes; an escape counts once)"
     before = ""  # the token before: nothing, "*", or "x" for anything that can be repeated
     at = 0
     while at < len(pattern):

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+# What carries runs out is imported when there is one: importing this costs next to nothing.
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.runs.lease import PoolMachines
-from x07_sandbox.runs.request import RunRequest, read_policy
-from x07_sandbox.runs.run import run
-from x07_sandbox.runs.streams import Cancel, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from x07_sandbox.backends.base import Machines
     from x07_sandbox.policy.model import Policy
+    from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
+    from x07_sandbox.runs.streams import Cancel
 
     OnOutput = Callable[[Literal["stdout", "stderr"], bytes], object]
+    Ended = tuple[Result, SandboxError | None]
 
 # A program that ends in any other way has been run, whatever became of it.
 _NOT_RUN = frozenset({"usage-error", "refused", "backend-error", "internal-error"})
@@ -63,8 +64,10 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     A program that was run is a Result however it ended, unless *check*: then SandboxError unless `Result.ok`.
     """
     options = {name: value for name, value in locals().items() if name not in {"program", "args", "check"}}
+    from x07_sandbox.runs.streams import Cancel
+
     with contextlib.closing(Cancel()) as cancel:
-        return checked(_run(cancel, program, args, **options), check=check)
+        return checked(*_run(cancel, program, args, **options), check=check)
 
 
 async def run_program_async(
@@ -77,11 +80,13 @@ async def run_program_async(
     """As `run_program`, with its options, beside the event loop. Cancelled, it ends the machine, then raises."""
     import asyncio
 
+    from x07_sandbox.runs.streams import Cancel
+
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[Result] = loop.create_future()
+    done: asyncio.Future[Ended] = loop.create_future()
     ended = asyncio.Event()
 
-    def tell(result: Result | None, exc: BaseException | None) -> None:
+    def tell(result: Ended | None, exc: BaseException | None) -> None:
         ended.set()
         if done.cancelled():
             return
@@ -103,14 +108,14 @@ async def run_program_async(
         # A thread of its own: runs that wait for a machine must not hold those of the loop's executor.
         threading.Thread(target=work, name="x07-async", daemon=True).start()
         try:
-            result = await done
+            ended_as = await done
         except asyncio.CancelledError:
             cancel()
             while not ended.is_set():  # also if it is cancelled again: nothing is left running
                 with contextlib.suppress(asyncio.CancelledError):
                     await ended.wait()
             raise
-    return checked(result, check=check)
+    return checked(*ended_as, check=check)
 
 
 def _run(
@@ -121,17 +126,22 @@ def _run(
     input: bytes = b"",  # noqa: A002 - as above
     on_output: OnOutput | None = None,
     **options: Any,  # noqa: ANN401 - make_request knows them
-) -> Result:
+) -> Ended:
+    from x07_sandbox.runs.lease import PoolMachines
+    from x07_sandbox.runs.run import attempt
+
+    if on_output is not None and not callable(on_output):
+        raise _wrong("on_output", on_output, "a function")
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(_Output(on_output, cancel)) if on_output is not None else None
         live = (None, None) if output is None else output.fds
         stdin_fd = input_file(input, stack)
-        result = run(
+        ended = attempt(
             make_request(program, args, stdin_fd=stdin_fd, machines=PoolMachines(), cancel=cancel, live=live, **options)
         )
     if output is not None and output.problem is not None:
         raise output.problem
-    return result
+    return ended
 
 
 def load_policy(name: str | os.PathLike[str] | None = None) -> Policy:
@@ -140,13 +150,17 @@ def load_policy(name: str | os.PathLike[str] | None = None) -> Policy:
     It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another. Raises SandboxError that tells all that
     is wrong with a document, each with its place.
     """
+    from x07_sandbox.runs.request import read_policy
+
     return read_policy(os.fspath(name) if isinstance(name, os.PathLike) else name)[0]
 
 
 def input_file(data: bytes, stack: contextlib.ExitStack) -> int:
     """The input as a file in memory; *stack* closes it. Raises UsageError."""
+    from x07_sandbox.runs.streams import memory_file
+
     if not isinstance(data, bytes | bytearray | memoryview):
-        raise UsageError("cannot run a program", f"its input is {type(data).__name__}, not bytes", "Encode it")
+        raise _wrong("input", data, "bytes")
     return memory_file(bytes(data), stack)
 
 
@@ -168,6 +182,24 @@ def make_request(  # noqa: PLR0913 - as above
     live: tuple[int | None, int | None] = (None, None),
 ) -> RunRequest:
     """The request of a call. Raises UsageError."""
+    from x07_sandbox.policy.model import Policy
+    from x07_sandbox.runs.request import RunRequest
+
+    path: Any = str | os.PathLike
+    for name, value, kinds, shown in (
+        ("program", program, path | None, "a path"),
+        ("source", source, str | bytes | None, "a text or bytes"),
+        ("toolchain", toolchain, str | None, "a text"),
+        ("files", files, collections.abc.Mapping | None, "a mapping of names to bytes"),
+        ("args", None if isinstance(args, str | bytes) else args, collections.abc.Sequence, "a list of texts"),
+        ("policy", policy, path | Policy | None, "a path or a Policy"),
+        ("env", env, collections.abc.Mapping | None, "a mapping of texts to texts"),
+        ("timeout_s", timeout_s, float | int | None, "a number"),
+        ("image", image, str | None, "a text"),
+        ("max_output_bytes", max_output_bytes, int, "a whole number"),
+    ):
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise _wrong(name, args if name == "args" else value, shown)
     if (program is None) == (source is None):
         raise UsageError("cannot run a program", "exactly one of program and source is needed", "Give one of them")
     if timeout_s is not None and not 0 < timeout_s <= _WALL_S_MAX:
@@ -175,7 +207,7 @@ def make_request(  # noqa: PLR0913 - as above
         raise UsageError("cannot run a program", why, "Give another time limit")
     return RunRequest(
         program=None if program is None else Path(program),
-        source=source.encode() if isinstance(source, str) else source,
+        source=source.encode("utf-8", "surrogateescape") if isinstance(source, str) else source,
         toolchain=toolchain,
         files=dict(files or {}),
         args=tuple(args),
@@ -192,16 +224,21 @@ def make_request(  # noqa: PLR0913 - as above
     )
 
 
-def checked(result: Result, *, check: bool) -> Result:
-    """The result, if the program was run; with *check* only if it ended well. Raises SandboxError."""
+def checked(result: Result, problem: SandboxError | None, *, check: bool) -> Result:
+    """The result, if the program was run; with *check* only if it ended well. Raises SandboxError, *problem* if any."""
     if result.outcome in _NOT_RUN:
-        error = SandboxError("the program could not be run", result.reason, "Look at the error's result")
+        error = problem or SandboxError("the program could not be run", result.reason, "See the result of this error")
     elif check and not result.ok:
-        error = SandboxError(f"the program ended as {result.outcome}", result.reason, "Look at the error's result")
+        error = SandboxError(f"the program ended as {result.outcome}", result.reason, "See the result of this error")
     else:
         return result
     error.result = result
     raise error
+
+
+def _wrong(name: str, value: object, expected: str) -> UsageError:
+    why = f"{name} is {type(value).__name__}, not {expected}"
+    return UsageError("cannot run a program", why, "See help(x07_sandbox.run_program)")
 
 
 class _Output:

@@ -12,7 +12,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.jobs.admission import max_running
 from x07_sandbox.runs.library import checked, input_file, make_request
-from x07_sandbox.runs.run import run
+from x07_sandbox.runs.run import attempt
 from x07_sandbox.runs.streams import Cancel
 from x07_sandbox.runs.warm import WarmMachines
 
@@ -104,7 +104,7 @@ class Pool(Executor):
                 cancel=cancel,
                 **{"image": self._image} | options,
             )
-            return checked(run(request), check=check)
+            return checked(*attempt(request), check=check)
 
     @contextlib.contextmanager
     def _cancellable(self, cancel: Cancel) -> Iterator[None]:

@@ -97,8 +97,17 @@ def check_arguments(request: RunRequest) -> None:
         if size > _ARGUMENT_MAX_BYTES or total > _ARGUMENTS_MAX_BYTES:
             why = f"one has more than {_ARGUMENT_MAX_BYTES} bytes, or all together more than {_ARGUMENTS_MAX_BYTES}"
             raise UsageError(what, why, "Pass long data by standard input")
+    _check_environment(request, what, total)
+    if request.max_output_bytes < 0:
+        raise UsageError(what, f"the output limit of {request.max_output_bytes} bytes is negative", "Give 0 or more")
+
+
+def _check_environment(request: RunRequest, what: str, total: int) -> None:
+    """total: bytes of the arguments, with which the variables share their room. Raises UsageError."""
     for name, value in request.env.items():
-        if not isinstance(name, str) or not isinstance(value, str) or not _VARIABLE.fullmatch(name):
+        if not isinstance(value, str):
+            raise UsageError(what, f"the variable {name} is {type(value).__name__}, not text", "Give texts")
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
             raise UsageError(what, f"{name!r} is no name of a variable", "Use letters, digits and '_'")
         if name.startswith("X07_"):
             raise UsageError(what, f"{name} is X07's own", "Use another name")
@@ -107,8 +116,6 @@ def check_arguments(request: RunRequest) -> None:
             raise UsageError(
                 what, f"the variable {name} is too long, or holds a zero byte", "Pass it by standard input"
             )
-    if request.max_output_bytes < 0:
-        raise UsageError(what, f"the output limit of {request.max_output_bytes} bytes is negative", "Give 0 or more")
 
 
 def read_policy(given: str | Path | Policy | None) -> tuple[Policy, bytes]:

@@ -47,6 +47,11 @@ _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
 
 def run(request: RunRequest) -> Result:
     """Carry out one run. Every ending is a result; only a bug raises."""
+    return attempt(request)[0]
+
+
+def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
+    """As `run`, and the error from which the result was made, where it was one."""
     so_far = Progress(run_id=new_run_id())
     try:
         with contextlib.ExitStack() as stack:
@@ -54,15 +59,15 @@ def run(request: RunRequest) -> Result:
             ending = _carry_out(request, so_far, folder, stack)
             result = _result(so_far, ending)
             _keep(folder.path / "result.json", msgspec.json.encode(result))
-            return result
+            return result, None
     except SandboxError as exc:
-        return _result(so_far, _verdict_of(exc, request.cancel.signal))
+        return _result(so_far, _verdict_of(exc, request.cancel.signal)), exc
     except OSError as exc:
         from x07_sandbox.host.troubles import host_error
 
         if (error := host_error(exc)) is None:
             raise
-        return _result(so_far, _verdict_of(error))
+        return _result(so_far, _verdict_of(error)), error
 
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:
@@ -90,7 +95,8 @@ def _carry_out(request: RunRequest, so_far: Progress, folder: RunFolder, stack: 
     request, program = load_program(request, stack)
     so_far.digests["source"] = program.sha256
     check_arguments(request)
-    request = replace(request, stdin_fd=open_input(request, stack))
+    with request.cancel.waiting():  # for whoever opens the other end of a pipe
+        request = replace(request, stdin_fd=open_input(request, stack))
     if program.toolchain.told:
         request = _with_x07_input(request, stack)
     policy, policy_bytes = policy_in_force(request)
@@ -129,7 +135,8 @@ def _with_x07_input(request: RunRequest, stack: contextlib.ExitStack) -> RunRequ
         why = f"{x07.WORLD} runs nothing of X07's without one"
         raise UsageError("no policy", why, "Name it with --policy, or in the project's profile")
     args, fd = request.args, request.stdin_fd
-    data = x07.arguments_as_input(args) if args else read_whole(fd, x07.INPUT_MAX_BYTES)
+    with request.cancel.waiting():
+        data = x07.arguments_as_input(args) if args else read_whole(fd, x07.INPUT_MAX_BYTES)
     return replace(request, x07_input=data, stdin_fd=memory_file(x07.frame_input(data), stack))
 
 

@@ -86,7 +86,8 @@ class WarmMachines:
     ) -> None:
         most = memory_bytes() // 4 // settings.WARM_BYTES
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
-            raise UsageError("cannot keep a pool", f"{size} machines are not between 1 and {most}", "Set another size")
+            why = f"its size is {size!r}, and must be a whole number from 1 to {most}"
+            raise UsageError("cannot keep a pool", why, "Set another size")
         self.size = size
         self.claimed = 0
         self.problem: SandboxError | None = None
