@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.jobs.admission import max_running
 from x07_sandbox.runs.library import checked, input_file, make_request
-from x07_sandbox.runs.run import attempt
-from x07_sandbox.runs.streams import Cancel
-from x07_sandbox.runs.warm import WarmMachines
 
 if TYPE_CHECKING:
     import os
@@ -24,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from x07_sandbox.runs.result import Result
+    from x07_sandbox.runs.streams import Cancel
 
 
 class Pool(Executor):
@@ -44,6 +40,9 @@ class Pool(Executor):
 
         Raises SandboxError. The machines are made in the background: `wait_ready` waits for them.
         """
+        from x07_sandbox.jobs.admission import max_running  # when there is a pool: importing this costs little
+        from x07_sandbox.runs.warm import WarmMachines
+
         workers = max_running()
         self._machines = WarmMachines(size, image=image)
         self._image = image
@@ -55,6 +54,8 @@ class Pool(Executor):
 
     def wait_ready(self, timeout_s: float = settings.QUEUE_S) -> bool:
         """Wait until all machines are warm; whether they are. Raises SandboxError if none can be made."""
+        from x07_sandbox.host.clocks import Deadline
+
         return self._machines.wait_ready(Deadline.after(timeout_s))
 
     def submit(  # type: ignore[override]  # programs instead of callables is the point
@@ -93,6 +94,9 @@ class Pool(Executor):
         check: bool = False,
         **options: Any,  # noqa: ANN401 - make_request knows them
     ) -> Result:
+        from x07_sandbox.runs.run import attempt
+        from x07_sandbox.runs.streams import Cancel
+
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))
             stack.enter_context(self._cancellable(cancel))
