@@ -376,5 +376,5 @@ def test_a_pool_of_no_size_is_refused(state: Path) -> None:
     """A pool of no machine, or of more than memory holds, is refused with the bound."""
     del state
     for size in (0, 100_000):
-        with pytest.raises(UsageError, match="not between 1 and"):
+        with pytest.raises(UsageError, match="whole number from 1 to"):
             Pool(size=size)
