@@ -90,6 +90,8 @@ def both(sandbox: Sandbox, threads: ThreadPoolExecutor, name: str, text: str, *a
         for cold in (False, True)
     ]
     cloned, cold = [job.result() for job in jobs]
+    for one in (cloned, cold):
+        assert "run" in one.result.phases, one.reason
     assert cloned.result.phases["run"].start == "clone"
     assert cold.result.phases["run"].start == "cold"
     return cloned, cold
