@@ -390,7 +390,9 @@ def test_what_was_built_before_is_not_built_again(own_cache: Path, sandbox: Sand
     first, second = [sandbox.run_text("one.c", text, cache=True) for _ in range(2)]
     assert (first.result.artifact_from, second.result.artifact_from) == ("build", "cache")
     assert (list(first.result.phases), list(second.result.phases)) == (["build", "run"], ["run"])
-    assert first.result.digests == second.result.digests
+    # Not that of the input: a program that ends before its input does has none of it.
+    found = [msgspec.structs.replace(one.result.digests, input=None) for one in (first, second)]
+    assert found[0] == found[1]
     assert first.stdout == second.stdout == b"one\n"
     assert sandbox.run_text("one.c", text.replace("one", "two"), cache=True).result.artifact_from == "build"
     assert sandbox.run_text("one.c", text).result.artifact_from == "build"

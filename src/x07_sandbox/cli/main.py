@@ -38,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     try:
         _heed_signals()
-        from x07_sandbox.cli.streams import fill_closed_streams
+        from x07_sandbox.cli.streams import fill_closed_streams, keep_own_rights
 
         fill_closed_streams()
+        keep_own_rights()
         _import_msgspec()
         from x07_sandbox.host.variables import check_environment
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(warning)
         options = _parsed(words)
         code: int = options.carry_out(options)
+        sys.stdout.flush()  # here, where a full disk behind it is told
     except KeyboardInterrupt as exc:
         from x07_sandbox.errors import Cancelled
 

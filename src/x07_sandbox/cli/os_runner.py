@@ -17,7 +17,7 @@ from x07_sandbox.backends.selection import Asked, Platform, select, this_platfor
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
-from x07_sandbox.cli.streams import fill_closed_streams, leave
+from x07_sandbox.cli.streams import fill_closed_streams, keep_own_rights, leave
 from x07_sandbox.cli.written import check_outputs, write_all
 from x07_sandbox.cli.x07_report import Wanted, make_report
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
@@ -58,6 +58,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0 ok, 1 a report of a failure, 2 nothing on standard output."""
     fill_closed_streams()
+    keep_own_rights()
     try:
         for warning in check_environment(os.environ):
             _say(warning)

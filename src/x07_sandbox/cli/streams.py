@@ -28,6 +28,11 @@ def fill_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
+def keep_own_rights() -> None:
+    """Have what we make be ours to use: a umask that takes its owner's rights away would lock us out of our files."""
+    os.umask(os.umask(0o077) & 0o077)
+
+
 def leave(code: int) -> NoReturn:
     """End the process with exactly that code.
 
