@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -30,7 +29,7 @@ from x07_sandbox.runs.streams import Cancel, OutFile
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
-    from x07_sandbox.runs.result import Output, Result
+    from x07_sandbox.runs.result import Result
 
 PROGRAMS = Path(__file__).parent / "programs"
 BEHAVE = PROGRAMS / "behave.c"
@@ -68,11 +67,6 @@ class Ran:
     def denied(self, field: str) -> int:
         """How often the run was denied something that *field* allows."""
         return sum(denial.count for denial in self.result.denials if denial.field == field)
-
-
-def output_bytes(output: Output) -> bytes:
-    """What a stream held."""
-    return base64.b64decode(output.base64) if output.base64 is not None else (output.text or "").encode()
 
 
 class Sandbox:
@@ -126,9 +120,7 @@ class Sandbox:
             result = run(request)
             seconds = time.monotonic() - began
         assert not alone or left_behind(self.state) == []
-        return Ran(
-            result=result, stdout=output_bytes(result.stdout), stderr=output_bytes(result.stderr), seconds=seconds
-        )
+        return Ran(result=result, stdout=result.stdout.data, stderr=result.stderr.data, seconds=seconds)
 
     def run_text(self, name: str, text: str | bytes, *args: str, **options: object) -> Ran:
         """Run a source text under *name*."""

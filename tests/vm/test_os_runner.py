@@ -17,7 +17,7 @@ import jsonschema
 import msgspec
 import pytest
 
-from tests.vm.conftest import left_behind, output_bytes
+from tests.vm.conftest import left_behind
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.runs.library import run_program
@@ -256,7 +256,7 @@ def test_it_is_the_same_run_as_that_of_the_library(caller: Caller) -> None:
     source = "import sys\nprint(sum(range(1000)))\nsys.exit(7)\n"
     report = caller.report("sum.py", source, "--attest-runtime", "attest.json", code=1)
     result = run_program(caller.place / "sum.py", policy=caller.place / "policy.json")
-    assert decoded(report["solve"], "solve_output_b64") == output_bytes(result.stdout)
+    assert decoded(report["solve"], "solve_output_b64") == result.stdout.data
     assert report["solve"]["exit_status"] == result.exit_code == 7
     attested = json.loads((caller.place / "attest.json").read_bytes())
     assert attested["bundled_binary_digest"] == result.digests.artifact

@@ -24,9 +24,9 @@ from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
-from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest
+from x07_sandbox.programs.manifest import FILE, MAX_BYTES, decode_manifest
 from x07_sandbox.programs.toolchains import OUTPUT, X07, Toolchain, toolchain_for
-from x07_sandbox.programs.x07 import PROJECT_FILE, SOURCE_SUFFIX, Options
+from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, SOURCE_SUFFIX, Options
 from x07_sandbox.reports.protocol import HEAD_BYTES
 from x07_sandbox.reports.runner import CompileMode, World, failure_report, render_report
 from x07_sandbox.runs.folder import unnamed_file
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 
 SETUP_EXIT: Final = 2
-INPUT_MAX_BYTES: Final = 64 * settings.MIB
-_OUR_PROJECT: Final = "x07-sandbox.toml"
 _WORLDS: Final[dict[str, World]] = {"run-os": "run-os", "run-os-sandboxed": "run-os-sandboxed"}
 _SANDBOXED: Final = "--world run-os-sandboxed --policy FILE"
 
@@ -172,12 +170,12 @@ def _target(options: argparse.Namespace) -> Target:
 
 def _project(path: Path) -> Target:
     """A project by its manifest."""
-    if path.name == _OUR_PROJECT:
+    if path.name == FILE:
         _, toolchain = decode_manifest(read_bounded(path, "manifest", MAX_BYTES), source=str(path))
         return Target(path=path, mode="project-compile-run", toolchain=toolchain)
     if path.name == PROJECT_FILE:
         return Target(path=path, mode="project-compile-run", toolchain=X07)
-    why = f"a manifest is called {PROJECT_FILE} or {_OUR_PROJECT}"
+    why = f"a manifest is called {PROJECT_FILE} or {FILE}"
     raise UsageError(f"cannot run the project {path}", why, "Name one, or give --program")
 
 
@@ -249,10 +247,9 @@ def _run(path: Path, wanted: Wanted, data: bytes, max_output_bytes: int, x07: Op
         if result.outcome == "usage-error":
             _say(result.reason)
             return SETUP_EXIT
-        report, line = make_report(wanted, result, artifact)
-    for told in (line, f"{result.outcome}: {result.reason}" if report.exit_code else ""):
-        if told:
-            _say(told)
+        report, lines = make_report(wanted, result, artifact)
+    for line in lines:
+        _say(line)
     return _print(render_report(report), report.exit_code)
 
 

@@ -100,10 +100,9 @@ def _carry_out(request: RunRequest, program: Program, options: argparse.Namespac
     if result.outcome == "usage-error":
         say(result.reason)
         return _USAGE_EXIT
-    report, line = make_report(wanted, result, artifact)
-    for told in (line, f"{result.outcome}: {result.reason}" if report.exit_code else ""):
-        if told:
-            say(told)
+    report, lines = make_report(wanted, result, artifact)
+    for line in lines:
+        say(line)
     text = render_report(report) if options.report != "wrapped" else _wrapped(report, options, program)
     if options.report_out is not None:
         write_whole(options.report_out, partial(write_all, data=text))

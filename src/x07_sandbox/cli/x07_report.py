@@ -39,8 +39,8 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     accepted: bool
 
 
-def make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[CompileRunReport, str]:
-    """The report, and a line for the user or ""; the files are written. Raises RefusedError where one cannot be."""
+def make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[CompileRunReport, list[str]]:
+    """The report, and lines for the user; the files are written. Raises RefusedError where one cannot be."""
     built = Built(
         mode=wanted.mode,
         world="run-os-sandboxed",
@@ -51,10 +51,11 @@ def make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Comp
     report = x07_report(result, built) if wanted.toolchain.told else runner_report(result, built)
     if wanted.compiled_out is not None and report.compile.ok:
         write_executable(wanted.compiled_out, artifact)
+    ending = [f"{result.outcome}: {result.reason}"] if report.exit_code else []
     if wanted.attest_runtime is None:
-        return report, ""
+        return report, ending
     if report.solve is None or "run" not in result.phases:
-        return report, "nothing was run, so nothing is attested"
+        return report, ["nothing was run, so nothing is attested", *ending]
     given = Attested(
         policy=wanted.policy,
         policy_bytes=wanted.policy_bytes,
@@ -65,4 +66,4 @@ def make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Comp
     )
     made = attest(result, report.solve, given)
     write_whole(wanted.attest_runtime, partial(write_all, data=render_report(made)), code=f"{WRITE_CODE}: ")
-    return replace(report, runtime_attestation=reference(str(wanted.attest_runtime), made)), ""
+    return replace(report, runtime_attestation=reference(str(wanted.attest_runtime), made)), ending

@@ -19,8 +19,6 @@ from x07_sandbox.images import manifest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PLACE: Final = "/usr/local/lib/x07"
-RUNNER: Final = "/usr/local/bin/x07-os-runner"
 ENTRIES_MAX: Final = 100_000
 MAX_BYTES: Final = 2 * 1024**3
 _FIX: Final = "Name a folder with X07's Linux build: bin/x07-os-runner and what it needs"
