@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from x07_sandbox.backends.looks import Proof, advice, backend_states, gather
 from x07_sandbox.backends.selection import this_platform, working
 from x07_sandbox.cli.console import Progress, plain
+from x07_sandbox.cli.documents import print_document
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import ARCHES, host_arch
@@ -58,7 +56,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 def _doctor(options: argparse.Namespace) -> int:
     report = _examined()
     if options.json:
-        sys.stdout.write(json.dumps(msgspec.to_builtins(report), indent=2) + "\n")
+        print_document(report)
         return 0 if report.good else 1
     for finding in report.findings:
         mark = {True: "good", False: "BAD ", None: "note"}[finding.good]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Final
 
 from x07_sandbox.cli.console import say
+from x07_sandbox.cli.documents import print_line
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, write_document
@@ -17,8 +16,8 @@ from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.starter import MAKEFILES, SUFFIXES, sandbox_manifest, x07_project
+from x07_sandbox.reports.init import InitReport
 
-REPORT: Final = "x07.sandbox.init.report@0.1.0"
 _FILES_MAX: Final = 10_000
 _MAKEFILE_MAX: Final = 1 << 20
 # Where builds and tools put what is no source.
@@ -49,6 +48,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         metavar="T",
         help="X07: of the profile's policy, see x07 policy init (default: default)",
     )
+    parser.add_argument("--json", action="store_true", help="errors too as one JSON object on standard output")
     parser.set_defaults(carry_out=_init)
 
 
@@ -71,11 +71,8 @@ def _init(options: argparse.Namespace) -> int:
         )
     root = Path(os.path.realpath(folder))
     status = write_document(root, (name,), data, overwrite=False)
-    report = {"schema_version": REPORT, "toolchain": options.toolchain or "x07"}
-    report |= {"project_root": str(root), "out": name, "status": status}
-    line = json.dumps(report, ensure_ascii=False, separators=(",", ":")) + "\n"
-    sys.stdout.buffer.write(line.encode("utf-8", "replace"))  # a path need not be UTF-8
-    sys.stdout.buffer.flush()
+    report = InitReport(toolchain=options.toolchain or "x07", project_root=str(root), out=name, status=status)
+    print_line(report)
     if status == "exists_different":
         say(f"{root / name} holds something else and was left alone")
         return DIFFERENT

@@ -139,17 +139,21 @@ def _json_or(code: int, exc: Exception, words: list[str], signalled: int | None 
     """The failure as JSON where that was promised; *code* elsewhere, and where nobody takes the JSON."""
     if not _wants_json(words):
         return code
-    from importlib import import_module
-
     with contextlib.suppress(OSError):
-        code = import_module(f"x07_sandbox.cli.{words[0]}").print_failure(exc, signalled)
+        if words[0] == "run":
+            from x07_sandbox.cli import run
+
+            return run.print_failure(exc, signalled)
+        from x07_sandbox.cli.documents import print_failure
+
+        print_failure(exc)
     return code
 
 
 def _wants_json(words: list[str]) -> bool:
     """Whether standard output must be one JSON object; asked of the words, since parsing them may have failed."""
     ours = words[: words.index("--")] if "--" in words else words
-    return ours[:1] in (["run"], ["policy"]) and "--json" in ours
+    return bool(ours) and ours[0] in _VERBS and "--json" in ours
 
 
 def parser_for(words: list[str]) -> argparse.ArgumentParser:

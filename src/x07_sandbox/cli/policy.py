@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from x07_sandbox.cli import policy_explain, policy_init
 from x07_sandbox.cli.console import say
-from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.cli.documents import print_failure
+from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
@@ -73,17 +75,6 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         inner.choices[name].epilog = "\n\n".join(filter(None, (f"exit code: {codes}", inner.choices[name].epilog)))
 
 
-def print_failure(exc: Exception, signalled: int | None = None) -> int:
-    """An error as the one JSON object that --json promises; the exit code."""
-    told: dict[str, Any] = {"what": "a bug in x07-sandbox", "why": f"{type(exc).__name__}: {exc}", "fix": "Report it"}
-    if isinstance(exc, SandboxError):
-        told = {"what": exc.what, "why": exc.why, "fix": exc.fix}
-    _print_json("failure", {"ok": False, "error": told, "problems": _problems(exc)})
-    if signalled is not None:
-        return 128 + (signalled if signalled == signal.SIGINT else signal.SIGTERM)
-    return (INVALID if isinstance(exc, PolicyError) else UNREADABLE) if isinstance(exc, UsageError) else REFUSED
-
-
 def load(name: str) -> tuple[Policy, bytes]:
     """A policy by the name that the user gave, and its bytes. Raises UsageError, PolicyError."""
     return read_policy(name)
@@ -95,8 +86,9 @@ def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespa
         return act(options)
     except PolicyError as exc:
         if options.json:
-            return print_failure(exc)
-        say(str(exc))
+            print_failure(exc)
+        else:
+            say(str(exc))
         return INVALID
 
 
@@ -104,14 +96,6 @@ def _print_json(kind: str, told: dict[str, Any]) -> None:
     whole = {"schema_version": f"x07.sandbox.policy.{kind}@0.1.0", **told}
     sys.stdout.write(json.dumps(whole, indent=2) + "\n")
     sys.stdout.flush()
-
-
-def _problems(exc: Exception) -> list[dict[str, str | None]]:
-    found = exc.problems if isinstance(exc, PolicyError) else ()
-    return [
-        {"json_path": problem.json_path, "message": problem.message, "suggestion": problem.suggestion}
-        for problem in found
-    ]
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -138,8 +122,8 @@ def _checked(name: str) -> dict[str, Any]:
     try:
         policy, _ = load(name)
     except UsageError as exc:
-        status = "invalid" if isinstance(exc, PolicyError) else "unreadable"
-        return {"file": name, "status": status, "problems": _problems(exc), "text": str(exc)}
+        status, problems = ("invalid", exc.problems) if isinstance(exc, PolicyError) else ("unreadable", ())
+        return {"file": name, "status": status, "problems": msgspec.to_builtins(problems), "text": str(exc)}
     return {"file": name, "status": "valid", "policy_id": policy.policy_id, "digest": policy_digest(policy)}
 
 

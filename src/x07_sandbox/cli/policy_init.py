@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -13,15 +12,16 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
+from x07_sandbox.cli.documents import print_line
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
+from x07_sandbox.reports.policy_init import PolicyInitReport
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
 
-REPORT: Final = "x07.policy.init.report@0.1.0"
 BASE_FOLDER: Final = (".x07", "policies", "base")
 DIFFERENT: Final = 2
 
@@ -79,18 +79,14 @@ def _init(options: argparse.Namespace) -> int:
         status = write_document(path.parent, (path.name,), data, overwrite=options.force)
     if options.emit == "policy":
         sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
     else:
-        report = {
-            "schema_version": REPORT,
-            "template": options.template,
-            "project_root": str(root),
-            "out": str(path.relative_to(root) if path.is_relative_to(root) else path),
-            "status": status,
-            "policy_id": policy.policy_id,
-        }
-        line = json.dumps(report, ensure_ascii=False, separators=(",", ":")) + "\n"
-        sys.stdout.buffer.write(line.encode("utf-8", "replace"))  # a path need not be UTF-8
-    sys.stdout.buffer.flush()
+        out = str(path.relative_to(root) if path.is_relative_to(root) else path)
+        print_line(
+            PolicyInitReport(
+                template=options.template, project_root=str(root), out=out, status=status, policy_id=policy.policy_id
+            )
+        )
     if status != "exists_different":
         return 0
     say(f"{path} holds something else and was left alone; --force overwrites it")

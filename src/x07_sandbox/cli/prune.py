@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from x07_sandbox.cli.console import plain, say
+from x07_sandbox.cli.documents import print_document
 from x07_sandbox.host.settings import KIB
 from x07_sandbox.runs.prune import PARTS, prune
 
@@ -47,7 +45,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 def _prune(options: argparse.Namespace) -> int:
     report = prune(options.parts or PARTS, progress=say, dry_run=options.dry_run)
     if options.json:
-        sys.stdout.write(json.dumps(msgspec.to_builtins(report), indent=2) + "\n")
+        print_document(report)
     else:
         _show(report)
     return 1 if any(kept.failed for kept in report.kept) else 0

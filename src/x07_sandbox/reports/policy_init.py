@@ -7,6 +7,8 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from x07_sandbox.host.documents import Status
+
 SCHEMA: Final = "x07.policy.init.report@0.1.0"
 
 
@@ -30,5 +32,5 @@ class PolicyInitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     ]
     project_root: str
     out: str
-    status: Literal["created", "unchanged", "overwritten", "exists_different"]
+    status: Status
     policy_id: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]

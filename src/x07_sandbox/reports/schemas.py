@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.reports import attestation, doctor, policy_init, runner, wrapped
+from x07_sandbox.reports import attestation, doctor, failure, init, policy_init, runner, wrapped
 from x07_sandbox.runs import prune
 
 _REF: Final = "#/$defs/{name}"
@@ -26,6 +26,8 @@ def schemas() -> dict[str, str]:
         "x07-run.report.schema.json": _text(wrapped.SCHEMA, _wrapped()),
         "x07-runtime.attest.schema.json": _text(attestation.SCHEMA, _any_of((attestation.Attestation,))),
         "x07-policy-init.report.schema.json": _text(policy_init.SCHEMA, _any_of((policy_init.PolicyInitReport,))),
+        "init.report.schema.json": _text(init.SCHEMA, _any_of((init.InitReport,))),
+        "failure.schema.json": _text(failure.SCHEMA, _any_of((failure.FailureReport,))),
         "doctor.schema.json": _text(doctor.SCHEMA, _any_of((doctor.DoctorReport,))),
         "prune.schema.json": _text(prune.SCHEMA, _any_of((prune.PruneReport,))),
     }
