@@ -106,6 +106,12 @@ def test_refusals_are_told_all_at_once() -> None:
     """A policy that asks for several missing things hears of each."""
     made = plan(fs__read_roots=["."], net__allow_hosts=[{"host": "a", "ports": [1]}])
     assert [refusal.field for refusal in made.refusals] == ["fs.read_roots", "net.allow_hosts"]
+    with pytest.raises(RefusedError) as told:  # what asked may be a flag of x07 run as well
+        made.require()
+    assert told.value.fix == (
+        "Change fs.read_roots, net.allow_hosts in the policy, or leave out --allow-read-root, --allow-host, "
+        "--allow-host-file"
+    )
 
 
 def test_files_are_refused_even_when_fs_is_off() -> None:

@@ -261,3 +261,40 @@ def test_it_is_the_same_run_as_that_of_the_library(caller: Caller) -> None:
     attested = json.loads((caller.place / "attest.json").read_bytes())
     assert attested["bundled_binary_digest"] == result.digests.artifact
     assert attested["effective_policy_digest"] == result.digests.policy
+
+
+WATCHED = """
+import os, sys
+names = ("hi.py", "policy.json")
+def watch(event, values):
+    if event == "open" and str(values[0]).endswith(names):
+        print(os.path.basename(values[0]), file=sys.stderr)
+sys.addaudithook(watch)
+from x07_sandbox.cli.{module} import main
+sys.exit(main({words}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("os_runner", ["--world", "run-os-sandboxed", "--policy", "policy.json", "--program", "hi.py"]),
+        ("main", ["run", "--report", "runner", "--policy", "policy.json", "hi.py"]),
+    ],
+)
+def test_a_policy_is_read_once(caller: Caller, module: str, words: list[str]) -> None:
+    """What a report tells of is what ran, also where somebody changes the file meanwhile: each file is read once."""
+    (caller.place / "hi.py").write_text("print('hi')\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED.format(module=module, words=words)],
+        cwd=caller.place,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert decoded(json.loads(done.stdout)["solve"], "solve_output_b64") == b"hi\n"
+    opened = done.stderr.decode().split()
+    assert opened.count("policy.json") == 1
+    assert opened.count("hi.py") == (1 if module == "main" else 2)  # the other looks at its head first

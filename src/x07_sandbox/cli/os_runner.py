@@ -32,7 +32,7 @@ from x07_sandbox.reports.runner import CompileMode, World, failure_report, rende
 from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest, read_policy
-from x07_sandbox.runs.run import run
+from x07_sandbox.runs.run import Read, run
 from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
@@ -241,7 +241,8 @@ def _run(path: Path, wanted: Wanted, data: bytes, max_output_bytes: int, x07: Op
                 machines=PoolMachines(),
                 progress=progress,
                 cancel=cancel,
-            )
+            ),
+            Read(policy=(wanted.policy, wanted.policy_bytes)),
         )
         progress("")
         if result.outcome == "usage-error":

@@ -28,7 +28,7 @@ from x07_sandbox.reports.wrapped import Target, wrap
 from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import open_input, policy_in_force, read_policy, read_spec_file
-from x07_sandbox.runs.run import run
+from x07_sandbox.runs.run import Read, run
 from x07_sandbox.runs.streams import memory_file
 from x07_sandbox.runs.x07_program import read_whole
 
@@ -95,7 +95,7 @@ def _carry_out(request: RunRequest, program: Program, options: argparse.Namespac
         live_stderr=2,
         artifact=artifact,
     )
-    result = run(request)
+    result = run(request, Read(program=program, policy=(policy, policy_bytes)))
     request.progress("")
     if result.outcome == "usage-error":
         say(result.reason)

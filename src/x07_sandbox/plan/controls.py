@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 # Linux refuses to start a program with one longer variable (MAX_ARG_STRLEN: 32 pages, name, '=' and NUL included).
 VARIABLE_MAX_BYTES: Final = 131_072
+# Those of x07 run that add to a field.
+_FLAGS: Final = {
+    "fs.read_roots": "--allow-read-root",
+    "fs.write_roots": "--allow-write-root",
+    "net.allow_hosts": "--allow-host, --allow-host-file",
+}
 GUEST_VARIABLES: Final = frozenset({"PATH", "HOME", "LANG"})
 
 
@@ -88,8 +94,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """Raise RefusedError, naming every refusal, if there is one."""
         if self.refusals:
             why = "; ".join(refusal.why for refusal in self.refusals)
-            wanted = ", ".join(f"{refusal.field}" for refusal in self.refusals)
-            raise RefusedError("the policy cannot be carried out", why, f"Change {wanted} in the policy")
+            fields = dict.fromkeys(refusal.field for refusal in self.refusals)
+            fix = f"Change {', '.join(fields)} in the policy"
+            if flags := [_FLAGS[field] for field in fields if field in _FLAGS]:
+                fix += f", or leave out {', '.join(flags)}"
+            raise RefusedError("the policy cannot be carried out", why, fix)
 
 
 def make_plan(policy: Policy, features: Features, *, guest_variables: frozenset[str] = GUEST_VARIABLES) -> Plan:

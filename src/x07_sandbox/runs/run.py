@@ -17,10 +17,10 @@ from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import GUEST_VARIABLES, make_plan
-from x07_sandbox.policy import PolicyError
+from x07_sandbox.policy import Policy, PolicyError
 from x07_sandbox.programs.toolchains import OUTPUT, require_packages
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import check_arguments, check_variables, open_input, policy_in_force, sha256_text
 from x07_sandbox.runs.result import ControlReport, Denial, Digests, HowToAllow, Result
 from x07_sandbox.runs.session import Progress, Session
@@ -45,18 +45,28 @@ _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
 )
 
 
-def run(request: RunRequest) -> Result:
+class Read(msgspec.Struct, frozen=True, kw_only=True):
+    """What the caller has read of a request's files: it is used as it is, so that a report tells of what ran.
+
+    program: with the request that load_program gave beside it. policy: the one in force, and its bytes.
+    """
+
+    program: Program | None = None
+    policy: tuple[Policy, bytes] | None = None
+
+
+def run(request: RunRequest, read: Read = Read()) -> Result:  # noqa: B008 - it cannot be changed
     """Carry out one run. Every ending is a result; only a bug raises."""
-    return attempt(request)[0]
+    return attempt(request, read)[0]
 
 
-def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
+def attempt(request: RunRequest, read: Read = Read()) -> tuple[Result, SandboxError | None]:  # noqa: B008 - as above
     """As `run`, and the error from which the result was made, where it was one."""
     so_far = Progress(run_id=new_run_id())
     try:
         with contextlib.ExitStack() as stack:
             folder = RunFolder(so_far.run_id, stack)
-            ending = _carry_out(request, so_far, folder, stack)
+            ending = _carry_out(request, read, so_far, folder, stack)
             result = _result(so_far, ending)
             _keep(folder.path / "result.json", msgspec.json.encode(result))
             return result, None
@@ -91,15 +101,17 @@ def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
     return verdict(Outcome(outcome), str(exc).removesuffix("."), fault="host" if ours else None)
 
 
-def _carry_out(request: RunRequest, so_far: Progress, folder: RunFolder, stack: contextlib.ExitStack) -> Verdict:
-    request, program = load_program(request, stack)
+def _carry_out(
+    request: RunRequest, read: Read, so_far: Progress, folder: RunFolder, stack: contextlib.ExitStack
+) -> Verdict:
+    request, program = (request, read.program) if read.program else load_program(request, stack)
     so_far.digests["source"] = program.sha256
     check_arguments(request)
     with request.cancel.waiting():  # for whoever opens the other end of a pipe
         request = replace(request, stdin_fd=open_input(request, stack))
     if program.toolchain.told:
         request = _with_x07_input(request, stack)
-    policy, policy_bytes = policy_in_force(request)
+    policy, policy_bytes = read.policy or policy_in_force(request)
     so_far.digests["policy"] = sha256_text(policy_bytes)
     check_variables(request, policy)
     if request.overrides is not None:
