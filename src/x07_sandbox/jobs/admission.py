@@ -31,6 +31,8 @@ _VARIABLE: Final = "X07_VM_MAX_RUNNING"
 _MEMORY_EACH: Final = 2 * settings.GIB  # of RAM, of which an ordinary machine uses a small part
 _LOOK_AGAIN_S: Final = 0.003
 _SAY_AFTER_S: Final = 1.0
+_LOOKS: Final = 5
+_BETWEEN_LOOKS_S: Final = 0.05
 
 
 def max_running() -> int:
@@ -99,11 +101,8 @@ class _Place:
             if not said:
                 progress(f"waiting: {self._slots} machines run, as many as {_VARIABLE} or cores and memory allow")
                 said = True
-            # The first of the queue takes a slot within milliseconds. One that is free now has nobody who would: the
-            # first is stopped, by Ctrl-Z say, and must not hold all others.
-            with self._lock:
-                if self._fd is not None or self._take():
-                    break
+            if self._nobody_takes():
+                break
         with self._lock:
             self._over = True
         self._waiter_gone.set()
@@ -116,6 +115,24 @@ class _Place:
             f"{self._slots} run, and {timeout_s:.0f} s of waiting are over",
             f"Set a longer --queue-timeout, or a larger {_VARIABLE}",
         )
+
+    def _nobody_takes(self) -> bool:
+        """Take a slot that stays free; whether we have one now.
+
+        The first of the queue takes one within milliseconds, unless it is stopped, by Ctrl-Z say: then it must not hold
+        all others.
+        """
+        for look in range(_LOOKS):
+            with self._lock:
+                if self._fd is not None:
+                    return True
+                if not self._take():
+                    return False
+                if look == _LOOKS - 1:
+                    return True
+                self.leave()
+            time.sleep(_BETWEEN_LOOKS_S)
+        return False
 
     def leave(self) -> None:
         """Give the slot back."""

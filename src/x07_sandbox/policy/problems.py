@@ -10,7 +10,7 @@ from x07_sandbox.errors import UsageError
 _SHOWN_CHARS = 80  # of a key that nobody trusts, in a message
 
 
-class Problem(msgspec.Struct, frozen=True):
+class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One thing wrong, at one place.
 
     json_path: like ``$.limits.cpu_ms`` or ``$.net.allow_hosts[2].ports``.
