@@ -107,6 +107,8 @@ class _Place:
             self._over = True
         self._waiter_gone.set()
         if self._fd is not None:
+            if ready:
+                thread.join()  # it took the slot, and has nothing more to wait for
             return
         if ready:
             raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
@@ -149,6 +151,7 @@ class _Place:
                     if not self._over and self._take():
                         self._over = True
                         os.eventfd_write(done, 1)
+                        break
                 time.sleep(_LOOK_AGAIN_S)  # no event tells of several locks at once; one waiter looks, the others sleep
         finally:
             forks.unlock(turn)
