@@ -1,0 +1,229 @@
+"""Trees of files as a stream of bytes, the same on both sides: what goes in, and what a program has changed.
+
+Records follow each other, numbers are big-endian:
+
+    kind      u8
+    name      u16 length, then bytes: below the tree's root, parts divided by '/'; empty for the root itself
+    FOLDER    mode u16
+    FILE      mode u16, mtime i64 (ns since 1970), size u64, then segments until their lengths are that size:
+              u64, of which the top bit says hole and the rest is the length; unless it is a hole, the bytes
+    LINK      u16 length, then the target
+    GONE      nothing: it was there and is no more
+    OTHER     mode u16, with its type: what no stream carries (device, socket, pipe)
+    ROOT      nothing: what follows is of the tree with the number that the name says, in decimal
+    END       nothing: the last record
+
+No I/O: bytes in, events out. All that a guest sends is hostile: names, numbers and counts have bounds here, and a name
+can neither leave its tree nor be absolute. What an entry may be is for its reader to judge.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.errors import PeerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NAME_MAX: Final = 4095  # PATH_MAX without its NUL
+PART_MAX: Final = 255
+DEPTH_MAX: Final = 1024
+SIZE_MAX: Final = 1 << 40
+_HOLE: Final = 1 << 63
+_HEAD: Final = struct.Struct(">BH")
+_MODE: Final = struct.Struct(">H")
+_FILE: Final = struct.Struct(">HqQ")
+_SEGMENT: Final = struct.Struct(">Q")
+
+
+class Kind(enum.IntEnum):
+    """What a record is of."""
+
+    FOLDER = 1
+    FILE = 2
+    LINK = 3
+    GONE = 4
+    OTHER = 5
+    ROOT = 6
+    END = 7
+
+
+class Entry:
+    """One record. mode: permission bits, for OTHER with the type. mtime_ns, size: of a file. target: of a link."""
+
+    __slots__ = ("kind", "mode", "mtime_ns", "name", "size", "target")
+
+    def __init__(
+        self, kind: Kind, name: bytes, *, mode: int = 0, mtime_ns: int = 0, size: int = 0, target: bytes = b""
+    ) -> None:
+        self.kind = kind
+        self.name = name
+        self.mode = mode
+        self.mtime_ns = mtime_ns
+        self.size = size
+        self.target = target
+
+    def encoded(self) -> bytes:
+        """Its bytes; those of a file are followed by its segments. Raises struct.error for what no record can hold."""
+        head = _HEAD.pack(self.kind, len(self.name)) + self.name
+        if self.kind is Kind.FILE:
+            return head + _FILE.pack(self.mode, self.mtime_ns, self.size)
+        if self.kind is Kind.LINK:
+            return head + _MODE.pack(len(self.target)) + self.target
+        if self.kind in {Kind.FOLDER, Kind.OTHER}:
+            return head + _MODE.pack(self.mode)
+        return head
+
+
+class Piece:
+    """Bytes of the file whose entry came last."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+class Hole:
+    """So many zeros of it, which take no room."""
+
+    __slots__ = ("size",)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class FileEnd:
+    """That file is whole."""
+
+    __slots__ = ()
+
+
+Event = Entry | Piece | Hole | FileEnd
+
+
+def segment(size: int, *, hole: bool = False) -> bytes:
+    """The head of a segment of a file."""
+    return _SEGMENT.pack(size | _HOLE if hole else size)
+
+
+class Reader:
+    """Takes a stream in pieces of any size."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._buffer = bytearray()
+        self._file_left = -1  # of the file that is being read, else -1
+        self._segment_left = 0
+
+    def feed(self, data: bytes) -> Iterator[Event]:
+        """What these bytes complete. Consume it wholly before the next call. Raises PeerError."""
+        self._buffer += data
+        view, at = memoryview(bytes(self._buffer)), 0
+        self._buffer.clear()
+        while at < len(view) or self._file_left == 0:
+            if self._file_left == 0:
+                self._file_left = -1
+                yield FileEnd()
+                continue
+            if self.ended:
+                raise _bad("something follows its end")
+            if self._segment_left:
+                piece = bytes(view[at : at + self._segment_left])
+                at += len(piece)
+                self._segment_left -= len(piece)
+                self._file_left -= len(piece)
+                yield Piece(piece)
+                continue
+            step = self._segment(view, at) if self._file_left > 0 else self._entry(view, at)
+            if step is None:
+                break
+            event, at = step
+            if event is not None:
+                yield event
+        self._buffer += view[at:]
+
+    def _segment(self, view: memoryview, at: int) -> tuple[Hole | None, int] | None:
+        if len(view) - at < _SEGMENT.size:
+            return None
+        (word,) = _SEGMENT.unpack_from(view, at)
+        size = word & ~_HOLE
+        if not 0 < size <= self._file_left:
+            raise _bad("a segment does not fit its file")
+        at += _SEGMENT.size
+        if not word & _HOLE:
+            self._segment_left = size
+            return None, at
+        self._file_left -= size
+        return Hole(size), at
+
+    def _entry(self, view: memoryview, at: int) -> tuple[Entry, int] | None:
+        if len(view) - at < _HEAD.size:
+            return None
+        number, length = _HEAD.unpack_from(view, at)
+        kind = _KINDS.get(number)
+        if kind is None:
+            raise _bad(f"record {number} does not exist")
+        if length > NAME_MAX:
+            raise _bad("a name is too long")
+        at += _HEAD.size
+        rest = at + length
+        if len(view) - rest < _REST.get(kind, 0):
+            return None
+        name = bytes(view[at:rest])
+        if kind is Kind.FILE:
+            mode, mtime_ns, size = _FILE.unpack_from(view, rest)
+            if size > SIZE_MAX:
+                raise _bad("a file is too large")
+            self._file_left = size
+            entry = Entry(kind, check_name(name), mode=mode, mtime_ns=mtime_ns, size=size)
+            return entry, rest + _FILE.size
+        if kind is Kind.LINK:
+            (size,) = _MODE.unpack_from(view, rest)
+            if not 0 < size <= NAME_MAX:
+                raise _bad("a link's target has a wrong length")
+            rest += _MODE.size
+            if len(view) - rest < size:
+                return None
+            target = bytes(view[rest : rest + size])
+            if b"\0" in target:
+                raise _bad("a link's target holds a zero byte")
+            return Entry(kind, check_name(name), target=target), rest + size
+        if kind in {Kind.FOLDER, Kind.OTHER}:
+            (mode,) = _MODE.unpack_from(view, rest)
+            return Entry(kind, check_name(name), mode=mode), rest + _MODE.size
+        if kind is Kind.END:
+            self.ended = True
+            if name:
+                raise _bad("its end has a name")
+        elif kind is Kind.ROOT:
+            if not (name.isdigit() and len(name) <= _ROOT_DIGITS):
+                raise _bad("a tree has no number")
+        else:
+            check_name(name)
+        return Entry(kind, name), rest
+
+
+_ROOT_DIGITS: Final = 3
+_KINDS: Final = {int(kind): kind for kind in Kind}
+_REST: Final = {Kind.FILE: _FILE.size, Kind.LINK: _MODE.size, Kind.FOLDER: _MODE.size, Kind.OTHER: _MODE.size}
+
+
+def check_name(name: bytes) -> bytes:
+    """*name*, if it stays below its root: no empty part, no '.' or '..', not absolute. Raises PeerError."""
+    if not name:
+        return name
+    parts = name.split(b"/")
+    if len(name) > NAME_MAX or len(parts) > DEPTH_MAX or b"\0" in name:
+        raise _bad("a name is too long, too deep, or holds a zero byte")
+    for part in parts:
+        if not part or len(part) > PART_MAX or part in {b".", b".."}:
+            raise _bad("a name leaves its tree, or has an empty or too long part")
+    return name
+
+
+def _bad(why: str) -> PeerError:
+    return PeerError("bad tree of files", why)

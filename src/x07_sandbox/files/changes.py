@@ -1,0 +1,86 @@
+"""Changes of a tree of files, as data: what was there, what is there now, and where the new content lies.
+
+A set of changes is kept as two files: `changes.json`, this module's `ChangeSet`, and `data`, the contents of all new
+files one after the other, with holes where they have holes. Applying one makes another, which undoes it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final, Literal
+
+import msgspec
+
+SCHEMA: Final = "x07.sandbox.changes@0.1.0"
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What may be under a name. mode: permission bits of a file or folder.
+
+    size, sha256 (64 hex digits): of a file's bytes. at: where they begin in `data`, if they are there.
+    target: of a link, as the bytes that os.fsencode gives.
+    """
+
+    kind: Literal["file", "folder", "link"]
+    mode: int = 0
+    size: int = 0
+    sha256: str = ""
+    at: int | None = None
+    target: str = ""
+
+    def same(self, other: Node | None) -> bool:
+        """Whether both are the same thing; wherever a content lies."""
+        return other is not None and msgspec.structs.replace(self, at=None) == msgspec.structs.replace(other, at=None)
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One name below a root, parts divided by '/'; bytes that are no UTF-8 as os.fsdecode makes them.
+
+    before: what was copied into the machine there, None for nothing. after: what is to be there.
+    """
+
+    name: str
+    before: Node | None
+    after: Node | None
+
+    @property
+    def action(self) -> Literal["added", "changed", "deleted"]:
+        """In a word."""
+        if self.before is None:
+            return "added"
+        return "changed" if self.after is not None else "deleted"
+
+
+class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Changes below one folder of the host.
+
+    root: its absolute path, without a link on the way. missing: it was not there, and is made if it is to hold
+    something. changes: sorted by name.
+    """
+
+    root: str
+    guest: str
+    missing: bool
+    changes: tuple[Change, ...]
+
+
+class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of a run, or what undoes it."""
+
+    schema_version: Literal["x07.sandbox.changes@0.1.0"] = SCHEMA
+    run: str
+    roots: tuple[RootChanges, ...]
+
+    def count(self, action: str) -> int:
+        """How many there are of one action."""
+        return sum(change.action == action for root in self.roots for change in root.changes)
+
+
+def encode(changes: ChangeSet) -> bytes:
+    """As `changes.json`, in ASCII: names need not be UTF-8, and msgspec writes no lone surrogates."""
+    return json.dumps(msgspec.to_builtins(changes), separators=(",", ":")).encode("ascii")
+
+
+def decode(data: bytes) -> ChangeSet:
+    """The way back. Raises ValueError (msgspec.ValidationError is one)."""
+    return msgspec.convert(json.loads(data), ChangeSet)
