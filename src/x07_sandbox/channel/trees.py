@@ -161,50 +161,61 @@ class Reader:
         return Hole(size), at
 
     def _entry(self, view: memoryview, at: int) -> tuple[Entry, int] | None:
-        if len(view) - at < _HEAD.size:
+        found = _head(view, at)
+        if found is None:
             return None
-        number, length = _HEAD.unpack_from(view, at)
-        kind = _KINDS.get(number)
-        if kind is None:
-            raise _bad(f"record {number} does not exist")
-        if length > NAME_MAX:
-            raise _bad("a name is too long")
-        at += _HEAD.size
-        rest = at + length
-        if len(view) - rest < _REST.get(kind, 0):
-            return None
-        name = bytes(view[at:rest])
+        kind, name, rest = found
         if kind is Kind.FILE:
             mode, mtime_ns, size = _FILE.unpack_from(view, rest)
             if size > SIZE_MAX:
                 raise _bad("a file is too large")
             self._file_left = size
-            entry = Entry(kind, check_name(name), mode=mode, mtime_ns=mtime_ns, size=size)
-            return entry, rest + _FILE.size
+            return Entry(kind, name, mode=mode, mtime_ns=mtime_ns, size=size), rest + _FILE.size
         if kind is Kind.LINK:
-            (size,) = _MODE.unpack_from(view, rest)
-            if not 0 < size <= NAME_MAX:
-                raise _bad("a link's target has a wrong length")
-            rest += _MODE.size
-            if len(view) - rest < size:
-                return None
-            target = bytes(view[rest : rest + size])
-            if b"\0" in target:
-                raise _bad("a link's target holds a zero byte")
-            return Entry(kind, check_name(name), target=target), rest + size
-        if kind in {Kind.FOLDER, Kind.OTHER}:
+            return _link(view, rest, name)
+        self.ended = kind is Kind.END
+        if kind in _REST:
             (mode,) = _MODE.unpack_from(view, rest)
-            return Entry(kind, check_name(name), mode=mode), rest + _MODE.size
-        if kind is Kind.END:
-            self.ended = True
-            if name:
-                raise _bad("its end has a name")
-        elif kind is Kind.ROOT:
-            if not (name.isdigit() and len(name) <= _ROOT_DIGITS):
-                raise _bad("a tree has no number")
-        else:
-            check_name(name)
+            return Entry(kind, name, mode=mode), rest + _MODE.size
         return Entry(kind, name), rest
+
+
+def _head(view: memoryview, at: int) -> tuple[Kind, bytes, int] | None:
+    """Kind and checked name of the record at *at*, and where its rest begins; None if not all of that has come."""
+    if len(view) - at < _HEAD.size:
+        return None
+    number, length = _HEAD.unpack_from(view, at)
+    kind = _KINDS.get(number)
+    if kind is None:
+        raise _bad(f"record {number} does not exist")
+    if length > NAME_MAX:
+        raise _bad("a name is too long")
+    at += _HEAD.size
+    rest = at + length
+    if len(view) - rest < _REST.get(kind, 0):
+        return None
+    name = bytes(view[at:rest])
+    if kind is Kind.ROOT:
+        if not (name.isdigit() and len(name) <= _ROOT_DIGITS):
+            raise _bad("a tree has no number")
+    elif kind is Kind.END and name:
+        raise _bad("its end has a name")
+    else:
+        check_name(name)
+    return kind, name, rest
+
+
+def _link(view: memoryview, at: int, name: bytes) -> tuple[Entry, int] | None:
+    (size,) = _MODE.unpack_from(view, at)
+    at += _MODE.size
+    if not 0 < size <= NAME_MAX:
+        raise _bad("a link's target has a wrong length")
+    if len(view) - at < size:
+        return None
+    target = bytes(view[at : at + size])
+    if b"\0" in target:
+        raise _bad("a link's target holds a zero byte")
+    return Entry(Kind.LINK, name, target=target), at + size
 
 
 _ROOT_DIGITS: Final = 3

@@ -1,0 +1,155 @@
+"""Promises of the stream that carries trees of files."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.channel.trees import NAME_MAX, Entry, FileEnd, Hole, Kind, Piece, Reader, check_name, segment
+from x07_sandbox.errors import PeerError
+
+PARTS = (
+    st.binary(min_size=1, max_size=20)
+    .filter(lambda part: b"/" not in part and b"\0" not in part)
+    .filter(lambda part: part not in {b".", b".."})
+)
+NAMES = st.lists(PARTS, min_size=1, max_size=4).map(b"/".join)
+FILES = st.lists(st.one_of(st.binary(min_size=1, max_size=50), st.integers(1, 1 << 30)), max_size=4)
+RECORDS = st.lists(
+    st.one_of(
+        st.tuples(st.just(Kind.FOLDER), NAMES, st.integers(0, 0o7777)),
+        st.tuples(st.just(Kind.FILE), NAMES, FILES),
+        st.tuples(st.just(Kind.LINK), NAMES, st.binary(min_size=1, max_size=30).filter(lambda text: b"\0" not in text)),
+        st.tuples(st.just(Kind.GONE), NAMES, st.none()),
+        st.tuples(st.just(Kind.OTHER), NAMES, st.integers(0, 0xFFFF)),
+        st.tuples(st.just(Kind.ROOT), st.integers(0, 127).map(lambda number: b"%d" % number), st.none()),
+    ),
+    max_size=12,
+)
+
+
+def told(kind: Kind, name: bytes, more: object) -> tuple[bytes, list[object]]:
+    """A record's bytes, and what its reader has to say of it."""
+    if kind is Kind.FILE:
+        assert isinstance(more, list)
+        size = sum(part if isinstance(part, int) else len(part) for part in more)
+        data = Entry(kind, name, mode=0o640, mtime_ns=-5, size=size).encoded()
+        heard: list[object] = [(kind, name, 0o640, -5, size, b"")]
+        for part in more:
+            if isinstance(part, int):
+                data += segment(part, hole=True)
+                heard.append(part)
+            else:
+                data += segment(len(part)) + part
+                heard.append(part)
+        return data, [*heard, "end"]
+    mode = more if isinstance(more, int) else 0
+    target = more if isinstance(more, bytes) else b""
+    return Entry(kind, name, mode=mode, target=target).encoded(), [(kind, name, mode, 0, 0, target)]
+
+
+def heard_by(reader: Reader, data: bytes) -> list[object]:
+    """What it says, pieces of one segment as they come."""
+    heard: list[object] = []
+    for event in reader.feed(data):
+        if isinstance(event, Entry):
+            heard.append((event.kind, event.name, event.mode, event.mtime_ns, event.size, event.target))
+        elif isinstance(event, Piece):
+            heard.append(event.data)
+        else:
+            heard.append(event.size if isinstance(event, Hole) else "end")
+    return heard
+
+
+def joined(heard: list[object]) -> list[object]:
+    """The same with neighbouring pieces in one."""
+    found: list[object] = []
+    for event in heard:
+        if isinstance(event, bytes) and found and isinstance(found[-1], bytes):
+            found[-1] += event
+        else:
+            found.append(event)
+    return found
+
+
+@given(RECORDS, st.lists(st.integers(1, 40), min_size=1))
+def test_a_stream_is_read_as_it_was_written_however_it_is_cut(
+    records: list[tuple[Kind, bytes, object]], cuts: list[int]
+) -> None:
+    """What is encoded comes out the same, in pieces of any size, and the end is the end."""
+    data, expected = b"", []
+    for record in records:
+        part, heard = told(*record)
+        data += part
+        expected += heard
+    data += Entry(Kind.END, b"").encoded()
+    expected.append((Kind.END, b"", 0, 0, 0, b""))
+    reader, at, number = Reader(), 0, 0
+    found: list[object] = []
+    while at < len(data):
+        size = cuts[number % len(cuts)]
+        found += heard_by(reader, data[at : at + size])
+        at, number = at + size, number + 1
+    assert joined(found) == joined(expected)
+    assert reader.ended
+
+
+@given(st.binary(max_size=400), st.integers(1, 30))
+def test_any_bytes_are_events_or_our_error(data: bytes, size: int) -> None:
+    """Whatever a guest sends: events whose names stay in their tree, or PeerError; never more kept than a record."""
+    reader = Reader()
+    try:
+        for at in range(0, len(data), size):
+            for event in reader.feed(data[at : at + size]):
+                if isinstance(event, Entry) and event.kind is not Kind.ROOT:
+                    assert check_name(event.name) == event.name
+    except PeerError:
+        pass
+
+
+@pytest.mark.parametrize(
+    "name", [b"/etc/passwd", b"..", b"a/../b", b"a//b", b"a/", b".", b"./a", b"a\0b", b"a" * 256, b"a/" * 2048 + b"a"]
+)
+def test_a_name_that_leaves_its_tree_is_refused(name: bytes) -> None:
+    """No name is absolute, goes up, has an empty part, or is longer than Linux takes."""
+    with pytest.raises(PeerError, match="bad tree of files"):
+        list(Reader().feed(Entry(Kind.FOLDER, name).encoded()))
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"\x08\0\0", "record 8 does not exist"),
+        (b"\x01\xff\xff", "a name is too long"),
+        (Entry(Kind.FILE, b"a", size=1 << 41).encoded(), "a file is too large"),
+        (Entry(Kind.FILE, b"a", size=5).encoded() + segment(6), "a segment does not fit"),
+        (Entry(Kind.FILE, b"a", size=5).encoded() + segment(0), "a segment does not fit"),
+        (Entry(Kind.FILE, b"a", size=5).encoded() + segment(6, hole=True), "a segment does not fit"),
+        (Entry(Kind.LINK, b"a").encoded(), "a link's target has a wrong length"),
+        (Entry(Kind.LINK, b"a", target=b"x\0").encoded(), "zero byte"),
+        (Entry(Kind.ROOT, b"-1").encoded(), "a tree has no number"),
+        (Entry(Kind.ROOT, b"1234").encoded(), "a tree has no number"),
+        (Entry(Kind.END, b"a").encoded(), "its end has a name"),
+        (Entry(Kind.END, b"").encoded() + b"\x01", "something follows its end"),
+    ],
+)
+def test_a_broken_stream_is_refused_with_its_reason(data: bytes, why: str) -> None:
+    """Each rule of the format has its own words."""
+    with pytest.raises(PeerError, match=why):
+        list(Reader().feed(data))
+
+
+def test_the_longest_name_is_taken() -> None:
+    """A path as long as Linux has them is no error."""
+    name = b"/".join([b"a" * 255] * 16)[:NAME_MAX]
+    (entry,) = list(Reader().feed(Entry(Kind.FOLDER, name, mode=0o755).encoded()))
+    assert isinstance(entry, Entry)
+    assert entry.name == name
+
+
+def test_an_empty_file_ends_at_once() -> None:
+    """A file without bytes has no segment."""
+    entry, end = list(Reader().feed(Entry(Kind.FILE, b"a").encoded()))
+    assert isinstance(entry, Entry)
+    assert isinstance(end, FileEnd)
