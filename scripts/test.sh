@@ -49,6 +49,9 @@ if [[ $full == yes ]]; then
     [[ ${#broken[@]} -eq 0 ]] || fail "the quick start failed in a clean root" "See its messages above."
 fi
 
-# -rs: every skip with its reason; pytest's own line with all counts comes last. One worker a processor.
+# -rs: every skip with its reason; pytest's own line with all counts comes last. More workers than processors, since a
+# third of the time of a test with a virtual machine is waiting; a file to one worker, so that what its tests share,
+# images and saved machines, is made once.
 step "pytest"
-exec .venv/bin/pytest -rs -n auto --maxprocesses 4 --dist load "$@"
+workers=$(($(nproc) * 3 / 2))
+exec .venv/bin/pytest -rs -n "$workers" --maxprocesses 6 --dist loadfile --no-loadscope-reorder "$@"

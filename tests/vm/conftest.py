@@ -92,6 +92,7 @@ class Sandbox:
         cancel: Cancel | None = None,
         cold: bool = False,
         cache: bool = False,
+        env: Mapping[str, str] | None = None,
         alone: bool = True,
     ) -> Ran:
         """One run to its end. stdin: bytes, or a descriptor to stream from. artifact: what was built before.
@@ -114,6 +115,7 @@ class Sandbox:
                 artifact=None if artifact is None else _out_file(artifact, stack),
                 cold=cold,
                 cache=cache,
+                env=env or {},
                 cancel=cancel,
             )
             began = time.monotonic()
