@@ -1,0 +1,308 @@
+"""A tree of the host's, read once and packed for the guest, within what the policy and the host's owner allow.
+
+No link is followed, no other file system entered, nothing read twice: the digests are of the very bytes that travel.
+What may not travel is left out and told; for the program it is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import os
+import stat
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+
+from x07_sandbox.channel.contents import parts
+from x07_sandbox.channel.trees import NAME_MAX, Entry, Kind, segment
+from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.files.changes import Node
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import BinaryIO
+
+    from x07_sandbox.files.roots import Tree
+    from x07_sandbox.policy.model import Policy
+
+# What upstream's runtime takes where a policy says 0 (facts of upstream 6.1).
+READ_BYTES: Final = 16 << 20
+WRITE_BYTES: Final = 16 << 20
+ENTRIES: Final = 10_000
+DEPTH: Final = 64
+_DEPTH_MAX: Final = 256  # one open folder for each
+_TRIES: Final = 3
+_TOLD: Final = 5
+# Names under which people keep secrets: left out wherever they lie, unless the host's owner says otherwise.
+SECRETS: Final = (
+    *(".env", ".env.*", ".netrc", ".npmrc", ".pypirc", ".git-credentials", ".aws", ".azure", ".gnupg", ".kube"),
+    *(".ssh", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks"),
+    *("*.keystore", "credentials.json", "service-account*.json"),
+)
+
+Reason = Literal["hidden", "secret", "link", "large", "deep", "special", "other-disk", "unreadable", "changing"]
+
+
+class Bounds(msgspec.Struct, frozen=True, kw_only=True):
+    """What may travel. read_bytes, write_bytes: of one file. secrets: patterns of names (fnmatch(3)) that stay."""
+
+    deny_hidden: bool
+    allow_symlinks: bool
+    read_bytes: int
+    write_bytes: int
+    entries: int
+    depth: int
+    secrets: tuple[str, ...] = SECRETS
+
+
+def bounds_of(policy: Policy, secrets: tuple[str, ...] = SECRETS) -> Bounds:
+    """Those of a policy; 0 stands for upstream's defaults."""
+    fs = policy.fs
+    return Bounds(
+        deny_hidden=fs.deny_hidden,
+        allow_symlinks=fs.allow_symlinks,
+        read_bytes=fs.max_read_bytes or READ_BYTES,
+        write_bytes=fs.max_write_bytes or WRITE_BYTES,
+        entries=fs.max_entries or ENTRIES,
+        depth=min(fs.max_depth or DEPTH, _DEPTH_MAX),
+        secrets=secrets,
+    )
+
+
+class LeftOut(msgspec.Struct):
+    """What was left out for one reason. names: the first few. most: of what is measured, the largest."""
+
+    count: int = 0
+    names: list[str] = msgspec.field(default_factory=list)
+    most: int = 0
+
+
+class Copied(msgspec.Struct):
+    """What was packed. nodes: of what the program may change, by the name in its tree. entries, size: of all."""
+
+    nodes: dict[str, Node] = msgspec.field(default_factory=dict)
+    left_out: dict[Reason, LeftOut] = msgspec.field(default_factory=dict)
+    entries: int = 0
+    size: int = 0
+
+
+def copy_tree(tree: Tree, bounds: Bounds, out: BinaryIO, most_bytes: int) -> Copied:
+    """Write the stream of *tree* (channel/trees) to the seekable *out*. most_bytes: all contents together.
+
+    Raises RefusedError, UsageError, OSError (of *out*).
+    """
+    walk = _Walk(tree, bounds, out, most_bytes)
+    walk.run()
+    return walk.copied
+
+
+class _Walk:
+    def __init__(self, tree: Tree, bounds: Bounds, out: BinaryIO, most_bytes: int) -> None:
+        self.copied = Copied()
+        self._tree = tree
+        self._bounds = bounds
+        self._out = out
+        self._left = most_bytes
+        self._written = [mount.sub for mount in tree.mounts if mount.write]
+
+    def run(self) -> None:
+        with contextlib.suppress(FileNotFoundError):  # a write root that is not there yet
+            fd = os.open(self._tree.host, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                info = os.fstat(fd)
+                if self._tree.only:
+                    self._file(fd, self._tree.only, self._tree.only, info.st_dev)
+                else:
+                    self._put(Entry(Kind.FOLDER, b"", mode=info.st_mode & 0o777), "")
+                    self._folders(fd, info.st_dev)
+            finally:
+                os.close(fd)
+        for mount in sorted(self._tree.mounts, key=lambda mount: mount.sub):
+            if mount.missing and mount.sub:
+                self._out.write(Entry(Kind.FOLDER, os.fsencode(mount.sub), mode=0o755).encoded())
+        self._out.write(Entry(Kind.END, b"").encoded())
+
+    def _folders(self, top: int, device: int) -> None:
+        """All below *top*, folders before what is in them. Their descriptors are open only while they are walked."""
+        stack: list[tuple[int, str, Iterator[str]]] = [(top, "", iter(_names(top)))]
+        try:
+            while stack:
+                fd, prefix, names = stack[-1]
+                name = next(names, None)
+                if name is None:
+                    stack.pop()
+                    if fd != top:
+                        os.close(fd)
+                    continue
+                inner = self._entry(fd, name, f"{prefix}{name}", device)
+                if inner is not None:
+                    stack.append((inner, f"{prefix}{name}/", iter(_names(inner))))
+        finally:
+            for fd, _, _ in stack:
+                if fd != top:
+                    os.close(fd)
+
+    def _entry(self, folder: int, part: str, name: str, device: int) -> int | None:
+        """Pack one entry; the descriptor of a folder whose entries follow."""
+        if reason := self._stays(part, name):
+            self._leave(reason, name)
+            return None
+        try:
+            mode = os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode
+            if stat.S_ISLNK(mode):
+                self._link(folder, part, name)
+            elif stat.S_ISDIR(mode):
+                return self._folder(folder, part, name, device)
+            elif stat.S_ISREG(mode):
+                self._file(folder, part, name, device)
+            else:
+                self._leave("special", name)
+        except FileNotFoundError:
+            return None  # it went away meanwhile
+        except PermissionError:
+            self._leave("unreadable", name)
+        return None
+
+    def _stays(self, part: str, name: str) -> Reason | None:
+        bounds = self._bounds
+        if bounds.deny_hidden and part.startswith("."):
+            return "hidden"
+        if any(fnmatch.fnmatchcase(part.lower(), pattern) for pattern in bounds.secrets):
+            return "secret"
+        if name.count("/") >= bounds.depth or len(os.fsencode(name)) > NAME_MAX:
+            return "deep"
+        return None
+
+    def _folder(self, folder: int, part: str, name: str, device: int) -> int | None:
+        fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        info = os.fstat(fd)
+        if info.st_dev != device:
+            os.close(fd)
+            self._leave("other-disk", name)
+            return None
+        self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=info.st_mode & 0o777), name)
+        return fd
+
+    def _link(self, folder: int, part: str, name: str) -> None:
+        target = os.readlink(part, dir_fd=folder)
+        if not self._bounds.allow_symlinks or not stays_inside(name, target):
+            self._leave("link", name)
+            return
+        self._put(Entry(Kind.LINK, os.fsencode(name), target=os.fsencode(target)), name)
+
+    def _file(self, folder: int, part: str, name: str, device: int) -> None:
+        """A regular file, read anew where it changed meanwhile."""
+        for _ in range(_TRIES):
+            start = self._out.tell()
+            fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                before = os.fstat(fd)
+                if not stat.S_ISREG(before.st_mode):
+                    self._leave("special", name)
+                    return
+                if before.st_size > self._bounds.read_bytes:
+                    self._leave("large", name, before.st_size)
+                    return
+                if before.st_dev != device:
+                    self._leave("other-disk", name)
+                    return
+                try:
+                    sha256 = self._content(fd, before, name)
+                except OSError:  # it became shorter
+                    sha256 = None
+                after = os.fstat(fd)
+            finally:
+                os.close(fd)
+            if sha256 is not None and _state(before) == _state(after):
+                node = Node(kind="file", mode=before.st_mode & 0o777, size=before.st_size, sha256=sha256)
+                self._count(name, node)
+                return
+            self._out.seek(start)
+            self._out.truncate()
+        self._leave("changing", name)
+
+    def _content(self, fd: int, info: os.stat_result, name: str) -> str:
+        size = info.st_size
+        entry = Entry(Kind.FILE, os.fsencode(name), mode=info.st_mode & 0o777, mtime_ns=info.st_mtime_ns, size=size)
+        self._out.write(entry.encoded())
+        digest = hashlib.sha256()
+        for part in parts(fd, size):
+            if isinstance(part, int):
+                self._out.write(segment(part, hole=True))
+                add_zeros(digest, part)
+            else:
+                self._left -= len(part)
+                if self._left < 0:
+                    why = "what it names has more bytes than a machine takes"
+                    raise RefusedError("the program cannot be given its files", why, "Name smaller roots")
+                self._out.write(segment(len(part)) + part)
+                digest.update(part)
+        return digest.hexdigest()
+
+    def _put(self, entry: Entry, name: str) -> None:
+        self._out.write(entry.encoded())
+        if entry.kind is Kind.LINK:
+            self._count(name, Node(kind="link", target=os.fsdecode(entry.target)))
+        else:
+            self._count(name, Node(kind="folder", mode=entry.mode))
+
+    def _count(self, name: str, node: Node) -> None:
+        copied = self.copied
+        copied.entries += 1
+        copied.size += node.size
+        if copied.entries > self._bounds.entries:
+            why = f"{self._tree.host} has more than {self._bounds.entries} entries (fs.max_entries)"
+            raise RefusedError("the program cannot be given its files", why, "Raise fs.max_entries, or name less")
+        if any(not sub or name == sub or name.startswith(f"{sub}/") for sub in self._written):
+            copied.nodes[name] = node
+
+    def _leave(self, reason: Reason, name: str, size: int = 0) -> None:
+        if self._tree.only:
+            raise UsageError(f"cannot give the program {name}", WORDS[reason], "Leave it out, or see docs/policy.md")
+        left = self.copied.left_out.setdefault(reason, LeftOut())
+        left.count += 1
+        left.most = max(left.most, size)
+        if len(left.names) < _TOLD:
+            left.names.append(name)
+
+
+WORDS: Final[dict[Reason, str]] = {
+    "hidden": "its name begins with a dot (fs.deny_hidden)",
+    "secret": "its name is one of a secret",
+    "link": "it is a link, and links are not allowed or it leads out (fs.allow_symlinks)",
+    "large": "it is larger than fs.max_read_bytes",
+    "deep": "it lies deeper than fs.max_depth",
+    "special": "it is neither a file nor a folder nor a link",
+    "other-disk": "it is on another file system",
+    "unreadable": "it may not be read",
+    "changing": "it changes while it is read",
+}
+
+
+def stays_inside(name: str, target: str) -> bool:
+    """Whether a link of that name below a root leads to a place below the same root, whatever lies on the way.
+
+    It may go up, from where it lies, and then down. Only names are looked at: a part of the way down that is a link
+    itself is judged for itself, and a way up from there, which would begin elsewhere, is no way.
+    """
+    way = [part for part in target.split("/") if part not in {"", "."}]
+    up = next((count for count, part in enumerate(way) if part != ".."), len(way))
+    return not target.startswith("/") and up <= name.count("/") and ".." not in way[up:]
+
+
+def add_zeros(digest: hashlib._Hash, count: int) -> None:
+    """Update a digest by so many zeros."""
+    zeros = bytes(min(count, 1 << 20))
+    while count > 0:
+        digest.update(zeros[:count])
+        count -= len(zeros)
+
+
+def _names(fd: int) -> list[str]:
+    return sorted(os.listdir(fd))
+
+
+def _state(info: os.stat_result) -> tuple[int, ...]:
+    return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns

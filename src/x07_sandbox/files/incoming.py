@@ -1,0 +1,134 @@
+"""What a guest says that its program has changed: taken as it comes, bounded, and not believed.
+
+Contents go to one file, each from a place of its own; what else is said goes into a list. Whether any of it may be
+done is for `judge` to say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from x07_sandbox.channel.trees import Entry, FileEnd, Hole, Kind, Piece, Reader
+from x07_sandbox.errors import BackendError, PeerError
+from x07_sandbox.files.changes import Node
+from x07_sandbox.files.copy import add_zeros
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from x07_sandbox.channel.trees import Event
+
+
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that the guest said of the root with that number. node: of what is there now, None for nothing more.
+
+    other: the mode (inode(7)) of something that no tree can hold.
+    """
+
+    root: int
+    name: str
+    node: Node | None = None
+    other: int | None = None
+
+
+class Incoming:
+    """Takes the stream. data_fd: lent. roots: how many there are. problem: why not all of it was taken, else empty.
+
+    most_entries, most_bytes: of all together; the bytes are those that the files claim to have, holes included, so that
+    nobody makes us count zeros for hours.
+    """
+
+    def __init__(self, data_fd: int, *, roots: int, most_entries: int, most_bytes: int) -> None:
+        self.told: list[Told] = []
+        self.problem = ""
+        self.size = 0
+        self._data_fd = data_fd
+        self._roots = roots
+        self._entries_left = most_entries
+        self._most_bytes = most_bytes
+        self._reader = Reader()
+        self._root = -1
+        self._entry: Entry | None = None
+        self._hash = hashlib.sha256()
+        self._at = 0
+        self._position = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all has come."""
+        return self._reader.ended and not self.problem
+
+    def take(self, data: bytes) -> bool:
+        """Take bytes of the stream; False once there is a problem. Raises PeerError, BackendError."""
+        if self.problem:
+            return False
+        try:
+            self._take(self._reader.feed(data))
+        except OSError as exc:
+            fix = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
+            raise BackendError("cannot keep the program's changes", exc.strerror or str(exc), fix) from exc
+        return not self.problem
+
+    def _take(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, Piece):
+                self._hash.update(event.data)
+                view = memoryview(event.data)
+                while view:
+                    count = os.pwrite(self._data_fd, view, self._position)
+                    view, self._position = view[count:], self._position + count
+            elif isinstance(event, Hole):
+                add_zeros(self._hash, event.size)
+                self._position += event.size
+            elif isinstance(event, FileEnd):
+                self._end_file()
+            else:
+                self._begin(event)
+            if self.problem:
+                return
+
+    def _begin(self, entry: Entry) -> None:
+        name = os.fsdecode(entry.name)
+        if entry.kind is Kind.END:
+            return
+        if entry.kind is Kind.ROOT:
+            self._enter(int(name))
+            return
+        if self._root < 0:
+            raise PeerError("bad changes", "something stands before the first root")
+        self._entries_left -= 1
+        if self._entries_left < 0:
+            self.problem = "it has changed more entries than its policy lets it have (fs.max_entries)"
+            return
+        if entry.kind is Kind.FILE:
+            self.size += entry.size
+            if self.size > self._most_bytes:
+                self.problem = f"what it has changed has more than {self._most_bytes >> 20} MiB"
+                return
+            self._entry, self._hash, self._at = entry, hashlib.sha256(), self._position
+            return
+        other = entry.mode if entry.kind is Kind.OTHER else None
+        self.told.append(Told(root=self._root, name=name, node=_node(entry), other=other))
+
+    def _enter(self, number: int) -> None:
+        if not self._root < number < self._roots:
+            raise PeerError("bad changes", f"root {number} is not one, or out of order")
+        self._root = number
+
+    def _end_file(self) -> None:
+        entry = self._entry
+        assert entry is not None  # noqa: S101 - for the type checker
+        node = Node(kind="file", mode=entry.mode, size=entry.size, sha256=self._hash.hexdigest(), at=self._at)
+        self.told.append(Told(root=self._root, name=os.fsdecode(entry.name), node=node))
+
+
+def _node(entry: Entry) -> Node | None:
+    if entry.kind is Kind.FOLDER:
+        return Node(kind="folder", mode=entry.mode)
+    if entry.kind is Kind.LINK:
+        return Node(kind="link", target=os.fsdecode(entry.target))
+    return None

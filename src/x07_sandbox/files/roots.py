@@ -1,0 +1,184 @@
+"""Which folders of the host a policy opens, where they lie in the guest, and which of them travel together.
+
+Places in the guest are those of X07 (facts of upstream 6.6): an absolute root has the same path there, a relative one
+lies below the folder where the program starts. `place` is pure; `trees_of` looks at the host.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from x07_sandbox.policy.model import Policy
+
+PROJECT: Final = "/x07/in/project"
+PROGRAM: Final = "/opt/x07"
+OUT: Final = "/x07/out"
+# The guest's own tree: nothing of the host's may lie in it, above it or over it.
+_SYSTEM: Final = tuple(
+    f"/{name}"
+    for name in (
+        *("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "lost+found", "opt/x07", "proc", "run"),
+        *("sbin", "sys", "usr", "var", "x07"),
+    )
+)
+_OVER: Final = ("/tmp", "/opt")  # noqa: S108 - the guest's own; something in them may be of the host, not all of them
+
+
+class Root(msgspec.Struct, frozen=True, kw_only=True):
+    """One root. field: of the policy, or the flag, that names it. given: as it stands there. host, guest: its place."""
+
+    field: str
+    given: str
+    host: str
+    guest: str
+    write: bool
+
+
+class Mount(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a tree in the guest. sub: the part, "" for all of it. at: its place there. host: on the host.
+
+    missing: it is not there on the host.
+    """
+
+    sub: str
+    at: str
+    host: str
+    write: bool
+    missing: bool
+
+
+class Tree(msgspec.Struct, frozen=True, kw_only=True):
+    """What travels as one.
+
+    host: the folder whose entries are named from there. only: where a root is a single file, its name in that folder.
+    """
+
+    host: str
+    only: str
+    mounts: tuple[Mount, ...]
+
+
+def place(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str]:
+    """Where a root of that name lies in the guest, or None and why there is no place for it. start: PROJECT, PROGRAM.
+
+    Pure. An answer is a normal path.
+    """
+    if not given or "\0" in given:
+        return None, "it names nothing"
+    if deny_hidden and any(part.startswith(".") and part not in {".", ".."} for part in given.split("/")):
+        return None, "it is hidden, and fs.deny_hidden is true"
+    if given.startswith("/"):
+        path = "/" + os.path.normpath(given).lstrip("/")
+        own = next((own for own in _SYSTEM if path == own or _inside(path, own) or _inside(own, path)), None)
+        if own is None and path in _OVER:
+            own = path
+        return (path, "") if own is None else (None, f"it would lie over {own}, which is the machine's own")
+    relative = os.path.normpath(given)
+    if relative == ".." or relative.startswith("../"):
+        return None, "it leads out of the folder that it is relative to"
+    return os.path.normpath(f"{start}/{relative}"), ""
+
+
+def roots_of(policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
+    """The roots that a policy opens, relative ones below *base* on the host.
+
+    What has no place in the guest is left out: the plan has refused it.
+    """
+    if not policy.fs.enabled:
+        return ()
+    found = []
+    for field, names in (("fs.read_roots", policy.fs.read_roots), ("fs.write_roots", policy.fs.write_roots)):
+        for given in names:
+            guest, _ = place(given, start, deny_hidden=policy.fs.deny_hidden)
+            if guest is not None:
+                host = os.path.normpath(base / given)
+                found.append(Root(field=field, given=given, host=host, guest=guest, write=field == "fs.write_roots"))
+    return tuple(found)
+
+
+def trees_of(roots: Sequence[Root]) -> tuple[Tree, ...]:
+    """The roots as trees: what lies in another travels with it, once, and write wins. Raises UsageError.
+
+    Every folder on the way to a root must be a real one: a link would lead wherever whoever can change it wants. A
+    write root need not be there, if the folder that it is to lie in is.
+    """
+    states = {root.host: _look(root) for root in roots}
+    tops: list[str] = []
+    for host in sorted(states):
+        if not any(_inside(host, top) and states[top] == "folder" for top in tops):
+            tops.append(host)
+    trees = []
+    for top in tops:
+        inner = [root for root in roots if root.host == top or (states[top] == "folder" and _inside(root.host, top))]
+        base, only = (str(Path(top).parent), Path(top).name) if states[top] == "file" else (top, "")
+        trees.append(Tree(host=base, only=only, mounts=_mounts(inner, base, states)))
+    return tuple(trees)
+
+
+def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[Mount, ...]:
+    writable = [root.host for root in roots if root.write]
+    found: dict[str, Mount] = {}
+    for root in sorted(roots, key=lambda root: (len(PurePosixPath(root.guest).parts), root.guest)):
+        write = any(root.host == host or _inside(root.host, host) for host in writable)
+        sub = "" if root.host == base else os.path.relpath(root.host, base)
+        found[root.guest] = Mount(
+            sub=sub, at=root.guest, host=root.host, write=write, missing=states[root.host] == "missing"
+        )
+    return tuple(found.values())
+
+
+def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
+    """The mounts whose changes come back, each host folder once, with the number of its tree."""
+    found: list[tuple[int, Mount]] = []
+    for number, tree in enumerate(trees):
+        hosts: set[str] = set()
+        for mount in sorted(tree.mounts, key=lambda mount: mount.host):
+            if mount.write and not any(mount.host == host or _inside(mount.host, host) for host in hosts):
+                hosts.add(mount.host)
+                found.append((number, mount))
+    return found
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip("/") + "/")
+
+
+def _look(root: Root) -> str:
+    """What is there: `folder`, `file` or `missing`. Raises UsageError for all else, and for a link on the way."""
+    what = f"cannot give the program {root.given}"
+    parts = PurePosixPath(root.host).parts[1:]
+    mode = stat.S_IFDIR
+    fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        for number, part in enumerate(parts):
+            try:
+                inner = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            except FileNotFoundError as exc:
+                if root.write and number == len(parts) - 1:
+                    return "missing"
+                raise UsageError(what, f"there is no {root.host}", "Make it, or leave it out") from exc
+            except OSError as exc:
+                raise UsageError(what, f"{root.host}: {exc.strerror}", "Name a folder that you may read") from exc
+            os.close(fd)
+            fd = inner
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISLNK(mode):
+                link = "/" + "/".join(parts[: number + 1])
+                raise UsageError(what, f"{link} is a link", f"Name the place itself: {os.path.realpath(root.host)}")
+        if stat.S_ISDIR(mode):
+            return "folder"
+        if stat.S_ISREG(mode):
+            return "file"
+        raise UsageError(what, f"{root.host} is neither a file nor a folder", "Name one")
+    finally:
+        os.close(fd)

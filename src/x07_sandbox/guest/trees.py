@@ -1,0 +1,195 @@
+"""Trees of the host's files: made for the program as they come, and what it has changed of them, sent back.
+
+Everything is made as the program's user, so that it is the program's. A change is found without reading what did not
+change: nobody but the kernel sets an inode's ctime, and the program starts in a later tick of that clock than the last
+of its files was made in. A name whose inode or ctime is another one is sent, and the host compares contents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.channel import trees
+from x07_sandbox.channel.contents import parts
+from x07_sandbox.channel.trees import Entry, Hole, Kind, Piece, Reader, segment
+from x07_sandbox.guest.confine import UID
+from x07_sandbox.guest.errors import JobError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), by which the kernel stamps inodes
+_PERMISSIONS: Final = 0o7777
+_MINE: Final = 0o700
+
+
+@contextlib.contextmanager
+def as_program() -> Iterator[None]:
+    """What is made in here is the program's, with exactly the mode that is asked for."""
+    mask = os.umask(0)
+    os.setegid(UID)
+    os.seteuid(UID)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.umask(mask)
+
+
+class Tree:
+    """One tree below *folder*, an empty folder of the program's. names: of all entries -> inode, for a folder mode."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = os.fsencode(folder)
+        self.names: dict[bytes, int] = {}
+        self.folders: dict[bytes, int] = {b"": 0o755}
+        self.made_at_ns = 0
+        self._reader = Reader()
+        self._fd = -1
+        self._entry: Entry | None = None
+        self._position = 0
+
+    def write(self, data: bytes) -> None:
+        """Make what these bytes of the stream tell of. Raises JobError, OSError, PeerError."""
+        with as_program():
+            for event in self._reader.feed(data):
+                if isinstance(event, Piece):
+                    view = memoryview(event.data)
+                    while view:
+                        view = view[os.write(self._fd, view) :]
+                    self._position += len(event.data)
+                elif isinstance(event, Hole):
+                    self._position = os.lseek(self._fd, event.size, os.SEEK_CUR)
+                elif isinstance(event, Entry):
+                    self._make(event)
+                else:
+                    self._close_file()
+
+    def finish(self) -> None:
+        """The stream has ended. Raises JobError."""
+        if not self._reader.ended:
+            raise JobError("files", 0, "a tree of files did not come whole")
+        for name, mode in reversed(self.folders.items()):
+            if mode & _MINE != _MINE:  # not before: nothing could have been made in it
+                os.chmod(self._path(name), mode)
+        self.made_at_ns = time.clock_gettime_ns(_COARSE)
+
+    def wait(self) -> None:
+        """Until what is changed from now on has a later ctime than all that was made."""
+        while time.clock_gettime_ns(_COARSE) <= self.made_at_ns:
+            time.sleep(0.001)  # a tick of the kernel's: 4 ms
+
+    def _path(self, name: bytes) -> bytes:
+        return self.folder + b"/" + name if name else self.folder
+
+    def _make(self, entry: Entry) -> None:
+        name = entry.name
+        if entry.kind is Kind.END:
+            return
+        if entry.kind is Kind.FOLDER and not name:
+            self.folders[b""] = entry.mode
+            os.chmod(self.folder, entry.mode | _MINE)
+            return
+        if name.rpartition(b"/")[0] not in self.folders or name in self.names or name in self.folders or not name:
+            raise JobError("files", 0, f"the tree has no place for {name[:200]!r}")
+        path = self._path(name)
+        if entry.kind is Kind.FOLDER:
+            os.mkdir(path, entry.mode | _MINE)
+            self.folders[name] = entry.mode
+        elif entry.kind is Kind.FILE:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._fd = os.open(path, flags, entry.mode)
+            self._entry, self._position = entry, 0
+        elif entry.kind is Kind.LINK:
+            os.symlink(entry.target, path)
+            self.names[name] = os.lstat(path).st_ino
+        else:
+            raise JobError("files", 0, f"a tree cannot hold {entry.kind.name}")
+
+    def _close_file(self) -> None:
+        entry, fd = self._entry, self._fd
+        assert entry is not None  # noqa: S101 - for the type checker
+        if os.fstat(fd).st_size < self._position:  # it ends with a hole
+            os.ftruncate(fd, self._position)
+        os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
+        self.names[entry.name] = os.fstat(fd).st_ino
+        os.close(fd)
+
+
+def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
+    """What the program has changed of *tree* below *sub*, as records with names from there. Raises OSError."""
+    prefix = sub + b"/" if sub else b""
+    top = tree.folder + b"/" + sub if sub else tree.folder
+    info = os.lstat(top)
+    if not stat.S_ISDIR(info.st_mode):  # a root that is one file
+        if _is_other(tree, sub, info):
+            yield from _content(top, b"", info)
+        return
+    seen: set[bytes] = set()
+    yield from _changed_folder(tree, sub, b"", info.st_mode)
+    for path, below, info in _walk(top):
+        name = prefix + below
+        seen.add(name)
+        if stat.S_ISDIR(info.st_mode):
+            yield from _changed_folder(tree, name, below, info.st_mode)
+            if not _can_be_told(below):
+                yield Entry(Kind.OTHER, below, mode=info.st_mode).encoded()
+        elif _is_other(tree, name, info):
+            yield from _content(path, below, info)
+    gone = {name for name in (*tree.names, *tree.folders) if name.startswith(prefix) and name != sub} - seen
+    for name in sorted(gone, reverse=True):  # folders after what was in them
+        yield Entry(Kind.GONE, name[len(prefix) :]).encoded()
+
+
+def _is_other(tree: Tree, name: bytes, info: os.stat_result) -> bool:
+    return tree.names.get(name) != info.st_ino or info.st_ctime_ns > tree.made_at_ns
+
+
+def _changed_folder(tree: Tree, name: bytes, below: bytes, mode: int) -> Iterator[bytes]:
+    if tree.folders.get(name) != mode & _PERMISSIONS:
+        yield Entry(Kind.FOLDER, below, mode=mode & _PERMISSIONS).encoded()
+
+
+def _walk(top: bytes) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
+    """Path, name below *top*, and state of all that is there, folders before what is in them."""
+    folders = [b""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(top + b"/" + folder if folder else top) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        inner = []
+        for entry in entries:
+            below = folder + b"/" + entry.name if folder else entry.name
+            info = entry.stat(follow_symlinks=False)
+            yield entry.path, below, info
+            if stat.S_ISDIR(info.st_mode) and _can_be_told(below):
+                inner.append(below)
+        folders += reversed(inner)
+
+
+def _can_be_told(name: bytes) -> bool:
+    """Whether what lies in the folder *name* can still have a name in a stream, and a path that the kernel takes."""
+    return len(name) + trees.PART_MAX + 1 < trees.NAME_MAX - 256 and name.count(b"/") + 2 < trees.DEPTH_MAX
+
+
+def _content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
+    """A file, a link, or the word that there is something else."""
+    if stat.S_ISLNK(info.st_mode):
+        yield Entry(Kind.LINK, name, target=os.readlink(path)).encoded()
+        return
+    if not stat.S_ISREG(info.st_mode) or os.listxattr(path, follow_symlinks=False):
+        yield Entry(Kind.OTHER, name, mode=info.st_mode).encoded()
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        size = info.st_size
+        yield Entry(Kind.FILE, name, mode=info.st_mode & _PERMISSIONS, mtime_ns=info.st_mtime_ns, size=size).encoded()
+        for part in parts(fd, size):
+            yield segment(part, hole=True) if isinstance(part, int) else segment(len(part)) + part
+    finally:
+        os.close(fd)

@@ -1,0 +1,277 @@
+"""Promises of trees on their way: packed on the host, made in the guest, changed, told, and judged on the host."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from x07_sandbox.channel.trees import Entry, Kind
+from x07_sandbox.files.copy import Bounds, copy_tree
+from x07_sandbox.files.incoming import Incoming
+from x07_sandbox.files.judge import Allowed, Judged, judge
+from x07_sandbox.files.protected import Protection
+from x07_sandbox.files.roots import Mount, Tree
+from x07_sandbox.guest.trees import Tree as GuestTree
+from x07_sandbox.guest.trees import changes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from x07_sandbox.files.copy import Copied
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="the agent is root, and makes files as another user")
+
+BOUNDS = Bounds(deny_hidden=True, allow_symlinks=True, read_bytes=1 << 20, write_bytes=1 << 20, entries=1000, depth=16)
+ALL = Allowed(mkdir=True, remove=True, rename=True)
+
+
+def tree_at(folder: Path, *, write: bool = True, only: str = "") -> Tree:
+    """A tree of one root."""
+    mount = Mount(sub=only, at="/opt/x07", host=str(folder / only), write=write, missing=not folder.exists())
+    return Tree(host=str(folder), only=only, mounts=(mount,))
+
+
+class Trip:
+    """A host's folder and a guest's."""
+
+    def __init__(self, host: Path, guest: Path) -> None:
+        self.host = host
+        self.guest = guest
+        self.tree = GuestTree(str(guest))
+        self.copied: Copied | None = None
+
+    def go(self, bounds: Bounds = BOUNDS, piece: int = 7000) -> None:
+        """Bring the host's folder into the guest."""
+        stream = io.BytesIO()
+        self.copied = copy_tree(tree_at(self.host), bounds, stream, 1 << 30)
+        data = stream.getvalue()
+        for at in range(0, len(data), piece):
+            self.tree.write(data[at : at + piece])
+        self.tree.finish()
+        self.tree.wait()
+
+    def back(
+        self,
+        bounds: Bounds = BOUNDS,
+        allowed: Allowed = ALL,
+        own: tuple[str, ...] = (),
+        letting: tuple[str, ...] = (),
+    ) -> Judged:
+        """What was changed, judged."""
+        assert self.copied is not None
+        fd = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR)
+        try:
+            incoming = Incoming(fd, roots=1, most_entries=5000, most_bytes=1 << 30)
+            incoming.take(Entry(Kind.ROOT, b"0").encoded())
+            for part in changes(self.tree, b""):
+                assert incoming.take(part)
+            assert incoming.take(Entry(Kind.END, b"").encoded())
+            assert incoming.complete
+            judged = judge(self.copied.nodes, incoming.told, bounds, allowed, Protection(str(self.host), own, letting))
+            for change in judged.changes:
+                node = change.after
+                if node is not None and node.kind == "file" and node.at is not None and node.mode & 0o7000 == 0:
+                    assert os.pread(fd, node.size, node.at) == (self.guest / change.name).read_bytes()
+        finally:
+            os.close(fd)
+        return judged
+
+
+@pytest.fixture
+def trip() -> Iterator[Trip]:
+    """Two folders that the program's user can reach."""
+    place = Path(tempfile.mkdtemp())
+    place.chmod(0o755)
+    for name in ("host", "guest"):
+        (place / name).mkdir()
+    os.chown(place / "guest", 65532, 65532)
+    yield Trip(place / "host", place / "guest")
+    shutil.rmtree(place)
+
+
+def seen(folder: Path) -> dict[str, tuple[object, ...]]:
+    """All of a folder: kind, mode, content or target, and time of files."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in sorted(folder.rglob("*")):
+        info = path.lstat()
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = ("link", str(path.readlink()))
+        elif path.is_dir():
+            found[name] = ("folder", stat.S_IMODE(info.st_mode))
+        else:
+            found[name] = ("file", stat.S_IMODE(info.st_mode), path.read_bytes(), info.st_mtime_ns)
+    return found
+
+
+def fill(folder: Path) -> None:
+    """Something of everything that may travel."""
+    (folder / "a").mkdir()
+    (folder / "a/deep er").mkdir(mode=0o700)
+    (folder / "a/empty").write_bytes(b"")
+    (folder / "a/deep er/n\u00f6ch.txt").write_text("x" * 10_000)
+    (folder / "run.sh").write_text("#!/bin/sh\n")
+    (folder / "run.sh").chmod(0o750)
+    (folder / os.fsdecode(b"no \xff utf-8\n")).write_bytes(b"\0" * 10)
+    (folder / "link").symlink_to("a/empty")
+    (folder / "a/up").symlink_to("../run.sh")
+    with (folder / "sparse").open("wb") as file:
+        file.write(b"begin")
+        file.seek(900_000)
+        file.write(b"end")
+    os.utime(folder / "run.sh", ns=(5, 1_234_567_890_123_456_789))
+    (folder / "closed").mkdir()
+    (folder / "closed/in").write_text("in it")
+    (folder / "closed").chmod(0o555)
+
+
+@needs_root
+def test_a_copy_has_everything(trip: Trip) -> None:
+    """Names, kinds, permission bits, contents, targets and times of files arrive; all of it is the program's own."""
+    fill(trip.host)
+    trip.go()
+    assert seen(trip.guest) == seen(trip.host)
+    assert {path.lstat().st_uid for path in trip.guest.rglob("*")} == {65532}
+    assert (trip.guest / "sparse").stat().st_blocks < 200
+    assert trip.back() == Judged(changes=(), refused=())
+
+
+@needs_root
+def test_every_kind_of_change_is_found(trip: Trip) -> None:
+    """New, changed, removed, renamed, other modes, other kinds: each is told with what was and what is."""
+    fill(trip.host)
+    trip.go()
+    guest = trip.guest
+    (guest / "new").mkdir()
+    (guest / "new/file").write_text("new")
+    (guest / "run.sh").write_text("#!/bin/sh\nexit 1\n")
+    (guest / "a/empty").unlink()
+    (guest / "link").unlink()
+    (guest / "link").symlink_to("run.sh")
+    (guest / "closed").chmod(0o755)
+    (guest / "sparse").rename(guest / "a/sparse")
+    shutil.rmtree(guest / "a/deep er")
+    (guest / "a/deep er").write_text("a file now")
+    judged = trip.back()
+    assert judged.refused == ()
+    assert [(change.name, change.action) for change in judged.changes] == [
+        ("a/deep er", "changed"),
+        ("a/deep er/n\u00f6ch.txt", "deleted"),
+        ("a/empty", "deleted"),
+        ("a/sparse", "added"),
+        ("closed", "changed"),
+        ("link", "changed"),
+        ("new", "added"),
+        ("new/file", "added"),
+        ("run.sh", "changed"),
+        ("sparse", "deleted"),
+    ]
+
+
+@needs_root
+def test_what_looks_the_same_and_is_not_is_found(trip: Trip) -> None:
+    """A file of the same size and times, files and folders that changed places, and a write through a mapping."""
+    import mmap
+
+    for name in ("same", "mapped", "one/x", "two/x"):
+        (trip.host / name).parent.mkdir(exist_ok=True)
+        (trip.host / name).write_bytes(b"%-10s" % name.encode())
+    trip.go()
+    guest = trip.guest
+    before = (guest / "same").stat()
+    (guest / "same").write_bytes(b"other     ")
+    os.utime(guest / "same", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (guest / "one").rename(guest / "three")
+    (guest / "two").rename(guest / "one")
+    (guest / "three").rename(guest / "two")
+    with (guest / "mapped").open("r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        view[:3] = b"MAP"
+    assert [change.name for change in trip.back().changes] == ["mapped", "one/x", "same", "two/x"]
+
+
+@needs_root
+def test_what_was_only_touched_is_no_change(trip: Trip) -> None:
+    """The same bytes under the same name, written anew, are no change; nor is what came and went."""
+    fill(trip.host)
+    trip.go()
+    (trip.guest / "run.sh").write_text("#!/bin/sh\n")
+    (trip.guest / "short").write_text("lived")
+    (trip.guest / "short").unlink()
+    os.utime(trip.guest / "a/empty")
+    assert trip.back().changes == ()
+
+
+def write(name: str, text: str = "x") -> Callable[[Path], object]:
+    """A deed: a file, with its folders."""
+
+    def do(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+    return do
+
+
+NO_REMOVE = Allowed(mkdir=True, remove=False, rename=True)
+NO_REMOVE_NO_RENAME = Allowed(mkdir=True, remove=False, rename=False)
+NO_RENAME = Allowed(mkdir=True, remove=True, rename=False)
+OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("do", "words", "expected"),
+    [
+        (write(".hidden"), {}, [(".hidden", "fs.deny_hidden", False)]),
+        (write("a/.x/y"), {}, [("a/.x", "fs.deny_hidden", False), ("a/.x/y", "fs.deny_hidden", False)]),
+        (write("big", "x" * 2_000_000), {}, [("big", "fs.max_write_bytes", 2_000_000)]),
+        (
+            lambda folder: (folder / "l").symlink_to("run.sh"),
+            {"bounds": msgspec.structs.replace(BOUNDS, allow_symlinks=False)},
+            [("l", "fs.allow_symlinks", True)],
+        ),
+        (lambda folder: (folder / "l").symlink_to("/etc/passwd"), {}, [("l", "fs.allow_symlinks", None)]),
+        (lambda folder: (folder / "l").symlink_to("a/../../x"), {}, [("l", "fs.allow_symlinks", None)]),
+        (lambda folder: (folder / "d").mkdir(), {"allowed": Allowed(mkdir=False, remove=True, rename=True)},
+            [("d", "fs.allow_mkdir", True)]),
+        (lambda folder: (folder / "run.sh").unlink(), {"allowed": NO_REMOVE},
+            [("run.sh", "fs.allow_remove", True)]),
+        (lambda folder: (folder / "run.sh").rename(folder / "b"), {"allowed": NO_REMOVE}, []),
+        (lambda folder: (folder / "run.sh").rename(folder / "b"), {"allowed": NO_REMOVE_NO_RENAME},
+            [("run.sh", "fs.allow_rename", True)]),
+        (lambda folder: (folder / "run.sh").rename(folder / "b"), {"allowed": NO_RENAME}, []),
+        (lambda folder: (folder / "a").rename(folder / "c"), {"allowed": NO_REMOVE}, []),
+        (lambda folder: (folder / "run.sh").chmod(0o4755), {}, [("run.sh", "kind", None)]),
+        (lambda folder: (folder / "a").chmod(0o2755), {}, [("a", "kind", None)]),
+        (lambda folder: os.mkfifo(folder / "p"), {}, [("p", "kind", None)]),
+        (lambda folder: os.mknod(folder / "dev", stat.S_IFBLK | 0o600, 0), {}, [("dev", "kind", None)]),
+        (lambda folder: os.setxattr(folder / "run.sh", "user.x", b"1"), {}, [("run.sh", "kind", None)]),
+        (write("/".join("d" * 20)), {}, [("/".join("d" * count), "fs.max_depth", count) for count in range(17, 21)]),
+        (write("sub/.git/hooks/post-checkout"), {"bounds": OPEN},
+            [(name, "protected", None) for name in ("sub/.git", "sub/.git/hooks", "sub/.git/hooks/post-checkout")]),
+        (write(".GIT"), {"bounds": OPEN}, [(".GIT", "protected", None)]),
+        (write("GIT~1"), {}, [("GIT~1", "protected", None)]),
+        (write(".g\u200cit"), {"bounds": OPEN}, [(".g\u200cit", "protected", None)]),
+        (write("x07-sandbox.toml"), {}, [("x07-sandbox.toml", "protected", None)]),
+        (write("Jenkinsfile"), {}, [("Jenkinsfile", "protected", None)]),
+        (write(".bashrc"), {"bounds": OPEN}, [(".bashrc", "protected", None)]),
+        (write(".github/workflows/ci.yml"), {"bounds": OPEN, "letting": (".github",)}, []),
+        (write("a/mine.json"), {"own": ("a/mine.json",)}, [("a/mine.json", "protected", None)]),
+    ],
+)  # fmt: skip
+def test_what_may_not_be_done_is_named_with_its_rule(
+    trip: Trip, do: Callable[[Path], object], words: dict[str, Any], expected: list[tuple[str, str, object]]
+) -> None:
+    """Each rule refuses by the name of the entry, and says what the policy would have to say, where that would do."""
+    fill(trip.host)
+    trip.go()
+    do(trip.guest)
+    judged = trip.back(**words)
+    assert sorted((refusal.name, refusal.rule, refusal.value) for refusal in judged.refused) == sorted(expected)
