@@ -261,10 +261,7 @@ print(ssl.RAND_bytes(16))
 
 
 def test_preloaded_modules_are_there_and_share_no_randomness(in_own_cache: Sandbox, state: Path) -> None:
-    """A program of an image with modules to preload finds them imported, and nothing of what they printed by then.
-
-    What `random` draws, names and keys are each run's own.
-    """
+    """Modules to preload are imported when a program begins; what they print and draw by then is in no run of it."""
     modules = ["this", "random", "fractions", "tempfile", "multiprocessing", "ssl"]
     image = build_image(name="preloaded", preload=modules, progress=lambda _text: None)
     assert build_image(name="preloaded", progress=lambda _text: None).digest == image.digest  # it keeps them

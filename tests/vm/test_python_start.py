@@ -138,10 +138,8 @@ def test_a_variable_that_is_read_early_means_a_fresh_interpreter(sandbox: Sandbo
     ],
 )
 def test_it_ends_as_in_a_fresh_interpreter(sandbox: Sandbox, text: str) -> None:
-    """Output, traceback, exit code and signal are those of a fresh start, however the program ends.
-
-    In the same clone of a machine; the first test compares with one that was booted for it.
-    """
+    """Output, traceback, exit code and signal are those of a fresh start, however the program ends."""
+    # In a clone of the same machine; the first test compares with one that was booted for it.
     ran = [sandbox.run_text("prog.py", text, cache=True, stdin=b"in", env=env) for env in ({}, FRESH)]
     for one in ran:
         assert one.outcome in {"ok", "failed", "signalled"}, one.reason

@@ -65,6 +65,7 @@ class Stream(enum.IntEnum):
     STDOUT = 2
     STDERR = 3
     OUTPUT_FILE = 4
+    CHANGES = 5
     FIRST_FILE = 16
 
 
@@ -113,6 +114,7 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
         "env": Shape("any"),
         "cwd": Shape("text", lo=1, hi=4096),
         "files": Shape("any"),
+        "mounts": Shape("any"),
         "limits": Shape("any"),
         "output": Shape("any"),
     },
@@ -160,7 +162,7 @@ def stream_sender(stream: int) -> Role | None:
     """Who may send data on *stream*; None where nobody may."""
     if stream == Stream.STDIN or Stream.FIRST_FILE <= stream <= LAST_FILE:
         return Role.HOST
-    if stream in {Stream.STDOUT, Stream.STDERR, Stream.OUTPUT_FILE}:
+    if stream in {Stream.STDOUT, Stream.STDERR, Stream.OUTPUT_FILE, Stream.CHANGES}:
         return Role.GUEST
     return None
 

@@ -10,6 +10,7 @@ from x07_sandbox.channel.frames import Stream
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.place import IN_MEMORY_BYTES
 from x07_sandbox.guest.system import write_all
+from x07_sandbox.guest.trees import Tree
 from x07_sandbox.guest.unpack import ArchiveError, unpack
 
 if TYPE_CHECKING:
@@ -20,13 +21,16 @@ _FOLDER: Final = "/x07/in/"
 
 
 class IncomingFiles:
-    """The files of START, written as they come; an archive is unpacked when it is whole.
+    """The files of START, written as they come; an archive is unpacked when it is whole, a tree as it comes.
+
+    trees: by their stream.
 
     on_disk: whether they lie on the scratch disk; few bytes lie in memory, which costs a fresh clone far less.
     """
 
     def __init__(self, entries: list[dict[str, Any]], place: Place) -> None:
-        self.on_disk = sum(entry["bytes"] for entry in entries) > IN_MEMORY_BYTES
+        self.on_disk = sum(entry["bytes"] for entry in entries if entry["kind"] != "tree") > IN_MEMORY_BYTES
+        self.trees: dict[int, Tree] = {}
         self._folder = place.folder(on_disk=self.on_disk)
         self._entries = {Stream.FIRST_FILE + index: entry for index, entry in enumerate(entries)}
         self._open: dict[int, int] = {}
@@ -34,6 +38,9 @@ class IncomingFiles:
         self._left: dict[int, int] = {}
         for stream, entry in self._entries.items():
             self._left[stream] = entry["bytes"]
+            if entry["kind"] == "tree":
+                self.trees[stream] = Tree(place.tree_folder(stream))
+                continue
             if entry["kind"] == "archive" and not self.on_disk:
                 self._archives[stream] = io.BytesIO()
                 continue
@@ -55,7 +62,9 @@ class IncomingFiles:
         if left < 0:
             raise JobError("files", 0, f"stream {stream} is not in the job, or longer than it was said to be")
         self._left[stream] = left
-        if stream in self._archives:
+        if stream in self.trees:
+            self.trees[stream].write(data)
+        elif stream in self._archives:
             self._archives[stream].write(data)
         else:
             write_all(self._open[stream], data)
@@ -64,6 +73,9 @@ class IncomingFiles:
         """The file is whole: close it, unpack it if it is an archive."""
         if self._left.pop(stream, 1) != 0:
             raise JobError("files", 0, f"stream {stream} is not in the job, or did not come whole")
+        if stream in self.trees:
+            self.trees[stream].finish()
+            return
         fd = self._open.pop(stream, None)
         entry = self._entries[stream]
         if entry["kind"] == "archive":

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from x07_sandbox.channel.frames import Kind, Stream
 from x07_sandbox.channel.link import Data, Eof, Event, State
+from x07_sandbox.channel.trees import Entry
+from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, init
 from x07_sandbox.guest.files import IncomingFiles
 from x07_sandbox.guest.place import failure, told_failure
+from x07_sandbox.guest.trees import changes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from x07_sandbox.channel.link import Link
     from x07_sandbox.guest.errors import JobError
@@ -25,12 +28,19 @@ if TYPE_CHECKING:
     Fail = Callable[[JobError], None]
 
 _READ: Final = 32 * 1024
+_PROJECT: Final = "/x07/in/project"
 _FULL_BLOCKS: Final = 256  # of 4 KiB: a disk with less left counts as full
 TICK_S: Final = 0.1  # how often the CPU counter is read while the program runs
 
 
 def orders(
-    limits: dict[str, int], *, hostname: str, out_writable: bool, inputs_on_disk: bool, spare_cpu_s: int
+    limits: dict[str, int],
+    *,
+    hostname: str,
+    out_writable: bool,
+    inputs_on_disk: bool,
+    mounts: list[tuple[str, str, bool]],
+    spare_cpu_s: int,
 ) -> confine.Orders:
     """What init is told of a job with these limits. spare_cpu_s: what the process may have used before it."""
     return confine.Orders(
@@ -38,6 +48,7 @@ def orders(
         tmp_bytes=limits["tmp_bytes"],
         out_writable=out_writable,
         inputs_on_disk=inputs_on_disk,
+        mounts=mounts,
         fds=limits["fds"],
         cpu_s=limits["cpu_ms"] // 1000 + spare_cpu_s,
         core_bytes=limits["core_bytes"],
@@ -59,6 +70,7 @@ class Job:
         self.limits: dict[str, int] = body["limits"]
         self.hostname: str = body["hostname"]
         self.output: dict[str, Any] | None = body["output"]
+        self.mounts: list[dict[str, Any]] = body["mounts"]
         self.files = IncomingFiles(body["files"], place)
         self.started = False
         self.fds: dict[int, int] = {}  # our ends of the program's output -> stream
@@ -74,6 +86,8 @@ class Job:
         self.stopped = False
         self.wait_status: int | None = None
         self.output_file: BinaryIO | None = None
+        self.changes: Iterator[bytes] | None = None
+        self.changes_held = b""
 
     # before the program
 
@@ -108,6 +122,7 @@ class Job:
                 hostname=self.hostname,
                 out_writable=writable,
                 inputs_on_disk=on_disk,
+                mounts=self._mounts(),
                 spare_cpu_s=place.spare_cpu_s,
             )
         )
@@ -121,6 +136,21 @@ class Job:
         for fd in (*self.fds, self.stdin_fd):
             os.set_blocking(fd, False)
         self._feed()
+
+    def _mounts(self) -> list[tuple[str, str, bool]]:
+        """What init is to put where; the trees are ready for it."""
+        for tree in self.files.trees.values():
+            tree.wait()
+        if any(mount["at"].startswith(_PROJECT) for mount in self.mounts):
+            os.makedirs(f"{self.place.folder(on_disk=self.files.on_disk)}/project", exist_ok=True)
+        return [(self._source(mount), mount["at"], mount["write"]) for mount in self.mounts]
+
+    def _source(self, mount: dict[str, Any]) -> str:
+        """Where it lies on the scratch disk."""
+        if mount["tree"] is None:
+            return "work"
+        folder = f"trees/{mount['tree']}"
+        return f"{folder}/{mount['sub']}" if mount["sub"] else folder
 
     # while it runs
 
@@ -216,8 +246,11 @@ class Job:
             self._end_streams()
             if not self.fds:
                 self._exited()
-        if self.link.state is State.COLLECTING and self.output_file is not None:
-            self._send_output()
+        if self.link.state is State.COLLECTING:
+            if self.output_file is not None:
+                self._send_output()
+            if self.changes is not None and self.output_file is None:
+                self._send_changes()
 
     def _end_streams(self) -> None:
         """End outputs that hold nothing more, though they are open: nobody is left who could write to them.
@@ -258,6 +291,8 @@ class Job:
         group = self.group
         assert self.wait_status is not None  # noqa: S101 - for the type checker
         size, problem = self._open_output()
+        if any(mount["changes"] for mount in self.mounts):
+            self.changes = self._told_changes()
         self.link.send(
             Kind.EXITED,
             {
@@ -305,3 +340,25 @@ class Job:
                 self.output_file = None
                 return
             self.link.send_data(Stream.OUTPUT_FILE, data)
+
+    def _told_changes(self) -> Iterator[bytes]:
+        """The stream of what was changed, root after root."""
+        number = 0
+        for mount in self.mounts:
+            if mount["changes"]:
+                yield Entry(Record.ROOT, b"%d" % number).encoded()
+                yield from changes(self.files.trees[mount["tree"]], os.fsencode(mount["sub"]))
+                number += 1
+        yield Entry(Record.END, b"").encoded()
+
+    def _send_changes(self) -> None:
+        assert self.changes is not None  # noqa: S101 - for the type checker
+        while (window := self.link.window(Stream.CHANGES)) and self.link.pending() < 4 * _READ:
+            while len(self.changes_held) < _READ and (more := next(self.changes, b"")):
+                self.changes_held += more
+            if not self.changes_held:
+                self.link.end_stream(Stream.CHANGES)
+                self.changes = None
+                return
+            count = self.link.send_data(Stream.CHANGES, self.changes_held[: min(window, _READ)])
+            self.changes_held = self.changes_held[count:]

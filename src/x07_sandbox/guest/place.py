@@ -19,7 +19,7 @@ from x07_sandbox.guest.system import read_all, write_all
 
 SCRATCH_SERIAL: Final = "x07scratch"
 IN_MEMORY_BYTES: Final = 256 * 1024  # files of a job up to that together lie in memory
-_FOLDERS: Final = {"in": 0, "out": confine.UID, "work": confine.UID}  # on the scratch disk, and whose they are
+_FOLDERS: Final = {"in": 0, "out": confine.UID, "work": confine.UID, "trees": 0}  # on the disk, and whose they are
 WAITING_BYTES: Final = 32 << 20  # what the process that waits may have, whatever the job's limit
 SPARE_CPU_S: Final = 5
 PRELOAD_CPU_S: Final = 300  # importing may have taken long; the control group's counter, which knows, is what decides
@@ -131,6 +131,13 @@ class Place:
     def scratch(self, name: str) -> str:
         """A path on the scratch disk that the program does not see."""
         return f"{confine.SCRATCH}/{name}"
+
+    def tree_folder(self, number: int) -> str:
+        """A new folder on the scratch disk, of the program's, for a tree of the host's files."""
+        path = self.scratch(f"trees/{number}")
+        os.mkdir(path)
+        os.chown(path, confine.UID, confine.UID)
+        return path
 
     def close(self) -> None:
         """End what is left of it, and remove what it wrote, so that another can be made in the same machine."""

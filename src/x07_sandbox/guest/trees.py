@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.channel import trees
 from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import Entry, Hole, Kind, Piece, Reader, segment
+from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.confine import UID
 from x07_sandbox.guest.errors import JobError
 
@@ -55,8 +56,12 @@ class Tree:
         self._position = 0
 
     def write(self, data: bytes) -> None:
-        """Make what these bytes of the stream tell of. Raises JobError, OSError, PeerError."""
+        """Make what these bytes of the stream tell of. Raises JobError, OSError."""
         with as_program():
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        try:
             for event in self._reader.feed(data):
                 if isinstance(event, Piece):
                     view = memoryview(event.data)
@@ -69,6 +74,8 @@ class Tree:
                     self._make(event)
                 else:
                     self._close_file()
+        except PeerError as exc:
+            raise JobError("files", 0, exc.why) from exc
 
     def finish(self) -> None:
         """The stream has ended. Raises JobError."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from x07_sandbox.jail.cgroups import HostGroups
     from x07_sandbox.jobs.record import Claim, JobRecord
 
+_DEADLINE_SIGNAL: Final = 40  # a real-time signal: those queue
 _GONE_S: Final = 10.0
 
 
@@ -134,11 +135,11 @@ class QemuInstance(Streams):
         self.begun = "pool"
 
     def set_deadline(self, seconds: int) -> None:
-        """Give the supervisor another deadline: it takes SIGUSR1 with a value (jail/data/supervisor.pl)."""
+        """Give the supervisor another deadline: it takes a signal with a value (jail/data/supervisor.pl)."""
         import ctypes
 
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.sigqueue(self.child.pid, int(signal.SIGUSR1), ctypes.c_void_p(seconds)):  # unreaped: surely ours
+        if libc.sigqueue(self.child.pid, _DEADLINE_SIGNAL, ctypes.c_void_p(seconds)):  # unreaped: surely ours
             raise BackendError("cannot set the deadline", os.strerror(ctypes.get_errno()), "Try again")
 
     def exit_status(self) -> int | None:

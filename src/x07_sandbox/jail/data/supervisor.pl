@@ -4,8 +4,9 @@
 #         MOUNT COMMAND...
 #
 # The last seven are the numbers of these system calls here. KEEP_FD stays open (-1: none). It ends as COMMAND ended
-# (128 + N for a signal), or by SIGALRM at the deadline, by SIGTERM when asked or without its runner. SIGUSR1 that was
-# sent with a value, by sigqueue(3), sets another deadline, that many seconds from then.
+# (128 + N for a signal), or by SIGALRM at the deadline, by SIGTERM when asked or without its runner. Signal 40, when
+# sent with a value, by sigqueue(3), sets another deadline, that many seconds from then; it is a real-time signal, of
+# which none is lost while another waits.
 #
 # Why a process, and not the kernel's parent-death signal alone: bubblewrap's inner process asks for that signal late,
 # and one whose parent had died by then would never get it. Here nothing that was started can be lost: orphans become
@@ -19,8 +20,8 @@ my ($prctl, $sigprocmask, $sigtimedwait, $capset, $close_range, $unshare, $mount
 my ($PDEATHSIG, $SUBREAPER, $NO_NEW_PRIVS, $BLOCK, $SETMASK) = (1, 36, 38, 0, 2);
 my ($NEWNS, $NEWUSER, $NEWPID) = (0x20000, 0x10000000, 0x20000000);
 my ($PRIVATE, $NOSUID_NODEV_NOEXEC) = (0x44000, 2 | 4 | 8); # MS_REC | MS_PRIVATE
-my ($KILL, $USR1, $ALRM, $TERM, $CHLD, $EINTR, $QUEUED) = (9, 10, 14, 15, 17, 4, -1);
-my $set = pack 'Q', 1 << ($USR1 - 1) | 1 << ($ALRM - 1) | 1 << ($TERM - 1) | 1 << ($CHLD - 1);
+my ($KILL, $DEADLINE, $ALRM, $TERM, $CHLD, $EINTR, $QUEUED) = (9, 40, 14, 15, 17, 4, -1);
+my $set = pack 'Q', 1 << ($DEADLINE - 1) | 1 << ($ALRM - 1) | 1 << ($TERM - 1) | 1 << ($CHLD - 1);
 my $info = "\0" x 128; # siginfo_t of 64-bit Linux: si_code at 8, si_value at 24
 my $none = pack 'Q', 0;
 
@@ -80,9 +81,9 @@ call('close_range', $close_range, $keep + 1, 0xFFFFFFFF, 0);
 
 my $status;
 my $signal = $CHLD;
-while (($signal == $CHLD || $signal == $USR1) && !defined $status) {
+while (($signal == $CHLD || $signal == $DEADLINE) && !defined $status) {
     do { $signal = syscall($sigtimedwait, $set, $info, 0, 8) } while $signal < 0 && $! == $EINTR;
-    alarm(unpack 'l', substr $info, 24, 4) if $signal == $USR1 && unpack('l', substr $info, 8, 4) == $QUEUED;
+    alarm(unpack 'l', substr $info, 24, 4) if $signal == $DEADLINE && unpack('l', substr $info, 8, 4) == $QUEUED;
     while ((my $ended = waitpid -1, 1) > 0) { $status = $? if $ended == $jail }
 }
 # Each turn kills every child and waits for one. When one has ended, those that it left are children of this process.
