@@ -53,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, behind --")
     _add_program(parser)
     _add_overrides(parser)
+    _add_files(parser)
     _add_input(parser)
     _add_machine(parser)
     _add_output(parser)
@@ -95,6 +96,32 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("changes to the policy, each any number of times")
     for name, form, meaning in OVERRIDES:
         group.add_argument(name, action="append", default=[], metavar=form, help=meaning)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("its files")
+    group.add_argument(
+        "--changes",
+        choices=("apply", "keep", "discard"),
+        default="apply",
+        help="what becomes of its changes to the folders that it may change, when it has ended by itself; kept ones "
+        "wait for x07 diff, x07 apply (default: apply)",
+    )
+    group.add_argument("--diff", type=Path, metavar="FILE", help="write its changes there too, as a patch to read")
+    group.add_argument(
+        "--out", type=Path, metavar="DIR", help="a folder of ours that it finds as /x07/out, to write to"
+    )
+    group.add_argument(
+        "--allow-protected",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="let it change names that other tools run or obey (.git, Jenkinsfile): docs/policy.md",
+    )
+    group.add_argument("--hide", action="append", default=[], metavar="PATTERN", help="names that do not go in")
+    group.add_argument(
+        "--reveal", action="append", default=[], metavar="PATTERN", help="a pattern of secrets that does: '*.pem'"
+    )
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:

@@ -51,17 +51,40 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return "changed" if self.after is not None else "deleted"
 
 
+Rule = Literal[
+    "fs.deny_hidden",
+    "fs.allow_symlinks",
+    "fs.allow_mkdir",
+    "fs.allow_remove",
+    "fs.allow_rename",
+    "fs.max_write_bytes",
+    "fs.max_depth",
+    "protected",
+    "kind",
+]
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One change that may not be done. value: what would have to stand in the policy, None where nothing would do."""
+
+    name: str
+    rule: Rule
+    why: str
+    value: int | bool | None = None
+
+
 class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Changes below one folder of the host.
 
     root: its absolute path, without a link on the way. missing: it was not there, and is made if it is to hold
-    something. changes: sorted by name.
+    something. changes: sorted by name. refused: those of them that may not be done; while there are any, none is.
     """
 
     root: str
     guest: str
     missing: bool
     changes: tuple[Change, ...]
+    refused: tuple[Refused, ...] = ()
 
 
 class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,3 +107,8 @@ def encode(changes: ChangeSet) -> bytes:
 def decode(data: bytes) -> ChangeSet:
     """The way back. Raises ValueError (msgspec.ValidationError is one)."""
     return msgspec.convert(json.loads(data), ChangeSet)
+
+
+def shown(name: str) -> str:
+    """A name as text that can be written anywhere: bytes that are no UTF-8 as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -7,12 +7,12 @@ done keeps the whole set back, and each is named.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from x07_sandbox.errors import PeerError
-from x07_sandbox.files.changes import Change, Node
+from x07_sandbox.files.changes import Change, Node, Refused
 from x07_sandbox.files.copy import stays_inside
 
 if TYPE_CHECKING:
@@ -22,17 +22,6 @@ if TYPE_CHECKING:
     from x07_sandbox.files.incoming import Told
     from x07_sandbox.files.protected import Protection
 
-Rule = Literal[
-    "fs.deny_hidden",
-    "fs.allow_symlinks",
-    "fs.allow_mkdir",
-    "fs.allow_remove",
-    "fs.allow_rename",
-    "fs.max_write_bytes",
-    "fs.max_depth",
-    "protected",
-    "kind",
-]
 _SPECIAL_BITS: Final = 0o7000
 
 
@@ -42,15 +31,6 @@ class Allowed(msgspec.Struct, frozen=True, kw_only=True):
     mkdir: bool
     remove: bool
     rename: bool
-
-
-class Refused(msgspec.Struct, frozen=True, kw_only=True):
-    """One change that may not be done. value: what would have to stand in the policy, None where nothing would do."""
-
-    name: str
-    rule: Rule
-    why: str
-    value: int | bool | None = None
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):

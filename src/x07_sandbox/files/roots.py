@@ -1,7 +1,6 @@
 """Which folders of the host a policy opens, where they lie in the guest, and which of them travel together.
 
-Places in the guest are those of X07 (facts of upstream 6.6): an absolute root has the same path there, a relative one
-lies below the folder where the program starts. `place` is pure; `trees_of` looks at the host.
+Where they lie there is for plan/places to say.
 """
 
 from __future__ import annotations
@@ -9,29 +8,17 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from x07_sandbox.errors import UsageError
+from x07_sandbox.plan.places import inside, place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from x07_sandbox.policy.model import Policy
-
-PROJECT: Final = "/x07/in/project"
-PROGRAM: Final = "/opt/x07"
-OUT: Final = "/x07/out"
-# The guest's own tree: nothing of the host's may lie in it, above it or over it.
-_SYSTEM: Final = tuple(
-    f"/{name}"
-    for name in (
-        *("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "lost+found", "opt/x07", "proc", "run"),
-        *("sbin", "sys", "usr", "var", "x07"),
-    )
-)
-_OVER: Final = ("/tmp", "/opt")  # noqa: S108 - the guest's own; something in them may be of the host, not all of them
 
 
 class Root(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,27 +55,6 @@ class Tree(msgspec.Struct, frozen=True, kw_only=True):
     mounts: tuple[Mount, ...]
 
 
-def place(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str]:
-    """Where a root of that name lies in the guest, or None and why there is no place for it. start: PROJECT, PROGRAM.
-
-    Pure. An answer is a normal path.
-    """
-    if not given or "\0" in given:
-        return None, "it names nothing"
-    if deny_hidden and any(part.startswith(".") and part not in {".", ".."} for part in given.split("/")):
-        return None, "it is hidden, and fs.deny_hidden is true"
-    if given.startswith("/"):
-        path = "/" + os.path.normpath(given).lstrip("/")
-        own = next((own for own in _SYSTEM if path == own or _inside(path, own) or _inside(own, path)), None)
-        if own is None and path in _OVER:
-            own = path
-        return (path, "") if own is None else (None, f"it would lie over {own}, which is the machine's own")
-    relative = os.path.normpath(given)
-    if relative == ".." or relative.startswith("../"):
-        return None, "it leads out of the folder that it is relative to"
-    return os.path.normpath(f"{start}/{relative}"), ""
-
-
 def roots_of(policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
     """The roots that a policy opens, relative ones below *base* on the host.
 
@@ -115,11 +81,11 @@ def trees_of(roots: Sequence[Root]) -> tuple[Tree, ...]:
     states = {root.host: _look(root) for root in roots}
     tops: list[str] = []
     for host in sorted(states):
-        if not any(_inside(host, top) and states[top] == "folder" for top in tops):
+        if not any(inside(host, top) and states[top] == "folder" for top in tops):
             tops.append(host)
     trees = []
     for top in tops:
-        inner = [root for root in roots if root.host == top or (states[top] == "folder" and _inside(root.host, top))]
+        inner = [root for root in roots if root.host == top or (states[top] == "folder" and inside(root.host, top))]
         base, only = (str(Path(top).parent), Path(top).name) if states[top] == "file" else (top, "")
         trees.append(Tree(host=base, only=only, mounts=_mounts(inner, base, states)))
     return tuple(trees)
@@ -129,7 +95,7 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
     writable = [root.host for root in roots if root.write]
     found: dict[str, Mount] = {}
     for root in sorted(roots, key=lambda root: (len(PurePosixPath(root.guest).parts), root.guest)):
-        write = any(root.host == host or _inside(root.host, host) for host in writable)
+        write = any(root.host == host or inside(root.host, host) for host in writable)
         sub = "" if root.host == base else os.path.relpath(root.host, base)
         found[root.guest] = Mount(
             sub=sub, at=root.guest, host=root.host, write=write, missing=states[root.host] == "missing"
@@ -143,14 +109,10 @@ def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
     for number, tree in enumerate(trees):
         hosts: set[str] = set()
         for mount in sorted(tree.mounts, key=lambda mount: mount.host):
-            if mount.write and not any(mount.host == host or _inside(mount.host, host) for host in hosts):
+            if mount.write and not any(mount.host == host or inside(mount.host, host) for host in hosts):
                 hosts.add(mount.host)
                 found.append((number, mount))
     return found
-
-
-def _inside(path: str, folder: str) -> bool:
-    return path.startswith(folder.rstrip("/") + "/")
 
 
 def _look(root: Root) -> str:

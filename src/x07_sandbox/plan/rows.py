@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from x07_sandbox.plan.places import PROGRAM, place
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import SCHEMA_VERSION
 
@@ -49,8 +50,9 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def files(self) -> bool:
-        """Whether the policy asks for files of the host."""
-        return bool(self.entries("fs.read_roots") or self.entries("fs.write_roots"))
+        """Whether the policy gives files of the host."""
+        roots = self.entries("fs.read_roots") or self.entries("fs.write_roots")
+        return self.values["fs.enabled"] is True and bool(roots)
 
     @property
     def connections(self) -> bool:
@@ -75,6 +77,21 @@ _VM: Final = "the virtual machine"
 _CGROUP: Final = "the guest's control group"
 _RLIMIT: Final = "the guest's resource limits"
 _NOBODY: Final = "nobody yet"
+_COPY: Final = "the copying of files"
+_CHANGES: Final = "the check of changes"
+_OF_CHANGES: Final = frozenset({"fs.allow_mkdir", "fs.allow_remove", "fs.allow_rename", "fs.max_write_bytes"})
+_FILE_RULES: Final = {
+    "fs.enabled": "only what the roots name is there",
+    "fs.deny_hidden": "if true, hidden names neither go in nor come back",
+    "fs.allow_symlinks": "if false, links neither go in nor come back; none that leads out of its root ever does",
+    "fs.allow_mkdir": "judged by what is new when the program has ended",
+    "fs.allow_remove": "judged by what is gone when the program has ended",
+    "fs.allow_rename": "judged by what has another name when the program has ended",
+    "fs.max_read_bytes": "a larger file does not go in; 0 stands for 16 MiB",
+    "fs.max_write_bytes": "a larger file does not come back; 0 stands for 16 MiB",
+    "fs.max_entries": "more entries do not go in, nor come back; 0 stands for 10,000",
+    "fs.max_depth": "what lies deeper neither goes in nor comes back; 0 stands for 64",
+}
 
 
 def _always(by: str, why: str) -> Row:
@@ -102,14 +119,30 @@ def _label(_asked: Asked, _field: str) -> Answer:
 
 
 def _roots(asked: Asked, field: str) -> Answer:
-    if asked.entries(field):
-        return Answer("refused", _NOBODY, "this version cannot yet give a program files of the host")
-    return _no_files(asked, field)
+    given = [str(root) for root in asked.entries(field)]
+    if not given or not asked.files:
+        return _no_files(asked, field)
+    if "host-files" not in asked.holds:
+        return Answer("refused", _NOBODY, "this backend cannot give a program files of the host")
+    hidden = asked.values["fs.deny_hidden"] is True
+    for root in given:
+        where, why = place(root, PROGRAM, deny_hidden=hidden)
+        if where is None:
+            return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no place in the machine ({why})")
+    if field == "fs.read_roots":
+        return Answer("enforced", _COPY, "it gets copies of these, which it cannot change")
+    return Answer("enforced", _CHANGES, "it gets copies of these; changes come back only as a checked set")
+
+
+def _copied(asked: Asked, field: str) -> Answer:
+    """Fields that decide what is copied in, and what of changes may come back."""
+    if not asked.files:
+        return _no_files(asked, field)
+    by = _CHANGES if field in _OF_CHANGES else _COPY
+    return Answer("enforced", by, _FILE_RULES[field])
 
 
 def _no_files(asked: Asked, _field: str) -> Answer:
-    if asked.files:
-        return Answer("not-enforced-yet", _NOBODY, "this version cannot yet give a program files of the host")
     if "no-host-files" not in asked.holds:
         return Answer("not-enforced-yet", _NOBODY, "this backend does not keep the host's files away")
     return Answer("enforced", _VM, "no file of the host is in the machine")
@@ -206,21 +239,7 @@ TABLE: Final[dict[str, Row]] = {
     "limits.core_dumps": _limit(_RLIMIT, "the size of a core file is zero unless core dumps are allowed"),
     "fs.read_roots": _roots,
     "fs.write_roots": _roots,
-    **dict.fromkeys(
-        (
-            "fs.enabled",
-            "fs.deny_hidden",
-            "fs.allow_symlinks",
-            "fs.allow_mkdir",
-            "fs.allow_remove",
-            "fs.allow_rename",
-            "fs.max_read_bytes",
-            "fs.max_write_bytes",
-            "fs.max_entries",
-            "fs.max_depth",
-        ),
-        _no_files,
-    ),
+    **dict.fromkeys(_FILE_RULES, _copied),
     "net.allow_hosts": _hosts,
     **dict.fromkeys(("net.enabled", "net.allow_dns", "net.allow_tcp", "net.allow_udp"), _no_network),
     "db.enabled": _database,

@@ -26,6 +26,9 @@ from x07_sandbox.runs.streams import Cancel, InFile, OutFile, Sink
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
+    from x07_sandbox.files.incoming import Incoming
+else:
+    Incoming = Any  # its module is loaded only where files may change
 
 _LOST_S: Final = 1.0  # how long a machine whose channel has ended may take to end itself, so that we can say how
 _FILL: Final = 256 * 1024  # bytes queued for the guest at most, besides the windows
@@ -34,6 +37,7 @@ _FILL: Final = 256 * 1024  # bytes queued for the guest at most, besides the win
 class PhaseRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What one phase is to do. Descriptors and sinks are lent.
 
+    mounts: where trees go, as START has them. changes: takes what comes back of them, if anything does.
     on_started: called when the program runs. stdin_fd: where the program's input is streamed from; None for none.
     limits: the agent's share of the plan: mem_bytes, tasks, cpu_ms, fds, core_bytes, tmp_bytes.
     """
@@ -44,6 +48,8 @@ class PhaseRequest(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str]
     cwd: str
     files: tuple[InFile, ...]
+    mounts: list[dict[str, Any]]
+    changes: Incoming | None
     limits: dict[str, int]
     wall_ms: int
     stdin_fd: int | None
@@ -94,6 +100,7 @@ class Phase:
         self.input_hash = hashlib.sha256()
         self.input_problem = ""
         self.input_done = request.stdin_fd is None
+        self.to_come: set[int] = set()  # streams, once the program has ended
         self.sinks = {Stream.STDOUT: request.stdout, Stream.STDERR: request.stderr}
 
     def run(self) -> PhaseFacts:
@@ -198,11 +205,18 @@ class Phase:
             self._take_control(event)
         elif isinstance(event, Data):
             self._take_data(event)
-        elif isinstance(event, Eof) and event.stream == Stream.OUTPUT_FILE and self.request.output is not None:
-            self.request.output.complete = self.request.output.size == self.usage.get("output_bytes")
-            self._end()
+        elif isinstance(event, Eof) and event.stream in self.to_come:
+            self._arrived(event.stream)
         elif isinstance(event, Credit):
             return  # `_fill` looks at the windows anyway
+
+    def _arrived(self, stream: int) -> None:
+        output = self.request.output
+        if stream == Stream.OUTPUT_FILE and output is not None:
+            output.complete = output.size == self.usage.get("output_bytes")
+        self.to_come.discard(stream)
+        if not self.to_come:
+            self._end()
 
     def _take_control(self, event: Control) -> None:
         body = event.body
@@ -258,6 +272,7 @@ class Phase:
                 "env": request.env,
                 "cwd": request.cwd,
                 "files": files,
+                "mounts": request.mounts,
                 "limits": request.limits,
                 "output": output,
             },
@@ -269,6 +284,13 @@ class Phase:
             if output is None or not output.take(event.payload):
                 raise PeerError("bad data", "an output file that was not asked for, or is larger than announced")
             self.link.consumed(event.stream, len(event.payload))
+            return
+        if event.stream == Stream.CHANGES:
+            if Stream.CHANGES not in self.to_come or self.request.changes is None:
+                raise PeerError("bad data", "changes that were not asked for")
+            self.link.consumed(event.stream, len(event.payload))
+            if not self.request.changes.take(event.payload):
+                self._arrived(Stream.CHANGES)
             return
         sink = self.sinks[Stream(event.stream)]
         self.link.consumed(event.stream, sink.take(event.payload))
@@ -288,10 +310,13 @@ class Phase:
         self.stage = Stage.COLLECT
         self.deadline = Deadline.after(settings.CHANGES_OUT_S)
         output = self.request.output
-        if output is None or body["output_bytes"] is None:
-            self._end()
-        else:
+        if output is not None and body["output_bytes"] is not None:
             output.max_bytes = min(output.max_bytes, body["output_bytes"])  # it is held to what it announced
+            self.to_come.add(Stream.OUTPUT_FILE)
+        if self.request.changes is not None:
+            self.to_come.add(Stream.CHANGES)
+        if not self.to_come:
+            self._end()
 
     # what goes to the guest
 

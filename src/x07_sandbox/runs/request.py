@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -50,6 +50,9 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
     require_hardware: refuse emulation. profile, x07: of an X07 project, and what its compiler is told; x07_input is
     its whole input, set when it is read.
+    changes: what becomes of the program's changes to files when it has ended by itself. out: a folder for its /x07/out.
+    allow_protected: patterns of names that are let go (files/protected). hide, reveal: more patterns of names that are
+    not copied in, and those that are all the same.
     progress: told of what takes seconds besides the program; of nothing, "", when that is over.
     """
 
@@ -79,6 +82,11 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     profile: str | None = None
     x07: X07Options | None = None
     x07_input: bytes = b""
+    changes: Literal["apply", "keep", "discard"] = "apply"
+    out: Path | None = None
+    allow_protected: tuple[str, ...] = ()
+    hide: tuple[str, ...] = ()
+    reveal: tuple[str, ...] = ()
     progress: Callable[[str], None] = lambda _text: None
     cancel: Cancel
 

@@ -89,10 +89,26 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     how_to_allow: HowToAllow
 
 
+class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One name that the program changed. root: the folder of the host. name: from there."""
+
+    root: str
+    name: str
+    action: Literal["added", "changed", "deleted"]
+
+
 class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of the program's changes to files."""
+    """What became of the program's changes to files.
+
+    reason: why they were not applied. added, changed, deleted: how many. names: the first 1000, all deletions first.
+    """
 
     state: Literal["none", "applied", "kept", "conflict", "discarded"] = "none"
+    reason: str = ""
+    added: int = 0
+    changed: int = 0
+    deleted: int = 0
+    names: tuple[ChangedName, ...] = ()
 
 
 class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

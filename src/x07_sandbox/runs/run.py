@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
     from x07_sandbox.plan.controls import Plan
     from x07_sandbox.plan.outcomes import Verdict
+    from x07_sandbox.runs.host_files import HostFiles
     from x07_sandbox.runs.request import RunRequest
 
 # By the value of their outcome: its table is loaded only while a machine comes up, or where one of these is raised.
@@ -135,7 +136,43 @@ def _carry_out(
     if failed is not None:
         return failed
     so_far.digests["artifact"] = f"sha256:{artifact.sha256()}"
-    return session.run(session.run_spec(artifact, policy, policy_bytes, plan.limits, stack), policy)
+    host_files = _host_files(request, program, policy, folder, stack)
+    if host_files is not None:
+        so_far.denials += host_files.denials()
+    spec = session.run_spec(artifact, policy, policy_bytes, plan.limits, stack, host_files)
+    ending = session.run(spec, policy)
+    return ending if host_files is None else _settled(host_files, ending, so_far)
+
+
+def _host_files(
+    request: RunRequest, program: Program, policy: Policy, folder: RunFolder, stack: contextlib.ExitStack
+) -> HostFiles | None:
+    """The host's files of a run, or None where it has none. Raises SandboxError."""
+    if request.out is None and not policy.fs.read_roots and not policy.fs.write_roots:
+        return None  # before a module is loaded for it
+    from x07_sandbox.runs.host_files import HostFiles, wanted
+
+    if not wanted(request, policy):
+        return None
+    with request.cancel.waiting():
+        return HostFiles(request, program, policy, folder, stack)
+
+
+def _settled(host_files: HostFiles, ending: Verdict, so_far: Progress) -> Verdict:
+    """The verdict, when it is known what became of the changes to files: what the guest says of them may undo it."""
+    from x07_sandbox.errors import PeerError
+    from x07_sandbox.plan.outcomes import Outcome, verdict
+
+    well = ending.outcome in {Outcome.OK, Outcome.FAILED}
+    try:
+        so_far.changes, refused, warning = host_files.settle(ended_well=well)
+    except PeerError as exc:
+        return verdict(Outcome.GUEST_LOST, f"the guest broke the channel's protocol: {exc.why}", fault="program")
+    so_far.denials += refused
+    if warning:
+        so_far.warnings.append(warning)
+    so_far.kept_back = ending.outcome is Outcome.OK and bool(so_far.changes.reason)
+    return ending
 
 
 def _with_x07_input(request: RunRequest, stack: contextlib.ExitStack) -> RunRequest:
@@ -195,12 +232,15 @@ def _result(so_far: Progress, ending: Verdict) -> Result:
     controls = (
         [] if plan is None else [ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls]
     )
+    exit_code = ending.x07_exit_code
+    if so_far.kept_back:
+        from x07_sandbox.plan.outcomes import REFUSED_EXIT as exit_code  # noqa: N811 - a module that is loaded late
     return Result(
         run=so_far.run_id,
         outcome=ending.outcome.value,
         fault=ending.fault,
         reason=ending.reason,
-        x07_exit_code=ending.x07_exit_code,
+        x07_exit_code=exit_code,
         exit_code=ending.exit_code,
         signal=ending.signal,
         isolation=availability.features.isolation if availability else None,
@@ -214,6 +254,7 @@ def _result(so_far: Progress, ending: Verdict) -> Result:
         digests=Digests(**so_far.digests),
         controls=controls,
         denials=so_far.denials,
+        changes=so_far.changes,
         warnings=so_far.warnings,
     )
 

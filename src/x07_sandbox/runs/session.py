@@ -18,9 +18,9 @@ from x07_sandbox.plan.controls import Plan
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
-from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, SOURCE_FOLDER
+from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, PROJECT_FOLDER, SOURCE_FOLDER
 from x07_sandbox.runs.request import in_memory, sha256_text
-from x07_sandbox.runs.result import NOTHING, BuildOutput, Denial, HowToAllow, Output, PhaseReport
+from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Denial, HowToAllow, Output, PhaseReport
 from x07_sandbox.runs.streams import InFile, OutFile
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from x07_sandbox.policy import Policy
     from x07_sandbox.runs.execute import PhaseFacts
     from x07_sandbox.runs.folder import RunFolder
+    from x07_sandbox.runs.host_files import HostFiles
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.streams import Cancel, Sink
@@ -55,6 +56,8 @@ class Progress(msgspec.Struct):
     digests: dict[str, str] = msgspec.field(default_factory=dict)
     denials: list[Denial] = msgspec.field(default_factory=list)
     warnings: list[str] = msgspec.field(default_factory=list)
+    changes: Changes = Changes()
+    kept_back: bool = False  # changes that were to be applied and were not
     stdout: Output = NOTHING
     stderr: Output = NOTHING
 
@@ -69,6 +72,9 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     wall_ms: int
     env: dict[str, str]
     ram_bytes: int
+    cwd: str = _CWD
+    mounts: tuple[dict[str, Any], ...] = ()
+    changes: Any = None  # files/incoming.Incoming, whose module is loaded only where files may change
     output: OutFile | None = None
     limits_shown: Any = None
 
@@ -93,8 +99,10 @@ def carry_out(
         phase=spec.name,
         argv=spec.argv,
         env=spec.env,
-        cwd=_CWD,
+        cwd=spec.cwd,
         files=spec.files,
+        mounts=list(spec.mounts),
+        changes=spec.changes,
         limits=spec.limits,
         wall_ms=spec.wall_ms,
         stdin_fd=stdin_fd,
@@ -194,7 +202,13 @@ class Session:
     # its run
 
     def run_spec(
-        self, artifact: OutFile, policy: Policy, policy_bytes: bytes, limits: RunLimits, stack: contextlib.ExitStack
+        self,
+        artifact: OutFile,
+        policy: Policy,
+        policy_bytes: bytes,
+        limits: RunLimits,
+        stack: contextlib.ExitStack,
+        host_files: HostFiles | None = None,
     ) -> PhaseSpec:
         """The run of an artifact."""
         toolchain = self.program.toolchain
@@ -211,6 +225,15 @@ class Session:
         if toolchain.told:
             files.append(in_memory(self.request.x07_input, f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
             args = []  # they are its input
+        project = self.program.project
+        mounts: tuple[dict[str, Any], ...] = ()
+        if project or host_files is not None:
+            from x07_sandbox.runs.host_files import project_mounts
+
+            mounts = project_mounts(project=project)
+        if host_files is not None:
+            mounts = host_files.mounts(len(files), project=project)
+            files += host_files.files
         return PhaseSpec(
             name="run",
             argv=[*toolchain.start(self.program.source), *args],
@@ -219,6 +242,9 @@ class Session:
             wall_ms=limits.wall_ms,
             env={**_ENVIRONMENT, **self.request.env, **program_environment(policy)},
             ram_bytes=limits.ram_bytes,
+            cwd=PROJECT_FOLDER if project else _CWD,
+            mounts=mounts,
+            changes=None if host_files is None else host_files.incoming,
             limits_shown=policy.limits,
         )
 

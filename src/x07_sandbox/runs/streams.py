@@ -25,7 +25,8 @@ _ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
 class InFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file that goes into the guest.
 
-    path: where it lies there. kind: "file", or "archive" to be unpacked there.
+    path: where it lies there. kind: "file", "archive" to be unpacked there, or "tree" (channel/trees), which goes to
+    places of its own.
     fd: open for reading, lent; read from offset 0, so that one descriptor serves several jobs.
     """
 

@@ -1,0 +1,270 @@
+"""The host's files of one run: copied in before it, and what the program changed of them after it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from x07_sandbox.channel.frames import Stream
+from x07_sandbox.errors import HostError, RefusedError
+from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, shown
+from x07_sandbox.files.copy import SECRETS, WORDS, bounds_of, copy_tree
+from x07_sandbox.files.incoming import Incoming
+from x07_sandbox.files.judge import Allowed, judge
+from x07_sandbox.files.protected import Protection
+from x07_sandbox.files.roots import Root, change_roots, roots_of, trees_of
+from x07_sandbox.host import settings
+from x07_sandbox.host.paths import private_dir
+from x07_sandbox.plan.places import OUT, PROGRAM, PROJECT
+from x07_sandbox.runs.result import ChangedName, Changes, Denial, HowToAllow
+from x07_sandbox.runs.streams import InFile
+
+if TYPE_CHECKING:
+    import contextlib
+
+    from x07_sandbox.files.changes import Node, Refused
+    from x07_sandbox.files.copy import Copied, Reason
+    from x07_sandbox.files.roots import Mount, Tree
+    from x07_sandbox.policy.model import Policy
+    from x07_sandbox.runs.folder import RunFolder
+    from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.request import RunRequest
+
+_NAMES_MAX: Final = 1000  # of a result; all are in the run's folder
+_DENIALS_MAX: Final = 100
+_FIELDS: Final[dict[Reason, tuple[str, object]]] = {
+    "hidden": ("fs.deny_hidden", False),
+    "link": ("fs.allow_symlinks", True),
+    "deep": ("fs.max_depth", 256),
+}
+
+
+def wanted(request: RunRequest, policy: Policy) -> bool:
+    """Whether a run has files of the host at all."""
+    return request.out is not None or (policy.fs.enabled and bool(policy.fs.read_roots or policy.fs.write_roots))
+
+
+class HostFiles:
+    """Those of one run. Made before its machine, settled after it.
+
+    cwd: where the program starts.
+    """
+
+    def __init__(
+        self, request: RunRequest, program: Program, policy: Policy, folder: RunFolder, stack: contextlib.ExitStack
+    ) -> None:
+        """Copy in. Raises SandboxError."""
+        self._request = request
+        self._policy = policy
+        self._place = folder.path / "changes"
+        secrets = tuple(pattern for pattern in (*SECRETS, *request.hide) if pattern not in request.reveal)
+        self._bounds = bounds_of(policy, secrets)
+        start = PROJECT if program.project else PROGRAM
+        self.trees = trees_of(_roots(request, policy, base_folder(request, program), start))
+        self.copied: list[Copied] = []
+        self.files: list[InFile] = []
+        left = settings.COPY_IN_MAX_BYTES
+        for number, tree in enumerate(self.trees):
+            request.progress(f"copying {tree.host} in")
+            self._copy(number, tree, left, folder)
+            left -= self.copied[-1].size
+        roots = change_roots(self.trees)
+        every = ((number, mount) for number, tree in enumerate(self.trees) for mount in tree.mounts)
+        # Outer ones first, so that none covers another.
+        self._mounts = sorted(every, key=lambda one: (one[1].at.count("/"), one[1].at))
+        self._roots = [one for one in self._mounts if one in roots]
+        self.incoming: Incoming | None = None
+        if self._roots and request.changes != "discard":
+            private_dir(self._place)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._data_fd = os.open(self._place / "data", flags, 0o600)
+            stack.callback(os.close, self._data_fd)
+            most = self._bounds.entries + sum(len(copied.nodes) for copied in self.copied)
+            self.incoming = Incoming(
+                self._data_fd, roots=len(self._roots), most_entries=most, most_bytes=settings.CHANGES_MAX_BYTES
+            )
+
+    def _copy(self, number: int, tree: Tree, left: int, folder: RunFolder) -> None:
+        packed = folder.out_file(f"tree {number}", 1 << 60)
+        try:
+            with os.fdopen(os.dup(packed.fd), "wb") as out:
+                self.copied.append(copy_tree(tree, self._bounds, out, left))
+                size = out.tell()
+        except OSError as exc:
+            why, fix = exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR to a larger disk"
+            raise HostError("cannot keep a copy of the program's files", why, fix) from exc
+        self.files.append(InFile(path=tree.host, mode=0, kind="tree", fd=packed.fd, size=size))
+
+    def mounts(self, first: int, *, project: bool) -> tuple[dict[str, Any], ...]:
+        """Where they go, as START has it. first: number of the first tree among the files of START."""
+        found = [
+            {
+                "tree": Stream.FIRST_FILE + first + number,
+                "sub": mount.sub,
+                "at": mount.at,
+                "write": mount.write,
+                "changes": self.incoming is not None and (number, mount) in self._roots,
+            }
+            for number, mount in self._mounts
+        ]
+        return (*project_mounts(project=project), *found)
+
+    # what was left out
+
+    def denials(self) -> list[Denial]:
+        """What was not copied in, one entry a reason."""
+        found = []
+        for copied in self.copied:
+            for reason, left in copied.left_out.items():
+                field, value = _FIELDS.get(reason, ("fs.read_roots", "a file that can be copied"))
+                flag = None
+                if reason == "large":
+                    field, value = "fs.max_read_bytes", left.most
+                elif reason == "secret":
+                    field, value, flag = "secrets", None, f"--reveal {Path(left.names[0]).name}"
+                more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
+                subject = f"{', '.join(map(shown, left.names))}{more}: {WORDS[reason]}"
+                found.append(_denial(field, "copy", subject, "copying in", left.count, (value, flag)))
+        return found
+
+    # what came back
+
+    def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
+        """What becomes of the changes: the state, what was refused, and a warning or nothing.
+
+        ended_well: the program ended by itself. Raises PeerError where the guest contradicts itself, HostError.
+        """
+        incoming = self.incoming
+        if incoming is None:
+            return Changes(state="discarded" if self._roots else "none"), [], ""
+        if not incoming.complete:
+            self._forget()
+            why = incoming.problem or "its machine ended before they came"
+            return Changes(state="discarded", reason=why), [], f"the program's changes to files are lost: {why}"
+        changes = self._judged(incoming)
+        if not any(root.changes or root.refused for root in changes.roots):
+            self._forget()
+            return Changes(), [], ""
+        (self._place / "changes.json").write_bytes(encode(changes))
+        refused = [refusal for root in changes.roots for refusal in root.refused]
+        if refused:
+            why = f"{len(refused)} of them may not be done"
+            return _told(changes, "kept", why), [_refusal(one) for one in refused[:_DENIALS_MAX]], ""
+        if self._request.changes == "keep" or not ended_well:
+            return _told(changes, "kept", "" if ended_well else "the program did not end by itself"), [], ""
+        return self._applied(changes)
+
+    def _applied(self, changes: ChangeSet) -> tuple[Changes, list[Denial], str]:
+        from x07_sandbox.files.apply import ConflictError, apply
+
+        try:
+            apply(changes, self._data_fd, self._place, on_wait=self._request.progress)
+        except ConflictError as exc:
+            return _told(changes, "conflict", exc.why), [], ""
+        except HostError as exc:
+            return _told(changes, "kept", f"{exc.what}: {exc.why}"), [], str(exc)
+        return _told(changes, "applied", ""), [], ""
+
+    def _judged(self, incoming: Incoming) -> ChangeSet:
+        allowed = Allowed(
+            mkdir=self._policy.fs.allow_mkdir, remove=self._policy.fs.allow_remove, rename=self._policy.fs.allow_rename
+        )
+        roots = []
+        for number, (tree, mount) in enumerate(self._roots):
+            before = _below(self.copied[tree].nodes, mount.sub)
+            told = [one for one in incoming.told if one.root == number]
+            protection = Protection(mount.host, self._own(mount), self._request.allow_protected)
+            judged = judge(before, told, self._bounds, allowed, protection)
+            roots.append(
+                RootChanges(
+                    root=mount.host,
+                    guest=mount.at,
+                    missing=mount.missing,
+                    changes=judged.changes,
+                    refused=judged.refused,
+                )
+            )
+        return ChangeSet(run=self._place.parent.name, roots=tuple(roots))
+
+    def _own(self, mount: Mount) -> list[str]:
+        """Names below a root of what the run itself was told by."""
+        policy = self._request.policy
+        if not isinstance(policy, (str, Path)):
+            return []
+        path = os.path.realpath(policy)
+        return [os.path.relpath(path, mount.host)] if path.startswith(f"{mount.host}/") else []
+
+    def _forget(self) -> None:
+        (self._place / "data").unlink(missing_ok=True)
+        self._place.rmdir()
+
+
+def project_mounts(*, project: bool) -> tuple[dict[str, Any], ...]:
+    """Where a program with a manifest starts: the same private folder, under the name that relative roots have."""
+    if not project:
+        return ()
+    return ({"tree": None, "sub": "", "at": PROJECT, "write": True, "changes": False},)
+
+
+def base_folder(request: RunRequest, program: Program) -> Path:
+    """The folder that relative roots are below: the project's, else ours."""
+    if program.project and request.program is not None:
+        path = Path(request.program)
+        return Path(os.path.realpath(path if path.is_dir() else path.parent))
+    return Path.cwd()
+
+
+def _roots(request: RunRequest, policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
+    roots = roots_of(policy, base, start)
+    if request.out is None:
+        return roots
+    out = os.path.normpath(Path.cwd() / request.out)
+    if any(root.guest == OUT for root in roots):
+        raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Leave one of them out")
+    return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
+
+
+def _below(nodes: dict[str, Node], sub: str) -> dict[str, Node]:
+    if not sub:
+        return nodes
+    prefix = f"{sub}/"
+    found = {name[len(prefix) :]: node for name, node in nodes.items() if name.startswith(prefix)}
+    if sub in nodes:
+        found[""] = nodes[sub]
+    return found
+
+
+def _told(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN401 - Changes knows its states
+    every = [(root.root, change) for root in changes.roots for change in root.changes]
+    every.sort(key=lambda one: one[1].action != "deleted")
+    names = tuple(
+        ChangedName(root=shown(root), name=shown(change.name), action=change.action)
+        for root, change in every[:_NAMES_MAX]
+    )
+    return Changes(
+        state=state,
+        reason=reason,
+        added=changes.count("added"),
+        changed=changes.count("changed"),
+        deleted=changes.count("deleted"),
+        names=names,
+    )
+
+
+def _refusal(refused: Refused) -> Denial:
+    flag = f"--allow-protected {shown(refused.name)}" if refused.rule == "protected" else None
+    subject = f"{shown(refused.name)}: {refused.why}"
+    return _denial(refused.rule, "change", subject, "the check of changes", 1, (refused.value, flag))
+
+
+def _denial(field: str, action: str, subject: str, by: str, count: int, how: tuple[object, str | None]) -> Denial:
+    return Denial(
+        field=field,
+        action=action,
+        subject=subject,
+        enforced_by=by,
+        observed_by="host",
+        count=count,
+        how_to_allow=HowToAllow(json_path=f"$.{field}", value=how[0], flag=how[1]),
+    )
