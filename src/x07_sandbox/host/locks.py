@@ -19,15 +19,21 @@ def file_lock(path: Path, *, on_wait: Callable[[], None] | None = None) -> Itera
     """
     fd = forks.keep(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if on_wait is not None:
-                on_wait()
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        _take(fd, on_wait)
         yield
     finally:
         forks.unlock(fd)
+
+
+@contextlib.contextmanager
+def opened_lock(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """The same on what is open already, for reading at least. It is closed at the end."""
+    forks.keep(owned_fd)
+    try:
+        _take(owned_fd, on_wait)
+        yield
+    finally:
+        forks.unlock(owned_fd)
 
 
 def share_folder(path: Path) -> int:
@@ -57,3 +63,12 @@ def folder_to_remove(path: Path) -> Iterator[bool]:
             yield True
     finally:
         os.close(fd)
+
+
+def _take(fd: int, on_wait: Callable[[], None] | None) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if on_wait is not None:
+            on_wait()
+        fcntl.flock(fd, fcntl.LOCK_EX)

@@ -1,0 +1,306 @@
+"""Applying a set of changes on the host, so that a kill at any point leaves the old tree or the new one.
+
+All is checked first. New content is made in a folder of ours beside the old; a journal says what is about to happen;
+then names change, one after the other, and each displaced thing is looked at once more. A renamed journal is the mark
+that all is done. What was displaced is kept, as a set that undoes this one, and then removed.
+
+The folder of a set, which is private, holds:
+
+    staging, journal, committed   the journal (files/journal), while something is to be undone or finished
+    undo/changes.json, undo/data  the set that undoes the last one applied
+    undo/impossible               instead of these: why there is none
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.errors import HostError
+from x07_sandbox.files import journal
+from x07_sandbox.files.changes import ChangeSet, RootChanges
+from x07_sandbox.files.checks import STAGING, check_set, look_at, reached_by
+from x07_sandbox.files.journal import Head, Place
+from x07_sandbox.files.kept import discard, keep, leave, prepare, publish, why_no_undo
+from x07_sandbox.files.staging import Planner, fill, undo_changes
+from x07_sandbox.files.steps import Site, displaced, do, undo
+from x07_sandbox.files.things import NOTHING, ConflictError, conflict
+from x07_sandbox.host import beneath, forks
+from x07_sandbox.host.locks import opened_lock
+from x07_sandbox.host.paths import private_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from x07_sandbox.files.checks import Found
+    from x07_sandbox.files.journal import Step
+
+    OnWait = Callable[[str], None]
+
+__all__ = ["ConflictError", "apply", "recover", "why_no_undo"]
+
+_SETTLE_S: Final = 1.0  # how long what is in the way of undoing may stay there before it is told
+_FIXES: Final = {
+    errno.ENOSPC: "Free space there",
+    errno.EDQUOT: "Free space there",
+    errno.EROFS: "Make it writable",
+    errno.EACCES: "Apply them as a user who may write there",
+    errno.EPERM: "Apply them as the owner of the files",
+    errno.EXDEV: "Unmount what is mounted there, or name it as a root of its own",
+    errno.EBUSY: "Unmount what is mounted there",
+}
+
+
+def apply(changes: ChangeSet, data_fd: int, folder: Path, *, on_wait: OnWait | None = None) -> ChangeSet:
+    """Bring the host from what the set says was there to what is to be, and give what undoes it.
+
+    data_fd: the contents. folder: see above; made if missing. on_wait is called with the path of what another process
+    works on, before waiting for it. Where all is as it is to be nothing is done, and what undoes it is empty.
+
+    Raises ValueError for a set that makes no sense, ConflictError, HostError: nothing is changed then, but for a
+    HostError that says that something was in the way of undoing: recover() goes on with that.
+    """
+    check_set(changes)
+    with _opened(folder, on_wait):
+        _recover(folder, on_wait)
+        with _told(folder):
+            return _apply(changes, data_fd, folder, on_wait)
+
+
+def recover(folder: Path, *, on_wait: OnWait | None = None) -> None:
+    """Undo or finish what a killed apply() left. Raises HostError if something is in the way, or cannot be found."""
+    if not folder.exists():
+        return
+    with _opened(folder, on_wait):
+        _recover(folder, on_wait)
+
+
+def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | None) -> ChangeSet:
+    roots = [root for root in changes.roots if root.changes]
+    anchors = [reached_by(root) for root in roots]
+    with _sites((path for path, _ in anchors), on_wait) as by_path:
+        found = [look_at(root, by_path[path].fd, prefix) for root, (path, prefix) in zip(roots, anchors, strict=True)]
+        if all(one.done for one in found):
+            nothing = ChangeSet(run=changes.run, roots=())
+            leave(folder, nothing)
+            return nothing
+        if wrong := list(dict.fromkeys(name for one in found for name in one.wrong)):
+            raise conflict(wrong)
+        sites = list({id(site): site for site in by_path.values()}.values())
+        planner = Planner()
+        inverse = []
+        for root, one, (path, _) in zip(roots, found, anchors, strict=True):
+            before = len(planner.steps)
+            planner.add(next(i for i, site in enumerate(sites) if site is by_path[path]), one.items)
+            inverse.append(_inverse(root, one, planner.steps[before:]))
+        undoing = ChangeSet(run=changes.run, roots=tuple(inverse))
+        head = Head(run=changes.run, places=tuple(site.place for site in sites))
+        _execute(folder, head, sites, planner, (undoing, data_fd))
+        return undoing
+
+
+def _inverse(root: RootChanges, found: Found, steps: list[Step]) -> RootChanges:
+    back = tuple(undo_changes(found.items, steps))
+    return RootChanges(root=root.root, guest=root.guest, missing=False, changes=back)
+
+
+def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, sets: tuple[ChangeSet, int]) -> None:
+    undoing, data_fd = sets
+    steps, started = planner.steps, 0
+    try:
+        journal.announce(folder, head)
+        for site in sites:
+            _make_staging(site)
+        journal.announce(folder, head)
+        prepare(folder, undoing)
+        for index, site in enumerate(sites):
+            mine = (step for step in steps if step.place == index)
+            fill(site.fd, site.staging_fd, mine, planner.content, data_fd)
+        journal.write(folder, head, steps)
+        for started, step in enumerate(steps, start=1):  # noqa: B007 - how far it came
+            do(sites[step.place], step)
+        for site in sites:
+            beneath.sync(site.fd)
+        journal.commit(folder)
+    except BaseException:
+        # An interrupt may come when the mark has just been made.
+        if not journal.committed(folder):
+            _roll_back(folder, sites, steps[:started])
+        raise
+    _finish(folder, sites, steps)
+
+
+def _make_staging(site: Site) -> None:
+    os.mkdir(site.place.staging, 0o700, dir_fd=site.fd)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    site.staging_fd = os.open(site.place.staging, flags, dir_fd=site.fd)
+    info = os.fstat(site.staging_fd)
+    site.place.staged = (info.st_dev, info.st_ino)
+
+
+def _roll_back(folder: Path, sites: list[Site], started: list[Step]) -> None:
+    """Undo what was started, the last first. What is in the way for a moment only is waited for."""
+    for site in sites:
+        if site.staging_fd < 0:  # we may have been interrupted when it had just been made
+            _open_staging(site)
+    until = time.monotonic() + _SETTLE_S
+    todo = [step for step in reversed(started) if sites[step.place].staging_fd >= 0]
+    while todo := [step for step in todo if not undo(sites[step.place], step)]:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.01)
+    if stuck := [sites[step.place].path(step.name) for step in todo if step.kind != "mode"]:
+        # Whose mode it is that cannot be set back is gone or elsewhere: nothing is lost with that.
+        kept = ", ".join(ascii(sites[index].path(sites[index].place.staging)) for index in {s.place for s in todo})
+        why = f"something else is at {', '.join(map(ascii, stuck[:5]))}; what was there is kept in {kept}"
+        raise HostError("cannot undo the changes", why, "Move that away, then try again")
+    for site in sites:
+        # Nothing was displaced that is not back. Before a folder of ours was recorded nothing is put in it.
+        discard(site, None if site.place.staged else {})
+    _end(folder)
+
+
+def _finish(folder: Path, sites: list[Site], steps: list[Step]) -> None:
+    keep(folder, sites, steps)
+    publish(folder)
+    for index, site in enumerate(sites):
+        last = [step for step in steps if step.place == index and step.kind == "mode" and step.name == "."]
+        discard(site, displaced(steps, index), last[-1].new_mode if last else None)
+    _end(folder)
+
+
+def _end(folder: Path) -> None:
+    journal.forget(folder)
+    leave(folder, None)
+
+
+def _recover(folder: Path, on_wait: OnWait | None) -> None:
+    with _told(folder):
+        found = journal.read(folder)
+        if found is None:
+            _end(folder)
+            return
+        phase, head, steps = found
+        places = {place.path: place for place in head.places}
+        with _sites(places, on_wait, places) as by_path:
+            sites = [by_path[place.path] for place in head.places]
+            for site in sites:
+                _open_staging(site)
+            if phase == "committed":
+                _finish(folder, sites, steps)
+            else:
+                _roll_back(folder, sites, steps)
+
+
+def _open_staging(site: Site) -> None:
+    """Leave staging_fd at -1 if there is none, or another than the journal says."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(site.place.staging, flags, dir_fd=site.fd)
+    except OSError as exc:
+        if exc.errno not in NOTHING:
+            raise
+        return
+    info = os.fstat(fd)
+    if site.place.staged in {None, (info.st_dev, info.st_ino)}:
+        site.staging_fd = fd
+    else:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _sites(
+    paths: Iterable[str], on_wait: OnWait | None, recorded: dict[str, Place] | None = None
+) -> Iterator[dict[str, Site]]:
+    """Each folder opened, and locked in an order that all keep: that of their inodes, since paths can be two of one.
+
+    recorded: what they must be. Raises ConflictError, HostError.
+    """
+    with contextlib.ExitStack() as stack:
+        by_path: dict[str, Site] = {}
+        by_ident: dict[tuple[int, int], Site] = {}
+        for path in sorted(set(paths)):
+            try:
+                fd = beneath.open_root(path)
+            except OSError as exc:
+                if exc.errno not in NOTHING:
+                    raise
+                raise _elsewhere(path, recorded) from exc
+            stack.callback(_close, forks.keep(fd))
+            info = os.fstat(fd)
+            ident = (info.st_dev, info.st_ino)
+            if recorded is not None and recorded[path].ident != ident:
+                raise _elsewhere(path, recorded)
+            if ident not in by_ident:
+                place = Place(path=path, ident=ident, staging=STAGING + secrets.token_hex(8))
+                by_ident[ident] = Site(place=recorded[path] if recorded else place, fd=fd)
+            by_path[path] = by_ident[ident]
+        for _, site in sorted(by_ident.items()):
+            told = None if on_wait is None else (lambda path=site.place.path: on_wait(path))
+            stack.enter_context(opened_lock(os.dup(site.fd), on_wait=told))
+            stack.callback(_close_staging, site)
+        for path, site in by_path.items():
+            _still_there(path, site, recorded)
+        yield by_path
+
+
+def _close(fd: int) -> None:
+    """Of a folder that may be locked: a copy in a forked child would keep the lock."""
+    forks.forget(fd)
+    os.close(fd)
+
+
+def _close_staging(site: Site) -> None:
+    if site.staging_fd >= 0:
+        os.close(site.staging_fd)
+        site.staging_fd = -1
+
+
+def _still_there(path: str, site: Site, recorded: dict[str, Place] | None) -> None:
+    """Another may have taken its place while we waited for the lock."""
+    try:
+        fd = beneath.open_root(path)
+    except OSError as exc:
+        raise _elsewhere(path, recorded) from exc
+    try:
+        info = os.fstat(fd)
+    finally:
+        os.close(fd)
+    if (info.st_dev, info.st_ino) != site.place.ident:
+        raise _elsewhere(path, recorded)
+
+
+def _elsewhere(path: str, recorded: dict[str, Place] | None) -> Exception:
+    if recorded is None:
+        return conflict([path])
+    why = f"{path!a} is not the folder in which they were begun, or is reached by a link"
+    fix = f"Put that folder back; or take what you need from {recorded[path].staging} in it, and remove the journal"
+    return HostError("cannot recover the changes", why, fix)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, on_wait: OnWait | None) -> Iterator[None]:
+    """The folder of a set, for us alone. Raises HostError."""
+    private_dir(folder)
+    told = None if on_wait is None else (lambda: on_wait(str(folder)))
+    with _told(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with opened_lock(fd, on_wait=told):
+            yield
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What the system refuses, in our words. Raises HostError."""
+    try:
+        yield
+    except OSError as exc:
+        place = exc.filename if isinstance(exc.filename, str) else os.fspath(exc.filename or folder)
+        why = f"{place!a}: {exc.strerror or exc}"
+        fix = _FIXES.get(exc.errno or 0, "Look at it, then try again")
+        raise HostError("cannot apply the changes", why, fix) from exc

@@ -1,0 +1,158 @@
+"""What a set displaced: kept as the set that undoes it, then removed from where it was moved to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.errors import HostError
+from x07_sandbox.files import changes as data_model
+from x07_sandbox.files import contents
+from x07_sandbox.files.steps import AWAY, displaced_slot
+from x07_sandbox.files.things import thing
+from x07_sandbox.host.paths import replace_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from x07_sandbox.files.changes import ChangeSet
+    from x07_sandbox.files.journal import Step
+    from x07_sandbox.files.steps import Site
+    from x07_sandbox.files.things import Ident
+
+_SLOT: Final = re.compile(rf"\d+({re.escape(AWAY)})?", re.ASCII)
+_NEXT, _PLANNED, _CHANGES, _DATA, _IMPOSSIBLE = "undo.new", "planned.json", "changes.json", "data", "impossible"
+_OPEN: Final = 0o300
+_ALL: Final = (_PLANNED, _DATA, _IMPOSSIBLE, _CHANGES)
+
+
+def why_no_undo(folder: Path) -> str | None:
+    """Why what was applied last cannot be undone; None if it can be, or nothing was applied. Raises OSError."""
+    try:
+        return (folder / "undo" / _IMPOSSIBLE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def prepare(folder: Path, undoing: ChangeSet) -> None:
+    """Write what will undo the set, before anything is done. Raises OSError."""
+    _remove(folder / _NEXT)
+    (folder / _NEXT).mkdir(0o700)
+    replace_file(folder / _NEXT / _PLANNED, data_model.encode(undoing), sync=True)
+
+
+def leave(folder: Path, undoing: ChangeSet | None) -> None:
+    """Remove what only prepare() made; and keep *undoing*, if nothing was kept before. Raises OSError."""
+    _remove(folder / _NEXT)
+    if undoing is not None and not (folder / "undo").exists():
+        prepare(folder, undoing)
+        (folder / _NEXT / _DATA).touch(0o600)
+        (folder / _NEXT / _PLANNED).rename(folder / _NEXT / _CHANGES)
+        publish(folder)
+
+
+def keep(folder: Path, sites: list[Site], steps: list[Step]) -> None:
+    """Copy all displaced contents. If that fails the set stands, and why it cannot be undone is kept instead.
+
+    Does nothing where it was done. Raises OSError if not even that can be written.
+    """
+    there = folder / _NEXT
+    if not there.exists() or (there / _CHANGES).exists() or (there / _IMPOSSIBLE).exists():
+        return
+    try:
+        _copy_all(there, sites, steps)
+        (there / _PLANNED).rename(there / _CHANGES)
+    except (OSError, EOFError, HostError) as exc:
+        why = exc.why if isinstance(exc, HostError) else getattr(exc, "strerror", None) or "a file became shorter"
+        (there / _DATA).unlink(missing_ok=True)  # there may be no room for the reason with it
+        replace_file(there / _IMPOSSIBLE, why.encode(), sync=True)
+        (there / _PLANNED).unlink(missing_ok=True)
+
+
+def publish(folder: Path) -> None:
+    """Have it be what undoes the last set. Raises OSError."""
+    if (folder / _NEXT).exists():
+        _remove(folder / "undo")
+        (folder / _NEXT).rename(folder / "undo")
+
+
+def discard(site: Site, known: dict[str, Ident] | None, mode: int | None = None) -> None:
+    """Remove a staging folder, and in it what is *known*, or, if that is None, what has a name of ours.
+
+    mode: which its place has to have in the end, if we have set one. Raises HostError if there is something else in
+    it, OSError.
+    """
+    if site.staging_fd >= 0:
+        left = [name for name in _listed(site.staging_fd) if not _remove_slot(site.staging_fd, name, known)]
+        if left:
+            why = (
+                f"{site.path(site.place.staging)!a} holds {', '.join(map(ascii, sorted(left)[:5]))}, which is not ours"
+            )
+            raise HostError("cannot clean up after the changes", why, "Move that away, then try again")
+        if mode is not None and stat.S_IMODE(os.fstat(site.fd).st_mode) == mode:
+            os.fchmod(site.fd, mode | _OPEN)  # else we could not remove anything from it
+        os.rmdir(site.place.staging, dir_fd=site.fd)
+    if mode is not None and stat.S_IMODE(os.fstat(site.fd).st_mode) == mode | _OPEN:
+        os.fchmod(site.fd, mode)
+
+
+def _copy_all(there: Path, sites: list[Site], steps: list[Step]) -> None:
+    fd = os.open(there / _DATA, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        end = 0
+        for step in steps:
+            if step.undo_at >= 0:
+                _copy_one(fd, sites[step.place], step)
+                end = step.undo_at + (step.before.size if step.before else 0)
+        os.ftruncate(fd, end)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _copy_one(fd: int, site: Site, step: Step) -> None:
+    before = step.before
+    lost = HostError("cannot keep", f"{site.path(step.name)!a} changed or went while the changes were applied", "None")
+    if before is None or site.staging_fd < 0:
+        raise lost
+    with thing(site.staging_fd, displaced_slot(site, step)) as old:
+        if old is None or old.ident != step.old or old.info.st_size != before.size:
+            raise lost
+        if not old.mode & 0o400:
+            old.set_mode(0o600)  # it is to be removed anyway
+        source = os.open(old.place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if contents.copy(source, 0, before.size, fd, step.undo_at) != before.sha256:
+                raise lost
+        finally:
+            os.close(source)
+
+
+def _listed(fd: int) -> list[str]:
+    return os.listdir(fd)  # noqa: PTH208 - a descriptor has no path
+
+
+def _remove_slot(staging_fd: int, name: str, known: dict[str, Ident] | None) -> bool:
+    with thing(staging_fd, name) as there:
+        if there is None:
+            return True
+        if not (_SLOT.fullmatch(name) if known is None else known.get(name) == there.ident):
+            return False
+        if there.kind == "folder":
+            if there.names():
+                return False
+            os.rmdir(name, dir_fd=staging_fd)
+        else:
+            os.unlink(name, dir_fd=staging_fd)
+        return True
+
+
+def _remove(folder: Path) -> None:
+    """One of ours, of which a part may be gone. The name that makes it count goes first, so that no half counts."""
+    for name in reversed(_ALL):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rmdir()

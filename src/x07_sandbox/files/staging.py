@@ -1,0 +1,173 @@
+"""New content is made beside the old, on the same file system, in a private folder, before any name changes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.errors import HostError
+from x07_sandbox.files import contents
+from x07_sandbox.files.checks import only_mode
+from x07_sandbox.files.journal import Doing, Step
+from x07_sandbox.files.things import thing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from x07_sandbox.files.changes import Change, Node
+    from x07_sandbox.files.checks import Item
+
+# A folder must have both of its owner, or nothing in it can be made or removed, and it cannot go elsewhere.
+_OPEN: Final = 0o300
+_ACL: Final = "system.posix_acl_access"
+
+
+class Planner:
+    """Makes the steps of all roots. undo_size: the bytes of the contents that are to be kept."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.content: dict[str, Node] = {}  # of slots
+        self.undo_size = 0
+        self._slots = 0
+
+    def add(self, place: int, items: Iterable[Item]) -> None:
+        """The steps of one root. items: each folder before what is in it.
+
+        Folders that are closed to their owner are opened first; what goes, goes from the deepest; what comes, comes
+        from the top; and folders get the modes that they are to have when nothing is to be done in them any more.
+        """
+        opening, going, coming, closing = list[Step](), list[Step](), list[Step](), list[Step]()
+        for item in items:
+            before, after = item.change.before, item.change.after
+            mode = stat.S_IMODE(item.info.st_mode) if item.info else 0
+            if before and before.kind == "folder" and mode & _OPEN != _OPEN:
+                opening.append(self._mode(place, item, mode, mode | 0o700))
+                mode |= 0o700
+            if only_mode(item.change):
+                assert after is not None  # noqa: S101 - for the type checker
+                # The group that a folder hands on, and who may delete in it, are the host's; what a changed program
+                # may become is nobody's to say.
+                wanted = after.mode | (mode & 0o7000 if after.kind == "folder" else 0)
+                if wanted != mode:
+                    (closing if after.kind == "folder" else coming).append(self._mode(place, item, mode, wanted))
+            elif after is None:
+                going.append(self._swap(place, item, mode))
+            else:
+                coming.append(self._swap(place, item, mode))
+                if after.kind == "folder" and after.mode | 0o700 != after.mode:
+                    closing.append(Step(kind="mode", place=place, name=item.name, slot=coming[-1].slot))
+                    closing[-1].old_mode, closing[-1].new_mode = after.mode | 0o700, after.mode
+        self.steps += [*opening, *reversed(going), *coming, *reversed(closing)]
+
+    def _mode(self, place: int, item: Item, mode: int, wanted: int) -> Step:
+        step = Step(kind="mode", place=place, name=item.name, old_mode=mode, new_mode=wanted, before=item.change.before)
+        if item.info:
+            step.old = item.info.st_dev, item.info.st_ino
+        return step
+
+    def _swap(self, place: int, item: Item, mode: int) -> Step:
+        before, after = item.change.before, item.change.after
+        kind: Doing = "add" if before is None else "remove" if after is None else "replace"
+        step = Step(kind=kind, place=place, name=item.name, slot=str(self._slots), old_mode=mode, before=before)
+        self._slots += 1
+        if after:
+            self.content[step.slot] = after
+        if item.info:
+            step.old = item.info.st_dev, item.info.st_ino
+        if before and before.kind == "file":
+            step.undo_at = self.undo_size
+            self.undo_size += before.size
+        return step
+
+
+def fill(dir_fd: int, staging_fd: int, steps: Iterable[Step], content: dict[str, Node], data_fd: int) -> None:
+    """Make what the steps of one place put there, and tell them which that is.
+
+    dir_fd: the place. Raises HostError, OSError.
+    """
+    made = dict[str, Step]()
+    for step in steps:
+        if step.kind == "mode":
+            if step.slot:
+                step.old = made[step.slot].new
+            continue
+        node = content.get(step.slot)
+        if node is None:
+            continue
+        try:
+            info = _make(dir_fd, staging_fd, step, node, data_fd)
+        except OSError as exc:
+            exc.filename = step.name  # the name of a slot tells nobody anything
+            raise
+        step.new = info.st_dev, info.st_ino
+        made[step.slot] = step
+
+
+def _make(dir_fd: int, staging_fd: int, step: Step, node: Node, data_fd: int) -> os.stat_result:
+    if node.kind == "link":
+        os.symlink(node.target, step.slot, dir_fd=staging_fd)
+    elif node.kind == "folder":
+        os.mkdir(step.slot, 0o700, dir_fd=staging_fd)
+        os.chmod(step.slot, node.mode | 0o700, dir_fd=staging_fd)
+    else:
+        return _make_file(dir_fd, staging_fd, step, node, data_fd)
+    return os.stat(step.slot, dir_fd=staging_fd, follow_symlinks=False)
+
+
+def _make_file(dir_fd: int, staging_fd: int, step: Step, node: Node, data_fd: int) -> os.stat_result:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(step.slot, flags, 0o600, dir_fd=staging_fd)
+    try:
+        try:
+            found = contents.copy(data_fd, node.at or 0, node.size, fd, 0)
+        except EOFError:
+            found = ""
+        if found != node.sha256:
+            why = f"the content of {step.name!a} is not what the set says"
+            raise HostError("cannot apply the changes", why, "Run the program again: its changes were damaged")
+        os.ftruncate(fd, node.size)
+        if step.kind == "replace" and step.before and step.before.kind == "file":
+            _inherit(dir_fd, step, fd)
+        os.fchmod(fd, node.mode)  # after the owner and the access list, both of which change it
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def _inherit(dir_fd: int, step: Step, fd: int) -> None:
+    """Give a file the owner, the group and the attributes of that which it replaces."""
+    with thing(dir_fd, step.name) as old:
+        if old is None or old.ident != step.old:
+            return  # the step itself will find that, and undo all
+        mine = os.fstat(fd)
+        if (mine.st_uid, mine.st_gid) != (old.info.st_uid, old.info.st_gid):
+            os.fchown(fd, old.info.st_uid, old.info.st_gid)
+        with contextlib.suppress(OSError):
+            for name in os.listxattr(old.place):
+                if name.startswith("user.") or name == _ACL:
+                    with contextlib.suppress(OSError):
+                        os.setxattr(fd, name, os.getxattr(old.place, name))
+
+
+def undo_changes(items: Iterable[Item], steps: Iterable[Step]) -> Iterator[Change]:
+    """What brings a root back, by the names that its items have. steps: those of its place."""
+    at = {step.name: step.undo_at for step in steps if step.undo_at >= 0}
+    for item in items:
+        before, after = item.change.before, item.change.after
+        if before is not None and before.same(after):
+            continue
+        yield _reverse(item.change, at.get(item.name))
+
+
+def _reverse(change: Change, at: int | None) -> Change:
+    before, after = change.before, change.after
+    return msgspec.structs.replace(
+        change,
+        before=after and msgspec.structs.replace(after, at=None),
+        after=before and msgspec.structs.replace(before, at=at, mode=before.mode & 0o777),
+    )

@@ -1,0 +1,190 @@
+"""One step of applying a set, done and undone. Which of both states it is in is read from inodes, never remembered."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.files.journal import Place, Step
+from x07_sandbox.files.things import NOTHING, Ident, Thing, conflict, ident_of, thing
+from x07_sandbox.host import beneath
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+AWAY: Final = ".old"
+"""Ends the name of what was taken away first, where names cannot change places."""
+
+
+class Site(msgspec.Struct, kw_only=True):
+    """A place, opened and locked. fd: its folder. staging_fd: that of new and displaced content; -1 if it is gone."""
+
+    place: Place
+    fd: int
+    staging_fd: int = -1
+
+    def path(self, name: str) -> str:
+        """For people."""
+        return self.place.path if name == "." else f"{self.place.path.rstrip('/')}/{name}"
+
+
+def do(site: Site, step: Step) -> None:
+    """Do it, then see that what it displaced is what it should be. Raises ConflictError, OSError; it may be done then.
+
+    Between the check of all and this anybody can have changed anything.
+    """
+    if step.kind == "mode":
+        _do_mode(site, step)
+        return
+    try:
+        with beneath.parent_of(site.fd, step.name) as (folder, name):
+            if step.kind == "add":
+                beneath.move(site.staging_fd, step.slot, folder, name)
+                return
+            slot = step.slot
+            if step.kind == "remove":
+                beneath.move(folder, name, site.staging_fd, slot)
+            elif not beneath.exchange(site.staging_fd, slot, folder, name):
+                # Not linked away and renamed over, which would never leave the name empty: what another process
+                # has put there in between would be lost.
+                slot += AWAY
+                beneath.move(folder, name, site.staging_fd, slot)
+                beneath.move(site.staging_fd, step.slot, folder, name)
+    except OSError as exc:
+        if exc.errno in NOTHING or isinstance(exc, FileExistsError):
+            raise conflict([site.path(step.name)]) from exc
+        exc.filename = site.path(step.name)
+        raise
+    if not _displaced(site, step, slot):
+        raise conflict([site.path(step.name)])
+
+
+def undo(site: Site, step: Step) -> bool:
+    """Have it undone, whether it was done or not; False while something of others is in the way. Raises OSError."""
+    if step.kind == "mode":
+        return _undo_mode(site, step)
+    try:
+        with beneath.parent_of(site.fd, step.name) as (folder, name):
+            if step.new is not None and ident_of(folder, name) == step.new:
+                return _take_back(site, step, folder, name)
+            return _put_back(site, step, folder, name)
+    except OSError as exc:
+        if exc.errno in NOTHING:  # the folder of that name: without it there is nothing of ours, or no place for theirs
+            return not _holds(site, step)
+        raise
+
+
+def displaced_slot(site: Site, step: Step) -> str:
+    """The name under which the displaced thing of a done step lies in staging. Raises OSError."""
+    return step.slot if ident_of(site.staging_fd, step.slot + AWAY) is None else step.slot + AWAY
+
+
+def _do_mode(site: Site, step: Step) -> None:
+    with thing(site.fd, step.name) as there:
+        if there is None or there.ident != step.old or there.mode != step.old_mode:
+            raise conflict([site.path(step.name)])
+        there.set_mode(step.new_mode)
+    if step.before is not None and step.before.kind == "file":
+        now = msgspec.structs.replace(step.before, mode=step.new_mode)
+        with thing(site.fd, step.name) as there:
+            if there is None or there.ident != step.old or not there.is_(now, blind=True):
+                raise conflict([site.path(step.name)])
+
+
+def _displaced(site: Site, step: Step, slot: str) -> bool:
+    """Whether what lies in a slot now is what was there when all was checked."""
+    with thing(site.staging_fd, slot) as old:
+        if old is None or step.before is None or old.ident != step.old or old.mode != step.old_mode:
+            return False
+        if old.kind == "folder":
+            return step.before.kind == "folder" and not old.names()
+        before = msgspec.structs.replace(step.before, mode=old.mode & 0o777)
+        try:
+            return old.is_(before)
+        except PermissionError:
+            with _readable(old):
+                return old.is_(before)
+
+
+@contextlib.contextmanager
+def _readable(old: Thing) -> Iterator[None]:
+    """A file of ours that even we must not read. Undoing the step gives it its mode again if we are killed here."""
+    old.set_mode(0o600)
+    try:
+        yield
+    finally:
+        old.set_mode(old.mode)
+
+
+def _undo_mode(site: Site, step: Step) -> bool:
+    with thing(site.fd, step.name) as there:
+        if there is None or there.ident != step.old:
+            return False
+        if there.mode == step.new_mode:
+            there.set_mode(step.old_mode)
+    return True
+
+
+def _take_back(site: Site, step: Step, folder: int, name: str) -> bool:
+    """What is under the name is ours: it goes, and what it displaced comes back."""
+    staging = site.staging_fd
+    old = displaced_slot(site, step)
+    if step.kind == "replace" and old == step.slot:
+        _give_mode(site, step, old)
+        if beneath.exchange(staging, old, folder, name):
+            if _is_ours(site, step):
+                return True
+            beneath.exchange(staging, old, folder, name)
+            return False
+    try:
+        beneath.move(folder, name, staging, step.slot)
+    except FileExistsError:
+        return False
+    if not _is_ours(site, step):
+        with contextlib.suppress(FileExistsError):
+            beneath.move(staging, step.slot, folder, name)
+        return False
+    return _put_back(site, step, folder, name)
+
+
+def _is_ours(site: Site, step: Step) -> bool:
+    """Not what somebody has put there just now, nor a folder in which somebody has put something."""
+    with thing(site.staging_fd, step.slot) as there:
+        return there is not None and there.ident == step.new and not (there.kind == "folder" and there.names())
+
+
+def _put_back(site: Site, step: Step, folder: int, name: str) -> bool:
+    """Nothing of ours is under the name: what we took from there comes back."""
+    if not _holds(site, step):
+        return True
+    old = displaced_slot(site, step)
+    _give_mode(site, step, old)
+    try:
+        beneath.move(site.staging_fd, old, folder, name)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _holds(site: Site, step: Step) -> bool:
+    """Whether something that we took away lies in staging."""
+    found = ident_of(site.staging_fd, displaced_slot(site, step))
+    return found is not None and found != step.new
+
+
+def _give_mode(site: Site, step: Step, slot: str) -> None:
+    """What was displaced is as it was, should we have been killed while we read it."""
+    with thing(site.staging_fd, slot) as old:
+        if old is not None and old.kind == "file" and old.ident == step.old and old.mode != step.old_mode:
+            old.set_mode(step.old_mode)
+
+
+def displaced(steps: list[Step], index: int) -> dict[str, Ident]:
+    """What lies in the staging folder of a place when all steps are done."""
+    found: dict[str, Ident] = {}
+    for step in steps:
+        if step.place == index and step.kind != "mode" and step.old is not None:
+            found[step.slot] = found[step.slot + AWAY] = step.old
+    return found
