@@ -47,6 +47,8 @@ class Tree:
 
     def __init__(self, folder: str) -> None:
         self.folder = os.fsencode(folder)
+        # By way of it: the program's user may not enter the folders above.
+        self._top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.names: dict[bytes, int] = {}
         self.folders: dict[bytes, int] = {b"": 0o755}
         self.made_at_ns = 0
@@ -83,7 +85,8 @@ class Tree:
             raise JobError("files", 0, "a tree of files did not come whole")
         for name, mode in reversed(self.folders.items()):
             if mode & _MINE != _MINE:  # not before: nothing could have been made in it
-                os.chmod(self._path(name), mode)
+                os.chmod(name or b".", mode, dir_fd=self._top)
+        os.close(self._top)
         self.made_at_ns = time.clock_gettime_ns(_COARSE)
 
     def wait(self) -> None:
@@ -91,30 +94,26 @@ class Tree:
         while time.clock_gettime_ns(_COARSE) <= self.made_at_ns:
             time.sleep(0.001)  # a tick of the kernel's: 4 ms
 
-    def _path(self, name: bytes) -> bytes:
-        return self.folder + b"/" + name if name else self.folder
-
     def _make(self, entry: Entry) -> None:
         name = entry.name
         if entry.kind is Kind.END:
             return
         if entry.kind is Kind.FOLDER and not name:
             self.folders[b""] = entry.mode
-            os.chmod(self.folder, entry.mode | _MINE)
+            os.fchmod(self._top, entry.mode | _MINE)
             return
         if name.rpartition(b"/")[0] not in self.folders or name in self.names or name in self.folders or not name:
             raise JobError("files", 0, f"the tree has no place for {name[:200]!r}")
-        path = self._path(name)
         if entry.kind is Kind.FOLDER:
-            os.mkdir(path, entry.mode | _MINE)
+            os.mkdir(name, entry.mode | _MINE, dir_fd=self._top)
             self.folders[name] = entry.mode
         elif entry.kind is Kind.FILE:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._fd = os.open(path, flags, entry.mode)
+            self._fd = os.open(name, flags, entry.mode, dir_fd=self._top)
             self._entry, self._position = entry, 0
         elif entry.kind is Kind.LINK:
-            os.symlink(entry.target, path)
-            self.names[name] = os.lstat(path).st_ino
+            os.symlink(entry.target, name, dir_fd=self._top)
+            self.names[name] = os.stat(name, dir_fd=self._top, follow_symlinks=False).st_ino
         else:
             raise JobError("files", 0, f"a tree cannot hold {entry.kind.name}")
 
