@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _VERBS = {
     "run": "run a program in a throw-away virtual machine",
+    "diff": "show what a run has changed",
+    "apply": "do what a run has changed, which was kept",
+    "undo": "take a run's changes back",
     "init": "begin a project: write its first file",
     "policy": "write, check, explain, compare policies",
     "image": "build, list, inspect, verify guest images",
@@ -48,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warning in check_environment(os.environ):
             _say(warning)
         options = _parsed(words)
+        _recover()
         code: int = options.carry_out(options)
         sys.stdout.flush()  # here, where a full disk behind it is told
     except KeyboardInterrupt as exc:
@@ -104,6 +108,19 @@ def _parsed(words: list[str]) -> argparse.Namespace:
         fix = f"See {verb} --help" + ("; arguments of the program go behind --" if verb == "x07 run" else "")
         raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", fix)
     return options
+
+
+def _recover() -> None:
+    """Put right what a killed command has left half applied, whatever this command is."""
+    from x07_sandbox.errors import SandboxError
+    from x07_sandbox.host.paths import state_dir
+    from x07_sandbox.runs.folder import runs_dir
+
+    with contextlib.suppress(SandboxError):  # a place that cannot be used is told by what needs it
+        if os.path.isdir(runs_dir(state_dir()) / ".applying"):  # noqa: PTH112 - no module for it on the usual way
+            from x07_sandbox.runs.kept import recover_all
+
+            recover_all(_say)
 
 
 def _failed(exc: Exception, words: list[str]) -> int:

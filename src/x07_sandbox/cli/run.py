@@ -44,8 +44,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 def _run(options: argparse.Namespace) -> int:
     _check_backend(options)
-    if options.report_out or options.compiled_out or options.attest_runtime:
-        _check_outputs(options)
+    _check_outputs(options)
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
             _need_image(options.image or text("X07_VM_GUEST_IMAGE"))
@@ -69,21 +68,44 @@ def _run(options: argparse.Namespace) -> int:
 
             request = stack.enter_context(artifact_to_keep(options.compiled_out, request))
         result = run(request)
-    if options.report_out:
-        from x07_sandbox.cli.written import write_result
-
-        write_result(options.report_out, result)
+    _write_files(options, result)
     if options.json:
         return result.x07_exit_code if options.quiet_json else _print(result)
     _explain(result)
+    if result.changes.state != "none":
+        from x07_sandbox.cli.changed import tell
+
+        tell(result)
     from x07_sandbox.plan.outcomes import REFUSED_EXIT  # loaded by now, while the machine came up
 
     lost = result.stdout.undelivered or result.stderr.undelivered
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
 
 
+def _write_files(options: argparse.Namespace, result: Result) -> None:
+    """What the flags want of the result as files. Raises RefusedError."""
+    if options.diff is not None:
+        _write_diff(options.diff, result)
+    if options.report_out:
+        from x07_sandbox.cli.written import write_result
+
+        write_result(options.report_out, result)
+
+
+def _write_diff(path: Path, result: Result) -> None:
+    """The changes as a patch; an empty one where there are none. Raises OSError, SandboxError."""
+    from x07_sandbox.cli.changed import write_patch
+    from x07_sandbox.files.changes import ChangeSet
+    from x07_sandbox.runs.kept import KeptChanges, find
+
+    kept = KeptChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
+    write_patch(path, find(result.run) if result.changes.names else kept)
+
+
 def _check_outputs(options: argparse.Namespace) -> None:
     """Refuse files that could not be written, or that the run needs. Raises UsageError."""
+    if not (options.report_out or options.compiled_out or options.attest_runtime or options.diff):
+        return
     from x07_sandbox.cli.written import check_outputs
 
     if options.dry_run:
@@ -92,6 +114,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
         "--compiled-out": options.compiled_out,
         "--report-out": options.report_out,
         "--attest-runtime": options.attest_runtime,
+        "--diff": options.diff,
     }
     named = [options.program_flag, options.project, options.artifact, options.program, options.policy]
     named += [*options.allow_host_file, *options.deny_host_file]

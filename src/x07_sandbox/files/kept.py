@@ -132,7 +132,7 @@ def _copy_one(fd: int, site: Site, step: Step) -> None:
 
 
 def _listed(fd: int) -> list[str]:
-    return os.listdir(fd)  # noqa: PTH208 - a descriptor has no path
+    return os.listdir(fd)
 
 
 def _remove_slot(staging_fd: int, name: str, known: dict[str, Ident] | None) -> bool:

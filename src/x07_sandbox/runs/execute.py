@@ -305,12 +305,11 @@ class Phase:
         if self.asked_to_stop:
             # What the guest says after our STOP tells how things stood; the end itself was our doing.
             self.seen["stopped"] = body["stopped"]
-            self._end()
-            return
-        self.stage = Stage.COLLECT
+        else:
+            self.stage = Stage.COLLECT
         self.deadline = Deadline.after(settings.CHANGES_OUT_S)
         output = self.request.output
-        if output is not None and body["output_bytes"] is not None:
+        if output is not None and body["output_bytes"] is not None and not self.asked_to_stop:
             output.max_bytes = min(output.max_bytes, body["output_bytes"])  # it is held to what it announced
             self.to_come.add(Stream.OUTPUT_FILE)
         if self.request.changes is not None:

@@ -156,10 +156,12 @@ class HostFiles:
         return self._applied(changes)
 
     def _applied(self, changes: ChangeSet) -> tuple[Changes, list[Denial], str]:
-        from x07_sandbox.files.apply import ConflictError, apply
+        from x07_sandbox.files.apply import ConflictError
+        from x07_sandbox.runs.kept import KeptChanges, do
 
+        kept = KeptChanges(run=changes.run, folder=self._place, changes=changes)
         try:
-            apply(changes, self._data_fd, self._place, on_wait=self._request.progress)
+            do(kept, changes, lambda path: self._request.progress(f"waiting: another command changes {path}"))
         except ConflictError as exc:
             return _told(changes, "conflict", exc.why), [], ""
         except HostError as exc:

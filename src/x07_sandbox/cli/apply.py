@@ -1,0 +1,93 @@
+"""`x07 apply`: do what a run has changed, which was kept."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
+
+from x07_sandbox.cli.changed import add_run, list_deleted, machine_form, summary
+from x07_sandbox.cli.console import say
+from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.files.changes import shown
+from x07_sandbox.files.protected import Protection
+from x07_sandbox.runs.kept import do, find
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from x07_sandbox.files.changes import ChangeSet, RootChanges
+
+_EPILOG: Final = """All or nothing: where a name is no more as it was copied into the machine, nothing is changed. A
+kill at any moment leaves the old files or the new ones, once the next x07 command has run.
+
+examples:
+  x07 apply                        the latest run's
+  x07 apply --skip .github --skip notes.txt
+  x07 apply --allow-protected Jenkinsfile
+
+exit code: 0 done, or done before; 125 a conflict, or names that may not be changed; 2 no such run
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
+    """Add the verb."""
+    parser = verbs.add_parser("apply", help=help, description="Do what a run has changed.", epilog=_EPILOG)
+    add_run(parser)
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="PATH", help="leave a name out, with all that is below it"
+    )
+    parser.add_argument("--allow-protected", action="append", default=[], metavar="PATTERN", help="as x07 run has it")
+    parser.add_argument("--json", action="store_true", help="what was done, as one JSON object; errors too")
+    parser.set_defaults(carry_out=_apply)
+
+
+def _apply(options: argparse.Namespace) -> int:
+    kept = find(options.run)
+    changes = chosen(kept.changes, options.skip, options.allow_protected)
+    done = do(kept, changes, lambda path: say(f"waiting: another command changes {path}"))
+    if options.json:
+        sys.stdout.buffer.write(machine_form(changes))
+        sys.stdout.buffer.flush()
+        return 0
+    list_deleted(changes)
+    say(summary(changes, "applied; x07 undo") if done.roots else "all of it is there already")
+    return 0
+
+
+def chosen(changes: ChangeSet, skip: Sequence[str], allow_protected: Sequence[str]) -> ChangeSet:
+    """The set without what is skipped. Raises RefusedError where something is left that may not be done, UsageError."""
+    names = [name.strip("/") for name in skip]
+    unused = set(names)
+    roots = []
+    for root in changes.roots:
+        for name in names:
+            told = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
+            if any(_covers(name, other) for other in told):
+                unused.discard(name)
+        roots.append(_without(root, names, allow_protected))
+    if unused:
+        raise UsageError("cannot skip", f"nothing that was changed is called {min(unused)}", "See x07 diff")
+    return replace(changes, roots=tuple(roots))
+
+
+def _without(root: RootChanges, names: Sequence[str], allow_protected: Sequence[str]) -> RootChanges:
+    protection = Protection(root.root, (), allow_protected)
+    left = [
+        refusal
+        for refusal in root.refused
+        if not any(_covers(name, refusal.name) for name in names)
+        and not (refusal.rule == "protected" and allow_protected and not protection.why(refusal.name))
+    ]
+    if left:
+        told = "; ".join(f"{shown(refusal.name)}: {refusal.why}" for refusal in left[:10])
+        more = f", and {len(left) - 10} more" if len(left) > 10 else ""  # noqa: PLR2004 - as many as above
+        raise RefusedError("cannot apply the changes", f"{told}{more}", "Leave them out with --skip PATH")
+    changes = [change for change in root.changes if not any(_covers(name, change.name) for name in names)]
+    return replace(root, changes=tuple(changes), refused=())
+
+
+def _covers(name: str, other: str) -> bool:
+    return other == name or other.startswith(f"{name}/")

@@ -1,0 +1,172 @@
+"""What `x07 run`, `diff`, `apply` and `undo` say of changes to files, and where they get their contents."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from x07_sandbox.cli.console import say
+from x07_sandbox.files.changes import decode, shown
+from x07_sandbox.files.patch import TEXT_MAX, patch
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from x07_sandbox.files.changes import ChangeSet, Node
+    from x07_sandbox.runs.kept import KeptChanges
+    from x07_sandbox.runs.result import Changes, Result
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The argument that all of them take."""
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN", help="its name, or the beginning of it (default: the latest with changes)"
+    )
+
+
+def tell(result: Result) -> None:
+    """After a run: every deletion, and one line with what became of all."""
+    changes = result.changes
+    if changes.state == "none":
+        return
+    for one in changes.names:
+        if one.action == "deleted":
+            say(f"deleted: {one.name}")
+    if (more := changes.deleted - sum(one.action == "deleted" for one in changes.names)) > 0:
+        say(f"deleted: {more} more: x07 diff lists them all")
+    for denial in result.denials:
+        if denial.action == "change":
+            say(f"may not be done: {denial.subject}{_how(denial.how_to_allow)}")
+    say(closing(changes))
+
+
+def _how(how: object) -> str:
+    flag, value, path = (getattr(how, name) for name in ("flag", "value", "json_path"))
+    if flag:
+        return f"; {flag} lets it"
+    return "" if value is None else f"; {path} = {str(value).lower()} in the policy lets it"
+
+
+def closing(changes: Changes) -> str:
+    """The one line."""
+    counts = [(changes.added, "added"), (changes.changed, "changed"), (changes.deleted, "deleted")]
+    text = ", ".join(f"{count} {word}" for count, word in counts if count) or "changes"
+    why = f" ({changes.reason})" if changes.reason else ""
+    after = {
+        "applied": "; x07 diff, x07 undo",
+        "kept": "; x07 diff, x07 apply",
+        "conflict": ": nothing was changed; x07 diff, x07 apply",
+        "discarded": "",
+    }
+    return f"{text}: {changes.state}{why}{after[changes.state]}"
+
+
+def summary(changes: ChangeSet, done: str) -> str:
+    """What was done to how many."""
+    counts = [(changes.count(word), word) for word in ("added", "changed", "deleted")]
+    return f"{', '.join(f'{count} {word}' for count, word in counts if count) or 'nothing to do'}: {done}"
+
+
+def list_deleted(changes: ChangeSet) -> None:
+    """Every name that goes."""
+    for root in changes.roots:
+        for change in root.changes:
+            if change.action == "deleted":
+                say(f"deleted: {shown(change.name)}")
+
+
+def pieces(kept: KeptChanges) -> Iterator[bytes]:
+    """The patch of a run's changes."""
+    return patch(kept.changes, _Before(kept), _After(kept))
+
+
+class _After:
+    """New contents, as they came."""
+
+    def __init__(self, kept: KeptChanges) -> None:
+        self._path = kept.folder / "data"
+
+    def __call__(self, _root: str, _name: str, node: Node) -> bytes | None:
+        if node.at is None or node.size > TEXT_MAX:
+            return None
+        with self._path.open("rb") as file:
+            return os.pread(file.fileno(), node.size, node.at)
+
+
+class _Before:
+    """Old contents: from the host, if they are still there, else from what was kept to undo the changes."""
+
+    def __init__(self, kept: KeptChanges) -> None:
+        self._data = kept.folder / "undo" / "data"
+        self._at: dict[tuple[str, str], int] = {}
+        with contextlib.suppress(OSError, ValueError):  # not applied, or it cannot be undone
+            undoing = decode((kept.folder / "undo" / "changes.json").read_bytes())
+            for root in undoing.roots:
+                for change in root.changes:
+                    if change.after is not None and change.after.at is not None:
+                        self._at[root.root, change.name] = change.after.at
+
+    def __call__(self, root: str, name: str, node: Node) -> bytes | None:
+        if node.size > TEXT_MAX:
+            return None
+        found = _matching(Path(root) / name if name else Path(root), 0, node)
+        if found is None and (root, name) in self._at:
+            found = _matching(self._data, self._at[root, name], node)
+        return found
+
+
+def _matching(path: Path, at: int, node: Node) -> bytes | None:
+    """The bytes there, if they are those that are meant."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        data = os.pread(fd, node.size, at)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return data if hashlib.sha256(data).hexdigest() == node.sha256 else None
+
+
+def write_patch(path: Path, kept: KeptChanges) -> None:
+    """The patch as a file, and beside it, with `.json` behind its name, all of it with digests. Raises OSError."""
+    from x07_sandbox.cli.written import write_all, write_whole
+
+    def put(fd: int) -> None:
+        for piece in pieces(kept):
+            write_all(fd, piece)
+
+    write_whole(path, put)
+    write_whole(path.with_name(f"{path.name}.json"), lambda fd: write_all(fd, machine_form(kept.changes)))
+
+
+def machine_form(changes: ChangeSet) -> bytes:
+    """All of it as JSON, names as text that can be written anywhere."""
+    import json
+
+    def plain_names(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: plain_names(inner) for key, inner in value.items() if key != "at"}
+        if isinstance(value, (list, tuple)):
+            return [plain_names(inner) for inner in value]
+        return shown(value) if isinstance(value, str) else value
+
+    return json.dumps(plain_names(msgspec.to_builtins(changes)), indent=2).encode() + b"\n"
+
+
+def print_bytes(data: bytes) -> None:
+    """To standard output; a terminal gets no control sequences. Raises OSError."""
+    if sys.stdout.isatty():
+        from x07_sandbox.runs.streams import TerminalFilter
+
+        data = TerminalFilter()(data)
+    sys.stdout.buffer.write(data)

@@ -1,0 +1,38 @@
+"""`x07 diff`: what a run has changed, to read before or after it is applied."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.cli.changed import add_run, machine_form, pieces, print_bytes
+from x07_sandbox.runs.kept import find
+
+if TYPE_CHECKING:
+    import argparse
+
+_EPILOG: Final = """A patch in git's form: deletions first. What a policy does not let be done is marked, and says why.
+
+examples:
+  x07 diff | less
+  x07 diff --json | jq '.roots[].changes[] | .name'
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
+    """Add the verb."""
+    parser = verbs.add_parser("diff", help=help, description="Show what a run has changed.", epilog=_EPILOG)
+    add_run(parser)
+    parser.add_argument("--json", action="store_true", help="all of it with digests, as one JSON object")
+    parser.set_defaults(carry_out=_diff)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    kept = find(options.run)
+    if options.json:
+        sys.stdout.buffer.write(machine_form(kept.changes))
+    else:
+        for piece in pieces(kept):
+            print_bytes(piece)
+    sys.stdout.buffer.flush()
+    return 0

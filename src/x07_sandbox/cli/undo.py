@@ -1,0 +1,41 @@
+"""`x07 undo`: bring back what was there before a run's changes were applied."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.cli.changed import add_run, machine_form, summary
+from x07_sandbox.cli.console import say
+from x07_sandbox.runs.kept import find, undo
+
+if TYPE_CHECKING:
+    import argparse
+
+_EPILOG: Final = """All or nothing: where a name is no more as the run left it, nothing is changed. What is undone can
+be applied again.
+
+examples:
+  x07 undo
+  x07 undo 1764064
+
+exit code: 0 done; 125 a conflict; 2 no such run, or nothing of it is applied
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
+    """Add the verb."""
+    parser = verbs.add_parser("undo", help=help, description="Take a run's changes back.", epilog=_EPILOG)
+    add_run(parser)
+    parser.add_argument("--json", action="store_true", help="what was done, as one JSON object; errors too")
+    parser.set_defaults(carry_out=_undo)
+
+
+def _undo(options: argparse.Namespace) -> int:
+    changes = undo(find(options.run), lambda path: say(f"waiting: another command changes {path}"))
+    if options.json:
+        sys.stdout.buffer.write(machine_form(changes))
+        sys.stdout.buffer.flush()
+        return 0
+    say(summary(changes, "undone; x07 apply"))
+    return 0

@@ -1,0 +1,176 @@
+"""Changes as a patch that people and tools read: git's extended form of the unified diff.
+
+Lines that both ends share are taken off first, and only what is left in the middle is compared, within bounds: a
+program that nobody trusts has written one side of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from x07_sandbox.files.changes import Change, ChangeSet, Node
+
+    Content = Callable[[str, str, Node], bytes | None]  # root, name, what is wanted: its bytes, or None if not there
+
+TEXT_MAX: Final = 1 << 20
+_COMPARED_MAX: Final = 1500  # lines of either side: difflib takes quadratic time at the worst
+_CONTEXT: Final = 3
+_PLAIN: Final = re.compile(rb"[\x20-\x21\x23-\x5b\x5d-\x7e]+")
+_ASCII: Final = 128
+_MODES: Final = {"file": 0o100000, "link": 0o120000, "folder": 0o040000}
+
+
+def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
+    """The patch in pieces: deletions first, then the rest, root by root. before, after: where contents come from."""
+    for root in changes.roots:
+        if not root.changes:
+            continue
+        yield b"# in " + _quoted(os.fsencode(root.root)) + b"\n"
+        refused = {refusal.name: refusal.why for refusal in root.refused}
+        for change in sorted(root.changes, key=lambda change: change.action != "deleted"):
+            if why := refused.get(change.name):
+                yield b"# may not be done: " + _quoted(os.fsencode(change.name)) + b": " + _quoted(why.encode()) + b"\n"
+            yield from _one(root.root, change, before, after)
+        for name in sorted(set(refused) - {change.name for change in root.changes}):
+            text = f": {refused[name]}".encode()
+            yield b"# may not be done: " + _quoted(os.fsencode(name)) + text + b"\n"
+
+
+def _one(root: str, change: Change, before: Content, after: Content) -> Iterator[bytes]:
+    name = os.fsencode(change.name) or os.fsencode(Path(root).name)
+    one, two = _quoted(b"a/" + name), _quoted(b"b/" + name)
+    yield b"diff --git " + one + b" " + two + b"\n"
+    old, new = change.before, change.after
+    if old is None and new is not None:
+        yield b"new file mode %06o\n" % _mode(new)
+    elif old is not None and new is None:
+        yield b"deleted file mode %06o\n" % _mode(old)
+    elif old is not None and new is not None and _mode(old) != _mode(new):
+        yield b"old mode %06o\nnew mode %06o\n" % (_mode(old), _mode(new))
+    texts = []
+    for node, content in ((old, before), (new, after)):
+        if node is None or node.kind == "folder":
+            texts.append(b"")
+            continue
+        data = os.fsencode(node.target) if node.kind == "link" else content(root, change.name, node)
+        if data is None or len(data) > TEXT_MAX or b"\0" in data:
+            yield _summary(old, new)
+            return
+        texts.append(data)
+    if texts[0] != texts[1]:
+        yield b"--- " + (one if old is not None else b"/dev/null") + b"\n"
+        yield b"+++ " + (two if new is not None else b"/dev/null") + b"\n"
+        yield from hunks(*texts)
+
+
+def _summary(old: Node | None, new: Node | None) -> bytes:
+    """In place of lines, where there are none to show."""
+    sides = [
+        "nothing" if node is None else f"{node.size} bytes, sha256 {node.sha256}" if node.kind == "file" else node.kind
+        for node in (old, new)
+    ]
+    return f"Binary files differ: {sides[0]} -> {sides[1]}\n".encode()
+
+
+def _mode(node: Node) -> int:
+    # Git keeps of a file's mode whether its owner may execute it; the rest is in the machine form.
+    if node.kind == "file":
+        return _MODES["file"] | (0o755 if node.mode & 0o100 else 0o644)
+    return _MODES[node.kind]
+
+
+def hunks(old: bytes, new: bytes) -> Iterator[bytes]:
+    """The hunks of a unified diff."""
+    one, two = _lines(old), _lines(new)
+    start = 0
+    while start < min(len(one), len(two)) and one[start] == two[start]:
+        start += 1
+    end = 0
+    while end < min(len(one), len(two)) - start and one[-1 - end] == two[-1 - end]:
+        end += 1
+    middle = one[start : len(one) - end], two[start : len(two) - end]
+    if max(map(len, middle)) > _COMPARED_MAX:
+        blocks = [("replace", 0, len(middle[0]), 0, len(middle[1]))]
+    else:
+        blocks = [
+            code for code in difflib.SequenceMatcher(None, *middle, autojunk=False).get_opcodes() if code[0] != "equal"
+        ]
+    for group in _grouped([(a + start, b + start, c + start, d + start) for _, a, b, c, d in blocks]):
+        yield from _hunk(one, two, group)
+
+
+def _lines(data: bytes) -> list[bytes]:
+    """Lines with their ends; unlike bytes.splitlines only a line feed ends one."""
+    found = [line + b"\n" for line in data.split(b"\n")]
+    last = found.pop().removesuffix(b"\n")
+    return [*found, last] if last else found
+
+
+def _grouped(blocks: list[tuple[int, int, int, int]]) -> Iterator[list[tuple[int, int, int, int]]]:
+    """Blocks whose context would touch, together."""
+    group: list[tuple[int, int, int, int]] = []
+    for block in blocks:
+        if group and block[0] - group[-1][1] > 2 * _CONTEXT:
+            yield group
+            group = []
+        group.append(block)
+    if group:
+        yield group
+
+
+def _hunk(one: list[bytes], two: list[bytes], group: list[tuple[int, int, int, int]]) -> Iterator[bytes]:
+    first, last = group[0], group[-1]
+    lead = min(_CONTEXT, first[0])
+    trail = min(_CONTEXT, len(one) - last[1])
+    lines: list[bytes] = []
+    at = first[0] - lead
+    for old_from, old_to, new_from, new_to in group:
+        lines += [b" " + line for line in one[at:old_from]]
+        lines += [b"-" + line for line in one[old_from:old_to]]
+        lines += [b"+" + line for line in two[new_from:new_to]]
+        at = old_to
+    lines += [b" " + line for line in one[at : at + trail]]
+    old_size = last[1] + trail - (first[0] - lead)
+    new_size = last[3] + trail - (first[2] - lead)
+    yield b"@@ -%s +%s @@\n" % (_range(first[0] - lead, old_size), _range(first[2] - lead, new_size))
+    for line in lines:
+        yield line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n"
+
+
+def _range(start: int, size: int) -> bytes:
+    if size == 1:
+        return b"%d" % (start + 1)
+    return b"%d,%d" % (start + 1 if size else start, size)
+
+
+def _quoted(name: bytes) -> bytes:
+    """As git quotes names: plain where it can be."""
+    if _PLAIN.fullmatch(name):
+        return name
+    short = {
+        0x07: b"a",
+        0x08: b"b",
+        0x09: b"t",
+        0x0A: b"n",
+        0x0B: b"v",
+        0x0C: b"f",
+        0x0D: b"r",
+        0x22: b'"',
+        0x5C: b"\\",
+    }
+    out = b"".join(
+        b"\\" + short[byte]
+        if byte in short
+        else bytes([byte])
+        if chr(byte).isprintable() and byte < _ASCII
+        else b"\\%03o" % byte
+        for byte in name
+    )
+    return b'"' + out + b'"'
