@@ -40,6 +40,7 @@ START: Final[dict[str, object]] = {
     "env": {},
     "cwd": "/",
     "files": [],
+    "mounts": [],
     "limits": {},
     "output": None,
 }

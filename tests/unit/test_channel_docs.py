@@ -54,7 +54,9 @@ FIELD_MEANING: Final = {
     "START.argv": "List of texts: the program and its arguments.",
     "START.env": "Object of texts: the whole environment.",
     "START.cwd": "Working directory.",
-    "START.files": "List of `{path, mode, kind, bytes}`, kind `file` or `archive`; entry N comes on stream 16 + N.",
+    "START.files": "List of `{path, mode, kind, bytes}`, of kind `file`, `archive`, `tree`; N comes on stream 16 + N.",
+    "START.mounts": "List of `{tree, sub, at, write, changes}`: where a part of a tree (its stream; null: a folder of "
+    "the program's own) lies for the program, whether it may write there, whether changes are wanted back.",
     "START.limits": "Object of whole numbers: the agent's share of the plan.",
     "START.output": "`{path, max_bytes}` of the one file that is wanted back, or null.",
     "EXITED.wait_status": "As wait(2) gives it.",
@@ -77,6 +79,7 @@ STREAM_MEANING: Final = {
     Stream.STDOUT: "Its standard output.",
     Stream.STDERR: "Its standard error.",
     Stream.OUTPUT_FILE: "The file that START asks for, after EXITED.",
+    Stream.CHANGES: "What the program has changed in the mounts that START asks about, after EXITED.",
     Stream.FIRST_FILE: "Files that go in, in the order of START.",
 }
 STATE_MEANING: Final = {

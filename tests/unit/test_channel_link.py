@@ -40,7 +40,7 @@ BODY: dict[Kind, dict[str, object]] = {
     Kind.EXITED: EXITED,
     Kind.FAILED: {"stage": "init", "errno": 2, "message": "no"},
 }
-STREAMS = [Stream.STDIN, Stream.STDOUT, Stream.STDERR, Stream.OUTPUT_FILE, Stream.FIRST_FILE, LAST_FILE]
+STREAMS = [Stream.STDIN, Stream.STDOUT, Stream.STDERR, Stream.OUTPUT_FILE, Stream.CHANGES, Stream.FIRST_FILE, LAST_FILE]
 CONTROL = sorted(SENDER)
 
 

@@ -15,7 +15,7 @@ from x07_sandbox.policy.schema import fields
 
 VM = Features(isolation="vm-emulated", own_kernel=True, can_hold=VM_HOLDS)
 NOTHING = Features(isolation="none", own_kernel=False, can_hold=frozenset())
-DRIVERS = {"sqlite": True, "postgres": False, "mysql": False}
+SERVERS = {"sqlite": True, "postgres": True, "mysql": False}
 ADVISORY = {
     "fs.allow_walk",
     "fs.allow_glob",
@@ -82,15 +82,13 @@ def test_advice_is_advice_whatever_its_value() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("fs.read_roots", ["."]),
-        ("fs.write_roots", ["out"]),
         ("net.allow_hosts", [{"host": "example.org", "ports": [443]}]),
         ("db.enabled", True),
     ],
 )
 def test_what_cannot_be_given_yet_is_refused_by_name(field: str, value: object) -> None:
-    """Files, hosts and databases are refused with the field, the part that is missing, and the line to change."""
-    made = plan(**{"db__drivers": DRIVERS, "db__enabled": False, field.replace(".", "__"): value})
+    """Hosts and database servers are refused with the field, the part that is missing, and the line to change."""
+    made = plan(**{"db__drivers": SERVERS, "db__enabled": False, field.replace(".", "__"): value})
     (refusal,) = made.refusals
     assert refusal.field == field
     assert refusal.why.startswith("this version cannot yet give a program ")
@@ -104,7 +102,7 @@ def test_what_cannot_be_given_yet_is_refused_by_name(field: str, value: object) 
 
 def test_refusals_are_told_all_at_once() -> None:
     """A policy that asks for several missing things hears of each."""
-    made = plan(fs__read_roots=["."], net__allow_hosts=[{"host": "a", "ports": [1]}])
+    made = plan(fs__read_roots=["/usr"], net__allow_hosts=[{"host": "a", "ports": [1]}])
     assert [refusal.field for refusal in made.refusals] == ["fs.read_roots", "net.allow_hosts"]
     with pytest.raises(RefusedError) as told:  # what asked may be a flag of x07 run as well
         made.require()
@@ -114,9 +112,68 @@ def test_refusals_are_told_all_at_once() -> None:
     )
 
 
-def test_files_are_refused_even_when_fs_is_off() -> None:
-    """A policy that names roots asks for files, since upstream mounts them even then."""
-    assert [refusal.field for refusal in plan(fs__enabled=False, fs__read_roots=["."]).refusals] == ["fs.read_roots"]
+FILE_FIELDS = [field.path for field in fields() if field.path.startswith("fs.") and field.path not in ADVISORY]
+
+
+def test_files_are_given_within_rules_that_hold() -> None:
+    """With roots every field about files says what holds it: copying, the check of changes, or no file at all."""
+    made = plan(fs__read_roots=["."], fs__write_roots=["out"])
+    assert made.refusals == ()
+    assert states(made, *FILE_FIELDS) == {"enforced"}
+    by = {control.field: control.by for control in made.controls}
+    assert (by["fs.read_roots"], by["fs.allow_remove"]) == ("the copying of files", "the check of changes")
+
+
+def test_with_fs_off_roots_are_not_given() -> None:
+    """Whatever roots a policy names, with fs.enabled false nothing of the host goes in, though upstream mounts them."""
+    made = plan(fs__enabled=False, fs__read_roots=["/usr"])
+    assert made.refusals == ()
+    assert {control.by for control in made.controls if control.field in FILE_FIELDS} == {"the virtual machine"}
+
+
+@pytest.mark.parametrize(
+    ("root", "why"),
+    [
+        ("/", "over /bin"),
+        ("/usr/share/dict", "over /usr"),
+        ("/etc", "over /etc"),
+        ("/x07/in", "over /x07"),
+        ("//x07/../x07", "over /x07"),
+        ("/tmp", "over /tmp"),  # noqa: S108 - the guest's own
+        ("/opt", "over /opt"),
+        ("/opt/x07/a", "over /opt/x07"),
+        ("..", "leads out of the folder"),
+        ("a/../../b", "leads out of the folder"),
+        (".git", "is hidden"),
+        ("a/.b/c", "is hidden"),
+        ("/home/u/.config/x", "is hidden"),
+    ],
+)
+def test_a_root_without_a_place_in_the_machine_is_refused(root: str, why: str) -> None:
+    """Nothing of the host's lies over the machine's own tree, comes from outside its folder, or is hidden."""
+    for field in ("fs.read_roots", "fs.write_roots"):
+        (refusal,) = plan(**{field.replace(".", "__"): ["data", root]}).refusals
+        assert refusal.field == field
+        assert why in refusal.why
+        assert root in refusal.why
+
+
+@pytest.mark.parametrize("root", [".", "data", "a/../b", "/home/u/data", "/data", "/tmp/x", "/opt/other", "/home"])  # noqa: S108
+def test_other_roots_have_one(root: str) -> None:
+    """Folders below the program's own, and absolute ones that are not the machine's, are given."""
+    assert plan(fs__read_roots=[root]).refusals == ()
+
+
+def test_a_hidden_root_is_given_where_the_policy_lets_hidden_names_in() -> None:
+    """With fs.deny_hidden false a hidden folder is one like any other."""
+    assert plan(fs__read_roots=[".config"], fs__deny_hidden=False).refusals == ()
+
+
+def test_a_database_in_a_file_needs_no_server() -> None:
+    """The drivers that need no network are advice for X07's libraries; a file is held by the rules of files."""
+    made = plan(db={"enabled": True, "drivers": {"sqlite": True, "postgres": False, "mysql": False}})
+    assert made.refusals == ()
+    assert states(made, "db.enabled", "db.drivers.sqlite") == {"advisory"}
 
 
 def test_no_network_holds_for_every_network_field() -> None:
@@ -147,8 +204,7 @@ def test_no_network_holds_for_every_network_field() -> None:
         ({"process__kill_tree": False}, "process.kill_tree", "advisory"),
         ({"process__kill_on_drop": False}, "process.kill_on_drop", "advisory"),
         ({"env__deny_keys": ["SECRET"]}, "env.deny_keys", "enforced"),
-        ({"env__deny_keys": ["PATH"]}, "env.deny_keys", "not-enforced-yet"),
-        ({"env__deny_keys": ["X07_OS_FS"]}, "env.deny_keys", "not-enforced-yet"),
+        ({"env__deny_keys": ["PATH"]}, "env.deny_keys", "enforced"),
         ({"env__enabled": False, "env__allow_keys": ["HOME"]}, "env.enabled", "enforced"),
     ],
 )
@@ -164,8 +220,15 @@ def test_a_restriction_that_nobody_holds_is_said_to_be_unenforced(
 def test_a_backend_without_walls_claims_none() -> None:
     """Where a backend cannot hold a limit the plan refuses; where it has no wall the control does not claim one."""
     made = make_plan(default_policy(), NOTHING)
-    assert {refusal.field for refusal in made.refusals} == {field for field in VM_HOLDS if field.startswith("limits.")}
-    assert states(made, "fs.enabled", "net.enabled", "env.enabled", "process.max_live") == {"not-enforced-yet"}
+    limits = {field for field in VM_HOLDS if field.startswith("limits.")}
+    assert limits < {refusal.field for refusal in made.refusals}
+    assert states(made, "fs.enabled", "net.enabled", "env.enabled") == {"refused"}
+
+
+def test_x07s_own_variables_cannot_be_denied() -> None:
+    """A policy that denies what every program is told is refused, since it would not be kept."""
+    (refusal,) = plan(env__deny_keys=["X07_OS_FS"]).refusals
+    assert refusal.field == "env.deny_keys"
 
 
 def test_a_variable_too_long_for_linux_is_refused_before_anything_starts() -> None:

@@ -116,7 +116,7 @@ def _recover() -> None:
     from x07_sandbox.host.paths import state_dir
     from x07_sandbox.runs.folder import runs_dir
 
-    with contextlib.suppress(SandboxError):  # a place that cannot be used is told by what needs it
+    with contextlib.suppress(SandboxError, OSError):  # a place that cannot be used is told by what needs it
         if os.path.isdir(runs_dir(state_dir()) / ".applying"):  # noqa: PTH112 - no module for it on the usual way
             from x07_sandbox.runs.kept import recover_all
 

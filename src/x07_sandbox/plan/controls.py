@@ -29,7 +29,6 @@ _FLAGS: Final = {
     "fs.write_roots": "--allow-write-root",
     "net.allow_hosts": "--allow-host, --allow-host-file",
 }
-GUEST_VARIABLES: Final = frozenset({"PATH", "HOME", "LANG"})
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,12 +100,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             raise RefusedError("the policy cannot be carried out", why, fix)
 
 
-def make_plan(policy: Policy, features: Features, *, guest_variables: frozenset[str] = GUEST_VARIABLES) -> Plan:
-    """The plan for *policy* on a backend with *features*.
-
-    guest_variables: names of the variables that every program gets besides X07's own.
-    """
-    asked = Asked(values=leaf_values(policy), holds=features.can_hold, given=guest_variables)
+def make_plan(policy: Policy, features: Features) -> Plan:
+    """The plan for *policy* on a backend with *features*."""
+    asked = Asked(values=leaf_values(policy), holds=features.can_hold)
     controls = _controls(asked)
     return Plan(
         controls=controls,

@@ -31,12 +31,10 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What the rows look at: all values of the policy in force, and the walls that stand.
 
     holds: what the backend can hold (Features.can_hold).
-    given: names of the variables that the program gets besides X07's own.
     """
 
     values: Mapping[str, object]
     holds: frozenset[str]
-    given: frozenset[str]
 
     def entries(self, field: str) -> tuple[object, ...]:
         """A list field's entries."""
@@ -60,6 +58,12 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
         return self.values["net.enabled"] is True and bool(self.entries("net.allow_hosts"))
 
     @property
+    def servers(self) -> bool:
+        """Whether the policy asks for databases that are reached over a network."""
+        drivers = ("db.drivers.postgres", "db.drivers.mysql", "db.drivers.redis")
+        return self.values["db.enabled"] is True and any(self.values[driver] is True for driver in drivers)
+
+    @property
     def alone(self) -> bool:
         """Whether the program can start neither a process nor a thread: its first thread fills the control group."""
         return self.number("limits.procs") == 0 and "limits.procs" in self.holds
@@ -77,6 +81,7 @@ _VM: Final = "the virtual machine"
 _CGROUP: Final = "the guest's control group"
 _RLIMIT: Final = "the guest's resource limits"
 _NOBODY: Final = "nobody yet"
+_PLAN: Final = "the plan"
 _COPY: Final = "the copying of files"
 _CHANGES: Final = "the check of changes"
 _OF_CHANGES: Final = frozenset({"fs.allow_mkdir", "fs.allow_remove", "fs.allow_rename", "fs.max_write_bytes"})
@@ -144,7 +149,7 @@ def _copied(asked: Asked, field: str) -> Answer:
 
 def _no_files(asked: Asked, _field: str) -> Answer:
     if "no-host-files" not in asked.holds:
-        return Answer("not-enforced-yet", _NOBODY, "this backend does not keep the host's files away")
+        return Answer("refused", _NOBODY, "this backend does not keep the host's files away")
     return Answer("enforced", _VM, "no file of the host is in the machine")
 
 
@@ -156,39 +161,44 @@ def _hosts(asked: Asked, field: str) -> Answer:
 
 def _no_network(asked: Asked, _field: str) -> Answer:
     if asked.connections:
-        return Answer("not-enforced-yet", _NOBODY, "this version cannot yet give a program connections")
+        return Answer("enforced", _PLAN, "nothing runs: net.allow_hosts is refused")
     if "no-network" not in asked.holds:
-        return Answer("not-enforced-yet", _NOBODY, "this backend does not keep the network away")
+        return Answer("refused", _NOBODY, "this backend does not keep the network away")
     return Answer("enforced", _VM, "the machine has no network card")
 
 
 def _database(asked: Asked, field: str) -> Answer:
-    if asked.values[field] is True:
-        return Answer("refused", _NOBODY, "this version cannot yet give a program databases")
+    if asked.servers:
+        return Answer("refused", _NOBODY, "this version cannot yet give a program database servers")
     if _no_network(asked, field).state == "enforced":
         told = f"told to the program as {_VARIABLES[field]}"
-        return Answer("advisory", "X07's libraries", f"{told}; no server can be reached, a file of its own can be used")
+        return Answer(
+            "advisory", "X07's libraries", f"{told}; no server can be reached, a file that it has can be used"
+        )
     return _advice(asked, field)
 
 
 def _database_net(asked: Asked, field: str) -> Answer:
-    if asked.values["db.enabled"] is True:
-        return Answer("not-enforced-yet", _NOBODY, "this version cannot yet give a program databases")
+    if asked.servers:
+        return Answer("enforced", _PLAN, "nothing runs: db.enabled is refused")
     return _no_network(asked, field)
 
 
 def _no_variables(asked: Asked, field: str) -> Answer:
     if "no-host-variables" not in asked.holds:
-        return Answer("not-enforced-yet", _NOBODY, "this backend passes variables of the host")
-    if field == "env.deny_keys":
-        given = sorted(key for key in asked.entries(field) if isinstance(key, str) and _is_given(asked, key))
-        if given:
-            return Answer("not-enforced-yet", _NOBODY, f"every program gets {', '.join(given)}, with fixed values")
+        return Answer("refused", _NOBODY, "this backend passes variables of the host")
+    if field == "env.allow_keys" and asked.entries(field) and asked.values["env.enabled"] is True:
+        return Answer("enforced", _VM, "of the host's variables these go in, where they are set, and no others")
+    if field == "env.deny_keys" and asked.entries(field):
+        own = sorted(str(key) for key in asked.entries(field) if _is_own(key))
+        if own:
+            return Answer("refused", _NOBODY, f"every program is told {', '.join(own)}, which are X07's own")
+        return Answer("enforced", _VM, "none of these is set, whoever asks for it")
     return Answer("enforced", _VM, "none of the host goes in: only fixed ones, X07's own, and what the caller names")
 
 
-def _is_given(asked: Asked, key: str) -> bool:
-    return key in asked.given or key == "X07_WORLD" or key.startswith("X07_OS_")
+def _is_own(key: object) -> bool:
+    return key == "X07_WORLD" or str(key).startswith("X07_OS_")
 
 
 def _allow_tasks(asked: Asked, field: str) -> Answer:

@@ -48,8 +48,6 @@ class PhaseRequest(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str]
     cwd: str
     files: tuple[InFile, ...]
-    mounts: list[dict[str, Any]]
-    changes: Incoming | None
     limits: dict[str, int]
     wall_ms: int
     stdin_fd: int | None
@@ -57,6 +55,8 @@ class PhaseRequest(msgspec.Struct, frozen=True, kw_only=True):
     stderr: Sink
     output: OutFile | None
     cancel: Cancel
+    mounts: list[dict[str, Any]] = []
+    changes: Incoming | None = None
     on_started: Callable[[], None] = lambda: None
 
 

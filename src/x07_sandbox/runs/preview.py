@@ -9,7 +9,7 @@ import msgspec
 from x07_sandbox.host.variables import text
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.plan.controls import GUEST_VARIABLES, Plan, make_plan
+from x07_sandbox.plan.controls import Plan, make_plan
 from x07_sandbox.plan.features import VM_HOLDS, Features
 from x07_sandbox.programs.toolchains import require_packages
 from x07_sandbox.runs.program import load_program
@@ -55,5 +55,5 @@ def preview(request: RunRequest) -> Preview:
                 "source": program.sha256,
             },
             image=request.image or "default",
-            plan=make_plan(policy, features, guest_variables=GUEST_VARIABLES | request.env.keys()),
+            plan=make_plan(policy, features),
         )

@@ -16,7 +16,7 @@ from x07_sandbox.host.variables import text
 from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import new_run_id
-from x07_sandbox.plan.controls import GUEST_VARIABLES, make_plan
+from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy import Policy, PolicyError
 from x07_sandbox.programs.toolchains import OUTPUT, require_packages
 from x07_sandbox.runs.folder import RunFolder
@@ -127,7 +127,7 @@ def _carry_out(
     backend = QemuBackend(request.progress, request.cancel.waiting, so_far.warnings.append)
     so_far.availability = availability = backend.probe(image, require_hardware=request.require_hardware)
     so_far.warnings += availability.warnings
-    so_far.plan = plan = make_plan(policy, availability.features, guest_variables=GUEST_VARIABLES | request.env.keys())
+    so_far.plan = plan = make_plan(policy, availability.features)
     _add_refusals(plan, so_far)
     plan.require()
     session = Session(request, program, so_far, folder, backend, image)

@@ -24,7 +24,7 @@ from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Denial, HowTo
 from x07_sandbox.runs.streams import InFile, OutFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.backends.qemu.backend import QemuBackend
@@ -113,6 +113,16 @@ def carry_out(
         on_started=on_started,
     )
     return Phase(request, instance).run()
+
+
+def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
+    """All variables of a program: fixed ones, those of *ours* that the policy lets in, those that were named, X07's."""
+    env = dict(_ENVIRONMENT)
+    if policy.env.enabled:
+        env |= {key: ours[key] for key in policy.env.allow_keys if key in ours and not key.startswith("X07_")}
+    for key in policy.env.deny_keys:
+        env.pop(key, None)
+    return {**env, **named, **program_environment(policy)}
 
 
 class Session:
@@ -240,7 +250,7 @@ class Session:
             files=tuple(files),
             limits=limits.for_guest(),
             wall_ms=limits.wall_ms,
-            env={**_ENVIRONMENT, **self.request.env, **program_environment(policy)},
+            env=run_environment(policy, self.request.env, os.environ),
             ram_bytes=limits.ram_bytes,
             cwd=PROJECT_FOLDER if project else _CWD,
             mounts=mounts,
