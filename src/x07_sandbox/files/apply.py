@@ -28,9 +28,9 @@ from x07_sandbox.files.checks import STAGING, check_set, look_at, reached_by
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.kept import discard, keep, leave, prepare, publish, why_no_undo
 from x07_sandbox.files.staging import Planner, fill, undo_changes
-from x07_sandbox.files.steps import Site, displaced, do, undo
+from x07_sandbox.files.steps import Site, displaced, do, holds, undo
 from x07_sandbox.files.things import NOTHING, ConflictError, conflict
-from x07_sandbox.host import beneath, forks
+from x07_sandbox.host import beneath, forks, settings
 from x07_sandbox.host.locks import opened_lock
 from x07_sandbox.host.paths import private_dir
 
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ConflictError", "apply", "recover", "why_no_undo"]
 
-_SETTLE_S: Final = 1.0  # how long what is in the way of undoing may stay there before it is told
 _FIXES: Final = {
     errno.ENOSPC: "Free space there",
     errno.EDQUOT: "Free space there",
@@ -143,22 +142,25 @@ def _make_staging(site: Site) -> None:
     site.place.staged = (info.st_dev, info.st_ino)
 
 
-def _roll_back(folder: Path, sites: list[Site], started: list[Step]) -> None:
-    """Undo what was started, the last first. What is in the way for a moment only is waited for."""
+def _roll_back(folder: Path, sites: list[Site], started: list[Step], *, later: bool = False) -> None:
+    """Undo what was started, the last first. What is in the way for a moment only is waited for.
+
+    later: another try. What is not where it should be then is taken for gone, unless we hold what was there before.
+    """
     for site in sites:
         if site.staging_fd < 0:  # we may have been interrupted when it had just been made
             _open_staging(site)
-    until = time.monotonic() + _SETTLE_S
+    until = time.monotonic() + settings.SETTLE_S
     todo = [step for step in reversed(started) if sites[step.place].staging_fd >= 0]
     while todo := [step for step in todo if not undo(sites[step.place], step)]:
         if time.monotonic() > until:
             break
         time.sleep(0.01)
-    if stuck := [sites[step.place].path(step.name) for step in todo if step.kind != "mode"]:
-        # Whose mode it is that cannot be set back is gone or elsewhere: nothing is lost with that.
-        kept = ", ".join(ascii(sites[index].path(sites[index].place.staging)) for index in {s.place for s in todo})
-        why = f"something else is at {', '.join(map(ascii, stuck[:5]))}; what was there is kept in {kept}"
-        raise HostError("cannot undo the changes", why, "Move that away, then try again")
+    if stuck := [step for step in todo if not later or holds(sites[step.place], step)]:
+        names = ", ".join(ascii(sites[step.place].path(step.name)) for step in stuck[:5])
+        kept = ", ".join(ascii(sites[index].path(sites[index].place.staging)) for index in {s.place for s in stuck})
+        why = f"{names} cannot be as before, since something was moved; what was there is kept in {kept}"
+        raise HostError("cannot undo the changes", why, "Move it back, or away, then try again")
     for site in sites:
         # Nothing was displaced that is not back. Before a folder of ours was recorded nothing is put in it.
         discard(site, None if site.place.staged else {})
@@ -194,7 +196,7 @@ def _recover(folder: Path, on_wait: OnWait | None) -> None:
             if phase == "committed":
                 _finish(folder, sites, steps)
             else:
-                _roll_back(folder, sites, steps)
+                _roll_back(folder, sites, steps, later=True)
 
 
 def _open_staging(site: Site) -> None:

@@ -56,7 +56,7 @@ class Step(msgspec.Struct, kw_only=True, array_like=True, forbid_unknown_fields=
           replace what is there changes places with what is in slot
           add    what is in slot goes there
     place: which of Head.places. name: relative to it, "." for itself. slot: a name in its staging folder.
-    new: what is staged. old, old_mode, before: what was there.
+    new: what is staged; new_folder: whether it is one. old, old_mode, before: what was there.
     undo_at: where its content goes in the data of what undoes it; -1 if it has none.
     """
 
@@ -65,6 +65,7 @@ class Step(msgspec.Struct, kw_only=True, array_like=True, forbid_unknown_fields=
     name: str
     slot: str = ""
     new: Ident | None = None
+    new_folder: bool = False
     old: Ident | None = None
     old_mode: int = 0
     new_mode: int = 0

@@ -18,7 +18,7 @@ from x07_sandbox.host.paths import replace_file
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from x07_sandbox.files.changes import ChangeSet
+    from x07_sandbox.files.changes import ChangeSet, Node
     from x07_sandbox.files.journal import Step
     from x07_sandbox.files.steps import Site
     from x07_sandbox.files.things import Ident
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _SLOT: Final = re.compile(rf"\d+({re.escape(AWAY)})?", re.ASCII)
 _NEXT, _PLANNED, _CHANGES, _DATA, _IMPOSSIBLE = "undo.new", "planned.json", "changes.json", "data", "impossible"
 _OPEN: Final = 0o300
-_ALL: Final = (_PLANNED, _DATA, _IMPOSSIBLE, _CHANGES)
 
 
 def why_no_undo(folder: Path) -> str | None:
@@ -104,19 +103,18 @@ def _copy_all(there: Path, sites: list[Site], steps: list[Step]) -> None:
     try:
         end = 0
         for step in steps:
-            if step.undo_at >= 0:
-                _copy_one(fd, sites[step.place], step)
-                end = step.undo_at + (step.before.size if step.before else 0)
-        os.ftruncate(fd, end)
+            if step.undo_at >= 0 and step.before is not None:
+                _copy_one(fd, sites[step.place], step, step.before)
+                end = max(end, step.undo_at + step.before.size)
+        os.ftruncate(fd, end)  # with a hole there, if the last one ends in a hole
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def _copy_one(fd: int, site: Site, step: Step) -> None:
-    before = step.before
+def _copy_one(fd: int, site: Site, step: Step, before: Node) -> None:
     lost = HostError("cannot keep", f"{site.path(step.name)!a} changed or went while the changes were applied", "None")
-    if before is None or site.staging_fd < 0:
+    if site.staging_fd < 0:
         raise lost
     with thing(site.staging_fd, displaced_slot(site, step)) as old:
         if old is None or old.ident != step.old or old.info.st_size != before.size:
@@ -152,7 +150,7 @@ def _remove_slot(staging_fd: int, name: str, known: dict[str, Ident] | None) -> 
 
 def _remove(folder: Path) -> None:
     """One of ours, of which a part may be gone. The name that makes it count goes first, so that no half counts."""
-    for name in reversed(_ALL):
-        (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
+        for path in sorted(folder.iterdir(), key=lambda path: path.name != _CHANGES):
+            path.unlink()  # what a killed replace_file() left is among them
         folder.rmdir()

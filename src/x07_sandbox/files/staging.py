@@ -77,6 +77,7 @@ class Planner:
         self._slots += 1
         if after:
             self.content[step.slot] = after
+            step.new_folder = after.kind == "folder"
         if item.info:
             step.old = item.info.st_dev, item.info.st_ino
         if before and before.kind == "file":

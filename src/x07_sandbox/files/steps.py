@@ -62,7 +62,10 @@ def do(site: Site, step: Step) -> None:
 
 
 def undo(site: Site, step: Step) -> bool:
-    """Have it undone, whether it was done or not; False while something of others is in the way. Raises OSError."""
+    """Have it undone, whether it was done or not. Raises OSError.
+
+    False while something of others is in the way, or what is ours is not where it should be.
+    """
     if step.kind == "mode":
         return _undo_mode(site, step)
     try:
@@ -71,9 +74,10 @@ def undo(site: Site, step: Step) -> bool:
                 return _take_back(site, step, folder, name)
             return _put_back(site, step, folder, name)
     except OSError as exc:
-        if exc.errno in NOTHING:  # the folder of that name: without it there is nothing of ours, or no place for theirs
-            return not _holds(site, step)
-        raise
+        if exc.errno not in NOTHING:
+            raise
+        # Its folder is gone or elsewhere, and with it what is ours, or there is no place for what is theirs.
+        return not holds(site, step) and (step.new is None or ident_of(site.staging_fd, step.slot) == step.new)
 
 
 def displaced_slot(site: Site, step: Step) -> str:
@@ -121,7 +125,7 @@ def _readable(old: Thing) -> Iterator[None]:
 def _undo_mode(site: Site, step: Step) -> bool:
     with thing(site.fd, step.name) as there:
         if there is None or there.ident != step.old:
-            return False
+            return step.before is None  # ours, and back already, or never there
         if there.mode == step.new_mode:
             there.set_mode(step.old_mode)
     return True
@@ -157,8 +161,9 @@ def _is_ours(site: Site, step: Step) -> bool:
 
 def _put_back(site: Site, step: Step, folder: int, name: str) -> bool:
     """Nothing of ours is under the name: what we took from there comes back."""
-    if not _holds(site, step):
-        return True
+    if not holds(site, step):
+        # A file of ours may have been replaced. A folder of ours is somewhere, with what we have put in it.
+        return not step.new_folder or ident_of(site.staging_fd, step.slot) == step.new
     old = displaced_slot(site, step)
     _give_mode(site, step, old)
     try:
@@ -168,8 +173,10 @@ def _put_back(site: Site, step: Step, folder: int, name: str) -> bool:
     return True
 
 
-def _holds(site: Site, step: Step) -> bool:
-    """Whether something that we took away lies in staging."""
+def holds(site: Site, step: Step) -> bool:
+    """Whether something that we took away lies in staging. Raises OSError."""
+    if step.kind == "mode":
+        return False
     found = ident_of(site.staging_fd, displaced_slot(site, step))
     return found is not None and found != step.new
 

@@ -88,9 +88,12 @@ def _move_by_link(fd: int, name: str, to_fd: int, to: str) -> None:
         try:
             os.link(name, to, src_dir_fd=fd, dst_dir_fd=to_fd, follow_symlinks=False)
         except OSError as exc:
-            if exc.errno not in _NO_LINKS:
+            if exc.errno not in _NO_LINKS and not (isinstance(exc, FileExistsError) and _one(fd, name, to_fd, to)):
                 raise
+            linked = isinstance(exc, FileExistsError)  # by one of us that was killed then
         else:
+            linked = True
+        if linked:
             os.unlink(name, dir_fd=fd)
             return
     # Without links, or for a folder, nothing is better than a look. What another process puts there right now is
@@ -99,6 +102,12 @@ def _move_by_link(fd: int, name: str, to_fd: int, to: str) -> None:
         os.stat(to, dir_fd=to_fd, follow_symlinks=False)
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), to)
     os.rename(name, to, src_dir_fd=fd, dst_dir_fd=to_fd)
+
+
+def _one(fd: int, name: str, to_fd: int, to: str) -> bool:
+    """Whether both names are of one thing."""
+    one, other = (os.stat(at, dir_fd=where, follow_symlinks=False) for where, at in ((fd, name), (to_fd, to)))
+    return os.path.samestat(one, other)
 
 
 def sync(fd: int) -> None:

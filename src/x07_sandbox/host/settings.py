@@ -28,6 +28,7 @@ KVM_PROOF_S: Final = 5.0
 # of a short wall time is too little for an emulated machine among others.
 STOPPED_S: Final = 1.0
 CLEANUP_MS: Final = 30_000
+SETTLE_S: Final = 1.0  # how long what is in the way of undoing changes of files may stay there before it is told
 
 BUILD_WALL_MS: Final = 300_000
 BUILD_CPU_MS: Final = 300_000

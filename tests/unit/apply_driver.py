@@ -1,0 +1,369 @@
+"""Applies sets in child processes that are killed, or disturbed, at each of the calls that change something.
+
+A process of its own, of one thread, because it forks: `python -m tests.unit.apply_driver WHAT FOLDER [UID]`. It prints
+what it has done, and fails with what is wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import select
+import signal
+import struct
+import sys
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.unit.apply_trees import NEW, OLD, Tree, applied, difference, put, read, remove, undone
+from x07_sandbox.errors import HostError
+from x07_sandbox.files.apply import ConflictError, recover
+from x07_sandbox.host import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CHANGING = {
+    *("mkdir", "rmdir", "unlink", "remove", "rename", "link", "symlink", "chmod", "fchmod", "fchown", "pwrite"),
+    *("ftruncate", "fsync", "setxattr"),
+}
+KILLED, FINE, CONFLICT, REFUSED = -signal.SIGKILL, 0, 3, 4
+
+
+def at_call(number: int, act: Callable[[], None]) -> None:
+    """Have *act* called before the call with that number that changes something on a disk, counted from 1."""
+    count = 0
+
+    def watch(frame: Any, event: str, arg: Any) -> None:  # noqa: ANN401 - what sys.setprofile gives
+        nonlocal count
+        ours = event in {"call", "return"} and frame.f_code.co_name == "_renameat2"
+        if ours or (event == "c_call" and arg.__module__ == "posix" and arg.__name__ in CHANGING):
+            count += 1
+            if count == number:
+                sys.setprofile(None)
+                act()
+
+    sys.setprofile(watch)
+
+
+def die() -> None:
+    """As if somebody had killed this process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_child(what: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
+    """How a forked process ended that called *what*."""
+    return ended(start(what, prepare))
+
+
+def start(what: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
+    """A forked process that calls *what*."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        prepare()
+        what()
+        code = FINE
+    except ConflictError:
+        code = CONFLICT
+    except HostError:
+        code = REFUSED
+    except BaseException:  # noqa: BLE001 - whatever it is, it must not go on as a second driver
+        traceback.print_exc()
+    finally:
+        sys.setprofile(None)
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """Its exit code, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def same(found: Tree, expected: Tree, when: str) -> None:
+    """Fail unless both are the same."""
+    if found != expected:
+        names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        lines = [f"{name!a}: {found.get(name)} instead of {expected.get(name)}" for name in names]
+        raise SystemExit("\n".join([f"{when}: not as it should be", *lines]))
+
+
+def say(what: object) -> None:
+    """For a person who runs it."""
+    sys.stdout.write(f"{what}\n")
+
+
+class Case:
+    """A tree with a set for it, made anew for each try."""
+
+    def __init__(self, base: Path) -> None:
+        self.root, self.folder = base / "root", base / "state"
+        self.changes, self.data = difference(self.root, OLD, NEW)
+
+    def begin(self) -> None:
+        """The old tree, and nothing else."""
+        for path in (self.root, self.folder):
+            if path.exists():
+                remove(path)
+        put(self.root, OLD)
+
+    def apply(self) -> None:
+        """Bring it to the new one."""
+        applied(self.changes, self.data, self.folder)
+
+    def check(self, when: str) -> str:
+        """It is one of both, whole; and can be brought to the other."""
+        now = read(self.root)
+        left = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
+        if left not in ([], ["undo"]):
+            raise SystemExit(f"{when}: {left} is left")
+        if now.get("changed") == OLD["changed"]:
+            same(now, OLD, when)
+            self.apply()
+            same(read(self.root), NEW, f"{when}, then applied")
+            return "old"
+        same(now, NEW, when)
+        undone(self.folder)
+        same(read(self.root), OLD, f"{when}, then undone")
+        return "new"
+
+
+def killed(base: Path) -> None:
+    """Kill it at every call, and its recovery at some."""
+    case = Case(base)
+    results: list[str] = []
+    dice = random.Random(7)  # noqa: S311 - nothing secret
+    while True:
+        number = len(results) + 1
+        case.begin()
+        code = in_child(case.apply, partial(at_call, number, die))
+        if code != KILLED:
+            break
+        for _ in range(2):
+            call = dice.randint(1, 40)
+            again = in_child(lambda: recover(case.folder), partial(at_call, call, die))
+            if again not in {KILLED, FINE}:
+                raise SystemExit(f"killed at call {number}, then recovery at {call}: it ended with {again}")
+        recover(case.folder)
+        recover(case.folder)
+        results.append(case.check(f"killed at call {number}"))
+    if code != FINE:
+        raise SystemExit(f"without a kill it ended with {code}")
+    same(read(case.root), NEW, "not killed")
+    if results != sorted(results, reverse=True):
+        raise SystemExit(f"the mark is no point in time: {results}")
+    say(f"{results.count('old')} old, {results.count('new')} new")
+
+
+def recovery_killed(base: Path) -> None:
+    """Kill it when half of the steps are done and when the mark is made; kill the recovery at every call."""
+    case = Case(base)
+    case.begin()
+    in_child(case.apply, partial(at_call, 10_000, die))
+    for wanted in ("journal", "committed"):
+        number, calls = 0, 0
+        for number in range(1, 1000):
+            case.begin()
+            in_child(case.apply, partial(at_call, number, die))
+            if (case.folder / wanted).exists():
+                break
+        number += 30 if wanted == "journal" else 3
+        while True:
+            calls += 1
+            case.begin()
+            in_child(case.apply, partial(at_call, number, die))
+            if not (case.folder / wanted).exists():
+                raise SystemExit(f"at call {number} there is no {wanted}")
+            code = in_child(lambda: recover(case.folder), partial(at_call, calls, die))
+            recover(case.folder)
+            found = case.check(f"{wanted}, recovery killed at call {calls}")
+            if found != ("old" if wanted == "journal" else "new"):
+                raise SystemExit(f"{wanted}: it is the {found} tree")
+            if code != KILLED:
+                break
+        say(f"{wanted}: {calls}")
+
+
+def killed_any_time(base: Path) -> None:
+    """Kill it at moments that nobody chose."""
+    case = Case(base)
+    dice = random.Random()  # noqa: S311 - nothing secret
+    results = []
+    for _ in range(60):
+        case.begin()
+        pid = start(case.apply)
+        fd = os.pidfd_open(pid)
+        select.select([fd], [], [], dice.uniform(0, 0.03))
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+        os.close(fd)
+        code = ended(pid)
+        if in_child(lambda: recover(case.folder)) != FINE:
+            raise SystemExit("it cannot be recovered")
+        results.append(f"{case.check('killed at any time')} {'killed' if code == KILLED else 'done'}")
+    say({result: results.count(result) for result in set(results)})
+
+
+def disturbed(base: Path) -> None:
+    """At every call somebody puts another file where one is to be replaced, and it is never lost."""
+    case = Case(base)
+    foreign = ("file", 0o644, b"somebody else's")
+    names = ("changed", "deleted", "to-folder", "open/changed", "added", "to-folder/a/b")
+    codes: list[int] = []
+
+    def disturb(name: str) -> None:
+        other = base / "other"
+        other.write_bytes(foreign[2])
+        other.chmod(foreign[1])
+        path = case.root / name
+        if path.parent.is_dir() and not path.is_dir():
+            other.replace(path)
+
+    for name in names:
+        number = 0
+        while True:
+            number += 1
+            case.begin()
+            (base / "other").unlink(missing_ok=True)
+            code = in_child(case.apply, partial(at_call, number, partial(disturb, name)))
+            when = f"{name} replaced at call {number}: it ended with {code}"
+            if (base / "other").exists():  # there was no place for it just then
+                continue
+            found = read(case.root)
+            if found.get(name) != foreign:
+                if found != NEW:
+                    raise SystemExit(f"{when}, and {name} is {found.get(name)}")
+                break  # it was never done: there are no more calls
+            expected = {**(NEW if code == FINE else OLD), name: foreign}
+            if code == REFUSED:
+                # It lies where the old one has to go back to, or in a folder of ours that can only go without it.
+                (case.root / name).unlink()
+                recover(case.folder)
+                found, expected = read(case.root), OLD
+            elif code not in {FINE, CONFLICT}:
+                raise SystemExit(when)
+            same(found, expected, when)
+            codes.append(code)
+    say({code: codes.count(code) for code in sorted(set(codes))})
+
+
+def led_outside(base: Path) -> None:
+    """At every call a folder is swapped for a link to one outside: nothing is ever done there."""
+    case = Case(base)
+    outside, away = base / "outside", base / "away"
+    codes: list[int] = []
+    trap = {**OLD, "": ("folder", 0o755, b""), "changed": OLD["open/changed"], "deep": ("folder", 0o755, b"")}
+
+    def swap(name: str) -> None:
+        path = case.root / name
+        if path.is_dir() and not path.is_symlink():
+            path.rename(away)
+            path.symlink_to(outside)
+
+    for name in ("open", "gone", "to-folder", "added-tree", "to-file/a"):
+        number = 0
+        while True:
+            number += 1
+            case.begin()
+            for path in (outside, away):
+                if path.exists():
+                    remove(path)
+            put(outside, trap)
+            code = in_child(case.apply, partial(at_call, number, partial(swap, name)))
+            when = f"{name} swapped at call {number}: it ended with {code}"
+            same(read(outside), trap, f"{when}: outside")
+            if not away.exists():
+                if code == FINE and read(case.root) == NEW and number > 100:
+                    break
+                continue
+            if code not in {FINE, CONFLICT, REFUSED}:
+                raise SystemExit(when)
+            (case.root / name).unlink()
+            away.rename(case.root / name)
+            recover(case.folder)
+            case.check(when)
+            codes.append(code)
+    say({code: codes.count(code) for code in sorted(set(codes))})
+
+
+def together(base: Path) -> None:
+    """Two processes apply sets that exclude each other, at once: one does, the other finds a conflict."""
+    root = base / "root"
+    trees = [{**OLD, f"new-{n}": ("file", 0o644, b"n"), "changed": ("file", 0o644, b"%d" % n)} for n in range(2)]
+    for _ in range(20):
+        if root.exists():
+            remove(root)
+        put(root, OLD)
+        sets = [difference(root, OLD, tree) for tree in trees]
+        gate, go = os.pipe()
+        pids = []
+        for n in range(2):
+            apply_one = partial(applied, *sets[n], base / f"state-{n}")
+            pids.append(start(apply_one, partial(os.read, gate, 1)))
+        os.write(go, b"go")
+        codes = [ended(pid) for pid in pids]
+        os.close(gate)
+        os.close(go)
+        if sorted(codes) != [FINE, CONFLICT]:
+            raise SystemExit(f"they ended with {codes}")
+        same(read(root), trees[codes.index(FINE)], "two at once")
+    say("one of two")
+
+
+def old_system(base: Path) -> None:
+    """A kernel without openat2, and a file system that knows no exchange of names and no rename without replacing."""
+    _filter()
+    case = Case(base)
+    case.begin()
+    case.apply()
+    same(read(case.root), NEW, "on an old system")
+    undone(case.folder)
+    same(read(case.root), OLD, "on an old system, undone")
+    killed(base)
+    led_outside(base)
+
+
+def _filter() -> None:
+    """Have the kernel refuse those calls to this process and its children (seccomp(2))."""
+    numbers = {"x86_64": 316, "aarch64": 276}
+    load, equal, give = 0x20, 0x15, 0x06
+    allow, refuse = 0x7FFF0000, 0x00050000
+    program = [
+        (load, 0, 0, 0),
+        (equal, 0, 1, 437),
+        (give, 0, 0, refuse | 38),  # ENOSYS
+        (equal, 0, 3, numbers[os.uname().machine]),
+        (load, 0, 0, 48),  # the low half of the fifth argument: flags
+        (equal, 1, 0, 0),
+        (give, 0, 0, refuse | 22),  # EINVAL
+        (give, 0, 0, allow),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    head = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, head, 0, 0):
+        raise SystemExit(f"no seccomp: {os.strerror(ctypes.get_errno())}")
+
+
+RUNS = {
+    "killed": killed,
+    "recovery-killed": recovery_killed,
+    "killed-any-time": killed_any_time,
+    "disturbed": disturbed,
+    "led-outside": led_outside,
+    "together": together,
+    "old-system": old_system,
+}
+
+if __name__ == "__main__":
+    settings.SETTLE_S = 0.02  # type: ignore[misc] # nothing that is in the way here goes by itself
+    if len(sys.argv) > 3:
+        os.setgroups([])
+        os.setresgid(*[int(sys.argv[3])] * 3)
+        os.setresuid(*[int(sys.argv[3])] * 3)
+    RUNS[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,166 @@
+"""Trees of files as values, put on a disk and read from it, and the changes between two, for the tests of applying."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+from typing import TYPE_CHECKING
+
+from x07_sandbox.files.apply import apply
+from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, decode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+Entry = tuple[str, int, bytes]
+"""Kind, mode, and the content of a file or the target of a link."""
+
+Tree = dict[str, Entry]
+"""By name below the root; "" is the root itself."""
+
+OLD: Tree = {
+    "": ("folder", 0o755, b""),
+    "changed": ("file", 0o644, b"as it was"),
+    "deleted": ("file", 0o600, b"goes"),
+    "empty": ("file", 0o640, b""),
+    "gone": ("folder", 0o755, b""),
+    "gone/deep": ("folder", 0o555, b""),
+    "gone/deep/file": ("file", 0o444, b"below"),
+    "kept": ("file", 0o644, b"the same"),
+    "link": ("link", 0, b"changed"),
+    "link-to-file": ("link", 0, b"/nowhere"),
+    "mode": ("file", 0o644, b"#!/bin/sh\n"),
+    "open": ("folder", 0o755, b""),
+    "open/changed": ("file", 0o644, b"x" * 5000),
+    "to-folder": ("file", 0o644, b"a file"),
+    "to-file": ("folder", 0o700, b""),
+    "to-file/a": ("folder", 0o755, b""),
+    "to-file/a/b": ("file", 0o644, b"deep"),
+    "unreadable": ("file", 0o000, b"to nobody"),
+    "\udcff": ("file", 0o644, b"a name in no encoding"),
+}
+NEW: Tree = {
+    "": ("folder", 0o750, b""),
+    "added": ("file", 0o755, b"new"),
+    "added-link": ("link", 0, b"../outside"),
+    "added-tree": ("folder", 0o555, b""),
+    "added-tree/a": ("folder", 0o755, b""),
+    "added-tree/a/b": ("file", 0o444, b"read only"),
+    "changed": ("file", 0o600, b"as it is"),
+    "empty": ("file", 0o640, b"no longer"),
+    "kept": ("file", 0o644, b"the same"),
+    "link": ("link", 0, b"elsewhere"),
+    "link-to-file": ("file", 0o644, b"no link"),
+    "mode": ("file", 0o755, b"#!/bin/sh\n"),
+    "open": ("folder", 0o555, b""),
+    "open/changed": ("file", 0o644, b"y"),
+    "to-folder": ("folder", 0o755, b""),
+    "to-folder/a": ("folder", 0o711, b""),
+    "to-folder/a/b": ("file", 0o644, b"deeper"),
+    "to-file": ("file", 0o644, b"a file now"),
+    "unreadable": ("file", 0o644, b"to all"),
+    "\udcfe": ("link", 0, b"\xff"),
+}
+"""Between them is every kind of change, and what only a folder's owner can do with its mode."""
+
+
+def put(root: Path, tree: Tree) -> None:
+    """Make the tree where nothing is."""
+    for name, (kind, mode, data) in sorted(tree.items()):
+        path = root / name
+        if kind == "folder":
+            path.mkdir(mode | 0o700)
+        elif kind == "link":
+            path.symlink_to(os.fsdecode(data))
+        else:
+            path.write_bytes(data)
+            path.chmod(mode)
+    for name, (kind, mode, _) in sorted(tree.items(), reverse=True):
+        if kind == "folder":
+            (root / name).chmod(mode)
+
+
+def read(root: Path) -> Tree:
+    """What is there, whoever may read it."""
+    found: Tree = {}
+    waiting = [""]
+    while waiting:
+        name = waiting.pop()
+        path = root / name
+        info = path.lstat()
+        mode = stat.S_IMODE(info.st_mode)
+        if stat.S_ISLNK(info.st_mode):
+            found[name] = ("link", 0, os.fsencode(path.readlink()))
+        elif stat.S_ISDIR(info.st_mode):
+            found[name] = ("folder", mode, b"")
+            with _opened(path, mode, 0o500):
+                waiting += [f"{name}/{part.name}".lstrip("/") for part in path.iterdir()]
+        else:
+            with _opened(path, mode, 0o400):
+                found[name] = ("file", mode, path.read_bytes())
+    return found
+
+
+@contextlib.contextmanager
+def _opened(path: Path, mode: int, bits: int) -> Iterator[None]:
+    if mode & bits != bits:
+        path.chmod(mode | bits)
+    yield
+    if mode & bits != bits:
+        path.chmod(mode)
+
+
+def remove(root: Path) -> None:
+    """All of it."""
+    for name, (kind, _, _) in sorted(read(root).items()):
+        if kind == "folder":
+            (root / name).chmod(0o700)
+    for name, (kind, _, _) in sorted(read(root).items(), reverse=True):
+        if kind == "folder":
+            (root / name).rmdir()
+        else:
+            (root / name).unlink()
+
+
+def difference(root: Path, old: Tree, new: Tree, *, missing: bool = False) -> tuple[ChangeSet, bytes]:
+    """The set that makes *new* of *old*, and its data."""
+    data = bytearray()
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name):
+            continue
+        before, after = _node(old.get(name)), _node(new.get(name), len(data))
+        data += new[name][2] if after and after.kind == "file" else b""
+        changes.append(Change(name=name, before=before, after=after))
+    roots = (RootChanges(root=str(root), guest="/x07/root", missing=missing, changes=tuple(changes)),)
+    return ChangeSet(run="1-2-3", roots=roots), bytes(data)
+
+
+def _node(entry: Entry | None, at: int | None = None) -> Node | None:
+    if entry is None:
+        return None
+    kind, mode, data = entry
+    if kind == "folder":
+        return Node(kind="folder", mode=mode)
+    if kind == "link":
+        return Node(kind="link", target=os.fsdecode(data))
+    return Node(kind="file", mode=mode, size=len(data), sha256=hashlib.sha256(data).hexdigest(), at=at)
+
+
+def applied(changes: ChangeSet, data: bytes, folder: Path) -> ChangeSet:
+    """Apply a set whose data is in memory."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return apply(changes, file.fileno(), folder)
+
+
+def undone(folder: Path, other: Path | None = None) -> ChangeSet:
+    """Apply what undoes the last set of *folder*, kept in *other* or the same folder."""
+    undoing = decode((folder / "undo" / "changes.json").read_bytes())
+    with (folder / "undo" / "data").open("rb") as file:
+        return apply(undoing, file.fileno(), other or folder)
