@@ -12,6 +12,7 @@ import random
 import select
 import signal
 import struct
+import subprocess
 import sys
 import traceback
 from functools import partial
@@ -134,9 +135,41 @@ class Case:
         return "new"
 
 
-def killed(base: Path) -> None:
+class OverlayCase(Case):
+    """The old tree is an overlay's lower layer: its folders cannot be renamed. For a mount namespace of its own."""
+
+    def __init__(self, base: Path) -> None:
+        super().__init__(base)
+        self.layers = base / "layers"
+        for name in ("lower", "merged"):
+            (self.layers / name).mkdir(parents=True)
+        put(self.layers / "lower" / "root", OLD)
+        self.root = self.layers / "merged" / "root"
+        self.changes, self.data = difference(self.root, OLD, NEW)
+        self.tries = 0
+
+    def begin(self) -> None:
+        """The old tree, and an upper layer with nothing in it."""
+        merged = self.layers / "merged"
+        if self.tries:
+            remove(self.folder)
+            subprocess.run(["/usr/bin/umount", merged], check=True)
+        self.tries += 1
+        upper, work = self.layers / f"upper{self.tries}", self.layers / f"work{self.tries}"
+        upper.mkdir()
+        work.mkdir()
+        options = f"lowerdir={self.layers / 'lower'},upperdir={upper},workdir={work}"
+        subprocess.run(["/usr/bin/mount", "-t", "overlay", "overlay", "-o", options, merged], check=True)
+
+
+def killed_on_overlay(base: Path) -> None:
+    """Kill it on a file system on which folders cannot be renamed."""
+    killed(base, OverlayCase(base))
+
+
+def killed(base: Path, given: Case | None = None) -> None:
     """Kill it at every call, and its recovery at some."""
-    case = Case(base)
+    case = given or Case(base)
     results: list[str] = []
     dice = random.Random(7)  # noqa: S311 - nothing secret
     while True:
@@ -352,6 +385,7 @@ def _filter() -> None:
 
 RUNS = {
     "killed": killed,
+    "killed-on-overlay": killed_on_overlay,
     "recovery-killed": recovery_killed,
     "killed-any-time": killed_any_time,
     "disturbed": disturbed,

@@ -137,14 +137,14 @@ def _remove_slot(staging_fd: int, name: str, known: dict[str, Ident] | None) -> 
     with thing(staging_fd, name) as there:
         if there is None:
             return True
-        if not (_SLOT.fullmatch(name) if known is None else known.get(name) == there.ident):
-            return False
-        if there.kind == "folder":
+        if there.kind == "folder" and _SLOT.fullmatch(name):  # also one that stood in for another
             if there.names():
                 return False
             os.rmdir(name, dir_fd=staging_fd)
-        else:
-            os.unlink(name, dir_fd=staging_fd)
+            return True
+        if not (_SLOT.fullmatch(name) if known is None else known.get(name) == there.ident):
+            return False
+        os.unlink(name, dir_fd=staging_fd)
         return True
 
 

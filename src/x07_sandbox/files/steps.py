@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 AWAY: Final = ".old"
 """Ends the name of what was taken away first, where names cannot change places."""
+
+
+_CONFLICTS: Final = {*NOTHING, errno.EEXIST, errno.ENOTEMPTY}
 
 
 class Site(msgspec.Struct, kw_only=True):
@@ -43,22 +48,51 @@ def do(site: Site, step: Step) -> None:
             if step.kind == "add":
                 beneath.move(site.staging_fd, step.slot, folder, name)
                 return
-            slot = step.slot
-            if step.kind == "remove":
-                beneath.move(folder, name, site.staging_fd, slot)
-            elif not beneath.exchange(site.staging_fd, slot, folder, name):
-                # Not linked away and renamed over, which would never leave the name empty: what another process
-                # has put there in between would be lost.
-                slot += AWAY
-                beneath.move(folder, name, site.staging_fd, slot)
-                beneath.move(site.staging_fd, step.slot, folder, name)
+            slot = _take_away(site, step, folder, name)
     except OSError as exc:
-        if exc.errno in NOTHING or isinstance(exc, FileExistsError):
+        if exc.errno in _CONFLICTS:
             raise conflict([site.path(step.name)]) from exc
         exc.filename = site.path(step.name)
         raise
-    if not _displaced(site, step, slot):
+    if slot and not _displaced(site, step, slot):
         raise conflict([site.path(step.name)])
+
+
+def _take_away(site: Site, step: Step, folder: int, name: str) -> str:
+    """Put what is there into staging, and what is new in its place; the slot to look at, if any."""
+    staging = site.staging_fd
+    try:
+        if step.kind == "remove":
+            beneath.move(folder, name, staging, step.slot)
+            return step.slot
+        if beneath.exchange(staging, step.slot, folder, name):
+            return step.slot
+    except OSError as exc:
+        if exc.errno != errno.EXDEV or step.before is None or step.before.kind != "folder":
+            raise
+        # Where one of an overlay's lower layers has the folder it cannot be renamed, but removed.
+        _remove_folder(site, step, folder, name)
+        if step.kind == "replace":
+            beneath.move(staging, step.slot, folder, name)
+        return ""
+    # Not linked away and renamed over, which would never leave the name empty: what another process has put there in
+    # between would be lost.
+    beneath.move(folder, name, staging, step.slot + AWAY)
+    beneath.move(staging, step.slot, folder, name)
+    return step.slot + AWAY
+
+
+def _remove_folder(site: Site, step: Step, folder: int, name: str) -> None:
+    """Remove an empty one; another like it, in staging, can come back in its place."""
+    with thing(folder, name) as old:
+        if old is None or old.ident != step.old or old.mode != step.old_mode:
+            raise conflict([site.path(step.name)])
+        other = step.slot + (AWAY if step.kind == "replace" else "")
+        os.mkdir(other, 0o700, dir_fd=site.staging_fd)
+        os.chown(other, old.info.st_uid, old.info.st_gid, dir_fd=site.staging_fd, follow_symlinks=False)
+        # Not the mode that it was given to be opened: no step finds this one by its inode.
+        os.chmod(other, (old.mode & 0o7000) | (step.before.mode & 0o777 if step.before else 0), dir_fd=site.staging_fd)
+    os.rmdir(name, dir_fd=folder)
 
 
 def undo(site: Site, step: Step) -> bool:
@@ -125,7 +159,8 @@ def _readable(old: Thing) -> Iterator[None]:
 def _undo_mode(site: Site, step: Step) -> bool:
     with thing(site.fd, step.name) as there:
         if there is None or there.ident != step.old:
-            return step.before is None  # ours, and back already, or never there
+            # Ours, and back already, or never there; or one that stands in for it.
+            return step.before is None or (there is not None and there.mode == step.old_mode)
         if there.mode == step.new_mode:
             there.set_mode(step.old_mode)
     return True
@@ -169,7 +204,7 @@ def _put_back(site: Site, step: Step, folder: int, name: str) -> bool:
     try:
         beneath.move(site.staging_fd, old, folder, name)
     except FileExistsError:
-        return False
+        return ident_of(folder, name) == step.old  # it never went: another folder only was made to stand in for it
     return True
 
 
