@@ -144,7 +144,6 @@ class Agent:
                 hostname=body["hostname"],
                 out_writable=body["output"],
                 inputs_on_disk=False,
-                mounts=[],
                 spare_cpu_s=place.spare_cpu_s,
             )
         )

@@ -27,7 +27,6 @@ ROOT: Final = "/run/x07/root"
 MACHINE_ID: Final = "/run/x07/machine-id"
 SCRATCH: Final = "/run/x07/scratch"
 MEMORY: Final = "/run/x07/memory"
-DISK: Final = "/run/x07/disk"  # the scratch disk in the program's own view, where it may not look
 CWD: Final = "/opt/x07"
 
 
@@ -52,14 +51,12 @@ class Orders:
 
     tmp_bytes: size of /tmp and of /dev/shm. cpu_s: the limit below that of the control group's counter.
     inputs_on_disk: whether the files of the job are too large to lie in memory.
-    mounts: what of the scratch disk the program finds elsewhere: what, where, whether it may write; outer ones first.
     """
 
     hostname: str
     tmp_bytes: int
     out_writable: bool
     inputs_on_disk: bool
-    mounts: list[tuple[str, str, bool]]
     fds: int
     cpu_s: int
     core_bytes: int
@@ -150,8 +147,6 @@ def _temporary(world: World) -> None:
     _tmpfs(f"{ROOT}/tmp")  # noqa: S108 - the guest's own
     read_only = system.MS_NOSUID | system.MS_NODEV | system.MS_RDONLY
     system.mount("tmpfs", f"{ROOT}/run", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
-    os.makedirs(f"{ROOT}{DISK}", mode=0o700)
-    os.chmod(os.path.dirname(f"{ROOT}{DISK}"), 0o700)
     if world.interpreter:
         os.mkdir(f"{ROOT}{interpreter.FOLDER}")
         with open(f"{ROOT}{interpreter.FOLDER}/sitecustomize.py", "x", encoding="utf-8") as file:
@@ -174,15 +169,15 @@ def _work_folders(_world: World) -> None:
         "", x07, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | system.MS_RDONLY
     )
     system.bind(f"{SCRATCH}/work", f"{ROOT}{CWD}")
-    system.bind(SCRATCH, f"{ROOT}{DISK}", system.MS_RDONLY)
 
 
 def _enter(_world: World) -> None:
     system.pivot_root(ROOT)
-    _root_mode(system.MS_RDONLY)
+    root_mode(system.MS_RDONLY)
 
 
-def _root_mode(flags: int) -> None:
+def root_mode(flags: int) -> None:
+    """Make the root writable, 0, or not, MS_RDONLY."""
     system.mount("", "/", "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | flags)
 
 
@@ -227,20 +222,6 @@ def _inputs(orders: Orders) -> None:
         system.unmount("/x07/in")
 
 
-def _mounts(orders: Orders) -> None:
-    if not orders.mounts:
-        return
-    _root_mode(0)
-    for source, at, writable in orders.mounts:
-        path = f"{DISK}/{source}"
-        if not os.path.lexists(at):
-            os.makedirs(at if os.path.isdir(path) else os.path.dirname(at), exist_ok=True)
-            if not os.path.isdir(path):
-                os.close(os.open(at, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
-        system.bind(path, at, 0 if writable else system.MS_RDONLY)
-    _root_mode(system.MS_RDONLY)
-
-
 def _resource_limits(orders: Orders) -> None:
     # The cgroup's counter decides on cpu-limit; this is only the net below it, and later, because its
     # signal could not be told from one that the program sends itself.
@@ -262,7 +243,6 @@ JOB: Final[tuple[Step[Orders], ...]] = (
     Step("sizes", "CAP_SYS_ADMIN", _sizes, ("tmp_bytes",)),
     Step("output folder", "CAP_SYS_ADMIN", _output, ("out_writable",)),
     Step("large inputs", "CAP_SYS_ADMIN", _inputs, ("inputs_on_disk",)),
-    Step("folders of the host", "CAP_SYS_ADMIN", _mounts, ("mounts",)),
     Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits, ("fds", "cpu_s", "core_bytes")),
 )
 

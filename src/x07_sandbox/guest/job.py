@@ -15,6 +15,7 @@ from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, init
 from x07_sandbox.guest.files import IncomingFiles
+from x07_sandbox.guest.mounts import mount_all
 from x07_sandbox.guest.place import failure, told_failure
 from x07_sandbox.guest.trees import changes
 
@@ -39,7 +40,6 @@ def orders(
     hostname: str,
     out_writable: bool,
     inputs_on_disk: bool,
-    mounts: list[tuple[str, str, bool]],
     spare_cpu_s: int,
 ) -> confine.Orders:
     """What init is told of a job with these limits. spare_cpu_s: what the process may have used before it."""
@@ -48,7 +48,6 @@ def orders(
         tmp_bytes=limits["tmp_bytes"],
         out_writable=out_writable,
         inputs_on_disk=inputs_on_disk,
-        mounts=mounts,
         fds=limits["fds"],
         cpu_s=limits["cpu_ms"] // 1000 + spare_cpu_s,
         core_bytes=limits["core_bytes"],
@@ -122,10 +121,10 @@ class Job:
                 hostname=self.hostname,
                 out_writable=writable,
                 inputs_on_disk=on_disk,
-                mounts=self._mounts(),
                 spare_cpu_s=place.spare_cpu_s,
             )
         )
+        self._mount()
         place.name(self.machine_id)
         self.cpu_before_us = place.cpu_us_so_far()
         self.cpu_looked_at = time.monotonic()
@@ -137,19 +136,21 @@ class Job:
             os.set_blocking(fd, False)
         self._feed()
 
-    def _mounts(self) -> list[tuple[str, str, bool]]:
-        """What init is to put where; the trees are ready for it."""
+    def _mount(self) -> None:
+        """Put the host's folders where the program looks for them."""
+        if not self.mounts:
+            return
         for tree in self.files.trees.values():
             tree.wait()
         if any(mount["at"].startswith(_PROJECT) for mount in self.mounts):
             os.makedirs(f"{self.place.folder(on_disk=self.files.on_disk)}/project", exist_ok=True)
-        return [(self._source(mount), mount["at"], mount["write"]) for mount in self.mounts]
+        mount_all(self.place.init, [(self._source(mount), mount["at"], mount["write"]) for mount in self.mounts])
 
     def _source(self, mount: dict[str, Any]) -> str:
-        """Where it lies on the scratch disk."""
+        """Where it lies, for us."""
         if mount["tree"] is None:
-            return "work"
-        folder = f"trees/{mount['tree']}"
+            return self.place.scratch("work")
+        folder = self.place.scratch(f"trees/{mount['tree']}")
         return f"{folder}/{mount['sub']}" if mount["sub"] else folder
 
     # while it runs

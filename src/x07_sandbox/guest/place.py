@@ -33,6 +33,7 @@ class Place:
     interpreter: whether the process that waits is a started Python, as `x07_sandbox.guest.interpreter` has it.
     preload: modules that it has imported.
     stdin_fd, stdout_fd, stderr_fd: the program's standard streams. report_fd: what init says.
+    init: process id of the first process of its namespaces.
     told_fd: what the program's process says before it is the program; its end means that it is.
     """
 
@@ -72,8 +73,8 @@ class Place:
         )
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         os.unshare(os.CLONE_NEWPID)  # for the next child only: it becomes PID 1 of the program's namespace
-        self._init = os.fork()
-        if self._init == 0:
+        self.init = os.fork()
+        if self.init == 0:
             init.run_init(world, ends)
         os.setns(own, os.CLONE_NEWPID)  # the child after it is again one of ours
         for fd in (own, *ends.of_program(), orders_r, report_w, world.netns_fd, world.procs_fd):
@@ -143,8 +144,8 @@ class Place:
         """End what is left of it, and remove what it wrote, so that another can be made in the same machine."""
         import shutil
 
-        os.kill(self._init, signal.SIGKILL)
-        os.waitpid(self._init, 0)
+        os.kill(self.init, signal.SIGKILL)
+        os.waitpid(self.init, 0)
         os.close(self._machine_id_fd)
         for path in (f"{confine.MEMORY}/in", *(self.scratch(name) for name in _FOLDERS)):
             shutil.rmtree(path)

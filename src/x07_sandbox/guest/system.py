@@ -31,6 +31,13 @@ _SIOCSIFFLAGS: Final = 0x8914
 _IFF_UP_RUNNING: Final = 0x41
 _RB_POWER_OFF: Final = 0x4321FEDC
 
+_OPEN_TREE: Final = 428  # these have one number everywhere
+_MOVE_MOUNT: Final = 429
+_MOUNT_SETATTR: Final = 442
+_OPEN_TREE_CLONE: Final = 1
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 4
+_AT_FDCWD: Final = -100
+_AT_EMPTY_PATH: Final = 0x1000
 _PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}  # syscall numbers: glibc has no wrapper
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,6 +67,25 @@ def pivot_root(new_root: str) -> None:
     _check(_libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
     _check(_libc.umount2(b".", MNT_DETACH), "umount of the old root")
     os.chdir("/")
+
+
+def open_tree(path: str) -> int:
+    """A copy of the mount at *path*, from there down, that is attached nowhere yet. Raises OSError."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    fd: int = _libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
+    _check(fd, path)
+    return fd
+
+
+def mount_attributes(fd: int, flags: int) -> None:
+    """Set what holds on a mount that is attached nowhere yet: no set-id, no devices, and *flags*. Raises OSError."""
+    attributes = struct.pack("=4Q", MS_NOSUID | MS_NODEV | flags, 0, 0, 0)  # the first four bits are those of mount(2)
+    _check(_libc.syscall(_MOUNT_SETATTR, fd, b"", _AT_EMPTY_PATH, attributes, len(attributes)), "mount_setattr")
+
+
+def move_mount(fd: int, target: str) -> None:
+    """Attach such a mount. Raises OSError naming the target."""
+    _check(_libc.syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
 
 
 def unmount(target: str) -> None:

@@ -12,7 +12,6 @@ from typing import Final, Literal
 
 import msgspec
 
-from x07_sandbox.plan.places import PROGRAM, place
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import SCHEMA_VERSION
 
@@ -129,6 +128,8 @@ def _roots(asked: Asked, field: str) -> Answer:
         return _no_files(asked, field)
     if "host-files" not in asked.holds:
         return Answer("refused", _NOBODY, "this backend cannot give a program files of the host")
+    from x07_sandbox.plan.places import PROGRAM, place  # not on the way of a run without files
+
     hidden = asked.values["fs.deny_hidden"] is True
     for root in given:
         where, why = place(root, PROGRAM, deny_hidden=hidden)
