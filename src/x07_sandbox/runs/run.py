@@ -130,15 +130,15 @@ def _carry_out(
     so_far.plan = plan = make_plan(policy, availability.features)
     _add_refusals(plan, so_far)
     plan.require()
+    host_files = _host_files(request, program, policy, folder, stack)
+    if host_files is not None:
+        so_far.denials += host_files.denials()
     session = Session(request, program, so_far, folder, backend, image)
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
     failed = session.prepare(artifact, policy_bytes)
     if failed is not None:
         return failed
     so_far.digests["artifact"] = f"sha256:{artifact.sha256()}"
-    host_files = _host_files(request, program, policy, folder, stack)
-    if host_files is not None:
-        so_far.denials += host_files.denials()
     spec = session.run_spec(artifact, policy, policy_bytes, plan.limits, stack, host_files)
     ending = session.run(spec, policy)
     return ending if host_files is None else _settled(host_files, ending, so_far)

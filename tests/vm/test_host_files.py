@@ -1,0 +1,435 @@
+"""Folders of the host that a policy opens: what a program finds there, and what comes back of what it changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.vm.conftest import left_behind
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from x07_sandbox.images.store import Image
+
+import msgspec
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+COMMAND = [sys.executable, "-m", "x07_sandbox.cli.main"]
+
+
+class Project:
+    """A folder of the user's, and the command started in it."""
+
+    def __init__(self, folder: Path, state: Path) -> None:
+        self.folder = folder
+        self.state = state
+        folder.mkdir()
+        (folder / "data").mkdir()
+        (folder / "out").mkdir()
+        (folder / "data/in.txt").write_text("one\ntwo\nthree\n")
+        (folder / "data/gone.txt").write_text("short-lived\n")
+        (folder / "run.sh").write_text("#!/bin/sh\necho hi\n")
+        (folder / "run.sh").chmod(0o755)
+        (folder / ".secret").write_text("hidden\n")
+        (folder / "key.pem").write_text("a key\n")
+
+    def x07(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """A command, as a user types it."""
+        done = subprocess.run(
+            [*COMMAND, *words], cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr + done.stdout
+        return done
+
+    def run(self, source: str, *words: str, code: int = 0) -> dict[str, Any]:
+        """The result of a Python source."""
+        words = ("run", "--json", "-c", source, "--toolchain", "python", *words)
+        found: dict[str, Any] = json.loads(self.x07(*words, code=code).stdout)
+        assert left_behind(self.state) == []
+        return found
+
+    def policy(self, **fs: object) -> str:
+        """The built-in policy with other rules for files, as a file beside the project."""
+        document = msgspec.to_builtins(default_policy())
+        document["fs"] |= fs
+        path = self.folder.parent / f"policy-{os.urandom(4).hex()}.json"
+        path.write_bytes(render_policy(document))
+        return str(path)
+
+    def seen(self) -> dict[str, str]:
+        """All files, and what is in them."""
+        return {
+            str(path.relative_to(self.folder)): path.read_text()
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+        }
+
+
+@pytest.fixture
+def project(image: Image, state: Path, tmp_path: Path) -> Project:
+    """A folder of the user's."""
+    assert image.digest
+    return Project(tmp_path / "project", state)
+
+
+CHANGE = """
+import os
+open("data/in.txt", "a").write("four\\n")
+os.remove("data/gone.txt")
+os.makedirs("new/deep")
+open("new/deep/file", "w").write("made\\n")
+os.rename("run.sh", "go.sh")
+"""
+
+
+def test_a_template_of_x07_reads_here_and_writes_there(project: Project) -> None:
+    """X07's template `cli`: the folder can be read, `out` changed too, and hidden names and keys are not there."""
+    path = project.folder.parent / "cli.json"
+    path.write_bytes(render_policy(TEMPLATES["cli"]))
+    source = """
+import os
+print(os.getcwd(), sorted(os.listdir(".")), open("data/in.txt").read().split())
+for name in ("data/in.txt", "data/other", "here"):
+    try:
+        open(name, "w")
+    except OSError as exc:
+        print(name, exc.errno)
+open("out/made.txt", "w").write("made")
+"""
+    result = project.run(source, "--policy", str(path))
+    assert result["stdout"]["text"].splitlines() == [
+        "/opt/x07 ['data', 'out', 'run.sh'] ['one', 'two', 'three']",
+        "data/in.txt 30",
+        "data/other 30",
+        "here 30",
+    ]
+    assert result["changes"]["state"] == "applied"
+    assert (project.folder / "out/made.txt").read_text() == "made"
+    left = {denial["field"]: denial["subject"] for denial in result["denials"]}
+    assert ".secret" in left["fs.deny_hidden"]
+    assert "key.pem" in left["secrets"]
+
+
+def test_changes_are_applied_shown_undone_and_applied_again(project: Project) -> None:
+    """What a program changed is on the host when it has ended, and goes and comes with x07 undo and x07 apply."""
+    before = project.seen()
+    done = project.x07("run", "--allow-write-root", ".", "-c", CHANGE, "--toolchain", "python")
+    assert done.stderr == (
+        "x07: deleted: data/gone.txt\nx07: deleted: run.sh\n"
+        "x07: 4 added, 1 changed, 2 deleted: applied; x07 diff, x07 undo\n"
+    )
+    after = project.seen()
+    assert after == {
+        ".secret": "hidden\n",
+        "data/in.txt": "one\ntwo\nthree\nfour\n",
+        "go.sh": "#!/bin/sh\necho hi\n",
+        "key.pem": "a key\n",
+        "new/deep/file": "made\n",
+    }
+    assert (project.folder / "go.sh").stat().st_mode & 0o777 == 0o755
+    shown = project.x07("diff").stdout
+    assert "--- a/data/gone.txt\n+++ /dev/null\n@@ -1 +0,0 @@\n-short-lived\n" in shown
+    assert "@@ -1,3 +1,4 @@\n one\n two\n three\n+four\n" in shown
+    assert "new file mode 100755" in shown
+    machine = json.loads(project.x07("diff", "--json").stdout)
+    assert [change["name"] for change in machine["roots"][0]["changes"]] == sorted(
+        ["data/gone.txt", "data/in.txt", "go.sh", "new", "new/deep", "new/deep/file", "run.sh"]
+    )
+    assert "undone; x07 apply" in project.x07("undo").stderr
+    assert project.seen() == before
+    assert "they are not applied" in project.x07("undo", code=2).stderr
+    assert "applied; x07 undo" in project.x07("apply").stderr
+    assert project.seen() == after
+    assert "all of it is there already" in project.x07("apply").stderr
+
+
+def test_a_patch_can_be_had_of_any_run(project: Project) -> None:
+    """--diff writes the patch that x07 diff shows, and beside it all of it with digests; git takes it."""
+    project.x07("run", "--allow-write-root", ".", "--diff", "../p", "-c", CHANGE, "--toolchain", "python")
+    patch = project.folder.parent / "p"
+    assert patch.read_text() == project.x07("diff").stdout
+    assert json.loads((project.folder.parent / "p.json").read_text()) == json.loads(
+        project.x07("diff", "--json").stdout
+    )
+    project.x07("undo")
+    argv = ["/usr/bin/env", "git", "apply", "--check", str(patch)]
+    subprocess.run(argv, cwd=project.folder, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("how", "ends"), [("keep", "kept"), ("discard", "discarded")])
+def test_nothing_is_applied_where_that_is_not_wanted(project: Project, how: str, ends: str) -> None:
+    """Changes can be kept until x07 apply, or thrown away; the exit code stays the program's."""
+    before = project.seen()
+    result = project.run(CHANGE, "--allow-write-root", ".", "--changes", how)
+    assert result["changes"]["state"] == ends
+    assert project.seen() == before
+    project.x07("apply", code=0 if ends == "kept" else 2)
+    assert (project.seen() == before) is (ends == "discarded")
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "outcome", "code"),
+    [
+        (CHANGE + "\nimport sys; sys.exit(3)", [], "failed", 3),
+        (CHANGE + "\nimport time; time.sleep(60)", ["--timeout", "2"], "timeout", 124),
+        (CHANGE + "\nimport os; os.abort()", [], "signalled", 134),
+    ],
+)
+def test_how_a_program_ended_decides(project: Project, source: str, words: list[str], outcome: str, code: int) -> None:
+    """A program that ended by itself has its changes applied; one that was ended has them kept."""
+    before = project.seen()
+    result = project.run(source, "--allow-write-root", ".", *words, code=code)
+    assert (result["outcome"], result["changes"]["deleted"]) == (outcome, 2)
+    assert result["changes"]["state"] == ("applied" if outcome == "failed" else "kept")
+    assert (project.seen() == before) is (outcome != "failed")
+
+
+def test_what_was_changed_meanwhile_is_a_conflict(project: Project) -> None:
+    """Where the host's file is another one than was copied in nothing is applied, exit code 125, and it says which."""
+    words = ["run", "--allow-write-root", ".", "-c", "import time\nprint(1, flush=True)\ntime.sleep(3)\n" + CHANGE]
+    argv = [*COMMAND, *words, "--toolchain", "python"]
+    with subprocess.Popen(
+        argv, cwd=project.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        assert running.stdout.readline() == "1\n"
+        (project.folder / "data/in.txt").write_text("mine\n")
+        before = project.seen()
+        said = running.stderr.read()
+    assert running.returncode == 125
+    assert "conflict" in said
+    assert "data/in.txt" in said
+    assert project.seen() == before
+    project.x07("apply", code=125)
+    project.x07("apply", "--skip", "data/in.txt")
+    assert project.seen()["data/in.txt"] == "mine\n"
+    assert "go.sh" in project.seen()
+
+
+def test_one_name_that_may_not_be_changed_keeps_all_back(project: Project) -> None:
+    """A protected name refuses the whole set, by name and with the flag; x07 apply takes the rest, or all if let."""
+    source = 'open("Jenkinsfile", "w").write("x"); open("fine.txt", "w").write("y")'
+    result = project.run(source, "--allow-write-root", ".", code=125)
+    assert (result["outcome"], result["changes"]["state"]) == ("ok", "kept")
+    (denial,) = [denial for denial in result["denials"] if denial["action"] == "change"]
+    assert denial["field"] == "protected"
+    assert denial["how_to_allow"]["flag"] == "--allow-protected Jenkinsfile"
+    assert "fine.txt" not in project.seen()
+    assert "Jenkinsfile" in project.x07("apply", code=125).stderr
+    project.x07("apply", "--skip", "Jenkinsfile")
+    assert (project.seen().get("fine.txt"), project.seen().get("Jenkinsfile")) == ("y", None)
+    result = project.run(
+        'open("Jenkinsfile", "w").write("x")', "--allow-write-root", ".", *denial["how_to_allow"]["flag"].split()
+    )
+    assert result["changes"]["state"] == "applied"
+    assert project.seen()["Jenkinsfile"] == "x"
+
+
+RULES = [
+    ({"deny_hidden": True}, 'open(".new", "w")', "fs.deny_hidden"),
+    ({"allow_symlinks": False}, 'import os; os.symlink("run.sh", "l")', "fs.allow_symlinks"),
+    ({"allow_mkdir": False}, 'import os; os.mkdir("d")', "fs.allow_mkdir"),
+    ({"allow_remove": False}, 'import os; os.remove("run.sh")', "fs.allow_remove"),
+    ({"allow_rename": False, "allow_remove": False}, 'import os; os.rename("run.sh", "r")', "fs.allow_rename"),
+    ({"max_write_bytes": 1000}, 'open("big", "w").write("x" * 5000)', "fs.max_write_bytes"),
+    ({"max_depth": 3}, 'import os; os.makedirs("a/b/c/d")', "fs.max_depth"),
+]
+
+
+@pytest.mark.parametrize(("fs", "source", "field"), RULES)
+def test_a_rule_of_the_policy_keeps_a_change_back_and_says_what_would_let_it(
+    project: Project, fs: dict[str, object], source: str, field: str
+) -> None:
+    """Each rule about changes refuses by name; with the line that the result names the same run passes."""
+    before = project.seen()
+    rules = {"write_roots": ["."], **fs}
+    result = project.run(source, "--policy", project.policy(**rules), code=125)
+    refused = [denial for denial in result["denials"] if denial["action"] == "change"]
+    assert refused
+    assert {denial["field"] for denial in refused} == {field}
+    assert project.seen() == before
+    how = refused[-1]["how_to_allow"]
+    assert how["json_path"] == f"$.{field}"
+    rules[field.removeprefix("fs.")] = how["value"]
+    result = project.run(source, "--policy", project.policy(**rules))
+    assert result["changes"]["state"] == "applied"
+
+
+COPY_RULES = [
+    ({"deny_hidden": True}, ".secret", "fs.deny_hidden"),
+    ({"max_read_bytes": 5}, "data/in.txt", "fs.max_read_bytes"),
+    ({"allow_symlinks": False}, "link", "fs.allow_symlinks"),
+    ({"max_depth": 1}, "data/in.txt", "fs.max_depth"),
+]
+
+
+@pytest.mark.parametrize(("fs", "name", "field"), COPY_RULES)
+def test_a_rule_of_the_policy_leaves_a_file_out_and_says_what_would_let_it_in(
+    project: Project, fs: dict[str, object], name: str, field: str
+) -> None:
+    """Each rule about what goes in leaves out by name; with the line that the result names the program finds it."""
+    (project.folder / "link").symlink_to("run.sh")
+    source = f"print(len(open({name!r}).read()) > 3)"
+    rules = {"read_roots": ["."], **fs}
+    result = project.run(source, "--policy", project.policy(**rules), code=1)
+    (denial,) = [denial for denial in result["denials"] if denial["field"] == field]
+    assert name in denial["subject"]
+    rules[field.removeprefix("fs.")] = denial["how_to_allow"]["value"]
+    assert project.run(source, "--policy", project.policy(**rules))["stdout"]["text"] == "True\n"
+
+
+def test_secrets_go_in_only_if_their_pattern_is_named(project: Project) -> None:
+    """A key is left out whatever the policy says; --reveal with the pattern that the result names lets it in."""
+    source = 'print(open("key.pem").read())'
+    result = project.run(source, "--allow-read-root", ".", code=1)
+    assert [denial["field"] for denial in result["denials"] if "key.pem" in denial["subject"]] == ["secrets"]
+    assert project.run(source, "--allow-read-root", ".", "--reveal", "*.pem")["stdout"]["text"] == "a key\n\n"
+    result = project.run('open("run.sh")', "--allow-read-root", ".", "--hide", "run.*", code=1)
+    assert any("run.sh" in denial["subject"] for denial in result["denials"])
+
+
+def test_more_entries_than_allowed_are_refused_before_anything_starts(project: Project) -> None:
+    """A tree with more entries than fs.max_entries starts nothing, and the field is named."""
+    result = project.run("pass", "--policy", project.policy(read_roots=["."], max_entries=3), code=125)
+    assert (result["outcome"], list(result["phases"])) == ("refused", [])
+    assert "fs.max_entries" in result["reason"]
+
+
+def test_roots_elsewhere_are_where_they_are_on_the_host(project: Project) -> None:
+    """Absolute roots have their own path; one in another travels once, and write wins; a file can be a root."""
+    place = project.folder.parent / "else where"
+    (place / "in").mkdir(parents=True)
+    (place / "in/a").write_text("a")
+    (place / "one.txt").write_text("1")
+    source = f"""
+import os
+os.chdir({str(place)!r})
+print(sorted(os.listdir(".")), open("in/a").read())
+open("in/b", "w").write("b")
+open("one.txt", "a").write("2")
+try:
+    open("c", "w")
+except OSError as exc:
+    print(exc.errno)
+"""
+    rules = {"read_roots": [str(place)], "write_roots": [f"{place}/in", f"{place}/one.txt"]}
+    result = project.run(source, "--policy", project.policy(**rules))
+    assert result["stdout"]["text"] == "['in', 'one.txt'] a\n30\n"
+    assert ((place / "in/b").read_text(), (place / "one.txt").read_text()) == ("b", "12")
+
+
+def test_a_root_that_is_not_there(project: Project) -> None:
+    """A missing read root is an error; a missing write root is an empty folder, made when there is something for it."""
+    assert "there is no" in project.run("pass", "--allow-read-root", "nowhere", code=2)["reason"]
+    source = 'import os; print(os.listdir("results")); {}'
+    assert project.run(source.format(""), "--allow-write-root", "results")["changes"]["state"] == "none"
+    assert not (project.folder / "results").exists()
+    project.run(source.format('open("results/a", "w").write("a")'), "--allow-write-root", "results")
+    assert (project.folder / "results/a").read_text() == "a"
+
+
+def test_a_link_on_the_way_to_a_root_is_refused(project: Project) -> None:
+    """A root that is reached by a link, which anybody may have put there, is refused, and told where it leads."""
+    (project.folder / "way").symlink_to("/etc")
+    for flag in ("--allow-read-root", "--allow-write-root"):
+        for root in ("way", "way/default"):
+            result = project.run("pass", flag, root, code=2)
+            assert "is a link" in result["reason"]
+            assert result["phases"] == {}
+
+
+def test_a_folder_for_what_a_program_makes(project: Project) -> None:
+    """--out DIR is /x07/out for the program; what it writes there comes back, here and again."""
+    for number in ("1", "2"):
+        result = project.run(f'open("/x07/out/made", "w").write("{number}")', "--out", "../made here")
+        assert result["changes"]["state"] == "applied"
+        assert (project.folder.parent / "made here/made").read_text() == number
+
+
+def test_a_project_starts_in_its_own_folder(project: Project) -> None:
+    """With a manifest the program starts in /x07/in/project, where its roots are; without roots that is its own."""
+    (project.folder / "main.py").write_text("import os\nprint(os.getcwd(), sorted(os.listdir()))\nopen('x', 'w')\n")
+    (project.folder / "x07-sandbox.toml").write_text(
+        'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nentry = "main.py"\nfiles = ["main.py"]\n'
+    )
+    done = project.x07("run", ".")
+    assert (done.stdout, done.stderr) == ("/x07/in/project []\n", "")
+    done = project.x07("run", "--allow-write-root", ".", "--hide", "x07-sandbox.toml", ".")
+    assert done.stdout == "/x07/in/project ['data', 'main.py', 'out', 'run.sh']\n"
+    assert "1 added: applied" in done.stderr
+
+
+def test_a_killed_apply_is_put_right_by_the_next_command(project: Project) -> None:
+    """SIGKILL while changes are applied leaves the old tree or the new one, once the next x07 command has run."""
+    for number in range(150):
+        (project.folder / f"data/{number}").write_text(str(number))
+    before = project.seen()
+    source = """
+for n in range(150):
+    open(f"data/{n}", "w").write("new" * 100)
+    open(f"data/n{n}", "w").write("x")
+"""
+    project.run(source, "--allow-write-root", ".", "--changes", "keep")
+    project.x07("apply")
+    after = project.seen()
+    project.x07("undo")
+    assert project.seen() == before
+    torn = 0
+    for step in range(12):
+        argv = [*COMMAND, "apply"]
+        with subprocess.Popen(argv, cwd=project.folder, stderr=subprocess.DEVNULL) as child:
+            time.sleep(0.15 + 0.02 * step)
+            child.send_signal(signal.SIGKILL)
+        torn += project.seen() not in (before, after)
+        project.x07("policy", "digest", "built-in:cli")  # any command
+        assert project.seen() in (before, after)
+        assert not [name for name in os.listdir(project.folder) if name.startswith(".x07")]  # noqa: PTH208 - names
+        if project.seen() == after:
+            project.x07("undo")
+    assert torn, "no kill came while something was under way: the test looks at nothing"
+
+
+def test_two_runs_that_apply_to_one_folder_at_once_leave_one_or_the_other(project: Project) -> None:
+    """Of two runs that change the same file at once one is applied and the other a conflict; never a mixture."""
+    source = """
+import sys, time
+time.sleep(1)
+for name in ("in.txt", *range(40)):
+    open(f"data/{name}", "w").write(sys.argv[1])
+"""
+    argv = [*COMMAND, "run", "--allow-write-root", ".", "-c", source, "--toolchain", "python", "--json", "--"]
+    running = [
+        subprocess.Popen([*argv, word], cwd=project.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        for word in ("one", "two")
+    ]
+    results = [json.loads(child.communicate()[0]) for child in running]
+    assert sorted(result["changes"]["state"] for result in results) == ["applied", "conflict"]
+    words = {text for name, text in project.seen().items() if re.fullmatch(r"data/(\d+|in\.txt)", name)}
+    assert len(words) == 1
+
+
+def test_the_hosts_variables_go_in_by_their_names_only(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of our own variables only those of env.allow_keys reach the program, and env.deny_keys takes any away."""
+    for name in ("WANTED", "DENIED", "OTHER"):
+        monkeypatch.setenv(name, name.lower())
+    document = msgspec.to_builtins(default_policy())
+    document["env"] |= {"allow_keys": ["WANTED", "DENIED", "MISSING"], "deny_keys": ["DENIED", "HOME"]}
+    path = project.folder.parent / "env.json"
+    path.write_bytes(render_policy(document))
+    source = (
+        "import os; print(sorted(name for name in os.environ if not name.startswith('X07_')), os.environ['WANTED'])"
+    )
+    result = project.run(source, "--policy", str(path), "--env", "NAMED=1")
+    assert result["stdout"]["text"] == "['LANG', 'NAMED', 'PATH', 'WANTED'] wanted\n"
