@@ -348,6 +348,32 @@ def together(base: Path) -> None:
     say("one of two")
 
 
+def refused_owner(base: Path) -> None:
+    """An owner may not be given; say what it says."""
+    changes, data = difference(base / "root", {"f": ("file", 0o644, b"old")}, {"f": ("file", 0o600, b"new")})
+    try:
+        applied(changes, data, base / "mine" / "state")
+    except HostError as exc:
+        say(exc)
+
+
+def mounted(base: Path) -> None:
+    """Something is mounted at a folder of the set, or is the place of a file of it; say what it says."""
+    root = base / "root"
+    put(root, OLD)
+    put(base / "other", {"": ("folder", 0o755, b""), "deep": ("folder", 0o755, b"")})
+    for name in ("gone/deep", "gone"):
+        subprocess.run(["/usr/bin/mount", "--bind", base / "other", root / name], check=True)
+        before = read(base / "other")
+        try:
+            applied(*difference(root, OLD, NEW), base / "state")
+        except HostError as exc:
+            say(exc)
+        subprocess.run(["/usr/bin/umount", root / name], check=True)
+        same(read(base / "other"), before, "what is mounted")
+        same(read(root), OLD, "where it is mounted")
+
+
 def old_system(base: Path) -> None:
     """A kernel without openat2, and a file system that knows no exchange of names and no rename without replacing."""
     _filter()
@@ -391,6 +417,8 @@ RUNS = {
     "disturbed": disturbed,
     "led-outside": led_outside,
     "together": together,
+    "refused-owner": refused_owner,
+    "mounted": mounted,
     "old-system": old_system,
 }
 

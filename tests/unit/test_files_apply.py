@@ -1,0 +1,599 @@
+"""Applying a set of changes: all of it or nothing, undone to the byte, whatever others do and whoever is killed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.conftest import need
+from tests.unit.apply_trees import NEW, OLD, Tree, applied, difference, put, read, remove, undone
+from x07_sandbox.errors import HostError
+from x07_sandbox.files.apply import ConflictError, apply, recover, why_no_undo
+from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, decode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROJECT = Path(__file__).resolve().parents[2]
+SHM = Path("/dev/shm")  # noqa: S108 - a folder of the test's own is made in it
+NOBODY = 65534
+FOLDER = ("folder", 0o755, b"")
+
+
+@pytest.fixture(params=["disk", "tmpfs"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder for roots; on tmpfs it is on another file system than what undoes them."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    need(os.path.ismount(SHM), "a tmpfs at /dev/shm", installable=False)
+    with tempfile.TemporaryDirectory(dir=SHM) as name:
+        yield Path(name)
+        opened(Path(name))
+
+
+@pytest.fixture(autouse=True)
+def removable(tmp_path: Path) -> Iterator[None]:
+    """Folders that are closed to their owner are opened at the end, or pytest could not remove them."""
+    yield
+    opened(tmp_path)
+
+
+def opened(top: Path) -> None:
+    """Have its folders be such that they can be removed."""
+    for folder, names, _ in os.walk(top):
+        for name in names:
+            if not Path(folder, name).is_symlink():
+                Path(folder, name).chmod(0o700)
+
+
+def make(path: Path, tree: Tree) -> Path:
+    """The tree at a path."""
+    put(path, tree)
+    return path
+
+
+def driven(what: str, folder: Path, *words: str, before: tuple[str, ...] = ()) -> str:
+    """What tests/unit/apply_driver.py prints."""
+    argv = [*before, sys.executable, "-m", "tests.unit.apply_driver", what, str(folder), *words]
+    done = subprocess.run(argv, cwd=PROJECT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def file_node(data: bytes, at: int | None = None, mode: int = 0o644) -> Node:
+    """A file with that content."""
+    return Node(kind="file", mode=mode, size=len(data), sha256=hashlib.sha256(data).hexdigest(), at=at)
+
+
+def one_set(root: Path, *changes: Change, missing: bool = False) -> ChangeSet:
+    """A set of one root."""
+    return ChangeSet(run="1-2-3", roots=(RootChanges(root=str(root), guest="/g", missing=missing, changes=changes),))
+
+
+def test_the_new_tree_is_there_and_undoing_gives_the_old_one(place: Path, tmp_path: Path) -> None:
+    """Every kind of change is applied, with types, modes and targets, and undone, and done again by undoing that."""
+    root = make(place / "root", OLD)
+    changes, data = difference(root, OLD, NEW)
+    inverse = applied(changes, data, tmp_path / "state")
+    assert read(root) == NEW
+    assert inverse == decode((tmp_path / "state" / "undo" / "changes.json").read_bytes())
+    undone(tmp_path / "state")
+    assert read(root) == OLD
+    undone(tmp_path / "state", tmp_path / "other")
+    assert read(root) == NEW
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["undo"]
+
+
+def test_applying_twice_is_applying_once(place: Path, tmp_path: Path) -> None:
+    """Where all is as it is to be nothing is done, what undoes that is empty, and what undoes the first one stays."""
+    root = make(place / "root", OLD)
+    changes, data = difference(root, OLD, NEW)
+    applied(changes, data, tmp_path / "state")
+    times = {name: (root / name).lstat().st_ctime_ns for name in NEW}
+    for folder in ("state", "other"):
+        assert applied(changes, data, tmp_path / folder).roots == ()
+    assert {name: (root / name).lstat().st_ctime_ns for name in NEW} == times
+    undone(tmp_path / "state")
+    assert read(root) == OLD
+    assert undone(tmp_path / "other").roots == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("changed", ("file", 0o644, b"as it WAS")),
+        ("changed", ("file", 0o640, b"as it was")),
+        ("changed", ("link", 0, b"kept")),
+        ("changed", None),
+        ("deleted", None),
+        ("deleted", ("file", 0o600, b"stays")),
+        ("link", ("link", 0, b"changes")),
+        ("mode", ("file", 0o600, b"#!/bin/sh\n")),
+        ("mode", ("file", 0o644, b"#!/bin/su\n")),
+        ("open", ("folder", 0o700, b"")),
+        ("gone/deep/more", ("file", 0o600, b"")),
+        ("to-file/hidden", ("folder", 0o700, b"")),
+        ("added", ("file", 0o600, b"there first")),
+        ("added-tree", ("folder", 0o700, b"")),
+    ],
+)
+def test_a_change_on_the_host_is_a_conflict(place: Path, tmp_path: Path, name: str, entry: Any) -> None:  # noqa: ANN401
+    """Another content, mode, target or kind, more or less than was copied: nothing is changed, and the name is told."""
+    now = {known: one for known, one in {**OLD, name: entry}.items() if one is not None}
+    root = make(place / "root", now)
+    with pytest.raises(ConflictError) as caught:
+        applied(*difference(root, OLD, NEW), tmp_path / "state")
+    assert caught.value.names == (str(root / name),)
+    assert (caught.value.count, str(root / name) in str(caught.value)) == (1, True)
+    assert read(root) == now
+    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
+    assert (again.names, str(again)) == (caught.value.names, str(caught.value))
+
+
+def test_a_conflict_tells_a_hundred_names_at_most(tmp_path: Path) -> None:
+    """However many names conflict, the error stays short and says how many."""
+    tree = {"": FOLDER, **{f"{n:03}": ("file", 0o600, b"") for n in range(150)}}
+    root = make(tmp_path / "root", {"": FOLDER})
+    with pytest.raises(ConflictError, match="and 145 more") as caught:
+        applied(*difference(root, tree, {"": FOLDER, "new": FOLDER}), tmp_path / "state")
+    assert (len(caught.value.names), caught.value.count) == (100, 150)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Change(name="a", before=None, after=Node(kind="file", mode=0o4755, sha256="0" * 64, at=0)),
+        Change(name="a", before=None, after=Node(kind="folder", mode=0o1777)),
+        Change(name="a", before=None, after=Node(kind="folder", mode=-1)),
+        Change(name="a", before=None, after=Node(kind="file", mode=0o644, sha256="0" * 64)),
+        Change(name="a", before=None, after=Node(kind="file", mode=0o644, sha256="0" * 63, at=0)),
+        Change(name="a", before=None, after=Node(kind="file", mode=0o644, size=-1, sha256="0" * 64, at=0)),
+        Change(name="a", before=None, after=Node(kind="link")),
+        Change(name="a", before=None, after=Node(kind="link", target="a\0b")),
+        *(
+            Change(name=name, before=None, after=Node(kind="folder", mode=0o755))
+            for name in ("..", "../x", "/x", "a//b", "a/./b", "a/../b", "a\0", "a/", ".x07-apply-0", "a/.x07-apply-0")
+        ),
+    ],
+)
+def test_what_no_change_may_bring_refuses_the_set(tmp_path: Path, change: Change) -> None:
+    """Set-id and sticky bits, names that lead out, and content that is not there end it before anything is seen."""
+    root = make(tmp_path / "root", OLD)
+    good = Change(name="fine", before=None, after=Node(kind="folder", mode=0o755))
+    with pytest.raises(ValueError, match="below"):
+        applied(one_set(root, change, good), b"", tmp_path / "state")
+    assert read(root) == OLD
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_set_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    """A name that comes twice, one below what is to be no folder, roots in each other or without a plain path."""
+    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
+    below = Change(name="a/b", before=None, after=Node(kind="folder", mode=0o755))
+    link = Change(name="a", before=None, after=Node(kind="link", target="x"))
+    good = one_set(tmp_path, made).roots[0]
+    wrong = [
+        [one_set(tmp_path, made, made).roots[0]],
+        [one_set(tmp_path, link, below).roots[0]],
+        [good, good],
+        [good, msgspec.structs.replace(good, root=str(tmp_path / "in"))],
+        *([msgspec.structs.replace(good, root=path)] for path in ("x", "/a/../b", "//a", "/a/", "/a\0")),
+        [msgspec.structs.replace(good, root="/", missing=True)],
+    ]
+    for roots in wrong:
+        with pytest.raises(ValueError, match=r"root|below"):
+            applied(ChangeSet(run="1", roots=tuple(roots)), b"", tmp_path / "state")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("damage", ["content", "short"])
+def test_content_that_is_not_what_the_set_says_is_not_written(place: Path, tmp_path: Path, damage: str) -> None:
+    """A data file that was changed or cut short leaves everything as it was."""
+    root = make(place / "root", OLD)
+    changes, data = difference(root, OLD, NEW)
+    wrong = data[:-1] if damage == "short" else data[:-1] + bytes([data[-1] ^ 1])
+    with pytest.raises(HostError, match="is not what the set says"):
+        applied(changes, wrong, tmp_path / "state")
+    assert read(root) == OLD
+
+
+def test_a_root_can_be_one_file(place: Path, tmp_path: Path) -> None:
+    """A file that is a root of its own is changed, removed, made a folder, and undone; nothing beside it is."""
+    trees: list[Tree] = [
+        {"": ("file", 0o644, b"one")},
+        {"": ("file", 0o755, b"two")},
+        {},
+        {"": ("folder", 0o755, b""), "a": ("file", 0o600, b"in it")},
+        {"": ("link", 0, b"beside")},
+    ]
+    (place / "beside").write_bytes(b"stays")
+    root = place / "root"
+    put(root, trees[0])
+    for number, (old, new) in enumerate(itertools.pairwise(trees)):
+        applied(*difference(root, old, new), tmp_path / str(number))
+        assert (read(root) if new else os.path.lexists(root)) == (new or False)
+    for number in reversed(range(len(trees) - 1)):
+        undone(tmp_path / str(number))
+    assert read(root) == trees[0]
+    assert (place / "beside").read_bytes() == b"stays"
+
+
+@pytest.mark.parametrize("now", ["nothing", "empty folder", "something", "a link"])
+def test_a_root_that_was_missing_is_made(place: Path, tmp_path: Path, now: str) -> None:
+    """It comes with what it is to hold, where nothing or an empty folder is, and goes when that is undone."""
+    root, new = place / "root", {"": FOLDER, "a": FOLDER, "a/b": ("file", 0o644, b"x")}
+    changes, data = difference(root, {"": FOLDER}, new, missing=True)
+    if now == "a link":
+        root.symlink_to(tmp_path)
+    elif now != "nothing":
+        put(root, {"": FOLDER} if now == "empty folder" else {"": FOLDER, "c": FOLDER})
+    if now in {"something", "a link"}:
+        with pytest.raises(ConflictError) as caught:
+            applied(changes, data, tmp_path / "state")
+        assert caught.value.names[0] == str(root)
+        assert not (root / "a").exists()
+        return
+    umask = os.umask(0o022)
+    try:
+        applied(changes, data, tmp_path / "state")
+        assert read(root) == new
+        assert applied(changes, data, tmp_path / "state").roots == ()
+        undone(tmp_path / "state")
+    finally:
+        os.umask(umask)
+    assert root.exists() == (now == "empty folder")
+
+
+def test_a_missing_root_without_changes_is_not_made(tmp_path: Path) -> None:
+    """Nothing is made for a root that is to hold nothing."""
+    applied(one_set(tmp_path / "root", missing=True), b"", tmp_path / "state")
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_root_that_is_reached_by_a_link_is_a_conflict(tmp_path: Path) -> None:
+    """A root is opened without following any link on its way, nor as its last part."""
+    make(tmp_path / "root", OLD)
+    (tmp_path / "way").symlink_to(tmp_path)
+    (tmp_path / "last").symlink_to(tmp_path / "root")
+    for root in (tmp_path / "way" / "root", tmp_path / "last", tmp_path / "nothing"):
+        with pytest.raises(ConflictError) as caught:
+            applied(*difference(root, OLD, NEW), tmp_path / "state")
+        assert caught.value.names == (str(root),)
+    assert read(tmp_path / "root") == OLD
+
+
+def test_several_roots_are_one_set(place: Path, tmp_path: Path) -> None:
+    """A conflict in one root leaves the others as they were; two files of one folder are roots side by side."""
+    for name in ("a", "b"):
+        (place / name).write_bytes(b"old")
+    make(place / "root", OLD)
+    whole, data = difference(place / "root", OLD, NEW)
+    change = Change(name="", before=file_node(b"old"), after=file_node(b"new", at=len(data)))
+    roots = (one_set(place / name, change).roots[0] for name in ("b", "a"))
+    every = ChangeSet(run="1", roots=(whole.roots[0], *roots))
+    for name in ("a", "b"):
+        (place / name).chmod(0o644)
+    (place / "b").write_bytes(b"another")
+    with pytest.raises(ConflictError):
+        applied(every, data + b"new", tmp_path / "state")
+    assert (read(place / "root"), (place / "a").read_bytes()) == (OLD, b"old")
+    (place / "b").write_bytes(b"old")
+    applied(every, data + b"new", tmp_path / "state")
+    assert (read(place / "root"), (place / "a").read_bytes(), (place / "b").read_bytes()) == (NEW, b"new", b"new")
+    undone(tmp_path / "state")
+    assert (read(place / "root"), (place / "a").read_bytes(), (place / "b").read_bytes()) == (OLD, b"old", b"old")
+
+
+def test_holes_stay_holes(place: Path, tmp_path: Path) -> None:
+    """A file that is mostly holes takes little room on the host, in what undoes it, and when it is back."""
+    root = make(place / "root", {"": FOLDER, "big": ("file", 0o644, b"")})
+    size = 64 << 20
+    with (root / "big").open("r+b") as file:
+        file.truncate(size)
+        file.seek(10 << 20)
+        file.write(b"old")
+    old = (root / "big").read_bytes()
+    new = bytearray(size)
+    new[20 << 20 : (20 << 20) + 3] = b"new"
+    with (tmp_path / "data").open("wb+") as file:
+        file.seek(4096 + (20 << 20))
+        file.write(b"new")
+        file.truncate(4096 + size)
+        file.flush()
+        changes = one_set(root, Change(name="big", before=file_node(old), after=file_node(bytes(new), at=4096)))
+        apply(changes, file.fileno(), tmp_path / "state")
+    assert (root / "big").read_bytes() == new
+    kept = tmp_path / "state" / "undo" / "data"
+    assert [(path.stat().st_size, path.stat().st_blocks * 512 < 1 << 20) for path in (root / "big", kept)] == [
+        (size, True),
+        (size, True),
+    ]
+    undone(tmp_path / "state")
+    assert (root / "big").read_bytes() == old
+    assert (root / "big").stat().st_blocks * 512 < 1 << 20
+
+
+def test_modes_are_exact_whatever_the_umask(tmp_path: Path) -> None:
+    """What is made has the mode that the set says; a folder keeps the group bit and the sticky bit that it has here."""
+    root = make(tmp_path / "root", {"": FOLDER, "d": FOLDER})
+    (root / "d").chmod(0o3755)
+    new = {"": FOLDER, "d": ("folder", 0o777, b""), "e": ("folder", 0o777, b""), "f": ("file", 0o666, b"")}
+    umask = os.umask(0o077)
+    try:
+        applied(*difference(root, {"": FOLDER, "d": FOLDER}, new), tmp_path / "state")
+    finally:
+        os.umask(umask)
+    assert {name: mode for name, (_, mode, _) in read(root).items()} == {"": 0o755, "d": 0o3777, "e": 0o777, "f": 0o666}
+
+
+def test_a_replaced_file_keeps_its_attributes(tmp_path: Path) -> None:
+    """Attributes of the user's go on to the file that replaces the one that has them, and come back."""
+    root = make(tmp_path / "root", {"": FOLDER, "f": ("file", 0o444, b"old")})
+    (root / "f").chmod(0o644)
+    os.setxattr(root / "f", "user.note", b"mine")
+    (root / "f").chmod(0o444)
+    changes, data = difference(
+        root, {"": FOLDER, "f": ("file", 0o444, b"old")}, {"": FOLDER, "f": ("file", 0o400, b"new")}
+    )
+    applied(changes, data, tmp_path / "state")
+    assert os.getxattr(root / "f", "user.note") == b"mine"
+    undone(tmp_path / "state")
+    assert (os.getxattr(root / "f", "user.note"), (root / "f").read_bytes()) == (b"mine", b"old")
+
+
+@pytest.mark.root
+def test_a_replaced_file_keeps_its_owner_or_is_not_replaced(tmp_path: Path) -> None:
+    """Root leaves a file its owner and group; somebody who may not do that changes nothing."""
+    need(os.geteuid() == 0, "root", installable=False)
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        base = Path(name)
+        base.chmod(0o755)
+        root = make(base / "root", {"": FOLDER, "f": ("file", 0o644, b"old")})
+        os.chown(root / "f", 1234, 4321)
+        old, new = {"": FOLDER, "f": ("file", 0o644, b"old")}, {"": FOLDER, "f": ("file", 0o600, b"new")}
+        applied(*difference(root, old, new), tmp_path / "state")
+        info = (root / "f").stat()
+        assert (info.st_uid, info.st_gid, info.st_mode & 0o7777) == (1234, 4321, 0o600)
+        undone(tmp_path / "state")
+        info = (root / "f").stat()
+        assert (info.st_uid, info.st_gid, info.st_mode & 0o7777) == (1234, 4321, 0o644)
+        for path in (root, base / "mine"):
+            path.mkdir(exist_ok=True)
+            os.chown(path, NOBODY, NOBODY)
+        assert "Apply them as the owner of the files" in driven("refused-owner", base, str(NOBODY))
+        assert read(root) == old
+
+
+def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
+    """Where new content does not fit nothing is changed, nothing of ours is left, and the error says why."""
+    root = make(tmp_path / "root", OLD)
+    new = {**OLD, "big": ("file", 0o644, b"x" * 300_000)}
+    changes, data = difference(root, OLD, new)
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+        try:
+            with pytest.raises(HostError, match=os.strerror(errno.EFBIG)):
+                apply(changes, file.fileno(), tmp_path / "state")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert read(root) == OLD
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_without_room_for_undo_the_changes_stand(tmp_path: Path) -> None:
+    """What does not fit where undo is kept makes undoing impossible, which is told, and nothing else."""
+    old, new = {"": FOLDER, "big": ("file", 0o644, b"x" * 300_000)}, {"": FOLDER, "small": ("file", 0o644, b"y")}
+    root = make(tmp_path / "root", old)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        applied(*difference(root, old, new), tmp_path / "state")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert read(root) == new
+    assert why_no_undo(tmp_path / "state") == os.strerror(errno.EFBIG)
+    assert [path.name for path in (tmp_path / "state" / "undo").iterdir()] == ["impossible"]
+
+
+def test_a_journal_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    """A damaged journal is an error that names it, and nothing is done."""
+    (tmp_path / "state").mkdir(mode=0o700)
+    for text in (b"", b"{}\n", b"\xff\n", b'{"version":2,"run":"","places":[]}\n'):
+        (tmp_path / "state" / "journal").write_bytes(text)
+        with pytest.raises(HostError, match="cannot read the journal"):
+            recover(tmp_path / "state")
+        assert (tmp_path / "state" / "journal").read_bytes() == text
+
+
+def test_nothing_to_recover_is_nothing(tmp_path: Path) -> None:
+    """A folder that is not there, or holds no journal, is left so."""
+    recover(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    root = make(tmp_path / "root", OLD)
+    applied(*difference(root, OLD, NEW), tmp_path / "state")
+    recover(tmp_path / "state")
+    assert read(root) == NEW
+    undone(tmp_path / "state")
+
+
+def test_a_set_waits_for_another_and_says_so(tmp_path: Path) -> None:
+    """Who finds a root locked is told its path once, and goes on when it is free."""
+    root = make(tmp_path / "root", OLD)
+    changes, data = difference(root, OLD, NEW)
+    held = os.open(root, os.O_RDONLY)
+    waits: list[str] = []
+
+    def let_go(path: str) -> None:
+        waits.append(path)
+        assert read(root) == OLD
+        fcntl.flock(held, fcntl.LOCK_UN)
+
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with tempfile.TemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            apply(changes, file.fileno(), tmp_path / "state", on_wait=let_go)
+    finally:
+        os.close(held)
+    assert waits == [str(root)]
+    assert read(root) == NEW
+
+
+@pytest.mark.root
+def test_a_mount_point_is_not_crossed(tmp_path: Path) -> None:
+    """What is mounted below a root is neither read nor changed, although its name is in the set."""
+    need(os.geteuid() == 0, "root", installable=False)
+    assert "mount point" in driven("mounted", tmp_path, before=("/usr/bin/unshare", "--mount"))
+
+
+def test_a_kill_at_any_call_leaves_the_old_tree_or_the_new_one(place: Path) -> None:
+    """Killed before each call that changes something, and its recovery too, it is one tree, whole, nothing else."""
+    old, new = (int(part.split()[0]) for part in driven("killed", place).split(", "))
+    assert old > 50
+    assert new > 10
+
+
+@pytest.mark.root
+def test_a_kill_leaves_one_tree_of_an_ordinary_user(tmp_path: Path) -> None:
+    """The same for a user to whom folders and files of his own are closed by their modes."""
+    need(os.geteuid() == 0, "root, that can become a user", installable=False)
+    need(os.path.ismount(SHM), "a tmpfs at /dev/shm", installable=False)
+    del tmp_path
+    with tempfile.TemporaryDirectory(dir=SHM) as name:
+        os.chown(name, NOBODY, NOBODY)
+        assert driven("killed", Path(name), str(NOBODY))
+        remove(Path(name) / "root")
+
+
+@pytest.mark.root
+def test_a_kill_leaves_one_tree_on_an_overlay(tmp_path: Path) -> None:
+    """The same where folders cannot be renamed, because a lower layer of an overlay has them."""
+    need(os.geteuid() == 0, "root", installable=False)
+    assert driven("killed-on-overlay", tmp_path, before=("/usr/bin/unshare", "--mount"))
+
+
+def test_recovery_can_be_killed_at_any_call(place: Path) -> None:
+    """Recovery that is killed before each of its calls is ended by the next one, back as forth."""
+    assert driven("recovery-killed", place)
+
+
+def test_a_kill_at_any_time_leaves_the_old_tree_or_the_new_one(tmp_path: Path) -> None:
+    """Killed at moments that nobody chose, it is one tree after recovery."""
+    assert "killed" in driven("killed-any-time", tmp_path)
+
+
+def test_files_that_others_write_meanwhile_are_never_lost(place: Path) -> None:
+    """What another process puts under a name at any moment is there in the end, around it one tree, whole."""
+    assert driven("disturbed", place)
+
+
+def test_no_link_leads_it_outside(place: Path) -> None:
+    """A folder that becomes a link at any moment leads to nothing being done where the link leads."""
+    assert driven("led-outside", place)
+
+
+def test_two_sets_at_once_are_one_after_the_other(tmp_path: Path) -> None:
+    """Of two processes that apply sets to one root at once one does, and the other finds what it has done."""
+    assert driven("together", tmp_path)
+
+
+def test_it_works_without_openat2_and_exchange(place: Path) -> None:
+    """Where kernel or file system know no newer calls all of it holds as well."""
+    assert driven("old-system", place)
+
+
+NAMES = st.sampled_from(["a", "b", "c", "a-", "é", "x y", "\udcff", "\n"])
+CONTENTS = st.binary(max_size=20) | st.builds(lambda n: b"long" * n, st.integers(1000, 30_000))
+FILES = st.tuples(st.just("file"), st.sampled_from([0o644, 0o755, 0o600, 0o400, 0o000]), CONTENTS)
+LINKS = st.tuples(st.just("link"), st.just(0), st.sampled_from([b"a", b"/", b"../..", b"\xff"]))
+MODES = st.sampled_from([0o755, 0o700, 0o555, 0o500])
+
+
+def flat(mode: int, nodes: dict[str, Any], prefix: str = "") -> Tree:
+    """A tree from nested dictionaries."""
+    tree: Tree = {prefix: ("folder", mode, b"")}
+    for name, node in nodes.items():
+        path = f"{prefix}/{name}".lstrip("/")
+        if isinstance(node[1], dict):
+            tree |= flat(node[0], node[1], path)
+        else:
+            tree[path] = node
+    return tree
+
+
+NODES = st.recursive(
+    FILES | LINKS,
+    lambda nodes: st.tuples(MODES, st.dictionaries(NAMES, nodes, max_size=4)),
+    max_leaves=12,
+)
+TREES = st.builds(flat, st.sampled_from([0o755, 0o700]), st.dictionaries(NAMES, NODES, max_size=5))
+
+
+@given(TREES, TREES)
+@example(OLD, NEW)
+@example(NEW, OLD)
+def test_any_tree_becomes_any_other_and_comes_back(old: Tree, new: Tree) -> None:
+    """Whatever two trees there are, the set between them makes one of the other, twice is once, undoing undoes it."""
+    with tempfile.TemporaryDirectory() as name:
+        root, state = Path(name) / "root", Path(name) / "state"
+        try:
+            put(root, old)
+            changes, data = difference(root, old, new)
+            inverse = applied(changes, data, state)
+            assert read(root) == new
+            assert applied(changes, data, state).roots == ()
+            if old != new:
+                assert inverse.roots
+                with pytest.raises(ConflictError):
+                    applied(*difference(root, {**old, "never": FOLDER}, {**new, "more": FOLDER}), state)
+                assert read(root) == new
+            undone(state)
+            assert read(root) == old
+        finally:
+            remove(root)
+
+
+@given(TREES, TREES, TREES)
+def test_a_set_for_another_tree_changes_nothing(there: Tree, old: Tree, new: Tree) -> None:
+    """Where the host is neither as it was nor as it is to be, it stays as it is; a conflict names what differs."""
+    with tempfile.TemporaryDirectory() as name:
+        root, state = Path(name) / "root", Path(name) / "state"
+        try:
+            put(root, there)
+            changes, data = difference(root, old, new)
+            changed = [change.name for change in changes.roots[0].changes]
+            differ = {n for n in changed if there.get(n) != old.get(n)}
+            try:
+                applied(changes, data, state)
+            except ConflictError as exc:
+                assert read(root) == there
+                names = {str(Path(n).relative_to(root)) for n in exc.names}
+                assert {n or "." for n in differ} <= names
+            else:
+                now = {n: new.get(n) for n in changed}
+                assert {n: e for n, e in read(root).items() if n not in now} == {
+                    n: e for n, e in there.items() if n not in now
+                }
+                assert all(read(root).get(n) == e for n, e in now.items())
+        finally:
+            remove(root)
