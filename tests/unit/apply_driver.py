@@ -31,6 +31,8 @@ CHANGING = {
     *("mkdir", "rmdir", "unlink", "remove", "rename", "link", "symlink", "chmod", "fchmod", "fchown", "pwrite"),
     *("ftruncate", "fsync", "setxattr"),
 }
+# How many calls further the next try is made where each costs most.
+STRIDE = 1 if os.environ.get("X07_TEST_FULL") == "1" else 4
 KILLED, FINE, CONFLICT, REFUSED = -signal.SIGKILL, 0, 3, 4
 
 
@@ -228,7 +230,7 @@ def killed_any_time(base: Path) -> None:
     case = Case(base)
     dice = random.Random()  # noqa: S311 - nothing secret
     results = []
-    for _ in range(60):
+    for _ in range(30):
         case.begin()
         pid = start(case.apply)
         fd = os.pidfd_open(pid)
@@ -257,10 +259,10 @@ def disturbed(base: Path) -> None:
         if path.parent.is_dir() and not path.is_dir():
             other.replace(path)
 
-    for name in names:
-        number = 0
+    for first, name in enumerate(names, start=1):
+        number = first - STRIDE
         while True:
-            number += 1
+            number += STRIDE
             case.begin()
             (base / "other").unlink(missing_ok=True)
             code = in_child(case.apply, partial(at_call, number, partial(disturb, name)))
@@ -298,10 +300,10 @@ def led_outside(base: Path) -> None:
             path.rename(away)
             path.symlink_to(outside)
 
-    for name in ("open", "gone", "to-folder", "added-tree", "to-file/a"):
-        number = 0
+    for first, name in enumerate(("open", "gone", "to-folder", "added-tree", "to-file/a"), start=1):
+        number = first - STRIDE
         while True:
-            number += 1
+            number += STRIDE
             case.begin()
             for path in (outside, away):
                 if path.exists():
@@ -355,6 +357,25 @@ def refused_owner(base: Path) -> None:
         applied(changes, data, base / "mine" / "state")
     except HostError as exc:
         say(exc)
+
+
+def closed_root(base: Path) -> None:
+    """A root that its owner may not write to in the end, killed at every call."""
+    case = Case(base)
+    new = {**OLD, "": ("folder", 0o555, b""), "changed": ("file", 0o644, b"new")}
+    case.changes, case.data = difference(case.root, OLD, new)
+    number, code = 0, KILLED
+    while code == KILLED:
+        number += 1
+        case.begin()
+        code = in_child(case.apply, partial(at_call, number, die))
+        recover(case.folder)
+        found = read(case.root)
+        if found != OLD:
+            same(found, new, f"killed at call {number}")
+    if code != FINE or read(case.root) != new:
+        raise SystemExit(f"it ended with {code}")
+    say(number)
 
 
 def mounted(base: Path) -> None:
@@ -417,6 +438,7 @@ RUNS = {
     "disturbed": disturbed,
     "led-outside": led_outside,
     "together": together,
+    "closed-root": closed_root,
     "refused-owner": refused_owner,
     "mounted": mounted,
     "old-system": old_system,
