@@ -90,6 +90,35 @@ run, the built-in default too. Each may stand there any number of times.
 - The derived policy is named `<policy_id>.g<D>`; D is 8 digits of the SHA-256 of the base's bytes and the flags. Its
   notes name the base. It is checked like any other. The same base and flags give the same bytes.
 """
+_FILES: Final = """
+## Files
+
+`fs.read_roots` and `fs.write_roots` name folders, or single files, of the host. A relative one is below the folder
+where the command was started, or the project's with a manifest; the program finds it below its own working directory. An
+absolute one has the same path in the machine. A root that would lie over the machine's own system (`/usr`, `/etc`,
+`/var`, ...), that leads out of its folder, or to which a link leads is refused. With `fs.enabled` false none is given.
+
+The program gets **copies**: what it may only read is mounted read-only (`EROFS`), and what it may change comes back as
+a set of changes when it has ended. Nothing of the host is mounted.
+
+Not copied in, and told among `denials` by name: hidden names (`fs.deny_hidden`); links, unless `fs.allow_symlinks` and
+only if they stay in their root; files above `fs.max_read_bytes`; what lies deeper than `fs.max_depth`; devices, sockets
+and pipes; what is on another file system; and names under which people keep secrets (`.env`, `*.pem`, `id_rsa` and the
+like; `--hide PATTERN` adds to them, `--reveal PATTERN` takes one away). More than `fs.max_entries` refuses the run.
+
+Changes are judged by what is different when the program has ended (`fs.allow_mkdir`, `allow_remove`, `allow_rename`,
+`max_write_bytes`, `max_depth`, and the rules above); what it made and removed again is nobody's business. Whatever the
+policy says, these are refused: links that lead out of their root, set-id bits, extended attributes, devices, names that
+other tools run or obey (`.git` in any spelling, a folder that git would take for a repository, shell, editor and CI
+files, `x07-sandbox.toml`, `x07.json`, the policy in use). Only `--allow-protected PATTERN` lets such a name, which no
+policy can do. **One refused entry keeps all back**: nothing is applied, each is named, the exit code is 125 where the
+program ended well, and `x07 apply --skip PATH` does the rest.
+
+Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). A kill at
+any moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for
+`x07 apply`, `--changes discard` brings nothing back; the changes of a program that did not end by itself are kept.
+`x07 diff` shows them, `x07 undo` takes them back. `--out DIR` is a write root that the program finds as `/x07/out`.
+"""
 _DIGESTS: Final = """
 ## Digests
 
@@ -123,7 +152,7 @@ def render_page() -> str:
     text += "\n## Rules\n\nThese hold whether or not their section is enabled.\n\n"
     text += "".join(f"{number}. {rule.doc}\n" for number, rule in enumerate(RULES, start=1))
     text += _TEMPLATES + "".join(_template_row(name, policy) for name, policy in TEMPLATES.items())
-    text += _OVERRIDES + _DIGESTS
+    text += _OVERRIDES + _FILES + _DIGESTS
     text += "\n## The default policy\n\nThis one applies when none is given.\n\n```json\n"
     return text + render_policy(default_policy()).decode() + "```\n"
 

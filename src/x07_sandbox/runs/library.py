@@ -44,6 +44,8 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     timeout_s: float | None = None,
     image: str | None = None,
     max_output_bytes: int = settings.OUTPUT_MAX_BYTES,
+    changes: Literal["apply", "keep", "discard"] = "apply",
+    out: str | os.PathLike[str] | None = None,
     on_output: OnOutput | None = None,
     check: bool = False,
 ) -> Result:
@@ -54,6 +56,8 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     args: its arguments, a list of texts. input: its whole input. env: variables beside the fixed ones.
     policy: path of a policy document, `built-in:TEMPLATE`, or a Policy; None for the built-in `default`.
     timeout_s: seconds that the program may take, at most the policy's. image: name or digest of a guest image.
+    changes: what becomes of its changes to the folders that the policy lets it change, when it has ended by itself;
+    `Result.changes` says what it was. out: a folder for what it writes to /x07/out.
     max_output_bytes: of each stream. on_output: called with "stdout" or "stderr" and bytes as they come, from another
     thread; what it raises ends the run, and is raised here.
 
@@ -176,6 +180,8 @@ def make_request(  # noqa: PLR0913 - as above
     timeout_s: float | None = None,
     image: str | None = None,
     max_output_bytes: int = settings.OUTPUT_MAX_BYTES,
+    changes: Literal["apply", "keep", "discard"] = "apply",
+    out: str | os.PathLike[str] | None = None,
     stdin_fd: int,
     machines: Machines,
     cancel: Cancel,
@@ -197,11 +203,15 @@ def make_request(  # noqa: PLR0913 - as above
         ("timeout_s", timeout_s, float | int | None, "a number"),
         ("image", image, str | None, "a text"),
         ("max_output_bytes", max_output_bytes, int, "a whole number"),
+        ("changes", changes, str, "a text"),
+        ("out", out, path | None, "a path"),
     ):
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise _wrong(name, args if name == "args" else value, shown)
     if (program is None) == (source is None):
         raise UsageError("cannot run a program", "exactly one of program and source is needed", "Give one of them")
+    if changes not in {"apply", "keep", "discard"}:
+        raise UsageError("cannot run a program", f"changes is {changes!r}", "Use apply, keep or discard")
     if timeout_s is not None and not 0 < timeout_s <= _WALL_S_MAX:
         why = f"timeout_s is {timeout_s!r}, and must be above 0 and at most {_WALL_S_MAX}"
         raise UsageError("cannot run a program", why, "Give another time limit")
@@ -219,6 +229,8 @@ def make_request(  # noqa: PLR0913 - as above
         live_stdout=live[0],
         live_stderr=live[1],
         max_output_bytes=max_output_bytes,
+        changes=changes,
+        out=None if out is None else Path(out),
         machines=machines,
         cancel=cancel,
     )
