@@ -94,8 +94,8 @@ _FILES: Final = """
 ## Files
 
 `fs.read_roots` and `fs.write_roots` name folders, or single files, of the host. A relative one is below the folder
-where the command was started, or the project's with a manifest; the program finds it below its own working directory. An
-absolute one has the same path in the machine. A root that would lie over the machine's own system (`/usr`, `/etc`,
+where the command was started, or the project's with a manifest; the program finds it below its own working directory.
+An absolute one has the same path in the machine. A root that would lie over the machine's own system (`/usr`, `/etc`,
 `/var`, ...), that leads out of its folder, or to which a link leads is refused. With `fs.enabled` false none is given.
 
 The program gets **copies**: what it may only read is mounted read-only (`EROFS`), and what it may change comes back as
