@@ -146,9 +146,17 @@ class OverlayCase(Case):
         for name in ("lower", "merged"):
             (self.layers / name).mkdir(parents=True)
         put(self.layers / "lower" / "root", OLD)
+        os.chown(self.layers / "lower" / "root" / "gone" / "deep", 1234, 4321)
         self.root = self.layers / "merged" / "root"
         self.changes, self.data = difference(self.root, OLD, NEW)
         self.tries = 0
+
+    def check(self, when: str) -> str:
+        """And its folders have their owners, also those that stand in for others."""
+        deep = self.root / "gone" / "deep"
+        if deep.exists() and (deep.stat().st_uid, deep.stat().st_gid) != (1234, 4321):
+            raise SystemExit(f"{when}: a folder changed hands")
+        return super().check(when)
 
     def begin(self) -> None:
         """The old tree, and an upper layer with nothing in it."""
@@ -248,7 +256,7 @@ def disturbed(base: Path) -> None:
     """At every call somebody puts another file where one is to be replaced, and it is never lost."""
     case = Case(base)
     foreign = ("file", 0o644, b"somebody else's")
-    names = ("changed", "deleted", "to-folder", "open/changed", "added", "to-folder/a/b")
+    names = ("changed", "deleted", "to-folder", "open/changed", "added", "to-folder/a/b", "mode")
     codes: list[int] = []
 
     def disturb(name: str) -> None:
@@ -284,6 +292,52 @@ def disturbed(base: Path) -> None:
                 raise SystemExit(when)
             same(found, expected, when)
             codes.append(code)
+    say({code: codes.count(code) for code in sorted(set(codes))})
+
+
+def disturbed_while_undoing(base: Path) -> None:
+    """It finds a conflict late; at every call of undoing somebody puts a file where the old one has to come back."""
+    case = Case(base)
+    foreign = ("file", 0o644, b"somebody else's")
+    late = "\udcfe"  # the last that is added
+    codes: list[int] = []
+
+    def place(name: str) -> None:
+        (base / "other").write_bytes(foreign[2])
+        (base / "other").chmod(foreign[1])
+        (base / "other").replace(case.root / name)
+
+    def disturb(number: int) -> None:
+        place(late)
+        at_call(number, partial(place, "changed"))
+
+    # The first call at which the journal is there, and nothing yet of what is to be added.
+    begun, code = 0, KILLED
+    while code == KILLED and not (case.folder / "journal").exists():
+        begun += 1
+        case.begin()
+        code = in_child(case.apply, partial(at_call, begun, die))
+    recover(case.folder)
+    number = 0
+    while True:
+        number += 1
+        case.begin()
+        code = in_child(case.apply, partial(at_call, begun, partial(disturb, number)))
+        when = f"replaced at call {number} after {begun}: it ended with {code}"
+        found = read(case.root)
+        if found.get("changed") != foreign:
+            same(found, {**OLD, late: foreign}, when)
+            break
+        if code == REFUSED:
+            # It waits where it was put, and the old one in our folder.
+            (case.root / "changed").unlink()
+            recover(case.folder)
+            same(read(case.root), {**OLD, late: foreign}, when)
+        elif code == CONFLICT:
+            same(found, {**OLD, "changed": foreign, late: foreign}, when)
+        else:
+            raise SystemExit(when)
+        codes.append(code)
     say({code: codes.count(code) for code in sorted(set(codes))})
 
 
@@ -363,6 +417,8 @@ def closed_root(base: Path) -> None:
     """A root that its owner may not write to in the end, killed at every call."""
     case = Case(base)
     new = {**OLD, "": ("folder", 0o555, b""), "changed": ("file", 0o644, b"new")}
+    # Nothing can be done below the outer one once it has its mode.
+    new |= {"outer": ("folder", 0o600, b""), "outer/inner": ("folder", 0o555, b"")}
     case.changes, case.data = difference(case.root, OLD, new)
     number, code = 0, KILLED
     while code == KILLED:
@@ -436,6 +492,7 @@ RUNS = {
     "recovery-killed": recovery_killed,
     "killed-any-time": killed_any_time,
     "disturbed": disturbed,
+    "disturbed-while-undoing": disturbed_while_undoing,
     "led-outside": led_outside,
     "together": together,
     "closed-root": closed_root,

@@ -88,20 +88,21 @@ def read(root: Path) -> Tree:
     """What is there, whoever may read it."""
     found: Tree = {}
     waiting = [""]
-    while waiting:
-        name = waiting.pop()
-        path = root / name
-        info = path.lstat()
-        mode = stat.S_IMODE(info.st_mode)
-        if stat.S_ISLNK(info.st_mode):
-            found[name] = ("link", 0, os.fsencode(path.readlink()))
-        elif stat.S_ISDIR(info.st_mode):
-            found[name] = ("folder", mode, b"")
-            with _opened(path, mode, 0o500):
+    with contextlib.ExitStack() as opened:  # folders, until all below them is read
+        while waiting:
+            name = waiting.pop()
+            path = root / name
+            info = path.lstat()
+            mode = stat.S_IMODE(info.st_mode)
+            if stat.S_ISLNK(info.st_mode):
+                found[name] = ("link", 0, os.fsencode(path.readlink()))
+            elif stat.S_ISDIR(info.st_mode):
+                found[name] = ("folder", mode, b"")
+                opened.enter_context(_opened(path, mode, 0o500))
                 waiting += [f"{name}/{part.name}".lstrip("/") for part in path.iterdir()]
-        else:
-            with _opened(path, mode, 0o400):
-                found[name] = ("file", mode, path.read_bytes())
+            else:
+                with _opened(path, mode, 0o400):
+                    found[name] = ("file", mode, path.read_bytes())
     return found
 
 

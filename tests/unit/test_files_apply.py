@@ -154,6 +154,22 @@ def test_a_change_on_the_host_is_a_conflict(place: Path, tmp_path: Path, name: s
     assert (again.names, str(again)) == (caught.value.names, str(caught.value))
 
 
+@pytest.mark.parametrize("now", ["link", "nothing", "file"])
+def test_a_conflict_is_found_before_anything_is_touched(tmp_path: Path, now: str) -> None:
+    """A name whose folder is a link, gone, or no folder now is known to conflict without one thing having been made."""
+    root = make(tmp_path / "root", {"": FOLDER, "to": FOLDER})
+    if now == "link":
+        (root / "d").symlink_to("to")
+    elif now == "file":
+        (root / "d").touch(0o644)
+    before = root.stat().st_ctime_ns
+    old, new = {"": FOLDER, "d": FOLDER}, {"": FOLDER, "d": FOLDER, "d/a": FOLDER}
+    with pytest.raises(ConflictError) as caught:
+        applied(*difference(root, old, new), tmp_path / "state")
+    assert caught.value.names == (str(root / "d" / "a"),)
+    assert root.stat().st_ctime_ns == before
+
+
 def test_a_conflict_tells_a_hundred_names_at_most(tmp_path: Path) -> None:
     """However many names conflict, the error stays short and says how many."""
     tree = {"": FOLDER, **{f"{n:03}": ("file", 0o600, b"") for n in range(150)}}
@@ -467,6 +483,29 @@ def test_a_set_waits_for_another_and_says_so(tmp_path: Path) -> None:
     assert read(root) == NEW
 
 
+def test_a_root_that_was_exchanged_while_it_waited_is_a_conflict(tmp_path: Path) -> None:
+    """Another folder that came under a root's name while its lock was waited for stays as it is, as the first does."""
+    root = make(tmp_path / "root", OLD)
+    make(tmp_path / "another", OLD)
+    changes, data = difference(root, OLD, NEW)
+    held = os.open(root, os.O_RDONLY)
+
+    def exchange(_: str) -> None:
+        root.rename(tmp_path / "first")
+        (tmp_path / "another").rename(root)
+        fcntl.flock(held, fcntl.LOCK_UN)
+
+    (tmp_path / "data").write_bytes(data)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with (tmp_path / "data").open("rb") as file, pytest.raises(ConflictError) as caught:
+            apply(changes, file.fileno(), tmp_path / "state", on_wait=exchange)
+    finally:
+        os.close(held)
+    assert caught.value.names == (str(root),)
+    assert read(root) == read(tmp_path / "first") == OLD
+
+
 @pytest.mark.root
 def test_a_mount_point_is_not_crossed(tmp_path: Path) -> None:
     """What is mounted below a root is neither read nor changed, although its name is in the set."""
@@ -517,6 +556,11 @@ def test_a_kill_at_any_time_leaves_the_old_tree_or_the_new_one(tmp_path: Path) -
 def test_files_that_others_write_meanwhile_are_never_lost(fast: Path) -> None:
     """What another process puts under a name at any moment is there in the end, around it one tree, whole."""
     assert driven("disturbed", fast)
+
+
+def test_files_that_others_write_while_it_undoes_are_never_lost(fast: Path) -> None:
+    """What is put where an old file has to come back stays there; both are kept until a person decides."""
+    assert driven("disturbed-while-undoing", fast)
 
 
 def test_no_link_leads_it_outside(fast: Path) -> None:
