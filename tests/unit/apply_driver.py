@@ -306,6 +306,7 @@ def disturbed_while_undoing(base: Path) -> None:
         (base / "other").write_bytes(foreign[2])
         (base / "other").chmod(foreign[1])
         (base / "other").replace(case.root / name)
+        (base / "placed").write_bytes(os.fsencode(name))
 
     def disturb(number: int) -> None:
         place(late)
@@ -325,7 +326,7 @@ def disturbed_while_undoing(base: Path) -> None:
         code = in_child(case.apply, partial(at_call, begun, partial(disturb, number)))
         when = f"replaced at call {number} after {begun}: it ended with {code}"
         found = read(case.root)
-        if found.get("changed") != foreign:
+        if (base / "placed").read_bytes() != b"changed":
             same(found, {**OLD, late: foreign}, when)
             break
         if code == REFUSED:

@@ -28,7 +28,7 @@ from x07_sandbox.files.checks import STAGING, check_set, look_at, reached_by
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.kept import discard, keep, leave, prepare, publish, why_no_undo
 from x07_sandbox.files.staging import Planner, fill, undo_changes
-from x07_sandbox.files.steps import Site, displaced, do, holds, undo
+from x07_sandbox.files.steps import Site, displaced, do, holds, staged, undo
 from x07_sandbox.files.things import NOTHING, ConflictError, conflict
 from x07_sandbox.host import beneath, forks, settings
 from x07_sandbox.host.locks import opened_lock
@@ -129,7 +129,8 @@ def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, sets
     except BaseException:
         # An interrupt may come when the mark has just been made.
         if not journal.committed(folder):
-            _roll_back(folder, sites, steps[:started])
+            _roll_back(sites, steps[:started])
+            _clean_up(folder, sites, steps if started else None)
         raise
     _finish(folder, sites, steps)
 
@@ -142,7 +143,7 @@ def _make_staging(site: Site) -> None:
     site.place.staged = (info.st_dev, info.st_ino)
 
 
-def _roll_back(folder: Path, sites: list[Site], started: list[Step], *, later: bool = False) -> None:
+def _roll_back(sites: list[Site], started: list[Step], *, later: bool = False) -> None:
     """Undo what was started, the last first. What is in the way for a moment only is waited for.
 
     later: another try. What is not where it should be then is taken for gone, unless we hold what was there before.
@@ -161,9 +162,13 @@ def _roll_back(folder: Path, sites: list[Site], started: list[Step], *, later: b
         kept = ", ".join(ascii(sites[index].path(sites[index].place.staging)) for index in {s.place for s in stuck})
         why = f"{names} cannot be as before, since something was moved; what was there is kept in {kept}"
         raise HostError("cannot undo the changes", why, "Move it back, or away, then try again")
-    for site in sites:
-        # Nothing was displaced that is not back. Before a folder of ours was recorded nothing is put in it.
-        discard(site, None if site.place.staged else {})
+
+
+def _clean_up(folder: Path, sites: list[Site], steps: list[Step] | None) -> None:
+    """What was new goes. steps: None before any of them was begun: all that has a name of ours is new then."""
+    for index, site in enumerate(sites):
+        # Before a folder of ours was recorded nothing is put in it.
+        discard(site, staged(steps, index) if steps is not None else None if site.place.staged else {})
     _end(folder)
 
 
@@ -196,7 +201,8 @@ def _recover(folder: Path, on_wait: OnWait | None) -> None:
             if phase == "committed":
                 _finish(folder, sites, steps)
             else:
-                _roll_back(folder, sites, steps, later=True)
+                _roll_back(sites, steps, later=True)
+                _clean_up(folder, sites, steps if phase == "journal" else None)
 
 
 def _open_staging(site: Site) -> None:

@@ -204,8 +204,18 @@ def _put_back(site: Site, step: Step, folder: int, name: str) -> bool:
     try:
         beneath.move(site.staging_fd, old, folder, name)
     except FileExistsError:
-        return ident_of(folder, name) == step.old  # it never went: another folder only was made to stand in for it
+        return ident_of(folder, name) == step.old and _never_went(site, old, folder, name)
     return True
+
+
+def _never_went(site: Site, slot: str, folder: int, name: str) -> bool:
+    """Whether what is in a slot only was made to stand in for the folder that is under its name."""
+    with thing(site.staging_fd, slot) as there:
+        if there is None or (there.kind == "folder" and not there.names()):
+            return True
+    # We were killed when it had changed places with what somebody had put there just then: that has to go back.
+    beneath.exchange(site.staging_fd, slot, folder, name)
+    return False
 
 
 def holds(site: Site, step: Step) -> bool:
@@ -221,6 +231,11 @@ def _give_mode(site: Site, step: Step, slot: str) -> None:
     with thing(site.staging_fd, slot) as old:
         if old is not None and old.kind == "file" and old.ident == step.old and old.mode != step.old_mode:
             old.set_mode(step.old_mode)
+
+
+def staged(steps: list[Step], index: int) -> dict[str, Ident]:
+    """What is new, and lies in the staging folder of a place when no step is done."""
+    return {step.slot: step.new for step in steps if step.place == index and step.kind != "mode" and step.new}
 
 
 def displaced(steps: list[Step], index: int) -> dict[str, Ident]:
