@@ -390,7 +390,10 @@ for n in range(150):
     for step in range(12):
         argv = [*COMMAND, "apply"]
         with subprocess.Popen(argv, cwd=project.folder, stderr=subprocess.DEVNULL) as child:
-            time.sleep(0.15 + 0.02 * step)
+            # The folder of what is made ready is the sign that it has begun, however slow this machine is.
+            while child.poll() is None and not list(project.folder.glob(".x07-apply-*")):
+                time.sleep(0.001)
+            time.sleep(0.004 * step)
             child.send_signal(signal.SIGKILL)
         torn += project.seen() not in (before, after)
         project.x07("policy", "digest", "built-in:cli")  # any command
