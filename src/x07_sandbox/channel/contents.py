@@ -19,7 +19,7 @@ def parts(fd: int, size: int) -> Iterator[bytes | int]:
     """
     position = 0
     while position < size:
-        start, end = (0, size) if size <= READ else _data(fd, position, size)
+        start, end = (0, size) if size <= READ else next_data(fd, position, size)
         if start > position:
             yield start - position
         while start < end:
@@ -31,12 +31,11 @@ def parts(fd: int, size: int) -> Iterator[bytes | int]:
         position = end
 
 
-def _data(fd: int, position: int, size: int) -> tuple[int, int]:
-    """Where the next bytes that are no hole begin and end; both are *size* where only a hole follows."""
+def next_data(fd: int, position: int, end: int) -> tuple[int, int]:
+    """Where the next bytes that are no hole begin and end (lseek(2)); both are *end* where only a hole follows."""
     try:
-        start = min(size, os.lseek(fd, position, os.SEEK_DATA))
+        start = min(end, os.lseek(fd, position, os.SEEK_DATA))
+        return start, min(end, os.lseek(fd, start, os.SEEK_HOLE)) if start < end else end
     except OSError as exc:
-        if exc.errno != errno.ENXIO:  # a file system without holes, or without this
-            return position, size
-        return size, size
-    return start, min(size, os.lseek(fd, start, os.SEEK_HOLE)) if start < size else size
+        # ENXIO: a hole up to the end. Where a file system cannot tell, all of it is data.
+        return (end if exc.errno == errno.ENXIO else position), end

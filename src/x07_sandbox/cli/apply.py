@@ -63,10 +63,8 @@ def chosen(changes: ChangeSet, skip: Sequence[str], allow_protected: Sequence[st
     unused = set(names)
     roots = []
     for root in changes.roots:
-        for name in names:
-            told = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
-            if any(_covers(name, other) for other in told):
-                unused.discard(name)
+        told = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
+        unused -= {name for name in unused if any(_covers(name, other) for other in told)}
         roots.append(_without(root, names, allow_protected))
     if unused:
         raise UsageError("cannot skip", f"nothing that was changed is called {min(unused)}", "See x07 diff")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.changes import ChangeSet, Node
     from x07_sandbox.runs.kept import KeptChanges
-    from x07_sandbox.runs.result import Changes, Result
+    from x07_sandbox.runs.result import Changes, HowToAllow, Result
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -47,11 +47,10 @@ def tell(result: Result) -> None:
     say(closing(changes))
 
 
-def _how(how: object) -> str:
-    flag, value, path = (getattr(how, name) for name in ("flag", "value", "json_path"))
-    if flag:
-        return f"; {flag} lets it"
-    return "" if value is None else f"; {path} = {str(value).lower()} in the policy lets it"
+def _how(how: HowToAllow) -> str:
+    if how.flag:
+        return f"; {how.flag} lets it"
+    return "" if how.value is None else f"; {how.json_path} = {str(how.value).lower()} in the policy lets it"
 
 
 def closing(changes: Changes) -> str:

@@ -114,10 +114,10 @@ def _recover() -> None:
     """Put right what a killed command has left half applied, whatever this command is."""
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.host.paths import state_dir
-    from x07_sandbox.runs.folder import runs_dir
+    from x07_sandbox.runs.folder import APPLYING, runs_dir
 
     with contextlib.suppress(SandboxError, OSError):  # a place that cannot be used is told by what needs it
-        if os.path.isdir(runs_dir(state_dir()) / ".applying"):  # noqa: PTH112 - no module for it on the usual way
+        if os.path.isdir(runs_dir(state_dir()) / APPLYING):  # noqa: PTH112 - no module for it on the usual way
             from x07_sandbox.runs.kept import recover_all
 
             recover_all(_say)

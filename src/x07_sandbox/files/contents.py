@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from x07_sandbox.channel.contents import next_data
 
 _PIECE: Final = 1 << 20
 _ZEROS: Final = bytes(_PIECE)
@@ -29,46 +27,35 @@ def copy(source: int, at: int, size: int, target: int, to: int) -> str:
     A hole stays one: nothing is written there, so the target must have nothing there either; the caller sets its
     length at the end. Raises OSError, EOFError if there are fewer bytes.
     """
-    total = hashlib.sha256()
+    if at + size > os.fstat(source).st_size:
+        raise EOFError
+    total, end = hashlib.sha256(), at + size
     shift = to - at
-    for begin, end, hole in _segments(source, at, at + size):
-        here = begin
-        while here < end:
-            most = min(_PIECE, end - here)
-            data = memoryview(_ZEROS)[:most] if hole else os.pread(source, most, here)
+    while at < end:
+        begin, stop = next_data(source, at, end)
+        add_zeros(total, begin - at)
+        at = begin
+        while at < stop:
+            data = os.pread(source, min(_PIECE, stop - at), at)
             if not data:
                 raise EOFError
             total.update(data)
-            if not hole:
-                _write(target, data, here + shift)
-            here += len(data)
+            write(target, data, at + shift)
+            at += len(data)
     return total.hexdigest()
 
 
-def _write(target: int, data: bytes | memoryview, to: int) -> None:
+def write(target: int, data: bytes, to: int) -> int:
+    """Write all of it there, and give where it ends. Raises OSError."""
     view = memoryview(data)
     while view:
         done = os.pwrite(target, view, to)
         view, to = view[done:], to + done
+    return to
 
 
-def _segments(fd: int, at: int, end: int) -> Iterator[tuple[int, int, bool]]:
-    """Where there are bytes and where holes, in order (lseek(2): SEEK_DATA, SEEK_HOLE)."""
-    if end > os.fstat(fd).st_size:
-        raise EOFError
-    while at < end:
-        try:
-            data = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError as exc:
-            # ENXIO: a hole up to the end. Where a file system cannot tell, all of it is data.
-            data = end if exc.errno == errno.ENXIO else at
-        data = min(data, end)
-        if data > at:
-            yield at, data, True
-        if data == end:
-            return
-        try:
-            at = min(os.lseek(fd, data, os.SEEK_HOLE), end)
-        except OSError:
-            at = end
-        yield data, at, False
+def add_zeros(digest: hashlib._Hash, count: int) -> None:
+    """Update a digest by so many zeros."""
+    while count > 0:
+        digest.update(_ZEROS[:count])
+        count -= _PIECE

@@ -19,6 +19,7 @@ from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import NAME_MAX, Entry, Kind, segment
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import Node
+from x07_sandbox.files.contents import add_zeros
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -290,14 +291,6 @@ def stays_inside(name: str, target: str) -> bool:
     way = [part for part in target.split("/") if part not in {"", "."}]
     up = next((count for count, part in enumerate(way) if part != ".."), len(way))
     return not target.startswith("/") and up <= name.count("/") and ".." not in way[up:]
-
-
-def add_zeros(digest: hashlib._Hash, count: int) -> None:
-    """Update a digest by so many zeros."""
-    zeros = bytes(min(count, 1 << 20))
-    while count > 0:
-        digest.update(zeros[:count])
-        count -= len(zeros)
 
 
 def _names(fd: int) -> list[str]:

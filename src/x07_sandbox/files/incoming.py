@@ -15,7 +15,7 @@ import msgspec
 from x07_sandbox.channel.trees import Entry, FileEnd, Hole, Kind, Piece, Reader
 from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.files.changes import Node
-from x07_sandbox.files.copy import add_zeros
+from x07_sandbox.files.contents import add_zeros, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -77,10 +77,7 @@ class Incoming:
         for event in events:
             if isinstance(event, Piece):
                 self._hash.update(event.data)
-                view = memoryview(event.data)
-                while view:
-                    count = os.pwrite(self._data_fd, view, self._position)
-                    view, self._position = view[count:], self._position + count
+                self._position = write(self._data_fd, event.data, self._position)
             elif isinstance(event, Hole):
                 add_zeros(self._hash, event.size)
                 self._position += event.size

@@ -99,6 +99,11 @@ def committed(folder: Path) -> bool:
     return (folder / "committed").exists()
 
 
+def pending(folder: Path) -> bool:
+    """Whether there is something to undo or to finish."""
+    return any((folder / phase).exists() for phase in _PHASES)
+
+
 def forget(folder: Path) -> None:
     """There is nothing left to undo or to finish. Raises OSError."""
     for phase in reversed(_PHASES):

@@ -17,9 +17,11 @@ def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
 
     The third says whether the program may write there. Raises JobError, OSError.
     """
-    trees = [(system.open_tree(source), at, os.path.isdir(source)) for source, at, _ in mounts]
-    for (fd, _, _), (_, _, writable) in zip(trees, mounts, strict=True):
+    trees = []
+    for source, at, writable in mounts:
+        fd = system.open_tree(source)
         system.mount_attributes(fd, 0 if writable else system.MS_RDONLY)
+        trees.append((fd, at, os.path.isdir(source)))
     namespace = os.open(f"/proc/{init}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     told_r, told_w = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()  # for a view of the program's; ours stays as it is

@@ -19,6 +19,7 @@ from x07_sandbox.channel.trees import Entry, Hole, Kind, Piece, Reader, segment
 from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.confine import UID
 from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.system import write_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +44,10 @@ def as_program() -> Iterator[None]:
 
 
 class Tree:
-    """One tree below *folder*, an empty folder of the program's. names: of all entries -> inode, for a folder mode."""
+    """One tree below *folder*, an empty folder of the program's.
+
+    names: of all files and links, with their inodes. folders: of all folders, with their modes.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = os.fsencode(folder)
@@ -66,9 +70,7 @@ class Tree:
         try:
             for event in self._reader.feed(data):
                 if isinstance(event, Piece):
-                    view = memoryview(event.data)
-                    while view:
-                        view = view[os.write(self._fd, view) :]
+                    write_all(self._fd, event.data)
                     self._position += len(event.data)
                 elif isinstance(event, Hole):
                     self._position = os.lseek(self._fd, event.size, os.SEEK_CUR)

@@ -65,6 +65,15 @@ def folder_to_remove(path: Path) -> Iterator[bool]:
         os.close(fd)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock on a folder; of one that is not there, or is a link, none does."""
+    try:
+        with folder_to_remove(path) as free:
+            return not free
+    except OSError:
+        return False
+
+
 def _take(fd: int, on_wait: Callable[[], None] | None) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

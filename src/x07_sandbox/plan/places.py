@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from typing import Final
 
-PROJECT: Final = "/x07/in/project"
 PROGRAM: Final = "/opt/x07"
 OUT: Final = "/x07/out"
 # The guest's own tree: nothing of the host's may lie in it, above it or over it.
@@ -24,9 +23,9 @@ _OVER: Final = ("/tmp", "/opt")  # noqa: S108 - the guest's own; something in th
 
 
 def place(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str]:
-    """Where a root of that name lies in the guest, or None and why there is no place for it. start: PROJECT, PROGRAM.
+    """Where a root of that name lies in the guest, a normal path, or None and why there is no place for it.
 
-    Pure. An answer is a normal path.
+    start: PROGRAM, or the folder where a project starts. Pure.
     """
     if not given or "\0" in given:
         return None, "it names nothing"

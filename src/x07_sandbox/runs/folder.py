@@ -16,6 +16,8 @@ from x07_sandbox.runs.streams import OutFile, Sink
 if TYPE_CHECKING:
     import contextlib
 
+APPLYING = ".applying"  # among the folders of runs: what is applied right now (runs/kept)
+
 
 class RunFolder:
     """`runs/RUN/`, beside the state root where that folder is ours, else inside it as `.runs/RUN/`."""

@@ -16,7 +16,8 @@ from x07_sandbox.files.protected import Protection
 from x07_sandbox.files.roots import Root, change_roots, roots_of, trees_of
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir
-from x07_sandbox.plan.places import OUT, PROGRAM, PROJECT
+from x07_sandbox.plan.places import OUT, PROGRAM
+from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.result import ChangedName, Changes, Denial, HowToAllow
 from x07_sandbox.runs.streams import InFile
 
@@ -40,16 +41,8 @@ _FIELDS: Final[dict[Reason, tuple[str, object]]] = {
 }
 
 
-def wanted(request: RunRequest, policy: Policy) -> bool:
-    """Whether a run has files of the host at all."""
-    return request.out is not None or (policy.fs.enabled and bool(policy.fs.read_roots or policy.fs.write_roots))
-
-
 class HostFiles:
-    """Those of one run. Made before its machine, settled after it.
-
-    cwd: where the program starts.
-    """
+    """Those of one run. Made before its machine, settled after it."""
 
     def __init__(
         self, request: RunRequest, program: Program, policy: Policy, folder: RunFolder, stack: contextlib.ExitStack
@@ -60,7 +53,7 @@ class HostFiles:
         self._place = folder.path / "changes"
         secrets = tuple(pattern for pattern in (*SECRETS, *request.hide) if pattern not in request.reveal)
         self._bounds = bounds_of(policy, secrets)
-        start = PROJECT if program.project else PROGRAM
+        start = PROJECT_FOLDER if program.project else PROGRAM
         self.trees = trees_of(_roots(request, policy, base_folder(request, program), start))
         self.copied: list[Copied] = []
         self.files: list[InFile] = []
@@ -96,9 +89,9 @@ class HostFiles:
             raise HostError("cannot keep a copy of the program's files", why, fix) from exc
         self.files.append(InFile(path=tree.host, mode=0, kind="tree", fd=packed.fd, size=size))
 
-    def mounts(self, first: int, *, project: bool) -> tuple[dict[str, Any], ...]:
+    def mounts(self, first: int) -> list[dict[str, Any]]:
         """Where they go, as START has it. first: number of the first tree among the files of START."""
-        found = [
+        return [
             {
                 "tree": Stream.FIRST_FILE + first + number,
                 "sub": mount.sub,
@@ -108,7 +101,6 @@ class HostFiles:
             }
             for number, mount in self._mounts
         ]
-        return (*project_mounts(project=project), *found)
 
     # what was left out
 
@@ -200,13 +192,6 @@ class HostFiles:
     def _forget(self) -> None:
         (self._place / "data").unlink(missing_ok=True)
         self._place.rmdir()
-
-
-def project_mounts(*, project: bool) -> tuple[dict[str, Any], ...]:
-    """Where a program with a manifest starts: the same private folder, under the name that relative roots have."""
-    if not project:
-        return ()
-    return ({"tree": None, "sub": "", "at": PROJECT, "write": True, "changes": False},)
 
 
 def base_folder(request: RunRequest, program: Program) -> Path:

@@ -8,14 +8,13 @@ what a killed one left without looking at every run.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, SandboxError, UsageError
+from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
-from x07_sandbox.runs.folder import runs_dir
+from x07_sandbox.runs.folder import APPLYING, runs_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from x07_sandbox.files.changes import ChangeSet
 
 _RUN: Final = re.compile(r"\d{1,15}-\d{1,10}-\d{1,10}")
-_APPLYING: Final = ".applying"
 _CHANGES_MAX: Final = 1 << 30
 
 
@@ -111,28 +109,24 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
 @contextlib.contextmanager
 def applying(run: str) -> Iterator[None]:
     """Around what changes the host's files for a run: whatever ends it, `recover_all` finds what it left."""
-    marker = private_dir(_runs() / _APPLYING) / run
+    from x07_sandbox.files.journal import pending
+
+    marker = private_dir(_runs() / APPLYING) / run
     marker.touch(mode=0o600)
     try:
         yield
     finally:
         # Unless something was in the way of undoing it: then the next command tries again.
-        if not _is_open(marker.parent.parent / run / "changes"):
+        folder = marker.parent.parent / run / "changes"
+        if not (pending(folder) or pending(folder / "undoing")):
             marker.unlink(missing_ok=True)
-
-
-def _is_open(folder: Path) -> bool:
-    """Whether a journal lies there."""
-    return any(
-        (folder / part / name).exists() for part in (".", "undoing") for name in ("staging", "journal", "committed")
-    )
 
 
 def recover_all(progress: Callable[[str], None]) -> None:
     """Undo or finish what killed commands left half applied; what cannot be is told, and tried again next time."""
     root = runs_dir(state_dir())
     try:
-        names = [path.name for path in (root / _APPLYING).iterdir()]
+        names = [path.name for path in (root / APPLYING).iterdir()]
     except OSError:
         return
     from x07_sandbox.files.apply import recover
@@ -140,9 +134,9 @@ def recover_all(progress: Callable[[str], None]) -> None:
     for name in names:
         folder = root / name / "changes"
         if not _RUN.fullmatch(name) or not folder.is_dir():
-            (root / _APPLYING / name).unlink(missing_ok=True)
+            (root / APPLYING / name).unlink(missing_ok=True)
             continue
-        if _is_busy(folder):
+        if is_locked(folder) or is_locked(folder / "undoing"):  # by a process that is applying
             continue
         try:
             recover(folder)
@@ -151,20 +145,4 @@ def recover_all(progress: Callable[[str], None]) -> None:
         except SandboxError as exc:
             progress(str(exc))
             continue
-        (root / _APPLYING / name).unlink(missing_ok=True)
-
-
-def _is_busy(folder: Path) -> bool:
-    """Whether a process that lives is applying."""
-    for place in (folder, folder / "undoing"):
-        try:
-            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-    return False
+        (root / APPLYING / name).unlink(missing_ok=True)

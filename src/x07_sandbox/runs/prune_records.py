@@ -18,7 +18,7 @@ import msgspec
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.locks import folder_to_remove
+from x07_sandbox.host.locks import folder_to_remove, is_locked
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.host.processes import Identity, boot_id, is_alive, pid_namespace
 from x07_sandbox.jobs.record import JOB_SCHEMA, OWNER_SCHEMA, runner_instance
@@ -57,7 +57,7 @@ def prune_records(broom: Broom) -> None:
     jobs = [job for path in entries(root) if (job := _job_at(path, broom)) is not None]
     busy: set[str] = {job.run for job in jobs if job.ended is None}
     for run in {job.run for job in jobs} | {path.name for path in entries(runs)}:
-        if _RUN.fullmatch(run) and _under_way(runs / run):
+        if _RUN.fullmatch(run) and is_locked(runs / run):
             busy.add(run)
     for job in jobs:
         if job.run in busy or job.ended is None or not broom.old(job.ended):
@@ -107,14 +107,6 @@ def _regular(path: Path) -> os.stat_result | None:
     except OSError:
         return None
     return None if foreign(info, stat.S_ISREG) else info
-
-
-def _under_way(folder: Path) -> bool:
-    try:
-        with folder_to_remove(folder) as free:
-            return not free
-    except OSError:
-        return False  # there is none, or it is a link: what looks at it next says so
 
 
 def _doubt(folder: Path, instance: str) -> str:

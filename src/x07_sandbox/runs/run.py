@@ -148,12 +148,11 @@ def _host_files(
     request: RunRequest, program: Program, policy: Policy, folder: RunFolder, stack: contextlib.ExitStack
 ) -> HostFiles | None:
     """The host's files of a run, or None where it has none. Raises SandboxError."""
-    if request.out is None and not policy.fs.read_roots and not policy.fs.write_roots:
-        return None  # before a module is loaded for it
-    from x07_sandbox.runs.host_files import HostFiles, wanted
-
-    if not wanted(request, policy):
+    roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
+    if request.out is None and not roots:
         return None
+    from x07_sandbox.runs.host_files import HostFiles  # not on the way of a run without files
+
     with request.cancel.waiting():
         return HostFiles(request, program, policy, folder, stack)
 

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 _CWD = "/opt/x07"
+# Where a program with a manifest starts: the same private folder, under the name that relative roots have.
+_PROJECT_MOUNT: dict[str, Any] = {"tree": None, "sub": "", "at": PROJECT_FOLDER, "write": True, "changes": False}
 
 
 class Progress(msgspec.Struct):
@@ -236,13 +238,9 @@ class Session:
             files.append(in_memory(self.request.x07_input, f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
             args = []  # they are its input
         project = self.program.project
-        mounts: tuple[dict[str, Any], ...] = ()
-        if project or host_files is not None:
-            from x07_sandbox.runs.host_files import project_mounts
-
-            mounts = project_mounts(project=project)
+        mounts = [_PROJECT_MOUNT] if project else []
         if host_files is not None:
-            mounts = host_files.mounts(len(files), project=project)
+            mounts += host_files.mounts(len(files))
             files += host_files.files
         return PhaseSpec(
             name="run",
@@ -253,7 +251,7 @@ class Session:
             env=run_environment(policy, self.request.env, os.environ),
             ram_bytes=limits.ram_bytes,
             cwd=PROJECT_FOLDER if project else _CWD,
-            mounts=mounts,
+            mounts=tuple(mounts),
             changes=None if host_files is None else host_files.incoming,
             limits_shown=policy.limits,
         )
