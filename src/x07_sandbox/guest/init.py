@@ -16,7 +16,7 @@ import struct
 from dataclasses import dataclass
 from typing import NoReturn
 
-from x07_sandbox.guest import confine, interpreter
+from x07_sandbox.guest import confine, interpreter, restrict
 from x07_sandbox.guest.system import read_all
 
 READY = b"R"  # from the program's process: it waits for its start; from init: the orders are carried out
@@ -126,10 +126,13 @@ def _become(world: confine.World, ends: Ends) -> NoReturn:
                 os.dup2(told_fd, interpreter.TOLD_FD)
                 os.execve(interpreter.PYTHON, interpreter.argv(), interpreter.env())
             os.write(told_fd, READY)
-            _, argv, env, cwd = marshal.loads(read_all(start_fd))  # noqa: S302 - it is our agent that speaks
+            fcntl.fcntl(interpreter.RULES_FD, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+            # It is our agent that speaks.
+            _, argv, env, cwd, filter_code, rules_fd, token = marshal.loads(read_all(start_fd))  # noqa: S302
             os.chdir(cwd)
-            # Not os.execvpe: it imports a module on its way, which a policy that allows no descriptor forbids.
-            os.execve(argv[0], argv, env)
+            if filter_code or rules_fd >= 0:
+                restrict.take_away(filter_code, rules_fd)
+            restrict.execute(argv, env, token)
         except confine.StepError as exc:
             told = f"{exc.errno} {exc.stage}: {exc.args[2]}"
         except (OSError, ValueError) as exc:
