@@ -12,6 +12,8 @@ import pytest
 from tests.vm.conftest import PROGRAMS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.vm.conftest import Artifacts, Ran, Sandbox
     from x07_sandbox.images.store import Image
 
@@ -311,3 +313,48 @@ def test_a_folder_that_the_list_names_can_be_written_and_executed_from(attempt: 
     found = attempt("write", *WRITABLE, process__allow_exec_prefixes=["/opt/x07/"])
     assert {found[name] for name in found if "/opt/x07" in name} == {"OK"}
     assert {found[name] for name in found if "/opt/x07" not in name} == {"EACCES", "EPERM"}
+
+
+HOST_FILES: Final = """
+import json, os, shutil, subprocess, sys
+
+def tried(*argv):
+    try:
+        return subprocess.run(argv).returncode
+    except OSError as exc:
+        return exc.strerror
+
+given, written = sys.argv[1:]
+shutil.copy("/usr/bin/true", f"{written}/copy")
+print(json.dumps({
+    "given": tried(f"{given}/tool"),
+    "read": open(f"{given}/tool").readline(),
+    "written": tried(f"{written}/copy"),
+    "there": tried(f"{written}/tool"),
+}))
+"""
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "not listed"])
+def test_files_of_the_host_are_held_to_the_list_too(sandbox: Sandbox, tmp_path: Path, *, listed: bool) -> None:
+    """Files of a read root can be read, and executed if the list says so; nothing in a write root is by default."""
+    folders = [tmp_path / name for name in ("given", "written")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "tool").write_text("#!/bin/sh\nexit 3\n")
+        (folder / "tool").chmod(0o755)
+    given, written = map(str, folders)
+    policy: dict[str, object] = {
+        "fs.read_roots": [given],
+        "fs.write_roots": [written],
+        "process.allow_execs": ["/usr/bin/true", "/bin/sh"],
+        "process.allow_exec_prefixes": [f"{given}/"] if listed else [],
+    }
+    ran = sandbox.run_text("files.py", HOST_FILES, given, written, policy=policy)
+    assert ran.outcome == "ok", (ran.reason, ran.stderr)
+    assert json.loads(ran.stdout) == {
+        "given": 3 if listed else "Permission denied",
+        "read": "#!/bin/sh\n",
+        "written": "Permission denied",
+        "there": "Permission denied",
+    }
