@@ -178,7 +178,7 @@ def test_a_filter_forbids_what_its_name_says(
 def test_only_the_secret_lets_one_program_start(codes: dict[str, bytes], library: ctypes.CDLL, name: str) -> None:
     """With the secret in its arguments execve passes; with any bit of it wrong, or as the file stands, it does not."""
     call = number(library, "execve")
-    code = guest_filters.with_token(codes[f"{name}-once"], TOKEN)
+    code = with_token(codes[f"{name}-once"])
     assert answer(code, call, 1, 2, 3, *WORDS) == ALLOWED
     assert answer(code, call, 1, 2, 3) == errno.EPERM
     for at, bit in itertools.product(range(3), range(64)):
@@ -193,14 +193,20 @@ def test_a_filter_without_its_markers_takes_no_secret(codes: dict[str, bytes]) -
     once = codes["no-exec-once"]
     for code in (codes["no-exec"], b"", once + LINE.pack(6, 0, 0, 0x5AFE7011)):
         with pytest.raises(ValueError, match="markers"):
-            guest_filters.with_token(code, TOKEN)
+            guest_filters.token_places(code)
+
+
+def with_token(code: bytes) -> bytes:
+    """A filter with the tests' secret in it."""
+    return guest_filters.with_token(code, guest_filters.token_places(code), TOKEN)
 
 
 def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.CompletedProcess[str]:
     """Have a Python process put itself under the filter and execute a command."""
     program = (
-        "import sys; from x07_sandbox.guest import restrict, system; system.prctl(38, 1)\n"
-        f"restrict.take_away({code!r}, -1); restrict.execute({words!r}, {{'A': 'b'}}, {token!r})"
+        "from x07_sandbox.guest import restrict, system; system.prctl(38, 1)\n"
+        "take_away, execute = restrict.last_steps()\n"
+        f"take_away({code!r}, -1); execute({words!r}, {{'A': 'b'}}, {token!r})"
     )
     env = {**os.environ, "PYTHONPATH": str(SOURCES)}
     return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
@@ -211,14 +217,14 @@ SHELL: Final = ["/bin/sh", "-c", 'echo "$0 $A"; /bin/true || echo refused', "sta
 
 def test_a_kernel_lets_the_program_start_and_nothing_after_it(codes: dict[str, bytes]) -> None:
     """Under a kernel the program starts with its arguments and variables, and cannot execute another."""
-    ended = run_under(guest_filters.with_token(codes["no-exec-once"], TOKEN), TOKEN, SHELL)
+    ended = run_under(with_token(codes["no-exec-once"]), TOKEN, SHELL)
     assert ended.stdout == "started b\nrefused\n", ended.stderr
     assert "Operation not permitted" in ended.stderr
 
 
 def test_a_kernel_refuses_a_program_with_another_secret(codes: dict[str, bytes]) -> None:
     """With a secret that is not the filter's even the first execution is EPERM."""
-    ended = run_under(guest_filters.with_token(codes["no-exec-once"], TOKEN), TOKEN[::-1], SHELL)
+    ended = run_under(with_token(codes["no-exec-once"]), TOKEN[::-1], SHELL)
     assert ended.stdout == ""
     assert "PermissionError: [Errno 1]" in ended.stderr
 
@@ -228,7 +234,8 @@ def test_a_kernel_takes_every_filter(codes: dict[str, bytes]) -> None:
     for name, code in codes.items():
         program = (
             "from x07_sandbox.guest import restrict, system; system.prctl(38, 1)\n"
-            f"restrict.take_away({codes['base']!r}, -1); restrict.take_away({code!r}, -1); print('under it')"
+            "take_away, execute = restrict.last_steps()\n"
+            f"take_away({codes['base']!r}, -1); take_away({code!r}, -1); print('under it')"
         )
         env = {**os.environ, "PYTHONPATH": str(SOURCES)}
         ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)

@@ -134,12 +134,12 @@ What is forbidden ends with an error at once, in the program and in all that it 
 | `process.max_live` below `limits.procs` | the control group, for `limits.procs`: threads count too | `EAGAIN` |
 
 **A list** is `process.allow_execs` (paths) and `process.allow_exec_prefixes` (beginnings of paths); what an entry
-names may be executed. Every other program of the image can be neither executed nor read, so that the loader is no way around;
-libraries and data can be read, and names are seen. A relative entry is below the working directory. An entry counts
-for the file that is there when the program starts, by whatever name: where it is a link, for what it leads to. A script
-needs its interpreter on the list too. A prefix that covers a folder which the program may write to lets it execute what
-it writes there. The program itself may be executed again; the interpreter of a Python program only if the list says so,
-or if it had to be started anew (a variable that Python reads early, `--cold`, modules to preload).
+names may be executed. Every other program of the image can be neither executed nor read, so that the loader is no way
+around; libraries and data can be read, and names are seen. A relative entry is below the working directory. An entry
+counts for the file that is there when the program starts, by whatever name: where it is a link, for what it leads to.
+A script needs its interpreter on the list too. A prefix that covers a folder which the program may write to lets it
+execute what it writes there. The program itself may be executed again; the interpreter of a Python program only if
+the list says so, or if it had to be started anew (a variable that Python reads early, `--cold`, modules to preload).
 
 Whatever the policy says, a filter refuses what no program needs: mounts, modules, namespaces, tracing, keyrings, bpf,
 perf, userfaultfd, io_uring, memfd_create, execveat by descriptor, kexec, and sockets that are not local, of the

@@ -10,6 +10,7 @@ A step that fails ends the job: there is no weaker form of any of them here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import signal
@@ -76,7 +77,7 @@ class Orders:
     noexec: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; `Orders(**value)` is the way back."""
+        """As plain values; `Orders(**value)` is the way back."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
@@ -105,6 +106,7 @@ class Step(Generic[T]):
 
 
 # Folders of the root that hold nothing of the image: something else is mounted there, or folders of the host.
+_PROGRAM_FOLDERS: Final = ("/bin", "/sbin", "/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin")
 _LOADERS: Final = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
 _OWN: Final = frozenset({"dev", "home", "media", "mnt", "opt", "proc", "root", "run", "srv", "sys", "tmp", "x07"})
 
@@ -205,6 +207,8 @@ def _rules(world: World) -> None:
     own = [f"/{name}" for name in sorted(_OWN) if os.path.isdir(f"/{name}")]
     for path in (*own, *world.readable):
         system.landlock_allow(interpreter.RULES_FD, path, system.FS_READ_FILE)
+    for folder in _PROGRAM_FOLDERS:
+        _links(folder)  # known from now on
 
 
 def root_mode(flags: int) -> None:
@@ -290,13 +294,24 @@ def _named_by(prefix: str) -> list[str]:
     """What there is of paths that begin so."""
     folder, _, start = prefix.rpartition("/")
     folder = folder or "/"
+    if not start:
+        return [folder, *_links(folder)]
     try:
         entries = [entry for entry in os.scandir(folder) if entry.name.startswith(start)]
     except OSError:
         return []
-    # A rule for a folder covers what lies in it, but a link in it may lead elsewhere.
-    links = [entry.path for entry in entries if entry.is_symlink() and os.path.isfile(entry.path)]
-    return links + ([entry.path for entry in entries if not entry.is_symlink()] if start else [folder])
+    return [entry.path for entry in entries]
+
+
+@functools.cache
+def _links(folder: str) -> tuple[str, ...]:
+    """Files outside a folder to which links in it lead: a rule for the folder covers what lies in it, and not these."""
+    try:
+        found = [os.path.realpath(entry.path) for entry in os.scandir(folder) if entry.is_symlink()]
+    except OSError:
+        return ()
+    own = os.path.realpath(folder) + "/"
+    return tuple(path for path in dict.fromkeys(found) if not path.startswith(own) and os.path.isfile(path))
 
 
 def _no_execution(orders: Orders) -> None:
@@ -356,12 +371,14 @@ def _scopes(_world: World) -> None:
     # Measured: where a later ruleset is about files, this one too forbids moving them unless it allows it.
     fd = system.landlock_ruleset(files=system.FS_REFER, scopes=scopes)
     system.landlock_allow(fd, "/", system.FS_REFER)
-    restrict.take_away(b"", fd)
+    take_away, _ = restrict.last_steps()
+    take_away(b"", fd)
     os.close(fd)
 
 
 def _system_calls(world: World) -> None:
-    restrict.take_away(world.base_filter, -1)
+    take_away, _ = restrict.last_steps()
+    take_away(world.base_filter, -1)
 
 
 def _fresh_signals(_world: World) -> None:

@@ -15,6 +15,7 @@ BASE: Final = "base"
 NO_EXEC: Final = "no-exec"
 ONCE: Final = "-once"  # ends the name of a filter that lets one call pass
 _LINE: Final = struct.Struct("=HBBI")
+_WORD: Final = 4
 _MARKERS: Final = (0x5AFE7012, 0x5AFE7011, 0x5AFE7014, 0x5AFE7013, 0x5AFE7016, 0x5AFE7015)  # as the token's bytes come
 
 
@@ -39,13 +40,23 @@ def readable_places() -> list[str]:
     return places
 
 
-def with_token(code: bytes, token: bytes) -> bytes:
-    """The filter with the secret in place of its markers. Raises ValueError if that is not all of them, each once."""
-    words = dict(zip(_MARKERS, struct.unpack("=6I", token), strict=True))
-    lines = list(_LINE.iter_unpack(code))
-    if sorted(value for *_, value in lines if value in words) != sorted(words):
+def token_places(code: bytes) -> list[int]:
+    """Where in a filter the parts of the secret belong, in its order.
+
+    Raises ValueError if the markers are not there, each once.
+    """
+    values = [value for *_, value in _LINE.iter_unpack(code)]
+    if sorted(value for value in values if value in _MARKERS) != sorted(_MARKERS):
         raise ValueError("the filter has not the markers that it should have")
-    return b"".join(_LINE.pack(*line, words.get(value, value)) for *line, value in lines)
+    return [values.index(marker) * _LINE.size + _LINE.size - _WORD for marker in _MARKERS]
+
+
+def with_token(code: bytes, places: list[int], token: bytes) -> bytes:
+    """The filter with the secret in place of its markers."""
+    made = bytearray(code)
+    for number, place in enumerate(places):
+        made[place : place + _WORD] = token[number * _WORD : (number + 1) * _WORD]
+    return bytes(made)
 
 
 def _data(name: str) -> bytes:

@@ -57,7 +57,7 @@ if PRELOAD:  # what they print is not the program's
     os.close(null)
 known, importers = set(sys.modules), set(sys.path_importer_cache)
 import _signal, ctypes, marshal
-take_away, execute = [type(lambda: 0)(marshal.loads(code), {{}}) for code in LAST_STEPS]
+take_away, execute = type(lambda: 0)(marshal.loads(LAST_STEPS), {{}})()
 if "_hashlib" in known:
     import _ssl
 
@@ -134,7 +134,7 @@ import sitecustomize  # the system's own, where it has one
 
 def hook(preload: list[str]) -> str:
     """The module that the interpreter stops in. preload: modules that the program will find imported."""
-    steps = [marshal.dumps(step.__code__) for step in (restrict.take_away, restrict.execute)]
+    steps = marshal.dumps(restrict.last_steps.__code__)
     return f"PRELOAD = {preload!r}\nLAST_STEPS = {steps!r}\n{_HOOK}"
 
 

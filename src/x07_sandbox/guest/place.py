@@ -62,6 +62,9 @@ class Place:
         self._interpreter = interpreter
         self._preload = bool(preload)
         self._filters = filters.all_filters()
+        self._places = {
+            name: filters.token_places(code) for name, code in self._filters.items() if name.endswith(filters.ONCE)
+        }
         self.waiting_bytes = WAITING_BYTES
         self.spare_cpu_s = SPARE_CPU_S + (PRELOAD_CPU_S if preload else 0)
         self._orders: confine.Orders | None = None
@@ -110,7 +113,8 @@ class Place:
             raise self._failure(told + read_all(self.told_fd))
         self._orders = orders
         with contextlib.suppress(BrokenPipeError):  # init has ended, and its report says why
-            write_all(self._orders_fd, json.dumps(orders.as_dict()).encode() + b"\n")
+            order = marshal.dumps(orders.as_dict())
+            write_all(self._orders_fd, len(order).to_bytes(4, "big") + order)
         report = os.read(self.report_fd, 8192)
         if report != init.READY:
             raise failure(report)
@@ -148,9 +152,11 @@ class Place:
         become = self.becomes(argv, env, limits)
         name = filters.filter_name(threads=limits.threads, spawn=limits.spawn, execute=limits.execute)
         token = b"" if become or limits.execute else os.urandom(restrict.TOKEN_BYTES)
-        code = b""
-        if name:
-            code = filters.with_token(self._filters[f"{name}{filters.ONCE}"], token) if token else self._filters[name]
+        if token:
+            name += filters.ONCE
+            code = filters.with_token(self._filters[name], self._places[name], token)
+        else:
+            code = self._filters[name] if name else b""
         rules_fd = -1 if limits.programs is None else interpreter.RULES_FD
         with contextlib.suppress(BrokenPipeError):  # it has ended, as `told_fd` tells
             write_all(self._start_fd, marshal.dumps((become, argv, env, cwd, code, rules_fd, token)))
