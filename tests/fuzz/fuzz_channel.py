@@ -42,6 +42,7 @@ START: Final[dict[str, object]] = {
     "files": [],
     "mounts": [],
     "limits": {},
+    "confine": {"threads": True, "spawn": True, "execute": True, "programs": None, "prefixes": []},
     "output": None,
 }
 EXITED: Final[dict[str, object]] = {

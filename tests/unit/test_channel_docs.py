@@ -58,6 +58,8 @@ FIELD_MEANING: Final = {
     "START.mounts": "List of `{tree, sub, at, write, changes}`: where a part of a tree (its stream; null: a folder of "
     "the program's own) lies for the program, whether it may write there, whether changes are wanted back.",
     "START.limits": "Object of whole numbers: the agent's share of the plan.",
+    "START.confine": "`{threads, spawn, execute, programs, prefixes}`: what is allowed; the last two are lists of "
+    "paths and of beginnings of paths, of what may be executed, or null and empty where no list counts.",
     "START.output": "`{path, max_bytes}` of the one file that is wanted back, or null.",
     "EXITED.wait_status": "As wait(2) gives it.",
     "EXITED.cpu_us": "CPU time of the program and its children, in microseconds.",

@@ -100,12 +100,13 @@ def test_guest_code_is_the_guests_rooms_and_no_more() -> None:
     assert "errors.py" in code.agent
     assert {name.partition("/")[0] for name in code.agent} == {"__init__.py", "errors.py", "channel", "guest"}
     assert not any(name.startswith("guest/boot/") for name in code.agent)
-    assert set(code.tools) == {guestcode.INIT, guestcode.PACK}
+    assert set(code.tools) == {guestcode.INIT, guestcode.PACK, guestcode.FILTERS, guestcode.PLACES}
 
 
 def test_every_guest_file_counts_for_the_digest(tmp_path: Path) -> None:
     """A change in any guest file, or a new one, makes an image out of date; a change elsewhere does not."""
-    names = ["guest/boot/init.c", "guest/boot/pack.py", "guest/agent.py", "channel/frames.py", "errors.py"]
+    boot = [f"guest/boot/{name}" for name in ("init.c", "pack.py", "filters.py", "places.py")]
+    names = [*boot, "guest/agent.py", "channel/frames.py", "errors.py"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -113,7 +114,7 @@ def test_every_guest_file_counts_for_the_digest(tmp_path: Path) -> None:
     for name in [*names, "guest/new.py"]:
         (tmp_path / name).write_text("changed")
         digests.add(guestcode.read_guest_code(tmp_path).digest)
-    assert len(digests) == 7
+    assert len(digests) == len(names) + 2
     last = guestcode.read_guest_code(tmp_path).digest
     (tmp_path / "cli").mkdir()
     (tmp_path / "cli" / "main.py").write_text("x")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from x07_sandbox.errors import RefusedError
+from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import Plan, make_plan
 from x07_sandbox.plan.features import VM_HOLDS, Features
 from x07_sandbox.plan.rows import TABLE
@@ -188,18 +189,18 @@ def test_no_network_holds_for_every_network_field() -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "state"),
     [
-        ({"process__allow_spawn": False}, "process.allow_spawn", "not-enforced-yet"),
+        ({"process__allow_spawn": False}, "process.allow_spawn", "enforced"),
         ({"process__allow_spawn": False, "limits__procs": 0}, "process.allow_spawn", "enforced"),
-        ({"threads__enabled": False}, "threads.enabled", "not-enforced-yet"),
+        ({"threads__enabled": False}, "threads.enabled", "enforced"),
         ({"threads__enabled": False, "limits__procs": 0}, "threads.enabled", "enforced"),
-        ({"process__enabled": False}, "process.enabled", "not-enforced-yet"),
-        ({"process__enabled": False}, "process.allow_spawn", "not-enforced-yet"),
-        ({"process__enabled": False}, "process.allow_exec", "not-enforced-yet"),
-        ({"process__allow_exec": False}, "process.allow_exec", "not-enforced-yet"),
+        ({"process__enabled": False}, "process.enabled", "enforced"),
+        ({"process__enabled": False}, "process.allow_spawn", "enforced"),
+        ({"process__enabled": False}, "process.allow_exec", "enforced"),
+        ({"process__allow_exec": False}, "process.allow_exec", "enforced"),
         ({"process__allow_exec": False}, "process.enabled", "enforced"),
-        ({"process__allow_exec_prefixes": ["/usr/"]}, "process.allow_exec_prefixes", "not-enforced-yet"),
+        ({"process__allow_exec_prefixes": ["/usr/"]}, "process.allow_exec_prefixes", "enforced"),
         ({"process__allow_execs": ["/bin/true"]}, "process.allow_execs", "enforced"),
-        ({"process__max_live": 8}, "process.max_live", "not-enforced-yet"),
+        ({"process__max_live": 8}, "process.max_live", "enforced"),
         ({"process__max_live": 8, "limits__procs": 8}, "process.max_live", "enforced"),
         ({"process__kill_tree": False}, "process.kill_tree", "advisory"),
         ({"process__kill_on_drop": False}, "process.kill_on_drop", "advisory"),
@@ -237,3 +238,48 @@ def test_a_variable_too_long_for_linux_is_refused_before_anything_starts() -> No
     (refusal,) = made.refusals
     assert refusal.field == "process.allow_execs"
     assert "X07_OS_PROC_ALLOW_EXECS" in refusal.why
+
+
+def test_confinement_is_claimed_only_where_it_stands() -> None:
+    """A backend that does not confine programs says so of each field that asks for it, and nobody is claimed to."""
+    weak = Features(isolation="none", own_kernel=False, can_hold=VM_HOLDS - {"confinement"})
+    changes: dict[str, Any] = json.loads(render_policy(default_policy()))
+    changes["process"] |= {"allow_exec": False, "allow_spawn": False, "max_live": 1}
+    changes["threads"]["enabled"] = False
+    policy = decode_policy(render_policy(changes), source="p")
+    names = ("threads.enabled", "process.allow_spawn", "process.allow_exec", "process.allow_execs", "process.max_live")
+    assert states(make_plan(policy, weak), *names) == {"not-enforced-yet"}
+    assert states(make_plan(policy, VM), *names) == {"enforced"}
+
+
+def test_fewer_children_than_tasks_bound_all_tasks() -> None:
+    """process.max_live stands in place of a larger limits.procs, unless no child may be started at all."""
+    assert plan(process__max_live=8).limits.for_guest()["tasks"] == 9
+    assert plan(process__max_live=100).limits.for_guest()["tasks"] == 65
+    assert plan(process__max_live=8, process__allow_spawn=False).limits.for_guest()["tasks"] == 65
+    assert plan(process__max_live=8, process__enabled=False).limits.for_guest()["tasks"] == 65
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, (True, True, True, None, ())),
+        ({"threads__enabled": False}, (False, True, True, None, ())),
+        ({"process__enabled": False}, (True, False, False, None, ())),
+        ({"process__allow_spawn": False, "process__max_live": 0}, (True, False, True, None, ())),
+        ({"process__allow_exec": False}, (True, True, False, None, ())),
+        (
+            {"process__allow_execs": ["/bin/true", "tool"], "process__allow_exec_prefixes": ["deps/", "/usr/"]},
+            (True, True, True, ("/bin/true", "/home/x/tool"), ("/home/x/deps/", "/usr/")),
+        ),
+        ({"process__allow_execs": ["/bin/true"]}, (True, True, True, None, ())),
+    ],
+)
+def test_the_machine_is_told_what_the_policy_forbids(changes: dict[str, object], told: tuple[object, ...]) -> None:
+    """What START carries follows from the policy; relative paths are those below the working directory."""
+    made: dict[str, Any] = json.loads(render_policy(default_policy()))
+    for path, value in changes.items():
+        section, name = path.split("__")
+        made[section][name] = value
+    found = confinement(decode_policy(render_policy(made), source="p"), "/home/x")
+    assert (found.threads, found.spawn, found.execute, found.programs, found.prefixes) == told

@@ -34,6 +34,7 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
+from x07_sandbox.plan.confinement import UNCONFINED
 from x07_sandbox.plan.outcomes import classify
 from x07_sandbox.runs.execute import Phase, PhaseRequest
 from x07_sandbox.runs.streams import Cancel, Sink
@@ -184,7 +185,10 @@ def phase(order: dict[str, Any]) -> None:
             env={},
             cwd="/",
             files=(),
+            mounts=[],
+            changes=None,
             limits={},
+            confine=UNCONFINED.for_guest(),
             wall_ms=1000,
             stdin_fd=None,
             stdout=sinks[0],

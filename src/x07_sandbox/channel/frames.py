@@ -116,6 +116,7 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
         "files": Shape("any"),
         "mounts": Shape("any"),
         "limits": Shape("any"),
+        "confine": Shape("any"),
         "output": Shape("any"),
     },
     Kind.STARTED: {},

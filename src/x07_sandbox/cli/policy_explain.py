@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from x07_sandbox.backends.selection import BY_NAME, backend_named, need_built
+from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.plan.features import vm_features
 from x07_sandbox.policy.canonical import policy_digest
@@ -76,6 +77,7 @@ def explanation(policy: Policy, backend_name: str, toolchain: str | None = None)
         "isolation": list(backend.isolation),
         "toolchain": toolchain,
         "carried_out": not plan.refusals,
+        "filters": list(confinement(policy, "").filters),
         "controls": [
             {**msgspec.to_builtins(control), "value": msgspec.to_builtins(values[control.field])}
             for control in plan.controls
@@ -96,6 +98,7 @@ def lines(found: Mapping[str, Any], source: str) -> list[str]:
         for control in group:
             value = shown(control["value"])
             text.append(f"  {control['field']:{width}}  {value:12}  {control['by']}: {control['why']}")
+    text += ["", f"seccomp filters of the image: {', '.join(found['filters'])} (a result has their digests)"]
     if found["refusals"]:
         text += ["", "what would allow a run:"]
     for refusal in found["refusals"]:

@@ -119,6 +119,32 @@ any moment leaves the old files or the new ones once the next `x07` command has 
 `x07 apply`, `--changes discard` brings nothing back; the changes of a program that did not end by itself are kept.
 `x07 diff` shows them, `x07 undo` takes them back. `--out DIR` is a write root that the program finds as `/x07/out`.
 """
+_PROCESSES: Final = """
+## Processes and programs
+
+What is forbidden ends with an error at once, in the program and in all that it starts; nothing is killed for trying.
+
+| Asked for | Held by | Error |
+|---|---|---|
+| `threads.enabled` false | a seccomp filter: a process has one thread | `EPERM` |
+| `process.enabled` false | as `allow_spawn` and `allow_exec` false together | `EPERM` |
+| `process.allow_spawn` false | a seccomp filter: no child by fork, vfork, clone or posix_spawn | `EPERM` |
+| `process.allow_exec` false | a seccomp filter, once the program has started; `noexec` where it may write | `EPERM` |
+| a list without the prefix `/` | Landlock, below; `noexec` where the program may write | `EACCES` |
+| `process.max_live` below `limits.procs` | the control group, for `limits.procs`: threads count too | `EAGAIN` |
+
+**A list** is `process.allow_execs` (paths) and `process.allow_exec_prefixes` (beginnings of paths); what an entry
+names may be executed. Every other program of the image can be neither executed nor read, so that the loader is no way
+around; libraries and data can be read, and names are seen. A relative entry is below the working directory. An entry
+counts for the file that is there when the program starts, by whatever name: where it is a link, for what it leads to.
+A script needs its interpreter on the list too. A prefix that covers a folder which the program may write to lets it
+execute what it writes there. The program itself may be executed again; the interpreter of a Python program only if
+the list says so, or if it had to be started anew (a variable that Python reads early, `--cold`, modules to preload).
+
+Whatever the policy says, a filter refuses what no program needs: mounts, modules, namespaces, tracing, keyrings, bpf,
+perf, userfaultfd, io_uring, memfd_create, execveat by descriptor, kexec, and sockets that are not local, of the
+internet or for routes (`guest/boot/filters.py`). The result names the filters and their digests (`filters`).
+"""
 _DIGESTS: Final = """
 ## Digests
 
@@ -152,7 +178,7 @@ def render_page() -> str:
     text += "\n## Rules\n\nThese hold whether or not their section is enabled.\n\n"
     text += "".join(f"{number}. {rule.doc}\n" for number, rule in enumerate(RULES, start=1))
     text += _TEMPLATES + "".join(_template_row(name, policy) for name, policy in TEMPLATES.items())
-    text += _OVERRIDES + _FILES + _DIGESTS
+    text += _OVERRIDES + _FILES + _PROCESSES + _DIGESTS
     text += "\n## The default policy\n\nThis one applies when none is given.\n\n```json\n"
     return text + render_policy(default_policy()).decode() + "```\n"
 

@@ -9,6 +9,8 @@ A step that fails ends the job: there is no weaker form of any of them here.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import resource
 import signal
@@ -17,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
-from x07_sandbox.guest import interpreter, system
+from x07_sandbox.guest import interpreter, restrict, system
 
 T = TypeVar("T")
 
@@ -37,12 +39,15 @@ class World:
     netns_fd: the program's network namespace, made and kept by the agent.
     procs_fd: joins the program's control group.
     interpreter: whether a Python interpreter waits to become the program. preload: what it has imported by then.
+    base_filter: the seccomp filter that every program is under. readable: of the image, what holds no programs.
     """
 
     netns_fd: int
     procs_fd: int
     interpreter: bool
     preload: list[str]
+    base_filter: bytes
+    readable: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,11 @@ class Orders:
 
     tmp_bytes: size of /tmp and of /dev/shm. cpu_s: the limit below that of the control group's counter.
     inputs_on_disk: whether the files of the job are too large to lie in memory.
+    programs: paths of programs that may be executed, None where any may or none. prefixes: beginnings of further ones.
+        With a list, no other program of the image can be read. program: what is executed first, if anything is.
+    mounts: where folders of the host are by now, and whether the program may write there; empty where nothing of the
+        following depends on them.
+    noexec: whether nothing in a folder that the program can write to may be executed, but for what the lists name.
     """
 
     hostname: str
@@ -60,9 +70,14 @@ class Orders:
     fds: int
     cpu_s: int
     core_bytes: int
+    mounts: list[tuple[str, bool]]
+    programs: list[str] | None
+    prefixes: list[str]
+    program: str | None
+    noexec: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; `Orders(**value)` is the way back."""
+        """As plain values; `Orders(**value)` is the way back."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
@@ -91,6 +106,8 @@ class Step(Generic[T]):
 
 
 # Folders of the root that hold nothing of the image: something else is mounted there, or folders of the host.
+_PROGRAM_FOLDERS: Final = ("/bin", "/sbin", "/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin")
+_LOADERS: Final = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
 _OWN: Final = frozenset({"dev", "home", "media", "mnt", "opt", "proc", "root", "run", "srv", "sys", "tmp", "x07"})
 
 
@@ -176,6 +193,24 @@ def _enter(_world: World) -> None:
     root_mode(system.MS_RDONLY)
 
 
+def _rules(world: World) -> None:
+    """Landlock's rules for a program that may execute some programs only; whether it is put under them comes later.
+
+    They are made here because a clone would pay for each; `_programs` adds those of the job to the same ruleset.
+    """
+    files = system.FS_EXECUTE | system.FS_READ_FILE | system.FS_REFER
+    fd = system.landlock_ruleset(files=files)
+    os.dup2(fd, interpreter.RULES_FD)
+    os.close(fd)
+    # Moving files from folder to folder is not theirs to forbid.
+    system.landlock_allow(interpreter.RULES_FD, "/", system.FS_REFER)
+    own = [f"/{name}" for name in sorted(_OWN) if os.path.isdir(f"/{name}")]
+    for path in (*own, *world.readable):
+        system.landlock_allow(interpreter.RULES_FD, path, system.FS_READ_FILE)
+    for folder in _PROGRAM_FOLDERS:
+        _links(folder)  # known from now on
+
+
 def root_mode(flags: int) -> None:
     """Make the root writable, 0, or not, MS_RDONLY."""
     system.mount("", "/", "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | flags)
@@ -189,6 +224,7 @@ WORLD: Final[tuple[Step[World], ...]] = (
     Step("temporary folders", "CAP_SYS_ADMIN", _temporary),
     Step("work folders", "CAP_SYS_ADMIN, a scratch disk", _work_folders),
     Step("root", "CAP_SYS_ADMIN", _enter),
+    Step("rules about programs", "Landlock", _rules),
 )
 
 
@@ -238,11 +274,71 @@ def _resource_limits(orders: Orders) -> None:
         resource.prlimit(PROGRAM_PID, which, (value, value))
 
 
+def _programs(orders: Orders) -> None:
+    """Allow what the list names: files as they are now, and whole folders where a beginning names one."""
+    if orders.programs is None:
+        return
+    for at, _ in orders.mounts:
+        system.landlock_allow(interpreter.RULES_FD, at, system.FS_READ_FILE)
+    # The loader is executed with every program, by the kernel itself.
+    named = [*_LOADERS, *([orders.program] if orders.program else [])]
+    named += [path for path in orders.programs if os.path.isfile(path)]
+    for prefix in orders.prefixes:
+        named += _named_by(prefix)
+    for path in dict.fromkeys(named):
+        with contextlib.suppress(FileNotFoundError):
+            system.landlock_allow(interpreter.RULES_FD, path, system.FS_EXECUTE | system.FS_READ_FILE)
+
+
+def _named_by(prefix: str) -> list[str]:
+    """What there is of paths that begin so."""
+    folder, _, start = prefix.rpartition("/")
+    folder = folder or "/"
+    if not start:
+        return [folder, *_links(folder)]
+    try:
+        entries = [entry for entry in os.scandir(folder) if entry.name.startswith(start)]
+    except OSError:
+        return []
+    return [entry.path for entry in entries]
+
+
+@functools.cache
+def _links(folder: str) -> tuple[str, ...]:
+    """Files outside a folder to which links in it lead: a rule for the folder covers what lies in it, and not these."""
+    try:
+        found = [os.path.realpath(entry.path) for entry in os.scandir(folder) if entry.is_symlink()]
+    except OSError:
+        return ()
+    own = os.path.realpath(folder) + "/"
+    return tuple(path for path in dict.fromkeys(found) if not path.startswith(own) and os.path.isfile(path))
+
+
+def _no_execution(orders: Orders) -> None:
+    if not orders.noexec:
+        return
+    writable = [at for at, write in orders.mounts if write]
+    for path in ("/tmp", "/dev/shm", "/x07/out", CWD, *writable):  # noqa: S108 - the guest's own
+        named = [name for name in orders.programs or () if os.path.isfile(name)]
+        if not any(_meet(path, name) for name in (*named, *orders.prefixes)):
+            flags = os.statvfs(path).f_flag & (system.MS_RDONLY | system.MS_NOSUID | system.MS_NODEV)
+            system.mount("", path, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOEXEC | flags)
+
+
+def _meet(folder: str, prefix: str) -> bool:
+    """Whether a path that begins so may lie in the folder."""
+    return f"{folder}/".startswith(prefix) or prefix.startswith(f"{folder}/")
+
+
+# A remount of its size takes the flag off again.
+_OF_NO_EXECUTION: Final = ("noexec", "programs", "prefixes", "tmp_bytes", "out_writable", "mounts")
 JOB: Final[tuple[Step[Orders], ...]] = (
     Step("host name", "CAP_SYS_ADMIN", _hostname, ("hostname",)),
     Step("sizes", "CAP_SYS_ADMIN", _sizes, ("tmp_bytes",)),
     Step("output folder", "CAP_SYS_ADMIN", _output, ("out_writable",)),
     Step("large inputs", "CAP_SYS_ADMIN", _inputs, ("inputs_on_disk",)),
+    Step("programs", "Landlock", _programs, ("programs", "prefixes", "program", "mounts")),
+    Step("no execution", "CAP_SYS_ADMIN", _no_execution, _OF_NO_EXECUTION),
     Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits, ("fds", "cpu_s", "core_bytes")),
 )
 
@@ -269,6 +365,22 @@ def _no_new_privileges(_world: World) -> None:
     system.prctl(system.PR_SET_NO_NEW_PRIVS, 1)
 
 
+def _scopes(_world: World) -> None:
+    """No signal to a process above, no abstract socket of one: namespaces part them already, and this does it again."""
+    scopes = system.SCOPE_SIGNAL | system.SCOPE_ABSTRACT_UNIX_SOCKET
+    # Measured: where a later ruleset is about files, this one too forbids moving them unless it allows it.
+    fd = system.landlock_ruleset(files=system.FS_REFER, scopes=scopes)
+    system.landlock_allow(fd, "/", system.FS_REFER)
+    take_away, _ = restrict.last_steps()
+    take_away(b"", fd)
+    os.close(fd)
+
+
+def _system_calls(world: World) -> None:
+    take_away, _ = restrict.last_steps()
+    take_away(world.base_filter, -1)
+
+
 def _fresh_signals(_world: World) -> None:
     for number in range(1, 32):
         if number not in {signal.SIGKILL, signal.SIGSTOP}:
@@ -281,8 +393,10 @@ RIGHTS: Final[tuple[Step[World], ...]] = (
     Step("no capabilities", "CAP_SETPCAP", _no_capabilities),
     Step("own user", "CAP_SETUID, CAP_SETGID", _own_user),
     Step("no new privileges", "", _no_new_privileges),
-    # Landlock and seccomp stand here, in this order, once the image carries filters.
     Step("fresh signals", "", _fresh_signals),
+    # What depends on the policy is taken away later, by the process itself (`restrict`).
+    Step("scopes", "Landlock", _scopes),
+    Step("system calls", "no new privileges", _system_calls),
 )
 
 

@@ -16,7 +16,7 @@ import struct
 from dataclasses import dataclass
 from typing import NoReturn
 
-from x07_sandbox.guest import confine, interpreter
+from x07_sandbox.guest import confine, interpreter, restrict
 from x07_sandbox.guest.system import read_all
 
 READY = b"R"  # from the program's process: it waits for its start; from init: the orders are carried out
@@ -25,6 +25,7 @@ EXITED_SIZE = 5
 FAILED = b"F"  # then JSON
 
 _STATUS = struct.Struct(">I")
+_LENGTH = struct.Struct(">I")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +79,14 @@ def run_init(world: confine.World, ends: Ends) -> NoReturn:
 
 
 def _obey(world: confine.World, ends: Ends) -> None:
-    """Carry out orders, one a line, until their end."""
+    """Carry out orders, each behind its length in 4 bytes, until their end."""
     before: confine.Orders | None = None
     kept = b""
     while chunk := os.read(ends.orders_fd, 65536):
         kept += chunk
-        while b"\n" in kept:
-            line, _, kept = kept.partition(b"\n")
-            orders = confine.Orders(**json.loads(line))
+        while len(kept) >= _LENGTH.size and len(kept) >= (end := _LENGTH.size + _LENGTH.unpack_from(kept)[0]):
+            orders = confine.Orders(**marshal.loads(kept[_LENGTH.size : end]))  # noqa: S302 - it is our agent that speaks
+            kept = kept[end:]
             confine.apply(confine.JOB, orders, before)
             if before is None and world.interpreter:
                 confine.forget_interpreter()
@@ -125,11 +126,15 @@ def _become(world: confine.World, ends: Ends) -> NoReturn:
                 os.dup2(start_fd, interpreter.START_FD)
                 os.dup2(told_fd, interpreter.TOLD_FD)
                 os.execve(interpreter.PYTHON, interpreter.argv(), interpreter.env())
+            take_away, execute = restrict.last_steps()
             os.write(told_fd, READY)
-            _, argv, env, cwd = marshal.loads(read_all(start_fd))  # noqa: S302 - it is our agent that speaks
+            fcntl.fcntl(interpreter.RULES_FD, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+            # It is our agent that speaks.
+            _, argv, env, cwd, filter_code, rules_fd, token = marshal.loads(read_all(start_fd))  # noqa: S302
             os.chdir(cwd)
-            # Not os.execvpe: it imports a module on its way, which a policy that allows no descriptor forbids.
-            os.execve(argv[0], argv, env)
+            if filter_code or rules_fd >= 0:
+                take_away(filter_code, rules_fd)
+            execute(argv, env, token)
         except confine.StepError as exc:
             told = f"{exc.errno} {exc.stage}: {exc.args[2]}"
         except (OSError, ValueError) as exc:

@@ -14,13 +14,17 @@ gave the process at its start (AT_RANDOM: stack canary, pointer guard), which ar
 
 from __future__ import annotations
 
+import marshal
 from typing import Final
+
+from x07_sandbox.guest import restrict
 
 PYTHON: Final = "/usr/bin/python3"
 FOLDER: Final = "/run/start"  # in the program's view until it starts
 PROGRAMS: Final = "/x07/in/program"
 START_FD: Final = 3
 TOLD_FD: Final = 4
+RULES_FD: Final = 63  # below 64 the kernel's table of descriptors need not grow
 _NAME_MAX: Final = 255
 PLACEHOLDER: Final = f"{PROGRAMS}/{'x' * _NAME_MAX}"
 # What the interpreter looks at before it comes to our hook: where the job's differs, it is started afresh.
@@ -53,6 +57,7 @@ if PRELOAD:  # what they print is not the program's
     os.close(null)
 known, importers = set(sys.modules), set(sys.path_importer_cache)
 import _signal, ctypes, marshal
+take_away, execute = type(lambda: 0)(marshal.loads(LAST_STEPS), {{}})()
 if "_hashlib" in known:
     import _ssl
 
@@ -76,16 +81,24 @@ os.write({TOLD_FD}, b"R")
 orders = []
 while piece := os.read({START_FD}, 65536):
     orders.append(piece)
-become, argv, env, cwd = marshal.loads(b"".join(orders))
+become, argv, env, cwd, filter_code, rules_fd, token = marshal.loads(b"".join(orders))
 os.close({START_FD})
 os.chdir(cwd)
+os.set_inheritable({RULES_FD}, False)
+try:
+    if filter_code or rules_fd >= 0:
+        take_away(filter_code, rules_fd)
+except OSError as exc:
+    os.write({TOLD_FD}, b"%d %s" % (exc.errno or 0, str(exc).encode()))
+    os._exit(127)
+os.close({RULES_FD})
 if not become:
     os.set_inheritable({TOLD_FD}, False)
     os.close(memory)
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them, and what it executes would too
         _signal.signal(number, _signal.SIG_DFL)
     try:
-        os.execve(argv[0], argv, env)
+        execute(argv, env, token)
     except (OSError, ValueError) as exc:
         os.write({TOLD_FD}, b"%d %s" % (getattr(exc, "errno", 0) or 0, str(exc).encode("utf-8", "backslashreplace")))
         os._exit(127)
@@ -121,7 +134,8 @@ import sitecustomize  # the system's own, where it has one
 
 def hook(preload: list[str]) -> str:
     """The module that the interpreter stops in. preload: modules that the program will find imported."""
-    return f"PRELOAD = {preload!r}\n{_HOOK}"
+    steps = marshal.dumps(restrict.last_steps.__code__)
+    return f"PRELOAD = {preload!r}\nLAST_STEPS = {steps!r}\n{_HOOK}"
 
 
 def argv() -> list[str]:
@@ -134,10 +148,11 @@ def env() -> dict[str, str]:
     return ENVIRONMENT | {"PYTHONPATH": FOLDER}
 
 
-def can_become(argv: list[str], env: dict[str, str], *, preload: bool) -> bool:
+def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bool) -> bool:
     """Whether it would be the same as a fresh start of that command, but for what stands above.
 
-    preload: it has imported modules, any of which may have looked at any variable.
+    preload: it has imported modules, any of which may have looked at any variable, and may have started threads.
+    alone: whether there must be no thread yet.
     """
     return (
         len(argv) > 1
@@ -145,6 +160,7 @@ def can_become(argv: list[str], env: dict[str, str], *, preload: bool) -> bool:
         and argv[1].startswith(f"{PROGRAMS}/")
         and len(argv[1]) <= len(PLACEHOLDER)
         and not any(name.startswith(_EARLIER) for name in env)
+        and not (preload and alone)
         and (not preload or all(name in ENVIRONMENT or name.startswith("X07_") for name in env))
         and all(env.get(name) == ENVIRONMENT.get(name) for name in _EARLY)
     )

@@ -7,6 +7,7 @@ import select
 import stat
 import struct
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from x07_sandbox.channel.frames import Kind, Stream
@@ -16,7 +17,7 @@ from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, init
 from x07_sandbox.guest.files import IncomingFiles
 from x07_sandbox.guest.mounts import mount_all
-from x07_sandbox.guest.place import failure, told_failure
+from x07_sandbox.guest.place import Limits, failure, told_failure
 from x07_sandbox.guest.trees import changes
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ def orders(
         fds=limits["fds"],
         cpu_s=limits["cpu_ms"] // 1000 + spare_cpu_s,
         core_bytes=limits["core_bytes"],
+        mounts=[],
+        programs=None,
+        prefixes=[],
+        program=None,
+        noexec=False,
     )
 
 
@@ -70,6 +76,7 @@ class Job:
         self.hostname: str = body["hostname"]
         self.output: dict[str, Any] | None = body["output"]
         self.mounts: list[dict[str, Any]] = body["mounts"]
+        self.confined = Limits(**body["confine"])
         self.files = IncomingFiles(body["files"], place)
         self.started = False
         self.fds: dict[int, int] = {}  # our ends of the program's output -> stream
@@ -115,31 +122,45 @@ class Job:
         # What waits may be larger than a small limit: until it has become the program it may keep what it has.
         self.group.limit(mem_bytes=max(limits["mem_bytes"], place.waiting_bytes), tasks=limits["tasks"])
         on_disk, writable = self.files.on_disk, self.output is not None
-        place.prepare(
-            orders(
-                limits,
-                hostname=self.hostname,
-                out_writable=writable,
-                inputs_on_disk=on_disk,
-                spare_cpu_s=place.spare_cpu_s,
-            )
+        told = orders(
+            limits,
+            hostname=self.hostname,
+            out_writable=writable,
+            inputs_on_disk=on_disk,
+            spare_cpu_s=place.spare_cpu_s,
         )
-        self._mount()
+        if self.mounts:
+            place.prepare(told)
+            self._mount()
+        place.prepare(self._confined(told))
         place.name(self.machine_id)
         self.cpu_before_us = place.cpu_us_so_far()
         self.cpu_looked_at = time.monotonic()
         self.started = True
-        place.start(self.argv, self.env, self.cwd)
+        place.start(self.argv, self.env, self.cwd, self.confined)
         self.report_fd, self.told_fd = place.report_fd, place.told_fd
         self.fds = {place.stdout_fd: Stream.STDOUT, place.stderr_fd: Stream.STDERR}
         for fd in (*self.fds, self.stdin_fd):
             os.set_blocking(fd, False)
         self._feed()
 
+    def _confined(self, told: confine.Orders) -> confine.Orders:
+        """With what the policy says of executing."""
+        listed = self.confined.programs is not None
+        if self.confined.execute and not listed:
+            return told
+        return replace(
+            told,
+            mounts=[(mount["at"], mount["write"]) for mount in self.mounts],
+            programs=self.confined.programs,
+            prefixes=self.confined.prefixes,
+            # Only with a list it matters what is executed first.
+            program=self.argv[0] if listed and not self.place.becomes(self.argv, self.env, self.confined) else None,
+            noexec=True,
+        )
+
     def _mount(self) -> None:
         """Put the host's folders where the program looks for them."""
-        if not self.mounts:
-            return
         for tree in self.files.trees.values():
             tree.wait()
         if any(mount["at"].startswith(_PROJECT) for mount in self.mounts):

@@ -10,9 +10,10 @@ import json
 import marshal
 import os
 import signal
+from dataclasses import dataclass
 from typing import Final
 
-from x07_sandbox.guest import confine, init, interpreter, system
+from x07_sandbox.guest import confine, filters, init, interpreter, restrict, system
 from x07_sandbox.guest.cgroup import ProgramGroup
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import read_all, write_all
@@ -24,6 +25,21 @@ WAITING_BYTES: Final = 32 << 20  # what the process that waits may have, whateve
 SPARE_CPU_S: Final = 5
 PRELOAD_CPU_S: Final = 300  # importing may have taken long; the control group's counter, which knows, is what decides
 _ENTRIES: Final = 4096  # an archive of that size cannot hold more: a header has 110 bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the policy forbids the program, as START says it.
+
+    programs: paths of programs that it may execute; None where it may execute any, or none at all.
+    prefixes: beginnings of further ones.
+    """
+
+    threads: bool
+    spawn: bool
+    execute: bool
+    programs: list[str] | None
+    prefixes: list[str]
 
 
 class Place:
@@ -45,6 +61,10 @@ class Place:
         self.group = ProgramGroup()
         self._interpreter = interpreter
         self._preload = bool(preload)
+        self._filters = filters.all_filters()
+        self._places = {
+            name: filters.token_places(code) for name, code in self._filters.items() if name.endswith(filters.ONCE)
+        }
         self.waiting_bytes = WAITING_BYTES
         self.spare_cpu_s = SPARE_CPU_S + (PRELOAD_CPU_S if preload else 0)
         self._orders: confine.Orders | None = None
@@ -70,6 +90,8 @@ class Place:
             procs_fd=self.group.open_procs(),
             interpreter=interpreter,
             preload=preload or [],
+            base_filter=self._filters[filters.BASE],
+            readable=filters.readable_places(),
         )
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         os.unshare(os.CLONE_NEWPID)  # for the next child only: it becomes PID 1 of the program's namespace
@@ -91,7 +113,8 @@ class Place:
             raise self._failure(told + read_all(self.told_fd))
         self._orders = orders
         with contextlib.suppress(BrokenPipeError):  # init has ended, and its report says why
-            write_all(self._orders_fd, json.dumps(orders.as_dict()).encode() + b"\n")
+            order = marshal.dumps(orders.as_dict())
+            write_all(self._orders_fd, len(order).to_bytes(4, "big") + order)
         report = os.read(self.report_fd, 8192)
         if report != init.READY:
             raise failure(report)
@@ -117,12 +140,26 @@ class Place:
         """Fill in /etc/machine-id."""
         os.pwrite(self._machine_id_fd, machine_id.hex().encode() + b"\n", 0)
 
-    def start(self, argv: list[str], env: dict[str, str], cwd: str) -> None:
+    def becomes(self, argv: list[str], env: dict[str, str], limits: Limits) -> bool:
+        """Whether the process that waits can be the program without executing another."""
+        # Landlock binds one thread, and no filter ends those that there are.
+        alone = limits.programs is not None or not limits.threads
+        return self._interpreter and interpreter.can_become(argv, env, preload=self._preload, alone=alone)
+
+    def start(self, argv: list[str], env: dict[str, str], cwd: str, limits: Limits) -> None:
         """Let the process become the program; what follows is told by `told_fd` and `report_fd`."""
         os.close(self._orders_fd)
-        become = self._interpreter and interpreter.can_become(argv, env, preload=self._preload)
+        become = self.becomes(argv, env, limits)
+        name = filters.filter_name(threads=limits.threads, spawn=limits.spawn, execute=limits.execute)
+        token = b"" if become or limits.execute else os.urandom(restrict.TOKEN_BYTES)
+        if token:
+            name += filters.ONCE
+            code = filters.with_token(self._filters[name], self._places[name], token)
+        else:
+            code = self._filters[name] if name else b""
+        rules_fd = -1 if limits.programs is None else interpreter.RULES_FD
         with contextlib.suppress(BrokenPipeError):  # it has ended, as `told_fd` tells
-            write_all(self._start_fd, marshal.dumps((become, argv, env, cwd)))
+            write_all(self._start_fd, marshal.dumps((become, argv, env, cwd, code, rules_fd, token)))
         os.close(self._start_fd)
 
     def folder(self, *, on_disk: bool) -> str:

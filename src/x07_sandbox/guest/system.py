@@ -38,6 +38,16 @@ _OPEN_TREE_CLONE: Final = 1
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _AT_FDCWD: Final = -100
 _AT_EMPTY_PATH: Final = 0x1000
+# Landlock (landlock(7)): the numbers of its calls are the same everywhere.
+FS_EXECUTE: Final = 1 << 0
+FS_READ_FILE: Final = 1 << 2
+FS_REFER: Final = 1 << 13
+SCOPE_ABSTRACT_UNIX_SOCKET: Final = 1 << 0
+SCOPE_SIGNAL: Final = 1 << 1
+_LANDLOCK_CREATE_RULESET: Final = 444
+_LANDLOCK_ADD_RULE: Final = 445
+_LANDLOCK_RULE_PATH_BENEATH: Final = 1
+
 _PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}  # syscall numbers: glibc has no wrapper
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -97,6 +107,24 @@ def prctl(option: int, *values: int) -> None:
     """Change this process (the kernel call of that name). Raises OSError."""
     padded = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
     _check(_libc.prctl(option, *padded), f"prctl {option}")
+
+
+def landlock_ruleset(*, files: int = 0, scopes: int = 0) -> int:
+    """A new ruleset that forbids *files* where no rule allows them, and what *scopes* say; a descriptor of it."""
+    attributes = struct.pack("=QQQ", files, 0, scopes)
+    fd: int = _libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
+    _check(fd, "landlock_create_ruleset")
+    return fd
+
+
+def landlock_allow(ruleset_fd: int, path: str, files: int) -> None:
+    """Allow *files* at *path* and below; the path is followed once, now. Raises OSError."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        rule = struct.pack("=Qi", files, fd)
+        _check(_libc.syscall(_LANDLOCK_ADD_RULE, ruleset_fd, _LANDLOCK_RULE_PATH_BENEATH, rule, 0), path)
+    finally:
+        os.close(fd)
 
 
 def add_entropy(random_fd: int, seed: bytes) -> None:

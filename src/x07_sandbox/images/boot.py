@@ -32,11 +32,20 @@ COMPILE = (
     "/opt/x07/init",
     "/x07/" + guestcode.INIT,
 )
-PACK = ("python3", "-I", "-S", "/x07/" + guestcode.PACK, "/x07/agent", "/opt/x07/agent.zip")
+PYTHON = ("python3", "-I", "-S")
+FILTERS = (*PYTHON, "/x07/" + guestcode.FILTERS, "/opt/x07/data")
+PLACES = (*PYTHON, "/x07/" + guestcode.PLACES, "/opt/x07/data/places.json")
+PACK = (*PYTHON, "/x07/" + guestcode.PACK, "/x07/agent", "/opt/x07/data", "/opt/x07/agent.zip")
+FILTER_SUFFIX = ".bpf"
 
 
-def make_initrd(work: Path, base_folder: Path, base: Base, code: GuestCode, progress: Callable[[str], None]) -> bytes:
-    """The initramfs with *code* in it. work: an empty private folder. Raises ImageError."""
+def make_initrd(
+    work: Path, base_folder: Path, base: Base, code: GuestCode, progress: Callable[[str], None]
+) -> tuple[bytes, dict[str, bytes]]:
+    """The initramfs with *code* in it, and the seccomp filters that it holds, by name.
+
+    work: an empty private folder. Raises ImageError.
+    """
     progress("unpacking the root file system for its compiler")
     root, source, target = work / "root", work / "source", work / "target"
     argv = [commands.tool("fsck.erofs"), f"--extract={root}", "--no-preserve", str(base_folder / base.root.file)]
@@ -45,13 +54,14 @@ def make_initrd(work: Path, base_folder: Path, base: Base, code: GuestCode, prog
         _write(source / name, data)
     for name, data in code.agent.items():
         _write(source / "agent" / "x07_sandbox" / name, data)
-    target.mkdir()
+    (target / "data").mkdir(parents=True)
     progress("compiling the guest agent")
-    for command in (COMPILE, PACK):
+    for command in (COMPILE, FILTERS, PLACES, PACK):
         commands.run(bwrap_argv(root, source, target, command), cwd=work, timeout_s=120)
     init, agent = (target / "init").read_bytes(), (target / "agent.zip").read_bytes()
+    filters = {path.name: path.read_bytes() for path in sorted((target / "data").glob(f"*{FILTER_SUFFIX}"))}
     remove_tree(root)
-    return pack(init, agent, base_folder, base)
+    return pack(init, agent, base_folder, base), filters
 
 
 def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...]) -> list[str]:

@@ -193,10 +193,14 @@ def _second_stage(
     place.mkdir(mode=0o700)
     boot_work = place.with_name("boot")
     boot_work.mkdir(mode=0o700)
-    initrd = bases.put(place, "initrd.cpio", boot.make_initrd(boot_work, folder, base, code, progress))
+    archive, filters = boot.make_initrd(boot_work, folder, base, code, progress)
+    initrd = bases.put(place, "initrd.cpio", archive)
+    # They are in the initramfs; beside it they can be looked at, and compared with what a result names.
+    shown = {name.removesuffix(boot.FILTER_SUFFIX): bases.put(place, name, data) for name, data in filters.items()}
     for part in (base.kernel, base.root, base.scratch):
         os.link(folder / part.file, place / part.file)
-    whole = manifest.sealed(msgspec.structs.replace(draft, parts=msgspec.structs.replace(draft.parts, initrd=initrd)))
+    parts = msgspec.structs.replace(draft.parts, initrd=initrd)
+    whole = manifest.sealed(msgspec.structs.replace(draft, parts=parts, filters=shown))
     bases.put(place, "manifest.json", manifest.encode(whole))
     return whole
 

@@ -9,9 +9,11 @@ import msgspec
 
 from x07_sandbox.images import manifest
 
-BOOT_RECIPE = 1  # bump when boot.py makes something else of the same files
+BOOT_RECIPE = 2  # bump when boot.py makes something else of the same files
 INIT = "guest/boot/init.c"
 PACK = "guest/boot/pack.py"
+FILTERS = "guest/boot/filters.py"
+PLACES = "guest/boot/places.py"
 
 
 class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,5 +45,6 @@ def read_guest_code(root: Path | None = None) -> GuestCode:
         path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(paths) if not path.is_relative_to(boot)
     }
     return GuestCode(
-        agent={"__init__.py": b""} | agent, tools={name: (root / name).read_bytes() for name in (INIT, PACK)}
+        agent={"__init__.py": b""} | agent,
+        tools={name: (root / name).read_bytes() for name in (INIT, PACK, FILTERS, PLACES)},
     )

@@ -70,12 +70,18 @@ class RunLimits(msgspec.Struct, frozen=True, kw_only=True):
     procs: int
     core_dumps: bool
     ram_bytes: int
+    max_live: int | None = None  # where it is less than procs, and children are allowed
+
+    @property
+    def tasks(self) -> int:
+        """Most processes and threads together, the program's first thread among them."""
+        return (self.procs if self.max_live is None else self.max_live) + 1
 
     def for_guest(self) -> dict[str, int]:
-        """What START carries as `limits`. procs counts tasks beyond the program's first thread (DESIGN 10)."""
+        """What START carries as `limits`. procs counts tasks beyond the program's first thread."""
         return guest_limits(
             mem_bytes=self.mem_bytes,
-            tasks=self.procs + 1,
+            tasks=self.tasks,
             cpu_ms=self.cpu_ms,
             fds=self.fds,
             core_dumps=self.core_dumps,
@@ -113,7 +119,8 @@ def make_plan(policy: Policy, features: Features) -> Plan:
 
 def run_limits(policy: Policy) -> RunLimits:
     """What *policy* holds a run to."""
-    limits = policy.limits
+    limits, process = policy.limits, policy.process
+    children = process.max_live if process.enabled and process.allow_spawn else 0
     return RunLimits(
         wall_ms=limits.wall_ms,
         cpu_ms=limits.cpu_ms,
@@ -122,6 +129,7 @@ def run_limits(policy: Policy) -> RunLimits:
         procs=limits.procs,
         core_dumps=limits.core_dumps,
         ram_bytes=ram_class_bytes(limits.mem_bytes),
+        max_live=children if 0 < children < limits.procs else None,
     )
 
 

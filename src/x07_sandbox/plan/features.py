@@ -17,6 +17,7 @@ VM_HOLDS: Final = frozenset(
         "limits.fds",
         "limits.procs",
         "limits.core_dumps",
+        "confinement",
         "host-files",
         "no-host-files",
         "no-host-variables",
@@ -29,8 +30,8 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     """A backend on this host.
 
     own_kernel: the program's system calls meet a kernel that is not the host's.
-    can_hold: limits by field name, "host-files" (it brings copies in, and changes back), and the walls
-    "no-host-files", "no-host-variables", "no-network".
+    can_hold: limits by field name, "host-files" (it brings copies in, and changes back), "confinement" (it
+    forbids a program tasks and executing), and the walls "no-host-files", "no-host-variables", "no-network".
     """
 
     isolation: Isolation

@@ -68,6 +68,12 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
         return self.number("limits.procs") == 0 and "limits.procs" in self.holds
 
     @property
+    def may_spawn(self) -> bool:
+        """Whether the policy lets children be started."""
+        process = self.values["process.enabled"] is True and self.values["process.allow_spawn"] is True
+        return process and self.number("process.max_live") > 0
+
+    @property
     def may_execute(self) -> bool:
         """Whether the policy lets other programs be executed."""
         return self.values["process.enabled"] is True and self.values["process.allow_exec"] is True
@@ -79,6 +85,7 @@ _VARIABLES: Final = {field: variable for variable, field in VARIABLES}
 _VM: Final = "the virtual machine"
 _CGROUP: Final = "the guest's control group"
 _RLIMIT: Final = "the guest's resource limits"
+_SECCOMP: Final = "the guest's seccomp filter"
 _NOBODY: Final = "nobody yet"
 _PLAN: Final = "the plan"
 _COPY: Final = "the copying of files"
@@ -202,13 +209,26 @@ def _is_own(key: object) -> bool:
     return key == "X07_WORLD" or str(key).startswith("X07_OS_")
 
 
-def _allow_tasks(asked: Asked, field: str) -> Answer:
-    """threads.enabled and process.allow_spawn: a restriction when false."""
-    if asked.values[field] is True and (field == "threads.enabled" or asked.values["process.enabled"] is True):
+def _threads(asked: Asked, _field: str) -> Answer:
+    if asked.values["threads.enabled"] is True:
         return Answer("enforced", _CGROUP, "allowed, within limits.procs")
+    if "confinement" not in asked.holds:
+        return _unconfined(asked)
+    return Answer("enforced", _SECCOMP, "a second thread of a process is refused with EPERM")
+
+
+def _spawn(asked: Asked, _field: str) -> Answer:
+    if asked.may_spawn:
+        return Answer("enforced", _CGROUP, "allowed, within limits.procs and process.max_live")
+    if "confinement" not in asked.holds:
+        return _unconfined(asked)
+    return Answer("enforced", _SECCOMP, "a child process is refused with EPERM, however it is asked for")
+
+
+def _unconfined(asked: Asked) -> Answer:
     if asked.alone:
         return Answer("enforced", _CGROUP, "limits.procs is 0: there can be no second task")
-    return Answer("not-enforced-yet", _NOBODY, "tasks are only counted so far, by limits.procs")
+    return Answer("not-enforced-yet", _NOBODY, "this backend does not confine a program")
 
 
 def _allow_exec(asked: Asked, field: str) -> Answer:
@@ -216,19 +236,31 @@ def _allow_exec(asked: Asked, field: str) -> Answer:
         return Answer("enforced", _VM, "allowed, inside a machine that is thrown away")
     if field == "process.enabled" and asked.values[field] is True:
         return Answer("enforced", _VM, "the fields of this section say what is allowed")
-    return Answer("not-enforced-yet", _NOBODY, "a program can execute what is in the image or what it writes itself")
+    if "confinement" not in asked.holds:
+        return Answer("not-enforced-yet", _NOBODY, "this backend does not confine a program")
+    why = "after the program's own start every execution is refused with EPERM, and what it writes cannot be executed"
+    return Answer("enforced", f"{_SECCOMP}, noexec", why)
 
 
 def _execs(asked: Asked, _field: str) -> Answer:
     if asked.may_execute and "/" in asked.entries("process.allow_exec_prefixes"):
         return Answer("enforced", _VM, 'the prefix "/" allows every program in the machine')
-    return Answer("not-enforced-yet", _NOBODY, "a program can execute what is in the image or what it writes itself")
+    if "confinement" not in asked.holds:
+        return Answer("not-enforced-yet", _NOBODY, "this backend does not confine a program")
+    if not asked.may_execute:
+        return Answer("enforced", _SECCOMP, "nothing may be executed, so no entry counts")
+    why = "what no entry names can be neither executed nor read (EACCES), and what the program writes not executed"
+    return Answer("enforced", "the guest's Landlock rules, noexec", why)
 
 
 def _max_live(asked: Asked, field: str) -> Answer:
     if "limits.procs" in asked.holds and asked.number("limits.procs") <= asked.number(field):
         return Answer("enforced", _CGROUP, "limits.procs is not larger, and holds for children too")
-    return Answer("not-enforced-yet", _NOBODY, "limits.procs is larger, and is all that holds so far")
+    if "confinement" not in asked.holds:
+        return Answer("not-enforced-yet", _NOBODY, "this backend does not confine a program")
+    if not asked.may_spawn:
+        return Answer("enforced", _SECCOMP, "no child may be started at all")
+    return Answer("enforced", _CGROUP, "stands in place of the larger limits.procs, so that threads count as children")
 
 
 def _kill(asked: Asked, field: str) -> Answer:
@@ -259,8 +291,8 @@ TABLE: Final[dict[str, Row]] = {
         _database_net,
     ),
     **dict.fromkeys(("env.enabled", "env.allow_keys", "env.deny_keys"), _no_variables),
-    "threads.enabled": _allow_tasks,
-    "process.allow_spawn": _allow_tasks,
+    "threads.enabled": _threads,
+    "process.allow_spawn": _spawn,
     "process.enabled": _allow_exec,
     "process.allow_exec": _allow_exec,
     "process.allow_execs": _execs,

@@ -40,6 +40,7 @@ class PhaseRequest(msgspec.Struct, frozen=True, kw_only=True):
     mounts: where trees go, as START has them. changes: takes what comes back of them, if anything does.
     on_started: called when the program runs. stdin_fd: where the program's input is streamed from; None for none.
     limits: the agent's share of the plan: mem_bytes, tasks, cpu_ms, fds, core_bytes, tmp_bytes.
+    confine: what the policy forbids beyond these, as START has it.
     """
 
     job_id: str
@@ -49,6 +50,7 @@ class PhaseRequest(msgspec.Struct, frozen=True, kw_only=True):
     cwd: str
     files: tuple[InFile, ...]
     limits: dict[str, int]
+    confine: dict[str, Any]
     wall_ms: int
     stdin_fd: int | None
     stdout: Sink
@@ -274,6 +276,7 @@ class Phase:
                 "files": files,
                 "mounts": request.mounts,
                 "limits": request.limits,
+                "confine": request.confine,
                 "output": output,
             },
         )

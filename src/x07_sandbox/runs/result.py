@@ -127,6 +127,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     artifact_from: whether the program was built now, kept from an earlier build of the same, or given.
     build: what its build printed, then or now; null where there was none.
+    filters: the image's seccomp filters that the program was under, by name, as `sha256:<hex>`. One whose name ends
+        in -once stands beside its twin: the guest takes it where the program itself has to be executed.
     """
 
     run: str
@@ -148,6 +150,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     controls: list[ControlReport]
     denials: list[Denial]
     changes: Changes = Changes()
+    filters: dict[str, str] = {}
     warnings: list[str]
     schema_version: str = SCHEMA
 

@@ -254,6 +254,7 @@ def _result(so_far: Progress, ending: Verdict) -> Result:
         controls=controls,
         denials=so_far.denials,
         changes=so_far.changes,
+        filters=so_far.filters,
         warnings=so_far.warnings,
     )
 

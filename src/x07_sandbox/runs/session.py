@@ -14,7 +14,8 @@ from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, create_record
-from x07_sandbox.plan.controls import Plan
+from x07_sandbox.plan.confinement import UNCONFINED, Confinement, confinement
+from x07_sandbox.plan.controls import Plan, run_limits
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
@@ -59,6 +60,7 @@ class Progress(msgspec.Struct):
     denials: list[Denial] = msgspec.field(default_factory=list)
     warnings: list[str] = msgspec.field(default_factory=list)
     changes: Changes = Changes()
+    filters: dict[str, str] = msgspec.field(default_factory=dict)
     kept_back: bool = False  # changes that were to be applied and were not
     stdout: Output = NOTHING
     stderr: Output = NOTHING
@@ -71,6 +73,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     argv: list[str]
     files: tuple[InFile, ...]
     limits: dict[str, int]
+    confine: Confinement = UNCONFINED
     wall_ms: int
     env: dict[str, str]
     ram_bytes: int
@@ -106,6 +109,7 @@ def carry_out(
         mounts=list(spec.mounts),
         changes=spec.changes,
         limits=spec.limits,
+        confine=spec.confine.for_guest(),
         wall_ms=spec.wall_ms,
         stdin_fd=stdin_fd,
         stdout=stdout,
@@ -238,6 +242,7 @@ class Session:
             files.append(in_memory(self.request.x07_input, f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
             args = []  # they are its input
         project = self.program.project
+        cwd = PROJECT_FOLDER if project else _CWD
         mounts = [_PROJECT_MOUNT] if project else []
         if host_files is not None:
             mounts += host_files.mounts(len(files))
@@ -247,10 +252,11 @@ class Session:
             argv=[*toolchain.start(self.program.source), *args],
             files=tuple(files),
             limits=limits.for_guest(),
+            confine=confinement(policy, cwd),
             wall_ms=limits.wall_ms,
             env=run_environment(policy, self.request.env, os.environ),
             ram_bytes=limits.ram_bytes,
-            cwd=PROJECT_FOLDER if project else _CWD,
+            cwd=cwd,
             mounts=tuple(mounts),
             changes=None if host_files is None else host_files.incoming,
             limits_shown=policy.limits,
@@ -258,6 +264,8 @@ class Session:
 
     def run(self, spec: PhaseSpec, policy: Policy) -> Verdict:
         """Carry that out."""
+        known = self.image.manifest.filters
+        self.so_far.filters = {name: f"sha256:{known[name].sha256}" for name in spec.confine.filters}
         ending, facts = self.phase(spec)
         report = self.so_far.phases["run"]
         self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
@@ -352,10 +360,10 @@ class Session:
     def _note_denials(self, facts: PhaseFacts, policy: Policy) -> None:
         refused = int(facts.usage.get("tasks_refused", 0))
         if refused:
-            how = HowToAllow(json_path="$.limits.procs", value=min(1024, policy.limits.procs * 2 + 1))
-            self.so_far.denials.append(
-                _denial("limits.procs", "fork", "a new task", "guest control group", refused, how)
-            )
+            procs, children = policy.limits.procs, run_limits(policy).max_live
+            field, held = ("limits.procs", procs) if children is None else ("process.max_live", children)
+            how = HowToAllow(json_path=f"$.{field}", value=min(1024, held * 2 + 1))
+            self.so_far.denials.append(_denial(field, "fork", "a new task", "guest control group", refused, how))
         if facts.usage.get("disk_full"):
             how = HowToAllow(json_path="$.fs", value="a smaller output: the scratch disk has 8 GiB")
             self.so_far.denials.append(

@@ -1,9 +1,10 @@
 """Pack the guest's Python code into one zip of byte code, run by the guest image's own interpreter.
 
-    python3 -I -S pack.py SOURCE TARGET
+    python3 -I -S pack.py SOURCE DATA TARGET
 
-SOURCE holds the folder x07_sandbox. Byte code is "unchecked": nothing looks for a source file at start. Entries
-are stored, not compressed, in name order with one fixed date, so that the same code gives the same bytes.
+SOURCE holds the folder x07_sandbox, DATA what goes beside the code as it is. Byte code is "unchecked": nothing looks
+for a source file at start. Entries are stored, not compressed, in name order with one fixed date, so that the same code
+gives the same bytes.
 """
 
 import importlib.util
@@ -24,16 +25,23 @@ def byte_code(source: bytes, shown: str) -> bytes:
     return importlib.util.MAGIC_NUMBER + flags + importlib.util.source_hash(source) + marshal.dumps(code)
 
 
-def main(source: str, target: str) -> None:
+def main(source: str, data: str, target: str) -> None:
     """Write the zip."""
     files = {"__main__.py": MAIN}
     for path in Path(source).rglob("*.py"):
         files[path.relative_to(source).as_posix()] = path.read_bytes()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(files):
-            info = zipfile.ZipInfo(name + "c", DATE)
-            info.external_attr = 0o100444 << 16
-            archive.writestr(info, byte_code(files[name], f"{SHOWN}/{name.removeprefix('x07_sandbox/')}"))
+            code = byte_code(files[name], f"{SHOWN}/{name.removeprefix('x07_sandbox/')}")
+            archive.writestr(_entry(name + "c"), code)
+        for path in sorted(Path(data).iterdir()):
+            archive.writestr(_entry(f"data/{path.name}"), path.read_bytes())
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, DATE)
+    info.external_attr = 0o100444 << 16
+    return info
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""Compile the guest's seccomp filters with libseccomp, run by the guest image's own interpreter.
+
+    python3 -I -S filters.py TARGET
+
+TARGET, a folder, gets one file of BPF a filter: `base`, which every program is under, and one for every combination of
+what a policy may forbid. A filter that forbids executing comes twice: the one called "-once" lets that call pass which
+carries 24 secret bytes in three arguments that the kernel does not look at. They are put in place of `MARKERS` when a
+program starts, by the process that becomes it; its memory is gone with that call, and nothing reads a filter back.
+"""
+
+import ctypes
+import errno
+import itertools
+import os
+import sys
+from pathlib import Path
+
+ALLOW = 0x7FFF0000
+ERRNO = 0x00050000
+EPERM = ERRNO | errno.EPERM
+ENOSYS = ERRNO | errno.ENOSYS
+EAFNOSUPPORT = ERRNO | errno.EAFNOSUPPORT
+EPROTONOSUPPORT = ERRNO | errno.EPROTONOSUPPORT
+_BAD_ARCHITECTURE = 2  # seccomp.h: SCMP_FLTATR_ACT_BADARCH
+_OPTIMIZE = 8  # SCMP_FLTATR_CTL_OPTIMIZE; 2: a binary tree over the numbers
+NE, GT, EQ, MASKED_EQ = 1, 6, 4, 7
+
+# What no program needs, or the kernel refuses an ordinary user anyway; most of it is where attacks on kernels began.
+DENIED = (
+    # mounts and roots
+    *("mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "fsopen", "fsmount", "fsconfig"),
+    *("fspick", "mount_setattr", "swapon", "swapoff", "quotactl", "quotactl_fd", "acct"),
+    # the kernel itself
+    *("init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "reboot", "syslog", "vhangup"),
+    *("clock_settime", "settimeofday", "clock_adjtime", "iopl", "ioperm", "uselib"),
+    # other processes
+    *("ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "kcmp", "setns"),
+    # keyrings, files by handle, notices about whole file systems
+    *("add_key", "request_key", "keyctl", "open_by_handle_at", "name_to_handle_at", "fanotify_init", "fanotify_mark"),
+    # large and young parts of the kernel; memory that could be executed without a file system's leave
+    *("bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter", "io_uring_register"),
+    *("memfd_create", "memfd_secret", "lookup_dcookie"),
+)
+CLONE_THREAD = 0x00010000
+# NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; and for unshare NEWTIME, which clone takes for a signal.
+CLONE_NEW = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
+CLONE_NEWTIME = 0x80
+FAMILIES = frozenset({0, 1, 2, 10, 16})  # none, AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
+AF_NETLINK = 16
+NETLINK_ROUTE = 0  # what the C library asks for addresses
+IOCTLS = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: type into a terminal for others
+AT_EMPTY_PATH = 0x1000
+PERSONALITIES = 0x00020008  # PER_LINUX32 and UNAME26 only change what uname says
+MARKERS = (0x5AFE70115AFE7012, 0x5AFE70135AFE7014, 0x5AFE70155AFE7016)
+
+# (call, action, ((argument, how to compare, value or mask, value under the mask), ...))
+Rule = tuple[str, int, tuple[tuple[int, int, int, int], ...]]
+
+
+def base_rules() -> list[Rule]:
+    """The filter that every program is under."""
+    rules: list[Rule] = [(name, EPERM, ()) for name in DENIED]
+    # Its flags lie in memory, where no filter can see them; the C library falls back on clone.
+    rules.append(("clone3", ENOSYS, ()))
+    rules += [("clone", EPERM, ((0, MASKED_EQ, flag, flag),)) for flag in CLONE_NEW]
+    rules += [("unshare", EPERM, ((0, MASKED_EQ, flag, flag),)) for flag in (*CLONE_NEW, CLONE_NEWTIME)]
+    rules.append(("execveat", EPERM, ((4, MASKED_EQ, AT_EMPTY_PATH, AT_EMPTY_PATH),)))
+    # The kernel looks at 32 bits of these; comparing all 64 as one would let a value with a high bit pass.
+    rules += [("ioctl", EPERM, ((1, MASKED_EQ, 0xFFFFFFFF, number),)) for number in IOCTLS]
+    # All ones asks which it is; every other value with more than the harmless bits would change how memory is laid out.
+    for bit in (1 << number for number in range(31)):
+        if not bit & PERSONALITIES:
+            rules.append(("personality", EPERM, ((0, MASKED_EQ, 1 << 31 | bit, bit),)))
+        rules.append(("personality", EPERM, ((0, MASKED_EQ, 1 << 31 | bit, 1 << 31),)))
+    for name in ("socket", "socketpair"):
+        rules.append((name, EAFNOSUPPORT, ((0, GT, max(FAMILIES), 0),)))
+        rules += [
+            (name, EAFNOSUPPORT, ((0, EQ, family, 0),)) for family in range(max(FAMILIES)) if family not in FAMILIES
+        ]
+        rules.append((name, EPROTONOSUPPORT, ((0, EQ, AF_NETLINK, 0), (2, NE, NETLINK_ROUTE, 0))))
+    return rules
+
+
+def forbidding(*, threads: bool, spawn: bool, execute: bool, once: bool) -> list[Rule]:
+    """The filter that forbids what is true; once: but for the one call with the secret."""
+    rules: list[Rule] = []
+    if threads:
+        rules.append(("clone", EPERM, ((0, MASKED_EQ, CLONE_THREAD, CLONE_THREAD),)))
+    if spawn:
+        rules += [("fork", EPERM, ()), ("vfork", EPERM, ()), ("clone", EPERM, ((0, MASKED_EQ, CLONE_THREAD, 0),))]
+    if execute:
+        rules.append(("execveat", EPERM, ()))
+        if once:
+            rules += [("execve", EPERM, ((number, NE, marker, 0),)) for number, marker in enumerate(MARKERS, 3)]
+        else:
+            rules.append(("execve", EPERM, ()))
+    return rules
+
+
+def all_rules() -> dict[str, list[Rule]]:
+    """Every filter by name."""
+    found = {"base": base_rules()}
+    for threads, spawn, execute in itertools.product((False, True), repeat=3):
+        words = ("no-threads" * threads, "no-spawn" * spawn, "no-exec" * execute)
+        if name := "-".join(word for word in words if word):
+            found[name] = forbidding(threads=threads, spawn=spawn, execute=execute, once=False)
+            if execute:
+                found[f"{name}-once"] = forbidding(threads=threads, spawn=spawn, execute=True, once=True)
+    return found
+
+
+class _Compare(ctypes.Structure):
+    _fields_ = (
+        ("arg", ctypes.c_uint),
+        ("op", ctypes.c_int),
+        ("datum_a", ctypes.c_uint64),
+        ("datum_b", ctypes.c_uint64),
+    )
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result), what)
+
+
+def compile_filter(rules: list[Rule], fd: int) -> None:
+    """Write the BPF for *rules* to *fd*. Calls that this architecture does not have are left out. Raises OSError."""
+    library = ctypes.CDLL("libseccomp.so.2")
+    library.seccomp_init.restype = ctypes.c_void_p
+    library.seccomp_rule_add_exact_array.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(_Compare)),
+    )
+    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(ALLOW)))
+    # Another architecture's calls, x32's among them, do not exist here.
+    _check(library.seccomp_attr_set(context, _BAD_ARCHITECTURE, ctypes.c_uint32(ENOSYS)), "architecture")
+    _check(library.seccomp_attr_set(context, _OPTIMIZE, ctypes.c_uint32(2)), "optimize")
+    for name, action, compares in rules:
+        number = library.seccomp_syscall_resolve_name(name.encode())
+        if number == -1:
+            raise OSError(errno.ENOSYS, "libseccomp does not know it", name)
+        if number >= 0:
+            array = (_Compare * len(compares))(*[_Compare(*compare) for compare in compares])
+            _check(library.seccomp_rule_add_exact_array(context, action, number, len(compares), array), name)
+    _check(library.seccomp_export_bpf(context, fd), "export")
+    library.seccomp_release(context)
+
+
+def main(target: str) -> None:
+    """Write them all."""
+    for name, rules in all_rules().items():
+        with Path(target, f"{name}.bpf").open("xb") as file:
+            compile_filter(rules, file.fileno())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,65 @@
+"""What the image brings for the confinement: seccomp filters as bytes, and what of it may always be read.
+
+Both were made when it was built, by `guest/boot/filters.py` and `guest/boot/places.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+import sys
+from typing import Any, Final
+
+BASE: Final = "base"
+NO_EXEC: Final = "no-exec"
+ONCE: Final = "-once"  # ends the name of a filter that lets one call pass
+_LINE: Final = struct.Struct("=HBBI")
+_WORD: Final = 4
+_MARKERS: Final = (0x5AFE7012, 0x5AFE7011, 0x5AFE7014, 0x5AFE7013, 0x5AFE7016, 0x5AFE7015)  # as the token's bytes come
+
+
+def filter_name(*, threads: bool, spawn: bool, execute: bool) -> str:
+    """The filter that forbids what is false; empty where nothing is forbidden."""
+    words = (not threads and "no-threads", not spawn and "no-spawn", not execute and NO_EXEC)
+    return "-".join(word for word in words if word)
+
+
+def all_filters() -> dict[str, bytes]:
+    """Every filter's bytes by its name: read beforehand, since a fresh clone would pay for it. Raises OSError."""
+    names = [BASE]
+    for threads, spawn, execute in itertools.product((False, True), repeat=3):
+        if name := filter_name(threads=threads, spawn=spawn, execute=execute):
+            names += [name] if execute else [name, f"{name}{ONCE}"]
+    return {name: _data(f"{name}.bpf") for name in names}
+
+
+def readable_places() -> list[str]:
+    """Folders and files of the image without a program in them."""
+    places: list[str] = json.loads(_data("places.json"))
+    return places
+
+
+def token_places(code: bytes) -> list[int]:
+    """Where in a filter the parts of the secret belong, in its order.
+
+    Raises ValueError if the markers are not there, each once.
+    """
+    values = [value for *_, value in _LINE.iter_unpack(code)]
+    if sorted(value for value in values if value in _MARKERS) != sorted(_MARKERS):
+        raise ValueError("the filter has not the markers that it should have")
+    return [values.index(marker) * _LINE.size + _LINE.size - _WORD for marker in _MARKERS]
+
+
+def with_token(code: bytes, places: list[int], token: bytes) -> bytes:
+    """The filter with the secret in place of its markers."""
+    made = bytearray(code)
+    for number, place in enumerate(places):
+        made[place : place + _WORD] = token[number * _WORD : (number + 1) * _WORD]
+    return bytes(made)
+
+
+def _data(name: str) -> bytes:
+    loader: Any = sys.modules["x07_sandbox"].__spec__.loader  # type: ignore[union-attr] # the agent's zip
+    data: bytes = loader.get_data(f"{loader.archive}/data/{name}")
+    return data

@@ -1,0 +1,360 @@
+"""What a program inside the machine cannot do, by itself or because its policy forbids it, and what it still can."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.vm.conftest import PROGRAMS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.vm.conftest import Artifacts, Ran, Sandbox
+    from x07_sandbox.images.store import Image
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+ESCAPE: Final = PROGRAMS / "escape.c"
+WRITABLE: Final = ("/opt/x07", "/tmp", "/dev/shm")  # noqa: S108 - the guest's own
+NO_EXEC: Final[dict[str, object]] = {"process.allow_exec": False}
+LISTED: Final[dict[str, object]] = {
+    "process.allow_execs": ["/usr/bin/env"],
+    "process.allow_exec_prefixes": ["/usr/bin/tru", "/usr/sbin/"],
+}
+# What does not answer EPERM: the calls that do not exist, the families, and what a name or a mode alone keeps away.
+OTHERS: Final = {
+    **dict.fromkeys(("clone3", "x32-getpid", "int80-getpid"), "ENOSYS"),
+    **dict.fromkeys(("packet", "vsock", "vsock-high", "alg", "key"), "EAFNOSUPPORT"),
+    **dict.fromkeys(("open-init-mem", "open-init-environ", "open-port", "oom-score"), "ENOENT"),
+    **dict.fromkeys(("setpriority", "sysctl"), "EACCES"),
+}
+PYTHON: Final = """
+import asyncio, ctypes, json, multiprocessing, os, subprocess, sys, threading
+
+def tried(what, *args):
+    try:
+        return what(*args)
+    except (OSError, RuntimeError) as exc:
+        return getattr(exc, "strerror", None) or str(exc)
+
+def thread():
+    one = threading.Thread(target=int)
+    one.start()
+    one.join()
+    return "done"
+
+def child():
+    if (pid := os.fork()) == 0:
+        os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def own():
+    queue = multiprocessing.get_context("fork").Queue()
+    queue.put(5)
+    return queue.get(timeout=20)
+
+def run(*argv):
+    return subprocess.run(argv, stdout=subprocess.DEVNULL).returncode
+
+def execve():
+    os.execv("/usr/bin/true", ["true"])
+
+print(json.dumps({
+    "thread": tried(thread),
+    "fork": tried(child),
+    "queue": tried(own) if "queue" in sys.argv else None,
+    "true": tried(run, "/usr/bin/true"),
+    "cat": tried(run, "/usr/bin/cat", "/dev/null"),
+    "python": tried(run, sys.executable, "-c", "pass"),
+    "execve": tried(execve) if "exec" in sys.argv else None,
+    "loop": asyncio.run(asyncio.sleep(0, "done")),
+    "callback": ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 3)(),
+}))
+"""
+REFUSED: Final = "Operation not permitted"
+
+
+@pytest.fixture(scope="module")
+def escape(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """programs/escape.c, built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("building") / "jobs"))
+        return artifacts.built(ESCAPE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Escapes:
+    """Runs programs/escape.c."""
+
+    sandbox: Sandbox
+    artifact: bytes
+
+    def __call__(self, *args: str, **policy: object) -> dict[str, str]:
+        """What each attempt ended with. policy: by path, dots written as two underscores."""
+        ran = self.run(*args, **policy)
+        return dict(line.rsplit(" ", 1) for line in ran.lines())
+
+    def run(self, *args: str, **policy: object) -> Ran:
+        """The whole run."""
+        changes = {name.replace("__", "."): value for name, value in policy.items()}
+        ran = self.sandbox.run(ESCAPE, *args, artifact=self.artifact, policy=changes)
+        assert ran.outcome == "ok", (ran.reason, ran.stderr)
+        return ran
+
+
+@pytest.fixture
+def attempt(sandbox: Sandbox, escape: bytes) -> Escapes:
+    """Runs it, and tells what came of it."""
+    return Escapes(sandbox, escape)
+
+
+def fields(changes: dict[str, object]) -> dict[str, object]:
+    """As `Escapes` takes them."""
+    return {name.replace(".", "__"): value for name, value in changes.items()}
+
+
+def python(sandbox: Sandbox, *args: str, policy: dict[str, object], **options: object) -> dict[str, object]:
+    """What PYTHON reports."""
+    ran = sandbox.run_text("tries.py", PYTHON, *args, policy=policy, **options)
+    assert ran.outcome == "ok", (ran.reason, ran.stderr)
+    told: dict[str, object] = json.loads(ran.stdout)
+    return told
+
+
+# every program
+
+
+@pytest.mark.parametrize("cold", [False, True], ids=["clone", "cold"])
+def test_every_way_out_that_we_know_is_refused_at_once(sandbox: Sandbox, escape: bytes, *, cold: bool) -> None:
+    """Under a policy that allows all it can, over 90 attempts of a C program each end with the errno expected."""
+    ran = sandbox.run(ESCAPE, "base", artifact=escape, cold=cold)
+    assert ran.outcome == "ok", ran.reason
+    found = [line.split() for line in ran.lines()]
+    assert len(found) > 90
+    for what, error in found:
+        family = what.removeprefix("socket-")
+        expected = OTHERS.get(family, "EPERM")
+        if what in {"socket-audit", "socket-netfilter"}:
+            expected = "EPROTONOSUPPORT"
+        elif what == "socketpair-tipc":
+            expected = "EAFNOSUPPORT"
+        assert (what, error) == (what, expected)
+    assert ran.program_ms < 20_000
+
+
+def test_what_ordinary_programs_do_still_works(attempt: Escapes) -> None:
+    """Threads, children, sockets, shared memory, semaphores, executable memory and the like are not in the way."""
+    found = attempt("usual")
+    assert len(found) > 25
+    assert set(found.values()) == {"OK"}
+
+
+def test_ordinary_python_programs_still_work(sandbox: Sandbox) -> None:
+    """Threads, children, queues between processes, callbacks from C and other programs work in Python."""
+    assert python(sandbox, "queue", policy={}) == {
+        "thread": "done",
+        "fork": 7,
+        "queue": 5,
+        "true": 0,
+        "cat": 0,
+        "python": 0,
+        "execve": None,
+        "loop": "done",
+        "callback": 3,
+    }
+
+
+def test_the_result_names_the_filters_by_their_digests(attempt: Escapes, image: Image) -> None:
+    """A result has name and sha256 of each filter of the image that the program was under."""
+    known = image.manifest.filters
+    ran = attempt.run("tasks", process__allow_spawn=False, process__allow_exec=False)
+    names = ("base", "no-spawn-no-exec", "no-spawn-no-exec-once")
+    assert ran.result.filters == {name: f"sha256:{known[name].sha256}" for name in names}
+    for part in known.values():
+        assert (image.folder / part.file).stat().st_size == part.bytes
+
+
+# tasks
+
+TASKS: Final = {"fork", "clone", "clone-parent", "clone-high", "fork-call"}
+
+
+def test_without_threads_children_are_still_there(attempt: Escapes) -> None:
+    """threads.enabled false: a second thread is EPERM, and every kind of child can be made."""
+    found = attempt("tasks", threads__enabled=False)
+    assert found == {"thread": "EPERM", "posix_spawn": "OK", **dict.fromkeys(TASKS, "OK")}
+
+
+def test_without_children_threads_are_still_there(attempt: Escapes) -> None:
+    """process.allow_spawn false: a child is EPERM however it is asked for, and a thread can be made."""
+    refused = dict.fromkeys((*TASKS, "posix_spawn", "clone-vm"), "EPERM")
+    assert attempt("tasks", process__allow_spawn=False) == {"thread": "OK", **refused}
+    assert attempt("exec", "/usr/bin/nothing", process__allow_spawn=False) == {"/usr/bin/nothing": "ENOENT"}
+
+
+def test_without_processes_there_is_neither_child_nor_execution(attempt: Escapes) -> None:
+    """process.enabled false: no child and no execution, whatever the other fields say; threads are not its business."""
+    refused = dict.fromkeys((*TASKS, "posix_spawn", "clone-vm"), "EPERM")
+    assert attempt("tasks", process__enabled=False) == {"thread": "OK", **refused}
+    assert set(attempt("exec", "/usr/bin/true", process__enabled=False).values()) == {"EPERM"}
+
+
+@pytest.mark.parametrize("cold", [False, True], ids=["clone", "cold"])
+def test_a_python_program_is_held_to_the_same(sandbox: Sandbox, *, cold: bool) -> None:
+    """Neither thread nor child nor execution in Python, in the interpreter that waited and in a fresh one."""
+    policy: dict[str, object] = {"threads.enabled": False, "process.enabled": False}
+    told = python(sandbox, "exec", policy=policy, cold=cold)
+    assert re.search("start new thread", str(told.pop("thread")))
+    assert told.pop("loop") == "done"
+    assert told.pop("callback") == 3
+    assert told.pop("queue") is None
+    assert set(told.values()) == {REFUSED}
+
+
+def test_max_live_bounds_children_and_says_so(attempt: Escapes, sandbox: Sandbox) -> None:
+    """process.max_live below limits.procs is how many further tasks there can be; more are denied in its name."""
+    ran = sandbox.behave("spawn", "20", policy={"process.max_live": 3})
+    assert ran.lines() == ["made 3", "refused 17"]
+    (denial,) = ran.result.denials
+    assert (denial.field, denial.count, denial.how_to_allow.json_path) == ("process.max_live", 17, "$.process.max_live")
+    # Without children it bounds nothing: threads are limits.procs' business.
+    assert attempt("tasks", process__allow_spawn=False, process__max_live=0)["thread"] == "OK"
+
+
+# executing
+
+
+@pytest.mark.parametrize("python_too", [False, True], ids=["C", "Python"])
+def test_without_execution_the_program_itself_starts(attempt: Escapes, sandbox: Sandbox, *, python_too: bool) -> None:
+    """process.allow_exec false: the program starts, and every execution after that is EPERM, children's too."""
+    if python_too:
+        told = python(sandbox, "exec", policy=NO_EXEC)
+        assert (told["thread"], told["fork"]) == ("done", 7)
+        assert {told[name] for name in ("true", "cat", "python", "execve")} == {REFUSED}
+        again = python(sandbox, "exec", policy=NO_EXEC, env={"PYTHONUTF8": "1"})  # a fresh interpreter
+        assert again == told
+        return
+    found = attempt("exec", "/usr/bin/true", "/bin/sh", "/proc/self/exe", "/x07/in/artifact", **fields(NO_EXEC))
+    assert set(found.values()) == {"EPERM"}
+
+
+def test_what_lets_the_program_start_is_gone_afterwards(attempt: Escapes) -> None:
+    """Neither guesses at the secret nor other ways of executing pass, and the filter cannot be read back."""
+    found = attempt("again", **fields(NO_EXEC))
+    assert found == dict.fromkeys(("guess 0", "guess 1", "guess 2", "execveat", "self", "get-filter"), "EPERM")
+
+
+@pytest.mark.parametrize("policy", [NO_EXEC, LISTED], ids=["no execution", "a list"])
+def test_what_a_program_writes_cannot_be_executed(attempt: Escapes, policy: dict[str, object]) -> None:
+    """Written files are refused to execve, by name and by descriptor, and to mmap and mprotect, wherever they lie."""
+    found = attempt("write", *WRITABLE, **fields(policy))
+    error = "EPERM" if policy is NO_EXEC else "EACCES"
+    for folder in WRITABLE:
+        assert (found.pop(f"{folder}/copy"), found.pop(f"fd {folder}")) == (error, error)
+        assert (found.pop(f"map {folder}"), found.pop(f"protect {folder}")) == ("EPERM", "EACCES")
+    assert found == {}
+
+
+def test_where_everything_may_be_executed_what_a_program_writes_may_too(attempt: Escapes) -> None:
+    """With the prefix "/" a program can compile or copy one, and run it."""
+    assert set(attempt("write", *WRITABLE).values()) == {"OK"}
+
+
+def test_only_listed_programs_can_be_executed(attempt: Escapes) -> None:
+    """With a list of programs and beginnings those can be executed, and all others are EACCES, the program's not."""
+    given = dict.fromkeys(("/usr/bin/true", "/bin/true", "/proc/self/exe", "/bin/env"), "OK")
+    given |= dict.fromkeys(("/usr/bin/ls", "/bin/sh", "/usr/bin/python3", "/usr/bin/gcc"), "EACCES")
+    given |= {"/usr/bin/tru": "ENOENT"}
+    # env executes its argument, which is not there: 127, told as an errno.
+    found = attempt("exec", *given, **fields(LISTED))
+    assert found.pop("/bin/env") not in {"EACCES", "EPERM"}
+    given.pop("/bin/env")
+    assert found == given
+
+
+def test_a_list_of_programs_is_no_way_around_for_the_loader(attempt: Escapes) -> None:
+    """Other programs cannot be read, so that neither the loader nor a copy runs them; libraries and data can."""
+    found = attempt("loader", "/usr/bin/true", "/usr/bin/ls", "/usr/bin/python3", **fields(LISTED))
+    assert found == {"ld.so /usr/bin/true": "0", "ld.so /usr/bin/ls": "127", "ld.so /usr/bin/python3": "127"}
+    programs = ("/usr/bin/ls", "/bin/bash", "/usr/bin/perl", "/usr/bin/python3")
+    data: tuple[str, ...] = (
+        "/usr/bin/true",
+        "/usr/sbin/ldconfig",
+        "/etc/passwd",
+        "/x07/in/policy.json",
+        "/proc/self/status",
+    )
+    data += ("/dev/zero", "/usr/lib/os-release", "/lib64/ld-linux-x86-64.so.2")
+    found = attempt("read", *programs, *data, **fields(LISTED))
+    assert found == {f"read {path}": "EACCES" if path in programs else "OK" for path in (*programs, *data)}
+
+
+def test_a_list_of_programs_leaves_the_rest_as_it_is(attempt: Escapes) -> None:
+    """Under a list files move from folder to folder, and all that executes nothing works as ever."""
+    found = attempt("usual", process__allow_execs=["/usr/bin/true"], process__allow_exec_prefixes=[])
+    assert found.pop("system") == "EACCES"
+    assert set(found.values()) == {"OK"}
+
+
+def test_a_list_of_programs_holds_in_python(sandbox: Sandbox) -> None:
+    """A Python program can run what the list names and nothing else, its own interpreter not either."""
+    told = python(sandbox, "queue", policy=LISTED)
+    assert (told["true"], told["cat"], told["python"]) == (0, "Permission denied", "Permission denied")
+    assert (told["thread"], told["fork"], told["queue"], told["callback"]) == ("done", 7, 5, 3)
+
+
+def test_a_folder_that_the_list_names_can_be_written_and_executed_from(attempt: Escapes) -> None:
+    """A beginning that covers a folder of the program's lets it execute what it writes there, and only there."""
+    found = attempt("write", *WRITABLE, process__allow_exec_prefixes=["/opt/x07/"])
+    assert {found[name] for name in found if "/opt/x07" in name} == {"OK"}
+    assert {found[name] for name in found if "/opt/x07" not in name} == {"EACCES", "EPERM"}
+
+
+HOST_FILES: Final = """
+import json, os, shutil, subprocess, sys
+
+def tried(*argv):
+    try:
+        return subprocess.run(argv).returncode
+    except OSError as exc:
+        return exc.strerror
+
+given, written = sys.argv[1:]
+shutil.copy("/usr/bin/true", f"{written}/copy")
+print(json.dumps({
+    "given": tried(f"{given}/tool"),
+    "read": open(f"{given}/tool").readline(),
+    "written": tried(f"{written}/copy"),
+    "there": tried(f"{written}/tool"),
+}))
+"""
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "not listed"])
+def test_files_of_the_host_are_held_to_the_list_too(sandbox: Sandbox, tmp_path: Path, *, listed: bool) -> None:
+    """Files of a read root can be read, and executed if the list says so; nothing in a write root is by default."""
+    folders = [tmp_path / name for name in ("given", "written")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "tool").write_text("#!/bin/sh\nexit 3\n")
+        (folder / "tool").chmod(0o755)
+    given, written = map(str, folders)
+    policy: dict[str, object] = {
+        "fs.read_roots": [given],
+        "fs.write_roots": [written],
+        "process.allow_execs": ["/usr/bin/true", "/bin/sh"],
+        "process.allow_exec_prefixes": [f"{given}/"] if listed else [],
+    }
+    ran = sandbox.run_text("files.py", HOST_FILES, given, written, policy=policy)
+    assert ran.outcome == "ok", (ran.reason, ran.stderr)
+    assert json.loads(ran.stdout) == {
+        "given": 3 if listed else "Permission denied",
+        "read": "#!/bin/sh\n",
+        "written": "Permission denied",
+        "there": "Permission denied",
+    }
