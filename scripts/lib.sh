@@ -32,7 +32,7 @@ runtime_packages() {
 }
 
 # Only the tests need these: an ordinary user to become, a compiler for the hostile stand-in for QEMU, a linter.
-test_packages() { printf '%s\n' sudo passwd gcc libc6-dev shellcheck; }
+test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck; }
 
 # missing_packages NAME...: those that dpkg does not know as installed.
 missing_packages() {

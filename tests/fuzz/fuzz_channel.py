@@ -45,6 +45,14 @@ START: Final[dict[str, object]] = {
     "confine": {"threads": True, "spawn": True, "execute": True, "programs": None, "prefixes": []},
     "output": None,
 }
+DENIED: Final[dict[str, object]] = {
+    "by": "kernel",
+    "call": "openat",
+    "errno": 13,
+    "path": "/root/x",
+    "write": False,
+    "count": 1,
+}
 EXITED: Final[dict[str, object]] = {
     "wait_status": 0,
     "cpu_us": 1,
@@ -55,6 +63,7 @@ EXITED: Final[dict[str, object]] = {
     "cpu_exceeded": False,
     "stopped": False,
     "disk_full": False,
+    "denials_lost": 0,
     "output_bytes": None,
     "output_problem": None,
 }

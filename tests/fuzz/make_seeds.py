@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from tests.fuzz.fuzz_channel import EXITED, NONCE, SEED, START
+from tests.fuzz.fuzz_channel import DENIED, EXITED, NONCE, SEED, START
 from tests.fuzz.fuzz_unpack import MOST_BYTES
 from x07_sandbox.channel.frames import PROTOCOL, WINDOW, Kind, Stream, encode, encode_body
 from x07_sandbox.images import cpio
@@ -66,6 +66,7 @@ def channel_seeds() -> dict[str, bytes]:
         "EOF": AS_HOST + collected,
         "CREDIT": AS_HOST_CUT + running + encode(Kind.CREDIT, Stream.STDIN, (WINDOW // 4).to_bytes(4, "big")),
         "STOP": AS_GUEST + started + control(Kind.STOP) + control(Kind.STOP),
+        "DENIED": AS_HOST + running + control(Kind.DENIED, DENIED) * 2,
         "EXITED": AS_HOST + exited,
         "FAILED": AS_HOST_CUT + ready + control(Kind.FAILED, failed),
         "FAILED-late": AS_HOST + exited + control(Kind.FAILED, failed),

@@ -374,7 +374,10 @@ def led_outside(base: Path) -> None:
             if code not in {FINE, CONFLICT, REFUSED}:
                 raise SystemExit(when)
             (case.root / name).unlink()
+            mode = away.stat().st_mode
+            away.chmod(0o700)  # else only root could move a folder elsewhere that its owner may not write to
             away.rename(case.root / name)
+            (case.root / name).chmod(mode & 0o7777)
             recover(case.folder)
             case.check(when)
             codes.append(code)

@@ -32,6 +32,7 @@ FRAME_MEANING: Final = {
     Kind.EOF: "The stream has ended.",
     Kind.CREDIT: "How many more bytes of the stream are taken: u32, big endian, at least 1.",
     Kind.STOP: "End the program.",
+    Kind.DENIED: "Something that the program was refused; before EXITED, 64 at most.",
     Kind.EXITED: "The program has ended; its output file follows, if one was asked for and is there.",
     Kind.FAILED: "The agent cannot go on.",
 }
@@ -61,6 +62,12 @@ FIELD_MEANING: Final = {
     "START.confine": "`{threads, spawn, execute, programs, prefixes}`: what is allowed; the last two are lists of "
     "paths and of beginnings of paths, of what may be executed, or null and empty where no list counts.",
     "START.output": "`{path, max_bytes}` of the one file that is wanted back, or null.",
+    "DENIED.by": "Who refused it: `kernel` or `seccomp`.",
+    "DENIED.call": "Name of the system call.",
+    "DENIED.errno": "What it ended with.",
+    "DENIED.path": "The path that it was about, or nothing; with a slash at its end for something new in that folder.",
+    "DENIED.write": "Whether it was to change something.",
+    "DENIED.count": "How often.",
     "EXITED.wait_status": "As wait(2) gives it.",
     "EXITED.cpu_us": "CPU time of the program and its children, in microseconds.",
     "EXITED.memory_peak_bytes": "Most memory that they had at once.",
@@ -70,6 +77,7 @@ FIELD_MEANING: Final = {
     "EXITED.cpu_exceeded": "The agent killed the program for its CPU time.",
     "EXITED.stopped": "The program stood still by a signal when STOP came.",
     "EXITED.disk_full": "The scratch disk is full.",
+    "EXITED.denials_lost": "How much more was refused, or records of it, and is not told.",
     "EXITED.output_bytes": "Size of the output file; null when none follows.",
     "EXITED.output_problem": "Why none follows.",
     "FAILED.stage": "What the agent was doing.",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from tests.fuzz.fuzz_channel import EXITED, NONCE, SEED, START, one_input
+from tests.fuzz.fuzz_channel import DENIED, EXITED, NONCE, SEED, START, one_input
 from x07_sandbox.channel.frames import (
     CONTROL_MAX,
     DATA_MAX,
@@ -37,6 +37,7 @@ BODY: dict[Kind, dict[str, object]] = {
     Kind.START: START,
     Kind.STARTED: {},
     Kind.STOP: {},
+    Kind.DENIED: DENIED,
     Kind.EXITED: EXITED,
     Kind.FAILED: {"stage": "init", "errno": 2, "message": "no"},
 }

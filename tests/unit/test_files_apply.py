@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import pickle
+import posixpath
 import resource
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from tests.conftest import need
@@ -605,11 +606,26 @@ NODES = st.recursive(
 TREES = st.builds(flat, st.sampled_from([0o755, 0o700]), st.dictionaries(NAMES, NODES, max_size=5))
 
 
+def _unreadable(old: Tree, new: Tree) -> bool:
+    """Whether something new cannot be read by whoever runs this."""
+    changed = [entry for name, entry in new.items() if old.get(name) != entry]
+    return os.geteuid() != 0 and any(kind == "file" and not mode & 0o400 for kind, mode, _ in changed)
+
+
+def _closed(old: Tree, new: Tree) -> bool:
+    """Whether something changes in a folder that stays, and that whoever runs this may not write to."""
+    changed = [name for name in old.keys() | new.keys() if name and old.get(name) != new.get(name)]
+    folders = [posixpath.dirname(name) for name in changed]
+    stay = [old[name] for name in folders if name in old and old[name] == new.get(name)]
+    return os.geteuid() != 0 and any(kind == "folder" and not mode & 0o200 for kind, mode, _ in stay)
+
+
 @given(TREES, TREES)
 @example(OLD, NEW)
 @example(NEW, OLD)
 def test_any_tree_becomes_any_other_and_comes_back(old: Tree, new: Tree) -> None:
     """Whatever two trees there are, the set between them makes one of the other, twice is once, undoing undoes it."""
+    assume(not _closed(old, new))  # the system says no, and so do we
     with tempfile.TemporaryDirectory() as name:
         root, state = Path(name) / "root", Path(name) / "state"
         try:
@@ -617,7 +633,11 @@ def test_any_tree_becomes_any_other_and_comes_back(old: Tree, new: Tree) -> None
             changes, data = difference(root, old, new)
             inverse = applied(changes, data, state)
             assert read(root) == new
-            assert applied(changes, data, state).roots == ()
+            if _unreadable(old, new):  # for an ordinary user: whether it is as it is to be cannot be told
+                with pytest.raises(ConflictError):
+                    applied(changes, data, state)
+            else:
+                assert applied(changes, data, state).roots == ()
             if old != new:
                 assert inverse.roots
                 with pytest.raises(ConflictError):

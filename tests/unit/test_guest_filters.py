@@ -46,7 +46,7 @@ def codes(library: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> dic
     assert library is not None
     folder = tmp_path_factory.mktemp("filters")
     filters.main(str(folder))
-    return {path.stem: path.read_bytes() for path in folder.iterdir()}
+    return {path.stem: path.read_bytes() for path in folder.glob("*.bpf")}
 
 
 def number(library: ctypes.CDLL, name: str) -> int:
@@ -90,7 +90,7 @@ def test_every_combination_has_its_filter(codes: dict[str, bytes]) -> None:
         names = Confinement(threads=threads, spawn=spawn, execute=execute).filters
         asked |= set(names)
         name = guest_filters.filter_name(threads=threads, spawn=spawn, execute=execute)
-        assert names[1:2] == ((name,) if name else ())
+        assert names[2:3] == ((name,) if name else ())
     assert asked == set(codes)
 
 
@@ -103,7 +103,7 @@ def test_the_base_filter_refuses_what_it_lists(codes: dict[str, bytes], library:
     usual = ("read", "openat", "mmap", "mprotect", "clone", "execve", "futex", "wait4", "kill", "seccomp", "unshare")
     for name in (*usual, "execveat", "ioctl", "prctl", "inotify_init1", "shmget", "landlock_create_ruleset", "connect"):
         assert answer(codes["base"], number(library, name)) == ALLOWED, name
-    assert answer(codes["base"], number(library, "clone3")) == errno.ENOSYS
+    assert answer(codes["quiet"], number(library, "clone3")) == errno.ENOSYS
 
 
 @pytest.mark.parametrize(

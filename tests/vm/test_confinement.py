@@ -221,6 +221,7 @@ def test_max_live_bounds_children_and_says_so(attempt: Escapes, sandbox: Sandbox
     ran = sandbox.behave("spawn", "20", policy={"process.max_live": 3})
     assert ran.lines() == ["made 3", "refused 17"]
     (denial,) = ran.result.denials
+    assert denial.how_to_allow is not None
     assert (denial.field, denial.count, denial.how_to_allow.json_path) == ("process.max_live", 17, "$.process.max_live")
     # Without children it bounds nothing: threads are limits.procs' business.
     assert attempt("tasks", process__allow_spawn=False, process__max_live=0)["thread"] == "OK"

@@ -38,6 +38,7 @@ def test_spawning_1000_processes_stops_at_the_limit(sandbox: Sandbox) -> None:
     assert values(ran) == {"made": "64", "refused": "936"}
     assert ran.denied("limits.procs") == 936
     (denial,) = [denial for denial in ran.result.denials if denial.field == "limits.procs"]
+    assert denial.how_to_allow is not None
     assert denial.how_to_allow.json_path == "$.limits.procs"
     assert denial.how_to_allow.value > 64
     assert ran.result.phases["run"].tasks_peak == 65

@@ -29,6 +29,7 @@ HEADER: Final = struct.Struct(">IBBH")
 DATA_MAX: Final = 32 * 1024  # the guest's console driver takes 32 KiB a write; larger gains nothing (measured)
 CONTROL_MAX: Final = 16 * 1024  # guest to host: small and hostile
 START_MAX: Final = 16 * 1024 * 1024  # host to guest: argv and environment, of which JSON may make six times as much
+DENIED_MAX: Final = 64  # frames of that kind in a conversation
 WINDOW: Final = 256 * 1024  # bytes that may be on the way in one stream before the reader grants more
 
 
@@ -55,6 +56,7 @@ class Kind(enum.IntEnum):
     FAILED = 11
     WARM = 12
     WARMED = 13
+    DENIED = 14
 
 
 class Stream(enum.IntEnum):
@@ -121,6 +123,14 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     },
     Kind.STARTED: {},
     Kind.STOP: {},
+    Kind.DENIED: {
+        "by": Shape("text", lo=1, hi=16),
+        "call": Shape("text", lo=1, hi=64),
+        "errno": Shape("int", 0, 4096),
+        "path": Shape("text", hi=2000),
+        "write": Shape("bool"),
+        "count": Shape("int", 1),
+    },
     Kind.EXITED: {
         "wait_status": Shape("int", 0, 0xFFFF),
         "cpu_us": _COUNT,
@@ -131,6 +141,7 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
         "cpu_exceeded": Shape("bool"),
         "stopped": Shape("bool"),
         "disk_full": Shape("bool"),
+        "denials_lost": _COUNT,
         "output_bytes": Shape("int", 0, 2**40, optional=True),
         "output_problem": Shape("text", hi=2000, optional=True),
     },
@@ -154,6 +165,7 @@ SENDER: Final[dict[Kind, Role]] = {
     Kind.START: Role.HOST,
     Kind.STARTED: Role.GUEST,
     Kind.STOP: Role.HOST,
+    Kind.DENIED: Role.GUEST,
     Kind.EXITED: Role.GUEST,
     Kind.FAILED: Role.GUEST,
 }  # DATA, EOF and CREDIT go both ways: see `stream_sender`

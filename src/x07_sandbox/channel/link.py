@@ -62,6 +62,7 @@ NEXT: Final[dict[tuple[State, Kind], State]] = {
     (State.PREPARING, Kind.FAILED): State.FAILED,
     (State.RUNNING, Kind.FAILED): State.FAILED,
     (State.RUNNING, Kind.STOP): State.RUNNING,
+    (State.RUNNING, Kind.DENIED): State.RUNNING,
     (State.RUNNING, Kind.EXITED): State.COLLECTING,
     (State.COLLECTING, Kind.FAILED): State.FAILED,
     # After a program of ours that only warms the machine: the next one finds everything as the first did.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.cli.console import say
+from x07_sandbox.cli.refused import how
 from x07_sandbox.files.changes import decode, shown
 from x07_sandbox.files.patch import TEXT_MAX, patch
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.changes import ChangeSet, Node
     from x07_sandbox.runs.kept import KeptChanges
-    from x07_sandbox.runs.result import Changes, HowToAllow, Result
+    from x07_sandbox.runs.result import Changes, Result
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -43,14 +44,8 @@ def tell(result: Result) -> None:
         say(f"deleted: {more} more: x07 diff lists them all")
     for denial in result.denials:
         if denial.action == "change":
-            say(f"may not be done: {denial.subject}{_how(denial.how_to_allow)}")
+            say(f"may not be done: {denial.subject}{how(denial.how_to_allow)}")
     say(closing(changes))
-
-
-def _how(how: HowToAllow) -> str:
-    if how.flag:
-        return f"; {how.flag} lets it"
-    return "" if how.value is None else f"; {how.json_path} = {str(how.value).lower()} in the policy lets it"
 
 
 def closing(changes: Changes) -> str:

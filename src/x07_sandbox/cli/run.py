@@ -72,6 +72,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         return result.x07_exit_code if options.quiet_json else _print(result)
     _explain(result)
+    if result.denials or result.hints:
+        from x07_sandbox.cli.refused import tell as tell_refused
+
+        tell_refused(result)
     if result.changes.state != "none":
         from x07_sandbox.cli.changed import tell
 

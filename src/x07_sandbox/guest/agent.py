@@ -17,7 +17,8 @@ from typing import Any, Final
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import PROTOCOL, Kind, Role
 from x07_sandbox.channel.link import NEXT, Control, Event, State
-from x07_sandbox.guest import system
+from x07_sandbox.guest import filters, system
+from x07_sandbox.guest.audit import Audit
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.job import TICK_S, Job, orders
 from x07_sandbox.guest.place import Place
@@ -68,6 +69,7 @@ class Agent:
         self.machine_id = b""
         self.place: Place | None = None
         self.job: Job | None = None
+        self.audit = Audit(*filters.call_numbers())
 
     def serve(self) -> None:
         """Speak until the host is gone."""
@@ -119,7 +121,7 @@ class Agent:
                 self._take_seed(event.body)
             elif event.kind is Kind.START:
                 self.place = self.place or Place()
-                self.job = Job(self.link, self.machine_id, event.body, self.place, self._fail)
+                self.job = Job(self.link, self.machine_id, event.body, self.place, self.audit, self._fail)
                 self.job.begin_if_complete()
             elif event.kind is Kind.STOP and self.job is not None:
                 self.job.stop()

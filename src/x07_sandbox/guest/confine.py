@@ -39,7 +39,8 @@ class World:
     netns_fd: the program's network namespace, made and kept by the agent.
     procs_fd: joins the program's control group.
     interpreter: whether a Python interpreter waits to become the program. preload: what it has imported by then.
-    base_filter: the seccomp filter that every program is under. readable: of the image, what holds no programs.
+    base_filter, quiet_filter: the seccomp filters that every program is under.
+    readable: of the image, what holds no programs.
     """
 
     netns_fd: int
@@ -47,6 +48,7 @@ class World:
     interpreter: bool
     preload: list[str]
     base_filter: bytes
+    quiet_filter: bytes
     readable: list[str]
 
 
@@ -378,6 +380,7 @@ def _scopes(_world: World) -> None:
 
 def _system_calls(world: World) -> None:
     take_away, _ = restrict.last_steps()
+    take_away(world.quiet_filter, -1, recorded=False)
     take_away(world.base_filter, -1)
 
 

@@ -12,6 +12,7 @@ import sys
 from typing import Any, Final
 
 BASE: Final = "base"
+QUIET: Final = "quiet"  # of what it refuses nothing is recorded
 NO_EXEC: Final = "no-exec"
 ONCE: Final = "-once"  # ends the name of a filter that lets one call pass
 _LINE: Final = struct.Struct("=HBBI")
@@ -27,7 +28,7 @@ def filter_name(*, threads: bool, spawn: bool, execute: bool) -> str:
 
 def all_filters() -> dict[str, bytes]:
     """Every filter's bytes by its name: read beforehand, since a fresh clone would pay for it. Raises OSError."""
-    names = [BASE]
+    names = [BASE, QUIET]
     for threads, spawn, execute in itertools.product((False, True), repeat=3):
         if name := filter_name(threads=threads, spawn=spawn, execute=execute):
             names += [name] if execute else [name, f"{name}{ONCE}"]
@@ -38,6 +39,12 @@ def readable_places() -> list[str]:
     """Folders and files of the image without a program in them."""
     places: list[str] = json.loads(_data("places.json"))
     return places
+
+
+def call_numbers() -> tuple[dict[str, int], dict[str, int]]:
+    """Numbers of system calls by name: of those that are recorded when refused, and of those that filters refuse."""
+    numbers = json.loads(_data("calls.json"))
+    return numbers["audited"], numbers["refused"]
 
 
 def token_places(code: bytes) -> list[int]:

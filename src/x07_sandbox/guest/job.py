@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from x07_sandbox.channel.link import Link
+    from x07_sandbox.guest.audit import Audit
     from x07_sandbox.guest.errors import JobError
     from x07_sandbox.guest.place import Place
 
@@ -63,8 +64,11 @@ def orders(
 class Job:
     """One program: its files, its limits, its streams, its end."""
 
-    def __init__(self, link: Link, machine_id: bytes, body: dict[str, Any], place: Place, fail: Fail) -> None:
+    def __init__(
+        self, link: Link, machine_id: bytes, body: dict[str, Any], place: Place, audit: Audit, fail: Fail
+    ) -> None:
         self.link = link
+        self.audit = audit
         self.machine_id = machine_id
         self.place = place
         self.group = place.group
@@ -137,6 +141,7 @@ class Job:
         self.cpu_before_us = place.cpu_us_so_far()
         self.cpu_looked_at = time.monotonic()
         self.started = True
+        self.audit.begin()
         place.start(self.argv, self.env, self.cwd, self.confined)
         self.report_fd, self.told_fd = place.report_fd, place.told_fd
         self.fds = {place.stdout_fd: Stream.STDOUT, place.stderr_fd: Stream.STDERR}
@@ -182,6 +187,7 @@ class Job:
             if fd >= 0:
                 poll.register(fd, select.POLLIN)
         if self.link.state is State.RUNNING:
+            poll.register(self.audit.fd, select.POLLIN)
             # A reader on the host who stalls lets the window run out: then the program waits, and nobody else.
             for fd, stream in self.fds.items():
                 if self.link.window(stream):
@@ -195,6 +201,8 @@ class Job:
             self._take_report()
         elif fd == self.told_fd:
             self._take_told()
+        elif fd == self.audit.fd:
+            self.audit.take()
         elif fd in self.fds:
             # In one turn init may have ended without a report: after FAILED nothing more of the program is carried.
             if self.link.state is State.RUNNING:
@@ -313,6 +321,9 @@ class Job:
         group = self.group
         assert self.wait_status is not None  # noqa: S101 - for the type checker
         size, problem = self._open_output()
+        refused, lost = self.audit.end()
+        for refusal, count in refused.items():
+            self.link.send(Kind.DENIED, {**refusal._asdict(), "count": count})
         if any(mount["changes"] for mount in self.mounts):
             self.changes = self._told_changes()
         self.link.send(
@@ -327,6 +338,7 @@ class Job:
                 "cpu_exceeded": self.cpu_exceeded,
                 "stopped": self.stopped,
                 "disk_full": os.statvfs(confine.SCRATCH).f_bavail < _FULL_BLOCKS,
+                "denials_lost": lost,
                 "output_bytes": size,
                 "output_problem": problem,
             },

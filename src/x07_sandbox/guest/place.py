@@ -91,6 +91,7 @@ class Place:
             interpreter=interpreter,
             preload=preload or [],
             base_filter=self._filters[filters.BASE],
+            quiet_filter=self._filters[filters.QUIET],
             readable=filters.readable_places(),
         )
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)

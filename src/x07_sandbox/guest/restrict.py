@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 TOKEN_BYTES = 24  # six arguments of 32 bits, as the filter compares them
 
 
-def last_steps() -> tuple[Callable[[bytes, int], None], Callable[[list[str], dict[str, str], bytes], NoReturn]]:
+def last_steps() -> tuple[Callable[..., None], Callable[[list[str], dict[str, str], bytes], NoReturn]]:
     """Two functions, ready to be called.
 
-    take_away(filter_code, rules_fd) puts this process, all threads of it, under a filter, and under Landlock's rules.
-        filter_code: BPF, or nothing. rules_fd: a ruleset, or -1; it binds only the thread that calls. Raises OSError.
+    take_away(filter_code, rules_fd, recorded=True) puts this process, all threads of it, under a filter, and under
+        Landlock's rules. filter_code: BPF, or nothing. rules_fd: a ruleset, or -1; it binds only the thread that calls.
+        recorded: whether the kernel's audit hears of what the filter refuses. Raises OSError.
     execute(argv, env, token) executes a program, where only the call that carries the token may; without one as ever.
         Raises OSError.
     """
@@ -40,14 +41,15 @@ def last_steps() -> tuple[Callable[[bytes, int], None], Callable[[list[str], dic
     pointers = ctypes.c_char_p * usual
     secret = [ctypes.c_uint64() for _ in range(3)]
 
-    def take_away(filter_code: bytes, rules_fd: int) -> None:
+    def take_away(filter_code: bytes, rules_fd: int, recorded: bool = True) -> None:  # noqa: FBT001, FBT002
         if rules_fd >= 0 and syscall(446, rules_fd, 0):  # landlock_restrict_self
             raise OSError(ctypes.get_errno(), "landlock_restrict_self")
         if filter_code:
             room[: len(filter_code)] = filter_code
-            # SECCOMP_SET_MODE_FILTER, with SECCOMP_FILTER_FLAG_TSYNC: a number above 0 names a thread that would not.
+            # SECCOMP_SET_MODE_FILTER, with SECCOMP_FILTER_FLAG_TSYNC, and _LOG where it is recorded: a number above 0
+            # names a thread that would not.
             # struct sock_fprog: how many instructions of 8 bytes, and where.
-            if syscall(seccomp, 1, 1, (len(filter_code) // 8).to_bytes(8, "little") + address):
+            if syscall(seccomp, 1, 3 if recorded else 1, (len(filter_code) // 8).to_bytes(8, "little") + address):
                 raise OSError(ctypes.get_errno(), "seccomp")
 
     def execute(argv: list[str], env: dict[str, str], token: bytes) -> NoReturn:

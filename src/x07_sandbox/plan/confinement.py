@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
 
 EVERYTHING: Final = "/"  # of allow_exec_prefixes
-BASE_FILTER: Final = "base"
+BASE_FILTERS: Final = ("base", "quiet")
 
 
 class Confinement(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +35,7 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
         """
         words = (not self.threads and "no-threads", not self.spawn and "no-spawn", not self.execute and "no-exec")
         name = "-".join(word for word in words if word)
-        names = (BASE_FILTER, name, "" if self.execute else f"{name}-once")
+        names = (*BASE_FILTERS, name, "" if self.execute else f"{name}-once")
         return tuple(name for name in names if name)
 
     def for_guest(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.errors import RefusedError
+from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.rows import TABLE, Asked, State
 from x07_sandbox.plan.sizes import guest_limits, ram_class_bytes
 from x07_sandbox.policy.environment import VARIABLES, program_environment
@@ -42,14 +43,6 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
     state: State
     by: str
     why: str
-
-
-class HowToAllow(msgspec.Struct, frozen=True, kw_only=True):
-    """The line of policy, and the flag where there is one, that would let the run go on."""
-
-    json_path: str
-    value: object
-    flag: str | None = None
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):

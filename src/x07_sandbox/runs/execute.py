@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.frames import DATA_MAX, PROTOCOL, Kind, Role, Stream
+from x07_sandbox.channel.frames import DATA_MAX, DENIED_MAX, PROTOCOL, Kind, Role, Stream
 from x07_sandbox.channel.link import Control, Credit, Data, Eof, Event, State
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host import settings
@@ -66,6 +66,8 @@ class PhaseFacts(msgspec.Struct):
     """What is known after a phase: the evidence, the guest's own counters, and when what happened.
 
     unanswered: the machine ended, or its time for booting did, before it answered; nobody cancelled.
+    refused: what the guest says that it saw refused: bodies of DENIED.
+    stderr_tail: of a program that did not end well.
     times_ms: from the release of the machine to: hello, seeded, started, exited, end.
     input_sha256: of the program's input, None if it was not read to its end. input_problem: why reading it failed.
     """
@@ -73,6 +75,8 @@ class PhaseFacts(msgspec.Struct):
     evidence: Evidence
     unanswered: bool = False
     usage: dict[str, Any] = msgspec.field(default_factory=dict)
+    refused: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    stderr_tail: bytes = b""
     times_ms: dict[str, float] = msgspec.field(default_factory=dict)
     input_sha256: str | None = None
     input_problem: str = ""
@@ -95,6 +99,7 @@ class Phase:
         self.times_ms: dict[str, float] = {}
         self.seen: dict[str, Any] = {}  # evidence so far, under the names of `Evidence`
         self.usage: dict[str, Any] = {}
+        self.refused: list[dict[str, Any]] = []
         self.over = False
         self.asked_to_stop = False
         self.sent = [0] * len(request.files)
@@ -122,6 +127,7 @@ class Phase:
             evidence=Evidence(stage=self.stage, **self.seen),
             unanswered=self.stage is Stage.BOOT and "cancelled_by" not in self.seen,
             usage=self.usage,
+            refused=self.refused,
             times_ms=self.times_ms,
             input_sha256=self._input_sha256(),
             input_problem=self.input_problem,
@@ -235,6 +241,10 @@ class Phase:
             self.deadline = Deadline.after(self.request.wall_ms / 1000)
         elif event.kind is Kind.FAILED:
             self._end(setup_failure=f"{body['stage']}: {body['message']}")
+        elif event.kind is Kind.DENIED:
+            if len(self.refused) >= DENIED_MAX:
+                raise PeerError("bad DENIED frame", f"there are more than {DENIED_MAX}")
+            self.refused.append(body)
         elif event.kind is Kind.EXITED:
             self._exited(body)
 

@@ -16,9 +16,10 @@ from x07_sandbox.files.protected import Protection
 from x07_sandbox.files.roots import Root, change_roots, roots_of, trees_of
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir
+from x07_sandbox.plan.denials import Area, Denial, HowToAllow
 from x07_sandbox.plan.places import OUT, PROGRAM
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
-from x07_sandbox.runs.result import ChangedName, Changes, Denial, HowToAllow
+from x07_sandbox.runs.result import ChangedName, Changes
 from x07_sandbox.runs.streams import InFile
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ class HostFiles:
         secrets = tuple(pattern for pattern in (*SECRETS, *request.hide) if pattern not in request.reveal)
         self._bounds = bounds_of(policy, secrets)
         start = PROJECT_FOLDER if program.project else PROGRAM
-        self.trees = trees_of(_roots(request, policy, base_folder(request, program), start))
+        roots = _roots(request, policy, base_folder(request, program), start)
+        self.areas = [Area(given=root.given, at=root.guest, write=root.write) for root in roots]
+        self.trees = trees_of(roots)
         self.copied: list[Copied] = []
         self.files: list[InFile] = []
         left = settings.COPY_IN_MAX_BYTES
@@ -62,11 +65,11 @@ class HostFiles:
             request.progress(f"copying {tree.host} in")
             self._copy(number, tree, left, folder)
             left -= self.copied[-1].size
-        roots = change_roots(self.trees)
+        writable = change_roots(self.trees)
         every = ((number, mount) for number, tree in enumerate(self.trees) for mount in tree.mounts)
         # Outer ones first, so that none covers another.
         self._mounts = sorted(every, key=lambda one: (one[1].at.count("/"), one[1].at))
-        self._roots = [one for one in self._mounts if one in roots]
+        self._roots = [one for one in self._mounts if one in writable]
         self.incoming: Incoming | None = None
         if self._roots and request.changes != "discard":
             private_dir(self._place)
@@ -246,6 +249,7 @@ def _refusal(refused: Refused) -> Denial:
 
 
 def _denial(field: str, action: str, subject: str, by: str, count: int, how: tuple[object, str | None]) -> Denial:
+    json_path = f"$.{field}" if "." in field else None  # the others are no fields: no policy decides them
     return Denial(
         field=field,
         action=action,
@@ -253,5 +257,5 @@ def _denial(field: str, action: str, subject: str, by: str, count: int, how: tup
         enforced_by=by,
         observed_by="host",
         count=count,
-        how_to_allow=HowToAllow(json_path=f"$.{field}", value=how[0], flag=how[1]),
+        how_to_allow=HowToAllow(json_path=json_path, value=how[0], flag=how[1]),
     )

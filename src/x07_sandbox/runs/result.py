@@ -6,9 +6,11 @@ Schema `x07.sandbox.result@0.1.0`: `schemas/result.schema.json` is generated fro
 from __future__ import annotations
 
 import builtins
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
+
+from x07_sandbox.plan.denials import Denial, Hint
 
 SCHEMA = "x07.sandbox.result@0.1.0"
 
@@ -69,26 +71,6 @@ class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     why: str
 
 
-class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The line of policy, and the flag where there is one, that would allow it."""
-
-    json_path: str
-    value: Any
-    flag: str | None = None
-
-
-class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One thing that the program tried, or the policy asked for, and did not get."""
-
-    field: str
-    action: str
-    subject: str
-    enforced_by: str
-    observed_by: Literal["host", "guest"]
-    count: int
-    how_to_allow: HowToAllow
-
-
 class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One name that the program changed. root: the folder of the host. name: from there."""
 
@@ -127,6 +109,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     artifact_from: whether the program was built now, kept from an earlier build of the same, or given.
     build: what its build printed, then or now; null where there was none.
+    hints: what it seems to have missed, told from its own error output: no refusals.
+    denials_lost: how many more things refused, or records of them, were not looked at: there were too many.
     filters: the image's seccomp filters that the program was under, by name, as `sha256:<hex>`. One whose name ends
         in -once stands beside its twin: the guest takes it where the program itself has to be executed.
     """
@@ -149,6 +133,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     digests: Digests
     controls: list[ControlReport]
     denials: list[Denial]
+    denials_lost: int = 0
+    hints: list[Hint] = []
     changes: Changes = Changes()
     filters: dict[str, str] = {}
     warnings: list[str]

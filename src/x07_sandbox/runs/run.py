@@ -17,12 +17,13 @@ from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import make_plan
+from x07_sandbox.plan.denials import Denial
 from x07_sandbox.policy import Policy, PolicyError
 from x07_sandbox.programs.toolchains import OUTPUT, require_packages
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import check_arguments, check_variables, open_input, policy_in_force, sha256_text
-from x07_sandbox.runs.result import ControlReport, Denial, Digests, HowToAllow, Result
+from x07_sandbox.runs.result import ControlReport, Digests, Result
 from x07_sandbox.runs.session import Progress, Session
 from x07_sandbox.runs.streams import memory_file
 
@@ -201,9 +202,6 @@ def _check_pinned(digest: str) -> None:
 
 def _add_refusals(plan: Plan, so_far: Progress) -> None:
     for refusal in plan.refusals:
-        how = HowToAllow(
-            json_path=refusal.how_to_allow.json_path, value=refusal.how_to_allow.value, flag=refusal.how_to_allow.flag
-        )
         so_far.denials.append(
             Denial(
                 field=refusal.field,
@@ -212,7 +210,7 @@ def _add_refusals(plan: Plan, so_far: Progress) -> None:
                 enforced_by="plan",
                 observed_by="host",
                 count=1,
-                how_to_allow=how,
+                how_to_allow=refusal.how_to_allow,
             )
         )
 
@@ -253,6 +251,8 @@ def _result(so_far: Progress, ending: Verdict) -> Result:
         digests=Digests(**so_far.digests),
         controls=controls,
         denials=so_far.denials,
+        denials_lost=so_far.denials_lost,
+        hints=so_far.hints,
         changes=so_far.changes,
         filters=so_far.filters,
         warnings=so_far.warnings,

@@ -16,12 +16,13 @@ from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, create_record
 from x07_sandbox.plan.confinement import UNCONFINED, Confinement, confinement
 from x07_sandbox.plan.controls import Plan, run_limits
+from x07_sandbox.plan.denials import Area, Denial, Hint, denials, disk_full, more_tasks
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
 from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, PROJECT_FOLDER, SOURCE_FOLDER
 from x07_sandbox.runs.request import in_memory, sha256_text
-from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Denial, HowToAllow, Output, PhaseReport
+from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Output, PhaseReport
 from x07_sandbox.runs.streams import InFile, OutFile
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 _CWD = "/opt/x07"
+_TAIL_BYTES = 64 * 1024  # of its error output, in which a failed program may have said what it missed
 # Where a program with a manifest starts: the same private folder, under the name that relative roots have.
 _PROJECT_MOUNT: dict[str, Any] = {"tree": None, "sub": "", "at": PROJECT_FOLDER, "write": True, "changes": False}
 
@@ -58,6 +60,8 @@ class Progress(msgspec.Struct):
     phases: dict[str, PhaseReport] = msgspec.field(default_factory=dict)
     digests: dict[str, str] = msgspec.field(default_factory=dict)
     denials: list[Denial] = msgspec.field(default_factory=list)
+    denials_lost: int = 0
+    hints: list[Hint] = msgspec.field(default_factory=list)
     warnings: list[str] = msgspec.field(default_factory=list)
     changes: Changes = Changes()
     filters: dict[str, str] = msgspec.field(default_factory=dict)
@@ -79,6 +83,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     ram_bytes: int
     cwd: str = _CWD
     mounts: tuple[dict[str, Any], ...] = ()
+    areas: tuple[Area, ...] = ()  # of the host, for what is said of refusals
     changes: Any = None  # files/incoming.Incoming, whose module is loaded only where files may change
     output: OutFile | None = None
     limits_shown: Any = None
@@ -259,6 +264,7 @@ class Session:
             cwd=cwd,
             mounts=tuple(mounts),
             changes=None if host_files is None else host_files.incoming,
+            areas=() if host_files is None else tuple(host_files.areas),
             limits_shown=policy.limits,
         )
 
@@ -269,7 +275,7 @@ class Session:
         ending, facts = self.phase(spec)
         report = self.so_far.phases["run"]
         self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
-        self._note_denials(facts, policy)
+        self._note_denials(facts, policy, spec)
         return ending
 
     # one phase
@@ -288,7 +294,7 @@ class Session:
         )
         with admitted(cancel_fd=request.cancel.fd, timeout_s=request.queue_s, progress=request.progress):
             instance, facts = self._answered(spec, (stdout, stderr))
-        from x07_sandbox.plan.outcomes import classify
+        from x07_sandbox.plan.outcomes import Outcome, classify
         from x07_sandbox.runs.execute import drain
         from x07_sandbox.runs.folder import output_of
 
@@ -304,6 +310,8 @@ class Session:
         outputs = output_of(stdout, stdout_fd), output_of(stderr, stderr_fd)
         self.so_far.phases[spec.name] = _report(instance, ending, facts, outputs)
         if live:
+            if ending.outcome is not Outcome.OK:
+                facts.stderr_tail = _tail(stderr_fd)
             self.so_far.digests["output"] = f"sha256:{stdout.sha256()}"
             if facts.input_sha256 is not None:
                 self.so_far.digests["input"] = f"sha256:{facts.input_sha256}"
@@ -357,30 +365,23 @@ class Session:
             on_started=lambda: request.progress("") if spec.name == "run" else None,
         )
 
-    def _note_denials(self, facts: PhaseFacts, policy: Policy) -> None:
-        refused = int(facts.usage.get("tasks_refused", 0))
-        if refused:
-            procs, children = policy.limits.procs, run_limits(policy).max_live
-            field, held = ("limits.procs", procs) if children is None else ("process.max_live", children)
-            how = HowToAllow(json_path=f"$.{field}", value=min(1024, held * 2 + 1))
-            self.so_far.denials.append(_denial(field, "fork", "a new task", "guest control group", refused, how))
-        if facts.usage.get("disk_full"):
-            how = HowToAllow(json_path="$.fs", value="a smaller output: the scratch disk has 8 GiB")
-            self.so_far.denials.append(
-                _denial("scratch", "write", "the scratch disk is full", "size of the disk", 1, how)
-            )
+    def _note_denials(self, facts: PhaseFacts, policy: Policy, spec: PhaseSpec) -> None:
+        usage, so_far = facts.usage, self.so_far
+        so_far.denials += denials(facts.refused, policy, spec.areas)
+        so_far.denials_lost = int(usage.get("denials_lost", 0))
+        if refused := int(usage.get("tasks_refused", 0)):
+            so_far.denials.append(more_tasks(policy, run_limits(policy).max_live, refused))
+        if usage.get("disk_full"):
+            so_far.denials.append(disk_full())
+        if facts.stderr_tail:
+            from x07_sandbox.plan.hints import hints  # not on the way of a program that ends well
+
+            so_far.hints = hints(facts.stderr_tail, policy, spec.areas, spec.cwd)
 
 
-def _denial(field_name: str, action: str, subject: str, by: str, count: int, how: HowToAllow) -> Denial:
-    return Denial(
-        field=field_name,
-        action=action,
-        subject=subject,
-        enforced_by=by,
-        observed_by="guest",
-        count=count,
-        how_to_allow=how,
-    )
+def _tail(fd: int) -> bytes:
+    """The end of what a program wrote."""
+    return os.pread(fd, _TAIL_BYTES, max(0, os.fstat(fd).st_size - _TAIL_BYTES))
 
 
 def _recall(key: str, artifact: OutFile) -> BuildOutput | None:

@@ -2,15 +2,17 @@
 
     python3 -I -S filters.py TARGET
 
-TARGET, a folder, gets one file of BPF a filter: `base`, which every program is under, and one for every combination of
-what a policy may forbid. A filter that forbids executing comes twice: the one called "-once" lets that call pass which
-carries 24 secret bytes in three arguments that the kernel does not look at. They are put in place of `MARKERS` when a
-program starts, by the process that becomes it; its memory is gone with that call, and nothing reads a filter back.
+TARGET, a folder, gets one file of BPF a filter: `base` and `quiet`, which every program is under, and one for every
+combination of what a policy may forbid; and calls.json, numbers by name of what is recorded when it is refused. A
+filter that forbids executing comes twice: the one called "-once" lets that call pass which carries 24 secret bytes in
+three arguments that the kernel does not look at. They are put in place of `MARKERS` when a program starts, by the
+process that becomes it; its memory is gone with that call, and nothing reads a filter back.
 """
 
 import ctypes
 import errno
 import itertools
+import json
 import os
 import sys
 from pathlib import Path
@@ -41,6 +43,13 @@ DENIED = (
     *("bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter", "io_uring_register"),
     *("memfd_create", "memfd_secret", "lookup_dcookie"),
 )
+# Calls that the kernel's audit records when the program may not: they name files, or use up descriptors.
+AUDITED = (
+    *("open", "openat", "openat2", "creat", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "mknod", "mknodat"),
+    *("rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat", "truncate", "chmod", "fchmodat"),
+    *("fchmodat2", "chown", "lchown", "fchownat", "utimensat", "execve", "execveat", "chdir", "stat", "lstat"),
+    *("newfstatat", "statx", "readlink", "readlinkat", "socket", "pipe2", "dup", "accept4", "epoll_create1"),
+)
 CLONE_THREAD = 0x00010000
 # NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; and for unshare NEWTIME, which clone takes for a signal.
 CLONE_NEW = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
@@ -60,8 +69,6 @@ Rule = tuple[str, int, tuple[tuple[int, int, int, int], ...]]
 def base_rules() -> list[Rule]:
     """The filter that every program is under."""
     rules: list[Rule] = [(name, EPERM, ()) for name in DENIED]
-    # Its flags lie in memory, where no filter can see them; the C library falls back on clone.
-    rules.append(("clone3", ENOSYS, ()))
     rules += [("clone", EPERM, ((0, MASKED_EQ, flag, flag),)) for flag in CLONE_NEW]
     rules += [("unshare", EPERM, ((0, MASKED_EQ, flag, flag),)) for flag in (*CLONE_NEW, CLONE_NEWTIME)]
     rules.append(("execveat", EPERM, ((4, MASKED_EQ, AT_EMPTY_PATH, AT_EMPTY_PATH),)))
@@ -79,6 +86,14 @@ def base_rules() -> list[Rule]:
         ]
         rules.append((name, EPROTONOSUPPORT, ((0, EQ, AF_NETLINK, 0), (2, NE, NETLINK_ROUTE, 0))))
     return rules
+
+
+def quiet_rules() -> list[Rule]:
+    """What is refused without a record, since every thread begins with it.
+
+    The flags of clone3 lie in memory, where no filter can see them; the C library falls back on clone.
+    """
+    return [("clone3", ENOSYS, ())]
 
 
 def forbidding(*, threads: bool, spawn: bool, execute: bool, once: bool) -> list[Rule]:
@@ -99,7 +114,7 @@ def forbidding(*, threads: bool, spawn: bool, execute: bool, once: bool) -> list
 
 def all_rules() -> dict[str, list[Rule]]:
     """Every filter by name."""
-    found = {"base": base_rules()}
+    found = {"base": base_rules(), "quiet": quiet_rules()}
     for threads, spawn, execute in itertools.product((False, True), repeat=3):
         words = ("no-threads" * threads, "no-spawn" * spawn, "no-exec" * execute)
         if name := "-".join(word for word in words if word):
@@ -145,8 +160,18 @@ def compile_filter(rules: list[Rule], fd: int) -> None:
     library.seccomp_release(context)
 
 
+def call_numbers() -> dict[str, dict[str, int]]:
+    """Numbers, on this architecture, of the calls that are recorded, and of those that filters refuse."""
+    library = ctypes.CDLL("libseccomp.so.2")
+    refused = sorted({name for rules in all_rules().values() for name, _, _ in rules})
+    found = {"audited": AUDITED, "refused": refused}
+    numbers = {name: library.seccomp_syscall_resolve_name(name.encode()) for names in found.values() for name in names}
+    return {key: {name: numbers[name] for name in names if numbers[name] >= 0} for key, names in found.items()}
+
+
 def main(target: str) -> None:
     """Write them all."""
+    Path(target, "calls.json").write_text(json.dumps(call_numbers()), encoding="utf-8")
     for name, rules in all_rules().items():
         with Path(target, f"{name}.bpf").open("xb") as file:
             compile_filter(rules, file.fileno())

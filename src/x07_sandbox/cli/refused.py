@@ -1,0 +1,46 @@
+"""What `x07 run` says of what a program did not get: the first few, each with what would allow it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.cli.console import say
+
+if TYPE_CHECKING:
+    from x07_sandbox.plan.denials import Denial, HowToAllow
+    from x07_sandbox.runs.result import Result
+
+_SHOWN: Final = 4
+# Of these others tell: the reason of a refused run, and what becomes of changes.
+_ELSEWHERE: Final = frozenset({"plan", "change"})
+
+
+def tell(result: Result) -> None:
+    """After a program that did not end well: it may not know why itself."""
+    if result.outcome == "ok":
+        return
+    found = [denial for denial in result.denials if denial.action not in _ELSEWHERE]
+    # What can be allowed first: the rest is more often a mistake than a wish.
+    found.sort(key=lambda denial: denial.how_to_allow is None)
+    for denial in found[:_SHOWN]:
+        say(_line(denial))
+    more = max(0, len(found) - _SHOWN) + result.denials_lost
+    if more:
+        say(f"and {more} more things were refused; --json lists them, or as many as were seen")
+    for hint in result.hints:
+        say(f"{hint.subject} is not in the sandbox{how(hint.how)}")
+
+
+def _line(denial: Denial) -> str:
+    times = f" ({denial.count} times)" if denial.count > 1 else ""
+    return f"refused: {denial.action} {denial.subject}{times}{how(denial.how_to_allow)}"
+
+
+def how(allowing: HowToAllow | None) -> str:
+    """What would allow it, as the end of a line."""
+    if allowing is None:
+        return "; nothing allows it"
+    if allowing.flag:
+        return f"; {allowing.flag} lets it"
+    return f"; {allowing.json_path} = {json.dumps(allowing.value)} in the policy lets it"

@@ -1,0 +1,275 @@
+"""What the kernel refused the program, as the kernel's own audit tells it (audit(8) by netlink, no daemon).
+
+A rule for each errno makes a record of every listed system call of the program's user that ends with it, and the
+seccomp filters' refusals are recorded by themselves. It is set up before the program's first process is made: a task
+that is older has no room for it. A flood costs no more than the kernel's rate limit lets through; what it swallows is
+counted as lost. Records are read to tell, and decide nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import socket
+import struct
+import time
+from typing import Any, Final, NamedTuple
+
+from x07_sandbox.channel.frames import DENIED_MAX
+from x07_sandbox.guest.confine import UID
+
+_RATE: Final = 1200  # records a second; a refused call makes three or four
+_BACKLOG: Final = 1024
+_READS: Final = 64  # records that are taken in one turn of the agent
+_LAST_S: Final = 0.2  # how long the last records may take to come
+_PATH_MAX: Final = 1024
+_OPEN: Final = 16  # calls whose records have begun and not ended
+
+_NETLINK_AUDIT: Final = 9  # linux/audit.h, from here on
+_GET, _SET, _ADD_RULE = 1000, 1001, 1011
+_SYSCALL, _PATH, _CWD, _SECCOMP, _PROCTITLE, _EOE = 1300, 1302, 1307, 1326, 1327, 1320
+_STATUS: Final = struct.Struct("=11I")  # mask, enabled, failure, pid, rate, backlog's limit, lost, backlog, ...
+_LOST, _QUEUED = 6, 7
+_ENABLED, _FAILURE, _PID, _RATE_LIMIT, _BACKLOG_LIMIT, _BACKLOG_WAIT = 1, 2, 4, 8, 16, 32
+_HEADER: Final = struct.Struct("=IHHII")
+_REQUEST, _ACK, _ERROR = 1, 4, 2
+_EXIT_LIST, _EXCLUDE_LIST, _ALWAYS = 4, 5, 2
+_FIELD_UID, _FIELD_TYPE, _FIELD_EXIT = 1, 12, 103
+_EQUAL: Final = 0x40000000
+_FIELDS: Final = 64
+_AT_FDCWD: Final = 0xFFFFFF9C
+_WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+ERRNOS: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE)
+# How a call that opens says what for: the argument with its flags. Any other one that is not below changes something.
+_FLAGS: Final = {"open": "a1", "openat": "a2"}
+_READS_ONLY: Final = frozenset(
+    {"openat2", "execve", "execveat", "chdir", "stat", "lstat", "newfstatat", "statx", "readlink", "readlinkat"}
+)
+
+
+class Refusal(NamedTuple):
+    """One kind of refused call.
+
+    by: `kernel` or `seccomp`. path: as text, empty where the call names none; with a slash at its end where something
+    new was to be made in that folder.
+    """
+
+    by: str
+    call: str
+    errno: int
+    path: str
+    write: bool
+
+
+class Audit:
+    """The audit of this machine. fd: becomes readable when there is something to `take`."""
+
+    def __init__(self, audited: dict[str, int], refused: dict[str, int]) -> None:
+        """Set it up. Numbers by name, of calls that are recorded and that filters refuse. Raises OSError."""
+        self._refusals = Refusals(refused | audited)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_AUDIT)
+        self._socket.bind((0, 0))
+        self.fd = self._socket.fileno()
+        self._sequence = 0
+        for number in ERRNOS:
+            self._ask(_ADD_RULE, _rule(_EXIT_LIST, ((_FIELD_UID, UID), (_FIELD_EXIT, -number)), audited.values()))
+        for kind in (_PROCTITLE, _EOE):
+            self._ask(_ADD_RULE, _rule(_EXCLUDE_LIST, ((_FIELD_TYPE, kind),), ()))
+        mask = _ENABLED | _FAILURE | _PID | _RATE_LIMIT | _BACKLOG_LIMIT | _BACKLOG_WAIT
+        # A full backlog drops records; it must not make the program wait.
+        self._ask(_SET, _STATUS.pack(mask, 1, 0, os.getpid(), _RATE, _BACKLOG, 0, 0, 0, 0, 0))
+        self._lost_before = 0
+
+    def begin(self) -> None:
+        """Forget all so far: what comes from here on is the program's."""
+        while self._next() is not None:
+            pass
+        self._refusals.forget()
+        self._lost_before = self._status()[_LOST]
+
+    def take(self) -> None:
+        """Take what has come, at most so much that others get their turn."""
+        for _ in range(_READS):
+            if (record := self._next()) is None:
+                return
+            self._refusals.note(*record)
+
+    def end(self) -> tuple[dict[Refusal, int], int]:
+        """What was refused since `begin`, how often; and how many records, or kinds beyond `DENIED_MAX`, are lost."""
+        deadline = time.monotonic() + _LAST_S
+        while True:
+            status = self._status()  # before what it says is still to come, which is then read
+            while (record := self._next()) is not None and time.monotonic() < deadline:
+                self._refusals.note(*record)
+            if not status[_QUEUED] or time.monotonic() > deadline:
+                break
+        self._refusals.finish()
+        return self._refusals.found, max(0, status[_LOST] - self._lost_before) + self._refusals.untold
+
+    # netlink
+
+    def _next(self) -> tuple[int, bytes] | None:
+        """The next record of the kernel's, if there is one: its type and its text."""
+        try:
+            data = self._socket.recv(16384, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:  # ENOBUFS: some were dropped, and are counted by the kernel
+            return 0, b""
+        if len(data) < _HEADER.size:
+            return 0, b""
+        return _HEADER.unpack_from(data)[1], data[_HEADER.size :].rstrip(b"\0")
+
+    def _status(self) -> tuple[int, ...]:
+        status = self._ask(_GET, b"")
+        return _STATUS.unpack_from(status.ljust(_STATUS.size, b"\0"))
+
+    def _ask(self, kind: int, body: bytes) -> bytes:
+        """Send a request and wait for its acknowledgement; what it was answered. Raises OSError."""
+        self._sequence += 1
+        header = _HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | _ACK, self._sequence, 0)
+        self._socket.sendto(header + body, (0, 0))
+        answer = b""
+        while True:
+            data = self._socket.recv(16384)
+            _, got, _, sequence, _ = _HEADER.unpack_from(data)
+            if got == _ERROR and sequence == self._sequence:
+                number = struct.unpack_from("=i", data, _HEADER.size)[0]
+                if number:
+                    raise OSError(-number, os.strerror(-number), f"audit request {kind}")
+                return answer
+            if got == kind:
+                answer = data[_HEADER.size :]
+            elif got >= _SYSCALL:
+                self._refusals.note(got, data[_HEADER.size :].rstrip(b"\0"))
+
+
+class Refusals:
+    """What records say, put together. found: how often each. untold: those beyond `DENIED_MAX` different ones."""
+
+    def __init__(self, calls: dict[str, int]) -> None:
+        """calls: numbers of system calls by name."""
+        self._names = {number: name for name, number in calls.items()}
+        self._begun: dict[bytes, _Call] = {}
+        self.found: dict[Refusal, int] = {}
+        self.untold = 0
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._begun.clear()
+        self.found.clear()
+        self.untold = 0
+
+    def finish(self) -> None:
+        """No more comes: count calls whose records are not whole as far as they are known."""
+        for call in self._begun.values():
+            self._count(call)
+        self._begun.clear()
+
+    def note(self, kind: int, text: bytes) -> None:
+        """Take a record: its type, and its text from "audit(" on."""
+        serial, _, rest = text.partition(b": ")
+        if kind == _SECCOMP:
+            values = _values(rest)
+            self._count(_Call("seccomp", self._name(values.get(b"syscall", b"")), errno.EPERM))
+        elif kind == _SYSCALL:
+            values = _values(rest)
+            name = self._name(values.get(b"syscall", b""))
+            call = _Call("kernel", name, -_number(values.get(b"exit", b"")), items=_number(values.get(b"items", b"")))
+            flags = _FLAGS.get(name)
+            if flags:
+                call.write = bool(_number(values.get(flags.encode(), b""), 16) & _WRITES)
+            else:
+                call.write = name not in _READS_ONLY
+            first = _number(values.get(b"a0", b""), 16) & 0xFFFFFFFF
+            call.elsewhere = name.endswith(("at", "at2")) and first != _AT_FDCWD
+            if len(self._begun) >= _OPEN:
+                self._count(self._begun.pop(next(iter(self._begun))))
+            self._begun[serial] = call
+            self._ended(serial, call)
+        elif serial in self._begun:
+            call = self._begun[serial]
+            if kind == _CWD:
+                call.cwd = _text(rest, b"cwd=")
+            elif kind == _PATH:
+                call.items -= 1
+                if b"nametype=PARENT" in rest:
+                    call.folder = call.folder or _text(rest, b"name=")
+                else:
+                    call.path = call.path or _text(rest, b"name=")
+                self._ended(serial, call)
+
+    def _ended(self, serial: bytes, call: _Call) -> None:
+        if call.items <= 0:
+            self._count(self._begun.pop(serial))
+
+    def _count(self, call: _Call) -> None:
+        refusal = call.refusal()
+        if refusal in self.found or len(self.found) < DENIED_MAX:
+            self.found[refusal] = self.found.get(refusal, 0) + 1
+        else:
+            self.untold += 1
+
+    def _name(self, number: bytes) -> str:
+        return self._names.get(_number(number), f"system call {_number(number)}")
+
+
+class _Call:
+    """A refused call while its records come."""
+
+    def __init__(self, by: str, name: str, number: int, *, items: int = 0) -> None:
+        self.by = by
+        self.name = name
+        self.errno = number
+        self.items = items
+        self.write = False
+        self.elsewhere = False  # a relative path is not from the working directory
+        self.cwd = ""
+        self.folder = ""  # of something new: the kernel does not note the new name where it may not be made
+        self.path = ""
+
+    def refusal(self) -> Refusal:
+        """As it is counted; the path of something new is its folder's, with a slash at its end."""
+        path = self.path or self.folder
+        if path and not path.startswith("/"):
+            path = posixpath.join("..." if self.elsewhere else self.cwd, path)
+        if path:
+            path = posixpath.normpath(path)[:_PATH_MAX] + "/" * (not self.path)
+        return Refusal(self.by, self.name, self.errno, path, self.write)
+
+
+def _rule(which: int, fields: tuple[tuple[int, int], ...], calls: Any) -> bytes:  # noqa: ANN401 - any numbers
+    """Struct audit_rule_data: always record what all *fields* equal, of these calls."""
+    mask = [0] * 64
+    for number in calls:
+        mask[number // 32] |= 1 << number % 32
+    padding = (0,) * (_FIELDS - len(fields))
+    words = (which, _ALWAYS, len(fields), *mask, *(kind for kind, _ in fields), *padding)
+    values = (*(value & 0xFFFFFFFF for _, value in fields), *padding)
+    operators = (*(_EQUAL for _ in fields), *padding)
+    return struct.pack(f"={len(words) + 2 * _FIELDS + 1}I", *words, *values, *operators, 0)
+
+
+def _values(text: bytes) -> dict[bytes, bytes]:
+    """Words `name=value`; quoted values, which may hold blanks, are not looked at."""
+    return dict(word.partition(b"=")[::2] for word in text.split(b" "))
+
+
+def _number(text: bytes, base: int = 10) -> int:
+    try:
+        return int(text, base)
+    except ValueError:
+        return 0
+
+
+def _text(record: bytes, key: bytes) -> str:
+    """A text of the program's: in quotes, or where it holds other characters in hexadecimal."""
+    _, _, rest = record.partition(key)
+    if rest.startswith(b'"'):
+        return rest[1:].partition(b'"')[0].decode("utf-8", "backslashreplace")
+    try:
+        return bytes.fromhex(rest.partition(b" ")[0].decode("ascii")).decode("utf-8", "backslashreplace")
+    except ValueError:
+        return ""  # (null)

@@ -1,0 +1,202 @@
+"""What a program was refused, as a result tells it: the policy's field, who held it, and what would allow it.
+
+Pure. What the guest saw comes as bodies of DENIED (docs/guest-channel.md): any text may stand in them.
+"""
+
+from __future__ import annotations
+
+import errno
+import posixpath
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import msgspec
+
+from x07_sandbox.plan.places import OUT, PROGRAM, inside, place
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from x07_sandbox.policy.model import Policy
+
+PERMISSIONS: Final = "permissions"  # stands for a field where no field decides
+SYSTEM_CALLS: Final = "system-calls"
+_FDS_MAX: Final = 65_536
+_TASKS_MAX: Final = 1024
+_TASKS: Final = frozenset({"clone", "clone3", "fork", "vfork"})
+_EXECUTES: Final = frozenset({"execve", "execveat"})
+_PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
+_WRITABLE: Final = ("/tmp", "/dev/shm", PROGRAM, OUT)  # noqa: S108 - the guest's own
+_SECCOMP: Final = "the guest's seccomp filter"
+_LANDLOCK: Final = "the guest's Landlock rules"
+
+
+class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What would allow it: a value of the policy, null where only a flag does, and the flag where there is one."""
+
+    json_path: str | None
+    value: Any
+    flag: str | None = None
+
+
+class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One thing that the program tried, or the policy asked for, and did not get.
+
+    field: the policy's; or `permissions`, `system-calls`, `scratch`, `secrets`, `protected`, which no policy decides.
+    subject: what it was about: a path as the program sees it, with a slash at its end where something new was to be
+        made in that folder. count: how often, as far as it was seen.
+    how_to_allow: null where nothing allows it.
+    """
+
+    field: str
+    action: str
+    subject: str
+    enforced_by: str
+    observed_by: Literal["host", "guest"]
+    count: int
+    how_to_allow: HowToAllow | None
+
+
+class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Something that the program seems to have missed, and what would bring it there (plan/hints)."""
+
+    subject: str
+    how: HowToAllow
+
+
+class Area(msgspec.Struct, frozen=True, kw_only=True):
+    """A folder of the host in the guest. given: as the policy or the flag names it. at: where it is for the program."""
+
+    given: str
+    at: str
+    write: bool
+
+
+def denials(refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequence[Area]) -> list[Denial]:
+    """What was refused, each once. refused: bodies of DENIED."""
+    found: dict[tuple[str, str, str], Denial] = {}
+    for body in refused:
+        if body["by"] == "seccomp":
+            denial = _call(body, policy)
+        elif body["errno"] == errno.EMFILE:
+            denial = _descriptors(body, policy)
+        elif body["call"] in _EXECUTES:
+            denial = _execution(body, policy)
+        else:
+            denial = _file(body, policy, areas)
+        key = denial.field, denial.action, denial.subject
+        if (before := found.get(key)) is not None:
+            denial = msgspec.structs.replace(denial, count=denial.count + before.count)
+        found[key] = denial
+    return list(found.values())
+
+
+def more_tasks(policy: Policy, max_live: int | None, count: int) -> Denial:
+    """New tasks were refused at the limit. max_live: the policy's, where that is the limit."""
+    field, held = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
+    how = HowToAllow(json_path=f"$.{field}", value=min(_TASKS_MAX, held * 2 + 1))
+    return _seen(field, "fork", "a new task", "the guest's control group", count, how)
+
+
+def disk_full() -> Denial:
+    """The scratch disk was full at the end."""
+    return _seen("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
+
+
+def _seen(field: str, action: str, subject: str, by: str, count: int, how: HowToAllow | None) -> Denial:
+    return Denial(
+        field=field,
+        action=action,
+        subject=subject,
+        enforced_by=by,
+        observed_by="guest",
+        count=count,
+        how_to_allow=how,
+    )
+
+
+def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
+    """A filter refused the call itself; it knows no arguments."""
+    process, count = policy.process, body["count"]
+    if body["call"] in _EXECUTES:
+        if not process.enabled:
+            how = HowToAllow(json_path="$.process.enabled", value=True)
+        else:
+            how = HowToAllow(json_path="$.process.allow_exec", value=True)
+        return _seen("process.allow_exec", "execute", "a program", _SECCOMP, count, how)
+    if body["call"] in _TASKS:
+        children = process.enabled and process.allow_spawn and process.max_live > 0
+        if not children:
+            what = "a new process" if policy.threads_in_force.enabled else "a new process or thread"
+            return _seen("process.allow_spawn", "fork", what, _SECCOMP, count, _children(policy))
+        if not policy.threads_in_force.enabled:
+            how = HowToAllow(json_path="$.threads.enabled", value=True)
+            return _seen("threads.enabled", "fork", "a new thread", _SECCOMP, count, how)
+    return _seen(SYSTEM_CALLS, "call", str(body["call"]), _SECCOMP, count, None)
+
+
+def _children(policy: Policy) -> HowToAllow:
+    process = policy.process
+    if not process.enabled:
+        return HowToAllow(json_path="$.process.enabled", value=True)
+    if not process.allow_spawn:
+        return HowToAllow(json_path="$.process.allow_spawn", value=True)
+    return HowToAllow(json_path="$.process.max_live", value=8)
+
+
+def _descriptors(body: Mapping[str, Any], policy: Policy) -> Denial:
+    how = HowToAllow(json_path="$.limits.fds", value=min(_FDS_MAX, 2 * policy.limits.fds + 16))
+    by = "the guest's resource limits"
+    return _seen("limits.fds", "open", "one more descriptor", by, body["count"], how)
+
+
+def _execution(body: Mapping[str, Any], policy: Policy) -> Denial:
+    process, path, count = policy.process, body["path"], body["count"]
+    if not _listed(policy) or body["errno"] != errno.EACCES:
+        return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
+    if any(inside(path, folder) for folder in _WRITABLE):
+        prefix = posixpath.dirname(path).rstrip("/") + "/"
+        how = HowToAllow(json_path="$.process.allow_exec_prefixes", value=[*process.allow_exec_prefixes, prefix])
+        return _seen("process.allow_exec_prefixes", "execute", path, "noexec", count, how)
+    return _seen("process.allow_execs", "execute", path, _LANDLOCK, count, _on_list(policy, path))
+
+
+def _on_list(policy: Policy, path: str) -> HowToAllow:
+    return HowToAllow(json_path="$.process.allow_execs", value=[*policy.process.allow_execs, path])
+
+
+def _listed(policy: Policy) -> bool:
+    process = policy.process
+    return process.enabled and process.allow_exec and "/" not in process.allow_exec_prefixes
+
+
+def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area]) -> Denial:
+    path, count = body["path"] or f"({body['call']})", body["count"]
+    action = "write" if body["write"] else "read"
+    folder = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)
+    area = max((area for area in areas if f"{path}/".startswith(f"{area.at}/")), key=_depth, default=None)
+    if action == "read":
+        if area is None and _listed(policy) and _PROGRAM_FOLDERS & set(path.split("/")):
+            return _seen("process.allow_execs", action, path, _LANDLOCK, count, _on_list(policy, path))
+        return _seen(PERMISSIONS, action, path, "the file's mode and owner", count, None)
+    if body["errno"] == errno.EPERM or (area is not None and area.write):
+        return _seen(PERMISSIONS, body["call"], path, "the file's mode and owner", count, None)
+    by = "the guest's mounts"
+    if f"{path}/".startswith(f"{OUT}/"):
+        how = HowToAllow(json_path=None, value=None, flag="--out DIR")
+        return _seen("fs.write_roots", action, path, by, count, how)
+    given = folder if area is None else area.given
+    if place(given, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0] is None:
+        return _seen(PERMISSIONS, action, path, by, count, None)
+    return _seen("fs.write_roots", action, path, by, count, root_to_allow(policy, "write_roots", given))
+
+
+def _depth(area: Area) -> int:
+    return area.at.count("/")
+
+
+def root_to_allow(policy: Policy, name: Literal["read_roots", "write_roots"], given: str) -> HowToAllow:
+    """What would make *given* a root."""
+    flag = f"--allow-{name.replace('_roots', '-root')} {given}"
+    if not policy.fs.enabled:
+        return HowToAllow(json_path="$.fs.enabled", value=True, flag=flag)
+    return HowToAllow(json_path=f"$.fs.{name}", value=[*getattr(policy.fs, name), given], flag=flag)

@@ -1,0 +1,52 @@
+"""What a program that failed may have missed, told from the end of its own standard error.
+
+A path that is not there and a module that is not installed are no refusals, and are never counted as such: most
+programs look for many. Pure; the text is the program's, and says whatever it wants: it is shown, and nothing is looked
+up by it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.plan.denials import Hint, HowToAllow, root_to_allow
+from x07_sandbox.plan.places import PROGRAM, inside, place
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from x07_sandbox.plan.denials import Area
+    from x07_sandbox.policy.model import Policy
+
+_MOST: Final = 3
+# As Python says it, and as perror(3) and most programs do: "cat: /data/x: No such file or directory".
+_MISSING: Final = (
+    re.compile(r"No such file or directory: b?'([^'\n]{1,255})'"),
+    re.compile(r"(?:^|[\s:'\"])(/[^\s:'\"]{1,255})['\"]?(?: [a-z ]{1,20})?: No such file or directory", re.MULTILINE),
+)
+_MODULE: Final = re.compile(r"^ModuleNotFoundError: No module named '(\w{1,100})", re.MULTILINE | re.ASCII)
+_ELSEWHERE: Final = ("/tmp", PROGRAM)  # noqa: S108 - the guest's own: what is missing there was never made
+
+
+def hints(tail: bytes, policy: Policy, areas: Sequence[Area], cwd: str) -> list[Hint]:
+    """What the program seems to have missed, at most three things. tail: the end of its error output."""
+    text = tail.decode("utf-8", "replace")
+    found = dict.fromkeys((*_paths(text, policy, areas, cwd), *_MODULE.findall(text)))
+    return [_hint(what, policy) for what in list(found)[:_MOST]]
+
+
+def _paths(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[str]:
+    for pattern in _MISSING:
+        for path in pattern.findall(text):
+            at, _ = place(path, cwd, deny_hidden=policy.fs.deny_hidden)
+            known = at is None or any(at == area.at or inside(at, area.at) for area in areas)
+            if not known and path.isprintable() and not path.startswith(tuple(f"{one}/" for one in _ELSEWHERE)):
+                yield path if "/" in path else f"./{path}"
+
+
+def _hint(what: str, policy: Policy) -> Hint:
+    if "/" in what:
+        return Hint(subject=what, how=root_to_allow(policy, "read_roots", what))
+    flag = f"--image NAME, after x07 image build --name NAME --include python3-{what.lower().replace('_', '-')},"
+    return Hint(subject=f"the Python module {what}", how=HowToAllow(json_path=None, value=None, flag=flag))
