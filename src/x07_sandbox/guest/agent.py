@@ -159,6 +159,7 @@ class Agent:
         gc.freeze()
         gc.disable()
         place.cpu_us_so_far()
+        self.audit.settle()
         self.link.send(Kind.WARMED, {})
 
     def _take_seed(self, body: dict[str, Any]) -> None:

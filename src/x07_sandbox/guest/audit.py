@@ -82,12 +82,16 @@ class Audit:
         self._ask(_SET, _STATUS.pack(mask, 1, 0, os.getpid(), _RATE, _BACKLOG, 0, 0, 0, 0, 0))
         self._lost_before = 0
 
+    def settle(self) -> None:
+        """Forget all so far, and what is lost of it: before a machine is saved."""
+        self.begin()
+        self._lost_before = self._status()[_LOST]
+
     def begin(self) -> None:
         """Forget all so far: what comes from here on is the program's."""
         while self._next() is not None:
             pass
         self._refusals.forget()
-        self._lost_before = self._status()[_LOST]
 
     def take(self) -> None:
         """Take what has come, at most so much that others get their turn."""
@@ -123,27 +127,28 @@ class Audit:
         return _HEADER.unpack_from(data)[1], data[_HEADER.size :].rstrip(b"\0")
 
     def _status(self) -> tuple[int, ...]:
-        status = self._ask(_GET, b"")
-        return _STATUS.unpack_from(status.ljust(_STATUS.size, b"\0"))
+        """The audit's own counters. Raises OSError."""
+        return _STATUS.unpack_from(self._ask(_GET, b"").ljust(_STATUS.size, b"\0"))
 
     def _ask(self, kind: int, body: bytes) -> bytes:
-        """Send a request and wait for its acknowledgement; what it was answered. Raises OSError."""
+        """Send a request; its answer, which for all but a question is nothing. Raises OSError."""
         self._sequence += 1
-        header = _HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | _ACK, self._sequence, 0)
+        # A question has no acknowledgement: that may come before the answer, which a thread of its own sends.
+        flags = _REQUEST if kind == _GET else _REQUEST | _ACK
+        header = _HEADER.pack(_HEADER.size + len(body), kind, flags, self._sequence, 0)
         self._socket.sendto(header + body, (0, 0))
-        answer = b""
         while True:
             data = self._socket.recv(16384)
             _, got, _, sequence, _ = _HEADER.unpack_from(data)
+            body = data[_HEADER.size :]
             if got == _ERROR and sequence == self._sequence:
-                number = struct.unpack_from("=i", data, _HEADER.size)[0]
+                number = struct.unpack_from("=i", body)[0]
                 if number:
                     raise OSError(-number, os.strerror(-number), f"audit request {kind}")
-                return answer
+                return b""
             if got == kind:
-                answer = data[_HEADER.size :]
-            elif got >= _SYSCALL:
-                self._refusals.note(got, data[_HEADER.size :].rstrip(b"\0"))
+                return body
+            self._refusals.note(got, body.rstrip(b"\0"))
 
 
 class Refusals:
