@@ -173,7 +173,7 @@ def test_the_result_names_the_filters_by_their_digests(attempt: Escapes, image: 
     """A result has name and sha256 of each filter of the image that the program was under."""
     known = image.manifest.filters
     ran = attempt.run("tasks", process__allow_spawn=False, process__allow_exec=False)
-    names = ("base", "no-spawn-no-exec", "no-spawn-no-exec-once")
+    names = ("base", "quiet", "no-spawn-no-exec", "no-spawn-no-exec-once")
     assert ran.result.filters == {name: f"sha256:{known[name].sha256}" for name in names}
     for part in known.values():
         assert (image.folder / part.file).stat().st_size == part.bytes

@@ -157,6 +157,7 @@ def test_a_guest_that_fails_before_the_program_is_the_hosts_fault(hostile: Hosti
         ("json", "broke the channel's protocol while running the program: bad EXITED frame"),
         ("deep", "broke the channel's protocol while running the program: bad EXITED frame"),
         ("numbers", "broke the channel's protocol while running the program: bad EXITED frame"),
+        ("denials", "broke the channel's protocol while running the program: bad DENIED frame: there are more than 64"),
     ],
 )
 def test_each_way_to_lose_a_guest_has_its_own_reason(hostile: Hostile, word: str, reason: str) -> None:
@@ -195,6 +196,14 @@ def test_a_guest_that_says_nothing_of_use_ends_at_the_deadline(hostile: Hostile,
     assert (ran.outcome, ran.result.x07_exit_code) == ("timeout", 124)
     assert ran.program_ms < 3000 + 300 + 4000
     assert "panic" not in ran.reason
+
+
+def test_a_refusal_that_was_made_up_harms_nobody(hostile: Hostile) -> None:
+    """What a taken-over agent says of refusals is text: it is told, and nothing follows from it."""
+    ran = hostile("denial")
+    (denial,) = ran.result.denials
+    assert (ran.outcome, denial.subject, denial.how_to_allow) == ("ok", "/root/\x1b[2Jx", None)
+    assert denial.count == 2**62
 
 
 def test_a_claim_of_success_is_only_the_programs_own(hostile: Hostile) -> None:

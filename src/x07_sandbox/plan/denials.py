@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 
 PERMISSIONS: Final = "permissions"  # stands for a field where no field decides
 SYSTEM_CALLS: Final = "system-calls"
-_FDS_MAX: Final = 65_536
+_FDS_MAX: Final = 1024
 _TASKS_MAX: Final = 1024
+# What ends a program for a limit: the field, what it did, who saw it, and the most that a policy can say.
+_LIMITS: Final[dict[str, tuple[str, str, Literal["host", "guest"], int]]] = {
+    "timeout": ("limits.wall_ms", "run for longer", "host", 600_000),
+    "cpu-limit": ("limits.cpu_ms", "use more processor time", "guest", 600_000),
+    "oom": ("limits.mem_bytes", "use more memory", "guest", 17_179_869_184),
+}
 _TASKS: Final = frozenset({"clone", "clone3", "fork", "vfork"})
 _EXECUTES: Final = frozenset({"execve", "execveat"})
 _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
@@ -80,7 +86,7 @@ def denials(refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequenc
         elif body["errno"] == errno.EMFILE:
             denial = _descriptors(body, policy)
         elif body["call"] in _EXECUTES:
-            denial = _execution(body, policy)
+            denial = _execution(body, policy, areas)
         else:
             denial = _file(body, policy, areas)
         key = denial.field, denial.action, denial.subject
@@ -93,13 +99,27 @@ def denials(refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequenc
 def more_tasks(policy: Policy, max_live: int | None, count: int) -> Denial:
     """New tasks were refused at the limit. max_live: the policy's, where that is the limit."""
     field, held = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
-    how = HowToAllow(json_path=f"$.{field}", value=min(_TASKS_MAX, held * 2 + 1))
-    return _seen(field, "fork", "a new task", "the guest's control group", count, how)
+    return _seen(field, "fork", "a new task", "the guest's control group", count, _more(field, held, _TASKS_MAX))
+
+
+def limit_hit(outcome: str, policy: Policy) -> Denial | None:
+    """What the program did to end so; None where no limit of the policy ended it."""
+    if outcome not in _LIMITS:
+        return None
+    field, what, observer, most = _LIMITS[outcome]
+    how = _more(field, int(getattr(policy.limits, field.removeprefix("limits."))), most)
+    seen = _seen(field, "run", what, "the deadline" if observer == "host" else "the guest's control group", 1, how)
+    return msgspec.structs.replace(seen, observed_by=observer)
 
 
 def disk_full() -> Denial:
     """The scratch disk was full at the end."""
     return _seen("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
+
+
+def _more(field: str, held: int, most: int) -> HowToAllow | None:
+    """A larger number, if a policy can say one."""
+    return HowToAllow(json_path=f"$.{field}", value=min(most, 2 * held + 1)) if held < most else None
 
 
 def _seen(field: str, action: str, subject: str, by: str, count: int, how: HowToAllow | None) -> Denial:
@@ -124,8 +144,7 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
             how = HowToAllow(json_path="$.process.allow_exec", value=True)
         return _seen("process.allow_exec", "execute", "a program", _SECCOMP, count, how)
     if body["call"] in _TASKS:
-        children = process.enabled and process.allow_spawn and process.max_live > 0
-        if not children:
+        if not (process.enabled and process.allow_spawn):
             what = "a new process" if policy.threads_in_force.enabled else "a new process or thread"
             return _seen("process.allow_spawn", "fork", what, _SECCOMP, count, _children(policy))
         if not policy.threads_in_force.enabled:
@@ -135,26 +154,24 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
 
 
 def _children(policy: Policy) -> HowToAllow:
-    process = policy.process
-    if not process.enabled:
-        return HowToAllow(json_path="$.process.enabled", value=True)
-    if not process.allow_spawn:
-        return HowToAllow(json_path="$.process.allow_spawn", value=True)
-    return HowToAllow(json_path="$.process.max_live", value=8)
+    name = "allow_spawn" if policy.process.enabled else "enabled"
+    return HowToAllow(json_path=f"$.process.{name}", value=True)
 
 
 def _descriptors(body: Mapping[str, Any], policy: Policy) -> Denial:
-    how = HowToAllow(json_path="$.limits.fds", value=min(_FDS_MAX, 2 * policy.limits.fds + 16))
+    how = _more("limits.fds", policy.limits.fds, _FDS_MAX)
     by = "the guest's resource limits"
     return _seen("limits.fds", "open", "one more descriptor", by, body["count"], how)
 
 
-def _execution(body: Mapping[str, Any], policy: Policy) -> Denial:
+def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area]) -> Denial:
     process, path, count = policy.process, body["path"], body["count"]
     if not _listed(policy) or body["errno"] != errno.EACCES:
         return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
-    if any(inside(path, folder) for folder in _WRITABLE):
-        prefix = posixpath.dirname(path).rstrip("/") + "/"
+    writable = [folder for folder in (*_WRITABLE, *(area.at for area in areas if area.write)) if inside(path, folder)]
+    if writable:
+        # The folder that is there when the program starts: an entry counts for what it finds then.
+        prefix = f"{max(writable, key=len)}/"
         how = HowToAllow(json_path="$.process.allow_exec_prefixes", value=[*process.allow_exec_prefixes, prefix])
         return _seen("process.allow_exec_prefixes", "execute", path, "noexec", count, how)
     return _seen("process.allow_execs", "execute", path, _LANDLOCK, count, _on_list(policy, path))

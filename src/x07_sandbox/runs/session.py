@@ -16,7 +16,7 @@ from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, create_record
 from x07_sandbox.plan.confinement import UNCONFINED, Confinement, confinement
 from x07_sandbox.plan.controls import Plan, run_limits
-from x07_sandbox.plan.denials import Area, Denial, Hint, denials, disk_full, more_tasks
+from x07_sandbox.plan.denials import Area, Denial, Hint, denials, disk_full, limit_hit, more_tasks
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
@@ -276,6 +276,8 @@ class Session:
         report = self.so_far.phases["run"]
         self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
         self._note_denials(facts, policy, spec)
+        if (limit := limit_hit(ending.outcome.value, policy)) is not None:
+            self.so_far.denials.append(limit)
         return ending
 
     # one phase
@@ -367,7 +369,8 @@ class Session:
 
     def _note_denials(self, facts: PhaseFacts, policy: Policy, spec: PhaseSpec) -> None:
         usage, so_far = facts.usage, self.so_far
-        so_far.denials += denials(facts.refused, policy, spec.areas)
+        # Before what was not copied in: what it tried comes first.
+        so_far.denials[:0] = denials(facts.refused, policy, spec.areas)
         so_far.denials_lost = int(usage.get("denials_lost", 0))
         if refused := int(usage.get("tasks_refused", 0)):
             so_far.denials.append(more_tasks(policy, run_limits(policy).max_live, refused))

@@ -19,6 +19,7 @@ from x07_sandbox.channel.frames import HEADER, PROTOCOL, Kind, Stream
 from x07_sandbox.channel.link import Control, Event
 from x07_sandbox.guest import honest, system
 
+DENIED = {"by": "kernel", "call": "openat", "errno": 13, "path": "/x", "write": False, "count": 1}
 ENDED = {
     "wait_status": 0,
     "cpu_us": 1,
@@ -146,6 +147,13 @@ def endless_file(agent: Liar) -> None:
         time.sleep(0.001)
 
 
+def many_denials(agent: Liar) -> None:
+    """Say of more things than may be that they were refused."""
+    for number in range(70):
+        agent.link.send(Kind.DENIED, DENIED | {"path": f"/{number}"})
+    agent.end()
+
+
 DEEDS = {
     "panic": lambda _agent: panic(),
     "exit": lambda _agent: os._exit(3),
@@ -164,6 +172,10 @@ DEEDS = {
     "json": lambda agent: agent.raw(Kind.EXITED, 0, b'{"wait_status": NaN}'),
     "deep": lambda agent: agent.raw(Kind.EXITED, 0, b"[" * 16000),
     "numbers": lambda agent: agent.raw(Kind.EXITED, 0, b'{"wait_status":' + b"9" * 5000 + b"}"),
+    "denials": many_denials,
+    "denial": lambda agent: (
+        agent.link.send(Kind.DENIED, DENIED | {"path": "/root/\x1b[2Jx", "call": "\x1b", "count": 2**62}) or agent.end()
+    ),
     "ok": lambda agent: agent.end(),
     "console": lambda _agent: flood_console(),
     "longer": lambda agent: lie_about_file(agent, 10, 20),

@@ -1,0 +1,128 @@
+"""Promises of the guest's reader of audit records: each refused call once, by name and path, and never more than 64."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.guest.audit import Refusal, Refusals
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CALLS: Final = {"openat": 257, "mkdir": 83, "unlinkat": 263, "execve": 59, "mount": 165, "socket": 41}
+SYSCALL, PATH, CWD, SECCOMP = 1300, 1302, 1307, 1326
+WHO: Final = (
+    "ppid=137 pid=138 auid=4294967295 uid=65532 gid=65532 euid=65532 suid=65532 fsuid=65532 egid=65532 sgid=65532 "
+    'fsgid=65532 tty=(none) ses=4294967295 comm="python3" exe="/usr/bin/python3.13" key=(null)'
+)
+Record = tuple[int, str]
+
+
+def called(call: int, error: int, *, items: int, a0: str = "ffffffffffffff9c", a1: str = "7f", a2: str = "0") -> Record:
+    """As Linux 6.12 writes it."""
+    words = f"arch=c000003e syscall={call} success=no exit={-error} a0={a0} a1={a1} a2={a2} a3=0 items={items}"
+    return SYSCALL, f"{words} {WHO}"
+
+
+def path(name: str, kind: str = "NORMAL") -> Record:
+    """One of the paths of a call."""
+    return PATH, f"item=0 name={name} inode=67 dev=fe:00 mode=040755 ouid=0 ogid=0 rdev=00:00 nametype={kind} cap_fp=0"
+
+
+def read(*events: Sequence[Record]) -> dict[Refusal, int]:
+    """What is made of these calls' records."""
+    refusals = Refusals(CALLS)
+    for serial, records in enumerate(events, start=40):
+        for kind, text in records:
+            refusals.note(kind, f"audit(1764000000.123:{serial}): {text}".encode())
+    refusals.finish()
+    return refusals.found
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        (
+            [called(257, 13, items=1), (CWD, 'cwd="/opt/x07"'), path('"/root/x"', "UNKNOWN")],
+            Refusal("kernel", "openat", 13, "/root/x", write=False),
+        ),
+        (
+            [called(257, 30, items=1, a2="80241"), (CWD, 'cwd="/"'), path('"/etc/"', "PARENT")],
+            Refusal("kernel", "openat", 30, "/etc/", write=True),
+        ),
+        (
+            [called(83, 30, items=2), (CWD, 'cwd="/data"'), path('"a/"', "PARENT"), path('"a/new"', "CREATE")],
+            Refusal("kernel", "mkdir", 30, "/data/a/new", write=True),
+        ),
+        (
+            [called(263, 30, items=1, a0="5"), (CWD, 'cwd="/data"'), path('"x"', "DELETE")],
+            Refusal("kernel", "unlinkat", 30, ".../x", write=True),
+        ),
+        (
+            [called(59, 13, items=1, a0="55"), (CWD, 'cwd="/"'), path("2F746D702F6120C3A9")],
+            Refusal("kernel", "execve", 13, "/tmp/a é", write=False),  # noqa: S108 - the guest's
+        ),
+        ([called(59, 13, items=1), path("FF2F")], Refusal("kernel", "execve", 13, "\\xff", write=False)),
+        ([called(41, 24, items=0)], Refusal("kernel", "socket", 24, "", write=True)),
+        ([called(999, 1, items=0)], Refusal("kernel", "system call 999", 1, "", write=True)),
+        ([called(257, 13, items=3), path('"/a"')], Refusal("kernel", "openat", 13, "/a", write=False)),
+        ([called(257, 13, items=1), path("(null)")], Refusal("kernel", "openat", 13, "", write=False)),
+        (
+            [(SECCOMP, f"{WHO} sig=0 arch=c000003e syscall=165 compat=0 ip=0x7f code=0x50000")],
+            Refusal("seccomp", "mount", 1, "", write=False),
+        ),
+    ],
+)
+def test_a_refused_call_is_told_by_name_and_path(records: list[Record], expected: Refusal) -> None:
+    """Names are put together with the working directory, decoded, and something new is told by its folder."""
+    assert read(records) == {expected: 1}
+
+
+def test_the_same_call_is_counted() -> None:
+    """What is refused again and again is one thing with a count, whatever came in between."""
+    one = [called(257, 13, items=1), path('"/root/x"')]
+    other = [called(257, 13, items=1), path('"/root/y"')]
+    assert read(one, other, one, one) == {
+        Refusal("kernel", "openat", 13, "/root/x", write=False): 3,
+        Refusal("kernel", "openat", 13, "/root/y", write=False): 1,
+    }
+
+
+def test_records_of_several_calls_may_be_mixed() -> None:
+    """Each record belongs to the call of its serial number."""
+    refusals = Refusals(CALLS)
+    mixed = ((7, called(257, 13, items=1)), (8, called(59, 13, items=1)), (8, path('"/b"')), (7, path('"/a"')))
+    for serial, (kind, text) in mixed:
+        refusals.note(kind, f"audit(1.2:{serial}): {text}".encode())
+    assert [(refusal.call, refusal.path) for refusal in refusals.found] == [("execve", "/b"), ("openat", "/a")]
+
+
+def test_a_flood_is_bounded() -> None:
+    """Of more than 64 different things the first are told and the rest is a number; calls that never end are few."""
+    refusals = Refusals(CALLS)
+    for serial in range(5000):
+        refusals.note(SYSCALL, f"audit(1.2:{serial}): {called(257, 13, items=1)[1]}".encode())
+        if serial % 2:
+            name = f'"/root/{serial}"'
+            refusals.note(PATH, f"audit(1.2:{serial}): {path(name)[1]}".encode())
+    refusals.finish()
+    assert len(refusals.found) == 64
+    assert sum(refusals.found.values()) + refusals.untold == 5000
+    refusals.forget()
+    assert (refusals.found, refusals.untold) == ({}, 0)
+
+
+@given(st.lists(st.tuples(st.sampled_from([SYSCALL, PATH, CWD, SECCOMP, 0]), st.binary(max_size=80)), max_size=20))
+def test_any_bytes_are_read_without_an_error(records: list[tuple[int, bytes]]) -> None:
+    """A record is the kernel's, but names in it are the program's: nothing in one ends the agent."""
+    refusals = Refusals(CALLS)
+    for kind, text in records:
+        refusals.note(kind, text)
+        refusals.note(kind, b"audit(1.2:3): syscall=257 items=2 name=" + text)
+    refusals.finish()
+    for refusal in refusals.found:
+        assert len(refusal.path) <= 1025

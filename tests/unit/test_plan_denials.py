@@ -1,0 +1,198 @@
+"""Promises of what a result says of refusals: whose field it was, and what would allow it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import pytest
+
+from x07_sandbox.plan.denials import Area, HowToAllow, denials, limit_hit, more_tasks
+from x07_sandbox.plan.hints import hints
+from x07_sandbox.policy import default_policy
+from x07_sandbox.policy.model import Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+EACCES, EPERM, EROFS, EMFILE = 13, 1, 30, 24
+AREAS: Final = (
+    Area(given="/data", at="/data", write=False),
+    Area(given="/data/out", at="/data/out", write=True),
+    Area(given="in", at="/opt/x07/in", write=False),
+)
+LISTED: Final = {"process.allow_exec_prefixes": [], "process.allow_execs": ["/usr/bin/env"]}
+
+
+def policy(changes: Mapping[str, object]) -> Policy:
+    """The default one, with these fields, named by their paths."""
+    document = msgspec.to_builtins(default_policy())
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        document[section][key] = value
+    return msgspec.convert(document, Policy)
+
+
+def kernel(call: str, path: str, error: int, *, write: bool = False) -> dict[str, object]:
+    """What the guest says of a call that the kernel refused."""
+    return {"by": "kernel", "call": call, "errno": error, "path": path, "write": write, "count": 1}
+
+
+def seccomp(call: str) -> dict[str, object]:
+    """What it says of a call that a filter refused."""
+    return {"by": "seccomp", "call": call, "errno": EPERM, "path": "", "write": False, "count": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "body", "field", "how"),
+    [
+        # filters
+        ({"threads.enabled": False}, seccomp("clone"), "threads.enabled", ("$.threads.enabled", True)),
+        ({"process.allow_spawn": False}, seccomp("clone"), "process.allow_spawn", ("$.process.allow_spawn", True)),
+        ({"process.enabled": False}, seccomp("vfork"), "process.allow_spawn", ("$.process.enabled", True)),
+        ({"process.allow_exec": False}, seccomp("execve"), "process.allow_exec", ("$.process.allow_exec", True)),
+        ({"process.enabled": False}, seccomp("execve"), "process.allow_exec", ("$.process.enabled", True)),
+        ({}, seccomp("clone"), "system-calls", None),
+        ({}, seccomp("mount"), "system-calls", None),
+        # programs
+        (
+            LISTED,
+            kernel("execve", "/usr/bin/true", EACCES),
+            "process.allow_execs",
+            ("$.process.allow_execs", ["/usr/bin/env", "/usr/bin/true"]),
+        ),
+        (
+            LISTED,
+            kernel("openat", "/usr/bin/true", EACCES),
+            "process.allow_execs",
+            ("$.process.allow_execs", ["/usr/bin/env", "/usr/bin/true"]),
+        ),
+        (
+            LISTED,
+            kernel("execve", "/tmp/a/made", EACCES),  # noqa: S108 - the guest's
+            "process.allow_exec_prefixes",
+            ("$.process.allow_exec_prefixes", ["/tmp/"]),  # noqa: S108 - as above
+        ),
+        ({}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions", None),
+        ({}, kernel("openat", "/usr/bin/secret", EACCES), "permissions", None),
+        # files
+        ({}, kernel("openat", "", EMFILE), "limits.fds", ("$.limits.fds", 513)),
+        ({}, kernel("openat", "/etc/", EROFS, write=True), "permissions", None),
+        ({}, kernel("openat", "/root/x", EACCES), "permissions", None),
+        ({}, kernel("unlink", "/tmp/x", EPERM, write=True), "permissions", None),  # noqa: S108 - as above
+        ({}, kernel("openat", "/x07/out/", EROFS, write=True), "fs.write_roots", (None, None)),
+        (
+            {"fs.enabled": True},
+            kernel("openat", "/srv/", EROFS, write=True),
+            "fs.write_roots",
+            ("$.fs.write_roots", ["/srv"]),
+        ),
+        ({"fs.enabled": False}, kernel("mkdir", "/srv/", EROFS, write=True), "fs.write_roots", ("$.fs.enabled", True)),
+        (
+            {"fs.enabled": True},
+            kernel("openat", "/data/a/b", EROFS, write=True),
+            "fs.write_roots",
+            ("$.fs.write_roots", ["/data"]),
+        ),
+        (
+            {"fs.enabled": True},
+            kernel("openat", "/opt/x07/in/", EROFS, write=True),
+            "fs.write_roots",
+            ("$.fs.write_roots", ["in"]),
+        ),
+        ({"fs.enabled": True}, kernel("openat", "/data/out/locked", EACCES, write=True), "permissions", None),
+    ],
+)
+def test_a_refusal_names_the_field_and_what_would_allow_it(
+    changes: dict[str, object], body: dict[str, object], field: str, how: tuple[str | None, object] | None
+) -> None:
+    """The smallest change of the policy that would let it pass, or none where none would."""
+    (denial,) = denials([body], policy(changes), AREAS)
+    assert denial.field == field
+    allowing = denial.how_to_allow
+    assert (allowing and (allowing.json_path, allowing.value)) == how
+    assert denial.observed_by == "guest"
+    assert denial.count == body["count"]
+
+
+def test_what_is_the_same_to_the_policy_is_told_once() -> None:
+    """A fork and a vfork are one thing that was refused, and their counts are added."""
+    (denial,) = denials([seccomp("clone"), seccomp("vfork")], policy({"process.allow_spawn": False}), ())
+    assert (denial.subject, denial.count) == ("a new process", 4)
+
+
+def test_flags_name_the_folder_as_the_user_did() -> None:
+    """For files there is a flag, which does all that the policy would need."""
+    (denial,) = denials([kernel("openat", "/opt/x07/in/", EROFS, write=True)], policy({}), AREAS)
+    assert denial.how_to_allow is not None
+    assert denial.how_to_allow.flag == "--allow-write-root in"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "path", "value"),
+    [
+        ("timeout", "$.limits.wall_ms", 120_001),
+        ("cpu-limit", "$.limits.cpu_ms", 120_001),
+        ("oom", "$.limits.mem_bytes", 2 * 512 * 1024**2 + 1),
+    ],
+)
+def test_a_limit_that_ended_the_program_is_a_refusal_too(outcome: str, path: str, value: int) -> None:
+    """It names the field, and a value twice as large."""
+    denial = limit_hit(outcome, policy({}))
+    assert denial is not None
+    assert denial.how_to_allow == HowToAllow(json_path=path, value=value)
+    assert limit_hit("failed", policy({})) is None
+
+
+def test_what_is_at_its_most_cannot_be_allowed() -> None:
+    """Where no policy can say more there is nothing to advise."""
+    denial = limit_hit("timeout", policy({"limits.wall_ms": 600_000}))
+    assert denial is not None
+    assert denial.how_to_allow is None
+    assert more_tasks(policy({"limits.procs": 1024}), None, 3).how_to_allow is None
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "flag"),
+    [
+        ("FileNotFoundError: [Errno 2] No such file or directory: '/srv/a b.csv'", "/srv/a b.csv", "/srv/a b.csv"),
+        ("cat: /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
+        ("sort: cannot read: '/srv/x': No such file or directory\n", "/srv/x", "/srv/x"),
+        ("head: cannot open '/srv/x' for reading: No such file or directory\n", "/srv/x", "/srv/x"),
+        ("FileNotFoundError: [Errno 2] No such file or directory: 'a.csv'", "./a.csv", "./a.csv"),
+        (
+            "ModuleNotFoundError: No module named 'some_thing.more'\n",
+            "the Python module some_thing",
+            "python3-some-thing",
+        ),
+    ],
+)
+def test_what_a_failed_program_missed_is_hinted_at(text: str, subject: str, flag: str) -> None:
+    """A path or a module that its last words name is told with the flag that would bring it in."""
+    (hint,) = hints(text.encode(), policy({}), (), "/opt/x07")
+    assert hint.subject == subject
+    assert flag in (hint.how.flag or "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "No such file or directory: '/usr/lib/x'",  # the machine's own
+        "No such file or directory: '/opt/x07/made-by-me'",
+        "No such file or directory: '/data/missing'",  # a root: what is not there is not on the host either
+        "No such file or directory: '../../etc/shadow'",
+        "No such file or directory: '/srv/\x1b[31mred'",
+        "/srv/x: Permission denied",
+    ],
+)
+def test_what_no_flag_would_bring_is_no_hint(text: str) -> None:
+    """Paths of the machine, of its own folders, in a root, outside of everything, or that cannot be printed."""
+    assert hints(text.encode(), policy({}), AREAS, "/opt/x07") == []
+
+
+def test_hints_are_few_however_long_the_text() -> None:
+    """Three at most, each once."""
+    text = "".join(f"cat: /srv/{number % 5}: No such file or directory\n" for number in range(1300))
+    assert len(hints(text.encode(), policy({}), (), "/opt/x07")) == 3
+    assert hints(b"\xff'/" * 20_000, policy({}), (), "/opt/x07") == []

@@ -1,0 +1,189 @@
+"""What a program was refused is told: by name, with what would allow it, and bounded however much it tries."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.vm.conftest import Ran, Sandbox
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+THREAD: Final = "import threading\nthreading.Thread(target=int).start()\n"
+FORK: Final = "import os\npid = os.fork()\nif not pid: os._exit(0)\nos.waitpid(pid, 0)\n"
+EXEC: Final = "import os\nos.execv('/usr/bin/true', ['true'])\n"
+SPAWN: Final = "import subprocess\nsubprocess.run(['/usr/bin/env', 'true'], check=True)\n"
+MADE: Final = """
+import os, subprocess
+os.mkdir("/tmp/made")
+with open("/tmp/made/it", "w") as file:
+    file.write("#!/usr/bin/sh\\nexit 0\\n")
+os.chmod("/tmp/made/it", 0o755)
+subprocess.run(["/tmp/made/it"], check=True)
+"""
+CHILDREN: Final = """
+import subprocess
+for one in [subprocess.Popen(["/usr/bin/sleep", "0.2"]) for _ in range(3)]:
+    one.wait()
+"""
+FILES: Final = "held = [open('/dev/null') for _ in range(40)]\n"
+MEMORY: Final = "held = bytearray(100 << 20)\n"
+CPU: Final = "for _ in range(200_000): pass\nimport time\nwhile time.process_time() < 2: pass\n"
+CHANGE: Final = "import os\nos.chdir({root!r})\nos.mkdir('new')\nos.remove('gone')\n"
+RENAME: Final = "import os\nos.chdir({root!r})\nos.rename('old', 'renamed')\n"
+
+Policy = dict[str, object]
+
+
+def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[str], list[Ran]]:
+    """Run, do what the first refusal or hint says to the policy, and run again: what was said, and all runs."""
+    policy = dict(policy)
+    said: list[str] = []
+    runs: list[Ran] = []
+    while len(runs) < 6:
+        runs.append(ran := sandbox.run_text("it.py", text, policy=policy))
+        result = ran.result
+        if ran.outcome == "ok" and result.changes.state in {"none", "applied"}:
+            return said, runs
+        allowing = [denial.how_to_allow for denial in result.denials] + [hint.how for hint in result.hints]
+        how = next(how for how in allowing if how is not None and how.json_path is not None)
+        assert how.json_path is not None
+        said.append(how.json_path.removeprefix("$."))
+        policy[said[-1]] = how.value
+    raise AssertionError((said, runs[-1].result))
+
+
+@pytest.mark.parametrize(
+    ("text", "policy", "said"),
+    [
+        (THREAD, {"threads.enabled": False}, ["threads.enabled"]),
+        (FORK, {"process.allow_spawn": False}, ["process.allow_spawn"]),
+        (EXEC, {"process.allow_exec": False}, ["process.allow_exec"]),
+        (SPAWN, {"process.enabled": False}, ["process.enabled"]),
+        (
+            SPAWN,
+            {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
+            ["process.allow_execs"],
+        ),
+        (
+            MADE,
+            {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": []},
+            ["process.allow_exec_prefixes"],
+        ),
+        (CHILDREN, {"process.max_live": 1}, ["process.max_live"]),
+        (CHILDREN, {"limits.procs": 1}, ["limits.procs"]),
+        (FILES, {"limits.fds": 30}, ["limits.fds"]),
+        (MEMORY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
+        (CPU, {"limits.cpu_ms": 1000}, ["limits.cpu_ms"]),
+        ("import time\ntime.sleep(1.2)\n", {"limits.wall_ms": 1000}, ["limits.wall_ms"]),
+    ],
+)
+def test_what_is_said_to_allow_it_allows_it(sandbox: Sandbox, text: str, policy: Policy, said: list[str]) -> None:
+    """Whoever does what the result says, again and again, comes to a run that passes, with no more than it needs."""
+    found, runs = until_it_passes(sandbox, text, policy)
+    assert found == said
+    assert [denial for denial in runs[-1].result.denials if denial.field != "permissions"] == []
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder of the host whose name nobody could know beforehand."""
+    folder = tmp_path / f"data-{os.urandom(8).hex()}"
+    folder.mkdir()
+    (folder / "in.txt").write_text("here\n")
+    (folder / ".hidden").write_text("hidden\n")
+    (folder / "gone").write_text("")
+    (folder / "old").write_text("old\n")
+    (folder / "link").symlink_to("in.txt")
+    return folder
+
+
+def test_files_come_in_and_changes_come_out_by_what_is_said(sandbox: Sandbox, root: Path) -> None:
+    """Roots to read, hidden names, links, roots to write, folders, removals, renames: each is told, and then works."""
+    closed: Policy = {"fs.allow_mkdir": False, "fs.allow_remove": False, "fs.allow_rename": False}
+    reads = f"print(open('{root}/in.txt').read())"
+    assert until_it_passes(sandbox, reads, {})[0] == ["fs.read_roots"]
+    reads = f"print(open('{root}/.hidden').read(), open('{root}/link').read())"
+    said, _ = until_it_passes(sandbox, reads, {"fs.read_roots": [str(root)], "fs.deny_hidden": True})
+    assert set(said) == {"fs.deny_hidden", "fs.allow_symlinks"}
+    writes = f"open('{root}/out.txt', 'w').write('out')"
+    said, runs = until_it_passes(sandbox, writes, {"fs.read_roots": [str(root)]})
+    assert said == ["fs.write_roots"]
+    assert f"{root}/" in [denial.subject for denial in runs[0].result.denials]
+    assert (root / "out.txt").read_text() == "out"
+    policy = {"fs.write_roots": [str(root)], "fs.deny_hidden": False, "fs.allow_symlinks": True, **closed}
+    said, _ = until_it_passes(sandbox, CHANGE.format(root=str(root)), policy)
+    assert set(said) == {"fs.allow_mkdir", "fs.allow_remove"}
+    assert until_it_passes(sandbox, RENAME.format(root=str(root)), policy)[0] == ["fs.allow_rename"]
+    assert sorted(path.name for path in root.iterdir()) == [".hidden", "in.txt", "link", "new", "out.txt", "renamed"]
+
+
+def test_a_denied_path_appears_by_name(sandbox: Sandbox) -> None:
+    """Names that the program makes up are told, of files and of programs, and each only once with its count."""
+    text = """
+import os, sys
+name = os.urandom(8).hex()
+print(name)
+for path in (f"/root/{name}", f"/root/{name} b", f"/usr/{name}"):
+    for _ in range(3):
+        try:
+            open(path, "r" if "root" in path else "w")
+        except OSError:
+            pass
+open(f"/srv/{name}")
+"""
+    ran = sandbox.run_text("tries.py", text)
+    name = ran.lines()[0]
+    found = {denial.subject: (denial.count, denial.how_to_allow) for denial in ran.result.denials}
+    assert found == {f"/root/{name}": (3, None), f"/root/{name} b": (3, None), "/usr/": (3, None)}
+    assert [hint.subject for hint in ran.result.hints] == [f"/srv/{name}"]
+
+
+def test_ordinary_programs_are_refused_nothing(sandbox: Sandbox) -> None:
+    """Interpreters and compilers look for much that is not there; none of it counts."""
+    text = "import json, subprocess, threading, sqlite3, ssl, email, asyncio\nsubprocess.run(['/usr/bin/true'])\n"
+    ran = sandbox.run_text("usual.py", text)
+    assert (ran.outcome, ran.result.denials, ran.result.denials_lost, ran.result.hints) == ("ok", [], 0, [])
+    ran = sandbox.run_text("usual.sh", "gcc --version >/dev/null && ls / >/dev/null && env true\n")
+    assert (ran.outcome, ran.result.denials, ran.result.denials_lost) == ("ok", [], 0)
+
+
+def test_a_flood_of_refusals_is_counted_and_bounded(sandbox: Sandbox) -> None:
+    """Of thousands of different paths 64 are told and the rest is a number; the program ends by itself, as it would."""
+    text = """
+import os
+for number in range(6000):
+    try:
+        os.open(f"/root/{number}", os.O_RDONLY)
+    except PermissionError:
+        pass
+print("done")
+"""
+    ran = sandbox.run_text("flood.py", text)
+    assert (ran.outcome, ran.stdout) == ("ok", b"done\n")
+    assert len(ran.result.denials) == 64
+    assert ran.result.denials_lost > 1000
+
+
+def test_a_newcomer_reads_what_to_add(state: Path, tmp_path: Path, root: Path) -> None:
+    """Under the program's own error the command names the flag, or the line of the policy, and what nothing allows."""
+    assert state.parent.is_dir()
+    program = tmp_path / "it.py"
+    program.write_text(
+        f"try: open('/etc/x', 'w')\nexcept OSError: pass\nopen('{root}/in.txt').read()\nimport nothing_like_it\n"
+    )
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", str(program)]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "x07: refused: write /etc/; nothing allows it\n" in done.stderr
+    flags = ["--allow-read-root", f"{root}/in.txt"]
+    assert f"x07: {root}/in.txt is not in the sandbox; {' '.join(flags)} lets it\n" in done.stderr
+    done = subprocess.run([*argv[:4], *flags, argv[4]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "--include python3-nothing-like-it" in done.stderr
