@@ -241,14 +241,14 @@ def test_a_variable_too_long_for_linux_is_refused_before_anything_starts() -> No
 
 
 def test_confinement_is_claimed_only_where_it_stands() -> None:
-    """A backend that does not confine programs says so of each field that asks for it, and nobody is claimed to."""
+    """A backend that does not confine programs refuses each field that asks for it."""
     weak = Features(isolation="none", own_kernel=False, can_hold=VM_HOLDS - {"confinement"})
     changes: dict[str, Any] = json.loads(render_policy(default_policy()))
     changes["process"] |= {"allow_exec": False, "allow_spawn": False, "max_live": 1}
     changes["threads"]["enabled"] = False
     policy = decode_policy(render_policy(changes), source="p")
     names = ("threads.enabled", "process.allow_spawn", "process.allow_exec", "process.allow_execs", "process.max_live")
-    assert states(make_plan(policy, weak), *names) == {"not-enforced-yet"}
+    assert states(make_plan(policy, weak), *names) == {"refused"}
     assert states(make_plan(policy, VM), *names) == {"enforced"}
 
 

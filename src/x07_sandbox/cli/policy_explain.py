@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 # What needs a reader's eye comes first.
 _GROUPS: Final = (
     ("refused", "refused: a run with this policy does not start"),
-    ("not-enforced-yet", "not enforced yet: a run starts, and nobody holds this"),
     ("enforced", "enforced"),
     ("advisory", "advisory: it binds only programs that ask"),
 )

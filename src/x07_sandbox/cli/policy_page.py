@@ -56,8 +56,7 @@ _BEFORE_FIELDS: Final = """
 
 *Held* says what a run in a virtual machine does about the field of the **default policy**: enforced, and by whom, or
 only advice, and to whom. For another policy ask `x07 policy explain FILE`: a value that asks for something that this
-version cannot give is refused, and a restriction that nobody holds so far is told as `not-enforced-yet`. The result of
-each run has the same lines (`controls`).
+version cannot give is refused. The result of each run has the same lines (`controls`).
 
 All sections are required but these, which count like this when they are absent:
 
@@ -145,6 +144,33 @@ Whatever the policy says, a filter refuses what no program needs: mounts, module
 perf, userfaultfd, io_uring, memfd_create, execveat by descriptor, kexec, and sockets that are not local, of the
 internet or for routes (`guest/boot/filters.py`). The result names the filters and their digests (`filters`).
 """
+_REFUSALS: Final = """
+## Refusals
+
+What a program was refused stands in the result (`denials`), and `x07 run` prints the first few when it did not end well:
+
+```text
+x07: refused: write /data/; --allow-write-root /data lets it
+x07: refused: execute /usr/bin/nl; $.process.allow_execs = ["/usr/bin/env", "/usr/bin/nl"] in the policy lets it
+x07: refused: read /root/x; nothing allows it
+x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it
+```
+
+| `field` | what was refused | how it is known |
+|---|---|---|
+| `fs.write_roots` | writing where no root lets it | the guest kernel's audit |
+| `fs.deny_hidden`, `fs.allow_symlinks`, `fs.max_*`, `secrets` | what was not copied in | the copying |
+| `fs.allow_mkdir`, `_remove`, `_rename`, `protected`, `kind` | changes that may not come back | the check of changes |
+| `threads.enabled`, `process.allow_spawn`, `_exec` | threads, children, executing | the guest's seccomp filter |
+| `process.allow_execs`, `process.allow_exec_prefixes` | programs that no list names | the audit |
+| `limits.procs`, `process.max_live`, `limits.fds` | one more task or descriptor | control group, audit |
+| `limits.wall_ms`, `limits.cpu_ms`, `limits.mem_bytes` | what ended the program | deadline, control group |
+| `permissions`, `system-calls`, `scratch` | what nothing allows: `how_to_allow` is null | audit, filter, disk |
+
+A subject with a slash at its end is the folder in which something new was to be made. At most 64 different ones are
+told of the audit's; `denials_lost` counts what came beyond, or faster than the kernel records. A path that does not
+exist and a Python module that is not installed are no refusals, but `hints`.
+"""
 _DIGESTS: Final = """
 ## Digests
 
@@ -178,7 +204,7 @@ def render_page() -> str:
     text += "\n## Rules\n\nThese hold whether or not their section is enabled.\n\n"
     text += "".join(f"{number}. {rule.doc}\n" for number, rule in enumerate(RULES, start=1))
     text += _TEMPLATES + "".join(_template_row(name, policy) for name, policy in TEMPLATES.items())
-    text += _OVERRIDES + _FILES + _PROCESSES + _DIGESTS
+    text += _OVERRIDES + _FILES + _PROCESSES + _REFUSALS + _DIGESTS
     text += "\n## The default policy\n\nThis one applies when none is given.\n\n```json\n"
     return text + render_policy(default_policy()).decode() + "```\n"
 

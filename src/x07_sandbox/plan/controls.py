@@ -139,9 +139,8 @@ def _refusals(controls: tuple[Control, ...], asked: Asked) -> Iterator[Refusal]:
     for control in controls:
         if control.state == "refused":
             value = asked.values[control.field]
-            without: object = [] if isinstance(value, tuple) else False
-            if control.field.startswith("limits."):
-                without = value  # a limit is not to be dropped: another backend must hold it
+            # Of a number nothing is to be dropped: another backend must hold it.
+            without: object = [] if isinstance(value, tuple) else not value if isinstance(value, bool) else value
             how = HowToAllow(json_path=f"$.{control.field}", value=without)
             yield Refusal(field=control.field, why=f"{control.why}: {control.field}", how_to_allow=how)
 

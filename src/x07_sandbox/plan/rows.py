@@ -1,8 +1,8 @@
 """The table behind the controls: for every field of a policy, whether it holds, by whom, and why.
 
 A field that permits something and a field that restricts nothing are ``enforced`` when the run behaves as the policy
-says. ``not-enforced-yet`` stands where the value asks for a restriction that nothing holds so far: the run goes on,
-and its result says so. ``advisory`` fields reach X07's own libraries as variables, and bind only programs that ask.
+says. ``refused`` stands where the value asks for what this backend cannot give or hold: nothing runs. ``advisory``
+fields reach X07's own libraries as variables, and bind only programs that ask.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import SCHEMA_VERSION
 
-State = Literal["enforced", "advisory", "refused", "not-enforced-yet"]
+State = Literal["enforced", "advisory", "refused"]
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -61,11 +61,6 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the policy asks for databases that are reached over a network."""
         drivers = ("db.drivers.postgres", "db.drivers.mysql", "db.drivers.redis")
         return self.values["db.enabled"] is True and any(self.values[driver] is True for driver in drivers)
-
-    @property
-    def alone(self) -> bool:
-        """Whether the program can start neither a process nor a thread: its first thread fills the control group."""
-        return self.number("limits.procs") == 0 and "limits.procs" in self.holds
 
     @property
     def may_spawn(self) -> bool:
@@ -209,11 +204,14 @@ def _is_own(key: object) -> bool:
     return key == "X07_WORLD" or str(key).startswith("X07_OS_")
 
 
+_UNCONFINED: Final = Answer("refused", _NOBODY, "this backend does not confine a program")
+
+
 def _threads(asked: Asked, _field: str) -> Answer:
     if asked.values["threads.enabled"] is True:
         return Answer("enforced", _CGROUP, "allowed, within limits.procs")
     if "confinement" not in asked.holds:
-        return _unconfined(asked)
+        return _UNCONFINED
     return Answer("enforced", _SECCOMP, "a second thread of a process is refused with EPERM")
 
 
@@ -221,14 +219,8 @@ def _spawn(asked: Asked, _field: str) -> Answer:
     if asked.may_spawn:
         return Answer("enforced", _CGROUP, "allowed, within limits.procs and process.max_live")
     if "confinement" not in asked.holds:
-        return _unconfined(asked)
+        return _UNCONFINED
     return Answer("enforced", _SECCOMP, "a child process is refused with EPERM, however it is asked for")
-
-
-def _unconfined(asked: Asked) -> Answer:
-    if asked.alone:
-        return Answer("enforced", _CGROUP, "limits.procs is 0: there can be no second task")
-    return Answer("not-enforced-yet", _NOBODY, "this backend does not confine a program")
 
 
 def _allow_exec(asked: Asked, field: str) -> Answer:
@@ -237,7 +229,7 @@ def _allow_exec(asked: Asked, field: str) -> Answer:
     if field == "process.enabled" and asked.values[field] is True:
         return Answer("enforced", _VM, "the fields of this section say what is allowed")
     if "confinement" not in asked.holds:
-        return Answer("not-enforced-yet", _NOBODY, "this backend does not confine a program")
+        return _UNCONFINED
     why = "after the program's own start every execution is refused with EPERM, and what it writes cannot be executed"
     return Answer("enforced", f"{_SECCOMP}, noexec", why)
 
@@ -246,7 +238,7 @@ def _execs(asked: Asked, _field: str) -> Answer:
     if asked.may_execute and "/" in asked.entries("process.allow_exec_prefixes"):
         return Answer("enforced", _VM, 'the prefix "/" allows every program in the machine')
     if "confinement" not in asked.holds:
-        return Answer("not-enforced-yet", _NOBODY, "this backend does not confine a program")
+        return _UNCONFINED
     if not asked.may_execute:
         return Answer("enforced", _SECCOMP, "nothing may be executed, so no entry counts")
     why = "what no entry names can be neither executed nor read (EACCES), and what the program writes not executed"
@@ -257,7 +249,7 @@ def _max_live(asked: Asked, field: str) -> Answer:
     if "limits.procs" in asked.holds and asked.number("limits.procs") <= asked.number(field):
         return Answer("enforced", _CGROUP, "limits.procs is not larger, and holds for children too")
     if "confinement" not in asked.holds:
-        return Answer("not-enforced-yet", _NOBODY, "this backend does not confine a program")
+        return _UNCONFINED
     if not asked.may_spawn:
         return Answer("enforced", _SECCOMP, "no child may be started at all")
     return Answer("enforced", _CGROUP, "stands in place of the larger limits.procs, so that threads count as children")

@@ -66,7 +66,7 @@ class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """One field of the policy, and who holds it."""
 
     field: str
-    state: Literal["enforced", "advisory", "refused", "not-enforced-yet"]
+    state: Literal["enforced", "advisory", "refused"]
     by: str
     why: str
 
