@@ -147,7 +147,7 @@ internet or for routes (`guest/boot/filters.py`). The result names the filters a
 _REFUSALS: Final = """
 ## Refusals
 
-What a program was refused stands in the result (`denials`), and `x07 run` prints the first few when it did not end well:
+What a program was refused stands in the result (`denials`), and `x07 run` prints the first few if it did not end well:
 
 ```text
 x07: refused: write /data/; --allow-write-root /data lets it
