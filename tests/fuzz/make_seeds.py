@@ -15,6 +15,8 @@ from typing import Final
 from tests.fuzz.fuzz_channel import DENIED, EXITED, NONCE, SEED, START
 from tests.fuzz.fuzz_unpack import MOST_BYTES
 from x07_sandbox.channel.frames import PROTOCOL, WINDOW, Kind, Stream, encode, encode_body
+from x07_sandbox.channel.trees import Entry, segment
+from x07_sandbox.channel.trees import Kind as R
 from x07_sandbox.images import cpio
 
 SEEDS: Final = Path(__file__).parent / "seeds"
@@ -103,11 +105,45 @@ def unpack_seeds() -> dict[str, bytes]:
     }
 
 
+def changes_seeds() -> dict[str, bytes]:
+    """Streams as the guest sends them, and such as only an enemy sends; the first byte cuts them."""
+    whole, cut = b"\xff", b"\x04"
+    root, other, end = (Entry(kind, name).encoded() for kind, name in ((R.ROOT, b"0"), (R.ROOT, b"1"), (R.END, b"")))
+
+    def file(name: bytes, content: bytes, mode: int = 0o644) -> bytes:
+        head = Entry(R.FILE, name, mode=mode, mtime_ns=1, size=len(content)).encoded()
+        return head + (segment(len(content)) + content if content else b"")
+
+    sparse = Entry(R.FILE, b"sparse", mode=0o600, size=90).encoded() + segment(80, hole=True) + segment(10) + b"x" * 10
+    bomb = Entry(R.FILE, b"bomb", mode=0o600, size=1 << 39).encoded() + segment(1 << 39, hole=True)
+    folder, gone = Entry(R.FOLDER, b"new", mode=0o755).encoded(), Entry(R.GONE, b"a/b").encoded()
+    link = Entry(R.LINK, b"new/link", target=b"../a/b").encoded()
+    return {
+        "nothing": whole + root + other + end,
+        "all": cut + root + file(b"a/b", b"abcd") + folder + link + sparse + other + gone + end,
+        "renamed": whole + root + gone + file(b"a/c", b"abc") + end,
+        "mode": whole + root + file(b"a/b", b"abc", 0o755) + end,
+        "set-id": whole + root + file(b"s", b"", 0o6755) + end,
+        "device": whole + root + Entry(R.OTHER, b"null", mode=stat.S_IFCHR | 0o666).encoded() + end,
+        "out": whole + root + Entry(R.LINK, b"l", target=b"/etc/passwd").encoded() + end,
+        "git": whole + root + Entry(R.FOLDER, b".GIT", mode=0o755).encoded() + file(b".GIT/config", b"") + end,
+        "deep": whole + root + file(b"a/b/c/d/e/f", b"x") + end,
+        "many": whole + root + b"".join(file(b"%d" % number, b"") for number in range(40)) + end,
+        "bomb": whole + root + bomb + end,
+        "up": whole + root + file(b"../x", b"") + end,
+        "absolute": whole + root + file(b"/x", b"") + end,
+        "twice": whole + root + file(b"x", b"1") + file(b"x", b"2") + end,
+        "no-root": whole + file(b"x", b"1") + end,
+        "third-root": whole + Entry(R.ROOT, b"2").encoded() + end,
+        "after-end": whole + root + end + root,
+    }
+
+
 def seeds() -> dict[str, bytes]:
     """All seeds: their path below tests/fuzz/seeds, and what is in them."""
     return {
         f"{target}/{name}": data
-        for target, made in (("channel", channel_seeds()), ("unpack", unpack_seeds()))
+        for target, made in (("changes", changes_seeds()), ("channel", channel_seeds()), ("unpack", unpack_seeds()))
         for name, data in made.items()
     }
 

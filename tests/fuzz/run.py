@@ -1,4 +1,4 @@
-"""Runs one fuzz target under atheris: python -m tests.fuzz.run channel|unpack [libFuzzer arguments].
+"""Runs one fuzz target under atheris: python -m tests.fuzz.run changes|channel|unpack [libFuzzer arguments].
 
 See docs/fuzzing.md.
 """
@@ -13,6 +13,7 @@ import atheris
 
 # What is watched for new paths; a target is imported only here, so that these modules are imported watched.
 WATCHED: Final = {
+    "changes": ["x07_sandbox.channel", "x07_sandbox.files"],
     "channel": ["x07_sandbox.channel"],
     "unpack": ["x07_sandbox.guest"],
 }

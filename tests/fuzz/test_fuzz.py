@@ -11,12 +11,16 @@ from typing import Final
 import pytest
 
 from tests.conftest import FULL, need
-from tests.fuzz import fuzz_channel, fuzz_unpack
+from tests.fuzz import fuzz_changes, fuzz_channel, fuzz_unpack
 from tests.fuzz.make_seeds import SEEDS, channel_seeds, seeds
 from x07_sandbox.channel.frames import Kind
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-TARGETS: Final = {"channel": fuzz_channel.one_input, "unpack": fuzz_unpack.one_input}
+TARGETS: Final = {
+    "changes": fuzz_changes.one_input,
+    "channel": fuzz_channel.one_input,
+    "unpack": fuzz_unpack.one_input,
+}
 RUNS: Final = 200_000 if FULL else 20_000
 
 
@@ -48,7 +52,7 @@ def test_the_fuzzer_finds_nothing(target: str, tmp_path: Path) -> None:
     corpus.mkdir()
     command = [sys.executable, "-m", "tests.fuzz.run", target, f"-runs={RUNS}", "-max_len=4096", "-rss_limit_mb=2048"]
     command += [f"-artifact_prefix={tmp_path}/", str(corpus)]
-    command += [str(folder) for folder in (SEEDS / target, SEEDS / target / "found")]
+    command += [str(folder) for folder in (SEEDS / target, SEEDS / target / "found") if folder.is_dir()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
     inputs = {path.name: path.read_bytes()[:200] for path in tmp_path.iterdir() if path.is_file()}
     assert done.returncode == 0, f"{inputs}\n{done.stderr[-3000:]}"

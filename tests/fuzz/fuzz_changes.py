@@ -1,0 +1,89 @@
+"""Fuzz target: what a guest says that its program has changed, from bytes to the verdict.
+
+Whatever comes is PeerError, or a set: entries and bytes bounded, names inside their root, contents where they are said
+to be and with the digest that is said, all that breaks a rule refused by name, and the same when written and read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.channel.trees import check_name
+from x07_sandbox.errors import BackendError, PeerError
+from x07_sandbox.files.changes import ChangeSet, Node, RootChanges, decode, encode
+from x07_sandbox.files.copy import Bounds
+from x07_sandbox.files.incoming import Incoming
+from x07_sandbox.files.judge import Allowed, judge
+from x07_sandbox.files.protected import Protection
+
+if TYPE_CHECKING:
+    from x07_sandbox.files.changes import Change
+
+BYTES_MAX: Final = 4096
+ENTRIES_MAX: Final = 30
+ROOT: Final = "/home/u/work"
+BOUNDS: Final = Bounds(deny_hidden=True, allow_symlinks=True, read_bytes=100, write_bytes=100, entries=20, depth=4)
+BEFORE: Final = {
+    "": Node(kind="folder", mode=0o755),
+    "a": Node(kind="folder", mode=0o755),
+    "a/b": Node(kind="file", mode=0o644, size=3, sha256=hashlib.sha256(b"abc").hexdigest()),
+    "l": Node(kind="link", target="a/b"),
+}
+
+
+def one_input(data: bytes) -> None:
+    """The first byte says how the rest is cut."""
+    size = data[0] + 1 if data else 1
+    fd = os.memfd_create("x07-fuzz")
+    try:
+        incoming = Incoming(fd, roots=2, most_entries=ENTRIES_MAX, most_bytes=BYTES_MAX)
+        for at in range(1, len(data), size):
+            if not incoming.take(data[at : at + size]):
+                break
+        assert len(incoming.told) <= ENTRIES_MAX
+        assert os.fstat(fd).st_size <= BYTES_MAX
+        for number in range(2):
+            _judge(incoming, number, fd)
+    except (PeerError, BackendError):
+        return
+    finally:
+        os.close(fd)
+
+
+def _judge(incoming: Incoming, number: int, fd: int) -> None:
+    allowed = Allowed(mkdir=number == 0, remove=number == 0, rename=number == 0)
+    told = [one for one in incoming.told if one.root == number]
+    judged = judge(BEFORE, told, BOUNDS, allowed, Protection(ROOT))
+    refused = {refusal.name for refusal in judged.refused}
+    for change in judged.changes:
+        if change.name:
+            check_name(os.fsencode(change.name))
+        _check_content(change, fd)
+        assert change.name in refused or not _bad(change, allowed), change
+    root = RootChanges(root=ROOT, guest="/x", missing=False, changes=judged.changes, refused=judged.refused)
+    made = ChangeSet(run="1-1-1", roots=(root,))
+    assert decode(encode(made)) == made
+
+
+def _check_content(change: Change, fd: int) -> None:
+    node = change.after
+    if node is not None and node.kind == "file" and node.at is not None:
+        content = os.pread(fd, node.size, node.at).ljust(node.size, b"\0")
+        assert hashlib.sha256(content).hexdigest() == node.sha256
+
+
+def _bad(change: Change, allowed: Allowed) -> bool:
+    """Whether some rule must refuse it."""
+    before, after, parts = change.before, change.after, change.name.split("/")
+    if after is None:
+        return not allowed.remove
+    return (
+        any(part.startswith(".") for part in parts)
+        or (bool(change.name) and len(parts) > BOUNDS.depth)
+        or (after.kind != "link" and bool(after.mode & 0o7000))
+        or (after.kind == "file" and after.size > BOUNDS.write_bytes)
+        or (after.kind == "link" and after.target.startswith("/"))
+        or (after.kind == "folder" and (before is None or before.kind != "folder") and not allowed.mkdir)
+    )
