@@ -267,3 +267,44 @@ def test_a_lying_build_machine_gives_no_artifact(
     assert reason in ran.reason
     assert list(ran.result.phases) == ["build"]
     assert ran.result.digests.artifact is None
+
+
+# changes to files
+
+
+def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """All that is below a folder: mode and content by name."""
+    paths = [path for path in sorted(folder.rglob("*")) if not path.is_relative_to(folder / "home")]
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
+        for path in paths
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        *[(word, "the guest broke the channel's protocol") for word in ("up", "absolute", "inside", "zero", "root")],
+        *[(word, "the guest broke the channel's protocol") for word in ("twice", "through", "hidden")],
+        *[(word, "kept: ") for word in ("device", "git", "bare", "link", "set-id")],
+        *[(word, "discarded: ") for word in ("bomb", "million", "unsaid")],
+        ("silent", "none: "),
+    ],
+)
+def test_no_change_that_a_guest_makes_up_comes_to_the_host(
+    hostile: Hostile, tmp_path: Path, word: str, said: str
+) -> None:
+    """Names that lead out, devices, links, repositories, sparse bombs, a million entries: nothing of it is applied."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / ".kept-back").write_text("hidden")
+    (root / "a").write_text("as it was")
+    rules = {"fs.allow_mkdir": True, "fs.allow_remove": True, "fs.max_entries": 200}
+    policy = {"fs.write_roots": [str(root)], "limits.wall_ms": 3000, **rules}
+    before = everything(root)
+    ran = hostile(f"changes-{word}", policy=policy)
+    changes = ran.result.changes
+    assert everything(root) == before
+    told = ran.reason if ran.outcome == "guest-lost" else f"{changes.state}: {changes.reason}"
+    assert told.startswith(said), (ran.outcome, told)
+    assert changes.state != "applied"

@@ -9,15 +9,23 @@ command line that is in `DEEDS` says what it does once it has claimed that the p
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+import stat
 import struct
 import time
+from typing import TYPE_CHECKING
 
 from x07_sandbox.guest.mode import BOOT
 
 from x07_sandbox.channel.frames import HEADER, PROTOCOL, Kind, Stream
 from x07_sandbox.channel.link import Control, Event
+from x07_sandbox.channel.trees import Entry, segment
+from x07_sandbox.channel.trees import Kind as R
 from x07_sandbox.guest import honest, system
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 DENIED = {"by": "kernel", "call": "openat", "errno": 13, "path": "/x", "write": False, "count": 1}
 ENDED = {
@@ -154,7 +162,63 @@ def many_denials(agent: Liar) -> None:
     agent.end()
 
 
+def told(kind: R, name: bytes, **fields: object) -> bytes:
+    """A record of the stream of changes."""
+    return Entry(kind, name, **fields).encoded()  # type: ignore[arg-type] # its own check
+
+
+def file(name: bytes, content: bytes = b"x", mode: int = 0o644) -> bytes:
+    """A file in it."""
+    return told(R.FILE, name, mode=mode, size=len(content)) + segment(len(content)) + content
+
+
+def million() -> Iterator[bytes]:
+    """More entries than anybody wants."""
+    for number in range(1_000_000):
+        yield file(b"%d" % number)
+
+
+CHANGES = {
+    "up": lambda: [file(b"../evil")],
+    "absolute": lambda: [file(b"/evil")],
+    "inside": lambda: [file(b"a/../../evil")],
+    "zero": lambda: [file(b"a\0b")],
+    "device": lambda: [told(R.OTHER, b"null", mode=stat.S_IFCHR | 0o666)],
+    "git": lambda: [told(R.FOLDER, b".GIT", mode=0o755), file(b".GIT/config", b"[core] fsmonitor = evil")],
+    "bare": lambda: [told(R.FOLDER, name, mode=0o755) for name in (b"r", b"r/refs", b"r/objects")] + [file(b"r/HEAD")],
+    "link": lambda: [told(R.LINK, b"l", target=b"/etc/passwd")],
+    "through": lambda: [told(R.LINK, b"l", target=b"."), file(b"l/evil")],
+    "set-id": lambda: [file(b"s", mode=0o4755)],
+    "bomb": lambda: [told(R.FILE, b"b", mode=0o644, size=1 << 40) + segment(1 << 40, hole=True)],
+    "million": million,
+    "root": lambda: [told(R.ROOT, b"7"), file(b"evil")],
+    "twice": lambda: [file(b"x"), file(b"x", b"y")],
+    "unsaid": lambda: [told(R.FILE, b"x", mode=0o644, size=1 << 20) + segment(5) + b"12345"],
+    "hidden": lambda: [told(R.GONE, b".kept-back")],
+    "silent": list,
+}
+
+
+def changes(agent: Liar, records: Iterable[bytes]) -> None:
+    """Claim the program's end, and then these changes of the first root, at the host's pace."""
+    agent.end()
+    for record in itertools.chain([told(R.ROOT, b"0")], records, [told(R.END, b"")]):
+        rest = record
+        while rest:
+            window = agent.link.window(Stream.CHANGES)
+            if window:
+                sent = agent.link.send_data(Stream.CHANGES, rest[:window])
+                rest = rest[sent:]
+            if not window or agent.link.pending() > 1 << 16:
+                agent.connection.flush()
+                for _ in agent.connection.read() or ():
+                    pass
+    agent.link.end_stream(Stream.CHANGES)
+    agent.say()
+
+
 DEEDS = {
+    **{f"changes-{name}": lambda agent, made=made: changes(agent, made()) for name, made in CHANGES.items()},
     "panic": lambda _agent: panic(),
     "exit": lambda _agent: os._exit(3),
     "crash": lambda _agent: ctypes.string_at(0),
