@@ -1,0 +1,129 @@
+"""Measure files that go in and changes that come out, against GNU tar in the guest through the same channel.
+
+    .venv/bin/python -m bench.files [--rounds 7]
+
+Both run the same program over the same files, which changes each of them, and end with the changed files on the host.
+Ours is checked, journalled and applied; tar's input and output are streams. They take turns; medians, whole commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from bench.ours import X07
+from x07_sandbox.policy import default_policy, render_policy
+
+MIB: Final = 1 << 20
+TREES: Final = {"1,000 files of 1 KiB": (1000, 1024), "64 files of 1 MiB": (64, MIB)}
+CHANGE: Final = 'for file in *; do echo x >>"$file"; done'
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="Measure files in and changes out against tar.")
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory(prefix="x07-bench-") as name:
+        work = Path(name)
+        policy = work / "policy.json"
+        document = msgspec.to_builtins(default_policy())
+        document["limits"]["wall_ms"] = document["limits"]["cpu_ms"] = 600_000
+        policy.write_bytes(render_policy(document))
+        for what, (count, size) in TREES.items():
+            measure(work, policy, what, [os.urandom(size) for _ in range(count)], rounds)
+
+
+def measure(work: Path, policy: Path, what: str, contents: list[bytes], rounds: int) -> None:
+    """One tree."""
+    taken: dict[str, list[float]] = {"no files": [], "ours": [], "tar": []}
+    for _ in range(rounds):
+        taken["no files"].append(_timed([X07, "run", "--policy", policy, "--toolchain", "shell", "-c", ":"], work))
+        tree = _tree(work / "ours", contents)
+        taken["ours"].append(_ours(tree, policy))
+        _check(tree, contents)
+        tree = _tree(work / "theirs", contents)
+        out = work / "out"
+        out.mkdir()
+        taken["tar"].append(_tar(tree, out, policy))
+        _check(out, contents)
+        for folder in (tree, out, work / "ours"):
+            shutil.rmtree(folder)
+    base, ours, tar = (statistics.median(taken[name]) for name in ("no files", "ours", "tar"))
+    print(f"{what}: no files {base:.2f} s, ours {ours:.2f} s, tar {tar:.2f} s")
+    print(f"  whole commands {ours / tar:.2f}, without what a run costs anyway {(ours - base) / (tar - base):.2f}")
+
+
+def _tree(folder: Path, contents: list[bytes]) -> Path:
+    folder.mkdir()
+    for number, data in enumerate(contents):
+        (folder / f"{number:04}.dat").write_bytes(data)
+    return folder
+
+
+def _ours(tree: Path, policy: Path) -> float:
+    argv: list[str | Path] = [
+        X07,
+        "run",
+        "--policy",
+        policy,
+        "--allow-write-root",
+        ".",
+        "--toolchain",
+        "shell",
+        "-c",
+        CHANGE,
+    ]
+    return _timed(argv, tree)
+
+
+def _tar(tree: Path, out: Path, policy: Path) -> float:
+    text = f"mkdir t && cd t && tar -xf - && {CHANGE} && tar -cf - ."
+    run: list[str | Path] = [
+        X07,
+        "run",
+        "--policy",
+        policy,
+        "--max-output-bytes",
+        str(128 * MIB),
+        "--toolchain",
+        "shell",
+        "-c",
+        text,
+    ]
+    begun = time.monotonic()
+    packing = subprocess.Popen(["tar", "-cf", "-", "-C", tree, "."], stdout=subprocess.PIPE)
+    running = subprocess.Popen(run, stdin=packing.stdout, stdout=subprocess.PIPE)
+    subprocess.run(["tar", "-xf", "-", "-C", out], stdin=running.stdout, check=True)
+    if packing.wait() or running.wait():
+        raise SystemExit("a timed run of tar did not end well")
+    return time.monotonic() - begun
+
+
+def _timed(argv: list[str | Path], cwd: Path) -> float:
+    begun = time.monotonic()
+    done = subprocess.run(argv, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    seconds = time.monotonic() - begun
+    if done.returncode:
+        raise SystemExit(f"a timed run did not end well: {json.dumps(done.stderr.decode())}")
+    return seconds
+
+
+def _check(folder: Path, contents: list[bytes]) -> None:
+    for number, data in enumerate(contents):
+        if (folder / f"{number:04}.dat").read_bytes() != data + b"x\n":
+            raise SystemExit(f"a timed run did not change what it should have: {number}")
+
+
+if __name__ == "__main__":
+    main()
