@@ -163,12 +163,10 @@ def run_by_command(call: dict[str, Any]) -> Result:
             f'toolchain = "{call["language"]}"\nfiles = {json.dumps(list(files))}\n{entry}',
             encoding="utf-8",
         )
-        policy = json.loads(POLICY.read_bytes())
-        policy["limits"]["wall_ms"] = max(1, min(policy["limits"]["wall_ms"], round(call["timeout_s"] * 1000)))
-        (folder / "policy.json").write_text(json.dumps(policy), encoding="utf-8")
         (folder / "stdin").write_bytes(call["stdin"])
         argv = [str(Path(sys.executable).with_name("x07")), "run", "--json", "--max-output-bytes", str(OUTPUT_MAX)]
-        argv += ["--policy", f"{name}/policy.json", "--input", f"{name}/stdin", f"{name}/project"]
+        argv += ["--policy", str(POLICY), "--timeout", str(call["timeout_s"])]
+        argv += ["--input", f"{name}/stdin", f"{name}/project"]
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
     return msgspec.json.decode(done.stdout, type=Result)
 

@@ -142,8 +142,11 @@ def read_policy(given: str | Path | Policy | None) -> tuple[Policy, bytes]:
     if given is None:
         policy = default_policy()
         return policy, render_policy(policy)
-    data = render_policy(given)
-    return decode_policy(data, source=given.policy_id), data
+    try:
+        data = render_policy(given)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise UsageError("cannot use the policy", f"no document can hold it: {exc}", "Correct its values") from exc
+    return decode_policy(data, source=str(given.policy_id)), data
 
 
 def policy_in_force(request: RunRequest) -> tuple[Policy, bytes]:
