@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.published import document
 from tests.vm.conftest import left_behind, marked, owners
 from tests.vm.test_clones import RANDOM
 from x07_sandbox import Pool, SandboxError
@@ -74,7 +75,7 @@ def ran(*words: str, stdin: bytes = b"") -> dict[str, Any]:
 
 def status() -> dict[str, Any] | None:
     """What `x07 pool status` tells."""
-    told: dict[str, Any] | None = json.loads(x07("pool", "status", "--json").stdout)["pool"]
+    told: dict[str, Any] | None = document(x07("pool", "status", "--json").stdout)["pool"]
     return told
 
 

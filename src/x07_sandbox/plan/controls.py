@@ -5,7 +5,7 @@ Pure: policy, backend features and settings in; nothing is looked up.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -31,7 +31,7 @@ _FLAGS: Final = {
 }
 
 
-class Control(msgspec.Struct, frozen=True, kw_only=True):
+class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One field in the plan.
 
     field: its path, like "limits.wall_ms".
@@ -44,15 +44,15 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
     why: str
 
 
-class HowToAllow(msgspec.Struct, frozen=True, kw_only=True):
+class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The line of policy, and the flag where there is one, that would let the run go on."""
 
     json_path: str
-    value: object
+    value: Any
     flag: str | None = None
 
 
-class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+class Refusal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why a policy cannot be carried out here. field: its path, like "fs.read_roots"."""
 
     field: str
@@ -60,7 +60,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     how_to_allow: HowToAllow
 
 
-class RunLimits(msgspec.Struct, frozen=True, kw_only=True):
+class RunLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the run job is held to: the policy's limits, and the machine's RAM that follows from them."""
 
     wall_ms: int
@@ -82,7 +82,7 @@ class RunLimits(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The answer: it may be carried out only if there are no refusals."""
 
     controls: tuple[Control, ...]

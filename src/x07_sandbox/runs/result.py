@@ -6,11 +6,11 @@ Schema `x07.sandbox.result@0.1.0`: `schemas/result.schema.json` is generated fro
 from __future__ import annotations
 
 import builtins
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
-SCHEMA = "x07.sandbox.result@0.1.0"
+SCHEMA: Final = "x07.sandbox.result@0.1.0"
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -149,7 +149,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     denials: list[Denial]
     changes: Changes = Changes()
     warnings: list[str]
-    schema_version: str = SCHEMA
+    schema_version: Literal["x07.sandbox.result@0.1.0"] = SCHEMA
 
     @property
     def ok(self) -> bool:
