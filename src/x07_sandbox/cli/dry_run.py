@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from typing import TYPE_CHECKING
 
+from x07_sandbox.cli.console import show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.runs.preview import Preview, preview
@@ -20,7 +20,8 @@ def show_plan(request: RunRequest, *, as_json: bool) -> int:
     if as_json:
         print_document(found)
     else:
-        sys.stdout.write("\n".join(_lines(found)) + "\n")
+        for line in _lines(found):
+            show(line)
     return REFUSED_EXIT if found.plan.refusals else 0
 
 

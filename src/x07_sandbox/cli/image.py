@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.cli.console import Progress, say
+from x07_sandbox.cli.console import Progress, say, show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
@@ -123,7 +123,7 @@ def _list(options: argparse.Namespace) -> int:
         say("no images yet: run x07 image build")
     for row in rows:
         note = "" if row.problem is None else f"  ({row.problem}. {row.fix}.)"
-        sys.stdout.write(f"{row.name or '-':<16} {row.digest}  {row.suite or 'damaged'}{note}\n")
+        show(f"{row.name or '-':<16} {row.digest}  {row.suite or 'damaged'}{note}")
     return 0
 
 
@@ -159,5 +159,5 @@ def _verify(options: argparse.Namespace) -> int:
             say(problem)
         say(f"the image is damaged. {cure(image)}.")
     else:
-        sys.stdout.write(f"{image.digest} is what its manifest says\n")
+        show(f"{image.digest} is what its manifest says")
     return 1 if problems else 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli import policy_explain, policy_init
-from x07_sandbox.cli.console import say
+from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import print_document, print_failure
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.canonical import policy_digest
@@ -100,9 +99,7 @@ def _check(options: argparse.Namespace) -> int:
         if row.text:
             say(row.text)
         else:
-            # A name need not be UTF-8.
-            sys.stdout.buffer.write(os.fsencode(f"{row.file}: valid ({row.policy_id})\n"))
-            sys.stdout.buffer.flush()
+            show(f"{row.file}: valid ({row.policy_id})")
     return worst
 
 
@@ -139,8 +136,8 @@ def _explain(options: argparse.Namespace) -> int:
     if options.json:
         print_document(found)
     else:
-        # A name need not be UTF-8.
-        sys.stdout.buffer.write(os.fsencode("\n".join(policy_explain.lines(found)) + "\n"))
+        for line in policy_explain.lines(found):
+            show(line)
     return 0 if found.carried_out else REFUSED
 
 
@@ -155,9 +152,9 @@ def _diff(options: argparse.Namespace) -> int:
     for effect, title in _EFFECTS:
         found = [change for change in changes if change.effect == effect]
         if found:
-            sys.stdout.write(f"{title}\n")
+            show(title)
         for change in found:
-            sys.stdout.write(f"  {_in_words(change)}\n")
+            show(f"  {_in_words(change)}")
     return DIFFERENT if changes else 0
 
 

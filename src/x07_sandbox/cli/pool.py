@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from x07_sandbox.cli.console import Progress
+from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.cli.usage import whole_number
 from x07_sandbox.errors import HostError
@@ -118,7 +118,7 @@ def _stop(options: argparse.Namespace) -> int:
     if options.json:
         print_document(PoolReport(pool=None))
     else:
-        sys.stdout.write("no pool runs\n" if connection is None else "the pool has ended\n")
+        show("no pool runs" if connection is None else "the pool has ended")
     return 0
 
 
@@ -127,14 +127,14 @@ def _status(options: argparse.Namespace) -> int:
     if options.json:
         print_document(PoolReport(pool=pool))
     elif pool is None:
-        sys.stdout.write("no pool runs\n")
+        show("no pool runs")
     else:
-        sys.stdout.write(
+        show(
             f"{pool.ready} of {pool.size} machines wait, {pool.running} run, {pool.claimed} were taken; "
-            f"unused for {pool.unused_s:.0f} of {pool.idle_s:.0f} s (process {pool.pid})\n"
+            f"unused for {pool.unused_s:.0f} of {pool.idle_s:.0f} s (process {pool.pid})"
         )
         if pool.problem:
-            sys.stdout.write(f"none can be made now: {pool.problem}\n")
+            show(f"none can be made now: {pool.problem}")
     return 0
 
 
