@@ -88,3 +88,22 @@ def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], n
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
     assert document(done.stdout)["schema_version"] == name
+
+
+def test_what_the_pools_process_says_keeps_its_exit_code(tmp_path: Path) -> None:
+    """x07 pool start with a name that no image can have is wrong usage, though another process finds it."""
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", "start", "--json", "--image"]
+    for name, code, why in (("a b", 2, "a name has 1 to 64"), ("nothing", 125, "")):
+        done = subprocess.run([*argv, name], env=env, capture_output=True, check=False, timeout=60)
+        assert done.returncode == code
+        assert why in document(done.stdout)["error"]["why"]
+
+
+def test_what_prints_no_json_is_not_silent(tmp_path: Path) -> None:
+    """With --quiet-json the result is in the file alone, and what went wrong is told as without --json."""
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", "--quiet-json", "--report-out", "r", "a.py"]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert document((tmp_path / "r").read_bytes())["reason"] in done.stderr.decode()

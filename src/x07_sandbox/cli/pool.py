@@ -14,7 +14,7 @@ import msgspec
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.cli.usage import whole_number
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.reports.pool import PoolReport, PoolStatus
 from x07_sandbox.runs.lease import GONE_S, PROTOCOL, connected, pool_dir, receive, send
@@ -90,7 +90,8 @@ def _start(options: argparse.Namespace) -> int:
         return 0
     child.terminate()
     child.wait()
-    raise HostError(
+    kind = UsageError if told.get("usage") else HostError
+    raise kind(
         str(told.get("what", "cannot start the pool")),
         str(told.get("why", f"its process ended; see {log}")),
         str(told.get("fix", "Run x07 doctor")),
