@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from msgspec.structs import replace
 
-from x07_sandbox import Policy, SandboxError, load_policy, run_program, run_program_async
+from x07_sandbox import Policy, Pool, SandboxError, load_policy, run_program, run_program_async
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy import PolicyError, default_policy
 from x07_sandbox.runs.call import make_request
@@ -93,6 +93,13 @@ def test_load_policy_names_what_it_cannot_take(name: Any, why: str) -> None:  # 
     """load_policy refuses what is neither a path nor a Policy, in the library's own words."""
     with pytest.raises(UsageError, match=f"cannot load a policy: .*{why}"):
         load_policy(name)
+
+
+@pytest.mark.parametrize(("words", "why"), [({"image": 5}, "image is int, not a text"), ({"size": "2"}, "size is '2'")])
+def test_a_pool_names_what_it_cannot_take(words: dict[str, Any], why: str) -> None:
+    """A pool of another kind of image, or of no number of machines, is refused in the library's own words."""
+    with pytest.raises(UsageError, match=f"cannot keep a pool: .*{why}"):
+        Pool(**words)
 
 
 def test_load_policy_takes_what_a_run_takes() -> None:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 _WALL_S_MAX: Final = 600
 _RUN: Final = "x07_sandbox.run_program"
+_WHAT: Final = {
+    _RUN: "cannot run a program",
+    "x07_sandbox.load_policy": "cannot load a policy",
+    "x07_sandbox.Pool": "cannot keep a pool",
+}
 
 
 def check_names(function: str, options: Iterable[str], known: Collection[str]) -> None:
@@ -170,5 +175,4 @@ def _check_text(name: str, value: object, function: str = _RUN) -> None:
 
 def wrong(name: str, why: str, function: str = _RUN) -> UsageError:
     """The error for an argument that cannot be used. why: goes on from its name."""
-    what = "cannot run a program" if function == _RUN else "cannot load a policy"
-    return UsageError(what, f"{name} {why}", f"See help({function})")
+    return UsageError(_WHAT[function], f"{name} {why}", f"See help({function})")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.runs.call import check_names
+from x07_sandbox.runs.call import check_names, wrong
 from x07_sandbox.runs.library import OPTIONS, checked, run_once
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class Pool(Executor):
 
         Raises SandboxError. The machines are made in the background: `wait_ready` waits for them.
         """
+        if not isinstance(image, str | None):
+            raise wrong("image", f"is {type(image).__name__}, not a text", "x07_sandbox.Pool")
         from x07_sandbox.jobs.admission import max_running  # when there is a pool: importing this costs little
         from x07_sandbox.runs.warm import WarmMachines
 
