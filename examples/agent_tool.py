@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,12 +23,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import msgspec
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, ValidationError, validators
 
 from x07_sandbox import Pool, Result, SandboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 POLICY: Final = Path(__file__).parent / "policies" / "agent.json"
 WORKERS: Final = 4  # calls in hand; as many machines run as the host holds, the others wait
@@ -65,7 +66,15 @@ DEFINITION: Final[dict[str, Any]] = {
         "additionalProperties": False,
     },
 }
-ENVELOPE: Final = Draft202012Validator(
+
+
+def _whole(_validator: object, pattern: str, value: object, _schema: object) -> Iterator[ValidationError]:
+    """The rule `pattern`, of a whole text: Python's $ matches before a last line end too, that of JSON Schema not."""
+    if isinstance(value, str) and not re.fullmatch(pattern, value):
+        yield ValidationError("does not match")
+
+
+ENVELOPE: Final = validators.extend(Draft202012Validator, {"pattern": _whole})(  # type: ignore[no-untyped-call]
     {
         "type": "object",
         "properties": {
@@ -111,7 +120,10 @@ def check(call: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
     """The input of a call that keeps to the definition, as bytes where it is text. Raises BadCall."""
     # Not the messages of the library: they repeat the value, which may be long.
     broken = ((error.json_path, error.validator, error.validator_value) for error in ENVELOPE.iter_errors(call))
-    problems = [f"{path} does not keep to {rule} {json.dumps(value)}"[:300] for path, rule, value in broken]
+    # A name that the call gives to a file is part of the path, and may hold anything: escaped.
+    problems = [
+        f"{json.dumps(path)[1:-1]} does not keep to {rule} {json.dumps(value)}"[:300] for path, rule, value in broken
+    ]
     if problems:
         raise BadCall("; ".join(problems[:5]))
     asked = call["input"]
@@ -163,12 +175,10 @@ def run_by_command(call: dict[str, Any]) -> Result:
             f'toolchain = "{call["language"]}"\nfiles = {json.dumps(list(files))}\n{entry}',
             encoding="utf-8",
         )
-        policy = json.loads(POLICY.read_bytes())
-        policy["limits"]["wall_ms"] = max(1, min(policy["limits"]["wall_ms"], round(call["timeout_s"] * 1000)))
-        (folder / "policy.json").write_text(json.dumps(policy), encoding="utf-8")
         (folder / "stdin").write_bytes(call["stdin"])
         argv = [str(Path(sys.executable).with_name("x07")), "run", "--json", "--max-output-bytes", str(OUTPUT_MAX)]
-        argv += ["--policy", f"{name}/policy.json", "--input", f"{name}/stdin", f"{name}/project"]
+        argv += ["--policy", str(POLICY), "--timeout", str(call["timeout_s"])]
+        argv += ["--input", f"{name}/stdin", f"{name}/project"]
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
     return msgspec.json.decode(done.stdout, type=Result)
 

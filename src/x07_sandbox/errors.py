@@ -8,8 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 
+def shown(text: str) -> str:
+    r"""A text for people with all that does not print as escapes, such as \x1b: names of files may hold anything.
+
+    A line of its own is only what is set in by two blanks, so that no name makes a line that looks like ours.
+    """
+    return "\n  ".join(
+        "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+        for line in text.split("\n  ")
+    )
+
+
 class SandboxError(Exception):
-    """Base of all errors raised on purpose.
+    """Base of all errors raised on purpose. Its texts can be printed anywhere, whatever names they hold.
 
     what: the thing that failed, without a full stop.
     why: the cause, without a full stop.
@@ -25,17 +36,17 @@ class SandboxError(Exception):
     @property
     def what(self) -> str:
         """The thing that failed."""
-        return str(self.args[0])
+        return shown(str(self.args[0]))
 
     @property
     def why(self) -> str:
         """The cause."""
-        return str(self.args[1])
+        return shown(str(self.args[1]))
 
     @property
     def fix(self) -> str:
         """What to do."""
-        return str(self.args[2])
+        return shown(str(self.args[2]))
 
     def __str__(self) -> str:
         return f"{self.what}: {self.why}{'' if self.why.endswith('?') else '.'} {self.fix}."

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
+
+from tests.published import document
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,8 +20,7 @@ def policy(where: Path, *words: str) -> tuple[int, str, str]:
 
 
 def as_json(where: Path, *words: str) -> tuple[int, dict[str, Any]]:
-    """Exit code and the one JSON object of `x07 policy --json`; standard error is empty."""
+    """Exit code and the one JSON object of `x07 policy --json`, after its schema; standard error is empty."""
     code, out, err = policy(where, *words, "--json")
     assert err == ""
-    found: dict[str, Any] = json.loads(out)
-    return code, found
+    return code, document(out)

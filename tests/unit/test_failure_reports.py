@@ -1,4 +1,4 @@
-"""Promises of --json where a verb cannot do what it was asked."""
+"""Promises of --json: what a verb prints, also where it cannot do what it was asked."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import jsonschema
 import pytest
 
+from tests.published import document
 from x07_sandbox.reports.schemas import schemas
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ SCHEMA = json.loads(schemas()["failure.schema.json"])
 @pytest.mark.parametrize(
     ("words", "code", "why"),
     [
+        ([], 2, "required: COMMAND"),
+        (["bogus"], 2, "invalid choice: 'bogus'"),
+        (["--json", "doctor", "--everything"], 2, "unrecognized arguments: --everything"),
+        (["--json", "--json", "policy", "digest"], 2, "required: FILE"),
         (["doctor", "--everything"], 2, "unrecognized arguments: --everything"),
         (["prune", "--all"], 2, "unrecognized arguments: --all"),
         (["init", "--toolchain", "rust"], 2, "invalid choice: 'rust'"),
@@ -35,7 +40,7 @@ SCHEMA = json.loads(schemas()["failure.schema.json"])
     ],
 )
 def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int, why: str) -> None:
-    """With --json an error is one object of schemas/failure.schema.json on standard output; the exit code stays."""
+    """With --json, wherever it stands, an error is one object of schemas/failure.schema.json; the exit code stays."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
     (tmp_path / os.fsdecode(b"a\xff")).write_bytes(b"")
@@ -48,3 +53,57 @@ def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int
     jsonschema.validate(found, SCHEMA)
     assert why in found["error"]["why"]
     assert found["error"]["fix"]
+
+
+@pytest.mark.parametrize("action", ["status", "stop"])
+def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
+    """x07 pool status and stop say as JSON that there is none."""
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", action, "--json"]
+    done = subprocess.run(argv, env=env, capture_output=True, check=True, timeout=60)
+    assert document(done.stdout) == {"schema_version": "x07.sandbox.pool@0.1.0", "pool": None}
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["init", "--json", "new"], "x07.sandbox.init.report@0.1.0"),
+        (["policy", "init", "--json", "--template", "cli"], "x07.policy.init.report@0.1.0"),
+        (["policy", "check", "--json", "built-in:cli", "nothing"], "x07.sandbox.policy.check@0.1.0"),
+        (["policy", "digest", "--json", "built-in:cli"], "x07.sandbox.policy.digest@0.1.0"),
+        (["policy", "explain", "--json", "built-in:postgres-client"], "x07.sandbox.policy.explain@0.1.0"),
+        (["policy", "diff", "--json", "built-in:cli", "built-in:http-client"], "x07.sandbox.policy.diff@0.1.0"),
+        (["image", "list", "--json"], "x07.sandbox.image.list@0.1.0"),
+        (["prune", "--json"], "x07.sandbox.prune@0.1.0"),
+        (["doctor", "--json"], "x07.sandbox.doctor@0.1.0"),
+        (["run", "--json", "--report-out", "r", "-c", "true", "--toolchain", "shell"], "x07.sandbox.result@0.1.0"),
+        (["run", "--json", "--dry-run", "-c", "true", "--toolchain", "shell"], "x07.sandbox.result@0.1.0"),
+        (["--json", "run"], "x07.sandbox.result@0.1.0"),
+        (["diff", "--json"], "x07.sandbox.failure@0.1.0"),
+    ],
+)
+def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], name: str) -> None:
+    """With --json, standard output is one document of the version that it names, which keeps to its schema."""
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    assert document(done.stdout)["schema_version"] == name
+
+
+def test_what_the_pools_process_says_keeps_its_exit_code(tmp_path: Path) -> None:
+    """x07 pool start with a name that no image can have is wrong usage, though another process finds it."""
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", "start", "--json", "--image"]
+    for name, code, why in (("a b", 2, "a name has 1 to 64"), ("nothing", 125, "")):
+        done = subprocess.run([*argv, name], env=env, capture_output=True, check=False, timeout=60)
+        assert done.returncode == code
+        assert why in document(done.stdout)["error"]["why"]
+
+
+def test_what_prints_no_json_is_not_silent(tmp_path: Path) -> None:
+    """With --quiet-json the result is in the file alone, and what went wrong is told as without --json."""
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", "--quiet-json", "--report-out", "r", "a.py"]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert document((tmp_path / "r").read_bytes())["reason"] in done.stderr.decode()

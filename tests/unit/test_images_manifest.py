@@ -81,7 +81,9 @@ def test_changed_content_does_not_fit_the_digest() -> None:
         manifest.decode(data, "x")
 
 
-@pytest.mark.parametrize("name", ["../root", "/etc/passwd", "a/b", "", ".hidden", "A", "manifest.json", "vmlinux"])
+@pytest.mark.parametrize(
+    "name", ["../root", "/etc/passwd", "a/b", "", ".hidden", "A", "a\n", "manifest.json", "vmlinux"]
+)
 def test_file_names_lead_nowhere_else(name: str) -> None:
     """A part is a plain file of its own in the image's folder."""
     parts = json.loads(manifest.encode(MANIFEST))["parts"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.published import document
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import ImageError
 from x07_sandbox.images import manifest, scratch, store, verify
@@ -437,7 +437,7 @@ def test_the_list_shows_damaged_images(image: store.Image, capsys: pytest.Captur
     assert told.out.startswith(f"science          {image.digest}  damaged  (")
     assert told.out.endswith(f". {fix}.)\n")
     assert main(["image", "list", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["images"]
+    (row,) = document(capsys.readouterr().out)["images"]
     assert (row["name"], row["digest"], row["suite"], row["current"]) == ("science", image.digest, None, False)
     assert row["problem"]
     assert row["fix"] == fix
@@ -455,7 +455,15 @@ def test_the_list_names_the_command_that_renews(image: store.Image, capsys: pyte
 
 
 def test_verify_names_the_command_that_mends(image: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
-    """`image verify` of a damaged image ends with 1 and names the command that mends it."""
+    """`image verify` of a damaged image ends with 1 and names the command that mends it, as JSON too."""
+    assert main(["image", "inspect", "--json"]) == 0
+    assert document(capsys.readouterr().out)["digest"] == image.digest
+    assert main(["image", "verify", "--json"]) == 0
+    good = {"schema_version": "x07.sandbox.image.verify@0.1.0", "digest": image.digest, "good": True}
+    assert document(capsys.readouterr().out) == good | {"problems": [], "fix": None}
     _flip(image.folder / "initrd.cpio", restore_times=True)
     assert main(["image", "verify"]) == 1
     assert "Run x07 image build, which mends it" in capsys.readouterr().err
+    assert main(["image", "verify", "--json"]) == 1
+    found = document(capsys.readouterr().out)
+    assert (found["good"], found["fix"].partition(",")[0]) == (False, "Run x07 image build")

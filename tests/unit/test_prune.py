@@ -12,10 +12,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-import jsonschema
 import pytest
 from msgspec.structs import replace
 
+from tests.published import document
 from tests.unit.test_images_manifest import MANIFEST
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import clocks
@@ -24,7 +24,6 @@ from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.images import manifest, store
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, write_owner
 from x07_sandbox.programs.artifacts import artifact_key
-from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.prune import PARTS, Part, PruneReport, prune
 
@@ -391,9 +390,7 @@ def command(*words: str) -> tuple[int, dict[str, Any]]:
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "prune", "--json", *words]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert done.stderr == b""
-    report = json.loads(done.stdout)
-    jsonschema.validate(report, json.loads(schemas()["prune.schema.json"]))
-    return done.returncode, report
+    return done.returncode, document(done.stdout)
 
 
 @pytest.mark.parametrize("words", [("--images",), ("--cache",), ("--runs",), ("--images", "--runs"), ()])

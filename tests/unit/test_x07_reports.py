@@ -23,6 +23,7 @@ from x07_sandbox.reports.runner import (
     SolveReport,
     World,
     failure_report,
+    flat_report,
     render_report,
     runner_report,
 )
@@ -115,7 +116,8 @@ def document(report: CompileRunReport) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_schemas_are_those_of_the_types(name: str) -> None:
-    """Each file in schemas/ of X07's documents is generated from the types that make them, and is a sound schema."""
+    """Each file in schemas/ is generated from the types that make its documents, is a sound schema, and none is old."""
+    assert {path.name for path in (ROOT / "schemas").iterdir()} == set(PUBLISHED)
     assert (ROOT / "schemas" / name).read_text(encoding="utf-8") == schemas()[name]
     jsonschema.Draft202012Validator.check_schema(PUBLISHED[name])
 
@@ -251,10 +253,16 @@ def _at(made: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
 
 
 def test_a_report_of_an_artifact_is_flat() -> None:
-    """Mode run-os is in the schema with the fields of `solve` at the top level, and is closed too."""
-    solved = document(runner_report(ended(Outcome.OK, exit_code=0), BUILT))["solve"]
-    flat = {"schema_version": RUNNER["$id"], "mode": "run-os", "world": SANDBOXED, "exit_code": 0, **solved}
-    jsonschema.validate(flat, RUNNER)
+    """Mode run-os has the fields of `solve` at the top level, whether or not the program was run, and is closed too."""
+    flat: dict[str, Any] = {}
+    for outcome, built in ((Outcome.REFUSED, False), (Outcome.TIMEOUT, True), (Outcome.OK, True)):
+        report = runner_report(ended(outcome, built=built, exit_code=0 if outcome is Outcome.OK else None), BUILT)
+        flat = json.loads(render_report(flat_report(report)))
+        jsonschema.validate(flat, RUNNER)
+        assert set(flat) == {"schema_version", "mode", "world", "sandbox_backend", "exit_code", *SOLVE_KEYS}
+        assert (flat["mode"], flat["exit_code"], flat["ok"]) == ("run-os", report.exit_code, outcome is Outcome.OK)
+        assert bool(flat["trap"]) is (outcome is not Outcome.OK)
+        assert report.solve is None or flat.items() > json.loads(render_report(report.solve)).items()
     for wrong in (flat | {"solve": None}, {key: value for key, value in flat.items() if key != "kv_get_calls"}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, RUNNER)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.published import document
 from tests.vm.conftest import left_behind
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.templates import TEMPLATES
@@ -142,7 +143,7 @@ def test_changes_are_applied_shown_undone_and_applied_again(project: Project) ->
     assert "--- a/data/gone.txt\n+++ /dev/null\n@@ -1 +0,0 @@\n-short-lived\n" in shown
     assert "@@ -1,3 +1,4 @@\n one\n two\n three\n+four\n" in shown
     assert "new file mode 100755" in shown
-    machine = json.loads(project.x07("diff", "--json").stdout)
+    machine = document(project.x07("diff", "--json").stdout)
     assert [change["name"] for change in machine["roots"][0]["changes"]] == sorted(
         ["data/gone.txt", "data/in.txt", "go.sh", "new", "new/deep", "new/deep/file", "run.sh"]
     )

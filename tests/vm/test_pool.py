@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.published import document
 from tests.vm.conftest import left_behind, marked, owners
 from tests.vm.test_clones import RANDOM
 from x07_sandbox import Pool, SandboxError
@@ -73,7 +75,7 @@ def ran(*words: str, stdin: bytes = b"") -> dict[str, Any]:
 
 def status() -> dict[str, Any] | None:
     """What `x07 pool status` tells."""
-    told: dict[str, Any] | None = json.loads(x07("pool", "status", "--json").stdout)["pool"]
+    told: dict[str, Any] | None = document(x07("pool", "status", "--json").stdout)["pool"]
     return told
 
 
@@ -287,6 +289,27 @@ def test_programs_run_from_short_lived_threads_and_from_asyncio(state: Path, ech
 
         assert asyncio.run(main()) == [f"got {number}\n" for number in range(count)]
         assert [result.stdout.text for result in pool.map(echo, [b"a", b"b"])] == ["got a\n", "got b\n"]
+    assert left_behind(state) == []
+
+
+def test_a_pool_takes_what_run_program_takes(state: Path, echo: str, tmp_path: Path) -> None:
+    """Output comes as it is printed, a project has its own input, and an option that is not known is named at once."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "main.py").write_text(ECHO)
+    (project / "road").write_bytes(b"Ulm")
+    text = (
+        'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nfiles = ["main.py"]\nentry = "main.py"\n'
+    )
+    (project / "x07-sandbox.toml").write_text(f'{text}[run]\ninput = "road"\n')
+    came: list[tuple[str, bytes]] = []
+    with Pool(size=1) as pool:
+        with pytest.raises(TypeError, match=re.escape("submit() got an unexpected keyword argument 'stdin'")):
+            pool.submit(echo, stdin=b"x")
+        result = pool.submit(echo, input=b"a", on_output=lambda name, data: came.append((name, data))).result(300)
+        assert (result.stdout.text, came) == ("got a\n", [("stdout", b"got a\n")])
+        assert pool.submit(project).result(300).stdout.text == "got Ulm\n"
+        assert pool.submit(project, b"").result(300).stdout.text == "got \n"
     assert left_behind(state) == []
 
 

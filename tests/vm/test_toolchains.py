@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from msgspec.structs import replace
 
+from tests.published import document
 from tests.vm.conftest import Sandbox, left_behind
 from x07_sandbox import SandboxError, load_policy, run_program, run_program_async
 from x07_sandbox.host import settings
@@ -412,6 +413,10 @@ def test_a_program_that_cannot_be_run_is_told_why(
         (["a.sh", "--report-out", "."], "no file lies there"),
         (["a.sh", "--report-out", ""], "no file lies there"),
         (["a.sh", "--report-out", "none/x"], "no folder that you can write"),
+        (["a.sh", "--compiled-out", "x" * 300], "File name too long"),
+        (["a.sh", "--policy", "p.json", "--diff", "p"], "the run reads it"),
+        (["a.sh", "--diff", "x", "--report-out", "x.json"], "it is named twice"),
+        (["a.sh", "--diff", ""], "no file lies there"),
         (["a.sh", "--dry-run", "--report-out", "x"], "--dry-run writes nothing"),
         (["a.sh", "--timeout", "0"], "no time above 0"),
         (["a.sh", "--timeout", "nan"], "no time above 0"),
@@ -460,7 +465,7 @@ def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
     jobs = tmp_path / "jobs"
     done = command("--dry-run", "--json", "-c", "int main(void) {}", "--toolchain", "c", X07_VM_STATE_DIR=str(jobs))
     assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)
+    shown = document(done.stdout)
     assert (shown["toolchain"], shown["run"]) == ("c", ["/x07/in/artifact"])
     assert {control["field"] for control in shown["plan"]["controls"]} >= {"limits.wall_ms", "net.enabled"}
     assert b"built in a machine without network" in command("--dry-run", "-c", "x", "--toolchain", "c").stdout

@@ -139,6 +139,10 @@ def test_a_project_has_its_profiles(project: Path, x07_image: Image) -> None:
     assert (done.returncode, output(report_of(done))) == (0, b"FROM THE PROFILE"), done.stderr
     done = command("--stdin", "--project", str(project / "x07.json"), image=x07_image.name, stdin=b"ours")
     assert output(report_of(done)) == b"OURS"
+    done = command("--stdin", "--max-output-bytes", "4", str(project), image=x07_image.name, stdin=b"ours")
+    assert output(report_of(done)) == b"OURS"  # the frame's head does not count
+    done = command("--stdin", "--max-output-bytes", "3", str(project), image=x07_image.name, stdin=b"ours")
+    assert (done.returncode, report_of(done)["solve"]["trap"]) == (1, "stdout exceeded cap")
     done = command(str(project), "--", "a", "bc", image=x07_image.name)
     assert output(report_of(done)) == b"\2\0\0\0\1\0\0\0A\2\0\0\0BC"
     done = command("--profile", "os", str(project), image=x07_image.name)

@@ -6,16 +6,26 @@ import contextlib
 import sys
 import time
 
+from x07_sandbox.errors import shown
+
 
 def plain(text: str) -> str:
-    """Text without control characters but line ends and tabs: names of files and words of a guest may hold any."""
+    """Text of a guest, of more lines, without control characters but line ends and tabs."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def say(text: str, command: str = "x07") -> None:
     """One line to the user; one who cannot be told (a full disk, a closed pipe) still gets the exit code."""
     with contextlib.suppress(OSError):
-        print(f"{command}: {plain(text)}", file=sys.stderr, flush=True)
+        print(f"{command}: {shown(text)}", file=sys.stderr, flush=True)
+
+
+def show(line: str) -> None:
+    """One line of a result on standard output; a name that is no UTF-8 keeps its bytes. Raises OSError."""
+    text = "".join(char if "\udc80" <= char <= "\udcff" else shown(char) for char in line)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b"\n")
+    sys.stdout.buffer.flush()
 
 
 class LiveLine:
@@ -30,7 +40,7 @@ class LiveLine:
         if self._live and (text or self._shown):
             self._shown = bool(text)
             with contextlib.suppress(OSError):
-                print(f"\r\033[K{f'x07: {text}' if text else ''}", end="", file=sys.stderr, flush=True)
+                print(f"\r\033[K{f'x07: {shown(text)}' if text else ''}", end="", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -43,7 +53,7 @@ class Progress:
 
     def __call__(self, text: str) -> None:
         """Say what is being done now."""
-        line = f"x07: {self._title}: [{time.monotonic() - self._begun:5.1f} s] {text}"
+        line = f"x07: {self._title}: [{time.monotonic() - self._begun:5.1f} s] {shown(text)}"
         with contextlib.suppress(OSError):
             if self._live:
                 print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.looks import Proof, advice, backend_states, gather
 from x07_sandbox.backends.selection import this_platform, working
-from x07_sandbox.cli.console import Progress, plain
+from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
@@ -60,27 +60,24 @@ def _doctor(options: argparse.Namespace) -> int:
         return 0 if report.good else 1
     for finding in report.findings:
         mark = {True: "good", False: "BAD ", None: "note"}[finding.good]
-        _print(f"{mark}  {finding.subject}: {finding.text}")
+        show(f"{mark}  {finding.subject}: {finding.text}")
         if finding.fix:
-            _print(f"      {finding.fix}")
-    _print("\nbackends, those that are preferred first:")
+            show(f"      {finding.fix}")
+    show("")
+    show("backends, those that are preferred first:")
     for state in report.backends:
         _print_backend(state)
     return 0 if report.good else 1
 
 
-def _print(line: str) -> None:
-    sys.stdout.write(plain(line) + "\n")
-
-
 def _print_backend(state: BackendState) -> None:
     wall = " or ".join(state.isolation) + (", only if accepted" if state.needs_acceptance else "")
-    _print(f"{_MARKS[state.state]}  {state.name} ({wall}): {state.text}")
+    show(f"{_MARKS[state.state]}  {state.name} ({wall}): {state.text}")
     for look in state.looks:
-        _print(f"      {look.what}: {look.text}")
+        show(f"      {look.what}: {look.text}")
     # Where it is only not in this version or not for this platform, what they all have in common was said above.
     for remedy in state.remedies if state.state == "failed" else state.remedies[-1:]:
-        _print(f"      - {remedy}")
+        show(f"      - {remedy}")
 
 
 def _examined() -> DoctorReport:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import sys
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from x07_sandbox.cli.console import show
+from x07_sandbox.cli.documents import print_document
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.runs.preview import Preview, preview
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.request import RunRequest
 
-SCHEMA = "x07.sandbox.preview@0.1.0"
-
 
 def show_plan(request: RunRequest, *, as_json: bool) -> int:
     """Print it; 0 if the run would be carried out, 125 if its policy would be refused. Raises SandboxError."""
     found = preview(request)
     if as_json:
-        document = {"schema_version": SCHEMA, **msgspec.to_builtins(found)}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_document(found)
     else:
-        sys.stdout.write("\n".join(_lines(found)) + "\n")
+        for line in _lines(found):
+            show(line)
     return REFUSED_EXIT if found.plan.refusals else 0
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.cli.console import Progress, say
+from x07_sandbox.cli.console import Progress, say, show
+from x07_sandbox.cli.documents import print_document
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import build_command, cure, damaged_images, find_image, image_is_current, list_images
 from x07_sandbox.images.verify import verify_image
+from x07_sandbox.reports.images import BuildReport, ImageRow, ListReport, VerifyReport
 from x07_sandbox.runs.prepare import prepare_templates
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     for sub, action in ((inspect, _inspect), (verify, _verify)):
         sub.add_argument("image", nargs="?", metavar="NAME|DIGEST", help="which one (default: default)")
         sub.set_defaults(carry_out=action)
-    for sub in (build, listing, verify):
+    for sub in (build, listing, inspect, verify):
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
@@ -104,7 +105,7 @@ def _build(options: argparse.Namespace) -> int:
     preload = [] if options.no_preload else _names(options.preload)
     image = build_with_progress(options.name, include, preload, x07=options.x07_toolchain, fresh=options.fresh)
     if options.json:
-        _print({"name": image.name, "digest": image.digest})
+        print_document(BuildReport(name=image.name, digest=image.digest))
     return 0
 
 
@@ -114,31 +115,31 @@ def _names(chunks: list[str] | None) -> list[str] | None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    rows = [_row(image) for image in list_images()] + [_damaged_row(image) for image in damaged_images()]
+    rows = (*map(_row, list_images()), *map(_damaged_row, damaged_images()))
     if options.json:
-        _print({"images": rows})
+        print_document(ListReport(images=rows))
         return 0
     if not rows:
         say("no images yet: run x07 image build")
     for row in rows:
-        note = "" if row["problem"] is None else f"  ({row['problem']}. {row['fix']}.)"
-        sys.stdout.write(f"{row['name'] or '-':<16} {row['digest']}  {row['suite'] or 'damaged'}{note}\n")
+        note = "" if row.problem is None else f"  ({row.problem}. {row.fix}.)"
+        show(f"{row.name or '-':<16} {row.digest}  {row.suite or 'damaged'}{note}")
     return 0
 
 
-def _row(image: Image) -> dict[str, object]:
-    """One image of the list. problem, fix: None where it can be used as it is."""
-    row: dict[str, object] = {"name": image.name, "digest": image.digest, "suite": image.manifest.suite}
-    row |= {"current": image_is_current(image), "problem": None, "fix": None}
-    if not row["current"]:
-        row["problem"] = "it was made by another version of x07-sandbox"
-        row["fix"] = f"Run {build_command(image.name)}" if image.name else "It has no name: take another one"
-    return row
+def _row(image: Image) -> ImageRow:
+    current = image_is_current(image)
+    problem = fix = None
+    if not current:
+        problem = "it was made by another version of x07-sandbox"
+        fix = f"Run {build_command(image.name)}" if image.name else "It has no name: take another one"
+    suite = image.manifest.suite
+    return ImageRow(name=image.name, digest=image.digest, suite=suite, current=current, problem=problem, fix=fix)
 
 
-def _damaged_row(image: DamagedImage) -> dict[str, object]:
-    row: dict[str, object] = {"name": image.name, "digest": image.digest, "suite": None, "current": False}
-    return row | {"problem": image.problem.why, "fix": image.problem.fix}
+def _damaged_row(image: DamagedImage) -> ImageRow:
+    why, fix = image.problem.why, image.problem.fix
+    return ImageRow(name=image.name, digest=image.digest, suite=None, current=False, problem=why, fix=fix)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -152,15 +153,11 @@ def _verify(options: argparse.Namespace) -> int:
     problems = verify_image(image)
     if options.json:
         fix = cure(image) if problems else None
-        _print({"digest": image.digest, "good": not problems, "problems": problems, "fix": fix})
+        print_document(VerifyReport(digest=image.digest, good=not problems, problems=tuple(problems), fix=fix))
     elif problems:
         for problem in problems:
             say(problem)
         say(f"the image is damaged. {cure(image)}.")
     else:
-        sys.stdout.write(f"{image.digest} is what its manifest says\n")
+        show(f"{image.digest} is what its manifest says")
     return 1 if problems else 0
-
-
-def _print(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")

@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verb_first(words: list[str]) -> list[str]:
-    """The words with X07's global flags behind the verb, where they are read."""
+    """The words with the flags that X07's command has before the verb behind it, where they are read."""
     count = 0
-    while count < len(words) and (flag := words[count].partition("=")[0]) in {"--report-out", "--quiet-json"}:
+    while count < len(words) and (flag := words[count].partition("=")[0]) in {"--json", "--report-out", "--quiet-json"}:
         count += 2 if words[count] == flag == "--report-out" else 1
     return [*words[count : count + 1], *words[:count], *words[count + 1 :]]
 
@@ -170,7 +170,7 @@ def _json_or(code: int, exc: Exception, words: list[str], signalled: int | None 
 def _wants_json(words: list[str]) -> bool:
     """Whether standard output must be one JSON object; asked of the words, since parsing them may have failed."""
     ours = words[: words.index("--")] if "--" in words else words
-    return bool(ours) and ours[0] in _VERBS and "--json" in ours
+    return "--json" in ours
 
 
 def parser_for(words: list[str]) -> argparse.ArgumentParser:

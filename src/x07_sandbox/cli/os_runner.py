@@ -27,7 +27,6 @@ from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag
 from x07_sandbox.programs.manifest import FILE, MAX_BYTES, decode_manifest
 from x07_sandbox.programs.toolchains import OUTPUT, X07, Toolchain, toolchain_for
 from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, SOURCE_SUFFIX, Options
-from x07_sandbox.reports.protocol import HEAD_BYTES
 from x07_sandbox.reports.runner import CompileMode, World, failure_report, render_report
 from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.lease import PoolMachines
@@ -108,8 +107,10 @@ def _carry_out(options: argparse.Namespace) -> int:
     x07 = _x07_options(options) if target.toolchain.told else None
     if x07 is None:
         _note_unused(options, target)
-    max_output_bytes = settings.MIB if options.max_output_bytes is None else options.max_output_bytes
-    return _run(target.path, wanted, data, max_output_bytes, x07)
+    # X07's programs have that default of their project's profile, or of X07's.
+    default = settings.MIB if x07 is None else None
+    most = default if options.max_output_bytes is None else options.max_output_bytes
+    return _run(target.path, wanted, data, most, x07)
 
 
 # the command line
@@ -205,7 +206,8 @@ def _wanted(options: argparse.Namespace, target: Target, data: bytes, *, accepte
 
 def _x07_options(options: argparse.Namespace) -> Options:
     """What the flags tell X07's compiler. Raises UsageError."""
-    given = {name: getattr(options, name) for name in Options.__struct_fields__ if hasattr(options, name)}
+    names = set(Options.__struct_fields__) - {"max_output_bytes"}  # of every program, and so the request's
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     roots = tuple(options.module_root or ())
     return Options(**{name: value for name, value in given.items() if value is not None}, module_roots=roots)
 
@@ -221,7 +223,7 @@ def _note_unused(options: argparse.Namespace, target: Target) -> None:
 # the run
 
 
-def _run(path: Path, wanted: Wanted, data: bytes, max_output_bytes: int, x07: Options | None) -> int:
+def _run(path: Path, wanted: Wanted, data: bytes, max_output_bytes: int | None, x07: Options | None) -> int:
     with contextlib.ExitStack() as stack:
         artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
         if wanted.attest_runtime is not None:
@@ -235,7 +237,7 @@ def _run(path: Path, wanted: Wanted, data: bytes, max_output_bytes: int, x07: Op
                 policy=None if wanted.policy_path is None else Path(wanted.policy_path),
                 stdin_fd=memory_file(data, stack),
                 live_stderr=2,
-                max_output_bytes=max_output_bytes + (HEAD_BYTES if x07 is not None else 0),
+                max_output_bytes=max_output_bytes,
                 x07=x07,
                 artifact=artifact,
                 machines=PoolMachines(),

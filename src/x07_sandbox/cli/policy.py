@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
-
-import msgspec
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli import policy_explain, policy_init
-from x07_sandbox.cli.console import say
-from x07_sandbox.cli.documents import print_failure
+from x07_sandbox.cli.console import say, show
+from x07_sandbox.cli.documents import print_document, print_failure
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
+from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport
 from x07_sandbox.runs.request import read_policy
 
 if TYPE_CHECKING:
@@ -92,25 +89,17 @@ def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespa
         return INVALID
 
 
-def _print_json(kind: str, told: dict[str, Any]) -> None:
-    whole = {"schema_version": f"x07.sandbox.policy.{kind}@0.1.0", **told}
-    sys.stdout.write(json.dumps(whole, indent=2) + "\n")
-    sys.stdout.flush()
-
-
 def _check(options: argparse.Namespace) -> int:
-    rows = [_checked(name) for name in options.files]
-    worst = max((_CHECK_CODES[row["status"]] for row in rows), key=_SEVERITY.index)
+    rows = tuple(_checked(name) for name in options.files)
+    worst = max((_CHECK_CODES[row.status] for row in rows), key=_SEVERITY.index)
     if options.json:
-        _print_json("check", {"ok": worst == 0, "files": rows})
+        print_document(CheckReport(ok=worst == 0, files=rows))
         return worst
     for row in rows:
-        if row["status"] == "valid":
-            # A name need not be UTF-8.
-            sys.stdout.buffer.write(os.fsencode(f"{row['file']}: valid ({row['policy_id']})\n"))
-            sys.stdout.buffer.flush()
+        if row.text:
+            say(row.text)
         else:
-            say(row["text"])
+            show(f"{row.file}: valid ({row.policy_id})")
     return worst
 
 
@@ -118,13 +107,14 @@ _CHECK_CODES: Final = {"valid": 0, "invalid": INVALID, "unreadable": UNREADABLE}
 _SEVERITY: Final = (0, INVALID, UNREADABLE)  # what could not even be looked at counts most
 
 
-def _checked(name: str) -> dict[str, Any]:
+def _checked(name: str) -> CheckedFile:
     try:
         policy, _ = load(name)
+    except PolicyError as exc:
+        return CheckedFile(file=name, status="invalid", problems=exc.problems, text=str(exc))
     except UsageError as exc:
-        status, problems = ("invalid", exc.problems) if isinstance(exc, PolicyError) else ("unreadable", ())
-        return {"file": name, "status": status, "problems": msgspec.to_builtins(problems), "text": str(exc)}
-    return {"file": name, "status": "valid", "policy_id": policy.policy_id, "digest": policy_digest(policy)}
+        return CheckedFile(file=name, status="unreadable", problems=(), text=str(exc))
+    return CheckedFile(file=name, status="valid", policy_id=policy.policy_id, digest=policy_digest(policy))
 
 
 def _digest(options: argparse.Namespace) -> int:
@@ -134,7 +124,7 @@ def _digest(options: argparse.Namespace) -> int:
     digest = policy_digest(policy)
     if options.json:
         of_file = f"sha256:{sha256(data).hexdigest()}"
-        _print_json("digest", {"policy_id": policy.policy_id, "digest": digest, "file_digest": of_file})
+        print_document(DigestReport(policy_id=policy.policy_id, digest=digest, file_digest=of_file))
     else:
         sys.stdout.write(f"{digest}\n")
     return 0
@@ -142,29 +132,29 @@ def _digest(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     policy, _ = load(options.policy)
-    found = policy_explain.explanation(policy, options.backend, options.toolchain)
+    found = policy_explain.explanation(policy, options.policy, options.backend, options.toolchain)
     if options.json:
-        _print_json("explain", {"policy": options.policy, **found})
+        print_document(found)
     else:
-        # A name need not be UTF-8.
-        sys.stdout.buffer.write(os.fsencode("\n".join(policy_explain.lines(found, options.policy)) + "\n"))
-    return 0 if found["carried_out"] else REFUSED
+        for line in policy_explain.lines(found):
+            show(line)
+    return 0 if found.carried_out else REFUSED
 
 
 def _diff(options: argparse.Namespace) -> int:
     from x07_sandbox.policy.differences import differences
 
     (first, _), (second, _) = load(options.first), load(options.second)
-    changes = differences(first, second)
+    changes = tuple(differences(first, second))
     if options.json:
-        _print_json("diff", {"same": not changes, "changes": [_change_row(change) for change in changes]})
+        print_document(DiffReport(same=not changes, changes=changes))
         return DIFFERENT if changes else 0
     for effect, title in _EFFECTS:
         found = [change for change in changes if change.effect == effect]
         if found:
-            sys.stdout.write(f"{title}\n")
+            show(title)
         for change in found:
-            sys.stdout.write(f"  {_in_words(change)}\n")
+            show(f"  {_in_words(change)}")
     return DIFFERENT if changes else 0
 
 
@@ -176,10 +166,6 @@ _EFFECTS: Final = (
 
 
 _DOCS: Final = {field.path: field.doc for field in fields()}
-
-
-def _change_row(change: Change) -> dict[str, Any]:
-    return {"field": change.field, "effect": change.effect, "before": change.before, "after": change.after}
 
 
 def _in_words(change: Change) -> str:

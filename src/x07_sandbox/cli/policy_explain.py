@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -15,10 +15,9 @@ from x07_sandbox.plan.features import vm_features
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.model import leaf_values
 from x07_sandbox.programs.toolchains import TOOLCHAINS
+from x07_sandbox.reports.policies import ExplainedControl, ExplainReport
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from x07_sandbox.policy.model import Policy
 
 # What needs a reader's eye comes first.
@@ -62,50 +61,54 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
     return parser
 
 
-def explanation(policy: Policy, backend_name: str, toolchain: str | None = None) -> dict[str, Any]:
-    """What --json prints. Raises UsageError, and RefusedError for a backend that comes later."""
+def explanation(policy: Policy, source: str, backend_name: str, toolchain: str | None = None) -> ExplainReport:
+    """What --json prints. source: the policy's name, as the user gave it.
+
+    Raises UsageError, and RefusedError for a backend that comes later.
+    """
     backend = backend_named(backend_name)
     need_built(backend)
     # The weakest class that it may have: the plan is the same for all of them.
     plan = make_plan(policy, vm_features(backend.isolation[-1]))
     values = leaf_values(policy)
-    return {
-        "policy_id": policy.policy_id,
-        "digest": policy_digest(policy),
-        "backend": backend.name,
-        "isolation": list(backend.isolation),
-        "toolchain": toolchain,
-        "carried_out": not plan.refusals,
-        "filters": list(confinement(policy, "").filters),
-        "controls": [
-            {**msgspec.to_builtins(control), "value": msgspec.to_builtins(values[control.field])}
+    return ExplainReport(
+        policy=source,
+        policy_id=policy.policy_id,
+        digest=policy_digest(policy),
+        backend=backend.name,
+        isolation=backend.isolation,
+        toolchain=toolchain,
+        carried_out=not plan.refusals,
+        filters=confinement(policy, "").filters,
+        controls=tuple(
+            ExplainedControl(**msgspec.structs.asdict(control), value=msgspec.to_builtins(values[control.field]))
             for control in plan.controls
-        ],
-        "refusals": msgspec.to_builtins(plan.refusals),
-    }
+        ),
+        refusals=plan.refusals,
+    )
 
 
-def lines(found: Mapping[str, Any], source: str) -> list[str]:
-    """An explanation as text. source: the policy's name, as the user gave it."""
-    isolation = " or ".join(found["isolation"])
-    text = [f"policy {found['policy_id']} ({source}) on {found['backend']} ({isolation})"]
-    width = max(len(control["field"]) for control in found["controls"])
+def lines(found: ExplainReport) -> list[str]:
+    """An explanation as text."""
+    isolation = " or ".join(found.isolation)
+    text = [f"policy {found.policy_id} ({found.policy}) on {found.backend} ({isolation})"]
+    width = max(len(control.field) for control in found.controls)
     for state, title in _GROUPS:
-        group = [control for control in found["controls"] if control["state"] == state]
+        group = [control for control in found.controls if control.state == state]
         if group:
             text += ["", f"{title}:"]
         for control in group:
-            value = shown(control["value"])
-            text.append(f"  {control['field']:{width}}  {value:12}  {control['by']}: {control['why']}")
-    text += ["", f"seccomp filters of the image: {', '.join(found['filters'])} (a result has their digests)"]
-    if found["refusals"]:
+            value = shown(control.value)
+            text.append(f"  {control.field:{width}}  {value:12}  {control.by}: {control.why}")
+    text += ["", f"seccomp filters of the image: {', '.join(found.filters)} (a result has their digests)"]
+    if found.refusals:
         text += ["", "what would allow a run:"]
-    for refusal in found["refusals"]:
-        how = refusal["how_to_allow"]
-        text.append(f"  {refusal['why']}")
-        text.append(f"    in the policy: {how['json_path']} = {shown(how['value'])}")
-        if how["flag"]:
-            text.append(f"    or: {how['flag']}")
+    for refusal in found.refusals:
+        how = refusal.how_to_allow
+        text.append(f"  {refusal.why}")
+        text.append(f"    in the policy: {how.json_path} = {shown(how.value)}")
+        if how.flag:
+            text.append(f"    or: {how.flag}")
     return text
 
 

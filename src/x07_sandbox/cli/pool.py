@@ -9,10 +9,14 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-from x07_sandbox.cli.console import Progress
+import msgspec
+
+from x07_sandbox.cli.console import Progress, show
+from x07_sandbox.cli.documents import print_document
 from x07_sandbox.cli.usage import whole_number
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.reports.pool import PoolReport, PoolStatus
 from x07_sandbox.runs.lease import GONE_S, PROTOCOL, connected, pool_dir, receive, send
 
 if TYPE_CHECKING:
@@ -50,8 +54,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     stop = inner.add_parser("stop", help="end it, and every machine of its that waits or runs")
     stop.set_defaults(carry_out=_stop)
     status = inner.add_parser("status", help="how many wait and run")
-    status.add_argument("--json", action="store_true", help="one JSON object on standard output")
     status.set_defaults(carry_out=_status)
+    for action in (start, stop, status):
+        action.add_argument("--json", action="store_true", help="how it stands then, as one JSON object")
 
 
 def _start(options: argparse.Namespace) -> int:
@@ -80,10 +85,13 @@ def _start(options: argparse.Namespace) -> int:
             raise
     if "ready" in told:
         progress.done(f"{told['ready']} machines are warm (process {child.pid})")
+        if options.json:
+            print_document(PoolReport(pool=_told()))
         return 0
     child.terminate()
     child.wait()
-    raise HostError(
+    kind = UsageError if told.get("usage") else HostError
+    raise kind(
         str(told.get("what", "cannot start the pool")),
         str(told.get("why", f"its process ended; see {log}")),
         str(told.get("fix", "Run x07 doctor")),
@@ -100,38 +108,49 @@ def _heard(ready: IO[bytes], progress: Progress) -> dict[str, Any]:
     return {}
 
 
-def _stop(_options: argparse.Namespace) -> int:
+def _stop(options: argparse.Namespace) -> int:
     connection = connected()
-    if connection is None:
-        sys.stdout.write("no pool runs\n")
-        return 0
-    with connection:
-        connection.settimeout(2 * GONE_S)
-        send(connection, {"protocol": PROTOCOL, "want": "stop"})
-        if receive(connection) is None and connected() is None:
-            sys.stdout.write("the pool has ended\n")
-            return 0
-    raise HostError("cannot stop the pool", "it does not end", "Look at it with x07 pool status")
+    if connection is not None:
+        with connection:
+            connection.settimeout(2 * GONE_S)
+            send(connection, {"protocol": PROTOCOL, "want": "stop"})
+            if receive(connection) is not None or connected() is not None:
+                raise HostError("cannot stop the pool", "it does not end", "Look at it with x07 pool status")
+    if options.json:
+        print_document(PoolReport(pool=None))
+    else:
+        show("no pool runs" if connection is None else "the pool has ended")
+    return 0
 
 
 def _status(options: argparse.Namespace) -> int:
-    connection = connected()
-    told: dict[str, Any] = {}
-    if connection is not None:
-        with connection:
-            send(connection, {"protocol": PROTOCOL, "want": "status"})
-            answer = receive(connection)
-            told = {} if answer is None else answer[0]
-    told.pop("protocol", None)
+    pool = _told()
     if options.json:
-        sys.stdout.write(json.dumps({"pool": told or None}, indent=2) + "\n")
-    elif not told:
-        sys.stdout.write("no pool runs\n")
+        print_document(PoolReport(pool=pool))
+    elif pool is None:
+        show("no pool runs")
     else:
-        sys.stdout.write(
-            f"{told['ready']} of {told['size']} machines wait, {told['running']} run, {told['claimed']} were taken; "
-            f"unused for {told['unused_s']:.0f} of {told['idle_s']:.0f} s (process {told['pid']})\n"
+        show(
+            f"{pool.ready} of {pool.size} machines wait, {pool.running} run, {pool.claimed} were taken; "
+            f"unused for {pool.unused_s:.0f} of {pool.idle_s:.0f} s (process {pool.pid})"
         )
-        if told["problem"]:
-            sys.stdout.write(f"none can be made now: {told['problem']}\n")
+        if pool.problem:
+            show(f"none can be made now: {pool.problem}")
     return 0
+
+
+def _told() -> PoolStatus | None:
+    """What the pool's process says of itself; None where there is none, or it ends just now. Raises HostError."""
+    connection = connected()
+    if connection is None:
+        return None
+    with connection:
+        send(connection, {"protocol": PROTOCOL, "want": "status"})
+        answer = receive(connection)
+    if answer is None:
+        return None
+    told = {key: value for key, value in answer[0].items() if key != "protocol"}
+    try:
+        return msgspec.convert(told, PoolStatus)
+    except msgspec.ValidationError as exc:  # one that another version of ours has started
+        raise HostError("cannot read what the pool says", str(exc), "Run x07 pool stop, and start it anew") from exc

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.console import plain, say
+from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.host.settings import KIB
 from x07_sandbox.runs.prune import PARTS, prune
@@ -59,7 +58,8 @@ def _show(report: PruneReport) -> None:
     lines += [f"kept {kept.kind} {kept.path}: {kept.why}" for kept in report.kept]
     count = len(report.removed)
     lines.append(f"{word} {count} thing{'' if count == 1 else 's'}, {_size(report.bytes)}")
-    sys.stdout.write(plain("\n".join(lines)) + "\n")
+    for line in lines:
+        show(line)
 
 
 def _size(count: int) -> str:

@@ -69,8 +69,8 @@ def _run(options: argparse.Namespace) -> int:
             request = stack.enter_context(artifact_to_keep(options.compiled_out, request))
         result = run(request)
     _write_files(options, result)
-    if options.json:
-        return result.x07_exit_code if options.quiet_json else _print(result)
+    if options.json and not options.quiet_json:
+        return _print(result)
     _explain(result)
     if result.denials or result.hints:
         from x07_sandbox.cli.refused import tell as tell_refused
@@ -119,6 +119,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
         "--report-out": options.report_out,
         "--attest-runtime": options.attest_runtime,
         "--diff": options.diff,
+        "beside that of --diff": options.diff and Path(f"{options.diff}.json"),
     }
     named = [options.program_flag, options.project, options.artifact, options.program, options.policy]
     named += [*options.allow_host_file, *options.deny_host_file]

@@ -166,9 +166,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-output-bytes",
         type=whole_number(0, 1 << 40, "bytes"),
-        default=settings.OUTPUT_MAX_BYTES,
         metavar="N",
-        help="per stream (default: 64 MiB)",
+        help="per stream (default: 64 MiB); of an X07 program its output (default: its profile's, else 1 MiB)",
     )
     group.add_argument("--compiled-out", type=Path, metavar="FILE", help="keep what was built there")
     group.add_argument(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,8 +21,8 @@ from x07_sandbox.host.variables import flag
 from x07_sandbox.policy.overrides import derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.programs.toolchains import OUTPUT
-from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, LOCK_FILE, WORLD, diagnostics_line
-from x07_sandbox.reports.runner import CompileRunReport, render_report
+from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, WORLD, diagnostics_line
+from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, flat_report, render_report
 from x07_sandbox.reports.wrapped import Target, wrap
 from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.program import load_program
@@ -35,6 +34,7 @@ from x07_sandbox.runs.x07_program import read_whole
 if TYPE_CHECKING:
     import argparse
     import contextlib
+    from pathlib import Path
 
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
@@ -103,7 +103,8 @@ def _carry_out(request: RunRequest, program: Program, options: argparse.Namespac
     report, lines = make_report(wanted, result, artifact)
     for line in lines:
         say(line)
-    text = render_report(report) if options.report != "wrapped" else _wrapped(report, options, program)
+    told = report if options.artifact is None else flat_report(report)
+    text = render_report(told) if options.report != "wrapped" else _wrapped(told, request.program, program)
     if options.report_out is not None:
         write_whole(options.report_out, partial(write_all, data=text))
     if not options.quiet_json:
@@ -132,16 +133,14 @@ def _with_derived_file(request: RunRequest, program: Program) -> RunRequest:
     return replace(request, policy=place, overrides=None)
 
 
-def _wrapped(report: CompileRunReport, options: argparse.Namespace, program: Program) -> bytes:
-    """In X07's envelope, which says what was run."""
-    path = Path(options.project or options.program_flag or options.artifact or options.program or "-")
-    root = path if path.is_dir() else path.parent
-    lock = str(root / LOCK_FILE) if program.project and program.toolchain.told else None
+def _wrapped(report: CompileRunReport | RunOsReport, path: Path | None, program: Program) -> bytes:
+    """In X07's envelope, which says what was run. path: None for a source that is in no file, which is called `-`."""
+    root = None if path is None or not program.project else path if path.is_dir() else path.parent
     target = Target(
-        kind="artifact" if options.artifact else "project" if program.project else "program",
-        path=str(path),
-        project_root=str(root) if program.project else None,
-        lockfile=lock,
+        kind="artifact" if isinstance(report, RunOsReport) else "project" if program.project else "program",
+        path="-" if path is None else str(path),
+        project_root=None if root is None else str(root),
+        lockfile=None if root is None or program.lockfile is None else str(root / program.lockfile),
         resolved_module_roots=[],
     )
     return (json.dumps(msgspec.to_builtins(wrap(report, target)), indent=2) + "\n").encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,13 +36,23 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | No
         if path is None:
             continue
         what = f"cannot write {path} ({name})"
-        if path.name in {"", "..", "."} or path.is_symlink() or (os.path.lexists(path) and not path.is_file()):
+        if path.name in {"", "..", "."} or _other_than_a_file(path, what):
             raise UsageError(what, "something that is no file lies there", "Name another place")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
             raise UsageError(what, f"{path.parent} is no folder that you can write", "Name another place")
         if why := taken.get(_real(path)):
             raise UsageError(what, why, "Name another place")
         taken[_real(path)] = "it is named twice"
+
+
+def _other_than_a_file(path: Path, what: str) -> bool:
+    """Whether something lies there that is no regular file. Raises UsageError where that cannot be known."""
+    try:
+        return not stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        raise UsageError(what, exc.strerror or str(exc), "Name another place") from exc
 
 
 def _real(path: Path) -> str:

@@ -18,8 +18,10 @@ SCHEMA = "x07.sandbox.image@0.1.0"
 NO_DIGEST = "sha256:" + "0" * 64  # of a draft, until sealed() puts the true one there
 MAX_BYTES = 4 * 1024 * 1024
 
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-FileName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+# Python's $ matches before a last line end too; JSON Schema knows no \Z.
+_END = r"(?!\n)$"
+Sha256 = Annotated[str, msgspec.Meta(pattern=f"^[0-9a-f]{{64}}{_END}")]
+FileName = Annotated[str, msgspec.Meta(pattern=rf"^[a-z0-9][a-z0-9._-]{{0,63}}{_END}")]
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 42)]
 
 
@@ -77,7 +79,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
 
     schema_version: str
-    digest: Annotated[str, msgspec.Meta(pattern="^sha256:[0-9a-f]{64}$")]
+    digest: Annotated[str, msgspec.Meta(pattern=f"^sha256:[0-9a-f]{{64}}{_END}")]
     recipe: int
     arch: str
     suite: str

@@ -32,7 +32,7 @@ _FLAGS: Final = {
 }
 
 
-class Control(msgspec.Struct, frozen=True, kw_only=True):
+class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One field in the plan.
 
     field: its path, like "limits.wall_ms".
@@ -45,7 +45,7 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
     why: str
 
 
-class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+class Refusal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why a policy cannot be carried out here. field: its path, like "fs.read_roots"."""
 
     field: str
@@ -53,7 +53,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     how_to_allow: HowToAllow
 
 
-class RunLimits(msgspec.Struct, frozen=True, kw_only=True):
+class RunLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the run job is held to: the policy's limits, and the machine's RAM that follows from them."""
 
     wall_ms: int
@@ -81,7 +81,7 @@ class RunLimits(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The answer: it may be carried out only if there are no refusals."""
 
     controls: tuple[Control, ...]

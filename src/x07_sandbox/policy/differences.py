@@ -6,7 +6,7 @@ it do less, ``changed`` where it is neither.
 """
 
 from collections.abc import Iterator
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -19,7 +19,7 @@ Direction = Literal["grants", "withdraws", "neither"]
 _MIB: Final = 1 << 20
 
 
-class Change(msgspec.Struct, frozen=True, kw_only=True):
+class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One difference.
 
     field: its path. before, after: the values; of a list one entry, with None where it is not.
@@ -27,8 +27,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     field: str
     effect: Effect
-    before: object
-    after: object
+    before: Any
+    after: Any
 
 
 DIRECTIONS: Final[dict[str, Direction]] = {

@@ -27,6 +27,8 @@ WORKSPACE: Final = "/usr/local/lib/x07"
 PROGRAM: Final = "program/main.x07.json"
 WORLD: Final = "run-os-sandboxed"
 INPUT_MAX_BYTES: Final = 64 << 20
+HEAD_BYTES: Final = 4  # of a frame: its length
+STDERR_MAX_BYTES: Final = 256 << 10  # whatever the limit on a program's output
 _VERSIONS: Final = re.compile(r"x07\.project@0\.[2-5]\.0")
 _CHOICES: Final = ("dev", "os")
 _MOST: Final = 1 << 48
@@ -47,7 +49,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     cc_profile: Literal["default", "size"] | None = None
     max_c_bytes: int | None = None
     compat: str | None = None
-    debug_borrow_checks: bool = False
+    debug_borrow_checks: bool | None = None
     auto_ffi: bool | None = None
     module_roots: tuple[str, ...] = ()
 
@@ -57,6 +59,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "solve_fuel": 50_000_000,
     "max_memory_bytes": 64 << 20,
     "cpu_time_limit_seconds": 30,
+    "max_output_bytes": 1 << 20,
 }
 
 
@@ -120,8 +123,7 @@ def merged(options: Options, profile: Profile | None) -> Options:
         values |= {
             name: value for name in Options.__struct_fields__ if (value := getattr(profile, name, None)) is not None
         }
-    given = msgspec.structs.asdict(options)
-    values |= {name: value for name, value in given.items() if value not in {None, False, ()} or name == "auto_ffi"}
+    values |= {name: value for name, value in msgspec.structs.asdict(options).items() if value is not None}
     if values.get("auto_ffi") is None:
         values["auto_ffi"] = True if profile is None else profile.auto_ffi
     return Options(**values)
@@ -135,8 +137,7 @@ def compile_argv(options: Options, target: Sequence[str]) -> list[str]:
         words += ["--max-c-bytes", str(options.max_c_bytes)]
     words += ["--policy", "/x07/in/policy.json", "--input", "/x07/in/input.bin"]
     words += ["--solve-fuel", str(options.solve_fuel), "--max-memory-bytes", str(options.max_memory_bytes)]
-    if options.max_output_bytes is not None:
-        words += ["--max-output-bytes", str(options.max_output_bytes)]
+    words += ["--max-output-bytes", str(options.max_output_bytes)]
     words += ["--cpu-time-limit-seconds", str(options.cpu_time_limit_seconds)]
     if options.compat is not None:
         words += ["--compat", options.compat]

@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.programs.x07 import HEAD_BYTES
 from x07_sandbox.reports.runner import (
     FAILED_EXIT,
     CompileRunReport,
@@ -22,7 +23,6 @@ from x07_sandbox.reports.runner import (
     SolveReport,
 )
 
-HEAD_BYTES: Final = 4
 NOT_FRAMED: Final = "stdout is not a length and exactly so many bytes"
 NO_METRICS: Final = "stderr has no line of metrics"
 

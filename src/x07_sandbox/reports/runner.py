@@ -215,6 +215,22 @@ def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: st
     )
 
 
+def flat_report(report: CompileRunReport) -> RunOsReport:
+    """The same run as X07 reports that of an artifact, for which nothing was compiled: mode run-os, all on top.
+
+    What could not be run has the reason where a program's own end would be.
+    """
+    solve = report.solve or _not_solved(report.compile)
+    return RunOsReport(
+        mode="run-os",
+        world=report.world,
+        sandbox_backend=report.sandbox_backend,
+        exit_code=report.exit_code,
+        runtime_attestation=report.runtime_attestation,
+        **msgspec.structs.asdict(solve),
+    )
+
+
 def render_report(report: msgspec.Struct) -> bytes:
     """One pretty JSON object and a line end; ASCII, so that what a guest wrote cannot act on a terminal."""
     return json.dumps(msgspec.to_builtins(report), indent=2).encode("ascii") + b"\n"
@@ -259,9 +275,25 @@ def _failed_build(result: Result, lang_id: str) -> CompileReport:
 def _solved(result: Result) -> SolveReport:
     stdout = result.stdout.data
     stderr = result.stderr.data
+    ok, trap = result.outcome == "ok", _trap(result, stderr)
+    return _uncounted(ok=ok, exit_status=_exit_status(result), stdout=stdout, stderr=stderr, trap=trap)
+
+
+def _not_solved(compiled: CompileReport) -> SolveReport:
+    return _uncounted(
+        ok=False,
+        exit_status=compiled.exit_status or FAILED_EXIT,
+        stdout=compiled.stdout_b64,
+        stderr=compiled.stderr_b64,
+        trap=compiled.trap or compiled.compile_error,
+    )
+
+
+def _uncounted(*, ok: bool, exit_status: int, stdout: bytes, stderr: bytes, trap: str | None) -> SolveReport:
+    """A program's run of which nothing but the kernel's word is known: none of X07's counters."""
     return SolveReport(
-        ok=result.outcome == "ok",
-        exit_status=_exit_status(result),
+        ok=ok,
+        exit_status=exit_status,
         solve_output_b64=stdout,
         stdout_b64=stdout,
         stderr_b64=stderr,
@@ -280,7 +312,7 @@ def _solved(result: Result) -> SolveReport:
         sched_stats=None,
         mem_stats=None,
         debug_stats=None,
-        trap=_trap(result, stderr),
+        trap=trap,
     )
 
 

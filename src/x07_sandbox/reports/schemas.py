@@ -1,4 +1,4 @@
-"""The published JSON Schemas of X07's documents and of our own reports, from the types that make them.
+"""The published JSON Schemas: of every document that a command prints as JSON, from the types that make them.
 
 ``python -m x07_sandbox.reports.schemas FOLDER`` writes the files; a unit test holds them to this.
 """
@@ -12,25 +12,44 @@ from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.reports import attestation, doctor, failure, init, policy_init, runner, wrapped
-from x07_sandbox.runs import prune
+from x07_sandbox.files import changes
+from x07_sandbox.images import manifest
+from x07_sandbox.policy.schema import render_schema
+from x07_sandbox.reports import attestation, doctor, failure, images, init, policies, policy_init, pool, runner, wrapped
+from x07_sandbox.runs import preview, prune, result
 
 _REF: Final = "#/$defs/{name}"
 _RUNNER: Final = (runner.CompileRunReport, runner.RunOsReport)
+# File, version, type of each document that is one type.
+_TABLE: Final[tuple[tuple[str, str, type[msgspec.Struct]], ...]] = (
+    ("x07-runtime.attest", attestation.SCHEMA, attestation.Attestation),
+    ("x07-policy-init.report", policy_init.SCHEMA, policy_init.PolicyInitReport),
+    ("result", result.SCHEMA, result.Result),
+    ("preview", preview.SCHEMA, preview.Preview),
+    ("failure", failure.SCHEMA, failure.FailureReport),
+    ("init.report", init.SCHEMA, init.InitReport),
+    ("policy.check", policies.CHECK, policies.CheckReport),
+    ("policy.digest", policies.DIGEST, policies.DigestReport),
+    ("policy.explain", policies.EXPLAIN, policies.ExplainReport),
+    ("policy.diff", policies.DIFF, policies.DiffReport),
+    ("image", manifest.SCHEMA, manifest.Manifest),
+    ("image.build", images.BUILD, images.BuildReport),
+    ("image.list", images.LIST, images.ListReport),
+    ("image.verify", images.VERIFY, images.VerifyReport),
+    ("pool", pool.SCHEMA, pool.PoolReport),
+    ("prune", prune.SCHEMA, prune.PruneReport),
+    ("doctor", doctor.SCHEMA, doctor.DoctorReport),
+)
 
 
 def schemas() -> dict[str, str]:
     """Each file's name and text."""
-    return {
-        "x07-os-runner.report.schema.json": _text(runner.SCHEMA, _any_of(_RUNNER)),
-        "x07-run.report.schema.json": _text(wrapped.SCHEMA, _wrapped()),
-        "x07-runtime.attest.schema.json": _text(attestation.SCHEMA, _any_of((attestation.Attestation,))),
-        "x07-policy-init.report.schema.json": _text(policy_init.SCHEMA, _any_of((policy_init.PolicyInitReport,))),
-        "init.report.schema.json": _text(init.SCHEMA, _any_of((init.InitReport,))),
-        "failure.schema.json": _text(failure.SCHEMA, _any_of((failure.FailureReport,))),
-        "doctor.schema.json": _text(doctor.SCHEMA, _any_of((doctor.DoctorReport,))),
-        "prune.schema.json": _text(prune.SCHEMA, _any_of((prune.PruneReport,))),
-    }
+    made = {name: _text(version, _any_of((kind,))) for name, version, kind in _TABLE}
+    made["x07-os-runner.report"] = _text(runner.SCHEMA, _any_of(_RUNNER))
+    made["x07-run.report"] = _text(wrapped.SCHEMA, _wrapped())
+    made["changes"] = _text(changes.SCHEMA, _changes())
+    made["run-os-policy"] = render_schema().decode()
+    return {f"{name}.schema.json": text for name, text in made.items()}
 
 
 def _any_of(types: tuple[type[msgspec.Struct], ...]) -> dict[str, Any]:
@@ -45,10 +64,17 @@ def _wrapped() -> dict[str, Any]:
     return {"$ref": _REF.format(name="WrappedReport"), **made}
 
 
+def _changes() -> dict[str, Any]:
+    """Of a set of changes as it is printed: without the place where a content is kept."""
+    made = _any_of((changes.ChangeSet,))
+    del made["$defs"]["Node"]["properties"]["at"]
+    return made
+
+
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
     """The same, with its version required: the types have it as a default, and the document always has it."""
     if "schema_version" in schema.get("properties", ()):
-        schema = schema | {"required": ["schema_version", *schema.get("required", ())]}
+        schema = schema | {"required": list(dict.fromkeys(["schema_version", *schema.get("required", ())]))}
         schema["properties"]["schema_version"].pop("default", None)
     return schema
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import collections.abc
 import contextlib
 import os
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 # What carries runs out is imported when there is one: importing this costs next to nothing.
-from x07_sandbox.errors import SandboxError, UsageError
-from x07_sandbox.host import settings
+from x07_sandbox.errors import SandboxError
+from x07_sandbox.runs.call import check_names, input_file, make_request, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from x07_sandbox.backends.base import Machines
     from x07_sandbox.policy.model import Policy
-    from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import Cancel
 
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 
 # A program that ends in any other way has been run, whatever became of it.
 _NOT_RUN = frozenset({"usage-error", "refused", "backend-error", "internal-error"})
-_WALL_S_MAX = 600
 _CHUNK = 64 * 1024
 
 
@@ -38,12 +34,12 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     source: str | bytes | None = None,
     toolchain: str | None = None,
     files: Mapping[str, bytes] | None = None,
-    input: bytes = b"",  # noqa: A002 - as subprocess.run has it
+    input: bytes | None = None,  # noqa: A002 - as subprocess.run has it
     policy: str | os.PathLike[str] | Policy | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
     image: str | None = None,
-    max_output_bytes: int = settings.OUTPUT_MAX_BYTES,
+    max_output_bytes: int | None = None,
     changes: Literal["apply", "keep", "discard"] = "apply",
     out: str | os.PathLike[str] | None = None,
     on_output: OnOutput | None = None,
@@ -54,24 +50,27 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     program: path of a source file, an executable, or a project's folder. source: a text instead, in the language of
     *toolchain* ("python", "c", "cpp", "shell"). files: more files beside it, relative name to content.
     args: its arguments, a list of texts. input: its whole input. env: variables beside the fixed ones.
-    policy: path of a policy document, `built-in:TEMPLATE`, or a Policy; None for the built-in `default`.
+    policy: path of a policy document, `built-in:TEMPLATE`, or a Policy. What is not given (no args, None for input,
+    policy, image) is what the manifest of a project says, as for `x07 run`; give a policy for a project that you did
+    not write. Without one: no input, the built-in policy `default`, the default image.
     timeout_s: seconds that the program may take, at most the policy's. image: name or digest of a guest image.
     changes: what becomes of its changes to the folders that the policy lets it change, when it has ended by itself;
     `Result.changes` says what it was. out: a folder for what it writes to /x07/out.
-    max_output_bytes: of each stream. on_output: called with "stdout" or "stderr" and bytes as they come, from another
-    thread; what it raises ends the run, and is raised here.
+    max_output_bytes: of each stream, 64 MiB for None. on_output: called with "stdout" or "stderr" and bytes as they
+    come, from another thread; what it raises ends the run, and is raised here.
 
     The Result has what the program printed as `stdout.data` (bytes) and `stdout.text` (None where it is no UTF-8).
     A warm machine is taken where `x07 pool` keeps some. Thread-safe; nothing is printed.
 
-    Raises SandboxError, whose `result` says more, if the program could not be run: wrong usage, refused, no machine.
+    Raises SandboxError if the program could not be run: wrong usage, refused, no machine. Its `result` says more; it
+    is None where the call itself is wrong, such as an argument of another type, since no run began then.
     A program that was run is a Result however it ended, unless *check*: then SandboxError unless `Result.ok`.
     """
     options = {name: value for name, value in locals().items() if name not in {"program", "args", "check"}}
     from x07_sandbox.runs.streams import Cancel
 
     with contextlib.closing(Cancel()) as cancel:
-        return checked(*_run(cancel, program, args, **options), check=check)
+        return checked(*run_once(cancel, program, args, **options), check=check)
 
 
 async def run_program_async(
@@ -82,6 +81,7 @@ async def run_program_async(
     **options: Any,  # noqa: ANN401 - those of run_program, by name
 ) -> Result:
     """As `run_program`, with its options, beside the event loop. Cancelled, it ends the machine, then raises."""
+    check_names("run_program_async", options, OPTIONS)
     import asyncio
 
     from x07_sandbox.runs.streams import Cancel
@@ -102,7 +102,7 @@ async def run_program_async(
     def work() -> None:
         result, problem = None, None
         try:
-            result = _run(cancel, program, args, **options)
+            result = run_once(cancel, program, args, **options)
         except BaseException as exc:  # noqa: BLE001 - raised again where it is awaited
             problem = exc
         with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody waits
@@ -122,118 +122,59 @@ async def run_program_async(
     return checked(*ended_as, check=check)
 
 
-def _run(
+OPTIONS = frozenset(run_program.__kwdefaults__ or ())
+"""Names of what `run_program` takes besides program and args."""
+
+
+def run_once(
     cancel: Cancel,
     program: str | os.PathLike[str] | None,
     args: Sequence[str],
     *,
-    input: bytes = b"",  # noqa: A002 - as above
+    machines: Machines | None = None,
+    input: bytes | None = None,  # noqa: A002 - as above
     on_output: OnOutput | None = None,
     **options: Any,  # noqa: ANN401 - make_request knows them
 ) -> Ended:
+    """One run, and the error from which its result was made, if it was one.
+
+    machines: warm ones; None for those that `x07 pool` keeps. The rest is as `run_program` has it.
+    Raises UsageError for a wrong call, and what *on_output* raises.
+    """
     from x07_sandbox.runs.lease import PoolMachines
     from x07_sandbox.runs.run import attempt
 
     if on_output is not None and not callable(on_output):
-        raise _wrong("on_output", on_output, "a function")
+        raise wrong("on_output", f"is {type(on_output).__name__}, not a function")
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(_Output(on_output, cancel)) if on_output is not None else None
         live = (None, None) if output is None else output.fds
-        stdin_fd = input_file(input, stack)
-        ended = attempt(
-            make_request(program, args, stdin_fd=stdin_fd, machines=PoolMachines(), cancel=cancel, live=live, **options)
+        request = make_request(
+            program,
+            args,
+            stdin_fd=input_file(input, stack),
+            stdin_default=input is None,
+            machines=machines or PoolMachines(),
+            cancel=cancel,
+            live=live,
+            **options,
         )
+        ended = attempt(request)
     if output is not None and output.problem is not None:
         raise output.problem
     return ended
 
 
-def load_policy(name: str | os.PathLike[str] | None = None) -> Policy:
+def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
     """The policy at a path, or `built-in:TEMPLATE` (docs/policy.md); None is the built-in `default`.
 
-    It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another. Raises SandboxError that tells all that
-    is wrong with a document, each with its place.
+    It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another, which is checked where it is used, or
+    here. Raises SandboxError that tells all that is wrong with a document, each with its place.
     """
+    from x07_sandbox.runs.call import policy_given
     from x07_sandbox.runs.request import read_policy
 
-    return read_policy(os.fspath(name) if isinstance(name, os.PathLike) else name)[0]
-
-
-def input_file(data: bytes, stack: contextlib.ExitStack) -> int:
-    """The input as a file in memory; *stack* closes it. Raises UsageError."""
-    from x07_sandbox.runs.streams import memory_file
-
-    if not isinstance(data, bytes | bytearray | memoryview):
-        raise _wrong("input", data, "bytes")
-    return memory_file(bytes(data), stack)
-
-
-def make_request(  # noqa: PLR0913 - as above
-    program: str | os.PathLike[str] | None,
-    args: Sequence[str],
-    *,
-    source: str | bytes | None = None,
-    toolchain: str | None = None,
-    files: Mapping[str, bytes] | None = None,
-    policy: str | os.PathLike[str] | Policy | None = None,
-    env: Mapping[str, str] | None = None,
-    timeout_s: float | None = None,
-    image: str | None = None,
-    max_output_bytes: int = settings.OUTPUT_MAX_BYTES,
-    changes: Literal["apply", "keep", "discard"] = "apply",
-    out: str | os.PathLike[str] | None = None,
-    stdin_fd: int,
-    machines: Machines,
-    cancel: Cancel,
-    live: tuple[int | None, int | None] = (None, None),
-) -> RunRequest:
-    """The request of a call. Raises UsageError."""
-    from x07_sandbox.policy.model import Policy
-    from x07_sandbox.runs.request import RunRequest
-
-    path: Any = str | os.PathLike
-    for name, value, kinds, shown in (
-        ("program", program, path | None, "a path"),
-        ("source", source, str | bytes | None, "a text or bytes"),
-        ("toolchain", toolchain, str | None, "a text"),
-        ("files", files, collections.abc.Mapping | None, "a mapping of names to bytes"),
-        ("args", None if isinstance(args, str | bytes) else args, collections.abc.Sequence, "a list of texts"),
-        ("policy", policy, path | Policy | None, "a path or a Policy"),
-        ("env", env, collections.abc.Mapping | None, "a mapping of texts to texts"),
-        ("timeout_s", timeout_s, float | int | None, "a number"),
-        ("image", image, str | None, "a text"),
-        ("max_output_bytes", max_output_bytes, int, "a whole number"),
-        ("changes", changes, str, "a text"),
-        ("out", out, path | None, "a path"),
-    ):
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise _wrong(name, args if name == "args" else value, shown)
-    if (program is None) == (source is None):
-        raise UsageError("cannot run a program", "exactly one of program and source is needed", "Give one of them")
-    if changes not in {"apply", "keep", "discard"}:
-        raise UsageError("cannot run a program", f"changes is {changes!r}", "Use apply, keep or discard")
-    if timeout_s is not None and not 0 < timeout_s <= _WALL_S_MAX:
-        why = f"timeout_s is {timeout_s!r}, and must be above 0 and at most {_WALL_S_MAX}"
-        raise UsageError("cannot run a program", why, "Give another time limit")
-    return RunRequest(
-        program=None if program is None else Path(program),
-        source=source.encode("utf-8", "surrogateescape") if isinstance(source, str) else source,
-        toolchain=toolchain,
-        files=dict(files or {}),
-        args=tuple(args),
-        policy=os.fspath(policy) if isinstance(policy, os.PathLike) else policy,
-        wall_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),
-        image=image,
-        env=dict(env or {}),
-        stdin_fd=stdin_fd,
-        live_stdout=live[0],
-        live_stderr=live[1],
-        max_output_bytes=max_output_bytes,
-        changes=changes,
-        out=None if out is None else Path(out),
-        machines=machines,
-        cancel=cancel,
-    )
+    return read_policy(policy_given("name", name, "x07_sandbox.load_policy"))[0]
 
 
 def checked(result: Result, problem: SandboxError | None, *, check: bool) -> Result:
@@ -246,11 +187,6 @@ def checked(result: Result, problem: SandboxError | None, *, check: bool) -> Res
         return result
     error.result = result
     raise error
-
-
-def _wrong(name: str, value: object, expected: str) -> UsageError:
-    why = f"{name} is {type(value).__name__}, not {expected}"
-    return UsageError("cannot run a program", why, "See help(x07_sandbox.run_program)")
 
 
 class _Output:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.runs.library import checked, input_file, make_request
+from x07_sandbox.runs.call import check_names, wrong
+from x07_sandbox.runs.library import OPTIONS, checked, run_once
 
 if TYPE_CHECKING:
     import os
@@ -40,6 +41,8 @@ class Pool(Executor):
 
         Raises SandboxError. The machines are made in the background: `wait_ready` waits for them.
         """
+        if not isinstance(image, str | None):
+            raise wrong("image", f"is {type(image).__name__}, not a text", "x07_sandbox.Pool")
         from x07_sandbox.jobs.admission import max_running  # when there is a pool: importing this costs little
         from x07_sandbox.runs.warm import WarmMachines
 
@@ -61,15 +64,15 @@ class Pool(Executor):
     def submit(  # type: ignore[override]  # programs instead of callables is the point
         self,
         program: str | os.PathLike[str] | None = None,
-        input: bytes = b"",  # noqa: A002 - as subprocess.run has it
-        /,
+        input: bytes | None = None,  # noqa: A002 - as subprocess.run has it
         **options: Any,  # noqa: ANN401 - those of run_program, by name
     ) -> Future[Result]:
         """Run *program* when there is room, with *input* as its whole input; otherwise as `run_program`.
 
-        Raises SandboxError in a forked child. Cancelling the future of a program that runs does not end it (as with
-        any executor): `shutdown(cancel_futures=True)` does.
+        What `run_program` would raise is raised by the future. Raises SandboxError in a forked child. Cancelling the
+        future of a program that runs does not end it (as with any executor): `shutdown(cancel_futures=True)` does.
         """
+        check_names("submit", options, {"args", *OPTIONS})
         if self._machines.in_a_child():
             raise UsageError("cannot use this pool", "it is of the process that this one was forked from", "Make one")
         return self._workers.submit(self._run, program, input, **options)
@@ -88,27 +91,20 @@ class Pool(Executor):
     def _run(
         self,
         program: str | os.PathLike[str] | None,
-        data: bytes,
+        data: bytes | None,
         *,
         args: Sequence[str] = (),
         check: bool = False,
-        **options: Any,  # noqa: ANN401 - make_request knows them
+        **options: Any,  # noqa: ANN401 - run_once knows them
     ) -> Result:
-        from x07_sandbox.runs.run import attempt
         from x07_sandbox.runs.streams import Cancel
 
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))
             stack.enter_context(self._cancellable(cancel))
-            request = make_request(
-                program,
-                args,
-                stdin_fd=input_file(data, stack),
-                machines=self._machines,
-                cancel=cancel,
-                **{"image": self._image} | options,
-            )
-            return checked(*attempt(request), check=check)
+            options = {"image": self._image} | options
+            ended = run_once(cancel, program, args, machines=self._machines, input=data, **options)
+            return checked(*ended, check=check)
 
     @contextlib.contextmanager
     def _cancellable(self, cancel: Cancel) -> Iterator[None]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.errors import HostError, SandboxError
+from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
@@ -250,16 +250,21 @@ def main(words: list[str]) -> int:
                 server.serve()
                 server.wait_leases()
     except SandboxError as exc:
-        tell({"what": exc.what, "why": exc.why, "fix": exc.fix})
+        tell(_told(exc))
         return 125
     return 0
+
+
+def _told(exc: SandboxError) -> dict[str, object]:
+    """An error for `x07 pool start`. usage: whether it is the user's own."""
+    return {"what": exc.what, "why": exc.why, "fix": exc.fix, "usage": isinstance(exc, UsageError)}
 
 
 def _announce(server: Server, tell: Any, ready_fd: int) -> None:  # noqa: ANN401 - a function of main's
     try:
         tell({"ready": server.wait_filled()})
     except SandboxError as exc:
-        tell({"what": exc.what, "why": exc.why, "fix": exc.fix})
+        tell(_told(exc))
     os.close(ready_fd)
 
 

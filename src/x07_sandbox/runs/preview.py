@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Final, Literal
 
 import msgspec
 
@@ -15,13 +16,16 @@ from x07_sandbox.programs.toolchains import require_packages
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest, check_arguments, check_variables, policy_in_force, sha256_text
 
+SCHEMA: Final = "x07.sandbox.preview@0.1.0"
 
-class Preview(msgspec.Struct, frozen=True, kw_only=True):
+
+class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """toolchain: its name. build: argv in the build VM, or None where nothing is built. run: argv in the run VM.
 
     digests: of image, policy and source. The isolation class is not known before something has booted.
     """
 
+    schema_version: Literal["x07.sandbox.preview@0.1.0"] = SCHEMA
     toolchain: str
     build: list[str] | None
     run: list[str]

@@ -40,7 +40,7 @@ _X07 = (".x07.json", "x07.json")
 class Program(msgspec.Struct, frozen=True, kw_only=True):
     """A program that was read. data: the source's bytes (for a tree its archive); file: the same, for the build VM.
 
-    project: whether a manifest said what belongs to it.
+    project: whether a manifest said what belongs to it. lockfile: of an X07 project, its name there; else None.
     """
 
     toolchain: Toolchain
@@ -49,6 +49,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     file: InFile
     sha256: str
     project: bool = False
+    lockfile: str | None = None
 
 
 def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:

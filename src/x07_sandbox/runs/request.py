@@ -45,6 +45,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     env: variables of the program besides the fixed ones.
     input: path of the program's input; else stdin_fd, lent; None for none. stdin_default: a project's own input goes
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
+    max_output_bytes: of each stream; None for the project's limit, else the default.
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
     cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
     queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
@@ -72,7 +73,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     live_stdout: int | None = None
     live_stderr: int | None = None
     raw: bool = False
-    max_output_bytes: int = settings.OUTPUT_MAX_BYTES
+    max_output_bytes: int | None = None
     artifact: OutFile | None = None
     cold: bool = False
     cache: bool = True
@@ -106,7 +107,7 @@ def check_arguments(request: RunRequest) -> None:
             why = f"one has more than {_ARGUMENT_MAX_BYTES} bytes, or all together more than {_ARGUMENTS_MAX_BYTES}"
             raise UsageError(what, why, "Pass long data by standard input")
     _check_environment(request, what, total)
-    if request.max_output_bytes < 0:
+    if request.max_output_bytes is not None and request.max_output_bytes < 0:
         raise UsageError(what, f"the output limit of {request.max_output_bytes} bytes is negative", "Give 0 or more")
 
 
@@ -141,8 +142,11 @@ def read_policy(given: str | Path | Policy | None) -> tuple[Policy, bytes]:
     if given is None:
         policy = default_policy()
         return policy, render_policy(policy)
-    data = render_policy(given)
-    return decode_policy(data, source=given.policy_id), data
+    try:
+        data = render_policy(given)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise UsageError("cannot use the policy", f"no document can hold it: {exc}", "Correct its values") from exc
+    return decode_policy(data, source=str(given.policy_id)), data
 
 
 def policy_in_force(request: RunRequest) -> tuple[Policy, bytes]:

@@ -6,13 +6,13 @@ Schema `x07.sandbox.result@0.1.0`: `schemas/result.schema.json` is generated fro
 from __future__ import annotations
 
 import builtins
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from x07_sandbox.plan.denials import Denial, Hint
 
-SCHEMA = "x07.sandbox.result@0.1.0"
+SCHEMA: Final = "x07.sandbox.result@0.1.0"
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -138,7 +138,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     changes: Changes = Changes()
     filters: dict[str, str] = {}
     warnings: list[str]
-    schema_version: str = SCHEMA
+    schema_version: Literal["x07.sandbox.result@0.1.0"] = SCHEMA
 
     @property
     def ok(self) -> bool:

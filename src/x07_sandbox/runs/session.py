@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.policy import Policy
+    from x07_sandbox.programs.toolchains import Toolchain
     from x07_sandbox.runs.execute import PhaseFacts
     from x07_sandbox.runs.folder import RunFolder
     from x07_sandbox.runs.host_files import HostFiles
@@ -134,6 +135,19 @@ def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str,
     for key in policy.env.deny_keys:
         env.pop(key, None)
     return {**env, **named, **program_environment(policy)}
+
+
+def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
+    """How many bytes of standard output and of standard error a run may write.
+
+    Of an X07 program the limit is that of its output, which comes in a frame; its standard error has a fixed one.
+    """
+    most = settings.OUTPUT_MAX_BYTES if request.max_output_bytes is None else request.max_output_bytes
+    if not toolchain.told:
+        return most, most
+    from x07_sandbox.programs.x07 import HEAD_BYTES, STDERR_MAX_BYTES
+
+    return most + HEAD_BYTES, STDERR_MAX_BYTES
 
 
 class Session:
@@ -287,12 +301,12 @@ class Session:
         live = spec.name == "run"
         request = self.request
         prefix = "" if live else "build-"
-        cap = request.max_output_bytes if live else settings.OUTPUT_MAX_BYTES
+        caps = output_caps(request, self.program.toolchain) if live else (settings.OUTPUT_MAX_BYTES,) * 2
         stdout, stdout_fd = self.folder.sink(
-            f"{prefix}stdout", live_fd=request.live_stdout if live else None, max_bytes=cap, raw=request.raw
+            f"{prefix}stdout", live_fd=request.live_stdout if live else None, max_bytes=caps[0], raw=request.raw
         )
         stderr, stderr_fd = self.folder.sink(
-            f"{prefix}stderr", live_fd=request.live_stderr if live else None, max_bytes=cap, raw=request.raw
+            f"{prefix}stderr", live_fd=request.live_stderr if live else None, max_bytes=caps[1], raw=request.raw
         )
         with admitted(cancel_fd=request.cancel.fd, timeout_s=request.queue_s, progress=request.progress):
             instance, facts = self._answered(spec, (stdout, stderr))

@@ -35,13 +35,15 @@ def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tu
     given = request.x07 or x07.Options()
     given = replace(
         given,
+        max_output_bytes=request.max_output_bytes,
         compat=given.compat if given.compat is not None else text("X07_COMPAT"),
         max_c_bytes=given.max_c_bytes if given.max_c_bytes is not None else number("X07_MAX_C_BYTES"),
     )
     if path.name.endswith(x07.SOURCE_SUFFIX) and path.name != x07.PROJECT_FILE:
         if request.profile is not None:
             raise UsageError("cannot use --profile", "a single program has none", "Name a project, or leave it out")
-        return request, _program(path, x07.merged(given, None), stack)
+        options = x07.merged(given, None)
+        return replace(request, max_output_bytes=options.max_output_bytes), _program(path, options, stack)
     return _project(request, path / x07.PROJECT_FILE if path.is_dir() else path, given, stack)
 
 
@@ -72,12 +74,12 @@ def _project(
             request,
             policy=folder / profile.policy if request.policy is None and profile.policy else request.policy,
             input=folder / profile.input if request.stdin_default and profile.input else request.input,
-            max_output_bytes=request.max_output_bytes if profile.max_output_bytes is None else profile.max_output_bytes,
         )
     options = x07.merged(given, profile)
+    request = replace(request, max_output_bytes=options.max_output_bytes)
     words = ["--project", f"{PROJECT_FOLDER}/{path.name}"]
     loaded = _loaded(pack_tree(folder, ["**"]), PROJECT_FOLDER, words, options, stack)
-    return request, replace(loaded, project=True)
+    return request, replace(loaded, project=True, lockfile=lock)
 
 
 def _loaded(

@@ -1,0 +1,50 @@
+"""What `x07 image build`, `list` and `verify` print with --json; `x07 image inspect` prints the image's manifest."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+BUILD: Final = "x07.sandbox.image.build@0.1.0"
+LIST: Final = "x07.sandbox.image.list@0.1.0"
+VERIFY: Final = "x07.sandbox.image.verify@0.1.0"
+
+
+class BuildReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The image that is there now."""
+
+    schema_version: Literal["x07.sandbox.image.build@0.1.0"] = BUILD
+    name: str
+    digest: str
+
+
+class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One image. name: empty for none. suite: of its packages; null where its manifest cannot be read.
+
+    current: whether this version made it. problem, fix: null where it can be used as it is.
+    """
+
+    name: str
+    digest: str
+    suite: str | None
+    current: bool
+    problem: str | None
+    fix: str | None
+
+
+class ListReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All images that are here."""
+
+    schema_version: Literal["x07.sandbox.image.list@0.1.0"] = LIST
+    images: tuple[ImageRow, ...]
+
+
+class VerifyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whether an image is what its manifest says. problems: a sentence each. fix: what to do; null if it is good."""
+
+    schema_version: Literal["x07.sandbox.image.verify@0.1.0"] = VERIFY
+    digest: str
+    good: bool
+    problems: tuple[str, ...]
+    fix: str | None

@@ -1,0 +1,79 @@
+"""What `x07 policy check`, `digest`, `explain` and `diff` print with --json."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from x07_sandbox.plan.controls import Control, Refusal
+from x07_sandbox.policy.differences import Change
+from x07_sandbox.policy.problems import Problem
+
+CHECK: Final = "x07.sandbox.policy.check@0.1.0"
+DIGEST: Final = "x07.sandbox.policy.digest@0.1.0"
+EXPLAIN: Final = "x07.sandbox.policy.explain@0.1.0"
+DIFF: Final = "x07.sandbox.policy.diff@0.1.0"
+
+
+class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One policy. file: as the user named it. policy_id, digest: of a valid one. problems, text: of any other."""
+
+    file: str
+    status: Literal["valid", "invalid", "unreadable"]
+    policy_id: str | UnsetType = UNSET
+    digest: str | UnsetType = UNSET
+    problems: tuple[Problem, ...] | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that were named, in that order. ok: whether all are valid."""
+
+    schema_version: Literal["x07.sandbox.policy.check@0.1.0"] = CHECK
+    ok: bool
+    files: tuple[CheckedFile, ...]
+
+
+class DigestReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """digest: the same for all documents that say the same. file_digest: of the document's bytes."""
+
+    schema_version: Literal["x07.sandbox.policy.digest@0.1.0"] = DIGEST
+    policy_id: str
+    digest: str
+    file_digest: str
+
+
+class ExplainedControl(Control, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One field of the policy with its value, and who holds it."""
+
+    value: Any
+
+
+class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The plan of a run. policy: as the user named it. isolation: the classes that the backend may have, best first.
+
+    carried_out: whether a run would start. toolchain: of the program, where one was named.
+    filters: names of the image's seccomp filters that the program would be under.
+    """
+
+    schema_version: Literal["x07.sandbox.policy.explain@0.1.0"] = EXPLAIN
+    policy: str
+    policy_id: str
+    digest: str
+    backend: str
+    isolation: tuple[str, ...]
+    toolchain: str | None
+    carried_out: bool
+    filters: tuple[str, ...]
+    controls: tuple[ExplainedControl, ...]
+    refusals: tuple[Refusal, ...]
+
+
+class DiffReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the second policy grants, withdraws or changes."""
+
+    schema_version: Literal["x07.sandbox.policy.diff@0.1.0"] = DIFF
+    same: bool
+    changes: tuple[Change, ...]

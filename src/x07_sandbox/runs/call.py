@@ -1,0 +1,178 @@
+"""What a call from Python gives, checked: a value that cannot be used is an error that names its argument."""
+
+from __future__ import annotations
+
+import collections.abc
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+# What carries runs out is imported when there is one: importing this costs next to nothing.
+from x07_sandbox.errors import UsageError
+
+if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from x07_sandbox.backends.base import Machines
+    from x07_sandbox.policy.model import Policy
+    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.streams import Cancel
+
+_WALL_S_MAX: Final = 600
+_RUN: Final = "x07_sandbox.run_program"
+_WHAT: Final = {
+    _RUN: "cannot run a program",
+    "x07_sandbox.load_policy": "cannot load a policy",
+    "x07_sandbox.Pool": "cannot keep a pool",
+}
+
+
+def check_names(function: str, options: Iterable[str], known: Collection[str]) -> None:
+    """Refuse options that *function* does not know, in Python's own words. Raises TypeError."""
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def input_file(data: bytes | None, stack: contextlib.ExitStack) -> int:
+    """The input, nothing for None, as a file in memory; *stack* closes it. Raises UsageError."""
+    from x07_sandbox.runs.streams import memory_file
+
+    if not isinstance(data, bytes | bytearray | memoryview | None):
+        raise wrong("input", f"is {type(data).__name__}, not bytes")
+    return memory_file(bytes(data or b""), stack)
+
+
+def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
+    program: str | os.PathLike[str] | None,
+    args: Sequence[str],
+    *,
+    source: str | bytes | None = None,
+    toolchain: str | None = None,
+    files: Mapping[str, bytes] | None = None,
+    policy: str | os.PathLike[str] | Policy | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+    image: str | None = None,
+    max_output_bytes: int | None = None,
+    changes: Literal["apply", "keep", "discard"] = "apply",
+    out: str | os.PathLike[str] | None = None,
+    stdin_fd: int,
+    stdin_default: bool,
+    machines: Machines,
+    cancel: Cancel,
+    live: tuple[int | None, int | None] = (None, None),
+) -> RunRequest:
+    """The request of a call. Raises UsageError."""
+    from x07_sandbox.runs.request import RunRequest
+
+    given: dict[str, Any] = {"source": source, "toolchain": toolchain, "files": files, "args": args, "env": env}
+    given |= {"timeout_s": timeout_s, "image": image, "max_output_bytes": max_output_bytes, "changes": changes}
+    _check_types(given)
+    _check_values(program, source, changes, timeout_s)
+    return RunRequest(
+        program=None if program is None else Path(_path_text("program", program)),
+        source=source.encode("utf-8", "surrogateescape") if isinstance(source, str) else source,
+        toolchain=toolchain,
+        files=dict(files or {}),
+        args=tuple(args),
+        policy=policy_given("policy", policy),
+        wall_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),
+        image=image,
+        env=dict(env or {}),
+        stdin_fd=stdin_fd,
+        stdin_default=stdin_default,
+        live_stdout=live[0],
+        live_stderr=live[1],
+        max_output_bytes=max_output_bytes,
+        changes=changes,
+        out=None if out is None else Path(_path_text("out", out)),
+        machines=machines,
+        cancel=cancel,
+    )
+
+
+def policy_given(name: str, value: object, function: str = _RUN) -> str | Policy | None:
+    """A policy as read_policy takes it; name: of the argument of *function*. Raises UsageError."""
+    from x07_sandbox.policy.model import Policy
+
+    if value is None or isinstance(value, Policy):
+        return value
+    return _path_text(name, value, "a path or a Policy", function)
+
+
+_MAPPING: Any = collections.abc.Mapping | None
+_KINDS: Final[dict[str, tuple[Any, str]]] = {
+    "source": (str | bytes | None, "a text or bytes"),
+    "toolchain": (str | None, "a text"),
+    "files": (_MAPPING, "a mapping of names to bytes"),
+    "args": (collections.abc.Sequence, "a list of texts"),
+    "env": (_MAPPING, "a mapping of texts to texts"),
+    "timeout_s": (float | int | None, "a number"),
+    "image": (str | None, "a text"),
+    "max_output_bytes": (int | None, "a whole number"),
+    "changes": (str, "a text"),
+}
+
+
+def _check_types(given: Mapping[str, Any]) -> None:
+    """Raises UsageError for a value of another type, and for a text that is none."""
+    for name, value in given.items():
+        kinds, shown = _KINDS[name]
+        if (
+            not isinstance(value, kinds)
+            or isinstance(value, bool)
+            or (name == "args" and isinstance(value, str | bytes))
+        ):
+            raise wrong(name, f"is {type(value).__name__}, not {shown}")
+        _check_text(name, value)
+    for name, pairs in (
+        ("args", enumerate(given["args"], start=1)),
+        ("files", (given["files"] or {}).items()),
+        ("env", (given["env"] or {}).items()),
+    ):
+        for key, inner in pairs:
+            _check_text(name, key)
+            _check_text(f"{name}[{key!r}]", inner)
+    for key, content in (given["files"] or {}).items():
+        if not isinstance(key, str):
+            raise wrong("files", f"has the name {key!r}, which is no text")
+        if not isinstance(content, bytes):
+            raise wrong(f"files[{key!r}]", f"is {type(content).__name__}, not bytes")
+
+
+def _check_values(program: object, source: object, changes: str, timeout_s: float | None) -> None:
+    """What no type can say. Raises UsageError."""
+    if (program is None) == (source is None):
+        raise UsageError("cannot run a program", "exactly one of program and source is needed", "Give one of them")
+    if changes not in {"apply", "keep", "discard"}:
+        raise UsageError("cannot run a program", f"changes is {changes!r}", "Use apply, keep or discard")
+    if timeout_s is not None and not 0 < timeout_s <= _WALL_S_MAX:
+        why = f"timeout_s is {timeout_s!r}, and must be above 0 and at most {_WALL_S_MAX}"
+        raise UsageError("cannot run a program", why, "Give another time limit")
+
+
+def _path_text(name: str, value: object, expected: str = "a path", function: str = _RUN) -> str:
+    """A path as text. Raises UsageError."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(text, str):
+        raise wrong(name, f"is {type(value).__name__}, not {expected}", function)
+    _check_text(name, text, function)
+    if "\0" in text:
+        raise wrong(name, "holds a zero byte", function)
+    return text
+
+
+def _check_text(name: str, value: object, function: str = _RUN) -> None:
+    """Refuse a text that no file, name or argument could hold. Raises UsageError."""
+    try:
+        if isinstance(value, str):
+            value.encode("utf-8", "surrogateescape")  # bytes that are no UTF-8, as os.fsdecode has them, are let be
+    except UnicodeEncodeError as exc:
+        raise wrong(name, "holds half of a surrogate pair, which is no Unicode", function) from exc
+
+
+def wrong(name: str, why: str, function: str = _RUN) -> UsageError:
+    """The error for an argument that cannot be used. why: goes on from its name."""
+    return UsageError(_WHAT[function], f"{name} {why}", f"See help({function})")

@@ -1,0 +1,68 @@
+"""What errors say: names of files may hold anything, and what is printed must not act on a terminal."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.errors import SandboxError, UsageError, shown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@given(st.text(), st.text(), st.text())
+def test_an_error_can_be_printed_anywhere(what: str, why: str, fix: str) -> None:
+    """No text of an error has control characters, halves of pairs, or lines that are not set in; pickling keeps it."""
+    error = UsageError(what, why, fix)
+    for text in (error.what, error.why, error.fix, str(error)):
+        assert all(char.isprintable() or char == "\n" for char in text)
+        assert text.count("\n") == text.count("\n  ")
+        text.encode()
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    assert (type(again), str(again), again.args) == (UsageError, str(error), (what, why, fix))
+
+
+def test_plain_texts_are_shown_as_they_are() -> None:
+    """Letters of any language and lines that are set in stay; what does not print becomes an escape."""
+    assert shown("no Zoë\n  and 木\n  end") == "no Zoë\n  and 木\n  end"
+    assert shown("a\nx07: ok\t\x1b[31m\0\ud800\x9b") == r"a\nx07: ok\t\x1b[31m\x00\ud800\x9b"
+    assert str(SandboxError("a\n", "b", "c")) == r"a\n: b. c."
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["policy", "check", "NAME"], "stdout"),
+        (["policy", "explain", "NAME"], "stdout"),
+        (["policy", "check", "NAME.x"], "stderr"),
+        (["run", "--policy", "NAME.x", "-c", "true", "--toolchain", "shell"], "stderr"),
+        (["run", "--diff", "NAME/x", "NAME"], "stderr"),
+        (["policy", "init", "--template", "cli", "--project", "NAME.x"], "stderr"),
+        (["doctor", "NAME"], "stderr"),
+    ],
+)
+def test_a_name_makes_no_line_and_no_control_sequence(tmp_path: Path, words: list[str], where: str) -> None:
+    """A name with a line end and a control sequence is escaped wherever a command prints it."""
+    name = "a\nx07: b\x1b[31m"
+    template = subprocess.run(
+        [sys.executable, "-m", "x07_sandbox.cli.main", "policy", "init", "--template", "cli", "--emit", "policy"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
+    (tmp_path / name).write_bytes(template.stdout)
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *(word.replace("NAME", name) for word in words)]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    printed = done.stdout + done.stderr
+    assert b"\x1b" not in printed
+    assert b"\nx07: b" not in printed
+    assert rb"a\nx07: b\x1b[31m" in (done.stdout if where == "stdout" else done.stderr)

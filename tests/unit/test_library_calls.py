@@ -1,0 +1,156 @@
+"""Calls from Python before any machine: what is wrong with one is told, and what is not said comes from the project."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from msgspec.structs import replace
+
+from x07_sandbox import Policy, Pool, SandboxError, load_policy, run_program, run_program_async
+from x07_sandbox.errors import UsageError
+from x07_sandbox.policy import PolicyError, default_policy
+from x07_sandbox.runs.call import make_request
+from x07_sandbox.runs.lease import PoolMachines
+from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.streams import Cancel
+
+if TYPE_CHECKING:
+    from x07_sandbox.runs.request import RunRequest
+
+HALF = "\ud800"
+
+
+class Bytes(os.PathLike[bytes]):
+    """A path that is no text."""
+
+    def __fspath__(self) -> bytes:
+        """The path."""
+        return b"x"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place without guest images: a call that is not refused by itself ends there."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ({"program": HALF}, "program holds half of a surrogate pair"),
+        ({"program": "a\0b"}, "program holds a zero byte"),
+        ({"program": Bytes()}, "program is Bytes, not a path"),
+        ({"source": HALF}, "source holds half"),
+        ({"toolchain": HALF}, "toolchain holds half"),
+        ({"args": ["a", HALF]}, "args[2] holds half"),
+        ({"files": {"a": 5}}, "files['a'] is int, not bytes"),
+        ({"files": {5: b""}}, "files has the name 5"),
+        ({"files": {HALF: b""}}, "files holds half"),
+        ({"env": {"A": HALF}}, "env['A'] holds half"),
+        ({"env": {HALF: "x"}}, "env holds half"),
+        ({"image": HALF}, "image holds half"),
+        ({"out": "a\0"}, "out holds a zero byte"),
+        ({"out": Bytes()}, "out is Bytes, not a path"),
+        ({"policy": HALF}, "policy holds half"),
+        ({"policy": 5}, "policy is int, not a path or a Policy"),
+    ],
+)
+def test_what_no_program_could_be_given_is_named(words: dict[str, Any], why: str) -> None:
+    """A value that cannot be used is an error that names its argument, and has no result, since nothing began."""
+    given = words if "program" in words else {"source": "true", "toolchain": "shell"} | words
+    with pytest.raises(UsageError, match=re.escape(why)) as caught:
+        run_program(**given)
+    assert caught.value.result is None
+
+
+@pytest.mark.parametrize("change", [{"notes": object()}, {"notes": HALF}, {"policy_id": object()}, {"limits": 5}])
+def test_a_policy_that_was_made_wrong_is_refused(change: dict[str, Any]) -> None:
+    """A Policy that no document could hold, or that breaks the schema, is refused by the run and by load_policy."""
+    policy = replace(default_policy(), **change)
+    with pytest.raises(SandboxError, match="policy"):
+        run_program(source="true", toolchain="shell", policy=policy)
+    with pytest.raises(UsageError, match="policy"):
+        load_policy(policy)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (5, "name is int, not a path or a Policy"),
+        (b"x", "name is bytes"),
+        (HALF, "name holds half"),
+        ("\0", "zero byte"),
+    ],
+)
+def test_load_policy_names_what_it_cannot_take(name: Any, why: str) -> None:  # noqa: ANN401 - that is the point
+    """load_policy refuses what is neither a path nor a Policy, in the library's own words."""
+    with pytest.raises(UsageError, match=f"cannot load a policy: .*{why}"):
+        load_policy(name)
+
+
+@pytest.mark.parametrize(("words", "why"), [({"image": 5}, "image is int, not a text"), ({"size": "2"}, "size is '2'")])
+def test_a_pool_names_what_it_cannot_take(words: dict[str, Any], why: str) -> None:
+    """A pool of another kind of image, or of no number of machines, is refused in the library's own words."""
+    with pytest.raises(UsageError, match=f"cannot keep a pool: .*{why}"):
+        Pool(**words)
+
+
+def test_load_policy_takes_what_a_run_takes() -> None:
+    """A Policy, a template and nothing are taken; a template that is not there is named."""
+    assert isinstance(load_policy(), Policy)
+    assert load_policy(default_policy()) == load_policy() == load_policy("built-in:default")
+    with pytest.raises(UsageError, match="built-in:none") as caught:
+        load_policy("built-in:none")
+    assert not isinstance(caught.value, PolicyError)
+
+
+def test_an_option_that_is_not_known_is_named_with_the_function() -> None:
+    """An option that run_program_async does not know is Python's own error for it, not for a function behind it."""
+    with pytest.raises(TypeError, match=re.escape("run_program_async() got an unexpected keyword argument 'stdin'")):
+        asyncio.run(run_program_async("prog.py", stdin=b""))
+
+
+def asked(stack: contextlib.ExitStack, folder: Path, **words: Any) -> RunRequest:  # noqa: ANN401 - any option
+    """The request of a call for the project in *folder*, when its manifest has been read."""
+    cancel = stack.enter_context(contextlib.closing(Cancel()))
+    options: dict[str, Any] = {
+        "stdin_fd": 0,
+        "stdin_default": True,
+        "machines": PoolMachines(),
+        "cancel": cancel,
+    } | words
+    return load_program(make_request(folder, options.pop("args", ()), **options), stack)[0]
+
+
+def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> None:
+    """Input, arguments, policy, image and variables of a project's manifest hold where the call gives none."""
+    text = (
+        'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nfiles = ["main.py"]\nentry = "main.py"\n'
+    )
+    text += 'policy = "p.json"\nimage = "own"\n[run]\nargs = ["Ulm"]\ninput = "roads.txt"\nenv = { A = "1" }\n'
+    (tmp_path / "x07-sandbox.toml").write_text(text)
+    (tmp_path / "main.py").write_text("pass\n")
+    (tmp_path / "roads.txt").write_text("")
+    (tmp_path / "p.json").write_text("{}")
+    with contextlib.ExitStack() as stack:
+        open_ = asked(stack, tmp_path)
+        assert (open_.input, open_.policy) == (tmp_path / "roads.txt", tmp_path / "p.json")
+        assert (open_.args, open_.image, open_.env) == (("Ulm",), "own", {"A": "1"})
+        given = asked(
+            stack,
+            tmp_path,
+            stdin_default=False,
+            policy="built-in:default",
+            args=["Bonn"],
+            image="x",
+            env={"A": "2"},
+        )
+        assert (given.input, given.policy, given.args) == (None, "built-in:default", ("Bonn",))
+        assert (given.image, given.env) == ("x", {"A": "2"})

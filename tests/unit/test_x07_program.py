@@ -1,0 +1,113 @@
+"""X07's programs and projects as they are read: whose word counts, and what the reports say was run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+
+from x07_sandbox.cli.main import main
+from x07_sandbox.host import settings
+from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.programs.toolchains import BY_NAME, X07
+from x07_sandbox.programs.x07 import Options, Profile, merged
+from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.session import output_caps
+from x07_sandbox.runs.streams import Cancel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROFILE = {"world": "run-os-sandboxed", "policy": "policy.json", "solve_fuel": 5000, "max_output_bytes": 700}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a lock file of its own choice, in a place without guest images, where the test works."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    document: dict[str, Any] = {"schema_version": "x07.project@0.5.0", "lockfile": "own.lock.json"}
+    document |= {"profiles": {"dev": PROFILE, "plain": {"world": "run-os-sandboxed", "policy": "policy.json"}}}
+    (folder / "x07.json").write_text(json.dumps(document))
+    (folder / "own.lock.json").write_text("{}")
+    (folder / "policy.json").write_bytes(render_policy(default_policy()))
+    (tmp_path / "tool").write_text("#!/bin/sh\n")
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@contextlib.contextmanager
+def loaded(**words: Any) -> Iterator[tuple[RunRequest, tuple[str, ...]]]:  # noqa: ANN401 - any field of a request
+    """The request after reading its program, and what the compiler is told."""
+    with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
+        request, program = load_program(RunRequest(cancel=cancel, **words), stack)
+        yield request, program.source.args
+
+
+@pytest.mark.parametrize(
+    ("profile", "flag", "most"),
+    [("dev", None, 700), ("dev", 9, 9), ("dev", 0, 0), ("dev", 800, 800), ("plain", None, 1 << 20), ("plain", 9, 9)],
+)
+def test_the_output_limit_of_an_x07_project(project: Path, profile: str, flag: int | None, most: int) -> None:
+    """A flag's limit on the output goes before the profile's, that before X07's; the compiler is told the same."""
+    with loaded(program=project, profile=profile, max_output_bytes=flag) as (request, argv):
+        assert request.max_output_bytes == most
+        assert argv[argv.index("--max-output-bytes") + 1] == str(most)
+        assert output_caps(request, X07) == (most + 4, 256 * 1024)
+
+
+@pytest.mark.parametrize(("given", "cap"), [(None, settings.OUTPUT_MAX_BYTES), (0, 0), (9, 9)])
+def test_other_programs_have_one_limit_for_both_streams(given: int | None, cap: int) -> None:
+    """A program of our toolchains may write as much to standard error as to standard output."""
+    with contextlib.closing(Cancel()) as cancel:
+        request = RunRequest(cancel=cancel, max_output_bytes=given)
+        assert output_caps(request, BY_NAME["c"]) == (cap, cap)
+
+
+def test_a_zero_is_a_limit_like_any_other() -> None:
+    """What a flag says counts, also where it says 0 or no; what none says comes from the profile, then from X07."""
+    profile = Profile(world="run-os-sandboxed", solve_fuel=5000, max_memory_bytes=9)
+    options = merged(Options(solve_fuel=0, cpu_time_limit_seconds=0, auto_ffi=False), profile)
+    assert (options.solve_fuel, options.cpu_time_limit_seconds, options.max_memory_bytes) == (0, 0, 9)
+    assert (options.auto_ffi, options.cc_profile, options.debug_borrow_checks) == (False, "default", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [
+        (["project"], {"kind": "project", "path": "project", "root": "project", "lock": "project/own.lock.json"}),
+        (["--project", "project/x07.json"], {"kind": "project", "path": "project/x07.json", "root": "project"}),
+        (["-c", "true", "--toolchain", "shell", "tool"], {"kind": "program", "path": "-", "root": None}),
+        (["tool", "word"], {"kind": "program", "path": "tool", "root": None}),
+        (["--artifact", "tool", "word"], {"kind": "artifact", "path": "tool", "root": None}),
+    ],
+)
+def test_the_wrapped_report_names_what_was_run(
+    project: Path, capfdbinary: pytest.CaptureFixture[bytes], words: list[str], target: dict[str, str | None]
+) -> None:
+    """Its target is the file or folder that was named, `-` for a source in none, with the lock file that it uses."""
+    assert project.is_dir()
+    assert main(["run", "--report", "wrapped", *words]) == 1
+    report = json.loads(capfdbinary.readouterr().out)
+    jsonschema.validate(report, json.loads(schemas()["x07-run.report.schema.json"]))
+    found = report["target"]
+    assert (found["kind"], found["path"], found["project_root"]) == (target["kind"], target["path"], target["root"])
+    assert found["lockfile"] == ("project/own.lock.json" if found["kind"] == "project" else None)
+
+
+def test_an_artifact_has_the_flat_report(project: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """--report runner with --artifact is X07's report of mode run-os: nothing compiled, the program's end on top."""
+    assert project.is_dir()
+    assert main(["run", "--report", "runner", "--artifact", "tool"]) == 1
+    report = json.loads(capfdbinary.readouterr().out)
+    jsonschema.validate(report, json.loads(schemas()["x07-os-runner.report.schema.json"]))
+    assert (report["mode"], report["world"], report["ok"]) == ("run-os", "run-os-sandboxed", False)
+    assert report["trap"].startswith("vm backend failure: ")
