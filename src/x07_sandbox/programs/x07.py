@@ -91,11 +91,19 @@ def decode_project(data: bytes, *, source: str) -> Project:
         _wrong(source, str(exc))
     if not _VERSIONS.fullmatch(project.schema_version):
         _wrong(source, f"its format is {project.schema_version[:80]!r}, and 0.2.0 to 0.5.0 of x07.project are read")
+    paths = [("lockfile", project.lockfile or None)]
     for name, profile in project.profiles.items():
-        for key, path in (("policy", profile.policy), ("input", profile.input)):
-            if path is not None and (path.startswith("/") or ".." in PurePosixPath(path).parts or not path.strip()):
-                _wrong(source, f"profiles.{name}.{key}: {path!r} is no path inside the project")
+        paths += [(f"profiles.{name}.policy", profile.policy), (f"profiles.{name}.input", profile.input)]
+    for key, path in paths:
+        if path is not None and not _is_inside(path):
+            _wrong(source, f"{key}: {path!r} is no path inside the project")
     return project
+
+
+def _is_inside(path: str) -> bool:
+    return (
+        bool(path.strip()) and not path.startswith("/") and "\0" not in path and ".." not in PurePosixPath(path).parts
+    )
 
 
 def choose_profile(project: Project, name: str | None, *, source: str) -> Profile | None:

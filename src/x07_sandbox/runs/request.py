@@ -36,13 +36,23 @@ _ARGUMENTS_MAX_BYTES = 1 << 20
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 
 
+class ProjectPolicy(msgspec.Struct, frozen=True):
+    """A policy that a project names for itself, as it was when the project was read. path: where it lies."""
+
+    path: Path
+    data: bytes
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked for.
 
     program: path of a source, of a project's folder, or of its manifest. source: a text instead, in the language of
     toolchain, which for a file overrides what its name says. files: more files beside it, by relative name.
-    policy: as read_policy takes it. overrides: hosts and roots that flags add, or take away. wall_ms: a tighter limit.
-    env: variables of the program besides the fixed ones.
+    policy: as read_policy takes it; None leaves it to the project. overrides: hosts and roots that flags add, or take
+    away. wall_ms: a tighter limit. env: variables of the program besides the fixed ones.
     input: path of the program's input; else stdin_fd, lent; None for none. stdin_default: a project's own input goes
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
@@ -61,7 +71,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     toolchain: str | None = None
     files: Mapping[str, bytes] = {}
     args: tuple[str, ...] = ()
-    policy: str | Path | Policy | None = None
+    policy: str | Path | Policy | ProjectPolicy | None = None
     overrides: Overrides | None = None
     wall_ms: int | None = None
     image: str | None = None
@@ -126,7 +136,7 @@ def _check_environment(request: RunRequest, what: str, total: int) -> None:
             )
 
 
-def read_policy(given: str | Path | Policy | None) -> tuple[Policy, bytes]:
+def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Policy, bytes]:
     """A policy and its bytes; the built-in default if None. A text may be `built-in:TEMPLATE`, else it is a path.
 
     Raises UsageError, PolicyError.
@@ -138,6 +148,8 @@ def read_policy(given: str | Path | Policy | None) -> tuple[Policy, bytes]:
     if isinstance(given, str | Path):
         data = read_bounded(Path(given), "policy", MAX_BYTES)
         return decode_policy(data, source=str(given)), data
+    if isinstance(given, ProjectPolicy):
+        return decode_policy(given.data, source=str(given)), given.data
     if given is None:
         policy = default_policy()
         return policy, render_policy(policy)

@@ -12,10 +12,12 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.files.pack import pack_files, pack_tree
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.host.variables import number, text
 from x07_sandbox.programs import x07
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, X07, Source
 from x07_sandbox.runs.program import Program
+from x07_sandbox.runs.project import with_own_files
 from x07_sandbox.runs.request import in_memory, sha256_text
 
 if TYPE_CHECKING:
@@ -41,15 +43,15 @@ def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tu
     if path.name.endswith(x07.SOURCE_SUFFIX) and path.name != x07.PROJECT_FILE:
         if request.profile is not None:
             raise UsageError("cannot use --profile", "a single program has none", "Name a project, or leave it out")
-        return request, _program(path, x07.merged(given, None), stack)
-    return _project(request, path / x07.PROJECT_FILE if path.is_dir() else path, given, stack)
+        return request, _program(request, path, x07.merged(given, None), stack)
+    return _project(request, path, given, stack)
 
 
-def _program(path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
+def _program(request: RunRequest, path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
     files = {"main.x07.json": read_bounded(path, "program", settings.SOURCE_MAX_BYTES)}
     words = ["--program", f"{SOURCE_FOLDER}/{x07.PROGRAM}"]
     for index, root in enumerate(options.module_roots):
-        packed = pack_tree(Path(root), ["**"])
+        packed = pack_tree(Path(root), ["**"], what=f"cannot take the module root {root}", check=request.cancel.check)
         files |= {f"module_roots/{index}/{name}": data for name, data in packed.files.items()}
         words += ["--module-root", f"{SOURCE_FOLDER}/program/module_roots/{index}"]
     return _loaded(pack_files(files, "the program"), f"{SOURCE_FOLDER}/program", words, options, stack)
@@ -58,26 +60,36 @@ def _program(path: Path, options: x07.Options, stack: contextlib.ExitStack) -> P
 def _project(
     request: RunRequest, path: Path, given: x07.Options, stack: contextlib.ExitStack
 ) -> tuple[RunRequest, Program]:
-    folder = path.parent
-    project = x07.decode_project(read_bounded(path, "project", x07.MAX_BYTES), source=str(path))
+    if path.is_dir():
+        folder = ProjectFolder(path)
+        path /= x07.PROJECT_FILE
+        data = folder.read(x07.PROJECT_FILE, x07.PROJECT_FILE, x07.MAX_BYTES)
+    else:  # who names the file itself may name a link
+        folder = ProjectFolder(path.parent)
+        data = read_bounded(path, "project", x07.MAX_BYTES)
+    project = x07.decode_project(data, source=str(path))
     lock = project.lockfile or x07.LOCK_FILE
-    if not (folder / lock).is_file():
+    if not folder.has_file(lock):
         raise UsageError(f"cannot run the project {path}", f"its lock file {lock} is not there", "Run x07 pkg lock")
     profile = x07.choose_profile(project, request.profile, source=str(path))
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
             why = f"its profile is for the world {profile.world}, and {x07.WORLD} is the only one here"
             raise UsageError(f"cannot run the project {path}", why, "Name another with --profile, or a --policy")
+        request = with_own_files(request, folder, stack, policy=profile.policy, stdin=profile.input)
         request = replace(
             request,
-            policy=folder / profile.policy if request.policy is None and profile.policy else request.policy,
-            input=folder / profile.input if request.stdin_default and profile.input else request.input,
-            max_output_bytes=request.max_output_bytes if profile.max_output_bytes is None else profile.max_output_bytes,
+            max_output_bytes=_least(request.max_output_bytes, profile.max_output_bytes),
         )
     options = x07.merged(given, profile)
     words = ["--project", f"{PROJECT_FOLDER}/{path.name}"]
-    loaded = _loaded(pack_tree(folder, ["**"]), PROJECT_FOLDER, words, options, stack)
-    return request, replace(loaded, project=True)
+    packed = pack_tree(folder.root, ["**"], check=request.cancel.check)
+    return request, replace(_loaded(packed, PROJECT_FOLDER, words, options, stack), project=True)
+
+
+def _least(granted: int, asked: int | None) -> int:
+    """A project may ask for less than its user grants, never for more: it is the user's disk."""
+    return granted if asked is None else min(granted, asked)
 
 
 def _loaded(
