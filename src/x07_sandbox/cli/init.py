@@ -12,7 +12,7 @@ from x07_sandbox.cli.documents import print_line
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, write_document
-from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.starter import MAKEFILES, SUFFIXES, sandbox_manifest, x07_project
@@ -120,4 +120,5 @@ def _makefile(folder: Path, files: list[str]) -> str:
     name = next((name for name in MAKEFILES if name in files), None)
     if name is None:
         return ""
-    return read_bounded(folder / name, "Makefile", _MAKEFILE_MAX).decode("utf-8", "replace")
+    place = ProjectFolder(folder, f"cannot begin a project in {folder}")
+    return place.read(name, name, _MAKEFILE_MAX).decode("utf-8", "replace")
