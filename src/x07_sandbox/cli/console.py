@@ -12,6 +12,10 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
+def _line(text: str) -> str:
+    return plain(text).replace("\n", " ").replace("\t", " ")
+
+
 def say(text: str, command: str = "x07") -> None:
     """One line to the user; one who cannot be told (a full disk, a closed pipe) still gets the exit code."""
     with contextlib.suppress(OSError):
@@ -30,7 +34,7 @@ class LiveLine:
         if self._live and (text or self._shown):
             self._shown = bool(text)
             with contextlib.suppress(OSError):
-                print(f"\r\033[K{f'x07: {text}' if text else ''}", end="", file=sys.stderr, flush=True)
+                print(f"\r\033[K{f'x07: {_line(text)}' if text else ''}", end="", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -43,7 +47,7 @@ class Progress:
 
     def __call__(self, text: str) -> None:
         """Say what is being done now."""
-        line = f"x07: {self._title}: [{time.monotonic() - self._begun:5.1f} s] {text}"
+        line = f"x07: {_line(self._title)}: [{time.monotonic() - self._begun:5.1f} s] {_line(text)}"
         with contextlib.suppress(OSError):
             if self._live:
                 print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

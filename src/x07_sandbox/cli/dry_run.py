@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from x07_sandbox.cli.console import plain
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.runs.preview import Preview, preview
 
@@ -25,7 +27,8 @@ def show_plan(request: RunRequest, *, as_json: bool) -> int:
         document = {"schema_version": SCHEMA, **msgspec.to_builtins(found)}
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
-        sys.stdout.write("\n".join(_lines(found)) + "\n")
+        # Names and arguments are a stranger's: no control sequence, and not every terminal's encoding has them.
+        sys.stdout.buffer.write(os.fsencode(plain("\n".join(_lines(found)) + "\n")))
     return REFUSED_EXIT if found.plan.refusals else 0
 
 
