@@ -144,6 +144,17 @@ def test_a_project_asks_for_no_more_output_than_is_granted(folder: Path, stack: 
         assert load(stack, folder, max_output_bytes=1000)[0].max_output_bytes == found
 
 
+def test_more_names_than_a_command_line_takes_are_refused(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+    """A compiled project whose names are too long together is refused before any machine, and make is named."""
+    (tmp_path / "x07-sandbox.toml").write_text(TOML.partition("entry")[0].replace("python", "c").replace("*.py", "**"))
+    place = tmp_path / ("\xe9" * 120) / ("\xe9" * 120) / ("\xe9" * 120)
+    place.mkdir(parents=True)
+    for number in range(1200):
+        os.mknod(place / f"{'x' * 200}{number}.c")
+    with pytest.raises(UsageError, match=r"too long, together.*make"):
+        load(stack, tmp_path)
+
+
 def test_reading_a_project_ends_when_it_is_cancelled(folder: Path, stack: contextlib.ExitStack) -> None:
     """A project whose run is cancelled is not read any further."""
     cancel = stack.enter_context(contextlib.closing(Cancel()))

@@ -23,7 +23,7 @@ from x07_sandbox.programs.toolchains import (
     toolchain_for,
     toolchain_named,
 )
-from x07_sandbox.runs.request import in_memory, sha256_text
+from x07_sandbox.runs.request import ARGUMENTS_MAX_BYTES, in_memory, sha256_text
 from x07_sandbox.runs.streams import InFile
 
 if TYPE_CHECKING:
@@ -126,10 +126,16 @@ def _single(toolchain: Toolchain, name: str, data: bytes, request: RunRequest, s
 
 
 def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextlib.ExitStack) -> Program:
+    """A program of more files. Raises UsageError where no command line could name them all."""
+    source = replace(source, folder=PROJECT_FOLDER, files=tuple(packed.files))
+    words = [] if toolchain.build is None else toolchain.build(source)
+    if sum(len(os.fsencode(word)) + 1 for word in words) > ARGUMENTS_MAX_BYTES:
+        why = f"its {len(packed.files)} files have names that are too long, together, for a command line"
+        raise UsageError(f"cannot build it with {toolchain.name}", why, "Name fewer files, or have make build it")
     file = in_memory(packed.archive, PROJECT_FOLDER, 0o755, stack)
     return Program(
         toolchain=toolchain,
-        source=replace(source, folder=PROJECT_FOLDER, files=tuple(packed.files)),
+        source=source,
         data=packed.archive,
         file=replace(file, kind="archive"),
         sha256=sha256_text(packed.archive),

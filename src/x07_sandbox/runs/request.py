@@ -32,7 +32,7 @@ else:
 # Linux refuses one longer argument (MAX_ARG_STRLEN: 32 pages, NUL included); all of them share a quarter of the stack's
 # 8 MiB with the environment, which may take some hundred KiB.
 _ARGUMENT_MAX_BYTES = 131_072
-_ARGUMENTS_MAX_BYTES = 1 << 20
+ARGUMENTS_MAX_BYTES = 1 << 20
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 
 
@@ -112,8 +112,8 @@ def check_arguments(request: RunRequest) -> None:
         total += size
         if "\0" in arg:
             raise UsageError(what, f"number {number} holds a zero byte", "Pass such data by standard input")
-        if size > _ARGUMENT_MAX_BYTES or total > _ARGUMENTS_MAX_BYTES:
-            why = f"one has more than {_ARGUMENT_MAX_BYTES} bytes, or all together more than {_ARGUMENTS_MAX_BYTES}"
+        if size > _ARGUMENT_MAX_BYTES or total > ARGUMENTS_MAX_BYTES:
+            why = f"one has more than {_ARGUMENT_MAX_BYTES} bytes, or all together more than {ARGUMENTS_MAX_BYTES}"
             raise UsageError(what, why, "Pass long data by standard input")
     _check_environment(request, what, total)
     if request.max_output_bytes < 0:
@@ -130,7 +130,7 @@ def _check_environment(request: RunRequest, what: str, total: int) -> None:
         if name.startswith("X07_"):
             raise UsageError(what, f"{name} is X07's own", "Use another name")
         total += len(name) + len(os.fsencode(value)) + 2
-        if "\0" in value or total > _ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
+        if "\0" in value or total > ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
             raise UsageError(
                 what, f"the variable {name} is too long, or holds a zero byte", "Pass it by standard input"
             )
