@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec.structs import replace
 
-from x07_sandbox.errors import Cancelled, UsageError
+from x07_sandbox.errors import Cancelled, RefusedError, UsageError
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.runs.program import Program, load_program
-from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, read_policy
+from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, policy_in_force, read_policy
 from x07_sandbox.runs.streams import Cancel
 from x07_sandbox.runs.x07_program import read_whole
 
@@ -163,6 +164,24 @@ def test_reading_a_project_ends_when_it_is_cancelled(folder: Path, stack: contex
         load_program(RunRequest(program=folder, cancel=cancel), stack)
 
 
-def test_a_policy_of_a_project_is_called_by_its_path() -> None:
-    """Where a report names the policy it names the file, as for one that the user named."""
-    assert str(ProjectPolicy(Path("p/policy.json"), b"")) == "p/policy.json"
+@pytest.mark.parametrize("field", ["read_roots", "write_roots"])
+@pytest.mark.parametrize(
+    ("root", "granted"),
+    [(".", True), ("out", True), ("{}/own", True), ("/home", False), ("{}/../other", False), ("{}-more", False)],
+)
+def test_what_a_project_brings_grants_nothing_outside_it(
+    folder: Path, stack: contextlib.ExitStack, field: str, root: str, *, granted: bool
+) -> None:
+    """A project's own policy that asks for files outside it is refused, unless the user names it by a flag."""
+    place = folder / "own/policy.json"
+    policy = default_policy()
+    fs = replace(policy.fs, **{"enabled": True, field: (root.format(folder),)})
+    place.write_bytes(render_policy(replace(policy, fs=fs)))
+    request, _ = load(stack, folder)
+    assert isinstance(request.policy, ProjectPolicy)
+    if granted:
+        assert policy_in_force(request)[0].fs == fs
+    else:
+        with pytest.raises(RefusedError, match=f"outside the project. .*--policy {place}"):
+            policy_in_force(request)
+    assert policy_in_force(load(stack, folder, policy=place)[0])[0].fs == fs

@@ -27,7 +27,7 @@ def with_own_files(
     """
     if request.policy is None and policy is not None:
         data = folder.read(policy, f"its policy {policy}", MAX_BYTES)
-        request = replace(request, policy=ProjectPolicy(folder.root / policy, data))
+        request = replace(request, policy=ProjectPolicy(folder.root / policy, data, folder.base))
     if request.stdin_default and request.input is None and stdin is not None:
         fd = folder.open(stdin, f"its input {stdin}")
         stack.callback(os.close, fd)

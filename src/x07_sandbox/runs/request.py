@@ -37,10 +37,14 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 
 
 class ProjectPolicy(msgspec.Struct, frozen=True):
-    """A policy that a project names for itself, as it was when the project was read. path: where it lies."""
+    """A policy that a project names for itself, as it was when the project was read.
+
+    path: where it lies. base: the project's real folder, outside which it grants nothing.
+    """
 
     path: Path
     data: bytes
+    base: str
 
     def __str__(self) -> str:
         return str(self.path)
@@ -139,7 +143,7 @@ def _check_environment(request: RunRequest, what: str, total: int) -> None:
 def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Policy, bytes]:
     """A policy and its bytes; the built-in default if None. A text may be `built-in:TEMPLATE`, else it is a path.
 
-    Raises UsageError, PolicyError.
+    Raises UsageError, PolicyError, RefusedError.
     """
     if isinstance(given, str) and given.startswith("built-in:"):
         from x07_sandbox.policy.templates import built_in
@@ -149,7 +153,9 @@ def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Poli
         data = read_bounded(Path(given), "policy", MAX_BYTES)
         return decode_policy(data, source=str(given)), data
     if isinstance(given, ProjectPolicy):
-        return decode_policy(given.data, source=str(given)), given.data
+        policy = decode_policy(given.data, source=str(given))
+        _check_own(policy, given)
+        return policy, given.data
     if given is None:
         policy = default_policy()
         return policy, render_policy(policy)
@@ -157,10 +163,24 @@ def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Poli
     return decode_policy(data, source=given.policy_id), data
 
 
+def _check_own(policy: Policy, given: ProjectPolicy) -> None:
+    """Who wrote the program wrote its policy too: it can lower what is granted, not grant the host's files.
+
+    Raises RefusedError.
+    """
+    for root in (*policy.fs.read_roots, *policy.fs.write_roots) if policy.fs.enabled else ():
+        if root.startswith("/") and not f"{os.path.normpath(root)}/".startswith(f"{given.base.rstrip('/')}/"):
+            raise RefusedError(
+                "cannot use the project's own policy",
+                f"{given} asks for {root[:256]}, which is outside the project",
+                f"Read it, and if you grant that, name it yourself: --policy {given}",
+            )
+
+
 def policy_in_force(request: RunRequest) -> tuple[Policy, bytes]:
     """The policy of a request with its overrides and its tighter time limit, and its bytes.
 
-    Raises UsageError, PolicyError.
+    Raises UsageError, PolicyError, RefusedError.
     """
     policy, data = read_policy(request.policy)
     if request.overrides is not None:
