@@ -266,6 +266,14 @@ def test_any_names_make_a_manifest_or_our_error(toolchain: str, names: list[str]
     assert decode_manifest(data, source=FILE)[1].name == toolchain
 
 
+def test_a_tree_that_is_too_deep_is_told(tmp_path: Path) -> None:
+    """Folders in folders without end are refused by init, on any Python."""
+    (tmp_path / "/".join("d" * 300)).mkdir(parents=True)
+    code, out, err = x07(tmp_path, "init", "--toolchain", "python")
+    assert (code, out) == (2, b"")
+    assert "nested deeper than 256" in err
+
+
 def test_a_tree_that_is_too_large_is_told(tmp_path: Path) -> None:
     """In a folder with more files than a project may have, init says so instead of walking for ever."""
     for number in range(101):

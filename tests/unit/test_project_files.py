@@ -185,3 +185,27 @@ def test_what_a_project_brings_grants_nothing_outside_it(
         with pytest.raises(RefusedError, match=f"outside the project. .*--policy {place}"):
             policy_in_force(request)
     assert policy_in_force(load(stack, folder, policy=place)[0])[0].fs == fs
+
+
+@pytest.mark.parametrize(
+    ("change", "profile"),
+    [
+        ({"profiles": {"n" * 500_000: {"world": "run-os"}}}, None),
+        ({"profiles": {"n" * 500_000: {"world": "run-os", "policy": "/x"}}}, None),
+        ({"profiles": {"os": {"world": "w" * 500_000}}}, None),
+        ({"profiles": {"os": {"world": "run-os", "input": "/" + "i" * 500_000}}}, None),
+        ({"lockfile": "l" * 500_000}, None),
+        ({"schema_version": "s" * 500_000}, None),
+        ({"profiles": {f"n{number}": {"world": "run-os"} for number in range(20_000)}}, "none"),
+    ],
+)
+def test_an_error_about_a_project_is_short(
+    tmp_path: Path, stack: contextlib.ExitStack, change: dict[str, object], profile: str | None
+) -> None:
+    """However long the words of an X07 project are, the error about it fits a screen."""
+    (tmp_path / "x07.json").write_text(json.dumps({"schema_version": "x07.project@0.5.0", **change}))
+    if "lockfile" not in change:
+        (tmp_path / "x07.lock.json").write_text("{}")
+    with pytest.raises(UsageError) as caught:
+        load(stack, tmp_path, profile=profile)
+    assert len(str(caught.value)) < 1000

@@ -96,7 +96,7 @@ def decode_project(data: bytes, *, source: str) -> Project:
         paths += [(f"profiles.{name}.policy", profile.policy), (f"profiles.{name}.input", profile.input)]
     for key, path in paths:
         if path is not None and not _is_inside(path):
-            _wrong(source, f"{key}: {path!r} is no path inside the project")
+            _wrong(source, f"{key[:80]}: {path[:80]!r} is no path inside the project")
     return project
 
 
@@ -116,7 +116,7 @@ def choose_profile(project: Project, name: str | None, *, source: str) -> Profil
             return project.profiles[candidate]
         if candidate in {name, project.default_profile}:
             break
-    known = ", ".join(project.profiles) or "none"
+    known = ", ".join(project.profiles)[:200] or "none"
     what = f"there is no profile {name!r}" if name is not None else "no profile is the default"
     raise UsageError(f"cannot run the project {source}", f"{what}; it has {known}", "Name one with --profile")
 

@@ -70,11 +70,13 @@ def _project(
     project = x07.decode_project(data, source=str(path))
     lock = project.lockfile or x07.LOCK_FILE
     if not folder.has_file(lock):
-        raise UsageError(f"cannot run the project {path}", f"its lock file {lock} is not there", "Run x07 pkg lock")
+        raise UsageError(
+            f"cannot run the project {path}", f"its lock file {lock[:80]} is not there", "Run x07 pkg lock"
+        )
     profile = x07.choose_profile(project, request.profile, source=str(path))
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
-            why = f"its profile is for the world {profile.world}, and {x07.WORLD} is the only one here"
+            why = f"its profile is for the world {profile.world[:80]}, and {x07.WORLD} is the only one here"
             raise UsageError(f"cannot run the project {path}", why, "Name another with --profile, or a --policy")
         request = with_own_files(request, folder, stack, policy=profile.policy, stdin=profile.input)
         request = replace(
