@@ -73,7 +73,12 @@ class BackendError(SandboxError):
 
 
 class Cancelled(SandboxError):  # noqa: N818 - it is no error of anybody
-    """The user ended it before there was a run (exit 130)."""
+    """The user ended it before there was a run (exit 130 after Ctrl-C, else 143).
+
+    signal: the one that asked for it; 0 or None for a request without one.
+    """
+
+    signal: int | None = None
 
 
 class PeerError(SandboxError):

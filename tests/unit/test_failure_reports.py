@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ import jsonschema
 import pytest
 
 from tests.published import document
+from x07_sandbox.cli import main
+from x07_sandbox.cli.cancel import cancelled_by_signals
+from x07_sandbox.errors import Cancelled
 from x07_sandbox.reports.schemas import schemas
 
 if TYPE_CHECKING:
@@ -107,3 +111,20 @@ def test_what_prints_no_json_is_not_silent(tmp_path: Path) -> None:
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, b"")
     assert document((tmp_path / "r").read_bytes())["reason"] in done.stderr.decode()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
+def test_a_signal_before_there_is_a_run_has_its_exit_code(
+    capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    """A run that is cancelled while its program is read ends with 130 or 143, and --json says so."""
+    with cancelled_by_signals() as cancel:
+        signal.raise_signal(number)
+        with pytest.raises(Cancelled) as caught:
+            cancel.check()
+    assert main._failed(caught.value, ["run", "prog.py"]) == code  # noqa: SLF001 - how main ends on any error
+    assert main._failed(caught.value, ["run", "--json", "prog.py"]) == code  # noqa: SLF001
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert (result["outcome"], result["signal"], result["x07_exit_code"]) == ("cancelled", number, code)
+    assert "a signal came" in said.err

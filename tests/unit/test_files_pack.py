@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Cancelled, UsageError
 from x07_sandbox.files.pack import FILES_MAX, pack_files, pack_tree
+from x07_sandbox.files.patterns import ENTRIES_MAX
 from x07_sandbox.guest.unpack import unpack
 from x07_sandbox.host import settings
+from x07_sandbox.runs.streams import Cancel
 
 NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=12)
 
@@ -89,15 +92,103 @@ def test_a_link_inside_the_project_is_the_file_it_leads_to(tmp_path: Path) -> No
     assert pack_tree(tmp_path, ["link.txt"]).files == {"link.txt": b"real.txt"}
 
 
+PLACES = ("a.c", "b.c", "ab", ".hid", "s/a.c", "s/.hid/x", "s/t/b.c", "s/t/ab/a", ".dot/a.c", ".dot/s/b", "t/s/a.c")
+PARTS = ("**", "*", "*.c", "?.c", "[ab].c", "[!a]*", "a*", ".*", ".hid", ".dot", "s", "t", "ab", "a.c", "*[", "x")
+
+
+@given(st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=5).map("/".join), min_size=1, max_size=2))
+def test_patterns_mean_what_glob_means(patterns: list[str]) -> None:
+    """In a tree without links patterns name the files that Python's glob names, or nothing where that names nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree(Path(folder), *PLACES)
+        named = [set(glob.glob(pattern, root_dir=folder, recursive=True)) for pattern in patterns]  # noqa: PTH207 - the model
+        files = {os.path.normpath(name) for name in set().union(*named) if (Path(folder) / name).is_file()}
+        if all(named):
+            assert set(pack_tree(Path(folder), patterns).files) == files
+        else:
+            with pytest.raises(UsageError, match="no file matches"):
+                pack_tree(Path(folder), patterns)
+
+
+def test_a_pattern_is_read_as_a_path_is(tmp_path: Path) -> None:
+    """Single dots and repeated slashes change nothing; what ends in a slash names folders, and so no file."""
+    tree(tmp_path, "a.c", "s/b.c")
+    assert sorted(pack_tree(tmp_path, ["./a.c", ".//s/./*.c"]).files) == ["a.c", "s/b.c"]
+    for pattern in ("s/", "s/.", "**/", ".", ""):
+        with pytest.raises(UsageError, match="no file matches"):
+            pack_tree(tmp_path, [pattern])
+
+
+def test_no_link_leads_round_in_circles(tmp_path: Path) -> None:
+    """A folder that links show inside itself, at any depth and through each other, travels once."""
+    tree(tmp_path, "a/x", "b/y", "real.txt")
+    for name, target in {"me": ".", "a/up": "..", "a/b": "../b", "b/a": "../a", "whole": str(tmp_path)}.items():
+        (tmp_path / name).symlink_to(target)
+    wanted = ["a/b/y", "a/x", "b/a/x", "b/y", "real.txt"]
+    for patterns in (["**"], ["**/" * 200 + "*"]):
+        assert sorted(pack_tree(tmp_path, patterns).files) == wanted
+
+
+def test_no_pattern_leads_out_of_the_project(tmp_path: Path) -> None:
+    """Through a link to a folder outside nothing is looked at: the pattern is told to name nothing, and why."""
+    tree(tmp_path, "in/a.c", "out/b.c")
+    (tmp_path / "in" / "lib").symlink_to(tmp_path / "out")
+    (tmp_path / "in" / "all").symlink_to("/")
+    assert list(pack_tree(tmp_path / "in", ["**/*.c"]).files) == ["a.c"]
+    with pytest.raises(UsageError, match=f"no file matches 'lib/.*lib leads out of it, to {tmp_path}/out"):
+        pack_tree(tmp_path / "in", ["lib/*.c"])
+    with pytest.raises(UsageError, match="leads out of it"):
+        pack_tree(tmp_path / "in", ["**"])
+
+
+def test_a_tree_without_end_is_refused(tmp_path: Path) -> None:
+    """Links that show one folder in ever more places, and patterns that are all stars, end in an error that says so."""
+    tree(tmp_path, *(f"links/wide/{number}" for number in range(1000)), *(f"stars/{n:0120}" for n in range(300)))
+    for number in range(ENTRIES_MAX // 1000):
+        (tmp_path / f"links/{number}").symlink_to("wide")
+    with pytest.raises(UsageError, match=f"more than {ENTRIES_MAX} names"):
+        pack_tree(tmp_path / "links", ["**/*.h"])
+    with pytest.raises(UsageError, match="too many stars"):
+        pack_tree(tmp_path / "stars", ["*0" * 100 + f"*{number}" for number in range(60)])
+
+
+def test_a_tree_too_deep_is_refused(tmp_path: Path) -> None:
+    """Folders in folders deeper than any name that may travel are refused, and end no walk in a recursion."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(600):
+        os.mkdir("d", dir_fd=fd)
+        inner = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    os.close(fd)
+    with pytest.raises(UsageError, match="lies too deep"):
+        pack_tree(tmp_path, ["**/*.c"])
+
+
+def test_packing_ends_when_it_is_cancelled(tmp_path: Path) -> None:
+    """A walk that nobody wants any more ends at the next folder or file, by a signal or by another thread's request."""
+    tree(tmp_path, "a.c")
+    for number in (2, 0):
+        cancel = Cancel()
+        cancel(number)
+        with pytest.raises(Cancelled) as caught:
+            pack_tree(tmp_path, ["**"], check=cancel.check)
+        assert caught.value.signal == number
+        cancel.close()
+
+
 def test_a_pattern_that_names_nothing_is_an_error(tmp_path: Path) -> None:
     """A pattern without a file is told, since the build would miss it."""
     with pytest.raises(UsageError, match=r"no file matches 'lib/\*'"):
         pack_tree(tmp_path, ["lib/*"])
 
 
-@pytest.mark.parametrize("name", ["", "/a", "a//b", "../a", "a/..", "./a", "a\0", "a\nb", "a" * 256, "a/" * 600 + "b"])
+@pytest.mark.parametrize(
+    "name",
+    ["", "/a", "a//b", "../a", "a/..", "./a", "a\0", "a\nb", "a" * 256, "a/" * 600 + "b", "TRAILER!!!", "TRAILER!!!/a"],
+)
 def test_a_name_that_leads_out_is_refused(name: str) -> None:
-    """Files given in memory have relative names of plain parts, or are refused."""
+    """Files given in memory have relative names of plain parts, none of them the archive's own, or are refused."""
     with pytest.raises(UsageError, match="cannot take the files"):
         pack_files({name: b""}, "the files")
 
@@ -114,6 +205,7 @@ def test_too_many_files_are_refused() -> None:
         pack_files({str(number): b"" for number in range(FILES_MAX + 1)}, "the files")
 
 
+@example({"TRAILER!!!": b""})
 @given(st.dictionaries(st.lists(NAMES, min_size=1, max_size=3).map("/".join), st.binary(max_size=50), max_size=8))
 def test_any_files_arrive_as_they_were_or_are_refused(files: dict[str, bytes]) -> None:
     """What is packed is unpacked in the guest to the same names and bytes."""

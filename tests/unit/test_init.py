@@ -124,6 +124,16 @@ def test_no_link_is_written_through(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_no_makefile_outside_is_read(tmp_path: Path) -> None:
+    """A Makefile that is a link out of the folder is refused: what it holds is nobody's business here."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "outside").write_text("secret: x\n")
+    (tmp_path / "in/Makefile").symlink_to("../outside")
+    code, out, err = x07(tmp_path, "init", "--toolchain", "make", "in")
+    assert (code, out, "secret" in err) == (2, b"", False)
+    assert "Makefile leads out of it" in err
+
+
 def test_a_folder_that_is_named_is_made(tmp_path: Path) -> None:
     """`x07 init DIR` makes the folder; where that cannot be, it says why."""
     assert init(tmp_path, "new/project")[1]["project_root"] == str(tmp_path / "new" / "project")
@@ -203,6 +213,44 @@ def test_what_is_missing_is_told(toolchain: str, files: list[str], makefile: str
         sandbox_manifest(toolchain, files, makefile=makefile)
 
 
+@pytest.mark.parametrize(
+    ("makefile", "artifact"),
+    [
+        ("all:\n\tcc -o prog a.c\n", None),
+        ("all: \\\n  prog\nprog: a.c\n", "prog"),
+        ("A = 1\nB := x # y\n.PHONY: all\nC ?= $(B)\n$(C) z: a\n", None),
+        ("B:=bin/x # y\r\nall : ${B} other ; echo\r\n", "bin/x"),
+        ("E =\n$(E): a\n\tcc\nprog:: a\nx y: z\n", "x"),
+    ],
+)
+def test_a_makefile_is_read_line_by_line(makefile: str, artifact: str | None) -> None:
+    """The artifact is the first rule's, or what `all` needs on its own line and the lines that it goes on in."""
+    if artifact is None:
+        with pytest.raises(UsageError, match="--artifact"):
+            sandbox_manifest("make", ["Makefile"], makefile=makefile)
+    else:
+        data = sandbox_manifest("make", ["Makefile"], makefile=makefile)
+        assert decode_manifest(data, source=FILE)[0].artifact == artifact
+
+
+@pytest.mark.parametrize(
+    "makefile",
+    [
+        "a" + " " * (1 << 20),
+        "a" + "\n \t" * (1 << 18),
+        "a=" + "b" * (1 << 19) + "\n" + "$(a)" * (1 << 17) + ": x",
+        "a=" + "b" * 4000 + "\n" + "$(a):=\n" * (1 << 17) + ("$(a)" * 1000 + ": x\n") * 100,
+        "a " * (1 << 19),
+        "$(" * (1 << 19) + ":",
+    ],
+)
+@pytest.mark.timeout(10)
+def test_no_makefile_takes_long_to_read(makefile: str) -> None:
+    """A Makefile as large as may be, made to cost the square of its length or all memory, is refused in time."""
+    with pytest.raises(UsageError, match="--artifact"):
+        sandbox_manifest("make", ["Makefile"], makefile=makefile)
+
+
 @given(
     st.sampled_from(sorted(SUFFIXES)),
     st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), max_size=5),
@@ -216,6 +264,14 @@ def test_any_names_make_a_manifest_or_our_error(toolchain: str, names: list[str]
     except UsageError:
         return
     assert decode_manifest(data, source=FILE)[1].name == toolchain
+
+
+def test_a_tree_that_is_too_deep_is_told(tmp_path: Path) -> None:
+    """Folders in folders without end are refused by init, on any Python."""
+    (tmp_path / "/".join("d" * 300)).mkdir(parents=True)
+    code, out, err = x07(tmp_path, "init", "--toolchain", "python")
+    assert (code, out) == (2, b"")
+    assert "nested deeper than 256" in err
 
 
 def test_a_tree_that_is_too_large_is_told(tmp_path: Path) -> None:

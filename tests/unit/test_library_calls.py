@@ -137,11 +137,12 @@ def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> No
     text += 'policy = "p.json"\nimage = "own"\n[run]\nargs = ["Ulm"]\ninput = "roads.txt"\nenv = { A = "1" }\n'
     (tmp_path / "x07-sandbox.toml").write_text(text)
     (tmp_path / "main.py").write_text("pass\n")
-    (tmp_path / "roads.txt").write_text("")
+    (tmp_path / "roads.txt").write_text("a road")
     (tmp_path / "p.json").write_text("{}")
     with contextlib.ExitStack() as stack:
         open_ = asked(stack, tmp_path)
-        assert (open_.input, open_.policy) == (tmp_path / "roads.txt", tmp_path / "p.json")
+        assert os.pread(open_.stdin_fd or 0, 100, 0) == b"a road"
+        assert str(open_.policy) == str(tmp_path / "p.json")
         assert (open_.args, open_.image, open_.env) == (("Ulm",), "own", {"A": "1"})
         given = asked(
             stack,
@@ -152,5 +153,5 @@ def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> No
             image="x",
             env={"A": "2"},
         )
-        assert (given.input, given.policy, given.args) == (None, "built-in:default", ("Bonn",))
+        assert (given.stdin_fd, given.policy, given.args) == (0, "built-in:default", ("Bonn",))
         assert (given.image, given.env) == ("x", {"A": "2"})

@@ -51,6 +51,9 @@ def test_everything_that_a_manifest_may_say_is_read() -> None:
         (MAKE + 'entry = "x"', "has no `entry`"),
         (MAKE + "#" * MAX_BYTES, "more than"),
         (HEAD + "x = " + "[" * 5000, "not TOML|nested too deep"),
+        (PYTHON + "[run]\nenv.A = " + "1" * 5000, r"env\.A: there is a number of more than 64 digits"),
+        (PYTHON + "[run]\nargs = ['a', '''b''''', " + "1_" * 5000, "args: there is a number"),
+        ("schema_version = 0x" + "f" * 63, "schema_version is int"),
     ],
 )
 def test_what_is_wrong_with_a_manifest_is_told(text: str, why: str) -> None:
@@ -58,6 +61,38 @@ def test_what_is_wrong_with_a_manifest_is_told(text: str, why: str) -> None:
     data = text.encode("latin-1") if text == "\xff" else text.encode()
     with pytest.raises(UsageError, match=why):
         decode_manifest(data, source="m")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" + "a." * 10_000 + "b]\n" + "\n".join(f"k{number}=1" for number in range(5000)),
+        "a." * 30_000 + "b = 1",
+        'x = ["""a"""", \'\', {' + "a." * 30_000 + 'b = 1}, ""]',
+        "x = 1 # '''\n" + "a." * 30_000 + "b = 1 # '''",
+        '"""\n\\' * 12_000,
+        'x = "' + '\\"' * 30_000,
+    ],
+)
+@pytest.mark.timeout(5)
+def test_no_manifest_takes_long_to_refuse(text: str) -> None:
+    """What costs a parser of TOML the square of its length is refused in time, wherever it stands."""
+    with pytest.raises(UsageError, match=r"nested too deep|not TOML"):
+        decode_manifest((HEAD + text).encode(), source="m")
+
+
+def test_dots_and_digits_in_texts_are_nobodys_business() -> None:
+    """Texts and comments may hold as many dots and digits as they like."""
+    many = "1." * 200
+    texts = [f"'{many}'", f'"{many}\\""', f"'''{many}'{many}'''''", f'"""{many}"{many}\\"""""']
+    text = f"{MAKE}[build] # {many}\nargs = [{', '.join(texts)}]\n"
+    assert [len(arg) for arg in decode_manifest(text.encode(), source="m")[0].build.args] == [400, 401, 803, 803]
+
+
+def test_entry_and_artifact_are_called_as_the_files_are() -> None:
+    """A path that begins with `./` is the file that it names."""
+    assert decode_manifest(PYTHON.replace('"main', '".//main').encode(), source="m")[0].entry == "main.py"
+    assert decode_manifest(MAKE.replace("bin/", "./bin/./").encode(), source="m")[0].artifact == "bin/prog"
 
 
 @given(st.binary(max_size=200))

@@ -160,10 +160,17 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
         (("--program", "prog.rs"), ".rs names no toolchain"),
         (("--program", "missing.c"), "missing.c"),
         (("--program", "."), "no toolchain"),
+        (("--program", "pipe"), "no toolchain"),
+        (("--program", "prog.x07.json", "--module-root", "nowhere"), "cannot take the module root nowhere: "),
     ],
 )
-def test_what_cannot_be_built_is_refused_by_name(refused: Refused, words: tuple[str, ...], named: str) -> None:
-    """Programs that are not there, artifacts and unknown languages are refused before anything starts."""
+@pytest.mark.timeout(20)
+def test_what_cannot_be_built_is_refused_by_name(
+    refused: Refused, place: Path, words: tuple[str, ...], named: str
+) -> None:
+    """Programs that are not there, pipes, artifacts and unknown languages are refused before anything starts."""
+    os.mkfifo(place / "pipe")
+    (place / "prog.x07.json").write_text("{}")
     assert named in refused(*SANDBOXED, "--policy", "policy.json", *words)
 
 

@@ -131,14 +131,23 @@ def test_what_cannot_be_written_is_wrong_usage(tmp_path: Path, words: tuple[str,
     assert (tmp_path / "target").read_bytes() == b"kept"
 
 
-@pytest.mark.parametrize("planted", [".x07", ".x07/policies", ".x07/policies/base"])
-def test_a_planted_link_does_not_lead_out_of_the_project(tmp_path: Path, planted: str) -> None:
-    """A project whose .x07 is a link to somewhere else gets no policy written there."""
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [
+        (".x07", ()),
+        (".x07/policies", ()),
+        (".x07/policies/base", ()),
+        ("policies", ("--out", "policies/cli.json")),
+        ("policies", ("--out", "./policies/made/here/cli.json", "--mkdir-out")),
+    ],
+)
+def test_a_planted_link_does_not_lead_out_of_the_project(tmp_path: Path, planted: str, words: tuple[str, ...]) -> None:
+    """A project in which a folder on the way is a link to somewhere else gets no policy and no folder made there."""
     outside, project = tmp_path / "outside", tmp_path / "project"
     outside.mkdir()
     (project / planted).parent.mkdir(parents=True)
     (project / planted).symlink_to(outside)
-    code, _, err = init(project, "--force")
+    code, _, err = init(project, "--force", *words)
     assert (code, list(outside.iterdir())) == (2, [])
     assert "no link is followed" in err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import sys
 import tempfile
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from x07_sandbox.cli.console import LiveLine, Progress
 from x07_sandbox.runs.streams import Sink, TerminalFilter
 
 if TYPE_CHECKING:
@@ -48,6 +50,22 @@ def test_ordinary_text_passes_the_filter_however_it_is_cut(text: str, cut: int) 
     """Text without control characters reaches a terminal unchanged, also when a character is cut in two."""
     shown, data = TerminalFilter(), text.encode()
     assert b"".join(shown(data[at : at + cut]) for at in range(0, len(data), cut)) == data
+
+
+def test_the_line_about_what_is_done_has_no_control_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that a stranger chose cannot move a terminal's cursor, in the line that shows what takes long either."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        LiveLine()("copying /a\x1b[2J\nb\x9b in")
+        Progress("im\x1bage")("x\x1b[1A")
+        shown = b""
+        while not shown.endswith(b"[1A"):
+            shown += os.read(ours, 1000)
+    os.close(ours)
+    assert "copying /a\\x1b[2J\\nb\\x9b in" in shown.decode()
+    assert "im\\x1bage: [" in shown.decode()
+    assert shown.count(b"\x1b") == shown.count(b"\r\x1b[K") == 2
 
 
 def test_a_sink_keeps_exactly_its_cap(keep_fd: int) -> None:

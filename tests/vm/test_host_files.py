@@ -437,3 +437,15 @@ def test_the_hosts_variables_go_in_by_their_names_only(project: Project, monkeyp
     )
     result = project.run(source, "--policy", str(path), "--env", "NAMED=1")
     assert result["stdout"]["text"] == "['LANG', 'NAMED', 'PATH', 'WANTED'] wanted\n"
+
+
+def test_the_policy_in_use_stays_where_it_lies(project: Project) -> None:
+    """A program cannot change the policy that it runs by, neither the file nor a link under whose name it is read."""
+    given = Path(project.policy(enabled=True, write_roots=["."], allow_symlinks=True, allow_remove=True))
+    given.rename(project.folder / "real.json")
+    (project.folder / "policy.json").symlink_to("real.json")
+    source = "import os; os.remove('policy.json'); open('policy.json', 'w').close(); open('real.json', 'w').close()"
+    result = project.run(source, "--policy", "policy.json", code=125)
+    assert result["changes"]["state"] == "kept"
+    refused = [denial["subject"] for denial in result["denials"] if denial["action"] == "change"]
+    assert refused == [f"{name}: it is the policy or the manifest in use" for name in ("policy.json", "real.json")]

@@ -472,6 +472,17 @@ def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
     assert not jobs.exists()
 
 
+def test_a_dry_run_shows_no_control_sequence(sandbox: Sandbox) -> None:
+    """What a stranger's manifest holds reaches a terminal only with control sequences taken out."""
+    folder = project(sandbox.work / "p", main_py="")
+    text = HEAD + 'toolchain = "python"\nfiles = ["*.py"]\nentry = "main.py"\n[run]\nargs = ["\\u001b[2J\\u009bé"]\n'
+    (folder / "x07-sandbox.toml").write_text(text)
+    done = command("--dry-run", str(folder), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert not any(char < 32 and char != 10 for char in done.stdout)
+    assert "main.py '\ufffd[2J\ufffdé'" in done.stdout.decode()
+
+
 def test_what_was_built_and_the_report_can_be_kept(tmp_path: Path) -> None:
     """--compiled-out keeps the executable, --report-out the result; --quiet-json prints none."""
     out, report = tmp_path / "prog", tmp_path / "result.json"

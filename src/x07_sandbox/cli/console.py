@@ -53,7 +53,7 @@ class Progress:
 
     def __call__(self, text: str) -> None:
         """Say what is being done now."""
-        line = f"x07: {self._title}: [{time.monotonic() - self._begun:5.1f} s] {shown(text)}"
+        line = f"x07: {shown(self._title)}: [{time.monotonic() - self._begun:5.1f} s] {shown(text)}"
         with contextlib.suppress(OSError):
             if self._live:
                 print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

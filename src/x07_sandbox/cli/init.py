@@ -12,7 +12,7 @@ from x07_sandbox.cli.documents import print_line
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, write_document
-from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.starter import MAKEFILES, SUFFIXES, sandbox_manifest, x07_project
@@ -20,6 +20,7 @@ from x07_sandbox.reports.init import InitReport
 
 _FILES_MAX: Final = 10_000
 _MAKEFILE_MAX: Final = 1 << 20
+_DEPTH_MAX: Final = 256  # os.walk of Python 3.11 calls itself for each level
 # Where builds and tools put what is no source.
 _NO_SOURCES: Final = frozenset({"__pycache__", "bin", "build", "deps", "dist", "node_modules", "out", "target", "venv"})
 _EPILOG: Final = f"""Without --toolchain: an {MANIFEST} for a project of X07's, with one profile, `sandbox`, and its
@@ -102,6 +103,9 @@ def _files_below(folder: Path) -> list[str]:
     for place, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NO_SOURCES)
         seen += len(folders) + len(names)
+        if place.count("/") - str(folder).count("/") > _DEPTH_MAX:
+            why = f"its folders are nested deeper than {_DEPTH_MAX}"
+            raise UsageError(f"cannot begin a project in {folder}", why, "Name a folder with the sources alone")
         if seen > _FILES_MAX:
             why = f"there are more than {_FILES_MAX} files"
             raise UsageError(f"cannot begin a project in {folder}", why, "Name a folder with the sources alone")
@@ -120,4 +124,5 @@ def _makefile(folder: Path, files: list[str]) -> str:
     name = next((name for name in MAKEFILES if name in files), None)
     if name is None:
         return ""
-    return read_bounded(folder / name, "Makefile", _MAKEFILE_MAX).decode("utf-8", "replace")
+    place = ProjectFolder(folder, f"cannot begin a project in {folder}")
+    return place.read(name, name, _MAKEFILE_MAX).decode("utf-8", "replace")

@@ -58,9 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from x07_sandbox.errors import Cancelled
 
         _say("cancelled")
-        number = exc.args[0] if exc.args else 2
         cancelled = Cancelled("cancelled before there was a run", "a signal came", "Start it again")
-        return _json_or(130 if number == 2 else 143, cancelled, words, number)  # noqa: PLR2004 - SIGINT
+        return _cancelled(cancelled, words, exc.args[0] if exc.args else 2)
     except Exception as exc:  # noqa: BLE001 - the last place that can keep the exit code's promise
         return _failed(exc, words)
     return code
@@ -127,8 +126,11 @@ def _failed(exc: Exception, words: list[str]) -> int:
     import errno
     import traceback
 
-    from x07_sandbox.errors import SandboxError, UsageError
+    from x07_sandbox.errors import Cancelled, SandboxError, UsageError
 
+    if isinstance(exc, Cancelled):
+        _say(str(exc))
+        return _cancelled(exc, words, exc.signal)
     if isinstance(exc, SandboxError):
         if not _wants_json(words):
             _say(str(exc))
@@ -144,6 +146,10 @@ def _failed(exc: Exception, words: list[str]) -> int:
     traceback.print_exception(exc)
     _say("this is a bug in x07-sandbox; please report it with the lines above")
     return _json_or(125, exc, words)
+
+
+def _cancelled(exc: Exception, words: list[str], signalled: int | None) -> int:
+    return _json_or(130 if signalled == 2 else 143, exc, words, signalled)  # noqa: PLR2004 - SIGINT
 
 
 def _say(text: str) -> None:

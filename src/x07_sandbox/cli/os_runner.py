@@ -163,10 +163,21 @@ def _target(options: argparse.Namespace) -> Target:
     path = Path(options.program)
     if path.name.endswith(SOURCE_SUFFIX):
         return Target(path=path, mode="compile-run", toolchain=X07)
-    head = b""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        head = file.read(64)  # what cannot be read is told when it is
-    return Target(path=path, mode="compile-run", toolchain=toolchain_for(str(path), head))
+    return Target(path=path, mode="compile-run", toolchain=toolchain_for(str(path), _head(path)))
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file; none of what cannot be read, which is told when it is. A pipe is not waited for."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return os.read(fd, 64)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
 
 
 def _project(path: Path) -> Target:

@@ -71,12 +71,13 @@ def _init(options: argparse.Namespace) -> int:
     data = render_policy(policy)
     root = project_root(options.project)
     if options.out is None:
-        parts = (*BASE_FOLDER, file_name(options.template))
+        parts: tuple[str, ...] = (*BASE_FOLDER, file_name(options.template))
         path = root.joinpath(*parts)
         status = write_document(root, parts, data, overwrite=options.force)
     else:
-        path = _chosen(root, options.out, make=options.mkdir_out)
-        status = write_document(path.parent, (path.name,), data, overwrite=options.force)
+        folder, parts = _chosen(root, options.out, make=options.mkdir_out)
+        path = folder.joinpath(*parts)
+        status = write_document(folder, parts, data, overwrite=options.force)
     if options.emit == "policy":
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
@@ -105,11 +106,18 @@ def _named(policy: Policy, policy_id: str | None) -> Policy:
     return replace(policy, policy_id=policy_id)
 
 
-def _chosen(root: Path, out: Path, *, make: bool) -> Path:
-    """The place that the user named, with a folder that is there. Raises UsageError."""
+def _chosen(root: Path, out: Path, *, make: bool) -> tuple[Path, tuple[str, ...]]:
+    """The place that the user named: a folder of theirs that is there, and the way from it. Raises UsageError.
+
+    The way through the project may have been laid by somebody else, so it is walked without links, as for every
+    document; what leads out of the project by its own name is the user's.
+    """
     if out.name in {"", ".."}:
         raise UsageError(f"cannot write {out}", "it names no file", "Give the name of a file")
     folder = root / out.parent
+    inside = not out.is_absolute() and ".." not in out.parts
+    if inside and (make or folder.is_dir()):
+        return root, out.parts
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,4 +125,4 @@ def _chosen(root: Path, out: Path, *, make: bool) -> Path:
         raise UsageError(f"cannot make the folder {folder}", exc.strerror or str(exc), "Choose another --out") from exc
     if not folder.is_dir():
         raise UsageError(f"cannot write {out}", f"there is no folder {folder}", "Make it, or add --mkdir-out")
-    return Path(os.path.realpath(folder)) / out.name
+    return Path(os.path.realpath(folder)), (out.name,)

@@ -29,9 +29,9 @@ _ENTRIES: Final = {"python": ("main.py", "__main__.py", "app.py"), "shell": ("ma
 _X07_ENTRIES: Final = ("src/main.x07.json", "main.x07.json")
 _X07_VERSION: Final = "x07.project@0.5.0"
 _PROFILE: Final = "sandbox"
-_ASSIGNED: Final = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*)\s*[:?]?=\s*(.*?)\s*(?:#.*)?$", re.MULTILINE)
-_RULE: Final = re.compile(r"^(?![.\t#])([^:=\n#]+?)\s*:(?![:=])\s*([^\n#;=]*)", re.MULTILINE)
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]*")
+_LINE_MAX: Final = 4096  # characters of a Makefile's line that are looked at
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,1023}")
 
 
 def x07_project(files: Sequence[str], policy: str) -> bytes:
@@ -107,18 +107,35 @@ def _entry(toolchain: str, files: Sequence[str]) -> str:
 
 def _artifact(makefile: str) -> str:
     """What make makes: its first target, or what `all` needs first, if that is a plain name. Raises UsageError."""
-    assigned = dict(_ASSIGNED.findall(makefile))
+    # Line by line, and only the first rule's variables are put in: nobody knows who wrote it, and how long it makes us.
+    lines = [line[:_LINE_MAX] for line in makefile.replace("\\\n", " ").split("\n")]
+    assigned = dict(filter(None, map(_assignment, lines)))
 
-    def expanded(text: str) -> str:
-        return re.sub(r"\$[({](\w+)[)}]", lambda match: assigned.get(match[1], match[0]), text)
+    def words(text: str) -> list[str]:
+        return re.sub(r"\$[({](\w+)[)}]", lambda match: assigned.get(match[1], match[0]), text).split()
 
-    rules = [(expanded(targets).split(), expanded(needs).split()) for targets, needs in _RULE.findall(makefile)]
-    first = next((rule for rule in rules if rule[0]), ([], []))
-    name = next(iter(first[1] if first[0] == ["all"] else first[0]), "")
+    rules = ((words(targets), needs) for targets, needs in filter(None, map(_rule, lines)))
+    first, needs = next((rule for rule in rules if rule[0]), ([], ""))
+    name = next(iter(words(needs) if first == ["all"] else first), "")
     if not _PLAIN.fullmatch(name):
-        why = f"the Makefile's first target is {name!r}" if name else "the Makefile has no plain first target"
+        why = f"the Makefile's first target is {name[:64]!r}" if name else "the Makefile has no plain first target"
         raise UsageError("cannot tell which file make makes", why, "Name it with --artifact")
     return name
+
+
+def _assignment(line: str) -> tuple[str, str] | None:
+    """The variable that a line sets, and its value."""
+    name, equals, value = line.partition("=")
+    name = name.rstrip(":? \t")
+    return (name, value.partition("#")[0].strip()) if equals and _NAME.fullmatch(name) else None
+
+
+def _rule(line: str) -> tuple[str, str] | None:
+    """The targets of a rule's line, and what they need."""
+    targets, colon, needs = line.partition(":")
+    if not colon or not targets or targets[0] in ".\t#" or needs[:1] in {":", "="} or {"=", "#"} & set(targets):
+        return None
+    return targets, re.split("[#;=]", needs, maxsplit=1)[0]
 
 
 def _text(value: str) -> str:

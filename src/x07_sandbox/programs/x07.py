@@ -94,11 +94,19 @@ def decode_project(data: bytes, *, source: str) -> Project:
         _wrong(source, str(exc))
     if not _VERSIONS.fullmatch(project.schema_version):
         _wrong(source, f"its format is {project.schema_version[:80]!r}, and 0.2.0 to 0.5.0 of x07.project are read")
+    paths = [("lockfile", project.lockfile or None)]
     for name, profile in project.profiles.items():
-        for key, path in (("policy", profile.policy), ("input", profile.input)):
-            if path is not None and (path.startswith("/") or ".." in PurePosixPath(path).parts or not path.strip()):
-                _wrong(source, f"profiles.{name}.{key}: {path!r} is no path inside the project")
+        paths += [(f"profiles.{name}.policy", profile.policy), (f"profiles.{name}.input", profile.input)]
+    for key, path in paths:
+        if path is not None and not _is_inside(path):
+            _wrong(source, f"{key[:80]}: {path[:80]!r} is no path inside the project")
     return project
+
+
+def _is_inside(path: str) -> bool:
+    return (
+        bool(path.strip()) and not path.startswith("/") and "\0" not in path and ".." not in PurePosixPath(path).parts
+    )
 
 
 def choose_profile(project: Project, name: str | None, *, source: str) -> Profile | None:
@@ -111,7 +119,7 @@ def choose_profile(project: Project, name: str | None, *, source: str) -> Profil
             return project.profiles[candidate]
         if candidate in {name, project.default_profile}:
             break
-    known = ", ".join(project.profiles) or "none"
+    known = ", ".join(project.profiles)[:200] or "none"
     what = f"there is no profile {name!r}" if name is not None else "no profile is the default"
     raise UsageError(f"cannot run the project {source}", f"{what}; it has {known}", "Name one with --profile")
 

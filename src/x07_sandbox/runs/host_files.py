@@ -19,6 +19,7 @@ from x07_sandbox.host.paths import private_dir
 from x07_sandbox.plan.denials import Area, Denial, HowToAllow
 from x07_sandbox.plan.places import OUT, PROGRAM
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
+from x07_sandbox.runs.request import ProjectPolicy
 from x07_sandbox.runs.result import ChangedName, Changes
 from x07_sandbox.runs.streams import InFile
 
@@ -187,10 +188,12 @@ class HostFiles:
     def _own(self, mount: Mount) -> list[str]:
         """Names below a root of what the run itself was told by."""
         policy = self._request.policy
-        if not isinstance(policy, (str, Path)):
+        if not isinstance(policy, (str, Path, ProjectPolicy)):
             return []
-        path = os.path.realpath(policy)
-        return [os.path.relpath(path, mount.host)] if path.startswith(f"{mount.host}/") else []
+        folder, name = os.path.split(policy if isinstance(policy, str) else str(policy))
+        # Where it is a link, that too: another in its place would be the next run's policy.
+        places = {os.path.realpath(str(policy)), f"{os.path.realpath(folder)}/{name}"}
+        return [os.path.relpath(path, mount.host) for path in sorted(places) if path.startswith(f"{mount.host}/")]
 
     def _forget(self) -> None:
         (self._place / "data").unlink(missing_ok=True)

@@ -23,13 +23,14 @@ from x07_sandbox.programs.toolchains import (
     toolchain_for,
     toolchain_named,
 )
-from x07_sandbox.runs.request import in_memory, sha256_text
+from x07_sandbox.runs.request import ARGUMENTS_MAX_BYTES, in_memory, sha256_text
 from x07_sandbox.runs.streams import InFile
 
 if TYPE_CHECKING:
     import contextlib
 
     from x07_sandbox.files.pack import Packed
+    from x07_sandbox.host.project import ProjectFolder
     from x07_sandbox.programs.manifest import Manifest
     from x07_sandbox.runs.request import RunRequest
 
@@ -126,10 +127,16 @@ def _single(toolchain: Toolchain, name: str, data: bytes, request: RunRequest, s
 
 
 def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextlib.ExitStack) -> Program:
+    """A program of more files. Raises UsageError where no command line could name them all."""
+    source = replace(source, folder=PROJECT_FOLDER, files=tuple(packed.files))
+    words = [] if toolchain.build is None else toolchain.build(source)
+    if sum(len(os.fsencode(word)) + 1 for word in words) > ARGUMENTS_MAX_BYTES:
+        why = f"its {len(packed.files)} files have names that are too long, together, for a command line"
+        raise UsageError(f"cannot build it with {toolchain.name}", why, "Name fewer files, or have make build it")
     file = in_memory(packed.archive, PROJECT_FOLDER, 0o755, stack)
     return Program(
         toolchain=toolchain,
-        source=replace(source, folder=PROJECT_FOLDER, files=tuple(packed.files)),
+        source=source,
         data=packed.archive,
         file=replace(file, kind="archive"),
         sha256=sha256_text(packed.archive),
@@ -138,19 +145,25 @@ def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextli
 
 def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
     from x07_sandbox.files.pack import pack_tree
+    from x07_sandbox.host.project import ProjectFolder
     from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
 
     if request.toolchain or request.files:
         raise UsageError(f"cannot run the project {path}", "its manifest says what it is", "Leave --toolchain out")
     place = find_manifest(path)
     assert place is not None  # noqa: S101 - for the type checker: a folder, or that name
-    manifest, toolchain = decode_manifest(read_bounded(place, "manifest", MAX_BYTES), source=str(place))
-    packed = pack_tree(place.parent, manifest.files)
+    folder = ProjectFolder(place.parent)
+    # Who names the manifest itself may name a link.
+    data = (
+        read_bounded(place, "manifest", MAX_BYTES) if place == path else folder.read(place.name, place.name, MAX_BYTES)
+    )
+    manifest, toolchain = decode_manifest(data, source=str(place))
+    packed = pack_tree(place.parent, manifest.files, check=request.cancel.check)
     entry = manifest.entry or ""
     if entry and entry not in packed.files:
         why = f"its entry {entry} is not among its files"
         raise UsageError(f"cannot run the project {path}", why, "Add it to `files` in its manifest")
-    merged = _merged(request, manifest, place.parent)
+    merged = _merged(request, manifest, folder, stack)
     head = packed.files.get(entry, b"")[:_HEAD_BYTES]
     if toolchain.build is None:
         single = _single(toolchain, source_name(entry), packed.files[entry], request, stack)
@@ -163,13 +176,14 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     return merged, replace(program, project=True)
 
 
-def _merged(request: RunRequest, manifest: Manifest, folder: Path) -> RunRequest:
-    """What the manifest says, where the request is silent."""
+def _merged(request: RunRequest, manifest: Manifest, folder: ProjectFolder, stack: contextlib.ExitStack) -> RunRequest:
+    """What the manifest says, where the request is silent. Raises UsageError."""
+    from x07_sandbox.runs.project import with_own_files
+
+    request = with_own_files(request, folder, stack, policy=manifest.policy, stdin=manifest.run.input)
     return replace(
         request,
         args=request.args or manifest.run.args,
-        policy=request.policy if request.policy is not None or not manifest.policy else folder / manifest.policy,
         image=request.image or manifest.image,
         env={**manifest.run.env, **request.env},
-        input=folder / manifest.run.input if request.stdin_default and manifest.run.input else request.input,
     )

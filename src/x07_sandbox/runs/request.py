@@ -32,8 +32,22 @@ else:
 # Linux refuses one longer argument (MAX_ARG_STRLEN: 32 pages, NUL included); all of them share a quarter of the stack's
 # 8 MiB with the environment, which may take some hundred KiB.
 _ARGUMENT_MAX_BYTES = 131_072
-_ARGUMENTS_MAX_BYTES = 1 << 20
+ARGUMENTS_MAX_BYTES = 1 << 20
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
+
+
+class ProjectPolicy(msgspec.Struct, frozen=True):
+    """A policy that a project names for itself, as it was when the project was read.
+
+    path: where it lies. base: the project's real folder, outside which it grants nothing.
+    """
+
+    path: Path
+    data: bytes
+    base: str
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,8 +55,8 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     program: path of a source, of a project's folder, or of its manifest. source: a text instead, in the language of
     toolchain, which for a file overrides what its name says. files: more files beside it, by relative name.
-    policy: as read_policy takes it. overrides: hosts and roots that flags add, or take away. wall_ms: a tighter limit.
-    env: variables of the program besides the fixed ones.
+    policy: as read_policy takes it; None leaves it to the project. overrides: hosts and roots that flags add, or take
+    away. wall_ms: a tighter limit. env: variables of the program besides the fixed ones.
     input: path of the program's input; else stdin_fd, lent; None for none. stdin_default: a project's own input goes
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
     max_output_bytes: of each stream; None for the project's limit, else the default.
@@ -62,7 +76,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     toolchain: str | None = None
     files: Mapping[str, bytes] = {}
     args: tuple[str, ...] = ()
-    policy: str | Path | Policy | None = None
+    policy: str | Path | Policy | ProjectPolicy | None = None
     overrides: Overrides | None = None
     wall_ms: int | None = None
     image: str | None = None
@@ -103,8 +117,8 @@ def check_arguments(request: RunRequest) -> None:
         total += size
         if "\0" in arg:
             raise UsageError(what, f"number {number} holds a zero byte", "Pass such data by standard input")
-        if size > _ARGUMENT_MAX_BYTES or total > _ARGUMENTS_MAX_BYTES:
-            why = f"one has more than {_ARGUMENT_MAX_BYTES} bytes, or all together more than {_ARGUMENTS_MAX_BYTES}"
+        if size > _ARGUMENT_MAX_BYTES or total > ARGUMENTS_MAX_BYTES:
+            why = f"one has more than {_ARGUMENT_MAX_BYTES} bytes, or all together more than {ARGUMENTS_MAX_BYTES}"
             raise UsageError(what, why, "Pass long data by standard input")
     _check_environment(request, what, total)
     if request.max_output_bytes is not None and request.max_output_bytes < 0:
@@ -121,16 +135,16 @@ def _check_environment(request: RunRequest, what: str, total: int) -> None:
         if name.startswith("X07_"):
             raise UsageError(what, f"{name} is X07's own", "Use another name")
         total += len(name) + len(os.fsencode(value)) + 2
-        if "\0" in value or total > _ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
+        if "\0" in value or total > ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
             raise UsageError(
                 what, f"the variable {name} is too long, or holds a zero byte", "Pass it by standard input"
             )
 
 
-def read_policy(given: str | Path | Policy | None) -> tuple[Policy, bytes]:
+def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Policy, bytes]:
     """A policy and its bytes; the built-in default if None. A text may be `built-in:TEMPLATE`, else it is a path.
 
-    Raises UsageError, PolicyError.
+    Raises UsageError, PolicyError, RefusedError.
     """
     if isinstance(given, str) and given.startswith("built-in:"):
         from x07_sandbox.policy.templates import built_in
@@ -139,6 +153,10 @@ def read_policy(given: str | Path | Policy | None) -> tuple[Policy, bytes]:
     if isinstance(given, str | Path):
         data = read_bounded(Path(given), "policy", MAX_BYTES)
         return decode_policy(data, source=str(given)), data
+    if isinstance(given, ProjectPolicy):
+        policy = decode_policy(given.data, source=str(given))
+        _check_own(policy, given)
+        return policy, given.data
     if given is None:
         policy = default_policy()
         return policy, render_policy(policy)
@@ -149,10 +167,24 @@ def read_policy(given: str | Path | Policy | None) -> tuple[Policy, bytes]:
     return decode_policy(data, source=str(given.policy_id)), data
 
 
+def _check_own(policy: Policy, given: ProjectPolicy) -> None:
+    """Who wrote the program wrote its policy too: it can lower what is granted, not grant the host's files.
+
+    Raises RefusedError.
+    """
+    for root in (*policy.fs.read_roots, *policy.fs.write_roots) if policy.fs.enabled else ():
+        if root.startswith("/") and not f"{os.path.normpath(root)}/".startswith(f"{given.base.rstrip('/')}/"):
+            raise RefusedError(
+                "cannot use the project's own policy",
+                f"{given} asks for {root[:256]}, which is outside the project",
+                f"Read it, and if you grant that, name it yourself: --policy {given}",
+            )
+
+
 def policy_in_force(request: RunRequest) -> tuple[Policy, bytes]:
     """The policy of a request with its overrides and its tighter time limit, and its bytes.
 
-    Raises UsageError, PolicyError.
+    Raises UsageError, PolicyError, RefusedError.
     """
     policy, data = read_policy(request.policy)
     if request.overrides is not None:

@@ -254,19 +254,26 @@ class Cancel:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around what waits without polling the descriptor, a lock say: there a signal raises Cancelled."""
-        if self.signal is not None:
-            raise Cancelled("the run was cancelled", "a signal came", "Start it again")
+        self.check()
         self._waiting = True
         try:
             yield
         finally:
             self._waiting = False
 
+    def check(self) -> None:
+        """For what takes long without waiting. Raises Cancelled once there was a request."""
+        if self.signal is not None:
+            why = "a signal came" if self.signal else "it was asked to end"
+            cancelled = Cancelled("the run was cancelled", why, "Start it again")
+            cancelled.signal = self.signal
+            raise cancelled
+
     def interrupt(self, signal: int) -> None:
         """As a call, for a signal handler. Raises Cancelled while the main thread is in `waiting`."""
         self(signal)
         if self._waiting:
-            raise Cancelled("the run was cancelled", "a signal came", "Start it again")
+            self.check()
 
     def __call__(self, signal: int = 0) -> None:
         """Ask for the end; signal: the one that we got, 0 for a request without one."""

@@ -12,10 +12,12 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.files.pack import pack_files, pack_tree
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.host.variables import number, text
 from x07_sandbox.programs import x07
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, X07, Source
 from x07_sandbox.runs.program import Program
+from x07_sandbox.runs.project import with_own_files
 from x07_sandbox.runs.request import in_memory, sha256_text
 
 if TYPE_CHECKING:
@@ -43,15 +45,16 @@ def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tu
         if request.profile is not None:
             raise UsageError("cannot use --profile", "a single program has none", "Name a project, or leave it out")
         options = x07.merged(given, None)
-        return replace(request, max_output_bytes=options.max_output_bytes), _program(path, options, stack)
-    return _project(request, path / x07.PROJECT_FILE if path.is_dir() else path, given, stack)
+        request = replace(request, max_output_bytes=options.max_output_bytes)
+        return request, _program(request, path, options, stack)
+    return _project(request, path, given, stack)
 
 
-def _program(path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
+def _program(request: RunRequest, path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
     files = {"main.x07.json": read_bounded(path, "program", settings.SOURCE_MAX_BYTES)}
     words = ["--program", f"{SOURCE_FOLDER}/{x07.PROGRAM}"]
     for index, root in enumerate(options.module_roots):
-        packed = pack_tree(Path(root), ["**"])
+        packed = pack_tree(Path(root), ["**"], what=f"cannot take the module root {root}", check=request.cancel.check)
         files |= {f"module_roots/{index}/{name}": data for name, data in packed.files.items()}
         words += ["--module-root", f"{SOURCE_FOLDER}/program/module_roots/{index}"]
     return _loaded(pack_files(files, "the program"), f"{SOURCE_FOLDER}/program", words, options, stack)
@@ -60,26 +63,33 @@ def _program(path: Path, options: x07.Options, stack: contextlib.ExitStack) -> P
 def _project(
     request: RunRequest, path: Path, given: x07.Options, stack: contextlib.ExitStack
 ) -> tuple[RunRequest, Program]:
-    folder = path.parent
-    project = x07.decode_project(read_bounded(path, "project", x07.MAX_BYTES), source=str(path))
+    if path.is_dir():
+        folder = ProjectFolder(path)
+        path /= x07.PROJECT_FILE
+        data = folder.read(x07.PROJECT_FILE, x07.PROJECT_FILE, x07.MAX_BYTES)
+    else:  # who names the file itself may name a link
+        folder = ProjectFolder(path.parent)
+        data = read_bounded(path, "project", x07.MAX_BYTES)
+    project = x07.decode_project(data, source=str(path))
     lock = project.lockfile or x07.LOCK_FILE
-    if not (folder / lock).is_file():
-        raise UsageError(f"cannot run the project {path}", f"its lock file {lock} is not there", "Run x07 pkg lock")
+    if not folder.has_file(lock):
+        raise UsageError(
+            f"cannot run the project {path}", f"its lock file {lock[:80]} is not there", "Run x07 pkg lock"
+        )
     profile = x07.choose_profile(project, request.profile, source=str(path))
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
-            why = f"its profile is for the world {profile.world}, and {x07.WORLD} is the only one here"
+            why = f"its profile is for the world {profile.world[:80]}, and {x07.WORLD} is the only one here"
             raise UsageError(f"cannot run the project {path}", why, "Name another with --profile, or a --policy")
-        request = replace(
-            request,
-            policy=folder / profile.policy if request.policy is None and profile.policy else request.policy,
-            input=folder / profile.input if request.stdin_default and profile.input else request.input,
-        )
+        request = with_own_files(request, folder, stack, policy=profile.policy, stdin=profile.input)
     options = x07.merged(given, profile)
+    if given.max_output_bytes is None:  # a project may ask for less than anybody gets, never for more
+        most = min(options.max_output_bytes or 0, settings.OUTPUT_MAX_BYTES)
+        options = replace(options, max_output_bytes=most)
     request = replace(request, max_output_bytes=options.max_output_bytes)
     words = ["--project", f"{PROJECT_FOLDER}/{path.name}"]
-    loaded = _loaded(pack_tree(folder, ["**"]), PROJECT_FOLDER, words, options, stack)
-    return request, replace(loaded, project=True, lockfile=lock)
+    packed = pack_tree(folder.root, ["**"], check=request.cancel.check)
+    return request, replace(_loaded(packed, PROJECT_FOLDER, words, options, stack), project=True, lockfile=lock)
 
 
 def _loaded(

@@ -1,0 +1,35 @@
+"""What a project says about its own run, where the request is silent."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from x07_sandbox.policy.decode import MAX_BYTES
+from x07_sandbox.runs.request import ProjectPolicy
+
+if TYPE_CHECKING:
+    import contextlib
+
+    from x07_sandbox.host.project import ProjectFolder
+    from x07_sandbox.runs.request import RunRequest
+
+
+def with_own_files(
+    request: RunRequest, folder: ProjectFolder, stack: contextlib.ExitStack, *, policy: str | None, stdin: str | None
+) -> RunRequest:
+    """The request with the project's policy and input, names in *folder*, or None where it has none.
+
+    Both are taken here, where it is seen that they lie in the project: a path would be followed again, and then perhaps
+    elsewhere. *stack* closes them. Raises UsageError.
+    """
+    if request.policy is None and policy is not None:
+        data = folder.read(policy, f"its policy {policy}", MAX_BYTES)
+        request = replace(request, policy=ProjectPolicy(folder.root / policy, data, folder.base))
+    if request.stdin_default and request.input is None and stdin is not None:
+        fd = folder.open(stdin, f"its input {stdin}")
+        stack.callback(os.close, fd)
+        request = replace(request, stdin_fd=fd)
+    return request

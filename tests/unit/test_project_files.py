@@ -1,0 +1,213 @@
+"""What a project's own files name: taken inside the project only, at once, and as it was when the project was read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from msgspec.structs import replace
+
+from x07_sandbox.errors import Cancelled, RefusedError, UsageError
+from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
+from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.runs.program import Program, load_program
+from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, policy_in_force, read_policy
+from x07_sandbox.runs.streams import Cancel
+from x07_sandbox.runs.x07_program import read_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+POLICY = render_policy(default_policy())
+TOML = """schema_version = "x07.sandbox.project@0.1.0"
+toolchain = "python"
+files = ["*.py"]
+entry = "main.py"
+policy = "own/policy.json"
+[run]
+input = "own/input.txt"
+"""
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    """What a run keeps open."""
+    with contextlib.ExitStack() as opened:
+        yield opened
+
+
+@pytest.fixture(params=["toml", "x07"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A project of either kind, with a policy and an input of its own; beside it what is not the project's."""
+    project = tmp_path / "project"
+    (project / "own").mkdir(parents=True)
+    (project / "main.py").write_text("pass")
+    (project / "own/policy.json").write_bytes(POLICY)
+    (project / "own/input.txt").write_bytes(b"the project's")
+    (tmp_path / "other.txt").write_bytes(POLICY)
+    if request.param == "toml":
+        (project / "x07-sandbox.toml").write_text(TOML)
+    else:
+        profile = {"world": "run-os-sandboxed", "policy": "own/policy.json", "input": "own/input.txt"}
+        document = {"schema_version": "x07.project@0.5.0", "profiles": {"os": profile}, "lockfile": "own/x07.lock.json"}
+        (project / "x07.json").write_text(json.dumps(document))
+        (project / "own/x07.lock.json").write_text("{}")
+    return project
+
+
+def load(stack: contextlib.ExitStack, program: Path, **words: Any) -> tuple[RunRequest, Program]:  # noqa: ANN401 - as RunRequest has them
+    """As the command line asks for it."""
+    cancel = stack.enter_context(contextlib.closing(Cancel()))
+    return load_program(RunRequest(program=program, cancel=cancel, **{"stdin_default": True, **words}), stack)
+
+
+def replaced(place: Path, make: Callable[[Path], object]) -> None:
+    """Something else under that name."""
+    place.unlink()
+    make(place)
+
+
+def test_a_project_brings_its_policy_and_its_input(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Both are taken when the project is read, through links inside it too; what is put there later is not."""
+    (folder / "own/real").write_bytes(b"the project's")
+    replaced(folder / "own/input.txt", lambda place: place.symlink_to("real"))
+    request, _ = load(stack, folder)
+    for name in ("policy.json", "input.txt"):
+        replaced(folder / "own" / name, lambda place: place.symlink_to("/proc/self/environ"))
+    assert read_policy(request.policy)[1] == POLICY
+    assert str(request.policy) == str(folder / "own/policy.json")
+    assert read_whole(open_input(request, stack), 1000) == b"the project's"
+
+
+@pytest.mark.parametrize("name", ["policy.json", "input.txt"])
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda place: place.symlink_to("/proc/self/environ"), "leads out of it, to /proc/"),
+        (lambda place: place.symlink_to("../../other.txt"), "leads out of it, to .*/other.txt"),
+        (os.mkfifo, "is no regular file"),
+        (Path.mkdir, "is no regular file"),
+        (lambda place: place.symlink_to("/dev/zero"), "leads out of it, to /dev/zero"),
+        (lambda place: place.symlink_to(place.name), "symbolic links"),
+        (lambda _: None, "No such file"),
+    ],
+)
+def test_what_is_not_the_projects_is_refused(
+    folder: Path, stack: contextlib.ExitStack, name: str, make: Callable[[Path], object], why: str
+) -> None:
+    """A policy or an input that leads out of the project, or is no file, is refused, and nobody waits for a pipe."""
+    replaced(folder / "own" / name, make)
+    with pytest.raises(UsageError, match=f"its {name.partition('.')[0]} own/{name}.*{why}"):
+        load(stack, folder)
+
+
+def test_a_folder_on_the_way_may_not_lead_out(folder: Path, stack: contextlib.ExitStack) -> None:
+    """A link to a folder outside, on the way to a file that a project names, is refused as well."""
+    (folder / "own").rename(folder.parent / "elsewhere")
+    (folder / "own").symlink_to(folder.parent / "elsewhere")
+    with pytest.raises(UsageError, match=r"leads out of it|lock file own/x07\.lock\.json is not there"):
+        load(stack, folder)
+
+
+def test_who_runs_it_may_name_what_they_like(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Flags go before the project's words, and their files may be links, which are followed."""
+    (folder.parent / "link").symlink_to("other.txt")
+    for name in ("policy.json", "input.txt"):
+        (folder / "own" / name).unlink()
+    request, _ = load(stack, folder, policy=folder.parent / "link", input=folder.parent / "link")
+    assert read_policy(request.policy)[1] == POLICY
+    assert read_whole(open_input(request, stack), 10_000) == POLICY
+
+
+def test_a_manifest_may_be_a_link_only_where_it_is_named(folder: Path, stack: contextlib.ExitStack) -> None:
+    """A folder's manifest that is a link out of it is refused; ours is followed where the user names it."""
+    manifest = next(path for path in folder.iterdir() if path.suffix in {".toml", ".json"})
+    manifest.rename(folder.parent / manifest.name)
+    manifest.symlink_to(folder.parent / manifest.name)
+    with pytest.raises(UsageError, match=f"{manifest.name} leads out of it"):
+        load(stack, folder)
+    if manifest.suffix == ".toml":  # of X07's projects everything travels, and so no link out
+        assert load(stack, manifest)[1].project
+
+
+def test_a_project_asks_for_no_more_output_than_is_granted(folder: Path, stack: contextlib.ExitStack) -> None:
+    """A profile's max_output_bytes lowers what anybody gets and never raises it; the user's own number wins."""
+    place = folder / "x07.json"
+    if not place.exists():
+        return
+    for asked, found in ((1 << 40, OUTPUT_MAX_BYTES), (10, 10), (0, 0)):
+        document = json.loads(place.read_bytes())
+        document["profiles"]["os"]["max_output_bytes"] = asked
+        place.write_text(json.dumps(document))
+        assert load(stack, folder)[0].max_output_bytes == found
+        assert load(stack, folder, max_output_bytes=1000)[0].max_output_bytes == 1000
+
+
+def test_more_names_than_a_command_line_takes_are_refused(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+    """A compiled project whose names are too long together is refused before any machine, and make is named."""
+    (tmp_path / "x07-sandbox.toml").write_text(TOML.partition("entry")[0].replace("python", "c").replace("*.py", "**"))
+    place = tmp_path / ("\xe9" * 120) / ("\xe9" * 120) / ("\xe9" * 120)
+    place.mkdir(parents=True)
+    for number in range(1200):
+        os.mknod(place / f"{'x' * 200}{number}.c")
+    with pytest.raises(UsageError, match=r"too long, together.*make"):
+        load(stack, tmp_path)
+
+
+def test_reading_a_project_ends_when_it_is_cancelled(folder: Path, stack: contextlib.ExitStack) -> None:
+    """A project whose run is cancelled is not read any further."""
+    cancel = stack.enter_context(contextlib.closing(Cancel()))
+    cancel(15)
+    with pytest.raises(Cancelled):
+        load_program(RunRequest(program=folder, cancel=cancel), stack)
+
+
+@pytest.mark.parametrize("field", ["read_roots", "write_roots"])
+@pytest.mark.parametrize(
+    ("root", "granted"),
+    [(".", True), ("out", True), ("{}/own", True), ("/home", False), ("{}/../other", False), ("{}-more", False)],
+)
+def test_what_a_project_brings_grants_nothing_outside_it(
+    folder: Path, stack: contextlib.ExitStack, field: str, root: str, *, granted: bool
+) -> None:
+    """A project's own policy that asks for files outside it is refused, unless the user names it by a flag."""
+    place = folder / "own/policy.json"
+    policy = default_policy()
+    fs = replace(policy.fs, **{"enabled": True, field: (root.format(folder),)})
+    place.write_bytes(render_policy(replace(policy, fs=fs)))
+    request, _ = load(stack, folder)
+    assert isinstance(request.policy, ProjectPolicy)
+    if granted:
+        assert policy_in_force(request)[0].fs == fs
+    else:
+        with pytest.raises(RefusedError, match=f"outside the project. .*--policy {place}"):
+            policy_in_force(request)
+    assert policy_in_force(load(stack, folder, policy=place)[0])[0].fs == fs
+
+
+@pytest.mark.parametrize(
+    ("change", "profile"),
+    [
+        ({"profiles": {"n" * 500_000: {"world": "run-os"}}}, None),
+        ({"profiles": {"n" * 500_000: {"world": "run-os", "policy": "/x"}}}, None),
+        ({"profiles": {"os": {"world": "w" * 500_000}}}, None),
+        ({"profiles": {"os": {"world": "run-os", "input": "/" + "i" * 500_000}}}, None),
+        ({"lockfile": "l" * 500_000}, None),
+        ({"schema_version": "s" * 500_000}, None),
+        ({"profiles": {f"n{number}": {"world": "run-os"} for number in range(20_000)}}, "none"),
+    ],
+)
+def test_an_error_about_a_project_is_short(
+    tmp_path: Path, stack: contextlib.ExitStack, change: dict[str, object], profile: str | None
+) -> None:
+    """However long the words of an X07 project are, the error about it fits a screen."""
+    (tmp_path / "x07.json").write_text(json.dumps({"schema_version": "x07.project@0.5.0", **change}))
+    if "lockfile" not in change:
+        (tmp_path / "x07.lock.json").write_text("{}")
+    with pytest.raises(UsageError) as caught:
+        load(stack, tmp_path, profile=profile)
+    assert len(str(caught.value)) < 1000
