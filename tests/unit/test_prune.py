@@ -20,11 +20,12 @@ from tests.unit.test_images_manifest import MANIFEST
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import clocks
 from x07_sandbox.host.locks import file_lock, folder_to_remove, share_folder
+from x07_sandbox.host.paths import private_dir
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.images import manifest, store
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, write_owner
 from x07_sandbox.programs.artifacts import artifact_key
-from x07_sandbox.runs.folder import RunFolder
+from x07_sandbox.runs.folder import APPLYING, RunFolder
 from x07_sandbox.runs.prune import PARTS, Part, PruneReport, prune
 
 if TYPE_CHECKING:
@@ -125,6 +126,16 @@ def test_a_job_of_a_live_process_stays() -> None:
     report = swept("runs")
     assert report.removed == ()
     assert "a process of it lives" in why_kept(report, record.folder)
+
+
+def test_a_run_whose_changes_are_half_applied_stays() -> None:
+    """What could not be put right after a kill needs the run's folder, and keeps it until it is."""
+    record = job(400)
+    marker = private_dir(run_folder(record).parent / APPLYING) / record.run_id
+    marker.touch()
+    assert swept("runs").removed == ()
+    marker.unlink()
+    assert paths(swept("runs")) == {str(record.folder), str(run_folder(record))}
 
 
 def test_a_run_under_way_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -470,6 +470,8 @@ def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
     assert {control["field"] for control in shown["plan"]["controls"]} >= {"limits.wall_ms", "net.enabled"}
     assert b"built in a machine without network" in command("--dry-run", "-c", "x", "--toolchain", "c").stdout
     assert not jobs.exists()
+    told = command("--dry-run", "--allow-read-root", str(tmp_path), "-c", "x", "--toolchain", "c").stdout.decode()
+    assert f"folder {tmp_path}: a copy at {tmp_path}, to read\n" in told
 
 
 def test_a_dry_run_shows_no_control_sequence(sandbox: Sandbox) -> None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.request import RunRequest
 
 
+_DEEDS = {False: "read", True: "change"}
+
+
 def show_plan(request: RunRequest, *, as_json: bool) -> int:
     """Print it; 0 if the run would be carried out, 125 if its policy would be refused. Raises SandboxError."""
     found = preview(request)
@@ -42,6 +45,7 @@ def _lines(found: Preview) -> list[str]:
     return [
         f"toolchain {found.toolchain}: {built}",
         f"files that go in: {', '.join(files)}",
+        *(f"folder {root.host}: a copy at {root.guest}, to {_DEEDS[root.write]}" for root in found.roots),
         f"run in another machine: {_short(found.run)}",
         f"limits: {', '.join(held)}",
         f"image {found.image}: {found.digests['image']}",

@@ -55,8 +55,7 @@ class HostFiles:
         self._place = folder.path / "changes"
         secrets = tuple(pattern for pattern in (*SECRETS, *request.hide) if pattern not in request.reveal)
         self._bounds = bounds_of(policy, secrets)
-        start = PROJECT_FOLDER if program.project else PROGRAM
-        roots = _roots(request, policy, base_folder(request, program), start)
+        roots = roots_in_force(request, program, policy)
         self.areas = [Area(given=root.given, at=root.guest, write=root.write) for root in roots]
         self.trees = trees_of(roots)
         self.copied: list[Copied] = []
@@ -208,8 +207,10 @@ def base_folder(request: RunRequest, program: Program) -> Path:
     return Path.cwd()
 
 
-def _roots(request: RunRequest, policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
-    roots = roots_of(policy, base, start)
+def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
+    """The folders of the host that a run opens to its program. Raises RefusedError."""
+    start = PROJECT_FOLDER if program.project else PROGRAM
+    roots = roots_of(policy, base_folder(request, program), start)
     if request.out is None:
         return roots
     out = os.path.normpath(Path.cwd() / request.out)

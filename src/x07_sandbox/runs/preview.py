@@ -7,12 +7,14 @@ from typing import Final, Literal
 
 import msgspec
 
+from x07_sandbox.files.roots import Root
 from x07_sandbox.host.variables import text
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.plan.controls import Plan, make_plan
 from x07_sandbox.plan.features import VM_HOLDS, Features
 from x07_sandbox.programs.toolchains import require_packages
+from x07_sandbox.runs.host_files import roots_in_force
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest, check_arguments, check_variables, policy_in_force, sha256_text
 
@@ -20,9 +22,11 @@ SCHEMA: Final = "x07.sandbox.preview@0.1.0"
 
 
 class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """toolchain: its name. build: argv in the build VM, or None where nothing is built. run: argv in the run VM.
+    """What would be done.
 
-    digests: of image, policy and source. The isolation class is not known before something has booted.
+    toolchain: its name. build: argv in the build VM, or None where nothing is built. run: argv in the run VM.
+    roots: folders of the host that it gets copies of. digests: of image, policy and source. The isolation class is not
+    known before something has booted.
     """
 
     schema_version: Literal["x07.sandbox.preview@0.1.0"] = SCHEMA
@@ -30,6 +34,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     build: list[str] | None
     run: list[str]
     files: list[str]
+    roots: tuple[Root, ...]
     digests: dict[str, str]
     image: str
     plan: Plan
@@ -53,6 +58,7 @@ def preview(request: RunRequest) -> Preview:
             build=None if toolchain.build is None else toolchain.build(program.source),
             run=[*toolchain.start(program.source), *request.args],
             files=list(program.source.files) or [program.source.name],
+            roots=roots_in_force(request, program, policy),
             digests={
                 "image": image.manifest.digest,
                 "policy": sha256_text(policy_bytes),

@@ -22,7 +22,7 @@ from x07_sandbox.host.locks import folder_to_remove, is_locked
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.host.processes import Identity, boot_id, is_alive, pid_namespace
 from x07_sandbox.jobs.record import JOB_SCHEMA, OWNER_SCHEMA, runner_instance
-from x07_sandbox.runs.folder import runs_dir
+from x07_sandbox.runs.folder import APPLYING, runs_dir
 from x07_sandbox.runs.prune import entries, foreign
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def prune_records(broom: Broom) -> None:
     for run in {job.run for job in jobs} | {path.name for path in entries(runs)}:
         if _RUN.fullmatch(run) and is_locked(runs / run):
             busy.add(run)
+    # What was applied by halves, and could not be put right yet, needs what lies in its folder.
+    busy |= {path.name for path in entries(runs / APPLYING)}
     for job in jobs:
         if job.run in busy or job.ended is None or not broom.old(job.ended):
             if job.ended is None and broom.old(job.folder.lstat()):

@@ -153,7 +153,9 @@ def _host_files(
     if request.out is None and not roots:
         return None
     from x07_sandbox.runs.host_files import HostFiles  # not on the way of a run without files
+    from x07_sandbox.runs.kept import recover_all
 
+    recover_all(request.progress)  # a caller of the library has no command that did it
     with request.cancel.waiting():
         return HostFiles(request, program, policy, folder, stack)
 
