@@ -291,6 +291,7 @@ def test_what_openssl_drew_before_the_program_is_not_what_it_draws_after(in_own_
     assert drawn[0].stdout != drawn[1].stdout
 
 
+@pytest.mark.skipif(not FULL, reason="full sizes only: builds one more image, and starts machines anew")
 def test_a_module_that_cannot_be_preloaded_is_named(
     own_cache: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

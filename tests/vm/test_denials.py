@@ -82,7 +82,7 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
         (FILES, {"limits.fds": 30}, ["limits.fds"]),
         (MEMORY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
         (CPU, {"limits.cpu_ms": 1000}, ["limits.cpu_ms"]),
-        ("import time\ntime.sleep(1.2)\n", {"limits.wall_ms": 1000}, ["limits.wall_ms"]),
+        ("import time\ntime.sleep(2.2)\n", {"limits.wall_ms": 2000}, ["limits.wall_ms"]),
     ],
 )
 def test_what_is_said_to_allow_it_allows_it(sandbox: Sandbox, text: str, policy: Policy, said: list[str]) -> None:

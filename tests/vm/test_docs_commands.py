@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.conftest import FULL
+
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
@@ -45,7 +47,11 @@ def test_the_commands_of_a_page_work(page: Path, image: Image, state: Path, tmp_
     here.mkdir()
     for name in (".venv", "examples", "scripts"):
         (here / name).symlink_to(ROOT / name)
+    before = PAGES[: PAGES.index(page)]
+    known = [] if FULL else [one for earlier in before for one in examples(earlier)]
     for argv, output in examples(page):
+        if (argv, output) in known and output is not None:
+            continue  # what stands on an earlier page too is typed there
         done = subprocess.run(
             argv,
             cwd=here,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conftest import overwrite
+from tests.conftest import FULL, overwrite
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import build, commands, manifest, sources, store, verify
 
@@ -167,7 +167,13 @@ def test_interpreter_finds_fresh_byte_code(tree: Path) -> None:
     assert {path.read_bytes()[4:8] for path in files} == {b"\x01\0\0\0"}
 
 
-@pytest.mark.parametrize(("part", "fetched"), [("initrd.cpio", False), ("root.erofs", True)])
+@pytest.mark.parametrize(
+    ("part", "fetched"),
+    [
+        ("initrd.cpio", False),
+        pytest.param("root.erofs", True, marks=pytest.mark.skipif(not FULL, reason="full sizes only: fetches all")),
+    ],
+)
 def test_a_build_mends_a_damaged_image(
     first: Image, killed: Path, monkeypatch: pytest.MonkeyPatch, part: str, *, fetched: bool
 ) -> None:

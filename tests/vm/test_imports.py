@@ -27,7 +27,7 @@ host.arch host.clocks host.forks host.locks host.paths host.processes host.setti
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.libraries jail.seccomp jail.uids
 jobs.admission jobs.launcher jobs.record
-plan.confinement plan.controls plan.features plan.outcomes plan.rows plan.sizes
+plan.confinement plan.controls plan.denials plan.features plan.outcomes plan.rows plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 programs.artifacts programs.toolchains
 runs.execute runs.folder runs.lease runs.program runs.request runs.result runs.run runs.session runs.streams

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.plan.denials import Hint, HowToAllow, root_to_allow
+from x07_sandbox.plan.denials import Hint, HowToAllow
+from x07_sandbox.plan.observed import root_to_allow
 from x07_sandbox.plan.places import PROGRAM, inside, place
 
 if TYPE_CHECKING:

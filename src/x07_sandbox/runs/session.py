@@ -16,7 +16,7 @@ from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, create_record
 from x07_sandbox.plan.confinement import UNCONFINED, Confinement, confinement
 from x07_sandbox.plan.controls import Plan, run_limits
-from x07_sandbox.plan.denials import Area, Denial, Hint, denials, disk_full, limit_hit, more_tasks
+from x07_sandbox.plan.denials import Area, Denial, Hint
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
@@ -289,9 +289,7 @@ class Session:
         ending, facts = self.phase(spec)
         report = self.so_far.phases["run"]
         self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
-        self._note_denials(facts, policy, spec)
-        if (limit := limit_hit(ending.outcome.value, policy)) is not None:
-            self.so_far.denials.append(limit)
+        self._note_denials(ending, facts, policy, spec)
         return ending
 
     # one phase
@@ -381,17 +379,24 @@ class Session:
             on_started=lambda: request.progress("") if spec.name == "run" else None,
         )
 
-    def _note_denials(self, facts: PhaseFacts, policy: Policy, spec: PhaseSpec) -> None:
+    def _note_denials(self, ending: Verdict, facts: PhaseFacts, policy: Policy, spec: PhaseSpec) -> None:
         usage, so_far = facts.usage, self.so_far
-        # Before what was not copied in: what it tried comes first.
-        so_far.denials[:0] = denials(facts.refused, policy, spec.areas)
         so_far.denials_lost = int(usage.get("denials_lost", 0))
-        if refused := int(usage.get("tasks_refused", 0)):
-            so_far.denials.append(more_tasks(policy, run_limits(policy).max_live, refused))
-        if usage.get("disk_full"):
-            so_far.denials.append(disk_full())
+        tasks, full = int(usage.get("tasks_refused", 0)), usage.get("disk_full")
+        if ending.outcome.value == "ok" and not (facts.refused or tasks or full):
+            return
+        from x07_sandbox.plan import observed  # not on the way of a program that ends well
+
+        # Before what was not copied in: what it tried comes first.
+        so_far.denials[:0] = observed.denials(facts.refused, policy, spec.areas)
+        if tasks:
+            so_far.denials.append(observed.more_tasks(policy, run_limits(policy).max_live, tasks))
+        if full:
+            so_far.denials.append(observed.disk_full())
+        if (limit := observed.limit_hit(ending.outcome.value, policy)) is not None:
+            so_far.denials.append(limit)
         if facts.stderr_tail:
-            from x07_sandbox.plan.hints import hints  # not on the way of a program that ends well
+            from x07_sandbox.plan.hints import hints
 
             so_far.hints = hints(facts.stderr_tail, policy, spec.areas, spec.cwd)
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import pytest
 
-from x07_sandbox.plan.denials import Area, HowToAllow, denials, limit_hit, more_tasks
+from x07_sandbox.plan.denials import Area, HowToAllow
 from x07_sandbox.plan.hints import hints
+from x07_sandbox.plan.observed import denials, limit_hit, more_tasks
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.model import Policy
 
@@ -76,7 +77,7 @@ def seccomp(call: str) -> dict[str, object]:
         ({}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions", None),
         ({}, kernel("openat", "/usr/bin/secret", EACCES), "permissions", None),
         # files
-        ({}, kernel("openat", "", EMFILE), "limits.fds", ("$.limits.fds", 513)),
+        ({}, kernel("openat", "", EMFILE), "limits.fds", ("$.limits.fds", 512)),
         ({}, kernel("openat", "/etc/", EROFS, write=True), "permissions", None),
         ({}, kernel("openat", "/root/x", EACCES), "permissions", None),
         ({}, kernel("unlink", "/tmp/x", EPERM, write=True), "permissions", None),  # noqa: S108 - as above
@@ -131,9 +132,9 @@ def test_flags_name_the_folder_as_the_user_did() -> None:
 @pytest.mark.parametrize(
     ("outcome", "path", "value"),
     [
-        ("timeout", "$.limits.wall_ms", 120_001),
-        ("cpu-limit", "$.limits.cpu_ms", 120_001),
-        ("oom", "$.limits.mem_bytes", 2 * 512 * 1024**2 + 1),
+        ("timeout", "$.limits.wall_ms", 120_000),
+        ("cpu-limit", "$.limits.cpu_ms", 120_000),
+        ("oom", "$.limits.mem_bytes", 2 * 512 * 1024**2),
     ],
 )
 def test_a_limit_that_ended_the_program_is_a_refusal_too(outcome: str, path: str, value: int) -> None:
