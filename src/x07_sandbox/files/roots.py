@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
 
 
-class Root(msgspec.Struct, frozen=True, kw_only=True):
+class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One root. field: of the policy, or the flag, that names it. given: as it stands there. host, guest: its place."""
 
     field: str
