@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners, wait_done
+from x07_sandbox.policy import default_policy
+from x07_sandbox.policy.environment import VARIABLES
+from x07_sandbox.policy.model import leaf_values
 from x07_sandbox.runs.streams import Cancel
 
 if TYPE_CHECKING:
@@ -119,6 +122,22 @@ def test_no_variable_of_the_host_goes_in(looked: Ran) -> None:
     assert given["X07_WORLD"]
     assert "X07_TEST_CANARY" not in given
     assert not any(name.startswith("X07_VM") for name in given)
+
+
+def test_every_advisory_field_is_told_and_arrives(looked: Ran) -> None:
+    """Of each field that binds only X07's libraries the plan names the variable, and the program finds its value."""
+    given = dict(line.split("=", 1) for line in _told(looked, "env"))
+    values = leaf_values(default_policy())
+    advisory = [control for control in looked.result.controls if control.state == "advisory"]
+    told = {control.field: control.why for control in advisory if control.by == "X07's libraries"}
+    assert len(told) > 40
+    assert {control.by for control in advisory} == {"X07's libraries", "X07's compiler", "people"}
+    for variable, field in VARIABLES:
+        value = values[field]
+        if field in told and "told to the program" in told.pop(field):
+            shown = value if not isinstance(value, tuple) else ";".join(map(str, value))
+            assert given[variable] == str(int(shown) if isinstance(shown, bool) else shown), field
+    assert set(told) <= {"process.kill_on_drop", "process.kill_tree"}
 
 
 def test_the_working_directory_is_private_and_writable(looked: Ran) -> None:
