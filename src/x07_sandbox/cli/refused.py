@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
 
 _SHOWN: Final = 4
+_LISTED: Final = 4
 # Of these others tell: the reason of a refused run, and what becomes of changes.
 _ELSEWHERE: Final = frozenset({"plan", "change"})
 
@@ -43,4 +44,11 @@ def how(allowing: HowToAllow | None) -> str:
         return "; nothing allows it"
     if allowing.flag:
         return f"; {allowing.flag} lets it"
-    return f"; {allowing.json_path} = {json.dumps(allowing.value)} in the policy lets it"
+    return f"; {allowing.json_path} = {_value(allowing.value)} in the policy lets it"
+
+
+def _value(value: object) -> str:
+    """As JSON; of a long list, what stands there already is left out."""
+    if isinstance(value, list) and len(value) > _LISTED:
+        return f"[..., {json.dumps(value[-1])}]"
+    return json.dumps(value)

@@ -1,0 +1,84 @@
+"""Promises of the lines about refusals: the first few, what can be allowed first, short, harmless to a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from x07_sandbox.cli.refused import tell
+from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
+from x07_sandbox.runs.result import NOTHING, Digests, Result
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def denial(subject: str, how: HowToAllow | None = None, *, action: str = "read", count: int = 1) -> Denial:
+    """One of the guest's."""
+    return Denial(
+        field="permissions",
+        action=action,
+        subject=subject,
+        enforced_by="it",
+        observed_by="guest",
+        count=count,
+        how_to_allow=how,
+    )
+
+
+def result(*denials: Denial, outcome: str = "failed", lost: int = 0, hints: tuple[Hint, ...] = ()) -> Result:
+    """A run that ended so."""
+    return Result(
+        run="1-1-1",
+        outcome=outcome,
+        fault="program",
+        reason="",
+        x07_exit_code=1,
+        exit_code=1,
+        signal=None,
+        isolation=None,
+        backend=None,
+        jail=None,
+        artifact_from="build",
+        build=None,
+        stdout=NOTHING,
+        stderr=NOTHING,
+        phases={},
+        digests=Digests(),
+        controls=[],
+        denials=list(denials),
+        denials_lost=lost,
+        hints=list(hints),
+        warnings=[],
+    )
+
+
+def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four lines, those that something would allow first, and one line about all others."""
+    flag = HowToAllow(json_path="$.fs.write_roots", value=["/data"], flag="--allow-write-root /data")
+    line = HowToAllow(json_path="$.limits.fds", value=60)
+    tell(result(*(denial(f"/{name}") for name in "abcd"), denial("/data/", flag), denial("x", line, count=3), lost=7))
+    assert capsys.readouterr().err.splitlines() == [
+        "x07: refused: read /data/; --allow-write-root /data lets it",
+        "x07: refused: read x (3 times); $.limits.fds = 60 in the policy lets it",
+        "x07: refused: read /a; nothing allows it",
+        "x07: refused: read /b; nothing allows it",
+        "x07: and 9 more things were refused; --json lists them, or as many as were seen",
+    ]
+
+
+def test_lines_are_short_and_act_on_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a long list only what is added is shown; names and hints come without control characters."""
+    how = HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{number}" for number in range(100)])
+    hint = Hint(subject="/a\x1b[2J", how=HowToAllow(json_path=None, value=None, flag="--allow-read-root /a"))
+    tell(result(denial("/bin/\x1b[2J99", how), hints=(hint,)))
+    said = capsys.readouterr().err
+    assert '$.process.allow_execs = [..., "/bin/99"] in the policy lets it' in said
+    assert "is not in the sandbox; --allow-read-root /a lets it" in said
+    assert "\x1b" not in said
+
+
+def test_what_others_say_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of a program that ended well, of a plan that was refused, or of changes that were kept back."""
+    tell(result(denial("/a"), outcome="ok"))
+    tell(result(denial("/a", action="plan"), denial("/b", action="change")))
+    assert capsys.readouterr().err == ""
