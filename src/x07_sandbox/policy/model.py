@@ -100,7 +100,7 @@ class Net(Section, frozen=True, kw_only=True):
 
 
 class Env(Section, frozen=True, kw_only=True):
-    """Environment variables that an X07 program may read. The host's own never go in."""
+    """Environment variables that an X07 program may read. Of the host's own only those of allow_keys go in."""
 
     enabled: Annotated[bool, Meta(description="Whether environment variables may be read.")]
     allow_keys: Annotated[tuple[EnvKey, ...], Meta(max_length=256, description="Variables that may be read.")]
