@@ -230,6 +230,15 @@ def test_no_outcome_but_ok_is_a_success() -> None:
         assert (made["solve"] is not None and made["solve"]["ok"]) is (outcome is Outcome.OK), outcome
 
 
+def test_changes_that_were_kept_back_are_no_success() -> None:
+    """A program that ended well and whose changes to files may not be done has a report of a failure, and says why."""
+    changes = Changes(state="conflict", reason="data/in.txt is another", added=1)
+    result = ended(Outcome.OK, exit_code=0, x07_exit_code=125, changes=changes)
+    made = document(runner_report(result, BUILT))
+    assert (made["exit_code"], made["solve"]["ok"], made["solve"]["exit_status"]) == (1, False, 0)
+    assert made["solve"]["trap"] == "its changes to files were not applied: data/in.txt is another"
+
+
 def test_the_schema_takes_no_other_key() -> None:
     """A key more, or one less, at any level is against the schema."""
     good = document(runner_report(ended(Outcome.OK, exit_code=0), BUILT))

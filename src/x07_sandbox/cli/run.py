@@ -89,21 +89,13 @@ def _run(options: argparse.Namespace) -> int:
 def _write_files(options: argparse.Namespace, result: Result) -> None:
     """What the flags want of the result as files. Raises RefusedError."""
     if options.diff is not None:
-        _write_diff(options.diff, result)
+        from x07_sandbox.cli.changed import write_diff
+
+        write_diff(options.diff, result)
     if options.report_out:
         from x07_sandbox.cli.written import write_result
 
         write_result(options.report_out, result)
-
-
-def _write_diff(path: Path, result: Result) -> None:
-    """The changes as a patch; an empty one where there are none. Raises OSError, SandboxError."""
-    from x07_sandbox.cli.changed import write_patch
-    from x07_sandbox.files.changes import ChangeSet
-    from x07_sandbox.runs.kept import KeptChanges, find
-
-    kept = KeptChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
-    write_patch(path, find(result.run) if result.changes.names else kept)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
