@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
+from tests.published import document
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import settings
 from x07_sandbox.policy import default_policy, render_policy
@@ -111,3 +112,50 @@ def test_an_artifact_has_the_flat_report(project: Path, capfdbinary: pytest.Capt
     jsonschema.validate(report, json.loads(schemas()["x07-os-runner.report.schema.json"]))
     assert (report["mode"], report["world"], report["ok"]) == ("run-os", "run-os-sandboxed", False)
     assert report["trap"].startswith("vm backend failure: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "variables"),
+    [
+        (["--backend", "podman"], {}),
+        (["--sandbox-backend", "none"], {}),
+        ([], {"X07_VM_BACKEND": "podman"}),
+    ],
+)
+def test_what_nobody_accepted_ends_with_two(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    variables: dict[str, str],
+) -> None:
+    """A wall that was not accepted is exit 2 for an X07 program, as JSON too, and 125 for others."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    target = [*words, "--policy", str(project / "policy.json"), str(project)]
+    assert main(["run", *target]) == 2
+    said = capsys.readouterr()
+    assert (said.out, "fails closed" in said.err) == ("", True)
+    assert main(["run", "--json", *target]) == 2
+    result = document(capsys.readouterr().out)
+    assert (result["x07_exit_code"], result["outcome"], "fails closed" in result["reason"]) == (2, "refused", True)
+    assert main(["run", *words, "tool"]) == 125
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "code"),
+    [("limits", {"wall_mss": 1}, 3), ("process", {"max_live": 0}, 2)],
+)
+@pytest.mark.parametrize("how", [[], ["--json"], ["--dry-run"], ["--report", "wrapped"]])
+def test_an_invalid_policy_has_the_same_exit_code_however_it_is_told(
+    project: Path, capsys: pytest.CaptureFixture[str], how: list[str], section: str, change: dict[str, Any], code: int
+) -> None:
+    """An X07 program with a policy outside the schema ends with 3, outside the rules with 2, and others with 125."""
+    policy = json.loads((project / "policy.json").read_bytes())
+    policy[section] |= change
+    (project / "policy.json").write_text(json.dumps(policy))
+    assert main(["run", *how, str(project)]) == code
+    said = capsys.readouterr()
+    assert ("x07.x07diag@0.1.0" in said.err) is (code == 3)
+    assert said.out == "" or document(said.out)["x07_exit_code"] == code
+    assert main(["run", *how, "--policy", str(project / "policy.json"), "tool"]) == 125

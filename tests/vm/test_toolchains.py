@@ -537,7 +537,7 @@ def test_x07s_report_instead_of_the_output(tmp_path: Path) -> None:
         (["--backend", "qemu"], {"X07_VM_BACKEND": "xen"}, 2, "X07_VM_BACKEND"),
         ([], {"X07_I_ACCEPT_WEAKER_ISOLATION": "True"}, 2, "X07_I_ACCEPT_WEAKER_ISOLATION"),
         (["--world", "run-os"], {}, 2, "cannot run in the world run-os"),
-        (["--world", "solve-pure"], {}, 2, "cannot run in the world solve-pure"),
+        (["--world", "solve-pure"], {}, 2, "run-os-sandboxed is the only world"),
         (["--profile", "dev"], {}, 2, "an x07.json"),
     ],
 )

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.changed import write_diff
 from x07_sandbox.cli.console import say
+from x07_sandbox.cli.run import print_failure
 from x07_sandbox.cli.written import write_all, write_whole
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
@@ -29,6 +30,7 @@ from x07_sandbox.runs.x07_program import read_whole
 if TYPE_CHECKING:
     import argparse
     import contextlib
+    from collections.abc import Callable
     from pathlib import Path
 
     from x07_sandbox.runs.program import Program
@@ -38,28 +40,33 @@ _USAGE_EXIT = 2
 _SCHEMA_EXIT = 3
 
 
-def run_with_report(request: RunRequest, options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    """Carry the request out and print X07's report; its exit code.
+def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) -> int:
+    """A run of one of X07's own programs: what ends it before it begins has X07's exit codes.
 
-    Raises SandboxError before there is a run; for X07's own programs it ends with X07's exit codes instead.
+    Other errors than UsageError and RefusedError are raised.
     """
-    request, program = load_program(request, stack)
-    if not program.toolchain.told:
-        return _carry_out(request, program, options, stack)
     try:
-        return _carry_out(request, program, options, stack)
-    except PolicyError as exc:
-        if exc.in_schema:
-            say(str(exc))
-            return _USAGE_EXIT
-        sys.stderr.write(diagnostics_line([str(problem) for problem in exc.problems]) + "\n")
-        return _SCHEMA_EXIT
+        return carry_out()
     except (UsageError, RefusedError) as exc:
-        say(str(exc))
+        code = x07_exit(exc)
+        if options.json and not (options.quiet_json or options.report or options.attest_runtime):
+            return print_failure(exc, code=code)
+        if code == _USAGE_EXIT:
+            say(str(exc))
+        return code
+
+
+def x07_exit(exc: UsageError | RefusedError) -> int:
+    """X07's exit code for an error from before a run; one of the policy's schema is told as X07's tools do."""
+    if not isinstance(exc, PolicyError) or exc.in_schema:
         return _USAGE_EXIT
+    sys.stderr.write(diagnostics_line([str(problem) for problem in exc.problems]) + "\n")
+    return _SCHEMA_EXIT
 
 
-def _carry_out(request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+def run_with_report(request: RunRequest, options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    """Carry the request out and print X07's report; its exit code. Raises SandboxError before there is a run."""
+    request, program = load_program(request, stack)
     if program.toolchain.told:
         request = _with_derived_file(request, program)
         if request.policy is None:
