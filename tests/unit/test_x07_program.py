@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,3 +160,36 @@ def test_an_invalid_policy_has_the_same_exit_code_however_it_is_told(
     assert ("x07.x07diag@0.1.0" in said.err) is (code == 3)
     assert said.out == "" or document(said.out)["x07_exit_code"] == code
     assert main(["run", *how, "--policy", str(project / "policy.json"), "tool"]) == 125
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "why"),
+    [
+        (["main.x07.json"], 2, "no policy: "),
+        (["--input", "missing", "tool"], 2, "cannot read the input missing: "),
+        (["--input", ".", "tool"], 2, "it is a folder"),
+        (["--policy", "missing", "tool"], 2, "cannot read the policy missing: "),
+        (["--env", "X07_A=1", "tool"], 2, "X07's own"),
+        (["--allow-host", "example.org", "tool"], 2, "it is not a host and ports"),
+        (["--max-output-bytes", "9", "tool"], 125, "no guest image"),
+    ],
+)
+def test_a_dry_run_is_refused_as_the_run_would_be(
+    project: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, why: str
+) -> None:
+    """What ends a run before anything boots ends --dry-run with the same words and the same exit code."""
+    (project.parent / "main.x07.json").write_text("{}")
+    told = []
+    for how in ([], ["--dry-run"]):
+        assert main(["run", "--json", *how, *words]) == code
+        told.append(document(capsys.readouterr().out)["reason"])
+    assert told[0] == told[1]
+    assert why in told[0]
+
+
+@pytest.mark.timeout(20)
+def test_a_dry_run_takes_no_input(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--dry-run waits for nobody who would write into a pipe that is named as input."""
+    os.mkfifo(project.parent / "pipe")
+    assert main(["run", "--dry-run", "--input", "pipe", "tool"]) == 125
+    assert "no guest image" in capsys.readouterr().err

@@ -20,12 +20,12 @@ from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.variables import flag
 from x07_sandbox.policy.overrides import derive_policy
 from x07_sandbox.policy.problems import PolicyError
-from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, WORLD, diagnostics_line
+from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, diagnostics_line
 from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, flat_report, render_report
 from x07_sandbox.reports.wrapped import Target, wrap
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import open_input, policy_in_force, read_policy, read_spec_file
-from x07_sandbox.runs.x07_program import read_whole
+from x07_sandbox.runs.x07_program import need_policy, read_whole
 
 if TYPE_CHECKING:
     import argparse
@@ -69,8 +69,7 @@ def run_with_report(request: RunRequest, options: argparse.Namespace, stack: con
     request, program = load_program(request, stack)
     if program.toolchain.told:
         request = _with_derived_file(request, program)
-        if request.policy is None:
-            raise UsageError("no policy", f"{WORLD} runs nothing of X07's without one", "Name it with --policy")
+        need_policy(request)
     policy, policy_bytes = policy_in_force(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
