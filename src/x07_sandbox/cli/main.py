@@ -68,11 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verb_first(words: list[str]) -> list[str]:
-    """The words with the flags that X07's command has before the verb behind it, where they are read."""
+    """The words with the flags that X07's command has before the verb where that verb reads them."""
     count = 0
     while count < len(words) and (flag := words[count].partition("=")[0]) in {"--json", "--report-out", "--quiet-json"}:
         count += 2 if words[count] == flag == "--report-out" else 1
-    return [*words[count : count + 1], *words[:count], *words[count + 1 :]]
+    flags, verb, rest = words[:count], words[count : count + 1], words[count + 1 :]
+    if verb == ["run"]:  # which takes no flag between its program and that one's arguments
+        return [*verb, *flags, *rest]
+    end = rest.index("--") if "--" in rest else len(rest)  # behind the verb's own verb, if it has one
+    return [*verb, *rest[:end], *flags, *rest[end:]]
 
 
 def _import_msgspec() -> None:
