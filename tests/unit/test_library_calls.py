@@ -164,8 +164,9 @@ def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> No
 
 # Each module costs every caller's start: the rest is loaded by the first call.
 IMPORTED = """
-errors host host.settings plan plan.denials policy policy.decode policy.default policy.environment policy.model
-policy.problems policy.rules runs runs.call runs.library runs.pool runs.result
+errors host host.settings plan plan.denials plan.features
+policy policy.decode policy.default policy.environment policy.model policy.problems policy.rules
+runs runs.call runs.library runs.pool runs.result
 """
 COSTLY = "argparse ast asyncio dataclasses email http inspect random shutil socket ssl subprocess tempfile urllib"
 IMPORT = """
