@@ -117,8 +117,9 @@ def document(report: CompileRunReport) -> dict[str, Any]:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_schemas_are_those_of_the_types(name: str) -> None:
     """Each file in schemas/ is generated from the types that make its documents, is a sound schema, and none is old."""
-    assert {path.name for path in (ROOT / "schemas").iterdir()} == set(PUBLISHED)
-    assert (ROOT / "schemas" / name).read_text(encoding="utf-8") == schemas()[name]
+    renew = "run: python -m x07_sandbox.reports.schemas schemas"
+    assert {path.name for path in (ROOT / "schemas").iterdir()} == set(PUBLISHED), renew
+    assert (ROOT / "schemas" / name).read_text(encoding="utf-8") == schemas()[name], renew
     jsonschema.Draft202012Validator.check_schema(PUBLISHED[name])
 
 

@@ -39,7 +39,7 @@ _EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code (DESIGN 8)."""
+    """Run one command; the exit code (docs/outcomes.md)."""
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     try:
         _heed_signals()

@@ -1,7 +1,7 @@
 """Whether hardware virtualisation works here: proven by our own agent answering from a guest, or not at all.
 
-A /dev/kvm that opens, makes a machine and runs an instruction proves nothing (facts: it may still boot no stock
-kernel, or spin for ever). So the guest is booted once, under a hard limit, and the verdict is remembered for this
+A /dev/kvm that opens, makes a machine and runs an instruction proves nothing: it may still boot no stock
+kernel, or spin for ever. So the guest is booted once, under a hard limit, and the verdict is remembered for this
 boot, kernel and QEMU.
 """
 
