@@ -86,10 +86,10 @@ def test_a_policy_that_asks_for_what_is_missing_is_refused(
 
 def test_the_policy_that_overrides_make_is_kept_with_the_run(tmp_path: Path) -> None:
     """What flags make of a policy lies in the run's folder, as policy.json, with the digest that the result names."""
-    _, result = _run(tmp_path, "--policy", "built-in:worker", "--allow-host", "example.org:443", PROGRAM)
+    _, result = _run(tmp_path, "--allow-host", "example.org:443", PROGRAM)
     kept = (runs_dir(tmp_path / "jobs") / result["run"] / "policy.json").read_bytes()
     assert result["digests"]["policy"] == f"sha256:{hashlib.sha256(kept).hexdigest()}"
-    assert decode_policy(kept, source="kept").policy_id.startswith("sandbox.worker.base.g")
+    assert decode_policy(kept, source="kept").policy_id.startswith("sandbox.default.base.g")
 
 
 @pytest.mark.parametrize(

@@ -512,7 +512,7 @@ def test_a_dry_run_shows_no_control_sequence(sandbox: Sandbox) -> None:
     done = command("--dry-run", str(folder), PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert not any(char < 32 and char != 10 for char in done.stdout)
-    assert "main.py '\ufffd[2J\ufffdé'" in done.stdout.decode()
+    assert "main.py '\\x1b[2J\\x9bé'" in done.stdout.decode()
 
 
 def test_what_was_built_and_the_report_can_be_kept(tmp_path: Path) -> None:
