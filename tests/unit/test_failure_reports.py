@@ -84,6 +84,12 @@ def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
         (["run", "--json", "--dry-run", "-c", "true", "--toolchain", "shell"], "x07.sandbox.result@0.1.0"),
         (["--json", "run"], "x07.sandbox.result@0.1.0"),
         (["diff", "--json"], "x07.sandbox.failure@0.1.0"),
+        (["--json", "image", "list"], "x07.sandbox.image.list@0.1.0"),
+        (["--json", "policy", "check", "built-in:cli"], "x07.sandbox.policy.check@0.1.0"),
+        (["--json", "policy", "digest", "--", "built-in:cli"], "x07.sandbox.policy.digest@0.1.0"),
+        (["--json", "pool", "status"], "x07.sandbox.pool@0.1.0"),
+        (["--json", "prune"], "x07.sandbox.prune@0.1.0"),
+        (["--json", "run", "--toolchain", "shell", "nothing", "--", "--json"], "x07.sandbox.result@0.1.0"),
     ],
 )
 def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], name: str) -> None:

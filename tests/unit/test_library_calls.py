@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 from x07_sandbox import Policy, Pool, SandboxError, load_policy, run_program, run_program_async
 from x07_sandbox.errors import UsageError
+from x07_sandbox.host import paths
 from x07_sandbox.policy import PolicyError, default_policy
 from x07_sandbox.runs.call import make_request
 from x07_sandbox.runs.lease import PoolMachines
@@ -155,3 +160,36 @@ def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> No
         )
         assert (given.stdin_fd, given.policy, given.args) == (0, "built-in:default", ("Bonn",))
         assert (given.image, given.env) == ("x", {"A": "2"})
+
+
+# Each module costs every caller's start: the rest is loaded by the first call.
+IMPORTED = """
+errors host host.settings plan plan.denials plan.features
+policy policy.decode policy.default policy.environment policy.model policy.problems policy.rules
+runs runs.call runs.library runs.pool runs.result
+"""
+COSTLY = "argparse ast asyncio dataclasses email http inspect random shutil socket ssl subprocess tempfile urllib"
+IMPORT = """
+import sys
+before = set(sys.modules)
+sys.path[:0] = sys.argv[1:3]
+import x07_sandbox
+alone = set(sys.modules) - before
+for name in x07_sandbox.__all__:
+    getattr(x07_sandbox, name)
+every = set(sys.modules) - before
+import json
+print(json.dumps([sorted(alone), sorted(every)]))
+"""
+
+
+def test_importing_the_library_costs_only_what_is_on_the_list(tmp_path: Path) -> None:
+    """All public names together load exactly these modules of ours and none that is costly; the package alone, none."""
+    # msgspec alone: beside it in a developer's environment lies what it imports where it is there.
+    (tmp_path / "msgspec").symlink_to(Path(msgspec.__file__).parent)
+    argv = [sys.executable, "-I", "-S", "-c", IMPORT, str(Path(paths.__file__).parents[2]), str(tmp_path)]
+    alone, every = json.loads(subprocess.run(argv, capture_output=True, check=True).stdout)
+    assert [name for name in alone if name.startswith("x07_sandbox")] == ["x07_sandbox"]
+    ours = [name.removeprefix("x07_sandbox.") for name in every if name.startswith("x07_sandbox.")]
+    assert ours == sorted(IMPORTED.split())
+    assert set(COSTLY.split()) & set(every) == set()

@@ -159,8 +159,9 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
         (("--program", "prog.c", "--compile-only"), "--compile-only"),
         (("--program", "prog.rs"), ".rs names no toolchain"),
         (("--program", "missing.c"), "missing.c"),
-        (("--program", "."), "no toolchain"),
-        (("--program", "pipe"), "no toolchain"),
+        (("--program", "."), "it is a project"),
+        (("--program", "x07-sandbox.toml"), "it is a project"),
+        (("--program", "pipe"), "it is no regular file"),
         (("--program", "prog.x07.json", "--module-root", "nowhere"), "cannot take the module root nowhere: "),
     ],
 )
@@ -171,6 +172,7 @@ def test_what_cannot_be_built_is_refused_by_name(
     """Programs that are not there, pipes, artifacts and unknown languages are refused before anything starts."""
     os.mkfifo(place / "pipe")
     (place / "prog.x07.json").write_text("{}")
+    (place / "prog.rs").touch()
     assert named in refused(*SANDBOXED, "--policy", "policy.json", *words)
 
 

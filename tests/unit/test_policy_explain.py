@@ -82,6 +82,16 @@ def test_a_backend_that_comes_later_is_refused_by_its_name(tmp_path: Path, name:
     assert (code, found["ok"]) == (125, False)
 
 
+def test_the_backend_is_that_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --backend it is the one of X07_VM_BACKEND, refused where a run with it would be; the flag wins."""
+    monkeypatch.setenv("X07_VM_BACKEND", "QEMU")
+    assert as_json(tmp_path, "explain")[1]["backend"] == "qemu"
+    monkeypatch.setenv("X07_VM_BACKEND", "podman")
+    code, _, err = policy(tmp_path, "explain")
+    assert (code, "cannot use the backend podman" in err) == (125, True)
+    assert as_json(tmp_path, "explain", "--backend", "qemu")[0] == 0
+
+
 def test_backends_have_names_of_their_own() -> None:
     """Every name and alias means one backend, whatever its case; any other name is wrong usage."""
     assert set(BACKENDS.values()) == set(BY_NAME)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jsonschema
 import pytest
 
-from tests.published import document
+from tests.published import document, published
 from x07_sandbox.errors import SandboxError
+from x07_sandbox.plan.outcomes import Outcome
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.library import run_program
 
@@ -16,10 +18,16 @@ if TYPE_CHECKING:
 
 
 def test_a_usage_error_is_a_result_that_keeps_to_the_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that is not there ends as usage-error, as one JSON object after the schema."""
+    """A program that is not there ends as usage-error, as an object of the schema, which takes no other words."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with pytest.raises(SandboxError) as caught:
         run_program(tmp_path / "missing.py")
     found = document(render_json(caught.value.result))
     assert found["outcome"] == "usage-error"
     assert found["x07_exit_code"] == 2
+    schema = published()[found["schema_version"]]
+    for outcome in Outcome:
+        jsonschema.validate(found | {"outcome": outcome.value, "isolation": "vm-emulated"}, schema)
+    for word in ({"outcome": "well"}, {"isolation": "vm"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(found | word, schema)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
 
+from tests.published import document
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import settings
 from x07_sandbox.policy import default_policy, render_policy
@@ -111,3 +113,83 @@ def test_an_artifact_has_the_flat_report(project: Path, capfdbinary: pytest.Capt
     jsonschema.validate(report, json.loads(schemas()["x07-os-runner.report.schema.json"]))
     assert (report["mode"], report["world"], report["ok"]) == ("run-os", "run-os-sandboxed", False)
     assert report["trap"].startswith("vm backend failure: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "variables"),
+    [
+        (["--backend", "podman"], {}),
+        (["--sandbox-backend", "none"], {}),
+        ([], {"X07_VM_BACKEND": "podman"}),
+    ],
+)
+def test_what_nobody_accepted_ends_with_two(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    variables: dict[str, str],
+) -> None:
+    """A wall that was not accepted is exit 2 for an X07 program, as JSON too, and 125 for others."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    target = [*words, "--policy", str(project / "policy.json"), str(project)]
+    assert main(["run", *target]) == 2
+    said = capsys.readouterr()
+    assert (said.out, "fails closed" in said.err) == ("", True)
+    assert main(["run", "--json", *target]) == 2
+    result = document(capsys.readouterr().out)
+    assert (result["x07_exit_code"], result["outcome"], "fails closed" in result["reason"]) == (2, "refused", True)
+    assert main(["run", *words, "tool"]) == 125
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "code"),
+    [("limits", {"wall_mss": 1}, 3), ("process", {"max_live": 0}, 2)],
+)
+@pytest.mark.parametrize("how", [[], ["--json"], ["--dry-run"], ["--report", "wrapped"]])
+def test_an_invalid_policy_has_the_same_exit_code_however_it_is_told(
+    project: Path, capsys: pytest.CaptureFixture[str], how: list[str], section: str, change: dict[str, Any], code: int
+) -> None:
+    """An X07 program with a policy outside the schema ends with 3, outside the rules with 2, and others with 125."""
+    policy = json.loads((project / "policy.json").read_bytes())
+    policy[section] |= change
+    (project / "policy.json").write_text(json.dumps(policy))
+    assert main(["run", *how, str(project)]) == code
+    said = capsys.readouterr()
+    assert ("x07.x07diag@0.1.0" in said.err) is (code == 3)
+    assert said.out == "" or document(said.out)["x07_exit_code"] == code
+    assert main(["run", *how, "--policy", str(project / "policy.json"), "tool"]) == 125
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "why"),
+    [
+        (["main.x07.json"], 2, "no policy: "),
+        (["--input", "missing", "tool"], 2, "cannot read the input missing: "),
+        (["--input", ".", "tool"], 2, "it is a folder"),
+        (["--policy", "missing", "tool"], 2, "cannot read the policy missing: "),
+        (["--env", "X07_A=1", "tool"], 2, "X07's own"),
+        (["--allow-host", "example.org", "tool"], 2, "it is not a host and ports"),
+        (["--max-output-bytes", "9", "tool"], 125, "no guest image"),
+    ],
+)
+def test_a_dry_run_is_refused_as_the_run_would_be(
+    project: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, why: str
+) -> None:
+    """What ends a run before anything boots ends --dry-run with the same words and the same exit code."""
+    (project.parent / "main.x07.json").write_text("{}")
+    told = []
+    for how in ([], ["--dry-run"]):
+        assert main(["run", "--json", *how, *words]) == code
+        told.append(document(capsys.readouterr().out)["reason"])
+    assert told[0] == told[1]
+    assert why in told[0]
+
+
+@pytest.mark.timeout(20)
+def test_a_dry_run_takes_no_input(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--dry-run waits for nobody who would write into a pipe that is named as input."""
+    os.mkfifo(project.parent / "pipe")
+    assert main(["run", "--dry-run", "--input", "pipe", "tool"]) == 125
+    assert "no guest image" in capsys.readouterr().err

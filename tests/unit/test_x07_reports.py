@@ -117,8 +117,9 @@ def document(report: CompileRunReport) -> dict[str, Any]:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_schemas_are_those_of_the_types(name: str) -> None:
     """Each file in schemas/ is generated from the types that make its documents, is a sound schema, and none is old."""
-    assert {path.name for path in (ROOT / "schemas").iterdir()} == set(PUBLISHED)
-    assert (ROOT / "schemas" / name).read_text(encoding="utf-8") == schemas()[name]
+    renew = "run: python -m x07_sandbox.reports.schemas schemas"
+    assert {path.name for path in (ROOT / "schemas").iterdir()} == set(PUBLISHED), renew
+    assert (ROOT / "schemas" / name).read_text(encoding="utf-8") == schemas()[name], renew
     jsonschema.Draft202012Validator.check_schema(PUBLISHED[name])
 
 
@@ -228,6 +229,15 @@ def test_no_outcome_but_ok_is_a_success() -> None:
         made = document(runner_report(ended(outcome, exit_code=0 if outcome is Outcome.OK else None), BUILT))
         assert (made["exit_code"] == 0) is (outcome is Outcome.OK), outcome
         assert (made["solve"] is not None and made["solve"]["ok"]) is (outcome is Outcome.OK), outcome
+
+
+def test_changes_that_were_kept_back_are_no_success() -> None:
+    """A program that ended well and whose changes to files may not be done has a report of a failure, and says why."""
+    changes = Changes(state="conflict", reason="data/in.txt is another", added=1)
+    result = ended(Outcome.OK, exit_code=0, x07_exit_code=125, changes=changes)
+    made = document(runner_report(result, BUILT))
+    assert (made["exit_code"], made["solve"]["ok"], made["solve"]["exit_status"]) == (1, False, 0)
+    assert made["solve"]["trap"] == "its changes to files were not applied: data/in.txt is another"
 
 
 def test_the_schema_takes_no_other_key() -> None:

@@ -168,6 +168,17 @@ def test_a_patch_can_be_had_of_any_run(project: Project) -> None:
     subprocess.run(argv, cwd=project.folder, check=True, capture_output=True)
 
 
+def test_with_x07s_report_changes_are_told_and_written_as_without(project: Project) -> None:
+    """With --report, standard error says what became of changes, --diff is written, and a refused set is a failure."""
+    words = ["run", "--report", "runner", "--allow-write-root", ".", "--toolchain", "python", "--diff", "../p", "-c"]
+    done = project.x07(*words, CHANGE)
+    assert done.stderr.endswith("x07: 4 added, 1 changed, 2 deleted: applied; x07 diff, x07 undo\n")
+    assert (project.folder.parent / "p").read_text() == project.x07("diff").stdout
+    done = project.x07(*words, 'open("Jenkinsfile", "w")', code=1)
+    assert "x07: may not be done: Jenkinsfile" in done.stderr
+    assert "1 of them may not be done" in json.loads(done.stdout)["solve"]["trap"]
+
+
 @pytest.mark.parametrize(("how", "ends"), [("keep", "kept"), ("discard", "discarded")])
 def test_nothing_is_applied_where_that_is_not_wanted(project: Project, how: str, ends: str) -> None:
     """Changes can be kept until x07 apply, or thrown away; the exit code stays the program's."""

@@ -127,6 +127,7 @@ def test_an_agent_that_never_answers_is_lost_at_the_boot_limit(
     [
         ("protocol", "speaks protocol 2"),
         ("garbage", "broke the channel's protocol while booting"),
+        ("nonce", "it does not answer our seed"),
         ("panic", "kernel panicked while booting"),
         ("off", "ended without an error while the guest was booting"),
     ],

@@ -27,7 +27,7 @@ def _json(where: Path, *words: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("template", ["default", "worker", "cli"])
+@pytest.mark.parametrize("template", ["default", "worker", "cli", "postgres-client"])
 def test_what_is_explained_is_what_runs(tmp_path: Path, image: Image, template: str) -> None:
     """The controls of a result are those that `x07 policy explain` told, and what it refuses is refused."""
     assert image.digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from x07_sandbox import SandboxError, run_program
-from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy import decode_policy, default_policy, render_policy
+from x07_sandbox.runs.folder import runs_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,6 +82,14 @@ def test_a_policy_that_asks_for_what_is_missing_is_refused(
     assert field in result["reason"]
     assert [denial for denial in result["denials"] if denial["field"] == field and denial["how_to_allow"]]
     assert _no_machine(tmp_path)
+
+
+def test_the_policy_that_overrides_make_is_kept_with_the_run(tmp_path: Path) -> None:
+    """What flags make of a policy lies in the run's folder, as policy.json, with the digest that the result names."""
+    _, result = _run(tmp_path, "--allow-host", "example.org:443", PROGRAM)
+    kept = (runs_dir(tmp_path / "jobs") / result["run"] / "policy.json").read_bytes()
+    assert result["digests"]["policy"] == f"sha256:{hashlib.sha256(kept).hexdigest()}"
+    assert decode_policy(kept, source="kept").policy_id.startswith("sandbox.default.base.g")
 
 
 @pytest.mark.parametrize(

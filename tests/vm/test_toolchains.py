@@ -24,6 +24,8 @@ from x07_sandbox.policy import PolicyError, render_policy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from x07_sandbox.images.store import Image
+
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -474,6 +476,34 @@ def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
     assert f"folder {tmp_path}: a copy at {tmp_path}, to read\n" in told
 
 
+@pytest.mark.parametrize(
+    ("words", "environment", "why"),
+    [
+        ([], {"X07_VM_GUEST_IMAGE": "nothing-such"}, "no guest image 'nothing-such'"),
+        ([], {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "0" * 64}, "is not the one that may run"),
+        (["--require-hardware"], {}, "hardware virtualisation was required"),
+    ],
+)
+def test_a_dry_run_asks_of_image_and_machine_what_a_run_asks(
+    words: list[str], environment: dict[str, str], why: str
+) -> None:
+    """Another image than the pinned one, and hardware that is not there, are refused in the same words by both."""
+    told = []
+    for how in ([], ["--dry-run"]):
+        done = command("--json", *how, *words, "-c", "true", "--toolchain", "shell", stdin=b"", **environment)
+        if "--require-hardware" in words and done.returncode == 0:
+            pytest.skip("needs a host without KVM")
+        told.append((done.returncode, json.loads(done.stdout)["reason"]))
+    assert told[0] == told[1]
+    assert (told[0][0], why in told[0][1]) == (125, True)
+
+
+def test_a_dry_run_names_the_image_that_is_taken(image: Image) -> None:
+    """The image of X07_VM_GUEST_IMAGE is shown by the name that it is given there."""
+    done = command("--dry-run", "-c", "true", "--toolchain", "shell", X07_VM_GUEST_IMAGE=image.digest)
+    assert f"image {image.digest}: {image.digest}\n" in done.stdout.decode()
+
+
 def test_a_dry_run_shows_no_control_sequence(sandbox: Sandbox) -> None:
     """What a stranger's manifest holds reaches a terminal only with control sequences taken out."""
     folder = project(sandbox.work / "p", main_py="")
@@ -537,7 +567,7 @@ def test_x07s_report_instead_of_the_output(tmp_path: Path) -> None:
         (["--backend", "qemu"], {"X07_VM_BACKEND": "xen"}, 2, "X07_VM_BACKEND"),
         ([], {"X07_I_ACCEPT_WEAKER_ISOLATION": "True"}, 2, "X07_I_ACCEPT_WEAKER_ISOLATION"),
         (["--world", "run-os"], {}, 2, "cannot run in the world run-os"),
-        (["--world", "solve-pure"], {}, 2, "cannot run in the world solve-pure"),
+        (["--world", "solve-pure"], {}, 2, "run-os-sandboxed is the only world"),
         (["--profile", "dev"], {}, 2, "an x07.json"),
     ],
 )

@@ -145,6 +145,8 @@ def test_a_project_has_its_profiles(project: Path, x07_image: Image) -> None:
     assert (done.returncode, report_of(done)["solve"]["trap"]) == (1, "stdout exceeded cap")
     done = command(str(project), "--", "a", "bc", image=x07_image.name)
     assert output(report_of(done)) == b"\2\0\0\0\1\0\0\0A\2\0\0\0BC"
+    shown = json.loads(command("--dry-run", "--json", str(project), "--", "a", "bc", image=x07_image.name).stdout)
+    assert (shown["run"], shown["image"]) == (["/x07/in/artifact"], x07_image.name)  # arguments are its input
     done = command("--profile", "os", str(project), image=x07_image.name)
     assert (done.returncode, done.stdout) == (2, b"")
     assert b"run-os-sandboxed is the only one here" in done.stderr

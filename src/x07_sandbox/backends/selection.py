@@ -39,7 +39,7 @@ class Platform(msgspec.Struct, frozen=True, kw_only=True):
 class BackendRow(msgspec.Struct, frozen=True, kw_only=True):
     """One backend.
 
-    sandbox_class: what the seed's --sandbox-backend calls it. isolation: what it may turn out to give, best first.
+    sandbox_class: what --sandbox-backend calls it. isolation: what it may turn out to give, best first.
     linux: whether it is for Linux. macos_from: the first macOS that it is for, 0 for none.
     auto: whether `auto` may take it; those before it in the table are preferred. built: whether this version has it.
     """

@@ -13,15 +13,15 @@ import msgspec
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.refused import how
-from x07_sandbox.files.changes import decode, shown
+from x07_sandbox.files.changes import ChangeSet, decode, shown
 from x07_sandbox.files.patch import TEXT_MAX, patch
+from x07_sandbox.runs.kept import KeptChanges, find
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from x07_sandbox.files.changes import ChangeSet, Node
-    from x07_sandbox.runs.kept import KeptChanges
+    from x07_sandbox.files.changes import Node
     from x07_sandbox.runs.result import Changes, Result
 
 
@@ -34,18 +34,21 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def tell(result: Result) -> None:
     """After a run: every deletion, and one line with what became of all."""
+    for line in lines(result):
+        say(line)
+
+
+def lines(result: Result) -> list[str]:
+    """What is told; nothing where there are no changes."""
     changes = result.changes
     if changes.state == "none":
-        return
-    for one in changes.names:
-        if one.action == "deleted":
-            say(f"deleted: {one.name}")
-    if (more := changes.deleted - sum(one.action == "deleted" for one in changes.names)) > 0:
-        say(f"deleted: {more} more: x07 diff lists them all")
-    for denial in result.denials:
-        if denial.action == "change":
-            say(f"may not be done: {denial.subject}{how(denial.how_to_allow)}")
-    say(closing(changes))
+        return []
+    told = [f"deleted: {one.name}" for one in changes.names if one.action == "deleted"]
+    if (more := changes.deleted - len(told)) > 0:
+        told.append(f"deleted: {more} more: x07 diff lists them all")
+    kept_back = (denial for denial in result.denials if denial.action == "change")
+    told += [f"may not be done: {denial.subject}{how(denial.how_to_allow)}" for denial in kept_back]
+    return [*told, closing(changes)]
 
 
 def closing(changes: Changes) -> str:
@@ -131,7 +134,13 @@ def _matching(path: Path, at: int, node: Node) -> bytes | None:
     return data if hashlib.sha256(data).hexdigest() == node.sha256 else None
 
 
-def write_patch(path: Path, kept: KeptChanges) -> None:
+def write_diff(path: Path, result: Result) -> None:
+    """A run's changes as a patch; an empty one where there are none. Raises OSError, SandboxError."""
+    kept = KeptChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
+    _write_patch(path, find(result.run) if result.changes.names else kept)
+
+
+def _write_patch(path: Path, kept: KeptChanges) -> None:
     """The patch as a file, and beside it, with `.json` behind its name, all of it with digests. Raises OSError."""
     from x07_sandbox.cli.written import write_all, write_whole
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from x07_sandbox.errors import SandboxError
+
 _VERBS = {
     "run": "run a program in a throw-away virtual machine",
     "diff": "show what a run has changed",
@@ -37,7 +39,7 @@ _EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code (DESIGN 8)."""
+    """Run one command; the exit code (docs/outcomes.md)."""
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     try:
         _heed_signals()
@@ -66,11 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verb_first(words: list[str]) -> list[str]:
-    """The words with the flags that X07's command has before the verb behind it, where they are read."""
+    """The words with the flags that X07's command has before the verb where that verb reads them."""
     count = 0
     while count < len(words) and (flag := words[count].partition("=")[0]) in {"--json", "--report-out", "--quiet-json"}:
         count += 2 if words[count] == flag == "--report-out" else 1
-    return [*words[count : count + 1], *words[:count], *words[count + 1 :]]
+    flags, verb, rest = words[:count], words[count : count + 1], words[count + 1 :]
+    if verb == ["run"]:  # which takes no flag between its program and that one's arguments
+        return [*verb, *flags, *rest]
+    end = rest.index("--") if "--" in rest else len(rest)  # behind the verb's own verb, if it has one
+    return [*verb, *rest[:end], *flags, *rest[end:]]
 
 
 def _import_msgspec() -> None:
@@ -126,7 +132,7 @@ def _failed(exc: Exception, words: list[str]) -> int:
     import errno
     import traceback
 
-    from x07_sandbox.errors import Cancelled, SandboxError, UsageError
+    from x07_sandbox.errors import Cancelled, SandboxError
 
     if isinstance(exc, Cancelled):
         _say(str(exc))
@@ -134,7 +140,7 @@ def _failed(exc: Exception, words: list[str]) -> int:
     if isinstance(exc, SandboxError):
         if not _wants_json(words):
             _say(str(exc))
-        return _json_or(2 if isinstance(exc, UsageError) else 125, exc, words)
+        return _json_or(_exit_code(exc, words), exc, words)
     if isinstance(exc, OSError) and exc.filename is None and exc.errno in {errno.EPIPE, errno.ENOSPC, errno.EIO}:
         _say(f"cannot write the output: {exc.strerror}")
         return 125
@@ -146,6 +152,17 @@ def _failed(exc: Exception, words: list[str]) -> int:
     traceback.print_exception(exc)
     _say("this is a bug in x07-sandbox; please report it with the lines above")
     return _json_or(125, exc, words)
+
+
+def _exit_code(exc: SandboxError, words: list[str]) -> int:
+    """Of an error; a run's is its outcome's, whether or not it came before there was one."""
+    from x07_sandbox.errors import UsageError
+
+    if words[:1] == ["run"]:
+        from x07_sandbox.runs.run import failure
+
+        return failure(exc).x07_exit_code
+    return 2 if isinstance(exc, UsageError) else 125
 
 
 def _cancelled(exc: Exception, words: list[str], signalled: int | None) -> int:

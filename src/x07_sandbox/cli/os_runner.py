@@ -11,45 +11,35 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
-import msgspec
-
 from x07_sandbox.backends.selection import Asked, Platform, select, this_platform, working
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
 from x07_sandbox.cli.streams import fill_closed_streams, keep_own_rights, leave
 from x07_sandbox.cli.written import check_outputs, write_all
-from x07_sandbox.cli.x07_report import Wanted, make_report
+from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
+from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
-from x07_sandbox.programs.manifest import FILE, MAX_BYTES, decode_manifest
-from x07_sandbox.programs.toolchains import OUTPUT, X07, Toolchain, toolchain_for
+from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, SOURCE_SUFFIX, Options
-from x07_sandbox.reports.runner import CompileMode, World, failure_report, render_report
-from x07_sandbox.runs.folder import unnamed_file
+from x07_sandbox.reports.runner import World, failure_report, render_report
 from x07_sandbox.runs.lease import PoolMachines
+from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest, read_policy
-from x07_sandbox.runs.run import Read, run
-from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from x07_sandbox.programs.toolchains import Toolchain
+    from x07_sandbox.runs.program import Program
 
 SETUP_EXIT: Final = 2
 _WORLDS: Final[dict[str, World]] = {"run-os": "run-os", "run-os-sandboxed": "run-os-sandboxed"}
+_MANIFESTS: Final = (PROJECT_FILE, FILE)
 _SANDBOXED: Final = "--world run-os-sandboxed --policy FILE"
-
-
-class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be built and run."""
-
-    path: Path
-    mode: CompileMode
-    toolchain: Toolchain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,22 +85,21 @@ def _carry_out(options: argparse.Namespace) -> int:
     _check_policy_flag(world, options)
     accepted = options.i_accept_weaker_isolation or flag("X07_I_ACCEPT_WEAKER_ISOLATION")
     _check_backend(this_platform(), world, options.sandbox_backend, accepted=accepted)
-    target = _target(options)
-    if world == "run-os":
-        # Only with --sandbox-backend vm does it come here; X07's runner has a report for that, not a usage error.
-        message = "the sandbox backend vm runs run-os-sandboxed only"
-        report = failure_report(message, mode=target.mode, world=world, lang_id=target.toolchain.name)
-        _say(f"{message}. Use {_SANDBOXED}")
-        return _print(render_report(report), report.exit_code)
-    data = b"" if options.input is None else read_bounded(Path(options.input), "input", INPUT_MAX_BYTES)
-    wanted = _wanted(options, target, data, accepted=accepted)
-    x07 = _x07_options(options) if target.toolchain.told else None
-    if x07 is None:
-        _note_unused(options, target)
-    # X07's programs have that default of their project's profile, or of X07's.
-    default = settings.MIB if x07 is None else None
-    most = default if options.max_output_bytes is None else options.max_output_bytes
-    return _run(target.path, wanted, data, most, x07)
+    path = _target(options)
+    with contextlib.ExitStack() as stack:
+        request, program = load_program(_request(path, options, stack), stack)
+        if world == "run-os":
+            # Only with --sandbox-backend vm it comes here; X07's runner has a report for that, not a usage error.
+            message = "the sandbox backend vm runs run-os-sandboxed only"
+            _say(f"{message}. Use {_SANDBOXED}")
+            lang_id = program.toolchain.name
+            report = failure_report(message, mode=mode_of(program), world=world, lang_id=lang_id)
+        else:
+            if not program.toolchain.told:
+                _note_unused(options, program.toolchain)
+            wanted = _wanted(options, path, program, accepted=accepted)
+            _, report = run_and_report(request, wanted, stack, _say)
+    return _print(render_report(report), report.exit_code)
 
 
 # the command line
@@ -151,64 +140,58 @@ def _check_backend(platform: Platform, world: World, named: str | None, *, accep
         raise RefusedError(exc.what, exc.why, fix if working(platform) else f"{fix}, on Linux") from exc
 
 
-def _target(options: argparse.Namespace) -> Target:
-    """What the flags name. Raises UsageError for what this version cannot build."""
+def _target(options: argparse.Namespace) -> Path:
+    """What the flags name. Raises UsageError for what they cannot name."""
     if options.artifact is not None:
         why = "an artifact of X07 speaks X07's own protocol, and only its runner inside a guest may be given one"
         raise UsageError(
             f"cannot run the artifact {options.artifact}", why, "Give its source with --program, or x07 run"
         )
-    if options.project is not None:
-        return _project(Path(options.project))
-    path = Path(options.program)
-    if path.name.endswith(SOURCE_SUFFIX):
-        return Target(path=path, mode="compile-run", toolchain=X07)
-    return Target(path=path, mode="compile-run", toolchain=toolchain_for(str(path), _head(path)))
+    path = Path(options.project or options.program)
+    if options.project is not None and path.name not in _MANIFESTS:
+        why = f"a manifest is called {' or '.join(_MANIFESTS)}"
+        raise UsageError(f"cannot run the project {path}", why, "Name one, or give --program")
+    if options.program is not None and (path.name in _MANIFESTS or path.is_dir()):
+        raise UsageError(f"cannot run {path}", "it is a project, no source file", "Name its manifest with --project")
+    return path
 
 
-def _head(path: Path) -> bytes:
-    """The first bytes of a file; none of what cannot be read, which is told when it is. A pipe is not waited for."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return b""
-    try:
-        return os.read(fd, 64)
-    except OSError:
-        return b""
-    finally:
-        os.close(fd)
+def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStack) -> RunRequest:
+    """The run that is asked for, as far as its program is not needed to know it. Raises UsageError."""
+    for_x07 = path.name.endswith(SOURCE_SUFFIX) or path.name == PROJECT_FILE
+    # X07's programs have that default of their project's profile, or of X07's.
+    default = None if for_x07 else settings.MIB
+    progress = LiveLine()
+    stack.callback(progress, "")
+    return RunRequest(
+        program=path,
+        policy=None if options.policy is None else Path(options.policy),
+        max_output_bytes=default if options.max_output_bytes is None else options.max_output_bytes,
+        x07=_x07_options(options) if for_x07 else None,
+        machines=PoolMachines(),
+        progress=progress,
+        cancel=stack.enter_context(cancelled_by_signals()),
+    )
 
 
-def _project(path: Path) -> Target:
-    """A project by its manifest."""
-    if path.name == FILE:
-        _, toolchain = decode_manifest(read_bounded(path, "manifest", MAX_BYTES), source=str(path))
-        return Target(path=path, mode="project-compile-run", toolchain=toolchain)
-    if path.name == PROJECT_FILE:
-        return Target(path=path, mode="project-compile-run", toolchain=X07)
-    why = f"a manifest is called {PROJECT_FILE} or {FILE}"
-    raise UsageError(f"cannot run the project {path}", why, "Name one, or give --program")
-
-
-def _wanted(options: argparse.Namespace, target: Target, data: bytes, *, accepted: bool) -> Wanted:
-    """Read and check what the flags name, before anything starts. Raises UsageError."""
+def _wanted(options: argparse.Namespace, path: Path, program: Program, *, accepted: bool) -> Wanted:
+    """Read and check what the flags name besides the program, before anything starts. Raises UsageError."""
     policy, policy_bytes = read_policy(Path(options.policy))
+    data = b"" if options.input is None else read_bounded(Path(options.input), "input", INPUT_MAX_BYTES)
     compiled_out = None if options.compiled_out is None else Path(options.compiled_out)
     attest_runtime = None if options.attest_runtime is None else Path(options.attest_runtime)
-    if compiled_out is not None and target.toolchain.archive:
+    if compiled_out is not None and program.toolchain.archive:
         raise UsageError(
-            f"cannot write {compiled_out}", f"{target.toolchain.name} makes no executable", "Leave --compiled-out away"
+            f"cannot write {compiled_out}", f"{program.toolchain.name} makes no executable", "Leave --compiled-out away"
         )
-    read = [target.path, Path(options.policy), None if options.input is None else Path(options.input)]
+    read = [path, Path(options.policy), None if options.input is None else Path(options.input)]
     check_outputs({"--compiled-out": compiled_out, "--attest-runtime": attest_runtime}, read)
     return Wanted(
-        mode=target.mode,
-        toolchain=target.toolchain,
+        program=program,
         policy=policy,
         policy_bytes=policy_bytes,
         policy_path=options.policy,
-        input_bytes=len(data),
+        data=data,
         compiled_out=compiled_out,
         attest_runtime=attest_runtime,
         accepted=accepted,
@@ -223,48 +206,12 @@ def _x07_options(options: argparse.Namespace) -> Options:
     return Options(**{name: value for name, value in given.items() if value is not None}, module_roots=roots)
 
 
-def _note_unused(options: argparse.Namespace, target: Target) -> None:
+def _note_unused(options: argparse.Namespace, toolchain: Toolchain) -> None:
     """Nothing that was asked for is passed over in silence."""
     values = {option.flag: getattr(options, option.key) for option in OPTIONS if option.x07_only}
     unused = [name for name, value in values.items() if value is not None and value is not False]
     if unused:
-        _say(f"{', '.join(unused)}: for X07 programs only; {target.toolchain.name} programs have the policy's limits")
-
-
-# the run
-
-
-def _run(path: Path, wanted: Wanted, data: bytes, max_output_bytes: int | None, x07: Options | None) -> int:
-    with contextlib.ExitStack() as stack:
-        artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
-        if wanted.attest_runtime is not None:
-            wanted.attest_runtime.unlink(missing_ok=True)  # what lies there attests another run
-        cancel = stack.enter_context(cancelled_by_signals())
-        progress = LiveLine()
-        stack.callback(progress, "")
-        result = run(
-            RunRequest(
-                program=path,
-                policy=None if wanted.policy_path is None else Path(wanted.policy_path),
-                stdin_fd=memory_file(data, stack),
-                live_stderr=2,
-                max_output_bytes=max_output_bytes,
-                x07=x07,
-                artifact=artifact,
-                machines=PoolMachines(),
-                progress=progress,
-                cancel=cancel,
-            ),
-            Read(policy=(wanted.policy, wanted.policy_bytes)),
-        )
-        progress("")
-        if result.outcome == "usage-error":
-            _say(result.reason)
-            return SETUP_EXIT
-        report, lines = make_report(wanted, result, artifact)
-    for line in lines:
-        _say(line)
-    return _print(render_report(report), report.exit_code)
+        _say(f"{', '.join(unused)}: for X07 programs only; {toolchain.name} programs have the policy's limits")
 
 
 def _print(data: bytes, code: int) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.backends.selection import BY_NAME, backend_named, need_built
+from x07_sandbox.host.variables import text
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.plan.features import vm_features
@@ -50,7 +51,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
         "policy", nargs="?", default="built-in:default", metavar="POLICY", help="a policy (default: built-in:default)"
     )
     names = ", ".join(BY_NAME)
-    parser.add_argument("--backend", default="qemu", metavar="B", help=f"one of {names} (default: qemu)")
+    parser.add_argument("--backend", metavar="B", help=f"one of {names} (default: X07_VM_BACKEND, else qemu)")
     toolchains = tuple(toolchain.name for toolchain in TOOLCHAINS)
     parser.add_argument(
         "--toolchain",
@@ -61,12 +62,14 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
     return parser
 
 
-def explanation(policy: Policy, source: str, backend_name: str, toolchain: str | None = None) -> ExplainReport:
-    """What --json prints. source: the policy's name, as the user gave it.
+def explanation(
+    policy: Policy, source: str, backend_name: str | None = None, toolchain: str | None = None
+) -> ExplainReport:
+    """What --json prints. source: the policy's name, as the user gave it. backend_name: None for what a run would take.
 
     Raises UsageError, and RefusedError for a backend that comes later.
     """
-    backend = backend_named(backend_name)
+    backend = backend_named(backend_name or text("X07_VM_BACKEND") or "qemu")
     need_built(backend)
     # The weakest class that it may have: the plan is the same for all of them.
     plan = make_plan(policy, vm_features(backend.isolation[-1]))
@@ -91,25 +94,25 @@ def explanation(policy: Policy, source: str, backend_name: str, toolchain: str |
 def lines(found: ExplainReport) -> list[str]:
     """An explanation as text."""
     isolation = " or ".join(found.isolation)
-    text = [f"policy {found.policy_id} ({found.policy}) on {found.backend} ({isolation})"]
+    told = [f"policy {found.policy_id} ({found.policy}) on {found.backend} ({isolation})"]
     width = max(len(control.field) for control in found.controls)
     for state, title in _GROUPS:
         group = [control for control in found.controls if control.state == state]
         if group:
-            text += ["", f"{title}:"]
+            told += ["", f"{title}:"]
         for control in group:
             value = shown(control.value)
-            text.append(f"  {control.field:{width}}  {value:12}  {control.by}: {control.why}")
-    text += ["", f"seccomp filters of the image: {', '.join(found.filters)} (a result has their digests)"]
+            told.append(f"  {control.field:{width}}  {value:12}  {control.by}: {control.why}")
+    told += ["", f"seccomp filters of the image: {', '.join(found.filters)} (a result has their digests)"]
     if found.refusals:
-        text += ["", "what would allow a run:"]
+        told += ["", "what would allow a run:"]
     for refusal in found.refusals:
         how = refusal.how_to_allow
-        text.append(f"  {refusal.why}")
-        text.append(f"    in the policy: {how.json_path} = {shown(how.value)}")
+        told.append(f"  {refusal.why}")
+        told.append(f"    in the policy: {how.json_path} = {shown(how.value)}")
         if how.flag:
-            text.append(f"    or: {how.flag}")
-    return text
+            told.append(f"    or: {how.flag}")
+    return told
 
 
 def shown(value: object) -> str:

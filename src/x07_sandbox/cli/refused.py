@@ -19,18 +19,22 @@ _ELSEWHERE: Final = frozenset({"plan", "change"})
 
 def tell(result: Result) -> None:
     """After a program that did not end well: it may not know why itself."""
+    for line in lines(result):
+        say(line)
+
+
+def lines(result: Result) -> list[str]:
+    """What is told; nothing of a program that ended well."""
     if result.outcome == "ok":
-        return
+        return []
     found = [denial for denial in result.denials if denial.action not in _ELSEWHERE]
     # What can be allowed first: the rest is more often a mistake than a wish.
     found.sort(key=lambda denial: denial.how_to_allow is None)
-    for denial in found[:_SHOWN]:
-        say(_line(denial))
+    told = [_line(denial) for denial in found[:_SHOWN]]
     more = max(0, len(found) - _SHOWN) + result.denials_lost
     if more:
-        say(f"and {more} more things were refused; --json lists them, or as many as were seen")
-    for hint in result.hints:
-        say(f"{hint.subject} is not in the sandbox{how(hint.how)}")
+        told.append(f"and {more} more things were refused; --json lists them, or as many as were seen")
+    return [*told, *(f"{hint.subject} is not in the sandbox{how(hint.how)}" for hint in result.hints)]
 
 
 def _line(denial: Denial) -> str:

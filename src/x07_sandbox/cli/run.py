@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
 from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
@@ -17,7 +19,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, flag, text
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.run import failure, run
+from x07_sandbox.runs.run import attempt, failure
 from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
@@ -43,6 +45,15 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 
 def _run(options: argparse.Namespace) -> int:
+    program, _ = _named(options)
+    if program is None or options.code is not None or not _is_x07(Path(program)):
+        return _carry_out(options, for_x07=False)
+    from x07_sandbox.cli.run_report import with_x07_exits
+
+    return with_x07_exits(options, lambda: _carry_out(options, for_x07=True))
+
+
+def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
     _check_backend(options)
     _check_outputs(options)
     with contextlib.ExitStack() as stack:
@@ -56,7 +67,6 @@ def _run(options: argparse.Namespace) -> int:
             from x07_sandbox.cli.dry_run import show_plan
 
             return show_plan(request, as_json=options.json)
-        for_x07 = _is_x07(request)
         if request.x07 is not None and not for_x07:
             say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
         if options.report or options.attest_runtime or (for_x07 and not options.json):
@@ -67,7 +77,11 @@ def _run(options: argparse.Namespace) -> int:
             from x07_sandbox.cli.written import artifact_to_keep
 
             request = stack.enter_context(artifact_to_keep(options.compiled_out, request))
-        result = run(request)
+        result, error = attempt(request)
+        if for_x07 and isinstance(error, UsageError):
+            from x07_sandbox.cli.run_report import x07_exit
+
+            result = replace(result, x07_exit_code=x07_exit(error))
     _write_files(options, result)
     if options.json and not options.quiet_json:
         return _print(result)
@@ -89,21 +103,13 @@ def _run(options: argparse.Namespace) -> int:
 def _write_files(options: argparse.Namespace, result: Result) -> None:
     """What the flags want of the result as files. Raises RefusedError."""
     if options.diff is not None:
-        _write_diff(options.diff, result)
+        from x07_sandbox.cli.changed import write_diff
+
+        write_diff(options.diff, result)
     if options.report_out:
         from x07_sandbox.cli.written import write_result
 
         write_result(options.report_out, result)
-
-
-def _write_diff(path: Path, result: Result) -> None:
-    """The changes as a patch; an empty one where there are none. Raises OSError, SandboxError."""
-    from x07_sandbox.cli.changed import write_patch
-    from x07_sandbox.files.changes import ChangeSet
-    from x07_sandbox.runs.kept import KeptChanges, find
-
-    kept = KeptChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
-    write_patch(path, find(result.run) if result.changes.names else kept)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
@@ -126,10 +132,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
     check_outputs(outputs, [options.input, *(Path(name) for name in named if name)])
 
 
-def _is_x07(request: RunRequest) -> bool:
+def _is_x07(path: Path) -> bool:
     """Whether the program is one of X07's own, whose report is what callers of X07's command expect."""
-    path = request.program
-    if path is None or not (path.name.endswith("x07.json") or os.path.isdir(path)):  # noqa: PTH112 - never an error
+    if not (path.name.endswith("x07.json") or os.path.isdir(path)):  # noqa: PTH112 - never an error
         return False
     from x07_sandbox.programs.x07 import is_x07
 
@@ -210,9 +215,10 @@ def _request(
 def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
     """The program and its arguments; X07's flags name it too. Raises UsageError."""
     if options.world != "run-os-sandboxed":
-        why = "it is the only world that x07-sandbox implements"
         raise UsageError(
-            f"cannot run in the world {options.world}", why, "Use --world run-os-sandboxed, or leave it out"
+            f"cannot run in the world {options.world}",
+            "run-os-sandboxed is the only world that x07-sandbox implements",
+            "Use --world run-os-sandboxed, or leave it out",
         )
     by_flag = [value for value in (options.program_flag, options.project, options.artifact) if value]
     if len(by_flag) > 1:
@@ -278,9 +284,13 @@ def _variable(text: str) -> tuple[str, str]:
     return name, os.environ[name]
 
 
-def print_failure(exc: Exception, signalled: int | None = None) -> int:
-    """A failure from before there was a result, as the one JSON object that --json promises; the exit code."""
-    return _print(failure(exc, signalled))
+def print_failure(exc: Exception, signalled: int | None = None, code: int | None = None) -> int:
+    """A failure from before there was a result, as the one JSON object that --json promises; the exit code.
+
+    code: the exit code, where it is another than that of the failure's outcome.
+    """
+    result = failure(exc, signalled)
+    return _print(result if code is None else replace(result, x07_exit_code=code))
 
 
 def _print(result: Result) -> int:

@@ -161,7 +161,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print the result as one JSON object instead of the program's output"
     )
     group.add_argument("--report-out", type=Path, metavar="FILE", help="write the result there too, as JSON")
-    group.add_argument("--quiet-json", action="store_true", help="with --report-out: print no JSON")
+    group.add_argument("--quiet-json", action="store_true", help="print no JSON, since --report-out has it")
     group.add_argument("--raw", action="store_true", help="let a terminal have control sequences of the program's")
     group.add_argument(
         "--max-output-bytes",
@@ -174,6 +174,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--report", choices=("runner", "wrapped"), help="print X07's report instead, and end with its exit code"
     )
     group.add_argument(
-        "--attest-runtime", type=Path, metavar="FILE", help="with --report: X07's attestation of the run"
+        "--attest-runtime",
+        type=Path,
+        metavar="FILE",
+        help="X07's attestation of the run, with --report runner if none is named",
     )
     group.add_argument("--dry-run", action="store_true", help="boot nothing: say what would be done")

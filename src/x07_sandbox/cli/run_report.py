@@ -10,30 +10,27 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.cli.changed import write_diff
 from x07_sandbox.cli.console import say
+from x07_sandbox.cli.run import print_failure
 from x07_sandbox.cli.written import write_all, write_whole
-from x07_sandbox.cli.x07_report import Wanted, make_report
+from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.host import settings
 from x07_sandbox.host.documents import project_root, write_document
-from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.host.variables import flag
 from x07_sandbox.policy.overrides import derive_policy
 from x07_sandbox.policy.problems import PolicyError
-from x07_sandbox.programs.toolchains import OUTPUT
-from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, WORLD, diagnostics_line
+from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, diagnostics_line
 from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, flat_report, render_report
 from x07_sandbox.reports.wrapped import Target, wrap
-from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import open_input, policy_in_force, read_policy, read_spec_file
-from x07_sandbox.runs.run import Read, run
-from x07_sandbox.runs.streams import memory_file
-from x07_sandbox.runs.x07_program import read_whole
+from x07_sandbox.runs.x07_program import need_policy, read_whole
 
 if TYPE_CHECKING:
     import argparse
     import contextlib
+    from collections.abc import Callable
     from pathlib import Path
 
     from x07_sandbox.runs.program import Program
@@ -43,66 +40,52 @@ _USAGE_EXIT = 2
 _SCHEMA_EXIT = 3
 
 
-def run_with_report(request: RunRequest, options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    """Carry the request out and print X07's report; its exit code.
+def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) -> int:
+    """A run of one of X07's own programs: what ends it before it begins has X07's exit codes.
 
-    Raises SandboxError before there is a run; for X07's own programs it ends with X07's exit codes instead.
+    Other errors than UsageError and RefusedError are raised.
     """
-    request, program = load_program(request, stack)
-    if not program.toolchain.told:
-        return _carry_out(request, program, options, stack)
     try:
-        return _carry_out(request, program, options, stack)
-    except PolicyError as exc:
-        if exc.in_schema:
-            say(str(exc))
-            return _USAGE_EXIT
-        sys.stderr.write(diagnostics_line([str(problem) for problem in exc.problems]) + "\n")
-        return _SCHEMA_EXIT
+        return carry_out()
     except (UsageError, RefusedError) as exc:
-        say(str(exc))
+        code = x07_exit(exc)
+        if options.json and not (options.quiet_json or options.report or options.attest_runtime):
+            return print_failure(exc, code=code)
+        if code == _USAGE_EXIT:
+            say(str(exc))
+        return code
+
+
+def x07_exit(exc: UsageError | RefusedError) -> int:
+    """X07's exit code for an error from before a run; one of the policy's schema is told as X07's tools do."""
+    if not isinstance(exc, PolicyError) or exc.in_schema:
         return _USAGE_EXIT
+    sys.stderr.write(diagnostics_line([str(problem) for problem in exc.problems]) + "\n")
+    return _SCHEMA_EXIT
 
 
-def _carry_out(request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+def run_with_report(request: RunRequest, options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    """Carry the request out and print X07's report; its exit code. Raises SandboxError before there is a run."""
+    request, program = load_program(request, stack)
     if program.toolchain.told:
         request = _with_derived_file(request, program)
-        if request.policy is None:
-            raise UsageError("no policy", f"{WORLD} runs nothing of X07's without one", "Name it with --policy")
+        need_policy(request)
     policy, policy_bytes = policy_in_force(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
-    artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
     wanted = Wanted(
-        mode="project-compile-run" if program.project else "compile-run",
-        toolchain=program.toolchain,
+        program=program,
         policy=policy,
         policy_bytes=policy_bytes,
         policy_path=None if request.policy is None else str(request.policy),
-        input_bytes=len(data),
+        data=data,
         compiled_out=options.compiled_out,
         attest_runtime=options.attest_runtime,
         accepted=options.i_accept_weaker_isolation or flag("X07_I_ACCEPT_WEAKER_ISOLATION"),
     )
-    if wanted.attest_runtime is not None:
-        wanted.attest_runtime.unlink(missing_ok=True)  # what lies there attests another run
-    request = replace(
-        request,
-        input=None,
-        stdin_fd=memory_file(data, stack),
-        stdin_default=False,
-        live_stdout=None,
-        live_stderr=2,
-        artifact=artifact,
-    )
-    result = run(request, Read(program=program, policy=(policy, policy_bytes)))
-    request.progress("")
-    if result.outcome == "usage-error":
-        say(result.reason)
-        return _USAGE_EXIT
-    report, lines = make_report(wanted, result, artifact)
-    for line in lines:
-        say(line)
+    result, report = run_and_report(request, wanted, stack, say)
+    if options.diff is not None:
+        write_diff(options.diff, result)
     told = report if options.artifact is None else flat_report(report)
     text = render_report(told) if options.report != "wrapped" else _wrapped(told, request.program, program)
     if options.report_out is not None:

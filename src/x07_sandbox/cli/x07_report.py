@@ -1,4 +1,4 @@
-"""X07's report of a run, and the files that are asked for with it: for `x07-os-runner` and `x07 run --report`."""
+"""A run with X07's report, and the files that are asked for with it: for `x07-os-runner` and `x07 run --report`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.cli import changed, refused
 from x07_sandbox.cli.written import write_all, write_executable, write_whole
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host import settings
+from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.policy import Policy
-from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, Toolchain
+from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
 from x07_sandbox.reports.attestation import WRITE_CODE, Attested, attest, reference
 from x07_sandbox.reports.runner import Built, CompileMode, CompileRunReport, render_report, runner_report
 from x07_sandbox.reports.x07 import x07_report
+from x07_sandbox.runs.folder import unnamed_file
+from x07_sandbox.runs.program import Program
+from x07_sandbox.runs.run import Read, attempt
+from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Callable
+
+    from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import OutFile
 
@@ -24,34 +36,69 @@ if TYPE_CHECKING:
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """What the report tells besides the result.
 
-    policy_path: as the user named it, None for the built-in one. input_bytes: how long the input is.
+    policy_path: as the user named it, None for the built-in one. data: the whole input.
     compiled_out, attest_runtime: files to be written, or None. accepted: whether weaker isolation was.
     """
 
-    mode: CompileMode
-    toolchain: Toolchain
+    program: Program
     policy: Policy
     policy_bytes: bytes
     policy_path: str | None
-    input_bytes: int
+    data: bytes
     compiled_out: Path | None
     attest_runtime: Path | None
     accepted: bool
 
 
-def make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[CompileRunReport, list[str]]:
-    """The report, and lines for the user; the files are written. Raises RefusedError where one cannot be."""
+def mode_of(program: Program) -> CompileMode:
+    """What X07 calls the way in which it is built and run."""
+    return "project-compile-run" if program.project else "compile-run"
+
+
+def run_and_report(
+    request: RunRequest, wanted: Wanted, stack: contextlib.ExitStack, say: Callable[[str], None]
+) -> tuple[Result, CompileRunReport]:
+    """Carry the request out with what was read for it, and write the files; *say* gets the lines for the user.
+
+    Raises UsageError where the request is wrong, RefusedError where a file cannot be written.
+    """
+    artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
+    if wanted.attest_runtime is not None:
+        wanted.attest_runtime.unlink(missing_ok=True)  # what lies there attests another run
+    request = replace(
+        request,
+        input=None,
+        stdin_fd=memory_file(wanted.data, stack),
+        stdin_default=False,
+        live_stdout=None,
+        live_stderr=2,
+        artifact=artifact,
+    )
+    result, error = attempt(request, Read(program=wanted.program, policy=(wanted.policy, wanted.policy_bytes)))
+    request.progress("")
+    if isinstance(error, UsageError):
+        raise error
+    report, lines = _make_report(wanted, result, artifact)
+    for line in (*lines, *refused.lines(result), *changed.lines(result)):
+        say(line)
+    return result, report
+
+
+def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[CompileRunReport, list[str]]:
+    """The report, and lines about how it ended; the files are written. Raises RefusedError where one cannot be."""
+    toolchain = wanted.program.toolchain
     built = Built(
-        mode=wanted.mode,
+        mode=mode_of(wanted.program),
         world="run-os-sandboxed",
-        lang_id=wanted.toolchain.name,
+        lang_id=toolchain.name,
         path=OUTPUT,
         size=artifact.size,
     )
-    report = x07_report(result, built) if wanted.toolchain.told else runner_report(result, built)
+    report = x07_report(result, built) if toolchain.told else runner_report(result, built)
     if wanted.compiled_out is not None and report.compile.ok:
         write_executable(wanted.compiled_out, artifact)
-    ending = [f"{result.outcome}: {result.reason}"] if report.exit_code else []
+    told = not report.exit_code or (result.ok and result.x07_exit_code)  # of changes that were kept back others tell
+    ending = [] if told else [f"{result.outcome}: {result.reason}"]
     if wanted.attest_runtime is None:
         return report, ending
     if report.solve is None or "run" not in result.phases:
@@ -60,8 +107,8 @@ def make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Comp
         policy=wanted.policy,
         policy_bytes=wanted.policy_bytes,
         policy_path=wanted.policy_path,
-        artifact_path=PROGRAM_FOLDER if wanted.toolchain.archive else ARTIFACT,
-        input_len_bytes=wanted.input_bytes,
+        artifact_path=PROGRAM_FOLDER if toolchain.archive else ARTIFACT,
+        input_len_bytes=len(wanted.data),
         weaker_isolation=wanted.accepted,
     )
     made = attest(result, report.solve, given)

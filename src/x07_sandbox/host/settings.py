@@ -1,4 +1,4 @@
-"""Every number of the tool that a policy does not decide, in one table (DESIGN 10)."""
+"""Every number of the tool that a policy does not decide, in one table."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def allowance_ms() -> int:
 
 
 def grace_ms(wall_ms: int) -> int:
-    """Time between asking a program to end and killing it (facts of upstream: min(1000, max(1, wall/10)))."""
+    """Time between asking a program to end and killing it as X07's runner has it."""
     return min(1000, max(1, wall_ms // 10))

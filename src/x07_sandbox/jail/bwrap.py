@@ -1,6 +1,6 @@
 """The jail around a host process, by bubblewrap: building its command line is pure.
 
-Two forms (DESIGN 6):
+Two forms (docs/design.md, "The jail"):
 
 root   no user namespace. The supervisor and bubblewrap's own two processes keep uid 0 but drop every capability and
        every descriptor except the lock of the job's uid; setpriv, as the last step inside, changes to that uid,

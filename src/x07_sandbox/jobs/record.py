@@ -1,6 +1,6 @@
-"""The record of a job on disk: what upstream's tools read (`job.json`), and what ours need to act on it (`owner.json`).
+"""The record of a job on disk: what X07's tools read (`job.json`), and what ours need to act on it (`owner.json`).
 
-Formats: facts of upstream 6.4. `job.json` has exactly upstream's keys; everything else lies in `owner.json`. Both are
+`job.json` has exactly the keys of X07's; everything else lies in `owner.json`. Both are
 written by rename, `done` last and only when the machine is proven gone.
 """
 

@@ -275,7 +275,8 @@ def _failed_build(result: Result, lang_id: str) -> CompileReport:
 def _solved(result: Result) -> SolveReport:
     stdout = result.stdout.data
     stderr = result.stderr.data
-    ok, trap = result.outcome == "ok", _trap(result, stderr)
+    trap = _trap(result, stderr)
+    ok = result.outcome == "ok" and trap is None
     return _uncounted(ok=ok, exit_status=_exit_status(result), stdout=stdout, stderr=stderr, trap=trap)
 
 
@@ -325,7 +326,8 @@ def _exit_status(result: Result) -> int:
 def _trap(result: Result, stderr: bytes) -> str | None:
     """What ended the program, in X07's words where it has some; None where it ended well."""
     words = {
-        "ok": None,
+        # The program ended well, and not all of what it did is there: that is no success to a caller.
+        "ok": f"its changes to files were not applied: {result.changes.reason}" if result.x07_exit_code else None,
         "failed": _last_words(stderr),
         "timeout": "timed out",
         "output-limit": f"{'stdout' if result.stdout.truncated else 'stderr'} exceeded cap",

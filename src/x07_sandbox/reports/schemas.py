@@ -14,6 +14,7 @@ import msgspec
 
 from x07_sandbox.files import changes
 from x07_sandbox.images import manifest
+from x07_sandbox.plan.outcomes import OUTCOMES
 from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.reports import attestation, doctor, failure, images, init, policies, policy_init, pool, runner, wrapped
 from x07_sandbox.runs import preview, prune, result
@@ -24,7 +25,6 @@ _RUNNER: Final = (runner.CompileRunReport, runner.RunOsReport)
 _TABLE: Final[tuple[tuple[str, str, type[msgspec.Struct]], ...]] = (
     ("x07-runtime.attest", attestation.SCHEMA, attestation.Attestation),
     ("x07-policy-init.report", policy_init.SCHEMA, policy_init.PolicyInitReport),
-    ("result", result.SCHEMA, result.Result),
     ("preview", preview.SCHEMA, preview.Preview),
     ("failure", failure.SCHEMA, failure.FailureReport),
     ("init.report", init.SCHEMA, init.InitReport),
@@ -47,6 +47,7 @@ def schemas() -> dict[str, str]:
     made = {name: _text(version, _any_of((kind,))) for name, version, kind in _TABLE}
     made["x07-os-runner.report"] = _text(runner.SCHEMA, _any_of(_RUNNER))
     made["x07-run.report"] = _text(wrapped.SCHEMA, _wrapped())
+    made["result"] = _text(result.SCHEMA, _result())
     made["changes"] = _text(changes.SCHEMA, _changes())
     made["run-os-policy"] = render_schema().decode()
     return {f"{name}.schema.json": text for name, text in made.items()}
@@ -68,6 +69,14 @@ def _changes() -> dict[str, Any]:
     """Of a set of changes as it is printed: without the place where a content is kept."""
     made = _any_of((changes.ChangeSet,))
     del made["$defs"]["Node"]["properties"]["at"]
+    return made
+
+
+def _result() -> dict[str, Any]:
+    """Of a result. The type does not know the words for outcomes: loading their table would cost every start."""
+    made = _any_of((result.Result,))
+    for name in ("Result", "PhaseReport"):
+        made["$defs"][name]["properties"]["outcome"] = {"enum": sorted(OUTCOMES)}
     return made
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
 from x07_sandbox.files.roots import Root
-from x07_sandbox.host.variables import text
-from x07_sandbox.images.store import find_image
-from x07_sandbox.images.verify import open_image
-from x07_sandbox.plan.controls import Plan, make_plan
-from x07_sandbox.plan.features import VM_HOLDS, Features
-from x07_sandbox.programs.toolchains import require_packages
+from x07_sandbox.jobs.record import new_run_id
+from x07_sandbox.plan.controls import Plan
 from x07_sandbox.runs.host_files import roots_in_force
-from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest, check_arguments, check_variables, policy_in_force, sha256_text
+from x07_sandbox.runs.run import Read, make_ready
+from x07_sandbox.runs.session import Progress
+
+if TYPE_CHECKING:
+    from x07_sandbox.runs.request import RunRequest
 
 SCHEMA: Final = "x07.sandbox.preview@0.1.0"
 
@@ -41,29 +40,20 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def preview(request: RunRequest) -> Preview:
-    """The plan of *request*. Raises SandboxError for everything that a run would refuse before it boots."""
+    """The plan of *request*. Raises SandboxError for everything that a run would refuse before it copies or boots."""
+    so_far = Progress(run_id=new_run_id())
     with contextlib.ExitStack() as stack:
-        request, program = load_program(request, stack)
-        check_arguments(request)
-        policy, policy_bytes = policy_in_force(request)
-        check_variables(request, policy)
-        image = stack.enter_context(open_image(find_image(request.image)))
-        require_packages(
-            program.toolchain, image.manifest.holds(), request.image or text("X07_VM_GUEST_IMAGE") or "default"
-        )
-        features = Features(isolation="vm-emulated", own_kernel=True, can_hold=VM_HOLDS)
-        toolchain = program.toolchain
+        ready = make_ready(request, Read(), so_far, stack, dry=True)
+        request, program, toolchain = ready.request, ready.program, ready.program.toolchain
+        # X07's programs get their arguments as input.
+        args = () if toolchain.told else request.args
         return Preview(
             toolchain=toolchain.name,
             build=None if toolchain.build is None else toolchain.build(program.source),
-            run=[*toolchain.start(program.source), *request.args],
+            run=[*toolchain.start(program.source), *args],
             files=list(program.source.files) or [program.source.name],
-            roots=roots_in_force(request, program, policy),
-            digests={
-                "image": image.manifest.digest,
-                "policy": sha256_text(policy_bytes),
-                "source": program.sha256,
-            },
-            image=request.image or "default",
-            plan=make_plan(policy, features),
+            roots=roots_in_force(request, program, ready.policy),
+            digests=so_far.digests,
+            image=ready.image_name,
+            plan=ready.plan,
         )

@@ -217,13 +217,18 @@ def check_variables(request: RunRequest, policy: Policy) -> None:
             raise RefusedError(f"the program cannot be given {name}", why, "Take it off the list, or leave it out")
 
 
-def open_input(request: RunRequest, stack: contextlib.ExitStack) -> int | None:
-    """The descriptor of the program's input, or None. Raises UsageError."""
+def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool = True) -> int | None:
+    """The descriptor of the program's input, or None. Raises UsageError.
+
+    wait: for whoever opens the other end of a pipe; else a pipe is not opened, and so not taken from anybody.
+    """
     path = request.input
     if path is None:
         return request.stdin_fd
     what, fix = f"cannot read the input {path}", "Name a readable file"
     try:
+        if not wait and stat.S_ISFIFO(path.stat().st_mode):
+            return None
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
         raise UsageError(what, exc.strerror or str(exc), fix) from exc

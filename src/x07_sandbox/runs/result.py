@@ -11,6 +11,7 @@ from typing import Final, Literal
 import msgspec
 
 from x07_sandbox.plan.denials import Denial, Hint
+from x07_sandbox.plan.features import Isolation
 
 SCHEMA: Final = "x07.sandbox.result@0.1.0"
 
@@ -107,6 +108,7 @@ class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one run ended.
 
+    outcome: one word of docs/outcomes.md.
     artifact_from: whether the program was built now, kept from an earlier build of the same, or given.
     build: what its build printed, then or now; null where there was none.
     hints: what it seems to have missed, told from its own error output: no refusals.
@@ -122,7 +124,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     x07_exit_code: int
     exit_code: int | None = None
     signal: int | None = None
-    isolation: str | None = None
+    isolation: Isolation | None = None
     backend: str | None = None
     jail: str | None = None
     artifact_from: Literal["build", "cache", "caller"] | None = None

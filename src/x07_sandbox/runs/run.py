@@ -13,28 +13,32 @@ from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.errors import BackendError, Cancelled, HostError, ImageError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import text
-from x07_sandbox.images.store import find_image, image_is_current
-from x07_sandbox.images.verify import open_image
+from x07_sandbox.images.store import DEFAULT, find_image, image_is_current
+from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.jobs.record import new_run_id
-from x07_sandbox.plan.controls import make_plan
+from x07_sandbox.plan.controls import Plan, make_plan
 from x07_sandbox.plan.denials import Denial
 from x07_sandbox.policy import Policy, PolicyError
 from x07_sandbox.programs.toolchains import OUTPUT, require_packages
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.program import Program, load_program
-from x07_sandbox.runs.request import check_arguments, check_variables, open_input, policy_in_force, sha256_text
+from x07_sandbox.runs.request import (
+    RunRequest,
+    check_arguments,
+    check_variables,
+    open_input,
+    policy_in_force,
+    sha256_text,
+)
 from x07_sandbox.runs.result import ControlReport, Digests, Result
 from x07_sandbox.runs.session import Progress, Session
-from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from x07_sandbox.images.store import Image
-    from x07_sandbox.plan.controls import Plan
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.host_files import HostFiles
-    from x07_sandbox.runs.request import RunRequest
 
 # By the value of their outcome: its table is loaded only while a machine comes up, or where one of these is raised.
 _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
@@ -103,44 +107,85 @@ def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
     return verdict(Outcome(outcome), str(exc).removesuffix("."), fault="host" if ours else None)
 
 
-def _carry_out(
-    request: RunRequest, read: Read, so_far: Progress, folder: RunFolder, stack: contextlib.ExitStack
-) -> Verdict:
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that nothing speaks against but its plan: all that it names was read and checked.
+
+    image_name: as a user names it, for what is to be typed.
+    """
+
+    request: RunRequest
+    program: Program
+    policy: Policy
+    policy_bytes: bytes
+    image: OpenImage
+    image_name: str
+    backend: QemuBackend
+    plan: Plan
+
+
+def make_ready(
+    request: RunRequest, read: Read, so_far: Progress, stack: contextlib.ExitStack, *, dry: bool = False
+) -> Ready:
+    """Read and check all that a request names, before anything is booted; *so_far* learns of it step by step.
+
+    dry: nothing will be run, so input is not read, the image is not renewed, and no machine tries KVM.
+    Raises SandboxError for everything that ends a run here.
+    """
     request, program = (request, read.program) if read.program else load_program(request, stack)
     so_far.digests["source"] = program.sha256
     check_arguments(request)
     with request.cancel.waiting():  # for whoever opens the other end of a pipe
-        request = replace(request, stdin_fd=open_input(request, stack))
+        request = replace(request, stdin_fd=open_input(request, stack, wait=not dry))
     if program.toolchain.told:
-        request = _with_x07_input(request, stack)
+        from x07_sandbox.runs.x07_program import need_policy, with_framed_input
+
+        need_policy(request)
+        request = request if dry else with_framed_input(request, stack)
     policy, policy_bytes = read.policy or policy_in_force(request)
     so_far.digests["policy"] = sha256_text(policy_bytes)
     check_variables(request, policy)
-    if request.overrides is not None:
-        _keep(folder.path / "policy.json", policy_bytes)
     with request.cancel.waiting():
-        image = stack.enter_context(open_image(current_image(find_image(request.image))))
+        found = find_image(request.image)
+        image = stack.enter_context(open_image(found if dry else current_image(found)))
     so_far.digests["image"] = image.manifest.digest
-    require_packages(
-        program.toolchain, image.manifest.holds(), request.image or text("X07_VM_GUEST_IMAGE") or "default"
-    )
+    image_name = request.image or text("X07_VM_GUEST_IMAGE") or DEFAULT
+    require_packages(program.toolchain, image.manifest.holds(), image_name)
     _check_pinned(image.manifest.digest)
     backend = QemuBackend(request.progress, request.cancel.waiting, so_far.warnings.append)
-    so_far.availability = availability = backend.probe(image, require_hardware=request.require_hardware)
-    so_far.warnings += availability.warnings
-    so_far.plan = plan = make_plan(policy, availability.features)
+    so_far.availability = backend.probe(image, require_hardware=request.require_hardware, boot=not dry)
+    so_far.warnings += so_far.availability.warnings
+    so_far.plan = plan = make_plan(policy, so_far.availability.features)
+    return Ready(
+        request=request,
+        program=program,
+        policy=policy,
+        policy_bytes=policy_bytes,
+        image=image,
+        image_name=image_name,
+        backend=backend,
+        plan=plan,
+    )
+
+
+def _carry_out(
+    request: RunRequest, read: Read, so_far: Progress, folder: RunFolder, stack: contextlib.ExitStack
+) -> Verdict:
+    ready = make_ready(request, read, so_far, stack)
+    request, program, policy, plan = ready.request, ready.program, ready.policy, ready.plan
+    if request.overrides is not None:
+        _keep(folder.path / "policy.json", ready.policy_bytes)
     _add_refusals(plan, so_far)
     plan.require()
     host_files = _host_files(request, program, policy, folder, stack)
     if host_files is not None:
         so_far.denials += host_files.denials()
-    session = Session(request, program, so_far, folder, backend, image)
+    session = Session(request, program, so_far, folder, ready.backend, ready.image)
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-    failed = session.prepare(artifact, policy_bytes)
+    failed = session.prepare(artifact, ready.policy_bytes)
     if failed is not None:
         return failed
     so_far.digests["artifact"] = f"sha256:{artifact.sha256()}"
-    spec = session.run_spec(artifact, policy, policy_bytes, plan.limits, stack, host_files)
+    spec = session.run_spec(artifact, policy, ready.policy_bytes, plan.limits, stack, host_files)
     ending = session.run(spec, policy)
     return ending if host_files is None else _settled(host_files, ending, so_far)
 
@@ -175,20 +220,6 @@ def _settled(host_files: HostFiles, ending: Verdict, so_far: Progress) -> Verdic
         so_far.warnings.append(warning)
     so_far.kept_back = ending.outcome is Outcome.OK and bool(so_far.changes.reason)
     return ending
-
-
-def _with_x07_input(request: RunRequest, stack: contextlib.ExitStack) -> RunRequest:
-    """An X07 program reads its input as one frame, and its arguments as input. Raises UsageError."""
-    from x07_sandbox.programs import x07
-    from x07_sandbox.runs.x07_program import read_whole
-
-    if request.policy is None:
-        why = f"{x07.WORLD} runs nothing of X07's without one"
-        raise UsageError("no policy", why, "Name it with --policy, or in the project's profile")
-    args, fd = request.args, request.stdin_fd
-    with request.cancel.waiting():
-        data = x07.arguments_as_input(args) if args else read_whole(fd, x07.INPUT_MAX_BYTES)
-    return replace(request, x07_input=data, stdin_fd=memory_file(x07.frame_input(data), stack))
 
 
 def _check_pinned(digest: str) -> None:

@@ -19,6 +19,7 @@ from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, X07, 
 from x07_sandbox.runs.program import Program
 from x07_sandbox.runs.project import with_own_files
 from x07_sandbox.runs.request import in_memory, sha256_text
+from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
     import contextlib
@@ -103,6 +104,24 @@ def _loaded(
         file=replace(in_memory(packed.archive, folder, 0o755, stack), kind="archive"),
         sha256=sha256_text(packed.archive),
     )
+
+
+def need_policy(request: RunRequest) -> None:
+    """Raises UsageError: X07's programs run under no policy of ours that nobody asked for."""
+    if request.policy is None and request.overrides is None:  # these go on from the built-in one
+        why = f"{x07.WORLD} runs nothing of X07's without one"
+        raise UsageError("no policy", why, "Name it with --policy, or in the project's profile")
+
+
+def with_framed_input(request: RunRequest, stack: contextlib.ExitStack) -> RunRequest:
+    """The request with its input as one frame, as such a program reads it; its arguments come as input.
+
+    Raises UsageError.
+    """
+    args, fd = request.args, request.stdin_fd
+    with request.cancel.waiting():
+        data = x07.arguments_as_input(args) if args else read_whole(fd, x07.INPUT_MAX_BYTES)
+    return replace(request, x07_input=data, stdin_fd=memory_file(x07.frame_input(data), stack))
 
 
 def read_whole(fd: int | None, most: int) -> bytes:

@@ -67,6 +67,8 @@ class Liar(honest.Agent):
     """Honest until START."""
 
     def _take(self, event: Event) -> None:
+        if BOOT == "nonce" and isinstance(event, Control) and event.kind is Kind.SEED:
+            event = Control(event.kind, event.body | {"nonce": bytes(16)})
         if isinstance(event, Control) and event.kind is Kind.START:
             words = [os.path.basename(arg).partition(".")[0] for arg in event.body["argv"]]
             for word in words:

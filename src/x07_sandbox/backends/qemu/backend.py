@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import Availability, Job, MachineKind
-from x07_sandbox.backends.qemu.proof import kvm_verdict
+from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
 from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
 from x07_sandbox.backends.qemu.template import (
     ensure_template,
@@ -54,13 +54,18 @@ class QemuBackend:
         self._waiting = waiting
         self._note = note
 
-    def probe(self, image: OpenImage, *, require_hardware: bool = False) -> Availability:
+    def probe(self, image: OpenImage, *, require_hardware: bool = False, boot: bool = True) -> Availability:
         """Hardware virtualisation if our agent has answered under it, else emulation.
+
+        boot: a guest may try that; else, where none has yet, the answer is of the weaker class and demands nothing.
 
         Raises RefusedError if the user demands hardware (X07_VM_REQUIRE_HARDWARE too) and there is none.
         """
         demanded = flag("X07_VM_REQUIRE_HARDWARE") or require_hardware
-        self._kvm, reason = kvm_verdict(image)
+        verdict = kvm_verdict(image) if boot else known_verdict()
+        if verdict is None:
+            return Availability(usable=True, features=vm_features("vm-emulated"), proof="no guest has tried KVM yet")
+        self._kvm, reason = verdict
         if demanded and not self._kvm:
             raise RefusedError(
                 "hardware virtualisation was required",

@@ -1,6 +1,6 @@
 """The machine that QEMU is told to be: pure, and final, because a saved machine can only be resumed on the same one.
 
-Measured in facts: microvm with the PIT off and a given TSC frequency never failed to boot under emulation; the second
+Measured: microvm with the PIT off and a given TSC frequency never failed to boot under emulation; the second
 port `x07.net` needs max_ports=3; nothing that belongs to one job is on this command line but descriptors.
 """
 

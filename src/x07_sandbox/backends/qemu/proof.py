@@ -1,7 +1,7 @@
 """Whether hardware virtualisation works here: proven by our own agent answering from a guest, or not at all.
 
-A /dev/kvm that opens, makes a machine and runs an instruction proves nothing (facts: it may still boot no stock
-kernel, or spin for ever). So the guest is booted once, under a hard limit, and the verdict is remembered for this
+A /dev/kvm that opens, makes a machine and runs an instruction proves nothing: it may still boot no stock
+kernel, or spin for ever. So the guest is booted once, under a hard limit, and the verdict is remembered for this
 boot, kernel and QEMU.
 """
 
@@ -33,23 +33,36 @@ if TYPE_CHECKING:
 
 def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
     """(works, how that is known). Boots a guest at most once per boot, kernel and QEMU."""
-    device = Path("/dev/kvm")
-    if not device.exists():
-        return False, "there is no /dev/kvm"
-    if not os.access(device, os.R_OK | os.W_OK):
-        return False, "/dev/kvm cannot be opened by this user (join the group kvm to use it)"
-    folder = private_dir(private_dir(cache_dir()) / "kvm")
-    record = folder / f"{_key()}.json"
-    with file_lock(folder / ".lock"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            known = json.loads(record.read_text(encoding="utf-8"))
-            return bool(known["works"]), str(known["reason"])
+    if (known := known_verdict()) is not None:
+        return known
+    record = _record()
+    with file_lock(record.parent / ".lock"):
+        if (known := known_verdict()) is not None:  # by now
+            return known
         try:
             works, reason = prove(image, Accelerator(kvm=True), settings.KVM_PROOF_S)
         except SandboxError as exc:  # that says nothing of KVM, and is not remembered
             return False, f"a guest under KVM could not be tried: {exc.why}"
         replace_file(record, json.dumps({"works": works, "reason": reason}).encode())
     return works, reason
+
+
+def known_verdict() -> tuple[bool, str] | None:
+    """The same as far as it is known without booting anything; None where a guest has to try."""
+    device = Path("/dev/kvm")
+    if not device.exists():
+        return False, "there is no /dev/kvm"
+    if not os.access(device, os.R_OK | os.W_OK):
+        return False, "/dev/kvm cannot be opened by this user (join the group kvm to use it)"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(_record().read_text(encoding="utf-8"))
+        return bool(known["works"]), str(known["reason"])
+    return None
+
+
+def _record() -> Path:
+    """Where the verdict for this boot, kernel and QEMU is kept. Raises HostError for a folder that cannot be used."""
+    return private_dir(private_dir(cache_dir()) / "kvm") / f"{_key()}.json"
 
 
 def _key() -> str:
