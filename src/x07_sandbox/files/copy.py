@@ -33,7 +33,8 @@ READ_BYTES: Final = 16 << 20
 WRITE_BYTES: Final = 16 << 20
 ENTRIES: Final = 10_000
 DEPTH: Final = 64
-_DEPTH_MAX: Final = 256  # one open folder for each
+DEPTH_MAX: Final = 256  # one open folder for each
+NUMBER_MAX: Final = (1 << 32) - 1  # of a policy's fields
 _TRIES: Final = 3
 _TOLD: Final = 5
 # Names under which people keep secrets: left out wherever they lie, unless the host's owner says otherwise.
@@ -67,7 +68,7 @@ def bounds_of(policy: Policy, secrets: tuple[str, ...] = SECRETS) -> Bounds:
         read_bytes=fs.max_read_bytes or READ_BYTES,
         write_bytes=fs.max_write_bytes or WRITE_BYTES,
         entries=fs.max_entries or ENTRIES,
-        depth=min(fs.max_depth or DEPTH, _DEPTH_MAX),
+        depth=min(fs.max_depth or DEPTH, DEPTH_MAX),
         secrets=secrets,
     )
 
