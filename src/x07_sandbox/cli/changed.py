@@ -15,6 +15,7 @@ from x07_sandbox.cli.console import say
 from x07_sandbox.cli.refused import how
 from x07_sandbox.files.changes import decode, shown
 from x07_sandbox.files.patch import TEXT_MAX, patch
+from x07_sandbox.runs.kept import find
 
 if TYPE_CHECKING:
     import argparse
@@ -37,11 +38,12 @@ def tell(result: Result) -> None:
     changes = result.changes
     if changes.state == "none":
         return
-    for one in changes.names:
-        if one.action == "deleted":
-            say(f"deleted: {one.name}")
-    if (more := changes.deleted - sum(one.action == "deleted" for one in changes.names)) > 0:
-        say(f"deleted: {more} more: x07 diff lists them all")
+    deleted = [one.name for one in changes.names if one.action == "deleted"]
+    if len(deleted) < changes.deleted:  # a result has no more names than these; all are in the run's folder
+        list_deleted(find(result.run).changes)
+    else:
+        for name in deleted:
+            say(f"deleted: {name}")
     for denial in result.denials:
         if denial.action == "change":
             say(f"may not be done: {denial.subject}{how(denial.how_to_allow)}")
