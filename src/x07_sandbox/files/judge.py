@@ -149,12 +149,10 @@ def _what(mode: int) -> str:
 def _by_name(name: str, bounds: Bounds, protection: Protection) -> Iterator[Refused]:
     if why := protection.why(name):
         yield Refused(name=name, rule="protected", why=why)
-    # Parts that begin with a dot are all that is looked for.
-    hidden = [part for part in name.split("/") if part.startswith(".")]
-    if bounds.deny_hidden and hidden:
+    if bounds.deny_hidden and "/." in f"/{name}":
         why = "its name begins with a dot, and fs.deny_hidden is true"
         yield Refused(name=name, rule="fs.deny_hidden", why=why, value=False)
-    if any(part.startswith(STAGING) for part in hidden):
+    if f"/{STAGING}" in f"/{name}":
         yield Refused(name=name, rule="reserved", why=f"names that begin with {STAGING} are for what applies changes")
 
 

@@ -13,6 +13,8 @@ import unicodedata
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
+from x07_sandbox.files.changes import shown
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
@@ -66,9 +68,11 @@ class Protection:
         # A part stands in the names of all that lies below it. These caches go with this object: names are a guest's.
         self._folded = functools.cache(folded)
         self._part = functools.cache(self._why_part)
+        self._lets_part = functools.cache(lambda part: self._matches(part, self._folded(part)))
+        self._folders: dict[str, str | None] = {}
         self._own = {self._whole(name) for name in own}
         self._allowed = [re.compile(fnmatch.translate(pattern.casefold())) for pattern in allowed]
-        self._root = self._parts(root.strip("/").split("/"))
+        self._root = next(filter(None, map(self._part, root.split("/"))), "")
 
     def why(self, name: str) -> str:
         """Why *name* may not be changed; empty if it may."""
@@ -76,16 +80,15 @@ class Protection:
             return ""
         if self._own and self._whole(name) in self._own:
             return "it is the policy or the manifest in use"
-        return self._root or self._parts(name.split("/"))
+        folder, _, part = name.rpartition("/")
+        above = _inherited(folder, self._folders, lambda inner: self._part(inner.rpartition("/")[2]) or None)
+        return self._root or above or self._part(part)
 
     def lets(self, name: str) -> bool:
         """Whether the host's owner has let *name* go: as it is written, or as it is compared."""
         if not self._allowed:
             return False
-        forms = {name.casefold(), self._whole(name)}
-        for part in name.split("/"):
-            forms |= {part.casefold(), self._folded(part)}
-        return any(pattern.match(form) for pattern in self._allowed for form in forms)
+        return self._matches(name, self._whole(name)) or any(map(self._lets_part, name.split("/")))
 
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
         """Those of *changed* that lie in a folder git takes for a repository, and why each may not.
@@ -105,16 +108,18 @@ class Protection:
         inside: dict[str, str | None] = {}
         refused = {}
         for name in changed:
-            place = _repository_above(name, bare, whole, inside)
+            above = name.rpartition("/")[0]
+            place = _inherited(above, inside, lambda inner: inner if whole(inner) in bare else None) if name else None
             if place is not None and not self.lets(name):
-                refused[name] = f"git takes {place or 'the root'} for a repository, and would run what is in it"
+                where = shown(place) or "the root"
+                refused[name] = f"git takes {where} for a repository, and would run what is in it"
         return refused
 
     def _whole(self, name: str) -> str:
         return "/".join(map(self._folded, name.split("/")))
 
-    def _parts(self, parts: Iterable[str]) -> str:
-        return next(filter(None, map(self._part, parts)), "")
+    def _matches(self, *forms: str) -> bool:
+        return any(pattern.match(form.casefold()) for pattern in self._allowed for form in forms)
 
     def _why_part(self, part: str) -> str:
         found = _protected().match(self._folded(part))
@@ -123,22 +128,19 @@ class Protection:
         return f"{_PARTS[found.lastindex - 1]} is protected: other tools run or obey it"
 
 
-def _repository_above(
-    name: str, bare: set[str], whole: Callable[[str], str], inside: dict[str, str | None]
-) -> str | None:
-    """The repository that *name* lies in, "" for the root; None for none. inside: what is known of folders already."""
-    if not name:
-        return None
+def _inherited(folder: str, known: dict[str, str | None], own: Callable[[str], str | None]) -> str | None:
+    """What *own* says of the uppermost folder that it says something of, of those above *folder* and itself.
+
+    known: what was found for folders before, so that each is asked about once.
+    """
     way = []
-    folder = name
-    while folder:
-        folder = folder.rpartition("/")[0]
-        if folder in inside:
-            break
+    while folder not in known:
         way.append(folder)
-    above = inside.get(folder)
+        if not folder:
+            break
+        folder = folder.rpartition("/")[0]
+    found = known.get(folder)
     for inner in reversed(way):
-        if above is None and whole(inner) in bare:
-            above = inner
-        inside[inner] = above
-    return above
+        found = own(inner) if found is None else found
+        known[inner] = found
+    return found
