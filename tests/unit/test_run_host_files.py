@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shlex
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.apply import chosen
 from x07_sandbox.cli.changed import tell
-from x07_sandbox.errors import HostError, RefusedError, UsageError
+from x07_sandbox.errors import BackendError, HostError, RefusedError, UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.host.paths import private_dir
@@ -213,6 +215,22 @@ def test_a_set_that_makes_no_sense_is_an_error_that_is_told(run: Run) -> None:
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     with pytest.raises(HostError, match="damaged"):
         do(find(RUN), find(RUN).changes, lambda _path: None)
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_of_a_list(run: Run) -> None:
+    """Where the list of changes cannot be written an error says so, and nothing is found later."""
+    files = run.files(changes="keep")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(BackendError, match="cannot keep"):
+            run.back(files, *(Entry(Kind.FOLDER, b"%d" % number, mode=0o755) for number in range(20)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    with pytest.raises(UsageError):
+        find(RUN)
 
 
 def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.frames import Stream
-from x07_sandbox.errors import HostError, RefusedError
+from x07_sandbox.errors import BackendError, HostError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, shown
 from x07_sandbox.files.copy import DEPTH_MAX, NUMBER_MAX, WORDS, bounds_of, copy_tree
 from x07_sandbox.files.incoming import Incoming
@@ -128,7 +128,7 @@ class HostFiles:
     def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
         """What becomes of the changes: the state, what was refused, and a warning or nothing.
 
-        ended_well: the program ended by itself. Raises PeerError where the guest contradicts itself, HostError.
+        ended_well: the program ended by itself. Raises PeerError where the guest contradicts itself, BackendError.
         """
         incoming = self.incoming
         if incoming is None:
@@ -142,7 +142,7 @@ class HostFiles:
         if not any(root.changes or root.refused for root in changes.roots):
             self._forget()
             return Changes(), [], ""
-        (self._place / "changes.json").write_bytes(encode(changes))
+        self._keep(changes)
         if any(root.refused for root in changes.roots):
             refused = [_refusal(refusal) for root in changes.roots for refusal in root.refused[:_DENIALS_MAX]]
             names = {(root.root, refusal.name) for root in changes.roots for refusal in root.refused}
@@ -194,6 +194,15 @@ class HostFiles:
         # Where it is a link, that too: another in its place would be the next run's policy.
         places = {os.path.realpath(str(policy)), f"{os.path.realpath(folder)}/{name}"}
         return [os.path.relpath(path, mount.host) for path in sorted(places) if path.startswith(f"{mount.host}/")]
+
+    def _keep(self, changes: ChangeSet) -> None:
+        place = self._place / "changes.json"
+        try:
+            place.write_bytes(encode(changes))
+        except OSError as exc:
+            place.unlink(missing_ok=True)
+            why, fix = exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR to a larger disk"
+            raise BackendError("cannot keep the program's changes", why, fix) from exc
 
     def _forget(self) -> None:
         (self._place / "data").unlink(missing_ok=True)
