@@ -1,7 +1,8 @@
 """Fuzz target: what a guest says that its program has changed, from bytes to the verdict.
 
 Whatever comes is PeerError, or a set: entries and bytes bounded, names inside their root, contents where they are said
-to be and with the digest that is said, all that breaks a rule refused by name, and the same when written and read.
+to be and with the digest that is said, all that breaks a rule refused by name, and the same when written and read. The
+root stays what it is, modes are permission bits, and what is left when the refused is skipped can be applied.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.trees import check_name
+from x07_sandbox.cli.apply import chosen
 from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges, decode, encode
+from x07_sandbox.files.checks import check_set
 from x07_sandbox.files.copy import Bounds
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
@@ -43,6 +46,7 @@ def one_input(data: bytes) -> None:
             if not incoming.take(data[at : at + size]):
                 break
         assert len(incoming.told) <= ENTRIES_MAX
+        assert not any(one.node and one.node.mode & ~0o7777 for one in incoming.told)
         assert os.fstat(fd).st_size <= BYTES_MAX
         for number in range(2):
             _judge(incoming, number, fd)
@@ -58,13 +62,14 @@ def _judge(incoming: Incoming, number: int, fd: int) -> None:
     judged = judge(BEFORE, told, BOUNDS, allowed, Protection(ROOT))
     refused = {refusal.name for refusal in judged.refused}
     for change in judged.changes:
-        if change.name:
-            check_name(os.fsencode(change.name))
+        check_name(os.fsencode(change.name))
         _check_content(change, fd)
         assert change.name in refused or not _bad(change, allowed), change
+        assert change.name, change  # the root, a folder, is there before and after
     root = RootChanges(root=ROOT, guest="/x", missing=False, changes=judged.changes, refused=judged.refused)
     made = ChangeSet(run="1-1-1", roots=(root,))
     assert decode(encode(made)) == made
+    check_set(chosen(made, sorted(refused), []))
 
 
 def _check_content(change: Change, fd: int) -> None:
@@ -81,7 +86,7 @@ def _bad(change: Change, allowed: Allowed) -> bool:
         return not allowed.remove
     return (
         any(part.startswith(".") for part in parts)
-        or (bool(change.name) and len(parts) > BOUNDS.depth)
+        or len(parts) > BOUNDS.depth
         or (after.kind != "link" and bool(after.mode & 0o7000))
         or (after.kind == "file" and after.size > BOUNDS.write_bytes)
         or (after.kind == "link" and after.target.startswith("/"))

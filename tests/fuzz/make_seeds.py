@@ -132,6 +132,11 @@ def changes_seeds() -> dict[str, bytes]:
         "bomb": whole + root + bomb + end,
         "up": whole + root + file(b"../x", b"") + end,
         "absolute": whole + root + file(b"/x", b"") + end,
+        "typed": whole + root + file(b"s", b"", 0o100644) + end,
+        "staging": whole + root + file(b".x07-apply-0", b"") + end,
+        # A link in the root's own place was a change like any other.
+        "found/root-link": whole + root + gone + Entry(R.LINK, b"", target=b"a").encoded() + end,
+        "found/root-gone": whole + root + Entry(R.GONE, b"").encoded() + end,
         "twice": whole + root + file(b"x", b"1") + file(b"x", b"2") + end,
         "no-root": whole + file(b"x", b"1") + end,
         "third-root": whole + Entry(R.ROOT, b"2").encoded() + end,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -243,7 +244,7 @@ def test_one_name_that_may_not_be_changed_keeps_all_back(project: Project) -> No
     project.x07("apply", "--skip", "Jenkinsfile")
     assert (project.seen().get("fine.txt"), project.seen().get("Jenkinsfile")) == ("y", None)
     result = project.run(
-        'open("Jenkinsfile", "w").write("x")', "--allow-write-root", ".", *denial["how_to_allow"]["flag"].split()
+        'open("Jenkinsfile", "w").write("x")', "--allow-write-root", ".", *shlex.split(denial["how_to_allow"]["flag"])
     )
     assert result["changes"]["state"] == "applied"
     assert project.seen()["Jenkinsfile"] == "x"
@@ -303,11 +304,13 @@ def test_a_rule_of_the_policy_leaves_a_file_out_and_says_what_would_let_it_in(
 
 
 def test_secrets_go_in_only_if_their_pattern_is_named(project: Project) -> None:
-    """A key is left out whatever the policy says; --reveal with the pattern that the result names lets it in."""
+    """A key is left out whatever the policy says; the flag that the result names lets it in."""
     source = 'print(open("key.pem").read())'
     result = project.run(source, "--allow-read-root", ".", code=1)
-    assert [denial["field"] for denial in result["denials"] if "key.pem" in denial["subject"]] == ["secrets"]
-    assert project.run(source, "--allow-read-root", ".", "--reveal", "*.pem")["stdout"]["text"] == "a key\n\n"
+    (denial,) = [denial for denial in result["denials"] if "key.pem" in denial["subject"]]
+    assert denial["field"] == "secrets"
+    flag = shlex.split(denial["how_to_allow"]["flag"])
+    assert project.run(source, "--allow-read-root", ".", *flag)["stdout"]["text"] == "a key\n\n"
     result = project.run('open("run.sh")', "--allow-read-root", ".", "--hide", "run.*", code=1)
     assert any("run.sh" in denial["subject"] for denial in result["denials"])
 
@@ -317,6 +320,10 @@ def test_more_entries_than_allowed_are_refused_before_anything_starts(project: P
     result = project.run("pass", "--policy", project.policy(read_roots=["."], max_entries=3), code=125)
     assert (result["outcome"], list(result["phases"])) == ("refused", [])
     assert "fs.max_entries" in result["reason"]
+    (denial,) = result["denials"]
+    assert (denial["field"], denial["how_to_allow"]["json_path"]) == ("fs.max_entries", "$.fs.max_entries")
+    value = denial["how_to_allow"]["value"]
+    project.run("pass", "--policy", project.policy(read_roots=["."], max_entries=value))
 
 
 def test_roots_elsewhere_are_where_they_are_on_the_host(project: Project) -> None:

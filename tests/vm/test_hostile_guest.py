@@ -287,6 +287,7 @@ def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
     [
         *[(word, "the guest broke the channel's protocol") for word in ("up", "absolute", "inside", "zero", "root")],
         *[(word, "the guest broke the channel's protocol") for word in ("twice", "through", "hidden")],
+        *[(word, "the guest broke the channel's protocol") for word in ("root-link", "typed")],
         *[(word, "kept: ") for word in ("device", "git", "bare", "link", "set-id")],
         *[(word, "discarded: ") for word in ("bomb", "million", "unsaid")],
         ("silent", "none: "),
@@ -300,7 +301,7 @@ def test_no_change_that_a_guest_makes_up_comes_to_the_host(
     root.mkdir()
     (root / ".kept-back").write_text("hidden")
     (root / "a").write_text("as it was")
-    rules = {"fs.allow_mkdir": True, "fs.allow_remove": True, "fs.max_entries": 200}
+    rules = {"fs.allow_mkdir": True, "fs.allow_remove": True, "fs.allow_symlinks": True, "fs.max_entries": 200}
     policy = {"fs.write_roots": [str(root)], "limits.wall_ms": 3000, **rules}
     before = everything(root)
     ran = hostile(f"changes-{word}", policy=policy)

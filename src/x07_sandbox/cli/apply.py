@@ -72,12 +72,12 @@ def chosen(changes: ChangeSet, skip: Sequence[str], allow_protected: Sequence[st
 
 
 def _without(root: RootChanges, names: Sequence[str], allow_protected: Sequence[str]) -> RootChanges:
-    protection = Protection(root.root, (), allow_protected)
+    protection = Protection(root.root, allowed=allow_protected)
     left = [
         refusal
         for refusal in root.refused
         if not any(_covers(name, refusal.name) for name in names)
-        and not (refusal.rule == "protected" and allow_protected and not protection.why(refusal.name))
+        and not (refusal.rule == "protected" and protection.lets(refusal.name))
     ]
     if left:
         told = "; ".join(f"{shown(refusal.name)}: {refusal.why}" for refusal in left[:10])

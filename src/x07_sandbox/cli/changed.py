@@ -43,12 +43,12 @@ def lines(result: Result) -> list[str]:
     changes = result.changes
     if changes.state == "none":
         return []
-    told = [f"deleted: {one.name}" for one in changes.names if one.action == "deleted"]
-    if (more := changes.deleted - len(told)) > 0:
-        told.append(f"deleted: {more} more: x07 diff lists them all")
+    deleted = [one.name for one in changes.names if one.action == "deleted"]
+    if len(deleted) < changes.deleted:  # a result has no more names than these; all are in the run's folder
+        deleted = _deleted(find(result.run).changes)
     kept_back = (denial for denial in result.denials if denial.action == "change")
-    told += [f"may not be done: {denial.subject}{how(denial.how_to_allow)}" for denial in kept_back]
-    return [*told, closing(changes)]
+    refused = [f"may not be done: {denial.subject}{how(denial.how_to_allow)}" for denial in kept_back]
+    return [*(f"deleted: {name}" for name in deleted), *refused, closing(changes)]
 
 
 def closing(changes: Changes) -> str:
@@ -73,10 +73,12 @@ def summary(changes: ChangeSet, done: str) -> str:
 
 def list_deleted(changes: ChangeSet) -> None:
     """Every name that goes."""
-    for root in changes.roots:
-        for change in root.changes:
-            if change.action == "deleted":
-                say(f"deleted: {shown(change.name)}")
+    for name in _deleted(changes):
+        say(f"deleted: {name}")
+
+
+def _deleted(changes: ChangeSet) -> list[str]:
+    return [shown(change.name) for root in changes.roots for change in root.changes if change.action == "deleted"]
 
 
 def pieces(kept: KeptChanges) -> Iterator[bytes]:

@@ -101,17 +101,21 @@ The program gets **copies**: what it may only read is mounted read-only (`EROFS`
 a set of changes when it has ended. Nothing of the host is mounted.
 
 Not copied in, and told among `denials` by name: hidden names (`fs.deny_hidden`); links, unless `fs.allow_symlinks` and
-only if they stay in their root; files above `fs.max_read_bytes`; what lies deeper than `fs.max_depth`; devices, sockets
-and pipes; what is on another file system; and names under which people keep secrets (`.env`, `*.pem`, `id_rsa` and the
-like; `--hide PATTERN` adds to them, `--reveal PATTERN` takes one away). More than `fs.max_entries` refuses the run.
+only if they stay in their root; files above `fs.max_read_bytes`; what lies deeper than `fs.max_depth` (256 at the
+most); devices, sockets and pipes; what is on another file system; and names under which people keep secrets (`.env`,
+`*.pem`, `id_rsa` and the like, in any case of letters; `--hide PATTERN` adds to them, `--reveal PATTERN` lets those of
+them in that it matches: `key.pem`, or `*.pem`). More than `fs.max_entries` refuses the run. So does a link that comes
+into the way to a root after the roots were looked at.
 
 Changes are judged by what is different when the program has ended (`fs.allow_mkdir`, `allow_remove`, `allow_rename`,
 `max_write_bytes`, `max_depth`, and the rules above); what it made and removed again is nobody's business. Whatever the
 policy says, these are refused: links that lead out of their root, set-id bits, extended attributes, devices, names that
-other tools run or obey (`.git` in any spelling, a folder that git would take for a repository, shell, editor and CI
-files, `x07-sandbox.toml`, `x07.json`, the policy in use). Only `--allow-protected PATTERN` lets such a name, which no
-policy can do. **One refused entry keeps all back**: nothing is applied, each is named, the exit code is 125 where the
-program ended well, and `x07 apply --skip PATH` does the rest.
+begin with `.x07-apply-`, and names that other tools run or obey (`.git` in any spelling, a folder that git would take
+for a repository, files of shells, editors, CI and assistants, `x07-sandbox.toml`, `x07.json`, the policy in use).
+Only `--allow-protected PATTERN` of `x07 run` and `x07 apply` lets a name of the last kind, which no policy can do; any
+other reason against that name stands. **One refused entry keeps all back**: nothing is applied, each is named with all
+its reasons, the exit code is 125 where the program ended well, and `x07 apply --skip PATH` does the rest. With more
+entries than `fs.max_entries` all changes are discarded.
 
 Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). A kill at
 any moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for

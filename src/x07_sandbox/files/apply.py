@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import journal
-from x07_sandbox.files.changes import ChangeSet, RootChanges
-from x07_sandbox.files.checks import STAGING, check_set, look_at, reached_by
+from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
+from x07_sandbox.files.checks import check_set, look_at, reached_by
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.kept import discard, keep, leave, prepare, publish, why_no_undo
 from x07_sandbox.files.staging import Planner, fill, undo_changes

@@ -12,6 +12,8 @@ from typing import Final, Literal
 import msgspec
 
 SCHEMA: Final = "x07.sandbox.changes@0.1.0"
+STAGING: Final = ".x07-apply-"
+"""What the names of our own folders in a root begin with, while a set is applied."""
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -60,12 +62,16 @@ Rule = Literal[
     "fs.max_write_bytes",
     "fs.max_depth",
     "protected",
+    "reserved",
     "kind",
 ]
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One change that may not be done. value: what would have to stand in the policy, None where nothing would do."""
+    """One reason why a change may not be done.
+
+    value: what would have to stand in the policy, None where nothing would do.
+    """
 
     name: str
     rule: Rule
@@ -77,7 +83,8 @@ class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Changes below one folder of the host.
 
     root: its absolute path, without a link on the way. missing: it was not there, and is made if it is to hold
-    something. changes: sorted by name. refused: those of them that may not be done; while there are any, none is.
+    something. changes: sorted by name. refused: why some may not be done, sorted by name, all reasons of each; while
+    there are any, nothing is done.
     """
 
     root: str

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.files.changes import Change, Node
+from x07_sandbox.files.changes import STAGING, Change, Node
 from x07_sandbox.files.things import thing
 
 if TYPE_CHECKING:
     from x07_sandbox.files.changes import ChangeSet, RootChanges
     from x07_sandbox.files.things import Thing
 
-STAGING: Final = ".x07-apply-"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _TARGET_MAX: Final = 4095
 

@@ -6,10 +6,10 @@ What may not travel is left out and told; for the program it is not there.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import hashlib
 import os
+import re
 import stat
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -20,9 +20,10 @@ from x07_sandbox.channel.trees import NAME_MAX, Entry, Kind, segment
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import Node
 from x07_sandbox.files.contents import add_zeros
+from x07_sandbox.host import beneath
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from typing import BinaryIO
 
     from x07_sandbox.files.roots import Tree
@@ -33,7 +34,8 @@ READ_BYTES: Final = 16 << 20
 WRITE_BYTES: Final = 16 << 20
 ENTRIES: Final = 10_000
 DEPTH: Final = 64
-_DEPTH_MAX: Final = 256  # one open folder for each
+DEPTH_MAX: Final = 256  # one open folder for each
+NUMBER_MAX: Final = (1 << 32) - 1  # of a policy's fields
 _TRIES: Final = 3
 _TOLD: Final = 5
 # Names under which people keep secrets: left out wherever they lie, unless the host's owner says otherwise.
@@ -43,11 +45,20 @@ SECRETS: Final = (
     *("*.keystore", "credentials.json", "service-account*.json"),
 )
 
-Reason = Literal["hidden", "secret", "link", "large", "deep", "special", "other-disk", "unreadable", "changing"]
+Reason = Literal[
+    "hidden", "secret", "link", "link-out", "large", "deep", "special", "other-disk", "unreadable", "changing"
+]
+
+
+class EntriesError(RefusedError):
+    """A tree has more entries than a policy lets go in (fs.max_entries)."""
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What may travel. read_bytes, write_bytes: of one file. secrets: patterns of names (fnmatch(3)) that stay."""
+    """What may travel. read_bytes, write_bytes: of one file.
+
+    secrets: patterns (fnmatch(3)) of names that stay, in any case of letters, unless one of reveal matches them too.
+    """
 
     deny_hidden: bool
     allow_symlinks: bool
@@ -56,10 +67,11 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     entries: int
     depth: int
     secrets: tuple[str, ...] = SECRETS
+    reveal: tuple[str, ...] = ()
 
 
-def bounds_of(policy: Policy, secrets: tuple[str, ...] = SECRETS) -> Bounds:
-    """Those of a policy; 0 stands for upstream's defaults."""
+def bounds_of(policy: Policy, hide: Sequence[str] = (), reveal: Sequence[str] = ()) -> Bounds:
+    """Those of a policy; 0 stands for upstream's defaults. hide: more patterns of secrets."""
     fs = policy.fs
     return Bounds(
         deny_hidden=fs.deny_hidden,
@@ -67,13 +79,14 @@ def bounds_of(policy: Policy, secrets: tuple[str, ...] = SECRETS) -> Bounds:
         read_bytes=fs.max_read_bytes or READ_BYTES,
         write_bytes=fs.max_write_bytes or WRITE_BYTES,
         entries=fs.max_entries or ENTRIES,
-        depth=min(fs.max_depth or DEPTH, _DEPTH_MAX),
-        secrets=secrets,
+        depth=min(fs.max_depth or DEPTH, DEPTH_MAX),
+        secrets=(*SECRETS, *hide),
+        reveal=tuple(reveal),
     )
 
 
 class LeftOut(msgspec.Struct):
-    """What was left out for one reason. names: the first few. most: of what is measured, the largest."""
+    """What was left out for one reason. names: the first few. most: the largest, in bytes, or the deepest, in parts."""
 
     count: int = 0
     names: list[str] = msgspec.field(default_factory=list)
@@ -92,7 +105,7 @@ class Copied(msgspec.Struct):
 def copy_tree(tree: Tree, bounds: Bounds, out: BinaryIO, most_bytes: int) -> Copied:
     """Write the stream of *tree* (channel/trees) to the seekable *out*. most_bytes: all contents together.
 
-    Raises RefusedError, UsageError, OSError (of *out*).
+    Raises EntriesError, RefusedError, UsageError, OSError (of *out*).
     """
     walk = _Walk(tree, bounds, out, most_bytes)
     walk.run()
@@ -107,10 +120,12 @@ class _Walk:
         self._out = out
         self._left = most_bytes
         self._written = [mount.sub for mount in tree.mounts if mount.write]
+        self._secret = _one_of(bounds.secrets)
+        self._revealed = _one_of(bounds.reveal)
 
     def run(self) -> None:
-        with contextlib.suppress(FileNotFoundError):  # a write root that is not there yet
-            fd = os.open(self._tree.host, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = self._open()
+        if fd is not None:
             try:
                 info = os.fstat(fd)
                 if self._tree.only:
@@ -124,6 +139,21 @@ class _Walk:
             if mount.missing and mount.sub:
                 self._out.write(Entry(Kind.FOLDER, os.fsencode(mount.sub), mode=0o755).encoded())
         self._out.write(Entry(Kind.END, b"").encoded())
+
+    def _open(self) -> int | None:
+        """The folder of the tree; None for a write root that is not there yet.
+
+        The way to it was looked at when the roots were chosen. Now it is walked, and no part of it may be a link that
+        has come since.
+        """
+        host = self._tree.host
+        try:
+            return beneath.open_root(host)
+        except OSError as exc:
+            if isinstance(exc, FileNotFoundError) and any(mount.missing for mount in self._tree.mounts):
+                return None
+            fix = "Name a folder that stays there, and that you may read"
+            raise UsageError(f"cannot give the program {host}", exc.strerror or str(exc), fix) from exc
 
     def _folders(self, top: int, device: int) -> None:
         """All below *top*, folders before what is in them. Their descriptors are open only while they are walked."""
@@ -148,7 +178,7 @@ class _Walk:
     def _entry(self, folder: int, part: str, name: str, device: int) -> int | None:
         """Pack one entry; the descriptor of a folder whose entries follow."""
         if reason := self._stays(part, name):
-            self._leave(reason, name)
+            self._leave(reason, name, name.count("/") + 1 if reason == "deep" else 0)
             return None
         try:
             mode = os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode
@@ -170,7 +200,8 @@ class _Walk:
         bounds = self._bounds
         if bounds.deny_hidden and part.startswith("."):
             return "hidden"
-        if any(fnmatch.fnmatchcase(part.lower(), pattern) for pattern in bounds.secrets):
+        lower = part.lower()
+        if self._secret and self._secret.match(lower) and not (self._revealed and self._revealed.match(lower)):
             return "secret"
         if name.count("/") >= bounds.depth or len(os.fsencode(name)) > NAME_MAX:
             return "deep"
@@ -188,7 +219,10 @@ class _Walk:
 
     def _link(self, folder: int, part: str, name: str) -> None:
         target = os.readlink(part, dir_fd=folder)
-        if not self._bounds.allow_symlinks or not stays_inside(name, target):
+        if not stays_inside(name, target):
+            self._leave("link-out", name)
+            return
+        if not self._bounds.allow_symlinks:
             self._leave("link", name)
             return
         self._put(Entry(Kind.LINK, os.fsencode(name), target=os.fsencode(target)), name)
@@ -255,7 +289,7 @@ class _Walk:
         copied.size += node.size
         if copied.entries > self._bounds.entries:
             why = f"{self._tree.host} has more than {self._bounds.entries} entries (fs.max_entries)"
-            raise RefusedError("the program cannot be given its files", why, "Raise fs.max_entries, or name less")
+            raise EntriesError("the program cannot be given its files", why, "Raise fs.max_entries, or name less")
         if any(not sub or name == sub or name.startswith(f"{sub}/") for sub in self._written):
             copied.nodes[name] = node
 
@@ -272,7 +306,8 @@ class _Walk:
 WORDS: Final[dict[Reason, str]] = {
     "hidden": "its name begins with a dot (fs.deny_hidden)",
     "secret": "its name is one of a secret",
-    "link": "it is a link, and links are not allowed or it leads out (fs.allow_symlinks)",
+    "link": "it is a link (fs.allow_symlinks)",
+    "link-out": "it is a link that leads out of its root",
     "large": "it is larger than fs.max_read_bytes",
     "deep": "it lies deeper than fs.max_depth",
     "special": "it is neither a file nor a folder nor a link",
@@ -290,7 +325,12 @@ def stays_inside(name: str, target: str) -> bool:
     """
     way = [part for part in target.split("/") if part not in {"", "."}]
     up = next((count for count, part in enumerate(way) if part != ".."), len(way))
-    return not target.startswith("/") and up <= name.count("/") and ".." not in way[up:]
+    return bool(name) and not target.startswith("/") and up <= name.count("/") and ".." not in way[up:]
+
+
+def _one_of(patterns: Sequence[str]) -> re.Pattern[str] | None:
+    """What matches a name in lower case that one of them does; None for no pattern."""
+    return re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns)) if patterns else None
 
 
 def _names(fd: int) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from x07_sandbox.channel.trees import Event
+
+
+_PERMISSIONS: Final = 0o7777
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,8 +39,9 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Incoming:
-    """Takes the stream. data_fd: lent. roots: how many there are. problem: why not all of it was taken, else empty.
+    """Takes the stream. data_fd: lent. roots: how many there are.
 
+    problem: why not all of it was taken, else empty. too_many: whether that is for the number of its entries.
     most_entries, most_bytes: of all together; the bytes are those that the files claim to have, holes included, so that
     nobody makes us count zeros for hours.
     """
@@ -45,6 +49,7 @@ class Incoming:
     def __init__(self, data_fd: int, *, roots: int, most_entries: int, most_bytes: int) -> None:
         self.told: list[Told] = []
         self.problem = ""
+        self.too_many = False
         self.size = 0
         self._data_fd = data_fd
         self._roots = roots
@@ -98,7 +103,10 @@ class Incoming:
         if self._root < 0:
             raise PeerError("bad changes", "something stands before the first root")
         self._entries_left -= 1
+        if entry.mode & ~_PERMISSIONS and entry.kind is not Kind.OTHER:
+            raise PeerError("bad changes", "something has a mode with more than permission bits")
         if self._entries_left < 0:
+            self.too_many = True
             self.problem = "it has changed more entries than its policy lets it have (fs.max_entries)"
             return
         if entry.kind is Kind.FILE:

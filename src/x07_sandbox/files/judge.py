@@ -6,17 +6,18 @@ done keeps the whole set back, and each is named.
 
 from __future__ import annotations
 
+import stat
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from x07_sandbox.errors import PeerError
-from x07_sandbox.files.changes import Change, Node, Refused
-from x07_sandbox.files.copy import stays_inside
+from x07_sandbox.files.changes import STAGING, Change, Node, Refused
+from x07_sandbox.files.copy import DEPTH_MAX, NUMBER_MAX, stays_inside
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from x07_sandbox.files.copy import Bounds
     from x07_sandbox.files.incoming import Told
@@ -34,7 +35,10 @@ class Allowed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
-    """changes: all of a root, sorted by name. refused: those of them that may not be done."""
+    """changes: those of a root, sorted by name. refused: every reason why one may not be done, sorted by name.
+
+    What lies too deep, or is of no kind that a tree holds, is refused and no change.
+    """
 
     changes: tuple[Change, ...]
     refused: tuple[Refused, ...]
@@ -47,23 +51,26 @@ def judge(
 
     Raises PeerError where it contradicts itself, which an honest guest's never does.
     """
-    after, refused = _after(before, told)
+    near, refused = _near(told, bounds.depth)
+    after, others = _after(before, near)
+    refused += others
     # The root's own mode is not below it.
     changes = [
         Change(name=name, before=before.get(name), after=after.get(name))
         for name in sorted({*before, *after})
         if not _same(before.get(name), after.get(name)) and (name or not _is_folder(after.get(name)))
     ]
-    judged = {refusal.name: refusal for refusal in refused}
     moved = _moved(changes)
     for change in changes:
-        refusal = _by_name(change, bounds, protection) or _by_kind(change, bounds) or _by_deed(change, allowed, moved)
-        if refusal is not None and change.name not in judged:
-            judged[change.name] = refusal
+        refused += _by_name(change.name, bounds, protection)
+        refused += _by_kind(change, bounds)
+        refused += _by_deed(change, allowed, moved)
+    told_of = {refusal.name for refusal in refused if refusal.rule == "protected"}
     written = [change.name for change in changes if change.after is not None]
     for name, why in protection.repositories(after, written).items():
-        judged.setdefault(name, Refused(name=name, rule="protected", why=why))
-    return Judged(changes=tuple(changes), refused=tuple(judged[name] for name in sorted(judged)))
+        if name not in told_of:
+            refused.append(Refused(name=name, rule="protected", why=why))
+    return Judged(changes=tuple(changes), refused=tuple(sorted(refused, key=lambda refusal: refusal.name)))
 
 
 def _is_folder(node: Node | None) -> bool:
@@ -74,6 +81,27 @@ def _same(one: Node | None, other: Node | None) -> bool:
     return one is other or (one is not None and one.same(other))
 
 
+def _near(told: Iterable[Told], most: int) -> tuple[list[Told], list[Refused]]:
+    """What lies no deeper than *most* parts; the rest is refused by its uppermost folder that does, and judged no more.
+
+    First of all, since everything else looks at each part of a name.
+    """
+    near: list[Told] = []
+    deep: dict[str, int] = {}
+    for one in told:
+        depth = one.name.count("/") + 1
+        if depth <= most:
+            near.append(one)
+            continue
+        top = "/".join(one.name.split("/", most + 1)[: most + 1])
+        deep[top] = max(depth, deep.get(top, 0))
+    why = "it lies too deep, with all that is below it"
+    return near, [
+        Refused(name=name, rule="fs.max_depth", why=why, value=depth if depth <= DEPTH_MAX else None)
+        for name, depth in deep.items()
+    ]
+
+
 def _after(before: Mapping[str, Node], told: Iterable[Told]) -> tuple[dict[str, Node], list[Refused]]:
     """What is to be there, and what of it no tree can hold."""
     after = dict(before)
@@ -82,20 +110,34 @@ def _after(before: Mapping[str, Node], told: Iterable[Told]) -> tuple[dict[str, 
     for one in told:
         if one.name in heard and one.other is None:
             raise PeerError("bad changes", "something is told of twice")
+        if not one.name:
+            _check_root(one, before.get(""))
         heard.add(one.name)
         if one.other is not None:
             refused.append(Refused(name=one.name, rule="kind", why=_what(one.other)))
-            after.pop(one.name, None)
         elif one.node is not None:
             after[one.name] = one.node
         elif after.pop(one.name, None) is None:
             raise PeerError("bad changes", "what was never there is said to be gone")
     others = {refusal.name for refusal in refused}
+    whole = after.get("")  # no node where the root itself was not there: it is made as a folder
     for name in after:
         above = name.rpartition("/")[0]
-        if above and above not in others and (above not in after or after[above].kind != "folder"):
+        is_folder = _is_folder(after.get(above)) or (not above and whole is None) or above in others
+        if name and not is_folder:
             raise PeerError("bad changes", "something lies in what is no folder")
     return after, refused
+
+
+def _check_root(told: Told, before: Node | None) -> None:
+    """The root itself is mounted where the program finds it: it stays, and stays what it is. Raises PeerError."""
+    kind = before.kind if before else "folder"
+    if told.other is not None:
+        same = kind == "file" and stat.S_ISREG(told.other)  # it was given extended attributes
+    else:
+        same = told.node is not None and told.node.kind == kind
+    if not same:
+        raise PeerError("bad changes", "a root is said to be gone, or to be something else now")
 
 
 def _what(mode: int) -> str:
@@ -104,47 +146,44 @@ def _what(mode: int) -> str:
     return f"it is {kinds.get(mode >> 12, 'of no kind that a tree holds')}"
 
 
-def _by_name(change: Change, bounds: Bounds, protection: Protection) -> Refused | None:
-    name = change.name
+def _by_name(name: str, bounds: Bounds, protection: Protection) -> Iterator[Refused]:
     if why := protection.why(name):
-        return Refused(name=name, rule="protected", why=why)
-    if bounds.deny_hidden and any(part.startswith(".") for part in name.split("/")):
+        yield Refused(name=name, rule="protected", why=why)
+    if bounds.deny_hidden and "/." in f"/{name}":
         why = "its name begins with a dot, and fs.deny_hidden is true"
-        return Refused(name=name, rule="fs.deny_hidden", why=why, value=False)
-    depth = name.count("/") + 1
-    if depth > bounds.depth:
-        return Refused(name=name, rule="fs.max_depth", why="it lies too deep", value=depth)
-    return None
+        yield Refused(name=name, rule="fs.deny_hidden", why=why, value=False)
+    if f"/{STAGING}" in f"/{name}":
+        yield Refused(name=name, rule="reserved", why=f"names that begin with {STAGING} are for what applies changes")
 
 
-def _by_kind(change: Change, bounds: Bounds) -> Refused | None:
+def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
     name, node = change.name, change.after
     if node is None:
-        return None
+        return
     if node.kind == "link":
-        if not bounds.allow_symlinks:
-            return Refused(name=name, rule="fs.allow_symlinks", why="it is a link", value=True)
         if not stays_inside(name, node.target):
-            return Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads out of its root")
-    elif node.mode & _SPECIAL_BITS:
-        return Refused(name=name, rule="kind", why="it has a set-id or sticky bit")
-    elif node.kind == "file" and node.size > bounds.write_bytes:
-        return Refused(name=name, rule="fs.max_write_bytes", why="it is too large", value=node.size)
-    return None
+            yield Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads out of its root")
+        elif not bounds.allow_symlinks:
+            yield Refused(name=name, rule="fs.allow_symlinks", why="it is a link", value=True)
+        return
+    if node.mode & _SPECIAL_BITS:
+        yield Refused(name=name, rule="kind", why="it has a set-id or sticky bit")
+    if node.kind == "file" and node.size > bounds.write_bytes:
+        value = node.size if node.size <= NUMBER_MAX else None
+        yield Refused(name=name, rule="fs.max_write_bytes", why="it is too large", value=value)
 
 
-def _by_deed(change: Change, allowed: Allowed, moved: set[str]) -> Refused | None:
+def _by_deed(change: Change, allowed: Allowed, moved: set[str]) -> Iterator[Refused]:
     name, before, after = change.name, change.before, change.after
     if _is_folder(after) and not _is_folder(before) and not allowed.mkdir:
-        return Refused(name=name, rule="fs.allow_mkdir", why="it is a new folder", value=True)
+        yield Refused(name=name, rule="fs.allow_mkdir", why="it is a new folder", value=True)
     lost = before is not None and (after is None or after.kind != before.kind)
     if not lost or allowed.remove:
-        return None
-    if name in moved:
-        if allowed.rename:
-            return None
-        return Refused(name=name, rule="fs.allow_rename", why="it was given another name", value=True)
-    return Refused(name=name, rule="fs.allow_remove", why="it was removed", value=True)
+        return
+    if name not in moved:
+        yield Refused(name=name, rule="fs.allow_remove", why="it was removed", value=True)
+    elif not allowed.rename:
+        yield Refused(name=name, rule="fs.allow_rename", why="it was given another name", value=True)
 
 
 def _moved(changes: Iterable[Change]) -> set[str]:
@@ -167,9 +206,7 @@ def _moved(changes: Iterable[Change]) -> set[str]:
             folders.add(change.name)
         else:
             lost.add(change.name)
-    stay = {above for name in lost for above in _above(name)}
-    emptied = {above for name in moved for above in _above(name)}
-    return moved | ((folders & emptied) - stay)
+    return moved | ((folders & _above(moved)) - _above(lost))
 
 
 def _key(node: Node | None) -> tuple[str, int, str] | None:
@@ -178,6 +215,12 @@ def _key(node: Node | None) -> tuple[str, int, str] | None:
     return node.sha256, node.size, node.target
 
 
-def _above(name: str) -> list[str]:
-    parts = name.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+def _above(names: Iterable[str]) -> set[str]:
+    """All folders above these, the root left out; each is met once."""
+    found: set[str] = set()
+    for name in names:
+        above = name.rpartition("/")[0]
+        while above and above not in found:
+            found.add(above)
+            above = above.rpartition("/")[0]
+    return found

@@ -30,10 +30,12 @@ _MODES: Final = {"file": 0o100000, "link": 0o120000, "folder": 0o040000}
 def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
     """The patch in pieces: deletions first, then the rest, root by root. before, after: where contents come from."""
     for root in changes.roots:
-        if not root.changes:
+        if not (root.changes or root.refused):
             continue
         yield b"# in " + _quoted(os.fsencode(root.root)) + b"\n"
-        refused = {refusal.name: refusal.why for refusal in root.refused}
+        refused: dict[str, str] = {}
+        for refusal in root.refused:
+            refused[refusal.name] = "; ".join(filter(None, (refused.get(refusal.name), refusal.why)))
         for change in sorted(root.changes, key=lambda change: change.action != "deleted"):
             if why := refused.get(change.name):
                 yield b"# may not be done: " + _quoted(os.fsencode(change.name)) + b": " + _quoted(why.encode()) + b"\n"

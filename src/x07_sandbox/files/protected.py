@@ -7,27 +7,39 @@ time that the user works in the folder. Only the host's owner can allow it, by n
 from __future__ import annotations
 
 import fnmatch
+import functools
+import re
 import unicodedata
+from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
+from x07_sandbox.files.changes import shown
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 # By a part of the path, letters of either case. Git's own and what reads like it on other file systems.
 _PARTS: Final = (
     *(".git", "git~1", ".gitmodules", ".gitattributes", ".gitconfig", ".hg", ".svn", ".jj"),
     *(".x07", "x07.json", "x07-sandbox.toml"),
-    *(".envrc", ".env", ".direnv", ".mise.toml", "mise.toml", ".tool-versions", ".python-version", ".nvmrc"),
+    *(".envrc", ".env", ".direnv", ".tool-versions", ".python-version", ".nvmrc"),
+    *(".mise", ".mise.toml", ".mise.local.toml", "mise.toml", "mise.local.toml"),
     *(".profile", ".login", ".logout", ".bash*", ".zsh*", ".zprofile", ".zlogin", ".zlogout", ".ksh*", ".csh*"),
     *(".tcsh*", ".config", ".inputrc", ".screenrc", ".tmux.conf", ".xinitrc", ".xprofile", ".pam_environment"),
+    *(".xsession", ".xsessionrc", ".shrc", ".mkshrc", ".yashrc", ".xonshrc", ".gdbinit", ".lldbinit", ".rprofile"),
+    *(".irbrc", ".psqlrc", ".sqliterc"),
     *(".ssh", ".gnupg", ".netrc", ".npmrc", ".yarnrc*", ".pypirc", ".pip", "pip.conf", ".cargo", ".gemrc"),
     *(".vimrc", ".gvimrc", ".nvimrc", ".exrc", ".vim", ".emacs*", ".dir-locals.el", ".nanorc", "_vimrc"),
-    *(".vscode", ".idea", ".fleet", ".zed", ".cursor", ".claude", ".devcontainer", "*.code-workspace"),
+    *(".vscode", ".idea", ".fleet", ".zed", ".cursor", ".devcontainer", "*.code-workspace", ".devcontainer.json"),
+    *(".nvim.lua", ".lvimrc", ".theia", ".ideavimrc", "*.sublime-project"),
+    *(".claude", ".mcp.json", ".codex", ".gemini"),
     *(".github", ".gitlab-ci.yml", ".gitlab", ".circleci", ".travis.yml", ".drone.yml", ".woodpecker*", ".buildkite"),
     *("jenkinsfile", "azure-pipelines.yml", "bitbucket-pipelines.yml", "appveyor.yml", ".cirrus.yml", ".husky"),
-    *(".pre-commit-config.yaml", ".lefthook*", "lefthook.yml", ".overcommit.yml"),
+    *(".forgejo", ".gitea", ".appveyor.yml", ".build.yml", ".teamcity", ".semaphore", "azure-pipelines.yaml"),
+    *(".drone.yaml", ".pre-commit-config.yaml", ".lefthook*", "lefthook.yml", "lefthook.yaml", ".overcommit.yml"),
 )
-_GIT_NEEDS: Final = ("head", "objects", "refs")
+_GIT_NEEDS: Final = frozenset({"objects", "refs"})
+_GIT_NAMES: Final = frozenset({"head", "commondir", *_GIT_NEEDS})
 # Git on some file systems takes names for `.git` that hold these (CVE-2014-9390).
 _RANGES: Final = ((0x200C, 0x200F), (0x202A, 0x202E), (0x206A, 0x206F), (0xFEFF, 0xFEFF))
 _IGNORED: Final = frozenset(chr(number) for low, high in _RANGES for number in range(low, high + 1))
@@ -39,6 +51,12 @@ def folded(text: str) -> str:
     return unicodedata.normalize("NFC", plain).casefold().rstrip(". ")
 
 
+@functools.cache
+def _protected() -> re.Pattern[str]:
+    """All of _PARTS at once, a group for each: a hundred comparisons for each part of a large tree take minutes."""
+    return re.compile("|".join(f"({fnmatch.translate(pattern)})" for pattern in _PARTS))
+
+
 class Protection:
     """What is protected below one root.
 
@@ -47,52 +65,82 @@ class Protection:
     """
 
     def __init__(self, root: str, own: Sequence[str] = (), allowed: Sequence[str] = ()) -> None:
-        self._own = {folded(name) for name in own}
-        self._allowed = [pattern.casefold() for pattern in allowed]
-        self._root = self._parts(root.strip("/").split("/"))
+        # A part stands in the names of all that lies below it. These caches go with this object: names are a guest's.
+        self._folded = functools.cache(folded)
+        self._part = functools.cache(self._why_part)
+        self._lets_part = functools.cache(lambda part: self._matches(part, self._folded(part)))
+        self._folders: dict[str, str | None] = {}
+        self._own = {self._whole(name) for name in own}
+        self._allowed = [re.compile(fnmatch.translate(pattern.casefold())) for pattern in allowed]
+        self._root = next(filter(None, map(self._part, root.split("/"))), "")
 
     def why(self, name: str) -> str:
         """Why *name* may not be changed; empty if it may."""
-        if self._is_allowed(name):
+        if self.lets(name):
             return ""
-        if folded(name) in self._own:
+        if self._own and self._whole(name) in self._own:
             return "it is the policy or the manifest in use"
-        return self._root or self._parts(name.split("/"))
+        folder, _, part = name.rpartition("/")
+        above = _inherited(folder, self._folders, lambda inner: self._part(inner.rpartition("/")[2]) or None)
+        return self._root or above or self._part(part)
+
+    def lets(self, name: str) -> bool:
+        """Whether the host's owner has let *name* go: as it is written, or as it is compared."""
+        if not self._allowed:
+            return False
+        return self._matches(name, self._whole(name)) or any(map(self._lets_part, name.split("/")))
 
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
         """Those of *changed* that lie in a folder git takes for a repository, and why each may not.
 
-        nodes: all names that are to be there. A part of the path above that says `.git` is not needed for one.
+        nodes: all names that are to be there. A part of the path above that says `.git` is not needed for one, nor are
+        objects and references, where a file says in which other folder they are (gitrepository-layout(5)).
         """
-        names = {folded(name) for name in nodes}
-        bare = {
-            folder
-            for folder in {above for name in changed for above in _above(name)}
-            if all(folded(f"{folder}{part}") in names for part in _GIT_NEEDS)
-        }
-        return {
-            name: f"git takes {folder or 'the root'} for a repository, and would run what is in it"
-            for name in changed
-            for folder in _above(name)
-            if folder in bare and not self._is_allowed(name)
-        }
+        whole = functools.cache(self._whole)
+        found: dict[str, set[str]] = defaultdict(set)
+        for name in nodes:
+            folder, _, part = name.rpartition("/")
+            if (known := self._folded(part)) in _GIT_NAMES:
+                found[whole(folder)].add(known)
+        bare = {folder for folder, has in found.items() if "head" in has and ("commondir" in has or has >= _GIT_NEEDS)}
+        if not bare:
+            return {}
+        inside: dict[str, str | None] = {}
+        refused = {}
+        for name in changed:
+            above = name.rpartition("/")[0]
+            place = _inherited(above, inside, lambda inner: inner if whole(inner) in bare else None) if name else None
+            if place is not None and not self.lets(name):
+                where = shown(place) or "the root"
+                refused[name] = f"git takes {where} for a repository, and would run what is in it"
+        return refused
 
-    def _is_allowed(self, name: str) -> bool:
-        parts = [folded(part) for part in name.split("/")]
-        return any(
-            fnmatch.fnmatchcase("/".join(parts), pattern) or any(fnmatch.fnmatchcase(part, pattern) for part in parts)
-            for pattern in self._allowed
-        )
+    def _whole(self, name: str) -> str:
+        return "/".join(map(self._folded, name.split("/")))
 
-    def _parts(self, parts: Sequence[str]) -> str:
-        for part in parts:
-            for pattern in _PARTS:
-                if fnmatch.fnmatchcase(folded(part), pattern):
-                    return f"{pattern} is protected: other tools run or obey it"
-        return ""
+    def _matches(self, *forms: str) -> bool:
+        return any(pattern.match(form.casefold()) for pattern in self._allowed for form in forms)
+
+    def _why_part(self, part: str) -> str:
+        found = _protected().match(self._folded(part))
+        if found is None or found.lastindex is None:
+            return ""
+        return f"{_PARTS[found.lastindex - 1]} is protected: other tools run or obey it"
 
 
-def _above(name: str) -> list[str]:
-    """The folders above *name* with a slash behind each, the root as nothing."""
-    parts = name.split("/")
-    return ["/".join([*parts[:count], ""]) for count in range(len(parts))]
+def _inherited(folder: str, known: dict[str, str | None], own: Callable[[str], str | None]) -> str | None:
+    """What *own* says of the uppermost folder that it says something of, of those above *folder* and itself.
+
+    known: what was found for folders before, so that each is asked about once.
+    """
+    way = []
+    while folder not in known:
+        way.append(folder)
+        if not folder:
+            break
+        folder = folder.rpartition("/")[0]
+    found = known.get(folder)
+    for inner in reversed(way):
+        found = own(inner) if found is None else found
+        known[inner] = found
+    return found

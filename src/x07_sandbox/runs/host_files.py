@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.frames import Stream
-from x07_sandbox.errors import HostError, RefusedError
+from x07_sandbox.errors import BackendError, HostError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, shown
-from x07_sandbox.files.copy import SECRETS, WORDS, bounds_of, copy_tree
+from x07_sandbox.files.copy import DEPTH_MAX, NUMBER_MAX, WORDS, bounds_of, copy_tree
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     import contextlib
 
     from x07_sandbox.files.changes import Node, Refused
-    from x07_sandbox.files.copy import Copied, Reason
+    from x07_sandbox.files.copy import Bounds, Copied, LeftOut, Reason
     from x07_sandbox.files.roots import Mount, Tree
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.folder import RunFolder
@@ -36,10 +38,13 @@ if TYPE_CHECKING:
 
 _NAMES_MAX: Final = 1000  # of a result; all are in the run's folder
 _DENIALS_MAX: Final = 100
-_FIELDS: Final[dict[Reason, tuple[str, object]]] = {
-    "hidden": ("fs.deny_hidden", False),
-    "link": ("fs.allow_symlinks", True),
-    "deep": ("fs.max_depth", 256),
+_FIELDS: Final[dict[Reason, str]] = {
+    "hidden": "fs.deny_hidden",
+    "secret": "secrets",
+    "link": "fs.allow_symlinks",
+    "link-out": "fs.allow_symlinks",
+    "large": "fs.max_read_bytes",
+    "deep": "fs.max_depth",
 }
 
 
@@ -49,12 +54,11 @@ class HostFiles:
     def __init__(
         self, request: RunRequest, program: Program, policy: Policy, folder: RunFolder, stack: contextlib.ExitStack
     ) -> None:
-        """Copy in. Raises SandboxError."""
+        """Copy in. Raises SandboxError: EntriesError, of which too_many() tells."""
         self._request = request
         self._policy = policy
         self._place = folder.path / "changes"
-        secrets = tuple(pattern for pattern in (*SECRETS, *request.hide) if pattern not in request.reveal)
-        self._bounds = bounds_of(policy, secrets)
+        self._bounds = bounds_of(policy, request.hide, request.reveal)
         roots = roots_in_force(request, program, policy)
         self.areas = [Area(given=root.given, at=root.guest, write=root.write) for root in roots]
         self.trees = trees_of(roots)
@@ -112,15 +116,11 @@ class HostFiles:
         found = []
         for copied in self.copied:
             for reason, left in copied.left_out.items():
-                field, value = _FIELDS.get(reason, ("fs.read_roots", "a file that can be copied"))
-                flag = None
-                if reason == "large":
-                    field, value = "fs.max_read_bytes", left.most
-                elif reason == "secret":
-                    field, value, flag = "secrets", None, f"--reveal {Path(left.names[0]).name}"
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 subject = f"{', '.join(map(shown, left.names))}{more}: {WORDS[reason]}"
-                found.append(_denial(field, "copy", subject, "copying in", left.count, (value, flag)))
+                how = _to_let_in(reason, left, self._bounds)
+                field = _FIELDS.get(reason, "fs.read_roots")
+                found.append(_denial(field, "copy", subject, "copying in", left.count, how))
         return found
 
     # what came back
@@ -128,7 +128,7 @@ class HostFiles:
     def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
         """What becomes of the changes: the state, what was refused, and a warning or nothing.
 
-        ended_well: the program ended by itself. Raises PeerError where the guest contradicts itself, HostError.
+        ended_well: the program ended by itself. Raises PeerError where the guest contradicts itself, BackendError.
         """
         incoming = self.incoming
         if incoming is None:
@@ -136,16 +136,17 @@ class HostFiles:
         if not incoming.complete:
             self._forget()
             why = incoming.problem or "its machine ended before they came"
-            return Changes(state="discarded", reason=why), [], f"the program's changes to files are lost: {why}"
+            refused = [too_many(self._policy, "change", why)] if incoming.too_many else []
+            return Changes(state="discarded", reason=why), refused, f"the program's changes to files are lost: {why}"
         changes = self._judged(incoming)
         if not any(root.changes or root.refused for root in changes.roots):
             self._forget()
             return Changes(), [], ""
-        (self._place / "changes.json").write_bytes(encode(changes))
-        refused = [refusal for root in changes.roots for refusal in root.refused]
-        if refused:
-            why = f"{len(refused)} of them may not be done"
-            return _told(changes, "kept", why), [_refusal(one) for one in refused[:_DENIALS_MAX]], ""
+        self._keep(changes)
+        if any(root.refused for root in changes.roots):
+            refused = [_refusal(refusal) for root in changes.roots for refusal in root.refused[:_DENIALS_MAX]]
+            names = {(root.root, refusal.name) for root in changes.roots for refusal in root.refused}
+            return _told(changes, "kept", f"{len(names)} of them may not be done"), refused[:_DENIALS_MAX], ""
         if self._request.changes == "keep" or not ended_well:
             return _told(changes, "kept", "" if ended_well else "the program did not end by itself"), [], ""
         return self._applied(changes)
@@ -193,6 +194,15 @@ class HostFiles:
         # Where it is a link, that too: another in its place would be the next run's policy.
         places = {os.path.realpath(str(policy)), f"{os.path.realpath(folder)}/{name}"}
         return [os.path.relpath(path, mount.host) for path in sorted(places) if path.startswith(f"{mount.host}/")]
+
+    def _keep(self, changes: ChangeSet) -> None:
+        place = self._place / "changes.json"
+        try:
+            place.write_bytes(encode(changes))
+        except OSError as exc:
+            place.unlink(missing_ok=True)
+            why, fix = exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR to a larger disk"
+            raise BackendError("cannot keep the program's changes", why, fix) from exc
 
     def _forget(self) -> None:
         (self._place / "data").unlink(missing_ok=True)
@@ -246,14 +256,48 @@ def _told(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN4
     )
 
 
+def too_many(policy: Policy, action: str, subject: str) -> Denial:
+    """There were more entries than fs.max_entries, going in ("copy") or coming back ("change")."""
+    value = min(2 * bounds_of(policy).entries, NUMBER_MAX)
+    by = "copying in" if action == "copy" else "the check of changes"
+    return _denial("fs.max_entries", action, subject, by, 1, (value, None))
+
+
+def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds) -> tuple[object, str | None]:
+    """The value of the field, or the flag, that would let in what was left out; nothing where none would."""
+    value: object = None
+    if reason == "secret":
+        return None, _flag("--reveal", Path(left.names[0]).name)
+    if reason == "hidden":
+        value = False
+    elif reason == "link":
+        value = True
+    elif reason == "large" and left.most <= NUMBER_MAX:
+        value = left.most
+    elif reason == "deep" and bounds.depth < min(left.most, DEPTH_MAX):
+        value = min(left.most, DEPTH_MAX)
+    return value, None
+
+
+def _flag(flag: str, name: str) -> str:
+    """*flag* with a pattern for just this name, as a shell takes it; any one character for what cannot be written."""
+    pattern = "".join(char if char.isprintable() else "?" for char in glob.escape(name))
+    if pattern.startswith("-"):
+        pattern = f"[-]{pattern[1:]}"  # else it would be a flag
+    return f"{flag} {shlex.quote(pattern)}"
+
+
 def _refusal(refused: Refused) -> Denial:
-    flag = f"--allow-protected {shown(refused.name)}" if refused.rule == "protected" else None
+    flag = _flag("--allow-protected", refused.name) if refused.rule == "protected" else None
     subject = f"{shown(refused.name)}: {refused.why}"
     return _denial(refused.rule, "change", subject, "the check of changes", 1, (refused.value, flag))
 
 
 def _denial(field: str, action: str, subject: str, by: str, count: int, how: tuple[object, str | None]) -> Denial:
+    """how: a value of the policy's field, and a flag; None for either that would not do."""
     json_path = f"$.{field}" if "." in field else None  # the others are no fields: no policy decides them
+    value, flag = how
+    nothing = value is None and flag is None
     return Denial(
         field=field,
         action=action,
@@ -261,5 +305,5 @@ def _denial(field: str, action: str, subject: str, by: str, count: int, how: tup
         enforced_by=by,
         observed_by="host",
         count=count,
-        how_to_allow=HowToAllow(json_path=json_path, value=how[0], flag=how[1]),
+        how_to_allow=None if nothing else HowToAllow(json_path=json_path, value=value, flag=flag),
     )

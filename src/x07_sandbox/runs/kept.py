@@ -80,7 +80,7 @@ def do(kept: KeptChanges, changes: ChangeSet, on_wait: Callable[[str], None]) ->
     """Apply *changes*, which are those of *kept* or a part. Raises ConflictError, HostError."""
     from x07_sandbox.files.apply import apply
 
-    with (kept.folder / "data").open("rb") as data, applying(kept.run):
+    with _sensible(kept.run), (kept.folder / "data").open("rb") as data, applying(kept.run):
         return apply(changes, data.fileno(), kept.folder, on_wait=on_wait)
 
 
@@ -97,13 +97,22 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
     if why := why_no_undo(kept.folder):
         raise HostError(what, why, "Bring back what you need from your own copies")
     place = kept.folder / "undo"
-    changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
-    with (place / "data").open("rb") as data, applying(kept.run):
+    with _sensible(kept.run), (place / "data").open("rb") as data, applying(kept.run):
+        changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
         done = apply(changes, data.fileno(), kept.folder / "undoing", on_wait=on_wait)
         # From here on they are kept again, and can be applied again.
         shutil.rmtree(place)
         shutil.rmtree(kept.folder / "undoing")
     return done
+
+
+@contextlib.contextmanager
+def _sensible(run: str) -> Iterator[None]:
+    """Around what reads or applies a set: one that makes no sense can only be damaged. Raises HostError."""
+    try:
+        yield
+    except ValueError as exc:
+        raise HostError(f"cannot use the changes of run {run}", f"they are damaged: {exc}", "Run it again") from exc
 
 
 @contextlib.contextmanager

@@ -176,9 +176,7 @@ def _carry_out(
         _keep(folder.path / "policy.json", ready.policy_bytes)
     _add_refusals(plan, so_far)
     plan.require()
-    host_files = _host_files(request, program, policy, folder, stack)
-    if host_files is not None:
-        so_far.denials += host_files.denials()
+    host_files = host_files_of(request, program, policy, so_far, folder, stack)
     session = Session(request, program, so_far, folder, ready.backend, ready.image)
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
     failed = session.prepare(artifact, ready.policy_bytes)
@@ -190,19 +188,32 @@ def _carry_out(
     return ending if host_files is None else _settled(host_files, ending, so_far)
 
 
-def _host_files(
-    request: RunRequest, program: Program, policy: Policy, folder: RunFolder, stack: contextlib.ExitStack
+def host_files_of(
+    request: RunRequest,
+    program: Program,
+    policy: Policy,
+    so_far: Progress,
+    folder: RunFolder,
+    stack: contextlib.ExitStack,
 ) -> HostFiles | None:
-    """The host's files of a run, or None where it has none. Raises SandboxError."""
+    """The host's files of a run, or None where it has none; what did not go in is noted. Raises SandboxError."""
     roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
     if request.out is None and not roots:
         return None
-    from x07_sandbox.runs.host_files import HostFiles  # not on the way of a run without files
+    # Not on the way of a run without files.
+    from x07_sandbox.files.copy import EntriesError
+    from x07_sandbox.runs.host_files import HostFiles, too_many
     from x07_sandbox.runs.kept import recover_all
 
     recover_all(request.progress)  # a caller of the library has no command that did it
     with request.cancel.waiting():
-        return HostFiles(request, program, policy, folder, stack)
+        try:
+            host_files = HostFiles(request, program, policy, folder, stack)
+        except EntriesError as exc:
+            so_far.denials.append(too_many(policy, "copy", exc.why))
+            raise
+    so_far.denials += host_files.denials()
+    return host_files
 
 
 def _settled(host_files: HostFiles, ending: Verdict, so_far: Progress) -> Verdict:

@@ -197,6 +197,8 @@ CHANGES = {
     "twice": lambda: [file(b"x"), file(b"x", b"y")],
     "unsaid": lambda: [told(R.FILE, b"x", mode=0o644, size=1 << 20) + segment(5) + b"12345"],
     "hidden": lambda: [told(R.GONE, b".kept-back")],
+    "root-link": lambda: [told(R.GONE, b"a"), told(R.LINK, b"", target=b".ssh")],
+    "typed": lambda: [file(b"s", mode=0o100644)],
     "silent": list,
 }
 

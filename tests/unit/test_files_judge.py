@@ -1,0 +1,286 @@
+"""Promises of the judge of changes: what a guest may say of a root, what is protected, and how much work that is."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from tests.conftest import need
+from x07_sandbox.channel.trees import Entry, Kind
+from x07_sandbox.cli.apply import chosen
+from x07_sandbox.errors import PeerError, RefusedError
+from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
+from x07_sandbox.files.checks import check_set
+from x07_sandbox.files.copy import Bounds
+from x07_sandbox.files.incoming import Incoming, Told
+from x07_sandbox.files.judge import Allowed, Judged, judge
+from x07_sandbox.files.protected import Protection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+ROOT = "/home/u/project"
+BOUNDS = Bounds(
+    deny_hidden=False, allow_symlinks=True, read_bytes=1 << 20, write_bytes=1 << 20, entries=1 << 20, depth=128
+)
+ALL = Allowed(mkdir=True, remove=True, rename=True)
+NOTHING = Allowed(mkdir=False, remove=False, rename=False)
+FOLDER = Node(kind="folder", mode=0o755)
+FILE = Node(kind="file", mode=0o644, size=1, sha256="0" * 64, at=0)
+LINK = Node(kind="link", target="a")
+
+
+def new(*names: str, node: Node = FILE) -> list[Told]:
+    """Files that a guest tells of, with the folders that they lie in."""
+    found: dict[str, Node] = {}
+    for name in names:
+        parts = name.split("/")
+        found |= {"/".join(parts[:count]): FOLDER for count in range(1, len(parts))}
+        found[name] = node
+    return [Told(root=0, name=name, node=one) for name, one in found.items()]
+
+
+def judged(
+    told: list[Told],
+    before: dict[str, Node] | None = None,
+    allowed: Allowed = ALL,
+    bounds: Bounds = BOUNDS,
+    own: tuple[str, ...] = (),
+) -> Judged:
+    """What becomes of it."""
+    return judge({"": FOLDER} if before is None else before, told, bounds, allowed, Protection(ROOT, own))
+
+
+def as_set(found: Judged) -> ChangeSet:
+    """The set that is kept of it."""
+    root = RootChanges(root=ROOT, guest="/g", missing=False, changes=found.changes, refused=found.refused)
+    return ChangeSet(run="1-1-1", roots=(root,))
+
+
+def refused(found: Judged) -> set[tuple[str, str]]:
+    """Names and rules."""
+    return {(refusal.name, refusal.rule) for refusal in found.refused}
+
+
+# the root itself
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [
+        ({"": FOLDER, "a": FILE}, [Told(root=0, name="a"), Told(root=0, name="", node=LINK)]),
+        ({"": FOLDER, "a": FILE}, [Told(root=0, name="", node=LINK)]),
+        ({"": FOLDER}, [Told(root=0, name="", node=FILE)]),
+        ({"": FOLDER}, [Told(root=0, name="")]),
+        ({"": FOLDER}, [Told(root=0, name="", other=stat.S_IFIFO | 0o644)]),
+        ({"": FOLDER}, [Told(root=0, name="", other=stat.S_IFREG | 0o644)]),
+        ({}, [Told(root=0, name="", node=FILE)]),
+        ({}, [Told(root=0, name="", node=LINK), *new("a")]),
+        ({"": FILE}, [Told(root=0, name="", node=LINK)]),
+        ({"": FILE}, [Told(root=0, name="", node=FOLDER)]),
+        ({"": FILE}, [Told(root=0, name="")]),
+        ({"": FILE}, [Told(root=0, name="", other=stat.S_IFCHR | 0o644)]),
+        ({"": FILE}, new("a")),
+    ],
+)
+def test_a_root_stays_what_it_is(before: dict[str, Node], told: list[Told]) -> None:
+    """A root that is said to be gone, a link, or of another kind than was copied is a lie, whatever the policy lets."""
+    with pytest.raises(PeerError):
+        judged(told, before)
+
+
+def test_what_an_honest_guest_says_of_a_root_is_taken() -> None:
+    """A folder's new mode is its own business, a file that is a root may be written, and attributes are refused."""
+    other = msgspec.structs.replace(FILE, sha256="1" * 64)
+    assert judged([Told(root=0, name="", node=Node(kind="folder", mode=0o700)), *new("a")]).refused == ()
+    assert [change.name for change in judged(new("a"), {}).changes] == ["a"]
+    assert [change.after for change in judged([Told(root=0, name="", node=other)], {"": FILE}).changes] == [other]
+    attributes = judged([Told(root=0, name="", other=stat.S_IFREG | 0o644)], {"": FILE})
+    assert (attributes.changes, refused(attributes)) == ((), {("", "kind")})
+
+
+@pytest.mark.parametrize("kind", [Kind.FILE, Kind.FOLDER])
+def test_a_mode_has_permission_bits_only(kind: Kind) -> None:
+    """A file or folder with bits of a type in its mode breaks the protocol: no later step has to know of such."""
+    fd = os.memfd_create("x07-test")
+    try:
+        incoming = Incoming(fd, roots=1, most_entries=10, most_bytes=10)
+        with pytest.raises(PeerError):
+            incoming.take(Entry(Kind.ROOT, b"0").encoded() + Entry(kind, b"a", mode=0o100644).encoded())
+    finally:
+        os.close(fd)
+
+
+# protected names
+
+
+@pytest.mark.parametrize(
+    ("names", "inside"),
+    [
+        (["HEAD", "objects/x", "refs/x", "config"], "config"),
+        (["r/HEAD", "r/objects/x", "r/refs/x", "r/config"], "r/config"),
+        (["HEAD", "commondir", "config.worktree", "c/objects/x", "c/refs/x"], "config.worktree"),
+        (["r/Head", "r/COMMONDIR", "r/sub/deep/config"], "r/sub/deep/config"),
+    ],
+)
+def test_what_git_takes_for_a_repository_is_protected(names: list[str], inside: str) -> None:
+    """A folder with HEAD and objects and refs, or a file that says where those are, in any spelling."""
+    found = refused(judged(new(*names)))
+    assert (inside, "protected") in found
+    for missing in ("head", "commondir" if any("ommon" in name.lower() for name in names) else "refs/x"):
+        less = [name for name in names if not name.lower().endswith(missing)]
+        assert refused(judged(new(*less))) == set(), missing
+
+
+def test_git_runs_nothing_of_a_folder_that_it_would_take_for_a_repository(tmp_path: Path) -> None:
+    """A tree in which the git of this host runs a command of its configuration is one that the judge refuses."""
+    need(os.access("/usr/bin/git", os.X_OK), "git", installable=True)
+    contents = {
+        "HEAD": "ref: refs/heads/x\n",
+        "commondir": "c\n",
+        "c/objects/x": "",
+        "c/refs/x": "",
+        "c/config": "[core]\n\trepositoryformatversion = 1\n[extensions]\n\tworktreeConfig = true\n",
+        "config.worktree": '[core]\n\tbare = false\n\tworktree = .\n\tfsmonitor = "echo >ran; false"\n',
+    }
+    for name, text in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    env = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "GIT_CONFIG_NOSYSTEM": "1"}
+    subprocess.run(["/usr/bin/git", "status"], cwd=tmp_path, env=env, check=False, capture_output=True)
+    assert list(tmp_path.rglob("ran")), "this git runs nothing of it: the test looks at nothing"
+    assert {(name, "protected") for name in contents} <= refused(judged(new(*contents)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".forgejo/workflows/x.yml", ".gitea", ".appveyor.yml", ".build.yml", ".teamcity/x", ".semaphore"),
+        *("azure-pipelines.yaml", ".drone.yaml", "lefthook.yaml", ".devcontainer.json", ".nvim.lua", ".lvimrc"),
+        *(".theia", ".ideavimrc", "X.sublime-project", ".xsession", ".xsessionrc", ".shrc", ".mkshrc"),
+        *(".yashrc", ".xonshrc", ".gdbinit", ".lldbinit", ".Rprofile", ".irbrc", ".psqlrc", ".sqliterc"),
+        *(".mise.local.toml", ".mise/config.toml", "mise.local.toml", ".mcp.json", ".codex/config.toml"),
+        *(".gemini", ".GIT", "x07.json", "sub/.github/workflows/x"),
+    ],
+)
+def test_names_that_other_tools_obey_are_protected(name: str) -> None:
+    """What CI, editors, shells, debuggers and assistants run or read by itself, in any folder and spelling."""
+    assert Protection(ROOT).why(name)
+    assert Protection(ROOT).why(f"sub/{name}")
+    assert Protection(f"/home/{name}").why("x")
+    assert not Protection(ROOT, (), (name.partition("/")[0], "sub")).why(name)
+
+
+def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:
+    """What --allow-protected lets is only that a name is protected: other rules and other names still refuse."""
+    found = judged(
+        [Told(root=0, name=".vscode", node=Node(kind="link", target="/home/u/.ssh")), *new(".git/config", "mine.json")],
+        allowed=NOTHING,
+        own=("mine.json",),
+    )
+    assert refused(found) == {
+        *((".git", rule) for rule in ("protected", "fs.allow_mkdir")),
+        *((".vscode", rule) for rule in ("protected", "fs.allow_symlinks")),
+        (".git/config", "protected"),
+        ("mine.json", "protected"),
+    }
+    kept = as_set(found)
+    for patterns in (["*"], [".vscode", ".git", "mine.json"]):
+        with pytest.raises(RefusedError, match="leads out") as caught:
+            chosen(kept, [], patterns)
+        assert "is protected" not in caught.value.why
+    with pytest.raises(RefusedError, match="policy or the manifest in use"):
+        chosen(kept, [".vscode", ".git"], ["Jenkinsfile"])
+    only = chosen(kept, [".vscode", ".git"], ["mine.json"]).roots[0]
+    assert [change.name for change in only.changes] == ["mine.json"]
+
+
+def test_a_link_that_leads_out_is_refused_without_a_way() -> None:
+    """Neither with links allowed nor without does the judge name a value that would let such a link."""
+    for allow in (True, False):
+        bounds = msgspec.structs.replace(BOUNDS, allow_symlinks=allow)
+        told = [Told(root=0, name="l", node=Node(kind="link", target="../x"))]
+        assert [refusal.value for refusal in judged(told, bounds=bounds).refused] == [None]
+
+
+@pytest.mark.parametrize("size", [2**32 - 1, 2**32])
+def test_a_size_that_no_policy_can_say_is_not_named(size: int) -> None:
+    """A file is refused with the size that would let it, as long as the field can hold that."""
+    found = judged(new("big", node=msgspec.structs.replace(FILE, size=size)))
+    assert [refusal.value for refusal in found.refused] == [size if size < 2**32 else None]
+
+
+def test_what_the_judge_passes_can_be_applied() -> None:
+    """No set of which nothing was refused is one that makes no sense to whoever applies it."""
+    for told in (new("a/b/c", "d"), [Told(root=0, name="f", node=Node(kind="link", target="a"))], []):
+        check_set(as_set(judged(told)))
+    for name in (".x07-apply-0", "a/.x07-apply-0/b"):
+        assert "reserved" in {rule for _, rule in refused(judged(new(name)))}
+
+
+# work
+
+
+def calls(do: Callable[[], Any]) -> Counter[str]:
+    """How often each function of Python's was called meanwhile."""
+    found: Counter[str] = Counter()
+
+    def note(frame: Any, event: str, _what: object) -> None:  # noqa: ANN401 - the interpreter's own
+        if event == "call":
+            found[frame.f_code.co_name] += 1
+
+    sys.setprofile(note)
+    try:
+        do()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_a_reason_can_be_written_whatever_the_names_are() -> None:
+    """What is said of a folder whose name is no UTF-8 can be encoded, for the result and for the patch."""
+    place = os.fsdecode(b"\xff")
+    for refusal in judged(new(*(f"{place}/{name}" for name in ("HEAD", "commondir", "\udcfe.code-workspace")))).refused:
+        assert refusal.why.encode()
+
+
+def test_each_part_of_a_name_is_folded_once() -> None:
+    """However many names a part stands in, it is compared once: thousands of files in a deep folder cost few calls."""
+    folder = "/".join(f"src{number}" for number in range(20))
+    told = new(*(f"{folder}/{number}" for number in range(3000)))
+    found = calls(lambda: judged(told))
+    assert found["folded"] <= 20 + 3000 + len(ROOT.split("/"))
+    assert found["_why_part"] <= found["folded"]
+    assert found.total() < 30 * len(told)
+
+
+def test_what_lies_too_deep_costs_nothing() -> None:
+    """A thousand folders in each other are refused by the first that lies too deep, and none below is looked at."""
+    deep = "/".join("a" * 1000)
+    told = [*new(f"{deep}/x"), *(Told(root=0, name=f"{deep}/{number}", node=FILE) for number in range(1000))]
+    found: list[Judged] = []
+    work = calls(lambda: found.append(judged(told)))
+    assert [(refusal.name, refusal.rule, refusal.value) for refusal in found[0].refused] == [
+        ("/".join("a" * 129), "fs.max_depth", None)
+    ]
+    assert work.total() < 60 * 128 + 10 * len(told)
+
+
+def test_folders_above_are_met_once() -> None:
+    """What moved and what went are told from each other without going up from each name, nor is a repository."""
+    deep = "/".join("a" * 120)
+    before = {"": FOLDER} | {one.name: one.node for one in new(*(f"{deep}/{n}" for n in range(500))) if one.node}
+    told = [Told(root=0, name=name) for name in reversed(before) if name]
+    more = new("r/HEAD", "r/objects", "r/refs", *(f"r/{deep[:200]}/{number}" for number in range(500)))
+    found: list[Judged] = []
+    work = calls(lambda: found.append(judged(told + more, before)))
+    assert len(found[0].changes) == len(told) + len(more)
+    assert work.total() < 30 * len(found[0].changes)

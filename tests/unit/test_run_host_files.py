@@ -1,0 +1,264 @@
+"""Promises of the host's files of a run: what is said of what stayed out or may not come back is of use, and true."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shlex
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from tests.unit.test_refused_lines import result
+from x07_sandbox.channel.trees import Entry, Kind
+from x07_sandbox.cli.apply import chosen
+from x07_sandbox.cli.changed import tell
+from x07_sandbox.errors import BackendError, HostError, RefusedError, UsageError
+from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
+from x07_sandbox.files.copy import NUMBER_MAX
+from x07_sandbox.host.paths import private_dir
+from x07_sandbox.policy.default import default_policy
+from x07_sandbox.runs.folder import RunFolder
+from x07_sandbox.runs.kept import do, find
+from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.result import Changes
+from x07_sandbox.runs.run import host_files_of
+from x07_sandbox.runs.session import Progress
+from x07_sandbox.runs.streams import Cancel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from x07_sandbox.plan.denials import Denial
+    from x07_sandbox.runs.host_files import HostFiles
+
+RUN = "1700000000000-1-1"
+
+
+class Run:
+    """What is at hand when a run's files are copied in, its machine left out. root: a folder that it may change."""
+
+    def __init__(self, root: Path, stack: contextlib.ExitStack) -> None:
+        self.root = root
+        root.mkdir()
+        self.so_far = Progress(run_id=RUN)
+        self.folder = RunFolder(RUN, stack)
+        self.stack = stack
+        self.cancel = Cancel()
+        stack.callback(os.close, self.cancel.fd)
+
+    def files(self, fs: dict[str, Any] | None = None, **words: Any) -> HostFiles:  # noqa: ANN401 - any of a request's
+        """They, under the built-in policy with other rules for files."""
+        policy = default_policy()
+        rules = {"write_roots": (str(self.root),), "deny_hidden": False, **(fs or {})}
+        policy = msgspec.structs.replace(policy, fs=msgspec.structs.replace(policy.fs, **rules))
+        request = RunRequest(source=b"pass", toolchain="python", policy=policy, cancel=self.cancel, **words)
+        request, program = load_program(request, self.stack)
+        found = host_files_of(request, program, policy, self.so_far, self.folder, self.stack)
+        assert found is not None
+        return found
+
+    def denial(self, field: str) -> Denial:
+        """The one about it."""
+        (found,) = [denial for denial in self.so_far.denials if denial.field == field]
+        return found
+
+    def back(self, files: HostFiles, *entries: Entry) -> tuple[Changes, list[Denial], str]:
+        """What becomes of what a guest tells of."""
+        assert files.incoming is not None
+        for entry in (Entry(Kind.ROOT, b"0"), *entries, Entry(Kind.END, b"")):
+            if not files.incoming.take(entry.encoded()):
+                break
+        return files.settle(ended_well=True)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """A run with a state of its own."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "vm" / "jobs"))
+    private_dir(tmp_path / "vm")
+    with contextlib.ExitStack() as stack:
+        yield Run(tmp_path / "root", stack)
+
+
+def flag_of(denial: Denial) -> list[str]:
+    """The flag that it names, as a shell makes words of it."""
+    assert denial.how_to_allow is not None
+    assert denial.how_to_allow.flag is not None
+    return shlex.split(denial.how_to_allow.flag)
+
+
+NAMES = ["key.pem", "a;b.pem", "$(x) '.pem", "-x.pem", "[a].pem", "*.pem", "KEY.PEM", os.fsdecode(b"\xff\n.pem")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_flag_of_a_result_lets_a_secret_in(run: Run, name: str) -> None:
+    """--reveal as the result has it is one pattern for a shell, whatever is in the name, and lets just that name in."""
+    (run.root / name).write_text("a key")
+    (run.root / "\uff5e.pem").write_text("another")  # the last of all
+    assert set(run.files(changes="discard").copied[0].nodes) == {""}
+    denial = run.denial("secrets")
+    msgspec.json.encode(denial)
+    flags = flag_of(denial)
+    assert flags[0] == "--reveal"
+    assert not flags[1].startswith("-")
+    assert len(flags) == 2
+    run.so_far.denials.clear()
+    assert set(run.files(changes="discard", reveal=(flags[1],)).copied[0].nodes) == {"", name}
+
+
+def test_patterns_of_secrets_know_no_case(run: Run) -> None:
+    """--hide and --reveal mean a name in whatever case of letters it or they are written."""
+    for name in ("Notes.TXT", "a.pem", "b.pem"):
+        (run.root / name).write_text("x")
+    found = run.files(changes="discard", hide=("NOTES*",), reveal=("A.PEM",)).copied[0]
+    assert set(found.nodes) == {"", "a.pem"}
+
+
+def test_what_nothing_would_let_in_says_so(run: Run) -> None:
+    """A special file, a link that leads out and a file that no number of a policy reaches have no way to be allowed."""
+    os.mkfifo(run.root / "pipe")
+    (run.root / "out").symlink_to("/etc")
+    (run.root / "in").symlink_to("pipe")
+    with (run.root / "large").open("wb") as file:
+        file.truncate(NUMBER_MAX + 1)
+    run.files({"allow_symlinks": False})
+    ways = {denial.subject.split(":")[0]: denial.how_to_allow for denial in run.so_far.denials}
+    assert (ways["pipe"], ways["out"], ways["large"]) == (None, None, None)
+    assert ways["in"] is not None
+    assert (ways["in"].json_path, ways["in"].value) == ("$.fs.allow_symlinks", True)
+
+
+@pytest.mark.parametrize(("most", "parts", "value"), [(2, 3, 3), (256, 257, None), (300, 257, None)])
+def test_a_depth_is_named_that_a_policy_has(run: Run, most: int, parts: int, value: int | None) -> None:
+    """What lies too deep is told with the depth that lets it in, unless that is more than any run has."""
+    place = run.root
+    for _ in range(parts):
+        place /= "a"
+    place.mkdir(parents=True)
+    run.files({"max_depth": most})
+    how = run.denial("fs.max_depth").how_to_allow
+    assert (how and how.value) == value
+
+
+def test_too_many_entries_name_the_field(run: Run) -> None:
+    """Going in they start nothing, coming back all is discarded, and each is a denial with a larger number."""
+    for number in range(4):
+        (run.root / str(number)).write_text("x")
+    with pytest.raises(RefusedError, match="more than 3 entries"):
+        run.files({"max_entries": 3})
+    going = run.denial("fs.max_entries")
+    changes, coming, _ = run.back(
+        run.files({"max_entries": 6}), *(Entry(Kind.FOLDER, b"%d" % number, mode=0o755) for number in range(20, 40))
+    )
+    assert changes.state == "discarded"
+    for denial, action, value in ((going, "copy", 6), (coming[0], "change", 12)):
+        assert (denial.field, denial.action) == ("fs.max_entries", action)
+        assert denial.how_to_allow is not None
+        assert (denial.how_to_allow.json_path, denial.how_to_allow.value) == ("$.fs.max_entries", value)
+
+
+@pytest.mark.parametrize(
+    "name", ["a;reboot;/.envrc", ".bash*", "-x/.git", os.fsdecode(b"\xff\x1b/.envrc"), ".g\u200cit"]
+)
+def test_the_flag_of_a_result_lets_a_protected_name(run: Run, name: str) -> None:
+    """--allow-protected as the result has it is one pattern for a shell, and x07 apply takes it for just that name."""
+    files = run.files()
+    parts = name.split("/")
+    folders = [Entry(Kind.FOLDER, os.fsencode(part), mode=0o755) for part in parts[:-1]]
+    link = [Entry(Kind.LINK, b".bashrc", target=b"x"), Entry(Kind.LINK, os.fsencode(name), target=b"y")]
+    changes, denials, _ = run.back(files, *folders, *link)
+    assert (changes.state, changes.reason) == ("kept", "2 of them may not be done")
+    msgspec.json.encode(denials)
+    (denial,) = [denial for denial in denials if denial.field == "protected" and ".bashrc:" not in denial.subject]
+    word, pattern = flag_of(denial)
+    assert word == "--allow-protected"
+    kept = find(RUN).changes
+    with pytest.raises(RefusedError) as caught:
+        chosen(kept, [], [pattern])
+    assert caught.value.why.count("protected") == 1
+    assert ".bashrc: " in caught.value.why
+
+
+def test_what_may_not_come_back_says_whether_anything_would_let_it(run: Run) -> None:
+    """A pipe and a name of ours have no way, and a link has a value of the policy unless it leads out."""
+    files = run.files({"allow_symlinks": False})
+    pipe = Entry(Kind.OTHER, b"p", mode=0o010644)
+    ours = Entry(Kind.FOLDER, b".x07-apply-1", mode=0o755)
+    _, denials, _ = run.back(
+        files, pipe, ours, Entry(Kind.LINK, b"l", target=b"x"), Entry(Kind.LINK, b"m", target=b"/x")
+    )
+    assert [(denial.field, denial.how_to_allow and denial.how_to_allow.value) for denial in denials] == [
+        ("reserved", None),
+        ("fs.allow_symlinks", True),
+        ("fs.allow_symlinks", None),
+        ("kind", None),
+    ]
+
+
+def kept(changes: ChangeSet, folder: Path) -> None:
+    """What a run leaves of these."""
+    private_dir(folder / "changes")
+    (folder / "changes" / "changes.json").write_bytes(encode(changes))
+    (folder / "changes" / "data").write_bytes(b"")
+
+
+def test_a_set_that_makes_no_sense_is_an_error_that_is_told(run: Run) -> None:
+    """Whatever stands in the list of changes, applying ends with what is wrong, never with a fault of the command."""
+    made = Change(name=".x07-apply-1", before=None, after=Node(kind="folder", mode=0o755))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    with pytest.raises(HostError, match="damaged"):
+        do(find(RUN), find(RUN).changes, lambda _path: None)
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_of_a_list(run: Run) -> None:
+    """Where the list of changes cannot be written an error says so, and nothing is found later."""
+    files = run.files(changes="keep")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(BackendError, match="cannot keep"):
+            run.back(files, *(Entry(Kind.FOLDER, b"%d" % number, mode=0o755) for number in range(20)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    with pytest.raises(UsageError):
+        find(RUN)
+
+
+def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a result has fewer names than were deleted, the command lists all of them from the run's folder."""
+    gone = [f"gone {number}" for number in range(1500)]
+    node = Node(kind="file", mode=0o644, sha256="0" * 64)
+    changes = tuple(Change(name=name, before=node, after=None) for name in sorted(gone))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=changes)
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    ended = msgspec.structs.replace(result(), run=RUN, changes=Changes(state="kept", deleted=1500))
+    tell(ended)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "deleted: gone" in line] == [f"x07: deleted: {name}" for name in sorted(gone)]
+
+
+def test_a_link_that_comes_into_the_way_to_a_root_is_not_followed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder on the way that was exchanged for a link since the roots were chosen ends the copying."""
+    outer = run.root / "outer"
+    (outer / "in").mkdir(parents=True)
+    other = run.root / "other"
+    (other / "in").mkdir(parents=True)
+    (other / "in" / "secret").write_text("x")
+
+    def exchange(text: str) -> None:  # what a run says before it copies: the roots are chosen by then
+        if text.startswith("copying"):
+            outer.rename(run.root / "moved")
+            outer.symlink_to(other)
+
+    monkeypatch.chdir(run.root)
+    with pytest.raises(UsageError, match="cannot give the program"):
+        run.files({"write_roots": (str(outer / "in"),)}, progress=exchange)
