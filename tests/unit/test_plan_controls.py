@@ -252,6 +252,28 @@ def test_confinement_is_claimed_only_where_it_stands() -> None:
     assert states(make_plan(policy, VM), *names) == {"enforced"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"process__allow_execs": ["out/tool", "/tmp/tool"], "process__allow_exec_prefixes": ["/usr/"]}, ""),  # noqa: S108
+        ({"process__allow_exec_prefixes": ["/tmp/", "deps/", "/usr/"]}, "/tmp/, deps/"),  # noqa: S108 - the guest's own
+        ({"process__allow_exec_prefixes": ["/data/b"]}, ""),
+        ({"process__allow_exec_prefixes": ["/data/b"], "fs__write_roots": ["/data"]}, "/data/b"),
+        ({"process__allow_exec_prefixes": ["/data/b"], "fs__write_roots": ["/data"], "fs__enabled": False}, ""),
+        ({"process__allow_exec_prefixes": ["/data/../usr/"], "fs__write_roots": ["/data"]}, ""),
+        (
+            {"process__allow_exec_prefixes": [], "process__allow_execs": ["a/../tool"], "fs__write_roots": ["tool"]},
+            "a/../tool",
+        ),
+    ],
+)
+def test_a_list_tells_where_what_is_written_may_be_executed(changes: dict[str, object], told: str) -> None:
+    """The control names the entries that lead into a place where the program can write, and is silent without one."""
+    found = {control.field: control.why for control in plan(**changes).controls}["process.allow_exec_prefixes"]
+    assert found.partition("may be: ")[2] == told
+    assert "executed" in found
+
+
 def test_fewer_children_than_tasks_bound_all_tasks() -> None:
     """process.max_live stands in place of a larger limits.procs, unless no child may be started at all."""
     assert plan(process__max_live=8).limits.for_guest()["tasks"] == 9
@@ -273,6 +295,18 @@ def test_fewer_children_than_tasks_bound_all_tasks() -> None:
             (True, True, True, ("/bin/true", "/home/x/tool"), ("/home/x/deps/", "/usr/")),
         ),
         ({"process__allow_execs": ["/bin/true"]}, (True, True, True, None, ())),
+        (
+            {
+                "process__allow_execs": ["../tool", "a/../b", "/usr//bin/env"],
+                "process__allow_exec_prefixes": ["../../tmp/x", "deps/.", "//usr/bin/", "deps/x"],
+            },
+            (
+                *(True, True, True, ("/home/tool", "/home/x/b", "/usr/bin/env")),
+                ("/tmp/x", "/home/x/deps/", "/usr/bin/", "/home/x/deps/x"),  # noqa: S108 - the guest's own
+            ),
+        ),
+        ({"process__allow_exec_prefixes": ["//"]}, (True, True, True, None, ())),
+        ({"process__allow_exec_prefixes": ["/usr/.."]}, (True, True, True, None, ())),
     ],
 )
 def test_the_machine_is_told_what_the_policy_forbids(changes: dict[str, object], told: tuple[object, ...]) -> None:

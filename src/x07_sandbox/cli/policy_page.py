@@ -128,17 +128,24 @@ What is forbidden ends with an error at once, in the program and in all that it 
 | `threads.enabled` false | a seccomp filter: a process has one thread | `EPERM` |
 | `process.enabled` false | as `allow_spawn` and `allow_exec` false together | `EPERM` |
 | `process.allow_spawn` false | a seccomp filter: no child by fork, vfork, clone or posix_spawn | `EPERM` |
-| `process.allow_exec` false | a seccomp filter, once the program has started; `noexec` where it may write | `EPERM` |
-| a list without the prefix `/` | Landlock, below; `noexec` where the program may write | `EACCES` |
+| `process.allow_exec` false | a seccomp filter, once the program has started; `noexec`, below | `EPERM` |
+| a list without the prefix `/` | Landlock and `noexec`, below | `EACCES` |
 | `process.max_live` below `limits.procs` | the control group, for `limits.procs`: threads count too | `EAGAIN` |
 
 **A list** is `process.allow_execs` (paths) and `process.allow_exec_prefixes` (beginnings of paths); what an entry
 names may be executed. Every other program of the image can be neither executed nor read, so that the loader is no way
 around; libraries and data can be read, and names are seen. A relative entry is below the working directory. An entry
 counts for the file that is there when the program starts, by whatever name: where it is a link, for what it leads to.
-A script needs its interpreter on the list too. A prefix that covers a folder which the program may write to lets it
-execute what it writes there. The program itself may be executed again; the interpreter of a Python program only if
-the list says so, or if it had to be started anew (a variable that Python reads early, `--cold`, modules to preload).
+A script needs its interpreter on the list too. The program itself may be executed again; the interpreter of a Python
+program only if the list says so, or if it had to be started anew (a variable that Python reads early, `--cold`, modules
+to preload).
+
+With a list, or where nothing may be executed, what is not of the image (the program's files, read and write roots,
+`/tmp`, `/opt/x07`) is `noexec` but for what entries name: no loader runs it, and libraries there cannot be loaded
+either. A file that an entry names in a writable folder can be executed and, as long as the program runs, neither
+changed, moved nor removed; a folder is a mount of its own, so that moving files in or out is a copy (`EXDEV`). What the
+program writes may be executed where a prefix leads into a folder of its own or a write root, and where an entry names a
+single file that is a write root; `x07 policy explain` says of which entries that is so.
 
 Whatever the policy says, a filter refuses what no program needs: mounts, modules, namespaces, tracing, keyrings, bpf,
 perf, userfaultfd, io_uring, memfd_create, execveat by descriptor, kexec, and sockets that are not local, of the

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
+from x07_sandbox.plan.confinement import names_everything
 from x07_sandbox.plan.denials import Denial, HowToAllow
-from x07_sandbox.plan.places import OUT, PROGRAM, inside, place
+from x07_sandbox.plan.places import OUT, PROGRAM, WRITABLE, inside, place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +34,6 @@ _LIMITS: Final[dict[str, tuple[str, str, str, Literal["host", "guest"], int]]] =
 _TASKS: Final = frozenset({"clone", "clone3", "fork", "vfork"})
 _EXECUTES: Final = frozenset({"execve", "execveat"})
 _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
-_WRITABLE: Final = ("/tmp", "/dev/shm", PROGRAM, OUT)  # noqa: S108 - the guest's own
 _SECCOMP: Final = "the guest's seccomp filter"
 _LANDLOCK: Final = "the guest's Landlock rules"
 
@@ -129,7 +129,7 @@ def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area]) -
     process, path, count = policy.process, body["path"], body["count"]
     if not _listed(policy) or body["errno"] != errno.EACCES:
         return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
-    writable = [folder for folder in (*_WRITABLE, *(area.at for area in areas if area.write)) if inside(path, folder)]
+    writable = [folder for folder in (*WRITABLE, *(area.at for area in areas if area.write)) if inside(path, folder)]
     if writable:
         # The folder that is there when the program starts: an entry counts for what it finds then.
         prefix = f"{max(writable, key=len)}/"
@@ -144,7 +144,7 @@ def _on_list(policy: Policy, path: str) -> HowToAllow:
 
 def _listed(policy: Policy) -> bool:
     process = policy.process
-    return process.enabled and process.allow_exec and "/" not in process.allow_exec_prefixes
+    return process.enabled and process.allow_exec and not names_everything(process.allow_exec_prefixes)
 
 
 def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area]) -> Denial:

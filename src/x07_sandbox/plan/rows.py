@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from x07_sandbox.plan.confinement import entry_path, leading_into, names_everything
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import SCHEMA_VERSION
 
@@ -230,19 +231,33 @@ def _allow_exec(asked: Asked, field: str) -> Answer:
         return Answer("enforced", _VM, "the fields of this section say what is allowed")
     if "confinement" not in asked.holds:
         return _UNCONFINED
-    why = "after the program's own start every execution is refused with EPERM, and what it writes cannot be executed"
+    why = "after the program's own start every execution is EPERM, and nothing that is not of the image can be loaded"
     return Answer("enforced", f"{_SECCOMP}, noexec", why)
 
 
 def _execs(asked: Asked, _field: str) -> Answer:
-    if asked.may_execute and "/" in asked.entries("process.allow_exec_prefixes"):
+    if asked.may_execute and names_everything(asked.entries("process.allow_exec_prefixes")):
         return Answer("enforced", _VM, 'the prefix "/" allows every program in the machine')
     if "confinement" not in asked.holds:
         return _UNCONFINED
     if not asked.may_execute:
         return Answer("enforced", _SECCOMP, "nothing may be executed, so no entry counts")
-    why = "what no entry names can be neither executed nor read (EACCES), and what the program writes not executed"
+    why = "nothing that no entry names can be executed, nor a program of the image be read (EACCES)"
+    if found := _written_and_executed(asked):
+        why += f"; but what it writes there may be: {', '.join(ascii(entry)[1:-1] for entry in found)}"
     return Answer("enforced", "the guest's Landlock rules, noexec", why)
+
+
+def _written_and_executed(asked: Asked) -> list[str]:
+    """Entries of the lists that lead where the program can write; a file of a writable folder is kept as it is."""
+    from x07_sandbox.plan.places import PROGRAM, WRITABLE, place  # not on the way of a run without a list
+
+    given = asked.entries("fs.write_roots") if asked.files else ()
+    roots = [path for root in given if (path := place(str(root), PROGRAM, deny_hidden=False)[0])]
+    prefixes = [str(entry) for entry in asked.entries("process.allow_exec_prefixes")]
+    files = [str(entry) for entry in asked.entries("process.allow_execs")]
+    files = [entry for entry in files if entry_path(entry, PROGRAM) in roots]
+    return [*leading_into(prefixes, (*WRITABLE, *roots), PROGRAM), *files]
 
 
 def _max_live(asked: Asked, field: str) -> Answer:
