@@ -160,7 +160,8 @@ What a program was refused stands in the result (`denials`), and `x07 run` print
 x07: refused: write /data/; --allow-write-root /data lets it
 x07: refused: execute /usr/bin/nl; $.process.allow_execs = ["/usr/bin/env", "/usr/bin/nl"] in the policy lets it
 x07: refused: read /root/x; nothing allows it
-x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it
+x07: refused: start a new process; $.process.max_live = 16 in the policy comes first
+x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it (to write: --allow-write-root /data)
 ```
 
 | `field` | what was refused | how it is known |
@@ -173,6 +174,11 @@ x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it
 | `limits.procs`, `process.max_live`, `limits.fds` | one more task or descriptor | control group, audit |
 | `limits.wall_ms`, `limits.cpu_ms`, `limits.mem_bytes` | what ended the program | deadline, control group |
 | `permissions`, `system-calls`, `scratch` | what nothing allows: `how_to_allow` is null | audit, filter, disk |
+
+Doing what `how_to_allow` says never makes an invalid policy: where a rule wants another field first (above: "comes
+first"), that is what it says, and the next run tells the rest. Where a policy could not say it (a path with `;`), it is
+null. Names in flags are quoted for a shell: they may be the program's. Of a file that is not there nothing tells what
+it was to be opened for, so a hint says what lets it be read (`how`) and what lets it be made (`to_write`).
 
 A subject with a slash at its end is the folder in which something new was to be made. At most 64 different ones are
 told of the audit's; `denials_lost` counts what came beyond, or faster than the kernel records. A path that does not

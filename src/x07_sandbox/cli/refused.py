@@ -30,21 +30,24 @@ def tell(result: Result) -> None:
     if more:
         say(f"and {more} more things were refused; --json lists them, or as many as were seen")
     for hint in result.hints:
-        say(f"{hint.subject} is not in the sandbox{how(hint.how)}")
+        to_write = f" (to write: {hint.to_write.flag})" if hint.to_write and hint.to_write.flag else ""
+        say(f"{hint.subject} is not in the sandbox{how(hint.how, 'fs.read_roots')}{to_write}")
 
 
 def _line(denial: Denial) -> str:
     times = f" ({denial.count} times)" if denial.count > 1 else ""
-    return f"refused: {denial.action} {denial.subject}{times}{how(denial.how_to_allow)}"
+    return f"refused: {denial.action} {denial.subject}{times}{how(denial.how_to_allow, denial.field)}"
 
 
-def how(allowing: HowToAllow | None) -> str:
-    """What would allow it, as the end of a line."""
+def how(allowing: HowToAllow | None, field: str = "") -> str:
+    """What would allow it, as the end of a line. field: what refused it, where that is known."""
     if allowing is None:
         return "; nothing allows it"
     if allowing.flag:
         return f"; {allowing.flag} lets it"
-    return f"; {allowing.json_path} = {_value(allowing.value)} in the policy lets it"
+    # A policy may need another field first: what comes then is told by the next run.
+    does = "lets it" if allowing.json_path == f"$.{field}" or "." not in field else "comes first"
+    return f"; {allowing.json_path} = {_value(allowing.value)} in the policy {does}"
 
 
 def _value(value: object) -> str:
