@@ -232,6 +232,22 @@ def test_x07s_own_variables_cannot_be_denied() -> None:
     assert refusal.field == "env.deny_keys"
 
 
+def test_x07s_own_variables_of_the_host_cannot_be_asked_for() -> None:
+    """A policy that wants the host's X07 variables in is refused by name, and not where no variable goes in."""
+    (refusal,) = plan(env__allow_keys=["LANG", "X07_VM_STATE_DIR", "X07_OS_FS"]).refusals
+    assert refusal.field == "env.allow_keys"
+    assert "X07_OS_FS, X07_VM_STATE_DIR" in refusal.why
+    assert plan(env__allow_keys=["X07_OS_FS"], env__enabled=False).refusals == ()
+
+
+def test_what_counts_in_place_of_a_value_is_said() -> None:
+    """Of files the controls say the bound that is in force whatever the policy says, and that a flag may give more."""
+    why = {control.field: control.why for control in plan(fs__read_roots=["."], fs__max_depth=1000).controls}
+    assert "more than 256 for 256" in why["fs.max_depth"]
+    assert {"--out" in control.why for control in plan().controls if control.field in FILE_FIELDS} == {True}
+    assert not any("--out" in control.why for control in plan(fs__enabled=False).controls)
+
+
 def test_a_variable_too_long_for_linux_is_refused_before_anything_starts() -> None:
     """A list that no program could be started with is refused by name, not by a failing start."""
     made = plan(process__allow_execs=["/" + "x" * 4000] * 40)

@@ -97,7 +97,7 @@ _FILE_RULES: Final = {
     "fs.max_read_bytes": "a larger file does not go in; 0 stands for 16 MiB",
     "fs.max_write_bytes": "a larger file does not come back; 0 stands for 16 MiB",
     "fs.max_entries": "more entries do not go in, nor come back; 0 stands for 10,000",
-    "fs.max_depth": "what lies deeper neither goes in nor comes back; 0 stands for 64",
+    "fs.max_depth": "what lies deeper neither goes in nor comes back; 0 stands for 64, and more than 256 for 256",
 }
 
 
@@ -154,6 +154,9 @@ def _copied(asked: Asked, field: str) -> Answer:
 def _no_files(asked: Asked, _field: str) -> Answer:
     if "no-host-files" not in asked.holds:
         return Answer("refused", _NOBODY, "this backend does not keep the host's files away")
+    if asked.values["fs.enabled"] is True:
+        why = "no file of the host is in the machine, unless --out gives a folder: that is a write root like any other"
+        return Answer("enforced", _VM, why)
     return Answer("enforced", _VM, "no file of the host is in the machine")
 
 
@@ -192,6 +195,11 @@ def _no_variables(asked: Asked, field: str) -> Answer:
     if "no-host-variables" not in asked.holds:
         return Answer("refused", _NOBODY, "this backend passes variables of the host")
     if field == "env.allow_keys" and asked.entries(field) and asked.values["env.enabled"] is True:
+        own = sorted(str(key) for key in asked.entries(field) if str(key).startswith("X07_"))
+        if own:
+            return Answer(
+                "refused", _NOBODY, f"the host's {', '.join(own)} never go in, since such names are X07's own"
+            )
         return Answer("enforced", _VM, "of the host's variables these go in, where they are set, and no others")
     if field == "env.deny_keys" and asked.entries(field):
         own = sorted(str(key) for key in asked.entries(field) if _is_own(key))
