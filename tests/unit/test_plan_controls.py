@@ -232,6 +232,22 @@ def test_x07s_own_variables_cannot_be_denied() -> None:
     assert refusal.field == "env.deny_keys"
 
 
+def test_x07s_own_variables_of_the_host_cannot_be_asked_for() -> None:
+    """A policy that wants the host's X07 variables in is refused by name, and not where no variable goes in."""
+    (refusal,) = plan(env__allow_keys=["LANG", "X07_VM_STATE_DIR", "X07_OS_FS"]).refusals
+    assert refusal.field == "env.allow_keys"
+    assert "X07_OS_FS, X07_VM_STATE_DIR" in refusal.why
+    assert plan(env__allow_keys=["X07_OS_FS"], env__enabled=False).refusals == ()
+
+
+def test_what_counts_in_place_of_a_value_is_said() -> None:
+    """Of files the controls say the bound that is in force whatever the policy says, and that a flag may give more."""
+    why = {control.field: control.why for control in plan(fs__read_roots=["."], fs__max_depth=1000).controls}
+    assert "more than 256 for 256" in why["fs.max_depth"]
+    assert {"--out" in control.why for control in plan().controls if control.field in FILE_FIELDS} == {True}
+    assert not any("--out" in control.why for control in plan(fs__enabled=False).controls)
+
+
 def test_a_variable_too_long_for_linux_is_refused_before_anything_starts() -> None:
     """A list that no program could be started with is refused by name, not by a failing start."""
     made = plan(process__allow_execs=["/" + "x" * 4000] * 40)
@@ -250,6 +266,28 @@ def test_confinement_is_claimed_only_where_it_stands() -> None:
     names = ("threads.enabled", "process.allow_spawn", "process.allow_exec", "process.allow_execs", "process.max_live")
     assert states(make_plan(policy, weak), *names) == {"refused"}
     assert states(make_plan(policy, VM), *names) == {"enforced"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"process__allow_execs": ["out/tool", "/tmp/tool"], "process__allow_exec_prefixes": ["/usr/"]}, ""),  # noqa: S108
+        ({"process__allow_exec_prefixes": ["/tmp/", "deps/", "/usr/"]}, "/tmp/, deps/"),  # noqa: S108 - the guest's own
+        ({"process__allow_exec_prefixes": ["/data/b"]}, ""),
+        ({"process__allow_exec_prefixes": ["/data/b"], "fs__write_roots": ["/data"]}, "/data/b"),
+        ({"process__allow_exec_prefixes": ["/data/b"], "fs__write_roots": ["/data"], "fs__enabled": False}, ""),
+        ({"process__allow_exec_prefixes": ["/data/../usr/"], "fs__write_roots": ["/data"]}, ""),
+        (
+            {"process__allow_exec_prefixes": [], "process__allow_execs": ["a/../tool"], "fs__write_roots": ["tool"]},
+            "a/../tool",
+        ),
+    ],
+)
+def test_a_list_tells_where_what_is_written_may_be_executed(changes: dict[str, object], told: str) -> None:
+    """The control names the entries that lead into a place where the program can write, and is silent without one."""
+    found = {control.field: control.why for control in plan(**changes).controls}["process.allow_exec_prefixes"]
+    assert found.partition("may be: ")[2] == told
+    assert "executed" in found
 
 
 def test_fewer_children_than_tasks_bound_all_tasks() -> None:
@@ -273,6 +311,18 @@ def test_fewer_children_than_tasks_bound_all_tasks() -> None:
             (True, True, True, ("/bin/true", "/home/x/tool"), ("/home/x/deps/", "/usr/")),
         ),
         ({"process__allow_execs": ["/bin/true"]}, (True, True, True, None, ())),
+        (
+            {
+                "process__allow_execs": ["../tool", "a/../b", "/usr//bin/env"],
+                "process__allow_exec_prefixes": ["../../tmp/x", "deps/.", "//usr/bin/", "deps/x"],
+            },
+            (
+                *(True, True, True, ("/home/tool", "/home/x/b", "/usr/bin/env")),
+                ("/tmp/x", "/home/x/deps/", "/usr/bin/", "/home/x/deps/x"),  # noqa: S108 - the guest's own
+            ),
+        ),
+        ({"process__allow_exec_prefixes": ["//"]}, (True, True, True, None, ())),
+        ({"process__allow_exec_prefixes": ["/usr/.."]}, (True, True, True, None, ())),
     ],
 )
 def test_the_machine_is_told_what_the_policy_forbids(changes: dict[str, object], told: tuple[object, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -11,12 +12,15 @@ from x07_sandbox.plan.denials import Area, HowToAllow
 from x07_sandbox.plan.hints import hints
 from x07_sandbox.plan.observed import denials, limit_hit, more_tasks
 from x07_sandbox.policy import default_policy
+from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.model import Policy
+from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 EACCES, EPERM, EROFS, EMFILE = 13, 1, 30, 24
+START: Final = "/opt/x07"
 AREAS: Final = (
     Area(given="/data", at="/data", write=False),
     Area(given="/data/out", at="/data/out", write=True),
@@ -54,6 +58,8 @@ def seccomp(call: str) -> dict[str, object]:
         ({"process.allow_exec": False}, seccomp("execve"), "process.allow_exec", ("$.process.allow_exec", True)),
         ({"process.enabled": False}, seccomp("execve"), "process.allow_exec", ("$.process.enabled", True)),
         ({}, seccomp("clone"), "system-calls", None),
+        ({}, seccomp("execveat"), "system-calls", None),
+        ({"process.allow_exec": False}, seccomp("execveat"), "process.allow_exec", ("$.process.allow_exec", True)),
         ({}, seccomp("mount"), "system-calls", None),
         # programs
         (
@@ -74,6 +80,24 @@ def seccomp(call: str) -> dict[str, object]:
             "process.allow_exec_prefixes",
             ("$.process.allow_exec_prefixes", ["/tmp/"]),  # noqa: S108 - as above
         ),
+        # on the list already: it is the file that cannot be executed
+        (LISTED, kernel("execve", "/usr/bin/env", EACCES), "permissions", None),
+        (LISTED, kernel("openat", "/usr/bin/env", EACCES), "permissions", None),
+        ({"process.allow_exec_prefixes": ["/tmp/"]}, kernel("execve", "/tmp/a.txt", EACCES), "permissions", None),  # noqa: S108
+        (
+            {"process.allow_exec_prefixes": ["../x07/a"]},
+            kernel("execve", "/opt/x07/a.txt", EACCES),
+            "permissions",
+            None,
+        ),
+        # of a folder that is not known
+        (LISTED, kernel("execve", ".../tool", EACCES), "permissions", None),
+        ({"fs.deny_hidden": False}, kernel("mkdirat", ".../", EROFS, write=True), "permissions", None),
+        ({"fs.deny_hidden": False}, kernel("creat", "a/b", EROFS, write=True), "permissions", None),
+        ({}, kernel("bind", "", EACCES, write=True), "permissions", None),
+        # no policy could say it
+        ({}, kernel("mkdir", "/srv/a;b/", EROFS, write=True), "fs.write_roots", None),
+        ({"process.allow_exec_prefixes": []}, kernel("execve", "/usr/bin/a;b", EACCES), "process.allow_execs", None),
         ({}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions", None),
         ({}, kernel("openat", "/usr/bin/secret", EACCES), "permissions", None),
         # files
@@ -82,6 +106,12 @@ def seccomp(call: str) -> dict[str, object]:
         ({}, kernel("openat", "/root/x", EACCES), "permissions", None),
         ({}, kernel("unlink", "/tmp/x", EPERM, write=True), "permissions", None),  # noqa: S108 - as above
         ({}, kernel("openat", "/x07/out/", EROFS, write=True), "fs.write_roots", (None, None)),
+        (
+            {"fs.enabled": False},
+            kernel("openat", "/x07/out/", EROFS, write=True),
+            "fs.write_roots",
+            ("$.fs.enabled", True),
+        ),
         (
             {"fs.enabled": True},
             kernel("openat", "/srv/", EROFS, write=True),
@@ -108,7 +138,7 @@ def test_a_refusal_names_the_field_and_what_would_allow_it(
     changes: dict[str, object], body: dict[str, object], field: str, how: tuple[str | None, object] | None
 ) -> None:
     """The smallest change of the policy that would let it pass, or none where none would."""
-    (denial,) = denials([body], policy(changes), AREAS)
+    (denial,) = denials([body], policy(changes), AREAS, START)
     assert denial.field == field
     allowing = denial.how_to_allow
     assert (allowing and (allowing.json_path, allowing.value)) == how
@@ -116,15 +146,86 @@ def test_a_refusal_names_the_field_and_what_would_allow_it(
     assert denial.count == body["count"]
 
 
+REFUSED: Final = (
+    *(seccomp(call) for call in ("vfork", "clone", "execve", "execveat", "mount")),
+    kernel("socket", "", EMFILE),
+    kernel("mkdir", "/srv/", EROFS, write=True),
+    kernel("mkdir", "/srv/a;b/", EROFS, write=True),
+    kernel("openat", "/x07/out/", EROFS, write=True),
+    kernel("execve", "/usr/bin/true", EACCES),
+    kernel("execve", "/tmp/a;b", EACCES),  # noqa: S108 - the guest's
+    kernel("openat", "/usr/bin/" + "x" * 5000, EACCES),
+)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("body", REFUSED, ids=lambda body: f"{body['call']} {body['path'][:20]}")
+def test_what_is_advised_makes_no_invalid_policy(template: str, body: dict[str, object]) -> None:
+    """Whoever does what is said, again and again, has a valid policy at each step, and at the end what was wanted."""
+    made, said = TEMPLATES[template], []
+    for _ in range(10):
+        (denial,) = denials([body], made, (), START)
+        how = denial.how_to_allow
+        if how is None or how.json_path is None or how in said:
+            break
+        said.append(how)
+        document = msgspec.to_builtins(made)
+        section, key = how.json_path.removeprefix("$.").split(".")
+        document[section][key] = how.value
+        made = decode_policy(msgspec.json.encode(document), source="p")
+    if body["call"] in {"vfork", "clone"}:
+        assert made.process.allow_spawn
+        assert denials([body], made, (), START)[0].field == "system-calls"
+    if body["call"] == "execve" and body["by"] == "seccomp":
+        assert made.process.allow_exec
+
+
+def test_counts_stay_what_json_can_say() -> None:
+    """However often the guest says that it was refused, the sum can be written."""
+    body = kernel("openat", "/root/x", EACCES) | {"count": 2**63 - 1}
+    (denial,) = denials([body, body, body], policy({}), (), START)
+    assert b'"count":9223372036854775807' in msgspec.json.encode(denial)
+
+
+def test_what_is_advised_is_one_word_to_a_shell() -> None:
+    """Names are the program's: in flags they are quoted, as values they stand as they are."""
+    name = "/srv/$(id) 'b'"
+    (denial,) = denials([kernel("mkdir", f"{name}/", EROFS, write=True)], policy({}), (), START)
+    (hint,) = hints(b"cat: /d/$(id>&2): No such file or directory\n", policy({}), (), START)
+    assert denial.how_to_allow is not None
+    assert hint.to_write is not None
+    assert denial.how_to_allow.value == [name]
+    assert shlex.split(denial.how_to_allow.flag or "") == ["--allow-write-root", name]
+    assert shlex.split(hint.how.flag or "") == ["--allow-read-root", "/d/$(id>&2)"]
+    assert hint.to_write.flag == "--allow-write-root /d"
+
+
+def test_a_missing_path_is_hinted_at_to_be_written_too() -> None:
+    """Nothing says what it was opened for: its folder as a write root is told, where it may be one."""
+    told = "FileNotFoundError: [Errno 2] No such file or directory: '{}'"
+    found = {}
+    for path in ("/data/out.txt", "/top.txt", "out/result.txt"):
+        (hint,) = hints(told.format(path).encode(), policy({}), (), START)
+        found[path] = hint.to_write and hint.to_write.flag
+    assert found == {
+        "/data/out.txt": "--allow-write-root /data",
+        "/top.txt": None,
+        "out/result.txt": "--allow-write-root out",
+    }
+    (hint,) = hints(told.format("/data/x").encode(), policy({"fs.enabled": False}), (), START)
+    assert hint.how == HowToAllow(json_path="$.fs.enabled", value=True)
+    assert hints(told.format("/data/a;b").encode(), policy({}), (), START) == []
+
+
 def test_what_is_the_same_to_the_policy_is_told_once() -> None:
     """A fork and a vfork are one thing that was refused, and their counts are added."""
-    (denial,) = denials([seccomp("clone"), seccomp("vfork")], policy({"process.allow_spawn": False}), ())
+    (denial,) = denials([seccomp("clone"), seccomp("vfork")], policy({"process.allow_spawn": False}), (), START)
     assert (denial.subject, denial.count) == ("a new process", 4)
 
 
 def test_flags_name_the_folder_as_the_user_did() -> None:
     """For files there is a flag, which does all that the policy would need."""
-    (denial,) = denials([kernel("openat", "/opt/x07/in/", EROFS, write=True)], policy({}), AREAS)
+    (denial,) = denials([kernel("openat", "/opt/x07/in/", EROFS, write=True)], policy({}), AREAS, START)
     assert denial.how_to_allow is not None
     assert denial.how_to_allow.flag == "--allow-write-root in"
 

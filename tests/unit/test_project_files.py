@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import Cancelled, RefusedError, UsageError
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.runs.host_files import roots_in_force
 from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, policy_in_force, read_policy
 from x07_sandbox.runs.streams import Cancel
@@ -164,6 +165,16 @@ def test_reading_a_project_ends_when_it_is_cancelled(folder: Path, stack: contex
     cancel(15)
     with pytest.raises(Cancelled):
         load_program(RunRequest(program=folder, cancel=cancel), stack)
+
+
+def test_out_is_refused_where_the_policy_gives_no_files(folder: Path, stack: contextlib.ExitStack) -> None:
+    """With fs.enabled false --out is an error that says what to set, as the other flags about roots are."""
+    out = folder.parent / "out"
+    request, program = load(stack, folder, out=out)
+    policy = default_policy()
+    assert [root.host for root in roots_in_force(request, program, policy)] == [str(out)]
+    with pytest.raises(RefusedError, match=r"fs.enabled is false .*Set fs.enabled to true"):
+        roots_in_force(request, program, replace(policy, fs=replace(policy.fs, enabled=False)))
 
 
 @pytest.mark.parametrize("field", ["read_roots", "write_roots"])

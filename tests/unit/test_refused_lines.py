@@ -69,12 +69,32 @@ def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFi
 def test_lines_are_short_and_act_on_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a long list only what is added is shown; names and hints come without control characters."""
     how = HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{number}" for number in range(100)])
-    hint = Hint(subject="/a\x1b[2J", how=HowToAllow(json_path=None, value=None, flag="--allow-read-root /a"))
+    flags = [HowToAllow(json_path=None, value=None, flag=f"--allow-{name}-root /a") for name in ("read", "write")]
+    hint = Hint(subject="/a\x1b[2J", how=flags[0], to_write=flags[1])
     tell(result(denial("/bin/\x1b[2J99", how), hints=(hint,)))
     said = capsys.readouterr().err
     assert '$.process.allow_execs = [..., "/bin/99"] in the policy lets it' in said
-    assert "is not in the sandbox; --allow-read-root /a lets it" in said
+    assert "is not in the sandbox; --allow-read-root /a lets it (to write: --allow-write-root /a)" in said
     assert "\x1b" not in said
+
+
+def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """A value of another field than the one that refused it is called what it is: a first step."""
+    files = HowToAllow(json_path="$.fs.enabled", value=True)
+    spawn = Denial(
+        field="process.allow_spawn",
+        action="start",
+        subject="a new process",
+        enforced_by="it",
+        observed_by="guest",
+        count=1,
+        how_to_allow=HowToAllow(json_path="$.process.max_live", value=16),
+    )
+    tell(result(spawn, hints=(Hint(subject="/a", how=files),)))
+    assert capsys.readouterr().err.splitlines() == [
+        "x07: refused: start a new process; $.process.max_live = 16 in the policy comes first",
+        "x07: /a is not in the sandbox; $.fs.enabled = true in the policy comes first",
+    ]
 
 
 def test_what_others_say_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -359,3 +359,63 @@ def test_files_of_the_host_are_held_to_the_list_too(sandbox: Sandbox, tmp_path: 
         "written": "Permission denied",
         "there": "Permission denied",
     }
+
+
+LOADED: Final = """
+import json, mmap, shutil, subprocess, sys
+
+def loaded(path):
+    words = ["/lib64/ld-linux-x86-64.so.2", path, "exec-done"]
+    return subprocess.run(words, stderr=subprocess.DEVNULL).returncode
+
+def tried(what, *args):
+    try:
+        what(*args)
+        return 0
+    except OSError as exc:
+        return exc.strerror
+
+def mapped(path):
+    with open(path, "rb") as file:
+        mmap.mmap(file.fileno(), 4096, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC).close()
+
+given, written = sys.argv[1:]
+paths = {"given": f"{given}/tool", "written": f"{written}/tool", "copy": "/tmp/copy", "listed": f"{written}/listed"}
+shutil.copy(paths["given"], paths["copy"])
+print(json.dumps({
+    "mapped": {name: tried(mapped, path) for name, path in paths.items()},
+    "loaded": None if "no" in sys.argv[0] else {name: loaded(path) for name, path in paths.items()},
+    "changed": tried(open, paths["listed"], "ab"),
+    "moved": tried(shutil.move, paths["written"], f"{written}/moved"),
+}))
+"""
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["a list", "no execution"])
+def test_no_loader_runs_what_is_not_of_the_image(
+    sandbox: Sandbox, escape: bytes, tmp_path: Path, *, listed: bool
+) -> None:
+    """Programs in roots or written are neither run by the loader nor mapped, but for one that is named and stays so."""
+    folders = [tmp_path / name for name in ("given", "written")]
+    for folder in folders:
+        folder.mkdir()
+        for name in ("tool", "listed"):
+            (folder / name).write_bytes(escape)
+            (folder / name).chmod(0o755)
+    given, written = map(str, folders)
+    policy: dict[str, object] = {
+        "fs.read_roots": [given],
+        "fs.write_roots": [written],
+        "process.allow_exec": listed,
+        "process.allow_execs": [f"{written}/listed"],
+        "process.allow_exec_prefixes": [],
+    }
+    ran = sandbox.run_text("loads.py" if listed else "no.py", LOADED, given, written, policy=policy)
+    assert ran.outcome == "ok", (ran.reason, ran.stderr)
+    told = json.loads(ran.stdout)
+    names = ("given", "written", "copy", "listed")
+    if listed:
+        assert told["loaded"] == {name: 0 if name == "listed" else 127 for name in names}
+        assert told["changed"] == "Read-only file system"
+    assert told["mapped"] == {name: 0 if listed and name == "listed" else REFUSED for name in names}
+    assert told["moved"] == 0

@@ -184,6 +184,9 @@ def test_a_newcomer_reads_what_to_add(state: Path, tmp_path: Path, root: Path) -
     assert done.returncode == 1
     assert "x07: refused: write /etc/; nothing allows it\n" in done.stderr
     flags = ["--allow-read-root", f"{root}/in.txt"]
-    assert f"x07: {root}/in.txt is not in the sandbox; {' '.join(flags)} lets it\n" in done.stderr
+    assert (
+        f"x07: {root}/in.txt is not in the sandbox; {' '.join(flags)} lets it (to write: --allow-write-root {root})\n"
+        in done.stderr
+    )
     done = subprocess.run([*argv[:4], *flags, argv[4]], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "--include python3-nothing-like-it" in done.stderr

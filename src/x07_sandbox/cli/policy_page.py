@@ -120,7 +120,8 @@ entries than `fs.max_entries` all changes are discarded.
 Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). A kill at
 any moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for
 `x07 apply`, `--changes discard` brings nothing back; the changes of a program that did not end by itself are kept.
-`x07 diff` shows them, `x07 undo` takes them back. `--out DIR` is a write root that the program finds as `/x07/out`.
+`x07 diff` shows them, `x07 undo` takes them back. `--out DIR` is a write root that the program finds as `/x07/out`;
+with `fs.enabled` false it is refused.
 """
 _PROCESSES: Final = """
 ## Processes and programs
@@ -132,17 +133,24 @@ What is forbidden ends with an error at once, in the program and in all that it 
 | `threads.enabled` false | a seccomp filter: a process has one thread | `EPERM` |
 | `process.enabled` false | as `allow_spawn` and `allow_exec` false together | `EPERM` |
 | `process.allow_spawn` false | a seccomp filter: no child by fork, vfork, clone or posix_spawn | `EPERM` |
-| `process.allow_exec` false | a seccomp filter, once the program has started; `noexec` where it may write | `EPERM` |
-| a list without the prefix `/` | Landlock, below; `noexec` where the program may write | `EACCES` |
+| `process.allow_exec` false | a seccomp filter, once the program has started; `noexec`, below | `EPERM` |
+| a list without the prefix `/` | Landlock and `noexec`, below | `EACCES` |
 | `process.max_live` below `limits.procs` | the control group, for `limits.procs`: threads count too | `EAGAIN` |
 
 **A list** is `process.allow_execs` (paths) and `process.allow_exec_prefixes` (beginnings of paths); what an entry
 names may be executed. Every other program of the image can be neither executed nor read, so that the loader is no way
 around; libraries and data can be read, and names are seen. A relative entry is below the working directory. An entry
 counts for the file that is there when the program starts, by whatever name: where it is a link, for what it leads to.
-A script needs its interpreter on the list too. A prefix that covers a folder which the program may write to lets it
-execute what it writes there. The program itself may be executed again; the interpreter of a Python program only if
-the list says so, or if it had to be started anew (a variable that Python reads early, `--cold`, modules to preload).
+A script needs its interpreter on the list too. The program itself may be executed again; the interpreter of a Python
+program only if the list says so, or if it had to be started anew (a variable that Python reads early, `--cold`, modules
+to preload).
+
+With a list, or where nothing may be executed, what is not of the image (the program's files, read and write roots,
+`/tmp`, `/opt/x07`) is `noexec` but for what entries name: no loader runs it, and libraries there cannot be loaded
+either. A file that an entry names in a writable folder can be executed and, as long as the program runs, neither
+changed, moved nor removed; a folder is a mount of its own, so that moving files in or out is a copy (`EXDEV`). What the
+program writes may be executed where a prefix leads into a folder of its own or a write root, and where an entry names a
+single file that is a write root; `x07 policy explain` says of which entries that is so.
 
 Whatever the policy says, a filter refuses what no program needs: mounts, modules, namespaces, tracing, keyrings, bpf,
 perf, userfaultfd, io_uring, memfd_create, execveat by descriptor, kexec, and sockets that are not local, of the
@@ -157,7 +165,8 @@ What a program was refused stands in the result (`denials`), and `x07 run` print
 x07: refused: write /data/; --allow-write-root /data lets it
 x07: refused: execute /usr/bin/nl; $.process.allow_execs = ["/usr/bin/env", "/usr/bin/nl"] in the policy lets it
 x07: refused: read /root/x; nothing allows it
-x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it
+x07: refused: start a new process; $.process.max_live = 16 in the policy comes first
+x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it (to write: --allow-write-root /data)
 ```
 
 | `field` | what was refused | how it is known |
@@ -170,6 +179,11 @@ x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it
 | `limits.procs`, `process.max_live`, `limits.fds` | one more task or descriptor | control group, audit |
 | `limits.wall_ms`, `limits.cpu_ms`, `limits.mem_bytes` | what ended the program | deadline, control group |
 | `permissions`, `system-calls`, `scratch` | what nothing allows: `how_to_allow` is null | audit, filter, disk |
+
+Doing what `how_to_allow` says never makes an invalid policy: where a rule wants another field first (above: "comes
+first"), that is what it says, and the next run tells the rest. Where a policy could not say it (a path with `;`), it is
+null. Names in flags are quoted for a shell: they may be the program's. Of a file that is not there nothing tells what
+it was to be opened for, so a hint says what lets it be read (`how`) and what lets it be made (`to_write`).
 
 A subject with a slash at its end is the folder in which something new was to be made. At most 64 different ones are
 told of the audit's; `denials_lost` counts what came beyond, or faster than the kernel records. A path that does not

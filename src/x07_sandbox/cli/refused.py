@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.cli.console import say
 
 if TYPE_CHECKING:
-    from x07_sandbox.plan.denials import Denial, HowToAllow
+    from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
     from x07_sandbox.runs.result import Result
 
 _SHOWN: Final = 4
@@ -34,21 +34,28 @@ def lines(result: Result) -> list[str]:
     more = max(0, len(found) - _SHOWN) + result.denials_lost
     if more:
         told.append(f"and {more} more things were refused; --json lists them, or as many as were seen")
-    return [*told, *(f"{hint.subject} is not in the sandbox{how(hint.how)}" for hint in result.hints)]
+    return [*told, *map(_hint, result.hints)]
+
+
+def _hint(hint: Hint) -> str:
+    to_write = f" (to write: {hint.to_write.flag})" if hint.to_write and hint.to_write.flag else ""
+    return f"{hint.subject} is not in the sandbox{how(hint.how, 'fs.read_roots')}{to_write}"
 
 
 def _line(denial: Denial) -> str:
     times = f" ({denial.count} times)" if denial.count > 1 else ""
-    return f"refused: {denial.action} {denial.subject}{times}{how(denial.how_to_allow)}"
+    return f"refused: {denial.action} {denial.subject}{times}{how(denial.how_to_allow, denial.field)}"
 
 
-def how(allowing: HowToAllow | None) -> str:
-    """What would allow it, as the end of a line."""
+def how(allowing: HowToAllow | None, field: str = "") -> str:
+    """What would allow it, as the end of a line. field: what refused it, where that is known."""
     if allowing is None:
         return "; nothing allows it"
     if allowing.flag:
         return f"; {allowing.flag} lets it"
-    return f"; {allowing.json_path} = {_value(allowing.value)} in the policy lets it"
+    # A policy may need another field first: what comes then is told by the next run.
+    does = "lets it" if allowing.json_path == f"$.{field}" or "." not in field else "comes first"
+    return f"; {allowing.json_path} = {_value(allowing.value)} in the policy {does}"
 
 
 def _value(value: object) -> str:

@@ -60,9 +60,8 @@ class Orders:
     inputs_on_disk: whether the files of the job are too large to lie in memory.
     programs: paths of programs that may be executed, None where any may or none. prefixes: beginnings of further ones.
         With a list, no other program of the image can be read. program: what is executed first, if anything is.
-    mounts: where folders of the host are by now, and whether the program may write there; empty where nothing of the
-        following depends on them.
-    noexec: whether nothing in a folder that the program can write to may be executed, but for what the lists name.
+    mounts: where folders of the host are by now; empty where nothing of the following depends on them.
+    noexec: whether nothing that is not of the image may be executed, but for program and what the lists name.
     """
 
     hostname: str
@@ -72,7 +71,7 @@ class Orders:
     fds: int
     cpu_s: int
     core_bytes: int
-    mounts: list[tuple[str, bool]]
+    mounts: list[str]
     programs: list[str] | None
     prefixes: list[str]
     program: str | None
@@ -280,16 +279,21 @@ def _programs(orders: Orders) -> None:
     """Allow what the list names: files as they are now, and whole folders where a beginning names one."""
     if orders.programs is None:
         return
-    for at, _ in orders.mounts:
+    for at in orders.mounts:
         system.landlock_allow(interpreter.RULES_FD, at, system.FS_READ_FILE)
     # The loader is executed with every program, by the kernel itself.
-    named = [*_LOADERS, *([orders.program] if orders.program else [])]
-    named += [path for path in orders.programs if os.path.isfile(path)]
-    for prefix in orders.prefixes:
-        named += _named_by(prefix)
-    for path in dict.fromkeys(named):
+    for path in (*_LOADERS, *_named(orders)):
         with contextlib.suppress(FileNotFoundError):
             system.landlock_allow(interpreter.RULES_FD, path, system.FS_EXECUTE | system.FS_READ_FILE)
+
+
+def _named(orders: Orders) -> list[str]:
+    """What there is of what may be executed, each once."""
+    named = [orders.program] if orders.program else []
+    named += [path for path in orders.programs or () if os.path.isfile(path)]
+    for prefix in orders.prefixes:
+        named += _named_by(prefix)
+    return [path for path in dict.fromkeys(named) if os.path.exists(path)]
 
 
 def _named_by(prefix: str) -> list[str]:
@@ -317,23 +321,41 @@ def _links(folder: str) -> tuple[str, ...]:
 
 
 def _no_execution(orders: Orders) -> None:
+    """Let nothing be executed that is neither of the image nor named.
+
+    The loader, which every program needs, would run any file that it may read: only noexec keeps it from mapping one.
+    """
     if not orders.noexec:
         return
-    writable = [at for at, write in orders.mounts if write]
-    for path in ("/tmp", "/dev/shm", "/x07/out", CWD, *writable):  # noqa: S108 - the guest's own
-        named = [name for name in orders.programs or () if os.path.isfile(name)]
-        if not any(_meet(path, name) for name in (*named, *orders.prefixes)):
-            flags = os.statvfs(path).f_flag & (system.MS_RDONLY | system.MS_NOSUID | system.MS_NODEV)
-            system.mount("", path, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOEXEC | flags)
+    named = sorted(os.path.realpath(path) for path in _named(orders))
+    places = ["/tmp", "/dev/shm", "/x07/in", "/x07/out", CWD, *orders.mounts]  # noqa: S108 - the guest's own
+    closed = {place for place in places if not any(_within(place, path) for path in named)}
+    for place in closed:
+        _remount(place, system.MS_NOEXEC)
+    for path in named:
+        holding = max((place for place in places if _within(path, place)), key=len, default=None)
+        if holding in closed:
+            # A mount of its own leaves the rest of the folder closed; and a file in it is what it was at the start.
+            system.mount(path, path, "", system.MS_BIND | system.MS_REC)
+            _remount(path, 0 if os.path.isdir(path) else system.MS_RDONLY)
+            places.append(path)
 
 
-def _meet(folder: str, prefix: str) -> bool:
-    """Whether a path that begins so may lie in the folder."""
-    return f"{folder}/".startswith(prefix) or prefix.startswith(f"{folder}/")
+def _remount(path: str, flags: int) -> None:
+    """Give a mount these flags; of those that it has it keeps all but noexec."""
+    kept = os.statvfs(path).f_flag & (system.MS_RDONLY | system.MS_NOSUID | system.MS_NODEV)
+    system.mount("", path, "", system.MS_REMOUNT | system.MS_BIND | kept | flags)
+
+
+def _within(path: str, folder: str) -> bool:
+    """Whether a path is the folder or lies in it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 # A remount of its size takes the flag off again.
-_OF_NO_EXECUTION: Final = ("noexec", "programs", "prefixes", "tmp_bytes", "out_writable", "mounts")
+_OF_NO_EXECUTION: Final = (
+    *("noexec", "programs", "prefixes", "program", "tmp_bytes", "out_writable", "inputs_on_disk", "mounts"),
+)
 JOB: Final[tuple[Step[Orders], ...]] = (
     Step("host name", "CAP_SYS_ADMIN", _hostname, ("hostname",)),
     Step("sizes", "CAP_SYS_ADMIN", _sizes, ("tmp_bytes",)),

@@ -156,11 +156,10 @@ class Job:
             return told
         return replace(
             told,
-            mounts=[(mount["at"], mount["write"]) for mount in self.mounts],
+            mounts=[mount["at"] for mount in self.mounts],
             programs=self.confined.programs,
             prefixes=self.confined.prefixes,
-            # Only with a list it matters what is executed first.
-            program=self.argv[0] if listed and not self.place.becomes(self.argv, self.env, self.confined) else None,
+            program=None if self.place.becomes(self.argv, self.env, self.confined) else self.argv[0],
             noexec=True,
         )
 

@@ -62,7 +62,7 @@ def _check(result: int, what: str) -> None:
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
     """Mount a file system (the kernel call of that name). Raises OSError naming the target."""
-    _check(_libc.mount(source.encode(), target.encode(), kind.encode(), flags, options.encode()), target)
+    _check(_libc.mount(os.fsencode(source), os.fsencode(target), kind.encode(), flags, options.encode()), target)
 
 
 def bind(source: str, target: str, flags: int = 0) -> None:

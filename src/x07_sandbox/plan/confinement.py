@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from x07_sandbox.policy.model import Policy
 
 EVERYTHING: Final = "/"  # of allow_exec_prefixes
@@ -18,7 +20,7 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
     """What the program may do.
 
     programs: paths of programs that it may execute; None where it may execute any, or none at all.
-    prefixes: beginnings of further ones.
+    prefixes: beginnings of further ones. Both are absolute and normal, but for a slash at the end of a beginning.
     """
 
     threads: bool
@@ -56,13 +58,36 @@ def confinement(policy: Policy, cwd: str) -> Confinement:
     """That of a run with *policy*. cwd: what relative paths are relative to, in the machine."""
     process = policy.process
     execute = process.enabled and process.allow_exec
-    listed = execute and EVERYTHING not in process.allow_exec_prefixes
-    programs = tuple(posixpath.join(cwd, path) for path in process.allow_execs)
-    prefixes = tuple(posixpath.join(cwd, path) for path in process.allow_exec_prefixes)
+    listed = execute and not names_everything(process.allow_exec_prefixes)
     return Confinement(
         threads=policy.threads_in_force.enabled,
         spawn=process.enabled and process.allow_spawn and process.max_live > 0,
         execute=execute,
-        programs=programs if listed else None,
-        prefixes=prefixes if listed else (),
+        programs=tuple(entry_path(path, cwd) for path in process.allow_execs) if listed else None,
+        prefixes=tuple(entry_path(path, cwd) for path in process.allow_exec_prefixes) if listed else (),
     )
+
+
+def names_everything(prefixes: Iterable[object]) -> bool:
+    """Whether one of allow_exec_prefixes is the root, in any spelling."""
+    return any(str(prefix).startswith("/") and entry_path(str(prefix), "/") == EVERYTHING for prefix in prefixes)
+
+
+def entry_path(entry: str, cwd: str) -> str:
+    """Where an entry of a list leads: absolute and normal, with its slash if it ends with one.
+
+    Otherwise what it begins with would seem to be a folder that it leads out of.
+    """
+    path = "/" + posixpath.normpath(posixpath.join(cwd, entry)).lstrip("/")
+    folder = entry.endswith(("/", "/.", "/..")) or entry in {".", ".."}
+    return path if path == EVERYTHING or not folder else f"{path}/"
+
+
+def leading_into(entries: Iterable[str], folders: Sequence[str], cwd: str) -> list[str]:
+    """Those of the entries, beginnings of paths, that something in one of these normal folders may begin with."""
+    found = []
+    for entry in entries:
+        path = entry_path(entry, cwd)
+        if any(f"{folder}/".startswith(path) or path.startswith(f"{folder}/") for folder in folders):
+            found.append(entry)
+    return found

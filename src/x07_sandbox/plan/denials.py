@@ -34,10 +34,14 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that the program seems to have missed, and what would bring it there (plan/hints)."""
+    """Something that the program seems to have missed, and what would bring it there (plan/hints).
+
+    how: what lets it be read. to_write: what lets a file of that name be made; null where nothing does.
+    """
 
     subject: str
     how: HowToAllow
+    to_write: HowToAllow | None = None
 
 
 class Area(msgspec.Struct, frozen=True, kw_only=True):

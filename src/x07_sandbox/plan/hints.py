@@ -7,6 +7,7 @@ up by it.
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING, Final
 
@@ -33,7 +34,8 @@ def hints(tail: bytes, policy: Policy, areas: Sequence[Area], cwd: str) -> list[
     """What the program seems to have missed, at most three things. tail: the end of its error output."""
     text = tail.decode("utf-8", "replace")
     found = dict.fromkeys((*_paths(text, policy, areas, cwd), *_MODULE.findall(text)))
-    return [_hint(what, policy) for what in list(found)[:_MOST]]
+    told = (_hint(what, policy) for what in found)
+    return list(itertools.islice((hint for hint in told if hint is not None), _MOST))
 
 
 def _paths(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[str]:
@@ -45,8 +47,14 @@ def _paths(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterat
                 yield path if "/" in path else f"./{path}"
 
 
-def _hint(what: str, policy: Policy) -> Hint:
+def _hint(what: str, policy: Policy) -> Hint | None:
+    """None where no policy can bring it."""
     if "/" in what:
-        return Hint(subject=what, how=root_to_allow(policy, "read_roots", what))
+        folder = what.rpartition("/")[0]
+        how = root_to_allow(policy, "read_roots", what)
+        there = folder and place(folder, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
+        # What it was to be opened for is not said; a file that is to be made needs its folder.
+        to_write = root_to_allow(policy, "write_roots", folder) if there else None
+        return None if how is None else Hint(subject=what, how=how, to_write=to_write)
     flag = f"--image NAME, after x07 image build --name NAME --include python3-{what.lower().replace('_', '-')},"
     return Hint(subject=f"the Python module {what}", how=HowToAllow(json_path=None, value=None, flag=flag))

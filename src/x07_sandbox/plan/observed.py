@@ -7,23 +7,34 @@ from __future__ import annotations
 
 import errno
 import posixpath
+import shlex
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
+from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Denial, HowToAllow
-from x07_sandbox.plan.places import OUT, PROGRAM, inside, place
+from x07_sandbox.plan.places import OUT, WRITABLE, inside, place
+from x07_sandbox.policy.model import Policy
+from x07_sandbox.policy.rules import rule_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from x07_sandbox.plan.denials import Area
-    from x07_sandbox.policy.model import Policy
 
 PERMISSIONS: Final = "permissions"  # stands for a field where no field decides
 SYSTEM_CALLS: Final = "system-calls"
 _FDS_MAX: Final = 1024
 _TASKS_MAX: Final = 1024
+_COUNT_MAX: Final = 2**63 - 1  # as DENIED carries it
+# What a rule of policies (policy/rules) may ask for first, and what to say then.
+_FIRST: Final[dict[str, tuple[str, object]]] = {
+    "$.process.allow_execs": ("$.process.allow_exec_prefixes", ["/usr/bin/"]),
+    "$.process.max_live": ("$.process.max_live", 16),
+    "$.process.max_spawns": ("$.process.max_spawns", 64),
+    "$.process.max_runtime_ms": ("$.process.max_runtime_ms", 60_000),
+}
 # What ends a program for a limit: the field, what it did, who saw it, and the most that a policy can say.
 _LIMITS: Final[dict[str, tuple[str, str, str, Literal["host", "guest"], int]]] = {
     "timeout": ("limits.wall_ms", "run", "for longer", "host", 600_000),
@@ -33,13 +44,12 @@ _LIMITS: Final[dict[str, tuple[str, str, str, Literal["host", "guest"], int]]] =
 _TASKS: Final = frozenset({"clone", "clone3", "fork", "vfork"})
 _EXECUTES: Final = frozenset({"execve", "execveat"})
 _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
-_WRITABLE: Final = ("/tmp", "/dev/shm", PROGRAM, OUT)  # noqa: S108 - the guest's own
 _SECCOMP: Final = "the guest's seccomp filter"
 _LANDLOCK: Final = "the guest's Landlock rules"
 
 
-def denials(refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequence[Area]) -> list[Denial]:
-    """What was refused, each once. refused: bodies of DENIED."""
+def denials(refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequence[Area], cwd: str) -> list[Denial]:
+    """What was refused, each once. refused: bodies of DENIED. cwd: where the program started."""
     found: dict[tuple[str, str, str], Denial] = {}
     for body in refused:
         if body["by"] == "seccomp":
@@ -47,20 +57,39 @@ def denials(refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequenc
         elif body["errno"] == errno.EMFILE:
             denial = _descriptors(body, policy)
         elif body["call"] in _EXECUTES:
-            denial = _execution(body, policy, areas)
+            denial = _execution(body, policy, areas, cwd)
         else:
-            denial = _file(body, policy, areas)
+            denial = _file(body, policy, areas, cwd)
         key = denial.field, denial.action, denial.subject
         if (before := found.get(key)) is not None:
-            denial = msgspec.structs.replace(denial, count=denial.count + before.count)
+            denial = msgspec.structs.replace(denial, count=min(denial.count + before.count, _COUNT_MAX))
         found[key] = denial
     return list(found.values())
+
+
+def allowing(policy: Policy, field: str, value: object, flag: str | None = None) -> HowToAllow | None:
+    """A value for *field*, like "limits.fds"; what a rule needs first, if it does; None where no policy can say it."""
+    document = msgspec.json.decode(msgspec.json.encode(policy))  # as a rule reads it: with lists
+    section, _, name = field.partition(".")
+    document.setdefault(section, {})[name] = value
+    for problem in rule_problems(document):
+        if problem.json_path not in _FIRST:
+            return None
+        path, value = _FIRST[problem.json_path]
+        return HowToAllow(json_path=path, value=value)
+    try:
+        msgspec.convert(document, Policy)
+    except msgspec.ValidationError:
+        return None
+    return HowToAllow(json_path=f"$.{field}", value=value, flag=flag)
 
 
 def more_tasks(policy: Policy, max_live: int | None, count: int) -> Denial:
     """New tasks were refused at the limit. max_live: the policy's, where that is the limit."""
     field, held = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
-    return _seen(field, "start", "a new task", "the guest's control group", count, _more(field, held, _TASKS_MAX))
+    return _seen(
+        field, "start", "a new task", "the guest's control group", count, _more(policy, field, held, _TASKS_MAX)
+    )
 
 
 def limit_hit(outcome: str, policy: Policy) -> Denial | None:
@@ -68,7 +97,7 @@ def limit_hit(outcome: str, policy: Policy) -> Denial | None:
     if outcome not in _LIMITS:
         return None
     field, action, what, observer, most = _LIMITS[outcome]
-    how = _more(field, int(getattr(policy.limits, field.removeprefix("limits."))), most)
+    how = _more(policy, field, int(getattr(policy.limits, field.removeprefix("limits."))), most)
     seen = _seen(field, action, what, "the deadline" if observer == "host" else "the guest's control group", 1, how)
     return msgspec.structs.replace(seen, observed_by=observer)
 
@@ -78,9 +107,9 @@ def disk_full() -> Denial:
     return _seen("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
 
 
-def _more(field: str, held: int, most: int) -> HowToAllow | None:
+def _more(policy: Policy, field: str, held: int, most: int) -> HowToAllow | None:
     """A larger number, if a policy can say one."""
-    return HowToAllow(json_path=f"$.{field}", value=min(most, max(2 * held, held + 1))) if held < most else None
+    return allowing(policy, field, min(most, max(2 * held, held + 1))) if held < most else None
 
 
 def _seen(field: str, action: str, subject: str, by: str, count: int, how: HowToAllow | None) -> Denial:
@@ -98,83 +127,86 @@ def _seen(field: str, action: str, subject: str, by: str, count: int, how: HowTo
 def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
     """A filter refused the call itself; it knows no arguments."""
     process, count = policy.process, body["count"]
-    if body["call"] in _EXECUTES:
-        if not process.enabled:
-            how = HowToAllow(json_path="$.process.enabled", value=True)
-        else:
-            how = HowToAllow(json_path="$.process.allow_exec", value=True)
+    # Where executing is allowed it is the filter of every program: execveat of a descriptor alone.
+    if body["call"] in _EXECUTES and not (process.enabled and process.allow_exec):
+        how = allowing(policy, f"process.{'allow_exec' if process.enabled else 'enabled'}", value=True)
         return _seen("process.allow_exec", "execute", "a program", _SECCOMP, count, how)
     if body["call"] in _TASKS:
         if not (process.enabled and process.allow_spawn):
             what = "a new process" if policy.threads_in_force.enabled else "a new process or thread"
-            return _seen("process.allow_spawn", "start", what, _SECCOMP, count, _children(policy))
+            how = allowing(policy, f"process.{'allow_spawn' if process.enabled else 'enabled'}", value=True)
+            return _seen("process.allow_spawn", "start", what, _SECCOMP, count, how)
         if not policy.threads_in_force.enabled:
-            how = HowToAllow(json_path="$.threads.enabled", value=True)
+            how = allowing(policy, "threads.enabled", value=True)
             return _seen("threads.enabled", "start", "a new thread", _SECCOMP, count, how)
     return _seen(SYSTEM_CALLS, "call", str(body["call"]), _SECCOMP, count, None)
 
 
-def _children(policy: Policy) -> HowToAllow:
-    name = "allow_spawn" if policy.process.enabled else "enabled"
-    return HowToAllow(json_path=f"$.process.{name}", value=True)
-
-
 def _descriptors(body: Mapping[str, Any], policy: Policy) -> Denial:
-    how = _more("limits.fds", policy.limits.fds, _FDS_MAX)
+    how = _more(policy, "limits.fds", policy.limits.fds, _FDS_MAX)
     by = "the guest's resource limits"
     return _seen("limits.fds", "open", "one more descriptor", by, body["count"], how)
 
 
-def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area]) -> Denial:
-    process, path, count = policy.process, body["path"], body["count"]
-    if not _listed(policy) or body["errno"] != errno.EACCES:
+def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: str) -> Denial:
+    path, count = body["path"], body["count"]
+    if not path.startswith("/") or not _misses(path, policy, cwd) or body["errno"] != errno.EACCES:
         return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
-    writable = [folder for folder in (*_WRITABLE, *(area.at for area in areas if area.write)) if inside(path, folder)]
+    writable = [folder for folder in (*WRITABLE, *(area.at for area in areas if area.write)) if inside(path, folder)]
     if writable:
         # The folder that is there when the program starts: an entry counts for what it finds then.
-        prefix = f"{max(writable, key=len)}/"
-        how = HowToAllow(json_path="$.process.allow_exec_prefixes", value=[*process.allow_exec_prefixes, prefix])
+        prefixes = [*policy.process.allow_exec_prefixes, f"{max(writable, key=len)}/"]
+        how = allowing(policy, "process.allow_exec_prefixes", prefixes)
         return _seen("process.allow_exec_prefixes", "execute", path, "noexec", count, how)
     return _seen("process.allow_execs", "execute", path, _LANDLOCK, count, _on_list(policy, path))
 
 
-def _on_list(policy: Policy, path: str) -> HowToAllow:
-    return HowToAllow(json_path="$.process.allow_execs", value=[*policy.process.allow_execs, path])
+def _on_list(policy: Policy, path: str) -> HowToAllow | None:
+    return allowing(policy, "process.allow_execs", [*policy.process.allow_execs, path])
 
 
-def _listed(policy: Policy) -> bool:
-    process = policy.process
-    return process.enabled and process.allow_exec and "/" not in process.allow_exec_prefixes
+def _misses(path: str, policy: Policy, cwd: str) -> bool:
+    """Whether there is a list of programs, and this is not on it: else its own mode keeps it from being executed."""
+    lists = confinement(policy, cwd)
+    return lists.programs is not None and path not in lists.programs and not path.startswith(lists.prefixes)
 
 
-def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area]) -> Denial:
-    path, count = body["path"] or f"({body['call']})", body["count"]
+def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: str) -> Denial:
+    path, count = body["path"], body["count"]
     action = "write" if body["write"] else "read"
-    folder = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)
+    if not path.startswith("/"):  # of a folder that is known by its descriptor, or none at all: nothing to advise
+        return _seen(PERMISSIONS, action, path or f"({body['call']})", "the guest's kernel", count, None)
     area = max((area for area in areas if f"{path}/".startswith(f"{area.at}/")), key=_depth, default=None)
     if action == "read":
-        if area is None and _listed(policy) and _PROGRAM_FOLDERS & set(path.split("/")):
+        if area is None and _PROGRAM_FOLDERS & set(path.split("/")) and _misses(path, policy, cwd):
             return _seen("process.allow_execs", action, path, _LANDLOCK, count, _on_list(policy, path))
         return _seen(PERMISSIONS, action, path, "the file's mode and owner", count, None)
     if body["errno"] == errno.EPERM or (area is not None and area.write):
         return _seen(PERMISSIONS, body["call"], path, "the file's mode and owner", count, None)
-    by = "the guest's mounts"
+    field, how = _to_write(path, area, policy, cwd)
+    return _seen(field, action, path, "the guest's mounts", count, how)
+
+
+def _to_write(path: str, area: Area | None, policy: Policy, cwd: str) -> tuple[str, HowToAllow | None]:
+    """The field that keeps it from being written, and what would allow it. area: the read root that it is in."""
     if f"{path}/".startswith(f"{OUT}/"):
-        how = HowToAllow(json_path=None, value=None, flag="--out DIR")
-        return _seen("fs.write_roots", action, path, by, count, how)
+        out = HowToAllow(json_path=None, value=None, flag="--out DIR")
+        # A policy without files gives none to the flag either.
+        return "fs.write_roots", out if policy.fs.enabled else allowing(policy, "fs.enabled", value=True)
+    folder = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)
     given = folder if area is None else area.given
-    if place(given, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0] is None:
-        return _seen(PERMISSIONS, action, path, by, count, None)
-    return _seen("fs.write_roots", action, path, by, count, root_to_allow(policy, "write_roots", given))
+    if place(given, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
+        return PERMISSIONS, None
+    return "fs.write_roots", root_to_allow(policy, "write_roots", given)
 
 
 def _depth(area: Area) -> int:
     return area.at.count("/")
 
 
-def root_to_allow(policy: Policy, name: Literal["read_roots", "write_roots"], given: str) -> HowToAllow:
-    """What would make *given* a root."""
-    flag = f"--allow-{name.replace('_roots', '-root')} {given}"
+def root_to_allow(policy: Policy, name: Literal["read_roots", "write_roots"], given: str) -> HowToAllow | None:
+    """What would make *given* a root. The flag is safe to paste: the name may be the program's."""
     if not policy.fs.enabled:
-        return HowToAllow(json_path="$.fs.enabled", value=True, flag=flag)
-    return HowToAllow(json_path=f"$.fs.{name}", value=[*getattr(policy.fs, name), given], flag=flag)
+        return allowing(policy, "fs.enabled", value=True)  # without it the flag is refused
+    flag = f"--allow-{name.replace('_roots', '-root')} {shlex.quote(given)}"
+    return allowing(policy, f"fs.{name}", [*getattr(policy.fs, name), given], flag)

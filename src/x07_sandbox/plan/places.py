@@ -11,6 +11,7 @@ from typing import Final
 
 PROGRAM: Final = "/opt/x07"
 OUT: Final = "/x07/out"
+WRITABLE: Final = ("/tmp", "/dev/shm", PROGRAM, OUT)  # noqa: S108 - the guest's own
 # The guest's own tree: nothing of the host's may lie in it, above it or over it.
 _SYSTEM: Final = tuple(
     f"/{name}"

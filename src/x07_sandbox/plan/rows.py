@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from x07_sandbox.plan.confinement import entry_path, leading_into, names_everything
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import SCHEMA_VERSION
 
@@ -96,7 +97,7 @@ _FILE_RULES: Final = {
     "fs.max_read_bytes": "a larger file does not go in; 0 stands for 16 MiB",
     "fs.max_write_bytes": "a larger file does not come back; 0 stands for 16 MiB",
     "fs.max_entries": "more entries do not go in, nor come back; 0 stands for 10,000",
-    "fs.max_depth": "what lies deeper neither goes in nor comes back; 0 stands for 64",
+    "fs.max_depth": "what lies deeper neither goes in nor comes back; 0 stands for 64, and more than 256 for 256",
 }
 
 
@@ -153,6 +154,9 @@ def _copied(asked: Asked, field: str) -> Answer:
 def _no_files(asked: Asked, _field: str) -> Answer:
     if "no-host-files" not in asked.holds:
         return Answer("refused", _NOBODY, "this backend does not keep the host's files away")
+    if asked.values["fs.enabled"] is True:
+        why = "no file of the host is in the machine, unless --out gives a folder: that is a write root like any other"
+        return Answer("enforced", _VM, why)
     return Answer("enforced", _VM, "no file of the host is in the machine")
 
 
@@ -191,6 +195,11 @@ def _no_variables(asked: Asked, field: str) -> Answer:
     if "no-host-variables" not in asked.holds:
         return Answer("refused", _NOBODY, "this backend passes variables of the host")
     if field == "env.allow_keys" and asked.entries(field) and asked.values["env.enabled"] is True:
+        own = sorted(str(key) for key in asked.entries(field) if str(key).startswith("X07_"))
+        if own:
+            return Answer(
+                "refused", _NOBODY, f"the host's {', '.join(own)} never go in, since such names are X07's own"
+            )
         return Answer("enforced", _VM, "of the host's variables these go in, where they are set, and no others")
     if field == "env.deny_keys" and asked.entries(field):
         own = sorted(str(key) for key in asked.entries(field) if _is_own(key))
@@ -230,19 +239,33 @@ def _allow_exec(asked: Asked, field: str) -> Answer:
         return Answer("enforced", _VM, "the fields of this section say what is allowed")
     if "confinement" not in asked.holds:
         return _UNCONFINED
-    why = "after the program's own start every execution is refused with EPERM, and what it writes cannot be executed"
+    why = "after the program's own start every execution is EPERM, and nothing that is not of the image can be loaded"
     return Answer("enforced", f"{_SECCOMP}, noexec", why)
 
 
 def _execs(asked: Asked, _field: str) -> Answer:
-    if asked.may_execute and "/" in asked.entries("process.allow_exec_prefixes"):
+    if asked.may_execute and names_everything(asked.entries("process.allow_exec_prefixes")):
         return Answer("enforced", _VM, 'the prefix "/" allows every program in the machine')
     if "confinement" not in asked.holds:
         return _UNCONFINED
     if not asked.may_execute:
         return Answer("enforced", _SECCOMP, "nothing may be executed, so no entry counts")
-    why = "what no entry names can be neither executed nor read (EACCES), and what the program writes not executed"
+    why = "nothing that no entry names can be executed, nor a program of the image be read (EACCES)"
+    if found := _written_and_executed(asked):
+        why += f"; but what it writes there may be: {', '.join(ascii(entry)[1:-1] for entry in found)}"
     return Answer("enforced", "the guest's Landlock rules, noexec", why)
+
+
+def _written_and_executed(asked: Asked) -> list[str]:
+    """Entries of the lists that lead where the program can write; a file of a writable folder is kept as it is."""
+    from x07_sandbox.plan.places import PROGRAM, WRITABLE, place  # not on the way of a run without a list
+
+    given = asked.entries("fs.write_roots") if asked.files else ()
+    roots = [path for root in given if (path := place(str(root), PROGRAM, deny_hidden=False)[0])]
+    prefixes = [str(entry) for entry in asked.entries("process.allow_exec_prefixes")]
+    files = [str(entry) for entry in asked.entries("process.allow_execs")]
+    files = [entry for entry in files if entry_path(entry, PROGRAM) in roots]
+    return [*leading_into(prefixes, (*WRITABLE, *roots), PROGRAM), *files]
 
 
 def _max_live(asked: Asked, field: str) -> Answer:

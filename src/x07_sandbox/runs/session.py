@@ -388,7 +388,7 @@ class Session:
         from x07_sandbox.plan import observed  # not on the way of a program that ends well
 
         # Before what was not copied in: what it tried comes first.
-        so_far.denials[:0] = observed.denials(facts.refused, policy, spec.areas)
+        so_far.denials[:0] = observed.denials(facts.refused, policy, spec.areas, spec.cwd)
         if tasks:
             so_far.denials.append(observed.more_tasks(policy, run_limits(policy).max_live, tasks))
         if full:
