@@ -18,7 +18,7 @@ from x07_sandbox.cli.apply import chosen
 from x07_sandbox.errors import PeerError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
 from x07_sandbox.files.checks import check_set
-from x07_sandbox.files.copy import Bounds
+from x07_sandbox.files.copy import Bounds, stays_inside
 from x07_sandbox.files.incoming import Incoming, Told
 from x07_sandbox.files.judge import Allowed, Judged, judge
 from x07_sandbox.files.protected import Protection
@@ -205,6 +205,7 @@ def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:
 
 def test_a_link_that_leads_out_is_refused_without_a_way() -> None:
     """Neither with links allowed nor without does the judge name a value that would let such a link."""
+    assert not stays_inside("", "beside")  # a root's own target lies beside it
     for allow in (True, False):
         bounds = msgspec.structs.replace(BOUNDS, allow_symlinks=allow)
         told = [Told(root=0, name="l", node=Node(kind="link", target="../x"))]
