@@ -8,12 +8,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.guest.audit import Refusal, Refusals
+from x07_sandbox.guest.audit import _FOLDERS, Refusal, Refusals
+from x07_sandbox.guest.boot.filters import AUDITED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-CALLS: Final = {"openat": 257, "mkdir": 83, "unlinkat": 263, "execve": 59, "mount": 165, "socket": 41}
+CALLS: Final = {
+    "openat": 257,
+    "mkdir": 83,
+    "unlinkat": 263,
+    "execve": 59,
+    "mount": 165,
+    "socket": 41,
+    "creat": 85,
+    "stat": 4,
+    "lstat": 6,
+    "statx": 332,
+    "openat2": 437,
+    "renameat2": 316,
+    "symlinkat": 266,
+}
 SYSCALL, PATH, CWD, SECCOMP = 1300, 1302, 1307, 1326
 WHO: Final = (
     "ppid=137 pid=138 auid=4294967295 uid=65532 gid=65532 euid=65532 suid=65532 fsuid=65532 egid=65532 sgid=65532 "
@@ -66,6 +81,41 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
             [called(59, 13, items=1, a0="55"), (CWD, 'cwd="/"'), path("2F746D702F6120C3A9")],
             Refusal("kernel", "execve", 13, "/tmp/a é", write=False),  # noqa: S108 - the guest's
         ),
+        (
+            [called(59, 13, items=2), (CWD, 'cwd="/"'), path('"/usr/bin/ldd"'), path('"/bin/bash"')],
+            Refusal("kernel", "execve", 13, "/bin/bash", write=False),
+        ),
+        (
+            [called(85, 30, items=1, a0="7ffe00"), (CWD, 'cwd="/data"'), path('"."', "PARENT")],
+            Refusal("kernel", "creat", 30, "/data/", write=True),
+        ),
+        *[
+            (
+                [called(number, 13, items=1, a0="7ffe00"), (CWD, 'cwd="/data"'), path('"a"')],
+                Refusal("kernel", name, 13, "/data/a", write=False),
+            )
+            for name, number in (("stat", 4), ("lstat", 6))
+        ],
+        (
+            [called(332, 13, items=1, a0="5"), (CWD, 'cwd="/data"'), path('"a"')],
+            Refusal("kernel", "statx", 13, ".../a", write=False),
+        ),
+        (
+            [called(316, 30, items=1, a2="5"), (CWD, 'cwd="/data"'), path('"a/"', "PARENT")],
+            Refusal("kernel", "renameat2", 30, ".../a/", write=True),
+        ),
+        (
+            [called(266, 30, items=1, a0="7ffe00", a1="ffffff9c"), (CWD, 'cwd="/data"'), path('"a/"', "PARENT")],
+            Refusal("kernel", "symlinkat", 30, "/data/a/", write=True),
+        ),
+        (
+            [called(437, 30, items=1), (CWD, 'cwd="/data"'), path('"in.txt"')],
+            Refusal("kernel", "openat2", 30, "/data/in.txt", write=True),
+        ),
+        (
+            [called(257, 13, items=1), (CWD, 'cwd="/"'), path('"/root/nametype=PARENT"')],
+            Refusal("kernel", "openat", 13, "/root/nametype=PARENT", write=False),
+        ),
         ([called(59, 13, items=1), path("FF2F")], Refusal("kernel", "execve", 13, "\\xff", write=False)),
         ([called(41, 24, items=0)], Refusal("kernel", "socket", 24, "", write=True)),
         ([called(999, 1, items=0)], Refusal("kernel", "system call 999", 1, "", write=True)),
@@ -114,6 +164,12 @@ def test_a_flood_is_bounded() -> None:
     assert sum(refusals.found.values()) + refusals.untold == 5000
     refusals.forget()
     assert (refusals.found, refusals.untold) == ({}, 0)
+
+
+def test_every_call_with_a_folder_of_its_own_is_known() -> None:
+    """Of each recorded call with a folder's descriptor it is known which arguments have it."""
+    named = {name for name in AUDITED if name.endswith(("at", "at2"))} - {"creat", "stat", "lstat"}
+    assert set(_FOLDERS) == named | {"statx"}
 
 
 @given(st.lists(st.tuples(st.sampled_from([SYSCALL, PATH, CWD, SECCOMP, 0]), st.binary(max_size=80)), max_size=20))

@@ -30,10 +30,12 @@ subprocess.run(["/tmp/made/it"], check=True)
 """
 CHILDREN: Final = """
 import subprocess
-for one in [subprocess.Popen(["/usr/bin/sleep", "0.2"]) for _ in range(3)]:
+for one in [subprocess.Popen(["/usr/bin/sleep", "2"]) for _ in range(3)]:
     one.wait()
 """
 FILES: Final = "held = [open('/dev/null') for _ in range(40)]\n"
+DUPLICATES: Final = "import os\nheld = [os.dup(0) for _ in range(40)]\n"  # by fcntl
+SCRIPT: Final = "import subprocess\nsubprocess.run(['/usr/bin/ldd', '--version'], check=True)\n"
 MEMORY: Final = "held = bytearray(100 << 20)\n"
 CPU: Final = "for _ in range(200_000): pass\nimport time\nwhile time.process_time() < 2: pass\n"
 CHANGE: Final = "import os\nos.chdir({root!r})\nos.mkdir('new')\nos.remove('gone')\n"
@@ -79,7 +81,13 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
         ),
         (CHILDREN, {"process.max_live": 2}, ["process.max_live"]),
         (CHILDREN, {"limits.procs": 2}, ["limits.procs"]),
+        (
+            SCRIPT,
+            {"process.allow_execs": ["/usr/bin/ldd"], "process.allow_exec_prefixes": []},
+            ["process.allow_execs"],
+        ),
         (FILES, {"limits.fds": 30}, ["limits.fds"]),
+        (DUPLICATES, {"limits.fds": 30}, ["limits.fds"]),
         (MEMORY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
         (CPU, {"limits.cpu_ms": 1000}, ["limits.cpu_ms"]),
         ("import time\ntime.sleep(2.2)\n", {"limits.wall_ms": 2000}, ["limits.wall_ms"]),
@@ -148,7 +156,14 @@ open(f"/srv/{name}")
 
 def test_ordinary_programs_are_refused_nothing(sandbox: Sandbox) -> None:
     """Interpreters and compilers look for much that is not there; none of it counts."""
-    text = "import json, subprocess, threading, sqlite3, ssl, email, asyncio\nsubprocess.run(['/usr/bin/true'])\n"
+    text = (
+        "import json, subprocess, threading, sqlite3, ssl, email, asyncio, multiprocessing, shutil, socket, tempfile\n"
+        "subprocess.run(['/usr/bin/true'])\n"
+        "asyncio.run(asyncio.sleep(0))\n"
+        "socket.create_server(('127.0.0.1', 0)).close()\n"
+        "multiprocessing.Pool(2).map(abs, [1])\n"
+        "shutil.copytree(json.__path__[0], tempfile.mkdtemp() + '/copy')\n"
+    )
     ran = sandbox.run_text("usual.py", text)
     assert (ran.outcome, ran.result.denials, ran.result.denials_lost, ran.result.hints) == ("ok", [], 0, [])
     ran = sandbox.run_text("usual.sh", "gcc --version >/dev/null && ls / >/dev/null && env true\n")

@@ -40,6 +40,14 @@ _FIELD_UID, _FIELD_TYPE, _FIELD_EXIT = 1, 12, 103
 _EQUAL: Final = 0x40000000
 _FIELDS: Final = 64
 _AT_FDCWD: Final = 0xFFFFFF9C
+_EXECUTES: Final = frozenset({"execve", "execveat"})
+# Calls with paths that may be of another folder than the working directory: the arguments with its descriptor.
+_FOLDERS: Final[dict[str, tuple[bytes, ...]]] = {
+    **dict.fromkeys(("openat", "openat2", "mkdirat", "unlinkat", "mknodat", "fchmodat", "fchmodat2"), (b"a0",)),
+    **dict.fromkeys(("fchownat", "utimensat", "execveat", "newfstatat", "statx", "readlinkat"), (b"a0",)),
+    **dict.fromkeys(("renameat", "renameat2", "linkat"), (b"a0", b"a2")),
+    "symlinkat": (b"a1",),
+}
 _WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 ERRNOS: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE)
@@ -206,8 +214,9 @@ class Refusals:
                 call.write = bool(_number(values.get(flags.encode(), b""), 16) & _WRITES)
             else:
                 call.write = name not in _READS_ONLY
-            first = _number(values.get(b"a0", b""), 16) & 0xFFFFFFFF
-            call.elsewhere = name.endswith(("at", "at2")) and first != _AT_FDCWD
+            call.write |= call.errno == errno.EROFS  # flags of openat2 lie in memory
+            folders = (_number(values.get(word, b""), 16) & 0xFFFFFFFF for word in _FOLDERS.get(name, ()))
+            call.elsewhere = any(folder != _AT_FDCWD for folder in folders)
             if len(self._begun) >= _OPEN:
                 self._count(self._begun.pop(next(iter(self._begun))))
             self._begun[serial] = call
@@ -218,8 +227,11 @@ class Refusals:
                 call.cwd = _text(rest, b"cwd=")
             elif kind == _PATH:
                 call.items -= 1
-                if b"nametype=PARENT" in rest:
+                if _values(rest).get(b"nametype") == b"PARENT":
                     call.folder = call.folder or _text(rest, b"name=")
+                elif call.name in _EXECUTES:
+                    # A script, then its interpreter: the last is what was not executed.
+                    call.path = _text(rest, b"name=") or call.path
                 else:
                     call.path = call.path or _text(rest, b"name=")
                 self._ended(serial, call)

@@ -48,7 +48,9 @@ AUDITED = (
     *("open", "openat", "openat2", "creat", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "mknod", "mknodat"),
     *("rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat", "truncate", "chmod", "fchmodat"),
     *("fchmodat2", "chown", "lchown", "fchownat", "utimensat", "execve", "execveat", "chdir", "stat", "lstat"),
-    *("newfstatat", "statx", "readlink", "readlinkat", "socket", "pipe2", "dup", "accept4", "epoll_create1"),
+    *("newfstatat", "statx", "readlink", "readlinkat", "fchmod", "ftruncate", "setxattr", "bind"),
+    *("socket", "socketpair", "accept", "accept4", "pipe", "pipe2", "dup", "dup2", "dup3", "fcntl", "epoll_create"),
+    *("epoll_create1", "eventfd2", "timerfd_create", "inotify_init1"),
 )
 CLONE_THREAD = 0x00010000
 # NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; and for unshare NEWTIME, which clone takes for a signal.
