@@ -37,7 +37,7 @@ FILES: Final = "held = [open('/dev/null') for _ in range(40)]\n"
 DUPLICATES: Final = "import os\nheld = [os.dup(0) for _ in range(40)]\n"  # by fcntl
 SCRIPT: Final = "import subprocess\nsubprocess.run(['/usr/bin/ldd', '--version'], check=True)\n"
 MEMORY: Final = "held = bytearray(100 << 20)\n"
-CPU: Final = "for _ in range(200_000): pass\nimport time\nwhile time.process_time() < 2: pass\n"
+CPU: Final = "for _ in range(200_000): pass\nimport time\nwhile time.process_time() < 1.5: pass\n"
 CHANGE: Final = "import os\nos.chdir({root!r})\nos.mkdir('new')\nos.remove('gone')\n"
 RENAME: Final = "import os\nos.chdir({root!r})\nos.rename('old', 'renamed')\n"
 
