@@ -140,3 +140,28 @@ def test_without_the_variable_cores_and_memory_decide(monkeypatch: pytest.Monkey
     """At least one, and no more than there are processors for us."""
     monkeypatch.delenv("X07_VM_MAX_RUNNING")
     assert 1 <= max_running() <= len(os.sched_getaffinity(0))
+
+
+def what_there_is() -> list[set[str]]:
+    """The descriptors, threads and children of this process."""
+    own = Path("/proc/self")
+    children = set((own / f"task/{os.getpid()}/children").read_text().split())
+    return [{entry.name for entry in (own / what).iterdir()} for what in ("fd", "task")] + [children]
+
+
+def test_a_wait_that_is_over_leaves_nothing(never: int) -> None:
+    """Of a wait that ended while others are still queued there is no thread, no child and no descriptor left."""
+    ahead = Holder("first")
+    try:
+        assert ahead.has_it() == "first"
+        second = Holder("second")
+        time.sleep(0.3)  # as above
+        try:
+            before = what_there_is()
+            with pytest.raises(RefusedError), admitted(cancel_fd=never, timeout_s=0.2):
+                pass
+            assert what_there_is() == before
+        finally:
+            second.end()
+    finally:
+        ahead.end()

@@ -13,11 +13,11 @@ import contextlib
 import fcntl
 import os
 import select
-import threading
+import subprocess
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
-from x07_sandbox.errors import Cancelled, RefusedError
+from x07_sandbox.errors import Cancelled, HostError, RefusedError
 from x07_sandbox.host import forks, settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import cache_dir, private_dir
@@ -72,9 +72,6 @@ class _Place:
         self._folder = folder
         self._slots = slots
         self._fd: int | None = None
-        self._over = False
-        self._lock = threading.Lock()
-        self._waiter_gone = threading.Event()
 
     def take_now(self) -> bool:
         """A slot without waiting, if nobody waits and one is free."""
@@ -88,30 +85,21 @@ class _Place:
             forks.unlock(turn)
 
     def wait(self, cancel_fd: int, timeout_s: float, progress: Callable[[str], None]) -> None:
-        """Queue until there is a slot. The lock is waited for by a thread: nothing else could end that wait."""
-        done = os.eventfd(0, os.EFD_CLOEXEC)
-        thread = threading.Thread(target=self._queue, args=(done,), name="x07-queue", daemon=True)
-        thread.start()
-        poll = select.poll()
-        for fd in (done, cancel_fd):
-            poll.register(fd, select.POLLIN)
+        """Queue until there is a slot."""
         deadline = Deadline.after(timeout_s)
+        say_at = Deadline.after(_SAY_AFTER_S)
         said = False
-        while not (ready := poll.poll(min(deadline.left_s(), _SAY_AFTER_S) * 1000)) and not deadline.passed():
-            if not said:
-                progress(f"waiting: {self._slots} machines run, as many as {_VARIABLE} or cores and memory allow")
-                said = True
-            if self._nobody_takes():
-                break
-        with self._lock:
-            self._over = True
-        self._waiter_gone.set()
-        if self._fd is not None:
-            if ready:
-                thread.join()  # it took the slot, and has nothing more to wait for
-            return
-        if ready:
-            raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
+        with _Turn(self._open("turn")) as turn:
+            while not deadline.passed():
+                # No event tells of several locks at once: the first of the queue looks at them, the others sleep.
+                pause_s = _LOOK_AGAIN_S if turn.come else _SAY_AFTER_S
+                if turn.cancelled(cancel_fd, min(deadline.left_s(), pause_s)):
+                    raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
+                if not said and say_at.passed():
+                    progress(f"waiting: {self._slots} machines run, as many as {_VARIABLE} or cores and memory allow")
+                    said = True
+                if self._take() if turn.come else said and self._nobody_takes():
+                    return
         raise RefusedError(
             "no machine was free in time",
             f"{self._slots} run, and {timeout_s:.0f} s of waiting are over",
@@ -125,38 +113,18 @@ class _Place:
         all others.
         """
         for look in range(_LOOKS):
-            with self._lock:
-                if self._fd is not None:
-                    return True
-                if not self._take():
-                    return False
-                if look == _LOOKS - 1:
-                    return True
+            if not self._take():
+                return False
+            if look < _LOOKS - 1:
                 self.leave()
-            time.sleep(_BETWEEN_LOOKS_S)
-        return False
+                time.sleep(_BETWEEN_LOOKS_S)
+        return True
 
     def leave(self) -> None:
         """Give the slot back."""
         if self._fd is not None:
             forks.unlock(self._fd)
             self._fd = None
-
-    def _queue(self, done: int) -> None:
-        turn = self._open("turn")
-        try:
-            fcntl.flock(turn, fcntl.LOCK_EX)
-            while not self._over:
-                with self._lock:
-                    if not self._over and self._take():
-                        self._over = True
-                        os.eventfd_write(done, 1)
-                        break
-                time.sleep(_LOOK_AGAIN_S)  # no event tells of several locks at once; one waiter looks, the others sleep
-        finally:
-            forks.unlock(turn)
-            self._waiter_gone.wait()  # who may be polling it
-            os.close(done)
 
     def _take(self) -> bool:
         for slot in range(self._slots):
@@ -173,3 +141,53 @@ class _Place:
     def _open(self, name: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         return forks.keep(os.open(self._folder / name, flags, 0o600))
+
+
+class _Turn:
+    """The lock of the queue's first, and the wait for it.
+
+    Nothing ends a flock(2) that waits but the end of its process. So a child waits, on our open file, to which the lock
+    then belongs: ours when it has ended. When we are killed it waits on, and ends at its turn.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.come = False
+        try:
+            self._child = subprocess.Popen(
+                ["/usr/bin/flock", "-x", str(fd)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(fd,),
+                env={},
+                process_group=0,  # Ctrl-C is for us, and we end it
+            )
+        except OSError as exc:
+            forks.unlock(fd)
+            raise HostError("cannot wait for a machine", f"flock: {exc.strerror or exc}", "Install util-linux") from exc
+        self._pidfd = os.pidfd_open(self._child.pid)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def cancelled(self, cancel_fd: int, timeout_s: float) -> bool:
+        """Wait until cancel_fd is readable (True), our turn has come, or timeout_s seconds are over."""
+        poll = select.poll()
+        poll.register(cancel_fd, select.POLLIN)
+        if not self.come:
+            poll.register(self._pidfd, select.POLLIN)
+        ready = {fd for fd, _events in poll.poll(timeout_s * 1000)}
+        if self._pidfd in ready:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is ours already, unless the child was killed
+            except BlockingIOError:
+                raise HostError("cannot wait for a machine", "flock was ended", "Start it again") from None
+            self.come = True
+        return cancel_fd in ready
+
+    def __exit__(self, *_exc: object) -> None:
+        self._child.kill()
+        self._child.wait()
+        os.close(self._pidfd)
+        forks.unlock(self._fd)
