@@ -57,12 +57,11 @@ UNCONFINED: Final = Confinement(threads=True, spawn=True, execute=True)
 def confinement(policy: Policy, cwd: str) -> Confinement:
     """That of a run with *policy*. cwd: what relative paths are relative to, in the machine."""
     process = policy.process
-    execute = process.enabled and process.allow_exec
-    listed = execute and not names_everything(process.allow_exec_prefixes)
+    listed = process.may_execute and not names_everything(process.allow_exec_prefixes)
     return Confinement(
         threads=policy.threads_in_force.enabled,
-        spawn=process.enabled and process.allow_spawn and process.max_live > 0,
-        execute=execute,
+        spawn=process.may_spawn,
+        execute=process.may_execute,
         programs=tuple(entry_path(path, cwd) for path in process.allow_execs) if listed else None,
         prefixes=tuple(entry_path(path, cwd) for path in process.allow_exec_prefixes) if listed else (),
     )

@@ -101,7 +101,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 def make_plan(policy: Policy, features: Features) -> Plan:
     """The plan for *policy* on a backend with *features*."""
-    asked = Asked(values=leaf_values(policy), holds=features.can_hold)
+    asked = Asked(policy=policy, values=leaf_values(policy), holds=features.can_hold)
     controls = _controls(asked)
     return Plan(
         controls=controls,
@@ -113,7 +113,6 @@ def make_plan(policy: Policy, features: Features) -> Plan:
 def run_limits(policy: Policy) -> RunLimits:
     """What *policy* holds a run to."""
     limits, process = policy.limits, policy.process
-    children = process.max_live if process.enabled and process.allow_spawn else 0
     return RunLimits(
         wall_ms=limits.wall_ms,
         cpu_ms=limits.cpu_ms,
@@ -122,7 +121,7 @@ def run_limits(policy: Policy) -> RunLimits:
         procs=limits.procs,
         core_dumps=limits.core_dumps,
         ram_bytes=ram_class_bytes(limits.mem_bytes),
-        max_live=children if 0 < children < limits.procs else None,
+        max_live=process.max_live if process.may_spawn and process.max_live < limits.procs else None,
     )
 
 

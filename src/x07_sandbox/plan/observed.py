@@ -17,6 +17,7 @@ from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.plan.places import OUT, WRITABLE, inside, place
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.rules import rule_problems
+from x07_sandbox.policy.schema import largest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 
 PERMISSIONS: Final = "permissions"  # stands for a field where no field decides
 SYSTEM_CALLS: Final = "system-calls"
-_FDS_MAX: Final = 1024
-_TASKS_MAX: Final = 1024
 _COUNT_MAX: Final = 2**63 - 1  # as DENIED carries it
+_CGROUP: Final = "the guest's control group"
+_SECCOMP: Final = "the guest's seccomp filter"
+_LANDLOCK: Final = "the guest's Landlock rules"
 # What a rule of policies (policy/rules) may ask for first, and what to say then.
 _FIRST: Final[dict[str, tuple[str, object]]] = {
     "$.process.allow_execs": ("$.process.allow_exec_prefixes", ["/usr/bin/"]),
@@ -35,17 +37,15 @@ _FIRST: Final[dict[str, tuple[str, object]]] = {
     "$.process.max_spawns": ("$.process.max_spawns", 64),
     "$.process.max_runtime_ms": ("$.process.max_runtime_ms", 60_000),
 }
-# What ends a program for a limit: the field, what it did, who saw it, and the most that a policy can say.
-_LIMITS: Final[dict[str, tuple[str, str, str, Literal["host", "guest"], int]]] = {
-    "timeout": ("limits.wall_ms", "run", "for longer", "host", 600_000),
-    "cpu-limit": ("limits.cpu_ms", "use", "more processor time", "guest", 600_000),
-    "oom": ("limits.mem_bytes", "use", "more memory", "guest", 17_179_869_184),
+# What ends a program for a limit: the field, what it did, who held it, and who saw it.
+_LIMITS: Final[dict[str, tuple[str, str, str, str, Literal["host", "guest"]]]] = {
+    "timeout": ("limits.wall_ms", "run", "for longer", "the deadline", "host"),
+    "cpu-limit": ("limits.cpu_ms", "use", "more processor time", _CGROUP, "guest"),
+    "oom": ("limits.mem_bytes", "use", "more memory", _CGROUP, "guest"),
 }
 _TASKS: Final = frozenset({"clone", "clone3", "fork", "vfork"})
 _EXECUTES: Final = frozenset({"execve", "execveat"})
 _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
-_SECCOMP: Final = "the guest's seccomp filter"
-_LANDLOCK: Final = "the guest's Landlock rules"
 
 
 def denials(refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequence[Area], cwd: str) -> list[Denial]:
@@ -87,19 +87,16 @@ def allowing(policy: Policy, field: str, value: object, flag: str | None = None)
 def more_tasks(policy: Policy, max_live: int | None, count: int) -> Denial:
     """New tasks were refused at the limit. max_live: the policy's, where that is the limit."""
     field, held = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
-    return _seen(
-        field, "start", "a new task", "the guest's control group", count, _more(policy, field, held, _TASKS_MAX)
-    )
+    return _seen(field, "start", "a new task", _CGROUP, count, _more(policy, field, held))
 
 
 def limit_hit(outcome: str, policy: Policy) -> Denial | None:
     """What the program did to end so; None where no limit of the policy ended it."""
     if outcome not in _LIMITS:
         return None
-    field, action, what, observer, most = _LIMITS[outcome]
-    how = _more(policy, field, int(getattr(policy.limits, field.removeprefix("limits."))), most)
-    seen = _seen(field, action, what, "the deadline" if observer == "host" else "the guest's control group", 1, how)
-    return msgspec.structs.replace(seen, observed_by=observer)
+    field, action, what, by, observer = _LIMITS[outcome]
+    how = _more(policy, field, int(getattr(policy.limits, field.removeprefix("limits."))))
+    return msgspec.structs.replace(_seen(field, action, what, by, 1, how), observed_by=observer)
 
 
 def disk_full() -> Denial:
@@ -107,8 +104,9 @@ def disk_full() -> Denial:
     return _seen("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
 
 
-def _more(policy: Policy, field: str, held: int, most: int) -> HowToAllow | None:
+def _more(policy: Policy, field: str, held: int) -> HowToAllow | None:
     """A larger number, if a policy can say one."""
+    most = largest(field)
     return allowing(policy, field, min(most, max(2 * held, held + 1))) if held < most else None
 
 
@@ -128,11 +126,11 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
     """A filter refused the call itself; it knows no arguments."""
     process, count = policy.process, body["count"]
     # Where executing is allowed it is the filter of every program: execveat of a descriptor alone.
-    if body["call"] in _EXECUTES and not (process.enabled and process.allow_exec):
+    if body["call"] in _EXECUTES and not process.may_execute:
         how = allowing(policy, f"process.{'allow_exec' if process.enabled else 'enabled'}", value=True)
         return _seen("process.allow_exec", "execute", "a program", _SECCOMP, count, how)
     if body["call"] in _TASKS:
-        if not (process.enabled and process.allow_spawn):
+        if not process.may_spawn:
             what = "a new process" if policy.threads_in_force.enabled else "a new process or thread"
             how = allowing(policy, f"process.{'allow_spawn' if process.enabled else 'enabled'}", value=True)
             return _seen("process.allow_spawn", "start", what, _SECCOMP, count, how)
@@ -143,7 +141,7 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
 
 
 def _descriptors(body: Mapping[str, Any], policy: Policy) -> Denial:
-    how = _more(policy, "limits.fds", policy.limits.fds, _FDS_MAX)
+    how = _more(policy, "limits.fds", policy.limits.fds)
     by = "the guest's resource limits"
     return _seen("limits.fds", "open", "one more descriptor", by, body["count"], how)
 

@@ -14,7 +14,7 @@ import msgspec
 
 from x07_sandbox.plan.confinement import entry_path, leading_into, names_everything
 from x07_sandbox.policy.environment import VARIABLES
-from x07_sandbox.policy.model import SCHEMA_VERSION
+from x07_sandbox.policy.model import SCHEMA_VERSION, Policy
 
 State = Literal["enforced", "advisory", "refused"]
 
@@ -28,11 +28,12 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What the rows look at: all values of the policy in force, and the walls that stand.
+    """What the rows look at: the policy, and the walls that stand.
 
-    holds: what the backend can hold (Features.can_hold).
+    values: all of the policy's in force (leaf_values). holds: what the backend can hold (Features.can_hold).
     """
 
+    policy: Policy
     values: Mapping[str, object]
     holds: frozenset[str]
 
@@ -62,17 +63,6 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the policy asks for databases that are reached over a network."""
         drivers = ("db.drivers.postgres", "db.drivers.mysql", "db.drivers.redis")
         return self.values["db.enabled"] is True and any(self.values[driver] is True for driver in drivers)
-
-    @property
-    def may_spawn(self) -> bool:
-        """Whether the policy lets children be started."""
-        process = self.values["process.enabled"] is True and self.values["process.allow_spawn"] is True
-        return process and self.number("process.max_live") > 0
-
-    @property
-    def may_execute(self) -> bool:
-        """Whether the policy lets other programs be executed."""
-        return self.values["process.enabled"] is True and self.values["process.allow_exec"] is True
 
 
 Row = Callable[[Asked, str], Answer]
@@ -225,7 +215,7 @@ def _threads(asked: Asked, _field: str) -> Answer:
 
 
 def _spawn(asked: Asked, _field: str) -> Answer:
-    if asked.may_spawn:
+    if asked.policy.process.may_spawn:
         return Answer("enforced", _CGROUP, "allowed, within limits.procs and process.max_live")
     if "confinement" not in asked.holds:
         return _UNCONFINED
@@ -233,7 +223,7 @@ def _spawn(asked: Asked, _field: str) -> Answer:
 
 
 def _allow_exec(asked: Asked, field: str) -> Answer:
-    if asked.may_execute:
+    if asked.policy.process.may_execute:
         return Answer("enforced", _VM, "allowed, inside a machine that is thrown away")
     if field == "process.enabled" and asked.values[field] is True:
         return Answer("enforced", _VM, "the fields of this section say what is allowed")
@@ -244,11 +234,11 @@ def _allow_exec(asked: Asked, field: str) -> Answer:
 
 
 def _execs(asked: Asked, _field: str) -> Answer:
-    if asked.may_execute and names_everything(asked.entries("process.allow_exec_prefixes")):
+    if asked.policy.process.may_execute and names_everything(asked.entries("process.allow_exec_prefixes")):
         return Answer("enforced", _VM, 'the prefix "/" allows every program in the machine')
     if "confinement" not in asked.holds:
         return _UNCONFINED
-    if not asked.may_execute:
+    if not asked.policy.process.may_execute:
         return Answer("enforced", _SECCOMP, "nothing may be executed, so no entry counts")
     why = "nothing that no entry names can be executed, nor a program of the image be read (EACCES)"
     if found := _written_and_executed(asked):
@@ -273,7 +263,7 @@ def _max_live(asked: Asked, field: str) -> Answer:
         return Answer("enforced", _CGROUP, "limits.procs is not larger, and holds for children too")
     if "confinement" not in asked.holds:
         return _UNCONFINED
-    if not asked.may_spawn:
+    if not asked.policy.process.may_spawn:
         return Answer("enforced", _SECCOMP, "no child may be started at all")
     return Answer("enforced", _CGROUP, "stands in place of the larger limits.procs, so that threads count as children")
 
@@ -284,7 +274,7 @@ def _kill(asked: Asked, field: str) -> Answer:
     return Answer("advisory", "X07's libraries", "false asks for no restriction; what is started ends with the run")
 
 
-# One row for each field, in the order of DESIGN's list of who enforces what.
+# One row for each field: first those that something enforces, with their sections, then the advisory ones.
 TABLE: Final[dict[str, Row]] = {
     "schema_version": _always("the check of the policy", f"every other format than {SCHEMA_VERSION} is refused"),
     "policy_id": _label,

@@ -180,6 +180,16 @@ class Process(Section, frozen=True, kw_only=True):
         tuple[Path, ...], Meta(max_length=128, description="Folders in which a child may start.")
     ] = ()
 
+    @property
+    def may_spawn(self) -> bool:
+        """Whether child processes may be started."""
+        return self.enabled and self.allow_spawn and self.max_live > 0
+
+    @property
+    def may_execute(self) -> bool:
+        """Whether other programs may be executed."""
+        return self.enabled and self.allow_exec
+
 
 class Drivers(Section, frozen=True, kw_only=True):
     """Kinds of database."""

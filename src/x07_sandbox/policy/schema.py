@@ -43,6 +43,7 @@ class Field:
     bounds: str
     required: bool  # inside its section
     default: object
+    maximum: int | None
     doc: str
 
 
@@ -60,6 +61,13 @@ def policy_schema() -> dict[str, Any]:
 def fields() -> tuple[Field, ...]:
     """Every field of the document in the model's order; a list is one field."""
     return tuple(_fields("Policy", ""))
+
+
+def largest(path: str) -> int:
+    """The largest number that a policy can say for the field at *path*, like "limits.fds"."""
+    found = next(field.maximum for field in fields() if field.path == path)
+    assert found is not None  # noqa: S101 - the caller names a field with a range
+    return found
 
 
 def host_fields() -> tuple[Field, ...]:
@@ -80,6 +88,7 @@ def _fields(section: str, prefix: str) -> Iterator[Field]:
             bounds=_bounds(schema),
             required=name in made.get("required", ()),
             default=schema.get("default"),
+            maximum=schema.get("maximum"),
             doc=schema["description"],
         )
 
