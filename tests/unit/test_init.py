@@ -140,7 +140,7 @@ def test_a_folder_that_is_named_is_made(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "project" / "x07.json").is_file()
     code, out, err = x07(tmp_path, "init", "new/project/x07.json")
     assert (code, out) == (2, b"")
-    assert "File exists" in err
+    assert "Not a directory" in err
 
 
 # ours
@@ -283,3 +283,10 @@ def test_a_tree_that_is_too_large_is_told(tmp_path: Path) -> None:
     code, out, err = x07(tmp_path, "init")
     assert (code, out) == (2, b"")
     assert "more than 10000 files" in err
+
+
+def test_an_error_leaves_no_new_folder(tmp_path: Path) -> None:
+    """A project that cannot be begun leaves no empty folder behind."""
+    code, out, _ = x07(tmp_path, "init", "--toolchain", "python", "new/one")
+    assert (code, out) == (2, b"")
+    assert list(tmp_path.iterdir()) == []

@@ -57,10 +57,9 @@ def _init(options: argparse.Namespace) -> int:
     folder: Path = options.folder
     _check_options(options)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = _files_below(folder)
+        files = _files_below(folder) if folder.exists() else []
     except OSError as exc:
-        raise UsageError(f"cannot use {folder}", exc.strerror or str(exc), "Name another folder") from exc
+        raise _unusable(folder, exc) from exc
     template = options.template or "default"
     policy = "/".join((*BASE_FOLDER, file_name(template)))
     if options.toolchain is None:
@@ -70,6 +69,10 @@ def _init(options: argparse.Namespace) -> int:
         data = sandbox_manifest(
             options.toolchain, files, entry=options.entry, artifact=options.artifact, makefile=_makefile(folder, files)
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # not before: an error leaves no empty folder
+    except OSError as exc:
+        raise _unusable(folder, exc) from exc
     root = Path(os.path.realpath(folder))
     status = write_document(root, (name,), data, overwrite=False)
     report = InitReport(toolchain=options.toolchain or "x07", project_root=str(root), out=name, status=status)
@@ -80,6 +83,10 @@ def _init(options: argparse.Namespace) -> int:
     if options.toolchain is None and not (root / policy).exists():
         say(f"its policy is not there yet: run x07 policy init --template {template}")
     return 0
+
+
+def _unusable(folder: Path, exc: OSError) -> UsageError:
+    return UsageError(f"cannot use {folder}", exc.strerror or str(exc), "Name another folder")
 
 
 def _check_options(options: argparse.Namespace) -> None:

@@ -120,7 +120,11 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--hide", action="append", default=[], metavar="PATTERN", help="names that do not go in")
     group.add_argument(
-        "--reveal", action="append", default=[], metavar="PATTERN", help="a pattern of secrets that does: '*.pem'"
+        "--reveal",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="names of secrets that do go in: '*.pem'",
     )
 
 

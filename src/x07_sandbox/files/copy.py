@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from x07_sandbox.files.roots import Tree
     from x07_sandbox.policy.model import Policy
 
-# What upstream's runtime takes where a policy says 0 (facts of upstream 6.1).
+# What X07's runtime takes where a policy says 0.
 READ_BYTES: Final = 16 << 20
 WRITE_BYTES: Final = 16 << 20
 ENTRIES: Final = 10_000
@@ -71,7 +71,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def bounds_of(policy: Policy, hide: Sequence[str] = (), reveal: Sequence[str] = ()) -> Bounds:
-    """Those of a policy; 0 stands for upstream's defaults. hide: more patterns of secrets."""
+    """Those of a policy; 0 stands for X07's defaults. hide: more patterns of secrets."""
     fs = policy.fs
     return Bounds(
         deny_hidden=fs.deny_hidden,

@@ -1,6 +1,6 @@
 """Where folders of the host lie in the guest: pure, and the same for the plan and for whoever puts them there.
 
-Places are those of X07 (facts of upstream 6.6): an absolute root has the same path in the guest, a relative one lies
+Places are those of X07: an absolute root has the same path in the guest, a relative one lies
 below the folder where the program starts.
 """
 
