@@ -50,7 +50,7 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
     said: list[str] = []
     runs: list[Ran] = []
     while len(runs) < 6:
-        runs.append(ran := sandbox.run_text("it.py", text, policy=policy))
+        runs.append(ran := sandbox.run_text("it.py", text, policy=policy, cache=True))
         result = ran.result
         if ran.outcome == "ok" and result.changes.state in {"none", "applied"}:
             return said, runs
