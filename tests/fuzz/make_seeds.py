@@ -28,7 +28,6 @@ AS_GUEST_CUT: Final = b"\x82\x08\x1f"
 
 
 WARM: Final[dict[str, object]] = {
-    "interpreter": False,
     "preload": [],
     "hostname": "x07",
     "output": True,

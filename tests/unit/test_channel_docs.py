@@ -38,7 +38,6 @@ FRAME_MEANING: Final = {
 }
 FIELD_MEANING: Final = {
     "HELLO.protocol": "Number of the protocol that the agent speaks.",
-    "WARM.interpreter": "Whether the process that will become the program is a started Python.",
     "WARM.preload": "List of texts: Python modules that it imports.",
     "WARM.hostname": "That of START, most likely: what is the same need not be done again.",
     "WARM.output": "Whether START will likely ask for a file.",

@@ -120,7 +120,7 @@ def fields(changes: dict[str, object]) -> dict[str, object]:
 
 def python(sandbox: Sandbox, *args: str, policy: dict[str, object], **options: object) -> dict[str, object]:
     """What PYTHON reports."""
-    ran = sandbox.run_text("tries.py", PYTHON, *args, policy=policy, **options)
+    ran = sandbox.run_text("tries.py", PYTHON, *args, policy=policy, cache=True, **options)
     assert ran.outcome == "ok", (ran.reason, ran.stderr)
     told: dict[str, object] = json.loads(ran.stdout)
     return told

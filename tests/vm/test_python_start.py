@@ -10,8 +10,6 @@ import pytest
 from x07_sandbox import run_program
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
     from tests.vm.conftest import Ran, Sandbox
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
@@ -83,13 +81,9 @@ if __name__ == "__main__":
 """
 
 
-def both(sandbox: Sandbox, threads: ThreadPoolExecutor, name: str, text: str, *args: str) -> tuple[Ran, Ran]:
+def both(sandbox: Sandbox, name: str, text: str, *args: str) -> tuple[Ran, Ran]:
     """The same program in a clone, and in a machine and an interpreter that were started for it."""
-    jobs = [
-        threads.submit(sandbox.run_text, name, text, *args, cold=cold, alone=False, stdin=b"in")
-        for cold in (False, True)
-    ]
-    cloned, cold = [job.result() for job in jobs]
+    cloned, cold = [sandbox.run_text(name, text, *args, cold=cold, stdin=b"in", cache=True) for cold in (False, True)]
     for one in (cloned, cold):
         assert "run" in one.result.phases, one.reason
     assert cloned.result.phases["run"].start == "clone"
@@ -97,9 +91,9 @@ def both(sandbox: Sandbox, threads: ThreadPoolExecutor, name: str, text: str, *a
     return cloned, cold
 
 
-def test_a_program_sees_what_it_would_in_a_fresh_interpreter(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
+def test_a_program_sees_what_it_would_in_a_fresh_interpreter(sandbox: Sandbox) -> None:
     """Modules, arguments, paths, environment, streams, signals, limits, stack and `__main__` are a fresh start's."""
-    ran = both(sandbox, threads, "look around.py", LOOK, "one", "tw\u00f6", "", "-x")
+    ran = both(sandbox, "look around.py", LOOK, "one", "tw\u00f6", "", "-x")
     seen: list[dict[str, Any]] = [json.loads(one.stdout) for one in ran]
     assert seen[0].keys() == seen[1].keys()
     for key in seen[0]:

@@ -164,7 +164,7 @@ def test_an_entry_in_a_folder_finds_its_neighbours(sandbox: Sandbox) -> None:
         HEAD + 'toolchain = "python"\nentry = "src/main.py"\nfiles = ["src/*.py"]\n'
     )
     for cold in (False, True):
-        ran = sandbox.run(folder, cold=cold)
+        ran = sandbox.run(folder, cold=cold, cache=True)
         assert (ran.outcome, ran.stdout) == ("ok", b"1 /x07/in/program/src\n"), ran.stderr
 
 

@@ -93,7 +93,6 @@ _TEXT = Shape("text", hi=2000)
 BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.HELLO: {"protocol": Shape("int", 1, 2**31)},
     Kind.WARM: {
-        "interpreter": Shape("bool"),
         "preload": Shape("any"),
         "hostname": Shape("text", lo=1, hi=64),
         "output": Shape("bool"),

@@ -139,7 +139,7 @@ class Agent:
             self.job = None
             self.place.close()
         limits = body["limits"]
-        self.place = place = Place(first=first, interpreter=body["interpreter"], preload=body["preload"])
+        self.place = place = Place(first=first, interpreter=True, preload=body["preload"])
         place.prepare(
             orders(
                 limits,

@@ -21,12 +21,12 @@ from x07_sandbox.guest import restrict
 
 PYTHON: Final = "/usr/bin/python3"
 FOLDER: Final = "/run/start"  # in the program's view until it starts
-PROGRAMS: Final = "/x07/in/program"
+SCRIPTS: Final = "/x07/in/"
 START_FD: Final = 3
 TOLD_FD: Final = 4
 RULES_FD: Final = 63  # below 64 the kernel's table of descriptors need not grow
 _NAME_MAX: Final = 255
-PLACEHOLDER: Final = f"{PROGRAMS}/{'x' * _NAME_MAX}"
+PLACEHOLDER: Final = f"{SCRIPTS}program/{'x' * _NAME_MAX}"
 # What the interpreter looks at before it comes to our hook: where the job's differs, it is started afresh.
 _EARLY: Final = ("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "LOCPATH", "HOME")
 # And the C library, before Python.
@@ -157,7 +157,7 @@ def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bo
     return (
         len(argv) > 1
         and argv[0] == PYTHON
-        and argv[1].startswith(f"{PROGRAMS}/")
+        and argv[1].startswith(SCRIPTS)
         and len(argv[1]) <= len(PLACEHOLDER)
         and not any(name.startswith(_EARLIER) for name in env)
         and not (preload and alone)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
@@ -46,6 +45,11 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
         """The file that is started, in the build VM."""
         return f"{self.folder}/{self.name}"
 
+    @property
+    def driver(self) -> str:
+        """Where the driver of the build lies in the build VM, if the toolchain has one: beside what is built."""
+        return f"{SOURCE_FOLDER}/{'driver.py' if self.name != 'driver.py' else 'build.py'}"
+
     def with_suffixes(self, suffixes: tuple[str, ...]) -> list[str]:
         """Paths of the files of a language in the build VM."""
         if not self.files:
@@ -58,6 +62,7 @@ class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
 
     suffixes: of source files, lower case.
     build: argv of the build; the first is a path. None where the source is the artifact.
+    driver: whether the build is a Python script of ours, `build_driver()`, at Source.driver in the build VM.
     archive: whether the artifact is an archive that is unpacked to PROGRAM_FOLDER, else an executable at ARTIFACT.
     start: argv that starts the program.
     needs: Debian packages that the image must have; "x07" stands for X07's own toolchain.
@@ -68,6 +73,7 @@ class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     suffixes: tuple[str, ...]
     build: Callable[[Source], list[str]] | None
+    driver: bool = False
     archive: bool
     start: Callable[[Source], list[str]]
     needs: tuple[str, ...] = ()
@@ -97,7 +103,7 @@ def _start_executable(_source: Source) -> list[str]:
 def _build_archive(source: Source, *check: str) -> list[str]:
     what = "tree" if source.files else "file"
     words = [what, source.folder, source.name, PROGRAM_FOLDER, OUTPUT, *check]
-    return [_PYTHON, "-I", "-S", "-c", _driver(), *words]
+    return [_PYTHON, source.driver, *words]
 
 
 def _start_python(source: Source) -> list[str]:
@@ -135,9 +141,9 @@ def _build_make(source: Source) -> list[str]:
     return ["/bin/sh", "-c", _MAKE, "make", source.folder, source.artifact, OUTPUT, *source.args]
 
 
-@cache
-def _driver() -> str:
-    return (Path(__file__).parent / "data" / "build_archive.py").read_text(encoding="utf-8")
+def build_driver() -> bytes:
+    """The driver of builds that make an archive."""
+    return (Path(__file__).parent / "data" / "build_archive.py").read_bytes()
 
 
 TOOLCHAINS: Final = (
@@ -163,6 +169,7 @@ TOOLCHAINS: Final = (
         name="python",
         suffixes=(".py",),
         build=lambda source: _build_archive(source, "python"),
+        driver=True,
         archive=True,
         start=_start_python,
         needs=("python3",),
@@ -173,6 +180,7 @@ TOOLCHAINS: Final = (
         name="shell",
         suffixes=(".sh", ".bash"),
         build=lambda source: _build_archive(source, "shell", _shell(source)),
+        driver=True,
         archive=True,
         start=_start_shell,
         needs=("bash",),

@@ -20,7 +20,7 @@ from x07_sandbox.plan.denials import Area, Denial, Hint
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
-from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, PROJECT_FOLDER, SOURCE_FOLDER
+from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, PROJECT_FOLDER, SOURCE_FOLDER, build_driver
 from x07_sandbox.runs.request import in_memory, sha256_text
 from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Output, PhaseReport
 from x07_sandbox.runs.streams import InFile, OutFile
@@ -180,8 +180,9 @@ class Session:
             self.so_far.artifact_from = "caller"
             return None
         argv = toolchain.build(program.source)
-        told = [sha256_text(policy_bytes)] if toolchain.told else []
-        key = artifact_key(self.image.manifest.digest, toolchain.name, argv, program.sha256, *told)
+        more = [sha256_text(policy_bytes)] if toolchain.told else []
+        more += [sha256_text(build_driver())] if toolchain.driver else []
+        key = artifact_key(self.image.manifest.digest, toolchain.name, argv, program.sha256, *more)
         if self.request.cache and (build := _recall(key, artifact)) is not None:
             self.so_far.artifact_from, self.so_far.build = "cache", build
             return None
@@ -197,6 +198,8 @@ class Session:
         with contextlib.ExitStack() as stack:
             files = [self.program.file]
             env = dict(_ENVIRONMENT)
+            if self.program.toolchain.driver:
+                files.append(in_memory(build_driver(), self.program.source.driver, 0o644, stack))
             if self.program.toolchain.told:
                 from x07_sandbox.programs.x07 import WORKSPACE
 

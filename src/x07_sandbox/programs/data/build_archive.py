@@ -5,10 +5,13 @@ Arguments: "file" or "tree", the source's folder, the file that is started, the 
 shows them.
 """
 
+import sys
+
+del sys.path[0]  # the folder of this script, where the source may lie too, under a name like traceback.py
+
 import importlib.util
 import io
 import os
-import sys
 import traceback
 from importlib._bootstrap_external import _code_to_hash_pyc  # type: ignore[attr-defined]  # as py_compile does
 
