@@ -1,5 +1,6 @@
 """Promises of the classifier: each kind of end has its own outcome, fault, code and reason."""
 
+import errno
 import itertools
 import re
 from typing import Any
@@ -57,6 +58,24 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
         None,
         None,
     ),
+    *(
+        (
+            Evidence(stage=Stage.SETUP, setup_failure="exec: x", not_executed=number),
+            "failed",
+            "program",
+            why,
+            code,
+            None,
+        )
+        for number, why, code in (
+            (errno.ENOEXEC, "not be executed: Exec format error", 126),
+            (errno.EACCES, "not be executed: Permission denied", 126),
+            (errno.ENOENT, "interpreter or loader", 127),
+        )
+    ),
+    # What says nothing of the program, and what is told once it runs.
+    (Evidence(stage=Stage.SETUP, setup_failure="exec: x", not_executed=1), "refused", "host", "exec: x", None, None),
+    (run(setup_failure="exec: x", not_executed=8), "guest-lost", "program", "exec: x", None, None),
     (run(setup_failure="pack: 28"), "guest-lost", "program", "failed while running the program: pack", None, None),
     (run(console_tail=PANIC, vmm_status=0), "guest-lost", "program", "kernel panicked", None, None),
     (run(console_tail=INIT_DIED, vmm_status=0), "guest-lost", "program", "agent died", None, None),

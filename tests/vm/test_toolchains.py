@@ -135,6 +135,23 @@ def test_an_artifact_that_is_none_is_a_failed_build(sandbox: Sandbox, rule: str,
     assert why in ran.reason + ran.stderr.decode()
 
 
+@pytest.mark.parametrize(
+    ("made", "code", "why"),
+    [
+        ("\techo hello > out", 126, "Exec format error"),
+        ("\tprintf '#!/no/such/shell\\n' > out", 127, "No such file or directory"),
+    ],
+)
+def test_what_cannot_be_executed_is_the_programs_own_failure(sandbox: Sandbox, made: str, code: int, why: str) -> None:
+    """An artifact that the kernel does not execute ends as a shell has it, and is never taken for our failure."""
+    folder = project(sandbox.work / "p", Makefile=f"out:\n{made}\n", a_c="")
+    (folder / "x07-sandbox.toml").write_text(MAKE)
+    ran = sandbox.run(folder)
+    result = ran.result
+    assert (ran.outcome, result.fault, result.exit_code, result.x07_exit_code) == ("failed", "program", code, code)
+    assert why in ran.reason
+
+
 def test_a_python_project_imports_its_own_modules(sandbox: Sandbox) -> None:
     """Modules and data beside the entry are there, byte-compiled; its input, variables and policy come from it."""
     folder = project(

@@ -134,11 +134,14 @@ def _become(world: confine.World, ends: Ends) -> NoReturn:
             os.chdir(cwd)
             if filter_code or rules_fd >= 0:
                 take_away(filter_code, rules_fd)
-            execute(argv, env, token)
+            try:
+                execute(argv, env, token)
+            except OSError as exc:
+                told = f"{exc.errno or 0} {exc}"  # a number only here: it is the program that could not be executed
         except confine.StepError as exc:
-            told = f"{exc.errno} {exc.stage}: {exc.args[2]}"
+            told = f"0 {exc.stage}: {exc.args[2]}"
         except (OSError, ValueError) as exc:
-            told = f"{getattr(exc, 'errno', 0) or 0} {exc}"
+            told = f"0 {exc}"
         os.write(told_fd, told.encode("utf-8", "backslashreplace"))
     finally:
         os._exit(127)

@@ -89,7 +89,7 @@ try:
     if filter_code or rules_fd >= 0:
         take_away(filter_code, rules_fd)
 except OSError as exc:
-    os.write({TOLD_FD}, b"%d %s" % (exc.errno or 0, str(exc).encode()))
+    os.write({TOLD_FD}, b"0 " + str(exc).encode())
     os._exit(127)
 os.close({RULES_FD})
 if not become:
@@ -99,7 +99,7 @@ if not become:
         _signal.signal(number, _signal.SIG_DFL)
     try:
         execute(argv, env, token)
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError) as exc:  # a number only here: it is the program that could not be executed
         os.write({TOLD_FD}, b"%d %s" % (getattr(exc, "errno", 0) or 0, str(exc).encode("utf-8", "backslashreplace")))
         os._exit(127)
 os.environ.clear()

@@ -199,7 +199,10 @@ def failure(report: bytes) -> JobError:
 
 
 def told_failure(told: bytes) -> JobError:
-    """What the program's process says when it could not become the program: a number, and words."""
+    """What the program's process says when it could not become the program: words, and before them a number.
+
+    That is the kernel's, where it would not execute the program; else 0.
+    """
     number, _, message = told.decode("utf-8", "replace").partition(" ")
     return JobError("exec", int(number) if number.isdigit() else 0, message)
 

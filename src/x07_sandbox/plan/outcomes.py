@@ -9,6 +9,8 @@ four are our own doing, so whatever the guest said afterwards follows from it.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Literal
@@ -25,6 +27,13 @@ REFUSED_EXIT: Final = 125
 SIGNAL_BASE: Final = 128
 SIGINT: Final = 2
 _SIGKILL: Final = 9
+# What a shell's status says of a program that the kernel would not execute.
+_NOT_EXECUTABLE: Final = 126
+_NOT_FOUND: Final = 127
+# Only what lies with the program itself: its format, its interpreter, its mode, its arguments.
+_OF_THE_PROGRAM: Final = frozenset(
+    {errno.ENOEXEC, errno.ENOENT, errno.EACCES, errno.ELIBBAD, errno.EINVAL, errno.E2BIG, errno.ELOOP, errno.ENOTDIR}
+)
 _LAST_SIGNAL: Final = 64
 _SHOWN_CHARS: Final = 160  # of a text that came from the guest
 # Linux numbers, since the guest is Linux whatever the host is.
@@ -78,7 +87,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 OUTCOMES: Final[dict[Outcome, Row]] = {
     Outcome.OK: Row(fault="none", exit=ExitRule.PROGRAM, doc="The program ended with status 0."),
-    Outcome.FAILED: Row(fault="program", exit=ExitRule.PROGRAM, doc="The program ended with another status."),
+    Outcome.FAILED: Row(
+        fault="program",
+        exit=ExitRule.PROGRAM,
+        doc="It ended with another status, or could not be executed: 126, 127 if something is missing.",
+    ),
     Outcome.SIGNALLED: Row(fault="program", exit=ExitRule.SIGNAL, doc="A signal ended the program."),
     Outcome.TIMEOUT: Row(fault="policy", exit=124, doc="It was still running at limits.wall_ms, by our clock."),
     Outcome.CPU_LIMIT: Row(fault="policy", exit=124, doc="It used up limits.cpu_ms, by the kernel's counter."),
@@ -180,6 +193,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     console_tail: the end of the console; hostile text, looked at only when the guest was lost.
     cancelled_by: the signal that ended the run from outside (0: a request without one).
     setup_failure: what the agent or we could not do for the job.
+    not_executed: the error number with which the guest's kernel refused to execute the program; 0 if it did not.
     boot_timeout: the agent did not answer in time.
     """
 
@@ -195,6 +209,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     console_tail: str = ""
     cancelled_by: int | None = None
     setup_failure: str | None = None
+    not_executed: int = 0
     boot_timeout: bool = False
 
 
@@ -266,6 +281,8 @@ def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | None) -
         by = f" by {signal_name(evidence.cancelled_by)}" if evidence.cancelled_by else ""
         cancelled = verdict(Outcome.CANCELLED, f"the run was cancelled{by} while the guest was {_doing(evidence)}")
         return replace(cancelled, signal=evidence.cancelled_by or None)
+    if evidence.not_executed in _OF_THE_PROGRAM and evidence.stage not in _STARTED:
+        return _not_executed(evidence.not_executed)
     if evidence.setup_failure is not None and evidence.stage not in _STARTED:
         text = _shown(evidence.setup_failure)
         return verdict(Outcome.REFUSED, f"the guest could not be made ready for the program: {text}", fault="host")
@@ -275,6 +292,15 @@ def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | None) -
     if evidence.deadline_passed and evidence.stage is Stage.RUN:
         return verdict(Outcome.TIMEOUT, _timeout_reason(evidence, emulated=emulated, limits=limits))
     return None
+
+
+def _not_executed(number: int) -> Verdict:
+    missing = number == errno.ENOENT
+    reason = f"the program could not be executed: {os.strerror(number)}"
+    if missing:
+        reason += " (what it names as its interpreter or loader)"
+    status = _NOT_FOUND if missing else _NOT_EXECUTABLE
+    return replace(verdict(Outcome.FAILED, reason), exit_code=status)
 
 
 def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | None) -> str:
