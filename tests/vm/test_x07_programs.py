@@ -240,3 +240,12 @@ def test_a_toolchains_digest_is_its_content(tmp_path: Path) -> None:
     second = snapshot(source, tmp_path / "3")
     (source / "stdlib/more").touch()
     assert len({first, second, snapshot(source, tmp_path / "4")}) == 3
+
+
+def test_x07s_limit_of_cpu_time_holds_where_it_is_the_tighter(tmp_path: Path, x07_image: Image) -> None:
+    """--cpu-time-limit-seconds ends an X07 program, below the policy's limits.cpu_ms, and the result names the flag."""
+    words = ("--policy", "built-in:worker", program(tmp_path, c="for (;;) {}"))
+    done = command("--json", "--cpu-time-limit-seconds", "1", *words, image=x07_image.name)
+    result = json.loads(done.stdout)
+    assert (result["outcome"], result["reason"]) == ("cpu-limit", "the program used 1 s of CPU time (limits.cpu_ms)")
+    assert result["denials"][0]["how_to_allow"]["flag"] == "--cpu-time-limit-seconds 2"

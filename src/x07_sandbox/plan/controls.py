@@ -99,23 +99,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise RefusedError("the policy cannot be carried out", why, fix)
 
 
-def make_plan(policy: Policy, features: Features) -> Plan:
-    """The plan for *policy* on a backend with *features*."""
+def make_plan(policy: Policy, features: Features, *, cpu_ms: int | None = None) -> Plan:
+    """The plan for *policy* on a backend with *features*. cpu_ms: a tighter limit than the policy's, from elsewhere."""
     asked = Asked(policy=policy, values=leaf_values(policy), holds=features.can_hold)
     controls = _controls(asked)
     return Plan(
         controls=controls,
         refusals=(*_refusals(controls, asked), *_too_long(policy)),
-        limits=run_limits(policy),
+        limits=run_limits(policy, cpu_ms),
     )
 
 
-def run_limits(policy: Policy) -> RunLimits:
-    """What *policy* holds a run to."""
+def run_limits(policy: Policy, cpu_ms: int | None = None) -> RunLimits:
+    """What *policy* holds a run to. cpu_ms: as in make_plan."""
     limits, process = policy.limits, policy.process
     return RunLimits(
         wall_ms=limits.wall_ms,
-        cpu_ms=limits.cpu_ms,
+        cpu_ms=limits.cpu_ms if cpu_ms is None else min(limits.cpu_ms, cpu_ms),
         mem_bytes=limits.mem_bytes,
         fds=limits.fds,
         procs=limits.procs,

@@ -90,11 +90,14 @@ def more_tasks(policy: Policy, max_live: int | None, count: int) -> Denial:
     return _seen(field, "start", "a new task", _CGROUP, count, _more(policy, field, held))
 
 
-def limit_hit(outcome: str, policy: Policy) -> Denial | None:
-    """What the program did to end so; None where no limit of the policy ended it."""
+def limit_hit(outcome: str, policy: Policy, cpu_ms: int | None = None) -> Denial | None:
+    """What the program did to end so; None where no limit ended it. cpu_ms: X07's limit, if that may be the tighter."""
     if outcome not in _LIMITS:
         return None
     field, action, what, by, observer = _LIMITS[outcome]
+    if field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < policy.limits.cpu_ms:
+        flag = f"--cpu-time-limit-seconds {cpu_ms // 500}"
+        return _seen(field, action, what, by, 1, HowToAllow(json_path=None, value=None, flag=flag))
     how = _more(policy, field, int(getattr(policy.limits, field.removeprefix("limits."))))
     return msgspec.structs.replace(_seen(field, action, what, by, 1, how), observed_by=observer)
 

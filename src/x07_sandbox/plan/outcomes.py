@@ -19,6 +19,7 @@ import msgspec
 from msgspec.structs import replace
 
 if TYPE_CHECKING:
+    from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.policy.model import Limits
 
 Fault = Literal["program", "policy", "host", "none"]
@@ -239,7 +240,7 @@ def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Ver
     return Verdict(outcome=outcome, fault=fault or OUTCOMES[outcome].fault, reason=reason)
 
 
-def classify(evidence: Evidence, *, emulated: bool = False, limits: Limits | None = None) -> Verdict:
+def classify(evidence: Evidence, *, emulated: bool = False, limits: Limits | RunLimits | None = None) -> Verdict:
     """The one verdict on *evidence*.
 
     emulated: the VM has no hardware behind it; a timeout then says that CPU work is slower.
@@ -276,7 +277,7 @@ def signal_name(number: int) -> str:
     return f"SIGRTMIN+{number - 34}" if 34 <= number <= _LAST_SIGNAL else f"signal {number}"  # noqa: PLR2004 - glibc's
 
 
-def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | None) -> Verdict | None:
+def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | RunLimits | None) -> Verdict | None:
     if evidence.cancelled_by is not None:
         by = f" by {signal_name(evidence.cancelled_by)}" if evidence.cancelled_by else ""
         cancelled = verdict(Outcome.CANCELLED, f"the run was cancelled{by} while the guest was {_doing(evidence)}")
@@ -303,7 +304,7 @@ def _not_executed(number: int) -> Verdict:
     return replace(verdict(Outcome.FAILED, reason), exit_code=status)
 
 
-def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | None) -> str:
+def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | RunLimits | None) -> str:
     after = f"after {limits.wall_ms / 1000:g} s" if limits else "at its deadline"
     if evidence.stopped:
         return (
@@ -361,7 +362,7 @@ def _vmm_ended(evidence: Evidence, status: int) -> Verdict:
     return verdict(outcome, f"the virtual machine monitor {how} while the guest was {doing}")
 
 
-def _ended_by_itself(evidence: Evidence, status: int, limits: Limits | None) -> Verdict:
+def _ended_by_itself(evidence: Evidence, status: int, limits: Limits | RunLimits | None) -> Verdict:
     signal, code = status & 0x7F, status >> 8
     survived: tuple[str, ...] = ()
     if evidence.oom_kills:

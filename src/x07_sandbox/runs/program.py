@@ -42,6 +42,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     """A program that was read. data: the source's bytes (for a tree its archive); file: the same, for the build VM.
 
     project: whether a manifest said what belongs to it. lockfile: of an X07 project, its name there; else None.
+    cpu_ms: CPU time that X07 gives it, where the policy does not give less; None for other programs.
     """
 
     toolchain: Toolchain
@@ -51,6 +52,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     project: bool = False
     lockfile: str | None = None
+    cpu_ms: int | None = None
 
 
 def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:

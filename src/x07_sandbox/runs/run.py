@@ -154,7 +154,7 @@ def make_ready(
     backend = QemuBackend(request.progress, request.cancel.waiting, so_far.warnings.append)
     so_far.availability = backend.probe(image, require_hardware=request.require_hardware, boot=not dry)
     so_far.warnings += so_far.availability.warnings
-    so_far.plan = plan = make_plan(policy, so_far.availability.features)
+    so_far.plan = plan = make_plan(policy, so_far.availability.features, cpu_ms=program.cpu_ms)
     return Ready(
         request=request,
         program=program,

@@ -282,7 +282,7 @@ class Session:
             mounts=tuple(mounts),
             changes=None if host_files is None else host_files.incoming,
             areas=() if host_files is None else tuple(host_files.areas),
-            limits_shown=policy.limits,
+            limits_shown=limits,
         )
 
     def run(self, spec: PhaseSpec, policy: Policy) -> Verdict:
@@ -396,7 +396,7 @@ class Session:
             so_far.denials.append(observed.more_tasks(policy, run_limits(policy).max_live, tasks))
         if full:
             so_far.denials.append(observed.disk_full())
-        if (limit := observed.limit_hit(ending.outcome.value, policy)) is not None:
+        if (limit := observed.limit_hit(ending.outcome.value, policy, self.program.cpu_ms)) is not None:
             so_far.denials.append(limit)
         if facts.stderr_tail:
             from x07_sandbox.plan.hints import hints

@@ -103,6 +103,7 @@ def _loaded(
         data=packed.archive,
         file=replace(in_memory(packed.archive, folder, 0o755, stack), kind="archive"),
         sha256=sha256_text(packed.archive),
+        cpu_ms=1000 * options.cpu_time_limit_seconds if options.cpu_time_limit_seconds else None,
     )
 
 
