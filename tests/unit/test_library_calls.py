@@ -193,3 +193,24 @@ def test_importing_the_library_costs_only_what_is_on_the_list(tmp_path: Path) ->
     ours = [name.removeprefix("x07_sandbox.") for name in every if name.startswith("x07_sandbox.")]
     assert ours == sorted(IMPORTED.split())
     assert set(COSTLY.split()) & set(every) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("X07_VM_BACKEND", "firecracker-ctr", "never takes another in its place"),
+        ("X07_VM_BACKEND", "podman", "fails closed"),
+        ("X07_VM_BACKEND", "xen", "X07_VM_BACKEND"),
+        ("X07_SANDBOX_BACKEND", "none", "fails closed"),
+        ("X07_I_ACCEPT_WEAKER_ISOLATION", "True", "X07_I_ACCEPT_WEAKER_ISOLATION"),
+    ],
+)
+def test_the_variables_of_the_command_count_for_the_library_too(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, why: str
+) -> None:
+    """A backend that a variable asks for and that cannot be had is refused by run_program and Pool, never replaced."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SandboxError, match=why):
+        run_program(source="1", toolchain="python")
+    with pytest.raises(SandboxError, match=why):
+        Pool(size=1)

@@ -12,7 +12,7 @@ from typing import Final, Literal
 import msgspec
 
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.host.variables import BACKENDS
+from x07_sandbox.host.variables import BACKENDS, check_environment, flag, text
 from x07_sandbox.plan.features import Isolation
 
 Class = Literal["vm", "os", "none"]
@@ -124,6 +124,21 @@ def select(platform: Platform, asked: Asked) -> Choice:
             _instead(platform),
         )
     return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
+
+
+def heed_variables() -> None:
+    """Refuse what the environment asks for and cannot have, where no flag could say otherwise.
+
+    Raises UsageError, also for a variable of ours that is wrong, and RefusedError.
+    """
+    check_environment(os.environ)
+    asked = Asked(
+        sandbox_variable=text("X07_SANDBOX_BACKEND"),
+        backend_variable=text("X07_VM_BACKEND"),
+        accepted=flag(ACCEPT_VARIABLE),
+    )
+    if asked.sandbox_variable or asked.backend_variable:
+        select(this_platform(), asked)
 
 
 def backend_named(word: str) -> BackendRow:

@@ -141,9 +141,11 @@ def run_once(
     machines: warm ones; None for those that `x07 pool` keeps. The rest is as `run_program` has it.
     Raises UsageError for a wrong call, and what *on_output* raises.
     """
+    from x07_sandbox.backends.selection import heed_variables
     from x07_sandbox.runs.lease import PoolMachines
     from x07_sandbox.runs.run import attempt
 
+    heed_variables()
     if on_output is not None and not callable(on_output):
         raise wrong("on_output", f"is {type(on_output).__name__}, not a function")
     with contextlib.ExitStack() as stack:

@@ -25,6 +25,7 @@ from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.backends.qemu.talk import talk_until
 from x07_sandbox.backends.qemu.template import warm_up
+from x07_sandbox.backends.selection import heed_variables
 from x07_sandbox.channel.frames import Kind
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
@@ -84,6 +85,7 @@ class WarmMachines:
     def __init__(
         self, size: int, *, image: str | None = None, progress: Callable[[str], None] = lambda _text: None
     ) -> None:
+        heed_variables()
         most = memory_bytes() // 4 // settings.WARM_BYTES
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
             why = f"its size is {size!r}, and must be a whole number from 1 to {most}"
