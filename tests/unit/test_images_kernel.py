@@ -44,6 +44,7 @@ def test_elf_is_found_behind_the_header(sectors: int) -> None:
     [
         (b"", "no bzImage"),
         (b"MZ" * 5000, "no bzImage"),
+        (b"MZ\0\0zimg" + bytes(9000), "EFI zboot"),
         (_bzimage(_zstd(ELF), length=0xFFFFFFFF), "outside the file"),
         (_bzimage(_zstd(ELF), length=0), "outside the file"),
         (_bzimage(b"\x1f\x8b" + ELF), "not zstd"),

@@ -43,6 +43,7 @@
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <sys/un.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -226,6 +227,9 @@ static void processes(void)
 		}
 		close(init);
 	}
+	struct utsname names;
+	uname(&names);
+	say("nodename", names.nodename, 0, 0);
 	for (int which = 0; which < RLIM_NLIMITS; which++) {
 		struct rlimit more = { RLIM_INFINITY, RLIM_INFINITY };
 		struct rlimit limit;

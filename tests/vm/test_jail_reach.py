@@ -352,6 +352,11 @@ def test_the_outer_processes_hold_nothing(look: Look) -> None:
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_name_of_the_host_is_not_known(look: Look) -> None:
+    """The VMM sees a name that every jail has, not the host's."""
+    assert [finding.arg for finding in look.of("nodename")] == ["x07"]
+
+
 def test_limits_hold_and_cannot_be_raised(look: Look) -> None:
     """File size, address space, descriptors, tasks and core files are limited, and no limit can be raised."""
     limits = {int(finding.arg): finding.value for finding in look.of("limit")}
@@ -360,6 +365,9 @@ def test_limits_hold_and_cannot_be_raised(look: Look) -> None:
     assert limits[6] == 96  # RLIMIT_NPROC
     assert limits[7] == 64  # RLIMIT_NOFILE
     assert limits[9] == (512 * settings.MIB) + 3 * settings.GIB  # RLIMIT_AS
+    # What is counted for all of a user's processes together.
+    assert limits[11] == 64  # RLIMIT_SIGPENDING
+    assert limits[12] == 0  # RLIMIT_MSGQUEUE
     assert look.worked("raise-limit") == []
 
 

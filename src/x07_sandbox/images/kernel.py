@@ -72,6 +72,12 @@ class Kernel:
 
 def payload(image: bytes) -> tuple[bytes, int]:
     """The zstd stream of a bzImage and the size that it unpacks to. Raises ImageError."""
+    if image[4:8] == b"zimg":
+        raise ImageError(
+            "cannot use the kernel package",
+            "it is an EFI zboot image, as aarch64 has them, which this version does not take apart",
+            "Build the image on x86-64",
+        )
     if len(image) < HEADER_BYTES or image[0x202:0x206] != b"HdrS":
         raise _bad("it is no bzImage")
     setup_sectors = image[0x1F1] or 4

@@ -88,8 +88,8 @@ def open_image(image: Image) -> Iterator[OpenImage]:
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(opened_folder(image.folder, subject))
         _check_manifest(folder_fd, image)
-        fds = opened_parts(folder_fd, image.manifest.parts.all(), subject, stack)
-        yield OpenImage(kernel_fd=fds[0], initrd_fd=fds[1], root_fd=fds[2], scratch_fd=fds[3], manifest=image.manifest)
+        kernel, initrd, root, scratch, *_filters = opened_parts(folder_fd, _parts(image), subject, stack)
+        yield OpenImage(kernel_fd=kernel, initrd_fd=initrd, root_fd=root, scratch_fd=scratch, manifest=image.manifest)
 
 
 def _subject(image: Image) -> Subject:

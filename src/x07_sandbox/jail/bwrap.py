@@ -96,13 +96,16 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     return [*argv, "--", *_rights(jail), *command]
 
 
+_NAME: Final = ("--hostname", "x07")  # else it knows the host's
+
+
 def _namespaces(jail: Jail) -> list[str]:
     if jail.uid is None:
         uid = str(INNER_UID)
-        return ["--unshare-all", "--uid", uid, "--gid", uid, "--cap-drop", "ALL"]
+        return ["--unshare-all", *_NAME, "--uid", uid, "--gid", uid, "--cap-drop", "ALL"]
     kept = [word for cap in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP") for word in ("--cap-add", cap)]
     unshared = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
-    return [*unshared, "--cap-drop", "ALL", *kept]
+    return [*unshared, *_NAME, "--cap-drop", "ALL", *kept]
 
 
 def _rights(jail: Jail) -> list[str]:

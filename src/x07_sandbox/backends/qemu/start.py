@@ -230,6 +230,9 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
             (resource.RLIMIT_NOFILE, 64),
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_MEMLOCK, 0),
+            # These two are counted for all processes of a user together, in the jail or not.
+            (resource.RLIMIT_SIGPENDING, 64),
+            (resource.RLIMIT_MSGQUEUE, 0),
             *([(resource.RLIMIT_NPROC, _TASKS)] if _tasks_are_counted_apart() else []),
         ):
             resource.prlimit(pid, which, (value, value))
