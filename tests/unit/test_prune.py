@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -27,9 +28,6 @@ from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, 
 from x07_sandbox.programs.artifacts import artifact_key
 from x07_sandbox.runs.folder import APPLYING, RunFolder
 from x07_sandbox.runs.prune import PARTS, Part, PruneReport, prune
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DAY_MS = 86_400_000
 DIGEST = "sha256:" + "ab" * 32
@@ -458,9 +456,13 @@ def test_what_cannot_be_removed_is_told(monkeypatch: pytest.MonkeyPatch, capsys:
     """A thing that the disk will not let go stays, is named with the reason, and the exit code is 1."""
     record = job(8)
 
-    def refuse(_path: Path) -> None:
-        raise PermissionError(1, "Operation not permitted")
+    rename = Path.rename
 
-    monkeypatch.setattr("x07_sandbox.runs.prune_records._remove_record", refuse)
+    def refuse(path: Path, target: Path) -> Path:
+        if path == record.folder:  # as the kernel does where it is immutable
+            raise PermissionError(1, "Operation not permitted")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
     assert main(["prune", "--runs"]) == 1
     assert f"kept job {record.folder}: it cannot be removed: Operation not permitted" in capsys.readouterr().out
