@@ -31,16 +31,28 @@ check() {
     step "$*"
     "$@" || broken+=("$*")
 }
-check ruff format --check
-check ruff check
-check mypy
-check mypy --python-version 3.11 --exclude '/x07_sandbox/guest/' src
-check lint-imports --no-logo
-check shellcheck --external-sources scripts/*.sh .ci/run
-[[ ${#broken[@]} -eq 0 ]] || fail "static checks failed; the tests were not started" "${broken[@]}"
+static_checks() {
+    check ruff format --check
+    check ruff check
+    check mypy
+    check mypy --python-version 3.11 --exclude '/x07_sandbox/guest/' src
+    check lint-imports --no-logo
+    check shellcheck --external-sources scripts/*.sh .ci/run
+    [[ ${#broken[@]} -eq 0 ]] || fail "static checks failed; the tests were not started" "${broken[@]}"
+}
+# While the image is made, which takes one processor.
+said=$(mktemp)
+trap 'rm -f -- "$said"' EXIT
+static_checks >"$said" 2>&1 &
+checks=$!
 
 step "Guest image: .venv/bin/x07 image build"
 .venv/bin/x07 image build || fail "the guest image could not be built" "See the message above."
+passed=yes
+wait "$checks" || passed=no
+cat -- "$said"
+rm -f -- "$said"
+[[ $passed == yes ]] || exit 1
 
 if [[ $full == yes ]]; then
     export X07_TEST_FULL=1
