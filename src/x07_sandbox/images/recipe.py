@@ -112,6 +112,7 @@ def mmdebstrap_options(
         f"--include={','.join([*PACKAGES, *include])}",
     ]
     options += ['--aptopt=Acquire::Languages "none"', '--aptopt=APT::Install-Recommends "false"']
+    options.append("--dpkgopt=force-unsafe-io")  # what a crash leaves of the tree is removed, never used
     options += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNWANTED]
     hooks = [
         _script(KERNEL.format(meta=arch.kernel_package)),
