@@ -1,35 +1,41 @@
 #include "graph.h"
 
-#include <queue>
-#include <sstream>
+#include <climits>
+#include <cstring>
 
-Graph Graph::read(std::istream &in) {
-    Graph graph;
-    std::string line, one, other;
-    int km;
-    while (std::getline(in, line)) {
-        std::istringstream words(line);
-        if (words >> one >> other >> km) {
-            graph.roads_[one].emplace_back(other, km);
-            graph.roads_[other].emplace_back(one, km);
-        }
-    }
-    return graph;
+int Graph::find(const char *town) const {
+    for (int n = 0; n < count_; n++)
+        if (std::strcmp(names_[n], town) == 0) return n;
+    return -1;
 }
 
-std::vector<std::pair<int, std::string>> Graph::distances(const std::string &from) const {
-    using Step = std::pair<int, std::string>;
-    std::priority_queue<Step, std::vector<Step>, std::greater<>> next;
-    std::map<std::string, int> best;
-    std::vector<Step> found;
-    next.emplace(0, from);
-    while (!next.empty()) {
-        auto [km, town] = next.top();
-        next.pop();
-        if (!best.emplace(town, km).second) continue;
-        found.emplace_back(km, town);
-        if (auto roads = roads_.find(town); roads != roads_.end())
-            for (const auto &[other, length] : roads->second) next.emplace(km + length, other);
+int Graph::number(const char *town) {
+    int known = find(town);
+    if (known >= 0 || count_ == most) return known;
+    std::strncpy(names_[count_], town, sizeof names_[0] - 1);
+    return count_++;
+}
+
+bool Graph::add(const char *one, const char *other, int km) {
+    int a = number(one), b = number(other);
+    if (a < 0 || b < 0) return false;
+    roads_[a][b] = roads_[b][a] = km;
+    return true;
+}
+
+void Graph::distances(const char *from, void (*tell)(const char *town, int km)) const {
+    int best[most], start = find(from);
+    bool told[most] = {};
+    for (int &km : best) km = INT_MAX;
+    if (start >= 0) best[start] = 0;
+    for (;;) {
+        int next = -1;
+        for (int n = 0; n < count_; n++)
+            if (!told[n] && best[n] != INT_MAX && (next < 0 || best[n] < best[next])) next = n;
+        if (next < 0) return;
+        told[next] = true;
+        tell(names_[next], best[next]);
+        for (int n = 0; n < count_; n++)
+            if (roads_[next][n] && best[next] + roads_[next][n] < best[n]) best[n] = best[next] + roads_[next][n];
     }
-    return found;
 }

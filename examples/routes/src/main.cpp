@@ -1,12 +1,16 @@
 #include "graph.h"
 
 #include <cstdio>
-#include <iostream>
 
 int main(int argc, char **argv) {
+    static Graph graph;
+    char one[64], other[64];
+    int km;
     if (argc != 2) {
-        std::cerr << "usage: routes TOWN < roads\n";
+        std::fputs("usage: routes TOWN < roads\n", stderr);
         return 2;
     }
-    for (const auto &[km, town] : Graph::read(std::cin).distances(argv[1])) std::printf("%5d %s\n", km, town.c_str());
+    while (std::scanf("%63s %63s %d", one, other, &km) == 3)
+        if (!graph.add(one, other, km)) return 1;
+    graph.distances(argv[1], [](const char *town, int way) { std::printf("%5d %s\n", way, town); });
 }
