@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from x07_sandbox.programs.artifacts import (
     cached_artifact,
     drop_artifact,
     keep_artifact,
+    one_builder,
 )
 
 DATA = b"\x7fELF" + bytes(range(256)) * 40
@@ -124,3 +126,20 @@ def test_the_oldest_goes_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     big = artifact_key("big")
     keep(big, bytes(60_000))
     assert recalled(big) is None
+
+
+def test_who_waits_for_a_build_can_be_cancelled_and_is_not_held_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for another's build ends by what `pause` raises, and after the time that a build may take."""
+
+    def never() -> None:
+        raise InterruptedError
+
+    with one_builder("ab" * 32, never) as waited:
+        assert waited is False
+        with pytest.raises(InterruptedError), one_builder("ab" * 32, never):
+            pass
+        monkeypatch.setattr(settings, "BUILD_WALL_MS", 50)
+        with one_builder("ab" * 32, lambda: time.sleep(0.01)) as waited_too:
+            assert waited_too is True
+    with one_builder("ab" * 32, never) as waited:
+        assert waited is False

@@ -60,7 +60,7 @@ def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, stat
             way,
             call("python", source=text, files={"words.py": "HELLO = 'grüezi'"}, stdin="Zoë", timeout_s=29.5)
             + call("c", "c", '#include "n.h"\nint main(void) { return N; }', files={"n.h": "#define N 7\n"})
-            + call("cpp", "cpp", "#include <cstdio>\nint main() { std::printf(\"%d\", 6 * 7); }")
+            + call("cpp", "cpp", '#include <cstdio>\nint main() { std::printf("%d", 6 * 7); }')
             + call(
                 "shell",
                 "shell",

@@ -388,6 +388,16 @@ def test_what_was_built_before_is_not_built_again(own_cache: Path, sandbox: Sand
     assert sandbox.run_text("one.c", text).result.artifact_from == "build"
 
 
+def test_of_runs_that_want_the_same_one_builds(own_cache: Path, sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
+    """Runs of the same source at once wait for the first to build it, and take what it made."""
+    del own_cache
+    text = 'int puts(const char *); int main(void) { puts("four"); return 0; }\n'
+    jobs = [threads.submit(sandbox.run_text, "four.c", text, cache=True, alone=False) for _ in range(3)]
+    done = [job.result().result for job in jobs]
+    assert sorted(str(result.artifact_from) for result in done) == ["build", "cache", "cache"]
+    assert [result.stdout.data for result in done] == [b"four\n"] * 3
+
+
 def test_a_damaged_artifact_is_built_again(own_cache: Path, sandbox: Sandbox) -> None:
     """A cached artifact of which a byte has changed is dropped, built anew, and kept again."""
     text = 'int puts(const char *); int main(void) { puts("three"); return 0; }\n'

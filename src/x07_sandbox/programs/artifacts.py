@@ -1,5 +1,6 @@
 """The artifact cache: what was built before from the same source, by the same tools, in the same image.
 
+cache/building/<xx>: locked by whoever builds one whose key begins so, that others may wait for it.
 cache/artifacts/<key>: one line of JSON, padded to HEADER_BYTES, then the artifact, then notes about its build. It is
 one file, so that it is there whole or not at all. Whoever uses an artifact hashes it again while copying it.
 """
@@ -7,6 +8,7 @@ one file, so that it is there whole or not at all. Whoever uses an artifact hash
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -15,11 +17,12 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.host import settings
+from x07_sandbox.host import forks, settings
+from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import cache_dir, least_recently_used, private_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SCHEMA: Final = "x07.sandbox.artifact@0.2.0"
@@ -104,6 +107,35 @@ def keep_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"")
         _make_room(folder)
     except OSError:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_builder(key: str, pause: Callable[[], None]) -> Iterator[bool]:
+    """Around a build of *key*: of those that want the same one at a time builds. Whether another had been before.
+
+    pause: called again and again while another builds; what it raises ends the wait. Who is stopped, by Ctrl-Z say,
+    holds the others no longer than a build may take. Where nothing can be locked each builds.
+    """
+    waited = False
+    try:
+        # A few files, so that they need not be removed; two keys that share one are only built one after the other.
+        place = private_dir(private_dir(cache_dir()) / "building") / key[:2]
+        fd = forks.keep(os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    except OSError:
+        yield False
+        return
+    deadline = Deadline.after(settings.BUILD_WALL_MS / 1000)
+    try:
+        while not deadline.passed():
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waited = True
+                pause()
+        yield waited
+    finally:
+        forks.unlock(fd)
 
 
 def drop_artifact(key: str) -> None:

@@ -19,7 +19,14 @@ from x07_sandbox.plan.controls import Plan, run_limits
 from x07_sandbox.plan.denials import Area, Denial, Hint
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
 from x07_sandbox.policy import program_environment
-from x07_sandbox.programs.artifacts import HEADER_BYTES, artifact_key, cached_artifact, drop_artifact, keep_artifact
+from x07_sandbox.programs.artifacts import (
+    HEADER_BYTES,
+    artifact_key,
+    cached_artifact,
+    drop_artifact,
+    keep_artifact,
+    one_builder,
+)
 from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, PROJECT_FOLDER, SOURCE_FOLDER, build_driver
 from x07_sandbox.runs.request import in_memory, sha256_text
 from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Output, PhaseReport
@@ -183,18 +190,30 @@ class Session:
         more = [sha256_text(policy_bytes)] if toolchain.told else []
         more += [sha256_text(build_driver())] if toolchain.driver else []
         key = artifact_key(self.image.manifest.digest, toolchain.name, argv, program.sha256, *more)
-        if self.request.cache and (build := _recall(key, artifact)) is not None:
-            self.so_far.artifact_from, self.so_far.build = "cache", build
+        if not self.request.cache:
+            return self._build(argv, artifact, policy_bytes)
+        if self._recalled(key, artifact):
             return None
-        self.so_far.artifact_from = "build"
-        self.request.progress(f"building {program.source.name or 'the project'} in a machine of its own")
-        failed = self._build(argv, artifact, policy_bytes)
-        if failed is None and self.request.cache:
-            keep_artifact(key, artifact.fd, artifact.size, artifact.sha256(), msgspec.json.encode(self.so_far.build))
-        return failed
+        with one_builder(key, self.request.cancel.pause) as waited:
+            if waited and self._recalled(key, artifact):
+                return None
+            failed = self._build(argv, artifact, policy_bytes)
+            if failed is None:
+                notes = msgspec.json.encode(self.so_far.build)
+                keep_artifact(key, artifact.fd, artifact.size, artifact.sha256(), notes)
+            return failed
+
+    def _recalled(self, key: str, artifact: OutFile) -> bool:
+        """Take what was built before from the same, if it is there."""
+        build = _recall(key, artifact)
+        if build is not None:
+            self.so_far.artifact_from, self.so_far.build = "cache", build
+        return build is not None
 
     def _build(self, argv: list[str], artifact: OutFile, policy_bytes: bytes) -> Verdict | None:
         """Build in a machine of its own; None if there is an artifact, else how that ended."""
+        self.so_far.artifact_from = "build"
+        self.request.progress(f"building {self.program.source.name or 'the project'} in a machine of its own")
         with contextlib.ExitStack() as stack:
             files = [self.program.file]
             env = dict(_ENVIRONMENT)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CHUNK: Final = 64 * 1024
+_PAUSE_MS: Final = 20
 _ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
 
 
@@ -268,6 +269,13 @@ class Cancel:
             cancelled = Cancelled("the run was cancelled", why, "Start it again")
             cancelled.signal = self.signal
             raise cancelled
+
+    def pause(self) -> None:
+        """Wait a moment for something that no event tells of. Raises Cancelled once there was a request."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        poll.poll(_PAUSE_MS)
+        self.check()
 
     def interrupt(self, signal: int) -> None:
         """As a call, for a signal handler. Raises Cancelled while the main thread is in `waiting`."""
