@@ -21,7 +21,7 @@ WARM_BYTES: Final = 256 * MIB  # what a warm machine that waits takes, generousl
 WARM_S: Final = 1800.0  # how long a warm machine waits in a pool at most; then another takes its place
 POOL_IDLE_S: Final = 600  # how long a pool lives that nobody uses
 TEMPLATE_S: Final = 60.0  # making a VM template: boot, warm-up, saving
-COPY_IN_S: Final = 60.0
+COPY_IN_S: Final = 60.0  # since the guest last took something of the files that go in
 CHANGES_OUT_S: Final = 60.0
 KVM_PROOF_S: Final = 5.0
 # How long a guest may take to say how its program stood when it was killed at its deadline: the longest grace. A tenth

@@ -347,6 +347,8 @@ class Phase:
                     self._end(setup_failure=f"{file.path} became shorter while it was read")
                     return
                 self.sent[index] += self.link.send_data(stream, data)
+                if self.stage is Stage.SETUP:  # it takes what comes, however much that is
+                    self.deadline = Deadline.after(settings.COPY_IN_S)
             if self.sent[index] == file.size:
                 self.link.end_stream(stream)
         if self.input and self.link.pending() < _FILL:
