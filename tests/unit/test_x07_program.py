@@ -187,6 +187,20 @@ def test_a_dry_run_is_refused_as_the_run_would_be(
     assert why in told[0]
 
 
+@pytest.mark.parametrize("how", [[], ["--json"], ["--report", "wrapped"], ["--dry-run"]])
+@pytest.mark.parametrize("given", [["--input", "tool"], ["--input-b64", "aGk="], ["--stdin"]])
+def test_arguments_and_input_are_alternatives(
+    project: Path, capsys: pytest.CaptureFixture[str], given: list[str], how: list[str]
+) -> None:
+    """Arguments of an X07 program are its input, so with another input beside them nothing runs, exit 2."""
+    assert main(["run", *how, *given, str(project), "--", "a", "bc"]) == 2
+    said = capsys.readouterr()
+    assert "with arguments and with input" in (said.err or document(said.out)["reason"])
+    with loaded(program=project, args=("a", "bc"), stdin_fd=0, stdin_default=True) as (request, _):
+        assert (request.args, request.stdin_fd == 0) == ((), False)
+        assert os.pread(request.stdin_fd or 0, 99, 0) == b"\2\0\0\0\1\0\0\0a\2\0\0\0bc"
+
+
 @pytest.mark.timeout(20)
 def test_a_dry_run_takes_no_input(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--dry-run waits for nobody who would write into a pipe that is named as input."""

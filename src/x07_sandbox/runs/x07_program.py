@@ -35,6 +35,7 @@ def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tu
     """
     if request.toolchain or request.files:
         raise UsageError(f"cannot run {path}", "an X07 program says itself what it is", "Leave --toolchain out")
+    request = _with_arguments_as_input(request, path, stack)
     given = request.x07 or x07.Options()
     given = replace(
         given,
@@ -49,6 +50,17 @@ def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tu
         request = replace(request, max_output_bytes=options.max_output_bytes)
         return request, _program(request, path, options, stack)
     return _project(request, path, given, stack)
+
+
+def _with_arguments_as_input(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> RunRequest:
+    """The request with its arguments, if there are some, packed as the whole input. Raises UsageError."""
+    if not request.args:
+        return request
+    if request.input is not None or (request.stdin_fd is not None and not request.stdin_default):
+        why = "the arguments of an X07 program are its input, and it has only one"
+        raise UsageError(f"cannot run {path} with arguments and with input", why, "Leave one of them out")
+    fd = memory_file(x07.arguments_as_input(request.args), stack)
+    return replace(request, args=(), stdin_fd=fd, stdin_default=False)
 
 
 def _program(request: RunRequest, path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
@@ -115,13 +127,9 @@ def need_policy(request: RunRequest) -> None:
 
 
 def with_framed_input(request: RunRequest, stack: contextlib.ExitStack) -> RunRequest:
-    """The request with its input as one frame, as such a program reads it; its arguments come as input.
-
-    Raises UsageError.
-    """
-    args, fd = request.args, request.stdin_fd
+    """The request with its input as one frame, as such a program reads it. Raises UsageError."""
     with request.cancel.waiting():
-        data = x07.arguments_as_input(args) if args else read_whole(fd, x07.INPUT_MAX_BYTES)
+        data = read_whole(request.stdin_fd, x07.INPUT_MAX_BYTES)
     return replace(request, x07_input=data, stdin_fd=memory_file(x07.frame_input(data), stack))
 
 
