@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from x07_sandbox.cli.main import main as x07
 from x07_sandbox.cli.os_runner import main
 from x07_sandbox.cli.os_runner_options import OPTIONS, parser
 from x07_sandbox.host.variables import VARIABLES
@@ -230,6 +231,17 @@ def test_a_script_has_no_executable(refused: Refused) -> None:
     """--compiled-out is refused for a language whose programs are no executables."""
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.py", "--compiled-out", "out")
     assert "python makes no executable" in refused(*words)
+
+
+@pytest.mark.parametrize("how", [[], ["--report", "runner"]])
+@pytest.mark.parametrize("words", [["prog.py"], ["-c", "true", "--toolchain", "shell"]])
+def test_nor_has_one_for_the_other_command(
+    place: Path, capfd: pytest.CaptureFixture[str], how: list[str], words: list[str]
+) -> None:
+    """`x07 run --compiled-out` of a Python or shell program is refused before anything starts, and writes nothing."""
+    assert x07(["run", *how, "--compiled-out", "out", *words]) == 2
+    assert "makes no executable" in capfd.readouterr().err
+    assert not (place / "out").exists()
 
 
 @pytest.mark.parametrize(

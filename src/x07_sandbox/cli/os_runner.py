@@ -167,6 +167,7 @@ def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStac
         program=path,
         policy=None if options.policy is None else Path(options.policy),
         max_output_bytes=default if options.max_output_bytes is None else options.max_output_bytes,
+        executable=options.compiled_out is not None,
         x07=_x07_options(options) if for_x07 else None,
         machines=PoolMachines(),
         progress=progress,
@@ -180,10 +181,6 @@ def _wanted(options: argparse.Namespace, path: Path, program: Program, *, accept
     data = b"" if options.input is None else read_bounded(Path(options.input), "input", INPUT_MAX_BYTES)
     compiled_out = None if options.compiled_out is None else Path(options.compiled_out)
     attest_runtime = None if options.attest_runtime is None else Path(options.attest_runtime)
-    if compiled_out is not None and program.toolchain.archive:
-        raise UsageError(
-            f"cannot write {compiled_out}", f"{program.toolchain.name} makes no executable", "Leave --compiled-out away"
-        )
     read = [path, Path(options.policy), None if options.input is None else Path(options.input)]
     check_outputs({"--compiled-out": compiled_out, "--attest-runtime": attest_runtime}, read)
     return Wanted(

@@ -195,6 +195,7 @@ def _request(
         live_stderr=None if options.json else _stream(2),
         raw=options.raw,
         max_output_bytes=options.max_output_bytes,
+        executable=options.compiled_out is not None,
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,

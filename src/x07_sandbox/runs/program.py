@@ -60,6 +60,15 @@ def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunR
 
     Raises UsageError.
     """
+    request, program = _load(request, stack)
+    if request.executable and program.toolchain.archive:
+        what = f"cannot keep what is built of {'the source' if request.program is None else request.program}"
+        why = f"{program.toolchain.name} makes no executable"
+        raise UsageError(what, why, "Leave --compiled-out away")
+    return request, program
+
+
+def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
     if request.source is not None:
         _no_profile(request, "the source")
         return request, _from_text(request, request.source, stack)

@@ -61,6 +61,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
     max_output_bytes: of each stream; None for the project's limit, else the default.
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
+    executable: what is built is kept for others to run, so it has to be an executable.
     cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
     queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
     require_hardware: refuse emulation. profile, x07: of an X07 project, and what its compiler is told; x07_input is
@@ -89,6 +90,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     raw: bool = False
     max_output_bytes: int | None = None
     artifact: OutFile | None = None
+    executable: bool = False
     cold: bool = False
     cache: bool = True
     queue_s: float = settings.QUEUE_S
