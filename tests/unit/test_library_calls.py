@@ -75,6 +75,15 @@ def test_what_no_program_could_be_given_is_named(words: dict[str, Any], why: str
     assert caught.value.result is None
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_no_file_takes_the_place_of_another(tmp_path: Path, *, named: bool) -> None:
+    """A file beside the program that has the program's own name is wrong usage, and neither of them is lost."""
+    (tmp_path / "main.py").touch()
+    given: dict[str, Any] = {"program": tmp_path / "main.py"} if named else {"source": "", "toolchain": "python"}
+    with pytest.raises(SandboxError, match=r"cannot run main\.py: `files` has one of that name too"):
+        run_program(**given, files={"main.py": b"1"})
+
+
 @pytest.mark.parametrize("change", [{"notes": object()}, {"notes": HALF}, {"policy_id": object()}, {"limits": 5}])
 def test_a_policy_that_was_made_wrong_is_refused(change: dict[str, Any]) -> None:
     """A Policy that no document could hold, or that breaks the schema, is refused by the run and by load_policy."""

@@ -126,6 +126,9 @@ def _single(toolchain: Toolchain, name: str, data: bytes, request: RunRequest, s
 
         if toolchain.build is None:
             raise UsageError(f"cannot run {name}", "an executable takes no files beside it", "Leave `files` out")
+        if name in request.files:
+            why = f"`files` has one of that name too, and the program is called {name} in the machine"
+            raise UsageError(f"cannot run {name}", why, "Give that file another name")
         packed = pack_files({**request.files, name: data}, "the files beside the program")
         return _tree(toolchain, Source(name=name, head=data[:_HEAD_BYTES]), packed, stack)
     return Program(
