@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import jsonschema
@@ -27,6 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prog.c").write_text("int main(void) { return 0; }\n")
     (tmp_path / "prog.py").write_text("pass\n")
@@ -215,6 +217,19 @@ def test_input_is_read_whole_or_refused(refused: Refused, place: Path) -> None:
     with (place / "large").open("wb") as file:
         file.truncate(INPUT_MAX_BYTES + 1)
     assert f"more than {INPUT_MAX_BYTES} bytes" in refused(*words, "large")
+
+
+@pytest.mark.timeout(20)
+def test_input_may_come_from_a_device_or_a_pipe(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """--input /dev/null is an empty input and a pipe is read to its end, as `x07 run` does."""
+    words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--input")
+    os.mkfifo(place / "pipe")
+    writer = threading.Thread(target=(place / "pipe").write_bytes, args=(b"in",))
+    writer.start()
+    for name in ("/dev/null", "pipe"):
+        assert main((*words, name)) == 1
+        assert "no guest image" in capfd.readouterr().err
+    writer.join()
 
 
 @pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])
