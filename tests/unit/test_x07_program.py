@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 
 from tests.published import document
+from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import settings
 from x07_sandbox.policy import default_policy, render_policy
@@ -64,6 +65,21 @@ def test_the_output_limit_of_an_x07_project(project: Path, profile: str, flag: i
         assert request.max_output_bytes == most
         assert argv[argv.index("--max-output-bytes") + 1] == str(most)
         assert output_caps(request, X07) == (most + 4, 256 * 1024)
+
+
+@pytest.mark.parametrize("profiles", [{"foo": PROFILE}, {"dev": PROFILE}, {"dev": {"world": "run-os"}}, {}])
+def test_the_runner_takes_no_profile(
+    project: Path, capfdbinary: pytest.CaptureFixture[bytes], profiles: dict[str, Any]
+) -> None:
+    """x07-os-runner --project knows no profiles, as X07's runner: whatever there are, its own defaults hold."""
+    manifest = json.loads((project / "x07.json").read_bytes())
+    (project / "x07.json").write_text(json.dumps(manifest | {"profiles": profiles}))
+    words = ["--world", "run-os-sandboxed", "--policy", str(project / "policy.json"), "--project"]
+    assert os_runner.main([*words, str(project / "x07.json")]) == 1
+    assert json.loads(capfdbinary.readouterr().out)["mode"] == "project-compile-run"  # it failed for want of an image
+    with loaded(program=project, profiles=False, max_output_bytes=1 << 20, stdin_default=True) as (request, argv):
+        assert (request.policy, request.stdin_fd, request.max_output_bytes) == (None, None, 1 << 20)
+        assert argv[argv.index("--solve-fuel") + 1] == "50000000"
 
 
 @pytest.mark.parametrize(("given", "cap"), [(None, settings.OUTPUT_MAX_BYTES), (0, 0), (9, 9)])

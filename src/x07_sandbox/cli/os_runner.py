@@ -159,16 +159,15 @@ def _target(options: argparse.Namespace) -> Path:
 def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStack) -> RunRequest:
     """The run that is asked for, as far as its program is not needed to know it. Raises UsageError."""
     for_x07 = path.name.endswith(SOURCE_SUFFIX) or path.name == PROJECT_FILE
-    # X07's programs have that default of their project's profile, or of X07's.
-    default = None if for_x07 else settings.MIB
     progress = LiveLine()
     stack.callback(progress, "")
     return RunRequest(
         program=path,
         policy=None if options.policy is None else Path(options.policy),
         input=None if options.input is None else Path(options.input),
-        max_output_bytes=default if options.max_output_bytes is None else options.max_output_bytes,
+        max_output_bytes=settings.MIB if options.max_output_bytes is None else options.max_output_bytes,
         executable=options.compiled_out is not None,
+        profiles=False,  # of those only `x07 run` knows
         x07=_x07_options(options) if for_x07 else None,
         machines=PoolMachines(),
         progress=progress,

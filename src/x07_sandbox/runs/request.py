@@ -64,8 +64,9 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     executable: what is built is kept for others to run, so it has to be an executable.
     cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
     queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
-    require_hardware: refuse emulation. profile, x07: of an X07 project, and what its compiler is told; x07_input is
-    its whole input, set when it is read.
+    require_hardware: refuse emulation.
+    profile: of an X07 project, None for its own choice; profiles: whether any of them counts. x07: what X07's compiler
+    is told; x07_input: a program's whole input, set when it is read.
     changes: what becomes of the program's changes to files when it has ended by itself. out: a folder for its /x07/out.
     allow_protected: patterns of names that are let go (files/protected). hide, reveal: more patterns of names that are
     not copied in, and those that are all the same.
@@ -97,6 +98,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     machines: Machines | None = None
     require_hardware: bool = False
     profile: str | None = None
+    profiles: bool = True
     x07: X07Options | None = None
     x07_input: bytes = b""
     changes: Literal["apply", "keep", "discard"] = "apply"

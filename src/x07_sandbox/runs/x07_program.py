@@ -89,7 +89,7 @@ def _project(
         raise UsageError(
             f"cannot run the project {path}", f"its lock file {lock[:80]} is not there", "Run x07 pkg lock"
         )
-    profile = x07.choose_profile(project, request.profile, source=str(path))
+    profile = x07.choose_profile(project, request.profile, source=str(path)) if request.profiles else None
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
             why = f"its profile is for the world {profile.world[:80]}, and {x07.WORLD} is the only one here"
