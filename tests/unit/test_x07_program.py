@@ -121,6 +121,20 @@ def test_the_wrapped_report_names_what_was_run(
     assert found["lockfile"] == ("project/own.lock.json" if found["kind"] == "project" else None)
 
 
+@pytest.mark.parametrize("place", [".", "src/deep"])
+def test_a_project_is_run_from_inside(
+    project: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Without a program `x07 run` takes the x07.json of this folder, else of the nearest above it; else it is wrong."""
+    assert main(["run", "--profile", "dev", "--input", os.devnull]) == 2
+    assert b"cannot run nothing: no PROGRAM is named" in capfdbinary.readouterr().err
+    (project / place).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(project / place)
+    assert main(["run", "--profile", "dev", "--input", os.devnull, "--report", "wrapped"]) == 1
+    target = json.loads(capfdbinary.readouterr().out)["target"]
+    assert (target["kind"], target["path"]) == ("project", str(project / "x07.json"))
+
+
 def test_an_artifact_has_the_flat_report(project: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     """--report runner with --artifact is X07's report of mode run-os: nothing compiled, the program's end on top."""
     assert project.is_dir()

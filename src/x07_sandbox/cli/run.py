@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import Cancel
 
+_NAME_ONE = "Name one, or give a source with -c"
 _SOURCE_MAX = settings.SOURCE_MAX_BYTES
 
 
@@ -174,7 +175,7 @@ def _request(
         with cancel.waiting():
             program, source = None, _source_from_stdin()
     elif program is None:
-        raise UsageError("cannot run nothing", "no PROGRAM is named", "Name one, or give a source with -c")
+        raise UsageError("cannot run nothing", "no PROGRAM is named, and this is no X07 project", _NAME_ONE)
     stdin_fd = None if options.code is None and source is not None else _stream(0)
     if options.input_b64 is not None:
         stdin_fd = memory_file(_decoded(options.input_b64), stack)
@@ -214,7 +215,10 @@ def _request(
 
 
 def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """The program and its arguments; X07's flags name it too. Raises UsageError."""
+    """The program and its arguments; X07's flags name it too, and in an X07 project nothing has to.
+
+    Raises UsageError.
+    """
     if options.world != "run-os-sandboxed":
         raise UsageError(
             f"cannot run in the world {options.world}",
@@ -227,8 +231,17 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
             "wrong usage", "more than one program is named", "Give one of --program, --project, --artifact"
         )
     if not by_flag:
-        return options.program, options.args
+        nothing = options.program is None and options.code is None
+        return _project_here() if nothing else options.program, options.args
     return by_flag[0], [*([] if options.program is None else [options.program]), *options.args]
+
+
+def _project_here() -> str | None:
+    """The X07 project that this folder belongs to, if it does. Raises UsageError."""
+    from x07_sandbox.host.documents import MANIFEST, project_root
+
+    manifest = project_root(None) / MANIFEST
+    return str(manifest) if manifest.is_file() else None
 
 
 def _x07_options(options: argparse.Namespace) -> X07Options | None:

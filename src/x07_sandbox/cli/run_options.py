@@ -48,7 +48,11 @@ be written makes 125 too.
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them all."""
     parser.add_argument(
-        "program", metavar="PROGRAM", nargs="?", help="a source file, an executable, a project's folder; - for stdin"
+        "program",
+        metavar="PROGRAM",
+        nargs="?",
+        help="a source file, an executable, a project's folder; - for stdin (default: the x07.json of this folder or "
+        "of the nearest above it)",
     )
     parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, behind --")
     _add_program(parser)
