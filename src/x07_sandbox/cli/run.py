@@ -67,7 +67,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
         if options.dry_run:
             from x07_sandbox.cli.dry_run import show_plan
 
-            return show_plan(request, as_json=options.json)
+            return show_plan(request, options)
         if request.x07 is not None and not for_x07:
             say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
         if options.report or options.attest_runtime or (for_x07 and not options.json):
