@@ -135,6 +135,30 @@ def test_a_project_is_run_from_inside(
     assert (target["kind"], target["path"]) == ("project", str(project / "x07.json"))
 
 
+@pytest.mark.parametrize("program", ["project", "project/x07.json"])
+def test_paths_of_a_policy_begin_in_the_project(
+    project: Path, capsys: pytest.CaptureFixture[str], program: str
+) -> None:
+    """A relative --policy, and relative files of hosts, are the project's, and no file of the current folder is."""
+    (project / "deny.txt").write_text("example.org:*\n")
+    (project.parent / "here.json").write_bytes(render_policy(default_policy()))
+    words = ["--profile", "plain", "--policy", "policy.json", "--deny-host-file", "deny.txt"]
+    assert main(["run", "--report", "wrapped", *words, program]) == 1
+    assert "x07 run: using derived policy " in capsys.readouterr().err
+    assert len(list((project / ".x07/policies/_generated").iterdir())) == 1
+    for flags, name in ((["--policy", "here.json"], "here.json"), (["--allow-host-file", "tool"], "tool")):
+        assert main(["run", *flags, program]) == 2
+        assert f" project/{name}: No such file" in capsys.readouterr().err
+    assert main(["run", "--policy", "built-in:worker", program]) == 1
+    policy = json.loads((project / "policy.json").read_bytes())
+    policy["fs"]["read_roots"] = ["/etc"]
+    (project / "policy.json").write_text(json.dumps(policy))
+    capsys.readouterr()
+    assert main(["run", program]) == 2
+    assert f"name it yourself: --policy {project}/policy.json" in capsys.readouterr().err  # right wherever it is typed
+    assert main(["run", "--policy", str(project.parent / "here.json"), program]) == 1
+
+
 def test_an_artifact_has_the_flat_report(project: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     """--report runner with --artifact is X07's report of mode run-os: nothing compiled, the program's end on top."""
     assert project.is_dir()

@@ -49,8 +49,9 @@ def _run(options: argparse.Namespace) -> int:
     program, _ = _named(options)
     if program is None or options.code is not None or not _is_x07(Path(program)):
         return _carry_out(options, for_x07=False)
-    from x07_sandbox.cli.run_report import with_x07_exits
+    from x07_sandbox.cli.run_report import from_project, with_x07_exits
 
+    from_project(options, Path(program))
     return with_x07_exits(options, lambda: _carry_out(options, for_x07=True))
 
 

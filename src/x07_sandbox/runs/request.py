@@ -181,7 +181,7 @@ def _check_own(policy: Policy, given: ProjectPolicy) -> None:
             raise RefusedError(
                 "cannot use the project's own policy",
                 f"{given} asks for {root[:256]}, which is outside the project",
-                f"Read it, and if you grant that, name it yourself: --policy {given}",
+                f"Read it, and if you grant that, name it yourself: --policy {given.path.absolute()}",
             )
 
 
