@@ -102,6 +102,13 @@ def _no_profile(request: RunRequest, what: str) -> None:
         raise UsageError(f"cannot run {what} with --profile", "profiles are in an x07.json", "Leave it out")
 
 
+def refuse_what_it_says_itself(request: RunRequest, what: str, why: str) -> None:
+    """Raises UsageError where the call says what a program is made of that says it itself."""
+    given = [name for name, value in (("--toolchain", request.toolchain), ("`files`", request.files)) if value]
+    if given:
+        raise UsageError(f"cannot run {what}", why, f"Leave {' and '.join(given)} out")
+
+
 def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) -> Program:
     if not request.toolchain:
         why = "a source without a file's name does not say what language it is"
@@ -162,8 +169,7 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     from x07_sandbox.host.project import ProjectFolder
     from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
 
-    if request.toolchain or request.files:
-        raise UsageError(f"cannot run the project {path}", "its manifest says what it is", "Leave --toolchain out")
+    refuse_what_it_says_itself(request, f"the project {path}", "its manifest says what it is")
     place = find_manifest(path)
     assert place is not None  # noqa: S101 - for the type checker: a folder, or that name
     folder = ProjectFolder(place.parent)

@@ -16,7 +16,7 @@ from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.host.variables import number, text
 from x07_sandbox.programs import x07
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, X07, Source
-from x07_sandbox.runs.program import Program
+from x07_sandbox.runs.program import Program, refuse_what_it_says_itself
 from x07_sandbox.runs.project import with_own_files
 from x07_sandbox.runs.request import in_memory, sha256_text
 from x07_sandbox.runs.streams import memory_file
@@ -33,8 +33,7 @@ def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tu
 
     Raises UsageError.
     """
-    if request.toolchain or request.files:
-        raise UsageError(f"cannot run {path}", "an X07 program says itself what it is", "Leave --toolchain out")
+    refuse_what_it_says_itself(request, str(path), "an X07 program says itself what it is")
     request = _with_arguments_as_input(request, path, stack)
     given = request.x07 or x07.Options()
     given = replace(
