@@ -187,6 +187,7 @@ def _request(
         args=tuple(words),
         policy=options.policy,
         overrides=_overrides(options),
+        override_flags=tuple(_override_flags(options)),
         env=dict(map(_variable, options.env)),
         image=options.image,
         wall_ms=None if options.timeout is None else max(1, round(options.timeout * 1000)),
@@ -258,10 +259,15 @@ def _x07_options(options: argparse.Namespace) -> X07Options | None:
     return Options(**given)
 
 
+def _override_flags(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    """Those that were given, and with what."""
+    flags = {name: tuple(getattr(options, name[2:].replace("-", "_"))) for name, _, _ in OVERRIDES}
+    return {name: values for name, values in flags.items() if values}
+
+
 def _overrides(options: argparse.Namespace) -> Overrides | None:
-    keys = [name[2:].replace("-", "_") for name, _, _ in OVERRIDES]
-    given = {key: tuple(getattr(options, key)) for key in keys}
-    if not any(given.values()):
+    given = {name[2:].replace("-", "_"): values for name, values in _override_flags(options).items()}
+    if not given:
         return None
     from x07_sandbox.policy.overrides import Overrides
 

@@ -56,7 +56,8 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     program: path of a source, of a project's folder, or of its manifest. source: a text instead, in the language of
     toolchain, which for a file overrides what its name says. files: more files beside it, by relative name.
     policy: as read_policy takes it; None leaves it to the project. overrides: hosts and roots that flags add, or take
-    away. wall_ms: a tighter limit. env: variables of the program besides the fixed ones.
+    away; override_flags: these flags, for what is advised. wall_ms: a tighter limit.
+    env: variables of the program besides the fixed ones.
     input: path of the program's input; else stdin_fd, lent; None for none. stdin_default: a project's own input goes
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
     max_output_bytes: of each stream; None for the project's limit, else the default.
@@ -80,6 +81,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     args: tuple[str, ...] = ()
     policy: str | Path | Policy | ProjectPolicy | None = None
     overrides: Overrides | None = None
+    override_flags: tuple[str, ...] = ()
     wall_ms: int | None = None
     image: str | None = None
     env: Mapping[str, str] = {}
