@@ -23,6 +23,7 @@ from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.session import output_caps
 from x07_sandbox.runs.streams import Cancel
+from x07_sandbox.runs.x07_program import with_framed_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,7 +106,10 @@ def test_a_zero_is_a_limit_like_any_other() -> None:
         (["--project", "project/x07.json"], {"kind": "project", "path": "project/x07.json", "root": "project"}),
         (["-c", "true", "--toolchain", "shell", "tool"], {"kind": "program", "path": "-", "root": None}),
         (["tool", "word"], {"kind": "program", "path": "tool", "root": None}),
-        (["--artifact", "tool", "word"], {"kind": "artifact", "path": "tool", "root": None}),
+        (
+            ["--policy", "built-in:worker", "--artifact", "tool", "word"],
+            {"kind": "artifact", "path": "tool", "root": None},
+        ),
     ],
 )
 def test_the_wrapped_report_names_what_was_run(
@@ -162,11 +166,26 @@ def test_paths_of_a_policy_begin_in_the_project(
 def test_an_artifact_has_the_flat_report(project: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     """--report runner with --artifact is X07's report of mode run-os: nothing compiled, the program's end on top."""
     assert project.is_dir()
-    assert main(["run", "--report", "runner", "--artifact", "tool"]) == 1
+    words = ["run", "--report", "runner", "--artifact", "tool"]
+    assert main(words) == 2
+    assert b"no policy" in capfdbinary.readouterr().err  # as for everything of X07's
+    assert main([*words, "--policy", "built-in:worker"]) == 1
     report = json.loads(capfdbinary.readouterr().out)
     jsonschema.validate(report, json.loads(schemas()["x07-os-runner.report.schema.json"]))
     assert (report["mode"], report["world"], report["ok"]) == ("run-os", "run-os-sandboxed", False)
     assert report["trap"].startswith("vm backend failure: ")
+
+
+def test_an_artifact_speaks_x07s_protocol(project: Path) -> None:
+    """With X07's report an artifact gets its input, or its arguments, as a frame, and X07's limits."""
+    tool = project.parent / "tool"
+    with loaded(program=tool, x07_artifact=True, args=("a",), x07=Options(cpu_time_limit_seconds=7)) as (request, _):
+        framed = with_framed_input(request, stack := contextlib.ExitStack())
+        with stack:
+            assert os.pread(framed.stdin_fd or 0, 99, 0) == b"\x09\0\0\0" + b"\1\0\0\0\1\0\0\0a"
+            assert (framed.args, framed.x07_input, framed.max_output_bytes) == ((), b"\1\0\0\0\1\0\0\0a", 1 << 20)
+            program = load_program(request, stack)[1]
+            assert (program.toolchain.build, program.toolchain.told, program.cpu_ms) == (None, True, 7000)
 
 
 @pytest.mark.parametrize(

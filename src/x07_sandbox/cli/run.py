@@ -69,7 +69,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
             from x07_sandbox.cli.dry_run import show_plan
 
             return show_plan(request, options)
-        if request.x07 is not None and not for_x07:
+        if request.x07 is not None and not (for_x07 or request.x07_artifact):
             say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
         if options.report or options.attest_runtime or (for_x07 and not options.json):
             from x07_sandbox.cli.run_report import run_with_report
@@ -199,6 +199,7 @@ def _request(
         raw=options.raw,
         max_output_bytes=options.max_output_bytes,
         executable=options.compiled_out is not None,
+        x07_artifact=options.artifact is not None and bool(options.report or options.attest_runtime),
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,

@@ -16,6 +16,7 @@ from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.programs.toolchains import (
     PROJECT_FOLDER,
     SOURCE_FOLDER,
+    X07_ARTIFACT,
     Source,
     Toolchain,
     check_executable,
@@ -75,6 +76,13 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
     path = request.program
     if path is None:
         raise UsageError("cannot run nothing", "there is neither a program nor a source", "Name a file, or use -c")
+    if request.x07_artifact:
+        from x07_sandbox.runs.x07_program import as_artifact
+
+        _no_profile(request, str(path))
+        data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
+        program = _single(X07_ARTIFACT, source_name(str(path)), data, request, stack)
+        return as_artifact(request, path, program, stack)
     folder = os.path.isdir(path)  # noqa: PTH112 - no error for what may not be looked at
     if path.name.endswith(_X07) or folder:
         from x07_sandbox.programs.x07 import is_x07

@@ -62,6 +62,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
     max_output_bytes: of each stream; None for the project's limit, else the default.
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
+    x07_artifact: the program is an executable of X07's, which reads and writes frames.
     executable: what is built is kept for others to run, so it has to be an executable.
     cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
     queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
@@ -93,6 +94,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     raw: bool = False
     max_output_bytes: int | None = None
     artifact: OutFile | None = None
+    x07_artifact: bool = False
     executable: bool = False
     cold: bool = False
     cache: bool = True

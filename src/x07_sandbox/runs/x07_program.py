@@ -51,6 +51,19 @@ def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tu
     return _project(request, path, given, stack)
 
 
+def as_artifact(
+    request: RunRequest, path: Path, program: Program, stack: contextlib.ExitStack
+) -> tuple[RunRequest, Program]:
+    """The executable at *path*, which X07 compiled before, and the request, with what X07 gives to both.
+
+    Raises UsageError.
+    """
+    request = _with_arguments_as_input(request, path, stack)
+    options = x07.merged(replace(request.x07 or x07.Options(), max_output_bytes=request.max_output_bytes), None)
+    request = replace(request, max_output_bytes=options.max_output_bytes)
+    return request, replace(program, cpu_ms=_cpu_ms(options))
+
+
 def _with_arguments_as_input(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> RunRequest:
     """The request with its arguments, if there are some, packed as the whole input. Raises UsageError."""
     if not request.args:
@@ -114,8 +127,12 @@ def _loaded(
         data=packed.archive,
         file=replace(in_memory(packed.archive, folder, 0o755, stack), kind="archive"),
         sha256=sha256_text(packed.archive),
-        cpu_ms=1000 * options.cpu_time_limit_seconds if options.cpu_time_limit_seconds else None,
+        cpu_ms=_cpu_ms(options),
     )
+
+
+def _cpu_ms(options: x07.Options) -> int | None:
+    return 1000 * options.cpu_time_limit_seconds if options.cpu_time_limit_seconds else None
 
 
 def need_policy(request: RunRequest) -> None:
