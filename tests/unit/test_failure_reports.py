@@ -100,6 +100,68 @@ def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], n
     assert document(done.stdout)["schema_version"] == name
 
 
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize(
+    ("words", "code", "silent"),
+    [
+        (["policy", "init", "--template", "cli"], 0, True),
+        (["policy", "init", "--template", "cli", "--emit", "policy"], 0, True),
+        (["policy", "check", "built-in:cli", "nothing"], 2, False),
+        (["policy", "check", "--json", "built-in:cli"], 0, True),
+        (["policy", "digest", "bad.json"], 3, True),
+        (["policy", "digest", "nothing", "--json"], 2, True),
+        (["policy", "explain"], 0, False),
+        (["policy", "diff", "built-in:cli", "built-in:worker"], 1, False),
+        (["policy", "schema"], 0, True),
+        (["image", "list"], 0, True),
+        (["image", "inspect"], 125, True),
+        (["pool", "status"], 0, False),
+        (["prune"], 0, False),
+        (["doctor"], 1, False),
+        (["init", "new"], 0, True),
+        (["diff"], 2, True),
+        (["undo", "--json"], 2, True),
+    ],
+)
+def test_a_report_goes_into_a_file_too(
+    tmp_path: Path, words: list[str], code: int, place: str, *, silent: bool
+) -> None:
+    """--report-out writes any verb's document, errors too, and --quiet-json prints none, before or after the verb."""
+    (tmp_path / "bad.json").write_text("{}")
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    flags = ["--quiet-json", "--report-out", "r"]
+    argv = [*flags, *words] if place == "before" else [*words, *flags]
+    line = [sys.executable, "-m", "x07_sandbox.cli.main", *argv]
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert (done.stdout == b"") is silent
+    assert done.stderr or code < 2
+    report = (tmp_path / "r").read_bytes()
+    if words != ["policy", "schema"]:
+        found = document(report)
+        assert ("error" in found) is (code > 1 and "check" not in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["policy", "check", "--report-out", "p.json", "p.json"], "names it for something else"),
+        (["policy", "init", "--template", "cli", "--report-out", "new", "--out", "new"], "names it for something else"),
+        (["policy", "init", "--template", "cli", "--report-out", "no/r"], "no folder that you can write"),
+        (["--report-out", ".", "policy", "init", "--template", "cli"], "no file lies there"),
+        (["--report-out", "r", "completion", "bash"], "unrecognized arguments: --report-out r"),
+    ],
+)
+def test_a_report_that_cannot_be_written_stops_the_verb(tmp_path: Path, words: list[str], why: str) -> None:
+    """A file of --report-out that is nowhere, no file or needed otherwise is wrong usage before anything is done."""
+    (tmp_path / "p.json").write_text("{}")
+    line = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, why in done.stderr.decode()) == (2, b"", True), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    assert (tmp_path / "p.json").read_text() == "{}"
+
+
 def test_what_the_pools_process_says_keeps_its_exit_code(tmp_path: Path) -> None:
     """x07 pool start with a name that no image can have is wrong usage, though another process finds it."""
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}

@@ -75,6 +75,31 @@ def test_what_no_program_could_be_given_is_named(words: dict[str, Any], why: str
     assert caught.value.result is None
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_no_file_takes_the_place_of_another(tmp_path: Path, *, named: bool) -> None:
+    """A file beside the program that has the program's own name is wrong usage, and neither of them is lost."""
+    (tmp_path / "main.py").touch()
+    given: dict[str, Any] = {"program": tmp_path / "main.py"} if named else {"source": "", "toolchain": "python"}
+    with pytest.raises(SandboxError, match=r"cannot run main\.py: `files` has one of that name too"):
+        run_program(**given, files={"main.py": b"1"})
+
+
+@pytest.mark.parametrize("manifest", ["x07.json", "x07-sandbox.toml"])
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ({"files": {"a": b""}}, "Leave `files` out"),
+        ({"toolchain": "c"}, "Leave --toolchain out"),
+        ({"toolchain": "c", "files": {"a": b""}}, "Leave --toolchain and `files` out"),
+    ],
+)
+def test_what_a_project_says_itself_is_left_out(tmp_path: Path, manifest: str, given: dict[str, Any], fix: str) -> None:
+    """A project takes neither files nor a toolchain, and the error names the one that was given."""
+    (tmp_path / manifest).touch()
+    with pytest.raises(SandboxError, match=re.escape(fix)):
+        run_program(tmp_path, **given)
+
+
 @pytest.mark.parametrize("change", [{"notes": object()}, {"notes": HALF}, {"policy_id": object()}, {"limits": 5}])
 def test_a_policy_that_was_made_wrong_is_refused(change: dict[str, Any]) -> None:
     """A Policy that no document could hold, or that breaks the schema, is refused by the run and by load_policy."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import jsonschema
 import pytest
 
+from x07_sandbox.cli.main import main as x07
 from x07_sandbox.cli.os_runner import main
 from x07_sandbox.cli.os_runner_options import OPTIONS, parser
 from x07_sandbox.host.variables import VARIABLES
@@ -26,6 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prog.c").write_text("int main(void) { return 0; }\n")
     (tmp_path / "prog.py").write_text("pass\n")
@@ -216,6 +219,19 @@ def test_input_is_read_whole_or_refused(refused: Refused, place: Path) -> None:
     assert f"more than {INPUT_MAX_BYTES} bytes" in refused(*words, "large")
 
 
+@pytest.mark.timeout(20)
+def test_input_may_come_from_a_device_or_a_pipe(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """--input /dev/null is an empty input and a pipe is read to its end, as `x07 run` does."""
+    words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--input")
+    os.mkfifo(place / "pipe")
+    writer = threading.Thread(target=(place / "pipe").write_bytes, args=(b"in",))
+    writer.start()
+    for name in ("/dev/null", "pipe"):
+        assert main((*words, name)) == 1
+        assert "no guest image" in capfd.readouterr().err
+    writer.join()
+
+
 @pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])
 def test_places_for_files_are_checked_before_anything_starts(refused: Refused, place: Path, flag: str) -> None:
     """A link, a folder, a device or a missing folder where a file is to go is refused."""
@@ -230,6 +246,17 @@ def test_a_script_has_no_executable(refused: Refused) -> None:
     """--compiled-out is refused for a language whose programs are no executables."""
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.py", "--compiled-out", "out")
     assert "python makes no executable" in refused(*words)
+
+
+@pytest.mark.parametrize("how", [[], ["--report", "runner"]])
+@pytest.mark.parametrize("words", [["prog.py"], ["-c", "true", "--toolchain", "shell"]])
+def test_nor_has_one_for_the_other_command(
+    place: Path, capfd: pytest.CaptureFixture[str], how: list[str], words: list[str]
+) -> None:
+    """`x07 run --compiled-out` of a Python or shell program is refused before anything starts, and writes nothing."""
+    assert x07(["run", *how, "--compiled-out", "out", *words]) == 2
+    assert "makes no executable" in capfd.readouterr().err
+    assert not (place / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from x07_sandbox.plan.outcomes import (
     OUTCOMES,
@@ -268,13 +269,18 @@ def test_an_outcome_of_the_program_needs_the_programs_end(outcome: Outcome) -> N
 
 
 def test_a_build_that_ends_badly_is_a_failed_build() -> None:
-    """Whatever a compiler did is build-failed, with its own reason; a lost guest or a cancelled build stays that."""
+    """Whatever a compiler did is build-failed, with its own reason; one that was lost or cancelled is told so."""
     found = as_build(classify(run(wait_status=1 << 8)))
     assert found.outcome is Outcome.BUILD_FAILED
     assert found.fault == "program"
     assert found.reason == "the build failed: the program ended with status 1"
-    for kept in (run(wait_status=0), run(cancelled_by=2), run(vmm_status=-9)):
-        assert as_build(classify(kept)) == classify(kept)
+    assert as_build(classify(run(wait_status=0))) == classify(run(wait_status=0))
+    for kept in (run(cancelled_by=2), run(vmm_status=-9)):
+        found = as_build(classify(kept))
+        assert found.reason.endswith(" while the guest was building the program")
+        assert replace(found, reason="") == replace(classify(kept), reason="")
+    found = as_build(classify(run(cancelled_by=2, stage=Stage.COLLECT)))
+    assert found.reason.endswith(" while the guest was handing over what was built")
 
 
 def test_a_verdict_without_a_guest_takes_its_fault_from_the_table() -> None:

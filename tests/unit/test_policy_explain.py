@@ -21,7 +21,7 @@ from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.model import leaf_values
 from x07_sandbox.policy.schema import fields
 from x07_sandbox.policy.templates import TEMPLATES
-from x07_sandbox.programs.toolchains import TOOLCHAINS
+from x07_sandbox.programs.toolchains import TOOLCHAINS, X07
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,14 +103,16 @@ def test_backends_have_names_of_their_own() -> None:
         backend_named("xen")
 
 
-@pytest.mark.parametrize("toolchain", [toolchain.name for toolchain in TOOLCHAINS])
+@pytest.mark.parametrize("toolchain", [toolchain.name for toolchain in (*TOOLCHAINS, X07)])
 def test_a_toolchain_changes_no_control_and_is_named(tmp_path: Path, toolchain: str) -> None:
-    """None of the toolchains there are is concerned by language.*, so that the plan is the same for all."""
+    """The plan is the same for all of them: what language.* says of X07's compiler is true whatever is run."""
     _, found = as_json(tmp_path, "explain", "--toolchain", toolchain)
     assert found["toolchain"] == toolchain
     assert found["controls"] == as_json(tmp_path, "explain")[1]["controls"]
     language = [row for row in found["controls"] if row["field"].startswith("language.")]
     assert {row["state"] for row in language} == {"advisory"}
+    assert {row["by"] for row in language} == {"X07's compiler"}
+    assert all("holds X07 programs to this, and nobody else does" in row["why"] for row in language)
 
 
 def test_wrong_words_and_wrong_policies_have_their_exit_codes(tmp_path: Path) -> None:

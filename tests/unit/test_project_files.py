@@ -106,6 +106,24 @@ def test_what_is_not_the_projects_is_refused(
         load(stack, folder)
 
 
+@pytest.mark.parametrize("name", ["x07-sandbox.toml", "x07.json"])
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (os.mkfifo, "is no regular file"),
+        (Path.mkdir, "is no regular file"),
+        (lambda at: at.symlink_to("no"), "No such"),
+    ],
+)
+def test_a_manifest_that_is_no_file_is_told_as_that(
+    tmp_path: Path, stack: contextlib.ExitStack, name: str, make: Callable[[Path], object], why: str
+) -> None:
+    """A pipe, a folder or a dangling link in a manifest's place is named, and not as a manifest that is not there."""
+    make(tmp_path / name)
+    with pytest.raises(UsageError, match=f"{name}.*{why}"):
+        load(stack, tmp_path)
+
+
 def test_a_folder_on_the_way_may_not_lead_out(folder: Path, stack: contextlib.ExitStack) -> None:
     """A link to a folder outside, on the way to a file that a project names, is refused as well."""
     (folder / "own").rename(folder.parent / "elsewhere")

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 
 from tests.published import document
+from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import settings
 from x07_sandbox.policy import default_policy, render_policy
@@ -22,6 +23,7 @@ from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.session import output_caps
 from x07_sandbox.runs.streams import Cancel
+from x07_sandbox.runs.x07_program import with_framed_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,6 +68,21 @@ def test_the_output_limit_of_an_x07_project(project: Path, profile: str, flag: i
         assert output_caps(request, X07) == (most + 4, 256 * 1024)
 
 
+@pytest.mark.parametrize("profiles", [{"foo": PROFILE}, {"dev": PROFILE}, {"dev": {"world": "run-os"}}, {}])
+def test_the_runner_takes_no_profile(
+    project: Path, capfdbinary: pytest.CaptureFixture[bytes], profiles: dict[str, Any]
+) -> None:
+    """x07-os-runner --project knows no profiles, as X07's runner: whatever there are, its own defaults hold."""
+    manifest = json.loads((project / "x07.json").read_bytes())
+    (project / "x07.json").write_text(json.dumps(manifest | {"profiles": profiles}))
+    words = ["--world", "run-os-sandboxed", "--policy", str(project / "policy.json"), "--project"]
+    assert os_runner.main([*words, str(project / "x07.json")]) == 1
+    assert json.loads(capfdbinary.readouterr().out)["mode"] == "project-compile-run"  # it failed for want of an image
+    with loaded(program=project, profiles=False, max_output_bytes=1 << 20, stdin_default=True) as (request, argv):
+        assert (request.policy, request.stdin_fd, request.max_output_bytes) == (None, None, 1 << 20)
+        assert argv[argv.index("--solve-fuel") + 1] == "50000000"
+
+
 @pytest.mark.parametrize(("given", "cap"), [(None, settings.OUTPUT_MAX_BYTES), (0, 0), (9, 9)])
 def test_other_programs_have_one_limit_for_both_streams(given: int | None, cap: int) -> None:
     """A program of our toolchains may write as much to standard error as to standard output."""
@@ -89,7 +106,10 @@ def test_a_zero_is_a_limit_like_any_other() -> None:
         (["--project", "project/x07.json"], {"kind": "project", "path": "project/x07.json", "root": "project"}),
         (["-c", "true", "--toolchain", "shell", "tool"], {"kind": "program", "path": "-", "root": None}),
         (["tool", "word"], {"kind": "program", "path": "tool", "root": None}),
-        (["--artifact", "tool", "word"], {"kind": "artifact", "path": "tool", "root": None}),
+        (
+            ["--policy", "built-in:worker", "--artifact", "tool", "word"],
+            {"kind": "artifact", "path": "tool", "root": None},
+        ),
     ],
 )
 def test_the_wrapped_report_names_what_was_run(
@@ -105,14 +125,67 @@ def test_the_wrapped_report_names_what_was_run(
     assert found["lockfile"] == ("project/own.lock.json" if found["kind"] == "project" else None)
 
 
+@pytest.mark.parametrize("place", [".", "src/deep"])
+def test_a_project_is_run_from_inside(
+    project: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Without a program `x07 run` takes the x07.json of this folder, else of the nearest above it; else it is wrong."""
+    assert main(["run", "--profile", "dev", "--input", os.devnull]) == 2
+    assert b"cannot run nothing: no PROGRAM is named" in capfdbinary.readouterr().err
+    (project / place).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(project / place)
+    assert main(["run", "--profile", "dev", "--input", os.devnull, "--report", "wrapped"]) == 1
+    target = json.loads(capfdbinary.readouterr().out)["target"]
+    assert (target["kind"], target["path"]) == ("project", str(project / "x07.json"))
+
+
+@pytest.mark.parametrize("program", ["project", "project/x07.json"])
+def test_paths_of_a_policy_begin_in_the_project(
+    project: Path, capsys: pytest.CaptureFixture[str], program: str
+) -> None:
+    """A relative --policy, and relative files of hosts, are the project's, and no file of the current folder is."""
+    (project / "deny.txt").write_text("example.org:*\n")
+    (project.parent / "here.json").write_bytes(render_policy(default_policy()))
+    words = ["--profile", "plain", "--policy", "policy.json", "--deny-host-file", "deny.txt"]
+    assert main(["run", "--report", "wrapped", *words, program]) == 1
+    assert "x07 run: using derived policy " in capsys.readouterr().err
+    assert len(list((project / ".x07/policies/_generated").iterdir())) == 1
+    for flags, name in ((["--policy", "here.json"], "here.json"), (["--allow-host-file", "tool"], "tool")):
+        assert main(["run", *flags, program]) == 2
+        assert f" project/{name}: No such file" in capsys.readouterr().err
+    assert main(["run", "--policy", "built-in:worker", program]) == 1
+    policy = json.loads((project / "policy.json").read_bytes())
+    policy["fs"]["read_roots"] = ["/etc"]
+    (project / "policy.json").write_text(json.dumps(policy))
+    capsys.readouterr()
+    assert main(["run", program]) == 2
+    assert f"name it yourself: --policy {project}/policy.json" in capsys.readouterr().err  # right wherever it is typed
+    assert main(["run", "--policy", str(project.parent / "here.json"), program]) == 1
+
+
 def test_an_artifact_has_the_flat_report(project: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     """--report runner with --artifact is X07's report of mode run-os: nothing compiled, the program's end on top."""
     assert project.is_dir()
-    assert main(["run", "--report", "runner", "--artifact", "tool"]) == 1
+    words = ["run", "--report", "runner", "--artifact", "tool"]
+    assert main(words) == 2
+    assert b"no policy" in capfdbinary.readouterr().err  # as for everything of X07's
+    assert main([*words, "--policy", "built-in:worker"]) == 1
     report = json.loads(capfdbinary.readouterr().out)
     jsonschema.validate(report, json.loads(schemas()["x07-os-runner.report.schema.json"]))
     assert (report["mode"], report["world"], report["ok"]) == ("run-os", "run-os-sandboxed", False)
     assert report["trap"].startswith("vm backend failure: ")
+
+
+def test_an_artifact_speaks_x07s_protocol(project: Path) -> None:
+    """With X07's report an artifact gets its input, or its arguments, as a frame, and X07's limits."""
+    tool = project.parent / "tool"
+    with loaded(program=tool, x07_artifact=True, args=("a",), x07=Options(cpu_time_limit_seconds=7)) as (request, _):
+        framed = with_framed_input(request, stack := contextlib.ExitStack())
+        with stack:
+            assert os.pread(framed.stdin_fd or 0, 99, 0) == b"\x09\0\0\0" + b"\1\0\0\0\1\0\0\0a"
+            assert (framed.args, framed.x07_input, framed.max_output_bytes) == ((), b"\1\0\0\0\1\0\0\0a", 1 << 20)
+            program = load_program(request, stack)[1]
+            assert (program.toolchain.build, program.toolchain.told, program.cpu_ms) == (None, True, 7000)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +258,20 @@ def test_a_dry_run_is_refused_as_the_run_would_be(
         told.append(document(capsys.readouterr().out)["reason"])
     assert told[0] == told[1]
     assert why in told[0]
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["--report", "wrapped"], ["--dry-run"]])
+@pytest.mark.parametrize("given", [["--input", "tool"], ["--input-b64", "aGk="], ["--stdin"]])
+def test_arguments_and_input_are_alternatives(
+    project: Path, capsys: pytest.CaptureFixture[str], given: list[str], how: list[str]
+) -> None:
+    """Arguments of an X07 program are its input, so with another input beside them nothing runs, exit 2."""
+    assert main(["run", *how, *given, str(project), "--", "a", "bc"]) == 2
+    said = capsys.readouterr()
+    assert "with arguments and with input" in (said.err or document(said.out)["reason"])
+    with loaded(program=project, args=("a", "bc"), stdin_fd=0, stdin_default=True) as (request, _):
+        assert (request.args, request.stdin_fd == 0) == ((), False)
+        assert os.pread(request.stdin_fd or 0, 99, 0) == b"\2\0\0\0\1\0\0\0a\2\0\0\0bc"
 
 
 @pytest.mark.timeout(20)

@@ -212,6 +212,7 @@ def test_a_policy_that_cannot_be_carried_out_is_a_setup_failure(caller: Caller) 
     assert report["solve"] is None
     assert report["compile"]["trap"].startswith("vm backend failure: ")
     assert "net.allow_hosts" in report["compile"]["compile_error"]
+    assert "--allow-host" not in report["compile"]["compile_error"]  # a flag that this command does not have
     assert not list(caller.state.glob("*/job.json"))
 
 

@@ -117,7 +117,7 @@ def test_a_program_is_compiled_and_run_by_x07s_rules(tmp_path: Path, x07_image: 
 
 
 def test_x07_os_runner_takes_x07s_programs_and_projects(project: Path, x07_image: Image) -> None:
-    """x07-os-runner runs *.x07.json and x07.json with its own flags, and attests the run."""
+    """x07-os-runner runs *.x07.json and x07.json with its own flags, attests the run, and what it keeps runs again."""
     attested = project / "attest.json"
     words = ["--world", "run-os-sandboxed", "--policy", str(project / "policy.json")]
     words += ["--input", str(project / "given.txt"), "--attest-runtime", str(attested)]
@@ -129,6 +129,11 @@ def test_x07_os_runner_takes_x07s_programs_and_projects(project: Path, x07_image
     report = report_of(done)
     assert (done.returncode, report["mode"], output(report)) == (0, "project-compile-run", b"FROM THE PROFILE")
     assert (project / "out").read_bytes().startswith(b"\x7fELF")
+    words = ["--policy", str(project / "policy.json"), "--artifact", str(project / "out"), "--report", "runner"]
+    done = command(*words, "--input", str(project / "given.txt"), image=x07_image.name)
+    report = report_of(done)
+    assert (done.returncode, report["mode"], report["fuel_used"]) == (0, "run-os", 16), report
+    assert base64.b64decode(report["solve_output_b64"]) == b"FROM THE PROFILE"
     jsonschema.validate(json.loads(attested.read_bytes()), json.loads(SCHEMAS["x07-runtime.attest.schema.json"]))
 
 

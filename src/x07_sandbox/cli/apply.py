@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
 from x07_sandbox.cli.changed import add_run, list_deleted, machine_form, summary
 from x07_sandbox.cli.console import say
+from x07_sandbox.cli.documents import deliver, wanted
+from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import shown
 from x07_sandbox.files.protected import Protection
@@ -40,7 +41,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         "--skip", action="append", default=[], metavar="PATH", help="leave a name out, with all that is below it"
     )
     parser.add_argument("--allow-protected", action="append", default=[], metavar="PATTERN", help="as x07 run has it")
-    parser.add_argument("--json", action="store_true", help="what was done, as one JSON object; errors too")
+    add_document_flags(parser, "what was done, as one JSON object; errors too")
     parser.set_defaults(carry_out=_apply)
 
 
@@ -48,9 +49,7 @@ def _apply(options: argparse.Namespace) -> int:
     kept = find(options.run)
     changes = chosen(kept.changes, options.skip, options.allow_protected)
     done = do(kept, changes, lambda path: say(f"waiting: another command changes {path}"))
-    if options.json:
-        sys.stdout.buffer.write(machine_form(changes))
-        sys.stdout.buffer.flush()
+    if wanted(options) and deliver(machine_form(changes), options):
         return 0
     list_deleted(changes)
     say(summary(changes, "applied; x07 undo") if done.roots else "all of it is there already")

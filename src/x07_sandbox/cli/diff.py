@@ -6,6 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.changed import add_run, machine_form, pieces, print_bytes
+from x07_sandbox.cli.documents import deliver, wanted
+from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.runs.kept import find
 
 if TYPE_CHECKING:
@@ -23,16 +25,15 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     """Add the verb."""
     parser = verbs.add_parser("diff", help=help, description="Show what a run has changed.", epilog=_EPILOG)
     add_run(parser)
-    parser.add_argument("--json", action="store_true", help="all of it with digests, as one JSON object")
+    add_document_flags(parser, "all of it with digests, as one JSON object")
     parser.set_defaults(carry_out=_diff)
 
 
 def _diff(options: argparse.Namespace) -> int:
     kept = find(options.run)
-    if options.json:
-        sys.stdout.buffer.write(machine_form(kept.changes))
-    else:
-        for piece in pieces(kept):
-            print_bytes(piece)
+    if wanted(options) and deliver(machine_form(kept.changes), options):
+        return 0
+    for piece in pieces(kept):
+        print_bytes(piece)
     sys.stdout.buffer.flush()
     return 0

@@ -12,6 +12,7 @@ from x07_sandbox.backends.looks import Proof, advice, backend_states, gather
 from x07_sandbox.backends.selection import this_platform, working
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.documents import print_document
+from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import ARCHES, host_arch
@@ -49,14 +50,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         description="Look at this machine: what is here, what was proven by starting a machine, what to do.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_document_flags(parser, "one JSON object on standard output")
     parser.set_defaults(carry_out=_doctor)
 
 
 def _doctor(options: argparse.Namespace) -> int:
     report = _examined()
-    if options.json:
-        print_document(report)
+    if print_document(report, options):
         return 0 if report.good else 1
     for finding in report.findings:
         mark = {True: "good", False: "BAD ", None: "note"}[finding.good]

@@ -11,18 +11,18 @@ from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.runs.preview import Preview, preview
 
 if TYPE_CHECKING:
+    import argparse
+
     from x07_sandbox.runs.request import RunRequest
 
 
 _DEEDS = {False: "read", True: "change"}
 
 
-def show_plan(request: RunRequest, *, as_json: bool) -> int:
+def show_plan(request: RunRequest, options: argparse.Namespace) -> int:
     """Print it; 0 if the run would be carried out, 125 if its policy would be refused. Raises SandboxError."""
     found = preview(request)
-    if as_json:
-        print_document(found)
-    else:
+    if not print_document(found, options):
         for line in _lines(found):
             show(line)
     return REFUSED_EXIT if found.plan.refusals else 0

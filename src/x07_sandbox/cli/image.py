@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.console import Progress, say, show
-from x07_sandbox.cli.documents import print_document
+from x07_sandbox.cli.documents import deliver, print_document
+from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import build_command, cure, damaged_images, find_image, image_is_current, list_images
@@ -76,7 +76,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         sub.add_argument("image", nargs="?", metavar="NAME|DIGEST", help="which one (default: default)")
         sub.set_defaults(carry_out=action)
     for sub in (build, listing, inspect, verify):
-        sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
+        add_document_flags(sub, "one JSON object on standard output")
 
 
 def build_with_progress(
@@ -104,8 +104,7 @@ def _build(options: argparse.Namespace) -> int:
     include = [] if options.no_include else _names(options.include)
     preload = [] if options.no_preload else _names(options.preload)
     image = build_with_progress(options.name, include, preload, x07=options.x07_toolchain, fresh=options.fresh)
-    if options.json:
-        print_document(BuildReport(name=image.name, digest=image.digest))
+    print_document(BuildReport(name=image.name, digest=image.digest), options)
     return 0
 
 
@@ -116,8 +115,7 @@ def _names(chunks: list[str] | None) -> list[str] | None:
 
 def _list(options: argparse.Namespace) -> int:
     rows = (*map(_row, list_images()), *map(_damaged_row, damaged_images()))
-    if options.json:
-        print_document(ListReport(images=rows))
+    if print_document(ListReport(images=rows), options):
         return 0
     if not rows:
         say("no images yet: run x07 image build")
@@ -144,20 +142,20 @@ def _damaged_row(image: DamagedImage) -> ImageRow:
 
 def _inspect(options: argparse.Namespace) -> int:
     image = find_image(options.image)
-    sys.stdout.write((image.folder / "manifest.json").read_text(encoding="utf-8"))
+    deliver((image.folder / "manifest.json").read_bytes(), options, always=True)
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     image = find_image(options.image)
     problems = verify_image(image)
-    if options.json:
-        fix = cure(image) if problems else None
-        print_document(VerifyReport(digest=image.digest, good=not problems, problems=tuple(problems), fix=fix))
-    elif problems:
+    fix = cure(image) if problems else None
+    report = VerifyReport(digest=image.digest, good=not problems, problems=tuple(problems), fix=fix)
+    if not print_document(report, options):
         for problem in problems:
             say(problem)
-        say(f"the image is damaged. {cure(image)}.")
-    else:
-        show(f"{image.digest} is what its manifest says")
+        if problems:
+            say(f"the image is damaged. {fix}.")
+        else:
+            show(f"{image.digest} is what its manifest says")
     return 1 if problems else 0

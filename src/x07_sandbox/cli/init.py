@@ -10,6 +10,7 @@ from typing import Final
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import print_line
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
+from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, write_document
 from x07_sandbox.host.project import ProjectFolder
@@ -49,7 +50,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         metavar="T",
         help="X07: of the profile's policy, see x07 policy init (default: default)",
     )
-    parser.add_argument("--json", action="store_true", help="errors too as one JSON object on standard output")
+    add_document_flags(parser, "errors too as one JSON object on standard output")
     parser.set_defaults(carry_out=_init)
 
 
@@ -76,7 +77,7 @@ def _init(options: argparse.Namespace) -> int:
     root = Path(os.path.realpath(folder))
     status = write_document(root, (name,), data, overwrite=False)
     report = InitReport(toolchain=options.toolchain or "x07", project_root=str(root), out=name, status=status)
-    print_line(report)
+    print_line(report, options)
     if status == "exists_different":
         say(f"{root / name} holds something else and was left alone")
         return DIFFERENT

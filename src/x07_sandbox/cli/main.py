@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(warning)
         options = _parsed(words)
         _recover()
-        code: int = options.carry_out(options)
+        code = _carried_out(options, words)
         sys.stdout.flush()  # here, where a full disk behind it is told
     except KeyboardInterrupt as exc:
         from x07_sandbox.errors import Cancelled
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verb_first(words: list[str]) -> list[str]:
-    """The words with the flags that X07's command has before the verb where that verb reads them."""
+    """The words with the flags that X07's command has before the verb, of every verb, where our verbs read them."""
     count = 0
     while count < len(words) and (flag := words[count].partition("=")[0]) in {"--json", "--report-out", "--quiet-json"}:
         count += 2 if words[count] == flag == "--report-out" else 1
@@ -113,6 +113,16 @@ def _parsed(words: list[str]) -> argparse.Namespace:
         fix = f"See {verb} --help" + ("; arguments of the program go behind --" if verb == "x07 run" else "")
         raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", fix)
     return options
+
+
+def _carried_out(options: argparse.Namespace, words: list[str]) -> int:
+    """The exit code. A run writes its report itself, beside its other files; what other verbs report is one thing."""
+    if words[0] != "run" and getattr(options, "report_out", None) is not None:
+        from x07_sandbox.cli.documents import carry_out_with_report
+
+        return carry_out_with_report(options)
+    code: int = options.carry_out(options)
+    return code
 
 
 def _recover() -> None:
@@ -193,7 +203,7 @@ def _json_or(code: int, exc: Exception, words: list[str], signalled: int | None 
 def _wants_json(words: list[str]) -> bool:
     """Whether standard output must be one JSON object; asked of the words, since parsing them may have failed."""
     ours = words[: words.index("--")] if "--" in words else words
-    return "--json" in ours
+    return "--json" in ours and "--quiet-json" not in ours
 
 
 def parser_for(words: list[str]) -> argparse.ArgumentParser:

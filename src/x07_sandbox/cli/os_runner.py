@@ -20,14 +20,14 @@ from x07_sandbox.cli.written import check_outputs, write_all
 from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, SOURCE_SUFFIX, Options
 from x07_sandbox.reports.runner import World, failure_report, render_report
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest, read_policy
+from x07_sandbox.runs.request import RunRequest, open_input, read_policy
+from x07_sandbox.runs.x07_program import read_whole
 
 if TYPE_CHECKING:
     import argparse
@@ -97,7 +97,7 @@ def _carry_out(options: argparse.Namespace) -> int:
         else:
             if not program.toolchain.told:
                 _note_unused(options, program.toolchain)
-            wanted = _wanted(options, path, program, accepted=accepted)
+            wanted = _wanted(options, request, program, stack, accepted=accepted)
             _, report = run_and_report(request, wanted, stack, _say)
     return _print(render_report(report), report.exit_code)
 
@@ -159,14 +159,15 @@ def _target(options: argparse.Namespace) -> Path:
 def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStack) -> RunRequest:
     """The run that is asked for, as far as its program is not needed to know it. Raises UsageError."""
     for_x07 = path.name.endswith(SOURCE_SUFFIX) or path.name == PROJECT_FILE
-    # X07's programs have that default of their project's profile, or of X07's.
-    default = None if for_x07 else settings.MIB
     progress = LiveLine()
     stack.callback(progress, "")
     return RunRequest(
         program=path,
         policy=None if options.policy is None else Path(options.policy),
-        max_output_bytes=default if options.max_output_bytes is None else options.max_output_bytes,
+        input=None if options.input is None else Path(options.input),
+        max_output_bytes=settings.MIB if options.max_output_bytes is None else options.max_output_bytes,
+        executable=options.compiled_out is not None,
+        profiles=False,  # of those only `x07 run` knows
         x07=_x07_options(options) if for_x07 else None,
         machines=PoolMachines(),
         progress=progress,
@@ -174,18 +175,17 @@ def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStac
     )
 
 
-def _wanted(options: argparse.Namespace, path: Path, program: Program, *, accepted: bool) -> Wanted:
+def _wanted(
+    options: argparse.Namespace, request: RunRequest, program: Program, stack: contextlib.ExitStack, *, accepted: bool
+) -> Wanted:
     """Read and check what the flags name besides the program, before anything starts. Raises UsageError."""
     policy, policy_bytes = read_policy(Path(options.policy))
-    data = b"" if options.input is None else read_bounded(Path(options.input), "input", INPUT_MAX_BYTES)
     compiled_out = None if options.compiled_out is None else Path(options.compiled_out)
     attest_runtime = None if options.attest_runtime is None else Path(options.attest_runtime)
-    if compiled_out is not None and program.toolchain.archive:
-        raise UsageError(
-            f"cannot write {compiled_out}", f"{program.toolchain.name} makes no executable", "Leave --compiled-out away"
-        )
-    read = [path, Path(options.policy), None if options.input is None else Path(options.input)]
+    read = [request.program, Path(options.policy), request.input]
     check_outputs({"--compiled-out": compiled_out, "--attest-runtime": attest_runtime}, read)
+    with request.cancel.waiting():  # for whoever opens the other end of a pipe
+        data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
     return Wanted(
         program=program,
         policy=policy,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli import policy_explain, policy_init
 from x07_sandbox.cli.console import say, show
-from x07_sandbox.cli.documents import print_document, print_failure
+from x07_sandbox.cli.documents import deliver, print_document, print_failure
+from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.problems import PolicyError
@@ -66,7 +67,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     schema = inner.add_parser("schema", help="the JSON Schema of a policy")
     schema.set_defaults(carry_out=_schema)
     for action in inner.choices.values():
-        action.add_argument("--json", action="store_true", help="one JSON object on standard output, errors too")
+        add_document_flags(action, "one JSON object on standard output, errors too")
         action.set_defaults(carry_out=partial(_guarded, action.get_default("carry_out")))
     for name, codes in EXIT_CODES:
         inner.choices[name].epilog = "\n\n".join(filter(None, (f"exit code: {codes}", inner.choices[name].epilog)))
@@ -82,9 +83,8 @@ def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespa
     try:
         return act(options)
     except PolicyError as exc:
-        if options.json:
-            print_failure(exc)
-        else:
+        print_failure(exc, options)
+        if not options.json or options.quiet_json:
             say(str(exc))
         return INVALID
 
@@ -92,8 +92,7 @@ def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespa
 def _check(options: argparse.Namespace) -> int:
     rows = tuple(_checked(name) for name in options.files)
     worst = max((_CHECK_CODES[row.status] for row in rows), key=_SEVERITY.index)
-    if options.json:
-        print_document(CheckReport(ok=worst == 0, files=rows))
+    if print_document(CheckReport(ok=worst == 0, files=rows), options):
         return worst
     for row in rows:
         if row.text:
@@ -122,10 +121,9 @@ def _digest(options: argparse.Namespace) -> int:
 
     policy, data = load(options.file)
     digest = policy_digest(policy)
-    if options.json:
-        of_file = f"sha256:{sha256(data).hexdigest()}"
-        print_document(DigestReport(policy_id=policy.policy_id, digest=digest, file_digest=of_file))
-    else:
+    of_file = f"sha256:{sha256(data).hexdigest()}"
+    report = DigestReport(policy_id=policy.policy_id, digest=digest, file_digest=of_file)
+    if not print_document(report, options):
         sys.stdout.write(f"{digest}\n")
     return 0
 
@@ -133,9 +131,7 @@ def _digest(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     policy, _ = load(options.policy)
     found = policy_explain.explanation(policy, options.policy, options.backend, options.toolchain)
-    if options.json:
-        print_document(found)
-    else:
+    if not print_document(found, options):
         for line in policy_explain.lines(found):
             show(line)
     return 0 if found.carried_out else REFUSED
@@ -146,8 +142,7 @@ def _diff(options: argparse.Namespace) -> int:
 
     (first, _), (second, _) = load(options.first), load(options.second)
     changes = tuple(differences(first, second))
-    if options.json:
-        print_document(DiffReport(same=not changes, changes=changes))
+    if print_document(DiffReport(same=not changes, changes=changes), options):
         return DIFFERENT if changes else 0
     for effect, title in _EFFECTS:
         found = [change for change in changes if change.effect == effect]
@@ -179,6 +174,6 @@ def _in_words(change: Change) -> str:
     return f"{change.field}: {what}. {_DOCS[change.field]}"
 
 
-def _schema(_options: argparse.Namespace) -> int:
-    sys.stdout.write(render_schema().decode())
+def _schema(options: argparse.Namespace) -> int:
+    deliver(render_schema(), options, always=True)
     return 0

@@ -15,7 +15,7 @@ from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.plan.features import vm_features
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.model import leaf_values
-from x07_sandbox.programs.toolchains import TOOLCHAINS
+from x07_sandbox.programs.toolchains import TOOLCHAINS, X07
 from x07_sandbox.reports.policies import ExplainedControl, ExplainReport
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
     )
     names = ", ".join(BY_NAME)
     parser.add_argument("--backend", metavar="B", help=f"one of {names} (default: X07_VM_BACKEND, else qemu)")
-    toolchains = tuple(toolchain.name for toolchain in TOOLCHAINS)
+    toolchains = tuple(toolchain.name for toolchain in (*TOOLCHAINS, X07))
     parser.add_argument(
         "--toolchain",
         choices=toolchains,
         metavar="T",
-        help=f"the program's, one of {', '.join(toolchains)}; of these none is concerned by language.*",
+        help=f"the program's, one of {', '.join(toolchains)}; only x07 is concerned by language.*",
     )
     return parser
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.documents import print_line
+from x07_sandbox.cli.documents import deliver, print_line
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.policy.default import render_policy
@@ -79,15 +78,13 @@ def _init(options: argparse.Namespace) -> int:
         path = folder.joinpath(*parts)
         status = write_document(folder, parts, data, overwrite=options.force)
     if options.emit == "policy":
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        deliver(data, options, always=True)
     else:
         out = str(path.relative_to(root) if path.is_relative_to(root) else path)
-        print_line(
-            PolicyInitReport(
-                template=options.template, project_root=str(root), out=out, status=status, policy_id=policy.policy_id
-            )
+        report = PolicyInitReport(
+            template=options.template, project_root=str(root), out=out, status=status, policy_id=policy.policy_id
         )
+        print_line(report, options)
     if status != "exists_different":
         return 0
     say(f"{path} holds something else and was left alone; --force overwrites it")

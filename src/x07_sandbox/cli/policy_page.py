@@ -38,7 +38,7 @@ a JSON Schema: [schemas/run-os-policy.schema.json](../schemas/run-os-policy.sche
 ## Commands
 
 A policy is named by its file, or as `built-in:NAME` by the name of a template. With `--json` each command prints one
-JSON object, errors too.
+JSON object, errors too; `--report-out FILE` writes it there as well, and `--quiet-json` keeps it off standard output.
 
 | Command | What it gives | Exit code |
 |---|---|---|

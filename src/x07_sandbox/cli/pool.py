@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from x07_sandbox.cli.console import Progress, show
-from x07_sandbox.cli.documents import print_document
-from x07_sandbox.cli.usage import whole_number
+from x07_sandbox.cli.documents import print_document, wanted
+from x07_sandbox.cli.usage import add_document_flags, whole_number
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.reports.pool import PoolReport, PoolStatus
@@ -56,7 +56,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     status = inner.add_parser("status", help="how many wait and run")
     status.set_defaults(carry_out=_status)
     for action in (start, stop, status):
-        action.add_argument("--json", action="store_true", help="how it stands then, as one JSON object")
+        add_document_flags(action, "how it stands then, as one JSON object")
 
 
 def _start(options: argparse.Namespace) -> int:
@@ -85,8 +85,8 @@ def _start(options: argparse.Namespace) -> int:
             raise
     if "ready" in told:
         progress.done(f"{told['ready']} machines are warm (process {child.pid})")
-        if options.json:
-            print_document(PoolReport(pool=_told()))
+        if wanted(options):
+            print_document(PoolReport(pool=_told()), options)
         return 0
     child.terminate()
     child.wait()
@@ -116,18 +116,16 @@ def _stop(options: argparse.Namespace) -> int:
             send(connection, {"protocol": PROTOCOL, "want": "stop"})
             if receive(connection) is not None or connected() is not None:
                 raise HostError("cannot stop the pool", "it does not end", "Look at it with x07 pool status")
-    if options.json:
-        print_document(PoolReport(pool=None))
-    else:
+    if not print_document(PoolReport(pool=None), options):
         show("no pool runs" if connection is None else "the pool has ended")
     return 0
 
 
 def _status(options: argparse.Namespace) -> int:
     pool = _told()
-    if options.json:
-        print_document(PoolReport(pool=pool))
-    elif pool is None:
+    if print_document(PoolReport(pool=pool), options):
+        return 0
+    if pool is None:
         show("no pool runs")
     else:
         show(

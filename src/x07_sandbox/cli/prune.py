@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import print_document
+from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.host.settings import KIB
 from x07_sandbox.runs.prune import PARTS, prune
 
@@ -37,15 +38,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
             f"--{part}", action="append_const", dest="parts", const=part, help=f"only {part}: see below"
         )
     parser.add_argument("--dry-run", action="store_true", help="remove nothing: say what would go")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_document_flags(parser, "one JSON object on standard output")
     parser.set_defaults(carry_out=_prune)
 
 
 def _prune(options: argparse.Namespace) -> int:
     report = prune(options.parts or PARTS, progress=say, dry_run=options.dry_run)
-    if options.json:
-        print_document(report)
-    else:
+    if not print_document(report, options):
         _show(report)
     return 1 if any(kept.failed for kept in report.kept) else 0
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import Cancel
 
+_NAME_ONE = "Name one, or give a source with -c"
 _SOURCE_MAX = settings.SOURCE_MAX_BYTES
 
 
@@ -48,8 +49,9 @@ def _run(options: argparse.Namespace) -> int:
     program, _ = _named(options)
     if program is None or options.code is not None or not _is_x07(Path(program)):
         return _carry_out(options, for_x07=False)
-    from x07_sandbox.cli.run_report import with_x07_exits
+    from x07_sandbox.cli.run_report import from_project, with_x07_exits
 
+    from_project(options, Path(program))
     return with_x07_exits(options, lambda: _carry_out(options, for_x07=True))
 
 
@@ -66,8 +68,8 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
         if options.dry_run:
             from x07_sandbox.cli.dry_run import show_plan
 
-            return show_plan(request, as_json=options.json)
-        if request.x07 is not None and not for_x07:
+            return show_plan(request, options)
+        if request.x07 is not None and not (for_x07 or request.x07_artifact):
             say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
         if options.report or options.attest_runtime or (for_x07 and not options.json):
             from x07_sandbox.cli.run_report import run_with_report
@@ -174,7 +176,7 @@ def _request(
         with cancel.waiting():
             program, source = None, _source_from_stdin()
     elif program is None:
-        raise UsageError("cannot run nothing", "no PROGRAM is named", "Name one, or give a source with -c")
+        raise UsageError("cannot run nothing", "no PROGRAM is named, and this is no X07 project", _NAME_ONE)
     stdin_fd = None if options.code is None and source is not None else _stream(0)
     if options.input_b64 is not None:
         stdin_fd = memory_file(_decoded(options.input_b64), stack)
@@ -185,6 +187,7 @@ def _request(
         args=tuple(words),
         policy=options.policy,
         overrides=_overrides(options),
+        override_flags=tuple(_override_flags(options)),
         env=dict(map(_variable, options.env)),
         image=options.image,
         wall_ms=None if options.timeout is None else max(1, round(options.timeout * 1000)),
@@ -195,6 +198,8 @@ def _request(
         live_stderr=None if options.json else _stream(2),
         raw=options.raw,
         max_output_bytes=options.max_output_bytes,
+        executable=options.compiled_out is not None,
+        x07_artifact=options.artifact is not None and bool(options.report or options.attest_runtime),
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,
@@ -213,7 +218,10 @@ def _request(
 
 
 def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """The program and its arguments; X07's flags name it too. Raises UsageError."""
+    """The program and its arguments; X07's flags name it too, and in an X07 project nothing has to.
+
+    Raises UsageError.
+    """
     if options.world != "run-os-sandboxed":
         raise UsageError(
             f"cannot run in the world {options.world}",
@@ -226,8 +234,17 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
             "wrong usage", "more than one program is named", "Give one of --program, --project, --artifact"
         )
     if not by_flag:
-        return options.program, options.args
+        nothing = options.program is None and options.code is None
+        return _project_here() if nothing else options.program, options.args
     return by_flag[0], [*([] if options.program is None else [options.program]), *options.args]
+
+
+def _project_here() -> str | None:
+    """The X07 project that this folder belongs to, if it does. Raises UsageError."""
+    from x07_sandbox.host.documents import MANIFEST, project_root
+
+    manifest = project_root(None) / MANIFEST
+    return str(manifest) if manifest.is_file() else None
 
 
 def _x07_options(options: argparse.Namespace) -> X07Options | None:
@@ -243,10 +260,15 @@ def _x07_options(options: argparse.Namespace) -> X07Options | None:
     return Options(**given)
 
 
+def _override_flags(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    """Those that were given, and with what."""
+    flags = {name: tuple(getattr(options, name[2:].replace("-", "_"))) for name, _, _ in OVERRIDES}
+    return {name: values for name, values in flags.items() if values}
+
+
 def _overrides(options: argparse.Namespace) -> Overrides | None:
-    keys = [name[2:].replace("-", "_") for name, _, _ in OVERRIDES]
-    given = {key: tuple(getattr(options, key)) for key in keys}
-    if not any(given.values()):
+    given = {name[2:].replace("-", "_"): values for name, values in _override_flags(options).items()}
+    if not given:
         return None
     from x07_sandbox.policy.overrides import Overrides
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from x07_sandbox.cli.usage import seconds, whole_number
+from x07_sandbox.cli.usage import add_document_flags, seconds, whole_number
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 from x07_sandbox.programs.toolchains import BY_NAME, describe
@@ -48,7 +48,11 @@ be written makes 125 too.
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them all."""
     parser.add_argument(
-        "program", metavar="PROGRAM", nargs="?", help="a source file, an executable, a project's folder; - for stdin"
+        "program",
+        metavar="PROGRAM",
+        nargs="?",
+        help="a source file, an executable, a project's folder; - for stdin (default: the x07.json of this folder or "
+        "of the nearest above it)",
     )
     parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, behind --")
     _add_program(parser)
@@ -161,11 +165,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--json", action="store_true", help="print the result as one JSON object instead of the program's output"
-    )
-    group.add_argument("--report-out", type=Path, metavar="FILE", help="write the result there too, as JSON")
-    group.add_argument("--quiet-json", action="store_true", help="print no JSON, since --report-out has it")
+    add_document_flags(group, "print the result as one JSON object instead of the program's output")
     group.add_argument("--raw", action="store_true", help="let a terminal have control sequences of the program's")
     group.add_argument(
         "--max-output-bytes",

@@ -20,7 +20,7 @@ from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.variables import flag
 from x07_sandbox.policy.overrides import derive_policy
 from x07_sandbox.policy.problems import PolicyError
-from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, diagnostics_line
+from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, diagnostics_line
 from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, flat_report, render_report
 from x07_sandbox.reports.wrapped import Target, wrap
 from x07_sandbox.runs.program import load_program
@@ -54,6 +54,20 @@ def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) ->
         if code == _USAGE_EXIT:
             say(str(exc))
         return code
+
+
+def from_project(options: argparse.Namespace, program: Path) -> None:
+    """Let what names the policy, and files of hosts, begin in the project's folder, as X07's command has it.
+
+    program: one of X07's own; a single program has no project, so its paths begin in the current folder.
+    """
+    if not program.is_dir() and program.name != PROJECT_FILE:
+        return
+    root = program if program.is_dir() else program.parent
+    if options.policy is not None and not options.policy.startswith("built-in:"):
+        options.policy = str(root / options.policy)
+    for lists in (options.allow_host_file, options.deny_host_file):
+        lists[:] = [str(root / name) for name in lists]
 
 
 def x07_exit(exc: UsageError | RefusedError) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.changed import add_run, machine_form, summary
 from x07_sandbox.cli.console import say
+from x07_sandbox.cli.documents import deliver, wanted
+from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.runs.kept import find, undo
 
 if TYPE_CHECKING:
@@ -27,15 +28,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     """Add the verb."""
     parser = verbs.add_parser("undo", help=help, description="Take a run's changes back.", epilog=_EPILOG)
     add_run(parser)
-    parser.add_argument("--json", action="store_true", help="what was done, as one JSON object; errors too")
+    add_document_flags(parser, "what was done, as one JSON object; errors too")
     parser.set_defaults(carry_out=_undo)
 
 
 def _undo(options: argparse.Namespace) -> int:
     changes = undo(find(options.run), lambda path: say(f"waiting: another command changes {path}"))
-    if options.json:
-        sys.stdout.buffer.write(machine_form(changes))
-        sys.stdout.buffer.flush()
+    if wanted(options) and deliver(machine_form(changes), options):
         return 0
     say(summary(changes, "undone; x07 apply"))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from x07_sandbox.errors import UsageError
@@ -41,6 +42,13 @@ def seconds(most: int) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def add_document_flags(parser: argparse._ActionsContainer, json_help: str) -> None:
+    """The flags of a verb that has a JSON document to print (cli/documents): whether, and where it goes too."""
+    parser.add_argument("--json", action="store_true", help=json_help)
+    parser.add_argument("--report-out", type=Path, metavar="FILE", help="write that JSON there too, --json or not")
+    parser.add_argument("--quiet-json", action="store_true", help="print no JSON, since --report-out has it")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):

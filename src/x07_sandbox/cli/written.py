@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.streams import OutFile
 
 
-def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | None]) -> None:
+def check_outputs(
+    outputs: Mapping[str, Path | None], inputs: Iterable[Path | None], *, why: str = "the run reads it"
+) -> None:
     """Refuse files that cannot be written, or that something else of the run needs, before there is a run.
 
-    outputs: by the flag that names them. inputs: files that the run reads. Each is replaced as a whole, so of a place
-    only its folder matters. Raises UsageError.
+    outputs: by the flag that names them. inputs: files that the run reads; why: what else is said of them. An output
+    is replaced as a whole, so of its place only the folder matters. Raises UsageError.
     """
-    taken = {_real(path): "the run reads it" for path in inputs if path is not None}
+    taken = {_real(path): why for path in inputs if path is not None}
     for name, path in outputs.items():
         if path is None:
             continue
@@ -40,8 +42,8 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | No
             raise UsageError(what, "something that is no file lies there", "Name another place")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
             raise UsageError(what, f"{path.parent} is no folder that you can write", "Name another place")
-        if why := taken.get(_real(path)):
-            raise UsageError(what, why, "Name another place")
+        if reason := taken.get(_real(path)):
+            raise UsageError(what, reason, "Name another place")
         taken[_real(path)] = "it is named twice"
 
 

@@ -17,7 +17,7 @@ from x07_sandbox.policy.environment import VARIABLES, program_environment
 from x07_sandbox.policy.model import leaf_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from x07_sandbox.plan.features import Features
     from x07_sandbox.policy.model import Policy
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 VARIABLE_MAX_BYTES: Final = 131_072
 # Those of x07 run that add to a field.
 _FLAGS: Final = {
-    "fs.read_roots": "--allow-read-root",
-    "fs.write_roots": "--allow-write-root",
-    "net.allow_hosts": "--allow-host, --allow-host-file",
+    "fs.read_roots": ("--allow-read-root",),
+    "fs.write_roots": ("--allow-write-root",),
+    "net.allow_hosts": ("--allow-host", "--allow-host-file"),
 }
 
 
@@ -88,13 +88,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     refusals: tuple[Refusal, ...]
     limits: RunLimits
 
-    def require(self) -> None:
-        """Raise RefusedError, naming every refusal, if there is one."""
+    def require(self, given: Collection[str] = ()) -> None:
+        """Raise RefusedError, naming every refusal, if there is one. given: the flags that changed the policy."""
         if self.refusals:
             why = "; ".join(refusal.why for refusal in self.refusals)
             fields = dict.fromkeys(refusal.field for refusal in self.refusals)
             fix = f"Change {', '.join(fields)} in the policy"
-            if flags := [_FLAGS[field] for field in fields if field in _FLAGS]:
+            if flags := [flag for field in fields for flag in _FLAGS.get(field, ()) if flag in given]:
                 fix += f", or leave out {', '.join(flags)}"
             raise RefusedError("the policy cannot be carried out", why, fix)
 

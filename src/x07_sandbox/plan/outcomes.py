@@ -177,6 +177,10 @@ _DOING: Final = {
     Stage.RUN: "running the program",
     Stage.COLLECT: "handing over what the program left",
 }
+_BUILDING: Final = {  # where it is the compiler that runs
+    _DOING[Stage.RUN]: "building the program",
+    _DOING[Stage.COLLECT]: "handing over what was built",
+}
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
@@ -265,7 +269,10 @@ def as_build(found: Verdict) -> Verdict:
         Outcome.OUTPUT_LIMIT,
     }
     if found.outcome not in own_end:
-        return found
+        reason = found.reason
+        for running, building in _BUILDING.items():
+            reason = reason.replace(f"while the guest was {running}", f"while the guest was {building}")
+        return replace(found, reason=reason)
     reason = _POLICY_FIELD.sub("(fixed for builds)", found.reason)
     return replace(found, outcome=Outcome.BUILD_FAILED, fault="program", reason=f"the build failed: {reason}")
 

@@ -108,7 +108,8 @@ def _advice(asked: Asked, field: str) -> Answer:
     del asked
     if variable := _VARIABLES.get(field):
         return Answer("advisory", "X07's libraries", f"told to the program as {variable}")
-    return Answer("advisory", "X07's compiler", "it concerns X07's compiler, and no other")
+    why = "it holds X07 programs to this, and nobody else does; it concerns no others"
+    return Answer("advisory", "X07's compiler", why)
 
 
 def _label(_asked: Asked, _field: str) -> Answer:

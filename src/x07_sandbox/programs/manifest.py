@@ -157,7 +157,7 @@ def find_manifest(program: Path) -> Path | None:
     if not os.path.isdir(program):  # noqa: PTH112 - no error for what may not be looked at
         return None
     manifest = program / FILE
-    if manifest.is_file():
+    if os.path.lexists(manifest):  # whatever it is: who reads it says what is wrong with it
         return manifest
     raise UsageError(
         f"cannot run the folder {program}",

@@ -217,6 +217,16 @@ X07: Final = Toolchain(
     told=True,
     doc="X07, by the toolchain that the image carries.",
 )
+# What it made before: nothing is compiled, and it reads and writes frames all the same.
+X07_ARTIFACT: Final = Toolchain(
+    name="x07",
+    suffixes=(),
+    build=None,
+    archive=False,
+    start=_start_executable,
+    told=True,
+    doc="An executable that X07 compiled before.",
+)
 BY_NAME: Final = {toolchain.name: toolchain for toolchain in TOOLCHAINS}
 
 

@@ -172,7 +172,8 @@ def is_x07(path: Path) -> bool:
     """Whether *path* names a program or a project of X07's."""
     if path.name == PROJECT_FILE or path.name.endswith(SOURCE_SUFFIX):
         return True
-    return os.path.isfile(path / PROJECT_FILE) and not os.path.exists(path / "x07-sandbox.toml")  # noqa: PTH110, PTH113 - no error for what may not be looked at
+    # Whatever they are: who reads them says what is wrong with them.
+    return os.path.lexists(path / PROJECT_FILE) and not os.path.lexists(path / "x07-sandbox.toml")
 
 
 def diagnostics_line(messages: Sequence[str]) -> str:

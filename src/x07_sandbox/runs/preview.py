@@ -45,12 +45,10 @@ def preview(request: RunRequest) -> Preview:
     with contextlib.ExitStack() as stack:
         ready = make_ready(request, Read(), so_far, stack, dry=True)
         request, program, toolchain = ready.request, ready.program, ready.program.toolchain
-        # X07's programs get their arguments as input.
-        args = () if toolchain.told else request.args
         return Preview(
             toolchain=toolchain.name,
             build=None if toolchain.build is None else toolchain.build(program.source),
-            run=[*toolchain.start(program.source), *args],
+            run=[*toolchain.start(program.source), *request.args],
             files=list(program.source.files) or [program.source.name],
             roots=roots_in_force(request, program, ready.policy),
             digests=so_far.digests,

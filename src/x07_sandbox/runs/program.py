@@ -16,6 +16,7 @@ from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.programs.toolchains import (
     PROJECT_FOLDER,
     SOURCE_FOLDER,
+    X07_ARTIFACT,
     Source,
     Toolchain,
     check_executable,
@@ -60,12 +61,28 @@ def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunR
 
     Raises UsageError.
     """
+    request, program = _load(request, stack)
+    if request.executable and program.toolchain.archive:
+        what = f"cannot keep what is built of {'the source' if request.program is None else request.program}"
+        why = f"{program.toolchain.name} makes no executable"
+        raise UsageError(what, why, "Leave --compiled-out away")
+    return request, program
+
+
+def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
     if request.source is not None:
         _no_profile(request, "the source")
         return request, _from_text(request, request.source, stack)
     path = request.program
     if path is None:
         raise UsageError("cannot run nothing", "there is neither a program nor a source", "Name a file, or use -c")
+    if request.x07_artifact:
+        from x07_sandbox.runs.x07_program import as_artifact
+
+        _no_profile(request, str(path))
+        data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
+        program = _single(X07_ARTIFACT, source_name(str(path)), data, request, stack)
+        return as_artifact(request, path, program, stack)
     folder = os.path.isdir(path)  # noqa: PTH112 - no error for what may not be looked at
     if path.name.endswith(_X07) or folder:
         from x07_sandbox.programs.x07 import is_x07
@@ -93,6 +110,13 @@ def _no_profile(request: RunRequest, what: str) -> None:
         raise UsageError(f"cannot run {what} with --profile", "profiles are in an x07.json", "Leave it out")
 
 
+def refuse_what_it_says_itself(request: RunRequest, what: str, why: str) -> None:
+    """Raises UsageError where the call says what a program is made of that says it itself."""
+    given = [name for name, value in (("--toolchain", request.toolchain), ("`files`", request.files)) if value]
+    if given:
+        raise UsageError(f"cannot run {what}", why, f"Leave {' and '.join(given)} out")
+
+
 def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) -> Program:
     if not request.toolchain:
         why = "a source without a file's name does not say what language it is"
@@ -117,6 +141,9 @@ def _single(toolchain: Toolchain, name: str, data: bytes, request: RunRequest, s
 
         if toolchain.build is None:
             raise UsageError(f"cannot run {name}", "an executable takes no files beside it", "Leave `files` out")
+        if name in request.files:
+            why = f"`files` has one of that name too, and the program is called {name} in the machine"
+            raise UsageError(f"cannot run {name}", why, "Give that file another name")
         packed = pack_files({**request.files, name: data}, "the files beside the program")
         return _tree(toolchain, Source(name=name, head=data[:_HEAD_BYTES]), packed, stack)
     return Program(
@@ -150,8 +177,7 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     from x07_sandbox.host.project import ProjectFolder
     from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
 
-    if request.toolchain or request.files:
-        raise UsageError(f"cannot run the project {path}", "its manifest says what it is", "Leave --toolchain out")
+    refuse_what_it_says_itself(request, f"the project {path}", "its manifest says what it is")
     place = find_manifest(path)
     assert place is not None  # noqa: S101 - for the type checker: a folder, or that name
     folder = ProjectFolder(place.parent)

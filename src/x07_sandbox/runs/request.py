@@ -56,15 +56,19 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     program: path of a source, of a project's folder, or of its manifest. source: a text instead, in the language of
     toolchain, which for a file overrides what its name says. files: more files beside it, by relative name.
     policy: as read_policy takes it; None leaves it to the project. overrides: hosts and roots that flags add, or take
-    away. wall_ms: a tighter limit. env: variables of the program besides the fixed ones.
+    away; override_flags: these flags, for what is advised. wall_ms: a tighter limit.
+    env: variables of the program besides the fixed ones.
     input: path of the program's input; else stdin_fd, lent; None for none. stdin_default: a project's own input goes
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
     max_output_bytes: of each stream; None for the project's limit, else the default.
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
+    x07_artifact: the program is an executable of X07's, which reads and writes frames.
+    executable: what is built is kept for others to run, so it has to be an executable.
     cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
     queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
-    require_hardware: refuse emulation. profile, x07: of an X07 project, and what its compiler is told; x07_input is
-    its whole input, set when it is read.
+    require_hardware: refuse emulation.
+    profile: of an X07 project, None for its own choice; profiles: whether any of them counts. x07: what X07's compiler
+    is told; x07_input: a program's whole input, set when it is read.
     changes: what becomes of the program's changes to files when it has ended by itself. out: a folder for its /x07/out.
     allow_protected: patterns of names that are let go (files/protected). hide, reveal: more patterns of names that are
     not copied in, and those that are all the same.
@@ -78,6 +82,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     args: tuple[str, ...] = ()
     policy: str | Path | Policy | ProjectPolicy | None = None
     overrides: Overrides | None = None
+    override_flags: tuple[str, ...] = ()
     wall_ms: int | None = None
     image: str | None = None
     env: Mapping[str, str] = {}
@@ -89,12 +94,15 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     raw: bool = False
     max_output_bytes: int | None = None
     artifact: OutFile | None = None
+    x07_artifact: bool = False
+    executable: bool = False
     cold: bool = False
     cache: bool = True
     queue_s: float = settings.QUEUE_S
     machines: Machines | None = None
     require_hardware: bool = False
     profile: str | None = None
+    profiles: bool = True
     x07: X07Options | None = None
     x07_input: bytes = b""
     changes: Literal["apply", "keep", "discard"] = "apply"
@@ -177,7 +185,7 @@ def _check_own(policy: Policy, given: ProjectPolicy) -> None:
             raise RefusedError(
                 "cannot use the project's own policy",
                 f"{given} asks for {root[:256]}, which is outside the project",
-                f"Read it, and if you grant that, name it yourself: --policy {given}",
+                f"Read it, and if you grant that, name it yourself: --policy {given.path.absolute()}",
             )
 
 

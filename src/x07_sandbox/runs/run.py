@@ -175,7 +175,7 @@ def _carry_out(
     if request.overrides is not None:
         _keep(folder.path / "policy.json", ready.policy_bytes)
     _add_refusals(plan, so_far)
-    plan.require()
+    plan.require(request.override_flags)
     host_files = host_files_of(request, program, policy, so_far, folder, stack)
     session = Session(request, program, so_far, folder, ready.backend, ready.image)
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)

@@ -278,10 +278,8 @@ class Session:
             size=artifact.size,
         )
         files = [program, in_memory(policy_bytes, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
-        args = list(self.request.args)
         if toolchain.told:
             files.append(in_memory(self.request.x07_input, f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
-            args = []  # they are its input
         project = self.program.project
         cwd = PROJECT_FOLDER if project else _CWD
         mounts = [_PROJECT_MOUNT] if project else []
@@ -290,7 +288,7 @@ class Session:
             files += host_files.files
         return PhaseSpec(
             name="run",
-            argv=[*toolchain.start(self.program.source), *args],
+            argv=[*toolchain.start(self.program.source), *self.request.args],
             files=tuple(files),
             limits=limits.for_guest(),
             confine=confinement(policy, cwd),

@@ -16,7 +16,7 @@ from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.host.variables import number, text
 from x07_sandbox.programs import x07
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, X07, Source
-from x07_sandbox.runs.program import Program
+from x07_sandbox.runs.program import Program, refuse_what_it_says_itself
 from x07_sandbox.runs.project import with_own_files
 from x07_sandbox.runs.request import in_memory, sha256_text
 from x07_sandbox.runs.streams import memory_file
@@ -33,8 +33,8 @@ def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tu
 
     Raises UsageError.
     """
-    if request.toolchain or request.files:
-        raise UsageError(f"cannot run {path}", "an X07 program says itself what it is", "Leave --toolchain out")
+    refuse_what_it_says_itself(request, str(path), "an X07 program says itself what it is")
+    request = _with_arguments_as_input(request, path, stack)
     given = request.x07 or x07.Options()
     given = replace(
         given,
@@ -49,6 +49,30 @@ def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tu
         request = replace(request, max_output_bytes=options.max_output_bytes)
         return request, _program(request, path, options, stack)
     return _project(request, path, given, stack)
+
+
+def as_artifact(
+    request: RunRequest, path: Path, program: Program, stack: contextlib.ExitStack
+) -> tuple[RunRequest, Program]:
+    """The executable at *path*, which X07 compiled before, and the request, with what X07 gives to both.
+
+    Raises UsageError.
+    """
+    request = _with_arguments_as_input(request, path, stack)
+    options = x07.merged(replace(request.x07 or x07.Options(), max_output_bytes=request.max_output_bytes), None)
+    request = replace(request, max_output_bytes=options.max_output_bytes)
+    return request, replace(program, cpu_ms=_cpu_ms(options))
+
+
+def _with_arguments_as_input(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> RunRequest:
+    """The request with its arguments, if there are some, packed as the whole input. Raises UsageError."""
+    if not request.args:
+        return request
+    if request.input is not None or (request.stdin_fd is not None and not request.stdin_default):
+        why = "the arguments of an X07 program are its input, and it has only one"
+        raise UsageError(f"cannot run {path} with arguments and with input", why, "Leave one of them out")
+    fd = memory_file(x07.arguments_as_input(request.args), stack)
+    return replace(request, args=(), stdin_fd=fd, stdin_default=False)
 
 
 def _program(request: RunRequest, path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
@@ -77,7 +101,7 @@ def _project(
         raise UsageError(
             f"cannot run the project {path}", f"its lock file {lock[:80]} is not there", "Run x07 pkg lock"
         )
-    profile = x07.choose_profile(project, request.profile, source=str(path))
+    profile = x07.choose_profile(project, request.profile, source=str(path)) if request.profiles else None
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
             why = f"its profile is for the world {profile.world[:80]}, and {x07.WORLD} is the only one here"
@@ -103,8 +127,12 @@ def _loaded(
         data=packed.archive,
         file=replace(in_memory(packed.archive, folder, 0o755, stack), kind="archive"),
         sha256=sha256_text(packed.archive),
-        cpu_ms=1000 * options.cpu_time_limit_seconds if options.cpu_time_limit_seconds else None,
+        cpu_ms=_cpu_ms(options),
     )
+
+
+def _cpu_ms(options: x07.Options) -> int | None:
+    return 1000 * options.cpu_time_limit_seconds if options.cpu_time_limit_seconds else None
 
 
 def need_policy(request: RunRequest) -> None:
@@ -115,13 +143,9 @@ def need_policy(request: RunRequest) -> None:
 
 
 def with_framed_input(request: RunRequest, stack: contextlib.ExitStack) -> RunRequest:
-    """The request with its input as one frame, as such a program reads it; its arguments come as input.
-
-    Raises UsageError.
-    """
-    args, fd = request.args, request.stdin_fd
+    """The request with its input as one frame, as such a program reads it. Raises UsageError."""
     with request.cancel.waiting():
-        data = x07.arguments_as_input(args) if args else read_whole(fd, x07.INPUT_MAX_BYTES)
+        data = read_whole(request.stdin_fd, x07.INPUT_MAX_BYTES)
     return replace(request, x07_input=data, stdin_fd=memory_file(x07.frame_input(data), stack))
 
 
