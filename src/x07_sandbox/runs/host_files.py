@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _NAMES_MAX: Final = 1000  # of a result; all are in the run's folder
 _DENIALS_MAX: Final = 100
+_LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 _FIELDS: Final[dict[Reason, str]] = {
     "hidden": "fs.deny_hidden",
     "secret": "secrets",
@@ -190,10 +191,11 @@ class HostFiles:
         policy = self._request.policy
         if not isinstance(policy, (str, Path, ProjectPolicy)):
             return []
-        folder, name = os.path.split(policy if isinstance(policy, str) else str(policy))
-        # Where it is a link, that too: another in its place would be the next run's policy.
-        places = {os.path.realpath(str(policy)), f"{os.path.realpath(folder)}/{name}"}
-        return [os.path.relpath(path, mount.host) for path in sorted(places) if path.startswith(f"{mount.host}/")]
+        return [
+            path.removeprefix(mount.host).lstrip("/")
+            for path in sorted(_way_to(str(policy)))
+            if path == mount.host or path.startswith(f"{mount.host}/")
+        ]
 
     def _keep(self, changes: ChangeSet) -> None:
         place = self._place / "changes.json"
@@ -230,6 +232,30 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
     if any(root.guest == OUT for root in roots):
         raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Leave one of them out")
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
+
+
+def _way_to(path: str) -> set[str]:
+    """What decides which file *path* is, by absolute paths without a link on the way: it, and every link to it.
+
+    Another link in the place of one of these would make another file of the same path.
+    """
+    found: set[str] = set()
+    here, left = Path.cwd(), path.split("/")[::-1]
+    here = Path("/") if path.startswith("/") else here
+    links = 0
+    while left:
+        part = left.pop()
+        if part == "..":
+            here = here.parent
+            continue
+        here /= part
+        if part and links < _LINKS_MAX and here.is_symlink():
+            found.add(str(here))
+            links += 1
+            target = str(here.readlink())
+            left += target.split("/")[::-1]
+            here = Path("/") if target.startswith("/") else here.parent
+    return {*found, str(here)}
 
 
 def _below(nodes: dict[str, Node], sub: str) -> dict[str, Node]:
