@@ -18,7 +18,7 @@ from x07_sandbox.cli.apply import chosen
 from x07_sandbox.errors import PeerError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
 from x07_sandbox.files.checks import check_set
-from x07_sandbox.files.copy import Bounds, stays_inside
+from x07_sandbox.files.copy import Bounds, Stayed, stays_inside
 from x07_sandbox.files.incoming import Incoming, Told
 from x07_sandbox.files.judge import Allowed, Judged, judge
 from x07_sandbox.files.protected import Protection
@@ -54,9 +54,11 @@ def judged(
     allowed: Allowed = ALL,
     bounds: Bounds = BOUNDS,
     own: tuple[str, ...] = (),
+    stayed: dict[str, Stayed] | None = None,
 ) -> Judged:
     """What becomes of it."""
-    return judge({"": FOLDER} if before is None else before, told, bounds, allowed, Protection(ROOT, own))
+    before = {"": FOLDER} if before is None else before
+    return judge(before, stayed or {}, told, bounds, allowed, Protection(ROOT, own))
 
 
 def as_set(found: Judged) -> ChangeSet:
@@ -210,6 +212,41 @@ def test_a_link_that_leads_out_is_refused_without_a_way() -> None:
         bounds = msgspec.structs.replace(BOUNDS, allow_symlinks=allow)
         told = [Told(root=0, name="l", node=Node(kind="link", target="../x"))]
         assert [refusal.value for refusal in judged(told, bounds=bounds).refused] == [None]
+
+
+@pytest.mark.parametrize(
+    ("links", "name", "out"),
+    [
+        ({"l": "out"}, "l", "out"),
+        ({"l": "out/sub/x"}, "l", "out"),
+        ({"d/l": ".././out"}, "d/l", "out"),
+        ({"l": "d/secret/x"}, "l", "d/secret"),
+        ({"a": "b", "b": "d", "l": "a/secret"}, "l", "d/secret"),
+        ({"a": "d", "d/b": "../out", "l": "a/b"}, "l", "out"),
+        ({"c1": "c2", "c2": "c1/x", "l": "c1"}, "l", ""),
+        ({"l": "d/new", "m": "outside", "n": "nothing/out"}, "l", ""),
+        ({f"l{number}": f"l{number + 1}" for number in range(60)}, "l0", "too many"),
+        ({"l0": "out"} | {f"l{number + 1}": f"l{number}" for number in range(60)}, "l20", "out"),
+    ],
+)
+def test_a_link_through_what_was_not_copied_in_is_refused(links: dict[str, str], name: str, out: str) -> None:
+    """What stayed on the host may be a link to anywhere: no link may lead through it, be it by way of others."""
+    stayed = {"out": Stayed("link-out", 0), "d/secret": Stayed("secret", 0)}
+    told = [Told(root=0, name=at, node=Node(kind="link", target=target)) for at, target in links.items()]
+    found = judged([*new("d/x"), *told], stayed=stayed).refused
+    assert [refusal.why for refusal in found if refusal.name == name and out not in refusal.why] == []
+    assert (name in {refusal.name for refusal in found}) == bool(out)
+    assert {refusal.reveal for refusal in found if refusal.rule == "secrets"} <= {"d/secret"}
+
+
+def test_following_links_costs_what_their_targets_cost() -> None:
+    """A thousand links through each other are followed once each, however long the way of one is."""
+    told = [
+        Told(root=0, name=f"l{number}", node=Node(kind="link", target=f"l{number - 1}" if number else "nothing"))
+        for number in range(1000)
+    ]
+    work = calls(lambda: judged(told, stayed={"out": Stayed("link", 0)}))
+    assert work["_follow"] <= len(told)
 
 
 @pytest.mark.parametrize("size", [2**32 - 1, 2**32])

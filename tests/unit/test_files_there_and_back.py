@@ -75,7 +75,8 @@ class Trip:
                 assert incoming.take(part)
             assert incoming.take(Entry(Kind.END, b"").encoded())
             assert incoming.complete
-            judged = judge(self.copied.nodes, incoming.told, bounds, allowed, Protection(str(self.host), own, letting))
+            protection = Protection(str(self.host), own, letting)
+            judged = judge(self.copied.nodes, self.copied.stayed, incoming.told, bounds, allowed, protection)
             for change in judged.changes:
                 node = change.after
                 if node is not None and node.kind == "file" and node.at is not None and node.mode & 0o7000 == 0:

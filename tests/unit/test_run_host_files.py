@@ -227,6 +227,17 @@ def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
     assert (changes.state, [denial.field for denial in denials]) == ("kept", ["protected"])
 
 
+def test_no_link_leaves_by_way_of_one_that_was_left_out(run: Run) -> None:
+    """A link to a link of the host's that leads out, and was not copied in for that, does not come back either."""
+    (run.root / "lk").mkdir()
+    (run.root / "lk/out").symlink_to("/etc/passwd")
+    files = run.files({"allow_symlinks": True})
+    changes, (denial,), _ = run.back(files, Entry(Kind.LINK, b"lk/l4", target=b"out"))
+    assert (changes.state, denial.field, denial.how_to_allow) == ("kept", "fs.allow_symlinks", None)
+    assert "lk/out, which was not copied in" in denial.subject
+    assert not (run.root / "lk/l4").is_symlink()
+
+
 def test_what_may_not_come_back_says_whether_anything_would_let_it(run: Run) -> None:
     """A pipe and a name of ours have no way, and a link has a value of the policy unless it leads out."""
     files = run.files({"allow_symlinks": False})

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.errors import PeerError
-from x07_sandbox.files.changes import STAGING, Change, Node, Refused
-from x07_sandbox.files.copy import DEPTH_MAX, NUMBER_MAX, stays_inside
+from x07_sandbox.files.changes import STAGING, Change, Node, Refused, shown
+from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, WORDS, stays_inside, value_for
+from x07_sandbox.files.links import Links
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from x07_sandbox.files.copy import Bounds
+    from x07_sandbox.files.copy import Bounds, Stayed
     from x07_sandbox.files.incoming import Told
     from x07_sandbox.files.protected import Protection
 
@@ -45,9 +46,14 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def judge(
-    before: Mapping[str, Node], told: Iterable[Told], bounds: Bounds, allowed: Allowed, protection: Protection
+    before: Mapping[str, Node],
+    stayed: Mapping[str, Stayed],
+    told: Iterable[Told],
+    bounds: Bounds,
+    allowed: Allowed,
+    protection: Protection,
 ) -> Judged:
-    """Judge what was told of one root. before: what was copied into it, by name from the root.
+    """Judge what was told of one root. before: what was copied into it, by name from the root. stayed: what was not.
 
     Raises PeerError where it contradicts itself, which an honest guest's never does.
     """
@@ -61,9 +67,12 @@ def judge(
         if not _same(before.get(name), after.get(name)) and (name or not _is_folder(after.get(name)))
     ]
     moved = _moved(changes)
+    links = Links(after, stayed)
     for change in changes:
         refused += _by_name(change.name, bounds, protection)
         refused += _by_kind(change, bounds)
+        if _is_link(change.after) and bounds.allow_symlinks and (through := links.through(change.name)):
+            refused.append(_by_way(change.name, through, stayed.get(through), bounds))
         refused += _by_deed(change, allowed, moved)
     told_of = {refusal.name for refusal in refused if refusal.rule == "protected"}
     written = [change.name for change in changes if change.after is not None]
@@ -75,6 +84,10 @@ def judge(
 
 def _is_folder(node: Node | None) -> bool:
     return node is not None and node.kind == "folder"
+
+
+def _is_link(node: Node | None) -> bool:
+    return node is not None and node.kind == "link"
 
 
 def _same(one: Node | None, other: Node | None) -> bool:
@@ -171,6 +184,24 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
     if node.kind == "file" and node.size > bounds.write_bytes:
         value = node.size if node.size <= NUMBER_MAX else None
         yield Refused(name=name, rule="fs.max_write_bytes", why="it is too large", value=value)
+
+
+def _by_way(name: str, through: str, there: Stayed | None, bounds: Bounds) -> Refused:
+    """Of a link. through: what it leads through. there: why that stayed, None where it is a link too many."""
+    if there is None:
+        return Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads through too many others")
+    return _by_stayed(name, f"it is a link that leads through {shown(through)}", through, there, bounds)
+
+
+def _by_stayed(name: str, why: str, stayed: str, there: Stayed, bounds: Bounds) -> Refused:
+    """*why* names what stayed on the host and lies in the way."""
+    return Refused(
+        name=name,
+        rule=FIELDS[there.reason],
+        why=f"{why}, which was not copied in: {WORDS[there.reason]}",
+        value=value_for(there.reason, there.most, bounds),
+        reveal=stayed if there.reason == "secret" else "",
+    )
 
 
 def _by_deed(change: Change, allowed: Allowed, moved: set[str]) -> Iterator[Refused]:

@@ -6,12 +6,12 @@ import glob
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, shown
-from x07_sandbox.files.copy import DEPTH_MAX, NUMBER_MAX, WORDS, bounds_of, copy_tree
+from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, bounds_of, copy_tree, value_for
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection
@@ -28,7 +28,7 @@ from x07_sandbox.runs.streams import InFile
 if TYPE_CHECKING:
     import contextlib
 
-    from x07_sandbox.files.changes import Node, Refused
+    from x07_sandbox.files.changes import Refused
     from x07_sandbox.files.copy import Bounds, Copied, LeftOut, Reason
     from x07_sandbox.files.roots import Mount, Tree
     from x07_sandbox.policy.model import Policy
@@ -36,17 +36,10 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
 
+_T = TypeVar("_T")
 _NAMES_MAX: Final = 1000  # of a result; all are in the run's folder
 _DENIALS_MAX: Final = 100
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
-_FIELDS: Final[dict[Reason, str]] = {
-    "hidden": "fs.deny_hidden",
-    "secret": "secrets",
-    "link": "fs.allow_symlinks",
-    "link-out": "fs.allow_symlinks",
-    "large": "fs.max_read_bytes",
-    "deep": "fs.max_depth",
-}
 
 
 class HostFiles:
@@ -120,8 +113,7 @@ class HostFiles:
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 subject = f"{', '.join(map(shown, left.names))}{more}: {WORDS[reason]}"
                 how = _to_let_in(reason, left, self._bounds)
-                field = _FIELDS.get(reason, "fs.read_roots")
-                found.append(_denial(field, "copy", subject, "copying in", left.count, how))
+                found.append(_denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
         return found
 
     # what came back
@@ -174,7 +166,8 @@ class HostFiles:
             before = _below(self.copied[tree].nodes, mount.sub)
             told = [one for one in incoming.told if one.root == number]
             protection = Protection(mount.host, self._own(mount), self._request.allow_protected)
-            judged = judge(before, told, self._bounds, allowed, protection)
+            stayed = _below(self.copied[tree].stayed, mount.sub)
+            judged = judge(before, stayed, told, self._bounds, allowed, protection)
             roots.append(
                 RootChanges(
                     root=mount.host,
@@ -258,7 +251,7 @@ def _way_to(path: str) -> set[str]:
     return {*found, str(here)}
 
 
-def _below(nodes: dict[str, Node], sub: str) -> dict[str, Node]:
+def _below(nodes: dict[str, _T], sub: str) -> dict[str, _T]:
     if not sub:
         return nodes
     prefix = f"{sub}/"
@@ -294,18 +287,9 @@ def too_many(policy: Policy, action: str, subject: str) -> Denial:
 
 def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds) -> tuple[object, str | None]:
     """The value of the field, or the flag, that would let in what was left out; nothing where none would."""
-    value: object = None
     if reason == "secret":
         return None, _flag("--reveal", Path(left.names[0]).name)
-    if reason == "hidden":
-        value = False
-    elif reason == "link":
-        value = True
-    elif reason == "large" and left.most <= NUMBER_MAX:
-        value = left.most
-    elif reason == "deep" and bounds.depth < min(left.most, DEPTH_MAX):
-        value = min(left.most, DEPTH_MAX)
-    return value, None
+    return value_for(reason, left.most, bounds), None
 
 
 def _flag(flag: str, name: str) -> str:
@@ -318,6 +302,8 @@ def _flag(flag: str, name: str) -> str:
 
 def _refusal(refused: Refused) -> Denial:
     flag = _flag("--allow-protected", refused.name) if refused.rule == "protected" else None
+    if refused.reveal:
+        flag = _flag("--reveal", Path(refused.reveal).name)
     subject = f"{shown(refused.name)}: {refused.why}"
     return _denial(refused.rule, "change", subject, "the check of changes", 1, (refused.value, flag))
 
