@@ -20,7 +20,7 @@ from x07_sandbox.files.links import Links
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from x07_sandbox.files.copy import Bounds, Stayed
+    from x07_sandbox.files.copy import Bounds, Reason, Stayed
     from x07_sandbox.files.incoming import Told
     from x07_sandbox.files.protected import Protection
 
@@ -68,6 +68,7 @@ def judge(
     ]
     moved = _moved(changes)
     links = Links(after, stayed)
+    refused += _by_place(changes, stayed, bounds)
     for change in changes:
         refused += _by_name(change.name, bounds, protection)
         refused += _by_kind(change, bounds)
@@ -191,6 +192,31 @@ def _by_way(name: str, through: str, there: Stayed | None, bounds: Bounds) -> Re
     if there is None:
         return Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads through too many others")
     return _by_stayed(name, f"it is a link that leads through {shown(through)}", through, there, bounds)
+
+
+def _by_place(changes: Iterable[Change], stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:
+    """What would be put where something lies that stayed on the host, or would take away a folder in which it does.
+
+    It is known to be in the way before anything is compared with the host, which has not changed.
+    """
+    folders: set[str] = set()
+    for change in changes:
+        there = stayed.get(change.name)
+        # By its name a hidden one is refused anyway.
+        if there is not None and change.after is not None and there.reason != "hidden":
+            yield _by_stayed(change.name, "something of that name is there", change.name, there, bounds)
+        if _is_folder(change.before) and not _is_folder(change.after):
+            folders.add(change.name)
+    if not folders:
+        return
+    worst: dict[tuple[str, Reason], tuple[str, Stayed]] = {}
+    for name, there in stayed.items():
+        for folder in _above([name]) & folders:
+            held = worst.setdefault((folder, there.reason), (name, there))
+            if held[1].most < there.most:
+                worst[folder, there.reason] = name, there
+    for (folder, _), (name, there) in worst.items():
+        yield _by_stayed(folder, f"{shown(name)} is in it", name, there, bounds)
 
 
 def _by_stayed(name: str, why: str, stayed: str, there: Stayed, bounds: Bounds) -> Refused:
