@@ -235,19 +235,21 @@ def _by_deed(change: Change, allowed: Allowed, moved: set[str]) -> Iterator[Refu
     if _is_folder(after) and not _is_folder(before) and not allowed.mkdir:
         yield Refused(name=name, rule="fs.allow_mkdir", why="it is a new folder", value=True)
     lost = before is not None and (after is None or after.kind != before.kind)
-    if not lost or allowed.remove:
+    if not lost:
         return
-    if name not in moved:
+    # The one does not stand for the other: where things may be removed they may not for that be renamed.
+    if name in moved:
+        if not allowed.rename:
+            yield Refused(name=name, rule="fs.allow_rename", why="it was given another name", value=True)
+    elif not allowed.remove:
         yield Refused(name=name, rule="fs.allow_remove", why="it was removed", value=True)
-    elif not allowed.rename:
-        yield Refused(name=name, rule="fs.allow_rename", why="it was given another name", value=True)
 
 
 def _moved(changes: Iterable[Change]) -> set[str]:
-    """Names whose content is there under a new one, each new one for one old; and folders whose all is there."""
+    """Names whose content is there under another that did not have it, each of these for one; folders whose all is."""
     new: dict[tuple[str, int, str], int] = defaultdict(int)
     for change in changes:
-        if change.before is None and (key := _key(change.after)):
+        if (key := _key(change.after)) and key != _key(change.before):
             new[key] += 1
     moved: set[str] = set()
     folders: set[str] = set()
