@@ -264,6 +264,14 @@ def test_what_the_judge_passes_can_be_applied() -> None:
         assert "reserved" in {rule for _, rule in refused(judged(new(name)))}
 
 
+def test_a_folder_of_another_mode_is_not_where_an_empty_one_went() -> None:
+    """A folder that lost what changed in it holds the rest: the removal of an empty folder elsewhere is a removal."""
+    before = {"": FOLDER, "e": FOLDER, "d": FOLDER, "d/old": FILE, "d/rest": LINK}
+    told = [Told(root=0, name="d", node=Node(kind="folder", mode=0o700)), Told(root=0, name="d/old"), *new("kept")]
+    found = judged([*told, Told(root=0, name="e")], before, Allowed(mkdir=True, remove=False, rename=True))
+    assert refused(found) == {("e", "fs.allow_remove")}
+
+
 # work
 
 

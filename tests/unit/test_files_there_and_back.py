@@ -129,6 +129,8 @@ def fill(folder: Path) -> None:
         file.seek(900_000)
         file.write(b"end")
     os.utime(folder / "run.sh", ns=(5, 1_234_567_890_123_456_789))
+    (folder / "hollow/e").mkdir(parents=True)
+    write("hollow/f/x", "in f")(folder)
     (folder / "closed").mkdir()
     (folder / "closed/in").write_text("in it")
     (folder / "closed").chmod(0o555)
@@ -253,6 +255,14 @@ OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
             [("run.sh", "fs.allow_rename", True)]),
         (lambda folder: (folder / "run.sh").rename(folder / "a/empty"), {"allowed": NO_REMOVE}, []),
         (lambda folder: (folder / "run.sh").unlink(), {"allowed": NO_RENAME}, []),
+        (lambda folder: (folder / "hollow").rename(folder / "other"), {"allowed": NO_REMOVE}, []),
+        (lambda folder: (folder / "hollow/e").rename(folder / "e"), {"allowed": NO_REMOVE}, []),
+        (lambda folder: (folder / "hollow").rename(folder / "other"), {"allowed": NO_REMOVE_NO_RENAME},
+            [(name, "fs.allow_rename", True) for name in ("hollow", "hollow/e", "hollow/f", "hollow/f/x")]),
+        (lambda folder: (folder / "hollow/e").rmdir(), {"allowed": NO_REMOVE},
+            [("hollow/e", "fs.allow_remove", True)]),
+        (lambda folder: shutil.rmtree(folder / "hollow"), {"allowed": NO_REMOVE},
+            [(name, "fs.allow_remove", True) for name in ("hollow", "hollow/e", "hollow/f", "hollow/f/x")]),
         (lambda folder: (folder / "closed").rename(folder / "open"), {"allowed": NO_RENAME},
             [("closed", "fs.allow_rename", True), ("closed/in", "fs.allow_rename", True)]),
         (lambda folder: (folder / "a").rename(folder / "c"), {"allowed": NO_REMOVE}, []),

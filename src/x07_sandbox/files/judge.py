@@ -18,13 +18,14 @@ from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, WORDS, stays_i
 from x07_sandbox.files.links import Links
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from x07_sandbox.files.copy import Bounds, Reason, Stayed
     from x07_sandbox.files.incoming import Told
     from x07_sandbox.files.protected import Protection
 
 _SPECIAL_BITS: Final = 0o7000
+_Content = tuple[str, str, int, str]
 
 
 class Allowed(msgspec.Struct, frozen=True, kw_only=True):
@@ -245,11 +246,19 @@ def _by_deed(change: Change, allowed: Allowed, moved: set[str]) -> Iterator[Refu
         yield Refused(name=name, rule="fs.allow_remove", why="it was removed", value=True)
 
 
-def _moved(changes: Iterable[Change]) -> set[str]:
-    """Names whose content is there under another that did not have it, each of these for one; folders whose all is."""
-    new: dict[tuple[str, int, str], int] = defaultdict(int)
+def _moved(changes: Sequence[Change]) -> set[str]:
+    """Names whose content is there under another that did not have it, each of these for one; folders whose all is.
+
+    A folder is its content: one that held nothing is the same as any that holds nothing.
+    """
+    held = _above(change.name for change in changes if change.before is not None)
+    holding = _above(change.name for change in changes if change.after is not None)
+    new: dict[_Content, int] = defaultdict(int)
     for change in changes:
-        if (key := _key(change.after)) and key != _key(change.before):
+        if _is_folder(change.before) and _is_folder(change.after):
+            continue  # what lies in it need not be among the changes
+        key = _content(change.after, empty=change.name not in holding)
+        if key and key != _content(change.before, empty=change.name not in held):
             new[key] += 1
     moved: set[str] = set()
     folders: set[str] = set()
@@ -257,21 +266,22 @@ def _moved(changes: Iterable[Change]) -> set[str]:
     for change in changes:
         if change.after is not None or change.before is None:
             continue
-        key = _key(change.before)
+        key = _content(change.before, empty=change.name not in held)
         if key and new[key] > 0:
             new[key] -= 1
             moved.add(change.name)
-        elif change.before.kind == "folder":
-            folders.add(change.name)
-        else:
+        elif key:
             lost.add(change.name)
+        else:
+            folders.add(change.name)
     return moved | ((folders & _above(moved)) - _above(lost))
 
 
-def _key(node: Node | None) -> tuple[str, int, str] | None:
-    if node is None or node.kind == "folder":
+def _content(node: Node | None, *, empty: bool) -> _Content | None:
+    """What makes it the same under another name. empty: whether nothing lies below it; None for a folder that holds."""
+    if node is None or (node.kind == "folder" and not empty):
         return None
-    return node.sha256, node.size, node.target
+    return node.kind, node.sha256, node.size, node.target
 
 
 def _above(names: Iterable[str]) -> set[str]:
