@@ -90,6 +90,7 @@ def refused(found: Judged) -> set[tuple[str, str]]:
         ({"": FILE}, [Told(root=0, name="", node=FOLDER)]),
         ({"": FILE}, [Told(root=0, name="")]),
         ({"": FILE}, [Told(root=0, name="", other=stat.S_IFCHR | 0o644)]),
+        ({"": FILE}, [Told(root=0, name="", other=stat.S_IFDIR | 0o755)]),
         ({"": FILE}, new("a")),
     ],
 )
@@ -107,6 +108,12 @@ def test_what_an_honest_guest_says_of_a_root_is_taken() -> None:
     assert [change.after for change in judged([Told(root=0, name="", node=other)], {"": FILE}).changes] == [other]
     attributes = judged([Told(root=0, name="", other=stat.S_IFREG | 0o644)], {"": FILE})
     assert (attributes.changes, refused(attributes)) == ((), {("", "kind")})
+    attributes = judged([Told(root=0, name="", other=stat.S_IFDIR | 0o755)])
+    assert (attributes.changes, refused(attributes)) == ((), {("", "kind")})
+    assert "a folder with extended attributes" in attributes.refused[0].why
+    deep = "/".join(["d" * 255] * 15)
+    told = [*new(f"{deep}/x", node=FOLDER)[:-1], Told(root=0, name=deep, other=stat.S_IFDIR | 0o755)]
+    assert [refusal.why for refusal in judged(told).refused] == ["it is too deep to be named"]
 
 
 @pytest.mark.parametrize("kind", [Kind.FILE, Kind.FOLDER])

@@ -271,6 +271,8 @@ OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
         (lambda folder: os.mkfifo(folder / "p"), {}, [("p", "kind", None)]),
         (lambda folder: os.mknod(folder / "dev", stat.S_IFBLK | 0o600, 0), {}, [("dev", "kind", None)]),
         (lambda folder: os.setxattr(folder / "run.sh", "user.x", b"1"), {}, [("run.sh", "kind", None)]),
+        (lambda folder: os.setxattr(folder / "a", "user.x", b"1"), {}, [("a", "kind", None)]),
+        (lambda folder: os.setxattr(folder, "user.x", b"1"), {}, [("", "kind", None)]),
         (write("/".join("d" * 20)), {}, [("/".join("d" * 17), "fs.max_depth", 20)]),
         (write("/".join("d" * 300)), {}, [("/".join("d" * 17), "fs.max_depth", None)]),
         (write(".x07-apply-1/x"), {"bounds": OPEN},

@@ -6,12 +6,14 @@ done keeps the whole set back, and each is named.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
 from x07_sandbox.files.changes import STAGING, Change, Node, Refused, shown
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, WORDS, stays_inside, value_for
@@ -129,7 +131,7 @@ def _after(before: Mapping[str, Node], told: Iterable[Told]) -> tuple[dict[str, 
             _check_root(one, before.get(""))
         heard.add(one.name)
         if one.other is not None:
-            refused.append(Refused(name=one.name, rule="kind", why=_what(one.other)))
+            refused.append(Refused(name=one.name, rule="kind", why=_what(one.name, one.other)))
         elif one.node is not None:
             after[one.name] = one.node
         elif after.pop(one.name, None) is None:
@@ -148,16 +150,19 @@ def _check_root(told: Told, before: Node | None) -> None:
     """The root itself is mounted where the program finds it: it stays, and stays what it is. Raises PeerError."""
     kind = before.kind if before else "folder"
     if told.other is not None:
-        same = kind == "file" and stat.S_ISREG(told.other)  # it was given extended attributes
+        # It was given extended attributes.
+        same = stat.S_IFMT(told.other) == (stat.S_IFREG if kind == "file" else stat.S_IFDIR)
     else:
         same = told.node is not None and told.node.kind == kind
     if not same:
         raise PeerError("bad changes", "a root is said to be gone, or to be something else now")
 
 
-def _what(mode: int) -> str:
+def _what(name: str, mode: int) -> str:
     kinds = {0o1: "a pipe", 0o2: "a character device", 0o6: "a block device", 0o14: "a socket"}
-    kinds |= {0o4: "too deep to be named", 0o10: "a file with extended attributes"}
+    kinds |= {0o4: "a folder with extended attributes", 0o10: "a file with extended attributes"}
+    if stat.S_ISDIR(mode) and not can_hold_names(os.fsencode(name)):
+        return "it is too deep to be named"
     return f"it is {kinds.get(mode >> 12, 'of no kind that a tree holds')}"
 
 
