@@ -177,6 +177,11 @@ def test_git_runs_nothing_of_a_folder_that_it_would_take_for_a_repository(tmp_pa
         *(".theia", ".ideavimrc", "X.sublime-project", ".xsession", ".xsessionrc", ".shrc", ".mkshrc"),
         *(".yashrc", ".xonshrc", ".gdbinit", ".lldbinit", ".Rprofile", ".irbrc", ".psqlrc", ".sqliterc"),
         *(".mise.local.toml", ".mise/config.toml", "mise.local.toml", ".mcp.json", ".codex/config.toml"),
+        *(".vs/tasks.vs.json", ".helix/languages.toml", ".nova/Tasks/x.json", ".lapce/run.toml", ".gitpod.yml"),
+        *(".builds/x.yml", ".cirrus.star", ".zuul.yaml", ".zuul.d/x.yaml", ".tekton/x.yaml", "buildspec.yml"),
+        *("cloudbuild.yaml", ".roo/mcp.json", ".roomodes", ".kiro/hooks/x", ".windsurf/x", ".windsurfrules"),
+        *(".continue/x", "opencode.json", "opencode.jsonc", ".opencode/x", "CLAUDE.md", "CLAUDE.local.md"),
+        *("AGENTS.md", "GEMINI.md", ".cursorrules", ".clinerules", ".pdbrc", ".ghci", ".ocamlinit", ".pryrc"),
         *(".gemini", ".GIT", "x07.json", "sub/.github/workflows/x"),
     ],
 )
