@@ -59,7 +59,7 @@ def one_input(data: bytes) -> None:
 def _judge(incoming: Incoming, number: int, fd: int) -> None:
     allowed = Allowed(mkdir=number == 0, remove=number == 0, rename=number == 0)
     told = [one for one in incoming.told if one.root == number]
-    judged = judge(BEFORE, told, BOUNDS, allowed, Protection(ROOT))
+    judged = judge(BEFORE, {}, told, BOUNDS, allowed, Protection(ROOT))
     refused = {refusal.name for refusal in judged.refused}
     for change in judged.changes:
         check_name(os.fsencode(change.name))

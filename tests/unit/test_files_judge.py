@@ -18,7 +18,7 @@ from x07_sandbox.cli.apply import chosen
 from x07_sandbox.errors import PeerError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
 from x07_sandbox.files.checks import check_set
-from x07_sandbox.files.copy import Bounds, stays_inside
+from x07_sandbox.files.copy import Bounds, Stayed, stays_inside
 from x07_sandbox.files.incoming import Incoming, Told
 from x07_sandbox.files.judge import Allowed, Judged, judge
 from x07_sandbox.files.protected import Protection
@@ -54,9 +54,11 @@ def judged(
     allowed: Allowed = ALL,
     bounds: Bounds = BOUNDS,
     own: tuple[str, ...] = (),
+    stayed: dict[str, Stayed] | None = None,
 ) -> Judged:
     """What becomes of it."""
-    return judge({"": FOLDER} if before is None else before, told, bounds, allowed, Protection(ROOT, own))
+    before = {"": FOLDER} if before is None else before
+    return judge(before, stayed or {}, told, bounds, allowed, Protection(ROOT, own))
 
 
 def as_set(found: Judged) -> ChangeSet:
@@ -88,6 +90,7 @@ def refused(found: Judged) -> set[tuple[str, str]]:
         ({"": FILE}, [Told(root=0, name="", node=FOLDER)]),
         ({"": FILE}, [Told(root=0, name="")]),
         ({"": FILE}, [Told(root=0, name="", other=stat.S_IFCHR | 0o644)]),
+        ({"": FILE}, [Told(root=0, name="", other=stat.S_IFDIR | 0o755)]),
         ({"": FILE}, new("a")),
     ],
 )
@@ -105,6 +108,12 @@ def test_what_an_honest_guest_says_of_a_root_is_taken() -> None:
     assert [change.after for change in judged([Told(root=0, name="", node=other)], {"": FILE}).changes] == [other]
     attributes = judged([Told(root=0, name="", other=stat.S_IFREG | 0o644)], {"": FILE})
     assert (attributes.changes, refused(attributes)) == ((), {("", "kind")})
+    attributes = judged([Told(root=0, name="", other=stat.S_IFDIR | 0o755)])
+    assert (attributes.changes, refused(attributes)) == ((), {("", "kind")})
+    assert "a folder with extended attributes" in attributes.refused[0].why
+    deep = "/".join(["d" * 255] * 15)
+    told = [*new(f"{deep}/x", node=FOLDER)[:-1], Told(root=0, name=deep, other=stat.S_IFDIR | 0o755)]
+    assert [refusal.why for refusal in judged(told).refused] == ["it is too deep to be named"]
 
 
 @pytest.mark.parametrize("kind", [Kind.FILE, Kind.FOLDER])
@@ -168,6 +177,11 @@ def test_git_runs_nothing_of_a_folder_that_it_would_take_for_a_repository(tmp_pa
         *(".theia", ".ideavimrc", "X.sublime-project", ".xsession", ".xsessionrc", ".shrc", ".mkshrc"),
         *(".yashrc", ".xonshrc", ".gdbinit", ".lldbinit", ".Rprofile", ".irbrc", ".psqlrc", ".sqliterc"),
         *(".mise.local.toml", ".mise/config.toml", "mise.local.toml", ".mcp.json", ".codex/config.toml"),
+        *(".vs/tasks.vs.json", ".helix/languages.toml", ".nova/Tasks/x.json", ".lapce/run.toml", ".gitpod.yml"),
+        *(".builds/x.yml", ".cirrus.star", ".zuul.yaml", ".zuul.d/x.yaml", ".tekton/x.yaml", "buildspec.yml"),
+        *("cloudbuild.yaml", ".roo/mcp.json", ".roomodes", ".kiro/hooks/x", ".windsurf/x", ".windsurfrules"),
+        *(".continue/x", "opencode.json", "opencode.jsonc", ".opencode/x", "CLAUDE.md", "CLAUDE.local.md"),
+        *("AGENTS.md", "GEMINI.md", ".cursorrules", ".clinerules", ".pdbrc", ".ghci", ".ocamlinit", ".pryrc"),
         *(".gemini", ".GIT", "x07.json", "sub/.github/workflows/x"),
     ],
 )
@@ -212,6 +226,41 @@ def test_a_link_that_leads_out_is_refused_without_a_way() -> None:
         assert [refusal.value for refusal in judged(told, bounds=bounds).refused] == [None]
 
 
+@pytest.mark.parametrize(
+    ("links", "name", "out"),
+    [
+        ({"l": "out"}, "l", "out"),
+        ({"l": "out/sub/x"}, "l", "out"),
+        ({"d/l": ".././out"}, "d/l", "out"),
+        ({"l": "d/secret/x"}, "l", "d/secret"),
+        ({"a": "b", "b": "d", "l": "a/secret"}, "l", "d/secret"),
+        ({"a": "d", "d/b": "../out", "l": "a/b"}, "l", "out"),
+        ({"c1": "c2", "c2": "c1/x", "l": "c1"}, "l", ""),
+        ({"l": "d/new", "m": "outside", "n": "nothing/out"}, "l", ""),
+        ({f"l{number}": f"l{number + 1}" for number in range(60)}, "l0", "too many"),
+        ({"l0": "out"} | {f"l{number + 1}": f"l{number}" for number in range(60)}, "l20", "out"),
+    ],
+)
+def test_a_link_through_what_was_not_copied_in_is_refused(links: dict[str, str], name: str, out: str) -> None:
+    """What stayed on the host may be a link to anywhere: no link may lead through it, be it by way of others."""
+    stayed = {"out": Stayed("link-out", 0), "d/secret": Stayed("secret", 0)}
+    told = [Told(root=0, name=at, node=Node(kind="link", target=target)) for at, target in links.items()]
+    found = judged([*new("d/x"), *told], stayed=stayed).refused
+    assert [refusal.why for refusal in found if refusal.name == name and out not in refusal.why] == []
+    assert (name in {refusal.name for refusal in found}) == bool(out)
+    assert {refusal.reveal for refusal in found if refusal.rule == "secrets"} <= {"d/secret"}
+
+
+def test_following_links_costs_what_their_targets_cost() -> None:
+    """A thousand links through each other are followed once each, however long the way of one is."""
+    told = [
+        Told(root=0, name=f"l{number}", node=Node(kind="link", target=f"l{number - 1}" if number else "nothing"))
+        for number in range(1000)
+    ]
+    work = calls(lambda: judged(told, stayed={"out": Stayed("link", 0)}))
+    assert work["_follow"] <= len(told)
+
+
 @pytest.mark.parametrize("size", [2**32 - 1, 2**32])
 def test_a_size_that_no_policy_can_say_is_not_named(size: int) -> None:
     """A file is refused with the size that would let it, as long as the field can hold that."""
@@ -225,6 +274,14 @@ def test_what_the_judge_passes_can_be_applied() -> None:
         check_set(as_set(judged(told)))
     for name in (".x07-apply-0", "a/.x07-apply-0/b"):
         assert "reserved" in {rule for _, rule in refused(judged(new(name)))}
+
+
+def test_a_folder_of_another_mode_is_not_where_an_empty_one_went() -> None:
+    """A folder that lost what changed in it holds the rest: the removal of an empty folder elsewhere is a removal."""
+    before = {"": FOLDER, "e": FOLDER, "d": FOLDER, "d/old": FILE, "d/rest": LINK}
+    told = [Told(root=0, name="d", node=Node(kind="folder", mode=0o700)), Told(root=0, name="d/old"), *new("kept")]
+    found = judged([*told, Told(root=0, name="e")], before, Allowed(mkdir=True, remove=False, rename=True))
+    assert refused(found) == {("e", "fs.allow_remove")}
 
 
 # work

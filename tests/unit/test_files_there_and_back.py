@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.conftest import FULL
 from x07_sandbox.channel.trees import Entry, Kind
+from x07_sandbox.files.apply import apply
+from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
 from x07_sandbox.files.copy import Bounds, copy_tree
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, Judged, judge
@@ -64,10 +69,11 @@ class Trip:
         allowed: Allowed = ALL,
         own: tuple[str, ...] = (),
         letting: tuple[str, ...] = (),
+        data_fd: int = -1,
     ) -> Judged:
-        """What was changed, judged."""
+        """What was changed, judged. data_fd: lent, for the contents."""
         assert self.copied is not None
-        fd = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR)
+        fd = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR) if data_fd < 0 else os.dup(data_fd)
         try:
             incoming = Incoming(fd, roots=1, most_entries=5000, most_bytes=1 << 30)
             incoming.take(Entry(Kind.ROOT, b"0").encoded())
@@ -75,7 +81,8 @@ class Trip:
                 assert incoming.take(part)
             assert incoming.take(Entry(Kind.END, b"").encoded())
             assert incoming.complete
-            judged = judge(self.copied.nodes, incoming.told, bounds, allowed, Protection(str(self.host), own, letting))
+            protection = Protection(str(self.host), own, letting)
+            judged = judge(self.copied.nodes, self.copied.stayed, incoming.told, bounds, allowed, protection)
             for change in judged.changes:
                 node = change.after
                 if node is not None and node.kind == "file" and node.at is not None and node.mode & 0o7000 == 0:
@@ -128,6 +135,8 @@ def fill(folder: Path) -> None:
         file.seek(900_000)
         file.write(b"end")
     os.utime(folder / "run.sh", ns=(5, 1_234_567_890_123_456_789))
+    (folder / "hollow/e").mkdir(parents=True)
+    write("hollow/f/x", "in f")(folder)
     (folder / "closed").mkdir()
     (folder / "closed/in").write_text("in it")
     (folder / "closed").chmod(0o555)
@@ -246,13 +255,30 @@ OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
         (lambda folder: (folder / "run.sh").rename(folder / "b"), {"allowed": NO_REMOVE}, []),
         (lambda folder: (folder / "run.sh").rename(folder / "b"), {"allowed": NO_REMOVE_NO_RENAME},
             [("run.sh", "fs.allow_rename", True)]),
-        (lambda folder: (folder / "run.sh").rename(folder / "b"), {"allowed": NO_RENAME}, []),
+        (lambda folder: (folder / "run.sh").rename(folder / "b"), {"allowed": NO_RENAME},
+            [("run.sh", "fs.allow_rename", True)]),
+        (lambda folder: (folder / "run.sh").rename(folder / "a/empty"), {"allowed": NO_RENAME},
+            [("run.sh", "fs.allow_rename", True)]),
+        (lambda folder: (folder / "run.sh").rename(folder / "a/empty"), {"allowed": NO_REMOVE}, []),
+        (lambda folder: (folder / "run.sh").unlink(), {"allowed": NO_RENAME}, []),
+        (lambda folder: (folder / "hollow").rename(folder / "other"), {"allowed": NO_REMOVE}, []),
+        (lambda folder: (folder / "hollow/e").rename(folder / "e"), {"allowed": NO_REMOVE}, []),
+        (lambda folder: (folder / "hollow").rename(folder / "other"), {"allowed": NO_REMOVE_NO_RENAME},
+            [(name, "fs.allow_rename", True) for name in ("hollow", "hollow/e", "hollow/f", "hollow/f/x")]),
+        (lambda folder: (folder / "hollow/e").rmdir(), {"allowed": NO_REMOVE},
+            [("hollow/e", "fs.allow_remove", True)]),
+        (lambda folder: shutil.rmtree(folder / "hollow"), {"allowed": NO_REMOVE},
+            [(name, "fs.allow_remove", True) for name in ("hollow", "hollow/e", "hollow/f", "hollow/f/x")]),
+        (lambda folder: (folder / "closed").rename(folder / "open"), {"allowed": NO_RENAME},
+            [("closed", "fs.allow_rename", True), ("closed/in", "fs.allow_rename", True)]),
         (lambda folder: (folder / "a").rename(folder / "c"), {"allowed": NO_REMOVE}, []),
         (lambda folder: (folder / "run.sh").chmod(0o4755), {}, [("run.sh", "kind", None)]),
         (lambda folder: (folder / "a").chmod(0o2755), {}, [("a", "kind", None)]),
         (lambda folder: os.mkfifo(folder / "p"), {}, [("p", "kind", None)]),
         (lambda folder: os.mknod(folder / "dev", stat.S_IFBLK | 0o600, 0), {}, [("dev", "kind", None)]),
         (lambda folder: os.setxattr(folder / "run.sh", "user.x", b"1"), {}, [("run.sh", "kind", None)]),
+        (lambda folder: os.setxattr(folder / "a", "user.x", b"1"), {}, [("a", "kind", None)]),
+        (lambda folder: os.setxattr(folder, "user.x", b"1"), {}, [("", "kind", None)]),
         (write("/".join("d" * 20)), {}, [("/".join("d" * 17), "fs.max_depth", 20)]),
         (write("/".join("d" * 300)), {}, [("/".join("d" * 17), "fs.max_depth", None)]),
         (write(".x07-apply-1/x"), {"bounds": OPEN},
@@ -280,3 +306,141 @@ def test_what_may_not_be_done_is_named_with_its_rule(
     judged = trip.back(**words)
     found = [(refusal.name, refusal.rule, refusal.value) for refusal in judged.refused]
     assert sorted(found, key=str) == sorted(expected, key=str)
+
+
+# any tree
+
+AnyTree = dict[bytes, "File | Link | Folder"]
+
+
+class File(msgspec.Struct, frozen=True):
+    """A file of that content."""
+
+    content: bytes
+    mode: int = 0o644
+
+
+class Link(msgspec.Struct, frozen=True):
+    """A link that goes up so often, as far as there are folders of the tree above it, and then down."""
+
+    up: int
+    down: bytes
+
+
+class Folder(msgspec.Struct, frozen=True):
+    """A folder of that content."""
+
+    content: AnyTree
+    mode: int = 0o755
+
+
+def make(tree: AnyTree, folder: Path, depth: int = 0) -> None:
+    """Make it, in a folder that is so deep in the whole; what would have too long a path is left out."""
+    for name, what in tree.items():
+        path = folder / os.fsdecode(name)
+        if len(os.fsencode(path)) > 3000:
+            continue
+        if isinstance(what, Link):
+            path.symlink_to(os.fsdecode(b"../" * min(what.up, depth) + what.down))
+        elif isinstance(what, File):
+            path.write_bytes(what.content)
+            path.chmod(what.mode)
+        else:
+            path.mkdir()
+            make(what.content, path, depth + 1)
+            path.chmod(what.mode)
+
+
+def deep(levels: int, tree: AnyTree) -> Folder:
+    """So many folders in each other, and in the innermost that tree."""
+    folder = Folder(tree)
+    for _ in range(levels):
+        folder = Folder({b"d": folder})
+    return folder
+
+
+ODD = (
+    b"a" * 61,
+    b"\xc3\xb6" * 127,
+    b"x" * 255,
+    b"blank ",
+    b" ",
+    b"dot.",
+    b"...",
+    b".hidden",
+    b"-x",
+    b"\xff\xfe",
+    b"a\nb",
+    b"\x1b[m",
+)
+NAMES = st.one_of(
+    st.sampled_from(ODD), st.binary(min_size=1, max_size=70).map(lambda name: name.translate(None, b"/\0"))
+)
+NAMES = NAMES.filter(lambda name: name not in {b"", b".", b".."} and not name.startswith(STAGING.encode()))
+MODES = st.integers(0, 0o777)
+LEAVES = st.one_of(
+    st.builds(
+        File, st.one_of(st.binary(max_size=50), st.integers(65_000, 70_000).map(lambda size: bytes(size) + b"x")), MODES
+    ),
+    st.builds(Link, st.integers(0, 3), st.lists(NAMES, min_size=1, max_size=3).map(b"/".join)),
+    st.builds(Folder, st.just({}), MODES),
+    st.builds(lambda levels: deep(levels, {b"f": File(b"")}), st.integers(2, 9)),
+)
+TREES = st.dictionaries(
+    NAMES,
+    st.recursive(
+        LEAVES, lambda inner: st.builds(Folder, st.dictionaries(NAMES, inner, max_size=4), MODES), max_leaves=12
+    ),
+    max_size=6,
+)
+ANY = msgspec.structs.replace(OPEN, secrets=(), depth=64, entries=5000)
+EVERYTHING: AnyTree = {
+    **{name: File(name, 0o600) for name in ODD},
+    b"links": Folder({b"up": Link(1, b"blank "), b"down": Link(0, b"nothing/" + b"y" * 90)}, 0o500),
+    b"empty": Folder({}, 0),
+    b"closed": File(b"none may read it", 0),
+    b"deep": deep(60, {b"last ": File(b"", 0o777)}),
+}
+
+
+def told_of(tree: AnyTree, place: Path, data_fd: int) -> Judged:
+    """The changes of a program that makes this tree, once it is sure that the guest has it as the host has."""
+    here, there, again, back = (place / name for name in ("here", "there", "again", "back"))
+    for folder in (here, there, again, back):
+        folder.mkdir()
+        os.chown(folder, 65532, 65532)
+    make(tree, here)
+    going = Trip(here, there)
+    going.go(ANY)
+    assert going.copied is not None
+    assert going.copied.left_out == {}
+    assert seen(there) == seen(here)
+    assert going.back(ANY, letting=("*",)) == Judged(changes=(), refused=())
+    coming = Trip(back, again)
+    coming.go(ANY)
+    make(tree, again)
+    judged = coming.back(ANY, letting=("*",), data_fd=data_fd)
+    assert judged.refused == ()
+    nodes = {change.name: msgspec.structs.replace(change.after, at=None) for change in judged.changes if change.after}
+    assert nodes == {name: node for name, node in going.copied.nodes.items() if name}
+    return judged
+
+
+@needs_root
+@settings(max_examples=400 if FULL else 20)  # each makes four trees on the disk
+@given(tree=TREES)
+def test_any_tree_goes_in_and_comes_back(tree: AnyTree) -> None:
+    """Whatever lies in a folder is in the guest what it is on the host, and made anew there it is told as just that."""
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as data:
+        told_of(tree, Path(place), data.fileno())
+
+
+@needs_root
+def test_an_odd_tree_is_applied_as_it_was() -> None:
+    """Names of every kind, sixty folders in each other, empty and closed ones, and links within come back as made."""
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as data:
+        judged = told_of(EVERYTHING, Path(place), data.fileno())
+        root = RootChanges(root=f"{place}/back", guest="/g", missing=False, changes=judged.changes)
+        apply(ChangeSet(run="1-1-1", roots=(root,)), data.fileno(), Path(place, "set"))
+        back, here = ({name: what[:3] for name, what in seen(Path(place, at)).items()} for at in ("back", "here"))
+        assert back == here

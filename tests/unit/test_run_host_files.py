@@ -16,11 +16,12 @@ import pytest
 from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.apply import chosen
-from x07_sandbox.cli.changed import tell
+from x07_sandbox.cli.changed import lines, tell
 from x07_sandbox.errors import BackendError, HostError, RefusedError, UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.host.paths import private_dir
+from x07_sandbox.policy import render_policy
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.kept import do, find
@@ -52,13 +53,19 @@ class Run:
         self.cancel = Cancel()
         stack.callback(os.close, self.cancel.fd)
 
-    def files(self, fs: dict[str, Any] | None = None, **words: Any) -> HostFiles:  # noqa: ANN401 - any of a request's
-        """They, under the built-in policy with other rules for files."""
+    def files(
+        self,
+        fs: dict[str, Any] | None = None,
+        named: str | None = None,
+        **words: Any,  # noqa: ANN401 - any of a request's
+    ) -> HostFiles:
+        """They, under the built-in policy with other rules for files. named: the path of the policy in use."""
         policy = default_policy()
         rules = {"write_roots": (str(self.root),), "deny_hidden": False, **(fs or {})}
         policy = msgspec.structs.replace(policy, fs=msgspec.structs.replace(policy.fs, **rules))
         request = RunRequest(source=b"pass", toolchain="python", policy=policy, cancel=self.cancel, **words)
         request, program = load_program(request, self.stack)
+        request = msgspec.structs.replace(request, policy=named or policy)
         found = host_files_of(request, program, policy, self.so_far, self.folder, self.stack)
         assert found is not None
         return found
@@ -183,6 +190,86 @@ def test_the_flag_of_a_result_lets_a_protected_name(run: Run, name: str) -> None
         chosen(kept, [], [pattern])
     assert caught.value.why.count("protected") == 1
     assert ".bashrc: " in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ("link/p.json", "link"),
+        ("link/p.json", "real/p.json"),
+        ("twice/p.json", "link"),
+        ("real/../twice/./p.json", "twice"),
+        ("out/root/link/p.json", "link"),
+        ("file.json", "file.json"),
+    ],
+)
+def test_nothing_that_decides_which_policy_is_in_use_can_be_changed(run: Run, given: str, changed: str) -> None:
+    """The policy in use is protected, and so is every link on the way to it: another link would be another policy."""
+    (run.root / "real").mkdir()
+    (run.root / "mine").mkdir()
+    (run.root / "link").symlink_to("real")
+    (run.root / "twice").symlink_to(run.root / "link")
+    (run.root / "out").symlink_to(run.root.parent)
+    (run.root / "file.json").symlink_to("real/p.json")
+    (run.root / "real/p.json").write_bytes(render_policy(default_policy()))
+    files = run.files({"allow_symlinks": True}, named=str(run.root / given))
+    assert files.incoming is not None
+    changes, denials, _ = run.back(files, Entry(Kind.LINK, changed.encode(), target=b"mine"))
+    assert changes.state == "kept"
+    assert "protected" in {denial.field for denial in denials}
+
+
+def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
+    """A single file that is a write root is protected as any other name is, where it is the policy in use."""
+    place = run.root / "p.json"
+    place.write_bytes(render_policy(default_policy()))
+    files = run.files({"write_roots": (str(place),)}, named=str(place))
+    changes, denials, _ = run.back(files, Entry(Kind.FILE, b"", mode=0o644))
+    assert (changes.state, [denial.field for denial in denials]) == ("kept", ["protected"])
+
+
+LEFT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("key.pem", {}, {}),
+    (".hid", {"deny_hidden": True}, {"deny_hidden": False}),
+    ("large", {"max_read_bytes": 3}, {"max_read_bytes": 5}),
+    ("link", {"allow_symlinks": False}, {"allow_symlinks": True}),
+    ("deep", {"max_depth": 2}, {"max_depth": 3}),
+]
+
+
+@pytest.mark.parametrize(("left", "fs", "more"), LEFT)
+@pytest.mark.parametrize("taken", [True, False])
+def test_what_was_left_out_and_is_in_the_way_says_so(
+    run: Run, left: str, fs: dict[str, Any], more: dict[str, Any], *, taken: bool
+) -> None:
+    """What did not go in is neither replaced nor removed: it is named, with what lets it in, and no host is blamed."""
+    place = run.root / "f/d" / left
+    place.parent.mkdir(parents=True)
+    place.symlink_to("other") if left == "link" else place.write_text("large")
+    gone = [Entry(Kind.GONE, name) for name in (b"f/d", b"f")]
+    files = run.files(fs)
+    changes, denials, _ = run.back(files, *gone if taken else [Entry(Kind.FOLDER, b"f/d/" + left.encode(), mode=0o755)])
+    assert (changes.state, changes.reason) == ("kept", f"{2 if taken else 1} of them may not be done")
+    said = "\n".join(lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials))))
+    if taken:
+        assert f"f: f/d/{left} is in it, which was not copied in" in said
+    how = denials[0].how_to_allow
+    assert how is not None
+    words: dict[str, Any] = {} if more else {"reveal": (flag_of(denials[0])[1],)}
+    assert ("; --reveal key.pem" if words else str(how.json_path)) in said
+    assert how.value == next(iter(more.values()), None)
+    assert f"f/d/{left}" in run.files({**fs, **more}, changes="discard", **words).copied[0].nodes
+
+
+def test_no_link_leaves_by_way_of_one_that_was_left_out(run: Run) -> None:
+    """A link to a link of the host's that leads out, and was not copied in for that, does not come back either."""
+    (run.root / "lk").mkdir()
+    (run.root / "lk/out").symlink_to("/etc/passwd")
+    files = run.files({"allow_symlinks": True})
+    changes, (denial,), _ = run.back(files, Entry(Kind.LINK, b"lk/l4", target=b"out"))
+    assert (changes.state, denial.field, denial.how_to_allow) == ("kept", "fs.allow_symlinks", None)
+    assert "lk/out, which was not copied in" in denial.subject
+    assert not (run.root / "lk/l4").is_symlink()
 
 
 def test_what_may_not_come_back_says_whether_anything_would_let_it(run: Run) -> None:

@@ -256,7 +256,7 @@ RULES = [
     ({"allow_symlinks": False}, 'import os; os.symlink("run.sh", "l")', "fs.allow_symlinks"),
     ({"allow_mkdir": False}, 'import os; os.mkdir("d")', "fs.allow_mkdir"),
     ({"allow_remove": False}, 'import os; os.remove("run.sh")', "fs.allow_remove"),
-    ({"allow_rename": False, "allow_remove": False}, 'import os; os.rename("run.sh", "r")', "fs.allow_rename"),
+    ({"allow_rename": False}, 'import os; os.rename("run.sh", "r")', "fs.allow_rename"),
     ({"max_write_bytes": 1000}, 'open("big", "w").write("x" * 5000)', "fs.max_write_bytes"),
     ({"max_depth": 3}, 'import os; os.makedirs("a/b/c/d")', "fs.max_depth"),
 ]

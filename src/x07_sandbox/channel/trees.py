@@ -9,7 +9,8 @@ Records follow each other, numbers are big-endian:
               u64, of which the top bit says hole and the rest is the length; unless it is a hole, the bytes
     LINK      u16 length, then the target
     GONE      nothing: it was there and is no more
-    OTHER     mode u16, with its type: what no stream carries (device, socket, pipe)
+    OTHER     mode u16, with its type: what no stream carries (device, socket, pipe, what has extended attributes, a
+              folder too deep for names below it)
     ROOT      nothing: what follows is of the tree with the number that the name says, in decimal
     END       nothing: the last record
 
@@ -234,6 +235,11 @@ def check_name(name: bytes) -> bytes:
         if not part or len(part) > PART_MAX or part in {b".", b".."}:
             raise _bad("a name leaves its tree, or has an empty or too long part")
     return name
+
+
+def can_hold_names(name: bytes) -> bool:
+    """Whether what lies in the folder *name* can still have a name in a stream, and a path that the kernel takes."""
+    return len(name) + PART_MAX + 1 < NAME_MAX - 256 and name.count(b"/") + 2 < DEPTH_MAX
 
 
 def _bad(why: str) -> PeerError:

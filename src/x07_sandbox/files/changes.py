@@ -59,8 +59,11 @@ Rule = Literal[
     "fs.allow_mkdir",
     "fs.allow_remove",
     "fs.allow_rename",
+    "fs.max_read_bytes",
     "fs.max_write_bytes",
     "fs.max_depth",
+    "fs.read_roots",
+    "secrets",
     "protected",
     "reserved",
     "kind",
@@ -70,13 +73,15 @@ Rule = Literal[
 class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One reason why a change may not be done.
 
-    value: what would have to stand in the policy, None where nothing would do.
+    value: what would have to stand in the policy, None where nothing would do. reveal: a name that was taken for one of
+    a secret, and lies there; empty for none.
     """
 
     name: str
     rule: Rule
     why: str
     value: int | bool | None = None
+    reveal: str = ""
 
 
 class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

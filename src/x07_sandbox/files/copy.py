@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import BinaryIO
 
+    from x07_sandbox.files.changes import Rule
     from x07_sandbox.files.roots import Tree
     from x07_sandbox.policy.model import Policy
 
@@ -93,10 +94,22 @@ class LeftOut(msgspec.Struct):
     most: int = 0
 
 
+class Stayed(msgspec.Struct, frozen=True):
+    """One thing that was left out. most: as LeftOut has it, 0 where that says nothing."""
+
+    reason: Reason
+    most: int
+
+
 class Copied(msgspec.Struct):
-    """What was packed. nodes: of what the program may change, by the name in its tree. entries, size: of all."""
+    """What was packed. entries, size: of all.
+
+    nodes: of what the program may change, by the name in its tree. stayed: what was left out of that; nothing is known
+    of what lies below such a name.
+    """
 
     nodes: dict[str, Node] = msgspec.field(default_factory=dict)
+    stayed: dict[str, Stayed] = msgspec.field(default_factory=dict)
     left_out: dict[Reason, LeftOut] = msgspec.field(default_factory=dict)
     entries: int = 0
     size: int = 0
@@ -290,8 +303,11 @@ class _Walk:
         if copied.entries > self._bounds.entries:
             why = f"{self._tree.host} has more than {self._bounds.entries} entries (fs.max_entries)"
             raise EntriesError("the program cannot be given its files", why, "Raise fs.max_entries, or name less")
-        if any(not sub or name == sub or name.startswith(f"{sub}/") for sub in self._written):
+        if self._is_written(name):
             copied.nodes[name] = node
+
+    def _is_written(self, name: str) -> bool:
+        return any(not sub or name == sub or name.startswith(f"{sub}/") for sub in self._written)
 
     def _leave(self, reason: Reason, name: str, size: int = 0) -> None:
         if self._tree.only:
@@ -299,6 +315,8 @@ class _Walk:
         left = self.copied.left_out.setdefault(reason, LeftOut())
         left.count += 1
         left.most = max(left.most, size)
+        if self._is_written(name):
+            self.copied.stayed[name] = Stayed(reason, size)
         if len(left.names) < _TOLD:
             left.names.append(name)
 
@@ -315,6 +333,34 @@ WORDS: Final[dict[Reason, str]] = {
     "unreadable": "it may not be read",
     "changing": "it changes while it is read",
 }
+
+
+FIELDS: Final[dict[Reason, Rule]] = {
+    "hidden": "fs.deny_hidden",
+    "secret": "secrets",
+    "link": "fs.allow_symlinks",
+    "link-out": "fs.allow_symlinks",
+    "large": "fs.max_read_bytes",
+    "deep": "fs.max_depth",
+    "special": "fs.read_roots",
+    "other-disk": "fs.read_roots",
+    "unreadable": "fs.read_roots",
+    "changing": "fs.read_roots",
+}
+"""Under which field of a policy each is told; `secrets` is none."""
+
+
+def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:
+    """The value of that field that lets in what was left out; None where none does. most: as LeftOut has it."""
+    if reason == "hidden":
+        return False
+    if reason == "link":
+        return True
+    if reason == "large" and most <= NUMBER_MAX:
+        return most
+    if reason == "deep" and bounds.depth < min(most, DEPTH_MAX):
+        return min(most, DEPTH_MAX)
+    return None
 
 
 def stays_inside(name: str, target: str) -> bool:

@@ -6,24 +6,28 @@ done keeps the whole set back, and each is named.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
-from x07_sandbox.files.changes import STAGING, Change, Node, Refused
-from x07_sandbox.files.copy import DEPTH_MAX, NUMBER_MAX, stays_inside
+from x07_sandbox.files.changes import STAGING, Change, Node, Refused, shown
+from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, WORDS, stays_inside, value_for
+from x07_sandbox.files.links import Links
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from x07_sandbox.files.copy import Bounds
+    from x07_sandbox.files.copy import Bounds, Reason, Stayed
     from x07_sandbox.files.incoming import Told
     from x07_sandbox.files.protected import Protection
 
 _SPECIAL_BITS: Final = 0o7000
+_Content = tuple[str, str, int, str]
 
 
 class Allowed(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,9 +49,14 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def judge(
-    before: Mapping[str, Node], told: Iterable[Told], bounds: Bounds, allowed: Allowed, protection: Protection
+    before: Mapping[str, Node],
+    stayed: Mapping[str, Stayed],
+    told: Iterable[Told],
+    bounds: Bounds,
+    allowed: Allowed,
+    protection: Protection,
 ) -> Judged:
-    """Judge what was told of one root. before: what was copied into it, by name from the root.
+    """Judge what was told of one root. before: what was copied into it, by name from the root. stayed: what was not.
 
     Raises PeerError where it contradicts itself, which an honest guest's never does.
     """
@@ -61,9 +70,13 @@ def judge(
         if not _same(before.get(name), after.get(name)) and (name or not _is_folder(after.get(name)))
     ]
     moved = _moved(changes)
+    links = Links(after, stayed)
+    refused += _by_place(changes, stayed, bounds)
     for change in changes:
         refused += _by_name(change.name, bounds, protection)
         refused += _by_kind(change, bounds)
+        if _is_link(change.after) and bounds.allow_symlinks and (through := links.through(change.name)):
+            refused.append(_by_way(change.name, through, stayed.get(through), bounds))
         refused += _by_deed(change, allowed, moved)
     told_of = {refusal.name for refusal in refused if refusal.rule == "protected"}
     written = [change.name for change in changes if change.after is not None]
@@ -75,6 +88,10 @@ def judge(
 
 def _is_folder(node: Node | None) -> bool:
     return node is not None and node.kind == "folder"
+
+
+def _is_link(node: Node | None) -> bool:
+    return node is not None and node.kind == "link"
 
 
 def _same(one: Node | None, other: Node | None) -> bool:
@@ -114,7 +131,7 @@ def _after(before: Mapping[str, Node], told: Iterable[Told]) -> tuple[dict[str, 
             _check_root(one, before.get(""))
         heard.add(one.name)
         if one.other is not None:
-            refused.append(Refused(name=one.name, rule="kind", why=_what(one.other)))
+            refused.append(Refused(name=one.name, rule="kind", why=_what(one.name, one.other)))
         elif one.node is not None:
             after[one.name] = one.node
         elif after.pop(one.name, None) is None:
@@ -133,16 +150,19 @@ def _check_root(told: Told, before: Node | None) -> None:
     """The root itself is mounted where the program finds it: it stays, and stays what it is. Raises PeerError."""
     kind = before.kind if before else "folder"
     if told.other is not None:
-        same = kind == "file" and stat.S_ISREG(told.other)  # it was given extended attributes
+        # It was given extended attributes.
+        same = stat.S_IFMT(told.other) == (stat.S_IFREG if kind == "file" else stat.S_IFDIR)
     else:
         same = told.node is not None and told.node.kind == kind
     if not same:
         raise PeerError("bad changes", "a root is said to be gone, or to be something else now")
 
 
-def _what(mode: int) -> str:
+def _what(name: str, mode: int) -> str:
     kinds = {0o1: "a pipe", 0o2: "a character device", 0o6: "a block device", 0o14: "a socket"}
-    kinds |= {0o4: "too deep to be named", 0o10: "a file with extended attributes"}
+    kinds |= {0o4: "a folder with extended attributes", 0o10: "a file with extended attributes"}
+    if stat.S_ISDIR(mode) and not can_hold_names(os.fsencode(name)):
+        return "it is too deep to be named"
     return f"it is {kinds.get(mode >> 12, 'of no kind that a tree holds')}"
 
 
@@ -173,24 +193,77 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
         yield Refused(name=name, rule="fs.max_write_bytes", why="it is too large", value=value)
 
 
+def _by_way(name: str, through: str, there: Stayed | None, bounds: Bounds) -> Refused:
+    """Of a link. through: what it leads through. there: why that stayed, None where it is a link too many."""
+    if there is None:
+        return Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads through too many others")
+    return _by_stayed(name, f"it is a link that leads through {shown(through)}", through, there, bounds)
+
+
+def _by_place(changes: Iterable[Change], stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:
+    """What would be put where something lies that stayed on the host, or would take away a folder in which it does.
+
+    It is known to be in the way before anything is compared with the host, which has not changed.
+    """
+    folders: set[str] = set()
+    for change in changes:
+        there = stayed.get(change.name)
+        # By its name a hidden one is refused anyway.
+        if there is not None and change.after is not None and there.reason != "hidden":
+            yield _by_stayed(change.name, "something of that name is there", change.name, there, bounds)
+        if _is_folder(change.before) and not _is_folder(change.after):
+            folders.add(change.name)
+    if not folders:
+        return
+    worst: dict[tuple[str, Reason], tuple[str, Stayed]] = {}
+    for name, there in stayed.items():
+        for folder in _above([name]) & folders:
+            held = worst.setdefault((folder, there.reason), (name, there))
+            if held[1].most < there.most:
+                worst[folder, there.reason] = name, there
+    for (folder, _), (name, there) in worst.items():
+        yield _by_stayed(folder, f"{shown(name)} is in it", name, there, bounds)
+
+
+def _by_stayed(name: str, why: str, stayed: str, there: Stayed, bounds: Bounds) -> Refused:
+    """*why* names what stayed on the host and lies in the way."""
+    return Refused(
+        name=name,
+        rule=FIELDS[there.reason],
+        why=f"{why}, which was not copied in: {WORDS[there.reason]}",
+        value=value_for(there.reason, there.most, bounds),
+        reveal=stayed if there.reason == "secret" else "",
+    )
+
+
 def _by_deed(change: Change, allowed: Allowed, moved: set[str]) -> Iterator[Refused]:
     name, before, after = change.name, change.before, change.after
     if _is_folder(after) and not _is_folder(before) and not allowed.mkdir:
         yield Refused(name=name, rule="fs.allow_mkdir", why="it is a new folder", value=True)
     lost = before is not None and (after is None or after.kind != before.kind)
-    if not lost or allowed.remove:
+    if not lost:
         return
-    if name not in moved:
+    # The one does not stand for the other: where things may be removed they may not for that be renamed.
+    if name in moved:
+        if not allowed.rename:
+            yield Refused(name=name, rule="fs.allow_rename", why="it was given another name", value=True)
+    elif not allowed.remove:
         yield Refused(name=name, rule="fs.allow_remove", why="it was removed", value=True)
-    elif not allowed.rename:
-        yield Refused(name=name, rule="fs.allow_rename", why="it was given another name", value=True)
 
 
-def _moved(changes: Iterable[Change]) -> set[str]:
-    """Names whose content is there under a new one, each new one for one old; and folders whose all is there."""
-    new: dict[tuple[str, int, str], int] = defaultdict(int)
+def _moved(changes: Sequence[Change]) -> set[str]:
+    """Names whose content is there under another that did not have it, each of these for one; folders whose all is.
+
+    A folder is its content: one that held nothing is the same as any that holds nothing.
+    """
+    held = _above(change.name for change in changes if change.before is not None)
+    holding = _above(change.name for change in changes if change.after is not None)
+    new: dict[_Content, int] = defaultdict(int)
     for change in changes:
-        if change.before is None and (key := _key(change.after)):
+        if _is_folder(change.before) and _is_folder(change.after):
+            continue  # what lies in it need not be among the changes
+        key = _content(change.after, empty=change.name not in holding)
+        if key and key != _content(change.before, empty=change.name not in held):
             new[key] += 1
     moved: set[str] = set()
     folders: set[str] = set()
@@ -198,21 +271,22 @@ def _moved(changes: Iterable[Change]) -> set[str]:
     for change in changes:
         if change.after is not None or change.before is None:
             continue
-        key = _key(change.before)
+        key = _content(change.before, empty=change.name not in held)
         if key and new[key] > 0:
             new[key] -= 1
             moved.add(change.name)
-        elif change.before.kind == "folder":
-            folders.add(change.name)
-        else:
+        elif key:
             lost.add(change.name)
+        else:
+            folders.add(change.name)
     return moved | ((folders & _above(moved)) - _above(lost))
 
 
-def _key(node: Node | None) -> tuple[str, int, str] | None:
-    if node is None or node.kind == "folder":
+def _content(node: Node | None, *, empty: bool) -> _Content | None:
+    """What makes it the same under another name. empty: whether nothing lies below it; None for a folder that holds."""
+    if node is None or (node.kind == "folder" and not empty):
         return None
-    return node.sha256, node.size, node.target
+    return node.kind, node.sha256, node.size, node.target
 
 
 def _above(names: Iterable[str]) -> set[str]:

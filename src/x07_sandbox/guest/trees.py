@@ -13,9 +13,8 @@ import stat
 import time
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.channel import trees
 from x07_sandbox.channel.contents import parts
-from x07_sandbox.channel.trees import Entry, Hole, Kind, Piece, Reader, segment
+from x07_sandbox.channel.trees import Entry, Hole, Kind, Piece, Reader, can_hold_names, segment
 from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.confine import UID
 from x07_sandbox.guest.errors import JobError
@@ -139,14 +138,12 @@ def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
             yield from _content(top, b"", info)
         return
     seen: set[bytes] = set()
-    yield from _changed_folder(tree, sub, b"", info.st_mode)
+    yield from _changed_folder(tree, sub, top, b"", info.st_mode)
     for path, below, info in _walk(top):
         name = prefix + below
         seen.add(name)
         if stat.S_ISDIR(info.st_mode):
-            yield from _changed_folder(tree, name, below, info.st_mode)
-            if not _can_be_told(below):
-                yield Entry(Kind.OTHER, below, mode=info.st_mode).encoded()
+            yield from _changed_folder(tree, name, path, below, info.st_mode)
         elif _is_other(tree, name, info):
             yield from _content(path, below, info)
     gone = {name for name in (*tree.names, *tree.folders) if name.startswith(prefix) and name != sub} - seen
@@ -158,9 +155,12 @@ def _is_other(tree: Tree, name: bytes, info: os.stat_result) -> bool:
     return tree.names.get(name) != info.st_ino or info.st_ctime_ns > tree.made_at_ns
 
 
-def _changed_folder(tree: Tree, name: bytes, below: bytes, mode: int) -> Iterator[bytes]:
+def _changed_folder(tree: Tree, name: bytes, path: bytes, below: bytes, mode: int) -> Iterator[bytes]:
     if tree.folders.get(name) != mode & _PERMISSIONS:
         yield Entry(Kind.FOLDER, below, mode=mode & _PERMISSIONS).encoded()
+    # None came in with any: whatever it has is the program's.
+    if not can_hold_names(below) or os.listxattr(path, follow_symlinks=False):
+        yield Entry(Kind.OTHER, below, mode=mode).encoded()
 
 
 def _walk(top: bytes) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
@@ -175,14 +175,9 @@ def _walk(top: bytes) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
             below = folder + b"/" + entry.name if folder else entry.name
             info = entry.stat(follow_symlinks=False)
             yield entry.path, below, info
-            if stat.S_ISDIR(info.st_mode) and _can_be_told(below):
+            if stat.S_ISDIR(info.st_mode) and can_hold_names(below):
                 inner.append(below)
         folders += reversed(inner)
-
-
-def _can_be_told(name: bytes) -> bool:
-    """Whether what lies in the folder *name* can still have a name in a stream, and a path that the kernel takes."""
-    return len(name) + trees.PART_MAX + 1 < trees.NAME_MAX - 256 and name.count(b"/") + 2 < trees.DEPTH_MAX
 
 
 def _content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:

@@ -6,12 +6,12 @@ import glob
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, shown
-from x07_sandbox.files.copy import DEPTH_MAX, NUMBER_MAX, WORDS, bounds_of, copy_tree
+from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, bounds_of, copy_tree, value_for
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection
@@ -28,7 +28,7 @@ from x07_sandbox.runs.streams import InFile
 if TYPE_CHECKING:
     import contextlib
 
-    from x07_sandbox.files.changes import Node, Refused
+    from x07_sandbox.files.changes import Refused
     from x07_sandbox.files.copy import Bounds, Copied, LeftOut, Reason
     from x07_sandbox.files.roots import Mount, Tree
     from x07_sandbox.policy.model import Policy
@@ -36,16 +36,10 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
 
+_T = TypeVar("_T")
 _NAMES_MAX: Final = 1000  # of a result; all are in the run's folder
 _DENIALS_MAX: Final = 100
-_FIELDS: Final[dict[Reason, str]] = {
-    "hidden": "fs.deny_hidden",
-    "secret": "secrets",
-    "link": "fs.allow_symlinks",
-    "link-out": "fs.allow_symlinks",
-    "large": "fs.max_read_bytes",
-    "deep": "fs.max_depth",
-}
+_LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
 class HostFiles:
@@ -119,8 +113,7 @@ class HostFiles:
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 subject = f"{', '.join(map(shown, left.names))}{more}: {WORDS[reason]}"
                 how = _to_let_in(reason, left, self._bounds)
-                field = _FIELDS.get(reason, "fs.read_roots")
-                found.append(_denial(field, "copy", subject, "copying in", left.count, how))
+                found.append(_denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
         return found
 
     # what came back
@@ -173,7 +166,8 @@ class HostFiles:
             before = _below(self.copied[tree].nodes, mount.sub)
             told = [one for one in incoming.told if one.root == number]
             protection = Protection(mount.host, self._own(mount), self._request.allow_protected)
-            judged = judge(before, told, self._bounds, allowed, protection)
+            stayed = _below(self.copied[tree].stayed, mount.sub)
+            judged = judge(before, stayed, told, self._bounds, allowed, protection)
             roots.append(
                 RootChanges(
                     root=mount.host,
@@ -190,10 +184,11 @@ class HostFiles:
         policy = self._request.policy
         if not isinstance(policy, (str, Path, ProjectPolicy)):
             return []
-        folder, name = os.path.split(policy if isinstance(policy, str) else str(policy))
-        # Where it is a link, that too: another in its place would be the next run's policy.
-        places = {os.path.realpath(str(policy)), f"{os.path.realpath(folder)}/{name}"}
-        return [os.path.relpath(path, mount.host) for path in sorted(places) if path.startswith(f"{mount.host}/")]
+        return [
+            path.removeprefix(mount.host).lstrip("/")
+            for path in sorted(_way_to(str(policy)))
+            if path == mount.host or path.startswith(f"{mount.host}/")
+        ]
 
     def _keep(self, changes: ChangeSet) -> None:
         place = self._place / "changes.json"
@@ -232,7 +227,31 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
 
 
-def _below(nodes: dict[str, Node], sub: str) -> dict[str, Node]:
+def _way_to(path: str) -> set[str]:
+    """What decides which file *path* is, by absolute paths without a link on the way: it, and every link to it.
+
+    Another link in the place of one of these would make another file of the same path.
+    """
+    found: set[str] = set()
+    here, left = Path.cwd(), path.split("/")[::-1]
+    here = Path("/") if path.startswith("/") else here
+    links = 0
+    while left:
+        part = left.pop()
+        if part == "..":
+            here = here.parent
+            continue
+        here /= part
+        if part and links < _LINKS_MAX and here.is_symlink():
+            found.add(str(here))
+            links += 1
+            target = str(here.readlink())
+            left += target.split("/")[::-1]
+            here = Path("/") if target.startswith("/") else here.parent
+    return {*found, str(here)}
+
+
+def _below(nodes: dict[str, _T], sub: str) -> dict[str, _T]:
     if not sub:
         return nodes
     prefix = f"{sub}/"
@@ -268,18 +287,9 @@ def too_many(policy: Policy, action: str, subject: str) -> Denial:
 
 def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds) -> tuple[object, str | None]:
     """The value of the field, or the flag, that would let in what was left out; nothing where none would."""
-    value: object = None
     if reason == "secret":
         return None, _flag("--reveal", Path(left.names[0]).name)
-    if reason == "hidden":
-        value = False
-    elif reason == "link":
-        value = True
-    elif reason == "large" and left.most <= NUMBER_MAX:
-        value = left.most
-    elif reason == "deep" and bounds.depth < min(left.most, DEPTH_MAX):
-        value = min(left.most, DEPTH_MAX)
-    return value, None
+    return value_for(reason, left.most, bounds), None
 
 
 def _flag(flag: str, name: str) -> str:
@@ -292,6 +302,8 @@ def _flag(flag: str, name: str) -> str:
 
 def _refusal(refused: Refused) -> Denial:
     flag = _flag("--allow-protected", refused.name) if refused.rule == "protected" else None
+    if refused.reveal:
+        flag = _flag("--reveal", Path(refused.reveal).name)
     subject = f"{shown(refused.name)}: {refused.why}"
     return _denial(refused.rule, "change", subject, "the check of changes", 1, (refused.value, flag))
 
