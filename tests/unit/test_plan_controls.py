@@ -290,6 +290,24 @@ def test_a_list_tells_where_what_is_written_may_be_executed(changes: dict[str, o
     assert "executed" in found
 
 
+@pytest.mark.parametrize(
+    ("given", "written", "told"),
+    [
+        ("/srv/two", "two", "/srv/two/, /srv/two"),
+        ("/srv/two", "/data", ""),
+        ("two", "/srv", "two"),  # the beginning is told anyway: it leads into a folder of the program's
+        ("two", "three", ""),
+    ],
+)
+def test_a_list_tells_where_two_roots_may_be_one_folder(given: str, written: str, told: str) -> None:
+    """A relative and an absolute root may be one folder of the host, which write roots open: no name can say that."""
+    changes: dict[str, object] = {"fs__read_roots": [given], "fs__write_roots": [written]}
+    changes |= {"process__allow_execs": [given], "process__allow_exec_prefixes": [f"{given}/"]}
+    found = {control.field: control.why for control in plan(**changes).controls}
+    assert found["process.allow_execs"].partition("the same folder of the host, there too: ")[2] == told
+    assert "only where a write root holds them too" in found["fs.read_roots"]
+
+
 def test_fewer_children_than_tasks_bound_all_tasks() -> None:
     """process.max_live stands in place of a larger limits.procs, unless no child may be started at all."""
     assert plan(process__max_live=8).limits.for_guest()["tasks"] == 9
