@@ -132,6 +132,20 @@ def seccomp(call: str) -> dict[str, object]:
             ("$.fs.write_roots", ["in"]),
         ),
         ({"fs.enabled": True}, kernel("openat", "/data/out/locked", EACCES, write=True), "permissions", None),
+        # what lies around a relative root is of it
+        (
+            {"fs.write_roots": ["rr/one.txt"]},
+            kernel("openat", "/opt/x07/rr/", EACCES, write=True),
+            "fs.write_roots",
+            ("$.fs.write_roots", ["rr/one.txt", "rr"]),
+        ),
+        (
+            {},
+            kernel("mkdir", "/opt/x07/rr/a/", EROFS, write=True),
+            "fs.write_roots",
+            ("$.fs.write_roots", ["rr/a"]),
+        ),
+        ({"fs.deny_hidden": True}, kernel("mkdir", "/opt/x07/.rr/", EACCES, write=True), "permissions", None),
     ],
 )
 def test_a_refusal_names_the_field_and_what_would_allow_it(
@@ -228,6 +242,16 @@ def test_flags_name_the_folder_as_the_user_did() -> None:
     (denial,) = denials([kernel("openat", "/opt/x07/in/", EROFS, write=True)], policy({}), AREAS, START)
     assert denial.how_to_allow is not None
     assert denial.how_to_allow.flag == "--allow-write-root in"
+
+
+def test_a_project_is_opened_to_be_written_by_its_relative_name() -> None:
+    """Where a project starts a program, its folders are named from there, and the project itself by a dot."""
+    project = "/x07/in/project"
+    for folder, given in ((f"{project}/", "."), (f"{project}/src/a b/", "src/a b")):
+        (denial,) = denials([kernel("openat", folder, EROFS, write=True)], policy({}), (), project)
+        assert denial.how_to_allow is not None
+        assert denial.how_to_allow.value == [given]
+        assert denial.how_to_allow.flag == f"--allow-write-root {shlex.quote(given)}"
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,12 @@ def _to_write(path: str, area: Area | None, policy: Policy, cwd: str) -> tuple[s
         # A policy without files gives none to the flag either.
         return "fs.write_roots", out if policy.fs.enabled else allowing(policy, "fs.enabled", value=True)
     folder = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)
-    given = folder if area is None else area.given
+    if area is not None:
+        given = area.given
+    elif folder == cwd or inside(folder, cwd):  # it has no absolute name: what lies there is of relative roots
+        given = posixpath.relpath(folder, cwd)
+    else:
+        given = folder
     if place(given, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
         return PERMISSIONS, None
     return "fs.write_roots", root_to_allow(policy, "write_roots", given)
