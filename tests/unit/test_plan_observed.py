@@ -85,10 +85,42 @@ def seccomp(call: str) -> dict[str, object]:
         (LISTED, kernel("openat", "/usr/bin/env", EACCES), "permissions", None),
         ({"process.allow_exec_prefixes": ["/tmp/"]}, kernel("execve", "/tmp/a.txt", EACCES), "permissions", None),  # noqa: S108
         (
-            {"process.allow_exec_prefixes": ["../x07/a"]},
+            {"process.allow_exec_prefixes": ["../x07/"]},
             kernel("execve", "/opt/x07/a.txt", EACCES),
             "permissions",
             None,
+        ),
+        # on the list, but made by the program: an entry counts for what was there before
+        (
+            {"process.allow_exec_prefixes": ["/opt/x07/bin/"]},
+            kernel("execve", "/opt/x07/bin/made", EACCES),
+            "process.allow_exec_prefixes",
+            ("$.process.allow_exec_prefixes", ["/opt/x07/bin/", "/opt/x07/"]),
+        ),
+        (
+            {"process.allow_exec_prefixes": [], "process.allow_execs": ["made"]},
+            kernel("execve", "/opt/x07/made", EACCES),
+            "process.allow_exec_prefixes",
+            ("$.process.allow_exec_prefixes", ["/opt/x07/"]),
+        ),
+        (
+            {"process.allow_exec_prefixes": [], "process.allow_execs": ["/data/out/made"]},
+            kernel("execve", "/data/out/made", EACCES),
+            "process.allow_exec_prefixes",
+            ("$.process.allow_exec_prefixes", ["/data/out/"]),
+        ),
+        # in a read root nothing can be made
+        (
+            {"process.allow_exec_prefixes": [], "process.allow_execs": ["in/tool"]},
+            kernel("execve", "/opt/x07/in/tool", EACCES),
+            "permissions",
+            None,
+        ),
+        (
+            LISTED,
+            kernel("execve", "/opt/x07/in/tool", EACCES),
+            "process.allow_execs",
+            ("$.process.allow_execs", ["/usr/bin/env", "/opt/x07/in/tool"]),
         ),
         # of a folder that is not known
         (LISTED, kernel("execve", ".../tool", EACCES), "permissions", None),

@@ -79,6 +79,11 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
             {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": []},
             ["process.allow_exec_prefixes"],
         ),
+        (
+            MADE,
+            {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": ["/tmp/made/"]},  # noqa: S108
+            ["process.allow_exec_prefixes"],
+        ),
         (CHILDREN, {"process.max_live": 2}, ["process.max_live"]),
         (CHILDREN, {"limits.procs": 2}, ["limits.procs"]),
         (

@@ -149,10 +149,11 @@ With a list, or where nothing may be executed, what is not of the image (the pro
 `/tmp`, `/opt/x07`) is `noexec` but for what entries name: no loader runs it, and libraries there cannot be loaded
 either. A file that an entry names in a writable folder can be executed and, as long as the program runs, neither
 changed, moved nor removed; a folder is a mount of its own, so that moving files in or out is a copy (`EXDEV`). What the
-program writes may be executed where a prefix leads into a folder of its own or a write root, and where an entry names a
-single file that is a write root; `x07 policy explain` says of which entries that is so. A folder of the host that has
-two places in the machine (a relative root and an absolute one, or `--out`) is one folder there too: a file that an
-entry names is kept as it is at both, and where a prefix leads into one of them, what is written at the other counts.
+program writes may be executed where a prefix leads into a folder of its own or a write root that is there when it
+starts (`/opt/x07/` does, `/opt/x07/made/` does not), and where an entry names a single file that is a write root;
+`x07 policy explain` says of which entries that is so. A folder of the host that has two places in the machine (a
+relative root and an absolute one, or `--out`) is one folder there too: a file that an entry names is kept as it is at
+both, and where a prefix leads into one of them, what is written at the other counts.
 
 Whatever the policy says, a filter refuses what no program needs: mounts, modules, namespaces, tracing, keyrings, bpf,
 perf, userfaultfd, io_uring, memfd_create, execveat by descriptor, kexec, and sockets that are not local, of the

@@ -151,15 +151,23 @@ def _descriptors(body: Mapping[str, Any], policy: Policy) -> Denial:
 
 def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: str) -> Denial:
     path, count = body["path"], body["count"]
-    if not path.startswith("/") or not _misses(path, policy, cwd) or body["errno"] != errno.EACCES:
+    lists = confinement(policy, cwd)
+    if not path.startswith("/") or lists.programs is None or body["errno"] != errno.EACCES:
         return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
-    writable = [folder for folder in (*WRITABLE, *(area.at for area in areas if area.write)) if inside(path, folder)]
-    if writable:
-        # The folder that is there when the program starts: an entry counts for what it finds then.
-        prefixes = [*policy.process.allow_exec_prefixes, f"{max(writable, key=len)}/"]
-        how = allowing(policy, "process.allow_exec_prefixes", prefixes)
-        return _seen("process.allow_exec_prefixes", "execute", path, "noexec", count, how)
-    return _seen("process.allow_execs", "execute", path, _LANDLOCK, count, _on_list(policy, path))
+    listed = not _misses(path, policy, cwd)
+    root = _root_of(path, areas)
+    folder = root.at if root is not None else next((own for own in WRITABLE if inside(path, own)), None)
+    if folder is None or (root is not None and not root.write):
+        if listed:
+            return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
+        return _seen("process.allow_execs", "execute", path, _LANDLOCK, count, _on_list(policy, path))
+    if f"{folder}/".startswith(lists.prefixes):
+        return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
+    # An entry counts for what it finds when the program starts: what is made later needs one for the whole folder. In
+    # a root that an entry leads into there may have been such a file, and nothing here knows.
+    by = "noexec, or the file's mode" if listed and root is not None else "noexec"
+    how = allowing(policy, "process.allow_exec_prefixes", [*policy.process.allow_exec_prefixes, f"{folder}/"])
+    return _seen("process.allow_exec_prefixes", "execute", path, by, count, how)
 
 
 def _on_list(policy: Policy, path: str) -> HowToAllow | None:
@@ -177,7 +185,7 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: s
     action = "write" if body["write"] else "read"
     if not path.startswith("/"):  # of a folder that is known by its descriptor, or none at all: nothing to advise
         return _seen(PERMISSIONS, action, path or f"({body['call']})", "the guest's kernel", count, None)
-    area = max((area for area in areas if f"{path}/".startswith(f"{area.at}/")), key=_depth, default=None)
+    area = _root_of(path, areas)
     if action == "read":
         if area is None and _PROGRAM_FOLDERS & set(path.split("/")) and _misses(path, policy, cwd):
             return _seen("process.allow_execs", action, path, _LANDLOCK, count, _on_list(policy, path))
@@ -206,8 +214,10 @@ def _to_write(path: str, area: Area | None, policy: Policy, cwd: str) -> tuple[s
     return "fs.write_roots", root_to_allow(policy, "write_roots", given)
 
 
-def _depth(area: Area) -> int:
-    return area.at.count("/")
+def _root_of(path: str, areas: Sequence[Area]) -> Area | None:
+    """The innermost root that it is, or lies in."""
+    around = (area for area in areas if path == area.at or inside(path, area.at))
+    return max(around, key=lambda area: area.at.count("/"), default=None)
 
 
 def root_to_allow(policy: Policy, name: Literal["read_roots", "write_roots"], given: str) -> HowToAllow | None:

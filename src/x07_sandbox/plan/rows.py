@@ -244,7 +244,8 @@ def _execs(asked: Asked, _field: str) -> Answer:
         return Answer("enforced", _SECCOMP, "nothing may be executed, so no entry counts")
     why = "nothing that no entry names can be executed, nor a program of the image be read (EACCES)"
     if found := _written_and_executed(asked):
-        why += f"; but what it writes there may be: {', '.join(ascii(entry)[1:-1] for entry in found)}"
+        entries = ", ".join(ascii(entry)[1:-1] for entry in found)
+        why += f"; but, where an entry finds something when it starts, what it writes there may be: {entries}"
     if found := _perhaps_written_and_executed(asked, but=found):
         entries = ", ".join(ascii(entry)[1:-1] for entry in found)
         why += f"; where a write root holds the same folder of the host, there too: {entries}"
