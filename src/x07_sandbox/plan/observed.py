@@ -107,6 +107,13 @@ def disk_full() -> Denial:
     return _seen("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
 
 
+def memory_full(policy: Policy) -> Denial:
+    """The program's /tmp or /dev/shm was full at the end."""
+    what = "a folder in memory (/tmp, /dev/shm) is full; each may hold a quarter of limits.mem_bytes"
+    how = _more(policy, "limits.mem_bytes", policy.limits.mem_bytes)
+    return _seen("limits.mem_bytes", "write", what, "the size of the folders in memory", 1, how)
+
+
 def _more(policy: Policy, field: str, held: int) -> HowToAllow | None:
     """A larger number, if a policy can say one."""
     most = largest(field)
