@@ -349,6 +349,36 @@ def test_what_no_flag_would_bring_is_no_hint(text: str) -> None:
     assert hints(text.encode(), policy({}), AREAS, "/opt/x07") == []
 
 
+@pytest.mark.parametrize(
+    ("text", "path", "how"),
+    [
+        (
+            "ImportError: /tmp/a b.so: failed to map segment from shared object",
+            "/tmp/a b.so",  # noqa: S108 - the guest's
+            ("$.process.allow_exec_prefixes", ["/tmp/"]),  # noqa: S108 - as above
+        ),
+        (
+            "./it: error while loading shared libraries: ./lib/q.so: failed to map segment from shared object\n",
+            "/opt/x07/lib/q.so",
+            ("$.process.allow_exec_prefixes", ["/opt/x07/"]),
+        ),
+        (
+            "OSError: /data/q.so: failed to map segment from shared object\n",
+            "/data/q.so",
+            ("$.process.allow_execs", ["/usr/bin/env", "/data/q.so"]),
+        ),
+    ],
+)
+def test_a_library_that_cannot_be_loaded_is_hinted_at(text: str, path: str, how: tuple[str, object]) -> None:
+    """What the loader says of a folder without execution is told with what would let it be loaded from there."""
+    (hint,) = hints(text.encode(), policy(LISTED), AREAS, START)
+    assert (hint.subject, hint.kind) == (f"the library {path}", "library")
+    assert (hint.how.json_path, hint.how.value) == how
+    (hint,) = hints(text.encode(), policy({"process.allow_exec": False}), AREAS, START)
+    assert hint.how == HowToAllow(json_path="$.process.allow_exec", value=True)
+    assert hints(b"q.so: failed to map segment from shared object", policy(LISTED), AREAS, START) == []
+
+
 def test_hints_are_few_however_long_the_text() -> None:
     """Three at most, each once."""
     text = "".join(f"cat: /srv/{number % 5}: No such file or directory\n" for number in range(1300))

@@ -28,6 +28,11 @@ with open("/tmp/made/it", "w") as file:
 os.chmod("/tmp/made/it", 0o755)
 subprocess.run(["/tmp/made/it"], check=True)
 """
+LIBRARY: Final = """
+import ctypes, glob, shutil
+shutil.copy(glob.glob("/usr/lib/*/libm.so.6")[0], "own.so")
+ctypes.CDLL("./own.so")
+"""
 CHILDREN: Final = """
 import subprocess
 for one in [subprocess.Popen(["/usr/bin/sleep", "2"]) for _ in range(3)]:
@@ -90,6 +95,11 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
         (
             MADE,
             {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": ["/tmp/made/"]},  # noqa: S108
+            ["process.allow_exec_prefixes"],
+        ),
+        (
+            LIBRARY,
+            {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
             ["process.allow_exec_prefixes"],
         ),
         (CHILDREN, {"process.max_live": 2}, ["process.max_live"]),

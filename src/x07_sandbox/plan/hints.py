@@ -8,11 +8,12 @@ up by it.
 from __future__ import annotations
 
 import itertools
+import posixpath
 import re
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.plan.denials import Hint, HowToAllow
-from x07_sandbox.plan.observed import root_to_allow
+from x07_sandbox.plan.observed import root_to_allow, to_load
 from x07_sandbox.plan.places import PROGRAM, inside, place
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _MISSING: Final = (
     re.compile(r"No such file or directory: b?'([^'\n]{1,255})'"),
     re.compile(r"(?:^|[\s:'\"])(/[^\s:'\"]{1,255})['\"]?(?: [a-z ]{1,20})?: No such file or directory", re.MULTILINE),
 )
+# As the loader of programs says it where the kernel does not let a file be mapped to be executed.
+_UNLOADED: Final = re.compile(r"(?:^|: )([^:'\"\n]{1,255}): failed to map segment from shared object", re.MULTILINE)
 _MODULE: Final = re.compile(r"^ModuleNotFoundError: No module named '(\w{1,100})", re.MULTILINE | re.ASCII)
 
 
@@ -34,8 +37,16 @@ def hints(tail: bytes, policy: Policy, areas: Sequence[Area], cwd: str) -> list[
     """What the program seems to have missed, at most three things. tail: the end of its error output."""
     text = tail.decode("utf-8", "replace")
     found = dict.fromkeys((*_paths(text, policy, areas, cwd), *_MODULE.findall(text)))
-    told = (_hint(what, policy) for what in found)
+    told = (*_libraries(text, policy, areas, cwd), *(_hint(what, policy) for what in found))
     return list(itertools.islice((hint for hint in told if hint is not None), _MOST))
+
+
+def _libraries(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[Hint]:
+    for name in dict.fromkeys(_UNLOADED.findall(text)):
+        if "/" in name and name.isprintable():
+            path = posixpath.normpath(posixpath.join(cwd, name))
+            if how := to_load(path, policy, areas, cwd):
+                yield Hint(subject=f"the library {path}", kind="library", how=how)
 
 
 def _paths(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[str]:

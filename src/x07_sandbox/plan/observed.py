@@ -177,6 +177,14 @@ def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], c
     return _seen("process.allow_exec_prefixes", "execute", path, by, count, how)
 
 
+def to_load(path: str, policy: Policy, areas: Sequence[Area], cwd: str) -> HowToAllow | None:
+    """What would let a library be loaded from there, an absolute path: what lets it be executed, or comes first."""
+    process = policy.process
+    if not process.may_execute:
+        return allowing(policy, f"process.{'allow_exec' if process.enabled else 'enabled'}", value=True)
+    return _execution({"path": path, "errno": errno.EACCES, "count": 1}, policy, areas, cwd).how_to_allow
+
+
 def _on_list(policy: Policy, path: str) -> HowToAllow | None:
     return allowing(policy, "process.allow_execs", [*policy.process.allow_execs, path])
 
