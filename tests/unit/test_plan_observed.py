@@ -317,6 +317,11 @@ def test_what_is_at_its_most_cannot_be_allowed() -> None:
         ("cat: /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
         ("sort: cannot read: '/srv/x': No such file or directory\n", "/srv/x", "/srv/x"),
         ("head: cannot open '/srv/x' for reading: No such file or directory\n", "/srv/x", "/srv/x"),
+        ("cat: '/srv/my dir/f.txt': No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
+        ('cat: "/srv/it\'s": No such file or directory\n', "/srv/it's", "/srv/it"),
+        ("fgrep: /srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
+        ("tool: cannot open /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
+        ('FileNotFoundError: [Errno 2] No such file or directory: "/srv/it\'s"', "/srv/it's", "/srv/it"),
         ("FileNotFoundError: [Errno 2] No such file or directory: 'a.csv'", "./a.csv", "./a.csv"),
         (
             "ModuleNotFoundError: No module named 'some_thing.more'\n",

@@ -23,10 +23,16 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
 
 _MOST: Final = 3
-# As Python says it, and as perror(3) and most programs do: "cat: /data/x: No such file or directory".
-_MISSING: Final = (
-    re.compile(r"No such file or directory: b?'([^'\n]{1,255})'"),
-    re.compile(r"(?:^|[\s:'\"])(/[^\s:'\"]{1,255})['\"]?(?: [a-z ]{1,20})?: No such file or directory", re.MULTILINE),
+# As Python says it; as coreutils do, which quote what has blanks; and as perror(3) and most programs do:
+# "cat: /data/x: No such file or directory". A blank in a path without quotes is one only where the path stands alone.
+_MISSING: Final = tuple(
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (
+        r"No such file or directory: b?(?P<quote>['\"])(?P<path>(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)",
+        r"(?P<quote>['\"])(?P<path>/(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)(?: [a-z ]{1,20})?: No such file or dir",
+        r": (?P<path>/[^:'\"\n]{1,255}): No such file or directory",
+        r"(?:^|[\s:])(?P<path>/[^\s:'\"]{1,255}): No such file or directory",
+    )
 )
 # As the loader of programs says it where the kernel does not let a file be mapped to be executed.
 _UNLOADED: Final = re.compile(r"(?:^|: )([^:'\"\n]{1,255}): failed to map segment from shared object", re.MULTILINE)
@@ -51,7 +57,7 @@ def _libraries(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> It
 
 def _paths(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[str]:
     for pattern in _MISSING:
-        for path in pattern.findall(text):
+        for path in (found["path"] for found in pattern.finditer(text)):
             at, _ = place(path, cwd, deny_hidden=policy.fs.deny_hidden)
             known = at is None or any(at == area.at or inside(at, area.at) for area in areas)
             if not known and path.isprintable() and not inside(path, PROGRAM):
