@@ -8,6 +8,7 @@ import pytest
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import Plan, make_plan
+from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.features import VM_HOLDS, Features
 from x07_sandbox.plan.rows import TABLE
 from x07_sandbox.policy.decode import decode_policy
@@ -288,6 +289,25 @@ def test_a_list_tells_where_what_is_written_may_be_executed(changes: dict[str, o
     found = {control.field: control.why for control in plan(**changes).controls}["process.allow_exec_prefixes"]
     assert found.partition("may be: ")[2] == told
     assert "executed" in found
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "value"),
+    [
+        ("a/.git", "$.fs.deny_hidden", False),
+        ("/srv/.data", "$.fs.deny_hidden", False),
+        ("/etc/.x", "$.fs.read_roots", []),
+    ],
+)
+def test_of_a_hidden_root_what_lets_it_is_told(root: str, path: str, value: object) -> None:
+    """A root that only fs.deny_hidden keeps out needs that field to be false; one with no place at all is left out."""
+    made = plan(fs__read_roots=["in", root])
+    (refusal,) = made.refusals
+    assert (refusal.field, refusal.how_to_allow) == ("fs.read_roots", HowToAllow(json_path=path, value=value))
+    with pytest.raises(RefusedError) as error:
+        made.require()
+    assert f"Change {path[2:]} in the policy, or leave out --allow-read-root" in error.value.fix
+    assert (plan(fs__read_roots=[root], fs__deny_hidden=False).refusals == ()) == (value is False)
 
 
 @pytest.mark.parametrize(

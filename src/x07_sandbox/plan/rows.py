@@ -20,11 +20,12 @@ State = Literal["enforced", "advisory", "refused"]
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a row of the table says about a value."""
+    """What a row of the table says about a value. instead: what to change in place of it: another field, its value."""
 
     state: State
     by: str
     why: str
+    instead: tuple[str, object] | None = None
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +128,9 @@ def _roots(asked: Asked, field: str) -> Answer:
     for root in given:
         where, why = place(root, PROGRAM, deny_hidden=hidden)
         if where is None:
-            return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no place in the machine ({why})")
+            bare = place(root, PROGRAM, deny_hidden=False)[0]
+            instead = None if bare is None else ("fs.deny_hidden", False)
+            return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no place in the machine ({why})", instead)
     if field == "fs.read_roots":
         return Answer(
             "enforced", _COPY, "it gets copies of these, and can change them only where a write root holds them too"
