@@ -384,6 +384,17 @@ def test_a_library_that_cannot_be_loaded_is_hinted_at(text: str, path: str, how:
     assert hints(b"q.so: failed to map segment from shared object", policy(LISTED), AREAS, START) == []
 
 
+@pytest.mark.parametrize("path", ["in/.cfg", "/data/.cfg", "/srv/.cfg", ".cfg"])
+def test_a_hidden_file_that_is_missed_is_hinted_at(path: str) -> None:
+    """In a root or outside of all of them: first fs.deny_hidden must let it."""
+    text = f"FileNotFoundError: [Errno 2] No such file or directory: '{path}'"
+    (hint,) = hints(text.encode(), policy({"fs.deny_hidden": True}), AREAS, START)
+    assert hint.subject == (path if "/" in path else f"./{path}")
+    assert hint.how == HowToAllow(json_path="$.fs.deny_hidden", value=False)
+    inside = path.startswith(("in/", "/data"))
+    assert bool(hints(text.encode(), policy({"fs.deny_hidden": False}), AREAS, START)) is not inside
+
+
 def test_hints_are_few_however_long_the_text() -> None:
     """Three at most, each once."""
     text = "".join(f"cat: /srv/{number % 5}: No such file or directory\n" for number in range(1300))

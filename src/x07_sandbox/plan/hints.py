@@ -13,7 +13,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.plan.denials import Hint, HowToAllow
-from x07_sandbox.plan.observed import root_to_allow, to_load
+from x07_sandbox.plan.observed import allowing, root_to_allow, to_load
 from x07_sandbox.plan.places import PROGRAM, inside, place
 
 if TYPE_CHECKING:
@@ -58,14 +58,24 @@ def _libraries(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> It
 def _paths(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[str]:
     for pattern in _MISSING:
         for path in (found["path"] for found in pattern.finditer(text)):
-            at, _ = place(path, cwd, deny_hidden=policy.fs.deny_hidden)
+            at, _ = place(path, cwd, deny_hidden=False)
             known = at is None or any(at == area.at or inside(at, area.at) for area in areas)
+            known = known and not (at and _hidden(path, policy))  # what a root keeps back may be missed all the same
             if not known and path.isprintable() and not inside(path, PROGRAM):
                 yield path if "/" in path else f"./{path}"
 
 
+def _hidden(path: str, policy: Policy) -> bool:
+    """Whether it would have its place but for fs.deny_hidden."""
+    return place(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0] != place(path, PROGRAM, deny_hidden=False)[0]
+
+
 def _hint(what: str, policy: Policy) -> Hint | None:
     """None where no policy can bring it."""
+    if "/" in what and _hidden(what, policy):
+        field, value = ("fs.deny_hidden", False) if policy.fs.enabled else ("fs.enabled", True)
+        how = allowing(policy, field, value)
+        return None if how is None else Hint(subject=what, how=how)
     if "/" in what:
         folder = what.rpartition("/")[0]
         how = root_to_allow(policy, "read_roots", what)
