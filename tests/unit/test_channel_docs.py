@@ -76,6 +76,7 @@ FIELD_MEANING: Final = {
     "EXITED.cpu_exceeded": "The agent killed the program for its CPU time.",
     "EXITED.stopped": "The program stood still by a signal when STOP came.",
     "EXITED.disk_full": "The scratch disk is full.",
+    "EXITED.memory_full": "One of the program's folders in memory is full: /tmp or /dev/shm.",
     "EXITED.denials_lost": "How much more was refused, or records of it, and is not told.",
     "EXITED.output_bytes": "Size of the output file; null when none follows.",
     "EXITED.output_problem": "Why none follows.",

@@ -69,6 +69,13 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
             [called(257, 30, items=1, a2="80241"), (CWD, 'cwd="/"'), path('"/etc/"', "PARENT")],
             Refusal("kernel", "openat", 30, "/etc/", write=True),
         ),
+        *[
+            (
+                [called(83, 30, items=1), (CWD, 'cwd="/"'), path(f'"{name}"', "PARENT")],
+                Refusal("kernel", "mkdir", 30, "/", write=True),
+            )
+            for name in ("/", "//")
+        ],
         (
             [called(83, 30, items=2), (CWD, 'cwd="/data"'), path('"a/"', "PARENT"), path('"a/new"', "CREATE")],
             Refusal("kernel", "mkdir", 30, "/data/a/new", write=True),

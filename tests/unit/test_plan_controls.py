@@ -8,6 +8,7 @@ import pytest
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import Plan, make_plan
+from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.features import VM_HOLDS, Features
 from x07_sandbox.plan.rows import TABLE
 from x07_sandbox.policy.decode import decode_policy
@@ -288,6 +289,43 @@ def test_a_list_tells_where_what_is_written_may_be_executed(changes: dict[str, o
     found = {control.field: control.why for control in plan(**changes).controls}["process.allow_exec_prefixes"]
     assert found.partition("may be: ")[2] == told
     assert "executed" in found
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "value"),
+    [
+        ("a/.git", "$.fs.deny_hidden", False),
+        ("/srv/.data", "$.fs.deny_hidden", False),
+        ("/etc/.x", "$.fs.read_roots", []),
+    ],
+)
+def test_of_a_hidden_root_what_lets_it_is_told(root: str, path: str, value: object) -> None:
+    """A root that only fs.deny_hidden keeps out needs that field to be false; one with no place at all is left out."""
+    made = plan(fs__read_roots=["in", root])
+    (refusal,) = made.refusals
+    assert (refusal.field, refusal.how_to_allow) == ("fs.read_roots", HowToAllow(json_path=path, value=value))
+    with pytest.raises(RefusedError) as error:
+        made.require()
+    assert f"Change {path[2:]} in the policy, or leave out --allow-read-root" in error.value.fix
+    assert (plan(fs__read_roots=[root], fs__deny_hidden=False).refusals == ()) == (value is False)
+
+
+@pytest.mark.parametrize(
+    ("given", "written", "told"),
+    [
+        ("/srv/two", "two", "/srv/two/, /srv/two"),
+        ("/srv/two", "/data", ""),
+        ("two", "/srv", "two"),  # the beginning is told anyway: it leads into a folder of the program's
+        ("two", "three", ""),
+    ],
+)
+def test_a_list_tells_where_two_roots_may_be_one_folder(given: str, written: str, told: str) -> None:
+    """A relative and an absolute root may be one folder of the host, which write roots open: no name can say that."""
+    changes: dict[str, object] = {"fs__read_roots": [given], "fs__write_roots": [written]}
+    changes |= {"process__allow_execs": [given], "process__allow_exec_prefixes": [f"{given}/"]}
+    found = {control.field: control.why for control in plan(**changes).controls}
+    assert found["process.allow_execs"].partition("the same folder of the host, there too: ")[2] == told
+    assert "only where a write root holds them too" in found["fs.read_roots"]
 
 
 def test_fewer_children_than_tasks_bound_all_tasks() -> None:

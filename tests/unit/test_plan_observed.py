@@ -85,10 +85,42 @@ def seccomp(call: str) -> dict[str, object]:
         (LISTED, kernel("openat", "/usr/bin/env", EACCES), "permissions", None),
         ({"process.allow_exec_prefixes": ["/tmp/"]}, kernel("execve", "/tmp/a.txt", EACCES), "permissions", None),  # noqa: S108
         (
-            {"process.allow_exec_prefixes": ["../x07/a"]},
+            {"process.allow_exec_prefixes": ["../x07/"]},
             kernel("execve", "/opt/x07/a.txt", EACCES),
             "permissions",
             None,
+        ),
+        # on the list, but made by the program: an entry counts for what was there before
+        (
+            {"process.allow_exec_prefixes": ["/opt/x07/bin/"]},
+            kernel("execve", "/opt/x07/bin/made", EACCES),
+            "process.allow_exec_prefixes",
+            ("$.process.allow_exec_prefixes", ["/opt/x07/bin/", "/opt/x07/"]),
+        ),
+        (
+            {"process.allow_exec_prefixes": [], "process.allow_execs": ["made"]},
+            kernel("execve", "/opt/x07/made", EACCES),
+            "process.allow_exec_prefixes",
+            ("$.process.allow_exec_prefixes", ["/opt/x07/"]),
+        ),
+        (
+            {"process.allow_exec_prefixes": [], "process.allow_execs": ["/data/out/made"]},
+            kernel("execve", "/data/out/made", EACCES),
+            "process.allow_exec_prefixes",
+            ("$.process.allow_exec_prefixes", ["/data/out/"]),
+        ),
+        # in a read root nothing can be made
+        (
+            {"process.allow_exec_prefixes": [], "process.allow_execs": ["in/tool"]},
+            kernel("execve", "/opt/x07/in/tool", EACCES),
+            "permissions",
+            None,
+        ),
+        (
+            LISTED,
+            kernel("execve", "/opt/x07/in/tool", EACCES),
+            "process.allow_execs",
+            ("$.process.allow_execs", ["/usr/bin/env", "/opt/x07/in/tool"]),
         ),
         # of a folder that is not known
         (LISTED, kernel("execve", ".../tool", EACCES), "permissions", None),
@@ -132,6 +164,20 @@ def seccomp(call: str) -> dict[str, object]:
             ("$.fs.write_roots", ["in"]),
         ),
         ({"fs.enabled": True}, kernel("openat", "/data/out/locked", EACCES, write=True), "permissions", None),
+        # what lies around a relative root is of it
+        (
+            {"fs.write_roots": ["rr/one.txt"]},
+            kernel("openat", "/opt/x07/rr/", EACCES, write=True),
+            "fs.write_roots",
+            ("$.fs.write_roots", ["rr/one.txt", "rr"]),
+        ),
+        (
+            {},
+            kernel("mkdir", "/opt/x07/rr/a/", EROFS, write=True),
+            "fs.write_roots",
+            ("$.fs.write_roots", ["rr/a"]),
+        ),
+        ({"fs.deny_hidden": True}, kernel("mkdir", "/opt/x07/.rr/", EACCES, write=True), "permissions", None),
     ],
 )
 def test_a_refusal_names_the_field_and_what_would_allow_it(
@@ -230,6 +276,16 @@ def test_flags_name_the_folder_as_the_user_did() -> None:
     assert denial.how_to_allow.flag == "--allow-write-root in"
 
 
+def test_a_project_is_opened_to_be_written_by_its_relative_name() -> None:
+    """Where a project starts a program, its folders are named from there, and the project itself by a dot."""
+    project = "/x07/in/project"
+    for folder, given in ((f"{project}/", "."), (f"{project}/src/a b/", "src/a b")):
+        (denial,) = denials([kernel("openat", folder, EROFS, write=True)], policy({}), (), project)
+        assert denial.how_to_allow is not None
+        assert denial.how_to_allow.value == [given]
+        assert denial.how_to_allow.flag == f"--allow-write-root {shlex.quote(given)}"
+
+
 @pytest.mark.parametrize(
     ("outcome", "path", "value"),
     [
@@ -261,6 +317,11 @@ def test_what_is_at_its_most_cannot_be_allowed() -> None:
         ("cat: /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
         ("sort: cannot read: '/srv/x': No such file or directory\n", "/srv/x", "/srv/x"),
         ("head: cannot open '/srv/x' for reading: No such file or directory\n", "/srv/x", "/srv/x"),
+        ("cat: '/srv/my dir/f.txt': No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
+        ('cat: "/srv/it\'s": No such file or directory\n', "/srv/it's", "/srv/it"),
+        ("fgrep: /srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
+        ("tool: cannot open /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
+        ('FileNotFoundError: [Errno 2] No such file or directory: "/srv/it\'s"', "/srv/it's", "/srv/it"),
         ("FileNotFoundError: [Errno 2] No such file or directory: 'a.csv'", "./a.csv", "./a.csv"),
         (
             "ModuleNotFoundError: No module named 'some_thing.more'\n",
@@ -291,6 +352,47 @@ def test_what_a_failed_program_missed_is_hinted_at(text: str, subject: str, flag
 def test_what_no_flag_would_bring_is_no_hint(text: str) -> None:
     """Paths of the machine, of its own folders, in a root, outside of everything, or that cannot be printed."""
     assert hints(text.encode(), policy({}), AREAS, "/opt/x07") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "how"),
+    [
+        (
+            "ImportError: /tmp/a b.so: failed to map segment from shared object",
+            "/tmp/a b.so",  # noqa: S108 - the guest's
+            ("$.process.allow_exec_prefixes", ["/tmp/"]),  # noqa: S108 - as above
+        ),
+        (
+            "./it: error while loading shared libraries: ./lib/q.so: failed to map segment from shared object\n",
+            "/opt/x07/lib/q.so",
+            ("$.process.allow_exec_prefixes", ["/opt/x07/"]),
+        ),
+        (
+            "OSError: /data/q.so: failed to map segment from shared object\n",
+            "/data/q.so",
+            ("$.process.allow_execs", ["/usr/bin/env", "/data/q.so"]),
+        ),
+    ],
+)
+def test_a_library_that_cannot_be_loaded_is_hinted_at(text: str, path: str, how: tuple[str, object]) -> None:
+    """What the loader says of a folder without execution is told with what would let it be loaded from there."""
+    (hint,) = hints(text.encode(), policy(LISTED), AREAS, START)
+    assert (hint.subject, hint.kind) == (f"the library {path}", "library")
+    assert (hint.how.json_path, hint.how.value) == how
+    (hint,) = hints(text.encode(), policy({"process.allow_exec": False}), AREAS, START)
+    assert hint.how == HowToAllow(json_path="$.process.allow_exec", value=True)
+    assert hints(b"q.so: failed to map segment from shared object", policy(LISTED), AREAS, START) == []
+
+
+@pytest.mark.parametrize("path", ["in/.cfg", "/data/.cfg", "/srv/.cfg", ".cfg"])
+def test_a_hidden_file_that_is_missed_is_hinted_at(path: str) -> None:
+    """In a root or outside of all of them: first fs.deny_hidden must let it."""
+    text = f"FileNotFoundError: [Errno 2] No such file or directory: '{path}'"
+    (hint,) = hints(text.encode(), policy({"fs.deny_hidden": True}), AREAS, START)
+    assert hint.subject == (path if "/" in path else f"./{path}")
+    assert hint.how == HowToAllow(json_path="$.fs.deny_hidden", value=False)
+    inside = path.startswith(("in/", "/data"))
+    assert bool(hints(text.encode(), policy({"fs.deny_hidden": False}), AREAS, START)) is not inside
 
 
 def test_hints_are_few_however_long_the_text() -> None:

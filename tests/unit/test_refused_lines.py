@@ -76,6 +76,8 @@ def test_lines_are_short_and_act_on_no_terminal(capsys: pytest.CaptureFixture[st
     assert '$.process.allow_execs = [..., "/bin/99"] in the policy lets it' in said
     assert "is not in the sandbox; --allow-read-root /a lets it (to write: --allow-write-root /a)" in said
     assert "\x1b" not in said
+    tell(result(hints=(Hint(subject="the library /tmp/a.so", kind="library", how=how),)))
+    assert "x07: the library /tmp/a.so cannot be loaded from where it lies; $.process" in capsys.readouterr().err
 
 
 def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixture[str]) -> None:

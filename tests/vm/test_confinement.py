@@ -361,6 +361,52 @@ def test_files_of_the_host_are_held_to_the_list_too(sandbox: Sandbox, tmp_path: 
     }
 
 
+TWICE: Final = """
+import json, subprocess, sys
+
+def tried(what, *args):
+    try:
+        return what(*args)
+    except OSError as exc:
+        return exc.strerror
+
+def written(path):
+    with open(path, "r+b") as file:
+        file.write(b"#!/bin/sh\\nexit 4\\n")
+    return "written"
+
+places = sys.argv[1:]
+print(json.dumps([
+    *(tried(written, f"{place}/tool") for place in places),
+    *(tried(written, f"{place}/other") for place in places),
+    tried(subprocess.call, [f"{places[0]}/tool"]),
+]))
+"""
+
+
+@pytest.mark.parametrize("around", [True, False], ids=["in another root", "two roots"])
+def test_a_listed_program_is_kept_wherever_its_folder_is(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, around: bool
+) -> None:
+    """A folder with two places in the machine is one: a file that the list names at one place is changed at neither."""
+    folder = tmp_path / "own tools"
+    folder.mkdir()
+    for name in ("tool", "other"):
+        (folder / name).write_text("#!/bin/sh\nexit 3\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    places = [f"/opt/x07/{folder.name}", str(folder)]
+    policy: dict[str, object] = {
+        "fs.read_roots": [folder.name] if around else [],
+        "fs.write_roots": [str(tmp_path)] if around else [folder.name, places[1]],
+        "process.allow_execs": [f"{places[0]}/tool", "/bin/sh"],
+        "process.allow_exec_prefixes": [],
+    }
+    ran = sandbox.run_text("twice.py", TWICE, *places, policy=policy)
+    assert ran.outcome == "ok", (ran.reason, ran.stderr)
+    assert json.loads(ran.stdout) == ["Read-only file system"] * 2 + ["written"] * 2 + [3]
+
+
 LOADED: Final = """
 import json, mmap, shutil, subprocess, sys
 

@@ -28,6 +28,11 @@ with open("/tmp/made/it", "w") as file:
 os.chmod("/tmp/made/it", 0o755)
 subprocess.run(["/tmp/made/it"], check=True)
 """
+LIBRARY: Final = """
+import ctypes, glob, shutil
+shutil.copy(glob.glob("/usr/lib/*/libm.so.6")[0], "own.so")
+ctypes.CDLL("./own.so")
+"""
 CHILDREN: Final = """
 import subprocess
 for one in [subprocess.Popen(["/usr/bin/sleep", "2"]) for _ in range(3)]:
@@ -37,6 +42,14 @@ FILES: Final = "held = [open('/dev/null') for _ in range(40)]\n"
 DUPLICATES: Final = "import os\nheld = [os.dup(0) for _ in range(40)]\n"  # by fcntl
 SCRIPT: Final = "import subprocess\nsubprocess.run(['/usr/bin/ldd', '--version'], check=True)\n"
 MEMORY: Final = "held = bytearray(100 << 20)\n"
+TEMPORARY: Final = "with open('/tmp/big', 'wb') as file:\n    for _ in range(30): file.write(bytes(1 << 20))\n"
+SHARED: Final = """
+from multiprocessing import shared_memory
+held = shared_memory.SharedMemory(create=True, size=30 << 20)
+for start in range(0, 30 << 20, 1 << 20):
+    held.buf[start : start + (1 << 20)] = bytes(1 << 20)
+held.unlink()
+"""
 CPU: Final = "for _ in range(200_000): pass\nimport time\nwhile time.process_time() < 1.5: pass\n"
 CHANGE: Final = "import os\nos.chdir({root!r})\nos.mkdir('new')\nos.remove('gone')\n"
 RENAME: Final = "import os\nos.chdir({root!r})\nos.rename('old', 'renamed')\n"
@@ -79,6 +92,16 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
             {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": []},
             ["process.allow_exec_prefixes"],
         ),
+        (
+            MADE,
+            {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": ["/tmp/made/"]},  # noqa: S108
+            ["process.allow_exec_prefixes"],
+        ),
+        (
+            LIBRARY,
+            {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
+            ["process.allow_exec_prefixes"],
+        ),
         (CHILDREN, {"process.max_live": 2}, ["process.max_live"]),
         (CHILDREN, {"limits.procs": 2}, ["limits.procs"]),
         (
@@ -89,6 +112,8 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
         (FILES, {"limits.fds": 30}, ["limits.fds"]),
         (DUPLICATES, {"limits.fds": 30}, ["limits.fds"]),
         (MEMORY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
+        (TEMPORARY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
+        (SHARED, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
         (CPU, {"limits.cpu_ms": 1000}, ["limits.cpu_ms"]),
         ("import time\ntime.sleep(2.2)\n", {"limits.wall_ms": 2000}, ["limits.wall_ms"]),
     ],

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.vm.conftest import PROGRAMS, Artifacts, Sandbox
+from tests.x07_variables import EXPECTED, policy_document
 
 if TYPE_CHECKING:
     from tests.vm.conftest import Ran
@@ -139,3 +142,17 @@ def test_a_name_that_could_mislead_is_a_usage_error(sandbox: Sandbox, name: str)
     ran = sandbox.run_text(name, "print('never')\n")
     assert (ran.outcome, ran.result.x07_exit_code) == ("usage-error", 2)
     assert ran.result.phases == {}
+
+
+def test_a_program_is_told_its_policy(state: Path, tmp_path: Path) -> None:
+    """Every field that has a variable arrives in the machine by X07's name for it, and none of X07's besides."""
+    assert state.parent.is_dir()
+    for name in ("given", "also given", "written"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "p.json").write_text(json.dumps(policy_document()))
+    (tmp_path / "it.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--policy", "p.json", "it.py"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {name: text for name, text in found.items() if name.startswith("X07")} == EXPECTED

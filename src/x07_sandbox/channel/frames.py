@@ -140,6 +140,7 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
         "cpu_exceeded": Shape("bool"),
         "stopped": Shape("bool"),
         "disk_full": Shape("bool"),
+        "memory_full": Shape("bool"),
         "denials_lost": _COUNT,
         "output_bytes": Shape("int", 0, 2**40, optional=True),
         "output_problem": Shape("text", hi=2000, optional=True),

@@ -152,8 +152,11 @@ With a list, or where nothing may be executed, what is not of the image (the pro
 `/tmp`, `/opt/x07`) is `noexec` but for what entries name: no loader runs it, and libraries there cannot be loaded
 either. A file that an entry names in a writable folder can be executed and, as long as the program runs, neither
 changed, moved nor removed; a folder is a mount of its own, so that moving files in or out is a copy (`EXDEV`). What the
-program writes may be executed where a prefix leads into a folder of its own or a write root, and where an entry names a
-single file that is a write root; `x07 policy explain` says of which entries that is so.
+program writes may be executed where a prefix leads into a folder of its own or a write root that is there when it
+starts (`/opt/x07/` does, `/opt/x07/made/` does not), and where an entry names a single file that is a write root;
+`x07 policy explain` says of which entries that is so. A folder of the host that has two places in the machine (a
+relative root and an absolute one, or `--out`) is one folder there too: a file that an entry names is kept as it is at
+both, and where a prefix leads into one of them, what is written at the other counts.
 
 Whatever the policy says, a filter refuses what no program needs: mounts, modules, namespaces, tracing, keyrings, bpf,
 perf, userfaultfd, io_uring, memfd_create, execveat by descriptor, kexec, and sockets that are not local, of the
@@ -181,6 +184,7 @@ x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it 
 | `process.allow_execs`, `process.allow_exec_prefixes` | programs that no list names | the audit |
 | `limits.procs`, `process.max_live`, `limits.fds` | one more task or descriptor | control group, audit |
 | `limits.wall_ms`, `limits.cpu_ms`, `limits.mem_bytes` | what ended the program | deadline, control group |
+| `limits.mem_bytes` | writing where `/tmp` or `/dev/shm` is full | what is left in them when the program has ended |
 | `permissions`, `system-calls`, `scratch` | what nothing allows: `how_to_allow` is null | audit, filter, disk |
 
 Doing what `how_to_allow` says never makes an invalid policy: where a rule wants another field first (above: "comes
@@ -190,7 +194,8 @@ it was to be opened for, so a hint says what lets it be read (`how`) and what le
 
 A subject with a slash at its end is the folder in which something new was to be made. At most 64 different ones are
 told of the audit's; `denials_lost` counts what came beyond, or faster than the kernel records. A path that does not
-exist and a Python module that is not installed are no refusals, but `hints`.
+exist, a Python module that is not installed and a library that cannot be loaded from where it lies (`noexec`) are no
+refusals, but `hints`: they are read from the program's own error output.
 """
 _DIGESTS: Final = """
 ## Digests

@@ -39,6 +39,8 @@ def lines(result: Result) -> list[str]:
 
 def _hint(hint: Hint) -> str:
     to_write = f" (to write: {hint.to_write.flag})" if hint.to_write and hint.to_write.flag else ""
+    if hint.kind == "library":
+        return f"{hint.subject} cannot be loaded from where it lies{how(hint.how)}"
     return f"{hint.subject} is not in the sandbox{how(hint.how, 'fs.read_roots')}{to_write}"
 
 

@@ -271,7 +271,10 @@ class _Call:
         if path and not path.startswith("/"):
             path = posixpath.join("..." if self.elsewhere else self.cwd, path)
         if path:
-            path = posixpath.normpath(path)[:_PATH_MAX] + "/" * (not self.path)
+            # Two slashes at the beginning would stay two.
+            path = ("/" * path.startswith("/") + posixpath.normpath(path).lstrip("/"))[:_PATH_MAX]
+            if not self.path and path != "/":
+                path += "/"
         return Refusal(self.by, self.name, self.errno, path, self.write)
 
 

@@ -336,9 +336,45 @@ def _no_execution(orders: Orders) -> None:
         holding = max((place for place in places if _within(path, place)), key=len, default=None)
         if holding in closed:
             # A mount of its own leaves the rest of the folder closed; and a file in it is what it was at the start.
+            others = [] if os.path.isdir(path) else _elsewhere(path, holding, places)
             system.mount(path, path, "", system.MS_BIND | system.MS_REC)
             _remount(path, 0 if os.path.isdir(path) else system.MS_RDONLY)
             places.append(path)
+            for other in others:  # what it is could be changed there too
+                system.mount(other, other, "", system.MS_BIND)
+                _remount(other, system.MS_RDONLY)
+
+
+def _elsewhere(path: str, holding: str, places: list[str]) -> list[str]:
+    """Where else the file of this path, which lies in the mount *holding*, is: a folder may be mounted at more places.
+
+    places: the mounts that are looked at.
+    """
+    sources = _sources()
+    disk, top = sources[holding]
+    source = top.rstrip("/") + path[len(holding) :]
+    found = set()
+    for place in set(places) - {holding}:
+        other_disk, other_top = sources.get(place, ("", ""))
+        if other_disk == disk and _within(source, other_top):
+            found.add(place + source[len(other_top.rstrip("/")) :])
+    return sorted(other for other in found - {path} if os.path.exists(other) and os.path.samefile(other, path))
+
+
+def _sources() -> dict[str, tuple[str, str]]:
+    """Of every mount, by its place: the disk, and the folder of it that is mounted there."""
+    found = {}
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            disk, top, place = (_plain(word) for word in line.split(b" ")[2:5])
+            found[place] = disk, top  # of two at one place the later covers the other
+    return found
+
+
+def _plain(word: bytes) -> str:
+    """A word of mountinfo, in which blanks and the like are octal."""
+    first, *rest = word.split(b"\\")
+    return os.fsdecode(first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest))
 
 
 def _remount(path: str, flags: int) -> None:

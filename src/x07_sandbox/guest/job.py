@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _READ: Final = 32 * 1024
 _PROJECT: Final = "/x07/in/project"
 _FULL_BLOCKS: Final = 256  # of 4 KiB: a disk with less left counts as full
+_FULL_SHARE: Final = 64  # of a folder in memory: with less than one such part left it counts as full
 TICK_S: Final = 0.1  # how often the CPU counter is read while the program runs
 
 
@@ -337,11 +338,21 @@ class Job:
                 "cpu_exceeded": self.cpu_exceeded,
                 "stopped": self.stopped,
                 "disk_full": os.statvfs(confine.SCRATCH).f_bavail < _FULL_BLOCKS,
+                "memory_full": self._memory_full(),
                 "denials_lost": lost,
                 "output_bytes": size,
                 "output_problem": problem,
             },
         )
+
+    def _memory_full(self) -> bool:
+        """Whether one of the program's folders in memory has no room left, for bytes or for names."""
+        for name in ("tmp", "dev/shm"):
+            # Its init waits until the machine ends, and with it the program's view.
+            room = os.statvfs(f"/proc/{self.place.init}/root/{name}")
+            if room.f_bavail * _FULL_SHARE < room.f_blocks or not room.f_favail:
+                return True
+        return False
 
     def _open_output(self) -> tuple[int | None, str | None]:
         """Open the one file that the host wants: its size, or what is wrong with it."""

@@ -93,7 +93,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.refusals:
             why = "; ".join(refusal.why for refusal in self.refusals)
             fields = dict.fromkeys(refusal.field for refusal in self.refusals)
-            fix = f"Change {', '.join(fields)} in the policy"
+            changed = dict.fromkeys(str(refusal.how_to_allow.json_path)[2:] for refusal in self.refusals)
+            fix = f"Change {', '.join(changed)} in the policy"
             if flags := [flag for field in fields for flag in _FLAGS.get(field, ()) if flag in given]:
                 fix += f", or leave out {', '.join(flags)}"
             raise RefusedError("the policy cannot be carried out", why, fix)
@@ -140,7 +141,9 @@ def _refusals(controls: tuple[Control, ...], asked: Asked) -> Iterator[Refusal]:
             value = asked.values[control.field]
             # Of a number nothing is to be dropped: another backend must hold it.
             without: object = [] if isinstance(value, tuple) else not value if isinstance(value, bool) else value
-            how = HowToAllow(json_path=f"$.{control.field}", value=without)
+            instead = TABLE[control.field](asked, control.field).instead
+            field, value = (control.field, without) if instead is None else instead
+            how = HowToAllow(json_path=f"$.{field}", value=value)
             yield Refusal(field=control.field, why=f"{control.why}: {control.field}", how_to_allow=how)
 
 

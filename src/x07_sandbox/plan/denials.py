@@ -37,10 +37,12 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Something that the program seems to have missed, and what would bring it there (plan/hints).
 
-    how: what lets it be read. to_write: what lets a file of that name be made; null where nothing does.
+    kind: whether it is not there, or is a library that cannot be loaded from where it lies.
+    how: what lets it be read, or loaded. to_write: what lets a file of that name be made; null where nothing does.
     """
 
     subject: str
+    kind: Literal["missing", "library"] = "missing"
     how: HowToAllow
     to_write: HowToAllow | None = None
 

@@ -8,11 +8,12 @@ up by it.
 from __future__ import annotations
 
 import itertools
+import posixpath
 import re
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.plan.denials import Hint, HowToAllow
-from x07_sandbox.plan.observed import root_to_allow
+from x07_sandbox.plan.observed import allowing, root_to_allow, to_load
 from x07_sandbox.plan.places import PROGRAM, inside, place
 
 if TYPE_CHECKING:
@@ -22,11 +23,19 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
 
 _MOST: Final = 3
-# As Python says it, and as perror(3) and most programs do: "cat: /data/x: No such file or directory".
-_MISSING: Final = (
-    re.compile(r"No such file or directory: b?'([^'\n]{1,255})'"),
-    re.compile(r"(?:^|[\s:'\"])(/[^\s:'\"]{1,255})['\"]?(?: [a-z ]{1,20})?: No such file or directory", re.MULTILINE),
+# As Python says it; as coreutils do, which quote what has blanks; and as perror(3) and most programs do:
+# "cat: /data/x: No such file or directory". A blank in a path without quotes is one only where the path stands alone.
+_MISSING: Final = tuple(
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (
+        r"No such file or directory: b?(?P<quote>['\"])(?P<path>(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)",
+        r"(?P<quote>['\"])(?P<path>/(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)(?: [a-z ]{1,20})?: No such file or dir",
+        r": (?P<path>/[^:'\"\n]{1,255}): No such file or directory",
+        r"(?:^|[\s:])(?P<path>/[^\s:'\"]{1,255}): No such file or directory",
+    )
 )
+# As the loader of programs says it where the kernel does not let a file be mapped to be executed.
+_UNLOADED: Final = re.compile(r"(?:^|: )([^:'\"\n]{1,255}): failed to map segment from shared object", re.MULTILINE)
 _MODULE: Final = re.compile(r"^ModuleNotFoundError: No module named '(\w{1,100})", re.MULTILINE | re.ASCII)
 
 
@@ -34,21 +43,39 @@ def hints(tail: bytes, policy: Policy, areas: Sequence[Area], cwd: str) -> list[
     """What the program seems to have missed, at most three things. tail: the end of its error output."""
     text = tail.decode("utf-8", "replace")
     found = dict.fromkeys((*_paths(text, policy, areas, cwd), *_MODULE.findall(text)))
-    told = (_hint(what, policy) for what in found)
+    told = (*_libraries(text, policy, areas, cwd), *(_hint(what, policy) for what in found))
     return list(itertools.islice((hint for hint in told if hint is not None), _MOST))
+
+
+def _libraries(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[Hint]:
+    for name in dict.fromkeys(_UNLOADED.findall(text)):
+        if "/" in name and name.isprintable():
+            path = posixpath.normpath(posixpath.join(cwd, name))
+            if how := to_load(path, policy, areas, cwd):
+                yield Hint(subject=f"the library {path}", kind="library", how=how)
 
 
 def _paths(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[str]:
     for pattern in _MISSING:
-        for path in pattern.findall(text):
-            at, _ = place(path, cwd, deny_hidden=policy.fs.deny_hidden)
+        for path in (found["path"] for found in pattern.finditer(text)):
+            at, _ = place(path, cwd, deny_hidden=False)
             known = at is None or any(at == area.at or inside(at, area.at) for area in areas)
+            known = known and not (at and _hidden(path, policy))  # what a root keeps back may be missed all the same
             if not known and path.isprintable() and not inside(path, PROGRAM):
                 yield path if "/" in path else f"./{path}"
 
 
+def _hidden(path: str, policy: Policy) -> bool:
+    """Whether it would have its place but for fs.deny_hidden."""
+    return place(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0] != place(path, PROGRAM, deny_hidden=False)[0]
+
+
 def _hint(what: str, policy: Policy) -> Hint | None:
     """None where no policy can bring it."""
+    if "/" in what and _hidden(what, policy):
+        field, value = ("fs.deny_hidden", False) if policy.fs.enabled else ("fs.enabled", True)
+        how = allowing(policy, field, value)
+        return None if how is None else Hint(subject=what, how=how)
     if "/" in what:
         folder = what.rpartition("/")[0]
         how = root_to_allow(policy, "read_roots", what)

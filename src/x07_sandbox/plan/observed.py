@@ -107,6 +107,13 @@ def disk_full() -> Denial:
     return _seen("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
 
 
+def memory_full(policy: Policy) -> Denial:
+    """The program's /tmp or /dev/shm was full at the end."""
+    what = "a folder in memory (/tmp, /dev/shm) is full; each may hold a quarter of limits.mem_bytes"
+    how = _more(policy, "limits.mem_bytes", policy.limits.mem_bytes)
+    return _seen("limits.mem_bytes", "write", what, "the size of the folders in memory", 1, how)
+
+
 def _more(policy: Policy, field: str, held: int) -> HowToAllow | None:
     """A larger number, if a policy can say one."""
     most = largest(field)
@@ -151,15 +158,31 @@ def _descriptors(body: Mapping[str, Any], policy: Policy) -> Denial:
 
 def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: str) -> Denial:
     path, count = body["path"], body["count"]
-    if not path.startswith("/") or not _misses(path, policy, cwd) or body["errno"] != errno.EACCES:
+    lists = confinement(policy, cwd)
+    if not path.startswith("/") or lists.programs is None or body["errno"] != errno.EACCES:
         return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
-    writable = [folder for folder in (*WRITABLE, *(area.at for area in areas if area.write)) if inside(path, folder)]
-    if writable:
-        # The folder that is there when the program starts: an entry counts for what it finds then.
-        prefixes = [*policy.process.allow_exec_prefixes, f"{max(writable, key=len)}/"]
-        how = allowing(policy, "process.allow_exec_prefixes", prefixes)
-        return _seen("process.allow_exec_prefixes", "execute", path, "noexec", count, how)
-    return _seen("process.allow_execs", "execute", path, _LANDLOCK, count, _on_list(policy, path))
+    listed = not _misses(path, policy, cwd)
+    root = _root_of(path, areas)
+    folder = root.at if root is not None else next((own for own in WRITABLE if inside(path, own)), None)
+    if folder is None or (root is not None and not root.write):
+        if listed:
+            return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
+        return _seen("process.allow_execs", "execute", path, _LANDLOCK, count, _on_list(policy, path))
+    if f"{folder}/".startswith(lists.prefixes):
+        return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
+    # An entry counts for what it finds when the program starts: what is made later needs one for the whole folder. In
+    # a root that an entry leads into there may have been such a file, and nothing here knows.
+    by = "noexec, or the file's mode" if listed and root is not None else "noexec"
+    how = allowing(policy, "process.allow_exec_prefixes", [*policy.process.allow_exec_prefixes, f"{folder}/"])
+    return _seen("process.allow_exec_prefixes", "execute", path, by, count, how)
+
+
+def to_load(path: str, policy: Policy, areas: Sequence[Area], cwd: str) -> HowToAllow | None:
+    """What would let a library be loaded from there, an absolute path: what lets it be executed, or comes first."""
+    process = policy.process
+    if not process.may_execute:
+        return allowing(policy, f"process.{'allow_exec' if process.enabled else 'enabled'}", value=True)
+    return _execution({"path": path, "errno": errno.EACCES, "count": 1}, policy, areas, cwd).how_to_allow
 
 
 def _on_list(policy: Policy, path: str) -> HowToAllow | None:
@@ -177,7 +200,7 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: s
     action = "write" if body["write"] else "read"
     if not path.startswith("/"):  # of a folder that is known by its descriptor, or none at all: nothing to advise
         return _seen(PERMISSIONS, action, path or f"({body['call']})", "the guest's kernel", count, None)
-    area = max((area for area in areas if f"{path}/".startswith(f"{area.at}/")), key=_depth, default=None)
+    area = _root_of(path, areas)
     if action == "read":
         if area is None and _PROGRAM_FOLDERS & set(path.split("/")) and _misses(path, policy, cwd):
             return _seen("process.allow_execs", action, path, _LANDLOCK, count, _on_list(policy, path))
@@ -195,14 +218,21 @@ def _to_write(path: str, area: Area | None, policy: Policy, cwd: str) -> tuple[s
         # A policy without files gives none to the flag either.
         return "fs.write_roots", out if policy.fs.enabled else allowing(policy, "fs.enabled", value=True)
     folder = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)
-    given = folder if area is None else area.given
+    if area is not None:
+        given = area.given
+    elif folder == cwd or inside(folder, cwd):  # it has no absolute name: what lies there is of relative roots
+        given = posixpath.relpath(folder, cwd)
+    else:
+        given = folder
     if place(given, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
         return PERMISSIONS, None
     return "fs.write_roots", root_to_allow(policy, "write_roots", given)
 
 
-def _depth(area: Area) -> int:
-    return area.at.count("/")
+def _root_of(path: str, areas: Sequence[Area]) -> Area | None:
+    """The innermost root that it is, or lies in."""
+    around = (area for area in areas if path == area.at or inside(path, area.at))
+    return max(around, key=lambda area: area.at.count("/"), default=None)
 
 
 def root_to_allow(policy: Policy, name: Literal["read_roots", "write_roots"], given: str) -> HowToAllow | None:

@@ -7,7 +7,7 @@ fields reach X07's own libraries as variables, and bind only programs that ask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
 import msgspec
@@ -20,11 +20,12 @@ State = Literal["enforced", "advisory", "refused"]
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a row of the table says about a value."""
+    """What a row of the table says about a value. instead: what to change in place of it: another field, its value."""
 
     state: State
     by: str
     why: str
+    instead: tuple[str, object] | None = None
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,9 +129,13 @@ def _roots(asked: Asked, field: str) -> Answer:
     for root in given:
         where, why = place(root, PROGRAM, deny_hidden=hidden)
         if where is None:
-            return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no place in the machine ({why})")
+            bare = place(root, PROGRAM, deny_hidden=False)[0]
+            instead = None if bare is None else ("fs.deny_hidden", False)
+            return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no place in the machine ({why})", instead)
     if field == "fs.read_roots":
-        return Answer("enforced", _COPY, "it gets copies of these, which it cannot change")
+        return Answer(
+            "enforced", _COPY, "it gets copies of these, and can change them only where a write root holds them too"
+        )
     return Answer("enforced", _CHANGES, "it gets copies of these; changes come back only as a checked set")
 
 
@@ -243,7 +248,11 @@ def _execs(asked: Asked, _field: str) -> Answer:
         return Answer("enforced", _SECCOMP, "nothing may be executed, so no entry counts")
     why = "nothing that no entry names can be executed, nor a program of the image be read (EACCES)"
     if found := _written_and_executed(asked):
-        why += f"; but what it writes there may be: {', '.join(ascii(entry)[1:-1] for entry in found)}"
+        entries = ", ".join(ascii(entry)[1:-1] for entry in found)
+        why += f"; but, where an entry finds something when it starts, what it writes there may be: {entries}"
+    if found := _perhaps_written_and_executed(asked, but=found):
+        entries = ", ".join(ascii(entry)[1:-1] for entry in found)
+        why += f"; where a write root holds the same folder of the host, there too: {entries}"
     return Answer("enforced", "the guest's Landlock rules, noexec", why)
 
 
@@ -253,10 +262,28 @@ def _written_and_executed(asked: Asked) -> list[str]:
 
     given = asked.entries("fs.write_roots") if asked.files else ()
     roots = [path for root in given if (path := place(str(root), PROGRAM, deny_hidden=False)[0])]
+    return _leading_into(asked, roots, (*WRITABLE, *roots))
+
+
+def _perhaps_written_and_executed(asked: Asked, but: Sequence[str]) -> list[str]:
+    """Entries that lead where it can write if two roots are one folder: not told by names, where one is relative."""
+    from x07_sandbox.plan.places import PROGRAM, place
+
+    if not asked.files:
+        return []
+    written = {str(root).startswith("/") for root in asked.entries("fs.write_roots")}
+    given = [root for root in map(str, asked.entries("fs.read_roots")) if (not root.startswith("/")) in written]
+    roots = [path for root in given if (path := place(root, PROGRAM, deny_hidden=False)[0])]
+    return [entry for entry in _leading_into(asked, roots, roots) if entry not in but]
+
+
+def _leading_into(asked: Asked, roots: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """Beginnings that lead into one of the folders, and files that are one of the roots."""
+    from x07_sandbox.plan.places import PROGRAM
+
     prefixes = [str(entry) for entry in asked.entries("process.allow_exec_prefixes")]
     files = [str(entry) for entry in asked.entries("process.allow_execs")]
-    files = [entry for entry in files if entry_path(entry, PROGRAM) in roots]
-    return [*leading_into(prefixes, (*WRITABLE, *roots), PROGRAM), *files]
+    return [*leading_into(prefixes, folders, PROGRAM), *(file for file in files if entry_path(file, PROGRAM) in roots)]
 
 
 def _max_live(asked: Asked, field: str) -> Answer:

@@ -402,8 +402,9 @@ class Session:
     def _note_denials(self, ending: Verdict, facts: PhaseFacts, policy: Policy, spec: PhaseSpec) -> None:
         usage, so_far = facts.usage, self.so_far
         so_far.denials_lost = int(usage.get("denials_lost", 0))
-        tasks, full = int(usage.get("tasks_refused", 0)), usage.get("disk_full")
-        if ending.outcome.value == "ok" and not (facts.refused or tasks or full):
+        tasks = int(usage.get("tasks_refused", 0))
+        disk, memory = usage.get("disk_full"), usage.get("memory_full")
+        if ending.outcome.value == "ok" and not (facts.refused or tasks or disk or memory):
             return
         from x07_sandbox.plan import observed  # not on the way of a program that ends well
 
@@ -411,8 +412,10 @@ class Session:
         so_far.denials[:0] = observed.denials(facts.refused, policy, spec.areas, spec.cwd)
         if tasks:
             so_far.denials.append(observed.more_tasks(policy, run_limits(policy).max_live, tasks))
-        if full:
+        if disk:
             so_far.denials.append(observed.disk_full())
+        if memory:
+            so_far.denials.append(observed.memory_full(policy))
         if (limit := observed.limit_hit(ending.outcome.value, policy, self.program.cpu_ms)) is not None:
             so_far.denials.append(limit)
         if facts.stderr_tail:

@@ -38,6 +38,7 @@ ENDED = {
     "cpu_exceeded": False,
     "stopped": False,
     "disk_full": False,
+    "memory_full": False,
     "denials_lost": 0,
     "output_bytes": None,
     "output_problem": None,
