@@ -305,7 +305,7 @@ def test_of_a_hidden_root_what_lets_it_is_told(root: str, path: str, value: obje
     (refusal,) = made.refusals
     assert (refusal.field, refusal.how_to_allow) == ("fs.read_roots", HowToAllow(json_path=path, value=value))
     with pytest.raises(RefusedError) as error:
-        made.require()
+        made.require(["--allow-read-root"])
     assert f"Change {path[2:]} in the policy, or leave out --allow-read-root" in error.value.fix
     assert (plan(fs__read_roots=[root], fs__deny_hidden=False).refusals == ()) == (value is False)
 

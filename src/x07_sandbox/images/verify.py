@@ -88,7 +88,10 @@ def open_image(image: Image) -> Iterator[OpenImage]:
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(opened_folder(image.folder, subject))
         _check_manifest(folder_fd, image)
-        kernel, initrd, root, scratch, *_filters = opened_parts(folder_fd, _parts(image), subject, stack)
+        kernel, initrd, root, scratch = opened_parts(folder_fd, image.manifest.parts.all(), subject, stack)
+        for part in image.manifest.filters.values():  # what results tell of: a machine has its own in the initrd
+            with opened_file(folder_fd, part.file, subject) as fd:
+                check_part(fd, part, None, subject)
         yield OpenImage(kernel_fd=kernel, initrd_fd=initrd, root_fd=root, scratch_fd=scratch, manifest=image.manifest)
 
 
