@@ -64,6 +64,11 @@ def overwrite(path: Path, data: bytes | None = None) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long first: what is left at the end are short ones, for whichever worker is free."""
+    items.sort(key=lambda item: "/unit/" in item.nodeid)
+
+
 @pytest.fixture(scope="session", name="need")
 def _need() -> Need:
     return need

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from msgspec.structs import replace
 
 from x07_sandbox.programs.x07 import frame_input
@@ -26,7 +26,7 @@ from x07_sandbox.runs.result import NOTHING, Changes, Digests, Result
 SHA = "sha256:" + "ab" * 32
 DIGESTS = Digests(artifact=SHA)
 COUNTED = b'{"fuel_used": 12, "heap_used": 3, "debug_stats": {"borrow_violations": 0}, "later": [1]}'
-SCHEMA = json.loads(schemas()["x07-os-runner.report.schema.json"])
+VALIDATOR = Draft202012Validator(json.loads(schemas()["x07-os-runner.report.schema.json"]))
 
 
 def report(stdout: bytes, stderr: bytes, code: int = 0) -> CompileRunReport:
@@ -56,7 +56,7 @@ def report(stdout: bytes, stderr: bytes, code: int = 0) -> CompileRunReport:
 def told(made: CompileRunReport) -> dict[str, Any]:
     """The report as a caller reads it, after the schema."""
     document: dict[str, Any] = json.loads(render_report(made))
-    jsonschema.validate(document, SCHEMA)
+    VALIDATOR.validate(document)
     return document
 
 
