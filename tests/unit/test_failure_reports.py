@@ -62,7 +62,8 @@ def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int
 @pytest.mark.parametrize("action", ["status", "stop"])
 def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
     """x07 pool status and stop say as JSON that there is none."""
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
+    # Not in the cache of all tests: a pool may be there, and another test's.
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", action, "--json"]
     done = subprocess.run(argv, env=env, capture_output=True, check=True, timeout=60)
     assert document(done.stdout) == {"schema_version": "x07.sandbox.pool@0.1.0", "pool": None}
