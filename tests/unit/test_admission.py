@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from x07_sandbox.errors import Cancelled, RefusedError, UsageError
+from x07_sandbox.errors import Cancelled, HostError, RefusedError, UsageError
 from x07_sandbox.jobs.admission import admitted, max_running
 
 
@@ -165,3 +166,45 @@ def test_a_wait_that_is_over_leaves_nothing(never: int) -> None:
             second.end()
     finally:
         ahead.end()
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), OSError(errno.EMFILE, "Too many open files")])
+def test_a_wait_that_could_not_begin_leaves_nothing(
+    never: int, monkeypatch: pytest.MonkeyPatch, problem: BaseException
+) -> None:
+    """Interrupted, or without a descriptor to wait with, a run leaves neither a lock in the queue nor a child."""
+    holder = Holder("first")
+    try:
+        assert holder.has_it() == "first"
+        before = what_there_is()
+
+        def refuse(_pid: int) -> int:
+            raise problem
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pidfd_open", refuse)
+            with pytest.raises((KeyboardInterrupt, HostError)), admitted(cancel_fd=never, timeout_s=5):
+                pass
+        assert what_there_is() == before
+    finally:
+        holder.end()
+    with admitted(cancel_fd=never, timeout_s=5) as waited:
+        assert waited < 1
+
+
+def test_a_wait_where_nobody_hears_of_children() -> None:
+    """With SIGCHLD ignored, as some programs have it, a run waits for its turn all the same."""
+    holder = Holder("first")
+    try:
+        assert holder.has_it() == "first"
+        code = "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n" + HOLDER
+        argv = [sys.executable, "-c", code, "second"]
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as waiting:
+            assert waiting.stdout is not None
+            assert waiting.stdout.readline() == "queued\n"
+            time.sleep(0.3)  # as above
+            holder.end()
+            assert waiting.stdout.readline() == "second\n"
+        assert waiting.returncode == 0
+    finally:
+        holder.end()

@@ -128,18 +128,17 @@ def test_the_oldest_goes_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert recalled(big) is None
 
 
-def test_who_waits_for_a_build_can_be_cancelled_and_is_not_held_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wait for another's build ends by what `pause` raises, and after the time that a build may take."""
+def test_who_waits_for_a_build_can_be_cancelled_and_is_not_held_for_ever() -> None:
+    """The wait for another's build ends by what `pause` raises, and after the time that it may take."""
 
     def never() -> None:
         raise InterruptedError
 
-    with one_builder("ab" * 32, never) as waited:
+    with one_builder("ab" * 32, never, 60) as waited:
         assert waited is False
-        with pytest.raises(InterruptedError), one_builder("ab" * 32, never):
+        with pytest.raises(InterruptedError), one_builder("ab" * 32, never, 60):
             pass
-        monkeypatch.setattr(settings, "BUILD_WALL_MS", 50)
-        with one_builder("ab" * 32, lambda: time.sleep(0.01)) as waited_too:
+        with one_builder("ab" * 32, lambda: time.sleep(0.01), 0.05) as waited_too:
             assert waited_too is True
-    with one_builder("ab" * 32, never) as waited:
+    with one_builder("ab" * 32, never, 60) as waited:
         assert waited is False

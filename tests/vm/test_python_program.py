@@ -124,6 +124,20 @@ def test_a_source_reads_only_the_guests_files(sandbox: Sandbox, tmp_path: Path) 
     assert ran.stdout != Path("/etc/passwd").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["driver.py", "traceback.py"])
+def test_a_source_may_have_a_name_of_the_builds_own(sandbox: Sandbox, name: str) -> None:
+    """A program that is called as the build's script is, or as a module that this one imports, is built and run."""
+    assert sandbox.run_text(name, "print(__file__)\n").stdout == f"/x07/in/program/{name}\n".encode()
+
+
+def test_what_is_too_much_for_the_compiler_names_the_file(sandbox: Sandbox) -> None:
+    """A source that the compiler gives up on is a failed build that names it, without frames of ours."""
+    ran = sandbox.run_text("deep.py", "x = " + "-" * 100_000 + "1\n")
+    assert ran.outcome == "build-failed"
+    assert ran.stderr.startswith(b"/x07/in/program/deep.py: ")
+    assert b"Traceback" not in ran.stderr
+
+
 def test_an_artifact_over_its_cap_fails_the_build(sandbox: Sandbox) -> None:
     """A build that makes more than 256 MiB is `build-failed`, with the size in the reason, and nothing is run."""
     ran = sandbox.run_text("huge.c", "char filler[260 << 20] = {1};\nint main(void) { return filler[0]; }\n")

@@ -153,6 +153,8 @@ class _Turn:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self.come = False
+        self._pidfd = -1
+        self._child: subprocess.Popen[bytes] | None = None
         try:
             self._child = subprocess.Popen(
                 ["/usr/bin/flock", "-x", str(fd)],
@@ -163,10 +165,17 @@ class _Turn:
                 env={},
                 process_group=0,  # Ctrl-C is for us, and we end it
             )
-        except OSError as exc:
-            forks.unlock(fd)
-            raise HostError("cannot wait for a machine", f"flock: {exc.strerror or exc}", "Install util-linux") from exc
-        self._pidfd = os.pidfd_open(self._child.pid)
+            try:
+                self._pidfd = os.pidfd_open(self._child.pid)
+            except ProcessLookupError:
+                self._took()  # it has ended, and nobody waited for it, since SIGCHLD is ignored
+        except BaseException as exc:  # Ctrl-C too: a lock that nobody knows of would hold the queue
+            self.__exit__()
+            if not isinstance(exc, OSError):
+                raise
+            missing = isinstance(exc, FileNotFoundError)
+            fix = "Install util-linux" if missing else "Raise the limits of this shell: ulimit -a shows them"
+            raise HostError("cannot wait for a machine", f"flock: {exc.strerror or exc}", fix) from exc
 
     def __enter__(self) -> Self:
         return self
@@ -179,15 +188,20 @@ class _Turn:
             poll.register(self._pidfd, select.POLLIN)
         ready = {fd for fd, _events in poll.poll(timeout_s * 1000)}
         if self._pidfd in ready:
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is ours already, unless the child was killed
-            except BlockingIOError:
-                raise HostError("cannot wait for a machine", "flock was ended", "Start it again") from None
-            self.come = True
+            self._took()
         return cancel_fd in ready
 
+    def _took(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is ours already, unless the child was killed
+        except BlockingIOError:
+            raise HostError("cannot wait for a machine", "flock was ended", "Start it again") from None
+        self.come = True
+
     def __exit__(self, *_exc: object) -> None:
-        self._child.kill()
-        self._child.wait()
-        os.close(self._pidfd)
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
         forks.unlock(self._fd)

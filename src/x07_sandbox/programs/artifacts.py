@@ -110,11 +110,11 @@ def keep_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"")
 
 
 @contextlib.contextmanager
-def one_builder(key: str, pause: Callable[[], None]) -> Iterator[bool]:
+def one_builder(key: str, pause: Callable[[], None], most_s: float) -> Iterator[bool]:
     """Around a build of *key*: of those that want the same one at a time builds. Whether another had been before.
 
-    pause: called again and again while another builds; what it raises ends the wait. Who is stopped, by Ctrl-Z say,
-    holds the others no longer than a build may take. Where nothing can be locked each builds.
+    pause: called again and again while another builds; what it raises ends the wait. most_s: after as many seconds it
+    builds all the same, since who was first may be stopped, by Ctrl-Z say. Where nothing can be locked each builds.
     """
     waited = False
     try:
@@ -124,7 +124,7 @@ def one_builder(key: str, pause: Callable[[], None]) -> Iterator[bool]:
     except OSError:
         yield False
         return
-    deadline = Deadline.after(settings.BUILD_WALL_MS / 1000)
+    deadline = Deadline.after(most_s)
     try:
         while not deadline.passed():
             try:

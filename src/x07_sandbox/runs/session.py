@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import Availability, Job, MachineKind
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, create_record
 from x07_sandbox.plan.confinement import UNCONFINED, Confinement, confinement
@@ -194,7 +195,8 @@ class Session:
             return self._build(argv, artifact, policy_bytes)
         if self._recalled(key, artifact):
             return None
-        with one_builder(key, self.request.cancel.pause) as waited:
+        most_s = min(settings.BUILD_WALL_MS / 1000, self.request.queue_s)
+        with one_builder(key, self._pause_for_another(), most_s) as waited:
             if waited and self._recalled(key, artifact):
                 return None
             failed = self._build(argv, artifact, policy_bytes)
@@ -202,6 +204,18 @@ class Session:
                 notes = msgspec.json.encode(self.so_far.build)
                 keep_artifact(key, artifact.fd, artifact.size, artifact.sha256(), notes)
             return failed
+
+    def _pause_for_another(self) -> Callable[[], None]:
+        """What `one_builder` does while another builds: it says so, once that takes long, and can be cancelled."""
+        say_at = [Deadline.after(1.0)]
+
+        def pause() -> None:
+            self.request.cancel.pause()
+            if say_at and say_at[0].passed():
+                say_at.clear()
+                self.request.progress("waiting: another run builds the same program")
+
+        return pause
 
     def _recalled(self, key: str, artifact: OutFile) -> bool:
         """Take what was built before from the same, if it is there."""

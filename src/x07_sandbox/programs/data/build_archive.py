@@ -28,6 +28,9 @@ def compiled(path: str, text: bytes) -> None:
     except (SyntaxError, ValueError) as exc:
         wrong.append("".join(traceback.format_exception_only(exc)))
         return
+    except (MemoryError, OverflowError, RecursionError) as exc:  # of the compiler; these name no file
+        wrong.append(f"{target}/{path}: " + "".join(traceback.format_exception_only(exc)))
+        return
     at, _, base = path.rpartition("/")
     cache = f"{at}/__pycache__" if at else "__pycache__"
     entries[cache] = (0o040755, b"")
