@@ -104,3 +104,21 @@ def test_the_lock_is_let_go_when_the_work_fails(tmp_path: Path) -> None:
     waits: list[str] = []
     with file_lock(tmp_path / "lock", on_wait=lambda: waits.append("wait")):
         assert waits == []
+
+
+def test_a_wait_can_have_an_end(tmp_path: Path) -> None:
+    """Who does not want to wait for ever for a process that may be stopped says how long, and is told."""
+    path = tmp_path / "lock"
+    child = holder(path)
+    waits: list[str] = []
+    try:
+        with (
+            pytest.raises(TimeoutError, match="another process has held it for 0 s"),
+            file_lock(path, on_wait=lambda: waits.append("wait"), most_s=0.1),
+        ):
+            pass
+        assert waits == ["wait"]
+    finally:
+        child.communicate(b"")
+    with file_lock(path, most_s=0.1):
+        pass

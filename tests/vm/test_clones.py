@@ -21,6 +21,7 @@ from x07_sandbox.backends.qemu.template import MANIFEST, sparse_sha256, template
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import clocks, settings
 from x07_sandbox.host.arch import ARCHES, host_arch
+from x07_sandbox.host.locks import file_lock
 from x07_sandbox.images.build import build_image
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.runs import execute
@@ -208,6 +209,18 @@ def test_without_space_for_a_saved_machine_a_run_starts_cold(
     assert starts(ran) == {"run": "cold"}
     assert [text for text in ran.result.warnings if "too little space" in text]
     assert starts(in_own_cache.behave("nothing")) == {"run": "clone"}
+
+
+def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
+    in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another process has been making the machine for too long a run starts cold, and says so."""
+    shutil.rmtree(templates_dir(), ignore_errors=True)
+    monkeypatch.setattr(settings, "TEMPLATE_S", 0.1)
+    with file_lock(templates_dir() / ".lock"):
+        ran = in_own_cache.behave("nothing")
+    assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
+    assert [text for text in ran.result.warnings if "another process has held it" in text]
 
 
 @pytest.mark.parametrize(("name", "data"), [("state", b"no such machine"), ("ram", bytes(96 << 20))])

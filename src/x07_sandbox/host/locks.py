@@ -5,21 +5,27 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 from x07_sandbox.host import forks
+from x07_sandbox.host.clocks import Deadline
+
+_LOOK_AGAIN_S: Final = 0.02
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+def file_lock(path: Path, *, on_wait: Callable[[], None] | None = None, most_s: float | None = None) -> Iterator[None]:
     """Hold an exclusive flock(2) on *path*, which is made when missing and never removed.
 
-    on_wait is called once when another process holds the lock, before waiting for it.
+    on_wait is called once when another process holds the lock, before waiting for it. most_s: how long to wait.
+    Raises TimeoutError after that: the other may be stopped, by Ctrl-Z say.
     """
     fd = forks.keep(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     try:
-        _take(fd, on_wait)
+        _take(fd, on_wait, most_s)
         yield
     finally:
         forks.unlock(fd)
@@ -74,10 +80,24 @@ def is_locked(path: Path) -> bool:
         return False
 
 
-def _take(fd: int, on_wait: Callable[[], None] | None) -> None:
+def _take(fd: int, on_wait: Callable[[], None] | None, most_s: float | None = None) -> None:
+    if _taken(fd):
+        return
+    if on_wait is not None:
+        on_wait()
+    if most_s is None:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return
+    deadline = Deadline.after(most_s)
+    while not _taken(fd):
+        if deadline.passed():
+            raise TimeoutError(f"another process has held it for {most_s:.0f} s")
+        time.sleep(_LOOK_AGAIN_S)  # nothing but a signal ends a wait for a lock
+
+
+def _taken(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        if on_wait is not None:
-            on_wait()
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        return False
+    return True

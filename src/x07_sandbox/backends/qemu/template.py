@@ -22,7 +22,7 @@ import msgspec
 
 from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv
 from x07_sandbox.backends.qemu.start import Saved, tsc_khz
-from x07_sandbox.errors import ImageError
+from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
@@ -221,30 +221,42 @@ def sparse_sha256(fd: int, size: int) -> str:
 def ensure_template(template: Template, image: str, make: Maker, progress: Callable[[str], None]) -> None:
     """Make the template if it is not there, under a lock, so that several who want it wait for one.
 
-    image: digest of the image that it is of. make: fills a folder. Raises SandboxError; then nothing is there.
+    image: digest of the image that it is of. make: fills a folder. Raises SandboxError; then nothing is there, or
+    another is still at it: one that was stopped, by Ctrl-Z say, must not hold all others.
     """
+    with contextlib.ExitStack() as stack:
+        waiting = "waiting for another process to make the VM template"
+        folder, most_s = templates_dir(), 2 * settings.TEMPLATE_S
+        try:
+            stack.enter_context(file_lock(folder / ".lock", on_wait=lambda: progress(waiting), most_s=most_s))
+        except TimeoutError as exc:
+            fix = "Look whether one is stopped, by Ctrl-Z say"
+            raise HostError(f"cannot make {template.subject.name}", f"{exc}: the lock of all templates", fix) from exc
+        _make_alone(template, image, make, progress)
+
+
+def _make_alone(template: Template, image: str, make: Maker, progress: Callable[[str], None]) -> None:
     import shutil
     import tempfile
 
     folder = templates_dir()
-    with file_lock(folder / ".lock", on_wait=lambda: progress("waiting for another process to make the VM template")):
-        if template.folder.is_dir():
-            return
-        remove_template(template.folder)  # something that is no folder
-        for path in leftovers(folder):
-            shutil.rmtree(path, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
-        try:
-            progress("making the VM template, once for this image")
-            made = make(work)
-            path = work / MANIFEST
-            path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
-            path.chmod(0o444)
-            work.rename(template.folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        images = {image.digest for image in list_images()} | {image}
-        expire_templates(keep=template.key, images=images)
+    if template.folder.is_dir():
+        return
+    remove_template(template.folder)  # something that is no folder
+    for path in leftovers(folder):
+        shutil.rmtree(path, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+    try:
+        progress("making the VM template, once for this image")
+        made = make(work)
+        path = work / MANIFEST
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
+        path.chmod(0o444)
+        work.rename(template.folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    images = {image.digest for image in list_images()} | {image}
+    expire_templates(keep=template.key, images=images)
 
 
 def expire_templates(*, keep: str, images: set[str]) -> None:
