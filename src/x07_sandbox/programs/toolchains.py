@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
@@ -141,6 +142,7 @@ def _build_make(source: Source) -> list[str]:
     return ["/bin/sh", "-c", _MAKE, "make", source.folder, source.artifact, OUTPUT, *source.args]
 
 
+@cache
 def build_driver() -> bytes:
     """The driver of builds that make an archive."""
     return (Path(__file__).parent / "data" / "build_archive.py").read_bytes()
