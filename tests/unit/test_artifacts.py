@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from x07_sandbox.errors import Cancelled
 from x07_sandbox.host import settings
 from x07_sandbox.programs.artifacts import (
     HEADER_BYTES,
@@ -132,11 +133,11 @@ def test_who_waits_for_a_build_can_be_cancelled_and_is_not_held_for_ever() -> No
     """The wait for another's build ends by what `pause` raises, and after the time that it may take."""
 
     def never() -> None:
-        raise InterruptedError
+        raise Cancelled("x", "y", "z")
 
     with one_builder("ab" * 32, never, 60) as waited:
         assert waited is False
-        with pytest.raises(InterruptedError), one_builder("ab" * 32, never, 60):
+        with pytest.raises(Cancelled), one_builder("ab" * 32, never, 60):
             pass
         with one_builder("ab" * 32, lambda: time.sleep(0.01), 0.05) as waited_too:
             assert waited_too is True

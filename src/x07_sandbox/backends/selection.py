@@ -12,7 +12,7 @@ from typing import Final, Literal
 import msgspec
 
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.host.variables import BACKENDS, check_environment, flag, text
+from x07_sandbox.host.variables import BACKENDS, SANDBOX_BACKENDS, check_environment, flag, text
 from x07_sandbox.plan.features import Isolation
 
 Class = Literal["vm", "os", "none"]
@@ -126,19 +126,29 @@ def select(platform: Platform, asked: Asked) -> Choice:
     return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
 
 
+def asked(
+    *, sandbox: str | None = None, backend: str | None = None, accepted: bool = False, auto: Class = "vm"
+) -> Asked:
+    """What flags (words as they are given) and the environment ask for. Raises UsageError."""
+    return Asked(
+        sandbox_flag=SANDBOX_BACKENDS[sandbox] if sandbox else None,
+        sandbox_variable=text("X07_SANDBOX_BACKEND"),
+        backend_flag=backend_named(backend).name if backend else None,
+        backend_variable=text("X07_VM_BACKEND"),
+        accepted=accepted or flag(ACCEPT_VARIABLE),
+        auto=auto,
+    )
+
+
 def heed_variables() -> None:
     """Refuse what the environment asks for and cannot have, where no flag could say otherwise.
 
     Raises UsageError, also for a variable of ours that is wrong, and RefusedError.
     """
     check_environment(os.environ)
-    asked = Asked(
-        sandbox_variable=text("X07_SANDBOX_BACKEND"),
-        backend_variable=text("X07_VM_BACKEND"),
-        accepted=flag(ACCEPT_VARIABLE),
-    )
-    if asked.sandbox_variable or asked.backend_variable:
-        select(this_platform(), asked)
+    wish = asked()
+    if wish.sandbox_variable or wish.backend_variable:
+        select(this_platform(), wish)
 
 
 def backend_named(word: str) -> BackendRow:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
-from x07_sandbox.backends.selection import Asked, Platform, select, this_platform, working
+from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Platform, asked, select, this_platform, working
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
@@ -20,7 +20,7 @@ from x07_sandbox.cli.written import check_outputs, write_all
 from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
+from x07_sandbox.host.variables import check_environment, flag
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, SOURCE_SUFFIX, Options
 from x07_sandbox.reports.runner import World, failure_report, render_report
@@ -83,7 +83,7 @@ def _carry_out(options: argparse.Namespace) -> int:
         what = "none of them was" if not given else f"{' and '.join(given)} were"
         raise UsageError("wrong usage", f"{what} given", "Give exactly one of --program, --project, --artifact")
     _check_policy_flag(world, options)
-    accepted = options.i_accept_weaker_isolation or flag("X07_I_ACCEPT_WEAKER_ISOLATION")
+    accepted = options.i_accept_weaker_isolation or flag(ACCEPT_VARIABLE)
     _check_backend(this_platform(), world, options.sandbox_backend, accepted=accepted)
     path = _target(options)
     with contextlib.ExitStack() as stack:
@@ -124,15 +124,8 @@ def _check_policy_flag(world: World, options: argparse.Namespace) -> None:
 def _check_backend(platform: Platform, world: World, named: str | None, *, accepted: bool) -> None:
     """Raises UsageError or RefusedError where the wall that was asked for cannot be had, or was not accepted."""
     auto: Literal["vm", "none"] = "vm" if world == "run-os-sandboxed" else "none"
-    asked = Asked(
-        sandbox_flag=SANDBOX_BACKENDS[named] if named else None,
-        sandbox_variable=text("X07_SANDBOX_BACKEND"),
-        backend_variable=text("X07_VM_BACKEND"),
-        accepted=accepted,
-        auto=auto,
-    )
     try:
-        select(platform, asked)
+        select(platform, asked(sandbox=named, accepted=accepted, auto=auto))
     except RefusedError as exc:
         # This command has no --backend, and in run-os not even a virtual machine would do.
         _, sandbox_class, _, backend = working(platform) or working(Platform(system="linux"))

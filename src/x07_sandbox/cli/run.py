@@ -16,7 +16,7 @@ from x07_sandbox.cli.console import LiveLine, plain, say
 from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.variables import SANDBOX_BACKENDS, flag, text
+from x07_sandbox.host.variables import text
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import attempt, failure
@@ -145,21 +145,12 @@ def _is_x07(path: Path) -> bool:
 
 def _check_backend(options: argparse.Namespace) -> None:
     """Refuse a wall or a backend that is not to be had. Raises UsageError, RefusedError."""
-    variables = text("X07_SANDBOX_BACKEND"), text("X07_VM_BACKEND")
-    if not (options.sandbox_backend or options.backend or any(variables)):
+    if not (options.sandbox_backend or options.backend or text("X07_SANDBOX_BACKEND") or text("X07_VM_BACKEND")):
         return  # what `auto` takes here
-    from x07_sandbox.backends.selection import Asked, backend_named, select, this_platform
+    from x07_sandbox.backends.selection import asked, select, this_platform
 
-    select(
-        this_platform(),
-        Asked(
-            sandbox_flag=SANDBOX_BACKENDS[options.sandbox_backend] if options.sandbox_backend else None,
-            sandbox_variable=variables[0],
-            backend_flag=backend_named(options.backend).name if options.backend else None,
-            backend_variable=variables[1],
-            accepted=options.i_accept_weaker_isolation or flag("X07_I_ACCEPT_WEAKER_ISOLATION"),
-        ),
-    )
+    accepted = options.i_accept_weaker_isolation
+    select(this_platform(), asked(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted))
 
 
 def _request(

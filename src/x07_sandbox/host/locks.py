@@ -13,19 +13,30 @@ from typing import Final
 from x07_sandbox.host import forks
 from x07_sandbox.host.clocks import Deadline
 
-_LOOK_AGAIN_S: Final = 0.02
+LOOK_AGAIN_S: Final = 0.02
+
+
+def _sleep() -> None:
+    time.sleep(LOOK_AGAIN_S)  # nothing but a signal ends it
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, *, on_wait: Callable[[], None] | None = None, most_s: float | None = None) -> Iterator[None]:
+def file_lock(
+    path: Path,
+    *,
+    on_wait: Callable[[], None] | None = None,
+    most_s: float | None = None,
+    pause: Callable[[], None] = _sleep,
+) -> Iterator[None]:
     """Hold an exclusive flock(2) on *path*, which is made when missing and never removed.
 
     on_wait is called once when another process holds the lock, before waiting for it. most_s: how long to wait.
-    Raises TimeoutError after that: the other may be stopped, by Ctrl-Z say.
+    Raises TimeoutError after that: the other may be stopped, by Ctrl-Z say. pause: waits a moment, again and again
+    until then; what it raises ends the wait.
     """
     fd = forks.keep(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     try:
-        _take(fd, on_wait, most_s)
+        _take(fd, on_wait, most_s, pause)
         yield
     finally:
         forks.unlock(fd)
@@ -80,7 +91,9 @@ def is_locked(path: Path) -> bool:
         return False
 
 
-def _take(fd: int, on_wait: Callable[[], None] | None, most_s: float | None = None) -> None:
+def _take(
+    fd: int, on_wait: Callable[[], None] | None, most_s: float | None = None, pause: Callable[[], None] = _sleep
+) -> None:
     if _taken(fd):
         return
     if on_wait is not None:
@@ -92,7 +105,7 @@ def _take(fd: int, on_wait: Callable[[], None] | None, most_s: float | None = No
     while not _taken(fd):
         if deadline.passed():
             raise TimeoutError(f"another process has held it for {most_s:.0f} s")
-        time.sleep(_LOOK_AGAIN_S)  # nothing but a signal ends a wait for a lock
+        pause()
 
 
 def _taken(fd: int) -> bool:

@@ -8,7 +8,6 @@ one file, so that it is there whole or not at all. Whoever uses an artifact hash
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.host import forks, settings
-from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host import settings
+from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, least_recently_used, private_dir
 
 if TYPE_CHECKING:
@@ -116,26 +115,13 @@ def one_builder(key: str, pause: Callable[[], None], most_s: float) -> Iterator[
     pause: called again and again while another builds; what it raises ends the wait. most_s: after as many seconds it
     builds all the same, since who was first may be stopped, by Ctrl-Z say. Where nothing can be locked each builds.
     """
-    waited = False
-    try:
-        # A few files, so that they need not be removed; two keys that share one are only built one after the other.
-        place = private_dir(private_dir(cache_dir()) / "building") / key[:2]
-        fd = forks.keep(os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-    except OSError:
-        yield False
-        return
-    deadline = Deadline.after(most_s)
-    try:
-        while not deadline.passed():
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waited = True
-                pause()
-        yield waited
-    finally:
-        forks.unlock(fd)
+    waits: list[str] = []
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            # A few files, so that they need not be removed; two keys that share one are only built one after the other.
+            place = private_dir(private_dir(cache_dir()) / "building") / key[:2]
+            stack.enter_context(file_lock(place, on_wait=lambda: waits.append(key), most_s=most_s, pause=pause))
+        yield bool(waits)
 
 
 def drop_artifact(key: str) -> None:

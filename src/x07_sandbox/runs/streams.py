@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.errors import BackendError, Cancelled
+from x07_sandbox.host.locks import LOOK_AGAIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CHUNK: Final = 64 * 1024
-_PAUSE_MS: Final = 20
 _ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
 
 
@@ -274,7 +274,7 @@ class Cancel:
         """Wait a moment for something that no event tells of. Raises Cancelled once there was a request."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
-        poll.poll(_PAUSE_MS)
+        poll.poll(LOOK_AGAIN_S * 1000)
         self.check()
 
     def interrupt(self, signal: int) -> None:

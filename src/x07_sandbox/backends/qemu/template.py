@@ -232,14 +232,13 @@ def ensure_template(template: Template, image: str, make: Maker, progress: Calla
         except TimeoutError as exc:
             fix = "Look whether one is stopped, by Ctrl-Z say"
             raise HostError(f"cannot make {template.subject.name}", f"{exc}: the lock of all templates", fix) from exc
-        _make_alone(template, image, make, progress)
+        _make_alone(template, folder, image, make, progress)
 
 
-def _make_alone(template: Template, image: str, make: Maker, progress: Callable[[str], None]) -> None:
+def _make_alone(template: Template, folder: Path, image: str, make: Maker, progress: Callable[[str], None]) -> None:
     import shutil
     import tempfile
 
-    folder = templates_dir()
     if template.folder.is_dir():
         return
     remove_template(template.folder)  # something that is no folder
