@@ -2,17 +2,18 @@
 
     python examples/grader.py [SUBMISSIONS]
 
-The task: read whole numbers, one a line, and print their sum. Each submission runs in machines of its own, two tests
-each, as many at once as this host holds; what it does to its machine is nobody else's business.
+The task: read whole numbers, one a line, and print their sum. There are two tests; each runs a submission in a
+machine of its own, as many at once as this host holds; what it does to its machine is nobody else's business.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from x07_sandbox import Pool, Result, SandboxError
+from x07_sandbox import Pool, SandboxError
 
 POLICY = Path(__file__).parent / "policies" / "grader.json"
 TESTS = ((b"1\n2\n3\n", "6\n"), (b"-5\n10\n", "5\n"))
@@ -38,9 +39,15 @@ KINDS = (
 )
 
 
-def verdict(results: list[Result]) -> str:
-    """One word for a submission, from how its tests ended."""
-    for result, (_, expected) in zip(results, TESTS, strict=True):
+def grade(pool: Pool, toolchain: str, source: str) -> str:
+    """One word for a submission: how the first test that it does not pass ended."""
+    for data, expected in TESTS:
+        options = {"toolchain": toolchain, "policy": POLICY, "timeout_s": 10, "max_output_bytes": 100_000}
+        try:
+            result = pool.submit(None, data, source=source, **options).result()
+        except SandboxError as exc:  # not the submission's fault: say so, and grade the rest
+            print(exc, file=sys.stderr)
+            return "not graded"
         if result.outcome != "ok":
             return result.outcome
         if result.stdout.text != expected:
@@ -51,19 +58,8 @@ def verdict(results: list[Result]) -> str:
 def main() -> int:
     """Grade as many submissions as asked for, 200 by default."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    verdicts: Counter[str] = Counter()
-    with Pool(size=2) as pool:
-        tests = []
-        for number in range(count):
-            toolchain, source = KINDS[number % len(KINDS)]
-            options = {"source": source, "toolchain": toolchain, "policy": POLICY, "timeout_s": 10}
-            tests.append([pool.submit(None, data, max_output_bytes=100_000, **options) for data, _ in TESTS])
-        for futures in tests:
-            try:
-                verdicts[verdict([future.result() for future in futures])] += 1
-            except SandboxError as exc:  # not the submission's fault: say so, and grade the rest
-                print(exc, file=sys.stderr)
-                verdicts["not graded"] += 1
+    with Pool(size=2) as pool, ThreadPoolExecutor(8) as graders:
+        verdicts = Counter(graders.map(lambda number: grade(pool, *KINDS[number % len(KINDS)]), range(count)))
     print(f"{'verdict':14} submissions")
     for word, number in sorted(verdicts.items(), key=lambda item: (-item[1], item[0])):
         print(f"{word:14} {number:11}")
