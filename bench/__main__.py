@@ -65,13 +65,15 @@ def cases(work: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Callable[[
     found["clone that runs C"] = floor.program_seconds
     shutil.copy(python, root / "prog/prog.py")
     commands = {"C": ["/prog/c"], "Python": ["/usr/bin/python3", "/prog/prog.py"]}
-    engine = peers.podman(root, work)
-    if engine is not None:
+    engines = {"podman+runc": peers.podman(root, work)}
+    if engines["podman+runc"] is not None:
         stack.callback(peers.forget_podman, work)
+    engines |= {f"docker+{runtime}": peers.docker(root, work, runtime) for runtime in ("runc", "runsc")}
     for name, command in commands.items():
         found[f"bwrap, {name}"] = peers.bwrap(root, command).seconds
-        if engine is not None:
-            found[f"podman+runc, {name}"] = peers.Peer(argv=(*engine, *command)).seconds
+        for engine, argv in engines.items():
+            if argv is not None:
+                found[f"{engine}, {name}"] = peers.Peer(argv=(*argv, *command)).seconds
     found["bare exec, C"] = peers.Peer(argv=(str(root / "prog/c"),)).seconds
     found["bare exec, Python"] = peers.Peer(argv=("/usr/bin/python3", str(python))).seconds
     return found, pools, floor
@@ -125,9 +127,9 @@ def show(times: dict[str, list[float]]) -> None:
         if whole in medians and part in medians:
             left = (medians[whole] - medians[part]) * 1000
             print(f"{title:50} {left:6.0f} ms   bar {bar}, goal {goal}")
-    for tool in ("podman", "runc", "docker", "runsc"):
-        if not shutil.which(tool):
-            print(f"not here: {tool}")
+    for engine in ("podman+runc", "docker+runc", "docker+runsc"):
+        if f"{engine}, C" not in times:
+            print(f"not timed: {engine}")
 
 
 if __name__ == "__main__":

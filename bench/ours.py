@@ -22,14 +22,17 @@ from x07_sandbox.backends.qemu.template import opened_template, template_for
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import Kind, Role
 from x07_sandbox.channel.link import State
+from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.processes import children_of
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
-from x07_sandbox.plan.controls import run_limits
+from x07_sandbox.plan.controls import make_plan, run_limits
+from x07_sandbox.plan.features import vm_features
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import ARTIFACT
+from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.pool import Pool
 from x07_sandbox.runs.request import in_memory
 from x07_sandbox.runs.session import PhaseSpec, carry_out
@@ -59,28 +62,31 @@ class Command:
         begun = time.monotonic()
         done = subprocess.run(argv, input=f"{nonce}\n".encode(), capture_output=True, check=False)
         seconds = time.monotonic() - begun
-        self._check(json.loads(done.stdout), nonce)
+        check(done.stdout, programs.expected(nonce), start=self.start, built=self.built)
         return seconds
 
-    def _check(self, result: dict[str, object], nonce: str) -> None:
-        phases, stdout, controls = result["phases"], result["stdout"], result["controls"]
-        assert isinstance(phases, dict)
-        assert isinstance(stdout, dict)
-        assert isinstance(controls, list)
-        state = Path(os.environ.get("X07_VM_STATE_DIR") or Path.home() / ".x07/vm/jobs")
-        run = phases["run"]
-        problems = {
-            "outcome": result["outcome"] != "ok",
-            "output": stdout.get("text") != programs.expected(nonce).decode(),
-            "start": run["start"] != self.start,
-            "artifact": result["artifact_from"] != self.built,
-            "jail": not str(result["jail"]).startswith("namespaces"),
-            "record": not (state / run["job_id"] / "done").is_file(),
-            "controls": any(control["state"] == "refused" for control in controls) or not controls,
-        }
-        wrong = [name for name, bad in problems.items() if bad]
-        if wrong:
-            raise SystemExit(f"a timed run of {self.program.name} {self.flags} is not what it claims: {wrong}")
+
+def check(document: bytes, output: bytes, *, start: str, built: str) -> None:
+    """Raise SystemExit where a result, as JSON, is not that of a run that kept every promise.
+
+    output: what the program has to have printed. start: how its machine was started. built: where its artifact is from.
+    """
+    result = json.loads(document)
+    run = result["phases"].get("run", {})
+    # What the built-in policy's plan says of each field is what must have been in force.
+    plan = make_plan(default_policy(), vm_features(result["isolation"]))
+    problems = {
+        "outcome": result["outcome"] != "ok",
+        "output": (result["stdout"]["text"] or "").encode() != output,
+        "start": run.get("start") != start,
+        "artifact": result["artifact_from"] != built,
+        "jail": not str(result["jail"]).startswith("namespaces"),
+        "record": not (state_dir() / str(run.get("job_id")) / "done").is_file(),
+        "controls": {row["field"]: row["state"] for row in result["controls"]}
+        != {control.field: control.state for control in plan.controls},
+    }
+    if wrong := [name for name, bad in problems.items() if bad]:
+        raise SystemExit(f"a timed run is not what it claims: {wrong}: {result['reason']}")
 
 
 class Pooled:
@@ -110,8 +116,7 @@ class Pooled:
         begun = time.monotonic()
         result = self.pool.submit(program, f"{nonce}\n".encode()).result()
         seconds = time.monotonic() - begun
-        if result.stdout.text != programs.expected(nonce).decode() or result.phases["run"].start != "pool":
-            raise SystemExit(f"a timed call is not what it claims: {result.reason}")
+        check(render_json(result), programs.expected(nonce), start="pool", built="cache")
         return seconds
 
 

@@ -53,24 +53,31 @@ def podman(root: Path, work: Path) -> list[str] | None:
         return None
     store = ["podman", "--root", str(work / "store"), "--runroot", str(work / "run"), "--storage-driver", "overlay"]
     store += ["--runtime", "runc"]
+    _import([*store, "import"], root, work)
+    return [*store, *_RUN, _IMAGE]
+
+
+def docker(root: Path, work: Path, runtime: str) -> list[str] | None:
+    """The same for docker, with *runtime*, which is runc or gVisor's runsc; None where one of the two is missing."""
+    told = ["docker", "info", "--format", "{{range $name, $_ := .Runtimes}}{{println $name}}{{end}}"]
+    if not shutil.which("docker"):
+        return None
+    done = subprocess.run(told, capture_output=True, text=True, check=False)
+    if done.returncode or runtime not in done.stdout.split():
+        return None
+    _import(["docker", "import"], root, work)
+    return ["docker", *_RUN, "--runtime", runtime, _IMAGE]
+
+
+_IMAGE = "localhost/bench:1"
+_RUN = ("run", "--rm", "-i", "--pull", "never", "--network", "none", "--log-driver", "none")
+
+
+def _import(command: list[str], root: Path, work: Path) -> None:
     tar = work / "root.tar"
     subprocess.run(["tar", "-C", str(root), "--numeric-owner", "-cf", str(tar), "."], check=True)
-    imported = [*store, "import", str(tar), "localhost/bench:1"]
-    subprocess.run(imported, check=True, capture_output=True, env=os.environ | PODMAN_ENV)
+    subprocess.run([*command, str(tar), _IMAGE], check=True, capture_output=True, env=os.environ | PODMAN_ENV)
     tar.unlink()
-    return [
-        *store,
-        "run",
-        "--rm",
-        "-i",
-        "--pull",
-        "never",
-        "--network",
-        "none",
-        "--log-driver",
-        "none",
-        "localhost/bench:1",
-    ]
 
 
 def forget_podman(work: Path) -> None:

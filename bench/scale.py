@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bench import programs
-from bench.ours import X07, Command, Floor
+from bench.ours import X07, Command, Floor, check
 from x07_sandbox.host.paths import state_dir
 
 if TYPE_CHECKING:
@@ -62,13 +62,12 @@ def input_seconds(work: Path, size: int) -> float:
     source = work / "count.c"
     source.write_text(programs.COUNT)
     data = os.urandom(size)
-    argv = [str(X07), "run", "--no-pool", str(source)]
+    argv = [str(X07), "run", "--no-pool", "--json", str(source)]
     subprocess.run(argv, input=b"", capture_output=True, check=True)  # builds it
     begun = time.monotonic()
     done = subprocess.run(argv, input=data, capture_output=True, check=True)
     seconds = time.monotonic() - begun
-    if done.stdout != f"{size}\n".encode():
-        raise SystemExit("a program does not get its whole input")
+    check(done.stdout, f"{size}\n".encode(), start="clone", built="cache")
     return seconds
 
 
