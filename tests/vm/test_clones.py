@@ -88,16 +88,18 @@ def test_nothing_random_is_shared(sandbox: Sandbox, threads: ThreadPoolExecutor)
 
 
 def test_the_clock_is_the_hosts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clone's clock is that of its runner, however long ago the machine was saved, and wherever that clock stands."""
+    """A clone's clock is its runner's, wherever that stands; an hour apart, clones have no random value in common."""
 
-    def ahead_s() -> float:
-        return (
-            float(str(seen(sandbox.run_text("random_values.py", RANDOM, cache=True))["time"])) - clocks.unix_ns() / 1e9
-        )
+    def found() -> tuple[float, dict[str, object]]:
+        values = seen(sandbox.run_text("random_values.py", RANDOM, cache=True))
+        return float(str(values.pop("time"))) - clocks.unix_ns() / 1e9, values
 
-    assert -10 < ahead_s() < 1
+    ahead_s, now = found()
+    assert -10 < ahead_s < 1
     monkeypatch.setattr(execute, "unix_ns", lambda: clocks.unix_ns() + 3600 * 10**9)
-    assert 3590 < ahead_s() < 3601
+    ahead_s, later = found()
+    assert 3590 < ahead_s < 3601
+    assert set(map(str, now.values())).isdisjoint(map(str, later.values()))
 
 
 def test_a_program_cannot_change_the_saved_machine(sandbox: Sandbox) -> None:
@@ -359,13 +361,25 @@ def test_another_processor_under_a_saved_machine_costs_a_cold_start(
         path.unlink()
 
 
+# `x07`, for which the wall clock has gone on by an hour when it is let go again.
+SUSPENDED = """
+import signal, sys, time
+from x07_sandbox.cli.main import main
+real, ahead = time.time_ns, [0]
+time.time_ns = lambda: real() + ahead[0]
+signal.signal(signal.SIGCONT, lambda *_: ahead.__setitem__(0, 3600 * 10**9))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_a_run_goes_on_after_all_of_it_stood_still(sandbox: Sandbox, state: Path, tmp_path: Path) -> None:
-    """Runner, supervisor and VMM stopped for seconds and let go again, as by a suspended host: the run ends well."""
+    """Runner, supervisor and VMM stopped, and an hour of clock later let go, as by a suspended host: it ends well."""
     source = tmp_path / "patient.py"
     source.write_text("print('up', flush=True)\nprint('got', input())\n")
     assert sandbox.run(source, stdin=b"x\n", cache=True).outcome == "ok"
     shutil.rmtree(state)
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", str(source)]
+    report = tmp_path / "report.json"
+    argv = [sys.executable, "-c", SUSPENDED, "run", "--report-out", str(report), str(source)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -380,6 +394,9 @@ def test_a_run_goes_on_after_all_of_it_stood_still(sandbox: Sandbox, state: Path
         child.stdin.write(b"well\n")
         child.stdin.close()
         assert (child.stdout.read(), child.wait(60)) == (b"got well\n", 0)
+    told = json.loads(report.read_bytes())
+    assert told["outcome"] == "ok"
+    assert max(told["phases"]["run"]["times_ms"].values()) < 60_000  # that hour is in no time of the run
     assert left_behind(state) == []
 
 
