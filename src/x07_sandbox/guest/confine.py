@@ -16,8 +16,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from x07_sandbox.guest import interpreter, restrict, system
 
@@ -32,8 +31,7 @@ MEMORY: Final = "/run/x07/memory"
 CWD: Final = "/opt/x07"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class World:
+class World(NamedTuple):
     """What the steps before the job work on.
 
     netns_fd: the program's network namespace, made and kept by the agent.
@@ -52,8 +50,7 @@ class World:
     readable: list[str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Orders:
+class Orders(NamedTuple):
     """What depends on the job.
 
     tmp_bytes: size of /tmp and of /dev/shm. cpu_s: the limit below that of the control group's counter.
@@ -79,7 +76,7 @@ class Orders:
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values; `Orders(**value)` is the way back."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return self._asdict()
 
 
 class StepError(Exception):
@@ -96,8 +93,7 @@ class StepError(Exception):
         return int(self.args[1])
 
 
-@dataclass(frozen=True, slots=True)
-class Step(Generic[T]):
+class Step(NamedTuple, Generic[T]):
     """One measure: what it is called in reports, what it needs, the doing, and which fields of the orders decide it."""
 
     name: str

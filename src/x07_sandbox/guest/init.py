@@ -13,8 +13,7 @@ import marshal
 import os
 import signal
 import struct
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from x07_sandbox.guest import confine, interpreter, restrict
 from x07_sandbox.guest.system import read_all
@@ -28,8 +27,7 @@ _STATUS = struct.Struct(">I")
 _LENGTH = struct.Struct(">I")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ends:
+class Ends(NamedTuple):
     """Descriptors of init and of the program's process; the agent has the other ends.
 
     streams: what become the program's standard streams.

@@ -7,7 +7,6 @@ import select
 import stat
 import struct
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from x07_sandbox.channel.frames import Kind, Stream
@@ -155,8 +154,7 @@ class Job:
         listed = self.confined.programs is not None
         if self.confined.execute and not listed:
             return told
-        return replace(
-            told,
+        return told._replace(
             mounts=[mount["at"] for mount in self.mounts],
             programs=self.confined.programs,
             prefixes=self.confined.prefixes,

@@ -10,8 +10,7 @@ import json
 import marshal
 import os
 import signal
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from x07_sandbox.guest import confine, filters, init, interpreter, restrict, system
 from x07_sandbox.guest.cgroup import ProgramGroup
@@ -27,8 +26,7 @@ PRELOAD_CPU_S: Final = 300  # importing may have taken long; the control group's
 _ENTRIES: Final = 4096  # an archive of that size cannot hold more: a header has 110 bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(NamedTuple):
     """What the policy forbids the program, as START says it.
 
     programs: paths of programs that it may execute; None where it may execute any, or none at all.
