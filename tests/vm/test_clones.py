@@ -67,9 +67,9 @@ def seen(ran: Ran) -> dict[str, object]:
 
 def test_both_phases_are_clones_unless_asked_otherwise(sandbox: Sandbox) -> None:
     """A run clones its machines, with the same outcome as one that boots them anew, and each says which it did."""
-    text = 'int puts(const char *); int main(void) { puts("hello"); return 3; }\n'
-    cloned = sandbox.run_text("hello.c", text)
-    cold = sandbox.run_text("hello.c", text, cold=True)
+    text = "import sys\nprint('hello')\nsys.exit(3)\n"
+    cloned = sandbox.run_text("hello.py", text)
+    cold = sandbox.run_text("hello.py", text, cold=True)
     assert starts(cloned) == {"build": "clone", "run": "clone"}
     assert starts(cold) == {"build": "cold", "run": "cold"}
     for ran in (cloned, cold):
@@ -138,6 +138,20 @@ def in_own_cache(own_cache: Path, sandbox: Sandbox, artifacts: Artifacts, monkey
     return sandbox
 
 
+@pytest.fixture
+def saved(in_own_cache: Sandbox, own_cache: Path) -> Sandbox:
+    """The same with one saved machine, which is good whatever a test before has done to it."""
+    aside = own_cache.parent / "aside"
+    if aside.exists():
+        shutil.rmtree(templates_dir(), ignore_errors=True)
+        subprocess.run(["/bin/cp", "-a", f"{aside}/.", templates_dir()], check=True)
+    else:
+        shutil.rmtree(templates_dir(), ignore_errors=True)
+        assert starts(in_own_cache.behave("nothing")) == {"run": "clone"}
+        subprocess.run(["/bin/cp", "-a", templates_dir(), aside], check=True)
+    return in_own_cache
+
+
 def template_folder() -> Path:
     """The one saved machine of the cache in use."""
     (folder,) = templates_dir().glob("[0-9a-f]" * 64)
@@ -165,11 +179,16 @@ def replace_part(folder: Path, name: str, data: bytes, *, told: bool) -> None:
         (folder / MANIFEST).chmod(0o444)
 
 
-def test_the_first_run_saves_a_machine_and_the_next_goes_on_from_it(
-    in_own_cache: Sandbox, threads: ThreadPoolExecutor
+def test_without_space_a_run_starts_cold_and_with_space_the_next_saves_a_machine(
+    in_own_cache: Sandbox, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs that find no saved machine wait for one to be made, once for all of them, and go on from it."""
+    """Where the disk is too full to save a machine a run says so; else one is made, once for all who wait for it."""
     shutil.rmtree(templates_dir(), ignore_errors=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "TEMPLATE_BYTES", 1 << 60)
+        ran = in_own_cache.behave("nothing")
+    assert starts(ran) == {"run": "cold"}
+    assert [text for text in ran.result.warnings if "too little space" in text]
     jobs = [threads.submit(in_own_cache.behave, "nothing", alone=False) for _ in range(2)]
     done = [job.result() for job in jobs]
     assert left_behind(in_own_cache.state) == []
@@ -178,39 +197,15 @@ def test_the_first_run_saves_a_machine_and_the_next_goes_on_from_it(
     assert template_folder().is_dir()
 
 
-def test_a_damaged_machine_is_made_anew(in_own_cache: Sandbox) -> None:
+def test_a_damaged_machine_is_made_anew(saved: Sandbox) -> None:
     """One changed byte in a saved machine's memory, its times restored, is found, and the machine is saved anew."""
-    in_own_cache.behave("nothing")
     replace_part(template_folder(), "ram", b"\x55", told=False)
     damaged = sha256(template_folder() / "ram")
-    ran = in_own_cache.behave("nothing")
+    ran = saved.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "clone"})
     assert [text for text in ran.result.warnings if "it was made anew" in text]
     made = json.loads((template_folder() / MANIFEST).read_bytes())
     assert sha256(template_folder() / "ram") == made["ram"]["sha256"] != damaged
-
-
-def test_a_file_in_a_saved_machines_place_is_replaced(in_own_cache: Sandbox) -> None:
-    """Something else where a saved machine should lie is removed, and the machine is saved there."""
-    in_own_cache.behave("nothing")
-    place = template_folder()
-    shutil.rmtree(place)
-    place.write_text("no machine")
-    assert starts(in_own_cache.behave("nothing")) == {"run": "clone"}
-    assert place.is_dir()
-
-
-def test_without_space_for_a_saved_machine_a_run_starts_cold(
-    in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the disk is too full to save a machine the run starts cold and says so; with space again it is saved."""
-    shutil.rmtree(templates_dir(), ignore_errors=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(settings, "TEMPLATE_BYTES", 1 << 60)
-        ran = in_own_cache.behave("nothing")
-    assert starts(ran) == {"run": "cold"}
-    assert [text for text in ran.result.warnings if "too little space" in text]
-    assert starts(in_own_cache.behave("nothing")) == {"run": "clone"}
 
 
 def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
@@ -227,28 +222,24 @@ def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
 
 @pytest.mark.parametrize(("name", "data"), [("state", b"no such machine"), ("ram", bytes(96 << 20))])
 def test_a_machine_that_does_not_answer_is_replaced_by_a_cold_one(
-    in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes
+    saved: Sandbox, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes
 ) -> None:
     """A clone that is not accepted, or stays silent, costs its time and no more: the job starts cold and says why."""
     monkeypatch.setattr(settings, "CLONE_S", 3.0)
-    for path in templates_dir().glob("*.bad"):
-        path.unlink()
-    in_own_cache.behave("nothing")
     replace_part(template_folder(), name, data, told=True)
     for _ in range(2 if name == "state" else 1):  # the second does not try it again
-        ran = in_own_cache.behave("nothing")
+        ran = saved.behave("nothing")
         assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
         assert [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
     assert list(templates_dir().glob("*.bad"))
-    for path in templates_dir().glob("*.bad"):
-        path.unlink()
 
 
-def test_processes_that_make_a_machine_may_be_killed(in_own_cache: Sandbox, own_cache: Path, state: Path) -> None:
-    """A command killed while it saves a machine leaves nothing that stands in the way of the next."""
+def test_what_stands_in_a_saved_machines_way_is_removed(saved: Sandbox, own_cache: Path, state: Path) -> None:
+    """A command killed while it saves a machine, or a file in the machine's place, does not hinder the next."""
+    place = template_folder()
     shutil.rmtree(templates_dir(), ignore_errors=True)
     env = {**os.environ, "X07_VM_CACHE_DIR": str(own_cache), "X07_VM_STATE_DIR": str(state)}
-    source = in_own_cache.work / "quick.py"
+    source = saved.work / "quick.py"
     source.write_text("print(1)\n")
     with subprocess.Popen([sys.executable, "-m", "x07_sandbox.cli.main", "run", str(source)], env=env) as child:
         deadline = time.monotonic() + 60
@@ -258,8 +249,9 @@ def test_processes_that_make_a_machine_may_be_killed(in_own_cache: Sandbox, own_
         child.kill()
     for folder in state.iterdir():
         shutil.rmtree(folder, ignore_errors=True)
-    ran = in_own_cache.behave("nothing")
-    assert starts(ran) == {"run": "clone"}
+    place.write_text("no machine")
+    assert starts(saved.behave("nothing")) == {"run": "clone"}
+    assert place.is_dir()
     assert not list(templates_dir().glob(".new-*"))
 
 
@@ -328,16 +320,16 @@ def in_qemus_place(monkeypatch: pytest.MonkeyPatch, binary: Path, *more: str) ->
 
 
 def test_an_upgraded_qemu_gets_a_saved_machine_of_its_own(
-    in_own_cache: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that was saved by one QEMU is not resumed by another: that one saves its own, and goes on from it."""
-    assert starts(in_own_cache.behave("nothing")) == {"run": "clone"}
+    assert starts(saved.behave("nothing")) == {"run": "clone"}
     before = {path.name for path in templates_dir().glob("[0-9a-f]" * 64)}
     upgraded = tmp_path / "qemu"
     upgraded.write_bytes(Path(host_arch().qemu_binary).read_bytes() + b"another version")
     upgraded.chmod(0o755)
     in_qemus_place(monkeypatch, upgraded)
-    assert starts(in_own_cache.behave("nothing")) == {"run": "clone"}
+    assert starts(saved.behave("nothing")) == {"run": "clone"}
     made = {path.name for path in templates_dir().glob("[0-9a-f]" * 64)} - before
     assert len(made) == 1
     for name in made:
@@ -372,11 +364,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_run_goes_on_after_all_of_it_stood_still(sandbox: Sandbox, state: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_after_all_of_it_stood_still(saved: Sandbox, state: Path, tmp_path: Path) -> None:
     """Runner, supervisor and VMM stopped, and an hour of clock later let go, as by a suspended host: it ends well."""
     source = tmp_path / "patient.py"
     source.write_text("print('up', flush=True)\nprint('got', input())\n")
-    assert sandbox.run(source, stdin=b"x\n", cache=True).outcome == "ok"
+    assert saved.run(source, stdin=b"x\n", cache=True).outcome == "ok"
     shutil.rmtree(state)
     report = tmp_path / "report.json"
     argv = [sys.executable, "-c", SUSPENDED, "run", "--report-out", str(report), str(source)]
