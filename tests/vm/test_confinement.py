@@ -204,11 +204,11 @@ def test_without_processes_there_is_neither_child_nor_execution(attempt: Escapes
     assert set(attempt("exec", "/usr/bin/true", process__enabled=False).values()) == {"EPERM"}
 
 
-@pytest.mark.parametrize("cold", [False, True], ids=["clone", "cold"])
-def test_a_python_program_is_held_to_the_same(sandbox: Sandbox, *, cold: bool) -> None:
+@pytest.mark.parametrize("env", [{}, {"PYTHONHASHSEED": "1"}], ids=["waiting", "fresh"])
+def test_a_python_program_is_held_to_the_same(sandbox: Sandbox, env: dict[str, str]) -> None:
     """Neither thread nor child nor execution in Python, in the interpreter that waited and in a fresh one."""
     policy: dict[str, object] = {"threads.enabled": False, "process.enabled": False}
-    told = python(sandbox, "exec", policy=policy, cold=cold)
+    told = python(sandbox, "exec", policy=policy, env=env)
     assert re.search("start new thread", str(told.pop("thread")))
     assert told.pop("loop") == "done"
     assert told.pop("callback") == 3

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import need
+from tests.conftest import FULL, need
 from x07_sandbox.host.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -157,7 +157,14 @@ def test_a_full_disk_under_the_saved_machines_means_a_cold_start(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "words", [("doctor",), ("prune", "--dry-run"), ("completion", "bash"), ("image", "list"), ("policy", "schema")]
+    "words",
+    [
+        pytest.param(("doctor",), marks=pytest.mark.skipif(not FULL, reason="full sizes only: starts two machines")),
+        ("prune", "--dry-run"),
+        ("completion", "bash"),
+        ("image", "list"),
+        ("policy", "schema"),
+    ],
 )
 def test_output_that_nobody_takes_is_told(tmp_path: Path, words: tuple[str, ...]) -> None:
     """With standard output closed a command ends as ever; on a full disk it says so and ends with 125."""

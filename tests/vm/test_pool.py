@@ -264,7 +264,7 @@ def test_a_pool_ends_when_nobody_uses_it(state: Path) -> None:
 
 def test_programs_run_from_short_lived_threads_and_from_asyncio(state: Path, echo: str, full: bool) -> None:  # noqa: FBT001
     """One pool serves threads that end at once and coroutines, each with its own program's output."""
-    count = 50 if full else 6
+    count = 50 if full else 3
     with Pool(size=2) as pool:
         futures: list[tuple[bytes, Future[Result]]] = []
 
