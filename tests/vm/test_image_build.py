@@ -45,7 +45,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with subprocess.Popen([sys.executable, "-c", BUILD], env=env, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         for line in running.stdout:
-            if "installing remaining packages" in line:
+            if "installing essential packages" in line:
                 break
         running.send_signal(signal.SIGKILL)
     assert running.returncode == -signal.SIGKILL

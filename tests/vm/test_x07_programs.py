@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -254,3 +256,33 @@ def test_x07s_limit_of_cpu_time_holds_where_it_is_the_tighter(tmp_path: Path, x0
     result = json.loads(done.stdout)
     assert (result["outcome"], result["reason"]) == ("cpu-limit", "the program used 1 s of CPU time (limits.cpu_ms)")
     assert result["denials"][0]["how_to_allow"]["flag"] == "--cpu-time-limit-seconds 2"
+
+
+def listed(image: Image, folder: Path) -> dict[str, tuple[int, int, str, bytes]]:
+    """Mode, links, target and digest of everything in an image's root file system."""
+    argv = ["fsck.erofs", f"--extract={folder}", "--no-preserve-owner", str(image.folder / "root.erofs")]
+    subprocess.run(argv, check=True, capture_output=True)
+    found = {}
+    for path in folder.rglob("*"):
+        info = path.lstat()
+        target = str(path.readlink()) if path.is_symlink() else ""
+        digest = hashlib.sha256(path.read_bytes()).digest() if stat.S_ISREG(info.st_mode) else b""
+        links = 0 if path.is_dir() else info.st_nlink
+        found[str(path.relative_to(folder))] = (info.st_mode, links, target, digest)
+    return found
+
+
+def test_the_toolchain_is_all_that_is_added(image: Image, x07_image: Image, tmp_path: Path) -> None:
+    """An image with X07's toolchain has all that the same without it has, unchanged, its programs on PATH, no more."""
+    assert x07_image.manifest.packages == image.manifest.packages
+    before, after = listed(image, tmp_path / "plain"), listed(x07_image, tmp_path / "x07")
+    added = {name: after.pop(name)[0] for name in [*after] if name not in before}
+    assert after == before
+    assert added == {
+        "usr/local/bin/x07-os-runner": stat.S_IFLNK | 0o777,
+        "usr/local/lib/x07": stat.S_IFDIR | 0o755,
+        "usr/local/lib/x07/bin": stat.S_IFDIR | 0o755,
+        "usr/local/lib/x07/bin/x07-os-runner": stat.S_IFREG | 0o755,
+        "usr/local/lib/x07/stdlib": stat.S_IFDIR | 0o755,
+        "usr/local/lib/x07/stdlib/README": stat.S_IFREG | 0o644,
+    }

@@ -1,7 +1,7 @@
 """The first stage of an image: root file system, kernel and modules, from the host's package sources.
 
 It takes half a minute and the network, so it is kept and shared by all images of the same recipe,
-architecture, suite and packages; our own code comes in the second stage (boot.py).
+architecture, suite and packages; X07's toolchain is appended to one. Our own code comes in the second stage (boot.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgspec
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.images import commands, kernel, manifest, recipe, scratch, sources, verify
+from x07_sandbox.images import commands, kernel, manifest, recipe, scratch, sources, toolchain, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +59,7 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """What a base is made of. x07: digest of X07's toolchain, "" for none; its folder is given beside it."""
+    """What a base is made of. x07: digest of X07's toolchain, "" for none."""
 
     arch: Arch
     suite: str
@@ -100,8 +100,8 @@ def check_base(folder: Path, base: Base) -> None:
         verify.opened_parts(folder_fd, base.parts(), subject, stack)
 
 
-def make_base(work: Path, kind: Kind, x07: Path | None, progress: Callable[[str], None]) -> Path:
-    """A finished base folder below *work*, ready to be renamed to its place. x07: the toolchain of *kind*.
+def make_base(work: Path, kind: Kind, progress: Callable[[str], None]) -> Path:
+    """A finished base folder below *work*, ready to be renamed to its place; without X07's toolchain.
 
     Raises SandboxError.
     """
@@ -110,7 +110,7 @@ def make_base(work: Path, kind: Kind, x07: Path | None, progress: Callable[[str]
     found = sources.host_sources(kind.suite, kind.arch.deb, note=progress)
     (work / "build.sources").write_text("\n".join(source.stanza() for source in found))
     progress(f"fetching and unpacking {kind.suite} packages")
-    _mmdebstrap(work, kind, x07, progress)
+    _mmdebstrap(work, kind, progress)
     progress("taking the kernel apart")
     with (work / "kernel.tar").open("wb") as tar:
         commands.run(
@@ -123,15 +123,7 @@ def make_base(work: Path, kind: Kind, x07: Path | None, progress: Callable[[str]
     progress("making the root file system")
     folder = work / "base"
     folder.mkdir(mode=0o700)
-    argv = [
-        commands.tool("mkfs.erofs"),
-        "--quiet",
-        *recipe.EROFS_OPTIONS,
-        f"-T{commands.EPOCH}",
-        "-U",
-        recipe.EROFS_UUID,
-    ]
-    commands.run([*argv, "--tar=f", str(folder / "root.erofs"), str(work / TAR_FILE)], cwd=work, timeout_s=600)
+    _mkfs(work, folder / "root.erofs", work / TAR_FILE)
     (work / TAR_FILE).unlink()
     head, disk = scratch.make_head(work)
     base = Base(
@@ -144,13 +136,40 @@ def make_base(work: Path, kind: Kind, x07: Path | None, progress: Callable[[str]
         boot=[put(folder, f"{number:02}-{name}.ko".lower(), data) for number, (name, data) in enumerate(parts.boot)],
         net=[put(folder, f"net-{number:02}-{name}.ko".lower(), data) for number, (name, data) in enumerate(parts.net)],
         packages=_packages(work),
-        x07=kind.x07,
     )
-    put(folder, "base.json", msgspec.json.format(msgspec.json.encode(base), indent=2))
+    _put_record(folder, base)
     return folder
 
 
-def _mmdebstrap(work: Path, kind: Kind, x07: Path | None, progress: Callable[[str], None]) -> None:
+def add_x07(work: Path, folder: Path, base: Base, source: Path, digest: str) -> Path:
+    """The like, of the files of *base*, which lies in *folder*, and of X07's toolchain. digest: that of *source*.
+
+    Its files are appended to the root file system, so that nothing has to be fetched again. Raises SandboxError.
+    """
+    made, tar = work / "base", work / "x07.tar"
+    made.mkdir(mode=0o700)
+    for part in base.parts():
+        if part != base.root:
+            os.link(folder / part.file, made / part.file)
+    root = made / base.root.file
+    shutil.copyfile(folder / base.root.file, root)
+    toolchain.pack(source, tar)
+    _mkfs(work, root, tar, "--incremental=data")
+    tar.unlink()
+    _put_record(made, msgspec.structs.replace(base, root=part_of(made, base.root.file), x07=digest))
+    return made
+
+
+def _mkfs(work: Path, target: Path, tar: Path, *options: str) -> None:
+    argv = [commands.tool("mkfs.erofs"), "--quiet", *recipe.EROFS_OPTIONS, f"-T{commands.EPOCH}", *options]
+    commands.run([*argv, "-U", recipe.EROFS_UUID, "--tar=f", str(target), str(tar)], cwd=work, timeout_s=600)
+
+
+def _put_record(folder: Path, base: Base) -> None:
+    put(folder, "base.json", msgspec.json.format(msgspec.json.encode(base), indent=2))
+
+
+def _mmdebstrap(work: Path, kind: Kind, progress: Callable[[str], None]) -> None:
     settings = sources.fetch_settings(commands.capture([commands.tool("apt-config"), "dump"]).decode(errors="replace"))
     # Names and passwords for a private mirror; apt reads them on the host and they never enter the tree.
     for option, path in (
@@ -163,13 +182,7 @@ def _mmdebstrap(work: Path, kind: Kind, x07: Path | None, progress: Callable[[st
     tree.mkdir(mode=0o700)
     _check_space(work)
     argv = [*own_namespaces(), commands.tool("mmdebstrap"), "--mode=root", "--format=tar"]
-    argv += recipe.mmdebstrap_options(
-        kind.arch,
-        kind.include,
-        str(work / "kernel.deb"),
-        str(work / "dpkg-status"),
-        None if x07 is None else str(x07),
-    )
+    argv += recipe.mmdebstrap_options(kind.arch, kind.include, str(work / "kernel.deb"), str(work / "dpkg-status"))
     argv += [f"--aptopt={setting}" for setting in settings]
     with (work / TAR_FILE).open("wb") as tar:
         # The lock goes with the descriptor to mmdebstrap's processes: see remove_work.

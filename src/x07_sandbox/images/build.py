@@ -89,7 +89,7 @@ def _build(
     if base is not None and (known := _known((base.digest, code.digest, more.preload), progress)) is not None:
         return known
     if base is None or not _whole(folder, base, progress):
-        base = _new_base(work, folder, kind, progress)
+        base = _new_base(work, folder, kind, progress, fresh=fresh)
     draft = manifest.Manifest(
         schema_version=manifest.SCHEMA,
         digest=manifest.NO_DIGEST,
@@ -165,20 +165,30 @@ def _whole(folder: Path, base: bases.Base, progress: Callable[[str], None]) -> b
     return True
 
 
-def _new_base(work: Path, folder: Path, kind: bases.Kind, progress: Callable[[str], None]) -> bases.Base:
-    x07 = work / X07_COPY
-    if kind.x07 and not x07.exists():
-        raise ImageError(
-            "cannot make the image anew", "its X07 toolchain is not here", "Name it again: --x07-toolchain DIR"
-        )
-    made = bases.make_base(work, kind, x07 if kind.x07 else None, progress)
+def _new_base(
+    work: Path, folder: Path, kind: bases.Kind, progress: Callable[[str], None], *, fresh: bool
+) -> bases.Base:
+    if kind.x07:
+        if not (work / X07_COPY).exists():
+            raise ImageError(
+                "cannot make the image anew", "its X07 toolchain is not here", "Name it again: --x07-toolchain DIR"
+            )
+        plain = msgspec.structs.replace(kind, x07="")
+        below = folder.with_name(f"base-{plain.key}")
+        base = None if fresh else bases.read_base(below)
+        if base is None or not _whole(below, base, progress):
+            base = _new_base(work, below, plain, progress, fresh=fresh)
+        progress("adding the X07 toolchain")
+        made = bases.add_x07(work, below, base, work / X07_COPY, kind.x07)
+    else:
+        made = bases.make_base(work, kind, progress)
     if folder.exists():
         # Images hold the old base's files by links of their own.
-        folder.rename(work / "old-base")
+        folder.rename(work / f"old-{folder.name}")
     made.rename(folder)
-    base = bases.read_base(folder)
-    assert base is not None  # noqa: S101 - just written
-    return base
+    written = bases.read_base(folder)
+    assert written is not None  # noqa: S101
+    return written
 
 
 def _second_stage(

@@ -39,14 +39,6 @@ chroot "$1" sh -c 'cd /usr/lib; exec python3 -m compileall -q -f -j2 --invalidat
 find "$1/usr/lib" -name '*.opt-*.pyc' -delete
 """
 # Owned by root and writable for nobody else, whatever it was where it came from.
-X07 = """
-cp -R -- {source} "$1/usr/local/lib/x07"
-chown -R 0:0 "$1/usr/local/lib/x07"
-chmod -R u=rwX,go=rX "$1/usr/local/lib/x07"
-for program in "$1/usr/local/lib/x07/bin/"*; do
-    ln -s "../lib/x07/bin/${{program##*/}}" "$1/usr/local/bin/${{program##*/}}"
-done
-"""
 KERNEL = """
 mkdir "$1/x07-kernel"
 cd "$1/x07-kernel"
@@ -97,12 +89,9 @@ def check_modules(preload: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(set(preload)))
 
 
-def mmdebstrap_options(
-    arch: Arch, include: Sequence[str], kernel_deb: str, dpkg_status: str, x07: str | None = None
-) -> list[str]:
+def mmdebstrap_options(arch: Arch, include: Sequence[str], kernel_deb: str, dpkg_status: str) -> list[str]:
     """The part of mmdebstrap's command line that makes the tree; the two paths say where to put what it gives out.
 
-    x07: folder of X07's toolchain that goes in, if any.
     CLEAN removes apt's folders whole; mmdebstrap's own clean-up would make them again.
     /sys is left out: an ordinary user could not mount it, and no package needs it.
     """
@@ -121,7 +110,6 @@ def mmdebstrap_options(
         f"download /var/lib/dpkg/status {shlex.quote(dpkg_status)}",
         _script(ACCOUNTS),
         _script(BYTE_CODE),
-        *([_script(X07.format(source=shlex.quote(x07)))] if x07 else []),
         _script(CLEAN.format(multiarch=arch.multiarch)),
     ]
     return options + [f"--customize-hook={hook}" for hook in hooks]

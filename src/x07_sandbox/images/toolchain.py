@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import stat
+import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +20,7 @@ from x07_sandbox.images import manifest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+PLACE: Final = "usr/local/lib/x07"
 ENTRIES_MAX: Final = 100_000
 MAX_BYTES: Final = 2 * 1024**3
 _FIX: Final = "Name a folder with X07's Linux build: bin/x07-os-runner and what it needs"
@@ -44,6 +46,35 @@ def snapshot(source: Path, target: Path) -> str:
     except (OSError, shutil.Error) as exc:
         raise UsageError(f"cannot read the X07 toolchain {source}", str(exc)[:300], _FIX) from exc
     return _digest(target)
+
+
+def pack(folder: Path, tar: Path) -> None:
+    """Write what `snapshot` made as an archive that is unpacked at the root of an image.
+
+    The folders above it are in it too: mkfs.erofs gives those that are not the mode 0777, though they are there.
+    """
+    with tarfile.open(tar, "x", format=tarfile.PAX_FORMAT) as archive:
+        for name in (".", "usr", "usr/local", "usr/local/bin", "usr/local/lib", PLACE):
+            archive.addfile(_entry(name, tarfile.DIRTYPE, 0o755))
+        for path in _paths(folder):
+            info, name = path.lstat(), f"{PLACE}/{path.relative_to(folder)}"
+            if stat.S_ISLNK(info.st_mode):
+                archive.addfile(_entry(name, tarfile.SYMTYPE, 0o777, link=str(path.readlink())))
+            elif stat.S_ISDIR(info.st_mode):
+                archive.addfile(_entry(name, tarfile.DIRTYPE, 0o755))
+            else:
+                mode = 0o755 if info.st_mode & 0o100 else 0o644
+                with path.open("rb") as file:
+                    archive.addfile(_entry(name, tarfile.REGTYPE, mode, size=info.st_size), file)
+        for path in sorted((folder / "bin").iterdir()):
+            link = f"../lib/x07/bin/{path.name}"
+            archive.addfile(_entry(f"usr/local/bin/{path.name}", tarfile.SYMTYPE, 0o777, link=link))
+
+
+def _entry(name: str, kind: bytes, mode: int, *, size: int = 0, link: str = "") -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    made.type, made.mode, made.size, made.linkname = kind, mode, size, link
+    return made
 
 
 def _paths(folder: Path) -> Iterator[Path]:
