@@ -38,8 +38,9 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache folder of a build that was killed while it installed packages."""
+    del image  # which is in the user's cache, and is asked for before this module's is set
     cache = tmp_path_factory.mktemp("killed") / "a cache"  # the space: a path is no shell text
     env = commands.environment({"X07_VM_CACHE_DIR": str(cache)})
     with subprocess.Popen([sys.executable, "-c", BUILD], env=env, stdout=subprocess.PIPE, text=True) as running:
