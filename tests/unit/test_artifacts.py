@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -143,3 +145,14 @@ def test_who_waits_for_a_build_can_be_cancelled_and_is_not_held_for_ever() -> No
             assert waited_too is True
     with one_builder("ab" * 32, never, 60) as waited:
         assert waited is False
+
+
+def test_a_killed_builder_holds_nobody() -> None:
+    """Where the process that builds is killed, the one that waits for it is next, and knows that another had been."""
+    source = "import sys\nfrom x07_sandbox.programs.artifacts import one_builder\n"
+    source += "with one_builder('cd' * 32, lambda: None, 60):\n    print('builds', flush=True)\n    sys.stdin.read()\n"
+    with subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as builder:
+        assert builder.stdout is not None
+        assert builder.stdout.readline() == b"builds\n"
+        with one_builder("cd" * 32, builder.kill, 60) as waited:
+            assert waited is True

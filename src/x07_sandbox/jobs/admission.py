@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Self
 from x07_sandbox.errors import Cancelled, HostError, RefusedError
 from x07_sandbox.host import forks, settings
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.paths import cache_dir, private_dir
 from x07_sandbox.host.variables import number
 
@@ -36,15 +37,14 @@ _BETWEEN_LOOKS_S: Final = 0.05
 
 
 def max_running() -> int:
-    """How many machines may run at once: X07_VM_MAX_RUNNING, else what cores and memory hold. Raises UsageError."""
+    """How many machines may run at once: X07_VM_MAX_RUNNING, else what cores and memory hold. Raises UsageError.
+
+    Three quarters of the memory are for machines that run, one is for those that wait in a pool. Each counts for 2 GiB,
+    which few use; for policies that allow more than that, X07_VM_MAX_RUNNING is the way to say so.
+    """
     if (named := number(_VARIABLE)) is not None:
         return named
     return max(1, min(len(os.sched_getaffinity(0)), memory_bytes() * 3 // 4 // _MEMORY_EACH))
-
-
-def memory_bytes() -> int:
-    """Memory of this host. Three quarters are for machines that run, one is for those that wait in a pool."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextlib.contextmanager

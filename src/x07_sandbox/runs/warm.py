@@ -31,10 +31,11 @@ from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.admission import admitted, memory_bytes
+from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.outcomes import Outcome, classify
