@@ -123,6 +123,34 @@ def test_applying_twice_is_applying_once(place: Path, tmp_path: Path) -> None:
     assert undone(tmp_path / "other").roots == ()
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_part_is_applied_only_if_no_other_is(tmp_path: Path, *, missing: bool) -> None:
+    """What undoes one part of a set is never lost for another part, which is refused, and no host is blamed for it."""
+    root, state = tmp_path / "root", tmp_path / "state"
+    old: Tree = {"": FOLDER} if missing else {"": FOLDER, **dict.fromkeys("abc", ("file", 420, b"old"))}
+    new: Tree = {"": FOLDER, **dict.fromkeys("abc", ("file", 420, b"new"))}
+    if not missing:
+        put(root, old)
+    parts = [difference(root, old, {**old, **{name: new[name] for name in names}}, missing=missing) for names in PARTS]
+    first, rest, whole = parts
+    applied(*first, state)
+    here = read(root)
+    for part in (rest, whole):
+        with pytest.raises(ConflictError, match="First x07 undo"):
+            applied(*part, state)
+        assert read(root) == here
+    assert applied(*first, state).roots == ()
+    undone(state, tmp_path / "other")
+    assert read(root) == old if not missing else not root.exists()
+    applied(*whole, state)
+    assert read(root) == new
+    undone(state, tmp_path / "more")
+    assert read(root) == old if not missing else not root.exists()
+
+
+PARTS = ("bc", "a", "abc")
+
+
 @pytest.mark.parametrize(
     ("name", "entry"),
     [

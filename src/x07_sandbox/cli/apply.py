@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from x07_sandbox.files.changes import ChangeSet, RootChanges
 
 _EPILOG: Final = """All or nothing: where a name is no more as it was copied into the machine, nothing is changed. A
-kill at any moment leaves the old files or the new ones, once the next x07 command has run.
+kill at any moment leaves the old files or the new ones, once the next x07 command has run. Where a part is applied
+already, another needs x07 undo first.
 
 examples:
   x07 apply                        the latest run's

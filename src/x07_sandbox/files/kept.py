@@ -36,6 +36,20 @@ def why_no_undo(folder: Path) -> str | None:
         return None
 
 
+def undoes(folder: Path) -> set[tuple[str, str]] | None:
+    """Roots and names that what is kept would bring back; none where nothing is kept, None where nobody can tell.
+
+    Raises ValueError if it is damaged, OSError.
+    """
+    if not (folder / "undo").exists():
+        return set()
+    try:
+        kept = data_model.decode((folder / "undo" / _CHANGES).read_bytes())
+    except FileNotFoundError:
+        return None
+    return {(root.root, change.name) for root in kept.roots for change in root.changes}
+
+
 def prepare(folder: Path, undoing: ChangeSet) -> None:
     """Write what will undo the set, before anything is done. Raises OSError."""
     _remove(folder / _NEXT)
