@@ -133,9 +133,14 @@ def _copy_one(fd: int, site: Site, step: Step, before: Node) -> None:
     with thing(site.staging_fd, displaced_slot(site, step)) as old:
         if old is None or old.ident != step.old or old.info.st_size != before.size:
             raise lost
-        if not old.mode & 0o400:
-            old.set_mode(0o600)  # it is to be removed anyway
-        source = os.open(old.place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        closed = not step.old_mode & 0o400
+        if closed:
+            old.set_mode(0o600)
+        try:
+            source = os.open(old.place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            if closed:  # it is to be removed, but may have other names
+                old.set_mode(step.old_mode)
         try:
             if contents.copy(source, 0, before.size, fd, step.undo_at) != before.sha256:
                 raise lost
