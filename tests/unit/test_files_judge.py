@@ -149,6 +149,21 @@ def test_what_git_takes_for_a_repository_is_protected(names: list[str], inside: 
         assert refused(judged(new(*less))) == set(), missing
 
 
+@pytest.mark.parametrize("missing", ["objects", "refs", "HEAD"])
+def test_a_repository_of_the_hosts_is_one_whatever_of_it_was_not_seen(missing: str) -> None:
+    """A part that was not copied in, or that the program removed first, makes it no other folder."""
+    parts = ["HEAD", "objects", "refs", "config"]
+    before = {"": FOLDER, "r": FOLDER} | {f"r/{part}": FILE for part in parts}
+    told = new("r/config", node=msgspec.structs.replace(FILE, size=2))[1:]
+    gone = [Told(root=0, name=f"r/{missing}")]
+    assert refused(judged(told + gone, before)) == {("r/config", "protected")}
+    assert refused(judged(gone, before)) == set()
+    stayed = {f"r/{missing}": Stayed("link-out", 0)}
+    before.pop(f"r/{missing}")
+    assert refused(judged(told, before, stayed=stayed)) == {("r/config", "protected")}
+    assert refused(judged(told, before)) == set()
+
+
 def test_git_runs_nothing_of_a_folder_that_it_would_take_for_a_repository(tmp_path: Path) -> None:
     """A tree in which the git of this host runs a command of its configuration is one that the judge refuses."""
     need(os.access("/usr/bin/git", os.X_OK), "git", installable=True)
@@ -259,6 +274,27 @@ def test_following_links_costs_what_their_targets_cost() -> None:
     ]
     work = calls(lambda: judged(told, stayed={"out": Stayed("link", 0)}))
     assert work["_follow"] <= len(told)
+
+
+@pytest.mark.parametrize(
+    ("there", "target", "out"),
+    [
+        ({"l": "../x"}, "l/f", True),
+        ({"l": "../x"}, "l", True),
+        ({"d/l": "../../root/d"}, "d/l/x", True),
+        ({"l": "/etc"}, "l/passwd", True),
+        ({"l": "../x", "m": "l"}, "m/f", True),
+        ({"d/l": "../e"}, "d/l/x", False),
+        ({"l": "../x"}, "e/l", False),
+    ],
+)
+def test_no_link_leads_out_by_way_of_one_that_is_there(there: dict[str, str], target: str, *, out: bool) -> None:
+    """A link that leads out of a write root, as one of a larger read root may, is no way out for a new one."""
+    before = {"": FOLDER, "d": FOLDER, "e": FOLDER}
+    before |= {name: Node(kind="link", target=where) for name, where in there.items()}
+    found = judged([Told(root=0, name="new", node=Node(kind="link", target=target))], before).refused
+    assert [(refusal.name, refusal.rule) for refusal in found] == [("new", "fs.allow_symlinks")] * out
+    assert all("leads out of its root" in refusal.why for refusal in found)
 
 
 @pytest.mark.parametrize("size", [2**32 - 1, 2**32])

@@ -17,7 +17,7 @@ from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
 from x07_sandbox.files.changes import STAGING, Change, Node, Refused, shown
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, WORDS, stays_inside, value_for
-from x07_sandbox.files.links import Links
+from x07_sandbox.files.links import OUT, Links
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -75,12 +75,12 @@ def judge(
     for change in changes:
         refused += _by_name(change.name, bounds, protection)
         refused += _by_kind(change, bounds)
-        if _is_link(change.after) and bounds.allow_symlinks and (through := links.through(change.name)):
-            refused.append(_by_way(change.name, through, stayed.get(through), bounds))
+        refused += _by_way(change, links, stayed, bounds)
         refused += _by_deed(change, allowed, moved)
     told_of = {refusal.name for refusal in refused if refusal.rule == "protected"}
     written = [change.name for change in changes if change.after is not None]
-    for name, why in protection.repositories(after, written).items():
+    # One that was there is one, whatever is gone of it now, and what was not copied in counts.
+    for name, why in protection.repositories({**before, **after, **stayed}, written).items():
         if name not in told_of:
             refused.append(Refused(name=name, rule="protected", why=why))
     return Judged(changes=tuple(changes), refused=tuple(sorted(refused, key=lambda refusal: refusal.name)))
@@ -193,11 +193,19 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
         yield Refused(name=name, rule="fs.max_write_bytes", why="it is too large", value=value)
 
 
-def _by_way(name: str, through: str, there: Stayed | None, bounds: Bounds) -> Refused:
-    """Of a link. through: what it leads through. there: why that stayed, None where it is a link too many."""
-    if there is None:
-        return Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads through too many others")
-    return _by_stayed(name, f"it is a link that leads through {shown(through)}", through, there, bounds)
+def _by_way(change: Change, links: Links, stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:
+    """Of a link whose own target stays inside: what others make of it."""
+    name, node = change.name, change.after
+    if node is None or node.kind != "link" or not bounds.allow_symlinks or not stays_inside(name, node.target):
+        return
+    through = links.through(name)
+    if through in stayed:
+        yield _by_stayed(name, f"it is a link that leads through {shown(through)}", through, stayed[through], bounds)
+    elif through == OUT:
+        why = "it is a link that leads out of its root, by way of another"
+        yield Refused(name=name, rule="fs.allow_symlinks", why=why)
+    elif through:
+        yield Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads through too many others")
 
 
 def _by_place(changes: Iterable[Change], stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:

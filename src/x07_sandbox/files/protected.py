@@ -98,8 +98,8 @@ class Protection:
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
         """Those of *changed* that lie in a folder git takes for a repository, and why each may not.
 
-        nodes: all names that are to be there. A part of the path above that says `.git` is not needed for one, nor are
-        objects and references, where a file says in which other folder they are (gitrepository-layout(5)).
+        nodes: all names that were there or are to be. A part of the path above that says `.git` is not needed for one,
+        nor are objects and references, where a file says in which other folder they are (gitrepository-layout(5)).
         """
         whole = functools.cache(self._whole)
         found: dict[str, set[str]] = defaultdict(set)

@@ -151,7 +151,7 @@ def _make_file(dir_fd: int, staging_fd: int, step: Step, node: Node, data_fd: in
 
 @contextlib.contextmanager
 def _source(dir_fd: int, step: Step, node: Node, data_fd: int) -> Iterator[int]:
-    """Where its bytes are: where only the mode is another one, what is there has them. Raises EOFError if it is gone."""
+    """Where its bytes are: what is there has them, where the set only has its mode. Raises EOFError if it is gone."""
     if node.at is not None:
         yield data_fd
         return
