@@ -208,6 +208,16 @@ def test_names_that_other_tools_obey_are_protected(name: str) -> None:
     assert not Protection(ROOT, (), (name.partition("/")[0], "sub")).why(name)
 
 
+def test_a_root_is_let_by_what_it_is_protected_for() -> None:
+    """A root with a protected part is let by a pattern for just that part, and its other parts let nothing."""
+    root = "/home/u/.config/work"
+    assert Protection(root).why("x")
+    assert not Protection(root, (), (".config",)).why("x")
+    assert Protection(root, (), ("u", "home", "work")).why("x")
+    assert Protection(root, (), (".config",)).why("x.git") == ""
+    assert Protection("/home/u/work", (), ("work",)).why(".git/config")
+
+
 def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:
     """What --allow-protected lets is only that a name is protected: other rules and other names still refuse."""
     found = judged(

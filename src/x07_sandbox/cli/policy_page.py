@@ -117,14 +117,16 @@ spelling, a folder that git would take for a repository, files of shells, editor
 `x07 run` and `x07 apply` lets a name of the last kind, which no policy can do; any other reason against that name
 stands. What was not copied in is neither replaced nor removed: a change that would do so (it takes away a folder that
 holds a key) is refused, with what lets that in. **One refused entry keeps all back**: nothing is applied, each is named
-with all its reasons, the exit code is 125 where the program ended well, and `x07 apply --skip PATH` does the rest. With
+with all its reasons, the exit code is 125 where the program ended well, and `x07 apply --skip PATH` does the rest; a
+folder that was removed with what is skipped stays. PATH is below a root, or absolute, which tells roots apart. With
 more entries than `fs.max_entries` all changes are discarded.
 
 Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). A kill at
 any moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for
 `x07 apply`, `--changes discard` brings nothing back; the changes of a program that did not end by itself are kept.
-`x07 diff` shows them, `x07 undo` takes them back. `--out DIR` is a write root that the program finds as `/x07/out`;
-with `fs.enabled` false it is refused.
+`x07 diff` shows them, `x07 undo` takes them back; after one part another is applied only once that is undone. A file
+with several names (hard links) is a file for each in the machine: what is changed of one becomes a file of its own.
+`--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it is refused.
 """
 _PROCESSES: Final = """
 ## Processes and programs

@@ -15,7 +15,7 @@ import msgspec
 
 from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
-from x07_sandbox.files.changes import STAGING, Change, Node, Refused, shown
+from x07_sandbox.files.changes import STAGING, Change, Node, Refused, folders_above, shown
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, WORDS, stays_inside, value_for
 from x07_sandbox.files.links import OUT, Links
 
@@ -225,7 +225,7 @@ def _by_place(changes: Iterable[Change], stayed: Mapping[str, Stayed], bounds: B
         return
     worst: dict[tuple[str, Reason], tuple[str, Stayed]] = {}
     for name, there in stayed.items():
-        for folder in _above([name]) & folders:
+        for folder in folders_above([name]) & folders:
             held = worst.setdefault((folder, there.reason), (name, there))
             if held[1].most < there.most:
                 worst[folder, there.reason] = name, there
@@ -264,8 +264,8 @@ def _moved(changes: Sequence[Change]) -> set[str]:
 
     A folder is its content: one that held nothing is the same as any that holds nothing.
     """
-    held = _above(change.name for change in changes if change.before is not None)
-    holding = _above(change.name for change in changes if change.after is not None)
+    held = folders_above(change.name for change in changes if change.before is not None)
+    holding = folders_above(change.name for change in changes if change.after is not None)
     new: dict[_Content, int] = defaultdict(int)
     for change in changes:
         if _is_folder(change.before) and _is_folder(change.after):
@@ -287,7 +287,7 @@ def _moved(changes: Sequence[Change]) -> set[str]:
             lost.add(change.name)
         else:
             folders.add(change.name)
-    return moved | ((folders & _above(moved)) - _above(lost))
+    return moved | ((folders & folders_above(moved)) - folders_above(lost))
 
 
 def _content(node: Node | None, *, empty: bool) -> _Content | None:
@@ -295,14 +295,3 @@ def _content(node: Node | None, *, empty: bool) -> _Content | None:
     if node is None or (node.kind == "folder" and not empty):
         return None
     return node.kind, node.sha256, node.size, node.target
-
-
-def _above(names: Iterable[str]) -> set[str]:
-    """All folders above these, the root left out; each is met once."""
-    found: set[str] = set()
-    for name in names:
-        above = name.rpartition("/")[0]
-        while above and above not in found:
-            found.add(above)
-            above = above.rpartition("/")[0]
-    return found

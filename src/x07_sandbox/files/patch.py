@@ -38,11 +38,14 @@ def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes
             refused[refusal.name] = "; ".join(filter(None, (refused.get(refusal.name), refusal.why)))
         for change in sorted(root.changes, key=lambda change: change.action != "deleted"):
             if why := refused.get(change.name):
-                yield b"# may not be done: " + _quoted(os.fsencode(change.name)) + b": " + _quoted(why.encode()) + b"\n"
+                yield _note(root.root, change.name, _quoted(why.encode()))
             yield from _one(root.root, change, before, after)
         for name in sorted(set(refused) - {change.name for change in root.changes}):
-            text = f": {refused[name]}".encode()
-            yield b"# may not be done: " + _quoted(os.fsencode(name)) + text + b"\n"
+            yield _note(root.root, name, refused[name].encode())
+
+
+def _note(root: str, name: str, why: bytes) -> bytes:
+    return b"# may not be done: " + _quoted(os.fsencode(name or root)) + b": " + why + b"\n"
 
 
 def _one(root: str, change: Change, before: Content, after: Content) -> Iterator[bytes]:

@@ -65,8 +65,9 @@ def _protected() -> re.Pattern[str]:
 class Protection:
     """What is protected below one root.
 
-    root: its path on the host; what lies below a protected folder is protected. own: further names that are, the policy
-    in use say. allowed: patterns that the host's owner has let go, each for a path from the root or a part of it.
+    root: its path on the host; what lies below a protected folder is protected. own: further names that are, say the
+    policy in use. allowed: patterns that the host's owner has let go, each for a path from the root or a part of it; of
+    the root's own path, for a part that is protected, and, where the root itself is meant, for its last one.
     """
 
     def __init__(self, root: str, own: Sequence[str] = (), allowed: Sequence[str] = ()) -> None:
@@ -78,6 +79,8 @@ class Protection:
         self._own = {self._whole(name) for name in own}
         self._allowed = [re.compile(fnmatch.translate(pattern.casefold())) for pattern in allowed]
         self._root = next(filter(None, map(self._part, root.split("/"))), "")
+        self._name = root.rpartition("/")[2]
+        self._lets_root = any(self._lets_part(part) for part in root.split("/") if self._part(part))
 
     def why(self, name: str) -> str:
         """Why *name* may not be changed; empty if it may."""
@@ -93,7 +96,8 @@ class Protection:
         """Whether the host's owner has let *name* go: as it is written, or as it is compared."""
         if not self._allowed:
             return False
-        return self._matches(name, self._whole(name)) or any(map(self._lets_part, name.split("/")))
+        parts = (name or self._name).split("/")
+        return self._lets_root or self._matches(name, self._whole(name)) or any(map(self._lets_part, parts))
 
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
         """Those of *changed* that lie in a folder git takes for a repository, and why each may not.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
-from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, shown
+from x07_sandbox.files.changes import ChangeSet, RootChanges, called, encode, shown
 from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, bounds_of, copy_tree, value_for
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
@@ -137,7 +137,8 @@ class HostFiles:
             return Changes(), [], ""
         self._keep(changes)
         if any(root.refused for root in changes.roots):
-            refused = [_refusal(refusal) for root in changes.roots for refusal in root.refused[:_DENIALS_MAX]]
+            every = ((root.root, refusal) for root in changes.roots for refusal in root.refused[:_DENIALS_MAX])
+            refused = [_refusal(root, refusal, of_several=changes.of_several) for root, refusal in every]
             names = {(root.root, refusal.name) for root in changes.roots for refusal in root.refused}
             return _told(changes, "kept", f"{len(names)} of them may not be done"), refused[:_DENIALS_MAX], ""
         if self._request.changes == "keep" or not ended_well:
@@ -300,11 +301,13 @@ def _flag(flag: str, name: str) -> str:
     return f"{flag} {shlex.quote(pattern)}"
 
 
-def _refusal(refused: Refused) -> Denial:
-    flag = _flag("--allow-protected", refused.name) if refused.rule == "protected" else None
+def _refusal(root: str, refused: Refused, *, of_several: bool) -> Denial:
+    flag = None
+    if refused.rule == "protected":
+        flag = _flag("--allow-protected", refused.name or Path(root).name)
     if refused.reveal:
         flag = _flag("--reveal", Path(refused.reveal).name)
-    subject = f"{shown(refused.name)}: {refused.why}"
+    subject = f"{called(root, refused.name, of_several=of_several)}: {refused.why}"
     return _denial(refused.rule, "change", subject, "the check of changes", 1, (refused.value, flag))
 
 
