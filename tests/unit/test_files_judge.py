@@ -101,9 +101,11 @@ def test_a_root_stays_what_it_is(before: dict[str, Node], told: list[Told]) -> N
 
 
 def test_what_an_honest_guest_says_of_a_root_is_taken() -> None:
-    """A folder's new mode is its own business, a file that is a root may be written, and attributes are refused."""
+    """A folder's new mode is no change but told, a file that is a root may be written, and attributes are refused."""
     other = msgspec.structs.replace(FILE, sha256="1" * 64)
-    assert judged([Told(root=0, name="", node=Node(kind="folder", mode=0o700)), *new("a")]).refused == ()
+    moded = judged([Told(root=0, name="", node=Node(kind="folder", mode=0o700)), *new("a")])
+    assert (moded.refused, [change.name for change in moded.changes], moded.root_mode) == ((), ["a"], 0o700)
+    assert judged([Told(root=0, name="", node=FOLDER)]) == Judged(changes=(), refused=())
     assert [change.name for change in judged(new("a"), {}).changes] == ["a"]
     assert [change.after for change in judged([Told(root=0, name="", node=other)], {"": FILE}).changes] == [other]
     attributes = judged([Told(root=0, name="", other=stat.S_IFREG | 0o644)], {"": FILE})
@@ -197,6 +199,8 @@ def test_git_runs_nothing_of_a_folder_that_it_would_take_for_a_repository(tmp_pa
         *("cloudbuild.yaml", ".roo/mcp.json", ".roomodes", ".kiro/hooks/x", ".windsurf/x", ".windsurfrules"),
         *(".continue/x", "opencode.json", "opencode.jsonc", ".opencode/x", "CLAUDE.md", "CLAUDE.local.md"),
         *("AGENTS.md", "GEMINI.md", ".cursorrules", ".clinerules", ".pdbrc", ".ghci", ".ocamlinit", ".pryrc"),
+        *(".dir-locals.el", ".dir-locals-2.el", ".aider.conf.yml", "lefthook.json", "lefthook.toml", "lefthook.jsonc"),
+        *("lefthook-local.yml", "lefthook-local.toml", ".lefthook-local.json", ".lefthook.toml", ".lefthook/x/y.sh"),
         *(".gemini", ".GIT", "x07.json", "sub/.github/workflows/x"),
     ],
 )

@@ -348,6 +348,17 @@ def test_no_link_leaves_by_way_of_one_that_was_left_out(run: Run) -> None:
     assert not (run.root / "lk/l4").is_symlink()
 
 
+@pytest.mark.parametrize("more", [(), (Entry(Kind.FOLDER, b"new", mode=0o755),)])
+def test_that_a_roots_own_mode_stays_is_said(run: Run, more: tuple[Entry, ...]) -> None:
+    """A program that changes the mode of a root gets a warning with it, whatever else it changed."""
+    mode = run.root.stat().st_mode
+    changes, denials, warning = run.back(run.files(), Entry(Kind.FOLDER, b"", mode=0o700), *more)
+    assert (changes.state, denials) == ("applied" if more else "none", [])
+    assert f"{run.root} was given mode 0700: " in warning
+    assert run.root.stat().st_mode == mode
+    assert (run.root / "new").exists() == bool(more)
+
+
 def test_what_may_not_come_back_says_whether_anything_would_let_it(run: Run) -> None:
     """A pipe and a name of ours have no way, and a link has a value of the policy unless it leads out."""
     files = run.files({"allow_symlinks": False})

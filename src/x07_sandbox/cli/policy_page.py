@@ -126,7 +126,8 @@ any moment leaves the old files or the new ones once the next `x07` command has 
 `x07 apply`, `--changes discard` brings nothing back; the changes of a program that did not end by itself are kept.
 `x07 diff` shows them, `x07 undo` takes them back; after one part another is applied only once that is undone. A file
 with several names (hard links) is a file for each in the machine: what is changed of one becomes a file of its own.
-`--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it is refused.
+The mode of a root itself stays as it was, and a warning says so. `--out DIR` is a write root that the program finds as
+`/x07/out`; with `fs.enabled` false it is refused.
 """
 _PROCESSES: Final = """
 ## Processes and programs

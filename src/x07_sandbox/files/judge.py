@@ -41,11 +41,13 @@ class Allowed(msgspec.Struct, frozen=True, kw_only=True):
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
     """changes: those of a root, sorted by name. refused: every reason why one may not be done, sorted by name.
 
-    What lies too deep, or is of no kind that a tree holds, is refused and no change.
+    What lies too deep, or is of no kind that a tree holds, is refused and no change. root_mode: which one the root, a
+    folder, was given. It stays as it is on the host: what is below a root is the program's, not the root.
     """
 
     changes: tuple[Change, ...]
     refused: tuple[Refused, ...]
+    root_mode: int | None = None
 
 
 def judge(
@@ -63,7 +65,6 @@ def judge(
     near, refused = _near(told, bounds.depth)
     after, others = _after(before, near)
     refused += others
-    # The root's own mode is not below it.
     changes = [
         Change(name=name, before=before.get(name), after=after.get(name))
         for name in sorted({*before, *after})
@@ -83,11 +84,19 @@ def judge(
     for name, why in protection.repositories({**before, **after, **stayed}, written).items():
         if name not in told_of:
             refused.append(Refused(name=name, rule="protected", why=why))
-    return Judged(changes=tuple(changes), refused=tuple(sorted(refused, key=lambda refusal: refusal.name)))
+    return Judged(
+        changes=tuple(changes),
+        refused=tuple(sorted(refused, key=lambda refusal: refusal.name)),
+        root_mode=_root_mode(before.get(""), after.get("")),
+    )
 
 
 def _is_folder(node: Node | None) -> bool:
     return node is not None and node.kind == "folder"
+
+
+def _root_mode(before: Node | None, after: Node | None) -> int | None:
+    return after.mode if after is not None and after.kind == "folder" and not after.same(before) else None
 
 
 def _is_link(node: Node | None) -> bool:

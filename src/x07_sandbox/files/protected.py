@@ -29,19 +29,20 @@ _PARTS: Final = (
     *(".xsession", ".xsessionrc", ".shrc", ".mkshrc", ".yashrc", ".xonshrc", ".gdbinit", ".lldbinit", ".rprofile"),
     *(".irbrc", ".pryrc", ".pdbrc", ".ghci", ".ocamlinit", ".psqlrc", ".sqliterc"),
     *(".ssh", ".gnupg", ".netrc", ".npmrc", ".yarnrc*", ".pypirc", ".pip", "pip.conf", ".cargo", ".gemrc"),
-    *(".vimrc", ".gvimrc", ".nvimrc", ".exrc", ".vim", ".emacs*", ".dir-locals.el", ".nanorc", "_vimrc"),
+    *(".vimrc", ".gvimrc", ".nvimrc", ".exrc", ".vim", ".emacs*", ".dir-locals*.el", ".nanorc", "_vimrc"),
     *(".vscode", ".idea", ".fleet", ".zed", ".cursor", ".devcontainer", "*.code-workspace", ".devcontainer.json"),
     *(".nvim.lua", ".lvimrc", ".theia", ".ideavimrc", "*.sublime-project"),
     *(".vs", ".helix", ".nova", ".lapce", ".gitpod.yml", ".gitpod.dockerfile"),
     *(".claude", "claude.md", "claude.local.md", "agents.md", ".mcp.json", ".codex", ".gemini", "gemini.md"),
     *(".roo", ".roomodes", ".kiro", ".windsurf", ".windsurfrules", ".continue", ".opencode", "opencode.json*"),
-    *(".cursorrules", ".clinerules"),
+    *(".cursorrules", ".clinerules", ".aider.conf.yml"),
     *(".github", ".gitlab-ci.yml", ".gitlab", ".circleci", ".travis.yml", ".drone.yml", ".woodpecker*", ".buildkite"),
     *("jenkinsfile", "azure-pipelines.yml", "bitbucket-pipelines.yml", "appveyor.yml", ".cirrus.yml", ".husky"),
     *(".forgejo", ".gitea", ".appveyor.yml", ".build.yml", ".teamcity", ".semaphore", "azure-pipelines.yaml"),
     *(".builds", ".cirrus.star", ".zuul.yaml", ".zuul.d", "zuul.yaml", "zuul.d", ".tekton"),
     *("buildspec.yml", "buildspec.yaml", "cloudbuild.yaml", "cloudbuild.yml", "cloudbuild.json"),
-    *(".drone.yaml", ".pre-commit-config.yaml", ".lefthook*", "lefthook.yml", "lefthook.yaml", ".overcommit.yml"),
+    *(".drone.yaml", ".pre-commit-config.yaml", ".lefthook*", ".overcommit.yml"),
+    *(f"lefthook{local}.{kind}" for local in ("", "-local") for kind in ("yml", "yaml", "toml", "json*")),
 )
 _GIT_NEEDS: Final = frozenset({"objects", "refs"})
 _GIT_NAMES: Final = frozenset({"head", "commondir", *_GIT_NEEDS})

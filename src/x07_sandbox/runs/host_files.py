@@ -68,6 +68,7 @@ class HostFiles:
         # Outer ones first, so that none covers another.
         self._mounts = sorted(every, key=lambda one: (one[1].at.count("/"), one[1].at))
         self._roots = [one for one in self._mounts if one in writable]
+        self._moded: list[str] = []  # roots that were given another mode
         self.incoming: Incoming | None = None
         if self._roots and request.changes != "discard":
             private_dir(self._place)
@@ -123,6 +124,13 @@ class HostFiles:
 
         ended_well: the program ended by itself. Raises PeerError where the guest contradicts itself, BackendError.
         """
+        changes, refused, warning = self._settle(ended_well=ended_well)
+        told = (
+            f"{', '.join(self._moded)}: what may be changed is what lies below a root, so its own mode stays as it was"
+        )
+        return changes, refused, "; ".join(filter(None, (warning, told if self._moded else "")))
+
+    def _settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
         incoming = self.incoming
         if incoming is None:
             return Changes(state="discarded" if self._roots else "none"), [], ""
@@ -169,6 +177,8 @@ class HostFiles:
             protection = Protection(mount.host, self._own(mount), self._request.allow_protected)
             stayed = _below(self.copied[tree].stayed, mount.sub)
             judged = judge(before, stayed, told, self._bounds, allowed, protection)
+            if judged.root_mode is not None:
+                self._moded.append(f"{shown(mount.host)} was given mode {judged.root_mode:04o}")
             roots.append(
                 RootChanges(
                     root=mount.host,
