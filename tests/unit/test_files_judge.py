@@ -18,6 +18,7 @@ from x07_sandbox.cli.apply import chosen
 from x07_sandbox.errors import PeerError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
 from x07_sandbox.files.checks import check_set
+from x07_sandbox.files.collisions import collisions, folds, knows_no_case
 from x07_sandbox.files.copy import Bounds, Stayed, stays_inside
 from x07_sandbox.files.incoming import Incoming, Told
 from x07_sandbox.files.judge import Allowed, Judged, judge
@@ -332,6 +333,35 @@ def test_a_folder_of_another_mode_is_not_where_an_empty_one_went() -> None:
     told = [Told(root=0, name="d", node=Node(kind="folder", mode=0o700)), Told(root=0, name="d/old"), *new("kept")]
     found = judged([*told, Told(root=0, name="e")], before, Allowed(mkdir=True, remove=False, rename=True))
     assert refused(found) == {("e", "fs.allow_remove")}
+
+
+# names that the host would take for one
+
+
+def test_names_that_a_folder_takes_for_one_are_refused() -> None:
+    """What is new and differs in case only from what is there, stays, goes or is new too, is named with the other."""
+    before = {"": FOLDER, "a": FILE, "d": FOLDER, "d/x": FILE}
+    told = [Told(root=0, name="a"), *new("A", "D/y", "both", "Both", "d/X.txt", "d/\u00c9", "x", "KEY.pem")]
+    changes = judged(told, before).changes
+    found = {refusal.name: refusal for refusal in collisions(changes, [*before, "d/e\u0301", "key.pem"])}
+    assert sorted(found) == ["A", "Both", "D", "KEY.pem", "both", "d/\u00c9"]
+    assert "would take it for Both: " in found["both"].why
+    check_set(chosen(ChangeSet(run="1-1-1", roots=(as_set(judged(told, before)).roots[0],)), sorted(found), []))
+    assert list(collisions([change for change in changes if change.name not in found], before)) == []
+
+
+def test_a_folder_that_knows_no_case_is_known_by_what_is_in_it(tmp_path: Path) -> None:
+    """A name that is found in another case and is none of those that are listed says so; here no folder does."""
+    plain = {"a": 1, "b": 2}
+    assert not folds(plain, plain.get)
+    assert folds(plain, lambda name: plain.get(name.lower()))
+    assert not folds(["1", "\u00df"], lambda _name: 1)
+    assert not folds([], plain.get)
+    both = {"a": 1, "A": 1}
+    assert not folds(both, both.get)
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file", tmp_path / "new", tmp_path / "no/new"):
+        assert not knows_no_case(str(place))
 
 
 # work

@@ -110,8 +110,9 @@ into the way to a root after the roots were looked at.
 Changes are judged by what is different when the program has ended (`fs.allow_mkdir`, `allow_remove`, `allow_rename`,
 `max_write_bytes`, `max_depth`, and the rules above); what it made and removed again is nobody's business. A name that
 is gone was renamed if its content has come to another, else removed; neither permission stands for the other. Whatever
-the policy says, these are refused: links that lead out of their root or through what was not copied in, set-id bits,
-extended attributes, devices, names that begin with `.x07-apply-`, and names that other tools run or obey (`.git` in any
+the policy says, these are refused: links that lead out of their root (by way of others too) or through what was not
+copied in, set-id bits, extended attributes, devices, names that begin with `.x07-apply-`, new names that differ from
+another in case only, where the root's folder takes both for one, and names that other tools run or obey (`.git` in any
 spelling, a folder that git would take for a repository, files of shells, editors, CI and assistants,
 `x07-sandbox.toml`, `x07.json`, the policy in use with every link on the way to it). Only `--allow-protected PATTERN` of
 `x07 run` and `x07 apply` lets a name of the last kind, which no policy can do; any other reason against that name

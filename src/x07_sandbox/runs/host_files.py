@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, RootChanges, called, encode, shown
+from x07_sandbox.files.collisions import collisions, knows_no_case
 from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, bounds_of, copy_tree, value_for
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
@@ -179,13 +180,16 @@ class HostFiles:
             judged = judge(before, stayed, told, self._bounds, allowed, protection)
             if judged.root_mode is not None:
                 self._moded.append(f"{shown(mount.host)} was given mode {judged.root_mode:04o}")
+            refused = list(judged.refused)
+            if judged.changes and knows_no_case(mount.host):
+                refused += collisions(judged.changes, {*before, *stayed})
             roots.append(
                 RootChanges(
                     root=mount.host,
                     guest=mount.at,
                     missing=mount.missing,
                     changes=judged.changes,
-                    refused=judged.refused,
+                    refused=tuple(sorted(refused, key=lambda refusal: refusal.name)),
                 )
             )
         return ChangeSet(run=self._place.parent.name, roots=tuple(roots))
