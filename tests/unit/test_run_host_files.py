@@ -304,6 +304,23 @@ def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.Capture
     assert stays == [f"x07: stays, since it holds what is skipped: {name}" for name in ("proj", "proj/in")]
 
 
+def test_what_was_not_copied_in_can_be_skipped(run: Run) -> None:
+    """Of a folder that was removed and holds a key, the rest goes, once the key is skipped; another key is told."""
+    for name in ("d/in/a.pem", "d/in/b.txt", "d/c.txt", "e/z.pem", "e/y"):
+        (run.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.root / name).write_text(name)
+    gone = [b"d/in/b.txt", b"d/c.txt", b"d/in", b"d", b"e/y", b"e"]
+    run.back(run.files(), *(Entry(Kind.GONE, name) for name in gone))
+    kept_set = find(RUN)
+    with pytest.raises(RefusedError, match=r"e: e/z\.pem is in it"):
+        chosen(kept_set.changes, ["d/in/a.pem"], [])
+    left = chosen(kept_set.changes, ["d/in/a.pem", f"{run.root}/e/z.pem"], [])
+    do(kept_set, left, lambda _path: None)
+    assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("**/*.*")) == ["d/in/a.pem", "e/z.pem"]
+    with pytest.raises(UsageError):
+        chosen(kept_set.changes, ["e", "d", "f/x"], [])
+
+
 LEFT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("key.pem", {}, {}),
     (".hid", {"deny_hidden": True}, {"deny_hidden": False}),

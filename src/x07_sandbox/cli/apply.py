@@ -82,29 +82,36 @@ def _without(
     told = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
     by_word = {word: {name for name in told if _covers(word, root.root, name)} for word in skip}
     skipped = set[str]().union(*by_word.values())
+    # What is skipped and is there stays, also what was not copied in, and with it the folders that it lies in.
+    staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
+    words = {word: folders_above([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
+    holding = folders_above(staying).union(*words.values()) & _ended(root) - skipped
     protection = Protection(root.root, allowed=allow_protected)
     left = [
         refusal
         for refusal in root.refused
-        if refusal.name not in skipped and not (refusal.rule == "protected" and protection.lets(refusal.name))
+        if refusal.name not in skipped | holding and not (refusal.rule == "protected" and protection.lets(refusal.name))
     ]
     if left:
         told_of = [f"{called(root.root, refusal.name, of_several=of_several)}: {refusal.why}" for refusal in left[:10]]
         more = f", and {len(left) - 10} more" if len(left) > 10 else ""  # noqa: PLR2004 - as many as above
         why = f"{'; '.join(told_of)}{more}"
         raise RefusedError("cannot apply the changes", why, "Leave them out with --skip PATH")
-    staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
-    holding = folders_above(staying)
-    changes = []
-    for change in root.changes:
-        if change.name in skipped:
-            continue
-        if change.name in holding and (change.after is None or change.after.kind != "folder"):
-            say(f"stays, since it holds what is skipped: {called(root.root, change.name, of_several=of_several)}")
-        else:
-            changes.append(change)
-    used = {word for word, names in by_word.items() if names}
+    for name in sorted(holding):
+        say(f"stays, since it holds what is skipped: {called(root.root, name, of_several=of_several)}")
+    changes = [change for change in root.changes if change.name not in skipped | holding]
+    used = {word for word in skip if by_word[word] or words[word] & holding}
     return replace(root, changes=tuple(changes), refused=()), used
+
+
+def _ended(root: RootChanges) -> set[str]:
+    """Folders that are to be none any more."""
+    return {
+        change.name
+        for change in root.changes
+        if change.before is not None and change.before.kind == "folder"
+        if change.after is None or change.after.kind != "folder"
+    }
 
 
 def _covers(word: str, root: str, name: str) -> bool:

@@ -119,8 +119,8 @@ spelling, a folder that git would take for a repository, files of shells, editor
 stands. What was not copied in is neither replaced nor removed: a change that would do so (it takes away a folder that
 holds a key) is refused, with what lets that in. **One refused entry keeps all back**: nothing is applied, each is named
 with all its reasons, the exit code is 125 where the program ended well, and `x07 apply --skip PATH` does the rest; a
-folder that was removed with what is skipped stays. PATH is below a root, or absolute, which tells roots apart. With
-more entries than `fs.max_entries` all changes are discarded.
+folder that was removed stays if it holds what is skipped. PATH is below a root, or absolute, which tells roots apart.
+With more entries than `fs.max_entries` all changes are discarded.
 
 Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). A kill at
 any moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for
