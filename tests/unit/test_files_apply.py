@@ -123,6 +123,34 @@ def test_applying_twice_is_applying_once(place: Path, tmp_path: Path) -> None:
     assert undone(tmp_path / "other").roots == ()
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_part_is_applied_only_if_no_other_is(tmp_path: Path, *, missing: bool) -> None:
+    """What undoes one part of a set is never lost for another part, which is refused, and no host is blamed for it."""
+    root, state = tmp_path / "root", tmp_path / "state"
+    old: Tree = {"": FOLDER} if missing else {"": FOLDER, **dict.fromkeys("abc", ("file", 420, b"old"))}
+    new: Tree = {"": FOLDER, **dict.fromkeys("abc", ("file", 420, b"new"))}
+    if not missing:
+        put(root, old)
+    parts = [difference(root, old, {**old, **{name: new[name] for name in names}}, missing=missing) for names in PARTS]
+    first, rest, whole = parts
+    applied(*first, state)
+    here = read(root)
+    for part in (rest, whole):
+        with pytest.raises(ConflictError, match="First x07 undo"):
+            applied(*part, state)
+        assert read(root) == here
+    assert applied(*first, state).roots == ()
+    undone(state, tmp_path / "other")
+    assert read(root) == old if not missing else not root.exists()
+    applied(*whole, state)
+    assert read(root) == new
+    undone(state, tmp_path / "more")
+    assert read(root) == old if not missing else not root.exists()
+
+
+PARTS = ("bc", "a", "abc")
+
+
 @pytest.mark.parametrize(
     ("name", "entry"),
     [
@@ -380,6 +408,44 @@ def test_a_replaced_file_keeps_its_attributes(tmp_path: Path) -> None:
     assert os.getxattr(root / "f", "user.note") == b"mine"
     undone(tmp_path / "state")
     assert (os.getxattr(root / "f", "user.note"), (root / "f").read_bytes()) == (b"mine", b"old")
+
+
+def test_a_hard_link_is_a_file_of_its_own(place: Path, tmp_path: Path) -> None:
+    """What is done to one name of a file is done to no other, in the root or outside, and undoing needs no other."""
+    names = ("a", "b", "c", "d", "closed")
+    old: Tree = {"": FOLDER, **dict.fromkeys(names, ("file", 0o000, b"old"))}
+    old |= dict.fromkeys(("a", "b", "c", "d"), ("file", 0o644, b"old"))
+    root = make(place / "root", {"": FOLDER})
+    for name, (_, mode, data) in old.items():
+        if name:
+            outside = place / f"outside {mode:o}"
+            if not outside.exists():
+                outside.write_bytes(data)
+                outside.chmod(mode)
+            os.link(outside, root / name)
+    before = {path.name: path.stat().st_mode for path in place.glob("outside*")}
+    new: Tree = {"": FOLDER, "a": ("file", 0o777, b"old"), "b": ("file", 0o755, b"old"), "c": ("file", 0o644, b"new")}
+    changes, data = difference(root, old, new)
+    applied(changes, data, tmp_path / "state")
+    assert read(root) == new
+    assert applied(changes, data, tmp_path / "state").roots == ()
+    assert {path.name: path.stat().st_mode for path in place.glob("outside*")} == before
+    os.link(root / "a", root / "b2")
+    undone(tmp_path / "state")
+    assert read(root) == {**old, "b2": new["a"]}
+    assert (place / "outside 644").read_bytes() == b"old"
+
+
+def test_undoing_a_mode_needs_no_content(tmp_path: Path) -> None:
+    """A file that has got another name since its mode was changed gets its own back, and the other name keeps its."""
+    old: Tree = {"": FOLDER, "f": ("file", 0o640, b"x" * 5000)}
+    root = make(tmp_path / "root", old)
+    applied(*difference(root, old, {"": FOLDER, "f": ("file", 0o777, b"x" * 5000)}), tmp_path / "state")
+    assert (tmp_path / "state" / "undo" / "data").stat().st_size == 0
+    os.link(root / "f", tmp_path / "other")
+    undone(tmp_path / "state")
+    assert read(root) == old
+    assert (tmp_path / "other").stat().st_mode & 0o7777 == 0o777
 
 
 @pytest.mark.root

@@ -18,6 +18,7 @@ from x07_sandbox.cli.apply import chosen
 from x07_sandbox.errors import PeerError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
 from x07_sandbox.files.checks import check_set
+from x07_sandbox.files.collisions import collisions, folds, knows_no_case
 from x07_sandbox.files.copy import Bounds, Stayed, stays_inside
 from x07_sandbox.files.incoming import Incoming, Told
 from x07_sandbox.files.judge import Allowed, Judged, judge
@@ -101,9 +102,11 @@ def test_a_root_stays_what_it_is(before: dict[str, Node], told: list[Told]) -> N
 
 
 def test_what_an_honest_guest_says_of_a_root_is_taken() -> None:
-    """A folder's new mode is its own business, a file that is a root may be written, and attributes are refused."""
+    """A folder's new mode is no change but told, a file that is a root may be written, and attributes are refused."""
     other = msgspec.structs.replace(FILE, sha256="1" * 64)
-    assert judged([Told(root=0, name="", node=Node(kind="folder", mode=0o700)), *new("a")]).refused == ()
+    moded = judged([Told(root=0, name="", node=Node(kind="folder", mode=0o700)), *new("a")])
+    assert (moded.refused, [change.name for change in moded.changes], moded.root_mode) == ((), ["a"], 0o700)
+    assert judged([Told(root=0, name="", node=FOLDER)]) == Judged(changes=(), refused=())
     assert [change.name for change in judged(new("a"), {}).changes] == ["a"]
     assert [change.after for change in judged([Told(root=0, name="", node=other)], {"": FILE}).changes] == [other]
     attributes = judged([Told(root=0, name="", other=stat.S_IFREG | 0o644)], {"": FILE})
@@ -149,6 +152,21 @@ def test_what_git_takes_for_a_repository_is_protected(names: list[str], inside: 
         assert refused(judged(new(*less))) == set(), missing
 
 
+@pytest.mark.parametrize("missing", ["objects", "refs", "HEAD"])
+def test_a_repository_of_the_hosts_is_one_whatever_of_it_was_not_seen(missing: str) -> None:
+    """A part that was not copied in, or that the program removed first, makes it no other folder."""
+    parts = ["HEAD", "objects", "refs", "config"]
+    before = {"": FOLDER, "r": FOLDER} | {f"r/{part}": FILE for part in parts}
+    told = new("r/config", node=msgspec.structs.replace(FILE, size=2))[1:]
+    gone = [Told(root=0, name=f"r/{missing}")]
+    assert refused(judged(told + gone, before)) == {("r/config", "protected")}
+    assert refused(judged(gone, before)) == set()
+    stayed = {f"r/{missing}": Stayed("link-out", 0)}
+    before.pop(f"r/{missing}")
+    assert refused(judged(told, before, stayed=stayed)) == {("r/config", "protected")}
+    assert refused(judged(told, before)) == set()
+
+
 def test_git_runs_nothing_of_a_folder_that_it_would_take_for_a_repository(tmp_path: Path) -> None:
     """A tree in which the git of this host runs a command of its configuration is one that the judge refuses."""
     need(os.access("/usr/bin/git", os.X_OK), "git", installable=True)
@@ -182,6 +200,8 @@ def test_git_runs_nothing_of_a_folder_that_it_would_take_for_a_repository(tmp_pa
         *("cloudbuild.yaml", ".roo/mcp.json", ".roomodes", ".kiro/hooks/x", ".windsurf/x", ".windsurfrules"),
         *(".continue/x", "opencode.json", "opencode.jsonc", ".opencode/x", "CLAUDE.md", "CLAUDE.local.md"),
         *("AGENTS.md", "GEMINI.md", ".cursorrules", ".clinerules", ".pdbrc", ".ghci", ".ocamlinit", ".pryrc"),
+        *(".dir-locals.el", ".dir-locals-2.el", ".aider.conf.yml", "lefthook.json", "lefthook.toml", "lefthook.jsonc"),
+        *("lefthook-local.yml", "lefthook-local.toml", ".lefthook-local.json", ".lefthook.toml", ".lefthook/x/y.sh"),
         *(".gemini", ".GIT", "x07.json", "sub/.github/workflows/x"),
     ],
 )
@@ -191,6 +211,16 @@ def test_names_that_other_tools_obey_are_protected(name: str) -> None:
     assert Protection(ROOT).why(f"sub/{name}")
     assert Protection(f"/home/{name}").why("x")
     assert not Protection(ROOT, (), (name.partition("/")[0], "sub")).why(name)
+
+
+def test_a_root_is_let_by_what_it_is_protected_for() -> None:
+    """A root with a protected part is let by a pattern for just that part, and its other parts let nothing."""
+    root = "/home/u/.config/work"
+    assert Protection(root).why("x")
+    assert not Protection(root, (), (".config",)).why("x")
+    assert Protection(root, (), ("u", "home", "work")).why("x")
+    assert Protection(root, (), (".config",)).why("x.git") == ""
+    assert Protection("/home/u/work", (), ("work",)).why(".git/config")
 
 
 def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:
@@ -261,6 +291,27 @@ def test_following_links_costs_what_their_targets_cost() -> None:
     assert work["_follow"] <= len(told)
 
 
+@pytest.mark.parametrize(
+    ("there", "target", "out"),
+    [
+        ({"l": "../x"}, "l/f", True),
+        ({"l": "../x"}, "l", True),
+        ({"d/l": "../../root/d"}, "d/l/x", True),
+        ({"l": "/etc"}, "l/passwd", True),
+        ({"l": "../x", "m": "l"}, "m/f", True),
+        ({"d/l": "../e"}, "d/l/x", False),
+        ({"l": "../x"}, "e/l", False),
+    ],
+)
+def test_no_link_leads_out_by_way_of_one_that_is_there(there: dict[str, str], target: str, *, out: bool) -> None:
+    """A link that leads out of a write root, as one of a larger read root may, is no way out for a new one."""
+    before = {"": FOLDER, "d": FOLDER, "e": FOLDER}
+    before |= {name: Node(kind="link", target=where) for name, where in there.items()}
+    found = judged([Told(root=0, name="new", node=Node(kind="link", target=target))], before).refused
+    assert [(refusal.name, refusal.rule) for refusal in found] == [("new", "fs.allow_symlinks")] * out
+    assert all("leads out of its root" in refusal.why for refusal in found)
+
+
 @pytest.mark.parametrize("size", [2**32 - 1, 2**32])
 def test_a_size_that_no_policy_can_say_is_not_named(size: int) -> None:
     """A file is refused with the size that would let it, as long as the field can hold that."""
@@ -282,6 +333,35 @@ def test_a_folder_of_another_mode_is_not_where_an_empty_one_went() -> None:
     told = [Told(root=0, name="d", node=Node(kind="folder", mode=0o700)), Told(root=0, name="d/old"), *new("kept")]
     found = judged([*told, Told(root=0, name="e")], before, Allowed(mkdir=True, remove=False, rename=True))
     assert refused(found) == {("e", "fs.allow_remove")}
+
+
+# names that the host would take for one
+
+
+def test_names_that_a_folder_takes_for_one_are_refused() -> None:
+    """What is new and differs in case only from what is there, stays, goes or is new too, is named with the other."""
+    before = {"": FOLDER, "a": FILE, "d": FOLDER, "d/x": FILE}
+    told = [Told(root=0, name="a"), *new("A", "D/y", "both", "Both", "d/X.txt", "d/\u00c9", "x", "KEY.pem")]
+    changes = judged(told, before).changes
+    found = {refusal.name: refusal for refusal in collisions(changes, [*before, "d/e\u0301", "key.pem"])}
+    assert sorted(found) == ["A", "Both", "D", "KEY.pem", "both", "d/\u00c9"]
+    assert "would take it for Both: " in found["both"].why
+    check_set(chosen(ChangeSet(run="1-1-1", roots=(as_set(judged(told, before)).roots[0],)), sorted(found), []))
+    assert list(collisions([change for change in changes if change.name not in found], before)) == []
+
+
+def test_a_folder_that_knows_no_case_is_known_by_what_is_in_it(tmp_path: Path) -> None:
+    """A name that is found in another case and is none of those that are listed says so; here no folder does."""
+    plain = {"a": 1, "b": 2}
+    assert not folds(plain, plain.get)
+    assert folds(plain, lambda name: plain.get(name.lower()))
+    assert not folds(["1", "\u00df"], lambda _name: 1)
+    assert not folds([], plain.get)
+    both = {"a": 1, "A": 1}
+    assert not folds(both, both.get)
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file", tmp_path / "new", tmp_path / "no/new"):
+        assert not knows_no_case(str(place))
 
 
 # work

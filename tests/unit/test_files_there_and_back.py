@@ -207,6 +207,18 @@ def test_what_looks_the_same_and_is_not_is_found(trip: Trip) -> None:
 
 
 @needs_root
+def test_a_hard_link_is_a_file_of_its_own_there(trip: Trip) -> None:
+    """Of two names of one file on the host each is a file in the guest, and what is done to one is done to no other."""
+    (trip.host / "a").write_text("x")
+    os.link(trip.host / "a", trip.host / "b")
+    trip.go()
+    (trip.guest / "a").chmod(0o700)
+    assert [(change.name, change.after and change.after.mode) for change in trip.back().changes] == [("a", 0o700)]
+    os.link(trip.guest / "b", trip.guest / "c")
+    assert [(change.name, change.action) for change in trip.back().changes] == [("a", "changed"), ("c", "added")]
+
+
+@needs_root
 def test_what_was_only_touched_is_no_change(trip: Trip) -> None:
     """The same bytes under the same name, written anew, are no change; nor is what came and went."""
     fill(trip.host)

@@ -16,7 +16,7 @@ import pytest
 from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.apply import chosen
-from x07_sandbox.cli.changed import lines, tell
+from x07_sandbox.cli.changed import lines, pieces, tell
 from x07_sandbox.errors import BackendError, HostError, RefusedError, UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
@@ -228,6 +228,99 @@ def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
     assert (changes.state, [denial.field for denial in denials]) == ("kept", ["protected"])
 
 
+def said(changes: Changes, denials: list[Denial]) -> list[str]:
+    """What the command prints of them."""
+    return lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials)))
+
+
+def test_a_root_that_is_itself_the_name_can_be_named(run: Run) -> None:
+    """A file or folder that is a root is told by its path, which --skip takes, or its last part; the flag lets it."""
+    ci, jenkins = run.root / ".github", run.root / "Jenkinsfile"
+    ci.mkdir()
+    jenkins.touch(0o644)
+    files = run.files({"write_roots": (str(ci), str(jenkins))})
+    task, other = (Entry(Kind.FILE, name, mode=0o600) for name in (b"x.yml", b""))
+    told, denials, _ = run.back(files, task, Entry(Kind.ROOT, b"1"), other)
+    assert [denial.subject.partition(":")[0] for denial in denials] == [f"{ci}/x.yml", str(jenkins)]
+    assert flag_of(denials[1]) == ["--allow-protected", "Jenkinsfile"]
+    assert any(f"{jenkins}: jenkinsfile is protected" in line for line in said(told, denials))
+    changes = find(RUN).changes
+    assert f"# may not be done: {jenkins}: ".encode() in b"".join(pieces(find(RUN)))
+    with pytest.raises(RefusedError, match=r"x\.yml"):
+        chosen(changes, [], ["Jenkinsfile"])
+    for skip in ("Jenkinsfile", str(jenkins), f"{jenkins}/"):
+        assert [[one.name for one in root.changes] for root in chosen(changes, [skip], [".github"]).roots] == [
+            ["x.yml"],
+            [],
+        ]
+    for skip in (str(ci), f"{ci}/x.yml", "x.yml"):
+        assert [[one.name for one in root.changes] for root in chosen(changes, [skip], ["J*"]).roots] == [[], [""]]
+    for skip in ("nothing", f"{run.root}/nothing", ".github/y"):
+        with pytest.raises(UsageError):
+            chosen(changes, [skip], ["*"])
+    assert all(root.changes == () for root in chosen(changes, [str(run.root)], []).roots)
+
+
+def test_of_two_roots_that_hold_the_same_name_either_can_be_skipped(run: Run) -> None:
+    """What goes is told with its whole path where several roots have changes, and that path means one of them."""
+    one, two = (run.root / name for name in ("one", "two"))
+    for place in (one, two):
+        place.mkdir()
+        (place / "x").touch()
+    files = run.files({"write_roots": (str(one), str(two))}, changes="keep")
+    gone = Entry(Kind.GONE, b"x")
+    changes, denials, _ = run.back(files, gone, Entry(Kind.ROOT, b"1"), gone)
+    assert said(changes, denials)[:2] == [f"deleted: {place}/x" for place in (one, two)]
+    left = chosen(find(RUN).changes, [f"{one}/x"], [])
+    assert [root.root for root in left.roots if root.changes] == [str(two)]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.CaptureFixture[str], *, moved: bool) -> None:
+    """Of a folder that was removed or renamed with what may not be, the rest is done, and that it stays is said."""
+    inner = run.root / "proj/in"
+    (inner / ".github").mkdir(parents=True)
+    for name in (".github/ci.yml", "AGENTS.md", "a.txt"):
+        (inner / name).write_text(name)
+    (run.root / "proj/b").mkdir()
+    there = ["in", "in/.github", "in/.github/ci.yml", "in/AGENTS.md", "in/a.txt", "b"]
+    gone = [Entry(Kind.GONE, f"proj/{name}".encode()) for name in reversed(there)]
+    come = [
+        Entry(Kind.FILE, b"new/" + name, mode=0o644) for name in (b"in/.github/ci.yml", b"in/AGENTS.md", b"in/a.txt")
+    ]
+    folders = [Entry(Kind.FOLDER, b"new" + name, mode=0o755) for name in (b"", b"/in", b"/in/.github", b"/b")]
+    changes, denials, _ = run.back(run.files(), *gone, Entry(Kind.GONE, b"proj"), *(folders + come if moved else []))
+    assert changes.state == "kept"
+    kept_set = find(RUN)
+    skip = [denial.subject.partition(":")[0] for denial in denials]
+    left = chosen(kept_set.changes, skip, [])
+    do(kept_set, left, lambda _path: None)
+    proj = {str(path.relative_to(run.root)) for path in run.root.glob("proj/**/*")}
+    assert proj == {"proj/in", "proj/in/.github", "proj/in/.github/ci.yml", "proj/in/AGENTS.md"}
+    assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("new/**/*")) == (
+        ["new/b", "new/in", "new/in/a.txt"] if moved else []
+    )
+    stays = [line for line in capsys.readouterr().err.splitlines() if "stays" in line]
+    assert stays == [f"x07: stays, since it holds what is skipped: {name}" for name in ("proj", "proj/in")]
+
+
+def test_what_was_not_copied_in_can_be_skipped(run: Run) -> None:
+    """Of a folder that was removed and holds a key, the rest goes, once the key is skipped; another key is told."""
+    for name in ("d/in/a.pem", "d/in/b.txt", "d/c.txt", "e/z.pem", "e/y"):
+        (run.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.root / name).write_text(name)
+    gone = [b"d/in/b.txt", b"d/c.txt", b"d/in", b"d", b"e/y", b"e"]
+    run.back(run.files(), *(Entry(Kind.GONE, name) for name in gone))
+    kept_set = find(RUN)
+    with pytest.raises(RefusedError, match=r"e: e/z\.pem is in it"):
+        chosen(kept_set.changes, ["d/in/a.pem"], [])
+    left = chosen(kept_set.changes, ["d/in/a.pem", f"{run.root}/e/z.pem"], [])
+    do(kept_set, left, lambda _path: None)
+    assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("**/*.*")) == ["d/in/a.pem", "e/z.pem"]
+    with pytest.raises(UsageError):
+        chosen(kept_set.changes, ["e", "d", "f/x"], [])
+
+
 LEFT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("key.pem", {}, {}),
     (".hid", {"deny_hidden": True}, {"deny_hidden": False}),
@@ -250,13 +343,13 @@ def test_what_was_left_out_and_is_in_the_way_says_so(
     files = run.files(fs)
     changes, denials, _ = run.back(files, *gone if taken else [Entry(Kind.FOLDER, b"f/d/" + left.encode(), mode=0o755)])
     assert (changes.state, changes.reason) == ("kept", f"{2 if taken else 1} of them may not be done")
-    said = "\n".join(lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials))))
+    told = "\n".join(said(changes, denials))
     if taken:
-        assert f"f: f/d/{left} is in it, which was not copied in" in said
+        assert f"f: f/d/{left} is in it, which was not copied in" in told
     how = denials[0].how_to_allow
     assert how is not None
     words: dict[str, Any] = {} if more else {"reveal": (flag_of(denials[0])[1],)}
-    assert ("; --reveal key.pem" if words else str(how.json_path)) in said
+    assert ("; --reveal key.pem" if words else str(how.json_path)) in told
     assert how.value == next(iter(more.values()), None)
     assert f"f/d/{left}" in run.files({**fs, **more}, changes="discard", **words).copied[0].nodes
 
@@ -270,6 +363,17 @@ def test_no_link_leaves_by_way_of_one_that_was_left_out(run: Run) -> None:
     assert (changes.state, denial.field, denial.how_to_allow) == ("kept", "fs.allow_symlinks", None)
     assert "lk/out, which was not copied in" in denial.subject
     assert not (run.root / "lk/l4").is_symlink()
+
+
+@pytest.mark.parametrize("more", [(), (Entry(Kind.FOLDER, b"new", mode=0o755),)])
+def test_that_a_roots_own_mode_stays_is_said(run: Run, more: tuple[Entry, ...]) -> None:
+    """A program that changes the mode of a root gets a warning with it, whatever else it changed."""
+    mode = run.root.stat().st_mode
+    changes, denials, warning = run.back(run.files(), Entry(Kind.FOLDER, b"", mode=0o700), *more)
+    assert (changes.state, denials) == ("applied" if more else "none", [])
+    assert f"{run.root} was given mode 0700: " in warning
+    assert run.root.stat().st_mode == mode
+    assert (run.root / "new").exists() == bool(more)
 
 
 def test_what_may_not_come_back_says_whether_anything_would_let_it(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
@@ -11,7 +12,7 @@ from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, wanted
 from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.files.changes import shown
+from x07_sandbox.files.changes import called, folders_above, path_of
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.runs.kept import do, find
 
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from x07_sandbox.files.changes import ChangeSet, RootChanges
 
 _EPILOG: Final = """All or nothing: where a name is no more as it was copied into the machine, nothing is changed. A
-kill at any moment leaves the old files or the new ones, once the next x07 command has run.
+kill at any moment leaves the old files or the new ones, once the next x07 command has run. Where a part is applied
+already, another needs x07 undo first.
 
 examples:
   x07 apply                        the latest run's
   x07 apply --skip .github --skip notes.txt
+  x07 apply --skip /home/me/project/notes.txt
   x07 apply --allow-protected Jenkinsfile
 
 exit code: 0 done, or done before; 125 a conflict, or names that may not be changed; 2 no such run
@@ -38,7 +41,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     parser = verbs.add_parser("apply", help=help, description="Do what a run has changed.", epilog=_EPILOG)
     add_run(parser)
     parser.add_argument(
-        "--skip", action="append", default=[], metavar="PATH", help="leave a name out, with all that is below it"
+        "--skip",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="leave a name below a root, or a path, out with all that is below it",
     )
     parser.add_argument("--allow-protected", action="append", default=[], metavar="PATTERN", help="as x07 run has it")
     add_document_flags(parser, "what was done, as one JSON object; errors too")
@@ -57,34 +64,60 @@ def _apply(options: argparse.Namespace) -> int:
 
 
 def chosen(changes: ChangeSet, skip: Sequence[str], allow_protected: Sequence[str]) -> ChangeSet:
-    """The set without what is skipped. Raises RefusedError where something is left that may not be done, UsageError."""
-    names = [name.strip("/") for name in skip]
-    unused = set(names)
-    roots = []
-    for root in changes.roots:
-        told = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
-        unused -= {name for name in unused if any(_covers(name, other) for other in told)}
-        roots.append(_without(root, names, allow_protected))
-    if unused:
+    """The set without what is skipped, and without the end of folders that hold some of it, of which each is said.
+
+    skip: names below a root, or absolute paths. Raises RefusedError where something is left that may not be done,
+    UsageError.
+    """
+    parts = [_without(root, skip, allow_protected, of_several=changes.of_several) for root in changes.roots]
+    if unused := set(skip).difference(*(used for _, used in parts)):
         raise UsageError("cannot skip", f"nothing that was changed is called {min(unused)}", "See x07 diff")
-    return replace(changes, roots=tuple(roots))
+    return replace(changes, roots=tuple(root for root, _ in parts))
 
 
-def _without(root: RootChanges, names: Sequence[str], allow_protected: Sequence[str]) -> RootChanges:
+def _without(
+    root: RootChanges, skip: Sequence[str], allow_protected: Sequence[str], *, of_several: bool
+) -> tuple[RootChanges, set[str]]:
+    """What is left of a root; and which of *skip* are of any use."""
+    told = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
+    by_word = {word: {name for name in told if _covers(word, root.root, name)} for word in skip}
+    skipped = set[str]().union(*by_word.values())
+    # What is skipped and is there stays, also what was not copied in, and with it the folders that it lies in.
+    staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
+    words = {word: folders_above([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
+    holding = folders_above(staying).union(*words.values()) & _ended(root) - skipped
     protection = Protection(root.root, allowed=allow_protected)
     left = [
         refusal
         for refusal in root.refused
-        if not any(_covers(name, refusal.name) for name in names)
-        and not (refusal.rule == "protected" and protection.lets(refusal.name))
+        if refusal.name not in skipped | holding and not (refusal.rule == "protected" and protection.lets(refusal.name))
     ]
     if left:
-        told = "; ".join(f"{shown(refusal.name)}: {refusal.why}" for refusal in left[:10])
+        told_of = [f"{called(root.root, refusal.name, of_several=of_several)}: {refusal.why}" for refusal in left[:10]]
         more = f", and {len(left) - 10} more" if len(left) > 10 else ""  # noqa: PLR2004 - as many as above
-        raise RefusedError("cannot apply the changes", f"{told}{more}", "Leave them out with --skip PATH")
-    changes = [change for change in root.changes if not any(_covers(name, change.name) for name in names)]
-    return replace(root, changes=tuple(changes), refused=())
+        why = f"{'; '.join(told_of)}{more}"
+        raise RefusedError("cannot apply the changes", why, "Leave them out with --skip PATH")
+    for name in sorted(holding):
+        say(f"stays, since it holds what is skipped: {called(root.root, name, of_several=of_several)}")
+    changes = [change for change in root.changes if change.name not in skipped | holding]
+    used = {word for word in skip if by_word[word] or words[word] & holding}
+    return replace(root, changes=tuple(changes), refused=()), used
 
 
-def _covers(name: str, other: str) -> bool:
-    return other == name or other.startswith(f"{name}/")
+def _ended(root: RootChanges) -> set[str]:
+    """Folders that are to be none any more."""
+    return {
+        change.name
+        for change in root.changes
+        if change.before is not None and change.before.kind == "folder"
+        if change.after is None or change.after.kind != "folder"
+    }
+
+
+def _covers(word: str, root: str, name: str) -> bool:
+    """Whether *word* is that name, or one above it. The root itself has its last part as a name, too."""
+    if word.startswith("/"):
+        path, above = path_of(root, name), word.rstrip("/")
+        return path == above or path.startswith(f"{above}/")
+    above = word.rstrip("/")
+    return above in {name, name or posixpath.basename(root)} or name.startswith(f"{above}/")

@@ -13,7 +13,7 @@ import msgspec
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.refused import how
-from x07_sandbox.files.changes import ChangeSet, decode, shown
+from x07_sandbox.files.changes import ChangeSet, called, decode, path_of, shown
 from x07_sandbox.files.patch import TEXT_MAX, patch
 from x07_sandbox.runs.kept import KeptChanges, find
 
@@ -43,7 +43,8 @@ def lines(result: Result) -> list[str]:
     changes = result.changes
     if changes.state == "none":
         return []
-    deleted = [one.name for one in changes.names if one.action == "deleted"]
+    several = len({one.root for one in changes.names}) > 1
+    deleted = [called(one.root, one.name, of_several=several) for one in changes.names if one.action == "deleted"]
     if len(deleted) < changes.deleted:  # a result has no more names than these; all are in the run's folder
         deleted = _deleted(find(result.run).changes)
     kept_back = (denial for denial in result.denials if denial.action == "change")
@@ -78,7 +79,9 @@ def list_deleted(changes: ChangeSet) -> None:
 
 
 def _deleted(changes: ChangeSet) -> list[str]:
-    return [shown(change.name) for root in changes.roots for change in root.changes if change.action == "deleted"]
+    several = changes.of_several
+    gone = ((root.root, change.name) for root in changes.roots for change in root.changes if change.action == "deleted")
+    return [called(root, name, of_several=several) for root, name in gone]
 
 
 def pieces(kept: KeptChanges) -> Iterator[bytes]:
@@ -115,7 +118,7 @@ class _Before:
     def __call__(self, root: str, name: str, node: Node) -> bytes | None:
         if node.size > TEXT_MAX:
             return None
-        found = _matching(Path(root) / name if name else Path(root), 0, node)
+        found = _matching(Path(path_of(root, name)), 0, node)
         if found is None and (root, name) in self._at:
             found = _matching(self._data, self._at[root, name], node)
         return found

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import posixpath
 import secrets
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from x07_sandbox.files import journal
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
 from x07_sandbox.files.checks import check_set, look_at, reached_by
 from x07_sandbox.files.journal import Head, Place
-from x07_sandbox.files.kept import discard, keep, leave, prepare, publish, why_no_undo
+from x07_sandbox.files.kept import discard, keep, leave, prepare, publish, undoes, why_no_undo
 from x07_sandbox.files.staging import Planner, fill, undo_changes
 from x07_sandbox.files.steps import Site, displaced, do, holds, staged, undo
 from x07_sandbox.files.things import NOTHING, ConflictError, conflict
@@ -59,7 +60,8 @@ def apply(changes: ChangeSet, data_fd: int, folder: Path, *, on_wait: OnWait | N
     """Bring the host from what the set says was there to what is to be, and give what undoes it.
 
     data_fd: the contents. folder: see above; made if missing. on_wait is called with the path of what another process
-    works on, before waiting for it. Where all is as it is to be nothing is done, and what undoes it is empty.
+    works on, before waiting for it. Where all is as it is to be nothing is done, and what undoes it is empty. A part of
+    a set of which another part is applied is refused: the folder has room for what undoes one.
 
     Raises ValueError for a set that makes no sense, ConflictError, HostError: nothing is changed then, but for a
     HostError that says that something was in the way of undoing: recover() goes on with that.
@@ -88,7 +90,9 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
             nothing = ChangeSet(run=changes.run, roots=())
             leave(folder, nothing)
             return nothing
-        if wrong := list(dict.fromkeys(name for one in found for name in one.wrong)):
+        wrong = list(dict.fromkeys(name for one in found for name in one.wrong))
+        _check_part(folder, roots, found, wrong)
+        if wrong:
             raise conflict(wrong)
         sites = list({id(site): site for site in by_path.values()}.values())
         planner = Planner()
@@ -101,6 +105,25 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
         head = Head(run=changes.run, places=tuple(site.place for site in sites))
         _execute(folder, head, sites, planner, (undoing, data_fd))
         return undoing
+
+
+def _check_part(folder: Path, roots: list[RootChanges], found: list[Found], wrong: list[str]) -> None:
+    """Refuse what is only the rest of a set of which a part is applied. Raises ConflictError.
+
+    What undoes that part would be lost for what undoes this one. Where all that the kept one brings back is as before,
+    by somebody's hand, it is of no use any more.
+    """
+    kept = undoes(folder)
+    if kept == set():
+        return
+    both = list(zip(roots, found, strict=True))
+    mine = {(root.root, item.change.name) for root, one in both for item in one.items}
+    done = {(root.root, name) for root, one in both for name in one.there}
+    done |= {(root.root, "") for root in roots if root.missing and kept and (root.root, "") in kept}
+    done_paths = {posixpath.join(*name).rstrip("/") for name in done}
+    if done_paths.issuperset(wrong) if wrong else kept is None or not kept <= mine:
+        why = "another part of them is applied already, and x07 undo could not bring back both"
+        raise ConflictError("cannot apply the changes", why, "First x07 undo, then apply all that you want at once")
 
 
 def _inverse(root: RootChanges, found: Found, steps: list[Step]) -> RootChanges:

@@ -7,9 +7,13 @@ files one after the other, with holes where they have holes. Applying one makes 
 from __future__ import annotations
 
 import json
-from typing import Final, Literal
+import posixpath
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 SCHEMA: Final = "x07.sandbox.changes@0.1.0"
 STAGING: Final = ".x07-apply-"
@@ -106,6 +110,11 @@ class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     run: str
     roots: tuple[RootChanges, ...]
 
+    @property
+    def of_several(self) -> bool:
+        """Whether something of more than one root is told of."""
+        return sum(bool(root.changes or root.refused) for root in self.roots) > 1
+
     def count(self, action: str) -> int:
         """How many there are of one action."""
         return sum(change.action == action for root in self.roots for change in root.changes)
@@ -119,6 +128,30 @@ def encode(changes: ChangeSet) -> bytes:
 def decode(data: bytes) -> ChangeSet:
     """The way back. Raises ValueError (msgspec.ValidationError is one)."""
     return msgspec.convert(json.loads(data), ChangeSet)
+
+
+def called(root: str, name: str, *, of_several: bool) -> str:
+    """What people are told that a name is: below its root, or, where that says too little, the whole path.
+
+    of_several: of more than one root something is told.
+    """
+    return shown(name if name and not of_several else path_of(root, name))
+
+
+def path_of(root: str, name: str) -> str:
+    """The absolute path of a name below a root, or of the root itself."""
+    return posixpath.join(root, name) if name else root
+
+
+def folders_above(names: Iterable[str]) -> set[str]:
+    """All folders above these, the root left out; each is met once."""
+    found: set[str] = set()
+    for name in names:
+        above = name.rpartition("/")[0]
+        while above and above not in found:
+            found.add(above)
+            above = above.rpartition("/")[0]
+    return found
 
 
 def shown(name: str) -> str:

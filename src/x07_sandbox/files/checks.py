@@ -36,14 +36,15 @@ class Item(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A root as it is on the host. done: whether all is there already as it is to be.
+    """A root as it is on the host. done: whether all is there already as it is to be; there: names of what is.
 
-    wrong: absolute paths that are neither.
+    wrong: absolute paths of what is not as it was.
     """
 
     items: list[Item]
     wrong: list[str]
     done: bool
+    there: set[str]
 
 
 def check_set(changes: ChangeSet) -> None:
@@ -82,13 +83,14 @@ def look_at(root: RootChanges, dir_fd: int, prefix: str) -> Found:
     folders = {change.name for change in changes if _kind(change.after) == "folder"}
     gone = {change.name for change in changes if change.before is not None and change.after is None}
     items: list[Item] = []
-    done = True
+    there_already: set[str] = set()
     for change in changes:
         name = _below(prefix, change.name)
         try:
             with thing(dir_fd, name) as there:
                 good = _fits(there, change.before, blind=True)
-                done = done and _fits(there, change.after, blind=False)
+                if _fits(there, change.after, blind=False):
+                    there_already.add(change.name)
                 items.append(Item(name, change, there.info if there else None))
                 if good and there and _kind(change.before) == "folder" != _kind(change.after):
                     names = (posixpath.join(change.name, part) for part in there.names())
@@ -99,7 +101,7 @@ def look_at(root: RootChanges, dir_fd: int, prefix: str) -> Found:
             good = _may_be_made(change.name, folders, dir_fd, prefix)
         if not good:
             wrong.append(posixpath.join(root.root, change.name).rstrip("/"))
-    return Found(items, wrong, done)
+    return Found(items, wrong, len(there_already) == len(changes), there_already)
 
 
 def default_mode() -> int:

@@ -15,9 +15,9 @@ import msgspec
 
 from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
-from x07_sandbox.files.changes import STAGING, Change, Node, Refused, shown
+from x07_sandbox.files.changes import STAGING, Change, Node, Refused, folders_above, shown
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, WORDS, stays_inside, value_for
-from x07_sandbox.files.links import Links
+from x07_sandbox.files.links import OUT, Links
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,11 +41,13 @@ class Allowed(msgspec.Struct, frozen=True, kw_only=True):
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
     """changes: those of a root, sorted by name. refused: every reason why one may not be done, sorted by name.
 
-    What lies too deep, or is of no kind that a tree holds, is refused and no change.
+    What lies too deep, or is of no kind that a tree holds, is refused and no change. root_mode: which one the root, a
+    folder, was given. It stays as it is on the host: what is below a root is the program's, not the root.
     """
 
     changes: tuple[Change, ...]
     refused: tuple[Refused, ...]
+    root_mode: int | None = None
 
 
 def judge(
@@ -63,7 +65,6 @@ def judge(
     near, refused = _near(told, bounds.depth)
     after, others = _after(before, near)
     refused += others
-    # The root's own mode is not below it.
     changes = [
         Change(name=name, before=before.get(name), after=after.get(name))
         for name in sorted({*before, *after})
@@ -75,19 +76,27 @@ def judge(
     for change in changes:
         refused += _by_name(change.name, bounds, protection)
         refused += _by_kind(change, bounds)
-        if _is_link(change.after) and bounds.allow_symlinks and (through := links.through(change.name)):
-            refused.append(_by_way(change.name, through, stayed.get(through), bounds))
+        refused += _by_way(change, links, stayed, bounds)
         refused += _by_deed(change, allowed, moved)
     told_of = {refusal.name for refusal in refused if refusal.rule == "protected"}
     written = [change.name for change in changes if change.after is not None]
-    for name, why in protection.repositories(after, written).items():
+    # One that was there is one, whatever is gone of it now, and what was not copied in counts.
+    for name, why in protection.repositories({**before, **after, **stayed}, written).items():
         if name not in told_of:
             refused.append(Refused(name=name, rule="protected", why=why))
-    return Judged(changes=tuple(changes), refused=tuple(sorted(refused, key=lambda refusal: refusal.name)))
+    return Judged(
+        changes=tuple(changes),
+        refused=tuple(sorted(refused, key=lambda refusal: refusal.name)),
+        root_mode=_root_mode(before.get(""), after.get("")),
+    )
 
 
 def _is_folder(node: Node | None) -> bool:
     return node is not None and node.kind == "folder"
+
+
+def _root_mode(before: Node | None, after: Node | None) -> int | None:
+    return after.mode if after is not None and after.kind == "folder" and not after.same(before) else None
 
 
 def _is_link(node: Node | None) -> bool:
@@ -193,11 +202,19 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
         yield Refused(name=name, rule="fs.max_write_bytes", why="it is too large", value=value)
 
 
-def _by_way(name: str, through: str, there: Stayed | None, bounds: Bounds) -> Refused:
-    """Of a link. through: what it leads through. there: why that stayed, None where it is a link too many."""
-    if there is None:
-        return Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads through too many others")
-    return _by_stayed(name, f"it is a link that leads through {shown(through)}", through, there, bounds)
+def _by_way(change: Change, links: Links, stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:
+    """Of a link whose own target stays inside: what others make of it."""
+    name, node = change.name, change.after
+    if node is None or node.kind != "link" or not bounds.allow_symlinks or not stays_inside(name, node.target):
+        return
+    through = links.through(name)
+    if through in stayed:
+        yield _by_stayed(name, f"it is a link that leads through {shown(through)}", through, stayed[through], bounds)
+    elif through == OUT:
+        why = "it is a link that leads out of its root, by way of another"
+        yield Refused(name=name, rule="fs.allow_symlinks", why=why)
+    elif through:
+        yield Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads through too many others")
 
 
 def _by_place(changes: Iterable[Change], stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:
@@ -217,7 +234,7 @@ def _by_place(changes: Iterable[Change], stayed: Mapping[str, Stayed], bounds: B
         return
     worst: dict[tuple[str, Reason], tuple[str, Stayed]] = {}
     for name, there in stayed.items():
-        for folder in _above([name]) & folders:
+        for folder in folders_above([name]) & folders:
             held = worst.setdefault((folder, there.reason), (name, there))
             if held[1].most < there.most:
                 worst[folder, there.reason] = name, there
@@ -256,8 +273,8 @@ def _moved(changes: Sequence[Change]) -> set[str]:
 
     A folder is its content: one that held nothing is the same as any that holds nothing.
     """
-    held = _above(change.name for change in changes if change.before is not None)
-    holding = _above(change.name for change in changes if change.after is not None)
+    held = folders_above(change.name for change in changes if change.before is not None)
+    holding = folders_above(change.name for change in changes if change.after is not None)
     new: dict[_Content, int] = defaultdict(int)
     for change in changes:
         if _is_folder(change.before) and _is_folder(change.after):
@@ -279,7 +296,7 @@ def _moved(changes: Sequence[Change]) -> set[str]:
             lost.add(change.name)
         else:
             folders.add(change.name)
-    return moved | ((folders & _above(moved)) - _above(lost))
+    return moved | ((folders & folders_above(moved)) - folders_above(lost))
 
 
 def _content(node: Node | None, *, empty: bool) -> _Content | None:
@@ -287,14 +304,3 @@ def _content(node: Node | None, *, empty: bool) -> _Content | None:
     if node is None or (node.kind == "folder" and not empty):
         return None
     return node.kind, node.sha256, node.size, node.target
-
-
-def _above(names: Iterable[str]) -> set[str]:
-    """All folders above these, the root left out; each is met once."""
-    found: set[str] = set()
-    for name in names:
-        above = name.rpartition("/")[0]
-        while above and above not in found:
-            found.add(above)
-            above = above.rpartition("/")[0]
-    return found

@@ -36,6 +36,20 @@ def why_no_undo(folder: Path) -> str | None:
         return None
 
 
+def undoes(folder: Path) -> set[tuple[str, str]] | None:
+    """Roots and names that what is kept would bring back; none where nothing is kept, None where nobody can tell.
+
+    Raises ValueError if it is damaged, OSError.
+    """
+    if not (folder / "undo").exists():
+        return set()
+    try:
+        kept = data_model.decode((folder / "undo" / _CHANGES).read_bytes())
+    except FileNotFoundError:
+        return None
+    return {(root.root, change.name) for root in kept.roots for change in root.changes}
+
+
 def prepare(folder: Path, undoing: ChangeSet) -> None:
     """Write what will undo the set, before anything is done. Raises OSError."""
     _remove(folder / _NEXT)
@@ -119,9 +133,14 @@ def _copy_one(fd: int, site: Site, step: Step, before: Node) -> None:
     with thing(site.staging_fd, displaced_slot(site, step)) as old:
         if old is None or old.ident != step.old or old.info.st_size != before.size:
             raise lost
-        if not old.mode & 0o400:
-            old.set_mode(0o600)  # it is to be removed anyway
-        source = os.open(old.place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        closed = not step.old_mode & 0o400
+        if closed:
+            old.set_mode(0o600)
+        try:
+            source = os.open(old.place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            if closed:  # it is to be removed, but may have other names
+                old.set_mode(step.old_mode)
         try:
             if contents.copy(source, 0, before.size, fd, step.undo_at) != before.sha256:
                 raise lost

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.changes import Node
 
+OUT: Final = ".."
+"""In place of a name: out of the tree."""
 _NESTED_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
@@ -26,8 +28,8 @@ class Links:
     def through(self, name: str) -> str:
         """What of *stayed* the link *name* leads through or to, other links on its way followed; empty for nothing.
 
-        Another name where too many links lie on the way. The targets are such that stays_inside() holds, or are
-        refused for that.
+        OUT where the way leaves the tree, by way of a link that was there before, say, even if it would come back: what
+        lies outside is not known. Another name where too many links lie on it.
         """
         return self._end(name, 0)[1]
 
@@ -42,11 +44,16 @@ class Links:
 
     def _follow(self, name: str, nested: int) -> tuple[str | None, str]:
         place: str | None = name.rpartition("/")[0]
-        for part in self._nodes[name].target.split("/"):
+        target = self._nodes[name].target
+        if target.startswith("/") or not name:  # a root's own target lies beside it
+            return None, OUT
+        for part in target.split("/"):
             if part in {"", "."}:
                 continue
             if part == "..":  # these stand first, where the place is no link's
-                place = place.rpartition("/")[0] if place else place
+                if not place:
+                    return None, OUT
+                place = place.rpartition("/")[0]
                 continue
             place = f"{place}/{part}" if place else part
             if place in self._stayed:

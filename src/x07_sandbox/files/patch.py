@@ -1,14 +1,16 @@
 """Changes as a patch that people and tools read: git's extended form of the unified diff.
 
-Lines that both ends share are taken off first, and only what is left in the middle is compared, within bounds: a
-program that nobody trusts has written one side of it.
+Lines that both ends share are taken off first, and only what is left in the middle is compared, within bounds for each
+file and for all: a program that nobody trusts has written one side of it.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
     Content = Callable[[str, str, Node], bytes | None]  # root, name, what is wanted: its bytes, or None if not there
 
 TEXT_MAX: Final = 1 << 20
-_COMPARED_MAX: Final = 1500  # lines of either side: difflib takes quadratic time at the worst
+_COMPARED_MAX: Final = 1500  # lines of either side: no list of pairs is long then
+# Pairs of equal lines that are looked at, of all files and of one: of lines that repeat there are millions, and difflib
+# looks at them again for each block that it finds, which took minutes. 10 million take a second.
+PAIRS_MAX: Final = 20_000_000
+_PAIRS_OF_ONE_MAX: Final = 5_000_000
 _CONTEXT: Final = 3
 _PLAIN: Final = re.compile(rb"[\x20-\x21\x23-\x5b\x5d-\x7e]+")
 _ASCII: Final = 128
@@ -29,6 +35,7 @@ _MODES: Final = {"file": 0o100000, "link": 0o120000, "folder": 0o040000}
 
 def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
     """The patch in pieces: deletions first, then the rest, root by root. before, after: where contents come from."""
+    work = Work(PAIRS_MAX)
     for root in changes.roots:
         if not (root.changes or root.refused):
             continue
@@ -38,14 +45,17 @@ def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes
             refused[refusal.name] = "; ".join(filter(None, (refused.get(refusal.name), refusal.why)))
         for change in sorted(root.changes, key=lambda change: change.action != "deleted"):
             if why := refused.get(change.name):
-                yield b"# may not be done: " + _quoted(os.fsencode(change.name)) + b": " + _quoted(why.encode()) + b"\n"
-            yield from _one(root.root, change, before, after)
+                yield _note(root.root, change.name, _quoted(why.encode()))
+            yield from _one(root.root, change, before, after, work)
         for name in sorted(set(refused) - {change.name for change in root.changes}):
-            text = f": {refused[name]}".encode()
-            yield b"# may not be done: " + _quoted(os.fsencode(name)) + text + b"\n"
+            yield _note(root.root, name, refused[name].encode())
 
 
-def _one(root: str, change: Change, before: Content, after: Content) -> Iterator[bytes]:
+def _note(root: str, name: str, why: bytes) -> bytes:
+    return b"# may not be done: " + _quoted(os.fsencode(name or root)) + b": " + why + b"\n"
+
+
+def _one(root: str, change: Change, before: Content, after: Content, work: Work) -> Iterator[bytes]:
     name = os.fsencode(change.name) or os.fsencode(Path(root).name)
     one, two = _quoted(b"a/" + name), _quoted(b"b/" + name)
     yield b"diff --git " + one + b" " + two + b"\n"
@@ -69,7 +79,7 @@ def _one(root: str, change: Change, before: Content, after: Content) -> Iterator
     if texts[0] != texts[1]:
         yield b"--- " + (one if old is not None else b"/dev/null") + b"\n"
         yield b"+++ " + (two if new is not None else b"/dev/null") + b"\n"
-        yield from hunks(*texts)
+        yield from hunks(texts[0], texts[1], work)
 
 
 def _summary(old: Node | None, new: Node | None) -> bytes:
@@ -88,8 +98,36 @@ def _mode(node: Node) -> int:
     return _MODES[node.kind]
 
 
-def hunks(old: bytes, new: bytes) -> Iterator[bytes]:
-    """The hunks of a unified diff."""
+class Work:
+    """What may still be done to compare files. left: pairs of equal lines that may be looked at."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
+class _Bounded(difflib.SequenceMatcher[bytes]):
+    """Finds nothing more once its work is done: what is not compared then is one block that was replaced."""
+
+    def __init__(self, one: list[bytes], two: list[bytes], work: Work) -> None:
+        super().__init__(None, one, two, autojunk=False)
+        self._work = work
+        self._least = work.left - _PAIRS_OF_ONE_MAX
+        times = Counter(two)
+        pairs = (1 + times[line] for line in one)
+        self._pairs = list(itertools.accumulate(pairs, initial=0))  # of all lines before each
+
+    def find_longest_match(
+        self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None
+    ) -> difflib.Match:
+        left = self._work.left - self._pairs[-1 if ahi is None else ahi] + self._pairs[alo]
+        if left < max(0, self._least):
+            return difflib.Match(alo, blo, 0)
+        self._work.left = left
+        return super().find_longest_match(alo, ahi, blo, bhi)
+
+
+def hunks(old: bytes, new: bytes, work: Work) -> Iterator[bytes]:
+    """The hunks of a unified diff. work: what is done is taken from it."""
     one, two = _lines(old), _lines(new)
     start = 0
     while start < min(len(one), len(two)) and one[start] == two[start]:
@@ -101,9 +139,7 @@ def hunks(old: bytes, new: bytes) -> Iterator[bytes]:
     if max(map(len, middle)) > _COMPARED_MAX:
         blocks = [("replace", 0, len(middle[0]), 0, len(middle[1]))]
     else:
-        blocks = [
-            code for code in difflib.SequenceMatcher(None, *middle, autojunk=False).get_opcodes() if code[0] != "equal"
-        ]
+        blocks = [code for code in _Bounded(*middle, work).get_opcodes() if code[0] != "equal"]
     for group in _grouped([(a + start, b + start, c + start, d + start) for _, a, b, c, d in blocks]):
         yield from _hunk(one, two, group)
 

@@ -29,19 +29,20 @@ _PARTS: Final = (
     *(".xsession", ".xsessionrc", ".shrc", ".mkshrc", ".yashrc", ".xonshrc", ".gdbinit", ".lldbinit", ".rprofile"),
     *(".irbrc", ".pryrc", ".pdbrc", ".ghci", ".ocamlinit", ".psqlrc", ".sqliterc"),
     *(".ssh", ".gnupg", ".netrc", ".npmrc", ".yarnrc*", ".pypirc", ".pip", "pip.conf", ".cargo", ".gemrc"),
-    *(".vimrc", ".gvimrc", ".nvimrc", ".exrc", ".vim", ".emacs*", ".dir-locals.el", ".nanorc", "_vimrc"),
+    *(".vimrc", ".gvimrc", ".nvimrc", ".exrc", ".vim", ".emacs*", ".dir-locals*.el", ".nanorc", "_vimrc"),
     *(".vscode", ".idea", ".fleet", ".zed", ".cursor", ".devcontainer", "*.code-workspace", ".devcontainer.json"),
     *(".nvim.lua", ".lvimrc", ".theia", ".ideavimrc", "*.sublime-project"),
     *(".vs", ".helix", ".nova", ".lapce", ".gitpod.yml", ".gitpod.dockerfile"),
     *(".claude", "claude.md", "claude.local.md", "agents.md", ".mcp.json", ".codex", ".gemini", "gemini.md"),
     *(".roo", ".roomodes", ".kiro", ".windsurf", ".windsurfrules", ".continue", ".opencode", "opencode.json*"),
-    *(".cursorrules", ".clinerules"),
+    *(".cursorrules", ".clinerules", ".aider.conf.yml"),
     *(".github", ".gitlab-ci.yml", ".gitlab", ".circleci", ".travis.yml", ".drone.yml", ".woodpecker*", ".buildkite"),
     *("jenkinsfile", "azure-pipelines.yml", "bitbucket-pipelines.yml", "appveyor.yml", ".cirrus.yml", ".husky"),
     *(".forgejo", ".gitea", ".appveyor.yml", ".build.yml", ".teamcity", ".semaphore", "azure-pipelines.yaml"),
     *(".builds", ".cirrus.star", ".zuul.yaml", ".zuul.d", "zuul.yaml", "zuul.d", ".tekton"),
     *("buildspec.yml", "buildspec.yaml", "cloudbuild.yaml", "cloudbuild.yml", "cloudbuild.json"),
-    *(".drone.yaml", ".pre-commit-config.yaml", ".lefthook*", "lefthook.yml", "lefthook.yaml", ".overcommit.yml"),
+    *(".drone.yaml", ".pre-commit-config.yaml", ".lefthook*", ".overcommit.yml"),
+    *(f"lefthook{local}.{kind}" for local in ("", "-local") for kind in ("yml", "yaml", "toml", "json*")),
 )
 _GIT_NEEDS: Final = frozenset({"objects", "refs"})
 _GIT_NAMES: Final = frozenset({"head", "commondir", *_GIT_NEEDS})
@@ -65,8 +66,9 @@ def _protected() -> re.Pattern[str]:
 class Protection:
     """What is protected below one root.
 
-    root: its path on the host; what lies below a protected folder is protected. own: further names that are, the policy
-    in use say. allowed: patterns that the host's owner has let go, each for a path from the root or a part of it.
+    root: its path on the host; what lies below a protected folder is protected. own: further names that are, say the
+    policy in use. allowed: patterns that the host's owner has let go, each for a path from the root or a part of it; of
+    the root's own path, for a part that is protected, and, where the root itself is meant, for its last one.
     """
 
     def __init__(self, root: str, own: Sequence[str] = (), allowed: Sequence[str] = ()) -> None:
@@ -78,6 +80,8 @@ class Protection:
         self._own = {self._whole(name) for name in own}
         self._allowed = [re.compile(fnmatch.translate(pattern.casefold())) for pattern in allowed]
         self._root = next(filter(None, map(self._part, root.split("/"))), "")
+        self._name = root.rpartition("/")[2]
+        self._lets_root = any(self._lets_part(part) for part in root.split("/") if self._part(part))
 
     def why(self, name: str) -> str:
         """Why *name* may not be changed; empty if it may."""
@@ -93,13 +97,14 @@ class Protection:
         """Whether the host's owner has let *name* go: as it is written, or as it is compared."""
         if not self._allowed:
             return False
-        return self._matches(name, self._whole(name)) or any(map(self._lets_part, name.split("/")))
+        parts = (name or self._name).split("/")
+        return self._lets_root or self._matches(name, self._whole(name)) or any(map(self._lets_part, parts))
 
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
         """Those of *changed* that lie in a folder git takes for a repository, and why each may not.
 
-        nodes: all names that are to be there. A part of the path above that says `.git` is not needed for one, nor are
-        objects and references, where a file says in which other folder they are (gitrepository-layout(5)).
+        nodes: all names that were there or are to be. A part of the path above that says `.git` is not needed for one,
+        nor are objects and references, where a file says in which other folder they are (gitrepository-layout(5)).
         """
         whole = functools.cache(self._whole)
         found: dict[str, set[str]] = defaultdict(set)

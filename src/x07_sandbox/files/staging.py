@@ -48,7 +48,7 @@ class Planner:
             if before and before.kind == "folder" and mode & _OPEN != _OPEN:
                 opening.append(self._mode(place, item, mode, mode | 0o700))
                 mode |= 0o700
-            if only_mode(item.change):
+            if only_mode(item.change) and not _has_other_names(item):
                 assert after is not None  # noqa: S101 - for the type checker
                 # The group that a folder hands on, and who may delete in it, are the host's; what a changed program
                 # may become is nobody's to say.
@@ -84,6 +84,14 @@ class Planner:
             step.undo_at = self.undo_size
             self.undo_size += before.size
         return step
+
+
+def _has_other_names(item: Item) -> bool:
+    """Whether another mode would be that of names too that the set does not mean, wherever they are.
+
+    In the machine each name was a file of its own. So it becomes one, and the others stay as they are.
+    """
+    return item.info is not None and stat.S_ISREG(item.info.st_mode) and item.info.st_nlink > 1
 
 
 def fill(dir_fd: int, staging_fd: int, steps: Iterable[Step], content: dict[str, Node], data_fd: int) -> None:
@@ -125,7 +133,8 @@ def _make_file(dir_fd: int, staging_fd: int, step: Step, node: Node, data_fd: in
     fd = os.open(step.slot, flags, 0o600, dir_fd=staging_fd)
     try:
         try:
-            found = contents.copy(data_fd, node.at or 0, node.size, fd, 0)
+            with _source(dir_fd, step, node, data_fd) as source:
+                found = contents.copy(source, node.at or 0, node.size, fd, 0)
         except EOFError:
             found = ""
         if found != node.sha256:
@@ -138,6 +147,22 @@ def _make_file(dir_fd: int, staging_fd: int, step: Step, node: Node, data_fd: in
         return os.fstat(fd)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _source(dir_fd: int, step: Step, node: Node, data_fd: int) -> Iterator[int]:
+    """Where its bytes are: what is there has them, where the set only has its mode. Raises EOFError if it is gone."""
+    if node.at is not None:
+        yield data_fd
+        return
+    with thing(dir_fd, step.name) as old:
+        if old is None or old.ident != step.old:
+            raise EOFError
+        fd = os.open(old.place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
 
 def _inherit(dir_fd: int, step: Step, fd: int) -> None:

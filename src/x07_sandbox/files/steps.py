@@ -123,6 +123,8 @@ def _do_mode(site: Site, step: Step) -> None:
     with thing(site.fd, step.name) as there:
         if there is None or there.ident != step.old or there.mode != step.old_mode:
             raise conflict([site.path(step.name)])
+        if there.kind == "file" and there.info.st_nlink > 1:  # since it was looked at
+            raise conflict([site.path(step.name)])
         there.set_mode(step.new_mode)
     if step.before is not None and step.before.kind == "file":
         now = msgspec.structs.replace(step.before, mode=step.new_mode)

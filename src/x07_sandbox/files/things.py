@@ -29,7 +29,7 @@ _KINDS: Final = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "li
 
 
 class ConflictError(SandboxError):
-    """The host has changed since it was copied, and nothing of the set was applied.
+    """The host is not as it was when it was copied, and nothing of the set was applied.
 
     names: absolute paths that are not as the set says they were, at most NAMES_MAX. count: of all.
     """

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
-from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, shown
+from x07_sandbox.files.changes import ChangeSet, RootChanges, called, encode, shown
+from x07_sandbox.files.collisions import collisions, knows_no_case
 from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, bounds_of, copy_tree, value_for
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
@@ -68,6 +69,7 @@ class HostFiles:
         # Outer ones first, so that none covers another.
         self._mounts = sorted(every, key=lambda one: (one[1].at.count("/"), one[1].at))
         self._roots = [one for one in self._mounts if one in writable]
+        self._moded: list[str] = []  # roots that were given another mode
         self.incoming: Incoming | None = None
         if self._roots and request.changes != "discard":
             private_dir(self._place)
@@ -123,6 +125,13 @@ class HostFiles:
 
         ended_well: the program ended by itself. Raises PeerError where the guest contradicts itself, BackendError.
         """
+        changes, refused, warning = self._settle(ended_well=ended_well)
+        told = (
+            f"{', '.join(self._moded)}: what may be changed is what lies below a root, so its own mode stays as it was"
+        )
+        return changes, refused, "; ".join(filter(None, (warning, told if self._moded else "")))
+
+    def _settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
         incoming = self.incoming
         if incoming is None:
             return Changes(state="discarded" if self._roots else "none"), [], ""
@@ -137,7 +146,8 @@ class HostFiles:
             return Changes(), [], ""
         self._keep(changes)
         if any(root.refused for root in changes.roots):
-            refused = [_refusal(refusal) for root in changes.roots for refusal in root.refused[:_DENIALS_MAX]]
+            every = ((root.root, refusal) for root in changes.roots for refusal in root.refused[:_DENIALS_MAX])
+            refused = [_refusal(root, refusal, of_several=changes.of_several) for root, refusal in every]
             names = {(root.root, refusal.name) for root in changes.roots for refusal in root.refused}
             return _told(changes, "kept", f"{len(names)} of them may not be done"), refused[:_DENIALS_MAX], ""
         if self._request.changes == "keep" or not ended_well:
@@ -168,13 +178,18 @@ class HostFiles:
             protection = Protection(mount.host, self._own(mount), self._request.allow_protected)
             stayed = _below(self.copied[tree].stayed, mount.sub)
             judged = judge(before, stayed, told, self._bounds, allowed, protection)
+            if judged.root_mode is not None:
+                self._moded.append(f"{shown(mount.host)} was given mode {judged.root_mode:04o}")
+            refused = list(judged.refused)
+            if judged.changes and knows_no_case(mount.host):
+                refused += collisions(judged.changes, {*before, *stayed})
             roots.append(
                 RootChanges(
                     root=mount.host,
                     guest=mount.at,
                     missing=mount.missing,
                     changes=judged.changes,
-                    refused=judged.refused,
+                    refused=tuple(sorted(refused, key=lambda refusal: refusal.name)),
                 )
             )
         return ChangeSet(run=self._place.parent.name, roots=tuple(roots))
@@ -300,11 +315,13 @@ def _flag(flag: str, name: str) -> str:
     return f"{flag} {shlex.quote(pattern)}"
 
 
-def _refusal(refused: Refused) -> Denial:
-    flag = _flag("--allow-protected", refused.name) if refused.rule == "protected" else None
+def _refusal(root: str, refused: Refused, *, of_several: bool) -> Denial:
+    flag = None
+    if refused.rule == "protected":
+        flag = _flag("--allow-protected", refused.name or Path(root).name)
     if refused.reveal:
         flag = _flag("--reveal", Path(refused.reveal).name)
-    subject = f"{shown(refused.name)}: {refused.why}"
+    subject = f"{called(root, refused.name, of_several=of_several)}: {refused.why}"
     return _denial(refused.rule, "change", subject, "the check of changes", 1, (refused.value, flag))
 
 

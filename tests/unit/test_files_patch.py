@@ -1,0 +1,80 @@
+"""Promises of the patch that shows changes: it says what was done, and nobody waits for it for long."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.unit.apply_trees import Tree, difference
+from x07_sandbox.files import patch as patches
+from x07_sandbox.files.patch import Work, hunks, patch
+
+if TYPE_CHECKING:
+    import pytest
+
+HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@\n")
+# Lines that repeat, and after each match two halves in which they do again.
+MANY = b"".join(b"a\na\n%d\n" % number for number in range(499))
+OTHER = b"".join(b"a\n-%d\na\na\n" % number for number in range(370))
+
+
+def patched(old: bytes, said: list[bytes]) -> bytes:
+    """What becomes of a text by its hunks."""
+    one = [line for line in re.split(rb"(?<=\n)", old) if line]
+    new: list[bytes] = []
+    at = 0
+    for line in said:
+        if head := HUNK.fullmatch(line):
+            start = int(head[1]) - (head[2] != b"0")
+            new += one[at:start]
+            at = start
+            continue
+        mark, text = line[:1], line[1:].removesuffix(b"\n\\ No newline at end of file\n")
+        if mark in b" -":
+            assert one[at] == text
+            at += 1
+        if mark in b" +":
+            new.append(text)
+    return b"".join(new + one[at:])
+
+
+TEXTS = st.lists(st.sampled_from([b"a\n", b"b\n", b"c\n", b"\n"]), max_size=30).map(b"".join)
+
+
+@given(TEXTS, TEXTS, st.sampled_from([b"", b"end"]), st.integers(0, 300))
+@example(MANY, OTHER, b"", 3_000_000)
+def test_hunks_make_the_new_text_of_the_old_one(old: bytes, new: bytes, end: bytes, left: int) -> None:
+    """However little may be compared, what is shown makes just the new text of the old one."""
+    work = Work(left)
+    assert patched(old, list(hunks(old, new + end, work))) == new + end
+    assert 0 <= work.left <= left
+
+
+def test_lines_that_repeat_are_compared_so_often_and_no_more() -> None:
+    """Texts of the same few lines cost a bounded number of comparisons, and others are compared as before."""
+    work = Work(patches.PAIRS_MAX)
+    list(hunks(MANY, OTHER, work))
+    assert work.left >= patches.PAIRS_MAX - 5_000_000
+    source = b"".join(b"def f%d():\n\n    return 1\n\n" % number for number in range(300))
+    changed = source.replace(b"f7", b"g7").replace(b"f99():", b"f99(x):")
+    said = b"".join(hunks(source, changed, Work(patches.PAIRS_MAX)))
+    assert said.count(b"\n-") == said.count(b"\n+") == 12
+
+
+def test_all_files_of_a_set_share_what_may_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many files that cost much cost no more than a few of them: the last are shown as replaced, and are so shown."""
+    monkeypatch.setattr(patches, "PAIRS_MAX", 1_500_000)
+    old = b"".join(b"a\n%d\n" % number for number in range(100))
+    new = b"".join(b"a\n-%d\n" % number for number in range(100))
+    before: Tree = {f"{number:02}": ("file", 0o644, old) for number in range(30)}
+    after: Tree = {f"{number:02}": ("file", 0o644, new) for number in range(30)}
+    changes, _ = difference(Path("/r"), before, after)
+    said = b"".join(patch(changes, lambda *_: old, lambda *_: new)).split(b"diff --git ")[1:]
+    assert len(said) == 30
+    kept = [text.count(b"\n a") for text in said]
+    assert kept[0] > 50
+    assert kept[-1] == 1  # what both begin with
