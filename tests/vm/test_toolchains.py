@@ -64,13 +64,13 @@ def test_a_cpp_program_is_built_and_run(sandbox: Sandbox) -> None:
     assert (ran.outcome, ran.stdout) == ("ok", b"c++\n"), ran.reason
 
 
-@pytest.mark.parametrize(("first", "shell"), [("#!/bin/sh", "dash"), ("", "bash")])
-def test_a_shell_script_runs_in_its_shell(sandbox: Sandbox, first: str, shell: str) -> None:
-    """A pipeline, in the shell of the first line, with its arguments and under its own name."""
-    text = f'{first}\nreadlink /proc/$$/exe\necho "$0 $1"; tr a-z A-Z | sort\n'
+@pytest.mark.parametrize(("first", "shell", "options"), [("#!/bin/sh -u", "dash", "u"), ("", "bash", "hB")])
+def test_a_shell_script_runs_in_its_shell(sandbox: Sandbox, first: str, shell: str, options: str) -> None:
+    """A pipeline, in the shell and with the options of the first line, with its arguments and under its own name."""
+    text = f'{first}\nreadlink /proc/$$/exe\necho "$- $0 $1"; tr a-z A-Z | sort\n'
     ran = sandbox.run_text("do.sh", text, "one", stdin=b"b\na\n")
     assert ran.outcome == "ok", ran.reason
-    assert ran.stdout.decode() == f"/usr/bin/{shell}\n/x07/in/program/do.sh one\nA\nB\n"
+    assert ran.stdout.decode() == f"/usr/bin/{shell}\n{options} /x07/in/program/do.sh one\nA\nB\n"
 
 
 def test_a_shell_script_is_checked_before_it_runs(sandbox: Sandbox) -> None:
