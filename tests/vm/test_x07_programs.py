@@ -208,9 +208,11 @@ def test_what_the_compiler_refuses_is_its_own_report(tmp_path: Path, x07_image: 
     assert (done.returncode, report["sandbox_backend"], report["solve"]) == (1, "vm", None)
     assert report["compile"]["compile_error"] == "unsafe code is not allowed by the policy"
     broken = program(tmp_path, c='printf("no frame"); exit(0);')
-    report = report_of(command("--policy", "built-in:worker", broken, image=x07_image.name))
+    done = command("--policy", "built-in:worker", broken, image=x07_image.name)
+    report = report_of(done)
     assert (report["exit_code"], report["solve"]["ok"]) == (1, False)
     assert "length" in report["solve"]["trap"]
+    assert f"failed: the program ended with status 0, but {report['solve']['trap']}" in done.stderr.decode()
 
 
 @pytest.mark.parametrize(
