@@ -142,14 +142,17 @@ def test_an_artifact_that_is_none_is_a_failed_build(sandbox: Sandbox, rule: str,
         ("\tprintf '#!/no/such/shell\\n' > out", 127, "No such file or directory"),
     ],
 )
-def test_what_cannot_be_executed_is_the_programs_own_failure(sandbox: Sandbox, made: str, code: int, why: str) -> None:
-    """An artifact that the kernel does not execute ends as a shell has it, and is never taken for our failure."""
-    folder = project(sandbox.work / "p", Makefile=f"out:\n{made}\n", a_c="")
+@pytest.mark.usefixtures("image")
+def test_what_cannot_be_executed_is_the_programs_own_failure(tmp_path: Path, made: str, code: int, why: str) -> None:
+    """An artifact that the kernel does not execute ends as a shell has it, and the command says why."""
+    folder = project(tmp_path / "p", Makefile=f"out:\n{made}\n", a_c="")
     (folder / "x07-sandbox.toml").write_text(MAKE)
-    ran = sandbox.run(folder)
-    result = ran.result
-    assert (ran.outcome, result.fault, result.exit_code, result.x07_exit_code) == ("failed", "program", code, code)
-    assert why in ran.reason
+    done = command("--report-out", str(tmp_path / "result"), str(folder))
+    result = json.loads((tmp_path / "result").read_bytes())
+    assert (result["outcome"], result["fault"]) == ("failed", "program")
+    assert (result["exit_code"], done.returncode) == (code, code)
+    assert why in result["reason"]
+    assert f"x07: failed: {result['reason']}\n" in done.stderr.decode()
 
 
 def test_a_python_project_imports_its_own_modules(sandbox: Sandbox) -> None:
