@@ -457,10 +457,11 @@ def test_nothing_that_a_run_reads_is_written_over(tmp_path: Path, words: list[st
 
 
 def test_a_time_limit_of_the_command_line_holds() -> None:
-    """--timeout is a tighter limit than the policy's."""
+    """--timeout is a tighter limit than the policy's, and what is said to raise is that."""
     done = command("--timeout", "0.5", "-c", "sleep 20", "--toolchain", "shell")
     assert done.returncode == 124
     assert b"0.5 s" in done.stderr
+    assert b"--timeout 1 lets it" in done.stderr
 
 
 def test_waiting_for_a_pipes_writer_can_be_ended(tmp_path: Path) -> None:

@@ -430,7 +430,9 @@ class Session:
             so_far.denials.append(observed.disk_full())
         if memory:
             so_far.denials.append(observed.memory_full(policy))
-        if (limit := observed.limit_hit(ending.outcome.value, policy, self.program.cpu_ms)) is not None:
+        cpu_ms, wall_ms = self.program.cpu_ms, self.request.wall_ms
+        limit = observed.limit_hit(ending.outcome.value, policy, cpu_ms=cpu_ms, wall_ms=wall_ms)
+        if limit is not None:
             so_far.denials.append(limit)
         if facts.stderr_tail:
             from x07_sandbox.plan.hints import hints
