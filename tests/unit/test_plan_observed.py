@@ -10,7 +10,7 @@ import pytest
 
 from x07_sandbox.plan.denials import Area, HowToAllow
 from x07_sandbox.plan.hints import hints
-from x07_sandbox.plan.observed import denials, limit_hit, more_tasks
+from x07_sandbox.plan.observed import denials, limit_hit, more_tasks, too_much_output
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.model import Policy
@@ -321,6 +321,14 @@ def test_a_tighter_limit_of_the_call_is_what_is_to_be_raised(
     assert denial is not None
     assert (denial.how_to_allow and denial.how_to_allow.flag) == flag
     assert flag is None or denial.how_to_allow == HowToAllow(json_path=None, value=None, flag=flag)
+
+
+@pytest.mark.parametrize(("most", "flag"), [(1000, "2000"), (0, "1"), (None, None)])
+def test_too_much_output_names_the_flag_that_lets_more(most: int | None, flag: str | None) -> None:
+    """A stream that passed the output limit is a refusal, with a limit twice as large where a flag sets it."""
+    denial = too_much_output("stdout", most)
+    assert (denial.field, denial.subject, denial.observed_by) == ("output", "more to stdout", "host")
+    assert (denial.how_to_allow and denial.how_to_allow.flag) == (flag and f"--max-output-bytes {flag}")
 
 
 def test_what_is_at_its_most_cannot_be_allowed() -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PERMISSIONS: Final = "permissions"  # stands for a field where no field decides
 SYSTEM_CALLS: Final = "system-calls"
+OUTPUT: Final = "output"
 _COUNT_MAX: Final = 2**63 - 1  # as DENIED carries it
 _CGROUP: Final = "the guest's control group"
 _SECCOMP: Final = "the guest's seccomp filter"
@@ -107,6 +108,13 @@ def limit_hit(outcome: str, policy: Policy, *, cpu_ms: int | None = None, wall_m
     else:
         how = _more(policy, field, held)
     return msgspec.structs.replace(_seen(field, action, what, by, 1, how), observed_by=observer)
+
+
+def too_much_output(stream: str, most: int | None) -> Denial:
+    """It wrote more than the *most* bytes that *stream* may have; None where no flag changes that."""
+    how = None if most is None else _by_flag(f"--max-output-bytes {max(2 * most, 1)}")
+    denial = _seen(OUTPUT, "write", f"more to {stream}", "the output limit", 1, how)
+    return msgspec.structs.replace(denial, observed_by="host")
 
 
 def disk_full() -> Denial:

@@ -434,6 +434,12 @@ class Session:
         limit = observed.limit_hit(ending.outcome.value, policy, cpu_ms=cpu_ms, wall_ms=wall_ms)
         if limit is not None:
             so_far.denials.append(limit)
+        if ending.outcome.value == "output-limit":
+            stream, toolchain = str(facts.evidence.output_overflow), self.program.toolchain
+            fixed = toolchain.told and stream == "stderr"
+            so_far.denials.append(
+                observed.too_much_output(stream, None if fixed else output_caps(self.request, toolchain)[0])
+            )
         if facts.stderr_tail:
             from x07_sandbox.plan.hints import hints
 
