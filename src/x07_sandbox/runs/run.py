@@ -150,7 +150,7 @@ def make_ready(
     so_far.digests["image"] = image.manifest.digest
     image_name = request.image or text("X07_VM_GUEST_IMAGE") or DEFAULT
     require_packages(program.toolchain, image.manifest.holds(), image_name)
-    _check_pinned(image.manifest.digest)
+    check_pinned(image.manifest.digest)
     backend = QemuBackend(request.progress, request.cancel.waiting, so_far.warnings.append)
     so_far.availability = backend.probe(image, require_hardware=request.require_hardware, boot=not dry)
     so_far.warnings += so_far.availability.warnings
@@ -233,7 +233,7 @@ def _settled(host_files: HostFiles, ending: Verdict, so_far: Progress) -> Verdic
     return ending
 
 
-def _check_pinned(digest: str) -> None:
+def check_pinned(digest: str) -> None:
     """Raises RefusedError if another image is the only one that may run."""
     pinned = text("X07_VM_GUEST_IMAGE_DIGEST")
     if pinned not in {None, digest}:
