@@ -603,11 +603,16 @@ def test_a_misspelt_variable_is_told() -> None:
 
 
 def test_variables_that_a_policy_denies_are_refused(sandbox: Sandbox) -> None:
-    """env.deny_keys and env.enabled false hold for variables that the caller names."""
-    for changes in ({"env.deny_keys": ["A"]}, {"env.enabled": False}):
+    """env.deny_keys and env.enabled false hold for variables that the caller names, and are told as denials."""
+    for changes, value in (({"env.deny_keys": ["B", "A"]}, ["B"]), ({"env.enabled": False}, True)):
         policy = str(sandbox.policy(changes))
         done = command("--json", "--policy", policy, "--env", "A=1", "-c", "true", "--toolchain", "shell")
-        assert (done.returncode, json.loads(done.stdout)["outcome"]) == (125, "refused")
+        result = json.loads(done.stdout)
+        assert (done.returncode, result["outcome"]) == (125, "refused")
+        (denial,) = result["denials"]
+        (field,) = changes
+        assert (denial["field"], denial["observed_by"]) == (field, "host")
+        assert denial["how_to_allow"] == {"json_path": f"$.{field}", "value": value, "flag": None}
 
 
 # builds that do not end well
