@@ -460,7 +460,7 @@ def test_a_time_limit_of_the_command_line_holds() -> None:
     """--timeout is a tighter limit than the policy's, and what is said to raise is that."""
     done = command("--timeout", "0.5", "-c", "sleep 20", "--toolchain", "shell")
     assert done.returncode == 124
-    assert b"0.5 s" in done.stderr
+    assert b"0.5 s (--timeout)" in done.stderr
     assert b"--timeout 1 lets it" in done.stderr
 
 

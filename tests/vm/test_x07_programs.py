@@ -254,5 +254,8 @@ def test_x07s_limit_of_cpu_time_holds_where_it_is_the_tighter(tmp_path: Path, x0
     words = ("--policy", "built-in:worker", program(tmp_path, c="for (;;) {}"))
     done = command("--json", "--cpu-time-limit-seconds", "1", *words, image=x07_image.name)
     result = json.loads(done.stdout)
-    assert (result["outcome"], result["reason"]) == ("cpu-limit", "the program used 1 s of CPU time (limits.cpu_ms)")
+    assert (result["outcome"], result["reason"]) == (
+        "cpu-limit",
+        "the program used 1 s of CPU time (--cpu-time-limit-seconds)",
+    )
     assert result["denials"][0]["how_to_allow"]["flag"] == "--cpu-time-limit-seconds 2"

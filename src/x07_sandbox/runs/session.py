@@ -324,7 +324,18 @@ class Session:
         report = self.so_far.phases["run"]
         self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
         self._note_denials(ending, facts, policy, spec)
-        return ending
+        return self._by_whose_limit(ending, policy)
+
+    def _by_whose_limit(self, ending: Verdict, policy: Policy) -> Verdict:
+        """The verdict with the flags in its reason that held the program tighter than the policy."""
+        from x07_sandbox.plan.outcomes import as_limited_by
+
+        flags = {}
+        if self.request.wall_ms == policy.limits.wall_ms:  # a tighter one became the policy's
+            flags["limits.wall_ms"] = "--timeout"
+        if self.program.cpu_ms is not None and self.program.cpu_ms < policy.limits.cpu_ms:
+            flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
+        return as_limited_by(ending, flags)
 
     # one phase
 
