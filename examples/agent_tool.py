@@ -5,7 +5,8 @@
     python examples/agent_tool.py --definition     the tool's definition, for the model
 
 A call is {"id": ..., "name": "run_code", "input": {...}}. Its result is {"id": ..., "is_error": ..., "content": {...}};
-results come as they are ready, each with the id of its call. Whatever comes in, one line in gives one line out.
+results come as they are ready, each with the id of its call as it came, a text or a whole number; null where it has
+none such. Whatever comes in, one line in gives one line out.
 """
 
 from __future__ import annotations
@@ -74,11 +75,12 @@ def _whole(_validator: object, pattern: str, value: object, _schema: object) -> 
         yield ValidationError("does not match")
 
 
+ID: Final = Draft202012Validator({"type": ["string", "integer"], "maxLength": 200})
 ENVELOPE: Final = validators.extend(Draft202012Validator, {"pattern": _whole})(  # type: ignore[no-untyped-call]
     {
         "type": "object",
         "properties": {
-            "id": {"type": ["string", "integer"], "maxLength": 200},
+            "id": ID.schema,
             "name": {"const": DEFINITION["name"]},
             "input": DEFINITION["input_schema"],
         },
@@ -107,13 +109,21 @@ def decode(line: bytes) -> Any:  # noqa: ANN401 - whatever the JSON holds
     if len(line) > LINE_MAX:
         raise BadCall(f"the call has more than {LINE_MAX} bytes")
     try:
-        return json.loads(line.decode(), parse_constant=_no_number)
+        return json.loads(line.decode(), parse_constant=_no_number, object_pairs_hook=_no_key_twice)
     except (ValueError, RecursionError) as exc:
         raise BadCall(f"the call is no JSON: {exc}"[:200]) from exc
 
 
 def _no_number(word: str) -> None:
     raise ValueError(f"{word} is no number")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Of two values no reader can know which one was checked by whoever let the call through.
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise BadCall("a key of the call is given twice")
+    return found
 
 
 def check(call: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
@@ -222,8 +232,8 @@ def answer(line: bytes, run: Callable[[dict[str, Any]], Result]) -> dict[str, An
     call_id = None
     try:
         call = decode(line)
-        if isinstance(call, dict) and isinstance(call.get("id"), str | int):
-            call_id = str(call["id"])[:200]
+        if isinstance(call, dict) and ID.is_valid(call.get("id")):
+            call_id = call["id"]
         content = told(run(check(call)))
     except BadCall as exc:
         content = {"outcome": "usage-error", "reason": str(exc), "advice": "Correct the call."}

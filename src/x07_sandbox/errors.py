@@ -5,7 +5,10 @@ Standard library only: the guest agent and the channel import this module too.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 def shown(text: str) -> str:
@@ -29,9 +32,16 @@ class SandboxError(Exception):
 
     # The run's Result, where there is one. Not typed as such: this module knows nothing of the others.
     result: Any = None
+    # Where a field of the policy is the cause: that field, and the value that would let it; None where none does.
+    refused_by: tuple[str, Any] | None = None
 
     def __init__(self, what: str, why: str, fix: str) -> None:
         super().__init__(what, why, fix)  # all arguments, so that the error survives pickling
+
+    def by(self, field: str, value: object) -> Self:
+        """Itself, with the field of the policy that is the cause, like "fs.enabled"; value: as above."""
+        self.refused_by = field, value
+        return self
 
     @property
     def what(self) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import pytest
 
 from x07_sandbox.plan.denials import Area, HowToAllow
 from x07_sandbox.plan.hints import hints
-from x07_sandbox.plan.observed import denials, limit_hit, more_tasks
+from x07_sandbox.plan.observed import denials, limit_hit, more_tasks, too_much_output
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.model import Policy
@@ -300,6 +300,35 @@ def test_a_limit_that_ended_the_program_is_a_refusal_too(outcome: str, path: str
     assert denial is not None
     assert denial.how_to_allow == HowToAllow(json_path=path, value=value)
     assert limit_hit("failed", policy({})) is None
+
+
+@pytest.mark.parametrize(
+    ("outcome", "held", "tighter", "flag"),
+    [
+        ("timeout", {"limits.wall_ms": 2000}, {"wall_ms": 2000}, "--timeout 4"),
+        ("timeout", {"limits.wall_ms": 350_500}, {"wall_ms": 350_500}, "--timeout 600"),
+        ("timeout", {"limits.wall_ms": 2000}, {"wall_ms": 3000}, None),
+        ("timeout", {"limits.wall_ms": 600_000}, {"wall_ms": 600_000}, None),
+        ("cpu-limit", {"limits.cpu_ms": 5000}, {"cpu_ms": 3000}, "--cpu-time-limit-seconds 6"),
+        ("cpu-limit", {"limits.cpu_ms": 3000}, {"cpu_ms": 3000, "wall_ms": 1}, None),
+    ],
+)
+def test_a_tighter_limit_of_the_call_is_what_is_to_be_raised(
+    outcome: str, held: dict[str, Any], tighter: dict[str, int], flag: str | None
+) -> None:
+    """Where a flag held the program the advice is that flag: a change of the policy would do nothing."""
+    denial = limit_hit(outcome, policy(held), **tighter)
+    assert denial is not None
+    assert (denial.how_to_allow and denial.how_to_allow.flag) == flag
+    assert flag is None or denial.how_to_allow == HowToAllow(json_path=None, value=None, flag=flag)
+
+
+@pytest.mark.parametrize(("most", "flag"), [(1000, "2000"), (0, "1"), (None, None)])
+def test_too_much_output_names_the_flag_that_lets_more(most: int | None, flag: str | None) -> None:
+    """A stream that passed the output limit is a refusal, with a limit twice as large where a flag sets it."""
+    denial = too_much_output("stdout", most)
+    assert (denial.field, denial.subject, denial.observed_by) == ("output", "more to stdout", "host")
+    assert (denial.how_to_allow and denial.how_to_allow.flag) == (flag and f"--max-output-bytes {flag}")
 
 
 def test_what_is_at_its_most_cannot_be_allowed() -> None:

@@ -17,6 +17,7 @@ from x07_sandbox.plan.outcomes import (
     Stage,
     Verdict,
     as_build,
+    as_limited_by,
     classify,
     exit_code,
     signal_name,
@@ -174,6 +175,14 @@ def test_who_survives_the_death_of_a_child_is_not_out_of_memory(status: int) -> 
     found = classify(run(wait_status=status, oom_kills=2))
     assert found.outcome in {Outcome.OK, Outcome.FAILED, Outcome.SIGNALLED}
     assert found.warnings == ("2 processes were killed for want of memory (limits.mem_bytes)",)
+
+
+def test_a_reason_names_the_flag_that_set_the_limit() -> None:
+    """Where a flag held the program tighter than the policy, its verdict is the same and names the flag."""
+    found = classify(run(deadline_passed=True), limits=default_policy().limits)
+    limited = as_limited_by(found, {"limits.wall_ms": "--timeout"})
+    assert limited == replace(found, reason="the program was still running after 60 s (--timeout)")
+    assert as_limited_by(found, {"limits.cpu_ms": "--timeout"}) == found
 
 
 def test_a_timeout_under_emulation_says_that_cpu_work_is_slower() -> None:

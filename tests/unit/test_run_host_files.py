@@ -17,18 +17,20 @@ from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.apply import chosen
 from x07_sandbox.cli.changed import lines, pieces, tell
-from x07_sandbox.errors import BackendError, HostError, RefusedError, UsageError
+from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.host.paths import private_dir
+from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.policy import render_policy
 from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.kept import do, find
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.result import Changes
-from x07_sandbox.runs.run import host_files_of
+from x07_sandbox.runs.run import attempt, failure, host_files_of
 from x07_sandbox.runs.session import Progress
 from x07_sandbox.runs.streams import Cancel
 
@@ -139,6 +141,39 @@ def test_what_nothing_would_let_in_says_so(run: Run) -> None:
     assert (ways["pipe"], ways["out"], ways["large"]) == (None, None, None)
     assert ways["in"] is not None
     assert (ways["in"].json_path, ways["in"].value) == ("$.fs.allow_symlinks", True)
+
+
+@pytest.mark.parametrize(
+    ("rules", "name", "words", "field", "value"),
+    [
+        ({"max_read_bytes": 10}, "large", {}, "fs.max_read_bytes", 20),
+        ({"enabled": False}, "", {"out": Path("out")}, "fs.enabled", True),
+    ],
+)
+def test_what_is_refused_before_a_run_is_a_denial(
+    run: Run, rules: dict[str, Any], name: str, words: dict[str, Any], field: str, value: object
+) -> None:
+    """A root that is one file which may not go in, and --out without files, are told with what would allow them."""
+    if name:
+        (run.root / name).write_text("x" * 20)
+    with pytest.raises(SandboxError, match="cannot") as caught:
+        run.files({"write_roots": (), "read_roots": (str(run.root / name),), **rules}, **words)
+    (denial,) = failure(caught.value).denials
+    assert (denial.field, denial.action) == (field, "plan")
+    assert denial.how_to_allow == HowToAllow(json_path=f"$.{field}", value=value)
+
+
+def test_roots_by_flag_without_files_are_a_denial(run: Run) -> None:
+    """--allow-read-root under a policy with fs.enabled false is told with the field that would let it."""
+    policy = default_policy()
+    policy = msgspec.structs.replace(policy, fs=msgspec.structs.replace(policy.fs, enabled=False))
+    given = Overrides(allow_read_root=("/srv",))
+    ran, error = attempt(
+        RunRequest(source=b"pass", toolchain="python", policy=policy, overrides=given, cancel=run.cancel)
+    )
+    assert isinstance(error, UsageError)
+    (denial,) = ran.denials
+    assert denial.how_to_allow == HowToAllow(json_path="$.fs.enabled", value=True)
 
 
 @pytest.mark.parametrize(("most", "parts", "value"), [(2, 3, 3), (256, 257, None), (300, 257, None)])

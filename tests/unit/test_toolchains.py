@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 import pytest
@@ -20,6 +21,9 @@ from x07_sandbox.programs.toolchains import (
     toolchain_for,
     toolchain_named,
 )
+from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.streams import Cancel
 
 ELF = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 2, 62)
 
@@ -58,25 +62,56 @@ def test_an_unknown_name_is_told_which_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "shell"),
+    ("head", "shell", "check"),
     [
-        (b"#!/bin/sh\n", "/bin/sh"),
-        (b"#! /bin/sh -e\n", "/bin/sh"),
-        (b"#!/usr/bin/env bash\n", "/bin/bash"),
-        (b"#!/usr/bin/bash\n", "/bin/bash"),
-        (b"#!/bin/dash\n", "/bin/dash"),
-        (b"#!/bin/shred\n", "/bin/bash"),
-        (b"echo\n", "/bin/bash"),
-        (b"", "/bin/bash"),
+        (b"#!/bin/sh\n", ["/bin/sh"], ["/bin/sh", "-n"]),
+        (b"#! /bin/sh -e \necho", ["/bin/sh", "-e"], ["/bin/sh", "-n", "-e"]),
+        (b"#!/bin/bash -eu -x\n", ["/bin/bash", "-eu -x"], ["/bin/bash", "-n", "-eu -x"]),
+        (b"#!/bin/bash --posix\r\n", ["/bin/bash", "--posix"], ["/bin/bash", "--posix", "-n"]),
+        (b"#!/bin/sh -\n", ["/bin/sh", "-"], ["/bin/sh", "-n", "-"]),
+        (b"#!/usr/bin/env bash\n", ["/bin/bash"], ["/bin/bash", "-n"]),
+        (
+            b"#!/usr/bin/env -S bash --posix -o pipefail\n",
+            ["/bin/bash", "--posix", "-o", "pipefail"],
+            ["/bin/bash", "--posix", "-n", "-o", "pipefail"],
+        ),
+        (b"#!/usr/bin/bash\n", ["/bin/bash"], ["/bin/bash", "-n"]),
+        (b"#!/bin/dash", ["/bin/dash"], ["/bin/dash", "-n"]),
+        (b"#!\n", ["/bin/bash"], ["/bin/bash", "-n"]),
+        (b"echo\n", ["/bin/bash"], ["/bin/bash", "-n"]),
+        (b"", ["/bin/bash"], ["/bin/bash", "-n"]),
     ],
 )
-def test_the_first_line_names_the_shell(head: bytes, shell: str) -> None:
-    """A script is started by the shell that its first line asks for, bash where it asks for none."""
+def test_the_first_line_names_the_shell(head: bytes, shell: list[str], check: list[str]) -> None:
+    """A script is checked and started by the shell of its first line, with its options; by bash where it names none."""
     row = BY_NAME["shell"]
     source = Source(name="a.sh", head=head)
-    assert row.start(source) == [shell, "/x07/in/program/a.sh"]
+    assert row.start(source) == [*shell, "/x07/in/program/a.sh"]
     assert row.build is not None
-    assert row.build(source)[-2:] == ["shell", shell]
+    words = row.build(source)
+    assert words[words.index("shell") + 1 :] == check
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b"#!/bin/zsh", "/bin/zsh"),
+        (b"#!/bin/shred -u", "/bin/shred -u"),
+        (b"#!/opt/bash", "/opt/bash"),
+        (b"#!/usr/bin/env", "/usr/bin/env"),
+        (b"#!/usr/bin/env bash -e", "bash -e"),
+        (b"#!/usr/bin/env -S bash -O 'extglob'", "-S bash"),
+        (b"#!/usr/bin/env -S", "-S"),
+        (b"#!/bin/bash -\xff", "/bin/bash"),
+    ],
+)
+def test_another_shell_is_refused_by_name(line: bytes, named: str) -> None:
+    """A script that asks for what is no shell of ours is refused before any machine starts, with what to do."""
+    fix = "Ask for one of them .*its toolchain executable, and"
+    with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
+        request = RunRequest(source=line + b"\necho\n", toolchain="shell", cancel=cancel)
+        with pytest.raises(UsageError, match=f"asks for ['\"]{named}.*sh, dash, bash are the shells.*{fix}"):
+            load_program(request, stack)
 
 
 def test_a_tree_gives_the_compiler_every_source_of_its_language() -> None:

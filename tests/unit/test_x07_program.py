@@ -163,6 +163,17 @@ def test_paths_of_a_policy_begin_in_the_project(
     assert main(["run", "--policy", str(project.parent / "here.json"), program]) == 1
 
 
+@pytest.mark.parametrize("words", [["--project", "project/x07.json"], ["--program", "project/main.x07.json"]])
+def test_module_roots_of_a_project_are_not_dropped_in_silence(
+    project: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """--module-root beside --project of an X07 project has no effect, which x07-os-runner says."""
+    (project / "main.x07.json").write_text("{}")
+    world = ["--world", "run-os-sandboxed", "--policy", "project/policy.json"]
+    assert os_runner.main([*world, *words, "--module-root", "project"]) == 1
+    assert ("--module-root: for single programs only" in capsys.readouterr().err) is (words[0] == "--project")
+
+
 def test_an_artifact_has_the_flat_report(project: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     """--report runner with --artifact is X07's report of mode run-os: nothing compiled, the program's end on top."""
     assert project.is_dir()

@@ -29,7 +29,7 @@ from x07_sandbox.reports.runner import (
 )
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.reports.wrapped import Target, wrap
-from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Digests, Output, Result
+from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Digests, Output, PhaseReport, Result
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {name: json.loads(text) for name, text in schemas().items()}
@@ -68,6 +68,14 @@ def output(data: bytes = b"", *, truncated: bool = False) -> Output:
     return Output(bytes=len(data), truncated=truncated, base64=base64.b64encode(data).decode())
 
 
+def ran(*marks: str) -> dict[str, PhaseReport]:
+    """The phases of a run that came so far."""
+    times = dict.fromkeys(marks, 1.0)
+    report: dict[str, Any] = {"job_id": "1-2-3-run", "start": "clone", "outcome": "", "reason": "", "times_ms": times}
+    report |= {"stdout": NOTHING, "stderr": NOTHING, "cpu_ms": 0, "memory_peak_bytes": 0, "tasks_peak": 0}
+    return {"run": PhaseReport(**report)}
+
+
 def ended(outcome: Outcome, *, built: bool = True, **more: Any) -> Result:  # noqa: ANN401 - any field of a result
     """A result of this outcome. built: whether there is an artifact."""
     rule = OUTCOMES[outcome].exit
@@ -80,7 +88,7 @@ def ended(outcome: Outcome, *, built: bool = True, **more: Any) -> Result:  # no
         "x07_exit_code": code,
         "stdout": NOTHING,
         "stderr": NOTHING,
-        "phases": {},
+        "phases": ran("hello", "seeded", "started"),
         "digests": Digests(
             image=SHA, policy=f"sha256:{hashlib.sha256(POLICY_BYTES).hexdigest()}", artifact=SHA if built else None
         ),
@@ -186,6 +194,7 @@ def test_a_compiler_that_was_ended_has_a_trap() -> None:
     [
         (Outcome.FAILED, {"exit_code": 3, "stderr": output(b'first\nthe end\n{"fuel": 1}\n\n')}, 3, "the end"),
         (Outcome.FAILED, {"exit_code": 3}, 3, None),
+        (Outcome.FAILED, {"exit_code": 127, "phases": ran("hello", "seeded")}, 127, "because of failed"),
         (Outcome.FAILED, {"exit_code": 3, "stderr": output(b"[" * 100_000 + b"\n")}, 3, "[" * 1000),
         (Outcome.SIGNALLED, {"signal": 11}, 139, "terminated by signal 11"),
         (Outcome.TIMEOUT, {}, 124, "timed out"),

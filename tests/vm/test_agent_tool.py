@@ -42,8 +42,8 @@ def answers(way: str, lines: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def by_id(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The contents by the id of their call; each call has one."""
+def by_id(found: list[dict[str, Any]]) -> dict[str | int, dict[str, Any]]:
+    """The contents by the id of their call, as it came; each call has one."""
     contents = {one["id"]: one["content"] for one in found}
     assert len(contents) == len(found)
     assert all(one["is_error"] == (one["content"]["outcome"] != "ok") for one in found)
@@ -85,7 +85,7 @@ def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, stat
     assert told["unbuilt"]["outcome"] == "build-failed"
     assert "nothing" in told["unbuilt"]["stderr"]
     assert "correct it" in told["unbuilt"]["advice"]
-    assert told["8"]["stdout"] == "\N{REPLACEMENT CHARACTER}" * 128
+    assert told[8]["stdout"] == "\N{REPLACEMENT CHARACTER}" * 128
     assert left_behind(state) == []
 
 
@@ -158,6 +158,10 @@ NO_ID: Final = {
     "no object": (b"[1]\n", "type"),
     "no id": (b'{"name": "run_code", "input": {"language": "c", "source": ""}}\n', "id"),
     "deep": (b"[" * 100_000 + b"\n", "no JSON"),
+    "an id is a fraction": (call(1.5), "$.id"),
+    "an id is too long": (call("1" * 201), "$.id"),
+    "an id is true": (call(number=True), "$.id"),
+    "a key twice": (b'{"id": "1", "id": "2", "name": "run_code", "input": {"language": "c", "source": ""}}\n', "twice"),
     "a huge number": (b'{"id": ' + b"9" * 5000 + b"}\n", "no JSON"),
     "a huge line": (call("1", source="#" * (LINE_MAX * 3)), "more than"),
 }

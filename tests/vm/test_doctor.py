@@ -113,3 +113,15 @@ def test_doctor_shows_our_variables_and_no_secret(tmp_path: Path) -> None:
     assert "X07_VM_MAX_RUNNING=3" in findings["variables"]["text"]
     assert "X07_VM_TOKEN" in findings["variables"]["text"]
     assert "hunter2" not in json.dumps(findings)
+
+
+def test_doctor_says_what_variables_have_every_run_refused(tmp_path: Path, image: Image) -> None:
+    """A backend that cannot be had, or another image that is pinned, is BAD as a run would say it, with exit code 1."""
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_SANDBOX_BACKEND": "os"}
+    code, findings = _findings(env | {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "a" * 64})
+    wish, pinned = findings["backend of the variables"], findings["the guest image is not the one that may run"]
+    assert (code, wish["good"], pinned["good"]) == (1, False, False)
+    assert "the backend os fails closed" in wish["text"]
+    assert wish["fix"] == "Use X07_SANDBOX_BACKEND=vm, or unset it"
+    assert image.digest in pinned["text"]
+    assert "isolation" not in findings  # no machine was started for it

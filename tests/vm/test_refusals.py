@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from x07_sandbox import SandboxError, run_program
+from x07_sandbox import Pool, SandboxError, run_program
+from x07_sandbox.errors import RefusedError
 from x07_sandbox.policy import decode_policy, default_policy, render_policy
 from x07_sandbox.runs.folder import runs_dir
 
@@ -163,13 +164,25 @@ def test_an_image_is_found_by_its_digest(tmp_path: Path, image: Image) -> None:
     assert result["digests"]["image"] == image.digest
 
 
+def test_a_pool_has_no_other_image_than_the_pinned_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: Image
+) -> None:
+    """X07_VM_GUEST_IMAGE_DIGEST holds for warm machines too: with another image a pool is refused and boots nothing."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", pinned := "sha256:" + "a" * 64)
+    with pytest.raises(RefusedError, match=f"is {pinned}, and the image has {image.digest}"):
+        Pool(size=1)
+    assert _no_machine(tmp_path)
+
+
 def test_hardware_can_be_demanded(tmp_path: Path) -> None:
-    """With X07_VM_REQUIRE_HARDWARE=1 a run has vm-hardware or is refused, never an emulated machine."""
+    """With X07_VM_REQUIRE_HARDWARE=1 a run has vm-hardware or is refused with what to unset, and never emulated."""
     code, result = _run(tmp_path, PROGRAM, X07_VM_REQUIRE_HARDWARE="1")
-    assert (result["outcome"], result["isolation"]) == ("ok", "vm-hardware") or (code, result["outcome"]) == (
-        125,
-        "refused",
-    )
+    if result["isolation"] == "vm-hardware":
+        assert result["outcome"] == "ok"
+    else:
+        assert (code, result["outcome"]) == (125, "refused")
+        assert "To accept emulation unset X07_VM_REQUIRE_HARDWARE, or" in result["reason"]
 
 
 def test_a_malformed_switch_is_an_error(tmp_path: Path) -> None:

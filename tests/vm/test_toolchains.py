@@ -71,13 +71,13 @@ def test_a_cpp_program_is_built_and_run(sandbox: Sandbox) -> None:
     assert (ran.outcome, ran.stdout) == ("ok", b"c++\n"), ran.reason
 
 
-@pytest.mark.parametrize(("first", "shell"), [("#!/bin/sh", "dash"), ("", "bash")])
-def test_a_shell_script_runs_in_its_shell(sandbox: Sandbox, first: str, shell: str) -> None:
-    """A pipeline, in the shell of the first line, with its arguments and under its own name."""
-    text = f'{first}\nreadlink /proc/$$/exe\necho "$0 $1"; tr a-z A-Z | sort\n'
+@pytest.mark.parametrize(("first", "shell", "options"), [("#!/bin/sh -u", "dash", "u"), ("", "bash", "hB")])
+def test_a_shell_script_runs_in_its_shell(sandbox: Sandbox, first: str, shell: str, options: str) -> None:
+    """A pipeline, in the shell and with the options of the first line, with its arguments and under its own name."""
+    text = f'{first}\nreadlink /proc/$$/exe\necho "$- $0 $1"; tr a-z A-Z | sort\n'
     ran = sandbox.run_text("do.sh", text, "one", stdin=b"b\na\n")
     assert ran.outcome == "ok", ran.reason
-    assert ran.stdout.decode() == f"/usr/bin/{shell}\n/x07/in/program/do.sh one\nA\nB\n"
+    assert ran.stdout.decode() == f"/usr/bin/{shell}\n{options} /x07/in/program/do.sh one\nA\nB\n"
 
 
 def test_a_shell_script_is_checked_before_it_runs(sandbox: Sandbox) -> None:
@@ -149,14 +149,17 @@ def test_an_artifact_that_is_none_is_a_failed_build(sandbox: Sandbox, rule: str,
         ("\tprintf '#!/no/such/shell\\n' > out", 127, "No such file or directory"),
     ],
 )
-def test_what_cannot_be_executed_is_the_programs_own_failure(sandbox: Sandbox, made: str, code: int, why: str) -> None:
-    """An artifact that the kernel does not execute ends as a shell has it, and is never taken for our failure."""
-    folder = project(sandbox.work / "p", Makefile=f"out:\n{made}\n", a_c="")
+@pytest.mark.usefixtures("image")
+def test_what_cannot_be_executed_is_the_programs_own_failure(tmp_path: Path, made: str, code: int, why: str) -> None:
+    """An artifact that the kernel does not execute ends as a shell has it, and the command says why."""
+    folder = project(tmp_path / "p", Makefile=f"out:\n{made}\n", a_c="")
     (folder / "x07-sandbox.toml").write_text(MAKE)
-    ran = sandbox.run(folder)
-    result = ran.result
-    assert (ran.outcome, result.fault, result.exit_code, result.x07_exit_code) == ("failed", "program", code, code)
-    assert why in ran.reason
+    done = command("--report-out", str(tmp_path / "result"), str(folder))
+    result = json.loads((tmp_path / "result").read_bytes())
+    assert (result["outcome"], result["fault"]) == ("failed", "program")
+    assert (result["exit_code"], done.returncode) == (code, code)
+    assert why in result["reason"]
+    assert f"x07: failed: {result['reason']}\n" in done.stderr.decode()
 
 
 def test_a_python_project_imports_its_own_modules(sandbox: Sandbox) -> None:
@@ -461,10 +464,11 @@ def test_nothing_that_a_run_reads_is_written_over(tmp_path: Path, words: list[st
 
 
 def test_a_time_limit_of_the_command_line_holds() -> None:
-    """--timeout is a tighter limit than the policy's."""
+    """--timeout is a tighter limit than the policy's, and what is said to raise is that."""
     done = command("--timeout", "0.5", "-c", "sleep 20", "--toolchain", "shell")
     assert done.returncode == 124
-    assert b"0.5 s" in done.stderr
+    assert b"0.5 s (--timeout)" in done.stderr
+    assert b"--timeout 1 lets it" in done.stderr
 
 
 def test_waiting_for_a_pipes_writer_can_be_ended(tmp_path: Path) -> None:
@@ -606,11 +610,16 @@ def test_a_misspelt_variable_is_told() -> None:
 
 
 def test_variables_that_a_policy_denies_are_refused(sandbox: Sandbox) -> None:
-    """env.deny_keys and env.enabled false hold for variables that the caller names."""
-    for changes in ({"env.deny_keys": ["A"]}, {"env.enabled": False}):
+    """env.deny_keys and env.enabled false hold for variables that the caller names, and are told as denials."""
+    for changes, value in (({"env.deny_keys": ["B", "A"]}, ["B"]), ({"env.enabled": False}, True)):
         policy = str(sandbox.policy(changes))
         done = command("--json", "--policy", policy, "--env", "A=1", "-c", "true", "--toolchain", "shell")
-        assert (done.returncode, json.loads(done.stdout)["outcome"]) == (125, "refused")
+        result = json.loads(done.stdout)
+        assert (done.returncode, result["outcome"]) == (125, "refused")
+        (denial,) = result["denials"]
+        (field,) = changes
+        assert (denial["field"], denial["observed_by"]) == (field, "host")
+        assert denial["how_to_allow"] == {"json_path": f"$.{field}", "value": value, "flag": None}
 
 
 # builds that do not end well

@@ -84,6 +84,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked for, with words as they are meant (host/variables); None for nothing.
 
     accepted: whether weaker isolation was, by flag or variable. auto: the class that `auto` stands for.
+    flags: those that the caller has, for what is advised; () where only variables can ask.
     """
 
     sandbox_flag: str | None = None
@@ -92,6 +93,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     backend_variable: str | None = None
     accepted: bool = False
     auto: Class = "vm"
+    flags: tuple[str, ...] = ("--sandbox-backend", "--backend")
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,29 +109,34 @@ def select(platform: Platform, asked: Asked) -> Choice:
     if name is None and wanted_class in {"os", "none"}:
         name = wanted_class
     if name is None:
-        return _automatic(platform)
+        return _automatic(platform, asked)
     row = BY_NAME[name]
     if row.weaker and not asked.accepted:
         raise RefusedError(
             f"the backend {row.name} fails closed",
             f"it gives {_wall(row)}, which is weaker than a virtual machine, and nobody has accepted that",
-            _instead(platform, row),
+            _instead(platform, asked, row),
         )
     if not row.runs_on(platform):
-        raise RefusedError(f"cannot use the backend {row.name}", f"it is not for {platform}", _instead(platform))
+        raise RefusedError(f"cannot use the backend {row.name}", f"it is not for {platform}", _instead(platform, asked))
     if not row.built:
         raise RefusedError(
             f"cannot use the backend {row.name}",
             "this version does not have it yet, and never takes another in its place",
-            _instead(platform),
+            _instead(platform, asked),
         )
     return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
 
 
 def asked(
-    *, sandbox: str | None = None, backend: str | None = None, accepted: bool = False, auto: Class = "vm"
+    *,
+    sandbox: str | None = None,
+    backend: str | None = None,
+    accepted: bool = False,
+    auto: Class = "vm",
+    flags: tuple[str, ...] = ("--sandbox-backend", "--backend"),
 ) -> Asked:
-    """What flags (words as they are given) and the environment ask for. Raises UsageError."""
+    """What flags (words as they are given) and the environment ask for. flags: as in Asked. Raises UsageError."""
     return Asked(
         sandbox_flag=SANDBOX_BACKENDS[sandbox] if sandbox else None,
         sandbox_variable=text("X07_SANDBOX_BACKEND"),
@@ -137,6 +144,7 @@ def asked(
         backend_variable=text("X07_VM_BACKEND"),
         accepted=accepted or flag(ACCEPT_VARIABLE),
         auto=auto,
+        flags=flags,
     )
 
 
@@ -146,7 +154,7 @@ def heed_variables() -> None:
     Raises UsageError, also for a variable of ours that is wrong, and RefusedError.
     """
     check_environment(os.environ)
-    wish = asked()
+    wish = asked(flags=())
     if wish.sandbox_variable or wish.backend_variable:
         select(this_platform(), wish)
 
@@ -159,14 +167,6 @@ def backend_named(word: str) -> BackendRow:
             f"cannot use backend {word!r}", "there is no such backend", f"Name one of: {', '.join(BY_NAME)}"
         )
     return BY_NAME[name]
-
-
-def need_built(row: BackendRow) -> None:
-    """Raises RefusedError for a backend that comes later."""
-    if not row.built:
-        why = "this version does not have it yet, and never takes another in its place"
-        built = ", ".join(other.name for other in ROWS if other.built)
-        raise RefusedError(f"cannot use the backend {row.name}", why, f"Use {built}")
 
 
 def working(platform: Platform) -> tuple[str, ...]:
@@ -202,23 +202,35 @@ def _contradict(wanted: str | None, name: str | None) -> bool:
     return name is not None and wanted not in {None, "auto", BY_NAME[name].sandbox_class}
 
 
-def _automatic(platform: Platform) -> Choice:
+def _automatic(platform: Platform, asked: Asked) -> Choice:
     candidates = [row for row in ROWS if row.auto and row.runs_on(platform)]
     for row in candidates:
         if row.built:
             return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
     names = " and ".join(row.name for row in candidates)
     why = f"this version has none of those for {platform} yet ({names})" if names else f"there is none for {platform}"
-    raise RefusedError("no virtual machine backend, and the sandbox fails closed", why, _instead(platform))
+    raise RefusedError("no virtual machine backend, and the sandbox fails closed", why, _instead(platform, asked))
 
 
-def _instead(platform: Platform, weaker: BackendRow | None = None) -> str:
+def _instead(platform: Platform, asked: Asked, weaker: BackendRow | None = None) -> str:
     """What to do. weaker: what was asked for, and would do with the user's acceptance."""
-    words = " ".join(working(platform))
-    parts = [f"Use {words}"] if words else [f"Run it on Linux with {' '.join(working(Platform(system='linux')))}"]
+    here = working(platform)
+    words = _by_caller(asked, here or working(Platform(system="linux")))
+    parts = [f"Use {words}" if here else f"Run it on Linux with {words}"]
     if weaker is not None and weaker.built and weaker.runs_on(platform):
-        parts.append(f"or add {ACCEPT_FLAG} (or {ACCEPT_VARIABLE}=1)")
+        parts.append(f"or add {ACCEPT_FLAG} (or {ACCEPT_VARIABLE}=1)" if asked.flags else f"or set {ACCEPT_VARIABLE}=1")
     return ", ".join(parts)
+
+
+def _by_caller(asked: Asked, flags: tuple[str, ...]) -> str:
+    """What `working` says, as the caller can say it: by the flags that it has, else by the variables that are set."""
+    found = dict(zip(flags[::2], flags[1::2], strict=True))
+    if asked.flags:
+        return " ".join(f"{flag} {found[flag]}" for flag in asked.flags)
+    given = [(asked.sandbox_variable, "X07_SANDBOX_BACKEND", "--sandbox-backend")]
+    given.append((asked.backend_variable, "X07_VM_BACKEND", "--backend"))
+    words = [f"{variable}={found[flag]}" for word, variable, flag in given if word]
+    return f"{' and '.join(words)}, or unset {'it' if len(words) == 1 else 'them'}"
 
 
 def _wall(row: BackendRow) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.looks import Proof, advice, backend_states, gather
-from x07_sandbox.backends.selection import this_platform, working
+from x07_sandbox.backends.selection import heed_variables, this_platform, working
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.cli.usage import add_document_flags
@@ -83,7 +83,7 @@ def _print_backend(state: BackendState) -> None:
 def _examined() -> DoctorReport:
     platform = this_platform()
     findings = [platform_finding(platform), _architecture(), _first_on_path(os.environ), _variables(os.environ)]
-    findings.append(_folders())
+    findings += [*_wish(), _folders()]
     proof = None
     if platform.system == "linux" and os.uname().machine in ARCHES:
         machine = _image_and_machine()
@@ -145,6 +145,15 @@ def _variables(environ: Mapping[str, str]) -> Finding:
     return Finding(subject="variables", good=None, text=text, fix="docs/x07.md lists them all" if others else "")
 
 
+def _wish() -> list[Finding]:
+    """What speaks against the backend that variables ask for: every run without a flag is refused for it."""
+    try:
+        heed_variables()
+    except SandboxError as exc:
+        return [Finding(subject="backend of the variables", good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)]
+    return []
+
+
 def _architecture() -> Finding:
     try:
         arch = host_arch()
@@ -204,12 +213,14 @@ def _image_and_machine() -> list[Finding]:
     from x07_sandbox.backends.qemu.start import Accelerator
     from x07_sandbox.images.store import find_image, image_is_current
     from x07_sandbox.images.verify import open_image
+    from x07_sandbox.runs.run import check_pinned
 
     findings: list[Finding] = []
     try:
         image = find_image(None)
         with open_image(image) as opened:
             findings.append(_image(image_is_current(image), image.digest))
+            check_pinned(image.digest)
             backend = QemuBackend()
             availability = backend.probe(opened)
             emulated = availability.features.emulated

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from x07_sandbox.programs.toolchains import Toolchain
     from x07_sandbox.runs.program import Program
 
 SETUP_EXIT: Final = 2
@@ -95,8 +94,7 @@ def _carry_out(options: argparse.Namespace) -> int:
             lang_id = program.toolchain.name
             report = failure_report(message, mode=mode_of(program), world=world, lang_id=lang_id)
         else:
-            if not program.toolchain.told:
-                _note_unused(options, program.toolchain)
+            _note_unused(options, program)
             wanted = _wanted(options, request, program, stack, accepted=accepted)
             _, report = run_and_report(request, wanted, stack, _say)
     return _print(render_report(report), report.exit_code)
@@ -199,12 +197,16 @@ def _x07_options(options: argparse.Namespace) -> Options:
     return Options(**{name: value for name, value in given.items() if value is not None}, module_roots=roots)
 
 
-def _note_unused(options: argparse.Namespace, toolchain: Toolchain) -> None:
+def _note_unused(options: argparse.Namespace, program: Program) -> None:
     """Nothing that was asked for is passed over in silence."""
+    if program.toolchain.told:
+        if program.project and options.module_root:
+            _say("--module-root: for single programs only; a project brings its own modules")
+        return
     values = {option.flag: getattr(options, option.key) for option in OPTIONS if option.x07_only}
     unused = [name for name, value in values.items() if value is not None and value is not False]
     if unused:
-        _say(f"{', '.join(unused)}: for X07 programs only; {toolchain.name} programs have the policy's limits")
+        _say(f"{', '.join(unused)}: for X07 programs only; {program.toolchain.name} programs have the policy's limits")
 
 
 def _print(data: bytes, code: int) -> int:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.backends.selection import BY_NAME, backend_named, need_built
-from x07_sandbox.host.variables import text
+from x07_sandbox.backends.selection import BY_NAME, asked, select, this_platform
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.plan.features import vm_features
@@ -51,7 +50,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
         "policy", nargs="?", default="built-in:default", metavar="POLICY", help="a policy (default: built-in:default)"
     )
     names = ", ".join(BY_NAME)
-    parser.add_argument("--backend", metavar="B", help=f"one of {names} (default: X07_VM_BACKEND, else qemu)")
+    parser.add_argument("--backend", metavar="B", help=f"one of {names} (default: what a run takes)")
     toolchains = tuple(toolchain.name for toolchain in (*TOOLCHAINS, X07))
     parser.add_argument(
         "--toolchain",
@@ -67,10 +66,9 @@ def explanation(
 ) -> ExplainReport:
     """What --json prints. source: the policy's name, as the user gave it. backend_name: None for what a run would take.
 
-    Raises UsageError, and RefusedError for a backend that comes later.
+    Raises UsageError, and RefusedError for what no run could take here.
     """
-    backend = backend_named(backend_name or text("X07_VM_BACKEND") or "qemu")
-    need_built(backend)
+    backend = BY_NAME[select(this_platform(), asked(backend=backend_name, flags=("--backend",))).backend]
     # The weakest class that it may have: the plan is the same for all of them.
     plan = make_plan(policy, vm_features(backend.isolation[-1]))
     values = leaf_values(policy)

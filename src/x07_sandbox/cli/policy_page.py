@@ -188,6 +188,7 @@ x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it 
 | `process.allow_execs`, `process.allow_exec_prefixes` | programs that no list names | the audit |
 | `limits.procs`, `process.max_live`, `limits.fds` | one more task or descriptor | control group, audit |
 | `limits.wall_ms`, `limits.cpu_ms`, `limits.mem_bytes` | what ended the program | deadline, control group |
+| `output` | more output than `--max-output-bytes` | what the host counts |
 | `limits.mem_bytes` | writing where `/tmp` or `/dev/shm` is full | what is left in them when the program has ended |
 | `permissions`, `system-calls`, `scratch` | what nothing allows: `how_to_allow` is null | audit, filter, disk |
 

@@ -349,7 +349,7 @@ def _explain(result: Result) -> None:
     for name, stream in (("standard output", result.stdout), ("standard error", result.stderr)):
         if stream.undelivered:
             say(f"the program's {name} could not be passed on: {stream.undelivered}")
-    if result.outcome in {"ok", "failed"}:
+    if result.outcome == "ok" or (result.outcome == "failed" and result.began):
         return
     say(f"{result.outcome}: {result.reason}")
 

@@ -97,8 +97,7 @@ def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Com
     report = x07_report(result, built) if toolchain.told else runner_report(result, built)
     if wanted.compiled_out is not None and report.compile.ok:
         write_executable(wanted.compiled_out, artifact)
-    told = not report.exit_code or (result.ok and result.x07_exit_code)  # of changes that were kept back others tell
-    ending = [] if told else [f"{result.outcome}: {result.reason}"]
+    ending = _ending(result, report)
     if wanted.attest_runtime is None:
         return report, ending
     if report.solve is None or "run" not in result.phases:
@@ -114,3 +113,14 @@ def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Com
     made = attest(result, report.solve, given)
     write_whole(wanted.attest_runtime, partial(write_all, data=render_report(made)), code=f"{WRITE_CODE}: ")
     return replace(report, runtime_attestation=reference(str(wanted.attest_runtime), made)), ending
+
+
+def _ending(result: Result, report: CompileRunReport) -> list[str]:
+    """What did not end well, as a line, if anything; of changes that were kept back others tell."""
+    if not report.exit_code or (result.ok and result.x07_exit_code):
+        return []
+    if not result.ok:
+        return [f"{result.outcome}: {result.reason}"]
+    # The program's own word is that it ended well; it is X07's protocol that it or its compiler did not keep to.
+    trap = report.compile.trap if report.solve is None else report.solve.trap
+    return [f"failed: {result.reason}, but {trap}"]

@@ -311,7 +311,8 @@ class _Walk:
 
     def _leave(self, reason: Reason, name: str, size: int = 0) -> None:
         if self._tree.only:
-            raise UsageError(f"cannot give the program {name}", WORDS[reason], "Leave it out, or see docs/policy.md")
+            error = UsageError(f"cannot give the program {name}", WORDS[reason], "Leave it out, or see docs/policy.md")
+            raise error.by(FIELDS[reason], value_for(reason, size, self._bounds))
         left = self.copied.left_out.setdefault(reason, LeftOut())
         left.count += 1
         left.most = max(left.most, size)

@@ -18,8 +18,8 @@ class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One thing that the program tried, or the policy asked for, and did not get.
 
-    field: the policy's; or `permissions`, `system-calls`, `scratch`, `secrets`, `protected`, `kind`, `reserved`, which
-        no policy decides.
+    field: the policy's; or `permissions`, `system-calls`, `scratch`, `output`, `secrets`, `protected`, `kind`,
+        `reserved`, which no policy decides.
     subject: what it was about: a path as the program sees it, with a slash at its end where something new was to be
         made in that folder. count: how often, as far as it was seen.
     how_to_allow: null where nothing allows it.

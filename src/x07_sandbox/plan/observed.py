@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PERMISSIONS: Final = "permissions"  # stands for a field where no field decides
 SYSTEM_CALLS: Final = "system-calls"
+OUTPUT: Final = "output"
 _COUNT_MAX: Final = 2**63 - 1  # as DENIED carries it
 _CGROUP: Final = "the guest's control group"
 _SECCOMP: Final = "the guest's seccomp filter"
@@ -90,16 +91,30 @@ def more_tasks(policy: Policy, max_live: int | None, count: int) -> Denial:
     return _seen(field, "start", "a new task", _CGROUP, count, _more(policy, field, held))
 
 
-def limit_hit(outcome: str, policy: Policy, cpu_ms: int | None = None) -> Denial | None:
-    """What the program did to end so; None where no limit ended it. cpu_ms: X07's limit, if that may be the tighter."""
+def limit_hit(outcome: str, policy: Policy, *, cpu_ms: int | None = None, wall_ms: int | None = None) -> Denial | None:
+    """What the program did to end so; None where no limit ended it.
+
+    cpu_ms, wall_ms: X07's limit and --timeout, which hold where they are not above the policy's.
+    """
     if outcome not in _LIMITS:
         return None
     field, action, what, by, observer = _LIMITS[outcome]
-    if field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < policy.limits.cpu_ms:
-        flag = f"--cpu-time-limit-seconds {cpu_ms // 500}"
-        return _seen(field, action, what, by, 1, HowToAllow(json_path=None, value=None, flag=flag))
-    how = _more(policy, field, int(getattr(policy.limits, field.removeprefix("limits."))))
+    held, most = int(getattr(policy.limits, field.removeprefix("limits."))), largest(field)
+    how: HowToAllow | None
+    if field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < held:
+        how = _by_flag(f"--cpu-time-limit-seconds {cpu_ms // 500}")
+    elif field == "limits.wall_ms" and wall_ms is not None and wall_ms <= held < most:
+        how = _by_flag(f"--timeout {min(2 * wall_ms, most) / 1000:g}")
+    else:
+        how = _more(policy, field, held)
     return msgspec.structs.replace(_seen(field, action, what, by, 1, how), observed_by=observer)
+
+
+def too_much_output(stream: str, most: int | None) -> Denial:
+    """It wrote more than the *most* bytes that *stream* may have; None where no flag changes that."""
+    how = None if most is None else _by_flag(f"--max-output-bytes {max(2 * most, 1)}")
+    denial = _seen(OUTPUT, "write", f"more to {stream}", "the output limit", 1, how)
+    return msgspec.structs.replace(denial, observed_by="host")
 
 
 def disk_full() -> Denial:
@@ -112,6 +127,11 @@ def memory_full(policy: Policy) -> Denial:
     what = "a folder in memory (/tmp, /dev/shm) is full; each may hold a quarter of limits.mem_bytes"
     how = _more(policy, "limits.mem_bytes", policy.limits.mem_bytes)
     return _seen("limits.mem_bytes", "write", what, "the size of the folders in memory", 1, how)
+
+
+def _by_flag(flag: str) -> HowToAllow:
+    """Where no policy decides."""
+    return HowToAllow(json_path=None, value=None, flag=flag)
 
 
 def _more(policy: Policy, field: str, held: int) -> HowToAllow | None:
@@ -214,7 +234,7 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: s
 def _to_write(path: str, area: Area | None, policy: Policy, cwd: str) -> tuple[str, HowToAllow | None]:
     """The field that keeps it from being written, and what would allow it. area: the read root that it is in."""
     if f"{path}/".startswith(f"{OUT}/"):
-        out = HowToAllow(json_path=None, value=None, flag="--out DIR")
+        out = _by_flag("--out DIR")
         # A policy without files gives none to the flag either.
         return "fs.write_roots", out if policy.fs.enabled else allowing(policy, "fs.enabled", value=True)
     folder = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)

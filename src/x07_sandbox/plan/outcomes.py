@@ -19,6 +19,8 @@ import msgspec
 from msgspec.structs import replace
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.policy.model import Limits
 
@@ -275,6 +277,14 @@ def as_build(found: Verdict) -> Verdict:
         return replace(found, reason=reason)
     reason = _POLICY_FIELD.sub("(fixed for builds)", found.reason)
     return replace(found, outcome=Outcome.BUILD_FAILED, fault="program", reason=f"the build failed: {reason}")
+
+
+def as_limited_by(found: Verdict, flags: Mapping[str, str]) -> Verdict:
+    """The same verdict where flags set limits, by the field in whose place they did: the reason names the flag."""
+    reason = found.reason
+    for field, flag in flags.items():
+        reason = reason.replace(f"({field})", f"({flag})")
+    return replace(found, reason=reason)
 
 
 def signal_name(number: int) -> str:

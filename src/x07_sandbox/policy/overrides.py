@@ -139,7 +139,7 @@ def _need_sections(base: Policy, overrides: Overrides) -> None:
                 f"cannot change the {what} of policy {base.policy_id}",
                 f"{field} is false there",
                 f"Set {field} to true in it, or leave the flags out",
-            )
+            ).by(field, value=True)
 
 
 def _specs(

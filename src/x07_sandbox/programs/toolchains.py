@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -22,6 +21,10 @@ ARTIFACT: Final = "/x07/in/artifact"
 PROGRAM_FOLDER: Final = "/x07/in/program"
 _PYTHON: Final = "/usr/bin/python3"
 _BASH: Final = "/bin/bash"
+_SHELLS: Final = ("sh", "dash", "bash")
+_SHELL_FOLDERS: Final = frozenset({"", "/bin", "/usr/bin", "/usr/local/bin"})
+_ENV: Final = frozenset({"/usr/bin/env", "/bin/env"})
+_ENV_SYNTAX: Final = frozenset("\"'\\$#")  # what is more than words to env -S
 _NAME_MAX: Final = 200  # bytes; byte code gets a longer one, and a file system takes 255
 _ELF: Final = b"\x7fELF"
 
@@ -111,14 +114,43 @@ def _start_python(source: Source) -> list[str]:
     return [_PYTHON, f"{PROGRAM_FOLDER}/{source.name}"]
 
 
-def _shell(source: Source) -> str:
-    """The shell that a script's first line asks for; bash where it asks for none."""
-    asked = re.match(rb"#![ \t]*(?:/usr/bin/env[ \t]+|(?:/usr)?/bin/)(sh|dash|bash)\b", source.head)
-    return f"/bin/{asked[1].decode()}" if asked else _BASH
+def _asked(head: bytes) -> list[str]:
+    """The interpreter that a first line names and its options, as the kernel and env(1) read them; nothing for none."""
+    line = head.partition(b"\n")[0].decode("utf-8", "surrogateescape").strip()
+    words = line[2:].split(None, 1) if line.startswith("#!") else []
+    if len(words) > 1 and words[0] in _ENV:
+        # The kernel passes all that follows as one word: a program's name to env, or a line of words after -S.
+        rest = words[1]
+        split = rest.startswith("-S") and not set(rest) & _ENV_SYNTAX
+        return (rest[2:].split() if split else None) or [rest]
+    return words
+
+
+def _shell(source: Source) -> list[str]:
+    """The shell of a script's first line, with its options; bash where it asks for none. Raises UsageError."""
+    asked = _asked(source.head)
+    if not asked:
+        return [_BASH]
+    folder, _, name = asked[0].rpartition("/")
+    if folder in _SHELL_FOLDERS and name in _SHELLS and all(word.isprintable() for word in asked):
+        return [f"/bin/{name}", *asked[1:]]
+    raise UsageError(
+        f"cannot run {source.name} as a shell script",
+        f"its first line asks for {' '.join(asked)!r}, and {', '.join(_SHELLS)} are the shells that there are",
+        "Ask for one of them (env takes options after -S only), or name its toolchain executable, and an image with it",
+    )
+
+
+def _shell_check(source: Source) -> list[str]:
+    """The start of a command that has the script's shell read it and do nothing."""
+    shell, *options = _shell(source)
+    # bash takes long options before all others only, and nothing is an option after - or --.
+    long = next((at for at, word in enumerate(options) if not word.startswith("--") or word == "--"), len(options))
+    return [shell, *options[:long], "-n", *options[long:]]
 
 
 def _start_shell(source: Source) -> list[str]:
-    return [_shell(source), f"{PROGRAM_FOLDER}/{source.name}"]
+    return [*_shell(source), f"{PROGRAM_FOLDER}/{source.name}"]
 
 
 # The tree is copied, since what came in cannot be written. The artifact is moved, not copied: whatever it is (a link,
@@ -181,13 +213,13 @@ TOOLCHAINS: Final = (
     Toolchain(
         name="shell",
         suffixes=(".sh", ".bash"),
-        build=lambda source: _build_archive(source, "shell", _shell(source)),
+        build=lambda source: _build_archive(source, "shell", *_shell_check(source)),
         driver=True,
         archive=True,
         start=_start_shell,
         needs=("bash",),
         entry=True,
-        doc="Shell: checked, started by the shell of its first line, else bash.",
+        doc="Shell: checked, started by the shell of its first line with its options, else bash.",
     ),
     Toolchain(
         name="make",

@@ -235,7 +235,8 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
         return roots
     if not policy.fs.enabled:
         fix = "Set fs.enabled to true in it, or leave --out out"
-        raise RefusedError("cannot use --out", f"fs.enabled is false in policy {policy.policy_id}", fix)
+        why = f"fs.enabled is false in policy {policy.policy_id}"
+        raise RefusedError("cannot use --out", why, fix).by("fs.enabled", value=True)
     out = os.path.normpath(Path.cwd() / request.out)
     if any(root.guest == OUT for root in roots):
         raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Leave one of them out")

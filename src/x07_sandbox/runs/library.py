@@ -59,7 +59,8 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     max_output_bytes: of each stream, 64 MiB for None. on_output: called with "stdout" or "stderr" and bytes as they
     come, from another thread; what it raises ends the run, and is raised here.
 
-    The Result has what the program printed as `stdout.data` (bytes) and `stdout.text` (None where it is no UTF-8).
+    The Result has what the program printed as `stdout.data` (bytes) and `stdout.text` (None where it is no UTF-8). Of
+    one of X07's own programs that is its frame, four bytes of length first; only X07's report judges it (docs/x07.md).
     A warm machine is taken where `x07 pool` keeps some. Thread-safe; nothing is printed.
 
     Raises SandboxError if the program could not be run: wrong usage, refused, no machine. Its `result` says more; it

@@ -62,6 +62,7 @@ def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunR
     Raises UsageError.
     """
     request, program = _load(request, stack)
+    program.toolchain.start(program.source)  # refuses a script that asks for a shell that there is not
     if request.executable and program.toolchain.archive:
         what = f"cannot keep what is built of {'the source' if request.program is None else request.program}"
         why = f"{program.toolchain.name} makes no executable"

@@ -147,5 +147,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Whether the program ended by itself with status 0."""
         return self.outcome == "ok"
 
+    @property
+    def began(self) -> bool:
+        """Whether the program itself was ever executed."""
+        return "run" in self.phases and "started" in self.phases["run"].times_ms
+
 
 NOTHING = Output(bytes=0, truncated=False, text="")

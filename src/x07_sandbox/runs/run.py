@@ -17,7 +17,7 @@ from x07_sandbox.images.store import DEFAULT, find_image, image_is_current
 from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import Plan, make_plan
-from x07_sandbox.plan.denials import Denial
+from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.policy import Policy, PolicyError
 from x07_sandbox.programs.toolchains import OUTPUT, require_packages
 from x07_sandbox.runs.folder import RunFolder
@@ -77,6 +77,7 @@ def attempt(request: RunRequest, read: Read = Read()) -> tuple[Result, SandboxEr
             _keep(folder.path / "result.json", msgspec.json.encode(result))
             return result, None
     except SandboxError as exc:
+        _add_cause(exc, so_far)
         return _result(so_far, _verdict_of(exc, request.cancel.signal)), exc
     except OSError as exc:
         from x07_sandbox.host.troubles import host_error
@@ -90,11 +91,13 @@ def failure(exc: Exception, signalled: int | None = None) -> Result:
     """The result of a run that never began, or that met a bug of ours. signalled: the signal that cancelled it."""
     from x07_sandbox.plan.outcomes import Outcome, verdict
 
+    so_far = Progress(run_id=new_run_id())
     if isinstance(exc, SandboxError):
+        _add_cause(exc, so_far)
         ending = _verdict_of(exc, signalled)
     else:
         ending = verdict(Outcome.INTERNAL_ERROR, f"a bug in x07-sandbox: {type(exc).__name__}: {exc}")
-    return _result(Progress(run_id=new_run_id()), ending)
+    return _result(so_far, ending)
 
 
 def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
@@ -150,7 +153,7 @@ def make_ready(
     so_far.digests["image"] = image.manifest.digest
     image_name = request.image or text("X07_VM_GUEST_IMAGE") or DEFAULT
     require_packages(program.toolchain, image.manifest.holds(), image_name)
-    _check_pinned(image.manifest.digest)
+    check_pinned(image.manifest.digest)
     backend = QemuBackend(request.progress, request.cancel.waiting, so_far.warnings.append)
     so_far.availability = backend.probe(image, require_hardware=request.require_hardware, boot=not dry)
     so_far.warnings += so_far.availability.warnings
@@ -233,7 +236,7 @@ def _settled(host_files: HostFiles, ending: Verdict, so_far: Progress) -> Verdic
     return ending
 
 
-def _check_pinned(digest: str) -> None:
+def check_pinned(digest: str) -> None:
     """Raises RefusedError if another image is the only one that may run."""
     pinned = text("X07_VM_GUEST_IMAGE_DIGEST")
     if pinned not in {None, digest}:
@@ -245,18 +248,28 @@ def _check_pinned(digest: str) -> None:
 
 
 def _add_refusals(plan: Plan, so_far: Progress) -> None:
-    for refusal in plan.refusals:
-        so_far.denials.append(
-            Denial(
-                field=refusal.field,
-                action="plan",
-                subject=refusal.why,
-                enforced_by="plan",
-                observed_by="host",
-                count=1,
-                how_to_allow=refusal.how_to_allow,
-            )
-        )
+    so_far.denials += [_denial(refusal.field, refusal.why, refusal.how_to_allow) for refusal in plan.refusals]
+
+
+def _add_cause(exc: SandboxError, so_far: Progress) -> None:
+    """What a field of the policy refused, before there was a machine."""
+    if exc.refused_by is None:
+        return
+    field, value = exc.refused_by
+    how = None if value is None else HowToAllow(json_path=f"$.{field}", value=value)
+    so_far.denials.append(_denial(field, f"{exc.what}: {exc.why}", how))
+
+
+def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:
+    return Denial(
+        field=field,
+        action="plan",
+        subject=why,
+        enforced_by="plan",
+        observed_by="host",
+        count=1,
+        how_to_allow=how,
+    )
 
 
 def current_image(image: Image) -> Image:

@@ -324,7 +324,18 @@ class Session:
         report = self.so_far.phases["run"]
         self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
         self._note_denials(ending, facts, policy, spec)
-        return ending
+        return self._by_whose_limit(ending, policy)
+
+    def _by_whose_limit(self, ending: Verdict, policy: Policy) -> Verdict:
+        """The verdict with the flags in its reason that held the program tighter than the policy."""
+        from x07_sandbox.plan.outcomes import as_limited_by
+
+        flags = {}
+        if self.request.wall_ms == policy.limits.wall_ms:  # a tighter one became the policy's
+            flags["limits.wall_ms"] = "--timeout"
+        if self.program.cpu_ms is not None and self.program.cpu_ms < policy.limits.cpu_ms:
+            flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
+        return as_limited_by(ending, flags)
 
     # one phase
 
@@ -430,8 +441,16 @@ class Session:
             so_far.denials.append(observed.disk_full())
         if memory:
             so_far.denials.append(observed.memory_full(policy))
-        if (limit := observed.limit_hit(ending.outcome.value, policy, self.program.cpu_ms)) is not None:
+        cpu_ms, wall_ms = self.program.cpu_ms, self.request.wall_ms
+        limit = observed.limit_hit(ending.outcome.value, policy, cpu_ms=cpu_ms, wall_ms=wall_ms)
+        if limit is not None:
             so_far.denials.append(limit)
+        if ending.outcome.value == "output-limit":
+            stream, toolchain = str(facts.evidence.output_overflow), self.program.toolchain
+            fixed = toolchain.told and stream == "stderr"
+            so_far.denials.append(
+                observed.too_much_output(stream, None if fixed else output_caps(self.request, toolchain)[0])
+            )
         if facts.stderr_tail:
             from x07_sandbox.plan.hints import hints
 

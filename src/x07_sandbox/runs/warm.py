@@ -45,7 +45,7 @@ from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest, read_policy
-from x07_sandbox.runs.run import current_image
+from x07_sandbox.runs.run import check_pinned, current_image
 from x07_sandbox.runs.session import Progress, Session, carry_out
 from x07_sandbox.runs.streams import Cancel, Sink, memory_file
 
@@ -110,6 +110,7 @@ class WarmMachines:
         """Open image and programs, and begin to make machines. Raises SandboxError."""
         try:
             self._image = self._stack.enter_context(open_image(current_image(find_image(self._image_ref))))
+            check_pinned(self._image.manifest.digest)
             self._backend = QemuBackend(self._progress)
             self._backend.probe(self._image)
             self.kind = MachineKind(image=self._image, ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes))

@@ -61,17 +61,16 @@ class QemuBackend:
 
         Raises RefusedError if the user demands hardware (X07_VM_REQUIRE_HARDWARE too) and there is none.
         """
-        demanded = flag("X07_VM_REQUIRE_HARDWARE") or require_hardware
+        by_variable = flag("X07_VM_REQUIRE_HARDWARE")
         verdict = kvm_verdict(image) if boot else known_verdict()
         if verdict is None:
             return Availability(usable=True, features=vm_features("vm-emulated"), proof="no guest has tried KVM yet")
         self._kvm, reason = verdict
-        if demanded and not self._kvm:
-            raise RefusedError(
-                "hardware virtualisation was required",
-                reason,
-                "Leave out --require-hardware and X07_VM_REQUIRE_HARDWARE to accept emulation, or run where KVM works",
-            )
+        if (by_variable or require_hardware) and not self._kvm:
+            steps = ["leave out --require-hardware"] * require_hardware
+            steps += ["unset X07_VM_REQUIRE_HARDWARE"] * by_variable
+            fix = f"To accept emulation {' and '.join(steps)}, or run where KVM works"
+            raise RefusedError("hardware virtualisation was required", reason, fix)
         isolation: Isolation = "vm-hardware" if self._kvm else "vm-emulated"
         warnings = () if self._kvm else (f"emulated: CPU work in the guest takes {SLOWDOWN} as long as on this host",)
         return Availability(usable=True, features=vm_features(isolation), proof=reason, warnings=warnings)

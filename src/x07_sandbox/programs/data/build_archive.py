@@ -1,8 +1,8 @@
 """Runs in the build VM: check a script or a tree of them, and pack it as a newc archive (cpio(5)).
 
 Arguments: "file" or "tree", the source's folder, the file that is started, the folder it will lie in, the output, then
-"python", or "shell" and the shell. Every Python file is byte-compiled; exit 1 with the errors as Python, or the shell,
-shows them.
+"python", or "shell" and the command that checks the file named after it. Every Python file is byte-compiled; exit 1
+with the errors as Python, or the shell, shows them.
 """
 
 import sys
@@ -15,7 +15,7 @@ import os
 import traceback
 from importlib._bootstrap_external import _code_to_hash_pyc  # type: ignore[attr-defined]  # as py_compile does
 
-what, folder, name, target, output, kind, *shell = sys.argv[1:]
+what, folder, name, target, output, kind, *check = sys.argv[1:]
 sys.dont_write_bytecode = True
 wrong: list[str] = []
 entries: dict[str, tuple[int, bytes]] = {}
@@ -66,7 +66,7 @@ if what == "tree":
 else:
     take(name)
 if kind == "shell":
-    pid = os.posix_spawn(shell[0], [shell[0], "-n", f"{folder}/{name}"], {})
+    pid = os.posix_spawn(check[0], [*check, f"{folder}/{name}"], {})
     if os.waitpid(pid, 0)[1]:
         sys.exit(1)
 if wrong:
