@@ -75,19 +75,32 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
             from x07_sandbox.cli.run_report import run_with_report
 
             return run_with_report(request, options, stack)
+        artifact = None
         if options.compiled_out:
-            from x07_sandbox.cli.written import artifact_to_keep
+            from x07_sandbox.cli.written import place_for_artifact
 
-            request = stack.enter_context(artifact_to_keep(options.compiled_out, request))
+            artifact = place_for_artifact(stack)
+            request = replace(request, artifact=artifact)
         result, error = attempt(request)
         if for_x07 and isinstance(error, UsageError):
             from x07_sandbox.cli.run_report import x07_exit
 
             result = replace(result, x07_exit_code=x07_exit(error))
-    _write_files(options, result)
+        unwritten: list[str] = []
+        if artifact is not None or options.diff is not None or options.report_out is not None:
+            from x07_sandbox.cli.written import write_files
+
+            result, unwritten = write_files(options, result, artifact)
     if options.json and not options.quiet_json:
         return _print(result)
+    return _told(result, unwritten)
+
+
+def _told(result: Result, unwritten: list[str]) -> int:
+    """Say what the program's own output does not; the exit code. unwritten: a line for each file that was not."""
     _explain(result)
+    for line in unwritten:
+        say(line)
     if result.denials or result.hints:
         from x07_sandbox.cli.refused import tell as tell_refused
 
@@ -100,18 +113,6 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
 
     lost = result.stdout.undelivered or result.stderr.undelivered
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
-
-
-def _write_files(options: argparse.Namespace, result: Result) -> None:
-    """What the flags want of the result as files. Raises RefusedError."""
-    if options.diff is not None:
-        from x07_sandbox.cli.changed import write_diff
-
-        write_diff(options.diff, result)
-    if options.report_out:
-        from x07_sandbox.cli.written import write_result
-
-        write_result(options.report_out, result)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

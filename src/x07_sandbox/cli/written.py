@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir, state_dir
+from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import unnamed_file
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import OutFile
 
@@ -98,17 +99,48 @@ def write_executable(path: Path, artifact: OutFile) -> None:
     write_whole(path, copy, mode=0o777)
 
 
-@contextlib.contextmanager
-def artifact_to_keep(path: Path, request: RunRequest) -> Iterator[RunRequest]:
-    """The request whose artifact becomes the executable *path*, if there is one in the end.
+def place_for_artifact(stack: contextlib.ExitStack) -> OutFile:
+    """Where a run puts what it built, to be kept: a file without a name, until *stack* ends.
 
     Raises HostError, RefusedError.
     """
-    with contextlib.ExitStack() as stack:
-        artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
-        yield replace(request, artifact=artifact)
-        if artifact.complete:
-            write_executable(path, artifact)
+    return unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
+
+
+def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:
+    """Write what the flags want of a run, its result last; the result then, and a line for each that was not written.
+
+    Such a line is a warning of the result, whose exit code is then 125: of all else nothing is lost.
+    """
+    unwritten: list[str] = []
+    if artifact is not None and artifact.complete:
+        with noted(unwritten):
+            write_executable(options.compiled_out, artifact)
+    if options.diff is not None:
+        from x07_sandbox.cli.changed import write_diff
+
+        with noted(unwritten):
+            write_diff(options.diff, result)
+    told = _with_unwritten(result, unwritten)
+    if options.report_out is not None:
+        with noted(unwritten):
+            write_result(options.report_out, told)
+    return _with_unwritten(result, unwritten), unwritten
+
+
+@contextlib.contextmanager
+def noted(unwritten: list[str]) -> Iterator[None]:
+    """Have an error of writing be a line of that list: there is a run to tell of, whatever becomes of its files."""
+    try:
+        yield
+    except (SandboxError, OSError) as exc:
+        unwritten.append(str(exc))
+
+
+def _with_unwritten(result: Result, unwritten: list[str]) -> Result:
+    if not unwritten:
+        return result
+    return replace(result, x07_exit_code=REFUSED_EXIT, warnings=[*result.warnings, *unwritten])
 
 
 def write_result(path: Path, result: Result) -> None:
