@@ -107,6 +107,7 @@ def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], n
     [
         (["policy", "init", "--template", "cli"], 0, True),
         (["policy", "init", "--template", "cli", "--emit", "policy"], 0, True),
+        (["policy", "init", "--template", "cli", "--project", "nothing"], 2, True),
         (["policy", "check", "built-in:cli", "nothing"], 2, False),
         (["policy", "check", "--json", "built-in:cli"], 0, True),
         (["policy", "digest", "bad.json"], 3, True),
@@ -147,7 +148,13 @@ def test_a_report_goes_into_a_file_too(
     ("words", "why"),
     [
         (["policy", "check", "--report-out", "p.json", "p.json"], "names it for something else"),
-        (["policy", "init", "--template", "cli", "--report-out", "new", "--out", "new"], "names it for something else"),
+        (["policy", "init", "--template", "cli", "--report-out", "new", "--out", "new"], "the command itself needs it"),
+        (["policy", "init", "--template", "cli", "--report-out", "x07.json"], "the command itself needs it"),
+        (["init", "--report-out", "x07.json"], "the command itself needs it"),
+        (
+            ["init", "--toolchain", "shell", "--report-out", "../{name}/x07-sandbox.toml", "."],
+            "the command itself needs it",
+        ),
         (["policy", "init", "--template", "cli", "--report-out", "no/r"], "no folder that you can write"),
         (["--report-out", ".", "policy", "init", "--template", "cli"], "no file lies there"),
         (["--report-out", "r", "completion", "bash"], "unrecognized arguments: --report-out r"),
@@ -156,7 +163,7 @@ def test_a_report_goes_into_a_file_too(
 def test_a_report_that_cannot_be_written_stops_the_verb(tmp_path: Path, words: list[str], why: str) -> None:
     """A file of --report-out that is nowhere, no file or needed otherwise is wrong usage before anything is done."""
     (tmp_path / "p.json").write_text("{}")
-    line = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+    line = [sys.executable, "-m", "x07_sandbox.cli.main", *(word.format(name=tmp_path.name) for word in words)]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, why in done.stderr.decode()) == (2, b"", True), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,3 +282,29 @@ def test_a_dry_run_takes_no_input(project: Path, capsys: pytest.CaptureFixture[s
     os.mkfifo(project.parent / "pipe")
     assert main(["run", "--dry-run", "--input", "pipe", "tool"]) == 125
     assert "no guest image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_overrides_of_a_project_are_told_with_and_without_json(
+    project: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Override flags of X07 projects write the derived policy and name it on standard error, with --json too."""
+    (project / "data").mkdir()
+    assert main(["run", *words, "--allow-read-root", "data", str(project)]) != 0  # for want of an image
+    (made,) = (project / ".x07/policies/_generated").iterdir()
+    assert f"x07 run: using derived policy {made}\n" in capfd.readouterr().err
+    assert json.loads(made.read_bytes())["fs"]["read_roots"] == ["data"]
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_an_x07_program_waits_for_no_terminal(project: Path, words: tuple[str, ...]) -> None:
+    """An X07 program without input that is started on a terminal does not wait for the end of what is typed there."""
+    ours, theirs = os.openpty()
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words, "project"]
+    try:
+        done = subprocess.run(argv, stdin=theirs, capture_output=True, check=False, timeout=30)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert b"no guest image" in done.stdout + done.stderr
+    assert project.is_dir()

@@ -48,10 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         fill_closed_streams()
         keep_own_rights()
         _import_msgspec()
-        from x07_sandbox.host.variables import check_environment
-
-        for warning in check_environment(os.environ):
-            _say(warning)
         options = _parsed(words)
         _recover()
         code = _carried_out(options, words)
@@ -104,6 +100,35 @@ def _heed_signals() -> None:
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:
+    """What the words mean, in a sound environment. Raises UsageError; --report-out has been told of it."""
+    from x07_sandbox.errors import UsageError
+    from x07_sandbox.host.variables import check_environment
+
+    try:
+        for warning in check_environment(os.environ):
+            _say(warning)
+        return _namespace(words)
+    except UsageError as exc:
+        from x07_sandbox.cli import documents
+
+        path, others = documents.report_file(words)
+        if path is not None:
+            documents.write_early_failure(_failure_document(exc, words), path, others)
+        raise
+
+
+def _failure_document(exc: Exception, words: list[str]) -> bytes:
+    """An error as the verb's document."""
+    if words[:1] == ["run"]:
+        from x07_sandbox.cli.run import failure_document as of_run
+
+        return of_run(exc)
+    from x07_sandbox.cli.documents import failure_document
+
+    return failure_document(exc)
+
+
+def _namespace(words: list[str]) -> argparse.Namespace:
     """What the words mean. Raises UsageError, which names the verb's own help."""
     from x07_sandbox.errors import UsageError
 

@@ -14,17 +14,19 @@ from msgspec.structs import replace
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
 from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
-from x07_sandbox.errors import ImageError, UsageError
+from x07_sandbox.errors import Cancelled, ImageError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import text
 from x07_sandbox.runs.lease import PoolMachines
+from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.run import attempt, failure
+from x07_sandbox.runs.run import Read, attempt, failure
 from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.programs.x07 import Options as X07Options
+    from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import Cancel
 
@@ -46,6 +48,15 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 
 def _run(options: argparse.Namespace) -> int:
+    try:
+        return _chosen(options)
+    except SandboxError as exc:
+        write_failure(options, exc)
+        raise
+
+
+def _chosen(options: argparse.Namespace) -> int:
+    """Run what is named, by the rules of X07's command if it is X07's. Raises SandboxError."""
     program, _ = _named(options)
     if program is None or options.code is not None or not _is_x07(Path(program)):
         return _carry_out(options, for_x07=False)
@@ -57,31 +68,36 @@ def _run(options: argparse.Namespace) -> int:
 
 def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
     _check_backend(options)
-    _check_outputs(options)
+    outputs = _checked_outputs(options)
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
             _need_image(options.image or text("X07_VM_GUEST_IMAGE"))
         cancel = stack.enter_context(cancelled_by_signals())
         progress = LiveLine()
         stack.callback(progress, "")
-        request = _request(options, stack, cancel, progress)
+        request = _request(options, stack, cancel, progress, for_x07=for_x07)
         if options.dry_run:
             from x07_sandbox.cli.dry_run import show_plan
 
             return show_plan(request, options)
         if request.x07 is not None and not (for_x07 or request.x07_artifact):
             say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
-        if options.report or options.attest_runtime or (for_x07 and not options.json):
-            from x07_sandbox.cli.run_report import run_with_report
+        read = Read()
+        report = options.report or options.attest_runtime or (for_x07 and not options.json)
+        if report or for_x07 or outputs:
+            request, program = _loaded(request, outputs, stack)
+            if report:
+                from x07_sandbox.cli.run_report import run_with_report
 
-            return run_with_report(request, options, stack)
+                return run_with_report(request, program, options, stack)
+            read = Read(program=program)
         artifact = None
         if options.compiled_out:
             from x07_sandbox.cli.written import place_for_artifact
 
             artifact = place_for_artifact(stack)
             request = replace(request, artifact=artifact)
-        result, error = attempt(request)
+        result, error = attempt(request, read)
         if for_x07 and isinstance(error, UsageError):
             from x07_sandbox.cli.run_report import x07_exit
 
@@ -115,10 +131,29 @@ def _told(result: Result, unwritten: list[str]) -> int:
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Refuse files that could not be written, or that the run needs. Raises UsageError."""
-    if not (options.report_out or options.compiled_out or options.attest_runtime or options.diff):
-        return
+def _loaded(
+    request: RunRequest, outputs: dict[str, Path | None], stack: contextlib.ExitStack
+) -> tuple[RunRequest, Program]:
+    """The program, read before the run, since it says what else may not be written over. Raises SandboxError."""
+    request, program = load_program(request, stack)
+    if outputs:
+        from x07_sandbox.cli.written import check_outputs, files_read
+
+        check_outputs(outputs, files_read(request, program))
+    if program.toolchain.told:
+        from x07_sandbox.cli.run_report import with_derived_file
+
+        request = with_derived_file(request, program)
+    return request, program
+
+
+def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
+    """The files to be written, by their flags; refused are those that could not be, or that are read for the run.
+
+    Raises UsageError.
+    """
+    if all(path is None for path in (options.report_out, options.compiled_out, options.attest_runtime, options.diff)):
+        return {}
     from x07_sandbox.cli.written import check_outputs
 
     if options.dry_run:
@@ -130,9 +165,10 @@ def _check_outputs(options: argparse.Namespace) -> None:
         "--diff": options.diff,
         "beside that of --diff": options.diff and Path(f"{options.diff}.json"),
     }
-    named = [options.program_flag, options.project, options.artifact, options.program, options.policy]
+    named = [_named(options)[0] if options.code is None else None, options.policy]
     named += [*options.allow_host_file, *options.deny_host_file]
     check_outputs(outputs, [options.input, *(Path(name) for name in named if name)])
+    return outputs
 
 
 def _is_x07(path: Path) -> bool:
@@ -155,7 +191,7 @@ def _check_backend(options: argparse.Namespace) -> None:
 
 
 def _request(
-    options: argparse.Namespace, stack: contextlib.ExitStack, cancel: Cancel, progress: LiveLine
+    options: argparse.Namespace, stack: contextlib.ExitStack, cancel: Cancel, progress: LiveLine, *, for_x07: bool
 ) -> RunRequest:
     """What the command line asks for. Raises UsageError."""
     program, words = _named(options)
@@ -170,6 +206,9 @@ def _request(
     elif program is None:
         raise UsageError("cannot run nothing", "no PROGRAM is named, and this is no X07 project", _NAME_ONE)
     stdin_fd = None if options.code is None and source is not None else _stream(0)
+    x07_artifact = options.artifact is not None and bool(options.report or options.attest_runtime)
+    if (for_x07 or x07_artifact) and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
+        stdin_fd = None  # X07's command takes what is piped in; who sits there was not asked to type anything
     if options.input_b64 is not None:
         stdin_fd = memory_file(_decoded(options.input_b64), stack)
     return RunRequest(
@@ -191,7 +230,7 @@ def _request(
         raw=options.raw,
         max_output_bytes=options.max_output_bytes,
         executable=options.compiled_out is not None,
-        x07_artifact=options.artifact is not None and bool(options.report or options.attest_runtime),
+        x07_artifact=x07_artifact,
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,
@@ -299,12 +338,39 @@ def _variable(text: str) -> tuple[str, str]:
 
 
 def print_failure(exc: Exception, signalled: int | None = None, code: int | None = None) -> int:
-    """A failure from before there was a result, as the one JSON object that --json promises; the exit code.
+    """An error that ended the command, as the one JSON object that --json promises; the exit code.
 
     code: the exit code, where it is another than that of the failure's outcome.
     """
-    result = failure(exc, signalled)
-    return _print(result if code is None else replace(result, x07_exit_code=code))
+    return _print(_failed(exc, signalled, code))
+
+
+def failure_document(exc: Exception, code: int | None = None) -> bytes:
+    """The same, as it is written to a file."""
+    from x07_sandbox.reports.document import render_json
+
+    return render_json(_failed(exc, exc.signal if isinstance(exc, Cancelled) else None, code))
+
+
+def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
+    """The same, in the file of --report-out, if there is one."""
+    if options.report_out is not None:
+        from x07_sandbox.cli.documents import write_early_failure
+
+        others = [value for name, value in vars(options).items() if name != "report_out"]
+        others += [name for value in others if isinstance(value, list) for name in value]
+        write_early_failure(failure_document(exc, code), options.report_out, others)
+
+
+def _failed(exc: Exception, signalled: int | None, code: int | None) -> Result:
+    """The result: that of a run that never began, or, where the error has one, of the run whose files it is about."""
+    if isinstance(exc, SandboxError) and exc.result is not None:
+        from x07_sandbox.cli.written import with_unwritten
+
+        result: Result = with_unwritten(exc.result, [str(exc)])
+    else:
+        result = failure(exc, signalled)
+    return result if code is None else replace(result, x07_exit_code=code)
 
 
 def _print(result: Result) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import stat
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
@@ -16,12 +17,14 @@ from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import unnamed_file
+from x07_sandbox.runs.request import ProjectPolicy
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
+    from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import OutFile
 
@@ -46,6 +49,16 @@ def check_outputs(
         if reason := taken.get(_real(path)):
             raise UsageError(what, reason, "Name another place")
         taken[_real(path)] = "it is named twice"
+
+
+def files_read(request: RunRequest, program: Program) -> list[Path]:
+    """What a run reads besides what the command line names: of the program's project, and from standard input."""
+    found = list(program.read)
+    if isinstance(request.policy, ProjectPolicy):
+        found.append(request.policy.path)
+    if request.stdin_fd is not None and stat.S_ISREG(os.fstat(request.stdin_fd).st_mode):
+        found.append(Path(os.readlink(f"/proc/self/fd/{request.stdin_fd}")))  # noqa: PTH115 - of a descriptor
+    return found
 
 
 def _other_than_a_file(path: Path, what: str) -> bool:
@@ -121,11 +134,11 @@ def write_files(options: argparse.Namespace, result: Result, artifact: OutFile |
 
         with noted(unwritten):
             write_diff(options.diff, result)
-    told = _with_unwritten(result, unwritten)
+    told = with_unwritten(result, unwritten)
     if options.report_out is not None:
         with noted(unwritten):
             write_result(options.report_out, told)
-    return _with_unwritten(result, unwritten), unwritten
+    return with_unwritten(result, unwritten), unwritten
 
 
 @contextlib.contextmanager
@@ -137,7 +150,8 @@ def noted(unwritten: list[str]) -> Iterator[None]:
         unwritten.append(str(exc))
 
 
-def _with_unwritten(result: Result, unwritten: list[str]) -> Result:
+def with_unwritten(result: Result, unwritten: list[str]) -> Result:
+    """The result of a run of whose files these lines tell that they were not written."""
     if not unwritten:
         return result
     return replace(result, x07_exit_code=REFUSED_EXIT, warnings=[*result.warnings, *unwritten])
