@@ -353,12 +353,13 @@ def failure_document(exc: Exception, code: int | None = None) -> bytes:
 
 
 def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
-    """The same, in the file of --report-out, if there is one."""
-    if options.report_out is not None:
+    """The same, in the file of --report-out, if there is one; --dry-run writes nothing."""
+    if options.report_out is not None and not options.dry_run:
         from x07_sandbox.cli.documents import write_early_failure
 
         others = [value for name, value in vars(options).items() if name != "report_out"]
         others += [name for value in others if isinstance(value, list) for name in value]
+        others.append(f"{options.diff}.json")
         write_early_failure(failure_document(exc, code), options.report_out, others)
 
 
