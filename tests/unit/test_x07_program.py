@@ -308,3 +308,42 @@ def test_an_x07_program_waits_for_no_terminal(project: Path, words: tuple[str, .
         os.close(theirs)
     assert b"no guest image" in done.stdout + done.stderr
     assert project.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--program", "p.py", "-c", "print(7)", "--toolchain", "python"), "more than one program is named"),
+        (("-c", "print(7)", "--toolchain", "python", "--project", "."), "more than one program is named"),
+        (("--artifact", "", "--program", "p.py"), "more than one program is named"),
+        (("--program", ""), "the name of the program is empty"),
+        (("--project", ""), "the name of the program is empty"),
+        (("",), "the name of the program is empty"),
+        (("--program", "p.py", "--program", "q.py"), "argument --program: it is given more than once"),
+        (("-c", "1", "-c", "2", "--toolchain", "python"), "argument -c: it is given more than once"),
+    ],
+)
+def test_one_program_is_named(
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    why: str,
+) -> None:
+    """Of two programs none is taken, and an empty name means no project that happens to be here."""
+    monkeypatch.chdir(project)
+    assert main(["run", "--json", *words]) == 2
+    assert why in document(capfd.readouterr().out)["reason"]
+
+
+@pytest.mark.parametrize("words", [("--program", "a", "--program", "b"), ("--policy", "a", "--policy", "b")])
+def test_the_runner_takes_no_option_twice(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    """x07-os-runner refuses an option that is given twice where it has one value, as X07's runner does."""
+    assert os_runner.main(words) == 2
+    assert f"argument {words[0]}: it is given more than once" in capfd.readouterr().err
+
+
+def test_an_empty_name_is_no_bug_of_the_runner(capfd: pytest.CaptureFixture[str]) -> None:
+    """x07-os-runner refuses a project without a name in plain words."""
+    assert os_runner.main(["--world", "run-os-sandboxed", "--policy", "built-in:cli", "--project", ""]) == 2
+    assert "cannot run the project" in capfd.readouterr().err

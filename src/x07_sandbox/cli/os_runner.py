@@ -140,7 +140,7 @@ def _target(options: argparse.Namespace) -> Path:
         raise UsageError(
             f"cannot run the artifact {options.artifact}", why, "Give its source with --program, or x07 run"
         )
-    path = Path(options.project or options.program)
+    path = Path(options.program if options.project is None else options.project)
     if options.project is not None and path.name not in _MANIFESTS:
         why = f"a manifest is called {' or '.join(_MANIFESTS)}"
         raise UsageError(f"cannot run the project {path}", why, "Name one, or give --program")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.streams import Cancel
 
 _NAME_ONE = "Name one, or give a source with -c"
+_GIVE_ONE = "Give one of -c, --program, --project, --artifact"
 _SOURCE_MAX = settings.SOURCE_MAX_BYTES
 
 
@@ -259,15 +260,17 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
             "run-os-sandboxed is the only world that x07-sandbox implements",
             "Use --world run-os-sandboxed, or leave it out",
         )
-    by_flag = [value for value in (options.program_flag, options.project, options.artifact) if value]
-    if len(by_flag) > 1:
-        raise UsageError(
-            "wrong usage", "more than one program is named", "Give one of --program, --project, --artifact"
-        )
-    if not by_flag:
-        nothing = options.program is None and options.code is None
+    code = options.code
+    named = [value for value in (options.program_flag, options.project, options.artifact) if value is not None]
+    if len(named) + (code is not None) > 1:
+        raise UsageError("wrong usage", "more than one program is named", _GIVE_ONE)
+    program = named[0] if named else options.program
+    if program == "" and code is None:  # what an unset variable of a shell makes: it does not mean this folder
+        raise UsageError("wrong usage", "the name of the program is empty", "Name one")
+    if not named:
+        nothing = options.program is None and code is None
         return _project_here() if nothing else options.program, options.args
-    return by_flag[0], [*([] if options.program is None else [options.program]), *options.args]
+    return program, [*([] if options.program is None else [options.program]), *options.args]
 
 
 def _project_here() -> str | None:
