@@ -89,6 +89,12 @@ def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
         (["--json", "policy", "check", "built-in:cli"], "x07.sandbox.policy.check@0.1.0"),
         (["--json", "policy", "digest", "--", "built-in:cli"], "x07.sandbox.policy.digest@0.1.0"),
         (["--json", "pool", "status"], "x07.sandbox.pool@0.1.0"),
+        (["--json=pretty", "policy", "digest", "built-in:cli"], "x07.sandbox.policy.digest@0.1.0"),
+        (["policy", "digest", "--json=canon", "built-in:cli"], "x07.sandbox.policy.digest@0.1.0"),
+        (["--json=off", "policy", "init", "--template", "cli"], "x07.policy.init.report@0.1.0"),
+        (["--out", "p.json", "policy", "init", "--template", "cli"], "x07.policy.init.report@0.1.0"),
+        (["--out=p.json", "--json", "policy", "init", "--template", "cli"], "x07.policy.init.report@0.1.0"),
+        (["--json", "run", "nothing.py", "--", "--json=off"], "x07.sandbox.result@0.1.0"),
         (["--json", "prune"], "x07.sandbox.prune@0.1.0"),
         (["--json", "run", "--toolchain", "shell", "nothing", "--", "--json"], "x07.sandbox.result@0.1.0"),
     ],
@@ -99,6 +105,14 @@ def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], n
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
     assert document(done.stdout)["schema_version"] == name
+    assert (tmp_path / "p.json").exists() is any("p.json" in word for word in words)
+
+
+def test_json_that_is_off_is_text(capfd: pytest.CaptureFixture[str]) -> None:
+    """--json=off, wherever it stands, asks for no JSON."""
+    for words in (["--json=off", "policy", "digest"], ["policy", "digest", "--json=off"]):
+        assert main.main([*words, "built-in:cli"]) == 0
+        assert capfd.readouterr().out.startswith("sha256:")
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

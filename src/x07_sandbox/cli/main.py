@@ -30,6 +30,9 @@ _VERBS = {
     "completion": "complete these words in a shell",
     "doctor": "what is here, what was proven, what to do",
 }
+# X07's global flags that our verbs have, and whether they take a value.
+_GLOBAL = {"--json": False, "--quiet-json": False, "--report-out": True, "--out": True}
+_JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # how a document is laid out, each verb knows
 _EXAMPLES = """examples:
   x07 image build                         make the guest image (once)
   x07 run prog.py -- --verbose            run a Python program in a throw-away machine
@@ -65,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _verb_first(words: list[str]) -> list[str]:
     """The words with the flags that X07's command has before the verb, of every verb, where our verbs read them."""
+    end = words.index("--") if "--" in words else len(words)
+    words = [_JSON.get(word, word) for word in words[:end] if word != "--json=off"] + words[end:]
     count = 0
-    while count < len(words) and (flag := words[count].partition("=")[0]) in {"--json", "--report-out", "--quiet-json"}:
-        count += 2 if words[count] == flag == "--report-out" else 1
+    while count < len(words) and (flag := words[count].partition("=")[0]) in _GLOBAL:
+        count += 2 if words[count] == flag and _GLOBAL[flag] else 1
     flags, verb, rest = words[:count], words[count : count + 1], words[count + 1 :]
     if verb == ["run"]:  # which takes no flag between its program and that one's arguments
         return [*verb, *flags, *rest]
