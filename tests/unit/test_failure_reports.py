@@ -89,6 +89,12 @@ def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
         (["--json", "policy", "check", "built-in:cli"], "x07.sandbox.policy.check@0.1.0"),
         (["--json", "policy", "digest", "--", "built-in:cli"], "x07.sandbox.policy.digest@0.1.0"),
         (["--json", "pool", "status"], "x07.sandbox.pool@0.1.0"),
+        (["--json=pretty", "policy", "digest", "built-in:cli"], "x07.sandbox.policy.digest@0.1.0"),
+        (["policy", "digest", "--json=canon", "built-in:cli"], "x07.sandbox.policy.digest@0.1.0"),
+        (["--json=off", "policy", "init", "--template", "cli"], "x07.policy.init.report@0.1.0"),
+        (["--out", "p.json", "policy", "init", "--template", "cli"], "x07.policy.init.report@0.1.0"),
+        (["--out=p.json", "--json", "policy", "init", "--template", "cli"], "x07.policy.init.report@0.1.0"),
+        (["--json", "run", "nothing.py", "--", "--json=off"], "x07.sandbox.result@0.1.0"),
         (["--json", "prune"], "x07.sandbox.prune@0.1.0"),
         (["--json", "run", "--toolchain", "shell", "nothing", "--", "--json"], "x07.sandbox.result@0.1.0"),
     ],
@@ -99,6 +105,14 @@ def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], n
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
     assert document(done.stdout)["schema_version"] == name
+    assert (tmp_path / "p.json").exists() is any("p.json" in word for word in words)
+
+
+def test_json_that_is_off_is_text(capfd: pytest.CaptureFixture[str]) -> None:
+    """--json=off, wherever it stands, asks for no JSON."""
+    for words in (["--json=off", "policy", "digest"], ["policy", "digest", "--json=off"]):
+        assert main.main([*words, "built-in:cli"]) == 0
+        assert capfd.readouterr().out.startswith("sha256:")
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
@@ -107,6 +121,7 @@ def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], n
     [
         (["policy", "init", "--template", "cli"], 0, True),
         (["policy", "init", "--template", "cli", "--emit", "policy"], 0, True),
+        (["policy", "init", "--template", "cli", "--project", "nothing"], 2, True),
         (["policy", "check", "built-in:cli", "nothing"], 2, False),
         (["policy", "check", "--json", "built-in:cli"], 0, True),
         (["policy", "digest", "bad.json"], 3, True),
@@ -147,7 +162,13 @@ def test_a_report_goes_into_a_file_too(
     ("words", "why"),
     [
         (["policy", "check", "--report-out", "p.json", "p.json"], "names it for something else"),
-        (["policy", "init", "--template", "cli", "--report-out", "new", "--out", "new"], "names it for something else"),
+        (["policy", "init", "--template", "cli", "--report-out", "new", "--out", "new"], "the command itself needs it"),
+        (["policy", "init", "--template", "cli", "--report-out", "x07.json"], "the command itself needs it"),
+        (["init", "--report-out", "x07.json"], "the command itself needs it"),
+        (
+            ["init", "--toolchain", "shell", "--report-out", "../{name}/x07-sandbox.toml", "."],
+            "the command itself needs it",
+        ),
         (["policy", "init", "--template", "cli", "--report-out", "no/r"], "no folder that you can write"),
         (["--report-out", ".", "policy", "init", "--template", "cli"], "no file lies there"),
         (["--report-out", "r", "completion", "bash"], "unrecognized arguments: --report-out r"),
@@ -156,7 +177,7 @@ def test_a_report_goes_into_a_file_too(
 def test_a_report_that_cannot_be_written_stops_the_verb(tmp_path: Path, words: list[str], why: str) -> None:
     """A file of --report-out that is nowhere, no file or needed otherwise is wrong usage before anything is done."""
     (tmp_path / "p.json").write_text("{}")
-    line = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+    line = [sys.executable, "-m", "x07_sandbox.cli.main", *(word.format(name=tmp_path.name) for word in words)]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, why in done.stderr.decode()) == (2, b"", True), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]

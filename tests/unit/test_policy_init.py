@@ -157,3 +157,23 @@ def test_an_error_is_one_json_object_where_json_is_asked_for(tmp_path: Path) -> 
     code, out, err = init(tmp_path, "--json", "--project", "missing.json")
     assert (code, err) == (2, "")
     assert json.loads(out)["error"]["what"] == "cannot use the project missing.json"
+
+
+@pytest.mark.parametrize(
+    ("words", "report"),
+    [
+        ((), "../.x07/policies/base/cli.sandbox.base.policy.json"),
+        (("--out", "c2.json"), "../c2.json"),
+        (("--out", "src/../c2.json"), "../c2.json"),
+        ((), "../x07.json"),
+    ],
+)
+def test_the_report_does_not_take_the_policys_place(tmp_path: Path, words: tuple[str, ...], report: str) -> None:
+    """--report-out with the place of the policy, which begins in the project's folder, or with its file is refused."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "x07.json").write_text("{}")
+    (tmp_path / ".x07/policies/base").mkdir(parents=True)
+    code, out, err = init(tmp_path / "src", "--report-out", report, *words)
+    assert (code, out, "the command itself needs it" in err) == (2, b"", True), err
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["x07.json"]
+    assert (tmp_path / "x07.json").read_text() == "{}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -291,3 +293,68 @@ def test_a_dry_run_takes_no_input(project: Path, capsys: pytest.CaptureFixture[s
     os.mkfifo(project.parent / "pipe")
     assert main(["run", "--dry-run", "--input", "pipe", "tool"]) == 125
     assert "no guest image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_overrides_of_a_project_are_told_with_and_without_json(
+    project: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Override flags of X07 projects write the derived policy and name it on standard error, with --json too."""
+    (project / "data").mkdir()
+    assert main(["run", *words, "--allow-read-root", "data", str(project)]) != 0  # for want of an image
+    (made,) = (project / ".x07/policies/_generated").iterdir()
+    assert f"x07 run: using derived policy {made}\n" in capfd.readouterr().err
+    assert json.loads(made.read_bytes())["fs"]["read_roots"] == ["data"]
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_an_x07_program_waits_for_no_terminal(project: Path, words: tuple[str, ...]) -> None:
+    """An X07 program without input that is started on a terminal does not wait for the end of what is typed there."""
+    ours, theirs = os.openpty()
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words, "project"]
+    try:
+        done = subprocess.run(argv, stdin=theirs, capture_output=True, check=False, timeout=30)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert b"no guest image" in done.stdout + done.stderr
+    assert project.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--program", "p.py", "-c", "print(7)", "--toolchain", "python"), "more than one program is named"),
+        (("-c", "print(7)", "--toolchain", "python", "--project", "."), "more than one program is named"),
+        (("--artifact", "", "--program", "p.py"), "more than one program is named"),
+        (("--program", ""), "the name of the program is empty"),
+        (("--project", ""), "the name of the program is empty"),
+        (("",), "the name of the program is empty"),
+        (("--program", "p.py", "--program", "q.py"), "argument --program: it is given more than once"),
+        (("-c", "1", "-c", "2", "--toolchain", "python"), "argument -c: it is given more than once"),
+    ],
+)
+def test_one_program_is_named(
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    why: str,
+) -> None:
+    """Of two programs none is taken, and an empty name means no project that happens to be here."""
+    monkeypatch.chdir(project)
+    assert main(["run", "--json", *words]) == 2
+    assert why in document(capfd.readouterr().out)["reason"]
+
+
+@pytest.mark.parametrize("words", [("--program", "a", "--program", "b"), ("--policy", "a", "--policy", "b")])
+def test_the_runner_takes_no_option_twice(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    """x07-os-runner refuses an option that is given twice where it has one value, as X07's runner does."""
+    assert os_runner.main(words) == 2
+    assert f"argument {words[0]}: it is given more than once" in capfd.readouterr().err
+
+
+def test_an_empty_name_is_no_bug_of_the_runner(capfd: pytest.CaptureFixture[str]) -> None:
+    """x07-os-runner refuses a project without a name in plain words."""
+    assert os_runner.main(["--world", "run-os-sandboxed", "--policy", "built-in:cli", "--project", ""]) == 2
+    assert "cannot run the project" in capfd.readouterr().err

@@ -181,6 +181,16 @@ def test_with_x07s_report_changes_are_told_and_written_as_without(project: Proje
     assert "1 of them may not be done" in json.loads(done.stdout)["solve"]["trap"]
 
 
+def test_a_run_whose_files_cannot_be_written_is_told_with_its_changes(project: Project) -> None:
+    """Where the attestation's folder goes with the run's own changes, --json and --report-out tell of that run."""
+    (project.folder / "gone").mkdir()
+    words = ("--report", "runner", "--attest-runtime", "gone/a", "--report-out", "../r", "--allow-write-root", ".")
+    result = project.run('import os; os.rmdir("gone"); open("new", "w")', *words, code=125)
+    assert result == document((project.folder.parent / "r").read_bytes())
+    assert (result["outcome"], result["changes"]["state"], result["x07_exit_code"]) == ("ok", "applied", 125)
+    assert "X07RA_EWRITE: cannot write gone/a: No such file" in result["warnings"][-1]
+
+
 @pytest.mark.parametrize(("how", "ends"), [("keep", "kept"), ("discard", "discarded")])
 def test_nothing_is_applied_where_that_is_not_wanted(project: Project, how: str, ends: str) -> None:
     """Changes can be kept until x07 apply, or thrown away; the exit code stays the program's."""

@@ -41,7 +41,7 @@ def _completion(options: argparse.Namespace) -> int:
     from x07_sandbox.cli.main import parser_for
 
     parser = parser_for([])
-    for action in _actions(parser):
+    for action in actions(parser):
         if isinstance(action.metavar, str) and action.choices is None:
             kind = shtab.FILE if action.metavar in _FILES else shtab.DIR if action.metavar in _FOLDERS else None
             if kind is not None:
@@ -53,10 +53,10 @@ def _completion(options: argparse.Namespace) -> int:
     return 0
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """Every option and argument, of the verbs too."""
     for action in parser._actions:  # noqa: SLF001 - argparse has no other way, and shtab takes this one
         yield action
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above
             for inner in action.choices.values():
-                yield from _actions(inner)
+                yield from actions(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from functools import partial
@@ -15,9 +16,13 @@ from x07_sandbox.reports.failure import failure_report
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterable, Sequence
 
-# The options of our verbs that name files, `run`'s aside.
-_FILES: Final = ("file", "files", "first", "second", "policy", "project", "out")
+# What documents that tell of a command begin their version with; those that a command reads are called otherwise.
+_DOCUMENTS: Final = ("x07.sandbox.", "x07-os-runner.report@", "x07.run.report@", "x07.policy.init.report@")
+_DOCUMENT_MAX: Final = 1 << 28
+# The options of our verbs that name files which they read, `run`'s aside. What a verb writes it says itself (`writes`).
+_FILES: Final = ("file", "files", "first", "second", "policy", "project")
 
 
 def wanted(options: argparse.Namespace) -> bool:
@@ -38,11 +43,16 @@ def print_line(report: msgspec.Struct, options: argparse.Namespace) -> None:
 
 def print_failure(exc: Exception, options: argparse.Namespace | None = None) -> None:
     """An error, as a document; options: None for standard output alone. Raises OSError, RefusedError."""
-    document = _rendered(failure_report(exc))
+    document = failure_document(exc)
     if options is None:
         _print(document)
     else:
         deliver(document, options)
+
+
+def failure_document(exc: Exception) -> bytes:
+    """An error as the document of every verb but `run`."""
+    return _rendered(failure_report(exc))
 
 
 def deliver(document: bytes, options: argparse.Namespace, *, always: bool = False) -> bool:
@@ -59,21 +69,69 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
     return ours
 
 
+def write_early_failure(document: bytes, path: Path, others: Iterable[object]) -> None:
+    """An error from before it was known what else a command needs, in the file of --report-out.
+
+    So what else is named on the command line stays as it is, and so does a file that holds anything but an earlier
+    document. others: what the command line says besides. That this file cannot be written is not told: an error is.
+    """
+    from x07_sandbox.cli.written import check_outputs, write_all, write_whole
+
+    named = [Path(one) for one in others if isinstance(one, str | Path)]
+    with contextlib.suppress(OSError, SandboxError, ValueError):
+        check_outputs({"--report-out": path}, named)
+        if not path.exists() or _is_document(path):
+            write_whole(path, partial(write_all, data=document))
+
+
+def _is_document(path: Path) -> bool:
+    """Whether it holds one that a command of ours prints, or nothing. Raises OSError, ValueError."""
+    with path.open("rb") as file:
+        head = file.read(1)
+        if head != b"{" or path.stat().st_size > _DOCUMENT_MAX:  # most of what is no document is not read whole
+            return not head
+        found = json.loads(head + file.read(_DOCUMENT_MAX))
+    return isinstance(found, dict) and str(found.get("schema_version")).startswith(_DOCUMENTS)
+
+
+def report_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """What --report-out names in words that could not be parsed, if the verb has that flag, and the other words."""
+    from x07_sandbox.cli.completion import actions
+    from x07_sandbox.cli.main import parser_for
+
+    known = any("--report-out" in action.option_strings for action in actions(parser_for([*words])))
+    path, left = None, iter(words if known else ())
+    others: list[str] = []
+    for word in left:
+        flag, equals, value = word.partition("=")
+        if word == "--":
+            others += left
+        elif flag == "--report-out":
+            path = value if equals else next(left, None)
+        else:
+            others.append(word)
+    return Path(path) if path else None, others
+
+
 def carry_out_with_report(options: argparse.Namespace) -> int:
     """Carry a verb out whose document goes to a file, where an error that ends it is told too; its exit code.
 
-    Raises UsageError before anything is done if the file cannot be written, or if the command line names it for
-    something else, and what the verb raises.
+    Raises UsageError before anything is done if the file cannot be written, if the command line names it for something
+    else, or if the verb itself writes it or goes by it (`options.writes`, which gives such paths), and what the verb
+    raises.
     """
     from x07_sandbox.cli.written import check_outputs
 
     others = [getattr(options, name, None) for name in _FILES]
     paths = [Path(one) for value in others for one in (value if isinstance(value, list) else [value]) if one]
-    check_outputs({"--report-out": options.report_out}, paths, why="the command line names it for something else")
+    outputs = {"--report-out": options.report_out}
+    check_outputs(outputs, paths, why="the command line names it for something else")
+    if hasattr(options, "writes"):
+        check_outputs(outputs, options.writes(options), why="the command itself needs it")
     try:
         code: int = options.carry_out(options)
     except SandboxError as exc:
-        _write(_rendered(failure_report(exc)), options)
+        _write(failure_document(exc), options)
         raise
     return code
 

@@ -51,7 +51,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         help="X07: of the profile's policy, see x07 policy init (default: default)",
     )
     add_document_flags(parser, "errors too as one JSON object on standard output")
-    parser.set_defaults(carry_out=_init)
+    parser.set_defaults(carry_out=_init, writes=lambda options: [options.folder / _name(options)])
+
+
+def _name(options: argparse.Namespace) -> str:
+    """What the file is called that is written."""
+    return MANIFEST if options.toolchain is None else FILE
 
 
 def _init(options: argparse.Namespace) -> int:
@@ -64,9 +69,8 @@ def _init(options: argparse.Namespace) -> int:
     template = options.template or "default"
     policy = "/".join((*BASE_FOLDER, file_name(template)))
     if options.toolchain is None:
-        name, data = MANIFEST, x07_project(files, policy)
+        data = x07_project(files, policy)
     else:
-        name = FILE
         data = sandbox_manifest(
             options.toolchain, files, entry=options.entry, artifact=options.artifact, makefile=_makefile(folder, files)
         )
@@ -74,7 +78,7 @@ def _init(options: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)  # not before: an error leaves no empty folder
     except OSError as exc:
         raise _unusable(folder, exc) from exc
-    root = Path(os.path.realpath(folder))
+    root, name = Path(os.path.realpath(folder)), _name(options)
     status = write_document(root, (name,), data, overwrite=False)
     report = InitReport(toolchain=options.toolchain or "x07", project_root=str(root), out=name, status=status)
     print_line(report, options)

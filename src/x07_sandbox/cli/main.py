@@ -30,6 +30,9 @@ _VERBS = {
     "completion": "complete these words in a shell",
     "doctor": "what is here, what was proven, what to do",
 }
+# X07's global flags that our verbs have, and whether they take a value.
+_GLOBAL = {"--json": False, "--quiet-json": False, "--report-out": True, "--out": True}
+_JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # how a document is laid out, each verb knows
 _EXAMPLES = """examples:
   x07 image build                         make the guest image (once)
   x07 run prog.py -- --verbose            run a Python program in a throw-away machine
@@ -48,10 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         fill_closed_streams()
         keep_own_rights()
         _import_msgspec()
-        from x07_sandbox.host.variables import check_environment
-
-        for warning in check_environment(os.environ):
-            _say(warning)
         options = _parsed(words)
         _recover()
         code = _carried_out(options, words)
@@ -69,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _verb_first(words: list[str]) -> list[str]:
     """The words with the flags that X07's command has before the verb, of every verb, where our verbs read them."""
+    end = words.index("--") if "--" in words else len(words)
+    words = [_JSON.get(word, word) for word in words[:end] if word != "--json=off"] + words[end:]
     count = 0
-    while count < len(words) and (flag := words[count].partition("=")[0]) in {"--json", "--report-out", "--quiet-json"}:
-        count += 2 if words[count] == flag == "--report-out" else 1
+    while count < len(words) and (flag := words[count].partition("=")[0]) in _GLOBAL:
+        count += 2 if words[count] == flag and _GLOBAL[flag] else 1
     flags, verb, rest = words[:count], words[count : count + 1], words[count + 1 :]
     if verb == ["run"]:  # which takes no flag between its program and that one's arguments
         return [*verb, *flags, *rest]
@@ -104,6 +105,35 @@ def _heed_signals() -> None:
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:
+    """What the words mean, in a sound environment. Raises UsageError; --report-out has been told of it."""
+    from x07_sandbox.errors import UsageError
+    from x07_sandbox.host.variables import check_environment
+
+    try:
+        for warning in check_environment(os.environ):
+            _say(warning)
+        return _namespace(words)
+    except UsageError as exc:
+        from x07_sandbox.cli import documents
+
+        path, others = documents.report_file(words)
+        if path is not None:
+            documents.write_early_failure(_failure_document(exc, words), path, others)
+        raise
+
+
+def _failure_document(exc: Exception, words: list[str]) -> bytes:
+    """An error as the verb's document."""
+    if words[:1] == ["run"]:
+        from x07_sandbox.cli.run import failure_document as of_run
+
+        return of_run(exc)
+    from x07_sandbox.cli.documents import failure_document
+
+    return failure_document(exc)
+
+
+def _namespace(words: list[str]) -> argparse.Namespace:
     """What the words mean. Raises UsageError, which names the verb's own help."""
     from x07_sandbox.errors import UsageError
 

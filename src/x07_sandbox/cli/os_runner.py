@@ -16,7 +16,7 @@ from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
 from x07_sandbox.cli.streams import fill_closed_streams, keep_own_rights, leave
-from x07_sandbox.cli.written import check_outputs, write_all
+from x07_sandbox.cli.written import check_outputs, files_read, write_all
 from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
@@ -138,7 +138,7 @@ def _target(options: argparse.Namespace) -> Path:
         raise UsageError(
             f"cannot run the artifact {options.artifact}", why, "Give its source with --program, or x07 run"
         )
-    path = Path(options.project or options.program)
+    path = Path(options.program if options.project is None else options.project)
     if options.project is not None and path.name not in _MANIFESTS:
         why = f"a manifest is called {' or '.join(_MANIFESTS)}"
         raise UsageError(f"cannot run the project {path}", why, "Name one, or give --program")
@@ -173,7 +173,7 @@ def _wanted(
     policy, policy_bytes = read_policy(Path(options.policy))
     compiled_out = None if options.compiled_out is None else Path(options.compiled_out)
     attest_runtime = None if options.attest_runtime is None else Path(options.attest_runtime)
-    read = [request.program, Path(options.policy), request.input]
+    read = [request.program, Path(options.policy), request.input, *files_read(request, program)]
     check_outputs({"--compiled-out": compiled_out, "--attest-runtime": attest_runtime}, read)
     with request.cancel.waiting():  # for whoever opens the other end of a pipe
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)

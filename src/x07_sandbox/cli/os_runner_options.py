@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from x07_sandbox import __version__
-from x07_sandbox.cli.usage import Parser, whole_number
+from x07_sandbox.cli.usage import Once, Parser, whole_number
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 
@@ -145,13 +145,11 @@ def _words(option: Option) -> dict[str, Any]:
         text += f" (default: {option.default})"
     if not option.metavar:
         return {"action": "store_true", "help": text}
-    words: dict[str, Any] = {"metavar": option.metavar, "help": text}
+    words: dict[str, Any] = {"metavar": option.metavar, "help": text, "action": "append" if option.repeat else Once}
     if option.choices:
         words |= {"choices": option.choices, "metavar": None}
     if option.number:
         words["type"] = whole_number(0, _MOST, option.number)
-    if option.repeat:
-        words["action"] = "append"
     return words
 
 

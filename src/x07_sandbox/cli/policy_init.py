@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, print_line
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.documents import project_root, write_document
+from x07_sandbox.host.documents import MANIFEST, project_root, write_document
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.reports.policy_init import PolicyInitReport
@@ -56,13 +56,22 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
     )
     parser.add_argument("--out", type=Path, metavar="PATH", help="where to, from the project's folder")
     parser.add_argument("--mkdir-out", action="store_true", help="make the folder that --out names")
-    parser.set_defaults(carry_out=_init)
+    parser.set_defaults(carry_out=_init, writes=_writes)
     return parser
 
 
 def file_name(template: str) -> str:
     """What the file of a template is called."""
     return f"{template}.sandbox.base.policy.json"
+
+
+def _writes(options: argparse.Namespace) -> list[Path]:
+    """The policy's place, and the project's file, from which that begins."""
+    try:
+        root = project_root(options.project)
+    except UsageError:
+        return []  # the verb says so itself, and writes nothing
+    return [root / MANIFEST, root / (options.out or Path(*BASE_FOLDER, file_name(options.template)))]
 
 
 def _init(options: argparse.Namespace) -> int:

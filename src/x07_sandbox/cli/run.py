@@ -14,21 +14,24 @@ from msgspec.structs import replace
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
 from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
-from x07_sandbox.errors import ImageError, UsageError
+from x07_sandbox.errors import Cancelled, ImageError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import text
 from x07_sandbox.runs.lease import PoolMachines
+from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.run import attempt, failure
+from x07_sandbox.runs.run import Read, attempt, failure
 from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.programs.x07 import Options as X07Options
+    from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import Cancel
 
 _NAME_ONE = "Name one, or give a source with -c"
+_GIVE_ONE = "Give one of -c, --program, --project, --artifact"
 _SOURCE_MAX = settings.SOURCE_MAX_BYTES
 
 
@@ -46,6 +49,15 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 
 def _run(options: argparse.Namespace) -> int:
+    try:
+        return _chosen(options)
+    except SandboxError as exc:
+        write_failure(options, exc)
+        raise
+
+
+def _chosen(options: argparse.Namespace) -> int:
+    """Run what is named, by the rules of X07's command if it is X07's. Raises SandboxError."""
     program, _ = _named(options)
     if program is None or options.code is not None or not _is_x07(Path(program)):
         return _carry_out(options, for_x07=False)
@@ -57,37 +69,55 @@ def _run(options: argparse.Namespace) -> int:
 
 def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
     _check_backend(options)
-    _check_outputs(options)
+    outputs = _checked_outputs(options)
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
             _need_image(options.image or text("X07_VM_GUEST_IMAGE"))
         cancel = stack.enter_context(cancelled_by_signals())
         progress = LiveLine()
         stack.callback(progress, "")
-        request = _request(options, stack, cancel, progress)
+        request = _request(options, stack, cancel, progress, for_x07=for_x07)
         if options.dry_run:
             from x07_sandbox.cli.dry_run import show_plan
 
             return show_plan(request, options)
         if request.x07 is not None and not (for_x07 or request.x07_artifact):
             say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
-        if options.report or options.attest_runtime or (for_x07 and not options.json):
-            from x07_sandbox.cli.run_report import run_with_report
+        read = Read()
+        report = options.report or options.attest_runtime or (for_x07 and not options.json)
+        if report or for_x07 or outputs:
+            request, program = _loaded(request, outputs, stack)
+            if report:
+                from x07_sandbox.cli.run_report import run_with_report
 
-            return run_with_report(request, options, stack)
+                return run_with_report(request, program, options, stack)
+            read = Read(program=program)
+        artifact = None
         if options.compiled_out:
-            from x07_sandbox.cli.written import artifact_to_keep
+            from x07_sandbox.cli.written import place_for_artifact
 
-            request = stack.enter_context(artifact_to_keep(options.compiled_out, request))
-        result, error = attempt(request)
+            artifact = place_for_artifact(stack)
+            request = replace(request, artifact=artifact)
+        result, error = attempt(request, read)
         if for_x07 and isinstance(error, UsageError):
             from x07_sandbox.cli.run_report import x07_exit
 
             result = replace(result, x07_exit_code=x07_exit(error))
-    _write_files(options, result)
+        unwritten: list[str] = []
+        if artifact is not None or options.diff is not None or options.report_out is not None:
+            from x07_sandbox.cli.written import write_files
+
+            result, unwritten = write_files(options, result, artifact)
     if options.json and not options.quiet_json:
         return _print(result)
+    return _told(result, unwritten)
+
+
+def _told(result: Result, unwritten: list[str]) -> int:
+    """Say what the program's own output does not; the exit code. unwritten: a line for each file that was not."""
     _explain(result)
+    for line in unwritten:
+        say(line)
     if result.denials or result.hints:
         from x07_sandbox.cli.refused import tell as tell_refused
 
@@ -102,22 +132,29 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
 
 
-def _write_files(options: argparse.Namespace, result: Result) -> None:
-    """What the flags want of the result as files. Raises RefusedError."""
-    if options.diff is not None:
-        from x07_sandbox.cli.changed import write_diff
+def _loaded(
+    request: RunRequest, outputs: dict[str, Path | None], stack: contextlib.ExitStack
+) -> tuple[RunRequest, Program]:
+    """The program, read before the run, since it says what else may not be written over. Raises SandboxError."""
+    request, program = load_program(request, stack)
+    if outputs:
+        from x07_sandbox.cli.written import check_outputs, files_read
 
-        write_diff(options.diff, result)
-    if options.report_out:
-        from x07_sandbox.cli.written import write_result
+        check_outputs(outputs, files_read(request, program))
+    if program.toolchain.told:
+        from x07_sandbox.cli.run_report import with_derived_file
 
-        write_result(options.report_out, result)
+        request = with_derived_file(request, program)
+    return request, program
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Refuse files that could not be written, or that the run needs. Raises UsageError."""
-    if not (options.report_out or options.compiled_out or options.attest_runtime or options.diff):
-        return
+def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
+    """The files to be written, by their flags; refused are those that could not be, or that are read for the run.
+
+    Raises UsageError.
+    """
+    if all(path is None for path in (options.report_out, options.compiled_out, options.attest_runtime, options.diff)):
+        return {}
     from x07_sandbox.cli.written import check_outputs
 
     if options.dry_run:
@@ -129,9 +166,10 @@ def _check_outputs(options: argparse.Namespace) -> None:
         "--diff": options.diff,
         "beside that of --diff": options.diff and Path(f"{options.diff}.json"),
     }
-    named = [options.program_flag, options.project, options.artifact, options.program, options.policy]
+    named = [_named(options)[0] if options.code is None else None, options.policy]
     named += [*options.allow_host_file, *options.deny_host_file]
     check_outputs(outputs, [options.input, *(Path(name) for name in named if name)])
+    return outputs
 
 
 def _is_x07(path: Path) -> bool:
@@ -154,7 +192,7 @@ def _check_backend(options: argparse.Namespace) -> None:
 
 
 def _request(
-    options: argparse.Namespace, stack: contextlib.ExitStack, cancel: Cancel, progress: LiveLine
+    options: argparse.Namespace, stack: contextlib.ExitStack, cancel: Cancel, progress: LiveLine, *, for_x07: bool
 ) -> RunRequest:
     """What the command line asks for. Raises UsageError."""
     program, words = _named(options)
@@ -169,6 +207,9 @@ def _request(
     elif program is None:
         raise UsageError("cannot run nothing", "no PROGRAM is named, and this is no X07 project", _NAME_ONE)
     stdin_fd = None if options.code is None and source is not None else _stream(0)
+    x07_artifact = options.artifact is not None and bool(options.report or options.attest_runtime)
+    if (for_x07 or x07_artifact) and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
+        stdin_fd = None  # X07's command takes what is piped in; who sits there was not asked to type anything
     if options.input_b64 is not None:
         stdin_fd = memory_file(_decoded(options.input_b64), stack)
     return RunRequest(
@@ -190,7 +231,7 @@ def _request(
         raw=options.raw,
         max_output_bytes=options.max_output_bytes,
         executable=options.compiled_out is not None,
-        x07_artifact=options.artifact is not None and bool(options.report or options.attest_runtime),
+        x07_artifact=x07_artifact,
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,
@@ -219,15 +260,17 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
             "run-os-sandboxed is the only world that x07-sandbox implements",
             "Use --world run-os-sandboxed, or leave it out",
         )
-    by_flag = [value for value in (options.program_flag, options.project, options.artifact) if value]
-    if len(by_flag) > 1:
-        raise UsageError(
-            "wrong usage", "more than one program is named", "Give one of --program, --project, --artifact"
-        )
-    if not by_flag:
-        nothing = options.program is None and options.code is None
+    code = options.code
+    named = [value for value in (options.program_flag, options.project, options.artifact) if value is not None]
+    if len(named) + (code is not None) > 1:
+        raise UsageError("wrong usage", "more than one program is named", _GIVE_ONE)
+    program = named[0] if named else options.program
+    if program == "" and code is None:  # what an unset variable of a shell makes: it does not mean this folder
+        raise UsageError("wrong usage", "the name of the program is empty", "Name one")
+    if not named:
+        nothing = options.program is None and code is None
         return _project_here() if nothing else options.program, options.args
-    return by_flag[0], [*([] if options.program is None else [options.program]), *options.args]
+    return program, [*([] if options.program is None else [options.program]), *options.args]
 
 
 def _project_here() -> str | None:
@@ -298,12 +341,40 @@ def _variable(text: str) -> tuple[str, str]:
 
 
 def print_failure(exc: Exception, signalled: int | None = None, code: int | None = None) -> int:
-    """A failure from before there was a result, as the one JSON object that --json promises; the exit code.
+    """An error that ended the command, as the one JSON object that --json promises; the exit code.
 
     code: the exit code, where it is another than that of the failure's outcome.
     """
-    result = failure(exc, signalled)
-    return _print(result if code is None else replace(result, x07_exit_code=code))
+    return _print(_failed(exc, signalled, code))
+
+
+def failure_document(exc: Exception, code: int | None = None) -> bytes:
+    """The same, as it is written to a file."""
+    from x07_sandbox.reports.document import render_json
+
+    return render_json(_failed(exc, exc.signal if isinstance(exc, Cancelled) else None, code))
+
+
+def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
+    """The same, in the file of --report-out, if there is one; --dry-run writes nothing."""
+    if options.report_out is not None and not options.dry_run:
+        from x07_sandbox.cli.documents import write_early_failure
+
+        others = [value for name, value in vars(options).items() if name != "report_out"]
+        others += [name for value in others if isinstance(value, list) for name in value]
+        others.append(f"{options.diff}.json")
+        write_early_failure(failure_document(exc, code), options.report_out, others)
+
+
+def _failed(exc: Exception, signalled: int | None, code: int | None) -> Result:
+    """The result: that of a run that never began, or, where the error has one, of the run whose files it is about."""
+    if isinstance(exc, SandboxError) and exc.result is not None:
+        from x07_sandbox.cli.written import with_unwritten
+
+        result: Result = with_unwritten(exc.result, [str(exc)])
+    else:
+        result = failure(exc, signalled)
+    return result if code is None else replace(result, x07_exit_code=code)
 
 
 def _print(result: Result) -> int:

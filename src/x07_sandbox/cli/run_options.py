@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from x07_sandbox.cli.usage import add_document_flags, seconds, whole_number
+from x07_sandbox.cli.usage import Once, add_document_flags, seconds, whole_number
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 from x07_sandbox.programs.toolchains import BY_NAME, describe
@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_program(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the program")
-    group.add_argument("-c", dest="code", metavar="CODE", help="a source text; needs --toolchain")
+    group.add_argument("-c", dest="code", action=Once, metavar="CODE", help="a source text; needs --toolchain")
     group.add_argument("--toolchain", choices=tuple(BY_NAME), metavar="T", help="how it is built and started")
     group.add_argument(
         "--policy",
@@ -88,7 +88,7 @@ def _add_x07(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("for X07's own programs, and scripts that call X07's command")
     for name, kind in (("--program", "program"), ("--project", "project"), ("--artifact", "artifact")):
         dest = "program_flag" if kind == "program" else kind
-        group.add_argument(name, dest=dest, metavar="F", help=f"the {kind}, in place of PROGRAM")
+        group.add_argument(name, dest=dest, action=Once, metavar="F", help=f"the {kind}, in place of PROGRAM")
     group.add_argument("--world", metavar="W", default="run-os-sandboxed", help="run-os-sandboxed, the only one here")
     group.add_argument("--profile", metavar="N", help="of an x07.json")
     group.add_argument("--auto-ffi", action=argparse.BooleanOptionalAction, help="compile the foreign code of packages")

@@ -12,18 +12,18 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.changed import write_diff
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.run import print_failure
-from x07_sandbox.cli.written import write_all, write_whole
+from x07_sandbox.cli.run import print_failure, write_failure
+from x07_sandbox.cli.written import noted, write_all, write_whole
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.variables import flag
+from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.overrides import derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, diagnostics_line
 from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, flat_report, render_report
 from x07_sandbox.reports.wrapped import Target, wrap
-from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import open_input, policy_in_force, read_policy, read_spec_file
 from x07_sandbox.runs.x07_program import need_policy, read_whole
 
@@ -49,6 +49,7 @@ def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) ->
         return carry_out()
     except (UsageError, RefusedError) as exc:
         code = x07_exit(exc)
+        write_failure(options, exc, code)
         if options.json and not (options.quiet_json or options.report or options.attest_runtime):
             return print_failure(exc, code=code)
         if code == _USAGE_EXIT:
@@ -78,12 +79,13 @@ def x07_exit(exc: UsageError | RefusedError) -> int:
     return _SCHEMA_EXIT
 
 
-def run_with_report(request: RunRequest, options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    """Carry the request out and print X07's report; its exit code. Raises SandboxError before there is a run."""
-    request, program = load_program(request, stack)
-    if program.toolchain.told:
-        request = _with_derived_file(request, program)
-        need_policy(request)
+def run_with_report(
+    request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack
+) -> int:
+    """Carry the request out and print X07's report; its exit code. Raises SandboxError before there is a run.
+
+    program: what load_program gave beside the request.
+    """
     policy, policy_bytes = policy_in_force(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
@@ -98,23 +100,31 @@ def run_with_report(request: RunRequest, options: argparse.Namespace, stack: con
         accepted=options.i_accept_weaker_isolation or flag("X07_I_ACCEPT_WEAKER_ISOLATION"),
     )
     result, report = run_and_report(request, wanted, stack, say)
+    unwritten: list[str] = []
     if options.diff is not None:
-        write_diff(options.diff, result)
+        with noted(unwritten):
+            write_diff(options.diff, result)
     told = report if options.artifact is None else flat_report(report)
     text = render_report(told) if options.report != "wrapped" else _wrapped(told, request.program, program)
     if options.report_out is not None:
-        write_whole(options.report_out, partial(write_all, data=text))
+        with noted(unwritten):
+            write_whole(options.report_out, partial(write_all, data=text))
+    for line in unwritten:
+        say(line)
     if not options.quiet_json:
         sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
+    if unwritten:
+        return _USAGE_EXIT if program.toolchain.told else REFUSED_EXIT
     return report.exit_code
 
 
-def _with_derived_file(request: RunRequest, program: Program) -> RunRequest:
+def with_derived_file(request: RunRequest, program: Program) -> RunRequest:
     """Overrides of an X07 program's policy become a file of its project, as X07's own command has it.
 
-    Raises UsageError, PolicyError.
+    Raises UsageError, PolicyError, and UsageError where there is no policy at all.
     """
+    need_policy(request)
     if request.overrides is None:
         return request
     root = project_root(request.program if program.project and request.program and request.program.is_file() else None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from _typeshed import SupportsWrite
 
@@ -42,6 +42,22 @@ def seconds(most: int) -> Callable[[str], float]:
         return value
 
     return read
+
+
+class Once(argparse.Action):
+    """An option that is given once at most, so that of two values none is passed over. Its default is None."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002 - as argparse calls it
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,  # noqa: ARG002 - as above
+    ) -> None:
+        """Keep the value. Raises argparse.ArgumentError where there is one already."""
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "it is given more than once")
+        setattr(namespace, self.dest, values)
 
 
 def add_document_flags(parser: argparse._ActionsContainer, json_help: str) -> None:

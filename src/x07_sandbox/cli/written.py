@@ -6,20 +6,24 @@ import contextlib
 import os
 import stat
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir, state_dir
+from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import unnamed_file
+from x07_sandbox.runs.request import ProjectPolicy
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
+    from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import OutFile
@@ -45,6 +49,16 @@ def check_outputs(
         if reason := taken.get(_real(path)):
             raise UsageError(what, reason, "Name another place")
         taken[_real(path)] = "it is named twice"
+
+
+def files_read(request: RunRequest, program: Program) -> list[Path]:
+    """What a run reads besides what the command line names: of the program's project, and from standard input."""
+    found = list(program.read)
+    if isinstance(request.policy, ProjectPolicy):
+        found.append(request.policy.path)
+    if request.stdin_fd is not None and stat.S_ISREG(os.fstat(request.stdin_fd).st_mode):
+        found.append(Path(os.readlink(f"/proc/self/fd/{request.stdin_fd}")))  # noqa: PTH115 - of a descriptor
+    return found
 
 
 def _other_than_a_file(path: Path, what: str) -> bool:
@@ -98,17 +112,49 @@ def write_executable(path: Path, artifact: OutFile) -> None:
     write_whole(path, copy, mode=0o777)
 
 
-@contextlib.contextmanager
-def artifact_to_keep(path: Path, request: RunRequest) -> Iterator[RunRequest]:
-    """The request whose artifact becomes the executable *path*, if there is one in the end.
+def place_for_artifact(stack: contextlib.ExitStack) -> OutFile:
+    """Where a run puts what it built, to be kept: a file without a name, until *stack* ends.
 
     Raises HostError, RefusedError.
     """
-    with contextlib.ExitStack() as stack:
-        artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
-        yield replace(request, artifact=artifact)
-        if artifact.complete:
-            write_executable(path, artifact)
+    return unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
+
+
+def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:
+    """Write what the flags want of a run, its result last; the result then, and a line for each that was not written.
+
+    Such a line is a warning of the result, whose exit code is then 125: of all else nothing is lost.
+    """
+    unwritten: list[str] = []
+    if artifact is not None and artifact.complete:
+        with noted(unwritten):
+            write_executable(options.compiled_out, artifact)
+    if options.diff is not None:
+        from x07_sandbox.cli.changed import write_diff
+
+        with noted(unwritten):
+            write_diff(options.diff, result)
+    told = with_unwritten(result, unwritten)
+    if options.report_out is not None:
+        with noted(unwritten):
+            write_result(options.report_out, told)
+    return with_unwritten(result, unwritten), unwritten
+
+
+@contextlib.contextmanager
+def noted(unwritten: list[str]) -> Iterator[None]:
+    """Have an error of writing be a line of that list: there is a run to tell of, whatever becomes of its files."""
+    try:
+        yield
+    except (SandboxError, OSError) as exc:
+        unwritten.append(str(exc))
+
+
+def with_unwritten(result: Result, unwritten: list[str]) -> Result:
+    """The result of a run of whose files these lines tell that they were not written."""
+    if not unwritten:
+        return result
+    return replace(result, x07_exit_code=REFUSED_EXIT, warnings=[*result.warnings, *unwritten])
 
 
 def write_result(path: Path, result: Result) -> None:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli import changed, refused
 from x07_sandbox.cli.written import write_all, write_executable, write_whole
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.policy import Policy
@@ -60,7 +60,7 @@ def run_and_report(
 ) -> tuple[Result, CompileRunReport]:
     """Carry the request out with what was read for it, and write the files; *say* gets the lines for the user.
 
-    Raises UsageError where the request is wrong, RefusedError where a file cannot be written.
+    Raises UsageError where the request is wrong, RefusedError where a file cannot be written; that has the result.
     """
     artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
     if wanted.attest_runtime is not None:
@@ -78,7 +78,11 @@ def run_and_report(
     request.progress("")
     if isinstance(error, UsageError):
         raise error
-    report, lines = _make_report(wanted, result, artifact)
+    try:
+        report, lines = _make_report(wanted, result, artifact)
+    except SandboxError as exc:
+        exc.result = result
+        raise
     for line in (*lines, *refused.lines(result), *changed.lines(result)):
         say(line)
     return result, report

@@ -44,6 +44,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
 
     project: whether a manifest said what belongs to it. lockfile: of an X07 project, its name there; else None.
     cpu_ms: CPU time that X07 gives it, where the policy does not give less; None for other programs.
+    read: of a project the host's files that it consists of, which nothing of the run may be written over.
     """
 
     toolchain: Toolchain
@@ -54,6 +55,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     project: bool = False
     lockfile: str | None = None
     cpu_ms: int | None = None
+    read: tuple[Path, ...] = ()
 
 
 def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
@@ -193,16 +195,17 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
         why = f"its entry {entry} is not among its files"
         raise UsageError(f"cannot run the project {path}", why, "Add it to `files` in its manifest")
     merged = _merged(request, manifest, folder, stack)
+    read = (place, *(place.parent / name for name in packed.files))
     head = packed.files.get(entry, b"")[:_HEAD_BYTES]
     if toolchain.build is None:
         single = _single(toolchain, source_name(entry), packed.files[entry], request, stack)
-        return merged, replace(single, project=True)
+        return merged, replace(single, project=True, read=read)
     source = Source(name=entry, head=head, args=manifest.build.args, artifact=manifest.artifact or "")
     program = _tree(toolchain, source, packed, stack)
     if not entry and toolchain.suffixes and not program.source.with_suffixes(toolchain.suffixes):
         why = f"none of its files is {' or '.join(toolchain.suffixes)}"
         raise UsageError(f"cannot run the project {path}", why, "Add sources to `files` in its manifest")
-    return merged, replace(program, project=True)
+    return merged, replace(program, project=True, read=read)
 
 
 def _merged(request: RunRequest, manifest: Manifest, folder: ProjectFolder, stack: contextlib.ExitStack) -> RunRequest:

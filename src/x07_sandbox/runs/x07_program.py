@@ -114,7 +114,11 @@ def _project(
     request = replace(request, max_output_bytes=options.max_output_bytes)
     words = ["--project", f"{PROJECT_FOLDER}/{path.name}"]
     packed = pack_tree(folder.root, ["**"], check=request.cancel.check)
-    return request, replace(_loaded(packed, PROJECT_FOLDER, words, options, stack), project=True, lockfile=lock)
+    # Everything goes in, so also what an earlier run wrote beside the sources, which the next one may write anew.
+    sources = (name for name in packed.files if name.endswith(x07.SOURCE_SUFFIX))
+    read = (path, *(folder.root / name for name in (lock, *sources)))
+    program = _loaded(packed, PROJECT_FOLDER, words, options, stack)
+    return request, replace(program, project=True, lockfile=lock, read=read)
 
 
 def _loaded(

@@ -1,0 +1,203 @@
+"""Files that the flags of a run name: what the project holds is not written over, what was done is told in any case."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.published import document
+from x07_sandbox.cli import os_runner
+from x07_sandbox.cli.main import main
+from x07_sandbox.cli.written import place_for_artifact, write_files
+from x07_sandbox.errors import UsageError
+from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.runs.run import failure
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, and a host without guest images."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work
+
+
+def x07(*words: str, module: str = "main", most_bytes: int | None = None) -> subprocess.CompletedProcess[bytes]:
+    """A command of ours. most_bytes: how large a file it may write, so that a larger one meets the end of a disk."""
+
+    def limit() -> None:
+        if most_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+
+    argv = [sys.executable, "-m", f"x07_sandbox.cli.{module}", *words]
+    return subprocess.run(argv, input=b"", capture_output=True, check=False, timeout=60, preexec_fn=limit)
+
+
+# what cannot be written
+
+
+def test_a_file_that_cannot_be_written_loses_nothing_else(place: Path) -> None:
+    """Where one file cannot be written, the others are, and the result stays, with a warning and exit code 125."""
+    options = argparse.Namespace(compiled_out=place / "gone/prog", diff=place / "gone/d", report_out=place / "r")
+    result = failure(UsageError("a", "b", "c"))
+    with contextlib.ExitStack() as stack:
+        artifact = place_for_artifact(stack)
+        assert artifact.take(b"\x7fELF")
+        artifact.complete = True
+        told, unwritten = write_files(options, result, artifact)
+    assert [line.partition(": ")[0] for line in unwritten] == [
+        f"cannot write {place}/gone/{name}" for name in ("prog", "d")
+    ]
+    assert (told.run, told.outcome, told.x07_exit_code) == (result.run, result.outcome, 125)
+    assert told.warnings == [*result.warnings, *unwritten]
+    assert document((place / "r").read_bytes())["warnings"] == told.warnings
+
+
+@pytest.mark.parametrize("words", [(), ("--json",), ("--report", "runner")])
+def test_a_report_that_cannot_be_written_leaves_the_result(words: tuple[str, ...]) -> None:
+    """A full disk under --report-out is told beside how the run ended, not in place of it."""
+    done = x07("run", *words, "--report-out", "r", "--toolchain", "shell", "-c", "true", most_bytes=100)
+    assert done.returncode == 125
+    if "--report" in words:
+        assert document(done.stdout)["compile"]["compile_error"].startswith("no guest image")
+        assert b"x07: cannot write r: File too large" in done.stderr
+    elif words:
+        result = document(done.stdout)
+        assert result["digests"]["source"]
+        assert "cannot write r: File too large" in result["warnings"][0]
+    else:
+        assert b"x07: refused: no guest image" in done.stderr
+        assert b"x07: cannot write r: File too large" in done.stderr
+
+
+# what the run reads
+
+MANIFEST = """schema_version = "x07.sandbox.project@0.1.0"
+toolchain = "python"
+files = ["*.py"]
+entry = "main.py"
+policy = "policy.json"
+[run]
+input = "in.txt"
+"""
+
+
+def project(place: Path, kind: str) -> None:
+    """The folder as a project of X07's, or of ours."""
+    (place / "src").mkdir()
+    for name, text in (("main.py", "pass\n"), ("src/main.x07.json", "{}"), ("in.txt", "in"), ("x07.lock.json", "{}")):
+        (place / name).write_text(text)
+    (place / "policy.json").write_bytes(render_policy(default_policy()))
+    profile = {"world": "run-os-sandboxed", "policy": "policy.json", "input": "in.txt"}
+    document = {"schema_version": "x07.project@0.5.0", "profiles": {"dev": profile}}
+    text = json.dumps(document) if kind == "x07.json" else MANIFEST
+    (place / kind).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "own"),
+    [
+        ("x07.json", (), ("src/main.x07.json", "x07.lock.json", "policy.json", "in.txt", "x07.json")),
+        ("x07.json", (".",), ("src/main.x07.json", "x07.json")),
+        ("x07-sandbox.toml", (".",), ("main.py", "policy.json", "in.txt", "x07-sandbox.toml")),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--report-out", "--diff", "--attest-runtime"])
+def test_nothing_that_a_project_consists_of_is_written_over(
+    place: Path, kind: str, words: tuple[str, ...], own: tuple[str, ...], flag: str
+) -> None:
+    """Manifest, sources, lock file, policy and input of a project are refused as outputs, be it named or not."""
+    project(place, kind)
+    before = {name: (place / name).read_bytes() for name in own}
+    for name in own:
+        assert main(["run", *words, flag, name]) == 2
+    assert {name: (place / name).read_bytes() for name in own} == before
+
+
+def test_a_built_program_replaces_no_source(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """--compiled-out with a file of an X07 project is refused by both commands."""
+    project(place, "x07.json")
+    runner = ["--world", "run-os-sandboxed", "--policy", "policy.json", "--project", "x07.json"]
+    for name in ("src/main.x07.json", "policy.json"):
+        assert main(["run", "--compiled-out", name]) == 2
+        assert os_runner.main([*runner, "--compiled-out", name]) == 2
+        assert capfd.readouterr().err.count("the run reads it") == 2
+
+
+def test_what_a_run_wrote_into_its_project_is_written_anew(place: Path) -> None:
+    """A report inside an X07 project, all of which goes into the machine, is replaced by the next one."""
+    project(place, "x07.json")
+    runs = set()
+    for _ in range(2):
+        assert main(["run", "--json", "--report-out", "report.json"]) == 125  # for want of an image
+        runs.add(document((place / "report.json").read_bytes())["run"])
+    assert len(runs) == 2
+
+
+# what is told of an error
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "why"),
+    [
+        (("--backend", "docker", "p.py"), 125, "docker"),
+        (("--input-b64", "!!", "p.py"), 2, "no base64"),
+        (("--world", "run-os", "p.py"), 2, "the only world"),
+        (("--report", "runner", "missing.py"), 2, "No such file"),
+        (("--report", "wrapped", "--policy", "bad.json", "p.py"), 125, "bad.json"),
+        (("--compiled-out", "prog", "p.c"), 125, "it is a link or no folder"),
+        (("--project", "a", "--program", "b"), 2, "more than one program"),
+        (("--bogus", "p.py"), 2, "unrecognized arguments: --bogus"),
+        (("a.x07.json",), 2, "No such file"),
+        (("--policy", "bad.json", "b.x07.json"), 3, "bad.json"),
+    ],
+)
+def test_an_error_before_a_run_replaces_the_last_report(
+    place: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, why: str
+) -> None:
+    """Whatever ends `x07 run` before there is a run is in --report-out, so that no earlier report is taken for new."""
+    (place / "p.py").write_text("pass\n")
+    (place / "p.c").write_text("int main(void) {}\n")
+    (place / "b.x07.json").write_text("{}")
+    (place / "bad.json").write_text("{}")
+    (place / "link").symlink_to("p.py")
+    (place / "r").write_text(json.dumps({"schema_version": "x07.sandbox.result@0.1.0", "outcome": "ok"}))
+    if "--compiled-out" in words:
+        monkeypatch.setenv("X07_VM_STATE_DIR", str(place / "link"))
+    assert main(["run", "--report-out", "r", *words]) == code
+    found = document((place / "r").read_bytes())
+    assert found["outcome"] in {"usage-error", "refused"}
+    assert (found["x07_exit_code"], why in found["reason"]) == (code, True), found
+
+
+@pytest.mark.parametrize("words", [("policy", "schema"), ("run",), ("doctor",), ("pool", "start")])
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [(None, True), ("", True), ('{"schema_version": "x07-os-runner.report@0.5.0"}', True)]
+    + [(text, False) for text in ("{}", "{", "[1]", "x", '{"schema_version": "x07.project@0.5.0"}')],
+)
+def test_wrong_usage_is_in_the_report_too(
+    place: Path, words: tuple[str, ...], before: str | None, *, told: bool
+) -> None:
+    """Wrong usage of any verb is written to --report-out, but over nothing that is not a document of ours."""
+    if before is not None:
+        (place / "r").write_text(before)
+    assert main(["--report-out", "r", *words, "--bogus"]) == 2
+    text = (place / "r").read_text()
+    assert (text != before) is told
+    assert not told or "--bogus" in str(document(text))
+    assert main([*words, "--bogus", "r", "--report-out=r"]) == 2  # named for something else
+    assert (place / "r").read_text() == text
