@@ -170,7 +170,7 @@ What a program was refused stands in the result (`denials`), and `x07 run` print
 ```text
 x07: refused: write /data/; --allow-write-root /data lets it
 x07: refused: execute /usr/bin/nl; $.process.allow_execs = ["/usr/bin/env", "/usr/bin/nl"] in the policy lets it
-x07: refused: read /root/x; nothing allows it
+x07: refused: read /etc/ssl/private/x; nothing allows it
 x07: refused: start a new process; $.process.max_live = 16 in the policy comes first
 x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it (to write: --allow-write-root /data)
 ```
