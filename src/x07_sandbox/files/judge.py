@@ -71,6 +71,7 @@ def judge(
     ]
     moved = _moved(changes)
     links = Links(after, stayed)
+    refused += _by_way_to_a_root(changes, before, stayed, bounds)
     refused += _by_place(changes, stayed, bounds)
     for change in changes:
         refused += _by_name(change.name, bounds, protection)
@@ -198,6 +199,17 @@ def _by_way(name: str, through: str, there: Stayed | None, bounds: Bounds) -> Re
     if there is None:
         return Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads through too many others")
     return _by_stayed(name, f"it is a link that leads through {shown(through)}", through, there, bounds)
+
+
+def _by_way_to_a_root(
+    changes: Iterable[Change], before: Mapping[str, Node], stayed: Mapping[str, Stayed], bounds: Bounds
+) -> Iterator[Refused]:
+    """What is in a folder that stayed on the host, and is there only as the way to another root."""
+    ways = [name for name in stayed if name in before]
+    for change in changes if ways else ():
+        for way in ways:
+            if change.name == way or change.name.startswith(f"{way}/"):
+                yield _by_stayed(change.name, f"it lies in {shown(way)}", way, stayed[way], bounds)
 
 
 def _by_place(changes: Iterable[Change], stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:
