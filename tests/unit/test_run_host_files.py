@@ -364,7 +364,7 @@ def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None
 
 
 def test_out_may_be_hidden_in_a_root_and_is_not_seen_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder of --out has a place of its own: a root that it lies in, and that keeps it back, says nothing of it."""
+    """A root that another does not take along travels by itself, and of its place there nothing but the way is seen."""
     monkeypatch.chdir(run.root)
     (run.root / ".new").mkdir()
     files = run.files({"write_roots": (), "read_roots": (str(run.root),), "deny_hidden": True}, out=Path(".new"))

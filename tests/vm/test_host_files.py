@@ -198,6 +198,7 @@ def test_nothing_is_applied_where_that_is_not_wanted(project: Project, how: str,
         (CHANGE + "\nimport sys; sys.exit(3)", [], "failed", 3),
         (CHANGE + "\nimport time; time.sleep(60)", ["--timeout", "2"], "timeout", 124),
         (CHANGE + "\nimport os; os.abort()", [], "signalled", 134),
+        (CHANGE + "\nwhile True: print('x' * 4000)", ["--max-output-bytes", "1000"], "output-limit", 153),
     ],
 )
 def test_how_a_program_ended_decides(project: Project, source: str, words: list[str], outcome: str, code: int) -> None:
