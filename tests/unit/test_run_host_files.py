@@ -114,11 +114,21 @@ def test_the_flag_of_a_result_lets_a_secret_in(run: Run, name: str) -> None:
     denial = run.denial("secrets")
     msgspec.json.encode(denial)
     flags = flag_of(denial)
-    assert flags[0] == "--reveal"
+    assert flags[::2] == ["--reveal", "--reveal"]  # of the other one too
     assert not flags[1].startswith("-")
-    assert len(flags) == 2
+    assert len(flags) == 4
     run.so_far.denials.clear()
     assert set(run.files(changes="discard", reveal=(flags[1],)).copied[0].nodes) == {"", name}
+
+
+def test_every_secret_that_is_told_has_its_flag(run: Run) -> None:
+    """Of several secrets the flags let in each that is named, and a name that lies in two folders has one."""
+    for number in range(7):
+        (run.root / f"d{number}").mkdir()
+        (run.root / f"d{number}" / f"{number // 2}.pem").write_text("a key")
+    run.files(changes="discard")
+    flags = flag_of(run.denial("secrets"))
+    assert flags == ["--reveal", "0.pem", "--reveal", "1.pem", "--reveal", "2.pem"]  # of the five that are named
 
 
 def test_patterns_of_secrets_know_no_case(run: Run) -> None:
@@ -364,7 +374,7 @@ def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None
 
 
 def test_out_may_be_hidden_in_a_root_and_is_not_seen_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A root that another does not take along travels by itself, and of its place there nothing but the way is seen."""
+    """A folder of --out that lies in a root, and is hidden there, has a place of its own, and nothing is said of it."""
     monkeypatch.chdir(run.root)
     (run.root / ".new").mkdir()
     files = run.files({"write_roots": (), "read_roots": (str(run.root),), "deny_hidden": True}, out=Path(".new"))

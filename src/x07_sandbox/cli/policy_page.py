@@ -124,7 +124,8 @@ Applying compares each name with what was copied: where it is another one now no
 any moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for
 `x07 apply`, `--changes discard` brings nothing back; the changes of a program that did not end by itself are kept, but
 for those of a run that is cancelled (Ctrl-C): it ends at once, and they are lost. `x07 diff` shows changes, `x07 undo`
-takes them back. `--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it is refused.
+takes them back. `--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it is
+refused.
 """
 _PROCESSES: Final = """
 ## Processes and programs

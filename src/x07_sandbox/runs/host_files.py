@@ -299,7 +299,7 @@ def too_many(policy: Policy, action: str, subject: str) -> Denial:
 def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds) -> tuple[object, str | None]:
     """The value of the field, or the flag, that would let in what was left out; nothing where none would."""
     if reason == "secret":
-        return None, _flag("--reveal", Path(left.names[0]).name)
+        return None, " ".join(_flag("--reveal", name) for name in dict.fromkeys(Path(name).name for name in left.names))
     return value_for(reason, left.most, bounds), None
 
 
