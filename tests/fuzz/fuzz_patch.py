@@ -11,7 +11,7 @@ from typing import Final
 
 from x07_sandbox.files.patch import hunks
 
-BYTES_MAX: Final = 400  # comparing takes quadratic time, up to a number of lines that the code itself bounds
+BYTES_MAX: Final = 250  # comparing takes quadratic time, up to a number of lines that the code itself bounds
 _HEAD: Final = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@\n")
 _NO_END: Final = b"\n\\ No newline at end of file\n"
 

@@ -58,6 +58,8 @@ class ReadOnly:
             device = os.stat(tree.folder).st_dev
             shown = f"{os.major(device):02x}:{os.minor(device):02x}"
             mounts = [mount for mount in self._mounts if mount["tree"] == number]
+            if all(mount["write"] for mount in mounts):
+                continue
             mounts.sort(key=lambda mount: -len(mount["sub"]))
             for inode, name in tree.inodes():
                 # In an inner one that may be written to, another file may have its inode by now.
