@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.fuzz.fuzz_channel import DENIED, EXITED, NONCE, SEED, START
+from tests.fuzz.fuzz_observed import POLICIES
 from tests.fuzz.fuzz_unpack import MOST_BYTES
 from x07_sandbox.channel.frames import PROTOCOL, WINDOW, Kind, Stream, encode, encode_body
 from x07_sandbox.channel.trees import Entry, segment
@@ -143,13 +144,76 @@ def changes_seeds() -> dict[str, bytes]:
     }
 
 
+def hints_seeds() -> dict[str, bytes]:
+    """What programs say of what they missed, and what looks like it; the first byte chooses the policy."""
+    missing = "No such file or directory"
+    return {
+        "nothing": b"\x00all is well\n",
+        "python": f"\x00FileNotFoundError: [Errno 2] {missing}: '/srv/in.csv'\n".encode(),
+        "bytes": f'\x01FileNotFoundError: [Errno 2] {missing}: b"/srv/in\'s"\n'.encode(),
+        "coreutils": f"\x02cat: '/srv/a b': {missing}\ncat: /srv/c: {missing}\n".encode(),
+        "perror": f"\x03/opt/tool: error opening /srv/d: {missing}\nrun: /srv/e f: {missing}\n".encode(),
+        "relative": f"\x04FileNotFoundError: [Errno 2] {missing}: 'results/a'\n".encode(),
+        "hidden": f"\x05FileNotFoundError: [Errno 2] {missing}: '.cache/a'\n".encode(),
+        "there": f"\x06cat: /data/x: {missing}\ncat: /usr/x: {missing}\n".encode(),
+        "module": b"\x07ModuleNotFoundError: No module named 'numpy.linalg'\n",
+        "library": b"\x00ImportError: ./own.so: failed to map segment from shared object\n",
+        "no-text": b"\x00" + bytes(range(256)),
+        "odd-names": f"\x00cat: /srv/$(id)': {missing}\ncat: /\u202e: {missing}\ncat: /a/../..: {missing}\n".encode(),
+    }
+
+
+def observed_seeds() -> dict[str, bytes]:
+    """Bodies as a guest sends them, and such as only an enemy sends; the first byte chooses the policy."""
+    refused: list[dict[str, object]] = [
+        {"by": "seccomp", "call": "clone", "errno": 1, "path": ""},
+        {"by": "seccomp", "call": "execve", "errno": 1, "path": ""},
+        {"call": "socket", "errno": 24, "path": ""},
+        {"call": "execve", "path": "/usr/bin/true"},
+        {"call": "execve", "path": "/data/out/made"},
+        {"call": "mkdir", "errno": 30, "path": "/data/", "write": True},
+        {"call": "openat", "errno": 30, "path": "/opt/x07/in/f", "write": True},
+        {"call": "openat", "errno": 30, "path": "/x07/out/", "write": True},
+        {"call": "openat", "errno": 30, "path": ".../", "write": True},
+        {"call": "openat", "path": "/usr/bin/true"},
+    ]
+    hostile: list[dict[str, object]] = [
+        {"call": "\x1b[2J", "path": "/srv/$(id); '\n", "write": True, "errno": 30, "count": 2**63 - 1},
+        {"by": "nobody", "call": "", "path": "\ud800/" * 500, "write": True, "errno": 4096},
+        {"path": "/" * 2000, "write": True, "errno": 30},
+    ]
+    made = [encode_body(Kind.DENIED, {**DENIED, **body}) for body in (*refused, *hostile)]
+    found = {f"policy-{number}": bytes([number]) + b"\n".join(made[: len(refused)]) for number in range(len(POLICIES))}
+    found |= {f"hostile-{number}": b"\x00" + body for number, body in enumerate(made[len(refused) :])}
+    return {**found, "counted": b"\x00" + b"\n".join(made[-3:] * 3), "no-body": b"\x00{}\n[]\n\xff"}
+
+
+def patch_seeds() -> dict[str, bytes]:
+    """Two texts, which the first byte cuts apart."""
+    return {
+        "nothing": b"",
+        "same": b"\x80a\nb\na\nb\n",
+        "made": b"\x00a\nb\n",
+        "removed": b"\xffa\nb\n",
+        "no-line-end": b"\x80a\nb\na\nc",
+        "far-apart": b"\x80" + b"".join(b"%d\n" % line for line in range(40)) + b"x\n" + b"1\n" * 38 + b"y\n",
+        "empty-lines": b"\x60" + b"\n" * 90 + b"\r\n\x0b\n",
+    }
+
+
+MADE: Final = {
+    "changes": changes_seeds,
+    "channel": channel_seeds,
+    "hints": hints_seeds,
+    "observed": observed_seeds,
+    "patch": patch_seeds,
+    "unpack": unpack_seeds,
+}
+
+
 def seeds() -> dict[str, bytes]:
     """All seeds: their path below tests/fuzz/seeds, and what is in them."""
-    return {
-        f"{target}/{name}": data
-        for target, made in (("changes", changes_seeds()), ("channel", channel_seeds()), ("unpack", unpack_seeds()))
-        for name, data in made.items()
-    }
+    return {f"{target}/{name}": data for target, made in MADE.items() for name, data in made().items()}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Runs one fuzz target under atheris: python -m tests.fuzz.run changes|channel|unpack [libFuzzer arguments].
+"""Runs one fuzz target under atheris: python -m tests.fuzz.run TARGET [libFuzzer arguments].
 
 See docs/fuzzing.md.
 """
@@ -15,6 +15,9 @@ import atheris
 WATCHED: Final = {
     "changes": ["x07_sandbox.channel", "x07_sandbox.files"],
     "channel": ["x07_sandbox.channel"],
+    "hints": ["x07_sandbox.plan"],
+    "observed": ["x07_sandbox.plan"],
+    "patch": ["x07_sandbox.files.patch"],
     "unpack": ["x07_sandbox.guest"],
 }
 

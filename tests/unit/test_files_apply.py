@@ -236,7 +236,7 @@ def test_what_no_change_may_bring_refuses_the_set(tmp_path: Path, change: Change
 
 
 def test_a_set_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
-    """A name that comes twice, one below what is to be no folder, roots in each other or without a plain path."""
+    """A name or a root that comes twice, a name below what is to be no folder or of another root, no plain path."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     below = Change(name="a/b", before=None, after=Node(kind="folder", mode=0o755))
     link = Change(name="a", before=None, after=Node(kind="link", target="x"))
@@ -245,7 +245,9 @@ def test_a_set_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         [one_set(tmp_path, made, made).roots[0]],
         [one_set(tmp_path, link, below).roots[0]],
         [good, good],
-        [good, msgspec.structs.replace(good, root=str(tmp_path / "in"))],
+        [good, msgspec.structs.replace(good, root=str(tmp_path / "a"))],
+        [one_set(tmp_path, made, below).roots[0], msgspec.structs.replace(good, root=str(tmp_path / "a"))],
+        [one_set(tmp_path, link).roots[0], msgspec.structs.replace(good, root=str(tmp_path / "a/in"))],
         *([msgspec.structs.replace(good, root=path)] for path in ("x", "/a/../b", "//a", "/a/", "/a\0")),
         [msgspec.structs.replace(good, root="/", missing=True)],
     ]
@@ -253,6 +255,19 @@ def test_a_set_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"root|below"):
             applied(ChangeSet(run="1", roots=tuple(roots)), b"", tmp_path / "state")
     assert not (tmp_path / "a").exists()
+
+
+def test_roots_in_each_other_are_changed_apart(tmp_path: Path) -> None:
+    """A root that lies in another, whose changes say nothing of it, is applied with it and undone with it."""
+    made = Change(name="made", before=None, after=Node(kind="folder", mode=0o755))
+    outer, inner = tmp_path / "root", tmp_path / "root/kept/in"
+    inner.mkdir(parents=True)
+    changes = ChangeSet(run="1", roots=(*one_set(outer, made).roots, *one_set(inner, made).roots))
+    undoing = applied(changes, b"", tmp_path / "state")
+    assert (outer / "made").is_dir()
+    assert (inner / "made").is_dir()
+    applied(undoing, b"", tmp_path / "undoing")
+    assert [path.name for path in sorted(outer.rglob("*"))] == ["kept", "in"]
 
 
 @pytest.mark.parametrize("damage", ["content", "short"])

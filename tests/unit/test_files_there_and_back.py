@@ -24,6 +24,7 @@ from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, Judged, judge
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.files.roots import Mount, Tree
+from x07_sandbox.guest.mounts import ReadOnly
 from x07_sandbox.guest.trees import Tree as GuestTree
 from x07_sandbox.guest.trees import changes
 
@@ -151,6 +152,34 @@ def test_a_copy_has_everything(trip: Trip) -> None:
     assert {path.lstat().st_uid for path in trip.guest.rglob("*")} == {65532}
     assert (trip.guest / "sparse").stat().st_blocks < 200
     assert trip.back() == Judged(changes=(), refused=())
+
+
+@needs_root
+def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
+    """Of folders and files in read roots the inode tells the path as the program knows it, and of no others."""
+    fill(trip.host)
+    trip.go()
+    mounts: list[dict[str, Any]] = [
+        {"tree": 16, "sub": "", "at": "/data", "write": False},
+        {"tree": 16, "sub": "a", "at": "/data/a", "write": True},
+        {"tree": 16, "sub": "a/deep er", "at": "/deep", "write": False},
+        {"tree": None, "sub": "", "at": "/x07/in/project", "write": True},
+    ]
+    known = ReadOnly({16: trip.tree}, mounts)
+    device = trip.guest.stat().st_dev
+    shown = f"{os.major(device):02x}:{os.minor(device):02x}"
+    names = ("", "run.sh", "no \udcff utf-8\n", "a", "a/empty", "a/deep er", "a/deep er/n\u00f6ch.txt")
+    found = {name: known.path(shown, (trip.guest / name).stat().st_ino) for name in names}
+    assert found == {
+        "": "/data",
+        "run.sh": "/data/run.sh",
+        "no \udcff utf-8\n": "/data/no \\xff utf-8\n",
+        "a": "",
+        "a/empty": "",
+        "a/deep er": "/deep",
+        "a/deep er/n\u00f6ch.txt": "/deep/n\u00f6ch.txt",
+    }
+    assert known.path("00:00", (trip.guest / "run.sh").stat().st_ino) == ""
 
 
 @needs_root

@@ -28,6 +28,11 @@ CALLS: Final = {
     "openat2": 437,
     "renameat2": 316,
     "symlinkat": 266,
+    "symlink": 88,
+    "link": 86,
+    "renameat": 264,
+    "fchmod": 91,
+    "utimensat": 280,
 }
 SYSCALL, PATH, CWD, SECCOMP = 1300, 1302, 1307, 1326
 WHO: Final = (
@@ -43,14 +48,20 @@ def called(call: int, error: int, *, items: int, a0: str = "ffffffffffffff9c", a
     return SYSCALL, f"{words} {WHO}"
 
 
-def path(name: str, kind: str = "NORMAL") -> Record:
-    """One of the paths of a call."""
-    return PATH, f"item=0 name={name} inode=67 dev=fe:00 mode=040755 ouid=0 ogid=0 rdev=00:00 nametype={kind} cap_fp=0"
+def path(name: str, kind: str = "NORMAL", inode: int = 67, dev: str = "fe:00") -> Record:
+    """One of the paths of a call; the kernel gives no inode where it found none."""
+    found = f"inode={inode} dev={dev} mode=040755 ouid=0 ogid=0 rdev=00:00 " if inode else ""
+    return PATH, f"item=0 name={name} {found}nametype={kind} cap_fp=0 cap_fi=0 cap_fe=0 cap_fver=0 cap_frootid=0"
+
+
+def find(device: str, inode: int) -> str:
+    """What is known by inode: a folder of the host's, and a file in it."""
+    return {("fe:10", 139268): "/data/t", ("fe:10", 139269): "/data/t/f"}.get((device, inode), "")
 
 
 def read(*events: Sequence[Record]) -> dict[Refusal, int]:
     """What is made of these calls' records."""
-    refusals = Refusals(CALLS)
+    refusals = Refusals(CALLS, find)
     for serial, records in enumerate(events, start=40):
         for kind, text in records:
             refusals.note(kind, f"audit(1764000000.123:{serial}): {text}".encode())
@@ -81,8 +92,8 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
             Refusal("kernel", "mkdir", 30, "/data/a/new", write=True),
         ),
         (
-            [called(263, 30, items=1, a0="5"), (CWD, 'cwd="/data"'), path('"x"', "DELETE")],
-            Refusal("kernel", "unlinkat", 30, ".../x", write=True),
+            [called(263, 13, items=2, a0="5"), (CWD, 'cwd="/data"'), path('"/data"', "PARENT"), path('"x"', "DELETE")],
+            Refusal("kernel", "unlinkat", 13, ".../x", write=True),
         ),
         (
             [called(59, 13, items=1, a0="55"), (CWD, 'cwd="/"'), path("2F746D702F6120C3A9")],
@@ -110,6 +121,70 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
         (
             [called(316, 30, items=1, a2="5"), (CWD, 'cwd="/data"'), path('"a/"', "PARENT")],
             Refusal("kernel", "renameat2", 30, ".../a/", write=True),
+        ),
+        # As Linux 6.12 told of `cp FILE FOLDER`, rm -r, os.open(..., dir_fd=) and the like in a read root: of a name
+        # without a slash, relative to a descriptor, the folder is said to be the working directory.
+        (
+            [called(257, 30, items=1, a0="3", a2="c1"), (CWD, 'cwd="/opt/x07"'), path('"/opt/x07"', "PARENT")],
+            Refusal("kernel", "openat", 30, ".../", write=True),
+        ),
+        (
+            [
+                called(257, 30, items=1, a0="3", a2="c1"),
+                (CWD, 'cwd="/opt/x07"'),
+                path('"/opt/x07"', "PARENT", 139268, "fe:10"),
+            ],
+            Refusal("kernel", "openat", 30, "/data/t/", write=True),
+        ),
+        (
+            [called(263, 30, items=1, a0="4"), (CWD, 'cwd="/"'), path('"/"', "PARENT", 139268, "fe:10")],
+            Refusal("kernel", "unlinkat", 30, "/data/t/", write=True),
+        ),
+        (
+            [
+                called(264, 30, items=2, a0="3", a2="3"),
+                (CWD, 'cwd="/opt/x07"'),
+                path('"/opt/x07"', "PARENT", 139268, "fe:10"),
+                path('"/opt/x07"', "PARENT", 139268, "fe:10"),
+            ],
+            Refusal("kernel", "renameat", 30, "/data/t/", write=True),
+        ),
+        (
+            [
+                called(257, 30, items=1, a0="3", a2="80001"),
+                (CWD, 'cwd="/opt/x07"'),
+                path('"f"', "NORMAL", 139269, "fe:10"),
+            ],
+            Refusal("kernel", "openat", 30, "/data/t/f", write=True),
+        ),
+        (
+            [called(91, 30, items=1, a0="4"), (CWD, 'cwd="/opt/x07"'), path("(null)", "NORMAL", 139269, "fe:10")],
+            Refusal("kernel", "fchmod", 30, "/data/t/f", write=True),
+        ),
+        ([called(280, 30, items=0, a0="4")], Refusal("kernel", "utimensat", 30, "", write=True)),
+        # A path without a descriptor is the working directory's, with or without a slash in it.
+        (
+            [called(257, 30, items=1, a2="80241"), (CWD, 'cwd="/data"'), path('"/data"', "PARENT", 139268, "fe:10")],
+            Refusal("kernel", "openat", 30, "/data/", write=True),
+        ),
+        # Where a new link would lead, or what would get one more name, is not what was refused.
+        (
+            [
+                called(88, 30, items=2, a0="7f33aa0193a0"),
+                (CWD, 'cwd="/opt/x07"'),
+                path('"/data/t/"', "PARENT", 139268, "fe:10"),
+                path('"/home/me/secret"', "UNKNOWN", 0),
+            ],
+            Refusal("kernel", "symlink", 30, "/data/t/", write=True),
+        ),
+        (
+            [
+                called(86, 30, items=2, a0="7f33aa0193a0"),
+                (CWD, 'cwd="/opt/x07"'),
+                path('"/data/t/"', "PARENT", 139268, "fe:10"),
+                path('"/etc/hostname"', "NORMAL", 1875),
+            ],
+            Refusal("kernel", "link", 30, "/data/t/", write=True),
         ),
         (
             [called(266, 30, items=1, a0="7ffe00", a1="ffffff9c"), (CWD, 'cwd="/data"'), path('"a/"', "PARENT")],

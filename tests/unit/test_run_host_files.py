@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from tests.unit.test_refused_lines import result
-from x07_sandbox.channel.trees import Entry, Kind
+from x07_sandbox.channel.frames import Stream
+from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.apply import chosen
 from x07_sandbox.cli.changed import lines, pieces, tell
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
@@ -22,6 +23,7 @@ from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, enco
 from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.plan.denials import HowToAllow
+from x07_sandbox.plan.places import OUT
 from x07_sandbox.policy import render_policy
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.overrides import Overrides
@@ -114,11 +116,21 @@ def test_the_flag_of_a_result_lets_a_secret_in(run: Run, name: str) -> None:
     denial = run.denial("secrets")
     msgspec.json.encode(denial)
     flags = flag_of(denial)
-    assert flags[0] == "--reveal"
+    assert flags[::2] == ["--reveal", "--reveal"]  # of the other one too
     assert not flags[1].startswith("-")
-    assert len(flags) == 2
+    assert len(flags) == 4
     run.so_far.denials.clear()
     assert set(run.files(changes="discard", reveal=(flags[1],)).copied[0].nodes) == {"", name}
+
+
+def test_every_secret_that_is_told_has_its_flag(run: Run) -> None:
+    """Of several secrets the flags let in each that is named, and a name that lies in two folders has one."""
+    for number in range(7):
+        (run.root / f"d{number}").mkdir()
+        (run.root / f"d{number}" / f"{number // 2}.pem").write_text("a key")
+    run.files(changes="discard")
+    flags = flag_of(run.denial("secrets"))
+    assert flags == ["--reveal", "0.pem", "--reveal", "1.pem", "--reveal", "2.pem"]  # of the five that are named
 
 
 def test_patterns_of_secrets_know_no_case(run: Run) -> None:
@@ -425,6 +437,89 @@ def test_what_may_not_come_back_says_whether_anything_would_let_it(run: Run) -> 
         ("fs.allow_symlinks", None),
         ("kind", None),
     ]
+
+
+def packed(files: HostFiles) -> list[set[str]]:
+    """Names in each tree that goes in; each comes once, and none before its folder."""
+    found = []
+    for file in files.files:
+        reader = Reader()
+        entries = [event for event in reader.feed(os.pread(file.fd, file.size, 0)) if isinstance(event, Entry)]
+        assert reader.ended
+        names = [entry.name.decode() for entry in entries if entry.kind is not Kind.END]
+        assert all(not name or name.rpartition("/")[0] in {"", *names[:at]} for at, name in enumerate(names))
+        assert len(set(names)) == len(names)
+        found.append(set(names) - {""})
+    return found
+
+
+LOST: list[tuple[str, dict[str, Any], set[str]]] = [
+    (".aws/new/", {}, {".aws", ".aws/new"}),
+    ("sub/a/b/", {"max_depth": 2}, {"sub", "sub/a", "sub/a/b"}),
+    ("sub/one.pem", {}, {"sub", "sub/one.pem"}),
+    ("sub/missing", {}, {"sub", "sub/missing"}),
+    (".ssh/missing", {}, {".ssh", ".ssh/missing"}),
+]
+
+
+@pytest.mark.parametrize("outer", ["read_roots", "write_roots"])
+@pytest.mark.parametrize(("inner", "fs", "ways"), LOST)
+def test_a_root_in_what_was_left_out_of_another_goes_in(
+    run: Run, inner: str, fs: dict[str, Any], ways: set[str], outer: str
+) -> None:
+    """A root that another does not take along travels by itself; there it has a place, and nothing else on the way."""
+    place = run.root / inner
+    place.parent.mkdir(parents=True)
+    (place.parent / "kept.pem").write_text("a key")
+    if inner.endswith("/"):
+        place.mkdir()
+        (place / "in").write_text("in")
+    elif "missing" not in inner:
+        place.write_text("in")
+    roots = {"write_roots": (), **fs}
+    roots[outer] = (str(run.root),)
+    roots["write_roots"] = (*roots["write_roots"], str(place))
+    files = run.files(roots)
+    own = {"in"} if inner.endswith("/") else {"one.pem"} if "one" in inner else set()
+    assert packed(files) == [ways, own]
+    assert [(mount["tree"], mount["at"], mount["sub"]) for mount in files.mounts(0)] == [
+        (Stream.FIRST_FILE, str(run.root), ""),
+        (Stream.FIRST_FILE + 1, str(place), "one.pem" if "one" in inner else ""),
+    ]
+
+
+def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None:
+    """A root that lies in what was left out is changed as any, and beside it, or to it by the other, nothing is."""
+    inner = run.root / ".aws/new"
+    inner.mkdir(parents=True)
+    (inner.parent / "credentials").write_text("secret")
+    both = {"write_roots": (str(run.root), str(inner))}
+
+    def told(*entries: Entry) -> tuple[Changes, list[Denial], str]:
+        files = run.files(both)
+        return run.back(files, *entries)
+
+    made = Entry(Kind.FOLDER, b"made", mode=0o755)
+    for name in (b".aws/other", b".aws/new/x"):
+        changes, (denial,), _ = told(Entry(Kind.FOLDER, name, mode=0o755), Entry(Kind.ROOT, b"1"), made)
+        assert (changes.state, denial.field) == ("kept", "secrets")
+        assert flag_of(denial) == ["--reveal", ".aws"]
+        (run.folder.path / "changes/changes.json").unlink()
+        (run.folder.path / "changes/data").unlink()
+        (run.folder.path / "changes").rmdir()
+    changes, denials, _ = told(made, Entry(Kind.ROOT, b"1"), made)
+    assert (changes.state, denials) == ("applied", [])
+    assert sorted(str(path.relative_to(run.root)) for path in run.root.rglob("made")) == [".aws/new/made", "made"]
+
+
+def test_out_may_be_hidden_in_a_root_and_is_not_seen_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of --out that lies in a root, and is hidden there, has a place of its own, and nothing is said of it."""
+    monkeypatch.chdir(run.root)
+    (run.root / ".new").mkdir()
+    files = run.files({"write_roots": (), "read_roots": (str(run.root),), "deny_hidden": True}, out=Path(".new"))
+    assert packed(files) == [set(), set()]
+    assert [mount["at"] for mount in files.mounts(0)] == [OUT, str(run.root)]
+    assert run.so_far.denials == []
 
 
 def kept(changes: ChangeSet, folder: Path) -> None:

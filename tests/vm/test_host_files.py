@@ -208,6 +208,7 @@ def test_nothing_is_applied_where_that_is_not_wanted(project: Project, how: str,
         (CHANGE + "\nimport sys; sys.exit(3)", [], "failed", 3),
         (CHANGE + "\nimport time; time.sleep(60)", ["--timeout", "2"], "timeout", 124),
         (CHANGE + "\nimport os; os.abort()", [], "signalled", 134),
+        (CHANGE + "\nwhile True: print('x' * 4000)", ["--max-output-bytes", "1000"], "output-limit", 153),
     ],
 )
 def test_how_a_program_ended_decides(project: Project, source: str, words: list[str], outcome: str, code: int) -> None:
@@ -397,11 +398,15 @@ def test_a_link_on_the_way_to_a_root_is_refused(project: Project) -> None:
 
 
 def test_a_folder_for_what_a_program_makes(project: Project) -> None:
-    """--out DIR is /x07/out for the program; what it writes there comes back, here and again."""
+    """--out DIR is /x07/out for the program; what it writes there comes back, here and again, wherever DIR lies."""
+    # In a root, and hidden there; so is a file that is a root of its own, for which its name would keep it back.
+    roots = ("--allow-write-root", ".", "--allow-read-root", "key.pem", "--out", ".made here")
     for number in ("1", "2"):
-        result = project.run(f'open("/x07/out/made", "w").write("{number}")', "--out", "../made here")
+        source = f'open("/x07/out/made", "w").write("{number}"); open("beside", "w").write(open("key.pem").read())'
+        result = project.run(source, *roots)
         assert result["changes"]["state"] == "applied"
-        assert (project.folder.parent / "made here/made").read_text() == number
+        assert (project.folder / ".made here/made").read_text() == number
+        assert (project.folder / "beside").read_text() == "a key\n"
 
 
 def test_a_project_starts_in_its_own_folder(project: Project) -> None:

@@ -104,8 +104,9 @@ Not copied in, and told among `denials` by name: hidden names (`fs.deny_hidden`)
 only if they stay in their root; files above `fs.max_read_bytes`; what lies deeper than `fs.max_depth` (256 at the
 most); devices, sockets and pipes; what is on another file system; and names under which people keep secrets (`.env`,
 `*.pem`, `id_rsa` and the like, in any case of letters; `--hide PATTERN` adds to them, `--reveal PATTERN` lets those of
-them in that it matches: `key.pem`, or `*.pem`). More than `fs.max_entries` refuses the run. So does a link that comes
-into the way to a root after the roots were looked at.
+them in that it matches: `key.pem`, or `*.pem`). A root that is named itself goes in all the same, though it lies in
+another that leaves it out: of that one the program sees only empty folders on the way. More than `fs.max_entries`
+refuses the run. So does a link that comes into the way to a root after the roots were looked at.
 
 Changes are judged by what is different when the program has ended (`fs.allow_mkdir`, `allow_remove`, `allow_rename`,
 `max_write_bytes`, `max_depth`, and the rules above); what it made and removed again is nobody's business. A name that
@@ -124,11 +125,12 @@ With more entries than `fs.max_entries` all changes are discarded.
 
 Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). A kill at
 any moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for
-`x07 apply`, `--changes discard` brings nothing back; the changes of a program that did not end by itself are kept.
-`x07 diff` shows them, `x07 undo` takes them back; after one part another is applied only once that is undone. A file
-with several names (hard links) is a file for each in the machine: what is changed of one becomes a file of its own.
-The mode of a root itself stays as it was, and a warning says so. `--out DIR` is a write root that the program finds as
-`/x07/out`; with `fs.enabled` false it is refused.
+`x07 apply`, `--changes discard` brings nothing back; the changes of a program that did not end by itself are kept, but
+for those of a run that is cancelled (Ctrl-C): it ends at once, and they are lost. `x07 diff` shows changes, `x07 undo`
+takes them back; after one part another is applied only once that is undone. A file with several names (hard links) is a
+file for each in the machine: what is changed of one becomes a file of its own. The mode of a root itself stays as it
+was, and a warning says so. `--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it
+is refused.
 """
 _PROCESSES: Final = """
 ## Processes and programs
@@ -174,7 +176,7 @@ What a program was refused stands in the result (`denials`), and `x07 run` print
 ```text
 x07: refused: write /data/; --allow-write-root /data lets it
 x07: refused: execute /usr/bin/nl; $.process.allow_execs = ["/usr/bin/env", "/usr/bin/nl"] in the policy lets it
-x07: refused: read /root/x; nothing allows it
+x07: refused: read /etc/ssl/private/x; nothing allows it
 x07: refused: start a new process; $.process.max_live = 16 in the policy comes first
 x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it (to write: --allow-write-root /data)
 ```

@@ -53,12 +53,12 @@ def check_set(changes: ChangeSet) -> None:
     for path in roots:
         if posixpath.normpath(path) != path or not path.startswith("/") or path.startswith("//") or "\0" in path:
             raise ValueError(f"root {path!r} is no plain absolute path")
-    ends = sorted(f"{path.rstrip('/')}/" for path in roots)
-    for one, other in itertools.pairwise(ends):
-        if other.startswith(one):
-            raise ValueError(f"root {other!r} lies in root {one!r}")
+    for one, other in itertools.pairwise(roots):
+        if one == other:
+            raise ValueError(f"root {one!r} is there twice")
     for root in changes.roots:
         _check_root(root)
+        _check_apart(root, [path for path in roots if path.startswith(f"{root.root.rstrip('/')}/")])
 
 
 def reached_by(root: RootChanges) -> tuple[str, str]:
@@ -146,6 +146,17 @@ def _check_root(root: RootChanges) -> None:
             raise ValueError(f"{where} is to be where no folder is to be")
         if change.after.kind == "file" and change.after.at is None and not _same_content(change):
             raise ValueError(f"{where} has no content")
+
+
+def _check_apart(root: RootChanges, inner: list[str]) -> None:
+    """Of a root in another the outer one's changes say nothing. inner: the roots that lie in it."""
+    names = [f"{posixpath.relpath(path, root.root)}/" for path in inner]
+    for change in root.changes if names else ():
+        for name in names:
+            below = f"{change.name}/"
+            goes = change.name and name.startswith(below) and _kind(change.after) != "folder"
+            if below.startswith(name) or goes:
+                raise ValueError(f"{change.name!r} below {root.root!r} is of the root {name!r} in it")
 
 
 def _check_node(node: Node, where: str) -> None:

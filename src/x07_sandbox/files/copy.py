@@ -1,7 +1,8 @@
 """A tree of the host's, read once and packed for the guest, within what the policy and the host's owner allow.
 
 No link is followed, no other file system entered, nothing read twice: the digests are of the very bytes that travel.
-What may not travel is left out and told; for the program it is not there.
+What may not travel is left out and told; for the program it is not there, but for empty folders on the way to what has
+its place below it: a root that lies in what was left out, or is missing, is a tree of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from x07_sandbox.channel.trees import NAME_MAX, Entry, Kind, segment
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import Node
 from x07_sandbox.files.contents import add_zeros
+from x07_sandbox.files.roots import Mount
 from x07_sandbox.host import beneath
+from x07_sandbox.plan.places import inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -105,12 +108,14 @@ class Copied(msgspec.Struct):
     """What was packed. entries, size: of all.
 
     nodes: of what the program may change, by the name in its tree. stayed: what was left out of that; nothing is known
-    of what lies below such a name.
+    of what lies below such a name. A name in both is a folder on the way to another tree's place.
+    apart: the tree's mounts for which it has nothing, since they are missing or were left out: they travel alone.
     """
 
     nodes: dict[str, Node] = msgspec.field(default_factory=dict)
     stayed: dict[str, Stayed] = msgspec.field(default_factory=dict)
     left_out: dict[Reason, LeftOut] = msgspec.field(default_factory=dict)
+    apart: list[Mount] = msgspec.field(default_factory=list)
     entries: int = 0
     size: int = 0
 
@@ -133,6 +138,9 @@ class _Walk:
         self._out = out
         self._left = most_bytes
         self._written = [mount.sub for mount in tree.mounts if mount.write]
+        self._subs = {mount.sub for mount in tree.mounts if mount.sub}
+        self._ways = self._subs | {above for sub in self._subs for above in _above(sub)}
+        self._there: set[str] = set()  # of these ways
         self._secret = _one_of(bounds.secrets)
         self._revealed = _one_of(bounds.reveal)
 
@@ -148,10 +156,28 @@ class _Walk:
                     self._folders(fd, info.st_dev)
             finally:
                 os.close(fd)
-        for mount in sorted(self._tree.mounts, key=lambda mount: mount.sub):
-            if mount.missing and mount.sub:
-                self._out.write(Entry(Kind.FOLDER, os.fsencode(mount.sub), mode=0o755).encoded())
+        self._places()
         self._out.write(Entry(Kind.END, b"").encoded())
+
+    def _places(self) -> None:
+        """Make places for mounts of which nothing was met: what is missing, and what was left out."""
+        mounts = sorted(self._tree.mounts, key=lambda mount: mount.sub)
+        met = [mount.at for mount in mounts if mount.sub in {"", self._tree.only} or mount.sub in self._there]
+        self.copied.apart = [mount for mount in mounts if mount.at not in met]
+        for mount in self.copied.apart:
+            if any(inside(mount.at, at) for at in met):
+                self._way_to(mount)
+
+    def _way_to(self, mount: Mount) -> None:
+        """The empty folders on the way to another tree's place in this one, and what it will lie over."""
+        for name in [*_above(mount.sub), mount.sub]:
+            if name in self._there:
+                continue
+            self._there.add(name)
+            if name == mount.sub and mount.single:
+                self._out.write(Entry(Kind.FILE, os.fsencode(name), mode=0o644).encoded())
+            else:
+                self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=0o755), name)
 
     def _open(self) -> int | None:
         """The folder of the tree; None for a write root that is not there yet.
@@ -298,6 +324,8 @@ class _Walk:
 
     def _count(self, name: str, node: Node) -> None:
         copied = self.copied
+        if name in self._ways:
+            self._there.add(name)
         copied.entries += 1
         copied.size += node.size
         if copied.entries > self._bounds.entries:
@@ -313,11 +341,13 @@ class _Walk:
         if self._tree.only:
             error = UsageError(f"cannot give the program {name}", WORDS[reason], "Leave it out, or see docs/policy.md")
             raise error.by(FIELDS[reason], value_for(reason, size, self._bounds))
+        if self._is_written(name):
+            self.copied.stayed[name] = Stayed(reason, size)
+        if name in self._subs:
+            return  # it travels by itself
         left = self.copied.left_out.setdefault(reason, LeftOut())
         left.count += 1
         left.most = max(left.most, size)
-        if self._is_written(name):
-            self.copied.stayed[name] = Stayed(reason, size)
         if len(left.names) < _TOLD:
             left.names.append(name)
 
@@ -373,6 +403,12 @@ def stays_inside(name: str, target: str) -> bool:
     way = [part for part in target.split("/") if part not in {"", "."}]
     up = next((count for count, part in enumerate(way) if part != ".."), len(way))
     return bool(name) and not target.startswith("/") and up <= name.count("/") and ".." not in way[up:]
+
+
+def _above(name: str) -> list[str]:
+    """The folders above a name, outer ones first; the root is none."""
+    parts = name.split("/")[:-1]
+    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def _one_of(patterns: Sequence[str]) -> re.Pattern[str] | None:

@@ -72,6 +72,7 @@ def judge(
     ]
     moved = _moved(changes)
     links = Links(after, stayed)
+    refused += _by_way_to_a_root(changes, before, stayed, bounds)
     refused += _by_place(changes, stayed, bounds)
     for change in changes:
         refused += _by_name(change.name, bounds, protection)
@@ -215,6 +216,17 @@ def _by_way(change: Change, links: Links, stayed: Mapping[str, Stayed], bounds: 
         yield Refused(name=name, rule="fs.allow_symlinks", why=why)
     elif through:
         yield Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads through too many others")
+
+
+def _by_way_to_a_root(
+    changes: Iterable[Change], before: Mapping[str, Node], stayed: Mapping[str, Stayed], bounds: Bounds
+) -> Iterator[Refused]:
+    """What is in a folder that stayed on the host, and is there only as the way to another root."""
+    ways = [name for name in stayed if name in before]
+    for change in changes if ways else ():
+        for way in ways:
+            if change.name == way or change.name.startswith(f"{way}/"):
+                yield _by_stayed(change.name, f"it lies in {shown(way)}", way, stayed[way], bounds)
 
 
 def _by_place(changes: Iterable[Change], stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:

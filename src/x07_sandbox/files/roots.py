@@ -34,7 +34,7 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Mount(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a tree in the guest. sub: the part, "" for all of it. at: its place there. host: on the host.
 
-    missing: it is not there on the host.
+    missing: it is not there on the host. single: it is a file.
     """
 
     sub: str
@@ -42,6 +42,7 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     write: bool
     missing: bool
+    single: bool = False
 
 
 class Tree(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,8 +98,14 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
     for root in sorted(roots, key=lambda root: (len(PurePosixPath(root.guest).parts), root.guest)):
         write = any(root.host == host or inside(root.host, host) for host in writable)
         sub = "" if root.host == base else os.path.relpath(root.host, base)
+        state = states[root.host]
         found[root.guest] = Mount(
-            sub=sub, at=root.guest, host=root.host, write=write, missing=states[root.host] == "missing"
+            sub=sub,
+            at=root.guest,
+            host=root.host,
+            write=write,
+            missing=state == "missing",
+            single=state == "file",
         )
     return tuple(found.values())
 

@@ -53,6 +53,8 @@ def main() -> None:
     for name, value in _QUIET:
         with contextlib.suppress(FileNotFoundError):
             write_file(f"/proc/sys/{name}", value)
+    # The control group holds the limit and tells of it; an allocation that the kernel finds too large would only fail.
+    write_file("/proc/sys/vm/overcommit_memory", "1")
     try:
         Agent(_open_port(PORT)).serve()
     finally:

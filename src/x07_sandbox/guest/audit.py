@@ -15,6 +15,7 @@ import posixpath
 import socket
 import struct
 import time
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from x07_sandbox.channel.frames import DENIED_MAX
@@ -41,6 +42,9 @@ _EQUAL: Final = 0x40000000
 _FIELDS: Final = 64
 _AT_FDCWD: Final = 0xFFFFFF9C
 _EXECUTES: Final = frozenset({"execve", "execveat"})
+# Calls with a path that is not what may not be written: what a link leads to, and what gets one more name.
+_TARGETS: Final = frozenset({"symlink", "symlinkat"})
+_SOURCES: Final = frozenset({"link", "linkat"})
 # Calls with paths that may be of another folder than the working directory: the arguments with its descriptor.
 _FOLDERS: Final[dict[str, tuple[bytes, ...]]] = {
     **dict.fromkeys(("openat", "openat2", "mkdirat", "unlinkat", "mknodat", "fchmodat", "fchmodat2"), (b"a0",)),
@@ -56,6 +60,9 @@ _FLAGS: Final = {"open": "a1", "openat": "a2"}
 _READS_ONLY: Final = frozenset(
     {"openat2", "execve", "execveat", "chdir", "stat", "lstat", "newfstatat", "statx", "readlink", "readlinkat"}
 )
+
+
+Find = Callable[[str, int], str]
 
 
 class Refusal(NamedTuple):
@@ -98,11 +105,11 @@ class Audit:
         self.begin()
         self._lost_before = self._status()[_LOST]
 
-    def begin(self) -> None:
-        """Forget all so far: what comes from here on is the program's."""
+    def begin(self, find: Find | None = None) -> None:
+        """Forget all so far: what comes from here on is the program's. find: as Refusals has it."""
         while self._next() is not None:
             pass
-        self._refusals.forget()
+        self._refusals.forget(find)
 
     def take(self) -> None:
         """Take what has come, at most so much that others get their turn."""
@@ -176,9 +183,14 @@ class Audit:
 class Refusals:
     """What records say, put together. found: how often each. untold: those beyond `DENIED_MAX` different ones."""
 
-    def __init__(self, calls: dict[str, int]) -> None:
-        """calls: numbers of system calls by name."""
+    def __init__(self, calls: dict[str, int], find: Find | None = None) -> None:
+        """calls: numbers of system calls by name.
+
+        find: the path of what has this device, as the kernel writes it, and this inode; empty if it does not know. A
+            name relative to a descriptor says nothing else of where it lies.
+        """
         self._names = {number: name for name, number in calls.items()}
+        self._find = find
         self._begun: dict[bytes, _Call] = {}
         self.found: dict[Refusal, int] = {}
         self.untold = 0
@@ -187,8 +199,9 @@ class Refusals:
         """Whether anything was heard of."""
         return bool(self.found or self._begun or self.untold)
 
-    def forget(self) -> None:
+    def forget(self, find: Find | None = None) -> None:
         """Begin anew."""
+        self._find = find
         self._begun.clear()
         self.found.clear()
         self.untold = 0
@@ -227,14 +240,31 @@ class Refusals:
                 call.cwd = _text(rest, b"cwd=")
             elif kind == _PATH:
                 call.items -= 1
-                if _values(rest).get(b"nametype") == b"PARENT":
-                    call.folder = call.folder or _text(rest, b"name=")
-                elif call.name in _EXECUTES:
-                    # A script, then its interpreter: the last is what was not executed.
-                    call.path = _text(rest, b"name=") or call.path
-                else:
-                    call.path = call.path or _text(rest, b"name=")
+                self._note_path(call, rest)
                 self._ended(serial, call)
+
+    def _note_path(self, call: _Call, record: bytes) -> None:
+        values, name = _values(record), _text(record, b"name=")
+        kind = values.get(b"nametype")
+        beside = call.name in _TARGETS and kind != b"CREATE"
+        beside |= call.name in _SOURCES and call.errno == errno.EROFS
+        if kind == b"PARENT":
+            # Of a name without a slash no part is its folder's: the kernel then says the working directory, which is
+            # that folder only where no descriptor was given.
+            name = "." if call.elsewhere and name == call.cwd else name
+            call.folder = call.folder or self._path(call, name, values)
+        elif call.name in _EXECUTES:
+            # A script, then its interpreter: the last is what was not executed.
+            call.path = name or call.path
+        elif not beside:
+            call.path = call.path or self._path(call, name, values)
+
+    def _path(self, call: _Call, name: str, values: dict[bytes, bytes]) -> str:
+        """The name of a record, or from a descriptor the path of what the record is about, if it is known."""
+        if self._find and (not name or (call.elsewhere and not name.startswith("/"))):
+            inode = _number(values.get(b"inode", b""))
+            return self._find(values.get(b"dev", b"").decode("ascii", "replace"), inode) or name
+        return name
 
     def _ended(self, serial: bytes, call: _Call) -> None:
         if call.items <= 0:

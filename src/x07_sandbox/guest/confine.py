@@ -123,7 +123,9 @@ def _read_only_system(_world: World) -> None:
             os.symlink(os.readlink(f"/{name}"), f"{ROOT}/{name}")
         elif os.path.isdir(f"/{name}"):
             os.mkdir(f"{ROOT}/{name}")
-            os.chmod(f"{ROOT}/{name}", os.stat(f"/{name}").st_mode & 0o7777)
+            # A root of the host may lie in any of ours, /root for one: the way to it must be open.
+            way = 0o755 if name in _OWN else 0
+            os.chmod(f"{ROOT}/{name}", os.stat(f"/{name}").st_mode & 0o7777 | way)
             if name not in _OWN:
                 system.bind(f"/{name}", f"{ROOT}/{name}", system.MS_RDONLY)
     os.mkdir(f"{ROOT}{CWD}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NoReturn
+import posixpath
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.errors import JobError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from x07_sandbox.guest.trees import Tree
 
 
 def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
@@ -33,6 +36,47 @@ def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
     os.waitpid(pid, 0)
     if told != "ok":
         raise JobError("mounts", 0, told or "the process that mounts ended")
+
+
+class ReadOnly:
+    """Paths, for the program, of what it may only read, by inodes. It is asked for seldom, and looks then."""
+
+    def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mapping[str, Any]]) -> None:
+        """trees: by their streams. mounts: as START has them."""
+        self._trees = trees
+        self._mounts = mounts
+        self._paths: dict[tuple[str, int], str] | None = None
+
+    def path(self, device: str, inode: int) -> str:
+        """Of what has this inode; empty for all else. device: its numbers in hexadecimal, as the audit has them."""
+        if self._paths is None:
+            self._paths = dict(self._all())
+        return self._paths.get((device, inode), "")
+
+    def _all(self) -> Iterator[tuple[tuple[str, int], str]]:
+        for number, tree in self._trees.items():
+            device = os.stat(tree.folder).st_dev
+            shown = f"{os.major(device):02x}:{os.minor(device):02x}"
+            mounts = [mount for mount in self._mounts if mount["tree"] == number]
+            if all(mount["write"] for mount in mounts):
+                continue
+            mounts.sort(key=lambda mount: -len(mount["sub"]))
+            for inode, name in tree.inodes():
+                # In an inner one that may be written to, another file may have its inode by now.
+                for mount in mounts:
+                    rest = _below(name, mount["sub"])
+                    if rest is not None:
+                        if not mount["write"]:
+                            path = posixpath.join(mount["at"], rest).rstrip("/")
+                            yield (shown, inode), os.fsencode(path).decode("utf-8", "backslashreplace")
+                        break
+
+
+def _below(name: str, sub: str) -> str | None:
+    """The name from a folder on, None where it is not in it; both from the top of a tree."""
+    if not sub or name == sub:
+        return "" if name == sub else name
+    return name[len(sub) + 1 :] if name.startswith(f"{sub}/") else None
 
 
 def _attach(namespace: int, trees: Sequence[tuple[int, str, bool]], told: int) -> NoReturn:

@@ -95,6 +95,14 @@ class Tree:
         while time.clock_gettime_ns(_COARSE) <= self.made_at_ns:
             time.sleep(0.001)  # a tick of the kernel's: 4 ms
 
+    def inodes(self) -> Iterator[tuple[int, str]]:
+        """Of all that came, the inode and the name below the tree's own folder; what is gone since is left out."""
+        for name, inode in self.names.items():
+            yield inode, os.fsdecode(name)
+        for name in self.folders:
+            with contextlib.suppress(OSError):
+                yield os.lstat(self.folder + b"/" + name).st_ino, os.fsdecode(name)
+
     def _make(self, entry: Entry) -> None:
         name = entry.name
         if entry.kind is Kind.END:

@@ -186,10 +186,7 @@ class Phase:
             self._end(boot_timeout=True)
         elif self.stage is Stage.RUN and not self.asked_to_stop:
             # The deadline is ours and has passed, whatever the guest says from here on; it may still tell how it stood.
-            self.seen["deadline_passed"] = True
-            self.asked_to_stop = True
-            self.link.send(Kind.STOP, {})
-            self.deadline = Deadline.after(settings.STOPPED_S)
+            self._stop(deadline_passed=True)
         elif self.asked_to_stop:
             self._end()
         else:
@@ -308,8 +305,12 @@ class Phase:
             return
         sink = self.sinks[Stream(event.stream)]
         self.link.consumed(event.stream, sink.take(event.payload))
-        if sink.overflow:
-            self._end(output_overflow=sink.name)
+        # What still comes of a program that is to end is counted no more.
+        if sink.overflow and not self.asked_to_stop:
+            if self.request.changes is None:
+                self._end(output_overflow=sink.name)
+            else:
+                self._stop(output_overflow=sink.name)
 
     def _exited(self, body: dict[str, Any]) -> None:
         self._mark("exited")
@@ -395,6 +396,13 @@ class Phase:
                     if fd not in self.instance.side_fds():
                         poll.unregister(fd)
         self._end(vmm_status=self.instance.exit_status())
+
+    def _stop(self, **seen: object) -> None:
+        """Have the program ended; the guest may still say how things stood, and hand over what was changed."""
+        self.seen.update(seen)
+        self.asked_to_stop = True
+        self.link.send(Kind.STOP, {})
+        self.deadline = Deadline.after(settings.STOPPED_S)
 
     def _end(self, **seen: object) -> None:
         self.seen.update(seen)

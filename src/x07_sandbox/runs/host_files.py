@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+import msgspec
+
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, RootChanges, called, encode, shown
@@ -56,14 +58,21 @@ class HostFiles:
         self._bounds = bounds_of(policy, request.hide, request.reveal)
         roots = roots_in_force(request, program, policy)
         self.areas = [Area(given=root.given, at=root.guest, write=root.write) for root in roots]
-        self.trees = trees_of(roots)
+        self.trees: list[Tree] = []
         self.copied: list[Copied] = []
         self.files: list[InFile] = []
         left = settings.COPY_IN_MAX_BYTES
-        for number, tree in enumerate(self.trees):
+        waiting = list(trees_of(roots))
+        while waiting:
+            tree = waiting.pop(0)
             request.progress(f"copying {tree.host} in")
-            self._copy(number, tree, left, folder)
-            left -= self.copied[-1].size
+            copied = self._copy(tree, left, folder)
+            left -= copied.size
+            apart = {mount.host for mount in copied.apart}
+            mounts = tuple(mount for mount in tree.mounts if mount.host not in apart)
+            self.trees.append(msgspec.structs.replace(tree, mounts=mounts))
+            # What lies in another root, and that did not take it along.
+            waiting += trees_of([root for root in roots if root.host in apart])
         writable = change_roots(self.trees)
         every = ((number, mount) for number, tree in enumerate(self.trees) for mount in tree.mounts)
         # Outer ones first, so that none covers another.
@@ -81,16 +90,18 @@ class HostFiles:
                 self._data_fd, roots=len(self._roots), most_entries=most, most_bytes=settings.CHANGES_MAX_BYTES
             )
 
-    def _copy(self, number: int, tree: Tree, left: int, folder: RunFolder) -> None:
-        packed = folder.out_file(f"tree {number}", 1 << 60)
+    def _copy(self, tree: Tree, left: int, folder: RunFolder) -> Copied:
+        packed = folder.out_file(f"tree {len(self.trees)}", 1 << 60)
         try:
             with os.fdopen(os.dup(packed.fd), "wb") as out:
-                self.copied.append(copy_tree(tree, self._bounds, out, left))
+                copied = copy_tree(tree, self._bounds, out, left)
                 size = out.tell()
         except OSError as exc:
             why, fix = exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR to a larger disk"
             raise HostError("cannot keep a copy of the program's files", why, fix) from exc
+        self.copied.append(copied)
         self.files.append(InFile(path=tree.host, mode=0, kind="tree", fd=packed.fd, size=size))
+        return copied
 
     def mounts(self, first: int) -> list[dict[str, Any]]:
         """Where they go, as START has it. first: number of the first tree among the files of START."""
@@ -304,7 +315,7 @@ def too_many(policy: Policy, action: str, subject: str) -> Denial:
 def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds) -> tuple[object, str | None]:
     """The value of the field, or the flag, that would let in what was left out; nothing where none would."""
     if reason == "secret":
-        return None, _flag("--reveal", Path(left.names[0]).name)
+        return None, " ".join(_flag("--reveal", name) for name in dict.fromkeys(Path(name).name for name in left.names))
     return value_for(reason, left.most, bounds), None
 
 

@@ -48,7 +48,8 @@ AUDITED = (
     *("open", "openat", "openat2", "creat", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "mknod", "mknodat"),
     *("rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat", "truncate", "chmod", "fchmodat"),
     *("fchmodat2", "chown", "lchown", "fchownat", "utimensat", "execve", "execveat", "chdir", "stat", "lstat"),
-    *("newfstatat", "statx", "readlink", "readlinkat", "fchmod", "ftruncate", "setxattr", "bind"),
+    *("newfstatat", "statx", "readlink", "readlinkat", "fchmod", "ftruncate", "setxattr"),
+    *("fsetxattr", "lsetxattr", "removexattr", "fremovexattr", "lremovexattr", "bind"),
     *("socket", "socketpair", "accept", "accept4", "pipe", "pipe2", "dup", "dup2", "dup3", "fcntl", "epoll_create"),
     *("epoll_create1", "eventfd2", "timerfd_create", "inotify_init1"),
 )

@@ -1,0 +1,68 @@
+"""Fuzz target: what a guest says that was refused, from the bodies of DENIED to what would allow it.
+
+An input is a byte that chooses the policy, and bodies as JSON, one a line. Whatever comes is PeerError, or denials that
+can be written: no more of them than bodies, their counts within what JSON can say, and advice that holds (`follow`).
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.channel.frames import Kind, decode_body
+from x07_sandbox.errors import PeerError
+from x07_sandbox.plan.denials import Area
+from x07_sandbox.plan.observed import denials
+from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from x07_sandbox.plan.denials import HowToAllow
+    from x07_sandbox.policy.model import Policy
+
+CWD: Final = "/opt/x07"
+AREAS: Final = (
+    Area(given="/data", at="/data", write=False),
+    Area(given="/data/out", at="/data/out", write=True),
+    Area(given="in", at="/opt/x07/in", write=False),
+)
+POLICIES: Final = tuple(TEMPLATES.values())
+COUNT_MAX: Final = 2**63 - 1
+
+
+def one_input(data: bytes) -> None:
+    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    policy = POLICIES[data[0] % len(POLICIES)] if data else POLICIES[0]
+    bodies = []
+    for line in data[1:].split(b"\n"):
+        try:
+            bodies.append(decode_body(Kind.DENIED, line))
+        except PeerError:
+            continue
+    found = denials(bodies, policy, AREAS, CWD)
+    assert len(found) <= len(bodies)
+    assert bool(found) == bool(bodies)
+    assert sum(denial.count for denial in found) <= sum(body["count"] for body in bodies)
+    for denial in found:
+        assert 1 <= denial.count <= COUNT_MAX
+        assert denial.observed_by == "guest"
+        msgspec.json.encode(denial)
+        follow(denial.how_to_allow, policy)
+
+
+def follow(how: HowToAllow | None, policy: Policy) -> None:
+    """Do what is advised: a value makes a valid policy, and a flag is one for a shell, with at most one value."""
+    if how is None:
+        return
+    assert how.json_path or how.flag
+    if how.flag is not None:
+        flag, *values = shlex.split(how.flag)
+        assert flag.startswith("--")
+        assert len(values) <= 1
+    if how.json_path is not None:
+        document = msgspec.to_builtins(policy)
+        section, _, key = how.json_path.removeprefix("$.").partition(".")
+        document[section][key] = how.value
+        decode_policy(msgspec.json.encode(document), source="advice")
