@@ -24,7 +24,7 @@ TARGETS: Final = {
     "patch": fuzz_patch.one_input,
     "unpack": fuzz_unpack.one_input,
 }
-RUNS: Final = 200_000 if FULL else 10_000
+RUNS: Final = 200_000 if FULL else 5_000
 # Each input of it makes several policies and reads them: so many take as long as those of the others.
 RUNS_OBSERVED: Final = RUNS // 8
 

@@ -31,7 +31,7 @@ def test_runs_in_a_row_leave_nothing(sandbox: Sandbox, full: bool) -> None:  # n
     """Run after run leaves no process, descriptor, thread, control group or half-written file behind."""
     sandbox.behave("nothing")
     before = held()
-    for number in range(1000 if full else 12):
+    for number in range(1000 if full else 8):
         # Looking for what is left takes longer with each record: so not after each of many.
         ran = sandbox.behave("args", str(number), alone=number % 50 == 0)
         assert (ran.outcome, ran.stdout) == ("ok", f"{number}\0".encode()), ran.reason
@@ -45,7 +45,7 @@ def test_runs_at_once_leave_nothing(sandbox: Sandbox, threads: ThreadPoolExecuto
     """Four runs at a time, of one process, get their own output each, and leave nothing behind either."""
     sandbox.behave("nothing")
     before = held()[0]
-    jobs = [threads.submit(sandbox.behave, "args", str(number), alone=False) for number in range(200 if full else 8)]
+    jobs = [threads.submit(sandbox.behave, "args", str(number), alone=False) for number in range(200 if full else 6)]
     for number, job in enumerate(jobs):
         ran = job.result(300)
         assert (ran.outcome, ran.stdout) == ("ok", f"{number}\0".encode()), ran.reason

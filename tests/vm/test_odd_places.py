@@ -149,7 +149,7 @@ def test_a_full_disk_under_the_cache_costs_only_the_cache(tmp_path: Path) -> Non
 def test_a_full_disk_under_the_saved_machines_means_a_cold_start(tmp_path: Path) -> None:
     """Where no machine can be saved, the program runs in one that was booted anew, and the result says why."""
     env = {"X07_VM_STATE_DIR": str(tmp_path / "state")}
-    done = x07(*HELLO, "--no-cache", env=env, before=mounted(SMALL, cache_dir() / "templates"))
+    done = x07(*HELLO, env=env, before=mounted(SMALL, cache_dir() / "templates"))
     result = json.loads(done.stdout)
     assert (done.returncode, result["stdout"]["text"]) == (0, "hello\n"), result["reason"]
     assert {phase["start"] for phase in result["phases"].values()} == {"cold"}
