@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.conftest import FULL
 from tests.vm.conftest import PROGRAMS
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def python(sandbox: Sandbox, *args: str, policy: dict[str, object], **options: o
 # every program
 
 
-@pytest.mark.parametrize("cold", [False, True], ids=["clone", "cold"])
+@pytest.mark.parametrize("cold", [False, True] if FULL else [False])
 def test_every_way_out_that_we_know_is_refused_at_once(sandbox: Sandbox, escape: bytes, *, cold: bool) -> None:
     """Under a policy that allows all it can, over 90 attempts of a C program each end with the errno expected."""
     ran = sandbox.run(ESCAPE, "base", artifact=escape, cold=cold)
