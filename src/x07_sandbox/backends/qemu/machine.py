@@ -62,9 +62,6 @@ def kernel_command_line(machine: Machine) -> str:
     # No statistics of stalls, no groups of sessions, no watchdog, and of the security modules those that hold something
     # here: the others only lengthen every path.
     words += ["psi=0", "noautogroup", "nowatchdog", "lsm=lockdown,landlock,yama"]
-    # Nor are its ciphers tested, or entropy gathered from the jitter of a clock: no secret is kept here, and the host
-    # gives entropy. Under emulation the two are a quarter of the time until the root file system is mounted.
-    words += ["cryptomgr.notests", "initcall_blacklist=jent_mod_init"]
     if machine.kvm_fd is None:
         words.append("mitigations=off")  # an emulated processor does not speculate
     if machine.tsc_khz is not None:
