@@ -19,7 +19,7 @@ import msgspec
 from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import NAME_MAX, Entry, Kind, segment
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.files.changes import Node
+from x07_sandbox.files.changes import Node, folders_above
 from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount
 from x07_sandbox.host import beneath
@@ -139,7 +139,7 @@ class _Walk:
         self._left = most_bytes
         self._written = [mount.sub for mount in tree.mounts if mount.write]
         self._subs = {mount.sub for mount in tree.mounts if mount.sub}
-        self._ways = self._subs | {above for sub in self._subs for above in _above(sub)}
+        self._ways = self._subs | folders_above(self._subs)
         self._there: set[str] = set()  # of these ways
         self._secret = _one_of(bounds.secrets)
         self._revealed = _one_of(bounds.reveal)
@@ -170,7 +170,7 @@ class _Walk:
 
     def _way_to(self, mount: Mount) -> None:
         """The empty folders on the way to another tree's place in this one, and what it will lie over."""
-        for name in [*_above(mount.sub), mount.sub]:
+        for name in [*sorted(folders_above([mount.sub]), key=len), mount.sub]:  # outer ones first
             if name in self._there:
                 continue
             self._there.add(name)
@@ -403,12 +403,6 @@ def stays_inside(name: str, target: str) -> bool:
     way = [part for part in target.split("/") if part not in {"", "."}]
     up = next((count for count, part in enumerate(way) if part != ".."), len(way))
     return bool(name) and not target.startswith("/") and up <= name.count("/") and ".." not in way[up:]
-
-
-def _above(name: str) -> list[str]:
-    """The folders above a name, outer ones first; the root is none."""
-    parts = name.split("/")[:-1]
-    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def _one_of(patterns: Sequence[str]) -> re.Pattern[str] | None:
