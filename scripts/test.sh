@@ -65,5 +65,5 @@ fi
 # third of the time of a test with a virtual machine is waiting; a file to one worker, so that what its tests share,
 # images and saved machines, is made once.
 step "pytest"
-workers=$(($(nproc) * 2))
+workers=$(($(nproc) * 5 / 2))
 exec .venv/bin/pytest -rs -n "$workers" --maxprocesses 6 --dist loadfile --no-loadscope-reorder "$@"

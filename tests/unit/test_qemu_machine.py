@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,6 +64,13 @@ def test_the_kernel_command_line_is_the_same_for_every_job(name: str, kvm: int |
     assert kernel_command_line(one) == kernel_command_line(other)
     assert values(qemu_argv(one), "-append") == [kernel_command_line(one)]
     assert one.mark not in kernel_command_line(one)
+
+
+def test_a_guest_takes_any_timer_only_where_it_is_told_so() -> None:
+    """The word that has a guest go on with a timer measured wrong is that of the last machine that is tried."""
+    assert "x07.timer" not in kernel_command_line(machine())
+    told = kernel_command_line(msgspec.structs.replace(machine(), any_timer=True))
+    assert told == kernel_command_line(machine()) + " x07.timer=any"
 
 
 @pytest.mark.parametrize(("name", "kvm"), MACHINES)

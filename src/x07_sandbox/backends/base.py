@@ -49,12 +49,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend needs to start one job; the program itself comes later, over the channel.
 
     cold: boot its machine anew, also where a saved one could go on.
+    last_try: others were mistimed (see `Instance`); this one goes on with whatever timer it has.
     """
 
     record: JobRecord
     kind: MachineKind
     deadline_s: int
     cold: bool = False
+    last_try: bool = False
 
 
 class Instance(Protocol):
@@ -75,6 +77,9 @@ class Instance(Protocol):
 
     def drain(self, fd: int) -> None:
         """Read one of them, keeping no more than its bound."""
+
+    def mistimed(self) -> bool:
+        """Whether it gave up booting since its kernel had measured its timer wrong: another may do better."""
 
     def console_tail(self) -> str:
         """The last of the console, as text that is safe to show."""

@@ -66,6 +66,7 @@ class PhaseFacts(msgspec.Struct):
     """What is known after a phase: the evidence, the guest's own counters, and when what happened.
 
     unanswered: the machine ended, or its time for booting did, before it answered; nobody cancelled.
+    mistimed: unanswered, and why: see `Instance.mistimed`.
     refused: what the guest says that it saw refused: bodies of DENIED.
     stderr_tail: of a program that did not end well.
     times_ms: from the release of the machine to: hello, seeded, started, exited, end.
@@ -74,6 +75,7 @@ class PhaseFacts(msgspec.Struct):
 
     evidence: Evidence
     unanswered: bool = False
+    mistimed: bool = False
     usage: dict[str, Any] = msgspec.field(default_factory=dict)
     refused: list[dict[str, Any]] = msgspec.field(default_factory=list)
     stderr_tail: bytes = b""
@@ -123,9 +125,14 @@ class Phase:
         self._mark("end")
         if self.seen.get("wait_status") is None:
             self.seen["console_tail"] = self.instance.console_tail()
+        unanswered = self.stage is Stage.BOOT and "cancelled_by" not in self.seen
+        mistimed = unanswered and self.cold and self.instance.mistimed()
+        if mistimed:
+            self.seen["setup_failure"] = "its kernel measured its timer wrong, as on a host with too little time for it"
         return PhaseFacts(
             evidence=Evidence(stage=self.stage, **self.seen),
-            unanswered=self.stage is Stage.BOOT and "cancelled_by" not in self.seen,
+            unanswered=unanswered,
+            mistimed=mistimed,
             usage=self.usage,
             refused=self.refused,
             times_ms=self.times_ms,

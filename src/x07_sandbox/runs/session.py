@@ -393,22 +393,27 @@ class Session:
                 claim = replace(claim, phase=f"{spec.name}-clone")
         if self.request.cold:
             self.request.progress(f"booting a machine for the {spec.name}")
-        with self.backend.start(self._job(claim, kind, cold=self.request.cold)) as instance:
-            facts = self._converse(spec, instance, sinks)
-        if instance.begun == "clone" and facts.unanswered:
-            from x07_sandbox.plan.outcomes import classify
-
-            # It never got to hear of the program, so another machine may take its place.
-            self.backend.distrust(kind, f"a clone of it did not answer: {classify(facts.evidence).reason}")
-            claim = replace(claim, phase=f"{spec.name}-cold")
-            with self.backend.start(self._job(claim, kind, cold=False)) as instance:
+        booted, tries = 0, settings.BOOTS_MAX
+        while True:
+            job = self._job(claim, kind, cold=self.request.cold, last_try=booted == tries - 1)
+            with self.backend.start(job) as instance:
                 facts = self._converse(spec, instance, sinks)
-        return instance, facts
+            # One that is unanswered never got to hear of the program, so another machine may take its place.
+            if instance.begun == "clone" and facts.unanswered:
+                from x07_sandbox.plan.outcomes import classify
 
-    def _job(self, claim: Claim, kind: MachineKind, *, cold: bool) -> Job:
+                self.backend.distrust(kind, f"a clone of it did not answer: {classify(facts.evidence).reason}")
+                claim = replace(claim, phase=f"{spec.name}-cold")
+                continue
+            booted += 1
+            if not facts.mistimed or booted == tries:
+                return instance, facts
+            claim = replace(claim, phase=f"{spec.name}-cold{booted}")
+
+    def _job(self, claim: Claim, kind: MachineKind, *, cold: bool, last_try: bool) -> Job:
         digest = self.image.manifest.digest
         record = create_record(claim, backend=self.backend.name, image_digest=digest)
-        return Job(record=record, kind=kind, deadline_s=claim.deadline_s, cold=cold)
+        return Job(record=record, kind=kind, deadline_s=claim.deadline_s, cold=cold, last_try=last_try)
 
     def _converse(self, spec: PhaseSpec, instance: Instance, sinks: tuple[Sink, Sink]) -> PhaseFacts:
         self.so_far.jail = instance.jail

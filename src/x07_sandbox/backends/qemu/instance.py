@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _DEADLINE_SIGNAL: Final = 40  # a real-time signal: those queue
 _GONE_S: Final = 10.0
+_MISTIMED: Final = "x07 init: the timer was measured wrong"  # guest/boot/init.c
 
 
 class Gate:
@@ -72,6 +73,10 @@ class Streams:
     def drain(self, fd: int) -> None:
         """Read one of them, keeping no more than its bound."""
         self._side[fd].read()
+
+    def mistimed(self) -> bool:
+        """As `Instance` has it."""
+        return _MISTIMED in self.console_tail()
 
     def console_tail(self) -> str:
         """The last of the console and of the VMM's messages, control characters replaced."""

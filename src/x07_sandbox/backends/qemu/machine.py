@@ -39,6 +39,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """One machine: sizes, how the processor is provided, and the descriptors that QEMU inherits.
 
     kvm_fd: an opened /dev/kvm, or None for emulation.
+    any_timer: whether the guest goes on with a timer that its kernel has measured wrong (guest/boot/init.c).
     tsc_khz: frequency of the host's time stamp counter; None where the guest can find it itself.
     """
 
@@ -52,6 +53,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     console_fd: int
     mark: str
     origin: Origin = Origin.COLD
+    any_timer: bool = False
 
 
 def kernel_command_line(machine: Machine) -> str:
@@ -62,10 +64,15 @@ def kernel_command_line(machine: Machine) -> str:
     # No statistics of stalls, no groups of sessions, no watchdog, and of the security modules those that hold something
     # here: the others only lengthen every path.
     words += ["psi=0", "noautogroup", "nowatchdog", "lsm=lockdown,landlock,yama"]
+    # Nor are its ciphers tested, or entropy gathered from the jitter of a clock: no secret is kept here, and the host
+    # gives entropy. Under emulation the two are a quarter of the time until the root file system is mounted.
+    words += ["cryptomgr.notests", "initcall_blacklist=jent_mod_init"]
     if machine.kvm_fd is None:
         words.append("mitigations=off")  # an emulated processor does not speculate
     if machine.tsc_khz is not None:
         words.append(f"tsc_early_khz={machine.tsc_khz}")
+    if machine.any_timer:
+        words.append("x07.timer=any")
     return " ".join(words)
 
 

@@ -88,22 +88,24 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
     from x07_sandbox.backends.qemu.talk import talk_until
     from x07_sandbox.channel.link import State
 
-    record = create_record(
-        Claim(run_id=new_run_id(), phase="probe", wall_ms=int(limit_s * 1000)),
-        backend="qemu",
-        image_digest=image.manifest.digest,
-    )
     kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
-    job = Job(record=record, kind=kind, deadline_s=int(limit_s) + 5)
-    with start_qemu(job, accelerator) as instance:
-        instance.release()
-        why = talk_until(instance, State.GREETED, Deadline.after(limit_s))
-        if not why:
-            return True, f"our agent answered from a guest{_under(accelerator)}"
-        # Where it has ended, its supervisor says so in a moment; before that it could not say how.
-        if "ended" in why and select.select([instance.pidfd], [], [], 1.0)[0]:
-            return False, _ended(instance, accelerator)
-        return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {why}"
+    reason = ""
+    for tries_left in reversed(range(settings.BOOTS_MAX)):
+        claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(limit_s * 1000))
+        record = create_record(claim, backend="qemu", image_digest=image.manifest.digest)
+        job = Job(record=record, kind=kind, deadline_s=int(limit_s) + 5, last_try=not tries_left)
+        with start_qemu(job, accelerator) as instance:
+            instance.release()
+            why = talk_until(instance, State.GREETED, Deadline.after(limit_s))
+            if not why:
+                return True, f"our agent answered from a guest{_under(accelerator)}"
+            # Where it has ended, its supervisor says so in a moment; before that it could not say how.
+            if "ended" not in why or not select.select([instance.pidfd], [], [], 1.0)[0]:
+                return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {why}"
+            reason = _ended(instance, accelerator)
+            if not instance.mistimed():
+                break
+    return False, reason
 
 
 def _ended(instance: QemuInstance, accelerator: Accelerator) -> str:

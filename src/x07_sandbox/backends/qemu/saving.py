@@ -36,27 +36,16 @@ _FIX: Final = "Jobs start cold until the host boots anew or x07 image build is r
 
 def make_template(template: Template, kind: MachineKind, accelerator: Accelerator, work: Path) -> TemplateManifest:
     """Make it in the folder *work*. Raises SandboxError."""
-    record = create_record(
-        Claim(run_id=new_run_id(), phase="template", wall_ms=int(settings.TEMPLATE_S * 1000)),
-        backend="qemu",
-        image_digest=kind.image.manifest.digest,
-    )
-    job = Job(record=record, kind=kind, deadline_s=2 * int(settings.TEMPLATE_S))
     with contextlib.ExitStack() as stack:
         files = {name: _new_file(work / name, stack) for name in ("ram", "state")}
-        os.ftruncate(files["ram"], kind.ram_bytes)
         scratch_fd = os.open(work, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, scratch_fd)
         saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
-        with start_qemu(job, accelerator, memory=saving) as instance:
-            instance.release()
-            words = {State.GREETED: (Kind.WARM, warm_up(kind))}
-            if why := talk_until(instance, State.WARM, Deadline.after(settings.TEMPLATE_S), words=words):
-                said = " ".join(instance.console_tail().split())[-200:] if "ended" in why else ""
-                raise BackendError("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
-            _save(instance)
-            if not instance.stop():
-                raise BackendError("cannot make a VM template", "its machine did not end", _FIX)
+        for booted in range(1, settings.BOOTS_MAX + 1):
+            os.ftruncate(saving.ram_fd, 0)
+            os.ftruncate(saving.ram_fd, kind.ram_bytes)
+            if _booted_and_saved(kind, accelerator, saving, last=booted == settings.BOOTS_MAX):
+                break
         head, disk = read_disk(scratch_fd)
         files["scratch.head"] = _new_file(work / "scratch.head", stack)
         os.write(files["scratch.head"], head)
@@ -70,6 +59,28 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
             scratch=parts["scratch.head"],
             scratch_disk=disk,
         )
+
+
+def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Saving, *, last: bool) -> bool:
+    """Whether it is; if not, another machine may do better. last: the last that tries. Raises BackendError."""
+    record = create_record(
+        Claim(run_id=new_run_id(), phase="template", wall_ms=int(settings.TEMPLATE_S * 1000)),
+        backend="qemu",
+        image_digest=kind.image.manifest.digest,
+    )
+    job = Job(record=record, kind=kind, deadline_s=2 * int(settings.TEMPLATE_S), last_try=last)
+    with start_qemu(job, accelerator, memory=saving) as instance:
+        instance.release()
+        words = {State.GREETED: (Kind.WARM, warm_up(kind))}
+        if why := talk_until(instance, State.WARM, Deadline.after(settings.TEMPLATE_S), words=words):
+            if instance.mistimed() and not last:
+                return False
+            said = " ".join(instance.console_tail().split())[-200:] if "ended" in why else ""
+            raise BackendError("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
+        _save(instance)
+        if not instance.stop():
+            raise BackendError("cannot make a VM template", "its machine did not end", _FIX)
+    return True
 
 
 def _new_file(path: Path, stack: contextlib.ExitStack) -> int:

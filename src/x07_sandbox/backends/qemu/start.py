@@ -107,6 +107,7 @@ def start_qemu(
             console_fd=theirs["console"],
             mark=job.record.mark,
             origin=_origin(memory),
+            any_timer=job.last_try,
         )
         gate_r, gate_w = os.pipe2(os.O_CLOEXEC)
         gate = Gate(gate_w, vmm_filter(arch))

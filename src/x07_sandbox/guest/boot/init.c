@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -26,6 +27,8 @@
 #define DISK "/dev/vda"
 #define DISK_WAIT_MS 10000
 #define AGENT "/run/x07/agent.zip"
+/* What QEMU's APIC counts in a second, divided as the kernel divides it. */
+#define APIC_HZ 62500000.0
 
 static void die(const char *what, const char *name)
 {
@@ -62,6 +65,60 @@ static void open_standard_fds(void)
 			dup2(fd, i);
 	if (fd > 2)
 		close(fd);
+}
+
+static FILE *opened(const char *path)
+{
+	FILE *file = fopen(path, "re");
+
+	if (file == NULL)
+		die("open", path);
+	return file;
+}
+
+static int command_line_has(const char *word)
+{
+	char line[2048] = "";
+	FILE *file = opened("/proc/cmdline");
+	int has = fgets(line, sizeof line, file) != NULL && strstr(line, word) != NULL;
+
+	fclose(file);
+	return has;
+}
+
+/*
+ * Where the processor has no deadline timer, as under emulation, the kernel measures how fast its APIC counts, against
+ * the TSC, for a tenth of a second. If the host takes the processor away meanwhile, the result is wrong by as much as
+ * it was away: all timers come late, or the kernel finds none that works and stays silent when it first has to wait.
+ * No machine should go on so, least of all one that is saved; the host starts another when it reads this line. A timer
+ * that comes early is set again until it is time, so that only half the speed is too little.
+ *
+ * Where the host is like that all the time, as under a quota, the last that it tries takes any timer that there is.
+ */
+static void check_timer(void)
+{
+	char line[200], name[32] = "<NULL>";
+	double mult = 0, shift = 0, hz;
+	FILE *list;
+	int any;
+
+	make_dir("/proc", 0555);
+	mount_at("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
+	list = opened("/proc/timer_list");
+	/* The last device in it is the one processor's; one for all may stand before. */
+	while (fgets(line, sizeof line, list) != NULL) {
+		sscanf(line, "Clock Event Device: %31s", name);
+		sscanf(line, " mult: %lf", &mult);
+		sscanf(line, " shift: %lf", &shift);
+	}
+	fclose(list);
+	hz = mult * 1e9 / (double)(1ull << (int)shift);
+	any = strcmp(name, "lapic") != 0 || command_line_has("x07.timer=any");
+	if (strcmp(name, "<NULL>") != 0 && (any || (hz > 0.5 * APIC_HZ && hz < 1.05 * APIC_HZ)))
+		return;
+	dprintf(2, "x07 init: the timer was measured wrong: %s at %.0f Hz\n", name, hz);
+	reboot(RB_AUTOBOOT);
+	_exit(1);
 }
 
 static int is_module(const struct dirent *entry)
@@ -169,6 +226,7 @@ int main(void)
 	/* May fail with EBUSY where the kernel has mounted it already; the next open decides. */
 	mount("dev", "/dev", "devtmpfs", MS_NOSUID | MS_NOEXEC, "mode=0755");
 	open_standard_fds();
+	check_timer();
 	load_modules();
 	mount_root();
 	mount_virtual();

@@ -1,0 +1,105 @@
+"""Kernels that measured their timer wrong while they booted, as on a host that took the processor away meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.backends.base import MachineKind
+from x07_sandbox.backends.qemu import machine as machines
+from x07_sandbox.backends.qemu.proof import known_verdict
+from x07_sandbox.backends.qemu.saving import make_template
+from x07_sandbox.backends.qemu.start import Accelerator
+from x07_sandbox.backends.qemu.template import template_for
+from x07_sandbox.errors import BackendError
+from x07_sandbox.host import settings
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.images.verify import open_image
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.vm.conftest import Sandbox
+    from x07_sandbox.backends.qemu.machine import Machine
+    from x07_sandbox.images.store import Image
+
+Boots = Callable[..., list[str]]
+# What a kernel is told, and what comes of it. A wrong speed of the TSC, against which the timer is measured, does to
+# the result what the loss of the processor does at that moment.
+NONE, LATE, EARLY = "nolapic_timer", "too late", "too early"
+SLEEP = "import time\nbegan = time.monotonic()\ntime.sleep(0.5)\nprint(time.monotonic() - began)\n"
+
+pytestmark = pytest.mark.skipif(
+    host_arch().machine != "microvm" or (known_verdict() or (True, ""))[0],
+    reason="only an emulated x86 processor has a timer that the kernel measures",
+)
+
+
+@pytest.fixture
+def boots(monkeypatch: pytest.MonkeyPatch) -> Boots:
+    """Have the machines that are booted from here on measure wrong, one word each; the words of each that booted."""
+    real = machines.kernel_command_line
+
+    def begin(*wrong: str) -> list[str]:
+        seen: list[str] = []
+
+        def words(machine: Machine) -> str:
+            line = real(machine)
+            if not machine.mark or machine.origin is machines.Origin.CLONE:
+                return line
+            how = wrong[len(seen)] if len(seen) < len(wrong) else ""
+            khz = machine.tsc_khz or 0
+            factor = {LATE: 2, EARLY: 0.4}.get(how, 1)
+            line = line.replace(f"tsc_early_khz={khz}", f"tsc_early_khz={int(khz * factor)}")
+            seen.append(f"{line} {how}" if how == NONE else line)
+            return seen[-1]
+
+        monkeypatch.setattr(machines, "kernel_command_line", words)
+        return seen
+
+    return begin
+
+
+def test_a_machine_that_measured_its_timer_wrong_is_started_anew(sandbox: Sandbox, boots: Boots) -> None:
+    """A kernel without a timer, or with one that is too late or far too early, runs nothing: another one is booted."""
+    assert sandbox.run_text("sleep.py", SLEEP, cache=True).outcome == "ok"  # it is built
+    booted = boots(NONE, LATE, EARLY)
+    ran = sandbox.run_text("sleep.py", SLEEP, cold=True, cache=True)
+    assert ran.outcome == "ok", ran.reason
+    assert 0.5 <= float(ran.stdout) < 0.6
+    assert [("x07.timer=any" in words) for words in booted] == [False, False, False, True]
+    assert ran.result.phases["run"].times_ms["hello"] < 1000 * settings.BOOT_S
+
+
+def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots: Boots) -> None:
+    """Where no kernel that is booted finds a timer the run is refused with that reason, in seconds."""
+    booted = boots(*[NONE] * settings.BOOTS_MAX)
+    ran = sandbox.behave("nothing", cold=True)
+    assert (ran.outcome, len(booted)) == ("refused", settings.BOOTS_MAX)
+    assert "its kernel measured its timer wrong" in ran.reason
+    assert ran.seconds < settings.COPY_IN_S
+
+
+def test_no_machine_with_a_wrong_timer_is_saved(
+    image: Image, state: Path, tmp_path: Path, boots: Boots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine is saved of a kernel that measured right, or of the last that was tried, or of none."""
+    monkeypatch.setattr(settings, "BOOTS_MAX", 2)
+    accelerator = Accelerator(kvm=False)
+    with open_image(image) as opened:
+        kind = MachineKind(image=opened, ram_bytes=512 * settings.MIB)
+        template = template_for(kind, accelerator)
+        booted = boots(LATE)
+        (tmp_path / "good").mkdir()
+        made = make_template(template, kind, accelerator, tmp_path / "good")
+        assert (len(booted), made.key) == (2, template.key)
+        booted = boots(NONE, NONE)
+        (tmp_path / "bad").mkdir()
+        began = time.monotonic()
+        with pytest.raises(BackendError, match="the timer was measured wrong"):
+            make_template(template, kind, accelerator, tmp_path / "bad")
+        assert (len(booted), time.monotonic() - began < settings.TEMPLATE_S) == (2, True)
+    assert [path for path in state.glob("*/job.json") if not (path.parent / "done").is_file()] == []
