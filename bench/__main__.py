@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -89,6 +90,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
     options = parser.parse_args()
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed command has byte code: else each run compiles it
+    # Like Ctrl-C, so that pool, containers and files are taken away on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp", prefix="x07-bench-")))
         every, pools, floor = cases(work, stack)
