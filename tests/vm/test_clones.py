@@ -234,6 +234,14 @@ def test_a_machine_that_does_not_answer_is_replaced_by_a_cold_one(
     assert list(templates_dir().glob("*.bad"))
 
 
+def test_clones_that_never_answer_end_a_run(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be noted that a saved machine is no good a run tries another of its clones once, and no more."""
+    monkeypatch.setattr(settings, "CLONE_S", 0.001)
+    (template_folder().with_suffix(".bad") / "in the way").mkdir(parents=True)
+    ran = saved.behave("nothing")
+    assert (ran.outcome, "did not answer" in ran.reason) == ("guest-lost", True), ran.reason
+
+
 def test_what_stands_in_a_saved_machines_way_is_removed(saved: Sandbox, own_cache: Path, state: Path) -> None:
     """A command killed while it saves a machine, or a file in the machine's place, does not hinder the next."""
     place = template_folder()

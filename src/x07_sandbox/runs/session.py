@@ -393,20 +393,21 @@ class Session:
                 claim = replace(claim, phase=f"{spec.name}-clone")
         if self.request.cold:
             self.request.progress(f"booting a machine for the {spec.name}")
-        booted, tries = 0, settings.BOOTS_MAX
+        booted, cloned = 0, False
         while True:
-            job = self._job(claim, kind, cold=self.request.cold, last_try=booted == tries - 1)
+            last = booted == settings.BOOTS_MAX - 1
+            job = self._job(claim, kind, cold=self.request.cold, last_try=last)
             with self.backend.start(job) as instance:
                 facts = self._converse(spec, instance, sinks)
             # One that is unanswered never got to hear of the program, so another machine may take its place.
-            if instance.begun == "clone" and facts.unanswered:
+            if instance.begun == "clone" and facts.unanswered and not cloned:
                 from x07_sandbox.plan.outcomes import classify
 
                 self.backend.distrust(kind, f"a clone of it did not answer: {classify(facts.evidence).reason}")
-                claim = replace(claim, phase=f"{spec.name}-cold")
+                claim, cloned = replace(claim, phase=f"{spec.name}-cold"), True
                 continue
             booted += 1
-            if not facts.mistimed or booted == tries:
+            if not facts.mistimed or last:
                 return instance, facts
             claim = replace(claim, phase=f"{spec.name}-cold{booted}")
 
@@ -417,8 +418,9 @@ class Session:
 
     def _converse(self, spec: PhaseSpec, instance: Instance, sinks: tuple[Sink, Sink]) -> PhaseFacts:
         self.so_far.jail = instance.jail
-        if instance.cold_reason:
-            self.so_far.warnings.append(f"the {spec.name} machine started cold: {instance.cold_reason}")
+        warning = f"the {spec.name} machine started cold: {instance.cold_reason}"
+        if instance.cold_reason and warning not in self.so_far.warnings:
+            self.so_far.warnings.append(warning)
         request = self.request
         return carry_out(
             spec,
