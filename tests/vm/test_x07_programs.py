@@ -251,6 +251,23 @@ def test_a_toolchains_digest_is_its_content(tmp_path: Path) -> None:
     assert len({first, second, snapshot(source, tmp_path / "4")}) == 3
 
 
+def test_a_read_only_toolchain_leaves_a_copy_that_can_be_removed(tmp_path: Path) -> None:
+    """The copy of a toolchain whose folders are read-only is its maker's to read and to remove."""
+    source = tmp_path / "x07"
+    shutil.copytree(TOOLCHAIN, source)
+    (source / "stdlib/README").chmod(0o444)
+    for folder in (source / "bin", source / "stdlib", source):
+        folder.chmod(0o555)
+    try:
+        snapshot(source, tmp_path / "copy")
+    finally:
+        for folder in (source, source / "bin", source / "stdlib"):
+            folder.chmod(0o755)
+    copies = [tmp_path / "copy", *(tmp_path / "copy").rglob("*")]
+    modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in copies}
+    assert modes == {"copy": 0o700, "bin": 0o700, "stdlib": 0o700, "x07-os-runner": 0o700, "README": 0o600}
+
+
 def test_x07s_limit_of_cpu_time_holds_where_it_is_the_tighter(tmp_path: Path, x07_image: Image) -> None:
     """--cpu-time-limit-seconds ends an X07 program, below the policy's limits.cpu_ms, and the result names the flag."""
     words = ("--policy", "built-in:worker", program(tmp_path, c="for (;;) {}"))
