@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
-from x07_sandbox.errors import UsageError
+from tests.conftest import need
+from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.toolchain import snapshot
 from x07_sandbox.policy.default import render_policy
@@ -266,6 +267,21 @@ def test_a_read_only_toolchain_leaves_a_copy_that_can_be_removed(tmp_path: Path)
     copies = [tmp_path / "copy", *(tmp_path / "copy").rglob("*")]
     modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in copies}
     assert modes == {"copy": 0o700, "bin": 0o700, "stdlib": 0o700, "x07-os-runner": 0o700, "README": 0o600}
+
+
+def test_a_toolchain_is_not_blamed_for_a_full_disk(tmp_path: Path) -> None:
+    """Where the copy of a toolchain finds no room the error says where, and what to set."""
+    need(os.geteuid() == 0, "only root can mount a small file system", installable=False)
+    source, disk = tmp_path / "x07", tmp_path / "disk"
+    shutil.copytree(TOOLCHAIN, source)
+    (source / "large").write_bytes(bytes(4 << 20))
+    disk.mkdir()
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
+    try:
+        with pytest.raises(HostError, match=f"{disk}: No space left on device. Free space there"):
+            snapshot(source, disk / "copy")
+    finally:
+        subprocess.run(["/usr/bin/umount", disk], check=True)
 
 
 def test_x07s_limit_of_cpu_time_holds_where_it_is_the_tighter(tmp_path: Path, x07_image: Image) -> None:

@@ -6,6 +6,7 @@ its bin is found on PATH too, by a link in /usr/local/bin.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -14,7 +15,7 @@ import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.images import manifest
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _FIX: Final = "Name a folder with X07's Linux build: bin/x07-os-runner and what 
 def snapshot(source: Path, target: Path) -> str:
     """Copy the toolchain at *source* to the new folder *target*; the sha256 of what is there now.
 
-    What is digested is the copy: nothing that changes meanwhile can come between. Raises UsageError.
+    What is digested is the copy: nothing that changes meanwhile can come between. Raises UsageError, HostError.
     """
     if not os.access(source / "bin" / "x07-os-runner", os.X_OK):
         raise UsageError(f"cannot use the X07 toolchain {source}", "bin/x07-os-runner is no program there", _FIX)
@@ -37,6 +38,9 @@ def snapshot(source: Path, target: Path) -> str:
         _check_all(source)
         _copy(source, target)
     except OSError as exc:
+        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+            fix = "Free space there, or set X07_VM_CACHE_DIR to a larger disk"
+            raise HostError("cannot copy the X07 toolchain", f"{target.parent}: {exc.strerror}", fix) from exc
         raise UsageError(f"cannot read the X07 toolchain {source}", str(exc)[:300], _FIX) from exc
     return _digest(target)
 
