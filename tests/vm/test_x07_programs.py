@@ -19,6 +19,7 @@ import pytest
 from tests.conftest import need
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.images.build import build_image
+from x07_sandbox.images.commands import EPOCH
 from x07_sandbox.images.toolchain import snapshot
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
@@ -296,8 +297,8 @@ def test_x07s_limit_of_cpu_time_holds_where_it_is_the_tighter(tmp_path: Path, x0
     assert result["denials"][0]["how_to_allow"]["flag"] == "--cpu-time-limit-seconds 2"
 
 
-def listed(image: Image, folder: Path) -> dict[str, tuple[int, int, str, bytes]]:
-    """Mode, links, target and digest of everything in an image's root file system."""
+def listed(image: Image, folder: Path) -> dict[str, tuple[int, int, int, str, bytes]]:
+    """Mode, time, links, target and digest of everything in an image's root file system."""
     argv = ["fsck.erofs", f"--extract={folder}", "--no-preserve-owner", str(image.folder / "root.erofs")]
     subprocess.run(argv, check=True, capture_output=True)
     found = {}
@@ -306,16 +307,18 @@ def listed(image: Image, folder: Path) -> dict[str, tuple[int, int, str, bytes]]
         target = str(path.readlink()) if path.is_symlink() else ""
         digest = hashlib.sha256(path.read_bytes()).digest() if stat.S_ISREG(info.st_mode) else b""
         links = 0 if path.is_dir() else info.st_nlink
-        found[str(path.relative_to(folder))] = (info.st_mode, links, target, digest)
+        found[str(path.relative_to(folder))] = (info.st_mode, int(info.st_mtime), links, target, digest)
     return found
 
 
 def test_the_toolchain_is_all_that_is_added(image: Image, x07_image: Image, tmp_path: Path) -> None:
-    """An image with X07's toolchain has all that the same without it has, unchanged, its programs on PATH, no more."""
+    """An image with X07's toolchain has all of the one without it, unchanged, and of one date its programs on PATH."""
     assert x07_image.manifest.packages == image.manifest.packages
     before, after = listed(image, tmp_path / "plain"), listed(x07_image, tmp_path / "x07")
-    added = {name: after.pop(name)[0] for name in [*after] if name not in before}
+    new = {name: after.pop(name) for name in [*after] if name not in before}
     assert after == before
+    assert {time for _, time, *_ in new.values()} == {EPOCH}
+    added = {name: mode for name, (mode, *_) in new.items()}
     assert added == {
         "usr/local/bin/x07-os-runner": stat.S_IFLNK | 0o777,
         "usr/local/lib/x07": stat.S_IFDIR | 0o755,

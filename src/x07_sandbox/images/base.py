@@ -69,7 +69,8 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         """The name of its folder."""
-        words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include), *([self.x07] if self.x07 else [])]
+        words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include)]
+        words += [self.x07, toolchain.DATE] if self.x07 else []
         return hashlib.sha256(manifest.canonical(words)).hexdigest()[:32]
 
 

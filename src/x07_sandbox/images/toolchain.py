@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from x07_sandbox.errors import HostError, UsageError
-from x07_sandbox.images import manifest
+from x07_sandbox.images import commands, manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PLACE: Final = "usr/local/lib/x07"
+DATE: Final = commands.EPOCH  # of all that is added
 ENTRIES_MAX: Final = 100_000
 MAX_BYTES: Final = 2 * 1024**3
 _FIX: Final = "Name a folder with X07's Linux build: bin/x07-os-runner and what it needs"
@@ -99,7 +100,7 @@ def pack(folder: Path, tar: Path) -> None:
 
 def _entry(name: str, kind: bytes, mode: int, *, size: int = 0, link: str = "") -> tarfile.TarInfo:
     made = tarfile.TarInfo(name)
-    made.type, made.mode, made.size, made.linkname = kind, mode, size, link
+    made.type, made.mode, made.size, made.linkname, made.mtime = kind, mode, size, link, DATE
     return made
 
 
