@@ -74,6 +74,17 @@ def test_a_machine_that_measured_its_timer_wrong_is_started_anew(sandbox: Sandbo
     assert ran.result.phases["run"].times_ms["hello"] < 1000 * settings.BOOT_S
 
 
+def test_why_machines_start_cold_is_said_once(sandbox: Sandbox, boots: Boots, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for a saved machine, and the first that is booted gives up, the result says it once."""
+    booted = boots(NONE)
+    words = machines.kernel_command_line
+    monkeypatch.setattr(machines, "kernel_command_line", lambda machine: f"{words(machine)} x07.test=1")  # not saved
+    monkeypatch.setattr(settings, "TEMPLATE_BYTES", 1 << 62)
+    ran = sandbox.behave("nothing")
+    assert (ran.outcome, len(booted)) == ("ok", 2), ran.reason
+    assert len([text for text in ran.result.warnings if "started cold" in text]) == 1
+
+
 def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots: Boots) -> None:
     """Where no kernel that is booted finds a timer the run is refused with that reason, in seconds."""
     booted = boots(*[NONE] * settings.BOOTS_MAX)
