@@ -91,6 +91,7 @@ def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots:
     ran = sandbox.behave("nothing", cold=True)
     assert (ran.outcome, len(booted)) == ("refused", settings.BOOTS_MAX)
     assert "its kernel measured its timer wrong" in ran.reason
+    assert ran.reason.endswith("; try again with less beside it")
     assert ran.seconds < settings.COPY_IN_S
 
 

@@ -128,7 +128,8 @@ class Phase:
         unanswered = self.stage is Stage.BOOT and "cancelled_by" not in self.seen
         mistimed = unanswered and self.cold and self.instance.mistimed()
         if mistimed:
-            self.seen["setup_failure"] = "its kernel measured its timer wrong, as on a host with too little time for it"
+            why = "its kernel measured its timer wrong, as on a host with too little time for it"
+            self.seen["setup_failure"] = f"{why}; try again with less beside it"
         return PhaseFacts(
             evidence=Evidence(stage=self.stage, **self.seen),
             unanswered=unanswered,
