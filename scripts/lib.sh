@@ -60,10 +60,16 @@ can_be_root() {
     if [[ -t 0 ]]; then sudo -v; else sudo -n true 2>/dev/null; fi
 }
 
+# this_user: a name, or a number where the passwd file has none for it, as in some containers.
+this_user() {
+    local name
+    if name=$(id -un 2>/dev/null); then printf '%s\n' "$name"; else printf 'uid %s\n' "$EUID"; fi
+}
+
 install_packages() {
     local line="apt-get install --yes --no-install-recommends $*"
     can_be_root ||
-        fail "these Debian packages are missing, and this user ($(id -un)) cannot install them: $*" \
+        fail "these Debian packages are missing, and this user ($(this_user)) cannot install them: $*" \
             "Have root run this, then start ${0##*/} again:" "    apt-get update && $line"
     step "Installing Debian packages: $*"
     # One dead source among several does not matter as long as the packages can be had: the next step tells.
@@ -79,7 +85,7 @@ install_packages() {
 
 # has_subids FILE: whether this user owns a range of 65536 in it, by name or by number.
 has_subids() {
-    [[ -r $1 ]] && awk -F: -v name="$(id -un)" -v uid="$EUID" \
+    [[ -r $1 ]] && awk -F: -v name="$(this_user)" -v uid="$EUID" \
         '($1 == name || $1 == uid) && $3 >= 65536 { found = 1 } END { exit !found }' "$1"
 }
 
@@ -87,12 +93,15 @@ has_subids() {
 ensure_subids() {
     [[ $EUID -eq 0 ]] && return
     has_subids /etc/subuid && has_subids /etc/subgid && return
+    id -un &>/dev/null ||
+        fail "$(this_user) has no entry in the passwd file, and so no sub-ids" \
+            "Building the guest image needs some: start ${0##*/} as a user who has a name, or as root."
     local first line
     first=$(awk -F: 'BEGIN { free = 100000 } $2 + $3 > free { free = $2 + $3 } END { print free }' \
         /etc/subuid /etc/subgid 2>/dev/null || echo 100000)
     line="usermod --add-subuids $first-$((first + 65535)) --add-subgids $first-$((first + 65535)) $(id -un)"
     can_be_root ||
-        fail "this user ($(id -un)) has no range of 65536 in /etc/subuid and /etc/subgid" \
+        fail "this user ($(this_user)) has no range of 65536 in /etc/subuid and /etc/subgid" \
             "Building the guest image needs one. Have root run this, then start ${0##*/} again:" "    $line"
     step "Granting this user a range of sub-ids: $line"
     # shellcheck disable=SC2086 # one word an argument is meant

@@ -17,7 +17,7 @@ from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import base as bases
-from x07_sandbox.images import build, commands, guestcode, manifest, recipe, sources, store, verify
+from x07_sandbox.images import boot, build, commands, guestcode, manifest, recipe, sources, store, verify
 from x07_sandbox.runs.prune import prune
 
 if TYPE_CHECKING:
@@ -122,6 +122,15 @@ def test_a_damaged_base_is_fetched_anew(science: store.Image) -> None:
     with pytest.raises(HostError, match="mmdebstrap is missing"):
         build.build_image(name="science", include=PACKAGES, progress=said.append)
     assert any("the content of 00-erofs.ko has changed" in line and "fetching it anew" in line for line in said)
+
+
+def test_a_build_looks_for_room_first(science: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a kept base cannot be unpacked for want of space the build says how much it needs, and what to set."""
+    overwrite(science.folder / "initrd.cpio")
+    monkeypatch.setattr(boot, "UNPACKED_MAX", 1 << 40)
+    with pytest.raises(HostError, match=r"has \d+ MiB free, and a build needs \d+") as caught:
+        build.build_image(name="science", progress=print)
+    assert "X07_VM_CACHE_DIR" in caught.value.fix
 
 
 def test_a_build_hashes_large_parts_once(science: store.Image, monkeypatch: pytest.MonkeyPatch, need: Need) -> None:

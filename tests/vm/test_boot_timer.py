@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from x07_sandbox.backends.qemu.proof import known_verdict
 from x07_sandbox.backends.qemu.saving import make_template
 from x07_sandbox.backends.qemu.start import Accelerator
 from x07_sandbox.backends.qemu.template import template_for
+from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -74,13 +76,37 @@ def test_a_machine_that_measured_its_timer_wrong_is_started_anew(sandbox: Sandbo
     assert ran.result.phases["run"].times_ms["hello"] < 1000 * settings.BOOT_S
 
 
+def test_why_machines_start_cold_is_said_once(sandbox: Sandbox, boots: Boots, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for a saved machine, and the first that is booted gives up, the result says it once."""
+    booted = boots(NONE)
+    words = machines.kernel_command_line
+    monkeypatch.setattr(machines, "kernel_command_line", lambda machine: f"{words(machine)} x07.test=1")  # not saved
+    monkeypatch.setattr(settings, "TEMPLATE_BYTES", 1 << 62)
+    ran = sandbox.behave("nothing")
+    assert (ran.outcome, len(booted)) == ("ok", 2), ran.reason
+    assert len([text for text in ran.result.warnings if "started cold" in text]) == 1
+
+
 def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots: Boots) -> None:
     """Where no kernel that is booted finds a timer the run is refused with that reason, in seconds."""
     booted = boots(*[NONE] * settings.BOOTS_MAX)
     ran = sandbox.behave("nothing", cold=True)
     assert (ran.outcome, len(booted)) == ("refused", settings.BOOTS_MAX)
     assert "its kernel measured its timer wrong" in ran.reason
+    assert ran.reason.endswith("; try again with less beside it")
     assert ran.seconds < settings.COPY_IN_S
+
+
+def test_the_doctor_knows_a_host_without_time(state: Path, boots: Boots, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no kernel that is booted finds a timer the doctor says so, and advises what helps against that."""
+    booted = boots(*[NONE] * settings.BOOTS_MAX)
+    assert main(["doctor", "--json"]) == 1
+    findings = {found["subject"]: found for found in json.loads(capsys.readouterr().out)["findings"]}
+    started = findings["start of a machine"]
+    assert (started["good"], len(booted)) == (False, settings.BOOTS_MAX)
+    assert "its kernel measured its timer wrong" in started["text"]
+    assert started["fix"] == "A run would end the same way: try again with less beside it"
+    assert all((path.parent / "done").is_file() for path in state.glob("*/job.json"))
 
 
 def test_no_machine_with_a_wrong_timer_is_saved(

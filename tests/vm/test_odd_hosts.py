@@ -142,6 +142,17 @@ def test_names_of_files_send_no_control_sequences(tmp_path: Path) -> None:
         assert done.stderr.replace("\n", "").isprintable(), done.stderr
 
 
+def test_a_user_without_a_name_is_told_whom_to_be() -> None:
+    """To a user whom the passwd file does not know the quick start says why it stops, and who can go on."""
+    need(os.geteuid() == 0, "needs root to become such a user", installable=False)
+    code = (ROOT / "scripts" / "lib.sh").read_text(encoding="utf-8") + "\nensure_subids"
+    words = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", "bash", "-euo", "pipefail", "-c", code]
+    done = subprocess.run([*words, "quickstart.sh"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "quickstart.sh: uid 54321 has no entry in the passwd file" in done.stderr
+    assert "start quickstart.sh as a user who has a name, or as root" in done.stderr
+
+
 @pytest.mark.parametrize("script", ["quickstart.sh", "setup.sh", "test.sh", "fresh_root_check.sh"])
 def test_scripts_find_their_folder_whatever_cdpath_says(script: str) -> None:
     """CDPATH in the environment does not lead the scripts astray."""

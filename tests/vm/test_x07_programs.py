@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
-from x07_sandbox.errors import UsageError
+from tests.conftest import need
+from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.images.build import build_image
+from x07_sandbox.images.commands import EPOCH
 from x07_sandbox.images.toolchain import snapshot
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
@@ -251,6 +253,38 @@ def test_a_toolchains_digest_is_its_content(tmp_path: Path) -> None:
     assert len({first, second, snapshot(source, tmp_path / "4")}) == 3
 
 
+def test_a_read_only_toolchain_leaves_a_copy_that_can_be_removed(tmp_path: Path) -> None:
+    """The copy of a toolchain whose folders are read-only is its maker's to read and to remove."""
+    source = tmp_path / "x07"
+    shutil.copytree(TOOLCHAIN, source)
+    (source / "stdlib/README").chmod(0o444)
+    for folder in (source / "bin", source / "stdlib", source):
+        folder.chmod(0o555)
+    try:
+        snapshot(source, tmp_path / "copy")
+    finally:
+        for folder in (source, source / "bin", source / "stdlib"):
+            folder.chmod(0o755)
+    copies = [tmp_path / "copy", *(tmp_path / "copy").rglob("*")]
+    modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in copies}
+    assert modes == {"copy": 0o700, "bin": 0o700, "stdlib": 0o700, "x07-os-runner": 0o700, "README": 0o600}
+
+
+def test_a_toolchain_is_not_blamed_for_a_full_disk(tmp_path: Path) -> None:
+    """Where the copy of a toolchain finds no room the error says where, and what to set."""
+    need(os.geteuid() == 0, "only root can mount a small file system", installable=False)
+    source, disk = tmp_path / "x07", tmp_path / "disk"
+    shutil.copytree(TOOLCHAIN, source)
+    (source / "large").write_bytes(bytes(4 << 20))
+    disk.mkdir()
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
+    try:
+        with pytest.raises(HostError, match=f"{disk}: No space left on device. Free space there"):
+            snapshot(source, disk / "copy")
+    finally:
+        subprocess.run(["/usr/bin/umount", disk], check=True)
+
+
 def test_x07s_limit_of_cpu_time_holds_where_it_is_the_tighter(tmp_path: Path, x07_image: Image) -> None:
     """--cpu-time-limit-seconds ends an X07 program, below the policy's limits.cpu_ms, and the result names the flag."""
     words = ("--policy", "built-in:worker", program(tmp_path, c="for (;;) {}"))
@@ -263,8 +297,8 @@ def test_x07s_limit_of_cpu_time_holds_where_it_is_the_tighter(tmp_path: Path, x0
     assert result["denials"][0]["how_to_allow"]["flag"] == "--cpu-time-limit-seconds 2"
 
 
-def listed(image: Image, folder: Path) -> dict[str, tuple[int, int, str, bytes]]:
-    """Mode, links, target and digest of everything in an image's root file system."""
+def listed(image: Image, folder: Path) -> dict[str, tuple[int, int, int, str, bytes]]:
+    """Mode, time, links, target and digest of everything in an image's root file system."""
     argv = ["fsck.erofs", f"--extract={folder}", "--no-preserve-owner", str(image.folder / "root.erofs")]
     subprocess.run(argv, check=True, capture_output=True)
     found = {}
@@ -273,16 +307,18 @@ def listed(image: Image, folder: Path) -> dict[str, tuple[int, int, str, bytes]]
         target = str(path.readlink()) if path.is_symlink() else ""
         digest = hashlib.sha256(path.read_bytes()).digest() if stat.S_ISREG(info.st_mode) else b""
         links = 0 if path.is_dir() else info.st_nlink
-        found[str(path.relative_to(folder))] = (info.st_mode, links, target, digest)
+        found[str(path.relative_to(folder))] = (info.st_mode, int(info.st_mtime), links, target, digest)
     return found
 
 
 def test_the_toolchain_is_all_that_is_added(image: Image, x07_image: Image, tmp_path: Path) -> None:
-    """An image with X07's toolchain has all that the same without it has, unchanged, its programs on PATH, no more."""
+    """An image with X07's toolchain has all of the one without it, unchanged, and of one date its programs on PATH."""
     assert x07_image.manifest.packages == image.manifest.packages
     before, after = listed(image, tmp_path / "plain"), listed(x07_image, tmp_path / "x07")
-    added = {name: after.pop(name)[0] for name in [*after] if name not in before}
+    new = {name: after.pop(name) for name in [*after] if name not in before}
     assert after == before
+    assert {time for _, time, *_ in new.values()} == {EPOCH}
+    added = {name: mode for name, (mode, *_) in new.items()}
     assert added == {
         "usr/local/bin/x07-os-runner": stat.S_IFLNK | 0o777,
         "usr/local/lib/x07": stat.S_IFDIR | 0o755,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import msgspec
 
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 Begun = Literal["cold", "clone", "pool"]  # how a machine came to be: booted, cloned, or taken from a pool
+
+# What is told of an instance that was mistimed, and what to do.
+MISTIMED: Final = "its kernel measured its timer wrong, as on a host with too little time for it"
+MISTIMED_FIX: Final = "try again with less beside it"
 
 
 class Availability(msgspec.Struct, frozen=True, kw_only=True):

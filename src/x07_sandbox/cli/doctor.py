@@ -237,6 +237,7 @@ def _image_and_machine() -> list[Finding]:
 
 def _start(image: OpenImage, accelerator: Accelerator) -> Finding:
     """Whether a run could start: a machine in the jail of a run, by the same launcher, until our agent answers."""
+    from x07_sandbox.backends.base import MISTIMED, MISTIMED_FIX
     from x07_sandbox.backends.qemu.proof import prove
 
     progress = Progress("doctor") if sys.stderr.isatty() else None
@@ -247,7 +248,8 @@ def _start(image: OpenImage, accelerator: Accelerator) -> Finding:
     except SandboxError as exc:
         works, found = False, Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
     else:
-        found = Finding(subject=START, good=works, text=reason, fix="" if works else _NO_START)
+        fix = f"A run would end the same way: {MISTIMED_FIX}" if MISTIMED in reason else _NO_START
+        found = Finding(subject=START, good=works, text=reason, fix="" if works else fix)
     if progress:
         progress.done("started" if works else "it did not start")
     return found

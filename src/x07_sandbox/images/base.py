@@ -69,7 +69,8 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         """The name of its folder."""
-        words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include), *([self.x07] if self.x07 else [])]
+        words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include)]
+        words += [self.x07, toolchain.DATE] if self.x07 else []
         return hashlib.sha256(manifest.canonical(words)).hexdigest()[:32]
 
 
@@ -180,7 +181,7 @@ def _mmdebstrap(work: Path, kind: Kind, progress: Callable[[str], None]) -> None
             settings.append(f'{option} "{path}";')
     tree = work / TREE
     tree.mkdir(mode=0o700)
-    _check_space(work)
+    check_space(work, NEEDED_BYTES)
     argv = [*own_namespaces(), commands.tool("mmdebstrap"), "--mode=root", "--format=tar"]
     argv += recipe.mmdebstrap_options(kind.arch, kind.include, str(work / "kernel.deb"), str(work / "dpkg-status"))
     argv += [f"--aptopt={setting}" for setting in settings]
@@ -259,13 +260,14 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _check_space(folder: Path) -> None:
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raises HostError where a build in *folder* will find too little."""
     info = os.statvfs(folder)
     free = info.f_bavail * info.f_frsize
-    if free < NEEDED_BYTES:
+    if free < needed_bytes:
         raise HostError(
             "cannot build the guest image",
-            f"{folder.parent} has {free // 1024**2} MiB free, and a build needs {NEEDED_BYTES // 1024**2}",
+            f"{folder.parent} has {free // 1024**2} MiB free, and a build needs {needed_bytes // 1024**2}",
             "Free some space, or set X07_VM_CACHE_DIR to a larger disk",
         )
 

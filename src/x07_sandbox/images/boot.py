@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from x07_sandbox.images import commands, cpio, guestcode
-from x07_sandbox.images.base import Base, remove_tree
+from x07_sandbox.images.base import Base, check_space, remove_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.images.guestcode import GuestCode
 
+UNPACKED_MAX = 3  # times the size of a root file system, which takes 2.2 when it is unpacked
 _PAGE = 4096
 AGENT_MODE = 0o400
 GUEST_TMP = "/tmp"  # noqa: S108 - inside the built root
@@ -44,8 +45,9 @@ def make_initrd(
 ) -> tuple[bytes, dict[str, bytes]]:
     """The initramfs with *code* in it, and the seccomp filters that it holds, by name.
 
-    work: an empty private folder. Raises ImageError.
+    work: an empty private folder. Raises ImageError, HostError.
     """
+    check_space(work.parent, UNPACKED_MAX * base.root.bytes)
     progress("unpacking the root file system for its compiler")
     root, source, target = work / "root", work / "source", work / "target"
     argv = [commands.tool("fsck.erofs"), f"--extract={root}", "--no-preserve", str(base_folder / base.root.file)]

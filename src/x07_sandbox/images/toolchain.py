@@ -6,33 +6,47 @@ its bin is found on PATH too, by a link in /usr/local/bin.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import stat
 import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
-from x07_sandbox.errors import UsageError
-from x07_sandbox.images import manifest
+from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.images import commands, manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PLACE: Final = "usr/local/lib/x07"
+DATE: Final = commands.EPOCH  # of all that is added
 ENTRIES_MAX: Final = 100_000
 MAX_BYTES: Final = 2 * 1024**3
 _FIX: Final = "Name a folder with X07's Linux build: bin/x07-os-runner and what it needs"
 
 
 def snapshot(source: Path, target: Path) -> str:
-    """Copy the toolchain at *source* to the new folder *target*; the sha256 of what is there now. Raises UsageError.
+    """Copy the toolchain at *source* to the new folder *target*; the sha256 of what is there now.
 
-    What is digested is the copy: nothing that changes meanwhile can come between.
+    What is digested is the copy: nothing that changes meanwhile can come between. Raises UsageError, HostError.
     """
     if not os.access(source / "bin" / "x07-os-runner", os.X_OK):
         raise UsageError(f"cannot use the X07 toolchain {source}", "bin/x07-os-runner is no program there", _FIX)
+    try:
+        _check_all(source)
+        _copy(source, target)
+    except OSError as exc:
+        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+            fix = "Free space there, or set X07_VM_CACHE_DIR to a larger disk"
+            raise HostError("cannot copy the X07 toolchain", f"{target.parent}: {exc.strerror}", fix) from exc
+        raise UsageError(f"cannot read the X07 toolchain {source}", str(exc)[:300], _FIX) from exc
+    return _digest(target)
+
+
+def _check_all(source: Path) -> None:
     total = 0
     for count, path in enumerate(_paths(source), start=1):
         info = path.lstat()
@@ -41,11 +55,24 @@ def snapshot(source: Path, target: Path) -> str:
             why = f"it has more than {ENTRIES_MAX} entries or {MAX_BYTES >> 20} MiB"
             raise UsageError(f"cannot use the X07 toolchain {source}", why, _FIX)
         _check(source, path, info)
-    try:
-        shutil.copytree(source, target, symlinks=True)
-    except (OSError, shutil.Error) as exc:
-        raise UsageError(f"cannot read the X07 toolchain {source}", str(exc)[:300], _FIX) from exc
-    return _digest(target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy all below *source*, for its owner alone.
+
+    Of modes only that of a program is kept: an ordinary user could not remove a copy whose folders are read-only, as
+    those of unpacked archives and package stores are, nor read one that is for others only.
+    """
+    target.mkdir(mode=0o700)
+    for path in _paths(source):
+        info, copied = path.lstat(), target / path.relative_to(source)
+        if stat.S_ISLNK(info.st_mode):
+            copied.symlink_to(path.readlink())
+        elif stat.S_ISDIR(info.st_mode):
+            copied.mkdir(mode=0o700)
+        else:
+            shutil.copyfile(path, copied)
+            copied.chmod(0o700 if info.st_mode & 0o100 else 0o600)
 
 
 def pack(folder: Path, tar: Path) -> None:
@@ -73,14 +100,19 @@ def pack(folder: Path, tar: Path) -> None:
 
 def _entry(name: str, kind: bytes, mode: int, *, size: int = 0, link: str = "") -> tarfile.TarInfo:
     made = tarfile.TarInfo(name)
-    made.type, made.mode, made.size, made.linkname = kind, mode, size, link
+    made.type, made.mode, made.size, made.linkname, made.mtime = kind, mode, size, link, DATE
     return made
 
 
 def _paths(folder: Path) -> Iterator[Path]:
-    for here, folders, names in os.walk(folder):
+    """All below *folder*. Raises OSError for a folder that cannot be read."""
+    for here, folders, names in os.walk(folder, onerror=_fail):
         folders.sort()
         yield from (Path(here) / name for name in sorted([*folders, *names]))
+
+
+def _fail(exc: OSError) -> NoReturn:
+    raise exc
 
 
 def _check(source: Path, path: Path, info: os.stat_result) -> None:

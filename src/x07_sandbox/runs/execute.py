@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from x07_sandbox.backends.base import MISTIMED, MISTIMED_FIX
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import DATA_MAX, DENIED_MAX, PROTOCOL, Kind, Role, Stream
 from x07_sandbox.channel.link import Control, Credit, Data, Eof, Event, State
@@ -128,7 +129,7 @@ class Phase:
         unanswered = self.stage is Stage.BOOT and "cancelled_by" not in self.seen
         mistimed = unanswered and self.cold and self.instance.mistimed()
         if mistimed:
-            self.seen["setup_failure"] = "its kernel measured its timer wrong, as on a host with too little time for it"
+            self.seen["setup_failure"] = f"{MISTIMED}; {MISTIMED_FIX}"
         return PhaseFacts(
             evidence=Evidence(stage=self.stage, **self.seen),
             unanswered=unanswered,

@@ -418,9 +418,10 @@ class Session:
 
     def _converse(self, spec: PhaseSpec, instance: Instance, sinks: tuple[Sink, Sink]) -> PhaseFacts:
         self.so_far.jail = instance.jail
-        warning = f"the {spec.name} machine started cold: {instance.cold_reason}"
-        if instance.cold_reason and warning not in self.so_far.warnings:
-            self.so_far.warnings.append(warning)
+        cold = f"the {spec.name} machine started cold: "
+        # Where its kernel gave up booting the next one says it too, in figures of its own.
+        if instance.cold_reason and not any(text.startswith(cold) for text in self.so_far.warnings):
+            self.so_far.warnings.append(cold + instance.cold_reason)
         request = self.request
         return carry_out(
             spec,

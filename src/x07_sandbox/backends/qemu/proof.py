@@ -15,7 +15,7 @@ import select
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.backends.base import Job, MachineKind
+from x07_sandbox.backends.base import MISTIMED, Job, MachineKind
 from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
@@ -89,7 +89,6 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
     from x07_sandbox.channel.link import State
 
     kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
-    reason = ""
     for tries_left in reversed(range(settings.BOOTS_MAX)):
         claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(limit_s * 1000))
         record = create_record(claim, backend="qemu", image_digest=image.manifest.digest)
@@ -102,10 +101,9 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
             # Where it has ended, its supervisor says so in a moment; before that it could not say how.
             if "ended" not in why or not select.select([instance.pidfd], [], [], 1.0)[0]:
                 return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {why}"
-            reason = _ended(instance, accelerator)
             if not instance.mistimed():
-                break
-    return False, reason
+                return False, _ended(instance, accelerator)
+    return False, f"no guest{_under(accelerator)} could be booted: {MISTIMED}"
 
 
 def _ended(instance: QemuInstance, accelerator: Accelerator) -> str:
