@@ -127,6 +127,17 @@ def test_nothing_that_a_project_consists_of_is_written_over(
     assert {name: (place / name).read_bytes() for name in own} == before
 
 
+@pytest.mark.parametrize("text", ["", '{"schema_version": "x07.sandbox.result@0.1.0"}'])
+@pytest.mark.parametrize("words", [(), ("--attest-runtime", "policy.json"), ("--diff", "in.txt")])
+def test_a_refused_report_is_not_written_all_the_same(place: Path, text: str, words: tuple[str, ...]) -> None:
+    """A project's file that is empty, or an earlier document, is not replaced by the error that it may not be."""
+    project(place, "x07-sandbox.toml")
+    for name in ("empty.py", "in.txt"):
+        (place / name).write_text(text)
+        assert main(["run", "--report-out", name, *words, "."]) == 2
+        assert (place / name).read_text() == text
+
+
 def test_a_built_program_replaces_no_source(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """--compiled-out with a file of an X07 project is refused by both commands."""
     project(place, "x07.json")
@@ -199,5 +210,6 @@ def test_wrong_usage_is_in_the_report_too(
     text = (place / "r").read_text()
     assert (text != before) is told
     assert not told or "--bogus" in str(document(text))
-    assert main([*words, "--bogus", "r", "--report-out=r"]) == 2  # named for something else
-    assert (place / "r").read_text() == text
+    for other in (["--bogus", "r"], ["--bogus=r"]):
+        assert main([*words, *other, "--report-out=r"]) == 2  # named for something else
+        assert (place / "r").read_text() == text

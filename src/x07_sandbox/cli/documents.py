@@ -109,7 +109,7 @@ def report_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
         elif flag == "--report-out":
             path = value if equals else next(left, None)
         else:
-            others.append(word)
+            others += [word, value] if equals else [word]
     return Path(path) if path else None, others
 
 

@@ -160,8 +160,8 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
     if options.dry_run:
         raise UsageError("wrong usage", "--dry-run writes nothing", "Leave the names of files out")
     outputs = {
+        "--report-out": options.report_out,  # first: an error about another is written there
         "--compiled-out": options.compiled_out,
-        "--report-out": options.report_out,
         "--attest-runtime": options.attest_runtime,
         "--diff": options.diff,
         "beside that of --diff": options.diff and Path(f"{options.diff}.json"),
@@ -356,10 +356,13 @@ def failure_document(exc: Exception, code: int | None = None) -> bytes:
 
 
 def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
-    """The same, in the file of --report-out, if there is one; --dry-run writes nothing."""
+    """The same, in the file of --report-out, if there is one that may be written; --dry-run writes nothing."""
     if options.report_out is not None and not options.dry_run:
         from x07_sandbox.cli.documents import write_early_failure
+        from x07_sandbox.cli.written import is_refused
 
+        if is_refused(exc, options.report_out):
+            return
         others = [value for name, value in vars(options).items() if name != "report_out"]
         others += [name for value in others if isinstance(value, list) for name in value]
         others.append(f"{options.diff}.json")
