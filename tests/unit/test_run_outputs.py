@@ -101,8 +101,10 @@ def project(place: Path, kind: str) -> None:
     for name, text in (("main.py", "pass\n"), ("src/main.x07.json", "{}"), ("in.txt", "in"), ("x07.lock.json", "{}")):
         (place / name).write_text(text)
     (place / "policy.json").write_bytes(render_policy(default_policy()))
+    (place / "other.json").write_bytes(render_policy(default_policy()))
     profile = {"world": "run-os-sandboxed", "policy": "policy.json", "input": "in.txt"}
-    document = {"schema_version": "x07.project@0.5.0", "profiles": {"dev": profile}}
+    other = profile | {"policy": "other.json", "input": "other.txt"}
+    document = {"schema_version": "x07.project@0.5.0", "profiles": {"dev": profile, "other": other}}
     text = json.dumps(document) if kind == "x07.json" else MANIFEST
     (place / kind).write_text(text)
 
@@ -112,15 +114,18 @@ def project(place: Path, kind: str) -> None:
     [
         ("x07.json", (), ("src/main.x07.json", "x07.lock.json", "policy.json", "in.txt", "x07.json")),
         ("x07.json", (".",), ("src/main.x07.json", "x07.json")),
+        ("x07.json", ("--policy", "given.json", "--input-b64", ""), ("policy.json", "in.txt", "other.json")),
         ("x07-sandbox.toml", (".",), ("main.py", "policy.json", "in.txt", "x07-sandbox.toml")),
+        ("x07-sandbox.toml", ("--policy", "given.json", "--stdin", "."), ("policy.json", "in.txt")),
     ],
 )
 @pytest.mark.parametrize("flag", ["--report-out", "--diff", "--attest-runtime"])
 def test_nothing_that_a_project_consists_of_is_written_over(
     place: Path, kind: str, words: tuple[str, ...], own: tuple[str, ...], flag: str
 ) -> None:
-    """Manifest, sources, lock file, policy and input of a project are refused as outputs, be it named or not."""
+    """What a project consists of is refused as an output, be it named or not, also where flags or profiles win."""
     project(place, kind)
+    (place / "given.json").write_bytes(render_policy(default_policy()))
     before = {name: (place / name).read_bytes() for name in own}
     for name in own:
         assert main(["run", *words, flag, name]) == 2
@@ -142,7 +147,7 @@ def test_a_built_program_replaces_no_source(place: Path, capfd: pytest.CaptureFi
     """--compiled-out with a file of an X07 project is refused by both commands."""
     project(place, "x07.json")
     runner = ["--world", "run-os-sandboxed", "--policy", "policy.json", "--project", "x07.json"]
-    for name in ("src/main.x07.json", "policy.json"):
+    for name in ("src/main.x07.json", "policy.json", "other.json"):
         assert main(["run", "--compiled-out", name]) == 2
         assert os_runner.main([*runner, "--compiled-out", name]) == 2
         assert capfd.readouterr().err.count("the run reads it") == 2

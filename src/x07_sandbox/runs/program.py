@@ -195,7 +195,9 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
         why = f"its entry {entry} is not among its files"
         raise UsageError(f"cannot run the project {path}", why, "Add it to `files` in its manifest")
     merged = _merged(request, manifest, folder, stack)
-    read = (place, *(place.parent / name for name in packed.files))
+    # What a flag has in place of the manifest's policy or input is of this run alone: they stay the project's.
+    own = (*packed.files, *filter(None, (manifest.policy, manifest.run.input)))
+    read = (place, *(place.parent / name for name in own))
     head = packed.files.get(entry, b"")[:_HEAD_BYTES]
     if toolchain.build is None:
         single = _single(toolchain, source_name(entry), packed.files[entry], request, stack)

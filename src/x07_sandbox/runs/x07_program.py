@@ -116,7 +116,8 @@ def _project(
     packed = pack_tree(folder.root, ["**"], check=request.cancel.check)
     # Everything goes in, so also what an earlier run wrote beside the sources, which the next one may write anew.
     sources = (name for name in packed.files if name.endswith(x07.SOURCE_SUFFIX))
-    read = (path, *(folder.root / name for name in (lock, *sources)))
+    named = (name for each in project.profiles.values() for name in (each.policy, each.input) if name is not None)
+    read = (path, *(folder.root / name for name in (lock, *sources, *named)))
     program = _loaded(packed, PROJECT_FOLDER, words, options, stack)
     return request, replace(program, project=True, lockfile=lock, read=read)
 
