@@ -132,6 +132,17 @@ def test_nothing_that_a_project_consists_of_is_written_over(
     assert {name: (place / name).read_bytes() for name in own} == before
 
 
+@pytest.mark.parametrize("flag", ["--report-out", "--compiled-out"])
+def test_a_source_on_standard_input_is_not_written_over(place: Path, flag: str) -> None:
+    """A file that PROGRAM `-` is read from is refused as an output."""
+    (place / "a.c").write_text("int main(void) {}")
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--toolchain", "c", flag, "a.c", "-"]
+    with (place / "a.c").open() as source:
+        done = subprocess.run(argv, stdin=source, capture_output=True, check=False, timeout=60)
+    assert (done.returncode, b"the run reads it" in done.stderr) == (2, True), done.stderr
+    assert (place / "a.c").read_text() == "int main(void) {}"
+
+
 @pytest.mark.parametrize("text", ["", '{"schema_version": "x07.sandbox.result@0.1.0"}'])
 @pytest.mark.parametrize("words", [(), ("--attest-runtime", "policy.json"), ("--diff", "in.txt")])
 def test_a_refused_report_is_not_written_all_the_same(place: Path, text: str, words: tuple[str, ...]) -> None:

@@ -166,7 +166,8 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
         "--diff": options.diff,
         "beside that of --diff": options.diff and Path(f"{options.diff}.json"),
     }
-    named = [_named(options)[0] if options.code is None else None, options.policy]
+    program = _named(options)[0] if options.code is None else None
+    named = ["/dev/stdin" if program == "-" else program, options.policy]
     named += [*options.allow_host_file, *options.deny_host_file]
     check_outputs(outputs, [options.input, *(Path(name) for name in named if name)])
     return outputs
