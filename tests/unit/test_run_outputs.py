@@ -174,6 +174,16 @@ def test_what_a_run_wrote_into_its_project_is_written_anew(place: Path) -> None:
     assert len(runs) == 2
 
 
+@pytest.mark.parametrize("words", [("run", "--out", "", "-c", "true", "--toolchain", "shell"), ("init", "")])
+def test_an_empty_name_is_not_this_folder(
+    place: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A folder without a name, as of an unset variable of a shell, opens no folder to a program, and begins none."""
+    assert main([*words]) == 2
+    assert "the name of the folder is empty" in capfd.readouterr().err
+    assert list(place.iterdir()) == []
+
+
 # what is told of an error
 
 

@@ -10,7 +10,7 @@ from typing import Final
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import print_line
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
-from x07_sandbox.cli.usage import add_document_flags
+from x07_sandbox.cli.usage import add_document_flags, named_folder
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, write_document
 from x07_sandbox.host.project import ProjectFolder
@@ -40,7 +40,9 @@ exit code: 0 if the file was created or is there unchanged, 2 if there is anothe
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
     parser = verbs.add_parser("init", help=help, description="Write a project's first file.", epilog=_EPILOG)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR", help="where (default: here)")
+    parser.add_argument(
+        "folder", nargs="?", type=named_folder, default=Path(), metavar="DIR", help="where (default: here)"
+    )
     parser.add_argument("--toolchain", choices=tuple(SUFFIXES), metavar="T", help=f"one of {', '.join(SUFFIXES)}")
     parser.add_argument("--entry", metavar="FILE", help="python, shell: the file that is started (default: main)")
     parser.add_argument("--artifact", metavar="FILE", help="make: what it makes (default: its first target)")
