@@ -117,8 +117,8 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
     """Carry a verb out whose document goes to a file, where an error that ends it is told too; its exit code.
 
     Raises UsageError before anything is done if the file cannot be written, if the command line names it for something
-    else, or if the verb itself writes it or goes by it (`options.writes`, which gives such paths), and what the verb
-    raises.
+    else, or if the verb itself writes it or goes by it, or the project it is about consists of it (`options.writes`,
+    which gives such paths), and what the verb raises.
     """
     from x07_sandbox.cli.written import check_outputs
 
@@ -127,7 +127,7 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
     outputs = {"--report-out": options.report_out}
     check_outputs(outputs, paths, why="the command line names it for something else")
     if hasattr(options, "writes"):
-        check_outputs(outputs, options.writes(options), why="the command itself needs it")
+        check_outputs(outputs, options.writes(options), why="the project or the command itself needs it")
     try:
         code: int = options.carry_out(options)
     except SandboxError as exc:

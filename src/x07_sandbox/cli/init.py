@@ -53,7 +53,14 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         help="X07: of the profile's policy, see x07 policy init (default: default)",
     )
     add_document_flags(parser, "errors too as one JSON object on standard output")
-    parser.set_defaults(carry_out=_init, writes=lambda options: [options.folder / _name(options)])
+    parser.set_defaults(carry_out=_init, writes=_writes)
+
+
+def _writes(options: argparse.Namespace) -> list[Path]:
+    """The file's place, and what else the project consists of."""
+    from x07_sandbox.cli.project_files import own_files
+
+    return [options.folder / _name(options), *own_files(options.folder, options.report_out)]
 
 
 def _name(options: argparse.Namespace) -> str:
