@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import resource
 import subprocess
@@ -17,7 +18,10 @@ from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.written import place_for_artifact, write_files
 from x07_sandbox.errors import UsageError
+from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
+from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.runs.folder import runs_dir
 from x07_sandbox.runs.run import failure
 
 if TYPE_CHECKING:
@@ -172,6 +176,22 @@ def test_what_a_run_wrote_into_its_project_is_written_anew(place: Path) -> None:
         assert main(["run", "--json", "--report-out", "report.json"]) == 125  # for want of an image
         runs.add(document((place / "report.json").read_bytes())["run"])
     assert len(runs) == 2
+
+
+@pytest.mark.parametrize("verb", ["diff", "apply", "undo"])
+def test_what_a_run_has_changed_is_no_report(place: Path, verb: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """--report-out of diff, apply and undo is no file that the run has changed, or would change."""
+    after = Node(kind="file", mode=0o644, size=1, sha256=hashlib.sha256(b"x").hexdigest(), at=0)
+    changed = RootChanges(
+        root=str(place), guest="/opt/x07", missing=False, changes=(Change(name="new", before=None, after=after),)
+    )
+    folder = private_dir(runs_dir(private_dir(state_dir()))) / "1-1-1" / "changes"
+    folder.mkdir(parents=True)
+    (folder / "changes.json").write_bytes(encode(ChangeSet(run="1-1-1", roots=(changed,))))
+    (folder / "data").write_bytes(b"x")
+    assert main([verb, "1-1", "--report-out", "new"]) == 2
+    assert "cannot write new (--report-out)" in capfd.readouterr().err
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.parametrize("words", [("run", "--out", "", "-c", "true", "--toolchain", "shell"), ("init", "")])
