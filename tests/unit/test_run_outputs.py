@@ -168,6 +168,19 @@ def test_a_built_program_replaces_no_source(place: Path, capfd: pytest.CaptureFi
         assert capfd.readouterr().err.count("the run reads it") == 2
 
 
+@pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])
+def test_nothing_replaces_a_module(place: Path, flag: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A module that x07-os-runner takes along for a single program is refused as an output."""
+    (place / "lib/a").mkdir(parents=True)
+    for name in ("main.x07.json", "lib/a/b.x07.json"):
+        (place / name).write_text("{}")
+    (place / "policy.json").write_bytes(render_policy(default_policy()))
+    words = ["--world", "run-os-sandboxed", "--policy", "policy.json", "--program", "main.x07.json"]
+    assert os_runner.main([*words, "--module-root", "lib", flag, "lib/a/b.x07.json"]) == 2
+    assert "the run reads it" in capfd.readouterr().err
+    assert (place / "lib/a/b.x07.json").read_text() == "{}"
+
+
 def test_what_a_run_wrote_into_its_project_is_written_anew(place: Path) -> None:
     """A report inside an X07 project, all of which goes into the machine, is replaced by the next one."""
     project(place, "x07.json")

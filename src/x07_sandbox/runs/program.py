@@ -44,7 +44,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
 
     project: whether a manifest said what belongs to it. lockfile: of an X07 project, its name there; else None.
     cpu_ms: CPU time that X07 gives it, where the policy does not give less; None for other programs.
-    read: of a project the host's files that it consists of, which nothing of the run may be written over.
+    read: the host's files that a project, or the modules of a program, consist of, which nothing of the run may be
+    written over.
     """
 
     toolchain: Toolchain

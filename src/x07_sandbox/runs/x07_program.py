@@ -78,11 +78,14 @@ def _with_arguments_as_input(request: RunRequest, path: Path, stack: contextlib.
 def _program(request: RunRequest, path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
     files = {"main.x07.json": read_bounded(path, "program", settings.SOURCE_MAX_BYTES)}
     words = ["--program", f"{SOURCE_FOLDER}/{x07.PROGRAM}"]
+    read: list[Path] = []
     for index, root in enumerate(options.module_roots):
         packed = pack_tree(Path(root), ["**"], what=f"cannot take the module root {root}", check=request.cancel.check)
         files |= {f"module_roots/{index}/{name}": data for name, data in packed.files.items()}
+        read += [Path(root) / name for name in packed.files]
         words += ["--module-root", f"{SOURCE_FOLDER}/program/module_roots/{index}"]
-    return _loaded(pack_files(files, "the program"), f"{SOURCE_FOLDER}/program", words, options, stack)
+    program = _loaded(pack_files(files, "the program"), f"{SOURCE_FOLDER}/program", words, options, stack)
+    return replace(program, read=tuple(read))
 
 
 def _project(
