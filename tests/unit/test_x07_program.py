@@ -307,11 +307,19 @@ def test_overrides_of_a_project_are_told_with_and_without_json(
     assert json.loads(made.read_bytes())["fs"]["read_roots"] == ["data"]
 
 
-@pytest.mark.parametrize("words", [(), ("--json",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("project",),
+        ("--json", "project"),
+        ("--report", "runner", "-c", "true", "--toolchain", "shell"),
+        ("--attest-runtime", "a", "-c", "true", "--toolchain", "shell"),
+    ],
+)
 def test_an_x07_program_waits_for_no_terminal(project: Path, words: tuple[str, ...]) -> None:
-    """An X07 program without input that is started on a terminal does not wait for the end of what is typed there."""
+    """An X07 program, or any for X07's report, does not wait for the end of what is typed on a terminal."""
     ours, theirs = os.openpty()
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words, "project"]
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words]
     try:
         done = subprocess.run(argv, stdin=theirs, capture_output=True, check=False, timeout=30)
     finally:

@@ -209,7 +209,8 @@ def _request(
         raise UsageError("cannot run nothing", "no PROGRAM is named, and this is no X07 project", _NAME_ONE)
     stdin_fd = None if options.code is None and source is not None else _stream(0)
     x07_artifact = options.artifact is not None and bool(options.report or options.attest_runtime)
-    if (for_x07 or x07_artifact) and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
+    as_x07 = for_x07 or options.report or options.attest_runtime
+    if as_x07 and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
         stdin_fd = None  # X07's command takes what is piped in; who sits there was not asked to type anything
     if options.input_b64 is not None:
         stdin_fd = memory_file(_decoded(options.input_b64), stack)
