@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,16 @@ def test_its_profile_finds_the_policy_that_policy_init_writes(tmp_path: Path, te
     assert x07(tmp_path, "policy", "init", "--template", template)[0] == 0
     assert (tmp_path / str(profile.policy)).is_file()
     assert init(tmp_path, "--template", template)[2] == ""
+
+
+@pytest.mark.parametrize("folder", [".", "it's new", "sub/deep"])
+def test_the_policy_is_made_by_what_is_said(tmp_path: Path, folder: str) -> None:
+    """What `x07 init` says about the policy, typed where it was said, puts the policy into the new project."""
+    code, _, err = init(tmp_path, folder)
+    words = shlex.split(err.partition(": run x07 ")[2])
+    assert (code, x07(tmp_path, *words)[0]) == (0, 0), err
+    project = decode_project((tmp_path / folder / "x07.json").read_bytes(), source="x07.json")
+    assert (tmp_path / folder / str(project.profiles["sandbox"].policy)).is_file()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shlex
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +14,7 @@ from x07_sandbox.cli.documents import print_line
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.cli.usage import add_document_flags, named_folder
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.documents import MANIFEST, write_document
+from x07_sandbox.host.documents import MANIFEST, project_root, write_document
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
@@ -95,8 +97,17 @@ def _init(options: argparse.Namespace) -> int:
         say(f"{root / name} holds something else and was left alone")
         return DIFFERENT
     if options.toolchain is None and not (root / policy).exists():
-        say(f"its policy is not there yet: run x07 policy init --template {template}")
+        where = _project_words(root, folder / name)
+        say(f"its policy is not there yet: run x07 policy init --template {template}{where}")
     return 0
+
+
+def _project_words(root: Path, file: Path) -> str:
+    """What x07 policy init has to be told besides, where it is typed here."""
+    with contextlib.suppress(UsageError):  # where this folder is gone
+        if project_root(None) == root:
+            return ""
+    return f" --project {shlex.quote(str(file))}"
 
 
 def _unusable(folder: Path, exc: OSError) -> UsageError:
