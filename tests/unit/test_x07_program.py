@@ -340,6 +340,7 @@ def test_an_x07_program_waits_for_no_terminal(project: Path, words: tuple[str, .
         (("",), "the name of the program is empty"),
         (("--program", "p.py", "--program", "q.py"), "argument --program: it is given more than once"),
         (("-c", "1", "-c", "2", "--toolchain", "python"), "argument -c: it is given more than once"),
+        (("--artifact", "p.py", "--toolchain", "python"), "Name the program as PROGRAM, without --artifact"),
     ],
 )
 def test_one_program_is_named(

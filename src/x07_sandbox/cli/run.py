@@ -198,7 +198,12 @@ def _request(
     """What the command line asks for. Raises UsageError."""
     program, words = _named(options)
     source: bytes | None = None
-    toolchain = "executable" if options.artifact else options.toolchain
+    toolchain = options.toolchain
+    if options.artifact:
+        if toolchain not in {None, "executable"}:
+            why = f"--artifact names an executable, and --toolchain {toolchain} takes none"
+            raise UsageError("wrong usage", why, "Name the program as PROGRAM, without --artifact")
+        toolchain = "executable"
     if options.code is not None:
         words = [*([program] if program is not None else []), *words]
         program, source = None, options.code.encode("utf-8", "surrogateescape")
