@@ -295,6 +295,14 @@ def test_a_dry_run_takes_no_input(project: Path, capsys: pytest.CaptureFixture[s
     assert "no guest image" in capsys.readouterr().err
 
 
+def test_a_missing_lock_file_is_x07s_own_to_write(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A project without its lock file is refused, with the command that writes it, which is X07's and no verb here."""
+    for lock in project.rglob("*.lock.json"):
+        lock.unlink()
+    assert main(["run", str(project)]) == 2
+    assert "Have X07's own `x07 pkg lock` write it" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("words", [(), ("--json",)])
 def test_overrides_of_a_project_are_told_with_and_without_json(
     project: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]

@@ -101,9 +101,8 @@ def _project(
     project = x07.decode_project(data, source=str(path))
     lock = project.lockfile or x07.LOCK_FILE
     if not folder.has_file(lock):
-        raise UsageError(
-            f"cannot run the project {path}", f"its lock file {lock[:80]} is not there", "Run x07 pkg lock"
-        )
+        why = f"its lock file {lock[:80]} is not there"
+        raise UsageError(f"cannot run the project {path}", why, "Have X07's own `x07 pkg lock` write it")
     profile = x07.choose_profile(project, request.profile, source=str(path)) if request.profiles else None
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
