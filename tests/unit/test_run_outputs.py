@@ -168,6 +168,17 @@ def test_a_built_program_replaces_no_source(place: Path, capfd: pytest.CaptureFi
         assert capfd.readouterr().err.count("the run reads it") == 2
 
 
+def test_the_derived_policy_stays(place: Path) -> None:
+    """The policy that override flags make of an X07 project's is refused as an output of the same run."""
+    project(place, "x07.json")
+    words = ["run", "--allow-read-root", "src"]
+    assert main([*words, "--json"]) == 125  # for want of an image
+    (made,) = (place / ".x07/policies/_generated").iterdir()
+    before = made.read_bytes()
+    assert main([*words, "--report-out", str(made)]) == 2
+    assert made.read_bytes() == before
+
+
 @pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])
 def test_nothing_replaces_a_module(place: Path, flag: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A module that x07-os-runner takes along for a single program is refused as an output."""
