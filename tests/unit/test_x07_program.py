@@ -226,6 +226,7 @@ def test_what_nobody_accepted_ends_with_two(
     assert main(["run", "--json", *target]) == 2
     result = document(capsys.readouterr().out)
     assert (result["x07_exit_code"], result["outcome"], "fails closed" in result["reason"]) == (2, "refused", True)
+    assert main(["run", *words, "--report", "runner", "--artifact", "tool"]) == 2
     assert main(["run", *words, "tool"]) == 125
 
 
@@ -237,7 +238,7 @@ def test_what_nobody_accepted_ends_with_two(
 def test_an_invalid_policy_has_the_same_exit_code_however_it_is_told(
     project: Path, capsys: pytest.CaptureFixture[str], how: list[str], section: str, change: dict[str, Any], code: int
 ) -> None:
-    """An X07 program with a policy outside the schema ends with 3, outside the rules with 2, and others with 125."""
+    """X07 programs and artifacts with a policy outside the schema end with 3, outside the rules with 2; others 125."""
     policy = json.loads((project / "policy.json").read_bytes())
     policy[section] |= change
     (project / "policy.json").write_text(json.dumps(policy))
@@ -245,7 +246,9 @@ def test_an_invalid_policy_has_the_same_exit_code_however_it_is_told(
     said = capsys.readouterr()
     assert ("x07.x07diag@0.1.0" in said.err) is (code == 3)
     assert said.out == "" or document(said.out)["x07_exit_code"] == code
-    assert main(["run", *how, "--policy", str(project / "policy.json"), "tool"]) == 125
+    given = ["--policy", str(project / "policy.json")]
+    assert main(["run", *how, *given, "--report", "runner", "--artifact", "tool"]) == code
+    assert main(["run", *how, *given, "tool"]) == 125
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,10 @@ def _run(options: argparse.Namespace) -> int:
 def _chosen(options: argparse.Namespace) -> int:
     """Run what is named, by the rules of X07's command if it is X07's. Raises SandboxError."""
     program, _ = _named(options)
+    if _is_x07_artifact(options):
+        from x07_sandbox.cli.run_report import with_x07_exits
+
+        return with_x07_exits(options, lambda: _carry_out(options, for_x07=False))
     if program is None or options.code is not None or not _is_x07(Path(program)):
         return _carry_out(options, for_x07=False)
     from x07_sandbox.cli.run_report import from_project, with_x07_exits
@@ -183,6 +187,11 @@ def _is_x07(path: Path) -> bool:
     return is_x07(path)
 
 
+def _is_x07_artifact(options: argparse.Namespace) -> bool:
+    """Whether an executable is named that X07 compiled before: what is asked for is X07's report of it."""
+    return options.artifact is not None and bool(options.report or options.attest_runtime)
+
+
 def _check_backend(options: argparse.Namespace) -> None:
     """Refuse a wall or a backend that is not to be had. Raises UsageError, RefusedError."""
     if not (options.sandbox_backend or options.backend or text("X07_SANDBOX_BACKEND") or text("X07_VM_BACKEND")):
@@ -214,7 +223,6 @@ def _request(
     elif program is None:
         raise UsageError("cannot run nothing", "no PROGRAM is named, and this is no X07 project", _NAME_ONE)
     stdin_fd = None if options.code is None and source is not None else _stream(0)
-    x07_artifact = options.artifact is not None and bool(options.report or options.attest_runtime)
     as_x07 = for_x07 or options.report or options.attest_runtime
     if as_x07 and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
         stdin_fd = None  # X07's command takes what is piped in; who sits there was not asked to type anything
@@ -239,7 +247,7 @@ def _request(
         raw=options.raw,
         max_output_bytes=options.max_output_bytes,
         executable=options.compiled_out is not None,
-        x07_artifact=x07_artifact,
+        x07_artifact=_is_x07_artifact(options),
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,
