@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,9 +14,9 @@ import jsonschema
 import pytest
 
 from tests.published import document
-from x07_sandbox.cli import main
+from x07_sandbox.cli import documents, main
 from x07_sandbox.cli.cancel import cancelled_by_signals
-from x07_sandbox.errors import Cancelled
+from x07_sandbox.errors import Cancelled, UsageError
 from x07_sandbox.reports.schemas import schemas
 
 if TYPE_CHECKING:
@@ -182,6 +183,29 @@ def test_a_report_that_cannot_be_written_stops_the_verb(tmp_path: Path, words: l
     assert (done.returncode, done.stdout, why in done.stderr.decode()) == (2, b"", True), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
     assert (tmp_path / "p.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("raised", "what"),
+    [
+        (KeyboardInterrupt(2), "the command was cancelled"),
+        (OSError(28, "No space left on device", "/srv/cache"), "cannot use /srv/cache"),
+        (UsageError("cannot do it", "b", "c"), "cannot do it"),
+    ],
+)
+def test_whatever_ends_a_verb_is_in_its_report(tmp_path: Path, raised: BaseException, what: str) -> None:
+    """A signal and a full disk are in --report-out like any error; a file that cannot be written hides none of them."""
+
+    def carry_out(options: argparse.Namespace) -> int:
+        if options.report_out.name == "folder":
+            options.report_out.mkdir()  # so that nothing can be written there
+        raise raised
+
+    for name in ("r", "folder"):
+        with pytest.raises(type(raised)):
+            documents.carry_out_with_report(argparse.Namespace(report_out=tmp_path / name, carry_out=carry_out))
+    assert document((tmp_path / "r").read_bytes())["error"]["what"] == what
+    assert list((tmp_path / "folder").iterdir()) == []
 
 
 def test_what_the_pools_process_says_keeps_its_exit_code(tmp_path: Path) -> None:

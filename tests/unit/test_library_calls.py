@@ -63,6 +63,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"image": HALF}, "image holds half"),
         ({"out": "a\0"}, "out holds a zero byte"),
         ({"out": Bytes()}, "out is Bytes, not a path"),
+        ({"out": ""}, "out is empty"),
+        ({"program": ""}, "program is empty"),
         ({"policy": HALF}, "policy holds half"),
         ({"policy": 5}, "policy is int, not a path or a Policy"),
     ],

@@ -161,6 +161,7 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
         (("--artifact", "a.out", "--i-accept-precompiled-artifact"), "X07's own protocol"),
         (("--program", "prog.c", "--compile-only"), "--compile-only"),
         (("--program", "prog.rs"), ".rs names no toolchain"),
+        (("--program", "prog.rs"), "x07 run --toolchain"),  # a flag that this command has not
         (("--program", "missing.c"), "missing.c"),
         (("--program", "."), "it is a project"),
         (("--program", "x07-sandbox.toml"), "it is a project"),

@@ -305,12 +305,11 @@ def test_a_limit_that_ended_the_program_is_a_refusal_too(outcome: str, path: str
 @pytest.mark.parametrize(
     ("outcome", "held", "tighter", "flag"),
     [
-        ("timeout", {"limits.wall_ms": 2000}, {"wall_ms": 2000}, "--timeout 4"),
-        ("timeout", {"limits.wall_ms": 350_500}, {"wall_ms": 350_500}, "--timeout 600"),
-        ("timeout", {"limits.wall_ms": 2000}, {"wall_ms": 3000}, None),
-        ("timeout", {"limits.wall_ms": 600_000}, {"wall_ms": 600_000}, None),
+        ("timeout", {"limits.wall_ms": 2000}, {"own_wall_ms": 9000}, "--timeout 4"),
+        ("timeout", {"limits.wall_ms": 2000}, {"own_wall_ms": 2500}, "--timeout 2.5"),
+        ("timeout", {"limits.wall_ms": 350_500}, {"own_wall_ms": 600_000}, "--timeout 600"),
         ("cpu-limit", {"limits.cpu_ms": 5000}, {"cpu_ms": 3000}, "--cpu-time-limit-seconds 6"),
-        ("cpu-limit", {"limits.cpu_ms": 3000}, {"cpu_ms": 3000, "wall_ms": 1}, None),
+        ("cpu-limit", {"limits.cpu_ms": 3000}, {"cpu_ms": 3000, "own_wall_ms": 1}, None),
     ],
 )
 def test_a_tighter_limit_of_the_call_is_what_is_to_be_raised(

@@ -16,7 +16,7 @@ from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.runs.host_files import roots_in_force
 from x07_sandbox.runs.program import Program, load_program
-from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, policy_in_force, read_policy
+from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, own_wall_ms, policy_in_force, read_policy
 from x07_sandbox.runs.streams import Cancel
 from x07_sandbox.runs.x07_program import read_whole
 
@@ -240,3 +240,17 @@ def test_an_error_about_a_project_is_short(
     with pytest.raises(UsageError) as caught:
         load(stack, tmp_path, profile=profile)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(("wall_ms", "own"), [(None, None), (4000, 5000), (5000, None), (6000, None)])
+def test_whose_time_limit_holds_is_known(tmp_path: Path, wall_ms: int | None, own: int | None) -> None:
+    """A time limit of the call holds where it is less than the policy's; where both are the same it is the policy's."""
+    limits = replace(default_policy().limits, wall_ms=5000)
+    place = tmp_path / "p.json"
+    place.write_bytes(render_policy(replace(default_policy(), limits=limits)))
+    with contextlib.closing(Cancel()) as cancel:
+        request = RunRequest(source=b"", policy=str(place), wall_ms=wall_ms, cancel=cancel)
+        policy, _ = policy_in_force(request)
+        assert own_wall_ms(request, policy) == own
+        place.unlink()
+        assert own_wall_ms(request, policy) is None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from x07_sandbox.cli.refused import tell
+from x07_sandbox.cli.os_runner_options import OPTIONS
+from x07_sandbox.cli.refused import for_flags, lines, tell
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
 from x07_sandbox.runs.result import NOTHING, Digests, Result
 
@@ -104,3 +105,19 @@ def test_what_others_say_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -
     tell(result(denial("/a"), outcome="ok"))
     tell(result(denial("/a", action="plan"), denial("/b", action="change")))
     assert capsys.readouterr().err == ""
+
+
+def test_another_command_is_told_what_it_can_do() -> None:
+    """What x07-os-runner says names no flag that it lacks: the policy's field instead, else that x07 run has it."""
+    root = HowToAllow(json_path="$.fs.write_roots", value=["/d"], flag="--allow-write-root /d")
+    reveal = HowToAllow(json_path=None, value=None, flag="--reveal x.pem")
+    output = HowToAllow(json_path=None, value=None, flag="--max-output-bytes 4")
+    hint = Hint(subject="/m", how=HowToAllow(json_path="$.fs.read_roots", value=["/m"], flag="--allow-read-root /m"))
+    found = result(denial("a", root), denial("b", reveal), denial("c", output), lost=1, hints=(hint,))
+    assert lines(for_flags(found, frozenset(option.flag for option in OPTIONS)), "x07 run ") == [
+        'refused: read a; $.fs.write_roots = ["/d"] in the policy lets it',
+        "refused: read b; x07 run with --reveal x.pem lets it",
+        "refused: read c; --max-output-bytes 4 lets it",
+        "and 1 more things were refused; x07 run --json lists them, or as many as were seen",
+        '/m is not in the sandbox; $.fs.read_roots = ["/m"] in the policy lets it',
+    ]

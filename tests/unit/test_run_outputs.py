@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import resource
 import subprocess
@@ -17,7 +18,10 @@ from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.written import place_for_artifact, write_files
 from x07_sandbox.errors import UsageError
+from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
+from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.runs.folder import runs_dir
 from x07_sandbox.runs.run import failure
 
 if TYPE_CHECKING:
@@ -101,8 +105,10 @@ def project(place: Path, kind: str) -> None:
     for name, text in (("main.py", "pass\n"), ("src/main.x07.json", "{}"), ("in.txt", "in"), ("x07.lock.json", "{}")):
         (place / name).write_text(text)
     (place / "policy.json").write_bytes(render_policy(default_policy()))
+    (place / "other.json").write_bytes(render_policy(default_policy()))
     profile = {"world": "run-os-sandboxed", "policy": "policy.json", "input": "in.txt"}
-    document = {"schema_version": "x07.project@0.5.0", "profiles": {"dev": profile}}
+    other = profile | {"policy": "other.json", "input": "other.txt"}
+    document = {"schema_version": "x07.project@0.5.0", "profiles": {"dev": profile, "other": other}}
     text = json.dumps(document) if kind == "x07.json" else MANIFEST
     (place / kind).write_text(text)
 
@@ -112,29 +118,78 @@ def project(place: Path, kind: str) -> None:
     [
         ("x07.json", (), ("src/main.x07.json", "x07.lock.json", "policy.json", "in.txt", "x07.json")),
         ("x07.json", (".",), ("src/main.x07.json", "x07.json")),
+        ("x07.json", ("--policy", "given.json", "--input-b64", ""), ("policy.json", "in.txt", "other.json")),
         ("x07-sandbox.toml", (".",), ("main.py", "policy.json", "in.txt", "x07-sandbox.toml")),
+        ("x07-sandbox.toml", ("--policy", "given.json", "--stdin", "."), ("policy.json", "in.txt")),
     ],
 )
 @pytest.mark.parametrize("flag", ["--report-out", "--diff", "--attest-runtime"])
 def test_nothing_that_a_project_consists_of_is_written_over(
     place: Path, kind: str, words: tuple[str, ...], own: tuple[str, ...], flag: str
 ) -> None:
-    """Manifest, sources, lock file, policy and input of a project are refused as outputs, be it named or not."""
+    """What a project consists of is refused as an output, be it named or not, also where flags or profiles win."""
     project(place, kind)
+    (place / "given.json").write_bytes(render_policy(default_policy()))
     before = {name: (place / name).read_bytes() for name in own}
     for name in own:
         assert main(["run", *words, flag, name]) == 2
     assert {name: (place / name).read_bytes() for name in own} == before
 
 
+@pytest.mark.parametrize("flag", ["--report-out", "--compiled-out"])
+def test_a_source_on_standard_input_is_not_written_over(place: Path, flag: str) -> None:
+    """A file that PROGRAM `-` is read from is refused as an output."""
+    (place / "a.c").write_text("int main(void) {}")
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--toolchain", "c", flag, "a.c", "-"]
+    with (place / "a.c").open() as source:
+        done = subprocess.run(argv, stdin=source, capture_output=True, check=False, timeout=60)
+    assert (done.returncode, b"the run reads it" in done.stderr) == (2, True), done.stderr
+    assert (place / "a.c").read_text() == "int main(void) {}"
+
+
+@pytest.mark.parametrize("text", ["", '{"schema_version": "x07.sandbox.result@0.1.0"}'])
+@pytest.mark.parametrize("words", [(), ("--attest-runtime", "policy.json"), ("--diff", "in.txt")])
+def test_a_refused_report_is_not_written_all_the_same(place: Path, text: str, words: tuple[str, ...]) -> None:
+    """A project's file that is empty, or an earlier document, is not replaced by the error that it may not be."""
+    project(place, "x07-sandbox.toml")
+    for name in ("empty.py", "in.txt"):
+        (place / name).write_text(text)
+        assert main(["run", "--report-out", name, *words, "."]) == 2
+        assert (place / name).read_text() == text
+
+
 def test_a_built_program_replaces_no_source(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """--compiled-out with a file of an X07 project is refused by both commands."""
     project(place, "x07.json")
     runner = ["--world", "run-os-sandboxed", "--policy", "policy.json", "--project", "x07.json"]
-    for name in ("src/main.x07.json", "policy.json"):
+    for name in ("src/main.x07.json", "policy.json", "other.json"):
         assert main(["run", "--compiled-out", name]) == 2
         assert os_runner.main([*runner, "--compiled-out", name]) == 2
         assert capfd.readouterr().err.count("the run reads it") == 2
+
+
+def test_the_derived_policy_stays(place: Path) -> None:
+    """The policy that override flags make of an X07 project's is refused as an output of the same run."""
+    project(place, "x07.json")
+    words = ["run", "--allow-read-root", "src"]
+    assert main([*words, "--json"]) == 125  # for want of an image
+    (made,) = (place / ".x07/policies/_generated").iterdir()
+    before = made.read_bytes()
+    assert main([*words, "--report-out", str(made)]) == 2
+    assert made.read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])
+def test_nothing_replaces_a_module(place: Path, flag: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A module that x07-os-runner takes along for a single program is refused as an output."""
+    (place / "lib/a").mkdir(parents=True)
+    for name in ("main.x07.json", "lib/a/b.x07.json"):
+        (place / name).write_text("{}")
+    (place / "policy.json").write_bytes(render_policy(default_policy()))
+    words = ["--world", "run-os-sandboxed", "--policy", "policy.json", "--program", "main.x07.json"]
+    assert os_runner.main([*words, "--module-root", "lib", flag, "lib/a/b.x07.json"]) == 2
+    assert "the run reads it" in capfd.readouterr().err
+    assert (place / "lib/a/b.x07.json").read_text() == "{}"
 
 
 def test_what_a_run_wrote_into_its_project_is_written_anew(place: Path) -> None:
@@ -145,6 +200,32 @@ def test_what_a_run_wrote_into_its_project_is_written_anew(place: Path) -> None:
         assert main(["run", "--json", "--report-out", "report.json"]) == 125  # for want of an image
         runs.add(document((place / "report.json").read_bytes())["run"])
     assert len(runs) == 2
+
+
+@pytest.mark.parametrize("verb", ["diff", "apply", "undo"])
+def test_what_a_run_has_changed_is_no_report(place: Path, verb: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """--report-out of diff, apply and undo is no file that the run has changed, or would change."""
+    after = Node(kind="file", mode=0o644, size=1, sha256=hashlib.sha256(b"x").hexdigest(), at=0)
+    changed = RootChanges(
+        root=str(place), guest="/opt/x07", missing=False, changes=(Change(name="new", before=None, after=after),)
+    )
+    folder = private_dir(runs_dir(private_dir(state_dir()))) / "1-1-1" / "changes"
+    folder.mkdir(parents=True)
+    (folder / "changes.json").write_bytes(encode(ChangeSet(run="1-1-1", roots=(changed,))))
+    (folder / "data").write_bytes(b"x")
+    assert main([verb, "1-1", "--report-out", "new"]) == 2
+    assert "cannot write new (--report-out)" in capfd.readouterr().err
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [("run", "--out", "", "-c", "true", "--toolchain", "shell"), ("init", "")])
+def test_an_empty_name_is_not_this_folder(
+    place: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A folder without a name, as of an unset variable of a shell, opens no folder to a program, and begins none."""
+    assert main([*words]) == 2
+    assert "the name of the folder is empty" in capfd.readouterr().err
+    assert list(place.iterdir()) == []
 
 
 # what is told of an error
@@ -199,5 +280,6 @@ def test_wrong_usage_is_in_the_report_too(
     text = (place / "r").read_text()
     assert (text != before) is told
     assert not told or "--bogus" in str(document(text))
-    assert main([*words, "--bogus", "r", "--report-out=r"]) == 2  # named for something else
-    assert (place / "r").read_text() == text
+    for other in (["--bogus", "r"], ["--bogus=r"]):
+        assert main([*words, *other, "--report-out=r"]) == 2  # named for something else
+        assert (place / "r").read_text() == text

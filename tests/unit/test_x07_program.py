@@ -226,6 +226,7 @@ def test_what_nobody_accepted_ends_with_two(
     assert main(["run", "--json", *target]) == 2
     result = document(capsys.readouterr().out)
     assert (result["x07_exit_code"], result["outcome"], "fails closed" in result["reason"]) == (2, "refused", True)
+    assert main(["run", *words, "--report", "runner", "--artifact", "tool"]) == 2
     assert main(["run", *words, "tool"]) == 125
 
 
@@ -237,7 +238,7 @@ def test_what_nobody_accepted_ends_with_two(
 def test_an_invalid_policy_has_the_same_exit_code_however_it_is_told(
     project: Path, capsys: pytest.CaptureFixture[str], how: list[str], section: str, change: dict[str, Any], code: int
 ) -> None:
-    """An X07 program with a policy outside the schema ends with 3, outside the rules with 2, and others with 125."""
+    """X07 programs and artifacts with a policy outside the schema end with 3, outside the rules with 2; others 125."""
     policy = json.loads((project / "policy.json").read_bytes())
     policy[section] |= change
     (project / "policy.json").write_text(json.dumps(policy))
@@ -245,7 +246,9 @@ def test_an_invalid_policy_has_the_same_exit_code_however_it_is_told(
     said = capsys.readouterr()
     assert ("x07.x07diag@0.1.0" in said.err) is (code == 3)
     assert said.out == "" or document(said.out)["x07_exit_code"] == code
-    assert main(["run", *how, "--policy", str(project / "policy.json"), "tool"]) == 125
+    given = ["--policy", str(project / "policy.json")]
+    assert main(["run", *how, *given, "--report", "runner", "--artifact", "tool"]) == code
+    assert main(["run", *how, *given, "tool"]) == 125
 
 
 @pytest.mark.parametrize(
@@ -295,6 +298,14 @@ def test_a_dry_run_takes_no_input(project: Path, capsys: pytest.CaptureFixture[s
     assert "no guest image" in capsys.readouterr().err
 
 
+def test_a_missing_lock_file_is_x07s_own_to_write(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A project without its lock file is refused, with the command that writes it, which is X07's and no verb here."""
+    for lock in project.rglob("*.lock.json"):
+        lock.unlink()
+    assert main(["run", str(project)]) == 2
+    assert "Have X07's own `x07 pkg lock` write it" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("words", [(), ("--json",)])
 def test_overrides_of_a_project_are_told_with_and_without_json(
     project: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
@@ -307,11 +318,19 @@ def test_overrides_of_a_project_are_told_with_and_without_json(
     assert json.loads(made.read_bytes())["fs"]["read_roots"] == ["data"]
 
 
-@pytest.mark.parametrize("words", [(), ("--json",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("project",),
+        ("--json", "project"),
+        ("--report", "runner", "-c", "true", "--toolchain", "shell"),
+        ("--attest-runtime", "a", "-c", "true", "--toolchain", "shell"),
+    ],
+)
 def test_an_x07_program_waits_for_no_terminal(project: Path, words: tuple[str, ...]) -> None:
-    """An X07 program without input that is started on a terminal does not wait for the end of what is typed there."""
+    """An X07 program, or any for X07's report, does not wait for the end of what is typed on a terminal."""
     ours, theirs = os.openpty()
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words, "project"]
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words]
     try:
         done = subprocess.run(argv, stdin=theirs, capture_output=True, check=False, timeout=30)
     finally:
@@ -332,6 +351,7 @@ def test_an_x07_program_waits_for_no_terminal(project: Path, words: tuple[str, .
         (("",), "the name of the program is empty"),
         (("--program", "p.py", "--program", "q.py"), "argument --program: it is given more than once"),
         (("-c", "1", "-c", "2", "--toolchain", "python"), "argument -c: it is given more than once"),
+        (("--artifact", "p.py", "--toolchain", "python"), "Name the program as PROGRAM, without --artifact"),
     ],
 )
 def test_one_program_is_named(

@@ -13,6 +13,7 @@ import msgspec
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.refused import how
+from x07_sandbox.errors import SandboxError
 from x07_sandbox.files.changes import ChangeSet, called, decode, path_of, shown
 from x07_sandbox.files.patch import TEXT_MAX, patch
 from x07_sandbox.runs.kept import KeptChanges, find
@@ -26,10 +27,20 @@ if TYPE_CHECKING:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """The argument that all of them take."""
+    """The argument that all of them take; none of the run's files becomes their --report-out."""
     parser.add_argument(
         "run", nargs="?", metavar="RUN", help="its name, or the beginning of it (default: the latest with changes)"
     )
+    parser.set_defaults(writes=_touched)
+
+
+def _touched(options: argparse.Namespace) -> list[Path]:
+    """The host's files that a run has changed, or would change."""
+    try:
+        roots = find(options.run).changes.roots
+    except SandboxError:
+        return []  # the verb says so itself, and writes nothing
+    return [Path(path_of(root.root, change.name)) for root in roots for change in root.changes]
 
 
 def tell(result: Result) -> None:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.cli.console import say
+from x07_sandbox.errors import Cancelled, RefusedError, SandboxError
+from x07_sandbox.host.troubles import host_error
 from x07_sandbox.reports.failure import failure_report
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ def report_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
         elif flag == "--report-out":
             path = value if equals else next(left, None)
         else:
-            others.append(word)
+            others += [word, value] if equals else [word]
     return Path(path) if path else None, others
 
 
@@ -117,8 +119,8 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
     """Carry a verb out whose document goes to a file, where an error that ends it is told too; its exit code.
 
     Raises UsageError before anything is done if the file cannot be written, if the command line names it for something
-    else, or if the verb itself writes it or goes by it (`options.writes`, which gives such paths), and what the verb
-    raises.
+    else, or if the verb itself writes it or goes by it, or the project it is about consists of it (`options.writes`,
+    which gives such paths), and what the verb raises.
     """
     from x07_sandbox.cli.written import check_outputs
 
@@ -127,13 +129,26 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
     outputs = {"--report-out": options.report_out}
     check_outputs(outputs, paths, why="the command line names it for something else")
     if hasattr(options, "writes"):
-        check_outputs(outputs, options.writes(options), why="the command itself needs it")
+        check_outputs(outputs, options.writes(options), why="the project or the command itself needs it")
     try:
         code: int = options.carry_out(options)
-    except SandboxError as exc:
-        _write(failure_document(exc), options)
+    except (SandboxError, KeyboardInterrupt, OSError) as exc:
+        if (error := _as_error(exc)) is not None:
+            try:
+                _write(failure_document(error), options)
+            except RefusedError as unwritten:  # the error itself is what has to be told
+                say(str(unwritten))
         raise
     return code
+
+
+def _as_error(exc: BaseException) -> Exception | None:
+    """What ended a verb, as it is told; None where it was standard output, and the file has its document already."""
+    if isinstance(exc, KeyboardInterrupt):
+        return Cancelled("the command was cancelled", "a signal came", "Start it again")
+    if isinstance(exc, OSError):
+        return None if exc.filename is None else host_error(exc)
+    return exc if isinstance(exc, Exception) else None
 
 
 def _rendered(report: msgspec.Struct) -> bytes:

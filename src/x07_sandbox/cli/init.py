@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shlex
 from pathlib import Path
 from typing import Final
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import print_line
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
-from x07_sandbox.cli.usage import add_document_flags
+from x07_sandbox.cli.usage import add_document_flags, named_folder
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.documents import MANIFEST, write_document
+from x07_sandbox.host.documents import MANIFEST, project_root, write_document
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
@@ -40,7 +42,9 @@ exit code: 0 if the file was created or is there unchanged, 2 if there is anothe
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
     parser = verbs.add_parser("init", help=help, description="Write a project's first file.", epilog=_EPILOG)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR", help="where (default: here)")
+    parser.add_argument(
+        "folder", nargs="?", type=named_folder, default=Path(), metavar="DIR", help="where (default: here)"
+    )
     parser.add_argument("--toolchain", choices=tuple(SUFFIXES), metavar="T", help=f"one of {', '.join(SUFFIXES)}")
     parser.add_argument("--entry", metavar="FILE", help="python, shell: the file that is started (default: main)")
     parser.add_argument("--artifact", metavar="FILE", help="make: what it makes (default: its first target)")
@@ -51,7 +55,14 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         help="X07: of the profile's policy, see x07 policy init (default: default)",
     )
     add_document_flags(parser, "errors too as one JSON object on standard output")
-    parser.set_defaults(carry_out=_init, writes=lambda options: [options.folder / _name(options)])
+    parser.set_defaults(carry_out=_init, writes=_writes)
+
+
+def _writes(options: argparse.Namespace) -> list[Path]:
+    """The file's place, and what else the project consists of."""
+    from x07_sandbox.cli.project_files import own_files
+
+    return [options.folder / _name(options), *own_files(options.folder, options.report_out)]
 
 
 def _name(options: argparse.Namespace) -> str:
@@ -86,8 +97,17 @@ def _init(options: argparse.Namespace) -> int:
         say(f"{root / name} holds something else and was left alone")
         return DIFFERENT
     if options.toolchain is None and not (root / policy).exists():
-        say(f"its policy is not there yet: run x07 policy init --template {template}")
+        where = _project_words(root, folder / name)
+        say(f"its policy is not there yet: run x07 policy init --template {template}{where}")
     return 0
+
+
+def _project_words(root: Path, file: Path) -> str:
+    """What x07 policy init has to be told besides, where it is typed here."""
+    with contextlib.suppress(UsageError):  # where this folder is gone
+        if project_root(None) == root:
+            return ""
+    return f" --project {shlex.quote(str(file))}"
 
 
 def _unusable(folder: Path, exc: OSError) -> UsageError:

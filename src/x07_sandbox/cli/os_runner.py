@@ -186,6 +186,7 @@ def _wanted(
         compiled_out=compiled_out,
         attest_runtime=attest_runtime,
         accepted=accepted,
+        flags=frozenset(option.flag for option in OPTIONS),
     )
 
 

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, print_line
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.documents import MANIFEST, project_root, write_document
+from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.reports.policy_init import PolicyInitReport
@@ -66,12 +66,15 @@ def file_name(template: str) -> str:
 
 
 def _writes(options: argparse.Namespace) -> list[Path]:
-    """The policy's place, and the project's file, from which that begins."""
+    """The policy's place, and what the project consists of, from whose file that begins."""
+    from x07_sandbox.cli.project_files import own_files
+
     try:
         root = project_root(options.project)
     except UsageError:
         return []  # the verb says so itself, and writes nothing
-    return [root / MANIFEST, root / (options.out or Path(*BASE_FOLDER, file_name(options.template)))]
+    place = root / (options.out or Path(*BASE_FOLDER, file_name(options.template)))
+    return [place, *own_files(root, options.report_out)]
 
 
 def _init(options: argparse.Namespace) -> int:

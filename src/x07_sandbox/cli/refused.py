@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from x07_sandbox.cli.console import say
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
     from x07_sandbox.runs.result import Result
 
@@ -23,8 +27,21 @@ def tell(result: Result) -> None:
         say(line)
 
 
-def lines(result: Result) -> list[str]:
-    """What is told; nothing of a program that ended well."""
+def for_flags(result: Result, flags: Collection[str]) -> Result:
+    """The result as a command with these flags alone tells it: what is advised can be done there, or by x07 run."""
+
+    def adapted(allowing: HowToAllow | None) -> HowToAllow | None:
+        if allowing is None or not allowing.flag or allowing.flag.partition(" ")[0] in flags:
+            return allowing
+        return replace(allowing, flag=None if allowing.json_path is not None else f"x07 run with {allowing.flag}")
+
+    denials = [replace(denial, how_to_allow=adapted(denial.how_to_allow)) for denial in result.denials]
+    hints = [replace(hint, how=adapted(hint.how), to_write=adapted(hint.to_write)) for hint in result.hints]
+    return replace(result, denials=denials, hints=hints)
+
+
+def lines(result: Result, command: str = "") -> list[str]:
+    """What is told; nothing of a program that ended well. command: the one that has --json, where it is another."""
     if result.outcome == "ok":
         return []
     found = [denial for denial in result.denials if denial.action not in _ELSEWHERE]
@@ -33,7 +50,7 @@ def lines(result: Result) -> list[str]:
     told = [_line(denial) for denial in found[:_SHOWN]]
     more = max(0, len(found) - _SHOWN) + result.denials_lost
     if more:
-        told.append(f"and {more} more things were refused; --json lists them, or as many as were seen")
+        told.append(f"and {more} more things were refused; {command}--json lists them, or as many as were seen")
     return [*told, *map(_hint, result.hints)]
 
 

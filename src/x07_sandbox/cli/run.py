@@ -59,6 +59,10 @@ def _run(options: argparse.Namespace) -> int:
 def _chosen(options: argparse.Namespace) -> int:
     """Run what is named, by the rules of X07's command if it is X07's. Raises SandboxError."""
     program, _ = _named(options)
+    if _is_x07_artifact(options):
+        from x07_sandbox.cli.run_report import with_x07_exits
+
+        return with_x07_exits(options, lambda: _carry_out(options, for_x07=False))
     if program is None or options.code is not None or not _is_x07(Path(program)):
         return _carry_out(options, for_x07=False)
     from x07_sandbox.cli.run_report import from_project, with_x07_exits
@@ -136,15 +140,16 @@ def _loaded(
     request: RunRequest, outputs: dict[str, Path | None], stack: contextlib.ExitStack
 ) -> tuple[RunRequest, Program]:
     """The program, read before the run, since it says what else may not be written over. Raises SandboxError."""
-    request, program = load_program(request, stack)
-    if outputs:
-        from x07_sandbox.cli.written import check_outputs, files_read
+    from x07_sandbox.cli.written import check_outputs, files_read
 
-        check_outputs(outputs, files_read(request, program))
+    request, program = load_program(request, stack)
+    check_outputs(outputs, files_read(request, program))
     if program.toolchain.told:
         from x07_sandbox.cli.run_report import with_derived_file
 
         request = with_derived_file(request, program)
+        if isinstance(request.policy, Path):
+            check_outputs(outputs, [request.policy])
     return request, program
 
 
@@ -160,13 +165,14 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
     if options.dry_run:
         raise UsageError("wrong usage", "--dry-run writes nothing", "Leave the names of files out")
     outputs = {
+        "--report-out": options.report_out,  # first: an error about another is written there
         "--compiled-out": options.compiled_out,
-        "--report-out": options.report_out,
         "--attest-runtime": options.attest_runtime,
         "--diff": options.diff,
         "beside that of --diff": options.diff and Path(f"{options.diff}.json"),
     }
-    named = [_named(options)[0] if options.code is None else None, options.policy]
+    program = _named(options)[0] if options.code is None else None
+    named = ["/dev/stdin" if program == "-" else program, options.policy]
     named += [*options.allow_host_file, *options.deny_host_file]
     check_outputs(outputs, [options.input, *(Path(name) for name in named if name)])
     return outputs
@@ -179,6 +185,11 @@ def _is_x07(path: Path) -> bool:
     from x07_sandbox.programs.x07 import is_x07
 
     return is_x07(path)
+
+
+def _is_x07_artifact(options: argparse.Namespace) -> bool:
+    """Whether an executable is named that X07 compiled before: what is asked for is X07's report of it."""
+    return options.artifact is not None and bool(options.report or options.attest_runtime)
 
 
 def _check_backend(options: argparse.Namespace) -> None:
@@ -197,7 +208,12 @@ def _request(
     """What the command line asks for. Raises UsageError."""
     program, words = _named(options)
     source: bytes | None = None
-    toolchain = "executable" if options.artifact else options.toolchain
+    toolchain = options.toolchain
+    if options.artifact:
+        if toolchain not in {None, "executable"}:
+            why = f"--artifact names an executable, and --toolchain {toolchain} takes none"
+            raise UsageError("wrong usage", why, "Name the program as PROGRAM, without --artifact")
+        toolchain = "executable"
     if options.code is not None:
         words = [*([program] if program is not None else []), *words]
         program, source = None, options.code.encode("utf-8", "surrogateescape")
@@ -207,8 +223,8 @@ def _request(
     elif program is None:
         raise UsageError("cannot run nothing", "no PROGRAM is named, and this is no X07 project", _NAME_ONE)
     stdin_fd = None if options.code is None and source is not None else _stream(0)
-    x07_artifact = options.artifact is not None and bool(options.report or options.attest_runtime)
-    if (for_x07 or x07_artifact) and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
+    as_x07 = for_x07 or options.report or options.attest_runtime
+    if as_x07 and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
         stdin_fd = None  # X07's command takes what is piped in; who sits there was not asked to type anything
     if options.input_b64 is not None:
         stdin_fd = memory_file(_decoded(options.input_b64), stack)
@@ -231,7 +247,7 @@ def _request(
         raw=options.raw,
         max_output_bytes=options.max_output_bytes,
         executable=options.compiled_out is not None,
-        x07_artifact=x07_artifact,
+        x07_artifact=_is_x07_artifact(options),
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,
@@ -356,10 +372,13 @@ def failure_document(exc: Exception, code: int | None = None) -> bytes:
 
 
 def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
-    """The same, in the file of --report-out, if there is one; --dry-run writes nothing."""
+    """The same, in the file of --report-out, if there is one that may be written; --dry-run writes nothing."""
     if options.report_out is not None and not options.dry_run:
         from x07_sandbox.cli.documents import write_early_failure
+        from x07_sandbox.cli.written import is_refused
 
+        if is_refused(exc, options.report_out):
+            return
         others = [value for name, value in vars(options).items() if name != "report_out"]
         others += [name for value in others if isinstance(value, list) for name in value]
         others.append(f"{options.diff}.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from x07_sandbox.cli.usage import Once, add_document_flags, seconds, whole_number
+from x07_sandbox.cli.usage import Once, add_document_flags, named_folder, seconds, whole_number
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 from x07_sandbox.programs.toolchains import BY_NAME, describe
@@ -113,7 +113,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--diff", type=Path, metavar="FILE", help="write its changes there too, as a patch to read")
     group.add_argument(
-        "--out", type=Path, metavar="DIR", help="a folder of ours that it finds as /x07/out, to write to"
+        "--out", type=named_folder, metavar="DIR", help="a folder of ours that it finds as /x07/out, to write to"
     )
     group.add_argument(
         "--allow-protected",

@@ -44,6 +44,13 @@ def seconds(most: int) -> Callable[[str], float]:
     return read
 
 
+def named_folder(text: str) -> Path:
+    """A type of options: a folder, which has a name; none is what an unset variable of a shell makes, and not `.`."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the folder is empty")
+    return Path(text)
+
+
 class Once(argparse.Action):
     """An option that is given once at most, so that of two values none is passed over. Its default is None."""
 

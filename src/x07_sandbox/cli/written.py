@@ -29,26 +29,49 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.streams import OutFile
 
 
+class UnwritableError(UsageError):
+    """A file that may not be written, before there is a run. path: that file."""
+
+    path: Path
+
+
 def check_outputs(
     outputs: Mapping[str, Path | None], inputs: Iterable[Path | None], *, why: str = "the run reads it"
 ) -> None:
     """Refuse files that cannot be written, or that something else of the run needs, before there is a run.
 
     outputs: by the flag that names them. inputs: files that the run reads; why: what else is said of them. An output
-    is replaced as a whole, so of its place only the folder matters. Raises UsageError.
+    is replaced as a whole, so of its place only the folder matters. Raises UnwritableError for the first of them.
     """
     taken = {_real(path): why for path in inputs if path is not None}
     for name, path in outputs.items():
         if path is None:
             continue
-        what = f"cannot write {path} ({name})"
-        if path.name in {"", "..", "."} or _other_than_a_file(path, what):
-            raise UsageError(what, "something that is no file lies there", "Name another place")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-            raise UsageError(what, f"{path.parent} is no folder that you can write", "Name another place")
-        if reason := taken.get(_real(path)):
-            raise UsageError(what, reason, "Name another place")
+        if reason := _against(path, taken):
+            error = UnwritableError(f"cannot write {path} ({name})", reason, "Name another place")
+            error.path = path
+            raise error
         taken[_real(path)] = "it is named twice"
+
+
+def _against(path: Path, taken: Mapping[str, str]) -> str:
+    """What speaks against writing *path*; nothing if it may be written. taken: what else of places, by the place."""
+    try:
+        other = path.name in {"", "..", "."} or not stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        other = False
+    except OSError as exc:
+        return exc.strerror or str(exc)
+    if other:
+        return "something that is no file lies there"
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"{path.parent} is no folder that you can write"
+    return taken.get(_real(path), "")
+
+
+def is_refused(exc: Exception, path: Path) -> bool:
+    """Whether the error is that *path* may not be written."""
+    return isinstance(exc, UnwritableError) and _real(exc.path) == _real(path)
 
 
 def files_read(request: RunRequest, program: Program) -> list[Path]:
@@ -59,16 +82,6 @@ def files_read(request: RunRequest, program: Program) -> list[Path]:
     if request.stdin_fd is not None and stat.S_ISREG(os.fstat(request.stdin_fd).st_mode):
         found.append(Path(os.readlink(f"/proc/self/fd/{request.stdin_fd}")))  # noqa: PTH115 - of a descriptor
     return found
-
-
-def _other_than_a_file(path: Path, what: str) -> bool:
-    """Whether something lies there that is no regular file. Raises UsageError where that cannot be known."""
-    try:
-        return not stat.S_ISREG(path.lstat().st_mode)
-    except FileNotFoundError:
-        return False
-    except OSError as exc:
-        raise UsageError(what, exc.strerror or str(exc), "Name another place") from exc
 
 
 def _real(path: Path) -> str:

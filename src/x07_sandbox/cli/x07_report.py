@@ -38,6 +38,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
     policy_path: as the user named it, None for the built-in one. data: the whole input.
     compiled_out, attest_runtime: files to be written, or None. accepted: whether weaker isolation was.
+    flags: those that the command has, where it has not all of `x07 run`.
     """
 
     program: Program
@@ -48,6 +49,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     compiled_out: Path | None
     attest_runtime: Path | None
     accepted: bool
+    flags: frozenset[str] | None = None
 
 
 def mode_of(program: Program) -> CompileMode:
@@ -83,7 +85,8 @@ def run_and_report(
     except SandboxError as exc:
         exc.result = result
         raise
-    for line in (*lines, *refused.lines(result), *changed.lines(result)):
+    told, command = (result, "") if wanted.flags is None else (refused.for_flags(result, wanted.flags), "x07 run ")
+    for line in (*lines, *refused.lines(told, command), *changed.lines(told)):
         say(line)
     return result, report
 

@@ -91,20 +91,23 @@ def more_tasks(policy: Policy, max_live: int | None, count: int) -> Denial:
     return _seen(field, "start", "a new task", _CGROUP, count, _more(policy, field, held))
 
 
-def limit_hit(outcome: str, policy: Policy, *, cpu_ms: int | None = None, wall_ms: int | None = None) -> Denial | None:
+def limit_hit(
+    outcome: str, policy: Policy, *, cpu_ms: int | None = None, own_wall_ms: int | None = None
+) -> Denial | None:
     """What the program did to end so; None where no limit ended it.
 
-    cpu_ms, wall_ms: X07's limit and --timeout, which hold where they are not above the policy's.
+    cpu_ms: X07's limit, which holds where it is below the policy's. own_wall_ms: what the policy gave before --timeout
+    made it less; None where it did not.
     """
     if outcome not in _LIMITS:
         return None
     field, action, what, by, observer = _LIMITS[outcome]
-    held, most = int(getattr(policy.limits, field.removeprefix("limits."))), largest(field)
+    held = int(getattr(policy.limits, field.removeprefix("limits.")))
     how: HowToAllow | None
     if field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < held:
         how = _by_flag(f"--cpu-time-limit-seconds {cpu_ms // 500}")
-    elif field == "limits.wall_ms" and wall_ms is not None and wall_ms <= held < most:
-        how = _by_flag(f"--timeout {min(2 * wall_ms, most) / 1000:g}")
+    elif field == "limits.wall_ms" and own_wall_ms is not None:
+        how = _by_flag(f"--timeout {min(2 * held, own_wall_ms) / 1000:g}")
     else:
         how = _more(policy, field, held)
     return msgspec.structs.replace(_seen(field, action, what, by, 1, how), observed_by=observer)

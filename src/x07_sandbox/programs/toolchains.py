@@ -284,7 +284,7 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
     raise UsageError(
         f"cannot run {path}",
         f"{suffix or 'no suffix'} names no toolchain, and it is no executable",
-        f"Name the source with one of {known}, or the toolchain with --toolchain",
+        f"Name the source with one of {known}, or its toolchain (x07 run --toolchain)",
     )
 
 
@@ -310,7 +310,8 @@ def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> 
     if not head.startswith(_ELF):
         if head.startswith(b"#!"):
             return
-        raise UsageError(f"cannot run {path}", "it is neither an ELF file nor a script", "Name its --toolchain")
+        why = "it is neither an ELF file nor a script"
+        raise UsageError(f"cannot run {path}", why, "Name its toolchain (x07 run --toolchain)")
     # 64 bits, little endian; e_machine is at 18 (elf(5)).
     if head[4:6] != b"\x02\x01" or head[18:20] != elf_machine.to_bytes(2, "little"):
         raise UsageError(f"cannot run {path}", f"it is no executable for {machine}", "Build it for that machine")

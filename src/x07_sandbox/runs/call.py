@@ -161,6 +161,8 @@ def _path_text(name: str, value: object, expected: str = "a path", function: str
     _check_text(name, text, function)
     if "\0" in text:
         raise wrong(name, "holds a zero byte", function)
+    if not text:  # as of a variable that is not set: it does not mean the current folder
+        raise wrong(name, "is empty", function)
     return text
 
 

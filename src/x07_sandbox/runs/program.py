@@ -44,7 +44,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
 
     project: whether a manifest said what belongs to it. lockfile: of an X07 project, its name there; else None.
     cpu_ms: CPU time that X07 gives it, where the policy does not give less; None for other programs.
-    read: of a project the host's files that it consists of, which nothing of the run may be written over.
+    read: the host's files that a project, or the modules of a program, consist of, which nothing of the run may be
+    written over.
     """
 
     toolchain: Toolchain
@@ -195,7 +196,9 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
         why = f"its entry {entry} is not among its files"
         raise UsageError(f"cannot run the project {path}", why, "Add it to `files` in its manifest")
     merged = _merged(request, manifest, folder, stack)
-    read = (place, *(place.parent / name for name in packed.files))
+    # What a flag has in place of the manifest's policy or input is of this run alone: they stay the project's.
+    own = (*packed.files, *filter(None, (manifest.policy, manifest.run.input)))
+    read = (place, *(place.parent / name for name in own))
     head = packed.files.get(entry, b"")[:_HEAD_BYTES]
     if toolchain.build is None:
         single = _single(toolchain, source_name(entry), packed.files[entry], request, stack)

@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Machines
-from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy import Policy, decode_policy, default_policy, render_policy
@@ -207,6 +207,20 @@ def policy_in_force(request: RunRequest) -> tuple[Policy, bytes]:
         data = render_policy(replace(policy, limits=replace(policy.limits, wall_ms=request.wall_ms)))
         policy = decode_policy(data, source="with a time limit")
     return policy, data
+
+
+def own_wall_ms(request: RunRequest, policy: Policy) -> int | None:
+    """What the policy gave before the request's `wall_ms` made it *policy*'s; None where that did not make it less.
+
+    Read once more, since it is wanted for advice alone.
+    """
+    if request.wall_ms != policy.limits.wall_ms:
+        return None
+    try:
+        own = read_policy(request.policy)[0].limits.wall_ms
+    except SandboxError:  # gone, or changed since
+        return None
+    return own if own > policy.limits.wall_ms else None
 
 
 def read_spec_file(name: str) -> bytes:

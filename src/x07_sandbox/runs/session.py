@@ -29,7 +29,7 @@ from x07_sandbox.programs.artifacts import (
     one_builder,
 )
 from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, PROJECT_FOLDER, SOURCE_FOLDER, build_driver
-from x07_sandbox.runs.request import in_memory, sha256_text
+from x07_sandbox.runs.request import in_memory, own_wall_ms, sha256_text
 from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Output, PhaseReport
 from x07_sandbox.runs.streams import InFile, OutFile
 
@@ -323,15 +323,18 @@ class Session:
         ending, facts = self.phase(spec)
         report = self.so_far.phases["run"]
         self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
-        self._note_denials(ending, facts, policy, spec)
-        return self._by_whose_limit(ending, policy)
+        own_ms = own_wall_ms(self.request, policy) if ending.outcome.value == "timeout" else None
+        self._note_denials(ending, facts, policy, spec, own_ms)
+        ending = self._by_whose_limit(ending, policy, own_ms)
+        self.so_far.phases["run"] = replace(report, reason=ending.reason)
+        return ending
 
-    def _by_whose_limit(self, ending: Verdict, policy: Policy) -> Verdict:
+    def _by_whose_limit(self, ending: Verdict, policy: Policy, own_ms: int | None) -> Verdict:
         """The verdict with the flags in its reason that held the program tighter than the policy."""
         from x07_sandbox.plan.outcomes import as_limited_by
 
         flags = {}
-        if self.request.wall_ms == policy.limits.wall_ms:  # a tighter one became the policy's
+        if own_ms is not None:
             flags["limits.wall_ms"] = "--timeout"
         if self.program.cpu_ms is not None and self.program.cpu_ms < policy.limits.cpu_ms:
             flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
@@ -432,7 +435,9 @@ class Session:
             on_started=lambda: request.progress("") if spec.name == "run" else None,
         )
 
-    def _note_denials(self, ending: Verdict, facts: PhaseFacts, policy: Policy, spec: PhaseSpec) -> None:
+    def _note_denials(
+        self, ending: Verdict, facts: PhaseFacts, policy: Policy, spec: PhaseSpec, own_ms: int | None
+    ) -> None:
         usage, so_far = facts.usage, self.so_far
         so_far.denials_lost = int(usage.get("denials_lost", 0))
         tasks = int(usage.get("tasks_refused", 0))
@@ -449,8 +454,7 @@ class Session:
             so_far.denials.append(observed.disk_full())
         if memory:
             so_far.denials.append(observed.memory_full(policy))
-        cpu_ms, wall_ms = self.program.cpu_ms, self.request.wall_ms
-        limit = observed.limit_hit(ending.outcome.value, policy, cpu_ms=cpu_ms, wall_ms=wall_ms)
+        limit = observed.limit_hit(ending.outcome.value, policy, cpu_ms=self.program.cpu_ms, own_wall_ms=own_ms)
         if limit is not None:
             so_far.denials.append(limit)
         if ending.outcome.value == "output-limit":

@@ -78,11 +78,14 @@ def _with_arguments_as_input(request: RunRequest, path: Path, stack: contextlib.
 def _program(request: RunRequest, path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
     files = {"main.x07.json": read_bounded(path, "program", settings.SOURCE_MAX_BYTES)}
     words = ["--program", f"{SOURCE_FOLDER}/{x07.PROGRAM}"]
+    read: list[Path] = []
     for index, root in enumerate(options.module_roots):
         packed = pack_tree(Path(root), ["**"], what=f"cannot take the module root {root}", check=request.cancel.check)
         files |= {f"module_roots/{index}/{name}": data for name, data in packed.files.items()}
+        read += [Path(root) / name for name in packed.files]
         words += ["--module-root", f"{SOURCE_FOLDER}/program/module_roots/{index}"]
-    return _loaded(pack_files(files, "the program"), f"{SOURCE_FOLDER}/program", words, options, stack)
+    program = _loaded(pack_files(files, "the program"), f"{SOURCE_FOLDER}/program", words, options, stack)
+    return replace(program, read=tuple(read))
 
 
 def _project(
@@ -98,9 +101,8 @@ def _project(
     project = x07.decode_project(data, source=str(path))
     lock = project.lockfile or x07.LOCK_FILE
     if not folder.has_file(lock):
-        raise UsageError(
-            f"cannot run the project {path}", f"its lock file {lock[:80]} is not there", "Run x07 pkg lock"
-        )
+        why = f"its lock file {lock[:80]} is not there"
+        raise UsageError(f"cannot run the project {path}", why, "Have X07's own `x07 pkg lock` write it")
     profile = x07.choose_profile(project, request.profile, source=str(path)) if request.profiles else None
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
@@ -116,7 +118,8 @@ def _project(
     packed = pack_tree(folder.root, ["**"], check=request.cancel.check)
     # Everything goes in, so also what an earlier run wrote beside the sources, which the next one may write anew.
     sources = (name for name in packed.files if name.endswith(x07.SOURCE_SUFFIX))
-    read = (path, *(folder.root / name for name in (lock, *sources)))
+    named = (name for each in project.profiles.values() for name in (each.policy, each.input) if name is not None)
+    read = (path, *(folder.root / name for name in (lock, *sources, *named)))
     program = _loaded(packed, PROJECT_FOLDER, words, options, stack)
     return request, replace(program, project=True, lockfile=lock, read=read)
 
