@@ -248,6 +248,25 @@ def test_a_hard_link_is_a_file_of_its_own_there(trip: Trip) -> None:
 
 
 @needs_root
+def test_a_file_that_ends_in_a_hole_comes_back_whole(trip: Trip, tmp_path: Path) -> None:
+    """Where the last of the changed files is a hole, or ends in one, all of them can be applied."""
+    trip.go()
+    (trip.guest / "a").write_text("data")
+    for name in ("b", "c"):
+        with (trip.guest / name).open("wb") as file:
+            file.write(b"begin" if name == "b" else b"")
+            file.truncate(900_000)
+    (trip.guest / "d").touch()
+    with (tmp_path / "data").open("w+b") as data:
+        changed = trip.back(data_fd=data.fileno()).changes
+        root = RootChanges(root=str(trip.host), guest="/opt/x07", missing=False, changes=changed)
+        apply(ChangeSet(run="1", roots=(root,)), data.fileno(), tmp_path / "kept")
+    for name in ("a", "b", "c", "d"):
+        assert (trip.host / name).read_bytes() == (trip.guest / name).read_bytes()
+    assert (trip.host / "c").stat().st_blocks == 0
+
+
+@needs_root
 def test_what_was_only_touched_is_no_change(trip: Trip) -> None:
     """The same bytes under the same name, written anew, are no change; nor is what came and went."""
     fill(trip.host)
