@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import os
 import resource
 import shlex
@@ -28,7 +30,7 @@ from x07_sandbox.policy import render_policy
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.kept import do, find
+from x07_sandbox.runs.kept import do, find, recover_all, undo
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.result import Changes
@@ -37,7 +39,7 @@ from x07_sandbox.runs.session import Progress
 from x07_sandbox.runs.streams import Cancel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from x07_sandbox.plan.denials import Denial
     from x07_sandbox.runs.host_files import HostFiles
@@ -536,6 +538,52 @@ def test_a_set_that_makes_no_sense_is_an_error_that_is_told(run: Run) -> None:
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     with pytest.raises(HostError, match="damaged"):
         do(find(RUN), find(RUN).changes, lambda _path: None)
+
+
+def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
+    """Killed before each name that it removes or changes, undoing is ended by the next command, and is done again."""
+    (run.root / "a").write_bytes(b"x")
+    node = Node(kind="file", mode=0o644, size=1, sha256=hashlib.sha256(b"x").hexdigest())
+    changes = tuple(Change(name=name, before=node, after=None) for name in "ab")
+    kept(
+        ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=False, changes=changes),)),
+        run.folder.path,
+    )
+    parts = [chosen(find(RUN).changes, [skipped], []) for skipped in "ab"]
+    killed = 0
+    for number in itertools.count():
+        (run.root / "b").write_bytes(b"x")
+        do(find(RUN), parts[number % 2], lambda _path: None)
+        pid = os.fork()
+        if pid == 0:
+            die_at(number)
+            undo(find(RUN), lambda _path: None)
+            os._exit(0)
+        ended = os.waitpid(pid, 0)[1] == 0
+        recover_all(pytest.fail)
+        with contextlib.suppress(UsageError):  # it was done, to the end
+            undo(find(RUN), lambda _path: None)
+        assert sorted(path.name for path in run.root.iterdir()) == ["a", "b"]
+        if ended:
+            break
+        killed += 1
+    assert killed > 10
+
+
+def die_at(number: int) -> None:
+    """End this process before so many calls that remove a name, or change one, are made."""
+    left = iter(range(number))
+
+    def dying(call: Callable[..., None]) -> Callable[..., None]:
+        def instead(*args: object, **words: object) -> None:
+            if next(left, None) is None:
+                os._exit(9)
+            call(*args, **words)
+
+        return instead
+
+    for name in ("unlink", "rmdir", "rename"):
+        setattr(os, name, dying(getattr(os, name)))
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_of_a_list(run: Run) -> None:
