@@ -179,7 +179,12 @@ def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
         "a/deep er": "/deep",
         "a/deep er/n\u00f6ch.txt": "/deep/n\u00f6ch.txt",
     }
-    assert known.path("00:00", (trip.guest / "run.sh").stat().st_ino) == ""
+    inode = (trip.guest / "run.sh").stat().st_ino
+    assert known.path("00:00", inode) == ""
+    for name in ("/data/run.sh", "/data/x/y", "/deep", "/data/x/../link"):  # as good as the path
+        assert known.path(shown, inode, name) == ""
+    for name in ("/", "/tmp/link", "/data/a/link", "/database", "/x07/in/project"):  # noqa: S108 - the guest's
+        assert known.path(shown, inode, name) == "/data/run.sh"
 
 
 @needs_root
