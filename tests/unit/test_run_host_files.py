@@ -524,6 +524,15 @@ def test_out_may_be_hidden_in_a_root_and_is_not_seen_there(run: Run, monkeypatch
     assert run.so_far.denials == []
 
 
+def test_out_is_a_folder_or_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that --out names is refused before a machine is started for it, with what would do."""
+    monkeypatch.chdir(run.root)
+    (run.root / "file").touch()
+    with pytest.raises(UsageError, match="file is a file"):
+        run.files(out=Path("file"))
+    assert run.files(out=Path("new")).areas[-1].at == OUT
+
+
 def kept(changes: ChangeSet, folder: Path) -> None:
     """What a run leaves of these."""
     private_dir(folder / "changes")
