@@ -624,6 +624,23 @@ def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) ->
     assert [line for line in lines if "deleted: gone" in line] == [f"x07: deleted: {name}" for name in sorted(gone)]
 
 
+def test_a_patch_is_not_written_line_by_line(run: Run) -> None:
+    """A hundred thousand lines are a few pieces, each of whole lines, and of long lines no piece holds many."""
+    many, long = b"\n" * 100_000, b"x" * 99_999 + b"\n"
+    made = []
+    for number, text in enumerate((many, long, long, long)):
+        at = len(many) * number
+        node = Node(kind="file", mode=0o644, size=len(text), sha256=hashlib.sha256(text).hexdigest(), at=at)
+        made.append(Change(name=f"{number}", before=None, after=node))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=tuple(made))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    (run.folder.path / "changes/data").write_bytes(many + 3 * long)
+    found = list(pieces(find(RUN)))
+    assert len(found) < 10
+    assert all(piece.endswith(b"\n") and len(piece) < 200_000 for piece in found)
+    assert b"".join(found).count(b"\n+") == 100_000 + 3 + 4
+
+
 def test_a_link_that_comes_into_the_way_to_a_root_is_not_followed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder on the way that was exchanged for a link since the roots were chosen ends the copying."""
     outer = run.root / "outer"
