@@ -21,6 +21,7 @@ from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.apply import chosen
 from x07_sandbox.cli.changed import lines, pieces, tell
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
+from x07_sandbox.files.apply import ConflictError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.host.paths import private_dir
@@ -577,6 +578,20 @@ def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
             break
         killed += 1
     assert killed > 10
+
+
+def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
+    """Of a file that was changed since undoing says so, and names the command that shows what was there."""
+    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    do(find(RUN), find(RUN).changes, lambda _path: None)
+    (run.root / "a" / "mine").touch()
+    with pytest.raises(ConflictError, match=r"cannot undo .* since they were applied: '/.*/a/mine'.*x07 diff"):
+        undo(find(RUN), lambda _path: None)
+    (run.root / "a" / "mine").unlink()
+    undo(find(RUN), lambda _path: None)
+    assert list(run.root.iterdir()) == []
 
 
 def die_at(number: int) -> None:
