@@ -20,6 +20,7 @@ from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.apply import chosen
 from x07_sandbox.cli.changed import lines, pieces, tell
+from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.files.apply import ConflictError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
@@ -592,6 +593,22 @@ def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
     (run.root / "a" / "mine").unlink()
     undo(find(RUN), lambda _path: None)
     assert list(run.root.iterdir()) == []
+
+
+def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing is left to apply the command says that, and not that it is done."""
+    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    said = []
+    for words in (["--skip", "a"], [], []):
+        assert main(["apply", *words]) == 0
+        said.append(capsys.readouterr().err)
+    assert said == [
+        "x07: nothing is left to apply\n",
+        "x07: 1 added: applied; x07 undo\n",
+        "x07: all of it is there already\n",
+    ]
 
 
 def die_at(number: int) -> None:
