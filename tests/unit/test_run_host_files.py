@@ -8,6 +8,7 @@ import itertools
 import os
 import resource
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,6 +283,28 @@ def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
 def said(changes: Changes, denials: list[Denial]) -> list[str]:
     """What the command prints of them."""
     return lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials)))
+
+
+def test_a_root_in_a_repository_is_protected(run: Run) -> None:
+    """What a root has that lies in what git takes for a repository needs the flag; a work tree of its own does not."""
+    bare = run.root / "bare"
+    for name in ("objects", "refs", "hooks", "tree", "tree/deep"):
+        (bare / name).mkdir(parents=True)
+    hook = Entry(Kind.FOLDER, b"post-update", mode=0o755)
+    changes, _, _ = run.back(run.files({"write_roots": (str(bare / "hooks"),)}, changes="keep"), hook)
+    assert (changes.state, changes.reason) == ("kept", "")
+    shutil.rmtree(run.folder.path / "changes")
+    (bare / "HEAD").touch()
+    _, (denial,), _ = run.back(run.files({"write_roots": (str(bare / "hooks"),)}), hook)
+    assert (denial.field, denial.subject) == (
+        "protected",
+        f"post-update: git takes {bare} for a repository, and would run what is in it",
+    )
+    assert flag_of(denial) == ["--allow-protected", "post-update"]
+    assert chosen(find(RUN).changes, [], ["post-update"]).roots[0].changes
+    shutil.rmtree(run.folder.path / "changes")
+    (bare / "tree/.git").touch()
+    assert run.back(run.files({"write_roots": (str(bare / "tree/deep"),)}), hook)[0].state == "applied"
 
 
 def test_a_root_that_is_itself_the_name_can_be_named(run: Run) -> None:
