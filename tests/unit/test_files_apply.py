@@ -518,6 +518,8 @@ def test_without_room_for_undo_the_changes_stand(tmp_path: Path) -> None:
     assert read(root) == new
     assert why_no_undo(tmp_path / "state") == os.strerror(errno.EFBIG)
     assert [path.name for path in (tmp_path / "state" / "undo").iterdir()] == ["impossible"]
+    with pytest.raises(ConflictError, match="Run the program again"):  # what another part needs first it cannot have
+        applied(*difference(root, new, {**new, "other": ("file", 0o644, b"z")}), tmp_path / "state")
 
 
 def test_a_journal_that_cannot_be_read_is_told(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.unit.apply_trees import Tree, difference
+from tests.unit.apply_trees import NEW, OLD, Tree, difference, put
 from x07_sandbox.files import patch as patches
 from x07_sandbox.files.patch import Work, hunks, patch
 
@@ -78,3 +80,32 @@ def test_all_files_of_a_set_share_what_may_be_compared(monkeypatch: pytest.Monke
     kept = [text.count(b"\n a") for text in said]
     assert kept[0] > 50
     assert kept[-1] == 1  # what both begin with
+
+
+def test_git_makes_the_new_tree_with_the_patch(tmp_path: Path) -> None:
+    """Files and links of any kind of change are as they were made; what git has no words for is a remark to it."""
+    binary = ("file", 0o644, b"\0")
+    loose = {name: (kind, mode | 0o200, content) for name, (kind, mode, content) in OLD.items()}  # git is no root
+    old, new = {**loose, "binary": binary}, {**NEW, "binary": ("file", 0o644, b"\0\0"), "binary-new": binary}
+    root = tmp_path / "root"
+    put(root, old)
+    changes, _ = difference(root, old, new)
+    (one,) = changes.roots
+    assert any(change.after and change.after.mode == 0o600 for change in one.changes)
+    said = b"".join(patch(changes, lambda _root, name, _node: old[name][2], lambda _root, name, _node: new[name][2]))
+    argv = ["/usr/bin/env", "git", "-c", "core.fileMode=true", "apply", "--unsafe-paths", "-"]
+    subprocess.run(argv, input=said, cwd=root, check=True, capture_output=True)
+    plain = {name: entry for name, entry in new.items() if entry[0] != "folder" and not name.startswith("binary")}
+    for name, (kind, mode, content) in plain.items():
+        path = root / name
+        assert (os.fsencode(path.readlink()) if kind == "link" else path.read_bytes()) == content
+        assert kind == "link" or bool(path.stat().st_mode & 0o100) == bool(mode & 0o100)
+    there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
+    assert there == {*plain, "binary"}
+    for line in (
+        b"# new folder: added-tree",
+        b"# folder: open, mode 0755 -> 0555",
+        b"# binary-new: not shown, nothing",
+    ):
+        assert line in said
+    assert b"# changed, mode 0644 -> 0600" in said

@@ -179,7 +179,12 @@ def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
         "a/deep er": "/deep",
         "a/deep er/n\u00f6ch.txt": "/deep/n\u00f6ch.txt",
     }
-    assert known.path("00:00", (trip.guest / "run.sh").stat().st_ino) == ""
+    inode = (trip.guest / "run.sh").stat().st_ino
+    assert known.path("00:00", inode) == ""
+    for name in ("/data/run.sh", "/data/x/y", "/deep", "/data/x/../link"):  # as good as the path
+        assert known.path(shown, inode, name) == ""
+    for name in ("/", "/tmp/link", "/data/a/link", "/database", "/x07/in/project"):  # noqa: S108 - the guest's
+        assert known.path(shown, inode, name) == "/data/run.sh"
 
 
 @needs_root
@@ -245,6 +250,25 @@ def test_a_hard_link_is_a_file_of_its_own_there(trip: Trip) -> None:
     assert [(change.name, change.after and change.after.mode) for change in trip.back().changes] == [("a", 0o700)]
     os.link(trip.guest / "b", trip.guest / "c")
     assert [(change.name, change.action) for change in trip.back().changes] == [("a", "changed"), ("c", "added")]
+
+
+@needs_root
+def test_a_file_that_ends_in_a_hole_comes_back_whole(trip: Trip, tmp_path: Path) -> None:
+    """Where the last of the changed files is a hole, or ends in one, all of them can be applied."""
+    trip.go()
+    (trip.guest / "a").write_text("data")
+    for name in ("b", "c"):
+        with (trip.guest / name).open("wb") as file:
+            file.write(b"begin" if name == "b" else b"")
+            file.truncate(900_000)
+    (trip.guest / "d").touch()
+    with (tmp_path / "data").open("w+b") as data:
+        changed = trip.back(data_fd=data.fileno()).changes
+        root = RootChanges(root=str(trip.host), guest="/opt/x07", missing=False, changes=changed)
+        apply(ChangeSet(run="1", roots=(root,)), data.fileno(), tmp_path / "kept")
+    for name in ("a", "b", "c", "d"):
+        assert (trip.host / name).read_bytes() == (trip.guest / name).read_bytes()
+    assert (trip.host / "c").stat().st_blocks == 0
 
 
 @needs_root

@@ -54,8 +54,10 @@ def path(name: str, kind: str = "NORMAL", inode: int = 67, dev: str = "fe:00") -
     return PATH, f"item=0 name={name} {found}nametype={kind} cap_fp=0 cap_fi=0 cap_fe=0 cap_fver=0 cap_frootid=0"
 
 
-def find(device: str, inode: int) -> str:
-    """What is known by inode: a folder of the host's, and a file in it."""
+def find(device: str, inode: int, given: str) -> str:
+    """What is known by inode: a folder of the host's, and a file in it; nothing where the name says it."""
+    if given.startswith("/data"):
+        return ""
     return {("fe:10", 139268): "/data/t", ("fe:10", 139269): "/data/t/f"}.get((device, inode), "")
 
 
@@ -160,6 +162,22 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
         (
             [called(91, 30, items=1, a0="4"), (CWD, 'cwd="/opt/x07"'), path("(null)", "NORMAL", 139269, "fe:10")],
             Refusal("kernel", "fchmod", 30, "/data/t/f", write=True),
+        ),
+        # A link of the program's own, or a name for a descriptor, says nothing of where it leads.
+        (
+            [called(257, 30, items=1, a2="80241"), (CWD, 'cwd="/tmp"'), path('"td/"', "PARENT", 139268, "fe:10")],
+            Refusal("kernel", "openat", 30, "/data/t/", write=True),
+        ),
+        *[
+            (
+                [called(257, 30, items=1, a2="80001"), (CWD, 'cwd="/tmp"'), path(name, "NORMAL", 139269, "fe:10")],
+                Refusal("kernel", "openat", 30, "/data/t/f", write=True),
+            )
+            for name in ('"tf"', '"/tmp/td/f"', '"/proc/self/fd/6"')
+        ],
+        (
+            [called(257, 30, items=1, a2="80001"), (CWD, 'cwd="/data"'), path('"l"', "NORMAL", 139269, "fe:10")],
+            Refusal("kernel", "openat", 30, "/data/l", write=True),
         ),
         ([called(280, 30, items=0, a0="4")], Refusal("kernel", "utimensat", 30, "", write=True)),
         # A path without a descriptor is the working directory's, with or without a slash in it.

@@ -244,6 +244,8 @@ def test_what_is_advised_is_one_word_to_a_shell() -> None:
     assert shlex.split(denial.how_to_allow.flag or "") == ["--allow-write-root", name]
     assert shlex.split(hint.how.flag or "") == ["--allow-read-root", "/d/$(id>&2)"]
     assert hint.to_write.flag == "--allow-write-root /d"
+    (hint,) = hints(b"No such file or directory: '-x/y'\n", policy({}), (), START)
+    assert (hint.how.flag, hint.how.value) == ("--allow-read-root ./-x/y", ["-x/y"])
 
 
 def test_a_missing_path_is_hinted_at_to_be_written_too() -> None:

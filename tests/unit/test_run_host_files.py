@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import os
 import resource
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,9 @@ from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.apply import chosen
 from x07_sandbox.cli.changed import lines, pieces, tell
+from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
+from x07_sandbox.files.apply import ConflictError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.host.paths import private_dir
@@ -28,7 +33,7 @@ from x07_sandbox.policy import render_policy
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.kept import do, find
+from x07_sandbox.runs.kept import do, find, recover_all, undo
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.result import Changes
@@ -37,7 +42,7 @@ from x07_sandbox.runs.session import Progress
 from x07_sandbox.runs.streams import Cancel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from x07_sandbox.plan.denials import Denial
     from x07_sandbox.runs.host_files import HostFiles
@@ -278,6 +283,28 @@ def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
 def said(changes: Changes, denials: list[Denial]) -> list[str]:
     """What the command prints of them."""
     return lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials)))
+
+
+def test_a_root_in_a_repository_is_protected(run: Run) -> None:
+    """What a root has that lies in what git takes for a repository needs the flag; a work tree of its own does not."""
+    bare = run.root / "bare"
+    for name in ("objects", "refs", "hooks", "tree", "tree/deep"):
+        (bare / name).mkdir(parents=True)
+    hook = Entry(Kind.FOLDER, b"post-update", mode=0o755)
+    changes, _, _ = run.back(run.files({"write_roots": (str(bare / "hooks"),)}, changes="keep"), hook)
+    assert (changes.state, changes.reason) == ("kept", "")
+    shutil.rmtree(run.folder.path / "changes")
+    (bare / "HEAD").touch()
+    _, (denial,), _ = run.back(run.files({"write_roots": (str(bare / "hooks"),)}), hook)
+    assert (denial.field, denial.subject) == (
+        "protected",
+        f"post-update: git takes {bare} for a repository, and would run what is in it",
+    )
+    assert flag_of(denial) == ["--allow-protected", "post-update"]
+    assert chosen(find(RUN).changes, [], ["post-update"]).roots[0].changes
+    shutil.rmtree(run.folder.path / "changes")
+    (bare / "tree/.git").touch()
+    assert run.back(run.files({"write_roots": (str(bare / "tree/deep"),)}), hook)[0].state == "applied"
 
 
 def test_a_root_that_is_itself_the_name_can_be_named(run: Run) -> None:
@@ -522,6 +549,15 @@ def test_out_may_be_hidden_in_a_root_and_is_not_seen_there(run: Run, monkeypatch
     assert run.so_far.denials == []
 
 
+def test_out_is_a_folder_or_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that --out names is refused before a machine is started for it, with what would do."""
+    monkeypatch.chdir(run.root)
+    (run.root / "file").touch()
+    with pytest.raises(UsageError, match="file is a file"):
+        run.files(out=Path("file"))
+    assert run.files(out=Path("new")).areas[-1].at == OUT
+
+
 def kept(changes: ChangeSet, folder: Path) -> None:
     """What a run leaves of these."""
     private_dir(folder / "changes")
@@ -536,6 +572,82 @@ def test_a_set_that_makes_no_sense_is_an_error_that_is_told(run: Run) -> None:
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     with pytest.raises(HostError, match="damaged"):
         do(find(RUN), find(RUN).changes, lambda _path: None)
+
+
+def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
+    """Killed before each name that it removes or changes, undoing is ended by the next command, and is done again."""
+    (run.root / "a").write_bytes(b"x")
+    node = Node(kind="file", mode=0o644, size=1, sha256=hashlib.sha256(b"x").hexdigest())
+    changes = tuple(Change(name=name, before=node, after=None) for name in "ab")
+    kept(
+        ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=False, changes=changes),)),
+        run.folder.path,
+    )
+    parts = [chosen(find(RUN).changes, [skipped], []) for skipped in "ab"]
+    killed = 0
+    for number in itertools.count():
+        (run.root / "b").write_bytes(b"x")
+        do(find(RUN), parts[number % 2], lambda _path: None)
+        pid = os.fork()
+        if pid == 0:
+            die_at(number)
+            undo(find(RUN), lambda _path: None)
+            os._exit(0)
+        ended = os.waitpid(pid, 0)[1] == 0
+        recover_all(pytest.fail)
+        with contextlib.suppress(UsageError):  # it was done, to the end
+            undo(find(RUN), lambda _path: None)
+        assert sorted(path.name for path in run.root.iterdir()) == ["a", "b"]
+        if ended:
+            break
+        killed += 1
+    assert killed > 10
+
+
+def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
+    """Of a file that was changed since undoing says so, and names the command that shows what was there."""
+    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    do(find(RUN), find(RUN).changes, lambda _path: None)
+    (run.root / "a" / "mine").touch()
+    with pytest.raises(ConflictError, match=r"cannot undo .* since they were applied: '/.*/a/mine'.*x07 diff"):
+        undo(find(RUN), lambda _path: None)
+    (run.root / "a" / "mine").unlink()
+    undo(find(RUN), lambda _path: None)
+    assert list(run.root.iterdir()) == []
+
+
+def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing is left to apply the command says that, and not that it is done."""
+    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    said = []
+    for words in (["--skip", "a"], [], []):
+        assert main(["apply", *words]) == 0
+        said.append(capsys.readouterr().err)
+    assert said == [
+        "x07: nothing is left to apply\n",
+        "x07: 1 added: applied; x07 undo\n",
+        "x07: all of it is there already\n",
+    ]
+
+
+def die_at(number: int) -> None:
+    """End this process before so many calls that remove a name, or change one, are made."""
+    left = iter(range(number))
+
+    def dying(call: Callable[..., None]) -> Callable[..., None]:
+        def instead(*args: object, **words: object) -> None:
+            if next(left, None) is None:
+                os._exit(9)
+            call(*args, **words)
+
+        return instead
+
+    for name in ("unlink", "rmdir", "rename"):
+        setattr(os, name, dying(getattr(os, name)))
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_of_a_list(run: Run) -> None:
@@ -565,6 +677,23 @@ def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) ->
     tell(ended)
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "deleted: gone" in line] == [f"x07: deleted: {name}" for name in sorted(gone)]
+
+
+def test_a_patch_is_not_written_line_by_line(run: Run) -> None:
+    """A hundred thousand lines are a few pieces, each of whole lines, and of long lines no piece holds many."""
+    many, long = b"\n" * 100_000, b"x" * 99_999 + b"\n"
+    made = []
+    for number, text in enumerate((many, long, long, long)):
+        at = len(many) * number
+        node = Node(kind="file", mode=0o644, size=len(text), sha256=hashlib.sha256(text).hexdigest(), at=at)
+        made.append(Change(name=f"{number}", before=None, after=node))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=tuple(made))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    (run.folder.path / "changes/data").write_bytes(many + 3 * long)
+    found = list(pieces(find(RUN)))
+    assert len(found) < 10
+    assert all(piece.endswith(b"\n") and len(piece) < 200_000 for piece in found)
+    assert b"".join(found).count(b"\n+") == 100_000 + 3 + 4
 
 
 def test_a_link_that_comes_into_the_way_to_a_root_is_not_followed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,12 @@ for one in [subprocess.Popen(["/usr/bin/sleep", "2"]) for _ in range(3)]:
 """
 FILES: Final = "held = [open('/dev/null') for _ in range(40)]\n"
 DUPLICATES: Final = "import os\nheld = [os.dup(0) for _ in range(40)]\n"  # by fcntl
+WATCHERS: Final = """
+import ctypes
+for _ in range(180):
+    if ctypes.CDLL(None, use_errno=True).inotify_init1(0) < 0:
+        raise OSError(ctypes.get_errno(), "no more")
+"""
 SCRIPT: Final = "import subprocess\nsubprocess.run(['/usr/bin/ldd', '--version'], check=True)\n"
 # What is only reserved, however much, is no use of memory.
 MEMORY: Final = """
@@ -117,6 +123,7 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
         ),
         (FILES, {"limits.fds": 30}, ["limits.fds"]),
         (DUPLICATES, {"limits.fds": 30}, ["limits.fds"]),
+        (WATCHERS, {"limits.fds": 150}, ["limits.fds"]),
         (MEMORY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
         (TEMPORARY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
         (SHARED, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),

@@ -59,7 +59,8 @@ def _apply(options: argparse.Namespace) -> int:
     if wanted(options) and deliver(machine_form(changes), options):
         return 0
     list_deleted(changes)
-    say(summary(changes, "applied; x07 undo") if done.roots else "all of it is there already")
+    there = "all of it is there already" if any(root.changes for root in changes.roots) else "nothing is left to apply"
+    say(summary(changes, "applied; x07 undo") if done.roots else there)
     return 0
 
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.changes import Node
     from x07_sandbox.runs.result import Changes, Result
+
+_PIECE: Final = 1 << 16
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -96,8 +98,15 @@ def _deleted(changes: ChangeSet) -> list[str]:
 
 
 def pieces(kept: KeptChanges) -> Iterator[bytes]:
-    """The patch of a run's changes."""
-    return patch(kept.changes, _Before(kept), _After(kept))
+    """The patch of a run's changes, many lines at a time: a million of them are not written one by one."""
+    some = bytearray()
+    for line in patch(kept.changes, _Before(kept), _After(kept)):
+        some += line
+        if len(some) >= _PIECE:
+            yield bytes(some)
+            some.clear()
+    if some:
+        yield bytes(some)
 
 
 class _After:

@@ -114,7 +114,7 @@ is gone was renamed if its content has come to another, else removed; neither pe
 the policy says, these are refused: links that lead out of their root (by way of others too) or through what was not
 copied in, set-id bits, extended attributes, devices, names that begin with `.x07-apply-`, new names that differ from
 another in case only, where the root's folder takes both for one, and names that other tools run or obey (`.git` in any
-spelling, a folder that git would take for a repository, files of shells, editors, CI and assistants,
+spelling, a folder that git would take for a repository, with roots in it, files of shells, editors, CI and assistants,
 `x07-sandbox.toml`, `x07.json`, the policy in use with every link on the way to it). Only `--allow-protected PATTERN` of
 `x07 run` and `x07 apply` lets a name of the last kind, which no policy can do; any other reason against that name
 stands. What was not copied in is neither replaced nor removed: a change that would do so (it takes away a folder that

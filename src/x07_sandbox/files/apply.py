@@ -123,7 +123,11 @@ def _check_part(folder: Path, roots: list[RootChanges], found: list[Found], wron
     done_paths = {posixpath.join(*name).rstrip("/") for name in done}
     if done_paths.issuperset(wrong) if wrong else kept is None or not kept <= mine:
         why = "another part of them is applied already, and x07 undo could not bring back both"
-        raise ConflictError("cannot apply the changes", why, "First x07 undo, then apply all that you want at once")
+        fix = "First x07 undo, then apply all that you want at once"
+        if why_no_undo(folder):
+            why = "another part of them is applied already, and cannot be undone"
+            fix = "Run the program again, and apply all that you want at once"
+        raise ConflictError("cannot apply the changes", why, fix)
 
 
 def _inverse(root: RootChanges, found: Found, steps: list[Step]) -> RootChanges:

@@ -96,6 +96,7 @@ class Incoming:
     def _begin(self, entry: Entry) -> None:
         name = os.fsdecode(entry.name)
         if entry.kind is Kind.END:
+            os.ftruncate(self._data_fd, self._position)  # with a hole there, if the last file ends in a hole
             return
         if entry.kind is Kind.ROOT:
             self._enter(int(name))

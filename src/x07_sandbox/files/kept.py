@@ -92,6 +92,13 @@ def publish(folder: Path) -> None:
         (folder / _NEXT).rename(folder / "undo")
 
 
+def drop(folder: Path) -> None:
+    """Keep nothing any more: as a whole, should we be killed. Raises OSError."""
+    _remove(folder / _NEXT)
+    (folder / "undo").rename(folder / _NEXT)
+    _remove(folder / _NEXT)
+
+
 def discard(site: Site, known: dict[str, Ident] | None, mode: int | None = None) -> None:
     """Remove a staging folder, and in it what is *known*, or, if that is None, what has a name of ours.
 

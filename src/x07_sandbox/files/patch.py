@@ -14,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -30,7 +32,7 @@ _PAIRS_OF_ONE_MAX: Final = 5_000_000
 _CONTEXT: Final = 3
 _PLAIN: Final = re.compile(rb"[\x20-\x21\x23-\x5b\x5d-\x7e]+")
 _ASCII: Final = 128
-_MODES: Final = {"file": 0o100000, "link": 0o120000, "folder": 0o040000}
+_MODES: Final = {"file": 0o100000, "link": 0o120000}
 
 
 def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
@@ -56,30 +58,54 @@ def _note(root: str, name: str, why: bytes) -> bytes:
 
 
 def _one(root: str, change: Change, before: Content, after: Content, work: Work) -> Iterator[bytes]:
-    name = os.fsencode(change.name) or os.fsencode(Path(root).name)
-    one, two = _quoted(b"a/" + name), _quoted(b"b/" + name)
-    yield b"diff --git " + one + b" " + two + b"\n"
+    """One name. What git has no words for is a remark, which it passes over: it would make files of new folders."""
     old, new = change.before, change.after
-    if old is None and new is not None:
-        yield b"new file mode %06o\n" % _mode(new)
-    elif old is not None and new is None:
-        yield b"deleted file mode %06o\n" % _mode(old)
-    elif old is not None and new is not None and _mode(old) != _mode(new):
-        yield b"old mode %06o\nnew mode %06o\n" % (_mode(old), _mode(new))
-    texts = []
-    for node, content in ((old, before), (new, after)):
-        if node is None or node.kind == "folder":
-            texts.append(b"")
-            continue
-        data = os.fsencode(node.target) if node.kind == "link" else content(root, change.name, node)
-        if data is None or len(data) > TEXT_MAX or b"\0" in data:
-            yield _summary(old, new)
-            return
-        texts.append(data)
+    if old is not None and new is not None and old.kind != new.kind:
+        for part in (msgspec.structs.replace(change, after=None), msgspec.structs.replace(change, before=None)):
+            yield from _one(root, part, before, after, work)
+        return
+    name = os.fsencode(change.name) or os.fsencode(Path(root).name)
+    if "folder" in {old and old.kind, new and new.kind}:
+        words = b"new folder" if old is None else b"folder removed" if new is None else b"folder"
+        yield b"# " + words + b": " + _quoted(name) + _modes(old, new) + b"\n"
+        return
+    texts = [_text(root, change.name, old, before), _text(root, change.name, new, after)]
+    if None in texts:
+        yield b"# " + _quoted(name) + b": " + _summary(old, new) + _modes(old, new) + b"\n"
+        return
+    head = _head(old, new)
+    if not head and (modes := _modes(old, new)):
+        yield b"# " + _quoted(name) + modes + b"\n"
+    one, two = _quoted(b"a/" + name), _quoted(b"b/" + name)
+    if head or texts[0] != texts[1]:
+        yield b"diff --git " + one + b" " + two + b"\n" + head
     if texts[0] != texts[1]:
         yield b"--- " + (one if old is not None else b"/dev/null") + b"\n"
         yield b"+++ " + (two if new is not None else b"/dev/null") + b"\n"
-        yield from hunks(texts[0], texts[1], work)
+        yield from hunks(texts[0] or b"", texts[1] or b"", work)
+
+
+def _text(root: str, name: str, node: Node | None, content: Content) -> bytes | None:
+    """What there is to compare; None where it cannot be shown as lines."""
+    if node is None:
+        return b""
+    data = os.fsencode(node.target) if node.kind == "link" else content(root, name, node)
+    return None if data is None or len(data) > TEXT_MAX or b"\0" in data else data
+
+
+def _head(old: Node | None, new: Node | None) -> bytes:
+    if old is None:
+        return b"new file mode %06o\n" % _mode(new) if new is not None else b""
+    if new is None:
+        return b"deleted file mode %06o\n" % _mode(old)
+    return b"old mode %06o\nnew mode %06o\n" % (_mode(old), _mode(new)) if _mode(old) != _mode(new) else b""
+
+
+def _modes(old: Node | None, new: Node | None) -> bytes:
+    """The permission bits of both, if they are others."""
+    if old is None or new is None or old.mode == new.mode:
+        return b""
+    return b", mode %04o -> %04o" % (old.mode, new.mode)
 
 
 def _summary(old: Node | None, new: Node | None) -> bytes:
@@ -88,7 +114,7 @@ def _summary(old: Node | None, new: Node | None) -> bytes:
         "nothing" if node is None else f"{node.size} bytes, sha256 {node.sha256}" if node.kind == "file" else node.kind
         for node in (old, new)
     ]
-    return f"Binary files differ: {sides[0]} -> {sides[1]}\n".encode()
+    return f"not shown, {sides[0]} -> {sides[1]}".encode()
 
 
 def _mode(node: Node) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import os
+import posixpath
 import re
 import unicodedata
 from collections import defaultdict
@@ -46,6 +48,7 @@ _PARTS: Final = (
 )
 _GIT_NEEDS: Final = frozenset({"objects", "refs"})
 _GIT_NAMES: Final = frozenset({"head", "commondir", *_GIT_NEEDS})
+_GIT_FILES: Final = ("HEAD", "commondir", *_GIT_NEEDS)
 # Git on some file systems takes names for `.git` that hold these (CVE-2014-9390).
 _RANGES: Final = ((0x200C, 0x200F), (0x202A, 0x202E), (0x206A, 0x206F), (0xFEFF, 0xFEFF))
 _IGNORED: Final = frozenset(chr(number) for low, high in _RANGES for number in range(low, high + 1))
@@ -66,12 +69,15 @@ def _protected() -> re.Pattern[str]:
 class Protection:
     """What is protected below one root.
 
-    root: its path on the host; what lies below a protected folder is protected. own: further names that are, say the
-    policy in use. allowed: patterns that the host's owner has let go, each for a path from the root or a part of it; of
-    the root's own path, for a part that is protected, and, where the root itself is meant, for its last one.
+    root: its path on the host; what lies below a protected folder is protected. repository: the folder around the root
+    that git takes for one, if there is any. own: further names that are protected, say the policy in use. allowed:
+    patterns that the host's owner has let go, each for a path from the root or a part of it; of the root's own path,
+    for a part that is protected, and, where the root itself is meant, for its last one.
     """
 
-    def __init__(self, root: str, own: Sequence[str] = (), allowed: Sequence[str] = ()) -> None:
+    def __init__(
+        self, root: str, own: Sequence[str] = (), allowed: Sequence[str] = (), *, repository: str = ""
+    ) -> None:
         # A part stands in the names of all that lies below it. These caches go with this object: names are a guest's.
         self._folded = functools.cache(folded)
         self._part = functools.cache(self._why_part)
@@ -79,7 +85,8 @@ class Protection:
         self._folders: dict[str, str | None] = {}
         self._own = {self._whole(name) for name in own}
         self._allowed = [re.compile(fnmatch.translate(pattern.casefold())) for pattern in allowed]
-        self._root = next(filter(None, map(self._part, root.split("/"))), "")
+        around = _of_repository(shown(repository)) if repository else ""
+        self._root = next(filter(None, map(self._part, root.split("/"))), around)
         self._name = root.rpartition("/")[2]
         self._lets_root = any(self._lets_part(part) for part in root.split("/") if self._part(part))
 
@@ -121,8 +128,7 @@ class Protection:
             above = name.rpartition("/")[0]
             place = _inherited(above, inside, lambda inner: inner if whole(inner) in bare else None) if name else None
             if place is not None and not self.lets(name):
-                where = shown(place) or "the root"
-                refused[name] = f"git takes {where} for a repository, and would run what is in it"
+                refused[name] = _of_repository(shown(place) or "the root")
         return refused
 
     def _whole(self, name: str) -> str:
@@ -136,6 +142,24 @@ class Protection:
         if found is None or found.lastindex is None:
             return ""
         return f"{_PARTS[found.lastindex - 1]} is protected: other tools run or obey it"
+
+
+def _of_repository(where: str) -> str:
+    return f"git takes {where} for a repository, and would run what is in it"
+
+
+def repository_around(root: str) -> str:
+    """The path of a folder in which *root* lies, and which git takes for a repository; empty for none.
+
+    A `.git` on the way belongs to a work tree of its own, and git looks no further.
+    """
+    here = root
+    while here != "/" and not os.path.lexists(f"{here}/.git"):
+        here = posixpath.dirname(here)
+        has = {name for name in _GIT_FILES if os.path.lexists(posixpath.join(here, name))}
+        if "HEAD" in has and ("commondir" in has or has >= _GIT_NEEDS):
+            return here
+    return ""
 
 
 def _inherited(folder: str, known: dict[str, str | None], own: Callable[[str], str | None]) -> str | None:

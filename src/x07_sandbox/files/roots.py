@@ -147,6 +147,8 @@ def _look(root: Root) -> str:
         if stat.S_ISDIR(mode):
             return "folder"
         if stat.S_ISREG(mode):
+            if root.field == "--out":  # its place is a folder
+                raise UsageError(what, f"{root.host} is a file", "Name a folder by --out, a file by --allow-write-root")
             return "file"
         raise UsageError(what, f"{root.host} is neither a file nor a folder", "Name one")
     finally:

@@ -42,12 +42,23 @@ class ConflictError(SandboxError):
 
 def conflict(names: Sequence[str]) -> ConflictError:
     """The error about these paths."""
-    shown = ", ".join(ascii(name) for name in names[:_SHOWN])
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    why = f"the host has changed since it was copied: {shown}{more}"
+    why = f"the host has changed since it was copied: {_some(names, len(names))}"
     error = ConflictError("cannot apply the changes", why, "Look at the changes, and run the program again")
     error.names, error.count = tuple(names[:NAMES_MAX]), len(names)
     return error
+
+
+def undo_conflict(error: ConflictError, what: str) -> ConflictError:
+    """The same error about changes that were to be taken back. what: what cannot be done."""
+    why = f"the host has changed since they were applied: {_some(error.names, error.count)}"
+    other = ConflictError(what, why, "Change by hand what you want back: x07 diff shows what was there")
+    other.names, other.count = error.names, error.count
+    return other
+
+
+def _some(names: Sequence[str], count: int) -> str:
+    more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
+    return f"{', '.join(ascii(name) for name in names[:_SHOWN])}{more}"
 
 
 class Thing:

@@ -55,6 +55,8 @@ def main() -> None:
             write_file(f"/proc/sys/{name}", value)
     # The control group holds the limit and tells of it; an allocation that the kernel finds too large would only fail.
     write_file("/proc/sys/vm/overcommit_memory", "1")
+    # A program is to run out of descriptors, of which a policy can give more, not of the kernel's own 128 instances.
+    write_file("/proc/sys/fs/inotify/max_user_instances", "1048576")
     try:
         Agent(_open_port(PORT)).serve()
     finally:

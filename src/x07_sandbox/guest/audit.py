@@ -62,7 +62,7 @@ _READS_ONLY: Final = frozenset(
 )
 
 
-Find = Callable[[str, int], str]
+Find = Callable[[str, int, str], str]
 
 
 class Refusal(NamedTuple):
@@ -186,8 +186,9 @@ class Refusals:
     def __init__(self, calls: dict[str, int], find: Find | None = None) -> None:
         """calls: numbers of system calls by name.
 
-        find: the path of what has this device, as the kernel writes it, and this inode; empty if it does not know. A
-            name relative to a descriptor says nothing else of where it lies.
+        find: the path of what has this device, as the kernel writes it, and this inode, and which name the call has for
+            it, from the working directory on; empty if it does not know, or the name says it as well. A name relative
+            to a descriptor says nothing else of where it lies, and any other may be that of a link.
         """
         self._names = {number: name for name, number in calls.items()}
         self._find = find
@@ -260,11 +261,15 @@ class Refusals:
             call.path = call.path or self._path(call, name, values)
 
     def _path(self, call: _Call, name: str, values: dict[bytes, bytes]) -> str:
-        """The name of a record, or from a descriptor the path of what the record is about, if it is known."""
-        if self._find and (not name or (call.elsewhere and not name.startswith("/"))):
-            inode = _number(values.get(b"inode", b""))
-            return self._find(values.get(b"dev", b"").decode("ascii", "replace"), inode) or name
-        return name
+        """The name of a record, or the path of what the record is about, where that is known and says more."""
+        if self._find is None:
+            return name
+        vague = not name or (call.elsewhere and not name.startswith("/"))
+        if not vague and call.errno != errno.EROFS:
+            return name
+        given = "" if vague else posixpath.normpath(posixpath.join(call.cwd, name))
+        device = values.get(b"dev", b"").decode("ascii", "replace")
+        return self._find(device, _number(values.get(b"inode", b"")), given) or name
 
     def _ended(self, serial: bytes, call: _Call) -> None:
         if call.items <= 0:

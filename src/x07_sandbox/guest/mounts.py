@@ -47,16 +47,27 @@ class ReadOnly:
         self._mounts = mounts
         self._paths: dict[tuple[str, int], str] | None = None
 
-    def path(self, device: str, inode: int) -> str:
-        """Of what has this inode; empty for all else. device: its numbers in hexadecimal, as the audit has them."""
+    def path(self, device: str, inode: int, given: str = "") -> str:
+        """Of what has this inode; empty for all else. device: its numbers in hexadecimal, as the audit has them.
+
+        given: a name for it, which may be that of a link; empty too where that lies in a read root itself.
+        """
+        if (given and self._shows(given)) or all(device != _shown(tree) for tree in self._trees.values()):
+            return ""
         if self._paths is None:
             self._paths = dict(self._all())
         return self._paths.get((device, inode), "")
 
+    def _shows(self, given: str) -> bool:
+        around = (
+            mount for mount in self._mounts if _below(given.strip("/"), _text(mount["at"]).strip("/")) is not None
+        )
+        inner = max(around, key=lambda mount: len(mount["at"]), default=None)
+        return inner is not None and not inner["write"]
+
     def _all(self) -> Iterator[tuple[tuple[str, int], str]]:
         for number, tree in self._trees.items():
-            device = os.stat(tree.folder).st_dev
-            shown = f"{os.major(device):02x}:{os.minor(device):02x}"
+            shown = _shown(tree)
             mounts = [mount for mount in self._mounts if mount["tree"] == number]
             if all(mount["write"] for mount in mounts):
                 continue
@@ -68,8 +79,19 @@ class ReadOnly:
                     if rest is not None:
                         if not mount["write"]:
                             path = posixpath.join(mount["at"], rest).rstrip("/")
-                            yield (shown, inode), os.fsencode(path).decode("utf-8", "backslashreplace")
+                            yield (shown, inode), _text(path)
                         break
+
+
+def _shown(tree: Tree) -> str:
+    """The device of a tree, as the audit has it."""
+    device = os.stat(tree.folder).st_dev
+    return f"{os.major(device):02x}:{os.minor(device):02x}"
+
+
+def _text(path: str) -> str:
+    """As names of records are decoded."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _below(name: str, sub: str) -> str | None:

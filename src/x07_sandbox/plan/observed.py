@@ -262,5 +262,6 @@ def root_to_allow(policy: Policy, name: Literal["read_roots", "write_roots"], gi
     """What would make *given* a root. The flag is safe to paste: the name may be the program's."""
     if not policy.fs.enabled:
         return allowing(policy, "fs.enabled", value=True)  # without it the flag is refused
-    flag = f"--allow-{name.replace('_roots', '-root')} {shlex.quote(given)}"
+    word = f"./{given}" if given.startswith("-") else given  # else it would be a flag itself
+    flag = f"--allow-{name.replace('_roots', '-root')} {shlex.quote(word)}"
     return allowing(policy, f"fs.{name}", [*getattr(policy.fs, name), given], flag)

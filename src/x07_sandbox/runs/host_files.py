@@ -17,7 +17,7 @@ from x07_sandbox.files.collisions import collisions, knows_no_case
 from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, bounds_of, copy_tree, value_for
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
-from x07_sandbox.files.protected import Protection
+from x07_sandbox.files.protected import Protection, repository_around
 from x07_sandbox.files.roots import Root, change_roots, roots_of, trees_of
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir
@@ -186,7 +186,8 @@ class HostFiles:
         for number, (tree, mount) in enumerate(self._roots):
             before = _below(self.copied[tree].nodes, mount.sub)
             told = [one for one in incoming.told if one.root == number]
-            protection = Protection(mount.host, self._own(mount), self._request.allow_protected)
+            around = repository_around(mount.host)
+            protection = Protection(mount.host, self._own(mount), self._request.allow_protected, repository=around)
             stayed = _below(self.copied[tree].stayed, mount.sub)
             judged = judge(before, stayed, told, self._bounds, allowed, protection)
             if judged.root_mode is not None:

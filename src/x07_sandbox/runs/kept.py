@@ -90,6 +90,8 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
 
     from x07_sandbox.files.apply import apply, why_no_undo
     from x07_sandbox.files.changes import decode
+    from x07_sandbox.files.kept import drop
+    from x07_sandbox.files.things import ConflictError, undo_conflict
 
     what = f"cannot undo the changes of run {kept.run}"
     if not kept.applied:
@@ -99,10 +101,13 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
     place = kept.folder / "undo"
     with _sensible(kept.run), (place / "data").open("rb") as data, applying(kept.run):
         changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
-        done = apply(changes, data.fileno(), kept.folder / "undoing", on_wait=on_wait)
-        # From here on they are kept again, and can be applied again.
-        shutil.rmtree(place)
+        try:
+            done = apply(changes, data.fileno(), kept.folder / "undoing", on_wait=on_wait)
+        except ConflictError as exc:
+            raise (undo_conflict(exc, what) if exc.names else exc) from None
+        # In this order: killed before the last of it, we find all of it done the next time, and end it.
         shutil.rmtree(kept.folder / "undoing")
+        drop(kept.folder)  # from here on they are kept again, and can be applied again
     return done
 
 
