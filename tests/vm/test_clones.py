@@ -23,6 +23,7 @@ from x07_sandbox.host import clocks, settings
 from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.images.build import build_image
+from x07_sandbox.images.store import find_image
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.runs import execute
 
@@ -311,13 +312,17 @@ def test_what_openssl_drew_before_the_program_is_not_what_it_draws_after(in_own_
 def test_a_module_that_cannot_be_preloaded_is_named(
     own_cache: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An image whose modules cannot be imported is told as an error that names the module; its runs start cold."""
+    """Modules that cannot be imported are an error that names one; the name stays the image that it was, if any."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(own_cache))
     assert main(["image", "build", "--name", "wrong", "--preload", "no_such_module"]) == 125
     assert "No module named 'no_such_module'" in capsys.readouterr().err
     ran = sandbox.run_text("see.py", PRELOADED, image="wrong")
     assert (ran.outcome, starts(ran)["run"]) == ("ok", "cold")
     assert [text for text in ran.result.warnings if "no_such_module" in text]
+    before = build_image(name="right", preload=[], progress=lambda _text: None)
+    assert main(["image", "build", "--name", "right", "--preload", "no_such_module"]) == 125
+    assert "'right' stays the image that it was" in capsys.readouterr().err
+    assert find_image("right").digest == before.digest
 
 
 # hosts that change under a saved machine: stand-ins, which docs/performance.md names as such

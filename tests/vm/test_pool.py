@@ -248,10 +248,15 @@ def test_nothing_is_left_of_a_claim_that_was_killed(echo: str, state: Path, kill
 
 
 def test_a_pool_that_does_not_answer_costs_a_clone(echo: str) -> None:
-    """A stopped pool's process, or one that has died and left its socket: the run goes on with a clone."""
+    """A pool's process that is stopped, which is told, or has died and left its socket: runs go on with clones."""
     with pool_process(1) as pid:
         os.kill(pid, signal.SIGSTOP)
-        assert ran(echo)["phases"]["run"]["start"] == "clone"
+        result = ran(echo)
+        assert result["phases"]["run"]["start"] == "clone"
+        assert [text for text in result["warnings"] if "it does not answer" in text]
+        asked = x07("pool", "status")
+        assert (asked.returncode, asked.stdout) == (125, b"")
+        assert f"its process {pid} does not answer".encode() in asked.stderr
         os.kill(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGCONT)
         assert ran(echo)["phases"]["run"]["start"] == "clone"

@@ -11,7 +11,16 @@ from x07_sandbox.cli.documents import deliver, print_document
 from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
-from x07_sandbox.images.store import build_command, cure, damaged_images, find_image, image_is_current, list_images
+from x07_sandbox.images.store import (
+    build_command,
+    cure,
+    damaged_images,
+    find_image,
+    image_is_current,
+    list_images,
+    named,
+    set_name,
+)
 from x07_sandbox.images.verify import verify_image
 from x07_sandbox.reports.images import BuildReport, ImageRow, ListReport, VerifyReport
 from x07_sandbox.runs.prepare import prepare_templates
@@ -89,15 +98,28 @@ def build_with_progress(
 ) -> Image:
     """Build an image, telling the user how far it is. include, preload: None for what it has. Raises SandboxError."""
     progress = Progress(f"image {name}")
+    before = _led_to(name)
     image = build_image(name=name, include=include, preload=preload, x07=x07, progress=progress, fresh=fresh)
     try:
         prepare_templates(image, progress)
     except SandboxError as exc:
-        if image.manifest.preload:
-            raise  # most likely a module that is not there: no run would find any of them imported
+        if image.manifest.preload:  # most likely one that is not there: no run would find any of them imported
+            fix = f"Give modules that it has, with their packages (--include). {exc.fix}"
+            if before is not None and before.manifest.preload != image.manifest.preload:
+                set_name(name, before.digest.removeprefix("sha256:"))
+                fix = f"Give modules that it has, with their packages (--include); {name!r} stays the image that it was"
+            raise type(exc)(exc.what, exc.why, fix) from exc
         progress.done(f"no VM templates: {exc}")  # the image is good all the same; a run says it again
     progress.done(f"ready: {image.digest}")
     return image
+
+
+def _led_to(name: str) -> Image | None:
+    """The image that *name* leads to now, if it does to one that can be read."""
+    try:
+        return named(name)
+    except SandboxError:
+        return None
 
 
 def _build(options: argparse.Namespace) -> int:

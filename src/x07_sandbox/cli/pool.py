@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from x07_sandbox.cli.usage import add_document_flags, whole_number
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.reports.pool import PoolReport, PoolStatus
-from x07_sandbox.runs.lease import GONE_S, PROTOCOL, connected, pool_dir, receive, send
+from x07_sandbox.runs.lease import GONE_S, PROTOCOL, connected, peer_of, pool_dir, receive, send
 
 if TYPE_CHECKING:
     from typing import IO
@@ -143,10 +144,16 @@ def _told() -> PoolStatus | None:
     if connection is None:
         return None
     with connection:
-        send(connection, {"protocol": PROTOCOL, "want": "status"})
+        pid, _ = peer_of(connection)
+        with contextlib.suppress(OSError):  # as its end, which the answer tells
+            send(connection, {"protocol": PROTOCOL, "want": "status"})
         answer = receive(connection)
     if answer is None:
-        return None
+        if (still := connected()) is None:
+            return None
+        still.close()
+        fix = f"If it is stopped, let it go on with kill -CONT {pid}, or end it with kill -KILL {pid}"
+        raise HostError("cannot ask the pool", f"its process {pid} does not answer", fix)
     told = {key: value for key, value in answer[0].items() if key != "protocol"}
     try:
         return msgspec.convert(told, PoolStatus)

@@ -39,7 +39,10 @@ BUILD_FDS: Final = 1024
 
 COPY_IN_MAX_BYTES: Final = 4 * GIB  # of all files of the host that go into one machine; its disk has 8 GiB
 CHANGES_MAX_BYTES: Final = 2 * GIB  # of all that comes back
-TEMPLATE_BYTES: Final = 384 * MIB  # what saving one machine takes at the most, generously
+# What saving one machine takes at the most, generously: this, and that part of its RAM, which its kernel's table of all
+# pages is (64 bytes for each of 4 KiB).
+TEMPLATE_BYTES: Final = 384 * MIB
+TEMPLATE_SHARE: Final = 64
 DAY_S: Final = 86_400.0
 RETENTION_S: Final = 7 * DAY_S  # how long records and folders of runs stay, and what was built and is not used
 TEMPLATES_MAX_BYTES: Final = 4 * GIB  # of all VM templates together, as the disk counts them

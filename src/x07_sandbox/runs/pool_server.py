@@ -56,6 +56,27 @@ _WALL_MS_MAX: Final = 86_400_000
 _NO_FDS_S: Final = 0.2
 
 
+class Starter:
+    """Whoever started this process: told how far it is, until it was told how that ended. Owns the descriptor."""
+
+    def __init__(self, owned_fd: int) -> None:
+        self._fd: int | None = owned_fd
+        self._lock = threading.Lock()  # machines are made in another thread, and on and on
+
+    def tell(self, value: dict[str, object]) -> None:
+        """One JSON object in a line; nothing once it is closed."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._fd is not None:
+                os.write(self._fd, json.dumps(value).encode() + b"\n")
+
+    def close(self) -> None:
+        """Tell no more: the number of the descriptor is another's from now on. A second call does nothing."""
+        with self._lock:
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
+
+
 class Server:
     """Accepts connections; each is served by a thread, for as long as its lease lasts."""
 
@@ -228,29 +249,24 @@ def _listening() -> Iterator[socket.socket]:
 
 def main(words: list[str]) -> int:
     """Serve until the end."""
-    size, idle_s, image, ready_fd = int(words[0]), float(words[1]), words[2] or None, int(words[3])
-
-    def tell(value: dict[str, object]) -> None:
-        with contextlib.suppress(OSError):
-            os.write(ready_fd, json.dumps(value).encode() + b"\n")
-
+    size, idle_s, image, starter = int(words[0]), float(words[1]), words[2] or None, Starter(int(words[3]))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a machine takes about ten descriptors
     try:
         with _listening() as listener:
-            machines = WarmMachines(size, image=image, progress=lambda text: tell({"progress": text}))
+            machines = WarmMachines(size, image=image, progress=lambda text: starter.tell({"progress": text}))
             server = Server(machines, listener, idle_s)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, server.end)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             machines.start()
             with contextlib.closing(machines):
-                announce = threading.Thread(target=_announce, args=(server, tell, ready_fd), daemon=True)
+                announce = threading.Thread(target=_announce, args=(server, starter), daemon=True)
                 announce.start()
                 server.serve()
                 server.wait_leases()
     except SandboxError as exc:
-        tell(_told(exc))
+        starter.tell(_told(exc))
         return 125
     return 0
 
@@ -260,12 +276,12 @@ def _told(exc: SandboxError) -> dict[str, object]:
     return {"what": exc.what, "why": exc.why, "fix": exc.fix, "usage": isinstance(exc, UsageError)}
 
 
-def _announce(server: Server, tell: Any, ready_fd: int) -> None:  # noqa: ANN401 - a function of main's
+def _announce(server: Server, starter: Starter) -> None:
     try:
-        tell({"ready": server.wait_filled()})
+        starter.tell({"ready": server.wait_filled()})
     except SandboxError as exc:
-        tell(_told(exc))
-    os.close(ready_fd)
+        starter.tell(_told(exc))
+    starter.close()
 
 
 if __name__ == "__main__":

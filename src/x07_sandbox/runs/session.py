@@ -392,7 +392,8 @@ class Session:
                     if not facts.unanswered:
                         return instance, facts
                     claim = replace(claim, phase=f"{spec.name}-clone")  # that job is over, and stays on record
-            except BackendError:
+            except BackendError as exc:
+                self.so_far.warnings.append(f"the {spec.name} had no warm machine: {exc.what}: {exc.why}")
                 claim = replace(claim, phase=f"{spec.name}-clone")
         if self.request.cold:
             self.request.progress(f"booting a machine for the {spec.name}")

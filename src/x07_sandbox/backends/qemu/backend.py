@@ -102,7 +102,7 @@ class QemuBackend:
             saved = None
         if saved is not None:
             return saved, ""
-        if short := lack_of_space():
+        if short := lack_of_space(kind.ram_bytes):
             return None, short  # for now: nothing speaks against the template
         try:
             self._make(template, kind, accelerator)

@@ -119,13 +119,14 @@ def templates_dir() -> Path:
     return private_dir(private_dir(cache_dir()) / "templates")
 
 
-def lack_of_space() -> str:
-    """Why no template can be saved now, if the disk is too full; else empty."""
+def lack_of_space(ram_bytes: int) -> str:
+    """Why no template of a machine with that RAM can be saved now, if the disk is too full; else empty."""
     info = os.statvfs(templates_dir())
     free = info.f_bavail * info.f_frsize
-    if free >= settings.TEMPLATE_BYTES:
+    needed_bytes = settings.TEMPLATE_BYTES + ram_bytes // settings.TEMPLATE_SHARE
+    if free >= needed_bytes:
         return ""
-    needed = settings.TEMPLATE_BYTES >> 20
+    needed = needed_bytes >> 20
     return f"there is no saved machine, and {free >> 20} MiB are too little space for one: {needed} are needed"
 
 
