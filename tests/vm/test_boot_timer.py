@@ -74,6 +74,7 @@ def test_a_machine_that_measured_its_timer_wrong_is_started_anew(sandbox: Sandbo
     assert 0.5 <= float(ran.stdout) < 0.6
     assert [("x07.timer=any" in words) for words in booted] == [False, False, False, True]
     assert ran.result.phases["run"].times_ms["hello"] < 1000 * settings.BOOT_S
+    assert [text for text in ran.result.warnings if "the run machine may have a timer that is late" in text]
 
 
 def test_why_machines_start_cold_is_said_once(sandbox: Sandbox, boots: Boots, monkeypatch: pytest.MonkeyPatch) -> None:

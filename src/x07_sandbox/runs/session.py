@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 _CWD = "/opt/x07"
 _TAIL_BYTES = 64 * 1024  # of its error output, in which a failed program may have said what it missed
+_ANY_TIMER = "the {name} machine may have a timer that is late: each booted before it measured its own wrong"
 # Where a program with a manifest starts: the same private folder, under the name that relative roots have.
 _PROJECT_MOUNT: dict[str, Any] = {"tree": None, "sub": "", "at": PROJECT_FOLDER, "write": True, "changes": False}
 
@@ -412,6 +413,8 @@ class Session:
                 continue
             booted += 1
             if not facts.mistimed or last:
+                if last and instance.begun == "cold":
+                    self.so_far.warnings.append(_ANY_TIMER.format(name=spec.name))
                 return instance, facts
             claim = replace(claim, phase=f"{spec.name}-cold{booted}")
 
