@@ -100,13 +100,15 @@ def test_the_command_line_comes_before_the_environment(asked: Asked, expected: o
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("of", ["flag", "variable"])
 def test_a_contradiction_is_an_error(wanted: str, name: str, of: str) -> None:
-    """Class and backend of one origin must agree, whatever was accepted, else both are named."""
+    """Class and backend of one origin must agree, whatever was accepted, else both are named, and what works."""
     asked = Asked(**{f"sandbox_{of}": wanted, f"backend_{of}": name}, accepted=True)  # type: ignore[arg-type] # texts
     contradicts = BY_NAME[name].sandbox_class != wanted
     assert (answer(LINUX, asked) == "contradiction") is contradicts
     if contradicts:
-        with pytest.raises(UsageError, match="--sandbox-backend" if of == "flag" else "X07_SANDBOX_BACKEND"):
+        with pytest.raises(UsageError, match="--sandbox-backend" if of == "flag" else "X07_SANDBOX_BACKEND") as caught:
             select(LINUX, asked)
+        by_flag, by_variable = "--sandbox-backend vm --backend qemu", "X07_SANDBOX_BACKEND=vm and X07_VM_BACKEND=qemu"
+        assert f"Use {by_flag if of == 'flag' else by_variable}" in caught.value.fix
 
 
 @pytest.mark.parametrize("platform", PLATFORMS, ids=str)

@@ -16,7 +16,7 @@ import pytest
 from tests.published import document
 from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
-from x07_sandbox.cli.written import place_for_artifact, write_files
+from x07_sandbox.cli.written import place_for_artifact, write_all, write_files, write_whole
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.host.paths import private_dir, state_dir
@@ -85,6 +85,13 @@ def test_a_report_that_cannot_be_written_leaves_the_result(words: tuple[str, ...
     else:
         assert b"x07: refused: no guest image" in done.stderr
         assert b"x07: cannot write r: File too large" in done.stderr
+
+
+def test_any_name_that_a_file_may_have_is_written(place: Path) -> None:
+    """A file whose name is as long as names may be is written like any other, and nothing else is left there."""
+    name = "\U0001f600" * 63 + "abc"  # 255 bytes
+    write_whole(place / name, lambda fd: write_all(fd, b"x"))
+    assert [(path.name, path.read_bytes()) for path in place.iterdir()] == [(name, b"x")]
 
 
 # what the run reads
@@ -268,7 +275,8 @@ def test_an_error_before_a_run_replaces_the_last_report(
 @pytest.mark.parametrize(
     ("before", "told"),
     [(None, True), ("", True), ('{"schema_version": "x07-os-runner.report@0.5.0"}', True)]
-    + [(text, False) for text in ("{}", "{", "[1]", "x", '{"schema_version": "x07.project@0.5.0"}')],
+    + [(text, False) for text in ("{}", "{", "[1]", "x", '{"schema_version": "x07.project@0.5.0"}', '{"a":' * 99_999)],
+    ids=range(9),
 )
 def test_wrong_usage_is_in_the_report_too(
     place: Path, words: tuple[str, ...], before: str | None, *, told: bool

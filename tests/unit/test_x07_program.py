@@ -318,6 +318,15 @@ def test_overrides_of_a_project_are_told_with_and_without_json(
     assert json.loads(made.read_bytes())["fs"]["read_roots"] == ["data"]
 
 
+def test_a_derived_policy_without_a_place_says_which(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where the derived policy of an X07 project cannot be written, its folder is named, which nobody can choose."""
+    (project / ".x07").symlink_to(project.parent)
+    assert main(["run", "--allow-read-root", "data", str(project)]) == 2
+    told = capfd.readouterr().err
+    assert "no link is followed" in told
+    assert f"Make {project}/.x07/policies/_generated a folder that you can write, or leave" in told
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -10,6 +10,7 @@ import os
 from typing import Final, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.variables import BACKENDS, SANDBOX_BACKENDS, check_environment, flag, text
@@ -105,7 +106,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 def select(platform: Platform, asked: Asked) -> Choice:
     """The backend. Raises UsageError for a contradiction, RefusedError for what cannot be had here."""
-    wanted_class, name = _wanted(asked)
+    wanted_class, name = _wanted(platform, asked)
     if name is None and wanted_class in {"os", "none"}:
         name = wanted_class
     if name is None:
@@ -177,10 +178,12 @@ def working(platform: Platform) -> tuple[str, ...]:
     return ()
 
 
-def _wanted(asked: Asked) -> tuple[str, str | None]:
+def _wanted(platform: Platform, asked: Asked) -> tuple[str, str | None]:
     """(class, backend or None): the command line before the environment. Raises UsageError."""
-    _agree("--sandbox-backend", asked.sandbox_flag, "--backend", asked.backend_flag)
-    _agree("X07_SANDBOX_BACKEND", asked.sandbox_variable, "X07_VM_BACKEND", asked.backend_variable)
+    fix = _instead(platform, asked)
+    _agree("--sandbox-backend", asked.sandbox_flag, "--backend", asked.backend_flag, fix)
+    fix = _instead(platform, replace(asked, flags=()))
+    _agree("X07_SANDBOX_BACKEND", asked.sandbox_variable, "X07_VM_BACKEND", asked.backend_variable, fix)
     if asked.backend_flag is not None:
         return BY_NAME[asked.backend_flag].sandbox_class, asked.backend_flag
     wanted = asked.sandbox_flag or asked.sandbox_variable or "auto"
@@ -189,12 +192,12 @@ def _wanted(asked: Asked) -> tuple[str, str | None]:
     return (asked.auto if wanted == "auto" and name is None else wanted), name
 
 
-def _agree(class_from: str, wanted: str | None, name_from: str, name: str | None) -> None:
+def _agree(class_from: str, wanted: str | None, name_from: str, name: str | None, fix: str) -> None:
     if name is not None and _contradict(wanted, name):
         raise UsageError(
             f"{class_from} and {name_from} contradict each other",
             f"{name} is of the class {BY_NAME[name].sandbox_class}, not {wanted}",
-            f"Give {class_from} or {name_from}, not both",
+            fix,
         )
 
 

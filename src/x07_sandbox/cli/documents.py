@@ -80,14 +80,14 @@ def write_early_failure(document: bytes, path: Path, others: Iterable[object]) -
     from x07_sandbox.cli.written import check_outputs, write_all, write_whole
 
     named = [Path(one) for one in others if isinstance(one, str | Path)]
-    with contextlib.suppress(OSError, SandboxError, ValueError):
+    with contextlib.suppress(OSError, SandboxError, ValueError, RecursionError):
         check_outputs({"--report-out": path}, named)
         if not path.exists() or _is_document(path):
             write_whole(path, partial(write_all, data=document))
 
 
 def _is_document(path: Path) -> bool:
-    """Whether it holds one that a command of ours prints, or nothing. Raises OSError, ValueError."""
+    """Whether it holds one that a command of ours prints, or nothing. Raises OSError, ValueError, RecursionError."""
     with path.open("rb") as file:
         head = file.read(1)
         if head != b"{" or path.stat().st_size > _DOCUMENT_MAX:  # most of what is no document is not read whole

@@ -134,8 +134,9 @@ def with_derived_file(request: RunRequest, program: Program) -> RunRequest:
     name = "built-in:default" if request.policy is None else str(request.policy)
     derived = derive_policy(base, data, name, request.overrides, read_spec_file=read_spec_file)
     parts = (".x07", "policies", "_generated", derived.file_name)
-    write_document(root, parts, derived.data, overwrite=True)
     place = root.joinpath(*parts)
+    fix = f"Make {place.parent} a folder that you can write, or leave the flags that change the policy out"
+    write_document(root, parts, derived.data, overwrite=True, fix=fix)
     say(f"using derived policy {place}", "x07 run")
     return replace(request, policy=place, overrides=None)
 

@@ -93,7 +93,7 @@ def write_whole(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, c
 
     mode: as for open(2), so that the user's umask holds. code: stands before the error. Raises RefusedError.
     """
-    temporary = path.with_name(f".{path.name[:64]}.{os.urandom(8).hex()}")
+    temporary = path.with_name(f".x07-{os.urandom(8).hex()}")  # no longer than any name may be
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:

@@ -37,12 +37,14 @@ def project_root(project: Path | None) -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / MANIFEST).is_file()), here)
 
 
-def write_document(root: Path, parts: tuple[str, ...], data: bytes, *, overwrite: bool) -> Status:
+def write_document(
+    root: Path, parts: tuple[str, ...], data: bytes, *, overwrite: bool, fix: str = "Choose another place"
+) -> Status:
     """Put *data* below *root* as the file that *parts* lead to, atomically; folders on the way are made.
 
     A link on the way is refused: a project's tree may come from anybody, and must not lead us out of it. The way to
-    *root* itself is the user's own. A file with another content is left alone unless *overwrite*.
-    Raises UsageError.
+    *root* itself is the user's own. A file with another content is left alone unless *overwrite*. fix: what to do where
+    it cannot be written. Raises UsageError.
     """
     path = root.joinpath(*parts)
     *folders, name = parts
@@ -53,7 +55,7 @@ def write_document(root: Path, parts: tuple[str, ...], data: bytes, *, overwrite
         why = exc.strerror or str(exc)
         if exc.errno in {errno.ELOOP, errno.ENOTDIR}:  # what the kernel says of a link that is not to be followed
             why = f"there is a link or no folder on the way, and no link is followed ({why})"
-        raise UsageError(f"cannot write {path}", why, "Choose another place") from exc
+        raise UsageError(f"cannot write {path}", why, fix) from exc
 
 
 @contextlib.contextmanager
