@@ -479,8 +479,10 @@ def test_a_replaced_file_keeps_its_owner_or_is_not_replaced(tmp_path: Path) -> N
         undone(tmp_path / "state")
         info = (root / "f").stat()
         assert (info.st_uid, info.st_gid, info.st_mode & 0o7777) == (1234, 4321, 0o644)
-        for path in (root, base / "mine"):
+        for path in (base / "mine", root):
             path.mkdir(exist_ok=True)
+            if path == root:  # which NOBODY may not even make a folder in
+                assert f"'{root}': {os.strerror(errno.EACCES)}" in driven("refused-owner", base, str(NOBODY))
             os.chown(path, NOBODY, NOBODY)
         assert "Apply them as the owner of the files" in driven("refused-owner", base, str(NOBODY))
         assert read(root) == old

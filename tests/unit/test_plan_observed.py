@@ -367,6 +367,25 @@ def test_what_a_failed_program_missed_is_hinted_at(text: str, subject: str, flag
     assert flag in (hint.how.flag or "")
 
 
+def test_a_program_that_is_missed_is_hinted_at() -> None:
+    """What Python's subprocess did not find needs an image; it may have been a folder to run in, which is told too."""
+    raised = """Traceback (most recent call last):
+  File "/usr/lib/python3.13/subprocess.py", line 1972, in _execute_child
+    raise child_exception_type(errno_num, err_msg, err_filename)
+    ~~~~~~~~~~~~~~~~~~~~~~~~~~^^^
+FileNotFoundError: [Errno 2] No such file or directory: '{}'
+"""
+    (first, second) = hints(raised.format("ffmpeg").encode(), policy({}), (), START)
+    assert (first.subject, second.subject) == ("the program ffmpeg", "./ffmpeg")
+    assert "--image NAME" in (first.how.flag or "")
+    assert first.to_write is None
+    for path in ("/srv/tool", "./tool"):
+        (hint,) = hints(raised.format(path).encode(), policy({}), (), START)
+        assert hint.subject == path
+    other = raised.format("ffmpeg").replace("subprocess.py", "mine.py")
+    assert [hint.subject for hint in hints(other.encode(), policy({}), (), START)] == ["./ffmpeg"]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -201,8 +201,8 @@ it was to be opened for, so a hint says what lets it be read (`how`) and what le
 
 A subject with a slash at its end is the folder in which something new was to be made. At most 64 different ones are
 told of the audit's; `denials_lost` counts what came beyond, or faster than the kernel records. A path that does not
-exist, a Python module that is not installed and a library that cannot be loaded from where it lies (`noexec`) are no
-refusals, but `hints`: they are read from the program's own error output.
+exist, a Python module or a program of Python's subprocess that is not installed, and a library that cannot be loaded
+from where it lies (`noexec`) are no refusals, but `hints`: they are read from the program's own error output.
 """
 _DIGESTS: Final = """
 ## Digests

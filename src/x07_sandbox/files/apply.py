@@ -163,7 +163,11 @@ def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, sets
 
 
 def _make_staging(site: Site) -> None:
-    os.mkdir(site.place.staging, 0o700, dir_fd=site.fd)
+    try:
+        os.mkdir(site.place.staging, 0o700, dir_fd=site.fd)
+    except OSError as exc:
+        exc.filename = site.place.path  # our own name there tells nobody anything
+        raise
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     site.staging_fd = os.open(site.place.staging, flags, dir_fd=site.fd)
     info = os.fstat(site.staging_fd)

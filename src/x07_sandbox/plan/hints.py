@@ -1,8 +1,8 @@
 """What a program that failed may have missed, told from the end of its own standard error.
 
-A path that is not there and a module that is not installed are no refusals, and are never counted as such: most
-programs look for many. Pure; the text is the program's, and says whatever it wants: it is shown, and nothing is looked
-up by it.
+A path that is not there, and a program or a module that is not installed, are no refusals, and are never counted as
+such: most programs look for many. Pure; the text is the program's, and says whatever it wants: it is shown, and nothing
+is looked up by it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ _MISSING: Final = tuple(
 )
 # As the loader of programs says it where the kernel does not let a file be mapped to be executed.
 _UNLOADED: Final = re.compile(r"(?:^|: )([^:'\"\n]{1,255}): failed to map segment from shared object", re.MULTILINE)
+# As Python's subprocess says it of a program that its PATH has not, and, in the same words, of a missing `cwd`.
+_PROGRAM: Final = re.compile(
+    r'^  File "[^"\n]*subprocess\.py", line \d+, in _execute_child\n(?:    [^\n]*\n){1,3}'
+    r"FileNotFoundError: \[Errno 2\] No such file or directory: '([\w.+-]{1,100})'$",
+    re.MULTILINE | re.ASCII,
+)
 _MODULE: Final = re.compile(r"^ModuleNotFoundError: No module named '(\w{1,100})", re.MULTILINE | re.ASCII)
 
 
@@ -43,8 +49,14 @@ def hints(tail: bytes, policy: Policy, areas: Sequence[Area], cwd: str) -> list[
     """What the program seems to have missed, at most three things. tail: the end of its error output."""
     text = tail.decode("utf-8", "replace")
     found = dict.fromkeys((*_paths(text, policy, areas, cwd), *_MODULE.findall(text)))
-    told = (*_libraries(text, policy, areas, cwd), *(_hint(what, policy) for what in found))
+    programs = map(_program, dict.fromkeys(_PROGRAM.findall(text)))
+    told = (*_libraries(text, policy, areas, cwd), *programs, *(_hint(what, policy) for what in found))
     return list(itertools.islice((hint for hint in told if hint is not None), _MOST))
+
+
+def _program(name: str) -> Hint:
+    flag = "--image NAME, after x07 image build --name NAME --include PACKAGE,"
+    return Hint(subject=f"the program {name}", how=HowToAllow(json_path=None, value=None, flag=flag))
 
 
 def _libraries(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[Hint]:
