@@ -24,8 +24,8 @@ from tests.vm.conftest import left_behind, marked, owners
 from tests.vm.test_clones import RANDOM
 from x07_sandbox import Pool, SandboxError
 from x07_sandbox.backends.base import MachineKind
-from x07_sandbox.errors import UsageError
-from x07_sandbox.host import clocks
+from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.host import clocks, settings
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, private_dir
 from x07_sandbox.host.processes import own_identity
@@ -33,6 +33,7 @@ from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, new_run_id
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
+from x07_sandbox.runs import warm
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.warm import WarmMachines
 
@@ -402,9 +403,12 @@ def test_a_pool_that_ends_under_a_run_ends_it_on_record(state: Path, tmp_path: P
     assert left_behind(state) == []
 
 
-def test_a_pool_of_no_size_is_refused(state: Path) -> None:
-    """A pool of no machine, or of more than memory holds, is refused with the bound."""
+def test_a_pool_of_no_size_is_refused(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of no machine, or of more than memory holds, is refused with the bound, or where memory holds none."""
     del state
     for size in (0, 100_000):
         with pytest.raises(UsageError, match="whole number from 1 to"):
             Pool(size=size)
+    monkeypatch.setattr(warm, "memory_bytes", lambda: 1000 * settings.MIB)
+    with pytest.raises(HostError, match="there are 1000 MiB for us"):
+        Pool(size=1)

@@ -87,9 +87,14 @@ class WarmMachines:
         self, size: int, *, image: str | None = None, progress: Callable[[str], None] = lambda _text: None
     ) -> None:
         heed_variables()
-        most = memory_bytes() // 4 // settings.WARM_BYTES
+        memory = memory_bytes()
+        most = memory // 4 // settings.WARM_BYTES
+        if most < 1:
+            each, here = settings.WARM_BYTES >> 20, memory >> 20
+            why = f"one machine takes {each} MiB of a quarter of the memory, of which there are {here} MiB for us"
+            raise HostError("cannot keep a pool", why, "Raise the limit of memory, or run programs without a pool")
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
-            why = f"its size is {size!r}, and must be a whole number from 1 to {most}"
+            why = f"its size is {size!r}, and must be a whole number from 1 to {most}, which is what memory holds"
             raise UsageError("cannot keep a pool", why, "Set another size")
         self.size = size
         self.claimed = 0
