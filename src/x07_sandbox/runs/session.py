@@ -418,8 +418,9 @@ class Session:
 
     def _converse(self, spec: PhaseSpec, instance: Instance, sinks: tuple[Sink, Sink]) -> PhaseFacts:
         self.so_far.jail = instance.jail
-        if instance.cold_reason:
-            self.so_far.warnings.append(f"the {spec.name} machine started cold: {instance.cold_reason}")
+        cold = f"the {spec.name} machine started cold: {instance.cold_reason}"
+        if instance.cold_reason and cold not in self.so_far.warnings:  # one that is booted again starts so again
+            self.so_far.warnings.append(cold)
         request = self.request
         return carry_out(
             spec,
