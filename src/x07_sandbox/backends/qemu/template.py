@@ -109,9 +109,11 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
             replace_file(self.folder.with_suffix(".bad"), json.dumps(record).encode())
         remove_template(self.folder)
 
-    def trust(self) -> None:
-        """Forget what spoke against it."""
-        self.folder.with_suffix(".bad").unlink(missing_ok=True)
+
+def trust_all() -> None:
+    """Forget what spoke against any template. Raises HostError."""
+    for path in templates_dir().glob("*.bad"):
+        path.unlink(missing_ok=True)
 
 
 def templates_dir() -> Path:
