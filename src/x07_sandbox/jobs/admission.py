@@ -103,7 +103,7 @@ class _Place:
         raise RefusedError(
             "no machine was free in time",
             f"{self._slots} run, and {timeout_s:.0f} s of waiting are over",
-            f"Set a longer --queue-timeout, or a larger {_VARIABLE}",
+            f"Set {'' if timeout_s >= settings.QUEUE_S else 'a longer --queue-timeout, or '}a larger {_VARIABLE}",
         )
 
     def _nobody_takes(self) -> bool:
