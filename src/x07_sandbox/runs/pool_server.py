@@ -30,6 +30,7 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.processes import identify
+from x07_sandbox.host.troubles import host_error
 from x07_sandbox.jobs.record import Claim
 from x07_sandbox.runs.lease import (
     ANSWER_S,
@@ -267,6 +268,11 @@ def main(words: list[str]) -> int:
                 server.wait_leases()
     except SandboxError as exc:
         starter.tell(_told(exc))
+        return 125
+    except OSError as exc:
+        if (error := host_error(exc)) is None:
+            raise
+        starter.tell(_told(error))
         return 125
     return 0
 
