@@ -190,7 +190,7 @@ class WarmMachines:
     def _make(self) -> WarmMachine:
         claim = Claim(run_id=new_run_id(), phase="warm", wall_ms=int(settings.WARM_S * 1000))
         with contextlib.ExitStack() as stack:
-            with admitted(cancel_fd=self._cancel.fd, timeout_s=settings.QUEUE_S):
+            with admitted(cancel_fd=self._cancel.fd, timeout_s=settings.QUEUE_S, progress=self._progress):
                 record = create_record(claim, backend=self._backend.name, image_digest=self._image.manifest.digest)
                 job = Job(record=record, kind=self.kind, deadline_s=claim.deadline_s)
                 instance = stack.enter_context(self._backend.start(job))
