@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import FULL, overwrite
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
-from x07_sandbox.backends.qemu.template import MANIFEST, sparse_sha256, templates_dir
+from x07_sandbox.backends.qemu.template import MANIFEST, TemplateManifest, sealed, sparse_sha256, templates_dir
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import clocks, settings
 from x07_sandbox.host.arch import ARCHES, host_arch
@@ -173,10 +173,10 @@ def replace_part(folder: Path, name: str, data: bytes, *, told: bool) -> None:
     path = folder / name
     overwrite(path, data)
     if told:
-        made = json.loads((folder / MANIFEST).read_bytes())
-        made[name]["sha256"] = sha256(path)
+        made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=TemplateManifest)
+        part = msgspec.structs.replace(getattr(made, name), sha256=sha256(path))
         (folder / MANIFEST).unlink()
-        (folder / MANIFEST).write_text(json.dumps(made))
+        (folder / MANIFEST).write_bytes(msgspec.json.encode(sealed(msgspec.structs.replace(made, **{name: part}))))
         (folder / MANIFEST).chmod(0o444)
 
 
