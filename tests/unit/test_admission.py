@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from x07_sandbox.errors import Cancelled, HostError, RefusedError, UsageError
+from x07_sandbox.host import settings
 from x07_sandbox.jobs.admission import admitted, max_running
 
 
@@ -164,6 +165,25 @@ def test_a_wait_that_is_over_leaves_nothing(never: int) -> None:
             assert what_there_is() == before
         finally:
             second.end()
+    finally:
+        ahead.end()
+
+
+def test_a_wait_as_long_as_may_be_is_not_told_to_be_longer(never: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has waited in vain is told to wait longer only where that is possible."""
+
+    def wait_in_vain() -> None:
+        with admitted(cancel_fd=never, timeout_s=0.2):
+            pass
+
+    ahead = Holder("first")
+    try:
+        assert ahead.has_it() == "first"
+        with pytest.raises(RefusedError, match="Set a longer --queue-timeout, or a larger X07_VM_MAX_RUNNING"):
+            wait_in_vain()
+        monkeypatch.setattr(settings, "QUEUE_S", 0.2)
+        with pytest.raises(RefusedError, match="Set a larger X07_VM_MAX_RUNNING"):
+            wait_in_vain()
     finally:
         ahead.end()
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
 
 from x07_sandbox.runs.pool_server import Starter
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_nothing_is_told_once_the_start_is_over() -> None:
@@ -23,3 +29,17 @@ def test_nothing_is_told_once_the_start_is_over() -> None:
     os.close(other_w)  # which is still open
     assert os.read(other_r, 100) == b""
     os.close(other_r)
+
+
+def test_a_start_that_the_system_hinders_says_so(tmp_path: Path) -> None:
+    """What stands in the way of the pool's process is told by `x07 pool start`, with what to do about it."""
+    cache = tmp_path / "cache"
+    (cache / "pool" / "socket").mkdir(parents=True)
+    for folder in (cache, cache / "pool"):
+        folder.chmod(0o700)
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", "start"]
+    done = subprocess.run(
+        argv, env=os.environ | {"X07_VM_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 125
+    assert "socket: Is a directory. Remove it" in done.stderr

@@ -357,7 +357,7 @@ def test_saved_machines_and_notes_go_with_what_they_were_of() -> None:
     part = {"file": "ram", "sha256": "0" * 64, "bytes": 1}
     for key, made in (("a" * 64, named), ("b" * 64, old)):
         (templates / key).mkdir(mode=0o700)
-        document: dict[str, object] = {"schema_version": "x07.sandbox.template@0.1.0", "key": key, "image": made.digest}
+        document: dict[str, object] = {"schema_version": "x07.sandbox.template@0.2.0", "key": key, "image": made.digest}
         document |= {"ram": part, "state": part, "scratch": part, "scratch_disk": {"bytes": 1, "pieces": []}}
         (templates / key / "template.json").write_text(json.dumps(document))
         (verified / f"{key}.json").write_bytes(b"{}")

@@ -1,13 +1,27 @@
-"""Whether there is space for a VM template."""
+"""VM templates: whether there is space for one, and what speaks against one."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
-from x07_sandbox.backends.qemu.template import lack_of_space
+from x07_sandbox.backends.qemu.template import (
+    MANIFEST,
+    SCHEMA,
+    Template,
+    TemplateManifest,
+    lack_of_space,
+    opened_template,
+    sealed,
+    sparse_sha256,
+    templates_dir,
+    trust_all,
+)
+from x07_sandbox.errors import ImageError
+from x07_sandbox.images.manifest import Part, Piece, ScratchDisk
 from x07_sandbox.plan.sizes import RAM_CLASSES
 
 if TYPE_CHECKING:
@@ -30,3 +44,58 @@ def test_a_template_is_made_only_where_it_fits(
     for free_mib, fits in ((measured_mib, False), (1024, True)):
         values[1], values[4] = MIB, free_mib  # f_frsize, f_bavail
         assert (lack_of_space(ram_bytes) == "") is fits
+
+
+def test_what_spoke_against_a_template_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that is not trusted is so until all are trusted again, whatever machines they are of."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    templates = [Template(key=key, folder=templates_dir() / key) for key in ("a" * 64, "b" * 64)]
+    for template in templates:
+        template.distrust("a clone of it did not answer")
+    assert [template.bad() for template in templates] == ["a clone of it did not answer"] * 2
+    trust_all()
+    assert [template.bad() for template in templates] == ["", ""]
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Template:
+    """A template of small parts."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    key = "a" * 64
+    template = Template(key=key, folder=templates_dir() / key)
+    template.folder.mkdir(mode=0o700)
+    parts = {}
+    for name in ("ram", "state", "scratch"):
+        path = template.folder / name
+        path.write_bytes(name.encode())
+        path.chmod(0o444)
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            parts[name] = Part(file=name, bytes=size, sha256=sparse_sha256(file.fileno(), size))
+    disk = ScratchDisk(bytes=1 << 20, pieces=[Piece(offset=0, bytes=3), Piece(offset=4096, bytes=4)])
+    made = TemplateManifest(
+        schema_version=SCHEMA,
+        key=key,
+        image="sha256:x",
+        ram=parts["ram"],
+        state=parts["state"],
+        scratch=parts["scratch"],
+        scratch_disk=disk,
+    )
+    (template.folder / MANIFEST).write_bytes(msgspec.json.encode(sealed(made)))
+    (template.folder / MANIFEST).chmod(0o444)
+    return template
+
+
+def test_a_templates_manifest_is_held_by_its_digest(saved: Template) -> None:
+    """A manifest that reads well and says something else than when the machine was saved is damage as any other."""
+    with opened_template(saved) as files:
+        assert files is not None
+        assert [piece.offset for piece in files.scratch_disk.pieces] == [0, 4096]
+    path = saved.folder / MANIFEST
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data.replace(b"4096", b"8192"))
+    path.chmod(0o444)
+    with pytest.raises(ImageError, match="has changed"), opened_template(saved):
+        pass

@@ -14,7 +14,7 @@ from x07_sandbox.backends.qemu import machine as machines
 from x07_sandbox.backends.qemu.proof import known_verdict
 from x07_sandbox.backends.qemu.saving import make_template
 from x07_sandbox.backends.qemu.start import Accelerator
-from x07_sandbox.backends.qemu.template import template_for
+from x07_sandbox.backends.qemu.template import Template, template_for
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
@@ -65,12 +65,16 @@ def boots(monkeypatch: pytest.MonkeyPatch) -> Boots:
     return begin
 
 
-def test_a_machine_that_measured_its_timer_wrong_is_started_anew(sandbox: Sandbox, boots: Boots) -> None:
+def test_a_machine_that_measured_its_timer_wrong_is_started_anew(
+    sandbox: Sandbox, boots: Boots, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kernel without a timer, or with one that is too late or far too early, runs nothing: another one is booted."""
     assert sandbox.run_text("sleep.py", SLEEP, cache=True).outcome == "ok"  # it is built
+    monkeypatch.setattr(Template, "bad", lambda _template: "it is not to be used")
     booted = boots(NONE, LATE, EARLY)
-    ran = sandbox.run_text("sleep.py", SLEEP, cold=True, cache=True)
+    ran = sandbox.run_text("sleep.py", SLEEP, cache=True)
     assert ran.outcome == "ok", ran.reason
+    assert len([text for text in ran.result.warnings if "it is not to be used" in text]) == 1
     assert 0.5 <= float(ran.stdout) < 0.6
     assert [("x07.timer=any" in words) for words in booted] == [False, False, False, True]
     assert ran.result.phases["run"].times_ms["hello"] < 1000 * settings.BOOT_S

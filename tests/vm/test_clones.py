@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import FULL, overwrite
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
-from x07_sandbox.backends.qemu.template import MANIFEST, sparse_sha256, templates_dir
+from x07_sandbox.backends.qemu.template import MANIFEST, TemplateManifest, sealed, sparse_sha256, templates_dir
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import clocks, settings
 from x07_sandbox.host.arch import ARCHES, host_arch
@@ -173,10 +173,10 @@ def replace_part(folder: Path, name: str, data: bytes, *, told: bool) -> None:
     path = folder / name
     overwrite(path, data)
     if told:
-        made = json.loads((folder / MANIFEST).read_bytes())
-        made[name]["sha256"] = sha256(path)
+        made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=TemplateManifest)
+        part = msgspec.structs.replace(getattr(made, name), sha256=sha256(path))
         (folder / MANIFEST).unlink()
-        (folder / MANIFEST).write_text(json.dumps(made))
+        (folder / MANIFEST).write_bytes(msgspec.json.encode(sealed(msgspec.structs.replace(made, **{name: part}))))
         (folder / MANIFEST).chmod(0o444)
 
 
@@ -225,13 +225,15 @@ def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
 def test_a_machine_that_does_not_answer_is_replaced_by_a_cold_one(
     saved: Sandbox, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes
 ) -> None:
-    """A clone that is not accepted, or stays silent, costs its time and no more: the job starts cold and says why."""
+    """A clone that is not accepted, or stays silent, costs its time only: the job starts cold, says why, how long."""
     monkeypatch.setattr(settings, "CLONE_S", 3.0)
     replace_part(template_folder(), name, data, told=True)
     for _ in range(2 if name == "state" else 1):  # the second does not try it again
         ran = saved.behave("nothing")
         assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
-        assert [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
+        told = [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
+        assert len(told) == 1, told
+        assert "until x07 image build is run" in told[0]
     assert list(templates_dir().glob("*.bad"))
 
 

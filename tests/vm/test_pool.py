@@ -24,16 +24,19 @@ from tests.vm.conftest import left_behind, marked, owners
 from tests.vm.test_clones import RANDOM
 from x07_sandbox import Pool, SandboxError
 from x07_sandbox.backends.base import MachineKind
-from x07_sandbox.errors import UsageError
-from x07_sandbox.host import clocks
+from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.host import clocks, settings
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, private_dir
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.images.verify import open_image
+from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, new_run_id
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
+from x07_sandbox.runs import warm
 from x07_sandbox.runs.lease import PoolMachines
+from x07_sandbox.runs.streams import Cancel
 from x07_sandbox.runs.warm import WarmMachines
 
 if TYPE_CHECKING:
@@ -262,6 +265,29 @@ def test_a_pool_that_does_not_answer_costs_a_clone(echo: str) -> None:
         assert ran(echo)["phases"]["run"]["start"] == "clone"
 
 
+@pytest.mark.timeout(120)
+def test_a_pool_that_waits_for_its_machines_says_so_and_can_be_ended(
+    echo: str, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While as many machines run as may, the start of a pool tells that it waits; one that is ended then has failed."""
+    del echo
+    monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
+    with pool_process(1):  # its own programs are built now
+        pass
+    with (
+        file_lock(private_dir(cache_dir()) / "pool-tests.lock"),
+        contextlib.closing(Cancel()) as cancel,
+        admitted(cancel_fd=cancel.fd, timeout_s=60),
+        subprocess.Popen([*COMMAND, "pool", "start"], stderr=subprocess.PIPE, text=True) as start,
+    ):
+        assert start.stderr is not None
+        assert any("waiting: 1 machines run" in line for line in start.stderr)
+        assert x07("pool", "stop").returncode == 0
+        assert "it was told to end while it started" in start.stderr.read()
+    assert start.returncode == 125
+    assert left_behind(state) == []
+
+
 def test_a_pool_ends_when_nobody_uses_it(state: Path) -> None:
     """A pool's process ends, with its machines, once it has not been used for its idle time."""
     with pool_process(1, idle_s=2):
@@ -402,9 +428,12 @@ def test_a_pool_that_ends_under_a_run_ends_it_on_record(state: Path, tmp_path: P
     assert left_behind(state) == []
 
 
-def test_a_pool_of_no_size_is_refused(state: Path) -> None:
-    """A pool of no machine, or of more than memory holds, is refused with the bound."""
+def test_a_pool_of_no_size_is_refused(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of no machine, or of more than memory holds, is refused with the bound, or where memory holds none."""
     del state
     for size in (0, 100_000):
         with pytest.raises(UsageError, match="whole number from 1 to"):
             Pool(size=size)
+    monkeypatch.setattr(warm, "memory_bytes", lambda: 1000 * settings.MIB)
+    with pytest.raises(HostError, match="there are 1000 MiB for us"):
+        Pool(size=1)

@@ -100,10 +100,11 @@ class _Place:
                     said = True
                 if self._take() if turn.come else said and self._nobody_takes():
                     return
+        longer = "" if timeout_s >= settings.QUEUE_S else "a longer --queue-timeout of x07 run, or "
         raise RefusedError(
             "no machine was free in time",
             f"{self._slots} run, and {timeout_s:.0f} s of waiting are over",
-            f"Set a longer --queue-timeout of x07 run, or a larger {_VARIABLE}",
+            f"Set {longer}a larger {_VARIABLE}",
         )
 
     def _nobody_takes(self) -> bool:

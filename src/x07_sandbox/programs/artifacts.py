@@ -67,12 +67,12 @@ def _described(fd: int, key: str) -> CachedArtifact | None:
     try:
         told = json.loads(os.pread(fd, HEADER_BYTES, 0))
         size, count = int(told["bytes"]), int(told["notes_bytes"])
-        if info.st_size != HEADER_BYTES + size + count or not 0 <= count <= NOTES_MAX_BYTES:
+        if info.st_size != HEADER_BYTES + size + count or size < 0 or not 0 <= count <= NOTES_MAX_BYTES:
             return None
         notes = os.pread(fd, count, HEADER_BYTES + size)
         found = CachedArtifact(fd=fd, size=size, sha256=str(told["sha256"]), notes=notes)
         good = told["schema_version"] == SCHEMA and told["key"] == key and told["notes_sha256"] == _sha256(notes)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):  # the last: of 1e999
         return None
     if not good:
         return None

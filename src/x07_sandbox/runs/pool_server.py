@@ -30,6 +30,7 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.processes import identify
+from x07_sandbox.host.troubles import host_error
 from x07_sandbox.jobs.record import Claim
 from x07_sandbox.runs.lease import (
     ANSWER_S,
@@ -86,12 +87,14 @@ class Server:
         self.idle_s = idle_s
         self._end = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._filled = False
+        self._ended = False
         self._leases = 0
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
 
     def end(self, *_: object) -> None:
         """Stop serving. May be called by a signal handler, and again."""
+        self._ended = True
         os.eventfd_write(self._end, 1)
 
     def serve(self) -> None:
@@ -147,7 +150,8 @@ class Server:
 
     def wait_filled(self) -> int:
         """Wait until all machines are warm; how many are. Its idle time begins then. Raises SandboxError."""
-        self.machines.wait_ready(Deadline.after(settings.QUEUE_S))
+        if not self.machines.wait_ready(Deadline.after(settings.QUEUE_S)) and self._ended:
+            raise HostError("cannot start the pool", "it was told to end while it started", "Start it again")
         self.machines.used_at = time.monotonic()
         self._filled = True
         return self.machines.ready()
@@ -265,8 +269,14 @@ def main(words: list[str]) -> int:
                 announce.start()
                 server.serve()
                 server.wait_leases()
+            announce.join(ANSWER_S)  # it may have to tell of that end
     except SandboxError as exc:
         starter.tell(_told(exc))
+        return 125
+    except OSError as exc:
+        if (error := host_error(exc)) is None:
+            raise
+        starter.tell(_told(error))
         return 125
     return 0
 

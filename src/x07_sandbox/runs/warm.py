@@ -87,9 +87,14 @@ class WarmMachines:
         self, size: int, *, image: str | None = None, progress: Callable[[str], None] = lambda _text: None
     ) -> None:
         heed_variables()
-        most = memory_bytes() // 4 // settings.WARM_BYTES
+        memory = memory_bytes()
+        most = memory // 4 // settings.WARM_BYTES
+        if most < 1:
+            each, here = settings.WARM_BYTES >> 20, memory >> 20
+            why = f"one machine takes {each} MiB of a quarter of the memory, of which there are {here} MiB for us"
+            raise HostError("cannot keep a pool", why, "Raise the limit of memory, or run programs without a pool")
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
-            why = f"its size is {size!r}, and must be a whole number from 1 to {most}"
+            why = f"its size is {size!r}, and must be a whole number from 1 to {most}, which is what memory holds"
             raise UsageError("cannot keep a pool", why, "Set another size")
         self.size = size
         self.claimed = 0
@@ -185,7 +190,7 @@ class WarmMachines:
     def _make(self) -> WarmMachine:
         claim = Claim(run_id=new_run_id(), phase="warm", wall_ms=int(settings.WARM_S * 1000))
         with contextlib.ExitStack() as stack:
-            with admitted(cancel_fd=self._cancel.fd, timeout_s=settings.QUEUE_S):
+            with admitted(cancel_fd=self._cancel.fd, timeout_s=settings.QUEUE_S, progress=self._progress):
                 record = create_record(claim, backend=self._backend.name, image_digest=self._image.manifest.digest)
                 job = Job(record=record, kind=self.kind, deadline_s=claim.deadline_s)
                 instance = stack.enter_context(self._backend.start(job))

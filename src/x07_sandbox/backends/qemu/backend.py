@@ -15,6 +15,7 @@ from x07_sandbox.backends.qemu.template import (
     opened_template,
     remove_template,
     template_for,
+    trust_all,
 )
 from x07_sandbox.errors import BackendError, HostError, ImageError, RefusedError
 from x07_sandbox.host.variables import flag
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 # Measured on 2 cores (docs/design.md, "Emulation"): compilers and interpreters take this much longer.
 SLOWDOWN = "9 to 17 times"
+_UNTIL = "So do all like it, until x07 image build is run for their image or the host boots anew"
 
 
 class QemuBackend:
@@ -92,7 +94,7 @@ class QemuBackend:
         """The machine that such jobs go on from, or None and why not."""
         template = template_for(kind, accelerator)
         if reason := template.bad():
-            return None, reason
+            return None, f"{reason}. {_UNTIL}"
         try:
             saved = stack.enter_context(opened_template(template))
         except ImageError as exc:
@@ -109,7 +111,7 @@ class QemuBackend:
             return stack.enter_context(opened_template(template)), ""
         except (BackendError, ImageError) as exc:
             template.distrust(f"{exc.what}: {exc.why}")
-            return None, f"{exc.what}: {exc.why}"
+            return None, f"{exc.what}: {exc.why}. {_UNTIL}"
         except HostError as exc:  # as on a full disk; that says nothing of the template, and is tried again
             return None, f"{exc.what}: {exc.why}"
 
@@ -128,5 +130,5 @@ class QemuBackend:
         """Make the template of this kind now, whatever spoke against it before. Raises SandboxError."""
         accelerator = Accelerator(kvm=self._kvm)
         template = template_for(kind, accelerator)
-        template.trust()
+        trust_all()
         self._make(template, kind, accelerator)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     Maker = Callable[[Path], "TemplateManifest"]
 
-SCHEMA: Final = "x07.sandbox.template@0.1.0"
+SCHEMA: Final = "x07.sandbox.template@0.2.0"
 MANIFEST: Final = "template.json"
 _MANIFEST_MAX: Final = 1 << 20
 _ZEROS: Final = bytes(CHUNK_BYTES)
@@ -72,15 +72,23 @@ def warm_up(kind: MachineKind) -> dict[str, object]:
 
 
 class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """template.json. image: digest of the image that it was made of."""
+    """template.json. digest: of all the rest. image: digest of the image that it was made of."""
 
     schema_version: str
+    digest: str = ""
     key: str
     image: str
     ram: Part
     state: Part
     scratch: Part
     scratch_disk: ScratchDisk
+
+
+def sealed(made: TemplateManifest) -> TemplateManifest:
+    """*made* with its true digest."""
+    blank = msgspec.structs.replace(made, digest="")
+    digest = hashlib.sha256(canonical(msgspec.to_builtins(blank))).hexdigest()
+    return msgspec.structs.replace(made, digest=f"sha256:{digest}")
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,9 +117,11 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
             replace_file(self.folder.with_suffix(".bad"), json.dumps(record).encode())
         remove_template(self.folder)
 
-    def trust(self) -> None:
-        """Forget what spoke against it."""
-        self.folder.with_suffix(".bad").unlink(missing_ok=True)
+
+def trust_all() -> None:
+    """Forget what spoke against any template. Raises HostError."""
+    for path in templates_dir().glob("*.bad"):
+        path.unlink(missing_ok=True)
 
 
 def templates_dir() -> Path:
@@ -197,6 +207,8 @@ def _decode(data: bytes, template: Template) -> TemplateManifest:
         raise ImageError(f"cannot use {template.subject.name}", f"its {MANIFEST} is damaged", "Try again") from exc
     if (made.schema_version, made.key) != (SCHEMA, template.key):
         raise ImageError(f"cannot use {template.subject.name}", f"its {MANIFEST} belongs to another", "Try again")
+    if made != sealed(made):
+        raise ImageError(f"cannot use {template.subject.name}", f"its {MANIFEST} has changed", "Try again")
     return made
 
 
@@ -248,7 +260,7 @@ def _make_alone(template: Template, folder: Path, image: str, make: Maker, progr
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
         progress("making the VM template, once for this image")
-        made = make(work)
+        made = sealed(make(work))
         path = work / MANIFEST
         path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
         path.chmod(0o444)
