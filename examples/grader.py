@@ -31,7 +31,7 @@ KINDS = (
     ("shell", "paste -sd+ | sed 's/+-/-/g' | { read -r sum; echo $((sum)); }\n"),
     ("python", "import sys\nprint(sum(map(int, sys.stdin))\n"),  # does not compile
     ("python", "while True: pass\n"),
-    ("python", "import os\nwhile True: os.fork()\n"),
+    ("python", "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"),
     ("python", "kept = []\nwhile True: kept.append(b'x' * (1 << 20))\n"),
     ("c", "int main(void) { return *(volatile int *)0; }\n"),
     ("python", "while True: print('6' * 4096)\n"),
