@@ -85,7 +85,7 @@ def test_all_files_of_a_set_share_what_may_be_compared(monkeypatch: pytest.Monke
 def test_git_makes_the_new_tree_with_the_patch(tmp_path: Path) -> None:
     """Files and links of any kind of change are as they were made; what git has no words for is a remark to it."""
     binary = ("file", 0o644, b"\0")
-    loose = {name: (kind, mode | 0o200, content) for name, (kind, mode, content) in OLD.items()}  # git is no root
+    loose = {name: (kind, mode | 0o600, content) for name, (kind, mode, content) in OLD.items()}  # git is no root
     old, new = {**loose, "binary": binary}, {**NEW, "binary": ("file", 0o644, b"\0\0"), "binary-new": binary}
     root = tmp_path / "root"
     put(root, old)
