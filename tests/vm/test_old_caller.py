@@ -89,5 +89,6 @@ def test_an_old_caller_is_served(called: tuple[subprocess.CompletedProcess[bytes
         assert job["schema_version"] == "x07.vm.job@0.1.0"
         assert (folder / "done").read_bytes() == b"done\n"
         assert folder.name == job["run_id"]
-        phases.add(folder.name.rpartition("-")[2])
+        # Another test's pool may have been asked first, and not have answered in time.
+        phases.add(folder.name.removesuffix("-clone").rpartition("-")[2])
     assert phases == {"build", "run"}
