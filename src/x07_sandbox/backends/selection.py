@@ -180,10 +180,9 @@ def working(platform: Platform) -> tuple[str, ...]:
 
 def _wanted(platform: Platform, asked: Asked) -> tuple[str, str | None]:
     """(class, backend or None): the command line before the environment. Raises UsageError."""
-    fix = _instead(platform, asked)
-    _agree("--sandbox-backend", asked.sandbox_flag, "--backend", asked.backend_flag, fix)
-    fix = _instead(platform, replace(asked, flags=()))
-    _agree("X07_SANDBOX_BACKEND", asked.sandbox_variable, "X07_VM_BACKEND", asked.backend_variable, fix)
+    _agree("--sandbox-backend", asked.sandbox_flag, "--backend", asked.backend_flag, platform, asked)
+    variables = replace(asked, flags=())  # what can be said by them is advised
+    _agree("X07_SANDBOX_BACKEND", asked.sandbox_variable, "X07_VM_BACKEND", asked.backend_variable, platform, variables)
     if asked.backend_flag is not None:
         return BY_NAME[asked.backend_flag].sandbox_class, asked.backend_flag
     wanted = asked.sandbox_flag or asked.sandbox_variable or "auto"
@@ -192,12 +191,14 @@ def _wanted(platform: Platform, asked: Asked) -> tuple[str, str | None]:
     return (asked.auto if wanted == "auto" and name is None else wanted), name
 
 
-def _agree(class_from: str, wanted: str | None, name_from: str, name: str | None, fix: str) -> None:
+def _agree(
+    class_from: str, wanted: str | None, name_from: str, name: str | None, platform: Platform, asked: Asked
+) -> None:
     if name is not None and _contradict(wanted, name):
         raise UsageError(
             f"{class_from} and {name_from} contradict each other",
             f"{name} is of the class {BY_NAME[name].sandbox_class}, not {wanted}",
-            fix,
+            _instead(platform, asked),
         )
 
 

@@ -140,15 +140,18 @@ def _loaded(
     request: RunRequest, outputs: dict[str, Path | None], stack: contextlib.ExitStack
 ) -> tuple[RunRequest, Program]:
     """The program, read before the run, since it says what else may not be written over. Raises SandboxError."""
-    from x07_sandbox.cli.written import check_outputs, files_read
-
     request, program = load_program(request, stack)
-    check_outputs(outputs, files_read(request, program))
+    if outputs:
+        from x07_sandbox.cli.written import check_outputs, files_read
+
+        check_outputs(outputs, files_read(request, program))
     if program.toolchain.told:
         from x07_sandbox.cli.run_report import with_derived_file
 
         request = with_derived_file(request, program)
-        if isinstance(request.policy, Path):
+        if outputs and isinstance(request.policy, Path):
+            from x07_sandbox.cli.written import check_outputs
+
             check_outputs(outputs, [request.policy])
     return request, program
 
