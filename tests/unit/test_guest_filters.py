@@ -193,12 +193,12 @@ def test_a_filter_without_its_markers_takes_no_secret(codes: dict[str, bytes]) -
     once = codes["no-exec-once"]
     for code in (codes["no-exec"], b"", once + LINE.pack(6, 0, 0, 0x5AFE7011)):
         with pytest.raises(ValueError, match="markers"):
-            guest_filters.token_places(code)
+            guest_filters.cut_at_token(code)
 
 
 def with_token(code: bytes) -> bytes:
     """A filter with the tests' secret in it."""
-    return guest_filters.with_token(code, guest_filters.token_places(code), TOKEN)
+    return guest_filters.with_token(*guest_filters.cut_at_token(code), TOKEN)
 
 
 def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.CompletedProcess[str]:
@@ -220,6 +220,14 @@ def test_a_kernel_lets_the_program_start_and_nothing_after_it(codes: dict[str, b
     ended = run_under(with_token(codes["no-exec-once"]), TOKEN, SHELL)
     assert ended.stdout == "started b\nrefused\n", ended.stderr
     assert "Operation not permitted" in ended.stderr
+
+
+@pytest.mark.parametrize("words", [["", "b c", "\N{SNOWMAN}", "\udcff"], ["x" * 50_000], ["y"] * 5_000])
+def test_arguments_of_such_a_start_arrive_whole(codes: dict[str, bytes], words: list[str]) -> None:
+    """Empty, odd, long and many arguments of a program that may execute no other arrive as they were given."""
+    told = [sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))", *words]
+    ended = run_under(with_token(codes["no-exec-once"]), TOKEN, told)
+    assert ended.stdout == f"{words!a}\n", ended.stderr
 
 
 def test_a_kernel_refuses_a_program_with_another_secret(codes: dict[str, bytes]) -> None:

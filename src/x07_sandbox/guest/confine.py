@@ -29,6 +29,7 @@ MACHINE_ID: Final = "/run/x07/machine-id"
 SCRATCH: Final = "/run/x07/scratch"
 MEMORY: Final = "/run/x07/memory"
 CWD: Final = "/opt/x07"
+_INPUTS: Final = "/x07/in"
 
 
 class World(NamedTuple):
@@ -50,15 +51,28 @@ class World(NamedTuple):
     readable: list[str]
 
 
+class Execution(NamedTuple):
+    """What may be executed, where not everything may: what is of no file of the image only as far as it is named here.
+
+    programs: paths of programs that may be executed, None where none may. prefixes: beginnings of further ones.
+        With a list, no other program of the image can be read.
+    program: what is executed first, if anything is. alone: whether nothing that could be executed lies beside it.
+    mounts: where folders of the host are by now.
+    """
+
+    programs: list[str] | None
+    prefixes: list[str]
+    program: str | None
+    alone: bool
+    mounts: list[str]
+
+
 class Orders(NamedTuple):
     """What depends on the job.
 
     tmp_bytes: size of /tmp and of /dev/shm. cpu_s: the limit below that of the control group's counter.
     inputs_on_disk: whether the files of the job are too large to lie in memory.
-    programs: paths of programs that may be executed, None where any may or none. prefixes: beginnings of further ones.
-        With a list, no other program of the image can be read. program: what is executed first, if anything is.
-    mounts: where folders of the host are by now; empty where nothing of the following depends on them.
-    noexec: whether nothing that is not of the image may be executed, but for program and what the lists name.
+    execution: an `Execution`, as the plain tuple that can be sent.
     """
 
     hostname: str
@@ -68,15 +82,7 @@ class Orders(NamedTuple):
     fds: int
     cpu_s: int
     core_bytes: int
-    mounts: list[str]
-    programs: list[str] | None
-    prefixes: list[str]
-    program: str | None
-    noexec: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        """As plain values; `Orders(**value)` is the way back."""
-        return self._asdict()
+    execution: tuple[Any, ...] | None
 
 
 class StepError(Exception):
@@ -206,6 +212,9 @@ def _rules(world: World) -> None:
     own = [f"/{name}" for name in sorted(_OWN) if os.path.isdir(f"/{name}")]
     for path in (*own, *world.readable):
         system.landlock_allow(interpreter.RULES_FD, path, system.FS_READ_FILE)
+    for path in _LOADERS:  # executed with every program, by the kernel itself
+        with contextlib.suppress(FileNotFoundError):
+            _allow_program(path)
     for folder in _PROGRAM_FOLDERS:
         _links(folder)  # known from now on
 
@@ -275,23 +284,29 @@ def _resource_limits(orders: Orders) -> None:
 
 def _programs(orders: Orders) -> None:
     """Allow what the list names: files as they are now, and whole folders where a beginning names one."""
-    if orders.programs is None:
+    if orders.execution is None:
         return
-    for at in orders.mounts:
+    execution = Execution(*orders.execution)
+    if execution.programs is None:
+        return
+    for at in execution.mounts:
         system.landlock_allow(interpreter.RULES_FD, at, system.FS_READ_FILE)
-    # The loader is executed with every program, by the kernel itself.
-    for path in (*_LOADERS, *_named(orders)):
-        with contextlib.suppress(FileNotFoundError):
-            system.landlock_allow(interpreter.RULES_FD, path, system.FS_EXECUTE | system.FS_READ_FILE)
+    if execution.program:
+        _allow_program(execution.program)
+    for path in _listed(execution):
+        _allow_program(path)
 
 
-def _named(orders: Orders) -> list[str]:
-    """What there is of what may be executed, each once."""
-    named = [orders.program] if orders.program else []
-    named += [path for path in orders.programs or () if os.path.isfile(path)]
-    for prefix in orders.prefixes:
-        named += _named_by(prefix)
-    return [path for path in dict.fromkeys(named) if os.path.exists(path)]
+def _allow_program(path: str) -> None:
+    system.landlock_allow(interpreter.RULES_FD, path, system.FS_EXECUTE | system.FS_READ_FILE)
+
+
+def _listed(execution: Execution) -> list[str]:
+    """What there is of what the lists name, each once."""
+    listed = [path for path in execution.programs or () if os.path.isfile(path)]
+    for prefix in execution.prefixes:
+        listed += [path for path in _named_by(prefix) if os.path.exists(path)]
+    return list(dict.fromkeys(listed))
 
 
 def _named_by(prefix: str) -> list[str]:
@@ -323,24 +338,40 @@ def _no_execution(orders: Orders) -> None:
 
     The loader, which every program needs, would run any file that it may read: only noexec keeps it from mapping one.
     """
-    if not orders.noexec:
+    if orders.execution is None:
         return
-    named = sorted(os.path.realpath(path) for path in _named(orders))
-    places = ["/tmp", "/dev/shm", "/x07/in", "/x07/out", CWD, *orders.mounts]  # noqa: S108 - the guest's own
-    closed = {place for place in places if not any(_within(place, path) for path in named)}
+    execution = Execution(*orders.execution)
+    closed = ["/tmp", "/dev/shm", "/x07/out", CWD, *execution.mounts]  # noqa: S108 - the guest's own
+    if not execution.alone:
+        closed.append(_INPUTS)
+    if execution.programs is not None:
+        closed = _open_listed(_listed(execution), closed)
+    program = execution.program
+    if program and _INPUTS in closed and program.startswith(f"{_INPUTS}/"):
+        # A mount of its own leaves the rest of the folder closed.
+        system.mount(program, program, "", system.MS_BIND)
     for place in closed:
-        _remount(place, system.MS_NOEXEC)
-    for path in named:
+        system.change_mount(place, system.MS_NOEXEC)
+
+
+def _open_listed(listed: list[str], places: list[str]) -> list[str]:
+    """Make what is listed mounts of their own, where they lie in one of those places; which of these are to be closed.
+
+    Here, as for the program, it counts that they were made before the place that holds them is closed.
+    """
+    listed = sorted(os.path.realpath(path) for path in listed)
+    places = list(places)
+    closed = [place for place in places if not any(_within(place, path) for path in listed)]
+    for path in listed:
         holding = max((place for place in places if _within(path, place)), key=len, default=None)
         if holding in closed:
-            # A mount of its own leaves the rest of the folder closed; and a file in it is what it was at the start.
-            others = [] if os.path.isdir(path) else _elsewhere(path, holding, places)
-            system.mount(path, path, "", system.MS_BIND | system.MS_REC)
-            _remount(path, 0 if os.path.isdir(path) else system.MS_RDONLY)
+            folder = os.path.isdir(path)
+            for one in (path, *([] if folder else _elsewhere(path, holding, places))):
+                system.mount(one, one, "", system.MS_BIND | system.MS_REC)
+                if not folder:  # it is what it was at the start, wherever it could be changed
+                    system.change_mount(one, system.MS_RDONLY)
             places.append(path)
-            for other in others:  # what it is could be changed there too
-                system.mount(other, other, "", system.MS_BIND)
-                _remount(other, system.MS_RDONLY)
+    return closed
 
 
 def _elsewhere(path: str, holding: str, places: list[str]) -> list[str]:
@@ -375,27 +406,19 @@ def _plain(word: bytes) -> str:
     return os.fsdecode(first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest))
 
 
-def _remount(path: str, flags: int) -> None:
-    """Give a mount these flags; of those that it has it keeps all but noexec."""
-    kept = os.statvfs(path).f_flag & (system.MS_RDONLY | system.MS_NOSUID | system.MS_NODEV)
-    system.mount("", path, "", system.MS_REMOUNT | system.MS_BIND | kept | flags)
-
-
 def _within(path: str, folder: str) -> bool:
     """Whether a path is the folder or lies in it."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 # A remount of its size takes the flag off again.
-_OF_NO_EXECUTION: Final = (
-    *("noexec", "programs", "prefixes", "program", "tmp_bytes", "out_writable", "inputs_on_disk", "mounts"),
-)
+_OF_NO_EXECUTION: Final = ("execution", "tmp_bytes", "out_writable", "inputs_on_disk")
 JOB: Final[tuple[Step[Orders], ...]] = (
     Step("host name", "CAP_SYS_ADMIN", _hostname, ("hostname",)),
     Step("sizes", "CAP_SYS_ADMIN", _sizes, ("tmp_bytes",)),
     Step("output folder", "CAP_SYS_ADMIN", _output, ("out_writable",)),
     Step("large inputs", "CAP_SYS_ADMIN", _inputs, ("inputs_on_disk",)),
-    Step("programs", "Landlock", _programs, ("programs", "prefixes", "program", "mounts")),
+    Step("programs", "Landlock", _programs, ("execution",)),
     Step("no execution", "CAP_SYS_ADMIN", _no_execution, _OF_NO_EXECUTION),
     Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits, ("fds", "cpu_s", "core_bytes")),
 )
@@ -459,13 +482,20 @@ RIGHTS: Final[tuple[Step[World], ...]] = (
 )
 
 
+def _same(step: Step[T], before: T, what: T) -> bool:
+    for name in step.fields:  # noqa: SIM110 - a generator is code that a fresh clone would meet here for the first time
+        if getattr(before, name) != getattr(what, name):
+            return False
+    return True
+
+
 def apply(steps: tuple[Step[T], ...], what: T, before: T | None = None) -> None:
     """Do the steps in order. Raises StepError at the first that fails.
 
     before: what they were done with before; what would be the same again is not done again.
     """
     for step in steps:
-        if before is not None and all(getattr(before, name) == getattr(what, name) for name in step.fields):
+        if before is not None and _same(step, before, what):
             continue
         try:
             step.apply(what)

@@ -47,23 +47,32 @@ def call_numbers() -> tuple[dict[str, int], dict[str, int]]:
     return numbers["audited"], numbers["refused"]
 
 
-def token_places(code: bytes) -> list[int]:
-    """Where in a filter the parts of the secret belong, in its order.
+def cut_at_token(code: bytes) -> tuple[list[bytes], list[int]]:
+    """A filter in pieces, and which of them the parts of the secret replace, in its order.
 
     Raises ValueError if the markers are not there, each once.
     """
     values = [value for *_, value in _LINE.iter_unpack(code)]
-    if sorted(value for value in values if value in _MARKERS) != sorted(_MARKERS):
+    found = sorted((values.index(marker), number) for number, marker in enumerate(_MARKERS) if marker in values)
+    if len(found) != len(_MARKERS) or sum(value in _MARKERS for value in values) != len(_MARKERS):
         raise ValueError("the filter has not the markers that it should have")
-    return [values.index(marker) * _LINE.size + _LINE.size - _WORD for marker in _MARKERS]
+    pieces: list[bytes] = []
+    done = 0
+    places = [0] * len(_MARKERS)
+    for line, number in found:
+        end = (line + 1) * _LINE.size
+        places[number] = len(pieces) + 1
+        pieces += [code[done : end - _WORD], code[end - _WORD : end]]
+        done = end
+    return [*pieces, code[done:]], places
 
 
-def with_token(code: bytes, places: list[int], token: bytes) -> bytes:
+def with_token(pieces: list[bytes], places: list[int], token: bytes) -> bytes:
     """The filter with the secret in place of its markers."""
-    made = bytearray(code)
+    made = list(pieces)
     for number, place in enumerate(places):
-        made[place : place + _WORD] = token[number * _WORD : (number + 1) * _WORD]
-    return bytes(made)
+        made[place] = token[number * _WORD : (number + 1) * _WORD]
+    return b"".join(made)
 
 
 def _data(name: str) -> bytes:

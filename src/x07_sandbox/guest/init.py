@@ -24,7 +24,6 @@ EXITED_SIZE = 5
 FAILED = b"F"  # then JSON
 
 _STATUS = struct.Struct(">I")
-_LENGTH = struct.Struct(">I")
 
 
 class Ends(NamedTuple):
@@ -77,19 +76,21 @@ def run_init(world: confine.World, ends: Ends) -> NoReturn:
 
 
 def _obey(world: confine.World, ends: Ends) -> None:
-    """Carry out orders, each behind its length in 4 bytes, until their end."""
+    """Carry out orders, each of which is answered before the next one comes, until their end."""
     before: confine.Orders | None = None
-    kept = b""
+    told = b""
     while chunk := os.read(ends.orders_fd, 65536):
-        kept += chunk
-        while len(kept) >= _LENGTH.size and len(kept) >= (end := _LENGTH.size + _LENGTH.unpack_from(kept)[0]):
-            orders = confine.Orders(**marshal.loads(kept[_LENGTH.size : end]))  # noqa: S302 - it is our agent that speaks
-            kept = kept[end:]
-            confine.apply(confine.JOB, orders, before)
-            if before is None and world.interpreter:
-                confine.forget_interpreter()
-            before = orders
-            os.write(ends.report_fd, READY)
+        told += chunk
+        try:
+            orders = confine.Orders(*marshal.loads(told))  # noqa: S302 - it is our agent that speaks
+        except EOFError:  # not all of it yet
+            continue
+        told = b""
+        confine.apply(confine.JOB, orders, before)
+        if before is None and world.interpreter:
+            confine.forget_interpreter()
+        before = orders
+        os.write(ends.report_fd, READY)
     os.close(ends.orders_fd)
 
 

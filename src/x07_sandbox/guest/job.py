@@ -43,6 +43,7 @@ def orders(
     out_writable: bool,
     inputs_on_disk: bool,
     spare_cpu_s: int,
+    execution: tuple[Any, ...] | None = None,
 ) -> confine.Orders:
     """What init is told of a job with these limits. spare_cpu_s: what the process may have used before it."""
     return confine.Orders(
@@ -53,11 +54,7 @@ def orders(
         fds=limits["fds"],
         cpu_s=limits["cpu_ms"] // 1000 + spare_cpu_s,
         core_bytes=limits["core_bytes"],
-        mounts=[],
-        programs=None,
-        prefixes=[],
-        program=None,
-        noexec=False,
+        execution=execution,
     )
 
 
@@ -125,18 +122,10 @@ class Job:
         limits, place = self.limits, self.place
         # What waits may be larger than a small limit: until it has become the program it may keep what it has.
         self.group.limit(mem_bytes=max(limits["mem_bytes"], place.waiting_bytes), tasks=limits["tasks"])
-        on_disk, writable = self.files.on_disk, self.output is not None
-        told = orders(
-            limits,
-            hostname=self.hostname,
-            out_writable=writable,
-            inputs_on_disk=on_disk,
-            spare_cpu_s=place.spare_cpu_s,
-        )
         if self.mounts:
-            place.prepare(told)
+            place.prepare(self._orders())
             self._mount()
-        place.prepare(self._confined(told))
+        place.prepare(self._orders(self._execution()))
         place.name(self.machine_id)
         self.cpu_before_us = place.cpu_us_so_far()
         self.cpu_looked_at = time.monotonic()
@@ -149,17 +138,27 @@ class Job:
             os.set_blocking(fd, False)
         self._feed()
 
-    def _confined(self, told: confine.Orders) -> confine.Orders:
-        """With what the policy says of executing."""
-        listed = self.confined.programs is not None
-        if self.confined.execute and not listed:
-            return told
-        return told._replace(
+    def _orders(self, execution: confine.Execution | None = None) -> confine.Orders:
+        return orders(
+            self.limits,
+            hostname=self.hostname,
+            out_writable=self.output is not None,
+            inputs_on_disk=self.files.on_disk,
+            spare_cpu_s=self.place.spare_cpu_s,
+            execution=None if execution is None else tuple(execution),
+        )
+
+    def _execution(self) -> confine.Execution | None:
+        """What may be executed, where not everything may."""
+        confined = self.confined
+        if confined.execute and confined.programs is None:
+            return None
+        return confine.Execution(
+            programs=confined.programs,
+            prefixes=confined.prefixes,
+            program=None if self.place.becomes(self.argv, self.env, confined) else self.argv[0],
+            alone=confined.alone,
             mounts=[mount["at"] for mount in self.mounts],
-            programs=self.confined.programs,
-            prefixes=self.confined.prefixes,
-            program=None if self.place.becomes(self.argv, self.env, self.confined) else self.argv[0],
-            noexec=True,
         )
 
     def _mount(self) -> None:

@@ -23,7 +23,7 @@ def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
     trees = []
     for source, at, writable in mounts:
         fd = system.open_tree(source)
-        system.mount_attributes(fd, 0 if writable else system.MS_RDONLY)
+        system.change_mount(fd, 0 if writable else system.MS_RDONLY)
         trees.append((fd, at, os.path.isdir(source)))
     namespace = os.open(f"/proc/{init}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     told_r, told_w = os.pipe2(os.O_CLOEXEC)

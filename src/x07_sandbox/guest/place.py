@@ -30,7 +30,7 @@ class Limits(NamedTuple):
     """What the policy forbids the program, as START says it.
 
     programs: paths of programs that it may execute; None where it may execute any, or none at all.
-    prefixes: beginnings of further ones.
+    prefixes: beginnings of further ones. alone: whether nothing that could be one lies beside the program.
     """
 
     threads: bool
@@ -38,6 +38,7 @@ class Limits(NamedTuple):
     execute: bool
     programs: list[str] | None
     prefixes: list[str]
+    alone: bool
 
 
 class Place:
@@ -60,8 +61,8 @@ class Place:
         self._interpreter = interpreter
         self._preload = bool(preload)
         self._filters = filters.all_filters()
-        self._places = {
-            name: filters.token_places(code) for name, code in self._filters.items() if name.endswith(filters.ONCE)
+        self._cut = {
+            name: filters.cut_at_token(code) for name, code in self._filters.items() if name.endswith(filters.ONCE)
         }
         self.waiting_bytes = WAITING_BYTES
         self.spare_cpu_s = SPARE_CPU_S + (PRELOAD_CPU_S if preload else 0)
@@ -112,8 +113,7 @@ class Place:
             raise self._failure(told + read_all(self.told_fd))
         self._orders = orders
         with contextlib.suppress(BrokenPipeError):  # init has ended, and its report says why
-            order = marshal.dumps(orders.as_dict())
-            write_all(self._orders_fd, len(order).to_bytes(4, "big") + order)
+            write_all(self._orders_fd, marshal.dumps(tuple(orders)))
         report = os.read(self.report_fd, 8192)
         if report != init.READY:
             raise failure(report)
@@ -152,8 +152,7 @@ class Place:
         name = filters.filter_name(threads=limits.threads, spawn=limits.spawn, execute=limits.execute)
         token = b"" if become or limits.execute else os.urandom(restrict.TOKEN_BYTES)
         if token:
-            name += filters.ONCE
-            code = filters.with_token(self._filters[name], self._places[name], token)
+            code = filters.with_token(*self._cut[name + filters.ONCE], token)
         else:
             code = self._filters[name] if name else b""
         rules_fd = -1 if limits.programs is None else interpreter.RULES_FD

@@ -32,37 +32,49 @@ def last_steps() -> tuple[Callable[..., None], Callable[[list[str], dict[str, st
     seccomp = {"x86_64": 317, "aarch64": 277}[machine]
     execve = {"x86_64": 59, "aarch64": 221}[machine]
     syscall = ctypes.CDLL(None, use_errno=True).syscall
-    syscall.restype = ctypes.c_long
-    syscall(446, -1, 0)  # refused: there is no such ruleset
-    code = ctypes.create_string_buffer(8192)
-    room = memoryview(code).cast("B")
-    address = ctypes.addressof(code).to_bytes(8, "little")
-    usual = 128
-    pointers = ctypes.c_char_p * usual
-    secret = [ctypes.c_uint64() for _ in range(3)]
+    syscall.restype, syscall.argtypes = ctypes.c_long, [ctypes.c_long] * 7
+    syscall(446, -1, 0, 0, 0, 0, 0)  # refused: there is no such ruleset
+
+    def memory(size: int) -> tuple[int, memoryview, memoryview]:
+        """Where it is, its bytes, and the same as numbers of 64 bits."""
+        room = ctypes.create_string_buffer(size)
+        data = memoryview(room).cast("B")
+        return ctypes.addressof(room), data, data.cast("Q")
+
+    usual = memory(16384)
 
     def take_away(filter_code: bytes, rules_fd: int, recorded: bool = True) -> None:  # noqa: FBT001, FBT002
-        if rules_fd >= 0 and syscall(446, rules_fd, 0):  # landlock_restrict_self
+        if rules_fd >= 0 and syscall(446, rules_fd, 0, 0, 0, 0, 0):  # landlock_restrict_self
             raise OSError(ctypes.get_errno(), "landlock_restrict_self")
         if filter_code:
-            room[: len(filter_code)] = filter_code
+            start, data, numbers = usual
+            # struct sock_fprog: how many instructions of 8 bytes, and where.
+            numbers[0], numbers[1] = len(filter_code) // 8, start + 16
+            data[16 : 16 + len(filter_code)] = filter_code
             # SECCOMP_SET_MODE_FILTER, with SECCOMP_FILTER_FLAG_TSYNC, and _LOG where it is recorded: a number above 0
             # names a thread that would not.
-            # struct sock_fprog: how many instructions of 8 bytes, and where.
-            if syscall(seccomp, 1, 3 if recorded else 1, (len(filter_code) // 8).to_bytes(8, "little") + address):
+            if syscall(seccomp, 1, 3 if recorded else 1, start, 0, 0, 0):
                 raise OSError(ctypes.get_errno(), "seccomp")
 
     def execute(argv: list[str], env: dict[str, str], token: bytes) -> NoReturn:
         if not token:
             # Not os.execvpe: it imports a module on its way, which a policy that allows no descriptor forbids.
             os.execve(argv[0], argv, env)
-        words = [os.fsencode(word) for word in argv]
-        pairs = [os.fsencode(name) + b"=" + os.fsencode(value) for name, value in env.items()]
-        for number, part in enumerate(secret):
-            part.value = int.from_bytes(token[8 * number : 8 * number + 8], "little")
-        most = max(len(words), len(pairs)) + 1
-        kind = pointers if most <= usual else ctypes.c_char_p * most
-        syscall(execve, words[0], kind(*words), kind(*pairs), *secret)
+        _, data, numbers = usual
+        data[:24] = token
+        secret = numbers[0], numbers[1], numbers[2]
+        words = [f"{word}\0".encode("utf-8", "surrogateescape") for word in argv]
+        pairs = [f"{name}={value}\0".encode("utf-8", "surrogateescape") for name, value in env.items()]
+        texts = [*words, b"", *pairs, b""]
+        joined = b"".join(texts)
+        at = 8 * len(texts)  # behind the pointers, of which the empty text's is none
+        size = at + len(joined)
+        start, data, numbers = usual if size <= len(usual[1]) else memory(size + -size % 8)
+        data[at:size] = joined
+        for number, text in enumerate(texts):
+            numbers[number] = start + at if text else 0
+            at += len(text)
+        syscall(execve, numbers[0], start, start + 8 * len(words) + 8, *secret)
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), argv[0])
 

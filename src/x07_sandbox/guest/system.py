@@ -87,10 +87,14 @@ def open_tree(path: str) -> int:
     return fd
 
 
-def mount_attributes(fd: int, flags: int) -> None:
-    """Set what holds on a mount that is attached nowhere yet: no set-id, no devices, and *flags*. Raises OSError."""
+def change_mount(mount: int | str, flags: int) -> None:
+    """Let no set-id bits and devices hold on a mount, and set *flags* beside what it has. Raises OSError.
+
+    mount: its place, or a descriptor of one that is attached nowhere yet. flags: MS_RDONLY, MS_NOEXEC.
+    """
+    fd, path, how = (mount, b"", _AT_EMPTY_PATH) if isinstance(mount, int) else (_AT_FDCWD, os.fsencode(mount), 0)
     attributes = struct.pack("=4Q", MS_NOSUID | MS_NODEV | flags, 0, 0, 0)  # the first four bits are those of mount(2)
-    _check(_libc.syscall(_MOUNT_SETATTR, fd, b"", _AT_EMPTY_PATH, attributes, len(attributes)), "mount_setattr")
+    _check(_libc.syscall(_MOUNT_SETATTR, fd, path, how, attributes, len(attributes)), f"mount_setattr {mount}")
 
 
 def move_mount(fd: int, target: str) -> None:

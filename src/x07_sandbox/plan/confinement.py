@@ -21,6 +21,7 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
 
     programs: paths of programs that it may execute; None where it may execute any, or none at all.
     prefixes: beginnings of further ones. Both are absolute and normal, but for a slash at the end of a beginning.
+    alone: whether nothing lies beside the program in its folder, but for the policy.
     """
 
     threads: bool
@@ -28,6 +29,7 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
     execute: bool
     programs: tuple[str, ...] | None = None
     prefixes: tuple[str, ...] = ()
+    alone: bool = False
 
     @property
     def filters(self) -> tuple[str, ...]:
@@ -48,14 +50,15 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
             "execute": self.execute,
             "programs": None if self.programs is None else list(self.programs),
             "prefixes": list(self.prefixes),
+            "alone": self.alone,
         }
 
 
 UNCONFINED: Final = Confinement(threads=True, spawn=True, execute=True)
 
 
-def confinement(policy: Policy, cwd: str) -> Confinement:
-    """That of a run with *policy*. cwd: what relative paths are relative to, in the machine."""
+def confinement(policy: Policy, cwd: str, *, alone: bool = False) -> Confinement:
+    """That of a run with *policy*. cwd: what relative paths are relative to, in the machine. alone: as above."""
     process = policy.process
     listed = process.may_execute and not names_everything(process.allow_exec_prefixes)
     return Confinement(
@@ -64,6 +67,7 @@ def confinement(policy: Policy, cwd: str) -> Confinement:
         execute=process.may_execute,
         programs=tuple(entry_path(path, cwd) for path in process.allow_execs) if listed else None,
         prefixes=tuple(entry_path(path, cwd) for path in process.allow_exec_prefixes) if listed else (),
+        alone=alone,
     )
 
 

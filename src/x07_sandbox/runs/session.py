@@ -306,7 +306,7 @@ class Session:
             argv=[*toolchain.start(self.program.source), *self.request.args],
             files=tuple(files),
             limits=limits.for_guest(),
-            confine=confinement(policy, cwd),
+            confine=confinement(policy, cwd, alone=not (archive or toolchain.told)),
             wall_ms=limits.wall_ms,
             env=run_environment(policy, self.request.env, os.environ),
             ram_bytes=limits.ram_bytes,
