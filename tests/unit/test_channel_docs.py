@@ -58,8 +58,9 @@ FIELD_MEANING: Final = {
     "START.mounts": "List of `{tree, sub, at, write, changes}`: where a part of a tree (its stream; null: a folder of "
     "the program's own) lies for the program, whether it may write there, whether changes are wanted back.",
     "START.limits": "Object of whole numbers: the agent's share of the plan.",
-    "START.confine": "`{threads, spawn, execute, programs, prefixes}`: what is allowed; the last two are lists of "
-    "paths and of beginnings of paths, of what may be executed, or null and empty where no list counts.",
+    "START.confine": "`{threads, spawn, execute, programs, prefixes, alone}`: what is allowed; programs and prefixes "
+    "are lists of paths and of beginnings of paths, of what may be executed, or null and empty where no list counts; "
+    "alone: whether nothing but the policy lies beside the program.",
     "START.output": "`{path, max_bytes}` of the one file that is wanted back, or null.",
     "DENIED.by": "Who refused it: `kernel` or `seccomp`.",
     "DENIED.call": "Name of the system call.",

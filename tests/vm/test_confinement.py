@@ -466,3 +466,35 @@ def test_no_loader_runs_what_is_not_of_the_image(
         assert told["changed"] == "Read-only file system"
     assert told["mapped"] == {name: 0 if listed and name == "listed" else REFUSED for name in names}
     assert told["moved"] == 0
+
+
+BESIDE: Final = """
+import json, mmap, subprocess
+path = "/x07/in/program/tool"
+words = ["/lib64/ld-linux-x86-64.so.2", path, "exec-done"]
+try:
+    with open(path, "rb") as file:
+        mmap.mmap(file.fileno(), 4096, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+    mapped = 0
+except OSError as exc:
+    mapped = exc.strerror
+print(json.dumps([mapped, subprocess.run(words, stderr=subprocess.DEVNULL).returncode]))
+"""
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "not named"])
+def test_what_lies_beside_a_program_is_held_to_the_list(sandbox: Sandbox, escape: bytes, *, named: bool) -> None:
+    """A file of a project beside its program is neither run by the loader nor mapped, but where an entry names it."""
+    folder = sandbox.work / "p"
+    folder.mkdir()
+    (folder / "main.py").write_text(BESIDE)
+    (folder / "tool").write_bytes(escape)
+    (folder / "x07-sandbox.toml").write_text(
+        'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nentry = "main.py"\n'
+        'files = ["main.py", "tool"]\n'
+    )
+    entries = ["/x07/in/program/tool"] if named else ["/usr/bin/true"]
+    policy = {"process.allow_execs": entries, "process.allow_exec_prefixes": []}
+    ran = sandbox.run(folder, policy=policy)
+    assert ran.outcome == "ok", (ran.reason, ran.stderr)
+    assert json.loads(ran.stdout) == ([0, 0] if named else [REFUSED, 127])
