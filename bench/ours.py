@@ -33,9 +33,9 @@ from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.reports.document import render_json
+from x07_sandbox.runs.phase import PhaseSpec, carry_out
 from x07_sandbox.runs.pool import Pool
 from x07_sandbox.runs.request import in_memory
-from x07_sandbox.runs.session import PhaseSpec, carry_out
 from x07_sandbox.runs.streams import Cancel, Sink, memory_file
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ jobs.admission jobs.launcher jobs.record
 plan.confinement plan.controls plan.denials plan.features plan.outcomes plan.rows plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 programs.artifacts programs.toolchains
-runs.execute runs.folder runs.lease runs.program runs.request runs.result runs.run runs.session runs.streams
+runs.execute runs.folder runs.lease runs.phase runs.program runs.request runs.result runs.run runs.session runs.streams
 """
 # Beyond what a bare interpreter has. Not among them, and costly: dataclasses (with inspect, ast, dis), asyncio,
 # logging, tempfile, shutil, random, http, ssl.

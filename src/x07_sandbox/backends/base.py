@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import msgspec
 
+from x07_sandbox.host import settings
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.record import Claim, JobRecord
 from x07_sandbox.plan.features import Features
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
 Begun = Literal["cold", "clone", "pool"]  # how a machine came to be: booted, cloned, or taken from a pool
@@ -18,6 +20,11 @@ Begun = Literal["cold", "clone", "pool"]  # how a machine came to be: booted, cl
 # What is told of an instance that was mistimed, and what to do.
 MISTIMED: Final = "its kernel measured its timer wrong, as on a host with too little time for it"
 MISTIMED_FIX: Final = "try again with less beside it"
+
+
+def boots() -> Iterator[bool]:
+    """For each cold machine that a job may have, one after the other was mistimed: whether it is the last."""
+    return (number == settings.BOOTS_MAX for number in range(1, settings.BOOTS_MAX + 1))
 
 
 class Availability(msgspec.Struct, frozen=True, kw_only=True):

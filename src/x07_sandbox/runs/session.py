@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Availability, Job, MachineKind
+from x07_sandbox.backends.base import Availability, Job, MachineKind, boots
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, create_record
-from x07_sandbox.plan.confinement import UNCONFINED, Confinement, confinement
+from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import Plan, run_limits
-from x07_sandbox.plan.denials import Area, Denial, Hint
+from x07_sandbox.plan.denials import Denial, Hint
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.artifacts import (
@@ -29,6 +29,7 @@ from x07_sandbox.programs.artifacts import (
     one_builder,
 )
 from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, PROJECT_FOLDER, SOURCE_FOLDER, build_driver
+from x07_sandbox.runs.phase import CWD, PhaseSpec, carry_out
 from x07_sandbox.runs.request import in_memory, own_wall_ms, sha256_text
 from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Output, PhaseReport
 from x07_sandbox.runs.streams import InFile, OutFile
@@ -48,10 +49,9 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.host_files import HostFiles
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
-    from x07_sandbox.runs.streams import Cancel, Sink
+    from x07_sandbox.runs.streams import Sink
 
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
-_CWD = "/opt/x07"
 _TAIL_BYTES = 64 * 1024  # of its error output, in which a failed program may have said what it missed
 _ANY_TIMER = "the {name} machine may have a timer that is late: each booted before it measured its own wrong"
 # Where a program with a manifest starts: the same private folder, under the name that relative roots have.
@@ -78,62 +78,6 @@ class Progress(msgspec.Struct):
     kept_back: bool = False  # changes that were to be applied and were not
     stdout: Output = NOTHING
     stderr: Output = NOTHING
-
-
-class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One phase, all of it known beforehand. limits_shown: those of the policy, for reasons."""
-
-    name: Literal["build", "run"]
-    argv: list[str]
-    files: tuple[InFile, ...]
-    limits: dict[str, int]
-    confine: Confinement = UNCONFINED
-    wall_ms: int
-    env: dict[str, str]
-    ram_bytes: int
-    cwd: str = _CWD
-    mounts: tuple[dict[str, Any], ...] = ()
-    areas: tuple[Area, ...] = ()  # of the host, for what is said of refusals
-    changes: Any = None  # files/incoming.Incoming, whose module is loaded only where files may change
-    output: OutFile | None = None
-    limits_shown: Any = None
-
-
-def carry_out(
-    spec: PhaseSpec,
-    instance: Instance,
-    *,
-    stdin_fd: int | None,
-    sinks: tuple[Sink, Sink],
-    cancel: Cancel,
-    on_started: Callable[[], None] = lambda: None,
-) -> PhaseFacts:
-    """Have the machine carry out a phase, whatever becomes of it. stdin_fd: the program's input, lent, or None."""
-    instance.release()
-    # Not before: while the machine comes up there is nothing else to do.
-    from x07_sandbox.runs.execute import Phase, PhaseRequest
-
-    stdout, stderr = sinks
-    request = PhaseRequest(
-        job_id=instance.record.job_id,
-        phase=spec.name,
-        argv=spec.argv,
-        env=spec.env,
-        cwd=spec.cwd,
-        files=spec.files,
-        mounts=list(spec.mounts),
-        changes=spec.changes,
-        limits=spec.limits,
-        confine=spec.confine.for_guest(),
-        wall_ms=spec.wall_ms,
-        stdin_fd=stdin_fd,
-        stdout=stdout,
-        stderr=stderr,
-        output=spec.output,
-        cancel=cancel,
-        on_started=on_started,
-    )
-    return Phase(request, instance).run()
 
 
 def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
@@ -296,7 +240,7 @@ class Session:
         if toolchain.told:
             files.append(in_memory(self.request.x07_input, f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
         project = self.program.project
-        cwd = PROJECT_FOLDER if project else _CWD
+        cwd = PROJECT_FOLDER if project else CWD
         mounts = [_PROJECT_MOUNT] if project else []
         if host_files is not None:
             mounts += host_files.mounts(len(files))
@@ -398,9 +342,9 @@ class Session:
                 claim = replace(claim, phase=f"{spec.name}-clone")
         if self.request.cold:
             self.request.progress(f"booting a machine for the {spec.name}")
-        booted, cloned = 0, False
+        tries, cloned = enumerate(boots(), 1), False
+        number, last = next(tries)
         while True:
-            last = booted == settings.BOOTS_MAX - 1
             job = self._job(claim, kind, cold=self.request.cold, last_try=last)
             with self.backend.start(job) as instance:
                 facts = self._converse(spec, instance, sinks)
@@ -411,12 +355,12 @@ class Session:
                 self.backend.distrust(kind, f"a clone of it did not answer: {classify(facts.evidence).reason}")
                 claim, cloned = replace(claim, phase=f"{spec.name}-cold"), True
                 continue
-            booted += 1
             if not facts.mistimed or last:
                 if last and instance.begun == "cold":
                     self.so_far.warnings.append(_ANY_TIMER.format(name=spec.name))
                 return instance, facts
-            claim = replace(claim, phase=f"{spec.name}-cold{booted}")
+            claim = replace(claim, phase=f"{spec.name}-cold{number}")
+            number, last = next(tries)
 
     def _job(self, claim: Claim, kind: MachineKind, *, cold: bool, last_try: bool) -> Job:
         digest = self.image.manifest.digest

@@ -43,17 +43,18 @@ from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import RunFolder
+from x07_sandbox.runs.phase import carry_out
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest, read_policy
 from x07_sandbox.runs.run import check_pinned, current_image
-from x07_sandbox.runs.session import Progress, Session, carry_out
+from x07_sandbox.runs.session import Progress, Session
 from x07_sandbox.runs.streams import Cancel, Sink, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from x07_sandbox.backends.qemu.instance import QemuInstance
-    from x07_sandbox.runs.session import PhaseSpec
+    from x07_sandbox.runs.phase import PhaseSpec
 
 _PROGRAMS: Final = tuple(Path(__file__).parents[1] / "programs" / "data" / name for name in ("warm.c", "warm.py"))
 _INPUT: Final = b"hello\n"

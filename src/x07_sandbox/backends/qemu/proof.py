@@ -15,7 +15,7 @@ import select
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.backends.base import MISTIMED, Job, MachineKind
+from x07_sandbox.backends.base import MISTIMED, Job, MachineKind, boots
 from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
@@ -89,10 +89,10 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
     from x07_sandbox.channel.link import State
 
     kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
-    for tries_left in reversed(range(settings.BOOTS_MAX)):
+    for last in boots():
         claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(limit_s * 1000))
         record = create_record(claim, backend="qemu", image_digest=image.manifest.digest)
-        job = Job(record=record, kind=kind, deadline_s=int(limit_s) + 5, last_try=not tries_left)
+        job = Job(record=record, kind=kind, deadline_s=int(limit_s) + 5, last_try=last)
         with start_qemu(job, accelerator) as instance:
             instance.release()
             why = talk_until(instance, State.GREETED, Deadline.after(limit_s))

@@ -7,7 +7,7 @@ import os
 import select
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.base import Job, MachineKind
+from x07_sandbox.backends.base import Job, MachineKind, boots
 from x07_sandbox.backends.qemu.machine import qmp_save, qmp_saved
 from x07_sandbox.backends.qemu.start import Saving, start_qemu
 from x07_sandbox.backends.qemu.talk import talk_until
@@ -41,10 +41,10 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
         scratch_fd = os.open(work, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, scratch_fd)
         saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
-        for booted in range(1, settings.BOOTS_MAX + 1):
+        for last in boots():
             os.ftruncate(saving.ram_fd, 0)
             os.ftruncate(saving.ram_fd, kind.ram_bytes)
-            if _booted_and_saved(kind, accelerator, saving, last=booted == settings.BOOTS_MAX):
+            if _booted_and_saved(kind, accelerator, saving, last=last):
                 break
         head, disk = read_disk(scratch_fd)
         files["scratch.head"] = _new_file(work / "scratch.head", stack)
