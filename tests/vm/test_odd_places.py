@@ -72,6 +72,18 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, variable: str) -> N
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.parametrize("words", [("image", "build"), ("image", "list"), ("pool", "start"), HELLO])
+def test_a_cache_that_others_may_read_is_refused_before_anything_is_made(tmp_path: Path, words: list[str]) -> None:
+    """A cache folder that others may read is refused by every command alike, before an image is built there."""
+    place = tmp_path / "cache"
+    place.mkdir()
+    place.chmod(0o755)
+    done = x07(*words, env={"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(place)})
+    assert done.returncode == 125
+    assert "must be yours with 0700" in done.stdout + done.stderr
+    assert list(place.iterdir()) == []
+
+
 @pytest.mark.parametrize("variable", VARIABLES)
 @pytest.mark.parametrize("below", ["", "jobs"])
 def test_a_planted_link_is_refused(tmp_path: Path, variable: str, below: str) -> None:

@@ -72,6 +72,14 @@ def private_dir(path: Path) -> Path:
     return path
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of the cache. The cache is ours alone too, which is found out before anything is put there.
+
+    Raises HostError.
+    """
+    return private_dir(private_dir(cache_dir()) / name)
+
+
 def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: int) -> list[Path]:
     """Which of (time of last use, size in bytes, path) have to go so that the rest is at most *most_bytes*."""
     doomed = []

@@ -20,7 +20,7 @@ from x07_sandbox.backends.qemu.instance import Streams
 from x07_sandbox.backends.qemu.machine import qmp_quit
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import forks
-from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
+from x07_sandbox.host.paths import cache_folder, state_dir
 from x07_sandbox.jobs.record import Claim, JobRecord, record_from, record_values
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _CREDENTIALS: Final = struct.Struct("3i")
 
 def pool_dir() -> Path:
     """The folder of the pool's socket, lock and log. Raises HostError."""
-    return private_dir(private_dir(cache_dir()) / "pool")
+    return cache_folder("pool")
 
 
 @contextlib.contextmanager
