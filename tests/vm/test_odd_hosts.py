@@ -103,6 +103,17 @@ def test_a_limit_of_the_shell_is_named(state: Path, limit: str, why: str, fix: s
     assert "Traceback" not in done.stderr
 
 
+def test_too_little_address_space_is_no_bug(state: Path, tmp_path: Path) -> None:
+    """Where a limit of the shell leaves no memory to read the program a run is refused, with the limit to raise."""
+    program = tmp_path / "hello.sh"
+    program.write_text("echo hello\n", encoding="ascii")
+    done = run("run", "--json", str(program), before=shell("ulimit -v 150000"), state=state)
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["outcome"], result["fault"]) == (125, "refused", "host"), result["reason"]
+    assert "ulimit -v" in result["reason"]
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("words", [("run", *HELLO), ("doctor",), ("pool", "start"), ("image", "build")])
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, words: tuple[str, ...]) -> None:
     """On a read-only cache every command says so, doctor too; none shows a traceback."""
