@@ -103,6 +103,23 @@ def test_a_limit_of_the_shell_is_named(state: Path, limit: str, why: str, fix: s
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("limit", "fix"),
+    [
+        ("ulimit -v 3000000", "ulimit -H -v to "),
+        ("ulimit -u 90 -i 10", "ulimit -H -i to 64 or more, ulimit -H -u to 96 or more"),
+    ],
+)
+def test_hard_limits_below_those_of_the_jail_are_named(state: Path, limit: str, fix: str) -> None:
+    """Hard limits of the shell below what the jail's must be are named, each with the least that it must be."""
+    lowered = shell(limit)
+    if os.geteuid() == 0:  # one with that capability may raise them
+        lowered = ("setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource", *lowered)
+    result = json.loads(run("run", "--json", *HELLO, before=lowered, state=state).stdout)
+    assert (result["outcome"], result["fault"]) == ("backend-error", "host"), result["reason"]
+    assert fix in result["reason"]
+
+
 def test_too_little_address_space_is_no_bug(state: Path, tmp_path: Path) -> None:
     """Where a limit of the shell leaves no memory to read the program a run is refused, with the limit to raise."""
     program = tmp_path / "hello.sh"

@@ -51,6 +51,14 @@ _CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
 # way, and bubblewrap's first process: with less, a busy guest ends QEMU ("pthread_create failed").
 _TASKS: Final = 96
 _SETUP_S: Final = 10.0
+# Which limits are not zero, as a shell calls them, and in which unit.
+_SHELLS: Final = (
+    (resource.RLIMIT_FSIZE, "f", 1024),
+    (resource.RLIMIT_AS, "v", 1024),
+    (resource.RLIMIT_NOFILE, "n", 1),
+    (resource.RLIMIT_SIGPENDING, "i", 1),
+    (resource.RLIMIT_NPROC, "u", 1),
+)
 _LOOK_AGAIN_S: Final = 0.0003
 
 
@@ -224,18 +232,20 @@ def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> BackendError:
 
 def _bound(pid: int, job: Job, groups: HostGroups) -> None:
     """Limits on the still blocked process: everything that it starts inherits them."""
+    limits = {
+        resource.RLIMIT_FSIZE: settings.SCRATCH_BYTES,
+        resource.RLIMIT_AS: job.kind.ram_bytes + _AS_ABOVE_RAM,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        # These two are counted for all processes of a user together, in the jail or not.
+        resource.RLIMIT_SIGPENDING: 64,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+    if _tasks_are_counted_apart():
+        limits[resource.RLIMIT_NPROC] = _TASKS
     try:
-        for which, value in (
-            (resource.RLIMIT_FSIZE, settings.SCRATCH_BYTES),
-            (resource.RLIMIT_AS, job.kind.ram_bytes + _AS_ABOVE_RAM),
-            (resource.RLIMIT_NOFILE, 64),
-            (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_MEMLOCK, 0),
-            # These two are counted for all processes of a user together, in the jail or not.
-            (resource.RLIMIT_SIGPENDING, 64),
-            (resource.RLIMIT_MSGQUEUE, 0),
-            *([(resource.RLIMIT_NPROC, _TASKS)] if _tasks_are_counted_apart() else []),
-        ):
+        for which, value in limits.items():
             resource.prlimit(pid, which, (value, value))
         # Before it is let go, though the kernel takes 10 to 20 ms for it: a VMM that ran meanwhile could take memory
         # that no group would ever count (tried: the test of a memory hog fails).
@@ -243,8 +253,17 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
     except ProcessLookupError:
         raise  # it has ended: the caller knows how to ask why
     except OSError as exc:
-        fix = "Raise the hard limits of this shell: ulimit -H -a shows them"
+        needed = [
+            f"ulimit -H -{option} to {limits[which] // unit} or more"
+            for which, option, unit in _SHELLS
+            if which in limits and not _may_be(limits[which], resource.getrlimit(which)[1])
+        ]
+        fix = f"Raise the hard limits of this shell: {', '.join(needed) or 'ulimit -H -a shows them'}"
         raise BackendError("cannot bound the virtual machine", f"{exc.strerror or exc}", fix) from exc
+
+
+def _may_be(value: int, hard: int) -> bool:
+    return hard == resource.RLIM_INFINITY or value <= hard
 
 
 def _tasks_are_counted_apart() -> bool:
