@@ -39,6 +39,11 @@ def host_error(exc: OSError | MemoryError) -> HostError | None:
     return HostError(f"cannot use {place}" if place else "cannot go on", exc.strerror or str(exc), fix)
 
 
+def fix_of(exc: OSError, otherwise: str) -> str:
+    """What to do about *exc*: room, where that is what lacks, else *otherwise*."""
+    return _FIXES[exc.errno] if exc.errno in {errno.ENOSPC, errno.EDQUOT} else otherwise
+
+
 def need_own_proc() -> None:
     """Refuse a host whose /proc is missing or tells of another pid namespace: no process could be found in it.
 

@@ -31,7 +31,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import Identity, children_of, identify, own_identity
-from x07_sandbox.host.troubles import need_own_proc
+from x07_sandbox.host.troubles import fix_of, need_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv, may_nest
@@ -338,11 +338,8 @@ def _scratch_disk(given: Given, job: Job, memory: Saving | Saved | None) -> int:
     try:
         fd = os.open(job.record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        raise HostError(
-            "cannot make the scratch disk",
-            f"{job.record.folder}: {exc.strerror}",
-            "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs",
-        ) from exc
+        fix = fix_of(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
+        raise HostError("cannot make the scratch disk", f"{job.record.folder}: {exc.strerror}", fix) from exc
     given.fds.append(fd)  # not ours once the child has it, so that its space is free when the child is gone
     if isinstance(memory, Saved):
         write_disk(memory.scratch_fd, memory.scratch_disk, fd)
