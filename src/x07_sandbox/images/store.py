@@ -101,10 +101,15 @@ def find_image(ref: str | None) -> Image:
 
 
 def _not_there(name: str, what: str) -> ImageError:
-    digest = _names().get(name)
+    names = _names()
+    digest = names.get(name)
     if digest is not None:
         return ImageError(what, "its folder is gone", _cure_unread(images_dir() / digest, name))
     command = f"Run {build_command(name)}"
+    if names:
+        return ImageError(
+            what, f"none is called {name}", f"{command}, or name one of these: {', '.join(sorted(names))}"
+        )
     return ImageError(what, "none was built", command if name == DEFAULT else f"{command}, or see x07 image list")
 
 
