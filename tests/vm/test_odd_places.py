@@ -107,6 +107,13 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, variable: st
     assert variable in reason
 
 
+def test_a_run_folder_that_cannot_be_written_is_told_as_that(tmp_path: Path) -> None:
+    """Where root has no /run to write to the error says so, and does not send to variables that have no part in it."""
+    reason = refused(x07(*HELLO, env={"X07_VM_STATE_DIR": str(tmp_path)}, before=mounted(READ_ONLY, Path("/run"))))
+    assert "Read-only file system. Have a /run that root can write to" in reason
+    assert "X07_VM_STATE_DIR" not in reason
+
+
 def test_without_home_the_variables_to_set_are_named(tmp_path: Path) -> None:
     """Without HOME, and without variables that say where, a run is refused; with them it works."""
     bare = ["/usr/bin/env", "-u", "HOME", "-u", "XDG_CACHE_HOME"]
