@@ -47,6 +47,17 @@ def test_a_foreign_proc_is_refused(state: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
 
 
+@pytest.mark.parametrize("words", [("run", *HELLO), ("run", "--dry-run", *HELLO), ("image", "build"), ("doctor",)])
+def test_without_proc_every_command_says_so(state: Path, words: tuple[str, ...]) -> None:
+    """Where /proc is not mounted, as in a bare chroot, that is what is told, and no bug."""
+    need(os.geteuid() == 0, "needs root, to unmount", installable=False)
+    before = ("unshare", "--mount", "/bin/sh", "-c", 'umount --recursive /proc && exec "$@"', "without")
+    done = run(*words, before=before, state=state)
+    assert done.returncode == 125
+    assert "cannot look at processes: /proc: No such file or directory. Mount /proc" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_ignored_sigchld_changes_no_verdict(state: Path) -> None:
     """Started by a shell that ignores SIGCHLD, a killed machine is still told as killed, and so the host's fault."""
     env = os.environ | {"X07_VM_STATE_DIR": str(state)}

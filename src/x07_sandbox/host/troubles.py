@@ -34,6 +34,10 @@ def host_error(exc: OSError | MemoryError) -> HostError | None:
         exc = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     fix = _FIXES.get(exc.errno or 0)
     if fix is None:
+        try:
+            need_own_proc()
+        except HostError as error:  # what cannot be found is most likely there
+            return error
         return None
     place = os.fsdecode(exc.filename) if isinstance(exc.filename, str | bytes) else ""
     return HostError(f"cannot use {place}" if place else "cannot go on", exc.strerror or str(exc), fix)
