@@ -114,6 +114,22 @@ def test_a_document_is_whole_on_a_descriptor_that_does_not_block(
         assert (started.communicate()[1], started.returncode) == (b"", code)
 
 
+def test_a_source_is_waited_for_to_its_end(tmp_path: Path, image: Image) -> None:
+    """A source that comes piece by piece through a pipe with O_NONBLOCK runs whole, and not only what came first."""
+    assert image.digest
+    program, out = os.pipe()
+    os.set_blocking(program, False)
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--toolchain", "shell", "-"]
+    os.write(out, b"echo one\n")
+    with subprocess.Popen(argv, env=env, stdin=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        os.close(program)
+        time.sleep(1)  # until it has found the pipe empty, which nothing tells of
+        os.write(out, b"echo two\n")
+        os.close(out)
+        assert (command.communicate(), command.returncode) == ((b"one\ntwo\n", b""), 0)
+
+
 def test_input_that_cannot_be_read_is_said(tmp_path: Path, image: Image) -> None:
     """Input that breaks off in an error is a warning, and has no digest."""
     assert image.digest

@@ -229,6 +229,26 @@ class OutFile(msgspec.Struct):
         self.size, self.complete, self._hash = 0, False, hashlib.sha256()
 
 
+def read_all(fd: int, most: int) -> bytes:
+    """What comes from *fd* until its end, or until it is more than *most* bytes. Raises OSError.
+
+    It is waited for also where it was given to us with O_NONBLOCK: what is not there yet is not the end.
+    """
+    data = bytearray()
+    while len(data) <= most:
+        try:
+            piece = os.read(fd, 1 << 20)
+        except BlockingIOError:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll()
+            continue
+        if not piece:
+            break
+        data += piece
+    return bytes(data)
+
+
 def memory_file(data: bytes, stack: contextlib.ExitStack) -> int:
     """A file in memory that holds *data*, at its beginning; *stack* closes it."""
     fd = os.memfd_create("x07", os.MFD_CLOEXEC)
