@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -98,6 +99,21 @@ def test_a_library_call_says_that_sigchld_is_ignored(state: Path) -> None:
     env = os.environ | {"X07_VM_STATE_DIR": str(state)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert "SIGCHLD is ignored" in done.stderr
+
+
+def test_a_program_with_many_descriptors_may_call_the_library(state: Path) -> None:
+    """In a process that has more than 1024 descriptors open, as servers do, runs and pools work like anywhere."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need(hard == resource.RLIM_INFINITY or hard >= 2048, "needs 2048 descriptors", installable=False)
+    code = f"import os, resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (2048, {hard}))\n"
+    code += "held = [os.open('/dev/null', os.O_RDONLY) for _ in range(1200)]\n"
+    code += "from x07_sandbox import Pool, run_program\n"
+    code += "run_program(source='echo one', toolchain='shell', on_output=print)\n"
+    code += "with Pool(size=1) as pool:\n"
+    code += "    print(pool.submit(source='echo two', toolchain='shell').result().stdout.text, end='')\n"
+    env = os.environ | {"X07_VM_STATE_DIR": str(state)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stdout b'one\\n'\ntwo\n", "")
 
 
 @pytest.mark.parametrize(

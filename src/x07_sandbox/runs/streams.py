@@ -112,7 +112,9 @@ class _Writer:
             try:
                 count = os.write(self._fd, chunk)
             except BlockingIOError:  # it was given to us with O_NONBLOCK
-                select.select([], [self._fd], [])
+                poll = select.poll()
+                poll.register(self._fd, select.POLLOUT)
+                poll.poll()
                 continue
             except OSError as exc:
                 with self._changed:

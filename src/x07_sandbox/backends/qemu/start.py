@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import select
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -30,7 +30,7 @@ from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.processes import Identity, children_of, identify, own_identity
+from x07_sandbox.host.processes import Identity, children_of, identify, own_identity, readable
 from x07_sandbox.host.troubles import fix_of, need_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
@@ -209,8 +209,9 @@ def _inner_process(child: subprocess.Popen[bytes], stderr_fd: int) -> Identity:
                 for pid in children_of(monitor):
                     if (inner := identify(pid)) is not None:
                         return inner
-            if select.select([pidfd], [], [], _LOOK_AGAIN_S)[0]:  # no event tells of another process's child
+            if readable(pidfd, 0):
                 break
+            time.sleep(_LOOK_AGAIN_S)  # no event tells of another process's child
     finally:
         os.close(pidfd)
     raise _no_jail(child, stderr_fd)
