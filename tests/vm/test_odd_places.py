@@ -107,6 +107,21 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, variable: st
     assert variable in reason
 
 
+@pytest.mark.parametrize("name", [b"plain", b"two words", b"tab\tand\\", b"no utf-8 \xff"])
+def test_what_is_mounted_in_the_way_is_never_removed(tmp_path: Path, name: bytes) -> None:
+    """Whatever a cache is called, what a killed build left there is not removed while something is mounted in it."""
+    cache = tmp_path / os.fsdecode(name)
+    place = cache / "tmp" / "image-left" / "tree"
+    for folder in (cache, cache / "tmp", cache / "tmp/image-left", place):
+        folder.mkdir(mode=0o700)
+    (place / "kept").touch()
+    env = {"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(cache)}
+    done = x07("image", "build", env=env, before=mounted('mount --bind "$1" "$1" && shift && exec "$@"', place))
+    assert done.returncode == 125
+    assert "something is still mounted below it" in done.stderr
+    assert (place / "kept").exists()
+
+
 def test_a_run_folder_that_cannot_be_written_is_told_as_that(tmp_path: Path) -> None:
     """Where root has no /run to write to the error says so, and does not send to variables that have no part in it."""
     reason = refused(x07(*HELLO, env={"X07_VM_STATE_DIR": str(tmp_path)}, before=mounted(READ_ONLY, Path("/run"))))
