@@ -208,6 +208,15 @@ def test_a_user_without_a_name_is_told_whom_to_be() -> None:
     assert "start quickstart.sh as a user who has a name, or as root" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["a:b", "a $b", "{a}", "a`b", 'a"b', "a\nb"])
+def test_a_folder_that_pythons_tools_do_not_take_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    """Where .venv could not be made, or its commands would not start, set-up says so before it installs anything."""
+    shutil.copytree(ROOT / "scripts", tmp_path / name / "scripts")
+    done = subprocess.run([tmp_path / name / "scripts/setup.sh"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Move it to a folder without." in done.stderr
+
+
 @pytest.mark.parametrize("script", ["quickstart.sh", "setup.sh", "test.sh", "fresh_root_check.sh"])
 def test_scripts_find_their_folder_whatever_cdpath_says(script: str) -> None:
     """CDPATH in the environment does not lead the scripts astray."""
