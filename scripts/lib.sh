@@ -189,6 +189,12 @@ set_up() {
     local kind=$1 python='' names packages missing
     [[ -x /usr/bin/apt-get && -x /usr/bin/dpkg-query ]] ||
         fail "this is not a Debian-like system: there is no apt-get" "Use Debian 13, or a container or VM of it."
+    # venv refuses the first, setuptools fails with the next three, and in the commands that pip writes a shell reads the
+    # rest. What pip leaves then looks ready, and is not.
+    if [[ $PWD == *[:\$\{\}\`\"$'\n']* ]]; then
+        fail "Python's tools cannot work in a folder whose name has one of : \$ { } \` \" or a line end: $PWD" \
+            "Move it to a folder without."
+    fi
     names=$(runtime_packages)
     if [[ $kind == dev ]]; then names+=$'\n'$(test_packages); fi
     mapfile -t packages <<<"$names"

@@ -349,6 +349,16 @@ def test_image_without_a_build_says_what_to_type(tmp_path: Path, monkeypatch: py
     assert store.list_images() == []
 
 
+def test_where_there_are_other_images_their_names_are_said(image: store.Image) -> None:
+    """Where images were built under other names only, the error does not say that there is none, and names them."""
+    for name in ("science", "extra"):
+        store.set_name(name, image.digest.removeprefix("sha256:"))
+    (store.images_dir() / "names" / "default").unlink()
+    with pytest.raises(ImageError, match="no guest image: none is called default") as caught:
+        store.find_image(None)
+    assert caught.value.fix == "Run x07 image build, or name one of these: extra, science"
+
+
 def test_image_of_other_guest_code_is_not_current(image: store.Image) -> None:
     """An image built from other guest code is told apart from one of this installation."""
     assert not store.image_is_current(image)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -329,16 +331,20 @@ def test_the_command_line_describes_itself(capfd: pytest.CaptureFixture[str]) ->
     assert {row[1] for row in told["rows"]} == {"help", "version", "opt", "flag"}
 
 
-def test_standard_output_that_cannot_be_written_ends_in_two(capfd: pytest.CaptureFixture[str]) -> None:
+def test_too_little_memory_to_read_the_program_is_no_bug() -> None:
+    """Where a limit of the shell leaves no memory to read the program, that is told, with exit 2."""
+    words = [sys.executable, "-m", "x07_sandbox.cli.os_runner", *SANDBOXED, "--policy", "policy.json"]
+    limited = ["/bin/bash", "-c", 'ulimit -v 150000 && exec "$@"', "limited", *words, "--program", "prog.py"]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "ulimit -v" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_standard_output_that_cannot_be_written_ends_in_two() -> None:
     """A full disk behind standard output is told on standard error, with exit 2."""
-    kept = os.dup(1)
-    full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, 1)
-    try:
-        code = main(["--cli-specrows"])
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(full)
-    assert code == 2
-    assert "No space left" in capfd.readouterr().err
+    argv = [sys.executable, "-m", "x07_sandbox.cli.os_runner", "--cli-specrows"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert "No space left" in done.stderr

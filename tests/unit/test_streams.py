@@ -7,6 +7,8 @@ import pty
 import select
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.cli.console import LiveLine, Progress
-from x07_sandbox.runs.streams import Sink, TerminalFilter
+from x07_sandbox.runs.streams import Sink, TerminalFilter, read_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,3 +136,19 @@ def test_nothing_waits_for_readers_of_one_pipe(keep_fd: int, chunk: int) -> None
             sink.close()
     os.close(read)
     os.close(write)
+
+
+def test_what_is_not_there_yet_is_not_the_end() -> None:
+    """Input on a descriptor with O_NONBLOCK is waited for to its end; more than is asked for is not read to its end."""
+    theirs, ours = os.pipe()
+    os.set_blocking(theirs, False)
+    with ThreadPoolExecutor(1) as threads:
+        read = threads.submit(read_all, theirs, 100)
+        for piece in (b"one ", b"two"):
+            assert wait([read], timeout=0.2).not_done
+            os.write(ours, piece)
+        os.close(ours)
+        assert read.result(10) == b"one two"
+    os.close(theirs)
+    with Path("/dev/zero").open("rb") as endless:
+        assert len(read_all(endless.fileno(), 100)) > 100

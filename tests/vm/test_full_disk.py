@@ -44,6 +44,14 @@ def test_no_room_for_a_job_is_refused(small_disk: SmallDisk, size: str) -> None:
     assert "X07_VM_STATE_DIR" in ran.reason
 
 
+@pytest.mark.parametrize("files", [3, 4, 6, 7, 8, 9, 10])
+def test_no_room_for_one_more_file_is_told_as_that(small_disk: SmallDisk, files: int) -> None:
+    """Whichever file of a job finds no place any more, what there is to do is to make room, and nothing else."""
+    ran = small_disk(f"1m,nr_inodes={files}").behave("nothing")
+    assert (ran.outcome, ran.result.fault) == ("refused", "host")
+    assert "No space left on device. Free space there, or set X07_VM_STATE_DIR" in ran.reason
+
+
 def test_a_disk_that_fills_up_is_the_programs_error(small_disk: SmallDisk) -> None:
     """A program that writes more than the host's disk holds gets an error, ends by itself, and leaves nothing."""
     ran = small_disk("24m").run_text(

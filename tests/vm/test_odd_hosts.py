@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,17 @@ def test_a_foreign_proc_is_refused(state: Path) -> None:
     assert "unshare --mount-proc" in done.stderr
     done = run("run", *HELLO, before=("unshare", "--pid", "--fork", "--mount-proc"), state=state)
     assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
+
+
+@pytest.mark.parametrize("words", [("run", *HELLO), ("run", "--dry-run", *HELLO), ("image", "build"), ("doctor",)])
+def test_without_proc_every_command_says_so(state: Path, words: tuple[str, ...]) -> None:
+    """Where /proc is not mounted, as in a bare chroot, that is what is told, and no bug."""
+    need(os.geteuid() == 0, "needs root, to unmount", installable=False)
+    before = ("unshare", "--mount", "/bin/sh", "-c", 'umount --recursive /proc && exec "$@"', "without")
+    done = run(*words, before=before, state=state)
+    assert done.returncode == 125
+    assert "cannot look at processes: /proc: No such file or directory. Mount /proc" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_ignored_sigchld_changes_no_verdict(state: Path) -> None:
@@ -89,6 +101,21 @@ def test_a_library_call_says_that_sigchld_is_ignored(state: Path) -> None:
     assert "SIGCHLD is ignored" in done.stderr
 
 
+def test_a_program_with_many_descriptors_may_call_the_library(state: Path) -> None:
+    """In a process that has more than 1024 descriptors open, as servers do, runs and pools work like anywhere."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need(hard == resource.RLIM_INFINITY or hard >= 2048, "needs 2048 descriptors", installable=False)
+    code = f"import os, resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (2048, {hard}))\n"
+    code += "held = [os.open('/dev/null', os.O_RDONLY) for _ in range(1200)]\n"
+    code += "from x07_sandbox import Pool, run_program\n"
+    code += "run_program(source='echo one', toolchain='shell', on_output=print)\n"
+    code += "with Pool(size=1) as pool:\n"
+    code += "    print(pool.submit(source='echo two', toolchain='shell').result().stdout.text, end='')\n"
+    env = os.environ | {"X07_VM_STATE_DIR": str(state)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stdout b'one\\n'\ntwo\n", "")
+
+
 @pytest.mark.parametrize(
     ("limit", "why", "fix"),
     [("ulimit -f 1000", "File too large", "ulimit -f"), ("ulimit -n 20", "Too many open files", "ulimit -n")],
@@ -101,6 +128,34 @@ def test_a_limit_of_the_shell_is_named(state: Path, limit: str, why: str, fix: s
     assert why in result["reason"]
     assert fix in result["reason"]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("limit", "fix"),
+    [
+        ("ulimit -v 3000000", "ulimit -H -v to "),
+        ("ulimit -u 90 -i 10", "ulimit -H -i to 64 or more, ulimit -H -u to 96 or more"),
+    ],
+)
+def test_hard_limits_below_those_of_the_jail_are_named(state: Path, limit: str, fix: str) -> None:
+    """Hard limits of the shell below what the jail's must be are named, each with the least that it must be."""
+    lowered = shell(limit)
+    if os.geteuid() == 0:  # one with that capability may raise them
+        lowered = ("setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource", *lowered)
+    result = json.loads(run("run", "--json", *HELLO, before=lowered, state=state).stdout)
+    assert (result["outcome"], result["fault"]) == ("backend-error", "host"), result["reason"]
+    assert fix in result["reason"]
+
+
+def test_too_little_address_space_is_no_bug(state: Path, tmp_path: Path) -> None:
+    """Where a limit of the shell leaves no memory to read the program a run is refused, with the limit to raise."""
+    program = tmp_path / "hello.sh"
+    program.write_text("echo hello\n", encoding="ascii")
+    done = run("run", "--json", str(program), before=shell("ulimit -v 150000"), state=state)
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["outcome"], result["fault"]) == (125, "refused", "host"), result["reason"]
+    assert "ulimit -v" in result["reason"]
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("words", [("run", *HELLO), ("doctor",), ("pool", "start"), ("image", "build")])
@@ -151,6 +206,15 @@ def test_a_user_without_a_name_is_told_whom_to_be() -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "quickstart.sh: uid 54321 has no entry in the passwd file" in done.stderr
     assert "start quickstart.sh as a user who has a name, or as root" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a:b", "a $b", "{a}", "a`b", 'a"b', "a\nb"])
+def test_a_folder_that_pythons_tools_do_not_take_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    """Where .venv could not be made, or its commands would not start, set-up says so before it installs anything."""
+    shutil.copytree(ROOT / "scripts", tmp_path / name / "scripts")
+    done = subprocess.run([tmp_path / name / "scripts/setup.sh"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Move it to a folder without." in done.stderr
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "setup.sh", "test.sh", "fresh_root_check.sh"])

@@ -72,6 +72,18 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, variable: str) -> N
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.parametrize("words", [("image", "build"), ("image", "list"), ("pool", "start"), HELLO])
+def test_a_cache_that_others_may_read_is_refused_before_anything_is_made(tmp_path: Path, words: list[str]) -> None:
+    """A cache folder that others may read is refused by every command alike, before an image is built there."""
+    place = tmp_path / "cache"
+    place.mkdir()
+    place.chmod(0o755)
+    done = x07(*words, env={"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(place)})
+    assert done.returncode == 125
+    assert "must be yours with 0700" in done.stdout + done.stderr
+    assert list(place.iterdir()) == []
+
+
 @pytest.mark.parametrize("variable", VARIABLES)
 @pytest.mark.parametrize("below", ["", "jobs"])
 def test_a_planted_link_is_refused(tmp_path: Path, variable: str, below: str) -> None:
@@ -93,6 +105,28 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, variable: st
     reason = refused(x07(*HELLO, env=env, before=mounted(READ_ONLY, place)))
     assert "Read-only file system" in reason
     assert variable in reason
+
+
+@pytest.mark.parametrize("name", [b"plain", b"two words", b"tab\tand\\", b"no utf-8 \xff"])
+def test_what_is_mounted_in_the_way_is_never_removed(tmp_path: Path, name: bytes) -> None:
+    """Whatever a cache is called, what a killed build left there is not removed while something is mounted in it."""
+    cache = tmp_path / os.fsdecode(name)
+    place = cache / "tmp" / "image-left" / "tree"
+    for folder in (cache, cache / "tmp", cache / "tmp/image-left", place):
+        folder.mkdir(mode=0o700)
+    (place / "kept").touch()
+    env = {"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(cache)}
+    done = x07("image", "build", env=env, before=mounted('mount --bind "$1" "$1" && shift && exec "$@"', place))
+    assert done.returncode == 125
+    assert "something is still mounted below it" in done.stderr
+    assert (place / "kept").exists()
+
+
+def test_a_run_folder_that_cannot_be_written_is_told_as_that(tmp_path: Path) -> None:
+    """Where root has no /run to write to the error says so, and does not send to variables that have no part in it."""
+    reason = refused(x07(*HELLO, env={"X07_VM_STATE_DIR": str(tmp_path)}, before=mounted(READ_ONLY, Path("/run"))))
+    assert "Read-only file system. Have a /run that root can write to" in reason
+    assert "X07_VM_STATE_DIR" not in reason
 
 
 def test_without_home_the_variables_to_set_are_named(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,8 @@ import pytest
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
+
+POLICY = Path(__file__).resolve().parents[2] / "examples" / "policies" / "small.json"
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
@@ -53,6 +58,76 @@ def test_output_that_cannot_be_passed_on_is_said(tmp_path: Path, image: Image) -
     done = _shell(tmp_path, 'x07 run "$PROGRAM" >/dev/full')
     assert done.returncode == 125
     assert done.stderr == b"x07: the program's standard output could not be passed on: No space left on device\n"
+
+
+def _started(
+    tmp_path: Path, stdout: int, words: tuple[str, ...], command: str = "x07_sandbox.cli.main"
+) -> subprocess.Popen[bytes]:
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
+    argv = [sys.executable, "-m", command, *words]
+    return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("run", "--help"), 0),
+        (("policy", "schema"), 0),
+        (("image", "list"), 0),
+        (("run", "--json", "-c", "exit 3", "--toolchain", "shell"), 3),
+    ],
+)
+def test_a_reader_who_has_gone_wanted_no_more(tmp_path: Path, image: Image, words: tuple[str, ...], code: int) -> None:
+    """Where nobody reads standard output any more a command ends as ever, and says nothing about it."""
+    assert image.digest
+    heard, out = os.pipe()
+    os.close(heard)
+    with _started(tmp_path, out, words) as command:
+        os.close(out)
+        assert (command.communicate()[1], command.returncode) == (b"", code)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "code"),
+    [
+        ("x07_sandbox.cli.main", ("policy", "schema"), 0),
+        ("x07_sandbox.cli.main", ("run", "--json", "-c", "exit 3", "--toolchain", "shell"), 3),
+        ("x07_sandbox.cli.os_runner", ("--world", "run-os-sandboxed", "--policy", "{policy}", "--program", "{x}"), 0),
+    ],
+)
+def test_a_document_is_whole_on_a_descriptor_that_does_not_block(
+    tmp_path: Path, image: Image, command: str, words: tuple[str, ...], code: int
+) -> None:
+    """Through a pipe with O_NONBLOCK, which a slow reader lets fill up, a JSON document arrives whole."""
+    assert image.digest
+    program = tmp_path / "long.py"
+    program.write_text("print('x' * 9000)\n", encoding="ascii")
+    words = tuple(word.format(policy=POLICY, x=program) for word in words)
+    heard, out = os.pipe()
+    os.set_blocking(out, False)
+    fcntl.fcntl(out, fcntl.F_SETPIPE_SZ, 4096)
+    with _started(tmp_path, out, words, command) as started, os.fdopen(heard, "rb") as pipe:
+        os.close(out)
+        select.select([pipe], [], [])
+        time.sleep(0.3)  # until it has found the pipe full, which nothing tells of
+        assert isinstance(json.loads(pipe.read()), dict)
+        assert (started.communicate()[1], started.returncode) == (b"", code)
+
+
+def test_a_source_is_waited_for_to_its_end(tmp_path: Path, image: Image) -> None:
+    """A source that comes piece by piece through a pipe with O_NONBLOCK runs whole, and not only what came first."""
+    assert image.digest
+    program, out = os.pipe()
+    os.set_blocking(program, False)
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--toolchain", "shell", "-"]
+    os.write(out, b"echo one\n")
+    with subprocess.Popen(argv, env=env, stdin=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        os.close(program)
+        time.sleep(1)  # until it has found the pipe empty, which nothing tells of
+        os.write(out, b"echo two\n")
+        os.close(out)
+        assert (command.communicate(), command.returncode) == ((b"one\ntwo\n", b""), 0)
 
 
 def test_input_that_cannot_be_read_is_said(tmp_path: Path, image: Image) -> None:

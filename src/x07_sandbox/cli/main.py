@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     try:
         _heed_signals()
-        from x07_sandbox.cli.streams import fill_closed_streams, keep_own_rights
+        from x07_sandbox.cli.streams import fill_closed_streams, keep_own_rights, write_patiently
 
         fill_closed_streams()
+        write_patiently()
         keep_own_rights()
         _import_msgspec()
         options = _parsed(words)
@@ -181,10 +182,10 @@ def _failed(exc: Exception, words: list[str]) -> int:
         if not _wants_json(words):
             _say(str(exc))
         return _json_or(_exit_code(exc, words), exc, words)
-    if isinstance(exc, OSError) and exc.filename is None and exc.errno in {errno.EPIPE, errno.ENOSPC, errno.EIO}:
+    if isinstance(exc, OSError) and exc.filename is None and exc.errno in {errno.ENOSPC, errno.EIO}:
         _say(f"cannot write the output: {exc.strerror}")
         return 125
-    if isinstance(exc, OSError):
+    if isinstance(exc, OSError | MemoryError):
         from x07_sandbox.host.troubles import host_error
 
         if (error := host_error(exc)) is not None:

@@ -15,8 +15,8 @@ from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Platform, asked, sel
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
-from x07_sandbox.cli.streams import fill_closed_streams, keep_own_rights, leave
-from x07_sandbox.cli.written import check_outputs, files_read, write_all
+from x07_sandbox.cli.streams import fill_closed_streams, keep_own_rights, leave, write_patiently
+from x07_sandbox.cli.written import check_outputs, files_read
 from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
@@ -44,6 +44,7 @@ _SANDBOXED: Final = "--world run-os-sandboxed --policy FILE"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0 ok, 1 a report of a failure, 2 nothing on standard output."""
     fill_closed_streams()
+    write_patiently()
     keep_own_rights()
     try:
         for warning in check_environment(os.environ):
@@ -58,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("cancelled before there was a run")
     except OSError as exc:
         _say(f"cannot go on: {exc}")
+    except MemoryError as exc:
+        from x07_sandbox.host.troubles import host_error
+
+        _say(str(host_error(exc)))
     except Exception:  # noqa: BLE001 - the last place that can keep the exit code's promise
         import traceback
 
@@ -211,8 +216,8 @@ def _note_unused(options: argparse.Namespace, program: Program) -> None:
 
 
 def _print(data: bytes, code: int) -> int:
-    """Write to standard output past Python's buffer, which would be written once more at the end of the process."""
-    write_all(1, data)
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()  # here, where a full disk behind it is told
     return code
 
 

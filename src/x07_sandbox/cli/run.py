@@ -21,7 +21,7 @@ from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import Read, attempt, failure
-from x07_sandbox.runs.streams import memory_file
+from x07_sandbox.runs.streams import memory_file, read_all
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.overrides import Overrides
@@ -331,7 +331,7 @@ def _overrides(options: argparse.Namespace) -> Overrides | None:
 def _source_from_stdin() -> bytes:
     """The source that PROGRAM `-` stands for. Raises UsageError."""
     try:
-        source = sys.stdin.buffer.read(_SOURCE_MAX + 1)
+        source = read_all(0, _SOURCE_MAX)
     except OSError as exc:
         raise UsageError("cannot read the source", exc.strerror or str(exc), "Pipe it to standard input") from exc
     if not source:

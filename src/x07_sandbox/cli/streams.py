@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
-from typing import IO, Final, NoReturn
+from typing import IO, TYPE_CHECKING, Final, NoReturn
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _NAMES: Final = ("stdin", "stdout", "stderr")
+
+
+class _Patient(io.FileIO):
+    """What we write to, however it came to us.
+
+    Whoever shares it may have set O_NONBLOCK (node does): Python's own streams then drop what does not fit at once. And
+    a reader who has gone (`| head -1`) wanted no more.
+    """
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write some of *data*; how many bytes are done with. Raises OSError."""
+        while True:
+            try:
+                count: int | None = super().write(data)
+            except BrokenPipeError:
+                return memoryview(data).nbytes
+            if count is not None:
+                return count
+            import select
+
+            poll = select.poll()
+            poll.register(self.fileno(), select.POLLOUT)
+            poll.poll()
 
 
 def fill_closed_streams() -> None:
@@ -26,6 +53,18 @@ def fill_closed_streams() -> None:
         if getattr(sys, name) is None:
             stream: IO[str] = open(fd, "r" if fd == 0 else "w", encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
+
+
+def write_patiently() -> None:
+    """Have all that we say arrive whole, or be told of as an error, whatever is behind our streams."""
+    for name in _NAMES[1:]:
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__") and stream is not None:  # else it is somebody's own, as in a test
+            raw = _Patient(stream.fileno(), "w", closefd=False)
+            text = io.TextIOWrapper(
+                io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering
+            )
+            setattr(sys, name, text)
 
 
 def keep_own_rights() -> None:

@@ -72,6 +72,14 @@ def private_dir(path: Path) -> Path:
     return path
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of the cache. The cache is ours alone too, which is found out before anything is put there.
+
+    Raises HostError.
+    """
+    return private_dir(private_dir(cache_dir()) / name)
+
+
 def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: int) -> list[Path]:
     """Which of (time of last use, size in bytes, path) have to go so that the rest is at most *most_bytes*."""
     doomed = []
@@ -132,11 +140,10 @@ def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as exc:
-        raise HostError(
-            f"cannot make folder {here}",
-            exc.strerror or str(exc),
-            "Choose a folder that you can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR",
-        ) from exc
+        from x07_sandbox.host.troubles import fix_of
+
+        fix = fix_of(exc, "Choose a folder that you can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR")
+        raise HostError(f"cannot make folder {here}", exc.strerror or str(exc), fix) from exc
     return True
 
 

@@ -117,8 +117,16 @@ def wait_gone(identity: Identity, timeout_s: float) -> bool:
     try:
         if not is_alive(identity):
             return True
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        return bool(poll.poll(max(0, int(timeout_s * 1000))))
+        return readable(pidfd, timeout_s)
     finally:
         os.close(pidfd)
+
+
+def readable(fd: int, timeout_s: float) -> bool:
+    """Whether something comes, or the end, within that time, in whole milliseconds.
+
+    Not by select(2), which takes no descriptor above 1023: our caller may have any number of them.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(max(0, int(timeout_s * 1000))))

@@ -28,13 +28,24 @@ _FIXES: Final = {
 }
 
 
-def host_error(exc: OSError) -> HostError | None:
+def host_error(exc: OSError | MemoryError) -> HostError | None:
     """What to tell the user of *exc*; None if it is no such error, and so a bug."""
+    if isinstance(exc, MemoryError):  # Python's own word for the same refusal
+        exc = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     fix = _FIXES.get(exc.errno or 0)
     if fix is None:
+        try:
+            need_own_proc()
+        except HostError as error:  # what cannot be found is most likely there
+            return error
         return None
     place = os.fsdecode(exc.filename) if isinstance(exc.filename, str | bytes) else ""
     return HostError(f"cannot use {place}" if place else "cannot go on", exc.strerror or str(exc), fix)
+
+
+def fix_of(exc: OSError, otherwise: str) -> str:
+    """What to do about *exc*: room, where that is what lacks, else *otherwise*."""
+    return _FIXES[exc.errno] if exc.errno in {errno.ENOSPC, errno.EDQUOT} else otherwise
 
 
 def need_own_proc() -> None:

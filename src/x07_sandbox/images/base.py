@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import pwd
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -31,6 +32,7 @@ BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
 MMDEBSTRAP_TIMEOUT_S = 1800.0
 NEEDED_BYTES = 2 * 1024**3  # the tree, its tar file and the packages, all there at the same time
 TREE = "tree"
+_OCTAL = re.compile(rb"\\([0-7]{3})")  # how mountinfo has blanks and the like (proc_pid_mountinfo(5))
 TAR_FILE = "root.tar"
 
 
@@ -249,9 +251,10 @@ def remove_work(work: Path, progress: Callable[[str], None]) -> None:
 
 def remove_tree(folder: Path) -> None:
     """Remove a whole tree, but never into something mounted there. Raises ImageError."""
-    below = f"{folder}/".encode()
+    below = os.fsencode(f"{folder}/")
     with Path("/proc/self/mountinfo").open("rb") as file:
-        if any(line.split()[4].startswith(below) for line in file):
+        places = [_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), line.split()[4]) for line in file]
+        if any(place.startswith(below) for place in places):
             raise ImageError(
                 f"cannot remove {folder}",
                 "something is still mounted below it",

@@ -12,7 +12,7 @@ import msgspec.structs
 from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.images import base as bases
 from x07_sandbox.images import boot, guestcode, manifest, recipe, sources, store, toolchain, verify
 
@@ -216,7 +216,7 @@ def _second_stage(
 
 
 def _work_dir() -> Path:
-    return private_dir(cache_dir() / "tmp")
+    return cache_folder("tmp")
 
 
 def leftovers() -> list[Path]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import ImageError, UsageError
-from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
+from x07_sandbox.host.paths import cache_folder, private_dir, replace_file
 from x07_sandbox.host.variables import text
 from x07_sandbox.images import guestcode, manifest
 from x07_sandbox.images.manifest import Manifest
@@ -63,7 +63,7 @@ def cure(image: Image) -> str:
 
 def images_dir() -> Path:
     """The store's folder, checked; made when missing."""
-    return private_dir(cache_dir() / "images")
+    return cache_folder("images")
 
 
 def check_name(name: str) -> str:
@@ -101,10 +101,15 @@ def find_image(ref: str | None) -> Image:
 
 
 def _not_there(name: str, what: str) -> ImageError:
-    digest = _names().get(name)
+    names = _names()
+    digest = names.get(name)
     if digest is not None:
         return ImageError(what, "its folder is gone", _cure_unread(images_dir() / digest, name))
     command = f"Run {build_command(name)}"
+    if names:
+        return ImageError(
+            what, f"none is called {name}", f"{command}, or name one of these: {', '.join(sorted(names))}"
+        )
     return ImageError(what, "none was built", command if name == DEFAULT else f"{command}, or see x07 image list")
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
+from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images import manifest, store
 from x07_sandbox.images.manifest import Manifest
@@ -272,7 +272,7 @@ def _check_manifest(folder_fd: int, image: Image) -> None:
 
 
 def _record_path(subject: Subject) -> Path:
-    return private_dir(cache_dir() / "verified") / f"{subject.record}.json"
+    return cache_folder("verified") / f"{subject.record}.json"
 
 
 def _read_record(subject: Subject) -> Record | None:

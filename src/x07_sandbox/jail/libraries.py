@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
+from x07_sandbox.host.paths import cache_folder, replace_file
 
 _LDD = "/usr/bin/ldd"
 _LINE = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$")
@@ -22,9 +22,7 @@ def needed_files(binary: str) -> tuple[str, ...]:
     Raises HostError.
     """
     key = _identity(binary)
-    folder = private_dir(cache_dir()) / "libraries"
-    private_dir(folder)
-    record = folder / f"{Path(binary).name}.json"
+    record = cache_folder("libraries") / f"{Path(binary).name}.json"
     try:
         known = json.loads(record.read_text(encoding="utf-8"))
         if known["key"] == key:

@@ -65,12 +65,10 @@ def free_range() -> int:
 @contextlib.contextmanager
 def lease_uid() -> Iterator[tuple[int, int]]:
     """(uid, lock descriptor): a uid that no other job of this machine has; ours to use while the lock is held."""
-    private_dir(_FOLDER.parent)
-    private_dir(_FOLDER)
     first = free_range()
     for _ in range(_TRIES):
         uid = first + int.from_bytes(os.urandom(4), "big") % COUNT
-        fd = os.open(_FOLDER / str(uid), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = _lock_file(str(uid))
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -82,3 +80,14 @@ def lease_uid() -> Iterator[tuple[int, int]]:
             os.close(fd)
         return
     raise HostError("no uid for the job", f"{_TRIES} random uids were all in use", "Wait for other jobs to end")
+
+
+def _lock_file(name: str) -> int:
+    """A file for the lock of one uid, opened. All users of uids must meet there, so no setting says another place."""
+    try:
+        private_dir(_FOLDER.parent)
+        return os.open(private_dir(_FOLDER) / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except (HostError, OSError) as exc:
+        why = f"{exc.what}: {exc.why}" if isinstance(exc, HostError) else f"{_FOLDER}: {exc.strerror}"
+        fix = "Have a /run that root can write to (in a container: a tmpfs), or run as an ordinary user"
+        raise HostError("no uid for the job", why, fix) from exc

@@ -21,7 +21,7 @@ from x07_sandbox.errors import Cancelled, HostError, RefusedError
 from x07_sandbox.host import forks, settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.memory import memory_bytes
-from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.variables import number
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def admitted(
     Raises RefusedError after timeout_s, Cancelled, UsageError.
     """
     begun = time.monotonic()
-    place = _Place(private_dir(private_dir(cache_dir()) / "slots"), max_running())
+    place = _Place(cache_folder("slots"), max_running())
     try:
         if not place.take_now():
             place.wait(cancel_fd, timeout_s, progress)

@@ -224,7 +224,10 @@ def runner_instance(root: Path) -> str:
     try:
         return _instance_at(path, home)
     except OSError as exc:
-        raise HostError(f"cannot use {path}", exc.strerror or str(exc), "Remove it; a new one is made") from exc
+        from x07_sandbox.host.troubles import fix_of
+
+        fix = fix_of(exc, "Remove it; a new one is made")
+        raise HostError(f"cannot use {path}", exc.strerror or str(exc), fix) from exc
 
 
 def _instance_at(path: Path, home: Path) -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir, least_recently_used, private_dir
+from x07_sandbox.host.paths import cache_folder, least_recently_used
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -119,7 +119,7 @@ def one_builder(key: str, pause: Callable[[], None], most_s: float) -> Iterator[
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             # A few files, so that they need not be removed; two keys that share one are only built one after the other.
-            place = private_dir(private_dir(cache_dir()) / "building") / key[:2]
+            place = cache_folder("building") / key[:2]
             stack.enter_context(file_lock(place, on_wait=lambda: waits.append(key), most_s=most_s, pause=pause))
         yield bool(waits)
 
@@ -145,4 +145,4 @@ def _sha256(data: bytes) -> str:
 
 
 def _folder() -> Path:
-    return private_dir(private_dir(cache_dir()) / "artifacts")
+    return cache_folder("artifacts")

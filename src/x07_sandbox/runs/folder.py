@@ -67,11 +67,10 @@ def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextli
     try:
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        raise HostError(
-            "cannot keep the built program",
-            f"{folder}: {exc.strerror}",
-            "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs",
-        ) from exc
+        from x07_sandbox.host.troubles import fix_of
+
+        fix = fix_of(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
+        raise HostError("cannot keep the built program", f"{folder}: {exc.strerror}", fix) from exc
     stack.callback(os.close, fd)
     return OutFile(path=guest_path, fd=fd, max_bytes=max_bytes)
 

@@ -11,7 +11,6 @@ import array
 import contextlib
 import json
 import os
-import select
 import socket
 import struct
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +19,8 @@ from x07_sandbox.backends.qemu.instance import Streams
 from x07_sandbox.backends.qemu.machine import qmp_quit
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import forks
-from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
+from x07_sandbox.host.paths import cache_folder, state_dir
+from x07_sandbox.host.processes import readable
 from x07_sandbox.jobs.record import Claim, JobRecord, record_from, record_values
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _CREDENTIALS: Final = struct.Struct("3i")
 
 def pool_dir() -> Path:
     """The folder of the pool's socket, lock and log. Raises HostError."""
-    return private_dir(private_dir(cache_dir()) / "pool")
+    return cache_folder("pool")
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ class LeasedInstance(Streams):
 
     def exit_status(self) -> int | None:
         """How the machine's process ended: its parent tells, once it has."""
-        if self._status is None and select.select([self._lease], [], [], 0)[0]:
+        if self._status is None and readable(self._lease.fileno(), 0):
             self._hear()
         return self._status
 
@@ -148,9 +148,7 @@ class LeasedInstance(Streams):
                 send(self._lease, {"protocol": PROTOCOL, "over": True})
             self._lease.settimeout(GONE_S)
             self._hear()
-        poll = select.poll()
-        poll.register(self._inner_pidfd, select.POLLIN)
-        return bool(poll.poll(GONE_S * 1000)) and self._gone
+        return readable(self._inner_pidfd, GONE_S) and self._gone
 
 
 class PoolMachines:

@@ -29,7 +29,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.host.processes import identify
+from x07_sandbox.host.processes import identify, readable
 from x07_sandbox.host.troubles import host_error
 from x07_sandbox.jobs.record import Claim
 from x07_sandbox.runs.lease import (
@@ -109,7 +109,7 @@ class Server:
                 try:
                     connection, _ = self.listener.accept()
                 except OSError:  # no descriptor is left: some come back with the leases
-                    select.select([self._end], [], [], _NO_FDS_S)
+                    readable(self._end, _NO_FDS_S)
                     continue
                 thread = threading.Thread(target=self._serve_one, args=(connection,), name="x07-lease", daemon=True)
                 thread.start()

@@ -112,7 +112,9 @@ class _Writer:
             try:
                 count = os.write(self._fd, chunk)
             except BlockingIOError:  # it was given to us with O_NONBLOCK
-                select.select([], [self._fd], [])
+                poll = select.poll()
+                poll.register(self._fd, select.POLLOUT)
+                poll.poll()
                 continue
             except OSError as exc:
                 with self._changed:
@@ -227,6 +229,26 @@ class OutFile(msgspec.Struct):
         os.ftruncate(self.fd, 0)
         os.lseek(self.fd, 0, os.SEEK_SET)
         self.size, self.complete, self._hash = 0, False, hashlib.sha256()
+
+
+def read_all(fd: int, most: int) -> bytes:
+    """What comes from *fd* until its end, or until it is more than *most* bytes. Raises OSError.
+
+    It is waited for also where it was given to us with O_NONBLOCK: what is not there yet is not the end.
+    """
+    data = bytearray()
+    while len(data) <= most:
+        try:
+            piece = os.read(fd, 1 << 20)
+        except BlockingIOError:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll()
+            continue
+        if not piece:
+            break
+        data += piece
+    return bytes(data)
 
 
 def memory_file(data: bytes, stack: contextlib.ExitStack) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, X07, 
 from x07_sandbox.runs.program import Program, refuse_what_it_says_itself
 from x07_sandbox.runs.project import with_own_files
 from x07_sandbox.runs.request import in_memory, sha256_text
-from x07_sandbox.runs.streams import memory_file
+from x07_sandbox.runs.streams import memory_file, read_all
 
 if TYPE_CHECKING:
     import contextlib
@@ -158,15 +157,10 @@ def with_framed_input(request: RunRequest, stack: contextlib.ExitStack) -> RunRe
 
 def read_whole(fd: int | None, most: int) -> bytes:
     """All of an input whose length has to be known. Raises UsageError."""
-    data = bytearray()
-    while fd is not None and len(data) <= most:
-        try:
-            piece = os.read(fd, 1 << 20)
-        except OSError as exc:
-            raise UsageError("cannot read the input", exc.strerror or str(exc), "Name a file with --input") from exc
-        if not piece:
-            break
-        data += piece
+    try:
+        data = b"" if fd is None else read_all(fd, most)
+    except OSError as exc:
+        raise UsageError("cannot read the input", exc.strerror or str(exc), "Name a file with --input") from exc
     if len(data) > most:
         raise UsageError("cannot read the input", f"it has more than {most} bytes", "Give less")
-    return bytes(data)
+    return data

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import select
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -30,8 +30,8 @@ from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.processes import Identity, children_of, identify, own_identity
-from x07_sandbox.host.troubles import need_own_proc
+from x07_sandbox.host.processes import Identity, children_of, identify, own_identity, readable
+from x07_sandbox.host.troubles import fix_of, need_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv, may_nest
@@ -51,6 +51,14 @@ _CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
 # way, and bubblewrap's first process: with less, a busy guest ends QEMU ("pthread_create failed").
 _TASKS: Final = 96
 _SETUP_S: Final = 10.0
+# Which limits are not zero, as a shell calls them, and in which unit.
+_SHELLS: Final = (
+    (resource.RLIMIT_FSIZE, "f", 1024),
+    (resource.RLIMIT_AS, "v", 1024),
+    (resource.RLIMIT_NOFILE, "n", 1),
+    (resource.RLIMIT_SIGPENDING, "i", 1),
+    (resource.RLIMIT_NPROC, "u", 1),
+)
 _LOOK_AGAIN_S: Final = 0.0003
 
 
@@ -201,8 +209,9 @@ def _inner_process(child: subprocess.Popen[bytes], stderr_fd: int) -> Identity:
                 for pid in children_of(monitor):
                     if (inner := identify(pid)) is not None:
                         return inner
-            if select.select([pidfd], [], [], _LOOK_AGAIN_S)[0]:  # no event tells of another process's child
+            if readable(pidfd, 0):
                 break
+            time.sleep(_LOOK_AGAIN_S)  # no event tells of another process's child
     finally:
         os.close(pidfd)
     raise _no_jail(child, stderr_fd)
@@ -224,18 +233,20 @@ def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> BackendError:
 
 def _bound(pid: int, job: Job, groups: HostGroups) -> None:
     """Limits on the still blocked process: everything that it starts inherits them."""
+    limits = {
+        resource.RLIMIT_FSIZE: settings.SCRATCH_BYTES,
+        resource.RLIMIT_AS: job.kind.ram_bytes + _AS_ABOVE_RAM,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        # These two are counted for all processes of a user together, in the jail or not.
+        resource.RLIMIT_SIGPENDING: 64,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+    if _tasks_are_counted_apart():
+        limits[resource.RLIMIT_NPROC] = _TASKS
     try:
-        for which, value in (
-            (resource.RLIMIT_FSIZE, settings.SCRATCH_BYTES),
-            (resource.RLIMIT_AS, job.kind.ram_bytes + _AS_ABOVE_RAM),
-            (resource.RLIMIT_NOFILE, 64),
-            (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_MEMLOCK, 0),
-            # These two are counted for all processes of a user together, in the jail or not.
-            (resource.RLIMIT_SIGPENDING, 64),
-            (resource.RLIMIT_MSGQUEUE, 0),
-            *([(resource.RLIMIT_NPROC, _TASKS)] if _tasks_are_counted_apart() else []),
-        ):
+        for which, value in limits.items():
             resource.prlimit(pid, which, (value, value))
         # Before it is let go, though the kernel takes 10 to 20 ms for it: a VMM that ran meanwhile could take memory
         # that no group would ever count (tried: the test of a memory hog fails).
@@ -243,8 +254,17 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
     except ProcessLookupError:
         raise  # it has ended: the caller knows how to ask why
     except OSError as exc:
-        fix = "Raise the hard limits of this shell: ulimit -H -a shows them"
+        needed = [
+            f"ulimit -H -{option} to {limits[which] // unit} or more"
+            for which, option, unit in _SHELLS
+            if which in limits and not _may_be(limits[which], resource.getrlimit(which)[1])
+        ]
+        fix = f"Raise the hard limits of this shell: {', '.join(needed) or 'ulimit -H -a shows them'}"
         raise BackendError("cannot bound the virtual machine", f"{exc.strerror or exc}", fix) from exc
+
+
+def _may_be(value: int, hard: int) -> bool:
+    return hard == resource.RLIM_INFINITY or value <= hard
 
 
 def _tasks_are_counted_apart() -> bool:
@@ -319,11 +339,8 @@ def _scratch_disk(given: Given, job: Job, memory: Saving | Saved | None) -> int:
     try:
         fd = os.open(job.record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        raise HostError(
-            "cannot make the scratch disk",
-            f"{job.record.folder}: {exc.strerror}",
-            "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs",
-        ) from exc
+        fix = fix_of(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
+        raise HostError("cannot make the scratch disk", f"{job.record.folder}: {exc.strerror}", fix) from exc
     given.fds.append(fd)  # not ours once the child has it, so that its space is free when the child is gone
     if isinstance(memory, Saved):
         write_disk(memory.scratch_fd, memory.scratch_disk, fd)

@@ -26,7 +26,7 @@ from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir, least_recently_used, private_dir, replace_file
+from x07_sandbox.host.paths import cache_folder, least_recently_used, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.store import list_images
@@ -126,7 +126,7 @@ def trust_all() -> None:
 
 def templates_dir() -> Path:
     """The folder of all templates. Raises HostError."""
-    return private_dir(private_dir(cache_dir()) / "templates")
+    return cache_folder("templates")
 
 
 def lack_of_space(ram_bytes: int) -> str:
