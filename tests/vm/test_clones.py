@@ -209,6 +209,25 @@ def test_a_damaged_machine_is_made_anew(saved: Sandbox) -> None:
     assert sha256(template_folder() / "ram") == made["ram"]["sha256"] != damaged
 
 
+def test_what_hinders_saving_a_machine_costs_a_cold_start(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no machine can be saved a run starts cold and says why, and of a damaged one not that it was made anew."""
+    shutil.rmtree(template_folder())
+    (templates_dir() / ".lock").unlink()
+    (templates_dir() / ".lock").mkdir()
+    ran = saved.behave("nothing")
+    assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
+    assert [text for text in ran.result.warnings if "/templates/.lock: Is a directory" in text]
+    (templates_dir() / ".lock").rmdir()
+    assert starts(saved.behave("nothing")) == {"run": "clone"}  # none of that is held against it
+
+    replace_part(template_folder(), "ram", b"\x55", told=False)
+    monkeypatch.setattr(settings, "TEMPLATE_BYTES", 1 << 60)
+    ran = saved.behave("nothing")
+    assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
+    told = "\n".join(ran.result.warnings)
+    assert ("has changed" in told, "too little space" in told, "anew" in told) == (True, True, False)
+
+
 def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
     in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
