@@ -11,6 +11,7 @@ hangs on another processor model, so nothing but the key stands between a templa
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ import msgspec
 
 from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv
 from x07_sandbox.backends.qemu.start import Saved, tsc_khz
-from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 SCHEMA: Final = "x07.sandbox.template@0.2.0"
 MANIFEST: Final = "template.json"
 _MANIFEST_MAX: Final = 1 << 20
+_FULL_BYTES: Final = 32 << 20  # less is left on a full disk, though the machine's scratch disk gave some back
 _ZEROS: Final = bytes(CHUNK_BYTES)
 
 _COMPILE: Final = "echo 'int main(void) { return 0; }' > warm.c && gcc -O2 -o warm warm.c -lm; rm -f warm*"
@@ -265,6 +267,11 @@ def _make_alone(template: Template, folder: Path, image: str, make: Maker, progr
         path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
         path.chmod(0o444)
         work.rename(template.folder)
+    except BackendError as exc:  # a machine whose memory is a file ends without a word where that cannot grow
+        info = os.statvfs(work)
+        if info.f_bavail * info.f_frsize >= _FULL_BYTES:
+            raise
+        raise HostError(exc.what, f"{folder}: {os.strerror(errno.ENOSPC)}", "Free space there") from exc
     finally:
         shutil.rmtree(work, ignore_errors=True)
     images = {image.digest for image in list_images()} | {image}
