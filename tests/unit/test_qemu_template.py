@@ -58,6 +58,22 @@ def test_what_spoke_against_a_template_is_forgotten(tmp_path: Path, monkeypatch:
     assert [template.bad() for template in templates] == ["", ""]
 
 
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("left", ["a pipe", "[" * 60_000, "{}", "[1]"])
+def test_a_note_that_cannot_be_read_speaks_against_no_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """Whatever lies where it is noted that a template is no good, and is no such note, is not heeded."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    template = Template(key="a" * 64, folder=templates_dir() / ("a" * 64))
+    path = template.folder.with_suffix(".bad")
+    if left == "a pipe":
+        os.mkfifo(path, 0o600)
+    else:
+        path.write_text(left)
+    assert template.bad() == ""
+
+
 def test_a_disk_that_fills_up_speaks_against_no_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that ends while it is saved is to blame for it only where the disk has space left."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))

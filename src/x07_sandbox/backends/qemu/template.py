@@ -23,11 +23,11 @@ import msgspec
 
 from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv
 from x07_sandbox.backends.qemu.start import Saved, tsc_khz
-from x07_sandbox.errors import BackendError, HostError, ImageError
+from x07_sandbox.errors import BackendError, HostError, ImageError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir, least_recently_used, private_dir, replace_file
+from x07_sandbox.host.paths import cache_dir, least_recently_used, private_dir, read_bounded, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.store import list_images
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 SCHEMA: Final = "x07.sandbox.template@0.2.0"
 MANIFEST: Final = "template.json"
 _MANIFEST_MAX: Final = 1 << 20
+_BAD_MAX: Final = 64 * 1024
 _FULL_BYTES: Final = 32 << 20  # less is left on a full disk, though the machine's scratch disk gave some back
 _ZEROS: Final = bytes(CHUNK_BYTES)
 
@@ -107,9 +108,9 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
     def bad(self) -> str:
         """Why it is not used in this boot of the host; empty if nothing speaks against it."""
         try:
-            told = json.loads(self.folder.with_suffix(".bad").read_text(encoding="utf-8"))
+            told = json.loads(read_bounded(self.folder.with_suffix(".bad"), "note", _BAD_MAX))
             return str(told["reason"]) if told["boot_id"] == boot_id() else ""
-        except (OSError, ValueError, KeyError, TypeError):
+        except (UsageError, ValueError, RecursionError, KeyError, TypeError):
             return ""
 
     def distrust(self, reason: str) -> None:
