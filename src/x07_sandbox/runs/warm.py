@@ -35,7 +35,7 @@ from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.admission import admitted
+from x07_sandbox.jobs.admission import admitted, kept_warm
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.outcomes import Outcome, classify
@@ -97,6 +97,7 @@ class WarmMachines:
             why = f"its size is {size!r}, and must be a whole number from 1 to {most}, which is what memory holds"
             raise UsageError("cannot keep a pool", why, "Set another size")
         self.size = size
+        self._most = most
         self.claimed = 0
         self.problem: SandboxError | None = None
         self.used_at = time.monotonic()
@@ -114,6 +115,7 @@ class WarmMachines:
     def start(self) -> None:
         """Open image and programs, and begin to make machines. Raises SandboxError."""
         try:
+            self._stack.enter_context(kept_warm(self.size, self._most))
             self._image = self._stack.enter_context(open_image(current_image(find_image(self._image_ref))))
             check_pinned(self._image.manifest.digest)
             self._backend = QemuBackend(self._progress)
