@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, Self
 from x07_sandbox.errors import Cancelled, HostError, RefusedError
 from x07_sandbox.host import forks, settings
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.cores import cores
 from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.paths import cache_dir, private_dir
 from x07_sandbox.host.variables import number
@@ -45,7 +46,7 @@ def max_running() -> int:
     """
     if (named := number(_VARIABLE)) is not None:
         return named
-    return max(1, min(len(os.sched_getaffinity(0)), memory_bytes() * 3 // 4 // _MEMORY_EACH))
+    return max(1, min(cores(), memory_bytes() * 3 // 4 // _MEMORY_EACH))
 
 
 @contextlib.contextmanager
