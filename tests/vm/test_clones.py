@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.runs import execute
+from x07_sandbox.runs.warm import WarmMachines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -254,6 +256,19 @@ def test_a_machine_that_does_not_answer_is_replaced_by_a_cold_one(
         assert len(told) == 1, told
         assert "until x07 image build is run" in told[0]
     assert list(templates_dir().glob("*.bad"))
+
+
+def test_a_pool_does_without_a_saved_machine_that_is_no_good(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a clone does not answer a pool's machines are booted, as those of runs are, and its start says why."""
+    monkeypatch.setattr(settings, "CLONE_S", 3.0)
+    replace_part(template_folder(), "state", b"no such machine", told=True)
+    said: list[str] = []
+    machines = WarmMachines(1, progress=said.append)
+    machines.start()
+    with contextlib.closing(machines):
+        assert machines.wait_ready(clocks.Deadline.after(120))
+    assert [text for text in said if text.startswith("booting a machine: a clone of it did not answer")]
+    assert left_behind(saved.state) == []
 
 
 def test_clones_that_never_answer_end_a_run(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
