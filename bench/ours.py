@@ -48,7 +48,7 @@ X07 = Path(sys.executable).with_name("x07")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """`x07 run` of a program with flags. start: how the run machine must have been started. built: what was built."""
+    """`x07 run` of a program with flags. start, built: as `check` has them."""
 
     program: Path
     flags: tuple[str, ...]
@@ -69,19 +69,21 @@ class Command:
 def check(document: bytes, output: bytes, *, start: str, built: str) -> None:
     """Raise SystemExit where a result, as JSON, is not that of a run that kept every promise.
 
-    output: what the program has to have printed. start: how its machine was started. built: where its artifact is from.
+    output: what the program has to have printed. start: how each of its machines was started. built: where its artifact
+    is from.
     """
     result = json.loads(document)
-    run = result["phases"].get("run", {})
+    phases = result["phases"]
     # What the built-in policy's plan says of each field is what must have been in force.
     plan = make_plan(default_policy(), vm_features(result["isolation"]))
     problems = {
         "outcome": result["outcome"] != "ok",
         "output": (result["stdout"]["text"] or "").encode() != output,
-        "start": run.get("start") != start,
+        "machines": sorted(phases) != (["build", "run"] if built == "build" else ["run"]),
+        "start": any(phase["start"] != start for phase in phases.values()),
         "artifact": result["artifact_from"] != built,
         "jail": not str(result["jail"]).startswith("namespaces"),
-        "record": not (state_dir() / str(run.get("job_id")) / "done").is_file(),
+        "record": not all((state_dir() / phase["job_id"] / "done").is_file() for phase in phases.values()),
         "controls": {row["field"]: row["state"] for row in result["controls"]}
         != {control.field: control.state for control in plan.controls},
     }

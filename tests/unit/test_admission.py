@@ -15,7 +15,7 @@ import pytest
 
 from x07_sandbox.errors import Cancelled, HostError, RefusedError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.jobs.admission import admitted, max_running
+from x07_sandbox.jobs.admission import admitted, kept_warm, max_running
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +149,22 @@ def what_there_is() -> list[set[str]]:
     own = Path("/proc/self")
     children = set((own / f"task/{os.getpid()}/children").read_text().split())
     return [{entry.name for entry in (own / what).iterdir()} for what in ("fd", "task")] + [children]
+
+
+def test_pools_share_the_memory_for_machines_that_wait() -> None:
+    """What the pools of all the user's processes keep warm is no more than memory holds, and ends with each of them."""
+    keeper = "import sys\nfrom x07_sandbox.jobs.admission import kept_warm\n"
+    keeper += "with kept_warm(2, 5):\n    print('kept', flush=True)\n    sys.stdin.read(1)\n"
+    with subprocess.Popen([sys.executable, "-c", keeper], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"kept\n"
+        with pytest.raises(HostError, match="other pools leave 3 of them"), kept_warm(4, 5):
+            pass
+        with kept_warm(3, 5), pytest.raises(HostError, match="leave 0 of them"), kept_warm(1, 5):
+            pass
+        other.kill()
+    with kept_warm(5, 5):
+        pass
 
 
 def test_a_wait_that_is_over_leaves_nothing(never: int) -> None:

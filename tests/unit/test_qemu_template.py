@@ -13,6 +13,7 @@ from x07_sandbox.backends.qemu.template import (
     SCHEMA,
     Template,
     TemplateManifest,
+    ensure_template,
     lack_of_space,
     opened_template,
     sealed,
@@ -20,7 +21,7 @@ from x07_sandbox.backends.qemu.template import (
     templates_dir,
     trust_all,
 )
-from x07_sandbox.errors import ImageError
+from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.images.manifest import Part, Piece, ScratchDisk
 from x07_sandbox.plan.sizes import RAM_CLASSES
 
@@ -55,6 +56,39 @@ def test_what_spoke_against_a_template_is_forgotten(tmp_path: Path, monkeypatch:
     assert [template.bad() for template in templates] == ["a clone of it did not answer"] * 2
     trust_all()
     assert [template.bad() for template in templates] == ["", ""]
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("left", ["a pipe", "[" * 60_000, "{}", "[1]"])
+def test_a_note_that_cannot_be_read_speaks_against_no_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """Whatever lies where it is noted that a template is no good, and is no such note, is not heeded."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    template = Template(key="a" * 64, folder=templates_dir() / ("a" * 64))
+    path = template.folder.with_suffix(".bad")
+    if left == "a pipe":
+        os.mkfifo(path, 0o600)
+    else:
+        path.write_text(left)
+    assert template.bad() == ""
+
+
+def test_a_disk_that_fills_up_speaks_against_no_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that ends while it is saved is to blame for it only where the disk has space left."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    template = Template(key="a" * 64, folder=templates_dir() / ("a" * 64))
+
+    def make(_work: Path) -> TemplateManifest:
+        raise BackendError("cannot make a VM template", "its channel ended", "Try again")
+
+    values = list(os.statvfs(tmp_path))
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result(values))
+    for free_mib, error, why in ((1024, BackendError, "channel ended"), (1, HostError, "No space left on device")):
+        values[1], values[4] = MIB, free_mib  # f_frsize, f_bavail
+        with pytest.raises(error, match=why):
+            ensure_template(template, "sha256:x", make, lambda _text: None)
+    assert [path.name for path in templates_dir().iterdir()] == [".lock"]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.runs import execute
+from x07_sandbox.runs.warm import WarmMachines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -209,6 +211,25 @@ def test_a_damaged_machine_is_made_anew(saved: Sandbox) -> None:
     assert sha256(template_folder() / "ram") == made["ram"]["sha256"] != damaged
 
 
+def test_what_hinders_saving_a_machine_costs_a_cold_start(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no machine can be saved a run starts cold and says why, and of a damaged one not that it was made anew."""
+    shutil.rmtree(template_folder())
+    (templates_dir() / ".lock").unlink()
+    (templates_dir() / ".lock").mkdir()
+    ran = saved.behave("nothing")
+    assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
+    assert [text for text in ran.result.warnings if "/templates/.lock: Is a directory" in text]
+    (templates_dir() / ".lock").rmdir()
+    assert starts(saved.behave("nothing")) == {"run": "clone"}  # none of that is held against it
+
+    replace_part(template_folder(), "ram", b"\x55", told=False)
+    monkeypatch.setattr(settings, "TEMPLATE_BYTES", 1 << 60)
+    ran = saved.behave("nothing")
+    assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
+    told = "\n".join(ran.result.warnings)
+    assert ("has changed" in told, "too little space" in told, "anew" in told) == (True, True, False)
+
+
 def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
     in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +256,19 @@ def test_a_machine_that_does_not_answer_is_replaced_by_a_cold_one(
         assert len(told) == 1, told
         assert "until x07 image build is run" in told[0]
     assert list(templates_dir().glob("*.bad"))
+
+
+def test_a_pool_does_without_a_saved_machine_that_is_no_good(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a clone does not answer a pool's machines are booted, as those of runs are, and its start says why."""
+    monkeypatch.setattr(settings, "CLONE_S", 3.0)
+    replace_part(template_folder(), "state", b"no such machine", told=True)
+    said: list[str] = []
+    machines = WarmMachines(1, progress=said.append)
+    machines.start()
+    with contextlib.closing(machines):
+        assert machines.wait_ready(clocks.Deadline.after(120))
+    assert [text for text in said if text.startswith("booting a machine: a clone of it did not answer")]
+    assert left_behind(saved.state) == []
 
 
 def test_clones_that_never_answer_end_a_run(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

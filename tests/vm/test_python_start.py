@@ -161,3 +161,16 @@ def test_a_variable_that_is_read_early_counts(sandbox: Sandbox, name: str, value
         assert result.phases["run"].start in {"clone", "pool"}
         seen.append(result.stdout.text)
     assert seen[0] != seen[1]
+
+
+def test_a_users_own_modules_are_found(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules below .local in the home folder, which a policy's root brings there, are found as by a fresh start."""
+    monkeypatch.chdir(sandbox.work)
+    for minor in range(11, 20):
+        own = sandbox.work / f".local/lib/python3.{minor}/site-packages/ours.py"
+        own.parent.mkdir(parents=True)
+        own.write_text("print('found')\n")
+    policy = {"fs.read_roots": [".local"], "fs.deny_hidden": False}
+    for env in ({}, FRESH):
+        ran = sandbox.run_text("prog.py", "import ours\n", cache=True, policy=policy, env=env)
+        assert (ran.outcome, ran.stdout) == ("ok", b"found\n"), ran.stderr

@@ -32,6 +32,8 @@ _EARLY: Final = ("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "LOCPATH", "HOM
 # And the C library, before Python.
 _EARLIER: Final = ("PYTHON", "LD_", "GLIBC_", "MALLOC_")
 ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
+# What it looks for there: a user's own modules.
+OWN_MODULES: Final = f"{ENVIRONMENT['HOME']}/.local"
 
 _HOOK: Final = f"""
 import os, sys
@@ -148,11 +150,11 @@ def env() -> dict[str, str]:
     return ENVIRONMENT | {"PYTHONPATH": FOLDER}
 
 
-def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bool) -> bool:
+def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bool, own_modules: bool) -> bool:
     """Whether it would be the same as a fresh start of that command, but for what stands above.
 
     preload: it has imported modules, any of which may have looked at any variable, and may have started threads.
-    alone: whether there must be no thread yet.
+    alone: whether there must be no thread yet. own_modules: whether something lies in OWN_MODULES by now.
     """
     return (
         len(argv) > 1
@@ -160,6 +162,7 @@ def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bo
         and argv[1].startswith(SCRIPTS)
         and len(argv[1]) <= len(PLACEHOLDER)
         and not any(name.startswith(_EARLIER) for name in env)
+        and not own_modules
         and not (preload and alone)
         and (not preload or all(name in ENVIRONMENT or name.startswith("X07_") for name in env))
         and all(env.get(name) == ENVIRONMENT.get(name) for name in _EARLY)

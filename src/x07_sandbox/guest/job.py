@@ -168,6 +168,7 @@ class Job:
         if any(mount["at"].startswith(_PROJECT) for mount in self.mounts):
             os.makedirs(f"{self.place.folder(on_disk=self.files.on_disk)}/project", exist_ok=True)
         mount_all(self.place.init, [(self._source(mount), mount["at"], mount["write"]) for mount in self.mounts])
+        self.place.mounted()
 
     def _source(self, mount: dict[str, Any]) -> str:
         """Where it lies, for us."""

@@ -68,6 +68,7 @@ class Place:
         self.spare_cpu_s = SPARE_CPU_S + (PRELOAD_CPU_S if preload else 0)
         self._orders: confine.Orders | None = None
         self._cpu_us: int | None = None
+        self._own_modules = False
         self._machine_id_fd = os.open(confine.MACHINE_ID, os.O_WRONLY | os.O_CLOEXEC)
         _make_folders()
         stdin_r, self.stdin_fd = os.pipe2(os.O_CLOEXEC)
@@ -139,11 +140,17 @@ class Place:
         """Fill in /etc/machine-id."""
         os.pwrite(self._machine_id_fd, machine_id.hex().encode() + b"\n", 0)
 
+    def mounted(self) -> None:
+        """See what the host's folders, which the program finds from now on, mean for the process that waits."""
+        self._own_modules = os.path.lexists(f"/proc/{self.init}/root{interpreter.OWN_MODULES}")
+
     def becomes(self, argv: list[str], env: dict[str, str], limits: Limits) -> bool:
         """Whether the process that waits can be the program without executing another."""
         # Landlock binds one thread, and no filter ends those that there are.
         alone = limits.programs is not None or not limits.threads
-        return self._interpreter and interpreter.can_become(argv, env, preload=self._preload, alone=alone)
+        return self._interpreter and interpreter.can_become(
+            argv, env, preload=self._preload, alone=alone, own_modules=self._own_modules
+        )
 
     def start(self, argv: list[str], env: dict[str, str], cwd: str, limits: Limits) -> None:
         """Let the process become the program; what follows is told by `told_fd` and `report_fd`."""

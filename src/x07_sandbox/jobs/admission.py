@@ -2,6 +2,7 @@
 
 cache/slots/<n>     one file a machine that may run; whoever has it locked (flock(2)) runs one
 cache/slots/turn    locked by the first of the queue while it waits for a slot
+cache/slots/warm-<n>    one file a machine that may wait, warm, in a pool; locked by the process whose pool it is
 
 Locks, so that whatever becomes of a process its slot is free with it. The kernel serves those who wait for one lock in
 order, so the queue needs no numbers; only its first looks at the slots.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Final, Self
 from x07_sandbox.errors import Cancelled, HostError, RefusedError
 from x07_sandbox.host import forks, settings
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.cores import cores
 from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.variables import number
@@ -44,7 +46,7 @@ def max_running() -> int:
     """
     if (named := number(_VARIABLE)) is not None:
         return named
-    return max(1, min(len(os.sched_getaffinity(0)), memory_bytes() * 3 // 4 // _MEMORY_EACH))
+    return max(1, min(cores(), memory_bytes() * 3 // 4 // _MEMORY_EACH))
 
 
 @contextlib.contextmanager
@@ -65,6 +67,39 @@ def admitted(
         place.leave()
 
 
+@contextlib.contextmanager
+def kept_warm(count: int, most: int) -> Iterator[None]:
+    """Around a pool in which *count* machines wait, of the *most* for which there is memory. Raises HostError."""
+    folder = private_dir(private_dir(cache_dir()) / "slots")
+    with contextlib.ExitStack() as stack:
+        had = 0
+        for number in range(most):
+            if had == count:
+                break
+            if (fd := _locked(folder / f"warm-{number}")) is not None:
+                stack.callback(forks.unlock, fd)
+                had += 1
+        if had < count:
+            why = f"memory holds {most} machines that wait, and other pools leave {had} of them"
+            raise HostError("cannot keep a pool", why, "Set a smaller size, or end another pool")
+        yield
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that has the file at *path* locked, or None where another has it."""
+    fd = _opened(path)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        forks.unlock(fd)
+        return None
+    return fd
+
+
+def _opened(path: Path) -> int:
+    return forks.keep(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+
+
 class _Place:
     """A place in the queue, then a slot."""
 
@@ -75,7 +110,7 @@ class _Place:
 
     def take_now(self) -> bool:
         """A slot without waiting, if nobody waits and one is free."""
-        turn = self._open("turn")
+        turn = _opened(self._folder / "turn")
         try:
             fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return self._take()
@@ -89,7 +124,7 @@ class _Place:
         deadline = Deadline.after(timeout_s)
         say_at = Deadline.after(_SAY_AFTER_S)
         said = False
-        with _Turn(self._open("turn")) as turn:
+        with _Turn(_opened(self._folder / "turn")) as turn:
             while not deadline.passed():
                 # No event tells of several locks at once: the first of the queue looks at them, the others sleep.
                 pause_s = _LOOK_AGAIN_S if turn.come else _SAY_AFTER_S
@@ -129,19 +164,10 @@ class _Place:
 
     def _take(self) -> bool:
         for slot in range(self._slots):
-            fd = self._open(str(slot))
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                forks.unlock(fd)
-            else:
+            if (fd := _locked(self._folder / str(slot))) is not None:
                 self._fd = fd
                 return True
         return False
-
-    def _open(self, name: str) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        return forks.keep(os.open(self._folder / name, flags, 0o600))
 
 
 class _Turn:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import stat
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.qemu.template import expired_templates, leftovers, take_template_away, templates_dir
+from x07_sandbox.backends.qemu.template import (
+    Template,
+    expired_templates,
+    leftovers,
+    take_template_away,
+    templates_dir,
+)
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, private_dir
-from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images.store import list_images
 from x07_sandbox.runs.prune import entries, foreign, sweep_temporaries, unlink
 
@@ -42,15 +46,9 @@ def prune_templates(broom: Broom, gone: set[str]) -> None:
             else:
                 broom.remove("template", path, why, take_template_away)
         for path in folder.glob("*.bad"):
-            if not foreign(path.lstat(), stat.S_ISREG) and _of_another_boot(path):
+            heeded = Template(key=path.stem, folder=path.with_suffix("")).bad()
+            if not foreign(path.lstat(), stat.S_ISREG) and not heeded:
                 broom.remove("leftover", path, "it was true of another boot of this machine", unlink)
-
-
-def _of_another_boot(path: Path) -> bool:
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["boot_id"] != boot_id())
-    except (OSError, ValueError, KeyError, TypeError):
-        return True  # nobody heeds it either
 
 
 def prune_cache(broom: Broom, gone: set[str]) -> None:

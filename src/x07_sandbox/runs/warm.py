@@ -35,7 +35,7 @@ from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.admission import admitted
+from x07_sandbox.jobs.admission import admitted, kept_warm
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.outcomes import Outcome, classify
@@ -98,6 +98,7 @@ class WarmMachines:
             why = f"its size is {size!r}, and must be a whole number from 1 to {most}, which is what memory holds"
             raise UsageError("cannot keep a pool", why, "Set another size")
         self.size = size
+        self._most = most
         self.claimed = 0
         self.problem: SandboxError | None = None
         self.used_at = time.monotonic()
@@ -115,6 +116,7 @@ class WarmMachines:
     def start(self) -> None:
         """Open image and programs, and begin to make machines. Raises SandboxError."""
         try:
+            self._stack.enter_context(kept_warm(self.size, self._most))
             self._image = self._stack.enter_context(open_image(current_image(find_image(self._image_ref))))
             check_pinned(self._image.manifest.digest)
             self._backend = QemuBackend(self._progress)
@@ -195,6 +197,8 @@ class WarmMachines:
                 record = create_record(claim, backend=self._backend.name, image_digest=self._image.manifest.digest)
                 job = Job(record=record, kind=self.kind, deadline_s=claim.deadline_s)
                 instance = stack.enter_context(self._backend.start(job))
+                if instance.cold_reason:
+                    self._progress(f"booting a machine: {instance.cold_reason}")
                 for spec in self._specs:
                     self._run(instance, spec)
             return WarmMachine(instance, stack.pop_all(), time.monotonic())
@@ -207,17 +211,19 @@ class WarmMachines:
                 Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=settings.MIB) for name in names
             ]
             stdin_fd = memory_file(_INPUT, stack)
-            ending = classify(
-                carry_out(spec, instance, stdin_fd=stdin_fd, sinks=(sinks[0], sinks[1]), cancel=self._cancel).evidence
-            )
+            facts = carry_out(spec, instance, stdin_fd=stdin_fd, sinks=(sinks[0], sinks[1]), cancel=self._cancel)
+            ending = classify(facts.evidence)
         if self._closing:
             raise Cancelled("the pool ends", "it was closed", "Start it again")
+        if facts.unanswered and instance.begun == "clone":  # the next is booted
+            self._backend.distrust(self.kind, f"a clone of it did not answer: {ending.reason}")
         if ending.outcome is not Outcome.OK:
             raise BackendError("cannot warm a machine", ending.reason, "Run x07 doctor")
         words = {State.COLLECTING: (Kind.WARM, warm_up(self.kind) | {"commands": []})}
         deadline = Deadline.after(settings.TEMPLATE_S)
         if why := talk_until(instance, State.WARM, deadline, begin=State.COLLECTING, words=words):
             raise BackendError("cannot warm a machine", why, "Run x07 doctor")
+        instance.begun = "pool"  # also one that was booted is spoken to as one that waits from now on
 
     # giving out
 

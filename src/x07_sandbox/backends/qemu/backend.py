@@ -18,6 +18,7 @@ from x07_sandbox.backends.qemu.template import (
     trust_all,
 )
 from x07_sandbox.errors import BackendError, HostError, ImageError, RefusedError
+from x07_sandbox.host.troubles import host_error
 from x07_sandbox.host.variables import flag
 from x07_sandbox.jobs.record import drop_unstarted
 from x07_sandbox.plan.features import Isolation, vm_features
@@ -95,15 +96,23 @@ class QemuBackend:
         template = template_for(kind, accelerator)
         if reason := template.bad():
             return None, f"{reason}. {_UNTIL}"
+        damage = ""
         try:
-            saved = stack.enter_context(opened_template(template))
+            if (saved := stack.enter_context(opened_template(template))) is not None:
+                return saved, ""
         except ImageError as exc:
-            self._progress(f"{exc.what}: {exc.why}; making it anew")
-            self._note(f"{exc.what}: {exc.why}; it was made anew")
+            damage = f"{exc.what}: {exc.why}"
+            self._progress(f"{damage}; making it anew")
             remove_template(template.folder)
-            saved = None
-        if saved is not None:
-            return saved, ""
+        saved, why_not = self._made(template, kind, accelerator, stack)
+        if damage:
+            self._note(damage if saved is None else f"{damage}; it was made anew")
+        return saved, why_not
+
+    def _made(
+        self, template: Template, kind: MachineKind, accelerator: Accelerator, stack: contextlib.ExitStack
+    ) -> tuple[Saved | None, str]:
+        """The machine, saved now, or None and why not: whatever hinders that, a job can start cold."""
         if short := lack_of_space(kind.ram_bytes):
             return None, short  # for now: nothing speaks against the template
         try:
@@ -112,8 +121,11 @@ class QemuBackend:
         except (BackendError, ImageError) as exc:
             template.distrust(f"{exc.what}: {exc.why}")
             return None, f"{exc.what}: {exc.why}. {_UNTIL}"
-        except HostError as exc:  # as on a full disk; that says nothing of the template, and is tried again
-            return None, f"{exc.what}: {exc.why}"
+        except (HostError, OSError) as exc:  # as on a full disk; that says nothing of the template, and is tried again
+            error = exc if isinstance(exc, HostError) else host_error(exc)
+            if error is None:
+                raise
+            return None, f"{error.what}: {error.why}"
 
     def _make(self, template: Template, kind: MachineKind, accelerator: Accelerator) -> None:
         from x07_sandbox.backends.qemu.saving import make_template

@@ -11,6 +11,7 @@ hangs on another processor model, so nothing but the key stands between a templa
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -22,11 +23,11 @@ import msgspec
 
 from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv
 from x07_sandbox.backends.qemu.start import Saved, tsc_khz
-from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.errors import BackendError, HostError, ImageError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_folder, least_recently_used, replace_file
+from x07_sandbox.host.paths import cache_folder, least_recently_used, read_bounded, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.store import list_images
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 SCHEMA: Final = "x07.sandbox.template@0.2.0"
 MANIFEST: Final = "template.json"
 _MANIFEST_MAX: Final = 1 << 20
+_BAD_MAX: Final = 64 * 1024
+_FULL_BYTES: Final = 32 << 20  # less is left on a full disk, though the machine's scratch disk gave some back
 _ZEROS: Final = bytes(CHUNK_BYTES)
 
 _COMPILE: Final = "echo 'int main(void) { return 0; }' > warm.c && gcc -O2 -o warm warm.c -lm; rm -f warm*"
@@ -105,9 +108,9 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
     def bad(self) -> str:
         """Why it is not used in this boot of the host; empty if nothing speaks against it."""
         try:
-            told = json.loads(self.folder.with_suffix(".bad").read_text(encoding="utf-8"))
+            told = json.loads(read_bounded(self.folder.with_suffix(".bad"), "note", _BAD_MAX))
             return str(told["reason"]) if told["boot_id"] == boot_id() else ""
-        except (OSError, ValueError, KeyError, TypeError):
+        except (UsageError, ValueError, RecursionError, KeyError, TypeError):
             return ""
 
     def distrust(self, reason: str) -> None:
@@ -265,6 +268,11 @@ def _make_alone(template: Template, folder: Path, image: str, make: Maker, progr
         path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
         path.chmod(0o444)
         work.rename(template.folder)
+    except BackendError as exc:  # a machine whose memory is a file ends without a word where that cannot grow
+        info = os.statvfs(work)
+        if info.f_bavail * info.f_frsize >= _FULL_BYTES:
+            raise
+        raise HostError(exc.what, f"{folder}: {os.strerror(errno.ENOSPC)}", "Free space there") from exc
     finally:
         shutil.rmtree(work, ignore_errors=True)
     images = {image.digest for image in list_images()} | {image}

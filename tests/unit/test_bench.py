@@ -1,0 +1,81 @@
+"""The bench believes no timed run without looking, and takes away what it puts among the user's records."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from bench.ours import check
+from bench.scale import more_jobs
+from x07_sandbox.plan.controls import make_plan
+from x07_sandbox.plan.features import vm_features
+from x07_sandbox.policy import default_policy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OUTPUT = b"got a\n"
+
+
+@pytest.fixture
+def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a run that kept every promise told, in short, with its jobs on record."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path))
+    for name in ("1-1-0-build", "1-1-0-run"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "done").touch()
+    plan = make_plan(default_policy(), vm_features("vm-emulated"))
+    return {
+        "outcome": "ok",
+        "reason": "",
+        "isolation": "vm-emulated",
+        "jail": "namespaces, root",
+        "artifact_from": "build",
+        "stdout": {"text": OUTPUT.decode()},
+        "phases": {name: {"start": "clone", "job_id": f"1-1-0-{name}"} for name in ("build", "run")},
+        "controls": [{"field": control.field, "state": control.state} for control in plan.controls],
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        (("outcome",), "failed", "outcome"),
+        (("stdout", "text"), "got b\n", "output"),
+        (("artifact_from",), "cache", "artifact"),
+        (("jail",), None, "jail"),
+        (("phases", "build", "start"), "cold", "start"),
+        (("phases", "run", "start"), "pool", "start"),
+        (("phases", "build", "job_id"), "1-1-1-build", "record"),
+        (("phases", "run"), None, "machines"),
+        (("controls", 0, "state"), "refused", "controls"),
+    ],
+)
+def test_a_timed_run_that_is_not_what_it_claims_ends_the_bench(
+    result: dict[str, Any], place: tuple[str | int, ...], value: object, named: str
+) -> None:
+    """A result in which a machine, a record, the output or a control is not as it has to be is named and refused."""
+    good = copy.deepcopy(result)
+    check(msgspec.json.encode(good), OUTPUT, start="clone", built="build")
+    part: Any = result
+    for key in place[:-1]:
+        part = part[key]
+    if value is None and place[0] == "phases":
+        del part[place[-1]]
+    else:
+        part[place[-1]] = value
+    with pytest.raises(SystemExit, match=named):
+        check(msgspec.json.encode(result), OUTPUT, start="clone", built="build")
+
+
+def test_records_that_the_bench_adds_are_gone_however_it_ends(result: dict[str, Any], tmp_path: Path) -> None:
+    """Jobs that the bench puts on record, to time a run beside many, are whole ones, and go when it is interrupted."""
+    assert result
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), more_jobs(3):  # noqa: PT012 - the block is what is tried
+        assert len(list(tmp_path.glob("*/done"))) == 5
+        raise KeyboardInterrupt
+    assert sorted(tmp_path.iterdir()) == before
