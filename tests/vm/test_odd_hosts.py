@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.conftest import need
 
@@ -132,6 +133,23 @@ def test_a_missing_tool_leaves_no_record(state: Path, monkeypatch: pytest.Monkey
     with pytest.raises(SandboxError, match="missing: nothing"):
         run_program(source="true", toolchain="shell")
     assert [path for path in state.iterdir() if (path / "job.json").exists()] == []
+
+
+@pytest.mark.parametrize("words", [("run", *HELLO), ("run", "--dry-run", *HELLO), ("doctor",), ("image", "build")])
+@pytest.mark.usefixtures("state")
+def test_a_host_without_qemu_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    """Where QEMU is not there, every command that needs it names the package to install, and none shows a traceback."""
+    from x07_sandbox.cli.main import main
+    from x07_sandbox.host.arch import ARCHES, host_arch
+
+    without = replace(host_arch(), qemu_binary="/usr/bin/no-such-qemu", qemu_package="the-qemu")
+    monkeypatch.setitem(ARCHES, os.uname().machine, without)
+    main(list(words))
+    told = "".join(capfd.readouterr())
+    assert "apt-get install --no-install-recommends the-qemu" in told
+    assert "Traceback" not in told
 
 
 def test_names_of_files_send_no_control_sequences(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def start_qemu(
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, job.record)
         need_own_proc()
-        _check_tools(arch)
+        check_tools(arch)
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
         given = Given()  # what the child gets: ours to close once it has them, or when it never came to be
         stack.callback(given.close)
@@ -344,7 +344,8 @@ def required_tools(arch: Arch) -> dict[str, str]:
     return {BWRAP: "bubblewrap", SETPRIV: "util-linux", PERL: "perl-base", arch.qemu_binary: arch.qemu_package}
 
 
-def _check_tools(arch: Arch) -> None:
+def check_tools(arch: Arch) -> None:
+    """Raises HostError where one of them is missing, which names all that are, and what to type."""
     missing = [package for path, package in required_tools(arch).items() if not os.access(path, os.X_OK)]
     if missing:
         names = " ".join(missing)
