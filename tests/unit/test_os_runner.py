@@ -341,4 +341,4 @@ def test_standard_output_that_cannot_be_written_ends_in_two(capfd: pytest.Captur
         os.close(kept)
         os.close(full)
     assert code == 2
-    assert "No space left" in capfd.readouterr().err
+    assert "cannot write to standard output: No space left on device. Send it where" in capfd.readouterr().err

@@ -18,7 +18,7 @@ from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
 from x07_sandbox.cli.streams import fill_closed_streams, keep_own_rights, leave
 from x07_sandbox.cli.written import check_outputs, files_read, write_all
 from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
-from x07_sandbox.errors import RefusedError, SandboxError, UsageError
+from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import check_environment, flag
 from x07_sandbox.programs.manifest import FILE
@@ -211,8 +211,15 @@ def _note_unused(options: argparse.Namespace, program: Program) -> None:
 
 
 def _print(data: bytes, code: int) -> int:
-    """Write to standard output past Python's buffer, which would be written once more at the end of the process."""
-    write_all(1, data)
+    """Write to standard output past Python's buffer, which would be written once more at the end of the process.
+
+    Raises HostError.
+    """
+    try:
+        write_all(1, data)
+    except OSError as exc:
+        why, fix = exc.strerror or str(exc), "Send it where there is room for it"
+        raise HostError("cannot write to standard output", why, fix) from exc
     return code
 
 
