@@ -135,20 +135,37 @@ def test_a_missing_tool_leaves_no_record(state: Path, monkeypatch: pytest.Monkey
     assert [path for path in state.iterdir() if (path / "job.json").exists()] == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        (
+            {"qemu_binary": "/usr/bin/no-such-qemu", "qemu_package": "the-qemu"},
+            "apt-get install --no-install-recommends the-qemu",
+        ),
+        (
+            {"firmware": ("/usr/share/no-such-bios",), "firmware_packages": ("the-bios",)},
+            "apt-get install --reinstall the-bios",
+        ),
+    ],
+    ids=["QEMU", "firmware"],
+)
 @pytest.mark.parametrize("words", [("run", *HELLO), ("run", "--dry-run", *HELLO), ("doctor",), ("image", "build")])
 @pytest.mark.usefixtures("state")
 def test_a_host_without_qemu_is_told_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    changes: dict[str, Any],
+    fix: str,
 ) -> None:
-    """Where QEMU is not there, every command that needs it names the package to install, and none shows a traceback."""
+    """Where QEMU or its firmware is not there, what needs it names the package to install, and shows no traceback."""
     from x07_sandbox.cli.main import main
     from x07_sandbox.host.arch import ARCHES, host_arch
 
-    without = replace(host_arch(), qemu_binary="/usr/bin/no-such-qemu", qemu_package="the-qemu")
-    monkeypatch.setitem(ARCHES, os.uname().machine, without)
+    monkeypatch.setitem(ARCHES, os.uname().machine, replace(host_arch(), **changes))
     main(list(words))
     told = "".join(capfd.readouterr())
-    assert "apt-get install --no-install-recommends the-qemu" in told
+    assert fix in told
     assert "Traceback" not in told
 
 

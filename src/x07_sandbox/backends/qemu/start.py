@@ -345,12 +345,16 @@ def required_tools(arch: Arch) -> dict[str, str]:
 
 
 def check_tools(arch: Arch) -> None:
-    """Raises HostError where one of them is missing, which names all that are, and what to type."""
+    """Raises HostError where one of them is missing, or firmware, which names all that are, and what to type."""
     missing = [package for path, package in required_tools(arch).items() if not os.access(path, os.X_OK)]
     if missing:
         names = " ".join(missing)
         fix = f"Run: apt-get install --no-install-recommends {names}"
         raise HostError("cannot start a virtual machine", f"missing: {names}", fix)
+    gone = [path for path in arch.firmware if not os.access(path, os.R_OK)]
+    if gone:  # from packages that are there: QEMU's depends on them
+        fix = f"Run: apt-get install --reinstall {' '.join(arch.firmware_packages)}"
+        raise HostError("cannot start a virtual machine", f"missing: {', '.join(gone)}", fix)
 
 
 def tsc_khz(arch: Arch) -> int | None:
