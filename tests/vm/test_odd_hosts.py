@@ -92,11 +92,17 @@ def test_a_library_call_says_that_sigchld_is_ignored(state: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "why", "fix"),
-    [("ulimit -f 1000", "File too large", "ulimit -f"), ("ulimit -n 20", "Too many open files", "ulimit -n")],
+    [
+        ("ulimit -f 1000", "File too large", "ulimit -f"),
+        ("ulimit -n 20", "Too many open files", "ulimit -n"),
+        ("ulimit -v 200000", "Cannot allocate memory", "ulimit -v"),
+    ],
 )
-def test_a_limit_of_the_shell_is_named(state: Path, limit: str, why: str, fix: str) -> None:
+def test_a_limit_of_the_shell_is_named(state: Path, tmp_path: Path, limit: str, why: str, fix: str) -> None:
     """Too low a limit of the shell ends a run as refused, with the limit that has to be raised."""
-    done = run("run", "--json", *HELLO, before=shell(limit), state=state)
+    program = tmp_path / "hello.sh"
+    program.write_text("echo hello\n")
+    done = run("run", "--json", str(program), before=shell(limit), state=state)
     result = json.loads(done.stdout)
     assert (done.returncode, result["fault"]) == (125, "host"), result["reason"]
     assert why in result["reason"]

@@ -184,7 +184,7 @@ def _failed(exc: Exception, words: list[str]) -> int:
     if isinstance(exc, OSError) and exc.filename is None and exc.errno in {errno.EPIPE, errno.ENOSPC, errno.EIO}:
         _say(f"cannot write the output: {exc.strerror}")
         return 125
-    if isinstance(exc, OSError):
+    if isinstance(exc, OSError | MemoryError):
         from x07_sandbox.host.troubles import host_error
 
         if (error := host_error(exc)) is not None:

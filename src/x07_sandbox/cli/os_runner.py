@@ -56,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(exc))
     except KeyboardInterrupt:
         _say("cancelled before there was a run")
-    except OSError as exc:
-        _say(f"cannot go on: {exc}")
+    except (OSError, MemoryError) as exc:
+        from x07_sandbox.host.troubles import host_error
+
+        _say(str(host_error(exc) or f"cannot go on: {exc}"))
     except Exception:  # noqa: BLE001 - the last place that can keep the exit code's promise
         import traceback
 

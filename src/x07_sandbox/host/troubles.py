@@ -28,8 +28,10 @@ _FIXES: Final = {
 }
 
 
-def host_error(exc: OSError) -> HostError | None:
+def host_error(exc: OSError | MemoryError) -> HostError | None:
     """What to tell the user of *exc*; None if it is no such error, and so a bug."""
+    if isinstance(exc, MemoryError):  # what Python makes of ENOMEM where it asks for memory itself
+        exc = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     fix = _FIXES.get(exc.errno or 0)
     if fix is None:
         return None

@@ -79,7 +79,7 @@ def attempt(request: RunRequest, read: Read = Read()) -> tuple[Result, SandboxEr
     except SandboxError as exc:
         _add_cause(exc, so_far)
         return _result(so_far, _verdict_of(exc, request.cancel.signal)), exc
-    except OSError as exc:
+    except (OSError, MemoryError) as exc:
         from x07_sandbox.host.troubles import host_error
 
         if (error := host_error(exc)) is None:
