@@ -44,6 +44,7 @@ def test_everything_that_a_manifest_may_say_is_read() -> None:
         (PYTHON.replace("*.py", "/etc/*"), "not a path inside"),
         (PYTHON.replace("main.py", "a/../../main.py"), "entry: .* not a path inside"),
         (PYTHON + 'policy = "/etc/p.json"', "policy: .* not a path inside"),
+        (MAKE.replace("bin/prog", "./"), "artifact: './' is not a path inside"),
         (PYTHON + '[run]\ninput = "../x"', r"run.input: .* not a path inside"),
         (PYTHON + 'artifact = "x"', "has no `artifact`"),
         (PYTHON + '[build]\nargs = ["x"]', r"has no \[build\] args"),

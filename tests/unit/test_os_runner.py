@@ -347,4 +347,4 @@ def test_standard_output_that_cannot_be_written_ends_in_two() -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
-    assert "No space left" in done.stderr
+    assert "cannot write to standard output: No space left on device. Send it where" in done.stderr

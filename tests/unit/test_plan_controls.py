@@ -241,6 +241,21 @@ def test_x07s_own_variables_of_the_host_cannot_be_asked_for() -> None:
     assert plan(env__allow_keys=["X07_OS_FS"], env__enabled=False).refusals == ()
 
 
+@pytest.mark.parametrize(
+    ("changes", "told", "untold"),
+    [
+        ({}, "none of the host goes in", "refused"),
+        ({"env__allow_keys": ["LANG"]}, "only those of env.allow_keys go in", "none of the host"),
+        ({"env__allow_keys": ["LANG"], "env__enabled": False}, "who names another for it is refused", "the host"),
+    ],
+)
+def test_which_variables_go_in_is_said_as_it_is(changes: dict[str, object], told: str, untold: str) -> None:
+    """Where variables of the host go in no control says that none does, and where none may be given one says so."""
+    (control,) = (control for control in plan(**changes).controls if control.field == "env.enabled")
+    assert told in control.why
+    assert untold not in control.why
+
+
 def test_what_counts_in_place_of_a_value_is_said() -> None:
     """Of files the controls say the bound that is in force whatever the policy says, and that a flag may give more."""
     why = {control.field: control.why for control in plan(fs__read_roots=["."], fs__max_depth=1000).controls}

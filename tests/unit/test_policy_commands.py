@@ -119,6 +119,20 @@ def test_a_file_whose_name_is_no_text_is_checked_as_any_other(tmp_path: Path) ->
     assert (done.returncode, done.stdout) == (0, b"p\xff.json: valid (sandbox.cli.base)\n")
 
 
+@pytest.mark.parametrize(
+    "words", [("check", "--json"), ("explain", "--json"), ("init", "--template", "cli", "--project")]
+)
+def test_a_name_that_is_no_text_is_spelt_out_in_a_document(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """No document has half a surrogate pair in it, which strict readers of JSON refuse: such a name is spelt out."""
+    folder = tmp_path / os.fsdecode(b"f\xff")
+    folder.mkdir()
+    (folder / "policy.json").write_bytes(GOOD)
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", *words, str(folder / "policy.json")]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=True)
+    assert b"/f\\\\udcff" in done.stdout
+    assert json.dumps(json.loads(done.stdout), ensure_ascii=False).encode()  # raises for half a pair
+
+
 def test_the_schema_is_printed_as_it_is_published(tmp_path: Path) -> None:
     """`x07 policy schema` prints the bytes of schemas/run-os-policy.schema.json."""
     assert policy(tmp_path, "schema") == (0, render_schema().decode(), "")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.conftest import need
 
@@ -118,11 +119,17 @@ def test_a_program_with_many_descriptors_may_call_the_library(state: Path) -> No
 
 @pytest.mark.parametrize(
     ("limit", "why", "fix"),
-    [("ulimit -f 1000", "File too large", "ulimit -f"), ("ulimit -n 20", "Too many open files", "ulimit -n")],
+    [
+        ("ulimit -f 1000", "File too large", "ulimit -f"),
+        ("ulimit -n 20", "Too many open files", "ulimit -n"),
+        ("ulimit -v 200000", "Cannot allocate memory", "ulimit -v"),
+    ],
 )
-def test_a_limit_of_the_shell_is_named(state: Path, limit: str, why: str, fix: str) -> None:
+def test_a_limit_of_the_shell_is_named(state: Path, tmp_path: Path, limit: str, why: str, fix: str) -> None:
     """Too low a limit of the shell ends a run as refused, with the limit that has to be raised."""
-    done = run("run", "--json", *HELLO, before=shell(limit), state=state)
+    program = tmp_path / "hello.sh"
+    program.write_text("echo hello\n")
+    done = run("run", "--json", str(program), before=shell(limit), state=state)
     result = json.loads(done.stdout)
     assert (done.returncode, result["fault"]) == (125, "host"), result["reason"]
     assert why in result["reason"]
@@ -187,6 +194,40 @@ def test_a_missing_tool_leaves_no_record(state: Path, monkeypatch: pytest.Monkey
     with pytest.raises(SandboxError, match="missing: nothing"):
         run_program(source="true", toolchain="shell")
     assert [path for path in state.iterdir() if (path / "job.json").exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        (
+            {"qemu_binary": "/usr/bin/no-such-qemu", "qemu_package": "the-qemu"},
+            "apt-get install --no-install-recommends the-qemu",
+        ),
+        (
+            {"firmware": ("/usr/share/no-such-bios",), "firmware_packages": ("the-bios",)},
+            "apt-get install --reinstall the-bios",
+        ),
+    ],
+    ids=["QEMU", "firmware"],
+)
+@pytest.mark.parametrize("words", [("run", *HELLO), ("run", "--dry-run", *HELLO), ("doctor",), ("image", "build")])
+@pytest.mark.usefixtures("state")
+def test_a_host_without_qemu_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    changes: dict[str, Any],
+    fix: str,
+) -> None:
+    """Where QEMU or its firmware is not there, what needs it names the package to install, and shows no traceback."""
+    from x07_sandbox.cli.main import main
+    from x07_sandbox.host.arch import ARCHES, host_arch
+
+    monkeypatch.setitem(ARCHES, os.uname().machine, replace(host_arch(), **changes))
+    main(list(words))
+    told = "".join(capfd.readouterr())
+    assert fix in told
+    assert "Traceback" not in told
 
 
 def test_names_of_files_send_no_control_sequences(tmp_path: Path) -> None:

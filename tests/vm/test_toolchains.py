@@ -126,7 +126,7 @@ def test_a_make_project_is_built_from_its_files(sandbox: Sandbox) -> None:
     ("rule", "why"),
     [
         ("out:\n\ttrue\n", "there is no file out"),
-        ("out:\n\tln -s /etc/passwd out\n", "cannot be opened"),
+        ("out:\n\tln -s /etc/passwd out\n", "is a link, and none is followed"),
         ("out:\n\tmkfifo out\n", "no regular file"),
         ("out:\n\tmkdir out\n", "no regular file"),
         ("out:\n\ttruncate -s 300M out\n", "over the limit of 268435456"),
@@ -519,6 +519,31 @@ def test_a_dry_run_asks_of_image_and_machine_what_a_run_asks(
         told.append((done.returncode, json.loads(done.stdout)["reason"]))
     assert told[0] == told[1]
     assert (told[0][0], why in told[0][1]) == (125, True)
+
+
+def test_a_dry_run_of_an_x07_program_is_refused_as_its_run_is(tmp_path: Path) -> None:
+    """An image that lacks what an X07 program needs ends --json with the same exit code in --dry-run as in the run."""
+    program = tmp_path / "main.x07.json"
+    program.write_text("{}")
+    told = []
+    for how in ([], ["--dry-run"]):
+        done = command("--json", *how, "--policy", "built-in:worker", str(program), stdin=b"")
+        told.append((done.returncode, json.loads(done.stdout)["reason"]))
+    assert told[0] == told[1]
+    assert (told[0][0], "carries no X07 toolchain" in told[0][1]) == (125, True)
+
+
+@pytest.mark.parametrize(("name", "why"), [("missing", "there is no "), ("link", " is a link")])
+def test_a_dry_run_looks_at_the_roots_as_a_run_does(tmp_path: Path, name: str, why: str) -> None:
+    """A root that is not there, or that is a link, ends --dry-run with the words and the exit code of the run."""
+    (tmp_path / "link").symlink_to("/etc")
+    told = []
+    for how in ([], ["--dry-run"]):
+        words = ["--allow-read-root", str(tmp_path / name), "-c", "true", "--toolchain", "shell"]
+        done = command("--json", *how, *words, stdin=b"")
+        told.append((done.returncode, str(document(done.stdout).get("reason"))))
+    assert told[0] == told[1]
+    assert (told[0][0], why in told[0][1]) == (2, True)
 
 
 def test_a_dry_run_names_the_image_that_is_taken(image: Image) -> None:

@@ -9,16 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from x07_sandbox.cli.console import say
 from x07_sandbox.errors import Cancelled, RefusedError, SandboxError
 from x07_sandbox.host.troubles import host_error
+from x07_sandbox.reports.document import plain, render_json
 from x07_sandbox.reports.failure import failure_report
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Sequence
+
+    import msgspec
 
 # What documents that tell of a command begin their version with; those that a command reads are called otherwise.
 _DOCUMENTS: Final = ("x07.sandbox.", "x07-os-runner.report@", "x07.run.report@", "x07.policy.init.report@")
@@ -33,14 +34,14 @@ def wanted(options: argparse.Namespace) -> bool:
 
 
 def print_document(report: msgspec.Struct, options: argparse.Namespace) -> bool:
-    """One JSON object, over several lines, in ASCII: a path need not be UTF-8. As deliver has it."""
-    return deliver(_rendered(report), options)
+    """One JSON object, over several lines. As deliver has it."""
+    return deliver(render_json(report), options)
 
 
 def print_line(report: msgspec.Struct, options: argparse.Namespace) -> None:
     """One JSON object on one line, as X07's command prints them, whether or not --json is given. As deliver has it."""
-    line = json.dumps(msgspec.to_builtins(report), ensure_ascii=False, separators=(",", ":")) + "\n"
-    deliver(line.encode("utf-8", "replace"), options, always=True)
+    line = json.dumps(plain(report), ensure_ascii=False, separators=(",", ":")) + "\n"
+    deliver(line.encode(), options, always=True)
 
 
 def print_failure(exc: Exception, options: argparse.Namespace | None = None) -> None:
@@ -54,7 +55,7 @@ def print_failure(exc: Exception, options: argparse.Namespace | None = None) -> 
 
 def failure_document(exc: Exception) -> bytes:
     """An error as the document of every verb but `run`."""
-    return _rendered(failure_report(exc))
+    return render_json(failure_report(exc))
 
 
 def deliver(document: bytes, options: argparse.Namespace, *, always: bool = False) -> bool:
@@ -149,10 +150,6 @@ def _as_error(exc: BaseException) -> Exception | None:
     if isinstance(exc, OSError):
         return None if exc.filename is None else host_error(exc)
     return exc if isinstance(exc, Exception) else None
-
-
-def _rendered(report: msgspec.Struct) -> bytes:
-    return (json.dumps(msgspec.to_builtins(report), indent=2) + "\n").encode()
 
 
 def _print(document: bytes) -> None:

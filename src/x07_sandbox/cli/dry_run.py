@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from x07_sandbox.cli.console import show
+from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import print_document
+from x07_sandbox.cli.run import print_failure
+from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.runs.preview import Preview, preview
 
@@ -20,8 +22,14 @@ _DEEDS = {False: "read", True: "change"}
 
 
 def show_plan(request: RunRequest, options: argparse.Namespace) -> int:
-    """Print it; 0 if the run would be carried out, 125 if its policy would be refused. Raises SandboxError."""
-    found = preview(request)
+    """Print it; 0 if the run would be carried out, 125 if it would be refused. Raises SandboxError but RefusedError."""
+    try:
+        found = preview(request)
+    except RefusedError as exc:  # of a run it is the result, not an error before it, for which X07's exit code is 2
+        if options.json and not options.quiet_json:
+            return print_failure(exc)
+        say(str(exc))
+        return REFUSED_EXIT
     if not print_document(found, options):
         for line in _lines(found):
             show(line)

@@ -18,7 +18,7 @@ from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
 from x07_sandbox.cli.streams import fill_closed_streams, keep_own_rights, leave, write_patiently
 from x07_sandbox.cli.written import check_outputs, files_read
 from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
-from x07_sandbox.errors import RefusedError, SandboxError, UsageError
+from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import check_environment, flag
 from x07_sandbox.programs.manifest import FILE
@@ -57,12 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(exc))
     except KeyboardInterrupt:
         _say("cancelled before there was a run")
-    except OSError as exc:
-        _say(f"cannot go on: {exc}")
-    except MemoryError as exc:
+    except (OSError, MemoryError) as exc:
         from x07_sandbox.host.troubles import host_error
 
-        _say(str(host_error(exc)))
+        _say(str(host_error(exc) or f"cannot go on: {exc}"))
     except Exception:  # noqa: BLE001 - the last place that can keep the exit code's promise
         import traceback
 
@@ -216,8 +214,13 @@ def _note_unused(options: argparse.Namespace, program: Program) -> None:
 
 
 def _print(data: bytes, code: int) -> int:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()  # here, where a full disk behind it is told
+    """Write to standard output. Raises HostError."""
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()  # here, where a full disk behind it is told
+    except OSError as exc:
+        why, fix = exc.strerror or str(exc), "Send it where there is room for it"
+        raise HostError("cannot write to standard output", why, fix) from exc
     return code
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.cli.changed import write_diff
@@ -22,6 +20,7 @@ from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.overrides import derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, diagnostics_line
+from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, flat_report, render_report
 from x07_sandbox.reports.wrapped import Target, wrap
 from x07_sandbox.runs.request import open_input, policy_in_force, read_policy, read_spec_file
@@ -151,4 +150,4 @@ def _wrapped(report: CompileRunReport | RunOsReport, path: Path | None, program:
         lockfile=None if root is None or program.lockfile is None else str(root / program.lockfile),
         resolved_module_roots=[],
     )
-    return (json.dumps(msgspec.to_builtins(wrap(report, target)), indent=2) + "\n").encode()
+    return render_json(wrap(report, target))

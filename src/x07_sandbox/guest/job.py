@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
@@ -361,7 +362,8 @@ class Job:
             # O_NONBLOCK: a fifo in its place must not hold us.
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as exc:
-            return None, f"cannot be opened: {exc.strerror}"
+            link = exc.errno == errno.ELOOP  # so O_NOFOLLOW has it
+            return None, "is a link, and none is followed" if link else f"cannot be opened: {exc.strerror}"
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
             os.close(fd)

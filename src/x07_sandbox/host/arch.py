@@ -15,7 +15,7 @@ from x07_sandbox.errors import HostError
 class Arch(msgspec.Struct, frozen=True, kw_only=True):
     """Names and switches of one architecture.
 
-    firmware: paths below /usr/share that the machine type reads at start.
+    firmware: paths below /usr/share that the machine type reads at start, which firmware_packages bring.
     """
 
     name: str  # as the kernel says it: uname -m
@@ -24,6 +24,7 @@ class Arch(msgspec.Struct, frozen=True, kw_only=True):
     qemu_package: str
     machine: str
     firmware: tuple[str, ...]
+    firmware_packages: tuple[str, ...]
     kernel_package: str
     multiarch: str
     loader: str  # the dynamic loader's path
@@ -70,6 +71,7 @@ ARCHES: dict[str, Arch] = {
             "/usr/share/qemu/pvh.bin",
             "/usr/share/qemu/linuxboot_dma.bin",
         ),
+        firmware_packages=("seabios", "qemu-system-data"),
         kernel_package="linux-image-cloud-amd64",
         multiarch="x86_64-linux-gnu",
         loader="/lib64/ld-linux-x86-64.so.2",
@@ -85,6 +87,7 @@ ARCHES: dict[str, Arch] = {
         qemu_package="qemu-system-arm",
         machine="virt",
         firmware=(),
+        firmware_packages=(),
         kernel_package="linux-image-cloud-arm64",
         multiarch="aarch64-linux-gnu",
         loader="/lib/ld-linux-aarch64.so.1",

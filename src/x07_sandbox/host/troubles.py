@@ -30,7 +30,7 @@ _FIXES: Final = {
 
 def host_error(exc: OSError | MemoryError) -> HostError | None:
     """What to tell the user of *exc*; None if it is no such error, and so a bug."""
-    if isinstance(exc, MemoryError):  # Python's own word for the same refusal
+    if isinstance(exc, MemoryError):  # what Python makes of ENOMEM where it asks for memory itself
         exc = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     fix = _FIXES.get(exc.errno or 0)
     if fix is None:

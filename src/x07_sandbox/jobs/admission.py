@@ -70,7 +70,7 @@ def admitted(
 @contextlib.contextmanager
 def kept_warm(count: int, most: int) -> Iterator[None]:
     """Around a pool in which *count* machines wait, of the *most* for which there is memory. Raises HostError."""
-    folder = private_dir(private_dir(cache_dir()) / "slots")
+    folder = cache_folder("slots")
     with contextlib.ExitStack() as stack:
         had = 0
         for number in range(most):

@@ -202,7 +202,12 @@ def _no_variables(asked: Asked, field: str) -> Answer:
         if own:
             return Answer("refused", _NOBODY, f"every program is told {', '.join(own)}, which are X07's own")
         return Answer("enforced", _VM, "none of these is set, whoever asks for it")
-    return Answer("enforced", _VM, "none of the host goes in: only fixed ones, X07's own, and what the caller names")
+    why = "only fixed ones and X07's own go in: who names another for it is refused"
+    if asked.values["env.enabled"] is True:
+        keys = asked.entries("env.allow_keys")
+        of_host = "of the host's only those of env.allow_keys go" if keys else "none of the host goes"
+        why = f"{of_host} in, beside fixed ones, X07's own, and what the caller names"
+    return Answer("enforced", _VM, why)
 
 
 def _is_own(key: object) -> bool:

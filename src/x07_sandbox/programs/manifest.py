@@ -134,7 +134,10 @@ def _check(manifest: Manifest, toolchain: Toolchain, source: str) -> None:
         ("run.input", manifest.run.input),
         *(("files", pattern) for pattern in manifest.files),
     ):
-        if path is not None and (path.startswith("/") or "\0" in path or ".." in PurePosixPath(path).parts):
+        if path is None:
+            continue
+        parts = PurePosixPath(path).parts  # of `.` there are none
+        if path.startswith("/") or "\0" in path or ".." in parts or not parts:
             _wrong(source, f"{key}: {path!r} is not a path inside the project")
     if toolchain.entry and manifest.entry is None:
         _wrong(source, f"a {toolchain.name} project needs `entry`: the file that is started")

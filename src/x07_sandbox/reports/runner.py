@@ -6,12 +6,12 @@ statistics) is null for programs of our toolchains.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.result import NOTHING, Result
 
 SCHEMA: Final = "x07-os-runner.report@0.5.0"
@@ -232,8 +232,8 @@ def flat_report(report: CompileRunReport) -> RunOsReport:
 
 
 def render_report(report: msgspec.Struct) -> bytes:
-    """One pretty JSON object and a line end; ASCII, so that what a guest wrote cannot act on a terminal."""
-    return json.dumps(msgspec.to_builtins(report), indent=2).encode("ascii") + b"\n"
+    """One pretty JSON object and a line end."""
+    return render_json(report)
 
 
 def _compiled(result: Result, built: Built) -> CompileReport:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from x07_sandbox.files.roots import Root
+from x07_sandbox.files.roots import Root, trees_of
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import Plan
 from x07_sandbox.runs.host_files import roots_in_force
@@ -45,12 +45,15 @@ def preview(request: RunRequest) -> Preview:
     with contextlib.ExitStack() as stack:
         ready = make_ready(request, Read(), so_far, stack, dry=True)
         request, program, toolchain = ready.request, ready.program, ready.program.toolchain
+        roots = roots_in_force(request, program, ready.policy)
+        if not ready.plan.refusals:
+            trees_of(roots)  # a run looks at each of them before it copies any
         return Preview(
             toolchain=toolchain.name,
             build=None if toolchain.build is None else toolchain.build(program.source),
             run=[*toolchain.start(program.source), *request.args],
             files=list(program.source.files) or [program.source.name],
-            roots=roots_in_force(request, program, ready.policy),
+            roots=roots,
             digests=so_far.digests,
             image=ready.image_name,
             plan=ready.plan,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import Availability, Job, MachineKind
 from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
-from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
+from x07_sandbox.backends.qemu.start import Accelerator, check_tools, start_qemu
 from x07_sandbox.backends.qemu.template import (
     ensure_template,
     lack_of_space,
@@ -18,6 +18,7 @@ from x07_sandbox.backends.qemu.template import (
     trust_all,
 )
 from x07_sandbox.errors import BackendError, HostError, ImageError, RefusedError
+from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.troubles import host_error
 from x07_sandbox.host.variables import flag
 from x07_sandbox.jobs.record import drop_unstarted
@@ -62,8 +63,10 @@ class QemuBackend:
 
         boot: a guest may try that; else, where none has yet, the answer is of the weaker class and demands nothing.
 
-        Raises RefusedError if the user demands hardware (X07_VM_REQUIRE_HARDWARE too) and there is none.
+        Raises RefusedError if the user demands hardware (X07_VM_REQUIRE_HARDWARE too) and there is none, HostError
+        where a program is missing that a machine needs.
         """
+        check_tools(host_arch())  # first: what is known of KVM, and each saved machine, is kept by the file of QEMU
         by_variable = flag("X07_VM_REQUIRE_HARDWARE")
         verdict = kvm_verdict(image) if boot else known_verdict()
         if verdict is None:

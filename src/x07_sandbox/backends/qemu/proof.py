@@ -22,7 +22,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir, private_dir, replace_file
+from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
@@ -62,7 +62,7 @@ def known_verdict() -> tuple[bool, str] | None:
 
 def _record() -> Path:
     """Where the verdict for this boot, kernel and QEMU is kept. Raises HostError for a folder that cannot be used."""
-    return private_dir(private_dir(cache_dir()) / "kvm") / f"{_key()}.json"
+    return cache_folder("kvm") / f"{_key()}.json"
 
 
 def _key() -> str:

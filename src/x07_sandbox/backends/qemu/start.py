@@ -99,7 +99,7 @@ def start_qemu(
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, job.record)
         need_own_proc()
-        _check_tools(arch)
+        check_tools(arch)
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
         given = Given()  # what the child gets: ours to close once it has them, or when it never came to be
         stack.callback(given.close)
@@ -361,12 +361,17 @@ def required_tools(arch: Arch) -> dict[str, str]:
     return {BWRAP: "bubblewrap", SETPRIV: "util-linux", PERL: "perl-base", arch.qemu_binary: arch.qemu_package}
 
 
-def _check_tools(arch: Arch) -> None:
+def check_tools(arch: Arch) -> None:
+    """Raises HostError where one of them is missing, or firmware, which names all that are, and what to type."""
     missing = [package for path, package in required_tools(arch).items() if not os.access(path, os.X_OK)]
     if missing:
         names = " ".join(missing)
         fix = f"Run: apt-get install --no-install-recommends {names}"
         raise HostError("cannot start a virtual machine", f"missing: {names}", fix)
+    gone = [path for path in arch.firmware if not os.access(path, os.R_OK)]
+    if gone:  # from packages that are there: QEMU's depends on them
+        fix = f"Run: apt-get install --reinstall {' '.join(arch.firmware_packages)}"
+        raise HostError("cannot start a virtual machine", f"missing: {', '.join(gone)}", fix)
 
 
 def tsc_khz(arch: Arch) -> int | None:
