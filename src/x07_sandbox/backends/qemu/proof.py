@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import select
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder, replace_file
-from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.processes import boot_id, readable
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
             if not why:
                 return True, f"our agent answered from a guest{_under(accelerator)}"
             # Where it has ended, its supervisor says so in a moment; before that it could not say how.
-            if "ended" not in why or not select.select([instance.pidfd], [], [], 1.0)[0]:
+            if "ended" not in why or not readable(instance.pidfd, 1.0):
                 return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {why}"
             if not instance.mistimed():
                 return False, _ended(instance, accelerator)
