@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.cli.console import say
+from x07_sandbox.cli.console import put, say
 from x07_sandbox.cli.refused import how
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.files.changes import ChangeSet, called, decode, path_of, shown
@@ -197,4 +197,4 @@ def print_bytes(data: bytes) -> None:
         from x07_sandbox.runs.streams import TerminalFilter
 
         data = TerminalFilter()(data)
-    sys.stdout.buffer.write(data)
+    put(data)

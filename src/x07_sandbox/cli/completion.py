@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.cli.console import put
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +50,7 @@ def _completion(options: argparse.Namespace) -> int:
     text = shtab.complete(parser, shell=options.shell)
     if options.shell in _BOTH:
         text = text.replace(*_BOTH[options.shell])
-    sys.stdout.write(text.rstrip("\n") + "\n")
+    put(text.rstrip("\n").encode() + b"\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import sys
 import time
 
@@ -23,9 +24,31 @@ def say(text: str, command: str = "x07") -> None:
 def show(line: str) -> None:
     """One line of a result on standard output; a name that is no UTF-8 keeps its bytes. Raises OSError."""
     text = "".join(char if "\udc80" <= char <= "\udcff" else shown(char) for char in line)
+    put(text.encode("utf-8", "surrogateescape") + b"\n")
+
+
+def put(data: bytes) -> None:
+    """All of *data* on standard output, behind what was printed there before. Raises OSError.
+
+    Others may have made it non-blocking, since it is theirs too. Then Python's own write leaves out what finds no room
+    at once, and says so by a number only.
+    """
     sys.stdout.flush()
-    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b"\n")
-    sys.stdout.buffer.flush()
+    out, left = sys.stdout.buffer, memoryview(data)
+    while left:
+        try:
+            left = left[out.write(left) :]
+        except BlockingIOError as exc:
+            left = left[exc.characters_written :]
+        if left:
+            select.select([], [out], [])
+    while True:
+        try:
+            out.flush()
+        except BlockingIOError:
+            select.select([], [out], [])
+        else:
+            return
 
 
 class LiveLine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.changed import add_run, machine_form, pieces, print_bytes
@@ -35,5 +34,4 @@ def _diff(options: argparse.Namespace) -> int:
         return 0
     for piece in pieces(kept):
         print_bytes(piece)
-    sys.stdout.buffer.flush()
     return 0

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.console import say
+from x07_sandbox.cli.console import put, say
 from x07_sandbox.errors import Cancelled, RefusedError, SandboxError
 from x07_sandbox.host.troubles import host_error
 from x07_sandbox.reports.document import plain, render_json
@@ -48,7 +47,7 @@ def print_failure(exc: Exception, options: argparse.Namespace | None = None) -> 
     """An error, as a document; options: None for standard output alone. Raises OSError, RefusedError."""
     document = failure_document(exc)
     if options is None:
-        _print(document)
+        put(document)
     else:
         deliver(document, options)
 
@@ -68,7 +67,7 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
         _write(document, options)
     ours: bool = options.json or always
     if ours and not options.quiet_json:
-        _print(document)
+        put(document)
     return ours
 
 
@@ -150,12 +149,6 @@ def _as_error(exc: BaseException) -> Exception | None:
     if isinstance(exc, OSError):
         return None if exc.filename is None else host_error(exc)
     return exc if isinstance(exc, Exception) else None
-
-
-def _print(document: bytes) -> None:
-    sys.stdout.flush()
-    sys.stdout.buffer.write(document)
-    sys.stdout.buffer.flush()
 
 
 def _write(document: bytes, options: argparse.Namespace) -> None:

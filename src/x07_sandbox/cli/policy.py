@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -124,7 +123,7 @@ def _digest(options: argparse.Namespace) -> int:
     of_file = f"sha256:{sha256(data).hexdigest()}"
     report = DigestReport(policy_id=policy.policy_id, digest=digest, file_digest=of_file)
     if not print_document(report, options):
-        sys.stdout.write(f"{digest}\n")
+        show(digest)
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from x07_sandbox.cli.cancel import cancelled_by_signals
-from x07_sandbox.cli.console import LiveLine, plain, say
+from x07_sandbox.cli.console import LiveLine, plain, put, say
 from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
 from x07_sandbox.errors import Cancelled, ImageError, SandboxError, UsageError
 from x07_sandbox.host import settings
@@ -402,8 +402,7 @@ def _failed(exc: Exception, signalled: int | None, code: int | None) -> Result:
 def _print(result: Result) -> int:
     from x07_sandbox.reports.document import render_json
 
-    sys.stdout.buffer.write(render_json(result))
-    sys.stdout.buffer.flush()
+    put(render_json(result))
     return result.x07_exit_code
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from x07_sandbox.cli.changed import write_diff
-from x07_sandbox.cli.console import say
+from x07_sandbox.cli.console import put, say
 from x07_sandbox.cli.run import print_failure, write_failure
 from x07_sandbox.cli.written import noted, write_all, write_whole
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
@@ -111,8 +111,7 @@ def run_with_report(
     for line in unwritten:
         say(line)
     if not options.quiet_json:
-        sys.stdout.buffer.write(text)
-        sys.stdout.buffer.flush()
+        put(text)
     if unwritten:
         return _USAGE_EXIT if program.toolchain.told else REFUSED_EXIT
     return report.exit_code

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from x07_sandbox.cli.console import put
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
@@ -103,8 +104,10 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         """Print help or version; unlike the base class, not past an error. Raises OSError."""
-        (file or sys.stderr).write(message)
-        sys.stdout.flush()
+        if file is sys.stdout:
+            put(message.encode("utf-8", "surrogateescape"))
+        else:
+            (file or sys.stderr).write(message)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing and exiting."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import stat
 from functools import partial
 from pathlib import Path
@@ -108,10 +109,13 @@ def write_whole(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, c
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """All of *data*, past Python's buffers. Raises OSError."""
+    """All of *data*, past Python's buffers; waits where others have made *fd* non-blocking. Raises OSError."""
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            select.select([], [fd], [])
 
 
 def write_executable(path: Path, artifact: OutFile) -> None:

@@ -1,0 +1,56 @@
+"""What a command prints itself, on whatever standard output it was given."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from x07_sandbox.cli.written import write_all
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("policy", "explain", "--json"),
+        ("policy", "explain"),
+        ("policy", "schema"),
+        ("completion", "bash"),
+        ("run", "--help"),
+    ],
+)
+def test_a_reader_who_is_slow_gets_all_of_it(words: tuple[str, ...]) -> None:
+    """Where others have made standard output non-blocking, what finds no room in it is waited for and not left out."""
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+    whole = subprocess.run(argv, capture_output=True, check=True).stdout
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(write, False)
+    with subprocess.Popen(argv, stdout=write, stderr=subprocess.PIPE) as child, os.fdopen(read, "rb", 0) as pipe:
+        os.close(write)
+        got = b"".join(iter(lambda: pipe.read(512), b""))
+        assert child.stderr is not None
+        assert child.stderr.read() == b""
+    assert len(whole) > 4096
+    assert (child.returncode, got == whole) == (0, True)
+
+
+def test_a_report_waits_for_a_reader_who_is_slow() -> None:
+    """What x07-os-runner prints finds its way through a standard output that others have made non-blocking."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    data = bytes(1 << 20)
+
+    def report() -> None:
+        with os.fdopen(write, "wb"):  # closed whatever comes, so that the reader ends
+            write_all(write, data)
+
+    writer = threading.Thread(target=report)
+    with os.fdopen(read, "rb") as pipe:
+        writer.start()
+        assert pipe.read() == data
+    writer.join()
