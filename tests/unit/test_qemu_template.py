@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,6 +15,7 @@ from x07_sandbox.backends.qemu.template import (
     Template,
     TemplateManifest,
     ensure_template,
+    expired_templates,
     lack_of_space,
     opened_template,
     sealed,
@@ -22,6 +24,7 @@ from x07_sandbox.backends.qemu.template import (
     trust_all,
 )
 from x07_sandbox.errors import BackendError, HostError, ImageError
+from x07_sandbox.host import settings
 from x07_sandbox.images.manifest import Part, Piece, ScratchDisk
 from x07_sandbox.plan.sizes import RAM_CLASSES
 
@@ -119,6 +122,17 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Template:
     (template.folder / MANIFEST).write_bytes(msgspec.json.encode(sealed(made)))
     (template.folder / MANIFEST).chmod(0o444)
     return template
+
+
+def test_all_templates_together_have_one_limit_of_size(saved: Template, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template that was just made counts for the limit too, and others go for it."""
+    older = saved.folder.with_name("b" * 64)
+    shutil.copytree(saved.folder, older)
+    each = sum(path.stat().st_blocks * 512 for path in older.iterdir())
+    for most_bytes, gone in ((2 * each, []), (2 * each - 1, [older])):
+        monkeypatch.setattr(settings, "TEMPLATES_MAX_BYTES", most_bytes)
+        found = expired_templates(keep=saved.key, images={"sha256:x"})
+        assert [folder for folder, _ in found] == gone
 
 
 def test_a_templates_manifest_is_held_by_its_digest(saved: Template) -> None:

@@ -289,8 +289,10 @@ def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
     """Which templates go, and why. keep: the key of one that never does; images: digests of those that are there."""
     found: list[tuple[float, int, Path]] = []
     doomed = []
+    most_bytes = settings.TEMPLATES_MAX_BYTES
     for folder in templates_dir().glob("[0-9a-f]" * 64):
         if folder.name == keep:
+            most_bytes -= _size_bytes(folder)
             continue
         try:
             made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=TemplateManifest)
@@ -300,10 +302,14 @@ def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
         if made.image not in images:
             doomed.append((folder, "its image is gone"))
         else:
-            size = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
-            found.append((folder.stat().st_mtime, size, folder))
-    oldest = least_recently_used(found, settings.TEMPLATES_MAX_BYTES)
+            found.append((folder.stat().st_mtime, _size_bytes(folder), folder))
+    oldest = least_recently_used(found, most_bytes)
     return doomed + [(folder, "there are too many, and it was not used for longest") for folder in oldest]
+
+
+def _size_bytes(folder: Path) -> int:
+    """What it takes of the disk."""
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
 
 
 def remove_template(folder: Path) -> None:
