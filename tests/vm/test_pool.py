@@ -36,15 +36,17 @@ from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
 from x07_sandbox.runs import warm
 from x07_sandbox.runs.lease import PoolMachines
+from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.run import run
 from x07_sandbox.runs.streams import Cancel
 from x07_sandbox.runs.warm import WarmMachines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import Future
-    from pathlib import Path
 
     from x07_sandbox.images.store import Image
+    from x07_sandbox.runs.lease import LeasedInstance
     from x07_sandbox.runs.result import Result
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
@@ -263,6 +265,31 @@ def test_a_pool_that_does_not_answer_costs_a_clone(echo: str) -> None:
         os.kill(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGCONT)
         assert ran(echo)["phases"]["run"]["start"] == "clone"
+
+
+class Dying(PoolMachines):
+    """Machines of a pool that end the moment they are claimed."""
+
+    def claim(self, kind: MachineKind, claim: Claim) -> contextlib.AbstractContextManager[LeasedInstance] | None:
+        """As of the pool."""
+        waiting = super().claim(kind, claim)
+        return None if waiting is None else self._ended(waiting)
+
+    @contextlib.contextmanager
+    def _ended(self, waiting: contextlib.AbstractContextManager[LeasedInstance]) -> Iterator[LeasedInstance]:
+        with waiting as instance:
+            for pid in marked(instance.record.mark):
+                os.kill(pid, signal.SIGKILL)
+            yield instance
+
+
+def test_a_warm_machine_that_does_not_answer_costs_a_clone_and_is_told(echo: str) -> None:
+    """A claimed machine that has ended before it heard of the program is replaced by a clone, with a warning."""
+    cancel = Cancel()
+    with pool_process(1), contextlib.closing(cancel):
+        result = run(RunRequest(program=Path(echo), machines=Dying(), cancel=cancel))
+    assert (result.outcome, result.phases["run"].start) == ("ok", "clone"), result.reason
+    assert "the run had no warm machine: the one it took did not answer" in result.warnings
 
 
 @pytest.mark.timeout(120)

@@ -134,12 +134,13 @@ def test_a_make_project_is_built_from_its_files(sandbox: Sandbox) -> None:
     ],
 )
 def test_an_artifact_that_is_none_is_a_failed_build(sandbox: Sandbox, rule: str, why: str) -> None:
-    """Missing, a link, a pipe, a folder, too large: the build fails, and says so."""
+    """Missing, a link, a pipe, a folder, too large: the build fails, and says so with all that make printed."""
     folder = project(sandbox.work / "p", Makefile=rule, a_c="")
     (folder / "x07-sandbox.toml").write_text(MAKE)
     ran = sandbox.run(folder)
     assert ran.outcome == "build-failed"
     assert why in ran.reason + ran.stderr.decode()
+    assert rule.split("\t")[1] in ran.stdout.decode()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import sys
 import time
 
@@ -28,27 +27,10 @@ def show(line: str) -> None:
 
 
 def put(data: bytes) -> None:
-    """All of *data* on standard output, behind what was printed there before. Raises OSError.
-
-    Others may have made it non-blocking, since it is theirs too. Then Python's own write leaves out what finds no room
-    at once, and says so by a number only.
-    """
+    """*data* on standard output, behind what was printed there before. Raises OSError."""
     sys.stdout.flush()
-    out, left = sys.stdout.buffer, memoryview(data)
-    while left:
-        try:
-            left = left[out.write(left) :]
-        except BlockingIOError as exc:
-            left = left[exc.characters_written :]
-        if left:
-            select.select([], [out], [])
-    while True:
-        try:
-            out.flush()
-        except BlockingIOError:
-            select.select([], [out], [])
-        else:
-            return
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 class LiveLine:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Platform, asked, select, this_platform, working
 from x07_sandbox.cli.cancel import cancelled_by_signals
-from x07_sandbox.cli.console import LiveLine, say
+from x07_sandbox.cli.console import LiveLine, put, say
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
 from x07_sandbox.cli.streams import fill_closed_streams, keep_own_rights, leave, write_patiently
 from x07_sandbox.cli.written import check_outputs, files_read
@@ -216,8 +216,7 @@ def _note_unused(options: argparse.Namespace, program: Program) -> None:
 def _print(data: bytes, code: int) -> int:
     """Write to standard output. Raises HostError."""
     try:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()  # here, where a full disk behind it is told
+        put(data)  # whole, here, where a full disk behind it is told
     except OSError as exc:
         why, fix = exc.strerror or str(exc), "Send it where there is room for it"
         raise HostError("cannot write to standard output", why, fix) from exc

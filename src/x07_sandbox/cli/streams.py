@@ -30,11 +30,16 @@ class _Patient(io.FileIO):
                 return memoryview(data).nbytes
             if count is not None:
                 return count
-            import select
+            wait_writable(self.fileno())
 
-            poll = select.poll()
-            poll.register(self.fileno(), select.POLLOUT)
-            poll.poll()
+
+def wait_writable(fd: int) -> None:
+    """Wait until there is room in a non-blocking descriptor, or nobody left who would read."""
+    import select  # seldom needed
+
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.poll()
 
 
 def fill_closed_streams() -> None:

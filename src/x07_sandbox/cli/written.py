@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import stat
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from x07_sandbox.cli.streams import wait_writable
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir, state_dir
@@ -115,7 +115,7 @@ def write_all(fd: int, data: bytes) -> None:
         try:
             view = view[os.write(fd, view) :]
         except BlockingIOError:
-            select.select([], [fd], [])
+            wait_writable(fd)
 
 
 def write_executable(path: Path, artifact: OutFile) -> None:

@@ -207,8 +207,9 @@ class Session:
         ending = as_build(ending)
         report = self.so_far.phases["build"]
         self.so_far.build = BuildOutput(stdout=report.stdout, stderr=report.stderr)
-        if ending.outcome is not Outcome.OK:
+        if ending.outcome is not Outcome.OK or not artifact.complete:
             self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
+        if ending.outcome is not Outcome.OK:
             return ending
         if not artifact.complete:
             problem = facts.usage.get("output_problem") or "did not arrive whole"
@@ -336,6 +337,7 @@ class Session:
                         facts = self._converse(spec, instance, sinks)
                     if not facts.unanswered:
                         return instance, facts
+                    self.so_far.warnings.append(f"the {spec.name} had no warm machine: the one it took did not answer")
                     claim = replace(claim, phase=f"{spec.name}-clone")  # that job is over, and stays on record
             except BackendError as exc:
                 self.so_far.warnings.append(f"the {spec.name} had no warm machine: {exc.what}: {exc.why}")
