@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.images.verify import open_image
+from x07_sandbox.runs.warm import WarmMachines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,6 +103,27 @@ def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots:
     assert "its kernel measured its timer wrong" in ran.reason
     assert ran.reason.endswith("; try again with less beside it")
     assert ran.seconds < settings.COPY_IN_S
+
+
+def test_a_pool_keeps_no_machine_with_a_wrong_timer(
+    image: Image, state: Path, boots: Boots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where machines have to be booted a pool goes on until one has measured right, and gives up at last."""
+    del image, state
+    with contextlib.closing(WarmMachines(1)) as first:  # what it runs is built, by saved machines
+        first.start()
+        assert first.wait_ready(Deadline.after(120))
+    monkeypatch.setattr(Template, "bad", lambda _template: "it is not to be used")
+    booted = boots(NONE, LATE, EARLY)
+    with contextlib.closing(WarmMachines(1)) as warmed:
+        warmed.start()
+        assert warmed.wait_ready(Deadline.after(120))
+    assert (len(booted) >= 4, any("x07.timer=any" in words for words in booted)) == (True, False)
+    boots(*[NONE] * 100)
+    with contextlib.closing(WarmMachines(1)) as hopeless:
+        hopeless.start()
+        with pytest.raises(BackendError, match="its kernel measured its timer wrong"):
+            hopeless.wait_ready(Deadline.after(120))
 
 
 def test_the_doctor_knows_a_host_without_time(state: Path, boots: Boots, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Job, MachineKind
+from x07_sandbox.backends.base import Job, MachineKind, boots
 from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.backends.qemu.talk import talk_until
 from x07_sandbox.backends.qemu.template import warm_up
@@ -62,6 +62,10 @@ _WALL_MS: Final = 30_000
 _TRY_AGAIN_S: Final = 1.0
 _FAILURES_MAX: Final = 3  # in a row: then the user is told, and it is tried again now and then
 _TRY_LATER_S: Final = 10.0
+
+
+class _MistimedError(BackendError):
+    """A booted machine that measured its timer wrong; another may do better."""
 
 
 class WarmMachine:
@@ -191,16 +195,26 @@ class WarmMachines:
             oldest.close()
 
     def _make(self) -> WarmMachine:
+        with admitted(cancel_fd=self._cancel.fd, timeout_s=settings.QUEUE_S, progress=self._progress):
+            tries = boots()
+            while True:
+                last = next(tries)
+                try:
+                    return self._made()
+                except _MistimedError:  # none is kept that has any timer: runs would not be told
+                    if last:
+                        raise
+
+    def _made(self) -> WarmMachine:
         claim = Claim(run_id=new_run_id(), phase="warm", wall_ms=int(settings.WARM_S * 1000))
         with contextlib.ExitStack() as stack:
-            with admitted(cancel_fd=self._cancel.fd, timeout_s=settings.QUEUE_S, progress=self._progress):
-                record = create_record(claim, backend=self._backend.name, image_digest=self._image.manifest.digest)
-                job = Job(record=record, kind=self.kind, deadline_s=claim.deadline_s)
-                instance = stack.enter_context(self._backend.start(job))
-                if instance.cold_reason:
-                    self._progress(f"booting a machine: {instance.cold_reason}")
-                for spec in self._specs:
-                    self._run(instance, spec)
+            record = create_record(claim, backend=self._backend.name, image_digest=self._image.manifest.digest)
+            job = Job(record=record, kind=self.kind, deadline_s=claim.deadline_s)
+            instance = stack.enter_context(self._backend.start(job))
+            if instance.cold_reason:
+                self._progress(f"booting a machine: {instance.cold_reason}")
+            for spec in self._specs:
+                self._run(instance, spec)
             return WarmMachine(instance, stack.pop_all(), time.monotonic())
 
     def _run(self, instance: QemuInstance, spec: PhaseSpec) -> None:
@@ -218,7 +232,8 @@ class WarmMachines:
         if facts.unanswered and instance.begun == "clone":  # the next is booted
             self._backend.distrust(self.kind, f"a clone of it did not answer: {ending.reason}")
         if ending.outcome is not Outcome.OK:
-            raise BackendError("cannot warm a machine", ending.reason, "Run x07 doctor")
+            kind = _MistimedError if facts.mistimed else BackendError
+            raise kind("cannot warm a machine", ending.reason, "Run x07 doctor")
         words = {State.COLLECTING: (Kind.WARM, warm_up(self.kind) | {"commands": []})}
         deadline = Deadline.after(settings.TEMPLATE_S)
         if why := talk_until(instance, State.WARM, deadline, begin=State.COLLECTING, words=words):
