@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import FULL
 from x07_sandbox.channel.trees import Entry, Kind
+from x07_sandbox.errors import UsageError
 from x07_sandbox.files.apply import apply
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
 from x07_sandbox.files.copy import Bounds, copy_tree
@@ -152,6 +154,82 @@ def test_a_copy_has_everything(trip: Trip) -> None:
     assert {path.lstat().st_uid for path in trip.guest.rglob("*")} == {65532}
     assert (trip.guest / "sparse").stat().st_blocks < 200
     assert trip.back() == Judged(changes=(), refused=())
+
+
+def put(path: Path, kind: str) -> None:
+    """A thing of that kind, in place of whatever is there."""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    if kind == "file":
+        path.write_text("content")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to("other")
+    elif kind == "socket":
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+
+
+def put_when_looked_at(path: Path, kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that the thing is looked at by its last name, the next of these takes its place."""
+    look = os.stat
+
+    def looked(name: Any, **words: Any) -> os.stat_result:  # noqa: ANN401 - whatever os.stat takes
+        info = look(name, **words)
+        if name == path.name and kinds:
+            put(path, kinds.pop(0))
+        return info
+
+    monkeypatch.setattr(os, "stat", looked)
+
+
+@pytest.mark.parametrize("before", ["file", "folder", "link"])
+@pytest.mark.parametrize("after", ["file", "folder", "link", "socket", "nothing"])
+def test_what_becomes_another_thing_while_it_is_packed_goes_in_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    """A name that is another thing when it was just looked at goes in as that, if it can, and all else with it."""
+    put(tmp_path / "name", before)
+    put(tmp_path / "other", "file")
+    put_when_looked_at(tmp_path / "name", [after], monkeypatch)
+    copied = copy_tree(tree_at(tmp_path), BOUNDS, io.BytesIO(), 1 << 30)
+    assert copied.nodes["other"].kind == "file"
+    came = copied.nodes.get("name")
+    assert (came.kind if came else None) == (after if after in {"file", "folder", "link"} else None)
+    assert list(copied.left_out) == (["special"] if after == "socket" else [])
+
+
+def test_what_is_another_thing_each_time_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is never what it just was is left out as one that changes."""
+    put(tmp_path / "name", "file")
+    put_when_looked_at(tmp_path / "name", ["link", "file"] * 10, monkeypatch)
+    copied = copy_tree(tree_at(tmp_path), BOUNDS, io.BytesIO(), 1 << 30)
+    assert (set(copied.nodes), list(copied.left_out)) == ({""}, ["changing"])
+
+
+def test_what_the_disk_cannot_give_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of which the file system tells nothing, as where a server is gone, is left out as unreadable."""
+    put(tmp_path / "name", "file")
+    look = os.stat
+
+    def broken(name: Any, **words: Any) -> os.stat_result:  # noqa: ANN401 - whatever os.stat takes
+        if name == "name":
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), name)
+        return look(name, **words)
+
+    monkeypatch.setattr(os, "stat", broken)
+    copied = copy_tree(tree_at(tmp_path), BOUNDS, io.BytesIO(), 1 << 30)
+    assert (set(copied.nodes), list(copied.left_out)) == ({""}, ["unreadable"])
+
+
+def test_a_root_that_is_a_file_which_is_gone_is_named(tmp_path: Path) -> None:
+    """A single file that went away since the roots were chosen is an error about it, and not about the disk."""
+    put(tmp_path / "name", "file")
+    tree = tree_at(tmp_path, only="name")
+    put(tmp_path / "name", "nothing")
+    with pytest.raises(UsageError, match="cannot give the program name: it changes while it is read"):
+        copy_tree(tree, BOUNDS, io.BytesIO(), 1 << 30)
 
 
 @needs_root

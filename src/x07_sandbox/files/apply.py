@@ -50,7 +50,7 @@ _FIXES: Final = {
     errno.EDQUOT: "Free space there",
     errno.EROFS: "Make it writable",
     errno.EACCES: "Apply them as a user who may write there",
-    errno.EPERM: "Apply them as the owner of the files",
+    errno.EPERM: "Apply them as the owner of the files, and a member of their groups",
     errno.EXDEV: "Unmount what is mounted there, or name it as a root of its own",
     errno.EBUSY: "Unmount what is mounted there",
 }
@@ -146,7 +146,7 @@ def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, sets
         prepare(folder, undoing)
         for index, site in enumerate(sites):
             mine = (step for step in steps if step.place == index)
-            fill(site.fd, site.staging_fd, mine, planner.content, data_fd)
+            fill(site, mine, planner.content, data_fd)
         journal.write(folder, head, steps)
         for started, step in enumerate(steps, start=1):  # noqa: B007 - how far it came
             do(sites[step.place], step)

@@ -7,6 +7,7 @@ its place below it: a root that lies in what was left out, or is missing, is a t
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import os
@@ -26,7 +27,7 @@ from x07_sandbox.host import beneath
 from x07_sandbox.plan.places import inside
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import BinaryIO
 
     from x07_sandbox.files.changes import Rule
@@ -41,6 +42,8 @@ DEPTH: Final = 64
 DEPTH_MAX: Final = 256  # one open folder for each
 NUMBER_MAX: Final = (1 << 32) - 1  # of a policy's fields
 _TRIES: Final = 3
+# What is said of a name that has become something else since it was looked at: nothing, a link, a folder, a socket.
+_CHANGED: Final = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO}
 _TOLD: Final = 5
 # Names under which people keep secrets: left out wherever they lie, unless the host's owner says otherwise.
 SECRETS: Final = (
@@ -150,7 +153,8 @@ class _Walk:
             try:
                 info = os.fstat(fd)
                 if self._tree.only:
-                    self._file(fd, self._tree.only, self._tree.only, info.st_dev)
+                    only = self._tree.only
+                    self._tried(lambda: self._file(fd, only, only, info.st_dev), only)
                 else:
                     self._put(Entry(Kind.FOLDER, b"", mode=info.st_mode & 0o777), "")
                     self._folders(fd, info.st_dev)
@@ -196,7 +200,7 @@ class _Walk:
 
     def _folders(self, top: int, device: int) -> None:
         """All below *top*, folders before what is in them. Their descriptors are open only while they are walked."""
-        stack: list[tuple[int, str, Iterator[str]]] = [(top, "", iter(_names(top)))]
+        stack: list[tuple[int, str, Iterator[str]]] = [(top, "", iter(self._names(top, "")))]
         try:
             while stack:
                 fd, prefix, names = stack[-1]
@@ -208,31 +212,54 @@ class _Walk:
                     continue
                 inner = self._entry(fd, name, f"{prefix}{name}", device)
                 if inner is not None:
-                    stack.append((inner, f"{prefix}{name}/", iter(_names(inner))))
+                    stack.append((inner, f"{prefix}{name}/", iter(self._names(inner, f"{prefix}{name}"))))
         finally:
             for fd, _, _ in stack:
                 if fd != top:
                     os.close(fd)
+
+    def _names(self, fd: int, name: str) -> list[str]:
+        try:
+            return sorted(os.listdir(fd))
+        except FileNotFoundError:
+            return []  # it was removed meanwhile
+        except OSError:
+            self._leave("unreadable", name)
+            return []
 
     def _entry(self, folder: int, part: str, name: str, device: int) -> int | None:
         """Pack one entry; the descriptor of a folder whose entries follow."""
         if reason := self._stays(part, name):
             self._leave(reason, name, name.count("/") + 1 if reason == "deep" else 0)
             return None
-        try:
-            mode = os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode
-            if stat.S_ISLNK(mode):
-                self._link(folder, part, name)
-            elif stat.S_ISDIR(mode):
-                return self._folder(folder, part, name, device)
-            elif stat.S_ISREG(mode):
-                self._file(folder, part, name, device)
-            else:
-                self._leave("special", name)
-        except FileNotFoundError:
-            return None  # it went away meanwhile
-        except PermissionError:
-            self._leave("unreadable", name)
+        return self._tried(lambda: self._packed(folder, part, name, device), name)
+
+    def _tried(self, pack: Callable[[], int | None], name: str) -> int | None:
+        """Pack one entry, anew where it became something else meanwhile."""
+        for _ in range(_TRIES):
+            try:
+                return pack()
+            except OSError as exc:
+                if exc.filename is None:  # of the stream that is written
+                    raise
+                if exc.errno == errno.ENOENT and not self._tree.only:
+                    return None  # it went away meanwhile
+                if exc.errno not in _CHANGED:
+                    self._leave("unreadable", name)
+                    return None
+        self._leave("changing", name)
+        return None
+
+    def _packed(self, folder: int, part: str, name: str, device: int) -> int | None:
+        mode = os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode
+        if stat.S_ISDIR(mode):
+            return self._folder(folder, part, name, device)
+        if stat.S_ISLNK(mode):
+            self._link(folder, part, name)
+        elif stat.S_ISREG(mode):
+            self._file(folder, part, name, device)
+        else:
+            self._leave("special", name)
         return None
 
     def _stays(self, part: str, name: str) -> Reason | None:
@@ -273,9 +300,8 @@ class _Walk:
             fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=folder)
             try:
                 before = os.fstat(fd)
-                if not stat.S_ISREG(before.st_mode):
-                    self._leave("special", name)
-                    return
+                if not stat.S_ISREG(before.st_mode):  # as it was when it was looked at
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), part)
                 if before.st_size > self._bounds.read_bytes:
                     self._leave("large", name, before.st_size)
                     return
@@ -408,10 +434,6 @@ def stays_inside(name: str, target: str) -> bool:
 def _one_of(patterns: Sequence[str]) -> re.Pattern[str] | None:
     """What matches a name in lower case that one of them does; None for no pattern."""
     return re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns)) if patterns else None
-
-
-def _names(fd: int) -> list[str]:
-    return sorted(os.listdir(fd))
 
 
 def _state(info: os.stat_result) -> tuple[int, ...]:

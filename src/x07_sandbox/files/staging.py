@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.changes import Change, Node
     from x07_sandbox.files.checks import Item
+    from x07_sandbox.files.steps import Site
 
 # A folder must have both of its owner, or nothing in it can be made or removed, and it cannot go elsewhere.
 _OPEN: Final = 0o300
@@ -94,11 +95,8 @@ def _has_other_names(item: Item) -> bool:
     return item.info is not None and stat.S_ISREG(item.info.st_mode) and item.info.st_nlink > 1
 
 
-def fill(dir_fd: int, staging_fd: int, steps: Iterable[Step], content: dict[str, Node], data_fd: int) -> None:
-    """Make what the steps of one place put there, and tell them which that is.
-
-    dir_fd: the place. Raises HostError, OSError.
-    """
+def fill(site: Site, steps: Iterable[Step], content: dict[str, Node], data_fd: int) -> None:
+    """Make what the steps of one place put there, and tell them which that is. Raises HostError, OSError."""
     made = dict[str, Step]()
     for step in steps:
         if step.kind == "mode":
@@ -109,40 +107,41 @@ def fill(dir_fd: int, staging_fd: int, steps: Iterable[Step], content: dict[str,
         if node is None:
             continue
         try:
-            info = _make(dir_fd, staging_fd, step, node, data_fd)
+            info = _make(site, step, node, data_fd)
         except OSError as exc:
-            exc.filename = step.name  # the name of a slot tells nobody anything
+            exc.filename = site.path(step.name)  # the name of a slot tells nobody anything
             raise
         step.new = info.st_dev, info.st_ino
         made[step.slot] = step
 
 
-def _make(dir_fd: int, staging_fd: int, step: Step, node: Node, data_fd: int) -> os.stat_result:
+def _make(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_result:
+    staging_fd = site.staging_fd
     if node.kind == "link":
         os.symlink(node.target, step.slot, dir_fd=staging_fd)
     elif node.kind == "folder":
         os.mkdir(step.slot, 0o700, dir_fd=staging_fd)
         os.chmod(step.slot, node.mode | 0o700, dir_fd=staging_fd)
     else:
-        return _make_file(dir_fd, staging_fd, step, node, data_fd)
+        return _make_file(site, step, node, data_fd)
     return os.stat(step.slot, dir_fd=staging_fd, follow_symlinks=False)
 
 
-def _make_file(dir_fd: int, staging_fd: int, step: Step, node: Node, data_fd: int) -> os.stat_result:
+def _make_file(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_result:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(step.slot, flags, 0o600, dir_fd=staging_fd)
+    fd = os.open(step.slot, flags, 0o600, dir_fd=site.staging_fd)
     try:
         try:
-            with _source(dir_fd, step, node, data_fd) as source:
+            with _source(site.fd, step, node, data_fd) as source:
                 found = contents.copy(source, node.at or 0, node.size, fd, 0)
         except EOFError:
             found = ""
         if found != node.sha256:
-            why = f"the content of {step.name!a} is not what the set says"
+            why = f"the content of {site.path(step.name)!a} is not what the set says"
             raise HostError("cannot apply the changes", why, "Run the program again: its changes were damaged")
         os.ftruncate(fd, node.size)
         if step.kind == "replace" and step.before and step.before.kind == "file":
-            _inherit(dir_fd, step, fd)
+            _inherit(site.fd, step, fd)
         os.fchmod(fd, node.mode)  # after the owner and the access list, both of which change it
         return os.fstat(fd)
     finally:
