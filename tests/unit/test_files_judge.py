@@ -202,6 +202,11 @@ def test_git_runs_nothing_of_a_folder_that_it_would_take_for_a_repository(tmp_pa
         *("AGENTS.md", "GEMINI.md", ".cursorrules", ".clinerules", ".pdbrc", ".ghci", ".ocamlinit", ".pryrc"),
         *(".dir-locals.el", ".dir-locals-2.el", ".aider.conf.yml", "lefthook.json", "lefthook.toml", "lefthook.jsonc"),
         *("lefthook-local.yml", "lefthook-local.toml", ".lefthook-local.json", ".lefthook.toml", ".lefthook/x/y.sh"),
+        *("azure-pipelines-x.yml", ".azure-pipelines/x.yml", ".azuredevops/x.yml", ".harness/x.yaml", "bitrise.yml"),
+        *(".bitrise.yml", "wercker.yml", ".scrutinizer.yml", "screwdriver.yaml", "codemagic.yaml", "circle.yml"),
+        *("Jenkinsfile.groovy", ".ci/x", ".autoenv.zsh", ".rvmrc", ".ruby-version", ".node-version", ".login_conf"),
+        *(".project", "QWEN.md", ".qwen/x", "WARP.md", ".warp/x", "crush.json", ".crush.json", ".trae/rules/x"),
+        *(".amazonq/x", ".junie/x", ".augment/x", ".goosehints", ".agents/x", ".agent/x", ".copilot/x", ".rules"),
         *(".gemini", ".GIT", "x07.json", "sub/.github/workflows/x"),
     ],
 )
