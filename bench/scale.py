@@ -119,7 +119,7 @@ def table(command: Command, floor: Floor, work: Path, say: Callable[[str], None]
     row(f"{MANY} raw clones, two at a time", f"{raw:.2f} s")
     row("through the queue / raw (bar 1.5, goal 1.1)", f"{queued / raw:.2f}")
     active, idle = memory_mib(floor, MANY)
-    row(f"PSS of a clone that runs C, {MANY} alive (bar 45 MB, goal 30)", f"{active * MIB / 1e6:.0f} MB")
+    row(f"PSS of a clone that runs C, {MANY} alive (bar 45 MB, goal 30)", f"{active * MIB / 1e6:.1f} MB")
     row("PSS of a clone that waits", f"{idle * MIB / 1e6:.0f} MB")
     for size in (1, 4, 16):
         row(f"input of {size} MiB", f"{input_seconds(work, size * MIB):.2f} s")

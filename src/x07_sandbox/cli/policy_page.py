@@ -102,11 +102,12 @@ a set of changes when it has ended. Nothing of the host is mounted.
 
 Not copied in, and told among `denials` by name: hidden names (`fs.deny_hidden`); links, unless `fs.allow_symlinks` and
 only if they stay in their root; files above `fs.max_read_bytes`; what lies deeper than `fs.max_depth` (256 at the
-most); devices, sockets and pipes; what is on another file system; and names under which people keep secrets (`.env`,
-`*.pem`, `id_rsa` and the like, in any case of letters; `--hide PATTERN` adds to them, `--reveal PATTERN` lets those of
-them in that it matches: `key.pem`, or `*.pem`). A root that is named itself goes in all the same, though it lies in
-another that leaves it out: of that one the program sees only empty folders on the way. More than `fs.max_entries`
-refuses the run. So does a link that comes into the way to a root after the roots were looked at.
+most); devices, sockets and pipes; what is on another file system; what cannot be read, or is something else each time
+that it is looked at; and names under which people keep secrets (`.env`, `*.pem`, `id_rsa` and the like, in any case of
+letters; `--hide PATTERN` adds to them, `--reveal PATTERN` lets those of them in that it matches: `key.pem`, or
+`*.pem`). A root that is named itself goes in all the same, though it lies in another that leaves it out: of that one
+the program sees only empty folders on the way. More than `fs.max_entries` refuses the run. So does a link that comes
+into the way to a root after the roots were looked at.
 
 Changes are judged by what is different when the program has ended (`fs.allow_mkdir`, `allow_remove`, `allow_rename`,
 `max_write_bytes`, `max_depth`, and the rules above); what it made and removed again is nobody's business. A name that
@@ -128,9 +129,9 @@ any moment leaves the old files or the new ones once the next `x07` command has 
 `x07 apply`, `--changes discard` brings nothing back; the changes of a program that did not end by itself are kept, but
 for those of a run that is cancelled (Ctrl-C): it ends at once, and they are lost. `x07 diff` shows changes, `x07 undo`
 takes them back; after one part another is applied only once that is undone. A file with several names (hard links) is a
-file for each in the machine: what is changed of one becomes a file of its own. The mode of a root itself stays as it
-was, and a warning says so. `--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it
-is refused.
+file for each in the machine: what is changed of one becomes a file of its own. What replaces a file has its owner and
+group; who may not give it these applies nothing. The mode of a root itself stays as it was, and a warning says so.
+`--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it is refused.
 """
 _PROCESSES: Final = """
 ## Processes and programs
@@ -157,12 +158,12 @@ to preload).
 With a list, or where nothing may be executed, what is not of the image (the program's files, read and write roots,
 `/tmp`, `/opt/x07`) is `noexec` but for what entries name: no loader runs it, and libraries there cannot be loaded
 either. A file that an entry names in a writable folder can be executed and, as long as the program runs, neither
-changed, moved nor removed; a folder is a mount of its own, so that moving files in or out is a copy (`EXDEV`). What the
-program writes may be executed where a prefix leads into a folder of its own or a write root that is there when it
-starts (`/opt/x07/` does, `/opt/x07/made/` does not), and where an entry names a single file that is a write root;
-`x07 policy explain` says of which entries that is so. A folder of the host that has two places in the machine (a
-relative root and an absolute one, or `--out`) is one folder there too: a file that an entry names is kept as it is at
-both, and where a prefix leads into one of them, what is written at the other counts.
+changed, removed nor moved, but with a folder that holds it; a folder is a mount of its own, so that moving files in or
+out is a copy (`EXDEV`). What the program writes may be executed where a prefix leads into a folder of its own or a
+write root that is there when it starts (`/opt/x07/` does, `/opt/x07/made/` does not), and where an entry names a single
+file that is a write root; `x07 policy explain` says of which entries that is so. A folder of the host that has two
+places in the machine (a relative root and an absolute one, or `--out`) is one folder there too: a file that an entry
+names is kept as it is at both, and where a prefix leads into one of them, what is written at the other counts.
 
 Whatever the policy says, a filter refuses what no program needs: mounts, modules, namespaces, tracing, keyrings, bpf,
 perf, userfaultfd, io_uring, memfd_create, execveat by descriptor, kexec, and sockets that are not local, of the
