@@ -91,4 +91,5 @@ def test_an_old_caller_is_served(called: tuple[subprocess.CompletedProcess[bytes
         assert folder.name == job["run_id"]
         # Another test's pool may have been asked first, and not have answered in time.
         phases.add(folder.name.removesuffix("-clone").rpartition("-")[2])
-    assert phases == {"build", "run"}
+    # A saved machine of that size is made by whoever needs it first.
+    assert phases - {"template"} == {"build", "run"}

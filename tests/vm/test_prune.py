@@ -37,6 +37,9 @@ def test_a_run_under_way_keeps_its_records(
     sandbox: Sandbox, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the jobs of a run, whose clock stood in 1970 and whose files look old, prune removes nothing of it."""
+    sandbox.run_text("sleep.py", SLEEP)  # saved machines, which are jobs too, are made by whoever needs them first
+    make_old(sandbox.state.parent)
+    swept()
     monkeypatch.setattr("x07_sandbox.jobs.record.unix_ms", lambda: 1_000)
     ours, theirs = os.pipe()
     with os.fdopen(ours, "rb") as given, os.fdopen(theirs, "wb") as ending:
