@@ -14,6 +14,7 @@ import threading
 import msgspec
 
 from x07_sandbox.errors import HostError
+from x07_sandbox.host.threads import started
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,8 +39,7 @@ def launch(request: Launch) -> subprocess.Popen[bytes]:
     global _thread  # noqa: PLW0603 - one thread a process is the point
     with _lock:
         if _thread is None or not _thread.is_alive():  # not alive: after a fork
-            _thread = threading.Thread(target=_serve, name="x07-launcher", daemon=True)
-            _thread.start()
+            _thread = started(threading.Thread(target=_serve, name="x07-launcher", daemon=True))
     answer: _Answer = queue.SimpleQueue()
     _requests.put((request, answer))
     child = answer.get()

@@ -15,6 +15,7 @@ import msgspec
 
 from x07_sandbox.errors import BackendError, Cancelled
 from x07_sandbox.host.locks import LOOK_AGAIN_S
+from x07_sandbox.host.threads import started
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,8 +75,7 @@ class _Writer:
         self._changed = threading.Condition()
         self._closed = False
         # A daemon: a reader who never reads again must not hold the process.
-        self._thread = threading.Thread(target=self._serve, name="x07-output", daemon=True)
-        self._thread.start()
+        self._thread = started(threading.Thread(target=self._serve, name="x07-output", daemon=True))
 
     def put(self, data: bytes) -> None:
         """Queue bytes."""
