@@ -254,3 +254,11 @@ def test_whose_time_limit_holds_is_known(tmp_path: Path, wall_ms: int | None, ow
         assert own_wall_ms(request, policy) == own
         place.unlink()
         assert own_wall_ms(request, policy) is None
+
+
+def test_input_that_can_be_opened_and_not_be_read_is_refused(stack: contextlib.ExitStack) -> None:
+    """A named input whose first byte is an error is refused before anything runs."""
+    cancel = stack.enter_context(contextlib.closing(Cancel()))
+    request = RunRequest(program=Path("x.py"), input=Path("/proc/self/mem"), cancel=cancel)
+    with pytest.raises(UsageError, match="cannot read the input /proc/self/mem: Input/output error"):
+        open_input(request, stack)

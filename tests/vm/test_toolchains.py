@@ -666,7 +666,8 @@ def test_a_compiler_that_eats_all_memory_is_ended(sandbox: Sandbox, monkeypatch:
     monkeypatch.setattr(settings, "BUILD_MEM_BYTES", 96 << 20)
     ran = sandbox.run_text("eat.c", '#include "/dev/zero"\nint main(void) { return 0; }\n')
     assert ran.outcome == "build-failed"
-    assert "killed at 96 MiB" in ran.reason
+    assert "killed at 96 MiB (fixed for builds)" in ran.reason
+    assert ran.result.phases["build"].reason == ran.reason
 
 
 def test_the_compilers_own_words_come_back(sandbox: Sandbox) -> None:

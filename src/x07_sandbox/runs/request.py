@@ -258,8 +258,14 @@ def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool =
     except OSError as exc:
         raise UsageError(what, exc.strerror or str(exc), fix) from exc
     stack.callback(os.close, fd)
-    if stat.S_ISDIR(os.fstat(fd).st_mode):
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISDIR(mode):
         raise UsageError(what, "it is a folder", fix)
+    try:
+        if stat.S_ISREG(mode):
+            os.pread(fd, 1, 0)  # some can be opened and not be read
+    except OSError as exc:
+        raise UsageError(what, exc.strerror or str(exc), fix) from exc
     return fd
 
 

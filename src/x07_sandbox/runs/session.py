@@ -205,7 +205,7 @@ class Session:
         )
         ending, facts = self.phase(spec)
         ending = as_build(ending)
-        report = self.so_far.phases["build"]
+        report = self.so_far.phases["build"] = replace(self.so_far.phases["build"], reason=ending.reason)
         self.so_far.build = BuildOutput(stdout=report.stdout, stderr=report.stderr)
         if ending.outcome is not Outcome.OK or not artifact.complete:
             self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
