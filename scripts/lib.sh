@@ -31,8 +31,9 @@ runtime_packages() {
         python3-venv ca-certificates
 }
 
-# Only the tests need these: an ordinary user to become, a compiler for the hostile stand-in for QEMU, a linter.
-test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck; }
+# Only the tests need these: an ordinary user to become, a compiler for the hostile stand-in for QEMU, a linter, a file
+# system that keeps no modes.
+test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck bindfs; }
 
 # missing_packages NAME...: those that dpkg does not know as installed.
 missing_packages() {

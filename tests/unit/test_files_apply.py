@@ -10,6 +10,7 @@ import os
 import pickle
 import posixpath
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -594,6 +595,37 @@ def test_a_root_that_was_exchanged_while_it_waited_is_a_conflict(tmp_path: Path)
         os.close(held)
     assert caught.value.names == (str(root),)
     assert read(root) == read(tmp_path / "first") == OLD
+
+
+@pytest.mark.root
+def test_where_no_modes_are_kept_a_set_is_applied_and_undone(tmp_path: Path) -> None:
+    """On a file system that gives all the same mode, whatever it is told, a set comes, goes, and comes again."""
+    need(os.geteuid() == 0, "root", installable=False)
+    need(shutil.which("bindfs"), "bindfs", installable=True)
+    old: Tree = {"": FOLDER, "a": ("file", 0o755, b"old"), "gone": FOLDER, "gone/b": ("file", 0o755, b"b")}
+    new: Tree = {"": FOLDER, "a": ("file", 0o644, b"new"), "run": ("file", 0o600, b"new"), "d": ("folder", 0o700, b"")}
+    new["d/c"] = ("file", 0o444, b"c")
+    for name in ("disk", "shown"):
+        (tmp_path / name).mkdir()
+    root = tmp_path / "shown/root"
+    mount = ["bindfs", "--chmod-ignore", "--perms=0755", str(tmp_path / "disk"), str(root.parent)]
+    need(subprocess.run(mount, check=False, capture_output=True).returncode == 0, "FUSE", installable=False)
+    try:
+        put(root, old)
+        changes, data = difference(root, old, new)
+        applied(changes, data, tmp_path / "state")
+        assert {name: entry[2] for name, entry in read(root).items()} == {name: entry[2] for name, entry in new.items()}
+        undone(tmp_path / "state", tmp_path / "other")
+        assert read(root) == old
+        applied(changes, data, tmp_path / "again")
+        assert (root / "a").read_bytes() == b"new"
+        modes = {name: (kind, 0o700 if kind == "folder" else 0o600, text) for name, (kind, _, text) in old.items()}
+        undone(tmp_path / "again", tmp_path / "more")
+        applied(*difference(root, old, modes), tmp_path / "modes")
+        undone(tmp_path / "modes", tmp_path / "last")
+        assert read(root) == old
+    finally:
+        subprocess.run(["/usr/bin/umount", str(root.parent)], check=True)
 
 
 @pytest.mark.root

@@ -26,7 +26,7 @@ from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, Judged, judge
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.files.roots import Mount, Tree
-from x07_sandbox.guest.mounts import ReadOnly
+from x07_sandbox.guest.mounts import Names
 from x07_sandbox.guest.trees import Tree as GuestTree
 from x07_sandbox.guest.trees import changes
 
@@ -243,7 +243,7 @@ def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
         {"tree": 16, "sub": "a/deep er", "at": "/deep", "write": False},
         {"tree": None, "sub": "", "at": "/x07/in/project", "write": True},
     ]
-    known = ReadOnly({16: trip.tree}, mounts)
+    known = Names({16: trip.tree}, mounts)
     device = trip.guest.stat().st_dev
     shown = f"{os.major(device):02x}:{os.minor(device):02x}"
     names = ("", "run.sh", "no \udcff utf-8\n", "a", "a/empty", "a/deep er", "a/deep er/n\u00f6ch.txt")

@@ -61,9 +61,12 @@ def find(device: str, inode: int, given: str) -> str:
     return {("fe:10", 139268): "/data/t", ("fe:10", 139269): "/data/t/f"}.get((device, inode), "")
 
 
+ROOTS: Final = ("/opt/x07/conf.json", "/data/out", "/srv/a/tmp", "/srv/b/tmp")
+
+
 def read(*events: Sequence[Record]) -> dict[Refusal, int]:
     """What is made of these calls' records."""
-    refusals = Refusals(CALLS, find)
+    refusals = Refusals(CALLS, find, ROOTS)
     for serial, records in enumerate(events, start=40):
         for kind, text in records:
             refusals.note(kind, f"audit(1764000000.123:{serial}): {text}".encode())
@@ -124,6 +127,31 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
             [called(316, 30, items=1, a2="5"), (CWD, 'cwd="/data"'), path('"a/"', "PARENT")],
             Refusal("kernel", "renameat2", 30, ".../a/", write=True),
         ),
+        # Of two names the one that is mounted, or, of a name relative to a descriptor, the only one that can be.
+        *[
+            (
+                [
+                    called(316, 16, items=4),
+                    (CWD, 'cwd="/opt/x07"'),
+                    *(path('"/opt/x07"', "PARENT") for _ in range(2)),
+                    *(path(f'"{name}"', "DELETE") for name in names),
+                ],
+                Refusal("kernel", "renameat2", 16, "/opt/x07/conf.json", write=True),
+            )
+            for names in (("new", "conf.json"), ("conf.json", "new"))
+        ],
+        *[
+            (
+                [
+                    called(263, 16, items=2, a0="3"),
+                    (CWD, 'cwd="/opt/x07"'),
+                    path('"/opt/x07"', "PARENT"),
+                    path(f'"{name}"', "DELETE"),
+                ],
+                Refusal("kernel", "unlinkat", 16, found, write=True),
+            )
+            for name, found in (("out", "/data/out"), ("tmp", ".../tmp"))
+        ],
         # As Linux 6.12 told of `cp FILE FOLDER`, rm -r, os.open(..., dir_fd=) and the like in a read root: of a name
         # without a slash, relative to a descriptor, the folder is said to be the working directory.
         (

@@ -19,7 +19,7 @@ from x07_sandbox.policy.templates import TEMPLATES
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-EACCES, EPERM, EROFS, EMFILE = 13, 1, 30, 24
+EACCES, EPERM, EROFS, EMFILE, EBUSY = 13, 1, 30, 24, 16
 START: Final = "/opt/x07"
 AREAS: Final = (
     Area(given="/data", at="/data", write=False),
@@ -178,6 +178,13 @@ def seccomp(call: str) -> dict[str, object]:
             ("$.fs.write_roots", ["rr/a"]),
         ),
         ({"fs.deny_hidden": True}, kernel("mkdir", "/opt/x07/.rr/", EACCES, write=True), "permissions", None),
+        # a root stays where it is, but for one around it
+        ({}, kernel("rename", "/opt/x07/in", EBUSY, write=True), "fs.write_roots", ("$.fs.write_roots", ["."])),
+        ({}, kernel("rmdir", "/data/out", EBUSY, write=True), "fs.write_roots", ("$.fs.write_roots", ["/data"])),
+        ({}, kernel("unlinkat", "/opt/x07/in", EACCES, write=True), "fs.write_roots", ("$.fs.write_roots", ["."])),
+        ({}, kernel("rename", "/data", EBUSY, write=True), "fs.write_roots", None),
+        ({}, kernel("rmdir", "/x07/out", EBUSY, write=True), "fs.write_roots", None),
+        ({}, kernel("rmdir", "/tmp", EBUSY, write=True), "fs.write_roots", None),  # noqa: S108 - the guest's
     ],
 )
 def test_a_refusal_names_the_field_and_what_would_allow_it(
@@ -226,6 +233,12 @@ def test_what_is_advised_makes_no_invalid_policy(template: str, body: dict[str, 
         assert made.process.allow_exec
 
 
+def test_what_a_mode_closes_is_told_by_what_was_to_be_done() -> None:
+    """A file that is closed by its mode was to be written; what only its owner may do has its call's name."""
+    closed = [kernel("openat", "/data/out/x", EACCES, write=True), kernel("chmod", "/etc/x", EPERM, write=True)]
+    assert [denial.action for denial in denials(closed, policy({}), AREAS, START)] == ["write", "chmod"]
+
+
 def test_counts_stay_what_json_can_say() -> None:
     """However often the guest says that it was refused, the sum can be written."""
     body = kernel("openat", "/root/x", EACCES) | {"count": 2**63 - 1}
@@ -244,6 +257,8 @@ def test_what_is_advised_is_one_word_to_a_shell() -> None:
     assert shlex.split(denial.how_to_allow.flag or "") == ["--allow-write-root", name]
     assert shlex.split(hint.how.flag or "") == ["--allow-read-root", "/d/$(id>&2)"]
     assert hint.to_write.flag == "--allow-write-root /d"
+    (denial,) = denials([kernel("mkdir", "/srv/a\nb/", EROFS, write=True)], policy({}), (), START)
+    assert denial.how_to_allow == HowToAllow(json_path="$.fs.write_roots", value=["/srv/a\nb"])
     (hint,) = hints(b"No such file or directory: '-x/y'\n", policy({}), (), START)
     assert (hint.how.flag, hint.how.value) == ("--allow-read-root ./-x/y", ["-x/y"])
 

@@ -212,6 +212,7 @@ def test_too_many_entries_name_the_field(run: Run) -> None:
     with pytest.raises(RefusedError, match="more than 3 entries"):
         run.files({"max_entries": 3})
     going = run.denial("fs.max_entries")
+    assert len(packed(run.files({"max_entries": 4}, changes="discard"))[0]) == 4
     changes, coming, _ = run.back(
         run.files({"max_entries": 6}), *(Entry(Kind.FOLDER, b"%d" % number, mode=0o755) for number in range(20, 40))
     )
@@ -416,7 +417,8 @@ def test_what_was_left_out_and_is_in_the_way_says_so(
     gone = [Entry(Kind.GONE, name) for name in (b"f/d", b"f")]
     files = run.files(fs)
     changes, denials, _ = run.back(files, *gone if taken else [Entry(Kind.FOLDER, b"f/d/" + left.encode(), mode=0o755)])
-    assert (changes.state, changes.reason) == ("kept", f"{2 if taken else 1} of them may not be done")
+    alone = "1 more may not be brought back" if left == "deep" else "1 of them may not be done"  # nothing too deep is
+    assert (changes.state, changes.reason) == ("kept", "2 of them may not be done" if taken else alone)
     told = "\n".join(said(changes, denials))
     if taken:
         assert f"f: f/d/{left} is in it, which was not copied in" in told
@@ -632,6 +634,87 @@ def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.Ca
         "x07: 1 added: applied; x07 undo\n",
         "x07: all of it is there already\n",
     ]
+
+
+def test_what_is_there_already_lists_no_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each deletion is told when it is done, and not again by a command that finds nothing to do."""
+    (run.root / "a").mkdir()
+    gone = Change(name="a", before=Node(kind="folder", mode=0o755), after=None)
+    kept(
+        ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=False, changes=(gone,)),)),
+        run.folder.path,
+    )
+    (run.root / "a").chmod(0o755)
+    said = []
+    for _ in range(2):
+        assert main(["apply"]) == 0
+        said.append(capsys.readouterr().err)
+    assert said == ["x07: deleted: a\nx07: 1 deleted: applied; x07 undo\n", "x07: all of it is there already\n"]
+
+
+def test_a_root_that_is_made_is_no_change_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was counted when it was applied is counted when it is undone: the root itself neither time."""
+    run.root.rmdir()
+    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
+    kept(
+        ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=True, changes=(made,)),)),
+        run.folder.path,
+    )
+    said = []
+    for verb in ("apply", "undo"):
+        assert main([verb]) == 0
+        said.append(capsys.readouterr().err)
+    assert said == ["x07: 1 added: applied; x07 undo\n", "x07: 1 added: undone; x07 apply\n"]
+    assert not run.root.exists()
+
+
+def test_what_no_tree_can_hold_is_not_counted_among_the_changes(run: Run) -> None:
+    """The closing line says how many of its changes may not be done, and how many more are none at all."""
+    pipe = Entry(Kind.OTHER, b"p", mode=0o010644)
+    good, ours = Entry(Kind.FOLDER, b"a", mode=0o755), Entry(Kind.FOLDER, b".x07-apply-1", mode=0o755)
+    for entries, reason in (
+        ((ours, good), "1 of them may not be done"),
+        ((good, pipe), "1 more may not be brought back"),
+        ((ours, good, pipe), "1 of them may not be done, and 1 more may not be brought back"),
+    ):
+        changes, _, _ = run.back(run.files(), *sorted(entries, key=lambda entry: entry.name))
+        assert (changes.state, changes.reason) == ("kept", reason)
+        shutil.rmtree(run.folder.path / "changes")
+
+
+ROOTS: list[tuple[list[str], list[str], set[str]]] = [
+    (["a"], ["a/b", "a/b/f", "a/f"], {"a"}),
+    (["a/b"], ["a"], {"a", "a/b"}),
+    (["a", "a/b/f"], ["a/b"], {"a"}),
+    (["a/b/f"], ["a"], {"a", "a/b/f"}),
+    ([], ["a", "a/b", "a/b/f"], {"a"}),
+    (["a/missing"], ["a"], {"a", "a/missing"}),
+    (["a", "a/missing"], [], {"a", "a/missing"}),
+]
+
+
+@pytest.mark.parametrize(("write", "read", "mounted"), ROOTS)
+def test_a_root_that_another_shows_anyway_is_no_mount(
+    run: Run, write: list[str], read: list[str], mounted: set[str]
+) -> None:
+    """What can be written where it lies can be replaced there: only what is another kind of root has its own mount."""
+    (run.root / "a/b").mkdir(parents=True)
+    (run.root / "a/b/f").touch()
+    (run.root / "a/f").touch()
+    fs = {"write_roots": tuple(f"{run.root}/{name}" for name in write)}
+    fs["read_roots"] = tuple(f"{run.root}/{name}" for name in read)
+    found = {str(Path(mount["at"]).relative_to(run.root)): mount["write"] for mount in run.files(fs).mounts(0)}
+    assert found == {name: any(name == root or name.startswith(f"{root}/") for root in write) for name in mounted}
+
+
+def test_a_root_at_another_place_has_its_mount_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One folder by a relative and by an absolute path is mounted twice, and what lies in either is shown by it."""
+    monkeypatch.chdir(run.root)
+    (run.root / "a/b").mkdir(parents=True)
+    files = run.files({"write_roots": ("a", "a/b", str(run.root / "a"))})
+    assert [mount["at"] for mount in files.mounts(0)] == ["/opt/x07/a", f"{run.root}/a"]
+    files = run.files({"write_roots": ("a", str(run.root / "a/b"))}, changes="discard")
+    assert [(mount["at"], mount["sub"]) for mount in files.mounts(0)] == [("/opt/x07/a", ""), (f"{run.root}/a/b", "b")]
 
 
 def die_at(number: int) -> None:

@@ -172,6 +172,32 @@ def test_files_come_in_and_changes_come_out_by_what_is_said(sandbox: Sandbox, ro
     assert sorted(path.name for path in root.iterdir()) == [".hidden", "in.txt", "link", "new", "out.txt", "renamed"]
 
 
+@pytest.mark.parametrize(
+    ("root", "text"),
+    [
+        ("kept.json", "import os; open('new', 'w').write('new'); os.replace('new', 'kept.json')"),
+        ("kept.json", "import subprocess; subprocess.run(['sed', '-i', 's/old/new/', 'kept.json'], check=True)"),
+        ("{}/one/two", "import shutil, os; shutil.rmtree('{0}/one/two'); os.mkdir('{0}/one/two')"),
+        ("one/two", "import os; os.rename('one/two', 'one/three'); os.makedirs('one/two')"),
+    ],
+)
+def test_a_root_is_replaced_or_removed_by_one_around_it(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: str, text: str
+) -> None:
+    """A file that is written anew and renamed, and a folder that goes, need the folder that they lie in as a root."""
+    (tmp_path / "one/two").mkdir(parents=True)
+    (tmp_path / "one/two/file").touch()
+    (tmp_path / "kept.json").write_text("old")
+    monkeypatch.chdir(tmp_path)
+    said, runs = until_it_passes(sandbox, text.format(tmp_path), {"fs.write_roots": [root.format(tmp_path)]})
+    assert said == ["fs.write_roots"]
+    assert runs[0].result.denials[0].action == "replace"
+    if root == "kept.json":
+        assert (tmp_path / root).read_text() == "new"
+    else:
+        assert not (tmp_path / "one/two/file").exists()
+
+
 def test_a_denied_path_appears_by_name(sandbox: Sandbox) -> None:
     """Names that the program makes up are told, of files and of programs, and each only once with its count."""
     text = """

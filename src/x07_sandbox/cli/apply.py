@@ -58,7 +58,8 @@ def _apply(options: argparse.Namespace) -> int:
     done = do(kept, changes, lambda path: say(f"waiting: another command changes {path}"))
     if wanted(options) and deliver(machine_form(changes), options):
         return 0
-    list_deleted(changes)
+    if done.roots:
+        list_deleted(changes)
     there = "all of it is there already" if any(root.changes for root in changes.roots) else "nothing is left to apply"
     say(summary(changes, "applied; x07 undo") if done.roots else there)
     return 0

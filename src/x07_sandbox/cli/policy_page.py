@@ -131,6 +131,9 @@ for those of a run that is cancelled (Ctrl-C): it ends at once, and they are los
 takes them back; after one part another is applied only once that is undone. A file with several names (hard links) is a
 file for each in the machine: what is changed of one becomes a file of its own. What replaces a file has its owner and
 group; who may not give it these applies nothing. The mode of a root itself stays as it was, and a warning says so.
+A root cannot be replaced, renamed or removed by the program (`EBUSY`), a single file neither: to write a file anew and
+rename it, as `sed -i` does, it needs the folder as a root. What lies in a write root can, also where it is named as a
+root itself. On a file system that keeps no modes (vfat, NTFS) all is applied but modes.
 `--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it is refused.
 """
 _PROCESSES: Final = """
@@ -176,6 +179,7 @@ What a program was refused stands in the result (`denials`), and `x07 run` print
 
 ```text
 x07: refused: write /data/; --allow-write-root /data lets it
+x07: refused: replace /opt/x07/conf.json; --allow-write-root . lets it
 x07: refused: execute /usr/bin/nl; $.process.allow_execs = ["/usr/bin/env", "/usr/bin/nl"] in the policy lets it
 x07: refused: read /etc/ssl/private/x; nothing allows it
 x07: refused: start a new process; $.process.max_live = 16 in the policy comes first
@@ -184,7 +188,7 @@ x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it 
 
 | `field` | what was refused | how it is known |
 |---|---|---|
-| `fs.write_roots` | writing where no root lets it | the guest kernel's audit |
+| `fs.write_roots` | writing where no root lets it, replacing a root | the guest kernel's audit |
 | `fs.deny_hidden`, `fs.allow_symlinks`, `fs.max_*`, `secrets` | what was not copied in | the copying |
 | `fs.allow_mkdir`, `_remove`, `_rename`, `protected`, `kind` | changes that may not come back | the check of changes |
 | `threads.enabled`, `process.allow_spawn`, `_exec` | threads, children, executing | the guest's seccomp filter |

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import journal
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
-from x07_sandbox.files.checks import check_set, look_at, reached_by
+from x07_sandbox.files.checks import as_kept, check_set, look_at, reached_by
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.kept import discard, keep, leave, prepare, publish, undoes, why_no_undo
 from x07_sandbox.files.staging import Planner, fill, undo_changes
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConflictError", "apply", "recover", "why_no_undo"]
 
+_ODD_MODE: Final = 0o710  # nothing has it unless it was given it
 _FIXES: Final = {
     errno.ENOSPC: "Free space there",
     errno.EDQUOT: "Free space there",
@@ -97,14 +98,12 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
         sites = list({id(site): site for site in by_path.values()}.values())
         planner = Planner()
         inverse = []
-        for root, one, (path, _) in zip(roots, found, anchors, strict=True):
+        for root, one, (path, prefix) in zip(roots, found, anchors, strict=True):
             before = len(planner.steps)
             planner.add(next(i for i, site in enumerate(sites) if site is by_path[path]), one.items)
-            inverse.append(_inverse(root, one, planner.steps[before:]))
-        undoing = ChangeSet(run=changes.run, roots=tuple(inverse))
+            inverse.append((_inverse(root, one, planner.steps[before:]), by_path[path], prefix))
         head = Head(run=changes.run, places=tuple(site.place for site in sites))
-        _execute(folder, head, sites, planner, (undoing, data_fd))
-        return undoing
+        return _execute(folder, head, sites, planner, (inverse, data_fd))
 
 
 def _check_part(folder: Path, roots: list[RootChanges], found: list[Found], wrong: list[str]) -> None:
@@ -135,15 +134,17 @@ def _inverse(root: RootChanges, found: Found, steps: list[Step]) -> RootChanges:
     return RootChanges(root=root.root, guest=root.guest, missing=False, changes=back)
 
 
-def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, sets: tuple[ChangeSet, int]) -> None:
-    undoing, data_fd = sets
+def _execute(
+    folder: Path, head: Head, sites: list[Site], planner: Planner, sets: tuple[list[tuple[RootChanges, Site, str]], int]
+) -> ChangeSet:
+    """Do it; what undoes it. sets: what undoes each root, its site, its name there; and the contents."""
+    inverse, data_fd = sets
     steps, started = planner.steps, 0
     try:
         journal.announce(folder, head)
         for site in sites:
             _make_staging(site)
         journal.announce(folder, head)
-        prepare(folder, undoing)
         for index, site in enumerate(sites):
             mine = (step for step in steps if step.place == index)
             fill(site, mine, planner.content, data_fd)
@@ -152,6 +153,9 @@ def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, sets
             do(sites[step.place], step)
         for site in sites:
             beneath.sync(site.fd)
+        roots = (root if site.modes else as_kept(root, site.fd, prefix) for root, site, prefix in inverse)
+        undoing = ChangeSet(run=head.run, roots=tuple(roots))
+        prepare(folder, undoing)
         journal.commit(folder)
     except BaseException:
         # An interrupt may come when the mark has just been made.
@@ -160,6 +164,7 @@ def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, sets
             _clean_up(folder, sites, steps if started else None)
         raise
     _finish(folder, sites, steps)
+    return undoing
 
 
 def _make_staging(site: Site) -> None:
@@ -172,6 +177,11 @@ def _make_staging(site: Site) -> None:
     site.staging_fd = os.open(site.place.staging, flags, dir_fd=site.fd)
     info = os.fstat(site.staging_fd)
     site.place.staged = (info.st_dev, info.st_ino)
+    with contextlib.suppress(OSError):
+        os.fchmod(site.staging_fd, _ODD_MODE)
+    site.modes = os.fstat(site.staging_fd).st_mode & 0o777 == _ODD_MODE
+    if site.modes:
+        os.fchmod(site.staging_fd, 0o700)
 
 
 def _roll_back(sites: list[Site], started: list[Step], *, later: bool = False) -> None:

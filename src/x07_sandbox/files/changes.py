@@ -56,6 +56,11 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return "added"
         return "changed" if self.after is not None else "deleted"
 
+    @property
+    def of_root(self) -> bool:
+        """Whether it is about the folder whose entries all others are."""
+        return not self.name and any(node is not None and node.kind == "folder" for node in (self.before, self.after))
+
 
 Rule = Literal[
     "fs.deny_hidden",
@@ -116,8 +121,8 @@ class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return sum(bool(root.changes or root.refused) for root in self.roots) > 1
 
     def count(self, action: str) -> int:
-        """How many there are of one action."""
-        return sum(change.action == action for root in self.roots for change in root.changes)
+        """How many there are of one action. That a root itself is made, or goes again, is none."""
+        return sum(change.action == action and not change.of_root for root in self.roots for change in root.changes)
 
 
 def encode(changes: ChangeSet) -> bytes:

@@ -104,6 +104,18 @@ def look_at(root: RootChanges, dir_fd: int, prefix: str) -> Found:
     return Found(items, wrong, len(there_already) == len(changes), there_already)
 
 
+def as_kept(root: RootChanges, dir_fd: int, prefix: str) -> RootChanges:
+    """The same root with what is there in the modes that it has, where a file system keeps none. Raises OSError."""
+    changes = []
+    for change in root.changes:
+        before = change.before
+        if before is not None and before.kind != "link":
+            with thing(dir_fd, _below(prefix, change.name)) as there:
+                before = msgspec.structs.replace(before, mode=there.mode & 0o777) if there else before
+        changes.append(msgspec.structs.replace(change, before=before))
+    return msgspec.structs.replace(root, changes=tuple(changes))
+
+
 def default_mode() -> int:
     """What mkdir(2) gives a folder here. Read, since to ask umask(2) sets it for all threads."""
     for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():

@@ -352,7 +352,7 @@ class _Walk:
         copied = self.copied
         if name in self._ways:
             self._there.add(name)
-        copied.entries += 1
+        copied.entries += bool(name)  # the root itself is none
         copied.size += node.size
         if copied.entries > self._bounds.entries:
             why = f"{self._tree.host} has more than {self._bounds.entries} entries (fs.max_entries)"

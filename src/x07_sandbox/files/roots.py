@@ -110,6 +110,26 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
     return tuple(found.values())
 
 
+def mounts_of(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
+    """What is to be mounted, outer ones first, so that none covers another, with the number of its tree.
+
+    What lies where another one shows it anyway is none: the program could neither replace nor remove it (EBUSY).
+    """
+    every = [(number, mount) for number, tree in enumerate(trees) for mount in tree.mounts]
+    every.sort(key=lambda one: (one[1].at.count("/"), one[1].at))
+    return [one for one in every if not _is_shown(one, every)]
+
+
+def _is_shown(one: tuple[int, Mount], every: Sequence[tuple[int, Mount]]) -> bool:
+    number, mount = one
+    around = [other for other in every if inside(mount.at, other[1].at)]
+    if not around:
+        return False
+    tree, outer = around[-1]
+    there = f"{outer.sub}/{os.path.relpath(mount.at, outer.at)}".lstrip("/")
+    return (tree, outer.write, there) == (number, mount.write, mount.sub)
+
+
 def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
     """The mounts whose changes come back, each host folder once, with the number of its tree."""
     found: list[tuple[int, Mount]] = []

@@ -24,11 +24,15 @@ _CONFLICTS: Final = {*NOTHING, errno.EEXIST, errno.ENOTEMPTY}
 
 
 class Site(msgspec.Struct, kw_only=True):
-    """A place, opened and locked. fd: its folder. staging_fd: that of new and displaced content; -1 if it is gone."""
+    """A place, opened and locked. fd: its folder. staging_fd: that of new and displaced content; -1 if it is gone.
+
+    modes: whether its file system keeps the modes that it is given, as vfat and NTFS do not.
+    """
 
     place: Place
     fd: int
     staging_fd: int = -1
+    modes: bool = True
 
     def path(self, name: str) -> str:
         """For people."""
@@ -41,7 +45,8 @@ def do(site: Site, step: Step) -> None:
     Between the check of all and this anybody can have changed anything.
     """
     if step.kind == "mode":
-        _do_mode(site, step)
+        if site.modes:
+            _do_mode(site, step)
         return
     try:
         with beneath.parent_of(site.fd, step.name) as (folder, name):

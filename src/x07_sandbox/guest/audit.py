@@ -15,7 +15,7 @@ import posixpath
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from x07_sandbox.channel.frames import DENIED_MAX
@@ -54,7 +54,9 @@ _FOLDERS: Final[dict[str, tuple[bytes, ...]]] = {
 }
 _WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
-ERRNOS: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE)
+ERRNOS: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.EBUSY)
+# What ends with EBUSY where a folder or file is mounted, as roots are. Of other calls it is not asked for.
+_REPLACES: Final = frozenset({"rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir"})
 # How a call that opens says what for: the argument with its flags. Any other one that is not below changes something.
 _FLAGS: Final = {"open": "a1", "openat": "a2"}
 _READS_ONLY: Final = frozenset(
@@ -91,8 +93,10 @@ class Audit:
         self._socket.bind((0, 0))
         self.fd = self._socket.fileno()
         self._sequence = 0
+        replaces = [number for name, number in audited.items() if name in _REPLACES]
         for number in ERRNOS:
-            self._ask(_ADD_RULE, _rule(_EXIT_LIST, ((_FIELD_UID, UID), (_FIELD_EXIT, -number)), audited.values()))
+            calls = replaces if number == errno.EBUSY else audited.values()
+            self._ask(_ADD_RULE, _rule(_EXIT_LIST, ((_FIELD_UID, UID), (_FIELD_EXIT, -number)), calls))
         for kind in (_PROCTITLE, _EOE):
             self._ask(_ADD_RULE, _rule(_EXCLUDE_LIST, ((_FIELD_TYPE, kind),), ()))
         mask = _ENABLED | _FAILURE | _PID | _RATE_LIMIT | _BACKLOG_LIMIT | _BACKLOG_WAIT
@@ -105,11 +109,11 @@ class Audit:
         self.begin()
         self._lost_before = self._status()[_LOST]
 
-    def begin(self, find: Find | None = None) -> None:
-        """Forget all so far: what comes from here on is the program's. find: as Refusals has it."""
+    def begin(self, find: Find | None = None, roots: Sequence[str] = ()) -> None:
+        """Forget all so far: what comes from here on is the program's. find, roots: as Refusals has them."""
         while self._next() is not None:
             pass
-        self._refusals.forget(find)
+        self._refusals.forget(find, roots)
 
     def take(self) -> None:
         """Take what has come, at most so much that others get their turn."""
@@ -183,15 +187,17 @@ class Audit:
 class Refusals:
     """What records say, put together. found: how often each. untold: those beyond `DENIED_MAX` different ones."""
 
-    def __init__(self, calls: dict[str, int], find: Find | None = None) -> None:
+    def __init__(self, calls: dict[str, int], find: Find | None = None, roots: Sequence[str] = ()) -> None:
         """calls: numbers of system calls by name.
 
         find: the path of what has this device, as the kernel writes it, and this inode, and which name the call has for
             it, from the working directory on; empty if it does not know, or the name says it as well. A name relative
             to a descriptor says nothing else of where it lies, and any other may be that of a link.
+        roots: paths of what is mounted of the host's.
         """
         self._names = {number: name for name, number in calls.items()}
         self._find = find
+        self._roots = roots
         self._begun: dict[bytes, _Call] = {}
         self.found: dict[Refusal, int] = {}
         self.untold = 0
@@ -200,9 +206,10 @@ class Refusals:
         """Whether anything was heard of."""
         return bool(self.found or self._begun or self.untold)
 
-    def forget(self, find: Find | None = None) -> None:
+    def forget(self, find: Find | None = None, roots: Sequence[str] = ()) -> None:
         """Begin anew."""
         self._find = find
+        self._roots = roots
         self._begun.clear()
         self.found.clear()
         self.untold = 0
@@ -257,6 +264,9 @@ class Refusals:
         elif call.name in _EXECUTES:
             # A script, then its interpreter: the last is what was not executed.
             call.path = name or call.path
+        elif call.errno == errno.EBUSY:
+            # Of two names either may be what is mounted. What is told of it is what lies under the mount.
+            call.path = self._root(call, name) or call.path or name
         elif not beside:
             call.path = call.path or self._path(call, name, values)
 
@@ -270,6 +280,14 @@ class Refusals:
         given = "" if vague else posixpath.normpath(posixpath.join(call.cwd, name))
         device = values.get(b"dev", b"").decode("ascii", "replace")
         return self._find(device, _number(values.get(b"inode", b"")), given) or name
+
+    def _root(self, call: _Call, name: str) -> str:
+        """The root that a name means: that path, or the only one with that name at its end; else empty."""
+        path = posixpath.normpath(posixpath.join(call.cwd, name))
+        if path in self._roots:
+            return path
+        found = [root for root in self._roots if posixpath.basename(root) == posixpath.basename(path)]
+        return found[0] if len(found) == 1 else ""
 
     def _ended(self, serial: bytes, call: _Call) -> None:
         if call.items <= 0:

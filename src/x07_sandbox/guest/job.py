@@ -16,7 +16,7 @@ from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, init
 from x07_sandbox.guest.files import IncomingFiles
-from x07_sandbox.guest.mounts import ReadOnly, mount_all
+from x07_sandbox.guest.mounts import Names, mount_all
 from x07_sandbox.guest.place import Limits, failure, told_failure
 from x07_sandbox.guest.trees import changes
 
@@ -131,7 +131,8 @@ class Job:
         self.cpu_before_us = place.cpu_us_so_far()
         self.cpu_looked_at = time.monotonic()
         self.started = True
-        self.audit.begin(ReadOnly(self.files.trees, self.mounts).path if self.mounts else None)
+        names = Names(self.files.trees, self.mounts)
+        self.audit.begin(names.path if self.mounts else None, names.roots())
         place.start(self.argv, self.env, self.cwd, self.confined)
         self.report_fd, self.told_fd = place.report_fd, place.told_fd
         self.fds = {place.stdout_fd: Stream.STDOUT, place.stderr_fd: Stream.STDERR}

@@ -38,14 +38,18 @@ def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
         raise JobError("mounts", 0, told or "the process that mounts ended")
 
 
-class ReadOnly:
-    """Paths, for the program, of what it may only read, by inodes. It is asked for seldom, and looks then."""
+class Names:
+    """Paths, for the program: of roots, and by inodes of what it may only read. Asked for seldom, it looks then."""
 
     def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mapping[str, Any]]) -> None:
         """trees: by their streams. mounts: as START has them."""
         self._trees = trees
         self._mounts = mounts
         self._paths: dict[tuple[str, int], str] | None = None
+
+    def roots(self) -> list[str]:
+        """Where they are mounted."""
+        return [_text(mount["at"]) for mount in self._mounts]
 
     def path(self, device: str, inode: int, given: str = "") -> str:
         """Of what has this inode; empty for all else. device: its numbers in hexadecimal, as the audit has them.

@@ -30,6 +30,7 @@ OUTPUT: Final = "output"
 _COUNT_MAX: Final = 2**63 - 1  # as DENIED carries it
 _CGROUP: Final = "the guest's control group"
 _SECCOMP: Final = "the guest's seccomp filter"
+_MOUNTS: Final = "the guest's mounts"
 _LANDLOCK: Final = "the guest's Landlock rules"
 # What a rule of policies (policy/rules) may ask for first, and what to say then.
 _FIRST: Final[dict[str, tuple[str, object]]] = {
@@ -46,6 +47,7 @@ _LIMITS: Final[dict[str, tuple[str, str, str, str, Literal["host", "guest"]]]] =
 }
 _TASKS: Final = frozenset({"clone", "clone3", "fork", "vfork"})
 _EXECUTES: Final = frozenset({"execve", "execveat"})
+_REPLACES: Final = ("rename", "unlink", "rmdir")  # and the calls whose names begin so
 _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
 
 
@@ -224,14 +226,19 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: s
     if not path.startswith("/"):  # of a folder that is known by its descriptor, or none at all: nothing to advise
         return _seen(PERMISSIONS, action, path or f"({body['call']})", "the guest's kernel", count, None)
     area = _root_of(path, areas)
+    # A mount stays where it is, whether the kernel says so or looks at the mode of the folder around it first.
+    whole = area is not None and area.at == path and body["call"].startswith(_REPLACES)
+    if body["errno"] == errno.EBUSY or whole:
+        return _seen("fs.write_roots", "replace", path, _MOUNTS, count, _to_replace(path, area, policy, cwd))
     if action == "read":
         if area is None and _PROGRAM_FOLDERS & set(path.split("/")) and _misses(path, policy, cwd):
             return _seen("process.allow_execs", action, path, _LANDLOCK, count, _on_list(policy, path))
         return _seen(PERMISSIONS, action, path, "the file's mode and owner", count, None)
     if body["errno"] == errno.EPERM or (area is not None and area.write):
-        return _seen(PERMISSIONS, body["call"], path, "the file's mode and owner", count, None)
+        action = body["call"] if body["errno"] == errno.EPERM else action
+        return _seen(PERMISSIONS, action, path, "the file's mode and owner", count, None)
     field, how = _to_write(path, area, policy, cwd)
-    return _seen(field, action, path, "the guest's mounts", count, how)
+    return _seen(field, action, path, _MOUNTS, count, how)
 
 
 def _to_write(path: str, area: Area | None, policy: Policy, cwd: str) -> tuple[str, HowToAllow | None]:
@@ -252,6 +259,17 @@ def _to_write(path: str, area: Area | None, policy: Policy, cwd: str) -> tuple[s
     return "fs.write_roots", root_to_allow(policy, "write_roots", given)
 
 
+def _to_replace(path: str, area: Area | None, policy: Policy, cwd: str) -> HowToAllow | None:
+    """What would let a mount be replaced or removed: the folder of a root, as a root around it."""
+    if area is None or area.at != path or path == OUT:
+        return None
+    given = posixpath.normpath(area.given)
+    folder = posixpath.dirname(given) or "."
+    if given == "." or place(folder, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
+        return None
+    return root_to_allow(policy, "write_roots", folder)
+
+
 def _root_of(path: str, areas: Sequence[Area]) -> Area | None:
     """The innermost root that it is, or lies in."""
     around = (area for area in areas if path == area.at or inside(path, area.at))
@@ -263,5 +281,6 @@ def root_to_allow(policy: Policy, name: Literal["read_roots", "write_roots"], gi
     if not policy.fs.enabled:
         return allowing(policy, "fs.enabled", value=True)  # without it the flag is refused
     word = f"./{given}" if given.startswith("-") else given  # else it would be a flag itself
-    flag = f"--allow-{name.replace('_roots', '-root')} {shlex.quote(word)}"
+    # A terminal would take some characters for its own when they are pasted.
+    flag = f"--allow-{name.replace('_roots', '-root')} {shlex.quote(word)}" if given.isprintable() else None
     return allowing(policy, f"fs.{name}", [*getattr(policy.fs, name), given], flag)

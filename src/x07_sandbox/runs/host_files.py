@@ -18,7 +18,7 @@ from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, bounds_of, copy_tr
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection, repository_around
-from x07_sandbox.files.roots import Root, change_roots, roots_of, trees_of
+from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.plan.denials import Area, Denial, HowToAllow
@@ -74,9 +74,7 @@ class HostFiles:
             # What lies in another root, and that did not take it along.
             waiting += trees_of([root for root in roots if root.host in apart])
         writable = change_roots(self.trees)
-        every = ((number, mount) for number, tree in enumerate(self.trees) for mount in tree.mounts)
-        # Outer ones first, so that none covers another.
-        self._mounts = sorted(every, key=lambda one: (one[1].at.count("/"), one[1].at))
+        self._mounts = mounts_of(self.trees)
         self._roots = [one for one in self._mounts if one in writable]
         self._moded: list[str] = []  # roots that were given another mode
         self.incoming: Incoming | None = None
@@ -159,8 +157,7 @@ class HostFiles:
         if any(root.refused for root in changes.roots):
             every = ((root.root, refusal) for root in changes.roots for refusal in root.refused[:_DENIALS_MAX])
             refused = [_refusal(root, refusal, of_several=changes.of_several) for root, refusal in every]
-            names = {(root.root, refusal.name) for root in changes.roots for refusal in root.refused}
-            return _told(changes, "kept", f"{len(names)} of them may not be done"), refused[:_DENIALS_MAX], ""
+            return _told(changes, "kept", _why_kept(changes)), refused[:_DENIALS_MAX], ""
         if self._request.changes == "keep" or not ended_well:
             return _told(changes, "kept", "" if ended_well else "the program did not end by itself"), [], ""
         return self._applied(changes)
@@ -304,6 +301,15 @@ def _told(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN4
         deleted=changes.count("deleted"),
         names=names,
     )
+
+
+def _why_kept(changes: ChangeSet) -> str:
+    """How many may not be done; what was not even taken is not among the changes that are counted."""
+    names = {(root.root, refusal.name) for root in changes.roots for refusal in root.refused}
+    counted = {(root.root, change.name) for root in changes.roots for change in root.changes}
+    some = [f"{len(names & counted)} of them may not be done"] if names & counted else []
+    more = [f"{len(names - counted)} more may not be brought back"] if names - counted else []
+    return ", and ".join(some + more)
 
 
 def too_many(policy: Policy, action: str, subject: str) -> Denial:
