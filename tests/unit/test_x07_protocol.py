@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator
 from msgspec.structs import replace
 
 from x07_sandbox.programs.x07 import frame_input
+from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.protocol import (
     NO_METRICS,
     NOT_FRAMED,
@@ -19,7 +20,7 @@ from x07_sandbox.reports.protocol import (
     framed_output,
     read_protocol,
 )
-from x07_sandbox.reports.runner import Built, CompileRunReport, failure_report, render_report, runner_report
+from x07_sandbox.reports.runner import Built, CompileRunReport, failure_report, runner_report
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.runs.result import NOTHING, Changes, Digests, Result
 
@@ -55,7 +56,7 @@ def report(stdout: bytes, stderr: bytes, code: int = 0) -> CompileRunReport:
 
 def told(made: CompileRunReport) -> dict[str, Any]:
     """The report as a caller reads it, after the schema."""
-    document: dict[str, Any] = json.loads(render_report(made))
+    document: dict[str, Any] = json.loads(render_json(made))
     VALIDATOR.validate(document)
     return document
 

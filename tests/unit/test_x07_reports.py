@@ -16,6 +16,7 @@ from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.outcomes import OUTCOMES, ExitRule, Outcome
 from x07_sandbox.policy import decode_policy, default_policy, render_policy
 from x07_sandbox.reports.attestation import Attestation, Attested, attest, network_mode, reference
+from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.policy_init import PolicyInitReport
 from x07_sandbox.reports.runner import (
     Built,
@@ -24,7 +25,6 @@ from x07_sandbox.reports.runner import (
     World,
     failure_report,
     flat_report,
-    render_report,
     runner_report,
 )
 from x07_sandbox.reports.schemas import schemas
@@ -102,7 +102,7 @@ def ended(outcome: Outcome, *, built: bool = True, **more: Any) -> Result:  # no
 
 def document(report: CompileRunReport) -> dict[str, Any]:
     """The report as a caller reads it, found to be whole, closed, and of the right shape."""
-    text = render_report(report)
+    text = render_json(report)
     assert text.endswith(b"}\n")
     assert text.startswith(b'{\n  "')
     made: dict[str, Any] = json.loads(text)
@@ -277,12 +277,12 @@ def test_a_report_of_an_artifact_is_flat() -> None:
     flat: dict[str, Any] = {}
     for outcome, built in ((Outcome.REFUSED, False), (Outcome.TIMEOUT, True), (Outcome.OK, True)):
         report = runner_report(ended(outcome, built=built, exit_code=0 if outcome is Outcome.OK else None), BUILT)
-        flat = json.loads(render_report(flat_report(report)))
+        flat = json.loads(render_json(flat_report(report)))
         jsonschema.validate(flat, RUNNER)
         assert set(flat) == {"schema_version", "mode", "world", "sandbox_backend", "exit_code", *SOLVE_KEYS}
         assert (flat["mode"], flat["exit_code"], flat["ok"]) == ("run-os", report.exit_code, outcome is Outcome.OK)
         assert bool(flat["trap"]) is (outcome is not Outcome.OK)
-        assert report.solve is None or flat.items() > json.loads(render_report(report.solve)).items()
+        assert report.solve is None or flat.items() > json.loads(render_json(report.solve)).items()
     for wrong in (flat | {"solve": None}, {key: value for key, value in flat.items() if key != "kv_get_calls"}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, RUNNER)
@@ -292,11 +292,11 @@ def test_wrapped_holds_the_report_unchanged() -> None:
     """The wrapped report keeps to its schema, and holds the runner's report as it was, unless that is none."""
     report = runner_report(ended(Outcome.FAILED, exit_code=3), BUILT)
     target = Target(kind="program", path="prog.c", project_root=None, lockfile=None, resolved_module_roots=[])
-    made = json.loads(render_report(wrap(report, target)))
+    made = json.loads(render_json(wrap(report, target)))
     jsonschema.validate(made, WRAPPED)
     assert made["schema_version"] == "x07.run.report@0.3.0"
     assert (made["runner"], made["world"]) == ("os", SANDBOXED)
-    assert made["report"] == json.loads(render_report(report))
+    assert made["report"] == json.loads(render_json(report))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(made | {"report": {}}, WRAPPED)
 
@@ -326,7 +326,7 @@ def test_an_attestation_names_what_ran(outcome: Outcome, code: int) -> None:
     """It keeps to its schema with every key of X07's, and has the digests of image, policy bytes and executable."""
     result = ended(outcome, exit_code=code, stderr=output(b"sorry\n"))
     attested = attest(result, solved(result), given())
-    made = json.loads(render_report(attested))
+    made = json.loads(render_json(attested))
     jsonschema.validate(made, ATTEST)
     assert set(made) == ATTEST_KEYS | {"policy_path"}
     assert made["effective_policy_digest"] == f"sha256:{hashlib.sha256(POLICY_BYTES).hexdigest()}"
@@ -385,7 +385,7 @@ def test_the_network_has_x07s_word(enabled: bool, hosts: list[object], mode: str
     assert network_mode(policy) == mode
     result = ended(Outcome.OK, exit_code=0)
     made: Attestation = attest(result, solved(result), given(policy=policy))
-    jsonschema.validate(json.loads(render_report(made)), ATTEST)
+    jsonschema.validate(json.loads(render_json(made)), ATTEST)
     assert made.network_enforcement == ("vm_boundary_allowlist" if mode == "allowlist" else "none")
 
 

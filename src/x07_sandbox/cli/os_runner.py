@@ -23,7 +23,8 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.variables import check_environment, flag
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, SOURCE_SUFFIX, Options
-from x07_sandbox.reports.runner import World, failure_report, render_report
+from x07_sandbox.reports.document import render_json
+from x07_sandbox.reports.runner import World, failure_report
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest, open_input, read_policy
@@ -100,7 +101,7 @@ def _carry_out(options: argparse.Namespace) -> int:
             _note_unused(options, program)
             wanted = _wanted(options, request, program, stack, accepted=accepted)
             _, report = run_and_report(request, wanted, stack, _say)
-    return _print(render_report(report), report.exit_code)
+    return _print(render_json(report), report.exit_code)
 
 
 # the command line

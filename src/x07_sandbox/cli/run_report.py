@@ -21,7 +21,7 @@ from x07_sandbox.policy.overrides import derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, diagnostics_line
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, flat_report, render_report
+from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, flat_report
 from x07_sandbox.reports.wrapped import Target, wrap
 from x07_sandbox.runs.request import open_input, policy_in_force, read_policy, read_spec_file
 from x07_sandbox.runs.x07_program import need_policy, read_whole
@@ -104,7 +104,7 @@ def run_with_report(
         with noted(unwritten):
             write_diff(options.diff, result)
     told = report if options.artifact is None else flat_report(report)
-    text = render_report(told) if options.report != "wrapped" else _wrapped(told, request.program, program)
+    text = render_json(told) if options.report != "wrapped" else _wrapped(told, request.program, program)
     if options.report_out is not None:
         with noted(unwritten):
             write_whole(options.report_out, partial(write_all, data=text))

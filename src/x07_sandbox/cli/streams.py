@@ -30,16 +30,9 @@ class _Patient(io.FileIO):
                 return memoryview(data).nbytes
             if count is not None:
                 return count
+            from x07_sandbox.host.waiting import wait_writable  # seldom needed
+
             wait_writable(self.fileno())
-
-
-def wait_writable(fd: int) -> None:
-    """Wait until there is room in a non-blocking descriptor, or nobody left who would read."""
-    import select  # seldom needed
-
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    poll.poll()
 
 
 def fill_closed_streams() -> None:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.streams import wait_writable
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir, state_dir
+from x07_sandbox.host.waiting import wait_writable
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import unnamed_file

@@ -17,7 +17,8 @@ from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.policy import Policy
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
 from x07_sandbox.reports.attestation import WRITE_CODE, Attested, attest, reference
-from x07_sandbox.reports.runner import Built, CompileMode, CompileRunReport, render_report, runner_report
+from x07_sandbox.reports.document import render_json
+from x07_sandbox.reports.runner import Built, CompileMode, CompileRunReport, runner_report
 from x07_sandbox.reports.x07 import x07_report
 from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.program import Program
@@ -118,7 +119,7 @@ def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Com
         weaker_isolation=wanted.accepted,
     )
     made = attest(result, report.solve, given)
-    write_whole(wanted.attest_runtime, partial(write_all, data=render_report(made)), code=f"{WRITE_CODE}: ")
+    write_whole(wanted.attest_runtime, partial(write_all, data=render_json(made)), code=f"{WRITE_CODE}: ")
     return replace(report, runtime_attestation=reference(str(wanted.attest_runtime), made)), ending
 
 

@@ -10,7 +10,6 @@ A step that fails ends the job: there is no weaker form of any of them here.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import resource
 import signal
@@ -18,7 +17,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from x07_sandbox.guest import interpreter, restrict, system
+from x07_sandbox.guest import execution, interpreter, restrict, system
 
 T = TypeVar("T")
 
@@ -51,28 +50,12 @@ class World(NamedTuple):
     readable: list[str]
 
 
-class Execution(NamedTuple):
-    """What may be executed, where not everything may: what is of no file of the image only as far as it is named here.
-
-    programs: paths of programs that may be executed, None where none may. prefixes: beginnings of further ones.
-        With a list, no other program of the image can be read.
-    program: what is executed first, if anything is. alone: whether nothing that could be executed lies beside it.
-    mounts: where folders of the host are by now.
-    """
-
-    programs: list[str] | None
-    prefixes: list[str]
-    program: str | None
-    alone: bool
-    mounts: list[str]
-
-
 class Orders(NamedTuple):
     """What depends on the job.
 
     tmp_bytes: size of /tmp and of /dev/shm. cpu_s: the limit below that of the control group's counter.
     inputs_on_disk: whether the files of the job are too large to lie in memory.
-    execution: an `Execution`, as the plain tuple that can be sent.
+    execution: an `execution.Execution`, as the plain tuple that can be sent.
     """
 
     hostname: str
@@ -214,9 +197,9 @@ def _rules(world: World) -> None:
         system.landlock_allow(interpreter.RULES_FD, path, system.FS_READ_FILE)
     for path in _LOADERS:  # executed with every program, by the kernel itself
         with contextlib.suppress(FileNotFoundError):
-            _allow_program(path)
+            execution.allow_program(path)
     for folder in _PROGRAM_FOLDERS:
-        _links(folder)  # known from now on
+        execution.links(folder)  # known from now on
 
 
 def root_mode(flags: int) -> None:
@@ -283,132 +266,14 @@ def _resource_limits(orders: Orders) -> None:
 
 
 def _programs(orders: Orders) -> None:
-    """Allow what the list names: files as they are now, and whole folders where a beginning names one."""
-    if orders.execution is None:
-        return
-    execution = Execution(*orders.execution)
-    if execution.programs is None:
-        return
-    for at in execution.mounts:
-        system.landlock_allow(interpreter.RULES_FD, at, system.FS_READ_FILE)
-    if execution.program:
-        _allow_program(execution.program)
-    for path in _listed(execution):
-        _allow_program(path)
-
-
-def _allow_program(path: str) -> None:
-    system.landlock_allow(interpreter.RULES_FD, path, system.FS_EXECUTE | system.FS_READ_FILE)
-
-
-def _listed(execution: Execution) -> list[str]:
-    """What there is of what the lists name, each once."""
-    listed = [path for path in execution.programs or () if os.path.isfile(path)]
-    for prefix in execution.prefixes:
-        listed += [path for path in _named_by(prefix) if os.path.exists(path)]
-    return list(dict.fromkeys(listed))
-
-
-def _named_by(prefix: str) -> list[str]:
-    """What there is of paths that begin so."""
-    folder, _, start = prefix.rpartition("/")
-    folder = folder or "/"
-    if not start:
-        return [folder, *_links(folder)]
-    try:
-        entries = [entry for entry in os.scandir(folder) if entry.name.startswith(start)]
-    except OSError:
-        return []
-    return [entry.path for entry in entries]
-
-
-@functools.cache
-def _links(folder: str) -> tuple[str, ...]:
-    """Files outside a folder to which links in it lead: a rule for the folder covers what lies in it, and not these."""
-    try:
-        found = [os.path.realpath(entry.path) for entry in os.scandir(folder) if entry.is_symlink()]
-    except OSError:
-        return ()
-    own = os.path.realpath(folder) + "/"
-    return tuple(path for path in dict.fromkeys(found) if not path.startswith(own) and os.path.isfile(path))
+    if orders.execution is not None:
+        execution.allow(execution.Execution(*orders.execution))
 
 
 def _no_execution(orders: Orders) -> None:
-    """Let nothing be executed that is neither of the image nor named.
-
-    The loader, which every program needs, would run any file that it may read: only noexec keeps it from mapping one.
-    """
-    if orders.execution is None:
-        return
-    execution = Execution(*orders.execution)
-    closed = ["/tmp", "/dev/shm", "/x07/out", CWD, *execution.mounts]  # noqa: S108 - the guest's own
-    if not execution.alone:
-        closed.append(_INPUTS)
-    if execution.programs is not None:
-        closed = _open_listed(_listed(execution), closed)
-    program = execution.program
-    if program and _INPUTS in closed and program.startswith(f"{_INPUTS}/"):
-        # A mount of its own leaves the rest of the folder closed.
-        system.mount(program, program, "", system.MS_BIND)
-    for place in closed:
-        system.change_mount(place, system.MS_NOEXEC)
-
-
-def _open_listed(listed: list[str], places: list[str]) -> list[str]:
-    """Make what is listed mounts of their own, where they lie in one of those places; which of these are to be closed.
-
-    Here, as for the program, it counts that they were made before the place that holds them is closed.
-    """
-    listed = sorted(os.path.realpath(path) for path in listed)
-    places = list(places)
-    closed = [place for place in places if not any(_within(place, path) for path in listed)]
-    for path in listed:
-        holding = max((place for place in places if _within(path, place)), key=len, default=None)
-        if holding in closed:
-            folder = os.path.isdir(path)
-            for one in (path, *([] if folder else _elsewhere(path, holding, places))):
-                system.mount(one, one, "", system.MS_BIND | system.MS_REC)
-                if not folder:  # it is what it was at the start, wherever it could be changed
-                    system.change_mount(one, system.MS_RDONLY)
-            places.append(path)
-    return closed
-
-
-def _elsewhere(path: str, holding: str, places: list[str]) -> list[str]:
-    """Where else the file of this path, which lies in the mount *holding*, is: a folder may be mounted at more places.
-
-    places: the mounts that are looked at.
-    """
-    sources = _sources()
-    disk, top = sources[holding]
-    source = top.rstrip("/") + path[len(holding) :]
-    found = set()
-    for place in set(places) - {holding}:
-        other_disk, other_top = sources.get(place, ("", ""))
-        if other_disk == disk and _within(source, other_top):
-            found.add(place + source[len(other_top.rstrip("/")) :])
-    return sorted(other for other in found - {path} if os.path.exists(other) and os.path.samefile(other, path))
-
-
-def _sources() -> dict[str, tuple[str, str]]:
-    """Of every mount, by its place: the disk, and the folder of it that is mounted there."""
-    found = {}
-    with open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            disk, top, place = (_plain(word) for word in line.split(b" ")[2:5])
-            found[place] = disk, top  # of two at one place the later covers the other
-    return found
-
-
-def _plain(word: bytes) -> str:
-    """A word of mountinfo, in which blanks and the like are octal."""
-    first, *rest = word.split(b"\\")
-    return os.fsdecode(first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest))
-
-
-def _within(path: str, folder: str) -> bool:
-    """Whether a path is the folder or lies in it."""
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
+    if orders.execution is not None:
+        writable = ["/tmp", "/dev/shm", "/x07/out", CWD]  # noqa: S108 - the guest's own
+        execution.close(execution.Execution(*orders.execution), writable, _INPUTS)
 
 
 # A remount of its size takes the flag off again.

@@ -15,6 +15,7 @@ from x07_sandbox.channel.link import Data, Eof, Event, State
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, init
+from x07_sandbox.guest.execution import Execution
 from x07_sandbox.guest.files import IncomingFiles
 from x07_sandbox.guest.mounts import Names, mount_all
 from x07_sandbox.guest.place import Limits, failure, told_failure
@@ -140,7 +141,7 @@ class Job:
             os.set_blocking(fd, False)
         self._feed()
 
-    def _orders(self, execution: confine.Execution | None = None) -> confine.Orders:
+    def _orders(self, execution: Execution | None = None) -> confine.Orders:
         return orders(
             self.limits,
             hostname=self.hostname,
@@ -150,12 +151,12 @@ class Job:
             execution=None if execution is None else tuple(execution),
         )
 
-    def _execution(self) -> confine.Execution | None:
+    def _execution(self) -> Execution | None:
         """What may be executed, where not everything may."""
         confined = self.confined
         if confined.execute and confined.programs is None:
             return None
-        return confine.Execution(
+        return Execution(
             programs=confined.programs,
             prefixes=confined.prefixes,
             program=None if self.place.becomes(self.argv, self.env, confined) else self.argv[0],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import signal
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from x07_sandbox.errors import HostError
+from x07_sandbox.host.waiting import readable
 
 
 @cache
@@ -120,13 +120,3 @@ def wait_gone(identity: Identity, timeout_s: float) -> bool:
         return readable(pidfd, timeout_s)
     finally:
         os.close(pidfd)
-
-
-def readable(fd: int, timeout_s: float) -> bool:
-    """Whether something comes, or the end, within that time, in whole milliseconds.
-
-    Not by select(2), which takes no descriptor above 1023: our caller may have any number of them.
-    """
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(max(0, int(timeout_s * 1000))))

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import os
 import pwd
-import re
 import shutil
 import stat
 from pathlib import Path
@@ -23,6 +22,7 @@ import msgspec
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.mounts import mounts
 from x07_sandbox.images import commands, kernel, manifest, recipe, scratch, sources, toolchain, verify
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
 MMDEBSTRAP_TIMEOUT_S = 1800.0
 NEEDED_BYTES = 2 * 1024**3  # the tree, its tar file and the packages, all there at the same time
 TREE = "tree"
-_OCTAL = re.compile(rb"\\([0-7]{3})")  # how mountinfo has blanks and the like (proc_pid_mountinfo(5))
 TAR_FILE = "root.tar"
 
 
@@ -252,14 +251,9 @@ def remove_work(work: Path, progress: Callable[[str], None]) -> None:
 def remove_tree(folder: Path) -> None:
     """Remove a whole tree, but never into something mounted there. Raises ImageError."""
     below = os.fsencode(f"{folder}/")
-    with Path("/proc/self/mountinfo").open("rb") as file:
-        places = [_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), line.split()[4]) for line in file]
-        if any(place.startswith(below) for place in places):
-            raise ImageError(
-                f"cannot remove {folder}",
-                "something is still mounted below it",
-                "Unmount it (see findmnt), then try again",
-            )
+    if any(mounted.place.startswith(below) for mounted in mounts()):
+        why, fix = "something is still mounted below it", "Unmount it (see findmnt), then try again"
+        raise ImageError(f"cannot remove {folder}", why, fix)
     shutil.rmtree(folder)
 
 

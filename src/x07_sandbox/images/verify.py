@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import ImageError
+from x07_sandbox.host.mounts import mounts
 from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images import manifest, store
@@ -205,21 +206,16 @@ def sha256_of(fd: int, size: int) -> str:
 def filesystem(fd: int) -> str:
     """The type of the file system that *fd* lies on, as in mountinfo; empty if it cannot be told."""
     try:
-        mount_id = next(line.split()[1] for line in _lines(f"/proc/self/fdinfo/{fd}") if line.startswith(b"mnt_id:"))
-        mount = next(line for line in _lines("/proc/self/mountinfo") if line.split(b" ", 1)[0] == mount_id)
+        with Path(f"/proc/self/fdinfo/{fd}").open("rb") as file:
+            number = next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
+        return next(mounted.kind for mounted in mounts() if mounted.number == number)
     except (OSError, StopIteration):
         return ""
-    return mount.partition(b" - ")[2].split(b" ")[0].decode(errors="replace")
 
 
 def _names(folder_fd: int) -> set[str]:
     with os.scandir(folder_fd) as entries:
         return {entry.name for entry in entries}
-
-
-def _lines(path: str) -> list[bytes]:
-    with Path(path).open("rb") as file:
-        return file.readlines()
 
 
 @contextlib.contextmanager

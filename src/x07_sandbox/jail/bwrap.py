@@ -19,13 +19,15 @@ from typing import Final
 
 import msgspec
 
+from x07_sandbox.host.mounts import mounts
+
 BWRAP: Final = "/usr/bin/bwrap"
 SETPRIV: Final = "/usr/bin/setpriv"
 PERL: Final = "/usr/bin/perl"
 INNER_UID: Final = 64000  # in the user form: the uid that the process sees itself under
 
 SUPERVISOR: Final = str(Path(__file__).with_name("data") / "supervisor.pl")
-_EMPTY_IN_PROC: Final = "/proc/sys/fs/binfmt_misc"  # an empty folder, which hides nothing
+_EMPTY_IN_PROC: Final = b"/proc/sys/fs/binfmt_misc"  # an empty folder, which hides nothing
 _CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_range", "unshare", "mount")
 
 
@@ -67,9 +69,7 @@ def may_nest() -> bool:
     """
     if os.geteuid() == 0:
         return True
-    mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    places = {line.split()[4] for line in mounts}
-    return not [place for place in places if place.startswith("/proc/") and place != _EMPTY_IN_PROC]
+    return all(mounted.place == _EMPTY_IN_PROC or not mounted.place.startswith(b"/proc/") for mounted in mounts())
 
 
 def jail_argv(jail: Jail, command: list[str]) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.result import NOTHING, Result
 
 SCHEMA: Final = "x07-os-runner.report@0.5.0"
@@ -229,11 +228,6 @@ def flat_report(report: CompileRunReport) -> RunOsReport:
         runtime_attestation=report.runtime_attestation,
         **msgspec.structs.asdict(solve),
     )
-
-
-def render_report(report: msgspec.Struct) -> bytes:
-    """One pretty JSON object and a line end."""
-    return render_json(report)
 
 
 def _compiled(result: Result, built: Built) -> CompileReport:

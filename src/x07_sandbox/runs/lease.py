@@ -20,7 +20,7 @@ from x07_sandbox.backends.qemu.machine import qmp_quit
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import forks
 from x07_sandbox.host.paths import cache_folder, state_dir
-from x07_sandbox.host.processes import readable
+from x07_sandbox.host.waiting import readable
 from x07_sandbox.jobs.record import Claim, JobRecord, record_from, record_values
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.host.processes import identify, readable
+from x07_sandbox.host.processes import identify
 from x07_sandbox.host.troubles import host_error
+from x07_sandbox.host.waiting import readable
 from x07_sandbox.jobs.record import Claim
 from x07_sandbox.runs.lease import (
     ANSWER_S,

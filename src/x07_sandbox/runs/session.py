@@ -207,14 +207,13 @@ class Session:
         ending = as_build(ending)
         report = self.so_far.phases["build"] = replace(self.so_far.phases["build"], reason=ending.reason)
         self.so_far.build = BuildOutput(stdout=report.stdout, stderr=report.stderr)
-        if ending.outcome is not Outcome.OK or not artifact.complete:
-            self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
+        if ending.outcome is Outcome.OK and artifact.complete:
+            return None
+        self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
         if ending.outcome is not Outcome.OK:
             return ending
-        if not artifact.complete:
-            problem = facts.usage.get("output_problem") or "did not arrive whole"
-            return verdict(Outcome.BUILD_FAILED, f"the build ended well, but what it made {problem}", fault="program")
-        return None
+        problem = facts.usage.get("output_problem") or "did not arrive whole"
+        return verdict(Outcome.BUILD_FAILED, f"the build ended well, but what it made {problem}", fault="program")
 
     # its run
 

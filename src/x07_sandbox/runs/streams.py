@@ -6,7 +6,6 @@ import codecs
 import contextlib
 import hashlib
 import os
-import select
 import threading
 import unicodedata
 from typing import TYPE_CHECKING, Final
@@ -16,6 +15,7 @@ import msgspec
 from x07_sandbox.errors import BackendError, Cancelled
 from x07_sandbox.host.locks import LOOK_AGAIN_S
 from x07_sandbox.host.threads import started
+from x07_sandbox.host.waiting import readable, wait_writable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,9 +112,7 @@ class _Writer:
             try:
                 count = os.write(self._fd, chunk)
             except BlockingIOError:  # it was given to us with O_NONBLOCK
-                poll = select.poll()
-                poll.register(self._fd, select.POLLOUT)
-                poll.poll()
+                wait_writable(self._fd)
                 continue
             except OSError as exc:
                 with self._changed:
@@ -241,9 +239,7 @@ def read_all(fd: int, most: int) -> bytes:
         try:
             piece = os.read(fd, 1 << 20)
         except BlockingIOError:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.poll()
+            readable(fd)
             continue
         if not piece:
             break
@@ -294,9 +290,7 @@ class Cancel:
 
     def pause(self) -> None:
         """Wait a moment for something that no event tells of. Raises Cancelled once there was a request."""
-        poll = select.poll()
-        poll.register(self.fd, select.POLLIN)
-        poll.poll(LOOK_AGAIN_S * 1000)
+        readable(self.fd, LOOK_AGAIN_S)
         self.check()
 
     def interrupt(self, signal: int) -> None:

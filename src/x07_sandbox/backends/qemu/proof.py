@@ -22,7 +22,8 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder, replace_file
-from x07_sandbox.host.processes import boot_id, readable
+from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.waiting import readable
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
 if TYPE_CHECKING:

@@ -30,8 +30,9 @@ from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.processes import Identity, children_of, identify, own_identity, readable
+from x07_sandbox.host.processes import Identity, children_of, identify, own_identity
 from x07_sandbox.host.troubles import fix_of, need_own_proc
+from x07_sandbox.host.waiting import readable
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv, may_nest
