@@ -13,7 +13,7 @@ from typing import NoReturn
 import msgspec
 
 from x07_sandbox.policy.model import Policy
-from x07_sandbox.policy.problems import PolicyError, Problem, json_path
+from x07_sandbox.policy.problems import HUGE, PolicyError, Problem, json_path
 from x07_sandbox.policy.rules import rule_problems
 
 __all__ = [
@@ -31,8 +31,7 @@ __all__ = [
 MAX_BYTES = 1 << 20
 MAX_PROBLEMS = 100
 _MAX_DEPTH = 32  # the model itself is five levels deep
-_INT_CHARS = 20  # longer numbers are outside every range, and Python refuses to convert very long ones
-_HUGE: int = 10**_INT_CHARS
+_INT_CHARS = len(str(HUGE)) - 1  # Python refuses to convert very long ones
 _TOO_DEEP = f"is nested deeper than {_MAX_DEPTH} levels"
 _BLANKS = " \t\r\n"
 
@@ -150,7 +149,7 @@ def _refuse_constant(name: str) -> NoReturn:
 def _bounded_int(digits: str) -> int:
     if len(digits) <= _INT_CHARS:
         return int(digits)
-    return -_HUGE if digits.startswith("-") else _HUGE
+    return -HUGE if digits.startswith("-") else HUGE
 
 
 def _mark_repeated(pairs: list[tuple[str, object]]) -> _Repeated:

@@ -11,7 +11,7 @@ from typing import Any
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
-from x07_sandbox.policy.problems import Problem, json_path
+from x07_sandbox.policy.problems import HUGE, Problem, json_path
 from x07_sandbox.policy.schema import fields, policy_schema
 
 _SHOWN_CHARS = 40
@@ -116,6 +116,8 @@ def _shown(value: object) -> str:
         return "a list"
     if isinstance(value, str) and len(value) > _SHOWN_CHARS:
         return json.dumps(value[:_SHOWN_CHARS]) + "..."
+    if isinstance(value, int) and abs(value) >= HUGE:
+        return "a number of so many digits"
     return json.dumps(value)
 
 

@@ -7,6 +7,8 @@ import msgspec
 
 from x07_sandbox.errors import UsageError
 
+HUGE: int = 10**20
+"""Stands for any larger number of a document, which is outside every range."""
 _SHOWN_CHARS = 80  # of a key that nobody trusts, in a message
 
 
