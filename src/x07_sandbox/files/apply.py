@@ -20,7 +20,7 @@ import posixpath
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import journal
@@ -55,6 +55,14 @@ _FIXES: Final = {
     errno.EXDEV: "Unmount what is mounted there, or name it as a root of its own",
     errno.EBUSY: "Unmount what is mounted there",
 }
+
+
+class _Inverse(NamedTuple):
+    """What undoes the changes of one root, and the site and the name there that it is reached by."""
+
+    root: RootChanges
+    site: Site
+    prefix: str
 
 
 def apply(changes: ChangeSet, data_fd: int, folder: Path, *, on_wait: OnWait | None = None) -> ChangeSet:
@@ -101,7 +109,7 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
         for root, one, (path, prefix) in zip(roots, found, anchors, strict=True):
             before = len(planner.steps)
             planner.add(next(i for i, site in enumerate(sites) if site is by_path[path]), one.items)
-            inverse.append((_inverse(root, one, planner.steps[before:]), by_path[path], prefix))
+            inverse.append(_Inverse(_inverse(root, one, planner.steps[before:]), by_path[path], prefix))
         head = Head(run=changes.run, places=tuple(site.place for site in sites))
         return _execute(folder, head, sites, planner, (inverse, data_fd))
 
@@ -135,9 +143,9 @@ def _inverse(root: RootChanges, found: Found, steps: list[Step]) -> RootChanges:
 
 
 def _execute(
-    folder: Path, head: Head, sites: list[Site], planner: Planner, sets: tuple[list[tuple[RootChanges, Site, str]], int]
+    folder: Path, head: Head, sites: list[Site], planner: Planner, sets: tuple[list[_Inverse], int]
 ) -> ChangeSet:
-    """Do it; what undoes it. sets: what undoes each root, its site, its name there; and the contents."""
+    """Do it; what undoes it. sets: that, as it is planned, and the contents."""
     inverse, data_fd = sets
     steps, started = planner.steps, 0
     try:
@@ -153,7 +161,7 @@ def _execute(
             do(sites[step.place], step)
         for site in sites:
             beneath.sync(site.fd)
-        roots = (root if site.modes else as_kept(root, site.fd, prefix) for root, site, prefix in inverse)
+        roots = (one.root if one.site.modes else as_kept(one.root, one.site.fd, one.prefix) for one in inverse)
         undoing = ChangeSet(run=head.run, roots=tuple(roots))
         prepare(folder, undoing)
         journal.commit(folder)
