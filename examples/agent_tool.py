@@ -37,6 +37,7 @@ LINE_MAX: Final = 1 << 20  # bytes of a call
 OUTPUT_MAX: Final = 256 * 1024  # bytes of each stream; a program that writes more is ended
 TOLD_MAX: Final = 4000  # characters of each stream that the model is told
 MANIFEST: Final = "x07-sandbox.toml"
+RESULT: Final = msgspec.json.Decoder(Result)  # made here: threads must not be the first to use a type of msgspec's
 NAMES: Final = {"python": "main.py", "c": "main.c", "cpp": "main.cpp", "shell": "main.sh"}
 
 DEFINITION: Final[dict[str, Any]] = {
@@ -190,7 +191,7 @@ def run_by_command(call: dict[str, Any]) -> Result:
         argv += ["--policy", str(POLICY), "--timeout", str(call["timeout_s"])]
         argv += ["--input", f"{name}/stdin", f"{name}/project"]
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
-    return msgspec.json.decode(done.stdout, type=Result)
+    return RESULT.decode(done.stdout)
 
 
 # ------------------------------------------------------------------------------------------- what the model is told

@@ -23,8 +23,8 @@ backends.base backends.qemu.backend backends.qemu.instance backends.qemu.machine
 backends.qemu.side backends.qemu.start backends.qemu.template
 channel.connection channel.frames channel.link
 cli.cancel cli.console cli.main cli.run cli.run_options cli.streams cli.usage errors
-host.arch host.clocks host.cores host.forks host.locks host.memory host.mounts host.paths host.processes host.settings
-host.threads host.troubles host.variables host.waiting
+host.arch host.clocks host.cores host.forks host.locks host.memory host.models host.mounts host.paths host.processes
+host.settings host.threads host.troubles host.variables host.waiting
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.libraries jail.seccomp jail.uids
 jobs.admission jobs.launcher jobs.record

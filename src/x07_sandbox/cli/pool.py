@@ -17,6 +17,7 @@ from x07_sandbox.cli.documents import print_document, wanted
 from x07_sandbox.cli.usage import add_document_flags, whole_number
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.models import known
 from x07_sandbox.reports.pool import PoolReport, PoolStatus
 from x07_sandbox.runs.lease import GONE_S, PROTOCOL, connected, peer_of, pool_dir, receive, send
 
@@ -156,6 +157,6 @@ def _told() -> PoolStatus | None:
         raise HostError("cannot ask the pool", f"its process {pid} does not answer", fix)
     told = {key: value for key, value in answer[0].items() if key != "protocol"}
     try:
-        return msgspec.convert(told, PoolStatus)
+        return msgspec.convert(told, known(PoolStatus))
     except msgspec.ValidationError as exc:  # one that another version of ours has started
         raise HostError("cannot read what the pool says", str(exc), "Run x07 pool stop, and start it anew") from exc

@@ -134,10 +134,12 @@ class Audit:
             if not self._refusals.any():
                 return {}, 0
         while True:
+            late = time.monotonic() > deadline
             status = self._status()  # before what it says is still to come, which is then read
-            while (record := self._next()) is not None and time.monotonic() < deadline:
+            # All that there is, also where the machine stood still meanwhile: nobody is left who could make more of it.
+            while (record := self._next()) is not None:
                 self._refusals.note(*record)
-            if not status[_QUEUED] or time.monotonic() > deadline:
+            if late or not status[_QUEUED]:
                 break
         self._refusals.finish()
         return self._refusals.found, max(0, status[_LOST] - self._lost_before) + self._refusals.untold

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
+from x07_sandbox.host.models import known
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.plan.places import OUT, WRITABLE, inside, place
@@ -81,7 +82,7 @@ def allowing(policy: Policy, field: str, value: object, flag: str | None = None)
         path, value = _FIRST[problem.json_path]
         return HowToAllow(json_path=path, value=value)
     try:
-        msgspec.convert(document, Policy)
+        msgspec.convert(document, known(Policy))
     except msgspec.ValidationError:
         return None
     return HowToAllow(json_path=f"$.{field}", value=value, flag=flag)

@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.host.models import known
 from x07_sandbox.programs.x07 import HEAD_BYTES
 from x07_sandbox.reports.runner import (
     FAILED_EXIT,
@@ -60,7 +61,7 @@ def find_metrics(stderr: bytes) -> Metrics | None:
         if not line.lstrip().startswith(b"{"):
             continue
         try:
-            found = msgspec.json.decode(line, type=Metrics)
+            found = msgspec.json.decode(line, type=known(Metrics))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
         if found != Metrics():

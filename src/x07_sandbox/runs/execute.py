@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 else:
     Incoming = Any  # its module is loaded only where files may change
 
-_LOST_S: Final = 1.0  # how long a machine whose channel has ended may take to end itself, so that we can say how
+_LOST_S: Final = 5.0  # how long a machine whose channel has ended may take to end itself, so that we can say how
+# How often the channel is read once the time is up: 1 MiB, which is more than the guest may send of its own accord; and
+# how long what of it is still in the machine may take to follow, in milliseconds.
+_LATE_TURNS: Final = 8
+_LATE_MS: Final = 100
 _FILL: Final = 256 * 1024  # bytes queued for the guest at most, besides the windows
 
 
@@ -104,6 +108,7 @@ class Phase:
         self.usage: dict[str, Any] = {}
         self.refused: list[dict[str, Any]] = []
         self.over = False
+        self.late_turns = 0
         self.asked_to_stop = False
         self.sent = [0] * len(request.files)
         self.input = bytearray()
@@ -187,8 +192,15 @@ class Phase:
             self.instance.drain(fd)
 
     def _time_is_up(self) -> bool:
-        """Act on a deadline that has passed; whether that was the end."""
+        """Act on a deadline that has passed; whether that was the end.
+
+        What had come by then is taken first: it may be we who are late, stopped by Ctrl-Z say, or on a busy host.
+        """
         if not self.deadline.passed():
+            self.late_turns = 0
+            return False
+        if self.late_turns < _LATE_TURNS and self._has_come():
+            self.late_turns += 1
             return False
         if self.stage is Stage.BOOT:
             self._end(boot_timeout=True)
@@ -200,6 +212,13 @@ class Phase:
         else:
             self._end(deadline_passed=True)
         return self.over
+
+    def _has_come(self) -> bool:
+        """Whether there is a word of the guest's, of the machine's end or of the caller's that was not taken yet."""
+        poll = select.poll()
+        for fd in (self.instance.channel_fd, self.instance.pidfd, self.request.cancel.fd):
+            poll.register(fd, select.POLLIN)
+        return bool(poll.poll(_LATE_MS if self.late_turns else 0))
 
     # what comes from the guest
 
@@ -258,6 +277,8 @@ class Phase:
         if protocol != PROTOCOL:
             raise PeerError("bad HELLO frame", f"the agent speaks protocol {protocol}, and this is {PROTOCOL}")
         self._mark("hello")
+        if self.deadline.passed():
+            self.deadline = Deadline.after(settings.CLONE_S)  # it was in time; we were not
         self._seed()
 
     def _seed(self) -> None:

@@ -28,6 +28,7 @@ from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.models import known
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.processes import identify
 from x07_sandbox.host.troubles import host_error
@@ -222,7 +223,7 @@ class Server:
 def _claim(asked: dict[str, Any]) -> Claim | None:
     """What is claimed, if it is well-formed: it becomes the name of a folder."""
     with contextlib.suppress(msgspec.ValidationError):
-        claim = msgspec.convert({name: asked.get(name) for name in ("run_id", "phase", "wall_ms")}, Claim)
+        claim = msgspec.convert({name: asked.get(name) for name in ("run_id", "phase", "wall_ms")}, known(Claim))
         if _JOB_ID.fullmatch(claim.job_id) and 0 < claim.wall_ms <= _WALL_MS_MAX:
             return claim
     return None

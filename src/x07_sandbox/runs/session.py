@@ -13,6 +13,7 @@ from x07_sandbox.backends.base import Availability, Job, MachineKind, boots
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.models import known
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, create_record
 from x07_sandbox.plan.confinement import confinement
@@ -434,7 +435,7 @@ def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
                 break
         if artifact.sha256() == found.sha256:
             with contextlib.suppress(msgspec.MsgspecError):
-                build = msgspec.json.decode(found.notes, type=BuildOutput)
+                build = msgspec.json.decode(found.notes, type=known(BuildOutput))
                 artifact.complete = True
                 return build
     artifact.clear()

@@ -205,7 +205,9 @@ def _inner_process(child: subprocess.Popen[bytes], stderr_fd: int) -> Identity:
     deadline = Deadline.after(_SETUP_S)
     pidfd = os.pidfd_open(child.pid)
     try:
-        while not deadline.passed():
+        late = False
+        while not late:
+            late = deadline.passed()  # one look more: it may be we who are late
             for monitor in children_of(child.pid):
                 for pid in children_of(monitor):
                     if (inner := identify(pid)) is not None:

@@ -27,6 +27,7 @@ from x07_sandbox.errors import BackendError, HostError, ImageError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.models import known
 from x07_sandbox.host.paths import cache_folder, least_recently_used, read_bounded, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
@@ -205,7 +206,7 @@ def opened_template(template: Template) -> Iterator[Saved | None]:
 
 def _decode(data: bytes, template: Template) -> TemplateManifest:
     try:
-        made = msgspec.json.decode(data, type=TemplateManifest)
+        made = msgspec.json.decode(data, type=known(TemplateManifest))
     except msgspec.MsgspecError as exc:
         raise ImageError(f"cannot use {template.subject.name}", f"its {MANIFEST} is damaged", "Try again") from exc
     if (made.schema_version, made.key) != (SCHEMA, template.key):
@@ -295,7 +296,7 @@ def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
             most_bytes -= _size_bytes(folder)
             continue
         try:
-            made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=TemplateManifest)
+            made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=known(TemplateManifest))
         except (OSError, msgspec.MsgspecError):
             doomed.append((folder, "its manifest is damaged"))
             continue
