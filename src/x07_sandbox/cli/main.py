@@ -257,6 +257,10 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
 
 def entry() -> NoReturn:
     """The command itself: run and end with exactly that code."""
+    if sys.getfilesystemencoding() != "utf-8":
+        from x07_sandbox.cli.encoding import start_in_utf8
+
+        start_in_utf8()
     try:
         code = main()
     except SystemExit as exc:  # argparse's, after --help
