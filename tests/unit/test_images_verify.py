@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import time
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import pytest
 
 from tests.published import document
 from x07_sandbox.cli.main import main
-from x07_sandbox.errors import ImageError
+from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.images import manifest, scratch, store, verify
 
 if TYPE_CHECKING:
@@ -245,6 +246,19 @@ def test_folder_that_is_a_link_is_refused(image: store.Image) -> None:
     image.folder.symlink_to(image.folder.parent / "elsewhere")
     with pytest.raises(ImageError, match="cannot open guest image"):
         _open(image)
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_want_of_descriptors_is_no_damage(image: store.Image, left: int) -> None:
+    """Where this process may open no more files that is what is said, and not that the image is no good."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with (image.folder / "vmlinux").open() as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 1 + left, limits[1]))
+        try:
+            with pytest.raises(HostError, match="Too many open files"):
+                _open(image)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_fifo_is_refused_and_does_not_hang(image: store.Image) -> None:

@@ -230,6 +230,27 @@ def test_what_hinders_saving_a_machine_costs_a_cold_start(saved: Sandbox, monkey
     assert ("has changed" in told, "too little space" in told, "anew" in told) == (True, True, False)
 
 
+@pytest.mark.parametrize(
+    ("limited", "there"),
+    [
+        ('for n in $(seq 12 26); do (ulimit -n $n; "$@"); done', True),
+        ('ulimit -v 1000000; "$@"', False),
+        ('ulimit -t 2; "$@"', False),
+    ],
+)
+def test_what_one_process_may_not_have_speaks_against_no_saved_machine(
+    saved: Sandbox, limited: str, *, there: bool
+) -> None:
+    """A process short of descriptors, memory or CPU time leaves saved machines alone, and lets others save one."""
+    folder = template_folder()
+    if not there:
+        shutil.rmtree(folder)
+    command = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "/bin/true"]
+    subprocess.run(["/bin/sh", "-c", limited, "sh", *command], check=False, capture_output=True)
+    assert [path.name for path in templates_dir().iterdir() if path.name != ".lock"] == [folder.name] * there
+    assert starts(saved.behave("nothing")) == {"run": "clone"}
+
+
 def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
     in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:

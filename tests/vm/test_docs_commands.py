@@ -27,7 +27,10 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 
 def examples(page: Path) -> list[tuple[list[str], str | None]]:
-    """Command, output: of the page's commands that are ours, and of its Python programs, which an output follows."""
+    """Command, output: of the page's commands that are ours, and of its Python programs, which an output follows.
+
+    xpg_echo: echo takes backslashes as it does in zsh and in a plain sh, in which commands are typed too.
+    """
     found: list[tuple[list[str], str | None]] = []
     for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
         text, output = block["text"], block["output"]
@@ -36,7 +39,7 @@ def examples(page: Path) -> list[tuple[list[str], str | None]]:
         if page == PAGES[0] and not output:
             continue  # tests/vm/test_readme.py types these
         if block["language"] == "sh" and ".venv/bin/" in text and not any(other in text for other in _OTHERS):
-            found.append((["/bin/bash", "-euo", "pipefail", "-c", text], output))
+            found.append((["/bin/bash", "-O", "xpg_echo", "-euo", "pipefail", "-c", text], output))
     return found
 
 

@@ -201,12 +201,12 @@ def test_a_full_disk_under_the_saved_machines_means_a_cold_start(tmp_path: Path)
     ],
 )
 def test_output_that_nobody_takes_is_told(tmp_path: Path, words: tuple[str, ...]) -> None:
-    """With standard output closed a command ends as ever; on a full disk it says so and ends with 125."""
+    """With standard output closed a command ends as ever; where it cannot be written it says why, and ends with 125."""
     env = {"X07_VM_STATE_DIR": str(tmp_path / "state")}
     if words[0] == "prune":  # in the cache of all tests it may have to wait for one that saves a machine, and says so
         env["X07_VM_CACHE_DIR"] = str(tmp_path / "cache")
     closed = x07(*words, env=env, before=["/bin/sh", "-c", 'exec "$@" >&-', "closed"])
     assert (closed.returncode, closed.stderr) == (0, "")
-    full = x07(*words, env=env, before=["/bin/sh", "-c", 'exec "$@" >/dev/full', "full"])
-    assert full.returncode == 125
-    assert full.stderr == "x07: cannot write the output: No space left on device\n"
+    for output, why in ((">/dev/full", "No space left on device"), ("1</dev/null", "Bad file descriptor")):
+        done = x07(*words, env=env, before=["/bin/sh", "-c", f'exec "$@" {output}', "sh"])
+        assert (done.returncode, done.stderr) == (125, f"x07: cannot write the output: {why}\n")

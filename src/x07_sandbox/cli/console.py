@@ -9,6 +9,10 @@ import time
 from x07_sandbox.errors import shown
 
 
+class OutputError(OSError):
+    """Standard output does not take what we print: the reason is the system's, whichever it is, and no bug of ours."""
+
+
 def plain(text: str) -> str:
     """Text of a guest, of more lines, without control characters but line ends and tabs."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
@@ -21,16 +25,19 @@ def say(text: str, command: str = "x07") -> None:
 
 
 def show(line: str) -> None:
-    """One line of a result on standard output; a name that is no UTF-8 keeps its bytes. Raises OSError."""
+    """One line of a result on standard output; a name that is no UTF-8 keeps its bytes. Raises OutputError."""
     text = "".join(char if "\udc80" <= char <= "\udcff" else shown(char) for char in line)
     put(text.encode("utf-8", "surrogateescape") + b"\n")
 
 
 def put(data: bytes) -> None:
-    """*data* on standard output, behind what was printed there before. Raises OSError."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    """*data* on standard output, behind what was printed there before. Raises OutputError."""
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except OSError as exc:
+        raise OutputError(exc.errno, exc.strerror) from exc
 
 
 class LiveLine:

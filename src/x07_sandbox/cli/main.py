@@ -55,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parsed(words)
         _recover()
         code = _carried_out(options, words)
-        sys.stdout.flush()  # here, where a full disk behind it is told
     except KeyboardInterrupt as exc:
         from x07_sandbox.errors import Cancelled
 
@@ -170,9 +169,9 @@ def _recover() -> None:
 
 
 def _failed(exc: Exception, words: list[str]) -> int:
-    import errno
     import traceback
 
+    from x07_sandbox.cli.console import OutputError
     from x07_sandbox.errors import Cancelled, SandboxError
 
     if isinstance(exc, Cancelled):
@@ -182,7 +181,7 @@ def _failed(exc: Exception, words: list[str]) -> int:
         if not _wants_json(words):
             _say(str(exc))
         return _json_or(_exit_code(exc, words), exc, words)
-    if isinstance(exc, OSError) and exc.filename is None and exc.errno in {errno.ENOSPC, errno.EIO}:
+    if isinstance(exc, OutputError):
         _say(f"cannot write the output: {exc.strerror}")
         return 125
     if isinstance(exc, OSError | MemoryError):
@@ -258,6 +257,10 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
 
 def entry() -> NoReturn:
     """The command itself: run and end with exactly that code."""
+    if sys.getfilesystemencoding() != "utf-8":
+        from x07_sandbox.cli.encoding import start_in_utf8
+
+        start_in_utf8()
     try:
         code = main()
     except SystemExit as exc:  # argparse's, after --help

@@ -230,6 +230,10 @@ def _say(line: str) -> None:
 
 def entry() -> NoReturn:
     """The command itself: run and end with exactly that code."""
+    if sys.getfilesystemencoding() != "utf-8":
+        from x07_sandbox.cli.encoding import start_in_utf8
+
+        start_in_utf8()
     try:
         code = main()
     except SystemExit as exc:  # argparse's, after --help

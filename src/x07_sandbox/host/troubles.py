@@ -27,6 +27,9 @@ _FIXES: Final = {
     errno.EAGAIN: "Raise the limit on processes: ulimit -u",
 }
 
+# As subprocess tells it, and as a shell does: the kernel sends SIGXCPU, or SIGKILL where the hard limit is the same.
+_KILLED: Final = {number for signal in (9, 24) for number in (-signal, 128 + signal)}
+
 
 def host_error(exc: OSError | MemoryError) -> HostError | None:
     """What to tell the user of *exc*; None if it is no such error, and so a bug."""
@@ -41,6 +44,19 @@ def host_error(exc: OSError | MemoryError) -> HostError | None:
         return None
     place = os.fsdecode(exc.filename) if isinstance(exc.filename, str | bytes) else ""
     return HostError(f"cannot use {place}" if place else "cannot go on", exc.strerror or str(exc), fix)
+
+
+def out_of_cpu_time(status: int | None) -> str:
+    """Why a child of ours with that exit status was killed, where our own limit on CPU time may be it; else empty.
+
+    A limit of the shell holds for each process that we start, and a virtual machine is one of them.
+    """
+    if status not in _KILLED:
+        return ""
+    import resource
+
+    seconds = resource.getrlimit(resource.RLIMIT_CPU)[0]
+    return "" if seconds == resource.RLIM_INFINITY else f"ulimit -t gives a process {seconds} s of CPU time here"
 
 
 def fix_of(exc: OSError, otherwise: str) -> str:

@@ -12,6 +12,7 @@ does not protect against the user's own processes, who could as well change this
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -27,12 +28,14 @@ from x07_sandbox.host.models import known
 from x07_sandbox.host.mounts import mounts
 from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.troubles import host_error
 from x07_sandbox.images import manifest, store
 from x07_sandbox.images.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from x07_sandbox.errors import HostError
     from x07_sandbox.images.manifest import Part
     from x07_sandbox.images.store import Image
 
@@ -49,6 +52,8 @@ SETTLED_NS = 1_000_000_000
 # not overlay, whose upper layer may be one: there each open hashes everything.
 TIMES_MOVE = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
 FIX = "Run x07 image build, and if it comes again look at the disk"
+# What a process may run out of says nothing of the file: a good one must not be taken for damaged, and made anew.
+_RUN_OUT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 Identity = tuple[int, int, int, int, int, int, int]
 
@@ -85,7 +90,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextlib.contextmanager
 def open_image(image: Image) -> Iterator[OpenImage]:
-    """The image's files, verified. Raises ImageError if anything is not as the manifest says."""
+    """The image's files, verified. Raises ImageError if anything is not as the manifest says, HostError."""
     subject = _subject(image)
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(opened_folder(image.folder, subject))
@@ -103,7 +108,10 @@ def _subject(image: Image) -> Subject:
 
 
 def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack: contextlib.ExitStack) -> list[int]:
-    """Files below an opened folder, each verified; descriptors that *stack* closes. Raises ImageError."""
+    """Files below an opened folder, each verified; descriptors that *stack* closes.
+
+    Raises ImageError, HostError.
+    """
     record = _read_record(subject)
     known = record.files if record is not None and record.boot_id == boot_id() else {}
     fresh: dict[str, Identity] = {}
@@ -221,11 +229,12 @@ def _names(folder_fd: int) -> set[str]:
 
 @contextlib.contextmanager
 def opened_folder(folder: Path, subject: Subject) -> Iterator[int]:
-    """A folder of ours, for nobody else. Raises ImageError."""
+    """A folder of ours, for nobody else. Raises ImageError, HostError."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as exc:
-        raise ImageError(f"cannot open {subject.name}", exc.strerror or str(exc), subject.fix) from exc
+        what = f"cannot open {subject.name}"
+        raise _run_out(exc) or ImageError(what, exc.strerror or str(exc), subject.fix) from exc
     try:
         info = os.fstat(fd)
         if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != FOLDER_MODE:
@@ -237,12 +246,12 @@ def opened_folder(folder: Path, subject: Subject) -> Iterator[int]:
 
 @contextlib.contextmanager
 def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
-    """A regular file of ours, read-only for everybody, under its own name. Raises ImageError."""
+    """A regular file of ours, read-only for everybody, under its own name. Raises ImageError, HostError."""
     try:
         # O_NONBLOCK: a FIFO put in the file's place must not stop us.
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
     except OSError as exc:
-        raise _bad(subject, f"{name} cannot be opened, or is a link ({exc.strerror})") from exc
+        raise _run_out(exc) or _bad(subject, f"{name} cannot be opened, or is a link ({exc.strerror})") from exc
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
@@ -294,6 +303,10 @@ def _write_record(subject: Subject, files: dict[str, Identity]) -> None:
     settled = {name: identity for name, identity in files.items() if identity[4] < now_ns - SETTLED_NS}
     record = Record(schema_version=RECORD_SCHEMA, boot_id=boot_id(), files=settled)
     replace_file(_record_path(subject), msgspec.json.encode(record), sync=True)
+
+
+def _run_out(exc: OSError) -> HostError | None:
+    return host_error(exc) if exc.errno in _RUN_OUT else None
 
 
 def _bad(subject: Subject, why: str) -> ImageError:

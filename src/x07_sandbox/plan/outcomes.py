@@ -197,6 +197,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     output_overflow: the stream that passed its cap: "stdout" or "stderr".
     channel_error: how the guest broke the protocol; an end of the stream alone is no such error.
     vmm_status: the VMM's end as subprocess gives it (-N for signal N); None while it runs.
+    vmm_limit: the limit of ours that may have ended it.
     console_tail: the end of the console; hostile text, looked at only when the guest was lost.
     cancelled_by: the signal that ended the run from outside (0: a request without one).
     setup_failure: what the agent or we could not do for the job.
@@ -213,6 +214,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     output_overflow: str | None = None
     channel_error: str | None = None
     vmm_status: int | None = None
+    vmm_limit: str = ""
     console_tail: str = ""
     cancelled_by: int | None = None
     setup_failure: str | None = None
@@ -375,6 +377,7 @@ def _vmm_ended(evidence: Evidence, status: int) -> Verdict:
         return verdict(Outcome.GUEST_LOST, f"the guest switched itself off while {doing}", fault="program")
     else:
         how = "ended without an error"
+    how += f" ({evidence.vmm_limit})" if evidence.vmm_limit else ""
     outcome = Outcome.BACKEND_ERROR if evidence.stage is Stage.START else Outcome.GUEST_LOST
     return verdict(outcome, f"the virtual machine monitor {how} while the guest was {doing}")
 

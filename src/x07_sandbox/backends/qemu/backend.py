@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import Availability, Job, MachineKind
 from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
-from x07_sandbox.backends.qemu.start import Accelerator, check_tools, start_qemu
+from x07_sandbox.backends.qemu.start import Accelerator, NotStartedError, check_tools, start_qemu
 from x07_sandbox.backends.qemu.template import (
     ensure_template,
     lack_of_space,
@@ -103,6 +103,8 @@ class QemuBackend:
         try:
             if (saved := stack.enter_context(opened_template(template))) is not None:
                 return saved, ""
+        except HostError as exc:
+            return None, f"{exc.what}: {exc.why}"  # for now, as below
         except ImageError as exc:
             damage = f"{exc.what}: {exc.why}"
             self._progress(f"{damage}; making it anew")
@@ -121,6 +123,8 @@ class QemuBackend:
         try:
             self._make(template, kind, accelerator)
             return stack.enter_context(opened_template(template)), ""
+        except NotStartedError as exc:  # for now: another process may have what this one lacks
+            return None, f"{exc.what}: {exc.why}"
         except (BackendError, ImageError) as exc:
             template.distrust(f"{exc.what}: {exc.why}")
             return None, f"{exc.what}: {exc.why}. {_UNTIL}"

@@ -14,9 +14,10 @@ from x07_sandbox.backends.qemu.talk import talk_until
 from x07_sandbox.backends.qemu.template import SCHEMA, TemplateManifest, sparse_sha256, warm_up
 from x07_sandbox.channel.frames import Kind
 from x07_sandbox.channel.link import State
-from x07_sandbox.errors import BackendError
+from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.troubles import out_of_cpu_time
 from x07_sandbox.images.manifest import Part
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
 _ASK_AGAIN_MS: Final = 5
+_ENDS_MS: Final = 500
 _FIX: Final = "Jobs start cold until the host boots anew or x07 image build is run"
 
 
@@ -75,12 +77,22 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
         if why := talk_until(instance, State.WARM, Deadline.after(settings.TEMPLATE_S), words=words):
             if instance.mistimed() and not last:
                 return False
+            if spent := _out_of_cpu_time(instance):
+                raise HostError("cannot make a VM template", f"{why}; {spent}", "Raise that limit")
             said = " ".join(instance.console_tail().split())[-200:] if "ended" in why else ""
             raise BackendError("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
         _save(instance)
         if not instance.stop():
             raise BackendError("cannot make a VM template", "its machine did not end", _FIX)
     return True
+
+
+def _out_of_cpu_time(instance: QemuInstance) -> str:
+    """As of troubles, of a machine that may just be ending."""
+    poll = select.poll()
+    poll.register(instance.pidfd, select.POLLIN)
+    poll.poll(_ENDS_MS)
+    return out_of_cpu_time(instance.exit_status())
 
 
 def _new_file(path: Path, stack: contextlib.ExitStack) -> int:

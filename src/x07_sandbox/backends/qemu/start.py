@@ -80,6 +80,10 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
     scratch_disk: ScratchDisk
 
 
+class NotStartedError(BackendError):
+    """No machine came to be: the host's doing, or the caller's limits. It says nothing of what it would have run."""
+
+
 class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
     """How the guest's processor is provided."""
 
@@ -94,7 +98,7 @@ def start_qemu(
 
     memory: a machine to go on from, or files in which this one is to be saved; None boots it in memory of its own.
     arch: names the VMM and what it needs; this machine's row if None (tests of the jail put another VMM in its place).
-    Raises BackendError, HostError.
+    Raises NotStartedError, HostError; BackendError too where it ended at once.
     """
     arch = arch or host_arch()
     with contextlib.ExitStack() as stack:
@@ -160,7 +164,7 @@ def _run(
         try:
             child = launch(request)
         except OSError as exc:
-            raise BackendError(
+            raise NotStartedError(
                 "cannot start the virtual machine", f"{request.argv[0]}: {exc.strerror}", "Run x07 doctor"
             ) from exc
         given.close()  # the child has its own by now; an end of a pipe that stayed open here would never end
@@ -220,7 +224,7 @@ def _inner_process(child: subprocess.Popen[bytes], stderr_fd: int) -> Identity:
     raise _no_jail(child, stderr_fd)
 
 
-def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> BackendError:
+def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> NotStartedError:
     """What bubblewrap said when it could not build the jail, as an error."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(1)
@@ -231,7 +235,7 @@ def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> BackendError:
         fix = "A file that it needs was replaced or removed meanwhile: try again"
     else:
         fix = "Allow user and mount namespaces here (in a container: --privileged)"
-    return BackendError("cannot build the jail around the virtual machine", said[:500], fix)
+    return NotStartedError("cannot build the jail around the virtual machine", said[:500], fix)
 
 
 def _bound(pid: int, job: Job, groups: HostGroups) -> None:
@@ -263,7 +267,7 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
             if which in limits and not _may_be(limits[which], resource.getrlimit(which)[1])
         ]
         fix = f"Raise the hard limits of this shell: {', '.join(needed) or 'ulimit -H -a shows them'}"
-        raise BackendError("cannot bound the virtual machine", f"{exc.strerror or exc}", fix) from exc
+        raise NotStartedError("cannot bound the virtual machine", f"{exc.strerror or exc}", fix) from exc
 
 
 def _may_be(value: int, hard: int) -> bool:
