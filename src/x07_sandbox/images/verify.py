@@ -113,16 +113,16 @@ def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack:
     Raises ImageError, HostError.
     """
     record = _read_record(subject)
-    known = record.files if record is not None and record.boot_id == boot_id() else {}
+    before = record.files if record is not None and record.boot_id == boot_id() else {}
     fresh: dict[str, Identity] = {}
     fds = []
     for part in parts:
         fd = stack.enter_context(opened_file(folder_fd, part.file, subject))
         fds.append(fd)
-        identity = check_part(fd, part, known.get(part.file), subject)
+        identity = check_part(fd, part, before.get(part.file), subject)
         if part.bytes > SMALL_BYTES:
             fresh[part.file] = identity
-    if fresh != known:
+    if fresh != before:
         _write_record(subject, fresh)
     return fds
 
@@ -168,8 +168,8 @@ def _foreign(folder_fd: int, image: Image) -> list[str]:
     return [f"{name}: it does not belong to the image" for name in sorted(_names(folder_fd) - expected)]
 
 
-def check_part(fd: int, part: Part, known: Identity | None, subject: Subject) -> Identity:
-    """Make sure that *fd* is *part*; what it looked like then. known: how it looked when it was hashed before.
+def check_part(fd: int, part: Part, earlier: Identity | None, subject: Subject) -> Identity:
+    """Make sure that *fd* is *part*; what it looked like then. earlier: how it looked when it was hashed before.
 
     Raises ImageError.
     """
@@ -177,7 +177,7 @@ def check_part(fd: int, part: Part, known: Identity | None, subject: Subject) ->
     if before.st_size != part.bytes:
         raise _bad(subject, f"{part.file} has {before.st_size} bytes instead of {part.bytes}")
     identity = identity_of(before)
-    if known == identity and part.bytes > SMALL_BYTES and filesystem(fd) in TIMES_MOVE:
+    if earlier == identity and part.bytes > SMALL_BYTES and filesystem(fd) in TIMES_MOVE:
         return identity
     # Another build of the same user links the file into its image at any time, which moves ctime: read it once more.
     for _ in range(TRIES):

@@ -18,6 +18,7 @@ from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.troubles import out_of_cpu_time
+from x07_sandbox.host.waiting import readable
 from x07_sandbox.images.manifest import Part
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
 _ASK_AGAIN_MS: Final = 5
-_ENDS_MS: Final = 500
+_ENDS_S: Final = 0.5
 _FIX: Final = "Jobs start cold until the host boots anew or x07 image build is run"
 
 
@@ -89,9 +90,7 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
 
 def _out_of_cpu_time(instance: QemuInstance) -> str:
     """As of troubles, of a machine that may just be ending."""
-    poll = select.poll()
-    poll.register(instance.pidfd, select.POLLIN)
-    poll.poll(_ENDS_MS)
+    readable(instance.pidfd, _ENDS_S)
     return out_of_cpu_time(instance.exit_status())
 
 
