@@ -95,6 +95,8 @@ def test_words_have_their_meaning() -> None:
         ("X07_SANDBOX_BACKENDS", "X07_SANDBOX_BACKEND"),
         ("X07_I_ACCEPT_WEAK_ISOLATION", "X07_I_ACCEPT_WEAKER_ISOLATION"),
         ("X07_VM_REQUIRE_HARDWARES", "X07_VM_REQUIRE_HARDWARE"),
+        ("X07_I_ACCEPT", "X07_I_ACCEPT_WEAKER_ISOLATION"),
+        ("X07_VM_STATE", "X07_VM_STATE_DIR"),
     ],
 )
 def test_a_misspelt_name_is_told_with_the_one_that_was_meant(name: str, meant: str) -> None:
@@ -102,6 +104,13 @@ def test_a_misspelt_name_is_told_with_the_one_that_was_meant(name: str, meant: s
     (warning,) = check_environment({name: "whatever", "HOME": "/root"})
     assert name in warning
     assert f"did you mean {meant}?" in warning
+
+
+def test_a_name_like_none_of_ours_is_told_with_where_they_stand() -> None:
+    """A name that begins like ours and resembles none of them is a warning that says where all of them are."""
+    assert check_environment({"X07_VM_ZZZ": "1"}) == (
+        "X07_VM_ZZZ is no variable of x07-sandbox; docs/x07.md lists them",
+    )
 
 
 def test_names_that_are_not_ours_are_nobodys_business() -> None:

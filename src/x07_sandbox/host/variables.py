@@ -260,8 +260,9 @@ def _unknown(name: str) -> str:
     import difflib  # costs more than all else here, and is needed only after a slip
 
     shown = ascii(name)[1:-1]
-    close = difflib.get_close_matches(name[:_SHOWN_CHARS], VARIABLES, n=1, cutoff=0.75)
-    meant = f"; did you mean {close[0]}?" if close else ""
+    longer = [known for known in VARIABLES if known.startswith(f"{name}_")]  # the rest of a name is soon forgotten
+    close = longer or difflib.get_close_matches(name[:_SHOWN_CHARS], VARIABLES, n=1, cutoff=0.75)
+    meant = f"; did you mean {close[0]}?" if close else "; docs/x07.md lists them"
     return f"{shown[:_SHOWN_CHARS]} is no variable of x07-sandbox{meant}"
 
 
