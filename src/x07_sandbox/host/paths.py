@@ -168,12 +168,18 @@ def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) ->
             f"it is uid {info.st_uid}'s with mode {stat.S_IMODE(info.st_mode):04o}, and must be yours with 0700",
             _how_to_be_private(info, here),
         )
-    if info.st_uid not in {0, uid} or (info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX):
+    if _others_can_change(info):
         raise HostError(
             f"cannot use folder {here}",
             f"others can change it (uid {info.st_uid}, mode {stat.S_IMODE(info.st_mode):04o})",
             "Choose a folder below one that only you or root can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR",
         )
+
+
+def _others_can_change(info: os.stat_result) -> bool:
+    """Whether somebody but us and root could put another folder in the place of one that is in it."""
+    theirs = info.st_uid not in {0, os.geteuid()}
+    return theirs or bool(info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX)
 
 
 def _how_to_be_private(info: os.stat_result, here: Path) -> str:
@@ -187,5 +193,6 @@ def _how_to_be_private(info: os.stat_result, here: Path) -> str:
     if info.st_uid == uid != 0 and not shared:
         return "If nobody else needs it run chmod 0700 on it, or choose another folder"
     below = f"a new folder below it, such as {here / 'x07-sandbox'}"
-    where = below if info.st_uid == uid or info.st_mode & stat.S_ISVTX else "a folder of your own"
+    makes = info.st_uid == uid or info.st_mode & stat.S_ISVTX
+    where = below if makes and not _others_can_change(info) else "a folder of your own"
     return f"Leave it as it is and choose {where}, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR"
