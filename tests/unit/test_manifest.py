@@ -30,7 +30,7 @@ def test_everything_that_a_manifest_may_say_is_read() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "schema_version is None"),
+        ("", "schema_version is missing"),
         ("x = [", "not TOML"),
         ("\xff", "not UTF-8"),
         ('schema_version = "x07.sandbox.project@9.0.0"', "reads 'x07.sandbox.project@0.1.0'"),

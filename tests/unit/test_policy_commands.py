@@ -100,6 +100,16 @@ def test_what_cannot_be_read_is_told_apart_from_what_is_invalid(tmp_path: Path, 
     assert (code, found["ok"], name in found["error"]["what"]) == (2, False, True)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"), [("worker", "or built-in:worker"), ("", "its name is empty"), ("other", "Name a readable file.")]
+)
+def test_a_name_that_is_no_files_is_told_with_what_was_meant(tmp_path: Path, name: str, told: str) -> None:
+    """The mere name of a template is told with the one that it has here, and an empty name as what it is."""
+    code, out, err = policy(tmp_path, "check", name)
+    assert (code, out) == (2, "")
+    assert told in err
+
+
 def test_a_digest_is_one_line(tmp_path: Path) -> None:
     """`x07 policy digest` prints the canonical digest; with --json the digest of the bytes too, as a result has it."""
     (tmp_path / "p.json").write_bytes(json.dumps(json.loads(GOOD)).encode())

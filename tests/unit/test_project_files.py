@@ -72,6 +72,13 @@ def replaced(place: Path, make: Callable[[Path], object]) -> None:
     make(place)
 
 
+def test_who_calls_standard_input_a_dash_is_told_its_name(stack: contextlib.ExitStack) -> None:
+    """An input of the name `-`, which is no file here, is told with the file that standard input is."""
+    cancel = stack.enter_context(contextlib.closing(Cancel()))
+    with pytest.raises(UsageError, match="or /dev/stdin"):
+        open_input(RunRequest(cancel=cancel, input=Path("-")), stack)
+
+
 def test_a_project_brings_its_policy_and_its_input(folder: Path, stack: contextlib.ExitStack) -> None:
     """Both are taken when the project is read, through links inside it too; what is put there later is not."""
     (folder / "own/real").write_bytes(b"the project's")

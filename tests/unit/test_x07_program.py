@@ -127,6 +127,16 @@ def test_the_wrapped_report_names_what_was_run(
     assert found["lockfile"] == ("project/own.lock.json" if found["kind"] == "project" else None)
 
 
+def test_a_project_of_ours_is_not_run_without_its_name(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no program is named beside an x07-sandbox.toml, what to type for that project is said."""
+    monkeypatch.chdir(tmp_path)
+    Path("x07-sandbox.toml").touch()
+    assert main(["run", "--dry-run"]) == 2
+    assert "x07 run . for the project" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("place", [".", "src/deep"])
 def test_a_project_is_run_from_inside(
     project: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, place: str

@@ -224,7 +224,7 @@ def _request(
         with cancel.waiting():
             program, source = None, _source_from_stdin()
     elif program is None:
-        raise UsageError("cannot run nothing", "no PROGRAM is named, and this is no X07 project", _NAME_ONE)
+        raise _nothing_named()
     stdin_fd = None if options.code is None and source is not None else _stream(0)
     as_x07 = for_x07 or options.report or options.attest_runtime
     if as_x07 and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
@@ -326,6 +326,14 @@ def _overrides(options: argparse.Namespace) -> Overrides | None:
     from x07_sandbox.policy.overrides import Overrides
 
     return Overrides(**given)
+
+
+def _nothing_named() -> UsageError:
+    """Without PROGRAM only a project of X07's is taken, as its own command does; one of ours is named by its folder."""
+    from x07_sandbox.programs.manifest import FILE
+
+    fix = f"Type x07 run . for the project of the {FILE} here" if os.path.lexists(FILE) else _NAME_ONE
+    return UsageError("cannot run nothing", "no PROGRAM is named, and this is no X07 project", fix)
 
 
 def _source_from_stdin() -> bytes:

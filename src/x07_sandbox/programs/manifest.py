@@ -78,7 +78,7 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
         _wrong(source, f"it is not TOML: {exc}" if str(exc) else "it is nested too deep")
     found = value.get("schema_version")
     if found != SCHEMA:
-        shown = repr(found[:64]) if isinstance(found, str) else type(found).__name__
+        shown = repr(found[:64]) if isinstance(found, str) else "missing" if found is None else type(found).__name__
         _wrong(source, f"schema_version is {shown}, and this version reads {SCHEMA!r}")
     _check_keys(value, source)
     try:

@@ -159,7 +159,7 @@ def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Poli
 
         given = built_in(given)
     if isinstance(given, str | Path):
-        data = read_bounded(Path(given), "policy", MAX_BYTES)
+        data = _policy_file(given)
         return decode_policy(data, source=str(given)), data
     if isinstance(given, ProjectPolicy):
         policy = decode_policy(given.data, source=str(given))
@@ -173,6 +173,20 @@ def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Poli
     except (TypeError, ValueError, RecursionError) as exc:
         raise UsageError("cannot use the policy", f"no document can hold it: {exc}", "Correct its values") from exc
     return decode_policy(data, source=str(given.policy_id)), data
+
+
+def _policy_file(given: str | Path) -> bytes:
+    """The bytes of a policy's file. Raises UsageError, which tells a template's mere name with what would name it."""
+    if given == "":  # what an unset variable of a shell makes
+        raise UsageError("cannot read the policy", "its name is empty", "Name a file")
+    try:
+        return read_bounded(Path(given), "policy", MAX_BYTES)
+    except UsageError as exc:
+        from x07_sandbox.policy.templates import BUILT_IN, TEMPLATES
+
+        if not isinstance(given, str) or given not in TEMPLATES:
+            raise
+        raise UsageError(exc.what, exc.why, f"Name a readable file, or {BUILT_IN}{given}") from exc
 
 
 def _check_own(policy: Policy, given: ProjectPolicy) -> None:
@@ -250,7 +264,8 @@ def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool =
     path = request.input
     if path is None:
         return request.stdin_fd
-    what, fix = f"cannot read the input {path}", "Name a readable file"
+    what = f"cannot read the input {path}"
+    fix = "Name a readable file" + ", or /dev/stdin" * (path == Path("-"))  # as many commands call standard input
     try:
         if not wait and stat.S_ISFIFO(path.stat().st_mode):
             return None
