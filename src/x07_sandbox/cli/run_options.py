@@ -67,14 +67,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _add_program(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the program")
     group.add_argument("-c", dest="code", action=Once, metavar="CODE", help="a source text; needs --toolchain")
-    group.add_argument("--toolchain", choices=tuple(BY_NAME), metavar="T", help="how it is built and started")
+    group.add_argument(
+        "--toolchain", action=Once, choices=tuple(BY_NAME), metavar="T", help="how it is built and started"
+    )
     group.add_argument(
         "--policy",
+        action=Once,
         metavar="FILE",
         help="what it may touch: a document, or built-in:TEMPLATE (default: no files, no network, 60 s, 512 MiB)",
     )
     group.add_argument(
         "--timeout",
+        action=Once,
         type=seconds(600),
         metavar="S",
         help="seconds that it may take, at most the policy's",
@@ -90,10 +94,12 @@ def _add_x07(parser: argparse.ArgumentParser) -> None:
         dest = "program_flag" if kind == "program" else kind
         group.add_argument(name, dest=dest, action=Once, metavar="F", help=f"the {kind}, in place of PROGRAM")
     group.add_argument("--world", metavar="W", default="run-os-sandboxed", help="run-os-sandboxed, the only one here")
-    group.add_argument("--profile", metavar="N", help="of an x07.json")
+    group.add_argument("--profile", action=Once, metavar="N", help="of an x07.json")
     group.add_argument("--auto-ffi", action=argparse.BooleanOptionalAction, help="compile the foreign code of packages")
     for name in X07_LIMITS:
-        group.add_argument(name, type=whole_number(0, 1 << 48, "units"), metavar="N", help="binds X07 programs only")
+        group.add_argument(
+            name, action=Once, type=whole_number(0, 1 << 48, "units"), metavar="N", help="binds X07 programs only"
+        )
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -111,9 +117,15 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         help="what becomes of its changes to the folders that it may change, when it has ended by itself; kept ones "
         "wait for x07 diff, x07 apply (default: apply)",
     )
-    group.add_argument("--diff", type=Path, metavar="FILE", help="write its changes there too, as a patch to read")
     group.add_argument(
-        "--out", type=named_folder, metavar="DIR", help="a folder of ours that it finds as /x07/out, to write to"
+        "--diff", action=Once, type=Path, metavar="FILE", help="write its changes there too, as a patch to read"
+    )
+    group.add_argument(
+        "--out",
+        action=Once,
+        type=named_folder,
+        metavar="DIR",
+        help="a folder of ours that it finds as /x07/out, to write to",
     )
     group.add_argument(
         "--allow-protected",
@@ -135,18 +147,23 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 def _add_input(parser: argparse.ArgumentParser) -> None:
     title = "its standard input (default: the project's, else ours)"
     group = parser.add_argument_group(title).add_mutually_exclusive_group()
-    group.add_argument("--input", type=Path, metavar="FILE", help="a file")
+    group.add_argument("--input", action=Once, type=Path, metavar="FILE", help="a file")
     group.add_argument("--stdin", action="store_true", help="ours, whatever the project says")
-    group.add_argument("--input-b64", metavar="TEXT", help="bytes, as base64")
+    group.add_argument("--input-b64", action=Once, metavar="TEXT", help="bytes, as base64")
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the machines")
-    group.add_argument("--image", metavar="NAME|DIGEST", help="the guest image (default: default)")
+    group.add_argument("--image", action=Once, metavar="NAME|DIGEST", help="the guest image (default: default)")
     group.add_argument("--require-hardware", action="store_true", help="refuse emulation")
-    group.add_argument("--backend", metavar="B", help="how they are started (default: X07_VM_BACKEND, else qemu)")
     group.add_argument(
-        "--sandbox-backend", choices=tuple(SANDBOX_BACKENDS), help="the wall (default: X07_SANDBOX_BACKEND, else auto)"
+        "--backend", action=Once, metavar="B", help="how they are started (default: X07_VM_BACKEND, else qemu)"
+    )
+    group.add_argument(
+        "--sandbox-backend",
+        action=Once,
+        choices=tuple(SANDBOX_BACKENDS),
+        help="the wall (default: X07_SANDBOX_BACKEND, else auto)",
     )
     group.add_argument(
         "--i-accept-weaker-isolation", action="store_true", help="accept a wall that is no virtual machine, if named"
@@ -169,16 +186,21 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--raw", action="store_true", help="let a terminal have control sequences of the program's")
     group.add_argument(
         "--max-output-bytes",
+        action=Once,
         type=whole_number(0, 1 << 40, "bytes"),
         metavar="N",
         help="per stream (default: 64 MiB); of an X07 program its output (default: its profile's, else 1 MiB)",
     )
-    group.add_argument("--compiled-out", type=Path, metavar="FILE", help="keep what was built there")
+    group.add_argument("--compiled-out", action=Once, type=Path, metavar="FILE", help="keep what was built there")
     group.add_argument(
-        "--report", choices=("runner", "wrapped"), help="print X07's report instead, and end with its exit code"
+        "--report",
+        action=Once,
+        choices=("runner", "wrapped"),
+        help="print X07's report instead, and end with its exit code",
     )
     group.add_argument(
         "--attest-runtime",
+        action=Once,
         type=Path,
         metavar="FILE",
         help="X07's attestation of the run, with --report runner if none is named",
