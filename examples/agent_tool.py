@@ -136,7 +136,7 @@ def check(call: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
         f"{json.dumps(path)[1:-1]} does not keep to {rule} {json.dumps(value)}"[:300] for path, rule, value in broken
     ]
     if problems:
-        raise BadCall("; ".join(problems[:5]))
+        raise BadCall("; ".join([*dict.fromkeys(problems)][:5]))
     asked = call["input"]
     files = asked.get("files", {})
     for name in files.keys() & {NAMES[asked["language"]], MANIFEST}:
@@ -297,4 +297,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except SandboxError as exc:  # no image, say
+        sys.exit(f"agent_tool: {exc}")

@@ -130,6 +130,7 @@ def test_hostile_calls_of_an_assistant_end_as_their_limits_say(way: str, image: 
 MALFORMED: Final = {
     "no language": (b'{"id": "1", "name": "run_code", "input": {"source": "1"}}\n', "language"),
     "no source": (b'{"id": "1", "name": "run_code", "input": {"language": "c"}}\n', "source"),
+    "nothing but an id": (b'{"id": "1"}\n', "required"),
     "no input": (b'{"id": "1", "name": "run_code"}\n', "input"),
     "another tool": (b'{"id": "1", "name": "rm", "input": {}}\n', "$.name"),
     "unknown language": (call("1", "cobol"), 'enum ["python"'),
@@ -182,6 +183,8 @@ def test_malformed_calls_of_an_assistant_are_told_what_is_wrong(image: Image, st
         content = told.pop(str(number))
         assert content["outcome"] == "usage-error", name
         assert len(content["reason"]) < 1600, name
+        rules = content["reason"].split("; ")
+        assert sorted({*rules}) == sorted(rules), name  # nothing is said twice
         assert part in content["reason"], name
     assert told == {}
     reasons = [one["content"]["reason"] for one in found if one["id"] is None]

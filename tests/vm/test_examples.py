@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import random
 import subprocess
 import sys
@@ -52,6 +53,21 @@ def expected_frequencies(text: str, most: int) -> str:
     counted = collections.Counter("".join(char.lower() if char.isalpha() else " " for char in text).split())
     ordered = sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))
     return "".join(f"{count:7d} {word}\n" for word, count in ordered[:most])
+
+
+@pytest.mark.parametrize("name", ["grader", "agent_tool"])
+def test_an_example_without_an_image_says_so_in_one_line(name: str, tmp_path: Path) -> None:
+    """Those that start programs say what is missing and what to do, where they cannot start any, and end with 1."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        env=os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache")},
+        input="",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{name}: no guest image: none was built. Run x07 image build.\n"
 
 
 def test_word_frequencies_of_several_megabytes(sandbox: Sandbox) -> None:

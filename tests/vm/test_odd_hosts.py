@@ -93,6 +93,33 @@ def _is_vmm(pid: int, owner: dict[str, Any]) -> bool:
     return words[0].endswith(b"qemu-system-x86_64") and any(owner["instance"].encode() in word for word in words)
 
 
+IN_THE_BACKGROUND = """
+import fcntl, os, pty, signal, subprocess, sys, termios, time
+ours, theirs = pty.openpty()
+if os.fork() == 0:
+    os.setsid()  # the shell, in whose turn the terminal is
+    fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+    command = subprocess.Popen(sys.argv[1:], stdin=theirs, process_group=0)
+    print(os.waitstatus_to_exitcode(os.waitpid(command.pid, os.WUNTRACED)[1]), flush=True)
+    command.kill()
+    os._exit(0)
+typed = 0
+while not os.waitpid(-1, os.WNOHANG)[0]:
+    if typed < 1000:  # for more there may be no room
+        typed += os.write(ours, b"next command\\n")
+    time.sleep(0.1)
+"""
+
+
+def test_a_run_in_the_background_of_a_terminal_goes_on(state: Path) -> None:
+    """What is typed for another does not stop a run that a shell has in the background; for its program input ends."""
+    source = "import sys, time; time.sleep(1); print('read', sys.stdin.read())"
+    command = [sys.executable, "-c", IN_THE_BACKGROUND, *X07, "run", "--toolchain", "python", "-c", source]
+    env = os.environ | {"X07_VM_STATE_DIR": str(state)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["read", "0"], done.stderr
+
+
 def test_a_library_call_says_that_sigchld_is_ignored(state: Path) -> None:
     """A Python program that ignores SIGCHLD is told so, instead of getting wrong verdicts."""
     code = "import signal, x07_sandbox\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,3 +28,29 @@ def test_an_agent_that_answers_is_the_proof(image: Image, tmp_path: Path, monkey
         works, reason = prove(opened, Accelerator(kvm=False), settings.BOOT_S)
     assert works, reason
     assert "agent answered" in reason
+
+
+TRY = """
+from x07_sandbox.backends.qemu.proof import prove
+from x07_sandbox.backends.qemu.start import Accelerator
+from x07_sandbox.errors import HostError
+from x07_sandbox.images.store import find_image
+from x07_sandbox.images.verify import open_image
+import resource
+resource.setrlimit(resource.RLIMIT_CPU, (1, 2))
+with open_image(find_image(None)) as opened:
+    try:
+        print(prove(opened, Accelerator(kvm=False), 60))
+    except HostError as exc:
+        print(exc)
+"""
+
+
+def test_a_guest_without_cpu_time_enough_proves_nothing(
+    image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a limit of the shell on CPU time ends the guest that is error enough, and no verdict to be remembered."""
+    assert image.digest
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    done = subprocess.run([sys.executable, "-c", TRY], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("cannot try a guest: ulimit -t gives a process 1 s of CPU time here"), done.stderr

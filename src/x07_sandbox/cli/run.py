@@ -229,6 +229,8 @@ def _request(
     as_x07 = for_x07 or options.report or options.attest_runtime
     if as_x07 and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
         stdin_fd = None  # X07's command takes what is piped in; who sits there was not asked to type anything
+    if stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
+        _go_on_in_the_background()
     if options.input_b64 is not None:
         stdin_fd = memory_file(_decoded(options.input_b64), stack)
     return RunRequest(
@@ -326,6 +328,18 @@ def _overrides(options: argparse.Namespace) -> Overrides | None:
     from x07_sandbox.policy.overrides import Overrides
 
     return Overrides(**given)
+
+
+def _go_on_in_the_background() -> None:
+    """Have a terminal that we may not read, since it is another's turn, be the end of the input.
+
+    We read what comes whether the program wants it or not: else the next line that is typed would stop a run behind
+    which `&` was typed, and its machine would go on to its deadline.
+    """
+    import signal
+
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
 
 
 def _nothing_named() -> UsageError:

@@ -17,6 +17,7 @@ _EXAMPLES = """examples:
   generate | x07 run --toolchain shell -           the source comes from standard input
   x07 run --policy strict.json --json prog.py
   x07 run --env LEVEL=3 ./a.out
+  while read -r name; do x07 run --input /dev/null "$name"; done < list
   x07 run --dry-run project/                       what would be done, and what the policy would hold
 """
 OVERRIDES = (
@@ -145,7 +146,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
-    title = "its standard input (default: the project's, else ours)"
+    title = "its standard input (default: the project's, else ours, which is taken whether the program reads it or not)"
     group = parser.add_argument_group(title).add_mutually_exclusive_group()
     group.add_argument("--input", action=Once, type=Path, metavar="FILE", help="a file")
     group.add_argument("--stdin", action="store_true", help="ours, whatever the project says")

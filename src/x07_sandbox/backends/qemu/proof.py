@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import MISTIMED, Job, MachineKind, boots
 from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.troubles import out_of_cpu_time
 from x07_sandbox.host.waiting import readable
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
@@ -82,7 +83,7 @@ def _key() -> str:
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[bool, str]:
     """(works, how that is known): whether our agent answers from a guest with *accelerator* within *limit_s*.
 
-    Raises SandboxError if no guest could be started at all.
+    Raises SandboxError if no guest could be started at all, or one had no time to answer.
     """
     # What follows is not needed where the verdict is known.
     from x07_sandbox.backends.qemu.talk import talk_until
@@ -101,6 +102,8 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
             # Where it has ended, its supervisor says so in a moment; before that it could not say how.
             if "ended" not in why or not readable(instance.pidfd, 1.0):
                 return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {why}"
+            if spent := out_of_cpu_time(instance.exit_status()):
+                raise HostError("cannot try a guest", spent, "Raise that limit")
             if not instance.mistimed():
                 return False, _ended(instance, accelerator)
     return False, f"no guest{_under(accelerator)} could be booted: {MISTIMED}"
