@@ -183,15 +183,16 @@ class _Turn:
         self._pidfd = -1
         self._child: subprocess.Popen[bytes] | None = None
         try:
-            self._child = subprocess.Popen(
-                ["/usr/bin/flock", "-x", str(fd)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(fd,),
-                env={},
-                process_group=0,  # Ctrl-C is for us, and we end it
-            )
+            with forks.none_meanwhile():
+                self._child = subprocess.Popen(
+                    ["/usr/bin/flock", "-x", str(fd)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=(fd,),
+                    env={},
+                    process_group=0,  # Ctrl-C is for us, and we end it
+                )
             try:
                 self._pidfd = os.pidfd_open(self._child.pid)
             except ProcessLookupError:

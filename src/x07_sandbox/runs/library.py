@@ -220,13 +220,19 @@ class _Output:
                     self._cancel()
 
     def __enter__(self) -> Self:
+        from x07_sandbox.host import forks
+
+        for fd in self.fds:
+            forks.keep(fd)  # a forked child would keep the threads reading
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for _, write_fd in self._ends.values():
-            os.close(write_fd)
+        from x07_sandbox.host import forks
+
+        for fd in self.fds:
+            forks.close(fd)
         for thread in self._threads:
             thread.join()
         for read_fd, _ in self._ends.values():
