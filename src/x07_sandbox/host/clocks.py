@@ -36,6 +36,10 @@ class Deadline(msgspec.Struct, frozen=True):
         """Seconds left, 0.0 when it has passed."""
         return max(0.0, self.at - self.clock())
 
+    def late_s(self) -> float:
+        """Seconds since then, 0.0 when it is still to come."""
+        return max(0.0, self.clock() - self.at)
+
     def passed(self) -> bool:
         """Whether it has passed."""
         return self.clock() >= self.at

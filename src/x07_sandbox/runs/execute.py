@@ -32,6 +32,7 @@ else:
     Incoming = Any  # its module is loaded only where files may change
 
 _LOST_S: Final = 1.0  # how long a machine whose channel has ended may take to end itself, so that we can say how
+_STOOD_STILL_S: Final = 0.5  # so late no loop sees its deadline that was not stopped, or kept from the processor
 _FILL: Final = 256 * 1024  # bytes queued for the guest at most, besides the windows
 
 
@@ -188,7 +189,7 @@ class Phase:
 
     def _time_is_up(self) -> bool:
         """Act on a deadline that has passed; whether that was the end."""
-        if not self.deadline.passed():
+        if not self.deadline.passed() or self._stood_still():
             return False
         if self.stage is Stage.BOOT:
             self._end(boot_timeout=True)
@@ -200,6 +201,16 @@ class Phase:
         else:
             self._end(deadline_passed=True)
         return self.over
+
+    def _stood_still(self) -> bool:
+        """Whether we were not there when the deadline came: then it comes later, for what was said meanwhile.
+
+        By Ctrl-Z, say. The guest went on and may have ended in time, with more to tell than the channel holds.
+        """
+        if self.deadline.late_s() < _STOOD_STILL_S:
+            return False
+        self.deadline = Deadline.after(settings.CHANGES_OUT_S if self.stage is Stage.COLLECT else settings.STOPPED_S)
+        return True
 
     # what comes from the guest
 
