@@ -141,6 +141,7 @@ def test_a_limit_of_the_shell_is_named(state: Path, tmp_path: Path, limit: str, 
     ("limit", "fix"),
     [
         ("ulimit -v 3000000", "ulimit -H -v to "),
+        ("ulimit -d 400000", "ulimit -H -d to "),
         ("ulimit -i 10", "ulimit -H -i to 64 or more"),
         ("ulimit -u 90 -i 10", "ulimit -H -i to 64 or more, ulimit -H -u to 96 or more"),
     ],
@@ -158,6 +159,20 @@ def test_hard_limits_below_those_of_the_jail_are_named(state: Path, limit: str, 
     result = json.loads(run("run", "--json", *HELLO, before=lowered, state=state).stdout)
     assert (result["outcome"], result["fault"]) == ("backend-error", "host"), result["reason"]
     assert fix in result["reason"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds", "outcome", "why"),
+    [("ulimit -S -t 3", 6, "ok", "status 0"), ("ulimit -t 4", 100, "guest-lost", "CPU time that this shell allows")],
+)
+def test_a_limit_on_cpu_time_of_the_shell_is_named(
+    state: Path, tmp_path: Path, limit: str, seconds: int, outcome: str, why: str
+) -> None:
+    """A soft limit of the shell on CPU time does not end a machine; the hard one does, and the reason names it."""
+    program = tmp_path / "spin.py"
+    program.write_text(f"import time\nwhile time.process_time() < {seconds}:\n    pass\n")
+    result = json.loads(run("run", "--json", str(program), before=shell(limit), state=state).stdout)
+    assert (result["outcome"], why in result["reason"]) == (outcome, True), result["reason"]
 
 
 def test_too_little_address_space_is_no_bug(state: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ REFUSED_EXIT: Final = 125
 SIGNAL_BASE: Final = 128
 SIGINT: Final = 2
 _SIGKILL: Final = 9
+_SIGXCPU: Final = 24
 # What a shell's status says of a program that the kernel would not execute.
 _NOT_EXECUTABLE: Final = 126
 _NOT_FOUND: Final = 127
@@ -219,6 +220,11 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     not_executed: int = 0
     boot_timeout: bool = False
 
+    @property
+    def killed(self) -> bool:
+        """Whether the kernel or somebody else ended the VMM: that says nothing of the machine itself."""
+        return self.vmm_status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL, SIGNAL_BASE + _SIGXCPU}
+
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """How a phase ended.
@@ -368,6 +374,8 @@ def _vmm_ended(evidence: Evidence, status: int) -> Verdict:
     doing = _doing(evidence)
     if status < 0:
         how = f"was killed by {signal_name(-status)}"
+    elif status == SIGNAL_BASE + _SIGXCPU:
+        how = "used all the CPU time that this shell allows a process (ulimit -H -t)"
     elif status > 0:
         how = f"ended with status {status}"
     elif evidence.stage in _STARTED:
@@ -376,7 +384,10 @@ def _vmm_ended(evidence: Evidence, status: int) -> Verdict:
     else:
         how = "ended without an error"
     outcome = Outcome.BACKEND_ERROR if evidence.stage is Stage.START else Outcome.GUEST_LOST
-    return verdict(outcome, f"the virtual machine monitor {how} while the guest was {doing}")
+    said = ""
+    if evidence.stage is Stage.BOOT and evidence.console_tail:  # nothing is in it yet that could lie
+        said = f": {_shown(' '.join(evidence.console_tail.split())[-_SHOWN_CHARS:])}"
+    return verdict(outcome, f"the virtual machine monitor {how} while the guest was {doing}{said}")
 
 
 def _ended_by_itself(evidence: Evidence, status: int, limits: Limits | RunLimits | None) -> Verdict:

@@ -56,6 +56,7 @@ _SETUP_S: Final = 10.0
 _SHELLS: Final = (
     (resource.RLIMIT_FSIZE, "f", 1024),
     (resource.RLIMIT_AS, "v", 1024),
+    (resource.RLIMIT_DATA, "d", 1024),
     (resource.RLIMIT_NOFILE, "n", 1),
     (resource.RLIMIT_SIGPENDING, "i", 1),
     (resource.RLIMIT_NPROC, "u", 1),
@@ -237,6 +238,7 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
     limits = {
         resource.RLIMIT_FSIZE: settings.SCRATCH_BYTES,
         resource.RLIMIT_AS: job.kind.ram_bytes + _AS_ABOVE_RAM,
+        resource.RLIMIT_DATA: job.kind.ram_bytes + _AS_ABOVE_RAM,  # the guest's RAM is such memory
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
@@ -249,6 +251,9 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
     try:
         for which, value in limits.items():
             resource.prlimit(pid, which, (value, value))
+        soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        if soft != resource.RLIM_INFINITY:  # as long as the shell allows; a second before that a signal tells of it
+            resource.prlimit(pid, resource.RLIMIT_CPU, (hard - 1 if hard > 0 else hard, hard))
         # Before it is let go, though the kernel takes 10 to 20 ms for it: a VMM that ran meanwhile could take memory
         # that no group would ever count (tried: the test of a memory hog fails).
         groups.add(pid)
