@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from x07_sandbox.backends.qemu import proof
 from x07_sandbox.backends.qemu.proof import prove
 from x07_sandbox.backends.qemu.start import Accelerator
 from x07_sandbox.host import settings
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.images.verify import open_image
 
 if TYPE_CHECKING:
@@ -26,3 +29,13 @@ def test_an_agent_that_answers_is_the_proof(image: Image, tmp_path: Path, monkey
         works, reason = prove(opened, Accelerator(kvm=False), settings.BOOT_S)
     assert works, reason
     assert "agent answered" in reason
+
+
+def test_a_stopped_proof_does_not_hold_others(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another process tries KVM one waits, and one that is stopped meanwhile, by Ctrl-Z say, holds nobody."""
+    monkeypatch.setattr(proof, "known_verdict", lambda: None)
+    monkeypatch.setattr(settings, "BOOTS_MAX", 0)
+    with open_image(image) as opened, file_lock(cache_folder("kvm") / ".lock"):
+        works, reason = proof.kvm_verdict(opened)
+    assert not works
+    assert "another process has held it" in reason

@@ -36,14 +36,17 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
     if (known := known_verdict()) is not None:
         return known
     record = _record()
-    with file_lock(record.parent / ".lock"):
-        if (known := known_verdict()) is not None:  # by now
-            return known
-        try:
+    most_s = settings.BOOTS_MAX * (settings.KVM_PROOF_S + 1)
+    try:
+        with file_lock(record.parent / ".lock", most_s=most_s):
+            if (known := known_verdict()) is not None:  # by now
+                return known
             works, reason = prove(image, Accelerator(kvm=True), settings.KVM_PROOF_S)
-        except SandboxError as exc:  # that says nothing of KVM, and is not remembered
-            return False, f"a guest under KVM could not be tried: {exc.why}"
-        replace_file(record, json.dumps({"works": works, "reason": reason}).encode())
+            replace_file(record, json.dumps({"works": works, "reason": reason}).encode())
+    except SandboxError as exc:  # that says nothing of KVM, and is not remembered
+        return False, f"a guest under KVM could not be tried: {exc.why}"
+    except TimeoutError as exc:  # it may be stopped, by Ctrl-Z say, and must not hold all others
+        return False, f"a guest under KVM could not be tried: {exc}: the lock {record.parent / '.lock'}"
     return works, reason
 
 

@@ -17,6 +17,7 @@ from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.paths import open_own
 from x07_sandbox.images.manifest import Part
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
@@ -84,7 +85,7 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
 
 
 def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = open_own(path, os.O_RDWR | os.O_EXCL)
     stack.callback(os.close, fd)
     return fd
 
