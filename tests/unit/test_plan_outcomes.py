@@ -85,7 +85,15 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
     (run(vmm_status=0), "guest-lost", "program", "switched itself off", None, None),
     (run(vmm_status=-9), "guest-lost", "host", "monitor was killed by SIGKILL", None, None),
     (run(vmm_status=1), "guest-lost", "host", "monitor ended with status 1", None, None),
-    (run(vmm_status=137, vmm_limit="ulimit -t"), "guest-lost", "host", "status 137 (ulimit -t) while", None, None),
+    (run(vmm_status=152), "guest-lost", "host", "allows a process (ulimit -H -t) while", None, None),
+    (
+        Evidence(stage=Stage.BOOT, vmm_status=1, console_tail="qemu:\nno memory\n"),
+        "guest-lost",
+        "host",
+        "while the guest was booting: qemu: no memory",
+        None,
+        None,
+    ),
     (run(), "guest-lost", "program", "fell silent", None, None),
     (run(wait_status=0x137F), "guest-lost", "program", "no ended program has", None, None),
     (

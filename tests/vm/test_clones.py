@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import FULL, overwrite
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
+from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.template import MANIFEST, TemplateManifest, sealed, sparse_sha256, templates_dir
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import clocks, settings
@@ -424,6 +425,25 @@ def test_another_processor_under_a_saved_machine_costs_a_cold_start(
     assert [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
     for path in templates_dir().glob("*.bad"):
         path.unlink()
+
+
+def test_a_clone_that_was_killed_is_not_held_against_its_template(
+    saved: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clone that somebody kills before it answers, the kernel for want of memory say, costs its job a cold start."""
+    release, doomed = QemuInstance.release, [True]
+
+    def killed(instance: QemuInstance) -> None:
+        release(instance)
+        if instance.begun == "clone" and doomed:
+            doomed.clear()
+            signal.pidfd_send_signal(instance.inner_pidfd, signal.SIGKILL)
+
+    monkeypatch.setattr(QemuInstance, "release", killed)
+    ran = saved.behave("nothing")
+    assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
+    assert [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
+    assert starts(saved.behave("nothing")) == {"run": "clone"}
 
 
 # `x07`, for which the wall clock has gone on by an hour when it is let go again.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.vm.conftest import left_behind
+from x07_sandbox import run_program
 from x07_sandbox.host import forks
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.jobs.admission import admitted
@@ -22,6 +23,7 @@ from x07_sandbox.jobs.admission import admitted
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from x07_sandbox.host.processes import Identity
     from x07_sandbox.images.store import Image
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
@@ -108,6 +110,49 @@ def test_what_is_kept_from_children_is_dev_null_there(tmp_path: Path) -> None:
     forks.forget(fd)
     os.close(fd)
     assert path.read_bytes() == b"mine"
+
+
+def test_no_child_is_forked_while_a_process_is_started() -> None:
+    """A thread that forks waits while another starts a process, which would wait for the child's end otherwise."""
+    pids: list[int] = []
+    with forks.none_meanwhile():
+        forking = threading.Thread(target=forked, args=(pids,))
+        forking.start()
+        forking.join(0.2)
+        assert forking.is_alive()
+    forking.join()
+    reap(pids)
+
+
+@pytest.mark.usefixtures("state")
+def test_a_child_forked_while_a_machine_starts_does_not_hold_its_gate(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child that is forked while a machine waits at its gate does not keep it there: it starts as a clone."""
+    from x07_sandbox.backends.qemu.instance import QemuInstance
+
+    run_program(source="true", toolchain="shell", image=image.digest)  # so that there is a saved machine
+    pids: list[int] = []
+    record_owner = QemuInstance.record_owner
+
+    def forking(instance: QemuInstance, runner: Identity) -> None:
+        forked(pids)
+        record_owner(instance, runner)
+
+    monkeypatch.setattr(QemuInstance, "record_owner", forking)
+    ran = run_program(source="true", toolchain="shell", image=image.digest)
+    starts = {phase.start for phase in ran.phases.values()}
+    reap(pids)
+    assert (ran.outcome, starts) == ("ok", {"clone"}), ran.warnings
+
+
+@pytest.mark.usefixtures("state")
+def test_a_child_forked_while_output_comes_does_not_hold_the_call(image: Image) -> None:
+    """A call that passes output on as it comes returns when the program has ended, whatever was forked meanwhile."""
+    pids: list[int] = []
+    run_program(source="echo on", toolchain="shell", image=image.digest, on_output=lambda *_: forked(pids))
+    assert os.waitpid(pids[0], os.WNOHANG) == (0, 0)  # the child lives
+    reap(pids)
 
 
 @pytest.mark.usefixtures("_own_cache")

@@ -361,6 +361,7 @@ def test_limits_hold_and_cannot_be_raised(look: Look) -> None:
     """File size, address space, descriptors, tasks and core files are limited, and no limit can be raised."""
     limits = {int(finding.arg): finding.value for finding in look.of("limit")}
     assert limits[1] == settings.SCRATCH_BYTES  # RLIMIT_FSIZE
+    assert limits[2] == limits[9]  # RLIMIT_DATA
     assert limits[4] == 0  # RLIMIT_CORE
     assert limits[6] == 96  # RLIMIT_NPROC
     assert limits[7] == 64  # RLIMIT_NOFILE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.conftest import need
+from x07_sandbox.host.paths import cache_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
@@ -55,8 +57,9 @@ def test_without_proc_every_command_says_so(state: Path, words: tuple[str, ...])
     need(os.geteuid() == 0, "needs root, to unmount", installable=False)
     before = ("unshare", "--mount", "/bin/sh", "-c", 'umount --recursive /proc && exec "$@"', "without")
     done = run(*words, before=before, state=state)
-    assert done.returncode == 125
-    assert "cannot look at processes: /proc: No such file or directory. Mount /proc" in done.stderr
+    assert done.returncode == (1 if words == ("doctor",) else 125)  # that one goes on, to tell of all the rest
+    told = re.sub(r"[.\n ]+", " ", done.stdout + done.stderr)
+    assert "cannot look at processes: /proc: No such file or directory Mount /proc" in told
     assert "Traceback" not in done.stderr
 
 
@@ -168,6 +171,7 @@ def test_a_limit_of_the_shell_is_named(state: Path, tmp_path: Path, limit: str, 
     ("limit", "fix"),
     [
         ("ulimit -v 3000000", "ulimit -H -v to "),
+        ("ulimit -d 400000", "ulimit -H -d to "),
         ("ulimit -i 10", "ulimit -H -i to 64 or more"),
         ("ulimit -u 90 -i 10", "ulimit -H -i to 64 or more, ulimit -H -u to 96 or more"),
     ],
@@ -185,6 +189,20 @@ def test_hard_limits_below_those_of_the_jail_are_named(state: Path, limit: str, 
     result = json.loads(run("run", "--json", *HELLO, before=lowered, state=state).stdout)
     assert (result["outcome"], result["fault"]) == ("backend-error", "host"), result["reason"]
     assert fix in result["reason"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds", "outcome", "why"),
+    [("ulimit -S -t 3", 6, "ok", "status 0"), ("ulimit -t 4", 100, "guest-lost", "CPU time that this shell allows")],
+)
+def test_a_limit_on_cpu_time_of_the_shell_is_named(
+    state: Path, tmp_path: Path, limit: str, seconds: int, outcome: str, why: str
+) -> None:
+    """A soft limit of the shell on CPU time does not end a machine; the hard one does, and the reason names it."""
+    program = tmp_path / "spin.py"
+    program.write_text(f"import time\nwhile time.process_time() < {seconds}:\n    pass\n")
+    result = json.loads(run("run", "--json", str(program), before=shell(limit), state=state).stdout)
+    assert (result["outcome"], why in result["reason"]) == (outcome, True), result["reason"]
 
 
 def test_too_little_address_space_is_no_bug(state: Path, tmp_path: Path) -> None:
@@ -216,6 +234,34 @@ def test_a_strict_umask_takes_nothing_from_our_folders(tmp_path: Path) -> None:
     """Whatever the umask, folders of ours are their owner's to use."""
     done = run("run", *HELLO, before=shell("umask 777"), state=tmp_path / "state" / "jobs")
     assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
+
+
+def test_a_strict_umask_of_a_caller_takes_nothing_from_our_files(state: Path, tmp_path: Path) -> None:
+    """Nor does that of a Python program that calls the library: our files stay their owner's, for later runs too."""
+    cache = tmp_path / "cache"
+    for name in ("images", "templates"):
+        subprocess.run(["/bin/mkdir", "-p", "-m", "0700", cache, cache / name], check=True)
+        subprocess.run(["/bin/cp", "-al", "--", f"{cache_dir() / name}/.", cache / name], check=True)
+    code = "import os\nos.umask(0o777)\nfrom x07_sandbox import run_program\n"
+    code += "print(run_program(source='echo hello', toolchain='shell').stdout.text, end='')\n"
+    env = os.environ | {"X07_VM_STATE_DIR": str(state), "X07_VM_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
+    locked = [path for place in (cache, state.parent) for path in place.rglob("*") if not path.stat().st_mode & 0o400]
+    assert locked == []
+
+
+def test_a_proc_that_shows_processes_only_is_told(state: Path) -> None:
+    """Where /proc shows processes and nothing else, as for a hardened service, that is told and is no bug."""
+    need(os.geteuid() == 0, "needs root, to mount", installable=False)
+    script = 'mount -t proc -o subset=pid proc /proc && exec "$@"'
+    done = run(
+        "run", "--json", *HELLO, before=("unshare", "--mount", "/bin/bash", "-c", script, "hardened"), state=state
+    )
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["fault"]) == (125, "host"), result["reason"]
+    assert "ProcSubset=all" in result["reason"]
+    assert "Traceback" not in done.stderr
 
 
 def test_a_missing_tool_leaves_no_record(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:

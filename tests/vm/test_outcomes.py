@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners, wait_done
+from x07_sandbox.plan.outcomes import Stage
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import leaf_values
+from x07_sandbox.runs.execute import Phase
 from x07_sandbox.runs.streams import Cancel
 
 if TYPE_CHECKING:
@@ -407,6 +409,39 @@ def test_the_machine_dies_with_its_runner(sleeper: Sleeper) -> None:
         # Nobody is left to remove it; that it is empty means that nothing of the job lives.
         assert (group / "cgroup.procs").read_text() == ""
         group.rmdir()
+
+
+def stopped_while_it_runs(seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Have a runner stand still for so long once its program runs; what is given back is empty when it has."""
+    stops = [seconds]
+    poll = Phase._poll  # noqa: SLF001 - where it waits
+
+    def stopped(phase: Phase) -> select.poll:
+        if phase.stage is Stage.RUN and stops:
+            time.sleep(stops.pop())
+        return poll(phase)
+
+    monkeypatch.setattr(Phase, "_poll", stopped)
+    return stops
+
+
+def test_what_a_program_said_in_time_counts_though_nobody_listened(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that ended in time while its runner was stopped past the deadline, by Ctrl-Z say, is no timeout."""
+    text = "print('x' * 240_000)\n"
+    assert sandbox.run_text("talk.py", text, cache=True).outcome == "ok"
+    stops = stopped_while_it_runs(7.0, monkeypatch)
+    ran = sandbox.run_text("talk.py", text, cache=True, policy={"limits.wall_ms": 6000})
+    assert (ran.outcome, len(ran.stdout), stops) == ("ok", 240_001, []), ran.reason
+
+
+def test_a_program_does_not_gain_by_a_stopped_runner(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that still runs when a stopped runner goes on past the deadline is ended soon, as a timeout."""
+    stops = stopped_while_it_runs(3.0, monkeypatch)
+    ran = sandbox.behave("sleep", policy={"limits.wall_ms": 2000})
+    assert (ran.outcome, stops) == ("timeout", []), ran.reason
+    assert ran.program_ms < 30_000
 
 
 def test_the_deadline_holds_without_a_live_runner(state: Path, image: Image) -> None:

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from x07_sandbox.backends.qemu import proof
 from x07_sandbox.backends.qemu.proof import prove
 from x07_sandbox.backends.qemu.start import Accelerator
 from x07_sandbox.host import settings
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.images.verify import open_image
 
 if TYPE_CHECKING:
@@ -53,4 +56,14 @@ def test_a_guest_without_cpu_time_enough_proves_nothing(
     assert image.digest
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     done = subprocess.run([sys.executable, "-c", TRY], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("cannot try a guest: ulimit -t gives a process 1 s of CPU time here"), done.stderr
+    assert done.stdout.startswith("cannot try a guest: the machine used all the CPU time"), done.stderr
+
+
+def test_a_stopped_proof_does_not_hold_others(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another process tries KVM one waits, and one that is stopped meanwhile, by Ctrl-Z say, holds nobody."""
+    monkeypatch.setattr(proof, "known_verdict", lambda: None)
+    monkeypatch.setattr(settings, "BOOTS_MAX", 0)
+    with open_image(image) as opened, file_lock(cache_folder("kvm") / ".lock"):
+        works, reason = proof.kvm_verdict(opened)
+    assert not works
+    assert "another process has held it" in reason

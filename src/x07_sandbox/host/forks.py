@@ -1,7 +1,8 @@
 """Descriptors that are this process's alone: a child that is forked from it must not hold them open.
 
-A lock (flock(2)) and a connection last as long as any copy of their descriptor is open. All are closed on exec; but a
-Python program may fork without executing, in multiprocessing say, and that child would keep a dead parent's locks.
+A lock (flock(2)), a connection and what a pipe's reader waits for last as long as any copy of their descriptor is open.
+All are closed on exec; but a Python program may fork without executing, in multiprocessing say, and that child would
+keep a dead parent's locks, and a live one's machine waiting at its gate.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
 
 _ours: set[int] = set()
+_starting = threading.RLock()  # one that only its owner can release, whatever a signal tears apart
 
 
 def keep(fd: int) -> int:
@@ -26,12 +29,27 @@ def unlock(fd: int) -> None:
     os.close(fd)
 
 
+def close(fd: int) -> None:
+    """Close one of them; what lock it holds stays with whoever else was given it."""
+    _ours.discard(fd)
+    os.close(fd)
+
+
 def forget(fd: int) -> None:
     """Its owner closes it."""
     _ours.discard(fd)
 
 
+def none_meanwhile() -> contextlib.AbstractContextManager[object]:
+    """Around subprocess.Popen: other threads that fork wait until it is done.
+
+    It waits for the end of a pipe of its own, which such a child would hold open.
+    """
+    return _starting
+
+
 def _after_fork() -> None:
+    _starting.release()
     if not _ours:
         return
     with contextlib.suppress(OSError):
@@ -44,4 +62,4 @@ def _after_fork() -> None:
     _ours.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_after_fork)

@@ -12,6 +12,7 @@ from typing import Final
 
 from x07_sandbox.host import forks
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.paths import open_own
 
 LOOK_AGAIN_S: Final = 0.02
 
@@ -34,7 +35,7 @@ def file_lock(
     Raises TimeoutError after that: the other may be stopped, by Ctrl-Z say. pause: waits a moment, again and again
     until then; what it raises ends the wait.
     """
-    fd = forks.keep(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    fd = forks.keep(open_own(path, os.O_RDWR))
     try:
         _take(fd, on_wait, most_s, pause)
         yield

@@ -6,12 +6,14 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import HostError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+_OWN: Final = 0o600
 
 
 def cache_dir() -> Path:
@@ -114,6 +116,18 @@ def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
     return data
 
 
+def open_own(path: Path, flags: int) -> int:
+    """A descriptor of a file of ours, which is made with mode 0600 where it is missing. Raises OSError."""
+    fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _OWN)
+    try:
+        if os.fstat(fd).st_mode & _OWN != _OWN:  # a umask that takes its owner's rights away would lock us out
+            os.fchmod(fd, _OWN)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:
     """Write *path* whole or not at all, mode 0600: a reader sees the old version or the new one.
 
@@ -121,7 +135,7 @@ def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = open_own(temporary, os.O_WRONLY | os.O_EXCL)
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             if sync:

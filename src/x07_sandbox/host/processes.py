@@ -17,8 +17,16 @@ from x07_sandbox.host.waiting import readable
 
 @cache
 def boot_id() -> str:
-    """Which boot of the kernel it is (random(4): /proc/sys/kernel/random/boot_id)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    """Which boot of the kernel it is (random(4): /proc/sys/kernel/random/boot_id). Raises HostError."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError as exc:
+        from x07_sandbox.host.troubles import need_own_proc
+
+        need_own_proc()
+        why = f"{exc.filename}: {exc.strerror}"
+        fix = "Mount a whole /proc, without subset=pid (in a unit of systemd: ProcSubset=all)"
+        raise HostError("cannot tell which boot of this host it is", why, fix) from exc
 
 
 def pid_namespace() -> str:

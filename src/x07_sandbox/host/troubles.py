@@ -27,8 +27,7 @@ _FIXES: Final = {
     errno.EAGAIN: "Raise the limit on processes: ulimit -u",
 }
 
-# As subprocess tells it, and as a shell does: the kernel sends SIGXCPU, or SIGKILL where the hard limit is the same.
-_KILLED: Final = {number for signal in (9, 24) for number in (-signal, 128 + signal)}
+_OUT_OF_TIME: Final = {-24, 128 + 24}  # SIGXCPU, as subprocess tells it, and as a shell does
 
 
 def host_error(exc: OSError | MemoryError) -> HostError | None:
@@ -47,16 +46,11 @@ def host_error(exc: OSError | MemoryError) -> HostError | None:
 
 
 def out_of_cpu_time(status: int | None) -> str:
-    """Why a child of ours with that exit status was killed, where our own limit on CPU time may be it; else empty.
+    """What a machine did that ended with that exit status, where the shell's limit on CPU time ended it; else empty.
 
-    A limit of the shell holds for each process that we start, and a virtual machine is one of them.
+    The hard limit holds for each process that we start; of a machine's the kernel tells by SIGXCPU (qemu/start).
     """
-    if status not in _KILLED:
-        return ""
-    import resource
-
-    seconds = resource.getrlimit(resource.RLIMIT_CPU)[0]
-    return "" if seconds == resource.RLIM_INFINITY else f"ulimit -t gives a process {seconds} s of CPU time here"
+    return "used all the CPU time that this shell allows a process (ulimit -H -t)" if status in _OUT_OF_TIME else ""
 
 
 def fix_of(exc: OSError, otherwise: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import HostError
+from x07_sandbox.host import forks
 from x07_sandbox.host.paths import private_dir
 
 if TYPE_CHECKING:
@@ -68,16 +69,16 @@ def lease_uid() -> Iterator[tuple[int, int]]:
     first = free_range()
     for _ in range(_TRIES):
         uid = first + int.from_bytes(os.urandom(4), "big") % COUNT
-        fd = _lock_file(str(uid))
+        fd = forks.keep(_lock_file(str(uid)))
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(fd)
+            forks.close(fd)
             continue
         try:
             yield uid, fd
         finally:
-            os.close(fd)
+            forks.close(fd)
         return
     raise HostError("no uid for the job", f"{_TRIES} random uids were all in use", "Wait for other jobs to end")
 

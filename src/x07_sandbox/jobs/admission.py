@@ -23,7 +23,7 @@ from x07_sandbox.host import forks, settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.cores import cores
 from x07_sandbox.host.memory import memory_bytes
-from x07_sandbox.host.paths import cache_folder
+from x07_sandbox.host.paths import cache_folder, open_own
 from x07_sandbox.host.variables import number
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _locked(path: Path) -> int | None:
 
 
 def _opened(path: Path) -> int:
-    return forks.keep(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    return forks.keep(open_own(path, os.O_RDWR))
 
 
 class _Place:
@@ -183,15 +183,16 @@ class _Turn:
         self._pidfd = -1
         self._child: subprocess.Popen[bytes] | None = None
         try:
-            self._child = subprocess.Popen(
-                ["/usr/bin/flock", "-x", str(fd)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(fd,),
-                env={},
-                process_group=0,  # Ctrl-C is for us, and we end it
-            )
+            with forks.none_meanwhile():
+                self._child = subprocess.Popen(
+                    ["/usr/bin/flock", "-x", str(fd)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=(fd,),
+                    env={},
+                    process_group=0,  # Ctrl-C is for us, and we end it
+                )
             try:
                 self._pidfd = os.pidfd_open(self._child.pid)
             except ProcessLookupError:

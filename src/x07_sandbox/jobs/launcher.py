@@ -14,6 +14,7 @@ import threading
 import msgspec
 
 from x07_sandbox.errors import HostError
+from x07_sandbox.host import forks
 from x07_sandbox.host.threads import started
 
 
@@ -54,16 +55,17 @@ def _serve() -> None:
     while True:
         request, answer = _requests.get()
         try:
-            child = subprocess.Popen(
-                request.argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=request.stderr_fd,
-                pass_fds=request.pass_fds,
-                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
-                cwd="/",
-                start_new_session=True,
-            )
+            with forks.none_meanwhile():
+                child = subprocess.Popen(
+                    request.argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=request.stderr_fd,
+                    pass_fds=request.pass_fds,
+                    env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
+                    cwd="/",
+                    start_new_session=True,
+                )
         except OSError as exc:
             answer.put(exc)
         else:

@@ -103,6 +103,7 @@ def create_record(claim: Claim, *, backend: str, image_digest: str) -> JobRecord
     )
     try:
         record.folder.mkdir(mode=0o700)
+        record.folder.chmod(0o700)  # whatever the umask took away
     except OSError as exc:
         raise HostError(
             f"cannot make the job's folder {record.folder}",

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.host.troubles import out_of_cpu_time
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -197,7 +199,6 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     output_overflow: the stream that passed its cap: "stdout" or "stderr".
     channel_error: how the guest broke the protocol; an end of the stream alone is no such error.
     vmm_status: the VMM's end as subprocess gives it (-N for signal N); None while it runs.
-    vmm_limit: the limit of ours that may have ended it.
     console_tail: the end of the console; hostile text, looked at only when the guest was lost.
     cancelled_by: the signal that ended the run from outside (0: a request without one).
     setup_failure: what the agent or we could not do for the job.
@@ -214,12 +215,16 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     output_overflow: str | None = None
     channel_error: str | None = None
     vmm_status: int | None = None
-    vmm_limit: str = ""
     console_tail: str = ""
     cancelled_by: int | None = None
     setup_failure: str | None = None
     not_executed: int = 0
     boot_timeout: bool = False
+
+    @property
+    def killed(self) -> bool:
+        """Whether the kernel or somebody else ended the VMM: that says nothing of the machine itself."""
+        return self.vmm_status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL} or bool(out_of_cpu_time(self.vmm_status))
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -368,7 +373,9 @@ def _lost_reason(evidence: Evidence, panic: str | None) -> str:
 
 def _vmm_ended(evidence: Evidence, status: int) -> Verdict:
     doing = _doing(evidence)
-    if status < 0:
+    if spent := out_of_cpu_time(status):
+        how = spent
+    elif status < 0:
         how = f"was killed by {signal_name(-status)}"
     elif status > 0:
         how = f"ended with status {status}"
@@ -377,9 +384,11 @@ def _vmm_ended(evidence: Evidence, status: int) -> Verdict:
         return verdict(Outcome.GUEST_LOST, f"the guest switched itself off while {doing}", fault="program")
     else:
         how = "ended without an error"
-    how += f" ({evidence.vmm_limit})" if evidence.vmm_limit else ""
     outcome = Outcome.BACKEND_ERROR if evidence.stage is Stage.START else Outcome.GUEST_LOST
-    return verdict(outcome, f"the virtual machine monitor {how} while the guest was {doing}")
+    said = ""
+    if evidence.stage is Stage.BOOT and evidence.console_tail:  # nothing is in it yet that could lie
+        said = f": {_shown(' '.join(evidence.console_tail.split())[-_SHOWN_CHARS:])}"
+    return verdict(outcome, f"the virtual machine monitor {how} while the guest was {doing}{said}")
 
 
 def _ended_by_itself(evidence: Evidence, status: int, limits: Limits | RunLimits | None) -> Verdict:

@@ -22,7 +22,6 @@ from x07_sandbox.channel.link import Control, Credit, Data, Eof, Event, State
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline, unix_ns
-from x07_sandbox.host.troubles import out_of_cpu_time
 from x07_sandbox.plan.outcomes import Evidence, Stage
 from x07_sandbox.runs.streams import Cancel, InFile, OutFile, Sink
 
@@ -425,9 +424,7 @@ class Phase:
                     self.instance.drain(fd)
                     if fd not in self.instance.side_fds():
                         poll.unregister(fd)
-        status = self.instance.exit_status()
-        theirs = self.instance.begun == "pool"  # which has limits of its own
-        self._end(vmm_status=status, vmm_limit="" if theirs else out_of_cpu_time(status))
+        self._end(vmm_status=self.instance.exit_status())
 
     def _stop(self, **seen: object) -> None:
         """Have the program ended; the guest may still say how things stood, and hand over what was changed."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.locks import share_folder
-from x07_sandbox.host.paths import private_dir, state_dir
+from x07_sandbox.host.paths import open_own, private_dir, state_dir
 from x07_sandbox.jobs.record import home_of
 from x07_sandbox.runs.result import Output
 from x07_sandbox.runs.streams import OutFile, Sink
@@ -44,7 +44,7 @@ class RunFolder:
 
     def _open(self, path: Path) -> int:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = open_own(path, os.O_RDWR | os.O_EXCL)
         except OSError as exc:
             raise HostError(
                 f"cannot write {path}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR"

@@ -20,7 +20,7 @@ from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection, repository_around
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import private_dir
+from x07_sandbox.host.paths import open_own, private_dir
 from x07_sandbox.plan.denials import Area, Denial, HowToAllow
 from x07_sandbox.plan.places import OUT, PROGRAM
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
@@ -80,8 +80,7 @@ class HostFiles:
         self.incoming: Incoming | None = None
         if self._roots and request.changes != "discard":
             private_dir(self._place)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._data_fd = os.open(self._place / "data", flags, 0o600)
+            self._data_fd = open_own(self._place / "data", os.O_RDWR | os.O_EXCL)
             stack.callback(os.close, self._data_fd)
             most = self._bounds.entries + sum(len(copied.nodes) for copied in self.copied)
             self.incoming = Incoming(

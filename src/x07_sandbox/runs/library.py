@@ -61,7 +61,8 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
 
     The Result has what the program printed as `stdout.data` (bytes) and `stdout.text` (None where it is no UTF-8). Of
     one of X07's own programs that is its frame, four bytes of length first; only X07's report judges it (docs/x07.md).
-    A warm machine is taken where `x07 pool` keeps some. Thread-safe; nothing is printed.
+    A warm machine is taken where `x07 pool` keeps some. Thread-safe; nothing is printed. What a signal's handler raises
+    meanwhile, as Ctrl-C does, ends the run, and is raised when its machine is gone.
 
     Raises SandboxError if the program could not be run: wrong usage, refused, no machine. Its `result` says more; it
     is None where the call itself is wrong, such as an argument of another type, since no run began then.
@@ -71,7 +72,48 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     from x07_sandbox.runs.streams import Cancel
 
     with contextlib.closing(Cancel()) as cancel:
-        return checked(*run_once(cancel, program, args, **options), check=check)
+        return checked(*_whole(cancel, lambda: run_once(cancel, program, args, **options)), check=check)
+
+
+def _whole(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
+    """Do *work* so that nothing that a signal's handler raises, as Ctrl-C does, can tear it apart: it ends it.
+
+    Handlers run in the main thread, at any line: one in the middle of a start or a stop would leave a machine behind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    ended: list[Ended | BaseException] = []
+    go, waited_for = threading.Event(), False
+
+    def carry_out() -> None:
+        go.wait()
+        if not waited_for:
+            return
+        try:
+            ended.append(work())
+        except BaseException as exc:  # noqa: BLE001 - raised again where it is waited for
+            ended.append(exc)
+
+    thread = threading.Thread(target=carry_out, name="x07-call", daemon=True)
+    try:
+        try:
+            thread.start()
+        except RuntimeError:  # there may be no more threads, as whoever needs the next will say
+            return work()
+        waited_for = True
+        go.set()
+        thread.join()
+    except BaseException:
+        cancel()
+        go.set()
+        while waited_for and thread.is_alive():  # also if it comes again: nothing is left running
+            with contextlib.suppress(BaseException):
+                thread.join()
+        raise
+    found = ended.pop()
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 async def run_program_async(
@@ -220,13 +262,19 @@ class _Output:
                     self._cancel()
 
     def __enter__(self) -> Self:
+        from x07_sandbox.host import forks
+
+        for fd in self.fds:
+            forks.keep(fd)  # a forked child would keep the threads reading
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for _, write_fd in self._ends.values():
-            os.close(write_fd)
+        from x07_sandbox.host import forks
+
+        for fd in self.fds:
+            forks.close(fd)
         for thread in self._threads:
             thread.join()
         for read_fd, _ in self._ends.values():

@@ -130,13 +130,19 @@ class Pool(Executor):
                 self._cancelled = True
                 for cancel in self._running:
                     cancel()
-        self._workers.shutdown(wait=wait, cancel_futures=cancel_futures)
+        self._workers.shutdown(wait=False, cancel_futures=cancel_futures)
+        # In a thread of its own, which goes on whatever a signal's handler raises here, as Ctrl-C does.
+        ending = threading.Thread(target=self._end, name="x07-pool-end")
+        try:
+            ending.start()
+        except RuntimeError:  # there may be no more threads
+            self._end()
+            return
         if wait:
-            self._machines.close()
-        else:
-            threading.Thread(target=self._close_later, name="x07-pool-end").start()
+            self._workers.shutdown(wait=True)  # refused to one of them, as with any executor
+            ending.join()
 
-    def _close_later(self) -> None:
+    def _end(self) -> None:
         self._workers.shutdown(wait=True)
         self._machines.close()
 

@@ -344,17 +344,15 @@ class Session:
                 claim = replace(claim, phase=f"{spec.name}-clone")
         if self.request.cold:
             self.request.progress(f"booting a machine for the {spec.name}")
-        tries, cloned = enumerate(boots(), 1), False
+        tries, cloned, cold = enumerate(boots(), 1), False, self.request.cold
         number, last = next(tries)
         while True:
-            job = self._job(claim, kind, cold=self.request.cold, last_try=last)
+            job = self._job(claim, kind, cold=cold, last_try=last)
             with self.backend.start(job) as instance:
                 facts = self._converse(spec, instance, sinks)
             # One that is unanswered never got to hear of the program, so another machine may take its place.
             if instance.begun == "clone" and facts.unanswered and not cloned:
-                from x07_sandbox.plan.outcomes import classify
-
-                self.backend.distrust(kind, f"a clone of it did not answer: {classify(facts.evidence).reason}")
+                cold = self._unanswered(kind, facts)
                 claim, cloned = replace(claim, phase=f"{spec.name}-cold"), True
                 continue
             if not facts.mistimed or last:
@@ -363,6 +361,17 @@ class Session:
                 return instance, facts
             claim = replace(claim, phase=f"{spec.name}-cold{number}")
             number, last = next(tries)
+
+    def _unanswered(self, kind: MachineKind, facts: PhaseFacts) -> bool:
+        """Note that a clone did not answer; whether another might, so that the next has to be told to start cold."""
+        from x07_sandbox.plan.outcomes import classify
+
+        why = f"a clone of it did not answer: {classify(facts.evidence).reason}"
+        if facts.evidence.killed:
+            self.so_far.warnings.append(f"the {kind.runtime} machine started cold: {why}")
+        else:
+            self.backend.distrust(kind, why)
+        return facts.evidence.killed
 
     def _job(self, claim: Claim, kind: MachineKind, *, cold: bool, last_try: bool) -> Job:
         digest = self.image.manifest.digest

@@ -229,7 +229,7 @@ class WarmMachines:
             ending = classify(facts.evidence)
         if self._closing:
             raise Cancelled("the pool ends", "it was closed", "Start it again")
-        if facts.unanswered and instance.begun == "clone":  # the next is booted
+        if facts.unanswered and instance.begun == "clone" and not facts.evidence.killed:  # the next is booted
             self._backend.distrust(self.kind, f"a clone of it did not answer: {ending.reason}")
         if ending.outcome is not Outcome.OK:
             kind = _MistimedError if facts.mistimed else BackendError

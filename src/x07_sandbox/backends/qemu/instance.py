@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
 from x07_sandbox.backends.qemu.side import SideStream
 from x07_sandbox.errors import BackendError
-from x07_sandbox.host import settings
+from x07_sandbox.host import forks, settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import Identity, identify, wait_gone
 from x07_sandbox.jobs.record import renamed_record, renewed_record, write_owner
@@ -32,7 +32,7 @@ class Gate:
 
     def __init__(self, owned_fd: int, filter_bytes: bytes) -> None:
         self.opened = False
-        self._fd: int | None = owned_fd
+        self._fd: int | None = forks.keep(owned_fd)  # in a forked child it would hold the gate shut
         self._filter = filter_bytes
 
     def open(self) -> None:
@@ -46,7 +46,7 @@ class Gate:
     def close(self) -> None:
         """Shut it for good: what still waits ends. A second call does nothing."""
         if self._fd is not None:
-            os.close(self._fd)
+            forks.close(self._fd)
             self._fd = None
 
 

@@ -37,14 +37,17 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
     if (known := known_verdict()) is not None:
         return known
     record = _record()
-    with file_lock(record.parent / ".lock"):
-        if (known := known_verdict()) is not None:  # by now
-            return known
-        try:
+    most_s = settings.BOOTS_MAX * (settings.KVM_PROOF_S + 1)
+    try:
+        with file_lock(record.parent / ".lock", most_s=most_s):
+            if (known := known_verdict()) is not None:  # by now
+                return known
             works, reason = prove(image, Accelerator(kvm=True), settings.KVM_PROOF_S)
-        except SandboxError as exc:  # that says nothing of KVM, and is not remembered
-            return False, f"a guest under KVM could not be tried: {exc.why}"
-        replace_file(record, json.dumps({"works": works, "reason": reason}).encode())
+            replace_file(record, json.dumps({"works": works, "reason": reason}).encode())
+    except SandboxError as exc:  # that says nothing of KVM, and is not remembered
+        return False, f"a guest under KVM could not be tried: {exc.why}"
+    except TimeoutError as exc:  # it may be stopped, by Ctrl-Z say, and must not hold all others
+        return False, f"a guest under KVM could not be tried: {exc}: the lock {record.parent / '.lock'}"
     return works, reason
 
 
@@ -103,7 +106,7 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
             if "ended" not in why or not readable(instance.pidfd, 1.0):
                 return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {why}"
             if spent := out_of_cpu_time(instance.exit_status()):
-                raise HostError("cannot try a guest", spent, "Raise that limit")
+                raise HostError("cannot try a guest", f"the machine {spent}", "Raise that limit")
             if not instance.mistimed():
                 return False, _ended(instance, accelerator)
     return False, f"no guest{_under(accelerator)} could be booted: {MISTIMED}"

@@ -17,6 +17,7 @@ from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.paths import open_own
 from x07_sandbox.host.troubles import out_of_cpu_time
 from x07_sandbox.host.waiting import readable
 from x07_sandbox.images.manifest import Part
@@ -79,7 +80,7 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
             if instance.mistimed() and not last:
                 return False
             if spent := _out_of_cpu_time(instance):
-                raise HostError("cannot make a VM template", f"{why}; {spent}", "Raise that limit")
+                raise HostError("cannot make a VM template", f"{why}; it {spent}", "Raise that limit")
             said = " ".join(instance.console_tail().split())[-200:] if "ended" in why else ""
             raise BackendError("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
         _save(instance)
@@ -95,7 +96,7 @@ def _out_of_cpu_time(instance: QemuInstance) -> str:
 
 
 def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = open_own(path, os.O_RDWR | os.O_EXCL)
     stack.callback(os.close, fd)
     return fd
 

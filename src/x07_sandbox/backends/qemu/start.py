@@ -27,7 +27,7 @@ from x07_sandbox.backends.qemu.machine import (
 )
 from x07_sandbox.backends.qemu.side import SideStream
 from x07_sandbox.errors import BackendError, HostError
-from x07_sandbox.host import settings
+from x07_sandbox.host import forks, settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import Identity, children_of, identify, own_identity
@@ -56,6 +56,7 @@ _SETUP_S: Final = 10.0
 _SHELLS: Final = (
     (resource.RLIMIT_FSIZE, "f", 1024),
     (resource.RLIMIT_AS, "v", 1024),
+    (resource.RLIMIT_DATA, "d", 1024),
     (resource.RLIMIT_NOFILE, "n", 1),
     (resource.RLIMIT_SIGPENDING, "i", 1),
     (resource.RLIMIT_NPROC, "u", 1),
@@ -125,7 +126,7 @@ def start_qemu(
         gate_r, gate_w = os.pipe2(os.O_CLOEXEC)
         gate = Gate(gate_w, vmm_filter(arch))
         stack.callback(gate.close)
-        given.fds.append(gate_r)
+        given.add(gate_r)
         jail = Jail(
             files=_jail_files(arch, with_setpriv=uid is not None),
             # The opened files themselves, on a read-only mount: through a descriptor of its own a VMM that runs under
@@ -243,6 +244,7 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
     limits = {
         resource.RLIMIT_FSIZE: settings.SCRATCH_BYTES,
         resource.RLIMIT_AS: job.kind.ram_bytes + _AS_ABOVE_RAM,
+        resource.RLIMIT_DATA: job.kind.ram_bytes + _AS_ABOVE_RAM,  # the guest's RAM is such memory
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
@@ -255,6 +257,9 @@ def _bound(pid: int, job: Job, groups: HostGroups) -> None:
     try:
         for which, value in limits.items():
             resource.prlimit(pid, which, (value, value))
+        soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        if soft != resource.RLIM_INFINITY:  # as long as the shell allows; a second before that a signal tells of it
+            resource.prlimit(pid, resource.RLIMIT_CPU, (hard - 1 if hard > 0 else hard, hard))
         # Before it is let go, though the kernel takes 10 to 20 ms for it: a VMM that ran meanwhile could take memory
         # that no group would ever count (tried: the test of a memory hog fails).
         groups.add(pid)
@@ -285,15 +290,19 @@ def _tasks_are_counted_apart() -> bool:
 
 
 class Given:
-    """Descriptors that are closed together, exactly once."""
+    """Descriptors that are closed together, exactly once; a forked child has none of them."""
 
     def __init__(self) -> None:
-        self.fds: list[int] = []
+        self._fds: list[int] = []
+
+    def add(self, owned_fd: int) -> None:
+        """One more."""
+        self._fds.append(forks.keep(owned_fd))
 
     def close(self) -> None:
         """Close them; a second call does nothing."""
-        while self.fds:
-            os.close(self.fds.pop())
+        while self._fds:
+            forks.close(self._fds.pop())
 
 
 def _own(stack: contextlib.ExitStack, fd: int) -> int:
@@ -308,7 +317,7 @@ def _channel_ends(stack: contextlib.ExitStack, given: Given) -> tuple[dict[str, 
     for name in ("channel", "qmp", "console", "stderr"):
         near, far = socket.socketpair()
         ours[name], theirs[name] = _own(stack, near.detach()), far.detach()
-        given.fds.append(theirs[name])
+        given.add(theirs[name])
         os.set_blocking(ours[name], False)
     return ours, theirs
 
@@ -348,7 +357,7 @@ def _scratch_disk(given: Given, job: Job, memory: Saving | Saved | None) -> int:
     except OSError as exc:
         fix = fix_of(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
         raise HostError("cannot make the scratch disk", f"{job.record.folder}: {exc.strerror}", fix) from exc
-    given.fds.append(fd)  # not ours once the child has it, so that its space is free when the child is gone
+    given.add(fd)  # not ours once the child has it, so that its space is free when the child is gone
     if isinstance(memory, Saved):
         write_disk(memory.scratch_fd, memory.scratch_disk, fd)
     else:

@@ -263,6 +263,7 @@ def _make_alone(template: Template, folder: Path, image: str, make: Maker, progr
         shutil.rmtree(path, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
+        work.chmod(0o700)  # whatever the umask took away
         progress("making the VM template, once for this image")
         made = sealed(make(work))
         path = work / MANIFEST

@@ -1,0 +1,84 @@
+"""Calls from Python that a signal's handler interrupts: what it raises ends them, and nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.vm.conftest import left_behind
+from x07_sandbox import Pool, run_program
+from x07_sandbox.backends.qemu.instance import QemuInstance
+from x07_sandbox.runs.warm import WarmMachines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.images.store import Image
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+
+def interrupted(call: Callable[..., object]) -> Callable[..., object]:
+    """The same call, at whose beginning Ctrl-C comes, once."""
+    to_come = [signal.SIGINT]
+
+    def interrupting(*args: object) -> object:
+        while to_come:
+            os.kill(os.getpid(), to_come.pop())
+            time.sleep(0.1)  # what the handler raises is raised here, if this is the main thread
+        return call(*args)
+
+    return interrupting
+
+
+def open_fds() -> int:
+    """How many descriptors this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.parametrize("name", ["record_owner", "release", "stop"])
+def test_an_interrupted_call_leaves_no_machine(
+    state: Path, image: Image, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Ctrl-C at any step of a machine's life, its end too, ends a call of the library without leaving anything."""
+    monkeypatch.setattr(QemuInstance, name, interrupted(getattr(QemuInstance, name)))
+    fds = open_fds()
+    with pytest.raises(KeyboardInterrupt):
+        run_program(source="sleep 20", toolchain="shell", image=image.digest)
+    assert left_behind(state) == []
+    assert open_fds() == fds
+
+
+def test_an_interrupted_shutdown_of_a_pool_goes_on(state: Path, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a pool is being ended is raised at once, and the pool's machines end all the same."""
+    pool = Pool(size=1, image=image.digest)
+    assert pool.wait_ready()
+    monkeypatch.setattr(WarmMachines, "close", interrupted(WarmMachines.close))
+    with pytest.raises(KeyboardInterrupt):
+        pool.shutdown()
+    deadline = time.monotonic() + 60
+    while found := left_behind(state):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)  # it ends in a thread that nobody else can wait for
+
+
+def test_a_pool_cannot_be_awaited_by_what_it_runs(state: Path, image: Image) -> None:
+    """A pool that is ended by its own worker, with waiting, says so, and ends."""
+    told: list[BaseException] = []
+
+    def shut_down(_future: object) -> None:
+        try:
+            pool.shutdown()
+        except RuntimeError as exc:
+            told.append(exc)
+
+    with Pool(size=1, image=image.digest) as pool:
+        future = pool.submit(source="sleep 1", toolchain="shell")
+        future.add_done_callback(shut_down)
+    assert told
+    assert left_behind(state) == []
