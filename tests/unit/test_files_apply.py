@@ -665,6 +665,15 @@ def test_a_kill_leaves_one_tree_on_an_overlay(fast: Path) -> None:
     assert driven("killed-on-overlay", fast, before=("/usr/bin/unshare", "--mount"))
 
 
+@pytest.mark.root
+def test_a_kill_leaves_one_tree_where_nothing_renames_without_replacing(fast: Path) -> None:
+    """The same on a file system that gives a file its second name before it takes the first, as NFS and FUSE do."""
+    need(os.geteuid() == 0, "root", installable=False)
+    need(shutil.which("bindfs"), "bindfs", installable=True)
+    need(Path("/dev/fuse").exists(), "FUSE", installable=False)
+    assert driven("killed-on-fuse", fast, before=("/usr/bin/unshare", "--mount"))
+
+
 def test_recovery_can_be_killed_at_any_call(fast: Path) -> None:
     """Recovery that is killed before each of its calls is ended by the next one, back as forth."""
     assert driven("recovery-killed", fast)
