@@ -599,7 +599,7 @@ def test_a_root_that_was_exchanged_while_it_waited_is_a_conflict(tmp_path: Path)
 
 @pytest.mark.root
 def test_where_no_modes_are_kept_a_set_is_applied_and_undone(tmp_path: Path) -> None:
-    """On a file system that gives all the same mode, whatever it is told, a set comes, goes, and comes again."""
+    """On a file system that gives all the same mode, whatever it is told, a set comes once, goes, and comes again."""
     need(os.geteuid() == 0, "root", installable=False)
     need(shutil.which("bindfs"), "bindfs", installable=True)
     old: Tree = {"": FOLDER, "a": ("file", 0o755, b"old"), "gone": FOLDER, "gone/b": ("file", 0o755, b"b")}
@@ -615,6 +615,7 @@ def test_where_no_modes_are_kept_a_set_is_applied_and_undone(tmp_path: Path) -> 
         changes, data = difference(root, old, new)
         applied(changes, data, tmp_path / "state")
         assert {name: entry[2] for name, entry in read(root).items()} == {name: entry[2] for name, entry in new.items()}
+        assert applied(changes, data, tmp_path / "state").roots == ()  # all of it is there already
         undone(tmp_path / "state", tmp_path / "other")
         assert read(root) == old
         applied(changes, data, tmp_path / "again")
