@@ -598,17 +598,19 @@ def test_a_root_that_was_exchanged_while_it_waited_is_a_conflict(tmp_path: Path)
 
 
 @pytest.mark.root
-def test_where_no_modes_are_kept_a_set_is_applied_and_undone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o755, 0o710])
+def test_where_no_modes_are_kept_a_set_is_applied_and_undone(tmp_path: Path, mode: int) -> None:
     """On a file system that gives all the same mode, whatever it is told, a set comes once, goes, and comes again."""
     need(os.geteuid() == 0, "root", installable=False)
     need(shutil.which("bindfs"), "bindfs", installable=True)
-    old: Tree = {"": FOLDER, "a": ("file", 0o755, b"old"), "gone": FOLDER, "gone/b": ("file", 0o755, b"b")}
+    folder = ("folder", mode, b"")
+    old: Tree = {"": folder, "a": ("file", mode, b"old"), "gone": folder, "gone/b": ("file", mode, b"b")}
     new: Tree = {"": FOLDER, "a": ("file", 0o644, b"new"), "run": ("file", 0o600, b"new"), "d": ("folder", 0o700, b"")}
     new["d/c"] = ("file", 0o444, b"c")
     for name in ("disk", "shown"):
         (tmp_path / name).mkdir()
     root = tmp_path / "shown/root"
-    mount = ["bindfs", "--chmod-ignore", "--perms=0755", str(tmp_path / "disk"), str(root.parent)]
+    mount = ["bindfs", "--chmod-ignore", f"--perms={mode:04o}", str(tmp_path / "disk"), str(root.parent)]
     need(subprocess.run(mount, check=False, capture_output=True).returncode == 0, "FUSE", installable=False)
     try:
         put(root, old)

@@ -539,6 +539,13 @@ def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None
         (run.folder.path / "changes/changes.json").unlink()
         (run.folder.path / "changes/data").unlink()
         (run.folder.path / "changes").rmdir()
+    (inner / "k.pem").touch()
+    both = {"write_roots": (str(run.root), f"{inner}/k.pem")}
+    gone = [Entry(Kind.GONE, name) for name in (b".aws/new/k.pem", b".aws/new", b".aws")]
+    assert told(*gone)[0].state == "kept"  # with all around it, and the machine has told the truth
+    shutil.rmtree(run.folder.path / "changes")
+    (inner / "k.pem").unlink()
+    both = {"write_roots": (str(run.root), str(inner))}
     changes, denials, _ = told(made, Entry(Kind.ROOT, b"1"), made)
     assert (changes.state, denials) == ("applied", [])
     assert sorted(str(path.relative_to(run.root)) for path in run.root.rglob("made")) == [".aws/new/made", "made"]

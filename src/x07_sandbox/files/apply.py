@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConflictError", "apply", "recover", "why_no_undo"]
 
-_ODD_MODE: Final = 0o710  # nothing has it unless it was given it
+_ODD_MODE: Final = 0o710  # as few as nothing has it unless it was given it
 _FIXES: Final = {
     errno.ENOSPC: "Free space there",
     errno.EDQUOT: "Free space there",
@@ -185,6 +185,7 @@ def _make_staging(site: Site) -> None:
     site.modes = os.fstat(site.staging_fd).st_mode & 0o777 == _ODD_MODE
     if site.modes:
         os.fchmod(site.staging_fd, 0o700)
+        site.modes = os.fstat(site.staging_fd).st_mode & 0o777 == 0o700  # noqa: PLR2004 - as it was just given
 
 
 def _roll_back(sites: list[Site], started: list[Step], *, later: bool = False) -> None:

@@ -203,6 +203,8 @@ class _Walk:
             self._there.add(name)
             if name == mount.sub and mount.single:
                 self._out.write(Entry(Kind.FILE, os.fsencode(name), mode=0o644).encoded())
+                # As of a folder, it is known here that it was there: it may go with the folder that it lies in.
+                self._count(name, Node(kind="file", mode=0o644, sha256=hashlib.sha256().hexdigest()))
             else:
                 self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=0o755), name)
 
