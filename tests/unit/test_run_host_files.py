@@ -756,6 +756,18 @@ def test_a_missing_root_is_made_in_the_one_around_it(run: Run, told: list[Entry]
     assert found == (there or {})
 
 
+def test_a_missing_root_is_one_folder_wherever_it_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By --out, or by a path of another kind than that of the root around it, no second folder comes in its place."""
+    monkeypatch.chdir(run.root)
+    files = run.files({"write_roots": (str(run.root), "new")}, out=Path("out"), changes="discard")
+    assert packed(files) == [{"new", "out"}]
+    assert {mount["at"]: mount["sub"] for mount in files.mounts(0)} == {
+        str(run.root): "",
+        "/opt/x07/new": "new",
+        OUT: "out",
+    }
+
+
 def test_what_is_in_force_of_a_root_counts_and_not_what_names_it(run: Run) -> None:
     """Of what lies in a write root all may be written: no flag that is given already is advised for it."""
     (run.root / "a").mkdir()

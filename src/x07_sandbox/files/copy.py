@@ -179,12 +179,12 @@ class _Walk:
                 self._way_to(mount)
 
     def _may_make(self, mount: Mount) -> bool:
-        """Whether a write root around shows its place: then it is replaced and removed there as anything else."""
+        """Whether it lies in a write root: there it is replaced and removed as anything, and is one wherever shown."""
         folder, _, part = mount.sub.rpartition("/")
         if mount.sub in self._there or (folder and folder not in self._there) or self._stays(part, mount.sub):
             return False
-        around = [other for other in self._tree.mounts if other.write and inside(mount.at, other.at)]
-        return any(not other.sub or other.sub in self._there for other in around)
+        around = [other.sub for other in self._tree.mounts if other.write and inside(mount.host, other.host)]
+        return any(not sub or sub in self._there for sub in around)
 
     def _make(self, name: str) -> None:
         from x07_sandbox.files.checks import default_mode  # seldom needed
