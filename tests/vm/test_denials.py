@@ -179,6 +179,10 @@ def test_files_come_in_and_changes_come_out_by_what_is_said(sandbox: Sandbox, ro
         ("kept.json", "import subprocess; subprocess.run(['sed', '-i', 's/old/new/', 'kept.json'], check=True)"),
         ("{}/one/two", "import shutil, os; shutil.rmtree('{0}/one/two'); os.mkdir('{0}/one/two')"),
         ("one/two", "import os; os.rename('one/two', 'one/three'); os.makedirs('one/two')"),
+        (
+            "one/two",
+            "import os; [os.unlink(e) for e in os.scandir('one/two')]; os.rmdir('two', dir_fd=os.open('one', 0))",
+        ),
         ("missing", "import shutil, os; shutil.rmtree('missing'); os.mkdir('missing'); open('missing/x', 'w')"),
     ],
 )
