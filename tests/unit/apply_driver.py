@@ -172,18 +172,32 @@ class OverlayCase(Case):
         subprocess.run(["/usr/bin/mount", "-t", "overlay", "overlay", "-o", options, merged], check=True)
 
 
+def killed_on_fuse(base: Path) -> None:
+    """Kill it where a file system cannot rename without replacing: the kernel itself says what is there already."""
+    for name in ("disk", "shown"):
+        (base / name).mkdir()
+    subprocess.run(["/usr/bin/bindfs", base / "disk", base / "shown"], check=True)
+    try:
+        case = Case(base)
+        case.root = base / "shown" / "root"
+        case.changes, case.data = difference(case.root, OLD, NEW)
+        killed(base, case, STRIDE)
+    finally:
+        subprocess.run(["/usr/bin/umount", base / "shown"], check=True)
+
+
 def killed_on_overlay(base: Path) -> None:
     """Kill it on a file system on which folders cannot be renamed."""
     killed(base, OverlayCase(base))
 
 
-def killed(base: Path, given: Case | None = None) -> None:
-    """Kill it at every call, and its recovery at some."""
+def killed(base: Path, given: Case | None = None, stride: int = 1) -> None:
+    """Kill it at every call, or at each of so many, and its recovery at some."""
     case = given or Case(base)
     results: list[str] = []
     dice = random.Random(7)  # noqa: S311 - nothing secret
     while True:
-        number = len(results) + 1
+        number = stride * len(results) + 1
         case.begin()
         code = in_child(case.apply, partial(at_call, number, die))
         if code != KILLED:
@@ -493,6 +507,7 @@ def _filter() -> None:
 RUNS = {
     "killed": killed,
     "killed-on-overlay": killed_on_overlay,
+    "killed-on-fuse": killed_on_fuse,
     "recovery-killed": recovery_killed,
     "killed-any-time": killed_any_time,
     "disturbed": disturbed,

@@ -598,23 +598,26 @@ def test_a_root_that_was_exchanged_while_it_waited_is_a_conflict(tmp_path: Path)
 
 
 @pytest.mark.root
-def test_where_no_modes_are_kept_a_set_is_applied_and_undone(tmp_path: Path) -> None:
-    """On a file system that gives all the same mode, whatever it is told, a set comes, goes, and comes again."""
+@pytest.mark.parametrize("mode", [0o755, 0o710])
+def test_where_no_modes_are_kept_a_set_is_applied_and_undone(tmp_path: Path, mode: int) -> None:
+    """On a file system that gives all the same mode, whatever it is told, a set comes once, goes, and comes again."""
     need(os.geteuid() == 0, "root", installable=False)
     need(shutil.which("bindfs"), "bindfs", installable=True)
-    old: Tree = {"": FOLDER, "a": ("file", 0o755, b"old"), "gone": FOLDER, "gone/b": ("file", 0o755, b"b")}
+    folder = ("folder", mode, b"")
+    old: Tree = {"": folder, "a": ("file", mode, b"old"), "gone": folder, "gone/b": ("file", mode, b"b")}
     new: Tree = {"": FOLDER, "a": ("file", 0o644, b"new"), "run": ("file", 0o600, b"new"), "d": ("folder", 0o700, b"")}
     new["d/c"] = ("file", 0o444, b"c")
     for name in ("disk", "shown"):
         (tmp_path / name).mkdir()
     root = tmp_path / "shown/root"
-    mount = ["bindfs", "--chmod-ignore", "--perms=0755", str(tmp_path / "disk"), str(root.parent)]
+    mount = ["bindfs", "--chmod-ignore", f"--perms={mode:04o}", str(tmp_path / "disk"), str(root.parent)]
     need(subprocess.run(mount, check=False, capture_output=True).returncode == 0, "FUSE", installable=False)
     try:
         put(root, old)
         changes, data = difference(root, old, new)
         applied(changes, data, tmp_path / "state")
         assert {name: entry[2] for name, entry in read(root).items()} == {name: entry[2] for name, entry in new.items()}
+        assert applied(changes, data, tmp_path / "state").roots == ()  # all of it is there already
         undone(tmp_path / "state", tmp_path / "other")
         assert read(root) == old
         applied(changes, data, tmp_path / "again")
@@ -663,6 +666,15 @@ def test_a_kill_leaves_one_tree_on_an_overlay(fast: Path) -> None:
     """The same where folders cannot be renamed, because a lower layer of an overlay has them."""
     need(os.geteuid() == 0, "root", installable=False)
     assert driven("killed-on-overlay", fast, before=("/usr/bin/unshare", "--mount"))
+
+
+@pytest.mark.root
+def test_a_kill_leaves_one_tree_where_nothing_renames_without_replacing(fast: Path) -> None:
+    """The same on a file system that gives a file its second name before it takes the first, as NFS and FUSE do."""
+    need(os.geteuid() == 0, "root", installable=False)
+    need(shutil.which("bindfs"), "bindfs", installable=True)
+    need(Path("/dev/fuse").exists(), "FUSE", installable=False)
+    assert driven("killed-on-fuse", fast, before=("/usr/bin/unshare", "--mount"))
 
 
 def test_recovery_can_be_killed_at_any_call(fast: Path) -> None:

@@ -243,7 +243,8 @@ def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
         {"tree": 16, "sub": "a/deep er", "at": "/deep", "write": False},
         {"tree": None, "sub": "", "at": "/x07/in/project", "write": True},
     ]
-    known = Names({16: trip.tree}, mounts)
+    (trip.host / "view/x07/in").mkdir(parents=True)
+    known = Names({16: trip.tree}, mounts, str(trip.host / "view"))
     device = trip.guest.stat().st_dev
     shown = f"{os.major(device):02x}:{os.minor(device):02x}"
     names = ("", "run.sh", "no \udcff utf-8\n", "a", "a/empty", "a/deep er", "a/deep er/n\u00f6ch.txt")
@@ -259,6 +260,7 @@ def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
     }
     inode = (trip.guest / "run.sh").stat().st_ino
     assert known.path("00:00", inode) == ""
+    assert known.path(shown, (trip.host / "view/x07/in").stat().st_ino) == "/x07/in"  # a root lies in it
     for name in ("/data/run.sh", "/data/x/y", "/deep", "/data/x/../link"):  # as good as the path
         assert known.path(shown, inode, name) == ""
     for name in ("/", "/tmp/link", "/data/a/link", "/database", "/x07/in/project"):  # noqa: S108 - the guest's

@@ -56,10 +56,11 @@ def path(name: str, kind: str = "NORMAL", inode: int = 67, dev: str = "fe:00") -
 
 
 def find(device: str, inode: int, given: str) -> str:
-    """What is known by inode: a folder of the host's, and a file in it; nothing where the name says it."""
+    """Known by inode: a folder of the host's, a file in it, a folder around a root; none where the name says it."""
     if given.startswith("/data"):
         return ""
-    return {("fe:10", 139268): "/data/t", ("fe:10", 139269): "/data/t/f"}.get((device, inode), "")
+    known = {("fe:10", 139268): "/data/t", ("fe:10", 139269): "/data/t/f", ("00:20", 9): "/srv/b"}
+    return known.get((device, inode), "")
 
 
 ROOTS: Final = ("/opt/x07/conf.json", "/data/out", "/srv/a/tmp", "/srv/b/tmp")
@@ -152,6 +153,31 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
                 Refusal("kernel", "unlinkat", 16, found, write=True),
             )
             for name, found in (("out", "/data/out"), ("tmp", ".../tmp"))
+        ],
+        # The one that lies in the folder, where that is known by its inode: of one name there may be two.
+        *[
+            (
+                [
+                    called(263, error, items=2, a0="3"),
+                    (CWD, 'cwd="/opt/x07"'),
+                    path('"/opt/x07"', "PARENT", 9, "00:20"),
+                    path('"tmp"', "DELETE"),
+                ],
+                Refusal("kernel", "unlinkat", error, "/srv/b/tmp", write=True),
+            )
+            for error in (16, 13)
+        ],
+        *[
+            (
+                [
+                    called(316, 16, items=4, a0="3", a2="3"),
+                    (CWD, 'cwd="/opt/x07"'),
+                    *(path('"/opt/x07"', "PARENT", inode, "00:20") for inode in inodes),
+                    *(path(f'"{name}"', "DELETE") for name in names),
+                ],
+                Refusal("kernel", "renameat2", 16, "/srv/b/tmp", write=True),
+            )
+            for inodes, names in (((67, 9), ("new", "tmp")), ((9, 67), ("tmp", "new")))
         ],
         # As Linux 6.12 told of `cp FILE FOLDER`, rm -r, os.open(..., dir_fd=) and the like in a read root: of a name
         # without a slash, relative to a descriptor, the folder is said to be the working directory.

@@ -69,7 +69,7 @@ class Run:
         **words: Any,  # noqa: ANN401 - any of a request's
     ) -> HostFiles:
         """They, under the built-in policy with other rules for files. named: the path of the policy in use."""
-        policy = default_policy()
+        policy = words.pop("policy", None) or default_policy()
         rules = {"write_roots": (str(self.root),), "deny_hidden": False, **(fs or {})}
         policy = msgspec.structs.replace(policy, fs=msgspec.structs.replace(policy.fs, **rules))
         request = RunRequest(source=b"pass", toolchain="python", policy=policy, cancel=self.cancel, **words)
@@ -509,6 +509,9 @@ def test_a_root_in_what_was_left_out_of_another_goes_in(
     roots[outer] = (str(run.root),)
     roots["write_roots"] = (*roots["write_roots"], str(place))
     files = run.files(roots)
+    if inner == "sub/missing" and outer == "write_roots":
+        assert packed(files) == [ways]  # what is missing where it may be made is made there
+        return
     own = {"in"} if inner.endswith("/") else {"one.pem"} if "one" in inner else set()
     assert packed(files) == [ways, own]
     assert [(mount["tree"], mount["at"], mount["sub"]) for mount in files.mounts(0)] == [
@@ -536,6 +539,13 @@ def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None
         (run.folder.path / "changes/changes.json").unlink()
         (run.folder.path / "changes/data").unlink()
         (run.folder.path / "changes").rmdir()
+    (inner / "k.pem").touch()
+    both = {"write_roots": (str(run.root), f"{inner}/k.pem")}
+    gone = [Entry(Kind.GONE, name) for name in (b".aws/new/k.pem", b".aws/new", b".aws")]
+    assert told(*gone)[0].state == "kept"  # with all around it, and the machine has told the truth
+    shutil.rmtree(run.folder.path / "changes")
+    (inner / "k.pem").unlink()
+    both = {"write_roots": (str(run.root), str(inner))}
     changes, denials, _ = told(made, Entry(Kind.ROOT, b"1"), made)
     assert (changes.state, denials) == ("applied", [])
     assert sorted(str(path.relative_to(run.root)) for path in run.root.rglob("made")) == [".aws/new/made", "made"]
@@ -557,7 +567,7 @@ def test_out_is_a_folder_or_is_not_there(run: Run, monkeypatch: pytest.MonkeyPat
     (run.root / "file").touch()
     with pytest.raises(UsageError, match="file is a file"):
         run.files(out=Path("file"))
-    assert run.files(out=Path("new")).areas[-1].at == OUT
+    assert run.files(out=Path("new")).areas[0].at == OUT
 
 
 def kept(changes: ChangeSet, folder: Path) -> None:
@@ -689,7 +699,8 @@ ROOTS: list[tuple[list[str], list[str], set[str]]] = [
     (["a/b/f"], ["a"], {"a", "a/b/f"}),
     ([], ["a", "a/b", "a/b/f"], {"a"}),
     (["a/missing"], ["a"], {"a", "a/missing"}),
-    (["a", "a/missing"], [], {"a", "a/missing"}),
+    (["a", "a/missing"], [], {"a"}),
+    (["a/.env", "a"], ["a"], {"a", "a/.env"}),
 ]
 
 
@@ -701,10 +712,71 @@ def test_a_root_that_another_shows_anyway_is_no_mount(
     (run.root / "a/b").mkdir(parents=True)
     (run.root / "a/b/f").touch()
     (run.root / "a/f").touch()
+    (run.root / "a/.env").touch()
     fs = {"write_roots": tuple(f"{run.root}/{name}" for name in write)}
     fs["read_roots"] = tuple(f"{run.root}/{name}" for name in read)
     found = {str(Path(mount["at"]).relative_to(run.root)): mount["write"] for mount in run.files(fs).mounts(0)}
     assert found == {name: any(name == root or name.startswith(f"{root}/") for root in write) for name in mounted}
+
+
+@pytest.mark.parametrize(("entry", "mounted"), [("a/f", True), ("a/", False), ("a/b", False), ("a", False)])
+def test_a_file_that_a_list_of_programs_names_stays_a_mount(run: Run, entry: str, *, mounted: bool) -> None:
+    """What may be written and executed, since it is a root and on the list, is both also where its folder is a root."""
+    (run.root / "a").mkdir()
+    (run.root / "a/f").touch()
+    path = f"{run.root}/{entry}"
+    for programs, beginnings in (((path,), ()), ((), (path,))):
+        process = msgspec.structs.replace(
+            default_policy().process, allow_execs=programs, allow_exec_prefixes=beginnings
+        )
+        policy = msgspec.structs.replace(default_policy(), process=process)
+        files = run.files({"write_roots": (str(run.root), f"{run.root}/a/f")}, policy=policy, changes="discard")
+        assert (f"{run.root}/a/f" in [mount["at"] for mount in files.mounts(0)]) is mounted
+
+
+MADE: list[tuple[list[Entry], dict[str, int] | None]] = [
+    ([], None),
+    ([Entry(Kind.GONE, b"new")], None),
+    ([Entry(Kind.FILE, b"new/in", mode=0o644)], {"new": 0o40755, "new/in": 0o100644}),
+    ([Entry(Kind.FOLDER, b"new", mode=0o700)], {"new": 0o40700}),
+    ([Entry(Kind.GONE, b"new"), Entry(Kind.FILE, b"other", mode=0o644)], {"other": 0o100644}),
+    ([Entry(Kind.FILE, b"new", mode=0o600)], {"new": 0o100600}),
+]
+
+
+@pytest.mark.parametrize(("told", "there"), MADE)
+def test_a_missing_root_is_made_in_the_one_around_it(run: Run, told: list[Entry], there: dict[str, int] | None) -> None:
+    """It is there for the program, on the host only if something comes of it, and no permission is needed for it."""
+    fs = {"allow_mkdir": False, "allow_remove": False, "allow_rename": False}
+    files = run.files({"write_roots": (str(run.root), f"{run.root}/new"), **fs})
+    assert packed(files) == [{"new"}]
+    changes, denials, _ = run.back(files, *told)
+    assert (changes.state, denials) == ("none" if there is None else "applied", [])
+    found = {str(path.relative_to(run.root)): path.lstat().st_mode for path in run.root.rglob("*")}
+    assert found == (there or {})
+
+
+def test_a_missing_root_is_one_folder_wherever_it_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By --out, or by a path of another kind than that of the root around it, no second folder comes in its place."""
+    monkeypatch.chdir(run.root)
+    files = run.files({"write_roots": (str(run.root), "new")}, out=Path("out"), changes="discard")
+    assert packed(files) == [{"new", "out"}]
+    assert {mount["at"]: mount["sub"] for mount in files.mounts(0)} == {
+        str(run.root): "",
+        "/opt/x07/new": "new",
+        OUT: "out",
+    }
+
+
+def test_what_is_in_force_of_a_root_counts_and_not_what_names_it(run: Run) -> None:
+    """Of what lies in a write root all may be written: no flag that is given already is advised for it."""
+    (run.root / "a").mkdir()
+    (run.root / "a/f.pem").touch()
+    fs = {"read_roots": (str(run.root), f"{run.root}/a"), "write_roots": (f"{run.root}/a/f.pem", str(run.root))}
+    outer, secret = run.files(fs).areas
+    assert (outer.at, outer.write, outer.joins) == (str(run.root), True, None)
+    assert (secret.at, secret.write) == (f"{run.root}/a/f.pem", True)
+    assert secret.joins == HowToAllow(json_path=None, value=None, flag="--reveal f.pem")
 
 
 def test_a_root_at_another_place_has_its_mount_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

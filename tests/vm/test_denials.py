@@ -179,6 +179,11 @@ def test_files_come_in_and_changes_come_out_by_what_is_said(sandbox: Sandbox, ro
         ("kept.json", "import subprocess; subprocess.run(['sed', '-i', 's/old/new/', 'kept.json'], check=True)"),
         ("{}/one/two", "import shutil, os; shutil.rmtree('{0}/one/two'); os.mkdir('{0}/one/two')"),
         ("one/two", "import os; os.rename('one/two', 'one/three'); os.makedirs('one/two')"),
+        (
+            "one/two",
+            "import os; [os.unlink(e) for e in os.scandir('one/two')]; os.rmdir('two', dir_fd=os.open('one', 0))",
+        ),
+        ("missing", "import shutil, os; shutil.rmtree('missing'); os.mkdir('missing'); open('missing/x', 'w')"),
     ],
 )
 def test_a_root_is_replaced_or_removed_by_one_around_it(
@@ -194,6 +199,8 @@ def test_a_root_is_replaced_or_removed_by_one_around_it(
     assert runs[0].result.denials[0].action == "replace"
     if root == "kept.json":
         assert (tmp_path / root).read_text() == "new"
+    elif root == "missing":
+        assert (tmp_path / "missing/x").exists()
     else:
         assert not (tmp_path / "one/two/file").exists()
 

@@ -133,7 +133,10 @@ file for each in the machine: what is changed of one becomes a file of its own. 
 group; who may not give it these applies nothing. The mode of a root itself stays as it was, and a warning says so.
 A root cannot be replaced, renamed or removed by the program (`EBUSY`), a single file neither: to write a file anew and
 rename it, as `sed -i` does, it needs the folder as a root. What lies in a write root can, also where it is named as a
-root itself. On a file system that keeps no modes (vfat, NTFS) all is applied but modes.
+root itself, unless that one leaves it out (`--reveal` lets a secret join it) or a list of programs names the file. From
+one root to another nothing is renamed (`EXDEV`), as between file systems. A write root that is not there is an empty
+folder for the program, and is made if it is to hold something. On a file system that keeps no modes (vfat, NTFS) all is
+applied but modes.
 `--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it is refused.
 """
 _PROCESSES: Final = """

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConflictError", "apply", "recover", "why_no_undo"]
 
-_ODD_MODE: Final = 0o710  # nothing has it unless it was given it
+_ODD_MODE: Final = 0o710  # as few as nothing has it unless it was given it
 _FIXES: Final = {
     errno.ENOSPC: "Free space there",
     errno.EDQUOT: "Free space there",
@@ -94,13 +94,18 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
     roots = [root for root in changes.roots if root.changes]
     anchors = [reached_by(root) for root in roots]
     with _sites((path for path, _ in anchors), on_wait) as by_path:
-        found = [look_at(root, by_path[path].fd, prefix) for root, (path, prefix) in zip(roots, anchors, strict=True)]
+        kept = undoes(folder)
+        found = [
+            look_at(root, by_path[path].fd, prefix, kept or {})
+            for root, (path, prefix) in zip(roots, anchors, strict=True)
+        ]
         if all(one.done for one in found):
             nothing = ChangeSet(run=changes.run, roots=())
             leave(folder, nothing)
             return nothing
         wrong = list(dict.fromkeys(name for one in found for name in one.wrong))
-        _check_part(folder, roots, found, wrong)
+        if kept != {}:
+            _check_part(folder, set(kept or ()), list(zip(roots, found, strict=True)), wrong)
         if wrong:
             raise conflict(wrong)
         sites = list({id(site): site for site in by_path.values()}.values())
@@ -114,21 +119,19 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
         return _execute(folder, head, sites, planner, (inverse, data_fd))
 
 
-def _check_part(folder: Path, roots: list[RootChanges], found: list[Found], wrong: list[str]) -> None:
+def _check_part(
+    folder: Path, kept: set[tuple[str, str]], both: list[tuple[RootChanges, Found]], wrong: list[str]
+) -> None:
     """Refuse what is only the rest of a set of which a part is applied. Raises ConflictError.
 
     What undoes that part would be lost for what undoes this one. Where all that the kept one brings back is as before,
-    by somebody's hand, it is of no use any more.
+    by somebody's hand, it is of no use any more. kept: what that is, nothing where nobody can tell.
     """
-    kept = undoes(folder)
-    if kept == set():
-        return
-    both = list(zip(roots, found, strict=True))
     mine = {(root.root, item.change.name) for root, one in both for item in one.items}
     done = {(root.root, name) for root, one in both for name in one.there}
-    done |= {(root.root, "") for root in roots if root.missing and kept and (root.root, "") in kept}
+    done |= {(root.root, "") for root, _ in both if root.missing and (root.root, "") in kept}
     done_paths = {posixpath.join(*name).rstrip("/") for name in done}
-    if done_paths.issuperset(wrong) if wrong else kept is None or not kept <= mine:
+    if done_paths.issuperset(wrong) if wrong else not kept or not kept <= mine:
         why = "another part of them is applied already, and x07 undo could not bring back both"
         fix = "First x07 undo, then apply all that you want at once"
         if why_no_undo(folder):
@@ -190,6 +193,7 @@ def _make_staging(site: Site) -> None:
     site.modes = os.fstat(site.staging_fd).st_mode & 0o777 == _ODD_MODE
     if site.modes:
         os.fchmod(site.staging_fd, 0o700)
+        site.modes = os.fstat(site.staging_fd).st_mode & 0o777 == 0o700  # noqa: PLR2004 - as it was just given
 
 
 def _roll_back(sites: list[Site], started: list[Step], *, later: bool = False) -> None:

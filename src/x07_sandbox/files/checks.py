@@ -17,6 +17,8 @@ from x07_sandbox.files.changes import STAGING, Change, Node
 from x07_sandbox.files.things import thing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from x07_sandbox.files.changes import ChangeSet, RootChanges
     from x07_sandbox.files.things import Thing
 
@@ -73,8 +75,11 @@ def reached_by(root: RootChanges) -> tuple[str, str]:
     return folder, name
 
 
-def look_at(root: RootChanges, dir_fd: int, prefix: str) -> Found:
-    """Compare the host with a root's changes. dir_fd, prefix: as reached_by() says. Raises HostError, OSError."""
+def look_at(root: RootChanges, dir_fd: int, prefix: str, undoing: Mapping[tuple[str, str], Change]) -> Found:
+    """Compare the host with a root's changes. dir_fd, prefix: as reached_by() says. Raises HostError, OSError.
+
+    undoing: what undoes what was applied, by root and name: where no modes are kept it says which one is there.
+    """
     changes = sorted(root.changes, key=lambda change: change.name)
     wrong: list[str] = []
     if root.missing:
@@ -89,7 +94,9 @@ def look_at(root: RootChanges, dir_fd: int, prefix: str) -> Found:
         try:
             with thing(dir_fd, name) as there:
                 good = _fits(there, change.before, blind=True)
-                if _fits(there, change.after, blind=False):
+                if _fits(there, change.after, blind=False) or _is_applied(
+                    there, change, undoing.get((root.root, change.name))
+                ):
                     there_already.add(change.name)
                 items.append(Item(name, change, there.info if there else None))
                 if good and there and _kind(change.before) == "folder" != _kind(change.after):
@@ -178,6 +185,13 @@ def _check_node(node: Node, where: str) -> None:
         raise ValueError(f"{where} has no plain target")
     if node.kind == "file" and (node.size < 0 or (node.at or 0) < 0 or not _SHA256.fullmatch(node.sha256)):
         raise ValueError(f"{where} has no plain content")
+
+
+def _is_applied(there: Thing | None, change: Change, back: Change | None) -> bool:
+    """Whether a change was done with what is there, as what takes it back says. back: None where nothing does."""
+    if back is None or not (back.after is change.before or (back.after and back.after.same(change.before))):
+        return False
+    return _fits(there, back.before, blind=False)
 
 
 def _same_content(change: Change) -> bool:

@@ -2,7 +2,8 @@
 
 No link is followed, no other file system entered, nothing read twice: the digests are of the very bytes that travel.
 What may not travel is left out and told; for the program it is not there, but for empty folders on the way to what has
-its place below it: a root that lies in what was left out, or is missing, is a tree of its own.
+its place below it: a root that lies in what was left out, or is missing, is a tree of its own. One that is missing in
+a folder that may be changed is made there, for the program.
 """
 
 from __future__ import annotations
@@ -112,11 +113,13 @@ class Copied(msgspec.Struct):
 
     nodes: of what the program may change, by the name in its tree. stayed: what was left out of that; nothing is known
     of what lies below such a name. A name in both is a folder on the way to another tree's place.
+    made: of the nodes, folders that are not there.
     apart: the tree's mounts for which it has nothing, since they are missing or were left out: they travel alone.
     """
 
     nodes: dict[str, Node] = msgspec.field(default_factory=dict)
     stayed: dict[str, Stayed] = msgspec.field(default_factory=dict)
+    made: set[str] = msgspec.field(default_factory=set)
     left_out: dict[Reason, LeftOut] = msgspec.field(default_factory=dict)
     apart: list[Mount] = msgspec.field(default_factory=list)
     entries: int = 0
@@ -166,11 +169,31 @@ class _Walk:
     def _places(self) -> None:
         """Make places for mounts of which nothing was met: what is missing, and what was left out."""
         mounts = sorted(self._tree.mounts, key=lambda mount: mount.sub)
+        for mount in mounts:
+            if mount.missing and self._may_make(mount):
+                self._make(mount.sub)
         met = [mount.at for mount in mounts if mount.sub in {"", self._tree.only} or mount.sub in self._there]
         self.copied.apart = [mount for mount in mounts if mount.at not in met]
         for mount in self.copied.apart:
             if any(inside(mount.at, at) for at in met):
                 self._way_to(mount)
+
+    def _may_make(self, mount: Mount) -> bool:
+        """Whether it lies in a write root: there it is replaced and removed as anything, and is one wherever shown."""
+        folder, _, part = mount.sub.rpartition("/")
+        if mount.sub in self._there or (folder and folder not in self._there) or self._stays(part, mount.sub):
+            return False
+        around = [other.sub for other in self._tree.mounts if other.write and inside(mount.host, other.host)]
+        return any(not sub or sub in self._there for sub in around)
+
+    def _make(self, name: str) -> None:
+        from x07_sandbox.files.checks import default_mode  # seldom needed
+
+        mode = default_mode()
+        self._out.write(Entry(Kind.FOLDER, os.fsencode(name), mode=mode).encoded())
+        self.copied.nodes[name] = Node(kind="folder", mode=mode)
+        self.copied.made.add(name)
+        self._there.add(name)
 
     def _way_to(self, mount: Mount) -> None:
         """The empty folders on the way to another tree's place in this one, and what it will lie over."""
@@ -180,6 +203,8 @@ class _Walk:
             self._there.add(name)
             if name == mount.sub and mount.single:
                 self._out.write(Entry(Kind.FILE, os.fsencode(name), mode=0o644).encoded())
+                # As of a folder, it is known here that it was there: it may go with the folder that it lies in.
+                self._count(name, Node(kind="file", mode=0o644, sha256=hashlib.sha256().hexdigest()))
             else:
                 self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=0o755), name)
 

@@ -31,11 +31,16 @@ _Content = tuple[str, str, int, str]
 
 
 class Allowed(msgspec.Struct, frozen=True, kw_only=True):
-    """What a policy allows to be done to folders and names."""
+    """What a policy allows to be done to folders and names.
+
+    made: folders that were not there and that it names as roots. For the program they were, and they are made if they
+    are to hold something, or to be something else.
+    """
 
     mkdir: bool
     remove: bool
     rename: bool
+    made: frozenset[str] = frozenset()
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +70,8 @@ def judge(
     near, refused = _near(told, bounds.depth)
     after, others = _after(before, near)
     refused += others
+    if allowed.made:
+        before, after = _without_made(before, after, allowed.made)
     changes = [
         Change(name=name, before=before.get(name), after=after.get(name))
         for name in sorted({*before, *after})
@@ -154,6 +161,17 @@ def _after(before: Mapping[str, Node], told: Iterable[Told]) -> tuple[dict[str, 
         if name and not is_folder:
             raise PeerError("bad changes", "something lies in what is no folder")
     return after, refused
+
+
+def _without_made(
+    before: Mapping[str, Node], after: dict[str, Node], made: frozenset[str]
+) -> tuple[Mapping[str, Node], dict[str, Node]]:
+    """Both without folders that were made for the program only; after: as far as nothing has come of them."""
+    unused = {name for name in made - folders_above(after) if _same(before[name], after.get(name))}
+    return (
+        {name: node for name, node in before.items() if name not in made},
+        {name: node for name, node in after.items() if name not in unused},
+    )
 
 
 def _check_root(told: Told, before: Node | None) -> None:
@@ -267,7 +285,7 @@ def _by_stayed(name: str, why: str, stayed: str, there: Stayed, bounds: Bounds) 
 
 def _by_deed(change: Change, allowed: Allowed, moved: set[str]) -> Iterator[Refused]:
     name, before, after = change.name, change.before, change.after
-    if _is_folder(after) and not _is_folder(before) and not allowed.mkdir:
+    if _is_folder(after) and not _is_folder(before) and not allowed.mkdir and name not in allowed.made:
         yield Refused(name=name, rule="fs.allow_mkdir", why="it is a new folder", value=True)
     lost = before is not None and (after is None or after.kind != before.kind)
     if not lost:

@@ -18,7 +18,7 @@ from x07_sandbox.host.paths import replace_file
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from x07_sandbox.files.changes import ChangeSet, Node
+    from x07_sandbox.files.changes import Change, ChangeSet, Node
     from x07_sandbox.files.journal import Step
     from x07_sandbox.files.steps import Site
     from x07_sandbox.files.things import Ident
@@ -36,18 +36,18 @@ def why_no_undo(folder: Path) -> str | None:
         return None
 
 
-def undoes(folder: Path) -> set[tuple[str, str]] | None:
-    """Roots and names that what is kept would bring back; none where nothing is kept, None where nobody can tell.
+def undoes(folder: Path) -> dict[tuple[str, str], Change] | None:
+    """What is kept would bring back, by root and name; None where nobody can tell.
 
-    Raises ValueError if it is damaged, OSError.
+    Nothing where nothing is kept. Raises ValueError if it is damaged, OSError.
     """
     if not (folder / "undo").exists():
-        return set()
+        return {}
     try:
         kept = data_model.decode((folder / "undo" / _CHANGES).read_bytes())
     except FileNotFoundError:
         return None
-    return {(root.root, change.name) for root in kept.roots for change in root.changes}
+    return {(root.root, change.name): change for root in kept.roots for change in root.changes}
 
 
 def prepare(folder: Path, undoing: ChangeSet) -> None:

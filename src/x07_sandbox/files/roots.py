@@ -6,6 +6,7 @@ Where they lie there is for plan/places to say.
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from x07_sandbox.plan.places import inside, place
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from x07_sandbox.plan.confinement import Confinement
     from x07_sandbox.policy.model import Policy
 
 
@@ -110,14 +112,26 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
     return tuple(found.values())
 
 
-def mounts_of(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
+def mounts_of(trees: Sequence[Tree], listed: Confinement) -> list[tuple[int, Mount]]:
     """What is to be mounted, outer ones first, so that none covers another, with the number of its tree.
 
-    What lies where another one shows it anyway is none: the program could neither replace nor remove it (EBUSY).
+    What lies where another one shows it anyway is none: the program could neither replace nor remove it (EBUSY). A file
+    that a list of programs names is one: in a mount of its own it can be written and executed.
     """
     every = [(number, mount) for number, tree in enumerate(trees) for mount in tree.mounts]
     every.sort(key=lambda one: (one[1].at.count("/"), one[1].at))
-    return [one for one in every if not _is_shown(one, every)]
+    return [one for one in every if _is_listed(one[1], listed) or not _is_shown(one, every)]
+
+
+def _is_listed(mount: Mount, listed: Confinement) -> bool:
+    """Whether an entry names a file that may be written, and not a folder that it lies in: that is open anyway."""
+    if not mount.single or not mount.write:
+        return False
+    folder, part = posixpath.split(mount.at)
+    starts = (posixpath.split(prefix) for prefix in listed.prefixes)
+    return mount.at in (listed.programs or ()) or any(
+        start and at == folder and part.startswith(start) for at, start in starts
+    )
 
 
 def _is_shown(one: tuple[int, Mount], every: Sequence[tuple[int, Mount]]) -> bool:

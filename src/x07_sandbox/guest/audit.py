@@ -262,14 +262,26 @@ class Refusals:
             # Of a name without a slash no part is its folder's: the kernel then says the working directory, which is
             # that folder only where no descriptor was given.
             name = "." if call.elsewhere and name == call.cwd else name
-            call.folder = call.folder or self._path(call, name, values)
+            call.folders.append(self._path(call, name, values))
+            call.folder = call.folder or call.folders[0]
         elif call.name in _EXECUTES:
             # A script, then its interpreter: the last is what was not executed.
             call.path = name or call.path
-        elif call.errno == errno.EBUSY:
+        elif call.name in _REPLACES:
+            self._note_replaced(call, name, values)
+        elif not beside:
+            call.path = call.path or self._path(call, name, values)
+
+    def _note_replaced(self, call: _Call, name: str, values: dict[bytes, bytes]) -> None:
+        if call.elsewhere and not name.startswith("/"):
+            # The folders come first, as many as names, and in the same order.
+            folder = call.folders[min(call.names, len(call.folders) - 1)] if call.folders else ""
+            name = posixpath.join(folder, posixpath.basename(name)) if folder.startswith("/") else name
+        call.names += 1
+        if call.errno == errno.EBUSY:
             # Of two names either may be what is mounted. What is told of it is what lies under the mount.
             call.path = self._root(call, name) or call.path or name
-        elif not beside:
+        else:
             call.path = call.path or self._path(call, name, values)
 
     def _path(self, call: _Call, name: str, values: dict[bytes, bytes]) -> str:
@@ -317,6 +329,8 @@ class _Call:
         self.write = False
         self.elsewhere = False  # a relative path is not from the working directory
         self.cwd = ""
+        self.folders: list[str] = []  # in which it was to be done
+        self.names = 0  # of what is in them
         self.folder = ""  # of something new: the kernel does not note the new name where it may not be made
         self.path = ""
 

@@ -132,7 +132,7 @@ class Job:
         self.cpu_before_us = place.cpu_us_so_far()
         self.cpu_looked_at = time.monotonic()
         self.started = True
-        names = Names(self.files.trees, self.mounts)
+        names = Names(self.files.trees, self.mounts, f"/proc/{place.init}/root")
         self.audit.begin(names.path if self.mounts else None, names.roots())
         place.start(self.argv, self.env, self.cwd, self.confined)
         self.report_fd, self.told_fd = place.report_fd, place.told_fd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -39,12 +40,17 @@ def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
 
 
 class Names:
-    """Paths, for the program: of roots, and by inodes of what it may only read. Asked for seldom, it looks then."""
+    """Paths, for the program: of roots, and by inodes of what it may only read, and of folders in which roots lie.
 
-    def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mapping[str, Any]]) -> None:
-        """trees: by their streams. mounts: as START has them."""
+    Asked for seldom, it looks then.
+    """
+
+    def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mapping[str, Any]], view: str) -> None:
+        """trees: by their streams. mounts: as START has them. view: where all that the program sees is, for us."""
         self._trees = trees
         self._mounts = mounts
+        self._view = view
+        self._around: dict[tuple[str, int], str] | None = None
         self._paths: dict[tuple[str, int], str] | None = None
 
     def roots(self) -> list[str]:
@@ -56,11 +62,21 @@ class Names:
 
         given: a name for it, which may be that of a link; empty too where that lies in a read root itself.
         """
-        if (given and self._shows(given)) or all(device != _shown(tree) for tree in self._trees.values()):
+        if self._around is None:
+            self._around = dict(self._folders())
+        if not given and (folder := self._around.get((device, inode))):
+            return folder
+        if (given and self._shows(given)) or all(device != _device(tree.folder) for tree in self._trees.values()):
             return ""
         if self._paths is None:
             self._paths = dict(self._all())
         return self._paths.get((device, inode), "")
+
+    def _folders(self) -> Iterator[tuple[tuple[str, int], str]]:
+        for mount in self._mounts:
+            folder = os.path.dirname(mount["at"])
+            with contextlib.suppress(OSError):  # it was moved
+                yield (_device(self._view + folder), os.stat(self._view + folder).st_ino), _text(folder)
 
     def _shows(self, given: str) -> bool:
         around = (
@@ -71,7 +87,7 @@ class Names:
 
     def _all(self) -> Iterator[tuple[tuple[str, int], str]]:
         for number, tree in self._trees.items():
-            shown = _shown(tree)
+            shown = _device(tree.folder)
             mounts = [mount for mount in self._mounts if mount["tree"] == number]
             if all(mount["write"] for mount in mounts):
                 continue
@@ -87,9 +103,9 @@ class Names:
                         break
 
 
-def _shown(tree: Tree) -> str:
-    """The device of a tree, as the audit has it."""
-    device = os.stat(tree.folder).st_dev
+def _device(path: str | bytes) -> str:
+    """That on which something lies, as the audit has it."""
+    device = os.stat(path).st_dev
     return f"{os.major(device):02x}:{os.minor(device):02x}"
 
 

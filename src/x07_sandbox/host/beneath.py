@@ -77,7 +77,9 @@ def exchange(fd: int, name: str, other_fd: int, other: str) -> bool:
 def move(fd: int, name: str, to_fd: int, to: str) -> None:
     """Give a thing another name, under which there must be nothing. Raises OSError: FileExistsError if there is."""
     code = _renameat2(fd, name, to_fd, to, _NOREPLACE)
-    if code in _CANNOT:
+    # That there is something is said before it is said that the file system cannot: it may be what one of us has
+    # linked there who was killed then.
+    if code in _CANNOT or (code == errno.EEXIST and _one(fd, name, to_fd, to)):
         _move_by_link(fd, name, to_fd, to)
     elif code:
         raise OSError(code, os.strerror(code), to)
@@ -106,7 +108,10 @@ def _move_by_link(fd: int, name: str, to_fd: int, to: str) -> None:
 
 def _one(fd: int, name: str, to_fd: int, to: str) -> bool:
     """Whether both names are of one thing."""
-    one, other = (os.stat(at, dir_fd=where, follow_symlinks=False) for where, at in ((fd, name), (to_fd, to)))
+    try:
+        one, other = (os.stat(at, dir_fd=where, follow_symlinks=False) for where, at in ((fd, name), (to_fd, to)))
+    except FileNotFoundError:
+        return False
     return os.path.samestat(one, other)
 
 

@@ -48,8 +48,12 @@ class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Area(msgspec.Struct, frozen=True, kw_only=True):
-    """A folder of the host in the guest. given: as the policy or the flag names it. at: where it is for the program."""
+    """What is mounted of the host in the guest. given: as the policy or the flag names it. at: where, for the program.
+
+    joins: what would let it go in with the root around it, which left it out.
+    """
 
     given: str
     at: str
     write: bool
+    joins: HowToAllow | None = None

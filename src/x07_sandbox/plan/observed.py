@@ -230,7 +230,7 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: s
     # A mount stays where it is, whether the kernel says so or looks at the mode of the folder around it first.
     whole = area is not None and area.at == path and body["call"].startswith(_REPLACES)
     if body["errno"] == errno.EBUSY or whole:
-        return _seen("fs.write_roots", "replace", path, _MOUNTS, count, _to_replace(path, area, policy, cwd))
+        return _seen("fs.write_roots", "replace", path, _MOUNTS, count, _to_replace(path, areas, policy, cwd))
     if action == "read":
         if area is None and _PROGRAM_FOLDERS & set(path.split("/")) and _misses(path, policy, cwd):
             return _seen("process.allow_execs", action, path, _LANDLOCK, count, _on_list(policy, path))
@@ -260,10 +260,13 @@ def _to_write(path: str, area: Area | None, policy: Policy, cwd: str) -> tuple[s
     return "fs.write_roots", root_to_allow(policy, "write_roots", given)
 
 
-def _to_replace(path: str, area: Area | None, policy: Policy, cwd: str) -> HowToAllow | None:
+def _to_replace(path: str, areas: Sequence[Area], policy: Policy, cwd: str) -> HowToAllow | None:
     """What would let a mount be replaced or removed: the folder of a root, as a root around it."""
+    area = _root_of(path, areas)
     if area is None or area.at != path or path == OUT:
         return None
+    if any(other.write and inside(path, other.at) for other in areas):  # there is such a root
+        return area.joins
     given = posixpath.normpath(area.given)
     folder = posixpath.dirname(given) or "."
     if given == "." or place(folder, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:

@@ -12,15 +12,16 @@ import msgspec
 
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
-from x07_sandbox.files.changes import ChangeSet, RootChanges, called, encode, shown
+from x07_sandbox.files.changes import ChangeSet, RootChanges, called, encode, folders_above, shown
 from x07_sandbox.files.collisions import collisions, knows_no_case
-from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, bounds_of, copy_tree, value_for
+from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, LeftOut, bounds_of, copy_tree, value_for
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection, repository_around
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import open_own, private_dir
+from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Area, Denial, HowToAllow
 from x07_sandbox.plan.places import OUT, PROGRAM
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import contextlib
 
     from x07_sandbox.files.changes import Refused
-    from x07_sandbox.files.copy import Bounds, Copied, LeftOut, Reason
+    from x07_sandbox.files.copy import Bounds, Copied, Reason
     from x07_sandbox.files.roots import Mount, Tree
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.folder import RunFolder
@@ -57,11 +58,11 @@ class HostFiles:
         self._place = folder.path / "changes"
         self._bounds = bounds_of(policy, request.hide, request.reveal)
         roots = roots_in_force(request, program, policy)
-        self.areas = [Area(given=root.given, at=root.guest, write=root.write) for root in roots]
         self.trees: list[Tree] = []
         self.copied: list[Copied] = []
         self.files: list[InFile] = []
         left = settings.COPY_IN_MAX_BYTES
+        joins: dict[str, HowToAllow] = {}
         waiting = list(trees_of(roots))
         while waiting:
             tree = waiting.pop(0)
@@ -71,10 +72,17 @@ class HostFiles:
             apart = {mount.host for mount in copied.apart}
             mounts = tuple(mount for mount in tree.mounts if mount.host not in apart)
             self.trees.append(msgspec.structs.replace(tree, mounts=mounts))
+            joins |= {mount.at: how for mount in copied.apart if (how := self._joining(copied, mount))}
             # What lies in another root, and that did not take it along.
             waiting += trees_of([root for root in roots if root.host in apart])
         writable = change_roots(self.trees)
-        self._mounts = mounts_of(self.trees)
+        self._mounts = mounts_of(self.trees, confinement(policy, _start(program)))
+        given = {root.guest: root.given for root in roots}
+        # What is in force: of what lies in a write root all can be written, whatever else names it.
+        self.areas = [
+            Area(given=given[mount.at], at=mount.at, write=mount.write, joins=joins.get(mount.at))
+            for _, mount in self._mounts
+        ]
         self._roots = [one for one in self._mounts if one in writable]
         self._moded: list[str] = []  # roots that were given another mode
         self.incoming: Incoming | None = None
@@ -99,6 +107,14 @@ class HostFiles:
         self.copied.append(copied)
         self.files.append(InFile(path=tree.host, mode=0, kind="tree", fd=packed.fd, size=size))
         return copied
+
+    def _joining(self, copied: Copied, mount: Mount) -> HowToAllow | None:
+        """What would have let it travel with the tree that left it, or a folder around it, out."""
+        for name in {mount.sub} | folders_above([mount.sub]):
+            if (stayed := copied.stayed.get(name)) is not None:
+                how = _to_let_in(stayed.reason, LeftOut(names=[name], most=stayed.most), self._bounds)
+                return _denial(FIELDS[stayed.reason], "", "", "", 1, how).how_to_allow
+        return None
 
     def mounts(self, first: int) -> list[dict[str, Any]]:
         """Where they go, as START has it. first: number of the first tree among the files of START."""
@@ -181,6 +197,8 @@ class HostFiles:
         roots = []
         for number, (tree, mount) in enumerate(self._roots):
             before = _below(self.copied[tree].nodes, mount.sub)
+            made = _below(dict.fromkeys(self.copied[tree].made), mount.sub)
+            allowed = msgspec.structs.replace(allowed, made=frozenset(made))
             told = [one for one in incoming.told if one.root == number]
             around = repository_around(mount.host)
             protection = Protection(mount.host, self._own(mount), self._request.allow_protected, repository=around)
@@ -237,8 +255,7 @@ def base_folder(request: RunRequest, program: Program) -> Path:
 
 def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
     """The folders of the host that a run opens to its program. Raises RefusedError."""
-    start = PROJECT_FOLDER if program.project else PROGRAM
-    roots = roots_of(policy, base_folder(request, program), start)
+    roots = roots_of(policy, base_folder(request, program), _start(program))
     if request.out is None:
         return roots
     if not policy.fs.enabled:
@@ -249,6 +266,11 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
     if any(root.guest == OUT for root in roots):
         raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Leave one of them out")
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
+
+
+def _start(program: Program) -> str:
+    """Where it starts in the machine."""
+    return PROJECT_FOLDER if program.project else PROGRAM
 
 
 def _way_to(path: str) -> set[str]:
