@@ -9,13 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 from tests.conftest import need
+from x07_sandbox.policy import default_policy, render_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
@@ -73,6 +76,27 @@ def test_an_ignored_sigchld_changes_no_verdict(state: Path) -> None:
     result = json.loads(report.read_bytes())
     assert (result["outcome"], result["fault"]) == ("guest-lost", "host"), result["reason"]
     assert "monitor ended" in result["reason"]
+
+
+def test_time_in_which_the_machine_stood_still_is_not_the_programs(state: Path, tmp_path: Path) -> None:
+    """A program whose machine the host has left standing for longer than limits.cpu_ms has not used that time."""
+    document = msgspec.to_builtins(default_policy())
+    document["limits"]["cpu_ms"] = 10_000
+    (tmp_path / "policy.json").write_bytes(render_policy(document))
+    (tmp_path / "busy.py").write_text(
+        "import select\nprint('on', flush=True)\nwhile not select.select([0], [], [], 0)[0]: pass\n"
+    )
+    env = os.environ | {"X07_VM_STATE_DIR": str(state)}
+    words = [*X07, "run", "--policy", str(tmp_path / "policy.json"), str(tmp_path / "busy.py")]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(words, env=env, **pipes) as child:  # type: ignore[call-overload]
+        assert child.stdout.readline() == b"on\n"
+        machine = _machine_of_the_run(state)
+        os.kill(machine, signal.SIGSTOP)
+        time.sleep(11)  # that it stands still is what is tried
+        os.kill(machine, signal.SIGCONT)
+        said = child.communicate(b"go\n", timeout=60)[1]
+    assert (child.returncode, said) == (0, b"")
 
 
 def _machine_of_the_run(state: Path) -> int:
