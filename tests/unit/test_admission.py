@@ -15,6 +15,9 @@ import pytest
 
 from x07_sandbox.errors import Cancelled, HostError, RefusedError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.paths import cache_folder
+from x07_sandbox.host.processes import children_of
 from x07_sandbox.jobs.admission import admitted, kept_warm, max_running
 
 
@@ -35,7 +38,9 @@ def never() -> Iterator[int]:
 
 HOLDER = """
 import os, sys, time
+from x07_sandbox.jobs import admission
 from x07_sandbox.jobs.admission import admitted
+admission._SAY_AFTER_S = 600  # before that nobody looks whether the first of the queue is stopped
 never = os.eventfd(0)
 print("queued", flush=True)
 with admitted(cancel_fd=never, timeout_s=60):
@@ -59,6 +64,13 @@ class Holder:
         """Wait until it has a slot; its name."""
         return self.out.readline().strip()
 
+    def wait_queued(self) -> None:
+        """Wait until it stands in the queue: its flock(1) sleeps in the one call that it makes."""
+        deadline = time.monotonic() + 60
+        while not any(sleeps_in_flock(child) for child in children_of(self.process.pid)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)  # no event tells of it
+
     def end(self) -> None:
         """Let it go."""
         self.process.kill()
@@ -67,11 +79,20 @@ class Holder:
         self.into.close()
 
 
+def sleeps_in_flock(pid: int) -> bool:
+    """Whether that process is flock(1), and waits."""
+    try:
+        name, _, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return name.endswith("(flock") and rest.split()[0] == "S"
+
+
 def test_a_free_slot_is_taken_at_once(never: int) -> None:
     """With a free slot nobody waits, and it is free again afterwards."""
     for _ in range(3):
-        with admitted(cancel_fd=never, timeout_s=0.1) as waited:
-            assert waited < 0.1
+        with admitted(cancel_fd=never, timeout_s=60) as waited:
+            assert waited < 30
 
 
 def test_a_killed_process_keeps_no_slot(never: int) -> None:
@@ -82,7 +103,7 @@ def test_a_killed_process_keeps_no_slot(never: int) -> None:
         with pytest.raises(RefusedError, match="no machine was free in time"), admitted(cancel_fd=never, timeout_s=0.2):
             pass
         holder.process.send_signal(signal.SIGKILL)
-        with admitted(cancel_fd=never, timeout_s=10):
+        with admitted(cancel_fd=never, timeout_s=60):
             pass
     finally:
         holder.end()
@@ -105,10 +126,11 @@ def test_first_come_first_served(never: int) -> None:
     """Processes get a free slot in the order in which they came, and newcomers do not overtake them."""
     holders: list[Holder] = []
     try:
-        with admitted(cancel_fd=never, timeout_s=1):
+        # We are the first of the queue too, so that all of them sleep until there is a slot.
+        with admitted(cancel_fd=never, timeout_s=60), file_lock(cache_folder("slots") / "turn"):
             for number in range(4):
                 holders.append(Holder(str(number)))
-                time.sleep(0.3)  # until it waits for the lock: no event tells of that
+                holders[-1].wait_queued()
         for number, holder in enumerate(holders):
             assert holder.has_it() == str(number)
             holder.into.write("x")
@@ -173,7 +195,7 @@ def test_a_wait_that_is_over_leaves_nothing(never: int) -> None:
     try:
         assert ahead.has_it() == "first"
         second = Holder("second")
-        time.sleep(0.3)  # as above
+        time.sleep(0.3)  # until it has the turn, of which nothing tells
         try:
             before = what_there_is()
             with pytest.raises(RefusedError), admitted(cancel_fd=never, timeout_s=0.2):
@@ -226,8 +248,8 @@ def test_a_wait_that_could_not_begin_leaves_nothing(
         assert what_there_is() == before
     finally:
         holder.end()
-    with admitted(cancel_fd=never, timeout_s=5) as waited:
-        assert waited < 1
+    with admitted(cancel_fd=never, timeout_s=60) as waited:
+        assert waited < 30
 
 
 def test_a_wait_where_nobody_hears_of_children() -> None:

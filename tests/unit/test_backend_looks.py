@@ -142,7 +142,7 @@ def test_looking_finds_what_is_there(tmp_path: Path) -> None:
     assert looked()[1].text == "no socket"
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_a_socket_that_accepts_nobody_does_not_hold_the_doctor(tmp_path: Path) -> None:
     """A socket whose queue is full is given up after half a second."""
     place = os.path.relpath(tmp_path / "s")

@@ -16,7 +16,7 @@ import pytest
 from tests.fuzz.fuzz_channel import EXITED
 from x07_sandbox.backends.qemu.talk import talk_until
 from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.frames import PROTOCOL, WINDOW, Kind, Role, Stream
+from x07_sandbox.channel.frames import DATA_MAX, PROTOCOL, WINDOW, Kind, Role, Stream
 from x07_sandbox.channel.link import Control, Data, Eof, Event, State
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
@@ -247,19 +247,13 @@ def test_a_program_that_ended_while_we_stood_still_has_ended(runs: Runs) -> None
     run = runs()
     run.begin()
     run.guest.say(Kind.STARTED)
+    output = bytes(DATA_MAX)  # no more than the socket takes
     with run.standing_still(10 * WALL_S):
-        words = threading.Thread(target=_end_with_output, args=(run.guest,))
-        words.start()
-    words.join(60)
+        run.guest.connection.link.send_data(Stream.STDOUT, output)
+        run.guest.say(Kind.EXITED, **EXITED)
     facts = run.result()
     assert (facts.evidence.wait_status, facts.evidence.deadline_passed) == (0, False)
-    assert os.fstat(run.stdout_fd).st_size == WINDOW
-
-
-def _end_with_output(guest: Guest) -> None:
-    guest.connection.link.send_data(Stream.STDOUT, bytes(WINDOW))
-    guest.connection.link.send(Kind.EXITED, EXITED)
-    guest.flush()
+    assert os.fstat(run.stdout_fd).st_size == len(output)
 
 
 def test_a_program_that_runs_on_is_ended_although_we_stood_still(runs: Runs) -> None:

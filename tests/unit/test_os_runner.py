@@ -171,7 +171,7 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
         (("--program", "prog.x07.json", "--module-root", "nowhere"), "cannot take the module root nowhere: "),
     ],
 )
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_what_cannot_be_built_is_refused_by_name(
     refused: Refused, place: Path, words: tuple[str, ...], named: str
 ) -> None:
@@ -222,7 +222,7 @@ def test_input_is_read_whole_or_refused(refused: Refused, place: Path) -> None:
     assert f"more than {INPUT_MAX_BYTES} bytes" in refused(*words, "large")
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_input_may_come_from_a_device_or_a_pipe(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """--input /dev/null is an empty input and a pipe is read to its end, as `x07 run` does."""
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--input")

@@ -33,7 +33,7 @@ def settled(sink: Sink) -> int:
     """How many bytes are done with once nothing is on its way any more."""
     done = 0
     while (fd := sink.progress_fd) is not None:
-        assert select.select([fd], [], [], 10)[0]
+        assert select.select([fd], [], [], 60)[0]
         done += sink.pump()
     return done
 
@@ -148,7 +148,7 @@ def test_what_is_not_there_yet_is_not_the_end() -> None:
             assert wait([read], timeout=0.2).not_done
             os.write(ours, piece)
         os.close(ours)
-        assert read.result(10) == b"one two"
+        assert read.result(60) == b"one two"
     os.close(theirs)
     with Path("/dev/zero").open("rb") as endless:
         assert len(read_all(endless.fileno(), 100)) > 100

@@ -301,7 +301,7 @@ def test_arguments_and_input_are_alternatives(
         assert os.pread(request.stdin_fd or 0, 99, 0) == b"\2\0\0\0\1\0\0\0a\2\0\0\0bc"
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_a_dry_run_takes_no_input(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--dry-run waits for nobody who would write into a pipe that is named as input."""
     os.mkfifo(project.parent / "pipe")

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,7 @@ import pytest
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.processes import Identity, carries_mark, is_alive
 from x07_sandbox.images.build import build_image
 from x07_sandbox.policy import default_policy, render_policy
@@ -276,6 +279,27 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place.parent.mkdir(mode=0o700)
     monkeypatch.setenv("X07_VM_STATE_DIR", str(place))
     return place
+
+
+def copy_cache(place: Path) -> None:
+    """A cache of images and saved machines beside the user's: queue and pool in it are a test's own."""
+    place.mkdir(mode=0o700)
+    for path in cache_dir().iterdir():
+        if path.name in {"images", "templates", "verified", "kvm", "libraries", "artifacts"}:
+            _link_all(path, place / path.name)
+
+
+def _link_all(source: Path, target: Path) -> None:
+    """Link all of a folder in which others make and remove things meanwhile: then cp finds some of them gone."""
+    said = b""
+    for _ in range(20):
+        target.mkdir(mode=0o700)
+        linked = subprocess.run(["/bin/cp", "-al", "--", f"{source}/.", target], check=False, capture_output=True)
+        if linked.returncode == 0:
+            return
+        said = linked.stderr
+        shutil.rmtree(target)
+    pytest.fail(said.decode())
 
 
 @pytest.fixture

@@ -128,9 +128,10 @@ def die(order: dict[str, Any]) -> None:
 
 def die_early(order: dict[str, Any]) -> None:
     """Killed in the midst of the start."""
-    threading.Thread(target=kill_after, args=(order["after_us"],)).start()
+    killer = threading.Thread(target=kill_after, args=(order["after_us"],))
+    killer.start()
     with started(order):
-        wait_for("stop")
+        killer.join()
 
 
 def kill_after(microseconds: int) -> None:

@@ -35,7 +35,15 @@ Boots = Callable[..., list[str]]
 # What a kernel is told, and what comes of it. A wrong speed of the TSC, against which the timer is measured, does to
 # the result what the loss of the processor does at that moment.
 NONE, LATE, EARLY = "nolapic_timer", "too late", "too early"
-SLEEP = "import time\nbegan = time.monotonic()\ntime.sleep(0.5)\nprint(time.monotonic() - began)\n"
+# The least of several: a host that stands still makes one of them longer, and a late timer each.
+SLEEP = """
+import time
+def slept():
+    began = time.monotonic()
+    time.sleep(0.5)
+    return time.monotonic() - began
+print(min(slept() for _ in range(4)))
+"""
 
 pytestmark = pytest.mark.skipif(
     host_arch().machine != "microvm" or (known_verdict() or (True, ""))[0],
@@ -102,7 +110,7 @@ def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots:
     assert (ran.outcome, len(booted)) == ("refused", settings.BOOTS_MAX)
     assert "its kernel measured its timer wrong" in ran.reason
     assert ran.reason.endswith("; try again with less beside it")
-    assert ran.seconds < settings.COPY_IN_S
+    assert ran.seconds < settings.BOOTS_MAX * settings.BOOT_S
 
 
 def test_a_pool_keeps_no_machine_with_a_wrong_timer(
@@ -156,5 +164,5 @@ def test_no_machine_with_a_wrong_timer_is_saved(
         began = time.monotonic()
         with pytest.raises(BackendError, match="the timer was measured wrong"):
             make_template(template, kind, accelerator, tmp_path / "bad")
-        assert (len(booted), time.monotonic() - began < settings.TEMPLATE_S) == (2, True)
+        assert (len(booted), time.monotonic() - began < 2 * settings.TEMPLATE_S) == (2, True)
     assert [path for path in state.glob("*/job.json") if not (path.parent / "done").is_file()] == []

@@ -70,11 +70,12 @@ def test_an_example_without_an_image_says_so_in_one_line(name: str, tmp_path: Pa
     assert done.stderr == f"{name}: no guest image: none was built. Run x07 image build.\n"
 
 
+@pytest.mark.timeout(400)
 def test_word_frequencies_of_several_megabytes(sandbox: Sandbox) -> None:
     """The C example, built and run for real, counts the words of 4 MB of text as Python does."""
     text = long_text(4_000_000)
     assert len(text) >= 4_000_000
-    ran = sandbox.run(WORDS, stdin=text.encode())
+    ran = sandbox.run(WORDS, stdin=text.encode(), policy={"limits.wall_ms": 170_000, "limits.cpu_ms": 170_000})
     assert ran.outcome == "ok", ran.reason
     assert ran.stdout.decode() == expected_frequencies(text, 20)
     assert ran.stderr == b""

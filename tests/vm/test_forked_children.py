@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm.conftest import left_behind
+from tests.vm.conftest import copy_cache, left_behind
 from x07_sandbox import run_program
 from x07_sandbox.host import forks
 from x07_sandbox.host.locks import file_lock
@@ -48,16 +48,10 @@ time.sleep(100)
 
 @pytest.fixture
 def _own_cache(tmp_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache beside the user's, with its images and templates: the queue and the pool in it are the test's own."""
-    from x07_sandbox.host.paths import cache_dir
-
+    """A cache with a queue and a pool of the test's own."""
     del image
     place = tmp_path / "cache"
-    place.mkdir(mode=0o700)
-    for path in cache_dir().iterdir():
-        if path.name in {"images", "templates", "verified", "kvm", "libraries"}:
-            (place / path.name).mkdir(mode=0o700)
-            subprocess.run(["/bin/cp", "-al", "--", f"{path}/.", str(place / path.name)], check=True)
+    copy_cache(place)
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(place))
 
 
@@ -166,8 +160,8 @@ def test_a_killed_runner_frees_its_slot_whatever_it_forked(
         sleeping.append(int(runner.stdout.readline()))
         runner.kill()
     cancel = os.eventfd(0)
-    with admitted(cancel_fd=cancel, timeout_s=10) as waited_s:
-        assert waited_s < 10
+    with admitted(cancel_fd=cancel, timeout_s=60):  # the child lives for longer
+        pass
     os.close(cancel)
     wait_gone(state)
 
@@ -182,13 +176,13 @@ def test_a_killed_claimer_gives_its_machine_back_whatever_it_forked(state: Path,
             assert runner.stdout is not None
             sleeping.append(int(runner.stdout.readline()))
             runner.kill()
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60  # the child lives for longer
         while True:
-            shown = subprocess.run([*x07, "pool", "status", "--json"], check=True, capture_output=True)
-            pool = json.loads(shown.stdout)["pool"]
-            if pool["running"] == 0:
+            shown = subprocess.run([*x07, "pool", "status", "--json"], check=False, capture_output=True)
+            pool = json.loads(shown.stdout)["pool"] if shown.returncode == 0 else None  # a busy one answers later
+            if pool is not None and pool["running"] == 0:
                 break
-            assert time.monotonic() < deadline, pool
+            assert time.monotonic() < deadline, (pool, shown.stderr)
             time.sleep(0.2)  # another process's state: there is nothing to wait on
         assert pool["claimed"] == 1
     finally:
@@ -198,7 +192,7 @@ def test_a_killed_claimer_gives_its_machine_back_whatever_it_forked(state: Path,
 
 def wait_gone(state: Path) -> None:
     """Wait until no process of a job below *state* is left; its record may be unfinished, as its runner was killed."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while alive := [what for what in left_behind(state) if "done" not in what and "control group" not in what]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)  # as above
@@ -210,12 +204,12 @@ def test_a_stopped_waiter_holds_nobody(state: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
     del state
     code = "import os, sys\nfrom x07_sandbox.jobs.admission import admitted\n"
-    code += "sys.stdout.write('w'); sys.stdout.flush()\nwith admitted(cancel_fd=os.eventfd(0), timeout_s=60): pass\n"
+    code += "sys.stdout.write('w'); sys.stdout.flush()\nwith admitted(cancel_fd=os.eventfd(0), timeout_s=150): pass\n"
     cancel = os.eventfd(0)
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with admitted(cancel_fd=cancel, timeout_s=10):
+        with admitted(cancel_fd=cancel, timeout_s=60):
             entered.set()
             leave.wait(60)
 
@@ -229,8 +223,8 @@ def test_a_stopped_waiter_holds_nobody(state: Path, monkeypatch: pytest.MonkeyPa
         first.send_signal(signal.SIGSTOP)
         leave.set()
         holder.join()
-        with admitted(cancel_fd=cancel, timeout_s=20):
+        with admitted(cancel_fd=cancel, timeout_s=60):
             pass
         first.send_signal(signal.SIGCONT)
-        assert first.wait(30) == 0
+        assert first.wait(60) == 0
     os.close(cancel)

@@ -205,7 +205,7 @@ def test_nothing_is_applied_where_that_is_not_wanted(project: Project, how: str,
     ("source", "words", "outcome", "code"),
     [
         (CHANGE + "\nimport sys; sys.exit(3)", [], "failed", 3),
-        (CHANGE + "\nimport time; time.sleep(60)", ["--timeout", "2"], "timeout", 124),
+        (CHANGE + "\nimport time; time.sleep(60)", ["--timeout", "8"], "timeout", 124),
         (CHANGE + "\nimport os; os.abort()", [], "signalled", 134),
         (CHANGE + "\nwhile True: print('x' * 4000)", ["--max-output-bytes", "1000"], "output-limit", 153),
     ],
@@ -221,17 +221,14 @@ def test_how_a_program_ended_decides(project: Project, source: str, words: list[
 
 def test_what_was_changed_meanwhile_is_a_conflict(project: Project) -> None:
     """Where the host's file is another one than was copied in nothing is applied, exit code 125, and it says which."""
-    words = ["run", "--allow-write-root", ".", "-c", "import time\nprint(1, flush=True)\ntime.sleep(3)\n" + CHANGE]
+    words = ["run", "--allow-write-root", ".", "-c", "print(1, flush=True)\ninput()\n" + CHANGE]
     argv = [*COMMAND, *words, "--toolchain", "python"]
-    with subprocess.Popen(
-        argv, cwd=project.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        assert running.stdout is not None
-        assert running.stderr is not None
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(argv, cwd=project.folder, text=True, **pipes) as running:  # type: ignore[call-overload]
         assert running.stdout.readline() == "1\n"
         (project.folder / "data/in.txt").write_text("mine\n")
         before = project.seen()
-        said = running.stderr.read()
+        _, said = running.communicate("go\n")
     assert running.returncode == 125
     assert "conflict" in said
     assert "data/in.txt" in said
@@ -421,13 +418,17 @@ for n in range(150):
     project.x07("undo")
     assert project.seen() == before
     torn = 0
-    for step in range(12):
+    for step in range(60):
+        if torn and step >= 12:
+            break
+        # The folder of what is made ready is the sign that it has begun, and a new file that it is amidst, however slow
+        # this machine is.
+        begun = (".x07-apply-*", "data/n*")[step % 2]
         argv = [*COMMAND, "apply"]
         with subprocess.Popen(argv, cwd=project.folder, stderr=subprocess.DEVNULL) as child:
-            # The folder of what is made ready is the sign that it has begun, however slow this machine is.
-            while child.poll() is None and not list(project.folder.glob(".x07-apply-*")):
+            while child.poll() is None and not list(project.folder.glob(begun)):
                 time.sleep(0.001)
-            time.sleep(0.004 * step)
+            time.sleep(0.004 * (step // 2))
             child.send_signal(signal.SIGKILL)
         torn += project.seen() not in (before, after)
         project.x07("policy", "digest", "built-in:cli")  # any command
@@ -438,20 +439,36 @@ for n in range(150):
     assert torn, "no kill came while something was under way: the test looks at nothing"
 
 
-def test_two_runs_that_apply_to_one_folder_at_once_leave_one_or_the_other(project: Project) -> None:
+def test_two_runs_that_apply_to_one_folder_at_once_leave_one_or_the_other(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of two runs that change the same file at once one is applied and the other a conflict; never a mixture."""
+    monkeypatch.setenv("X07_VM_MAX_RUNNING", "4")  # both at once, also where there is one processor
     source = """
-import sys, time
-time.sleep(1)
+import sys
+print("up", flush=True)
+input()
 for name in ("in.txt", *range(40)):
     open(f"data/{name}", "w").write(sys.argv[1])
 """
-    argv = [*COMMAND, "run", "--allow-write-root", ".", "-c", source, "--toolchain", "python", "--json", "--"]
+    argv = [*COMMAND, "run", "--allow-write-root", ".", "-c", source, "--toolchain", "python", "--report-out"]
+    reports = [project.folder.parent / f"{word}.json" for word in ("one", "two")]
     running = [
-        subprocess.Popen([*argv, word], cwd=project.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-        for word in ("one", "two")
+        subprocess.Popen(
+            [*argv, str(path), "--", path.stem], cwd=project.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for path in reports
     ]
-    results = [json.loads(child.communicate()[0]) for child in running]
+    for child in running:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"  # it has its copies
+    for child in running:
+        assert child.stdin is not None
+        child.stdin.write(b"go\n")
+        child.stdin.flush()
+    for child in running:
+        child.communicate()
+    results = [json.loads(path.read_bytes()) for path in reports]
     assert sorted(result["changes"]["state"] for result in results) == ["applied", "conflict"]
     words = {text for name, text in project.seen().items() if re.fullmatch(r"data/(\d+|in\.txt)", name)}
     assert len(words) == 1

@@ -31,25 +31,27 @@ from x07_sandbox.host.arch import host_arch
 pytestmark = pytest.mark.vm
 
 BOOT_S = 2.0
+NEVER_S = 60.0  # for what ends by itself: a busy host, or one that stands still, must not be what ends it
+SLACK_S = 30.0
 BOOT_REASON = "the guest did not answer within the time allowed for booting"
 SIGSYS = 31
 
 
-def _phase(account: Account, mode: str) -> dict[str, object]:
+def _phase(account: Account, mode: str, boot_s: float) -> dict[str, object]:
     """The verdict on a phase with that program; nothing of it is left afterwards."""
-    with Runner(account, mode=mode, do="phase", boot_s=BOOT_S) as runner:
+    with Runner(account, mode=mode, do="phase", boot_s=boot_s) as runner:
         verdict = runner.hear("verdict")
         assert runner.hear("gone")["done"]
-        assert runner.process.wait(30) == 0
+        assert runner.process.wait(60) == 0
         assert runner.left() == []
     assert verdict["outcome"] == "guest-lost"
-    assert float(verdict["seconds"]) < BOOT_S + 2
+    assert float(verdict["seconds"]) < boot_s + SLACK_S
     return verdict
 
 
 def test_floods_are_bounded(account: Account) -> None:
     """A VMM that floods QMP, console and standard error at once is drained in bounded memory and ends in time."""
-    verdict = _phase(account, "flood")
+    verdict = _phase(account, "flood", 4 * BOOT_S)
     assert verdict["reason"] == BOOT_REASON
     said = verdict["said"]
     assert isinstance(said, dict)
@@ -71,7 +73,7 @@ def test_floods_are_bounded(account: Account) -> None:
 )
 def test_every_misbehaviour_has_its_verdict(account: Account, mode: str, reason: str) -> None:
     """A VMM that is silent, deaf to signals, ends, hangs up or talks garbage ends in time with a reason of its own."""
-    verdict = _phase(account, mode)
+    verdict = _phase(account, mode, BOOT_S if reason == BOOT_REASON else NEVER_S)
     assert reason in str(verdict["reason"])
     assert int(str(verdict["grown_kib"])) < 20 * 1024
 
@@ -79,7 +81,7 @@ def test_every_misbehaviour_has_its_verdict(account: Account, mode: str, reason:
 def test_another_numbering_of_system_calls_kills(account: Account) -> None:
     """A system call by x86's 32-bit numbers, which the filter's table does not know, kills the VMM."""
     need(host_arch().name == "x86_64", "only x86-64 has a second numbering", installable=False)
-    assert f"ended with status {128 + SIGSYS}" in str(_phase(account, "abi")["reason"])
+    assert f"ended with status {128 + SIGSYS}" in str(_phase(account, "abi", NEVER_S)["reason"])
 
 
 def test_a_memory_hog_is_bounded(account: Account) -> None:
@@ -103,25 +105,27 @@ def test_a_memory_hog_is_bounded(account: Account) -> None:
 
 def test_the_deadline_needs_no_runner(account: Account) -> None:
     """A machine that ignores every signal is gone at its deadline although its runner is stopped."""
+    began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(Runner(account, mode="stubborn", do="hold", deadline_s=2))
+        runner = stack.enter_context(Runner(account, mode="stubborn", do="hold", deadline_s=10))
         runner.say("release")
         pidfds = runner.pidfds(stack)
         runner.process.send_signal(signal.SIGSTOP)
         stack.callback(runner.process.send_signal, signal.SIGCONT)
-        assert ended(pidfds, 4)
+        assert ended(pidfds, 10 + SLACK_S)
+        assert time.monotonic() - began >= 10
 
 
 def test_the_deadline_holds_before_release(account: Account) -> None:
     """A machine whose deadline comes before it was let go never runs, and is gone as soon as its runner goes on."""
     with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(Runner(account, mode="mute", do="hold", deadline_s=2))
+        runner = stack.enter_context(Runner(account, mode="mute", do="hold", deadline_s=10))
         pidfds = [os.pidfd_open(pid) for pid in (runner.supervisor, runner.inner)]
         for fd in pidfds:
             stack.callback(os.close, fd)
         runner.process.send_signal(signal.SIGSTOP)
         stack.callback(runner.process.send_signal, signal.SIGCONT)
-        assert ended(pidfds[:1], 4)
+        assert ended(pidfds[:1], 10 + SLACK_S)
         runner.process.send_signal(signal.SIGCONT)
         runner.say("release")
         runner.say("stop")
@@ -141,7 +145,7 @@ def test_the_machine_dies_with_its_runner(account: Account) -> None:
         pidfds = runner.pidfds(stack)
         assert not ended(pidfds, 0.2)
         runner.process.kill()
-        assert ended(pidfds, 5)
+        assert ended(pidfds, SLACK_S)
         assert [line for line in runner.left() if line.startswith("process")] == []
 
 
@@ -154,7 +158,7 @@ def test_a_machine_that_was_not_let_go_dies_with_its_runner(account: Account) ->
         for fd in pidfds:
             stack.callback(os.close, fd)
         runner.process.kill()
-        assert ended(pidfds, 5)
+        assert ended(pidfds, SLACK_S)
         assert [line for line in runner.left() if line.startswith("process")] == []
 
 
@@ -169,7 +173,7 @@ def test_no_moment_of_a_runner_s_death_leaves_a_process(account: Account, do: st
         assert died.returncode in {-signal.SIGKILL, 128 + signal.SIGKILL}, died.stderr.decode()
     marks = {json.loads(path.read_bytes())["instance"] for path in account.state.glob("*/owner.json")}
     assert marks
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + SLACK_S
     while (alive := [pid for mark in marks for pid in marked(mark)]) and time.monotonic() < deadline:
         select.select([], [], [], 0.01)  # they are nobody's children here: no event tells of their end
     assert alive == []
@@ -185,7 +189,7 @@ def test_the_machine_dies_with_runner_and_supervisor(account: Account) -> None:
                 pass
             os.kill(runner.supervisor, signal.SIGKILL)
             runner.process.kill()
-            deadline = time.monotonic() + 2
+            deadline = time.monotonic() + SLACK_S
             while left := [line for line in runner.left() if line.startswith("process")]:
                 assert time.monotonic() < deadline, left
                 select.select([], [], [], 0.01)  # they are nobody's children here: no event tells of their end
@@ -199,4 +203,4 @@ def test_the_machine_does_not_die_with_a_thread(account: Account) -> None:
         pidfds = runner.pidfds(stack)
         assert not ended(pidfds[:1], 0.5)
         runner.process.kill()
-        assert ended(pidfds, 5)
+        assert ended(pidfds, SLACK_S)

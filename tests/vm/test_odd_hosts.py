@@ -14,11 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 from tests.conftest import need
 from x07_sandbox.host.paths import cache_dir
+from x07_sandbox.policy import default_policy, render_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
@@ -66,26 +68,49 @@ def test_without_proc_every_command_says_so(state: Path, words: tuple[str, ...])
 def test_an_ignored_sigchld_changes_no_verdict(state: Path) -> None:
     """Started by a shell that ignores SIGCHLD, a killed machine is still told as killed, and so the host's fault."""
     env = os.environ | {"X07_VM_STATE_DIR": str(state)}
-    words = ["/usr/bin/env", "--ignore-signal=CHLD", *X07, "run", "--json", "-c", "sleep 60", "--toolchain", "shell"]
+    report = state.parent / "report.json"
+    words = ["/usr/bin/env", "--ignore-signal=CHLD", *X07, "run", "--report-out", str(report), "--toolchain", "shell"]
+    words += ["-c", "echo on; sleep 60"]
     with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"on\n"
         os.kill(_machine_of_the_run(state), signal.SIGKILL)
-        result = json.loads(child.communicate(timeout=60)[0])
+        child.communicate(timeout=60)
+    result = json.loads(report.read_bytes())
     assert (result["outcome"], result["fault"]) == ("guest-lost", "host"), result["reason"]
     assert "monitor ended" in result["reason"]
 
 
+def test_time_in_which_the_machine_stood_still_is_not_the_programs(state: Path, tmp_path: Path) -> None:
+    """A program whose machine the host has left standing for longer than limits.cpu_ms has not used that time."""
+    document = msgspec.to_builtins(default_policy())
+    document["limits"]["cpu_ms"] = 10_000
+    (tmp_path / "policy.json").write_bytes(render_policy(document))
+    (tmp_path / "busy.py").write_text(
+        "import select\nprint('on', flush=True)\nwhile not select.select([0], [], [], 0)[0]: pass\n"
+    )
+    env = os.environ | {"X07_VM_STATE_DIR": str(state)}
+    words = [*X07, "run", "--policy", str(tmp_path / "policy.json"), str(tmp_path / "busy.py")]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(words, env=env, **pipes) as child:  # type: ignore[call-overload]
+        assert child.stdout.readline() == b"on\n"
+        machine = _machine_of_the_run(state)
+        os.kill(machine, signal.SIGSTOP)
+        time.sleep(11)  # that it stands still is what is tried
+        os.kill(machine, signal.SIGCONT)
+        said = child.communicate(b"go\n", timeout=60)[1]
+    assert (child.returncode, said) == (0, b"")
+
+
 def _machine_of_the_run(state: Path) -> int:
-    """The VMM of the run job, once its program runs."""
-    deadline = time.monotonic() + 60
-    while True:
-        assert time.monotonic() < deadline
-        for path in state.glob("*-run/owner.json"):
-            owner = json.loads(path.read_bytes())
-            for name in os.listdir("/proc"):  # noqa: PTH208 - numbers
-                if name.isdigit() and _is_vmm(int(name), owner):
-                    time.sleep(3)  # until the program runs: the record says nothing of that
-                    return int(name)
-        time.sleep(0.05)  # the record is a file: there is nothing to wait on
+    """The VMM of the run job, whose program runs."""
+    (found,) = [
+        int(name)
+        for path in state.glob("*-run*/owner.json")
+        for name in os.listdir("/proc")  # noqa: PTH208 - numbers
+        if name.isdigit() and _is_vmm(int(name), json.loads(path.read_bytes()))
+    ]
+    return found
 
 
 def _is_vmm(pid: int, owner: dict[str, Any]) -> bool:

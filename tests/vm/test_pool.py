@@ -20,21 +20,19 @@ import pytest
 
 from tests.conftest import FULL
 from tests.published import document
-from tests.vm.conftest import left_behind, marked, owners
+from tests.vm.conftest import copy_cache, left_behind, marked, owners
 from tests.vm.test_clones import RANDOM
 from x07_sandbox import Pool, SandboxError
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import clocks, settings
-from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir, private_dir
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, new_run_id
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
-from x07_sandbox.runs import warm
+from x07_sandbox.runs import lease, warm
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import run
@@ -81,7 +79,10 @@ def ran(*words: str, stdin: bytes = b"") -> dict[str, Any]:
 
 def status() -> dict[str, Any] | None:
     """What `x07 pool status` tells."""
-    told: dict[str, Any] | None = document(x07("pool", "status", "--json").stdout)["pool"]
+    deadline = time.monotonic() + 60
+    while (done := x07("pool", "status", "--json")).returncode != 0:  # it could not answer in time
+        assert time.monotonic() < deadline, done.stderr
+    told: dict[str, Any] | None = document(done.stdout)["pool"]
     return told
 
 
@@ -93,20 +94,30 @@ def wait_for(holds: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache with a pool of this file's own: a user has one, and every run asks it, those of other tests too."""
+    del image
+    place = tmp_path_factory.mktemp("pool") / "cache"
+    copy_cache(place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("X07_VM_CACHE_DIR", str(place))
+        yield
+
+
 @contextlib.contextmanager
-def pool_process(size: int, idle_s: int = 600) -> Iterator[int]:
-    """The pool's process, all its machines warm. A user has one pool, so tests of several workers take turns."""
-    with file_lock(private_dir(cache_dir()) / "pool-tests.lock"):
-        started = x07("pool", "start", "--size", str(size), "--idle", str(idle_s))
-        assert started.returncode == 0, started.stderr
-        told = status()
-        assert told is not None
-        try:
-            yield told["pid"]
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(told["pid"], signal.SIGCONT)
-            assert x07("pool", "stop").returncode == 0
+def pool_process(size: int) -> Iterator[int]:
+    """The pool's process, all its machines warm."""
+    started = x07("pool", "start", "--size", str(size))
+    assert started.returncode == 0, started.stderr
+    told = status()
+    assert told is not None
+    try:
+        yield told["pid"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(told["pid"], signal.SIGCONT)
+        assert x07("pool", "stop").returncode == 0
 
 
 @pytest.fixture
@@ -176,8 +187,14 @@ def test_a_warm_machine_is_as_new(state: Path, tmp_path: Path) -> None:
     assert left_behind(state) == []
 
 
-def test_no_machine_is_served_twice(state: Path, kind: MachineKind, full: bool) -> None:  # noqa: FBT001 - a fixture
+def test_no_machine_is_served_twice(
+    state: Path,
+    kind: MachineKind,
+    full: bool,  # noqa: FBT001 - a fixture
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Many claims of a few warm machines at once: each machine is one claimer's, and the rest go without."""
+    monkeypatch.setattr(lease, "ANSWER_S", 60.0)  # a pool that is busy is asked on
     size, claims = (10, 100) if full else (3, 30)
     held = contextlib.ExitStack()
     marks: list[str] = []
@@ -214,7 +231,7 @@ def test_a_claimed_machine_has_its_jobs_deadline(state: Path) -> None:
         machine = machines.take(claim(), own_identity())
         assert machine is not None
         machine.instance.set_deadline(1)
-        assert select.select([machine.instance.pidfd], [], [], 10)[0]
+        assert select.select([machine.instance.pidfd], [], [], 60)[0]
         assert machine.close()
         assert machine.instance.exit_status() == -signal.SIGALRM
     assert left_behind(state) == []
@@ -246,10 +263,10 @@ def test_nothing_is_left_of_a_claim_that_was_killed(echo: str, state: Path, kill
                 os.kill(pool, signal.SIGKILL)
             child.communicate(b"late\n", timeout=120)
             # What waits is made anew after a claim: when that is done, it is all that may live.
-            wait_for(at_rest, 60)
+            wait_for(at_rest, 120)
             # A pool that was killed says nothing from then on; its machines follow it within moments.
-            wait_for(lambda: len(alive(state)) <= kept, 10)
-        wait_for(lambda: alive(state) == set(), 10)
+            wait_for(lambda: len(alive(state)) <= kept, 60)
+        wait_for(lambda: alive(state) == set(), 60)
 
 
 def test_a_pool_that_does_not_answer_costs_a_clone(echo: str) -> None:
@@ -292,7 +309,6 @@ def test_a_warm_machine_that_does_not_answer_costs_a_clone_and_is_told(echo: str
     assert "the run had no warm machine: the one it took did not answer" in result.warnings
 
 
-@pytest.mark.timeout(120)
 def test_a_pool_that_waits_for_its_machines_says_so_and_can_be_ended(
     echo: str, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +318,6 @@ def test_a_pool_that_waits_for_its_machines_says_so_and_can_be_ended(
     with pool_process(1):  # its own programs are built now
         pass
     with (
-        file_lock(private_dir(cache_dir()) / "pool-tests.lock"),
         contextlib.closing(Cancel()) as cancel,
         admitted(cancel_fd=cancel.fd, timeout_s=60),
         subprocess.Popen([*COMMAND, "pool", "start"], stderr=subprocess.PIPE, text=True) as start,
@@ -317,9 +332,13 @@ def test_a_pool_that_waits_for_its_machines_says_so_and_can_be_ended(
 
 def test_a_pool_ends_when_nobody_uses_it(state: Path) -> None:
     """A pool's process ends, with its machines, once it has not been used for its idle time."""
-    with pool_process(1, idle_s=2):
-        wait_for(lambda: status() is None, 30)
-        wait_for(lambda: left_behind(state) == [], 10)
+    started = x07("pool", "start", "--size", "1", "--idle", "2")
+    assert started.returncode == 0, started.stderr
+    try:
+        wait_for(lambda: status() is None, 120)
+        wait_for(lambda: left_behind(state) == [], 60)
+    finally:
+        x07("pool", "stop")
 
 
 def test_programs_run_from_short_lived_threads_and_from_asyncio(state: Path, echo: str, full: bool) -> None:  # noqa: FBT001
@@ -374,16 +393,14 @@ def test_a_pool_takes_what_run_program_takes(state: Path, echo: str, tmp_path: P
 
 
 def test_an_exception_cancels_what_a_pool_runs(state: Path, tmp_path: Path) -> None:
-    """Leaving a pool by an exception ends its runs as cancelled, and soon."""
+    """Leaving a pool by an exception ends its runs as cancelled, and does not wait for their limits."""
     sleeper = tmp_path / "sleeper.py"
-    sleeper.write_text("import time\nprint('up', flush=True)\ntime.sleep(50)\n")
-    began = time.monotonic()
+    sleeper.write_text("import time\nprint('up', flush=True)\ntime.sleep(500)\n")
     with pytest.raises(KeyboardInterrupt), Pool(size=1) as pool:  # noqa: PT012 - the block is what is tried
         future = pool.submit(sleeper)
         wait_for(lambda: any(path.stat().st_size for path in state.parent.rglob("runs/*/stdout")), 60)
         raise KeyboardInterrupt
-    assert future.result().outcome == "cancelled"
-    assert time.monotonic() - began < 45
+    assert future.result().outcome == "cancelled"  # and so before limits.wall_ms
     assert left_behind(state) == []
 
 

@@ -324,14 +324,15 @@ def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.Monk
         await started.wait()
         waiting = [asyncio.create_task(run_program_async(source="true", toolchain="shell")) for _ in range(40)]
         await asyncio.sleep(1)
-        assert await asyncio.wait_for(asyncio.to_thread(lambda: 5), 5) == 5
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: 5), 30) == 5
         began = loop.time()
         for task in (first, *waiting):
             task.cancel()
         await asyncio.gather(first, *waiting, return_exceptions=True)
         return loop.time() - began
 
-    assert asyncio.run(crowded()) < 20
+    assert asyncio.run(crowded()) < 60
+    assert len(list(state.glob("*/job.json"))) < 10  # none of the forty has had its turn meanwhile
     assert left_behind(state) == []
 
 
@@ -478,12 +479,12 @@ def test_waiting_for_a_pipes_writer_can_be_ended(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--input", str(tmp_path / "pipe")]
     with subprocess.Popen([*argv, "-c", "cat", "--toolchain", "shell"], stderr=subprocess.PIPE) as child:
         wanted = Path(f"/proc/{child.pid}/wchan")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while "wait_for_partner" not in wanted.read_text() and "fifo_open" not in wanted.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.05)  # another process's state: nothing tells
         child.terminate()
-        assert child.wait(20) == 143
+        assert child.wait(60) == 143
 
 
 def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:

@@ -153,9 +153,9 @@ class Phase:
     # one turn
 
     def _turn(self) -> None:
+        self._fill()  # first: that there is room for more is progress, by which a deadline moves
         if self._time_is_up():
             return
-        self._fill()
         if not self.connection.flush():
             self._lost()
             return
@@ -192,13 +192,13 @@ class Phase:
             self.instance.drain(fd)
 
     def _time_is_up(self) -> bool:
-        """Act on a deadline that has passed; whether that was the end.
+        """Act on a deadline that has passed; whether this is the end.
 
         What had come by then is taken first: it may be we who are late, stopped by Ctrl-Z say, or on a busy host.
         """
-        if not self.deadline.passed():
+        if self.over or not self.deadline.passed():
             self.late_turns = 0
-            return False
+            return self.over
         if self.late_turns < _LATE_TURNS and self._has_come():
             self.late_turns += 1
             return False

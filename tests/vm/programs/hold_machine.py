@@ -1,12 +1,14 @@
-"""A runner that starts a machine with a short deadline and then only waits: what a test stops or kills.
+"""A runner that starts a machine with a short deadline and then stands still, as one that Ctrl-Z has stopped.
 
-Arguments: digest of the image, deadline in seconds. Prints the pid of the jail's first process as JSON.
+Arguments: digest of the image, deadline in seconds. Prints the pid of the jail's first process as JSON, and goes on,
+when it may, to the machine's end.
 """
 
 from __future__ import annotations
 
 import json
 import select
+import signal
 import sys
 
 from x07_sandbox.backends.base import Job, MachineKind
@@ -17,7 +19,7 @@ from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
 
 def main(image: str, deadline_s: str) -> None:
-    """Start, say so, wait for the machine's end."""
+    """Start, say so, stop, wait for the machine's end."""
     with open_image(find_image(image)) as opened:
         backend = QemuBackend()
         backend.probe(opened)
@@ -30,6 +32,7 @@ def main(image: str, deadline_s: str) -> None:
             instance.release()
             sys.stdout.write(json.dumps({"inner": instance.inner.pid}) + "\n")
             sys.stdout.flush()
+            signal.raise_signal(signal.SIGSTOP)
             while instance.exit_status() is None:
                 for fd, _ in _poll(instance.pidfd, *instance.side_fds()).poll():
                     if fd != instance.pidfd:
