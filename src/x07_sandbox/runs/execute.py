@@ -32,7 +32,6 @@ else:
     Incoming = Any  # its module is loaded only where files may change
 
 _LOST_S: Final = 1.0  # how long a machine whose channel has ended may take to end itself, so that we can say how
-_STOOD_STILL_S: Final = 0.5  # so late no loop sees its deadline that was not stopped, or kept from the processor
 _FILL: Final = 256 * 1024  # bytes queued for the guest at most, besides the windows
 
 
@@ -207,7 +206,7 @@ class Phase:
 
         By Ctrl-Z, say. The guest went on and may have ended in time, with more to tell than the channel holds.
         """
-        if self.deadline.late_s() < _STOOD_STILL_S:
+        if not self.deadline.missed():
             return False
         self.deadline = Deadline.after(settings.CHANGES_OUT_S if self.stage is Stage.COLLECT else settings.STOPPED_S)
         return True

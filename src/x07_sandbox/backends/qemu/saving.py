@@ -14,7 +14,7 @@ from x07_sandbox.backends.qemu.talk import talk_until
 from x07_sandbox.backends.qemu.template import SCHEMA, TemplateManifest, sparse_sha256, warm_up
 from x07_sandbox.channel.frames import Kind
 from x07_sandbox.channel.link import State
-from x07_sandbox.errors import BackendError
+from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import open_own
@@ -73,7 +73,9 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
     with start_qemu(job, accelerator, memory=saving) as instance:
         instance.release()
         words = {State.GREETED: (Kind.WARM, warm_up(kind))}
-        if why := talk_until(instance, State.WARM, Deadline.after(settings.TEMPLATE_S), words=words):
+        deadline = Deadline.after(settings.TEMPLATE_S)
+        if why := talk_until(instance, State.WARM, deadline, words=words):
+            _check_presence(deadline)
             if instance.mistimed() and not last:
                 return False
             said = " ".join(instance.console_tail().split())[-200:] if "ended" in why else ""
@@ -82,6 +84,12 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
         if not instance.stop():
             raise BackendError("cannot make a VM template", "its machine did not end", _FIX)
     return True
+
+
+def _check_presence(deadline: Deadline) -> None:
+    """Raises HostError if this process missed the deadline itself, which says nothing of the machine."""
+    if deadline.missed():
+        raise HostError("cannot make a VM template", "this process was stopped meanwhile", "The next run tries again")
 
 
 def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
@@ -106,6 +114,7 @@ def _save(instance: QemuInstance) -> None:
     for fd in (instance.pidfd, *instance.side_fds()):
         poll.register(fd, select.POLLIN)
     while _SAVED not in instance.qmp.text():
+        _check_presence(deadline)
         if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():
             said = instance.qmp.text()[-300:] + instance.console_tail()[-200:]
             raise BackendError("cannot make a VM template", f"QEMU did not save it: {said}", _FIX)
