@@ -14,9 +14,11 @@ SECONDS = st.floats(0, 1e9)
 
 @given(SECONDS, SECONDS)
 def test_what_is_left_is_never_negative(at: float, now: float) -> None:
-    """A deadline that has passed leaves exactly nothing, and one that has not, the difference."""
+    """A deadline that has passed leaves exactly nothing, and is late by the rest; one that has not, the difference."""
     deadline = Deadline(at, clock=lambda: now)
     assert deadline.left_s() == max(0.0, at - now)
+    assert deadline.late_s() == max(0.0, now - at)
+    assert deadline.passed() or not deadline.missed()
     assert deadline.passed() == (now >= at)
     assert deadline.passed() or deadline.left_s() > 0
 

@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import FULL, overwrite
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
+from x07_sandbox.backends.qemu import saving
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.template import (
     MANIFEST,
@@ -444,6 +445,25 @@ def test_another_processor_under_a_saved_machine_costs_a_cold_start(silent_clone
     assert [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
     for path in templates_dir().glob("*.bad"):
         path.unlink()
+
+
+def test_a_saving_that_was_stopped_is_not_held_against_a_template(
+    in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a run was stopped while it had a machine saved, by Ctrl-Z say, it starts cold, and the next saves it."""
+    shutil.rmtree(templates_dir(), ignore_errors=True)
+
+    def stopped(*_args: object, **_options: object) -> str:
+        time.sleep(3)
+        return "it did not answer in time"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "talk_until", stopped)
+        patch.setattr(settings, "TEMPLATE_S", 2.0)
+        ran = in_own_cache.behave("nothing")
+    assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
+    assert [text for text in ran.result.warnings if "this process was stopped meanwhile" in text]
+    assert starts(in_own_cache.behave("nothing")) == {"run": "clone"}
 
 
 def test_a_clone_that_was_killed_is_not_held_against_its_template(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
 
 import msgspec
+
+_STOOD_STILL_S: Final = 0.5  # so late nobody looks who was not stopped, or kept from the processor
 
 
 def unix_ms() -> int:
@@ -35,6 +38,14 @@ class Deadline(msgspec.Struct, frozen=True):
     def left_s(self) -> float:
         """Seconds left, 0.0 when it has passed."""
         return max(0.0, self.at - self.clock())
+
+    def late_s(self) -> float:
+        """Seconds since then, 0.0 when it is still to come."""
+        return max(0.0, self.clock() - self.at)
+
+    def missed(self) -> bool:
+        """Whether it passed while this process stood still: stopped by Ctrl-Z, say, and not the one it waited for."""
+        return self.late_s() > _STOOD_STILL_S
 
     def passed(self) -> bool:
         """Whether it has passed."""

@@ -76,7 +76,9 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
     with start_qemu(job, accelerator, memory=saving) as instance:
         instance.release()
         words = {State.GREETED: (Kind.WARM, warm_up(kind))}
-        if why := talk_until(instance, State.WARM, Deadline.after(settings.TEMPLATE_S), words=words):
+        deadline = Deadline.after(settings.TEMPLATE_S)
+        if why := talk_until(instance, State.WARM, deadline, words=words):
+            _check_presence(deadline)
             if instance.mistimed() and not last:
                 return False
             if spent := _out_of_cpu_time(instance):
@@ -93,6 +95,12 @@ def _out_of_cpu_time(instance: QemuInstance) -> str:
     """As of troubles, of a machine that may just be ending."""
     readable(instance.pidfd, _ENDS_S)
     return out_of_cpu_time(instance.exit_status())
+
+
+def _check_presence(deadline: Deadline) -> None:
+    """Raises HostError if this process missed the deadline itself, which says nothing of the machine."""
+    if deadline.missed():
+        raise HostError("cannot make a VM template", "this process was stopped meanwhile", "The next run tries again")
 
 
 def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
@@ -117,6 +125,7 @@ def _save(instance: QemuInstance) -> None:
     for fd in (instance.pidfd, *instance.side_fds()):
         poll.register(fd, select.POLLIN)
     while _SAVED not in instance.qmp.text():
+        _check_presence(deadline)
         if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():
             said = instance.qmp.text()[-300:] + instance.console_tail()[-200:]
             raise BackendError("cannot make a VM template", f"QEMU did not save it: {said}", _FIX)
