@@ -768,6 +768,18 @@ def test_a_missing_root_is_one_folder_wherever_it_is_shown(run: Run, monkeypatch
     }
 
 
+def test_a_secret_that_is_a_root_elsewhere_is_told_where_it_is_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a relative path it goes in, and what shows its folder by an absolute one has left it out, and says so."""
+    monkeypatch.chdir(run.root)
+    (run.root / "k.pem").touch()
+    run.files({"write_roots": (str(run.root), f"{run.root}/k.pem")}, changes="discard")
+    assert run.so_far.denials == []
+    run.files({"write_roots": (str(run.root), "k.pem")}, changes="discard")
+    assert flag_of(run.denial("secrets")) == ["--reveal", "k.pem"]
+
+
 def test_what_is_in_force_of_a_root_counts_and_not_what_names_it(run: Run) -> None:
     """Of what lies in a write root all may be written: no flag that is given already is advised for it."""
     (run.root / "a").mkdir()

@@ -12,6 +12,7 @@ import errno
 import fnmatch
 import hashlib
 import os
+import posixpath
 import re
 import stat
 from typing import TYPE_CHECKING, Final, Literal
@@ -25,7 +26,7 @@ from x07_sandbox.files.changes import Node, folders_above
 from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount
 from x07_sandbox.host import beneath
-from x07_sandbox.plan.places import inside
+from x07_sandbox.plan.places import OUT, inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -388,13 +389,21 @@ class _Walk:
     def _is_written(self, name: str) -> bool:
         return any(not sub or name == sub or name.startswith(f"{sub}/") for sub in self._written)
 
+    def _has_places(self, name: str) -> bool:
+        """Whether a root of that name lies wherever one around it would have shown it, or where --out always does."""
+        mounts = self._tree.mounts
+        places = {mount.at for mount in mounts if mount.sub == name}
+        around = [mount for mount in mounts if not mount.sub or name.startswith(f"{mount.sub}/")]
+        shown = {posixpath.join(mount.at, posixpath.relpath(name, mount.sub or ".")) for mount in around}
+        return OUT in places or shown <= places
+
     def _leave(self, reason: Reason, name: str, size: int = 0) -> None:
         if self._tree.only:
             error = UsageError(f"cannot give the program {name}", WORDS[reason], "Leave it out, or see docs/policy.md")
             raise error.by(FIELDS[reason], value_for(reason, size, self._bounds))
         if self._is_written(name):
             self.copied.stayed[name] = Stayed(reason, size)
-        if name in self._subs:
+        if name in self._subs and self._has_places(name):
             return  # it travels by itself
         left = self.copied.left_out.setdefault(reason, LeftOut())
         left.count += 1
