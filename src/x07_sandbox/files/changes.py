@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
+from x07_sandbox.host.models import known
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -132,7 +134,7 @@ def encode(changes: ChangeSet) -> bytes:
 
 def decode(data: bytes) -> ChangeSet:
     """The way back. Raises ValueError (msgspec.ValidationError is one)."""
-    return msgspec.convert(json.loads(data), ChangeSet)
+    return msgspec.convert(json.loads(data), known(ChangeSet))
 
 
 def called(root: str, name: str, *, of_several: bool) -> str:

@@ -23,6 +23,7 @@ import msgspec
 from x07_sandbox.errors import HostError
 from x07_sandbox.files.changes import Node
 from x07_sandbox.files.things import Ident
+from x07_sandbox.host.models import known
 
 Phase = Literal["staging", "journal", "committed"]
 Doing = Literal["mode", "remove", "replace", "add"]
@@ -124,7 +125,7 @@ def read(folder: Path) -> tuple[Phase, Head, list[Step]] | None:
 
 
 def _decode(line: bytes, model: type[_Line]) -> _Line:
-    return msgspec.convert(json.loads(line), model)
+    return msgspec.convert(json.loads(line), known(model))
 
 
 def _write(folder: Path, phase: Phase, head: Head, steps: Iterable[Step]) -> None:
