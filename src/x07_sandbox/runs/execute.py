@@ -33,9 +33,9 @@ else:
 
 _LOST_S: Final = 5.0  # how long a machine whose channel has ended may take to end itself, so that we can say how
 # How often the channel is read once the time is up: 1 MiB, which is more than the guest may send of its own accord; and
-# how long what of it is still in the machine may take to follow, in milliseconds.
+# how long what of it is still in the machine may take to follow, if we were there all the time.
 _LATE_TURNS: Final = 8
-_LATE_MS: Final = 100
+_LATE_S: Final = 0.1
 _FILL: Final = 256 * 1024  # bytes queued for the guest at most, besides the windows
 
 
@@ -108,7 +108,7 @@ class Phase:
         self.usage: dict[str, Any] = {}
         self.refused: list[dict[str, Any]] = []
         self.over = False
-        self.late_turns = 0
+        self.late_turns, self.late_s = 0, 0.0
         self.asked_to_stop = False
         self.sent = [0] * len(request.files)
         self.input = bytearray()
@@ -199,7 +199,9 @@ class Phase:
         if self.over or not self.deadline.passed():
             self.late_turns = 0
             return self.over
-        if self.late_turns < _LATE_TURNS and self._has_come():
+        if not self.late_turns:
+            self.late_s = settings.STOPPED_S if self.deadline.missed() else _LATE_S
+        if self.late_turns < _LATE_TURNS and self._has_come(self.late_s if self.late_turns else 0.0):
             self.late_turns += 1
             return False
         if self.stage is Stage.BOOT:
@@ -213,12 +215,12 @@ class Phase:
             self._end(deadline_passed=True)
         return self.over
 
-    def _has_come(self) -> bool:
-        """Whether there is a word of the guest's, of the machine's end or of the caller's that was not taken yet."""
+    def _has_come(self, wait_s: float) -> bool:
+        """Whether a word of the guest's, of the machine's end or of the caller's is there, or comes in that time."""
         poll = select.poll()
         for fd in (self.instance.channel_fd, self.instance.pidfd, self.request.cancel.fd):
             poll.register(fd, select.POLLIN)
-        return bool(poll.poll(_LATE_MS if self.late_turns else 0))
+        return bool(poll.poll(wait_s * 1000))
 
     # what comes from the guest
 
