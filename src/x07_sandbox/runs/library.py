@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 # What carries runs out is imported when there is one: importing this costs next to nothing.
 from x07_sandbox.errors import SandboxError
+from x07_sandbox.host.threads import started
 from x07_sandbox.runs.call import check_names, input_file, make_request, wrong
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def _whole(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
     thread = threading.Thread(target=carry_out, name="x07-call", daemon=True)
     try:
         try:
-            thread.start()
-        except RuntimeError:  # there may be no more threads, as whoever needs the next will say
+            started(thread)
+        except OSError:  # there may be no more, as whoever needs the next will say
             return work()
         waited_for = True
         go.set()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.threads import started
 from x07_sandbox.runs.call import check_names, wrong
 from x07_sandbox.runs.library import OPTIONS, checked, run_once
 
@@ -134,8 +135,8 @@ class Pool(Executor):
         # In a thread of its own, which goes on whatever a signal's handler raises here, as Ctrl-C does.
         ending = threading.Thread(target=self._end, name="x07-pool-end")
         try:
-            ending.start()
-        except RuntimeError:  # there may be no more threads
+            started(ending)
+        except OSError:  # there may be no more
             self._end()
             return
         if wait:
