@@ -204,6 +204,20 @@ def test_changes_that_may_not_be_done_are_told(caller: Caller) -> None:
     assert b"may not be done: Jenkinsfile" in done.stderr
 
 
+def test_changes_are_told_where_the_attestation_cannot_be_written(caller: Caller) -> None:
+    """A run whose attestation could not be written ends with 2, and says of changed files that they were changed."""
+    document = msgspec.to_builtins(default_policy())
+    document["fs"]["write_roots"] = ["."]
+    (caller.place / "policy.json").write_bytes(render_policy(document))
+    (caller.place / "gone").mkdir()
+    text = 'import os; os.rmdir("gone"); open("new", "w")\n'
+    done = caller.call("change.py", text, "--attest-runtime", "gone/attest.json")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"X07RA_EWRITE: cannot write gone/attest.json" in done.stderr
+    assert (caller.place / "new").exists()
+    assert b"1 added, 1 deleted: applied; x07 diff, x07 undo" in done.stderr
+
+
 def test_a_policy_that_cannot_be_carried_out_is_a_setup_failure(caller: Caller) -> None:
     """What this version cannot enforce is refused before any machine, as X07's failure of the backend."""
     document = msgspec.to_builtins(default_policy())
