@@ -281,6 +281,21 @@ def test_flags_are_written_out_and_checked(refused: Refused, words: tuple[str, .
     assert "wrong usage" in refused(*SANDBOXED, "--policy", "policy.json", *words)
 
 
+@pytest.mark.parametrize(
+    "flag", ["--program", "--project", "--artifact", "--policy", "--input", "--compiled-out", "--attest-runtime"]
+)
+def test_an_empty_name_is_told_as_that(refused: Refused, flag: str) -> None:
+    """An empty name, as an unset variable of a shell makes it, is wrong usage, and not taken for the current folder."""
+    assert f"argument {flag}: the name is empty" in refused(*SANDBOXED, flag, "")
+
+
+@pytest.mark.parametrize("flag", ["--input", "--diff", "--compiled-out", "--attest-runtime", "--report-out"])
+def test_an_empty_name_is_told_by_the_other_command_too(capfd: pytest.CaptureFixture[str], flag: str) -> None:
+    """So it is with the files that `x07 run` reads and writes."""
+    assert x07(["run", flag, "", "prog.py"]) == 2
+    assert f"argument {flag}: the name is empty" in capfd.readouterr().err
+
+
 def test_run_os_in_a_vm_is_a_report_of_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
     """With backend vm only run-os-sandboxed is legal: anything else is X07's failure report, with exit 1."""
     assert main(["--program", "prog.c", "--sandbox-backend", "vm"]) == 1
