@@ -254,6 +254,22 @@ def test_another_image_than_the_pinned_one_is_refused(
     assert caller.report("quiet.py", "pass\n")["solve"]["ok"] is True
 
 
+def test_a_projects_own_input_is_for_x07_run(caller: Caller) -> None:
+    """Of a project this command takes its arguments, and no input but that of --input."""
+    (caller.place / "main.py").write_text("import sys; print(sys.argv[1:], sys.stdin.read())\n")
+    (caller.place / "own.txt").write_text("own")
+    (caller.place / "x07-sandbox.toml").write_text(
+        'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nfiles = ["*"]\nentry = "main.py"\n'
+        '[run]\nargs = ["one"]\ninput = "own.txt"\n'
+    )
+    outputs = []
+    for words in ([], ["--input", "own.txt"]):
+        argv = [*COMMAND, "--project", "x07-sandbox.toml", *words]
+        done = subprocess.run(argv, cwd=caller.place, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+        outputs.append(decoded(parsed(done.stdout, 0)["solve"], "solve_output_b64"))
+    assert outputs == [b"['one'] \n", b"['one'] own\n"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_machine_in_good_order(caller: Caller, number: signal.Signals) -> None:
     """SIGINT and SIGTERM end the run at once, with a report of how far it came, and nothing left on the host."""
