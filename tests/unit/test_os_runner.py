@@ -114,6 +114,25 @@ def test_weaker_isolation_fails_closed(
     assert "--world run-os-sandboxed --policy FILE --sandbox-backend vm" in told
 
 
+@pytest.mark.parametrize("variables", [("os", None), ("os", "os"), (None, "docker"), ("vm", "firecracker-ctr")])
+def test_what_a_refusal_names_works_beside_any_variable(
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    variables: tuple[str | None, str | None],
+) -> None:
+    """Whatever the variables asked for, the flags that a refusal names get past them, once it is done as it says."""
+    for name, value in zip(("X07_SANDBOX_BACKEND", "X07_VM_BACKEND"), variables, strict=True):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    words = ("--program", "prog.c", *SANDBOXED, "--policy", "policy.json")
+    unset = ", with X07_VM_BACKEND unset" if variables[1] else ""
+    assert refused(*words).endswith(f"--policy FILE --sandbox-backend vm{unset}.\n")
+    monkeypatch.delenv("X07_VM_BACKEND", raising=False)
+    assert main((*words, "--sandbox-backend", "vm")) == 1
+    assert "no guest image" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("by", ["flag", "variable"])
 @pytest.mark.parametrize("backend", ["os", "none"])
 def test_an_accepted_backend_that_is_not_built_is_never_replaced(
