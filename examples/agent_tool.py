@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -301,3 +302,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except SandboxError as exc:  # no image, say
         sys.exit(f"agent_tool: {exc}")
+    except BrokenPipeError:  # nobody reads the answers any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush does not fail too
+        sys.exit("agent_tool: whoever reads the answers has gone")

@@ -8,6 +8,7 @@ machine of its own, as many at once as this host holds; what it does to its mach
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -57,8 +58,11 @@ def grade(pool: Pool, toolchain: str, source: str) -> str:
 
 def main() -> int:
     """Grade as many submissions as asked for, 200 by default."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    with Pool(size=2) as pool, ThreadPoolExecutor(8) as graders:
+    parser = argparse.ArgumentParser(description="Grade submissions that nobody trusts.")
+    parser.add_argument("submissions", nargs="?", type=int, default=200, help="how many (default: 200)")
+    count = parser.parse_args().submissions
+    # The pool is left first: after Ctrl-C it cancels what the graders' threads wait for.
+    with ThreadPoolExecutor(8) as graders, Pool(size=2) as pool:
         verdicts = Counter(graders.map(lambda number: grade(pool, *KINDS[number % len(KINDS)]), range(count)))
     print(f"{'verdict':14} submissions")
     for word, number in sorted(verdicts.items(), key=lambda item: (-item[1], item[0])):

@@ -114,6 +114,25 @@ def test_weaker_isolation_fails_closed(
     assert "--world run-os-sandboxed --policy FILE --sandbox-backend vm" in told
 
 
+@pytest.mark.parametrize("variables", [("os", None), ("os", "os"), (None, "docker"), ("vm", "firecracker-ctr")])
+def test_what_a_refusal_names_works_beside_any_variable(
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    variables: tuple[str | None, str | None],
+) -> None:
+    """Whatever the variables asked for, the flags that a refusal names get past them, once it is done as it says."""
+    for name, value in zip(("X07_SANDBOX_BACKEND", "X07_VM_BACKEND"), variables, strict=True):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    words = ("--program", "prog.c", *SANDBOXED, "--policy", "policy.json")
+    unset = ", with X07_VM_BACKEND unset" if variables[1] else ""
+    assert refused(*words).endswith(f"--policy FILE --sandbox-backend vm{unset}.\n")
+    monkeypatch.delenv("X07_VM_BACKEND", raising=False)
+    assert main((*words, "--sandbox-backend", "vm")) == 1
+    assert "no guest image" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("by", ["flag", "variable"])
 @pytest.mark.parametrize("backend", ["os", "none"])
 def test_an_accepted_backend_that_is_not_built_is_never_replaced(
@@ -279,6 +298,21 @@ def test_nor_has_one_for_the_other_command(
 def test_flags_are_written_out_and_checked(refused: Refused, words: tuple[str, ...]) -> None:
     """No abbreviation, no further word, no value outside its kind."""
     assert "wrong usage" in refused(*SANDBOXED, "--policy", "policy.json", *words)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--program", "--project", "--artifact", "--policy", "--input", "--compiled-out", "--attest-runtime"]
+)
+def test_an_empty_name_is_told_as_that(refused: Refused, flag: str) -> None:
+    """An empty name, as an unset variable of a shell makes it, is wrong usage, and not taken for the current folder."""
+    assert f"argument {flag}: the name is empty" in refused(*SANDBOXED, flag, "")
+
+
+@pytest.mark.parametrize("flag", ["--input", "--diff", "--compiled-out", "--attest-runtime", "--report-out"])
+def test_an_empty_name_is_told_by_the_other_command_too(capfd: pytest.CaptureFixture[str], flag: str) -> None:
+    """So it is with the files that `x07 run` reads and writes."""
+    assert x07(["run", flag, "", "prog.py"]) == 2
+    assert f"argument {flag}: the name is empty" in capfd.readouterr().err
 
 
 def test_run_os_in_a_vm_is_a_report_of_a_failure(capfd: pytest.CaptureFixture[str]) -> None:

@@ -269,3 +269,14 @@ def test_input_that_can_be_opened_and_not_be_read_is_refused(stack: contextlib.E
     request = RunRequest(program=Path("x.py"), input=Path("/proc/self/mem"), cancel=cancel)
     with pytest.raises(UsageError, match="cannot read the input /proc/self/mem: Input/output error"):
         open_input(request, stack)
+
+
+@pytest.mark.parametrize(("timeout_ms", "shorter"), [(60_000, False), (3000, True)])
+def test_a_shorter_time_limit_makes_another_document(tmp_path: Path, timeout_ms: int, *, shorter: bool) -> None:
+    """The bytes whose digest a result has are the file's, else those that `x07 policy init` would write."""
+    place = tmp_path / "policy.json"
+    place.write_bytes(POLICY.replace(b"\n", b"\n\n"))
+    with contextlib.closing(Cancel()) as cancel:
+        policy, data = policy_in_force(RunRequest(source=b"", policy=str(place), wall_ms=timeout_ms, cancel=cancel))
+    assert data == (render_policy(policy) if shorter else place.read_bytes())
+    assert policy.limits.wall_ms == timeout_ms

@@ -12,6 +12,7 @@ from x07_sandbox.errors import SandboxError
 from x07_sandbox.plan.outcomes import Outcome
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.library import run_program
+from x07_sandbox.runs.result import Result
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,3 +32,9 @@ def test_a_usage_error_is_a_result_that_keeps_to_the_schema(tmp_path: Path, monk
     for word in ({"outcome": "well"}, {"isolation": "vm"}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(found | word, schema)
+
+
+def test_the_docstring_of_a_result_tells_every_field() -> None:
+    """help(Result) says of each of its fields what it is."""
+    told = {word.strip(":.,") for word in (Result.__doc__ or "").split()}
+    assert [name for name in Result.__struct_fields__ if name not in told] == []

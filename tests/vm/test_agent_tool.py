@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,15 @@ def test_the_definition_is_a_schema_that_the_calls_keep_to() -> None:
     calls = [json.loads(line) for line in (EXAMPLES / "agent_calls.jsonl").read_bytes().splitlines()]
     keeping = [Draft202012Validator(schema).is_valid(one["input"]) for one in calls]
     assert keeping == [True, True, True, False, True]
+
+
+def test_it_ends_when_nobody_reads_its_answers() -> None:
+    """Where whoever reads the answers has gone the tool says so and ends, without a traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, str(TOOL), "--command"]
+    try:
+        done = subprocess.run(argv, input=b"{}\n" * 9, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"agent_tool: whoever reads the answers has gone\n")

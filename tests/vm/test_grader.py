@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -27,9 +29,44 @@ VERDICTS: Final = {
     "signalled": 16,
 }
 
-pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(3600)]
+# Many more seconds than it takes to end them, in rounds of as many as there are machines.
+SLEEPERS: Final = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import grader
+grader.KINDS = (("python", "import time; time.sleep(9)"),)
+grader.main()
+"""
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
 
+@pytest.mark.timeout(120)
+def test_ctrl_c_ends_it_with_what_runs(image: Image, state: Path) -> None:
+    """Ctrl-C ends the grader without waiting for the submissions that it has begun, and leaves no machine."""
+    assert image.digest
+    argv = [sys.executable, "-c", SLEEPERS, str(GRADER.parent), "200"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while len([*state.glob("*-run*/job.json")]) < 2 and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=15)
+        finally:
+            process.kill()
+    assert errors.endswith("KeyboardInterrupt\n")
+    assert left_behind(state) == []
+
+
+def test_a_number_that_is_none_is_wrong_usage() -> None:
+    """What is no number of submissions ends the grader with its usage and 2."""
+    done = subprocess.run([sys.executable, str(GRADER), "many"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "invalid int value: 'many'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_two_hundred_submissions_get_their_verdicts(image: Image, state: Path, *, full: bool) -> None:
     """The grader gives each of 200 hostile, wrong and right submissions its verdict, and leaves nothing (--full)."""
     assert sum(VERDICTS.values()) == 200

@@ -204,6 +204,20 @@ def test_changes_that_may_not_be_done_are_told(caller: Caller) -> None:
     assert b"may not be done: Jenkinsfile" in done.stderr
 
 
+def test_changes_are_told_where_the_attestation_cannot_be_written(caller: Caller) -> None:
+    """A run whose attestation could not be written ends with 2, and says of changed files that they were changed."""
+    document = msgspec.to_builtins(default_policy())
+    document["fs"]["write_roots"] = ["."]
+    (caller.place / "policy.json").write_bytes(render_policy(document))
+    (caller.place / "gone").mkdir()
+    text = 'import os; os.rmdir("gone"); open("new", "w")\n'
+    done = caller.call("change.py", text, "--attest-runtime", "gone/attest.json")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"X07RA_EWRITE: cannot write gone/attest.json" in done.stderr
+    assert (caller.place / "new").exists()
+    assert b"1 added, 1 deleted: applied; x07 diff, x07 undo" in done.stderr
+
+
 def test_a_policy_that_cannot_be_carried_out_is_a_setup_failure(caller: Caller) -> None:
     """What this version cannot enforce is refused before any machine, as X07's failure of the backend."""
     document = msgspec.to_builtins(default_policy())
@@ -238,6 +252,22 @@ def test_another_image_than_the_pinned_one_is_refused(
     assert not list(caller.state.glob("*/job.json"))
     monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", image.digest)
     assert caller.report("quiet.py", "pass\n")["solve"]["ok"] is True
+
+
+def test_a_projects_own_input_is_for_x07_run(caller: Caller) -> None:
+    """Of a project this command takes its arguments, and no input but that of --input."""
+    (caller.place / "main.py").write_text("import sys; print(sys.argv[1:], sys.stdin.read())\n")
+    (caller.place / "own.txt").write_text("own")
+    (caller.place / "x07-sandbox.toml").write_text(
+        'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nfiles = ["*"]\nentry = "main.py"\n'
+        '[run]\nargs = ["one"]\ninput = "own.txt"\n'
+    )
+    outputs = []
+    for words in ([], ["--input", "own.txt"]):
+        argv = [*COMMAND, "--project", "x07-sandbox.toml", *words]
+        done = subprocess.run(argv, cwd=caller.place, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+        outputs.append(decoded(parsed(done.stdout, 0)["solve"], "solve_output_b64"))
+    assert outputs == [b"['one'] \n", b"['one'] own\n"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

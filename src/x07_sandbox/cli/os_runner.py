@@ -20,7 +20,7 @@ from x07_sandbox.cli.written import check_outputs, files_read
 from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
 from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.variables import check_environment, flag
+from x07_sandbox.host.variables import check_environment, flag, text
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, SOURCE_SUFFIX, Options
 from x07_sandbox.reports.document import render_json
@@ -130,8 +130,10 @@ def _check_backend(platform: Platform, world: World, named: str | None, *, accep
         select(platform, asked(sandbox=named, accepted=accepted, auto=auto))
     except RefusedError as exc:
         # This command has no --backend, and in run-os not even a virtual machine would do.
-        _, sandbox_class, _, backend = working(platform) or working(Platform(system="linux"))
-        fix = f"Use {_SANDBOXED} --sandbox-backend {sandbox_class}, with X07_VM_BACKEND={backend} or unset"
+        _, sandbox_class, _, _ = working(platform) or working(Platform(system="linux"))
+        fix = f"Use {_SANDBOXED} --sandbox-backend {sandbox_class}"
+        if text("X07_VM_BACKEND"):  # no value of it would do beside every X07_SANDBOX_BACKEND, and the flag needs none
+            fix += ", with X07_VM_BACKEND unset"
         raise RefusedError(exc.what, exc.why, fix if working(platform) else f"{fix}, on Linux") from exc
 
 

@@ -9,13 +9,14 @@ from typing import Any, Final
 import msgspec
 
 from x07_sandbox import __version__
-from x07_sandbox.cli.usage import Once, Parser, whole_number
+from x07_sandbox.cli.usage import Once, Parser, named, whole_number
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 
 COMMAND: Final = "x07-os-runner"
 _SPECROWS: Final = "x07cli.specrows@0.1.0"
 _MOST: Final = 1 << 48
+_NAMES: Final = frozenset({"F", "D"})  # metavars of files and folders
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,6 +149,8 @@ def _words(option: Option) -> dict[str, Any]:
     words: dict[str, Any] = {"metavar": option.metavar, "help": text, "action": "append" if option.repeat else Once}
     if option.choices:
         words |= {"choices": option.choices, "metavar": None}
+    if option.metavar in _NAMES:
+        words["type"] = named
     if option.number:
         words["type"] = whole_number(0, _MOST, option.number)
     return words

@@ -221,7 +221,8 @@ order of lists count.
 
 The result of a run has `digests.policy`: the SHA-256 of the file's bytes as they were read (of what
 `x07 policy init --template default --emit policy` prints, where no policy was given). `x07 policy digest --json` shows
-both, the second as `file_digest`.
+both, the second as `file_digest`. With flags that change the policy, or a `--timeout` below its `limits.wall_ms`, it is
+that of the document which they make, as `x07 policy init` would write it.
 """
 _TABLE_HEAD: Final = ("| Field | Values | When absent | Meaning | Held |", "|---|---|---|---|---|")
 _MIB: Final = 1 << 20

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from x07_sandbox.cli.usage import Once, add_document_flags, named_folder, seconds, whole_number
+from x07_sandbox.cli.usage import Once, add_document_flags, named_file, named_folder, seconds, whole_number
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 from x07_sandbox.programs.toolchains import BY_NAME, describe
@@ -119,7 +118,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         "wait for x07 diff, x07 apply (default: apply)",
     )
     group.add_argument(
-        "--diff", action=Once, type=Path, metavar="FILE", help="write its changes there too, as a patch to read"
+        "--diff", action=Once, type=named_file, metavar="FILE", help="write its changes there too, as a patch to read"
     )
     group.add_argument(
         "--out",
@@ -148,7 +147,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 def _add_input(parser: argparse.ArgumentParser) -> None:
     title = "its standard input (default: the project's, else ours, which is taken whether the program reads it or not)"
     group = parser.add_argument_group(title).add_mutually_exclusive_group()
-    group.add_argument("--input", action=Once, type=Path, metavar="FILE", help="a file")
+    group.add_argument("--input", action=Once, type=named_file, metavar="FILE", help="a file")
     group.add_argument("--stdin", action="store_true", help="ours, whatever the project says")
     group.add_argument("--input-b64", action=Once, metavar="TEXT", help="bytes, as base64")
 
@@ -192,7 +191,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="per stream (default: 64 MiB); of an X07 program its output (default: its profile's, else 1 MiB)",
     )
-    group.add_argument("--compiled-out", action=Once, type=Path, metavar="FILE", help="keep what was built there")
+    group.add_argument("--compiled-out", action=Once, type=named_file, metavar="FILE", help="keep what was built there")
     group.add_argument(
         "--report",
         action=Once,
@@ -202,7 +201,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attest-runtime",
         action=Once,
-        type=Path,
+        type=named_file,
         metavar="FILE",
         help="X07's attestation of the run, with --report runner if none is named",
     )

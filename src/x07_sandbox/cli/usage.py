@@ -52,6 +52,18 @@ def named_folder(text: str) -> Path:
     return Path(text)
 
 
+def named(text: str) -> str:
+    """A type of options: the name of a file, as it is given; an empty one is refused like that of a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
+def named_file(text: str) -> Path:
+    """As `named`, as a path."""
+    return Path(named(text))
+
+
 class Once(argparse.Action):
     """An option that is given once at most, so that of two values none is passed over. Its default is None."""
 
@@ -71,7 +83,9 @@ class Once(argparse.Action):
 def add_document_flags(parser: argparse._ActionsContainer, json_help: str) -> None:
     """The flags of a verb that has a JSON document to print (cli/documents): whether, and where it goes too."""
     parser.add_argument("--json", action="store_true", help=json_help)
-    parser.add_argument("--report-out", type=Path, metavar="FILE", help="write that JSON there too, --json or not")
+    parser.add_argument(
+        "--report-out", type=named_file, metavar="FILE", help="write that JSON there too, --json or not"
+    )
     parser.add_argument("--quiet-json", action="store_true", help="print no JSON, since --report-out has it")
 
 

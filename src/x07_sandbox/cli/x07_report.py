@@ -81,13 +81,16 @@ def run_and_report(
     request.progress("")
     if isinstance(error, UsageError):
         raise error
+    told, command = (result, "") if wanted.flags is None else (refused.for_flags(result, wanted.flags), "x07 run ")
+    aftermath = [*refused.lines(told, command), *changed.lines(told)]
     try:
         report, lines = _make_report(wanted, result, artifact)
     except SandboxError as exc:
         exc.result = result
+        for line in aftermath:  # what became of the user's files is told whatever becomes of the report
+            say(line)
         raise
-    told, command = (result, "") if wanted.flags is None else (refused.for_flags(result, wanted.flags), "x07 run ")
-    for line in (*lines, *refused.lines(told, command), *changed.lines(told)):
+    for line in (*lines, *aftermath):
         say(line)
     return result, report
 

@@ -54,8 +54,8 @@ def out_of_cpu_time(status: int | None) -> str:
 
 
 def fix_of(exc: OSError, otherwise: str) -> str:
-    """What to do about *exc*: room, where that is what lacks, else *otherwise*."""
-    return _FIXES[exc.errno] if exc.errno in {errno.ENOSPC, errno.EDQUOT} else otherwise
+    """What to do about *exc*: room, or a disk to write to, where that is what lacks, else *otherwise*."""
+    return _FIXES[exc.errno] if exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS} else otherwise
 
 
 def need_own_proc() -> None:

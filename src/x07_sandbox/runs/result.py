@@ -108,7 +108,14 @@ class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one run ended.
 
-    outcome: one word of docs/outcomes.md.
+    run: its name, for `x07 diff` and its kin. schema_version: of this form.
+    outcome: one word of docs/outcomes.md. fault: whose doing it was. reason: one sentence for people.
+    x07_exit_code: what `x07 run` ends with. exit_code, signal: how the program itself ended; null where it did not so.
+    stdout, stderr: what it printed; of a failed build, what that printed.
+    isolation, backend, jail: the wall that stood. phases: what each machine did, times in milliseconds, sizes in bytes.
+    digests: of what went in and came out, as `sha256:<hex>`. controls: of each field of the policy who held it.
+    denials: what was asked for, or tried, and not given. changes: what became of its changes to files.
+    warnings: sentences for people.
     artifact_from: whether the program was built now, kept from an earlier build of the same, or given.
     build: what its build printed, then or now; null where there was none.
     hints: what it seems to have missed, told from its own error output: no refusals.
