@@ -678,3 +678,13 @@ def test_the_compilers_own_words_come_back(sandbox: Sandbox) -> None:
     assert b"wrong.c:2" in ran.stderr
     assert ran.result.build is not None
     assert "undeclared" in (ran.result.build.stderr.text or "")
+
+
+def test_a_compilers_words_come_back_whatever_the_sources_encoding(sandbox: Sandbox) -> None:
+    """Of a source that is no UTF-8, which the compiler quotes as it is, `x07 run` shows the compiler's words too."""
+    path = sandbox.work / "latin.c"
+    path.write_bytes(b"int main(void) { return x; } // \xfc\n")
+    done = command(str(path))
+    assert done.returncode == 126
+    assert "latin.c:1:25: error:" in done.stderr.decode()
+    assert "// \N{REPLACEMENT CHARACTER}" in done.stderr.decode()

@@ -455,8 +455,8 @@ def _need_image(ref: str | None) -> None:
 def _explain(result: Result) -> None:
     """Say on standard error what the exit code alone does not; nothing when the program ended by itself."""
     if result.outcome == "build-failed":
-        _show(result.stdout.text)
-        _show(result.stderr.text)
+        _show(result.stdout.data)
+        _show(result.stderr.data)
     for warning in result.warnings:
         if warning.startswith("the input"):
             say(warning)
@@ -468,8 +468,8 @@ def _explain(result: Result) -> None:
     say(f"{result.outcome}: {result.reason}")
 
 
-def _show(text: str | None) -> None:
-    """Text from a guest, with control characters filtered."""
-    if text:
+def _show(said: bytes) -> None:
+    """What a compiler said, with control characters filtered; it quotes a source, which may be of any encoding."""
+    if said:
         with contextlib.suppress(OSError):
-            sys.stderr.write(plain(text).removesuffix("\n") + "\n")
+            sys.stderr.write(plain(said.decode("utf-8", "replace")).removesuffix("\n") + "\n")
