@@ -297,9 +297,10 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
 def _project_here() -> str | None:
     """The X07 project that this folder belongs to, if it does. Raises UsageError."""
     from x07_sandbox.host.documents import MANIFEST, project_root
+    from x07_sandbox.host.paths import is_file
 
     manifest = project_root(None) / MANIFEST
-    return str(manifest) if manifest.is_file() else None
+    return str(manifest) if is_file(manifest) else None
 
 
 def _x07_options(options: argparse.Namespace) -> X07Options | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from x07_sandbox.errors import UsageError
+from x07_sandbox.host.paths import is_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,8 +26,9 @@ def project_root(project: Path | None) -> Path:
     Raises UsageError if *project* is no file.
     """
     if project is not None:
-        if not project.is_file():
-            raise UsageError(f"cannot use the project {project}", "it is no file", f"Name the project's {MANIFEST}")
+        if not is_file(project):
+            why = "it is no file that you can read"
+            raise UsageError(f"cannot use the project {project}", why, f"Name the project's {MANIFEST}")
         return Path(os.path.realpath(project.parent))
     try:
         here = Path.cwd()
@@ -34,7 +36,7 @@ def project_root(project: Path | None) -> Path:
         raise UsageError(
             "cannot find the project", f"this folder is gone ({exc.strerror})", "Go to a folder that is there"
         ) from exc
-    return next((folder for folder in (here, *here.parents) if (folder / MANIFEST).is_file()), here)
+    return next((folder for folder in (here, *here.parents) if is_file(folder / MANIFEST)), here)
 
 
 def write_document(

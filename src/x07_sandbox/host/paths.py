@@ -92,6 +92,16 @@ def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: in
     return doomed
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there. Unlike Path's own this is never an error: for what may not be looked at it is False."""
+    return os.path.isfile(path)  # noqa: PTH113 - see above
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; False for what may not be looked at."""
+    return os.path.isdir(path)  # noqa: PTH112 - as above
+
+
 def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
     """A regular file of at most *max_bytes*; nothing else, since a pipe or a device may never end.
 
