@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,7 +13,7 @@ from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, print_line
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import project_root, write_document
-from x07_sandbox.host.paths import is_folder
+from x07_sandbox.host.paths import is_folder, real_path
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.reports.policy_init import PolicyInitReport
@@ -136,4 +135,4 @@ def _chosen(root: Path, out: Path, *, make: bool) -> tuple[Path, tuple[str, ...]
     if not is_folder(folder):
         why = f"there is no folder {folder} that you can use"
         raise UsageError(f"cannot write {out}", why, "Make it, or add --mkdir-out")
-    return Path(os.path.realpath(folder)), (out.name,)
+    return real_path(folder), (out.name,)
