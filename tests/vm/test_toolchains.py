@@ -217,6 +217,13 @@ def test_a_source_may_come_as_a_text() -> None:
     assert (done.returncode, done.stdout) == (0, b"a b\n"), done.stderr
 
 
+def test_standard_input_is_the_source_or_the_input() -> None:
+    """With - for a source from standard input --stdin is wrong usage, as nothing would be left for the program."""
+    done = command("--toolchain", "shell", "--stdin", "-", stdin=b"cat\n")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"Leave --stdin out" in done.stderr
+
+
 def test_a_library_call_takes_texts_files_and_more(state: Path) -> None:
     """run_program with a source, files beside it, variables, a time limit and output as it comes."""
     seen: list[tuple[str, bytes]] = []

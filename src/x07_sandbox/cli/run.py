@@ -221,6 +221,9 @@ def _request(
         words = [*([program] if program is not None else []), *words]
         program, source = None, options.code.encode("utf-8", "surrogateescape")
     elif program == "-":
+        if options.stdin:
+            why = "standard input is the source, so it cannot be the program's input too"
+            raise UsageError("wrong usage", why, "Leave --stdin out, or give the source with -c")
         with cancel.waiting():
             program, source = None, _source_from_stdin()
     elif program is None:
