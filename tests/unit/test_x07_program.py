@@ -394,8 +394,10 @@ def test_one_program_is_named(
         ("--image", "a", "--image", "b"),
         ("--sandbox-backend", "vm", "--sandbox-backend", "os"),
         ("--timeout", "1", "--timeout", "2"),
+        ("--report-out", "a", "--report-out", "b"),
     ],
 )
+@pytest.mark.usefixtures("project")
 def test_of_two_values_of_an_option_none_is_taken(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """`x07 run` refuses a policy, an image or a wall that is named twice, as X07's command does."""
     assert main(["run", *words, "prog.py"]) == 2
