@@ -177,3 +177,12 @@ def test_the_report_does_not_take_the_policys_place(tmp_path: Path, words: tuple
     assert (code, out, "the command itself needs it" in err) == (2, b"", True), err
     assert [path.name for path in tmp_path.rglob("*.json")] == ["x07.json"]
     assert (tmp_path / "x07.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("words", [("--project", "{}/x07.json"), ("--out", "{}/p.json")])
+def test_a_place_that_cannot_be_looked_at_is_told(tmp_path: Path, words: tuple[str, str]) -> None:
+    """A project or a folder that the system does not even let us look for is an error like any other, exit code 2."""
+    code, out, err = init(tmp_path, words[0], words[1].format("x" * 300))
+    assert (code, out) == (2, b"")
+    assert err.startswith(f"x07: cannot {'use' if words[0] == '--project' else 'write'} ")
+    assert "that you can" in err

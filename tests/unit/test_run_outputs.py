@@ -235,6 +235,22 @@ def test_an_empty_name_is_not_this_folder(
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "--report-out", "a.json", "-c", "true", "--toolchain", "shell"),
+        ("policy", "check", "built-in:cli", "--report-out", "a.json"),
+        ("policy", "init", "--template", "cli"),
+        ("init",),
+    ],
+)
+def test_a_folder_that_is_gone_is_told(place: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    """Where the current folder was removed a relative name is wrong usage that says so, whatever it was to be."""
+    place.rmdir()
+    assert main([*words]) == 2
+    assert "the current folder is gone" in capfd.readouterr().err
+
+
 # what is told of an error
 
 

@@ -394,8 +394,10 @@ def test_one_program_is_named(
         ("--image", "a", "--image", "b"),
         ("--sandbox-backend", "vm", "--sandbox-backend", "os"),
         ("--timeout", "1", "--timeout", "2"),
+        ("--report-out", "a", "--report-out", "b"),
     ],
 )
+@pytest.mark.usefixtures("project")
 def test_of_two_values_of_an_option_none_is_taken(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """`x07 run` refuses a policy, an image or a wall that is named twice, as X07's command does."""
     assert main(["run", *words, "prog.py"]) == 2
@@ -413,3 +415,13 @@ def test_an_empty_name_is_no_bug_of_the_runner(capfd: pytest.CaptureFixture[str]
     """x07-os-runner refuses a project without a name in plain words."""
     assert os_runner.main(["--world", "run-os-sandboxed", "--policy", "built-in:cli", "--project", ""]) == 2
     assert "cannot run the project" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x07.json", "main.x07.json"])
+def test_a_name_that_no_file_can_have_is_told(project: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """X07's project or program under a name that is too long is wrong usage that says so, exit code 2."""
+    path = project / ("x" * 300) / name
+    assert main(["run", "--policy", str(project / "policy.json"), str(path)]) == 2
+    said = capfd.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "File name too long" in said.err

@@ -217,6 +217,13 @@ def test_a_source_may_come_as_a_text() -> None:
     assert (done.returncode, done.stdout) == (0, b"a b\n"), done.stderr
 
 
+def test_standard_input_is_the_source_or_the_input() -> None:
+    """With - for a source from standard input --stdin is wrong usage, as nothing would be left for the program."""
+    done = command("--toolchain", "shell", "--stdin", "-", stdin=b"cat\n")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"Leave --stdin out" in done.stderr
+
+
 def test_a_library_call_takes_texts_files_and_more(state: Path) -> None:
     """run_program with a source, files beside it, variables, a time limit and output as it comes."""
     seen: list[tuple[str, bytes]] = []
@@ -678,3 +685,13 @@ def test_the_compilers_own_words_come_back(sandbox: Sandbox) -> None:
     assert b"wrong.c:2" in ran.stderr
     assert ran.result.build is not None
     assert "undeclared" in (ran.result.build.stderr.text or "")
+
+
+def test_a_compilers_words_come_back_whatever_the_sources_encoding(sandbox: Sandbox) -> None:
+    """Of a source that is no UTF-8, which the compiler quotes as it is, `x07 run` shows the compiler's words too."""
+    path = sandbox.work / "latin.c"
+    path.write_bytes(b"int main(void) { return x; } // \xfc\n")
+    done = command(str(path))
+    assert done.returncode == 126
+    assert "latin.c:1:25: error:" in done.stderr.decode()
+    assert "// \N{REPLACEMENT CHARACTER}" in done.stderr.decode()

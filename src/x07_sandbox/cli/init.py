@@ -15,6 +15,7 @@ from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.cli.usage import add_document_flags, named_folder
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, project_root, write_document
+from x07_sandbox.host.paths import real_path
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
@@ -89,7 +90,7 @@ def _init(options: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)  # not before: an error leaves no empty folder
     except OSError as exc:
         raise _unusable(folder, exc) from exc
-    root, name = Path(os.path.realpath(folder)), _name(options)
+    root, name = real_path(folder), _name(options)
     status = write_document(root, (name,), data, overwrite=False)
     report = InitReport(toolchain=options.toolchain or "x07", project_root=str(root), out=name, status=status)
     print_line(report, options)

@@ -20,6 +20,7 @@ from x07_sandbox.cli.written import check_outputs, files_read
 from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
 from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import check_environment, flag, text
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, SOURCE_SUFFIX, Options
@@ -148,7 +149,7 @@ def _target(options: argparse.Namespace) -> Path:
     if options.project is not None and path.name not in _MANIFESTS:
         why = f"a manifest is called {' or '.join(_MANIFESTS)}"
         raise UsageError(f"cannot run the project {path}", why, "Name one, or give --program")
-    if options.program is not None and (path.name in _MANIFESTS or path.is_dir()):
+    if options.program is not None and (path.name in _MANIFESTS or is_folder(path)):
         raise UsageError(f"cannot run {path}", "it is a project, no source file", "Name its manifest with --project")
     return path
 

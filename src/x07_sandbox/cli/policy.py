@@ -32,7 +32,7 @@ EXIT_CODES: Final = (
     ("init", "0 the file is there as wanted; 2 another file is there and was left alone, or any error"),
     ("check", "0 all are valid; 3 one is not; 2 one cannot be read"),
     ("digest", "0 it is printed; 3 not valid; 2 cannot be read"),
-    ("explain", "0 a run would start; 125 it would be refused; 3 not valid; 2 cannot be read"),
+    ("explain", "0 nothing in it is refused (its roots must exist); 125 something is; 3 not valid; 2 cannot be read"),
     ("diff", "0 no difference; 1 they differ; 3 one is not valid; 2 one cannot be read"),
     ("schema", "0 it is printed"),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,6 +13,7 @@ from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, print_line
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import project_root, write_document
+from x07_sandbox.host.paths import is_folder, real_path
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.reports.policy_init import PolicyInitReport
@@ -125,13 +125,14 @@ def _chosen(root: Path, out: Path, *, make: bool) -> tuple[Path, tuple[str, ...]
         raise UsageError(f"cannot write {out}", "it names no file", "Give the name of a file")
     folder = root / out.parent
     inside = not out.is_absolute() and ".." not in out.parts
-    if inside and (make or folder.is_dir()):
+    if inside and (make or is_folder(folder)):
         return root, out.parts
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise UsageError(f"cannot make the folder {folder}", exc.strerror or str(exc), "Choose another --out") from exc
-    if not folder.is_dir():
-        raise UsageError(f"cannot write {out}", f"there is no folder {folder}", "Make it, or add --mkdir-out")
-    return Path(os.path.realpath(folder)), (out.name,)
+    if not is_folder(folder):
+        why = f"there is no folder {folder} that you can use"
+        raise UsageError(f"cannot write {out}", why, "Make it, or add --mkdir-out")
+    return real_path(folder), (out.name,)

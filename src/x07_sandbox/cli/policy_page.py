@@ -32,8 +32,9 @@ _HEAD: Final = f"""# The policy document
 
 A policy is one JSON object of format `{SCHEMA_VERSION}`: UTF-8, at most 1 MiB. It is refused as a whole,
 before anything starts, if it holds a field that is not listed here, a key twice, a value out of range, or
-breaks one of the rules below; the message names every problem with its place, and what was probably meant. The same as
-a JSON Schema: [schemas/run-os-policy.schema.json](../schemas/run-os-policy.schema.json).
+breaks one of the rules below; the message names every problem (of more than a hundred the first hundred) with its
+place, and what was probably meant. The same as a JSON Schema:
+[schemas/run-os-policy.schema.json](../schemas/run-os-policy.schema.json).
 
 ## Commands
 

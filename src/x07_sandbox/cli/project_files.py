@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.files.patterns import Walk
-from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.paths import read_bounded, real_path
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.programs import manifest, x07
 from x07_sandbox.programs.starter import MAKEFILES, SUFFIXES
@@ -37,7 +36,7 @@ def own_files(root: Path, report: Path | None) -> list[Path]:
 
 def _is_named_as_one(root: Path, report: Path) -> bool:
     """Whether it lies in the project and is called as a source is, or lies with the policies."""
-    place, project = Path(os.path.realpath(report)), Path(os.path.realpath(root))
+    place, project = real_path(report), real_path(root)
     if place.is_relative_to(project / _POLICIES):
         return True
     return place.is_relative_to(project) and (place.name in MAKEFILES or place.name.lower().endswith(_SOURCES))

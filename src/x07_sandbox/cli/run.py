@@ -221,6 +221,9 @@ def _request(
         words = [*([program] if program is not None else []), *words]
         program, source = None, options.code.encode("utf-8", "surrogateescape")
     elif program == "-":
+        if options.stdin:
+            why = "standard input is the source, so it cannot be the program's input too"
+            raise UsageError("wrong usage", why, "Leave --stdin out, or give the source with -c")
         with cancel.waiting():
             program, source = None, _source_from_stdin()
     elif program is None:
@@ -297,9 +300,10 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
 def _project_here() -> str | None:
     """The X07 project that this folder belongs to, if it does. Raises UsageError."""
     from x07_sandbox.host.documents import MANIFEST, project_root
+    from x07_sandbox.host.paths import is_file
 
     manifest = project_root(None) / MANIFEST
-    return str(manifest) if manifest.is_file() else None
+    return str(manifest) if is_file(manifest) else None
 
 
 def _x07_options(options: argparse.Namespace) -> X07Options | None:
@@ -455,8 +459,8 @@ def _need_image(ref: str | None) -> None:
 def _explain(result: Result) -> None:
     """Say on standard error what the exit code alone does not; nothing when the program ended by itself."""
     if result.outcome == "build-failed":
-        _show(result.stdout.text)
-        _show(result.stderr.text)
+        _show(result.stdout.data)
+        _show(result.stderr.data)
     for warning in result.warnings:
         if warning.startswith("the input"):
             say(warning)
@@ -468,8 +472,8 @@ def _explain(result: Result) -> None:
     say(f"{result.outcome}: {result.reason}")
 
 
-def _show(text: str | None) -> None:
-    """Text from a guest, with control characters filtered."""
-    if text:
+def _show(said: bytes) -> None:
+    """What a compiler said, with control characters filtered; it quotes a source, which may be of any encoding."""
+    if said:
         with contextlib.suppress(OSError):
-            sys.stderr.write(plain(text).removesuffix("\n") + "\n")
+            sys.stderr.write(plain(said.decode("utf-8", "replace")).removesuffix("\n") + "\n")

@@ -15,6 +15,7 @@ from x07_sandbox.cli.written import noted, write_all, write_whole
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.documents import project_root, write_document
+from x07_sandbox.host.paths import is_file, is_folder
 from x07_sandbox.host.variables import flag
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.overrides import derive_policy
@@ -61,9 +62,9 @@ def from_project(options: argparse.Namespace, program: Path) -> None:
 
     program: one of X07's own; a single program has no project, so its paths begin in the current folder.
     """
-    if not program.is_dir() and program.name != PROJECT_FILE:
+    if not is_folder(program) and program.name != PROJECT_FILE:
         return
-    root = program if program.is_dir() else program.parent
+    root = program if is_folder(program) else program.parent
     if options.policy is not None and not options.policy.startswith("built-in:"):
         options.policy = str(root / options.policy)
     for lists in (options.allow_host_file, options.deny_host_file):
@@ -125,8 +126,8 @@ def with_derived_file(request: RunRequest, program: Program) -> RunRequest:
     need_policy(request)
     if request.overrides is None:
         return request
-    root = project_root(request.program if program.project and request.program and request.program.is_file() else None)
-    if request.program is not None and request.program.is_dir():
+    root = project_root(request.program if program.project and request.program and is_file(request.program) else None)
+    if request.program is not None and is_folder(request.program):
         root = request.program
     base, data = read_policy(request.policy)
     name = "built-in:default" if request.policy is None else str(request.policy)
@@ -141,7 +142,7 @@ def with_derived_file(request: RunRequest, program: Program) -> RunRequest:
 
 def _wrapped(report: CompileRunReport | RunOsReport, path: Path | None, program: Program) -> bytes:
     """In X07's envelope, which says what was run. path: None for a source that is in no file, which is called `-`."""
-    root = None if path is None or not program.project else path if path.is_dir() else path.parent
+    root = None if path is None or not program.project else path if is_folder(path) else path.parent
     target = Target(
         kind="artifact" if isinstance(report, RunOsReport) else "project" if program.project else "program",
         path="-" if path is None else str(path),

@@ -84,7 +84,7 @@ def add_document_flags(parser: argparse._ActionsContainer, json_help: str) -> No
     """The flags of a verb that has a JSON document to print (cli/documents): whether, and where it goes too."""
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument(
-        "--report-out", type=named_file, metavar="FILE", help="write that JSON there too, --json or not"
+        "--report-out", action=Once, type=named_file, metavar="FILE", help="write that JSON there too, --json or not"
     )
     parser.add_argument("--quiet-json", action="store_true", help="print no JSON, since --report-out has it")
 

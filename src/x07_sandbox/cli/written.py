@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import private_dir, state_dir
+from x07_sandbox.host.paths import private_dir, real_path, state_dir
 from x07_sandbox.host.waiting import wait_writable
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
@@ -86,7 +86,7 @@ def files_read(request: RunRequest, program: Program) -> list[Path]:
 
 
 def _real(path: Path) -> str:
-    return os.path.realpath(path)
+    return str(real_path(path))
 
 
 def write_whole(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, code: str = "") -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from x07_sandbox.errors import UsageError
+from x07_sandbox.host.paths import is_file, real_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,19 +23,15 @@ Status = Literal["created", "unchanged", "overwritten", "exists_different"]
 def project_root(project: Path | None) -> Path:
     """The folder of the project's file; without one the nearest folder above that holds x07.json, else this folder.
 
-    Raises UsageError if *project* is no file.
+    Raises UsageError if *project* is no file, or the current folder is gone.
     """
     if project is not None:
-        if not project.is_file():
-            raise UsageError(f"cannot use the project {project}", "it is no file", f"Name the project's {MANIFEST}")
-        return Path(os.path.realpath(project.parent))
-    try:
-        here = Path.cwd()
-    except OSError as exc:
-        raise UsageError(
-            "cannot find the project", f"this folder is gone ({exc.strerror})", "Go to a folder that is there"
-        ) from exc
-    return next((folder for folder in (here, *here.parents) if (folder / MANIFEST).is_file()), here)
+        if not is_file(project):
+            why = "it is no file that you can read"
+            raise UsageError(f"cannot use the project {project}", why, f"Name the project's {MANIFEST}")
+        return real_path(project.parent)
+    here = real_path(Path())
+    return next((folder for folder in (here, *here.parents) if is_file(folder / MANIFEST)), here)
 
 
 def write_document(

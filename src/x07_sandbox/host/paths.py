@@ -92,6 +92,25 @@ def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: in
     return doomed
 
 
+def real_path(path: Path) -> Path:
+    """*path* without links, absolute. Raises UsageError for a relative one where the current folder was removed."""
+    try:
+        return Path(os.path.realpath(path))
+    except OSError as exc:  # from nothing but getcwd(2)
+        why = f"the current folder is gone ({exc.strerror})"
+        raise UsageError(f"cannot find {path}", why, "Go to a folder that is there") from exc
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there. Unlike Path's own this is never an error: for what may not be looked at it is False."""
+    return os.path.isfile(path)  # noqa: PTH113 - see above
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; False for what may not be looked at."""
+    return os.path.isdir(path)  # noqa: PTH112 - as above
+
+
 def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
     """A regular file of at most *max_bytes*; nothing else, since a pipe or a device may never end.
 

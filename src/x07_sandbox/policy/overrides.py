@@ -194,6 +194,8 @@ def _host_fault(host: str) -> str:
         return "it is the address of a page, not a host"
     if "*" in host:
         return "a host has no wildcards"
+    if "[" in host or "]" in host:  # those of [2001:db8::1]:80 are gone by now
+        return "a bracket has no other at the end of the address"
     if len(host.encode()) > _HOST_MAX_BYTES or any(char in ";\0" or char.isspace() for char in host):
         return f"a host has at most {_HOST_MAX_BYTES} bytes, and no ';', blank or NUL"
     return ""

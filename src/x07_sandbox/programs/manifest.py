@@ -18,6 +18,7 @@ from x07_sandbox.programs.toolchains import Toolchain, toolchain_named
 FILE: Final = "x07-sandbox.toml"
 SCHEMA: Final = "x07.sandbox.project@0.1.0"
 MAX_BYTES: Final = 64 * 1024
+FILES_MAX: Final = 1024  # of the entries of `files`
 _DIGITS_MAX: Final = 64
 _DOTS_MAX: Final = 16  # of the keys in a line
 # Texts and comments, as the lexer of TOML has them, so that nothing can hide in what only looks like one. One that does
@@ -56,7 +57,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     schema_version: str
     toolchain: str
-    files: Annotated[tuple[RelativePath, ...], msgspec.Meta(min_length=1, max_length=1024)]
+    files: Annotated[tuple[RelativePath, ...], msgspec.Meta(min_length=1, max_length=FILES_MAX)]
     entry: RelativePath | None = None
     artifact: RelativePath | None = None
     policy: RelativePath | None = None

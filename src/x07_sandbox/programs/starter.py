@@ -90,7 +90,12 @@ def _patterns(toolchain: str, files: Sequence[str]) -> list[str]:
         known = ", ".join(SUFFIXES[toolchain])
         why = f"there is no file that ends in {known}"
         raise UsageError(f"cannot begin a {toolchain} project", why, "Put one there, or name another --toolchain")
-    return list(dict.fromkeys(found))
+    patterns = list(dict.fromkeys(found))
+    if len(patterns) > manifest.FILES_MAX:
+        why = f"they are in more than {manifest.FILES_MAX} folders"
+        fix = f"Begin it in a folder with its sources alone, or write {manifest.FILE} with patterns like **/*.py"
+        raise UsageError(f"cannot list the sources of a {toolchain} project", why, fix)
+    return patterns
 
 
 def _entry(toolchain: str, files: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection, repository_around
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import open_own, private_dir
+from x07_sandbox.host.paths import open_own, private_dir, real_path
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Area, Denial, HowToAllow
 from x07_sandbox.plan.places import OUT, PROGRAM
@@ -246,15 +246,15 @@ class HostFiles:
 
 
 def base_folder(request: RunRequest, program: Program) -> Path:
-    """The folder that relative roots are below: the project's, else ours."""
+    """The folder that relative roots are below: the project's, else ours. Raises UsageError."""
     if program.project and request.program is not None:
         path = Path(request.program)
-        return Path(os.path.realpath(path if path.is_dir() else path.parent))
-    return Path.cwd()
+        return real_path(path if path.is_dir() else path.parent)
+    return real_path(Path())
 
 
 def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
-    """The folders of the host that a run opens to its program. Raises RefusedError."""
+    """The folders of the host that a run opens to its program. Raises RefusedError, UsageError."""
     roots = roots_of(policy, base_folder(request, program), _start(program))
     if request.out is None:
         return roots
@@ -262,7 +262,7 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
         fix = "Set fs.enabled to true in it, or leave --out out"
         why = f"fs.enabled is false in policy {policy.policy_id}"
         raise RefusedError("cannot use --out", why, fix).by("fs.enabled", value=True)
-    out = os.path.normpath(Path.cwd() / request.out)
+    out = os.path.normpath(real_path(Path()) / request.out)
     if any(root.guest == OUT for root in roots):
         raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Leave one of them out")
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
@@ -279,8 +279,8 @@ def _way_to(path: str) -> set[str]:
     Another link in the place of one of these would make another file of the same path.
     """
     found: set[str] = set()
-    here, left = Path.cwd(), path.split("/")[::-1]
-    here = Path("/") if path.startswith("/") else here
+    here = Path("/") if path.startswith("/") else real_path(Path())
+    left = path.split("/")[::-1]
     links = 0
     while left:
         part = left.pop()

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.pack import pack_files, pack_tree
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.host.variables import number, text
 from x07_sandbox.programs import x07
@@ -90,7 +90,7 @@ def _program(request: RunRequest, path: Path, options: x07.Options, stack: conte
 def _project(
     request: RunRequest, path: Path, given: x07.Options, stack: contextlib.ExitStack
 ) -> tuple[RunRequest, Program]:
-    if path.is_dir():
+    if is_folder(path):
         folder = ProjectFolder(path)
         path /= x07.PROJECT_FILE
         data = folder.read(x07.PROJECT_FILE, x07.PROJECT_FILE, x07.MAX_BYTES)
