@@ -297,6 +297,13 @@ def test_the_same_call_is_counted() -> None:
     }
 
 
+def test_a_call_that_went_well_is_no_refusal() -> None:
+    """The kernel tells of some calls for what they did, of a new login uid for one, and their numbers are no errors."""
+    words = f"arch=c000003e syscall=1 success=yes exit=2 a0=3 a1=7f a2=2 a3=0 items=0 {WHO}"
+    login = "pid=138 uid=65532 old-auid=4294967295 auid=7 tty=(none) old-ses=4294967295 ses=1 res=1"
+    assert read([(1006, login), (SYSCALL, words), (SYSCALL, words.replace("exit=2", "exit=0"))]) == {}
+
+
 def test_records_of_several_calls_may_be_mixed() -> None:
     """Each record belongs to the call of its serial number."""
     refusals = Refusals(CALLS)

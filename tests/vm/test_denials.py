@@ -246,6 +246,12 @@ def test_ordinary_programs_are_refused_nothing(sandbox: Sandbox) -> None:
     assert (ran.outcome, ran.result.denials, ran.result.denials_lost) == ("ok", [], 0)
 
 
+def test_what_the_kernel_records_for_another_reason_is_no_refusal(sandbox: Sandbox) -> None:
+    """A program that sets its login uid, of which the audit tells though it went well, ends as any other."""
+    ran = sandbox.run_text("login.sh", "echo 7 > /proc/self/loginuid && cat /proc/self/loginuid\n")
+    assert (ran.outcome, ran.stdout, ran.result.denials) == ("ok", b"7", [])
+
+
 def test_a_flood_of_refusals_is_counted_and_bounded(sandbox: Sandbox) -> None:
     """Of thousands of different paths 64 are told and the rest is a number; the program ends by itself, as it would."""
     text = """

@@ -230,8 +230,11 @@ class Refusals:
             self._count(_Call("seccomp", self._name(values.get(b"syscall", b"")), errno.EPERM))
         elif kind == _SYSCALL:
             values = _values(rest)
-            name = self._name(values.get(b"syscall", b""))
-            call = _Call("kernel", name, -_number(values.get(b"exit", b"")), items=_number(values.get(b"items", b"")))
+            name, error = self._name(values.get(b"syscall", b"")), -_number(values.get(b"exit", b""))
+            # A call that the kernel tells of for another reason (a new login uid, say) is recorded though it went well.
+            if error not in ERRNOS:
+                return
+            call = _Call("kernel", name, error, items=_number(values.get(b"items", b"")))
             flags = _FLAGS.get(name)
             if flags:
                 call.write = bool(_number(values.get(flags.encode(), b""), 16) & _WRITES)
