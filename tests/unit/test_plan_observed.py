@@ -135,6 +135,11 @@ def seccomp(call: str) -> dict[str, object]:
         # files
         ({}, kernel("openat", "", EMFILE), "limits.fds", ("$.limits.fds", 512)),
         ({}, kernel("openat", "/etc/", EROFS, write=True), "permissions", None),
+        # no root can be made of these, but of a new folder in them
+        ({}, kernel("mkdir", "/", EROFS, write=True), "fs.write_roots", (None, None)),
+        ({"fs.enabled": False}, kernel("mkdir", "/opt/", EROFS, write=True), "fs.write_roots", ("$.fs.enabled", True)),
+        ({}, kernel("openat", "/", EROFS, write=True), "permissions", None),
+        ({}, kernel("mkdir", "/etc/", EROFS, write=True), "permissions", None),
         ({}, kernel("openat", "/root/x", EACCES), "permissions", None),
         ({}, kernel("unlink", "/tmp/x", EPERM, write=True), "permissions", None),  # noqa: S108 - as above
         ({}, kernel("openat", "/x07/out/", EROFS, write=True), "fs.write_roots", (None, None)),
@@ -261,6 +266,14 @@ def test_what_is_advised_is_one_word_to_a_shell() -> None:
     assert denial.how_to_allow == HowToAllow(json_path="$.fs.write_roots", value=["/srv/a\nb"])
     (hint,) = hints(b"No such file or directory: '-x/y'\n", policy({}), (), START)
     assert (hint.how.flag, hint.how.value) == ("--allow-read-root ./-x/y", ["-x/y"])
+
+
+@pytest.mark.parametrize("folder", ["/", "/opt/"])
+def test_a_new_folder_where_no_root_can_be_is_one_itself(folder: str) -> None:
+    """What was to be made in a folder that the machine needs itself can be a root, and the flag says so."""
+    (denial,) = denials([kernel("mkdir", folder, EROFS, write=True)], policy({}), (), START)
+    flag = f"--allow-write-root {folder}FOLDER"
+    assert denial.how_to_allow == HowToAllow(json_path=None, value=None, flag=flag)
 
 
 def test_a_missing_path_is_hinted_at_to_be_written_too() -> None:

@@ -207,6 +207,17 @@ def test_a_root_is_replaced_or_removed_by_one_around_it(
         assert not (tmp_path / "one/two/file").exists()
 
 
+def test_a_new_folder_at_the_top_is_a_root_to_add(sandbox: Sandbox) -> None:
+    """A program that makes a folder of its own beside those of the machine is told the flag, and passes with it."""
+    name = f"made-{os.getpid()}"
+    text = f"mkdir -p /{name}/new && rmdir /{name}/new\n"
+    ran = sandbox.run_text("make.sh", text)
+    allowing = [denial.how_to_allow for denial in ran.result.denials]
+    assert (ran.outcome, [how and how.flag for how in allowing]) == ("failed", ["--allow-write-root /FOLDER"])
+    ran = sandbox.run_text("make.sh", text, policy={"fs.write_roots": [f"/{name}"]})
+    assert (ran.outcome, ran.result.denials) == ("ok", [])
+
+
 def test_a_denied_path_appears_by_name(sandbox: Sandbox) -> None:
     """Names that the program makes up are told, of files and of programs, and each only once with its count."""
     text = """

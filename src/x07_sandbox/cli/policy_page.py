@@ -207,10 +207,12 @@ first"), that is what it says, and the next run tells the rest. Where a policy c
 null. Names in flags are quoted for a shell: they may be the program's. Of a file that is not there nothing tells what
 it was to be opened for, so a hint says what lets it be read (`how`) and what lets it be made (`to_write`).
 
-A subject with a slash at its end is the folder in which something new was to be made. At most 64 different ones are
-told of the audit's; `denials_lost` counts what came beyond, or faster than the kernel records. A path that does not
-exist, a Python module or a program of Python's subprocess that is not installed, and a library that cannot be loaded
-from where it lies (`noexec`) are no refusals, but `hints`: they are read from the program's own error output.
+A subject with a slash at its end is the folder in which something was to be made, renamed or removed; the kernel notes
+no more of it. So of a new folder in `/` or `/opt`, where a root can be (`--allow-write-root /data`), the flag says
+`FOLDER` for its name. At most 64 different ones are told of the audit's; `denials_lost` counts what came beyond, or
+faster than the kernel records: several records for one refusal. A path that does not exist, a Python module or a
+program of Python's subprocess that is not installed, and a library that cannot be loaded from where it lies (`noexec`)
+are no refusals, but `hints`: they are read from the program's own error output.
 """
 _DIGESTS: Final = """
 ## Digests

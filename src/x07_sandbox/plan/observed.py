@@ -48,6 +48,7 @@ _LIMITS: Final[dict[str, tuple[str, str, str, str, Literal["host", "guest"]]]] =
 }
 _TASKS: Final = frozenset({"clone", "clone3", "fork", "vfork"})
 _EXECUTES: Final = frozenset({"execve", "execveat"})
+_MAKES_FOLDERS: Final = frozenset({"mkdir", "mkdirat"})
 _REPLACES: Final = ("rename", "unlink", "rmdir")  # and the calls whose names begin so
 _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
 
@@ -238,25 +239,34 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: s
     if body["errno"] == errno.EPERM or (area is not None and area.write):
         action = body["call"] if body["errno"] == errno.EPERM else action
         return _seen(PERMISSIONS, action, path, "the file's mode and owner", count, None)
-    field, how = _to_write(path, area, policy, cwd)
+    folder = body["call"] in _MAKES_FOLDERS
+    field, how = _to_write(path, area, policy, cwd, folder=folder)
     return _seen(field, action, path, _MOUNTS, count, how)
 
 
-def _to_write(path: str, area: Area | None, policy: Policy, cwd: str) -> tuple[str, HowToAllow | None]:
-    """The field that keeps it from being written, and what would allow it. area: the read root that it is in."""
+def _to_write(path: str, area: Area | None, policy: Policy, cwd: str, *, folder: bool) -> tuple[str, HowToAllow | None]:
+    """The field that keeps it from being written, and what would allow it.
+
+    area: the read root that it is in. folder: whether what was to be made there is one.
+    """
     if f"{path}/".startswith(f"{OUT}/"):
         out = _by_flag("--out DIR")
         # A policy without files gives none to the flag either.
         return "fs.write_roots", out if policy.fs.enabled else allowing(policy, "fs.enabled", value=True)
-    folder = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)
+    around = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)
     if area is not None:
         given = area.given
-    elif folder == cwd or inside(folder, cwd):  # it has no absolute name: what lies there is of relative roots
-        given = posixpath.relpath(folder, cwd)
+    elif around == cwd or inside(around, cwd):  # it has no absolute name: what lies there is of relative roots
+        given = posixpath.relpath(around, cwd)
     else:
-        given = folder
+        given = around
     if place(given, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
-        return PERMISSIONS, None
+        # Of / and /opt no root can be made, but of what lies in them; only the name is not known (`guest/audit`).
+        new = posixpath.join(path, "FOLDER")
+        if not (folder and path.endswith("/")) or place(new, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
+            return PERMISSIONS, None
+        how = _by_flag(f"--allow-write-root {new}")
+        return "fs.write_roots", how if policy.fs.enabled else allowing(policy, "fs.enabled", value=True)
     return "fs.write_roots", root_to_allow(policy, "write_roots", given)
 
 
