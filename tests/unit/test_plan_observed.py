@@ -134,6 +134,10 @@ def seccomp(call: str) -> dict[str, object]:
         ({}, kernel("openat", "/usr/bin/secret", EACCES), "permissions", None),
         # files
         ({}, kernel("openat", "", EMFILE), "limits.fds", ("$.limits.fds", 512)),
+        ({}, kernel("prlimit64", "nofile", EPERM, write=True), "limits.fds", ("$.limits.fds", 512)),
+        ({}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps", ("$.limits.core_dumps", True)),
+        ({"limits.core_dumps": True}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps", None),
+        ({}, kernel("prlimit64", "", EPERM, write=True), "permissions", None),
         ({}, kernel("openat", "/etc/", EROFS, write=True), "permissions", None),
         # no root can be made of these, but of a new folder in them
         ({}, kernel("mkdir", "/", EROFS, write=True), "fs.write_roots", (None, None)),

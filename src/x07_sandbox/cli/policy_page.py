@@ -197,6 +197,7 @@ x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it 
 | `threads.enabled`, `process.allow_spawn`, `_exec` | threads, children, executing | the guest's seccomp filter |
 | `process.allow_execs`, `process.allow_exec_prefixes` | programs that no list names | the audit |
 | `limits.procs`, `process.max_live`, `limits.fds` | one more task or descriptor | control group, audit |
+| `limits.fds`, `limits.core_dumps` | a higher limit of its own (`ulimit`) | the audit |
 | `limits.wall_ms`, `limits.cpu_ms`, `limits.mem_bytes` | what ended the program | deadline, control group |
 | `output` | more output than `--max-output-bytes` | what the host counts |
 | `limits.mem_bytes` | writing where `/tmp` or `/dev/shm` is full | what is left in them when the program has ended |

@@ -31,6 +31,7 @@ OUTPUT: Final = "output"
 _COUNT_MAX: Final = 2**63 - 1  # as DENIED carries it
 _CGROUP: Final = "the guest's control group"
 _SECCOMP: Final = "the guest's seccomp filter"
+_RLIMITS: Final = "the guest's resource limits"
 _MOUNTS: Final = "the guest's mounts"
 _LANDLOCK: Final = "the guest's Landlock rules"
 # What a rule of policies (policy/rules) may ask for first, and what to say then.
@@ -48,6 +49,7 @@ _LIMITS: Final[dict[str, tuple[str, str, str, str, Literal["host", "guest"]]]] =
 }
 _TASKS: Final = frozenset({"clone", "clone3", "fork", "vfork"})
 _EXECUTES: Final = frozenset({"execve", "execveat"})
+_RAISES: Final = frozenset({"setrlimit", "prlimit64"})
 _MAKES_FOLDERS: Final = frozenset({"mkdir", "mkdirat"})
 _REPLACES: Final = ("rename", "unlink", "rmdir")  # and the calls whose names begin so
 _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
@@ -61,6 +63,8 @@ def denials(refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequenc
             denial = _call(body, policy)
         elif body["errno"] == errno.EMFILE:
             denial = _descriptors(body, policy)
+        elif body["call"] in _RAISES:
+            denial = _limit(body, policy)
         elif body["call"] in _EXECUTES:
             denial = _execution(body, policy, areas, cwd)
         else:
@@ -179,8 +183,19 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
 
 def _descriptors(body: Mapping[str, Any], policy: Policy) -> Denial:
     how = _more(policy, "limits.fds", policy.limits.fds)
-    by = "the guest's resource limits"
-    return _seen("limits.fds", "open", "one more descriptor", by, body["count"], how)
+    return _seen("limits.fds", "open", "one more descriptor", _RLIMITS, body["count"], how)
+
+
+def _limit(body: Mapping[str, Any], policy: Policy) -> Denial:
+    """It wanted a higher limit of its own (ulimit); what others than these are no policy decides."""
+    what, count = body["path"], body["count"]
+    if what == "nofile":
+        how = _more(policy, "limits.fds", policy.limits.fds)
+        return _seen("limits.fds", "raise", "the limit of open descriptors", _RLIMITS, count, how)
+    if what == "core":
+        how = None if policy.limits.core_dumps else allowing(policy, "limits.core_dumps", value=True)
+        return _seen("limits.core_dumps", "raise", "the limit of a core file's size", _RLIMITS, count, how)
+    return _seen(PERMISSIONS, "raise", f"({body['call']})", _RLIMITS, count, None)
 
 
 def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: str) -> Denial:
