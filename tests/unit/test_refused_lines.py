@@ -63,7 +63,19 @@ def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFi
         "x07: refused: read x (3 times); $.limits.fds = 60 in the policy lets it",
         "x07: refused: read /a; nothing allows it",
         "x07: refused: read /b; nothing allows it",
-        "x07: and 9 more things were refused; --json lists them, or as many as were seen",
+        "x07: and up to 9 more things were refused; --json lists them, or as many as were seen",
+    ]
+
+
+def test_what_one_change_allows_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that a shell could neither execute nor read is one line; what nothing allows stands there as it was."""
+    programs = [HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{name}"]) for name in "abc"]
+    tried = [denial(how.value[0], how, action=action) for how in programs for action in ("execute", "read")]
+    tell(result(*tried, *(denial("/z", action=action) for action in ("read", "write"))))
+    assert [line.partition(";")[0] for line in capsys.readouterr().err.splitlines()] == [
+        *(f"x07: refused: execute /bin/{name}" for name in "abc"),
+        "x07: refused: read /z",
+        "x07: and 1 more things were refused",
     ]
 
 
@@ -118,6 +130,6 @@ def test_another_command_is_told_what_it_can_do() -> None:
         'refused: read a; $.fs.write_roots = ["/d"] in the policy lets it',
         "refused: read b; x07 run with --reveal x.pem lets it",
         "refused: read c; --max-output-bytes 4 lets it",
-        "and 1 more things were refused; x07 run --json lists them, or as many as were seen",
+        "and up to 1 more things were refused; x07 run --json lists them, or as many as were seen",
         '/m is not in the sandbox; $.fs.read_roots = ["/m"] in the policy lets it',
     ]

@@ -47,10 +47,16 @@ def lines(result: Result, command: str = "") -> list[str]:
     found = [denial for denial in result.denials if denial.action not in _ELSEWHERE]
     # What can be allowed first: the rest is more often a mistake than a wish.
     found.sort(key=lambda denial: denial.how_to_allow is None)
+    # A shell reads a program that it could not execute: two refusals, but one thing to do.
+    done: dict[tuple[str, str], Denial] = {}
+    for denial in found:
+        done.setdefault((denial.subject, str(denial.how_to_allow or denial.action)), denial)
+    found = list(done.values())
     told = [_line(denial) for denial in found[:_SHOWN]]
     more = max(0, len(found) - _SHOWN) + result.denials_lost
     if more:
-        told.append(f"and {more} more things were refused; {command}--json lists them, or as many as were seen")
+        most = "up to " if result.denials_lost else ""  # there it is records, of which a refusal has several
+        told.append(f"and {most}{more} more things were refused; {command}--json lists them, or as many as were seen")
     return [*told, *map(_hint, result.hints)]
 
 
