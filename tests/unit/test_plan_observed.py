@@ -393,6 +393,9 @@ def test_what_is_at_its_most_cannot_be_allowed() -> None:
         ('cat: "/srv/it\'s": No such file or directory\n', "/srv/it's", "/srv/it"),
         ("fgrep: /srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
         ("tool: cannot open /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
+        ("open /srv/x: no such file or directory\n", "/srv/x", "/srv/x"),
+        ("/x07/in/program/it.sh: line 3: jq: command not found\n", "the program jq", "--include PACKAGE"),
+        ("/x07/in/program/it.sh: 3: jq: not found\n", "the program jq", "--include PACKAGE"),
         ('FileNotFoundError: [Errno 2] No such file or directory: "/srv/it\'s"', "/srv/it's", "/srv/it"),
         ("FileNotFoundError: [Errno 2] No such file or directory: 'a.csv'", "./a.csv", "./a.csv"),
         (
