@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from x07_sandbox.cli.os_runner_options import OPTIONS
 from x07_sandbox.cli.refused import for_flags, lines, tell
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
+from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.runs.result import NOTHING, Digests, Result
 
 if TYPE_CHECKING:
@@ -110,6 +114,18 @@ def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixt
         "x07: refused: start a new process; $.process.max_live = 16 in the policy comes first",
         "x07: /a is not in the sandbox; $.fs.enabled = true in the policy comes first",
     ]
+
+
+def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the built-in policy is to be changed the command that writes it is named; a flag needs none."""
+    digest = f"sha256:{hashlib.sha256(render_policy(default_policy())).hexdigest()}"
+    line = HowToAllow(json_path="$.limits.fds", value=512)
+    flag = HowToAllow(json_path="$.fs.read_roots", value=["/d"], flag="--allow-read-root /d")
+    said = []
+    for how, policy in ((line, digest), (line, "sha256:another"), (flag, digest)):
+        tell(replace(result(denial("x", how)), digests=Digests(policy=policy)))
+        said.append("x07 policy init --template default --out policy.json" in capsys.readouterr().err)
+    assert said == [True, False, False]
 
 
 def test_what_others_say_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
