@@ -134,7 +134,16 @@ def seccomp(call: str) -> dict[str, object]:
         ({}, kernel("openat", "/usr/bin/secret", EACCES), "permissions", None),
         # files
         ({}, kernel("openat", "", EMFILE), "limits.fds", ("$.limits.fds", 512)),
+        ({}, kernel("prlimit64", "nofile", EPERM, write=True), "limits.fds", ("$.limits.fds", 512)),
+        ({}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps", ("$.limits.core_dumps", True)),
+        ({"limits.core_dumps": True}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps", None),
+        ({}, kernel("prlimit64", "", EPERM, write=True), "permissions", None),
         ({}, kernel("openat", "/etc/", EROFS, write=True), "permissions", None),
+        # no root can be made of these, but of a new folder in them
+        ({}, kernel("mkdir", "/", EROFS, write=True), "fs.write_roots", (None, None)),
+        ({"fs.enabled": False}, kernel("mkdir", "/opt/", EROFS, write=True), "fs.write_roots", ("$.fs.enabled", True)),
+        ({}, kernel("openat", "/", EROFS, write=True), "permissions", None),
+        ({}, kernel("mkdir", "/etc/", EROFS, write=True), "permissions", None),
         ({}, kernel("openat", "/root/x", EACCES), "permissions", None),
         ({}, kernel("unlink", "/tmp/x", EPERM, write=True), "permissions", None),  # noqa: S108 - as above
         ({}, kernel("openat", "/x07/out/", EROFS, write=True), "fs.write_roots", (None, None)),
@@ -263,6 +272,14 @@ def test_what_is_advised_is_one_word_to_a_shell() -> None:
     assert (hint.how.flag, hint.how.value) == ("--allow-read-root ./-x/y", ["-x/y"])
 
 
+@pytest.mark.parametrize("folder", ["/", "/opt/"])
+def test_a_new_folder_where_no_root_can_be_is_one_itself(folder: str) -> None:
+    """What was to be made in a folder that the machine needs itself can be a root, and the flag says so."""
+    (denial,) = denials([kernel("mkdir", folder, EROFS, write=True)], policy({}), (), START)
+    flag = f"--allow-write-root {folder}FOLDER"
+    assert denial.how_to_allow == HowToAllow(json_path=None, value=None, flag=flag)
+
+
 def test_a_missing_path_is_hinted_at_to_be_written_too() -> None:
     """Nothing says what it was opened for: its folder as a write root is told, where it may be one."""
     told = "FileNotFoundError: [Errno 2] No such file or directory: '{}'"
@@ -376,6 +393,9 @@ def test_what_is_at_its_most_cannot_be_allowed() -> None:
         ('cat: "/srv/it\'s": No such file or directory\n', "/srv/it's", "/srv/it"),
         ("fgrep: /srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
         ("tool: cannot open /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
+        ("open /srv/x: no such file or directory\n", "/srv/x", "/srv/x"),
+        ("/x07/in/program/it.sh: line 3: jq: command not found\n", "the program jq", "--include PACKAGE"),
+        ("/x07/in/program/it.sh: 3: jq: not found\n", "the program jq", "--include PACKAGE"),
         ('FileNotFoundError: [Errno 2] No such file or directory: "/srv/it\'s"', "/srv/it's", "/srv/it"),
         ("FileNotFoundError: [Errno 2] No such file or directory: 'a.csv'", "./a.csv", "./a.csv"),
         (

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from x07_sandbox.cli.os_runner_options import OPTIONS
 from x07_sandbox.cli.refused import for_flags, lines, tell
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
+from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.runs.result import NOTHING, Digests, Result
 
 if TYPE_CHECKING:
@@ -63,7 +67,19 @@ def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFi
         "x07: refused: read x (3 times); $.limits.fds = 60 in the policy lets it",
         "x07: refused: read /a; nothing allows it",
         "x07: refused: read /b; nothing allows it",
-        "x07: and 9 more things were refused; --json lists them, or as many as were seen",
+        "x07: and up to 9 more things were refused; --json lists them, or as many as were seen",
+    ]
+
+
+def test_what_one_change_allows_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that a shell could neither execute nor read is one line; what nothing allows stands there as it was."""
+    programs = [HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{name}"]) for name in "abc"]
+    tried = [denial(how.value[0], how, action=action) for how in programs for action in ("execute", "read")]
+    tell(result(*tried, *(denial("/z", action=action) for action in ("read", "write"))))
+    assert [line.partition(";")[0] for line in capsys.readouterr().err.splitlines()] == [
+        *(f"x07: refused: execute /bin/{name}" for name in "abc"),
+        "x07: refused: read /z",
+        "x07: and 1 more things were refused",
     ]
 
 
@@ -100,6 +116,18 @@ def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixt
     ]
 
 
+def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the built-in policy is to be changed the command that writes it is named; a flag needs none."""
+    digest = f"sha256:{hashlib.sha256(render_policy(default_policy())).hexdigest()}"
+    line = HowToAllow(json_path="$.limits.fds", value=512)
+    flag = HowToAllow(json_path="$.fs.read_roots", value=["/d"], flag="--allow-read-root /d")
+    said = []
+    for how, policy in ((line, digest), (line, "sha256:another"), (flag, digest)):
+        tell(replace(result(denial("x", how)), digests=Digests(policy=policy)))
+        said.append("x07 policy init --template default --out policy.json" in capsys.readouterr().err)
+    assert said == [True, False, False]
+
+
 def test_what_others_say_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing of a program that ended well, of a plan that was refused, or of changes that were kept back."""
     tell(result(denial("/a"), outcome="ok"))
@@ -118,6 +146,6 @@ def test_another_command_is_told_what_it_can_do() -> None:
         'refused: read a; $.fs.write_roots = ["/d"] in the policy lets it',
         "refused: read b; x07 run with --reveal x.pem lets it",
         "refused: read c; --max-output-bytes 4 lets it",
-        "and 1 more things were refused; x07 run --json lists them, or as many as were seen",
+        "and up to 1 more things were refused; x07 run --json lists them, or as many as were seen",
         '/m is not in the sandbox; $.fs.read_roots = ["/m"] in the policy lets it',
     ]

@@ -46,6 +46,11 @@ for _ in range(180):
     if ctypes.CDLL(None, use_errno=True).inotify_init1(0) < 0:
         raise OSError(ctypes.get_errno(), "no more")
 """
+# As scripts do at their beginning.
+LIMITS: Final = """
+import subprocess
+subprocess.run(["/usr/bin/bash", "-c", "ulimit -n 300 && ulimit -c unlimited"], check=True)
+"""
 SCRIPT: Final = "import subprocess\nsubprocess.run(['/usr/bin/ldd', '--version'], check=True)\n"
 # What is only reserved, however much, is no use of memory.
 MEMORY: Final = """
@@ -126,6 +131,7 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
         (FILES, {"limits.fds": 30}, ["limits.fds"]),
         (DUPLICATES, {"limits.fds": 30}, ["limits.fds"]),
         (WATCHERS, {"limits.fds": 150}, ["limits.fds"]),
+        (LIMITS, {"limits.fds": 150}, ["limits.fds", "limits.core_dumps"]),
         (MEMORY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
         (TEMPORARY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
         (SHARED, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
@@ -207,6 +213,29 @@ def test_a_root_is_replaced_or_removed_by_one_around_it(
         assert not (tmp_path / "one/two/file").exists()
 
 
+def test_a_new_folder_at_the_top_is_a_root_to_add(sandbox: Sandbox) -> None:
+    """A program that makes a folder of its own beside those of the machine is told the flag, and passes with it."""
+    name = f"made-{os.getpid()}"
+    text = f"mkdir -p /{name}/new && rmdir /{name}/new\n"
+    ran = sandbox.run_text("make.sh", text)
+    allowing = [denial.how_to_allow for denial in ran.result.denials]
+    assert (ran.outcome, [how and how.flag for how in allowing]) == ("failed", ["--allow-write-root /FOLDER"])
+    ran = sandbox.run_text("make.sh", text, policy={"fs.write_roots": [f"/{name}"]})
+    assert (ran.outcome, ran.result.denials) == ("ok", [])
+
+
+def test_a_script_that_asks_before_it_writes_is_told_what_to_add(sandbox: Sandbox, root: Path) -> None:
+    """A program that tests whether it may write, and gives up by itself, has been refused that too."""
+    text = f'test -w "{root}/in.txt" || exit 3\n'
+    policy: Policy = {"fs.read_roots": [str(root)]}
+    ran = sandbox.run_text("ask.sh", text, policy=policy)
+    (denial,) = [denial for denial in ran.result.denials if denial.field == "fs.write_roots"]
+    assert (ran.result.exit_code, denial.subject) == (3, f"{root}/in.txt")
+    assert denial.how_to_allow is not None
+    ran = sandbox.run_text("ask.sh", text, policy=policy | {"fs.write_roots": denial.how_to_allow.value})
+    assert ran.outcome == "ok"
+
+
 def test_a_denied_path_appears_by_name(sandbox: Sandbox) -> None:
     """Names that the program makes up are told, of files and of programs, and each only once with its count."""
     text = """
@@ -244,6 +273,12 @@ def test_ordinary_programs_are_refused_nothing(sandbox: Sandbox) -> None:
     assert (ran.outcome, ran.result.denials, ran.result.denials_lost, ran.result.hints) == ("ok", [], 0, [])
     ran = sandbox.run_text("usual.sh", "gcc --version >/dev/null && ls / >/dev/null && env true\n")
     assert (ran.outcome, ran.result.denials, ran.result.denials_lost) == ("ok", [], 0)
+
+
+def test_what_the_kernel_records_for_another_reason_is_no_refusal(sandbox: Sandbox) -> None:
+    """A program that sets its login uid, of which the audit tells though it went well, ends as any other."""
+    ran = sandbox.run_text("login.sh", "echo 7 > /proc/self/loginuid && cat /proc/self/loginuid\n")
+    assert (ran.outcome, ran.stdout, ran.result.denials) == ("ok", b"7", [])
 
 
 def test_a_flood_of_refusals_is_counted_and_bounded(sandbox: Sandbox) -> None:

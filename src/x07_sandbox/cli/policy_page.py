@@ -198,20 +198,26 @@ x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it 
 | `threads.enabled`, `process.allow_spawn`, `_exec` | threads, children, executing | the guest's seccomp filter |
 | `process.allow_execs`, `process.allow_exec_prefixes` | programs that no list names | the audit |
 | `limits.procs`, `process.max_live`, `limits.fds` | one more task or descriptor | control group, audit |
+| `limits.fds`, `limits.core_dumps` | a higher limit of its own (`ulimit`) | the audit |
 | `limits.wall_ms`, `limits.cpu_ms`, `limits.mem_bytes` | what ended the program | deadline, control group |
 | `output` | more output than `--max-output-bytes` | what the host counts |
 | `limits.mem_bytes` | writing where `/tmp` or `/dev/shm` is full | what is left in them when the program has ended |
 | `permissions`, `system-calls`, `scratch` | what nothing allows: `how_to_allow` is null | audit, filter, disk |
+
+Where no policy was given, `x07 policy init --template default --out policy.json` writes the one that applied, to be
+changed and given with `--policy policy.json`.
 
 Doing what `how_to_allow` says never makes an invalid policy: where a rule wants another field first (above: "comes
 first"), that is what it says, and the next run tells the rest. Where a policy could not say it (a path with `;`), it is
 null. Names in flags are quoted for a shell: they may be the program's. Of a file that is not there nothing tells what
 it was to be opened for, so a hint says what lets it be read (`how`) and what lets it be made (`to_write`).
 
-A subject with a slash at its end is the folder in which something new was to be made. At most 64 different ones are
-told of the audit's; `denials_lost` counts what came beyond, or faster than the kernel records. A path that does not
-exist, a Python module or a program of Python's subprocess that is not installed, and a library that cannot be loaded
-from where it lies (`noexec`) are no refusals, but `hints`: they are read from the program's own error output.
+A subject with a slash at its end is the folder in which something was to be made, renamed or removed; the kernel notes
+no more of it. So of a new folder in `/` or `/opt`, where a root can be (`--allow-write-root /data`), the flag says
+`FOLDER` for its name. At most 64 different ones are told of the audit's; `denials_lost` counts what came beyond, or
+faster than the kernel records: several records for one refusal. A path that does not exist, a Python module or a
+program (of Python's subprocess, of a shell) that is not installed, and a library that cannot be loaded from where it
+lies (`noexec`) are no refusals, but `hints`: they are read from the program's own error output.
 """
 _DIGESTS: Final = """
 ## Digests

@@ -17,14 +17,18 @@ if TYPE_CHECKING:
 
 _SHOWN: Final = 4
 _LISTED: Final = 4
+_IN_POLICY: Final = "in the policy"
 # Of these others tell: the reason of a refused run, and what becomes of changes.
 _ELSEWHERE: Final = frozenset({"plan", "change"})
 
 
 def tell(result: Result) -> None:
     """After a program that did not end well: it may not know why itself."""
-    for line in lines(result):
+    told = lines(result)
+    for line in told:
         say(line)
+    if any(_IN_POLICY in line for line in told) and result.digests.policy == _default_digest():
+        say("to change that policy: x07 policy init --template default --out policy.json, then --policy policy.json")
 
 
 def for_flags(result: Result, flags: Collection[str]) -> Result:
@@ -47,10 +51,16 @@ def lines(result: Result, command: str = "") -> list[str]:
     found = [denial for denial in result.denials if denial.action not in _ELSEWHERE]
     # What can be allowed first: the rest is more often a mistake than a wish.
     found.sort(key=lambda denial: denial.how_to_allow is None)
+    # A shell reads a program that it could not execute: two refusals, but one thing to do.
+    done: dict[tuple[str, str], Denial] = {}
+    for denial in found:
+        done.setdefault((denial.subject, str(denial.how_to_allow or denial.action)), denial)
+    found = list(done.values())
     told = [_line(denial) for denial in found[:_SHOWN]]
     more = max(0, len(found) - _SHOWN) + result.denials_lost
     if more:
-        told.append(f"and {more} more things were refused; {command}--json lists them, or as many as were seen")
+        most = "up to " if result.denials_lost else ""  # there it is records, of which a refusal has several
+        told.append(f"and {most}{more} more things were refused; {command}--json lists them, or as many as were seen")
     return [*told, *map(_hint, result.hints)]
 
 
@@ -74,7 +84,16 @@ def how(allowing: HowToAllow | None, field: str = "") -> str:
         return f"; {allowing.flag} lets it"
     # A policy may need another field first: what comes then is told by the next run.
     does = "lets it" if allowing.json_path == f"$.{field}" or "." not in field else "comes first"
-    return f"; {allowing.json_path} = {_value(allowing.value)} in the policy {does}"
+    return f"; {allowing.json_path} = {_value(allowing.value)} {_IN_POLICY} {does}"
+
+
+def _default_digest() -> str:
+    """What a result says of its policy where none was given: nobody has a file of it yet."""
+    import hashlib
+
+    from x07_sandbox.policy import default_policy, render_policy
+
+    return f"sha256:{hashlib.sha256(render_policy(default_policy())).hexdigest()}"
 
 
 def _value(value: object) -> str:

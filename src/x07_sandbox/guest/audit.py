@@ -49,6 +49,7 @@ _SOURCES: Final = frozenset({"link", "linkat"})
 _FOLDERS: Final[dict[str, tuple[bytes, ...]]] = {
     **dict.fromkeys(("openat", "openat2", "mkdirat", "unlinkat", "mknodat", "fchmodat", "fchmodat2"), (b"a0",)),
     **dict.fromkeys(("fchownat", "utimensat", "execveat", "newfstatat", "statx", "readlinkat"), (b"a0",)),
+    **dict.fromkeys(("faccessat", "faccessat2"), (b"a0",)),
     **dict.fromkeys(("renameat", "renameat2", "linkat"), (b"a0", b"a2")),
     "symlinkat": (b"a1",),
 }
@@ -57,8 +58,19 @@ _WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 ERRNOS: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.EBUSY)
 # What ends with EBUSY where a folder or file is mounted, as roots are. Of other calls it is not asked for.
 _REPLACES: Final = frozenset({"rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir"})
-# How a call that opens says what for: the argument with its flags. Any other one that is not below changes something.
-_FLAGS: Final = {"open": "a1", "openat": "a2"}
+# How a call says what for: the argument with its flags, and those that mean writing. Any other one that is not below
+# changes something.
+_FLAGS: Final = {
+    "open": (b"a1", _WRITES),
+    "openat": (b"a2", _WRITES),
+    "access": (b"a1", os.W_OK),
+    "faccessat": (b"a2", os.W_OK),
+    "faccessat2": (b"a2", os.W_OK),
+}
+_ASKS: Final = frozenset({"access", "faccessat", "faccessat2"})
+# What a process asks to raise: the argument that names the resource, and what of these a policy decides (getrlimit(2)).
+_RAISES: Final = {"setrlimit": b"a0", "prlimit64": b"a1"}
+_RESOURCES: Final = {4: "core", 7: "nofile"}
 _READS_ONLY: Final = frozenset(
     {"openat2", "execve", "execveat", "chdir", "stat", "lstat", "newfstatat", "statx", "readlink", "readlinkat"}
 )
@@ -71,7 +83,7 @@ class Refusal(NamedTuple):
     """One kind of refused call.
 
     by: `kernel` or `seccomp`. path: as text, empty where the call names none; with a slash at its end where something
-    new was to be made in that folder.
+    new was to be made in that folder; of a call that raises a limit, `core` or `nofile`.
     """
 
     by: str
@@ -229,21 +241,7 @@ class Refusals:
             values = _values(rest)
             self._count(_Call("seccomp", self._name(values.get(b"syscall", b"")), errno.EPERM))
         elif kind == _SYSCALL:
-            values = _values(rest)
-            name = self._name(values.get(b"syscall", b""))
-            call = _Call("kernel", name, -_number(values.get(b"exit", b"")), items=_number(values.get(b"items", b"")))
-            flags = _FLAGS.get(name)
-            if flags:
-                call.write = bool(_number(values.get(flags.encode(), b""), 16) & _WRITES)
-            else:
-                call.write = name not in _READS_ONLY
-            call.write |= call.errno == errno.EROFS  # flags of openat2 lie in memory
-            folders = (_number(values.get(word, b""), 16) & 0xFFFFFFFF for word in _FOLDERS.get(name, ()))
-            call.elsewhere = any(folder != _AT_FDCWD for folder in folders)
-            if len(self._begun) >= _OPEN:
-                self._count(self._begun.pop(next(iter(self._begun))))
-            self._begun[serial] = call
-            self._ended(serial, call)
+            self._note_call(serial, _values(rest))
         elif serial in self._begun:
             call = self._begun[serial]
             if kind == _CWD:
@@ -252,6 +250,27 @@ class Refusals:
                 call.items -= 1
                 self._note_path(call, rest)
                 self._ended(serial, call)
+
+    def _note_call(self, serial: bytes, values: dict[bytes, bytes]) -> None:
+        name, error = self._name(values.get(b"syscall", b"")), -_number(values.get(b"exit", b""))
+        # A call that the kernel tells of for another reason (a new login uid, say) is recorded though it went well.
+        if error not in ERRNOS:
+            return
+        argument, writes = _FLAGS.get(name, (b"", 0))
+        flags = _number(values.get(argument, b""), 16)
+        if name in _ASKS and flags == os.X_OK:  # looking for programs meets many files that are none
+            return
+        call = _Call("kernel", name, error, items=_number(values.get(b"items", b"")))
+        call.write = bool(flags & writes) if argument else name not in _READS_ONLY
+        call.write |= call.errno == errno.EROFS  # flags of openat2 lie in memory
+        if name in _RAISES:
+            call.path = _RESOURCES.get(_number(values.get(_RAISES[name], b""), 16), "")
+        folders = (_number(values.get(word, b""), 16) & 0xFFFFFFFF for word in _FOLDERS.get(name, ()))
+        call.elsewhere = any(folder != _AT_FDCWD for folder in folders)
+        if len(self._begun) >= _OPEN:
+            self._count(self._begun.pop(next(iter(self._begun))))
+        self._begun[serial] = call
+        self._ended(serial, call)
 
     def _note_path(self, call: _Call, record: bytes) -> None:
         values, name = _values(record), _text(record, b"name=")

@@ -23,15 +23,16 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
 
 _MOST: Final = 3
-# As Python says it; as coreutils do, which quote what has blanks; and as perror(3) and most programs do:
-# "cat: /data/x: No such file or directory". A blank in a path without quotes is one only where the path stands alone.
+# As Python says it; as coreutils do, which quote what has blanks; and as perror(3) and most programs do (Go's in small
+# letters): "cat: /data/x: No such file or directory". A blank in a path without quotes is one only where the path
+# stands alone.
 _MISSING: Final = tuple(
     re.compile(pattern, re.MULTILINE)
     for pattern in (
         r"No such file or directory: b?(?P<quote>['\"])(?P<path>(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)",
         r"(?P<quote>['\"])(?P<path>/(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)(?: [a-z ]{1,20})?: No such file or dir",
         r": (?P<path>/[^:'\"\n]{1,255}): No such file or directory",
-        r"(?:^|[\s:])(?P<path>/[^\s:'\"]{1,255}): No such file or directory",
+        r"(?:^|[\s:])(?P<path>/[^\s:'\"]{1,255}): [Nn]o such file or directory",
     )
 )
 # As the loader of programs says it where the kernel does not let a file be mapped to be executed.
@@ -42,6 +43,10 @@ _PROGRAM: Final = re.compile(
     r"FileNotFoundError: \[Errno 2\] No such file or directory: '([\w.+-]{1,100})'$",
     re.MULTILINE | re.ASCII,
 )
+# As bash and dash say it of one that a script names: "it.sh: line 3: jq: command not found", "it.sh: 3: jq: not found".
+_COMMAND: Final = re.compile(
+    r"^[^:\n]{1,255}: (?:line )?\d+: ([\w.+-]{1,100}): (?:command )?not found$", re.MULTILINE | re.ASCII
+)
 _MODULE: Final = re.compile(r"^ModuleNotFoundError: No module named '(\w{1,100})", re.MULTILINE | re.ASCII)
 
 
@@ -49,7 +54,7 @@ def hints(tail: bytes, policy: Policy, areas: Sequence[Area], cwd: str) -> list[
     """What the program seems to have missed, at most three things. tail: the end of its error output."""
     text = tail.decode("utf-8", "replace")
     found = dict.fromkeys((*_paths(text, policy, areas, cwd), *_MODULE.findall(text)))
-    programs = map(_program, dict.fromkeys(_PROGRAM.findall(text)))
+    programs = map(_program, dict.fromkeys((*_PROGRAM.findall(text), *_COMMAND.findall(text))))
     told = (*_libraries(text, policy, areas, cwd), *programs, *(_hint(what, policy) for what in found))
     return list(itertools.islice((hint for hint in told if hint is not None), _MOST))
 

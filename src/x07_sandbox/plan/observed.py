@@ -31,6 +31,7 @@ OUTPUT: Final = "output"
 _COUNT_MAX: Final = 2**63 - 1  # as DENIED carries it
 _CGROUP: Final = "the guest's control group"
 _SECCOMP: Final = "the guest's seccomp filter"
+_RLIMITS: Final = "the guest's resource limits"
 _MOUNTS: Final = "the guest's mounts"
 _LANDLOCK: Final = "the guest's Landlock rules"
 # What a rule of policies (policy/rules) may ask for first, and what to say then.
@@ -48,6 +49,8 @@ _LIMITS: Final[dict[str, tuple[str, str, str, str, Literal["host", "guest"]]]] =
 }
 _TASKS: Final = frozenset({"clone", "clone3", "fork", "vfork"})
 _EXECUTES: Final = frozenset({"execve", "execveat"})
+_RAISES: Final = frozenset({"setrlimit", "prlimit64"})
+_MAKES_FOLDERS: Final = frozenset({"mkdir", "mkdirat"})
 _REPLACES: Final = ("rename", "unlink", "rmdir")  # and the calls whose names begin so
 _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
 
@@ -60,6 +63,8 @@ def denials(refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequenc
             denial = _call(body, policy)
         elif body["errno"] == errno.EMFILE:
             denial = _descriptors(body, policy)
+        elif body["call"] in _RAISES:
+            denial = _limit(body, policy)
         elif body["call"] in _EXECUTES:
             denial = _execution(body, policy, areas, cwd)
         else:
@@ -178,8 +183,19 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
 
 def _descriptors(body: Mapping[str, Any], policy: Policy) -> Denial:
     how = _more(policy, "limits.fds", policy.limits.fds)
-    by = "the guest's resource limits"
-    return _seen("limits.fds", "open", "one more descriptor", by, body["count"], how)
+    return _seen("limits.fds", "open", "one more descriptor", _RLIMITS, body["count"], how)
+
+
+def _limit(body: Mapping[str, Any], policy: Policy) -> Denial:
+    """It wanted a higher limit of its own (ulimit); what others than these are no policy decides."""
+    what, count = body["path"], body["count"]
+    if what == "nofile":
+        how = _more(policy, "limits.fds", policy.limits.fds)
+        return _seen("limits.fds", "raise", "the limit of open descriptors", _RLIMITS, count, how)
+    if what == "core":
+        how = None if policy.limits.core_dumps else allowing(policy, "limits.core_dumps", value=True)
+        return _seen("limits.core_dumps", "raise", "the limit of a core file's size", _RLIMITS, count, how)
+    return _seen(PERMISSIONS, "raise", f"({body['call']})", _RLIMITS, count, None)
 
 
 def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: str) -> Denial:
@@ -238,25 +254,34 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: s
     if body["errno"] == errno.EPERM or (area is not None and area.write):
         action = body["call"] if body["errno"] == errno.EPERM else action
         return _seen(PERMISSIONS, action, path, "the file's mode and owner", count, None)
-    field, how = _to_write(path, area, policy, cwd)
+    folder = body["call"] in _MAKES_FOLDERS
+    field, how = _to_write(path, area, policy, cwd, folder=folder)
     return _seen(field, action, path, _MOUNTS, count, how)
 
 
-def _to_write(path: str, area: Area | None, policy: Policy, cwd: str) -> tuple[str, HowToAllow | None]:
-    """The field that keeps it from being written, and what would allow it. area: the read root that it is in."""
+def _to_write(path: str, area: Area | None, policy: Policy, cwd: str, *, folder: bool) -> tuple[str, HowToAllow | None]:
+    """The field that keeps it from being written, and what would allow it.
+
+    area: the read root that it is in. folder: whether what was to be made there is one.
+    """
     if f"{path}/".startswith(f"{OUT}/"):
         out = _by_flag("--out DIR")
         # A policy without files gives none to the flag either.
         return "fs.write_roots", out if policy.fs.enabled else allowing(policy, "fs.enabled", value=True)
-    folder = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)
+    around = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)
     if area is not None:
         given = area.given
-    elif folder == cwd or inside(folder, cwd):  # it has no absolute name: what lies there is of relative roots
-        given = posixpath.relpath(folder, cwd)
+    elif around == cwd or inside(around, cwd):  # it has no absolute name: what lies there is of relative roots
+        given = posixpath.relpath(around, cwd)
     else:
-        given = folder
+        given = around
     if place(given, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
-        return PERMISSIONS, None
+        # Of / and /opt no root can be made, but of what lies in them; only the name is not known (`guest/audit`).
+        new = posixpath.join(path, "FOLDER")
+        if not (folder and path.endswith("/")) or place(new, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
+            return PERMISSIONS, None
+        how = _by_flag(f"--allow-write-root {new}")
+        return "fs.write_roots", how if policy.fs.enabled else allowing(policy, "fs.enabled", value=True)
     return "fs.write_roots", root_to_allow(policy, "write_roots", given)
 
 

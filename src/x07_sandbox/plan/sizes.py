@@ -21,6 +21,7 @@ from x07_sandbox.policy.model import Limits
 
 _MIB: Final = 1 << 20
 _GIB: Final = 1 << 30
+_UNLIMITED: Final = -1  # Linux's RLIM_INFINITY: what scripts ask for (ulimit -c unlimited); the scratch disk bounds it
 
 RAM_CLASSES: Final = (512 * _MIB, 2 * _GIB, 8 * _GIB, 17 * _GIB)
 FIXED_OVERHEAD_BYTES: Final = 160 * _MIB
@@ -34,7 +35,7 @@ def guest_limits(*, mem_bytes: int, tasks: int, cpu_ms: int, fds: int, core_dump
         "tasks": tasks,
         "cpu_ms": cpu_ms,
         "fds": fds,
-        "core_bytes": settings.SCRATCH_BYTES if core_dumps else 0,
+        "core_bytes": _UNLIMITED if core_dumps else 0,
         "tmp_bytes": max(65536, mem_bytes // settings.TMP_SHARE),
     }
 

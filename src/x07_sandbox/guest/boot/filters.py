@@ -43,12 +43,13 @@ DENIED = (
     *("bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter", "io_uring_register"),
     *("memfd_create", "memfd_secret", "lookup_dcookie"),
 )
-# Calls that the kernel's audit records when the program may not: they name files, or use up descriptors.
+# Calls that the kernel's audit records when the program may not: they name files, use up descriptors, or raise limits.
 AUDITED = (
     *("open", "openat", "openat2", "creat", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "mknod", "mknodat"),
     *("rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat", "truncate", "chmod", "fchmodat"),
     *("fchmodat2", "chown", "lchown", "fchownat", "utimensat", "execve", "execveat", "chdir", "stat", "lstat"),
     *("newfstatat", "statx", "readlink", "readlinkat", "fchmod", "ftruncate", "setxattr"),
+    *("access", "faccessat", "faccessat2", "setrlimit", "prlimit64"),
     *("fsetxattr", "lsetxattr", "removexattr", "fremovexattr", "lremovexattr", "bind"),
     *("socket", "socketpair", "accept", "accept4", "pipe", "pipe2", "dup", "dup2", "dup3", "fcntl", "epoll_create"),
     *("epoll_create1", "eventfd2", "timerfd_create", "inotify_init1"),
