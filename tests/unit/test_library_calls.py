@@ -191,7 +191,7 @@ def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> No
 
 # Each module costs every caller's start: the rest is loaded by the first call.
 IMPORTED = """
-errors host host.models host.settings plan plan.denials plan.features
+errors host host.models host.settings host.threads plan plan.denials plan.features
 policy policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 runs runs.call runs.library runs.pool runs.result
 """
