@@ -104,10 +104,10 @@ Not copied in, and told among `denials` by name: hidden names (`fs.deny_hidden`)
 only if they stay in their root; files above `fs.max_read_bytes`; what lies deeper than `fs.max_depth` (256 at the
 most); devices, sockets and pipes; what is on another file system; what cannot be read, or is something else each time
 that it is looked at; and names under which people keep secrets (`.env`, `*.pem`, `id_rsa` and the like, in any case of
-letters; `--hide PATTERN` adds to them, `--reveal PATTERN` lets those of them in that it matches: `key.pem`, or
-`*.pem`). A root that is named itself goes in all the same, though it lies in another that leaves it out: of that one
-the program sees only empty folders on the way. More than `fs.max_entries` refuses the run. So does a link that comes
-into the way to a root after the roots were looked at.
+letters; `--hide PATTERN` adds to them, `--reveal PATTERN` lets those of them in that it matches: `key.pem`, or `*.pem`;
+each is for a name alone, wherever it lies, and has no slash). A root that is named itself goes in all the same, though
+it lies in another that leaves it out: of that one the program sees only empty folders on the way. More than
+`fs.max_entries` refuses the run. So does a link that comes into the way to a root after the roots were looked at.
 
 Changes are judged by what is different when the program has ended (`fs.allow_mkdir`, `allow_remove`, `allow_rename`,
 `max_write_bytes`, `max_depth`, and the rules above); what it made and removed again is nobody's business. A name that
