@@ -272,6 +272,32 @@ def test_nothing_that_decides_which_policy_is_in_use_can_be_changed(run: Run, gi
     assert "protected" in {denial.field for denial in denials}
 
 
+@pytest.mark.parametrize(
+    ("root", "name"),
+    [
+        ("", "vm/runs/9-1-1"),
+        ("", "vm/jobs/9-1-1-run"),
+        ("", "vm/runner_instance"),
+        ("", "cache/artifacts"),
+        ("vm", "RUNS"),
+        ("vm/runs", "9-1-1"),
+        ("cache/x", "y"),
+    ],
+)
+def test_nothing_that_the_tool_itself_believes_can_be_changed(
+    run: Run, monkeypatch: pytest.MonkeyPatch, root: str, name: str
+) -> None:
+    """Where records, kept changes and the cache lie in a write root they are refused, and nobody can let them go."""
+    base = run.root.parent
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(base / "cache"))
+    (base / "cache/x").mkdir(parents=True)
+    files = run.files({"write_roots": (str(base / root),)}, allow_protected=("*",))
+    changes, denials, _ = run.back(files, Entry(Kind.FOLDER, name.encode(), mode=0o700))
+    assert (changes.state, [denial.field for denial in denials]) == ("kept", ["reserved"])
+    with pytest.raises(RefusedError, match="x07 keeps"):
+        chosen(find(RUN).changes, [], ["*"])
+
+
 def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
     """A single file that is a write root is protected as any other name is, where it is the policy in use."""
     place = run.root / "p.json"

@@ -113,16 +113,17 @@ Changes are judged by what is different when the program has ended (`fs.allow_mk
 `max_write_bytes`, `max_depth`, and the rules above); what it made and removed again is nobody's business. A name that
 is gone was renamed if its content has come to another, else removed; neither permission stands for the other. Whatever
 the policy says, these are refused: links that lead out of their root (by way of others too) or through what was not
-copied in, set-id bits, extended attributes, devices, names that begin with `.x07-apply-`, new names that differ from
-another in case only, where the root's folder takes both for one, and names that other tools run or obey (`.git` in any
-spelling, a folder that git would take for a repository, with roots in it, files of shells, editors, CI and assistants,
-`x07-sandbox.toml`, `x07.json`, the policy in use with every link on the way to it). Only `--allow-protected PATTERN` of
-`x07 run` and `x07 apply` lets a name of the last kind, which no policy can do; any other reason against that name
-stands. What was not copied in is neither replaced nor removed: a change that would do so (it takes away a folder that
-holds a key) is refused, with what lets that in. **One refused entry keeps all back**: nothing is applied, each is named
-with all its reasons, the exit code is 125 where the program ended well, and `x07 apply --skip PATH` does the rest; a
-folder that was removed stays if it holds what is skipped. PATH is below a root, or absolute, which tells roots apart.
-With more entries than `fs.max_entries` all changes are discarded.
+copied in, set-id bits, extended attributes, devices, names that begin with `.x07-apply-`, all that lies where `x07`
+keeps its own records and its cache, new names that differ from another in case only, where the root's folder takes both
+for one, and names that other tools run or obey (`.git` in any spelling, a folder that git would take for a repository,
+with roots in it, files of shells, editors, CI and assistants, `x07-sandbox.toml`, `x07.json`, the policy in use with
+every link on the way to it). Only `--allow-protected PATTERN` of `x07 run` and `x07 apply` lets a name of the last
+kind, which no policy can do; any other reason against that name stands. What was not copied in is neither replaced nor
+removed: a change that would do so (it takes away a folder that holds a key) is refused, with what lets that in. **One
+refused entry keeps all back**: nothing is applied, each is named with all its reasons, the exit code is 125 where the
+program ended well, and `x07 apply --skip PATH` does the rest; a folder that was removed stays if it holds what is
+skipped. PATH is below a root, or absolute, which tells roots apart. With more entries than `fs.max_entries` all changes
+are discarded.
 
 Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). A kill at
 any moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for

@@ -20,11 +20,13 @@ from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection, repository_around
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import open_own, private_dir
+from x07_sandbox.host.paths import cache_dir, open_own, private_dir, state_dir
+from x07_sandbox.jobs.record import home_of
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Area, Denial, HowToAllow
 from x07_sandbox.plan.places import OUT, PROGRAM
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
+from x07_sandbox.runs.folder import runs_dir
 from x07_sandbox.runs.request import ProjectPolicy
 from x07_sandbox.runs.result import ChangedName, Changes
 from x07_sandbox.runs.streams import InFile
@@ -201,7 +203,9 @@ class HostFiles:
             allowed = msgspec.structs.replace(allowed, made=frozenset(made))
             told = [one for one in incoming.told if one.root == number]
             around = repository_around(mount.host)
-            protection = Protection(mount.host, self._own(mount), self._request.allow_protected, repository=around)
+            protection = Protection(
+                mount.host, self._own(mount), self._request.allow_protected, repository=around, kept=_kept_by_us()
+            )
             stayed = _below(self.copied[tree].stayed, mount.sub)
             judged = judge(before, stayed, told, self._bounds, allowed, protection)
             if judged.root_mode is not None:
@@ -266,6 +270,12 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
     if any(root.guest == OUT for root in roots):
         raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Leave one of them out")
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
+
+
+def _kept_by_us() -> list[str]:
+    """Where our records lie, sets of changes and journals among them, and our cache: all of it is believed later."""
+    root = state_dir()
+    return [str(path) for path in (root, runs_dir(root), home_of(root) / "runner_instance", cache_dir())]
 
 
 def _start(program: Program) -> str:
