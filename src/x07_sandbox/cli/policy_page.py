@@ -125,19 +125,20 @@ program ended well, and `x07 apply --skip PATH` does the rest; a folder that was
 skipped. PATH is below a root, or absolute, which tells roots apart. With more entries than `fs.max_entries` all changes
 are discarded.
 
-Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). A kill at
-any moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for
-`x07 apply`, `--changes discard` brings nothing back; the changes of a program that did not end by itself are kept, but
-for those of a run that is cancelled (Ctrl-C): it ends at once, and they are lost. `x07 diff` shows changes, `x07 undo`
-takes them back; after one part another is applied only once that is undone. A file with several names (hard links) is a
-file for each in the machine: what is changed of one becomes a file of its own. What replaces a file has its owner and
-group; who may not give it these applies nothing. The mode of a root itself stays as it was, and a warning says so.
-A root cannot be replaced, renamed or removed by the program (`EBUSY`), a single file neither: to write a file anew and
-rename it, as `sed -i` does, it needs the folder as a root. What lies in a write root can, also where it is named as a
-root itself, unless that one leaves it out (`--reveal` lets a secret join it) or a list of programs names the file. From
-one root to another nothing is renamed (`EXDEV`), as between file systems. A write root that is not there is an empty
-folder for the program, and is made if it is to hold something. On a file system that keeps no modes (vfat, NTFS) all is
-applied but modes.
+Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). What it
+displaces is kept among the run's records first: where there is no room for that nothing is changed. A kill at any
+moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for `x07 apply`,
+`--changes discard` brings nothing back; the changes of a program that did not end by itself are kept, but for those of
+a run that is cancelled (Ctrl-C): it ends at once, and they are lost. `x07 diff` shows changes, `x07 undo` takes them
+back; after one part another is applied only once that is undone. A file with several names (hard links) is a file for
+each in the machine: what is changed of one becomes a file of its own. What replaces a file has its owner and group; who
+may not give it these applies nothing. The mode of a root itself stays as it was, and a warning says so. A root cannot
+be replaced, renamed or removed by the program (`EBUSY`), a single file neither: to write a file anew and rename it, as
+`sed -i` does, it needs the folder as a root. What lies in a write root can, also where it is named as a root itself,
+unless that one leaves it out (`--reveal` lets a secret join it) or a list of programs names the file. From one root to
+another nothing is renamed (`EXDEV`), as between file systems. A write root that is not there is an empty folder for the
+program, and is made if it is to hold something. On a file system that keeps no modes (vfat, NTFS) all is applied but
+modes.
 `--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it is refused.
 """
 _PROCESSES: Final = """

@@ -88,7 +88,7 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
     """Bring back what was there before they were applied. Raises UsageError, ConflictError, HostError."""
     import shutil
 
-    from x07_sandbox.files.apply import apply, why_no_undo
+    from x07_sandbox.files.apply import apply
     from x07_sandbox.files.changes import decode
     from x07_sandbox.files.kept import drop
     from x07_sandbox.files.things import ConflictError, undo_conflict
@@ -96,8 +96,6 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
     what = f"cannot undo the changes of run {kept.run}"
     if not kept.applied:
         raise UsageError(what, "they are not applied", "See x07 diff")
-    if why := why_no_undo(kept.folder):
-        raise HostError(what, why, "Bring back what you need from your own copies")
     place = kept.folder / "undo"
     with _sensible(kept.run), (place / "data").open("rb") as data, applying(kept.run):
         changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
