@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import os
@@ -640,6 +641,25 @@ def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
             break
         killed += 1
     assert killed > 10
+
+
+def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
+    """Undoing waits for a command that applies or undoes the same, and then looks at what it has left."""
+    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    do(find(RUN), find(RUN).changes, lambda _path: None)
+    folder = run.folder.path / "changes"
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+
+    def other_ends(path: str) -> None:
+        assert path == str(folder)
+        shutil.rmtree(folder / "undo")
+        os.close(held)
+
+    with pytest.raises(UsageError, match="they are not applied"):
+        undo(find(RUN), other_ends)
 
 
 def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:

@@ -8,11 +8,12 @@ what a killed one left without looking at every run.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, SandboxError, UsageError
-from x07_sandbox.host.locks import is_locked
+from x07_sandbox.host.locks import is_locked, opened_lock
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.runs.folder import APPLYING, runs_dir
 
@@ -94,10 +95,11 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
     from x07_sandbox.files.things import ConflictError, undo_conflict
 
     what = f"cannot undo the changes of run {kept.run}"
-    if not kept.applied:
-        raise UsageError(what, "they are not applied", "See x07 diff")
     place = kept.folder / "undo"
-    with _sensible(kept.run), (place / "data").open("rb") as data, applying(kept.run):
+    with _alone(kept.folder, on_wait), _sensible(kept.run), applying(kept.run), contextlib.ExitStack() as stack:
+        if not kept.applied:  # or not any more: another command may have undone them meanwhile
+            raise UsageError(what, "they are not applied", "See x07 diff")
+        data = stack.enter_context((place / "data").open("rb"))
         changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
         try:
             done = apply(changes, data.fileno(), kept.folder / "undoing", on_wait=on_wait)
@@ -107,6 +109,14 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
         shutil.rmtree(kept.folder / "undoing")
         drop(kept.folder)  # from here on they are kept again, and can be applied again
     return done
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Nobody else applies or undoes what is kept there, as files/apply has it. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with opened_lock(fd, on_wait=lambda: on_wait(str(folder))):
+        yield
 
 
 @contextlib.contextmanager
