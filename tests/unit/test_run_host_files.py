@@ -21,7 +21,7 @@ from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.apply import chosen
-from x07_sandbox.cli.changed import lines, pieces, tell
+from x07_sandbox.cli.changed import lines, machine_form, pieces, tell, write_diff
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.files.apply import ConflictError
@@ -890,6 +890,18 @@ def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) ->
     tell(ended)
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "deleted: gone" in line] == [f"x07: deleted: {name}" for name in sorted(gone)]
+
+
+def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) -> None:
+    """Where all that a program made is of no kind that a tree holds, --diff says so in both its files, as x07 diff."""
+    changes, denials, _ = run.back(run.files(), Entry(Kind.OTHER, b"pipe", mode=0o10644))
+    ended = msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials))
+    assert (changes.state, changes.names) == ("kept", ())
+    place = run.root.parent / "p"
+    write_diff(place, ended)
+    assert place.read_bytes() == b"".join(pieces(find(RUN)))
+    assert b"# may not be done: pipe: it is a pipe" in place.read_bytes()
+    assert place.with_name("p.json").read_bytes() == machine_form(find(RUN).changes)
 
 
 def test_a_patch_is_not_written_line_by_line(run: Run) -> None:

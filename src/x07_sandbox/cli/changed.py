@@ -162,7 +162,7 @@ def _matching(path: Path, at: int, node: Node) -> bytes | None:
 def write_diff(path: Path, result: Result) -> None:
     """A run's changes as a patch; an empty one where there are none. Raises OSError, SandboxError."""
     kept = KeptChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
-    _write_patch(path, find(result.run) if result.changes.names else kept)
+    _write_patch(path, kept if result.changes.state in {"none", "discarded"} else find(result.run))
 
 
 def _write_patch(path: Path, kept: KeptChanges) -> None:
