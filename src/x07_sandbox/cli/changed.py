@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Changes, Result
 
 _PIECE: Final = 1 << 16
+_RETURN: Final = re.compile(rb"\r(?!\n)")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -192,9 +194,10 @@ def machine_form(changes: ChangeSet) -> bytes:
 
 
 def print_bytes(data: bytes) -> None:
-    """To standard output; a terminal gets no control sequences. Raises OSError."""
+    """Whole lines to standard output; a terminal gets no control sequences. Raises OSError."""
     if sys.stdout.isatty():
         from x07_sandbox.runs.streams import TerminalFilter
 
-        data = TerminalFilter()(data)
+        # Who reads a patch judges what it brings: what follows a carriage return would be shown in place of it.
+        data = _RETURN.sub("\N{REPLACEMENT CHARACTER}".encode(), TerminalFilter()(data))
     put(data)
