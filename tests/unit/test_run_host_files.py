@@ -882,6 +882,18 @@ def test_a_full_disk_is_told_and_leaves_no_half_of_a_list(run: Run) -> None:
         find(RUN)
 
 
+def test_a_result_names_every_deletion(run: Run) -> None:
+    """Of a thousand names and more a result has those that are deleted, first, and no others beyond a thousand."""
+    gone = [f"gone {number}" for number in range(1050)]
+    for name in gone:
+        (run.root / name).touch()
+    files = run.files(changes="keep")
+    told = [Entry(Kind.GONE, name.encode()) for name in gone]
+    changes, _, _ = run.back(files, Entry(Kind.FOLDER, b"a", mode=0o755), *told)
+    assert {(one.name, one.action) for one in changes.names} == {(name, "deleted") for name in gone}
+    assert len(changes.names) == changes.deleted == len(gone)
+
+
 def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Where a result has fewer names than were deleted, the command lists all of them from the run's folder."""
     gone = [f"gone {number}" for number in range(1500)]

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.request import RunRequest
 
 _T = TypeVar("_T")
-_NAMES_MAX: Final = 1000  # of a result; all are in the run's folder
+_NAMES_MAX: Final = 1000  # of a result, but for deletions; all are in the run's folder
 _DENIALS_MAX: Final = 100
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
@@ -320,9 +320,10 @@ def _below(nodes: dict[str, _T], sub: str) -> dict[str, _T]:
 def _told(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN401 - Changes knows its states
     every = [(root.root, change) for root in changes.roots for change in root.changes]
     every.sort(key=lambda one: one[1].action != "deleted")
+    deletions = sum(change.action == "deleted" for _, change in every)
     names = tuple(
         ChangedName(root=shown(root), name=shown(change.name), action=change.action)
-        for root, change in every[:_NAMES_MAX]
+        for root, change in every[: max(_NAMES_MAX, deletions)]
     )
     return Changes(
         state=state,
