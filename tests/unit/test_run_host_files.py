@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import itertools
+import json
 import os
 import pty
 import resource
@@ -693,6 +694,19 @@ def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.Ca
         "x07: 1 added: applied; x07 undo\n",
         "x07: all of it is there already\n",
     ]
+
+
+def test_the_document_of_applying_tells_what_was_done(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """x07 apply --json has the changes that it made, and none where all was there already or all is skipped."""
+    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    told = []
+    for words in (["--skip", "a"], [], []):
+        assert main(["apply", "--json", *words]) == 0
+        roots = json.loads(capsys.readouterr().out)["roots"]
+        told.append([change["name"] for root in roots for change in root["changes"]])
+    assert told == [[], ["a"], []]
 
 
 def test_what_is_there_already_lists_no_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
