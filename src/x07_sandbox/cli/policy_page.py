@@ -118,12 +118,13 @@ keeps its own records and its cache, new names that differ from another in case 
 for one, and names that other tools run or obey (`.git` in any spelling, a folder that git would take for a repository,
 with roots in it, files of shells, editors, CI and assistants, `x07-sandbox.toml`, `x07.json`, the policy in use with
 every link on the way to it). Only `--allow-protected PATTERN` of `x07 run` and `x07 apply` lets a name of the last
-kind, which no policy can do; any other reason against that name stands. What was not copied in is neither replaced nor
-removed: a change that would do so (it takes away a folder that holds a key) is refused, with what lets that in. **One
-refused entry keeps all back**: nothing is applied, each is named with all its reasons, the exit code is 125 where the
-program ended well, and `x07 apply --skip PATH` does the rest; a folder that was removed stays if it holds what is
-skipped. PATH is below a root, or absolute, which tells roots apart. With more entries than `fs.max_entries` all changes
-are discarded.
+kind, which no policy can do (PATTERN is for its path below the root, or for each part of that which is protected, so
+that `.github` lets no `.git` in it); any other reason against that name stands. What was not copied in is neither
+replaced nor removed: a change that would do so (it takes away a folder that holds a key) is refused, with what lets
+that in. **One refused entry keeps all back**: nothing is applied, each is named with all its reasons, the exit code is
+125 where the program ended well, and `x07 apply --skip PATH` does the rest; a folder that was removed stays if it holds
+what is skipped. PATH is below a root, or absolute, which tells roots apart. With more entries than `fs.max_entries` all
+changes are discarded.
 
 Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). What it
 displaces is kept among the run's records first: where there is no room for that nothing is changed. A kill at any

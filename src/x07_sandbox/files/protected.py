@@ -76,8 +76,9 @@ class Protection:
 
     root: its path on the host; what lies below a protected folder is protected. repository: the folder around the root
     that git takes for one, if there is any. own: further names that are protected, say the policy in use. allowed:
-    patterns that the host's owner has let go, each for a path from the root or a part of it; of the root's own path,
-    for a part that is protected, and, where the root itself is meant, for its last one. kept: paths on the host below
+    patterns that the host's owner has let go, each for a path from the root or a part of it, and then all its parts
+    that are protected are let; of the root's own path, for such parts, and, where the root itself is meant, for its
+    last one. kept: paths on the host below
     which x07 keeps what it trusts itself: nobody can let go what lies there.
     """
 
@@ -102,7 +103,8 @@ class Protection:
         self._name = root.rpartition("/")[2]
         self._kept = {f"{self._whole(path)}/" for path in kept}
         self._place = self._whole(root).rstrip("/")
-        self._lets_root = any(self._lets_part(part) for part in root.split("/") if self._part(part))
+        lets = [self._lets_part(part) for part in root.split("/") if self._part(part)]
+        self._lets_root = bool(lets) and all(lets)
 
     def why(self, name: str) -> str:
         """Why *name* may not be changed; empty if it may."""
@@ -123,8 +125,12 @@ class Protection:
         """Whether the host's owner has let *name* go: as it is written, or as it is compared."""
         if not self._allowed:
             return False
+        if self._matches(name, self._whole(name)):
+            return True
         parts = (name or self._name).split("/")
-        return self._lets_root or self._matches(name, self._whole(name)) or any(map(self._lets_part, parts))
+        # Who lets one part go, a folder of CI tasks say, has not let go a `.git` that a program puts into it.
+        left = any(self._part(part) and not self._lets_part(part) for part in parts)
+        return not left and (self._lets_root or any(map(self._lets_part, parts)))
 
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
         """Those of *changed* that lie in a folder git takes for a repository, and why each may not.
