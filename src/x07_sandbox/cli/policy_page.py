@@ -123,8 +123,8 @@ that `.github` lets no `.git` in it); any other reason against that name stands.
 replaced nor removed: a change that would do so (it takes away a folder that holds a key) is refused, with what lets
 that in. **One refused entry keeps all back**: nothing is applied, each is named with all its reasons, the exit code is
 125 where the program ended well, and `x07 apply --skip PATH` does the rest; a folder that was removed stays if it holds
-what is skipped. PATH is below a root, or absolute, which tells roots apart. With more entries than `fs.max_entries` all
-changes are discarded.
+what is skipped. PATH is below a root, or absolute, which tells roots apart. Where more entries are changed than
+`fs.max_entries` and those that went in to be changed together, all changes are discarded.
 
 Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). What it
 displaces is kept among the run's records first: where there is no room for that nothing is changed. A kill at any
