@@ -647,6 +647,25 @@ def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
     assert killed > 10
 
 
+def test_what_keeps_from_undoing_is_told_as_that(run: Run) -> None:
+    """An error of the system while changes are taken back says that they cannot be undone, not that they apply."""
+    (run.root / "a").write_bytes(b"x" * 1000)
+    node = Node(kind="file", mode=0o644, size=1000, sha256=hashlib.sha256(b"x" * 1000).hexdigest())
+    gone = Change(name="a", before=node, after=None)
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(gone,))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    do(find(RUN), find(RUN).changes, lambda _path: None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, hard))
+    try:
+        with pytest.raises(HostError, match=f"^cannot undo the changes of run {RUN}: '/.*/a': "):
+            undo(find(RUN), lambda _path: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    undo(find(RUN), lambda _path: None)
+    assert (run.root / "a").stat().st_size == 1000
+
+
 def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
     """Undoing waits for a command that applies or undoes the same, and then looks at what it has left."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))

@@ -134,14 +134,14 @@ a run that is cancelled (Ctrl-C): it ends at once, and they are lost. `x07 diff`
 back; after one part another is applied only once that is undone. A file with several names (hard links) is a file for
 each in the machine: what is changed of one becomes a file of its own. What replaces a file has its owner and group; who
 may not give it these applies nothing. What is new, and what was deleted and comes back by `x07 undo`, belongs to who
-applies it, and has its content and permission bits alone: no other group of its folder, no set-id or sticky bit, no
-attributes, no times, no other names. Where a program has closed a folder to its owner, only root can take that back.
-The mode of a root itself stays as it was, and a warning says so. A root cannot be replaced, renamed or removed by the
-program (`EBUSY`), a single file neither: to write a file anew and rename it, as `sed -i` does, it needs the folder as a
-root. What lies in a write root can, also where it is named as a root itself, unless that one leaves it out (`--reveal`
-lets a secret join it) or a list of programs names the file. From one root to another nothing is renamed (`EXDEV`), as
-between file systems. A write root that is not there is an empty folder for the program, and is made if it is to hold
-something. On a file system that keeps no modes (vfat, NTFS) all is applied but modes.
+applies it, and has its content and permission bits alone: not the group of a set-group-id folder, no set-id or sticky
+bit, no attributes, no times, no other names. Where a program has closed a folder to its owner, only root can take that
+back. The mode of a root itself stays as it was, and a warning says so. A root cannot be replaced, renamed or removed by
+the program (`EBUSY`), a single file neither: to write a file anew and rename it, as `sed -i` does, it needs the folder
+as a root. What lies in a write root can, also where it is named as a root itself, unless that one leaves it out
+(`--reveal` lets a secret join it) or a list of programs names the file. From one root to another nothing is renamed
+(`EXDEV`), as between file systems. A write root that is not there is an empty folder for the program, and is made if it
+is to hold something. On a file system that keeps no modes (vfat, NTFS) all is applied but modes.
 `--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it is refused.
 """
 _PROCESSES: Final = """

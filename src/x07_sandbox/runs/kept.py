@@ -105,6 +105,8 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
             done = apply(changes, data.fileno(), kept.folder / "undoing", on_wait=on_wait)
         except ConflictError as exc:
             raise (undo_conflict(exc, what) if exc.names else exc) from None
+        except HostError as exc:
+            raise HostError(what, exc.why, exc.fix) from exc
         # In this order: killed before the last of it, we find all of it done the next time, and end it.
         shutil.rmtree(kept.folder / "undoing")
         drop(kept.folder)  # from here on they are kept again, and can be applied again
