@@ -728,6 +728,18 @@ def test_the_document_of_applying_tells_what_was_done(run: Run, capsys: pytest.C
     assert told == [[], ["a"], []]
 
 
+def test_undoing_lists_what_it_deletes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was added is deleted when it is taken back, and each name of it is told."""
+    made = tuple(Change(name=name, before=None, after=Node(kind="folder", mode=0o755)) for name in ("a", "a/b", "c"))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=made)
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    assert main(["apply"]) == 0
+    capsys.readouterr()
+    assert main(["undo"]) == 0
+    told = [f"x07: deleted: {change.name}" for change in made]
+    assert capsys.readouterr().err.splitlines() == [*told, "x07: 3 added: undone; x07 apply"]
+
+
 def test_what_is_there_already_lists_no_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Each deletion is told when it is done, and not again by a command that finds nothing to do."""
     (run.root / "a").mkdir()

@@ -87,15 +87,15 @@ def summary(changes: ChangeSet, done: str) -> str:
     return f"{', '.join(f'{count} {word}' for count, word in counts if count) or 'nothing to do'}: {done}"
 
 
-def list_deleted(changes: ChangeSet) -> None:
-    """Every name that goes."""
-    for name in _deleted(changes):
+def list_deleted(changes: ChangeSet, *, back: bool = False) -> None:
+    """Every name that goes. back: where these changes are taken back."""
+    for name in _deleted(changes, "added" if back else "deleted"):
         say(f"deleted: {name}")
 
 
-def _deleted(changes: ChangeSet) -> list[str]:
+def _deleted(changes: ChangeSet, action: str = "deleted") -> list[str]:
     several = changes.of_several
-    gone = ((root.root, change.name) for root in changes.roots for change in root.changes if change.action == "deleted")
+    gone = ((root.root, change.name) for root in changes.roots for change in root.changes if change.action == action)
     return [called(root, name, of_several=several) for root, name in gone]
 
 
