@@ -768,7 +768,7 @@ def test_a_root_that_is_made_is_no_change_of_its_own(run: Run, capsys: pytest.Ca
     for verb in ("apply", "undo"):
         assert main([verb]) == 0
         said.append(capsys.readouterr().err)
-    assert said == ["x07: 1 added: applied; x07 undo\n", "x07: 1 added: undone; x07 apply\n"]
+    assert said == ["x07: 1 added: applied; x07 undo\n", "x07: deleted: a\nx07: 1 added: undone; x07 apply\n"]
     assert not run.root.exists()
 
 

@@ -95,7 +95,8 @@ def list_deleted(changes: ChangeSet, *, back: bool = False) -> None:
 
 def _deleted(changes: ChangeSet, action: str = "deleted") -> list[str]:
     several = changes.of_several
-    gone = ((root.root, change.name) for root in changes.roots for change in root.changes if change.action == action)
+    every = ((root.root, change) for root in changes.roots for change in root.changes)
+    gone = ((root, change.name) for root, change in every if change.action == action and not change.of_root)
     return [called(root, name, of_several=several) for root, name in gone]
 
 
