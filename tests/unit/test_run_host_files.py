@@ -28,9 +28,11 @@ from x07_sandbox.cli.apply import chosen
 from x07_sandbox.cli.changed import lines, machine_form, pieces, print_bytes, tell, write_diff
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
+from x07_sandbox.files import journal
 from x07_sandbox.files.apply import ConflictError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
+from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.places import OUT
@@ -683,6 +685,21 @@ def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
 
     with pytest.raises(UsageError, match="they are not applied"):
         undo(find(RUN), other_ends)
+
+
+def test_what_cannot_be_recovered_says_where_its_journal_is(run: Run) -> None:
+    """Where the folder of half applied changes has gone, each command says so, and of which file the advice is."""
+    kept(ChangeSet(run=RUN, roots=()), run.folder.path)
+    folder = run.folder.path / "changes"
+    place = Place(path=str(run.root / "gone"), ident=(1, 1), staging=".x07-apply-1")
+    journal.write(folder, Head(run=RUN, places=(place,)), [])
+    private_dir(run.folder.path.parent / ".applying").joinpath(RUN).touch()
+    told: list[str] = []
+    recover_all(told.append)
+    (text,) = told
+    assert "remove the journal" in text
+    assert text.endswith(f"The journal is below {folder}.")
+    assert (folder / "journal").exists()
 
 
 def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:

@@ -167,6 +167,6 @@ def recover_all(progress: Callable[[str], None]) -> None:
             if (folder / "undoing").is_dir():
                 recover(folder / "undoing")
         except SandboxError as exc:
-            progress(str(exc))
+            progress(f"{exc} The journal is below {folder}.")
             continue
         (root / APPLYING / name).unlink(missing_ok=True)
