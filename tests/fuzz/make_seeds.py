@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Final
 
 from tests.fuzz.fuzz_channel import DENIED, EXITED, NONCE, SEED, START
+from tests.fuzz.fuzz_documents import BETWEEN, BUILT, result
 from tests.fuzz.fuzz_observed import POLICIES
 from tests.fuzz.fuzz_unpack import MOST_BYTES
 from x07_sandbox.channel.frames import PROTOCOL, WINDOW, Kind, Stream, encode, encode_body
 from x07_sandbox.channel.trees import Entry, segment
 from x07_sandbox.channel.trees import Kind as R
 from x07_sandbox.images import cpio
+from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.reports.document import render_json
+from x07_sandbox.reports.runner import runner_report
 
 SEEDS: Final = Path(__file__).parent / "seeds"
 AS_HOST: Final = b"\x00"
@@ -144,6 +148,23 @@ def changes_seeds() -> dict[str, bytes]:
     }
 
 
+def documents_seeds() -> dict[str, bytes]:
+    """One of each document, which the first byte names, and what a program says that is no report."""
+    manifest = b'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nfiles = ["*.py"]\nentry = "a.py"\n'
+    tables = b'policy = "p.json"\n[run]\nargs = ["--top", "10"]\ninput = "in.txt"\nenv = {A = "1"}\n'
+    project = b'{"schema_version":"x07.project@0.5.0","default_profile":"os","lockfile":"x07.lock.json","profiles":'
+    profiles = b'{"os":{"world":"run-os-sandboxed","policy":"p.json","input":"in.bin","solve_fuel":1}}}'
+    said = render_json(runner_report(result(b"", b"", b""), BUILT))
+    counted = b'talk\n{"fuel_used": 12, "heap_used": 3, "debug_stats": {"borrow_violations": 0}, "later": [1]}\n'
+    return {
+        "manifest": b"\x00" + manifest + tables,
+        "project": b"\x01" + project + profiles,
+        "policy": b"\x02" + render_policy(default_policy()),
+        "report": b"\x03" + BETWEEN.join((said, b"\x02\0\0\0ok", counted)),
+        "no-report": b"\x03" + BETWEEN.join((b"{}", b"ok", b"{[\n{}")),
+    }
+
+
 def hints_seeds() -> dict[str, bytes]:
     """What programs say of what they missed, and what looks like it; the first byte chooses the policy."""
     missing = "No such file or directory"
@@ -204,6 +225,7 @@ def patch_seeds() -> dict[str, bytes]:
 MADE: Final = {
     "changes": changes_seeds,
     "channel": channel_seeds,
+    "documents": documents_seeds,
     "hints": hints_seeds,
     "observed": observed_seeds,
     "patch": patch_seeds,

@@ -15,6 +15,7 @@ import atheris
 WATCHED: Final = {
     "changes": ["x07_sandbox.channel", "x07_sandbox.files"],
     "channel": ["x07_sandbox.channel"],
+    "documents": ["x07_sandbox.policy", "x07_sandbox.programs", "x07_sandbox.reports", "tomllib"],
     "hints": ["x07_sandbox.plan"],
     "observed": ["x07_sandbox.plan"],
     "patch": ["x07_sandbox.files.patch"],

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from tests.conftest import need
 from tests.unit.apply_trees import NEW, OLD, Tree, applied, difference, put, read, remove, undone
 from x07_sandbox.errors import HostError
-from x07_sandbox.files.apply import ConflictError, apply, recover, why_no_undo
+from x07_sandbox.files.apply import ConflictError, apply, recover
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, decode
 
 if TYPE_CHECKING:
@@ -512,21 +512,22 @@ def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "state").iterdir()) == []
 
 
-def test_without_room_for_undo_the_changes_stand(tmp_path: Path) -> None:
-    """What does not fit where undo is kept makes undoing impossible, which is told, and nothing else."""
+def test_without_room_for_undo_nothing_is_changed(tmp_path: Path) -> None:
+    """Where what is displaced does not fit where undo is kept nothing is changed, and the error says why."""
     old, new = {"": FOLDER, "big": ("file", 0o644, b"x" * 300_000)}, {"": FOLDER, "small": ("file", 0o644, b"y")}
     root = make(tmp_path / "root", old)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
-        applied(*difference(root, old, new), tmp_path / "state")
+        with pytest.raises(HostError, match=os.strerror(errno.EFBIG)):
+            applied(*difference(root, old, new), tmp_path / "state")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert read(root) == new
-    assert why_no_undo(tmp_path / "state") == os.strerror(errno.EFBIG)
-    assert [path.name for path in (tmp_path / "state" / "undo").iterdir()] == ["impossible"]
-    with pytest.raises(ConflictError, match="Run the program again"):  # what another part needs first it cannot have
-        applied(*difference(root, new, {**new, "other": ("file", 0o644, b"z")}), tmp_path / "state")
+    assert read(root) == old
+    assert list((tmp_path / "state").iterdir()) == []
+    applied(*difference(root, old, new), tmp_path / "state")
+    undone(tmp_path / "state")
+    assert read(root) == old
 
 
 def test_a_journal_that_cannot_be_read_is_told(tmp_path: Path) -> None:

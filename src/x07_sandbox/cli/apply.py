@@ -56,7 +56,7 @@ def _apply(options: argparse.Namespace) -> int:
     kept = find(options.run)
     changes = chosen(kept.changes, options.skip, options.allow_protected)
     done = do(kept, changes, lambda path: say(f"waiting: another command changes {path}"))
-    if wanted(options) and deliver(machine_form(changes), options):
+    if wanted(options) and deliver(machine_form(changes if done.roots else done), options):
         return 0
     if done.roots:
         list_deleted(changes)

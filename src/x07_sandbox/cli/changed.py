@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Changes, Result
 
 _PIECE: Final = 1 << 16
+_RETURN: Final = re.compile(rb"\r(?!\n)")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -85,15 +87,16 @@ def summary(changes: ChangeSet, done: str) -> str:
     return f"{', '.join(f'{count} {word}' for count, word in counts if count) or 'nothing to do'}: {done}"
 
 
-def list_deleted(changes: ChangeSet) -> None:
-    """Every name that goes."""
-    for name in _deleted(changes):
+def list_deleted(changes: ChangeSet, *, back: bool = False) -> None:
+    """Every name that goes. back: where these changes are taken back."""
+    for name in _deleted(changes, "added" if back else "deleted"):
         say(f"deleted: {name}")
 
 
-def _deleted(changes: ChangeSet) -> list[str]:
+def _deleted(changes: ChangeSet, action: str = "deleted") -> list[str]:
     several = changes.of_several
-    gone = ((root.root, change.name) for root in changes.roots for change in root.changes if change.action == "deleted")
+    every = ((root.root, change) for root in changes.roots for change in root.changes)
+    gone = ((root, change.name) for root, change in every if change.action == action and not change.of_root)
     return [called(root, name, of_several=several) for root, name in gone]
 
 
@@ -162,7 +165,7 @@ def _matching(path: Path, at: int, node: Node) -> bytes | None:
 def write_diff(path: Path, result: Result) -> None:
     """A run's changes as a patch; an empty one where there are none. Raises OSError, SandboxError."""
     kept = KeptChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
-    _write_patch(path, find(result.run) if result.changes.names else kept)
+    _write_patch(path, kept if result.changes.state in {"none", "discarded"} else find(result.run))
 
 
 def _write_patch(path: Path, kept: KeptChanges) -> None:
@@ -192,9 +195,10 @@ def machine_form(changes: ChangeSet) -> bytes:
 
 
 def print_bytes(data: bytes) -> None:
-    """To standard output; a terminal gets no control sequences. Raises OSError."""
+    """Whole lines to standard output; a terminal gets no control sequences. Raises OSError."""
     if sys.stdout.isatty():
         from x07_sandbox.runs.streams import TerminalFilter
 
-        data = TerminalFilter()(data)
+        # Who reads a patch judges what it brings: what follows a carriage return would be shown in place of it.
+        data = _RETURN.sub("\N{REPLACEMENT CHARACTER}".encode(), TerminalFilter()(data))
     put(data)

@@ -105,39 +105,44 @@ Not copied in, and told among `denials` by name: hidden names (`fs.deny_hidden`)
 only if they stay in their root; files above `fs.max_read_bytes`; what lies deeper than `fs.max_depth` (256 at the
 most); devices, sockets and pipes; what is on another file system; what cannot be read, or is something else each time
 that it is looked at; and names under which people keep secrets (`.env`, `*.pem`, `id_rsa` and the like, in any case of
-letters; `--hide PATTERN` adds to them, `--reveal PATTERN` lets those of them in that it matches: `key.pem`, or
-`*.pem`). A root that is named itself goes in all the same, though it lies in another that leaves it out: of that one
-the program sees only empty folders on the way. More than `fs.max_entries` refuses the run. So does a link that comes
-into the way to a root after the roots were looked at.
+letters; `--hide PATTERN` adds to them, `--reveal PATTERN` lets those of them in that it matches: `key.pem`, or `*.pem`;
+each is for a name alone, wherever it lies, and has no slash). A root that is named itself goes in all the same, though
+it lies in another that leaves it out: of that one the program sees only empty folders on the way. More than
+`fs.max_entries` refuses the run. So does a link that comes into the way to a root after the roots were looked at.
 
 Changes are judged by what is different when the program has ended (`fs.allow_mkdir`, `allow_remove`, `allow_rename`,
 `max_write_bytes`, `max_depth`, and the rules above); what it made and removed again is nobody's business. A name that
 is gone was renamed if its content has come to another, else removed; neither permission stands for the other. Whatever
 the policy says, these are refused: links that lead out of their root (by way of others too) or through what was not
-copied in, set-id bits, extended attributes, devices, names that begin with `.x07-apply-`, new names that differ from
-another in case only, where the root's folder takes both for one, and names that other tools run or obey (`.git` in any
-spelling, a folder that git would take for a repository, with roots in it, files of shells, editors, CI and assistants,
-`x07-sandbox.toml`, `x07.json`, the policy in use with every link on the way to it). Only `--allow-protected PATTERN` of
-`x07 run` and `x07 apply` lets a name of the last kind, which no policy can do; any other reason against that name
-stands. What was not copied in is neither replaced nor removed: a change that would do so (it takes away a folder that
-holds a key) is refused, with what lets that in. **One refused entry keeps all back**: nothing is applied, each is named
-with all its reasons, the exit code is 125 where the program ended well, and `x07 apply --skip PATH` does the rest; a
-folder that was removed stays if it holds what is skipped. PATH is below a root, or absolute, which tells roots apart.
-With more entries than `fs.max_entries` all changes are discarded.
+copied in, set-id bits, extended attributes, devices, names that begin with `.x07-apply-`, all that lies where `x07`
+keeps its own records and its cache, new names that differ from another in case only, where the root's folder takes both
+for one, and names that other tools run or obey (`.git` in any spelling, a folder that git would take for a repository,
+with roots in it, files of shells, editors, CI and assistants, `x07-sandbox.toml`, `x07.json`, the policy in use with
+every link on the way to it). Only `--allow-protected PATTERN` of `x07 run` and `x07 apply` lets a name of the last
+kind, which no policy can do (PATTERN is for its path below the root, or for each part of that which is protected, so
+that `.github` lets no `.git` in it); any other reason against that name stands. What was not copied in is neither
+replaced nor removed: a change that would do so (it takes away a folder that holds a key) is refused, with what lets
+that in. **One refused entry keeps all back**: nothing is applied, each is named with all its reasons, the exit code is
+125 where the program ended well, and `x07 apply --skip PATH` does the rest; a folder that was removed stays if it holds
+what is skipped. PATH is below a root, or absolute, which tells roots apart. Where more entries are changed than
+`fs.max_entries` and those that went in to be changed together, all changes are discarded.
 
-Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). A kill at
-any moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for
-`x07 apply`, `--changes discard` brings nothing back; the changes of a program that did not end by itself are kept, but
-for those of a run that is cancelled (Ctrl-C): it ends at once, and they are lost. `x07 diff` shows changes, `x07 undo`
-takes them back; after one part another is applied only once that is undone. A file with several names (hard links) is a
-file for each in the machine: what is changed of one becomes a file of its own. What replaces a file has its owner and
-group; who may not give it these applies nothing. The mode of a root itself stays as it was, and a warning says so.
-A root cannot be replaced, renamed or removed by the program (`EBUSY`), a single file neither: to write a file anew and
-rename it, as `sed -i` does, it needs the folder as a root. What lies in a write root can, also where it is named as a
-root itself, unless that one leaves it out (`--reveal` lets a secret join it) or a list of programs names the file. From
-one root to another nothing is renamed (`EXDEV`), as between file systems. A write root that is not there is an empty
-folder for the program, and is made if it is to hold something. On a file system that keeps no modes (vfat, NTFS) all is
-applied but modes.
+Applying compares each name with what was copied: where it is another one now nothing is changed (`conflict`). What it
+displaces is kept among the run's records first: where there is no room for that nothing is changed. A kill at any
+moment leaves the old files or the new ones once the next `x07` command has run. `--changes keep` waits for `x07 apply`,
+`--changes discard` brings nothing back; the changes of a program that did not end by itself are kept, but for those of
+a run that is cancelled (Ctrl-C): it ends at once, and they are lost. `x07 diff` shows changes, `x07 undo` takes them
+back; after one part another is applied only once that is undone. A file with several names (hard links) is a file for
+each in the machine: what is changed of one becomes a file of its own. What replaces a file has its owner and group; who
+may not give it these applies nothing. What is new, and what was deleted and comes back by `x07 undo`, belongs to who
+applies it, and has its content and permission bits alone: not the group of a set-group-id folder, no set-id or sticky
+bit, no attributes, no times, no other names. Where a program has closed a folder to its owner, only root can take that
+back. The mode of a root itself stays as it was, and a warning says so. A root cannot be replaced, renamed or removed by
+the program (`EBUSY`), a single file neither: to write a file anew and rename it, as `sed -i` does, it needs the folder
+as a root. What lies in a write root can, also where it is named as a root itself, unless that one leaves it out
+(`--reveal` lets a secret join it) or a list of programs names the file. From one root to another nothing is renamed
+(`EXDEV`), as between file systems. A write root that is not there is an empty folder for the program, and is made if it
+is to hold something. On a file system that keeps no modes (vfat, NTFS) all is applied but modes.
 `--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it is refused.
 """
 _PROCESSES: Final = """

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _EPILOG: Final = """what goes, with no switch all of it:
   --images  images that no name leads to, and the packages kept for them; not what X07_VM_GUEST_IMAGE_DIGEST names
   --cache   what was built and has not been used for 7 days, and what killed processes left
-  --runs    records of jobs, and folders of runs, that ended more than 7 days ago
+  --runs    records of jobs, and folders of runs, that ended more than 7 days ago: with changes to files that were kept
+            there, and what undoes them, whenever they were applied
 Saved machines go with their image. Nothing goes that a run or a build under way uses, that is somebody else's, damaged
 or of a newer format; the latter are named.
 

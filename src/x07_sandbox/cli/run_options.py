@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from x07_sandbox.cli.usage import Once, add_document_flags, named_file, named_folder, seconds, whole_number
+from x07_sandbox.cli.usage import (
+    Once,
+    add_document_flags,
+    name_pattern,
+    named_file,
+    named_folder,
+    seconds,
+    whole_number,
+)
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 from x07_sandbox.programs.toolchains import BY_NAME, describe
@@ -134,10 +142,18 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="let it change names that other tools run or obey (.git, Jenkinsfile): docs/policy.md",
     )
-    group.add_argument("--hide", action="append", default=[], metavar="PATTERN", help="names that do not go in")
+    group.add_argument(
+        "--hide",
+        action="append",
+        type=name_pattern,
+        default=[],
+        metavar="PATTERN",
+        help="names that do not go in, wherever they lie",
+    )
     group.add_argument(
         "--reveal",
         action="append",
+        type=name_pattern,
         default=[],
         metavar="PATTERN",
         help="names of secrets that do go in: '*.pem'",

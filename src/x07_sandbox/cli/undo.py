@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.changed import add_run, machine_form, summary
+from x07_sandbox.cli.changed import add_run, list_deleted, machine_form, summary
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, wanted
 from x07_sandbox.cli.usage import add_document_flags
@@ -36,5 +36,6 @@ def _undo(options: argparse.Namespace) -> int:
     changes = undo(find(options.run), lambda path: say(f"waiting: another command changes {path}"))
     if wanted(options) and deliver(machine_form(changes), options):
         return 0
+    list_deleted(changes, back=True)
     say(summary(changes, "undone; x07 apply"))
     return 0

@@ -64,6 +64,13 @@ def named_file(text: str) -> Path:
     return Path(named(text))
 
 
+def name_pattern(text: str) -> str:
+    """A type of options: a pattern for one name. With a slash none would match it, and nobody would be told."""
+    if not text or "/" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pattern for a name: it has no slash, and is not empty")
+    return text
+
+
 class Once(argparse.Action):
     """An option that is given once at most, so that of two values none is passed over. Its default is None."""
 

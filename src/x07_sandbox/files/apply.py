@@ -1,14 +1,14 @@
 """Applying a set of changes on the host, so that a kill at any point leaves the old tree or the new one.
 
 All is checked first. New content is made in a folder of ours beside the old; a journal says what is about to happen;
-then names change, one after the other, and each displaced thing is looked at once more. A renamed journal is the mark
-that all is done. What was displaced is kept, as a set that undoes this one, and then removed.
+then names change, one after the other, and each displaced thing is looked at once more. What was displaced is kept, as
+a set that undoes this one: where that cannot be, nothing is done. A renamed journal is the mark that all is done. Then
+what was displaced is removed.
 
 The folder of a set, which is private, holds:
 
     staging, journal, committed   the journal (files/journal), while something is to be undone or finished
     undo/changes.json, undo/data  the set that undoes the last one applied
-    undo/impossible               instead of these: why there is none
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from x07_sandbox.files import journal
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
 from x07_sandbox.files.checks import as_kept, check_set, look_at, reached_by
 from x07_sandbox.files.journal import Head, Place
-from x07_sandbox.files.kept import discard, keep, leave, prepare, publish, undoes, why_no_undo
+from x07_sandbox.files.kept import discard, keep, leave, prepare, publish, undoes
 from x07_sandbox.files.staging import Planner, fill, undo_changes
 from x07_sandbox.files.steps import Site, displaced, do, holds, staged, undo
 from x07_sandbox.files.things import NOTHING, ConflictError, conflict
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     OnWait = Callable[[str], None]
 
-__all__ = ["ConflictError", "apply", "recover", "why_no_undo"]
+__all__ = ["ConflictError", "apply", "recover"]
 
 _ODD_MODE: Final = 0o710  # as few as nothing has it unless it was given it
 _FIXES: Final = {
@@ -96,16 +96,15 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
     with _sites((path for path, _ in anchors), on_wait) as by_path:
         kept = undoes(folder)
         found = [
-            look_at(root, by_path[path].fd, prefix, kept or {})
-            for root, (path, prefix) in zip(roots, anchors, strict=True)
+            look_at(root, by_path[path].fd, prefix, kept) for root, (path, prefix) in zip(roots, anchors, strict=True)
         ]
         if all(one.done for one in found):
             nothing = ChangeSet(run=changes.run, roots=())
             leave(folder, nothing)
             return nothing
         wrong = list(dict.fromkeys(name for one in found for name in one.wrong))
-        if kept != {}:
-            _check_part(folder, set(kept or ()), list(zip(roots, found, strict=True)), wrong)
+        if kept:
+            _check_part(set(kept), list(zip(roots, found, strict=True)), wrong)
         if wrong:
             raise conflict(wrong)
         sites = list({id(site): site for site in by_path.values()}.values())
@@ -119,24 +118,19 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
         return _execute(folder, head, sites, planner, (inverse, data_fd))
 
 
-def _check_part(
-    folder: Path, kept: set[tuple[str, str]], both: list[tuple[RootChanges, Found]], wrong: list[str]
-) -> None:
+def _check_part(kept: set[tuple[str, str]], both: list[tuple[RootChanges, Found]], wrong: list[str]) -> None:
     """Refuse what is only the rest of a set of which a part is applied. Raises ConflictError.
 
     What undoes that part would be lost for what undoes this one. Where all that the kept one brings back is as before,
-    by somebody's hand, it is of no use any more. kept: what that is, nothing where nobody can tell.
+    by somebody's hand, it is of no use any more. kept: what that is.
     """
     mine = {(root.root, item.change.name) for root, one in both for item in one.items}
     done = {(root.root, name) for root, one in both for name in one.there}
     done |= {(root.root, "") for root, _ in both if root.missing and (root.root, "") in kept}
     done_paths = {posixpath.join(*name).rstrip("/") for name in done}
-    if done_paths.issuperset(wrong) if wrong else not kept or not kept <= mine:
+    if done_paths.issuperset(wrong) if wrong else not kept <= mine:
         why = "another part of them is applied already, and x07 undo could not bring back both"
         fix = "First x07 undo, then apply all that you want at once"
-        if why_no_undo(folder):
-            why = "another part of them is applied already, and cannot be undone"
-            fix = "Run the program again, and apply all that you want at once"
         raise ConflictError("cannot apply the changes", why, fix)
 
 
@@ -167,6 +161,7 @@ def _execute(
         roots = (one.root if one.site.modes else as_kept(one.root, one.site.fd, one.prefix) for one in inverse)
         undoing = ChangeSet(run=head.run, roots=tuple(roots))
         prepare(folder, undoing)
+        keep(folder, sites, steps)
         journal.commit(folder)
     except BaseException:
         # An interrupt may come when the mark has just been made.
@@ -226,7 +221,6 @@ def _clean_up(folder: Path, sites: list[Site], steps: list[Step] | None) -> None
 
 
 def _finish(folder: Path, sites: list[Site], steps: list[Step]) -> None:
-    keep(folder, sites, steps)
     publish(folder)
     for index, site in enumerate(sites):
         last = [step for step in steps if step.place == index and step.kind == "mode" and step.name == "."]

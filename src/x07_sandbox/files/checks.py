@@ -242,4 +242,5 @@ def _unseen(exc: OSError, path: str) -> HostError:
     if exc.errno == errno.EXDEV:
         fix = "Unmount it, or name what is mounted as a root of its own"
         return HostError("cannot apply the changes", f"a mount point lies on the way to {path!a}", fix)
-    return HostError("cannot apply the changes", f"{path!a}: {exc.strerror or exc}", "Make it readable")
+    fix = "Make it readable; where a folder is to stay closed to its owner, only root can"
+    return HostError("cannot apply the changes", f"{path!a}: {exc.strerror or exc}", fix)

@@ -200,6 +200,8 @@ def _by_name(name: str, bounds: Bounds, protection: Protection) -> Iterator[Refu
     if bounds.deny_hidden and "/." in f"/{name}":
         why = "its name begins with a dot, and fs.deny_hidden is true"
         yield Refused(name=name, rule="fs.deny_hidden", why=why, value=False)
+    if protection.is_kept(name):
+        yield Refused(name=name, rule="reserved", why="x07 keeps its own records, or its cache, there")
     if f"/{STAGING}" in f"/{name}":
         yield Refused(name=name, rule="reserved", why=f"names that begin with {STAGING} are for what applies changes")
 

@@ -24,29 +24,19 @@ if TYPE_CHECKING:
     from x07_sandbox.files.things import Ident
 
 _SLOT: Final = re.compile(rf"\d+({re.escape(AWAY)})?", re.ASCII)
-_NEXT, _PLANNED, _CHANGES, _DATA, _IMPOSSIBLE = "undo.new", "planned.json", "changes.json", "data", "impossible"
+_NEXT, _PLANNED, _CHANGES, _DATA = "undo.new", "planned.json", "changes.json", "data"
 _OPEN: Final = 0o300
 
 
-def why_no_undo(folder: Path) -> str | None:
-    """Why what was applied last cannot be undone; None if it can be, or nothing was applied. Raises OSError."""
-    try:
-        return (folder / "undo" / _IMPOSSIBLE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
+def undoes(folder: Path) -> dict[tuple[str, str], Change]:
+    """What is kept would bring back, by root and name; nothing where nothing is kept, or a half of it removed.
 
-
-def undoes(folder: Path) -> dict[tuple[str, str], Change] | None:
-    """What is kept would bring back, by root and name; None where nobody can tell.
-
-    Nothing where nothing is kept. Raises ValueError if it is damaged, OSError.
+    Raises ValueError if it is damaged, OSError.
     """
-    if not (folder / "undo").exists():
-        return {}
     try:
         kept = data_model.decode((folder / "undo" / _CHANGES).read_bytes())
     except FileNotFoundError:
-        return None
+        return {}
     return {(root.root, change.name): change for root in kept.roots for change in root.changes}
 
 
@@ -68,21 +58,10 @@ def leave(folder: Path, undoing: ChangeSet | None) -> None:
 
 
 def keep(folder: Path, sites: list[Site], steps: list[Step]) -> None:
-    """Copy all displaced contents. If that fails the set stands, and why it cannot be undone is kept instead.
-
-    Does nothing where it was done. Raises OSError if not even that can be written.
-    """
+    """Copy all displaced contents, of which there is no other copy then. Raises OSError, HostError."""
     there = folder / _NEXT
-    if not there.exists() or (there / _CHANGES).exists() or (there / _IMPOSSIBLE).exists():
-        return
-    try:
-        _copy_all(there, sites, steps)
-        (there / _PLANNED).rename(there / _CHANGES)
-    except (OSError, EOFError, HostError) as exc:
-        why = exc.why if isinstance(exc, HostError) else getattr(exc, "strerror", None) or "a file became shorter"
-        (there / _DATA).unlink(missing_ok=True)  # there may be no room for the reason with it
-        replace_file(there / _IMPOSSIBLE, why.encode(), sync=True)
-        (there / _PLANNED).unlink(missing_ok=True)
+    _copy_all(there, sites, steps)
+    (there / _PLANNED).rename(there / _CHANGES)
 
 
 def publish(folder: Path) -> None:
@@ -134,7 +113,8 @@ def _copy_all(there: Path, sites: list[Site], steps: list[Step]) -> None:
 
 
 def _copy_one(fd: int, site: Site, step: Step, before: Node) -> None:
-    lost = HostError("cannot keep", f"{site.path(step.name)!a} changed or went while the changes were applied", "None")
+    why = f"{site.path(step.name)!a} changed or went while they were applied"
+    lost = HostError("cannot apply the changes", why, "Try again")
     if site.staging_fd < 0:
         raise lost
     with thing(site.staging_fd, displaced_slot(site, step)) as old:
@@ -151,6 +131,8 @@ def _copy_one(fd: int, site: Site, step: Step, before: Node) -> None:
         try:
             if contents.copy(source, 0, before.size, fd, step.undo_at) != before.sha256:
                 raise lost
+        except EOFError:
+            raise lost from None
         finally:
             os.close(source)
 

@@ -76,12 +76,20 @@ class Protection:
 
     root: its path on the host; what lies below a protected folder is protected. repository: the folder around the root
     that git takes for one, if there is any. own: further names that are protected, say the policy in use. allowed:
-    patterns that the host's owner has let go, each for a path from the root or a part of it; of the root's own path,
-    for a part that is protected, and, where the root itself is meant, for its last one.
+    patterns that the host's owner has let go, each for a path from the root or a part of it, and then all its parts
+    that are protected are let; of the root's own path, for such parts, and, where the root itself is meant, for its
+    last one. kept: paths on the host below
+    which x07 keeps what it trusts itself: nobody can let go what lies there.
     """
 
     def __init__(
-        self, root: str, own: Sequence[str] = (), allowed: Sequence[str] = (), *, repository: str = ""
+        self,
+        root: str,
+        own: Sequence[str] = (),
+        allowed: Sequence[str] = (),
+        *,
+        repository: str = "",
+        kept: Iterable[str] = (),
     ) -> None:
         # A part stands in the names of all that lies below it. These caches go with this object: names are a guest's.
         self._folded = functools.cache(folded)
@@ -93,7 +101,10 @@ class Protection:
         around = _of_repository(shown(repository)) if repository else ""
         self._root = next(filter(None, map(self._part, root.split("/"))), around)
         self._name = root.rpartition("/")[2]
-        self._lets_root = any(self._lets_part(part) for part in root.split("/") if self._part(part))
+        self._kept = {f"{self._whole(path)}/" for path in kept}
+        self._place = self._whole(root).rstrip("/")
+        lets = [self._lets_part(part) for part in root.split("/") if self._part(part)]
+        self._lets_root = bool(lets) and all(lets)
 
     def why(self, name: str) -> str:
         """Why *name* may not be changed; empty if it may."""
@@ -105,12 +116,21 @@ class Protection:
         above = _inherited(folder, self._folders, lambda inner: self._part(inner.rpartition("/")[2]) or None)
         return self._root or above or self._part(part)
 
+    def is_kept(self, name: str) -> bool:
+        """Whether x07 itself keeps what is under *name*, a set of changes that waits to be applied, say."""
+        path = f"{self._place}/{self._whole(name)}/" if name else f"{self._place}/"
+        return any(path.startswith(kept) for kept in self._kept)
+
     def lets(self, name: str) -> bool:
         """Whether the host's owner has let *name* go: as it is written, or as it is compared."""
         if not self._allowed:
             return False
+        if self._matches(name, self._whole(name)):
+            return True
         parts = (name or self._name).split("/")
-        return self._lets_root or self._matches(name, self._whole(name)) or any(map(self._lets_part, parts))
+        # Who lets one part go, a folder of CI tasks say, has not let go a `.git` that a program puts into it.
+        left = any(self._part(part) and not self._lets_part(part) for part in parts)
+        return not left and (self._lets_root or any(map(self._lets_part, parts)))
 
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
         """Those of *changed* that lie in a folder git takes for a repository, and why each may not.

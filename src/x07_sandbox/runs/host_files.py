@@ -20,11 +20,13 @@ from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection, repository_around
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import open_own, private_dir, real_path
+from x07_sandbox.host.paths import cache_dir, open_own, private_dir, real_path, state_dir
+from x07_sandbox.jobs.record import home_of
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Area, Denial, HowToAllow
 from x07_sandbox.plan.places import OUT, PROGRAM
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
+from x07_sandbox.runs.folder import runs_dir
 from x07_sandbox.runs.request import ProjectPolicy
 from x07_sandbox.runs.result import ChangedName, Changes
 from x07_sandbox.runs.streams import InFile
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.request import RunRequest
 
 _T = TypeVar("_T")
-_NAMES_MAX: Final = 1000  # of a result; all are in the run's folder
+_NAMES_MAX: Final = 1000  # of a result, but for deletions; all are in the run's folder
 _DENIALS_MAX: Final = 100
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
@@ -201,7 +203,9 @@ class HostFiles:
             allowed = msgspec.structs.replace(allowed, made=frozenset(made))
             told = [one for one in incoming.told if one.root == number]
             around = repository_around(mount.host)
-            protection = Protection(mount.host, self._own(mount), self._request.allow_protected, repository=around)
+            protection = Protection(
+                mount.host, self._own(mount), self._request.allow_protected, repository=around, kept=_kept_by_us()
+            )
             stayed = _below(self.copied[tree].stayed, mount.sub)
             judged = judge(before, stayed, told, self._bounds, allowed, protection)
             if judged.root_mode is not None:
@@ -268,6 +272,12 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
 
 
+def _kept_by_us() -> list[str]:
+    """Where our records lie, sets of changes and journals among them, and our cache: all of it is believed later."""
+    root = state_dir()
+    return [str(path) for path in (root, runs_dir(root), home_of(root) / "runner_instance", cache_dir())]
+
+
 def _start(program: Program) -> str:
     """Where it starts in the machine."""
     return PROJECT_FOLDER if program.project else PROGRAM
@@ -310,9 +320,10 @@ def _below(nodes: dict[str, _T], sub: str) -> dict[str, _T]:
 def _told(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN401 - Changes knows its states
     every = [(root.root, change) for root in changes.roots for change in root.changes]
     every.sort(key=lambda one: one[1].action != "deleted")
+    deletions = sum(change.action == "deleted" for _, change in every)
     names = tuple(
         ChangedName(root=shown(root), name=shown(change.name), action=change.action)
-        for root, change in every[:_NAMES_MAX]
+        for root, change in every[: max(_NAMES_MAX, deletions)]
     )
     return Changes(
         state=state,

@@ -8,11 +8,12 @@ what a killed one left without looking at every run.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, SandboxError, UsageError
-from x07_sandbox.host.locks import is_locked
+from x07_sandbox.host.locks import is_locked, opened_lock
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.runs.folder import APPLYING, runs_dir
 
@@ -88,27 +89,36 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
     """Bring back what was there before they were applied. Raises UsageError, ConflictError, HostError."""
     import shutil
 
-    from x07_sandbox.files.apply import apply, why_no_undo
+    from x07_sandbox.files.apply import apply
     from x07_sandbox.files.changes import decode
     from x07_sandbox.files.kept import drop
     from x07_sandbox.files.things import ConflictError, undo_conflict
 
     what = f"cannot undo the changes of run {kept.run}"
-    if not kept.applied:
-        raise UsageError(what, "they are not applied", "See x07 diff")
-    if why := why_no_undo(kept.folder):
-        raise HostError(what, why, "Bring back what you need from your own copies")
     place = kept.folder / "undo"
-    with _sensible(kept.run), (place / "data").open("rb") as data, applying(kept.run):
+    with _alone(kept.folder, on_wait), _sensible(kept.run), applying(kept.run), contextlib.ExitStack() as stack:
+        if not kept.applied:  # or not any more: another command may have undone them meanwhile
+            raise UsageError(what, "they are not applied", "See x07 diff")
+        data = stack.enter_context((place / "data").open("rb"))
         changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
         try:
             done = apply(changes, data.fileno(), kept.folder / "undoing", on_wait=on_wait)
         except ConflictError as exc:
             raise (undo_conflict(exc, what) if exc.names else exc) from None
+        except HostError as exc:
+            raise HostError(what, exc.why, exc.fix) from exc
         # In this order: killed before the last of it, we find all of it done the next time, and end it.
         shutil.rmtree(kept.folder / "undoing")
         drop(kept.folder)  # from here on they are kept again, and can be applied again
     return done
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Nobody else applies or undoes what is kept there, as files/apply has it. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with opened_lock(fd, on_wait=lambda: on_wait(str(folder))):
+        yield
 
 
 @contextlib.contextmanager
@@ -157,6 +167,6 @@ def recover_all(progress: Callable[[str], None]) -> None:
             if (folder / "undoing").is_dir():
                 recover(folder / "undoing")
         except SandboxError as exc:
-            progress(str(exc))
+            progress(f"{exc} The journal is below {folder}.")
             continue
         (root / APPLYING / name).unlink(missing_ok=True)

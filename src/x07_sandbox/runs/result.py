@@ -83,7 +83,8 @@ class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What became of the program's changes to files.
 
-    reason: why they were not applied. added, changed, deleted: how many. names: the first 1000, all deletions first.
+    reason: why they were not applied. added, changed, deleted: how many. names: all deletions first, and of the rest
+    as many as make 1000.
     """
 
     state: Literal["none", "applied", "kept", "conflict", "discarded"] = "none"

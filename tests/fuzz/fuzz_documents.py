@@ -1,0 +1,108 @@
+"""Fuzz target: documents that come with a program, or from it, and that the host reads itself.
+
+An input is a byte that chooses the document, and its text. Whatever stands in it is refused by an error that is told,
+or it is within its bounds: a manifest and an X07 project name nothing outside their folder, a policy says when it is
+written what it said when it was read, and the report of an X07 program, whose compiler and counters have spoken, can be
+written and holds no counter that is no count.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.policy import decode_policy, render_policy
+from x07_sandbox.programs.manifest import decode_manifest
+from x07_sandbox.programs.x07 import decode_project
+from x07_sandbox.reports.document import render_json
+from x07_sandbox.reports.runner import Built
+from x07_sandbox.reports.x07 import x07_report
+from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Digests, Output, Result
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BUILT: Final = Built(mode="compile-run", world="run-os-sandboxed", lang_id="x07", path="/x07/out/compiled-out", size=1)
+COUNT_MAX: Final = (1 << 64) - 1
+BETWEEN: Final = b"\xff\xff"
+
+
+def _manifest(data: bytes) -> None:
+    try:
+        manifest, toolchain = decode_manifest(data, source="m")
+    except UsageError:
+        return
+    assert toolchain.name == manifest.toolchain
+    paths = (manifest.entry, manifest.artifact, manifest.policy, manifest.run.input, *manifest.files)
+    assert all(_inside(path) for path in paths if path is not None)
+
+
+def _project(data: bytes) -> None:
+    try:
+        project = decode_project(data, source="p")
+    except UsageError:
+        return
+    paths = [project.lockfile or None]
+    for profile in project.profiles.values():
+        paths += [profile.policy, profile.input]
+    assert all(_inside(path) for path in paths if path is not None)
+
+
+def _inside(path: str) -> bool:
+    return not path.startswith("/") and ".." not in PurePosixPath(path).parts and "\0" not in path
+
+
+def _policy(data: bytes) -> None:
+    try:
+        policy = decode_policy(data, source="p")
+    except UsageError:
+        return
+    assert decode_policy(render_policy(policy), source="p") == policy
+
+
+def _report(data: bytes) -> None:
+    """Three texts: the compiler's report, the program's output, its error output."""
+    said, stdout, stderr = [*data.split(BETWEEN, 2), b"", b""][:3]
+    for code in (0, 1):
+        report = x07_report(result(said, stdout, stderr, code), BUILT)
+        told = json.loads(render_json(report))
+        for counters in (told["compile"], told["solve"] or {}):
+            assert all(0 <= value <= COUNT_MAX for key, value in counters.items() if key.endswith("_calls") and value)
+        assert code == 0 or report.exit_code != 0
+
+
+def result(said: bytes, stdout: bytes, stderr: bytes, code: int = 0) -> Result:
+    """That of an X07 program that was compiled, and ended by itself, with these streams."""
+    return Result(
+        run="1-2-3",
+        outcome="failed" if code else "ok",
+        fault="none",
+        reason="",
+        x07_exit_code=code,
+        exit_code=code,
+        stdout=_output(stdout),
+        stderr=_output(stderr),
+        phases={},
+        digests=Digests(artifact="sha256:" + "0" * 64),
+        controls=[],
+        denials=[],
+        changes=Changes(),
+        warnings=[],
+        build=BuildOutput(stdout=_output(said), stderr=NOTHING),
+    )
+
+
+def _output(data: bytes) -> Output:
+    return Output(bytes=len(data), truncated=False, base64=base64.b64encode(data).decode())
+
+
+READERS: Final[tuple[Callable[[bytes], None], ...]] = (_manifest, _project, _policy, _report)
+
+
+def one_input(data: bytes) -> None:
+    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    if data:
+        READERS[data[0] % len(READERS)](data[1:])
