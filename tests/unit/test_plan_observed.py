@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from x07_sandbox.plan.denials import Area, HowToAllow
-from x07_sandbox.plan.hints import hints
+from x07_sandbox.plan.hints import Beside, hints
 from x07_sandbox.plan.observed import denials, limit_hit, more_tasks, too_much_output
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.decode import decode_policy
@@ -410,6 +410,15 @@ def test_what_a_failed_program_missed_is_hinted_at(text: str, subject: str, flag
     (hint,) = hints(text.encode(), policy({}), (), "/opt/x07")
     assert hint.subject == subject
     assert flag in (hint.how.flag or "")
+
+
+def test_a_module_that_lies_beside_the_program_needs_a_project() -> None:
+    """It is no package of an image: what makes a project of the folder is told, and for another module still that."""
+    text = b"ModuleNotFoundError: No module named '%s'\n"
+    beside = Beside({"helper"}, "x07 run .")
+    ((own,), (other,)) = (hints(text % name, policy({}), (), START, beside) for name in (b"helper", b"numpy"))
+    assert own.how.flag == "x07 run ."
+    assert "--include python3-numpy" in (other.how.flag or "")
 
 
 def test_a_program_that_is_missed_is_hinted_at() -> None:

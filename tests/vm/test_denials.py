@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Final
@@ -316,3 +317,21 @@ def test_a_newcomer_reads_what_to_add(state: Path, tmp_path: Path, root: Path) -
     )
     done = subprocess.run([*argv[:4], *flags, argv[4]], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "--include python3-nothing-like-it" in done.stderr
+
+
+def test_a_module_beside_the_program_comes_with_a_project(state: Path, tmp_path: Path) -> None:
+    """Who runs one file of several is told how to make a project of them, and that runs."""
+    assert state.parent.is_dir()
+    (tmp_path / "it s.py").write_text("import helper\nprint(helper.NUMBER)\n")
+    (tmp_path / "helper.py").write_text("NUMBER = 5\n")
+
+    def x07(*words: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+        return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    said = x07("run", "it s.py").stderr.splitlines()[-1]
+    first, then = said.removesuffix(", lets it").partition("; ")[2].split(", after ")
+    assert (first.split()[0], then.split()[0]) == ("x07", "x07")
+    x07(*shlex.split(then)[1:])
+    done = x07(*shlex.split(first)[1:])
+    assert (done.returncode, done.stdout) == (0, "5\n")

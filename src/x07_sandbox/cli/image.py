@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.console import Progress, say, show
 from x07_sandbox.cli.documents import deliver, print_document
-from x07_sandbox.cli.usage import add_document_flags
+from x07_sandbox.cli.usage import add_document_flags, named_folder
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
@@ -71,7 +71,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     )
     build.add_argument(
         "--x07-toolchain",
-        type=Path,
+        type=named_folder,
         metavar="DIR",
         help="X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs; kept by later builds",
     )

@@ -93,8 +93,9 @@ run, the built-in default too. Each may stand there any number of times.
 _FILES: Final = """
 ## Files
 
-`fs.read_roots` and `fs.write_roots` name folders, or single files, of the host. A relative one is below the folder
-where the command was started, or the project's with a manifest; the program finds it below its own working directory.
+`fs.read_roots` and `fs.write_roots` name folders, or single files, of the host, without the blanks around a name. A
+relative one is below the folder where the command was started, or the project's with a manifest; the program finds it
+below its own working directory.
 An absolute one has the same path in the machine. A root that would lie over the machine's own system (`/usr`, `/etc`,
 `/var`, ...), that leads out of its folder, or to which a link leads is refused. With `fs.enabled` false none is given.
 

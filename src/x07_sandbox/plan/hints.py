@@ -2,7 +2,7 @@
 
 A path that is not there, and a program or a module that is not installed, are no refusals, and are never counted as
 such: most programs look for many. Pure; the text is the program's, and says whatever it wants: it is shown, and nothing
-is looked up by it.
+is looked up by it: what lies beside the program on the host is told beforehand.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import posixpath
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.plan.denials import Hint, HowToAllow
 from x07_sandbox.plan.observed import allowing, root_to_allow, to_load
 from x07_sandbox.plan.places import PROGRAM, inside, place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from x07_sandbox.plan.denials import Area
     from x07_sandbox.policy.model import Policy
@@ -50,12 +50,20 @@ _COMMAND: Final = re.compile(
 _MODULE: Final = re.compile(r"^ModuleNotFoundError: No module named '(\w{1,100})", re.MULTILINE | re.ASCII)
 
 
-def hints(tail: bytes, policy: Policy, areas: Sequence[Area], cwd: str) -> list[Hint]:
+class Beside(NamedTuple):
+    """What lies beside a program of one file on the host, and stays there. flag: how it goes in, as a project."""
+
+    modules: Collection[str]
+    flag: str
+
+
+def hints(tail: bytes, policy: Policy, areas: Sequence[Area], cwd: str, beside: Beside | None = None) -> list[Hint]:
     """What the program seems to have missed, at most three things. tail: the end of its error output."""
     text = tail.decode("utf-8", "replace")
-    found = dict.fromkeys((*_paths(text, policy, areas, cwd), *_MODULE.findall(text)))
+    paths = dict.fromkeys(_paths(text, policy, areas, cwd))
+    modules = (_module(name, beside) for name in dict.fromkeys(_MODULE.findall(text)))
     programs = map(_program, dict.fromkeys((*_PROGRAM.findall(text), *_COMMAND.findall(text))))
-    told = (*_libraries(text, policy, areas, cwd), *programs, *(_hint(what, policy) for what in found))
+    told = (*_libraries(text, policy, areas, cwd), *programs, *(_hint(path, policy) for path in paths), *modules)
     return list(itertools.islice((hint for hint in told if hint is not None), _MOST))
 
 
@@ -87,18 +95,23 @@ def _hidden(path: str, policy: Policy) -> bool:
     return place(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0] != place(path, PROGRAM, deny_hidden=False)[0]
 
 
-def _hint(what: str, policy: Policy) -> Hint | None:
+def _hint(path: str, policy: Policy) -> Hint | None:
     """None where no policy can bring it."""
-    if "/" in what and _hidden(what, policy):
+    if _hidden(path, policy):
         field, value = ("fs.deny_hidden", False) if policy.fs.enabled else ("fs.enabled", True)
         how = allowing(policy, field, value)
-        return None if how is None else Hint(subject=what, how=how)
-    if "/" in what:
-        folder = what.rpartition("/")[0]
-        how = root_to_allow(policy, "read_roots", what)
-        there = folder and place(folder, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
-        # What it was to be opened for is not said; a file that is to be made needs its folder.
-        to_write = root_to_allow(policy, "write_roots", folder) if there else None
-        return None if how is None else Hint(subject=what, how=how, to_write=to_write)
-    flag = f"--image NAME, after x07 image build --name NAME --include python3-{what.lower().replace('_', '-')},"
-    return Hint(subject=f"the Python module {what}", how=HowToAllow(json_path=None, value=None, flag=flag))
+        return None if how is None else Hint(subject=path, how=how)
+    folder = path.rpartition("/")[0]
+    how = root_to_allow(policy, "read_roots", path)
+    there = folder and place(folder, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
+    # What it was to be opened for is not said; a file that is to be made needs its folder.
+    to_write = root_to_allow(policy, "write_roots", folder) if there else None
+    return None if how is None else Hint(subject=path, how=how, to_write=to_write)
+
+
+def _module(name: str, beside: Beside | None) -> Hint:
+    if beside is not None and name in beside.modules:
+        flag = beside.flag
+    else:
+        flag = f"--image NAME, after x07 image build --name NAME --include python3-{name.lower().replace('_', '-')},"
+    return Hint(subject=f"the Python module {name}", how=HowToAllow(json_path=None, value=None, flag=flag))

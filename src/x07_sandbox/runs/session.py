@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.qemu.backend import QemuBackend
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.plan.controls import RunLimits
+    from x07_sandbox.plan.hints import Beside
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.policy import Policy
     from x07_sandbox.programs.toolchains import Toolchain
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 _TAIL_BYTES = 64 * 1024  # of its error output, in which a failed program may have said what it missed
+_BESIDE_MAX = 10_000  # names of the folder that a program lies in
 _ANY_TIMER = "the {name} machine may have a timer that is late: each booted before it measured its own wrong"
 # Where a program with a manifest starts: the same private folder, under the name that relative roots have.
 _PROJECT_MOUNT: dict[str, Any] = {"tree": None, "sub": "", "at": PROJECT_FOLDER, "write": True, "changes": False}
@@ -423,14 +426,35 @@ class Session:
                 observed.too_much_output(stream, None if fixed else output_caps(self.request, toolchain)[0])
             )
         if facts.stderr_tail:
-            from x07_sandbox.plan.hints import hints
+            from x07_sandbox.plan.hints import hints  # not on the way of a program that ends well
 
-            so_far.hints = hints(facts.stderr_tail, policy, spec.areas, spec.cwd)
+            so_far.hints = hints(facts.stderr_tail, policy, spec.areas, spec.cwd, _beside(self.request, self.program))
 
 
 def _tail(fd: int) -> bytes:
     """The end of what a program wrote."""
     return os.pread(fd, _TAIL_BYTES, max(0, os.fstat(fd).st_size - _TAIL_BYTES))
+
+
+def _beside(request: RunRequest, program: Program) -> Beside | None:
+    """The modules that lie beside a program of one file, for a hint to one that it missed."""
+    import shlex
+
+    from x07_sandbox.plan.hints import Beside
+    from x07_sandbox.programs.manifest import FILE
+
+    if request.program is None or program.project or program.toolchain.name != "python":
+        return None
+    folder, name = request.program.parent, request.program.name
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry.name for entry in itertools.islice(entries, _BESIDE_MAX)]
+    except OSError:
+        found = []
+    flag = f"x07 run {shlex.quote(str(folder))}"
+    if FILE not in found:
+        flag += f", after x07 init --toolchain python --entry {shlex.quote(name)} {shlex.quote(str(folder))},"
+    return Beside({one.removesuffix(".py") for one in found}, flag)
 
 
 def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
