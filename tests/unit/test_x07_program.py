@@ -411,12 +411,6 @@ def test_the_runner_takes_no_option_twice(words: tuple[str, ...], capfd: pytest.
     assert f"argument {words[0]}: it is given more than once" in capfd.readouterr().err
 
 
-def test_an_empty_name_is_no_bug_of_the_runner(capfd: pytest.CaptureFixture[str]) -> None:
-    """x07-os-runner refuses a project without a name in plain words."""
-    assert os_runner.main(["--world", "run-os-sandboxed", "--policy", "built-in:cli", "--project", ""]) == 2
-    assert "cannot run the project" in capfd.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["x07.json", "main.x07.json"])
 def test_a_name_that_no_file_can_have_is_told(project: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """X07's project or program under a name that is too long is wrong usage that says so, exit code 2."""
