@@ -22,7 +22,7 @@ from x07_sandbox.files.collisions import collisions, folds, knows_no_case
 from x07_sandbox.files.copy import Bounds, Stayed, stays_inside
 from x07_sandbox.files.incoming import Incoming, Told
 from x07_sandbox.files.judge import Allowed, Judged, judge
-from x07_sandbox.files.protected import Protection
+from x07_sandbox.files.protected import Protection, repository_around
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -238,14 +238,32 @@ def test_a_root_is_let_by_what_it_is_protected_for() -> None:
         ((".github/.git/*",), ".github/.git/hooks/x", True),
         (("src",), "src/.git/config", False),
         (("*",), "src/.git/config", True),
+        ((".github",), ".github/policy.json", False),
+        ((".github/policy.json",), ".github/policy.json", True),
     ],
 )
 def test_a_pattern_lets_no_other_protected_name_below_it(patterns: tuple[str, ...], name: str, *, lets: bool) -> None:
     """A pattern for a part of a path lets that part go, and not what is protected for another part of it."""
-    assert (not Protection(ROOT, (), patterns).why(name)) is lets
+    own = (".github/policy.json",)  # the policy in use
+    assert (not Protection(ROOT, own, patterns).why(name)) is lets
     root, _, part = name.partition("/")
     if "/" not in patterns[0]:
-        assert (not Protection(f"/home/u/{root}", (), patterns).why(part)) is lets
+        assert (not Protection(f"/home/u/{root}", (own[0].partition("/")[2],), patterns).why(part)) is lets
+
+
+def test_what_git_takes_for_a_repository_is_let_by_its_own_name_alone() -> None:
+    """A pattern for a part above it lets nothing in it, and a root in a `.git` stays closed to a pattern for others."""
+    names = [".github/b/HEAD", ".github/b/config", ".github/b/objects", ".github/b/refs"]
+    assert set(Protection(ROOT, (), (".github",)).repositories(names, names)) == set(names)
+    assert Protection(ROOT, (), (".github", ".github/b*")).repositories(names, names) == {}
+    assert Protection("/p/.git", (), (".github",)).why(".github/x")
+    assert Protection("/p/.git", (), (".github", ".git")).why(".github/x") == ""
+
+
+@pytest.mark.parametrize("root", ["//srv/x", "/srv/x", "/"])
+def test_what_lies_around_any_root_is_looked_at_and_no_further(root: str) -> None:
+    """Also the root of all, and a name that begins with two slashes, have an end."""
+    assert repository_around(root) == ""
 
 
 def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:

@@ -49,6 +49,13 @@ def test_a_named_folder_comes_before_all_others(environment: pytest.MonkeyPatch)
     assert (str(state_dir()), str(cache_dir())) == ("/state", "/cache")
 
 
+def test_two_slashes_at_the_beginning_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux takes them for one, so what is compared with a folder of ours by its name must not differ by them."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", "//srv/jobs")
+    monkeypatch.setenv("X07_VM_CACHE_DIR", "///srv/cache")
+    assert (str(state_dir()), str(cache_dir())) == ("/srv/jobs", "/srv/cache")
+
+
 def test_an_empty_variable_counts_as_unset(environment: pytest.MonkeyPatch) -> None:
     """A variable that is set to nothing names no place."""
     for name in VARIABLES:

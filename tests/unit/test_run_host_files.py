@@ -43,7 +43,7 @@ from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.kept import do, find, recover_all, undo
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.result import Changes
+from x07_sandbox.runs.result import ChangedName, Changes
 from x07_sandbox.runs.run import attempt, failure, host_files_of
 from x07_sandbox.runs.session import Progress
 from x07_sandbox.runs.streams import Cancel
@@ -957,16 +957,20 @@ def test_a_result_names_every_deletion(run: Run) -> None:
 
 
 def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where a result has fewer names than were deleted, the command lists all of them from the run's folder."""
+    """However many there are the command lists all of them, by path where the run has changed another root too."""
     gone = [f"gone {number}" for number in range(1500)]
     node = Node(kind="file", mode=0o644, sha256="0" * 64)
     changes = tuple(Change(name=name, before=node, after=None) for name in sorted(gone))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=changes)
-    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    ended = msgspec.structs.replace(result(), run=RUN, changes=Changes(state="kept", deleted=1500))
-    tell(ended)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if "deleted: gone" in line] == [f"x07: deleted: {name}" for name in sorted(gone)]
+    more = (Change(name="new", before=None, after=node),)
+    other = RootChanges(root="/other", guest="/o", missing=False, changes=more)
+    names = tuple(ChangedName(root=str(run.root), name=name, action="deleted") for name in sorted(gone))
+    for added, roots, above in ((0, (root,), ""), (1, (root, other), f"{run.root}/")):
+        kept(ChangeSet(run=RUN, roots=roots), run.folder.path)
+        told = Changes(state="kept", added=added, deleted=1500, names=names)
+        tell(msgspec.structs.replace(result(), run=RUN, changes=told))
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("x07: deleted: ")]
+        assert lines == [f"x07: deleted: {above}{name}" for name in sorted(gone)]
 
 
 def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -335,3 +336,15 @@ def test_a_module_beside_the_program_comes_with_a_project(state: Path, tmp_path:
     x07(*shlex.split(then)[1:])
     done = x07(*shlex.split(first)[1:])
     assert (done.returncode, done.stdout) == (0, "5\n")
+
+
+def test_a_folder_that_no_line_can_name_is_no_hint(state: Path, tmp_path: Path) -> None:
+    """A program that misses a module in a folder whose name is no UTF-8 has its result like any other."""
+    assert state.parent.is_dir()
+    folder = tmp_path / "fo\udcff"
+    folder.mkdir()
+    (folder / "it.py").write_text("import helper\n")
+    (folder / "helper.py").touch()
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", str(folder / "it.py")]
+    done = subprocess.run(argv, capture_output=True, check=False)
+    assert json.loads(done.stdout)["outcome"] == "failed"

@@ -14,6 +14,7 @@ import msgspec
 
 from x07_sandbox.cli.console import put, say
 from x07_sandbox.cli.refused import how
+from x07_sandbox.cli.usage import named
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.files.changes import ChangeSet, called, decode, path_of, shown
 from x07_sandbox.files.patch import TEXT_MAX, patch
@@ -33,7 +34,11 @@ _RETURN: Final = re.compile(rb"\r(?!\n)")
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The argument that all of them take; none of the run's files becomes their --report-out."""
     parser.add_argument(
-        "run", nargs="?", metavar="RUN", help="its name, or the beginning of it (default: the latest with changes)"
+        "run",
+        nargs="?",
+        type=named,
+        metavar="RUN",
+        help="its name, or the beginning of it (default: the latest with changes)",
     )
     parser.set_defaults(writes=_touched)
 
@@ -59,9 +64,9 @@ def lines(result: Result) -> list[str]:
     if changes.state == "none":
         return []
     several = len({one.root for one in changes.names}) > 1
+    if len(changes.names) < changes.added + changes.changed + changes.deleted:  # others may be of further roots
+        several = find(result.run).changes.of_several
     deleted = [called(one.root, one.name, of_several=several) for one in changes.names if one.action == "deleted"]
-    if len(deleted) < changes.deleted:  # a result has no more names than these; all are in the run's folder
-        deleted = _deleted(find(result.run).changes)
     kept_back = (denial for denial in result.denials if denial.action == "change")
     refused = [f"may not be done: {denial.subject}{how(denial.how_to_allow)}" for denial in kept_back]
     return [*(f"deleted: {name}" for name in deleted), *refused, closing(changes)]

@@ -12,7 +12,7 @@ from typing import Final
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import print_line
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
-from x07_sandbox.cli.usage import add_document_flags, named_folder
+from x07_sandbox.cli.usage import add_document_flags, named, named_folder
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, project_root, write_document
 from x07_sandbox.host.paths import real_path
@@ -47,7 +47,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         "folder", nargs="?", type=named_folder, default=Path(), metavar="DIR", help="where (default: here)"
     )
     parser.add_argument("--toolchain", choices=tuple(SUFFIXES), metavar="T", help=f"one of {', '.join(SUFFIXES)}")
-    parser.add_argument("--entry", metavar="FILE", help="python, shell: the file that is started (default: main)")
+    parser.add_argument(
+        "--entry", type=named, metavar="FILE", help="python, shell: the file that is started (default: main)"
+    )
     parser.add_argument("--artifact", metavar="FILE", help="make: what it makes (default: its first target)")
     parser.add_argument(
         "--template",

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, print_line
+from x07_sandbox.cli.usage import named_file
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.paths import is_folder, real_path
@@ -43,7 +44,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
     )
     parser.add_argument("--template", required=True, choices=tuple(TEMPLATES), metavar="T", help="which one, see below")
     parser.add_argument(
-        "--project", type=Path, metavar="FILE", help="the project's file (default: x07.json above here)"
+        "--project", type=named_file, metavar="FILE", help="the project's file (default: x07.json above here)"
     )
     parser.add_argument("--policy-id", metavar="ID", help="the policy's name (default: sandbox.T.base)")
     parser.add_argument("--force", action="store_true", help="overwrite a file with another content")
@@ -54,7 +55,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
         metavar="report|policy",
         help="what is printed: one line of JSON about the file, or the policy itself (default: report)",
     )
-    parser.add_argument("--out", type=Path, metavar="PATH", help="where to, from the project's folder")
+    parser.add_argument("--out", type=named_file, metavar="PATH", help="where to, from the project's folder")
     parser.add_argument("--mkdir-out", action="store_true", help="make the folder that --out names")
     parser.set_defaults(carry_out=_init, writes=_writes)
     return parser

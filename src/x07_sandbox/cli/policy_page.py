@@ -120,8 +120,9 @@ keeps its own records and its cache, new names that differ from another in case 
 for one, and names that other tools run or obey (`.git` in any spelling, a folder that git would take for a repository,
 with roots in it, files of shells, editors, CI and assistants, `x07-sandbox.toml`, `x07.json`, the policy in use with
 every link on the way to it). Only `--allow-protected PATTERN` of `x07 run` and `x07 apply` lets a name of the last
-kind, which no policy can do (PATTERN is for its path below the root, or for each part of that which is protected, so
-that `.github` lets no `.git` in it); any other reason against that name stands. What was not copied in is neither
+kind, which no policy can do (PATTERN is for its path below the root, a `*` for slashes too; or for each part of that
+which is protected, so that `.github` lets no `.git` in it, and neither the policy in use nor what git takes for a
+repository); any other reason against that name stands. What was not copied in is neither
 replaced nor removed: a change that would do so (it takes away a folder that holds a key) is refused, with what lets
 that in. **One refused entry keeps all back**: nothing is applied, each is named with all its reasons, the exit code is
 125 where the program ended well, and `x07 apply --skip PATH` does the rest; a folder that was removed stays if it holds
@@ -137,13 +138,14 @@ back; after one part another is applied only once that is undone. A file with se
 each in the machine: what is changed of one becomes a file of its own. What replaces a file has its owner and group; who
 may not give it these applies nothing. What is new, and what was deleted and comes back by `x07 undo`, belongs to who
 applies it, and has its content and permission bits alone: not the group of a set-group-id folder, no set-id or sticky
-bit, no attributes, no times, no other names. Where a program has closed a folder to its owner, only root can take that
-back. The mode of a root itself stays as it was, and a warning says so. A root cannot be replaced, renamed or removed by
-the program (`EBUSY`), a single file neither: to write a file anew and rename it, as `sed -i` does, it needs the folder
-as a root. What lies in a write root can, also where it is named as a root itself, unless that one leaves it out
-(`--reveal` lets a secret join it) or a list of programs names the file. From one root to another nothing is renamed
-(`EXDEV`), as between file systems. A write root that is not there is an empty folder for the program, and is made if it
-is to hold something. On a file system that keeps no modes (vfat, NTFS) all is applied but modes.
+bit, no attributes, no times, no other names. Where a program has closed a folder to its owner, an ordinary user cannot
+take that back: `x07` cannot look into it, and made readable it is no more what the run left. The mode of a root itself
+stays as it was, and a warning says so. A root cannot be replaced, renamed or removed by the program (`EBUSY`), a single
+file neither: to write a file anew and rename it, as `sed -i` does, it needs the folder as a root. What lies in a write
+root can, also where it is named as a root itself, unless that one leaves it out (`--reveal` lets a secret join it) or a
+list of programs names the file. From one root to another nothing is renamed (`EXDEV`), as between file systems. A write
+root that is not there is an empty folder for the program, and is made if it is to hold something. On a file system that
+keeps no modes (vfat, NTFS) all is applied but modes.
 `--out DIR` is a write root that the program finds as `/x07/out`; with `fs.enabled` false it is refused.
 """
 _PROCESSES: Final = """
@@ -204,14 +206,14 @@ x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it 
 | `threads.enabled`, `process.allow_spawn`, `_exec` | threads, children, executing | the guest's seccomp filter |
 | `process.allow_execs`, `process.allow_exec_prefixes` | programs that no list names | the audit |
 | `limits.procs`, `process.max_live`, `limits.fds` | one more task or descriptor | control group, audit |
-| `limits.fds`, `limits.core_dumps` | a higher limit of its own (`ulimit`) | the audit |
+| `limits.fds`, `limits.core_dumps`, `limits.cpu_ms` | a higher limit of its own (`ulimit`) | the audit |
 | `limits.wall_ms`, `limits.cpu_ms`, `limits.mem_bytes` | what ended the program | deadline, control group |
 | `output` | more output than `--max-output-bytes` | what the host counts |
 | `limits.mem_bytes` | writing where `/tmp` or `/dev/shm` is full | what is left in them when the program has ended |
 | `permissions`, `system-calls`, `scratch` | what nothing allows: `how_to_allow` is null | audit, filter, disk |
 
-Where no policy was given, `x07 policy init --template default --out policy.json` writes the one that applied, to be
-changed and given with `--policy policy.json`.
+Where no policy was given, `x07 policy init --template default --out "$PWD/policy.json"` writes the one that applied, to
+be changed and given with `--policy policy.json`.
 
 Doing what `how_to_allow` says never makes an invalid policy: where a rule wants another field first (above: "comes
 first"), that is what it says, and the next run tells the rest. Where a policy could not say it (a path with `;`), it is

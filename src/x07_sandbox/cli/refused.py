@@ -28,14 +28,16 @@ def tell(result: Result) -> None:
     for line in told:
         say(line)
     if any(_IN_POLICY in line for line in told) and result.digests.policy == _default_digest():
-        say("to change that policy: x07 policy init --template default --out policy.json, then --policy policy.json")
+        # Relative to a project's folder, where one lies around this: so the whole name.
+        out = '"$PWD/policy.json"'
+        say(f"to change that policy: x07 policy init --template default --out {out}, then --policy policy.json")
 
 
 def for_flags(result: Result, flags: Collection[str]) -> Result:
     """The result as a command with these flags alone tells it: what is advised can be done there, or by x07 run."""
 
     def adapted(allowing: HowToAllow | None) -> HowToAllow | None:
-        if allowing is None or not allowing.flag or allowing.flag.partition(" ")[0] in flags:
+        if allowing is None or not allowing.flag or allowing.flag.partition(" ")[0] in {*flags, "x07"}:
             return allowing
         return replace(allowing, flag=None if allowing.json_path is not None else f"x07 run with {allowing.flag}")
 

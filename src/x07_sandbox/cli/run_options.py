@@ -8,6 +8,7 @@ from x07_sandbox.cli.usage import (
     Once,
     add_document_flags,
     name_pattern,
+    named,
     named_file,
     named_folder,
     seconds,
@@ -138,6 +139,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allow-protected",
         action="append",
+        type=named,
         default=[],
         metavar="PATTERN",
         help="let it change names that other tools run or obey (.git, Jenkinsfile): docs/policy.md",

@@ -66,7 +66,7 @@ def named_file(text: str) -> Path:
 
 def name_pattern(text: str) -> str:
     """A type of options: a pattern for one name. With a slash none would match it, and nobody would be told."""
-    if not text or "/" in text:
+    if text in {"", ".", ".."} or "/" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no pattern for a name: it has no slash, and is not empty")
     return text
 

@@ -37,6 +37,7 @@ from x07_sandbox.host.paths import private_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
 
     from x07_sandbox.files.checks import Found
     from x07_sandbox.files.journal import Step
@@ -65,21 +66,30 @@ class _Inverse(NamedTuple):
     prefix: str
 
 
-def apply(changes: ChangeSet, data_fd: int, folder: Path, *, on_wait: OnWait | None = None) -> ChangeSet:
+def apply(
+    changes: ChangeSet,
+    data_fd: int,
+    folder: Path,
+    *,
+    on_wait: OnWait | None = None,
+    keeps: bool = True,
+    around: AbstractContextManager[None] | None = None,
+) -> ChangeSet:
     """Bring the host from what the set says was there to what is to be, and give what undoes it.
 
     data_fd: the contents. folder: see above; made if missing. on_wait is called with the path of what another process
     works on, before waiting for it. Where all is as it is to be nothing is done, and what undoes it is empty. A part of
-    a set of which another part is applied is refused: the folder has room for what undoes one.
+    a set of which another part is applied is refused: the folder has room for what undoes one. keeps: whether what
+    undoes it is kept. around: what is to be so while the folder is locked, and nothing half done is in it.
 
     Raises ValueError for a set that makes no sense, ConflictError, HostError: nothing is changed then, but for a
     HostError that says that something was in the way of undoing: recover() goes on with that.
     """
     check_set(changes)
-    with _opened(folder, on_wait):
+    with _opened(folder, on_wait), around or contextlib.nullcontext():
         _recover(folder, on_wait)
         with _told(folder):
-            return _apply(changes, data_fd, folder, on_wait)
+            return _apply(changes, data_fd, folder, on_wait, keeps=keeps)
 
 
 def recover(folder: Path, *, on_wait: OnWait | None = None) -> None:
@@ -90,7 +100,7 @@ def recover(folder: Path, *, on_wait: OnWait | None = None) -> None:
         _recover(folder, on_wait)
 
 
-def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | None) -> ChangeSet:
+def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | None, *, keeps: bool) -> ChangeSet:
     roots = [root for root in changes.roots if root.changes]
     anchors = [reached_by(root) for root in roots]
     with _sites((path for path, _ in anchors), on_wait) as by_path:
@@ -115,7 +125,7 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
             planner.add(next(i for i, site in enumerate(sites) if site is by_path[path]), one.items)
             inverse.append(_Inverse(_inverse(root, one, planner.steps[before:]), by_path[path], prefix))
         head = Head(run=changes.run, places=tuple(site.place for site in sites))
-        return _execute(folder, head, sites, planner, (inverse, data_fd))
+        return _execute(folder, head, sites, planner, (inverse, data_fd), keeps=keeps)
 
 
 def _check_part(kept: set[tuple[str, str]], both: list[tuple[RootChanges, Found]], wrong: list[str]) -> None:
@@ -140,7 +150,7 @@ def _inverse(root: RootChanges, found: Found, steps: list[Step]) -> RootChanges:
 
 
 def _execute(
-    folder: Path, head: Head, sites: list[Site], planner: Planner, sets: tuple[list[_Inverse], int]
+    folder: Path, head: Head, sites: list[Site], planner: Planner, sets: tuple[list[_Inverse], int], *, keeps: bool
 ) -> ChangeSet:
     """Do it; what undoes it. sets: that, as it is planned, and the contents."""
     inverse, data_fd = sets
@@ -160,8 +170,9 @@ def _execute(
             beneath.sync(site.fd)
         roots = (one.root if one.site.modes else as_kept(one.root, one.site.fd, one.prefix) for one in inverse)
         undoing = ChangeSet(run=head.run, roots=tuple(roots))
-        prepare(folder, undoing)
-        keep(folder, sites, steps)
+        if keeps:
+            prepare(folder, undoing)
+            keep(folder, sites, steps)
         journal.commit(folder)
     except BaseException:
         # An interrupt may come when the mark has just been made.

@@ -242,5 +242,5 @@ def _unseen(exc: OSError, path: str) -> HostError:
     if exc.errno == errno.EXDEV:
         fix = "Unmount it, or name what is mounted as a root of its own"
         return HostError("cannot apply the changes", f"a mount point lies on the way to {path!a}", fix)
-    fix = "Make it readable; where a folder is to stay closed to its owner, only root can"
+    fix = "Make it readable, unless its mode is what the run changed: then bring it back by hand"
     return HostError("cannot apply the changes", f"{path!a}: {exc.strerror or exc}", fix)

@@ -105,13 +105,16 @@ class Protection:
         self._place = self._whole(root).rstrip("/")
         lets = [self._lets_part(part) for part in root.split("/") if self._part(part)]
         self._lets_root = bool(lets) and all(lets)
+        self._left = not all(lets)
 
     def why(self, name: str) -> str:
         """Why *name* may not be changed; empty if it may."""
-        if self.lets(name):
+        if self._is_named(name):
             return ""
         if self._own and self._whole(name) in self._own:
             return "it is the policy or the manifest in use"
+        if self.lets(name):
+            return ""
         folder, _, part = name.rpartition("/")
         above = _inherited(folder, self._folders, lambda inner: self._part(inner.rpartition("/")[2]) or None)
         return self._root or above or self._part(part)
@@ -125,11 +128,11 @@ class Protection:
         """Whether the host's owner has let *name* go: as it is written, or as it is compared."""
         if not self._allowed:
             return False
-        if self._matches(name, self._whole(name)):
+        if self._is_named(name):
             return True
         parts = (name or self._name).split("/")
         # Who lets one part go, a folder of CI tasks say, has not let go a `.git` that a program puts into it.
-        left = any(self._part(part) and not self._lets_part(part) for part in parts)
+        left = self._left or any(self._part(part) and not self._lets_part(part) for part in parts)
         return not left and (self._lets_root or any(map(self._lets_part, parts)))
 
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
@@ -152,9 +155,13 @@ class Protection:
         for name in changed:
             above = name.rpartition("/")[0]
             place = _inherited(above, inside, lambda inner: inner if whole(inner) in bare else None) if name else None
-            if place is not None and not self.lets(name):
+            if place is not None and not self._is_named(name):
                 refused[name] = _of_repository(shown(place) or "the root")
         return refused
+
+    def _is_named(self, name: str) -> bool:
+        """Whether a pattern is for this very name, and not for a part of it only."""
+        return self._matches(name, self._whole(name))
 
     def _whole(self, name: str) -> str:
         return "/".join(map(self._folded, name.split("/")))
@@ -179,7 +186,7 @@ def repository_around(root: str) -> str:
     A `.git` on the way belongs to a work tree of its own, and git looks no further.
     """
     here = root
-    while here != "/" and not os.path.lexists(f"{here}/.git"):
+    while here.strip("/") and not os.path.lexists(f"{here}/.git"):
         here = posixpath.dirname(here)
         has = {name for name in _GIT_FILES if os.path.lexists(posixpath.join(here, name))}
         if "HEAD" in has and ("commondir" in has or has >= _GIT_NEEDS):

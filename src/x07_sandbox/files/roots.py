@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import UsageError
+from x07_sandbox.host.paths import one_slash
 from x07_sandbox.plan.places import inside, place
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def roots_of(policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
         for given in names:
             guest, _ = place(given, start, deny_hidden=policy.fs.deny_hidden)
             if guest is not None:
-                host = os.path.normpath(base / given)
+                host = one_slash(os.path.normpath(base / given))
                 found.append(Root(field=field, given=given, host=host, guest=guest, write=field == "fs.write_roots"))
     return tuple(found)
 

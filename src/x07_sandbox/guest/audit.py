@@ -49,7 +49,6 @@ _SOURCES: Final = frozenset({"link", "linkat"})
 _FOLDERS: Final[dict[str, tuple[bytes, ...]]] = {
     **dict.fromkeys(("openat", "openat2", "mkdirat", "unlinkat", "mknodat", "fchmodat", "fchmodat2"), (b"a0",)),
     **dict.fromkeys(("fchownat", "utimensat", "execveat", "newfstatat", "statx", "readlinkat"), (b"a0",)),
-    **dict.fromkeys(("faccessat", "faccessat2"), (b"a0",)),
     **dict.fromkeys(("renameat", "renameat2", "linkat"), (b"a0", b"a2")),
     "symlinkat": (b"a1",),
 }
@@ -58,19 +57,11 @@ _WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 ERRNOS: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.EBUSY)
 # What ends with EBUSY where a folder or file is mounted, as roots are. Of other calls it is not asked for.
 _REPLACES: Final = frozenset({"rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir"})
-# How a call says what for: the argument with its flags, and those that mean writing. Any other one that is not below
-# changes something.
-_FLAGS: Final = {
-    "open": (b"a1", _WRITES),
-    "openat": (b"a2", _WRITES),
-    "access": (b"a1", os.W_OK),
-    "faccessat": (b"a2", os.W_OK),
-    "faccessat2": (b"a2", os.W_OK),
-}
-_ASKS: Final = frozenset({"access", "faccessat", "faccessat2"})
+# How a call that opens says what for: the argument with its flags. Any other one that is not below changes something.
+_FLAGS: Final = {"open": b"a1", "openat": b"a2"}
 # What a process asks to raise: the argument that names the resource, and what of these a policy decides (getrlimit(2)).
 _RAISES: Final = {"setrlimit": b"a0", "prlimit64": b"a1"}
-_RESOURCES: Final = {4: "core", 7: "nofile"}
+_RESOURCES: Final = {0: "cpu", 4: "core", 7: "nofile"}
 _READS_ONLY: Final = frozenset(
     {"openat2", "execve", "execveat", "chdir", "stat", "lstat", "newfstatat", "statx", "readlink", "readlinkat"}
 )
@@ -83,7 +74,7 @@ class Refusal(NamedTuple):
     """One kind of refused call.
 
     by: `kernel` or `seccomp`. path: as text, empty where the call names none; with a slash at its end where something
-    new was to be made in that folder; of a call that raises a limit, `core` or `nofile`.
+    new was to be made in that folder; of a call that raises a limit, `core`, `cpu` or `nofile`.
     """
 
     by: str
@@ -140,10 +131,10 @@ class Audit:
         # The kernel's thread that sends records has had its turn by now, or has it here. Where there is none at all,
         # none is lost either, and asking for that would cost most programs milliseconds.
         self.take()
-        if not self._refusals.any():
+        if not self._refusals.heard:
             os.sched_yield()
             self.take()
-            if not self._refusals.any():
+            if not self._refusals.heard:
                 return {}, 0
         while True:
             late = time.monotonic() > deadline
@@ -215,10 +206,7 @@ class Refusals:
         self._begun: dict[bytes, _Call] = {}
         self.found: dict[Refusal, int] = {}
         self.untold = 0
-
-    def any(self) -> bool:
-        """Whether anything was heard of."""
-        return bool(self.found or self._begun or self.untold)
+        self.heard = False  # of anything, also what is no refusal: where records are, some may be lost
 
     def forget(self, find: Find | None = None, roots: Sequence[str] = ()) -> None:
         """Begin anew."""
@@ -227,6 +215,7 @@ class Refusals:
         self._begun.clear()
         self.found.clear()
         self.untold = 0
+        self.heard = False
 
     def finish(self) -> None:
         """No more comes: count calls whose records are not whole as far as they are known."""
@@ -236,6 +225,7 @@ class Refusals:
 
     def note(self, kind: int, text: bytes) -> None:
         """Take a record: its type, and its text from "audit(" on."""
+        self.heard = True
         serial, _, rest = text.partition(b": ")
         if kind == _SECCOMP:
             values = _values(rest)
@@ -256,15 +246,15 @@ class Refusals:
         # A call that the kernel tells of for another reason (a new login uid, say) is recorded though it went well.
         if error not in ERRNOS:
             return
-        argument, writes = _FLAGS.get(name, (b"", 0))
-        flags = _number(values.get(argument, b""), 16)
-        if name in _ASKS and flags == os.X_OK:  # looking for programs meets many files that are none
+        # Of another process's limits none is ours to raise, and where there is no new one they are only read.
+        if name == "prlimit64" and not (values.get(b"a0") == b"0" and values.get(b"a2") != b"0"):
             return
+        argument = _FLAGS.get(name)
         call = _Call("kernel", name, error, items=_number(values.get(b"items", b"")))
-        call.write = bool(flags & writes) if argument else name not in _READS_ONLY
+        call.write = bool(_number(values.get(argument, b""), 16) & _WRITES) if argument else name not in _READS_ONLY
         call.write |= call.errno == errno.EROFS  # flags of openat2 lie in memory
         if name in _RAISES:
-            call.path = _RESOURCES.get(_number(values.get(_RAISES[name], b""), 16), "")
+            call.path = _RESOURCES.get(_number(values.get(_RAISES[name], b""), 16) & 0xFFFFFFFF, "")
         folders = (_number(values.get(word, b""), 16) & 0xFFFFFFFF for word in _FOLDERS.get(name, ()))
         call.elsewhere = any(folder != _AT_FDCWD for folder in folders)
         if len(self._begun) >= _OPEN:

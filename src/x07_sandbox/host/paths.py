@@ -33,10 +33,15 @@ def state_dir() -> Path:
 
 
 def _absolute(value: str, name: str) -> Path:
-    path = Path(value)
+    path = Path(one_slash(value))
     if not path.is_absolute():
         raise HostError(f"cannot use {name}", f"{value!r} is not an absolute path", f"Set {name} to an absolute path")
     return path
+
+
+def one_slash(path: str) -> str:
+    """*path* with one slash at its beginning where it has two: another place to POSIX, not to Linux."""
+    return f"/{path.lstrip('/')}" if path.startswith("//") else path
 
 
 def _home() -> Path:

@@ -45,7 +45,7 @@ _PROGRAM: Final = re.compile(
 )
 # As bash and dash say it of one that a script names: "it.sh: line 3: jq: command not found", "it.sh: 3: jq: not found".
 _COMMAND: Final = re.compile(
-    r"^[^:\n]{1,255}: (?:line )?\d+: ([\w.+-]{1,100}): (?:command )?not found$", re.MULTILINE | re.ASCII
+    r"^[^:\n]{1,255}: (?:line )?\d+: (\w[\w.+-]{0,99}): (?:command )?not found$", re.MULTILINE | re.ASCII
 )
 _MODULE: Final = re.compile(r"^ModuleNotFoundError: No module named '(\w{1,100})", re.MULTILINE | re.ASCII)
 
@@ -62,8 +62,10 @@ def hints(tail: bytes, policy: Policy, areas: Sequence[Area], cwd: str, beside: 
     text = tail.decode("utf-8", "replace")
     paths = dict.fromkeys(_paths(text, policy, areas, cwd))
     modules = (_module(name, beside) for name in dict.fromkeys(_MODULE.findall(text)))
-    programs = map(_program, dict.fromkeys((*_PROGRAM.findall(text), *_COMMAND.findall(text))))
-    told = (*_libraries(text, policy, areas, cwd), *programs, *(_hint(path, policy) for path in paths), *modules)
+    programs, commands = (map(_program, dict.fromkeys(said.findall(text))) for said in (_PROGRAM, _COMMAND))
+    missing = (_hint(path, policy) for path in paths)
+    # A script that goes on may miss many programs: what else it missed comes before.
+    told = (*_libraries(text, policy, areas, cwd), *programs, *missing, *modules, *commands)
     return list(itertools.islice((hint for hint in told if hint is not None), _MOST))
 
 

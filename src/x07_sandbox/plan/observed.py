@@ -192,6 +192,9 @@ def _limit(body: Mapping[str, Any], policy: Policy) -> Denial:
     if what == "nofile":
         how = _more(policy, "limits.fds", policy.limits.fds)
         return _seen("limits.fds", "raise", "the limit of open descriptors", _RLIMITS, count, how)
+    if what == "cpu":
+        how = _more(policy, "limits.cpu_ms", policy.limits.cpu_ms)
+        return _seen("limits.cpu_ms", "raise", "the limit of CPU time", _RLIMITS, count, how)
     if what == "core":
         how = None if policy.limits.core_dumps else allowing(policy, "limits.core_dumps", value=True)
         return _seen("limits.core_dumps", "raise", "the limit of a core file's size", _RLIMITS, count, how)

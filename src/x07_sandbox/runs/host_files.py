@@ -20,7 +20,7 @@ from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection, repository_around
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import cache_dir, open_own, private_dir, real_path, state_dir
+from x07_sandbox.host.paths import cache_dir, one_slash, open_own, private_dir, real_path, state_dir
 from x07_sandbox.jobs.record import home_of
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Area, Denial, HowToAllow
@@ -266,7 +266,7 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
         fix = "Set fs.enabled to true in it, or leave --out out"
         why = f"fs.enabled is false in policy {policy.policy_id}"
         raise RefusedError("cannot use --out", why, fix).by("fs.enabled", value=True)
-    out = os.path.normpath(real_path(Path()) / request.out)
+    out = one_slash(os.path.normpath(real_path(Path()) / request.out))
     if any(root.guest == OUT for root in roots):
         raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Leave one of them out")
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
@@ -275,7 +275,8 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
 def _kept_by_us() -> list[str]:
     """Where our records lie, sets of changes and journals among them, and our cache: all of it is believed later."""
     root = state_dir()
-    return [str(path) for path in (root, runs_dir(root), home_of(root) / "runner_instance", cache_dir())]
+    places = (root, runs_dir(root), home_of(root) / "runner_instance", cache_dir())
+    return [str(real_path(path)) for path in places]  # as roots are known
 
 
 def _start(program: Program) -> str:

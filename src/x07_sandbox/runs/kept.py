@@ -13,7 +13,7 @@ import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, SandboxError, UsageError
-from x07_sandbox.host.locks import is_locked, opened_lock
+from x07_sandbox.host.locks import folder_to_remove, is_locked, opened_lock
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.runs.folder import APPLYING, runs_dir
 
@@ -81,8 +81,8 @@ def do(kept: KeptChanges, changes: ChangeSet, on_wait: Callable[[str], None]) ->
     """Apply *changes*, which are those of *kept* or a part. Raises ConflictError, HostError."""
     from x07_sandbox.files.apply import apply
 
-    with _sensible(kept.run), (kept.folder / "data").open("rb") as data, applying(kept.run):
-        return apply(changes, data.fileno(), kept.folder, on_wait=on_wait)
+    with _sensible(kept.run), (kept.folder / "data").open("rb") as data:
+        return apply(changes, data.fileno(), kept.folder, on_wait=on_wait, around=applying(kept.run))
 
 
 def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
@@ -102,7 +102,8 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
         data = stack.enter_context((place / "data").open("rb"))
         changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
         try:
-            done = apply(changes, data.fileno(), kept.folder / "undoing", on_wait=on_wait)
+            # What it displaces is what the run wrote, which is kept: a full disk is no reason not to take it back.
+            done = apply(changes, data.fileno(), kept.folder / "undoing", on_wait=on_wait, keeps=False)
         except ConflictError as exc:
             raise (undo_conflict(exc, what) if exc.names else exc) from None
         except HostError as exc:
@@ -132,7 +133,10 @@ def _sensible(run: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def applying(run: str) -> Iterator[None]:
-    """Around what changes the host's files for a run: whatever ends it, `recover_all` finds what it left."""
+    """Around what changes the host's files for a run: whatever ends it, `recover_all` finds what it left.
+
+    Only while the folder of its changes is locked, so that nobody takes away the mark that another has made.
+    """
     from x07_sandbox.files.journal import pending
 
     marker = private_dir(_runs() / APPLYING) / run
@@ -154,6 +158,7 @@ def recover_all(progress: Callable[[str], None]) -> None:
     except OSError:
         return
     from x07_sandbox.files.apply import recover
+    from x07_sandbox.files.journal import pending
 
     for name in names:
         folder = root / name / "changes"
@@ -169,4 +174,6 @@ def recover_all(progress: Callable[[str], None]) -> None:
         except SandboxError as exc:
             progress(f"{exc} The journal is below {folder}.")
             continue
-        (root / APPLYING / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError), folder_to_remove(folder) as free:  # else another has begun meanwhile
+            if free and not (pending(folder) or pending(folder / "undoing")):
+                (root / APPLYING / name).unlink(missing_ok=True)

@@ -446,15 +446,22 @@ def _beside(request: RunRequest, program: Program) -> Beside | None:
     if request.program is None or program.project or program.toolchain.name != "python":
         return None
     folder, name = request.program.parent, request.program.name
+    where = str(folder) if not str(folder).startswith("-") else f"./{folder}"
+    if not (where + name).isprintable():  # not to be pasted, and a name that is no UTF-8 not to be written
+        return None
     try:
         with os.scandir(folder) as entries:
-            found = [entry.name for entry in itertools.islice(entries, _BESIDE_MAX)]
+            found = list(itertools.islice(entries, _BESIDE_MAX))
     except OSError:
-        found = []
-    flag = f"x07 run {shlex.quote(str(folder))}"
-    if FILE not in found:
-        flag += f", after x07 init --toolchain python --entry {shlex.quote(name)} {shlex.quote(str(folder))},"
-    return Beside({one.removesuffix(".py") for one in found}, flag)
+        return None
+    modules = {entry.name.removesuffix(".py") for entry in found if entry.name.endswith(".py")}
+    modules |= {entry.name for entry in found if os.path.exists(f"{entry.path}/__init__.py")}  # noqa: PTH110 - a text
+    flag = f"x07 run {shlex.quote(where)}"
+    if FILE in {entry.name for entry in found}:
+        flag += f" with both in its {FILE}"
+    else:
+        flag += f", after x07 init --toolchain python --entry {shlex.quote(name)} {shlex.quote(where)},"
+    return Beside(modules, flag)
 
 
 def _recall(key: str, artifact: OutFile) -> BuildOutput | None:

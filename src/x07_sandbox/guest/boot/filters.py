@@ -49,7 +49,7 @@ AUDITED = (
     *("rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat", "truncate", "chmod", "fchmodat"),
     *("fchmodat2", "chown", "lchown", "fchownat", "utimensat", "execve", "execveat", "chdir", "stat", "lstat"),
     *("newfstatat", "statx", "readlink", "readlinkat", "fchmod", "ftruncate", "setxattr"),
-    *("access", "faccessat", "faccessat2", "setrlimit", "prlimit64"),
+    *("setrlimit", "prlimit64"),
     *("fsetxattr", "lsetxattr", "removexattr", "fremovexattr", "lremovexattr", "bind"),
     *("socket", "socketpair", "accept", "accept4", "pipe", "pipe2", "dup", "dup2", "dup3", "fcntl", "epoll_create"),
     *("epoll_create1", "eventfd2", "timerfd_create", "inotify_init1"),
