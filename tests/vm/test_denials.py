@@ -226,18 +226,6 @@ def test_a_new_folder_at_the_top_is_a_root_to_add(sandbox: Sandbox) -> None:
     assert (ran.outcome, ran.result.denials) == ("ok", [])
 
 
-def test_a_script_that_asks_before_it_writes_is_told_what_to_add(sandbox: Sandbox, root: Path) -> None:
-    """A program that tests whether it may write, and gives up by itself, has been refused that too."""
-    text = f'test -w "{root}/in.txt" || exit 3\n'
-    policy: Policy = {"fs.read_roots": [str(root)]}
-    ran = sandbox.run_text("ask.sh", text, policy=policy)
-    (denial,) = [denial for denial in ran.result.denials if denial.field == "fs.write_roots"]
-    assert (ran.result.exit_code, denial.subject) == (3, f"{root}/in.txt")
-    assert denial.how_to_allow is not None
-    ran = sandbox.run_text("ask.sh", text, policy=policy | {"fs.write_roots": denial.how_to_allow.value})
-    assert ran.outcome == "ok"
-
-
 def test_a_denied_path_appears_by_name(sandbox: Sandbox) -> None:
     """Names that the program makes up are told, of files and of programs, and each only once with its count."""
     text = """
