@@ -123,7 +123,7 @@ def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixt
     flag = HowToAllow(json_path="$.fs.read_roots", value=["/d"], flag="--allow-read-root /d")
     said = []
     for how, policy in ((line, digest), (line, "sha256:another"), (flag, digest)):
-        tell(replace(result(denial("x", how)), digests=Digests(policy=policy)))
+        tell(replace(result(denial("in the policy", how)), digests=Digests(policy=policy)))
         said.append('x07 policy init --template default --out "$PWD/policy.json"' in capsys.readouterr().err)
     assert said == [True, False, False]
 

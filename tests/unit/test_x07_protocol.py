@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from msgspec.structs import replace
 
+from tests.fuzz.fuzz_documents import BUILT, result
 from x07_sandbox.programs.x07 import frame_input
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.protocol import (
@@ -20,36 +21,16 @@ from x07_sandbox.reports.protocol import (
     framed_output,
     read_protocol,
 )
-from x07_sandbox.reports.runner import Built, CompileRunReport, failure_report, runner_report
+from x07_sandbox.reports.runner import CompileRunReport, failure_report, runner_report
 from x07_sandbox.reports.schemas import schemas
-from x07_sandbox.runs.result import NOTHING, Changes, Digests, Result
 
-SHA = "sha256:" + "ab" * 32
-DIGESTS = Digests(artifact=SHA)
 COUNTED = b'{"fuel_used": 12, "heap_used": 3, "debug_stats": {"borrow_violations": 0}, "later": [1]}'
 VALIDATOR = Draft202012Validator(json.loads(schemas()["x07-os-runner.report.schema.json"]))
 
 
 def report(stdout: bytes, stderr: bytes, code: int = 0) -> CompileRunReport:
     """The report of a built program that ended by itself with these streams."""
-    result = Result(
-        run="1-2-3",
-        outcome="failed" if code else "ok",
-        fault="none",
-        reason="",
-        x07_exit_code=code,
-        exit_code=code,
-        stdout=NOTHING,
-        stderr=NOTHING,
-        phases={},
-        digests=DIGESTS,
-        controls=[],
-        denials=[],
-        changes=Changes(),
-        warnings=[],
-    )
-    built = Built(mode="compile-run", world="run-os-sandboxed", lang_id="x07", path="/x07/out/compiled-out", size=1)
-    made = runner_report(result, built)
+    made = runner_report(result(b"", stdout, stderr, code), BUILT)
     assert made.solve is not None
     return replace(made, solve=replace(made.solve, stdout_b64=stdout, solve_output_b64=stdout, stderr_b64=stderr))
 

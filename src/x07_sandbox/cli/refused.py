@@ -17,17 +17,15 @@ if TYPE_CHECKING:
 
 _SHOWN: Final = 4
 _LISTED: Final = 4
-_IN_POLICY: Final = "in the policy"
 # Of these others tell: the reason of a refused run, and what becomes of changes.
 _ELSEWHERE: Final = frozenset({"plan", "change"})
 
 
 def tell(result: Result) -> None:
     """After a program that did not end well: it may not know why itself."""
-    told = lines(result)
-    for line in told:
+    for line in lines(result):
         say(line)
-    if any(_IN_POLICY in line for line in told) and result.digests.policy == _default_digest():
+    if result.outcome != "ok" and _speaks_of_policy(result) and result.digests.policy == _default_digest():
         # Relative to a project's folder, where one lies around this: so the whole name.
         out = '"$PWD/policy.json"'
         say(f"to change that policy: x07 policy init --template default --out {out}, then --policy policy.json")
@@ -50,20 +48,31 @@ def lines(result: Result, command: str = "") -> list[str]:
     """What is told; nothing of a program that ended well. command: the one that has --json, where it is another."""
     if result.outcome == "ok":
         return []
-    found = [denial for denial in result.denials if denial.action not in _ELSEWHERE]
-    # What can be allowed first: the rest is more often a mistake than a wish.
-    found.sort(key=lambda denial: denial.how_to_allow is None)
-    # A shell reads a program that it could not execute: two refusals, but one thing to do.
-    done: dict[tuple[str, str], Denial] = {}
-    for denial in found:
-        done.setdefault((denial.subject, str(denial.how_to_allow or denial.action)), denial)
-    found = list(done.values())
+    found = _told_of(result)
     told = [_line(denial) for denial in found[:_SHOWN]]
     more = max(0, len(found) - _SHOWN) + result.denials_lost
     if more:
         most = "up to " if result.denials_lost else ""  # there it is records, of which a refusal has several
         told.append(f"and {most}{more} more things were refused; {command}--json lists them, or as many as were seen")
     return [*told, *map(_hint, result.hints)]
+
+
+def _told_of(result: Result) -> list[Denial]:
+    """The refusals that are told here, each thing to do once; what can be allowed first."""
+    found = [denial for denial in result.denials if denial.action not in _ELSEWHERE]
+    # The rest is more often a mistake than a wish.
+    found.sort(key=lambda denial: denial.how_to_allow is None)
+    # A shell reads a program that it could not execute: two refusals, but one thing to do.
+    done: dict[tuple[str, str], Denial] = {}
+    for denial in found:
+        done.setdefault((denial.subject, str(denial.how_to_allow or denial.action)), denial)
+    return list(done.values())
+
+
+def _speaks_of_policy(result: Result) -> bool:
+    """Whether something that is told has no flag, so that its line names a value of the policy."""
+    advice = [denial.how_to_allow for denial in _told_of(result)[:_SHOWN]] + [hint.how for hint in result.hints]
+    return any(one is not None and not one.flag for one in advice)
 
 
 def _hint(hint: Hint) -> str:
@@ -86,16 +95,14 @@ def how(allowing: HowToAllow | None, field: str = "") -> str:
         return f"; {allowing.flag} lets it"
     # A policy may need another field first: what comes then is told by the next run.
     does = "lets it" if allowing.json_path == f"$.{field}" or "." not in field else "comes first"
-    return f"; {allowing.json_path} = {_value(allowing.value)} {_IN_POLICY} {does}"
+    return f"; {allowing.json_path} = {_value(allowing.value)} in the policy {does}"
 
 
 def _default_digest() -> str:
     """What a result says of its policy where none was given: nobody has a file of it yet."""
-    import hashlib
+    from x07_sandbox.runs.request import read_policy, sha256_text
 
-    from x07_sandbox.policy import default_policy, render_policy
-
-    return f"sha256:{hashlib.sha256(render_policy(default_policy())).hexdigest()}"
+    return sha256_text(read_policy(None)[1])
 
 
 def _value(value: object) -> str:

@@ -16,6 +16,7 @@ from x07_sandbox.cli.console import LiveLine, plain, put, say
 from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
 from x07_sandbox.errors import Cancelled, ImageError, SandboxError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import text
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.program import load_program
@@ -183,7 +184,7 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
 
 def _is_x07(path: Path) -> bool:
     """Whether the program is one of X07's own, whose report is what callers of X07's command expect."""
-    if not (path.name.endswith("x07.json") or os.path.isdir(path)):  # noqa: PTH112 - never an error
+    if not (path.name.endswith("x07.json") or is_folder(path)):
         return False
     from x07_sandbox.programs.x07 import is_x07
 

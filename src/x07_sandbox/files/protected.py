@@ -75,11 +75,12 @@ class Protection:
     """What is protected below one root.
 
     root: its path on the host; what lies below a protected folder is protected. repository: the folder around the root
-    that git takes for one, if there is any. own: further names that are protected, say the policy in use. allowed:
-    patterns that the host's owner has let go, each for a path from the root or a part of it, and then all its parts
-    that are protected are let; of the root's own path, for such parts, and, where the root itself is meant, for its
-    last one. kept: paths on the host below
-    which x07 keeps what it trusts itself: nobody can let go what lies there.
+        that git takes for one, if there is any.
+    own: further names that are protected, say the policy in use.
+    allowed: patterns that the host's owner has let go, each for a path from the root or a part of it, and then all its
+        parts that are protected are let; of the root's own path, for such parts, and, where the root itself is meant,
+        for its last one.
+    kept: paths on the host below which x07 keeps what it trusts itself: nobody can let go what lies there.
     """
 
     def __init__(

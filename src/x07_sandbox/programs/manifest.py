@@ -13,6 +13,7 @@ import msgspec
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.models import known
+from x07_sandbox.host.paths import is_folder
 from x07_sandbox.programs.toolchains import Toolchain, toolchain_named
 
 FILE: Final = "x07-sandbox.toml"
@@ -159,7 +160,7 @@ def find_manifest(program: Path) -> Path | None:
     """
     if program.name == FILE:
         return program
-    if not os.path.isdir(program):  # noqa: PTH112 - no error for what may not be looked at
+    if not is_folder(program):
         return None
     manifest = program / FILE
     if os.path.lexists(manifest):  # whatever it is: who reads it says what is wrong with it

@@ -20,7 +20,7 @@ from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection, repository_around
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import cache_dir, one_slash, open_own, private_dir, real_path, state_dir
+from x07_sandbox.host.paths import cache_dir, is_folder, one_slash, open_own, private_dir, real_path, state_dir
 from x07_sandbox.jobs.record import home_of
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Area, Denial, HowToAllow
@@ -196,6 +196,7 @@ class HostFiles:
         allowed = Allowed(
             mkdir=self._policy.fs.allow_mkdir, remove=self._policy.fs.allow_remove, rename=self._policy.fs.allow_rename
         )
+        kept = _kept_by_us()
         roots = []
         for number, (tree, mount) in enumerate(self._roots):
             before = _below(self.copied[tree].nodes, mount.sub)
@@ -204,7 +205,7 @@ class HostFiles:
             told = [one for one in incoming.told if one.root == number]
             around = repository_around(mount.host)
             protection = Protection(
-                mount.host, self._own(mount), self._request.allow_protected, repository=around, kept=_kept_by_us()
+                mount.host, self._own(mount), self._request.allow_protected, repository=around, kept=kept
             )
             stayed = _below(self.copied[tree].stayed, mount.sub)
             judged = judge(before, stayed, told, self._bounds, allowed, protection)
@@ -253,7 +254,7 @@ def base_folder(request: RunRequest, program: Program) -> Path:
     """The folder that relative roots are below: the project's, else ours. Raises UsageError."""
     if program.project and request.program is not None:
         path = Path(request.program)
-        return real_path(path if path.is_dir() else path.parent)
+        return real_path(path if is_folder(path) else path.parent)
     return real_path(Path())
 
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.programs.toolchains import (
     PROJECT_FOLDER,
     SOURCE_FOLDER,
@@ -87,7 +87,7 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
         data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
         program = _single(X07_ARTIFACT, source_name(str(path)), data, request, stack)
         return as_artifact(request, path, program, stack)
-    folder = os.path.isdir(path)  # noqa: PTH112 - no error for what may not be looked at
+    folder = is_folder(path)
     if path.name.endswith(_X07) or folder:
         from x07_sandbox.programs.x07 import is_x07
 
