@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import posixpath
+import select
 import socket
 import struct
 import time
@@ -95,6 +96,8 @@ class Audit:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 1, 0))
         self._socket.bind((0, 0))
         self.fd = self._socket.fileno()
+        self._poll = select.poll()
+        self._poll.register(self.fd, select.POLLIN)
         self._sequence = 0
         replaces = [number for name, number in audited.items() if name in _REPLACES]
         for number in ERRNOS:
@@ -151,6 +154,10 @@ class Audit:
 
     def _next(self) -> tuple[int, bytes] | None:
         """The next record of the kernel's, if there is one: its type and its text."""
+        # Asked first, which is cheap, since that code has run by now. An error would be hundreds of blocks that a fresh
+        # clone has not met yet.
+        if not self._poll.poll(0):
+            return None
         try:
             data = self._socket.recv(16384, socket.MSG_DONTWAIT)
         except BlockingIOError:

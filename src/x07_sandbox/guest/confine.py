@@ -28,6 +28,7 @@ MACHINE_ID: Final = "/run/x07/machine-id"
 SCRATCH: Final = "/run/x07/scratch"
 MEMORY: Final = "/run/x07/memory"
 CWD: Final = "/opt/x07"
+IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - folders of the program that lie in the guest's memory
 _INPUTS: Final = "/x07/in"
 
 
@@ -235,7 +236,7 @@ def _hostname(orders: Orders) -> None:
 def _sizes(orders: Orders) -> None:
     # Inodes are bounded too: an empty file costs about 1 KiB of kernel memory.
     options = f"size={orders.tmp_bytes},nr_inodes={max(1024, orders.tmp_bytes // 4096)}"
-    for path in ("/tmp", "/dev/shm"):  # noqa: S108 - the guest's own
+    for path in IN_MEMORY:
         system.mount("tmpfs", path, "", system.MS_REMOUNT | system.MS_NOSUID | system.MS_NODEV, options)
 
 
@@ -272,7 +273,7 @@ def _programs(orders: Orders) -> None:
 
 def _no_execution(orders: Orders) -> None:
     if orders.execution is not None:
-        writable = ["/tmp", "/dev/shm", "/x07/out", CWD]  # noqa: S108 - the guest's own
+        writable = [*IN_MEMORY, "/x07/out", CWD]
         execution.close(execution.Execution(*orders.execution), writable, _INPUTS)
 
 

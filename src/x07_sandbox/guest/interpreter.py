@@ -35,6 +35,9 @@ ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07"
 # What it looks for there: a user's own modules.
 OWN_MODULES: Final = f"{ENVIRONMENT['HOME']}/.local"
 
+# All names in Debian's sitecustomize, which looks for one module, that no image here has, and calls a function of it.
+_DEBIANS: Final = {"apport_python_hook", "ImportError", "install"}
+
 _HOOK: Final = f"""
 import os, sys
 if PRELOAD:  # what they print is not the program's
@@ -57,6 +60,26 @@ if PRELOAD:  # what they print is not the program's
         os.dup2(fd, number)
         os.close(fd)
     os.close(null)
+# In a fresh clone an import that finds nothing takes milliseconds. So the system's own sitecustomize is imported here,
+# if it is the one that Debian has, which looks at nothing of the job; and no user's is looked for where none can be.
+finder = sys.modules["_frozen_importlib_external"].PathFinder
+path = [folder for folder in sys.path if folder != {FOLDER!r}]
+found = finder.find_spec("sitecustomize", path)
+theirs = None
+if found is not None and {{*found.loader.get_code("sitecustomize").co_names}} <= {_DEBIANS!r}:
+    ours = sys.modules.pop("sitecustomize")
+    sys.path.remove({FOLDER!r})
+    import sitecustomize as theirs
+    sys.path.insert(0, {FOLDER!r})
+    sys.modules["sitecustomize"] = ours
+site = sys.modules["site"]
+if site.ENABLE_USER_SITE and finder.find_spec("usercustomize", path) is None:
+    look_for_a_users = site.execusercustomize
+
+    def skip_once():
+        site.execusercustomize = look_for_a_users
+
+    site.execusercustomize = skip_once
 known, importers = set(sys.modules), set(sys.path_importer_cache)
 import _signal, ctypes, marshal
 take_away, execute = type(lambda: 0)(marshal.loads(LAST_STEPS), {{}})()
@@ -74,11 +97,13 @@ for word in set(config):
             # run_filename, and argv, which is a list: its first decides what sys.path begins with.
             for at in word, int.from_bytes(os.pread(memory, 8, word), "little"):
                 if 65536 < at < 1 << 47 and os.pread(memory, len(placeholder), at) == placeholder:
-                    places.append(at)
+                    places.append(memoryview((ctypes.c_char * len(placeholder)).from_address(at)).cast("B"))
     except (OSError, OverflowError):
         pass
+os.close(memory)
 if not places:
     raise SystemExit("no place for the script's name")
+had = dict(os.environ)
 os.write({TOLD_FD}, b"R")
 orders = []
 while piece := os.read({START_FD}, 65536):
@@ -96,7 +121,6 @@ except OSError as exc:
 os.close({RULES_FD})
 if not become:
     os.set_inheritable({TOLD_FD}, False)
-    os.close(memory)
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them, and what it executes would too
         _signal.signal(number, _signal.SIG_DFL)
     try:
@@ -104,12 +128,15 @@ if not become:
     except (OSError, ValueError) as exc:  # a number only here: it is the program that could not be executed
         os.write({TOLD_FD}, b"%d %s" % (getattr(exc, "errno", 0) or 0, str(exc).encode("utf-8", "backslashreplace")))
         os._exit(127)
-os.environ.clear()
-os.environ.update(env)
+for name in had:
+    if name not in env:
+        del os.environ[name]
+for name, value in env.items():
+    if had.get(name) != value:
+        os.environ[name] = value
 name = argv[1].encode("utf-32-le", "surrogatepass") + bytes(4)
 for place in places:
-    os.pwrite(memory, name, place)
-os.close(memory)
+    place[: len(name)] = name
 sys.argv[:] = argv[1:]
 sys.orig_argv[:] = argv
 if {FOLDER!r} in sys.path:  # a preloaded module may have changed it
@@ -118,7 +145,6 @@ for module in set(sys.modules) - known:
     del sys.modules[module]
 for path in set(sys.path_importer_cache) - importers | {{{FOLDER!r}}}:
     sys.path_importer_cache.pop(path, None)
-del sys.modules["sitecustomize"]
 if PRELOAD:  # what they have drawn is every clone's
     for name in ("random", "numpy.random"):
         if name in sys.modules:
@@ -130,7 +156,11 @@ if PRELOAD:  # what they have drawn is every clone's
     if "_hashlib" in known:
         _ssl.RAND_add(os.urandom(32), 32.0)  # OpenSSL's generators take it up when they are asked next
 os.close({TOLD_FD})
-import sitecustomize  # the system's own, where it has one
+if theirs is None:
+    del sys.modules["sitecustomize"]
+    import sitecustomize  # the system's own, where it has one
+else:
+    sys.modules["sitecustomize"] = theirs
 """
 
 

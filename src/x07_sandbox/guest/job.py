@@ -359,9 +359,8 @@ class Job:
 
     def _memory_full(self) -> bool:
         """Whether one of the program's folders in memory has no room left, for bytes or for names."""
-        for name in ("tmp", "dev/shm"):
-            # Its init waits until the machine ends, and with it the program's view.
-            room = os.statvfs(f"/proc/{self.place.init}/root/{name}")
+        for fd in self.place.in_memory_fds:
+            room = os.statvfs(fd)
             if room.f_bavail * _FULL_SHARE < room.f_blocks or not room.f_favail:
                 return True
         return False

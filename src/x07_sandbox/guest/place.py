@@ -50,6 +50,7 @@ class Place:
     stdin_fd, stdout_fd, stderr_fd: the program's standard streams. report_fd: what init says.
     init: process id of the first process of its namespaces.
     told_fd: what the program's process says before it is the program; its end means that it is.
+    in_memory_fds: the program's folders in memory, once the place is prepared.
     """
 
     def __init__(self, *, first: bool = True, interpreter: bool = False, preload: list[str] | None = None) -> None:
@@ -66,6 +67,7 @@ class Place:
         }
         self.waiting_bytes = WAITING_BYTES
         self.spare_cpu_s = SPARE_CPU_S + (PRELOAD_CPU_S if preload else 0)
+        self.in_memory_fds: list[int] = []
         self._orders: confine.Orders | None = None
         self._cpu_us: int | None = None
         self._own_modules = False
@@ -118,6 +120,10 @@ class Place:
         report = os.read(self.report_fd, 8192)
         if report != init.READY:
             raise failure(report)
+        if not self.in_memory_fds:
+            # Its init waits until the machine ends, and with it the program's view.
+            view = f"/proc/{self.init}/root"
+            self.in_memory_fds = [os.open(f"{view}{name}", os.O_PATH | os.O_CLOEXEC) for name in confine.IN_MEMORY]
 
     def _failure(self, told: bytes) -> JobError:
         """Why no process waits: what it says itself, else what init says."""
@@ -188,7 +194,8 @@ class Place:
 
         os.kill(self.init, signal.SIGKILL)
         os.waitpid(self.init, 0)
-        os.close(self._machine_id_fd)
+        for fd in (self._machine_id_fd, *self.in_memory_fds):
+            os.close(fd)
         for path in (f"{confine.MEMORY}/in", *(self.scratch(name) for name in _FOLDERS)):
             shutil.rmtree(path)
         self.group.remove()
