@@ -392,6 +392,8 @@ def test_what_is_at_its_most_cannot_be_allowed() -> None:
         ("cat: '/srv/my dir/f.txt': No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
         ('cat: "/srv/it\'s": No such file or directory\n', "/srv/it's", "/srv/it"),
         ("fgrep: /srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
+        ("/srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
+        ("what():  filesystem error: cannot open: No such file or directory [/srv/x]\n", "/srv/x", "/srv/x"),
         ("tool: cannot open /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
         ("open /srv/x: no such file or directory\n", "/srv/x", "/srv/x"),
         ("/x07/in/program/it.sh: line 3: jq: command not found\n", "the program jq", "--include PACKAGE"),

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
+from x07_sandbox.errors import SandboxError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
+    from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
 
 _SHOWN: Final = 4
@@ -21,11 +23,11 @@ _LISTED: Final = 4
 _ELSEWHERE: Final = frozenset({"plan", "change"})
 
 
-def tell(result: Result) -> None:
-    """After a program that did not end well: it may not know why itself."""
+def tell(result: Result, request: RunRequest) -> None:
+    """After a program that did not end well: it may not know why itself. request: what was run."""
     for line in lines(result):
         say(line)
-    if result.outcome != "ok" and _speaks_of_policy(result) and result.digests.policy == _default_digest():
+    if result.outcome != "ok" and _speaks_of_policy(result) and result.digests.policy == _default_digest(request):
         # Relative to a project's folder, where one lies around this: so the whole name.
         out = '"$PWD/policy.json"'
         say(f"to change that policy: x07 policy init --template default --out {out}, then --policy policy.json")
@@ -98,11 +100,14 @@ def how(allowing: HowToAllow | None, field: str = "") -> str:
     return f"; {allowing.json_path} = {_value(allowing.value)} in the policy {does}"
 
 
-def _default_digest() -> str:
-    """What a result says of its policy where none was given: nobody has a file of it yet."""
-    from x07_sandbox.runs.request import read_policy, sha256_text
+def _default_digest(request: RunRequest) -> str | None:
+    """What a result says of its policy where none was given, with these flags: nobody has a file of it yet."""
+    from x07_sandbox.runs.request import policy_in_force, sha256_text
 
-    return sha256_text(read_policy(None)[1])
+    try:
+        return sha256_text(policy_in_force(replace(request, policy=None))[1])
+    except SandboxError:  # the flags are about what the default does not allow, or a file of hosts is gone by now
+        return None
 
 
 def _value(value: object) -> str:

@@ -31,7 +31,8 @@ _MISSING: Final = tuple(
     for pattern in (
         r"No such file or directory: b?(?P<quote>['\"])(?P<path>(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)",
         r"(?P<quote>['\"])(?P<path>/(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)(?: [a-z ]{1,20})?: No such file or dir",
-        r": (?P<path>/[^:'\"\n]{1,255}): No such file or directory",
+        r"(?:^|: )(?P<path>/[^:'\"\n]{1,255}): No such file or directory",
+        r"No such file or directory \[(?P<path>/[^\]\n]{1,255})\]",  # C++'s std::filesystem
         r"(?:^|[\s:])(?P<path>/[^\s:'\"]{1,255}): [Nn]o such file or directory",
     )
 )
