@@ -127,15 +127,17 @@ def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixt
 
 
 def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the built-in policy is to be changed the command that writes it is named; a flag needs none."""
+    """Where the built-in policy is to be changed, also for changes, what writes it is named; a flag needs none."""
     digest = f"sha256:{hashlib.sha256(render_policy(default_policy())).hexdigest()}"
     line = HowToAllow(json_path="$.limits.fds", value=512)
     flag = HowToAllow(json_path="$.fs.read_roots", value=["/d"], flag="--allow-read-root /d")
     said = []
-    for how, policy in ((line, digest), (line, "sha256:another"), (flag, digest)):
-        told(replace(result(denial("in the policy", how)), digests=Digests(policy=policy)))
+    denials = [(denial("in the policy", how), "failed") for how in (line, line, flag)]
+    denials.append((denial("link", line, action="change"), "ok"))
+    for (tried, outcome), policy in zip(denials, (digest, "sha256:another", digest, digest), strict=True):
+        told(replace(result(tried, outcome=outcome), digests=Digests(policy=policy)))
         said.append('x07 policy init --template default --out "$PWD/policy.json"' in capsys.readouterr().err)
-    assert said == [True, False, False]
+    assert said == [True, False, False, True]
 
 
 def test_who_has_flags_and_no_policy_yet_is_told_so_too(capsys: pytest.CaptureFixture[str]) -> None:

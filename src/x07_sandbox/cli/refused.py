@@ -20,17 +20,21 @@ if TYPE_CHECKING:
 _SHOWN: Final = 4
 _LISTED: Final = 4
 # Of these others tell: the reason of a refused run, and what becomes of changes.
-_ELSEWHERE: Final = frozenset({"plan", "change"})
+_CHANGE: Final = "change"
+_ELSEWHERE: Final = frozenset({"plan", _CHANGE})
 
 
 def tell(result: Result, request: RunRequest) -> None:
-    """After a program that did not end well: it may not know why itself. request: what was run."""
+    """After a program that did not end well: it may not know why itself. request: what was run.
+
+    How to come to a policy stands here once, also for changes that were kept back, of which others tell.
+    """
     for line in lines(result):
         say(line)
-    if result.outcome != "ok" and _speaks_of_policy(result) and result.digests.policy == _default_digest(request):
+    if _speaks_of_policy(result) and result.digests.policy == _default_digest(request):
         # Relative to a project's folder, where one lies around this: so the whole name.
         out = '"$PWD/policy.json"'
-        say(f"to change that policy: x07 policy init --template default --out {out}, then --policy policy.json")
+        say(f"to change the policy: x07 policy init --template default --out {out}, then --policy policy.json")
 
 
 def for_flags(result: Result, flags: Collection[str]) -> Result:
@@ -73,7 +77,9 @@ def _told_of(result: Result) -> list[Denial]:
 
 def _speaks_of_policy(result: Result) -> bool:
     """Whether something that is told has no flag, so that its line names a value of the policy."""
-    advice = [denial.how_to_allow for denial in _told_of(result)[:_SHOWN]] + [hint.how for hint in result.hints]
+    advice = [denial.how_to_allow for denial in result.denials if denial.action == _CHANGE]
+    if result.outcome != "ok":
+        advice += [denial.how_to_allow for denial in _told_of(result)[:_SHOWN]] + [hint.how for hint in result.hints]
     return any(one is not None and not one.flag for one in advice)
 
 

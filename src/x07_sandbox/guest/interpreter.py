@@ -66,7 +66,8 @@ finder = sys.modules["_frozen_importlib_external"].PathFinder
 path = [folder for folder in sys.path if folder != {FOLDER!r}]
 found = finder.find_spec("sitecustomize", path)
 theirs = None
-if found is not None and {{*found.loader.get_code("sitecustomize").co_names}} <= {_DEBIANS!r}:
+code = None if found is None else found.loader.get_code("sitecustomize")
+if code and {{*code.co_names}} <= {_DEBIANS!r} and not any(isinstance(const, type(code)) for const in code.co_consts):
     ours = sys.modules.pop("sitecustomize")
     sys.path.remove({FOLDER!r})
     import sitecustomize as theirs
