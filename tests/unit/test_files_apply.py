@@ -25,11 +25,14 @@ from hypothesis import strategies as st
 from tests.conftest import need
 from tests.unit.apply_trees import NEW, OLD, Tree, applied, difference, put, read, remove, undone
 from x07_sandbox.errors import HostError
+from x07_sandbox.files import apply as module
 from x07_sandbox.files.apply import ConflictError, apply, recover
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from x07_sandbox.files.steps import Site
 
 PROJECT = Path(__file__).resolve().parents[2]
 SHM = Path("/dev/shm")  # noqa: S108 - a folder of the test's own is made in it
@@ -612,6 +615,26 @@ def test_a_root_that_was_exchanged_while_it_waited_is_a_conflict(tmp_path: Path)
         os.close(held)
     assert caught.value.names == (str(root),)
     assert read(root) == read(tmp_path / "first") == OLD
+
+
+def test_a_root_that_goes_before_anything_is_made_in_it_is_a_conflict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that a set for a root around it takes away, when it was just looked at, is not filled elsewhere."""
+    root = make(tmp_path / "root", OLD)
+    changes, data = difference(root, OLD, NEW)
+    made = module._make_staging  # noqa: SLF001 - the moment that is meant
+
+    def take_away(site: Site) -> None:
+        root.rename(tmp_path / "away")
+        made(site)
+
+    monkeypatch.setattr(module, "_make_staging", take_away)
+    with pytest.raises(ConflictError) as caught:
+        applied(changes, data, tmp_path / "state")
+    assert caught.value.names == (str(root),)
+    assert read(tmp_path / "away") == OLD
+    assert not root.exists()
 
 
 @pytest.mark.root

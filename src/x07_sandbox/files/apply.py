@@ -159,6 +159,8 @@ def _execute(
         journal.announce(folder, head)
         for site in sites:
             _make_staging(site)
+            # Another set may have removed the folder, as part of a root around it. Later it cannot: ours lies in it.
+            _still_there(site.place.path, site, None)
         journal.announce(folder, head)
         for index, site in enumerate(sites):
             mine = (step for step in steps if step.place == index)
