@@ -71,6 +71,7 @@ print(json.dumps({
     "program": sorted(os.listdir(os.path.dirname(__file__))),
     "imported_again": [__import__(name).__name__ for name in ("ctypes", "struct", "marshal", "sitecustomize")],
     "ctypes": __import__("ctypes").sizeof(__import__("ctypes").c_long),
+    "errno": __import__("ctypes").get_errno(),
 }))
 '''
 

@@ -156,6 +156,7 @@ if PRELOAD:  # what they have drawn is every clone's
         sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
     if "_hashlib" in known:
         _ssl.RAND_add(os.urandom(32), 32.0)  # OpenSSL's generators take it up when they are asked next
+ctypes.set_errno(0)  # of what was refused to us
 os.close({TOLD_FD})
 if theirs is None:
     del sys.modules["sitecustomize"]
