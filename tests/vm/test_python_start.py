@@ -64,7 +64,7 @@ print(json.dumps({
     "threads": [t.name for t in threading.enumerate()],
     "site": [site.ENABLE_USER_SITE, site.USER_SITE, site.PREFIXES],
     "customizing": [[f.__name__, f.__module__] for f in (site.execsitecustomize, site.execusercustomize)],
-    "customized": sorted((name, str(value)) for name, value in vars(sys.modules["sitecustomize"]).items()),
+    "customized": sorted((n, str(v).split(" at 0x")[0]) for n, v in vars(sys.modules["sitecustomize"]).items()),
     "rlimits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name[:7] == "RLIMIT_"},
     "ids": [os.getuid(), os.geteuid(), os.getgid(), os.getgroups(), os.getpid(), os.getppid(), os.getpgid(0)],
     "run": sorted(os.listdir("/run")),
