@@ -212,8 +212,8 @@ x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it 
 | `limits.mem_bytes` | writing where `/tmp` or `/dev/shm` is full | what is left in them when the program has ended |
 | `permissions`, `system-calls`, `scratch` | what nothing allows: `how_to_allow` is null | audit, filter, disk |
 
-Where no policy was given, `x07 policy init --template default --out "$PWD/policy.json"` writes the one that applied, to
-be changed and given with `--policy policy.json`.
+Where no policy was given, but flags at most, `x07 policy init --template default --out "$PWD/policy.json"` writes the
+built-in one, to be changed and given with `--policy policy.json` beside the same flags.
 
 Doing what `how_to_allow` says never makes an invalid policy: where a rule wants another field first (above: "comes
 first"), that is what it says, and the next run tells the rest. Where a policy could not say it (a path with `;`), it is
