@@ -46,12 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     try:
         _heed_signals()
-        from x07_sandbox.cli.streams import collect_seldom, fill_closed_streams, keep_own_rights, write_patiently
+        from x07_sandbox.cli.streams import settle_in
 
-        collect_seldom()
-        fill_closed_streams()
-        write_patiently()
-        keep_own_rights()
+        settle_in()
         _import_msgspec()
         options = _parsed(words)
         _recover()

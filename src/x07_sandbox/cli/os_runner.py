@@ -15,7 +15,7 @@ from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Platform, asked, sel
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, put, say
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
-from x07_sandbox.cli.streams import collect_seldom, fill_closed_streams, keep_own_rights, leave, write_patiently
+from x07_sandbox.cli.streams import leave, settle_in
 from x07_sandbox.cli.written import check_outputs, files_read
 from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
 from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
@@ -45,10 +45,7 @@ _SANDBOXED: Final = "--world run-os-sandboxed --policy FILE"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0 ok, 1 a report of a failure, 2 nothing on standard output."""
-    collect_seldom()
-    fill_closed_streams()
-    write_patiently()
-    keep_own_rights()
+    settle_in()
     try:
         for warning in check_environment(os.environ):
             _say(warning)

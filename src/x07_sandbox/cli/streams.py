@@ -37,6 +37,14 @@ class _Patient(io.FileIO):
             wait_writable(self.fileno())
 
 
+def settle_in() -> None:
+    """What each of our commands does first."""
+    collect_seldom()
+    fill_closed_streams()
+    write_patiently()
+    keep_own_rights()
+
+
 def fill_closed_streams() -> None:
     """Put /dev/null where a standard descriptor is closed, before any descriptor of ours can take its number.
 
