@@ -12,21 +12,22 @@ from tests.fuzz.fuzz_observed import AREAS, CWD, POLICIES, follow
 from x07_sandbox.plan.hints import hints
 
 MOST = 3
+OURS = ("HOME", "TOKEN")
 
 
 def one_input(data: bytes) -> None:
     """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
     policy = POLICIES[data[0] % len(POLICIES)] if data else POLICIES[0]
-    found = hints(data[1:], policy, AREAS, CWD)
+    found = hints(data[1:], policy, AREAS, CWD, ours=OURS)
     assert len(found) <= MOST
     assert len({hint.subject for hint in found}) == len(found)
     for hint in found:
         assert hint.subject.isprintable()
         msgspec.json.encode(hint)
-        if hint.how.json_path is None:  # a module, which another image brings
+        if hint.how.json_path is None:  # a module or a program, which another image brings, or a variable
             assert hint.how.flag is not None
-            assert hint.subject.startswith("the Python module ")
+            assert hint.subject.startswith(("the Python module ", "the program ", "the variable "))
             continue
-        assert hint.kind == "library" or "/" in hint.subject
+        assert hint.kind != "missing" or "/" in hint.subject
         follow(hint.how, policy)
         follow(hint.to_write, policy)

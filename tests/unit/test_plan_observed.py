@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import pytest
 
-from x07_sandbox.plan.denials import Area, HowToAllow
+from x07_sandbox.plan.denials import Area, Hint, HowToAllow
 from x07_sandbox.plan.hints import Beside, hints
 from x07_sandbox.plan.observed import denials, limit_hit, more_tasks, too_much_output
 from x07_sandbox.policy import default_policy
@@ -421,6 +421,52 @@ def test_a_module_that_lies_beside_the_program_needs_a_project() -> None:
     ((own,), (other,)) = (hints(text % name, policy({}), (), START, beside) for name in (b"helper", b"numpy"))
     assert own.how.flag == "x07 run ."
     assert "--include python3-numpy" in (other.how.flag or "")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        """    print(os.environ["{}"])
+          ~~~~~~~~~~^^^^^^^^
+  File "<frozen os>", line 717, in __getitem__
+KeyError: '{}'
+""",
+        """  File "/usr/lib/python3.11/os.py", line 680, in __getitem__
+    raise KeyError(key) from None
+KeyError: '{1}'
+""",
+        "/x07/in/program/it.sh: line 2: {}: unbound variable\n",
+        "/x07/in/program/it.sh: 2: {}: parameter not set\n",
+        "it.sh: line 3: {}: parameter null or not set\n",
+    ],
+)
+def test_a_variable_that_is_missed_is_hinted_at(said: str) -> None:
+    """One of ours goes in by its name, another with a value, and where the policy forbids it that comes first."""
+
+    def hint(name: str, ours: tuple[str, ...] = (), **env: object) -> Hint | None:
+        values = {f"env.{key}": value for key, value in env.items()}
+        found = hints(said.format(name, name).encode(), policy(values), (), START, ours=ours)
+        assert [(one.subject, one.kind) for one in found] in ([], [(f"the variable {name}", "variable")])
+        return found[0] if found else None
+
+    def how(name: str, ours: tuple[str, ...] = (), **env: object) -> HowToAllow:
+        found = hint(name, ours, **env)
+        assert found is not None
+        return found.how
+
+    assert how("TOKEN", ("TOKEN",)) == HowToAllow(json_path="$.env.allow_keys", value=["TOKEN"], flag="--env TOKEN")
+    assert how("TOKEN", ("OTHER",)) == HowToAllow(json_path=None, value=None, flag="--env TOKEN=VALUE")
+    assert how("TOKEN", allow_keys=["TOKEN"]).flag == "--env TOKEN=VALUE"
+    assert how("T", deny_keys=["T", "U"]) == HowToAllow(json_path="$.env.deny_keys", value=["U"])
+    assert how("T", enabled=False) == HowToAllow(json_path="$.env.enabled", value=True)
+    assert hint("X07_OS_FS") is None
+    assert hint("TOKEN", ("TOKEN",), allow_keys=["TOKEN"]) is None
+
+
+def test_a_key_that_no_environment_has_is_no_hint() -> None:
+    """A dictionary of the program's own that has not a key says so in the same words, from another line."""
+    for where in ('File "it.py", line 2, in __getitem__\n', 'File "<frozen os>", line 717, in get\n', "\n"):
+        assert hints(f"  {where}KeyError: 'TOKEN'\n".encode(), policy({}), (), START) == []
 
 
 def test_a_program_that_is_missed_is_hinted_at() -> None:

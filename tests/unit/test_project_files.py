@@ -16,7 +16,7 @@ from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.runs.host_files import roots_in_force
 from x07_sandbox.runs.program import Program, load_program
-from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, own_wall_ms, policy_in_force, read_policy
+from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, policy_in_force, read_policy
 from x07_sandbox.runs.streams import Cancel
 from x07_sandbox.runs.x07_program import read_whole
 
@@ -269,11 +269,8 @@ def test_whose_time_limit_holds_is_known(tmp_path: Path, wall_ms: int | None, ow
     place = tmp_path / "p.json"
     place.write_bytes(render_policy(replace(default_policy(), limits=limits)))
     with contextlib.closing(Cancel()) as cancel:
-        request = RunRequest(source=b"", policy=str(place), wall_ms=wall_ms, cancel=cancel)
-        policy, _ = policy_in_force(request)
-        assert own_wall_ms(request, policy) == own
-        place.unlink()
-        assert own_wall_ms(request, policy) is None
+        in_force = policy_in_force(RunRequest(source=b"", policy=str(place), wall_ms=wall_ms, cancel=cancel))
+    assert (in_force.own_wall_ms, in_force.policy.limits.wall_ms) == (own, wall_ms if own else 5000)
 
 
 def test_input_that_can_be_opened_and_not_be_read_is_refused(stack: contextlib.ExitStack) -> None:
@@ -290,6 +287,7 @@ def test_a_shorter_time_limit_makes_another_document(tmp_path: Path, timeout_ms:
     place = tmp_path / "policy.json"
     place.write_bytes(POLICY.replace(b"\n", b"\n\n"))
     with contextlib.closing(Cancel()) as cancel:
-        policy, data = policy_in_force(RunRequest(source=b"", policy=str(place), wall_ms=timeout_ms, cancel=cancel))
-    assert data == (render_policy(policy) if shorter else place.read_bytes())
-    assert policy.limits.wall_ms == timeout_ms
+        in_force = policy_in_force(RunRequest(source=b"", policy=str(place), wall_ms=timeout_ms, cancel=cancel))
+    assert in_force.data == (render_policy(in_force.policy) if shorter else place.read_bytes())
+    assert in_force.policy.limits.wall_ms == timeout_ms
+    assert in_force.base == str(place)

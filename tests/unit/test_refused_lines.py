@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from x07_sandbox.cli.os_runner_options import OPTIONS
 from x07_sandbox.cli.refused import for_flags, lines, tell
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
-from x07_sandbox.policy import default_policy, render_policy
-from x07_sandbox.policy.overrides import Overrides
-from x07_sandbox.runs.request import RunRequest, policy_in_force, sha256_text
 from x07_sandbox.runs.result import NOTHING, Digests, Result
-from x07_sandbox.runs.streams import Cancel
 
 if TYPE_CHECKING:
     import pytest
+
+DEFAULT = "built-in:default"
 
 
 def denial(subject: str, how: HowToAllow | None = None, *, action: str = "read", count: int = 1) -> Denial:
@@ -61,17 +57,11 @@ def result(*denials: Denial, outcome: str = "failed", lost: int = 0, hints: tupl
     )
 
 
-def told(ended: Result, **words: Any) -> None:  # noqa: ANN401 - fields of a request
-    """Tell of a run that was asked for so."""
-    with contextlib.closing(Cancel()) as cancel:
-        tell(ended, RunRequest(cancel=cancel, **words))
-
-
 def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     """Four lines, those that something would allow first, and one line about all others."""
     flag = HowToAllow(json_path="$.fs.write_roots", value=["/data"], flag="--allow-write-root /data")
     line = HowToAllow(json_path="$.limits.fds", value=60)
-    told(result(*(denial(f"/{name}") for name in "abcd"), denial("/data/", flag), denial("x", line, count=3), lost=7))
+    tell(result(*(denial(f"/{name}") for name in "abcd"), denial("/data/", flag), denial("x", line, count=3), lost=7))
     assert capsys.readouterr().err.splitlines() == [
         "x07: refused: read /data/; --allow-write-root /data lets it",
         "x07: refused: read x (3 times); $.limits.fds = 60 in the policy lets it",
@@ -85,7 +75,7 @@ def test_what_one_change_allows_is_told_once(capsys: pytest.CaptureFixture[str])
     """A program that a shell could neither execute nor read is one line; what nothing allows stands there as it was."""
     programs = [HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{name}"]) for name in "abc"]
     tried = [denial(how.value[0], how, action=action) for how in programs for action in ("execute", "read")]
-    told(result(*tried, *(denial("/z", action=action) for action in ("read", "write"))))
+    tell(result(*tried, *(denial("/z", action=action) for action in ("read", "write"))))
     assert [line.partition(";")[0] for line in capsys.readouterr().err.splitlines()] == [
         *(f"x07: refused: execute /bin/{name}" for name in "abc"),
         "x07: refused: read /z",
@@ -98,12 +88,12 @@ def test_lines_are_short_and_act_on_no_terminal(capsys: pytest.CaptureFixture[st
     how = HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{number}" for number in range(100)])
     flags = [HowToAllow(json_path=None, value=None, flag=f"--allow-{name}-root /a") for name in ("read", "write")]
     hint = Hint(subject="/a\x1b[2J", how=flags[0], to_write=flags[1])
-    told(result(denial("/bin/\x1b[2J99", how), hints=(hint,)))
+    tell(result(denial("/bin/\x1b[2J99", how), hints=(hint,)))
     said = capsys.readouterr().err
     assert '$.process.allow_execs = [..., "/bin/99"] in the policy lets it' in said
     assert "is not in the sandbox; --allow-read-root /a lets it (to write: --allow-write-root /a)" in said
     assert "\x1b" not in said
-    told(result(hints=(Hint(subject="the library /tmp/a.so", kind="library", how=how),)))
+    tell(result(hints=(Hint(subject="the library /tmp/a.so", kind="library", how=how),)))
     assert "x07: the library /tmp/a.so cannot be loaded from where it lies; $.process" in capsys.readouterr().err
 
 
@@ -119,7 +109,7 @@ def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixt
         count=1,
         how_to_allow=HowToAllow(json_path="$.process.max_live", value=16),
     )
-    told(result(spawn, hints=(Hint(subject="/a", how=files),)))
+    tell(result(spawn, hints=(Hint(subject="/a", how=files),)))
     assert capsys.readouterr().err.splitlines() == [
         "x07: refused: start a new process; $.process.max_live = 16 in the policy comes first",
         "x07: /a is not in the sandbox; $.fs.enabled = true in the policy comes first",
@@ -128,32 +118,28 @@ def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixt
 
 def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
     """Where the built-in policy is to be changed, also for changes, what writes it is named; a flag needs none."""
-    digest = f"sha256:{hashlib.sha256(render_policy(default_policy())).hexdigest()}"
     line = HowToAllow(json_path="$.limits.fds", value=512)
     flag = HowToAllow(json_path="$.fs.read_roots", value=["/d"], flag="--allow-read-root /d")
     said = []
     denials = [(denial("in the policy", how), "failed") for how in (line, line, flag)]
     denials.append((denial("link", line, action="change"), "ok"))
-    for (tried, outcome), policy in zip(denials, (digest, "sha256:another", digest, digest), strict=True):
-        told(replace(result(tried, outcome=outcome), digests=Digests(policy=policy)))
+    for (tried, outcome), policy in zip(denials, (DEFAULT, "own.json", DEFAULT, DEFAULT), strict=True):
+        tell(replace(result(tried, outcome=outcome), policy=policy))
         said.append('x07 policy init --template default --out "$PWD/policy.json"' in capsys.readouterr().err)
     assert said == [True, False, False, True]
 
 
-def test_who_has_flags_and_no_policy_yet_is_told_so_too(capsys: pytest.CaptureFixture[str]) -> None:
-    """Roots and a time limit by flags change the built-in policy, which is still in no file."""
-    how = HowToAllow(json_path="$.fs.deny_hidden", value=False)
-    words: dict[str, Any] = {"overrides": Overrides(allow_read_root=("/data",)), "wall_ms": 20000}
-    with contextlib.closing(Cancel()) as cancel:
-        digest = sha256_text(policy_in_force(RunRequest(cancel=cancel, **words))[1])
-    told(replace(result(denial("x", how)), digests=Digests(policy=digest)), **words)
-    assert "x07 policy init --template default" in capsys.readouterr().err
+def test_the_template_in_use_is_the_one_to_begin_with() -> None:
+    """Who names another built-in policy is told of that one; where there is no policy, of none."""
+    tried = result(denial("x", HowToAllow(json_path="$.fs.deny_hidden", value=False)))
+    assert "x07 policy init --template worker --out" in lines(replace(tried, policy="built-in:worker"))[-1]
+    assert len(lines(replace(tried, policy=None))) == 1
 
 
 def test_what_others_say_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing of a program that ended well, of a plan that was refused, or of changes that were kept back."""
-    told(result(denial("/a"), outcome="ok"))
-    told(result(denial("/a", action="plan"), denial("/b", action="change")))
+    tell(result(denial("/a"), outcome="ok"))
+    tell(result(denial("/a", action="plan"), denial("/b", action="change")))
     assert capsys.readouterr().err == ""
 
 

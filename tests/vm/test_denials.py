@@ -148,6 +148,18 @@ def test_what_is_said_to_allow_it_allows_it(sandbox: Sandbox, text: str, policy:
     assert [denial for denial in runs[-1].result.denials if denial.field != "permissions"] == []
 
 
+def test_a_variable_goes_in_by_what_is_said(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of ours that the policy keeps back three times over, whose name nobody could know beforehand."""
+    name = f"TOKEN_{os.urandom(8).hex()}"
+    monkeypatch.setenv(name, "here")
+    policy: Policy = {"env.enabled": False, "env.deny_keys": [name]}
+    text = f"import os\nprint(os.environ[{name!r}])\n"
+    said, runs = until_it_passes(sandbox, text, policy)
+    assert said == ["env.enabled", "env.deny_keys", "env.allow_keys"]
+    assert (runs[-1].stdout, runs[-1].result.hints) == (b"here\n", [])
+    assert all(ran.result.denials == [] for ran in runs)
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A folder of the host whose name nobody could know beforehand."""

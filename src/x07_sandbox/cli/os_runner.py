@@ -28,7 +28,7 @@ from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.runner import World, failure_report
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest, open_input, read_policy
+from x07_sandbox.runs.request import RunRequest, open_input, policy_in_force
 from x07_sandbox.runs.x07_program import read_whole
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _wanted(
     options: argparse.Namespace, request: RunRequest, program: Program, stack: contextlib.ExitStack, *, accepted: bool
 ) -> Wanted:
     """Read and check what the flags name besides the program, before anything starts. Raises UsageError."""
-    policy, policy_bytes = read_policy(Path(options.policy))
+    policy = policy_in_force(request)
     compiled_out = None if options.compiled_out is None else Path(options.compiled_out)
     attest_runtime = None if options.attest_runtime is None else Path(options.attest_runtime)
     read = [request.program, Path(options.policy), request.input, *files_read(request, program)]
@@ -185,7 +185,6 @@ def _wanted(
     return Wanted(
         program=program,
         policy=policy,
-        policy_bytes=policy_bytes,
         policy_path=options.policy,
         data=data,
         compiled_out=compiled_out,

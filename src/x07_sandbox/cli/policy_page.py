@@ -224,8 +224,9 @@ A subject with a slash at its end is the folder in which something was to be mad
 no more of it. So of a new folder in `/` or `/opt`, where a root can be (`--allow-write-root /data`), the flag says
 `FOLDER` for its name. At most 64 different ones are told of the audit's; `denials_lost` counts what came beyond, or
 faster than the kernel records: several records for one refusal. A path that does not exist, a Python module or a
-program (of Python's subprocess, of a shell) that is not installed, and a library that cannot be loaded from where it
-lies (`noexec`) are no refusals, but `hints`: they are read from the program's own error output.
+program (of Python's subprocess, of a shell) that is not installed, a variable that is not set, and a library that
+cannot be loaded from where it lies (`noexec`) are no refusals, but `hints`: they are read from the program's own error
+output.
 """
 _DIGESTS: Final = """
 ## Digests

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.policy.templates import BUILT_IN
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
-    from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
 
 _SHOWN: Final = 4
@@ -24,17 +23,10 @@ _CHANGE: Final = "change"
 _ELSEWHERE: Final = frozenset({"plan", _CHANGE})
 
 
-def tell(result: Result, request: RunRequest) -> None:
-    """After a program that did not end well: it may not know why itself. request: what was run.
-
-    How to come to a policy stands here once, also for changes that were kept back, of which others tell.
-    """
+def tell(result: Result) -> None:
+    """After a program that did not end well: it may not know why itself."""
     for line in lines(result):
         say(line)
-    if _speaks_of_policy(result) and result.digests.policy == _default_digest(request):
-        # Relative to a project's folder, where one lies around this: so the whole name.
-        out = '"$PWD/policy.json"'
-        say(f"to change the policy: x07 policy init --template default --out {out}, then --policy policy.json")
 
 
 def for_flags(result: Result, flags: Collection[str]) -> Result:
@@ -51,9 +43,23 @@ def for_flags(result: Result, flags: Collection[str]) -> Result:
 
 
 def lines(result: Result, command: str = "") -> list[str]:
-    """What is told; nothing of a program that ended well. command: the one that has --json, where it is another."""
-    if result.outcome == "ok":
-        return []
+    """What is told. command: the one that has --json, where it is another.
+
+    How to come to a policy stands here once, also for changes that were kept back, of which others tell.
+    """
+    told = [] if result.outcome == "ok" else _of_program(result, command)
+    if _speaks_of_policy(result) and (result.policy or "").startswith(BUILT_IN):  # nobody has a file of it yet
+        template = (result.policy or "").removeprefix(BUILT_IN)
+        # Relative to a project's folder, where one lies around this: so the whole name.
+        out = '"$PWD/policy.json"'
+        told.append(
+            f"to change the policy: x07 policy init --template {template} --out {out}, then --policy policy.json"
+        )
+    return told
+
+
+def _of_program(result: Result, command: str) -> list[str]:
+    """What is told of a program that did not end well."""
     found = _told_of(result)
     told = [_line(denial) for denial in found[:_SHOWN]]
     more = max(0, len(found) - _SHOWN) + result.denials_lost
@@ -87,7 +93,8 @@ def _hint(hint: Hint) -> str:
     to_write = f" (to write: {hint.to_write.flag})" if hint.to_write and hint.to_write.flag else ""
     if hint.kind == "library":
         return f"{hint.subject} cannot be loaded from where it lies{how(hint.how)}"
-    return f"{hint.subject} is not in the sandbox{how(hint.how, 'fs.read_roots')}{to_write}"
+    field = "env.allow_keys" if hint.kind == "variable" else "fs.read_roots"
+    return f"{hint.subject} is not in the sandbox{how(hint.how, field)}{to_write}"
 
 
 def _line(denial: Denial) -> str:
@@ -104,16 +111,6 @@ def how(allowing: HowToAllow | None, field: str = "") -> str:
     # A policy may need another field first: what comes then is told by the next run.
     does = "lets it" if allowing.json_path == f"$.{field}" or "." not in field else "comes first"
     return f"; {allowing.json_path} = {_value(allowing.value)} in the policy {does}"
-
-
-def _default_digest(request: RunRequest) -> str | None:
-    """What a result says of its policy where none was given, with these flags: nobody has a file of it yet."""
-    from x07_sandbox.runs.request import policy_in_force, sha256_text
-
-    try:
-        return sha256_text(policy_in_force(replace(request, policy=None))[1])
-    except SandboxError:  # the flags are about what the default does not allow, or a file of hosts is gone by now
-        return None
 
 
 def _value(value: object) -> str:

@@ -115,10 +115,10 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
             result, unwritten = write_files(options, result, artifact)
     if options.json and not options.quiet_json:
         return _print(result)
-    return _told(result, unwritten, request)
+    return _told(result, unwritten)
 
 
-def _told(result: Result, unwritten: list[str], request: RunRequest) -> int:
+def _told(result: Result, unwritten: list[str]) -> int:
     """Say what the program's own output does not; the exit code. unwritten: a line for each file that was not."""
     _explain(result)
     for line in unwritten:
@@ -126,7 +126,7 @@ def _told(result: Result, unwritten: list[str], request: RunRequest) -> int:
     if result.denials or result.hints:
         from x07_sandbox.cli.refused import tell as tell_refused
 
-        tell_refused(result, request)
+        tell_refused(result)
     if result.changes.state != "none":
         from x07_sandbox.cli.changed import tell
 

@@ -24,7 +24,7 @@ from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, diagnostics_
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, flat_report
 from x07_sandbox.reports.wrapped import Target, wrap
-from x07_sandbox.runs.request import open_input, policy_in_force, read_policy, read_spec_file
+from x07_sandbox.runs.request import name_of_policy, open_input, policy_in_force, read_policy, read_spec_file
 from x07_sandbox.runs.x07_program import need_policy, read_whole
 
 if TYPE_CHECKING:
@@ -86,13 +86,12 @@ def run_with_report(
 
     program: what load_program gave beside the request.
     """
-    policy, policy_bytes = policy_in_force(request)
+    policy = policy_in_force(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
     wanted = Wanted(
         program=program,
         policy=policy,
-        policy_bytes=policy_bytes,
         policy_path=None if request.policy is None else str(request.policy),
         data=data,
         compiled_out=options.compiled_out,
@@ -130,7 +129,7 @@ def with_derived_file(request: RunRequest, program: Program) -> RunRequest:
     if request.program is not None and is_folder(request.program):
         root = request.program
     base, data = read_policy(request.policy)
-    name = "built-in:default" if request.policy is None else str(request.policy)
+    name = name_of_policy(request.policy)
     derived = derive_policy(base, data, name, request.overrides, read_spec_file=read_spec_file)
     parts = (".x07", "policies", "_generated", derived.file_name)
     place = root.joinpath(*parts)

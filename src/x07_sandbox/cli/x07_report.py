@@ -14,7 +14,6 @@ from x07_sandbox.cli.written import write_all, write_executable, write_whole
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir, state_dir
-from x07_sandbox.policy import Policy
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
 from x07_sandbox.reports.attestation import WRITE_CODE, Attested, attest, reference
 from x07_sandbox.reports.document import render_json
@@ -22,6 +21,7 @@ from x07_sandbox.reports.runner import Built, CompileMode, CompileRunReport, run
 from x07_sandbox.reports.x07 import x07_report
 from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.program import Program
+from x07_sandbox.runs.request import InForce
 from x07_sandbox.runs.run import Read, attempt
 from x07_sandbox.runs.streams import memory_file
 
@@ -43,8 +43,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     program: Program
-    policy: Policy
-    policy_bytes: bytes
+    policy: InForce
     policy_path: str | None
     data: bytes
     compiled_out: Path | None
@@ -77,7 +76,7 @@ def run_and_report(
         live_stderr=2,
         artifact=artifact,
     )
-    result, error = attempt(request, Read(program=wanted.program, policy=(wanted.policy, wanted.policy_bytes)))
+    result, error = attempt(request, Read(program=wanted.program, policy=wanted.policy))
     request.progress("")
     if isinstance(error, UsageError):
         raise error
@@ -114,8 +113,8 @@ def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Com
     if report.solve is None or "run" not in result.phases:
         return report, ["nothing was run, so nothing is attested", *ending]
     given = Attested(
-        policy=wanted.policy,
-        policy_bytes=wanted.policy_bytes,
+        policy=wanted.policy.policy,
+        policy_bytes=wanted.policy.data,
         policy_path=wanted.policy_path,
         artifact_path=PROGRAM_FOLDER if toolchain.archive else ARTIFACT,
         input_len_bytes=len(wanted.data),

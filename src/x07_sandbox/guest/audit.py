@@ -159,9 +159,7 @@ class Audit:
         if not self._poll.poll(0):
             return None
         try:
-            data = self._socket.recv(16384, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return None
+            data = self._socket.recv(16384)
         except OSError:  # ENOBUFS: some were dropped, and are counted by the kernel
             return 0, b""
         if len(data) < _HEADER.size:

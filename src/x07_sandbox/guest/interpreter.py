@@ -15,9 +15,13 @@ gave the process at its start (AT_RANDOM: stack canary, pointer guard), which ar
 from __future__ import annotations
 
 import marshal
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.guest import restrict
+from x07_sandbox.guest.restrict import last_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
 
 PYTHON: Final = "/usr/bin/python3"
 FOLDER: Final = "/run/start"  # in the program's view until it starts
@@ -36,140 +40,236 @@ ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07"
 OWN_MODULES: Final = f"{ENVIRONMENT['HOME']}/.local"
 
 # All names in Debian's sitecustomize, which looks for one module, that no image here has, and calls a function of it.
-_DEBIANS: Final = {"apport_python_hook", "ImportError", "install"}
+_DEBIANS: Final = frozenset({"apport_python_hook", "ImportError", "install"})
 
-_HOOK: Final = f"""
-import os, sys
-if PRELOAD:  # what they print is not the program's
+
+def hook(preload: list[str]) -> str:
+    """The module that the interpreter stops in. preload: modules that the program will find imported.
+
+    It has none of our modules: it is the code of the functions below, which import what they need, and call one another
+    and use the constants above as if they were in one.
+    """
+    codes = {function.__name__: marshal.dumps(function.__code__) for function in _HOOK}
+    return f"""import marshal
+names = {_HOOK_HAS!r}
+for name, code in {codes!r}.items():
+    names[name] = type(lambda: 0)(marshal.loads(code), names)
+names["_stop"]({preload!r})
+"""
+
+
+# What follows runs in the interpreter that waits.
+
+
+def _stop(preload: list[str]) -> None:
+    """Wait for the orders, and carry them out."""
+    import os
+    import sys
+
+    if preload:
+        _import_all(preload)
+    theirs = _import_theirs()
+    known, importers = set(sys.modules), set(sys.path_importer_cache)
+    import ctypes
+    import marshal
+
+    signals = __import__("_signal")  # which `signal` wraps, and imports much for
+    take_away, execute = last_steps()
+    if "_hashlib" in known:
+        import _ssl  # noqa: F401 - _new_secrets has it then
+    places = _places_of_the_script()
+    had = dict(os.environ)
+    os.write(TOLD_FD, b"R")
+    orders = []
+    while piece := os.read(START_FD, 65536):
+        orders.append(piece)
+    become, argv, env, cwd, filter_code, rules_fd, token = marshal.loads(b"".join(orders))  # noqa: S302 - the agent's
+    os.close(START_FD)
+    os.chdir(cwd)
+    os.set_inheritable(RULES_FD, False)  # noqa: FBT003 - it takes no names
+    if filter_code or rules_fd >= 0:
+        _restrict(take_away, filter_code, rules_fd)
+    os.close(RULES_FD)
+    if not become:
+        for number in (signals.SIGPIPE, signals.SIGXFSZ):  # Python ignores them, and what it executes would too
+            signals.signal(number, signals.SIG_DFL)
+        _execute(execute, argv, env, token)
+    _set_environment(had, env)
+    _become(argv, places, known, importers)
+    if preload:
+        _new_secrets(known)
+    ctypes.set_errno(0)  # of what was refused to us
+    os.close(TOLD_FD)
+    if theirs is None:
+        del sys.modules["sitecustomize"]
+        __import__("sitecustomize")  # the system's own, where it has one
+    else:
+        sys.modules["sitecustomize"] = theirs
+
+
+def _import_all(preload: list[str]) -> None:
+    """Import what is to be preloaded; what that prints is not the program's."""
+    import os
+    import sys
+
     outputs = os.dup(1), os.dup(2)
     null = os.open("/dev/null", os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    for name in PRELOAD:
+    for name in preload:
         try:
             __import__(name)
-        except BaseException as exc:
-            os.write({TOLD_FD}, f"0 cannot preload {{name}}: {{exc!r}}".encode("utf-8", "backslashreplace")[:1000])
+        except BaseException as exc:  # noqa: BLE001 - whatever a module does
+            os.write(TOLD_FD, f"0 cannot preload {name}: {exc!r}".encode("utf-8", "backslashreplace")[:1000])
             os._exit(127)
     for stream in sys.__stdout__, sys.__stderr__, sys.stdout, sys.stderr:
-        try:
-            stream.flush()
-        except Exception:
-            pass  # closed, or gone: as the module wanted it
+        try:  # noqa: SIM105 - contextlib would be one more module
+            stream.flush()  # type: ignore[union-attr]
+        except Exception:  # noqa: BLE001, S110 - closed, or gone: as the module wanted it
+            pass
     for number, fd in enumerate(outputs, 1):
         os.dup2(fd, number)
         os.close(fd)
     os.close(null)
-# In a fresh clone an import that finds nothing takes milliseconds. So the system's own sitecustomize is imported here,
-# if it is the one that Debian has, which looks at nothing of the job; and no user's is looked for where none can be.
-finder = sys.modules["_frozen_importlib_external"].PathFinder
-path = [folder for folder in sys.path if folder != {FOLDER!r}]
-found = finder.find_spec("sitecustomize", path)
-theirs = None
-code = None if found is None else found.loader.get_code("sitecustomize")
-if code and {{*code.co_names}} <= {_DEBIANS!r} and not any(isinstance(const, type(code)) for const in code.co_consts):
-    ours = sys.modules.pop("sitecustomize")
-    sys.path.remove({FOLDER!r})
-    import sitecustomize as theirs
-    sys.path.insert(0, {FOLDER!r})
-    sys.modules["sitecustomize"] = ours
-site = sys.modules["site"]
-if site.ENABLE_USER_SITE and finder.find_spec("usercustomize", path) is None:
-    look_for_a_users = site.execusercustomize
 
-    def skip_once():
-        site.execusercustomize = look_for_a_users
 
-    site.execusercustomize = skip_once
-known, importers = set(sys.modules), set(sys.path_importer_cache)
-import _signal, ctypes, marshal
-take_away, execute = type(lambda: 0)(marshal.loads(LAST_STEPS), {{}})()
-if "_hashlib" in known:
-    import _ssl
+def _import_theirs() -> Any:  # noqa: ANN401 - a module
+    """The system's own sitecustomize, if it can be imported here; and look for no user's where none can be.
 
-placeholder = {PLACEHOLDER!r}.encode("utf-32-le") + bytes(4)
-ctypes.pythonapi._Py_GetConfig.restype = ctypes.c_void_p
-config = memoryview(ctypes.string_at(ctypes.pythonapi._Py_GetConfig(), 640)).cast("Q")
-memory = os.open("/proc/self/mem", os.O_RDWR)
-places = []
-for word in set(config):
-    try:
-        if 65536 < word < 1 << 47:
-            # run_filename, and argv, which is a list: its first decides what sys.path begins with.
+    In a fresh clone an import that finds nothing takes milliseconds. Debian's looks at nothing of the job.
+    """
+    import site
+    import sys
+
+    finder: Any = sys.modules["_frozen_importlib_external"].PathFinder
+    path = [folder for folder in sys.path if folder != FOLDER]
+    found = finder.find_spec("sitecustomize", path)
+    theirs = None
+    code = None if found is None else found.loader.get_code("sitecustomize")
+    if code and {*code.co_names} <= _DEBIANS and not any(isinstance(const, type(code)) for const in code.co_consts):
+        ours = sys.modules.pop("sitecustomize")
+        sys.path.remove(FOLDER)
+        theirs = __import__("sitecustomize")
+        sys.path.insert(0, FOLDER)
+        sys.modules["sitecustomize"] = ours
+    if site.ENABLE_USER_SITE and finder.find_spec("usercustomize", path) is None:
+        look_for_a_users = site.execusercustomize
+
+        def skip_once() -> None:
+            vars(site)["execusercustomize"] = look_for_a_users
+
+        vars(site)["execusercustomize"] = skip_once
+    return theirs
+
+
+def _places_of_the_script() -> list[memoryview]:
+    """Where the interpreter has its script's name: run_filename, and argv, whose first decides how sys.path begins."""
+    import ctypes
+    import os
+
+    placeholder = PLACEHOLDER.encode("utf-32-le") + bytes(4)
+    config_of = ctypes.pythonapi._Py_GetConfig  # noqa: SLF001 - there is no other
+    config_of.restype = ctypes.c_void_p
+    memory = os.open("/proc/self/mem", os.O_RDWR)
+    places = []
+    for word in set(memoryview(ctypes.string_at(config_of(), 640)).cast("Q")):
+        try:
+            # argv is a list.
             for at in word, int.from_bytes(os.pread(memory, 8, word), "little"):
-                if 65536 < at < 1 << 47 and os.pread(memory, len(placeholder), at) == placeholder:
-                    places.append(memoryview((ctypes.c_char * len(placeholder)).from_address(at)).cast("B"))
-    except (OSError, OverflowError):
-        pass
-os.close(memory)
-if not places:
-    raise SystemExit("no place for the script's name")
-had = dict(os.environ)
-os.write({TOLD_FD}, b"R")
-orders = []
-while piece := os.read({START_FD}, 65536):
-    orders.append(piece)
-become, argv, env, cwd, filter_code, rules_fd, token = marshal.loads(b"".join(orders))
-os.close({START_FD})
-os.chdir(cwd)
-os.set_inheritable({RULES_FD}, False)
-try:
-    if filter_code or rules_fd >= 0:
+                if os.pread(memory, len(placeholder), at) == placeholder:
+                    found = (ctypes.c_char * len(placeholder)).from_address(at)
+                    places.append(memoryview(found).cast("B"))
+        except (OSError, OverflowError):  # no address
+            pass
+    os.close(memory)
+    if not places:
+        raise SystemExit("no place for the script's name")
+    return places
+
+
+def _restrict(take_away: Callable[..., None], filter_code: bytes, rules_fd: int) -> None:
+    """Put this process under a filter, and under Landlock's rules, as last_steps has it."""
+    import os
+
+    try:
         take_away(filter_code, rules_fd)
-except OSError as exc:
-    os.write({TOLD_FD}, b"0 " + str(exc).encode())
-    os._exit(127)
-os.close({RULES_FD})
-if not become:
-    os.set_inheritable({TOLD_FD}, False)
-    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them, and what it executes would too
-        _signal.signal(number, _signal.SIG_DFL)
+    except OSError as exc:
+        os.write(TOLD_FD, b"0 " + str(exc).encode())
+        os._exit(127)
+
+
+def _execute(execute: Callable[..., NoReturn], argv: list[str], env: dict[str, str], token: bytes) -> NoReturn:
+    """Execute another program."""
+    import os
+
+    os.set_inheritable(TOLD_FD, False)  # noqa: FBT003 - it takes no names
     try:
         execute(argv, env, token)
     except (OSError, ValueError) as exc:  # a number only here: it is the program that could not be executed
-        os.write({TOLD_FD}, b"%d %s" % (getattr(exc, "errno", 0) or 0, str(exc).encode("utf-8", "backslashreplace")))
+        os.write(TOLD_FD, b"%d %s" % (getattr(exc, "errno", 0) or 0, str(exc).encode("utf-8", "backslashreplace")))
         os._exit(127)
-for name in had:
-    if name not in env:
-        del os.environ[name]
-for name, value in env.items():
-    if had.get(name) != value:
-        os.environ[name] = value
-name = argv[1].encode("utf-32-le", "surrogatepass") + bytes(4)
-for place in places:
-    place[: len(name)] = name
-sys.argv[:] = argv[1:]
-sys.orig_argv[:] = argv
-if {FOLDER!r} in sys.path:  # a preloaded module may have changed it
-    sys.path.remove({FOLDER!r})
-for module in set(sys.modules) - known:
-    del sys.modules[module]
-for path in set(sys.path_importer_cache) - importers | {{{FOLDER!r}}}:
-    sys.path_importer_cache.pop(path, None)
-if PRELOAD:  # what they have drawn is every clone's
+
+
+def _set_environment(had: dict[str, str], env: dict[str, str]) -> None:
+    import os
+
+    for name in had:
+        if name not in env:
+            del os.environ[name]
+    for name, value in env.items():
+        if had.get(name) != value:
+            os.environ[name] = value
+
+
+def _become(argv: list[str], places: list[memoryview], known: set[str], importers: set[str]) -> None:
+    """Take away what is ours, and let it be that script's. known, importers: what was there before us."""
+    import sys
+
+    name = argv[1].encode("utf-32-le", "surrogatepass") + bytes(4)
+    for place in places:
+        place[: len(name)] = name
+    sys.argv[:] = argv[1:]
+    sys.orig_argv[:] = argv
+    if FOLDER in sys.path:  # a preloaded module may have changed it
+        sys.path.remove(FOLDER)
+    for module in set(sys.modules) - known:
+        del sys.modules[module]
+    for path in set(sys.path_importer_cache) - importers | {FOLDER}:
+        sys.path_importer_cache.pop(path, None)
+
+
+def _new_secrets(known: set[str]) -> None:
+    """What preloaded modules have drawn is every clone's."""
+    import os
+    import sys
+
     for name in ("random", "numpy.random"):
         if name in sys.modules:
             sys.modules[name].seed()
     if "tempfile" in sys.modules:
-        sys.modules["tempfile"]._name_sequence = None
+        vars(sys.modules["tempfile"])["_name_sequence"] = None
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
     if "_hashlib" in known:
+        import _ssl
+
         _ssl.RAND_add(os.urandom(32), 32.0)  # OpenSSL's generators take it up when they are asked next
-ctypes.set_errno(0)  # of what was refused to us
-os.close({TOLD_FD})
-if theirs is None:
-    del sys.modules["sitecustomize"]
-    import sitecustomize  # the system's own, where it has one
-else:
-    sys.modules["sitecustomize"] = theirs
-"""
 
 
-def hook(preload: list[str]) -> str:
-    """The module that the interpreter stops in. preload: modules that the program will find imported."""
-    steps = marshal.dumps(restrict.last_steps.__code__)
-    return f"PRELOAD = {preload!r}\nLAST_STEPS = {steps!r}\n{_HOOK}"
+_HOOK: Final = (
+    *(_stop, _import_all, _import_theirs, _places_of_the_script, _restrict, _execute, _set_environment, _become),
+    *(_new_secrets, last_steps),
+)
+_HOOK_HAS: Final = {
+    "START_FD": START_FD,
+    "TOLD_FD": TOLD_FD,
+    "RULES_FD": RULES_FD,
+    "FOLDER": FOLDER,
+    "PLACEHOLDER": PLACEHOLDER,
+    "_DEBIANS": _DEBIANS,
+}
+
+# What follows runs in the agent.
 
 
 def argv() -> list[str]:

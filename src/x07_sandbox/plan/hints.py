@@ -1,8 +1,8 @@
 """What a program that failed may have missed, told from the end of its own standard error.
 
-A path that is not there, and a program or a module that is not installed, are no refusals, and are never counted as
-such: most programs look for many. Pure; the text is the program's, and says whatever it wants: it is shown, and nothing
-is looked up by it: what lies beside the program on the host is told beforehand.
+A path that is not there, a program or a module that is not installed, and a variable that is not set are no refusals,
+and are never counted as such: most programs look for many. Pure; the text is the program's, and says whatever it wants:
+it is shown, and nothing is looked up by it: what lies beside the program on the host is told beforehand.
 """
 
 from __future__ import annotations
@@ -49,6 +49,14 @@ _COMMAND: Final = re.compile(
     r"^[^:\n]{1,255}: (?:line )?\d+: (\w[\w.+-]{0,99}): (?:command )?not found$", re.MULTILINE | re.ASCII
 )
 _MODULE: Final = re.compile(r"^ModuleNotFoundError: No module named '(\w{1,100})", re.MULTILINE | re.ASCII)
+# As Python says it of a variable that os.environ has not; and bash and dash where a script cannot do without one.
+_VARIABLES: Final = tuple(
+    re.compile(pattern, re.MULTILINE | re.ASCII)
+    for pattern in (
+        r'^  File ".*\bos(?:\.py|>)", line \d+, in __getitem__\n(?: {4}.*\n){0,2}KeyError: .([A-Za-z_]\w{0,99}).$',
+        r"^[^:\n]{1,255}: (?:line )?\d+: ([A-Za-z_]\w{0,99}): (?:unbound variable|parameter (?:null or )?not set)$",
+    )
+)
 
 
 class Beside(NamedTuple):
@@ -58,21 +66,50 @@ class Beside(NamedTuple):
     flag: str
 
 
-def hints(tail: bytes, policy: Policy, areas: Sequence[Area], cwd: str, beside: Beside | None = None) -> list[Hint]:
-    """What the program seems to have missed, at most three things. tail: the end of its error output."""
+def hints(
+    tail: bytes,
+    policy: Policy,
+    areas: Sequence[Area],
+    cwd: str,
+    beside: Beside | None = None,
+    ours: Collection[str] = (),
+) -> list[Hint]:
+    """What the program seems to have missed, at most three things.
+
+    tail: the end of its error output. ours: names of the host's variables.
+    """
     text = tail.decode("utf-8", "replace")
     paths = dict.fromkeys(_paths(text, policy, areas, cwd))
     modules = (_module(name, beside) for name in dict.fromkeys(_MODULE.findall(text)))
     programs, commands = (map(_program, dict.fromkeys(said.findall(text))) for said in (_PROGRAM, _COMMAND))
     missing = (_hint(path, policy) for path in paths)
     # A script that goes on may miss many programs: what else it missed comes before.
-    told = (*_libraries(text, policy, areas, cwd), *programs, *missing, *modules, *commands)
+    names = dict.fromkeys(name for said in _VARIABLES for name in said.findall(text))
+    variables = (_variable(name, policy, ours) for name in names)
+    told = (*_libraries(text, policy, areas, cwd), *programs, *missing, *modules, *variables, *commands)
     return list(itertools.islice((hint for hint in told if hint is not None), _MOST))
 
 
 def _program(name: str) -> Hint:
     flag = "--image NAME, after x07 image build --name NAME --include PACKAGE,"
     return Hint(subject=f"the program {name}", how=HowToAllow(json_path=None, value=None, flag=flag))
+
+
+def _variable(name: str, policy: Policy, ours: Collection[str]) -> Hint | None:
+    """None where nothing brings it: X07's own no flag sets, and one that went in the program must have taken away."""
+    allowed, denied = policy.env.allow_keys, policy.env.deny_keys
+    how: HowToAllow | None = HowToAllow(json_path=None, value=None, flag=f"--env {name}=VALUE")
+    if not policy.env.enabled:
+        how = allowing(policy, "env.enabled", value=True)
+    elif name in denied:
+        how = allowing(policy, "env.deny_keys", [key for key in denied if key != name])
+    elif name in ours:
+        how = None if name in allowed else allowing(policy, "env.allow_keys", [*allowed, name], f"--env {name}")
+    return (
+        None
+        if how is None or name.startswith("X07_")
+        else Hint(subject=f"the variable {name}", kind="variable", how=how)
+    )
 
 
 def _libraries(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[Hint]:

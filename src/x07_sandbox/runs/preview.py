@@ -45,7 +45,7 @@ def preview(request: RunRequest) -> Preview:
     with contextlib.ExitStack() as stack:
         ready = make_ready(request, Read(), so_far, stack, dry=True)
         request, program, toolchain = ready.request, ready.program, ready.program.toolchain
-        roots = roots_in_force(request, program, ready.policy)
+        roots = roots_in_force(request, program, ready.policy.policy)
         if not ready.plan.refusals:
             trees_of(roots)  # a run looks at each of them before it copies any
         return Preview(

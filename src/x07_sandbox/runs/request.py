@@ -8,13 +8,13 @@ import re
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Machines
-from x07_sandbox.errors import RefusedError, SandboxError, UsageError
+from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy import Policy, decode_policy, default_policy, render_policy
@@ -203,38 +203,43 @@ def _check_own(policy: Policy, given: ProjectPolicy) -> None:
             )
 
 
-def policy_in_force(request: RunRequest) -> tuple[Policy, bytes]:
-    """The policy of a request with its overrides and its tighter time limit, and its bytes.
+class InForce(NamedTuple):
+    """The policy that holds for a run.
+
+    base: names what it was made from. own_wall_ms: what that gave before the request's `wall_ms` made it less; None
+    where that did not.
+    """
+
+    policy: Policy
+    data: bytes
+    base: str
+    own_wall_ms: int | None = None
+
+
+def policy_in_force(request: RunRequest) -> InForce:
+    """The policy of a request with its overrides and its tighter time limit.
 
     Raises UsageError, PolicyError, RefusedError.
     """
     policy, data = read_policy(request.policy)
+    base = name_of_policy(request.policy)
     if request.overrides is not None:
         from x07_sandbox.policy.overrides import derive_policy
 
-        base = "built-in:default" if request.policy is None else str(request.policy)
-        if isinstance(request.policy, Policy):
-            base = policy.policy_id
         derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file)
         policy, data = derived.policy, derived.data
-    if request.wall_ms is not None and request.wall_ms < policy.limits.wall_ms:
-        data = render_policy(replace(policy, limits=replace(policy.limits, wall_ms=request.wall_ms)))
-        policy = decode_policy(data, source="with a time limit")
-    return policy, data
+    own_wall_ms = policy.limits.wall_ms
+    if request.wall_ms is None or request.wall_ms >= own_wall_ms:
+        return InForce(policy, data, base)
+    data = render_policy(replace(policy, limits=replace(policy.limits, wall_ms=request.wall_ms)))
+    return InForce(decode_policy(data, source="with a time limit"), data, base, own_wall_ms)
 
 
-def own_wall_ms(request: RunRequest, policy: Policy) -> int | None:
-    """What the policy gave before the request's `wall_ms` made it *policy*'s; None where that did not make it less.
-
-    Read once more, since it is wanted for advice alone.
-    """
-    if request.wall_ms != policy.limits.wall_ms:
-        return None
-    try:
-        own = read_policy(request.policy)[0].limits.wall_ms
-    except SandboxError:  # gone, or changed since
-        return None
-    return own if own > policy.limits.wall_ms else None
+def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:
+    """What read_policy takes, as a user names it; a value by its id."""
+    if isinstance(given, Policy):
+        return given.policy_id
+    return "built-in:default" if given is None else str(given)
 
 
 def read_spec_file(name: str) -> bytes:

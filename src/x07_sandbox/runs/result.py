@@ -114,6 +114,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     x07_exit_code: what `x07 run` ends with. exit_code, signal: how the program itself ended; null where it did not so.
     stdout, stderr: what it printed; of a failed build, what that printed.
     isolation, backend, jail: the wall that stood. phases: what each machine did, times in milliseconds, sizes in bytes.
+    policy: from what the one in force was made, as it was named: a path, `built-in:TEMPLATE`, or the id of a value;
+        null where it did not come to one.
     digests: of what went in and came out, as `sha256:<hex>`. controls: of each field of the policy who held it.
     denials: what was asked for, or tried, and not given. changes: what became of its changes to files.
     warnings: sentences for people.
@@ -140,6 +142,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stdout: Output
     stderr: Output
     phases: dict[str, PhaseReport]
+    policy: str | None = None
     digests: Digests
     controls: list[ControlReport]
     denials: list[Denial]

@@ -10,7 +10,16 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.backends.qemu.backend import QemuBackend
-from x07_sandbox.errors import BackendError, Cancelled, HostError, ImageError, RefusedError, SandboxError, UsageError
+from x07_sandbox.errors import (
+    BackendError,
+    Cancelled,
+    HostError,
+    ImageError,
+    RefusedError,
+    SandboxError,
+    UsageError,
+    shown,
+)
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import text
 from x07_sandbox.images.store import DEFAULT, find_image, image_is_current
@@ -18,11 +27,12 @@ from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import Plan, make_plan
 from x07_sandbox.plan.denials import Denial, HowToAllow
-from x07_sandbox.policy import Policy, PolicyError
+from x07_sandbox.policy import PolicyError
 from x07_sandbox.programs.toolchains import OUTPUT, require_packages
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import (
+    InForce,
     RunRequest,
     check_arguments,
     check_variables,
@@ -38,6 +48,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.images.store import Image
     from x07_sandbox.plan.outcomes import Verdict
+    from x07_sandbox.policy import Policy
     from x07_sandbox.runs.host_files import HostFiles
 
 # By the value of their outcome: its table is loaded only while a machine comes up, or where one of these is raised.
@@ -54,11 +65,11 @@ _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
 class Read(msgspec.Struct, frozen=True, kw_only=True):
     """What the caller has read of a request's files: it is used as it is, so that a report tells of what ran.
 
-    program: with the request that load_program gave beside it. policy: the one in force, and its bytes.
+    program: with the request that load_program gave beside it.
     """
 
     program: Program | None = None
-    policy: tuple[Policy, bytes] | None = None
+    policy: InForce | None = None
 
 
 def run(request: RunRequest, read: Read = Read()) -> Result:  # noqa: B008 - it cannot be changed
@@ -118,8 +129,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
 
     request: RunRequest
     program: Program
-    policy: Policy
-    policy_bytes: bytes
+    policy: InForce
     image: OpenImage
     image_name: str
     backend: QemuBackend
@@ -144,8 +154,10 @@ def make_ready(
 
         need_policy(request)
         request = request if dry else with_framed_input(request, stack)
-    policy, policy_bytes = read.policy or policy_in_force(request)
-    so_far.digests["policy"] = sha256_text(policy_bytes)
+    in_force = read.policy or policy_in_force(request)
+    policy = in_force.policy
+    so_far.policy = shown(in_force.base)
+    so_far.digests["policy"] = sha256_text(in_force.data)
     check_variables(request, policy)
     with request.cancel.waiting():
         found = find_image(request.image)
@@ -161,8 +173,7 @@ def make_ready(
     return Ready(
         request=request,
         program=program,
-        policy=policy,
-        policy_bytes=policy_bytes,
+        policy=in_force,
         image=image,
         image_name=image_name,
         backend=backend,
@@ -174,20 +185,20 @@ def _carry_out(
     request: RunRequest, read: Read, so_far: Progress, folder: RunFolder, stack: contextlib.ExitStack
 ) -> Verdict:
     ready = make_ready(request, read, so_far, stack)
-    request, program, policy, plan = ready.request, ready.program, ready.policy, ready.plan
+    request, program, policy, plan = ready.request, ready.program, ready.policy.policy, ready.plan
     if request.overrides is not None:
-        _keep(folder.path / "policy.json", ready.policy_bytes)
+        _keep(folder.path / "policy.json", ready.policy.data)
     _add_refusals(plan, so_far)
     plan.require(request.override_flags)
     host_files = host_files_of(request, program, policy, so_far, folder, stack)
     session = Session(request, program, so_far, folder, ready.backend, ready.image)
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-    failed = session.prepare(artifact, ready.policy_bytes)
+    failed = session.prepare(artifact, ready.policy.data)
     if failed is not None:
         return failed
     so_far.digests["artifact"] = f"sha256:{artifact.sha256()}"
-    spec = session.run_spec(artifact, policy, ready.policy_bytes, plan.limits, stack, host_files)
-    ending = session.run(spec, policy)
+    spec = session.run_spec(artifact, ready.policy, plan.limits, stack, host_files)
+    ending = session.run(spec, ready.policy)
     return ending if host_files is None else _settled(host_files, ending, so_far)
 
 
@@ -305,6 +316,7 @@ def _result(so_far: Progress, ending: Verdict) -> Result:
         stdout=so_far.stdout,
         stderr=so_far.stderr,
         phases=so_far.phases,
+        policy=so_far.policy,
         digests=Digests(**so_far.digests),
         controls=controls,
         denials=so_far.denials,

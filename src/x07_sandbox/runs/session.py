@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +31,7 @@ from x07_sandbox.programs.artifacts import (
 )
 from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, PROJECT_FOLDER, SOURCE_FOLDER, build_driver
 from x07_sandbox.runs.phase import CWD, PhaseSpec, carry_out
-from x07_sandbox.runs.request import in_memory, own_wall_ms, sha256_text
+from x07_sandbox.runs.request import InForce, in_memory, sha256_text
 from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Output, PhaseReport
 from x07_sandbox.runs.streams import InFile, OutFile
 
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.qemu.backend import QemuBackend
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.plan.controls import RunLimits
-    from x07_sandbox.plan.hints import Beside
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.policy import Policy
     from x07_sandbox.programs.toolchains import Toolchain
@@ -56,7 +54,6 @@ if TYPE_CHECKING:
 
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 _TAIL_BYTES = 64 * 1024  # of its error output, in which a failed program may have said what it missed
-_BESIDE_MAX = 10_000  # names of the folder that a program lies in
 _ANY_TIMER = "the {name} machine may have a timer that is late: each booted before it measured its own wrong"
 # Where a program with a manifest starts: the same private folder, under the name that relative roots have.
 _PROJECT_MOUNT: dict[str, Any] = {"tree": None, "sub": "", "at": PROJECT_FOLDER, "write": True, "changes": False}
@@ -69,6 +66,7 @@ class Progress(msgspec.Struct):
     availability: Availability | None = None
     plan: Plan | None = None
     jail: str | None = None
+    policy: str | None = None
     artifact_from: Literal["build", "cache", "caller"] | None = None
     build: BuildOutput | None = None
     phases: dict[str, PhaseReport] = msgspec.field(default_factory=dict)
@@ -224,13 +222,13 @@ class Session:
     def run_spec(
         self,
         artifact: OutFile,
-        policy: Policy,
-        policy_bytes: bytes,
+        in_force: InForce,
         limits: RunLimits,
         stack: contextlib.ExitStack,
         host_files: HostFiles | None = None,
     ) -> PhaseSpec:
         """The run of an artifact."""
+        policy = in_force.policy
         toolchain = self.program.toolchain
         archive = toolchain.archive
         program = InFile(
@@ -240,7 +238,7 @@ class Session:
             fd=artifact.fd,
             size=artifact.size,
         )
-        files = [program, in_memory(policy_bytes, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
+        files = [program, in_memory(in_force.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
         if toolchain.told:
             files.append(in_memory(self.request.x07_input, f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
         project = self.program.project
@@ -265,27 +263,26 @@ class Session:
             limits_shown=limits,
         )
 
-    def run(self, spec: PhaseSpec, policy: Policy) -> Verdict:
+    def run(self, spec: PhaseSpec, in_force: InForce) -> Verdict:
         """Carry that out."""
         known = self.image.manifest.filters
         self.so_far.filters = {name: f"sha256:{known[name].sha256}" for name in spec.confine.filters}
         ending, facts = self.phase(spec)
         report = self.so_far.phases["run"]
         self.so_far.stdout, self.so_far.stderr = report.stdout, report.stderr
-        own_ms = own_wall_ms(self.request, policy) if ending.outcome.value == "timeout" else None
-        self._note_denials(ending, facts, policy, spec, own_ms)
-        ending = self._by_whose_limit(ending, policy, own_ms)
+        self._note_denials(ending, facts, in_force, spec)
+        ending = self._by_whose_limit(ending, in_force)
         self.so_far.phases["run"] = replace(report, reason=ending.reason)
         return ending
 
-    def _by_whose_limit(self, ending: Verdict, policy: Policy, own_ms: int | None) -> Verdict:
+    def _by_whose_limit(self, ending: Verdict, in_force: InForce) -> Verdict:
         """The verdict with the flags in its reason that held the program tighter than the policy."""
         from x07_sandbox.plan.outcomes import as_limited_by
 
         flags = {}
-        if own_ms is not None:
+        if in_force.own_wall_ms is not None:
             flags["limits.wall_ms"] = "--timeout"
-        if self.program.cpu_ms is not None and self.program.cpu_ms < policy.limits.cpu_ms:
+        if self.program.cpu_ms is not None and self.program.cpu_ms < in_force.policy.limits.cpu_ms:
             flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
         return as_limited_by(ending, flags)
 
@@ -397,10 +394,8 @@ class Session:
             on_started=lambda: request.progress("") if spec.name == "run" else None,
         )
 
-    def _note_denials(
-        self, ending: Verdict, facts: PhaseFacts, policy: Policy, spec: PhaseSpec, own_ms: int | None
-    ) -> None:
-        usage, so_far = facts.usage, self.so_far
+    def _note_denials(self, ending: Verdict, facts: PhaseFacts, in_force: InForce, spec: PhaseSpec) -> None:
+        usage, so_far, policy = facts.usage, self.so_far, in_force.policy
         so_far.denials_lost = int(usage.get("denials_lost", 0))
         tasks = int(usage.get("tasks_refused", 0))
         disk, memory = usage.get("disk_full"), usage.get("memory_full")
@@ -416,7 +411,8 @@ class Session:
             so_far.denials.append(observed.disk_full())
         if memory:
             so_far.denials.append(observed.memory_full(policy))
-        limit = observed.limit_hit(ending.outcome.value, policy, cpu_ms=self.program.cpu_ms, own_wall_ms=own_ms)
+        own_ms, cpu_ms = in_force.own_wall_ms, self.program.cpu_ms
+        limit = observed.limit_hit(ending.outcome.value, policy, cpu_ms=cpu_ms, own_wall_ms=own_ms)
         if limit is not None:
             so_far.denials.append(limit)
         if ending.outcome.value == "output-limit":
@@ -426,42 +422,14 @@ class Session:
                 observed.too_much_output(stream, None if fixed else output_caps(self.request, toolchain)[0])
             )
         if facts.stderr_tail:
-            from x07_sandbox.plan.hints import hints  # not on the way of a program that ends well
+            from x07_sandbox.runs.missed import missed  # not on the way of a program that ends well
 
-            so_far.hints = hints(facts.stderr_tail, policy, spec.areas, spec.cwd, _beside(self.request, self.program))
+            so_far.hints = missed(facts.stderr_tail, policy, spec, self.request, self.program)
 
 
 def _tail(fd: int) -> bytes:
     """The end of what a program wrote."""
     return os.pread(fd, _TAIL_BYTES, max(0, os.fstat(fd).st_size - _TAIL_BYTES))
-
-
-def _beside(request: RunRequest, program: Program) -> Beside | None:
-    """The modules that lie beside a program of one file, for a hint to one that it missed."""
-    import shlex
-
-    from x07_sandbox.plan.hints import Beside
-    from x07_sandbox.programs.manifest import FILE
-
-    if request.program is None or program.project or program.toolchain.name != "python":
-        return None
-    folder, name = request.program.parent, request.program.name
-    where = str(folder) if not str(folder).startswith("-") else f"./{folder}"
-    if not (where + name).isprintable():  # not to be pasted, and a name that is no UTF-8 not to be written
-        return None
-    try:
-        with os.scandir(folder) as entries:
-            found = list(itertools.islice(entries, _BESIDE_MAX))
-    except OSError:
-        return None
-    modules = {entry.name.removesuffix(".py") for entry in found if entry.name.endswith(".py")}
-    modules |= {entry.name for entry in found if os.path.exists(f"{entry.path}/__init__.py")}  # noqa: PTH110 - a text
-    flag = f"x07 run {shlex.quote(where)}"
-    if FILE in {entry.name for entry in found}:
-        flag += f" with both in its {FILE}"
-    else:
-        flag += f", after x07 init --toolchain python --entry {shlex.quote(name)} {shlex.quote(where)},"
-    return Beside(modules, flag)
 
 
 def _recall(key: str, artifact: OutFile) -> BuildOutput | None:

@@ -45,7 +45,7 @@ from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.phase import carry_out
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest, read_policy
+from x07_sandbox.runs.request import RunRequest, policy_in_force
 from x07_sandbox.runs.run import check_pinned, current_image
 from x07_sandbox.runs.session import Progress, Session
 from x07_sandbox.runs.streams import Cancel, Sink, memory_file
@@ -145,8 +145,8 @@ class WarmMachines:
             failed = session.prepare(artifact)
             if failed is not None:
                 raise BackendError("cannot warm a machine", f"{program.name}: {failed.reason}", "Run x07 doctor")
-            policy, policy_bytes = read_policy(None)
-            spec = session.run_spec(artifact, policy, policy_bytes, run_limits(policy), self._stack)
+            in_force = policy_in_force(request)
+            spec = session.run_spec(artifact, in_force, run_limits(in_force.policy), self._stack)
         finally:
             shutil.rmtree(folder.path, ignore_errors=True)
         return msgspec.structs.replace(spec, wall_ms=_WALL_MS)
