@@ -617,8 +617,9 @@ def test_a_root_that_was_exchanged_while_it_waited_is_a_conflict(tmp_path: Path)
     assert read(root) == read(tmp_path / "first") == OLD
 
 
+@pytest.mark.parametrize("removed", [False, True])
 def test_a_root_that_goes_before_anything_is_made_in_it_is_a_conflict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, removed: bool
 ) -> None:
     """A folder that a set for a root around it takes away, when it was just looked at, is not filled elsewhere."""
     root = make(tmp_path / "root", OLD)
@@ -627,13 +628,15 @@ def test_a_root_that_goes_before_anything_is_made_in_it_is_a_conflict(
 
     def take_away(site: Site) -> None:
         root.rename(tmp_path / "away")
+        if removed:
+            shutil.rmtree(tmp_path / "away")
         made(site)
 
     monkeypatch.setattr(module, "_make_staging", take_away)
     with pytest.raises(ConflictError) as caught:
         applied(changes, data, tmp_path / "state")
     assert caught.value.names == (str(root),)
-    assert read(tmp_path / "away") == OLD
+    assert removed or read(tmp_path / "away") == OLD
     assert not root.exists()
 
 

@@ -181,8 +181,8 @@ places in the machine (a relative root and an absolute one, or `--out`) is one f
 names is kept as it is at both, and where a prefix leads into one of them, what is written at the other counts.
 
 Whatever the policy says, a filter refuses what no program needs: mounts, modules, namespaces, tracing, keyrings, bpf,
-perf, userfaultfd, io_uring, memfd_create, execveat by descriptor, kexec, and sockets that are not local, of the
-internet or for routes (`guest/boot/filters.py`). The result names the filters and their digests (`filters`).
+perf, userfaultfd, io_uring, memfd_create, execveat by descriptor, kexec, and sockets of all families but local ones,
+those of the internet and the one for routes, which lead nowhere (`guest/boot/filters.py`). The result names the filters and their digests (`filters`).
 """
 _REFUSALS: Final = """
 ## Refusals
@@ -212,8 +212,9 @@ x07: /data/in.csv is not in the sandbox; --allow-read-root /data/in.csv lets it 
 | `limits.mem_bytes` | writing where `/tmp` or `/dev/shm` is full | what is left in them when the program has ended |
 | `permissions`, `system-calls`, `scratch` | what nothing allows: `how_to_allow` is null | audit, filter, disk |
 
-Where no policy was given, but flags at most, `x07 policy init --template default --out "$PWD/policy.json"` writes the
-built-in one, to be changed and given with `--policy policy.json` beside the same flags.
+Where no file of a policy was given, `x07 policy init --template default --out "$PWD/policy.json"` (or another template,
+where `built-in:NAME` was given) writes the built-in one, to be changed and given with `--policy policy.json` beside the
+same flags.
 
 Doing what `how_to_allow` says never makes an invalid policy: where a rule wants another field first (above: "comes
 first"), that is what it says, and the next run tells the rest. Where a policy could not say it (a path with `;`), it is

@@ -189,6 +189,8 @@ def _execute(
 def _make_staging(site: Site) -> None:
     try:
         os.mkdir(site.place.staging, 0o700, dir_fd=site.fd)
+    except FileNotFoundError as exc:  # the folder itself was removed since we opened it
+        raise _elsewhere(site.place.path, None) from exc
     except OSError as exc:
         exc.filename = site.place.path  # our own name there tells nobody anything
         raise
