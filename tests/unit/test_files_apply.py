@@ -28,6 +28,7 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.files import apply as module
 from x07_sandbox.files.apply import ConflictError, apply, recover
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, decode
+from x07_sandbox.host import beneath
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -638,6 +639,23 @@ def test_a_root_that_goes_before_anything_is_made_in_it_is_a_conflict(
     assert caught.value.names == (str(root),)
     assert removed or read(tmp_path / "away") == OLD
     assert not root.exists()
+
+
+def test_a_mode_that_another_gives_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that its owner closes when it was just looked at is a conflict, and stays closed when all is undone."""
+    root = make(tmp_path / "root", {"": FOLDER, "a": ("file", 0o644, b"old")})
+    change = Change(name="a", before=file_node(b"old"), after=file_node(b"new", 0))
+    exchange = beneath.exchange
+
+    def close_first(*names: Any) -> bool:  # noqa: ANN401 - as that one has them
+        monkeypatch.setattr(beneath, "exchange", exchange)
+        (root / "a").chmod(0o600)
+        return exchange(*names)
+
+    monkeypatch.setattr(beneath, "exchange", close_first)
+    with pytest.raises(ConflictError):
+        applied(one_set(root, change), b"new", tmp_path / "state")
+    assert read(root)["a"] == ("file", 0o600, b"old")
 
 
 @pytest.mark.root

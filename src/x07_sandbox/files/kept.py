@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import changes as data_model
 from x07_sandbox.files import contents
-from x07_sandbox.files.steps import AWAY, displaced_slot
+from x07_sandbox.files.steps import AWAY, OPENED, displaced_slot
 from x07_sandbox.files.things import thing
 from x07_sandbox.host.paths import replace_file
 
@@ -122,7 +122,7 @@ def _copy_one(fd: int, site: Site, step: Step, before: Node) -> None:
             raise lost
         closed = not step.old_mode & 0o400
         if closed:
-            old.set_mode(0o600)
+            old.set_mode(OPENED)
         try:
             source = os.open(old.place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         finally:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 AWAY: Final = ".old"
 """Ends the name of what was taken away first, where names cannot change places."""
 
+OPENED: Final = 0o600
+"""What a displaced file that its owner must not read has while we read it."""
 
 _CONFLICTS: Final = {*NOTHING, errno.EEXIST, errno.ENOTEMPTY}
 
@@ -156,7 +158,7 @@ def _displaced(site: Site, step: Step, slot: str) -> bool:
 @contextlib.contextmanager
 def _readable(old: Thing) -> Iterator[None]:
     """A file of ours that even we must not read. Undoing the step gives it its mode again if we are killed here."""
-    old.set_mode(0o600)
+    old.set_mode(OPENED)
     try:
         yield
     finally:
@@ -234,9 +236,10 @@ def holds(site: Site, step: Step) -> bool:
 
 
 def _give_mode(site: Site, step: Step, slot: str) -> None:
-    """What was displaced is as it was, should we have been killed while we read it."""
+    """What was displaced is as it was, should we have been killed while we read it; a mode of others' stays."""
     with thing(site.staging_fd, slot) as old:
-        if old is not None and old.kind == "file" and old.ident == step.old and old.mode != step.old_mode:
+        opened = old is not None and old.mode == OPENED and not step.old_mode & 0o400
+        if opened and old is not None and old.kind == "file" and old.ident == step.old:
             old.set_mode(step.old_mode)
 
 
