@@ -435,9 +435,14 @@ KeyError: '{}'
     raise KeyError(key) from None
 KeyError: '{1}'
 """,
+        """    os.environb[b"{}"]
+  File "<frozen os>", line 717, in __getitem__
+KeyError: b'{}'
+""",
         "/x07/in/program/it.sh: line 2: {}: unbound variable\n",
         "/x07/in/program/it.sh: 2: {}: parameter not set\n",
         "it.sh: line 3: {}: parameter null or not set\n",
+        "it.sh: 3: {}: parameter not set or null\n",
     ],
 )
 def test_a_variable_that_is_missed_is_hinted_at(said: str) -> None:

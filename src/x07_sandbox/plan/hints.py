@@ -53,8 +53,9 @@ _MODULE: Final = re.compile(r"^ModuleNotFoundError: No module named '(\w{1,100})
 _VARIABLES: Final = tuple(
     re.compile(pattern, re.MULTILINE | re.ASCII)
     for pattern in (
-        r'^  File ".*\bos(?:\.py|>)", line \d+, in __getitem__\n(?: {4}.*\n){0,2}KeyError: .([A-Za-z_]\w{0,99}).$',
-        r"^[^:\n]{1,255}: (?:line )?\d+: ([A-Za-z_]\w{0,99}): (?:unbound variable|parameter (?:null or )?not set)$",
+        r'^  File ".*\bos(?:\.py|>)", line \d+, in __getitem__\n(?: {4}.*\n){0,2}KeyError: b?.([A-Za-z_]\w{0,99}).$',
+        r"^[^:\n]{1,255}: line \d+: ([A-Za-z_]\w{0,99}): (?:unbound variable|parameter (?:null or )?not set)$",
+        r"^[^:\n]{1,255}: \d+: ([A-Za-z_]\w{0,99}): parameter not set(?: or null)?$",
     )
 )
 
