@@ -394,6 +394,7 @@ def test_what_is_at_its_most_cannot_be_allowed() -> None:
         ("fgrep: /srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
         ("/srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
         ("what():  filesystem error: cannot open: No such file or directory [/srv/x]\n", "/srv/x", "/srv/x"),
+        ("what():  filesystem error: cannot open: No such file or directory [in/x]\n", "in/x", "in/x"),
         ("tool: cannot open /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
         ("open /srv/x: no such file or directory\n", "/srv/x", "/srv/x"),
         ("/x07/in/program/it.sh: line 3: jq: command not found\n", "the program jq", "--include PACKAGE"),
@@ -421,6 +422,15 @@ def test_a_module_that_lies_beside_the_program_needs_a_project() -> None:
     ((own,), (other,)) = (hints(text % name, policy({}), (), START, beside) for name in (b"helper", b"numpy"))
     assert own.how.flag == "x07 run ."
     assert "--include python3-numpy" in (other.how.flag or "")
+
+
+@pytest.mark.parametrize("said", ["No such file or directory: '{}' -> b'{}'", "No such file or directory [{}] [{}]\n"])
+def test_of_two_names_both_are_hinted_at(said: str) -> None:
+    """A file that is to be copied, or to get another name: either may be missing, or the folder of the second."""
+    found = hints(said.format("/tmp/a", "/srv/out/b").encode(), policy({}), (), START)  # noqa: S108 - a text
+    assert [hint.subject for hint in found] == ["/tmp/a", "/srv/out/b"]  # noqa: S108 - a text
+    assert found[1].to_write is not None
+    assert found[1].to_write.flag == "--allow-write-root /srv/out"
 
 
 @pytest.mark.parametrize(

@@ -23,16 +23,20 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
 
 _MOST: Final = 3
+_QUOTED: Final = r"b?(?P<quote>['\"])(?P<path>(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)"
+_FIRST: Final = r"b?(?P<first>['\"])(?:(?!(?P=first))[^\n]){1,255}(?P=first)"
 # As Python says it; as coreutils do, which quote what has blanks; and as perror(3) and most programs do (Go's in small
 # letters): "cat: /data/x: No such file or directory". A blank in a path without quotes is one only where the path
-# stands alone.
+# stands alone. Of a file that is to get another name Python and C++ tell both: either may be what is missing.
 _MISSING: Final = tuple(
     re.compile(pattern, re.MULTILINE)
     for pattern in (
-        r"No such file or directory: b?(?P<quote>['\"])(?P<path>(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)",
+        rf"No such file or directory: {_QUOTED}",
+        rf"No such file or directory: {_FIRST} -> {_QUOTED}",
         r"(?P<quote>['\"])(?P<path>/(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)(?: [a-z ]{1,20})?: No such file or dir",
         r"(?:^|: )(?P<path>/[^:'\"\n]{1,255}): No such file or directory",
-        r"No such file or directory \[(?P<path>/[^\]\n]{1,255})\]",  # C++'s std::filesystem
+        r"No such file or directory \[(?P<path>[^\]\n]{1,255})\]",  # C++'s std::filesystem
+        r"No such file or directory \[[^\]\n]{1,255}\] \[(?P<path>[^\]\n]{1,255})\]",
         r"(?:^|[\s:])(?P<path>/[^\s:'\"]{1,255}): [Nn]o such file or directory",
     )
 )
