@@ -26,6 +26,7 @@ from tests.conftest import need
 from tests.unit.apply_trees import NEW, OLD, Tree, applied, difference, put, read, remove, undone
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import apply as module
+from x07_sandbox.files import journal
 from x07_sandbox.files.apply import ConflictError, apply, recover
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, decode
 from x07_sandbox.host import beneath
@@ -656,6 +657,22 @@ def test_a_mode_that_another_gives_meanwhile_stays(tmp_path: Path, monkeypatch: 
     with pytest.raises(ConflictError):
         applied(one_set(root, change), b"new", tmp_path / "state")
     assert read(root)["a"] == ("file", 0o600, b"old")
+
+
+def test_the_same_mode_that_another_gives_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that another set has just made executable is a conflict, and stays so: that was not this set's doing."""
+    root = make(tmp_path / "root", {"": FOLDER, "a": ("file", 0o644, b"old")})
+    change = Change(name="a", before=file_node(b"old"), after=file_node(b"old", mode=0o755))
+    write = journal.write
+
+    def after_another(*given: Any) -> None:  # noqa: ANN401 - as that one has them
+        (root / "a").chmod(0o755)
+        write(*given)
+
+    monkeypatch.setattr(journal, "write", after_another)
+    with pytest.raises(ConflictError):
+        applied(one_set(root, change), b"", tmp_path / "state")
+    assert read(root)["a"] == ("file", 0o755, b"old")
 
 
 @pytest.mark.root

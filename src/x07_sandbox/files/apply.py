@@ -29,7 +29,7 @@ from x07_sandbox.files.checks import as_kept, check_set, look_at, reached_by
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.kept import discard, keep, leave, prepare, publish, undoes
 from x07_sandbox.files.staging import Planner, fill, undo_changes
-from x07_sandbox.files.steps import Site, displaced, do, holds, staged, undo
+from x07_sandbox.files.steps import Site, displaced, do, holds, ready, staged, undo
 from x07_sandbox.files.things import NOTHING, ConflictError, conflict
 from x07_sandbox.host import beneath, forks, settings
 from x07_sandbox.host.locks import opened_lock
@@ -166,7 +166,9 @@ def _execute(
             mine = (step for step in steps if step.place == index)
             fill(site, mine, planner.content, data_fd)
         journal.write(folder, head, steps)
-        for started, step in enumerate(steps, start=1):  # noqa: B007 - how far it came
+        for number, step in enumerate(steps, start=1):
+            ready(sites[step.place], step)
+            started = number
             do(sites[step.place], step)
         for site in sites:
             beneath.sync(site.fd)

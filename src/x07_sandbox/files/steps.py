@@ -41,6 +41,17 @@ class Site(msgspec.Struct, kw_only=True):
         return self.place.path if name == "." else f"{self.place.path.rstrip('/')}/{name}"
 
 
+def ready(site: Site, step: Step) -> None:
+    """See that a mode can be given. Raises ConflictError: it is not begun then.
+
+    To undo one that was not done would take away the same mode that somebody else has given meanwhile.
+    """
+    if step.kind == "mode" and site.modes:
+        with thing(site.fd, step.name) as there:
+            if there is None or not _has_old_mode(there, step):
+                raise conflict([site.path(step.name)])
+
+
 def do(site: Site, step: Step) -> None:
     """Do it, then see that what it displaced is what it should be. Raises ConflictError, OSError; it may be done then.
 
@@ -128,9 +139,7 @@ def displaced_slot(site: Site, step: Step) -> str:
 
 def _do_mode(site: Site, step: Step) -> None:
     with thing(site.fd, step.name) as there:
-        if there is None or there.ident != step.old or there.mode != step.old_mode:
-            raise conflict([site.path(step.name)])
-        if there.kind == "file" and there.info.st_nlink > 1:  # since it was looked at
+        if there is None or not _has_old_mode(there, step):
             raise conflict([site.path(step.name)])
         there.set_mode(step.new_mode)
     if step.before is not None and step.before.kind == "file":
@@ -163,6 +172,12 @@ def _readable(old: Thing) -> Iterator[None]:
         yield
     finally:
         old.set_mode(old.mode)
+
+
+def _has_old_mode(there: Thing, step: Step) -> bool:
+    """Whether it is as when it was looked at, and has no other name since."""
+    same = there.ident == step.old and there.mode == step.old_mode
+    return same and not (there.kind == "file" and there.info.st_nlink > 1)
 
 
 def _undo_mode(site: Site, step: Step) -> bool:
