@@ -69,6 +69,7 @@ _READS_ONLY: Final = frozenset(
 
 
 Find = Callable[[str, int, str], str]
+Follow = Callable[[str], str]
 
 
 class Refusal(NamedTuple):
@@ -115,11 +116,11 @@ class Audit:
         self.begin()
         self._lost_before = self._status()[_LOST]
 
-    def begin(self, find: Find | None = None, roots: Sequence[str] = ()) -> None:
-        """Forget all so far: what comes from here on is the program's. find, roots: as Refusals has them."""
+    def begin(self, find: Find | None = None, roots: Sequence[str] = (), follow: Follow | None = None) -> None:
+        """Forget all so far: what comes from here on is the program's. The rest as Refusals has it."""
         while self._next() is not None:
             pass
-        self._refusals.forget(find, roots)
+        self._refusals.forget(find, roots, follow)
 
     def take(self) -> None:
         """Take what has come, at most so much that others get their turn."""
@@ -197,26 +198,35 @@ class Audit:
 class Refusals:
     """What records say, put together. found: how often each. untold: those beyond `DENIED_MAX` different ones."""
 
-    def __init__(self, calls: dict[str, int], find: Find | None = None, roots: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        calls: dict[str, int],
+        find: Find | None = None,
+        roots: Sequence[str] = (),
+        follow: Follow | None = None,
+    ) -> None:
         """calls: numbers of system calls by name.
 
         find: the path of what has this device, as the kernel writes it, and this inode, and which name the call has for
             it, from the working directory on; empty if it does not know, or the name says it as well. A name relative
             to a descriptor says nothing else of where it lies, and any other may be that of a link.
         roots: paths of what is mounted of the host's.
+        follow: what a path of a program leads to, where the program itself may have made a link on its way.
         """
         self._names = {number: name for name, number in calls.items()}
         self._find = find
         self._roots = roots
+        self._follow = follow
         self._begun: dict[bytes, _Call] = {}
         self.found: dict[Refusal, int] = {}
         self.untold = 0
         self.heard = False  # of anything, also what is no refusal: where records are, some may be lost
 
-    def forget(self, find: Find | None = None, roots: Sequence[str] = ()) -> None:
+    def forget(self, find: Find | None = None, roots: Sequence[str] = (), follow: Follow | None = None) -> None:
         """Begin anew."""
         self._find = find
         self._roots = roots
+        self._follow = follow
         self._begun.clear()
         self.found.clear()
         self.untold = 0
@@ -280,7 +290,7 @@ class Refusals:
             call.folder = call.folder or call.folders[0]
         elif call.name in _EXECUTES:
             # A script, then its interpreter: the last is what was not executed.
-            call.path = name or call.path
+            call.path = self._executed(call, name) or call.path
         elif call.name in _REPLACES:
             self._note_replaced(call, name, values)
         elif not beside:
@@ -308,6 +318,12 @@ class Refusals:
         given = "" if vague else posixpath.normpath(posixpath.join(call.cwd, name))
         device = values.get(b"dev", b"").decode("ascii", "replace")
         return self._find(device, _number(values.get(b"inode", b"")), given) or name
+
+    def _executed(self, call: _Call, name: str) -> str:
+        """The name of a program; of a link that the program made what that leads to, for which a list counts."""
+        if not name or self._follow is None or (call.elsewhere and not name.startswith("/")):
+            return name
+        return self._follow(posixpath.join(call.cwd, name)) or name
 
     def _root(self, call: _Call, name: str) -> str:
         """The root that a name means: that path, or the only one with that name at its end; else empty."""

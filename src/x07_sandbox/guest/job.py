@@ -135,7 +135,7 @@ class Job:
         self.cpu_looked_at = time.monotonic()
         self.started = True
         names = Names(self.files.trees, self.mounts, f"/proc/{place.init}/root")
-        self.audit.begin(names.path if self.mounts else None, names.roots())
+        self.audit.begin(names.path if self.mounts else None, names.roots(), names.follow)
         place.start(self.argv, self.env, self.cwd, self.confined)
         self.report_fd, self.told_fd = place.report_fd, place.told_fd
         self.fds = {place.stdout_fd: Stream.STDOUT, place.stderr_fd: Stream.STDERR}

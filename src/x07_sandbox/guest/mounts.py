@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.errors import JobError
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from x07_sandbox.guest.trees import Tree
+
+_STEPS_MAX: Final = 256  # folders and links on the way to one file
 
 
 def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
@@ -71,6 +73,33 @@ class Names:
         if self._paths is None:
             self._paths = dict(self._all())
         return self._paths.get((device, inode), "")
+
+    def follow(self, given: str) -> str:
+        """What an absolute path leads to that begins where the program may make links; empty for all else.
+
+        It may be another by now: this is to tell what was refused, and decides nothing.
+        """
+        own = [*confine.IN_MEMORY, confine.CWD, "/x07/out"]
+        own += [_text(mount["at"]) for mount in self._mounts if mount["write"]]
+        if all(_below(given.strip("/"), folder.strip("/")) is None for folder in own):
+            return ""
+        at, linked, names = "", False, given.split("/")[::-1]
+        for _ in range(_STEPS_MAX):
+            if not names:
+                return _text(at) if linked else ""
+            name = names.pop()
+            if name == "..":
+                at = at.rpartition("/")[0]
+            elif name not in {"", "."}:
+                try:
+                    target = os.readlink(f"{self._view}{at}/{name}")
+                except OSError:  # no link, or nothing any more
+                    at = f"{at}/{name}"
+                    continue
+                linked = True
+                names += target.split("/")[::-1]
+                at = "" if target.startswith("/") else at
+        return ""
 
     def _folders(self) -> Iterator[tuple[tuple[str, int], str]]:
         for mount in self._mounts:
