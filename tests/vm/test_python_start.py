@@ -23,6 +23,7 @@ frame = sys._getframe()
 depth = 0
 while frame is not None:
     depth, frame = depth + 1, frame.f_back
+def both(): pass
 import builtins, gc, json, os, resource, signal, site, threading, traceback, warnings
 main = sys.modules["__main__"]
 try:
@@ -61,6 +62,7 @@ print(json.dumps({
         "loader": type(main.__loader__).__name__, "loader_path": main.__loader__.path,
         "builtins": main.__builtins__ is builtins,
     },
+    "left": sorted(o.__name__ for o in gc.get_objects() if type(o) is type(both) and "/x07/" in o.__code__.co_filename),
     "threads": [t.name for t in threading.enumerate()],
     "site": [site.ENABLE_USER_SITE, site.USER_SITE, site.PREFIXES],
     "customizing": [[f.__name__, f.__module__] for f in (site.execsitecustomize, site.execusercustomize)],

@@ -47,7 +47,7 @@ def hook(preload: list[str]) -> str:
     """The module that the interpreter stops in. preload: modules that the program will find imported.
 
     It has none of our modules: it is the code of the functions below, which import what they need, and call one another
-    and use the constants above as if they were in one.
+    and use the constants above as if they were in one. They are taken away at the end: each knows all of them.
     """
     codes = {function.__name__: marshal.dumps(function.__code__) for function in _HOOK}
     return f"""import marshal
@@ -55,6 +55,7 @@ names = {_HOOK_HAS!r}
 for name, code in {codes!r}.items():
     names[name] = type(lambda: 0)(marshal.loads(code), names)
 names["_stop"]({preload!r})
+names.clear()
 """
 
 
