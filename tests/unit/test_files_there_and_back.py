@@ -293,6 +293,8 @@ def test_a_link_of_the_programs_is_followed_in_its_own_view(tmp_path: Path) -> N
         "/opt/x07/" + 300 * "a/": "",
     }
     assert {path: known.follow(path) for path in led} == led
+    others = [known.follow(f"/opt/x07/{'./' * number}far") for number in range(100)]
+    assert 0 < len([path for path in others if path]) < 64
 
 
 @needs_root

@@ -182,7 +182,8 @@ names is kept as it is at both, and where a prefix leads into one of them, what 
 
 Whatever the policy says, a filter refuses what no program needs: mounts, modules, namespaces, tracing, keyrings, bpf,
 perf, userfaultfd, io_uring, memfd_create, execveat by descriptor, kexec, and sockets of all families but local ones,
-those of the internet and the one for routes, which lead nowhere (`guest/boot/filters.py`). The result names the filters and their digests (`filters`).
+those of the internet and the one for routes, which lead nowhere (`guest/boot/filters.py`). The result names the
+filters and their digests (`filters`).
 """
 _REFUSALS: Final = """
 ## Refusals

@@ -7,6 +7,7 @@ import os
 import posixpath
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from x07_sandbox.channel.frames import DENIED_MAX
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.errors import JobError
 
@@ -54,6 +55,7 @@ class Names:
         self._view = view
         self._around: dict[tuple[str, int], str] | None = None
         self._paths: dict[tuple[str, int], str] | None = None
+        self._led: dict[str, str] = {}
 
     def roots(self) -> list[str]:
         """Where they are mounted."""
@@ -77,8 +79,15 @@ class Names:
     def follow(self, given: str) -> str:
         """What an absolute path leads to that begins where the program may make links; empty for all else.
 
-        It may be another by now: this is to tell what was refused, and decides nothing.
+        It may be another by now: this is to tell what was refused, and decides nothing. No more are followed than told.
         """
+        if given not in self._led:
+            if len(self._led) >= DENIED_MAX:
+                return ""
+            self._led[given] = self._followed(given)
+        return self._led[given]
+
+    def _followed(self, given: str) -> str:
         own = [*confine.IN_MEMORY, confine.CWD, "/x07/out"]
         own += [_text(mount["at"]) for mount in self._mounts if mount["write"]]
         if all(_below(given.strip("/"), folder.strip("/")) is None for folder in own):
@@ -87,6 +96,8 @@ class Names:
         for _ in range(_STEPS_MAX):
             if not names:
                 return _text(at) if linked else ""
+            if len(names) > _STEPS_MAX:
+                return ""
             name = names.pop()
             if name == "..":
                 at = at.rpartition("/")[0]
