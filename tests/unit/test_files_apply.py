@@ -631,7 +631,7 @@ def test_a_root_that_goes_before_anything_is_made_in_it_is_a_conflict(
     def take_away(site: Site) -> None:
         root.rename(tmp_path / "away")
         if removed:
-            shutil.rmtree(tmp_path / "away")
+            remove(tmp_path / "away")
         made(site)
 
     monkeypatch.setattr(module, "_make_staging", take_away)
