@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import Cancelled, RefusedError, UsageError
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.host_files import roots_in_force
 from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, policy_in_force, read_policy
@@ -271,6 +272,15 @@ def test_whose_time_limit_holds_is_known(tmp_path: Path, wall_ms: int | None, ow
     with contextlib.closing(Cancel()) as cancel:
         in_force = policy_in_force(RunRequest(source=b"", policy=str(place), wall_ms=wall_ms, cancel=cancel))
     assert (in_force.own_wall_ms, in_force.policy.limits.wall_ms) == (own, wall_ms if own else 5000)
+
+
+def test_with_flags_alone_the_policy_is_still_the_built_in_one() -> None:
+    """Roots and a time limit by flags change it, and who gave them has no file of it: that is what advice goes by."""
+    overrides = Overrides(allow_read_root=("/data",))
+    with contextlib.closing(Cancel()) as cancel:
+        in_force = policy_in_force(RunRequest(overrides=overrides, wall_ms=20000, cancel=cancel))
+    assert in_force.policy.fs.read_roots == ("/data",)
+    assert (in_force.base, in_force.policy.limits.wall_ms) == ("built-in:default", 20000)
 
 
 def test_input_that_can_be_opened_and_not_be_read_is_refused(stack: contextlib.ExitStack) -> None:
