@@ -12,13 +12,13 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox.errors import Cancelled, RefusedError, UsageError
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.host_files import roots_in_force
 from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, policy_in_force, read_policy
-from x07_sandbox.runs.streams import Cancel
 from x07_sandbox.runs.x07_program import read_whole
 
 if TYPE_CHECKING:

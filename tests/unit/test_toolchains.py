@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.arch import ARCHES
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.programs.toolchains import (
     BY_NAME,
     TOOLCHAINS,
@@ -23,7 +24,6 @@ from x07_sandbox.programs.toolchains import (
 )
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.streams import Cancel
 
 ELF = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 2, 62)
 

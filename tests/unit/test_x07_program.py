@@ -17,14 +17,14 @@ from tests.published import document
 from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import BY_NAME, X07
 from x07_sandbox.programs.x07 import Options, Profile, merged
 from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.runs.prepare import output_caps
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.session import output_caps
-from x07_sandbox.runs.streams import Cancel
 from x07_sandbox.runs.x07_program import with_framed_input
 
 if TYPE_CHECKING:

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
+from msgspec.structs import replace
+
+from x07_sandbox.backends.lease import PoolMachines
 from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Platform, asked, select, this_platform, working
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, put, say
@@ -26,7 +29,6 @@ from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, SOURCE_SUFFIX, Options
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.runner import World, failure_report
-from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest, open_input, policy_in_force
 from x07_sandbox.runs.x07_program import read_whole
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from x07_sandbox.backends.selection import Choice
     from x07_sandbox.runs.program import Program
 
 SETUP_EXIT: Final = 2
@@ -86,10 +89,10 @@ def _carry_out(options: argparse.Namespace) -> int:
         raise UsageError("wrong usage", f"{what} given", "Give exactly one of --program, --project, --artifact")
     _check_policy_flag(world, options)
     accepted = options.i_accept_weaker_isolation or flag(ACCEPT_VARIABLE)
-    _check_backend(this_platform(), world, options.sandbox_backend, accepted=accepted)
+    choice = _choice(this_platform(), world, options.sandbox_backend, accepted=accepted)
     path = _target(options)
     with contextlib.ExitStack() as stack:
-        request, program = load_program(_request(path, options, stack), stack)
+        request, program = load_program(replace(_request(path, options, stack), choice=choice), stack)
         if world == "run-os":
             # Only with --sandbox-backend vm it comes here; X07's runner has a report for that, not a usage error.
             message = "the sandbox backend vm runs run-os-sandboxed only"
@@ -122,11 +125,11 @@ def _check_policy_flag(world: World, options: argparse.Namespace) -> None:
         raise UsageError("no policy", f"{world} runs nothing without one", "Name it with --policy FILE")
 
 
-def _check_backend(platform: Platform, world: World, named: str | None, *, accepted: bool) -> None:
-    """Raises UsageError or RefusedError where the wall that was asked for cannot be had, or was not accepted."""
+def _choice(platform: Platform, world: World, named: str | None, *, accepted: bool) -> Choice:
+    """The backend. Raises UsageError or RefusedError where what was asked for cannot be had, or was not accepted."""
     auto: Literal["vm", "none"] = "vm" if world == "run-os-sandboxed" else "none"
     try:
-        select(platform, asked(sandbox=named, accepted=accepted, auto=auto))
+        return select(platform, asked(sandbox=named, accepted=accepted, auto=auto))
     except RefusedError as exc:
         # This command has no --backend, and in run-os not even a virtual machine would do.
         _, sandbox_class, _, _ = working(platform) or working(Platform(system="linux"))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from x07_sandbox.backends.lease import PoolMachines
+from x07_sandbox.backends.selection import asked, select, this_platform
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, put, say
 from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
@@ -18,18 +20,18 @@ from x07_sandbox.errors import Cancelled, ImageError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import text
-from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.run import Read, attempt, failure
+from x07_sandbox.runs.run import attempt, failure
 from x07_sandbox.runs.streams import memory_file, read_all
 
 if TYPE_CHECKING:
+    from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.programs.x07 import Options as X07Options
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.streams import Cancel
 
 _NAME_ONE = "Name one, or give a source with -c"
 _GIVE_ONE = "Give one of -c, --program, --project, --artifact"
@@ -73,7 +75,7 @@ def _chosen(options: argparse.Namespace) -> int:
 
 
 def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
-    _check_backend(options)
+    choice = _choice(options)
     outputs = _checked_outputs(options)
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
@@ -82,13 +84,13 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
         progress = LiveLine()
         stack.callback(progress, "")
         request = _request(options, stack, cancel, progress, for_x07=for_x07)
+        request = replace(request, choice=choice)
         if options.dry_run:
             from x07_sandbox.cli.dry_run import show_plan
 
             return show_plan(request, options)
         if request.x07 is not None and not (for_x07 or request.x07_artifact):
             say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
-        read = Read()
         report = options.report or options.attest_runtime or (for_x07 and not options.json)
         if report or for_x07 or outputs:
             request, program = _loaded(request, outputs, stack)
@@ -96,14 +98,14 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
                 from x07_sandbox.cli.run_report import run_with_report
 
                 return run_with_report(request, program, options, stack)
-            read = Read(program=program)
+            request = replace(request, loaded=program)
         artifact = None
         if options.compiled_out:
             from x07_sandbox.cli.written import place_for_artifact
 
             artifact = place_for_artifact(stack)
             request = replace(request, artifact=artifact)
-        result, error = attempt(request, read)
+        result, error = attempt(request)
         if for_x07 and isinstance(error, UsageError):
             from x07_sandbox.cli.run_report import x07_exit
 
@@ -196,14 +198,10 @@ def _is_x07_artifact(options: argparse.Namespace) -> bool:
     return options.artifact is not None and bool(options.report or options.attest_runtime)
 
 
-def _check_backend(options: argparse.Namespace) -> None:
-    """Refuse a wall or a backend that is not to be had. Raises UsageError, RefusedError."""
-    if not (options.sandbox_backend or options.backend or text("X07_SANDBOX_BACKEND") or text("X07_VM_BACKEND")):
-        return  # what `auto` takes here
-    from x07_sandbox.backends.selection import asked, select, this_platform
-
+def _choice(options: argparse.Namespace) -> Choice:
+    """The backend that is asked for. Raises UsageError, RefusedError where it is not to be had."""
     accepted = options.i_accept_weaker_isolation
-    select(this_platform(), asked(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted))
+    return select(this_platform(), asked(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted))
 
 
 def _request(

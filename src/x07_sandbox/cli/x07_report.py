@@ -22,7 +22,7 @@ from x07_sandbox.reports.x07 import x07_report
 from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.program import Program
 from x07_sandbox.runs.request import InForce
-from x07_sandbox.runs.run import Read, attempt
+from x07_sandbox.runs.run import attempt
 from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def run_and_report(
         live_stderr=2,
         artifact=artifact,
     )
-    result, error = attempt(request, Read(program=wanted.program, policy=wanted.policy))
+    result, error = attempt(replace(request, loaded=wanted.program, in_force=wanted.policy))
     request.progress("")
     if isinstance(error, UsageError):
         raise error

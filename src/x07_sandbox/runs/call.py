@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from x07_sandbox.backends.base import Machines
+    from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.request import RunRequest
-    from x07_sandbox.runs.streams import Cancel
 
 _WALL_S_MAX: Final = 600
 _RUN: Final = "x07_sandbox.run_program"
@@ -61,6 +62,7 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     stdin_fd: int,
     stdin_default: bool,
     machines: Machines,
+    choice: Choice,
     cancel: Cancel,
     live: tuple[int | None, int | None] = (None, None),
 ) -> RunRequest:
@@ -89,6 +91,7 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
         changes=changes,
         out=None if out is None else Path(_path_text("out", out)),
         machines=machines,
+        choice=choice,
         cancel=cancel,
     )
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from x07_sandbox.backends.base import Machines
+    from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.streams import Cancel
 
     OnOutput = Callable[[Literal["stdout", "stderr"], bytes], object]
     Ended = tuple[Result, SandboxError | None]
@@ -70,7 +70,7 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     A program that was run is a Result however it ended, unless *check*: then SandboxError unless `Result.ok`.
     """
     options = {name: value for name, value in locals().items() if name not in {"program", "args", "check"}}
-    from x07_sandbox.runs.streams import Cancel
+    from x07_sandbox.host.cancel import Cancel
 
     with contextlib.closing(Cancel()) as cancel:
         return checked(*_whole(cancel, lambda: run_once(cancel, program, args, **options)), check=check)
@@ -128,7 +128,7 @@ async def run_program_async(
     check_names("run_program_async", options, OPTIONS)
     import asyncio
 
-    from x07_sandbox.runs.streams import Cancel
+    from x07_sandbox.host.cancel import Cancel
 
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Ended] = loop.create_future()
@@ -185,11 +185,11 @@ def run_once(
     machines: warm ones; None for those that `x07 pool` keeps. The rest is as `run_program` has it.
     Raises UsageError for a wrong call, and what *on_output* raises.
     """
-    from x07_sandbox.backends.selection import heed_variables
-    from x07_sandbox.runs.lease import PoolMachines
+    from x07_sandbox.backends.lease import PoolMachines
+    from x07_sandbox.backends.selection import choice_of_variables
     from x07_sandbox.runs.run import attempt
 
-    heed_variables()
+    choice = choice_of_variables()
     if on_output is not None and not callable(on_output):
         raise wrong("on_output", f"is {type(on_output).__name__}, not a function")
     with contextlib.ExitStack() as stack:
@@ -201,6 +201,7 @@ def run_once(
             stdin_fd=input_file(input, stack),
             stdin_default=input is None,
             machines=machines or PoolMachines(),
+            choice=choice,
             cancel=cancel,
             live=live,
             **options,

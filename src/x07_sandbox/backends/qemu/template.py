@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv
-from x07_sandbox.backends.qemu.start import Saved, tsc_khz
+from x07_sandbox.backends.qemu.start import Saved, image_of, tsc_khz
 from x07_sandbox.errors import BackendError, HostError, ImageError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -67,7 +67,7 @@ def warm_up(kind: MachineKind) -> dict[str, object]:
     """
     running = kind.runtime == "run"
     return {
-        "preload": kind.image.manifest.preload if running else _OF_BUILDS,
+        "preload": image_of(kind).manifest.preload if running else _OF_BUILDS,
         "hostname": settings.GUEST_HOSTNAME,
         "output": not running,
         "limits": run_limits(default_policy()).for_guest() if running else build_limits(),
@@ -155,6 +155,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
         tsc_khz=None,
         scratch_fd=0,
         channel_fd=0,
+        net_fd=0,
         qmp_fd=0,
         console_fd=0,
         mark="",
@@ -162,7 +163,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
     )
     parts = [
         SCHEMA,
-        kind.image.manifest.digest,
+        kind.image_digest,
         qemu_argv(machine),
         [_file_identity(path) for path in (arch.qemu_binary, *arch.firmware)],
         # The clock as steps of 0.1 %: what /proc/cpuinfo says of it moves in the last digits.
