@@ -13,11 +13,12 @@ from typing import Any, Final
 import msgspec
 
 from x07_sandbox.files import changes
+from x07_sandbox.housekeeping import pruner
 from x07_sandbox.images import manifest
 from x07_sandbox.plan.outcomes import OUTCOMES
 from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.reports import attestation, doctor, failure, images, init, policies, policy_init, pool, runner, wrapped
-from x07_sandbox.runs import preview, prune, result
+from x07_sandbox.runs import preview, result
 
 _REF: Final = "#/$defs/{name}"
 _RUNNER: Final = (runner.CompileRunReport, runner.RunOsReport)
@@ -37,7 +38,7 @@ _TABLE: Final[tuple[tuple[str, str, type[msgspec.Struct]], ...]] = (
     ("image.list", images.LIST, images.ListReport),
     ("image.verify", images.VERIFY, images.VerifyReport),
     ("pool", pool.SCHEMA, pool.PoolReport),
-    ("prune", prune.SCHEMA, prune.PruneReport),
+    ("prune", pruner.SCHEMA, pruner.PruneReport),
     ("doctor", doctor.SCHEMA, doctor.DoctorReport),
 )
 

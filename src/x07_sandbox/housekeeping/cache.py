@@ -17,41 +17,41 @@ from x07_sandbox.backends.qemu.template import (
 )
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, private_dir
+from x07_sandbox.housekeeping.pruner import entries, foreign, sweep_temporaries, unlink
 from x07_sandbox.images.store import list_images
-from x07_sandbox.runs.prune import entries, foreign, sweep_temporaries, unlink
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from x07_sandbox.runs.prune import Broom
+    from x07_sandbox.housekeeping.pruner import Pruner
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _MESSY: Final = ("artifacts", "kvm", "libraries", "verified")  # where files are written beside their place
 
 
-def prune_templates(broom: Broom, gone: set[str]) -> None:
+def prune_templates(pruner: Pruner, gone: set[str]) -> None:
     """Remove templates as the making of another does. gone: digests of images that go. Raises SandboxError."""
     if not os.path.lexists(cache_dir() / "templates"):
         return
     folder = templates_dir()
     lock = folder / ".lock"
-    with file_lock(lock, on_wait=lambda: broom.progress("waiting for a VM template to be made")):
+    with file_lock(lock, on_wait=lambda: pruner.progress("waiting for a VM template to be made")):
         for left in leftovers(folder):
             if not foreign(left.lstat(), stat.S_ISDIR):
-                broom.remove("leftover", left, "a killed process left it", shutil.rmtree)
+                pruner.remove("leftover", left, "a killed process left it", shutil.rmtree)
         images = {image.digest for image in list_images()} - gone
         for path, why in expired_templates(keep="", images=images):
             if problem := foreign(path.lstat(), stat.S_ISDIR):
-                broom.keep("template", path, problem)
+                pruner.keep("template", path, problem)
             else:
-                broom.remove("template", path, why, take_template_away)
+                pruner.remove("template", path, why, take_template_away)
         for path in folder.glob("*.bad"):
             heeded = Template(key=path.stem, folder=path.with_suffix("")).bad()
             if not foreign(path.lstat(), stat.S_ISREG) and not heeded:
-                broom.remove("leftover", path, "it was true of another boot of this machine", unlink)
+                pruner.remove("leftover", path, "it was true of another boot of this machine", unlink)
 
 
-def prune_cache(broom: Broom, gone: set[str]) -> None:
+def prune_cache(pruner: Pruner, gone: set[str]) -> None:
     """Remove what was not used for long, and records of what is not there. Raises SandboxError."""
     cache = cache_dir()
     if not os.path.lexists(cache):
@@ -59,23 +59,23 @@ def prune_cache(broom: Broom, gone: set[str]) -> None:
     private_dir(cache)
     for name in _MESSY:
         if os.path.lexists(cache / name):
-            sweep_temporaries(private_dir(cache / name), broom)
+            sweep_temporaries(private_dir(cache / name), pruner)
     for path in entries(cache / "artifacts"):
         info = path.lstat()
         if not _DIGEST.fullmatch(path.name):
             continue
         if problem := foreign(info, stat.S_ISREG):
-            broom.keep("artifact", path, problem)
-        elif broom.old(info):
-            broom.remove("artifact", path, "it was not used for 7 days", unlink)
-    _prune_verifications(cache, gone, broom)
+            pruner.keep("artifact", path, problem)
+        elif pruner.old(info):
+            pruner.remove("artifact", path, "it was not used for 7 days", unlink)
+    _prune_verifications(cache, gone, pruner)
 
 
-def _prune_verifications(cache: Path, gone: set[str], broom: Broom) -> None:
+def _prune_verifications(cache: Path, gone: set[str], pruner: Pruner) -> None:
     """What was hashed once and is not there: the record says nothing any more."""
     there = {path.name for name in ("images", "templates") for path in entries(cache / name)}
     there -= {digest.removeprefix("sha256:") for digest in gone}
     for path in entries(cache / "verified"):
         known = path.suffix == ".json" and not path.name.startswith(".")
         if known and path.stem not in there and not foreign(path.lstat(), stat.S_ISREG):
-            broom.remove("verification", path, "what it tells of is gone", unlink)
+            pruner.remove("verification", path, "what it tells of is gone", unlink)
