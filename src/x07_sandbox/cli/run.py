@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from x07_sandbox.cli.cancel import cancelled_by_signals
-from x07_sandbox.cli.console import LiveLine, plain, put, say
+from x07_sandbox.cli.console import LiveLine, plain, say
 from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
-from x07_sandbox.errors import Cancelled, ImageError, SandboxError, UsageError
+from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import text
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.run import Read, attempt, failure
+from x07_sandbox.runs.run import Read, attempt
 from x07_sandbox.runs.streams import memory_file, read_all
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         return _chosen(options)
     except SandboxError as exc:
+        from x07_sandbox.cli.run_failure import write_failure
+
         write_failure(options, exc)
         raise
 
@@ -110,11 +112,13 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
             result = replace(result, x07_exit_code=x07_exit(error))
         unwritten: list[str] = []
         if artifact is not None or options.diff is not None or options.report_out is not None:
-            from x07_sandbox.cli.written import write_files
+            from x07_sandbox.cli.run_outputs import write_files
 
             result, unwritten = write_files(options, result, artifact)
     if options.json and not options.quiet_json:
-        return _print(result)
+        from x07_sandbox.cli.run_failure import print_result
+
+        return print_result(result)
     return _told(result, unwritten)
 
 
@@ -384,53 +388,6 @@ def _variable(text: str) -> tuple[str, str]:
     if name not in os.environ:
         raise UsageError(f"cannot use --env {name}", "there is no such variable here", "Give NAME=VALUE, or set it")
     return name, os.environ[name]
-
-
-def print_failure(exc: Exception, signalled: int | None = None, code: int | None = None) -> int:
-    """An error that ended the command, as the one JSON object that --json promises; the exit code.
-
-    code: the exit code, where it is another than that of the failure's outcome.
-    """
-    return _print(_failed(exc, signalled, code))
-
-
-def failure_document(exc: Exception, code: int | None = None) -> bytes:
-    """The same, as it is written to a file."""
-    from x07_sandbox.reports.document import render_json
-
-    return render_json(_failed(exc, exc.signal if isinstance(exc, Cancelled) else None, code))
-
-
-def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
-    """The same, in the file of --report-out, if there is one that may be written; --dry-run writes nothing."""
-    if options.report_out is not None and not options.dry_run:
-        from x07_sandbox.cli.documents import write_early_failure
-        from x07_sandbox.cli.written import is_refused
-
-        if is_refused(exc, options.report_out):
-            return
-        others = [value for name, value in vars(options).items() if name != "report_out"]
-        others += [name for value in others if isinstance(value, list) for name in value]
-        others.append(f"{options.diff}.json")
-        write_early_failure(failure_document(exc, code), options.report_out, others)
-
-
-def _failed(exc: Exception, signalled: int | None, code: int | None) -> Result:
-    """The result: that of a run that never began, or, where the error has one, of the run whose files it is about."""
-    if isinstance(exc, SandboxError) and exc.result is not None:
-        from x07_sandbox.cli.written import with_unwritten
-
-        result: Result = with_unwritten(exc.result, [str(exc)])
-    else:
-        result = failure(exc, signalled)
-    return result if code is None else replace(result, x07_exit_code=code)
-
-
-def _print(result: Result) -> int:
-    from x07_sandbox.reports.document import render_json
-
-    put(render_json(result))
-    return result.x07_exit_code
 
 
 def _stream(fd: int) -> int | None:

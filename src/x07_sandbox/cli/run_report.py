@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.changed import write_diff
 from x07_sandbox.cli.console import put, say
-from x07_sandbox.cli.run import print_failure, write_failure
+from x07_sandbox.cli.run_failure import print_failure, write_failure
+from x07_sandbox.cli.run_outputs import write_diff
 from x07_sandbox.cli.written import noted, write_all, write_whole
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
