@@ -27,6 +27,7 @@ from x07_sandbox.host.processes import children_of
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
+from x07_sandbox.library.pool import Pool
 from x07_sandbox.plan.controls import make_plan, run_limits
 from x07_sandbox.plan.features import vm_features
 from x07_sandbox.plan.sizes import ram_class_bytes
@@ -34,7 +35,6 @@ from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.phase import PhaseSpec, carry_out
-from x07_sandbox.runs.pool import Pool
 from x07_sandbox.runs.request import in_memory
 from x07_sandbox.runs.streams import Cancel, Sink, memory_file
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
@@ -26,8 +26,8 @@ from x07_sandbox.runs.streams import memory_file, read_all
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.overrides import Overrides
-    from x07_sandbox.programs.x07 import Options as X07Options
     from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.request import Loader
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import Cancel
 
@@ -88,7 +88,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
             from x07_sandbox.cli.dry_run import show_plan
 
             return show_plan(request, options)
-        if request.x07 is not None and not (for_x07 or request.x07_artifact):
+        if _x07_options(options) and not request.loaders:
             say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
         read = Read()
         report = options.report or options.attest_runtime or (for_x07 and not options.json)
@@ -150,10 +150,10 @@ def _loaded(
         from x07_sandbox.cli.written import check_outputs, files_read
 
         check_outputs(outputs, files_read(request, program))
-    if program.toolchain.told:
+    if program.toolchain.protocol is not None:
         from x07_sandbox.cli.run_report import with_derived_file
 
-        request = with_derived_file(request, program)
+        request = with_derived_file(request, program, program.toolchain.protocol)
         if outputs and isinstance(request.policy, Path):
             from x07_sandbox.cli.written import check_outputs
 
@@ -190,7 +190,7 @@ def _is_x07(path: Path) -> bool:
     """Whether the program is one of X07's own, whose report is what callers of X07's command expect."""
     if not (path.name.endswith("x07.json") or is_folder(path)):
         return False
-    from x07_sandbox.programs.x07 import is_x07
+    from x07_sandbox.x07.project import is_x07
 
     return is_x07(path)
 
@@ -260,7 +260,6 @@ def _request(
         raw=options.raw,
         max_output_bytes=options.max_output_bytes,
         executable=options.compiled_out is not None,
-        x07_artifact=_is_x07_artifact(options),
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,
@@ -272,7 +271,7 @@ def _request(
         allow_protected=tuple(options.allow_protected),
         hide=tuple(options.hide),
         reveal=tuple(options.reveal),
-        x07=_x07_options(options),
+        loaders=_loaders(options, for_x07=for_x07),
         progress=progress,
         cancel=cancel,
     )
@@ -311,17 +310,23 @@ def _project_here() -> str | None:
     return str(manifest) if is_file(manifest) else None
 
 
-def _x07_options(options: argparse.Namespace) -> X07Options | None:
-    """What X07's compiler is told; None where nothing was said, as for most programs."""
-    keys = [name[2:].replace("-", "_") for name in X07_LIMITS]
-    given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
-    if options.auto_ffi is not None:
-        given["auto_ffi"] = options.auto_ffi
-    if not given:
-        return None
-    from x07_sandbox.programs.x07 import Options
+def _x07_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What X07's compiler is told; nothing for most programs."""
+    keys = [name[2:].replace("-", "_") for name in (*X07_LIMITS, "--auto-ffi")]
+    return {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
 
-    return Options(**given)
+
+def _loaders(options: argparse.Namespace, *, for_x07: bool) -> tuple[Loader, ...]:
+    """What reads the program if it is X07's; nothing is loaded for others."""
+    if not (for_x07 or _is_x07_artifact(options)):
+        return ()
+    from functools import partial
+
+    from x07_sandbox.x07.programs import load_artifact, load_x07
+    from x07_sandbox.x07.project import Options
+
+    given = Options(**_x07_options(options))
+    return (partial(load_x07 if for_x07 else load_artifact, options=given),)
 
 
 def _override_flags(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:

@@ -149,11 +149,11 @@ def make_ready(
     check_arguments(request)
     with request.cancel.waiting():  # for whoever opens the other end of a pipe
         request = replace(request, stdin_fd=open_input(request, stack, wait=not dry))
-    if program.toolchain.told:
-        from x07_sandbox.runs.x07_program import need_policy, with_framed_input
+    if (protocol := program.toolchain.protocol) is not None:
+        from x07_sandbox.runs.framed_input import need_policy, with_framed_input
 
-        need_policy(request)
-        request = request if dry else with_framed_input(request, stack)
+        need_policy(request, protocol)
+        request = request if dry else with_framed_input(request, protocol, stack)
     in_force = read.policy or policy_in_force(request)
     policy = in_force.policy
     so_far.policy = shown(in_force.base)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.policy import Policy
+    from x07_sandbox.programs.protocol import BuildExtras
     from x07_sandbox.programs.toolchains import Toolchain
     from x07_sandbox.runs.execute import PhaseFacts
     from x07_sandbox.runs.folder import RunFolder
@@ -93,16 +94,9 @@ def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str,
 
 
 def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
-    """How many bytes of standard output and of standard error a run may write.
-
-    Of an X07 program the limit is that of its output, which comes in a frame; its standard error has a fixed one.
-    """
+    """How many bytes of standard output and of standard error a run may write."""
     most = settings.OUTPUT_MAX_BYTES if request.max_output_bytes is None else request.max_output_bytes
-    if not toolchain.told:
-        return most, most
-    from x07_sandbox.programs.x07 import HEAD_BYTES, STDERR_MAX_BYTES
-
-    return most + HEAD_BYTES, STDERR_MAX_BYTES
+    return (most, most) if toolchain.protocol is None else toolchain.protocol.output_caps(most)
 
 
 class Session:
@@ -135,18 +129,19 @@ class Session:
             self.so_far.artifact_from = "caller"
             return None
         argv = toolchain.build(program.source)
-        more = [sha256_text(policy_bytes)] if toolchain.told else []
+        extras = None if toolchain.protocol is None else toolchain.protocol.build_extras(policy_bytes)
+        more = [] if extras is None else [sha256_text(part) for part in extras.key]
         more += [sha256_text(build_driver())] if toolchain.driver else []
         key = artifact_key(self.image.manifest.digest, toolchain.name, argv, program.sha256, *more)
         if not self.request.cache:
-            return self._build(argv, artifact, policy_bytes)
+            return self._build(argv, artifact, extras)
         if self._recalled(key, artifact):
             return None
         most_s = min(settings.BUILD_WALL_MS / 1000, self.request.queue_s)
         with one_builder(key, self._pause_for_another(), most_s) as waited:
             if waited and self._recalled(key, artifact):
                 return None
-            failed = self._build(argv, artifact, policy_bytes)
+            failed = self._build(argv, artifact, extras)
             if failed is None:
                 notes = msgspec.json.encode(self.so_far.build)
                 keep_artifact(key, artifact.fd, artifact.size, artifact.sha256(), notes)
@@ -171,7 +166,7 @@ class Session:
             self.so_far.artifact_from, self.so_far.build = "cache", build
         return build is not None
 
-    def _build(self, argv: list[str], artifact: OutFile, policy_bytes: bytes) -> Verdict | None:
+    def _build(self, argv: list[str], artifact: OutFile, extras: BuildExtras | None) -> Verdict | None:
         """Build in a machine of its own; None if there is an artifact, else how that ended."""
         self.so_far.artifact_from = "build"
         self.request.progress(f"building {self.program.source.name or 'the project'} in a machine of its own")
@@ -180,12 +175,9 @@ class Session:
             env = dict(_ENVIRONMENT)
             if self.program.toolchain.driver:
                 files.append(in_memory(build_driver(), self.program.source.driver, 0o644, stack))
-            if self.program.toolchain.told:
-                from x07_sandbox.programs.x07 import WORKSPACE
-
-                files.append(in_memory(policy_bytes, f"{SOURCE_FOLDER}/policy.json", 0o644, stack))
-                files.append(in_memory(b"", f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
-                env["X07_WORKSPACE_ROOT"] = WORKSPACE
+            if extras is not None:
+                files += [in_memory(data, path, 0o644, stack) for path, data in extras.files.items()]
+                env |= extras.env
             return self._built(argv, artifact, tuple(files), env)
 
     def _built(
@@ -239,8 +231,9 @@ class Session:
             size=artifact.size,
         )
         files = [program, in_memory(in_force.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
-        if toolchain.told:
-            files.append(in_memory(self.request.x07_input, f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
+        if toolchain.protocol is not None:
+            more = toolchain.protocol.run_files(self.request.whole_input)
+            files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
         project = self.program.project
         cwd = PROJECT_FOLDER if project else CWD
         mounts = [_PROJECT_MOUNT] if project else []
@@ -252,7 +245,7 @@ class Session:
             argv=[*toolchain.start(self.program.source), *self.request.args],
             files=tuple(files),
             limits=limits.for_guest(),
-            confine=confinement(policy, cwd, alone=not (archive or toolchain.told)),
+            confine=confinement(policy, cwd, alone=not (archive or toolchain.protocol)),
             wall_ms=limits.wall_ms,
             env=run_environment(policy, self.request.env, os.environ),
             ram_bytes=limits.ram_bytes,
@@ -417,7 +410,7 @@ class Session:
             so_far.denials.append(limit)
         if ending.outcome.value == "output-limit":
             stream, toolchain = str(facts.evidence.output_overflow), self.program.toolchain
-            fixed = toolchain.told and stream == "stderr"
+            fixed = toolchain.protocol is not None and stream == "stderr"
             so_far.denials.append(
                 observed.too_much_output(stream, None if fixed else output_caps(self.request, toolchain)[0])
             )
