@@ -26,11 +26,11 @@ from x07_sandbox.host.processes import children_of
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
+from x07_sandbox.library.pool import Pool
 from x07_sandbox.plan.controls import make_plan, run_limits
 from x07_sandbox.plan.features import vm_features
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy, render_policy
-from x07_sandbox.pool.executor import Pool
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, carry_out

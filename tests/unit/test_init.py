@@ -20,8 +20,8 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.files.pack import pack_tree
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE, decode_manifest
-from x07_sandbox.programs.starter import SUFFIXES, sandbox_manifest, x07_project
-from x07_sandbox.programs.x07 import choose_profile, decode_project
+from x07_sandbox.programs.starter import SUFFIXES, sandbox_manifest
+from x07_sandbox.x07.project import choose_profile, decode_project, first_project
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,7 +112,7 @@ def test_the_policy_is_made_by_what_is_said(tmp_path: Path, folder: str) -> None
 )
 def test_the_entry_is_what_is_there(there: tuple[str, ...], entry: str, root: str) -> None:
     """The usual file is the entry, else the only X07 source that is there; its folder holds the modules."""
-    document = json.loads(x07_project(there, "p.json"))
+    document = json.loads(first_project(there, "p.json"))
     assert (document["entry"], document["module_roots"]) == (entry, [root])
 
 

@@ -25,8 +25,9 @@ from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.apply import chosen
-from x07_sandbox.cli.changed import lines, machine_form, pieces, print_bytes, tell, write_diff
+from x07_sandbox.cli.changed import lines, machine_form, pieces, print_bytes, tell
 from x07_sandbox.cli.main import main
+from x07_sandbox.cli.run_outputs import write_diff
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.files import journal
 from x07_sandbox.files.apply import ConflictError

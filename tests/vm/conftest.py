@@ -30,6 +30,7 @@ from x07_sandbox.programs.toolchains import OUTPUT, Source, toolchain_for
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import run
 from x07_sandbox.runs.streams import OutFile
+from x07_sandbox.x07.programs import load_x07
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
@@ -120,6 +121,7 @@ class Sandbox:
                 cold=cold,
                 cache=cache,
                 env=env or {},
+                loaders=(load_x07,),
                 cancel=cancel,
             )
             began = time.monotonic()

@@ -18,6 +18,7 @@ from x07_sandbox.plan.features import Features
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from x07_sandbox.channel.connection import Connection
     from x07_sandbox.host.processes import Identity
@@ -153,11 +154,29 @@ class Lease(Protocol):
         """Say that the instance is not needed any more, and wait; whether that process proved it gone."""
 
 
+class Pruner(Protocol):
+    """Removes what may go, or only counts it, and keeps account (housekeeping/pruner)."""
+
+    progress: Callable[[str], None]
+
+    def remove(self, kind: Literal["template", "leftover"], path: Path, why: str, how: Callable[[Path], None]) -> None:
+        """Remove *path* as *how* does; what cannot be removed is reported and stays."""
+
+    def keep(self, kind: Literal["template", "leftover"], path: Path, why: str) -> None:
+        """Report that *path* stays."""
+
+
 class Cloning(Protocol):
     """What a backend offers that can clone prepared machines. The pool uses nothing else."""
 
     def prepare(self, kind: MachineKind, caller: Caller) -> None:
         """Save a machine of this kind now, whatever prevented it before. Raises SandboxError."""
+
+    def prune(self, pruner: Pruner, images: set[str]) -> None:
+        """Remove saved machines of images that are gone, and the oldest above the size limit. Raises SandboxError.
+
+        images: digests of those that stay.
+        """
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
         """After a program of our own: have the agent make a fresh place for the next one. Raises BackendError."""

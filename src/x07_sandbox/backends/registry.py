@@ -31,6 +31,11 @@ def create(name: str) -> Backend:
     return _FACTORIES[name]()
 
 
+def built() -> tuple[str, ...]:
+    """The backends of this version."""
+    return tuple(_FACTORIES)
+
+
 @contextlib.contextmanager
 def registered(row: BackendRow, factory: Factory) -> Iterator[None]:
     """Around code that may use one more backend, as tests of the contract do."""

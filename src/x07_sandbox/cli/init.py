@@ -19,8 +19,9 @@ from x07_sandbox.host.paths import real_path
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
-from x07_sandbox.programs.starter import MAKEFILES, SUFFIXES, sandbox_manifest, x07_project
+from x07_sandbox.programs.starter import MAKEFILES, SUFFIXES, sandbox_manifest
 from x07_sandbox.reports.init import InitReport
+from x07_sandbox.x07.project import first_project
 
 _FILES_MAX: Final = 10_000
 _MAKEFILE_MAX: Final = 1 << 20
@@ -83,7 +84,7 @@ def _init(options: argparse.Namespace) -> int:
     template = options.template or "default"
     policy = "/".join((*BASE_FOLDER, file_name(template)))
     if options.toolchain is None:
-        data = x07_project(files, policy)
+        data = first_project(files, policy)
     else:
         data = sandbox_manifest(
             options.toolchain, files, entry=options.entry, artifact=options.artifact, makefile=_makefile(folder, files)

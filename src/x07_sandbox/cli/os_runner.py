@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
@@ -20,18 +21,21 @@ from x07_sandbox.cli.console import LiveLine, put, say
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
 from x07_sandbox.cli.streams import leave, settle_in
 from x07_sandbox.cli.written import check_outputs, files_read
-from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
+from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import check_environment, flag, text
 from x07_sandbox.programs.manifest import FILE
-from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, SOURCE_SUFFIX, Options
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.reports.runner import World, failure_report
+from x07_sandbox.runs.framed_input import read_whole
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest, open_input, policy_in_force
-from x07_sandbox.runs.x07_program import read_whole
+from x07_sandbox.x07.programs import load_x07
+from x07_sandbox.x07.project import PROJECT_FILE, Options
+from x07_sandbox.x07.protocol import INPUT_MAX_BYTES
+from x07_sandbox.x07.report import mode_of
+from x07_sandbox.x07.runner_report import World, failure_report
 
 if TYPE_CHECKING:
     import argparse
@@ -157,7 +161,6 @@ def _target(options: argparse.Namespace) -> Path:
 
 def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStack) -> RunRequest:
     """The run that is asked for, as far as its program is not needed to know it. Raises UsageError."""
-    for_x07 = path.name.endswith(SOURCE_SUFFIX) or path.name == PROJECT_FILE
     progress = LiveLine()
     stack.callback(progress, "")
     return RunRequest(
@@ -166,8 +169,8 @@ def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStac
         input=None if options.input is None else Path(options.input),
         max_output_bytes=settings.MIB if options.max_output_bytes is None else options.max_output_bytes,
         executable=options.compiled_out is not None,
-        profiles=False,  # of those only `x07 run` knows
-        x07=_x07_options(options) if for_x07 else None,
+        # Of profiles only `x07 run` knows.
+        loaders=(partial(load_x07, options=_x07_options(options), profiles=False),),
         machines=PoolMachines(),
         progress=progress,
         cancel=stack.enter_context(cancelled_by_signals()),
@@ -207,7 +210,7 @@ def _x07_options(options: argparse.Namespace) -> Options:
 
 def _note_unused(options: argparse.Namespace, program: Program) -> None:
     """Nothing that was asked for is passed over in silence."""
-    if program.toolchain.told:
+    if program.toolchain.protocol is not None:
         if program.project and options.module_root:
             _say("--module-root: for single programs only; a project brings its own modules")
         return

@@ -1,4 +1,4 @@
-"""The first version of a project's file, from the names of the files that are there: X07's x07.json, or our manifest.
+"""The first version of a project's manifest, from the names of the files that are there.
 
 Pure. What is made here is read back by the decoder that a run uses before anybody writes it.
 """
@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.programs import manifest, x07
+from x07_sandbox.programs import manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,35 +26,9 @@ SUFFIXES: Final[dict[str, tuple[str, ...]]] = {
 }
 MAKEFILES: Final = ("GNUmakefile", "makefile", "Makefile")  # in the order in which make looks for them
 _ENTRIES: Final = {"python": ("main.py", "__main__.py", "app.py"), "shell": ("main.sh", "run.sh", "main.bash")}
-_X07_ENTRIES: Final = ("src/main.x07.json", "main.x07.json")
-_X07_VERSION: Final = "x07.project@0.5.0"
-_PROFILE: Final = "sandbox"
 _LINE_MAX: Final = 4096  # characters of a Makefile's line that are looked at
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,1023}")
-
-
-def x07_project(files: Sequence[str], policy: str) -> bytes:
-    """x07.json: what X07 needs to know of any project, and one profile, which runs it in the sandbox by *policy*.
-
-    The entry is the usual one, or the only X07 source that is there.
-    """
-    sources = [name for name in files if name.endswith(x07.SOURCE_SUFFIX)]
-    usual = [name for name in _X07_ENTRIES if name in sources]
-    entry = usual[0] if usual else sources[0] if len(sources) == 1 else _X07_ENTRIES[0]
-    document = {
-        "schema_version": _X07_VERSION,
-        "world": x07.WORLD,
-        "entry": entry,
-        "module_roots": [str(PurePosixPath(entry).parent)],
-        "dependencies": [],
-        "lockfile": x07.LOCK_FILE,
-        "default_profile": _PROFILE,
-        "profiles": {_PROFILE: {"world": x07.WORLD, "policy": policy}},
-    }
-    data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-    x07.decode_project(data, source=x07.PROJECT_FILE)
-    return data
 
 
 def sandbox_manifest(

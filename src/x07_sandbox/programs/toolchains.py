@@ -14,6 +14,11 @@ from x07_sandbox.errors import RefusedError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from x07_sandbox.programs.protocol import Protocol
+else:
+    Protocol = object  # msgspec reads annotations; its module is loaded only where there is one
+
+
 SOURCE_FOLDER: Final = "/x07/in"
 PROJECT_FOLDER: Final = "/x07/in/project"
 OUTPUT: Final = "/x07/out/compiled-out"
@@ -70,7 +75,7 @@ class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
     archive: whether the artifact is an archive that is unpacked to PROGRAM_FOLDER, else an executable at ARTIFACT.
     start: argv that starts the program.
     needs: Debian packages that the image must have; "x07" stands for X07's own toolchain.
-    told: whether its compiler is told the policy, and its programs read frames (programs/x07).
+    protocol: what its compiler and programs need beyond that; None where they are simply given bytes and arguments.
     entry: whether a project of it names the file that is started.
     """
 
@@ -81,7 +86,7 @@ class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
     archive: bool
     start: Callable[[Source], list[str]]
     needs: tuple[str, ...] = ()
-    told: bool = False
+    protocol: Protocol | None = None
     entry: bool = False
     doc: str
 
@@ -239,27 +244,6 @@ TOOLCHAINS: Final = (
         entry=True,
         doc="A ready Linux executable, or a script that names its interpreter: run as it is.",
     ),
-)
-# Chosen by the kind of program only, never by name: it takes projects and policies of X07's own.
-X07: Final = Toolchain(
-    name="x07",
-    suffixes=(),
-    build=lambda source: list(source.args),
-    archive=False,
-    start=_start_executable,
-    needs=("x07",),
-    told=True,
-    doc="X07, by the toolchain that the image carries.",
-)
-# What it made before: nothing is compiled, and it reads and writes frames all the same.
-X07_ARTIFACT: Final = Toolchain(
-    name="x07",
-    suffixes=(),
-    build=None,
-    archive=False,
-    start=_start_executable,
-    told=True,
-    doc="An executable that X07 compiled before.",
 )
 BY_NAME: Final = {toolchain.name: toolchain for toolchain in TOOLCHAINS}
 

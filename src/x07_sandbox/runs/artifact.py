@@ -65,7 +65,8 @@ def artifact_of(prepared: Prepared, draft: Result, folder: RunFolder, artifact: 
 def _key(prepared: Prepared, image_digest: str) -> str:
     program, toolchain = prepared.program, prepared.program.toolchain
     assert toolchain.build is not None  # noqa: S101 - for the type checker
-    more = [sha256_text(prepared.policy.data)] if toolchain.told else []
+    extras = None if toolchain.protocol is None else toolchain.protocol.build_extras(prepared.policy.data)
+    more = [] if extras is None else [sha256_text(part) for part in extras.key]
     more += [sha256_text(build_driver())] if toolchain.driver else []
     return artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
 

@@ -57,16 +57,9 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
-    """How many bytes of standard output and of standard error a run may write.
-
-    Of an X07 program the limit is that of its output, which comes in a frame; its standard error has a fixed one.
-    """
+    """How many bytes of standard output and of standard error a run may write."""
     most = settings.OUTPUT_MAX_BYTES if request.max_output_bytes is None else request.max_output_bytes
-    if not toolchain.told:
-        return most, most
-    from x07_sandbox.programs.x07 import HEAD_BYTES, STDERR_MAX_BYTES
-
-    return most + HEAD_BYTES, STDERR_MAX_BYTES
+    return (most, most) if toolchain.protocol is None else toolchain.protocol.output_caps(most)
 
 
 def last_of(step: Step[_T]) -> _T:
@@ -95,11 +88,11 @@ def prepare(
     check_arguments(request)
     with request.cancel.waiting():  # for whoever opens the other end of a pipe
         request = replace(request, stdin_fd=open_input(request, stack, wait=not dry))
-    if program.toolchain.told:
-        from x07_sandbox.runs.x07_program import need_policy, with_framed_input
+    if (protocol := program.toolchain.protocol) is not None:
+        from x07_sandbox.runs.framed_input import need_policy, with_framed_input
 
-        need_policy(request)
-        request = request if dry else with_framed_input(request, stack)
+        need_policy(request, protocol)
+        request = request if dry else with_framed_input(request, protocol, stack)
     in_force = request.in_force or policy_in_force(request)
     draft = _known(replace(draft, policy=shown(in_force.base)), policy=sha256_text(in_force.data))
     yield draft

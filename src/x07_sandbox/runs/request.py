@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     import contextlib
 
     from x07_sandbox.policy.overrides import Overrides
-    from x07_sandbox.programs.x07 import Options as X07Options
     from x07_sandbox.runs.program import Program
+
+    Loader = Callable[["RunRequest", Path, contextlib.ExitStack], tuple["RunRequest", Program] | None]
 else:
-    Overrides = X07Options = Program = object  # msgspec reads annotations; their modules are loaded where needed
+    Overrides = Loader = Program = object  # msgspec reads annotations; their modules are loaded where needed
 
 # Linux refuses one longer argument (MAX_ARG_STRLEN: 32 pages, NUL included); all of them share a quarter of the stack's
 # 8 MiB with the environment, which may take some hundred KiB.
@@ -78,14 +79,14 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
     max_output_bytes: of each stream; None for the project's limit, else the default.
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
-    x07_artifact: the program is an executable of X07's, which reads and writes frames.
     executable: what is built is kept for others to run, so it has to be an executable.
     cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
     queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
     choice: the backend, None for what the environment asks for. require_hardware: refuse emulation.
     loaded, in_force: the program and the policy, where the caller has read them already.
-    profile: of an X07 project, None for its own choice; profiles: whether any of them counts. x07: what X07's compiler
-    is told; x07_input: a program's whole input, set when it is read.
+    profile: of an X07 project, None for its own choice. loaders: they read programs of other kinds than our own; each
+    is asked for the program at a path, and gives None for what is not of its kind. whole_input: of a program with a
+    protocol, set when it is read.
     changes: what becomes of the program's changes to files when it has ended by itself. out: a folder for its /x07/out.
     allow_protected: patterns of names that are let go (files/protected). hide, reveal: more patterns of names that are
     not copied in, and those that are all the same.
@@ -111,7 +112,6 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     raw: bool = False
     max_output_bytes: int | None = None
     artifact: OutFile | None = None
-    x07_artifact: bool = False
     executable: bool = False
     cold: bool = False
     cache: bool = True
@@ -122,9 +122,8 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     in_force: InForce | None = None
     require_hardware: bool = False
     profile: str | None = None
-    profiles: bool = True
-    x07: X07Options | None = None
-    x07_input: bytes = b""
+    loaders: tuple[Loader, ...] = ()
+    whole_input: bytes = b""
     changes: Literal["apply", "keep", "discard"] = "apply"
     out: Path | None = None
     allow_protected: tuple[str, ...] = ()

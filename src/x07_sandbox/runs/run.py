@@ -242,7 +242,7 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
         denials.append(limit)
     if outcome == "output-limit":
         stream = str(end.facts.evidence.output_overflow)
-        fixed = program.toolchain.told and stream == "stderr"
+        fixed = program.toolchain.protocol is not None and stream == "stderr"
         caps = output_caps(prepared.request, program.toolchain)
         denials.append(observed.too_much_output(stream, None if fixed else caps[0]))
     draft = replace(draft, denials=denials)

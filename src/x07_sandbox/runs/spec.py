@@ -51,12 +51,10 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
     files, env = [program.file], dict(_ENVIRONMENT)
     if toolchain.driver:
         files.append(in_memory(build_driver(), program.source.driver, 0o644, stack))
-    if toolchain.told:
-        from x07_sandbox.programs.x07 import WORKSPACE
-
-        files.append(in_memory(prepared.policy.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack))
-        files.append(in_memory(b"", f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
-        env["X07_WORKSPACE_ROOT"] = WORKSPACE
+    if toolchain.protocol is not None:
+        extras = toolchain.protocol.build_extras(prepared.policy.data)
+        files += [in_memory(data, path, 0o644, stack) for path, data in extras.files.items()]
+        env |= extras.env
     limits = build_limits()
     return PhaseSpec(
         name="build",
@@ -76,7 +74,7 @@ def run_spec(
 ) -> PhaseSpec:
     """The run of an artifact."""
     request, program, limits = prepared.request, prepared.program, prepared.plan.limits
-    policy, archive, told = prepared.policy.policy, program.toolchain.archive, program.toolchain.told
+    policy, archive, protocol = prepared.policy.policy, program.toolchain.archive, program.toolchain.protocol
     started = InFile(
         path=PROGRAM_FOLDER if archive else ARTIFACT,
         mode=0o755,
@@ -85,8 +83,9 @@ def run_spec(
         size=artifact.size,
     )
     files = [started, in_memory(prepared.policy.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
-    if told:
-        files.append(in_memory(request.x07_input, f"{SOURCE_FOLDER}/input.bin", 0o644, stack))
+    if protocol is not None:
+        more = protocol.run_files(request.whole_input)
+        files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
     cwd = PROJECT_FOLDER if program.project else CWD
     mounts = [_PROJECT_MOUNT] if program.project else []
     if host_files is not None:
@@ -97,7 +96,7 @@ def run_spec(
         argv=[*program.toolchain.start(program.source), *request.args],
         files=tuple(files),
         limits=limits.for_guest(),
-        confine=confinement(policy, cwd, alone=not (archive or told)),
+        confine=confinement(policy, cwd, alone=not (archive or protocol)),
         wall_ms=limits.wall_ms,
         env=run_environment(policy, request.env, os.environ),
         ram_bytes=limits.ram_bytes,

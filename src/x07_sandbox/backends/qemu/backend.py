@@ -32,7 +32,7 @@ from x07_sandbox.plan.features import Isolation, vm_features
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from x07_sandbox.backends.base import Instance, Job, Lease, MachineKind
+    from x07_sandbox.backends.base import Instance, Job, Lease, MachineKind, Pruner
     from x07_sandbox.backends.qemu.start import Saved
     from x07_sandbox.backends.qemu.template import Template
     from x07_sandbox.host.cancel import Caller
@@ -207,6 +207,12 @@ class QemuBackend:
         template = template_for(kind, accelerator)
         trust_all()
         self._make(template, kind, accelerator, caller)
+
+    def prune(self, pruner: Pruner, images: set[str]) -> None:
+        """Remove templates as making another does."""
+        from x07_sandbox.backends.qemu.template import prune_templates
+
+        prune_templates(pruner, images)
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
         """Have the agent make a fresh place for the next program. Raises BackendError."""

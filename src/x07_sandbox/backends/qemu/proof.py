@@ -66,7 +66,7 @@ def known_verdict() -> tuple[bool, str] | None:
 
 def _record() -> Path:
     """Where the verdict for this boot, kernel and QEMU is kept. Raises HostError for a folder that cannot be used."""
-    return cache_folder("kvm") / f"{_key()}.json"
+    return cache_folder("proofs") / f"{_key()}.json"
 
 
 def _key() -> str:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,7 +29,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.models import known
-from x07_sandbox.host.paths import cache_folder, least_recently_used, read_bounded, replace_file
+from x07_sandbox.host.paths import cache_dir, cache_folder, foreign, least_recently_used, read_bounded, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.store import list_images
@@ -40,7 +41,7 @@ from x07_sandbox.policy import default_policy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from x07_sandbox.backends.base import MachineKind
+    from x07_sandbox.backends.base import MachineKind, Pruner
     from x07_sandbox.backends.qemu.start import Accelerator
 
     Maker = Callable[[Path], "TemplateManifest"]
@@ -338,3 +339,25 @@ def take_template_away(folder: Path) -> None:
 def leftovers(folder: Path) -> list[Path]:
     """What killed processes left; whoever asks holds the lock, so that nobody makes one now."""
     return [*folder.glob(".new-*"), *folder.glob(".old-*")]
+
+
+def prune_templates(pruner: Pruner, images: set[str]) -> None:
+    """Remove templates as making another does. images: digests of those that stay. Raises SandboxError."""
+    import shutil
+
+    if not os.path.lexists(cache_dir() / "templates"):
+        return
+    folder = templates_dir()
+    with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for a VM template to be made")):
+        for left in leftovers(folder):
+            if not foreign(left.lstat(), stat.S_ISDIR):
+                pruner.remove("leftover", left, "a killed process left it", shutil.rmtree)
+        for path, why in expired_templates(keep="", images=images):
+            if problem := foreign(path.lstat(), stat.S_ISDIR):
+                pruner.keep("template", path, problem)
+            else:
+                pruner.remove("template", path, why, take_template_away)
+        for path in folder.glob("*.bad"):
+            heeded = Template(key=path.stem, folder=path.with_suffix("")).bad()
+            if not foreign(path.lstat(), stat.S_ISREG) and not heeded:
+                pruner.remove("leftover", path, "it was true of another boot of this machine", Path.unlink)

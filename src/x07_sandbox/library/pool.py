@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.threads import started
-from x07_sandbox.runs.call import check_names, wrong
-from x07_sandbox.runs.library import OPTIONS, checked, run_once
+from x07_sandbox.library.call import check_names, wrong
+from x07_sandbox.library.run import OPTIONS, checked, run_once
 
 if TYPE_CHECKING:
     import os

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 # What carries runs out is imported when there is one: importing this costs next to nothing.
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.threads import started
-from x07_sandbox.runs.call import check_names, input_file, make_request, wrong
+from x07_sandbox.library.call import check_names, input_file, make_request, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -218,7 +218,7 @@ def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
     It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another, which is checked where it is used, or
     here. Raises SandboxError that tells all that is wrong with a document, each with its place.
     """
-    from x07_sandbox.runs.call import policy_given
+    from x07_sandbox.library.call import policy_given
     from x07_sandbox.runs.request import read_policy
 
     return read_policy(policy_given("name", name, "x07_sandbox.load_policy"))[0]
