@@ -164,7 +164,7 @@ def make_ready(
         image = stack.enter_context(open_image(found if dry else current_image(found)))
     so_far.digests["image"] = image.manifest.digest
     image_name = request.image or text("X07_VM_GUEST_IMAGE") or DEFAULT
-    require_packages(program.toolchain, image.manifest.holds(), image_name)
+    require_packages(program.toolchain, image.manifest.holds(), image_name, image.manifest.include)
     check_pinned(image.manifest.digest)
     backend = QemuBackend(request.progress, request.cancel.waiting, so_far.warnings.append)
     so_far.availability = backend.probe(image, require_hardware=request.require_hardware, boot=not dry)
