@@ -57,7 +57,7 @@ LANGUAGES = {
         wrong='print "before\\n";\nmy $x = ;\n',
         said='syntax error at /x07/in/main.pl line 2, near "= ;"',
         main='use strict;\nuse Near;\nprint $Near::n, "\\n";\n',
-        beside=("Near.pm", "package Near;\nour $n = 42;\n1;\n"),
+        beside=("lib/Near.pm", "package Near;\nour $n = 42;\n1;\n"),
     ),
     "lua": Language(
         name="main.lua",
@@ -65,7 +65,7 @@ LANGUAGES = {
         wrong='print("before")\nx = = 1\n',
         said="main.lua:2: unexpected symbol near '='",
         main='print(require("near").n)\n',
-        beside=("near.lua", "return { n = 42 }\n"),
+        beside=("near/init.lua", "return { n = 42 }\n"),
     ),
 }
 EACH = pytest.mark.parametrize("toolchain", LANGUAGES)
@@ -121,7 +121,7 @@ def test_a_project_of_scripts_runs_from_the_manifest_that_init_writes(
     language = LANGUAGES[toolchain]
     name, text = language.beside
     folder = sandbox.work / "project"
-    folder.mkdir()
+    (folder / name).parent.mkdir(parents=True)
     (folder / name).write_text(text)
     (folder / language.name).write_text(language.main)
     (folder / FILE).write_bytes(sandbox_manifest(toolchain, sorted([language.name, name])))

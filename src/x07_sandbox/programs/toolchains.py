@@ -102,6 +102,7 @@ class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
 _C: Final = (".c",)
 _CPP: Final = (".cpp", ".cc", ".cxx", ".c++")
 _HEADERS: Final = (".h", ".hpp", ".hh", ".hxx")
+_LUA_PATH: Final = f"{PROGRAM_FOLDER}/?.lua;{PROGRAM_FOLDER}/?/init.lua"
 MAKEFILES: Final = ("GNUmakefile", "makefile", "Makefile")  # in the order in which make looks for them
 
 
@@ -256,9 +257,9 @@ TOOLCHAINS: Final = (
         name="perl",
         suffixes=(".pl",),
         beside=(".pm",),
-        build=_checked_by("/usr/bin/perl", "-I.", "-c"),
+        build=_checked_by("/usr/bin/perl", "-I.", "-Ilib", "-c"),
         archive=True,
-        start=_started_by("/usr/bin/perl", f"-I{PROGRAM_FOLDER}"),
+        start=_started_by("/usr/bin/perl", f"-I{PROGRAM_FOLDER}", f"-I{PROGRAM_FOLDER}/lib"),
         needs=("perl-base",),
         entries=("main.pl",),
         doc="Perl, by the image's perl: checked with its modules, started as a script.",
@@ -268,7 +269,7 @@ TOOLCHAINS: Final = (
         suffixes=(".lua",),
         build=_checked_by("/usr/bin/luac5.4", "-p"),
         archive=True,
-        start=_started_by("/usr/bin/lua5.4", "-e", f"package.path = '{PROGRAM_FOLDER}/?.lua;' .. package.path"),
+        start=_started_by("/usr/bin/lua5.4", "-e", f"package.path = '{_LUA_PATH};' .. package.path"),
         needs=("lua5.4",),
         entries=("main.lua",),
         doc="Lua 5.4, by the image's lua5.4: checked, started as a script.",
