@@ -49,7 +49,7 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     """Build and run a program in throw-away virtual machines, and return how it ended.
 
     program: path of a source file, an executable, or a project's folder. source: a text instead, in the language of
-    *toolchain* ("python", "c", "cpp", "shell"). files: more files beside it, relative name to content.
+    *toolchain* ("python", "c", ...). files: more files beside it, relative name to content.
     args: its arguments, a list of texts. input: its whole input. env: variables beside the fixed ones.
     policy: path of a policy document, `built-in:TEMPLATE`, or a Policy. What is not given (no args, None for input,
     policy, image) is what the manifest of a project says, as for `x07 run`; give a policy for a project that you did

@@ -140,7 +140,7 @@ def _image(
         found = find_image(request.image)
         image = stack.enter_context(open_image(found if dry else current_image(found)))
     yield _known(draft, image=image.manifest.digest)
-    require_packages(program.toolchain, image.manifest.holds(), _image_name(request))
+    require_packages(program.toolchain, image.manifest.holds(), _image_name(request), image.manifest.include)
     check_pinned(image.manifest.digest)
     return image
 

@@ -112,19 +112,18 @@ def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) ->
         why = "a source without a file's name does not say what language it is"
         raise UsageError("cannot run the source", why, "Name its --toolchain")
     toolchain = toolchain_named(request.toolchain)
-    if toolchain.name == "make":
-        raise UsageError("cannot run the source", "make works on a project", "Name a folder with a manifest")
     if len(text) > settings.SOURCE_MAX_BYTES:
         raise UsageError("cannot run the source", f"it has more than {settings.SOURCE_MAX_BYTES} bytes", "Shorten it")
-    return single_file(toolchain, f"main{toolchain.suffixes[0] if toolchain.suffixes else ''}", text, request, stack)
+    return single_file(toolchain, f"main{''.join(toolchain.suffixes[:1])}", text, request, stack)
 
 
 def single_file(
     toolchain: Toolchain, name: str, data: bytes, request: RunRequest, stack: contextlib.ExitStack
 ) -> Program:
     """A program of one file, or of one file and others that were given with it."""
-    if toolchain.name == "make":
-        raise UsageError(f"cannot run {name}", "make works on a project", "Name a folder with a manifest")
+    if toolchain.artifact:
+        what = "the source" if request.program is None else name
+        raise UsageError(f"cannot run {what}", f"{toolchain.name} works on a project", "Name a folder with a manifest")
     if toolchain.build is None:
         arch = host_arch()
         check_executable(name, data[:_HEAD_BYTES], arch.name, arch.elf_machine)
