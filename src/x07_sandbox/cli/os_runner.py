@@ -26,10 +26,9 @@ from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import check_environment, flag, text
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.framed_input import read_whole
 from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest, open_input, policy_in_force
+from x07_sandbox.runs.request import RunRequest, open_input, policy_in_force, read_whole
 from x07_sandbox.x07.programs import load_x07
 from x07_sandbox.x07.project import PROJECT_FILE, Options
 from x07_sandbox.x07.protocol import INPUT_MAX_BYTES
