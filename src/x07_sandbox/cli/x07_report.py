@@ -90,11 +90,7 @@ def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Com
     """The report, and lines about how it ended; the files are written. Raises RefusedError where one cannot be."""
     toolchain = wanted.program.toolchain
     built = Built(
-        mode=mode_of(wanted.program),
-        world="run-os-sandboxed",
-        lang_id=toolchain.name,
-        path=OUTPUT,
-        size=artifact.size,
+        mode=mode_of(wanted.program), world="run-os-sandboxed", lang_id=toolchain.name, path=OUTPUT, size=artifact.size
     )
     report = report_of(result, built, wanted.program)
     if wanted.compiled_out is not None and report.compile.ok:

@@ -8,13 +8,7 @@ import shutil
 import stat
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.qemu.template import (
-    Template,
-    expired_templates,
-    leftovers,
-    take_template_away,
-    templates_dir,
-)
+from x07_sandbox.backends.qemu.template import Template, expired_templates, leftovers, take_template_away, templates_dir
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, private_dir
 from x07_sandbox.housekeeping.pruner import entries, foreign, sweep_temporaries, unlink

@@ -144,7 +144,7 @@ class SolveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     trap_help: str | UnsetType | None = UNSET
 
 
-_COUNTERS: Final = SolveReport.__struct_fields__[5:-2]  # what stands between the outputs and the trap
+COUNTERS: Final = SolveReport.__struct_fields__[5:-2]  # what stands between the outputs and the trap
 
 
 class AttestationReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -292,7 +292,7 @@ def _uncounted(*, ok: bool, exit_status: int, stdout: bytes, stderr: bytes, trap
         stdout_b64=stdout,
         stderr_b64=stderr,
         trap=trap,
-        **dict.fromkeys(_COUNTERS),
+        **dict.fromkeys(COUNTERS),
     )
 
 
