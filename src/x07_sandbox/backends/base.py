@@ -162,8 +162,10 @@ class Pruner(Protocol):
     def remove(self, kind: Literal["template", "leftover"], path: Path, why: str, how: Callable[[Path], None]) -> None:
         """Remove *path* as *how* does; what cannot be removed is reported and stays."""
 
-    def keep(self, kind: Literal["template", "leftover"], path: Path, why: str) -> None:
-        """Report that *path* stays."""
+    def remove_own(
+        self, kind: Literal["template", "leftover"], path: Path, why: str, how: Callable[[Path], None]
+    ) -> None:
+        """As `remove`, for a folder; one that is not ours is kept."""
 
 
 class Cloning(Protocol):
