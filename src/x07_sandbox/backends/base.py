@@ -104,7 +104,9 @@ class NoAnswerError(BackendError):
     """An instance was started, and its agent never answered; it has been stopped."""
 
     def __init__(self, instance: Instance, silence: Silence) -> None:
-        super().__init__("the machine did not answer", silence.why, "Run x07 doctor")
+        said = " ".join(silence.console_tail.split())[-200:] if silence.kind == "ended" else ""
+        why = f"{silence.why}; {said}" if said else silence.why
+        super().__init__("the machine did not answer", why, "Run x07 doctor")
         self.instance = instance
         self.silence = silence
 
