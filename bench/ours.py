@@ -15,28 +15,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import programs
-from x07_sandbox.backends.base import Job, MachineKind
+from x07_sandbox.backends.base import MachineKind
+from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.qemu.machine import qmp_quit
-from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
+from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
-from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.frames import Kind, Role
-from x07_sandbox.channel.link import State
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.processes import children_of
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
+from x07_sandbox.library.pool import Pool
 from x07_sandbox.plan.controls import make_plan, run_limits
 from x07_sandbox.plan.features import vm_features
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.phase import PhaseSpec, carry_out
-from x07_sandbox.runs.pool import Pool
+from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, carry_out
 from x07_sandbox.runs.request import in_memory
-from x07_sandbox.runs.streams import Cancel, Sink, memory_file
+from x07_sandbox.runs.streams import Sink, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,11 +136,11 @@ class Floor:
 
     @contextlib.contextmanager
     def _started(self) -> Iterator[QemuInstance]:
-        digest = self.kind.image.manifest.digest
+        digest = self.kind.image_digest
         record = create_record(
             Claim(run_id=new_run_id(), phase="bench", wall_ms=1000), backend="qemu", image_digest=digest
         )
-        job = Job(record=record, kind=self.kind, deadline_s=60)
+        job = QemuJob(record=record, kind=self.kind, deadline_s=60)
         with start_qemu(job, self.accelerator, memory=self.saved) as instance:
             yield instance
 
@@ -159,19 +158,7 @@ class Floor:
         begun = time.monotonic()
         with self._started() as instance:
             instance.release()
-            connection = Connection(instance.channel_fd, Role.HOST, State.WARM)
-            nonce = os.urandom(16)
-            body = {"unix_ns": time.time_ns(), "entropy": os.urandom(64), "nonce": nonce, "machine_id": nonce}
-            connection.link.send(Kind.SEED, body)
-            while connection.link.state is not State.READY:
-                connection.flush()
-                fds = [instance.channel_fd, *instance.side_fds()]
-                for fd in select.select(fds, [], [])[0]:
-                    if fd == instance.channel_fd:
-                        for _ in connection.read() or ():
-                            pass
-                    else:
-                        instance.drain(fd)
+            greet(instance)
             return time.monotonic() - begun
 
     def program_seconds(self) -> float:
@@ -192,7 +179,9 @@ class Floor:
         cancel = Cancel()
         stack.callback(cancel.close)
         stdin_fd = memory_file(data, stack)
-        carry_out(self._spec(stack), instance, stdin_fd=stdin_fd, sinks=(stdout, stderr), cancel=cancel)
+        greet(instance)
+        streams = PhaseStreams(stdin_fd=stdin_fd, stdout=stdout, stderr=stderr, cancel=cancel)
+        carry_out(self._spec(stack), instance, streams)
         return os.pread(keep_fd, 1 << 20, 0)
 
     def _spec(self, stack: contextlib.ExitStack) -> PhaseSpec:
@@ -230,16 +219,13 @@ class Floor:
                 for name in ("stdout", "stderr")
             ]
             spec = self._spec(stack)
+            streams = PhaseStreams(
+                stdin_fd=read_fd, stdout=sinks[0], stderr=sinks[1], cancel=cancel, on_started=started.set
+            )
 
             def carry() -> None:
-                carry_out(
-                    spec,
-                    instance,
-                    stdin_fd=read_fd,
-                    sinks=(sinks[0], sinks[1]),
-                    cancel=cancel,
-                    on_started=started.set,
-                )
+                greet(instance)
+                carry_out(spec, instance, streams)
 
             thread = threading.Thread(target=carry)
             thread.start()

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy import decode_policy, render_policy
 from x07_sandbox.programs.manifest import decode_manifest
-from x07_sandbox.programs.x07 import decode_project
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.reports.runner import Built
-from x07_sandbox.reports.x07 import x07_report
 from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Digests, Output, Result
+from x07_sandbox.x07.project import decode_project
+from x07_sandbox.x07.report import x07_report
+from x07_sandbox.x07.runner_report import Built
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,7 +22,7 @@ from x07_sandbox.channel.trees import Kind as R
 from x07_sandbox.images import cpio
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.reports.runner import runner_report
+from x07_sandbox.x07.runner_report import runner_report
 
 SEEDS: Final = Path(__file__).parent / "seeds"
 AS_HOST: Final = b"\x00"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.backends.looks import (
+from x07_sandbox.backends.prerequisites import (
     NEEDS,
     BackendState,
     Facts,
@@ -20,7 +20,7 @@ from x07_sandbox.backends.looks import (
     place_of,
 )
 from x07_sandbox.backends.qemu.start import required_tools
-from x07_sandbox.backends.selection import BY_NAME, ROWS, Platform
+from x07_sandbox.backends.selection import BY_NAME, Platform
 from x07_sandbox.cli.doctor import START, platform_finding, proof_among
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.variables import VARIABLES
@@ -58,9 +58,14 @@ def facts(
     return Facts(platform=platform, machine=machine, environ=environ or {}, seen=seen)
 
 
+def proofs(proof: Proof | None) -> dict[str, Proof]:
+    """What became of starting a machine with QEMU, by the backend's name."""
+    return {} if proof is None else {"qemu": proof}
+
+
 def state(name: str, found: Facts, proof: Proof | None = HERE) -> BackendState:
     """What is said of one backend."""
-    return next(state for state in backend_states(found, proof) if state.name == name)
+    return next(state for state in backend_states(found, proofs(proof)) if state.name == name)
 
 
 @pytest.mark.parametrize("machine", [*ARCHES, "riscv64"])
@@ -68,8 +73,8 @@ def state(name: str, found: Facts, proof: Proof | None = HERE) -> BackendState:
 @pytest.mark.parametrize("proof", [None, HERE, BROKEN])
 def test_every_backend_is_named_on_any_machine(platform: Platform, machine: str, proof: Proof | None) -> None:
     """On each platform and architecture every backend is there, with a reason, and three remedies unless proven."""
-    states = backend_states(facts(platform, machine), proof)
-    assert [state.name for state in states] == [row.name for row in ROWS]
+    states = backend_states(facts(platform, machine), proofs(proof))
+    assert [state.name for state in states] == list(BY_NAME)
     for found in states:
         assert found.text
         assert len(set(found.remedies)) == (0 if found.state == "proven" else 3), found
@@ -82,7 +87,7 @@ def test_only_what_has_started_a_machine_is_proven() -> None:
     assert state("qemu", facts(), None).state == "failed"
     assert state("qemu", facts(), BROKEN).state == "failed"
     assert state("qemu", facts(), HERE).state == "proven"
-    assert [found.name for found in backend_states(facts(), HERE) if found.state == "proven"] == ["qemu"]
+    assert [found.name for found in backend_states(facts(), proofs(HERE)) if found.state == "proven"] == ["qemu"]
 
 
 def test_a_missing_program_is_named_with_its_package() -> None:

@@ -9,7 +9,6 @@ import pytest
 from x07_sandbox.backends.selection import (
     ACCEPT_FLAG,
     BY_NAME,
-    ROWS,
     Asked,
     Choice,
     Class,
@@ -148,14 +147,14 @@ def _names_what_works(platform: Platform, exc: RefusedError) -> None:
     asked = Asked(sandbox_flag=given["--sandbox-backend"], backend_flag=given["--backend"])
     assert select(platform if here else LINUX, asked).backend == given["--backend"]
     # Acceptance is proposed only where it would help.
-    assert ACCEPT_FLAG not in exc.fix or any(row.weaker and row.built for row in ROWS)
+    assert ACCEPT_FLAG not in exc.fix or any(row.weaker and row.built for row in BY_NAME.values())
 
 
 def test_the_order_on_each_platform_is_that_of_the_design() -> None:
     """What `auto` prefers, were it built: firecracker before qemu on Linux, apple-container before vz on macOS 26."""
 
     def order(platform: Platform) -> list[str]:
-        return [row.name for row in ROWS if row.auto and row.runs_on(platform)]
+        return [row.name for row in BY_NAME.values() if row.auto and row.runs_on(platform)]
 
     assert order(LINUX) == ["firecracker-ctr", "qemu"]
     assert order(MACOS_26) == ["apple-container", "vz"]

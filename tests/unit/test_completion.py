@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.cli.main import _VERBS
+from x07_sandbox.cli.usage import VERBS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +45,7 @@ def completed(script: Path, *words: str) -> set[str]:
 @pytest.mark.parametrize("command", ["x07", "x07-sandbox"])
 def test_bash_completes_verbs(script: Path, command: str) -> None:
     """A bash that read the script offers every verb, by both names of the command."""
-    assert set(_VERBS) <= completed(script, command, "")
+    assert set(VERBS) <= completed(script, command, "")
     assert completed(script, command, "pru") == {"prune"}
 
 
@@ -68,7 +68,7 @@ def test_every_shell_gets_every_verb(shell: str) -> None:
     """For each shell something is printed that names all verbs, and no path of this machine."""
     done = subprocess.run([*COMMAND, "completion", shell], capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    assert all(re.search(rf"\b{verb}\b", done.stdout) for verb in _VERBS)
+    assert all(re.search(rf"\b{verb}\b", done.stdout) for verb in VERBS)
     assert sys.prefix not in done.stdout
 
 
@@ -81,6 +81,6 @@ def test_another_shell_is_named_as_unknown() -> None:
 
 def test_nothing_else_imports_shtab() -> None:
     """The library behind it costs no other command anything."""
-    code = "import sys; from x07_sandbox.cli.main import parser_for; parser_for([]); print('shtab' in sys.modules)"
+    code = "import sys; from x07_sandbox.cli.usage import parser_for; parser_for([]); print('shtab' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

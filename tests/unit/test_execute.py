@@ -9,25 +9,29 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from tests.fuzz.fuzz_channel import EXITED
-from x07_sandbox.backends.qemu.talk import talk_until
+from x07_sandbox.backends import handshake
+from x07_sandbox.backends.base import NoAnswerError
+from x07_sandbox.backends.handshake import Talk, evidence_of, greet
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import DATA_MAX, PROTOCOL, WINDOW, Kind, Role, Stream
 from x07_sandbox.channel.link import Control, Data, Eof, Event, State
 from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.plan.confinement import UNCONFINED
 from x07_sandbox.plan.outcomes import Stage
 from x07_sandbox.runs import execute
-from x07_sandbox.runs.execute import Phase, PhaseFacts, PhaseRequest
-from x07_sandbox.runs.streams import Cancel, InFile, Sink, memory_file
+from x07_sandbox.runs.execute import PhaseFacts
+from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, carry_out
+from x07_sandbox.runs.streams import InFile, Sink, memory_file
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.base import Begun, Instance
+    from x07_sandbox.backends.base import Instance, StartMode
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -51,9 +55,10 @@ class Machine:
     Who writes to `side` has the phase look around; `stand_still` is what it does then.
     """
 
-    def __init__(self, channel_fd: int, begun: Begun, stack: contextlib.ExitStack) -> None:
+    def __init__(self, channel_fd: int, start_mode: StartMode, stack: contextlib.ExitStack) -> None:
         self.channel_fd = channel_fd
-        self.begun = begun
+        self.start_mode = start_mode
+        self.record = SimpleNamespace(job_id="1-2-3-run")
         self.pidfd = os.pidfd_open(os.getpid())
         self.side = os.eventfd(0)
         for fd in (self.pidfd, self.side):
@@ -71,10 +76,6 @@ class Machine:
         """Take the word that there is something."""
         os.eventfd_read(fd)
         self.stand_still()
-
-    def mistimed(self) -> bool:
-        """It has a timer."""
-        return False
 
     def console_tail(self) -> str:
         """It has said nothing."""
@@ -126,7 +127,9 @@ class Guest:
 class Run:
     """A phase in a thread, and both its sides."""
 
-    def __init__(self, begun: Begun, stack: contextlib.ExitStack, time: Time, files: tuple[bytes, ...] = ()) -> None:
+    def __init__(
+        self, begun: StartMode, stack: contextlib.ExitStack, time: Time, files: tuple[bytes, ...] = ()
+    ) -> None:
         self.time = time
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
         self.machine = Machine(ours.fileno(), begun, stack)
@@ -138,32 +141,34 @@ class Run:
             Sink(name, keep_fd=fd, live_fd=None, max_bytes=64 << 20)
             for name, fd in (("stdout", self.stdout_fd), ("stderr", memory_file(b"", stack)))
         ]
-        request = PhaseRequest(
-            job_id="1-2-3-run",
-            phase="run",
+        spec = PhaseSpec(
+            name="run",
             argv=["true"],
             env={},
-            cwd="/",
             files=tuple(
                 InFile(path=f"/x07/in/{number}", mode=0o644, kind="file", fd=memory_file(data, stack), size=len(data))
                 for number, data in enumerate(files)
             ),
             limits={},
-            confine=UNCONFINED.for_guest(),
             wall_ms=int(WALL_S * 1000),
-            stdin_fd=None,
-            stdout=sinks[0],
-            stderr=sinks[1],
-            output=None,
-            cancel=self.cancel,
+            ram_bytes=0,
         )
+        streams = PhaseStreams(stdin_fd=None, stdout=sinks[0], stderr=sinks[1], cancel=self.cancel)
         threads = stack.enter_context(ThreadPoolExecutor(1))
         stack.callback(self.cancel)  # a test that has failed waits for nothing
-        self.facts: Future[PhaseFacts] = threads.submit(Phase(request, cast("Instance", self.machine)).run)
+        self.facts: Future[PhaseFacts] = threads.submit(self._carry_out, spec, streams)
+
+    def _carry_out(self, spec: PhaseSpec, streams: PhaseStreams) -> PhaseFacts:
+        instance = cast("Instance", self.machine)
+        try:
+            greet(instance, cancel_fd=self.cancel.fd)
+        except NoAnswerError as exc:
+            return PhaseFacts(evidence=evidence_of(exc.silence, self.cancel.signal))
+        return carry_out(spec, instance, streams)
 
     def begin(self) -> None:
         """Up to START."""
-        if self.machine.begun == "cold":
+        if self.machine.start_mode == "cold":
             self.guest.say(Kind.HELLO, protocol=PROTOCOL)
         self.guest.say(Kind.SEEDED, nonce=self.guest.until(Kind.SEED)["nonce"])
         self.guest.until(Kind.START)
@@ -204,6 +209,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     """Phases of which the test is the guest, and the time."""
     time = Time()
     monkeypatch.setattr(execute, "Deadline", time)
+    monkeypatch.setattr(handshake, "Deadline", time)
     with contextlib.ExitStack() as stack:
         yield lambda begun="cold", files=(): Run(begun, stack, time, files)
 
@@ -296,7 +302,7 @@ def test_a_program_that_never_stops_writing_is_ended_at_its_deadline(runs: Runs)
 
 
 @pytest.mark.parametrize("begun", ["cold", "clone"])
-def test_a_machine_that_answered_while_we_stood_still_has_answered(runs: Runs, begun: Begun) -> None:
+def test_a_machine_that_answered_while_we_stood_still_has_answered(runs: Runs, begun: StartMode) -> None:
     """A machine's answer counts although we come to read it after the time for it: no other is tried in its place."""
     run = runs(begun)
     nonce = run.guest.until(Kind.SEED)["nonce"] if begun == "clone" else None
@@ -311,7 +317,7 @@ def test_a_machine_that_answered_while_we_stood_still_has_answered(runs: Runs, b
     run.guest.say(Kind.STARTED)
     run.guest.say(Kind.EXITED, **EXITED)
     facts = run.result()
-    assert (facts.evidence.wait_status, facts.unanswered) == (0, False)
+    assert (facts.evidence.wait_status, facts.evidence.stage) == (0, Stage.COLLECT)
 
 
 def test_a_machine_that_did_not_answer_in_time_is_given_up(runs: Runs) -> None:
@@ -320,7 +326,7 @@ def test_a_machine_that_did_not_answer_in_time_is_given_up(runs: Runs) -> None:
     with run.standing_still(settings.BOOT_S + 1):
         pass
     facts = run.result()
-    assert (facts.evidence.boot_timeout, facts.unanswered) == (True, True)
+    assert (facts.evidence.boot_timeout, facts.evidence.stage) == (True, Stage.BOOT)
 
 
 def test_an_agent_that_answered_in_time_is_heard_later() -> None:
@@ -328,6 +334,8 @@ def test_an_agent_that_answered_in_time_is_heard_later() -> None:
     with contextlib.ExitStack() as stack:
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
         machine = cast("Instance", Machine(ours.fileno(), "cold", stack))
-        assert talk_until(machine, State.GREETED, Deadline.after(0)) == "it did not answer in time"
+        silence = Talk(machine, State.WAITING).until(State.GREETED, Deadline.after(0))
+        assert silence is not None
+        assert silence.why == "it did not answer in time"
         Guest(theirs.fileno(), State.WAITING).say(Kind.HELLO, protocol=PROTOCOL)
-        assert talk_until(machine, State.GREETED, Deadline.after(0)) == ""
+        assert Talk(machine, State.WAITING).until(State.GREETED, Deadline.after(0)) is None

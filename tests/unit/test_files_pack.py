@@ -17,7 +17,7 @@ from x07_sandbox.files.pack import FILES_MAX, pack_files, pack_tree
 from x07_sandbox.files.patterns import ENTRIES_MAX
 from x07_sandbox.guest.unpack import unpack
 from x07_sandbox.host import settings
-from x07_sandbox.runs.streams import Cancel
+from x07_sandbox.host.cancel import Cancel
 
 NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=12)
 

@@ -104,6 +104,7 @@ def test_the_base_filter_refuses_what_it_lists(codes: dict[str, bytes], library:
     for name in (*usual, "execveat", "ioctl", "prctl", "inotify_init1", "shmget", "landlock_create_ruleset", "connect"):
         assert answer(codes["base"], number(library, name)) == ALLOWED, name
     assert answer(codes["quiet"], number(library, "clone3")) == errno.ENOSYS
+    assert answer(codes["quiet"], number(library, "io_uring_setup")) == errno.EPERM
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from tests.conftest import overwrite
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import host_arch
+from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.images import base as bases
 from x07_sandbox.images import boot, build, commands, guestcode, manifest, recipe, sources, store, verify
-from x07_sandbox.runs.prune import prune
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

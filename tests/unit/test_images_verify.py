@@ -109,7 +109,7 @@ def _flip(path: Path, *, restore_times: bool) -> None:
 def test_descriptors_are_read_only_and_hold_the_parts(image: store.Image) -> None:
     """The four descriptors are the image's files, cannot be written, and are closed afterwards."""
     with verify.open_image(image) as opened:
-        fds = (opened.kernel_fd, opened.initrd_fd, opened.root_fd, opened.scratch_fd)
+        fds = tuple(opened.fds.values())
         assert [os.pread(fd, 1 << 24, 0) for fd in fds] == list(FILES.values())[:4]
         for fd in fds:
             with pytest.raises(OSError, match="Bad file descriptor"):
@@ -227,7 +227,7 @@ def test_path_swapped_after_opening_changes_nothing(image: store.Image) -> None:
         evil = image.folder / "evil"
         evil.write_bytes(b"evil")
         evil.rename(image.folder / "root.erofs")
-        assert os.pread(opened.root_fd, 1 << 24, 0) == FILES["root.erofs"]
+        assert os.pread(opened.fds["root"], 1 << 24, 0) == FILES["root.erofs"]
     with pytest.raises(ImageError):
         _open(image)
 
@@ -382,7 +382,7 @@ def test_image_of_other_guest_code_is_not_current(image: store.Image) -> None:
 def test_scratch_disk_is_made_from_the_part(image: store.Image, tmp_path: Path) -> None:
     """A job's disk has the pieces where they belong, zeros elsewhere, and takes no space for zeros."""
     with (tmp_path / "disk").open("w+b") as disk, verify.open_image(image) as opened:
-        scratch.write_disk(opened.scratch_fd, opened.manifest.scratch_disk, disk.fileno())
+        scratch.write_disk(opened.fds["scratch"], opened.manifest.scratch_disk, disk.fileno())
         disk.seek(0)
         assert disk.read() == bytes(8192) + b"s" * 4096 + bytes((1 << 20) - 12288)
         assert os.fstat(disk.fileno()).st_blocks * 512 < 1 << 20

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -20,8 +20,11 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.files.pack import pack_tree
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE, decode_manifest
-from x07_sandbox.programs.starter import SUFFIXES, sandbox_manifest, x07_project
-from x07_sandbox.programs.x07 import choose_profile, decode_project
+from x07_sandbox.programs.starter import ROWS, sandbox_manifest
+from x07_sandbox.x07.project import choose_profile, decode_project, first_project
+
+if TYPE_CHECKING:
+    from x07_sandbox.programs.toolchains import Toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,7 +115,7 @@ def test_the_policy_is_made_by_what_is_said(tmp_path: Path, folder: str) -> None
 )
 def test_the_entry_is_what_is_there(there: tuple[str, ...], entry: str, root: str) -> None:
     """The usual file is the entry, else the only X07 source that is there; its folder holds the modules."""
-    document = json.loads(x07_project(there, "p.json"))
+    document = json.loads(first_project(there, "p.json"))
     assert (document["entry"], document["module_roots"]) == (entry, [root])
 
 
@@ -166,6 +169,13 @@ def test_a_folder_that_is_named_is_made(tmp_path: Path) -> None:
         ("python", ["tool.py", "pkg/__init__.py"], {"files": ["pkg/__init__.py", "tool.py"], "entry": "tool.py"}),
         ("python", ["main.py", "other.py"], {"files": ["main.py", "other.py"], "entry": "main.py"}),
         ("shell", ["run.sh", "lib/a.bash"], {"files": ["lib/a.bash", "run.sh"], "entry": "run.sh"}),
+        (
+            "javascript",
+            ["index.mjs", "lib/a.cjs", "package.json", "data.json"],
+            {"files": ["index.mjs", "lib/a.cjs", "package.json"], "entry": "index.mjs"},
+        ),
+        ("perl", ["tool.pl", "lib/A.pm"], {"files": ["lib/A.pm", "tool.pl"], "entry": "tool.pl"}),
+        ("lua", ["main.lua", "near.lua"], {"files": ["main.lua", "near.lua"], "entry": "main.lua"}),
         ("make", ["Makefile", "src/a.c"], {"files": ["Makefile", "src/a.c"], "artifact": "bin/p"}),
         ("c", ["odd [dir]/a*.c"], {"files": ["odd [dir]/a*.c"]}),
     ],
@@ -267,18 +277,18 @@ def test_no_makefile_takes_long_to_read(makefile: str) -> None:
 
 
 @given(
-    st.sampled_from(sorted(SUFFIXES)),
+    st.sampled_from(ROWS),
     st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), max_size=5),
     st.text(max_size=200),
 )
-def test_any_names_make_a_manifest_or_our_error(toolchain: str, names: list[str], makefile: str) -> None:
+def test_any_names_make_a_manifest_or_our_error(row: Toolchain, names: list[str], makefile: str) -> None:
     """Whatever files are called and a Makefile holds, what comes out is a manifest that we read, or our error."""
-    files = [f"{name}{suffix}" for name in names for suffix in SUFFIXES[toolchain][:2]]
+    files = [f"{name}{suffix}" for name in names for suffix in row.project_files[:2]]
     try:
-        data = sandbox_manifest(toolchain, ["Makefile", *files], makefile=makefile)
+        data = sandbox_manifest(row.name, ["Makefile", *files], makefile=makefile)
     except UsageError:
         return
-    assert decode_manifest(data, source=FILE)[1].name == toolchain
+    assert decode_manifest(data, source=FILE)[1] == row
 
 
 def test_a_tree_that_is_too_deep_is_told(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 
+import grimp
 import pytest
 
 from scripts.make_specification import Promise, promises
@@ -62,6 +63,48 @@ def test_imports_point_down() -> None:
     code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def circles(graph: grimp.ImportGraph) -> list[list[str]]:
+    """Strongly connected components of more than one module, by Tarjan's algorithm."""
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        number[module] = lowest[module] = len(number)
+        stack.append(module)
+        for imported in graph.find_modules_directly_imported_by(module):
+            if imported not in number:
+                visit(imported)
+            if imported in stack:
+                lowest[module] = min(lowest[module], lowest[imported])
+        if lowest[module] == number[module]:
+            at = stack.index(module)
+            if len(stack) - at > 1:
+                found.append(sorted(stack[at:]))
+            del stack[at:]
+
+    for module in sorted(graph.modules):
+        if module not in number:
+            visit(module)
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """No module imports itself by way of others, also where the import is inside a function."""
+    graph = grimp.build_graph("x07_sandbox", exclude_type_checking_imports=True, cache_dir=None)
+    found = [" <-> ".join(modules) for modules in circles(graph)]
+    assert not found, shown(found)
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    """The search for circles finds one, and takes no chain for one."""
+    graph = grimp.ImportGraph()
+    for importer, imported in (("a", "b"), ("b", "c"), ("c", "b"), ("c", "d"), ("a", "d")):
+        graph.add_import(importer=importer, imported=imported)
+    assert circles(graph) == [["b", "c"]]
 
 
 def test_every_room_is_forbidden_to_the_guest_but_channel_and_errors() -> None:

@@ -17,13 +17,13 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox import Policy, Pool, SandboxError, load_policy, run_program, run_program_async
+from x07_sandbox.backends.lease import PoolMachines
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import paths
+from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.library.call import make_request
 from x07_sandbox.policy import PolicyError, default_policy
-from x07_sandbox.runs.call import make_request
-from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.streams import Cancel
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.request import RunRequest
@@ -191,9 +191,10 @@ def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> No
 
 # Each module costs every caller's start: the rest is loaded by the first call.
 IMPORTED = """
-errors host host.models host.settings host.threads plan plan.denials plan.features
+errors host host.models host.settings host.threads library library.call library.pool library.run plan plan.denials
+plan.features
 policy policy.decode policy.default policy.environment policy.model policy.problems policy.rules
-runs runs.call runs.library runs.pool runs.result
+runs runs.result
 """
 COSTLY = "argparse ast asyncio dataclasses email http inspect random shutil socket ssl subprocess tempfile urllib"
 IMPORT = """

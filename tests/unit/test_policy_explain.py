@@ -21,7 +21,8 @@ from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.model import leaf_values
 from x07_sandbox.policy.schema import fields
 from x07_sandbox.policy.templates import TEMPLATES
-from x07_sandbox.programs.toolchains import TOOLCHAINS, X07
+from x07_sandbox.programs.toolchains import TOOLCHAINS
+from x07_sandbox.x07.protocol import X07
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,14 +12,15 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox.errors import Cancelled, RefusedError, UsageError
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.policy.overrides import Overrides
+from x07_sandbox.runs.framed_input import read_whole
 from x07_sandbox.runs.host_files import roots_in_force
 from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, policy_in_force, read_policy
-from x07_sandbox.runs.streams import Cancel
-from x07_sandbox.runs.x07_program import read_whole
+from x07_sandbox.x07.programs import load_x07
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,7 +65,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def load(stack: contextlib.ExitStack, program: Path, **words: Any) -> tuple[RunRequest, Program]:  # noqa: ANN401 - as RunRequest has them
     """As the command line asks for it."""
     cancel = stack.enter_context(contextlib.closing(Cancel()))
-    return load_program(RunRequest(program=program, cancel=cancel, **{"stdin_default": True, **words}), stack)
+    return load_program(
+        RunRequest(program=program, loaders=(load_x07,), cancel=cancel, **{"stdin_default": True, **words}), stack
+    )
 
 
 def replaced(place: Path, make: Callable[[Path], object]) -> None:
@@ -190,7 +193,7 @@ def test_reading_a_project_ends_when_it_is_cancelled(folder: Path, stack: contex
     cancel = stack.enter_context(contextlib.closing(Cancel()))
     cancel(15)
     with pytest.raises(Cancelled):
-        load_program(RunRequest(program=folder, cancel=cancel), stack)
+        load_program(RunRequest(program=folder, loaders=(load_x07,), cancel=cancel), stack)
 
 
 def test_out_is_refused_where_the_policy_gives_no_files(folder: Path, stack: contextlib.ExitStack) -> None:

@@ -23,11 +23,12 @@ from x07_sandbox.host import clocks
 from x07_sandbox.host.locks import file_lock, folder_to_remove, share_folder
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.host.processes import Identity, own_identity
+from x07_sandbox.housekeeping.prune import prune
+from x07_sandbox.housekeeping.pruner import PARTS, Part, PruneReport
 from x07_sandbox.images import manifest, store
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, write_owner
 from x07_sandbox.programs.artifacts import artifact_key
 from x07_sandbox.runs.folder import APPLYING, RunFolder
-from x07_sandbox.runs.prune import PARTS, Part, PruneReport, prune
 
 DAY_MS = 86_400_000
 DIGEST = "sha256:" + "ab" * 32

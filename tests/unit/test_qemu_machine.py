@@ -24,7 +24,7 @@ from x07_sandbox.guest import machine as guest_machine
 from x07_sandbox.host.arch import ARCHES
 
 MIB = 1024 * 1024
-FDS = {"scratch_fd": 102, "channel_fd": 103, "qmp_fd": 104, "console_fd": 105}
+FDS = {"scratch_fd": 102, "channel_fd": 103, "net_fd": 106, "qmp_fd": 104, "console_fd": 105}
 MACHINES = [pytest.param(name, kvm, id=f"{name}-{'kvm' if kvm else 'tcg'}") for name in ARCHES for kvm in (None, 106)]
 
 
@@ -46,6 +46,7 @@ def machine(
         mark=mark,
         scratch_fd=FDS["scratch_fd"] + shift,
         channel_fd=FDS["channel_fd"] + shift,
+        net_fd=FDS["net_fd"] + shift,
         qmp_fd=FDS["qmp_fd"] + shift,
         console_fd=FDS["console_fd"] + shift,
         origin=origin,
@@ -165,11 +166,11 @@ def test_host_and_agent_name_port_and_disk_alike() -> None:
 
 
 def test_the_port_of_the_network_is_there_from_the_start() -> None:
-    """The second port exists, leading nowhere, since a saved machine cannot be given one later."""
+    """The second port exists, with a stream of its own, since a saved machine cannot be given one later."""
     argv = qemu_argv(machine())
     assert "virtio-serial-device,max_ports=3" in values(argv, "-device")
     assert "virtserialport,chardev=net,nr=2,name=x07.net" in values(argv, "-device")
-    assert "null,id=net" in values(argv, "-chardev")
+    assert f"socket,id=net,fd={FDS['net_fd']}" in values(argv, "-chardev")
 
 
 @given(st.integers(64 * MIB, 20 * 1024 * MIB))

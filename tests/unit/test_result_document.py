@@ -9,9 +9,9 @@ import pytest
 
 from tests.published import document, published
 from x07_sandbox.errors import SandboxError
+from x07_sandbox.library.run import run_program
 from x07_sandbox.plan.outcomes import Outcome
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.library import run_program
 from x07_sandbox.runs.result import Result
 
 if TYPE_CHECKING:

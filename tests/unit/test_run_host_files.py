@@ -25,14 +25,16 @@ from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.apply import chosen
-from x07_sandbox.cli.changed import lines, machine_form, pieces, print_bytes, tell, write_diff
+from x07_sandbox.cli.changed import lines, machine_form, pieces, print_bytes, tell
 from x07_sandbox.cli.main import main
+from x07_sandbox.cli.run_outputs import write_diff
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.files import journal
 from x07_sandbox.files.apply import ConflictError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.files.journal import Head, Place
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.places import OUT
@@ -40,19 +42,17 @@ from x07_sandbox.policy import render_policy
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.folder import RunFolder
+from x07_sandbox.runs.host_files import HostFiles
 from x07_sandbox.runs.kept import do, find, recover_all, undo
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.result import ChangedName, Changes
-from x07_sandbox.runs.run import attempt, failure, host_files_of
-from x07_sandbox.runs.session import Progress
-from x07_sandbox.runs.streams import Cancel
+from x07_sandbox.runs.result import ChangedName, Changes, draft_result
+from x07_sandbox.runs.run import attempt, copied_in, failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from x07_sandbox.plan.denials import Denial
-    from x07_sandbox.runs.host_files import HostFiles
 
 RUN = "1700000000000-1-1"
 
@@ -63,7 +63,7 @@ class Run:
     def __init__(self, root: Path, stack: contextlib.ExitStack) -> None:
         self.root = root
         root.mkdir()
-        self.so_far = Progress(run_id=RUN)
+        self.draft = draft_result(RUN)
         self.folder = RunFolder(RUN, stack)
         self.stack = stack
         self.cancel = Cancel()
@@ -82,13 +82,18 @@ class Run:
         request = RunRequest(source=b"pass", toolchain="python", policy=policy, cancel=self.cancel, **words)
         request, program = load_program(request, self.stack)
         request = msgspec.structs.replace(request, policy=named or policy)
-        found = host_files_of(request, program, policy, self.so_far, self.folder, self.stack)
-        assert found is not None
-        return found
+        step = copied_in(request, program, policy, self.draft, self.folder, self.stack)
+        try:
+            while True:
+                self.draft = next(step)
+        except StopIteration as end:
+            found, self.draft = end.value
+            assert isinstance(found, HostFiles)
+            return found
 
     def denial(self, field: str) -> Denial:
         """The one about it."""
-        (found,) = [denial for denial in self.so_far.denials if denial.field == field]
+        (found,) = [denial for denial in self.draft.denials if denial.field == field]
         return found
 
     def back(self, files: HostFiles, *entries: Entry) -> tuple[Changes, list[Denial], str]:
@@ -131,7 +136,7 @@ def test_the_flag_of_a_result_lets_a_secret_in(run: Run, name: str) -> None:
     assert flags[::2] == ["--reveal", "--reveal"]  # of the other one too
     assert not flags[1].startswith("-")
     assert len(flags) == 4
-    run.so_far.denials.clear()
+    run.draft = draft_result(RUN)
     assert set(run.files(changes="discard", reveal=(flags[1],)).copied[0].nodes) == {"", name}
 
 
@@ -161,7 +166,7 @@ def test_what_nothing_would_let_in_says_so(run: Run) -> None:
     with (run.root / "large").open("wb") as file:
         file.truncate(NUMBER_MAX + 1)
     run.files({"allow_symlinks": False})
-    ways = {denial.subject.split(":")[0]: denial.how_to_allow for denial in run.so_far.denials}
+    ways = {denial.subject.split(":")[0]: denial.how_to_allow for denial in run.draft.denials}
     assert (ways["pipe"], ways["out"], ways["large"]) == (None, None, None)
     assert ways["in"] is not None
     assert (ways["in"].json_path, ways["in"].value) == ("$.fs.allow_symlinks", True)
@@ -591,7 +596,7 @@ def test_out_may_be_hidden_in_a_root_and_is_not_seen_there(run: Run, monkeypatch
     files = run.files({"write_roots": (), "read_roots": (str(run.root),), "deny_hidden": True}, out=Path(".new"))
     assert packed(files) == [set(), set()]
     assert [mount["at"] for mount in files.mounts(0)] == [OUT, str(run.root)]
-    assert run.so_far.denials == []
+    assert run.draft.denials == []
 
 
 def test_out_is_a_folder_or_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -886,7 +891,7 @@ def test_a_secret_that_is_a_root_elsewhere_is_told_where_it_is_missing(
     monkeypatch.chdir(run.root)
     (run.root / "k.pem").touch()
     run.files({"write_roots": (str(run.root), f"{run.root}/k.pem")}, changes="discard")
-    assert run.so_far.denials == []
+    assert run.draft.denials == []
     run.files({"write_roots": (str(run.root), "k.pem")}, changes="discard")
     assert flag_of(run.denial("secrets")) == ["--reveal", "k.pem"]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,10 +13,17 @@ from hypothesis import strategies as st
 
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.arch import ARCHES
+from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.programs.manifest import FILE, SCHEMA, decode_manifest
+from x07_sandbox.programs.starter import sandbox_manifest
 from x07_sandbox.programs.toolchains import (
+    ARTIFACT,
     BY_NAME,
+    MAKEFILES,
+    OUTPUT,
     TOOLCHAINS,
     Source,
+    Toolchain,
     check_executable,
     describe,
     require_packages,
@@ -23,8 +32,9 @@ from x07_sandbox.programs.toolchains import (
 )
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.streams import Cancel
 
+ROOT = Path(__file__).resolve().parents[2]
+EACH = pytest.mark.parametrize("row", TOOLCHAINS, ids=lambda row: row.name)
 ELF = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 2, 62)
 
 
@@ -57,8 +67,77 @@ def test_what_no_toolchain_takes_is_wrong_usage(name: str) -> None:
 
 def test_an_unknown_name_is_told_which_there_are() -> None:
     """A toolchain that there is not names all that there are."""
-    with pytest.raises(UsageError, match="c, cpp, python, shell, make, executable"):
+    with pytest.raises(UsageError, match=", ".join(row.name for row in TOOLCHAINS)):
         toolchain_named("rust")
+
+
+# every row
+
+
+@EACH
+def test_every_suffix_names_one_toolchain(row: Toolchain) -> None:
+    """A file with any suffix of a toolchain, in small or capital letters, is run by it and by no other."""
+    for suffix in row.suffixes:
+        assert toolchain_for(f"a{suffix}", b"#!/bin/sh") is toolchain_for(f"a{suffix.upper()}") is row
+
+
+@EACH
+def test_every_toolchain_takes_a_text_or_projects_only(row: Toolchain) -> None:
+    """A source text is built and started under the name main with the language's suffix, or is told to be a project."""
+    text = b"#!/bin/sh\n" if row.name in {"shell", "executable"} else b"x"
+    with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
+        request = RunRequest(source=text, toolchain=row.name, cancel=cancel)
+        if row.artifact:
+            with pytest.raises(UsageError, match=f"{row.name} works on a project"):
+                load_program(request, stack)
+            return
+        _, program = load_program(request, stack)
+    assert program.source.name == f"main{row.suffixes[0] if row.suffixes else ''}"
+    assert row.start(program.source)[-1] == (f"/x07/in/program/{program.source.name}" if row.archive else ARTIFACT)
+    assert row.build is None or row.build(program.source)[0].startswith("/")
+
+
+@EACH
+def test_every_toolchain_begins_a_project(row: Toolchain) -> None:
+    """`x07 init` writes a manifest for each language from one source, and a run accepts what it wrote."""
+    if not row.project_files:
+        data = f'schema_version = "{SCHEMA}"\ntoolchain = "{row.name}"\nfiles = ["a"]\nentry = "a"\n'.encode()
+    else:
+        files = MAKEFILES[:1] if row.artifact else [f"sub/other{row.suffixes[0]}", f"tool{row.suffixes[-1]}"]
+        data = sandbox_manifest(row.name, files, makefile="prog:\n")
+    manifest, found = decode_manifest(data, source=FILE)
+    assert found is row
+    assert (manifest.entry is None, manifest.artifact is None) == (row.entries is None, not row.artifact)
+    takes_args = not (row.archive or row.build is None)
+    with contextlib.nullcontext() if takes_args else pytest.raises(UsageError, match=r"no \[build\] args"):
+        decode_manifest(data + b'[build]\nargs = ["-g"]\n', source=FILE)
+
+
+@EACH
+def test_every_toolchain_names_the_packages_that_an_image_lacks(row: Toolchain) -> None:
+    """A program of any language is refused by an image without its packages, with the command that adds them."""
+    if row.needs:
+        command = f"x07 image build --name small --include htop,{','.join(row.needs)}"
+        with pytest.raises(RefusedError) as caught:
+            require_packages(row, {"htop"}, "small", ["htop"])
+        assert f"the image small cannot run {row.name} programs" in str(caught.value)
+        assert str(caught.value).rstrip(".").endswith(f"Run {command}")
+    require_packages(row, set(row.needs), "small")
+
+
+@EACH
+def test_every_toolchain_is_documented(row: Toolchain) -> None:
+    """docs/programs.md has one line for each toolchain with all its suffixes, and so have the help and the schema."""
+    page = (ROOT / "docs" / "programs.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| `{row.name}` |")]
+    assert all(f"`{suffix}`" in line for suffix in row.suffixes)
+    assert all(word in describe() for word in (row.name, row.doc, *row.suffixes))
+    schema = json.loads((ROOT / "schemas" / "init.report.schema.json").read_bytes())
+    known = schema["$defs"]["InitReport"]["properties"]["toolchain"]["enum"]
+    assert (row.name in known) == bool(row.project_files)
+
+
+# each for itself
 
 
 @pytest.mark.parametrize(
@@ -89,7 +168,7 @@ def test_the_first_line_names_the_shell(head: bytes, shell: list[str], check: li
     assert row.start(source) == [*shell, "/x07/in/program/a.sh"]
     assert row.build is not None
     words = row.build(source)
-    assert words[words.index("shell") + 1 :] == check
+    assert words[words.index(OUTPUT) + 1 :] == check
 
 
 @pytest.mark.parametrize(
@@ -164,11 +243,3 @@ def test_an_image_without_the_compiler_is_refused_with_what_to_do() -> None:
         require_packages(BY_NAME["cpp"], {"libc6-dev", "gcc"}, "small")
     require_packages(BY_NAME["cpp"], {"libc6-dev", "g++"}, "small")
     require_packages(BY_NAME["executable"], set(), "small")
-
-
-def test_every_row_is_described() -> None:
-    """The help names each toolchain with its suffixes."""
-    text = describe()
-    for row in TOOLCHAINS:
-        assert row.name in text
-        assert all(suffix in text for suffix in row.suffixes)

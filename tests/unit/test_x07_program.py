@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,22 @@ from tests.published import document
 from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.policy import default_policy, render_policy
-from x07_sandbox.programs.toolchains import BY_NAME, X07
-from x07_sandbox.programs.x07 import Options, Profile, merged
+from x07_sandbox.programs.toolchains import BY_NAME
 from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.runs.framed_input import with_framed_input
+from x07_sandbox.runs.prepare import output_caps
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.session import output_caps
-from x07_sandbox.runs.streams import Cancel
-from x07_sandbox.runs.x07_program import with_framed_input
+from x07_sandbox.x07.programs import load_artifact, load_x07
+from x07_sandbox.x07.project import Options, Profile, merged
+from x07_sandbox.x07.protocol import PROTOCOL, X07
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from x07_sandbox.runs.request import Loader
 
 PROFILE = {"world": "run-os-sandboxed", "policy": "policy.json", "solve_fuel": 5000, "max_output_bytes": 700}
 
@@ -51,10 +56,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextlib.contextmanager
-def loaded(**words: Any) -> Iterator[tuple[RunRequest, tuple[str, ...]]]:  # noqa: ANN401 - any field of a request
+def loaded(loader: Loader = load_x07, **words: Any) -> Iterator[tuple[RunRequest, tuple[str, ...]]]:  # noqa: ANN401 - any field of a request
     """The request after reading its program, and what the compiler is told."""
     with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
-        request, program = load_program(RunRequest(cancel=cancel, **words), stack)
+        request, program = load_program(RunRequest(cancel=cancel, loaders=(loader,), **words), stack)
         yield request, program.source.args
 
 
@@ -80,7 +85,11 @@ def test_the_runner_takes_no_profile(
     words = ["--world", "run-os-sandboxed", "--policy", str(project / "policy.json"), "--project"]
     assert os_runner.main([*words, str(project / "x07.json")]) == 1
     assert json.loads(capfdbinary.readouterr().out)["mode"] == "project-compile-run"  # it failed for want of an image
-    with loaded(program=project, profiles=False, max_output_bytes=1 << 20, stdin_default=True) as (request, argv):
+    unprofiled = partial(load_x07, profiles=False)
+    with loaded(unprofiled, program=project, max_output_bytes=1 << 20, stdin_default=True) as (
+        request,
+        argv,
+    ):
         assert (request.policy, request.stdin_fd, request.max_output_bytes) == (None, None, 1 << 20)
         assert argv[argv.index("--solve-fuel") + 1] == "50000000"
 
@@ -202,13 +211,14 @@ def test_an_artifact_has_the_flat_report(project: Path, capfdbinary: pytest.Capt
 def test_an_artifact_speaks_x07s_protocol(project: Path) -> None:
     """With X07's report an artifact gets its input, or its arguments, as a frame, and X07's limits."""
     tool = project.parent / "tool"
-    with loaded(program=tool, x07_artifact=True, args=("a",), x07=Options(cpu_time_limit_seconds=7)) as (request, _):
-        framed = with_framed_input(request, stack := contextlib.ExitStack())
+    loader = partial(load_artifact, options=Options(cpu_time_limit_seconds=7))
+    with loaded(loader, program=tool, args=("a",)) as (request, _):
+        framed = with_framed_input(request, PROTOCOL, stack := contextlib.ExitStack())
         with stack:
             assert os.pread(framed.stdin_fd or 0, 99, 0) == b"\x09\0\0\0" + b"\1\0\0\0\1\0\0\0a"
-            assert (framed.args, framed.x07_input, framed.max_output_bytes) == ((), b"\1\0\0\0\1\0\0\0a", 1 << 20)
+            assert (framed.args, framed.whole_input, framed.max_output_bytes) == ((), b"\1\0\0\0\1\0\0\0a", 1 << 20)
             program = load_program(request, stack)[1]
-            assert (program.toolchain.build, program.toolchain.told, program.cpu_ms) == (None, True, 7000)
+            assert (program.toolchain.build, program.toolchain.protocol, program.cpu_ms) == (None, PROTOCOL, 7000)
 
 
 @pytest.mark.parametrize(

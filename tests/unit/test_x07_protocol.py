@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from tests.fuzz.fuzz_documents import BUILT, result
-from x07_sandbox.programs.x07 import frame_input
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.reports.protocol import (
+from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.x07.framed_output import (
     NO_METRICS,
     NOT_FRAMED,
     find_metrics,
     framed_output,
     read_protocol,
 )
-from x07_sandbox.reports.runner import CompileRunReport, failure_report, runner_report
-from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.x07.protocol import PROTOCOL
+from x07_sandbox.x07.runner_report import CompileRunReport, failure_report, runner_report
 
 COUNTED = b'{"fuel_used": 12, "heap_used": 3, "debug_stats": {"borrow_violations": 0}, "later": [1]}'
 VALIDATOR = Draft202012Validator(json.loads(schemas()["x07-os-runner.report.schema.json"]))
@@ -42,7 +42,7 @@ def told(made: CompileRunReport) -> dict[str, Any]:
 @given(st.binary(max_size=300), st.binary(max_size=5))
 def test_a_frame_is_exactly_its_length(data: bytes, more: bytes) -> None:
     """What was framed comes out again; one byte more or less, and nothing does."""
-    frame = frame_input(data)
+    frame = PROTOCOL.frame_input(data)
     assert framed_output(frame) == data
     assert framed_output(frame + more) == (data if not more else None)
     assert framed_output(frame[:-1]) is None
@@ -68,10 +68,10 @@ def test_any_program_gets_a_valid_report(stdout: bytes, stderr: bytes, code: int
 @pytest.mark.parametrize(
     ("stdout", "stderr", "trap"),
     [
-        (frame_input(b"out"), COUNTED, None),
-        (frame_input(b"out") + b"x", COUNTED, NOT_FRAMED),
+        (PROTOCOL.frame_input(b"out"), COUNTED, None),
+        (PROTOCOL.frame_input(b"out") + b"x", COUNTED, NOT_FRAMED),
         (b"out", COUNTED, NOT_FRAMED),
-        (frame_input(b"out"), b"no counters\n", NO_METRICS),
+        (PROTOCOL.frame_input(b"out"), b"no counters\n", NO_METRICS),
     ],
 )
 def test_a_program_that_breaks_the_protocol_is_trapped(stdout: bytes, stderr: bytes, trap: str | None) -> None:

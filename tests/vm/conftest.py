@@ -20,6 +20,7 @@ import msgspec
 import pytest
 
 from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.processes import Identity, carries_mark, is_alive
@@ -28,7 +29,8 @@ from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import OUTPUT, Source, toolchain_for
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import run
-from x07_sandbox.runs.streams import Cancel, OutFile
+from x07_sandbox.runs.streams import OutFile
+from x07_sandbox.x07.programs import load_x07
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
@@ -119,6 +121,7 @@ class Sandbox:
                 cold=cold,
                 cache=cache,
                 env=env or {},
+                loaders=(load_x07,),
                 cancel=cancel,
             )
             began = time.monotonic()

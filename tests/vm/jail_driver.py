@@ -25,19 +25,20 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Job, MachineKind
-from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
+from x07_sandbox.backends.base import MachineKind, NoAnswerError
+from x07_sandbox.backends.handshake import evidence_of, greet
+from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
-from x07_sandbox.plan.confinement import UNCONFINED
 from x07_sandbox.plan.outcomes import classify
-from x07_sandbox.runs.execute import Phase, PhaseRequest
-from x07_sandbox.runs.streams import Cancel, Sink
+from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, carry_out
+from x07_sandbox.runs.streams import Sink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +95,7 @@ def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
             Claim(run_id=new_run_id(), phase="run", wall_ms=1000), backend="qemu", image_digest=image.manifest.digest
         )
         kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
-        job = Job(record=record, kind=kind, deadline_s=order.get("deadline_s", 120))
+        job = QemuJob(record=record, kind=kind, deadline_s=order.get("deadline_s", 120))
         arch = replace(host_arch(), qemu_binary=order["binary"], firmware=())
         with start_qemu(job, Accelerator(kvm=False), arch) as instance:
             assert instance.supervisor is not None
@@ -105,7 +106,7 @@ def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
                 jail=instance.jail,
                 holds=list(instance.groups.holds),
                 folder=str(record.folder),
-                root_inode=os.fstat(image.root_fd).st_ino,
+                root_inode=os.fstat(image.fds["root"]).st_ino,
             )
             yield instance
         tell("gone", done=(record.folder / "done").is_file())
@@ -179,28 +180,16 @@ def phase(order: dict[str, Any]) -> None:
             stack.callback(os.close, keep_fd)
             sinks.append(Sink(name, keep_fd=keep_fd, live_fd=None, max_bytes=settings.MIB))
         instance = stack.enter_context(started(order))
-        request = PhaseRequest(
-            job_id="test",
-            phase="run",
-            argv=["/bin/true"],
-            env={},
-            cwd="/",
-            files=(),
-            mounts=[],
-            changes=None,
-            limits={},
-            confine=UNCONFINED.for_guest(),
-            wall_ms=1000,
-            stdin_fd=None,
-            stdout=sinks[0],
-            stderr=sinks[1],
-            output=None,
-            cancel=cancel,
-        )
+        spec = PhaseSpec(name="run", argv=["/bin/true"], files=(), limits={}, wall_ms=1000, env={}, ram_bytes=0)
+        streams = PhaseStreams(stdin_fd=None, stdout=sinks[0], stderr=sinks[1], cancel=cancel)
         before = status_kib("VmRSS")
         clock = Deadline.after(0)
-        facts = Phase(request, instance).run()
-        verdict = classify(facts.evidence)
+        try:
+            greet(instance)
+            evidence = carry_out(spec, instance, streams).evidence
+        except NoAnswerError as exc:
+            evidence = evidence_of(exc.silence)
+        verdict = classify(evidence)
         tell(
             "verdict",
             outcome=verdict.outcome.value,
@@ -208,7 +197,7 @@ def phase(order: dict[str, Any]) -> None:
             seconds=clock.clock() - clock.at,
             grown_kib=status_kib("VmHWM") - before,
             said={name: getattr(instance, name).total_bytes for name in ("console", "qmp", "errors")},
-            kept=len(facts.evidence.console_tail),
+            kept=len(evidence.console_tail),
         )
 
 

@@ -22,7 +22,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.runs.warm import WarmMachines
+from x07_sandbox.pool.warm import WarmMachines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,7 +116,7 @@ def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots:
 def test_a_pool_keeps_no_machine_with_a_wrong_timer(
     image: Image, state: Path, boots: Boots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where machines have to be booted a pool goes on until one has measured right, and gives up at last."""
+    """Where machines have to be booted a pool takes no wrong timer before the last try, and gives up at last."""
     del image, state
     with contextlib.closing(WarmMachines(1)) as first:  # what it runs is built, by saved machines
         first.start()
@@ -126,7 +126,7 @@ def test_a_pool_keeps_no_machine_with_a_wrong_timer(
     with contextlib.closing(WarmMachines(1)) as warmed:
         warmed.start()
         assert warmed.wait_ready(Deadline.after(120))
-    assert (len(booted) >= 4, any("x07.timer=any" in words for words in booted)) == (True, False)
+    assert ["x07.timer=any" in words for words in booted[:4]] == [False, False, False, True]
     boots(*[NONE] * 100)
     with contextlib.closing(WarmMachines(1)) as hopeless:
         hopeless.start()
@@ -142,7 +142,7 @@ def test_the_doctor_knows_a_host_without_time(state: Path, boots: Boots, capsys:
     started = findings["start of a machine"]
     assert (started["good"], len(booted)) == (False, settings.BOOTS_MAX)
     assert "its kernel measured its timer wrong" in started["text"]
-    assert started["fix"] == "A run would end the same way: try again with less beside it"
+    assert "try again with less beside it" in started["text"]
     assert all((path.parent / "done").is_file() for path in state.glob("*/job.json"))
 
 

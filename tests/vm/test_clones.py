@@ -18,7 +18,8 @@ import pytest
 
 from tests.conftest import FULL, overwrite
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
-from x07_sandbox.backends.qemu import saving
+from x07_sandbox.backends.base import Silence
+from x07_sandbox.backends.handshake import Talk
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.template import (
     MANIFEST,
@@ -35,8 +36,8 @@ from x07_sandbox.host.locks import file_lock
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jail.libraries import needed_files
+from x07_sandbox.pool.warm import WarmMachines
 from x07_sandbox.runs import execute
-from x07_sandbox.runs.warm import WarmMachines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -453,12 +454,12 @@ def test_a_saving_that_was_stopped_is_not_held_against_a_template(
     """Where a run was stopped while it had a machine saved, by Ctrl-Z say, it starts cold, and the next saves it."""
     shutil.rmtree(templates_dir(), ignore_errors=True)
 
-    def stopped(*_args: object, **_options: object) -> str:
+    def stopped(*_args: object, **_options: object) -> Silence:
         time.sleep(3)
-        return "it did not answer in time"
+        return Silence(kind="late", why="it did not answer in time")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "talk_until", stopped)
+        patch.setattr(Talk, "until", stopped)
         patch.setattr(settings, "TEMPLATE_S", 2.0)
         ran = in_own_cache.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
@@ -474,7 +475,7 @@ def test_a_clone_that_was_killed_is_not_held_against_its_template(
 
     def killed(instance: QemuInstance) -> None:
         release(instance)
-        if instance.begun == "clone" and doomed:
+        if instance.start_mode == "clone" and doomed:
             doomed.clear()
             signal.pidfd_send_signal(instance.inner_pidfd, signal.SIGKILL)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
-from x07_sandbox.backends.selection import ROWS
+from x07_sandbox.backends.selection import BY_NAME
 from x07_sandbox.jail.bwrap import SETPRIV
 from x07_sandbox.reports.schemas import schemas
 
@@ -40,7 +40,7 @@ def _ask(state: Path, *before: str, stderr: int = subprocess.DEVNULL) -> tuple[i
     findings = {finding["subject"]: finding for finding in report["findings"]}
     assert SUBJECT in findings, findings
     states = {state["name"]: state for state in report["backends"]}
-    assert list(states) == [row.name for row in ROWS]
+    assert list(states) == list(BY_NAME)
     assert states["qemu"]["state"] == ("proven" if done.returncode == 0 else "failed")
     assert len(states["qemu"]["remedies"]) == (0 if done.returncode == 0 else 3)
     assert report["good"] == (done.returncode == 0)

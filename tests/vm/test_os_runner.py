@@ -18,9 +18,9 @@ import msgspec
 import pytest
 
 from tests.vm.conftest import left_behind
+from x07_sandbox.library.run import run_program
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.reports.schemas import schemas
-from x07_sandbox.runs.library import run_program
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners, wait_done
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.jail.cgroups import HostGroups
 from x07_sandbox.plan.outcomes import Stage
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import leaf_values
 from x07_sandbox.runs.execute import Phase
-from x07_sandbox.runs.streams import Cancel
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image

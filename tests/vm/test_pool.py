@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -23,28 +23,32 @@ from tests.published import document
 from tests.vm.conftest import copy_cache, left_behind, marked, owners
 from tests.vm.test_clones import RANDOM
 from x07_sandbox import Pool, SandboxError
-from x07_sandbox.backends.base import MachineKind
+from x07_sandbox.backends import lease
+from x07_sandbox.backends.base import Job, MachineKind
+from x07_sandbox.backends.lease import PoolMachines
+from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import clocks, settings
+from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, new_run_id
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
-from x07_sandbox.runs import lease, warm
-from x07_sandbox.runs.lease import PoolMachines
+from x07_sandbox.pool import warm
+from x07_sandbox.pool.warm import WarmMachines
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import run
-from x07_sandbox.runs.streams import Cancel
-from x07_sandbox.runs.warm import WarmMachines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import Future
 
+    from x07_sandbox.backends.base import Lease
+    from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
     from x07_sandbox.images.store import Image
-    from x07_sandbox.runs.lease import LeasedInstance
+    from x07_sandbox.jobs.record import JobRecord
     from x07_sandbox.runs.result import Result
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
@@ -197,11 +201,13 @@ def test_no_machine_is_served_twice(
     monkeypatch.setattr(lease, "ANSWER_S", 60.0)  # a pool that is busy is asked on
     size, claims = (10, 100) if full else (3, 30)
     held = contextlib.ExitStack()
+    cancel = held.enter_context(contextlib.closing(Cancel()))
     marks: list[str] = []
     lock = threading.Lock()
 
     def take() -> None:
-        waiting = PoolMachines().claim(kind, claim())
+        job = Job(claim=claim(), kind=kind, caller=Caller(cancel=cancel))
+        waiting = PoolMachines().claim(QemuBackend(), job)
         if waiting is not None:
             with lock:
                 marks.append(held.enter_context(waiting).record.mark)
@@ -230,7 +236,7 @@ def test_a_claimed_machine_has_its_jobs_deadline(state: Path) -> None:
         wait_for(lambda: machines.ready() == 1, 120)
         machine = machines.take(claim(), own_identity())
         assert machine is not None
-        machine.instance.set_deadline(1)
+        cast("QemuInstance", machine.instance).set_deadline(1)
         assert select.select([machine.instance.pidfd], [], [], 60)[0]
         assert machine.close()
         assert machine.instance.exit_status() == -signal.SIGALRM
@@ -284,27 +290,23 @@ def test_a_pool_that_does_not_answer_costs_a_clone(echo: str) -> None:
         assert ran(echo)["phases"]["run"]["start"] == "clone"
 
 
-class Dying(PoolMachines):
-    """Machines of a pool that end the moment they are claimed."""
-
-    def claim(self, kind: MachineKind, claim: Claim) -> contextlib.AbstractContextManager[LeasedInstance] | None:
-        """As of the pool."""
-        waiting = super().claim(kind, claim)
-        return None if waiting is None else self._ended(waiting)
-
-    @contextlib.contextmanager
-    def _ended(self, waiting: contextlib.AbstractContextManager[LeasedInstance]) -> Iterator[LeasedInstance]:
-        with waiting as instance:
-            for pid in marked(instance.record.mark):
-                os.kill(pid, signal.SIGKILL)
-            yield instance
-
-
-def test_a_warm_machine_that_does_not_answer_costs_a_clone_and_is_told(echo: str) -> None:
+def test_a_warm_machine_that_does_not_answer_costs_a_clone_and_is_told(
+    echo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A claimed machine that has ended before it heard of the program is replaced by a clone, with a warning."""
+    leased = QemuBackend.leased
+
+    def dead(
+        backend: QemuBackend, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]
+    ) -> LeasedInstance:
+        for pid in marked(record.mark):
+            os.kill(pid, signal.SIGKILL)
+        return leased(backend, lease, record, jail, owned_fds)
+
+    monkeypatch.setattr(QemuBackend, "leased", dead)
     cancel = Cancel()
     with pool_process(1), contextlib.closing(cancel):
-        result = run(RunRequest(program=Path(echo), machines=Dying(), cancel=cancel))
+        result = run(RunRequest(program=Path(echo), machines=PoolMachines(), cancel=cancel))
     assert (result.outcome, result.phases["run"].start) == ("ok", "clone"), result.reason
     assert "the run had no warm machine: the one it took did not answer" in result.warnings
 

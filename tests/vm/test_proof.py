@@ -63,7 +63,7 @@ def test_a_stopped_proof_does_not_hold_others(image: Image, monkeypatch: pytest.
     """While another process tries KVM one waits, and one that is stopped meanwhile, by Ctrl-Z say, holds nobody."""
     monkeypatch.setattr(proof, "known_verdict", lambda: None)
     monkeypatch.setattr(settings, "BOOTS_MAX", 0)
-    with open_image(image) as opened, file_lock(cache_folder("kvm") / ".lock"):
+    with open_image(image) as opened, file_lock(cache_folder("proofs") / ".lock"):
         works, reason = proof.kvm_verdict(opened)
     assert not works
     assert "another process has held it" in reason

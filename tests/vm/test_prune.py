@@ -9,11 +9,13 @@ import pytest
 
 from tests.vm.conftest import Sandbox, owners, wait_done
 from x07_sandbox.host.clocks import unix_ms
-from x07_sandbox.runs.prune import PruneReport, prune
+from x07_sandbox.housekeeping.prune import prune
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
+
+    from x07_sandbox.housekeeping.pruner import PruneReport
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 

@@ -1,87 +1,132 @@
-"""The contract of a backend: what it can say about a host, how it starts a job, and what it gives back."""
+"""The contract of a backend: what it can do on this host, how it starts a job, and what it gives back.
+
+Everything above `backends` knows this module and the registry, and no backend by name.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from x07_sandbox.host import settings
+from x07_sandbox.errors import BackendError
+from x07_sandbox.host.cancel import Caller
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.record import Claim, JobRecord
 from x07_sandbox.plan.features import Features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
-Begun = Literal["cold", "clone", "pool"]  # how a machine came to be: booted, cloned, or taken from a pool
+    from x07_sandbox.channel.connection import Connection
+    from x07_sandbox.host.processes import Identity
 
-# What is told of an instance that was mistimed, and what to do.
-MISTIMED: Final = "its kernel measured its timer wrong, as on a host with too little time for it"
-MISTIMED_FIX: Final = "try again with less beside it"
-
-
-def boots() -> Iterator[bool]:
-    """For each cold machine that a job may have, one after the other was mistimed: whether it is the last."""
-    return (number == settings.BOOTS_MAX for number in range(1, settings.BOOTS_MAX + 1))
+StartMode = Literal["cold", "clone", "pool"]  # booted, cloned from a saved machine, or taken from a pool
 
 
 class Availability(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether a backend can run here.
+    """What a backend offers on this host.
 
-    proof: how that is known. warnings: what the user should know all the same. fix: what to do when it cannot.
+    proof: how that is known. known: whether it is; else the features are the weakest that may turn out.
+    warnings: what the user should know all the same.
     """
 
-    usable: bool
     features: Features
     proof: str
-    fix: str = ""
+    known: bool = True
     warnings: tuple[str, ...] = ()
 
 
 class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
-    """A kind of machine: all jobs with the same may go on from one saved machine.
+    """A kind of machine: all jobs of the same kind may be cloned from one saved machine.
 
-    ram_bytes: RAM of the machine: a size class. runtime: what it is made ready for, "build" or "run".
+    image: None for a backend that uses none. ram_bytes: a size class (plan/sizes). runtime: "build" or "run".
     """
 
-    image: OpenImage
+    image: OpenImage | None
     ram_bytes: int
     runtime: str = "run"
 
     @property
+    def image_digest(self) -> str:
+        """The image's digest; empty where there is none."""
+        return "" if self.image is None else self.image.manifest.digest
+
+    @property
     def key(self) -> tuple[str, int, str]:
-        """What tells kinds apart, in any process."""
-        return self.image.manifest.digest, self.ram_bytes, self.runtime
+        """Identifies the kind in any process."""
+        return self.image_digest, self.ram_bytes, self.runtime
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend needs to start one job; the program itself comes later, over the channel.
 
-    cold: boot its machine anew, also where a saved one could go on.
-    last_try: others were mistimed (see `Instance`); this one goes on with whatever timer it has.
+    limits: what the run is held to, as START carries it: mem_bytes, tasks, cpu_ms, fds, core_bytes, tmp_bytes.
+    cold: start afresh, even where a clone could be made.
+    meanwhile: called once while the instance comes up, for work that need not wait for it.
     """
 
-    record: JobRecord
+    claim: Claim
     kind: MachineKind
-    deadline_s: int
+    caller: Caller
+    limits: Mapping[str, int] = {}
     cold: bool = False
-    last_try: bool = False
+    meanwhile: Callable[[], object] = lambda: None
+
+
+class Greeting(NamedTuple):
+    """An agent that has answered and has clock and entropy: the next frame to send is START.
+
+    released_at: when the instance was let go, on the monotonic clock. times_ms: from then to hello and seeded.
+    """
+
+    connection: Connection
+    released_at: float
+    times_ms: dict[str, float]
+
+
+class Silence(msgspec.Struct, frozen=True, kw_only=True):
+    """Why an agent did not get to where it was expected.
+
+    kind: "ended" (the instance, or its channel), "late", "protocol" (the agent broke it), "failed" (the agent said so),
+    "cancelled" (the caller asked for the end). exit_status, console_tail: of the instance, where it had ended.
+    """
+
+    kind: Literal["ended", "late", "protocol", "failed", "cancelled"]
+    why: str
+    exit_status: int | None = None
+    console_tail: str = ""
+
+
+class NoAnswerError(BackendError):
+    """An instance was started, and its agent never answered; it has been stopped."""
+
+    def __init__(self, instance: Instance, silence: Silence) -> None:
+        super().__init__("the machine did not answer", silence.why, "Run x07 doctor")
+        self.instance = instance
+        self.silence = silence
 
 
 class Instance(Protocol):
-    """A started job. All its descriptors are its own; `close` of the context that made it ends it."""
+    """A started job, from its greeting to the proof that it is gone. It owns its descriptors.
+
+    net_fd: the egress relay's stream, where the backend has one of its own. notes: what the user should know of how it
+    was started. greeting: set by `start`, before anybody else sees the instance.
+    """
 
     channel_fd: int
+    net_fd: int | None
     pidfd: int
     jail: str
-    begun: Begun  # in all but "cold" the agent has spoken already, to whoever had the machine saved
+    start_mode: StartMode
     record: JobRecord
-    cold_reason: str  # why not, where it was not asked to start cold
+    notes: tuple[str, ...]
+    greeting: Greeting
 
     def release(self) -> None:
-        """Let the machine run: its record is written."""
+        """Let it run: its record is written. A second call does nothing."""
 
     def side_fds(self) -> tuple[int, ...]:
         """Descriptors besides the channel that want to be read."""
@@ -89,42 +134,100 @@ class Instance(Protocol):
     def drain(self, fd: int) -> None:
         """Read one of them, keeping no more than its bound."""
 
-    def mistimed(self) -> bool:
-        """Whether it gave up booting since its kernel had measured its timer wrong: another may do better."""
-
     def console_tail(self) -> str:
         """The last of the console, as text that is safe to show."""
 
     def exit_status(self) -> int | None:
-        """How the machine's process ended (subprocess convention); None while it lives."""
+        """How the instance's process ended (subprocess convention); None while it lives."""
 
     def stop(self) -> bool:
-        """Kill it, wait, remove what it left; whether it is proven gone."""
+        """Kill it, wait, remove what it left; whether it is proven gone. Safe to call again."""
+
+
+class Lease(Protocol):
+    """The tie to the process that keeps a leased instance: when it ends, for any reason, so does the instance."""
+
+    def exit_status(self) -> int | None:
+        """How the instance ended, by that process's word; None while it lives."""
+
+    def give_back(self) -> bool:
+        """Say that the instance is not needed any more, and wait; whether that process proved it gone."""
+
+
+class Pruner(Protocol):
+    """Removes what may go, or only counts it, and keeps account (housekeeping/pruner)."""
+
+    progress: Callable[[str], None]
+
+    def remove(self, kind: Literal["template", "leftover"], path: Path, why: str, how: Callable[[Path], None]) -> None:
+        """Remove *path* as *how* does; what cannot be removed is reported and stays."""
+
+    def keep(self, kind: Literal["template", "leftover"], path: Path, why: str) -> None:
+        """Report that *path* stays."""
+
+
+class Cloning(Protocol):
+    """What a backend offers that can clone prepared machines. The pool uses nothing else."""
+
+    def prepare(self, kind: MachineKind, caller: Caller) -> None:
+        """Save a machine of this kind now, whatever prevented it before. Raises SandboxError."""
+
+    def prune(self, pruner: Pruner, images: set[str]) -> None:
+        """Remove saved machines of images that are gone, and the oldest above the size limit. Raises SandboxError.
+
+        images: digests of those that stay.
+        """
+
+    def renew(self, instance: Instance, kind: MachineKind) -> None:
+        """After a program of our own: have the agent make a fresh place for the next one. Raises BackendError."""
+
+    def adopt(self, instance: Instance, claim: Claim, runner: Identity) -> None:
+        """Make a waiting instance the job of *claim*, carried out by *runner*. Raises HostError, BackendError."""
+
+    def descriptors(self, instance: Instance) -> dict[str, int]:
+        """What another process needs to use the instance, by name; lent."""
+
+    def leased(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> Instance:
+        """The instance that such descriptors belong to, in the process that got them. Raises KeyError."""
 
 
 class Machines(Protocol):
-    """Where machines wait that were warmed beforehand."""
+    """Where prepared machines wait."""
 
-    def claim(self, kind: MachineKind, claim: Claim) -> AbstractContextManager[Instance] | None:
-        """One of them, as the job of *claim*; None if there is none of this kind.
+    def claim(self, backend: Backend, job: Job) -> AbstractContextManager[Instance] | None:
+        """One of them, greeted, for *job*; None if there is none of its kind.
 
-        Raises BackendError if it broke off: there may be a record of that job by then.
+        Raises BackendError (NoAnswerError among them): there may be a record of that job by then.
         """
 
 
 class Backend(Protocol):
-    """One way to start a job."""
+    """One way to start a job.
+
+    uses_image: whether it runs a guest image; else the programs are the host's own.
+    """
 
     name: str
+    uses_image: bool
 
-    def probe(self, image: OpenImage) -> Availability:
-        """What this host offers. Cheap when it has been proven before."""
+    @property
+    def cloning(self) -> Cloning | None:
+        """What it offers where it can clone prepared machines."""
+
+    def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
+        """What this host offers; cheap when it has been proven before. Raises HostError where it cannot run at all.
+
+        boot: whether a guest may be booted to find out.
+        """
 
     def start(self, job: Job) -> AbstractContextManager[Instance]:
-        """Start a job, blocked until `Instance.release`. Raises BackendError, HostError."""
+        """Start a job, greeted; retrying is the backend's own business. On the way out it is gone, and recorded so.
 
-    def distrust(self, kind: MachineKind, reason: str) -> None:
-        """A clone of this kind did not answer: start them cold from now on, and say *reason*."""
+        Raises NoAnswerError, BackendError, HostError.
+        """
 
-    def prepare(self, kind: MachineKind) -> None:
-        """Save a machine of this kind now, whatever spoke against it before. Raises SandboxError."""
+    def list_owned(self) -> Sequence[JobRecord]:
+        """Jobs of this user that this backend started and that are not recorded as gone."""
+
+    def stop(self, record: JobRecord) -> bool:
+        """Stop a job by its record, from any process; whether it is proven gone. Safe to call again."""

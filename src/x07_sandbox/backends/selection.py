@@ -66,7 +66,7 @@ class BackendRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _MACOS: Final = 12
-ROWS: Final = (
+_ROWS: Final = (
     BackendRow(name="firecracker-ctr", sandbox_class="vm", isolation=("vm-hardware",), auto=True),
     BackendRow(
         name="apple-container", sandbox_class="vm", isolation=("vm-hardware",), linux=False, macos_from=26, auto=True
@@ -78,7 +78,8 @@ ROWS: Final = (
     BackendRow(name="os", sandbox_class="os", isolation=("process",), macos_from=_MACOS),
     BackendRow(name="none", sandbox_class="none", isolation=("none",), macos_from=_MACOS),
 )
-BY_NAME: Final = {row.name: row for row in ROWS}
+# In order of preference. Only the registry adds to it.
+BY_NAME: Final = {row.name: row for row in _ROWS}
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,11 +113,12 @@ def select(platform: Platform, asked: Asked) -> Choice:
     if name is None:
         return _automatic(platform, asked)
     row = BY_NAME[name]
-    if row.weaker and not asked.accepted:
+    named = row.sandbox_class in {"vm", asked.sandbox_flag or asked.sandbox_variable}
+    if row.weaker and not (named and asked.accepted):
         raise RefusedError(
             f"the backend {row.name} fails closed",
             f"it gives {_wall(row)}, which is weaker than a virtual machine, and nobody has accepted that",
-            _instead(platform, asked, row),
+            _instead(platform, asked, row, named=named),
         )
     if not row.runs_on(platform):
         raise RefusedError(f"cannot use the backend {row.name}", f"it is not for {platform}", _instead(platform, asked))
@@ -149,21 +151,20 @@ def asked(
     )
 
 
-def heed_variables() -> None:
-    """Refuse what the environment asks for and cannot have, where no flag could say otherwise.
+def choice_of_variables() -> Choice:
+    """The backend that the environment asks for, where no flag could say otherwise.
 
     Raises UsageError, also for a variable of ours that is wrong, and RefusedError.
     """
     check_environment(os.environ)
-    wish = asked(flags=())
-    if wish.sandbox_variable or wish.backend_variable:
-        select(this_platform(), wish)
+    return select(this_platform(), asked(flags=()))
 
 
 def backend_named(word: str) -> BackendRow:
     """The backend that *word*, a name or an alias in any case, means. Raises UsageError."""
-    name = BACKENDS.get(word.strip().lower())
-    if name is None:
+    word = word.strip().lower()
+    name = BACKENDS.get(word, word)
+    if name not in BY_NAME:
         raise UsageError(
             f"cannot use backend {word!r}", "there is no such backend", f"Name one of: {', '.join(BY_NAME)}"
         )
@@ -172,7 +173,7 @@ def backend_named(word: str) -> BackendRow:
 
 def working(platform: Platform) -> tuple[str, ...]:
     """The flags of a combination that works there without anybody's acceptance; empty where there is none yet."""
-    for row in ROWS:
+    for row in BY_NAME.values():
         if row.built and row.runs_on(platform) and not row.weaker:
             return "--sandbox-backend", row.sandbox_class, "--backend", row.name
     return ()
@@ -207,7 +208,7 @@ def _contradict(wanted: str | None, name: str | None) -> bool:
 
 
 def _automatic(platform: Platform, asked: Asked) -> Choice:
-    candidates = [row for row in ROWS if row.auto and row.runs_on(platform)]
+    candidates = [row for row in BY_NAME.values() if row.auto and row.runs_on(platform)]
     for row in candidates:
         if row.built:
             return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
@@ -216,13 +217,18 @@ def _automatic(platform: Platform, asked: Asked) -> Choice:
     raise RefusedError("no virtual machine backend, and the sandbox fails closed", why, _instead(platform, asked))
 
 
-def _instead(platform: Platform, asked: Asked, weaker: BackendRow | None = None) -> str:
-    """What to do. weaker: what was asked for, and would do with the user's acceptance."""
+def _instead(platform: Platform, asked: Asked, weaker: BackendRow | None = None, *, named: bool = True) -> str:
+    """What to do. weaker: what was asked for, and would do with the user's acceptance; named: and by its class."""
     here = working(platform)
     words = _by_caller(asked, here or working(Platform(system="linux")))
     parts = [f"Use {words}" if here else f"Run it on Linux with {words}"]
     if weaker is not None and weaker.built and weaker.runs_on(platform):
-        parts.append(f"or add {ACCEPT_FLAG} (or {ACCEPT_VARIABLE}=1)" if asked.flags else f"or set {ACCEPT_VARIABLE}=1")
+        if asked.flags:
+            wall = "" if named else f"--sandbox-backend {weaker.sandbox_class} "
+            parts.append(f"or add {wall}{ACCEPT_FLAG} (or {ACCEPT_VARIABLE}=1)")
+        else:
+            wall = "" if named else f"X07_SANDBOX_BACKEND={weaker.sandbox_class} and "
+            parts.append(f"or set {wall}{ACCEPT_VARIABLE}=1")
     return ", ".join(parts)
 
 
@@ -258,7 +264,7 @@ def describe() -> str:
     """The table of backends as docs/x07.md shows it."""
     lines = ["| backend | `--sandbox-backend` | isolation | Linux | macOS | needs acceptance | here |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for row in ROWS:
+    for row in BY_NAME.values():
         macos = f"{row.macos_from}+" if row.macos_from else ""
         cells = (
             f"`{row.name}`",

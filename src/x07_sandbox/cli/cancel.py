@@ -6,7 +6,7 @@ import contextlib
 import signal
 from typing import TYPE_CHECKING
 
-from x07_sandbox.runs.streams import Cancel
+from x07_sandbox.host.cancel import Cancel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -167,24 +167,6 @@ def _matching(path: Path, at: int, node: Node) -> bytes | None:
     return data if hashlib.sha256(data).hexdigest() == node.sha256 else None
 
 
-def write_diff(path: Path, result: Result) -> None:
-    """A run's changes as a patch; an empty one where there are none. Raises OSError, SandboxError."""
-    kept = KeptChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
-    _write_patch(path, kept if result.changes.state in {"none", "discarded"} else find(result.run))
-
-
-def _write_patch(path: Path, kept: KeptChanges) -> None:
-    """The patch as a file, and beside it, with `.json` behind its name, all of it with digests. Raises OSError."""
-    from x07_sandbox.cli.written import write_all, write_whole
-
-    def put(fd: int) -> None:
-        for piece in pieces(kept):
-            write_all(fd, piece)
-
-    write_whole(path, put)
-    write_whole(path.with_name(f"{path.name}.json"), lambda fd: write_all(fd, machine_form(kept.changes)))
-
-
 def machine_form(changes: ChangeSet) -> bytes:
     """All of it as JSON, names as text that can be written anywhere."""
     import json

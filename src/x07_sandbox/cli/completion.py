@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.cli.console import put
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from x07_sandbox.cli.usage import actions, parser_for
 
 SHELLS: Final = ("bash", "zsh", "tcsh")
 _EPILOG: Final = """examples:
@@ -39,8 +37,6 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 def _completion(options: argparse.Namespace) -> int:
     import shtab  # only here: no other command needs it
 
-    from x07_sandbox.cli.main import parser_for
-
     parser = parser_for([])
     for action in actions(parser):
         if isinstance(action.metavar, str) and action.choices is None:
@@ -52,12 +48,3 @@ def _completion(options: argparse.Namespace) -> int:
         text = text.replace(*_BOTH[options.shell])
     put(text.rstrip("\n").encode() + b"\n")
     return 0
-
-
-def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Every option and argument, of the verbs too."""
-    for action in parser._actions:  # noqa: SLF001 - argparse has no other way, and shtab takes this one
-        yield action
-        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above
-            for inner in action.choices.values():
-                yield from actions(inner)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.looks import Proof, advice, backend_states, gather
-from x07_sandbox.backends.selection import heed_variables, this_platform, working
+from x07_sandbox.backends.prerequisites import Proof, advice, backend_states, gather
+from x07_sandbox.backends.registry import required_tools
+from x07_sandbox.backends.selection import Asked, choice_of_variables, select, this_platform, working
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.host import settings
 from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
 from x07_sandbox.host.variables import PREFIXES, VARIABLES
@@ -23,8 +24,8 @@ from x07_sandbox.reports.doctor import DoctorReport, Finding
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from x07_sandbox.backends.looks import BackendState
-    from x07_sandbox.backends.qemu.start import Accelerator
+    from x07_sandbox.backends.base import Backend
+    from x07_sandbox.backends.prerequisites import BackendState
     from x07_sandbox.backends.selection import Platform
     from x07_sandbox.images.verify import OpenImage
 
@@ -84,15 +85,17 @@ def _examined() -> DoctorReport:
     platform = this_platform()
     findings = [platform_finding(platform), _architecture(), _first_on_path(os.environ), _variables(os.environ)]
     findings += [*_wish(), _folders()]
-    proof = None
+    proofs = {}
     if platform.system == "linux" and os.uname().machine in ARCHES:
-        machine = _image_and_machine()
-        findings += [*_tools(), _image_tools(), _groups(), *machine]
-        proof = proof_among(machine)
+        name = select(platform, Asked()).backend
+        machine = _image_and_machine(name)
+        findings += [*_tools(name), _image_tools(), _groups(), *machine]
+        if (proof := proof_among(machine)) is not None:
+            proofs[name] = proof
     return DoctorReport(
         good=all(finding.good is not False for finding in findings),
         findings=tuple(findings),
-        backends=backend_states(gather(platform, os.environ), proof),
+        backends=backend_states(gather(platform, os.environ), proofs),
     )
 
 
@@ -148,7 +151,7 @@ def _variables(environ: Mapping[str, str]) -> Finding:
 def _wish() -> list[Finding]:
     """What speaks against the backend that variables ask for: every run without a flag is refused for it."""
     try:
-        heed_variables()
+        choice_of_variables()
     except SandboxError as exc:
         return [Finding(subject="backend of the variables", good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)]
     return []
@@ -163,14 +166,12 @@ def _architecture() -> Finding:
     return Finding(subject="architecture", good=True if arch.tested else None, text=arch.name + tested)
 
 
-def _tools() -> list[Finding]:
-    from x07_sandbox.backends.qemu.start import required_tools
-
+def _tools(backend: str) -> list[Finding]:
     return [
         Finding(subject=path, good=True, text="here")
         if os.access(path, os.X_OK)
         else Finding(subject=path, good=False, text="missing", fix=f"apt-get install --no-install-recommends {package}")
-        for path, package in required_tools(host_arch()).items()
+        for path, package in required_tools(backend, os.uname().machine).items()
     ]
 
 
@@ -207,13 +208,12 @@ def _groups() -> Finding:
     return Finding(subject="control groups", good=None, text=text)
 
 
-def _image_and_machine() -> list[Finding]:
-    # Here, so that a machine where QEMU cannot run is told about all the rest.
-    from x07_sandbox.backends.qemu.backend import SLOWDOWN, QemuBackend
-    from x07_sandbox.backends.qemu.start import Accelerator
+def _image_and_machine(name: str) -> list[Finding]:
+    # Here, so that a machine where the backend cannot run is told about all the rest.
+    from x07_sandbox.backends.registry import create
     from x07_sandbox.images.store import find_image, image_is_current
     from x07_sandbox.images.verify import open_image
-    from x07_sandbox.runs.run import check_pinned
+    from x07_sandbox.runs.prepare import check_pinned
 
     findings: list[Finding] = []
     try:
@@ -221,37 +221,47 @@ def _image_and_machine() -> list[Finding]:
         with open_image(image) as opened:
             findings.append(_image(image_is_current(image), image.digest))
             check_pinned(image.digest)
-            backend = QemuBackend()
+            backend = create(name)
             availability = backend.probe(opened)
-            emulated = availability.features.emulated
             isolation = f"{availability.features.isolation} ({availability.proof})"
             findings.append(Finding(subject="isolation", good=True, text=isolation))
-            findings.append(_start(opened, Accelerator(kvm=not emulated)))
+            findings.append(_start(backend, opened))
     except SandboxError as exc:
         return [*findings, Finding(subject=exc.what, good=False, text=exc.why, fix=exc.fix)]
-    if emulated:
-        text = f"CPU work in the guest takes {SLOWDOWN} as long as on this host; X07_VM_REQUIRE_HARDWARE=1 refuses it"
+    if availability.features.emulated:
+        text = f"{availability.warnings[0].removeprefix('emulated: ')}; X07_VM_REQUIRE_HARDWARE=1 refuses it"
         findings.append(Finding(subject="emulation", good=None, text=text))
     return findings
 
 
-def _start(image: OpenImage, accelerator: Accelerator) -> Finding:
-    """Whether a run could start: a machine in the jail of a run, by the same launcher, until our agent answers."""
-    from x07_sandbox.backends.base import MISTIMED, MISTIMED_FIX
-    from x07_sandbox.backends.qemu.proof import prove
+def _start(backend: Backend, image: OpenImage) -> Finding:
+    """Whether a run could start: a machine as a run starts it, until our agent answers."""
+    from x07_sandbox.backends.base import Job, MachineKind, NoAnswerError
+    from x07_sandbox.host.cancel import Caller, Cancel
+    from x07_sandbox.jobs.record import Claim, new_run_id
+    from x07_sandbox.plan.sizes import RAM_CLASSES
 
     progress = Progress("doctor") if sys.stderr.isatty() else None
     if progress:
         progress("starting a machine in its jail, as a run does")
+    found = Finding(subject=START, good=True, text="our agent answered from a machine started as a run starts it")
     try:
-        works, reason = prove(image, accelerator, settings.BOOT_S)
+        with contextlib.closing(Cancel()) as cancel:
+            job = Job(
+                claim=Claim(run_id=new_run_id(), phase="doctor", wall_ms=1000),
+                kind=MachineKind(image=image, ram_bytes=RAM_CLASSES[0]),
+                caller=Caller(cancel=cancel),
+                cold=True,
+            )
+            with backend.start(job):
+                pass
+    except NoAnswerError as exc:
+        fix = "A run would end the same way" if exc.silence.kind == "failed" else _NO_START
+        found = Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=fix)
     except SandboxError as exc:
-        works, found = False, Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
-    else:
-        fix = f"A run would end the same way: {MISTIMED_FIX}" if MISTIMED in reason else _NO_START
-        found = Finding(subject=START, good=works, text=reason, fix="" if works else fix)
+        found = Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
     if progress:
-        progress.done("started" if works else "it did not start")
+        progress.done("started" if found.good else "it did not start")
     return found
 
 

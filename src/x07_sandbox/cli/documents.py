@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import put, say
+from x07_sandbox.cli.usage import actions, parser_for
 from x07_sandbox.errors import Cancelled, RefusedError, SandboxError
 from x07_sandbox.host.troubles import host_error
 from x07_sandbox.reports.document import plain, render_json
@@ -98,9 +99,6 @@ def _is_document(path: Path) -> bool:
 
 def report_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """What --report-out names in words that could not be parsed, if the verb has that flag, and the other words."""
-    from x07_sandbox.cli.completion import actions
-    from x07_sandbox.cli.main import parser_for
-
     known = any("--report-out" in action.option_strings for action in actions(parser_for([*words])))
     path, left = None, iter(words if known else ())
     others: list[str] = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import print_document
-from x07_sandbox.cli.run import print_failure
+from x07_sandbox.cli.run_failure import print_failure
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.runs.preview import Preview, preview

@@ -22,8 +22,8 @@ from x07_sandbox.images.store import (
     set_name,
 )
 from x07_sandbox.images.verify import verify_image
+from x07_sandbox.pool.prepare import prepare_clones
 from x07_sandbox.reports.images import BuildReport, ImageRow, ListReport, VerifyReport
-from x07_sandbox.runs.prepare import prepare_templates
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import DamagedImage, Image
@@ -101,7 +101,7 @@ def build_with_progress(
     before = _led_to(name)
     image = build_image(name=name, include=include, preload=preload, x07=x07, progress=progress, fresh=fresh)
     try:
-        prepare_templates(image, progress)
+        prepare_clones(image, progress)
     except SandboxError as exc:
         if image.manifest.preload:  # most likely one that is not there: no run would find any of them imported
             fix = f"Give modules that it has, with their packages (--include). {exc.fix}"

@@ -19,11 +19,15 @@ from x07_sandbox.host.paths import real_path
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
-from x07_sandbox.programs.starter import MAKEFILES, SUFFIXES, sandbox_manifest, x07_project
+from x07_sandbox.programs.starter import ROWS, sandbox_manifest
+from x07_sandbox.programs.toolchains import MAKEFILES
 from x07_sandbox.reports.init import InitReport
+from x07_sandbox.x07.project import first_project
 
 _FILES_MAX: Final = 10_000
 _MAKEFILE_MAX: Final = 1 << 20
+_WITH_ENTRY: Final = tuple(row.name for row in ROWS if row.entries)
+_WITH_ARTIFACT: Final = tuple(row.name for row in ROWS if row.artifact)
 _DEPTH_MAX: Final = 256  # os.walk of Python 3.11 calls itself for each level
 # Where builds and tools put what is no source.
 _NO_SOURCES: Final = frozenset({"__pycache__", "bin", "build", "deps", "dist", "node_modules", "out", "target", "venv"})
@@ -46,11 +50,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     parser.add_argument(
         "folder", nargs="?", type=named_folder, default=Path(), metavar="DIR", help="where (default: here)"
     )
-    parser.add_argument("--toolchain", choices=tuple(SUFFIXES), metavar="T", help=f"one of {', '.join(SUFFIXES)}")
+    names = tuple(row.name for row in ROWS)
+    parser.add_argument("--toolchain", choices=names, metavar="T", help=f"one of {', '.join(names)}")
+    started, made = ", ".join(_WITH_ENTRY), ", ".join(_WITH_ARTIFACT)
     parser.add_argument(
-        "--entry", type=named, metavar="FILE", help="python, shell: the file that is started (default: main)"
+        "--entry", type=named, metavar="FILE", help=f"{started}: the file that is started (default: main)"
     )
-    parser.add_argument("--artifact", metavar="FILE", help="make: what it makes (default: its first target)")
+    parser.add_argument("--artifact", metavar="FILE", help=f"{made}: what it makes (default: its first target)")
     parser.add_argument(
         "--template",
         choices=tuple(TEMPLATES),
@@ -83,7 +89,7 @@ def _init(options: argparse.Namespace) -> int:
     template = options.template or "default"
     policy = "/".join((*BASE_FOLDER, file_name(template)))
     if options.toolchain is None:
-        data = x07_project(files, policy)
+        data = first_project(files, policy)
     else:
         data = sandbox_manifest(
             options.toolchain, files, entry=options.entry, artifact=options.artifact, makefile=_makefile(folder, files)
@@ -119,8 +125,8 @@ def _unusable(folder: Path, exc: OSError) -> UsageError:
 
 def _check_options(options: argparse.Namespace) -> None:
     for given, name, toolchains in (
-        (options.entry, "--entry", ("python", "shell")),
-        (options.artifact, "--artifact", ("make",)),
+        (options.entry, "--entry", _WITH_ENTRY),
+        (options.artifact, "--artifact", _WITH_ARTIFACT),
         (options.template, "--template", (None,)),
     ):
         if given is not None and options.toolchain not in toolchains:

@@ -17,28 +17,9 @@ if TYPE_CHECKING:
 
     from x07_sandbox.errors import SandboxError
 
-_VERBS = {
-    "run": "run a program in a throw-away virtual machine",
-    "diff": "show what a run has changed",
-    "apply": "do what a run has changed, which was kept",
-    "undo": "take a run's changes back",
-    "init": "begin a project: write its first file",
-    "policy": "write, check, explain, compare policies",
-    "image": "build, list, inspect, verify guest images",
-    "pool": "keep machines warm, so that runs start at once",
-    "prune": "remove what nobody needs any more",
-    "completion": "complete these words in a shell",
-    "doctor": "what is here, what was proven, what to do",
-}
 # X07's global flags that our verbs have, and whether they take a value.
 _GLOBAL = {"--json": False, "--quiet-json": False, "--report-out": True, "--out": True}
 _JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # how a document is laid out, each verb knows
-_EXAMPLES = """examples:
-  x07 image build                         make the guest image (once)
-  x07 run prog.py -- --verbose            run a Python program in a throw-away machine
-  x07 run --input data.txt prog.c         compile in one machine, run in another, with input
-  x07 run --json prog.py | jq .outcome    everything about the run as one JSON object
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +104,7 @@ def _parsed(words: list[str]) -> argparse.Namespace:
 def _failure_document(exc: Exception, words: list[str]) -> bytes:
     """An error as the verb's document."""
     if words[:1] == ["run"]:
-        from x07_sandbox.cli.run import failure_document as of_run
+        from x07_sandbox.cli.run_failure import failure_document as of_run
 
         return of_run(exc)
     from x07_sandbox.cli.documents import failure_document
@@ -133,11 +114,12 @@ def _failure_document(exc: Exception, words: list[str]) -> bytes:
 
 def _namespace(words: list[str]) -> argparse.Namespace:
     """What the words mean. Raises UsageError, which names the verb's own help."""
+    from x07_sandbox.cli.usage import VERBS, parser_for
     from x07_sandbox.errors import UsageError
 
     options, unknown = parser_for(words).parse_known_args(words)
     if unknown:
-        verb = f"x07 {words[0]}" if words[0] in _VERBS else "x07"
+        verb = f"x07 {words[0]}" if words[0] in VERBS else "x07"
         fix = f"See {verb} --help" + ("; arguments of the program go behind --" if verb == "x07 run" else "")
         raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", fix)
     return options
@@ -219,9 +201,9 @@ def _json_or(code: int, exc: Exception, words: list[str], signalled: int | None 
         return code
     with contextlib.suppress(OSError):
         if words[0] == "run":
-            from x07_sandbox.cli import run
+            from x07_sandbox.cli.run_failure import print_failure as print_run_failure
 
-            return run.print_failure(exc, signalled)
+            return print_run_failure(exc, signalled)
         from x07_sandbox.cli.documents import print_failure
 
         print_failure(exc)
@@ -232,25 +214,6 @@ def _wants_json(words: list[str]) -> bool:
     """Whether standard output must be one JSON object; asked of the words, since parsing them may have failed."""
     ours = words[: words.index("--")] if "--" in words else words
     return "--json" in ours and "--quiet-json" not in ours
-
-
-def parser_for(words: list[str]) -> argparse.ArgumentParser:
-    """The parser for these words: with the verb that they name, or with all of them."""
-    from importlib import import_module
-
-    from x07_sandbox import __version__
-    from x07_sandbox.cli.usage import Parser
-
-    parser = Parser(
-        prog="x07",
-        description="Run a program that nobody trusts in a throw-away virtual machine.",
-        epilog=_EXAMPLES,
-    )
-    parser.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
-    verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog="x07")  # else argparse lays out a usage line
-    for verb in words[:1] if words and words[0] in _VERBS else _VERBS:
-        import_module(f"x07_sandbox.cli.{verb}").add_parser(verbs, help=_VERBS[verb])
-    return parser
 
 
 def entry() -> NoReturn:

@@ -8,33 +8,40 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
+from msgspec.structs import replace
+
+from x07_sandbox.backends.lease import PoolMachines
 from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Platform, asked, select, this_platform, working
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, put, say
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
 from x07_sandbox.cli.streams import leave, settle_in
 from x07_sandbox.cli.written import check_outputs, files_read
-from x07_sandbox.cli.x07_report import Wanted, mode_of, run_and_report
+from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import check_environment, flag, text
 from x07_sandbox.programs.manifest import FILE
-from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, SOURCE_SUFFIX, Options
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.reports.runner import World, failure_report
-from x07_sandbox.runs.lease import PoolMachines
+from x07_sandbox.runs.framed_input import read_whole
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest, open_input, policy_in_force
-from x07_sandbox.runs.x07_program import read_whole
+from x07_sandbox.x07.programs import load_x07
+from x07_sandbox.x07.project import PROJECT_FILE, Options
+from x07_sandbox.x07.protocol import INPUT_MAX_BYTES
+from x07_sandbox.x07.report import mode_of
+from x07_sandbox.x07.runner_report import World, failure_report
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from x07_sandbox.backends.selection import Choice
     from x07_sandbox.runs.program import Program
 
 SETUP_EXIT: Final = 2
@@ -86,10 +93,10 @@ def _carry_out(options: argparse.Namespace) -> int:
         raise UsageError("wrong usage", f"{what} given", "Give exactly one of --program, --project, --artifact")
     _check_policy_flag(world, options)
     accepted = options.i_accept_weaker_isolation or flag(ACCEPT_VARIABLE)
-    _check_backend(this_platform(), world, options.sandbox_backend, accepted=accepted)
+    choice = _choice(this_platform(), world, options.sandbox_backend, accepted=accepted)
     path = _target(options)
     with contextlib.ExitStack() as stack:
-        request, program = load_program(_request(path, options, stack), stack)
+        request, program = load_program(replace(_request(path, options, stack), choice=choice), stack)
         if world == "run-os":
             # Only with --sandbox-backend vm it comes here; X07's runner has a report for that, not a usage error.
             message = "the sandbox backend vm runs run-os-sandboxed only"
@@ -122,11 +129,11 @@ def _check_policy_flag(world: World, options: argparse.Namespace) -> None:
         raise UsageError("no policy", f"{world} runs nothing without one", "Name it with --policy FILE")
 
 
-def _check_backend(platform: Platform, world: World, named: str | None, *, accepted: bool) -> None:
-    """Raises UsageError or RefusedError where the wall that was asked for cannot be had, or was not accepted."""
+def _choice(platform: Platform, world: World, named: str | None, *, accepted: bool) -> Choice:
+    """The backend. Raises UsageError or RefusedError where what was asked for cannot be had, or was not accepted."""
     auto: Literal["vm", "none"] = "vm" if world == "run-os-sandboxed" else "none"
     try:
-        select(platform, asked(sandbox=named, accepted=accepted, auto=auto))
+        return select(platform, asked(sandbox=named, accepted=accepted, auto=auto))
     except RefusedError as exc:
         # This command has no --backend, and in run-os not even a virtual machine would do.
         _, sandbox_class, _, _ = working(platform) or working(Platform(system="linux"))
@@ -154,7 +161,6 @@ def _target(options: argparse.Namespace) -> Path:
 
 def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStack) -> RunRequest:
     """The run that is asked for, as far as its program is not needed to know it. Raises UsageError."""
-    for_x07 = path.name.endswith(SOURCE_SUFFIX) or path.name == PROJECT_FILE
     progress = LiveLine()
     stack.callback(progress, "")
     return RunRequest(
@@ -163,8 +169,8 @@ def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStac
         input=None if options.input is None else Path(options.input),
         max_output_bytes=settings.MIB if options.max_output_bytes is None else options.max_output_bytes,
         executable=options.compiled_out is not None,
-        profiles=False,  # of those only `x07 run` knows
-        x07=_x07_options(options) if for_x07 else None,
+        # Of profiles only `x07 run` knows.
+        loaders=(partial(load_x07, options=_x07_options(options), profiles=False),),
         machines=PoolMachines(),
         progress=progress,
         cancel=stack.enter_context(cancelled_by_signals()),
@@ -204,7 +210,7 @@ def _x07_options(options: argparse.Namespace) -> Options:
 
 def _note_unused(options: argparse.Namespace, program: Program) -> None:
     """Nothing that was asked for is passed over in silence."""
-    if program.toolchain.told:
+    if program.toolchain.protocol is not None:
         if program.project and options.module_root:
             _say("--module-root: for single programs only; a project brings its own modules")
         return

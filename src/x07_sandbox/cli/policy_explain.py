@@ -14,8 +14,9 @@ from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.plan.features import vm_features
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.model import leaf_values
-from x07_sandbox.programs.toolchains import TOOLCHAINS, X07
+from x07_sandbox.programs.toolchains import TOOLCHAINS
 from x07_sandbox.reports.policies import ExplainedControl, ExplainReport
+from x07_sandbox.x07.protocol import X07
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy

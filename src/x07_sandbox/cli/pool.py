@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connected, peer_of, pool_dir, receive, send
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.documents import print_document, wanted
 from x07_sandbox.cli.usage import add_document_flags, whole_number
@@ -19,7 +20,6 @@ from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.models import known
 from x07_sandbox.reports.pool import PoolReport, PoolStatus
-from x07_sandbox.runs.lease import GONE_S, PROTOCOL, connected, peer_of, pool_dir, receive, send
 
 if TYPE_CHECKING:
     from typing import IO
@@ -70,7 +70,7 @@ def _start(options: argparse.Namespace) -> int:
     with os.fdopen(ready_r, "rb") as ready, log.open("ab") as errors:
         log.chmod(0o600)
         child = subprocess.Popen(
-            [sys.executable, "-m", "x07_sandbox.runs.pool_server", *words],
+            [sys.executable, "-m", "x07_sandbox.pool.server", *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,

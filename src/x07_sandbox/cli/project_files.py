@@ -10,13 +10,14 @@ from x07_sandbox.errors import SandboxError
 from x07_sandbox.files.patterns import Walk
 from x07_sandbox.host.paths import read_bounded, real_path
 from x07_sandbox.host.project import ProjectFolder
-from x07_sandbox.programs import manifest, x07
-from x07_sandbox.programs.starter import MAKEFILES, SUFFIXES
+from x07_sandbox.programs import manifest
+from x07_sandbox.programs.starter import ROWS
+from x07_sandbox.x07 import project as x07
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_SOURCES: Final = (x07.SOURCE_SUFFIX, *sorted({suffix for suffixes in SUFFIXES.values() for suffix in suffixes}))
+_SOURCES: Final = (x07.SOURCE_SUFFIX, *(name.lower() for row in ROWS for name in row.project_files))
 _POLICIES: Final = Path(".x07/policies")
 
 
@@ -39,7 +40,7 @@ def _is_named_as_one(root: Path, report: Path) -> bool:
     place, project = real_path(report), real_path(root)
     if place.is_relative_to(project / _POLICIES):
         return True
-    return place.is_relative_to(project) and (place.name in MAKEFILES or place.name.lower().endswith(_SOURCES))
+    return place.is_relative_to(project) and place.name.lower().endswith(_SOURCES)
 
 
 def _of_x07(root: Path) -> Iterator[str]:

@@ -9,10 +9,11 @@ from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.host.settings import KIB
-from x07_sandbox.runs.prune import PARTS, prune
+from x07_sandbox.housekeeping.prune import prune
+from x07_sandbox.housekeeping.pruner import PARTS
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.prune import PruneReport
+    from x07_sandbox.housekeeping.pruner import PruneReport
 
 _EPILOG: Final = """what goes, with no switch all of it:
   --images  images that no name leads to, and the packages kept for them; not what X07_VM_GUEST_IMAGE_DIGEST names

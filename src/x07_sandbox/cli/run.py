@@ -7,29 +7,31 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from x07_sandbox.backends.lease import PoolMachines
+from x07_sandbox.backends.selection import asked, select, this_platform
 from x07_sandbox.cli.cancel import cancelled_by_signals
-from x07_sandbox.cli.console import LiveLine, plain, put, say
+from x07_sandbox.cli.console import LiveLine, plain, say
 from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
-from x07_sandbox.errors import Cancelled, ImageError, SandboxError, UsageError
+from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import text
-from x07_sandbox.runs.lease import PoolMachines
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.run import Read, attempt, failure
+from x07_sandbox.runs.run import attempt
 from x07_sandbox.runs.streams import memory_file, read_all
 
 if TYPE_CHECKING:
+    from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.policy.overrides import Overrides
-    from x07_sandbox.programs.x07 import Options as X07Options
     from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.request import Loader
     from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.streams import Cancel
 
 _NAME_ONE = "Name one, or give a source with -c"
 _GIVE_ONE = "Give one of -c, --program, --project, --artifact"
@@ -53,6 +55,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         return _chosen(options)
     except SandboxError as exc:
+        from x07_sandbox.cli.run_failure import write_failure
+
         write_failure(options, exc)
         raise
 
@@ -73,7 +77,7 @@ def _chosen(options: argparse.Namespace) -> int:
 
 
 def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
-    _check_backend(options)
+    choice = _choice(options)
     outputs = _checked_outputs(options)
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
@@ -82,13 +86,13 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
         progress = LiveLine()
         stack.callback(progress, "")
         request = _request(options, stack, cancel, progress, for_x07=for_x07)
+        request = replace(request, choice=choice)
         if options.dry_run:
             from x07_sandbox.cli.dry_run import show_plan
 
             return show_plan(request, options)
-        if request.x07 is not None and not (for_x07 or request.x07_artifact):
+        if _x07_options(options) and not request.loaders:
             say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
-        read = Read()
         report = options.report or options.attest_runtime or (for_x07 and not options.json)
         if report or for_x07 or outputs:
             request, program = _loaded(request, outputs, stack)
@@ -96,25 +100,27 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
                 from x07_sandbox.cli.run_report import run_with_report
 
                 return run_with_report(request, program, options, stack)
-            read = Read(program=program)
+            request = replace(request, loaded=program)
         artifact = None
         if options.compiled_out:
             from x07_sandbox.cli.written import place_for_artifact
 
             artifact = place_for_artifact(stack)
             request = replace(request, artifact=artifact)
-        result, error = attempt(request, read)
+        result, error = attempt(request)
         if for_x07 and isinstance(error, UsageError):
             from x07_sandbox.cli.run_report import x07_exit
 
             result = replace(result, x07_exit_code=x07_exit(error))
         unwritten: list[str] = []
         if artifact is not None or options.diff is not None or options.report_out is not None:
-            from x07_sandbox.cli.written import write_files
+            from x07_sandbox.cli.run_outputs import write_files
 
             result, unwritten = write_files(options, result, artifact)
     if options.json and not options.quiet_json:
-        return _print(result)
+        from x07_sandbox.cli.run_failure import print_result
+
+        return print_result(result)
     return _told(result, unwritten)
 
 
@@ -146,10 +152,10 @@ def _loaded(
         from x07_sandbox.cli.written import check_outputs, files_read
 
         check_outputs(outputs, files_read(request, program))
-    if program.toolchain.told:
+    if program.toolchain.protocol is not None:
         from x07_sandbox.cli.run_report import with_derived_file
 
-        request = with_derived_file(request, program)
+        request = with_derived_file(request, program, program.toolchain.protocol)
         if outputs and isinstance(request.policy, Path):
             from x07_sandbox.cli.written import check_outputs
 
@@ -186,7 +192,7 @@ def _is_x07(path: Path) -> bool:
     """Whether the program is one of X07's own, whose report is what callers of X07's command expect."""
     if not (path.name.endswith("x07.json") or is_folder(path)):
         return False
-    from x07_sandbox.programs.x07 import is_x07
+    from x07_sandbox.x07.project import is_x07
 
     return is_x07(path)
 
@@ -196,14 +202,10 @@ def _is_x07_artifact(options: argparse.Namespace) -> bool:
     return options.artifact is not None and bool(options.report or options.attest_runtime)
 
 
-def _check_backend(options: argparse.Namespace) -> None:
-    """Refuse a wall or a backend that is not to be had. Raises UsageError, RefusedError."""
-    if not (options.sandbox_backend or options.backend or text("X07_SANDBOX_BACKEND") or text("X07_VM_BACKEND")):
-        return  # what `auto` takes here
-    from x07_sandbox.backends.selection import asked, select, this_platform
-
+def _choice(options: argparse.Namespace) -> Choice:
+    """The backend that is asked for. Raises UsageError, RefusedError where it is not to be had."""
     accepted = options.i_accept_weaker_isolation
-    select(this_platform(), asked(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted))
+    return select(this_platform(), asked(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted))
 
 
 def _request(
@@ -256,7 +258,6 @@ def _request(
         raw=options.raw,
         max_output_bytes=options.max_output_bytes,
         executable=options.compiled_out is not None,
-        x07_artifact=_is_x07_artifact(options),
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,
@@ -268,7 +269,7 @@ def _request(
         allow_protected=tuple(options.allow_protected),
         hide=tuple(options.hide),
         reveal=tuple(options.reveal),
-        x07=_x07_options(options),
+        loaders=_loaders(options, for_x07=for_x07),
         progress=progress,
         cancel=cancel,
     )
@@ -307,17 +308,23 @@ def _project_here() -> str | None:
     return str(manifest) if is_file(manifest) else None
 
 
-def _x07_options(options: argparse.Namespace) -> X07Options | None:
-    """What X07's compiler is told; None where nothing was said, as for most programs."""
-    keys = [name[2:].replace("-", "_") for name in X07_LIMITS]
-    given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
-    if options.auto_ffi is not None:
-        given["auto_ffi"] = options.auto_ffi
-    if not given:
-        return None
-    from x07_sandbox.programs.x07 import Options
+def _x07_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What X07's compiler is told; nothing for most programs."""
+    keys = [name[2:].replace("-", "_") for name in (*X07_LIMITS, "--auto-ffi")]
+    return {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
 
-    return Options(**given)
+
+def _loaders(options: argparse.Namespace, *, for_x07: bool) -> tuple[Loader, ...]:
+    """What reads the program if it is X07's; nothing is loaded for others."""
+    if not (for_x07 or _is_x07_artifact(options)):
+        return ()
+    from functools import partial
+
+    from x07_sandbox.x07.programs import load_artifact, load_x07
+    from x07_sandbox.x07.project import Options
+
+    given = Options(**_x07_options(options))
+    return (partial(load_x07 if for_x07 else load_artifact, options=given),)
 
 
 def _override_flags(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
@@ -384,53 +391,6 @@ def _variable(text: str) -> tuple[str, str]:
     if name not in os.environ:
         raise UsageError(f"cannot use --env {name}", "there is no such variable here", "Give NAME=VALUE, or set it")
     return name, os.environ[name]
-
-
-def print_failure(exc: Exception, signalled: int | None = None, code: int | None = None) -> int:
-    """An error that ended the command, as the one JSON object that --json promises; the exit code.
-
-    code: the exit code, where it is another than that of the failure's outcome.
-    """
-    return _print(_failed(exc, signalled, code))
-
-
-def failure_document(exc: Exception, code: int | None = None) -> bytes:
-    """The same, as it is written to a file."""
-    from x07_sandbox.reports.document import render_json
-
-    return render_json(_failed(exc, exc.signal if isinstance(exc, Cancelled) else None, code))
-
-
-def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
-    """The same, in the file of --report-out, if there is one that may be written; --dry-run writes nothing."""
-    if options.report_out is not None and not options.dry_run:
-        from x07_sandbox.cli.documents import write_early_failure
-        from x07_sandbox.cli.written import is_refused
-
-        if is_refused(exc, options.report_out):
-            return
-        others = [value for name, value in vars(options).items() if name != "report_out"]
-        others += [name for value in others if isinstance(value, list) for name in value]
-        others.append(f"{options.diff}.json")
-        write_early_failure(failure_document(exc, code), options.report_out, others)
-
-
-def _failed(exc: Exception, signalled: int | None, code: int | None) -> Result:
-    """The result: that of a run that never began, or, where the error has one, of the run whose files it is about."""
-    if isinstance(exc, SandboxError) and exc.result is not None:
-        from x07_sandbox.cli.written import with_unwritten
-
-        result: Result = with_unwritten(exc.result, [str(exc)])
-    else:
-        result = failure(exc, signalled)
-    return result if code is None else replace(result, x07_exit_code=code)
-
-
-def _print(result: Result) -> int:
-    from x07_sandbox.reports.document import render_json
-
-    put(render_json(result))
-    return result.x07_exit_code
 
 
 def _stream(fd: int) -> int | None:

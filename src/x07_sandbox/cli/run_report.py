@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.changed import write_diff
 from x07_sandbox.cli.console import put, say
-from x07_sandbox.cli.run import print_failure, write_failure
+from x07_sandbox.cli.run_failure import print_failure, write_failure
+from x07_sandbox.cli.run_outputs import write_diff
 from x07_sandbox.cli.written import noted, write_all, write_whole
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
@@ -20,12 +20,13 @@ from x07_sandbox.host.variables import flag
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.overrides import derive_policy
 from x07_sandbox.policy.problems import PolicyError
-from x07_sandbox.programs.x07 import INPUT_MAX_BYTES, PROJECT_FILE, diagnostics_line
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, flat_report
-from x07_sandbox.reports.wrapped import Target, wrap
+from x07_sandbox.runs.framed_input import need_policy, read_whole
 from x07_sandbox.runs.request import name_of_policy, open_input, policy_in_force, read_policy, read_spec_file
-from x07_sandbox.runs.x07_program import need_policy, read_whole
+from x07_sandbox.x07.project import PROJECT_FILE, diagnostics_line
+from x07_sandbox.x07.protocol import INPUT_MAX_BYTES, USAGE_EXIT
+from x07_sandbox.x07.runner_report import CompileRunReport, RunOsReport, flat_report
+from x07_sandbox.x07.wrapped_report import Target, wrap
 
 if TYPE_CHECKING:
     import argparse
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from x07_sandbox.programs.protocol import Protocol
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
 
-_USAGE_EXIT = 2
 _SCHEMA_EXIT = 3
 
 
@@ -52,7 +53,7 @@ def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) ->
         write_failure(options, exc, code)
         if options.json and not (options.quiet_json or options.report or options.attest_runtime):
             return print_failure(exc, code=code)
-        if code == _USAGE_EXIT:
+        if code == USAGE_EXIT:
             say(str(exc))
         return code
 
@@ -74,7 +75,7 @@ def from_project(options: argparse.Namespace, program: Path) -> None:
 def x07_exit(exc: UsageError | RefusedError) -> int:
     """X07's exit code for an error from before a run; one of the policy's schema is told as X07's tools do."""
     if not isinstance(exc, PolicyError) or exc.in_schema:
-        return _USAGE_EXIT
+        return USAGE_EXIT
     sys.stderr.write(diagnostics_line([str(problem) for problem in exc.problems]) + "\n")
     return _SCHEMA_EXIT
 
@@ -113,16 +114,17 @@ def run_with_report(
     if not options.quiet_json:
         put(text)
     if unwritten:
-        return _USAGE_EXIT if program.toolchain.told else REFUSED_EXIT
+        protocol = program.toolchain.protocol
+        return REFUSED_EXIT if protocol is None else protocol.usage_exit
     return report.exit_code
 
 
-def with_derived_file(request: RunRequest, program: Program) -> RunRequest:
+def with_derived_file(request: RunRequest, program: Program, protocol: Protocol) -> RunRequest:
     """Overrides of an X07 program's policy become a file of its project, as X07's own command has it.
 
     Raises UsageError, PolicyError, and UsageError where there is no policy at all.
     """
-    need_policy(request)
+    need_policy(request, protocol)
     if request.overrides is None:
         return request
     root = project_root(request.program if program.project and request.program and is_file(request.program) else None)

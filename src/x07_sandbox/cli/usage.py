@@ -1,4 +1,4 @@
-"""The parser of all commands."""
+"""The verbs of `x07`, the parser of all commands, and the types of their options."""
 
 from __future__ import annotations
 
@@ -6,16 +6,35 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from x07_sandbox.cli.console import put
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from _typeshed import SupportsWrite
 
+VERBS: Final = {
+    "run": "run a program in a throw-away virtual machine",
+    "diff": "show what a run has changed",
+    "apply": "do what a run has changed, which was kept",
+    "undo": "take a run's changes back",
+    "init": "begin a project: write its first file",
+    "policy": "write, check, explain, compare policies",
+    "image": "build, list, inspect, verify guest images",
+    "pool": "keep machines warm, so that runs start at once",
+    "prune": "remove what nobody needs any more",
+    "completion": "complete these words in a shell",
+    "doctor": "what is here, what was proven, what to do",
+}
+_EXAMPLES: Final = """examples:
+  x07 image build                         make the guest image (once)
+  x07 run prog.py -- --verbose            run a Python program in a throw-away machine
+  x07 run --input data.txt prog.c         compile in one machine, run in another, with input
+  x07 run --json prog.py | jq .outcome    everything about the run as one JSON object
+"""
 _NUMBER_CHARS = 32
 
 
@@ -133,3 +152,30 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing and exiting."""
         raise UsageError("wrong usage", message, f"See {self.prog} --help")
+
+
+def parser_for(words: list[str]) -> argparse.ArgumentParser:
+    """The parser for these words: with the verb that they name, or with all of them."""
+    from importlib import import_module
+
+    from x07_sandbox import __version__
+
+    parser = Parser(
+        prog="x07",
+        description="Run a program that nobody trusts in a throw-away virtual machine.",
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog="x07")  # else argparse lays out a usage line
+    for verb in words[:1] if words and words[0] in VERBS else VERBS:
+        import_module(f"x07_sandbox.cli.{verb}").add_parser(verbs, help=VERBS[verb])
+    return parser
+
+
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Every option and argument, of the verbs too."""
+    for action in parser._actions:  # noqa: SLF001 - argparse has no other way, and shtab takes this one
+        yield action
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above
+            for inner in action.choices.values():
+                yield from actions(inner)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,6 @@ from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.request import ProjectPolicy
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from x07_sandbox.runs.program import Program
@@ -137,27 +135,6 @@ def place_for_artifact(stack: contextlib.ExitStack) -> OutFile:
     return unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
 
 
-def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:
-    """Write what the flags want of a run, its result last; the result then, and a line for each that was not written.
-
-    Such a line is a warning of the result, whose exit code is then 125: of all else nothing is lost.
-    """
-    unwritten: list[str] = []
-    if artifact is not None and artifact.complete:
-        with noted(unwritten):
-            write_executable(options.compiled_out, artifact)
-    if options.diff is not None:
-        from x07_sandbox.cli.changed import write_diff
-
-        with noted(unwritten):
-            write_diff(options.diff, result)
-    told = with_unwritten(result, unwritten)
-    if options.report_out is not None:
-        with noted(unwritten):
-            write_result(options.report_out, told)
-    return with_unwritten(result, unwritten), unwritten
-
-
 @contextlib.contextmanager
 def noted(unwritten: list[str]) -> Iterator[None]:
     """Have an error of writing be a line of that list: there is a run to tell of, whatever becomes of its files."""
@@ -172,10 +149,3 @@ def with_unwritten(result: Result, unwritten: list[str]) -> Result:
     if not unwritten:
         return result
     return replace(result, x07_exit_code=REFUSED_EXIT, warnings=[*result.warnings, *unwritten])
-
-
-def write_result(path: Path, result: Result) -> None:
-    """The result as JSON. Raises RefusedError."""
-    from x07_sandbox.reports.document import render_json
-
-    write_whole(path, partial(write_all, data=render_json(result)))

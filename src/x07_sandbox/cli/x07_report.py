@@ -15,15 +15,15 @@ from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
-from x07_sandbox.reports.attestation import WRITE_CODE, Attested, attest, reference
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.reports.runner import Built, CompileMode, CompileRunReport, runner_report
-from x07_sandbox.reports.x07 import x07_report
 from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.program import Program
 from x07_sandbox.runs.request import InForce
-from x07_sandbox.runs.run import Read, attempt
+from x07_sandbox.runs.run import attempt
 from x07_sandbox.runs.streams import memory_file
+from x07_sandbox.x07.attestation import WRITE_CODE, Attested, attest, reference
+from x07_sandbox.x07.report import describe_ending, mode_of, report_of
+from x07_sandbox.x07.runner_report import Built, CompileRunReport
 
 if TYPE_CHECKING:
     import contextlib
@@ -52,11 +52,6 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     flags: frozenset[str] | None = None
 
 
-def mode_of(program: Program) -> CompileMode:
-    """What X07 calls the way in which it is built and run."""
-    return "project-compile-run" if program.project else "compile-run"
-
-
 def run_and_report(
     request: RunRequest, wanted: Wanted, stack: contextlib.ExitStack, say: Callable[[str], None]
 ) -> tuple[Result, CompileRunReport]:
@@ -76,7 +71,7 @@ def run_and_report(
         live_stderr=2,
         artifact=artifact,
     )
-    result, error = attempt(request, Read(program=wanted.program, policy=wanted.policy))
+    result, error = attempt(replace(request, loaded=wanted.program, in_force=wanted.policy))
     request.progress("")
     if isinstance(error, UsageError):
         raise error
@@ -104,10 +99,10 @@ def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Com
         path=OUTPUT,
         size=artifact.size,
     )
-    report = x07_report(result, built) if toolchain.told else runner_report(result, built)
+    report = report_of(result, built, wanted.program)
     if wanted.compiled_out is not None and report.compile.ok:
         write_executable(wanted.compiled_out, artifact)
-    ending = _ending(result, report)
+    ending = describe_ending(result, report)
     if wanted.attest_runtime is None:
         return report, ending
     if report.solve is None or "run" not in result.phases:
@@ -123,14 +118,3 @@ def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Com
     made = attest(result, report.solve, given)
     write_whole(wanted.attest_runtime, partial(write_all, data=render_json(made)), code=f"{WRITE_CODE}: ")
     return replace(report, runtime_attestation=reference(str(wanted.attest_runtime), made)), ending
-
-
-def _ending(result: Result, report: CompileRunReport) -> list[str]:
-    """What did not end well, as a line, if anything; of changes that were kept back others tell."""
-    if not report.exit_code or (result.ok and result.x07_exit_code):
-        return []
-    if not result.ok:
-        return [f"{result.outcome}: {result.reason}"]
-    # The program's own word is that it ended well; it is X07's protocol that it or its compiler did not keep to.
-    trap = report.compile.trap if report.solve is None else report.solve.trap
-    return [f"failed: {result.reason}, but {trap}"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.errors import HostError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 _OWN: Final = 0o600
 
@@ -234,3 +234,10 @@ def _how_to_be_private(info: os.stat_result, here: Path) -> str:
     makes = info.st_uid == uid or info.st_mode & stat.S_ISVTX
     where = below if makes and not _others_can_change(info) else "a folder of your own"
     return f"Leave it as it is and choose {where}, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR"
+
+
+def foreign(info: os.stat_result, kind: Callable[[int], bool]) -> str:
+    """Why something is not ours to remove; empty if it is. kind: S_ISDIR or S_ISREG, so that no link is taken."""
+    if not kind(info.st_mode):
+        return "it is a link, or another kind of file"
+    return "" if info.st_uid == os.geteuid() else f"it is uid {info.st_uid}'s"

@@ -89,8 +89,8 @@ def is_alive(identity: Identity) -> bool:
     return fields is not None and int(fields[19]) == identity.start_ticks and fields[0] not in {"Z", "X"}
 
 
-def kill_identity(identity: Identity, mark: str) -> bool:
-    """SIGKILL that very process, through a pidfd, if number, start time and mark agree; whether it was signalled."""
+def kill_identity(identity: Identity, mark: str, number: int = signal.SIGKILL) -> bool:
+    """Signal that very process, through a pidfd, if its pid, start time and mark agree; whether it was signalled."""
     pidfd = _pidfd(identity.pid)
     if pidfd is None:
         return False
@@ -99,7 +99,7 @@ def kill_identity(identity: Identity, mark: str) -> bool:
         if not is_alive(identity) or not carries_mark(identity.pid, mark):
             return False
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(pidfd, number)
         return True
     finally:
         os.close(pidfd)

@@ -59,12 +59,12 @@ Identity = tuple[int, int, int, int, int, int, int]
 
 
 class OpenImage(msgspec.Struct, frozen=True, kw_only=True):
-    """Checked files of an image; the descriptors are lent, read-only, and closed by open_image."""
+    """Checked files of an image.
 
-    kernel_fd: int
-    initrd_fd: int
-    root_fd: int
-    scratch_fd: int
+    fds: its parts by name (manifest.Parts), lent, read-only, and closed by open_image.
+    """
+
+    fds: dict[str, int]
     manifest: Manifest
 
 
@@ -95,11 +95,12 @@ def open_image(image: Image) -> Iterator[OpenImage]:
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(opened_folder(image.folder, subject))
         _check_manifest(folder_fd, image)
-        kernel, initrd, root, scratch = opened_parts(folder_fd, image.manifest.parts.all(), subject, stack)
+        parts = image.manifest.parts
+        fds = dict(zip(parts.__struct_fields__, opened_parts(folder_fd, parts.all(), subject, stack), strict=True))
         for part in image.manifest.filters.values():  # what results tell of: a machine has its own in the initrd
             with opened_file(folder_fd, part.file, subject) as fd:
                 check_part(fd, part, None, subject)
-        yield OpenImage(kernel_fd=kernel, initrd_fd=initrd, root_fd=root, scratch_fd=scratch, manifest=image.manifest)
+        yield OpenImage(fds=fds, manifest=image.manifest)
 
 
 def _subject(image: Image) -> Subject:

@@ -52,7 +52,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The file. Paths are relative to its folder, and do not leave it.
 
     files: what travels: names, or patterns with *, ?, [] and **. Nothing else does.
-    entry: the file that is started (python, shell, executable). artifact: the file that make makes.
+    entry: the file that is started (scripts, executables). artifact: the file that make makes.
     policy, image: for runs of it, unless the command line names another.
     """
 
@@ -142,14 +142,14 @@ def _check(manifest: Manifest, toolchain: Toolchain, source: str) -> None:
         parts = PurePosixPath(path).parts  # of `.` there are none
         if path.startswith("/") or "\0" in path or ".." in parts or not parts:
             _wrong(source, f"{key}: {path!r} is not a path inside the project")
-    if toolchain.entry and manifest.entry is None:
+    if toolchain.entries is not None and manifest.entry is None:
         _wrong(source, f"a {toolchain.name} project needs `entry`: the file that is started")
-    if not toolchain.entry and manifest.entry is not None:
+    if toolchain.entries is None and manifest.entry is not None:
         _wrong(source, f"a {toolchain.name} project has no `entry`; its `files` are compiled")
-    if (toolchain.name == "make") != (manifest.artifact is not None):
-        needs = "needs `artifact`: the file that make makes" if toolchain.name == "make" else "has no `artifact`"
+    if toolchain.artifact != (manifest.artifact is not None):
+        needs = "needs `artifact`: the file that its build makes" if toolchain.artifact else "has no `artifact`"
         _wrong(source, f"a {toolchain.name} project {needs}")
-    if manifest.build.args and toolchain.name not in {"make", "c", "cpp"}:
+    if manifest.build.args and (toolchain.archive or toolchain.build is None):
         _wrong(source, f"a {toolchain.name} project has no [build] args")
 
 

@@ -1,4 +1,4 @@
-"""The first version of a project's file, from the names of the files that are there: X07's x07.json, or our manifest.
+"""The first version of a project's manifest, from the names of the files that are there.
 
 Pure. What is made here is read back by the decoder that a run uses before anybody writes it.
 """
@@ -12,98 +12,67 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.programs import manifest, x07
+from x07_sandbox.programs import manifest
+from x07_sandbox.programs.toolchains import MAKEFILES, TOOLCHAINS, toolchain_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SUFFIXES: Final[dict[str, tuple[str, ...]]] = {
-    "make": (".c", ".h", ".cpp", ".cc", ".cxx", ".c++", ".hpp", ".hh", ".hxx", ".s", ".mk"),
-    "python": (".py",),
-    "c": (".c", ".h"),
-    "cpp": (".cpp", ".cc", ".cxx", ".c++", ".h", ".hpp", ".hh", ".hxx"),
-    "shell": (".sh", ".bash"),
-}
-MAKEFILES: Final = ("GNUmakefile", "makefile", "Makefile")  # in the order in which make looks for them
-_ENTRIES: Final = {"python": ("main.py", "__main__.py", "app.py"), "shell": ("main.sh", "run.sh", "main.bash")}
-_X07_ENTRIES: Final = ("src/main.x07.json", "main.x07.json")
-_X07_VERSION: Final = "x07.project@0.5.0"
-_PROFILE: Final = "sandbox"
+    from x07_sandbox.programs.toolchains import Toolchain
+
+ROWS: Final = tuple(row for row in TOOLCHAINS if row.project_files)
 _LINE_MAX: Final = 4096  # characters of a Makefile's line that are looked at
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,1023}")
-
-
-def x07_project(files: Sequence[str], policy: str) -> bytes:
-    """x07.json: what X07 needs to know of any project, and one profile, which runs it in the sandbox by *policy*.
-
-    The entry is the usual one, or the only X07 source that is there.
-    """
-    sources = [name for name in files if name.endswith(x07.SOURCE_SUFFIX)]
-    usual = [name for name in _X07_ENTRIES if name in sources]
-    entry = usual[0] if usual else sources[0] if len(sources) == 1 else _X07_ENTRIES[0]
-    document = {
-        "schema_version": _X07_VERSION,
-        "world": x07.WORLD,
-        "entry": entry,
-        "module_roots": [str(PurePosixPath(entry).parent)],
-        "dependencies": [],
-        "lockfile": x07.LOCK_FILE,
-        "default_profile": _PROFILE,
-        "profiles": {_PROFILE: {"world": x07.WORLD, "policy": policy}},
-    }
-    data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-    x07.decode_project(data, source=x07.PROJECT_FILE)
-    return data
 
 
 def sandbox_manifest(
     toolchain: str, files: Sequence[str], *, entry: str | None = None, artifact: str | None = None, makefile: str = ""
 ) -> bytes:
     """x07-sandbox.toml for *files* (relative names). makefile: the text of make's. Raises UsageError."""
+    row = toolchain_named(toolchain)
     lines = [f"schema_version = {_text(manifest.SCHEMA)}", f"toolchain = {_text(toolchain)}"]
-    lines.append(f"files = [{', '.join(map(_text, _patterns(toolchain, files)))}]")
-    if toolchain in _ENTRIES:
-        lines.append(f"entry = {_text(entry or _entry(toolchain, files))}")
-    if toolchain == "make":
+    lines.append(f"files = [{', '.join(map(_text, _patterns(row, files)))}]")
+    if row.entries:
+        lines.append(f"entry = {_text(entry or _entry(row, files))}")
+    if row.artifact:
         lines.append(f"artifact = {_text(artifact or _artifact(makefile))}")
     data = ("# What this project consists of. All keys: docs/programs.md\n" + "\n".join(lines) + "\n").encode()
     manifest.decode_manifest(data, source=manifest.FILE)
     return data
 
 
-def _patterns(toolchain: str, files: Sequence[str]) -> list[str]:
+def _patterns(row: Toolchain, files: Sequence[str]) -> list[str]:
     """One pattern for each folder and suffix that is there, so that a file added later is taken too."""
     found = []
     for name in files:
         path = PurePosixPath(name)
-        if toolchain == "make" and name in MAKEFILES:
+        if name in row.beside:
             found.append(name)
-        elif path.suffix.lower() in SUFFIXES[toolchain]:
+        elif path.suffix and path.suffix.lower() in row.project_files:
             folder = "" if str(path.parent) == "." else f"{glob.escape(str(path.parent))}/"
             found.append(f"{folder}*{path.suffix}")
-    if toolchain == "make" and not any(name in MAKEFILES for name in found):
+    if row.artifact and not any(name in MAKEFILES for name in found):
         raise UsageError(
             "cannot begin a make project", "there is no Makefile", "Write one, or name another --toolchain"
         )
     if not found:
-        known = ", ".join(SUFFIXES[toolchain])
-        why = f"there is no file that ends in {known}"
-        raise UsageError(f"cannot begin a {toolchain} project", why, "Put one there, or name another --toolchain")
+        why = f"there is no file that ends in {', '.join(row.project_files)}"
+        raise UsageError(f"cannot begin a {row.name} project", why, "Put one there, or name another --toolchain")
     patterns = list(dict.fromkeys(found))
     if len(patterns) > manifest.FILES_MAX:
         why = f"they are in more than {manifest.FILES_MAX} folders"
         fix = f"Begin it in a folder with its sources alone, or write {manifest.FILE} with patterns like **/*.py"
-        raise UsageError(f"cannot list the sources of a {toolchain} project", why, fix)
+        raise UsageError(f"cannot list the sources of a {row.name} project", why, fix)
     return patterns
 
 
-def _entry(toolchain: str, files: Sequence[str]) -> str:
+def _entry(row: Toolchain, files: Sequence[str]) -> str:
     """The file that is started: one with the usual name, or the only one at the top. Raises UsageError."""
-    for name in _ENTRIES[toolchain]:
+    for name in row.entries or ():
         if name in files:
             return name
-    top = [name for name in files if "/" not in name and PurePosixPath(name).suffix in SUFFIXES[toolchain]]
+    top = [name for name in files if "/" not in name and PurePosixPath(name).suffix in row.suffixes]
     if len(top) != 1:
         why = f"it could be any of {', '.join(top[:5])}" if top else "there is none at the top"
         raise UsageError("cannot tell which file is started", why, "Name it with --entry")

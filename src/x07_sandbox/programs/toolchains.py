@@ -14,6 +14,11 @@ from x07_sandbox.errors import RefusedError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from x07_sandbox.programs.protocol import Protocol
+else:
+    Protocol = object  # msgspec reads annotations; its module is loaded only where there is one
+
+
 SOURCE_FOLDER: Final = "/x07/in"
 PROJECT_FOLDER: Final = "/x07/in/project"
 OUTPUT: Final = "/x07/out/compiled-out"
@@ -62,32 +67,48 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
-    """One language.
+    """One language, or one way to build. Everything else about it is derived from its row in TOOLCHAINS.
 
     suffixes: of source files, lower case.
+    beside: suffixes and names of the other files that `x07 init` lists in a project's manifest.
     build: argv of the build; the first is a path. None where the source is the artifact.
-    driver: whether the build is a Python script of ours, `build_driver()`, at Source.driver in the build VM.
-    archive: whether the artifact is an archive that is unpacked to PROGRAM_FOLDER, else an executable at ARTIFACT.
+    archive: whether the build is `build_driver()`, whose artifact is unpacked to PROGRAM_FOLDER; else the artifact is
+    an executable, at ARTIFACT.
     start: argv that starts the program.
     needs: Debian packages that the image must have; "x07" stands for X07's own toolchain.
-    told: whether its compiler is told the policy, and its programs read frames (programs/x07).
-    entry: whether a project of it names the file that is started.
+    protocol: what its compiler and programs need beyond that; None where they are simply given bytes and arguments.
+    entries: usual names of the file that is started, in order of preference; None where a project does not name it.
+    artifact: whether a project names the file that its build makes. Such a toolchain builds projects only.
     """
 
     name: str
     suffixes: tuple[str, ...]
+    beside: tuple[str, ...] = ()
     build: Callable[[Source], list[str]] | None
-    driver: bool = False
     archive: bool
     start: Callable[[Source], list[str]]
     needs: tuple[str, ...] = ()
-    told: bool = False
-    entry: bool = False
+    protocol: Protocol | None = None
+    entries: tuple[str, ...] | None = None
+    artifact: bool = False
     doc: str
+
+    @property
+    def driver(self) -> bool:
+        """Whether the build is a Python script of ours, at Source.driver in the build VM."""
+        return self.archive
+
+    @property
+    def project_files(self) -> tuple[str, ...]:
+        """Suffixes and names of the files that its projects consist of; () where it has no projects of sources."""
+        return self.suffixes + self.beside
 
 
 _C: Final = (".c",)
 _CPP: Final = (".cpp", ".cc", ".cxx", ".c++")
+_HEADERS: Final = (".h", ".hpp", ".hh", ".hxx")
+_LUA_PATH: Final = f"{PROGRAM_FOLDER}/?.lua;{PROGRAM_FOLDER}/?/init.lua"
+MAKEFILES: Final = ("GNUmakefile", "makefile", "Makefile")  # in the order in which make looks for them
 
 
 def _build_c(source: Source) -> list[str]:
@@ -110,8 +131,13 @@ def _build_archive(source: Source, *check: str) -> list[str]:
     return [_PYTHON, source.driver, *words]
 
 
-def _start_python(source: Source) -> list[str]:
-    return [_PYTHON, f"{PROGRAM_FOLDER}/{source.name}"]
+def _checked_by(*check: str) -> Callable[[Source], list[str]]:
+    """The build of a language that is not compiled. check: argv of its syntax check, run in the source's folder."""
+    return lambda source: _build_archive(source, *check)
+
+
+def _started_by(*interpreter: str) -> Callable[[Source], list[str]]:
+    return lambda source: [*interpreter, f"{PROGRAM_FOLDER}/{source.name}"]
 
 
 def _asked(head: bytes) -> list[str]:
@@ -188,6 +214,7 @@ TOOLCHAINS: Final = (
         build=_build_c,
         archive=False,
         start=_start_executable,
+        beside=(".h",),
         needs=("gcc", "libc6-dev"),
         doc="C, by the image's gcc: optimised, linked with libm and threads.",
     ),
@@ -197,38 +224,71 @@ TOOLCHAINS: Final = (
         build=_build_cpp,
         archive=False,
         start=_start_executable,
+        beside=_HEADERS,
         needs=("g++", "libc6-dev"),
         doc="C++20, by the image's g++: optimised, linked with libm and threads.",
     ),
     Toolchain(
         name="python",
         suffixes=(".py",),
-        build=lambda source: _build_archive(source, "python"),
-        driver=True,
+        build=_build_archive,
         archive=True,
-        start=_start_python,
+        start=_started_by(_PYTHON),
         needs=("python3",),
-        entry=True,
+        entries=("main.py", "__main__.py", "app.py"),
         doc="Python, by the image's python3: checked, byte-compiled, started as a script.",
     ),
     Toolchain(
         name="shell",
         suffixes=(".sh", ".bash"),
-        build=lambda source: _build_archive(source, "shell", *_shell_check(source)),
-        driver=True,
+        build=lambda source: _build_archive(source, *_shell_check(source)),
         archive=True,
         start=_start_shell,
         needs=("bash",),
-        entry=True,
+        entries=("main.sh", "run.sh", "main.bash"),
         doc="Shell: checked, started by the shell of its first line with its options, else bash.",
+    ),
+    Toolchain(
+        name="javascript",
+        suffixes=(".js", ".mjs", ".cjs"),
+        beside=("package.json",),
+        build=_checked_by("/usr/bin/node", "--check"),
+        archive=True,
+        start=_started_by("/usr/bin/node"),
+        needs=("nodejs",),
+        entries=("main.js", "main.mjs", "main.cjs", "index.js", "index.mjs", "index.cjs"),
+        doc="JavaScript, by the image's node: checked, started as a script or a module.",
+    ),
+    Toolchain(
+        name="perl",
+        suffixes=(".pl",),
+        beside=(".pm",),
+        build=_checked_by("/usr/bin/perl", "-I.", "-Ilib", "-c"),
+        archive=True,
+        start=_started_by("/usr/bin/perl", f"-I{PROGRAM_FOLDER}", f"-I{PROGRAM_FOLDER}/lib"),
+        needs=("perl-base",),
+        entries=("main.pl",),
+        doc="Perl, by the image's perl: checked with its modules, started as a script.",
+    ),
+    Toolchain(
+        name="lua",
+        suffixes=(".lua",),
+        build=_checked_by("/usr/bin/luac5.4", "-p"),
+        archive=True,
+        start=_started_by("/usr/bin/lua5.4", "-e", f"package.path = '{_LUA_PATH};' .. package.path"),
+        needs=("lua5.4",),
+        entries=("main.lua",),
+        doc="Lua 5.4, by the image's lua5.4: checked, started as a script.",
     ),
     Toolchain(
         name="make",
         suffixes=(),
+        beside=(*MAKEFILES, *_C, *_CPP, *_HEADERS, ".s", ".mk"),
         build=_build_make,
         archive=False,
         start=_start_executable,
         needs=("make",),
+        artifact=True,
         doc="A project with a Makefile: make, then the artifact that the manifest names.",
     ),
     Toolchain(
@@ -237,30 +297,9 @@ TOOLCHAINS: Final = (
         build=None,
         archive=False,
         start=_start_executable,
-        entry=True,
+        entries=(),
         doc="A ready Linux executable, or a script that names its interpreter: run as it is.",
     ),
-)
-# Chosen by the kind of program only, never by name: it takes projects and policies of X07's own.
-X07: Final = Toolchain(
-    name="x07",
-    suffixes=(),
-    build=lambda source: list(source.args),
-    archive=False,
-    start=_start_executable,
-    needs=("x07",),
-    told=True,
-    doc="X07, by the toolchain that the image carries.",
-)
-# What it made before: nothing is compiled, and it reads and writes frames all the same.
-X07_ARTIFACT: Final = Toolchain(
-    name="x07",
-    suffixes=(),
-    build=None,
-    archive=False,
-    start=_start_executable,
-    told=True,
-    doc="An executable that X07 compiled before.",
 )
 BY_NAME: Final = {toolchain.name: toolchain for toolchain in TOOLCHAINS}
 
@@ -289,8 +328,13 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
     )
 
 
-def require_packages(toolchain: Toolchain, installed: Collection[str], image: str) -> None:
-    """Refuse an image that lacks what *toolchain* needs. image: how a user names it. Raises RefusedError."""
+def require_packages(
+    toolchain: Toolchain, installed: Collection[str], image: str, included: Sequence[str] = ()
+) -> None:
+    """Refuse an image that lacks what *toolchain* needs. Raises RefusedError.
+
+    image: how a user names it. included: packages that were added to it, which the command in the error keeps.
+    """
     missing = [name for name in toolchain.needs if name not in installed]
     if missing == ["x07"]:
         raise RefusedError(
@@ -302,7 +346,7 @@ def require_packages(toolchain: Toolchain, installed: Collection[str], image: st
         raise RefusedError(
             f"the image {image} cannot run {toolchain.name} programs",
             f"it has no {', '.join(missing)}",
-            f"Run x07 image build --name {image} --include {','.join(missing)}",
+            f"Run x07 image build --name {image} --include {','.join([*included, *missing])}",
         )
 
 

@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from x07_sandbox.backends.looks import BackendState
+from x07_sandbox.backends.prerequisites import BackendState
 
 SCHEMA: Final = "x07.sandbox.doctor@0.1.0"
 

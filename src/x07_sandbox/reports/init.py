@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
 from x07_sandbox.host.documents import Status
+from x07_sandbox.programs.starter import ROWS
 
 SCHEMA: Final = "x07.sandbox.init.report@0.1.0"
+_TOOLCHAINS: Final = sorted([*(row.name for row in ROWS), "x07"])
 
 
 class InitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One compact line, with its keys in this order. out: the file's name in the project's root."""
 
     schema_version: Literal["x07.sandbox.init.report@0.1.0"] = SCHEMA
-    toolchain: Literal["c", "cpp", "make", "python", "shell", "x07"]
+    toolchain: Annotated[str, msgspec.Meta(extra_json_schema={"enum": _TOOLCHAINS})]
     project_root: str
     out: str
     status: Status

@@ -13,14 +13,16 @@ from typing import Any, Final
 import msgspec
 
 from x07_sandbox.files import changes
+from x07_sandbox.housekeeping import pruner
 from x07_sandbox.images import manifest
 from x07_sandbox.plan.outcomes import OUTCOMES
 from x07_sandbox.policy.schema import render_schema
-from x07_sandbox.reports import attestation, doctor, failure, images, init, policies, policy_init, pool, runner, wrapped
-from x07_sandbox.runs import preview, prune, result
+from x07_sandbox.reports import doctor, failure, images, init, policies, policy_init, pool
+from x07_sandbox.runs import preview, result
+from x07_sandbox.x07 import attestation, runner_report, wrapped_report
 
 _REF: Final = "#/$defs/{name}"
-_RUNNER: Final = (runner.CompileRunReport, runner.RunOsReport)
+_RUNNER: Final = (runner_report.CompileRunReport, runner_report.RunOsReport)
 # File, version, type of each document that is one type.
 _TABLE: Final[tuple[tuple[str, str, type[msgspec.Struct]], ...]] = (
     ("x07-runtime.attest", attestation.SCHEMA, attestation.Attestation),
@@ -37,7 +39,7 @@ _TABLE: Final[tuple[tuple[str, str, type[msgspec.Struct]], ...]] = (
     ("image.list", images.LIST, images.ListReport),
     ("image.verify", images.VERIFY, images.VerifyReport),
     ("pool", pool.SCHEMA, pool.PoolReport),
-    ("prune", prune.SCHEMA, prune.PruneReport),
+    ("prune", pruner.SCHEMA, pruner.PruneReport),
     ("doctor", doctor.SCHEMA, doctor.DoctorReport),
 )
 
@@ -45,8 +47,8 @@ _TABLE: Final[tuple[tuple[str, str, type[msgspec.Struct]], ...]] = (
 def schemas() -> dict[str, str]:
     """Each file's name and text."""
     made = {name: _text(version, _any_of((kind,))) for name, version, kind in _TABLE}
-    made["x07-os-runner.report"] = _text(runner.SCHEMA, _any_of(_RUNNER))
-    made["x07-run.report"] = _text(wrapped.SCHEMA, _wrapped())
+    made["x07-os-runner.report"] = _text(runner_report.SCHEMA, _any_of(_RUNNER))
+    made["x07-run.report"] = _text(wrapped_report.SCHEMA, _wrapped())
     made["result"] = _text(result.SCHEMA, _result())
     made["changes"] = _text(changes.SCHEMA, _changes())
     made["run-os-policy"] = render_schema().decode()
@@ -60,7 +62,7 @@ def _any_of(types: tuple[type[msgspec.Struct], ...]) -> dict[str, Any]:
 
 
 def _wrapped() -> dict[str, Any]:
-    made = _any_of((wrapped.WrappedReport, *_RUNNER))
+    made = _any_of((wrapped_report.WrappedReport, *_RUNNER))
     made["$defs"]["WrappedReport"]["properties"]["report"] = {"anyOf": made.pop("anyOf")[1:]}
     return {"$ref": _REF.format(name="WrappedReport"), **made}
 

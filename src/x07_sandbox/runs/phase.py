@@ -1,27 +1,31 @@
-"""One phase of a run, all of it known beforehand, and its being carried out by a machine that is there."""
+"""One phase of a run: everything known beforehand, and carrying it out on an instance that has answered."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.plan.confinement import UNCONFINED, Confinement
 from x07_sandbox.plan.denials import Area
-from x07_sandbox.runs.streams import InFile, OutFile
+from x07_sandbox.runs.streams import InFile, OutFile, Sink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.runs.execute import PhaseFacts
-    from x07_sandbox.runs.streams import Cancel, Sink
 
 CWD = "/opt/x07"
 
 
 class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One phase, all of it known beforehand. limits_shown: those of the policy, for reasons."""
+    """One phase. Descriptors are lent.
+
+    limits: as START carries them (plan/sizes). limits_shown: those of the policy, for reasons.
+    mounts: where trees go, as START has them. areas: of the host, for what is said of refusals.
+    changes: takes what comes back of the trees, if anything does (files/incoming.Incoming; loaded only where it is).
+    """
 
     name: Literal["build", "run"]
     argv: list[str]
@@ -33,44 +37,32 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     ram_bytes: int
     cwd: str = CWD
     mounts: tuple[dict[str, Any], ...] = ()
-    areas: tuple[Area, ...] = ()  # of the host, for what is said of refusals
-    changes: Any = None  # files/incoming.Incoming, whose module is loaded only where files may change
+    areas: tuple[Area, ...] = ()
+    changes: Any = None
     output: OutFile | None = None
     limits_shown: Any = None
 
 
-def carry_out(
-    spec: PhaseSpec,
-    instance: Instance,
-    *,
-    stdin_fd: int | None,
-    sinks: tuple[Sink, Sink],
-    cancel: Cancel,
-    on_started: Callable[[], None] = lambda: None,
-) -> PhaseFacts:
-    """Have the machine carry out a phase, whatever becomes of it. stdin_fd: the program's input, lent, or None."""
-    instance.release()
-    # Not before: while the machine comes up there is nothing else to do.
-    from x07_sandbox.runs.execute import Phase, PhaseRequest
+class PhaseStreams(msgspec.Struct, frozen=True, kw_only=True):
+    """What a phase is connected to; all lent.
 
-    stdout, stderr = sinks
-    request = PhaseRequest(
-        job_id=instance.record.job_id,
-        phase=spec.name,
-        argv=spec.argv,
-        env=spec.env,
-        cwd=spec.cwd,
-        files=spec.files,
-        mounts=list(spec.mounts),
-        changes=spec.changes,
-        limits=spec.limits,
-        confine=spec.confine.for_guest(),
-        wall_ms=spec.wall_ms,
-        stdin_fd=stdin_fd,
-        stdout=stdout,
-        stderr=stderr,
-        output=spec.output,
-        cancel=cancel,
-        on_started=on_started,
-    )
-    return Phase(request, instance).run()
+    stdin_fd: where the program's input is streamed from, None for none. on_started: called when the program runs.
+    """
+
+    stdin_fd: int | None
+    stdout: Sink
+    stderr: Sink
+    cancel: Cancel
+    on_started: Callable[[], object] = lambda: None
+
+
+def load_loop() -> None:
+    """Import what carries a phase out: while the instance comes up there is nothing else to do."""
+    import x07_sandbox.runs.execute  # noqa: F401
+
+
+def carry_out(spec: PhaseSpec, instance: Instance, streams: PhaseStreams) -> PhaseFacts:
+    """Have the instance carry out a phase, whatever becomes of it."""
+    from x07_sandbox.runs.execute import Phase
+
+    return Phase(spec, instance, streams).run()

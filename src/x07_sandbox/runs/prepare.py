@@ -1,27 +1,195 @@
-"""Making beforehand what the first run would have to make: a saved machine for each phase."""
+"""From a request to what can be run: all that it names is read, checked and planned, and nothing is started."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Generator
+from typing import TYPE_CHECKING, TypeVar
 
-from x07_sandbox.backends.base import MachineKind
-from x07_sandbox.backends.qemu.backend import QemuBackend
+import msgspec
+from msgspec.structs import replace
+
+from x07_sandbox.backends.base import Availability, Backend
+from x07_sandbox.backends.registry import create
+from x07_sandbox.backends.selection import Choice, choice_of_variables
+from x07_sandbox.errors import RefusedError, shown
 from x07_sandbox.host import settings
-from x07_sandbox.images.verify import open_image
-from x07_sandbox.plan.sizes import ram_class_bytes
-from x07_sandbox.policy import default_policy
+from x07_sandbox.host.variables import flag, text
+from x07_sandbox.images.store import DEFAULT, find_image, image_is_current
+from x07_sandbox.images.verify import OpenImage, open_image
+from x07_sandbox.plan.controls import Plan, make_plan
+from x07_sandbox.programs.toolchains import require_packages
+from x07_sandbox.runs.program import Program, load_program
+from x07_sandbox.runs.request import (
+    InForce,
+    RunRequest,
+    check_arguments,
+    check_variables,
+    open_input,
+    policy_in_force,
+    sha256_text,
+)
+from x07_sandbox.runs.result import ControlReport, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import contextlib
 
     from x07_sandbox.images.store import Image
+    from x07_sandbox.programs.toolchains import Toolchain
+
+_T = TypeVar("_T")
+# A step of a run: yields the draft of the result whenever it knows more, so that whatever happens next, the result
+# can be made from the last one; returns what the next step needs.
+Step = Generator[Result, None, _T]
 
 
-def prepare_templates(image: Image, progress: Callable[[str], None]) -> None:
-    """The VM templates for builds and for runs under the default policy. Raises SandboxError."""
-    backend = QemuBackend(progress)
-    sizes = {"build": settings.BUILD_MEM_BYTES, "run": default_policy().limits.mem_bytes}
-    with open_image(image) as opened:
-        backend.probe(opened)
-        for runtime, mem_bytes in sizes.items():
-            backend.prepare(MachineKind(image=opened, ram_bytes=ram_class_bytes(mem_bytes), runtime=runtime))
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that only its plan can refuse. image: None where the backend uses none; image_name: for messages."""
+
+    request: RunRequest
+    program: Program
+    policy: InForce
+    image: OpenImage | None
+    image_name: str
+    backend: Backend
+    availability: Availability
+    plan: Plan
+
+
+def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
+    """How many bytes of standard output and of standard error a run may write."""
+    most = settings.OUTPUT_MAX_BYTES if request.max_output_bytes is None else request.max_output_bytes
+    return (most, most) if toolchain.protocol is None else toolchain.protocol.output_caps(most)
+
+
+def last_of(step: Step[_T]) -> _T:
+    """What a step returns, where nobody wants its drafts."""
+    while True:
+        try:
+            next(step)
+        except StopIteration as end:
+            value: _T = end.value
+            return value
+
+
+def prepare(
+    request: RunRequest, draft: Result, stack: contextlib.ExitStack, *, dry: bool = False
+) -> Step[tuple[Prepared, Result]]:
+    """Read and check all that a request names, before anything is booted.
+
+    dry: nothing will be run, so input is not read, the image is not renewed, and no guest is booted.
+    Raises SandboxError for everything that ends a run here.
+    """
+    program = request.loaded
+    if program is None:
+        request, program = load_program(request, stack)
+    draft = _known(draft, source=program.sha256)
+    yield draft
+    check_arguments(request)
+    with request.cancel.waiting():  # for whoever opens the other end of a pipe
+        request = replace(request, stdin_fd=open_input(request, stack, wait=not dry))
+    if (protocol := program.toolchain.protocol) is not None:
+        from x07_sandbox.runs.framed_input import need_policy, with_framed_input
+
+        need_policy(request, protocol)
+        request = request if dry else with_framed_input(request, protocol, stack)
+    in_force = request.in_force or policy_in_force(request)
+    draft = _known(replace(draft, policy=shown(in_force.base)), policy=sha256_text(in_force.data))
+    yield draft
+    check_variables(request, in_force.policy)
+    choice = request.choice or choice_of_variables()
+    backend = create(choice.backend)
+    image = None
+    if backend.uses_image:
+        image = yield from _image(request, program, draft, stack, dry=dry)
+        draft = _known(draft, image=image.manifest.digest)
+    else:
+        _require_programs(program, choice)
+    availability = backend.probe(image, boot=not dry)
+    _require_hardware(request, availability)
+    plan = make_plan(in_force.policy, availability.features, cpu_ms=program.cpu_ms)
+    draft = replace(
+        draft,
+        isolation=availability.features.isolation,
+        backend=backend.name,
+        controls=[ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls],
+        warnings=[*draft.warnings, *availability.warnings],
+    )
+    yield draft
+    prepared = Prepared(
+        request=request,
+        program=program,
+        policy=in_force,
+        image=image,
+        image_name=_image_name(request),
+        backend=backend,
+        availability=availability,
+        plan=plan,
+    )
+    return prepared, draft
+
+
+def _known(draft: Result, **digests: str) -> Result:
+    return replace(draft, digests=replace(draft.digests, **digests))
+
+
+def _image(
+    request: RunRequest, program: Program, draft: Result, stack: contextlib.ExitStack, *, dry: bool
+) -> Step[OpenImage]:
+    with request.cancel.waiting():
+        found = find_image(request.image)
+        image = stack.enter_context(open_image(found if dry else current_image(found)))
+    yield _known(draft, image=image.manifest.digest)
+    require_packages(program.toolchain, image.manifest.holds(), _image_name(request), image.manifest.include)
+    check_pinned(image.manifest.digest)
+    return image
+
+
+def _image_name(request: RunRequest) -> str:
+    return request.image or text("X07_VM_GUEST_IMAGE") or DEFAULT
+
+
+def _require_programs(program: Program, choice: Choice) -> None:
+    """Refuse a toolchain whose programs this host lacks. Raises RefusedError."""
+    toolchain, source = program.toolchain, program.source
+    argvs = [toolchain.start(source), *([] if toolchain.build is None else [toolchain.build(source)])]
+    for path in (argv[0] for argv in argvs):
+        if not path.startswith("/x07/") and not os.access(path, os.X_OK):
+            raise RefusedError(
+                f"the backend {choice.backend} cannot run {toolchain.name} programs",
+                f"it uses this host's own programs, and there is no {path}",
+                f"Run apt-get install {' '.join(toolchain.needs)}, or use --sandbox-backend vm",
+            )
+
+
+def _require_hardware(request: RunRequest, availability: Availability) -> None:
+    """Raises RefusedError if hardware virtualisation was demanded and is known not to be used."""
+    by_variable = flag("X07_VM_REQUIRE_HARDWARE")
+    if not (by_variable or request.require_hardware) or not availability.known:
+        return
+    if availability.features.isolation == "vm-hardware":
+        return
+    steps = ["leave out --require-hardware"] * request.require_hardware
+    steps += ["unset X07_VM_REQUIRE_HARDWARE"] * by_variable
+    fix = f"To accept emulation {' and '.join(steps)}, or run where KVM works"
+    raise RefusedError("hardware virtualisation was required", availability.proof, fix)
+
+
+def check_pinned(digest: str) -> None:
+    """Raises RefusedError if another image is the only one that may run."""
+    pinned = text("X07_VM_GUEST_IMAGE_DIGEST")
+    if pinned not in {None, digest}:
+        raise RefusedError(
+            "the guest image is not the one that may run",
+            f"X07_VM_GUEST_IMAGE_DIGEST is {pinned}, and the image has {digest}",
+            "Name the right image, or set the variable to the image that you trust",
+        )
+
+
+def current_image(image: Image) -> Image:
+    """The image with our own guest code: the cheap part of a named image is made anew when that has changed."""
+    if not image.name or image_is_current(image):
+        return image
+    from x07_sandbox.images.build import build_image
+
+    return build_image(name=image.name, progress=lambda _text: None)

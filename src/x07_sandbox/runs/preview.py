@@ -11,8 +11,8 @@ from x07_sandbox.files.roots import Root, trees_of
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import Plan
 from x07_sandbox.runs.host_files import roots_in_force
-from x07_sandbox.runs.run import Read, make_ready
-from x07_sandbox.runs.session import Progress
+from x07_sandbox.runs.prepare import last_of, prepare
+from x07_sandbox.runs.result import draft_result
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.request import RunRequest
@@ -41,20 +41,20 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def preview(request: RunRequest) -> Preview:
     """The plan of *request*. Raises SandboxError for everything that a run would refuse before it copies or boots."""
-    so_far = Progress(run_id=new_run_id())
     with contextlib.ExitStack() as stack:
-        ready = make_ready(request, Read(), so_far, stack, dry=True)
+        ready, draft = last_of(prepare(request, draft_result(new_run_id()), stack, dry=True))
         request, program, toolchain = ready.request, ready.program, ready.program.toolchain
         roots = roots_in_force(request, program, ready.policy.policy)
         if not ready.plan.refusals:
             trees_of(roots)  # a run looks at each of them before it copies any
+        digests = {name: digest for name, digest in msgspec.structs.asdict(draft.digests).items() if digest}
         return Preview(
             toolchain=toolchain.name,
             build=None if toolchain.build is None else toolchain.build(program.source),
             run=[*toolchain.start(program.source), *request.args],
             files=list(program.source.files) or [program.source.name],
             roots=roots,
-            digests=so_far.digests,
+            digests=digests,
             image=ready.image_name,
             plan=ready.plan,
         )

@@ -16,7 +16,6 @@ from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.programs.toolchains import (
     PROJECT_FOLDER,
     SOURCE_FOLDER,
-    X07_ARTIFACT,
     Source,
     Toolchain,
     check_executable,
@@ -36,14 +35,13 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.request import RunRequest
 
 _HEAD_BYTES = 256
-_X07 = (".x07.json", "x07.json")
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
     """A program that was read. data: the source's bytes (for a tree its archive); file: the same, for the build VM.
 
     project: whether a manifest said what belongs to it. lockfile: of an X07 project, its name there; else None.
-    cpu_ms: CPU time that X07 gives it, where the policy does not give less; None for other programs.
+    cpu_ms: CPU time that its own options give it, where the policy does not give less; None for other programs.
     read: the host's files that a project, or the modules of a program, consist of, which nothing of the run may be
     written over.
     """
@@ -75,28 +73,16 @@ def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunR
 
 def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
     if request.source is not None:
-        _no_profile(request, "the source")
+        refuse_profile(request, "the source")
         return request, _from_text(request, request.source, stack)
     path = request.program
     if path is None:
         raise UsageError("cannot run nothing", "there is neither a program nor a source", "Name a file, or use -c")
-    if request.x07_artifact:
-        from x07_sandbox.runs.x07_program import as_artifact
-
-        _no_profile(request, str(path))
-        data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
-        program = _single(X07_ARTIFACT, source_name(str(path)), data, request, stack)
-        return as_artifact(request, path, program, stack)
-    folder = is_folder(path)
-    if path.name.endswith(_X07) or folder:
-        from x07_sandbox.programs.x07 import is_x07
-
-        if is_x07(path):
-            from x07_sandbox.runs.x07_program import load_x07
-
-            return load_x07(request, path, stack)
-    _no_profile(request, str(path))
-    if path.name == "x07-sandbox.toml" or folder:
+    for loader in request.loaders:
+        if (loaded := loader(request, path, stack)) is not None:
+            return loaded
+    refuse_profile(request, str(path))
+    if path.name == "x07-sandbox.toml" or is_folder(path):
         return _from_project(request, path, stack)
     name = source_name(str(path))
     data = read_bounded(path, "program", settings.ARTIFACT_MAX_BYTES)
@@ -105,11 +91,11 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
     if toolchain.build is not None and len(data) > settings.SOURCE_MAX_BYTES:
         why = f"it has more than {settings.SOURCE_MAX_BYTES} bytes"
         raise UsageError(f"cannot run {path}", why, "Name a smaller source file")
-    return request, _single(toolchain, name, data, request, stack)
+    return request, single_file(toolchain, name, data, request, stack)
 
 
-def _no_profile(request: RunRequest, what: str) -> None:
-    """Raises UsageError."""
+def refuse_profile(request: RunRequest, what: str) -> None:
+    """Raise UsageError where a profile is named for what has none."""
     if request.profile is not None:
         raise UsageError(f"cannot run {what} with --profile", "profiles are in an x07.json", "Leave it out")
 
@@ -126,17 +112,18 @@ def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) ->
         why = "a source without a file's name does not say what language it is"
         raise UsageError("cannot run the source", why, "Name its --toolchain")
     toolchain = toolchain_named(request.toolchain)
-    if toolchain.name == "make":
-        raise UsageError("cannot run the source", "make works on a project", "Name a folder with a manifest")
     if len(text) > settings.SOURCE_MAX_BYTES:
         raise UsageError("cannot run the source", f"it has more than {settings.SOURCE_MAX_BYTES} bytes", "Shorten it")
-    return _single(toolchain, f"main{toolchain.suffixes[0] if toolchain.suffixes else ''}", text, request, stack)
+    return single_file(toolchain, f"main{''.join(toolchain.suffixes[:1])}", text, request, stack)
 
 
-def _single(toolchain: Toolchain, name: str, data: bytes, request: RunRequest, stack: contextlib.ExitStack) -> Program:
+def single_file(
+    toolchain: Toolchain, name: str, data: bytes, request: RunRequest, stack: contextlib.ExitStack
+) -> Program:
     """A program of one file, or of one file and others that were given with it."""
-    if toolchain.name == "make":
-        raise UsageError(f"cannot run {name}", "make works on a project", "Name a folder with a manifest")
+    if toolchain.artifact:
+        what = "the source" if request.program is None else name
+        raise UsageError(f"cannot run {what}", f"{toolchain.name} works on a project", "Name a folder with a manifest")
     if toolchain.build is None:
         arch = host_arch()
         check_executable(name, data[:_HEAD_BYTES], arch.name, arch.elf_machine)
@@ -201,7 +188,7 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     read = (place, *(place.parent / name for name in own))
     head = packed.files.get(entry, b"")[:_HEAD_BYTES]
     if toolchain.build is None:
-        single = _single(toolchain, source_name(entry), packed.files[entry], request, stack)
+        single = single_file(toolchain, source_name(entry), packed.files[entry], request, stack)
         return merged, replace(single, project=True, read=read)
     source = Source(name=entry, head=head, args=manifest.build.args, artifact=manifest.artifact or "")
     program = _tree(toolchain, source, packed, stack)

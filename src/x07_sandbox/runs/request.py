@@ -14,20 +14,24 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Machines
+from x07_sandbox.backends.selection import Choice
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy import Policy, decode_policy, default_policy, render_policy
 from x07_sandbox.policy.decode import MAX_BYTES
-from x07_sandbox.runs.streams import Cancel, InFile, OutFile, memory_file
+from x07_sandbox.runs.streams import InFile, OutFile, memory_file
 
 if TYPE_CHECKING:
     import contextlib
 
     from x07_sandbox.policy.overrides import Overrides
-    from x07_sandbox.programs.x07 import Options as X07Options
+    from x07_sandbox.runs.program import Program
+
+    Loader = Callable[["RunRequest", Path, contextlib.ExitStack], tuple["RunRequest", Program] | None]
 else:
-    Overrides = X07Options = object  # msgspec reads annotations; its module is loaded only where there are some
+    Overrides = Loader = Program = object  # msgspec reads annotations; their modules are loaded where needed
 
 # Linux refuses one longer argument (MAX_ARG_STRLEN: 32 pages, NUL included); all of them share a quarter of the stack's
 # 8 MiB with the environment, which may take some hundred KiB.
@@ -50,6 +54,19 @@ class ProjectPolicy(msgspec.Struct, frozen=True):
         return str(self.path)
 
 
+class InForce(NamedTuple):
+    """The policy that holds for a run.
+
+    base: names what it was made from. own_wall_ms: what that gave before the request's `wall_ms` made it less; None
+    where that did not.
+    """
+
+    policy: Policy
+    data: bytes
+    base: str
+    own_wall_ms: int | None = None
+
+
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked for.
 
@@ -62,13 +79,14 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
     max_output_bytes: of each stream; None for the project's limit, else the default.
     artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
-    x07_artifact: the program is an executable of X07's, which reads and writes frames.
     executable: what is built is kept for others to run, so it has to be an executable.
     cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
     queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
-    require_hardware: refuse emulation.
-    profile: of an X07 project, None for its own choice; profiles: whether any of them counts. x07: what X07's compiler
-    is told; x07_input: a program's whole input, set when it is read.
+    choice: the backend, None for what the environment asks for. require_hardware: refuse emulation.
+    loaded, in_force: the program and the policy, where the caller has read them already.
+    profile: of an X07 project, None for its own choice. loaders: they read programs of other kinds than our own; each
+    is asked for the program at a path, and gives None for what is not of its kind. whole_input: of a program with a
+    protocol, set when it is read.
     changes: what becomes of the program's changes to files when it has ended by itself. out: a folder for its /x07/out.
     allow_protected: patterns of names that are let go (files/protected). hide, reveal: more patterns of names that are
     not copied in, and those that are all the same.
@@ -94,17 +112,18 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     raw: bool = False
     max_output_bytes: int | None = None
     artifact: OutFile | None = None
-    x07_artifact: bool = False
     executable: bool = False
     cold: bool = False
     cache: bool = True
     queue_s: float = settings.QUEUE_S
     machines: Machines | None = None
+    choice: Choice | None = None
+    loaded: Program | None = None
+    in_force: InForce | None = None
     require_hardware: bool = False
     profile: str | None = None
-    profiles: bool = True
-    x07: X07Options | None = None
-    x07_input: bytes = b""
+    loaders: tuple[Loader, ...] = ()
+    whole_input: bytes = b""
     changes: Literal["apply", "keep", "discard"] = "apply"
     out: Path | None = None
     allow_protected: tuple[str, ...] = ()
@@ -201,19 +220,6 @@ def _check_own(policy: Policy, given: ProjectPolicy) -> None:
                 f"{given} asks for {root[:256]}, which is outside the project",
                 f"Read it, and if you grant that, name it yourself: --policy {given.path.absolute()}",
             )
-
-
-class InForce(NamedTuple):
-    """The policy that holds for a run.
-
-    base: names what it was made from. own_wall_ms: what that gave before the request's `wall_ms` made it less; None
-    where that did not.
-    """
-
-    policy: Policy
-    data: bytes
-    base: str
-    own_wall_ms: int | None = None
 
 
 def policy_in_force(request: RunRequest) -> InForce:

@@ -165,3 +165,21 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 NOTHING = Output(bytes=0, truncated=False, text="")
+
+
+def draft_result(run: str) -> Result:
+    """The result of a run of which nothing is known yet: what is learned replaces its fields, one after another."""
+    return Result(
+        run=run,
+        outcome="internal-error",
+        fault="host",
+        reason="",
+        x07_exit_code=125,
+        stdout=NOTHING,
+        stderr=NOTHING,
+        phases={},
+        digests=Digests(),
+        controls=[],
+        denials=[],
+        warnings=[],
+    )

@@ -1,55 +1,47 @@
-"""One run from request to result: plan, build job, run job. Nothing of the host changes on the way."""
+"""One run from request to result: prepare, build, run, settle. Nothing of the host changes on the way.
+
+A run is a chain of steps over frozen values. The result is one of them: a draft from the start, replaced by one that
+knows more whenever something becomes known, so whatever ends the run, the result is made from the last draft.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.backends.qemu.backend import QemuBackend
-from x07_sandbox.errors import (
-    BackendError,
-    Cancelled,
-    HostError,
-    ImageError,
-    RefusedError,
-    SandboxError,
-    UsageError,
-    shown,
-)
+from x07_sandbox.errors import BackendError, Cancelled, HostError, ImageError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.variables import text
-from x07_sandbox.images.store import DEFAULT, find_image, image_is_current
-from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.jobs.record import new_run_id
-from x07_sandbox.plan.controls import Plan, make_plan
+from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.policy import PolicyError
-from x07_sandbox.programs.toolchains import OUTPUT, require_packages
+from x07_sandbox.programs.toolchains import OUTPUT
+from x07_sandbox.runs.artifact import artifact_of
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.program import Program, load_program
-from x07_sandbox.runs.request import (
-    InForce,
-    RunRequest,
-    check_arguments,
-    check_variables,
-    open_input,
-    policy_in_force,
-    sha256_text,
-)
-from x07_sandbox.runs.result import ControlReport, Digests, Result
-from x07_sandbox.runs.session import Progress, Session
+from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.prepare import output_caps, prepare
+from x07_sandbox.runs.result import Result, draft_result
+from x07_sandbox.runs.spec import run_spec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from x07_sandbox.images.store import Image
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.policy import Policy
     from x07_sandbox.runs.host_files import HostFiles
+    from x07_sandbox.runs.job import JobEnd
+    from x07_sandbox.runs.phase import PhaseSpec
+    from x07_sandbox.runs.prepare import Prepared, Step
+    from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.request import RunRequest
+
+_TAIL_BYTES = 64 * 1024  # of its error output, in which a failed program may have said what it missed
 
 # By the value of their outcome: its table is loaded only while a machine comes up, or where one of these is raised.
 _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
@@ -62,53 +54,74 @@ _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
 )
 
 
-class Read(msgspec.Struct, frozen=True, kw_only=True):
-    """What the caller has read of a request's files: it is used as it is, so that a report tells of what ran.
-
-    program: with the request that load_program gave beside it.
-    """
-
-    program: Program | None = None
-    policy: InForce | None = None
-
-
-def run(request: RunRequest, read: Read = Read()) -> Result:  # noqa: B008 - it cannot be changed
+def run(request: RunRequest) -> Result:
     """Carry out one run. Every ending is a result; only a bug raises."""
-    return attempt(request, read)[0]
+    return attempt(request)[0]
 
 
-def attempt(request: RunRequest, read: Read = Read()) -> tuple[Result, SandboxError | None]:  # noqa: B008 - as above
-    """As `run`, and the error from which the result was made, where it was one."""
-    so_far = Progress(run_id=new_run_id())
+def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
+    """Carry out one run; the result, and the error that it was made from, where it was one."""
+    draft = draft_result(new_run_id())
     try:
         with contextlib.ExitStack() as stack:
-            folder = RunFolder(so_far.run_id, stack)
-            ending = _carry_out(request, read, so_far, folder, stack)
-            result = _result(so_far, ending)
-            _keep(folder.path / "result.json", msgspec.json.encode(result))
-            return result, None
+            folder = RunFolder(draft.run, stack)
+            for known in _steps(request, draft, folder, stack):
+                draft = known
+            _keep(folder.path / "result.json", msgspec.json.encode(draft))
+            return draft, None
     except SandboxError as exc:
-        _add_cause(exc, so_far)
-        return _result(so_far, _verdict_of(exc, request.cancel.signal)), exc
+        return _ended(_with_cause(draft, exc), _verdict_of(exc, request.cancel.signal)), exc
     except (OSError, MemoryError) as exc:
         from x07_sandbox.host.troubles import host_error
 
         if (error := host_error(exc)) is None:
             raise
-        return _result(so_far, _verdict_of(error)), error
+        return _ended(draft, _verdict_of(error)), error
 
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:
     """The result of a run that never began, or that met a bug of ours. signalled: the signal that cancelled it."""
     from x07_sandbox.plan.outcomes import Outcome, verdict
 
-    so_far = Progress(run_id=new_run_id())
+    draft = draft_result(new_run_id())
     if isinstance(exc, SandboxError):
-        _add_cause(exc, so_far)
-        ending = _verdict_of(exc, signalled)
+        return _ended(_with_cause(draft, exc), _verdict_of(exc, signalled))
+    return _ended(draft, verdict(Outcome.INTERNAL_ERROR, f"a bug in x07-sandbox: {type(exc).__name__}: {exc}"))
+
+
+def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: contextlib.ExitStack) -> Iterator[Result]:
+    """The run: drafts of its result, of which the last is the result."""
+    prepared, draft = yield from prepare(request, draft, stack)
+    if request.overrides is not None:
+        _keep(folder.path / "policy.json", prepared.policy.data)
+    refusals = [_denial(refusal.field, refusal.why, refusal.how_to_allow) for refusal in prepared.plan.refusals]
+    draft = _more(draft, denials=refusals)
+    yield draft
+    prepared.plan.require(request.override_flags)
+    policy = prepared.policy.policy
+    host_files, draft = yield from copied_in(prepared.request, prepared.program, policy, draft, folder, stack)
+    artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
+    failed, draft = yield from artifact_of(prepared, draft, folder, artifact)
+    if failed is not None:
+        yield _ended(draft, failed)
+        return
+    digests = replace(draft.digests, artifact=f"sha256:{artifact.sha256()}")
+    spec = run_spec(prepared, artifact, stack, host_files)
+    draft = replace(draft, digests=digests, filters=_filters(prepared, spec))
+    yield draft
+    end = carry_out_job(prepared, spec, draft.run, folder)
+    ending = _by_whose_limit(end.ending, prepared)
+    draft = _with_run(draft, end._replace(ending=ending))
+    draft = _with_denials(draft, prepared, spec, end)
+    yield draft
+    if host_files is None:
+        yield _ended(draft, ending)
     else:
-        ending = verdict(Outcome.INTERNAL_ERROR, f"a bug in x07-sandbox: {type(exc).__name__}: {exc}")
-    return _result(so_far, ending)
+        yield _settled(draft, host_files, ending)
+
+
+def _more(draft: Result, *, denials: list[Denial]) -> Result:
+    return replace(draft, denials=[*draft.denials, *denials])
 
 
 def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
@@ -121,99 +134,40 @@ def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
     return verdict(Outcome(outcome), str(exc).removesuffix("."), fault="host" if ours else None)
 
 
-class Ready(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that nothing speaks against but its plan: all that it names was read and checked.
-
-    image_name: as a user names it, for what is to be typed.
-    """
-
-    request: RunRequest
-    program: Program
-    policy: InForce
-    image: OpenImage
-    image_name: str
-    backend: QemuBackend
-    plan: Plan
-
-
-def make_ready(
-    request: RunRequest, read: Read, so_far: Progress, stack: contextlib.ExitStack, *, dry: bool = False
-) -> Ready:
-    """Read and check all that a request names, before anything is booted; *so_far* learns of it step by step.
-
-    dry: nothing will be run, so input is not read, the image is not renewed, and no machine tries KVM.
-    Raises SandboxError for everything that ends a run here.
-    """
-    request, program = (request, read.program) if read.program else load_program(request, stack)
-    so_far.digests["source"] = program.sha256
-    check_arguments(request)
-    with request.cancel.waiting():  # for whoever opens the other end of a pipe
-        request = replace(request, stdin_fd=open_input(request, stack, wait=not dry))
-    if program.toolchain.told:
-        from x07_sandbox.runs.x07_program import need_policy, with_framed_input
-
-        need_policy(request)
-        request = request if dry else with_framed_input(request, stack)
-    in_force = read.policy or policy_in_force(request)
-    policy = in_force.policy
-    so_far.policy = shown(in_force.base)
-    so_far.digests["policy"] = sha256_text(in_force.data)
-    check_variables(request, policy)
-    with request.cancel.waiting():
-        found = find_image(request.image)
-        image = stack.enter_context(open_image(found if dry else current_image(found)))
-    so_far.digests["image"] = image.manifest.digest
-    image_name = request.image or text("X07_VM_GUEST_IMAGE") or DEFAULT
-    require_packages(program.toolchain, image.manifest.holds(), image_name)
-    check_pinned(image.manifest.digest)
-    backend = QemuBackend(request.progress, request.cancel.waiting, so_far.warnings.append)
-    so_far.availability = backend.probe(image, require_hardware=request.require_hardware, boot=not dry)
-    so_far.warnings += so_far.availability.warnings
-    so_far.plan = plan = make_plan(policy, so_far.availability.features, cpu_ms=program.cpu_ms)
-    return Ready(
-        request=request,
-        program=program,
-        policy=in_force,
-        image=image,
-        image_name=image_name,
-        backend=backend,
-        plan=plan,
+def _ended(draft: Result, ending: Verdict, exit_code: int | None = None) -> Result:
+    """The draft with how it ended. exit_code: of the command, where it is another than the verdict's."""
+    return replace(
+        draft,
+        outcome=ending.outcome.value,
+        fault=ending.fault,
+        reason=ending.reason,
+        x07_exit_code=ending.x07_exit_code if exit_code is None else exit_code,
+        exit_code=ending.exit_code,
+        signal=ending.signal,
     )
 
 
-def _carry_out(
-    request: RunRequest, read: Read, so_far: Progress, folder: RunFolder, stack: contextlib.ExitStack
-) -> Verdict:
-    ready = make_ready(request, read, so_far, stack)
-    request, program, policy, plan = ready.request, ready.program, ready.policy.policy, ready.plan
-    if request.overrides is not None:
-        _keep(folder.path / "policy.json", ready.policy.data)
-    _add_refusals(plan, so_far)
-    plan.require(request.override_flags)
-    host_files = host_files_of(request, program, policy, so_far, folder, stack)
-    session = Session(request, program, so_far, folder, ready.backend, ready.image)
-    artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-    failed = session.prepare(artifact, ready.policy.data)
-    if failed is not None:
-        return failed
-    so_far.digests["artifact"] = f"sha256:{artifact.sha256()}"
-    spec = session.run_spec(artifact, ready.policy, plan.limits, stack, host_files)
-    ending = session.run(spec, ready.policy)
-    return ending if host_files is None else _settled(host_files, ending, so_far)
+def _with_cause(draft: Result, exc: SandboxError) -> Result:
+    """The draft with what a field of the policy refused, before there was a machine."""
+    if exc.refused_by is None:
+        return draft
+    field, value = exc.refused_by
+    how = None if value is None else HowToAllow(json_path=f"$.{field}", value=value)
+    return _more(draft, denials=[_denial(field, f"{exc.what}: {exc.why}", how)])
 
 
-def host_files_of(
+def copied_in(
     request: RunRequest,
     program: Program,
     policy: Policy,
-    so_far: Progress,
+    draft: Result,
     folder: RunFolder,
     stack: contextlib.ExitStack,
-) -> HostFiles | None:
+) -> Step[tuple[HostFiles | None, Result]]:
     """The host's files of a run, or None where it has none; what did not go in is noted. Raises SandboxError."""
     roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
     if request.out is None and not roots:
-        return None
+        return None, draft
     # Not on the way of a run without files.
     from x07_sandbox.files.copy import EntriesError
     from x07_sandbox.runs.host_files import HostFiles, too_many
@@ -224,51 +178,102 @@ def host_files_of(
         try:
             host_files = HostFiles(request, program, policy, folder, stack)
         except EntriesError as exc:
-            so_far.denials.append(too_many(policy, "copy", exc.why))
+            yield _more(draft, denials=[too_many(policy, "copy", exc.why)])
             raise
-    so_far.denials += host_files.denials()
-    return host_files
+    return host_files, _more(draft, denials=host_files.denials())
 
 
-def _settled(host_files: HostFiles, ending: Verdict, so_far: Progress) -> Verdict:
-    """The verdict, when it is known what became of the changes to files: what the guest says of them may undo it."""
+def _filters(prepared: Prepared, spec: PhaseSpec) -> dict[str, str]:
+    if prepared.image is None:
+        return {}
+    known = prepared.image.manifest.filters
+    return {name: f"sha256:{known[name].sha256}" for name in spec.confine.filters}
+
+
+def _with_run(draft: Result, end: JobEnd) -> Result:
+    report = replace(end.report, reason=end.ending.reason)
+    digests = replace(draft.digests, output=f"sha256:{end.output_sha256}")
+    if end.facts.input_sha256 is not None:
+        digests = replace(digests, input=f"sha256:{end.facts.input_sha256}")
+    return replace(
+        draft,
+        phases={**draft.phases, "run": report},
+        stdout=report.stdout,
+        stderr=report.stderr,
+        jail=end.jail,
+        digests=digests,
+        warnings=[*draft.warnings, *end.warnings],
+    )
+
+
+def _by_whose_limit(ending: Verdict, prepared: Prepared) -> Verdict:
+    """The verdict with the flags in its reason that held the program tighter than the policy."""
+    from x07_sandbox.plan.outcomes import as_limited_by
+
+    flags, cpu_ms = {}, prepared.program.cpu_ms
+    if prepared.policy.own_wall_ms is not None:
+        flags["limits.wall_ms"] = "--timeout"
+    if cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
+        flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
+    return as_limited_by(ending, flags)
+
+
+def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> Result:
+    """The draft with what the program was refused, and what it seems to have missed."""
+    usage, refused, outcome = end.facts.usage, end.facts.refused, end.ending.outcome.value
+    draft = replace(draft, denials_lost=int(usage.get("denials_lost", 0)))
+    tasks = int(usage.get("tasks_refused", 0))
+    disk, memory = usage.get("disk_full"), usage.get("memory_full")
+    if outcome == "ok" and not (refused or tasks or disk or memory):
+        return draft
+    from x07_sandbox.plan import observed  # not on the way of a program that ends well
+
+    policy, program = prepared.policy.policy, prepared.program
+    # Before what was not copied in: what it tried comes first.
+    denials = [*observed.denials(refused, policy, spec.areas, spec.cwd), *draft.denials]
+    if tasks:
+        denials.append(observed.more_tasks(policy, run_limits(policy).max_live, tasks))
+    if disk:
+        denials.append(observed.disk_full())
+    if memory:
+        denials.append(observed.memory_full(policy))
+    own_wall_ms = prepared.policy.own_wall_ms
+    if limit := observed.limit_hit(outcome, policy, cpu_ms=program.cpu_ms, own_wall_ms=own_wall_ms):
+        denials.append(limit)
+    if outcome == "output-limit":
+        stream = str(end.facts.evidence.output_overflow)
+        fixed = program.toolchain.protocol is not None and stream == "stderr"
+        caps = output_caps(prepared.request, program.toolchain)
+        denials.append(observed.too_much_output(stream, None if fixed else caps[0]))
+    draft = replace(draft, denials=denials)
+    if outcome != "ok" and (tail := _tail(end.stderr_fd)):
+        from x07_sandbox.runs.missed import missed
+
+        draft = replace(draft, hints=missed(tail, policy, spec, prepared.request, program))
+    return draft
+
+
+def _tail(fd: int) -> bytes:
+    """The end of what a program wrote."""
+    return os.pread(fd, _TAIL_BYTES, max(0, os.fstat(fd).st_size - _TAIL_BYTES))
+
+
+def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
+    """The result, when it is known what became of the changes to files: what the guest says of them may undo it."""
     from x07_sandbox.errors import PeerError
-    from x07_sandbox.plan.outcomes import Outcome, verdict
+    from x07_sandbox.plan.outcomes import REFUSED_EXIT, Outcome, verdict
 
     well = ending.outcome in {Outcome.OK, Outcome.FAILED}
     try:
-        so_far.changes, refused, warning = host_files.settle(ended_well=well)
+        changes, refused, warning = host_files.settle(ended_well=well)
     except PeerError as exc:
-        return verdict(Outcome.GUEST_LOST, f"the guest broke the channel's protocol: {exc.why}", fault="program")
-    so_far.denials += refused
+        reason = f"the guest broke the channel's protocol: {exc.why}"
+        return _ended(draft, verdict(Outcome.GUEST_LOST, reason, fault="program"))
+    draft = replace(_more(draft, denials=refused), changes=changes)
     if warning:
-        so_far.warnings.append(warning)
-    so_far.kept_back = ending.outcome is Outcome.OK and bool(so_far.changes.reason)
-    return ending
-
-
-def check_pinned(digest: str) -> None:
-    """Raises RefusedError if another image is the only one that may run."""
-    pinned = text("X07_VM_GUEST_IMAGE_DIGEST")
-    if pinned not in {None, digest}:
-        raise RefusedError(
-            "the guest image is not the one that may run",
-            f"X07_VM_GUEST_IMAGE_DIGEST is {pinned}, and the image has {digest}",
-            "Name the right image, or set the variable to the image that you trust",
-        )
-
-
-def _add_refusals(plan: Plan, so_far: Progress) -> None:
-    so_far.denials += [_denial(refusal.field, refusal.why, refusal.how_to_allow) for refusal in plan.refusals]
-
-
-def _add_cause(exc: SandboxError, so_far: Progress) -> None:
-    """What a field of the policy refused, before there was a machine."""
-    if exc.refused_by is None:
-        return
-    field, value = exc.refused_by
-    how = None if value is None else HowToAllow(json_path=f"$.{field}", value=value)
-    so_far.denials.append(_denial(field, f"{exc.what}: {exc.why}", how))
+        draft = replace(draft, warnings=[*draft.warnings, warning])
+    kept_back = ending.outcome is Outcome.OK and changes.reason  # changes that were to be applied and were not
+    return _ended(draft, ending, REFUSED_EXIT if kept_back else None)
 
 
 def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:
@@ -280,51 +285,6 @@ def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:
         observed_by="host",
         count=1,
         how_to_allow=how,
-    )
-
-
-def current_image(image: Image) -> Image:
-    """The image with our own guest code: the cheap part of a named image is made anew when that has changed."""
-    if not image.name or image_is_current(image):
-        return image
-    from x07_sandbox.images.build import build_image
-
-    return build_image(name=image.name, progress=lambda _text: None)
-
-
-def _result(so_far: Progress, ending: Verdict) -> Result:
-    availability, plan = so_far.availability, so_far.plan
-    controls = (
-        [] if plan is None else [ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls]
-    )
-    exit_code = ending.x07_exit_code
-    if so_far.kept_back:
-        from x07_sandbox.plan.outcomes import REFUSED_EXIT as exit_code  # noqa: N811 - a module that is loaded late
-    return Result(
-        run=so_far.run_id,
-        outcome=ending.outcome.value,
-        fault=ending.fault,
-        reason=ending.reason,
-        x07_exit_code=exit_code,
-        exit_code=ending.exit_code,
-        signal=ending.signal,
-        isolation=availability.features.isolation if availability else None,
-        backend="qemu" if availability else None,
-        jail=so_far.jail,
-        artifact_from=so_far.artifact_from,
-        build=so_far.build,
-        stdout=so_far.stdout,
-        stderr=so_far.stderr,
-        phases=so_far.phases,
-        policy=so_far.policy,
-        digests=Digests(**so_far.digests),
-        controls=controls,
-        denials=so_far.denials,
-        denials_lost=so_far.denials_lost,
-        hints=so_far.hints,
-        changes=so_far.changes,
-        filters=so_far.filters,
-        warnings=so_far.warnings,
     )
 
 

@@ -11,8 +11,8 @@ import select
 import signal
 import sys
 
-from x07_sandbox.backends.base import Job, MachineKind
-from x07_sandbox.backends.qemu.backend import QemuBackend
+from x07_sandbox.backends.base import MachineKind
+from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
@@ -21,14 +21,12 @@ from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 def main(image: str, deadline_s: str) -> None:
     """Start, say so, stop, wait for the machine's end."""
     with open_image(find_image(image)) as opened:
-        backend = QemuBackend()
-        backend.probe(opened)
         record = create_record(
             Claim(run_id=new_run_id(), phase="run", wall_ms=1000), backend="qemu", image_digest=opened.manifest.digest
         )
         kind = MachineKind(image=opened, ram_bytes=512 << 20)
-        job = Job(record=record, kind=kind, deadline_s=int(deadline_s), cold=True, last_try=True)  # whatever timer
-        with backend.start(job) as instance:
+        job = QemuJob(record=record, kind=kind, deadline_s=int(deadline_s), any_timer=True)
+        with start_qemu(job, Accelerator(kvm=False)) as instance:
             instance.release()
             sys.stdout.write(json.dumps({"inner": instance.inner.pid}) + "\n")
             sys.stdout.flush()

@@ -1,14 +1,18 @@
-"""QEMU as a backend: what this host offers, and starting jobs on it."""
+"""QEMU as a backend: what this host offers, starting jobs on it, and cloning saved machines."""
 
 from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.base import Availability, Job, MachineKind
+from msgspec.structs import replace
+
+from x07_sandbox.backends.base import Availability, NoAnswerError
+from x07_sandbox.backends.handshake import evidence_of, greet
+from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
-from x07_sandbox.backends.qemu.start import Accelerator, NotStartedError, check_tools, start_qemu
+from x07_sandbox.backends.qemu.start import Accelerator, NotStartedError, QemuJob, check_tools, start_qemu
 from x07_sandbox.backends.qemu.template import (
     ensure_template,
     lack_of_space,
@@ -17,86 +21,140 @@ from x07_sandbox.backends.qemu.template import (
     template_for,
     trust_all,
 )
-from x07_sandbox.errors import BackendError, HostError, ImageError, RefusedError
+from x07_sandbox.backends.qemu.timer import MISCALIBRATED, MISCALIBRATED_FIX, boots, miscalibrated
+from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.troubles import host_error
-from x07_sandbox.host.variables import flag
-from x07_sandbox.jobs.record import drop_unstarted
+from x07_sandbox.jobs.record import create_record, drop_unstarted
+from x07_sandbox.jobs.stopping import live_records, stop_recorded
 from x07_sandbox.plan.features import Isolation, vm_features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from x07_sandbox.backends.qemu.instance import QemuInstance
+    from x07_sandbox.backends.base import Instance, Job, Lease, MachineKind, Pruner
     from x07_sandbox.backends.qemu.start import Saved
     from x07_sandbox.backends.qemu.template import Template
+    from x07_sandbox.host.cancel import Caller
+    from x07_sandbox.host.processes import Identity
     from x07_sandbox.images.verify import OpenImage
+    from x07_sandbox.jobs.record import Claim, JobRecord
 
 # Measured on 2 cores (docs/design.md, "Emulation"): compilers and interpreters take this much longer.
-SLOWDOWN = "9 to 17 times"
-_UNTIL = "So do all like it, until x07 image build is run for their image or the host boots anew"
+SLOWDOWN: Final = "9 to 17 times"
+_UNTIL: Final = "So do all like it, until x07 image build is run for their image or the host boots anew"
+_ANY_TIMER: Final = "the {} machine may have a timer that is late: each booted before it measured its own wrong"
 
 
 class QemuBackend:
-    """The embedded backend of Linux: needs nothing but packages.
-
-    progress: called with a line of text before something that takes seconds, as making a VM template does.
-    waiting: around that, so that a signal can end it. note: called with what the user should know of afterwards.
-    """
+    """The embedded backend of Linux: it needs only packages. `probe` comes before all else."""
 
     name = "qemu"
+    uses_image = True
 
-    def __init__(
-        self,
-        progress: Callable[[str], None] = lambda _text: None,
-        waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-        note: Callable[[str], None] = lambda _text: None,
-    ) -> None:
+    def __init__(self) -> None:
         self._kvm = False
-        self._progress = progress
-        self._waiting = waiting
-        self._note = note
 
-    def probe(self, image: OpenImage, *, require_hardware: bool = False, boot: bool = True) -> Availability:
-        """Hardware virtualisation if our agent has answered under it, else emulation.
+    @property
+    def cloning(self) -> QemuBackend:
+        """Saved machines are cloned copy-on-write."""
+        return self
 
-        boot: a guest may try that; else, where none has yet, the answer is of the weaker class and demands nothing.
-
-        Raises RefusedError if the user demands hardware (X07_VM_REQUIRE_HARDWARE too) and there is none, HostError
-        where a program is missing that a machine needs.
-        """
+    def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
+        """Hardware virtualisation if our agent has answered under it, else emulation."""
         check_tools(host_arch())  # first: what is known of KVM, and each saved machine, is kept by the file of QEMU
-        by_variable = flag("X07_VM_REQUIRE_HARDWARE")
-        verdict = kvm_verdict(image) if boot else known_verdict()
+        verdict = kvm_verdict(_need(image)) if boot else known_verdict()
         if verdict is None:
-            return Availability(usable=True, features=vm_features("vm-emulated"), proof="no guest has tried KVM yet")
+            proof = "no guest has tried KVM yet"
+            return Availability(features=vm_features("vm-emulated"), proof=proof, known=False)
         self._kvm, reason = verdict
-        if (by_variable or require_hardware) and not self._kvm:
-            steps = ["leave out --require-hardware"] * require_hardware
-            steps += ["unset X07_VM_REQUIRE_HARDWARE"] * by_variable
-            fix = f"To accept emulation {' and '.join(steps)}, or run where KVM works"
-            raise RefusedError("hardware virtualisation was required", reason, fix)
         isolation: Isolation = "vm-hardware" if self._kvm else "vm-emulated"
         warnings = () if self._kvm else (f"emulated: CPU work in the guest takes {SLOWDOWN} as long as on this host",)
-        return Availability(usable=True, features=vm_features(isolation), proof=reason, warnings=warnings)
+        return Availability(features=vm_features(isolation), proof=reason, warnings=warnings)
+
+    def list_owned(self) -> Sequence[JobRecord]:
+        """Jobs of this user that are not recorded as gone."""
+        return live_records(self.name)
+
+    def stop(self, record: JobRecord) -> bool:
+        """Stop a job by its record: its supervisor ends all of the jail."""
+        return stop_recorded(record)
+
+    # starting
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[QemuInstance]:
-        """Start a job, blocked until released: a clone where there is a template or one can be made, else cold."""
-        accelerator = Accelerator(kvm=self._kvm)
+        """Start a job: a clone where there is a template or one can be made, else cold; by the first that answers."""
         with contextlib.ExitStack() as stack:
-            stack.callback(drop_unstarted, job.record)
-            saved, why_not = (None, "") if job.cold else self._saved(job.kind, accelerator, stack)
-            instance = stack.enter_context(start_qemu(job, accelerator, memory=saved))
-            instance.cold_reason = why_not
-            yield instance
+            yield self._answering(job, stack)
+
+    def _answering(self, job: Job, stack: contextlib.ExitStack) -> QemuInstance:
+        """The first machine for *job* that answers. Raises NoAnswerError: none did, or the caller cancelled."""
+        claim, cold, cloned = job.claim, job.cold, False
+        notes: dict[str, str] = {}  # by what they are about: each is told once
+        if cold:
+            job.caller.progress(f"booting a machine for the {claim.phase}")
+        tries = enumerate(boots(), 1)
+        number, last = next(tries)
+        while True:
+            with contextlib.ExitStack() as one:
+                instance = one.enter_context(self._started(replace(job, claim=claim, cold=cold), notes, any_timer=last))
+                try:
+                    greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
+                    if last and instance.start_mode == "cold":
+                        notes["timer"] = _ANY_TIMER.format(job.claim.phase)
+                except NoAnswerError as exc:
+                    error = exc
+                else:
+                    stack.push(one.pop_all())
+                    return instance
+                finally:
+                    instance.notes = tuple(notes.values())
+            # It never got to hear of the program, so another machine may take its place.
+            if error.silence.kind == "cancelled":
+                raise error
+            if instance.start_mode == "clone" and not cloned:
+                cold, cloned = self._silent_clone(job, error, notes), True
+                claim = replace(claim, phase=f"{job.claim.phase}-cold")
+                continue
+            if not miscalibrated(error.silence):
+                raise error
+            if last:
+                silence = replace(error.silence, kind="failed", why=f"{MISCALIBRATED}; {MISCALIBRATED_FIX}")
+                raise NoAnswerError(instance, silence)
+            claim = replace(claim, phase=f"{job.claim.phase}-cold{number}")
+            number, last = next(tries)
+
+    def _silent_clone(self, job: Job, error: NoAnswerError, notes: dict[str, str]) -> bool:
+        """Note that a clone did not answer; whether another might, so that the next has to be told to start cold."""
+        from x07_sandbox.plan.outcomes import classify
+
+        evidence = evidence_of(error.silence)
+        why = f"a clone of it did not answer: {classify(evidence).reason}"
+        if evidence.killed:
+            notes["cold"] = _started_cold(job, why)
+        else:
+            template_for(job.kind, Accelerator(kvm=self._kvm)).distrust(why)
+        return evidence.killed
+
+    @contextlib.contextmanager
+    def _started(self, job: Job, notes: dict[str, str], *, any_timer: bool) -> Iterator[QemuInstance]:
+        """One machine for *job*, blocked until released. notes: gets what the user should know."""
+        accelerator = Accelerator(kvm=self._kvm)
+        record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
+        with contextlib.ExitStack() as stack:
+            stack.callback(drop_unstarted, record)
+            saved, why_not = (None, "") if job.cold else self._saved(job, accelerator, stack, notes)
+            if why_not:
+                notes.setdefault("cold", _started_cold(job, why_not))
+            machine = QemuJob(record=record, kind=job.kind, deadline_s=job.claim.deadline_s, any_timer=any_timer)
+            yield stack.enter_context(start_qemu(machine, accelerator, memory=saved))
 
     def _saved(
-        self, kind: MachineKind, accelerator: Accelerator, stack: contextlib.ExitStack
+        self, job: Job, accelerator: Accelerator, stack: contextlib.ExitStack, notes: dict[str, str]
     ) -> tuple[Saved | None, str]:
-        """The machine that such jobs go on from, or None and why not."""
-        template = template_for(kind, accelerator)
+        """The machine that such jobs are cloned from, or None and why not."""
+        template = template_for(job.kind, accelerator)
         if reason := template.bad():
             return None, f"{reason}. {_UNTIL}"
         damage = ""
@@ -107,21 +165,21 @@ class QemuBackend:
             return None, f"{exc.what}: {exc.why}"  # for now, as below
         except ImageError as exc:
             damage = f"{exc.what}: {exc.why}"
-            self._progress(f"{damage}; making it anew")
+            job.caller.progress(f"{damage}; making it anew")
             remove_template(template.folder)
-        saved, why_not = self._made(template, kind, accelerator, stack)
+        saved, why_not = self._made(template, job, accelerator, stack)
         if damage:
-            self._note(damage if saved is None else f"{damage}; it was made anew")
+            notes["damage"] = damage if saved is None else f"{damage}; it was made anew"
         return saved, why_not
 
     def _made(
-        self, template: Template, kind: MachineKind, accelerator: Accelerator, stack: contextlib.ExitStack
+        self, template: Template, job: Job, accelerator: Accelerator, stack: contextlib.ExitStack
     ) -> tuple[Saved | None, str]:
-        """The machine, saved now, or None and why not: whatever hinders that, a job can start cold."""
-        if short := lack_of_space(kind.ram_bytes):
-            return None, short  # for now: nothing speaks against the template
+        """The machine, saved now, or None and why not: whatever prevents that, a job can start cold."""
+        if short := lack_of_space(job.kind.ram_bytes):
+            return None, short  # for now: nothing is wrong with the template
         try:
-            self._make(template, kind, accelerator)
+            self._make(template, job.kind, accelerator, job.caller)
             return stack.enter_context(opened_template(template)), ""
         except NotStartedError as exc:  # for now: another process may have what this one lacks
             return None, f"{exc.what}: {exc.why}"
@@ -134,20 +192,57 @@ class QemuBackend:
                 raise
             return None, f"{error.what}: {error.why}"
 
-    def _make(self, template: Template, kind: MachineKind, accelerator: Accelerator) -> None:
+    def _make(self, template: Template, kind: MachineKind, accelerator: Accelerator, caller: Caller) -> None:
         from x07_sandbox.backends.qemu.saving import make_template
 
-        with self._waiting():
+        with caller.cancel.waiting():
             make = partial(make_template, template, kind, accelerator)
-            ensure_template(template, kind.image.manifest.digest, make, self._progress)
+            ensure_template(template, kind.image_digest, make, caller.progress)
 
-    def distrust(self, kind: MachineKind, reason: str) -> None:
-        """A clone did not answer: its template is used no more in this boot of the host."""
-        template_for(kind, Accelerator(kvm=self._kvm)).distrust(reason)
+    # cloning, as `base.Cloning` has it
 
-    def prepare(self, kind: MachineKind) -> None:
-        """Make the template of this kind now, whatever spoke against it before. Raises SandboxError."""
+    def prepare(self, kind: MachineKind, caller: Caller) -> None:
+        """Make the template of this kind now, whatever prevented it before. Raises SandboxError."""
         accelerator = Accelerator(kvm=self._kvm)
         template = template_for(kind, accelerator)
         trust_all()
-        self._make(template, kind, accelerator)
+        self._make(template, kind, accelerator, caller)
+
+    def prune(self, pruner: Pruner, images: set[str]) -> None:
+        """Remove templates as making another does."""
+        from x07_sandbox.backends.qemu.template import prune_templates
+
+        prune_templates(pruner, images)
+
+    def renew(self, instance: Instance, kind: MachineKind) -> None:
+        """Have the agent make a fresh place for the next program. Raises BackendError."""
+        from x07_sandbox.backends.qemu.saving import renew
+
+        renew(instance, kind)
+
+    def adopt(self, instance: Instance, claim: Claim, runner: Identity) -> None:
+        """Make a machine that waited the job of *claim*."""
+        _ours(instance).adopt(claim, runner)
+
+    def descriptors(self, instance: Instance) -> dict[str, int]:
+        """Its streams, and what tells of its processes' end."""
+        found = _ours(instance)
+        return {**found.ends, "supervisor": found.pidfd, "inner": found.inner_pidfd}
+
+    def leased(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> LeasedInstance:
+        """A machine that another process started and still watches."""
+        return LeasedInstance(lease, record, jail, owned_fds)
+
+
+def _ours(instance: Instance) -> QemuInstance:
+    assert isinstance(instance, QemuInstance)  # noqa: S101 - whoever has a backend gives it its own instances
+    return instance
+
+
+def _need(image: OpenImage | None) -> OpenImage:
+    assert image is not None  # noqa: S101 - the backend says that it uses one
+    return image
+
+
+def _started_cold(job: Job, why: str) -> str:
+    return f"the {job.claim.phase} machine started cold: {why}"

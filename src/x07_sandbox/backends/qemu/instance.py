@@ -10,21 +10,23 @@ import subprocess
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
-from x07_sandbox.backends.qemu.side import SideStream
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import forks, settings
+from x07_sandbox.host.bounded_stream import SideStream
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import Identity, identify, wait_gone
+from x07_sandbox.host.waiting import readable
 from x07_sandbox.jobs.record import renamed_record, renewed_record, write_owner
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.base import Begun
+    from collections.abc import Mapping
+
+    from x07_sandbox.backends.base import Greeting, Lease, StartMode
     from x07_sandbox.jail.cgroups import HostGroups
     from x07_sandbox.jobs.record import Claim, JobRecord
 
 _DEADLINE_SIGNAL: Final = 40  # a real-time signal: those queue
 _GONE_S: Final = 10.0
-_MISTIMED: Final = "x07 init: the timer was measured wrong"  # guest/boot/init.c
 
 
 class Gate:
@@ -53,8 +55,13 @@ class Gate:
 class Streams:
     """What a QEMU says and is told, whoever started it. The descriptors in *ends* are lent."""
 
-    def __init__(self, ends: dict[str, int]) -> None:
+    greeting: Greeting
+
+    def __init__(self, ends: Mapping[str, int], start_mode: StartMode) -> None:
         self.channel_fd = ends["channel"]
+        self.net_fd: int | None = ends["net"]
+        self.start_mode = start_mode
+        self.notes: tuple[str, ...] = ()
         self._qmp_fd = ends["qmp"]
         self.console = SideStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES)
         self.qmp = SideStream(ends["qmp"], keep_bytes=4096)
@@ -74,10 +81,6 @@ class Streams:
         """Read one of them, keeping no more than its bound."""
         self._side[fd].read()
 
-    def mistimed(self) -> bool:
-        """As `Instance` has it."""
-        return _MISTIMED in self.console_tail()
-
     def console_tail(self) -> str:
         """The last of the console and of the VMM's messages, control characters replaced."""
         for stream in self._side.values():
@@ -88,7 +91,7 @@ class Streams:
 class QemuInstance(Streams):
     """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it consists of, each by its name
         self,
         *,
         child: subprocess.Popen[bytes],
@@ -97,11 +100,10 @@ class QemuInstance(Streams):
         ends: dict[str, int],
         groups: HostGroups,
         record: JobRecord,
+        start_mode: StartMode,
     ) -> None:
-        super().__init__(ends)
+        super().__init__(ends, start_mode)
         self.child = child
-        self.begun: Begun = "cold"
-        self.cold_reason = ""
         self.record = record
         self.supervisor = identify(child.pid)
         self.inner = inner
@@ -111,13 +113,14 @@ class QemuInstance(Streams):
         self.inner_pidfd = os.pidfd_open(inner.pid)  # may be gone, unlike the unreaped child: so it comes first
         self.pidfd = os.pidfd_open(child.pid)
         self._gate = gate
+        self._closed = False
         self.gone = False
 
     def release(self) -> None:
         """Let the machine run: its record is written. A second call does nothing."""
         if self._gate.opened or self.child.poll() is not None:
             return  # its deadline came first, and nothing would end what is let go now
-        if self.begun == "clone":
+        if self.start_mode == "clone":
             self.tell(qmp_resume())
         self._gate.open()
 
@@ -137,7 +140,6 @@ class QemuInstance(Streams):
         self.record = renewed_record(self.record, claim)
         self.record_owner(runner)
         self.record = renamed_record(self.record)
-        self.begun = "pool"
 
     def set_deadline(self, seconds: int) -> None:
         """Give the supervisor another deadline: it takes a signal with a value (jail/data/supervisor.pl)."""
@@ -153,8 +155,8 @@ class QemuInstance(Streams):
 
     def stop(self) -> bool:
         """Ask QEMU to quit, kill, wait, remove the groups; whether all of it is proven gone. Safe to call again."""
-        if self.gone:
-            return True
+        if self.gone or self._closed:
+            return self.gone
         self.tell(qmp_quit())
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
@@ -177,5 +179,34 @@ class QemuInstance(Streams):
 
     def close(self) -> None:
         """Close what is ours to close besides the descriptors that `start_qemu` made."""
+        self._closed = True
         os.close(self.pidfd)
         os.close(self.inner_pidfd)
+
+
+class LeasedInstance(Streams):
+    """A machine that the pool's process started and still watches; its descriptors are ours."""
+
+    def __init__(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> None:
+        super().__init__(owned_fds, "pool")
+        self.jail = jail
+        self.record = record
+        self.pidfd = owned_fds["supervisor"]
+        self._inner_pidfd = owned_fds["inner"]
+        self._lease = lease
+        self._gone: bool | None = None
+
+    def release(self) -> None:
+        """It runs already."""
+
+    def exit_status(self) -> int | None:
+        """How the machine's process ended: its parent tells, once it has."""
+        return self._lease.exit_status()
+
+    def stop(self) -> bool:
+        """Ask QEMU to quit, give the machine back; whether all is proven gone."""
+        if self._gone is None:
+            if self.exit_status() is None:
+                self.tell(qmp_quit())
+            self._gone = self._lease.give_back() and readable(self._inner_pidfd, _GONE_S)
+        return self._gone

@@ -49,6 +49,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     tsc_khz: int | None
     scratch_fd: int
     channel_fd: int
+    net_fd: int
     qmp_fd: int
     console_fd: int
     mark: str
@@ -101,7 +102,8 @@ def qemu_argv(machine: Machine) -> list[str]:
         "-device",
         "virtserialport,chardev=channel,nr=1,name=x07.0",
     ]
-    argv += ["-chardev", "null,id=net", "-device", "virtserialport,chardev=net,nr=2,name=x07.net"]
+    argv += ["-chardev", f"socket,id=net,fd={machine.net_fd}"]
+    argv += ["-device", "virtserialport,chardev=net,nr=2,name=x07.net"]
     argv += ["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng"]
     argv += ["-chardev", f"socket,id=console,fd={machine.console_fd}", "-serial", "chardev:console"]
     return [*argv, "-chardev", f"socket,id=qmp,fd={machine.qmp_fd}", "-mon", "chardev=qmp,mode=control"]

@@ -14,8 +14,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.backends.base import MISTIMED, Job, MachineKind, boots
-from x07_sandbox.backends.qemu.start import Accelerator, start_qemu
+from x07_sandbox.backends.base import MachineKind
+from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
+from x07_sandbox.backends.qemu.timer import MISCALIBRATED, boots, miscalibrated
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -24,7 +25,6 @@ from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.host.troubles import out_of_cpu_time
-from x07_sandbox.host.waiting import readable
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def known_verdict() -> tuple[bool, str] | None:
 
 def _record() -> Path:
     """Where the verdict for this boot, kernel and QEMU is kept. Raises HostError for a folder that cannot be used."""
-    return cache_folder("kvm") / f"{_key()}.json"
+    return cache_folder("proofs") / f"{_key()}.json"
 
 
 def _key() -> str:
@@ -89,27 +89,26 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
     Raises SandboxError if no guest could be started at all, or one had no time to answer.
     """
     # What follows is not needed where the verdict is known.
-    from x07_sandbox.backends.qemu.talk import talk_until
+    from x07_sandbox.backends.handshake import Talk
     from x07_sandbox.channel.link import State
 
     kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
     for last in boots():
         claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(limit_s * 1000))
         record = create_record(claim, backend="qemu", image_digest=image.manifest.digest)
-        job = Job(record=record, kind=kind, deadline_s=int(limit_s) + 5, last_try=last)
+        job = QemuJob(record=record, kind=kind, deadline_s=int(limit_s) + 5, any_timer=last)
         with start_qemu(job, accelerator) as instance:
             instance.release()
-            why = talk_until(instance, State.GREETED, Deadline.after(limit_s))
-            if not why:
+            silence = Talk(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
+            if silence is None:
                 return True, f"our agent answered from a guest{_under(accelerator)}"
-            # Where it has ended, its supervisor says so in a moment; before that it could not say how.
-            if "ended" not in why or not readable(instance.pidfd, 1.0):
-                return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {why}"
+            if silence.exit_status is None:
+                return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {silence.why}"
             if spent := out_of_cpu_time(instance.exit_status()):
                 raise HostError("cannot try a guest", f"the machine {spent}", "Raise that limit")
-            if not instance.mistimed():
+            if not miscalibrated(silence):
                 return False, _ended(instance, accelerator)
-    return False, f"no guest{_under(accelerator)} could be booted: {MISTIMED}"
+    return False, f"no guest{_under(accelerator)} could be booted: {MISCALIBRATED}"
 
 
 def _ended(instance: QemuInstance, accelerator: Accelerator) -> str:

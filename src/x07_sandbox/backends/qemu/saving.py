@@ -7,11 +7,11 @@ import os
 import select
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.base import Job, MachineKind, boots
+from x07_sandbox.backends.handshake import Talk
 from x07_sandbox.backends.qemu.machine import qmp_save, qmp_saved
-from x07_sandbox.backends.qemu.start import Saving, start_qemu
-from x07_sandbox.backends.qemu.talk import talk_until
+from x07_sandbox.backends.qemu.start import QemuJob, Saving, start_qemu
 from x07_sandbox.backends.qemu.template import SCHEMA, TemplateManifest, sparse_sha256, warm_up
+from x07_sandbox.backends.qemu.timer import boots, miscalibrated
 from x07_sandbox.channel.frames import Kind
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError
@@ -19,7 +19,6 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import open_own
 from x07_sandbox.host.troubles import out_of_cpu_time
-from x07_sandbox.host.waiting import readable
 from x07_sandbox.images.manifest import Part
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
@@ -27,6 +26,7 @@ from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from x07_sandbox.backends.base import Instance, MachineKind
     from x07_sandbox.backends.qemu.instance import QemuInstance
     from x07_sandbox.backends.qemu.start import Accelerator
     from x07_sandbox.backends.qemu.template import Template
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
 _ASK_AGAIN_MS: Final = 5
-_ENDS_S: Final = 0.5
 _FIX: Final = "Jobs start cold until the host boots anew or x07 image build is run"
 
 
@@ -57,7 +56,7 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
         return TemplateManifest(
             schema_version=SCHEMA,
             key=template.key,
-            image=kind.image.manifest.digest,
+            image=kind.image_digest,
             ram=parts["ram"],
             state=parts["state"],
             scratch=parts["scratch.head"],
@@ -67,23 +66,21 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
 
 def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Saving, *, last: bool) -> bool:
     """Whether it is; if not, another machine may do better. last: the last that tries. Raises BackendError."""
-    record = create_record(
-        Claim(run_id=new_run_id(), phase="template", wall_ms=int(settings.TEMPLATE_S * 1000)),
-        backend="qemu",
-        image_digest=kind.image.manifest.digest,
-    )
-    job = Job(record=record, kind=kind, deadline_s=2 * int(settings.TEMPLATE_S), last_try=last)
+    claim = Claim(run_id=new_run_id(), phase="template", wall_ms=int(settings.TEMPLATE_S * 1000))
+    record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
+    job = QemuJob(record=record, kind=kind, deadline_s=2 * int(settings.TEMPLATE_S), any_timer=last)
     with start_qemu(job, accelerator, memory=saving) as instance:
         instance.release()
-        words = {State.GREETED: (Kind.WARM, warm_up(kind))}
         deadline = Deadline.after(settings.TEMPLATE_S)
-        if why := talk_until(instance, State.WARM, deadline, words=words):
+        say = {State.GREETED: (Kind.WARM, warm_up(kind))}
+        if silence := Talk(instance, State.WAITING).until(State.WARM, deadline, say):
             _check_presence(deadline)
-            if instance.mistimed() and not last:
+            if miscalibrated(silence) and not last:
                 return False
-            if spent := _out_of_cpu_time(instance):
+            why = silence.why
+            if spent := out_of_cpu_time(instance.exit_status()):
                 raise HostError("cannot make a VM template", f"{why}; it {spent}", "Raise that limit")
-            said = " ".join(instance.console_tail().split())[-200:] if "ended" in why else ""
+            said = " ".join(instance.console_tail().split())[-200:] if silence.kind == "ended" else ""
             raise BackendError("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
         _save(instance)
         if not instance.stop():
@@ -91,10 +88,13 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
     return True
 
 
-def _out_of_cpu_time(instance: QemuInstance) -> str:
-    """As of troubles, of a machine that may just be ending."""
-    readable(instance.pidfd, _ENDS_S)
-    return out_of_cpu_time(instance.exit_status())
+def renew(instance: Instance, kind: MachineKind) -> None:
+    """Have the agent, which has run a program of ours, make a fresh place for the next one. Raises BackendError."""
+    say = {State.COLLECTING: (Kind.WARM, warm_up(kind) | {"commands": []})}
+    talk = Talk(instance, State.COLLECTING)
+    if silence := talk.until(State.WARM, Deadline.after(settings.TEMPLATE_S), say):
+        raise BackendError("cannot warm a machine", silence.why, "Run x07 doctor")
+    instance.start_mode = "pool"  # also one that was booted is spoken to as one that waits from now on
 
 
 def _check_presence(deadline: Deadline) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
@@ -25,10 +25,10 @@ from x07_sandbox.backends.qemu.machine import (
     Origin,
     qemu_argv,
 )
-from x07_sandbox.backends.qemu.side import SideStream
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import forks, settings
 from x07_sandbox.host.arch import Arch, host_arch
+from x07_sandbox.host.bounded_stream import SideStream
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import Identity, children_of, identify, own_identity
 from x07_sandbox.host.troubles import fix_of, need_own_proc
@@ -44,7 +44,9 @@ from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import drop_unstarted, mark_done, write_owner
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.base import Job
+    from x07_sandbox.backends.base import MachineKind, StartMode
+    from x07_sandbox.images.verify import OpenImage
+    from x07_sandbox.jobs.record import JobRecord
 
 _AS_ABOVE_RAM: Final = 3 * settings.GIB  # code, thread stacks, and the translator's buffer of 1 GiB
 _CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
@@ -85,6 +87,15 @@ class NotStartedError(BackendError):
     """No machine came to be: the host's doing, or the caller's limits. It says nothing of what it would have run."""
 
 
+class QemuJob(NamedTuple):
+    """One machine to start. deadline_s: when its supervisor ends it. any_timer: it may go on with a wrong timer."""
+
+    record: JobRecord
+    kind: MachineKind
+    deadline_s: int
+    any_timer: bool = False
+
+
 class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
     """How the guest's processor is provided."""
 
@@ -93,7 +104,7 @@ class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextlib.contextmanager
 def start_qemu(
-    job: Job, accelerator: Accelerator, arch: Arch | None = None, memory: Saving | Saved | None = None
+    job: QemuJob, accelerator: Accelerator, arch: Arch | None = None, memory: Saving | Saved | None = None
 ) -> Iterator[QemuInstance]:
     """A QEMU for *job*, blocked until released; on the way out it is gone and its record says so.
 
@@ -101,9 +112,9 @@ def start_qemu(
     arch: names the VMM and what it needs; this machine's row if None (tests of the jail put another VMM in its place).
     Raises NotStartedError, HostError; BackendError too where it ended at once.
     """
-    arch = arch or host_arch()
+    arch, record, image = arch or host_arch(), job.record, image_of(job.kind)
     with contextlib.ExitStack() as stack:
-        stack.callback(drop_unstarted, job.record)
+        stack.callback(drop_unstarted, record)
         need_own_proc()
         check_tools(arch)
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
@@ -115,13 +126,14 @@ def start_qemu(
             ram_bytes=job.kind.ram_bytes,
             kvm_fd=_own(stack, os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) if accelerator.kvm else None,
             tsc_khz=None if accelerator.kvm else tsc_khz(arch),
-            scratch_fd=_scratch_disk(given, job, memory),
+            scratch_fd=_scratch_disk(given, image, record, memory),
             channel_fd=theirs["channel"],
+            net_fd=theirs["net"],
             qmp_fd=theirs["qmp"],
             console_fd=theirs["console"],
-            mark=job.record.mark,
+            mark=record.mark,
             origin=_origin(memory),
-            any_timer=job.last_try,
+            any_timer=job.any_timer,
         )
         gate_r, gate_w = os.pipe2(os.O_CLOEXEC)
         gate = Gate(gate_w, vmm_filter(arch))
@@ -131,11 +143,11 @@ def start_qemu(
             files=_jail_files(arch, with_setpriv=uid is not None),
             # The opened files themselves, on a read-only mount: through a descriptor of its own a VMM that runs under
             # the owner's uid could still change an image's mode and times, and so spoil it for later runs.
-            fd_files=_fd_files(job, memory),
+            fd_files=_fd_files(image, memory),
             fd_writable=_writable(memory, uid),
             devices=("/dev/urandom",),
             uid=uid,
-            mark=job.record.mark,
+            mark=record.mark,
             deadline_s=job.deadline_s,
             runner_pid=os.getpid(),
             syscalls=arch.syscalls,
@@ -145,23 +157,33 @@ def start_qemu(
         )
         passed = [fd for fd in (machine.kvm_fd, lock_fd) if fd is not None]
         passed += [*(fd for fd, _ in (*jail.fd_files, *jail.fd_writable)), machine.scratch_fd, gate_r]
-        passed += [theirs[name] for name in ("channel", "qmp", "console")]
+        passed += [theirs[name] for name in ("channel", "net", "qmp", "console")]
         request = Launch(argv=jail_argv(jail, qemu_argv(machine)), pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
-        cloned = machine.origin is Origin.CLONE
-        yield from _run(job, request, gate=gate, ours=ours, given=given, cloned=cloned)
+        start_mode: StartMode = "clone" if machine.origin is Origin.CLONE else "cold"
+        made = _Made(record=record, ram_bytes=job.kind.ram_bytes, start_mode=start_mode, gate=gate, ours=ours)
+        yield from _run(made, request, given)
 
 
-def _run(
-    job: Job, request: Launch, *, gate: Gate, ours: dict[str, int], given: Given, cloned: bool
-) -> Iterator[QemuInstance]:
-    groups = make_groups(job.record.job_id, memory_bytes=job.kind.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
+class _Made(NamedTuple):
+    """What a machine is made with, before it has processes. ours: our ends of its streams."""
+
+    record: JobRecord
+    ram_bytes: int
+    start_mode: StartMode
+    gate: Gate
+    ours: dict[str, int]
+
+
+def _run(made: _Made, request: Launch, given: Given) -> Iterator[QemuInstance]:
+    record, ours = made.record, made.ours
+    groups = make_groups(record.job_id, memory_bytes=made.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
     child = None
     instance = None
     gone = False
     try:
         # First without processes: whatever is left by a runner killed from here on carries the mark that stands there.
         runner = own_identity()
-        write_owner(job.record, runner=runner, processes={}, cgroups=groups.names())
+        write_owner(record, runner=runner, processes={}, cgroups=groups.names())
         try:
             child = launch(request)
         except OSError as exc:
@@ -171,9 +193,16 @@ def _run(
         given.close()  # the child has its own by now; an end of a pipe that stayed open here would never end
         inner = _inner_process(child, ours["stderr"])
         try:
-            _bound(inner.pid, job, groups)
-            instance = QemuInstance(child=child, inner=inner, gate=gate, ends=ours, groups=groups, record=job.record)
-            instance.begun = "clone" if cloned else "cold"
+            _bound(inner.pid, made.ram_bytes, groups)
+            instance = QemuInstance(
+                child=child,
+                inner=inner,
+                gate=made.gate,
+                ends=ours,
+                groups=groups,
+                record=record,
+                start_mode=made.start_mode,
+            )
         except ProcessLookupError as exc:
             raise _no_jail(child, ours["stderr"]) from exc
         instance.record_owner(runner)
@@ -188,7 +217,7 @@ def _run(
             gone = groups.remove()
         if gone:
             with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
-                mark_done(job.record if instance is None else instance.record)
+                mark_done(record if instance is None else instance.record)
 
 
 def _end_without_jail(child: subprocess.Popen[bytes]) -> None:
@@ -239,12 +268,12 @@ def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> NotStartedError:
     return NotStartedError("cannot build the jail around the virtual machine", said[:500], fix)
 
 
-def _bound(pid: int, job: Job, groups: HostGroups) -> None:
+def _bound(pid: int, ram_bytes: int, groups: HostGroups) -> None:
     """Limits on the still blocked process: everything that it starts inherits them."""
     limits = {
         resource.RLIMIT_FSIZE: settings.SCRATCH_BYTES,
-        resource.RLIMIT_AS: job.kind.ram_bytes + _AS_ABOVE_RAM,
-        resource.RLIMIT_DATA: job.kind.ram_bytes + _AS_ABOVE_RAM,  # the guest's RAM is such memory
+        resource.RLIMIT_AS: ram_bytes + _AS_ABOVE_RAM,
+        resource.RLIMIT_DATA: ram_bytes + _AS_ABOVE_RAM,  # the guest's RAM is such memory
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
@@ -310,11 +339,18 @@ def _own(stack: contextlib.ExitStack, fd: int) -> int:
     return fd
 
 
+def image_of(kind: MachineKind) -> OpenImage:
+    """The image of a kind of virtual machine: each has one."""
+    if kind.image is None:
+        raise HostError("cannot start a virtual machine", "it needs a guest image", "Run x07 image build")
+    return kind.image
+
+
 def _channel_ends(stack: contextlib.ExitStack, given: Given) -> tuple[dict[str, int], dict[str, int]]:
     """Our ends, and those that the child gets."""
     ours: dict[str, int] = {}
     theirs: dict[str, int] = {}
-    for name in ("channel", "qmp", "console", "stderr"):
+    for name in ("channel", "net", "qmp", "console", "stderr"):
         near, far = socket.socketpair()
         ours[name], theirs[name] = _own(stack, near.detach()), far.detach()
         given.add(theirs[name])
@@ -328,11 +364,12 @@ def _origin(memory: Saving | Saved | None) -> Origin:
     return Origin.SAVING if isinstance(memory, Saving) else Origin.CLONE
 
 
-def _fd_files(job: Job, memory: Saving | Saved | None) -> tuple[tuple[int, str], ...]:
+def _fd_files(image: OpenImage, memory: Saving | Saved | None) -> tuple[tuple[int, str], ...]:
     """What the machine reads. A clone has kernel and initramfs in its memory."""
+    root = image.fds["root"], ROOT
     if isinstance(memory, Saved):
-        return ((memory.ram_fd, RAM), (memory.state_fd, STATE), (job.kind.image.root_fd, ROOT))
-    return ((job.kind.image.kernel_fd, KERNEL), (job.kind.image.initrd_fd, INITRD), (job.kind.image.root_fd, ROOT))
+        return ((memory.ram_fd, RAM), (memory.state_fd, STATE), root)
+    return ((image.fds["kernel"], KERNEL), (image.fds["initrd"], INITRD), root)
 
 
 def _writable(memory: Saving | Saved | None, uid: int | None) -> tuple[tuple[int, str], ...]:
@@ -344,24 +381,24 @@ def _writable(memory: Saving | Saved | None, uid: int | None) -> tuple[tuple[int
     return ((memory.ram_fd, RAM), (memory.state_fd, STATE))
 
 
-def _scratch_disk(given: Given, job: Job, memory: Saving | Saved | None) -> int:
+def _scratch_disk(given: Given, image: OpenImage, record: JobRecord, memory: Saving | Saved | None) -> int:
     """The job's own disk: a file without a name, so that nothing of it can be left behind, and never read here.
 
     A clone's holds what it held when the machine was saved, for its kernel has it in memory.
     """
     if isinstance(memory, Saving):
-        write_disk(job.kind.image.scratch_fd, job.kind.image.manifest.scratch_disk, memory.scratch_fd)
+        write_disk(image.fds["scratch"], image.manifest.scratch_disk, memory.scratch_fd)
         return memory.scratch_fd
     try:
-        fd = os.open(job.record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fd = os.open(record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         fix = fix_of(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
-        raise HostError("cannot make the scratch disk", f"{job.record.folder}: {exc.strerror}", fix) from exc
+        raise HostError("cannot make the scratch disk", f"{record.folder}: {exc.strerror}", fix) from exc
     given.add(fd)  # not ours once the child has it, so that its space is free when the child is gone
     if isinstance(memory, Saved):
         write_disk(memory.scratch_fd, memory.scratch_disk, fd)
     else:
-        write_disk(job.kind.image.scratch_fd, job.kind.image.manifest.scratch_disk, fd)
+        write_disk(image.fds["scratch"], image.manifest.scratch_disk, fd)
     return fd
 
 

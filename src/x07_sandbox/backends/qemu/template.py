@@ -16,19 +16,20 @@ import hashlib
 import json
 import math
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv
-from x07_sandbox.backends.qemu.start import Saved, tsc_khz
+from x07_sandbox.backends.qemu.start import Saved, image_of, tsc_khz
 from x07_sandbox.errors import BackendError, HostError, ImageError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.models import known
-from x07_sandbox.host.paths import cache_folder, least_recently_used, read_bounded, replace_file
+from x07_sandbox.host.paths import cache_dir, cache_folder, foreign, least_recently_used, read_bounded, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.store import list_images
@@ -40,7 +41,7 @@ from x07_sandbox.policy import default_policy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from x07_sandbox.backends.base import MachineKind
+    from x07_sandbox.backends.base import MachineKind, Pruner
     from x07_sandbox.backends.qemu.start import Accelerator
 
     Maker = Callable[[Path], "TemplateManifest"]
@@ -67,7 +68,7 @@ def warm_up(kind: MachineKind) -> dict[str, object]:
     """
     running = kind.runtime == "run"
     return {
-        "preload": kind.image.manifest.preload if running else _OF_BUILDS,
+        "preload": image_of(kind).manifest.preload if running else _OF_BUILDS,
         "hostname": settings.GUEST_HOSTNAME,
         "output": not running,
         "limits": run_limits(default_policy()).for_guest() if running else build_limits(),
@@ -155,6 +156,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
         tsc_khz=None,
         scratch_fd=0,
         channel_fd=0,
+        net_fd=0,
         qmp_fd=0,
         console_fd=0,
         mark="",
@@ -162,7 +164,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
     )
     parts = [
         SCHEMA,
-        kind.image.manifest.digest,
+        kind.image_digest,
         qemu_argv(machine),
         [_file_identity(path) for path in (arch.qemu_binary, *arch.firmware)],
         # The clock as steps of 0.1 %: what /proc/cpuinfo says of it moves in the last digits.
@@ -337,3 +339,25 @@ def take_template_away(folder: Path) -> None:
 def leftovers(folder: Path) -> list[Path]:
     """What killed processes left; whoever asks holds the lock, so that nobody makes one now."""
     return [*folder.glob(".new-*"), *folder.glob(".old-*")]
+
+
+def prune_templates(pruner: Pruner, images: set[str]) -> None:
+    """Remove templates as making another does. images: digests of those that stay. Raises SandboxError."""
+    import shutil
+
+    if not os.path.lexists(cache_dir() / "templates"):
+        return
+    folder = templates_dir()
+    with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for a VM template to be made")):
+        for left in leftovers(folder):
+            if not foreign(left.lstat(), stat.S_ISDIR):
+                pruner.remove("leftover", left, "a killed process left it", shutil.rmtree)
+        for path, why in expired_templates(keep="", images=images):
+            if problem := foreign(path.lstat(), stat.S_ISDIR):
+                pruner.keep("template", path, problem)
+            else:
+                pruner.remove("template", path, why, take_template_away)
+        for path in folder.glob("*.bad"):
+            heeded = Template(key=path.stem, folder=path.with_suffix("")).bad()
+            if not foreign(path.lstat(), stat.S_ISREG) and not heeded:
+                pruner.remove("leftover", path, "it was true of another boot of this machine", Path.unlink)

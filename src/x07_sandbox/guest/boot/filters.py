@@ -40,7 +40,7 @@ DENIED = (
     # keyrings, files by handle, notices about whole file systems
     *("add_key", "request_key", "keyctl", "open_by_handle_at", "name_to_handle_at", "fanotify_init", "fanotify_mark"),
     # large and young parts of the kernel; memory that could be executed without a file system's leave
-    *("bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter", "io_uring_register"),
+    *("bpf", "perf_event_open", "userfaultfd", "io_uring_enter", "io_uring_register"),
     *("memfd_create", "memfd_secret", "lookup_dcookie"),
 )
 # Calls that the kernel's audit records when the program may not: they name files, use up descriptors, or raise limits.
@@ -93,11 +93,12 @@ def base_rules() -> list[Rule]:
 
 
 def quiet_rules() -> list[Rule]:
-    """What is refused without a record, since every thread begins with it.
+    """What is refused without a record, since ordinary programs try it and fall back.
 
-    The flags of clone3 lie in memory, where no filter can see them; the C library falls back on clone.
+    The flags of clone3 lie in memory, where no filter can see them; the C library falls back on clone. libuv, and so
+    every program of node, asks for io_uring and falls back on epoll.
     """
-    return [("clone3", ENOSYS, ())]
+    return [("clone3", ENOSYS, ()), ("io_uring_setup", EPERM, ())]
 
 
 def forbidding(*, threads: bool, spawn: bool, execute: bool, once: bool) -> list[Rule]:

@@ -1,8 +1,8 @@
 """Runs in the build VM: check a script or a tree of them, and pack it as a newc archive (cpio(5)).
 
 Arguments: "file" or "tree", the source's folder, the file that is started, the folder it will lie in, the output, then
-"python", or "shell" and the command that checks the file named after it. Every Python file is byte-compiled; exit 1
-with the errors as Python, or the shell, shows them.
+the command that checks the file named after it; without one that file is Python. Every Python file is byte-compiled;
+exit 1 with the errors as Python, or that command, shows them.
 """
 
 import sys
@@ -15,7 +15,7 @@ import os
 import traceback
 from importlib._bootstrap_external import _code_to_hash_pyc  # type: ignore[attr-defined]  # as py_compile does
 
-what, folder, name, target, output, kind, *check = sys.argv[1:]
+what, folder, name, target, output, *check = sys.argv[1:]
 sys.dont_write_bytecode = True
 wrong: list[str] = []
 entries: dict[str, tuple[int, bytes]] = {}
@@ -44,7 +44,7 @@ def take(path: str) -> None:
         text = file.read()
         mode = os.fstat(file.fileno()).st_mode
     entries[path] = (0o100755 if mode & 0o100 else 0o100644, text)
-    if path.endswith(".py") or (path == name and kind == "python"):
+    if path.endswith(".py") or (path == name and not check):
         compiled(path, text)
 
 
@@ -65,7 +65,8 @@ if what == "tree":
     walk("")
 else:
     take(name)
-if kind == "shell":
+if check:
+    os.chdir(folder)
     pid = os.posix_spawn(check[0], [*check, f"{folder}/{name}"], {})
     if os.waitpid(pid, 0)[1]:
         sys.exit(1)

@@ -1,6 +1,6 @@
 """The pool's process: keeps machines warm and gives them to this user's commands over a private socket.
 
-    python -m x07_sandbox.runs.pool_server SIZE IDLE_S IMAGE READY_FD
+    python -m x07_sandbox.pool.server SIZE IDLE_S IMAGE READY_FD
 
 IMAGE: a name or digest, "" for the default. READY_FD gets one JSON object: {"ready": SIZE}, or what went wrong. It ends
 by SIGTERM or SIGINT, when it is told to, and after IDLE_S seconds in which nobody claimed a machine or holds one; its
@@ -24,17 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.errors import HostError, SandboxError, UsageError
-from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.models import known
-from x07_sandbox.host.paths import state_dir
-from x07_sandbox.host.processes import identify
-from x07_sandbox.host.troubles import host_error
-from x07_sandbox.host.waiting import readable
-from x07_sandbox.jobs.record import Claim
-from x07_sandbox.runs.lease import (
+from x07_sandbox.backends.lease import (
     ANSWER_S,
     GONE_S,
     PROTOCOL,
@@ -46,12 +36,22 @@ from x07_sandbox.runs.lease import (
     send,
     socket_address,
 )
-from x07_sandbox.runs.warm import WarmMachines
+from x07_sandbox.errors import HostError, SandboxError, UsageError
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.models import known
+from x07_sandbox.host.paths import state_dir
+from x07_sandbox.host.processes import identify
+from x07_sandbox.host.troubles import host_error
+from x07_sandbox.host.waiting import readable
+from x07_sandbox.jobs.record import Claim
+from x07_sandbox.pool.warm import WarmMachines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from x07_sandbox.runs.warm import WarmMachine
+    from x07_sandbox.pool.warm import WarmMachine
 
 _WAITING_MAX: Final = 128
 _JOB_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,10}-[a-z]{1,16}")
@@ -170,7 +170,7 @@ class Server:
             "ready": machines.ready(),
             "running": leases,
             "claimed": machines.claimed,
-            "image": machines.kind.image.manifest.digest,
+            "image": machines.kind.image_digest,
             "idle_s": self.idle_s,
             "unused_s": round(time.monotonic() - machines.used_at, 1),
             "problem": None if problem is None else str(problem),
@@ -185,7 +185,7 @@ class Server:
             self._leases += 1
         ended = False
         try:
-            message, fds = handed_over(machine.instance)
+            message, fds = handed_over(self.machines.backend, machine.instance)
             send(connection, message, fds)
             connection.settimeout(None)
             ended = self._wait_for_an_end(connection, machine.instance.pidfd, pid)
@@ -212,10 +212,10 @@ class Server:
 
     def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
         """The machine that is asked for, already the claimer's by its record; None if there is none."""
-        ours = (str(state_dir()), list(self.machines.kind.key))
+        ours = (str(state_dir()), self.machines.backend.name, list(self.machines.kind.key))
         runner = identify(pid)
         claim = _claim(asked)
-        if claim is None or runner is None or (asked.get("state_dir"), asked.get("kind")) != ours:
+        if claim is None or runner is None or tuple(map(asked.get, ("state_dir", "backend", "kind"))) != ours:
             return None
         return self.machines.take(claim, runner)
 

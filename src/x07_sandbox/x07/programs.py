@@ -13,12 +13,13 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.host.variables import number, text
-from x07_sandbox.programs import x07
-from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, X07, Source
-from x07_sandbox.runs.program import Program, refuse_what_it_says_itself
+from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, Source, source_name
+from x07_sandbox.runs.program import Program, refuse_profile, refuse_what_it_says_itself, single_file
 from x07_sandbox.runs.project import with_own_files
 from x07_sandbox.runs.request import in_memory, sha256_text
-from x07_sandbox.runs.streams import memory_file, read_all
+from x07_sandbox.runs.streams import memory_file
+from x07_sandbox.x07 import project as x07
+from x07_sandbox.x07.protocol import X07, X07_ARTIFACT
 
 if TYPE_CHECKING:
     import contextlib
@@ -27,19 +28,28 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.request import RunRequest
 
 
-def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
+def load_x07(
+    request: RunRequest,
+    path: Path,
+    stack: contextlib.ExitStack,
+    *,
+    options: x07.Options = x07.Options(),  # noqa: B008 - it cannot be changed
+    profiles: bool = True,
+) -> tuple[RunRequest, Program] | None:
     """The program at *path*, and the request with what its profile says where the request is silent.
 
+    None if *path* is nothing of X07's. options: what the compiler is told. profiles: whether those of a project count.
     Raises UsageError.
     """
+    if not x07.is_x07(path):
+        return None
     refuse_what_it_says_itself(request, str(path), "an X07 program says itself what it is")
     request = _with_arguments_as_input(request, path, stack)
-    given = request.x07 or x07.Options()
     given = replace(
-        given,
+        options,
         max_output_bytes=request.max_output_bytes,
-        compat=given.compat if given.compat is not None else text("X07_COMPAT"),
-        max_c_bytes=given.max_c_bytes if given.max_c_bytes is not None else number("X07_MAX_C_BYTES"),
+        compat=options.compat if options.compat is not None else text("X07_COMPAT"),
+        max_c_bytes=options.max_c_bytes if options.max_c_bytes is not None else number("X07_MAX_C_BYTES"),
     )
     if path.name.endswith(x07.SOURCE_SUFFIX) and path.name != x07.PROJECT_FILE:
         if request.profile is not None:
@@ -47,18 +57,21 @@ def load_x07(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tu
         options = x07.merged(given, None)
         request = replace(request, max_output_bytes=options.max_output_bytes)
         return request, _program(request, path, options, stack)
-    return _project(request, path, given, stack)
+    return _project(request, path, given, stack, profiles=profiles)
 
 
-def as_artifact(
-    request: RunRequest, path: Path, program: Program, stack: contextlib.ExitStack
+def load_artifact(
+    request: RunRequest, path: Path, stack: contextlib.ExitStack, *, options: x07.Options
 ) -> tuple[RunRequest, Program]:
     """The executable at *path*, which X07 compiled before, and the request, with what X07 gives to both.
 
     Raises UsageError.
     """
+    refuse_profile(request, str(path))
+    data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
+    program = single_file(X07_ARTIFACT, source_name(str(path)), data, request, stack)
     request = _with_arguments_as_input(request, path, stack)
-    options = x07.merged(replace(request.x07 or x07.Options(), max_output_bytes=request.max_output_bytes), None)
+    options = x07.merged(replace(options, max_output_bytes=request.max_output_bytes), None)
     request = replace(request, max_output_bytes=options.max_output_bytes)
     return request, replace(program, cpu_ms=_cpu_ms(options))
 
@@ -88,7 +101,7 @@ def _program(request: RunRequest, path: Path, options: x07.Options, stack: conte
 
 
 def _project(
-    request: RunRequest, path: Path, given: x07.Options, stack: contextlib.ExitStack
+    request: RunRequest, path: Path, given: x07.Options, stack: contextlib.ExitStack, *, profiles: bool
 ) -> tuple[RunRequest, Program]:
     if is_folder(path):
         folder = ProjectFolder(path)
@@ -102,7 +115,7 @@ def _project(
     if not folder.has_file(lock):
         why = f"its lock file {lock[:80]} is not there"
         raise UsageError(f"cannot run the project {path}", why, "Have X07's own `x07 pkg lock` write it")
-    profile = x07.choose_profile(project, request.profile, source=str(path)) if request.profiles else None
+    profile = x07.choose_profile(project, request.profile, source=str(path)) if profiles else None
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
             why = f"its profile is for the world {profile.world[:80]}, and {x07.WORLD} is the only one here"
@@ -139,28 +152,3 @@ def _loaded(
 
 def _cpu_ms(options: x07.Options) -> int | None:
     return 1000 * options.cpu_time_limit_seconds if options.cpu_time_limit_seconds else None
-
-
-def need_policy(request: RunRequest) -> None:
-    """Raises UsageError: X07's programs run under no policy of ours that nobody asked for."""
-    if request.policy is None and request.overrides is None:  # these go on from the built-in one
-        why = f"{x07.WORLD} runs nothing of X07's without one"
-        raise UsageError("no policy", why, "Name it with --policy, or in the project's profile")
-
-
-def with_framed_input(request: RunRequest, stack: contextlib.ExitStack) -> RunRequest:
-    """The request with its input as one frame, as such a program reads it. Raises UsageError."""
-    with request.cancel.waiting():
-        data = read_whole(request.stdin_fd, x07.INPUT_MAX_BYTES)
-    return replace(request, x07_input=data, stdin_fd=memory_file(x07.frame_input(data), stack))
-
-
-def read_whole(fd: int | None, most: int) -> bytes:
-    """All of an input whose length has to be known. Raises UsageError."""
-    try:
-        data = b"" if fd is None else read_all(fd, most)
-    except OSError as exc:
-        raise UsageError("cannot read the input", exc.strerror or str(exc), "Name a file with --input") from exc
-    if len(data) > most:
-        raise UsageError("cannot read the input", f"it has more than {most} bytes", "Give less")
-    return data

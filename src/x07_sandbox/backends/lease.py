@@ -15,27 +15,25 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from x07_sandbox.backends.qemu.instance import Streams
-from x07_sandbox.backends.qemu.machine import qmp_quit
+from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import forks
 from x07_sandbox.host.paths import cache_folder, state_dir
 from x07_sandbox.host.waiting import readable
-from x07_sandbox.jobs.record import Claim, JobRecord, record_from, record_values
+from x07_sandbox.jobs.record import record_from, record_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from x07_sandbox.backends.base import Begun, MachineKind
-    from x07_sandbox.backends.qemu.instance import QemuInstance
+    from x07_sandbox.backends.base import Backend, Instance, Job
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 SOCKET: Final = "socket"
 MESSAGE_MAX: Final = 64 * 1024
 ANSWER_S: Final = 5.0
 GONE_S: Final = 15.0
-_FDS: Final = ("channel", "qmp", "console", "stderr", "supervisor", "inner")
+_FDS_MAX: Final = 16
 _CREDENTIALS: Final = struct.Struct("3i")
 
 
@@ -72,7 +70,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
     fds = array.array("i")
     try:
         data, rights, _, _ = connection.recvmsg(
-            MESSAGE_MAX, socket.CMSG_SPACE(len(_FDS) * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+            MESSAGE_MAX, socket.CMSG_SPACE(_FDS_MAX * fds.itemsize), socket.MSG_CMSG_CLOEXEC
         )
     except OSError:
         return None
@@ -108,107 +106,102 @@ def connected() -> socket.socket | None:
     return None
 
 
-class LeasedInstance(Streams):
-    """A machine that the pool's process started and still watches; its descriptors are ours."""
+class _Lease:
+    """The connection to the pool's process, as `base.Lease` has it."""
 
-    def __init__(self, lease: socket.socket, told: dict[str, Any], fds: dict[str, int]) -> None:
-        super().__init__(fds)
-        self.begun: Begun = "pool"
-        self.cold_reason = ""
-        self.jail = str(told["jail"])
-        self.record: JobRecord = record_from(told["record"])
-        self.pidfd = fds["supervisor"]
-        self._inner_pidfd = fds["inner"]
-        self._lease = lease
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
         self._status: int | None = None
         self._gone = False
 
-    def release(self) -> None:
-        """It runs already."""
-
     def exit_status(self) -> int | None:
-        """How the machine's process ended: its parent tells, once it has."""
-        if self._status is None and readable(self._lease.fileno(), 0):
+        if self._status is None and readable(self._connection.fileno(), 0):
             self._hear()
         return self._status
 
     def _hear(self) -> None:
-        answer = receive(self._lease)
+        answer = receive(self._connection)
         if answer is None:  # the pool's process is gone, and every machine of its with it
             self._status = -9
             return
         self._status = int(answer[0]["status"])
         self._gone = bool(answer[0]["gone"])
 
-    def stop(self) -> bool:
-        """Ask QEMU to quit, tell the pool that it is over, and wait for its word; whether all is proven gone."""
+    def give_back(self) -> bool:
         if self._status is None:
-            self.tell(qmp_quit())
             with contextlib.suppress(OSError):
-                send(self._lease, {"protocol": PROTOCOL, "over": True})
-            self._lease.settimeout(GONE_S)
+                send(self._connection, {"protocol": PROTOCOL, "over": True})
+            self._connection.settimeout(GONE_S)
             self._hear()
-        return readable(self._inner_pidfd, GONE_S) and self._gone
+        return self._gone
 
 
 class PoolMachines:
     """The pool's process of this user, as `Machines` has it."""
 
-    def claim(self, kind: MachineKind, claim: Claim) -> contextlib.AbstractContextManager[LeasedInstance] | None:
-        """One of its machines, as the job of *claim*. Raises BackendError: the pool may have that job on record now."""
-        connection = connected()
+    def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
+        """One of its machines, for *job*. Raises BackendError: the pool may have that job on record now."""
+        connection = None if backend.cloning is None else connected()
         if connection is None:
             return None
         wanted = {
             "protocol": PROTOCOL,
             "want": "claim",
-            "run_id": claim.run_id,
-            "phase": claim.phase,
-            "wall_ms": claim.wall_ms,
+            "run_id": job.claim.run_id,
+            "phase": job.claim.phase,
+            "wall_ms": job.claim.wall_ms,
             "state_dir": str(state_dir()),
-            "kind": kind.key,
+            "backend": backend.name,
+            "kind": job.kind.key,
         }
         try:
             send(connection, wanted)
             answer = receive(connection)
         except OSError:
             answer = None
-        if answer is not None and len(answer[1]) == len(_FDS):
-            return _leased(connection, *answer)
+        if answer is not None and answer[1]:
+            return _leased(backend, job, connection, *answer)
         connection.close()
         if answer is None:
             raise BackendError("cannot take a machine from the pool", "it does not answer", "See x07 pool status")
-        for fd in answer[1]:
-            os.close(fd)
         return None
 
 
 @contextlib.contextmanager
-def _leased(lease: socket.socket, told: dict[str, Any], owned_fds: list[int]) -> Iterator[LeasedInstance]:
-    forks.keep(lease.fileno())  # it would last as long as any child that is forked meanwhile
+def _leased(
+    backend: Backend, job: Job, connection: socket.socket, told: dict[str, Any], owned_fds: list[int]
+) -> Iterator[Instance]:
+    forks.keep(connection.fileno())  # it would last as long as any child that is forked meanwhile
     try:
-        instance = _instance_of(lease, told, owned_fds)
+        instance = _instance_of(backend, connection, told, owned_fds)
         try:
+            greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
             yield instance
         finally:
             instance.stop()
     finally:
-        forks.forget(lease.fileno())
-        lease.close()
+        forks.forget(connection.fileno())
+        connection.close()
         for fd in owned_fds:
             os.close(fd)
 
 
-def _instance_of(lease: socket.socket, told: dict[str, Any], owned_fds: list[int]) -> LeasedInstance:
+def _instance_of(backend: Backend, connection: socket.socket, told: dict[str, Any], owned_fds: list[int]) -> Instance:
+    assert backend.cloning is not None  # noqa: S101 - it was looked at before the machine was claimed
     try:
-        return LeasedInstance(lease, told, dict(zip(_FDS, owned_fds, strict=True)))
+        fds = dict(zip(told["fds"], owned_fds, strict=True))
+        instance = backend.cloning.leased(_Lease(connection), record_from(told["record"]), str(told["jail"]), fds)
+        instance.notes = tuple(map(str, told["notes"]))
     except (KeyError, ValueError, TypeError) as exc:
         what = "cannot take a machine from the pool"
         raise BackendError(what, f"its answer is damaged ({exc})", "Run x07 pool stop, and try again") from exc
+    return instance
 
 
-def handed_over(instance: QemuInstance) -> tuple[dict[str, object], list[int]]:
+def handed_over(backend: Backend, instance: Instance) -> tuple[dict[str, object], list[int]]:
     """What the claimer gets of a machine: the answer, and descriptors, which stay the pool's."""
-    message = {"protocol": PROTOCOL, "jail": instance.jail, "record": record_values(instance.record)}
-    ends = instance.ends
-    return message, [*(ends[name] for name in _FDS[:4]), instance.pidfd, instance.inner_pidfd]
+    assert backend.cloning is not None  # noqa: S101 - a pool has machines only of such a backend
+    fds = backend.cloning.descriptors(instance)
+    message: dict[str, object] = {"protocol": PROTOCOL, "jail": instance.jail, "notes": instance.notes}
+    message |= {"record": record_values(instance.record), "fds": list(fds)}
+    return message, list(fds.values())

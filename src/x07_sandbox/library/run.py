@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 # What carries runs out is imported when there is one: importing this costs next to nothing.
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.threads import started
-from x07_sandbox.runs.call import check_names, input_file, make_request, wrong
+from x07_sandbox.library.call import check_names, input_file, make_request, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from x07_sandbox.backends.base import Machines
+    from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.streams import Cancel
 
     OnOutput = Callable[[Literal["stdout", "stderr"], bytes], object]
     Ended = tuple[Result, SandboxError | None]
@@ -49,7 +49,7 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     """Build and run a program in throw-away virtual machines, and return how it ended.
 
     program: path of a source file, an executable, or a project's folder. source: a text instead, in the language of
-    *toolchain* ("python", "c", "cpp", "shell"). files: more files beside it, relative name to content.
+    *toolchain* ("python", "c", ...). files: more files beside it, relative name to content.
     args: its arguments, a list of texts. input: its whole input. env: variables beside the fixed ones.
     policy: path of a policy document, `built-in:TEMPLATE`, or a Policy. What is not given (no args, None for input,
     policy, image) is what the manifest of a project says, as for `x07 run`; give a policy for a project that you did
@@ -70,7 +70,7 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     A program that was run is a Result however it ended, unless *check*: then SandboxError unless `Result.ok`.
     """
     options = {name: value for name, value in locals().items() if name not in {"program", "args", "check"}}
-    from x07_sandbox.runs.streams import Cancel
+    from x07_sandbox.host.cancel import Cancel
 
     with contextlib.closing(Cancel()) as cancel:
         return checked(*_whole(cancel, lambda: run_once(cancel, program, args, **options)), check=check)
@@ -128,7 +128,7 @@ async def run_program_async(
     check_names("run_program_async", options, OPTIONS)
     import asyncio
 
-    from x07_sandbox.runs.streams import Cancel
+    from x07_sandbox.host.cancel import Cancel
 
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Ended] = loop.create_future()
@@ -185,11 +185,11 @@ def run_once(
     machines: warm ones; None for those that `x07 pool` keeps. The rest is as `run_program` has it.
     Raises UsageError for a wrong call, and what *on_output* raises.
     """
-    from x07_sandbox.backends.selection import heed_variables
-    from x07_sandbox.runs.lease import PoolMachines
+    from x07_sandbox.backends.lease import PoolMachines
+    from x07_sandbox.backends.selection import choice_of_variables
     from x07_sandbox.runs.run import attempt
 
-    heed_variables()
+    choice = choice_of_variables()
     if on_output is not None and not callable(on_output):
         raise wrong("on_output", f"is {type(on_output).__name__}, not a function")
     with contextlib.ExitStack() as stack:
@@ -201,6 +201,7 @@ def run_once(
             stdin_fd=input_file(input, stack),
             stdin_default=input is None,
             machines=machines or PoolMachines(),
+            choice=choice,
             cancel=cancel,
             live=live,
             **options,
@@ -217,7 +218,7 @@ def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
     It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another, which is checked where it is used, or
     here. Raises SandboxError that tells all that is wrong with a document, each with its place.
     """
-    from x07_sandbox.runs.call import policy_given
+    from x07_sandbox.library.call import policy_given
     from x07_sandbox.runs.request import read_policy
 
     return read_policy(policy_given("name", name, "x07_sandbox.load_policy"))[0]

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from x07_sandbox.reports.runner import CompileRunReport, RunOsReport, World
+from x07_sandbox.x07.runner_report import CompileRunReport, RunOsReport, World
 
 SCHEMA: Final = "x07.run.report@0.3.0"
 

@@ -1,7 +1,7 @@
 """What each backend needs, whether it is here, and what to do: for `x07 doctor`, on any machine.
 
 The table says what to look for; `gather` looks, cheaply and without starting anything; `backend_states` is pure, so
-that any machine can tell what another one would be told.
+it can be tested for any machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Final, Literal
 
 import msgspec
 
-from x07_sandbox.backends.selection import ACCEPT_FLAG, ROWS, BackendRow, Platform, System, working
+from x07_sandbox.backends.registry import required_tools
+from x07_sandbox.backends.selection import ACCEPT_FLAG, BY_NAME, BackendRow, Platform, System, working
 from x07_sandbox.host.arch import ARCHES
 
 Kind = Literal["program", "socket", "device", "folder", "namespaces"]
@@ -132,13 +133,8 @@ _NO_ARCHITECTURE: Final = (
 
 def needs_of(name: str, system: System, machine: str) -> tuple[Need, ...]:
     """What the backend *name* needs there."""
-    wanted = tuple(need for need in NEEDS[name] if need.system in {None, system})
-    if name != "qemu" or machine not in ARCHES:
-        return wanted
-    from x07_sandbox.backends.qemu.start import required_tools
-
-    programs = required_tools(ARCHES[machine])
-    return (*(Need(kind="program", name=path) for path in programs), *wanted)
+    wanted = (need for need in NEEDS.get(name, ()) if need.system in {None, system})
+    return (*(Need(kind="program", name=path) for path in required_tools(name, machine)), *wanted)
 
 
 def place_of(need: Need, environ: Mapping[str, str]) -> str:
@@ -150,7 +146,7 @@ def gather(platform: Platform, environ: Mapping[str, str]) -> Facts:
     """Look for everything that a backend of this platform needs. Nothing is started; a socket has CONNECT_S."""
     machine = os.uname().machine
     seen: dict[tuple[str, str], Seen] = {}
-    for row in ROWS:
+    for row in BY_NAME.values():
         if row.runs_on(platform):
             for need in needs_of(row.name, platform.system, machine):
                 place = place_of(need, environ)
@@ -215,9 +211,9 @@ _LOOKS: Final = {
 }
 
 
-def backend_states(facts: Facts, proof: Proof | None) -> tuple[BackendState, ...]:
-    """Every backend, in the order of the table. proof: of qemu, None where nothing was tried."""
-    return tuple(_state(row, facts, proof) for row in ROWS)
+def backend_states(facts: Facts, proofs: Mapping[str, Proof]) -> tuple[BackendState, ...]:
+    """Every backend, in the order of preference. proofs: by the name of the backend, of those that were tried."""
+    return tuple(_state(row, facts, proofs.get(row.name)) for row in BY_NAME.values())
 
 
 def _state(row: BackendRow, facts: Facts, proof: Proof | None) -> BackendState:
@@ -232,7 +228,7 @@ def _state(row: BackendRow, facts: Facts, proof: Proof | None) -> BackendState:
     elif proof is not None and proof.good:
         state, text, remedies = "proven", proof.text, ()
     else:
-        state, (text, remedies) = "failed", _failure(facts, looks, proof)
+        state, (text, remedies) = "failed", _failure(row, facts, looks, proof)
     return BackendState(
         name=row.name,
         sandbox_backend=row.sandbox_class,
@@ -255,15 +251,15 @@ def _looks(row: BackendRow, facts: Facts) -> tuple[Look, ...]:
     return tuple(found)
 
 
-def _failure(facts: Facts, looks: tuple[Look, ...], proof: Proof | None) -> tuple[str, tuple[str, ...]]:
-    """Why qemu cannot be used, and three things to do about it."""
+def _failure(
+    row: BackendRow, facts: Facts, looks: tuple[Look, ...], proof: Proof | None
+) -> tuple[str, tuple[str, ...]]:
+    """Why a backend cannot be used, and three things to do about it."""
     if facts.machine not in ARCHES:
         return f"no virtual machine for architecture {facts.machine}", _NO_ARCHITECTURE
     missing = [look.what for look in looks if look.good is False]
     if missing:
-        from x07_sandbox.backends.qemu.start import required_tools
-
-        packages = required_tools(ARCHES[facts.machine])
+        packages = required_tools(row.name, facts.machine)
         names = " ".join(sorted({packages[path] for path in missing if path in packages}))
         return f"missing: {', '.join(missing)}", (
             f"Run apt-get install --no-install-recommends {names}",

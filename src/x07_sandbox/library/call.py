@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from x07_sandbox.backends.base import Machines
+    from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.policy.model import Policy
-    from x07_sandbox.runs.request import RunRequest
-    from x07_sandbox.runs.streams import Cancel
+    from x07_sandbox.runs.request import Loader, RunRequest
 
 _WALL_S_MAX: Final = 600
 _RUN: Final = "x07_sandbox.run_program"
@@ -61,6 +62,7 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     stdin_fd: int,
     stdin_default: bool,
     machines: Machines,
+    choice: Choice,
     cancel: Cancel,
     live: tuple[int | None, int | None] = (None, None),
 ) -> RunRequest:
@@ -71,8 +73,9 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     given |= {"timeout_s": timeout_s, "image": image, "max_output_bytes": max_output_bytes, "changes": changes}
     _check_types(given)
     _check_values(program, source, changes, timeout_s)
+    path = None if program is None else Path(_path_text("program", program))
     return RunRequest(
-        program=None if program is None else Path(_path_text("program", program)),
+        program=path,
         source=source.encode("utf-8", "surrogateescape") if isinstance(source, str) else source,
         toolchain=toolchain,
         files=dict(files or {}),
@@ -89,8 +92,21 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
         changes=changes,
         out=None if out is None else Path(_path_text("out", out)),
         machines=machines,
+        choice=choice,
+        loaders=_loaders(path),
         cancel=cancel,
     )
+
+
+def _loaders(path: Path | None) -> tuple[Loader, ...]:
+    """X07's, for what its name allows to be X07's: loading it costs what other programs need not pay."""
+    from x07_sandbox.host.paths import is_folder
+
+    if path is None or not (path.name.endswith("x07.json") or is_folder(path)):
+        return ()
+    from x07_sandbox.x07.programs import load_x07
+
+    return (load_x07,)
 
 
 def policy_given(name: str, value: object, function: str = _RUN) -> str | Policy | None:

@@ -10,7 +10,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.policy import Policy
-from x07_sandbox.reports.runner import AttestationReference, SandboxBackend, SolveReport, World
+from x07_sandbox.x07.runner_report import AttestationReference, SandboxBackend, SolveReport, World
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result

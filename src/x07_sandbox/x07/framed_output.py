@@ -13,8 +13,8 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.host.models import known
-from x07_sandbox.programs.x07 import HEAD_BYTES
-from x07_sandbox.reports.runner import (
+from x07_sandbox.x07.protocol import HEAD_BYTES
+from x07_sandbox.x07.runner_report import (
     FAILED_EXIT,
     CompileRunReport,
     Count,

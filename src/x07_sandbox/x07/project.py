@@ -1,7 +1,6 @@
-"""X07's own programs: its project file, how its compiler is called in the build VM, and how its programs take input.
+"""X07's project file, and how its compiler is called in the build VM: its own runner with --compile-only.
 
-Formats and calling rules are X07's (docs/x07.md). The compiler is X07's runner with --compile-only; what it makes is an
-executable that reads one frame from standard input and writes one to standard output.
+Formats and calling rules are X07's (docs/x07.md).
 """
 
 from __future__ import annotations
@@ -24,12 +23,11 @@ SOURCE_SUFFIX: Final = ".x07.json"
 LOCK_FILE: Final = "x07.lock.json"
 MAX_BYTES: Final = 1 << 20
 RUNNER: Final = "/usr/local/bin/x07-os-runner"
-WORKSPACE: Final = "/usr/local/lib/x07"
 PROGRAM: Final = "program/main.x07.json"
 WORLD: Final = "run-os-sandboxed"
-INPUT_MAX_BYTES: Final = 64 << 20
-HEAD_BYTES: Final = 4  # of a frame: its length
-STDERR_MAX_BYTES: Final = 256 << 10  # whatever the limit on a program's output
+_VERSION: Final = "x07.project@0.5.0"  # of those that begin here
+_ENTRIES: Final = ("src/main.x07.json", "main.x07.json")
+_PROFILE: Final = "sandbox"
 _VERSIONS: Final = re.compile(r"x07\.project@0\.[2-5]\.0")
 _CHOICES: Final = ("dev", "os")
 _MOST: Final = 1 << 48
@@ -158,11 +156,6 @@ def compile_argv(options: Options, target: Sequence[str]) -> list[str]:
     return [*words, *target]
 
 
-def frame_input(data: bytes) -> bytes:
-    """What goes to a program's standard input: its length as 32 bits, little-endian, then the data."""
-    return struct.pack("<I", len(data)) + data
-
-
 def arguments_as_input(args: Sequence[str]) -> bytes:
     """Arguments as X07 programs take them, as input (argv_v1): their number, then each with its length before it."""
     encoded = [arg.encode("utf-8", "surrogateescape") for arg in args]
@@ -184,6 +177,29 @@ def diagnostics_line(messages: Sequence[str]) -> str:
         for message in messages
     ]
     return json.dumps({"schema_version": "x07.x07diag@0.1.0", "ok": False, "diagnostics": rows})
+
+
+def first_project(files: Sequence[str], policy: str) -> bytes:
+    """x07.json: what X07 needs to know of any project, and one profile, which runs it in the sandbox by *policy*.
+
+    The entry is the usual one, or the only X07 source that is there.
+    """
+    sources = [name for name in files if name.endswith(SOURCE_SUFFIX)]
+    usual = [name for name in _ENTRIES if name in sources]
+    entry = usual[0] if usual else sources[0] if len(sources) == 1 else _ENTRIES[0]
+    document = {
+        "schema_version": _VERSION,
+        "world": WORLD,
+        "entry": entry,
+        "module_roots": [str(PurePosixPath(entry).parent)],
+        "dependencies": [],
+        "lockfile": LOCK_FILE,
+        "default_profile": _PROFILE,
+        "profiles": {_PROFILE: {"world": WORLD, "policy": policy}},
+    }
+    data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    decode_project(data, source=PROJECT_FILE)
+    return data
 
 
 def _wrong(source: str, why: str) -> NoReturn:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.threads import started
-from x07_sandbox.runs.call import check_names, wrong
-from x07_sandbox.runs.library import OPTIONS, checked, run_once
+from x07_sandbox.library.call import check_names, wrong
+from x07_sandbox.library.run import OPTIONS, checked, run_once
 
 if TYPE_CHECKING:
     import os
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.streams import Cancel
 
 
 class Pool(Executor):
@@ -45,7 +45,7 @@ class Pool(Executor):
         if not isinstance(image, str | None):
             raise wrong("image", f"is {type(image).__name__}, not a text", "x07_sandbox.Pool")
         from x07_sandbox.jobs.admission import max_running  # when there is a pool: importing this costs little
-        from x07_sandbox.runs.warm import WarmMachines
+        from x07_sandbox.pool.warm import WarmMachines
 
         workers = max_running()
         self._machines = WarmMachines(size, image=image)
@@ -98,7 +98,7 @@ class Pool(Executor):
         check: bool = False,
         **options: Any,  # noqa: ANN401 - run_once knows them
     ) -> Result:
-        from x07_sandbox.runs.streams import Cancel
+        from x07_sandbox.host.cancel import Cancel
 
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))

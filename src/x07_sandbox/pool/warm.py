@@ -21,39 +21,37 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Job, MachineKind, boots
-from x07_sandbox.backends.qemu.backend import QemuBackend
-from x07_sandbox.backends.qemu.talk import talk_until
-from x07_sandbox.backends.qemu.template import warm_up
-from x07_sandbox.backends.selection import heed_variables
-from x07_sandbox.channel.frames import Kind
-from x07_sandbox.channel.link import State
+from x07_sandbox.backends.base import Job, MachineKind, NoAnswerError
+from x07_sandbox.backends.handshake import greet
+from x07_sandbox.backends.registry import create
+from x07_sandbox.backends.selection import choice_of_variables
 from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.admission import admitted, kept_warm
-from x07_sandbox.jobs.record import Claim, create_record, new_run_id
-from x07_sandbox.plan.controls import run_limits
+from x07_sandbox.jobs.record import Claim, new_run_id
 from x07_sandbox.plan.outcomes import Outcome, classify
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
+from x07_sandbox.runs.artifact import artifact_of
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.phase import carry_out
-from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest, policy_in_force
-from x07_sandbox.runs.run import check_pinned, current_image
-from x07_sandbox.runs.session import Progress, Session
-from x07_sandbox.runs.streams import Cancel, Sink, memory_file
+from x07_sandbox.runs.phase import PhaseStreams, carry_out
+from x07_sandbox.runs.prepare import check_pinned, current_image, last_of, prepare
+from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.result import draft_result
+from x07_sandbox.runs.spec import run_spec
+from x07_sandbox.runs.streams import Sink, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from x07_sandbox.backends.qemu.instance import QemuInstance
+    from x07_sandbox.backends.base import Backend, Cloning, Instance
+    from x07_sandbox.host.clocks import Deadline
     from x07_sandbox.runs.phase import PhaseSpec
 
 _PROGRAMS: Final = tuple(Path(__file__).parents[1] / "programs" / "data" / name for name in ("warm.c", "warm.py"))
@@ -64,14 +62,10 @@ _FAILURES_MAX: Final = 3  # in a row: then the user is told, and it is tried aga
 _TRY_LATER_S: Final = 10.0
 
 
-class _MistimedError(BackendError):
-    """A booted machine that measured its timer wrong; another may do better."""
-
-
 class WarmMachine:
     """One machine that waits. It is its maker's until it is claimed, and its claimer's from then on."""
 
-    def __init__(self, instance: QemuInstance, stack: contextlib.ExitStack, made_at: float) -> None:
+    def __init__(self, instance: Instance, stack: contextlib.ExitStack, made_at: float) -> None:
         self.instance = instance
         self.made_at = made_at
         self._stack = stack
@@ -79,7 +73,7 @@ class WarmMachine:
     def close(self) -> bool:
         """End it, with its record; whether it is proven gone. A second call does nothing."""
         self._stack.close()
-        return self.instance.gone
+        return self.instance.stop()
 
 
 class WarmMachines:
@@ -91,7 +85,7 @@ class WarmMachines:
     def __init__(
         self, size: int, *, image: str | None = None, progress: Callable[[str], None] = lambda _text: None
     ) -> None:
-        heed_variables()
+        self._choice = choice_of_variables()
         memory = memory_bytes()
         most = memory // 4 // settings.WARM_BYTES
         if most < 1:
@@ -107,9 +101,9 @@ class WarmMachines:
         self.problem: SandboxError | None = None
         self.used_at = time.monotonic()
         self._image_ref = image
-        self._progress = progress
         self._stack = contextlib.ExitStack()
         self._cancel = Cancel()
+        self._caller = Caller(cancel=self._cancel, progress=progress)
         self._ready: deque[WarmMachine] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -123,8 +117,9 @@ class WarmMachines:
             self._stack.enter_context(kept_warm(self.size, self._most))
             self._image = self._stack.enter_context(open_image(current_image(find_image(self._image_ref))))
             check_pinned(self._image.manifest.digest)
-            self._backend = QemuBackend(self._progress)
-            self._backend.probe(self._image)
+            self.backend = create(self._choice.backend)
+            self._cloning = _cloning_of(self.backend)
+            self.backend.probe(self._image)
             self.kind = MachineKind(image=self._image, ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes))
             self._specs = tuple(self._spec(program) for program in _PROGRAMS)
         except BaseException:
@@ -135,18 +130,22 @@ class WarmMachines:
 
     def _spec(self, program: Path) -> PhaseSpec:
         """The run of a program of ours, which is built now or was before."""
-        so_far = Progress(run_id=new_run_id())
-        folder = RunFolder(so_far.run_id, self._stack)
+        draft = draft_result(new_run_id())
+        folder = RunFolder(draft.run, self._stack)
         try:
-            request = RunRequest(program=program, cancel=self._cancel, progress=self._progress)
-            request, loaded = load_program(request, self._stack)
-            session = Session(request, loaded, so_far, folder, self._backend, self._image)
+            request = RunRequest(
+                program=program,
+                image=self._image_ref,
+                cancel=self._cancel,
+                progress=self._caller.progress,
+                choice=self._choice,
+            )
+            prepared, draft = last_of(prepare(request, draft, self._stack))
             artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-            failed = session.prepare(artifact)
-            if failed is not None:
-                raise BackendError("cannot warm a machine", f"{program.name}: {failed.reason}", "Run x07 doctor")
-            in_force = policy_in_force(request)
-            spec = session.run_spec(artifact, in_force, run_limits(in_force.policy), self._stack)
+            ending, _ = last_of(artifact_of(prepared, draft, folder, artifact))
+            if ending is not None:
+                raise BackendError("cannot warm a machine", f"{program.name}: {ending.reason}", "Run x07 doctor")
+            spec = run_spec(prepared, artifact, self._stack)
         finally:
             shutil.rmtree(folder.path, ignore_errors=True)
         return msgspec.structs.replace(spec, wall_ms=_WALL_MS)
@@ -195,50 +194,46 @@ class WarmMachines:
             oldest.close()
 
     def _make(self) -> WarmMachine:
-        with admitted(cancel_fd=self._cancel.fd, timeout_s=settings.QUEUE_S, progress=self._progress):
-            tries = boots()
-            while True:
-                last = next(tries)
-                try:
-                    return self._made()
-                except _MistimedError:  # none is kept that has any timer: runs would not be told
-                    if last:
-                        raise
+        with admitted(cancel_fd=self._cancel.fd, timeout_s=settings.QUEUE_S, progress=self._caller.progress):
+            return self._made()
 
     def _made(self) -> WarmMachine:
         claim = Claim(run_id=new_run_id(), phase="warm", wall_ms=int(settings.WARM_S * 1000))
         with contextlib.ExitStack() as stack:
-            record = create_record(claim, backend=self._backend.name, image_digest=self._image.manifest.digest)
-            job = Job(record=record, kind=self.kind, deadline_s=claim.deadline_s)
-            instance = stack.enter_context(self._backend.start(job))
-            if instance.cold_reason:
-                self._progress(f"booting a machine: {instance.cold_reason}")
-            for spec in self._specs:
+            try:
+                instance = stack.enter_context(
+                    self.backend.start(Job(claim=claim, kind=self.kind, caller=self._caller))
+                )
+            except NoAnswerError as exc:
+                self._check_open()
+                raise BackendError("cannot warm a machine", exc.why, "Run x07 doctor") from exc
+            for note in instance.notes:
+                self._caller.progress(note)
+            for number, spec in enumerate(self._specs):
+                if number:
+                    greet(instance, cancel_fd=self._cancel.fd)
                 self._run(instance, spec)
             return WarmMachine(instance, stack.pop_all(), time.monotonic())
 
-    def _run(self, instance: QemuInstance, spec: PhaseSpec) -> None:
+    def _run(self, instance: Instance, spec: PhaseSpec) -> None:
         """Have the machine run a program of ours and prepare the next place. Raises BackendError."""
         with contextlib.ExitStack() as stack:
-            names = ("stdout", "stderr")
-            sinks = [
-                Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=settings.MIB) for name in names
-            ]
-            stdin_fd = memory_file(_INPUT, stack)
-            facts = carry_out(spec, instance, stdin_fd=stdin_fd, sinks=(sinks[0], sinks[1]), cancel=self._cancel)
-            ending = classify(facts.evidence)
+            stdout, stderr = (
+                Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=settings.MIB)
+                for name in ("stdout", "stderr")
+            )
+            streams = PhaseStreams(
+                stdin_fd=memory_file(_INPUT, stack), stdout=stdout, stderr=stderr, cancel=self._cancel
+            )
+            ending = classify(carry_out(spec, instance, streams).evidence)
+        self._check_open()
+        if ending.outcome is not Outcome.OK:
+            raise BackendError("cannot warm a machine", ending.reason, "Run x07 doctor")
+        self._cloning.renew(instance, self.kind)
+
+    def _check_open(self) -> None:
         if self._closing:
             raise Cancelled("the pool ends", "it was closed", "Start it again")
-        if facts.unanswered and instance.begun == "clone" and not facts.evidence.killed:  # the next is booted
-            self._backend.distrust(self.kind, f"a clone of it did not answer: {ending.reason}")
-        if ending.outcome is not Outcome.OK:
-            kind = _MistimedError if facts.mistimed else BackendError
-            raise kind("cannot warm a machine", ending.reason, "Run x07 doctor")
-        words = {State.COLLECTING: (Kind.WARM, warm_up(self.kind) | {"commands": []})}
-        deadline = Deadline.after(settings.TEMPLATE_S)
-        if why := talk_until(instance, State.WARM, deadline, begin=State.COLLECTING, words=words):
-            raise BackendError("cannot warm a machine", why, "Run x07 doctor")
-        instance.begun = "pool"  # also one that was booted is spoken to as one that waits from now on
 
     # giving out
 
@@ -260,9 +255,9 @@ class WarmMachines:
                 self._changed.wait(deadline.left_s())
             return len(self._ready) >= self.size
 
-    def serves(self, kind: MachineKind) -> bool:
+    def serves(self, backend: str, kind: MachineKind) -> bool:
         """Whether its machines are of that kind."""
-        return kind.key == self.kind.key
+        return (backend, kind.key) == (self.backend.name, self.kind.key)
 
     def take(self, claim: Claim, runner: Identity) -> WarmMachine | None:
         """One of them, as the job of *claim*, carried out by *runner*; None if none waits or it could not become it."""
@@ -275,7 +270,7 @@ class WarmMachines:
             self.used_at = time.monotonic()
             self._changed.notify_all()
         try:
-            machine.instance.adopt(claim, runner)
+            self._cloning.adopt(machine.instance, claim, runner)
         except (HostError, BackendError):
             machine.close()
             return None
@@ -283,10 +278,10 @@ class WarmMachines:
             self.claimed += 1
         return machine
 
-    def claim(self, kind: MachineKind, claim: Claim) -> contextlib.AbstractContextManager[QemuInstance] | None:
+    def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
         """As `Machines` has it: one for a run of this process."""
-        machine = self.take(claim, own_identity()) if self.serves(kind) else None
-        return None if machine is None else _claimed(machine)
+        machine = self.take(job.claim, own_identity()) if self.serves(backend.name, job.kind) else None
+        return None if machine is None else _claimed(machine, job)
 
     def close(self) -> None:
         """End those that wait, and make no more. Those that were claimed are their claimers'."""
@@ -312,13 +307,21 @@ class WarmMachines:
             self._changed.notify_all()
 
 
+def _cloning_of(backend: Backend) -> Cloning:
+    if backend.cloning is None:
+        why = f"the backend {backend.name} cannot clone machines"
+        raise UsageError("cannot keep a pool", why, "Run programs without a pool")
+    return backend.cloning
+
+
 def _out_of(exc: OSError) -> HostError:
     return HostError("cannot keep machines warm", exc.strerror or str(exc), "Raise the limit on open files: ulimit -n")
 
 
 @contextlib.contextmanager
-def _claimed(machine: WarmMachine) -> Iterator[QemuInstance]:
+def _claimed(machine: WarmMachine, job: Job) -> Iterator[Instance]:
     try:
+        greet(machine.instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
         yield machine.instance
     finally:
         machine.close()

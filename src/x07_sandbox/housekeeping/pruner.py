@@ -1,8 +1,4 @@
-"""What may go from state and cache: by age, or because nothing leads to it any more.
-
-Each part has a module of its own that says what goes and how. Here is what they share: the account of it, the measure
-of what the disk gets back, and the rule that a thing which cannot be judged stays and is told.
-"""
+"""What every part of pruning shares: removing, counting and reporting. What cannot be judged is kept and reported."""
 
 from __future__ import annotations
 
@@ -17,9 +13,10 @@ import msgspec
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.paths import foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SCHEMA: Final = "x07.sandbox.prune@0.1.0"
@@ -59,7 +56,7 @@ class PruneReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kept: tuple[Kept, ...]
 
 
-class Broom:
+class Pruner:
     """Removes one thing after the other, or only counts them. now_ms: the wall clock, asked once."""
 
     def __init__(self, progress: Callable[[str], None], *, dry_run: bool) -> None:
@@ -105,31 +102,12 @@ class Broom:
         return info.st_blocks * _BLOCK if left <= 0 or stat.S_ISDIR(info.st_mode) else 0
 
 
-def prune(parts: Collection[Part], *, progress: Callable[[str], None], dry_run: bool) -> PruneReport:
-    """Remove what may go of *parts*. Raises SandboxError if a folder of ours cannot be used at all."""
-    from x07_sandbox.runs.prune_cache import prune_cache, prune_templates
-    from x07_sandbox.runs.prune_images import prune_images
-    from x07_sandbox.runs.prune_records import prune_records
-
-    broom = Broom(progress, dry_run=dry_run)
-    gone: set[str] = set()
-    if "images" in parts:
-        gone = prune_images(broom)
-    if {"images", "cache"} & set(parts):
-        prune_templates(broom, gone)
-    if "cache" in parts:
-        prune_cache(broom, gone)
-    if "runs" in parts:
-        prune_records(broom)
-    return broom.report()
-
-
-def sweep_temporaries(folder: Path, broom: Broom) -> None:
+def sweep_temporaries(folder: Path, pruner: Pruner) -> None:
     """Remove what killed processes left half written in *folder*; one that lives needs no day for it."""
     for path in entries(folder):
         info = path.lstat()
-        if _TEMPORARY.fullmatch(path.name) and not foreign(info, stat.S_ISREG) and broom.old(info, settings.DAY_S):
-            broom.remove("leftover", path, "a killed process left it half written", unlink)
+        if _TEMPORARY.fullmatch(path.name) and not foreign(info, stat.S_ISREG) and pruner.old(info, settings.DAY_S):
+            pruner.remove("leftover", path, "a killed process left it half written", unlink)
 
 
 def entries(folder: Path) -> list[Path]:
@@ -139,13 +117,6 @@ def entries(folder: Path) -> list[Path]:
             return sorted(folder / entry.name for entry in found)
     except FileNotFoundError:
         return []
-
-
-def foreign(info: os.stat_result, kind: Callable[[int], bool]) -> str:
-    """Why something is not ours to remove; empty if it is. kind: S_ISDIR or S_ISREG, so that no link is taken."""
-    if not kind(info.st_mode):
-        return "it is a link, or another kind of file"
-    return "" if info.st_uid == os.geteuid() else f"it is uid {info.st_uid}'s"
 
 
 def unlink(path: Path) -> None:

@@ -8,12 +8,13 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.host.models import known
-from x07_sandbox.reports.protocol import read_protocol
-from x07_sandbox.reports.runner import FAILED_EXIT, CompileReport, CompileRunReport, runner_report
+from x07_sandbox.x07.framed_output import read_protocol
+from x07_sandbox.x07.runner_report import FAILED_EXIT, CompileReport, CompileRunReport, runner_report
 
 if TYPE_CHECKING:
-    from x07_sandbox.reports.runner import Built
+    from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.result import Result
+    from x07_sandbox.x07.runner_report import Built, CompileMode
 
 UNREADABLE: Final = "the compiler's report cannot be read"
 
@@ -41,3 +42,24 @@ def x07_report(result: Result, built: Built) -> CompileRunReport:
     if result.outcome == "build-failed" and compiled.ok:  # it says so, and yet there is no executable
         compiled = replace(compiled, ok=False, exit_status=FAILED_EXIT, compile_error=result.reason, trap=result.reason)
     return read_protocol(replace(report, compile=compiled))
+
+
+def report_of(result: Result, built: Built, program: Program) -> CompileRunReport:
+    """X07's report of a run of any program."""
+    return runner_report(result, built) if program.toolchain.protocol is None else x07_report(result, built)
+
+
+def mode_of(program: Program) -> CompileMode:
+    """What X07 calls the way in which it is built and run."""
+    return "project-compile-run" if program.project else "compile-run"
+
+
+def describe_ending(result: Result, report: CompileRunReport) -> list[str]:
+    """What did not end well, as a line, if anything; of changes that were kept back others tell."""
+    if not report.exit_code or (result.ok and result.x07_exit_code):
+        return []
+    if not result.ok:
+        return [f"{result.outcome}: {result.reason}"]
+    # The program's own word is that it ended well; it is X07's protocol that it or its compiler did not keep to.
+    trap = report.compile.trap if report.solve is None else report.solve.trap
+    return [f"failed: {result.reason}, but {trap}"]

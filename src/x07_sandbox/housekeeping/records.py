@@ -19,14 +19,14 @@ import msgspec
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import folder_to_remove, is_locked
-from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
+from x07_sandbox.host.paths import foreign, private_dir, read_bounded, state_dir
 from x07_sandbox.host.processes import Identity, boot_id, is_alive, pid_namespace
+from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.record import JOB_SCHEMA, OWNER_SCHEMA, runner_instance
 from x07_sandbox.runs.folder import APPLYING, runs_dir
-from x07_sandbox.runs.prune import entries, foreign
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.prune import Broom, Kind
+    from x07_sandbox.housekeeping.pruner import Kind, Pruner
 
 _RUN: Final = re.compile(r"(\d{1,15})-\d{1,10}-\d{1,10}")
 _JOB: Final = re.compile(rf"({_RUN.pattern})-[a-z]+")
@@ -43,7 +43,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     ended: os.stat_result | None
 
 
-def prune_records(broom: Broom) -> None:
+def prune_records(pruner: Pruner) -> None:
     """Remove what may go of the records. Raises SandboxError."""
     if not os.path.lexists(state_dir()):
         return
@@ -52,9 +52,9 @@ def prune_records(broom: Broom) -> None:
     if os.path.lexists(runs):
         private_dir(runs)
     for folder in (root, runs):
-        _remove_leftovers(folder, broom)
+        _remove_leftovers(folder, pruner)
     instance = runner_instance(root)
-    jobs = [job for path in entries(root) if (job := _job_at(path, broom)) is not None]
+    jobs = [job for path in entries(root) if (job := _job_at(path, pruner)) is not None]
     busy: set[str] = {job.run for job in jobs if job.ended is None}
     for run in {job.run for job in jobs} | {path.name for path in entries(runs)}:
         if _RUN.fullmatch(run) and is_locked(runs / run):
@@ -62,42 +62,42 @@ def prune_records(broom: Broom) -> None:
     # What was applied by halves, and could not be put right yet, needs what lies in its folder.
     busy |= {path.name for path in entries(runs / APPLYING)}
     for job in jobs:
-        if job.run in busy or job.ended is None or not broom.old(job.ended):
-            if job.ended is None and broom.old(job.folder.lstat()):
-                broom.keep("job", job.folder, "nothing says that its machine is gone: it has neither done nor reaped")
+        if job.run in busy or job.ended is None or not pruner.old(job.ended):
+            if job.ended is None and pruner.old(job.folder.lstat()):
+                pruner.keep("job", job.folder, "nothing says that its machine is gone: it has neither done nor reaped")
         elif problem := _doubt(job.folder, instance):
             busy.add(job.run)
-            broom.keep("job", job.folder, problem)
+            pruner.keep("job", job.folder, problem)
         else:
-            broom.remove("job", job.folder, "it ended more than 7 days ago", _remove_record)
-    _prune_runs(runs, busy, broom)
+            pruner.remove("job", job.folder, "it ended more than 7 days ago", _remove_record)
+    _prune_runs(runs, busy, pruner)
 
 
-def _prune_runs(runs: Path, busy: set[str], broom: Broom) -> None:
+def _prune_runs(runs: Path, busy: set[str], pruner: Pruner) -> None:
     """busy: runs that are under way, or of which a job's record stays."""
     for path in entries(runs):
         match = _RUN.fullmatch(path.name)
         if match is None or path.name in busy:
             continue
         info = path.lstat()
-        young = broom.now_ms - int(match[1]) <= settings.RETENTION_S * 1000
-        if young or not broom.old(info):
+        young = pruner.now_ms - int(match[1]) <= settings.RETENTION_S * 1000
+        if young or not pruner.old(info):
             continue
         if problem := foreign(info, stat.S_ISDIR):
-            broom.keep("run", path, problem)
+            pruner.keep("run", path, problem)
         else:
-            broom.remove("run", path, "it ended more than 7 days ago", _remove_run)
+            pruner.remove("run", path, "it ended more than 7 days ago", _remove_run)
 
 
-def _job_at(path: Path, broom: Broom) -> Job | None:
+def _job_at(path: Path, pruner: Pruner) -> Job | None:
     """The record of a job there; None for what is none."""
     match = _JOB.fullmatch(path.name)
     if match is None:
         return None
     info = path.lstat()
     if problem := foreign(info, stat.S_ISDIR):
-        if broom.old(info):
-            broom.keep("job", path, problem)
+        if pruner.old(info):
+            pruner.keep("job", path, problem)
         return None
     ends = [found for name in _ENDS if (found := _regular(path / name)) is not None]
     return Job(folder=path, run=match[1], ended=ends[0] if ends else None)
@@ -170,8 +170,8 @@ def _remove_run(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _remove_leftovers(folder: Path, broom: Broom) -> None:
+def _remove_leftovers(folder: Path, pruner: Pruner) -> None:
     kind: Kind = "leftover"
     for path in entries(folder):
         if path.name.startswith(_DOOMED) and not foreign(path.lstat(), stat.S_ISDIR):
-            broom.remove(kind, path, "a killed prune left it", shutil.rmtree)
+            pruner.remove(kind, path, "a killed prune left it", shutil.rmtree)

@@ -1,0 +1,58 @@
+"""The registry of backends: the only module that imports them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.backends.selection import BY_NAME, BackendRow
+from x07_sandbox.host.arch import ARCHES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from x07_sandbox.backends.base import Backend
+
+    Factory = Callable[[], Backend]
+
+
+def _qemu() -> Backend:
+    from x07_sandbox.backends.qemu.backend import QemuBackend
+
+    return QemuBackend()
+
+
+_FACTORIES: Final[dict[str, Factory]] = {"qemu": _qemu}
+
+
+def create(name: str) -> Backend:
+    """The backend of that name, as selection has chosen it. Nothing is looked up or started yet."""
+    return _FACTORIES[name]()
+
+
+def built() -> tuple[str, ...]:
+    """The backends of this version."""
+    return tuple(_FACTORIES)
+
+
+@contextlib.contextmanager
+def registered(row: BackendRow, factory: Factory) -> Iterator[None]:
+    """Around code that may use one more backend, as tests of the contract do."""
+    BY_NAME[row.name], _FACTORIES[row.name] = row, factory
+    try:
+        yield
+    finally:
+        del BY_NAME[row.name], _FACTORIES[row.name]
+
+
+def required_tools(name: str, machine: str) -> Mapping[str, str]:
+    """Programs that a backend of this version needs, by path, and Debian's package of each.
+
+    machine: the architecture as uname -m has it.
+    """
+    if name != "qemu" or machine not in ARCHES:
+        return {}
+    from x07_sandbox.backends.qemu.start import required_tools as of_qemu
+
+    return of_qemu(ARCHES[machine])

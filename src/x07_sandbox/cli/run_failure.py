@@ -1,0 +1,58 @@
+"""The JSON document of `x07 run`: a run's result, or an error that ended the command, as one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from x07_sandbox.cli.console import put
+from x07_sandbox.cli.documents import write_early_failure
+from x07_sandbox.cli.written import is_refused, with_unwritten
+from x07_sandbox.errors import Cancelled, SandboxError
+from x07_sandbox.reports.document import render_json
+from x07_sandbox.runs.run import failure
+
+if TYPE_CHECKING:
+    import argparse
+
+    from x07_sandbox.runs.result import Result
+
+
+def print_result(result: Result) -> int:
+    """A run as one JSON object; its exit code."""
+    put(render_json(result))
+    return result.x07_exit_code
+
+
+def print_failure(exc: Exception, signalled: int | None = None, code: int | None = None) -> int:
+    """An error that ended the command, as the one JSON object that --json promises; the exit code.
+
+    code: the exit code, where it is another than that of the failure's outcome.
+    """
+    return print_result(_failed(exc, signalled, code))
+
+
+def failure_document(exc: Exception, code: int | None = None) -> bytes:
+    """The same, as it is written to a file."""
+    return render_json(_failed(exc, exc.signal if isinstance(exc, Cancelled) else None, code))
+
+
+def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
+    """The same, in the file of --report-out, if there is one that may be written; --dry-run writes nothing."""
+    if options.report_out is not None and not options.dry_run:
+        if is_refused(exc, options.report_out):
+            return
+        others = [value for name, value in vars(options).items() if name != "report_out"]
+        others += [name for value in others if isinstance(value, list) for name in value]
+        others.append(f"{options.diff}.json")
+        write_early_failure(failure_document(exc, code), options.report_out, others)
+
+
+def _failed(exc: Exception, signalled: int | None, code: int | None) -> Result:
+    """The result: that of a run that never began, or, where the error has one, of the run whose files it is about."""
+    if isinstance(exc, SandboxError) and exc.result is not None:
+        result: Result = with_unwritten(exc.result, [str(exc)])
+    else:
+        result = failure(exc, signalled)
+    return result if code is None else replace(result, x07_exit_code=code)

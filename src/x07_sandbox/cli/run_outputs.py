@@ -1,0 +1,60 @@
+"""Files that `x07 run` writes of a run because its flags name them: executable, patch, result."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from x07_sandbox.cli.changed import machine_form, pieces
+from x07_sandbox.cli.written import noted, with_unwritten, write_all, write_executable, write_whole
+from x07_sandbox.files.changes import ChangeSet
+from x07_sandbox.reports.document import render_json
+from x07_sandbox.runs.kept import KeptChanges, find
+
+if TYPE_CHECKING:
+    import argparse
+
+    from x07_sandbox.runs.result import Result
+    from x07_sandbox.runs.streams import OutFile
+
+
+def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:
+    """Write what the flags want of a run, its result last; the result then, and a line for each that was not written.
+
+    Such a line is a warning of the result, whose exit code is then 125: of all else nothing is lost.
+    """
+    unwritten: list[str] = []
+    if artifact is not None and artifact.complete:
+        with noted(unwritten):
+            write_executable(options.compiled_out, artifact)
+    if options.diff is not None:
+        with noted(unwritten):
+            write_diff(options.diff, result)
+    told = with_unwritten(result, unwritten)
+    if options.report_out is not None:
+        with noted(unwritten):
+            write_result(options.report_out, told)
+    return with_unwritten(result, unwritten), unwritten
+
+
+def write_diff(path: Path, result: Result) -> None:
+    """A run's changes as a patch; an empty one where there are none. Raises OSError, SandboxError."""
+    kept = KeptChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
+    _write_patch(path, kept if result.changes.state in {"none", "discarded"} else find(result.run))
+
+
+def _write_patch(path: Path, kept: KeptChanges) -> None:
+    """The patch as a file, and beside it, with `.json` behind its name, all of it with digests. Raises OSError."""
+
+    def put(fd: int) -> None:
+        for piece in pieces(kept):
+            write_all(fd, piece)
+
+    write_whole(path, put)
+    write_whole(path.with_name(f"{path.name}.json"), lambda fd: write_all(fd, machine_form(kept.changes)))
+
+
+def write_result(path: Path, result: Result) -> None:
+    """The result as JSON. Raises RefusedError."""
+    write_whole(path, partial(write_all, data=render_json(result)))

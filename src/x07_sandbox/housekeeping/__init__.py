@@ -1,0 +1,1 @@
+"""What may be removed of state and cache, and its removal."""

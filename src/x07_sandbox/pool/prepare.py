@@ -1,0 +1,36 @@
+"""Making beforehand what the first run would have to make: a saved machine for each phase."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from x07_sandbox.backends.base import MachineKind
+from x07_sandbox.backends.registry import create
+from x07_sandbox.backends.selection import Asked, select, this_platform
+from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Caller, Cancel
+from x07_sandbox.images.verify import open_image
+from x07_sandbox.plan.sizes import ram_class_bytes
+from x07_sandbox.policy import default_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.images.store import Image
+
+
+def prepare_clones(image: Image, progress: Callable[[str], None]) -> None:
+    """Save the machines for builds and for runs under the default policy, where the usual backend can clone them.
+
+    Raises SandboxError.
+    """
+    backend = create(select(this_platform(), Asked()).backend)
+    if backend.cloning is None:
+        return
+    sizes = {"build": settings.BUILD_MEM_BYTES, "run": default_policy().limits.mem_bytes}
+    with open_image(image) as opened, contextlib.closing(Cancel()) as cancel:
+        backend.probe(opened)
+        for runtime, mem_bytes in sizes.items():
+            kind = MachineKind(image=opened, ram_bytes=ram_class_bytes(mem_bytes), runtime=runtime)
+            backend.cloning.prepare(kind, Caller(cancel=cancel, progress=progress))

@@ -1,0 +1,130 @@
+"""The artifact of a run: given by the caller, kept from an earlier build of the same, or built now."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec.structs import replace
+
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.models import known
+from x07_sandbox.programs.artifacts import (
+    HEADER_BYTES,
+    artifact_key,
+    cached_artifact,
+    drop_artifact,
+    keep_artifact,
+    one_builder,
+)
+from x07_sandbox.programs.toolchains import build_driver
+from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.request import sha256_text
+from x07_sandbox.runs.result import BuildOutput
+from x07_sandbox.runs.spec import build_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.plan.outcomes import Verdict
+    from x07_sandbox.runs.folder import RunFolder
+    from x07_sandbox.runs.prepare import Prepared, Step
+    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.result import Result
+    from x07_sandbox.runs.streams import OutFile
+
+    Built = tuple[Verdict | None, Result]
+
+
+def artifact_of(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
+    """Fill *artifact*; None if there is one now, else how the build ended, and the draft. Raises SandboxError."""
+    program, toolchain = prepared.program, prepared.program.toolchain
+    if artifact.complete or toolchain.build is None:
+        if not artifact.complete:
+            artifact.complete = artifact.take(program.data)
+        return None, replace(draft, artifact_from="caller")
+    # Without an image nothing says by which compiler an artifact was made, so none is kept.
+    if prepared.image is None or not prepared.request.cache:
+        return (yield from _build(prepared, draft, folder, artifact))
+    key = _key(prepared, prepared.image.manifest.digest)
+    if (build := _recall(key, artifact)) is not None:
+        return None, replace(draft, artifact_from="cache", build=build)
+    most_s = min(settings.BUILD_WALL_MS / 1000, prepared.request.queue_s)
+    with one_builder(key, _pause_for_another(prepared.request), most_s) as waited:
+        if waited and (build := _recall(key, artifact)) is not None:
+            return None, replace(draft, artifact_from="cache", build=build)
+        ending, draft = yield from _build(prepared, draft, folder, artifact)
+        if ending is None:
+            keep_artifact(key, artifact.fd, artifact.size, artifact.sha256(), msgspec.json.encode(draft.build))
+        return ending, draft
+
+
+def _key(prepared: Prepared, image_digest: str) -> str:
+    program, toolchain = prepared.program, prepared.program.toolchain
+    assert toolchain.build is not None  # noqa: S101 - for the type checker
+    extras = None if toolchain.protocol is None else toolchain.protocol.build_extras(prepared.policy.data)
+    more = [] if extras is None else [sha256_text(part) for part in extras.key]
+    more += [sha256_text(build_driver())] if toolchain.driver else []
+    return artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
+
+
+def _pause_for_another(request: RunRequest) -> Callable[[], None]:
+    """What `one_builder` does while another builds: it says so, once that takes long, and can be cancelled."""
+    say_at = [Deadline.after(1.0)]
+
+    def pause() -> None:
+        request.cancel.pause()
+        if say_at and say_at[0].passed():
+            say_at.clear()
+            request.progress("waiting: another run builds the same program")
+
+    return pause
+
+
+def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
+    """Build in a machine of its own."""
+    from x07_sandbox.plan.outcomes import Outcome, as_build, verdict
+
+    draft = replace(draft, artifact_from="build")
+    yield draft
+    prepared.request.progress(f"building {prepared.program.source.name or 'the project'} in a machine of its own")
+    with contextlib.ExitStack() as stack:
+        end = carry_out_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
+    ending = as_build(end.ending)
+    report = replace(end.report, reason=ending.reason)
+    draft = replace(
+        draft,
+        phases={**draft.phases, "build": report},
+        build=BuildOutput(stdout=report.stdout, stderr=report.stderr),
+        jail=end.jail,
+        warnings=[*draft.warnings, *end.warnings],
+    )
+    if ending.outcome is Outcome.OK and artifact.complete:
+        return None, draft
+    draft = replace(draft, stdout=report.stdout, stderr=report.stderr)
+    if ending.outcome is not Outcome.OK:
+        return ending, draft
+    problem = end.facts.usage.get("output_problem") or "did not arrive whole"
+    return verdict(Outcome.BUILD_FAILED, f"the build ended well, but what it made {problem}", fault="program"), draft
+
+
+def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
+    """Copy the cached artifact *key* into *artifact*, hashing what is copied; what its build printed if it is good."""
+    with cached_artifact(key) as found:
+        if found is None or found.size > artifact.max_bytes:
+            return None
+        while artifact.size < found.size:
+            data = os.pread(found.fd, min(1 << 20, found.size - artifact.size), HEADER_BYTES + artifact.size)
+            if not data or not artifact.take(data):
+                break
+        if artifact.sha256() == found.sha256:
+            with contextlib.suppress(msgspec.MsgspecError):
+                build = msgspec.json.decode(found.notes, type=known(BuildOutput))
+                artifact.complete = True
+                return build
+    artifact.clear()
+    drop_artifact(key)
+    return None

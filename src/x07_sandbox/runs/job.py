@@ -1,0 +1,149 @@
+"""One job of a run: an instance that answers, the phase that it carries out, and the report on it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec.structs import replace
+
+from x07_sandbox.backends.base import Job, MachineKind, NoAnswerError
+from x07_sandbox.backends.handshake import evidence_of
+from x07_sandbox.errors import BackendError
+from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Caller
+from x07_sandbox.jobs.admission import admitted
+from x07_sandbox.jobs.record import Claim
+from x07_sandbox.runs.phase import PhaseStreams, carry_out, load_loop
+from x07_sandbox.runs.prepare import output_caps
+from x07_sandbox.runs.result import Output, PhaseReport
+
+if TYPE_CHECKING:
+    from x07_sandbox.backends.base import Instance
+    from x07_sandbox.plan.outcomes import Verdict
+    from x07_sandbox.runs.execute import PhaseFacts
+    from x07_sandbox.runs.folder import RunFolder
+    from x07_sandbox.runs.phase import PhaseSpec
+    from x07_sandbox.runs.prepare import Prepared
+    from x07_sandbox.runs.streams import Sink
+
+
+class JobEnd(NamedTuple):
+    """How a job ended. output_sha256: of its standard output. stderr_fd: what is kept of the other, lent."""
+
+    ending: Verdict
+    facts: PhaseFacts
+    report: PhaseReport
+    jail: str
+    output_sha256: str
+    stderr_fd: int
+    warnings: tuple[str, ...]
+
+
+def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder) -> JobEnd:
+    """Carry out one phase in an instance of its own. Raises SandboxError where there was none."""
+    request = prepared.request
+    live = spec.name == "run"
+    caps = output_caps(request, prepared.program.toolchain) if live else (settings.OUTPUT_MAX_BYTES,) * 2
+    name = "" if live else "build-"
+    stdout, stdout_fd = folder.sink(
+        f"{name}stdout", live_fd=request.live_stdout if live else None, max_bytes=caps[0], raw=request.raw
+    )
+    stderr, stderr_fd = folder.sink(
+        f"{name}stderr", live_fd=request.live_stderr if live else None, max_bytes=caps[1], raw=request.raw
+    )
+    with admitted(cancel_fd=request.cancel.fd, timeout_s=request.queue_s, progress=request.progress):
+        instance, facts, warnings = _conversed(prepared, spec, run_id, (stdout, stderr))
+    from x07_sandbox.plan.outcomes import classify
+    from x07_sandbox.runs.execute import drain
+    from x07_sandbox.runs.folder import output_of
+
+    evidence = facts.evidence
+    if not drain((stdout, stderr), request.cancel):
+        evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
+    ending = classify(evidence, emulated=prepared.availability.features.emulated, limits=spec.limits_shown)
+    if facts.input_problem:
+        warnings.append(f"the input could not be read to its end: {facts.input_problem}")
+    warnings += ending.warnings
+    outputs = output_of(stdout, stdout_fd), output_of(stderr, stderr_fd)
+    return JobEnd(
+        ending=ending,
+        facts=facts,
+        report=_report(instance, ending, facts, outputs),
+        jail=instance.jail,
+        output_sha256=stdout.sha256(),
+        stderr_fd=stderr_fd,
+        warnings=tuple(warnings),
+    )
+
+
+def _conversed(
+    prepared: Prepared, spec: PhaseSpec, run_id: str, sinks: tuple[Sink, Sink]
+) -> tuple[Instance, PhaseFacts, list[str]]:
+    """The instance, which is gone by then, what is known of its phase, and what the user should know of its start."""
+    request, live = prepared.request, spec.name == "run"
+    warnings: list[str] = []
+    streams = PhaseStreams(
+        stdin_fd=request.stdin_fd if live else None,
+        stdout=sinks[0],
+        stderr=sinks[1],
+        cancel=request.cancel,
+        on_started=lambda: request.progress("") if live else None,
+    )
+    try:
+        with contextlib.ExitStack() as stack:
+            instance = _answering(prepared, spec, run_id, stack, warnings)
+            facts = carry_out(spec, instance, streams)
+    except NoAnswerError as exc:
+        from x07_sandbox.runs.execute import PhaseFacts
+
+        instance = exc.instance
+        facts = PhaseFacts(evidence=evidence_of(exc.silence, request.cancel.signal))
+    warnings += instance.notes
+    return instance, facts, warnings
+
+
+def _answering(
+    prepared: Prepared, spec: PhaseSpec, run_id: str, stack: contextlib.ExitStack, warnings: list[str]
+) -> Instance:
+    """An instance that has answered: one that waits, warm, else one that the backend starts. Raises NoAnswerError."""
+    request, backend = prepared.request, prepared.backend
+    job = Job(
+        claim=Claim(run_id=run_id, phase=spec.name, wall_ms=spec.wall_ms),
+        kind=MachineKind(image=prepared.image, ram_bytes=spec.ram_bytes, runtime=spec.name),
+        caller=Caller(cancel=request.cancel, progress=request.progress),
+        limits=spec.limits,
+        cold=request.cold,
+        meanwhile=load_loop,
+    )
+    if request.machines is not None and not request.cold:
+        try:
+            if (waiting := request.machines.claim(backend, job)) is not None:
+                return stack.enter_context(waiting)
+        except BackendError as exc:
+            why = f"{exc.what}: {exc.why}"
+            if isinstance(exc, NoAnswerError):
+                if exc.silence.kind == "cancelled":
+                    raise
+                why = "the one it took did not answer"
+            warnings.append(f"the {spec.name} had no warm machine: {why}")
+            # That job is over, and stays on record.
+            job = replace(job, claim=replace(job.claim, phase=f"{spec.name}-clone"))
+    return stack.enter_context(backend.start(job))
+
+
+def _report(instance: Instance, ending: Verdict, facts: PhaseFacts, outputs: tuple[Output, Output]) -> PhaseReport:
+    usage = facts.usage
+    stdout, stderr = outputs
+    return PhaseReport(
+        job_id=instance.record.job_id,
+        start=instance.start_mode,
+        outcome=ending.outcome.value,
+        reason=ending.reason,
+        times_ms=facts.times_ms,
+        stdout=stdout,
+        stderr=stderr,
+        cpu_ms=int(usage.get("cpu_us", 0)) // 1000,
+        memory_peak_bytes=int(usage.get("memory_peak_bytes", 0)),
+        tasks_peak=int(usage.get("tasks_peak", 0)),
+    )

@@ -1,0 +1,108 @@
+"""The phases of a run, each as everything that is known of it beforehand."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from x07_sandbox.host import settings
+from x07_sandbox.plan.confinement import confinement
+from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
+from x07_sandbox.policy import program_environment
+from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, PROJECT_FOLDER, SOURCE_FOLDER, build_driver
+from x07_sandbox.runs.phase import CWD, PhaseSpec
+from x07_sandbox.runs.request import in_memory
+from x07_sandbox.runs.streams import InFile
+
+if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Mapping
+
+    from x07_sandbox.policy import Policy
+    from x07_sandbox.runs.host_files import HostFiles
+    from x07_sandbox.runs.prepare import Prepared
+    from x07_sandbox.runs.streams import OutFile
+
+_ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
+# Where a program with a manifest starts: the same private folder, under the name that relative roots have.
+_PROJECT_MOUNT: Final[dict[str, Any]] = {
+    "tree": None,
+    "sub": "",
+    "at": PROJECT_FOLDER,
+    "write": True,
+    "changes": False,
+}
+
+
+def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
+    """All variables of a program: fixed ones, those of *ours* that the policy lets in, those that were named, X07's."""
+    env = dict(_ENVIRONMENT)
+    if policy.env.enabled:
+        env |= {key: ours[key] for key in policy.env.allow_keys if key in ours and not key.startswith("X07_")}
+    for key in policy.env.deny_keys:
+        env.pop(key, None)
+    return {**env, **named, **program_environment(policy)}
+
+
+def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStack) -> PhaseSpec:
+    """The build of a program, which makes *artifact*."""
+    program, toolchain = prepared.program, prepared.program.toolchain
+    assert toolchain.build is not None  # noqa: S101 - for the type checker
+    files, env = [program.file], dict(_ENVIRONMENT)
+    if toolchain.driver:
+        files.append(in_memory(build_driver(), program.source.driver, 0o644, stack))
+    if toolchain.protocol is not None:
+        extras = toolchain.protocol.build_extras(prepared.policy.data)
+        files += [in_memory(data, path, 0o644, stack) for path, data in extras.files.items()]
+        env |= extras.env
+    limits = build_limits()
+    return PhaseSpec(
+        name="build",
+        argv=toolchain.build(program.source),
+        files=tuple(files),
+        limits=limits,
+        wall_ms=settings.BUILD_WALL_MS,
+        env=env,
+        ram_bytes=ram_class_bytes(limits["mem_bytes"]),
+        output=artifact,
+        limits_shown=build_limits_shown(),
+    )
+
+
+def run_spec(
+    prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStack, host_files: HostFiles | None = None
+) -> PhaseSpec:
+    """The run of an artifact."""
+    request, program, limits = prepared.request, prepared.program, prepared.plan.limits
+    policy, archive, protocol = prepared.policy.policy, program.toolchain.archive, program.toolchain.protocol
+    started = InFile(
+        path=PROGRAM_FOLDER if archive else ARTIFACT,
+        mode=0o755,
+        kind="archive" if archive else "file",
+        fd=artifact.fd,
+        size=artifact.size,
+    )
+    files = [started, in_memory(prepared.policy.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
+    if protocol is not None:
+        more = protocol.run_files(request.whole_input)
+        files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
+    cwd = PROJECT_FOLDER if program.project else CWD
+    mounts = [_PROJECT_MOUNT] if program.project else []
+    if host_files is not None:
+        mounts += host_files.mounts(len(files))
+        files += host_files.files
+    return PhaseSpec(
+        name="run",
+        argv=[*program.toolchain.start(program.source), *request.args],
+        files=tuple(files),
+        limits=limits.for_guest(),
+        confine=confinement(policy, cwd, alone=not (archive or protocol)),
+        wall_ms=limits.wall_ms,
+        env=run_environment(policy, request.env, os.environ),
+        ram_bytes=limits.ram_bytes,
+        cwd=cwd,
+        mounts=tuple(mounts),
+        changes=None if host_files is None else host_files.incoming,
+        areas=() if host_files is None else tuple(host_files.areas),
+        limits_shown=limits,
+    )

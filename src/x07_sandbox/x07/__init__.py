@@ -1,0 +1,1 @@
+"""What only callers of X07 need: its programs and projects, its protocol, its reports."""

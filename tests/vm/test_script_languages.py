@@ -1,0 +1,129 @@
+"""Scripts in JavaScript, Perl and Lua, checked and run for real on an image that has their packages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from tests.conftest import need
+from x07_sandbox import SandboxError, run_program
+from x07_sandbox.images.build import build_image
+from x07_sandbox.programs.manifest import FILE
+from x07_sandbox.programs.starter import sandbox_manifest
+
+if TYPE_CHECKING:
+    from tests.vm.conftest import Sandbox
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+IMAGE = "languages"
+
+
+class Language(msgspec.Struct, frozen=True, kw_only=True):
+    """Sources in one language.
+
+    name: of a program. hello: prints its arguments and its input in capitals, and exits with 3.
+    wrong: has a syntax error in line 2. said: the message of the language's tool about it.
+    main: prints 42, which it imports from *beside*, the name and content of a module.
+    """
+
+    name: str
+    hello: str
+    wrong: str
+    said: str
+    main: str
+    beside: tuple[str, str]
+
+
+LANGUAGES = {
+    "javascript": Language(
+        name="main.js",
+        hello="""
+            console.log(process.argv.slice(2).join(" "))
+            let text = ""
+            process.stdin.on("data", data => text += data)
+            process.stdin.on("end", () => { process.stdout.write(text.toUpperCase()); process.exitCode = 3 })
+        """,
+        wrong='console.log("before")\nlet x = ;\n',
+        said="main.js:2\nlet x = ;\n        ^\n\nSyntaxError: Unexpected token ';'",
+        main="import { n } from './near.mjs'\nconsole.log(n)\n",
+        beside=("near.mjs", "export const n = 42\n"),
+    ),
+    "perl": Language(
+        name="main.pl",
+        hello='use strict; use warnings;\nprint "@ARGV\\n";\nprint uc while <STDIN>;\nexit 3;\n',
+        wrong='print "before\\n";\nmy $x = ;\n',
+        said='syntax error at /x07/in/main.pl line 2, near "= ;"',
+        main='use strict;\nuse Near;\nprint $Near::n, "\\n";\n',
+        beside=("lib/Near.pm", "package Near;\nour $n = 42;\n1;\n"),
+    ),
+    "lua": Language(
+        name="main.lua",
+        hello='print(table.concat(arg, " "))\nio.write(io.read("a"):upper())\nos.exit(3)\n',
+        wrong='print("before")\nx = = 1\n',
+        said="main.lua:2: unexpected symbol near '='",
+        main='print(require("near").n)\n',
+        beside=("near/init.lua", "return { n = 42 }\n"),
+    ),
+}
+EACH = pytest.mark.parametrize("toolchain", LANGUAGES)
+
+
+@pytest.fixture(scope="session")
+def languages() -> str:
+    """The name of an image with the packages; of workers that want it at once one builds it, the others wait."""
+    try:
+        build_image(name=IMAGE, include=["nodejs", "lua5.4"], progress=lambda _text: None)
+    except SandboxError as exc:
+        need(None, f"an image with nodejs and lua5.4: {exc}", installable=True)
+    return IMAGE
+
+
+@EACH
+def test_a_script_gets_arguments_and_input_and_gives_its_exit_code(
+    sandbox: Sandbox, languages: str, toolchain: str
+) -> None:
+    """A script runs under the built-in policy with its arguments and input, and is refused nothing that it needs."""
+    language = LANGUAGES[toolchain]
+    ran = sandbox.run_text(language.name, language.hello, "one", "two", stdin=b"some words\n", image=languages)
+    assert (ran.outcome, ran.result.exit_code) == ("failed", 3), ran.stderr
+    assert (ran.stdout, ran.stderr) == (b"one two\nSOME WORDS\n", b"")
+    assert ran.result.denials == []
+
+
+@EACH
+def test_a_script_with_a_syntax_error_is_a_failed_build(sandbox: Sandbox, languages: str, toolchain: str) -> None:
+    """A script that its language cannot read is not started; what is shown is the language's own message."""
+    language = LANGUAGES[toolchain]
+    ran = sandbox.run_text(language.name, language.wrong, image=languages)
+    assert (ran.outcome, ran.stdout) == ("build-failed", b"")
+    assert language.said in ran.stderr.decode()
+
+
+@EACH
+@pytest.mark.usefixtures("state")
+def test_a_script_finds_a_module_beside_it(languages: str, toolchain: str) -> None:
+    """A source text that is given with a module beside it imports that module."""
+    language = LANGUAGES[toolchain]
+    name, text = language.beside
+    files = {name: text.encode()}
+    result = run_program(source=language.main, toolchain=toolchain, files=files, image=languages)
+    assert (result.outcome, result.stdout.text) == ("ok", "42\n"), result.stderr.text
+
+
+@EACH
+def test_a_project_of_scripts_runs_from_the_manifest_that_init_writes(
+    sandbox: Sandbox, languages: str, toolchain: str
+) -> None:
+    """A project in each language runs from its folder with the manifest that `x07 init --toolchain` makes of it."""
+    language = LANGUAGES[toolchain]
+    name, text = language.beside
+    folder = sandbox.work / "project"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text(text)
+    (folder / language.name).write_text(language.main)
+    (folder / FILE).write_bytes(sandbox_manifest(toolchain, sorted([language.name, name])))
+    ran = sandbox.run(folder, image=languages)
+    assert (ran.outcome, ran.stdout) == ("ok", b"42\n"), ran.stderr
