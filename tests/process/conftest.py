@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import need
 from tests.process.conversation import Conversation, Ended, Program
-from x07_sandbox.backends.base import Job
 from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
+from x07_sandbox.backends.process.start import start_confined, start_unconfined
+from x07_sandbox.errors import HostError
 from x07_sandbox.host.processes import carries_mark
-from x07_sandbox.jobs import launcher
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 Backend = OsBackend | NoneBackend
 Run = Callable[..., Ended]
-
-__all__ = ["launcher"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,14 +46,14 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def claim() -> Claim:
+    """Of a new job."""
+    return Claim(run_id=new_run_id(), phase="run", wall_ms=20_000)
+
+
 def new_record(backend: Backend) -> JobRecord:
     """A record of a job that is to start."""
-    return create_record(Claim(run_id=new_run_id(), phase="run", wall_ms=20_000), backend=backend.name, image_digest="")
-
-
-def job_of(record: JobRecord, deadline_s: int = 60) -> Job:
-    """Its job."""
-    return Job(record=record, kind=None, deadline_s=deadline_s)  # type: ignore[arg-type] # no image is needed
+    return create_record(claim(), backend=backend.name, image_digest="")
 
 
 def left(mark: str) -> list[str]:
@@ -72,7 +71,8 @@ def left(mark: str) -> list[str]:
 def started(backend: Backend, deadline_s: int = 60) -> Iterator[ProcessInstance]:
     """A started agent; afterwards nothing of it may be left."""
     record = new_record(backend)
-    with backend.start(job_of(record, deadline_s)) as instance:
+    start = start_confined if backend.name == "os" else start_unconfined
+    with start(record, deadline_s) as instance:
         instance.release()
         yield instance
     assert (record.folder / "done").exists()
@@ -90,9 +90,10 @@ def run_on(backend: Backend, program: Program, on_output: Callable[[Conversation
 def confined() -> OsBackend:
     """The backend `os`, where this host can have it."""
     backend = OsBackend()
-    found = backend.probe()
-    if not found.usable:
-        pytest.skip(found.proof)
+    try:
+        backend.probe()
+    except HostError as exc:
+        need(condition=False, reason=f"{exc.what}: {exc.why}", installable="missing" in exc.why)
     return backend
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,9 +13,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.process.conftest import job_of, left, new_record, run_on, started
+from tests.process.conftest import claim, left, run_on, started
 from tests.process.conversation import Conversation, Program, python
+from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.channel.frames import Kind
+from x07_sandbox.channel.link import State
+from x07_sandbox.errors import HostError
+from x07_sandbox.host.cancel import Caller, Cancel
 
 if TYPE_CHECKING:
     from tests.process.conftest import Backend
@@ -26,14 +31,12 @@ GONE_S = 10.0
 # A runner that is killed while its program runs.
 RUNNER = """
 import sys
-from tests.process.conftest import job_of, new_record
+from tests.process.conftest import started
 from tests.process.conversation import Conversation, python
-from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
+from x07_sandbox.backends.registry import create
 
-backend = OsBackend() if sys.argv[1] == "os" else NoneBackend()
-record = new_record(backend)
-with backend.start(job_of(record)) as instance:
-    print(record.mark, flush=True)
+with started(create(sys.argv[1])) as instance:
+    print(instance.record.mark, flush=True)
     source = "import os, signal; os.fork() or os.setsid(); print('here', flush=True); signal.pause()"
     Conversation(instance).run(python(source), on_output=lambda _it: print("runs", flush=True))
 """
@@ -128,10 +131,30 @@ def test_a_killed_runner_leaves_no_process(either: Backend, state: Path, cache: 
     assert not left(mark)
 
 
-def test_a_job_that_never_started_leaves_no_record(either: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_never_started_leaves_no_record(
+    either: Backend, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the agent cannot be prepared, the job's folder goes too."""
-    record = new_record(either)
     monkeypatch.setenv("X07_VM_CACHE_DIR", "/proc/nowhere")
-    with pytest.raises(Exception, match="nowhere"), either.start(job_of(record)):
+    with pytest.raises(HostError, match="nowhere"), started(either):
         pass
-    assert not record.folder.exists()
+    assert not [path for path in state.iterdir() if path.is_dir()]
+
+
+def test_a_job_is_greeted_when_it_starts(either: Backend) -> None:
+    """A started job's agent has answered, and its processes are in its record."""
+    kind = MachineKind(image=None, ram_bytes=0)
+    cancel = Cancel()
+    job = Job(claim=claim(), kind=kind, caller=Caller(cancel=cancel))
+    with contextlib.closing(cancel), either.start(job) as instance:
+        assert instance.greeting.connection.link.state is State.READY
+        assert [record.mark for record in either.list_owned()] == [instance.record.mark]
+    assert not list(either.list_owned())
+
+
+def test_a_job_can_be_stopped_by_its_record(either: Backend) -> None:
+    """Any process of the user can stop a job by its record; nothing is left of it."""
+    with started(either) as instance:
+        assert either.stop(instance.record)
+        assert not left(instance.record.mark)
+        assert not list(either.list_owned())

@@ -22,6 +22,7 @@ from x07_sandbox.jail.bwrap import BWRAP
 
 LIBSECCOMP: Final = "libseccomp.so.2"
 _MADE_S: Final = 120
+_KEPT: Final = 8  # another version's may be in use
 # What changes when programs come or go: the package manager's own list, and the folders that it fills.
 _CHANGES: Final = ("/var/lib/dpkg/status", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/libexec", "/etc/ld.so.cache")
 
@@ -32,6 +33,8 @@ def agent_code(*, confined: bool) -> Path:
     path = cache_folder("agent") / f"{_key(code, confined=confined)}.zip"
     if not path.exists():
         replace_file(path, _made(code, this_system(), confined=confined))
+        for old in sorted(path.parent.glob("*.zip"), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
+            old.unlink(missing_ok=True)
     return path
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.backends.jailed import Given, Jailed, end_supervisor, inner_process
 from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, scratch_bytes, this_system
-from x07_sandbox.backends.qemu.side import SideStream
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.bounded_stream import SideStream
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.host.troubles import need_own_proc
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
@@ -28,7 +28,7 @@ from x07_sandbox.jobs.record import drop_unstarted, mark_done, write_owner
 if TYPE_CHECKING:
     import subprocess
 
-    from x07_sandbox.backends.base import Begun, Job
+    from x07_sandbox.backends.base import Greeting, StartMode
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.jobs.record import JobRecord
 
@@ -39,8 +39,10 @@ _FREE_DEPTH: Final = 1
 class ProcessInstance(Jailed):
     """An agent on this host. Made by `start_confined` or `start_unconfined`, which also end it."""
 
-    begun: Begun = "cold"
-    cold_reason = ""
+    net_fd: int | None = None
+    start_mode: StartMode = "cold"
+    notes: tuple[str, ...] = ()
+    greeting: Greeting
 
     def __init__(  # noqa: PLR0913 - what it is made of
         self,
@@ -69,10 +71,6 @@ class ProcessInstance(Jailed):
         """Read it, keeping no more than its bound."""
         self._errors.read()
 
-    def mistimed(self) -> bool:
-        """Never: it boots no kernel."""
-        return False
-
     def console_tail(self) -> str:
         """The last of that, control characters replaced."""
         self._errors.read()
@@ -80,24 +78,24 @@ class ProcessInstance(Jailed):
 
 
 @contextlib.contextmanager
-def start_confined(job: Job) -> Iterator[ProcessInstance]:
-    """A confined agent for *job*; on the way out it is gone and its record says so. Raises BackendError, HostError.
+def start_confined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInstance]:
+    """A confined agent for a job; on the way out it is gone and its record says so. Raises BackendError, HostError.
 
     It runs as an ordinary user: as the one that we are, or where that is root, as one that no other job has.
     """
     with contextlib.ExitStack() as stack:
-        stack.callback(drop_unstarted, job.record)
+        stack.callback(drop_unstarted, record)
         need_own_proc()
         code = agent_code(confined=True)
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
         given = Given()
         stack.callback(given.close)
         channel_fd, far_fd = _channel(stack, given)
-        groups = program_groups(job.record.job_id, uid=os.geteuid() if uid is None else uid)
+        groups = program_groups(record.job_id, uid=os.geteuid() if uid is None else uid)
         stack.callback(groups.remove)
         sandbox = Sandbox(
             system=this_system(),
-            mark=job.record.mark,
+            mark=record.mark,
             agent_fd=given.add(os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
             file_fds={path: given.add(_text(path, content)) for path, content in FILES.items()},
             channel_fd=far_fd,
@@ -107,7 +105,7 @@ def start_confined(job: Job) -> Iterator[ProcessInstance]:
         )
         argv = supervisor_argv(
             sandbox_argv(sandbox),
-            deadline_s=job.deadline_s,
+            deadline_s=deadline_s,
             runner_pid=os.getpid(),
             syscalls=host_arch().syscalls,
             nest=may_nest(),
@@ -115,19 +113,19 @@ def start_confined(job: Job) -> Iterator[ProcessInstance]:
             uid=uid,
         )
         passed = [sandbox.agent_fd, *sandbox.file_fds.values(), far_fd, *([] if lock_fd is None else [lock_fd])]
-        start = _Start(job.record, given, channel_fd, _CONFINED_DEPTH, groups.names(), groups.remove)
+        start = _Start(record, given, channel_fd, _CONFINED_DEPTH, groups.names(), groups.remove)
         jail = f"user namespaces, {'a uid of its own' if uid is not None else 'the user'}; {groups.describe()}"
         yield from start.run(argv, tuple(passed), jail)
 
 
 @contextlib.contextmanager
-def start_unconfined(job: Job) -> Iterator[ProcessInstance]:
-    """An agent without confinement for *job*, with a folder in the record's. Raises BackendError, HostError."""
+def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInstance]:
+    """An agent without confinement, with a folder in the record's. Raises BackendError, HostError."""
     with contextlib.ExitStack() as stack:
-        stack.callback(drop_unstarted, job.record)
+        stack.callback(drop_unstarted, record)
         need_own_proc()
         code = agent_code(confined=False)
-        folder = job.record.folder / "files"
+        folder = files_folder(record)
         try:
             folder.mkdir(mode=0o700)
         except OSError as exc:
@@ -137,13 +135,13 @@ def start_unconfined(job: Job) -> Iterator[ProcessInstance]:
         stack.callback(given.close)
         channel_fd, far_fd = _channel(stack, given)
         argv = supervisor_argv(
-            agent_argv(str(code), "none", str(far_fd), str(folder), job.record.mark),
-            deadline_s=job.deadline_s,
+            agent_argv(str(code), "none", str(far_fd), str(folder), record.mark),
+            deadline_s=deadline_s,
             runner_pid=os.getpid(),
             syscalls=host_arch().syscalls,
             nest=False,
         )
-        start = _Start(job.record, given, channel_fd, _FREE_DEPTH, (), lambda: _removed(folder))
+        start = _Start(record, given, channel_fd, _FREE_DEPTH, (), lambda: remove_folder(folder))
         yield from start.run(argv, (far_fd,), "none")
 
 
@@ -239,7 +237,12 @@ def _text(path: str, content: bytes) -> int:
     return fd
 
 
-def _removed(folder: Path) -> bool:
+def files_folder(record: JobRecord) -> Path:
+    """Where an unconfined program has its files."""
+    return record.folder / "files"
+
+
+def remove_folder(folder: Path) -> bool:
     """Remove a folder in which a program may have taken rights from its own folders; whether it is gone."""
     for place, _, _ in os.walk(folder):
         with contextlib.suppress(OSError):
