@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from x07_sandbox import Policy, Pool, SandboxError, load_policy, run_program, run_program_async
 from x07_sandbox.backends.lease import PoolMachines
+from x07_sandbox.backends.selection import choice_of_variables
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.cancel import Cancel
@@ -156,6 +157,7 @@ def asked(stack: contextlib.ExitStack, folder: Path, **words: Any) -> RunRequest
         "stdin_fd": 0,
         "stdin_default": True,
         "machines": PoolMachines(),
+        "choice": choice_of_variables(),
         "cancel": cancel,
     } | words
     return load_program(make_request(folder, options.pop("args", ()), **options), stack)[0]

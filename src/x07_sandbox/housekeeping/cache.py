@@ -23,6 +23,8 @@ _MESSY: Final = ("artifacts", "libraries", "proofs", "verified")  # where files 
 
 def prune_saved(pruner: Pruner, gone: set[str]) -> None:
     """Remove saved machines as making another does. gone: digests of images that go. Raises SandboxError."""
+    if not os.path.lexists(cache_dir()):
+        return
     images = {image.digest for image in list_images()} - gone
     for backend in map(create, built()):
         if backend.cloning is not None:
