@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import FULL, overwrite
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
+from x07_sandbox.backends import handshake
 from x07_sandbox.backends.base import Silence
 from x07_sandbox.backends.handshake import Talk
 from x07_sandbox.backends.qemu.instance import QemuInstance
@@ -37,7 +38,6 @@ from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.pool.warm import WarmMachines
-from x07_sandbox.runs import execute
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,7 +113,7 @@ def test_the_clock_is_the_hosts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatc
     before_s, after_s, now = found()
     assert before_s > -1
     assert after_s < 1
-    monkeypatch.setattr(execute, "unix_ns", lambda: clocks.unix_ns() + 3600 * 10**9)
+    monkeypatch.setattr(handshake, "unix_ns", lambda: clocks.unix_ns() + 3600 * 10**9)
     before_s, after_s, later = found()
     assert before_s > 3599
     assert after_s < 3601
