@@ -53,7 +53,7 @@ class Trip:
     def __init__(self, host: Path, guest: Path) -> None:
         self.host = host
         self.guest = guest
-        self.tree = GuestTree(str(guest))
+        self.tree = GuestTree(str(guest), guest.stat().st_uid or None)
         self.copied: Copied | None = None
 
     def go(self, bounds: Bounds = BOUNDS, piece: int = 7000) -> None:

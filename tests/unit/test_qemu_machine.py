@@ -20,7 +20,7 @@ from x07_sandbox.backends.qemu.machine import (
     kernel_command_line,
     qemu_argv,
 )
-from x07_sandbox.guest import agent, place
+from x07_sandbox.guest import machine as guest_machine
 from x07_sandbox.host.arch import ARCHES
 
 MIB = 1024 * 1024
@@ -161,8 +161,8 @@ def test_the_image_cannot_be_written_and_the_scratch_disk_can(name: str, kvm: in
 def test_host_and_agent_name_port_and_disk_alike() -> None:
     """The port and the disk that the agent looks for are those that the machine has."""
     devices = values(qemu_argv(machine()), "-device")
-    assert f"virtserialport,chardev=channel,nr=1,name={agent.PORT}" in devices
-    assert place.SCRATCH_SERIAL == SCRATCH_SERIAL
+    assert f"virtserialport,chardev=channel,nr=1,name={guest_machine.PORT}" in devices
+    assert guest_machine.SCRATCH_SERIAL == SCRATCH_SERIAL
 
 
 def test_the_port_of_the_network_is_there_from_the_start() -> None:

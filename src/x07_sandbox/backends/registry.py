@@ -23,7 +23,19 @@ def _qemu() -> Backend:
     return QemuBackend()
 
 
-_FACTORIES: Final[dict[str, Factory]] = {"qemu": _qemu}
+def _os() -> Backend:
+    from x07_sandbox.backends.process.backend import OsBackend
+
+    return OsBackend()
+
+
+def _none() -> Backend:
+    from x07_sandbox.backends.process.backend import NoneBackend
+
+    return NoneBackend()
+
+
+_FACTORIES: Final[dict[str, Factory]] = {"qemu": _qemu, "os": _os, "none": _none}
 
 
 def create(name: str) -> Backend:

@@ -1,79 +1,60 @@
-"""The guest agent: PID 1 of the virtual machine, one conversation with the host, one program.
+"""The guest agent: one conversation with the host, one program.
 
 It speaks first, takes clock and entropy before anything else, receives the job and its files, has the program
-started by `init` under `confine`, carries the streams, and reports. It never trusts the program: the program has
-another uid, sees neither the channel nor this process, and is bounded by a control group that this process is not in.
+started by `init` under `confine`, carries the streams, and reports. What it runs in is its `platform`. In all but the
+weakest the program sees neither the channel nor this process, and this process is in no control group of the program's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import select
-import time
-from typing import Any, Final
+import sys
+from typing import TYPE_CHECKING, Any
 
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import PROTOCOL, Kind, Role
 from x07_sandbox.channel.link import NEXT, Control, Event, State
-from x07_sandbox.guest import filters, system
-from x07_sandbox.guest.audit import Audit
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.job import TICK_S, Job, orders
 from x07_sandbox.guest.place import Place
-from x07_sandbox.guest.system import write_file
 
-PORT: Final = "x07.0"
-
-# Doors of the guest's kernel that no program here needs and many attacks went through: a user namespace gives an
-# ordinary process capabilities over namespaces of its own; io_uring and bpf are large and young.
-_CLOSED: Final = (
-    ("user/max_user_namespaces", "0"),
-    ("kernel/io_uring_disabled", "2"),
-    ("kernel/unprivileged_bpf_disabled", "1"),
-    ("kernel/yama/ptrace_scope", "1"),
-    ("kernel/dmesg_restrict", "1"),
-    ("kernel/kptr_restrict", "2"),
-)
-# What the kernel would otherwise do now and then, for machines that live longer: in a fresh clone each costs
-# milliseconds when it comes first.
-_QUIET: Final = (
-    ("kernel/sched_autogroup_enabled", "0"),
-    ("vm/compaction_proactiveness", "0"),
-    ("vm/stat_interval", "3600"),
-)
+if TYPE_CHECKING:
+    from x07_sandbox.guest.platform import Platform
 
 
 def main() -> None:
-    """Serve the one conversation and end the machine."""
-    write_file("/proc/self/oom_score_adj", "-1000")  # the kernel must never choose us when memory is short
-    for name, value in _CLOSED:
-        write_file(f"/proc/sys/{name}", value)
-    for name, value in _QUIET:
-        with contextlib.suppress(FileNotFoundError):
-            write_file(f"/proc/sys/{name}", value)
-    # The control group holds the limit and tells of it; an allocation that the kernel finds too large would only fail.
-    write_file("/proc/sys/vm/overcommit_memory", "1")
-    # A program is to run out of descriptors, of which a policy can give more, not of the kernel's own 128 instances.
-    write_file("/proc/sys/fs/inotify/max_user_instances", "1048576")
+    """Serve the one conversation, and end."""
+    platform = _platform(sys.argv[1:])
     try:
-        Agent(_open_port(PORT)).serve()
+        Agent(platform.open_channel(), platform).serve()
     finally:
-        system.power_off()
+        platform.end()
+
+
+def _platform(words: list[str]) -> Platform:
+    """What the command line says: nothing in a machine, else a kind and what that needs."""
+    if not words:
+        from x07_sandbox.guest.machine import Machine
+
+        return Machine()
+    from x07_sandbox.guest.process import named
+
+    return named(words)
 
 
 class Agent:
     """The conversation. One loop, one poll object; everything else is called from it."""
 
-    def __init__(self, port_fd: int) -> None:
-        self.connection = Connection(port_fd, Role.GUEST)
+    def __init__(self, channel_fd: int, platform: Platform) -> None:
+        self.platform = platform
+        self.connection = Connection(channel_fd, Role.GUEST)
         self.link = self.connection.link
-        self.random_fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
         self.machine_id = b""
         self.place: Place | None = None
         self.job: Job | None = None
-        self.audit = Audit(*filters.call_numbers())
+        self.audit = platform.audit()
 
     def serve(self) -> None:
         """Speak until the host is gone."""
@@ -124,8 +105,9 @@ class Agent:
             elif event.kind is Kind.SEED:
                 self._take_seed(event.body)
             elif event.kind is Kind.START:
-                self.place = self.place or Place()
-                self.job = Job(self.link, self.machine_id, event.body, self.place, self.audit, self._fail)
+                self.place = self.place or Place(self.platform)
+                body = self.platform.adapt(event.body)
+                self.job = Job(self.link, self.machine_id, body, self.place, self.audit, self._fail)
                 self.job.begin_if_complete()
             elif event.kind is Kind.STOP and self.job is not None:
                 self.job.stop()
@@ -143,7 +125,7 @@ class Agent:
             self.job = None
             self.place.close()
         limits = body["limits"]
-        self.place = place = Place(first=first, interpreter=True, preload=body["preload"])
+        self.place = place = Place(self.platform, first=first, interpreter=True, preload=body["preload"])
         place.prepare(
             orders(
                 limits,
@@ -167,39 +149,9 @@ class Agent:
         self.link.send(Kind.WARMED, {})
 
     def _take_seed(self, body: dict[str, Any]) -> None:
-        try:
-            time.clock_settime_ns(time.CLOCK_REALTIME, body["unix_ns"])
-        except OSError:
-            # A kernel takes no time before its own boot (EINVAL), and a host whose clock was never set has just that.
-            time.clock_settime_ns(time.CLOCK_REALTIME, time.monotonic_ns() + 10**9)
-        system.add_entropy(self.random_fd, body["entropy"])
+        self.platform.seed(body)
         self.machine_id = body["machine_id"]
         self.link.send(Kind.SEEDED, {"nonce": body["nonce"]})
-
-
-def _open_port(name: str) -> int:
-    """The channel's port, found by name; waits until the host's end is there."""
-    base = "/sys/class/virtio-ports"
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        for port in os.listdir(base) if os.path.isdir(base) else []:
-            with open(f"{base}/{port}/name", encoding="ascii") as file:
-                if file.read().strip() == name:
-                    return _connected(f"/dev/{port}", deadline)
-        time.sleep(0.002)  # the driver probes on its own time and offers no event without udev
-    raise JobError("port", 0, f"no virtio port {name}")
-
-
-def _connected(path: str, deadline: float) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    while time.monotonic() < deadline:
-        mask = poll.poll(1000)
-        if mask and not mask[0][1] & select.POLLHUP:
-            return fd
-        time.sleep(0.002)  # POLLHUP stays set until the host's end is open: there is nothing to wait on
-    raise JobError("port", 0, "the host never opened its end")
 
 
 def _run_quietly(argv: list[str]) -> None:

@@ -195,6 +195,26 @@ class Audit:
             self._refusals.note(got, body.rstrip(b"\0"))
 
 
+class NoAudit:
+    """What stands for the audit where the kernel's is not ours: it hears nothing. fd: never becomes readable."""
+
+    def __init__(self) -> None:
+        self.fd, self._other_end = os.pipe2(os.O_CLOEXEC)
+
+    def settle(self) -> None:
+        """Nothing is to be forgotten."""
+
+    def begin(self, find: Find | None = None, roots: Sequence[str] = (), follow: Follow | None = None) -> None:
+        """Nothing begins."""
+
+    def take(self) -> None:
+        """Nothing comes."""
+
+    def end(self) -> tuple[dict[Refusal, int], int]:
+        """Nothing was heard, and nothing is lost of it."""
+        return {}, 0
+
+
 class Refusals:
     """What records say, put together. found: how often each. untold: those beyond `DENIED_MAX` different ones."""
 

@@ -1,10 +1,12 @@
 """Confinement of the program, as lists of steps that each name what they need.
 
-`WORLD` is done once by our init, still root, and builds what the program will see. `RIGHTS` is done by the program's
-own process, and takes away what it may do. Neither depends on the job, so both can be done before a machine is saved.
-`JOB` is done by init, still root, when the orders have come. A step may need what a later one gives up.
+`Measures.world` is done once by our init, still root, and builds what the program will see. `Measures.rights` is done
+by the program's own process, and takes away what it may do. Neither depends on the job, so both can be done before a
+machine is saved. `Measures.job` is done by init, still root, when the orders have come. A step may need what a later
+one gives up.
 
-A step that fails ends the job: there is no weaker form of any of them here.
+`MACHINE` are those of a virtual machine; `guest/process.py` has those of the weaker platforms. A step that fails ends
+the job.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ ROOT: Final = "/run/x07/root"
 MACHINE_ID: Final = "/run/x07/machine-id"
 SCRATCH: Final = "/run/x07/scratch"
 MEMORY: Final = "/run/x07/memory"
+_ENTRIES: Final = 4096  # an archive of small files cannot hold more: a header has 110 bytes
 CWD: Final = "/opt/x07"
 IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - folders of the program that lie in the guest's memory
 _INPUTS: Final = "/x07/in"
@@ -36,19 +39,22 @@ class World(NamedTuple):
     """What the steps before the job work on.
 
     netns_fd: the program's network namespace, made and kept by the agent.
-    procs_fd: joins the program's control group.
+    procs_fds: join the program's control groups. group_kills: whether these can end all their processes.
+    namespaces: whether the program has namespaces of its own.
     interpreter: whether a Python interpreter waits to become the program. preload: what it has imported by then.
     base_filter, quiet_filter: the seccomp filters that every program is under.
     readable: of the image, what holds no programs.
     """
 
     netns_fd: int
-    procs_fd: int
+    procs_fds: tuple[int, ...]
     interpreter: bool
     preload: list[str]
     base_filter: bytes
     quiet_filter: bytes
     readable: list[str]
+    group_kills: bool
+    namespaces: bool
 
 
 class Orders(NamedTuple):
@@ -66,6 +72,7 @@ class Orders(NamedTuple):
     fds: int
     cpu_s: int
     core_bytes: int
+    tasks: int
     execution: tuple[Any, ...] | None
 
 
@@ -90,6 +97,14 @@ class Step(NamedTuple, Generic[T]):
     needs: str
     apply: Callable[[T], None]
     fields: tuple[str, ...] = ()
+
+
+class Measures(NamedTuple):
+    """The steps of one platform, in their order."""
+
+    world: tuple[Step[World], ...]
+    rights: tuple[Step[World], ...]
+    job: tuple[Step[Orders], ...]
 
 
 # Folders of the root that hold nothing of the image: something else is mounted there, or folders of the host.
@@ -130,13 +145,21 @@ def _proc(_world: World) -> None:
             system.bind(f"{ROOT}/proc/{name}", f"{ROOT}/proc/{name}", system.MS_RDONLY)
 
 
+def _make_device(name: str, path: str) -> None:
+    os.mknod(path, 0o20666, os.stat(f"/dev/{name}").st_rdev)
+    os.chmod(path, 0o666)  # noqa: S103 - these devices are for everybody
+
+
 def _devices(_world: World) -> None:
+    devices(_make_device)
+
+
+def devices(make: Callable[[str, str], None]) -> None:
+    """A folder of the devices that every program may use. make: makes the device of a name at a path."""
     dev = f"{ROOT}/dev"
     system.mount("tmpfs", dev, "tmpfs", system.MS_NOSUID, "mode=0755,size=64k,nr_inodes=64")
     for name in ("null", "zero", "full", "random", "urandom"):
-        number = os.stat(f"/dev/{name}").st_rdev
-        os.mknod(f"{dev}/{name}", 0o20666, number)
-        os.chmod(f"{dev}/{name}", 0o666)  # noqa: S103 - these devices are for everybody
+        make(name, f"{dev}/{name}")
     for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
         os.symlink(f"/proc/self/fd{target}", f"{dev}/{name}")
     os.mkdir(f"{dev}/shm")
@@ -189,13 +212,14 @@ def _rules(world: World) -> None:
     """
     files = system.FS_EXECUTE | system.FS_READ_FILE | system.FS_REFER
     fd = system.landlock_ruleset(files=files)
-    os.dup2(fd, interpreter.RULES_FD)
+    os.dup2(fd, interpreter.RULES_FD, inheritable=world.interpreter)
     os.close(fd)
     # Moving files from folder to folder is not theirs to forbid.
     system.landlock_allow(interpreter.RULES_FD, "/", system.FS_REFER)
     own = [f"/{name}" for name in sorted(_OWN) if os.path.isdir(f"/{name}")]
     for path in (*own, *world.readable):
-        system.landlock_allow(interpreter.RULES_FD, path, system.FS_READ_FILE)
+        with contextlib.suppress(FileNotFoundError):  # a host may have removed it since
+            system.landlock_allow(interpreter.RULES_FD, path, system.FS_READ_FILE)
     for path in _LOADERS:  # executed with every program, by the kernel itself
         with contextlib.suppress(FileNotFoundError):
             execution.allow_program(path)
@@ -208,16 +232,13 @@ def root_mode(flags: int) -> None:
     system.mount("", "/", "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | flags)
 
 
-WORLD: Final[tuple[Step[World], ...]] = (
-    Step("namespaces", "CAP_SYS_ADMIN", _namespaces),
-    Step("read-only system", "CAP_SYS_ADMIN", _read_only_system),
-    Step("proc", "CAP_SYS_ADMIN", _proc),
-    Step("devices", "CAP_SYS_ADMIN, CAP_MKNOD", _devices),
-    Step("temporary folders", "CAP_SYS_ADMIN", _temporary),
-    Step("work folders", "CAP_SYS_ADMIN, a scratch disk", _work_folders),
-    Step("root", "CAP_SYS_ADMIN", _enter),
-    Step("rules about programs", "Landlock", _rules),
-)
+NAMESPACES: Final = Step[World]("namespaces", "CAP_SYS_ADMIN", _namespaces)
+SYSTEM: Final = Step[World]("read-only system", "CAP_SYS_ADMIN", _read_only_system)
+PROC: Final = Step[World]("proc", "CAP_SYS_ADMIN", _proc)
+TEMPORARY: Final = Step[World]("temporary folders", "CAP_SYS_ADMIN", _temporary)
+WORK: Final = Step[World]("work folders", "CAP_SYS_ADMIN, a scratch folder", _work_folders)
+ENTER: Final = Step[World]("root", "CAP_SYS_ADMIN", _enter)
+RULES: Final = Step[World]("rules about programs", "Landlock", _rules)
 
 
 def forget_interpreter() -> None:
@@ -250,10 +271,11 @@ def _inputs(orders: Orders) -> None:
         system.unmount("/x07/in")
 
 
-def _resource_limits(orders: Orders) -> None:
+def resource_limits(orders: Orders) -> tuple[tuple[int, int], ...]:
+    """The limits of each single process, by resource."""
     # The cgroup's counter decides on cpu-limit; this is only the net below it, and later, because its
     # signal could not be told from one that the program sends itself.
-    for which, value in (
+    return (
         (resource.RLIMIT_CPU, orders.cpu_s),
         (resource.RLIMIT_NOFILE, orders.fds),
         (resource.RLIMIT_CORE, orders.core_bytes),
@@ -262,7 +284,11 @@ def _resource_limits(orders: Orders) -> None:
         (resource.RLIMIT_SIGPENDING, 1024),
         (resource.RLIMIT_NICE, 0),
         (resource.RLIMIT_RTPRIO, 0),
-    ):
+    )
+
+
+def _resource_limits(orders: Orders) -> None:
+    for which, value in resource_limits(orders):
         resource.prlimit(PROGRAM_PID, which, (value, value))
 
 
@@ -279,23 +305,25 @@ def _no_execution(orders: Orders) -> None:
 
 # A remount of its size takes the flag off again.
 _OF_NO_EXECUTION: Final = ("execution", "tmp_bytes", "out_writable", "inputs_on_disk")
-JOB: Final[tuple[Step[Orders], ...]] = (
+RESOURCES: Final = ("fds", "cpu_s", "core_bytes")
+VIEW: Final[tuple[Step[Orders], ...]] = (
     Step("host name", "CAP_SYS_ADMIN", _hostname, ("hostname",)),
     Step("sizes", "CAP_SYS_ADMIN", _sizes, ("tmp_bytes",)),
     Step("output folder", "CAP_SYS_ADMIN", _output, ("out_writable",)),
     Step("large inputs", "CAP_SYS_ADMIN", _inputs, ("inputs_on_disk",)),
     Step("programs", "Landlock", _programs, ("execution",)),
     Step("no execution", "CAP_SYS_ADMIN", _no_execution, _OF_NO_EXECUTION),
-    Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits, ("fds", "cpu_s", "core_bytes")),
 )
 
 
 def _control_group(world: World) -> None:
-    os.write(world.procs_fd, b"0")
+    for fd in world.procs_fds:
+        os.write(fd, b"0")
     system.write_file("/proc/self/oom_score_adj", "500")  # not the agent's, which the kernel must never choose
 
 
-def _no_capabilities(_world: World) -> None:
+def no_capabilities(_world: World) -> None:
+    """Take all capabilities from what this process will execute."""
     last = int(system.read_file("/proc/sys/kernel/cap_last_cap"))
     for cap in range(last + 1):
         system.prctl(system.PR_CAPBSET_DROP, cap)
@@ -312,7 +340,7 @@ def _no_new_privileges(_world: World) -> None:
     system.prctl(system.PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _scopes(_world: World) -> None:
+def scopes(_world: World) -> None:
     """No signal to a process above, no abstract socket of one: namespaces part them already, and this does it again."""
     scopes = system.SCOPE_SIGNAL | system.SCOPE_ABSTRACT_UNIX_SOCKET
     # Measured: where a later ruleset is about files, this one too forbids moving them unless it allows it.
@@ -336,16 +364,41 @@ def _fresh_signals(_world: World) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-RIGHTS: Final[tuple[Step[World], ...]] = (
-    Step("control group", "a writable cgroup v2", _control_group),
-    Step("no capabilities", "CAP_SETPCAP", _no_capabilities),
-    Step("own user", "CAP_SETUID, CAP_SETGID", _own_user),
-    Step("no new privileges", "", _no_new_privileges),
-    Step("fresh signals", "", _fresh_signals),
-    # What depends on the policy is taken away later, by the process itself (`restrict`).
-    Step("scopes", "Landlock", _scopes),
-    Step("system calls", "no new privileges", _system_calls),
+CONTROL_GROUP: Final = Step[World]("control group", "a control group that can be written to", _control_group)
+FRESH_SIGNALS: Final = Step[World]("fresh signals", "", _fresh_signals)
+SYSTEM_CALLS: Final = Step[World]("system calls", "no new privileges", _system_calls)
+NO_NEW_PRIVILEGES: Final = Step[World]("no new privileges", "", _no_new_privileges)
+
+MACHINE: Final = Measures(
+    world=(
+        NAMESPACES,
+        SYSTEM,
+        PROC,
+        Step("devices", "CAP_SYS_ADMIN, CAP_MKNOD", _devices),
+        TEMPORARY,
+        WORK,
+        ENTER,
+        RULES,
+    ),
+    rights=(
+        CONTROL_GROUP,
+        Step("no capabilities", "CAP_SETPCAP", no_capabilities),
+        Step("own user", "CAP_SETUID, CAP_SETGID", _own_user),
+        NO_NEW_PRIVILEGES,
+        FRESH_SIGNALS,
+        # What depends on the policy is taken away later, by the process itself (`restrict`).
+        Step("scopes", "Landlock", scopes),
+        SYSTEM_CALLS,
+    ),
+    job=(*VIEW, Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits, RESOURCES)),
 )
+
+
+def mount_memory() -> None:
+    """Mount the folder for small files of a job."""
+    os.makedirs(MEMORY, mode=0o755, exist_ok=True)
+    flags = system.MS_NODEV | system.MS_NOSUID
+    system.mount("tmpfs", MEMORY, "tmpfs", flags, f"mode=0755,size=32m,nr_inodes={_ENTRIES}")
 
 
 def _same(step: Step[T], before: T, what: T) -> bool:

@@ -39,7 +39,7 @@ class IncomingFiles:
         for stream, entry in self._entries.items():
             self._left[stream] = entry["bytes"]
             if entry["kind"] == "tree":
-                self.trees[stream] = Tree(place.tree_folder(stream))
+                self.trees[stream] = Tree(place.tree_folder(stream), place.platform.program_uid)
                 continue
             if entry["kind"] == "archive" and not self.on_disk:
                 self._archives[stream] = io.BytesIO()

@@ -16,7 +16,7 @@ import struct
 from typing import NamedTuple, NoReturn
 
 from x07_sandbox.guest import confine, interpreter, restrict
-from x07_sandbox.guest.system import read_all
+from x07_sandbox.guest.system import children_of, read_all
 
 READY = b"R"  # from the program's process: it waits for its start; from init: the orders are carried out
 EXITED = b"X"  # then u32: the wait status as waitpid(2) gives it
@@ -46,21 +46,23 @@ class Ends(NamedTuple):
         return (*self.streams, self.start_fd, self.told_fd)
 
 
-def run_init(world: confine.World, ends: Ends) -> NoReturn:
+def run_init(world: confine.World, ends: Ends, measures: confine.Measures) -> NoReturn:
     """Be the init of a program whose orders come later. Never returns."""
     try:
         os.setsid()
-        _only_descriptors(*ends.of_program(), ends.orders_fd, ends.report_fd, world.netns_fd, world.procs_fd)
-        confine.apply(confine.WORLD, world)
+        _only_descriptors(*ends.of_program(), ends.orders_fd, ends.report_fd, world.netns_fd, *world.procs_fds)
+        confine.apply(measures.world, world)
         program = os.fork()
         if program == 0:
             for fd in (ends.report_fd, ends.orders_fd):
                 os.close(fd)
-            _become(world, ends)
-        for fd in {*ends.of_program(), world.procs_fd}:
+            _become(world, ends, measures)
+        for fd in {*ends.of_program(), *world.procs_fds}:
             os.close(fd)
-        _obey(world, ends)
-        status = _last_of(program)
+        if not world.group_kills:
+            _end_when_asked(program)
+        _obey(world, ends, measures)
+        status = _last_of(program, namespace=world.namespaces)
         os.write(ends.report_fd, EXITED + _STATUS.pack(status))
         # Its end would take the namespaces apart, which takes longer than a small program, for a machine that is about
         # to be thrown away.
@@ -75,7 +77,7 @@ def run_init(world: confine.World, ends: Ends) -> NoReturn:
         os._exit(0)
 
 
-def _obey(world: confine.World, ends: Ends) -> None:
+def _obey(world: confine.World, ends: Ends, measures: confine.Measures) -> None:
     """Carry out orders, each of which is answered before the next one comes, until their end."""
     before: confine.Orders | None = None
     told = b""
@@ -86,7 +88,7 @@ def _obey(world: confine.World, ends: Ends) -> None:
         except EOFError:  # not all of it yet
             continue
         told = b""
-        confine.apply(confine.JOB, orders, before)
+        confine.apply(measures.job, orders, before)
         if before is None and world.interpreter:
             confine.forget_interpreter()
         before = orders
@@ -94,21 +96,43 @@ def _obey(world: confine.World, ends: Ends) -> None:
     os.close(ends.orders_fd)
 
 
-def _last_of(program: int) -> int:
-    """Wait for the program's end, then end whatever it has left running; its wait status."""
+def _end_when_asked(program: int) -> None:
+    """Kill the program, and with its end all that is left of it, when the agent sends SIGTERM.
+
+    The program may be able to send it too, where both are one user: it would only end itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would raise an exception in here
+
+    def kill(_number: int, _frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(program, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, kill)
+
+
+def _last_of(program: int, *, namespace: bool) -> int:
+    """Wait for the program's end, then end whatever it has left running; its wait status.
+
+    namespace: whether this process is the first of a pid namespace; else it is a subreaper (prctl(2)).
+    """
     while True:
         pid, status = os.wait()
         if pid == program:
             break
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        # All of this namespace but us, and none of them can fork with that signal pending. Orphans are our children.
-        os.kill(-1, signal.SIGKILL)
+        if namespace:
+            # All of this namespace but us, and none of them can fork with that signal pending. Orphans are our
+            # children.
+            os.kill(-1, signal.SIGKILL)
         while True:
+            if not namespace:
+                for child in children_of(os.getpid()):  # ours until we wait for them
+                    os.kill(child, signal.SIGKILL)
             os.wait()
     return status
 
 
-def _become(world: confine.World, ends: Ends) -> NoReturn:
+def _become(world: confine.World, ends: Ends, measures: confine.Measures) -> NoReturn:
     """Give up all rights, wait for the start, turn this process into the program."""
     start_fd, told_fd = ends.start_fd, ends.told_fd
     try:
@@ -117,7 +141,7 @@ def _become(world: confine.World, ends: Ends) -> NoReturn:
             high = [os.dup(fd) for fd in ends.streams]  # so that no dup2 below can overwrite one that is still needed
             for target, fd in enumerate(high):
                 os.dup2(fd, target)
-            confine.apply(confine.RIGHTS, world)
+            confine.apply(measures.rights, world)
             os.umask(0o022)
             if world.interpreter:
                 # By way of high numbers, so that neither is put where the other one is.
@@ -127,7 +151,6 @@ def _become(world: confine.World, ends: Ends) -> NoReturn:
                 os.execve(interpreter.PYTHON, interpreter.argv(), interpreter.env())
             take_away, execute = restrict.last_steps()
             os.write(told_fd, READY)
-            fcntl.fcntl(interpreter.RULES_FD, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
             # It is our agent that speaks.
             _, argv, env, cwd, filter_code, rules_fd, token = marshal.loads(read_all(start_fd))  # noqa: S302
             os.chdir(cwd)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from x07_sandbox.channel.link import Link
-    from x07_sandbox.guest.audit import Audit
+    from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.errors import JobError
     from x07_sandbox.guest.place import Place
 
@@ -57,6 +57,7 @@ def orders(
         fds=limits["fds"],
         cpu_s=limits["cpu_ms"] // 1000 + spare_cpu_s,
         core_bytes=limits["core_bytes"],
+        tasks=limits["tasks"],
         execution=execution,
     )
 
@@ -65,7 +66,7 @@ class Job:
     """One program: its files, its limits, its streams, its end."""
 
     def __init__(
-        self, link: Link, machine_id: bytes, body: dict[str, Any], place: Place, audit: Audit, fail: Fail
+        self, link: Link, machine_id: bytes, body: dict[str, Any], place: Place, audit: Audit | NoAudit, fail: Fail
     ) -> None:
         self.link = link
         self.audit = audit
@@ -303,8 +304,8 @@ class Job:
     def stop(self) -> None:
         """The host asks for the end: note what the program was doing, then kill it."""
         if self.started and self.wait_status is None:
-            self.stopped = self.group.program_stopped()
-            self.group.kill()
+            self.stopped = self.group.program_stopped(self.place.init)
+            self.place.kill()
 
     def _look_at_cpu(self) -> None:
         now = time.monotonic()
@@ -322,10 +323,10 @@ class Job:
         self.cpu_seen_us = used_us
         if used_us > self.limits["cpu_ms"] * 1000:
             self.cpu_exceeded = True
-            self.group.kill()
+            self.place.kill()
 
     def _cpu_us(self) -> int:
-        return self.group.cpu_us() - self.cpu_before_us
+        return self.group.cpu_us(self.place.init) - self.cpu_before_us
 
     # after it
 
@@ -349,7 +350,7 @@ class Job:
                 "tasks_refused": group.tasks_refused(),
                 "cpu_exceeded": self.cpu_exceeded,
                 "stopped": self.stopped,
-                "disk_full": os.statvfs(confine.SCRATCH).f_bavail < _FULL_BLOCKS,
+                "disk_full": os.statvfs(self.place.platform.scratch).f_bavail < _FULL_BLOCKS,
                 "memory_full": self._memory_full(),
                 "denials_lost": lost,
                 "output_bytes": size,

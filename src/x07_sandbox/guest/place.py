@@ -10,20 +10,20 @@ import json
 import marshal
 import os
 import signal
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.guest import confine, filters, init, interpreter, restrict, system
-from x07_sandbox.guest.cgroup import ProgramGroup
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import read_all, write_all
 
-SCRATCH_SERIAL: Final = "x07scratch"
+if TYPE_CHECKING:
+    from x07_sandbox.guest.platform import Platform
+
 IN_MEMORY_BYTES: Final = 256 * 1024  # files of a job up to that together lie in memory
-_FOLDERS: Final = {"in": 0, "out": confine.UID, "work": confine.UID, "trees": 0}  # on the disk, and whose they are
+_FOLDERS: Final = {"in": False, "out": True, "work": True, "trees": False}  # and whether they are the program's
 WAITING_BYTES: Final = 32 << 20  # what the process that waits may have, whatever the job's limit
 SPARE_CPU_S: Final = 5
 PRELOAD_CPU_S: Final = 300  # importing may have taken long; the control group's counter, which knows, is what decides
-_ENTRIES: Final = 4096  # an archive of that size cannot hold more: a header has 110 bytes
 
 
 class Limits(NamedTuple):
@@ -53,15 +53,23 @@ class Place:
     in_memory_fds: the program's folders in memory, once the place is prepared.
     """
 
-    def __init__(self, *, first: bool = True, interpreter: bool = False, preload: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        platform: Platform,
+        *,
+        first: bool = True,
+        interpreter: bool = False,
+        preload: list[str] | None = None,
+    ) -> None:
+        self.platform = platform
         if first:
-            _mount_scratch()
-            with open(confine.MACHINE_ID, "x", encoding="ascii"):
+            platform.make_folders()
+            with open(platform.machine_id, "x", encoding="ascii"):
                 pass  # filled when it is known
-        self.group = ProgramGroup()
+        self.group = platform.group()
         self._interpreter = interpreter
         self._preload = bool(preload)
-        self._filters = filters.all_filters()
+        self._filters = filters.all_filters() if platform.filtered else {}
         self._cut = {
             name: filters.cut_at_token(code) for name, code in self._filters.items() if name.endswith(filters.ONCE)
         }
@@ -71,8 +79,8 @@ class Place:
         self._orders: confine.Orders | None = None
         self._cpu_us: int | None = None
         self._own_modules = False
-        self._machine_id_fd = os.open(confine.MACHINE_ID, os.O_WRONLY | os.O_CLOEXEC)
-        _make_folders()
+        self._machine_id_fd = os.open(platform.machine_id, os.O_WRONLY | os.O_CLOEXEC)
+        self._make_folders()
         stdin_r, self.stdin_fd = os.pipe2(os.O_CLOEXEC)
         self.stdout_fd, stdout_w = os.pipe2(os.O_CLOEXEC)
         self.stderr_fd, stderr_w = os.pipe2(os.O_CLOEXEC)
@@ -88,22 +96,28 @@ class Place:
             report_fd=report_w,
         )
         world = confine.World(
-            netns_fd=_network_namespace(),
-            procs_fd=self.group.open_procs(),
+            netns_fd=_network_namespace() if platform.namespaces else -1,
+            procs_fds=self.group.open_procs(),
             interpreter=interpreter,
             preload=preload or [],
-            base_filter=self._filters[filters.BASE],
-            quiet_filter=self._filters[filters.QUIET],
-            readable=filters.readable_places(),
+            base_filter=self._filters.get(filters.BASE, b""),
+            quiet_filter=self._filters.get(filters.QUIET, b""),
+            readable=filters.readable_places() if platform.filtered else [],
+            group_kills=self.group.KILLS,
+            namespaces=platform.namespaces,
         )
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        os.unshare(os.CLONE_NEWPID)  # for the next child only: it becomes PID 1 of the program's namespace
+        if platform.namespaces:
+            os.unshare(os.CLONE_NEWPID)  # for the next child only: it becomes PID 1 of the program's namespace
         self.init = os.fork()
         if self.init == 0:
-            init.run_init(world, ends)
-        os.setns(own, os.CLONE_NEWPID)  # the child after it is again one of ours
-        for fd in (own, *ends.of_program(), orders_r, report_w, world.netns_fd, world.procs_fd):
+            init.run_init(world, ends, platform.measures)
+        if platform.namespaces:
+            os.setns(own, os.CLONE_NEWPID)  # the child after it is again one of ours
+        for fd in (own, *ends.of_program(), orders_r, report_w, *world.procs_fds):
             os.close(fd)
+        if world.netns_fd >= 0:
+            os.close(world.netns_fd)
 
     def prepare(self, orders: confine.Orders) -> None:
         """Wait until the program's process waits, and have what of the world depends on the job made. Raises JobError.
@@ -120,7 +134,7 @@ class Place:
         report = os.read(self.report_fd, 8192)
         if report != init.READY:
             raise failure(report)
-        if not self.in_memory_fds:
+        if not self.in_memory_fds and self.platform.namespaces:
             # Its init waits until the machine ends, and with it the program's view.
             view = f"/proc/{self.init}/root"
             self.in_memory_fds = [os.open(f"{view}{name}", os.O_PATH | os.O_CLOEXEC) for name in confine.IN_MEMORY]
@@ -139,7 +153,7 @@ class Place:
     def cpu_us_so_far(self) -> int:
         """CPU time of what waits, in microseconds, as it was when this was first asked for; it does nothing since."""
         if self._cpu_us is None:
-            self._cpu_us = self.group.cpu_us()
+            self._cpu_us = self.group.cpu_us(self.init)
         return self._cpu_us
 
     def name(self, machine_id: bytes) -> None:
@@ -175,18 +189,22 @@ class Place:
 
     def folder(self, *, on_disk: bool) -> str:
         """Where files of the job are written, so that the program finds them in /x07/in."""
-        return f"{confine.SCRATCH if on_disk else confine.MEMORY}/in"
+        return f"{self.platform.scratch if on_disk else self.platform.memory}/in"
 
     def scratch(self, name: str) -> str:
         """A path on the scratch disk that the program does not see."""
-        return f"{confine.SCRATCH}/{name}"
+        return f"{self.platform.scratch}/{name}"
 
     def tree_folder(self, number: int) -> str:
         """A new folder on the scratch disk, of the program's, for a tree of the host's files."""
         path = self.scratch(f"trees/{number}")
         os.mkdir(path)
-        os.chown(path, confine.UID, confine.UID)
+        self._give(path)
         return path
+
+    def kill(self) -> None:
+        """End the program and all its children."""
+        self.group.kill(self.init)
 
     def close(self) -> None:
         """End what is left of it, and remove what it wrote, so that another can be made in the same machine."""
@@ -196,9 +214,22 @@ class Place:
         os.waitpid(self.init, 0)
         for fd in (self._machine_id_fd, *self.in_memory_fds):
             os.close(fd)
-        for path in (f"{confine.MEMORY}/in", *(self.scratch(name) for name in _FOLDERS)):
+        for path in (f"{self.platform.memory}/in", *(self.scratch(name) for name in _FOLDERS)):
             shutil.rmtree(path)
         self.group.remove()
+
+    def _make_folders(self) -> None:
+        if self.platform.memory != self.platform.scratch:
+            os.mkdir(f"{self.platform.memory}/in", 0o755)
+        for name, of_program in _FOLDERS.items():
+            os.mkdir(self.scratch(name), 0o755)
+            if of_program:
+                self._give(self.scratch(name))
+
+    def _give(self, path: str) -> None:
+        """Make a folder the program's."""
+        if self.platform.program_uid is not None:
+            os.chown(path, self.platform.program_uid, self.platform.program_uid)
 
 
 def failure(report: bytes) -> JobError:
@@ -216,29 +247,6 @@ def told_failure(told: bytes) -> JobError:
     """
     number, _, message = told.decode("utf-8", "replace").partition(" ")
     return JobError("exec", int(number) if number.isdigit() else 0, message)
-
-
-def _mount_scratch() -> None:
-    os.makedirs(confine.SCRATCH, mode=0o755, exist_ok=True)
-    flags = system.MS_NODEV | system.MS_NOSUID
-    system.mount(_disk(SCRATCH_SERIAL), confine.SCRATCH, "ext4", system.MS_NOATIME | flags, "noinit_itable")
-    os.makedirs(confine.MEMORY, mode=0o755, exist_ok=True)
-    system.mount("tmpfs", confine.MEMORY, "tmpfs", flags, f"mode=0755,size=32m,nr_inodes={_ENTRIES}")
-
-
-def _make_folders() -> None:
-    os.mkdir(f"{confine.MEMORY}/in", 0o755)
-    for name, owner in _FOLDERS.items():
-        os.mkdir(f"{confine.SCRATCH}/{name}", 0o755)
-        os.chown(f"{confine.SCRATCH}/{name}", owner, owner)
-
-
-def _disk(serial: str) -> str:
-    for name in os.listdir("/sys/block"):
-        with contextlib.suppress(OSError), open(f"/sys/block/{name}/serial", encoding="ascii") as file:
-            if file.read().strip("\0\n ") == serial:
-                return f"/dev/{name}"
-    raise JobError("scratch", 0, f"no disk {serial}")
 
 
 def _network_namespace() -> int:

@@ -20,7 +20,9 @@ MS_REC: Final = 16384
 MS_PRIVATE: Final = 1 << 18
 MNT_DETACH: Final = 2
 
+PR_SET_PDEATHSIG: Final = 1
 PR_CAPBSET_DROP: Final = 24
+PR_SET_CHILD_SUBREAPER: Final = 36
 PR_SET_NO_NEW_PRIVS: Final = 38
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
@@ -38,6 +40,8 @@ _OPEN_TREE_CLONE: Final = 1
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _AT_FDCWD: Final = -100
 _AT_EMPTY_PATH: Final = 0x1000
+_AT_RECURSIVE: Final = 0x8000
+_CAPABILITY_VERSION: Final = 0x20080522  # of capset's structures (capabilities(7)): two times three words
 # Landlock (landlock(7)): the numbers of its calls are the same everywhere.
 FS_EXECUTE: Final = 1 << 0
 FS_READ_FILE: Final = 1 << 2
@@ -66,9 +70,9 @@ def mount(source: str, target: str, kind: str, flags: int = 0, options: str = ""
 
 
 def bind(source: str, target: str, flags: int = 0) -> None:
-    """Bind *source* on *target*; flags such as MS_RDONLY need a second call, which this makes."""
-    mount(source, target, "", MS_BIND)
-    mount("", target, "", MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | flags)
+    """Bind *source*, and all that is mounted in it, on *target*, with *flags* such as MS_RDONLY beside what it has."""
+    mount(source, target, "", MS_BIND | MS_REC)
+    change_mount(target, flags, below=True)
 
 
 def pivot_root(new_root: str) -> None:
@@ -87,13 +91,15 @@ def open_tree(path: str) -> int:
     return fd
 
 
-def change_mount(mount: int | str, flags: int) -> None:
+def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
     """Let no set-id bits and devices hold on a mount, and set *flags* beside what it has. Raises OSError.
 
     mount: its place, or a descriptor of one that is attached nowhere yet. flags: MS_RDONLY, MS_NOEXEC.
+    below: also for all that is mounted in it. It adds only: in a user namespace no flag of the host's can be taken off.
     """
     fd, path, how = (mount, b"", _AT_EMPTY_PATH) if isinstance(mount, int) else (_AT_FDCWD, os.fsencode(mount), 0)
     attributes = struct.pack("=4Q", MS_NOSUID | MS_NODEV | flags, 0, 0, 0)  # the first four bits are those of mount(2)
+    how |= _AT_RECURSIVE if below else 0
     _check(_libc.syscall(_MOUNT_SETATTR, fd, path, how, attributes, len(attributes)), f"mount_setattr {mount}")
 
 
@@ -111,6 +117,18 @@ def prctl(option: int, *values: int) -> None:
     """Change this process (the kernel call of that name). Raises OSError."""
     padded = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
     _check(_libc.prctl(option, *padded), f"prctl {option}")
+
+
+def drop_capabilities() -> None:
+    """Empty all sets of this process's capabilities but the bounding set. Raises OSError."""
+    header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
+    _check(_libc.capset(header, bytes(24)), "capset")
+
+
+def landlock_version() -> int:
+    """Which version of Landlock the kernel has; 0 for none."""
+    version: int = _libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, 1)
+    return max(0, version)
 
 
 def landlock_ruleset(*, files: int = 0, scopes: int = 0) -> int:
@@ -171,6 +189,17 @@ def read_all(fd: int) -> bytes:
         chunks.append(chunk)
     os.close(fd)
     return b"".join(chunks)
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of a process, whichever of its threads made them (proc(5): children); none where it is gone."""
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            found += [int(word) for word in read_file(f"/proc/{pid}/task/{thread}/children").split()]
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return found
 
 
 def loopback_up() -> None:

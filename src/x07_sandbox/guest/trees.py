@@ -16,29 +16,33 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import Entry, Hole, Kind, Piece, Reader, can_hold_names, segment
 from x07_sandbox.errors import PeerError
-from x07_sandbox.guest.confine import UID
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import write_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), by which the kernel stamps inodes
+_COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), by which the kernel stamps inodes at the earliest
 _PERMISSIONS: Final = 0o7777
 _MINE: Final = 0o700
 
 
 @contextlib.contextmanager
-def as_program() -> Iterator[None]:
-    """What is made in here is the program's, with exactly the mode that is asked for."""
+def as_program(uid: int | None) -> Iterator[None]:
+    """What is made in here is the program's, with exactly the mode that is asked for.
+
+    uid: the program's; None where that is this process's own.
+    """
     mask = os.umask(0)
-    os.setegid(UID)
-    os.seteuid(UID)
+    if uid is not None:
+        os.setegid(uid)
+        os.seteuid(uid)
     try:
         yield
     finally:
-        os.seteuid(0)
-        os.setegid(0)
+        if uid is not None:
+            os.seteuid(0)
+            os.setegid(0)
         os.umask(mask)
 
 
@@ -48,7 +52,9 @@ class Tree:
     names: of all files and links, with their inodes. folders: of all folders, with their modes.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, uid: int | None) -> None:
+        """Begin it. uid: the program's, as `as_program` has it."""
+        self._uid = uid
         self.folder = os.fsencode(folder)
         # By way of it: the program's user may not enter the folders above.
         self._top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -62,7 +68,7 @@ class Tree:
 
     def write(self, data: bytes) -> None:
         """Make what these bytes of the stream tell of. Raises JobError, OSError."""
-        with as_program():
+        with as_program(self._uid):
             self._take(data)
 
     def _take(self, data: bytes) -> None:
@@ -88,7 +94,7 @@ class Tree:
             if mode & _MINE != _MINE:  # not before: nothing could have been made in it
                 os.chmod(name or b".", mode, dir_fd=self._top)
         os.close(self._top)
-        self.made_at_ns = time.clock_gettime_ns(_COARSE)
+        self.made_at_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)  # newer kernels stamp some by the finer clock
 
     def wait(self) -> None:
         """Until what is changed from now on has a later ctime than all that was made."""

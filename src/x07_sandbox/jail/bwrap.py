@@ -74,10 +74,7 @@ def may_nest() -> bool:
 
 def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     """The whole command line: supervisor, bubblewrap, where root setpriv, then *command*."""
-    kept_fd = -1 if jail.lock_fd is None else jail.lock_fd
-    numbers = (jail.deadline_s, jail.runner_pid, kept_fd, int(jail.nest), *(jail.syscalls[name] for name in _CALLS))
-    argv = [PERL, SUPERVISOR, *map(str, numbers)]
-    argv += [BWRAP, *_namespaces(jail)]
+    argv = [BWRAP, *_namespaces(jail)]
     argv += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "X07_INSTANCE", jail.mark]
     argv += ["--setenv", "MALLOC_ARENA_MAX", "1"]  # mallopt(3): a heap for each of QEMU's threads is 0.3 MB more
     opened = [path for _, path in (*jail.fd_files, *jail.fd_writable)]
@@ -94,7 +91,35 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     argv += ["--remount-ro", "/", "--seccomp", str(jail.filter_fd)]
     if jail.lock_fd is not None:
         argv += ["--sync-fd", str(jail.lock_fd)]
-    return [*argv, "--", *_rights(jail), *command]
+    return supervisor_argv(
+        [*argv, "--", *_rights(jail), *command],
+        deadline_s=jail.deadline_s,
+        runner_pid=jail.runner_pid,
+        syscalls=jail.syscalls,
+        nest=jail.nest,
+        keep_fd=jail.lock_fd,
+    )
+
+
+def supervisor_argv(  # noqa: PLR0913 - the supervisor's own arguments
+    command: list[str],
+    *,
+    deadline_s: int,
+    runner_pid: int,
+    syscalls: dict[str, int],
+    nest: bool,
+    keep_fd: int | None = None,
+    uid: int | None = None,
+) -> list[str]:
+    """The command line of the supervisor and what it supervises; the rest as `Jail` has it.
+
+    uid: as whom all of it runs, where root starts it.
+    """
+    kept = -1 if keep_fd is None else keep_fd
+    numbers = (deadline_s, runner_pid, kept, int(nest), *(syscalls[name] for name in _CALLS))
+    # Another user may not reach the file where we are installed.
+    script = [SUPERVISOR] if uid is None else ["-e", Path(SUPERVISOR).read_text(encoding="utf-8"), "--"]
+    return [*([] if uid is None else _as_user(uid)), PERL, *script, *map(str, numbers), *command]
 
 
 _NAME: Final = ("--hostname", "x07")  # else it knows the host's
@@ -112,9 +137,13 @@ def _namespaces(jail: Jail) -> list[str]:
 def _rights(jail: Jail) -> list[str]:
     if jail.uid is None:
         return []
-    uid = str(jail.uid)
+    return _as_user(jail.uid)
+
+
+def _as_user(uid: int) -> list[str]:
     drop = [f"--{name}=-all" for name in ("bounding-set", "inh-caps", "ambient-caps")]
-    return [SETPRIV, "--reuid", uid, "--regid", uid, "--clear-groups", *drop, "--no-new-privs", "--"]
+    ids = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
+    return [SETPRIV, *ids, *drop, "--no-new-privs", "--"]
 
 
 def _folders(paths: list[str]) -> list[str]:

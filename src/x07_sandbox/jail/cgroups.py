@@ -56,6 +56,45 @@ def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
     return _version_1(name, memory_bytes, tasks)
 
 
+class ProgramGroups(HostGroups, frozen=True, kw_only=True):
+    """Groups that an agent of ours puts a program into, and limits itself: its user may write to them.
+
+    places: their folders, by the controller of version 1; "" for the one group of version 2.
+    """
+
+    places: dict[str, Path]
+
+
+# What a user may be given of a group: which processes are in it, and its limits.
+_GIVEN: Final = {
+    "memory": ("cgroup.procs", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"),
+    "pids": ("cgroup.procs", "pids.max"),
+    "cpuacct": ("cgroup.procs",),
+}
+
+
+def program_groups(name: str, *, uid: int) -> ProgramGroups:
+    """Groups called *name*, still without limits, that *uid* may use; none where the host gives us none.
+
+    Of version 1, as root: an ordinary user cannot move processes between groups of others.
+    """
+    _remove_abandoned()
+    places = {}
+    for controller, files in _GIVEN.items():
+        folder = _ROOT / controller / _PARENT / name
+        if os.geteuid() != 0 or not (_ROOT / controller / "cgroup.procs").exists():
+            continue
+        try:
+            folder.mkdir(parents=True)
+        except OSError:
+            continue  # not ours to make
+        places[controller] = folder
+        for file in files:
+            if (folder / file).exists():  # not all are there without swap accounting
+                os.chown(folder / file, uid, uid)
+    return ProgramGroups(folders=tuple(places.values()), holds=tuple(places), places=places)
+
+
 def _version_2(name: str, memory_bytes: int, tasks: int) -> HostGroups:
     nothing = HostGroups(folders=(), holds=())
     parent = _ROOT / _PARENT if os.geteuid() == 0 else _own_group()
@@ -126,7 +165,7 @@ def _removed(folder: Path) -> bool:
 
 def _remove_abandoned() -> None:
     """Remove groups of ours that killed runners left: empty ones only, and old enough not to be about to be filled."""
-    for parent in (_ROOT / _PARENT, _ROOT / "memory" / _PARENT, _ROOT / "pids" / _PARENT):
+    for parent in (_ROOT / _PARENT, *(_ROOT / controller / _PARENT for controller in _GIVEN)):
         with contextlib.suppress(OSError):
             for folder in list(parent.iterdir())[:_SWEPT_AT_ONCE]:
                 if folder.is_dir() and unix_ms() / 1000 - folder.stat().st_mtime > _ABANDONED_S:

@@ -179,14 +179,15 @@ def _start_shell(source: Source) -> list[str]:
     return [*_shell(source), f"{PROGRAM_FOLDER}/{source.name}"]
 
 
+_MAKE_TREE: Final = "/x07/out/tree"
 # The tree is copied, since what came in cannot be written. The artifact is moved, not copied: whatever it is (a link,
 # a fifo) arrives as that, and is looked at from outside.
 _MAKE: Final = """
 set -e
-cp -R -- "$1/." /x07/out/tree
-cd /x07/out/tree
+cp -R -- "$1/." "$4"
+cd "$4"
 artifact=$2 output=$3
-shift 3
+shift 4
 make "$@"
 if [ ! -e "$artifact" ] && [ ! -L "$artifact" ]; then
     echo "make ended well, but there is no file $artifact" >&2
@@ -197,7 +198,7 @@ mv -T -- "$artifact" "$output"
 
 
 def _build_make(source: Source) -> list[str]:
-    return ["/bin/sh", "-c", _MAKE, "make", source.folder, source.artifact, OUTPUT, *source.args]
+    return ["/bin/sh", "-c", _MAKE, "make", source.folder, source.artifact, OUTPUT, _MAKE_TREE, *source.args]
 
 
 @cache

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH119, PTH123, SLF001 - guest code, without pathlib; the honest parts are what it abuses
+# ruff: noqa: PTH119, PTH123 - guest code, without pathlib; the honest parts are what it abuses
 # mypy: ignore-errors
 """A guest that lies, in the place of `guest/agent.py` in images that tests build; the honest one is `guest/honest.py`.
 
@@ -22,7 +22,7 @@ from x07_sandbox.channel.frames import HEADER, PROTOCOL, Kind, Stream
 from x07_sandbox.channel.link import Control, Event
 from x07_sandbox.channel.trees import Entry, segment
 from x07_sandbox.channel.trees import Kind as R
-from x07_sandbox.guest import honest, system
+from x07_sandbox.guest import honest, machine, system
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -51,7 +51,8 @@ def main() -> None:
         system.power_off()
     if BOOT == "panic":
         panic()
-    port = honest._open_port(honest.PORT)
+    platform = machine.Machine()
+    port = platform.open_channel()
     if BOOT == "silent":
         for_ever()
     if BOOT == "garbage":
@@ -61,7 +62,7 @@ def main() -> None:
         link.link.send(Kind.HELLO, {"protocol": PROTOCOL + 1})
         link.flush()
         for_ever()
-    Liar(port).serve()
+    Liar(port, platform).serve()
 
 
 class Liar(honest.Agent):

@@ -1,0 +1,132 @@
+"""A job's processes below a supervisor (jail/data/supervisor.pl): started, recorded, ended, and proven gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.errors import BackendError
+from x07_sandbox.host import forks
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.processes import Identity, children_of, identify, wait_gone
+from x07_sandbox.host.waiting import readable
+from x07_sandbox.jobs.record import write_owner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.jobs.record import JobRecord
+
+_SETUP_S: Final = 10.0
+_LOOK_AGAIN_S: Final = 0.0003
+_GONE_S: Final = 10.0
+
+
+class Given:
+    """Descriptors that are closed together, exactly once; a forked child has none of them."""
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+
+    def add(self, owned_fd: int) -> int:
+        """One more, which is given back."""
+        self._fds.append(forks.keep(owned_fd))
+        return owned_fd
+
+    def close(self) -> None:
+        """Close them; a second call does nothing."""
+        while self._fds:
+            forks.close(self._fds.pop())
+
+
+def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
+    """The process *depth* generations below the supervisor, as soon as it is there.
+
+    Raises ProcessLookupError if it never comes.
+    """
+    deadline = Deadline.after(_SETUP_S)
+    pidfd = os.pidfd_open(child.pid)
+    try:
+        late = False
+        while not late:
+            late = deadline.passed()  # one look more: it may be we who are late
+            found = [child.pid]
+            for _ in range(depth):
+                found = [below for pid in found for below in children_of(pid)]
+            for pid in found:
+                if (inner := identify(pid)) is not None:
+                    return inner
+            if readable(pidfd, 0):
+                break
+            time.sleep(_LOOK_AGAIN_S)  # no event tells of another process's child
+    finally:
+        os.close(pidfd)
+    raise ProcessLookupError
+
+
+def end_supervisor(child: subprocess.Popen[bytes]) -> None:
+    """End a supervisor below which nothing could be seen; should it not end its own, it is killed, and they with it."""
+    child.terminate()
+    try:
+        child.wait(_SETUP_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+class Jailed:
+    """A supervisor, and the first process of the job below it, whose end is the end of all of them.
+
+    remove: removes what outlives them (control groups, folders); whether that is gone.
+    """
+
+    def __init__(
+        self, child: subprocess.Popen[bytes], inner: Identity, record: JobRecord, remove: Callable[[], bool]
+    ) -> None:
+        self.child = child
+        self.record = record
+        self.inner = inner
+        self.gone = False
+        self._remove = remove
+        self.supervisor = identify(child.pid)
+        self.inner_pidfd = os.pidfd_open(inner.pid)  # may be gone, unlike the unreaped child: so it comes first
+        self.pidfd = os.pidfd_open(child.pid)
+
+    def record_owner(self, runner: Identity, cgroups: tuple[str, ...]) -> None:
+        """Write down whose job it is. Raises BackendError, HostError."""
+        if self.supervisor is None:
+            raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
+        processes = {"supervisor": self.supervisor, "inner": self.inner}
+        write_owner(self.record, runner=runner, processes=processes, cgroups=cgroups)
+
+    def exit_status(self) -> int | None:
+        """How the supervisor ended; it passes on the status of what it started."""
+        return self.child.poll()
+
+    def stop(self) -> bool:
+        """End all of it, and remove what is left; whether it is proven gone. Safe to call again."""
+        if self.gone:
+            return True
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+        deadline = Deadline.after(_GONE_S)
+        try:
+            self.child.wait(_GONE_S / 2)
+        except subprocess.TimeoutExpired:  # the supervisor itself is stopped, say
+            for pidfd in (self.inner_pidfd, self.pidfd):
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(deadline.left_s())
+        gone = self.child.returncode is not None and wait_gone(self.inner, deadline.left_s())
+        self.gone = gone and self._remove()
+        return self.gone
+
+    def close(self) -> None:
+        """Close its descriptors."""
+        os.close(self.pidfd)
+        os.close(self.inner_pidfd)

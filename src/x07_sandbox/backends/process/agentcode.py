@@ -1,0 +1,96 @@
+"""The agent for this host's own interpreter: the same code as in a guest image, made once and kept in the cache.
+
+Seccomp filters, and the list of what holds no programs, are made by the same scripts as an image's, in the view that
+programs will have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from x07_sandbox.backends.process.view import PYTHON, System, this_system, view_args
+from x07_sandbox.errors import HostError
+from x07_sandbox.host.paths import cache_folder, replace_file
+from x07_sandbox.images.guestcode import FILTERS, PACK, PLACES, GuestCode, read_guest_code
+from x07_sandbox.jail.bwrap import BWRAP
+
+LIBSECCOMP: Final = "libseccomp.so.2"
+_MADE_S: Final = 120
+_KEPT: Final = 8  # another version's may be in use
+# What changes when programs come or go: the package manager's own list, and the folders that it fills.
+_CHANGES: Final = ("/var/lib/dpkg/status", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/libexec", "/etc/ld.so.cache")
+
+
+def agent_code(*, confined: bool) -> Path:
+    """The agent's zip. confined: with filters, and what else a confined program needs. Raises HostError."""
+    code = read_guest_code()
+    path = cache_folder("agent") / f"{_key(code, confined=confined)}.zip"
+    if not path.exists():
+        replace_file(path, _made(code, this_system(), confined=confined))
+        for old in sorted(path.parent.glob("*.zip"), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def _key(code: GuestCode, *, confined: bool) -> str:
+    """What the zip depends on."""
+    parts: list[object] = [code.digest, confined, os.uname().machine]
+    for path in (PYTHON, *(_CHANGES if confined else ())):
+        try:
+            info = Path(path).stat()
+        except OSError:
+            parts.append(path)
+        else:
+            parts.append([path, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _made(code: GuestCode, system: System, *, confined: bool) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="agent-", dir=cache_folder("tmp")) as name:
+        work = Path(name)
+        data, target = work / "data", work / "agent.zip"
+        data.mkdir()
+        for file, content in (code.tools | {f"agent/x07_sandbox/{at}": it for at, it in code.agent.items()}).items():
+            path = work / "source" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        if confined:
+            _run(_in_view(system, work, [f"/x07/source/{FILTERS}", "/x07/data"]))
+            _run(_in_view(system, work, [f"/x07/source/{PLACES}", "/x07/data/places.json"]))
+        script = [str(work / "source" / PACK), str(work / "source" / "agent"), str(data), str(target)]
+        _run([PYTHON, "-I", "-S", *script])
+        return target.read_bytes()
+
+
+def _in_view(system: System, work: Path, script: list[str]) -> list[str]:
+    """Run a script of ours as a confined program sees this host; *work* is at /x07 then."""
+    argv = [BWRAP, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--proc", "/proc"]
+    argv += ["--dev", "/dev", *view_args(system), "--bind", str(work), "/x07", "--chdir", "/"]
+    return [*argv, "--", PYTHON, "-I", "-S", *script]
+
+
+def _run(argv: list[str]) -> None:
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_MADE_S,
+            check=False,
+            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"},
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise HostError("cannot prepare the agent", f"{argv[0]}: {exc}", "Run x07 doctor") from exc
+    if done.returncode:
+        said = " ".join(done.stderr.decode("utf-8", "replace").split())[-300:]
+        if LIBSECCOMP in said:
+            fix = "Run: apt-get install --no-install-recommends libseccomp2"
+            raise HostError("cannot prepare the agent", f"missing: {LIBSECCOMP}", fix)
+        why = said or f"{argv[0]} ended with status {done.returncode}"
+        raise HostError("cannot prepare the agent", why, "Allow user namespaces here, or use another backend")

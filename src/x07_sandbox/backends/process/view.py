@@ -1,0 +1,105 @@
+"""What a confined process of this host sees: the system's programs, read-only, and nothing of anybody's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from x07_sandbox.jail.bwrap import BWRAP
+
+PYTHON: Final = "/usr/bin/python3"
+AGENT: Final = "/run/x07/agent.zip"
+SCRATCH: Final = "/run/x07/scratch"
+GROUP: Final = "/run/x07/cgroup"
+_PROGRAMS: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+_SHOWN: Final = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime")
+_EMPTY: Final = ("home", "media", "mnt", "opt", "root", "srv", "sys", "tmp", "var", "x07")
+FILES: Final = {
+    "/etc/passwd": b"root:x:0:0:root:/root:/usr/sbin/nologin\n"
+    b"x07:x:65532:65532:x07:/opt/x07:/usr/sbin/nologin\n"
+    b"nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+    "/etc/group": b"root:x:0:\nx07:x:65532:\nnogroup:x:65534:\n",
+    "/etc/hosts": b"127.0.0.1\tlocalhost\n::1\tlocalhost\n",
+    "/etc/machine-id": b"",
+}
+
+
+class System(msgspec.Struct, frozen=True, kw_only=True):
+    """How the system's own folders lie at the root: links with their targets, and real ones."""
+
+    links: dict[str, str]
+    folders: tuple[str, ...]
+
+
+def this_system() -> System:
+    """That of this host."""
+    links = {name: str(Path("/", name).readlink()) for name in _PROGRAMS if Path("/", name).is_symlink()}
+    folders = tuple(name for name in _PROGRAMS if name not in links and Path("/", name).is_dir())
+    return System(links=links, folders=folders)
+
+
+class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
+    """One confined agent.
+
+    mark: random text that proves, in the arguments, that our launcher started this.
+    agent_fd: its code. file_fds: those of FILES, by path. channel_fd: its channel.
+    scratch_bytes: most that files of the job may take, which lie in memory.
+    groups: folders of control groups for the program, by their place below GROUP; "" for the only one.
+    lock_fd: stays open as long as anything of it lives.
+    """
+
+    system: System
+    mark: str
+    agent_fd: int
+    file_fds: dict[str, int]
+    channel_fd: int
+    scratch_bytes: int
+    groups: dict[str, Path]
+    lock_fd: int | None = None
+
+
+def view_args(system: System) -> list[str]:
+    """Options of bubblewrap for a read-only system without anybody's files."""
+    args = ["--ro-bind", "/usr", "/usr"]
+    for name, target in system.links.items():
+        args += ["--symlink", target, f"/{name}"]
+    for name in system.folders:
+        args += ["--ro-bind", f"/{name}", f"/{name}"]
+    for path in _SHOWN:
+        args += ["--ro-bind-try", path, path]
+    for name in _EMPTY:
+        args += ["--perms", "0755", "--dir", f"/{name}"]
+    return args
+
+
+def sandbox_argv(sandbox: Sandbox) -> list[str]:
+    """The command line of bubblewrap and the agent. The agent needs all capabilities of its own user namespace."""
+    argv = [BWRAP, "--unshare-user", "--uid", "0", "--gid", "0", "--cap-add", "ALL"]
+    # Not the one of control groups: the kernel may let nobody be moved into a group outside of it. Init makes one.
+    argv += [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts")]
+    argv += ["--hostname", "x07", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
+    for name, value in (("PATH", "/usr/bin:/bin"), ("LC_ALL", "C.UTF-8"), ("X07_INSTANCE", sandbox.mark)):
+        argv += ["--setenv", name, value]
+    argv += ["--proc", "/proc", "--dev", "/dev", *view_args(sandbox.system), "--tmpfs", "/run"]
+    for path, fd in sandbox.file_fds.items():
+        argv += ["--perms", "0644", "--file", str(fd), path]
+    argv += ["--perms", "0400", "--file", str(sandbox.agent_fd), AGENT]
+    argv += ["--perms", "0755", "--size", str(sandbox.scratch_bytes), "--tmpfs", SCRATCH]
+    for name, folder in sandbox.groups.items():
+        argv += ["--bind", str(folder), f"{GROUP}/{name}".rstrip("/")]
+    if sandbox.lock_fd is not None:
+        argv += ["--sync-fd", str(sandbox.lock_fd)]
+    return [*argv, "--chdir", "/", "--", *agent_argv(AGENT, "os", str(sandbox.channel_fd), sandbox.mark)]
+
+
+def agent_argv(code: str, *words: str) -> list[str]:
+    """The command line of an agent."""
+    return [PYTHON, "-I", "-S", "-B", code, *words]
+
+
+def scratch_bytes(most: int) -> int:
+    """How much of this host's memory files of one job may take: at most half of it."""
+    return min(most, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)

@@ -1,0 +1,128 @@
+"""The agent as PID 1 of a virtual machine: virtio port, scratch disk, switches of the kernel, clock, power."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from typing import Any, Final
+
+from x07_sandbox.guest import confine, filters, system
+from x07_sandbox.guest.audit import Audit
+from x07_sandbox.guest.cgroup import RootGroup
+from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.platform import Platform
+from x07_sandbox.guest.system import write_file
+
+PORT: Final = "x07.0"
+SCRATCH_SERIAL: Final = "x07scratch"
+
+# Doors of the guest's kernel that no program here needs and many attacks went through: a user namespace gives an
+# ordinary process capabilities over namespaces of its own; io_uring and bpf are large and young.
+_CLOSED: Final = (
+    ("user/max_user_namespaces", "0"),
+    ("kernel/io_uring_disabled", "2"),
+    ("kernel/unprivileged_bpf_disabled", "1"),
+    ("kernel/yama/ptrace_scope", "1"),
+    ("kernel/dmesg_restrict", "1"),
+    ("kernel/kptr_restrict", "2"),
+)
+# What the kernel would otherwise do now and then, for machines that live longer: in a fresh clone each costs
+# milliseconds when it comes first.
+_QUIET: Final = (
+    ("kernel/sched_autogroup_enabled", "0"),
+    ("vm/compaction_proactiveness", "0"),
+    ("vm/stat_interval", "3600"),
+)
+
+
+class Machine(Platform):
+    """A virtual machine with a kernel of its own."""
+
+    measures = confine.MACHINE
+    program_uid = confine.UID
+    scratch = confine.SCRATCH
+    memory = confine.MEMORY
+    machine_id = confine.MACHINE_ID
+    filtered = True
+    namespaces = True
+
+    def open_channel(self) -> int:
+        """Set the kernel's switches, and open the virtio port."""
+        write_file("/proc/self/oom_score_adj", "-1000")  # the kernel must never choose us when memory is short
+        for name, value in _CLOSED:
+            write_file(f"/proc/sys/{name}", value)
+        for name, value in _QUIET:
+            with contextlib.suppress(FileNotFoundError):
+                write_file(f"/proc/sys/{name}", value)
+        # The control group holds the limit and tells of it; an allocation that the kernel finds too large would only
+        # fail.
+        write_file("/proc/sys/vm/overcommit_memory", "1")
+        # A program is to run out of descriptors, of which a policy can give more, not of the kernel's own 128
+        # instances.
+        write_file("/proc/sys/fs/inotify/max_user_instances", "1048576")
+        channel_fd = open_port(PORT)
+        self._random_fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+        return channel_fd
+
+    def make_folders(self) -> None:
+        """Mount the scratch disk, and a folder in memory."""
+        os.makedirs(self.scratch, mode=0o755, exist_ok=True)
+        flags = system.MS_NODEV | system.MS_NOSUID
+        system.mount(_disk(SCRATCH_SERIAL), self.scratch, "ext4", system.MS_NOATIME | flags, "noinit_itable")
+        confine.mount_memory()
+
+    def audit(self) -> Audit:
+        """The audit of this kernel."""
+        return Audit(*filters.call_numbers())
+
+    def group(self) -> RootGroup:
+        """A group of the one hierarchy, which is ours."""
+        return RootGroup()
+
+    def seed(self, body: dict[str, Any]) -> None:
+        """Set the clock, and give the kernel entropy."""
+        try:
+            time.clock_settime_ns(time.CLOCK_REALTIME, body["unix_ns"])
+        except OSError:
+            # A kernel takes no time before its own boot (EINVAL), and a host whose clock was never set has just that.
+            time.clock_settime_ns(time.CLOCK_REALTIME, time.monotonic_ns() + 10**9)
+        system.add_entropy(self._random_fd, body["entropy"])
+
+    def end(self) -> None:
+        """Power off."""
+        system.power_off()
+
+
+def open_port(name: str) -> int:
+    """The channel's port, found by name; waits until the host's end is there. Raises JobError."""
+    base = "/sys/class/virtio-ports"
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for port in os.listdir(base) if os.path.isdir(base) else []:
+            with open(f"{base}/{port}/name", encoding="ascii") as file:
+                if file.read().strip() == name:
+                    return _connected(f"/dev/{port}", deadline)
+        time.sleep(0.002)  # the driver probes on its own time and offers no event without udev
+    raise JobError("port", 0, f"no virtio port {name}")
+
+
+def _connected(path: str, deadline: float) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    while time.monotonic() < deadline:
+        mask = poll.poll(1000)
+        if mask and not mask[0][1] & select.POLLHUP:
+            return fd
+        time.sleep(0.002)  # POLLHUP stays set until the host's end is open: there is nothing to wait on
+    raise JobError("port", 0, "the host never opened its end")
+
+
+def _disk(serial: str) -> str:
+    for name in os.listdir("/sys/block"):
+        with contextlib.suppress(OSError), open(f"/sys/block/{name}/serial", encoding="ascii") as file:
+            if file.read().strip("\0\n ") == serial:
+                return f"/dev/{name}"
+    raise JobError("scratch", 0, f"no disk {serial}")

@@ -1,0 +1,62 @@
+"""What the agent finds around it: how it speaks to the host, where files of a job lie, which measures there are.
+
+`machine` is a virtual machine of our own. `process` has two weaker ones on the kernel of somebody else: `Confined`,
+below bubblewrap, and `Unconfined`, where nothing is held.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from x07_sandbox.guest.audit import Audit, NoAudit
+    from x07_sandbox.guest.cgroup import Group
+    from x07_sandbox.guest.confine import Measures
+
+
+class Platform(ABC):
+    """One kind of surroundings.
+
+    measures: the steps of the confinement.
+    program_uid: owner of the program's files; None where agent and program are one user to the kernel.
+    scratch: folder for files of any size. memory: folder for small ones, which may be the same.
+    machine_id: path of the file that the program sees as /etc/machine-id.
+    filtered: whether programs run under seccomp filters. namespaces: whether they have namespaces of their own.
+    """
+
+    measures: Measures
+    program_uid: int | None
+    scratch: str
+    memory: str
+    machine_id: str
+    filtered: bool
+    namespaces: bool
+
+    @abstractmethod
+    def open_channel(self) -> int:
+        """Take the measures that concern the agent, and open the channel. Raises OSError, JobError."""
+
+    @abstractmethod
+    def make_folders(self) -> None:
+        """Make `scratch`, `memory`, and the folder of `machine_id`, once. Raises OSError, JobError."""
+
+    @abstractmethod
+    def audit(self) -> Audit | NoAudit:
+        """What hears of refused calls. Raises OSError."""
+
+    @abstractmethod
+    def group(self) -> Group:
+        """A new control group for a program, or what stands for it. Raises OSError."""
+
+    @abstractmethod
+    def seed(self, body: dict[str, Any]) -> None:
+        """Use the time and entropy of a SEED frame. Raises OSError."""
+
+    def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body of START as this platform carries it out. Raises JobError where it cannot."""
+        return body
+
+    @abstractmethod
+    def end(self) -> None:
+        """End it, and this process with it."""

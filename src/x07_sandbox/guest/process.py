@@ -1,0 +1,235 @@
+"""The agent as a process of somebody else's machine: below bubblewrap (`Confined`), or unconfined (`Unconfined`).
+
+`Confined` is uid 0 of a user namespace that bubblewrap has made, and no more to the kernel than the user who started
+it. Its init builds the program's view from there, as in a machine. The program then enters a user namespace of its own,
+below that one: to the kernel it is the same user as agent and init, but it has no right over a process that is not in
+its namespace, and neither over what is mounted.
+
+Both are told their channel, an inherited descriptor, on the command line, and end when that ends.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import TYPE_CHECKING, Any, Final
+
+from x07_sandbox.guest import confine, system
+from x07_sandbox.guest.audit import NoAudit
+from x07_sandbox.guest.cgroup import NoGroup, given_group
+from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.platform import Platform
+from x07_sandbox.guest.system import children_of, write_file
+
+if TYPE_CHECKING:
+    from x07_sandbox.guest.cgroup import Group
+
+GROUP: Final = "/run/x07/cgroup"  # where the host puts control groups for the program, where it has any
+_SCOPES_ABI: Final = 6  # the first version of Landlock with scopes (landlock(7))
+_CORE_NONE: Final = 1  # a core dump that goes to a program of the host is suppressed by this limit only (core(5))
+
+
+def _bind_device(name: str, path: str) -> None:
+    with open(path, "x", encoding="ascii"):
+        pass
+    system.mount(f"/dev/{name}", path, "", system.MS_BIND)
+
+
+def _devices(_world: confine.World) -> None:
+    confine.devices(_bind_device)
+
+
+def _rules(world: confine.World) -> None:
+    if system.landlock_version():  # without it a job that needs these rules fails: there is no descriptor of them
+        confine.RULES.apply(world)
+
+
+def _own_user(_world: confine.World) -> None:
+    """A user namespace below the agent's, in which there is one user, without capabilities."""
+    os.unshare(os.CLONE_NEWUSER)
+    write_file("/proc/self/setgroups", "deny")
+    for name in ("uid_map", "gid_map"):
+        write_file(f"/proc/self/{name}", f"{confine.UID} 0 1")
+    confine.no_capabilities(_world)
+    system.drop_capabilities()
+
+
+def _scopes(world: confine.World) -> None:
+    if system.landlock_version() >= _SCOPES_ABI:
+        confine.scopes(world)
+
+
+def _limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
+    """Set what the user who started us may set: a limit of theirs that is lower stays."""
+    for which, wanted in limits:
+        value = max(wanted, _CORE_NONE) if which == resource.RLIMIT_CORE else wanted
+        _, hard = resource.prlimit(pid, which)
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
+        resource.prlimit(pid, which, (value, value))
+
+
+def _resource_limits(orders: confine.Orders) -> None:
+    # Tasks are counted in the program's own user namespace (Linux 5.14), of which it is the only user.
+    _limit(confine.PROGRAM_PID, (*confine.resource_limits(orders), (resource.RLIMIT_NPROC, orders.tasks)))
+
+
+CONFINED: Final = confine.Measures(
+    world=(
+        confine.NAMESPACES,
+        confine.SYSTEM,
+        confine.PROC,
+        confine.Step("devices", "CAP_SYS_ADMIN", _devices),
+        confine.TEMPORARY,
+        confine.WORK,
+        confine.ENTER,
+        confine.Step("rules about programs", "Landlock, where the kernel has it", _rules),
+    ),
+    rights=(
+        confine.CONTROL_GROUP,
+        confine.Step("own user", "CAP_SYS_ADMIN, CAP_SETFCAP, one more user namespace", _own_user),
+        confine.NO_NEW_PRIVILEGES,
+        confine.FRESH_SIGNALS,
+        confine.Step("scopes", "Landlock 6, where the kernel has it", _scopes),
+        confine.SYSTEM_CALLS,
+    ),
+    job=(*confine.VIEW, confine.Step("resource limits", "", _resource_limits, (*confine.RESOURCES, "tasks"))),
+)
+
+
+class _Guest(Platform):
+    """What both have in common."""
+
+    program_uid = None
+
+    def __init__(self, channel_fd: int) -> None:
+        self._channel_fd = channel_fd
+
+    def audit(self) -> NoAudit:
+        """None: the kernel's audit is the host's."""
+        return NoAudit()
+
+    def seed(self, body: dict[str, Any]) -> None:
+        """Nothing: clock and entropy are the host's."""
+
+    def end(self) -> None:
+        """End this process."""
+        os._exit(0)
+
+
+class Confined(_Guest):
+    """Below bubblewrap."""
+
+    measures = CONFINED
+    scratch = confine.SCRATCH
+    memory = confine.MEMORY
+    machine_id = confine.MACHINE_ID
+    filtered = True
+    namespaces = True
+
+    def open_channel(self) -> int:
+        """Allow one user namespace more, which is the program's: nobody can make another then."""
+        os.set_inheritable(self._channel_fd, False)  # noqa: FBT003 - it takes no names
+        write_file("/proc/sys/user/max_user_namespaces", "1")
+        return self._channel_fd
+
+    def make_folders(self) -> None:
+        """Mount a folder in memory; the scratch folder is there."""
+        confine.mount_memory()
+
+    def group(self) -> Group:
+        """What the host has made."""
+        return given_group(GROUP)
+
+
+def _own_init(_world: confine.World) -> None:
+    """Orphans of the program become init's children, and init dies with the agent."""
+    system.prctl(system.PR_SET_CHILD_SUBREAPER, 1)
+    _end_with_parent()
+
+
+def _end_with_init(_world: confine.World) -> None:
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    system.prctl(system.PR_SET_PDEATHSIG, 9)
+
+
+def _limits_of_child(orders: confine.Orders) -> None:
+    for pid in children_of(os.getpid())[:1]:
+        _limit(pid, confine.resource_limits(orders))
+
+
+UNCONFINED: Final = confine.Measures(
+    world=(confine.Step("reaper", "", _own_init),),
+    rights=(confine.Step("end with init", "", _end_with_init), confine.FRESH_SIGNALS),
+    job=(confine.Step("resource limits", "", _limits_of_child, confine.RESOURCES),),
+)
+# Paths that the host names, and the folders below `scratch` that stand for them.
+_STANDS: Final = (("/x07/in", "in"), ("/x07/out", "out"), (confine.CWD, "work"))
+
+
+class Unconfined(_Guest):
+    """The program as an ordinary process of the user: nothing keeps it from anything."""
+
+    measures = UNCONFINED
+    filtered = False
+    namespaces = False
+
+    def __init__(self, channel_fd: int, folder: str) -> None:
+        super().__init__(channel_fd)
+        self.scratch = self.memory = folder
+        self.machine_id = f"{folder}/machine-id"
+
+    def open_channel(self) -> int:
+        """Nothing but the channel."""
+        os.set_inheritable(self._channel_fd, False)  # noqa: FBT003 - it takes no names
+        return self._channel_fd
+
+    def make_folders(self) -> None:
+        """Nothing: there is one folder, and the host has made it."""
+
+    def group(self) -> NoGroup:
+        """None."""
+        return NoGroup()
+
+    def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
+        """With the private folder instead of the paths that a confined program finds its files at."""
+        if body["mounts"]:
+            raise JobError("mounts", 0, "folders of the host cannot be brought in without confinement")
+        free: dict[str, Any] = {
+            "threads": True,
+            "spawn": True,
+            "execute": True,
+            "programs": None,
+            "prefixes": [],
+            "alone": False,
+        }
+        return {
+            **body,
+            "argv": [self._own(word) for word in body["argv"]],
+            "env": {name: self._own(value) for name, value in body["env"].items()},
+            "cwd": self._own(body["cwd"]),
+            "confine": free,
+        }
+
+    def _own(self, word: str) -> str:
+        for path, name in _STANDS:
+            if word == path or word.startswith(f"{path}/"):
+                return f"{self.scratch}/{name}{word[len(path) :]}"
+        return word
+
+
+def named(words: list[str]) -> Platform:
+    """What the command line says: `os FD` or `none FD FOLDER`; a last word, which tells whose it is, is not looked at.
+
+    Raises JobError.
+    """
+    match words:
+        case ["os", fd, _]:
+            return Confined(int(fd))
+        case ["none", fd, folder, _]:
+            return Unconfined(int(fd), folder)
+        case _:
+            raise JobError("agent", 0, f"no such platform: {' '.join(words)}")

@@ -1,0 +1,263 @@
+"""Promises of the backend `os`: what a confined process of this host can, and cannot."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.process.conftest import run_on
+from tests.process.conversation import FREE, Conversation, Ended, Program, python
+from x07_sandbox.channel.frames import Kind, Stream
+from x07_sandbox.channel.trees import Entry, FileEnd, Piece, Reader, segment
+from x07_sandbox.channel.trees import Kind as Record
+
+if TYPE_CHECKING:
+    from x07_sandbox.backends.process.backend import OsBackend
+
+pytestmark = pytest.mark.user
+
+# Puts what a line says into words: "no ERRNO" where the kernel refuses it.
+TRY = """
+import ctypes, errno, os, resource, signal, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def tried(what, *words):
+    try:
+        return what(*words)
+    except OSError as exc:
+        return "no " + errno.errorcode[exc.errno]
+"""
+
+
+def told(backend: OsBackend, source: str, **how: Any) -> Ended:  # noqa: ANN401 - fields of Program
+    """Run a program that begins with TRY."""
+    return run_on(backend, python(TRY + source, **how))
+
+
+def test_the_program_is_alone_with_its_init(confined: OsBackend) -> None:
+    """A program sees no process but itself, and can neither signal nor trace what started it."""
+    ended = told(
+        confined,
+        "print(sorted(name for name in os.listdir('/proc') if name.isdigit()), os.getpid(), os.getppid())\n"
+        "for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGINT, signal.SIGHUP): tried(os.kill, 1, number)\n"
+        "print(tried(os.listdir, '/proc/1/fd'), tried(open, '/proc/1/environ'), tried(os.listdir, '/proc/1/root'))\n"
+        "print(libc.ptrace(16, 1, 0, 0), errno.errorcode[ctypes.get_errno()])\n",
+    )
+    assert ended.code == 0, ended.stderr
+    assert ended.stdout.splitlines() == ["['2'] 2 1", "no ENOENT no ENOENT no ENOENT", "-1 EPERM"]
+
+
+def test_a_program_that_signals_its_init_ends_itself_at_most(confined: OsBackend) -> None:
+    """SIGTERM to the first process of its namespace is reported as the program's own end."""
+    ended = told(confined, "tried(os.kill, 1, signal.SIGTERM); signal.pause() if len(sys.argv) > 1 else None")
+    assert ended.kind is Kind.EXITED
+    assert ended.code in {0, -signal.SIGKILL}
+
+
+def test_nothing_of_a_users_can_be_read(confined: OsBackend, tmp_path: Path) -> None:
+    """A program finds no home folder, no sockets, no folder of the caller's, and no variable of theirs."""
+    (tmp_path / "secret").write_text("x", encoding="ascii")
+    folders = [os.environ.get("HOME", "/root"), "/run", "/var/run", "/var", "/home", "/tmp", "/sys", "/mnt", "/srv"]  # noqa: S108
+    ended = run_on(
+        confined,
+        python(
+            TRY + "print({name for f in sys.argv[2:] for name in (tried(os.listdir, f) or ()) if os.path.exists(f)})\n"
+            "print(tried(os.stat, sys.argv[1]), sorted(os.environ))\n",
+            str(tmp_path / "secret"),
+            *folders,
+            env={"LANG": "C.UTF-8"},
+        ),
+    )
+    assert ended.stdout.splitlines() == ["set()", "no ENOENT ['LANG']"], ended.stderr
+
+
+def test_the_system_cannot_be_changed(confined: OsBackend) -> None:
+    """Whatever of the host a program sees is read-only; its own folders are not."""
+    ended = told(
+        confined,
+        "for path in ('/usr/x', '/etc/x', '/x', '/run/x', '/x07/in/x', '/dev/x', '/proc/sys/kernel/hostname'):\n"
+        "    print(tried(os.open, path, os.O_CREAT | os.O_WRONLY, 0o600))\n"
+        "for path in ('/opt/x07/x', '/tmp/x', '/dev/shm/x'): open(path, 'w').write('x')\n",
+    )
+    assert ended.code == 0, ended.stderr
+    assert set(ended.stdout.splitlines()) <= {"no EROFS", "no EACCES", "no ENOENT"}
+
+
+def test_there_is_no_network(confined: OsBackend) -> None:
+    """A program has a loopback of its own and no other interface."""
+    ended = told(
+        confined,
+        "print(socket.if_nameindex())\n"
+        "one = socket.socket(); one.settimeout(5)\n"
+        "print(tried(one.connect, ('192.0.2.1', 80)))\n"
+        "print(tried(socket.socket, 17, socket.SOCK_RAW), tried(socket.socket, 40, socket.SOCK_STREAM))\n",
+    )
+    assert ended.stdout.splitlines() == ["[(1, 'lo')]", "no ENETUNREACH", "no EAFNOSUPPORT no EAFNOSUPPORT"]
+
+
+def test_no_capability_is_left_and_no_namespace_can_be_made(confined: OsBackend) -> None:
+    """A program has no capability, cannot get one, and cannot make a user namespace in which it would."""
+    ended = told(
+        confined,
+        "print({line.split()[1] for line in open('/proc/self/status') if line.startswith('Cap')})\n"
+        "print(libc.unshare(0x10000000), errno.errorcode[ctypes.get_errno()])\n"
+        "print(libc.mount(b'none', b'/tmp', b'tmpfs', 0, b''), errno.errorcode[ctypes.get_errno()])\n"
+        "print([line for line in open('/proc/self/status') if line.startswith(('NoNewPrivs', 'Seccomp:'))])\n",
+    )
+    assert ended.stdout.splitlines() == [
+        "{'0000000000000000'}",
+        "-1 EPERM",
+        "-1 EPERM",
+        "['NoNewPrivs:\\t1\\n', 'Seccomp:\\t2\\n']",
+    ]
+
+
+def test_a_policy_against_more_processes_holds(confined: OsBackend) -> None:
+    """What the policy forbids, to fork say, is refused."""
+    ended = told(confined, "print(tried(os.fork))", confine={"spawn": False})
+    assert ended.stdout == "no EPERM\n"
+
+
+def test_only_listed_programs_can_be_executed(confined: OsBackend) -> None:
+    """With a list of programs no other one can be executed, nor read."""
+    listed = {**FREE, "programs": ["/usr/bin/python3", "/usr/bin/true"]}
+    ended = told(
+        confined,
+        "def run(path):\n"
+        "    pid = os.fork()\n"
+        "    if not pid:\n"
+        "        tried(os.execv, path, [path]); os._exit(99)\n"
+        "    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n"
+        "print(run('/usr/bin/true'), run('/usr/bin/env'), tried(open, '/usr/bin/env'))\n",
+        confine=listed,
+    )
+    assert ended.stdout == "0 99 no EACCES\n", ended.stderr
+
+
+def test_limits_of_each_process_hold(confined: OsBackend) -> None:
+    """Open files are limited, and no core is dumped."""
+    ended = told(
+        confined,
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_CORE)[1] < 4096)\n"
+        "print(tried(resource.setrlimit, resource.RLIMIT_NPROC, (1 << 20, 1 << 20)))\n"
+        * 0
+        + "print(resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_CORE)[1] < 4096)\n",
+        limits={"fds": 64},
+    )
+    assert ended.stdout == "(64, 64) True\n"
+
+
+def test_tasks_are_limited(confined: OsBackend) -> None:
+    """A program cannot have more tasks than its limit."""
+    ended = told(
+        confined,
+        "count = 0\n"
+        "while (got := tried(os.fork)) != 'no EAGAIN':\n"
+        "    if got == 0: signal.pause()\n"
+        "    count += 1\n"
+        "print(count)\n",
+        limits={"tasks": 8},
+    )
+    assert ended.stdout == "7\n"
+
+
+def test_memory_is_limited_where_the_host_can(confined: OsBackend) -> None:
+    """A program that takes more memory than its limit is killed, and the agent says what for."""
+    if "limits.mem_bytes" not in confined.probe().features.can_hold:
+        pytest.skip("this host gives no control group for memory")
+    ended = told(confined, "held = [bytearray(1 << 20) for _ in range(256)]", limits={"mem_bytes": 48 << 20})
+    assert ended.code == -signal.SIGKILL
+    assert ended.body["oom_kills"] >= 1
+
+
+@pytest.mark.parametrize("children", [0, 3])
+def test_processor_time_is_limited(confined: OsBackend, children: int) -> None:
+    """A program that uses more processor time than its limit, its children's with it, is ended."""
+    ended = told(
+        confined,
+        f"for _ in range({children}): os.fork()\nwhile True: pass",
+        limits={"cpu_ms": 500},
+    )
+    assert ended.body["cpu_exceeded"]
+    assert ended.code == -signal.SIGKILL
+    assert ended.body["cpu_us"] >= 500_000
+
+
+def tree(files: dict[str, bytes]) -> bytes:
+    """A tree of plain files in one folder, as a host sends it."""
+    made = bytearray(Entry(Record.FOLDER, b"", mode=0o755).encoded())
+    for name, content in files.items():
+        made += Entry(Record.FILE, name.encode(), mode=0o644, mtime_ns=1, size=len(content)).encoded()
+        made += segment(len(content)) + content if content else b""
+    return bytes(made + Entry(Record.END, b"").encoded())
+
+
+def changes(ended: Ended) -> dict[str, bytes | None]:
+    """What came back, by name; None for what is gone."""
+    found: dict[str, bytes | None] = {}
+    name = ""
+    for event in Reader().feed(bytes(ended.streams[Stream.CHANGES])):
+        match event:
+            case Entry(kind=Record.FILE, name=raw):
+                name = raw.decode()
+                found[name] = b""
+            case Entry(kind=Record.GONE, name=raw):
+                found[raw.decode()] = None
+            case Piece(data=data):
+                found[name] = (found[name] or b"") + data
+            case Entry() | FileEnd() | _:
+                pass
+    return found
+
+
+def test_folders_of_the_host_go_in_and_changes_come_out(confined: OsBackend) -> None:
+    """A program works on copies of the host's folders; what it has changed comes back, and nothing else."""
+    number = Stream.FIRST_FILE + 1
+    content = tree({"same": b"same\n", "other": b"before\n", "gone": b"gone\n"})
+    write = {"tree": int(number), "sub": "", "at": "/data/w", "write": True, "changes": True}
+    read = {"tree": int(number), "sub": "", "at": "/data/r", "write": False, "changes": False}
+    ended = told(
+        confined,
+        "print(sorted(os.listdir('/data/w')), open('/data/r/same').read().strip(), tried(open, '/data/r/same', 'w'))\n"
+        "open('/data/w/other', 'w').write('after\\n'); open('/data/w/new', 'w').write('new\\n')\n"
+        "os.remove('/data/w/gone')\n",
+        files={"": (0o755, "tree", content)},
+        mounts=[write, read],
+    )
+    assert ended.code == 0, ended.stderr
+    assert ended.stdout == "['gone', 'other', 'same'] same no EROFS\n"
+    assert changes(ended) == {"other": b"after\n", "new": b"new\n", "gone": None}
+
+
+def test_an_output_file_comes_back(confined: OsBackend) -> None:
+    """What a build leaves in /x07/out is sent to the host."""
+    path = "/x07/out/compiled-out"
+    program = python(f"open({path!r}, 'wb').write(b'made')", output={"path": path, "max_bytes": 1000})
+    ended = run_on(confined, program)
+    assert ended.code == 0, ended.stderr
+    assert bytes(ended.streams[Stream.OUTPUT_FILE]) == b"made"
+
+
+def test_the_systems_compiler_works(confined: OsBackend) -> None:
+    """A program of the host's, the C compiler, finds what it needs."""
+    if not Path("/usr/bin/gcc").exists():
+        pytest.skip("there is no gcc")
+    source = b'#include <stdio.h>\nint main(void) { puts("compiled"); }\n'
+    ended = run_on(
+        confined,
+        Program(
+            argv=["/bin/sh", "-c", "gcc -o /opt/x07/it /x07/in/it.c && /opt/x07/it"],
+            files={"/x07/in/it.c": (0o444, "file", source)},
+        ),
+    )
+    assert ended.stdout == "compiled\n", ended.stderr
+
+
+def test_a_program_that_is_stopped_is_ended_with_all_its_children(confined: OsBackend) -> None:
+    """The host's word ends the whole tree of a program, also what has made itself a session of its own."""
+    source = "import os, signal\nos.fork() or os.setsid()\nos.fork()\nprint('here', flush=True)\nsignal.pause()\n"
+    ended = run_on(confined, python(source), on_output=Conversation.stop)
+    assert ended.code == -signal.SIGKILL
