@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final, Literal, NoReturn
 from msgspec.structs import replace
 
 from x07_sandbox.backends.lease import PoolMachines
-from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Platform, asked, select, this_platform, working
+from x07_sandbox.backends.registry import Platform
+from x07_sandbox.backends.selection import ACCEPT_VARIABLE, asked, select, this_platform, working
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, put, say
 from x07_sandbox.cli.main import end_with
