@@ -98,6 +98,8 @@ def _carry_out(options: argparse.Namespace) -> int:
     path = _target(options)
     with contextlib.ExitStack() as stack:
         request, program = load_program(replace(_request(path, options, stack), choice=choice), stack)
+        if world == "run-os" and choice.sandbox_backend != "vm":
+            raise UsageError(f"cannot run in the world {world}", "it has no policy", f"Use {_SANDBOXED}")
         if world == "run-os":
             # Only with --sandbox-backend vm it comes here; X07's runner has a report for that, not a usage error.
             message = "the sandbox backend vm runs run-os-sandboxed only"
