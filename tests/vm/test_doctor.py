@@ -122,6 +122,6 @@ def test_doctor_says_what_variables_have_every_run_refused(tmp_path: Path, image
     wish, pinned = findings["backend of the variables"], findings["the guest image is not the one that may run"]
     assert (code, wish["good"], pinned["good"]) == (1, False, False)
     assert "the backend os fails closed" in wish["text"]
-    assert wish["fix"] == "Use X07_SANDBOX_BACKEND=vm, or unset it"
+    assert wish["fix"] == "Use X07_SANDBOX_BACKEND=vm, or unset it, or set X07_I_ACCEPT_WEAKER_ISOLATION=1"
     assert image.digest in pinned["text"]
     assert "isolation" not in findings  # no machine was started for it

@@ -99,14 +99,15 @@ class Silence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NoAnswerError(BackendError):
-    """An instance was started, and its agent never answered; it has been stopped."""
+    """An instance was started, and its agent never answered; it has been stopped. times_ms: as of a greeting, to end."""
 
-    def __init__(self, instance: Instance, silence: Silence) -> None:
+    def __init__(self, instance: Instance, silence: Silence, times_ms: dict[str, float]) -> None:
         said = " ".join(silence.console_tail.split())[-200:] if silence.kind == "ended" else ""
         why = f"{silence.why}; {said}" if said else silence.why
         super().__init__("the machine did not answer", why, "Run x07 doctor")
         self.instance = instance
         self.silence = silence
+        self.times_ms = times_ms
 
 
 class Instance(Protocol):

@@ -47,15 +47,18 @@ def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callab
         talk.connection.flush()
     if meanwhile is not None:
         meanwhile()
-    if cold:
-        if silence := talk.until(State.GREETED, deadline):
-            raise NoAnswerError(instance, silence)
-        if deadline.passed():  # the agent was in time; we were not
-            deadline = Deadline.after(settings.CLONE_S)
-        talk.seed()
-    if silence := talk.until(State.READY, deadline):
-        raise NoAnswerError(instance, silence)
+    silence = talk.until(State.GREETED, deadline) if cold else None
+    if silence is None:
+        if cold:
+            talk.seed()
+            if deadline.passed():  # the agent was in time; we were not
+                deadline = Deadline.after(settings.CLONE_S)
+        silence = talk.until(State.READY, deadline)
+    if silence is not None:
+        talk.reached["end"] = time.monotonic()
     times_ms = {name: round((at - released_at) * 1000, 1) for name, at in talk.reached.items()}
+    if silence is not None:
+        raise NoAnswerError(instance, silence, times_ms)
     instance.greeting = Greeting(connection=talk.connection, released_at=released_at, times_ms=times_ms)
 
 

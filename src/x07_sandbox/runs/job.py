@@ -98,7 +98,7 @@ def _conversed(
         from x07_sandbox.runs.execute import PhaseFacts
 
         instance = exc.instance
-        facts = PhaseFacts(evidence=evidence_of(exc.silence, request.cancel.signal))
+        facts = PhaseFacts(evidence=evidence_of(exc.silence, request.cancel.signal), times_ms=exc.times_ms)
     warnings += instance.notes
     return instance, facts, warnings
 

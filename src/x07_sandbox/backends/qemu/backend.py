@@ -124,7 +124,7 @@ class QemuBackend:
                 raise error
             if last:
                 silence = replace(error.silence, kind="failed", why=f"{MISCALIBRATED}; {MISCALIBRATED_FIX}")
-                raise NoAnswerError(instance, silence)
+                raise NoAnswerError(instance, silence, error.times_ms)
             claim = replace(claim, phase=f"{job.claim.phase}-cold{number}")
             number, last = next(tries)
 
@@ -248,4 +248,4 @@ def _need(image: OpenImage | None) -> OpenImage:
 
 
 def _started_cold(job: Job, why: str) -> str:
-    return f"the {job.claim.phase} machine started cold: {why}"
+    return f"the {job.claim.phase.partition('-')[0]} machine started cold: {why}"
