@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.cgroup import Group
 
 GROUP: Final = "/run/x07/cgroup"  # where the host puts control groups for the program, where it has any
-# The first versions of Landlock (landlock(7)) that let a program move files from folder to folder, and that have scopes.
+# The first versions of Landlock (landlock(7)) that let files be moved from folder to folder, and that have scopes.
 _RULES_ABI: Final = 2
 _SCOPES_ABI: Final = 6
 _CORE_NONE: Final = 1  # a core dump that goes to a program of the host is suppressed by this limit only (core(5))
