@@ -14,12 +14,14 @@ from tests.process.conversation import FREE, Conversation, Ended, Program, pytho
 from x07_sandbox.channel.frames import Kind, Stream
 from x07_sandbox.channel.trees import Entry, FileEnd, Piece, Reader, segment
 from x07_sandbox.channel.trees import Kind as Record
+from x07_sandbox.jail import cgroups
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.process.backend import OsBackend
 
 pytestmark = pytest.mark.user
 
+VERSION_2 = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
 # Puts what a line says into words: "no ERRNO" where the kernel refuses it.
 TRY = """
 import ctypes, errno, os, resource, signal, socket, sys
@@ -261,3 +263,18 @@ def test_a_program_that_is_stopped_is_ended_with_all_its_children(confined: OsBa
     source = "import os, signal\nos.fork() or os.setsid()\nos.fork()\nprint('here', flush=True)\nsignal.pause()\n"
     ended = run_on(confined, python(source), on_output=Conversation.stop)
     assert ended.code == -signal.SIGKILL
+
+
+@pytest.mark.root
+def test_a_group_of_version_2_counts_and_ends_a_program(confined: OsBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are control groups of version 2, a program is in one, which counts and limits its CPU time."""
+    root = next((path for path in VERSION_2 if (path / "cgroup.controllers").exists()), None)
+    if root is None or os.geteuid() != 0:
+        pytest.skip("only root can make a group, where there is a hierarchy of version 2")
+    monkeypatch.setattr(cgroups, "_ROOT", root)
+    source = "import os; print(open('/proc/self/cgroup').read(), flush=True)\nos.fork()\nwhile True: pass"
+    ended = run_on(confined, python(source, limits={"cpu_ms": 500}))
+    assert "/program\n" in ended.stdout
+    assert ended.body["cpu_exceeded"]
+    assert ended.code == -signal.SIGKILL
+    assert not [path for path in (root / "x07-sandbox").iterdir() if path.is_dir()]

@@ -158,3 +158,9 @@ def test_a_job_can_be_stopped_by_its_record(either: Backend) -> None:
         assert either.stop(instance.record)
         assert not left(instance.record.mark)
         assert not list(either.list_owned())
+
+
+def test_folders_that_a_program_has_closed_go_too(either: Backend) -> None:
+    """A program that takes all rights from its folders leaves nothing behind either."""
+    ended = run_on(either, python("import os; os.makedirs('a/b/c'); os.chmod('a/b', 0); os.chmod('a', 0)"))
+    assert ended.code == 0, ended.stderr

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from x07_sandbox.errors import RefusedError
@@ -220,11 +221,12 @@ def test_a_restriction_that_nobody_holds_is_said_to_be_unenforced(
 
 
 def test_a_backend_without_walls_claims_none() -> None:
-    """Where a backend cannot hold a limit the plan refuses; where it has no wall the control does not claim one."""
-    made = make_plan(default_policy(), NOTHING)
+    """What a backend cannot hold is refused; where the user has accepted that it holds less, it is advisory."""
     limits = {field for field in VM_HOLDS if field.startswith("limits.")}
-    assert limits < {refusal.field for refusal in made.refusals}
-    assert states(made, "fs.enabled", "net.enabled", "env.enabled") == {"refused"}
+    for isolation, state in (("container", "refused"), ("process", "advisory"), ("none", "advisory")):
+        made = make_plan(default_policy(), msgspec.structs.replace(NOTHING, isolation=isolation))
+        assert states(made, *limits, "fs.enabled", "net.enabled", "env.enabled") == {state}
+        assert bool(made.refusals) == (state == "refused")
 
 
 def test_x07s_own_variables_cannot_be_denied() -> None:

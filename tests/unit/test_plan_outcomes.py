@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from x07_sandbox.plan.features import WORDS, Isolation, vm_features
 from x07_sandbox.plan.outcomes import (
     OUTCOMES,
     Evidence,
@@ -79,15 +80,15 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
     (Evidence(stage=Stage.SETUP, setup_failure="exec: x", not_executed=1), "refused", "host", "exec: x", None, None),
     (run(setup_failure="exec: x", not_executed=8), "guest-lost", "program", "exec: x", None, None),
     (run(setup_failure="pack: 28"), "guest-lost", "program", "failed while running the program: pack", None, None),
-    (run(console_tail=PANIC, vmm_status=0), "guest-lost", "program", "kernel panicked", None, None),
-    (run(console_tail=INIT_DIED, vmm_status=0), "guest-lost", "program", "agent died", None, None),
+    (run(console_tail=PANIC, instance_status=0), "guest-lost", "program", "kernel panicked", None, None),
+    (run(console_tail=INIT_DIED, instance_status=0), "guest-lost", "program", "agent died", None, None),
     (run(channel_error="bad frame: type 77"), "guest-lost", "program", "broke the channel's protocol", None, None),
-    (run(vmm_status=0), "guest-lost", "program", "switched itself off", None, None),
-    (run(vmm_status=-9), "guest-lost", "host", "monitor was killed by SIGKILL", None, None),
-    (run(vmm_status=1), "guest-lost", "host", "monitor ended with status 1", None, None),
-    (run(vmm_status=152), "guest-lost", "host", "allows a process (ulimit -H -t) while", None, None),
+    (run(instance_status=0), "guest-lost", "program", "switched itself off", None, None),
+    (run(instance_status=-9), "guest-lost", "host", "monitor was killed by SIGKILL", None, None),
+    (run(instance_status=1), "guest-lost", "host", "monitor ended with status 1", None, None),
+    (run(instance_status=152), "guest-lost", "host", "allows a process (ulimit -H -t) while", None, None),
     (
-        Evidence(stage=Stage.BOOT, vmm_status=1, console_tail="qemu:\nno memory\n"),
+        Evidence(stage=Stage.BOOT, instance_status=1, console_tail="qemu:\nno memory\n"),
         "guest-lost",
         "host",
         "while the guest was booting: qemu: no memory",
@@ -105,9 +106,9 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
         None,
     ),
     (Evidence(stage=Stage.BOOT, boot_timeout=True), "guest-lost", "host", "time allowed for booting", None, None),
-    (Evidence(stage=Stage.BOOT, vmm_status=0), "guest-lost", "host", "ended without an error while", None, None),
+    (Evidence(stage=Stage.BOOT, instance_status=0), "guest-lost", "host", "ended without an error while", None, None),
     (Evidence(stage=Stage.BOOT, console_tail=PANIC, boot_timeout=True), "guest-lost", "host", "panicked", None, None),
-    (Evidence(stage=Stage.START, vmm_status=1), "backend-error", "host", "ended with status 1", None, None),
+    (Evidence(stage=Stage.START, instance_status=1), "backend-error", "host", "ended with status 1", None, None),
     (Evidence(stage=Stage.SETUP, deadline_passed=True), "guest-lost", "host", "too long while being prep", None, None),
 ]
 
@@ -155,7 +156,7 @@ def test_of_several_causes_the_first_in_rank_is_told(chosen: tuple[bool, ...]) -
 
 def test_a_refusal_comes_before_everything_but_cancelling() -> None:
     """What could not be set up was not run, whatever else is seen."""
-    facts: dict[str, Any] = {"stage": Stage.SETUP, "setup_failure": "x", "deadline_passed": True, "vmm_status": 1}
+    facts: dict[str, Any] = {"stage": Stage.SETUP, "setup_failure": "x", "deadline_passed": True, "instance_status": 1}
     assert classify(Evidence(**facts)).outcome is Outcome.REFUSED
     assert classify(Evidence(**facts, cancelled_by=2)).outcome is Outcome.CANCELLED
 
@@ -197,13 +198,15 @@ def test_a_reason_names_the_flag_that_set_the_limit() -> None:
 def test_a_timeout_under_emulation_says_that_cpu_work_is_slower() -> None:
     """The reason of a timeout names the deadline, and the slower CPU where that may be the cause."""
     limits = default_policy().limits
-    found = classify(run(deadline_passed=True), emulated=True, limits=limits)
+    found = classify(run(deadline_passed=True), features=vm_features("vm-emulated"), limits=limits)
     assert found.reason == (
         "the program was still running after 60 s (limits.wall_ms); "
         "this machine is emulated, and CPU work takes many times longer than on hardware"
     )
     assert "emulated" not in classify(run(deadline_passed=True), limits=limits).reason
-    assert "emulated" not in classify(run(deadline_passed=True, stopped=True), emulated=True).reason
+    assert (
+        "emulated" not in classify(run(deadline_passed=True, stopped=True), features=vm_features("vm-emulated")).reason
+    )
 
 
 @given(st.text(max_size=400))
@@ -228,7 +231,7 @@ EVIDENCE = st.builds(
     oom_kills=st.integers(0, 3),
     output_overflow=st.sampled_from([None, "stdout", "stderr"]),
     channel_error=st.none() | st.text(max_size=10),
-    vmm_status=st.none() | st.integers(-64, 255),
+    instance_status=st.none() | st.integers(-64, 255),
     console_tail=st.sampled_from(["", PANIC, INIT_DIED]),
     cancelled_by=st.none() | st.integers(0, 64),
     setup_failure=st.none() | st.text(max_size=10),
@@ -236,10 +239,10 @@ EVIDENCE = st.builds(
 )
 
 
-@given(EVIDENCE, st.booleans())
-def test_any_evidence_has_one_verdict_with_a_code(evidence: Evidence, emulated: bool) -> None:  # noqa: FBT001 - drawn
+@given(EVIDENCE, st.sampled_from(sorted(WORDS)))
+def test_any_evidence_has_one_verdict_with_a_code(evidence: Evidence, isolation: Isolation) -> None:
     """Whatever is known, there is one outcome, one reason and one exit code, for a run and for a build."""
-    found = classify(evidence, emulated=emulated)
+    found = classify(evidence, features=vm_features(isolation))
     for each in (found, as_build(found)):
         assert each.reason
         assert each.outcome in OUTCOMES
@@ -293,7 +296,7 @@ def test_a_build_that_ends_badly_is_a_failed_build() -> None:
     assert found.fault == "program"
     assert found.reason == "the build failed: the program ended with status 1"
     assert as_build(classify(run(wait_status=0))) == classify(run(wait_status=0))
-    for kept in (run(cancelled_by=2), run(vmm_status=-9)):
+    for kept in (run(cancelled_by=2), run(instance_status=-9)):
         found = as_build(classify(kept))
         assert found.reason.endswith(" while the guest was building the program")
         assert replace(found, reason="") == replace(classify(kept), reason="")

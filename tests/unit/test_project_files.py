@@ -16,10 +16,9 @@ from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.policy.overrides import Overrides
-from x07_sandbox.runs.framed_input import read_whole
 from x07_sandbox.runs.host_files import roots_in_force
 from x07_sandbox.runs.program import Program, load_program
-from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, policy_in_force, read_policy
+from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, policy_in_force, read_policy, read_whole
 from x07_sandbox.x07.programs import load_x07
 
 if TYPE_CHECKING:

@@ -22,10 +22,9 @@ from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import BY_NAME
 from x07_sandbox.reports.schemas import schemas
-from x07_sandbox.runs.framed_input import with_framed_input
 from x07_sandbox.runs.prepare import output_caps
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.request import RunRequest, with_framed_input
 from x07_sandbox.x07.programs import load_artifact, load_x07
 from x07_sandbox.x07.project import Options, Profile, merged
 from x07_sandbox.x07.protocol import PROTOCOL, X07

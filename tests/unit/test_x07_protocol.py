@@ -54,7 +54,7 @@ def test_the_last_line_with_a_counter_holds_the_metrics(lines: list[bytes]) -> N
     """Whatever stands around it, the last good line counts; without one there are no metrics."""
     found = find_metrics(b"\n".join(lines))
     assert (found is not None) is (COUNTED in lines)
-    assert found is None or (found.fuel_used, found.heap_used, found.kv_get_calls) == (12, 3, None)
+    assert found is None or (found["fuel_used"], found["heap_used"], found["kv_get_calls"]) == (12, 3, None)
 
 
 @given(st.binary(max_size=400), st.binary(max_size=400), st.sampled_from([0, 3]))

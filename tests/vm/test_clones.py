@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import FULL, overwrite
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
+from x07_sandbox.backends import handshake
 from x07_sandbox.backends.base import Silence
 from x07_sandbox.backends.handshake import Talk
 from x07_sandbox.backends.qemu.instance import QemuInstance
@@ -37,7 +38,6 @@ from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.pool.warm import WarmMachines
-from x07_sandbox.runs import execute
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,7 +113,7 @@ def test_the_clock_is_the_hosts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatc
     before_s, after_s, now = found()
     assert before_s > -1
     assert after_s < 1
-    monkeypatch.setattr(execute, "unix_ns", lambda: clocks.unix_ns() + 3600 * 10**9)
+    monkeypatch.setattr(handshake, "unix_ns", lambda: clocks.unix_ns() + 3600 * 10**9)
     before_s, after_s, later = found()
     assert before_s > 3599
     assert after_s < 3601
@@ -303,7 +303,7 @@ def test_a_pool_does_without_a_saved_machine_that_is_no_good(saved: Sandbox, mon
     machines.start()
     with contextlib.closing(machines):
         assert machines.wait_ready(clocks.Deadline.after(120))
-    assert [text for text in said if text.startswith("booting a machine: a clone of it did not answer")]
+    assert [text for text in said if text.startswith("the warm machine started cold: a clone of it did not answer")]
     assert left_behind(saved.state) == []
 
 
@@ -454,12 +454,13 @@ def test_a_saving_that_was_stopped_is_not_held_against_a_template(
     """Where a run was stopped while it had a machine saved, by Ctrl-Z say, it starts cold, and the next saves it."""
     shutil.rmtree(templates_dir(), ignore_errors=True)
 
-    def stopped(*_args: object, **_options: object) -> Silence:
-        time.sleep(3)
-        return Silence(kind="late", why="it did not answer in time")
+    class Stopped(Talk):
+        def until(self, *_args: object, **_options: object) -> Silence:
+            time.sleep(3)
+            return Silence(kind="late", why="it did not answer in time")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Talk, "until", stopped)
+        patch.setattr("x07_sandbox.backends.qemu.saving.Talk", Stopped)
         patch.setattr(settings, "TEMPLATE_S", 2.0)
         ran = in_own_cache.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason

@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 
 OURS: Final = """
-backends.base backends.qemu.backend backends.qemu.instance backends.qemu.machine backends.qemu.proof
-backends.qemu.side backends.qemu.start backends.qemu.template
+backends.base backends.handshake backends.lease backends.qemu.backend backends.qemu.instance backends.qemu.machine
+backends.qemu.proof backends.qemu.start backends.qemu.template backends.qemu.timer backends.registry backends.selection
 channel.connection channel.frames channel.link
 cli.cancel cli.console cli.main cli.run cli.run_options cli.streams cli.usage errors
-host.arch host.clocks host.cores host.forks host.locks host.memory host.models host.mounts host.paths host.processes
-host.settings host.threads host.troubles host.variables host.waiting
+host.arch host.bounded_stream host.cancel host.clocks host.cores host.forks host.locks host.memory host.models
+host.mounts host.paths host.processes host.settings host.threads host.troubles host.variables host.waiting
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.libraries jail.seccomp jail.uids
 jobs.admission jobs.launcher jobs.record
 plan.confinement plan.controls plan.denials plan.features plan.outcomes plan.rows plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 programs.artifacts programs.toolchains
-runs.execute runs.folder runs.lease runs.phase runs.program runs.request runs.result runs.run runs.session runs.streams
+runs.artifact runs.execute runs.folder runs.job runs.phase runs.prepare runs.program runs.request runs.result runs.run
+runs.spec runs.streams
 """
 # Beyond what a bare interpreter has. Not among them, and costly: dataclasses (with inspect, ast, dis), asyncio,
 # logging, tempfile, shutil, random, http, ssl.

@@ -198,9 +198,9 @@ def test_the_image_stays_as_it_is(look: Look) -> None:
 
 
 def test_exactly_the_given_descriptors_are_open(look: Look) -> None:
-    """The VMM has two null streams, its own error stream, channel, QMP, console and scratch disk, and nothing else."""
+    """The VMM has two null streams, its error stream, channel, network port, QMP, console and scratch disk, no more."""
     kinds = sorted(finding.arg.split(maxsplit=1)[1] for finding in look.of("descriptor"))
-    assert kinds == ["device write"] * 2 + ["regular write"] + ["socket write"] * 4
+    assert kinds == ["device write"] * 2 + ["regular write"] + ["socket write"] * 5
 
 
 def test_the_scratch_disk_has_its_size(look: Look) -> None:

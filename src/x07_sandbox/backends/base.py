@@ -104,7 +104,9 @@ class NoAnswerError(BackendError):
     """An instance was started, and its agent never answered; it has been stopped."""
 
     def __init__(self, instance: Instance, silence: Silence) -> None:
-        super().__init__("the machine did not answer", silence.why, "Run x07 doctor")
+        said = " ".join(silence.console_tail.split())[-200:] if silence.kind == "ended" else ""
+        why = f"{silence.why}; {said}" if said else silence.why
+        super().__init__("the machine did not answer", why, "Run x07 doctor")
         self.instance = instance
         self.silence = silence
 
@@ -162,8 +164,10 @@ class Pruner(Protocol):
     def remove(self, kind: Literal["template", "leftover"], path: Path, why: str, how: Callable[[Path], None]) -> None:
         """Remove *path* as *how* does; what cannot be removed is reported and stays."""
 
-    def keep(self, kind: Literal["template", "leftover"], path: Path, why: str) -> None:
-        """Report that *path* stays."""
+    def remove_own(
+        self, kind: Literal["template", "leftover"], path: Path, why: str, how: Callable[[Path], None]
+    ) -> None:
+        """As `remove`, for a folder; one that is not ours is kept."""
 
 
 class Cloning(Protocol):

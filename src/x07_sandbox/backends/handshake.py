@@ -172,7 +172,7 @@ def evidence_of(silence: Silence, cancelled_by: int | None = None) -> Evidence:
     """What a verdict on such a job goes by. cancelled_by: the signal of the caller who cancelled it."""
     from x07_sandbox.plan.outcomes import Evidence, Stage  # not on the way of a job that answers
 
-    found = Evidence(stage=Stage.BOOT, vmm_status=silence.exit_status, console_tail=silence.console_tail)
+    found = Evidence(stage=Stage.BOOT, instance_status=silence.exit_status, console_tail=silence.console_tail)
     match silence.kind:
         case "late":
             return replace(found, boot_timeout=True)

@@ -46,7 +46,8 @@ class Given:
 def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
     """The process *depth* generations below the supervisor, as soon as it is there.
 
-    Raises ProcessLookupError if it never comes.
+    Looked for, not asked for: bubblewrap would tell (--info-fd), but numbers of the pid namespace that it runs in,
+    which it then looks up in the /proc of ours. Raises ProcessLookupError if it never comes.
     """
     deadline = Deadline.after(_SETUP_S)
     pidfd = os.pidfd_open(child.pid)
@@ -81,38 +82,50 @@ def end_supervisor(child: subprocess.Popen[bytes]) -> None:
 class Jailed:
     """A supervisor, and the first process of the job below it, whose end is the end of all of them.
 
-    remove: removes what outlives them (control groups, folders); whether that is gone.
+    remove: removes what outlives them (control groups, folders); whether that is gone. cgroups: for the record.
     """
 
     def __init__(
-        self, child: subprocess.Popen[bytes], inner: Identity, record: JobRecord, remove: Callable[[], bool]
+        self,
+        child: subprocess.Popen[bytes],
+        inner: Identity,
+        record: JobRecord,
+        remove: Callable[[], bool],
+        cgroups: tuple[str, ...],
     ) -> None:
         self.child = child
         self.record = record
         self.inner = inner
         self.gone = False
+        self._closed = False
         self._remove = remove
+        self._cgroups = cgroups
         self.supervisor = identify(child.pid)
         self.inner_pidfd = os.pidfd_open(inner.pid)  # may be gone, unlike the unreaped child: so it comes first
         self.pidfd = os.pidfd_open(child.pid)
 
-    def record_owner(self, runner: Identity, cgroups: tuple[str, ...]) -> None:
+    def record_owner(self, runner: Identity) -> None:
         """Write down whose job it is. Raises BackendError, HostError."""
         if self.supervisor is None:
             raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
         processes = {"supervisor": self.supervisor, "inner": self.inner}
-        write_owner(self.record, runner=runner, processes=processes, cgroups=cgroups)
+        write_owner(self.record, runner=runner, processes=processes, cgroups=self._cgroups)
 
     def exit_status(self) -> int | None:
         """How the supervisor ended; it passes on the status of what it started."""
         return self.child.poll()
 
+    def ends_when_asked(self) -> bool:
+        """Ask it to end by itself, where there is a way; whether it has."""
+        return False
+
     def stop(self) -> bool:
-        """End all of it, and remove what is left; whether it is proven gone. Safe to call again."""
-        if self.gone:
-            return True
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+        """Ask, kill, wait, remove what is left; whether all of it is proven gone. Safe to call again."""
+        if self.gone or self._closed:
+            return self.gone
+        if not self.ends_when_asked():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
         deadline = Deadline.after(_GONE_S)
         try:
             self.child.wait(_GONE_S / 2)
@@ -122,11 +135,13 @@ class Jailed:
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.child.wait(deadline.left_s())
+        # The end of a namespace's first process is the proof: the kernel lets it go only after all others.
         gone = self.child.returncode is not None and wait_gone(self.inner, deadline.left_s())
         self.gone = gone and self._remove()
         return self.gone
 
     def close(self) -> None:
         """Close its descriptors."""
+        self._closed = True
         os.close(self.pidfd)
         os.close(self.inner_pidfd)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from x07_sandbox.errors import SandboxError
 
@@ -218,12 +218,17 @@ def _wants_json(words: list[str]) -> bool:
 
 def entry() -> NoReturn:
     """The command itself: run and end with exactly that code."""
+    end_with(main)
+
+
+def end_with(command: Callable[[], int]) -> NoReturn:
+    """End with the exit code of *command*, run where names of files are UTF-8."""
     if sys.getfilesystemencoding() != "utf-8":
         from x07_sandbox.cli.encoding import start_in_utf8
 
         start_in_utf8()
     try:
-        code = main()
+        code = command()
     except SystemExit as exc:  # argparse's, after --help
         code = exc.code if isinstance(exc.code, int) else 0
     from x07_sandbox.cli.streams import leave

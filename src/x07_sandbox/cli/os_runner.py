@@ -18,8 +18,9 @@ from x07_sandbox.backends.lease import PoolMachines
 from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Platform, asked, select, this_platform, working
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, put, say
+from x07_sandbox.cli.main import end_with
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
-from x07_sandbox.cli.streams import leave, settle_in
+from x07_sandbox.cli.streams import settle_in
 from x07_sandbox.cli.written import check_outputs, files_read
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
@@ -28,9 +29,8 @@ from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import check_environment, flag, text
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.framed_input import read_whole
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest, open_input, policy_in_force
+from x07_sandbox.runs.request import RunRequest, open_input, policy_in_force, read_whole
 from x07_sandbox.x07.programs import load_x07
 from x07_sandbox.x07.project import PROJECT_FILE, Options
 from x07_sandbox.x07.protocol import INPUT_MAX_BYTES
@@ -236,15 +236,7 @@ def _say(line: str) -> None:
 
 def entry() -> NoReturn:
     """The command itself: run and end with exactly that code."""
-    if sys.getfilesystemencoding() != "utf-8":
-        from x07_sandbox.cli.encoding import start_in_utf8
-
-        start_in_utf8()
-    try:
-        code = main()
-    except SystemExit as exc:  # argparse's, after --help
-        code = exc.code if isinstance(exc.code, int) else 0
-    leave(code)
+    end_with(main)
 
 
 if __name__ == "__main__":

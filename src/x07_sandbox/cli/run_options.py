@@ -86,11 +86,7 @@ def _add_program(parser: argparse.ArgumentParser) -> None:
         help="what it may touch: a document, or built-in:TEMPLATE (default: no files, no network, 60 s, 512 MiB)",
     )
     group.add_argument(
-        "--timeout",
-        action=Once,
-        type=seconds(600),
-        metavar="S",
-        help="seconds that it may take, at most the policy's",
+        "--timeout", action=Once, type=seconds(600), metavar="S", help="seconds that it may take, at most the policy's"
     )
     group.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of the program; NAME alone: ours"

@@ -34,7 +34,7 @@ def write_files(options: argparse.Namespace, result: Result, artifact: OutFile |
     told = with_unwritten(result, unwritten)
     if options.report_out is not None:
         with noted(unwritten):
-            write_result(options.report_out, told)
+            write_whole(options.report_out, partial(write_all, data=render_json(told)))
     return with_unwritten(result, unwritten), unwritten
 
 
@@ -53,8 +53,3 @@ def _write_patch(path: Path, kept: KeptChanges) -> None:
 
     write_whole(path, put)
     write_whole(path.with_name(f"{path.name}.json"), lambda fd: write_all(fd, machine_form(kept.changes)))
-
-
-def write_result(path: Path, result: Result) -> None:
-    """The result as JSON. Raises RefusedError."""
-    write_whole(path, partial(write_all, data=render_json(result)))

@@ -21,12 +21,19 @@ from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.overrides import derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.framed_input import need_policy, read_whole
-from x07_sandbox.runs.request import name_of_policy, open_input, policy_in_force, read_policy, read_spec_file
+from x07_sandbox.runs.request import (
+    name_of_policy,
+    need_policy,
+    open_input,
+    policy_in_force,
+    read_policy,
+    read_spec_file,
+    read_whole,
+)
 from x07_sandbox.x07.project import PROJECT_FILE, diagnostics_line
 from x07_sandbox.x07.protocol import INPUT_MAX_BYTES, USAGE_EXIT
-from x07_sandbox.x07.runner_report import CompileRunReport, RunOsReport, flat_report
-from x07_sandbox.x07.wrapped_report import Target, wrap
+from x07_sandbox.x07.runner_report import flat_report
+from x07_sandbox.x07.wrapped_report import target_of, wrap
 
 if TYPE_CHECKING:
     import argparse
@@ -105,7 +112,7 @@ def run_with_report(
         with noted(unwritten):
             write_diff(options.diff, result)
     told = report if options.artifact is None else flat_report(report)
-    text = render_json(told) if options.report != "wrapped" else _wrapped(told, request.program, program)
+    text = render_json(told if options.report != "wrapped" else wrap(told, target_of(program, request.program, told)))
     if options.report_out is not None:
         with noted(unwritten):
             write_whole(options.report_out, partial(write_all, data=text))
@@ -139,16 +146,3 @@ def with_derived_file(request: RunRequest, program: Program, protocol: Protocol)
     write_document(root, parts, derived.data, overwrite=True, fix=fix)
     say(f"using derived policy {place}", "x07 run")
     return replace(request, policy=place, overrides=None)
-
-
-def _wrapped(report: CompileRunReport | RunOsReport, path: Path | None, program: Program) -> bytes:
-    """In X07's envelope, which says what was run. path: None for a source that is in no file, which is called `-`."""
-    root = None if path is None or not program.project else path if is_folder(path) else path.parent
-    target = Target(
-        kind="artifact" if isinstance(report, RunOsReport) else "project" if program.project else "program",
-        path="-" if path is None else str(path),
-        project_root=None if root is None else str(root),
-        lockfile=None if root is None or program.lockfile is None else str(root / program.lockfile),
-        resolved_module_roots=[],
-    )
-    return render_json(wrap(report, target))

@@ -161,9 +161,7 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
     from x07_sandbox import __version__
 
     parser = Parser(
-        prog="x07",
-        description="Run a program that nobody trusts in a throw-away virtual machine.",
-        epilog=_EXAMPLES,
+        prog="x07", description="Run a program that nobody trusts in a throw-away virtual machine.", epilog=_EXAMPLES
     )
     parser.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog="x07")  # else argparse lays out a usage line

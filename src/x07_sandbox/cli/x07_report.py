@@ -10,13 +10,10 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.cli import changed, refused
-from x07_sandbox.cli.written import write_all, write_executable, write_whole
+from x07_sandbox.cli.written import place_for_artifact, write_all, write_executable, write_whole
 from x07_sandbox.errors import SandboxError, UsageError
-from x07_sandbox.host import settings
-from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.folder import unnamed_file
 from x07_sandbox.runs.program import Program
 from x07_sandbox.runs.request import InForce
 from x07_sandbox.runs.run import attempt
@@ -59,7 +56,7 @@ def run_and_report(
 
     Raises UsageError where the request is wrong, RefusedError where a file cannot be written; that has the result.
     """
-    artifact = unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
+    artifact = place_for_artifact(stack)
     if wanted.attest_runtime is not None:
         wanted.attest_runtime.unlink(missing_ok=True)  # what lies there attests another run
     request = replace(
@@ -93,11 +90,7 @@ def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Com
     """The report, and lines about how it ended; the files are written. Raises RefusedError where one cannot be."""
     toolchain = wanted.program.toolchain
     built = Built(
-        mode=mode_of(wanted.program),
-        world="run-os-sandboxed",
-        lang_id=toolchain.name,
-        path=OUTPUT,
-        size=artifact.size,
+        mode=mode_of(wanted.program), world="run-os-sandboxed", lang_id=toolchain.name, path=OUTPUT, size=artifact.size
     )
     report = report_of(result, built, wanted.program)
     if wanted.compiled_out is not None and report.compile.ok:

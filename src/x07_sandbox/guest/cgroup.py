@@ -83,7 +83,11 @@ class _Files:
 
     def field(self, name: str, key: bytes) -> int:
         """A value of a file with one a line; 0 where there is none."""
-        for line in self.read(name).splitlines():
+        try:
+            lines = self.read(name).splitlines()
+        except FileNotFoundError:
+            return 0
+        for line in lines:
             found, _, value = line.partition(b" ")
             if found == key:
                 return int(value)
@@ -105,10 +109,13 @@ class GivenGroup:
     def __init__(self, folder: str) -> None:
         self._limits = (0, 0)
         self._files = _Files(folder)
-        with contextlib.suppress(FileNotFoundError):  # only there in kernels with swap accounting
-            self._files.write("memory.swap.max", "0")
-        # One process killed for memory ends the whole program: a survivor in an unknown state is worth nothing.
-        self._files.write("memory.oom.group", "1")
+        self._memory = os.path.exists(f"{folder}/memory.max")
+        self._pids = os.path.exists(f"{folder}/pids.max")
+        if self._memory:
+            with contextlib.suppress(FileNotFoundError):  # only there in kernels with swap accounting
+                self._files.write("memory.swap.max", "0")
+            # One process killed for memory ends the whole program: a survivor in an unknown state is worth nothing.
+            self._files.write("memory.oom.group", "1")
 
     def remove(self) -> None:
         """It is the host's to remove."""
@@ -118,8 +125,10 @@ class GivenGroup:
         if self._limits == (mem_bytes, tasks):
             return
         self._limits = (mem_bytes, tasks)
-        self._files.write("memory.max", str(mem_bytes))
-        self._files.write("pids.max", str(tasks))
+        if self._memory:
+            self._files.write("memory.max", str(mem_bytes))
+        if self._pids:
+            self._files.write("pids.max", str(tasks))
 
     def open_procs(self) -> tuple[int, ...]:
         """Descriptors through which a process joins it."""
@@ -294,10 +303,7 @@ class GivenGroups(NoGroup):
         return self._number("memory", "memory.max_usage_in_bytes")
 
     def _field(self, group: str, name: str, key: bytes) -> int:
-        try:
-            return self._by_name[group].field(name, key)
-        except (KeyError, FileNotFoundError):
-            return 0
+        return self._by_name[group].field(name, key) if group in self._by_name else 0
 
     def _number(self, group: str, name: str) -> int:
         return self._by_name[group].number(name) if group in self._by_name else 0

@@ -16,6 +16,7 @@ class Arch(msgspec.Struct, frozen=True, kw_only=True):
     """Names and switches of one architecture.
 
     firmware: paths below /usr/share that the machine type reads at start, which firmware_packages bring.
+    initrd_tail_bytes: how much of its last page an initramfs has to fill (backends/qemu/machine); None for any.
     """
 
     name: str  # as the kernel says it: uname -m
@@ -25,6 +26,7 @@ class Arch(msgspec.Struct, frozen=True, kw_only=True):
     machine: str
     firmware: tuple[str, ...]
     firmware_packages: tuple[str, ...]
+    initrd_tail_bytes: int | None
     kernel_package: str
     multiarch: str
     loader: str  # the dynamic loader's path
@@ -72,6 +74,7 @@ ARCHES: dict[str, Arch] = {
             "/usr/share/qemu/linuxboot_dma.bin",
         ),
         firmware_packages=("seabios", "qemu-system-data"),
+        initrd_tail_bytes=4,
         kernel_package="linux-image-cloud-amd64",
         multiarch="x86_64-linux-gnu",
         loader="/lib64/ld-linux-x86-64.so.2",
@@ -88,6 +91,7 @@ ARCHES: dict[str, Arch] = {
         machine="virt",
         firmware=(),
         firmware_packages=(),
+        initrd_tail_bytes=None,
         kernel_package="linux-image-cloud-arm64",
         multiarch="aarch64-linux-gnu",
         loader="/lib/ld-linux-aarch64.so.1",

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import stat
 from functools import partial
 from typing import TYPE_CHECKING
 
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir, foreign
+from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.variables import text
 from x07_sandbox.housekeeping.pruner import entries, sweep_temporaries
 from x07_sandbox.images.base import read_base, remove_work
@@ -20,7 +19,7 @@ from x07_sandbox.images.store import damaged_images, images_dir, list_images
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from x07_sandbox.housekeeping.pruner import Kind, Pruner
+    from x07_sandbox.housekeeping.pruner import Pruner
     from x07_sandbox.images.store import Image
 
 _BASE = re.compile(r"base-[0-9a-f]{32}")
@@ -40,9 +39,10 @@ def prune_images(pruner: Pruner) -> set[str]:
         doomed = {image.digest for image in images if not image.name}
         with contextlib.suppress(KeyError):
             doomed.remove(_pinned(images, pruner))
+        remove = partial(remove_from_store, progress=pruner.progress)
         for image in images:
             if image.digest in doomed:
-                _remove("image", image.folder, "no name leads to it", pruner)
+                pruner.remove_own("image", image.folder, "no name leads to it", remove)
         for damaged in damaged_images():
             place = folder / damaged.digest.removeprefix("sha256:")
             pruner.keep("image", place, f"{damaged.problem.why}. {damaged.problem.fix}")
@@ -69,11 +69,5 @@ def _prune_bases(folder: Path, needed: set[str], pruner: Pruner) -> None:
                 "base", path, "it is damaged or of another format; x07 image build makes it anew where it needs it"
             )
         elif base.digest not in needed:
-            _remove("base", path, "no image is made of it", pruner)
-
-
-def _remove(kind: Kind, path: Path, why: str, pruner: Pruner) -> None:
-    if problem := foreign(path.lstat(), stat.S_ISDIR):
-        pruner.keep(kind, path, problem)
-    else:
-        pruner.remove(kind, path, why, partial(remove_from_store, progress=pruner.progress))
+            remove = partial(remove_from_store, progress=pruner.progress)
+            pruner.remove_own("base", path, "no image is made of it", remove)

@@ -81,6 +81,13 @@ class Pruner:
                 return
         self._removed.append(Removed(kind=kind, path=str(path), bytes=size, why=why))
 
+    def remove_own(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
+        """As `remove`, for a folder, or an artifact's file; one that is not ours is kept."""
+        if problem := foreign(path.lstat(), stat.S_ISREG if kind == "artifact" else stat.S_ISDIR):
+            self.keep(kind, path, problem)
+        else:
+            self.remove(kind, path, why, how)
+
     def keep(self, kind: Kind, path: Path, why: str) -> None:
         """Tell that *path* stays."""
         self._kept.append(Kept(kind=kind, path=str(path), why=why))

@@ -26,7 +26,7 @@ from x07_sandbox.jobs.record import JOB_SCHEMA, OWNER_SCHEMA, runner_instance
 from x07_sandbox.runs.folder import APPLYING, runs_dir
 
 if TYPE_CHECKING:
-    from x07_sandbox.housekeeping.pruner import Kind, Pruner
+    from x07_sandbox.housekeeping.pruner import Pruner
 
 _RUN: Final = re.compile(r"(\d{1,15})-\d{1,10}-\d{1,10}")
 _JOB: Final = re.compile(rf"({_RUN.pattern})-[a-z]+")
@@ -79,14 +79,9 @@ def _prune_runs(runs: Path, busy: set[str], pruner: Pruner) -> None:
         match = _RUN.fullmatch(path.name)
         if match is None or path.name in busy:
             continue
-        info = path.lstat()
         young = pruner.now_ms - int(match[1]) <= settings.RETENTION_S * 1000
-        if young or not pruner.old(info):
-            continue
-        if problem := foreign(info, stat.S_ISDIR):
-            pruner.keep("run", path, problem)
-        else:
-            pruner.remove("run", path, "it ended more than 7 days ago", _remove_run)
+        if not young and pruner.old(path.lstat()):
+            pruner.remove_own("run", path, "it ended more than 7 days ago", _remove_run)
 
 
 def _job_at(path: Path, pruner: Pruner) -> Job | None:
@@ -113,36 +108,23 @@ def _regular(path: Path) -> os.stat_result | None:
 
 def _doubt(folder: Path, instance: str) -> str:
     """Why a record stays; empty if it is ours and over."""
+    document: dict[str, Any] = {}
     for name, schema in (("job.json", JOB_SCHEMA), ("owner.json", OWNER_SCHEMA)):
-        if problem := _format_problem(folder / name, schema):
-            return problem
+        if _regular(folder / name) is None:
+            return f"it has no {name} of ours: x07-sandbox did not make it, or it is damaged"
+        try:
+            document = json.loads(read_bounded(folder / name, "record", _RECORD_MAX).decode())
+            version = document["schema_version"]
+        except (UsageError, ValueError, KeyError, TypeError, RecursionError):
+            return f"its {name} is damaged"
+        if version != schema:
+            return f"its {name} is of another format: {ascii(version)[:80]}"
     try:
-        owner = json.loads(_text(folder / "owner.json"))
-        if owner["labels"]["io.x07.runner_instance"] != instance:
+        if document["labels"]["io.x07.runner_instance"] != instance:
             return "it is of another runner"
-        if _some_live(owner):
-            return "a process of it lives"
+        return "a process of it lives" if _some_live(document) else ""
     except (ValueError, KeyError, TypeError, RecursionError):
         return "its owner.json is damaged"
-    return ""
-
-
-def _format_problem(path: Path, schema: str) -> str:
-    if _regular(path) is None:
-        return f"it has no {path.name} of ours: x07-sandbox did not make it, or it is damaged"
-    try:
-        version = json.loads(_text(path))["schema_version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return f"its {path.name} is damaged"
-    return "" if version == schema else f"its {path.name} is of another format: {ascii(version)[:80]}"
-
-
-def _text(path: Path) -> str:
-    """A record's text. Raises ValueError."""
-    try:
-        return read_bounded(path, "record", _RECORD_MAX).decode()
-    except UsageError as exc:
-        raise ValueError(str(exc)) from exc
 
 
 def _some_live(owner: dict[str, Any]) -> bool:
@@ -171,7 +153,6 @@ def _remove_run(folder: Path) -> None:
 
 
 def _remove_leftovers(folder: Path, pruner: Pruner) -> None:
-    kind: Kind = "leftover"
     for path in entries(folder):
         if path.name.startswith(_DOOMED) and not foreign(path.lstat(), stat.S_ISDIR):
-            pruner.remove(kind, path, "a killed prune left it", shutil.rmtree)
+            pruner.remove("leftover", path, "a killed prune left it", shutil.rmtree)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import commands, cpio, guestcode
 from x07_sandbox.images.base import Base, check_space, remove_tree
 
@@ -98,17 +99,12 @@ def pack(init: bytes, agent: bytes, base_folder: Path, base: Base) -> bytes:
         cpio.file(f"modules/net/{part.file.removeprefix('net-')}", (base_folder / part.file).read_bytes())
         for part in base.net
     ]
-    return _clear_of_tables(cpio.pack(entries))
+    return _filled(cpio.pack(entries), host_arch().initrd_tail_bytes)
 
 
-def _clear_of_tables(archive: bytes) -> bytes:
-    """The archive, padded so that its last page is all but empty.
-
-    QEMU's microvm loads an initramfs right below the address where its firmware has put the ACPI tables, on a page
-    border, and lets the two overlap by up to a page: measured, an archive whose size is 3,828 or 4,028 modulo 4,096
-    leaves the kernel in an endless sum over a table's length, one of 4 to 1,232 boots. The kernel skips zeros.
-    """
-    return archive + b"\0" * ((4 - len(archive)) % _PAGE)
+def _filled(archive: bytes, tail_bytes: int | None) -> bytes:
+    """The archive with zeros behind it, which the kernel skips, so that it fills so much of its last page."""
+    return archive if tail_bytes is None else archive + b"\0" * ((tail_bytes - len(archive)) % _PAGE)
 
 
 def _write(path: Path, data: bytes) -> None:

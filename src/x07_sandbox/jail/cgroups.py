@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+import msgspec.structs
 
 from x07_sandbox.host.clocks import unix_ms
 
@@ -60,25 +61,35 @@ class ProgramGroups(HostGroups, frozen=True, kw_only=True):
     """Groups that an agent of ours puts a program into, and limits itself: its user may write to them.
 
     places: their folders, by the controller of version 1; "" for the one group of version 2.
+    agent: the group of version 2 for the agent itself.
     """
 
     places: dict[str, Path]
+    agent: Path | None = None
+
+    def add(self, pid: int) -> None:
+        """Move the agent to where it may move the program from. Raises OSError."""
+        if self.agent is not None:
+            (self.agent / "cgroup.procs").write_text(str(pid), encoding="ascii")
 
 
-# What a user may be given of a group: which processes are in it, and its limits.
+# What a user may be given of a group: which processes are in it, their end, and its limits.
 _GIVEN: Final = {
     "memory": ("cgroup.procs", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"),
     "pids": ("cgroup.procs", "pids.max"),
     "cpuacct": ("cgroup.procs",),
 }
+_GIVEN_2: Final = ("cgroup.procs", "cgroup.kill", "memory.max", "memory.swap.max", "memory.oom.group", "pids.max")
 
 
 def program_groups(name: str, *, uid: int) -> ProgramGroups:
     """Groups called *name*, still without limits, that *uid* may use; none where the host gives us none.
 
-    Of version 1, as root: an ordinary user cannot move processes between groups of others.
+    Of version 1 only as root: an ordinary user cannot move processes between groups of others.
     """
     _remove_abandoned()
+    if (_ROOT / "cgroup.controllers").exists():
+        return _program_group_2(name, uid)
     places = {}
     for controller, files in _GIVEN.items():
         folder = _ROOT / controller / _PARENT / name
@@ -89,10 +100,56 @@ def program_groups(name: str, *, uid: int) -> ProgramGroups:
         except OSError:
             continue  # not ours to make
         places[controller] = folder
-        for file in files:
-            if (folder / file).exists():  # not all are there without swap accounting
-                os.chown(folder / file, uid, uid)
+        _give(folder, files, uid)
     return ProgramGroups(folders=tuple(places.values()), holds=tuple(places), places=places)
+
+
+def _program_group_2(name: str, uid: int) -> ProgramGroups:
+    """A group with two in it: a process is moved only by a user who may write to a group above both."""
+    nothing = ProgramGroups(folders=(), holds=(), places={})
+    if (parent := _parent_2()) is None:
+        return nothing
+    job = parent / name
+    agent, program = job / "agent", job / "program"
+    groups = ProgramGroups(folders=(program, agent, job), holds=(), places={"": program}, agent=agent)
+    try:
+        job.mkdir()
+        offered = (job / "cgroup.controllers").read_text(encoding="ascii").split()
+        held = [controller for controller in ("memory", "pids") if controller in offered]
+        (job / "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in held), encoding="ascii")
+        agent.mkdir()
+        program.mkdir()
+        for folder in (job, agent):
+            _give(folder, ("cgroup.procs",), uid)
+        _give(program, _GIVEN_2, uid)
+    except OSError:
+        groups.remove()
+        return nothing
+    # CPU time is counted in every group of version 2.
+    return msgspec.structs.replace(groups, holds=(*held, "cpuacct"))
+
+
+def _give(folder: Path, files: tuple[str, ...], uid: int) -> None:
+    for file in files:
+        if (folder / file).exists():  # not all are there on every kernel
+            os.chown(folder / file, uid, uid)
+
+
+def _parent_2() -> Path | None:
+    """Where a group of version 2 can be made, with the controllers that it can have; None where we may not."""
+    parent = _ROOT / _PARENT if os.geteuid() == 0 else _own_group()
+    try:
+        if os.geteuid() == 0:
+            parent.mkdir(exist_ok=True)
+        elif not os.access(parent / "cgroup.procs", os.W_OK):
+            return None  # a process can only be moved below a group whose list of processes we may write
+    except OSError:
+        return None
+    for folder in (*([_ROOT] if os.geteuid() == 0 else []), parent):
+        for controller in ("memory", "pids"):
+            with contextlib.suppress(OSError):  # it is not offered here
+                (folder / "cgroup.subtree_control").write_text(f"+{controller}", encoding="ascii")
+    return parent
 
 
 def _version_2(name: str, memory_bytes: int, tasks: int) -> HostGroups:
@@ -169,5 +226,6 @@ def _remove_abandoned() -> None:
         with contextlib.suppress(OSError):
             for folder in list(parent.iterdir())[:_SWEPT_AT_ONCE]:
                 if folder.is_dir() and unix_ms() / 1000 - folder.stat().st_mtime > _ABANDONED_S:
-                    with contextlib.suppress(OSError):  # the kernel refuses one that holds a process
-                        folder.rmdir()
+                    for one in (folder / "program", folder / "agent", folder):
+                        with contextlib.suppress(OSError):  # the kernel refuses one that holds a process
+                            one.rmdir()

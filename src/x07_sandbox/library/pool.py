@@ -79,12 +79,7 @@ class Pool(Executor):
         return self._workers.submit(self._run, program, input, **options)
 
     def map(  # type: ignore[override]  # as above
-        self,
-        program: str | os.PathLike[str],
-        inputs: Iterable[bytes],
-        /,
-        *,
-        timeout: float | None = None,
+        self, program: str | os.PathLike[str], inputs: Iterable[bytes], /, *, timeout: float | None = None
     ) -> Iterator[Result]:
         """The results of *program* for each of *inputs*, in order. timeout: seconds for all, else TimeoutError."""
         return super().map(program, inputs, timeout=timeout)  # type: ignore[arg-type]  # as above

@@ -102,7 +102,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 def make_plan(policy: Policy, features: Features, *, cpu_ms: int | None = None) -> Plan:
     """The plan for *policy* on a backend with *features*. cpu_ms: a tighter limit than the policy's, from elsewhere."""
-    asked = Asked(policy=policy, values=leaf_values(policy), holds=features.can_hold)
+    asked = Asked(policy=policy, values=leaf_values(policy), features=features)
     controls = _controls(asked)
     return Plan(
         controls=controls,

@@ -26,6 +26,40 @@ VM_HOLDS: Final = frozenset(
 )
 
 
+class Words(msgspec.Struct, frozen=True, kw_only=True):
+    """How a plan and a verdict speak of a kind of isolation.
+
+    boundary: what keeps the program apart. inside: whose the program's limits are. no_network: why it has none.
+    supervisor: the process of the host whose end ends the job.
+    """
+
+    boundary: str
+    inside: str
+    no_network: str
+    supervisor: str
+
+
+_VM: Final = Words(
+    boundary="the virtual machine",
+    inside="the guest's",
+    no_network="the machine has no network card",
+    supervisor="the virtual machine monitor",
+)
+_PROCESS: Final = Words(
+    boundary="the confined process",
+    inside="the sandbox's",
+    no_network="its network namespace has only a loopback interface",
+    supervisor="the agent's process",
+)
+WORDS: Final[dict[Isolation, Words]] = {
+    "vm-hardware": _VM,
+    "vm-emulated": _VM,
+    "container": msgspec.structs.replace(_PROCESS, boundary="the container"),
+    "process": _PROCESS,
+    "none": msgspec.structs.replace(_PROCESS, boundary="nobody", inside="the process's"),
+}
+
+
 class Features(msgspec.Struct, frozen=True, kw_only=True):
     """A backend on this host.
 
@@ -39,9 +73,19 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     can_hold: frozenset[str]
 
     @property
+    def words(self) -> Words:
+        """How to speak of it."""
+        return WORDS[self.isolation]
+
+    @property
     def emulated(self) -> bool:
         """Whether CPU work is many times slower than on hardware."""
         return self.isolation == "vm-emulated"
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the user has accepted that it holds less than every policy asks for: that is advisory then."""
+        return self.isolation in {"process", "none"}
 
 
 def vm_features(isolation: Isolation) -> Features:

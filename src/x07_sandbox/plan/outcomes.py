@@ -19,11 +19,13 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.host.troubles import out_of_cpu_time
+from x07_sandbox.plan.features import vm_features
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from x07_sandbox.plan.controls import RunLimits
+    from x07_sandbox.plan.features import Features
     from x07_sandbox.policy.model import Limits
 
 Fault = Literal["program", "policy", "host", "none"]
@@ -166,7 +168,7 @@ def describe_exits() -> str:
 class Stage(StrEnum):
     """How far a job had come."""
 
-    START = "start"  # the VMM was being started
+    START = "start"  # the instance was being started
     BOOT = "boot"  # until the agent answered
     SETUP = "setup"  # files going in, confinement
     RUN = "run"  # from the program's exec on
@@ -198,7 +200,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     oom_kills: the cgroup's counter of processes killed for memory.
     output_overflow: the stream that passed its cap: "stdout" or "stderr".
     channel_error: how the guest broke the protocol; an end of the stream alone is no such error.
-    vmm_status: the VMM's end as subprocess gives it (-N for signal N); None while it runs.
+    instance_status: how the instance's process ended, as subprocess gives it (-N for signal N); None while it runs.
     console_tail: the end of the console; hostile text, looked at only when the guest was lost.
     cancelled_by: the signal that ended the run from outside (0: a request without one).
     setup_failure: what the agent or we could not do for the job.
@@ -214,7 +216,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     oom_kills: int = 0
     output_overflow: str | None = None
     channel_error: str | None = None
-    vmm_status: int | None = None
+    instance_status: int | None = None
     console_tail: str = ""
     cancelled_by: int | None = None
     setup_failure: str | None = None
@@ -223,8 +225,10 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def killed(self) -> bool:
-        """Whether the kernel or somebody else ended the VMM: that says nothing of the machine itself."""
-        return self.vmm_status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL} or bool(out_of_cpu_time(self.vmm_status))
+        """Whether the kernel or somebody else ended the instance: that says nothing of the machine itself."""
+        return self.instance_status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL} or bool(
+            out_of_cpu_time(self.instance_status)
+        )
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -253,13 +257,18 @@ def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Ver
     return Verdict(outcome=outcome, fault=fault or OUTCOMES[outcome].fault, reason=reason)
 
 
-def classify(evidence: Evidence, *, emulated: bool = False, limits: Limits | RunLimits | None = None) -> Verdict:
+def classify(
+    evidence: Evidence, *, features: Features | None = None, limits: Limits | RunLimits | None = None
+) -> Verdict:
     """The one verdict on *evidence*.
 
-    emulated: the VM has no hardware behind it; a timeout then says that CPU work is slower.
+    features: of the backend, where they are known: a timeout says whether CPU work is slower than on hardware.
     limits: the job's, for the figures in the reason.
     """
-    ended = _ended_by_us(evidence, emulated=emulated, limits=limits) or _lost(evidence)
+    features = features or vm_features("vm-hardware")
+    ended = _ended_by_us(evidence, emulated=features.emulated, limits=limits) or _lost(
+        evidence, features.words.supervisor
+    )
     if ended is not None:
         return ended
     if evidence.wait_status is None:  # _lost has spoken for every such case
@@ -338,7 +347,7 @@ def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | RunL
     return f"the program was still running {after} (limits.wall_ms){hint}"
 
 
-def _lost(evidence: Evidence) -> Verdict | None:
+def _lost(evidence: Evidence, supervisor: str) -> Verdict | None:
     """The verdict when there is no program's end to believe; None when there is one."""
     status_known = evidence.wait_status is not None and _is_an_end(evidence.wait_status)
     undone = evidence.boot_timeout or evidence.deadline_passed
@@ -346,8 +355,8 @@ def _lost(evidence: Evidence) -> Verdict | None:
         return None
     panic = _PANIC.search(evidence.console_tail)
     told = panic is not None or evidence.channel_error is not None or evidence.setup_failure is not None
-    if evidence.vmm_status is not None and not told:
-        return _vmm_ended(evidence, evidence.vmm_status)
+    if evidence.instance_status is not None and not told:
+        return _instance_ended(evidence, evidence.instance_status, supervisor)
     # From exec on, whatever breaks inside the guest may be the program's work, and must not pass for the host's.
     fault: Fault = "program" if evidence.stage in _STARTED else "host"
     return verdict(Outcome.GUEST_LOST, _lost_reason(evidence, panic[1] if panic else None), fault=fault)
@@ -371,7 +380,7 @@ def _lost_reason(evidence: Evidence, panic: str | None) -> str:
     return next((reason for applies, reason in causes if applies), impossible)
 
 
-def _vmm_ended(evidence: Evidence, status: int) -> Verdict:
+def _instance_ended(evidence: Evidence, status: int, supervisor: str) -> Verdict:
     doing = _doing(evidence)
     if spent := out_of_cpu_time(status):
         how = spent
@@ -388,7 +397,7 @@ def _vmm_ended(evidence: Evidence, status: int) -> Verdict:
     said = ""
     if evidence.stage is Stage.BOOT and evidence.console_tail:  # nothing is in it yet that could lie
         said = f": {_shown(' '.join(evidence.console_tail.split())[-_SHOWN_CHARS:])}"
-    return verdict(outcome, f"the virtual machine monitor {how} while the guest was {doing}{said}")
+    return verdict(outcome, f"{supervisor} {how} while the guest was {doing}{said}")
 
 
 def _ended_by_itself(evidence: Evidence, status: int, limits: Limits | RunLimits | None) -> Verdict:

@@ -13,6 +13,7 @@ from typing import Final, Literal
 import msgspec
 
 from x07_sandbox.plan.confinement import entry_path, leading_into, names_everything
+from x07_sandbox.plan.features import Features
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import SCHEMA_VERSION, Policy
 
@@ -31,12 +32,21 @@ class Answer(msgspec.Struct, frozen=True):
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What the rows look at: the policy, and the walls that stand.
 
-    values: all of the policy's in force (leaf_values). holds: what the backend can hold (Features.can_hold).
+    values: all of the policy's in force (leaf_values). features: of the backend.
     """
 
     policy: Policy
     values: Mapping[str, object]
-    holds: frozenset[str]
+    features: Features
+
+    @property
+    def boundary(self) -> str:
+        """What keeps the program apart."""
+        return self.features.words.boundary
+
+    def own(self, what: str) -> str:
+        """Whose something is that holds the program: the guest's control group, say."""
+        return f"{self.features.words.inside} {what}"
 
     def entries(self, field: str) -> tuple[object, ...]:
         """A list field's entries."""
@@ -69,10 +79,9 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 Row = Callable[[Asked, str], Answer]
 
 _VARIABLES: Final = {field: variable for variable, field in VARIABLES}
-_VM: Final = "the virtual machine"
-_CGROUP: Final = "the guest's control group"
-_RLIMIT: Final = "the guest's resource limits"
-_SECCOMP: Final = "the guest's seccomp filter"
+_CGROUP: Final = "control group"
+_RLIMIT: Final = "resource limits"
+_SECCOMP: Final = "seccomp filter"
 _NOBODY: Final = "nobody yet"
 _PLAN: Final = "the plan"
 _COPY: Final = "the copying of files"
@@ -98,11 +107,16 @@ def _always(by: str, why: str) -> Row:
 
 def _limit(by: str, why: str) -> Row:
     def row(asked: Asked, field: str) -> Answer:
-        if field in asked.holds:
-            return Answer("enforced", by, why)
-        return Answer("refused", _NOBODY, "this backend cannot hold this limit")
+        if field in asked.features.can_hold:
+            return Answer("enforced", asked.own(by), why)
+        return _not_held(asked, "this backend cannot hold this limit")
 
     return row
+
+
+def _not_held(asked: Asked, why: str) -> Answer:
+    """What every policy asks for, and this backend cannot hold: refused, unless weaker isolation was accepted."""
+    return Answer("advisory", "nobody", why) if asked.features.accepted else Answer("refused", _NOBODY, why)
 
 
 def _advice(asked: Asked, field: str) -> Answer:
@@ -121,7 +135,7 @@ def _roots(asked: Asked, field: str) -> Answer:
     given = [str(root) for root in asked.entries(field)]
     if not given or not asked.files:
         return _no_files(asked, field)
-    if "host-files" not in asked.holds:
+    if "host-files" not in asked.features.can_hold:
         return Answer("refused", _NOBODY, "this backend cannot give a program files of the host")
     from x07_sandbox.plan.places import PROGRAM, place  # not on the way of a run without files
 
@@ -148,12 +162,12 @@ def _copied(asked: Asked, field: str) -> Answer:
 
 
 def _no_files(asked: Asked, _field: str) -> Answer:
-    if "no-host-files" not in asked.holds:
-        return Answer("refused", _NOBODY, "this backend does not keep the host's files away")
+    if "no-host-files" not in asked.features.can_hold:
+        return _not_held(asked, "this backend does not keep the host's files away")
     if asked.values["fs.enabled"] is True:
         why = "no file of the host is in the machine, unless --out gives a folder: that is a write root like any other"
-        return Answer("enforced", _VM, why)
-    return Answer("enforced", _VM, "no file of the host is in the machine")
+        return Answer("enforced", asked.boundary, why)
+    return Answer("enforced", asked.boundary, "no file of the host is in the machine")
 
 
 def _hosts(asked: Asked, field: str) -> Answer:
@@ -165,9 +179,9 @@ def _hosts(asked: Asked, field: str) -> Answer:
 def _no_network(asked: Asked, _field: str) -> Answer:
     if asked.connections:
         return Answer("enforced", _PLAN, "nothing runs: net.allow_hosts is refused")
-    if "no-network" not in asked.holds:
-        return Answer("refused", _NOBODY, "this backend does not keep the network away")
-    return Answer("enforced", _VM, "the machine has no network card")
+    if "no-network" not in asked.features.can_hold:
+        return _not_held(asked, "this backend does not keep the network away")
+    return Answer("enforced", asked.boundary, asked.features.words.no_network)
 
 
 def _database(asked: Asked, field: str) -> Answer:
@@ -188,26 +202,30 @@ def _database_net(asked: Asked, field: str) -> Answer:
 
 
 def _no_variables(asked: Asked, field: str) -> Answer:
-    if "no-host-variables" not in asked.holds:
-        return Answer("refused", _NOBODY, "this backend passes variables of the host")
+    if "no-host-variables" not in asked.features.can_hold:
+        return _not_held(asked, "this backend does not keep the host's variables away")
     if field == "env.allow_keys" and asked.entries(field) and asked.values["env.enabled"] is True:
         own = sorted(str(key) for key in asked.entries(field) if str(key).startswith("X07_"))
         if own:
             return Answer(
                 "refused", _NOBODY, f"the host's {', '.join(own)} never go in, since such names are X07's own"
             )
-        return Answer("enforced", _VM, "of the host's variables these go in, where they are set, and no others")
+        return Answer(
+            "enforced",
+            asked.boundary,
+            "of the host's variables these go in, where they are set, and no others",
+        )
     if field == "env.deny_keys" and asked.entries(field):
         own = sorted(str(key) for key in asked.entries(field) if _is_own(key))
         if own:
             return Answer("refused", _NOBODY, f"every program is told {', '.join(own)}, which are X07's own")
-        return Answer("enforced", _VM, "none of these is set, whoever asks for it")
+        return Answer("enforced", asked.boundary, "none of these is set, whoever asks for it")
     why = "only fixed ones and X07's own go in: who names another for it is refused"
     if asked.values["env.enabled"] is True:
         keys = asked.entries("env.allow_keys")
         of_host = "of the host's only those of env.allow_keys go" if keys else "none of the host goes"
         why = f"{of_host} in, beside fixed ones, X07's own, and what the caller names"
-    return Answer("enforced", _VM, why)
+    return Answer("enforced", asked.boundary, why)
 
 
 def _is_own(key: object) -> bool:
@@ -219,38 +237,38 @@ _UNCONFINED: Final = Answer("refused", _NOBODY, "this backend does not confine a
 
 def _threads(asked: Asked, _field: str) -> Answer:
     if asked.values["threads.enabled"] is True:
-        return Answer("enforced", _CGROUP, "allowed, within limits.procs")
-    if "confinement" not in asked.holds:
+        return Answer("enforced", asked.own(_CGROUP), "allowed, within limits.procs")
+    if "confinement" not in asked.features.can_hold:
         return _UNCONFINED
-    return Answer("enforced", _SECCOMP, "a second thread of a process is refused with EPERM")
+    return Answer("enforced", asked.own(_SECCOMP), "a second thread of a process is refused with EPERM")
 
 
 def _spawn(asked: Asked, _field: str) -> Answer:
     if asked.policy.process.may_spawn:
-        return Answer("enforced", _CGROUP, "allowed, within limits.procs and process.max_live")
-    if "confinement" not in asked.holds:
+        return Answer("enforced", asked.own(_CGROUP), "allowed, within limits.procs and process.max_live")
+    if "confinement" not in asked.features.can_hold:
         return _UNCONFINED
-    return Answer("enforced", _SECCOMP, "a child process is refused with EPERM, however it is asked for")
+    return Answer("enforced", asked.own(_SECCOMP), "a child process is refused with EPERM, however it is asked for")
 
 
 def _allow_exec(asked: Asked, field: str) -> Answer:
     if asked.policy.process.may_execute:
-        return Answer("enforced", _VM, "allowed, inside a machine that is thrown away")
+        return Answer("enforced", asked.boundary, "allowed, inside a machine that is thrown away")
     if field == "process.enabled" and asked.values[field] is True:
-        return Answer("enforced", _VM, "the fields of this section say what is allowed")
-    if "confinement" not in asked.holds:
+        return Answer("enforced", asked.boundary, "the fields of this section say what is allowed")
+    if "confinement" not in asked.features.can_hold:
         return _UNCONFINED
     why = "after the program's own start every execution is EPERM, and nothing that is not of the image can be loaded"
-    return Answer("enforced", f"{_SECCOMP}, noexec", why)
+    return Answer("enforced", asked.own(f"{_SECCOMP}, noexec"), why)
 
 
 def _execs(asked: Asked, _field: str) -> Answer:
     if asked.policy.process.may_execute and names_everything(asked.entries("process.allow_exec_prefixes")):
-        return Answer("enforced", _VM, 'the prefix "/" allows every program in the machine')
-    if "confinement" not in asked.holds:
+        return Answer("enforced", asked.boundary, 'the prefix "/" allows every program in the machine')
+    if "confinement" not in asked.features.can_hold:
         return _UNCONFINED
     if not asked.policy.process.may_execute:
-        return Answer("enforced", _SECCOMP, "nothing may be executed, so no entry counts")
+        return Answer("enforced", asked.own(_SECCOMP), "nothing may be executed, so no entry counts")
     why = "nothing that no entry names can be executed, nor a program of the image be read (EACCES)"
     if found := _written_and_executed(asked):
         entries = ", ".join(ascii(entry)[1:-1] for entry in found)
@@ -258,7 +276,7 @@ def _execs(asked: Asked, _field: str) -> Answer:
     if found := _perhaps_written_and_executed(asked, but=found):
         entries = ", ".join(ascii(entry)[1:-1] for entry in found)
         why += f"; where a write root holds the same folder of the host, there too: {entries}"
-    return Answer("enforced", "the guest's Landlock rules, noexec", why)
+    return Answer("enforced", asked.own("Landlock rules, noexec"), why)
 
 
 def _written_and_executed(asked: Asked) -> list[str]:
@@ -292,18 +310,20 @@ def _leading_into(asked: Asked, roots: Sequence[str], folders: Sequence[str]) ->
 
 
 def _max_live(asked: Asked, field: str) -> Answer:
-    if "limits.procs" in asked.holds and asked.number("limits.procs") <= asked.number(field):
-        return Answer("enforced", _CGROUP, "limits.procs is not larger, and holds for children too")
-    if "confinement" not in asked.holds:
+    if "limits.procs" in asked.features.can_hold and asked.number("limits.procs") <= asked.number(field):
+        return Answer("enforced", asked.own(_CGROUP), "limits.procs is not larger, and holds for children too")
+    if "confinement" not in asked.features.can_hold:
         return _UNCONFINED
     if not asked.policy.process.may_spawn:
-        return Answer("enforced", _SECCOMP, "no child may be started at all")
-    return Answer("enforced", _CGROUP, "stands in place of the larger limits.procs, so that threads count as children")
+        return Answer("enforced", asked.own(_SECCOMP), "no child may be started at all")
+    return Answer(
+        "enforced", asked.own(_CGROUP), "stands in place of the larger limits.procs, so that threads count as children"
+    )
 
 
 def _kill(asked: Asked, field: str) -> Answer:
     if asked.values[field] is True:
-        return Answer("enforced", _VM, "whatever the program started ends with the run")
+        return Answer("enforced", asked.boundary, "whatever the program started ends with the run")
     return Answer("advisory", "X07's libraries", "false asks for no restriction; what is started ends with the run")
 
 

@@ -329,7 +329,7 @@ class Phase:
 
     def _lost(self) -> None:
         """The channel or the machine has ended: give it a moment to say how."""
-        self._end(vmm_status=wait_for_exit(self.instance))
+        self._end(instance_status=wait_for_exit(self.instance))
 
     def _stop(self, **seen: object) -> None:
         """Have the program ended; the guest may still say how things stood, and hand over what was changed."""

@@ -61,7 +61,7 @@ def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunF
     evidence = facts.evidence
     if not drain((stdout, stderr), request.cancel):
         evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
-    ending = classify(evidence, emulated=prepared.availability.features.emulated, limits=spec.limits_shown)
+    ending = classify(evidence, features=prepared.availability.features, limits=spec.limits_shown)
     if facts.input_problem:
         warnings.append(f"the input could not be read to its end: {facts.input_problem}")
     warnings += ending.warnings

@@ -25,9 +25,11 @@ from x07_sandbox.runs.request import (
     RunRequest,
     check_arguments,
     check_variables,
+    need_policy,
     open_input,
     policy_in_force,
     sha256_text,
+    with_framed_input,
 )
 from x07_sandbox.runs.result import ControlReport, Result
 
@@ -89,8 +91,6 @@ def prepare(
     with request.cancel.waiting():  # for whoever opens the other end of a pipe
         request = replace(request, stdin_fd=open_input(request, stack, wait=not dry))
     if (protocol := program.toolchain.protocol) is not None:
-        from x07_sandbox.runs.framed_input import need_policy, with_framed_input
-
         need_policy(request, protocol)
         request = request if dry else with_framed_input(request, protocol, stack)
     in_force = request.in_force or policy_in_force(request)

@@ -21,12 +21,13 @@ from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy import Policy, decode_policy, default_policy, render_policy
 from x07_sandbox.policy.decode import MAX_BYTES
-from x07_sandbox.runs.streams import InFile, OutFile, memory_file
+from x07_sandbox.runs.streams import InFile, OutFile, memory_file, read_all
 
 if TYPE_CHECKING:
     import contextlib
 
     from x07_sandbox.policy.overrides import Overrides
+    from x07_sandbox.programs.protocol import Protocol
     from x07_sandbox.runs.program import Program
 
     Loader = Callable[["RunRequest", Path, contextlib.ExitStack], tuple["RunRequest", Program] | None]
@@ -293,6 +294,29 @@ def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool =
     except OSError as exc:
         raise UsageError(what, exc.strerror or str(exc), fix) from exc
     return fd
+
+
+def need_policy(request: RunRequest, protocol: Protocol) -> None:
+    """Raise UsageError if there is no policy and *protocol* needs one. Overrides go on from the built-in one."""
+    protocol.require_policy(given=request.policy is not None or request.overrides is not None)
+
+
+def with_framed_input(request: RunRequest, protocol: Protocol, stack: contextlib.ExitStack) -> RunRequest:
+    """The request with its whole input, which goes to the program as *protocol* frames it. Raises UsageError."""
+    with request.cancel.waiting():
+        data = read_whole(request.stdin_fd, protocol.input_max_bytes)
+    return replace(request, whole_input=data, stdin_fd=memory_file(protocol.frame_input(data), stack))
+
+
+def read_whole(fd: int | None, most: int) -> bytes:
+    """All of an input whose length has to be known. Raises UsageError."""
+    try:
+        data = b"" if fd is None else read_all(fd, most)
+    except OSError as exc:
+        raise UsageError("cannot read the input", exc.strerror or str(exc), "Name a file with --input") from exc
+    if len(data) > most:
+        raise UsageError("cannot read the input", f"it has more than {most} bytes", "Give less")
+    return data
 
 
 def in_memory(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) -> InFile:

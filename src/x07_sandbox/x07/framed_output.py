@@ -7,45 +7,25 @@ counted is the last line of standard error that is a JSON object with a counter.
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.host.models import known
 from x07_sandbox.x07.protocol import HEAD_BYTES
-from x07_sandbox.x07.runner_report import (
-    FAILED_EXIT,
-    CompileRunReport,
-    Count,
-    DebugStats,
-    MemStats,
-    SchedStats,
-    SolveReport,
-)
+from x07_sandbox.x07.runner_report import COUNTERS, FAILED_EXIT, CompileRunReport, SolveReport
 
 NOT_FRAMED: Final = "stdout is not a length and exactly so many bytes"
 NO_METRICS: Final = "stderr has no line of metrics"
 
 
-class Metrics(msgspec.Struct, frozen=True, kw_only=True):
-    """What X07's runtime counted; None for what it did not tell. Other keys of the line are nobody's business."""
-
-    fuel_used: Count | None = None
-    heap_used: Count | None = None
-    fs_read_file_calls: Count | None = None
-    fs_list_dir_calls: Count | None = None
-    rr_open_calls: Count | None = None
-    rr_close_calls: Count | None = None
-    rr_stats_calls: Count | None = None
-    rr_next_calls: Count | None = None
-    rr_next_miss_calls: Count | None = None
-    rr_append_calls: Count | None = None
-    kv_get_calls: Count | None = None
-    kv_set_calls: Count | None = None
-    sched_stats: SchedStats | None = None
-    mem_stats: MemStats | None = None
-    debug_stats: DebugStats | None = None
+# What X07's runtime counted; None for what it did not tell. Other keys of the line are nobody's business.
+Metrics: Final = msgspec.defstruct(
+    "Metrics",
+    [(field.name, field.type, None) for field in msgspec.structs.fields(SolveReport) if field.name in COUNTERS],
+    frozen=True,
+)
 
 
 def framed_output(stdout: bytes) -> bytes | None:
@@ -55,8 +35,8 @@ def framed_output(stdout: bytes) -> bytes | None:
     return stdout[HEAD_BYTES:]
 
 
-def find_metrics(stderr: bytes) -> Metrics | None:
-    """The last line that tells a counter."""
+def find_metrics(stderr: bytes) -> dict[str, Any] | None:
+    """All counters, as the last line that tells one has them."""
     for line in reversed(stderr.splitlines()):
         if not line.lstrip().startswith(b"{"):
             continue
@@ -65,7 +45,7 @@ def find_metrics(stderr: bytes) -> Metrics | None:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
         if found != Metrics():
-            return found
+            return msgspec.structs.asdict(found)
     return None
 
 
@@ -87,5 +67,4 @@ def _read(solve: SolveReport) -> SolveReport:
     trap = solve.trap
     if trap is None and solve.ok:
         trap = NOT_FRAMED if output is None else NO_METRICS if metrics is None else None
-    counters = {} if metrics is None else {name: getattr(metrics, name) for name in Metrics.__struct_fields__}
-    return replace(solve, ok=solve.ok and trap is None, solve_output_b64=output or b"", trap=trap, **counters)
+    return replace(solve, ok=solve.ok and trap is None, solve_output_b64=output or b"", trap=trap, **(metrics or {}))

@@ -9,6 +9,8 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from x07_sandbox.errors import UsageError
 from x07_sandbox.programs.protocol import BuildExtras
 from x07_sandbox.programs.toolchains import ARTIFACT, SOURCE_FOLDER, Toolchain
@@ -69,12 +71,4 @@ X07: Final = Toolchain(
     doc="X07, by the toolchain that the image carries.",
 )
 # What it made before: nothing is compiled, and it reads and writes frames all the same.
-X07_ARTIFACT: Final = Toolchain(
-    name="x07",
-    suffixes=(),
-    build=None,
-    archive=False,
-    start=lambda _source: [ARTIFACT],
-    protocol=PROTOCOL,
-    doc="An executable that X07 compiled before.",
-)
+X07_ARTIFACT: Final = replace(X07, build=None, needs=(), doc="An executable that X07 compiled before.")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
+from msgspec.structs import replace
 
 from x07_sandbox.runs.result import NOTHING, Result
 
@@ -60,6 +61,22 @@ class CompileReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     fuel_used: Count | None
     trap: str | None
     diagnostics: list[dict[str, Any]] | UnsetType = UNSET
+
+
+_NOT_BUILT: Final = CompileReport(
+    ok=False,
+    exit_status=FAILED_EXIT,
+    lang_id="",
+    native_requires=NativeRequires(requires=[]),
+    c_source_size=0,
+    compiled_exe=None,
+    compiled_exe_size=None,
+    compile_error=None,
+    stdout_b64=b"",
+    stderr_b64=b"",
+    fuel_used=None,
+    trap=None,
+)
 
 
 class SchedStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -125,6 +142,9 @@ class SolveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     debug_stats: DebugStats | None
     trap: str | None
     trap_help: str | UnsetType | None = UNSET
+
+
+COUNTERS: Final = SolveReport.__struct_fields__[5:-2]  # what stands between the outputs and the trap
 
 
 class AttestationReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -195,20 +215,8 @@ def runner_report(result: Result, built: Built) -> CompileRunReport:
 
 def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: str) -> CompileRunReport:
     """The report where no machine could be had for the build, or it was lost."""
-    compiled = CompileReport(
-        ok=False,
-        exit_status=FAILED_EXIT,
-        lang_id=lang_id,
-        native_requires=NativeRequires(requires=[]),
-        c_source_size=0,
-        compiled_exe=None,
-        compiled_exe_size=None,
-        compile_error=message,
-        stdout_b64=b"",
-        stderr_b64=message.encode(errors="backslashreplace"),
-        fuel_used=None,
-        trap=_lost(message),
-    )
+    said = message.encode(errors="backslashreplace")
+    compiled = replace(_NOT_BUILT, lang_id=lang_id, compile_error=message, stderr_b64=said, trap=_lost(message))
     return CompileRunReport(
         mode=mode, world=world, sandbox_backend="vm", exit_code=FAILED_EXIT, compile=compiled, solve=None
     )
@@ -232,35 +240,26 @@ def flat_report(report: CompileRunReport) -> RunOsReport:
 
 def _compiled(result: Result, built: Built) -> CompileReport:
     """The build's success; one that was kept from before answers as it did then."""
-    return CompileReport(
+    return replace(
+        _NOT_BUILT,
         ok=True,
         exit_status=0,
         lang_id=built.lang_id,
-        native_requires=NativeRequires(requires=[]),
-        c_source_size=0,
         compiled_exe=built.path,
         compiled_exe_size=built.size,
-        compile_error=None,
         stdout_b64=(result.build.stdout if result.build else NOTHING).data,
         stderr_b64=(result.build.stderr if result.build else NOTHING).data,
-        fuel_used=None,
-        trap=None,
     )
 
 
 def _failed_build(result: Result, lang_id: str) -> CompileReport:
-    return CompileReport(
-        ok=False,
+    return replace(
+        _NOT_BUILT,
         exit_status=result.exit_code or FAILED_EXIT,
         lang_id=lang_id,
-        native_requires=NativeRequires(requires=[]),
-        c_source_size=0,
-        compiled_exe=None,
-        compiled_exe_size=None,
         compile_error=result.reason,
         stdout_b64=result.stdout.data,
         stderr_b64=result.stderr.data,
-        fuel_used=None,
         # A compiler that ended by itself has said what is wrong; of one that was ended only the reason tells.
         trap=None if result.exit_code else result.reason,
     )
@@ -292,22 +291,8 @@ def _uncounted(*, ok: bool, exit_status: int, stdout: bytes, stderr: bytes, trap
         solve_output_b64=stdout,
         stdout_b64=stdout,
         stderr_b64=stderr,
-        fuel_used=None,
-        heap_used=None,
-        fs_read_file_calls=None,
-        fs_list_dir_calls=None,
-        rr_open_calls=None,
-        rr_close_calls=None,
-        rr_stats_calls=None,
-        rr_next_calls=None,
-        rr_next_miss_calls=None,
-        rr_append_calls=None,
-        kv_get_calls=None,
-        kv_set_calls=None,
-        sched_stats=None,
-        mem_stats=None,
-        debug_stats=None,
         trap=trap,
+        **dict.fromkeys(COUNTERS),
     )
 
 

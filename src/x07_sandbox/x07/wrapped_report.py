@@ -1,13 +1,19 @@
-"""X07's wrapped report, `x07.run.report@0.3.0`: a runner's report with what was resolved to start it. Pure."""
+"""X07's wrapped report, `x07.run.report@0.3.0`: a runner's report with what was resolved to start it."""
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from x07_sandbox.host.paths import is_folder
 from x07_sandbox.x07.runner_report import CompileRunReport, RunOsReport, World
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from x07_sandbox.runs.program import Program
 
 SCHEMA: Final = "x07.run.report@0.3.0"
 
@@ -36,3 +42,15 @@ class WrappedReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 def wrap(report: CompileRunReport | RunOsReport, target: Target) -> WrappedReport:
     """The runner's report in its envelope."""
     return WrappedReport(runner="os", world=report.world, target=target, report=msgspec.to_builtins(report))
+
+
+def target_of(program: Program, path: Path | None, report: CompileRunReport | RunOsReport) -> Target:
+    """What was run. path: where the program was read; None for a source that is in no file, which is called `-`."""
+    root = None if path is None or not program.project else path if is_folder(path) else path.parent
+    return Target(
+        kind="artifact" if isinstance(report, RunOsReport) else "project" if program.project else "program",
+        path="-" if path is None else str(path),
+        project_root=None if root is None else str(root),
+        lockfile=None if root is None or program.lockfile is None else str(root / program.lockfile),
+        resolved_module_roots=[],
+    )

@@ -111,17 +111,22 @@ class OsBackend(_Backend):
     name = "os"
     known_gaps = _NO_IMAGE
 
+    def __init__(self) -> None:
+        self._controllers: tuple[str, ...] = ()
+
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:
         """What this host can hold. That it can at all is tried once a boot, and again where it failed.
 
         Raises HostError where it cannot.
         """
         require_tools()
-        features = _confined_features()
+        self._controllers = _controllers()
+        features = _confined_features(self._controllers)
         proof = f"our agent answered from a confined process under Linux {os.uname().release}"
         verdict = _verdict()
         known = verdict.exists()
         if not known and boot:
+            require_versions()
             if why := self._prove():
                 fix = "Allow user namespaces here (in a container: --privileged), or use another backend"
                 raise HostError("cannot start a confined process", why, fix)
@@ -134,7 +139,7 @@ class OsBackend(_Backend):
         return Availability(features=features, proof=proof, known=known, warnings=tuple(warnings))
 
     def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
-        return start_confined(record, deadline_s)
+        return start_confined(record, deadline_s, self._controllers)
 
 
 class NoneBackend(_Backend):
@@ -156,15 +161,20 @@ class NoneBackend(_Backend):
         return start_unconfined(record, deadline_s)
 
 
-def _confined_features() -> Features:
+def _controllers() -> tuple[str, ...]:
+    """Of which control groups this host lets us make."""
+    groups = program_groups(f"probe-{os.urandom(8).hex()}", uid=os.geteuid())
+    groups.remove()
+    return groups.holds
+
+
+def _confined_features(controllers: tuple[str, ...]) -> Features:
     held = set(_WALLS | _PER_PROCESS)
     if _landlock_version() >= _LANDLOCK_LEAST:
         held.add("confinement")
     if _kernel() >= _TASKS_APART:
         held.add("limits.procs")
-    groups = program_groups(f"probe-{os.urandom(8).hex()}", uid=os.geteuid())
-    groups.remove()
-    held |= {_BY_CONTROLLER[controller] for controller in groups.holds}
+    held |= {_BY_CONTROLLER[controller] for controller in controllers}
     return Features(isolation="process", own_kernel=False, can_hold=frozenset(held))
 
 
@@ -191,6 +201,10 @@ def require_tools() -> None:
     if Path(BWRAP).stat().st_mode & stat.S_ISUID:
         why, fix = f"{BWRAP} is set-user-ID, which gives it more rights than it needs", f"Run: chmod u-s {BWRAP}"
         raise HostError("cannot start a confined process", why, fix)
+
+
+def require_versions() -> None:
+    """Raises HostError where a program is too old."""
     if _version(BWRAP) < _BWRAP_LEAST:
         fix = "Install bubblewrap 0.8 or newer"
         raise HostError("cannot start a confined process", f"{BWRAP} is too old", fix)

@@ -20,7 +20,7 @@ from x07_sandbox.host.bounded_stream import SideStream
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.host.troubles import need_own_proc
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
-from x07_sandbox.jail.cgroups import program_groups
+from x07_sandbox.jail.cgroups import ProgramGroups, program_groups
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import drop_unstarted, mark_done, write_owner
@@ -50,12 +50,13 @@ class ProcessInstance(Jailed):
         inner: Identity,
         record: JobRecord,
         remove: Callable[[], bool],
+        cgroups: tuple[str, ...],
         *,
         channel_fd: int,
         errors: SideStream,
         jail: str,
     ) -> None:
-        super().__init__(child, inner, record, remove)
+        super().__init__(child, inner, record, remove, cgroups)
         self.channel_fd = channel_fd
         self.jail = jail
         self._errors = errors
@@ -78,10 +79,11 @@ class ProcessInstance(Jailed):
 
 
 @contextlib.contextmanager
-def start_confined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInstance]:
+def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, ...] = ()) -> Iterator[ProcessInstance]:
     """A confined agent for a job; on the way out it is gone and its record says so. Raises BackendError, HostError.
 
     It runs as an ordinary user: as the one that we are, or where that is root, as one that no other job has.
+    controllers: those of which it must have a control group, since a plan relies on them.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
@@ -93,6 +95,9 @@ def start_confined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInstan
         channel_fd, far_fd = _channel(stack, given)
         groups = program_groups(record.job_id, uid=os.geteuid() if uid is None else uid)
         stack.callback(groups.remove)
+        if missing := sorted(set(controllers) - set(groups.holds)):
+            why = f"the host gave no control group for {' and '.join(missing)}"
+            raise HostError("cannot limit the process", why, "Try again; x07 doctor shows what this host gives")
         sandbox = Sandbox(
             system=this_system(),
             mark=record.mark,
@@ -113,7 +118,7 @@ def start_confined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInstan
             uid=uid,
         )
         passed = [sandbox.agent_fd, *sandbox.file_fds.values(), far_fd, *([] if lock_fd is None else [lock_fd])]
-        start = _Start(record, given, channel_fd, _CONFINED_DEPTH, groups.names(), groups.remove)
+        start = _Start(record, given, channel_fd, _CONFINED_DEPTH, groups)
         jail = f"user namespaces, {'a uid of its own' if uid is not None else 'the user'}; {groups.describe()}"
         yield from start.run(argv, tuple(passed), jail)
 
@@ -141,12 +146,15 @@ def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInst
             syscalls=host_arch().syscalls,
             nest=False,
         )
-        start = _Start(record, given, channel_fd, _FREE_DEPTH, (), lambda: remove_folder(folder))
+        start = _Start(record, given, channel_fd, _FREE_DEPTH, ProgramGroups(folders=(), holds=(), places={}), folder)
         yield from start.run(argv, (far_fd,), "none")
 
 
 class _Start:
-    """What both have in common. given: is the child's once it has it. depth: as `inner_process` has it."""
+    """What both have in common. given: is the child's once it has it. depth: as `inner_process` has it.
+
+    folder: of the job's files, which goes with it.
+    """
 
     def __init__(
         self,
@@ -154,15 +162,20 @@ class _Start:
         given: Given,
         channel_fd: int,
         depth: int,
-        cgroups: tuple[str, ...],
-        remove: Callable[[], bool],
+        groups: ProgramGroups,
+        folder: Path | None = None,
     ) -> None:
         self.record = record
         self.given = given
         self.channel_fd = channel_fd
         self.depth = depth
-        self.cgroups = cgroups
-        self.remove = remove
+        self.groups = groups
+        self.folder = folder
+
+    def remove(self) -> bool:
+        """Remove what outlives the processes; whether it is gone."""
+        gone = self.groups.remove()
+        return (self.folder is None or remove_folder(self.folder)) and gone
 
     def run(self, argv: list[str], pass_fds: tuple[int, ...], jail: str) -> Iterator[ProcessInstance]:
         """Start it, record it, yield it, end it."""
@@ -177,7 +190,7 @@ class _Start:
             # First without processes: whatever is left by a runner killed from here on carries the mark that stands
             # there.
             runner = own_identity()
-            write_owner(self.record, runner=runner, processes={}, cgroups=self.cgroups)
+            write_owner(self.record, runner=runner, processes={}, cgroups=self.groups.names())
             try:
                 child = launch(Launch(argv=argv, pass_fds=pass_fds, stderr_fd=theirs))
             except OSError as exc:
@@ -185,18 +198,21 @@ class _Start:
                 raise BackendError("cannot start the process", why, "Run x07 doctor") from exc
             self.given.close()  # the child has its own by now
             try:
+                inner = inner_process(child, self.depth)
+                self.groups.add(inner.pid)
                 instance = ProcessInstance(
                     child,
-                    inner_process(child, self.depth),
+                    inner,
                     self.record,
                     self.remove,
+                    self.groups.names(),
                     channel_fd=self.channel_fd,
                     errors=errors,
                     jail=jail,
                 )
             except ProcessLookupError as exc:
                 raise _not_started(child, errors) from exc
-            instance.record_owner(runner, self.cgroups)
+            instance.record_owner(runner)
             yield instance
         finally:
             if instance is not None:
@@ -244,8 +260,9 @@ def files_folder(record: JobRecord) -> Path:
 
 def remove_folder(folder: Path) -> bool:
     """Remove a folder in which a program may have taken rights from its own folders; whether it is gone."""
-    for place, _, _ in os.walk(folder):
-        with contextlib.suppress(OSError):
-            Path(place).chmod(0o700)
+    for place, inner, _ in os.walk(folder):
+        for path in (Path(place, name) for name in inner):  # before it is entered
+            if not path.is_symlink():
+                path.chmod(0o700)
     shutil.rmtree(folder, ignore_errors=True)
     return not os.path.lexists(folder)

@@ -26,7 +26,6 @@ from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.troubles import host_error
 from x07_sandbox.jobs.record import create_record, drop_unstarted
-from x07_sandbox.jobs.stopping import live_records, stop_recorded
 from x07_sandbox.plan.features import Isolation, vm_features
 
 if TYPE_CHECKING:
@@ -75,10 +74,14 @@ class QemuBackend:
 
     def list_owned(self) -> Sequence[JobRecord]:
         """Jobs of this user that are not recorded as gone."""
+        from x07_sandbox.jobs.stopping import live_records
+
         return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
         """Stop a job by its record: its supervisor ends all of the jail."""
+        from x07_sandbox.jobs.stopping import stop_recorded
+
         return stop_recorded(record)
 
     # starting

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
-import signal
 import subprocess
 from typing import TYPE_CHECKING, Final
 
+from x07_sandbox.backends.jailed import Jailed
 from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import forks, settings
 from x07_sandbox.host.bounded_stream import SideStream
-from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.processes import Identity, identify, wait_gone
 from x07_sandbox.host.waiting import readable
-from x07_sandbox.jobs.record import renamed_record, renewed_record, write_owner
+from x07_sandbox.jobs.record import renamed_record, renewed_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from x07_sandbox.backends.base import Greeting, Lease, StartMode
+    from x07_sandbox.host.processes import Identity
     from x07_sandbox.jail.cgroups import HostGroups
     from x07_sandbox.jobs.record import Claim, JobRecord
 
@@ -88,7 +86,7 @@ class Streams:
         return self.console.text() + self.errors.text()
 
 
-class QemuInstance(Streams):
+class QemuInstance(Streams, Jailed):
     """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
 
     def __init__(  # noqa: PLR0913 - what it consists of, each by its name
@@ -102,19 +100,12 @@ class QemuInstance(Streams):
         record: JobRecord,
         start_mode: StartMode,
     ) -> None:
-        super().__init__(ends, start_mode)
-        self.child = child
-        self.record = record
-        self.supervisor = identify(child.pid)
-        self.inner = inner
+        Streams.__init__(self, ends, start_mode)
+        Jailed.__init__(self, child, inner, record, groups.remove, groups.names())
         self.jail = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
         self.groups = groups
         self.ends = ends
-        self.inner_pidfd = os.pidfd_open(inner.pid)  # may be gone, unlike the unreaped child: so it comes first
-        self.pidfd = os.pidfd_open(child.pid)
         self._gate = gate
-        self._closed = False
-        self.gone = False
 
     def release(self) -> None:
         """Let the machine run: its record is written. A second call does nothing."""
@@ -123,13 +114,6 @@ class QemuInstance(Streams):
         if self.start_mode == "clone":
             self.tell(qmp_resume())
         self._gate.open()
-
-    def record_owner(self, runner: Identity) -> None:
-        """Write down whose job it is. Raises BackendError, HostError."""
-        if self.supervisor is None:
-            raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
-        processes = {"supervisor": self.supervisor, "inner": self.inner}
-        write_owner(self.record, runner=runner, processes=processes, cgroups=self.groups.names())
 
     def adopt(self, claim: Claim, runner: Identity) -> None:
         """Make a machine that waited the job of *claim*, which *runner* carries out. Raises HostError, BackendError.
@@ -149,39 +133,10 @@ class QemuInstance(Streams):
         if libc.sigqueue(self.child.pid, _DEADLINE_SIGNAL, ctypes.c_void_p(seconds)):  # unreaped: surely ours
             raise BackendError("cannot set the deadline", os.strerror(ctypes.get_errno()), "Try again")
 
-    def exit_status(self) -> int | None:
-        """How the jail's supervisor ended; it passes on QEMU's own status."""
-        return self.child.poll()
-
-    def stop(self) -> bool:
-        """Ask QEMU to quit, kill, wait, remove the groups; whether all of it is proven gone. Safe to call again."""
-        if self.gone or self._closed:
-            return self.gone
+    def ends_when_asked(self) -> bool:
+        """Ask QEMU to quit; whether it has."""
         self.tell(qmp_quit())
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        if not self._gate.opened or not poll.poll(50):
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
-        deadline = Deadline.after(_GONE_S)
-        try:
-            self.child.wait(_GONE_S / 2)
-        except subprocess.TimeoutExpired:  # the supervisor itself is stopped, say
-            for pidfd in (self.inner_pidfd, self.pidfd):
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.child.wait(deadline.left_s())
-        # The end of the namespace's first process is the proof: the kernel lets it go only after all others.
-        gone = self.child.returncode is not None and wait_gone(self.inner, deadline.left_s())
-        self.gone = gone and self.groups.remove()
-        return self.gone
-
-    def close(self) -> None:
-        """Close what is ours to close besides the descriptors that `start_qemu` made."""
-        self._closed = True
-        os.close(self.pidfd)
-        os.close(self.inner_pidfd)
+        return self._gate.opened and readable(self.pidfd, 0.05)
 
 
 class LeasedInstance(Streams):

@@ -7,13 +7,13 @@ import os
 import resource
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
+from x07_sandbox.backends.jailed import Given, end_supervisor, inner_process
 from x07_sandbox.backends.qemu.instance import Gate, QemuInstance
 from x07_sandbox.backends.qemu.machine import (
     INITRD,
@@ -26,13 +26,11 @@ from x07_sandbox.backends.qemu.machine import (
     qemu_argv,
 )
 from x07_sandbox.errors import BackendError, HostError
-from x07_sandbox.host import forks, settings
+from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.bounded_stream import SideStream
-from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.processes import Identity, children_of, identify, own_identity
+from x07_sandbox.host.processes import own_identity
 from x07_sandbox.host.troubles import fix_of, need_own_proc
-from x07_sandbox.host.waiting import readable
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv, may_nest
@@ -53,7 +51,7 @@ _CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
 # QEMU's own threads, up to 64 workers of its block layer (thread-pool-max) when a guest has as many requests under
 # way, and bubblewrap's first process: with less, a busy guest ends QEMU ("pthread_create failed").
 _TASKS: Final = 96
-_SETUP_S: Final = 10.0
+_DEPTH: Final = 2  # below the supervisor: bubblewrap, which waits, and the first process of the jail
 # Which limits are not zero, as a shell calls them, and in which unit.
 _SHELLS: Final = (
     (resource.RLIMIT_FSIZE, "f", 1024),
@@ -63,7 +61,6 @@ _SHELLS: Final = (
     (resource.RLIMIT_SIGPENDING, "i", 1),
     (resource.RLIMIT_NPROC, "u", 1),
 )
-_LOOK_AGAIN_S: Final = 0.0003
 
 
 class Saving(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,8 +188,8 @@ def _run(made: _Made, request: Launch, given: Given) -> Iterator[QemuInstance]:
                 "cannot start the virtual machine", f"{request.argv[0]}: {exc.strerror}", "Run x07 doctor"
             ) from exc
         given.close()  # the child has its own by now; an end of a pipe that stayed open here would never end
-        inner = _inner_process(child, ours["stderr"])
         try:
+            inner = inner_process(child, _DEPTH)
             _bound(inner.pid, made.ram_bytes, groups)
             instance = QemuInstance(
                 child=child,
@@ -213,45 +210,11 @@ def _run(made: _Made, request: Launch, given: Given) -> Iterator[QemuInstance]:
             instance.close()
         else:
             if child is not None:
-                _end_without_jail(child)
+                end_supervisor(child)
             gone = groups.remove()
         if gone:
             with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
                 mark_done(record if instance is None else instance.record)
-
-
-def _end_without_jail(child: subprocess.Popen[bytes]) -> None:
-    """End a supervisor whose jail could not be seen; should it not end its own, it is killed, and they die with it."""
-    child.terminate()
-    try:
-        child.wait(_SETUP_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def _inner_process(child: subprocess.Popen[bytes], stderr_fd: int) -> Identity:
-    """The first process inside the jail, which waits at the gate. Raises BackendError.
-
-    Looked for, not asked for: bubblewrap would tell (--info-fd), but numbers of the pid namespace that it runs in,
-    which it then looks up in the /proc of ours.
-    """
-    deadline = Deadline.after(_SETUP_S)
-    pidfd = os.pidfd_open(child.pid)
-    try:
-        late = False
-        while not late:
-            late = deadline.passed()  # one look more: it may be we who are late
-            for monitor in children_of(child.pid):
-                for pid in children_of(monitor):
-                    if (inner := identify(pid)) is not None:
-                        return inner
-            if readable(pidfd, 0):
-                break
-            time.sleep(_LOOK_AGAIN_S)  # no event tells of another process's child
-    finally:
-        os.close(pidfd)
-    raise _no_jail(child, stderr_fd)
 
 
 def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> NotStartedError:
@@ -316,22 +279,6 @@ def _tasks_are_counted_apart() -> bool:
     """
     mapped = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
     return os.geteuid() != 0 or mapped == ["0", "0", "4294967295"]
-
-
-class Given:
-    """Descriptors that are closed together, exactly once; a forked child has none of them."""
-
-    def __init__(self) -> None:
-        self._fds: list[int] = []
-
-    def add(self, owned_fd: int) -> None:
-        """One more."""
-        self._fds.append(forks.keep(owned_fd))
-
-    def close(self) -> None:
-        """Close them; a second call does nothing."""
-        while self._fds:
-            forks.close(self._fds.pop())
 
 
 def _own(stack: contextlib.ExitStack, fd: int) -> int:

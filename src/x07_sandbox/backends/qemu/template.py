@@ -353,10 +353,7 @@ def prune_templates(pruner: Pruner, images: set[str]) -> None:
             if not foreign(left.lstat(), stat.S_ISDIR):
                 pruner.remove("leftover", left, "a killed process left it", shutil.rmtree)
         for path, why in expired_templates(keep="", images=images):
-            if problem := foreign(path.lstat(), stat.S_ISDIR):
-                pruner.keep("template", path, problem)
-            else:
-                pruner.remove("template", path, why, take_template_away)
+            pruner.remove_own("template", path, why, take_template_away)
         for path in folder.glob("*.bad"):
             heeded = Template(key=path.stem, folder=path.with_suffix("")).bad()
             if not foreign(path.lstat(), stat.S_ISREG) and not heeded:
