@@ -13,6 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from x07_sandbox.backends.process import backend as process
 from x07_sandbox.cli.main import main as x07
 from x07_sandbox.cli.os_runner import main
 from x07_sandbox.cli.os_runner_options import OPTIONS, parser
@@ -135,15 +136,18 @@ def test_what_a_refusal_names_works_beside_any_variable(
 
 @pytest.mark.parametrize("by", ["flag", "variable"])
 @pytest.mark.parametrize("backend", ["os", "none"])
-def test_an_accepted_backend_that_is_not_built_is_never_replaced(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch, backend: str, by: str
+def test_an_accepted_backend_is_taken_without_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], backend: str, by: str
 ) -> None:
-    """With acceptance by flag or variable, what this version lacks is refused as such."""
+    """With acceptance by flag or variable a weaker backend is looked at, and asks for no guest image."""
     accept = ("--i-accept-weaker-isolation",) if by == "flag" else ()
     if by == "variable":
         monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "yes")
+    monkeypatch.setattr(process, "PYTHON", str(tmp_path / "none"))  # nothing is started
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--sandbox-backend", backend)
-    assert "does not have it yet" in refused(*words, *accept)
+    assert main((*words, *accept)) == 1
+    said = capfd.readouterr().err
+    assert f"missing: {tmp_path}/none" in said or "missing: python3" in said
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.selection import BY_NAME, BackendRow
 from x07_sandbox.host.arch import ARCHES
+from x07_sandbox.plan.features import vm_features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from x07_sandbox.backends.base import Backend
+    from x07_sandbox.plan.features import Features
 
     Factory = Callable[[], Backend]
 
@@ -41,6 +43,15 @@ _FACTORIES: Final[dict[str, Factory]] = {"qemu": _qemu, "os": _os, "none": _none
 def create(name: str) -> Backend:
     """The backend of that name, as selection has chosen it. Nothing is looked up or started yet."""
     return _FACTORIES[name]()
+
+
+def features_of(row: BackendRow) -> Features:
+    """What a backend can be relied on to hold, with nothing started: of several classes the weakest. Raises HostError.
+
+    A virtual machine holds the same on every host, so it is told also where it could not run.
+    """
+    backend = create(row.name)
+    return vm_features(row.isolation[-1]) if backend.uses_image else backend.probe(None, boot=False).features
 
 
 def built() -> tuple[str, ...]:

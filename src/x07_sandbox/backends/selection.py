@@ -75,8 +75,8 @@ _ROWS: Final = (
     BackendRow(name="vz", sandbox_class="vm", isolation=("vm-hardware",), linux=False, macos_from=_MACOS, auto=True),
     BackendRow(name="podman", sandbox_class="vm", isolation=("container",), macos_from=_MACOS),
     BackendRow(name="docker", sandbox_class="vm", isolation=("container",), macos_from=_MACOS),
-    BackendRow(name="os", sandbox_class="os", isolation=("process",), macos_from=_MACOS),
-    BackendRow(name="none", sandbox_class="none", isolation=("none",), macos_from=_MACOS),
+    BackendRow(name="os", sandbox_class="os", isolation=("process",), built=True),
+    BackendRow(name="none", sandbox_class="none", isolation=("none",), built=True),
 )
 # In order of preference. Only the registry adds to it.
 BY_NAME: Final = {row.name: row for row in _ROWS}

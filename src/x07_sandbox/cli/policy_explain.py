@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.backends.selection import BY_NAME, asked, select, this_platform
+from x07_sandbox.backends.registry import features_of
+from x07_sandbox.backends.selection import BY_NAME, asked, backend_named, select, this_platform
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
-from x07_sandbox.plan.features import vm_features
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.model import leaf_values
 from x07_sandbox.programs.toolchains import TOOLCHAINS
@@ -69,9 +69,11 @@ def explanation(
 
     Raises UsageError, and RefusedError for what no run could take here.
     """
-    backend = BY_NAME[select(this_platform(), asked(backend=backend_name, flags=("--backend",))).backend]
-    # The weakest class that it may have: the plan is the same for all of them.
-    plan = make_plan(policy, vm_features(backend.isolation[-1]))
+    backend = None if backend_name is None else backend_named(backend_name)
+    if backend is None or not (backend.built and backend.runs_on(this_platform())):
+        backend = BY_NAME[select(this_platform(), asked(backend=backend_name, flags=("--backend",))).backend]
+    features = features_of(backend)
+    plan = make_plan(policy, features)
     values = leaf_values(policy)
     return ExplainReport(
         policy=source,
@@ -81,7 +83,7 @@ def explanation(
         isolation=backend.isolation,
         toolchain=toolchain,
         carried_out=not plan.refusals,
-        filters=confinement(policy, "").filters,
+        filters=confinement(policy, "").filters if "confinement" in features.can_hold else (),
         controls=tuple(
             ExplainedControl(**msgspec.structs.asdict(control), value=msgspec.to_builtins(values[control.field]))
             for control in plan.controls

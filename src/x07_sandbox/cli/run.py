@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from x07_sandbox.backends.lease import PoolMachines
+from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import asked, select, this_platform
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
@@ -81,7 +82,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
     outputs = _checked_outputs(options)
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
-            _need_image(options.image or text("X07_VM_GUEST_IMAGE"))
+            _need_image(choice, options.image or text("X07_VM_GUEST_IMAGE"))
         cancel = stack.enter_context(cancelled_by_signals())
         progress = LiveLine()
         stack.callback(progress, "")
@@ -205,7 +206,11 @@ def _is_x07_artifact(options: argparse.Namespace) -> bool:
 def _choice(options: argparse.Namespace) -> Choice:
     """The backend that is asked for. Raises UsageError, RefusedError where it is not to be had."""
     accepted = options.i_accept_weaker_isolation
-    return select(this_platform(), asked(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted))
+    found = asked(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted)
+    choice = select(this_platform(), found)
+    if choice.sandbox_backend == "none":
+        say("warning: no isolation: the program can do whatever this user can, and few of the policy's limits hold")
+    return choice
 
 
 def _request(
@@ -401,11 +406,11 @@ def _stream(fd: int) -> int | None:
     return fd
 
 
-def _need_image(ref: str | None) -> None:
+def _need_image(choice: Choice, ref: str | None) -> None:
     """On a terminal, make the default image when there is none, or renew it; elsewhere leave the refusal to the run."""
     from x07_sandbox.images.store import find_image, image_is_current
 
-    if ref is not None or not sys.stderr.isatty():
+    if ref is not None or not sys.stderr.isatty() or not create(choice.backend).uses_image:
         return
     from x07_sandbox.cli.image import build_with_progress
 

@@ -313,7 +313,7 @@ def _max_live(asked: Asked, field: str) -> Answer:
     if "limits.procs" in asked.features.can_hold and asked.number("limits.procs") <= asked.number(field):
         return Answer("enforced", asked.own(_CGROUP), "limits.procs is not larger, and holds for children too")
     if "confinement" not in asked.features.can_hold:
-        return _UNCONFINED
+        return _not_held(asked, "this backend does not confine a program")
     if not asked.policy.process.may_spawn:
         return Answer("enforced", asked.own(_SECCOMP), "no child may be started at all")
     return Answer(

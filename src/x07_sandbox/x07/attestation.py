@@ -10,7 +10,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.policy import Policy
-from x07_sandbox.x07.runner_report import AttestationReference, SandboxBackend, SolveReport, World
+from x07_sandbox.x07.runner_report import AttestationReference, SandboxBackend, SolveReport, World, sandbox_backend_of
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
@@ -86,13 +86,16 @@ def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
     policy_digest = f"sha256:{hashlib.sha256(given.policy_bytes).hexdigest()}"
     if result.digests.policy != policy_digest:
         raise _cannot(POLICY_CODE, f"{given.policy_path} changed while the run began", "Leave the policy alone")
-    if result.digests.image is None:
+    backend = sandbox_backend_of(result)
+    if isinstance(backend, UnsetType):
+        raise _cannot(WRITE_CODE, "nothing kept its program apart", "Use --sandbox-backend vm")
+    if result.digests.image is None and backend == "vm":
         raise _cannot(GUEST_CODE, "the digest of the guest image is not known", "Build the image anew")
     net = given.policy.net
     mode = network_mode(given.policy)
     return Attestation(
         world="run-os-sandboxed",
-        sandbox_backend="vm",
+        sandbox_backend=backend,
         weaker_isolation=given.weaker_isolation,
         artifact_path=given.artifact_path,
         input_len_bytes=given.input_len_bytes,

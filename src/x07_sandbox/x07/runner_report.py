@@ -206,11 +206,18 @@ def runner_report(result: Result, built: Built) -> CompileRunReport:
     return CompileRunReport(
         mode=built.mode,
         world=built.world,
-        sandbox_backend="vm",
+        sandbox_backend=sandbox_backend_of(result),
         exit_code=0 if good else FAILED_EXIT,
         compile=compiled,
         solve=solve,
     )
+
+
+def sandbox_backend_of(result: Result) -> SandboxBackend | UnsetType:
+    """What X07 calls the boundary of a run; its reports have no word for a run without one."""
+    if result.isolation == "none":
+        return UNSET
+    return "os" if result.isolation == "process" else "vm"
 
 
 def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: str) -> CompileRunReport:
