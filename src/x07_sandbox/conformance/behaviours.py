@@ -178,7 +178,13 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if os.fork() == 0: os.setsid()
 while True: time.sleep(1)
 """
-_LONG: Final = "import os, time\nprint('ready', flush=True)\nos.fork() or os.setsid()\ntime.sleep(1000)\n"
+_LONG: Final = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    print("ready", flush=True)
+time.sleep(1000)
+"""
 _WALL_MS: Final = 700
 _GRACE_MS: Final = int(settings.STOPPED_S * 1000) + 500  # to ask how the program stood; the rest is for a busy host
 
@@ -195,18 +201,22 @@ def _left(bench: Bench) -> Facts:
 
 
 def _late(bench: Bench) -> Facts:
-    result = bench.run(_DEAF, policy=policy_with(limits={"wall_ms": _WALL_MS}))
+    mark = os.urandom(16).hex()
+    result = bench.run(_DEAF, mark, policy=policy_with(limits={"wall_ms": _WALL_MS}))
     times = result.phases["run"].times_ms
     over_ms = times["end"] - times["started"] - _WALL_MS
     grace = "kept" if 0 <= over_ms <= _GRACE_MS else f"ended {over_ms:.0f} ms after its deadline"
-    return {"outcome and exit code": (result.outcome, result.x07_exit_code), "grace": grace}
+    ended = result.outcome, result.x07_exit_code
+    return {"outcome and exit code": ended, "grace": grace, "processes left": remaining(mark)}
 
 
 def _cancelled(bench: Bench) -> None:
-    with bench.running(_LONG) as running:
+    mark = os.urandom(16).hex()
+    with bench.running(_LONG, mark) as running:
         running.line()
         running.cancel(signal.SIGINT)
         _expect_end("cancelled", 130, running.result())
+    expect("processes left", [], remaining(mark))
 
 
 def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
@@ -383,7 +393,8 @@ _WRITTEN: Final = {"same": "before", "changed": "after", "added": "new"}
 _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     "channel": (
         ("arguments", "The program gets its arguments as they were given.", _fact(_seen, "arguments", list(_ARGS))),
-        ("variables", "It gets the variables named for it.", _fact(_seen, "its named variable", _ENV["CONFORMANCE"])),
+        ("variables", "The program gets the variables named for it.",
+            _fact(_seen, "its named variable", _ENV["CONFORMANCE"])),
         ("input", "Input arrives whole, in order, and then ends.",
             _fact(_echoed, "digests of the input", (_SHA256, f"sha256:{_SHA256}"))),
         ("outputs", "Both outputs arrive whole, and apart.", _fact(_echoed, "both outputs are whole", expected=True)),
@@ -413,17 +424,18 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     "deadline": (
         ("deadline", "A program that ignores signals ends at its deadline.",
             _fact(_late, "outcome and exit code", ("timeout", 124))),
-        ("grace", "It is not ended earlier, nor more than the grace later.", _fact(_late, "grace", "kept")),
+        ("deadline-of-children", "What that program has started ends with it.", _fact(_late, "processes left", [])),
+        ("grace", "A program is ended at its deadline, at most the grace later.", _fact(_late, "grace", "kept")),
         ("stopped-program", "A program stopped by a signal ends at its deadline.",
             _ends("timeout", 124, _STAND, wall_ms=_WALL_MS)),
     ),
     "stop": (
-        ("cancel", "A cancelled run ends, and is reported as cancelled.", _cancelled),
+        ("cancel", "A cancelled run ends, and nothing of it is left.", _cancelled),
         ("listed", "A job is listed while it lives, and not afterwards.", _fact(_stopped, "jobs listed afterwards", 0)),
         ("stop-by-record", "Another process stops a job by its record, and nothing is left.", _gone_when_stopped),
         ("stop-again", "Stopping a job that is gone succeeds.", _fact(_stopped, "stop said", [True, True])),
-        ("killed-runner", "When the runner is killed, its job ends.", _fact(_killed, "processes left", [])),
-        ("killed-record", "The job of a killed runner can be stopped by its record, and is not listed any more.",
+        ("killed-runner", "The job of a killed runner ends.", _fact(_killed, "processes left", [])),
+        ("killed-record", "Stopping the job of a killed runner by its record takes it off the list.",
             _fact(_killed, "jobs listed afterwards", 0)),
         ("unused-instance", "An instance that was never used ends with its caller.",
             _fact(_unused, "alive, left, done", (True, [], True))),
@@ -438,14 +450,14 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     ),
     "isolation": (
         ("no-network", "The program has no network interface.", _fact(_seen, "interfaces", [])),
-        ("no-host-servers", "It reaches no server of the host.",
+        ("no-host-servers", "The program reaches no server of the host.",
             _fact(_seen, "a server of the host answers", expected=False)),
-        ("no-host-files", "It cannot open a file of the host.",
+        ("no-host-files", "The program cannot open a file of the host.",
             _fact(_seen, "a file of the host opens", expected=False)),
-        ("no-host-variables", "It gets no variable of its caller.", _fact(_seen, "other variables", [])),
-        ("no-host-processes", "It sees no process of the host.",
+        ("no-host-variables", "The program gets no variable of its caller.", _fact(_seen, "other variables", [])),
+        ("no-host-processes", "The program sees no process of the host.",
             _fact(_seen, "its caller is in /proc", expected=False)),
-        ("no-capabilities", "It has no capabilities.", _fact(_seen, "capabilities", 0)),
+        ("no-capabilities", "The program has no capabilities.", _fact(_seen, "capabilities", 0)),
         ("no-more-tasks", "A policy without threads and children is kept.", _fact(_dared, "tasks started", [])),
         ("no-execution", "A policy without execution is kept.", _fact(_dared, "programs executed", [])),
         ("honest-plan", "The plan does not say `enforced` of a known gap.", _honest_plan),

@@ -111,19 +111,19 @@ class Bench:
         return RunRequest(**(common | {"artifact": self.artifact, "choice": self.choice} | fields))
 
     @contextlib.contextmanager
-    def running(self, code: str) -> Iterator[Running]:
+    def running(self, code: str, *args: str) -> Iterator[Running]:
         """A program that runs while the caller talks to it; on the way out it is cancelled."""
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))
-            pool = stack.enter_context(ThreadPoolExecutor(1))
-            stack.callback(cancel)
             input_fd, near_fd = os.pipe()
             stack.callback(os.close, input_fd)
             near = stack.enter_context(os.fdopen(near_fd, "wb", buffering=0))
             output_fd, far_fd = os.pipe()
             stack.callback(os.close, output_fd)
             stack.callback(os.close, far_fd)
-            request = self._request(code, stdin_fd=input_fd, live_stdout=far_fd, cancel=cancel)
+            pool = stack.enter_context(ThreadPoolExecutor(1))
+            stack.callback(cancel)  # on the way out first, so that the pool's end need not wait
+            request = self._request(code, *args, stdin_fd=input_fd, live_stdout=far_fd, cancel=cancel)
             result = pool.submit(run, request)
             yield Running(near, output_fd, cancel, lambda: result.result(ANSWER_S))
 

@@ -52,7 +52,8 @@ _NO_IMAGE: Final = dict.fromkeys(
     ("image-digest", "pinned-image", "damaged-image"), "it uses no image: programs are this host's own"
 )
 _UNCONFINED: Final = {
-    **dict.fromkeys(("cpu", "memory", "tasks"), "nothing counts what an unconfined program and its children use"),
+    "cpu": "children for whose end nobody waits are not counted",
+    **dict.fromkeys(("memory", "tasks"), "no control group holds the program and its children together"),
     **dict.fromkeys(
         ("read-root", "write-root", "out-folder"), "an unconfined program cannot be given copies of folders"
     ),
