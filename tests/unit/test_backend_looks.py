@@ -20,7 +20,7 @@ from x07_sandbox.backends.prerequisites import (
     place_of,
 )
 from x07_sandbox.backends.qemu.start import required_tools
-from x07_sandbox.backends.selection import BY_NAME, Platform
+from x07_sandbox.backends.registry import BY_NAME, Platform
 from x07_sandbox.cli.doctor import START, platform_finding, proof_among
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.variables import VARIABLES

@@ -6,17 +6,8 @@ import itertools
 
 import pytest
 
-from x07_sandbox.backends.selection import (
-    ACCEPT_FLAG,
-    BY_NAME,
-    Asked,
-    Choice,
-    Class,
-    Platform,
-    select,
-    this_platform,
-    working,
-)
+from x07_sandbox.backends.registry import BY_NAME, Class, Platform
+from x07_sandbox.backends.selection import ACCEPT_FLAG, Asked, Choice, select, this_platform, working
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host.variables import BACKENDS, SANDBOX_BACKENDS
 

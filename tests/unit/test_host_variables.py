@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.backends.selection import BY_NAME
+from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import variables
 from x07_sandbox.host.variables import VARIABLES, check_environment, flag, number, text

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from tests.unit.policy_command import as_json, policy
-from x07_sandbox.backends.selection import BY_NAME, backend_named
+from x07_sandbox.backends.registry import BY_NAME
+from x07_sandbox.backends.selection import backend_named
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.variables import BACKENDS
 from x07_sandbox.plan.controls import make_plan

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
-from x07_sandbox.backends.selection import BY_NAME
+from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.jail.bwrap import SETPRIV
 from x07_sandbox.reports.schemas import schemas
 

@@ -63,7 +63,6 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend needs to start one job; the program itself comes later, over the channel.
 
-    limits: what the run is held to, as START carries it: mem_bytes, tasks, cpu_ms, fds, core_bytes, tmp_bytes.
     cold: start afresh, even where a clone could be made.
     meanwhile: called once while the instance comes up, for work that need not wait for it.
     """
@@ -71,7 +70,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     claim: Claim
     kind: MachineKind
     caller: Caller
-    limits: Mapping[str, int] = {}
     cold: bool = False
     meanwhile: Callable[[], object] = lambda: None
 

@@ -16,8 +16,8 @@ from typing import Final, Literal
 
 import msgspec
 
-from x07_sandbox.backends.registry import required_tools
-from x07_sandbox.backends.selection import ACCEPT_FLAG, BY_NAME, BackendRow, Platform, System, working
+from x07_sandbox.backends.registry import BY_NAME, BackendRow, Platform, System, required_tools
+from x07_sandbox.backends.selection import ACCEPT_FLAG, working
 from x07_sandbox.host.arch import ARCHES
 
 Kind = Literal["program", "socket", "device", "folder", "namespaces"]

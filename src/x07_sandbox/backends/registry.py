@@ -1,14 +1,16 @@
-"""The registry of backends: the only module that imports them."""
+"""The registry of backends: one row for each, and the only imports of them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from x07_sandbox.backends.selection import BY_NAME, BackendRow
+import msgspec
+from msgspec.structs import replace
+
 from x07_sandbox.host.arch import ARCHES
-from x07_sandbox.plan.features import vm_features
+from x07_sandbox.plan.features import Isolation, vm_features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,6 +19,58 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.features import Features
 
     Factory = Callable[[], Backend]
+else:
+    Factory = Any  # msgspec reads annotations
+
+Class = Literal["vm", "os", "none"]
+System = Literal["linux", "macos", "other"]
+_WEAKER: Final = frozenset({"container", "process", "none"})
+
+
+class Platform(msgspec.Struct, frozen=True, kw_only=True):
+    """Where we are. macos_major: the first number of the macOS version, 0 elsewhere."""
+
+    system: System
+    macos_major: int = 0
+
+    def __str__(self) -> str:
+        if self.system == "macos":
+            return f"macOS {self.macos_major}"
+        return "Linux" if self.system == "linux" else "this system"
+
+
+class BackendRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One backend.
+
+    sandbox_class: what --sandbox-backend calls it. isolation: what it may turn out to give, best first.
+    linux: whether it is for Linux. macos_from: the first macOS that it is for, 0 for none.
+    auto: whether `auto` may take it; those before it in the table are preferred.
+    factory: makes it; None where this version does not have it.
+    """
+
+    name: str
+    sandbox_class: Class
+    isolation: tuple[Isolation, ...]
+    linux: bool = True
+    macos_from: int = 0
+    auto: bool = False
+    factory: Factory | None = None
+
+    @property
+    def built(self) -> bool:
+        """Whether this version has it."""
+        return self.factory is not None
+
+    @property
+    def weaker(self) -> bool:
+        """Whether it is no virtual machine, so that the user must accept it."""
+        return self.isolation[0] in _WEAKER
+
+    def runs_on(self, platform: Platform) -> bool:
+        """Whether it is for that platform at all."""
+        if platform.system == "linux":
+            return self.linux
+        return platform.system == "macos" and 0 < self.macos_from <= platform.macos_major
 
 
 def _qemu() -> Backend:
@@ -37,12 +91,28 @@ def _none() -> Backend:
     return NoneBackend()
 
 
-_FACTORIES: Final[dict[str, Factory]] = {"qemu": _qemu, "os": _os, "none": _none}
+_MACOS: Final = 12
+_ROWS: Final = (
+    BackendRow(name="firecracker-ctr", sandbox_class="vm", isolation=("vm-hardware",), auto=True),
+    BackendRow(
+        name="apple-container", sandbox_class="vm", isolation=("vm-hardware",), linux=False, macos_from=26, auto=True
+    ),
+    BackendRow(name="qemu", sandbox_class="vm", isolation=("vm-hardware", "vm-emulated"), auto=True, factory=_qemu),
+    BackendRow(name="vz", sandbox_class="vm", isolation=("vm-hardware",), linux=False, macos_from=_MACOS, auto=True),
+    BackendRow(name="podman", sandbox_class="vm", isolation=("container",), macos_from=_MACOS),
+    BackendRow(name="docker", sandbox_class="vm", isolation=("container",), macos_from=_MACOS),
+    BackendRow(name="os", sandbox_class="os", isolation=("process",), factory=_os),
+    BackendRow(name="none", sandbox_class="none", isolation=("none",), factory=_none),
+)
+# In order of preference.
+BY_NAME: Final = {row.name: row for row in _ROWS}
 
 
 def create(name: str) -> Backend:
     """The backend of that name, as selection has chosen it. Nothing is looked up or started yet."""
-    return _FACTORIES[name]()
+    factory = BY_NAME[name].factory
+    assert factory is not None  # noqa: S101 - only what this version has is ever chosen
+    return factory()
 
 
 def features_of(row: BackendRow) -> Features:
@@ -56,17 +126,17 @@ def features_of(row: BackendRow) -> Features:
 
 def built() -> tuple[str, ...]:
     """The backends of this version."""
-    return tuple(_FACTORIES)
+    return tuple(row.name for row in BY_NAME.values() if row.built)
 
 
 @contextlib.contextmanager
 def registered(row: BackendRow, factory: Factory) -> Iterator[None]:
     """Around code that may use one more backend, as tests of the contract do."""
-    BY_NAME[row.name], _FACTORIES[row.name] = row, factory
+    BY_NAME[row.name] = replace(row, factory=factory)
     try:
         yield
     finally:
-        del BY_NAME[row.name], _FACTORIES[row.name]
+        del BY_NAME[row.name]
 
 
 def required_tools(name: str, machine: str) -> Mapping[str, str]:

@@ -7,79 +7,17 @@ user's word; and a refusal names a combination that works here.
 from __future__ import annotations
 
 import os
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.backends.registry import BY_NAME, BackendRow, Class, Platform
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.variables import BACKENDS, SANDBOX_BACKENDS, check_environment, flag, text
-from x07_sandbox.plan.features import Isolation
-
-Class = Literal["vm", "os", "none"]
-Wish = Literal["auto", "vm", "os", "none"]
-System = Literal["linux", "macos", "other"]
 
 ACCEPT_FLAG: Final = "--i-accept-weaker-isolation"
 ACCEPT_VARIABLE: Final = "X07_I_ACCEPT_WEAKER_ISOLATION"
-_WEAKER: Final = frozenset({"container", "process", "none"})
-
-
-class Platform(msgspec.Struct, frozen=True, kw_only=True):
-    """Where we are. macos_major: the first number of the macOS version, 0 elsewhere."""
-
-    system: System
-    macos_major: int = 0
-
-    def __str__(self) -> str:
-        if self.system == "macos":
-            return f"macOS {self.macos_major}"
-        return "Linux" if self.system == "linux" else "this system"
-
-
-class BackendRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One backend.
-
-    sandbox_class: what --sandbox-backend calls it. isolation: what it may turn out to give, best first.
-    linux: whether it is for Linux. macos_from: the first macOS that it is for, 0 for none.
-    auto: whether `auto` may take it; those before it in the table are preferred. built: whether this version has it.
-    """
-
-    name: str
-    sandbox_class: Class
-    isolation: tuple[Isolation, ...]
-    linux: bool = True
-    macos_from: int = 0
-    auto: bool = False
-    built: bool = False
-
-    @property
-    def weaker(self) -> bool:
-        """Whether it is no virtual machine, so that the user must accept it."""
-        return self.isolation[0] in _WEAKER
-
-    def runs_on(self, platform: Platform) -> bool:
-        """Whether it is for that platform at all."""
-        if platform.system == "linux":
-            return self.linux
-        return platform.system == "macos" and 0 < self.macos_from <= platform.macos_major
-
-
-_MACOS: Final = 12
-_ROWS: Final = (
-    BackendRow(name="firecracker-ctr", sandbox_class="vm", isolation=("vm-hardware",), auto=True),
-    BackendRow(
-        name="apple-container", sandbox_class="vm", isolation=("vm-hardware",), linux=False, macos_from=26, auto=True
-    ),
-    BackendRow(name="qemu", sandbox_class="vm", isolation=("vm-hardware", "vm-emulated"), auto=True, built=True),
-    BackendRow(name="vz", sandbox_class="vm", isolation=("vm-hardware",), linux=False, macos_from=_MACOS, auto=True),
-    BackendRow(name="podman", sandbox_class="vm", isolation=("container",), macos_from=_MACOS),
-    BackendRow(name="docker", sandbox_class="vm", isolation=("container",), macos_from=_MACOS),
-    BackendRow(name="os", sandbox_class="os", isolation=("process",), built=True),
-    BackendRow(name="none", sandbox_class="none", isolation=("none",), built=True),
-)
-# In order of preference. Only the registry adds to it.
-BY_NAME: Final = {row.name: row for row in _ROWS}
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):

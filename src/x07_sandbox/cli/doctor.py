@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.base import Backend
     from x07_sandbox.backends.prerequisites import BackendState
-    from x07_sandbox.backends.selection import Platform
+    from x07_sandbox.backends.registry import Platform
     from x07_sandbox.images.verify import OpenImage
 
 START: Final = "start of a machine"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final, Literal, NoReturn
 from msgspec.structs import replace
 
 from x07_sandbox.backends.lease import PoolMachines
-from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Platform, asked, select, this_platform, working
+from x07_sandbox.backends.registry import Platform
+from x07_sandbox.backends.selection import ACCEPT_VARIABLE, asked, select, this_platform, working
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, put, say
 from x07_sandbox.cli.main import end_with
@@ -97,6 +98,8 @@ def _carry_out(options: argparse.Namespace) -> int:
     path = _target(options)
     with contextlib.ExitStack() as stack:
         request, program = load_program(replace(_request(path, options, stack), choice=choice), stack)
+        if world == "run-os" and choice.sandbox_backend != "vm":
+            raise UsageError(f"cannot run in the world {world}", "it has no policy", f"Use {_SANDBOXED}")
         if world == "run-os":
             # Only with --sandbox-backend vm it comes here; X07's runner has a report for that, not a usage error.
             message = "the sandbox backend vm runs run-os-sandboxed only"

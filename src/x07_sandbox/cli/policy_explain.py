@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.backends.registry import features_of
-from x07_sandbox.backends.selection import BY_NAME, asked, backend_named, select, this_platform
+from x07_sandbox.backends.registry import BY_NAME, features_of
+from x07_sandbox.backends.selection import asked, backend_named, select, this_platform
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.canonical import policy_digest

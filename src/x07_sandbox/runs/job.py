@@ -112,7 +112,6 @@ def _answering(
         claim=Claim(run_id=run_id, phase=spec.name, wall_ms=spec.wall_ms),
         kind=MachineKind(image=prepared.image, ram_bytes=spec.ram_bytes, runtime=spec.name),
         caller=Caller(cancel=request.cancel, progress=request.progress),
-        limits=spec.limits,
         cold=request.cold,
         meanwhile=load_loop,
     )
