@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.cgroup import Group
 
 GROUP: Final = "/run/x07/cgroup"  # where the host puts control groups for the program, where it has any
-_SCOPES_ABI: Final = 6  # the first version of Landlock with scopes (landlock(7))
+# The first versions of Landlock (landlock(7)) that let files be moved from folder to folder, and that have scopes.
+_RULES_ABI: Final = 2
+_SCOPES_ABI: Final = 6
 _CORE_NONE: Final = 1  # a core dump that goes to a program of the host is suppressed by this limit only (core(5))
 
 
@@ -40,7 +42,8 @@ def _devices(_world: confine.World) -> None:
 
 
 def _rules(world: confine.World) -> None:
-    if system.landlock_version():  # without it a job that needs these rules fails: there is no descriptor of them
+    # Without them a job that needs these rules fails: there is no descriptor of them.
+    if system.landlock_version() >= _RULES_ABI:
         confine.RULES.apply(world)
 
 
@@ -83,7 +86,7 @@ CONFINED: Final = confine.Measures(
         confine.TEMPORARY,
         confine.WORK,
         confine.ENTER,
-        confine.Step("rules about programs", "Landlock, where the kernel has it", _rules),
+        confine.Step("rules about programs", "Landlock 2, where the kernel has it", _rules),
     ),
     rights=(
         confine.CONTROL_GROUP,

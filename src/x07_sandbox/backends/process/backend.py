@@ -155,7 +155,8 @@ class NoneBackend(_Backend):
         # Root may raise its own limits again.
         held = frozenset() if os.geteuid() == 0 else _PER_PROCESS
         features = Features(isolation="none", own_kernel=False, can_hold=held)
-        warning = "nothing keeps the program from this user's files, processes and network"
+        whose = "root's" if os.geteuid() == 0 else "this user's"
+        warning = f"nothing keeps the program from {whose} files, processes and network"
         return Availability(features=features, proof="an ordinary process needs no proof", warnings=(warning,))
 
     def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
