@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from x07_sandbox.backends.registry import built, create
-from x07_sandbox.backends.selection import BY_NAME
+from x07_sandbox.backends.registry import BY_NAME, built, create
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "backends" / "README.md"

@@ -21,8 +21,7 @@ from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.backend import NoneBackend
 from x07_sandbox.backends.process.start import remove_folder
 from x07_sandbox.backends.process.view import agent_argv
-from x07_sandbox.backends.registry import registered
-from x07_sandbox.backends.selection import BackendRow
+from x07_sandbox.backends.registry import BackendRow, registered
 from x07_sandbox.conformance import runner
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
 from x07_sandbox.conformance.bench import open_bench
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.user]
 
 NAME: Final = "one-file"
-ROW: Final = BackendRow(name=NAME, sandbox_class="none", isolation=("none",), built=True)
+ROW: Final = BackendRow(name=NAME, sandbox_class="none", isolation=("none",))
 BY_NAME: Final = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
 RUNNER: Final = (sys.executable, __file__)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.selection import BY_NAME, asked, select, this_platform
+from x07_sandbox.backends.registry import BY_NAME
+from x07_sandbox.backends.selection import asked, select, this_platform
 from x07_sandbox.cli.console import LiveLine, show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.cli.usage import Once, add_document_flags

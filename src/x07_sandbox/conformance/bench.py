@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import BY_NAME, Choice
+from x07_sandbox.backends.registry import BY_NAME, create
+from x07_sandbox.backends.selection import Choice
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.processes import carries_mark

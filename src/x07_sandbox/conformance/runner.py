@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from x07_sandbox.backends.selection import BY_NAME, Choice
+from x07_sandbox.backends.registry import BY_NAME
+from x07_sandbox.backends.selection import Choice
 from x07_sandbox.conformance.bench import LAUNCHER, policy_with
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.runs.request import RunRequest
