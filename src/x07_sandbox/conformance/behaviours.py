@@ -186,7 +186,7 @@ if os.fork() == 0:
 time.sleep(1000)
 """
 _WALL_MS: Final = 700
-_GRACE_MS: Final = int(settings.STOPPED_S * 1000) + 500  # to ask how the program stood; the rest is for a busy host
+_GRACE_MS: Final = int(settings.STOPPED_S * 1000) + 1000  # to ask how the program stood; the rest is for a busy host
 
 
 def _flooded(bench: Bench) -> Facts:
