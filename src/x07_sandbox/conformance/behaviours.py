@@ -151,10 +151,8 @@ def _artifact(bench: Bench) -> None:
 
 
 def _beside(bench: Bench) -> None:
-    files = {"beside.py": b"WORD = 'beside'\n"}
-    expect(
-        "output", "beside\n", bench.output("", source=b"from beside import *; print(WORD)", files=files, artifact=None)
-    )
+    files = {"beside.py": b"print('beside')\n"}
+    expect("output", "beside\n", bench.output("", source=b"import beside", files=files, artifact=None))
 
 
 # How it ends.
@@ -233,7 +231,7 @@ def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
             runner.wait(ANSWER_S)
             left = remaining(mark, records[0].mark)
         stopped = [bench.backend.stop(records[0]) for _ in range(2)]
-        outcome = "" if kill else read_line(runner.stdout.fileno())
+        outcome = "" if kill else read_line(runner.stdout.fileno()).partition(":")[0]
         runner.wait(ANSWER_S)
         return {
             "outcome": outcome,
@@ -351,11 +349,12 @@ open("/x07/out/report", "w").write("report")
 """
 
 
-def _expect_refused(bench: Bench, env: Mapping[str, str]) -> None:
-    """Expect that a run with these variables is refused before anything is started."""
+def _expect_refused(bench: Bench, reason: str, env: Mapping[str, str]) -> None:
+    """Expect that a run with these variables is refused, for that reason, before anything is started."""
     with bench.elsewhere("print('it ran')", env=env) as runner:
         assert runner.stdout is not None  # noqa: S101 - for the type checker
-        expect("what the run said", "refused", read_line(runner.stdout.fileno()))
+        outcome, _, said = read_line(runner.stdout.fileno()).partition(":")
+        expect(f"outcome ({said}), for the right reason", ("refused", True), (outcome, reason in said))
         expect("jobs", [], [path.name for path in state_dir().glob(f"*-{runner.pid}-*-*")])
 
 
@@ -368,11 +367,14 @@ def _damaged(bench: Bench) -> None:
     with tempfile.TemporaryDirectory(prefix="conformance-", dir=cache_folder("tmp")) as cache:
         copy = Path(shutil.copytree(find_image(digest).folder, f"{cache}/images/{digest.removeprefix('sha256:')}"))
         largest = max(copy.iterdir(), key=lambda path: path.stat().st_size)
+        copy.parent.chmod(0o700)
+        mode, middle = largest.stat().st_mode, largest.stat().st_size // 2
+        largest.chmod(0o600)
         with largest.open("r+b") as file:
-            middle = largest.stat().st_size // 2
             byte = os.pread(file.fileno(), 1, middle)[0]
             os.pwrite(file.fileno(), bytes([byte ^ 1]), middle)
-        _expect_refused(bench, {"X07_VM_CACHE_DIR": cache, "X07_VM_GUEST_IMAGE": digest})
+        largest.chmod(mode)
+        _expect_refused(bench, largest.name, {"X07_VM_CACHE_DIR": cache, "X07_VM_GUEST_IMAGE": digest})
 
 
 def _folders(bench: Bench) -> Facts:
@@ -466,7 +468,7 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
         ("image-digest", "The result names the image by its digest.",
             lambda bench: expect("digest", _digest(bench), bench.once(_echoed)["image"])),
         ("pinned-image", "An image other than the pinned one is refused.",
-            lambda bench: _expect_refused(bench, {"X07_VM_GUEST_IMAGE_DIGEST": f"sha256:{'0' * 64}"})),
+            lambda bench: _expect_refused(bench, "not the one", {"X07_VM_GUEST_IMAGE_DIGEST": f"sha256:{'0' * 64}"})),
         ("damaged-image", "An image with one changed bit is refused.", _damaged),
     ),
     "roots": (

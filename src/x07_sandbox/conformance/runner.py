@@ -1,6 +1,6 @@
 """Carries out one long run in a process of its own, so that a check can stop it by its record or kill this process.
 
-Words: BACKEND CODE [ARGUMENTS]. The program's output comes first; the last line is the run's outcome.
+Words: BACKEND CODE [ARGUMENTS]. The program's output comes first; the last line is the run's outcome and its reason.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.backends.selection import Choice
 from x07_sandbox.conformance.bench import LAUNCHER, policy_with
+from x07_sandbox.errors import shown
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import run
@@ -31,7 +32,7 @@ def main(words: list[str]) -> None:
                 cancel=cancel,
             )
         )
-    sys.stdout.write(f"{result.outcome}\n")
+    sys.stdout.write(f"{result.outcome}: {shown(result.reason)}\n")
 
 
 if __name__ == "__main__":
