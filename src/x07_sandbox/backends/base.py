@@ -214,6 +214,10 @@ class Backend(Protocol):
     uses_image: bool
 
     @property
+    def known_gaps(self) -> Mapping[str, str]:
+        """Behaviours of the contract (conformance/behaviours) that it does not have, by name, each with a reason."""
+
+    @property
     def cloning(self) -> Cloning | None:
         """What it offers where it can clone prepared machines."""
 

@@ -28,6 +28,7 @@ VERBS: Final = {
     "prune": "remove what nobody needs any more",
     "completion": "complete these words in a shell",
     "doctor": "what is here, what was proven, what to do",
+    "conform": "check that a backend does what every backend does",
 }
 _EXAMPLES: Final = """examples:
   x07 image build                         make the guest image (once)

@@ -17,7 +17,7 @@ from x07_sandbox.housekeeping import pruner
 from x07_sandbox.images import manifest
 from x07_sandbox.plan.outcomes import OUTCOMES
 from x07_sandbox.policy.schema import render_schema
-from x07_sandbox.reports import doctor, failure, images, init, policies, policy_init, pool
+from x07_sandbox.reports import conform, doctor, failure, images, init, policies, policy_init, pool
 from x07_sandbox.runs import preview, result
 from x07_sandbox.x07 import attestation, runner_report, wrapped_report
 
@@ -41,6 +41,7 @@ _TABLE: Final[tuple[tuple[str, str, type[msgspec.Struct]], ...]] = (
     ("pool", pool.SCHEMA, pool.PoolReport),
     ("prune", pruner.SCHEMA, pruner.PruneReport),
     ("doctor", doctor.SCHEMA, doctor.DoctorReport),
+    ("conform", conform.SCHEMA, conform.ConformReport),
 )
 
 

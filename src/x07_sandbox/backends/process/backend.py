@@ -31,7 +31,7 @@ from x07_sandbox.jobs.stopping import live_records, stop_recorded
 from x07_sandbox.plan.features import Features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from x07_sandbox.backends.base import Job
@@ -48,12 +48,29 @@ _BY_CONTROLLER: Final = {"memory": "limits.mem_bytes", "pids": "limits.procs", "
 _TASKS_APART: Final = (5, 14)  # from this Linux on a process limit counts a user namespace by itself
 _LANDLOCK: Final = 444  # landlock_create_ruleset: the same number everywhere
 _LANDLOCK_LEAST: Final = 2  # the first version that lets a program move files from folder to folder
+_NO_IMAGE: Final = dict.fromkeys(
+    ("image-digest", "pinned-image", "damaged-image"), "it uses no image: programs are this host's own"
+)
+_UNCONFINED: Final = {
+    "cpu": "children for whose end nobody waits are not counted",
+    **dict.fromkeys(("memory", "tasks"), "no control group holds the program and its children together"),
+    **dict.fromkeys(
+        ("read-root", "write-root", "out-folder"), "an unconfined program cannot be given copies of folders"
+    ),
+    **dict.fromkeys(("no-network", "no-host-servers"), "the program uses this host's network"),
+    "no-host-files": "the program has its user's files",
+    "no-host-variables": "the program can read the variables of its user's processes",
+    "no-host-processes": "the program is one of its user's processes",
+    "no-capabilities": "the program has its user's capabilities",
+    **dict.fromkeys(("no-more-tasks", "no-execution"), "nothing filters its system calls"),
+}
 
 
 class _Backend(ABC):
     """What both have in common."""
 
     name: str
+    known_gaps: Mapping[str, str]
     uses_image = False
     cloning = None
 
@@ -93,6 +110,7 @@ class OsBackend(_Backend):
     """A confined process of this host: bubblewrap, user namespaces, and the agent's own confinement."""
 
     name = "os"
+    known_gaps = _NO_IMAGE
 
     def __init__(self) -> None:
         self._controllers: tuple[str, ...] = ()
@@ -129,6 +147,7 @@ class NoneBackend(_Backend):
     """An ordinary process of the user, without any wall."""
 
     name = "none"
+    known_gaps = _NO_IMAGE | _UNCONFINED
 
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - nothing boots
         """What this host can hold. Raises HostError where there is no interpreter for the agent."""

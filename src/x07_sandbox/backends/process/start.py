@@ -262,7 +262,9 @@ def remove_folder(folder: Path) -> bool:
     """Remove a folder in which a program may have taken rights from its own folders; whether it is gone."""
     for place, inner, _ in os.walk(folder):
         for path in (Path(place, name) for name in inner):  # before it is entered
-            if not path.is_symlink():
-                path.chmod(0o700)
+            # Another process may remove it too: the runner, and whoever stops its job by the record.
+            with contextlib.suppress(FileNotFoundError):
+                if not path.is_symlink():
+                    path.chmod(0o700)
     shutil.rmtree(folder, ignore_errors=True)
     return not os.path.lexists(folder)

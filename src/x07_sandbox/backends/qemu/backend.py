@@ -50,6 +50,7 @@ class QemuBackend:
 
     name = "qemu"
     uses_image = True
+    known_gaps: Final[Mapping[str, str]] = {}
 
     def __init__(self) -> None:
         self._kvm = False

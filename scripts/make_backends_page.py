@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Writes docs/backends/README.md: which backend has which behaviour, from the list and the known gaps.
+
+python scripts/make_backends_page.py        in an environment that has x07-sandbox
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from x07_sandbox.backends.registry import BY_NAME, built, create
+from x07_sandbox.conformance.behaviours import BEHAVIOURS
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "backends" / "README.md"
+HEAD = """\
+# What each backend does
+
+Written by `scripts/make_backends_page.py` from the list of behaviours (`src/x07_sandbox/conformance/behaviours.py`) and
+from the gaps that each backend declares. `tests/contract` runs the list on every backend that can run where the tests
+run; `x07 conform` runs it on your machine. A behaviour is skipped there if the host gives the backend no means for it,
+control groups for instance.
+"""
+
+
+def render() -> str:
+    """The page as the source has it now."""
+    names = built()
+    gaps = {name: create(name).known_gaps for name in names}
+    lines = [HEAD, f"| group | behaviour | promise | {' | '.join(f'`{name}`' for name in names)} |"]
+    lines.append(f"|---|---|---|{'---|' * len(names)}")
+    isolation = (" or ".join(BY_NAME[name].isolation) for name in names)
+    lines.append(f"| | | isolation | {' | '.join(isolation)} |")
+    for one in BEHAVIOURS:
+        cells = ["gap" if one.name in gaps[name] else "yes" for name in names]
+        lines.append(f"| {one.group} | {one.name} | {one.promise} | {' | '.join(cells)} |")
+    for name in names:
+        if gaps[name]:
+            lines += ["", f"## Known gaps of `{name}`", ""]
+            for reason in dict.fromkeys(gaps[name].values()):
+                behaviours = (behaviour for behaviour, given in gaps[name].items() if given == reason)
+                lines.append(f"- {', '.join(behaviours)}: {reason}.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")

@@ -1,0 +1,90 @@
+"""`x07 conform`: check on this machine that a backend does what every backend does."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.backends.registry import BY_NAME
+from x07_sandbox.backends.selection import asked, select, this_platform
+from x07_sandbox.cli.console import LiveLine, show
+from x07_sandbox.cli.documents import print_document
+from x07_sandbox.cli.usage import Once, add_document_flags
+from x07_sandbox.conformance.run import conform
+from x07_sandbox.host.variables import SANDBOX_BACKENDS
+from x07_sandbox.reports.conform import ConformReport
+
+if TYPE_CHECKING:
+    from x07_sandbox.conformance.run import Verdict
+
+_WORDS: Final = {"passed": "ok", "failed": "FAILED", "gap": "gap", "skipped": "skipped"}
+_EPILOG: Final = """each behaviour is ok, FAILED, a known gap of the backend, or skipped, where this host gives
+the backend no means for it; what all of them are: docs/backends/README.md
+
+examples:
+  x07 conform
+  x07 conform --sandbox-backend os --i-accept-weaker-isolation
+  x07 conform --json | jq '.backends[].verdicts[] | select(.verdict == "failed")'
+
+exit code: 0 if nothing failed, else 1
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "conform",
+        help=help,
+        description="Run small programs on a backend, and check that it does what every backend does. It takes up to "
+        "a minute; nothing of the machine is changed.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument(
+        "--backend", action=Once, metavar="B", help="the backend (default: every virtual machine that can run here)"
+    )
+    parser.add_argument("--sandbox-backend", action=Once, choices=tuple(SANDBOX_BACKENDS), help="as of x07 run")
+    parser.add_argument(
+        "--i-accept-weaker-isolation", action="store_true", help="accept a wall that is no virtual machine, if named"
+    )
+    add_document_flags(parser, "one JSON object on standard output")
+    parser.set_defaults(carry_out=_conform)
+
+
+def _conform(options: argparse.Namespace) -> int:
+    reports = []
+    for name in _named(options):
+        live = LiveLine()
+        live(f"conform: {name}: preparing")
+
+        def tell(verdict: Verdict, name: str = name, live: LiveLine = live) -> None:
+            live("")
+            if not options.json:
+                _show(name, verdict)
+            live(f"conform: {name}: after {verdict.name}")
+
+        try:
+            reports.append(conform(name, on_verdict=tell))
+        finally:
+            live("")
+    failed = any(verdict.verdict == "failed" for report in reports for verdict in report.verdicts)
+    print_document(ConformReport(good=not failed, backends=tuple(reports)), options)
+    return 1 if failed else 0
+
+
+def _show(backend: str, verdict: Verdict) -> None:
+    show(f"{_WORDS[verdict.verdict]:8}{backend} {verdict.group} {verdict.name}: {verdict.reason or verdict.promise}")
+
+
+def _named(options: argparse.Namespace) -> list[str]:
+    """The backends that are asked for. Raises UsageError, RefusedError."""
+    platform = this_platform()
+    wanted = asked(
+        sandbox=options.sandbox_backend,
+        backend=options.backend,
+        accepted=options.i_accept_weaker_isolation,
+    )
+    chosen = select(platform, wanted).backend
+    words = (wanted.sandbox_flag, wanted.sandbox_variable)
+    if wanted.backend_flag or wanted.backend_variable or any(word not in {None, "auto"} for word in words):
+        return [chosen]
+    return [row.name for row in BY_NAME.values() if row.built and row.runs_on(platform) and not row.weaker]

@@ -1,0 +1,1 @@
+"""One list of behaviours that every backend is held to, and running it."""

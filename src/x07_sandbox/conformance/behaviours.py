@@ -1,0 +1,499 @@
+"""The one list of what every backend does, and the programs and observations that show it.
+
+An observation runs a program through the ordinary pipeline, once for all behaviours that it shows, and gives facts by
+name. A behaviour says which fact is expected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import msgspec
+
+from x07_sandbox.backends.base import Job, MachineKind
+from x07_sandbox.conformance.bench import ANSWER_S, Bench, expect, policy_with, read_line, remaining
+from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Caller, Cancel
+from x07_sandbox.host.paths import cache_folder, state_dir
+from x07_sandbox.host.processes import own_identity
+from x07_sandbox.images.store import find_image
+from x07_sandbox.jobs.record import Claim, new_run_id
+from x07_sandbox.plan.sizes import RAM_CLASSES
+
+if TYPE_CHECKING:
+    from x07_sandbox.runs.result import Result
+
+Group = Literal["channel", "files", "outcome", "deadline", "stop", "limits", "isolation", "images", "roots"]
+Facts = dict[str, Any]
+Check = Callable[[Bench], None]
+WITHOUT_GAPS: Final[frozenset[Group]] = frozenset({"channel", "files", "outcome", "deadline", "stop"})
+
+
+class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that a backend does.
+
+    promise: it, as a sentence. check: raises BrokenError where it does not. needs: the capability (plan/features) that
+    says that it does: where a backend does not have that on this host, nothing is checked.
+    """
+
+    name: str
+    group: Group
+    promise: str
+    check: Check
+    needs: str = ""
+
+
+def _fact(observe: Callable[[Bench], Facts], name: str, expected: object) -> Check:
+    return lambda bench: expect(name, expected, bench.once(observe)[name])
+
+
+def _ends(outcome: str, exit_code: int, code: str, **limits: int) -> Check:
+    """A check that a program under these limits has that outcome, and the command that exit code."""
+    return lambda bench: _expect_end(outcome, exit_code, bench.run(code, policy=policy_with(limits=limits)))
+
+
+def _expect_end(outcome: str, exit_code: int, result: Result) -> None:
+    expect("outcome and exit code", (outcome, exit_code), (result.outcome, result.x07_exit_code))
+
+
+# What a program sees.
+
+_ARGS: Final = ("", "-x", "two words", "line\nend", "\N{SNOWMAN}")
+_ENV: Final = {"CONFORMANCE": "a word, \N{SNOWMAN}"}
+_OWN_VARIABLES: Final = frozenset({"PATH", "HOME", "LANG", "LC_CTYPE", *_ENV})
+_LOOK: Final = """
+import json, os, socket
+def tried(act, *words, **more):
+    try: return act(*words, **more)
+    except OSError: return None
+secret, port, pid, ticks, *args = sys.argv[2:]
+stat = tried(open, f"/proc/{pid}/stat")
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+open("made", "w").write("made")
+print(json.dumps({
+    "arguments": args,
+    "variables": dict(os.environ),
+    "files": os.listdir("."),
+    "capabilities": int(status["CapEff"], 16),
+    "interfaces": [name for _, name in socket.if_nameindex() if name != "lo"],
+    "a server of the host answers": tried(socket.create_connection, ("127.0.0.1", int(port)), timeout=5) is not None,
+    "a file of the host opens": tried(open, secret) is not None,
+    "its caller is in /proc": bool(stat) and stat.read().rpartition(")")[2].split()[19] == ticks,
+}))
+"""
+_ECHO: Final = """
+import hashlib
+data = sys.stdin.buffer.read()
+sys.stdout.buffer.write(data)
+print(hashlib.sha256(data).hexdigest(), file=sys.stderr)
+"""
+_BYTES: Final = bytes(range(256)) * 2000
+_SHA256: Final = hashlib.sha256(_BYTES).hexdigest()
+_TALK: Final = "print('ready', flush=True)\nfor line in sys.stdin: print(line.strip().upper(), flush=True)\n"
+
+
+def _seen(bench: Bench) -> Facts:
+    secret = bench.folder / "secret"
+    secret.write_text("secret", encoding="ascii")
+    us = own_identity()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        words = str(secret), str(server.getsockname()[1]), str(us.pid), str(us.start_ticks)
+        facts: Facts = json.loads(bench.output(_LOOK, *words, *_ARGS, env=_ENV))
+    variables = facts["variables"]
+    facts["its named variable"] = variables.get("CONFORMANCE")
+    facts["other variables"] = [name for name in variables if not (name in _OWN_VARIABLES or name.startswith("X07_"))]
+    facts["its file is there"] = "made" in facts["files"]
+    again = bench.output("import os; print('made' in os.listdir('.'))")
+    return facts | {"the next run finds its file": again == "True\n"}
+
+
+def _echoed(bench: Bench) -> Facts:
+    result = bench.run(_ECHO, stdin=_BYTES)
+    return {
+        "digests of the input": (result.stderr.data.decode().strip(), result.digests.input),
+        "both outputs are whole": result.stdout.data == _BYTES and result.stderr.data.count(b"\n") == 1,
+        "artifact": result.digests.artifact,
+        "image": result.digests.image,
+    }
+
+
+def _talked(bench: Bench) -> Facts:
+    with bench.running(_TALK) as running:
+        said = [running.line()]
+        for word in ("one", "two"):
+            running.stdin.write(f"{word}\n".encode())
+            said.append(running.line())
+        running.stdin.close()
+        return {"lines": said, "outcome": running.result().outcome}
+
+
+def _unread(bench: Bench) -> None:
+    with bench.running("print('ready', flush=True)") as running:
+        running.stdin.write(b"never read\n")
+        expect("outcome", "ok", running.result().outcome)
+
+
+def _artifact(bench: Bench) -> None:
+    expect("where the program came from", "build", bench.build.artifact_from)
+    data = os.pread(bench.artifact.fd, bench.artifact.size + 1, 0)
+    expect("digest of what came back", f"sha256:{hashlib.sha256(data).hexdigest()}", bench.build.digests.artifact)
+    expect("digest of what was run", bench.build.digests.artifact, bench.once(_echoed)["artifact"])
+
+
+def _beside(bench: Bench) -> None:
+    files = {"beside.py": b"print('beside')\n"}
+    expect("output", "beside\n", bench.output("", source=b"import beside", files=files, artifact=None))
+
+
+# How it ends.
+
+_ABORT: Final = "import os, signal; os.kill(os.getpid(), signal.SIGABRT)"
+_STAND: Final = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+_LEAVE: Final = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        for fd in (0, 1, 2): os.close(fd)
+        time.sleep(1000)
+    os._exit(0)
+os.wait()
+sys.exit(5)
+"""
+_DEAF: Final = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0: os.setsid()
+while True: time.sleep(1)
+"""
+_LONG: Final = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    print("ready", flush=True)
+time.sleep(1000)
+"""
+_WALL_MS: Final = 700
+_GRACE_MS: Final = int(settings.STOPPED_S * 1000) + 1000  # to ask how the program stood; the rest is for a busy host
+
+
+def _flooded(bench: Bench) -> Facts:
+    result = bench.run("while True: sys.stdout.write('x' * 4096)", max_output_bytes=10_000)
+    return {"outcome, exit code, bytes kept": (result.outcome, result.x07_exit_code, len(result.stdout.data))}
+
+
+def _left(bench: Bench) -> Facts:
+    mark = os.urandom(16).hex()
+    result = bench.run(_LEAVE, mark)
+    return {"outcome and exit code": (result.outcome, result.x07_exit_code), "processes left": remaining(mark)}
+
+
+def _late(bench: Bench) -> Facts:
+    mark = os.urandom(16).hex()
+    result = bench.run(_DEAF, mark, policy=policy_with(limits={"wall_ms": _WALL_MS}))
+    times = result.phases["run"].times_ms
+    over_ms = times["end"] - times["started"] - _WALL_MS
+    grace = "kept" if 0 <= over_ms <= _GRACE_MS else f"ended {over_ms:.0f} ms after its deadline"
+    ended = result.outcome, result.x07_exit_code
+    return {"outcome and exit code": ended, "grace": grace, "processes left": remaining(mark)}
+
+
+def _cancelled(bench: Bench) -> None:
+    mark = os.urandom(16).hex()
+    with bench.running(_LONG, mark) as running:
+        running.line()
+        running.cancel(signal.SIGINT)
+        _expect_end("cancelled", 130, running.result())
+    expect("processes left", [], remaining(mark))
+
+
+def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
+    """What becomes of a run of another process, whose job is stopped by its record, or which is killed."""
+    mark = os.urandom(16).hex()
+    with bench.elsewhere(_LONG, mark) as runner:
+        assert runner.stdout is not None  # noqa: S101 - for the type checker
+        read_line(runner.stdout.fileno())
+        records = bench.owned_by(runner)
+        expect("jobs listed", [bench.backend.name], [record.backend for record in records])
+        left = []
+        if kill:
+            runner.kill()
+            runner.wait(ANSWER_S)
+            left = remaining(mark, records[0].mark)
+        stopped = [bench.backend.stop(records[0]) for _ in range(2)]
+        outcome = "" if kill else read_line(runner.stdout.fileno()).partition(":")[0]
+        runner.wait(ANSWER_S)
+        return {
+            "outcome": outcome,
+            "stop said": stopped,
+            "processes left": left or remaining(mark, records[0].mark),
+            "recorded as done": (records[0].folder / "done").exists(),
+            "jobs listed afterwards": len(bench.owned_by(runner)),
+        }
+
+
+def _stopped(bench: Bench) -> Facts:
+    return _elsewhere(bench, kill=False)
+
+
+def _killed(bench: Bench) -> Facts:
+    return _elsewhere(bench, kill=True)
+
+
+def _gone_when_stopped(bench: Bench) -> None:
+    facts = bench.once(_stopped)
+    expect("what is left", ([], True), (facts["processes left"], facts["recorded as done"]))
+    expect("outcome", "guest-lost", facts["outcome"])
+
+
+def _unused(bench: Bench) -> Facts:
+    claim = Claim(run_id=new_run_id(), phase="run", wall_ms=1000)
+    kind = MachineKind(image=bench.image, ram_bytes=RAM_CLASSES[0])
+    with contextlib.closing(Cancel()) as cancel:
+        with bench.backend.start(Job(claim=claim, kind=kind, caller=Caller(cancel=cancel))) as instance:
+            record, alive = instance.record, instance.exit_status() is None
+        return {"alive, left, done": (alive, remaining(record.mark), (record.folder / "done").exists())}
+
+
+# What it is held to.
+
+_FDS: Final = 64
+_PROCS: Final = 8
+_BURN: Final = "import os\nos.fork()\nos.fork()\nwhile True: pass\n"
+_EAT: Final = "held = []\nwhile True: held.append(bytearray(1 << 20))\n"
+_COUNT: Final = """
+import json, os, resource, signal
+fds, children = [], []
+try:
+    while len(fds) < 1000: fds.append(os.open("/dev/null", os.O_RDONLY))
+except OSError: pass
+for fd in fds: os.close(fd)
+try:
+    while len(children) < 100:
+        if not (pid := os.fork()): signal.pause()
+        children.append(pid)
+except OSError: pass
+for pid in children: os.kill(pid, signal.SIGKILL)
+print(json.dumps({
+    "descriptors": fds[-1] + 1,
+    "children": len(children),
+    "core files have content": resource.getrlimit(resource.RLIMIT_CORE)[1] > 1,  # 1: core(5), for pipes
+}))
+"""
+_DARE: Final = """
+import json, os, threading
+done = []
+def child():
+    if not (pid := os.fork()): os._exit(0)
+    os.waitpid(pid, 0)
+    done.append("child")
+for act in (threading.Thread(target=done.append, args=["thread"]).start, child):
+    try: act()
+    except (OSError, RuntimeError): pass
+print(json.dumps(done), flush=True)
+try: os.execv("/bin/echo", ["echo", "executed"])
+except OSError: pass
+"""
+_FIELDS: Final = {  # that stand for a capability which is no field itself
+    "no-network": "net.enabled",
+    "no-host-files": "fs.enabled",
+    "no-host-variables": "env.enabled",
+    "confinement": "process.max_live",
+}
+
+
+def _counted(bench: Bench) -> Facts:
+    facts: Facts = json.loads(bench.output(_COUNT, policy=policy_with(limits={"fds": _FDS, "procs": _PROCS})))
+    return facts
+
+
+def _dared(bench: Bench) -> Facts:
+    process = {"allow_spawn": False, "allow_exec": False, "allow_exec_prefixes": ()}
+    started, *executed = bench.output(
+        _DARE, policy=policy_with(threads={"enabled": False}, process=process)
+    ).splitlines()
+    return {"tasks started": json.loads(started), "programs executed": executed}
+
+
+def _honest_plan(bench: Bench) -> None:
+    states = {control.field: control.state for control in bench.build.controls}
+    for behaviour in BEHAVIOURS:
+        if behaviour.needs and behaviour.name in bench.backend.known_gaps:
+            claimed = behaviour.needs in bench.features.can_hold
+            claimed |= states.get(_FIELDS.get(behaviour.needs, behaviour.needs)) == "enforced"
+            expect(f"claim to hold {behaviour.needs}", expected=False, found=claimed)
+
+
+# Images and folders.
+
+_FOLDERS: Final = """
+import os
+read, write = sys.argv[2:]
+print(open(f"{read}/given").read())
+try: open(f"{read}/given", "w")
+except OSError: print("read-only")
+open(f"{write}/changed", "w").write("after")
+open(f"{write}/added", "w").write("new")
+os.remove(f"{write}/deleted")
+open("/x07/out/report", "w").write("report")
+"""
+
+
+def _expect_refused(bench: Bench, reason: str, env: Mapping[str, str]) -> None:
+    """Expect that a run with these variables is refused, for that reason, before anything is started."""
+    with bench.elsewhere("print('it ran')", env=env) as runner:
+        assert runner.stdout is not None  # noqa: S101 - for the type checker
+        outcome, _, said = read_line(runner.stdout.fileno()).partition(":")
+        expect(f"outcome ({said}), for the right reason", ("refused", True), (outcome, reason in said))
+        expect("jobs", [], [path.name for path in state_dir().glob(f"*-{runner.pid}-*-*")])
+
+
+def _digest(bench: Bench) -> str:
+    return "" if bench.image is None else bench.image.manifest.digest
+
+
+def _damaged(bench: Bench) -> None:
+    digest = _digest(bench)
+    with tempfile.TemporaryDirectory(prefix="conformance-", dir=cache_folder("tmp")) as cache:
+        copy = Path(shutil.copytree(find_image(digest).folder, f"{cache}/images/{digest.removeprefix('sha256:')}"))
+        largest = max(copy.iterdir(), key=lambda path: path.stat().st_size)
+        copy.parent.chmod(0o700)
+        mode, middle = largest.stat().st_mode, largest.stat().st_size // 2
+        largest.chmod(0o600)
+        with largest.open("r+b") as file:
+            byte = os.pread(file.fileno(), 1, middle)[0]
+            os.pwrite(file.fileno(), bytes([byte ^ 1]), middle)
+        largest.chmod(mode)
+        _expect_refused(bench, largest.name, {"X07_VM_CACHE_DIR": cache, "X07_VM_GUEST_IMAGE": digest})
+
+
+def _folders(bench: Bench) -> Facts:
+    read, write, out = folders = [bench.folder / name for name in ("read", "write", "out")]
+    for folder in folders:
+        folder.mkdir()
+    for path in (read / "given", write / "same", write / "changed", write / "deleted"):
+        path.write_text("before", encoding="ascii")
+    fs = {"read_roots": (str(read),), "write_roots": (str(write),), "deny_hidden": False}
+    printed = bench.output(_FOLDERS, str(read), str(write), policy=policy_with(fs=fs), out=out).splitlines()
+    after = {
+        folder.name: {path.name: path.read_text(encoding="ascii") for path in folder.iterdir()} for folder in folders
+    }
+    return after | {"printed": printed}
+
+
+_WRITTEN: Final = {"same": "before", "changed": "after", "added": "new"}
+_TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
+    "channel": (
+        ("arguments", "The program gets its arguments as they were given.", _fact(_seen, "arguments", list(_ARGS))),
+        ("variables", "The program gets the variables named for it.",
+            _fact(_seen, "its named variable", _ENV["CONFORMANCE"])),
+        ("input", "Input arrives whole, in order, and then ends.",
+            _fact(_echoed, "digests of the input", (_SHA256, f"sha256:{_SHA256}"))),
+        ("outputs", "Both outputs arrive whole, and apart.", _fact(_echoed, "both outputs are whole", expected=True)),
+        ("streaming", "Input and output are carried while the program runs.",
+            _fact(_talked, "lines", ["ready", "ONE", "TWO"])),
+        ("end-of-input", "The program sees the end of streamed input.", _fact(_talked, "outcome", "ok")),
+        ("unread-input", "A program that reads no input ends, though its input does not.", _unread),
+    ),
+    "files": (
+        ("artifact", "What a build makes arrives unchanged, and is what runs.", _artifact),
+        ("files-beside", "Files given with the program lie beside it.", _beside),
+        ("work-folder", "The program can write files where it starts.",
+            _fact(_seen, "its file is there", expected=True)),
+        ("fresh-folder", "A run finds no file of an earlier one.",
+            _fact(_seen, "the next run finds its file", expected=False)),
+    ),
+    "outcome": (
+        ("exit-status", "The program's exit status is reported.", _ends("failed", 7, "sys.exit(7)")),
+        ("status-137", "An exit status of 137 is not taken for a kill.", _ends("failed", 137, "sys.exit(137)")),
+        ("signal", "The signal that ended a program is reported.", _ends("signalled", 128 + signal.SIGABRT, _ABORT)),
+        ("output-limit", "Output is kept up to its limit, at which the program ends.",
+            _fact(_flooded, "outcome, exit code, bytes kept", ("output-limit", 153, 10_000))),
+        ("left-status", "A program that leaves processes behind ends with its own status.",
+            _fact(_left, "outcome and exit code", ("failed", 5))),
+        ("left-processes", "Processes that a program leaves behind end with it.", _fact(_left, "processes left", [])),
+    ),
+    "deadline": (
+        ("deadline", "A program that ignores signals ends at its deadline.",
+            _fact(_late, "outcome and exit code", ("timeout", 124))),
+        ("deadline-of-children", "What that program has started ends with it.", _fact(_late, "processes left", [])),
+        ("grace", "A program is ended at its deadline, at most the grace later.", _fact(_late, "grace", "kept")),
+        ("stopped-program", "A program stopped by a signal ends at its deadline.",
+            _ends("timeout", 124, _STAND, wall_ms=_WALL_MS)),
+    ),
+    "stop": (
+        ("cancel", "A cancelled run ends, and nothing of it is left.", _cancelled),
+        ("listed", "A job is listed while it lives, and not afterwards.", _fact(_stopped, "jobs listed afterwards", 0)),
+        ("stop-by-record", "Another process stops a job by its record, and nothing is left.", _gone_when_stopped),
+        ("stop-again", "Stopping a job that is gone succeeds.", _fact(_stopped, "stop said", [True, True])),
+        ("killed-runner", "The job of a killed runner ends.", _fact(_killed, "processes left", [])),
+        ("killed-record", "Stopping the job of a killed runner by its record takes it off the list.",
+            _fact(_killed, "jobs listed afterwards", 0)),
+        ("unused-instance", "An instance that was never used ends with its caller.",
+            _fact(_unused, "alive, left, done", (True, [], True))),
+    ),
+    "limits": (
+        ("cpu", "A program and its children end at their CPU time limit.", _ends("cpu-limit", 124, _BURN, cpu_ms=500)),
+        ("memory", "A program over its memory limit is killed, and reported as `oom`.",
+            _ends("oom", 137, _EAT, mem_bytes=64 * settings.MIB)),
+        ("descriptors", "A process has no more open descriptors than allowed.", _fact(_counted, "descriptors", _FDS)),
+        ("tasks", "A program has no more processes than allowed.", _fact(_counted, "children", _PROCS)),
+        ("core-dumps", "No core file is written.", _fact(_counted, "core files have content", expected=False)),
+    ),
+    "isolation": (
+        ("no-network", "The program has no network interface.", _fact(_seen, "interfaces", [])),
+        ("no-host-servers", "The program reaches no server of the host.",
+            _fact(_seen, "a server of the host answers", expected=False)),
+        ("no-host-files", "The program cannot open a file of the host.",
+            _fact(_seen, "a file of the host opens", expected=False)),
+        ("no-host-variables", "The program gets no variable of its caller.", _fact(_seen, "other variables", [])),
+        ("no-host-processes", "The program sees no process of the host.",
+            _fact(_seen, "its caller is in /proc", expected=False)),
+        ("no-capabilities", "The program has no capabilities.", _fact(_seen, "capabilities", 0)),
+        ("no-more-tasks", "A policy without threads and children is kept.", _fact(_dared, "tasks started", [])),
+        ("no-execution", "A policy without execution is kept.", _fact(_dared, "programs executed", [])),
+        ("honest-plan", "The plan does not say `enforced` of a known gap.", _honest_plan),
+    ),
+    "images": (
+        ("image-digest", "The result names the image by its digest.",
+            lambda bench: expect("digest", _digest(bench), bench.once(_echoed)["image"])),
+        ("pinned-image", "An image other than the pinned one is refused.",
+            lambda bench: _expect_refused(bench, "not the one", {"X07_VM_GUEST_IMAGE_DIGEST": f"sha256:{'0' * 64}"})),
+        ("damaged-image", "An image with one changed bit is refused.", _damaged),
+    ),
+    "roots": (
+        ("read-root", "The program reads a copy of a folder, and cannot change it.",
+            _fact(_folders, "printed", ["before", "read-only"])),
+        ("write-root", "Changes in a write root come back, and nothing else.", _fact(_folders, "write", _WRITTEN)),
+        ("out-folder", "Files in `/x07/out` come back.", _fact(_folders, "out", {"report": "report"})),
+    ),
+}  # fmt: skip
+_NEEDS: Final = {
+    "cpu": "limits.cpu_ms",
+    "memory": "limits.mem_bytes",
+    "descriptors": "limits.fds",
+    "tasks": "limits.procs",
+    "core-dumps": "limits.core_dumps",
+    "no-network": "no-network",
+    "no-host-servers": "no-network",
+    "no-host-files": "no-host-files",
+    "no-host-variables": "no-host-variables",
+    "no-more-tasks": "confinement",
+    "no-execution": "confinement",
+    **dict.fromkeys(("read-root", "write-root", "out-folder"), "host-files"),
+}
+BEHAVIOURS: Final = tuple(
+    Behaviour(name=name, group=group, promise=promise, check=check, needs=_NEEDS.get(name, ""))
+    for group, rows in _TABLE.items()
+    for name, promise, check in rows
+)

@@ -1,0 +1,196 @@
+"""What checks of behaviours use: runs of small programs on one backend, in this process and in another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from msgspec.structs import replace
+
+from x07_sandbox.backends.registry import BY_NAME, create
+from x07_sandbox.backends.selection import Choice
+from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.processes import carries_mark
+from x07_sandbox.host.waiting import readable
+from x07_sandbox.images.store import find_image
+from x07_sandbox.images.verify import OpenImage, open_image
+from x07_sandbox.policy import Policy, default_policy
+from x07_sandbox.programs.toolchains import OUTPUT
+from x07_sandbox.runs.prepare import current_image
+from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.run import run
+from x07_sandbox.runs.streams import OutFile, memory_file
+
+if TYPE_CHECKING:
+    from x07_sandbox.jobs.record import JobRecord
+    from x07_sandbox.runs.result import Result
+
+_T = TypeVar("_T")
+# The one program that is built: a check's own code is its first argument, so that all runs share one artifact.
+LAUNCHER: Final = b"import sys\nexec(sys.argv[1])\n"
+RUNNER: Final = (sys.executable, "-P", "-m", "x07_sandbox.conformance.runner")
+ANSWER_S: Final = 30.0  # for what takes well under a second on an idle host
+_LOOK_AGAIN_S: Final = 0.02
+_LINE_MAX: Final = 4096
+
+
+class BrokenError(Exception):
+    """A behaviour that a backend does not have: what was expected, and what came."""
+
+
+def expect(what: str, expected: object, found: object) -> None:
+    """Raise BrokenError unless both are equal."""
+    if found != expected:
+        raise BrokenError(f"{what}: expected {str(expected)[:300]}, got {str(found)[:300]}")
+
+
+def policy_with(*, limits: Mapping[str, Any] | None = None, **sections: Mapping[str, Any]) -> Policy:
+    """The built-in policy with small limits and with these fields changed, by section."""
+    policy = default_policy()
+    small = {"wall_ms": 30_000, "cpu_ms": 30_000, "mem_bytes": 256 * settings.MIB}
+    changed = {"limits": small | dict(limits or {})} | sections
+    return replace(policy, **{name: replace(getattr(policy, name), **fields) for name, fields in changed.items()})
+
+
+class Bench:
+    """A backend under test. Made by `open_bench`.
+
+    image: None where the backend uses none. features: what it offers here. artifact: the built LAUNCHER. build: the
+    result of the run that built it. runner: the command that carries out a run in another process.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, image: OpenImage | None, artifact: OutFile, runner: Sequence[str]
+    ) -> None:
+        self.backend = create(name)
+        self.choice = Choice(backend=name, sandbox_backend=BY_NAME[name].sandbox_class)
+        self.folder = folder
+        self.image = image
+        self.features = self.backend.probe(image).features
+        self.artifact = artifact
+        self._runner = runner
+        self._made: dict[object, object] = {}
+        self.build = self.run("", artifact=artifact, cache=False)
+
+    def once(self, make: Callable[[Bench], _T]) -> _T:
+        """What *make* gives, which is called once: several checks share a run."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        return self._made[make]  # type: ignore[return-value]  # as it was put there
+
+    def run(self, code: str, *args: str, stdin: bytes | int | None = None, **fields: Any) -> Result:  # noqa: ANN401 - fields of a request
+        """Run a program to its end. stdin: its input, or where that comes from."""
+        with contextlib.ExitStack() as stack:
+            cancel = stack.enter_context(contextlib.closing(Cancel()))
+            stdin_fd = memory_file(stdin, stack) if isinstance(stdin, bytes) else stdin
+            return run(self._request(code, *args, stdin_fd=stdin_fd, cancel=cancel, **fields))
+
+    def output(self, code: str, *args: str, **fields: Any) -> str:  # noqa: ANN401 - as above
+        """What a program that ends well printed. Raises BrokenError where it does not."""
+        result = self.run(code, *args, **fields)
+        said = result.stderr.data[-200:].decode(errors="replace")
+        expect("how a program ended", "ok", "ok" if result.ok else f"{result.outcome}: {result.reason}; {said}")
+        return result.stdout.data.decode(errors="replace")
+
+    def _request(self, code: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN401 - as above
+        common: dict[str, Any] = {
+            "source": LAUNCHER,
+            "toolchain": "python",
+            "args": (code, *args),
+            "policy": policy_with(),
+        }
+        return RunRequest(**(common | {"artifact": self.artifact, "choice": self.choice} | fields))
+
+    @contextlib.contextmanager
+    def running(self, code: str, *args: str) -> Iterator[Running]:
+        """A program that runs while the caller talks to it; on the way out it is cancelled."""
+        with contextlib.ExitStack() as stack:
+            cancel = stack.enter_context(contextlib.closing(Cancel()))
+            input_fd, near_fd = os.pipe()
+            stack.callback(os.close, input_fd)
+            near = stack.enter_context(os.fdopen(near_fd, "wb", buffering=0))
+            output_fd, far_fd = os.pipe()
+            stack.callback(os.close, output_fd)
+            stack.callback(os.close, far_fd)
+            pool = stack.enter_context(ThreadPoolExecutor(1))
+            stack.callback(cancel)  # on the way out first, so that the pool's end need not wait
+            request = self._request(code, *args, stdin_fd=input_fd, live_stdout=far_fd, cancel=cancel)
+            result = pool.submit(run, request)
+            yield Running(near, output_fd, cancel, lambda: result.result(ANSWER_S))
+
+    @contextlib.contextmanager
+    def elsewhere(
+        self, code: str, *args: str, env: Mapping[str, str] | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """A process that carries out a run (conformance/runner); on the way out it is killed."""
+        argv = [*self._runner, self.backend.name, code, *args]
+        environment = {**os.environ, **(env or {})}
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as runner:
+            try:
+                yield runner
+            finally:
+                runner.kill()
+
+    def owned_by(self, runner: subprocess.Popen[bytes]) -> list[JobRecord]:
+        """The jobs of that process which the backend lists."""
+        return [record for record in self.backend.list_owned() if record.run_id.split("-")[1] == str(runner.pid)]
+
+
+class Running:
+    """A program that runs. stdin: its input. cancel: ends it. result: waits for its end."""
+
+    def __init__(self, stdin: Any, output_fd: int, cancel: Cancel, result: Callable[[], Result]) -> None:  # noqa: ANN401 - a binary file
+        self.stdin = stdin
+        self.cancel = cancel
+        self.result = result
+        self._output_fd = output_fd
+
+    def line(self) -> str:
+        """The next line of its output. Raises BrokenError where none comes."""
+        return read_line(self._output_fd)
+
+
+def read_line(fd: int) -> str:
+    """One line of a pipe. Raises BrokenError where none comes in time."""
+    line = b""
+    deadline = time.monotonic() + ANSWER_S
+    while not line.endswith(b"\n") and len(line) < _LINE_MAX:
+        if not readable(fd, deadline - time.monotonic()):
+            raise BrokenError(f"expected a line of output, got none in {ANSWER_S:.0f} s")
+        if not (byte := os.read(fd, 1)):
+            raise BrokenError("expected a line of output, got its end")
+        line += byte
+    return line.decode(errors="replace").strip()
+
+
+def remaining(*marks: str) -> list[int]:
+    """Processes of this host with one of these texts in their arguments, as soon as there are none, or too late."""
+    deadline = time.monotonic() + ANSWER_S
+    while True:
+        pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
+        found = [pid for pid in pids if any(carries_mark(pid, mark) for mark in marks)]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(_LOOK_AGAIN_S)  # no event tells of the end of somebody else's process
+
+
+@contextlib.contextmanager
+def open_bench(name: str, runner: Sequence[str] = RUNNER) -> Iterator[Bench]:
+    """The backend *name*, ready for checks. Raises SandboxError where it cannot run here."""
+    with contextlib.ExitStack() as stack:
+        image = None
+        if create(name).uses_image:
+            image = stack.enter_context(open_image(current_image(find_image(None))))
+        artifact = OutFile(path=OUTPUT, fd=memory_file(b"", stack), max_bytes=settings.ARTIFACT_MAX_BYTES)
+        prefix = f"x07-conformance-{name}-"
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
+        yield Bench(name, Path(folder), image, artifact, runner)

@@ -1,0 +1,81 @@
+"""Running the list of behaviours on a backend, and its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from x07_sandbox.backends.registry import create
+from x07_sandbox.conformance.behaviours import BEHAVIOURS, WITHOUT_GAPS, Behaviour
+from x07_sandbox.conformance.bench import RUNNER, BrokenError, open_bench
+from x07_sandbox.errors import shown
+from x07_sandbox.plan.features import Isolation
+
+if TYPE_CHECKING:
+    from x07_sandbox.conformance.bench import Bench
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One behaviour of one backend. reason: empty where it passed. seconds: what the check took."""
+
+    name: str
+    group: str
+    promise: str
+    verdict: Literal["passed", "failed", "gap", "skipped"]
+    reason: str = ""
+    seconds: float = 0.0
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All behaviours of one backend."""
+
+    backend: str
+    isolation: Isolation
+    verdicts: tuple[Verdict, ...]
+
+
+def wrong_gaps(gaps: Mapping[str, str]) -> list[str]:
+    """What is wrong with a backend's known gaps: one sentence each."""
+    groups = {behaviour.name: behaviour.group for behaviour in BEHAVIOURS}
+    found = [f"there is no behaviour {name}" for name in gaps if name not in groups]
+    found += [f"{name} is in {groups[name]}, which has no gaps" for name in gaps if groups.get(name) in WITHOUT_GAPS]
+    return found + [f"{name} has no reason" for name, reason in gaps.items() if not reason]
+
+
+def conform(
+    name: str, *, runner: Sequence[str] = RUNNER, on_verdict: Callable[[Verdict], object] = lambda _verdict: None
+) -> Report:
+    """Run the list on the backend *name*. runner: as Bench has it. Raises SandboxError where it cannot run here."""
+    if wrong := wrong_gaps(create(name).known_gaps):
+        raise ValueError(f"known_gaps of {name}: {'; '.join(wrong)}")
+    verdicts = []
+    with open_bench(name, runner) as bench:
+        for behaviour in BEHAVIOURS:
+            verdicts.append(judge(behaviour, bench))
+            on_verdict(verdicts[-1])
+        return Report(backend=name, isolation=bench.features.isolation, verdicts=tuple(verdicts))
+
+
+def judge(behaviour: Behaviour, bench: Bench) -> Verdict:
+    """Check one behaviour, unless it is a known gap or this host does not give what it needs."""
+    verdict = Verdict(name=behaviour.name, group=behaviour.group, promise=behaviour.promise, verdict="passed")
+    if reason := bench.backend.known_gaps.get(behaviour.name):
+        return msgspec.structs.replace(verdict, verdict="gap", reason=reason)
+    if behaviour.needs and behaviour.needs not in bench.features.can_hold:
+        reason = f"on this host the backend does not hold {behaviour.needs}"
+        return msgspec.structs.replace(verdict, verdict="skipped", reason=reason)
+    begun = time.monotonic()
+    failed = ""
+    try:
+        behaviour.check(bench)
+    except BrokenError as exc:
+        failed = str(exc)
+    except Exception as exc:  # noqa: BLE001 - whatever a backend does wrong is a verdict on it
+        failed = f"{type(exc).__name__}: {exc}"
+    seconds = round(time.monotonic() - begun, 2)
+    if failed:
+        return msgspec.structs.replace(verdict, verdict="failed", reason=shown(failed), seconds=seconds)
+    return msgspec.structs.replace(verdict, seconds=seconds)

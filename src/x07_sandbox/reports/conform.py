@@ -1,0 +1,19 @@
+"""What `x07 conform --json` prints, `x07.sandbox.conform@0.1.0`."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+from x07_sandbox.conformance.run import Report
+
+SCHEMA: Final = "x07.sandbox.conform@0.1.0"
+
+
+class ConformReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of it. good: whether nothing failed; the exit code is 0 then, else 1."""
+
+    schema_version: Literal["x07.sandbox.conform@0.1.0"] = SCHEMA
+    good: bool
+    backends: tuple[Report, ...]

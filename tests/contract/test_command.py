@@ -1,0 +1,50 @@
+"""`x07 conform` runs the list of behaviours for a user."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.backends.registry import create
+from x07_sandbox.cli.main import main
+from x07_sandbox.conformance import run
+from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
+from x07_sandbox.conformance.bench import expect
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.vm, pytest.mark.user]
+
+WORDS = ("conform", "--sandbox-backend", "none", "--i-accept-weaker-isolation")
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+
+
+def test_it_says_a_line_for_each_behaviour(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """`x07 conform` prints one line a behaviour, writes its document, and ends with 0 where nothing failed."""
+    path = tmp_path / "report.json"
+    assert main([*WORDS, "--report-out", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(BEHAVIOURS)
+    assert {line.split()[0] for line in lines} <= {"ok", "gap", "skipped"}
+    document = json.loads(path.read_bytes())
+    assert (document["schema_version"], document["good"]) == ("x07.sandbox.conform@0.1.0", True)
+    (backend,) = document["backends"]
+    assert [verdict["name"] for verdict in backend["verdicts"]] == [behaviour.name for behaviour in BEHAVIOURS]
+
+
+def test_it_ends_with_1_where_something_failed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`x07 conform` names what failed, what was expected and what came, and ends with 1."""
+    wrong = Behaviour(name="sum", group="channel", promise="It adds.", check=lambda _bench: expect("sum", 4, 5))
+    gaps = [behaviour for behaviour in BEHAVIOURS if behaviour.name in create("none").known_gaps]
+    monkeypatch.setattr(run, "BEHAVIOURS", (*gaps, wrong))
+    assert main(list(WORDS)) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "FAILED  none channel sum: sum: expected 4, got 5"

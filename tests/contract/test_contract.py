@@ -1,0 +1,46 @@
+"""Every backend does what the one list of behaviours says, but for its known gaps."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.backends.registry import built
+from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
+from x07_sandbox.conformance.bench import open_bench
+from x07_sandbox.conformance.run import judge
+from x07_sandbox.errors import SandboxError
+from x07_sandbox.images.build import build_image
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.conftest import Need
+    from x07_sandbox.conformance.bench import Bench
+
+pytestmark = [pytest.mark.vm, pytest.mark.user]
+
+
+@pytest.fixture(scope="module", params=built())
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, need: Need) -> Iterator[Bench]:
+    """Each backend that can run here, with records of its own."""
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("contract") / "jobs"))
+        if request.param == "qemu":
+            build_image(progress=lambda _text: None)
+        try:
+            yield stack.enter_context(open_bench(request.param))
+        except SandboxError as exc:
+            need(condition=False, reason=f"{exc.what}: {exc.why}", installable="missing" in exc.why)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
+def test_the_backend_does_it(bench: Bench, behaviour: Behaviour) -> None:
+    """A behaviour of the list is there on every backend that does not declare it as a known gap."""
+    verdict = judge(behaviour, bench)
+    if verdict.verdict in {"gap", "skipped"}:
+        pytest.skip(f"{bench.backend.name}: {verdict.reason}")
+    assert verdict.verdict == "passed", verdict.reason

@@ -1,0 +1,199 @@
+"""A backend written in this one file, which starts the agent as a child process, keeps the contract.
+
+Run as a program, this file carries out one run on that backend, as the checks want it in another process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job, StartMode
+from x07_sandbox.backends.handshake import greet
+from x07_sandbox.backends.jailed import Jailed, inner_process
+from x07_sandbox.backends.process.agentcode import agent_code
+from x07_sandbox.backends.process.backend import NoneBackend
+from x07_sandbox.backends.process.start import remove_folder
+from x07_sandbox.backends.process.view import agent_argv
+from x07_sandbox.backends.registry import BackendRow, registered
+from x07_sandbox.conformance import runner
+from x07_sandbox.conformance.behaviours import BEHAVIOURS
+from x07_sandbox.conformance.bench import open_bench
+from x07_sandbox.conformance.run import conform, judge
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.processes import own_identity
+from x07_sandbox.jail.bwrap import supervisor_argv
+from x07_sandbox.jobs.launcher import Launch, launch
+from x07_sandbox.jobs.record import JobRecord, create_record, mark_done
+from x07_sandbox.jobs.stopping import live_records, stop_recorded
+from x07_sandbox.plan.features import Features
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from x07_sandbox.images.verify import OpenImage
+
+pytestmark = [pytest.mark.vm, pytest.mark.user]
+
+NAME: Final = "one-file"
+ROW: Final = BackendRow(name=NAME, sandbox_class="none", isolation=("none",))
+BY_NAME: Final = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
+RUNNER: Final = (sys.executable, __file__)
+
+
+class Child(Jailed):
+    """An agent below a supervisor of ours, which ends with all that the program has started."""
+
+    net_fd: int | None = None
+    jail = "none"
+    start_mode: StartMode = "cold"
+    notes: tuple[str, ...] = ()
+    greeting: Greeting
+    channel_fd: int
+
+    def release(self) -> None:
+        """Nothing: the agent waits for the channel."""
+
+    def side_fds(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    def drain(self, fd: int) -> None:
+        """Nothing comes."""
+
+    def console_tail(self) -> str:
+        """Nothing."""
+        return ""
+
+
+class OneFile:
+    """Starts the agent without confinement."""
+
+    name = NAME
+    uses_image = False
+    cloning: Cloning | None = None
+
+    @property
+    def known_gaps(self) -> Mapping[str, str]:
+        """As those of an unconfined process, since this is one."""
+        return NoneBackend.known_gaps
+
+    def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
+        """It needs nothing, and holds nothing."""
+        del image, boot
+        features = Features(isolation="none", own_kernel=False, can_hold=frozenset())
+        return Availability(features=features, proof="none needed")
+
+    @contextlib.contextmanager
+    def start(self, job: Job) -> Iterator[Child]:
+        """Start it, record it, greet it; end it."""
+        record = create_record(job.claim, backend=self.name, image_digest="")
+        folder = record.folder / "files"
+        folder.mkdir(mode=0o700)
+        near, far = socket.socketpair()
+        with near, far, Path(os.devnull).open("wb") as nowhere:
+            agent = agent_argv(str(agent_code(confined=False)), "none", str(far.fileno()), str(folder), record.mark)
+            argv = supervisor_argv(
+                agent,
+                deadline_s=job.claim.deadline_s,
+                runner_pid=os.getpid(),
+                syscalls=host_arch().syscalls,
+                nest=False,
+            )
+            child = launch(Launch(argv=argv, pass_fds=(far.fileno(),), stderr_fd=nowhere.fileno()))
+            instance = Child(child, inner_process(child, depth=1), record, lambda: remove_folder(folder), ())
+            instance.channel_fd = near.fileno()
+            near.setblocking(False)  # noqa: FBT003 - it takes no names
+            try:
+                far.close()
+                instance.record_owner(own_identity())
+                greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
+                yield instance
+            finally:
+                if instance.stop():
+                    mark_done(record)
+                instance.close()
+
+    def list_owned(self) -> Sequence[JobRecord]:
+        """By the records."""
+        return live_records(self.name)
+
+    def stop(self, record: JobRecord) -> bool:
+        """By the record."""
+        return stop_recorded(record)
+
+
+class Forgetful(OneFile):
+    """One that lists no job."""
+
+    def list_owned(self) -> Sequence[JobRecord]:
+        """Nothing."""
+        return []
+
+
+class Boastful(OneFile):
+    """One that says that it holds what it does not."""
+
+    def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
+        """It claims the memory limit, and that no file of the host is seen."""
+        del image, boot
+        features = Features(
+            isolation="none", own_kernel=False, can_hold=frozenset({"limits.mem_bytes", "no-host-files"})
+        )
+        return Availability(features=features, proof="none needed")
+
+
+class Excused(OneFile):
+    """One with a gap where there may be none."""
+
+    @property
+    def known_gaps(self) -> Mapping[str, str]:
+        """Of the outcomes."""
+        return {"exit-status": "it is hard"}
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+
+
+def test_a_backend_in_one_file_keeps_the_contract() -> None:
+    """A backend that is one file and one row of the registry does everything but what it declares."""
+    with registered(ROW, OneFile):
+        report = conform(NAME, runner=RUNNER)
+    assert [(verdict.name, verdict.reason) for verdict in report.verdicts if verdict.verdict == "failed"] == []
+    found = {verdict.name for verdict in report.verdicts if verdict.verdict == "gap"}
+    assert found == set(NoneBackend.known_gaps)
+
+
+def test_a_backend_that_does_not_list_its_jobs_fails() -> None:
+    """A backend that does not list a job that lives fails all checks of stopping jobs by their records."""
+    with registered(ROW, Forgetful), open_bench(NAME, RUNNER) as bench:
+        verdicts = {name: judge(BY_NAME[name], bench) for name in ("listed", "stop-by-record", "killed-runner")}
+    assert {(verdict.verdict, verdict.reason) for verdict in verdicts.values()} == {
+        ("failed", "jobs listed: expected ['one-file'], got []")
+    }
+
+
+def test_a_backend_that_claims_a_known_gap_fails() -> None:
+    """A backend may not say that it holds a limit, and declare that it does not."""
+    with registered(ROW, Boastful), open_bench(NAME, RUNNER) as bench:
+        verdict = judge(BY_NAME["honest-plan"], bench)
+    assert (verdict.verdict, verdict.reason) == ("failed", "claim to hold limits.mem_bytes: expected False, got True")
+
+
+def test_a_gap_in_outcomes_is_no_gap() -> None:
+    """A backend that declares a gap where there may be none is not checked at all."""
+    with registered(ROW, Excused), pytest.raises(ValueError, match="exit-status is in outcome, which has no gaps"):
+        conform(NAME, runner=RUNNER)
+
+
+if __name__ == "__main__":
+    with registered(ROW, OneFile):
+        runner.main(sys.argv[1:])
