@@ -99,7 +99,7 @@ class Silence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NoAnswerError(BackendError):
-    """An instance was started, and its agent never answered; it has been stopped. times_ms: as of a greeting, to end."""
+    """An instance was started, and its agent never answered; it has been stopped. times_ms: as of a greeting."""
 
     def __init__(self, instance: Instance, silence: Silence, times_ms: dict[str, float]) -> None:
         said = " ".join(silence.console_tail.split())[-200:] if silence.kind == "ended" else ""
