@@ -107,6 +107,17 @@ def test_a_circle_of_imports_is_found() -> None:
     assert circles(graph) == [["b", "c"]]
 
 
+def test_every_backend_is_behind_the_registry() -> None:
+    """A new backend cannot be imported by anybody but the registry from its first day."""
+    match project():
+        case {"tool": {"importlinter": {"contracts": [_, _, {"protected_modules": list(protected), **rest}, *_]}}}:
+            packages = {f"x07_sandbox.backends.{path.parent.name}" for path in SOURCE.glob("backends/*/__init__.py")}
+            assert set(protected) == packages
+            assert rest["allowed_importers"] == ["x07_sandbox.backends.registry"]
+        case _:
+            pytest.fail("pyproject.toml: the third contract lists the backends")
+
+
 def test_every_room_is_forbidden_to_the_guest_but_channel_and_errors() -> None:
     """A new room is closed to the guest from its first day."""
     match project():
