@@ -103,12 +103,7 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
         sub = "" if root.host == base else os.path.relpath(root.host, base)
         state = states[root.host]
         found[root.guest] = Mount(
-            sub=sub,
-            at=root.guest,
-            host=root.host,
-            write=write,
-            missing=state == "missing",
-            single=state == "file",
+            sub=sub, at=root.guest, host=root.host, write=write, missing=state == "missing", single=state == "file"
         )
     return tuple(found.values())
 

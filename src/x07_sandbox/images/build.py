@@ -73,13 +73,7 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
 
 
 def _build(
-    work: Path,
-    images: Path,
-    more: Extras,
-    progress: Callable[[str], None],
-    *,
-    fresh: bool,
-    code: guestcode.GuestCode,
+    work: Path, images: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool, code: guestcode.GuestCode
 ) -> str:
     arch = host_arch()
     suite = sources.release_codename()

@@ -73,11 +73,7 @@ class RunLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def for_guest(self) -> dict[str, int]:
         """What START carries as `limits`. procs counts tasks beyond the program's first thread."""
         return guest_limits(
-            mem_bytes=self.mem_bytes,
-            tasks=self.tasks,
-            cpu_ms=self.cpu_ms,
-            fds=self.fds,
-            core_dumps=self.core_dumps,
+            mem_bytes=self.mem_bytes, tasks=self.tasks, cpu_ms=self.cpu_ms, fds=self.fds, core_dumps=self.core_dumps
         )
 
 
@@ -105,9 +101,7 @@ def make_plan(policy: Policy, features: Features, *, cpu_ms: int | None = None) 
     asked = Asked(policy=policy, values=leaf_values(policy), features=features)
     controls = _controls(asked)
     return Plan(
-        controls=controls,
-        refusals=(*_refusals(controls, asked), *_too_long(policy)),
-        limits=run_limits(policy, cpu_ms),
+        controls=controls, refusals=(*_refusals(controls, asked), *_too_long(policy)), limits=run_limits(policy, cpu_ms)
     )
 
 

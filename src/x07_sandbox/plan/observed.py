@@ -153,13 +153,7 @@ def _more(policy: Policy, field: str, held: int) -> HowToAllow | None:
 
 def _seen(field: str, action: str, subject: str, by: str, count: int, how: HowToAllow | None) -> Denial:
     return Denial(
-        field=field,
-        action=action,
-        subject=subject,
-        enforced_by=by,
-        observed_by="guest",
-        count=count,
-        how_to_allow=how,
+        field=field, action=action, subject=subject, enforced_by=by, observed_by="guest", count=count, how_to_allow=how
     )
 
 

@@ -278,14 +278,7 @@ def classify(
 
 def as_build(found: Verdict) -> Verdict:
     """The same verdict on a build phase: what a run may be told of a compiler is that the build failed."""
-    own_end = {
-        Outcome.FAILED,
-        Outcome.SIGNALLED,
-        Outcome.TIMEOUT,
-        Outcome.CPU_LIMIT,
-        Outcome.OOM,
-        Outcome.OUTPUT_LIMIT,
-    }
+    own_end = {Outcome.FAILED, Outcome.SIGNALLED, Outcome.TIMEOUT, Outcome.CPU_LIMIT, Outcome.OOM, Outcome.OUTPUT_LIMIT}
     if found.outcome not in own_end:
         reason = found.reason
         for running, building in _BUILDING.items():

@@ -15,7 +15,7 @@ import msgspec
 from x07_sandbox.plan.confinement import entry_path, leading_into, names_everything
 from x07_sandbox.plan.features import Features
 from x07_sandbox.policy.environment import VARIABLES
-from x07_sandbox.policy.model import SCHEMA_VERSION, Policy
+from x07_sandbox.policy.model import SCHEMA_VERSION, Policy, paths
 
 State = Literal["enforced", "advisory", "refused"]
 
@@ -211,9 +211,7 @@ def _no_variables(asked: Asked, field: str) -> Answer:
                 "refused", _NOBODY, f"the host's {', '.join(own)} never go in, since such names are X07's own"
             )
         return Answer(
-            "enforced",
-            asked.boundary,
-            "of the host's variables these go in, where they are set, and no others",
+            "enforced", asked.boundary, "of the host's variables these go in, where they are set, and no others"
         )
     if field == "env.deny_keys" and asked.entries(field):
         own = sorted(str(key) for key in asked.entries(field) if _is_own(key))
@@ -342,13 +340,10 @@ TABLE: Final[dict[str, Row]] = {
     "fs.write_roots": _roots,
     **dict.fromkeys(_FILE_RULES, _copied),
     "net.allow_hosts": _hosts,
-    **dict.fromkeys(("net.enabled", "net.allow_dns", "net.allow_tcp", "net.allow_udp"), _no_network),
+    **dict.fromkeys(paths("net", "enabled allow_dns allow_tcp allow_udp"), _no_network),
     "db.enabled": _database,
-    **dict.fromkeys(
-        ("db.net.allow_dns", "db.net.allow_cidrs", "db.net.allow_ports", "db.net.require_tls", "db.net.require_verify"),
-        _database_net,
-    ),
-    **dict.fromkeys(("env.enabled", "env.allow_keys", "env.deny_keys"), _no_variables),
+    **dict.fromkeys(paths("db.net", "allow_dns allow_cidrs allow_ports require_tls require_verify"), _database_net),
+    **dict.fromkeys(paths("env", "enabled allow_keys deny_keys"), _no_variables),
     "threads.enabled": _threads,
     "process.allow_spawn": _spawn,
     "process.enabled": _allow_exec,
@@ -360,51 +355,18 @@ TABLE: Final[dict[str, Row]] = {
     "process.kill_tree": _kill,
     **dict.fromkeys(
         (
-            "fs.allow_walk",
-            "fs.allow_glob",
-            "language.allow_unsafe",
-            "language.allow_ffi",
-            "threads.max_workers",
-            "threads.max_blocking",
-            "threads.max_queue",
-            "time.enabled",
-            "time.allow_monotonic",
-            "time.allow_wall_clock",
-            "time.allow_sleep",
-            "time.max_sleep_ms",
-            "time.allow_local_tzid",
-            "process.allow_exit",
-            "process.max_spawns",
-            "process.max_runtime_ms",
-            "process.allow_args_regex_lite",
-            "process.allow_env_keys",
-            "process.allow_cwd",
-            "process.allow_cwd_roots",
-            "process.max_args",
-            "process.max_env",
-            "process.max_exe_bytes",
-            "process.max_arg_bytes",
-            "process.max_env_key_bytes",
-            "process.max_env_val_bytes",
-            "process.max_stdout_bytes",
-            "process.max_stderr_bytes",
-            "process.max_total_bytes",
-            "process.max_stdin_bytes",
-            "db.drivers.sqlite",
-            "db.drivers.postgres",
-            "db.drivers.mysql",
-            "db.drivers.redis",
-            "db.max_live_conns",
-            "db.max_queries",
-            "db.connect_timeout_ms",
-            "db.query_timeout_ms",
-            "db.max_sql_bytes",
-            "db.max_rows",
-            "db.max_resp_bytes",
-            "db.sqlite.allow_paths",
-            "db.sqlite.readonly_only",
-            "db.sqlite.allow_create",
-            "db.sqlite.allow_in_memory",
+            *paths("fs", "allow_walk allow_glob"),
+            *paths("language", "allow_unsafe allow_ffi"),
+            *paths("threads", "max_workers max_blocking max_queue"),
+            *paths("time", "enabled allow_monotonic allow_wall_clock allow_sleep max_sleep_ms allow_local_tzid"),
+            *paths("process", "allow_exit max_spawns max_runtime_ms allow_args_regex_lite allow_env_keys"),
+            *paths("process", "allow_cwd allow_cwd_roots max_args max_env max_exe_bytes max_arg_bytes"),
+            *paths("process", "max_env_key_bytes max_env_val_bytes"),
+            *paths("process", "max_stdout_bytes max_stderr_bytes max_total_bytes max_stdin_bytes"),
+            *paths("db.drivers", "sqlite postgres mysql redis"),
+            *paths("db", "max_live_conns max_queries connect_timeout_ms query_timeout_ms"),
+            *paths("db", "max_sql_bytes max_rows max_resp_bytes"),
+            *paths("db.sqlite", "allow_paths readonly_only allow_create allow_in_memory"),
         ),
         _advice,
     ),

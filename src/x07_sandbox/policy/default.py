@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import msgspec
 
 from x07_sandbox.policy.model import (
+    ABSENT_THREADS,
     SCHEMA_VERSION,
     Env,
     Fs,
@@ -14,7 +15,6 @@ from x07_sandbox.policy.model import (
     Net,
     Policy,
     Process,
-    Threads,
     Time,
 )
 
@@ -59,25 +59,21 @@ def default_policy() -> Policy:
             allow_local_tzid=False,
         ),
         language=Language(allow_unsafe=True, allow_ffi=True),
-        threads=Threads(enabled=True, max_workers=0, max_blocking=4, max_queue=1024),
-        process=_default_process(),
-    )
-
-
-def _default_process() -> Process:
-    return Process(
-        enabled=True,
-        allow_spawn=True,
-        max_live=64,
-        max_spawns=1024,
-        allow_exec=True,
-        allow_exit=True,
-        allow_exec_prefixes=("/",),
-        max_runtime_ms=60_000,
-        max_stdout_bytes=10 * _MIB,
-        max_stderr_bytes=10 * _MIB,
-        max_total_bytes=16 * _MIB,
-        max_stdin_bytes=_MIB,
+        threads=ABSENT_THREADS,
+        process=Process(
+            enabled=True,
+            allow_spawn=True,
+            max_live=64,
+            max_spawns=1024,
+            allow_exec=True,
+            allow_exit=True,
+            allow_exec_prefixes=("/",),
+            max_runtime_ms=60_000,
+            max_stdout_bytes=10 * _MIB,
+            max_stderr_bytes=10 * _MIB,
+            max_total_bytes=16 * _MIB,
+            max_stdin_bytes=_MIB,
+        ),
     )
 
 

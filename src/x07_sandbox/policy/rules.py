@@ -163,10 +163,7 @@ RULES = (
         "Each entry of `net.allow_hosts` has at least one port, and a host of at most 255 bytes "
         "without `;`, blanks or NUL.",
     ),
-    Rule(
-        lists_can_be_joined,
-        "No `;` in any entry of " + ", ".join(f"`{'.'.join(place)}`" for place in _JOINED) + ".",
-    ),
+    Rule(lists_can_be_joined, "No `;` in any entry of " + ", ".join(f"`{'.'.join(place)}`" for place in _JOINED) + "."),
     Rule(
         patterns_are_regex_lite,
         "`process.allow_args_regex_lite`: no `;`; a `*` neither first nor after another `*`; no single backslash at "
