@@ -72,11 +72,9 @@ class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """All that is known of an image.
 
-    digest: "sha256:" and the sha256 of the canonical JSON of everything else.
-    base: digest of the first stage (root file system, kernel, modules); guest_code: of our code in it.
-    filters: seccomp filters by name.
-    preload: Python modules that a program on a saved machine finds imported; absent where there are none.
-    x07: sha256 over X07's own toolchain in it; absent where there is none.
+    digest: "sha256:" and the sha256 of the canonical JSON of everything else. base: digest of the first stage;
+    guest_code: of our code in it. filters: seccomp filters by name. preload: Python modules that a program on a saved
+    machine finds imported. x07: sha256 over X07's own toolchain. Both are absent where there are none.
     """
 
     schema_version: str
@@ -126,10 +124,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes, where: str) -> Manifest:
-    """The manifest in *data*. Raises ImageError.
-
-    Refused are another schema, unknown fields, and a digest that is not that of the content.
-    """
+    """The manifest in *data*. Raises ImageError for another schema, unknown fields, a digest not of the content."""
     if len(data) > MAX_BYTES:
         raise _bad(where, f"it has more than {MAX_BYTES} bytes")
     try:
@@ -137,11 +132,8 @@ def decode(data: bytes, where: str) -> Manifest:
     except msgspec.MsgspecError as exc:
         raise _bad(where, str(exc)) from exc
     if version != SCHEMA:
-        raise ImageError(
-            f"cannot read {where}",
-            f"its format is {version[:80]!r}, and this x07 reads {SCHEMA}",
-            "Use the x07 that made it, or run x07 image build",
-        )
+        why = f"its format is {version[:80]!r}, and this x07 reads {SCHEMA}"
+        raise ImageError(f"cannot read {where}", why, "Use the x07 that made it, or run x07 image build")
     try:
         manifest = _decoder.decode(data)
     except msgspec.MsgspecError as exc:
