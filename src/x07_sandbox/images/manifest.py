@@ -72,9 +72,11 @@ class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """All that is known of an image.
 
-    digest: "sha256:" and the sha256 of the canonical JSON of everything else. base: digest of the first stage;
-    guest_code: of our code in it. filters: seccomp filters by name. preload: Python modules that a program on a saved
-    machine finds imported. x07: sha256 over X07's own toolchain. Both are absent where there are none.
+    digest: "sha256:" and the sha256 of the canonical JSON of everything else.
+    base: digest of the first stage (root file system, kernel, modules); guest_code: of our code in it.
+    filters: seccomp filters by name.
+    preload: Python modules that a program on a saved machine finds imported; absent where there are none.
+    x07: sha256 over X07's own toolchain in it; absent where there is none.
     """
 
     schema_version: str

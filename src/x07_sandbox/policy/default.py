@@ -24,8 +24,8 @@ _MIB = 1 << 20
 def default_policy() -> Policy:
     """One minute, half a GiB, 64 processes; no file of the host, no host of the network.
 
-    Spawning and executing inside the machine are allowed, since it is thrown away. fs and net are enabled
-    with empty lists, so that a flag that adds a root or a host needs no policy file.
+    Spawning and executing are allowed, since the machine is thrown away. fs and net are enabled with empty lists, so
+    that a flag that adds a root or a host needs no policy file.
     """
     return Policy(
         schema_version=SCHEMA_VERSION,
@@ -78,10 +78,7 @@ def default_policy() -> Policy:
 
 
 def render_policy(policy: Policy | Mapping[str, object]) -> bytes:
-    """A policy as a file: keys sorted at all levels, two blanks deep, characters unescaped, one newline at the end.
-
-    A Policy is written with every default filled in; a section that it does not have stays away.
-    """
+    """A policy as a file: JSON with sorted keys and every default of the sections that are there, and a newline."""
     document = msgspec.to_builtins(policy) if isinstance(policy, Policy) else policy
     # sort_keys goes by code points, which is the order of the UTF-8 bytes.
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,8 +1,7 @@
 """What one policy grants or withdraws compared to another: field by field, lists entry by entry.
 
-Compared is what is in force: a section that is absent counts as what stands for it, the order of a list and the case of
-a host do not count. A change is ``granted`` where the second policy lets a program do more, ``withdrawn`` where it lets
-it do less, ``changed`` where it is neither.
+Compared is what is in force; the order of a list and the case of a host do not count. A change is ``granted`` where the
+second policy lets a program do more, ``withdrawn`` where it lets it do less, else ``changed``.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,4 @@
-"""The X07_OS_* variables by which a policy reaches X07's own run-time libraries inside the guest.
-
-They bind only programs that ask them; what an untrusted program cannot escape is elsewhere (see the plan).
-"""
+"""The X07_OS_* variables by which a policy reaches X07's own run-time libraries; they bind only programs that ask."""
 
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import HostPorts, Policy, leaf_values

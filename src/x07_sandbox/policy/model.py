@@ -1,10 +1,9 @@
 """The policy document x07.run-os-policy@0.1.0 as one typed model.
 
-This is the one owner of every field's range, default and one-line doc: decoder, JSON schema
-(schemas/run-os-policy.schema.json) and docs/policy.md come from it. What no range can say is in rules.py.
+It owns every field's range, default and one-line doc: decoder, JSON schema (schemas/run-os-policy.schema.json) and
+docs/policy.md come from it. What no range can say is in rules.py.
 
-A section that may be absent is ``UNSET`` when it was absent, so that a document survives a round trip;
-OPTIONAL_SECTIONS and the ``*_in_force`` properties give what counts then.
+A section that is absent is ``UNSET``; OPTIONAL_SECTIONS and the ``*_in_force`` properties give what counts then.
 """
 
 from typing import Annotated, Literal
@@ -285,10 +284,7 @@ def paths(section: str, names: str) -> tuple[str, ...]:
 
 
 def leaf_values(policy: Policy) -> dict[str, object]:
-    """Every field's value in force, by its path ("limits.wall_ms"), in the model's order.
-
-    A list is one field. Absent sections and notes appear with what counts in their place.
-    """
+    """Every field's value in force, by its path ("limits.wall_ms"), in the model's order; a list is one field."""
     return dict(_leaves(policy, ""))
 
 
