@@ -25,7 +25,10 @@ _PERMISSIONS: Final = 0o7777
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing said of the root with that number. node: what is there now. other: a mode (inode(7)) no tree holds."""
+    """One thing that the guest said of the root with that number. node: what is there now, None for nothing more.
+
+    other: the mode (inode(7)) of something that no tree can hold.
+    """
 
     root: int
     name: str

@@ -33,7 +33,7 @@ _Content = tuple[str, str, int, str]
 class Allowed(msgspec.Struct, frozen=True, kw_only=True):
     """What a policy allows to be done to folders and names.
 
-    made: roots that were not there but for the program; they are made if they are to hold something, or to be another.
+    made: roots that are there for the program only; on the host they are made once they hold something.
     """
 
     mkdir: bool

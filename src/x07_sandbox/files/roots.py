@@ -32,7 +32,10 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Mount(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a tree. sub: the part, "" for all. at: its place in the guest. missing: on the host. single: a file."""
+    """A part of a tree in the guest. sub: the part, "" for all of it. at: its place there. host: on the host.
+
+    missing: it is not there on the host. single: it is a file.
+    """
 
     sub: str
     at: str

@@ -38,7 +38,10 @@ class Site(msgspec.Struct, kw_only=True):
 
 
 def ready(site: Site, step: Step) -> None:
-    """See that a mode can be given. Raises ConflictError before the step is begun: to undo it could harm others."""
+    """See that a mode can be given. Raises ConflictError before the step is begun.
+
+    To undo one that was not done would take away the same mode that somebody else has given meanwhile.
+    """
     if step.kind == "mode" and site.modes:
         with thing(site.fd, step.name) as there:
             if there is None or not _has_old_mode(there, step):
@@ -46,7 +49,10 @@ def ready(site: Site, step: Step) -> None:
 
 
 def do(site: Site, step: Step) -> None:
-    """Do it, then check what it displaced: anybody may have changed it. ConflictError, OSError: it may be done then."""
+    """Do it, then check what it displaced, which anybody may have changed since all was checked.
+
+    Raises ConflictError, OSError; the step may be done then.
+    """
     if step.kind == "mode":
         if site.modes:
             _do_mode(site, step)

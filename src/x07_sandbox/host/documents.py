@@ -21,7 +21,10 @@ Status = Literal["created", "unchanged", "overwritten", "exists_different"]
 
 
 def project_root(project: Path | None) -> Path:
-    """The folder of the file *project*; without one the nearest folder above with x07.json, else this. UsageError."""
+    """The folder of the file *project*; without one the nearest folder above that holds x07.json, else this folder.
+
+    Raises UsageError if *project* is no file, or the current folder is gone.
+    """
     if project is not None:
         if not is_file(project):
             why = "it is no file that you can read"

@@ -54,7 +54,10 @@ def opened_lock(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> 
 
 
 def share_folder(path: Path) -> int:
-    """A descriptor of a folder under a shared flock(2), so that nobody removes it. Raises OSError, BlockingIOError."""
+    """A descriptor of a folder under a shared flock(2), so that nobody removes it.
+
+    Raises OSError, BlockingIOError where somebody is removing it.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -46,7 +46,7 @@ def host_error(exc: OSError | MemoryError) -> HostError | None:
 
 
 def out_of_cpu_time(status: int | None) -> str:
-    """What a machine did whose exit status tells of SIGXCPU, from the shell's hard limit on CPU time; else empty."""
+    """What a machine did, if its exit status is that of SIGXCPU: the shell's limit on CPU time ended it. Else empty."""
     return "used all the CPU time that this shell allows a process (ulimit -H -t)" if status in _OUT_OF_TIME else ""
 
 

@@ -189,14 +189,20 @@ _BUILDING: Final = {  # where it is the compiler that runs
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """What is known about a finished phase.
 
-    stage: how far it had come. wait_status: the program's, as waitpid gives it, from the guest's init; None when it
-    never came. deadline_passed: our own deadline for the stage came first. stopped: a signal had stopped the program
-    when the deadline came. cpu_exceeded, oom_kills: by the cgroup's counters. output_overflow: the stream that passed
-    its cap: "stdout" or "stderr". channel_error: how the guest broke the protocol; an end of the stream alone is no
-    such error. instance_status: how the instance's process ended, as subprocess gives it (-N for signal N); None while
-    it runs. console_tail: hostile text, looked at only when the guest was lost. cancelled_by: the signal that ended the
-    run from outside (0: a request without one). setup_failure: what the agent or we could not do for the job.
-    not_executed: the errno with which the guest's kernel refused the program, or 0. boot_timeout: no answer in time.
+    stage: how far it had come when it ended.
+    wait_status: the program's true status as waitpid gives it, from the guest's init; None when it never came.
+    deadline_passed: our own deadline for the stage came first.
+    stopped: the program's processes were stopped by a signal when the deadline came.
+    cpu_exceeded: the cgroup's counter passed limits.cpu_ms.
+    oom_kills: the cgroup's counter of processes killed for memory.
+    output_overflow: the stream that passed its cap: "stdout" or "stderr".
+    channel_error: how the guest broke the protocol; an end of the stream alone is no such error.
+    instance_status: how the instance's process ended, as subprocess gives it (-N for signal N); None while it runs.
+    console_tail: the end of the console; hostile text, looked at only when the guest was lost.
+    cancelled_by: the signal that ended the run from outside (0: a request without one).
+    setup_failure: what the agent or we could not do for the job.
+    not_executed: the error number with which the guest's kernel refused to execute the program; 0 if it did not.
+    boot_timeout: the agent did not answer in time.
     """
 
     stage: Stage
@@ -288,9 +294,8 @@ def signal_name(number: int) -> str:
 def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | RunLimits | None) -> Verdict | None:
     if evidence.cancelled_by is not None:
         by = f" by {signal_name(evidence.cancelled_by)}" if evidence.cancelled_by else ""
-        cancelled = verdict(
-            Outcome.CANCELLED, f"the run was cancelled{by} while the guest was {_DOING[evidence.stage]}"
-        )
+        reason = f"the run was cancelled{by} while the guest was {_DOING[evidence.stage]}"
+        cancelled = verdict(Outcome.CANCELLED, reason)
         return replace(cancelled, signal=evidence.cancelled_by or None)
     if evidence.not_executed in _OF_THE_PROGRAM and evidence.stage not in _STARTED:
         return _not_executed(evidence.not_executed)

@@ -61,7 +61,10 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Derived(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy of a base and overrides. data: as it is written. digest: 8 hex digits, of both. file_name: the usual."""
+    """A policy that came of a base and overrides. data: the document as it is written.
+
+    digest: 8 hexadecimal digits of what it came of. file_name: its usual name.
+    """
 
     policy: Policy
     data: bytes
