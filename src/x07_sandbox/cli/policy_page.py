@@ -15,9 +15,9 @@ from x07_sandbox.cli.policy import EXIT_CODES
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.plan.features import vm_features
 from x07_sandbox.policy.default import default_policy, render_policy
-from x07_sandbox.policy.model import SCHEMA_VERSION
+from x07_sandbox.policy.model import OPTIONAL_SECTIONS, SCHEMA_VERSION
 from x07_sandbox.policy.rules import RULES
-from x07_sandbox.policy.schema import OPTIONAL_SECTIONS, fields, host_fields, policy_schema
+from x07_sandbox.policy.schema import fields, host_fields, policy_schema
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:

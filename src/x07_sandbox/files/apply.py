@@ -1,9 +1,8 @@
 """Applying a set of changes on the host, so that a kill at any point leaves the old tree or the new one.
 
 All is checked first. New content is made in a folder of ours beside the old; a journal says what is about to happen;
-then names change, one after the other, and each displaced thing is looked at once more. What was displaced is kept, as
-a set that undoes this one: where that cannot be, nothing is done. A renamed journal is the mark that all is done. Then
-what was displaced is removed.
+then names change one by one, and each displaced thing is looked at once more and kept, as a set that undoes this one. A
+renamed journal is the mark that all is done. Then what was displaced is removed.
 
 The folder of a set, which is private, holds:
 
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["ConflictError", "apply", "recover"]
 
 _ODD_MODE: Final = 0o710  # as few as nothing has it unless it was given it
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FIXES: Final = {
     errno.ENOSPC: "Free space there",
     errno.EDQUOT: "Free space there",
@@ -77,13 +77,12 @@ def apply(
 ) -> ChangeSet:
     """Bring the host from what the set says was there to what is to be, and give what undoes it.
 
-    data_fd: the contents. folder: see above; made if missing. on_wait is called with the path of what another process
-    works on, before waiting for it. Where all is as it is to be nothing is done, and what undoes it is empty. A part of
-    a set of which another part is applied is refused: the folder has room for what undoes one. keeps: whether what
-    undoes it is kept. around: what is to be so while the folder is locked, and nothing half done is in it.
+    data_fd: the contents. folder: see above; made if missing. on_wait: called with the path of what another process
+    works on, before waiting for it. keeps: whether what undoes the set is kept. around: entered while the folder is
+    locked and nothing half done is in it. Where all is as it is to be nothing is done, and what undoes it is empty.
 
-    Raises ValueError for a set that makes no sense, ConflictError, HostError: nothing is changed then, but for a
-    HostError that says that something was in the way of undoing: recover() goes on with that.
+    Raises ValueError for a set that makes no sense, ConflictError (also for a part of a set of which another part is
+    applied), HostError. Nothing is changed then, unless undoing was hindered: recover() goes on with that.
     """
     check_set(changes)
     with _opened(folder, on_wait), around or contextlib.nullcontext():
@@ -123,16 +122,17 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
         for root, one, (path, prefix) in zip(roots, found, anchors, strict=True):
             before = len(planner.steps)
             planner.add(next(i for i, site in enumerate(sites) if site is by_path[path]), one.items)
-            inverse.append(_Inverse(_inverse(root, one, planner.steps[before:]), by_path[path], prefix))
+            back = tuple(undo_changes(one.items, planner.steps[before:]))
+            undone = RootChanges(root=root.root, guest=root.guest, missing=False, changes=back)
+            inverse.append(_Inverse(undone, by_path[path], prefix))
         head = Head(run=changes.run, places=tuple(site.place for site in sites))
         return _execute(folder, head, sites, planner, (inverse, data_fd), keeps=keeps)
 
 
 def _check_part(kept: set[tuple[str, str]], both: list[tuple[RootChanges, Found]], wrong: list[str]) -> None:
-    """Refuse what is only the rest of a set of which a part is applied. Raises ConflictError.
+    """Refuse the rest of a set of which a part is applied: what undoes that part, *kept*, would be lost.
 
-    What undoes that part would be lost for what undoes this one. Where all that the kept one brings back is as before,
-    by somebody's hand, it is of no use any more. kept: what that is.
+    Where all that it brings back is as before, by somebody's hand, it is of no use any more. Raises ConflictError.
     """
     mine = {(root.root, item.change.name) for root, one in both for item in one.items}
     done = {(root.root, name) for root, one in both for name in one.there}
@@ -142,11 +142,6 @@ def _check_part(kept: set[tuple[str, str]], both: list[tuple[RootChanges, Found]
         why = "another part of them is applied already, and x07 undo could not bring back both"
         fix = "First x07 undo, then apply all that you want at once"
         raise ConflictError("cannot apply the changes", why, fix)
-
-
-def _inverse(root: RootChanges, found: Found, steps: list[Step]) -> RootChanges:
-    back = tuple(undo_changes(found.items, steps))
-    return RootChanges(root=root.root, guest=root.guest, missing=False, changes=back)
 
 
 def _execute(
@@ -196,8 +191,7 @@ def _make_staging(site: Site) -> None:
     except OSError as exc:
         exc.filename = site.place.path  # our own name there tells nobody anything
         raise
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    site.staging_fd = os.open(site.place.staging, flags, dir_fd=site.fd)
+    site.staging_fd = os.open(site.place.staging, _FOLDER, dir_fd=site.fd)
     info = os.fstat(site.staging_fd)
     site.place.staged = (info.st_dev, info.st_ino)
     with contextlib.suppress(OSError):
@@ -209,9 +203,9 @@ def _make_staging(site: Site) -> None:
 
 
 def _roll_back(sites: list[Site], started: list[Step], *, later: bool = False) -> None:
-    """Undo what was started, the last first. What is in the way for a moment only is waited for.
+    """Undo what was started, the last first, and wait for what is in the way for a moment only.
 
-    later: another try. What is not where it should be then is taken for gone, unless we hold what was there before.
+    later: another try, where what is not in its place counts as gone, unless we hold what was there before.
     """
     for site in sites:
         if site.staging_fd < 0:  # we may have been interrupted when it had just been made
@@ -271,9 +265,8 @@ def _recover(folder: Path, on_wait: OnWait | None) -> None:
 
 def _open_staging(site: Site) -> None:
     """Leave staging_fd at -1 if there is none, or another than the journal says."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = os.open(site.place.staging, flags, dir_fd=site.fd)
+        fd = os.open(site.place.staging, _FOLDER, dir_fd=site.fd)
     except OSError as exc:
         if exc.errno not in NOTHING:
             raise
@@ -289,9 +282,9 @@ def _open_staging(site: Site) -> None:
 def _sites(
     paths: Iterable[str], on_wait: OnWait | None, recorded: dict[str, Place] | None = None
 ) -> Iterator[dict[str, Site]]:
-    """Each folder opened, and locked in an order that all keep: that of their inodes, since paths can be two of one.
+    """Open all folders and lock them in the order of their inodes. recorded: what they must be.
 
-    recorded: what they must be. Raises ConflictError, HostError.
+    Raises ConflictError, HostError.
     """
     with contextlib.ExitStack() as stack:
         by_path: dict[str, Site] = {}
@@ -303,7 +296,7 @@ def _sites(
                 if exc.errno not in NOTHING:
                     raise
                 raise _elsewhere(path, recorded) from exc
-            stack.callback(_close, forks.keep(fd))
+            stack.callback(forks.close, forks.keep(fd))  # a copy in a forked child would keep the lock
             info = os.fstat(fd)
             ident = (info.st_dev, info.st_ino)
             if recorded is not None and recorded[path].ident != ident:
@@ -319,12 +312,6 @@ def _sites(
         for path, site in by_path.items():
             _still_there(path, site, recorded)
         yield by_path
-
-
-def _close(fd: int) -> None:
-    """Of a folder that may be locked: a copy in a forked child would keep the lock."""
-    forks.forget(fd)
-    os.close(fd)
 
 
 def _close_staging(site: Site) -> None:
@@ -360,10 +347,8 @@ def _opened(folder: Path, on_wait: OnWait | None) -> Iterator[None]:
     """The folder of a set, for us alone. Raises HostError."""
     private_dir(folder)
     told = None if on_wait is None else (lambda: on_wait(str(folder)))
-    with _told(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with opened_lock(fd, on_wait=told):
-            yield
+    with _told(folder), opened_lock(os.open(folder, _FOLDER), on_wait=told):
+        yield
 
 
 @contextlib.contextmanager

@@ -138,10 +138,7 @@ def decode(data: bytes) -> ChangeSet:
 
 
 def called(root: str, name: str, *, of_several: bool) -> str:
-    """What people are told that a name is: below its root, or, where that says too little, the whole path.
-
-    of_several: of more than one root something is told.
-    """
+    """A name for people: below its root, or the whole path where it is the root, or several roots are told of."""
     return shown(name if name and not of_several else path_of(root, name))
 
 

@@ -27,10 +27,7 @@ _TARGET_MAX: Final = 4095
 
 
 class Item(NamedTuple):
-    """A change of which the host is as it should be.
-
-    name: below the folder that its root is reached by. info: of what is there.
-    """
+    """A change of which the host is as it should be. name: below the folder that its root is reached by."""
 
     name: str
     change: Change
@@ -38,9 +35,9 @@ class Item(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A root as it is on the host. done: whether all is there already as it is to be; there: names of what is.
+    """A root as it is on the host. wrong: absolute paths of what is not as it was.
 
-    wrong: absolute paths of what is not as it was.
+    done: whether all is there already as it is to be; there: names of what is.
     """
 
     items: list[Item]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.files.changes import Refused, shown
 from x07_sandbox.files.protected import folded
-from x07_sandbox.files.things import ident_of
+from x07_sandbox.files.things import ident_of, listed
 from x07_sandbox.host import beneath
 
 if TYPE_CHECKING:
@@ -32,9 +32,7 @@ _CASEFOLD: Final = 0x40000000
 def knows_no_case(root: str) -> bool:
     """Whether that folder, or the one in which it is to be made, takes names for one that differ in case only.
 
-    As far as can be told without making anything: by its flag, or by what lies in it. Of an empty folder of a file
-    system that has no such flag it cannot be told, and a folder below may have a flag of its own: there applying finds
-    a conflict, and undoes what it has done.
+    Told by its flag, or by what lies in it. Where neither tells, applying finds a conflict, and is undone.
     """
     for path in (root, posixpath.dirname(root)):
         try:
@@ -44,7 +42,7 @@ def knows_no_case(root: str) -> bool:
         except OSError:  # a single file: nothing can collide
             break
         try:
-            return _is_casefold(fd) or folds(_listed(fd), functools.partial(ident_of, fd))
+            return _is_casefold(fd) or folds(listed(fd), functools.partial(ident_of, fd))
         except OSError:
             break
         finally:
@@ -59,15 +57,8 @@ def _is_casefold(fd: int) -> bool:
     return False
 
 
-def _listed(fd: int) -> list[str]:
-    return os.listdir(fd)
-
-
 def folds(names: Collection[str], ident: Callable[[str], object]) -> bool:
-    """Whether one of *names*, all that lie in a folder, is found under a spelling that is none of them.
-
-    ident: what lies under a name, None for nothing. One of them is asked about: the others would say the same.
-    """
+    """Whether one of *names*, all of a folder, is found under another spelling. ident: what lies under a name."""
     known = set(names)
     for name in names:
         other = name.swapcase()
@@ -77,17 +68,17 @@ def folds(names: Collection[str], ident: Callable[[str], object]) -> bool:
 
 
 def collisions(changes: Iterable[Change], there: Iterable[str]) -> Iterator[Refused]:
-    """What is new of *changes* and would be one with another name of the same folder, in order.
-
-    there: all other names, of what lies there now and of what is to be.
-    """
+    """What is new of *changes* and would be one with another name of its folder. there: names that are or are to be."""
     new = [change.name for change in changes if change.before is None]
     spelled: dict[str, set[str]] = defaultdict(set)
     for name in {*there, *new}:
-        folder, _, part = name.rpartition("/")
-        spelled[posixpath.join(folder, folded(part))].add(name)
+        spelled[_folded_last(name)].add(name)
     for name in new:
-        folder, _, part = name.rpartition("/")
-        if others := spelled[posixpath.join(folder, folded(part))] - {name}:
+        if others := spelled[_folded_last(name)] - {name}:
             why = f"its folder would take it for {shown(min(others))}: names that differ in case only are one there"
             yield Refused(name=name, rule="kind", why=why)
+
+
+def _folded_last(name: str) -> str:
+    folder, _, part = name.rpartition("/")
+    return posixpath.join(folder, folded(part))

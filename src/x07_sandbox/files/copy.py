@@ -1,9 +1,8 @@
 """A tree of the host's, read once and packed for the guest, within what the policy and the host's owner allow.
 
 No link is followed, no other file system entered, nothing read twice: the digests are of the very bytes that travel.
-What may not travel is left out and told; for the program it is not there, but for empty folders on the way to what has
-its place below it: a root that lies in what was left out, or is missing, is a tree of its own. One that is missing in
-a folder that may be changed is made there, for the program.
+What may not travel is left out and told. For the program it is not there, but for empty folders on the way to a root
+below it, which is a tree of its own. A root that is missing in a folder that may be changed is made, for the program.
 """
 
 from __future__ import annotations
@@ -112,10 +111,9 @@ class Stayed(msgspec.Struct, frozen=True):
 class Copied(msgspec.Struct):
     """What was packed. entries, size: of all.
 
-    nodes: of what the program may change, by the name in its tree. stayed: what was left out of that; nothing is known
-    of what lies below such a name. A name in both is a folder on the way to another tree's place.
-    made: of the nodes, folders that are not there.
-    apart: the tree's mounts for which it has nothing, since they are missing or were left out: they travel alone.
+    nodes: of what the program may change, by the name in its tree; made: those that are not there. stayed: what was
+    left out of that, with all below it. A name in both is a folder on the way to another tree's place. apart: mounts
+    for which the tree has nothing, since they are missing or were left out: they travel alone.
     """
 
     nodes: dict[str, Node] = msgspec.field(default_factory=dict)
@@ -210,11 +208,7 @@ class _Walk:
                 self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=0o755), name)
 
     def _open(self) -> int | None:
-        """The folder of the tree; None for a write root that is not there yet.
-
-        The way to it was looked at when the roots were chosen. Now it is walked, and no part of it may be a link that
-        has come since.
-        """
+        """The folder of the tree; None for a write root that is not there yet. No part of the way may be a link."""
         host = self._tree.host
         try:
             return beneath.open_root(host)
@@ -424,8 +418,6 @@ WORDS: Final[dict[Reason, str]] = {
     "unreadable": "it may not be read",
     "changing": "it changes while it is read",
 }
-
-
 FIELDS: Final[dict[Reason, Rule]] = {
     "hidden": "fs.deny_hidden",
     "secret": "secrets",
@@ -433,10 +425,7 @@ FIELDS: Final[dict[Reason, Rule]] = {
     "link-out": "fs.allow_symlinks",
     "large": "fs.max_read_bytes",
     "deep": "fs.max_depth",
-    "special": "fs.read_roots",
-    "other-disk": "fs.read_roots",
-    "unreadable": "fs.read_roots",
-    "changing": "fs.read_roots",
+    **dict.fromkeys(("special", "other-disk", "unreadable", "changing"), "fs.read_roots"),
 }
 """Under which field of a policy each is told; `secrets` is none."""
 
@@ -455,10 +444,9 @@ def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:
 
 
 def stays_inside(name: str, target: str) -> bool:
-    """Whether a link of that name below a root leads to a place below the same root, whatever lies on the way.
+    """Whether a link of that name below a root leads to a place below the same root. Only names are looked at.
 
-    It may go up, from where it lies, and then down. Only names are looked at: a part of the way down that is a link
-    itself is judged for itself, and a way up from there, which would begin elsewhere, is no way.
+    It may go up, from where it lies, and then down; up again not, since a part of the way down may be a link itself.
     """
     way = [part for part in target.split("/") if part not in {"", "."}]
     up = next((count for count, part in enumerate(way) if part != ".."), len(way))

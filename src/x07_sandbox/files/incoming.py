@@ -1,7 +1,6 @@
 """What a guest says that its program has changed: taken as it comes, bounded, and not believed.
 
-Contents go to one file, each from a place of its own; what else is said goes into a list. Whether any of it may be
-done is for `judge` to say.
+Contents go to one file, what else is said to a list. Whether any of it may be done is for `judge` to say.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ if TYPE_CHECKING:
 
     from x07_sandbox.channel.trees import Event
 
-
 _PERMISSIONS: Final = 0o7777
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that the guest said of the root with that number. node: of what is there now, None for nothing more.
+    """One thing that the guest said of the root with that number. node: what is there now, None for nothing more.
 
     other: the mode (inode(7)) of something that no tree can hold.
     """

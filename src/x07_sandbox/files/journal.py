@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
@@ -133,21 +133,15 @@ def _write(folder: Path, phase: Phase, head: Head, steps: Iterable[Step]) -> Non
     part.unlink(missing_ok=True)
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
-        for line in _lines(head, steps):
-            file.write(line)
+        for value in (head, *steps):
+            file.write(_encode(value))
         file.flush()
         os.fsync(fd)
     part.rename(folder / phase)
     _sync_folder(folder)
 
 
-def _lines(head: Head, steps: Iterable[Step]) -> Iterator[bytes]:
-    yield _encode(head)
-    for step in steps:
-        yield _encode(step)
-
-
-def _encode(value: Head | Step) -> bytes:
+def _encode(value: msgspec.Struct) -> bytes:
     """A line in ASCII: names need not be UTF-8, and msgspec writes no lone surrogates."""
     return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode("ascii") + b"\n"
 

@@ -33,8 +33,7 @@ _Content = tuple[str, str, int, str]
 class Allowed(msgspec.Struct, frozen=True, kw_only=True):
     """What a policy allows to be done to folders and names.
 
-    made: folders that were not there and that it names as roots. For the program they were, and they are made if they
-    are to hold something, or to be something else.
+    made: roots that are there for the program only; on the host they are made once they hold something.
     """
 
     mkdir: bool
@@ -44,10 +43,10 @@ class Allowed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
-    """changes: those of a root, sorted by name. refused: every reason why one may not be done, sorted by name.
+    """changes: those of a root. refused: every reason why one may not be done. Both are sorted by name.
 
     What lies too deep, or is of no kind that a tree holds, is refused and no change. root_mode: which one the root, a
-    folder, was given. It stays as it is on the host: what is below a root is the program's, not the root.
+    folder, was given; on the host it keeps its own.
     """
 
     changes: tuple[Change, ...]
@@ -92,10 +91,11 @@ def judge(
     for name, why in protection.repositories({**before, **after, **stayed}, written).items():
         if name not in told_of:
             refused.append(Refused(name=name, rule="protected", why=why))
+    root = after.get("")
     return Judged(
         changes=tuple(changes),
         refused=tuple(sorted(refused, key=lambda refusal: refusal.name)),
-        root_mode=_root_mode(before.get(""), after.get("")),
+        root_mode=root.mode if root is not None and root.kind == "folder" and not root.same(before.get("")) else None,
     )
 
 
@@ -103,23 +103,12 @@ def _is_folder(node: Node | None) -> bool:
     return node is not None and node.kind == "folder"
 
 
-def _root_mode(before: Node | None, after: Node | None) -> int | None:
-    return after.mode if after is not None and after.kind == "folder" and not after.same(before) else None
-
-
-def _is_link(node: Node | None) -> bool:
-    return node is not None and node.kind == "link"
-
-
 def _same(one: Node | None, other: Node | None) -> bool:
     return one is other or (one is not None and one.same(other))
 
 
 def _near(told: Iterable[Told], most: int) -> tuple[list[Told], list[Refused]]:
-    """What lies no deeper than *most* parts; the rest is refused by its uppermost folder that does, and judged no more.
-
-    First of all, since everything else looks at each part of a name.
-    """
+    """What lies no deeper than *most* parts; the rest is refused by its uppermost folder that does, and not judged."""
     near: list[Told] = []
     deep: dict[str, int] = {}
     for one in told:
@@ -250,10 +239,7 @@ def _by_way_to_a_root(
 
 
 def _by_place(changes: Iterable[Change], stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:
-    """What would be put where something lies that stayed on the host, or would take away a folder in which it does.
-
-    It is known to be in the way before anything is compared with the host, which has not changed.
-    """
+    """What would be put where something lies that stayed on the host, or would take away a folder in which it does."""
     folders: set[str] = set()
     for change in changes:
         there = stayed.get(change.name)
@@ -301,10 +287,7 @@ def _by_deed(change: Change, allowed: Allowed, moved: set[str]) -> Iterator[Refu
 
 
 def _moved(changes: Sequence[Change]) -> set[str]:
-    """Names whose content is there under another that did not have it, each of these for one; folders whose all is.
-
-    A folder is its content: one that held nothing is the same as any that holds nothing.
-    """
+    """Names whose content is there under another that did not have it, each of these for one; folders whose all is."""
     held = folders_above(change.name for change in changes if change.before is not None)
     holding = folders_above(change.name for change in changes if change.after is not None)
     new: dict[_Content, int] = defaultdict(int)

@@ -12,7 +12,7 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.files import changes as data_model
 from x07_sandbox.files import contents
 from x07_sandbox.files.steps import AWAY, OPENED, displaced_slot
-from x07_sandbox.files.things import thing
+from x07_sandbox.files.things import listed, thing
 from x07_sandbox.host.paths import replace_file
 
 if TYPE_CHECKING:
@@ -29,10 +29,7 @@ _OPEN: Final = 0o300
 
 
 def undoes(folder: Path) -> dict[tuple[str, str], Change]:
-    """What is kept would bring back, by root and name; nothing where nothing is kept, or a half of it removed.
-
-    Raises ValueError if it is damaged, OSError.
-    """
+    """What is kept would bring back, by root and name. Raises ValueError if it is damaged, OSError."""
     try:
         kept = data_model.decode((folder / "undo" / _CHANGES).read_bytes())
     except FileNotFoundError:
@@ -60,7 +57,17 @@ def leave(folder: Path, undoing: ChangeSet | None) -> None:
 def keep(folder: Path, sites: list[Site], steps: list[Step]) -> None:
     """Copy all displaced contents, of which there is no other copy then. Raises OSError, HostError."""
     there = folder / _NEXT
-    _copy_all(there, sites, steps)
+    fd = os.open(there / _DATA, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        end = 0
+        for step in steps:
+            if step.undo_at >= 0 and step.before is not None:
+                _copy_one(fd, sites[step.place], step, step.before)
+                end = max(end, step.undo_at + step.before.size)
+        os.ftruncate(fd, end)  # with a hole there, if the last one ends in a hole
+        os.fsync(fd)
+    finally:
+        os.close(fd)
     (there / _PLANNED).rename(there / _CHANGES)
 
 
@@ -81,35 +88,19 @@ def drop(folder: Path) -> None:
 def discard(site: Site, known: dict[str, Ident] | None, mode: int | None = None) -> None:
     """Remove a staging folder, and in it what is *known*, or, if that is None, what has a name of ours.
 
-    mode: which its place has to have in the end, if we have set one. Raises HostError if there is something else in
-    it, OSError.
+    mode: which its place has to have in the end, if we have set one. Raises HostError if it holds more, OSError.
     """
     if site.staging_fd >= 0:
-        left = [name for name in _listed(site.staging_fd) if not _remove_slot(site.staging_fd, name, known)]
+        left = [name for name in listed(site.staging_fd) if not _remove_slot(site.staging_fd, name, known)]
         if left:
-            why = (
-                f"{site.path(site.place.staging)!a} holds {', '.join(map(ascii, sorted(left)[:5]))}, which is not ours"
-            )
+            names = ", ".join(map(ascii, sorted(left)[:5]))
+            why = f"{site.path(site.place.staging)!a} holds {names}, which is not ours"
             raise HostError("cannot clean up after the changes", why, "Move that away, then try again")
         if mode is not None and stat.S_IMODE(os.fstat(site.fd).st_mode) == mode:
             os.fchmod(site.fd, mode | _OPEN)  # else we could not remove anything from it
         os.rmdir(site.place.staging, dir_fd=site.fd)
     if mode is not None and stat.S_IMODE(os.fstat(site.fd).st_mode) == mode | _OPEN:
         os.fchmod(site.fd, mode)
-
-
-def _copy_all(there: Path, sites: list[Site], steps: list[Step]) -> None:
-    fd = os.open(there / _DATA, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        end = 0
-        for step in steps:
-            if step.undo_at >= 0 and step.before is not None:
-                _copy_one(fd, sites[step.place], step, step.before)
-                end = max(end, step.undo_at + step.before.size)
-        os.ftruncate(fd, end)  # with a hole there, if the last one ends in a hole
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _copy_one(fd: int, site: Site, step: Step, before: Node) -> None:
@@ -135,10 +126,6 @@ def _copy_one(fd: int, site: Site, step: Step, before: Node) -> None:
             raise lost from None
         finally:
             os.close(source)
-
-
-def _listed(fd: int) -> list[str]:
-    return os.listdir(fd)
 
 
 def _remove_slot(staging_fd: int, name: str, known: dict[str, Ident] | None) -> bool:

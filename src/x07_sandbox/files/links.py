@@ -9,8 +9,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.changes import Node
 
-OUT: Final = ".."
-"""In place of a name: out of the tree."""
+OUT: Final = ".."  # in place of a name: out of the tree
 _NESTED_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 

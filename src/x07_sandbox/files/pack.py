@@ -45,17 +45,12 @@ def pack_tree(
         check_name(name, f"the files of {root}")
         data, mode = folder.content(name, left)
         left -= len(data)
-        if left < 0:
-            why = f"its files have more than {settings.SOURCE_MAX_BYTES} bytes"
-            raise folder.refused(why, "Name fewer files, or take out what is not needed")
         found[name] = data, 0o755 if mode & 0o100 else 0o644
-        if len(found) > FILES_MAX:
-            why = f"its files are more than {FILES_MAX}"
-            raise folder.refused(why, "Name fewer files, or take out what is not needed")
-    return Packed(
-        archive=_archive({name: found[name] for name in sorted(found)}),
-        files={name: found[name][0] for name in sorted(found)},
-    )
+        if left < 0 or len(found) > FILES_MAX:
+            many = f"are more than {FILES_MAX}" if left >= 0 else f"have more than {settings.SOURCE_MAX_BYTES} bytes"
+            raise folder.refused(f"its files {many}", "Name fewer files, or take out what is not needed")
+    ordered = dict(sorted(found.items()))
+    return Packed(archive=_archive(ordered), files={name: data for name, (data, _) in ordered.items()})
 
 
 def pack_files(files: Mapping[str, bytes], what: str) -> Packed:
@@ -72,7 +67,7 @@ def pack_files(files: Mapping[str, bytes], what: str) -> Packed:
     for name in files:
         if any(str(parent) in names for parent in PurePosixPath(name).parents):
             raise UsageError(f"cannot take {what}", f"{name!r} lies below a file", "Rename one of them")
-    ordered = {name: files[name] for name in sorted(files)}
+    ordered = dict(sorted(files.items()))
     return Packed(archive=_archive({name: (data, 0o644) for name, data in ordered.items()}), files=ordered)
 
 

@@ -31,7 +31,6 @@ PAIRS_MAX: Final = 20_000_000
 _PAIRS_OF_ONE_MAX: Final = 5_000_000
 _CONTEXT: Final = 3
 _PLAIN: Final = re.compile(rb"[\x20-\x21\x23-\x5b\x5d-\x7e]+")
-_ASCII: Final = 128
 _MODES: Final = {"file": 0o100000, "link": 0o120000}
 
 
@@ -218,23 +217,10 @@ def _quoted(name: bytes) -> bytes:
     """As git quotes names: plain where it can be."""
     if _PLAIN.fullmatch(name):
         return name
-    short = {
-        0x07: b"a",
-        0x08: b"b",
-        0x09: b"t",
-        0x0A: b"n",
-        0x0B: b"v",
-        0x0C: b"f",
-        0x0D: b"r",
-        0x22: b'"',
-        0x5C: b"\\",
-    }
-    out = b"".join(
-        b"\\" + short[byte]
-        if byte in short
-        else bytes([byte])
-        if chr(byte).isprintable() and byte < _ASCII
-        else b"\\%03o" % byte
-        for byte in name
-    )
-    return b'"' + out + b'"'
+    return b'"' + b"".join(map(_escaped, name)) + b'"'
+
+
+def _escaped(byte: int) -> bytes:
+    if (at := b'\a\b\t\n\v\f\r"\\'.find(byte)) >= 0:
+        return b"\\" + b'abtnvfr"\\'[at : at + 1]
+    return bytes([byte]) if b" "[0] <= byte <= b"~"[0] else b"\\%03o" % byte

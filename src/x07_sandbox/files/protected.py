@@ -75,12 +75,9 @@ class Protection:
     """What is protected below one root.
 
     root: its path on the host; what lies below a protected folder is protected. repository: the folder around the root
-        that git takes for one, if there is any.
-    own: further names that are protected, say the policy in use.
-    allowed: patterns that the host's owner has let go, each for a path from the root or a part of it, and then all its
-        parts that are protected are let; of the root's own path, for such parts, and, where the root itself is meant,
-        for its last one.
-    kept: paths on the host below which x07 keeps what it trusts itself: nobody can let go what lies there.
+    that git takes for one. own: further names that are protected, say the policy in use. allowed: patterns that the
+    host's owner has let go, each for a path from the root, or a part of that or of the root's own path; of a path all
+    protected parts are let. kept: paths below which x07 keeps what it trusts itself: nobody can let go what lies there.
     """
 
     def __init__(
@@ -182,10 +179,7 @@ def _of_repository(where: str) -> str:
 
 
 def repository_around(root: str) -> str:
-    """The path of a folder in which *root* lies, and which git takes for a repository; empty for none.
-
-    A `.git` on the way belongs to a work tree of its own, and git looks no further.
-    """
+    """The folder around *root* that git takes for a repository, or "". At a `.git` on the way git looks no further."""
     here = root
     while here.strip("/") and not os.path.lexists(f"{here}/.git"):
         here = posixpath.dirname(here)
@@ -196,10 +190,7 @@ def repository_around(root: str) -> str:
 
 
 def _inherited(folder: str, known: dict[str, str | None], own: Callable[[str], str | None]) -> str | None:
-    """What *own* says of the uppermost folder that it says something of, of those above *folder* and itself.
-
-    known: what was found for folders before, so that each is asked about once.
-    """
+    """What *own* says of the uppermost folder, *folder* or one above it, that it says something of. known: a cache."""
     way = []
     while folder not in known:
         way.append(folder)

@@ -1,7 +1,4 @@
-"""Which folders of the host a policy opens, where they lie in the guest, and which of them travel together.
-
-Where they lie there is for plan/places to say.
-"""
+"""Which folders of the host a policy opens, and which of them travel together; plan/places says where to."""
 
 from __future__ import annotations
 
@@ -49,10 +46,7 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tree(msgspec.Struct, frozen=True, kw_only=True):
-    """What travels as one.
-
-    host: the folder whose entries are named from there. only: where a root is a single file, its name in that folder.
-    """
+    """What travels as one. host: the folder from which names go. only: the name there of a root that is one file."""
 
     host: str
     only: str
@@ -60,10 +54,7 @@ class Tree(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def roots_of(policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
-    """The roots that a policy opens, relative ones below *base* on the host.
-
-    What has no place in the guest is left out: the plan has refused it.
-    """
+    """The roots that a policy opens, relative ones below *base*. The plan refuses what has no place in the guest."""
     if not policy.fs.enabled:
         return ()
     found = []
@@ -103,12 +94,7 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
         sub = "" if root.host == base else os.path.relpath(root.host, base)
         state = states[root.host]
         found[root.guest] = Mount(
-            sub=sub,
-            at=root.guest,
-            host=root.host,
-            write=write,
-            missing=state == "missing",
-            single=state == "file",
+            sub=sub, at=root.guest, host=root.host, write=write, missing=state == "missing", single=state == "file"
         )
     return tuple(found.values())
 

@@ -39,8 +39,8 @@ class Planner:
     def add(self, place: int, items: Iterable[Item]) -> None:
         """The steps of one root. items: each folder before what is in it.
 
-        Folders that are closed to their owner are opened first; what goes, goes from the deepest; what comes, comes
-        from the top; and folders get the modes that they are to have when nothing is to be done in them any more.
+        Folders closed to their owner are opened first; the deepest goes first, the uppermost comes first; folders get
+        their modes at the end.
         """
         opening, going, coming, closing = list[Step](), list[Step](), list[Step](), list[Step]()
         for item in items:
@@ -88,10 +88,7 @@ class Planner:
 
 
 def _has_other_names(item: Item) -> bool:
-    """Whether another mode would be that of names too that the set does not mean, wherever they are.
-
-    In the machine each name was a file of its own. So it becomes one, and the others stay as they are.
-    """
+    """Whether another mode would be that of other names too. In the machine each was a file of its own."""
     return item.info is not None and stat.S_ISREG(item.info.st_mode) and item.info.st_nlink > 1
 
 
@@ -186,13 +183,8 @@ def undo_changes(items: Iterable[Item], steps: Iterable[Step]) -> Iterator[Chang
         before, after = item.change.before, item.change.after
         if before is not None and before.same(after):
             continue
-        yield _reverse(item.change, at.get(item.name))
-
-
-def _reverse(change: Change, at: int | None) -> Change:
-    before, after = change.before, change.after
-    return msgspec.structs.replace(
-        change,
-        before=after and msgspec.structs.replace(after, at=None),
-        after=before and msgspec.structs.replace(before, at=at, mode=before.mode & 0o777),
-    )
+        yield msgspec.structs.replace(
+            item.change,
+            before=after and msgspec.structs.replace(after, at=None),
+            after=before and msgspec.structs.replace(before, at=at.get(item.name), mode=before.mode & 0o777),
+        )

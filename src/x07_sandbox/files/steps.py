@@ -16,12 +16,8 @@ from x07_sandbox.host import beneath
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-AWAY: Final = ".old"
-"""Ends the name of what was taken away first, where names cannot change places."""
-
-OPENED: Final = 0o600
-"""What a displaced file that its owner must not read has while we read it."""
-
+AWAY: Final = ".old"  # ends the name of what was taken away first, where names cannot change places
+OPENED: Final = 0o600  # mode of a displaced file that its owner must not read, while we read it
 _CONFLICTS: Final = {*NOTHING, errno.EEXIST, errno.ENOTEMPTY}
 
 
@@ -42,7 +38,7 @@ class Site(msgspec.Struct, kw_only=True):
 
 
 def ready(site: Site, step: Step) -> None:
-    """See that a mode can be given. Raises ConflictError: it is not begun then.
+    """See that a mode can be given. Raises ConflictError before the step is begun.
 
     To undo one that was not done would take away the same mode that somebody else has given meanwhile.
     """
@@ -53,9 +49,9 @@ def ready(site: Site, step: Step) -> None:
 
 
 def do(site: Site, step: Step) -> None:
-    """Do it, then see that what it displaced is what it should be. Raises ConflictError, OSError; it may be done then.
+    """Do it, then check what it displaced, which anybody may have changed since all was checked.
 
-    Between the check of all and this anybody can have changed anything.
+    Raises ConflictError, OSError; the step may be done then.
     """
     if step.kind == "mode":
         if site.modes:
@@ -114,10 +110,7 @@ def _remove_folder(site: Site, step: Step, folder: int, name: str) -> None:
 
 
 def undo(site: Site, step: Step) -> bool:
-    """Have it undone, whether it was done or not. Raises OSError.
-
-    False while something of others is in the way, or what is ours is not where it should be.
-    """
+    """Undo it, done or not; False while others are in the way, or ours is not in its place. Raises OSError."""
     if step.kind == "mode":
         return _undo_mode(site, step)
     try:

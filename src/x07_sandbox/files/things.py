@@ -34,10 +34,8 @@ class ConflictError(SandboxError):
     names: absolute paths that are not as the set says they were, at most NAMES_MAX. count: of all.
     """
 
-    def __init__(self, what: str, why: str, fix: str) -> None:
-        super().__init__(what, why, fix)
-        self.names: tuple[str, ...] = ()
-        self.count = 0
+    names: tuple[str, ...] = ()
+    count: int = 0
 
 
 def conflict(names: Sequence[str]) -> ConflictError:
@@ -138,13 +136,16 @@ def thing(dir_fd: int, name: str) -> Iterator[Thing | None]:
         if exc.errno not in NOTHING:
             raise
         fd = -1
-    if fd < 0:
-        yield None
-        return
     try:
-        yield Thing(fd)
+        yield Thing(fd) if fd >= 0 else None
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
+
+
+def listed(fd: int) -> list[str]:
+    """Names in an opened folder. Raises OSError."""
+    return os.listdir(fd)
 
 
 def ident_of(dir_fd: int, name: str) -> Ident | None:

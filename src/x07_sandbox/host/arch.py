@@ -1,7 +1,4 @@
-"""The one table of what depends on the machine's architecture.
-
-Only x86_64 has been run; the aarch64 row holds what its packages are called and is marked untested.
-"""
+"""The one table of what depends on the machine's architecture. Only x86_64 has been run."""
 
 from __future__ import annotations
 
@@ -109,8 +106,6 @@ def host_arch() -> Arch:
     try:
         return ARCHES[name]
     except KeyError:
-        raise HostError(
-            f"no virtual machine for architecture {name}",
-            f"only {', '.join(sorted(ARCHES))} have a row in host/arch.py",
-            "Run x07 on one of these machines",
-        ) from None
+        why = f"only {', '.join(sorted(ARCHES))} have a row in host/arch.py"
+        what = f"no virtual machine for architecture {name}"
+        raise HostError(what, why, "Run x07 on one of these machines") from None

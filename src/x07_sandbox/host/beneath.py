@@ -42,10 +42,9 @@ def open_root(path: str) -> int:
 
 
 def look(dir_fd: int, name: str) -> int:
-    """An O_PATH descriptor of what is under a name, a link itself and not what it leads to.
+    """An O_PATH descriptor of what is under a relative name ("." is the folder itself), of a link that itself.
 
-    name: relative, parts divided by '/'; "." is the folder itself. Raises OSError: ELOOP or ENOTDIR where something
-    on the way is no folder, EXDEV at a mount point.
+    Raises OSError: ELOOP or ENOTDIR where something on the way is no folder, EXDEV at a mount point.
     """
     flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
     found = _openat2(dir_fd, name, flags, _NO_SYMLINKS | _NO_XDEV | _BENEATH)
@@ -77,8 +76,7 @@ def exchange(fd: int, name: str, other_fd: int, other: str) -> bool:
 def move(fd: int, name: str, to_fd: int, to: str) -> None:
     """Give a thing another name, under which there must be nothing. Raises OSError: FileExistsError if there is."""
     code = _renameat2(fd, name, to_fd, to, _NOREPLACE)
-    # That there is something is said before it is said that the file system cannot: it may be what one of us has
-    # linked there who was killed then.
+    # EEXIST comes before EINVAL, and what is there may be what one of us, killed then, has linked.
     if code in _CANNOT or (code == errno.EEXIST and _one(fd, name, to_fd, to)):
         _move_by_link(fd, name, to_fd, to)
     elif code:
@@ -98,8 +96,7 @@ def _move_by_link(fd: int, name: str, to_fd: int, to: str) -> None:
         if linked:
             os.unlink(name, dir_fd=fd)
             return
-    # Without links, or for a folder, nothing is better than a look. What another process puts there right now is
-    # lost, unless it is a folder with something in it.
+    # Without links, or for a folder, we can only look. What another process puts there right now is lost.
     with contextlib.suppress(FileNotFoundError):
         os.stat(to, dir_fd=to_fd, follow_symlinks=False)
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), to)

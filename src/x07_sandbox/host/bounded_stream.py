@@ -1,7 +1,4 @@
-"""Streams of the VMM besides the channel: console, QMP replies, its own messages.
-
-Hostile, bounded, and kept for diagnosis.
-"""
+"""Streams of the VMM besides the channel, hostile and bounded: console, QMP replies, its own messages."""
 
 from __future__ import annotations
 

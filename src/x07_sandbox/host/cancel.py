@@ -66,10 +66,7 @@ class Cancel:
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """Whoever asked for a job: told of what takes seconds, and able to cancel it.
-
-    progress: gets a line of text before something that takes seconds, and "" when that is over.
-    """
+    """Whoever asked for a job. progress: gets a line before something that takes seconds, and "" when it is over."""
 
     cancel: Cancel
     progress: Callable[[str], None] = lambda _text: None

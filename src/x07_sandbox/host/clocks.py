@@ -22,10 +22,7 @@ def unix_ns() -> int:
 
 
 class Deadline(msgspec.Struct, frozen=True):
-    """A point in time that nested calls share.
-
-    at: seconds on the clock's scale.
-    """
+    """A point in time that nested calls share. at: seconds on the clock's scale."""
 
     at: float
     clock: Callable[[], float] = time.monotonic

@@ -21,7 +21,7 @@ Status = Literal["created", "unchanged", "overwritten", "exists_different"]
 
 
 def project_root(project: Path | None) -> Path:
-    """The folder of the project's file; without one the nearest folder above that holds x07.json, else this folder.
+    """The folder of the file *project*; without one the nearest folder above that holds x07.json, else this folder.
 
     Raises UsageError if *project* is no file, or the current folder is gone.
     """
@@ -39,9 +39,8 @@ def write_document(
 ) -> Status:
     """Put *data* below *root* as the file that *parts* lead to, atomically; folders on the way are made.
 
-    A link on the way is refused: a project's tree may come from anybody, and must not lead us out of it. The way to
-    *root* itself is the user's own. A file with another content is left alone unless *overwrite*. fix: what to do where
-    it cannot be written. Raises UsageError.
+    A link below *root* is refused: a project may come from anybody, and must not lead us out of it. A file with another
+    content is left alone unless *overwrite*. fix: what to do where it cannot be written. Raises UsageError.
     """
     path = root.joinpath(*parts)
     *folders, name = parts

@@ -1,8 +1,7 @@
 """Descriptors that are this process's alone: a child that is forked from it must not hold them open.
 
-A lock (flock(2)), a connection and what a pipe's reader waits for last as long as any copy of their descriptor is open.
-All are closed on exec; but a Python program may fork without executing, in multiprocessing say, and that child would
-keep a dead parent's locks, and a live one's machine waiting at its gate.
+A lock (flock(2)), a connection and a pipe last as long as any copy of their descriptor is open. All are closed on exec;
+but a child of multiprocessing, say, executes nothing, and would keep a dead parent's locks.
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ def forget(fd: int) -> None:
 
 
 def none_meanwhile() -> contextlib.AbstractContextManager[object]:
-    """Around subprocess.Popen: other threads that fork wait until it is done.
-
-    It waits for the end of a pipe of its own, which such a child would hold open.
-    """
+    """Around subprocess.Popen, which waits for the end of a pipe that a child forked meanwhile would hold open."""
     return _starting
 
 

@@ -31,9 +31,8 @@ def file_lock(
 ) -> Iterator[None]:
     """Hold an exclusive flock(2) on *path*, which is made when missing and never removed.
 
-    on_wait is called once when another process holds the lock, before waiting for it. most_s: how long to wait.
-    Raises TimeoutError after that: the other may be stopped, by Ctrl-Z say. pause: waits a moment, again and again
-    until then; what it raises ends the wait.
+    on_wait: called once before waiting. most_s: how long to wait; then TimeoutError is raised, since the other process
+    may be stopped. pause: waits a moment, again and again; what it raises ends the wait.
     """
     fd = forks.keep(open_own(path, os.O_RDWR))
     try:
@@ -55,7 +54,7 @@ def opened_lock(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> 
 
 
 def share_folder(path: Path) -> int:
-    """A descriptor of a folder, under a shared flock(2) until it is closed: nobody removes it meanwhile.
+    """A descriptor of a folder under a shared flock(2), so that nobody removes it.
 
     Raises OSError, BlockingIOError where somebody is removing it.
     """

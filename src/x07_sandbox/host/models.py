@@ -13,10 +13,9 @@ _known: Final[set[object]] = set()
 
 
 def known(model: type[_Model]) -> type[_Model]:
-    """*model*, when msgspec knows all of it: what every decoding by a type of ours is given.
+    """*model*, once msgspec knows all of it; given to every decoding.
 
-    msgspec 0.22 learns what is in a type when it is first used, and keeps what it knows before it knows all: a thread
-    that uses the type meanwhile ends the whole process by a segmentation fault. So one thread at a time has it learn.
+    msgspec 0.22 learns a type when it is first used; a second thread that uses the half-known type dies of SIGSEGV.
     """
     if model not in _known:
         with _lock:

@@ -47,24 +47,20 @@ def one_slash(path: str) -> str:
 def _home() -> Path:
     home = os.environ.get("HOME")
     if not home:
-        raise HostError(
-            "no place for state and images", "HOME is not set", "Set HOME, or X07_VM_STATE_DIR and X07_VM_CACHE_DIR"
-        )
+        fix = "Set HOME, or X07_VM_STATE_DIR and X07_VM_CACHE_DIR"
+        raise HostError("no place for state and images", "HOME is not set", fix)
     return _absolute(home, "HOME")
 
 
 def private_dir(path: Path) -> Path:
-    """Make *path* (and what is missing above it) with mode 0700, and check that it is ours alone.
+    """Make *path* (and what is missing above it) with mode 0700, and check that it is ours alone. Raises HostError.
 
-    Every component is opened without following links, so that nobody can lead us elsewhere. The last
-    folder must belong to the effective uid and be closed to group and others; folders above it must
-    belong to that uid or to root and not be writable by others, but for sticky ones like /tmp.
-    Raises HostError.
+    No link is followed. The last folder must belong to the effective uid and be closed to group and others; folders
+    above it must belong to that uid or to root and not be writable by others, but for sticky ones like /tmp.
     """
     if not path.is_absolute() or ".." in path.parts or len(path.parts) == 1:
-        raise HostError(
-            f"cannot use folder {path}", "it is not a plain absolute path", "Give an absolute path without '..'"
-        )
+        why = "it is not a plain absolute path"
+        raise HostError(f"cannot use folder {path}", why, "Give an absolute path without '..'")
     fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for depth, part in enumerate(path.parts[1:], start=1):
@@ -80,10 +76,7 @@ def private_dir(path: Path) -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """A folder of the cache. The cache is ours alone too, which is found out before anything is put there.
-
-    Raises HostError.
-    """
+    """A folder of the cache; both are checked by private_dir(). Raises HostError."""
     return private_dir(private_dir(cache_dir()) / name)
 
 
@@ -191,27 +184,18 @@ def _open_folder(dir_fd: int, part: str, here: Path) -> int:
     except OSError as exc:
         if exc.errno not in {errno.ELOOP, errno.ENOTDIR}:
             raise
-        raise HostError(
-            f"cannot use folder {here}",
-            f"it is a link or no folder ({exc.strerror})",
-            "Name the real folder instead of the link",
-        ) from exc
+        why = f"it is a link or no folder ({exc.strerror})"
+        raise HostError(f"cannot use folder {here}", why, "Name the real folder instead of the link") from exc
 
 
 def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) -> None:
-    uid = os.geteuid()
-    if last and not made and (info.st_uid != uid or info.st_mode & 0o077):
-        raise HostError(
-            f"cannot use folder {here}",
-            f"it is uid {info.st_uid}'s with mode {stat.S_IMODE(info.st_mode):04o}, and must be yours with 0700",
-            _how_to_be_private(info, here),
-        )
+    what, uid, mode = f"cannot use folder {here}", info.st_uid, f"{stat.S_IMODE(info.st_mode):04o}"
+    if last and not made and (uid != os.geteuid() or info.st_mode & 0o077):
+        why = f"it is uid {uid}'s with mode {mode}, and must be yours with 0700"
+        raise HostError(what, why, _how_to_be_private(info, here))
     if _others_can_change(info):
-        raise HostError(
-            f"cannot use folder {here}",
-            f"others can change it (uid {info.st_uid}, mode {stat.S_IMODE(info.st_mode):04o})",
-            "Choose a folder below one that only you or root can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR",
-        )
+        fix = "Choose a folder below one that only you or root can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR"
+        raise HostError(what, f"others can change it (uid {uid}, mode {mode})", fix)
 
 
 def _others_can_change(info: os.stat_result) -> bool:
@@ -221,11 +205,7 @@ def _others_can_change(info: os.stat_result) -> bool:
 
 
 def _how_to_be_private(info: os.stat_result, here: Path) -> str:
-    """What to do about a folder that is not ours alone.
-
-    To close it is right only where nobody else can be meant to use it. A sticky one is shared, and one of root's may
-    hold a part of the system: closing /tmp or /var/lib would break the host.
-    """
+    """What to do about a folder that is not ours alone. To close a shared one, /tmp say, could break the host."""
     uid = os.geteuid()
     shared = bool(info.st_mode & (stat.S_ISVTX | stat.S_IWGRP | stat.S_IWOTH))
     if info.st_uid == uid != 0 and not shared:

@@ -35,10 +35,7 @@ def pid_namespace() -> str:
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """One process of one boot.
-
-    start_ticks: field 22 of proc(5) stat, clock ticks since boot.
-    """
+    """One process of one boot. start_ticks: field 22 of proc(5) stat, clock ticks since boot."""
 
     pid: int
     start_ticks: int

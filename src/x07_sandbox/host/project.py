@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 
 
 class ProjectFolder:
-    """The project at *root*. Names are relative to it, and any part of them may be a link.
+    """The project at *root*. Names are relative to it; a link counts as what it leads to, if that lies in it too.
 
-    A link counts as what it leads to, if that lies in the project too. base: the real path of *root*. what: how errors
-    begin.
+    base: the real path of *root*. what: how errors begin.
     """
 
     def __init__(self, root: Path, what: str = "") -> None:
@@ -65,10 +64,7 @@ class ProjectFolder:
             return False
 
     def content(self, name: str, most: int) -> tuple[bytes, int]:
-        """A regular file's first *most* + 1 bytes, by which the caller sees that there are more, and its mode.
-
-        Raises UsageError.
-        """
+        """A regular file's first *most* + 1 bytes, to show if there are more, and its mode. Raises UsageError."""
         fd = self.open(name)
         with self._readable(name), os.fdopen(fd, "rb") as file:
             return file.read(most + 1), os.fstat(fd).st_mode

@@ -46,10 +46,7 @@ def host_error(exc: OSError | MemoryError) -> HostError | None:
 
 
 def out_of_cpu_time(status: int | None) -> str:
-    """What a machine did that ended with that exit status, where the shell's limit on CPU time ended it; else empty.
-
-    The hard limit holds for each process that we start; of a machine's the kernel tells by SIGXCPU (qemu/start).
-    """
+    """What a machine did, if its exit status is that of SIGXCPU: the shell's limit on CPU time ended it. Else empty."""
     return "used all the CPU time that this shell allows a process (ulimit -H -t)" if status in _OUT_OF_TIME else ""
 
 
@@ -59,10 +56,7 @@ def fix_of(exc: OSError, otherwise: str) -> str:
 
 
 def need_own_proc() -> None:
-    """Refuse a host whose /proc is missing or tells of another pid namespace: no process could be found in it.
-
-    Raises HostError.
-    """
+    """Raise HostError where /proc is missing or tells of another pid namespace: no process could be found in it."""
     try:
         number = Path("/proc/self").readlink().name
     except OSError as exc:

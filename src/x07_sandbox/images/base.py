@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import os
 import pwd
@@ -88,26 +87,16 @@ def read_base(folder: Path) -> Base | None:
 
 
 def check_base(folder: Path, base: Base) -> None:
-    """Make sure that all files of *base* are what base.json says, hashing what has changed since it was hashed.
-
-    Raises ImageError.
-    """
-    subject = verify.Subject(
-        name="the kept base of guest images",
-        record=folder.name,
-        sha256=verify.sha256_of,
-        fix="Run x07 image build, which fetches it anew",
-    )
+    """Check all files of *base* against base.json, hashing what changed since it was hashed. Raises ImageError."""
+    fix = "Run x07 image build, which fetches it anew"
+    subject = verify.Subject("the kept base of guest images", folder.name, verify.sha256_of, fix)
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(verify.opened_folder(folder, subject))
         verify.opened_parts(folder_fd, base.parts(), subject, stack)
 
 
 def make_base(work: Path, kind: Kind, progress: Callable[[str], None]) -> Path:
-    """A finished base folder below *work*, ready to be renamed to its place; without X07's toolchain.
-
-    Raises SandboxError.
-    """
+    """A finished base folder below *work*, without X07's toolchain, for its place. Raises SandboxError."""
     for name in ("mmdebstrap", "mkfs.erofs", "mke2fs", "dpkg-deb", "zstd", "apt-config", "bwrap"):
         commands.tool(name)
     found = sources.host_sources(kind.suite, kind.arch.deb, note=progress)
@@ -116,13 +105,9 @@ def make_base(work: Path, kind: Kind, progress: Callable[[str], None]) -> Path:
     _mmdebstrap(work, kind, progress)
     progress("taking the kernel apart")
     with (work / "kernel.tar").open("wb") as tar:
-        commands.run(
-            [commands.tool("dpkg-deb"), "--fsys-tarfile", str(work / "kernel.deb")],
-            cwd=work,
-            timeout_s=120,
-            stdout_fd=tar.fileno(),
-        )
-    parts = kernel.read_package(work / "kernel.tar", functools.partial(_unzstd))
+        argv = [commands.tool("dpkg-deb"), "--fsys-tarfile", str(work / "kernel.deb")]
+        commands.run(argv, cwd=work, timeout_s=120, stdout_fd=tar.fileno())
+    parts = kernel.read_package(work / "kernel.tar", _unzstd)
     progress("making the root file system")
     folder = work / "base"
     folder.mkdir(mode=0o700)
@@ -145,9 +130,9 @@ def make_base(work: Path, kind: Kind, progress: Callable[[str], None]) -> Path:
 
 
 def add_x07(work: Path, folder: Path, base: Base, source: Path, digest: str) -> Path:
-    """The like, of the files of *base*, which lies in *folder*, and of X07's toolchain. digest: that of *source*.
+    """A base folder like *base* in *folder*, with the toolchain at *source* appended to its root file system.
 
-    Its files are appended to the root file system, so that nothing has to be fetched again. Raises SandboxError.
+    digest: of *source*. Raises SandboxError.
     """
     made, tar = work / "base", work / "x07.tar"
     made.mkdir(mode=0o700)
@@ -175,12 +160,9 @@ def _put_record(folder: Path, base: Base) -> None:
 def _mmdebstrap(work: Path, kind: Kind, progress: Callable[[str], None]) -> None:
     settings = sources.fetch_settings(commands.capture([commands.tool("apt-config"), "dump"]).decode(errors="replace"))
     # Names and passwords for a private mirror; apt reads them on the host and they never enter the tree.
-    for option, path in (
-        ("Dir::Etc::netrc", Path("/etc/apt/auth.conf")),
-        ("Dir::Etc::netrcparts", Path("/etc/apt/auth.conf.d")),
-    ):
+    for option, path in (("netrc", "/etc/apt/auth.conf"), ("netrcparts", "/etc/apt/auth.conf.d")):
         if os.access(path, os.R_OK):
-            settings.append(f'{option} "{path}";')
+            settings.append(f'Dir::Etc::{option} "{path}";')
     tree = work / TREE
     tree.mkdir(mode=0o700)
     check_space(work, NEEDED_BYTES)
@@ -216,26 +198,20 @@ def own_namespaces() -> list[str]:
 
 def _check_sub_uids() -> None:
     """That this user has ranges of subordinate uids and gids, by name or number (subuid(5)). Raises HostError."""
-    uid = os.geteuid()
+    uid, what = os.geteuid(), "cannot build the guest image"
     try:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
-        raise HostError(
-            "cannot build the guest image",
-            f"uid {uid} has no entry in the passwd file, and so no subordinate uids",
-            "Build it as a user who has a name, or as root",
-        ) from None
+        why = f"uid {uid} has no entry in the passwd file, and so no subordinate uids"
+        raise HostError(what, why, "Build it as a user who has a name, or as root") from None
     for path in ("/etc/subuid", "/etc/subgid"):
         try:
             owners = {line.partition(":")[0] for line in Path(path).read_text(encoding="utf-8").splitlines()}
         except OSError:
             owners = set()
         if not owners & {name, str(uid)}:
-            raise HostError(
-                "cannot build the guest image",
-                f"{path} gives {name} no range",
-                f"Run usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name} as root",
-            )
+            fix = f"Run usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name} as root"
+            raise HostError(what, f"{path} gives {name} no range", fix)
 
 
 def remove_work(work: Path, progress: Callable[[str], None]) -> None:
@@ -263,11 +239,9 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     info = os.statvfs(folder)
     free = info.f_bavail * info.f_frsize
     if free < needed_bytes:
-        raise HostError(
-            "cannot build the guest image",
-            f"{folder.parent} has {free // 1024**2} MiB free, and a build needs {needed_bytes // 1024**2}",
-            "Free some space, or set X07_VM_CACHE_DIR to a larger disk",
-        )
+        why = f"{folder.parent} has {free // 1024**2} MiB free, and a build needs {needed_bytes // 1024**2}"
+        fix = "Free some space, or set X07_VM_CACHE_DIR to a larger disk"
+        raise HostError("cannot build the guest image", why, fix)
 
 
 def _unzstd(data: bytes) -> bytes:
@@ -281,14 +255,8 @@ def _packages(work: Path) -> list[manifest.Package]:
         for stanza in sources.parse_deb822((work / "dpkg-status").read_text(errors="replace"))
         if stanza.get("Status", "").endswith(" installed")
     ]
-    shown = commands.capture(
-        [
-            commands.tool("dpkg-deb"),
-            "--show",
-            "--showformat=${Package} ${Version} ${Architecture}",
-            str(work / "kernel.deb"),
-        ]
-    )
+    fields = "--showformat=${Package} ${Version} ${Architecture}"
+    shown = commands.capture([commands.tool("dpkg-deb"), "--show", fields, str(work / "kernel.deb")])
     name, version, arch = shown.decode().split()
     packages.append(manifest.Package(name=name, version=version, arch=arch))
     return sorted(packages, key=lambda package: (package.name, package.arch))
@@ -296,16 +264,14 @@ def _packages(work: Path) -> list[manifest.Package]:
 
 def put(folder: Path, name: str, data: bytes) -> manifest.Part:
     """Write a new file of an image: complete on disk, read-only."""
-    path = folder / name
-    with path.open("xb") as file:
+    with (folder / name).open("xb") as file:
         file.write(data)
     return part_of(folder, name)
 
 
 def part_of(folder: Path, name: str) -> manifest.Part:
     """Hash, sync and close a finished file of an image."""
-    path = folder / name
-    with path.open("rb") as file:
+    with (folder / name).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fchmod(file.fileno(), stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
         os.fsync(file.fileno())

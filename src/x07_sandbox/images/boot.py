@@ -22,18 +22,8 @@ UNPACKED_MAX = 3  # times the size of a root file system, which takes 2.2 when i
 _PAGE = 4096
 AGENT_MODE = 0o400
 GUEST_TMP = "/tmp"  # noqa: S108 - inside the built root
-COMPILE = (
-    "gcc",
-    "-std=gnu17",
-    "-static",
-    "-Os",
-    "-s",
-    "-Wall",
-    "-Wl,--build-id=none",
-    "-o",
-    "/opt/x07/init",
-    "/x07/" + guestcode.INIT,
-)
+GCC = ("gcc", "-std=gnu17", "-static", "-Os", "-s", "-Wall", "-Wl,--build-id=none")
+COMPILE = (*GCC, "-o", "/opt/x07/init", "/x07/" + guestcode.INIT)
 PYTHON = ("python3", "-I", "-S")
 FILTERS = (*PYTHON, "/x07/" + guestcode.FILTERS, "/opt/x07/data")
 PLACES = (*PYTHON, "/x07/" + guestcode.PLACES, "/opt/x07/data/places.json")
@@ -69,15 +59,8 @@ def make_initrd(
 
 def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...]) -> list[str]:
     """The command line that runs *command* in *root*: source at /x07, target, writable, at /opt/x07."""
-    argv = [
-        commands.tool("bwrap"),
-        "--unshare-all",
-        "--die-with-parent",
-        "--new-session",
-        "--cap-drop",
-        "ALL",
-        "--clearenv",
-    ]
+    argv = [commands.tool("bwrap"), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    argv.append("--clearenv")
     for name, value in (("PATH", "/usr/bin:/bin"), ("LC_ALL", "C.UTF-8"), ("SOURCE_DATE_EPOCH", str(commands.EPOCH))):
         argv += ["--setenv", name, value]
     argv += ["--ro-bind", str(root), "/", "--dev", "/dev", "--tmpfs", GUEST_TMP]
@@ -99,11 +82,8 @@ def pack(init: bytes, agent: bytes, base_folder: Path, base: Base) -> bytes:
         cpio.file(f"modules/net/{part.file.removeprefix('net-')}", (base_folder / part.file).read_bytes())
         for part in base.net
     ]
-    return _filled(cpio.pack(entries), host_arch().initrd_tail_bytes)
-
-
-def _filled(archive: bytes, tail_bytes: int | None) -> bytes:
-    """The archive with zeros behind it, which the kernel skips, so that it fills so much of its last page."""
+    archive, tail_bytes = cpio.pack(entries), host_arch().initrd_tail_bytes
+    # The kernel skips zeros behind it.
     return archive if tail_bytes is None else archive + b"\0" * ((tail_bytes - len(archive)) % _PAGE)
 
 

@@ -43,14 +43,12 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
     fresh: bool = False,
     code: guestcode.GuestCode | None = None,
 ) -> Image:
-    """The image for this installation's guest code, called *name* from now on.
+    """The image for this installation's guest code, called *name* from now on; what is damaged is made anew.
 
-    include: further Debian packages. preload: Python modules that a program on a saved machine finds imported.
-    x07: folder of X07's toolchain. Each None: what the image of this name has by now.
-    fresh: fetch and unpack the packages again although a base is there.
-    code: what runs in the guest; this installation's if None.
-    progress: called with one line of text at a time. Raises SandboxError; then nothing has changed.
-    What is there already is verified before it is used; what is damaged is made anew.
+    include: further Debian packages. preload: Python modules that a program on a saved machine finds imported. x07:
+    folder of X07's toolchain. Each None: what the image of this name has by now. fresh: fetch and unpack the packages
+    again. code: what runs in the guest; this installation's if None. progress: called with one line of text at a time.
+    Raises SandboxError; then nothing has changed.
     """
     store.check_name(name)
     asked_packages = None if include is None else recipe.check_packages(include)
@@ -60,7 +58,7 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
         for left in leftovers():
             bases.remove_work(left, progress)
         more = _extras(name, asked_packages, asked_modules, progress)
-        work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=_work_dir()))
+        work = _new_work()
         try:
             if x07 is not None:
                 progress(f"copying the X07 toolchain {x07}")
@@ -73,13 +71,7 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
 
 
 def _build(
-    work: Path,
-    images: Path,
-    more: Extras,
-    progress: Callable[[str], None],
-    *,
-    fresh: bool,
-    code: guestcode.GuestCode,
+    work: Path, images: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool, code: guestcode.GuestCode
 ) -> str:
     arch = host_arch()
     suite = sources.release_codename()
@@ -110,8 +102,7 @@ def _build(
     place = work / "image"
     whole = _second_stage(place, folder, base, code, draft, progress)
     target = images / whole.digest.removeprefix("sha256:")
-    if target.exists():
-        # Of the same name and yet not taken by _known: damaged.
+    if target.exists():  # and yet not taken by _known: damaged
         target.rename(work / "old-image")
     place.rename(target)
     return target.name
@@ -120,10 +111,7 @@ def _build(
 def _extras(
     name: str, packages: tuple[str, ...] | None, modules: tuple[str, ...] | None, progress: Callable[[str], None]
 ) -> Extras:
-    """What is asked for, and where nothing is, what the image called *name* has.
-
-    Raises ImageError where there is one that cannot tell of its packages.
-    """
+    """What is asked for, else what the image called *name* has. Raises ImageError where that cannot be told."""
     try:
         image = store.named(name)
     except ImageError as exc:
@@ -170,9 +158,8 @@ def _new_base(
 ) -> bases.Base:
     if kind.x07:
         if not (work / X07_COPY).exists():
-            raise ImageError(
-                "cannot make the image anew", "its X07 toolchain is not here", "Name it again: --x07-toolchain DIR"
-            )
+            why = "its X07 toolchain is not here"
+            raise ImageError("cannot make the image anew", why, "Name it again: --x07-toolchain DIR")
         plain = msgspec.structs.replace(kind, x07="")
         below = folder.with_name(f"base-{plain.key}")
         base = None if fresh else bases.read_base(below)
@@ -182,8 +169,7 @@ def _new_base(
         made = bases.add_x07(work, below, base, work / X07_COPY, kind.x07)
     else:
         made = bases.make_base(work, kind, progress)
-    if folder.exists():
-        # Images hold the old base's files by links of their own.
+    if folder.exists():  # images hold its files by links of their own
         folder.rename(work / f"old-{folder.name}")
     made.rename(folder)
     written = bases.read_base(folder)
@@ -215,21 +201,21 @@ def _second_stage(
     return whole
 
 
-def _work_dir() -> Path:
-    return cache_folder("tmp")
-
-
 def leftovers() -> list[Path]:
     """What killed builds left; whoever asks holds the lock of the store, so that nobody works there."""
-    return sorted(_work_dir().glob(f"{WORK_PREFIX}*"))
+    return sorted(cache_folder("tmp").glob(f"{WORK_PREFIX}*"))
+
+
+def _new_work() -> Path:
+    return Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=cache_folder("tmp")))
 
 
 def remove_from_store(folder: Path, progress: Callable[[str], None]) -> None:
-    """Remove an image or a base, which nobody finds any more from then on; who has opened it keeps what it opened.
+    """Remove an image or a base at once for whoever looks for it; the caller holds the lock of the store.
 
-    Whoever calls holds the lock of the store. Killed on the way it is a leftover. Raises OSError, SandboxError.
+    Killed on the way it is a leftover. Raises OSError, SandboxError.
     """
-    work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=_work_dir()))
+    work = _new_work()
     try:
         folder.rename(work / "removed")
     finally:

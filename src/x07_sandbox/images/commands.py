@@ -40,21 +40,19 @@ GRACE_S = 10.0  # mmdebstrap unmounts and removes its tree after SIGTERM
 
 def tool(name: str) -> str:
     """The absolute path of a command in PACKAGES. Raises HostError naming its package."""
-    for folder in SEARCH:
-        path = f"{folder}/{name}"
-        if os.access(path, os.X_OK):
-            return path
-    package = PACKAGES[name]
-    raise HostError("cannot build the guest image", f"the command {name} is missing", f"Run apt install {package}")
+    if path := _found(name):
+        return path
+    fix = f"Run apt install {PACKAGES[name]}"
+    raise HostError("cannot build the guest image", f"the command {name} is missing", fix)
 
 
 def missing_tools() -> dict[str, str]:
     """Commands of PACKAGES that are not here, and Debian's package of each."""
-    return {
-        name: package
-        for name, package in PACKAGES.items()
-        if not any(os.access(f"{folder}/{name}", os.X_OK) for folder in SEARCH)
-    }
+    return {name: package for name, package in PACKAGES.items() if not _found(name)}
+
+
+def _found(name: str) -> str | None:
+    return next((path for folder in SEARCH if os.access(path := f"{folder}/{name}", os.X_OK)), None)
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -100,18 +98,13 @@ def run(
             proc.wait()
     finally:
         _end(proc)
+    name = Path(argv[0]).name
     if not in_time:
-        raise ImageError(
-            f"cannot build the guest image with {Path(argv[0]).name}",
-            f"not done after {timeout_s:.0f} s",
-            "Look at the network, then try again",
-        )
+        why = f"not done after {timeout_s:.0f} s"
+        raise ImageError(f"cannot build the guest image with {name}", why, "Look at the network, then try again")
     if proc.returncode:
-        raise ImageError(
-            f"cannot build the guest image: {Path(argv[0]).name} ended with status {proc.returncode}",
-            _tail(log),
-            "See its last lines above, then try again",
-        )
+        what = f"cannot build the guest image: {name} ended with status {proc.returncode}"
+        raise ImageError(what, _tail(log), "See its last lines above, then try again")
 
 
 def _drain(fd: int, log: bytearray, on_line: Callable[[str], None] | None, until: float) -> bool:
@@ -155,6 +148,7 @@ def _end(proc: subprocess.Popen[bytes]) -> None:
 
 def capture(argv: Sequence[str], *, data: bytes | None = None, max_bytes: int = 64 * 1024 * 1024) -> bytes:
     """Standard output of a short command. Raises ImageError if it fails or says more than max_bytes."""
+    what = f"cannot build the guest image with {Path(argv[0]).name}"
     try:
         done = subprocess.run(
             argv,
@@ -166,11 +160,7 @@ def capture(argv: Sequence[str], *, data: bytes | None = None, max_bytes: int = 
             check=False,
         )
     except subprocess.TimeoutExpired as exc:
-        raise ImageError(
-            f"cannot build the guest image with {Path(argv[0]).name}", "not done after 60 s", "Try again"
-        ) from exc
+        raise ImageError(what, "not done after 60 s", "Try again") from exc
     if done.returncode or len(done.stdout) > max_bytes:
-        raise ImageError(
-            f"cannot build the guest image with {Path(argv[0]).name}", _tail(bytearray(done.stderr)), "Try again"
-        )
+        raise ImageError(what, _tail(bytearray(done.stderr)), "Try again")
     return done.stdout

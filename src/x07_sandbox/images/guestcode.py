@@ -17,10 +17,9 @@ PLACES = "guest/boot/places.py"
 
 
 class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
-    """One reading of the files, so that digest and content belong together while an editor writes.
+    """One reading of the files, so that digest and content belong together. Both by path below the package.
 
-    agent: path below the package -> source of all Python code that the guest runs.
-    tools: what the built root's own compiler and interpreter work with.
+    agent: all Python code that the guest runs. tools: what the built root's compiler and interpreter work with.
     """
 
     agent: dict[str, bytes]

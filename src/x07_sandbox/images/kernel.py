@@ -24,40 +24,17 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_KERNEL_BYTES = 512 * 1024 * 1024
 MAX_MODULE_BYTES = 64 * 1024 * 1024
 # What init needs before it can reach the root file system, and what every job mounts.
+# fmt: off
 BOOT_MODULES = (
-    "libcrc32c",
-    "virtio_mmio",
-    "virtio_blk",
-    "virtio_pci",
-    "virtio_rng",
-    "erofs",
-    "overlay",
-    "ext4",
-    "virtio_console",
+    "libcrc32c", "virtio_mmio", "virtio_blk", "virtio_pci", "virtio_rng", "erofs", "overlay", "ext4", "virtio_console",
 )
 # What a job with a network policy loads: the rules of the in-guest relay.
 NET_MODULES = (
-    "nfnetlink",
-    "nfnetlink_queue",
-    "nf_tables",
-    "nft_queue",
-    "nft_tproxy",
-    "nft_socket",
-    "nf_tproxy_ipv4",
-    "nf_tproxy_ipv6",
-    "nf_socket_ipv4",
-    "nf_socket_ipv6",
-    "nf_defrag_ipv4",
-    "nf_defrag_ipv6",
-    "nf_conntrack",
-    "nft_ct",
-    "nft_reject",
-    "nf_reject_ipv4",
-    "nf_reject_ipv6",
-    "nft_reject_ipv4",
-    "nft_reject_ipv6",
-    "nft_reject_inet",
+    "nfnetlink", "nfnetlink_queue", "nf_tables", "nft_queue", "nft_tproxy", "nft_socket", "nf_tproxy_ipv4",
+    "nf_tproxy_ipv6", "nf_socket_ipv4", "nf_socket_ipv6", "nf_defrag_ipv4", "nf_defrag_ipv6", "nf_conntrack", "nft_ct",
+    "nft_reject", "nf_reject_ipv4", "nf_reject_ipv6", "nft_reject_ipv4", "nft_reject_ipv6", "nft_reject_inet",
 )
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +50,8 @@ class Kernel:
 def payload(image: bytes) -> tuple[bytes, int]:
     """The zstd stream of a bzImage and the size that it unpacks to. Raises ImageError."""
     if image[4:8] == b"zimg":
-        raise ImageError(
-            "cannot use the kernel package",
-            "it is an EFI zboot image, as aarch64 has them, which this version does not take apart",
-            "Build the image on x86-64",
-        )
+        why = "it is an EFI zboot image, as aarch64 has them, which this version does not take apart"
+        raise ImageError("cannot use the kernel package", why, "Build the image on x86-64")
     if len(image) < HEADER_BYTES or image[0x202:0x206] != b"HdrS":
         raise _bad("it is no bzImage")
     setup_sectors = image[0x1F1] or 4
@@ -211,11 +185,9 @@ def _unxz(data: bytes) -> bytes:
     return module
 
 
-def _bad(why: str) -> ImageError:
-    return ImageError("cannot use the kernel package", why, "Build the image on a Debian release that x07 knows (13)")
+def _bad(why: str, what: str = "the kernel package") -> ImageError:
+    return ImageError(f"cannot use {what}", why, "Build the image on a Debian release that x07 knows (13)")
 
 
 def _bad_module(why: str) -> ImageError:
-    return ImageError(
-        "cannot use a kernel module of the package", why, "Build the image on a Debian release that x07 knows (13)"
-    )
+    return _bad(why, "a kernel module of the package")

@@ -126,10 +126,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes, where: str) -> Manifest:
-    """The manifest in *data*. Raises ImageError.
-
-    Refused are another schema, unknown fields, and a digest that is not that of the content.
-    """
+    """The manifest in *data*. Raises ImageError for another schema, unknown fields, a digest not of the content."""
     if len(data) > MAX_BYTES:
         raise _bad(where, f"it has more than {MAX_BYTES} bytes")
     try:
@@ -137,11 +134,8 @@ def decode(data: bytes, where: str) -> Manifest:
     except msgspec.MsgspecError as exc:
         raise _bad(where, str(exc)) from exc
     if version != SCHEMA:
-        raise ImageError(
-            f"cannot read {where}",
-            f"its format is {version[:80]!r}, and this x07 reads {SCHEMA}",
-            "Use the x07 that made it, or run x07 image build",
-        )
+        why = f"its format is {version[:80]!r}, and this x07 reads {SCHEMA}"
+        raise ImageError(f"cannot read {where}", why, "Use the x07 that made it, or run x07 image build")
     try:
         manifest = _decoder.decode(data)
     except msgspec.MsgspecError as exc:

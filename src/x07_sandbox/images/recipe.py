@@ -60,8 +60,6 @@ mkdir -m 0755 "$1/var/log" "$1/var/cache"
 echo x07 > "$1/etc/hostname"
 printf '127.0.0.1 localhost\\n::1 localhost\\n' > "$1/etc/hosts"
 """
-
-
 MODULE_NAME_MAX = 200
 
 
@@ -69,11 +67,8 @@ def check_packages(include: Sequence[str]) -> tuple[str, ...]:
     """*include* sorted, without doubles and what is there anyway. Raises UsageError for what is no package name."""
     for name in include:
         if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]{1,127}", name):
-            raise UsageError(
-                f"cannot add {name!r} to an image",
-                "it is no name of a Debian package",
-                "Give names as apt knows them, parted by commas",
-            )
+            why, fix = "it is no name of a Debian package", "Give names as apt knows them, parted by commas"
+            raise UsageError(f"cannot add {name!r} to an image", why, fix)
     return tuple(sorted(set(include) - set(PACKAGES)))
 
 
@@ -81,11 +76,8 @@ def check_modules(preload: Sequence[str]) -> tuple[str, ...]:
     """*preload* sorted and without doubles. Raises UsageError for what is no name of a Python module."""
     for name in preload:
         if len(name) > MODULE_NAME_MAX or not all(part.isidentifier() and part.isascii() for part in name.split(".")):
-            raise UsageError(
-                f"cannot preload {name!r}",
-                "it is no name of a Python module",
-                "Give names as Python's import takes them",
-            )
+            why, fix = "it is no name of a Python module", "Give names as Python's import takes them"
+            raise UsageError(f"cannot preload {name!r}", why, fix)
     return tuple(sorted(set(preload)))
 
 
@@ -95,12 +87,8 @@ def mmdebstrap_options(arch: Arch, include: Sequence[str], kernel_deb: str, dpkg
     CLEAN removes apt's folders whole; mmdebstrap's own clean-up would make them again.
     /sys is left out: an ordinary user could not mount it, and no package needs it.
     """
-    options = [
-        "--variant=essential",
-        "--skip=cleanup/apt,chroot/mount/sys",
-        f"--architectures={arch.deb}",
-        f"--include={','.join([*PACKAGES, *include])}",
-    ]
+    options = ["--variant=essential", "--skip=cleanup/apt,chroot/mount/sys", f"--architectures={arch.deb}"]
+    options += [f"--include={','.join([*PACKAGES, *include])}"]
     options += ['--aptopt=Acquire::Languages "none"', '--aptopt=APT::Install-Recommends "false"']
     options.append("--dpkgopt=force-unsafe-io")  # what a crash leaves of the tree is removed, never used
     options += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNWANTED]

@@ -1,8 +1,7 @@
 """The scratch disk: an empty ext4 of which only the few blocks that are not zero are kept.
 
-A job's disk is a sparse file of the full size with these blocks written into it: about a dozen pages
-instead of a mke2fs per job. There is no journal (a job's disk never outlives its VM), nothing is left for
-the kernel to initialise in the background, and no copies of the superblock.
+A job's disk is a sparse file of the full size with these blocks, about a dozen pages, written into it. It has no
+journal, since it never outlives its VM, and nothing is left for the kernel to initialise in the background.
 """
 
 from __future__ import annotations
@@ -69,18 +68,13 @@ def read_disk(fd: int) -> tuple[bytes, ScratchDisk]:
         block = os.pread(fd, BLOCK, offset)
         if not any(block):
             continue
-        if pieces and pieces[-1].offset + pieces[-1].bytes == offset:
-            last = pieces.pop()
-            pieces.append(Piece(offset=last.offset, bytes=last.bytes + BLOCK))
-        else:
-            pieces.append(Piece(offset=offset, bytes=BLOCK))
+        joins = pieces and pieces[-1].offset + pieces[-1].bytes == offset
+        begin = pieces.pop().offset if joins else offset
+        pieces.append(Piece(offset=begin, bytes=offset + BLOCK - begin))
         head += block
         if len(head) > MAX_HEAD_BYTES:
-            raise ImageError(
-                "cannot make the scratch disk",
-                f"mke2fs wrote more than {MAX_HEAD_BYTES} bytes",
-                "Use Debian's e2fsprogs 1.47 or newer",
-            )
+            why = f"mke2fs wrote more than {MAX_HEAD_BYTES} bytes"
+            raise ImageError("cannot make the scratch disk", why, "Use Debian's e2fsprogs 1.47 or newer")
     return bytes(head), ScratchDisk(bytes=DISK_BYTES, pieces=pieces)
 
 
@@ -96,11 +90,9 @@ def _data_blocks(fd: int) -> list[int]:
         end = os.lseek(fd, start, os.SEEK_HOLE)
         blocks += range(start - start % BLOCK, end, BLOCK)
         if len(blocks) > DISK_BYTES // BLOCK // 64:
-            raise ImageError(
-                "cannot make the scratch disk",
-                "the cache lies on a file system without sparse files",
-                "Set X07_VM_CACHE_DIR to a folder on ext4, xfs or btrfs",
-            )
+            why = "the cache lies on a file system without sparse files"
+            fix = "Set X07_VM_CACHE_DIR to a folder on ext4, xfs or btrfs"
+            raise ImageError("cannot make the scratch disk", why, fix)
 
 
 def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
@@ -114,15 +106,13 @@ def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
     for piece in disk.pieces:
         data = os.pread(scratch_fd, piece.bytes, position)
         if len(data) != piece.bytes:
-            raise ImageError(
-                "cannot make a scratch disk", "its part became shorter meanwhile", "Try again, which checks it anew"
-            )
+            why = "its part became shorter meanwhile"
+            raise ImageError("cannot make a scratch disk", why, "Try again, which checks it anew")
         position += piece.bytes
         written = 0
         try:
             while written < len(data):  # a full disk first takes a part, and only then says so
                 written += os.pwrite(fd, data[written:], piece.offset + written)
         except OSError as exc:
-            raise HostError(
-                "cannot make a scratch disk", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR"
-            ) from exc
+            fix = "Free space there, or set X07_VM_STATE_DIR"
+            raise HostError("cannot make a scratch disk", exc.strerror or str(exc), fix) from exc

@@ -1,8 +1,7 @@
 """The host's own apt sources and settings, reduced to what may feed a guest image.
 
-Taken: signed `deb` sources with an http or https address, for the host's release, its updates and its
-security suite. Everything else is left out with a note: local folders and unsigned sources would put
-this one machine's packages into the image. Pins and preferences of the host are never read.
+Taken are signed `deb` sources on http or https for the host's release, its updates and its security suite. Anything
+else, which would put this one machine's packages into the image, is left out with a note. Pins are never read.
 """
 
 from __future__ import annotations
@@ -53,9 +52,8 @@ def release_codename(os_release: Path = Path("/etc/os-release")) -> str:
     for line in _text(os_release).splitlines():
         if match := re.fullmatch(r'VERSION_CODENAME="?([a-z0-9.-]+)"?', line.strip()):
             return match[1]
-    raise ImageError(
-        "cannot build a guest image", f"{os_release} names no release (VERSION_CODENAME)", "Build it on a Debian host"
-    )
+    why = f"{os_release} names no release (VERSION_CODENAME)"
+    raise ImageError("cannot build a guest image", why, "Build it on a Debian host")
 
 
 def host_sources(
@@ -74,11 +72,9 @@ def host_sources(
             elif source not in usable:
                 usable.append(source)
     if not any(codename in source.suites for source in usable):
-        raise ImageError(
-            f"cannot build a guest image of {codename}",
-            f"no signed http or https source below {apt} offers the suite {codename}",
-            f"Add one for {codename} (by that name, not as 'stable') to {apt}/sources.list.d",
-        )
+        why = f"no signed http or https source below {apt} offers the suite {codename}"
+        fix = f"Add one for {codename} (by that name, not as 'stable') to {apt}/sources.list.d"
+        raise ImageError(f"cannot build a guest image of {codename}", why, fix)
     return usable
 
 
@@ -157,12 +153,8 @@ def parse_one_line(text: str) -> Iterator[dict[str, str]]:
 
 def fetch_settings(dump: str) -> list[str]:
     """The lines of `apt-config dump` on how packages are fetched (proxies, retries), fit for --aptopt."""
-    kept = []
-    for line in dump.splitlines():
-        match = re.fullmatch(r'(\S+) "(.*)";', line)
-        if match and match[2] and SETTINGS.fullmatch(match[1]):
-            kept.append(line)
-    return kept
+    found = ((line, re.fullmatch(r'(\S+) "(.+)";', line)) for line in dump.splitlines())
+    return [line for line, match in found if match and SETTINGS.fullmatch(match[1])]
 
 
 def host_names(sources: list[Source]) -> set[str]:

@@ -69,11 +69,8 @@ def images_dir() -> Path:
 def check_name(name: str) -> str:
     """*name* if an image can be called so. Raises UsageError."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name) or re.fullmatch(r"[0-9a-f]{12,}", name):
-        raise UsageError(
-            f"cannot call an image {name!r}",
-            "a name has 1 to 64 of a-z, 0-9, '.', '_', '-', and is no digest",
-            "Choose another name",
-        )
+        why = "a name has 1 to 64 of a-z, 0-9, '.', '_', '-', and is no digest"
+        raise UsageError(f"cannot call an image {name!r}", why, "Choose another name")
     return name
 
 
@@ -88,11 +85,8 @@ def find_image(ref: str | None) -> Image:
     hexes = wanted.removeprefix("sha256:")
     if wanted.startswith("sha256:") or PREFIX.fullmatch(wanted):
         if not PREFIX.fullmatch(hexes):
-            raise ImageError(
-                f"no guest image {wanted[:80]}",
-                f"a digest is given by at least {PREFIX_DIGITS} lower-case hex digits",
-                SEE_LIST,
-            )
+            why = f"a digest is given by at least {PREFIX_DIGITS} lower-case hex digits"
+            raise ImageError(f"no guest image {wanted[:80]}", why, SEE_LIST)
         return load(_by_prefix(hexes))
     image = named(wanted)
     if image is None:
@@ -107,9 +101,8 @@ def _not_there(name: str, what: str) -> ImageError:
         return ImageError(what, "its folder is gone", _cure_unread(images_dir() / digest, name))
     command = f"Run {build_command(name)}"
     if names:
-        return ImageError(
-            what, f"none is called {name}", f"{command}, or name one of these: {', '.join(sorted(names))}"
-        )
+        fix = f"{command}, or name one of these: {', '.join(sorted(names))}"
+        return ImageError(what, f"none is called {name}", fix)
     return ImageError(what, "none was built", command if name == DEFAULT else f"{command}, or see x07 image list")
 
 
@@ -197,11 +190,8 @@ def _digests() -> list[str]:
 def _by_prefix(hexes: str) -> str:
     found = [digest for digest in _digests() if digest.startswith(hexes)]
     if len(found) != 1:
-        raise ImageError(
-            f"no guest image {hexes}",
-            "several begin like this" if found else "none was built with this digest",
-            SEE_LIST,
-        )
+        why = "several begin like this" if found else "none was built with this digest"
+        raise ImageError(f"no guest image {hexes}", why, SEE_LIST)
     return found[0]
 
 

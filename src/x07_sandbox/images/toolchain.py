@@ -1,7 +1,6 @@
 """X07's own toolchain in an image: a folder of the host's, copied in as /usr/local/lib/x07.
 
-The folder holds Linux builds: bin/x07-os-runner above all, and what it needs below (stdlib, deps/x07). Each program of
-its bin is found on PATH too, by a link in /usr/local/bin.
+It holds Linux builds: bin/x07-os-runner and what that needs (stdlib, deps/x07). Programs of its bin are on PATH too.
 """
 
 from __future__ import annotations
@@ -29,10 +28,7 @@ _FIX: Final = "Name a folder with X07's Linux build: bin/x07-os-runner and what 
 
 
 def snapshot(source: Path, target: Path) -> str:
-    """Copy the toolchain at *source* to the new folder *target*; the sha256 of what is there now.
-
-    What is digested is the copy: nothing that changes meanwhile can come between. Raises UsageError, HostError.
-    """
+    """Copy the toolchain at *source* to the new folder *target*; the copy's sha256. Raises UsageError, HostError."""
     if not os.access(source / "bin" / "x07-os-runner", os.X_OK):
         raise UsageError(f"cannot use the X07 toolchain {source}", "bin/x07-os-runner is no program there", _FIX)
     try:
@@ -58,11 +54,8 @@ def _check_all(source: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy all below *source*, for its owner alone.
-
-    Of modes only that of a program is kept: an ordinary user could not remove a copy whose folders are read-only, as
-    those of unpacked archives and package stores are, nor read one that is for others only.
-    """
+    """Copy all below *source*, for its owner alone."""
+    # Only a program's mode is kept: an ordinary user could not remove read-only folders, as package stores have them.
     target.mkdir(mode=0o700)
     for path in _paths(source):
         info, copied = path.lstat(), target / path.relative_to(source)

@@ -1,12 +1,10 @@
 """Open an image's files so that what was checked is what runs.
 
-Each file is opened once, without following links, below the image folder's descriptor, and that descriptor
-is what the virtual machine gets: a path swapped later changes nothing. Its whole sha256 is computed
-once per boot of the host and again after any change of the times, size, owner or place that fstat shows;
-small files are hashed each time.
+Each file is opened once, without following links, below the image folder's descriptor, and that descriptor is what the
+virtual machine gets: a path swapped later changes nothing. Its sha256 is computed once per boot of the host, and again
+when fstat shows other times, size, owner or place; small files are hashed each time.
 
-This protects against accident (a bad disk, a stray write, a restored backup) and against other users. It
-does not protect against the user's own processes, who could as well change this program.
+This protects against accidents and other users, not against the user's own processes.
 """
 
 from __future__ import annotations
@@ -59,10 +57,7 @@ Identity = tuple[int, int, int, int, int, int, int]
 
 
 class OpenImage(msgspec.Struct, frozen=True, kw_only=True):
-    """Checked files of an image.
-
-    fds: its parts by name (manifest.Parts), lent, read-only, and closed by open_image.
-    """
+    """Checked files of an image. fds: its parts by name (manifest.Parts), read-only; open_image closes them."""
 
     fds: dict[str, int]
     manifest: Manifest
@@ -76,11 +71,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     files: dict[str, Identity]
 
 
-class Subject(msgspec.Struct, frozen=True, kw_only=True):
-    """What is verified: how errors call it, under which name it is remembered, how its files are hashed.
-
-    fix: what mends it, for errors.
-    """
+class Subject(msgspec.Struct, frozen=True):
+    """What is verified: its name in errors, the name of its record, how its files are hashed, what mends it."""
 
     name: str
     record: str
@@ -105,14 +97,11 @@ def open_image(image: Image) -> Iterator[OpenImage]:
 
 def _subject(image: Image) -> Subject:
     hexes = image.digest.removeprefix("sha256:")
-    return Subject(name=f"guest image {hexes[:12]}", record=hexes, sha256=sha256_of, fix=store.cure(image))
+    return Subject(f"guest image {hexes[:12]}", hexes, sha256_of, store.cure(image))
 
 
 def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack: contextlib.ExitStack) -> list[int]:
-    """Files below an opened folder, each verified; descriptors that *stack* closes.
-
-    Raises ImageError, HostError.
-    """
+    """Descriptors of files below an opened folder, each verified; *stack* closes them. Raises ImageError, HostError."""
     record = _read_record(subject)
     before = record.files if record is not None and record.boot_id == boot_id() else {}
     fresh: dict[str, Identity] = {}
@@ -258,11 +247,8 @@ def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
         if not stat.S_ISREG(info.st_mode):
             raise _bad(subject, f"{name} is no regular file")
         if stat.S_IMODE(info.st_mode) != FILE_MODE or info.st_uid != os.geteuid():
-            raise _bad(
-                subject,
-                f"{name} has mode {stat.S_IMODE(info.st_mode):04o} and uid {info.st_uid}, "
-                f"and must be yours with mode {FILE_MODE:04o}",
-            )
+            has = f"mode {stat.S_IMODE(info.st_mode):04o} and uid {info.st_uid}"
+            raise _bad(subject, f"{name} has {has}, and must be yours with mode {FILE_MODE:04o}")
         os.set_blocking(fd, True)
         yield fd
     finally:

@@ -19,9 +19,9 @@ BASE_FILTERS: Final = ("base", "quiet")
 class Confinement(msgspec.Struct, frozen=True, kw_only=True):
     """What the program may do.
 
-    programs: paths of programs that it may execute; None where it may execute any, or none at all.
-    prefixes: beginnings of further ones. Both are absolute and normal, but for a slash at the end of a beginning.
-    alone: whether nothing lies beside the program in its folder, but for the policy.
+    programs: paths of programs that it may execute; None where it may execute any, or none at all. prefixes: beginnings
+    of further ones. Both are absolute and normal, but for a slash at the end of a beginning. alone: whether nothing but
+    the policy lies beside the program in its folder.
     """
 
     threads: bool
@@ -33,9 +33,9 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def filters(self) -> tuple[str, ...]:
-        """Names of the image's seccomp filters that the program is under (guest/boot/filters.py makes them).
+        """Names of the image's seccomp filters for the program (guest/boot/filters.py makes them).
 
-        Of the last two, where one ends in -once, the guest takes that one if the program itself has to be executed.
+        The guest takes the one that ends in -once, if there is one, where the program itself has to be executed.
         """
         words = (not self.threads and "no-threads", not self.spawn and "no-spawn", not self.execute and "no-exec")
         name = "-".join(word for word in words if word)
@@ -44,14 +44,8 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
 
     def for_guest(self) -> dict[str, Any]:
         """As START carries it."""
-        return {
-            "threads": self.threads,
-            "spawn": self.spawn,
-            "execute": self.execute,
-            "programs": None if self.programs is None else list(self.programs),
-            "prefixes": list(self.prefixes),
-            "alone": self.alone,
-        }
+        programs = None if self.programs is None else list(self.programs)
+        return msgspec.structs.asdict(self) | {"programs": programs, "prefixes": list(self.prefixes)}
 
 
 UNCONFINED: Final = Confinement(threads=True, spawn=True, execute=True)
@@ -77,10 +71,7 @@ def names_everything(prefixes: Iterable[object]) -> bool:
 
 
 def entry_path(entry: str, cwd: str) -> str:
-    """Where an entry of a list leads: absolute and normal, with its slash if it ends with one.
-
-    Otherwise what it begins with would seem to be a folder that it leads out of.
-    """
+    """Where an entry of a list leads: absolute and normal, with its slash if it ends with one."""
     path = "/" + posixpath.normpath(posixpath.join(cwd, entry)).lstrip("/")
     folder = entry.endswith(("/", "/.", "/..")) or entry in {".", ".."}
     return path if path == EVERYTHING or not folder else f"{path}/"

@@ -73,11 +73,7 @@ class RunLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def for_guest(self) -> dict[str, int]:
         """What START carries as `limits`. procs counts tasks beyond the program's first thread."""
         return guest_limits(
-            mem_bytes=self.mem_bytes,
-            tasks=self.tasks,
-            cpu_ms=self.cpu_ms,
-            fds=self.fds,
-            core_dumps=self.core_dumps,
+            mem_bytes=self.mem_bytes, tasks=self.tasks, cpu_ms=self.cpu_ms, fds=self.fds, core_dumps=self.core_dumps
         )
 
 
@@ -103,36 +99,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 def make_plan(policy: Policy, features: Features, *, cpu_ms: int | None = None) -> Plan:
     """The plan for *policy* on a backend with *features*. cpu_ms: a tighter limit than the policy's, from elsewhere."""
     asked = Asked(policy=policy, values=leaf_values(policy), features=features)
-    controls = _controls(asked)
+    answers = {field: TABLE[field](asked, field) for field in asked.values}
+    controls = tuple(Control(field=field, state=to.state, by=to.by, why=to.why) for field, to in answers.items())
     return Plan(
-        controls=controls,
-        refusals=(*_refusals(controls, asked), *_too_long(policy)),
-        limits=run_limits(policy, cpu_ms),
+        controls=controls, refusals=(*_refusals(controls, asked), *_too_long(policy)), limits=run_limits(policy, cpu_ms)
     )
 
 
 def run_limits(policy: Policy, cpu_ms: int | None = None) -> RunLimits:
     """What *policy* holds a run to. cpu_ms: as in make_plan."""
     limits, process = policy.limits, policy.process
+    if cpu_ms is not None:
+        limits = msgspec.structs.replace(limits, cpu_ms=min(limits.cpu_ms, cpu_ms))
     return RunLimits(
-        wall_ms=limits.wall_ms,
-        cpu_ms=limits.cpu_ms if cpu_ms is None else min(limits.cpu_ms, cpu_ms),
-        mem_bytes=limits.mem_bytes,
-        fds=limits.fds,
-        procs=limits.procs,
-        core_dumps=limits.core_dumps,
+        **msgspec.structs.asdict(limits),
         ram_bytes=ram_class_bytes(limits.mem_bytes),
         max_live=process.max_live if process.may_spawn and process.max_live < limits.procs else None,
     )
-
-
-def _controls(asked: Asked) -> tuple[Control, ...]:
-    """A control for every field of the policy, in its order."""
-    found = []
-    for field in asked.values:
-        answer = TABLE[field](asked, field)
-        found.append(Control(field=field, state=answer.state, by=answer.by, why=answer.why))
-    return tuple(found)
 
 
 def _refusals(controls: tuple[Control, ...], asked: Asked) -> Iterator[Refusal]:

@@ -48,7 +48,7 @@ class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Area(msgspec.Struct, frozen=True, kw_only=True):
-    """What is mounted of the host in the guest. given: as the policy or the flag names it. at: where, for the program.
+    """A mount of the host's in the guest. given: as the policy or the flag names it. at: where the program sees it.
 
     joins: what would let it go in with the root around it, which left it out.
     """

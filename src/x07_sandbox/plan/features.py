@@ -12,16 +12,8 @@ Isolation = Literal["vm-hardware", "vm-emulated", "container", "process", "none"
 # What a virtual machine with our agent in it holds. A capability bears the name of the policy field that needs it.
 VM_HOLDS: Final = frozenset(
     {
-        "limits.cpu_ms",
-        "limits.mem_bytes",
-        "limits.fds",
-        "limits.procs",
-        "limits.core_dumps",
-        "confinement",
-        "host-files",
-        "no-host-files",
-        "no-host-variables",
-        "no-network",
+        *("limits.cpu_ms", "limits.mem_bytes", "limits.fds", "limits.procs", "limits.core_dumps"),
+        *("confinement", "host-files", "no-host-files", "no-host-variables", "no-network"),
     }
 )
 
@@ -63,9 +55,8 @@ WORDS: Final[dict[Isolation, Words]] = {
 class Features(msgspec.Struct, frozen=True, kw_only=True):
     """A backend on this host.
 
-    own_kernel: the program's system calls meet a kernel that is not the host's.
-    can_hold: limits by field name, "host-files" (it brings copies in, and changes back), "confinement" (it
-    forbids a program tasks and executing), and the walls "no-host-files", "no-host-variables", "no-network".
+    own_kernel: the program's system calls meet a kernel that is not the host's. can_hold: limits by field name,
+    "host-files" (copies in, changes back), "confinement" (of tasks and executing), and the walls "no-...".
     """
 
     isolation: Isolation

@@ -1,8 +1,7 @@
 """What a program that failed may have missed, told from the end of its own standard error.
 
-A path that is not there, a program or a module that is not installed, and a variable that is not set are no refusals,
-and are never counted as such: most programs look for many. Pure; the text is the program's, and says whatever it wants:
-it is shown, and nothing is looked up by it: what lies beside the program on the host is told beforehand.
+What is not there, not installed or not set is no refusal, and never counted as one: most programs look for many. Pure.
+The text is the program's, and hostile: nothing on the host is looked up by it.
 """
 
 from __future__ import annotations
@@ -79,10 +78,7 @@ def hints(
     beside: Beside | None = None,
     ours: Collection[str] = (),
 ) -> list[Hint]:
-    """What the program seems to have missed, at most three things.
-
-    tail: the end of its error output. ours: names of the host's variables.
-    """
+    """At most three things that it seems to have missed. tail: of its errors. ours: names of the host's variables."""
     text = tail.decode("utf-8", "replace")
     paths = dict.fromkeys(_paths(text, policy, areas, cwd))
     modules = (_module(name, beside) for name in dict.fromkeys(_MODULE.findall(text)))
@@ -110,11 +106,9 @@ def _variable(name: str, policy: Policy, ours: Collection[str]) -> Hint | None:
         how = allowing(policy, "env.deny_keys", [key for key in denied if key != name])
     elif name in ours:
         how = None if name in allowed else allowing(policy, "env.allow_keys", [*allowed, name], f"--env {name}")
-    return (
-        None
-        if how is None or name.startswith("X07_")
-        else Hint(subject=f"the variable {name}", kind="variable", how=how)
-    )
+    if how is None or name.startswith("X07_"):
+        return None
+    return Hint(subject=f"the variable {name}", kind="variable", how=how)
 
 
 def _libraries(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[Hint]:

@@ -104,8 +104,7 @@ def limit_hit(
 ) -> Denial | None:
     """What the program did to end so; None where no limit ended it.
 
-    cpu_ms: X07's limit, which holds where it is below the policy's. own_wall_ms: what the policy gave before --timeout
-    made it less; None where it did not.
+    cpu_ms: X07's limit, which holds where it is below the policy's. own_wall_ms: the policy's, if --timeout is less.
     """
     if outcome not in _LIMITS:
         return None
@@ -153,13 +152,7 @@ def _more(policy: Policy, field: str, held: int) -> HowToAllow | None:
 
 def _seen(field: str, action: str, subject: str, by: str, count: int, how: HowToAllow | None) -> Denial:
     return Denial(
-        field=field,
-        action=action,
-        subject=subject,
-        enforced_by=by,
-        observed_by="guest",
-        count=count,
-        how_to_allow=how,
+        field=field, action=action, subject=subject, enforced_by=by, observed_by="guest", count=count, how_to_allow=how
     )
 
 
@@ -168,17 +161,20 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
     process, count = policy.process, body["count"]
     # Where executing is allowed it is the filter of every program: execveat of a descriptor alone.
     if body["call"] in _EXECUTES and not process.may_execute:
-        how = allowing(policy, f"process.{'allow_exec' if process.enabled else 'enabled'}", value=True)
-        return _seen("process.allow_exec", "execute", "a program", _SECCOMP, count, how)
+        return _seen("process.allow_exec", "execute", "a program", _SECCOMP, count, _of_process(policy, "allow_exec"))
     if body["call"] in _TASKS:
         if not process.may_spawn:
             what = "a new process" if policy.threads_in_force.enabled else "a new process or thread"
-            how = allowing(policy, f"process.{'allow_spawn' if process.enabled else 'enabled'}", value=True)
-            return _seen("process.allow_spawn", "start", what, _SECCOMP, count, how)
+            return _seen("process.allow_spawn", "start", what, _SECCOMP, count, _of_process(policy, "allow_spawn"))
         if not policy.threads_in_force.enabled:
             how = allowing(policy, "threads.enabled", value=True)
             return _seen("threads.enabled", "start", "a new thread", _SECCOMP, count, how)
     return _seen(SYSTEM_CALLS, "call", str(body["call"]), _SECCOMP, count, None)
+
+
+def _of_process(policy: Policy, name: str) -> HowToAllow | None:
+    """What allows a switch of that section, or the section itself if it is off."""
+    return allowing(policy, f"process.{name if policy.process.enabled else 'enabled'}", value=True)
 
 
 def _descriptors(body: Mapping[str, Any], policy: Policy) -> Denial:
@@ -188,17 +184,17 @@ def _descriptors(body: Mapping[str, Any], policy: Policy) -> Denial:
 
 def _limit(body: Mapping[str, Any], policy: Policy) -> Denial:
     """It wanted a higher limit of its own (ulimit); what others than these are no policy decides."""
-    what, count = body["path"], body["count"]
-    if what == "nofile":
-        how = _more(policy, "limits.fds", policy.limits.fds)
-        return _seen("limits.fds", "raise", "the limit of open descriptors", _RLIMITS, count, how)
-    if what == "cpu":
-        how = _more(policy, "limits.cpu_ms", policy.limits.cpu_ms)
-        return _seen("limits.cpu_ms", "raise", "the limit of CPU time", _RLIMITS, count, how)
-    if what == "core":
-        how = None if policy.limits.core_dumps else allowing(policy, "limits.core_dumps", value=True)
-        return _seen("limits.core_dumps", "raise", "the limit of a core file's size", _RLIMITS, count, how)
-    return _seen(PERMISSIONS, "raise", f"({body['call']})", _RLIMITS, count, None)
+    field, what, how = PERMISSIONS, f"({body['call']})", None
+    if body["path"] == "nofile":
+        field, what = "limits.fds", "the limit of open descriptors"
+        how = _more(policy, field, policy.limits.fds)
+    elif body["path"] == "cpu":
+        field, what = "limits.cpu_ms", "the limit of CPU time"
+        how = _more(policy, field, policy.limits.cpu_ms)
+    elif body["path"] == "core":
+        field, what = "limits.core_dumps", "the limit of a core file's size"
+        how = None if policy.limits.core_dumps else allowing(policy, field, value=True)
+    return _seen(field, "raise", what, _RLIMITS, body["count"], how)
 
 
 def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: str) -> Denial:
@@ -224,9 +220,8 @@ def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], c
 
 def to_load(path: str, policy: Policy, areas: Sequence[Area], cwd: str) -> HowToAllow | None:
     """What would let a library be loaded from there, an absolute path: what lets it be executed, or comes first."""
-    process = policy.process
-    if not process.may_execute:
-        return allowing(policy, f"process.{'allow_exec' if process.enabled else 'enabled'}", value=True)
+    if not policy.process.may_execute:
+        return _of_process(policy, "allow_exec")
     return _execution({"path": path, "errno": errno.EACCES, "count": 1}, policy, areas, cwd).how_to_allow
 
 
@@ -263,10 +258,7 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: s
 
 
 def _to_write(path: str, area: Area | None, policy: Policy, cwd: str, *, folder: bool) -> tuple[str, HowToAllow | None]:
-    """The field that keeps it from being written, and what would allow it.
-
-    area: the read root that it is in. folder: whether what was to be made there is one.
-    """
+    """The field that forbids it, and what would allow it. area: the read root around it. folder: to be made there."""
     if f"{path}/".startswith(f"{OUT}/"):
         out = _by_flag("--out DIR")
         # A policy without files gives none to the flag either.

@@ -1,7 +1,6 @@
 """The one table of outcomes, and the one classifier: from the facts about a finished phase to a word and a sentence.
 
-A fact counts only if it is ours or the kernel's own counter: an exit status of 137 proves nothing, since a program
-may choose it.
+A fact counts only if it is ours or the kernel's own counter: a program may choose an exit status of 137.
 
 Precedence: cancelled, refused, output-limit, timeout, guest-lost, cpu-limit, oom, signalled, failed, ok. The first
 four are our own doing, so whatever the guest said afterwards follows from it.
@@ -116,11 +115,9 @@ OUTCOMES: Final[dict[Outcome, Row]] = {
 
 
 def exit_code(outcome: Outcome, *, program_exit: int | None, signal: int | None) -> int:
-    """The exit code of ``x07 run``.
+    """The exit code of ``x07 run``. Raises ValueError when what the outcome needs is missing.
 
-    program_exit: the program's status, needed for ok and failed.
-    signal: the program's signal for signalled; for cancelled the one that we got, if any.
-    Raises ValueError when what the outcome needs is missing.
+    program_exit: the program's status. signal: the program's; for cancelled the one that we got, if any.
     """
     rule = OUTCOMES[outcome].exit
     match rule:
@@ -226,17 +223,14 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def killed(self) -> bool:
         """Whether the kernel or somebody else ended the instance: that says nothing of the machine itself."""
-        return self.instance_status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL} or bool(
-            out_of_cpu_time(self.instance_status)
-        )
+        status = self.instance_status
+        return status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL} or bool(out_of_cpu_time(status))
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """How a phase ended.
+    """How a phase ended. exit_code: the program's own status, where it chose one.
 
-    exit_code: the program's own status, where it chose one.
-    signal: the signal that ended the program; for cancelled the one that we got.
-    reason: one sentence without its full stop.
+    signal: what ended the program; for cancelled the one that we got. reason: one sentence without its full stop.
     """
 
     outcome: Outcome
@@ -260,16 +254,10 @@ def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Ver
 def classify(
     evidence: Evidence, *, features: Features | None = None, limits: Limits | RunLimits | None = None
 ) -> Verdict:
-    """The one verdict on *evidence*.
-
-    features: of the backend, where they are known: a timeout says whether CPU work is slower than on hardware.
-    limits: the job's, for the figures in the reason.
-    """
+    """The one verdict on *evidence*. features: the backend's, if they are known. limits: for figures in the reason."""
     features = features or vm_features("vm-hardware")
-    ended = _ended_by_us(evidence, emulated=features.emulated, limits=limits) or _lost(
-        evidence, features.words.supervisor
-    )
-    if ended is not None:
+    ended = _ended_by_us(evidence, emulated=features.emulated, limits=limits)
+    if ended := ended or _lost(evidence, features.words.supervisor):
         return ended
     if evidence.wait_status is None:  # _lost has spoken for every such case
         raise AssertionError("a phase that was not lost has a wait status")
@@ -278,14 +266,7 @@ def classify(
 
 def as_build(found: Verdict) -> Verdict:
     """The same verdict on a build phase: what a run may be told of a compiler is that the build failed."""
-    own_end = {
-        Outcome.FAILED,
-        Outcome.SIGNALLED,
-        Outcome.TIMEOUT,
-        Outcome.CPU_LIMIT,
-        Outcome.OOM,
-        Outcome.OUTPUT_LIMIT,
-    }
+    own_end = {Outcome.FAILED, Outcome.SIGNALLED, Outcome.TIMEOUT, Outcome.CPU_LIMIT, Outcome.OOM, Outcome.OUTPUT_LIMIT}
     if found.outcome not in own_end:
         reason = found.reason
         for running, building in _BUILDING.items():
@@ -313,7 +294,8 @@ def signal_name(number: int) -> str:
 def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | RunLimits | None) -> Verdict | None:
     if evidence.cancelled_by is not None:
         by = f" by {signal_name(evidence.cancelled_by)}" if evidence.cancelled_by else ""
-        cancelled = verdict(Outcome.CANCELLED, f"the run was cancelled{by} while the guest was {_doing(evidence)}")
+        reason = f"the run was cancelled{by} while the guest was {_DOING[evidence.stage]}"
+        cancelled = verdict(Outcome.CANCELLED, reason)
         return replace(cancelled, signal=evidence.cancelled_by or None)
     if evidence.not_executed in _OF_THE_PROGRAM and evidence.stage not in _STARTED:
         return _not_executed(evidence.not_executed)
@@ -329,20 +311,17 @@ def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | RunLimi
 
 
 def _not_executed(number: int) -> Verdict:
-    missing = number == errno.ENOENT
-    reason = f"the program could not be executed: {os.strerror(number)}"
-    if missing:
-        reason += " (what it names as its interpreter or loader)"
-    status = _NOT_FOUND if missing else _NOT_EXECUTABLE
+    reason, status = f"the program could not be executed: {os.strerror(number)}", _NOT_EXECUTABLE
+    if number == errno.ENOENT:
+        reason, status = f"{reason} (what it names as its interpreter or loader)", _NOT_FOUND
     return replace(verdict(Outcome.FAILED, reason), exit_code=status)
 
 
 def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | RunLimits | None) -> str:
     after = f"after {limits.wall_ms / 1000:g} s" if limits else "at its deadline"
     if evidence.stopped:
-        return (
-            f"the program had been stopped by a signal, by whom is unknown, and had not ended {after} (limits.wall_ms)"
-        )
+        by = "by a signal, by whom is unknown"
+        return f"the program had been stopped {by}, and had not ended {after} (limits.wall_ms)"
     hint = "; this machine is emulated, and CPU work takes many times longer than on hardware" if emulated else ""
     return f"the program was still running {after} (limits.wall_ms){hint}"
 
@@ -364,7 +343,7 @@ def _lost(evidence: Evidence, supervisor: str) -> Verdict | None:
 
 def _lost_reason(evidence: Evidence, panic: str | None) -> str:
     """The first cause that applies, the most telling first."""
-    doing = _doing(evidence)
+    doing = _DOING[evidence.stage]
     text = _shown(evidence.setup_failure or panic or evidence.channel_error or "")
     died = panic is not None and _INIT_DIED in panic
     causes = (
@@ -381,7 +360,7 @@ def _lost_reason(evidence: Evidence, panic: str | None) -> str:
 
 
 def _instance_ended(evidence: Evidence, status: int, supervisor: str) -> Verdict:
-    doing = _doing(evidence)
+    doing = _DOING[evidence.stage]
     if spent := out_of_cpu_time(status):
         how = spent
     elif status < 0:
@@ -404,13 +383,10 @@ def _ended_by_itself(evidence: Evidence, status: int, limits: Limits | RunLimits
     signal, code = status & 0x7F, status >> 8
     survived: tuple[str, ...] = ()
     if evidence.oom_kills:
-        count = evidence.oom_kills
-        survived = (
-            f"{count} process{'es were' if count > 1 else ' was'} killed for want of memory (limits.mem_bytes)",
-        )
-    end = Verdict(
-        outcome=Outcome.OK, fault="none", reason="", exit_code=None if signal else code, signal=signal or None
-    )
+        killed = f"{evidence.oom_kills} process{'es were' if evidence.oom_kills > 1 else ' was'} killed"
+        survived = (f"{killed} for want of memory (limits.mem_bytes)",)
+    chosen = None if signal else code
+    end = Verdict(outcome=Outcome.OK, fault="none", reason="", exit_code=chosen, signal=signal or None)
     if evidence.cpu_exceeded:
         used = f"{limits.cpu_ms / 1000:g} s of CPU time" if limits else "all the CPU time that it may have"
         return _as(end, Outcome.CPU_LIMIT, f"the program used {used} (limits.cpu_ms)", survived)
@@ -435,10 +411,6 @@ def _is_an_end(status: int) -> bool:
     if signal == 0:
         return status & 0x80 == 0
     return signal <= _LAST_SIGNAL and status >> 8 == 0
-
-
-def _doing(evidence: Evidence) -> str:
-    return _DOING[evidence.stage]
 
 
 def _shown(text: str) -> str:

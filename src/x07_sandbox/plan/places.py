@@ -13,12 +13,9 @@ PROGRAM: Final = "/opt/x07"
 OUT: Final = "/x07/out"
 WRITABLE: Final = ("/tmp", "/dev/shm", PROGRAM, OUT)  # noqa: S108 - the guest's own
 # The guest's own tree: nothing of the host's may lie in it, above it or over it.
-_SYSTEM: Final = tuple(
-    f"/{name}"
-    for name in (
-        *("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "lost+found", "opt/x07", "proc", "run"),
-        *("sbin", "sys", "usr", "var", "x07"),
-    )
+_SYSTEM: Final = (
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/lost+found", "/opt/x07", "/proc"),
+    *("/run", "/sbin", "/sys", "/usr", "/var", "/x07"),
 )
 _OVER: Final = ("/tmp", "/opt")  # noqa: S108 - the guest's own; something in them may be of the host, not all of them
 

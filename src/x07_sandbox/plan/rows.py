@@ -15,7 +15,7 @@ import msgspec
 from x07_sandbox.plan.confinement import entry_path, leading_into, names_everything
 from x07_sandbox.plan.features import Features
 from x07_sandbox.policy.environment import VARIABLES
-from x07_sandbox.policy.model import SCHEMA_VERSION, Policy
+from x07_sandbox.policy.model import SCHEMA_VERSION, Policy, paths
 
 State = Literal["enforced", "advisory", "refused"]
 
@@ -30,10 +30,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What the rows look at: the policy, and the walls that stand.
-
-    values: all of the policy's in force (leaf_values). features: of the backend.
-    """
+    """What the rows look at: the policy, all its values in force (leaf_values), and the backend's features."""
 
     policy: Policy
     values: Mapping[str, object]
@@ -147,9 +144,8 @@ def _roots(asked: Asked, field: str) -> Answer:
             instead = None if bare is None else ("fs.deny_hidden", False)
             return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no place in the machine ({why})", instead)
     if field == "fs.read_roots":
-        return Answer(
-            "enforced", _COPY, "it gets copies of these, and can change them only where a write root holds them too"
-        )
+        why = "it gets copies of these, and can change them only where a write root holds them too"
+        return Answer("enforced", _COPY, why)
     return Answer("enforced", _CHANGES, "it gets copies of these; changes come back only as a checked set")
 
 
@@ -170,14 +166,10 @@ def _no_files(asked: Asked, _field: str) -> Answer:
     return Answer("enforced", asked.boundary, "no file of the host is in the machine")
 
 
-def _hosts(asked: Asked, field: str) -> Answer:
+def _no_network(asked: Asked, field: str) -> Answer:
     if asked.connections:
-        return Answer("refused", _NOBODY, "this version cannot yet give a program connections")
-    return _no_network(asked, field)
-
-
-def _no_network(asked: Asked, _field: str) -> Answer:
-    if asked.connections:
+        if field == "net.allow_hosts":
+            return Answer("refused", _NOBODY, "this version cannot yet give a program connections")
         return Answer("enforced", _PLAN, "nothing runs: net.allow_hosts is refused")
     if "no-network" not in asked.features.can_hold:
         return _not_held(asked, "this backend does not keep the network away")
@@ -188,10 +180,9 @@ def _database(asked: Asked, field: str) -> Answer:
     if asked.servers:
         return Answer("refused", _NOBODY, "this version cannot yet give a program database servers")
     if _no_network(asked, field).state == "enforced":
-        told = f"told to the program as {_VARIABLES[field]}"
-        return Answer(
-            "advisory", "X07's libraries", f"{told}; no server can be reached, a file that it has can be used"
-        )
+        told = _advice(asked, field)
+        why = f"{told.why}; no server can be reached, a file that it has can be used"
+        return Answer("advisory", told.by, why)
     return _advice(asked, field)
 
 
@@ -207,16 +198,13 @@ def _no_variables(asked: Asked, field: str) -> Answer:
     if field == "env.allow_keys" and asked.entries(field) and asked.values["env.enabled"] is True:
         own = sorted(str(key) for key in asked.entries(field) if str(key).startswith("X07_"))
         if own:
-            return Answer(
-                "refused", _NOBODY, f"the host's {', '.join(own)} never go in, since such names are X07's own"
-            )
-        return Answer(
-            "enforced",
-            asked.boundary,
-            "of the host's variables these go in, where they are set, and no others",
-        )
+            why = f"the host's {', '.join(own)} never go in, since such names are X07's own"
+            return Answer("refused", _NOBODY, why)
+        why = "of the host's variables these go in, where they are set, and no others"
+        return Answer("enforced", asked.boundary, why)
     if field == "env.deny_keys" and asked.entries(field):
-        own = sorted(str(key) for key in asked.entries(field) if _is_own(key))
+        names = map(str, asked.entries(field))
+        own = sorted(key for key in names if key == "X07_WORLD" or key.startswith("X07_OS_"))
         if own:
             return Answer("refused", _NOBODY, f"every program is told {', '.join(own)}, which are X07's own")
         return Answer("enforced", asked.boundary, "none of these is set, whoever asks for it")
@@ -226,10 +214,6 @@ def _no_variables(asked: Asked, field: str) -> Answer:
         of_host = "of the host's only those of env.allow_keys go" if keys else "none of the host goes"
         why = f"{of_host} in, beside fixed ones, X07's own, and what the caller names"
     return Answer("enforced", asked.boundary, why)
-
-
-def _is_own(key: object) -> bool:
-    return key == "X07_WORLD" or str(key).startswith("X07_OS_")
 
 
 _UNCONFINED: Final = Answer("refused", _NOBODY, "this backend does not confine a program")
@@ -316,9 +300,8 @@ def _max_live(asked: Asked, field: str) -> Answer:
         return _not_held(asked, "this backend does not confine a program")
     if not asked.policy.process.may_spawn:
         return Answer("enforced", asked.own(_SECCOMP), "no child may be started at all")
-    return Answer(
-        "enforced", asked.own(_CGROUP), "stands in place of the larger limits.procs, so that threads count as children"
-    )
+    why = "stands in place of the larger limits.procs, so that threads count as children"
+    return Answer("enforced", asked.own(_CGROUP), why)
 
 
 def _kill(asked: Asked, field: str) -> Answer:
@@ -341,14 +324,10 @@ TABLE: Final[dict[str, Row]] = {
     "fs.read_roots": _roots,
     "fs.write_roots": _roots,
     **dict.fromkeys(_FILE_RULES, _copied),
-    "net.allow_hosts": _hosts,
-    **dict.fromkeys(("net.enabled", "net.allow_dns", "net.allow_tcp", "net.allow_udp"), _no_network),
+    **dict.fromkeys(paths("net", "enabled allow_dns allow_tcp allow_udp allow_hosts"), _no_network),
     "db.enabled": _database,
-    **dict.fromkeys(
-        ("db.net.allow_dns", "db.net.allow_cidrs", "db.net.allow_ports", "db.net.require_tls", "db.net.require_verify"),
-        _database_net,
-    ),
-    **dict.fromkeys(("env.enabled", "env.allow_keys", "env.deny_keys"), _no_variables),
+    **dict.fromkeys(paths("db.net", "allow_dns allow_cidrs allow_ports require_tls require_verify"), _database_net),
+    **dict.fromkeys(paths("env", "enabled allow_keys deny_keys"), _no_variables),
     "threads.enabled": _threads,
     "process.allow_spawn": _spawn,
     "process.enabled": _allow_exec,
@@ -360,51 +339,18 @@ TABLE: Final[dict[str, Row]] = {
     "process.kill_tree": _kill,
     **dict.fromkeys(
         (
-            "fs.allow_walk",
-            "fs.allow_glob",
-            "language.allow_unsafe",
-            "language.allow_ffi",
-            "threads.max_workers",
-            "threads.max_blocking",
-            "threads.max_queue",
-            "time.enabled",
-            "time.allow_monotonic",
-            "time.allow_wall_clock",
-            "time.allow_sleep",
-            "time.max_sleep_ms",
-            "time.allow_local_tzid",
-            "process.allow_exit",
-            "process.max_spawns",
-            "process.max_runtime_ms",
-            "process.allow_args_regex_lite",
-            "process.allow_env_keys",
-            "process.allow_cwd",
-            "process.allow_cwd_roots",
-            "process.max_args",
-            "process.max_env",
-            "process.max_exe_bytes",
-            "process.max_arg_bytes",
-            "process.max_env_key_bytes",
-            "process.max_env_val_bytes",
-            "process.max_stdout_bytes",
-            "process.max_stderr_bytes",
-            "process.max_total_bytes",
-            "process.max_stdin_bytes",
-            "db.drivers.sqlite",
-            "db.drivers.postgres",
-            "db.drivers.mysql",
-            "db.drivers.redis",
-            "db.max_live_conns",
-            "db.max_queries",
-            "db.connect_timeout_ms",
-            "db.query_timeout_ms",
-            "db.max_sql_bytes",
-            "db.max_rows",
-            "db.max_resp_bytes",
-            "db.sqlite.allow_paths",
-            "db.sqlite.readonly_only",
-            "db.sqlite.allow_create",
-            "db.sqlite.allow_in_memory",
+            *paths("fs", "allow_walk allow_glob"),
+            *paths("language", "allow_unsafe allow_ffi"),
+            *paths("threads", "max_workers max_blocking max_queue"),
+            *paths("time", "enabled allow_monotonic allow_wall_clock allow_sleep max_sleep_ms allow_local_tzid"),
+            *paths("process", "allow_exit max_spawns max_runtime_ms allow_args_regex_lite allow_env_keys"),
+            *paths("process", "allow_cwd allow_cwd_roots max_args max_env max_exe_bytes max_arg_bytes"),
+            *paths("process", "max_env_key_bytes max_env_val_bytes"),
+            *paths("process", "max_stdout_bytes max_stderr_bytes max_total_bytes max_stdin_bytes"),
+            *paths("db.drivers", "sqlite postgres mysql redis"),
+            *paths("db", "max_live_conns max_queries connect_timeout_ms query_timeout_ms"),
+            *paths("db", "max_sql_bytes max_rows max_resp_bytes"),
+            *paths("db.sqlite", "allow_paths readonly_only allow_create allow_in_memory"),
         ),
         _advice,
     ),

@@ -7,9 +7,8 @@
 | 8 GiB | 7788 MiB |
 | 17 GiB | 16 GiB, the largest that a policy may ask for |
 
-limits.mem_bytes is held by a control group inside the guest. Above it the machine needs room for the kernel, the
-agent and what the image keeps in memory (160 MiB), and for the kernel's bookkeeping, which grows with the program's
-memory (1/32). Were the machine itself too small, its kernel would choose a victim, and that would be no honest `oom`.
+A control group in the guest holds limits.mem_bytes. The machine has more: 160 MiB for kernel, agent and image, and 1/32
+for the kernel's bookkeeping. Were it too small, its kernel would choose a victim, and that would be no honest `oom`.
 """
 
 from __future__ import annotations
@@ -64,10 +63,7 @@ def build_limits_shown() -> Limits:
 
 
 def ram_class_bytes(mem_bytes: int) -> int:
-    """The smallest size of machine, in bytes, that can hold a program with *mem_bytes*.
-
-    Raises ValueError above what the largest can hold, which no valid policy asks for.
-    """
+    """The smallest size of machine, in bytes, for a program with *mem_bytes*; ValueError where none is large enough."""
     needed = mem_bytes + FIXED_OVERHEAD_BYTES + -(-mem_bytes // OVERHEAD_DIVISOR)
     for size in RAM_CLASSES:
         if size >= needed:

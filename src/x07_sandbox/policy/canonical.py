@@ -14,9 +14,8 @@ def canonical_json(value: object) -> bytes:
 
 
 def policy_digest(policy: Policy) -> str:
-    """The same for two documents that say the same: the order of keys, blanks and spelt-out defaults do not count.
+    """`sha256:` and the sum of the canonical JSON, with the defaults of every section that is there filled in.
 
-    "sha256:" and the sum of the canonical JSON, with the defaults of every section that is there filled in. The result
-    of a run has another digest (`digests.policy`): of the file's bytes, whatever they look like.
+    The result of a run has another digest (`digests.policy`), of the file's bytes.
     """
     return f"sha256:{hashlib.sha256(canonical_json(msgspec.to_builtins(policy))).hexdigest()}"

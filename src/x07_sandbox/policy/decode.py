@@ -1,8 +1,7 @@
 """From bytes to a valid Policy, or one error that names everything that is wrong.
 
-A good document takes the fast way: one parse, one msgspec conversion, the rules. Only when that fails does
-the slow way (explain.py, with jsonschema) gather all problems; the two always agree, and if they did not,
-the document would be refused all the same.
+A good document takes the fast way: one parse, one msgspec conversion, the rules. Only when that fails does the slow way
+(explain.py, with jsonschema) gather all problems. Should the two disagree, the fast one decides.
 """
 
 import json
@@ -16,18 +15,6 @@ from x07_sandbox.host.models import known
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.problems import HUGE, PolicyError, Problem, json_path
 from x07_sandbox.policy.rules import rule_problems
-
-__all__ = [
-    "MAX_BYTES",
-    "MAX_PROBLEMS",
-    "Parsed",
-    "PolicyError",
-    "Problem",
-    "accept",
-    "decode_policy",
-    "find_problems",
-    "parse",
-]
 
 MAX_BYTES = 1 << 20
 MAX_PROBLEMS = 100
@@ -44,19 +31,15 @@ class _Repeated(dict[str, object]):
 
 
 class Parsed(msgspec.Struct, frozen=True):
-    r"""A document as JSON gives it.
-
-    odd: it holds repeated keys or \u escapes, so its keys and texts need a closer look.
-    """
+    r"""A document as JSON gives it. odd: it has repeated keys or \u escapes, so its texts need a closer look."""
 
     value: object
     odd: bool
 
 
 def decode_policy(data: bytes, *, source: str) -> Policy:
-    """The policy in *data*, checked against the schema and every extra rule.
+    """The policy in *data*, checked against the schema and every rule. source: names it in errors, as its path does.
 
-    source: names the document in the error, usually its path.
     Raises PolicyError, with all problems at once (at most MAX_PROBLEMS).
     """
     parsed = parse(data, source=source)

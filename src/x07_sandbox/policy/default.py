@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import msgspec
 
 from x07_sandbox.policy.model import (
+    ABSENT_THREADS,
     SCHEMA_VERSION,
     Env,
     Fs,
@@ -14,7 +15,6 @@ from x07_sandbox.policy.model import (
     Net,
     Policy,
     Process,
-    Threads,
     Time,
 )
 
@@ -24,8 +24,8 @@ _MIB = 1 << 20
 def default_policy() -> Policy:
     """One minute, half a GiB, 64 processes; no file of the host, no host of the network.
 
-    Spawning and executing inside the machine are allowed, since it is thrown away. fs and net are enabled
-    with empty lists, so that a flag that adds a root or a host needs no policy file.
+    Spawning and executing are allowed, since the machine is thrown away. fs and net are enabled with empty lists, so
+    that a flag that adds a root or a host needs no policy file.
     """
     return Policy(
         schema_version=SCHEMA_VERSION,
@@ -59,33 +59,26 @@ def default_policy() -> Policy:
             allow_local_tzid=False,
         ),
         language=Language(allow_unsafe=True, allow_ffi=True),
-        threads=Threads(enabled=True, max_workers=0, max_blocking=4, max_queue=1024),
-        process=_default_process(),
-    )
-
-
-def _default_process() -> Process:
-    return Process(
-        enabled=True,
-        allow_spawn=True,
-        max_live=64,
-        max_spawns=1024,
-        allow_exec=True,
-        allow_exit=True,
-        allow_exec_prefixes=("/",),
-        max_runtime_ms=60_000,
-        max_stdout_bytes=10 * _MIB,
-        max_stderr_bytes=10 * _MIB,
-        max_total_bytes=16 * _MIB,
-        max_stdin_bytes=_MIB,
+        threads=ABSENT_THREADS,
+        process=Process(
+            enabled=True,
+            allow_spawn=True,
+            max_live=64,
+            max_spawns=1024,
+            allow_exec=True,
+            allow_exit=True,
+            allow_exec_prefixes=("/",),
+            max_runtime_ms=60_000,
+            max_stdout_bytes=10 * _MIB,
+            max_stderr_bytes=10 * _MIB,
+            max_total_bytes=16 * _MIB,
+            max_stdin_bytes=_MIB,
+        ),
     )
 
 
 def render_policy(policy: Policy | Mapping[str, object]) -> bytes:
-    """A policy as a file: keys sorted at all levels, two blanks deep, characters unescaped, one newline at the end.
-
-    A Policy is written with every default filled in; a section that it does not have stays away.
-    """
+    """A policy as a file: JSON with sorted keys and every default of the sections that are there, and a newline."""
     document = msgspec.to_builtins(policy) if isinstance(policy, Policy) else policy
     # sort_keys goes by code points, which is the order of the UTF-8 bytes.
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,8 +1,7 @@
 """What one policy grants or withdraws compared to another: field by field, lists entry by entry.
 
-Compared is what is in force: a section that is absent counts as what stands for it, the order of a list and the case of
-a host do not count. A change is ``granted`` where the second policy lets a program do more, ``withdrawn`` where it lets
-it do less, ``changed`` where it is neither.
+Compared is what is in force; the order of a list and the case of a host do not count. A change is ``granted`` where the
+second policy lets a program do more, ``withdrawn`` where it lets it do less, else ``changed``.
 """
 
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.policy.model import HostPorts, Policy, leaf_values
+from x07_sandbox.policy.model import HostPorts, Policy, leaf_values, paths
 
 Effect = Literal["granted", "withdrawn", "changed"]
 # What a larger number, true or a further entry does.
@@ -35,42 +34,29 @@ DIRECTIONS: Final[dict[str, Direction]] = {
     **dict.fromkeys(("schema_version", "policy_id", "notes"), "neither"),
     **dict.fromkeys(
         (
-            *(f"limits.{name}" for name in ("cpu_ms", "wall_ms", "mem_bytes", "fds", "procs", "core_dumps")),
-            *(f"fs.{name}" for name in ("enabled", "read_roots", "write_roots", "allow_symlinks", "allow_mkdir")),
-            *(f"fs.{name}" for name in ("allow_remove", "allow_rename", "allow_walk", "allow_glob")),
-            *(f"fs.{name}" for name in ("max_read_bytes", "max_write_bytes", "max_entries", "max_depth")),
-            *(f"net.{name}" for name in ("enabled", "allow_dns", "allow_tcp", "allow_udp", "allow_hosts")),
-            *(f"db.{name}" for name in ("enabled", "max_live_conns", "max_queries", "connect_timeout_ms")),
-            *(f"db.{name}" for name in ("query_timeout_ms", "max_sql_bytes", "max_rows", "max_resp_bytes")),
-            *(f"db.drivers.{name}" for name in ("sqlite", "postgres", "mysql", "redis")),
-            *(f"db.sqlite.{name}" for name in ("allow_paths", "allow_create", "allow_in_memory")),
-            *(f"db.net.{name}" for name in ("allow_dns", "allow_cidrs", "allow_ports")),
-            *(f"env.{name}" for name in ("enabled", "allow_keys")),
-            *(f"time.{name}" for name in ("enabled", "allow_monotonic", "allow_wall_clock", "allow_sleep")),
-            *(f"time.{name}" for name in ("max_sleep_ms", "allow_local_tzid")),
-            *(f"language.{name}" for name in ("allow_unsafe", "allow_ffi")),
-            *(f"threads.{name}" for name in ("enabled", "max_workers", "max_blocking", "max_queue")),
-            *(f"process.{name}" for name in ("enabled", "allow_spawn", "max_live", "max_spawns", "allow_exec")),
-            *(f"process.{name}" for name in ("allow_exit", "allow_execs", "allow_exec_prefixes", "allow_env_keys")),
-            *(f"process.{name}" for name in ("max_exe_bytes", "max_args", "max_arg_bytes", "max_env")),
-            *(f"process.{name}" for name in ("max_env_key_bytes", "max_env_val_bytes", "max_runtime_ms")),
-            *(f"process.{name}" for name in ("max_stdout_bytes", "max_stderr_bytes", "max_total_bytes")),
-            *(f"process.{name}" for name in ("max_stdin_bytes", "allow_cwd", "allow_cwd_roots")),
+            *paths("limits", "cpu_ms wall_ms mem_bytes fds procs core_dumps"),
+            *paths("fs", "enabled read_roots write_roots allow_symlinks allow_mkdir allow_remove allow_rename"),
+            *paths("fs", "allow_walk allow_glob max_read_bytes max_write_bytes max_entries max_depth"),
+            *paths("net", "enabled allow_dns allow_tcp allow_udp allow_hosts"),
+            *paths("db", "enabled max_live_conns max_queries connect_timeout_ms query_timeout_ms"),
+            *paths("db", "max_sql_bytes max_rows max_resp_bytes"),
+            *paths("db.drivers", "sqlite postgres mysql redis"),
+            *paths("db.sqlite", "allow_paths allow_create allow_in_memory"),
+            *paths("db.net", "allow_dns allow_cidrs allow_ports"),
+            *paths("env", "enabled allow_keys"),
+            *paths("time", "enabled allow_monotonic allow_wall_clock allow_sleep max_sleep_ms allow_local_tzid"),
+            *paths("language", "allow_unsafe allow_ffi"),
+            *paths("threads", "enabled max_workers max_blocking max_queue"),
+            *paths("process", "enabled allow_spawn max_live max_spawns allow_exec allow_exit allow_execs"),
+            *paths("process", "allow_exec_prefixes allow_env_keys max_exe_bytes max_args max_arg_bytes max_env"),
+            *paths("process", "max_env_key_bytes max_env_val_bytes max_runtime_ms max_stdout_bytes"),
+            *paths("process", "max_stderr_bytes max_total_bytes max_stdin_bytes allow_cwd allow_cwd_roots"),
         ),
         "grants",
     ),
-    **dict.fromkeys(
-        (
-            "fs.deny_hidden",
-            "db.sqlite.readonly_only",
-            "db.net.require_tls",
-            "db.net.require_verify",
-            "env.deny_keys",
-            "process.kill_on_drop",
-            "process.kill_tree",
-        ),
-        "withdraws",
-    ),
+    **dict.fromkeys(("fs.deny_hidden", "db.sqlite.readonly_only", "env.deny_keys"), "withdraws"),
+    **dict.fromkeys(paths("db.net", "require_tls require_verify"), "withdraws"),
+    **dict.fromkeys(paths("process", "kill_on_drop kill_tree"), "withdraws"),
     # What no pattern at all means is X07's to know: the first one may allow something, or be the first restriction.
     "process.allow_args_regex_lite": "neither",
 }

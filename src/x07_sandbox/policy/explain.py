@@ -1,7 +1,4 @@
-"""The slow way: every place where a document breaks the schema, in words for people.
-
-Imported only when a document was refused, because jsonschema and difflib cost more than the rest together.
-"""
+"""Every place where a document breaks the schema, in words. Imported after a refusal only: jsonschema is slow."""
 
 import difflib
 import json
@@ -39,21 +36,13 @@ def schema_problems(document: object) -> Iterator[Problem]:
 
 def _required(_validator: Any, required: list[str], instance: object, _schema: object) -> Iterator[ValidationError]:  # noqa: ANN401
     if isinstance(instance, dict):
-        for name in required:
-            if name not in instance:
-                yield ValidationError("is missing", path=(name,))
+        yield from (ValidationError("is missing", path=(name,)) for name in required if name not in instance)
 
 
-def _closed(
-    _validator: Any,  # noqa: ANN401 - jsonschema's own call shape
-    _allowed: object,
-    instance: object,
-    schema: Mapping[str, Any],
-) -> Iterator[ValidationError]:
+def _closed(_v: Any, _allowed: object, instance: object, schema: Mapping[str, Any]) -> Iterator[ValidationError]:  # noqa: ANN401
     if isinstance(instance, dict):
-        for name in instance:
-            if name not in schema["properties"]:
-                yield ValidationError("is no field of the policy", path=(name,))
+        unknown = (name for name in instance if name not in schema["properties"])
+        yield from (ValidationError("is no field of the policy", path=(name,)) for name in unknown)
 
 
 def _is_integer(_checker: object, value: object) -> bool:

@@ -1,10 +1,9 @@
 """The policy document x07.run-os-policy@0.1.0 as one typed model.
 
-This is the one owner of every field's range, default and one-line doc: decoder, JSON schema
-(schemas/run-os-policy.schema.json) and docs/policy.md come from it. What no range can say is in rules.py.
+It owns every field's range, default and one-line doc: decoder, JSON schema (schemas/run-os-policy.schema.json) and
+docs/policy.md come from it. What no range can say is in rules.py.
 
-A section that may be absent is ``UNSET`` when it was absent, so that a document survives a round trip;
-the ``*_in_force`` properties give what counts then.
+A section that is absent is ``UNSET``; OPTIONAL_SECTIONS and the ``*_in_force`` properties give what counts then.
 """
 
 from typing import Annotated, Literal
@@ -23,6 +22,11 @@ U32 = Annotated[int, Meta(ge=0, le=4_294_967_295)]
 Count1024 = Annotated[int, Meta(ge=0, le=1024)]
 ArgBytes = Annotated[int, Meta(ge=0, le=1_048_576)]
 StreamBytes = Annotated[int, Meta(ge=0, le=268_435_456)]
+Million = Annotated[int, Meta(ge=0, le=1_000_000)]
+Roots = Annotated[tuple[Path, ...], Meta(max_length=128)]
+Paths = Annotated[tuple[Path, ...], Meta(max_length=256)]
+EnvKeys = Annotated[tuple[EnvKey, ...], Meta(max_length=256)]
+Names = Annotated[tuple[Name, ...], Meta(max_length=256)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,12 +54,8 @@ class Fs(Section, frozen=True, kw_only=True):
     """Files of the host. They go in as a copy; changes come back after the run."""
 
     enabled: Annotated[bool, Meta(description="Whether the program gets files of the host at all.")]
-    read_roots: Annotated[
-        tuple[Path, ...], Meta(max_length=128, description="Files and folders that the program may read.")
-    ]
-    write_roots: Annotated[
-        tuple[Path, ...], Meta(max_length=128, description="Files and folders that the program may read and change.")
-    ]
+    read_roots: Annotated[Roots, Meta(description="Files and folders that the program may read.")]
+    write_roots: Annotated[Roots, Meta(description="Files and folders that the program may read and change.")]
     deny_hidden: Annotated[bool, Meta(description="Keep back files and folders whose name starts with a dot.")]
     allow_symlinks: Annotated[bool, Meta(description="Whether symbolic links may be followed and made.")] = False
     allow_mkdir: Annotated[bool, Meta(description="Whether new folders may be made.")] = False
@@ -103,10 +103,8 @@ class Env(Section, frozen=True, kw_only=True):
     """Environment variables that an X07 program may read. Of the host's own only those of allow_keys go in."""
 
     enabled: Annotated[bool, Meta(description="Whether environment variables may be read.")]
-    allow_keys: Annotated[tuple[EnvKey, ...], Meta(max_length=256, description="Variables that may be read.")]
-    deny_keys: Annotated[
-        tuple[EnvKey, ...], Meta(max_length=256, description="Variables that may not be read, in spite of allow_keys.")
-    ]
+    allow_keys: Annotated[EnvKeys, Meta(description="Variables that may be read.")]
+    deny_keys: Annotated[EnvKeys, Meta(description="Variables that may not be read, in spite of allow_keys.")]
 
 
 class Time(Section, frozen=True, kw_only=True):
@@ -133,7 +131,7 @@ class Threads(Section, frozen=True, kw_only=True):
     enabled: Annotated[bool, Meta(description="Whether the program may start threads.")]
     max_workers: Annotated[int, Meta(ge=0, le=256, description="Worker threads; 0 lets the runtime choose.")]
     max_blocking: Annotated[int, Meta(ge=0, le=4096, description="Threads for blocking calls.")]
-    max_queue: Annotated[int, Meta(ge=0, le=1_000_000, description="Tasks that may wait for a thread.")]
+    max_queue: Annotated[Million, Meta(description="Tasks that may wait for a thread.")]
 
 
 class Process(Section, frozen=True, kw_only=True):
@@ -145,19 +143,15 @@ class Process(Section, frozen=True, kw_only=True):
     max_spawns: Annotated[Count1024, Meta(description="Children started in all.")]
     allow_exec: Annotated[bool, Meta(description="Whether other programs may be executed.")]
     allow_exit: Annotated[bool, Meta(description="Whether the program may choose its exit status.")]
-    allow_execs: Annotated[
-        tuple[Path, ...], Meta(max_length=256, description="Programs that may be executed, by path.")
-    ] = ()
+    allow_execs: Annotated[Paths, Meta(description="Programs that may be executed, by path.")] = ()
     allow_exec_prefixes: Annotated[
-        tuple[Path, ...], Meta(max_length=256, description="Starts of paths below which programs may be executed.")
+        Paths, Meta(description="Starts of paths below which programs may be executed.")
     ] = ()
     allow_args_regex_lite: Annotated[
         tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...],
         Meta(max_length=128, description="Patterns that a child's arguments must match."),
     ] = ()
-    allow_env_keys: Annotated[
-        tuple[EnvKey, ...], Meta(max_length=256, description="Variables that may be given to a child.")
-    ] = ()
+    allow_env_keys: Annotated[EnvKeys, Meta(description="Variables that may be given to a child.")] = ()
     max_exe_bytes: Annotated[ArgBytes, Meta(description="Longest path of a program to execute, in bytes.")] = 4096
     max_args: Annotated[Count1024, Meta(description="Arguments of a child.")] = 64
     max_arg_bytes: Annotated[ArgBytes, Meta(description="Longest argument of a child, in bytes.")] = 4096
@@ -176,9 +170,7 @@ class Process(Section, frozen=True, kw_only=True):
     kill_on_drop: Annotated[bool, Meta(description="Whether a child ends when the program lets go of it.")] = True
     kill_tree: Annotated[bool, Meta(description="Whether a child's own children end with it.")] = True
     allow_cwd: Annotated[bool, Meta(description="Whether a child may start in another folder.")] = False
-    allow_cwd_roots: Annotated[
-        tuple[Path, ...], Meta(max_length=128, description="Folders in which a child may start.")
-    ] = ()
+    allow_cwd_roots: Annotated[Roots, Meta(description="Folders in which a child may start.")] = ()
 
     @property
     def may_spawn(self) -> bool:
@@ -203,7 +195,7 @@ class Drivers(Section, frozen=True, kw_only=True):
 class Sqlite(Section, frozen=True, kw_only=True):
     """SQLite files."""
 
-    allow_paths: Annotated[tuple[Path, ...], Meta(max_length=256, description="Database files to open.")] = ()
+    allow_paths: Annotated[Paths, Meta(description="Database files to open.")] = ()
     readonly_only: Annotated[bool, Meta(description="Open databases for reading only.")] = False
     allow_create: Annotated[bool, Meta(description="Whether database files may be made.")] = False
     allow_in_memory: Annotated[bool, Meta(description="Whether databases in memory may be used.")] = False
@@ -212,8 +204,8 @@ class Sqlite(Section, frozen=True, kw_only=True):
 class DbNet(Section, frozen=True, kw_only=True):
     """Database servers."""
 
-    allow_dns: Annotated[tuple[Name, ...], Meta(max_length=256, description="Servers by name.")] = ()
-    allow_cidrs: Annotated[tuple[Name, ...], Meta(max_length=256, description="Servers by network.")] = ()
+    allow_dns: Annotated[Names, Meta(description="Servers by name.")] = ()
+    allow_cidrs: Annotated[Names, Meta(description="Servers by network.")] = ()
     allow_ports: Annotated[tuple[Port, ...], Meta(max_length=256, description="Ports of servers.")] = ()
     require_tls: Annotated[bool, Meta(description="Refuse a server without TLS (false when db.net is absent).")] = True
     require_verify: Annotated[
@@ -227,24 +219,14 @@ class Db(Section, frozen=True, kw_only=True):
     enabled: Annotated[bool, Meta(description="Whether databases may be used.")]
     drivers: Drivers
     max_live_conns: Annotated[Count1024, Meta(description="Connections open at one time.")] = 0
-    max_queries: Annotated[int, Meta(ge=0, le=1_000_000, description="Queries in all.")] = 0
+    max_queries: Annotated[Million, Meta(description="Queries in all.")] = 0
     connect_timeout_ms: Annotated[Millis, Meta(description="Time to connect, in milliseconds.")] = 0
     query_timeout_ms: Annotated[Millis, Meta(description="Time of one query, in milliseconds.")] = 0
     max_sql_bytes: Annotated[int, Meta(ge=0, le=10_485_760, description="Longest statement, in bytes.")] = 0
-    max_rows: Annotated[int, Meta(ge=0, le=1_000_000, description="Rows of one answer.")] = 0
+    max_rows: Annotated[Million, Meta(description="Rows of one answer.")] = 0
     max_resp_bytes: Annotated[int, Meta(ge=0, le=134_217_728, description="Largest answer, in bytes.")] = 0
     sqlite: Sqlite | UnsetType = UNSET
     net: DbNet | UnsetType = UNSET
-
-    @property
-    def sqlite_in_force(self) -> Sqlite:
-        """The section, or what counts when it is absent."""
-        return ABSENT_SQLITE if isinstance(self.sqlite, UnsetType) else self.sqlite
-
-    @property
-    def net_in_force(self) -> DbNet:
-        """The section, or what counts when it is absent."""
-        return ABSENT_DB_NET if isinstance(self.net, UnsetType) else self.net
 
 
 class Policy(Section, frozen=True, kw_only=True):
@@ -273,11 +255,6 @@ class Policy(Section, frozen=True, kw_only=True):
         return "" if isinstance(self.notes, UnsetType) else self.notes
 
     @property
-    def db_in_force(self) -> Db:
-        """The section, or what counts when it is absent: no databases."""
-        return ABSENT_DB if isinstance(self.db, UnsetType) else self.db
-
-    @property
     def language_in_force(self) -> Language:
         """The section, or what counts when it is absent: neither unsafe code nor foreign calls."""
         return ABSENT_LANGUAGE if isinstance(self.language, UnsetType) else self.language
@@ -288,19 +265,26 @@ class Policy(Section, frozen=True, kw_only=True):
         return ABSENT_THREADS if isinstance(self.threads, UnsetType) else self.threads
 
 
-ABSENT_SQLITE = Sqlite()
-# Not the defaults of the fields: upstream derives both from a section that is not there.
-ABSENT_DB_NET = DbNet(require_tls=False, require_verify=False)
-ABSENT_DB = Db(enabled=False, drivers=Drivers(sqlite=False, postgres=False, mysql=False))
 ABSENT_LANGUAGE = Language(allow_unsafe=False, allow_ffi=False)
 ABSENT_THREADS = Threads(enabled=True, max_workers=0, max_blocking=4, max_queue=1024)
+# What counts in place of a section that is absent.
+OPTIONAL_SECTIONS = {
+    "db": Db(enabled=False, drivers=Drivers(sqlite=False, postgres=False, mysql=False)),
+    "db.sqlite": Sqlite(),
+    # Not the defaults of the fields: upstream derives both from a section that is not there.
+    "db.net": DbNet(require_tls=False, require_verify=False),
+    "language": ABSENT_LANGUAGE,
+    "threads": ABSENT_THREADS,
+}
+
+
+def paths(section: str, names: str) -> tuple[str, ...]:
+    """Paths of some fields of a section. names: theirs there, parted by blanks."""
+    return tuple(f"{section}.{name}" for name in names.split())
 
 
 def leaf_values(policy: Policy) -> dict[str, object]:
-    """Every field's value in force, by its path ("limits.wall_ms"), in the model's order.
-
-    A list is one field. Absent sections and notes appear with what counts in their place.
-    """
+    """Every field's value in force, by its path ("limits.wall_ms"), in the model's order; a list is one field."""
     return dict(_leaves(policy, ""))
 
 
@@ -309,7 +293,7 @@ def _leaves(section: Section, prefix: str) -> list[tuple[str, object]]:
     for name in section.__struct_fields__:
         value = getattr(section, name)
         if value is UNSET:
-            value = getattr(section, f"{name}_in_force")
+            value = OPTIONAL_SECTIONS.get(f"{prefix}{name}", "")  # the notes are the only text
         if isinstance(value, Section):
             found += _leaves(value, f"{prefix}{name}.")
         else:

@@ -1,7 +1,7 @@
 """Flags that add hosts and roots to a policy, or take hosts away: `--allow-host` and its kin.
 
-Pure but for the files of specs, whose bytes the caller reads. Given the same base and the same flags the derived policy
-is the same to the last byte: entries of the base first, new ones in the order given, files before flags.
+Pure; the caller reads files of specs. The same base and flags give the same bytes: entries of the base first, new ones
+in the order given, files before flags.
 """
 
 import hashlib
@@ -61,9 +61,9 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Derived(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy that came of a base and overrides.
+    """A policy that came of a base and overrides. data: the document as it is written.
 
-    data: the document as it is written. digest: 8 hexadecimal digits of what it came of. file_name: its usual name.
+    digest: 8 hexadecimal digits of what it came of. file_name: its usual name.
     """
 
     policy: Policy
@@ -98,9 +98,8 @@ def derive_policy(
 ) -> Derived:
     """*base* with *overrides* applied; a denied host stays denied, whatever allows it.
 
-    base_bytes: the base as it was read. base_path: names it for people.
-    read_spec_file: gives the bytes of a file of specs, bounded; raises UsageError if it cannot.
-    Raises UsageError for the first flag that cannot be applied.
+    base_bytes: the base as it was read. base_path: names it for people. read_spec_file: gives the bytes of a file of
+    specs, bounded, or raises UsageError. Raises UsageError for the first flag that cannot be applied.
     """
     _need_sections(base, overrides)
     asked = _Asked(

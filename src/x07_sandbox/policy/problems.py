@@ -31,15 +31,11 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PolicyError(UsageError):
-    """A policy document was refused; ``problems`` holds everything that is wrong with it.
-
-    in_schema: it keeps to the schema, and breaks only rules beyond it.
-    """
+    """A policy document was refused for its ``problems``. in_schema: it breaks only rules beyond the schema."""
 
     def __init__(
         self, what: str, why: str, fix: str, problems: Iterable[Problem] = (), *, in_schema: bool = False
     ) -> None:
-        """The three parts of every error, and all problems that were found."""
         super().__init__(what, why, fix)
         # Kept out of args on purpose: pickle rebuilds from args and then restores these attributes.
         self.problems: tuple[Problem, ...] = tuple(problems)

@@ -1,7 +1,7 @@
 """The rules that no range can say: upstream's ``validate_basic``, and two of our own, marked so.
 
-They hold whether or not their section is enabled. One implementation serves both ways of decoding, so it
-takes the plain document, and where a value has the wrong shape it stays silent: the schema has spoken.
+They hold whether or not their section is enabled. Both ways of decoding use them, on the plain document; a value of the
+wrong shape is left to the schema.
 """
 
 import re
@@ -17,17 +17,11 @@ _TOKENS_MAX = 256
 
 # X07 hands these lists to the program joined with ';'.
 _JOINED = (
-    ("fs", "read_roots"),
-    ("fs", "write_roots"),
-    ("env", "allow_keys"),
-    ("env", "deny_keys"),
-    ("process", "allow_execs"),
-    ("process", "allow_exec_prefixes"),
-    ("process", "allow_env_keys"),
-    ("process", "allow_cwd_roots"),
+    *(("fs", name) for name in ("read_roots", "write_roots")),
+    *(("env", name) for name in ("allow_keys", "deny_keys")),
+    *(("process", name) for name in ("allow_execs", "allow_exec_prefixes", "allow_env_keys", "allow_cwd_roots")),
     ("db", "sqlite", "allow_paths"),
-    ("db", "net", "allow_dns"),
-    ("db", "net", "allow_cidrs"),
+    *(("db", "net", name) for name in ("allow_dns", "allow_cidrs")),
 )
 _PATTERNS = ("process", "allow_args_regex_lite")
 _HOSTS = ("net", "allow_hosts")
@@ -163,10 +157,7 @@ RULES = (
         "Each entry of `net.allow_hosts` has at least one port, and a host of at most 255 bytes "
         "without `;`, blanks or NUL.",
     ),
-    Rule(
-        lists_can_be_joined,
-        "No `;` in any entry of " + ", ".join(f"`{'.'.join(place)}`" for place in _JOINED) + ".",
-    ),
+    Rule(lists_can_be_joined, "No `;` in any entry of " + ", ".join(f"`{'.'.join(place)}`" for place in _JOINED) + "."),
     Rule(
         patterns_are_regex_lite,
         "`process.allow_args_regex_lite`: no `;`; a `*` neither first nor after another `*`; no single backslash at "

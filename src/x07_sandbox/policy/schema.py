@@ -11,25 +11,9 @@ from typing import Any
 
 import msgspec
 
-from x07_sandbox.policy.model import (
-    ABSENT_DB,
-    ABSENT_DB_NET,
-    ABSENT_LANGUAGE,
-    ABSENT_SQLITE,
-    ABSENT_THREADS,
-    SCHEMA_VERSION,
-    Policy,
-)
+from x07_sandbox.policy.model import SCHEMA_VERSION, Policy
 
 _REF = "#/$defs/"
-# Absence is a value here; see the ABSENT_* sections of the model.
-OPTIONAL_SECTIONS = {
-    "db": ABSENT_DB,
-    "db.sqlite": ABSENT_SQLITE,
-    "db.net": ABSENT_DB_NET,
-    "language": ABSENT_LANGUAGE,
-    "threads": ABSENT_THREADS,
-}
 _KINDS = {"boolean": "true or false", "integer": "whole number", "string": "text", "array": "list"}
 
 
@@ -51,11 +35,7 @@ class Field:
 def policy_schema() -> dict[str, Any]:
     """The document's JSON Schema (draft 2020-12), closed at every level; not to be changed by the caller."""
     made = msgspec.json.schema(Policy)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": SCHEMA_VERSION,
-        **made,
-    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA_VERSION, **made}
 
 
 def fields() -> tuple[Field, ...]:

@@ -11,34 +11,16 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.default import default_policy
-from x07_sandbox.policy.model import (
-    SCHEMA_VERSION,
-    Db,
-    DbNet,
-    Drivers,
-    Env,
-    Fs,
-    Language,
-    Limits,
-    Net,
-    Policy,
-    Process,
-    Sqlite,
-    Threads,
-    Time,
-)
+from x07_sandbox.policy.model import ABSENT_LANGUAGE, Db, DbNet, Drivers, Fs, Limits, Policy, Sqlite
 
 _MIB: Final = 1 << 20
+_DEFAULT: Final = default_policy()
 _NO_DRIVER: Final = Drivers(sqlite=False, postgres=False, mysql=False)
-_FILES: Final = Fs(
-    enabled=True,
+_FILES: Final = replace(
+    _DEFAULT.fs,
     read_roots=(".",),
     write_roots=("out",),
-    deny_hidden=True,
-    allow_mkdir=True,
-    allow_rename=True,
-    allow_walk=True,
-    allow_glob=True,
+    allow_remove=False,
     max_read_bytes=64 * _MIB,
     max_write_bytes=64 * _MIB,
     max_entries=50_000,
@@ -55,17 +37,7 @@ _DATABASE: Final = Db(
     max_rows=100_000,
     max_resp_bytes=16 * _MIB,
 )
-_CALM: Final = Time(
-    enabled=True,
-    allow_monotonic=True,
-    allow_wall_clock=True,
-    allow_sleep=False,
-    max_sleep_ms=0,
-    allow_local_tzid=False,
-)
-_NAPS: Final = replace(_CALM, allow_wall_clock=False, allow_sleep=True, max_sleep_ms=5000)
-_ON_THE_NET: Final = Net(enabled=True, allow_dns=True, allow_tcp=True, allow_udp=False, allow_hosts=())
-_UNSAFE: Final = Language(allow_unsafe=True, allow_ffi=True)
+_CALM: Final = replace(_DEFAULT.time, allow_sleep=False, max_sleep_ms=0)
 
 
 def _limits(cpu_s: int, wall_s: int, mem_mib: int, fds: int, procs: int) -> Limits:
@@ -73,28 +45,24 @@ def _limits(cpu_s: int, wall_s: int, mem_mib: int, fds: int, procs: int) -> Limi
 
 
 # What a template has where it says nothing else.
-_CLI: Final = Policy(
-    schema_version=SCHEMA_VERSION,
+_CLI: Final = replace(
+    _DEFAULT,
     policy_id="sandbox.cli.base",
     notes="A command that reads the project and writes below out, without network.",
     limits=_limits(60, 120, 512, 128, 16),
     fs=_FILES,
-    net=Net(enabled=False, allow_dns=False, allow_tcp=False, allow_udp=False, allow_hosts=()),
-    env=Env(enabled=False, allow_keys=(), deny_keys=()),
+    net=replace(_DEFAULT.net, enabled=False, allow_dns=False, allow_tcp=False),
+    env=replace(_DEFAULT.env, enabled=False),
     time=_CALM,
-    language=Language(allow_unsafe=False, allow_ffi=False),
-    threads=Threads(enabled=True, max_workers=0, max_blocking=4, max_queue=1024),
-    process=Process(
-        enabled=True,
+    language=ABSENT_LANGUAGE,
+    process=replace(
+        _DEFAULT.process,
         allow_spawn=False,
         max_live=0,
         max_spawns=0,
         allow_exec=False,
-        allow_exit=True,
-        max_stdout_bytes=10 * _MIB,
-        max_stderr_bytes=10 * _MIB,
-        max_total_bytes=16 * _MIB,
-        max_stdin_bytes=_MIB,
+        allow_exec_prefixes=(),
+        max_runtime_ms=0,
     ),
 )
 _WORKER: Final = replace(
@@ -103,12 +71,12 @@ _WORKER: Final = replace(
     notes="A long computation on its input: no files, no network, no time of day.",
     limits=_limits(300, 300, 1024, 64, 16),
     fs=Fs(enabled=False, read_roots=(), write_roots=(), deny_hidden=True),
-    time=_NAPS,
+    time=replace(_CALM, allow_wall_clock=False, allow_sleep=True, max_sleep_ms=5000),
 )
 
 TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
     {
-        "default": default_policy(),
+        "default": _DEFAULT,
         "cli": _CLI,
         "http-client": replace(
             _CLI,
@@ -116,9 +84,9 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
             notes="A client of web servers; the hosts that it may reach have to be added.",
             limits=_limits(180, 300, 1024, 256, 32),
             fs=replace(_FILES, allow_glob=False, max_write_bytes=256 * _MIB, max_entries=20_000, max_depth=32),
-            net=_ON_THE_NET,
+            net=_DEFAULT.net,
             time=replace(_CALM, allow_sleep=True, max_sleep_ms=5000),
-            language=_UNSAFE,
+            language=_DEFAULT.language,
         ),
         "web-service": replace(
             _CLI,
@@ -126,10 +94,10 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
             notes="A web service that is told its port and host by variables; hosts have to be added.",
             limits=_limits(180, 600, 1024, 512, 64),
             fs=replace(_FILES, max_write_bytes=128 * _MIB),
-            net=_ON_THE_NET,
-            env=Env(enabled=True, allow_keys=("PORT", "HOST", "LOG_LEVEL"), deny_keys=()),
+            net=_DEFAULT.net,
+            env=replace(_DEFAULT.env, allow_keys=("PORT", "HOST", "LOG_LEVEL")),
             time=replace(_CALM, allow_sleep=True, max_sleep_ms=1000),
-            language=_UNSAFE,
+            language=_DEFAULT.language,
         ),
         "fs-tool": replace(
             _CLI,
@@ -151,7 +119,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
             notes="A program with a SQLite database of its own below out.",
             limits=_limits(120, 300, 1024, 256, 32),
             fs=replace(_FILES, max_read_bytes=128 * _MIB, max_write_bytes=256 * _MIB, max_entries=100_000),
-            language=_UNSAFE,
+            language=_DEFAULT.language,
             db=replace(
                 _DATABASE,
                 drivers=replace(_NO_DRIVER, sqlite=True),
@@ -164,7 +132,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
             policy_id="sandbox.postgres-client.base",
             notes="A client of a PostgreSQL server, over TLS only; the server has to be added.",
             limits=_limits(120, 300, 1024, 256, 32),
-            language=_UNSAFE,
+            language=_DEFAULT.language,
             db=replace(_DATABASE, drivers=replace(_NO_DRIVER, postgres=True), net=DbNet()),
         ),
         "worker": _WORKER,
@@ -173,15 +141,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
             policy_id="sandbox.worker-parallel.base",
             notes="A long computation that spreads over processes of the project's own dependencies.",
             limits=_limits(300, 300, 1024, 128, 1024),
-            process=replace(
-                _CLI.process,
-                allow_spawn=True,
-                max_live=16,
-                max_spawns=64,
-                allow_exec=True,
-                allow_exec_prefixes=("deps/x07/",),
-                max_runtime_ms=60_000,
-            ),
+            process=replace(_DEFAULT.process, max_live=16, max_spawns=64, allow_exec_prefixes=("deps/x07/",)),
         ),
     }
 )
@@ -196,6 +156,5 @@ def built_in(name: str) -> Policy | None:
         return TEMPLATES[name.removeprefix(BUILT_IN)]
     except KeyError:
         known = ", ".join(f"{BUILT_IN}{template}" for template in TEMPLATES)
-        raise UsageError(
-            f"there is no policy {name}", "nothing of that name is built in", f"Name one of {known}"
-        ) from None
+        why = "nothing of that name is built in"
+        raise UsageError(f"there is no policy {name}", why, f"Name one of {known}") from None
