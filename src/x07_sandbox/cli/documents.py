@@ -12,8 +12,7 @@ from x07_sandbox.cli.console import put, say
 from x07_sandbox.cli.usage import actions, parser_for
 from x07_sandbox.errors import Cancelled, RefusedError, SandboxError
 from x07_sandbox.host.troubles import host_error
-from x07_sandbox.reports.document import plain, render_json
-from x07_sandbox.reports.failure import failure_report
+from x07_sandbox.reports.document import failure_report, plain, render_json
 
 if TYPE_CHECKING:
     import argparse
