@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -64,7 +63,9 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
     document's, so that no text may go there. Raises OSError, RefusedError.
     """
     if options.report_out is not None:
-        _write(document, options)
+        from x07_sandbox.cli.written import write_bytes
+
+        write_bytes(options.report_out, document)
     ours: bool = options.json or always
     if ours and not options.quiet_json:
         put(document)
@@ -77,13 +78,13 @@ def write_early_failure(document: bytes, path: Path, others: Iterable[object]) -
     So what else is named on the command line stays as it is, and so does a file that holds anything but an earlier
     document. others: what the command line says besides. That this file cannot be written is not told: an error is.
     """
-    from x07_sandbox.cli.written import check_outputs, write_all, write_whole
+    from x07_sandbox.cli.written import check_outputs, write_bytes
 
     named = [Path(one) for one in others if isinstance(one, str | Path)]
     with contextlib.suppress(OSError, SandboxError, ValueError, RecursionError):
         check_outputs({"--report-out": path}, named)
         if not path.exists() or _is_document(path):
-            write_whole(path, partial(write_all, data=document))
+            write_bytes(path, document)
 
 
 def _is_document(path: Path) -> bool:
@@ -119,7 +120,7 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
     else, or if the verb itself writes it or goes by it, or the project it is about consists of it (`options.writes`,
     which gives such paths), and what the verb raises.
     """
-    from x07_sandbox.cli.written import check_outputs
+    from x07_sandbox.cli.written import check_outputs, write_bytes
 
     others = [getattr(options, name, None) for name in _FILES]
     paths = [Path(one) for value in others for one in (value if isinstance(value, list) else [value]) if one]
@@ -132,7 +133,7 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
     except (SandboxError, KeyboardInterrupt, OSError) as exc:
         if (error := _as_error(exc)) is not None:
             try:
-                _write(failure_document(error), options)
+                write_bytes(options.report_out, failure_document(error))
             except RefusedError as unwritten:  # the error itself is what has to be told
                 say(str(unwritten))
         raise
@@ -146,9 +147,3 @@ def _as_error(exc: BaseException) -> Exception | None:
     if isinstance(exc, OSError):
         return None if exc.filename is None else host_error(exc)
     return exc if isinstance(exc, Exception) else None
-
-
-def _write(document: bytes, options: argparse.Namespace) -> None:
-    from x07_sandbox.cli.written import write_all, write_whole
-
-    write_whole(options.report_out, partial(write_all, data=document))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
@@ -11,7 +10,7 @@ from msgspec.structs import replace
 from x07_sandbox.cli.console import put, say
 from x07_sandbox.cli.run_failure import print_failure, write_failure
 from x07_sandbox.cli.run_outputs import write_diff
-from x07_sandbox.cli.written import noted, write_all, write_whole
+from x07_sandbox.cli.written import noted, write_bytes
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.documents import project_root, write_document
@@ -115,7 +114,7 @@ def run_with_report(
     text = render_json(told if options.report != "wrapped" else wrap(told, target_of(program, request.program, told)))
     if options.report_out is not None:
         with noted(unwritten):
-            write_whole(options.report_out, partial(write_all, data=text))
+            write_bytes(options.report_out, text)
     for line in unwritten:
         say(line)
     if not options.quiet_json:
