@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from x07_sandbox.cli.changed import add_run, list_deleted, machine_form, summary
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, wanted
-from x07_sandbox.cli.usage import add_document_flags, named
+from x07_sandbox.cli.usage import add_document_flags, named, repeated
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import called, folders_above, path_of
 from x07_sandbox.files.protected import Protection
@@ -40,16 +40,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     """Add the verb."""
     parser = verbs.add_parser("apply", help=help, description="Do what a run has changed.", epilog=_EPILOG)
     add_run(parser)
-    parser.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="leave a name below a root, or a path, out with all that is below it",
-    )
-    parser.add_argument(
-        "--allow-protected", action="append", type=named, default=[], metavar="PATTERN", help="as x07 run has it"
-    )
+    repeated(parser, "--skip", "PATH", "leave a name below a root, or a path, out with all that is below it")
+    repeated(parser, "--allow-protected", "PATTERN", "as x07 run has it", type=named)
     add_document_flags(parser, "what was done, as one JSON object; errors too")
     parser.set_defaults(carry_out=_apply)
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, print_line
-from x07_sandbox.cli.usage import named_file
+from x07_sandbox.cli.usage import named_file, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.paths import is_folder, real_path
@@ -40,20 +40,15 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         epilog=_EPILOG,
     )
     parser.add_argument("--template", required=True, choices=tuple(TEMPLATES), metavar="T", help="which one, see below")
-    parser.add_argument(
-        "--project", type=named_file, metavar="FILE", help="the project's file (default: x07.json above here)"
-    )
+    doc = "the project's file (default: x07.json above here)"
+    parser.add_argument("--project", type=named_file, metavar="FILE", help=doc)
     parser.add_argument("--policy-id", metavar="ID", help="the policy's name (default: sandbox.T.base)")
-    parser.add_argument("--force", action="store_true", help="overwrite a file with another content")
-    parser.add_argument(
-        "--emit",
-        choices=("report", "policy"),
-        default="report",
-        metavar="report|policy",
-        help="what is printed: one line of JSON about the file, or the policy itself (default: report)",
-    )
+    switch(parser, "--force", "overwrite a file with another content")
+    doc = "what is printed: one line of JSON about the file, or the policy itself (default: report)"
+    emitted = ("report", "policy")
+    parser.add_argument("--emit", choices=emitted, default="report", metavar="|".join(emitted), help=doc)
     parser.add_argument("--out", type=named_file, metavar="PATH", help="where to, from the project's folder")
-    parser.add_argument("--mkdir-out", action="store_true", help="make the folder that --out names")
+    switch(parser, "--mkdir-out", "make the folder that --out names")
     parser.set_defaults(writes=_writes)
 
 
