@@ -60,10 +60,9 @@ def _apply(options: argparse.Namespace) -> int:
 
 
 def chosen(changes: ChangeSet, skip: Sequence[str], allow_protected: Sequence[str]) -> ChangeSet:
-    """The set without what is skipped, and without the end of folders that hold some of it, of which each is said.
+    """The set without what is skipped; folders that hold some of it stay, and a line says so.
 
-    skip: names below a root, or absolute paths. Raises RefusedError where something is left that may not be done,
-    UsageError.
+    skip: names below a root, or absolute paths. Raises UsageError, and RefusedError for what may not be done.
     """
     parts = [_without(root, skip, allow_protected, of_several=changes.of_several) for root in changes.roots]
     if unused := set(skip).difference(*(used for _, used in parts)):

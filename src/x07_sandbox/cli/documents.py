@@ -73,10 +73,10 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
 
 
 def write_early_failure(document: bytes, path: Path, others: Iterable[object]) -> None:
-    """An error from before it was known what else a command needs, in the file of --report-out.
+    """Write an error to the file of --report-out before it is known what else the command needs.
 
-    So what else is named on the command line stays as it is, and so does a file that holds anything but an earlier
-    document. others: what the command line says besides. That this file cannot be written is not told: an error is.
+    A file that the command line names elsewhere (*others*), or that holds anything but an earlier document, is left
+    alone. No error is raised where the file cannot be written: the document already tells of one.
     """
     from x07_sandbox.cli.written import check_outputs, write_bytes
 
@@ -114,11 +114,10 @@ def report_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def carry_out_with_report(options: argparse.Namespace) -> int:
-    """Carry a verb out whose document goes to a file, where an error that ends it is told too; its exit code.
+    """Carry out a verb that has --report-out, and write an error that ends it to that file too; its exit code.
 
-    Raises UsageError before anything is done if the file cannot be written, if the command line names it for something
-    else, or if the verb itself writes it or goes by it, or the project it is about consists of it (`options.writes`,
-    which gives such paths), and what the verb raises.
+    Raises what the verb raises, and UsageError before anything is done if the file cannot be written, if the command
+    line names it for something else, or if the verb or its project needs it (`options.writes` gives such paths).
     """
     from x07_sandbox.cli.written import check_outputs, write_bytes
 

@@ -129,7 +129,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Names of the files of a project, sorted: no hidden ones, nothing that a build made, no link followed.
+    """Sorted names of a project's files, without hidden ones, what a build made, and what links lead to.
 
     Raises OSError, and UsageError for too large a tree.
     """

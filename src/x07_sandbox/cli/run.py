@@ -273,10 +273,7 @@ def _request(
 
 
 def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """The program and its arguments; X07's flags name it too, and in an X07 project nothing has to.
-
-    Raises UsageError.
-    """
+    """The program, by PROGRAM, X07's flags or the X07 project here, and its arguments. Raises UsageError."""
     if options.world != "run-os-sandboxed":
         why = "run-os-sandboxed is the only world that x07-sandbox implements"
         fix = "Use --world run-os-sandboxed, or leave it out"

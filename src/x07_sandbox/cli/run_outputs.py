@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:
-    """Write what the flags want of a run, its result last; the result then, and a line for each that was not written.
+    """Write what the flags ask for, the result last. Returns the result, and a line for each file that failed.
 
-    Such a line is a warning of the result, whose exit code is then 125: of all else nothing is lost.
+    Each such line is a warning of the result, whose exit code is then 125.
     """
     unwritten: list[str] = []
     if artifact is not None and artifact.complete:

@@ -129,10 +129,7 @@ def write_executable(path: Path, artifact: OutFile) -> None:
 
 
 def place_for_artifact(stack: contextlib.ExitStack) -> OutFile:
-    """Where a run puts what it built, to be kept: a file without a name, until *stack* ends.
-
-    Raises HostError, RefusedError.
-    """
+    """A file without a name for what a run builds, until *stack* ends. Raises HostError, RefusedError."""
     return unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
 
 

@@ -166,10 +166,7 @@ def diagnostics_line(messages: Sequence[str]) -> str:
 
 
 def first_project(files: Sequence[str], policy: str) -> bytes:
-    """x07.json: what X07 needs to know of any project, and one profile, which runs it in the sandbox by *policy*.
-
-    The entry is the usual one, or the only X07 source that is there.
-    """
+    """x07.json with one profile, which has *policy*. Its entry: a usual name, or the only X07 source in *files*."""
     sources = [name for name in files if name.endswith(SOURCE_SUFFIX)]
     usual = [name for name in _ENTRIES if name in sources]
     entry = usual[0] if usual else sources[0] if len(sources) == 1 else _ENTRIES[0]

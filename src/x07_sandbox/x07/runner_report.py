@@ -230,10 +230,7 @@ def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: st
 
 
 def flat_report(report: CompileRunReport) -> RunOsReport:
-    """The same run as X07 reports that of an artifact, for which nothing was compiled: mode run-os, all on top.
-
-    What could not be run has the reason where a program's own end would be.
-    """
+    """The run as X07 reports that of an artifact: mode run-os, all on top; if nothing ran, the reason stands there."""
     solve = report.solve or _not_solved(report.compile)
     return RunOsReport(
         mode="run-os",
