@@ -50,15 +50,13 @@ exit code: 0 if the file was created or is there unchanged, 2 if there is anothe
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
     parser = verbs.add_parser("init", help=help, description="Write a project's first file.", epilog=_EPILOG)
-    parser.add_argument(
-        "folder", nargs="?", type=named_folder, default=Path(), metavar="DIR", help="where (default: here)"
-    )
+    where = "where (default: here)"
+    parser.add_argument("folder", nargs="?", type=named_folder, default=Path(), metavar="DIR", help=where)
     names = tuple(row.name for row in ROWS)
     parser.add_argument("--toolchain", choices=names, metavar="T", help=f"one of {', '.join(names)}")
     started, made = ", ".join(_WITH_ENTRY), ", ".join(_WITH_ARTIFACT)
-    parser.add_argument(
-        "--entry", type=named, metavar="FILE", help=f"{started}: the file that is started (default: main)"
-    )
+    doc = f"{started}: the file that is started (default: main)"
+    parser.add_argument("--entry", type=named, metavar="FILE", help=doc)
     parser.add_argument("--artifact", metavar="FILE", help=f"{made}: what it makes (default: its first target)")
     doc = "X07: of the profile's policy, see x07 policy init (default: default)"
     parser.add_argument("--template", choices=tuple(TEMPLATES), metavar="T", help=doc)

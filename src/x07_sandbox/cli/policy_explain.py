@@ -47,9 +47,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Say of each field of POLICY whether a run would hold it, by whom, and why.",
         epilog=_EPILOG,
     )
-    parser.add_argument(
-        "policy", nargs="?", default="built-in:default", metavar="POLICY", help="a policy (default: built-in:default)"
-    )
+    doc = "a policy (default: built-in:default)"
+    parser.add_argument("policy", nargs="?", default="built-in:default", metavar="POLICY", help=doc)
     parser.add_argument("--backend", metavar="B", help=f"one of {', '.join(BY_NAME)} (default: what a run takes)")
     toolchains = tuple(toolchain.name for toolchain in (*TOOLCHAINS, X07))
     doc = f"the program's, one of {', '.join(toolchains)}; only x07 is concerned by language.*"

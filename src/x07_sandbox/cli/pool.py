@@ -41,16 +41,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     parser = verbs.add_parser("pool", help=help, description="Machines that wait, warm, for programs.", epilog=_EPILOG)
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     start = inner.add_parser("start", help="keep machines warm from now on")
-    start.add_argument(
-        "--size", type=whole_number(1, 4096, "machines"), default=2, metavar="N", help="how many (default: 2)"
-    )
-    start.add_argument(
-        "--idle",
-        type=whole_number(1, 86_400, "seconds"),
-        default=settings.POOL_IDLE_S,
-        metavar="S",
-        help="end when nobody has used it for S seconds (default: 600)",
-    )
+    size, idle = whole_number(1, 4096, "machines"), whole_number(1, 86_400, "seconds")
+    start.add_argument("--size", type=size, default=2, metavar="N", help="how many (default: 2)")
+    doc = "end when nobody has used it for S seconds (default: 600)"
+    start.add_argument("--idle", type=idle, default=settings.POOL_IDLE_S, metavar="S", help=doc)
     start.add_argument("--image", default="", metavar="NAME|DIGEST", help="the guest image (default: default)")
     stop = inner.add_parser("stop", help="end it, and every machine of its that waits or runs")
     status = inner.add_parser("status", help="how many wait and run")

@@ -281,9 +281,8 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
     code = options.code
     named = [value for value in (options.program_flag, options.project, options.artifact) if value is not None]
     if len(named) + (code is not None) > 1:
-        raise UsageError(
-            "wrong usage", "more than one program is named", "Give one of -c, --program, --project, --artifact"
-        )
+        fix = "Give one of -c, --program, --project, --artifact"
+        raise UsageError("wrong usage", "more than one program is named", fix)
     program = named[0] if named else options.program
     if program == "" and code is None:  # what an unset variable of a shell makes: it does not mean this folder
         raise UsageError("wrong usage", "the name of the program is empty", "Name one")

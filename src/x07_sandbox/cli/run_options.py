@@ -120,13 +120,9 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     wall = "the wall (default: X07_SANDBOX_BACKEND, else auto)"
     option(group, "--sandbox-backend", None, wall, choices=tuple(SANDBOX_BACKENDS))
     switch(group, "--i-accept-weaker-isolation", "accept a wall that is no virtual machine, if named")
-    group.add_argument(
-        "--queue-timeout",
-        type=whole_number(0, int(settings.QUEUE_S), "seconds"),
-        default=settings.QUEUE_S,
-        metavar="S",
-        help="how long to wait while as many machines run as may (default: 600)",
-    )
+    queue = whole_number(0, int(settings.QUEUE_S), "seconds")
+    doc = "how long to wait while as many machines run as may (default: 600)"
+    group.add_argument("--queue-timeout", type=queue, default=settings.QUEUE_S, metavar="S", help=doc)
     switch(group, "--no-pool", "take no warm machine, also where x07 pool keeps some")
     switch(group, "--no-cache", "build also what was built before from the same source")
     switch(group, "--cold", "boot the machines anew instead of cloning saved ones")

@@ -158,11 +158,8 @@ def find_manifest(program: Path) -> Path | None:
     manifest = program / FILE
     if os.path.lexists(manifest):  # whatever it is: who reads it says what is wrong with it
         return manifest
-    raise UsageError(
-        f"cannot run the folder {program}",
-        f"there is no {FILE} in it",
-        f"Write one (x07 init --toolchain T), or name a source file in it: x07 run {program}/FILE",
-    )
+    fix = f"Write one (x07 init --toolchain T), or name a source file in it: x07 run {program}/FILE"
+    raise UsageError(f"cannot run the folder {program}", f"there is no {FILE} in it", fix)
 
 
 def _wrong(source: str, why: str) -> NoReturn:

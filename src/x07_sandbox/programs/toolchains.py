@@ -320,18 +320,13 @@ def require_packages(
     image: how a user names it. included: packages that were added to it, which the command in the error keeps.
     """
     missing = [name for name in toolchain.needs if name not in installed]
+    build = f"Run x07 image build --name {image}"
     if missing == ["x07"]:
-        raise RefusedError(
-            "cannot run an X07 program",
-            f"the image {image} carries no X07 toolchain",
-            f"Run x07 image build --name {image} --x07-toolchain DIR, with X07's Linux build in DIR",
-        )
+        fix = f"{build} --x07-toolchain DIR, with X07's Linux build in DIR"
+        raise RefusedError("cannot run an X07 program", f"the image {image} carries no X07 toolchain", fix)
     if missing:
-        raise RefusedError(
-            f"the image {image} cannot run {toolchain.name} programs",
-            f"it has no {', '.join(missing)}",
-            f"Run x07 image build --name {image} --include {','.join([*included, *missing])}",
-        )
+        what, why = f"the image {image} cannot run {toolchain.name} programs", f"it has no {', '.join(missing)}"
+        raise RefusedError(what, why, f"{build} --include {','.join([*included, *missing])}")
 
 
 def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> None:
