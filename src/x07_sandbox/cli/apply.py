@@ -90,8 +90,7 @@ def _without(
     if left:
         told_of = [f"{called(root.root, refusal.name, of_several=of_several)}: {refusal.why}" for refusal in left[:10]]
         more = f", and {len(left) - 10} more" if len(left) > 10 else ""  # noqa: PLR2004 - as many as above
-        why = f"{'; '.join(told_of)}{more}"
-        raise RefusedError("cannot apply the changes", why, "Leave them out with --skip PATH")
+        raise RefusedError("cannot apply the changes", "; ".join(told_of) + more, "Leave them out with --skip PATH")
     for name in sorted(holding):
         say(f"stays, since it holds what is skipped: {called(root.root, name, of_several=of_several)}")
     changes = [change for change in root.changes if change.name not in skipped | holding]

@@ -93,11 +93,11 @@ def _in_words(counts: dict[str, int]) -> str:
 
 def list_deleted(changes: ChangeSet, *, back: bool = False) -> None:
     """Every name that goes. back: where these changes are taken back."""
-    action = "added" if back else "deleted"
+    action, several = "added" if back else "deleted", changes.of_several
     for root in changes.roots:
         for change in root.changes:
             if change.action == action and not change.of_root:
-                say(f"deleted: {called(root.root, change.name, of_several=changes.of_several)}")
+                say(f"deleted: {called(root.root, change.name, of_several=several)}")
 
 
 def pieces(kept: KeptChanges) -> Iterator[bytes]:

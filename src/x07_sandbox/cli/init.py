@@ -138,8 +138,9 @@ def _files_below(folder: Path) -> list[str]:
         seen += len(folders) + len(names)
         too_deep = place.count("/") - str(folder).count("/") > _DEPTH_MAX
         if too_deep or seen > _FILES_MAX:
-            deep, many = f"its folders are nested deeper than {_DEPTH_MAX}", f"there are more than {_FILES_MAX} files"
-            why = deep if too_deep else many
+            why = f"there are more than {_FILES_MAX} files"
+            if too_deep:
+                why = f"its folders are nested deeper than {_DEPTH_MAX}"
             raise UsageError(f"cannot begin a project in {folder}", why, "Name a folder with the sources alone")
         for name in names:
             path = os.path.relpath(Path(place) / name, folder)

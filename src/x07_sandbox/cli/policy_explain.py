@@ -58,7 +58,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def explanation(
     policy: Policy, source: str, backend_name: str | None = None, toolchain: str | None = None
 ) -> ExplainReport:
-    """What --json prints. source: the policy as the user named it. Raises UsageError, RefusedError for the backend."""
+    """What --json prints. source: the policy as the user named it. backend_name: None for what a run takes.
+
+    Raises UsageError, and RefusedError for a backend that no run could take here.
+    """
     backend = None if backend_name is None else backend_named(backend_name)
     if backend is None or not (backend.built and backend.runs_on(this_platform())):
         backend = BY_NAME[select(this_platform(), asked(backend=backend_name, flags=("--backend",))).backend]

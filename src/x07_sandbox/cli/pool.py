@@ -86,7 +86,8 @@ def _start(options: argparse.Namespace) -> int:
     child.terminate()
     child.wait()
     words = {"what": "cannot start the pool", "why": f"its process ended; see {log}", "fix": "Run x07 doctor"}
-    raise (UsageError if told.get("usage") else HostError)(*(str(told.get(key, word)) for key, word in words.items()))
+    kind = UsageError if told.get("usage") else HostError
+    raise kind(*(str(told.get(key, word)) for key, word in words.items()))
 
 
 def _heard(ready: IO[bytes], progress: Progress) -> dict[str, Any]:

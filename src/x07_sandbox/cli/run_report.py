@@ -65,7 +65,7 @@ def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) ->
 
 
 def from_project(options: argparse.Namespace, program: Path) -> None:
-    """Resolve the policy and files of hosts from the folder of an X07 project, as X07's command does."""
+    """Resolve the policy and files of hosts from the folder of an X07 project; a single program has none."""
     if not is_folder(program) and program.name != PROJECT_FILE:
         return
     root = program if is_folder(program) else program.parent

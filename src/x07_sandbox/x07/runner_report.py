@@ -230,7 +230,7 @@ def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: st
 
 
 def flat_report(report: CompileRunReport) -> RunOsReport:
-    """The run as X07 reports that of an artifact: mode run-os, all on top; if nothing ran, the reason stands there."""
+    """The run as X07 reports that of an artifact: mode run-os, all on top. If nothing ran, trap is the reason."""
     compiled = report.compile
     solve = report.solve or _uncounted(
         ok=False,
