@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from x07_sandbox.cli.changed import add_run, list_deleted, machine_form, summary
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, wanted
-from x07_sandbox.cli.usage import add_document_flags, named
+from x07_sandbox.cli.usage import add_document_flags, named, repeated
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import called, folders_above, path_of
 from x07_sandbox.files.protected import Protection
@@ -40,16 +40,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     """Add the verb."""
     parser = verbs.add_parser("apply", help=help, description="Do what a run has changed.", epilog=_EPILOG)
     add_run(parser)
-    parser.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="leave a name below a root, or a path, out with all that is below it",
-    )
-    parser.add_argument(
-        "--allow-protected", action="append", type=named, default=[], metavar="PATTERN", help="as x07 run has it"
-    )
+    repeated(parser, "--skip", "PATH", "leave a name below a root, or a path, out with all that is below it")
+    repeated(parser, "--allow-protected", "PATTERN", "as x07 run has it", type=named)
     add_document_flags(parser, "what was done, as one JSON object; errors too")
     parser.set_defaults(carry_out=_apply)
 
@@ -68,10 +60,9 @@ def _apply(options: argparse.Namespace) -> int:
 
 
 def chosen(changes: ChangeSet, skip: Sequence[str], allow_protected: Sequence[str]) -> ChangeSet:
-    """The set without what is skipped, and without the end of folders that hold some of it, of which each is said.
+    """The set without what is skipped; folders that hold some of it stay, and a line says so.
 
-    skip: names below a root, or absolute paths. Raises RefusedError where something is left that may not be done,
-    UsageError.
+    skip: names below a root, or absolute paths. Raises UsageError, and RefusedError for what may not be done.
     """
     parts = [_without(root, skip, allow_protected, of_several=changes.of_several) for root in changes.roots]
     if unused := set(skip).difference(*(used for _, used in parts)):
@@ -99,8 +90,7 @@ def _without(
     if left:
         told_of = [f"{called(root.root, refusal.name, of_several=of_several)}: {refusal.why}" for refusal in left[:10]]
         more = f", and {len(left) - 10} more" if len(left) > 10 else ""  # noqa: PLR2004 - as many as above
-        why = f"{'; '.join(told_of)}{more}"
-        raise RefusedError("cannot apply the changes", why, "Leave them out with --skip PATH")
+        raise RefusedError("cannot apply the changes", "; ".join(told_of) + more, "Leave them out with --skip PATH")
     for name in sorted(holding):
         say(f"stays, since it holds what is skipped: {called(root.root, name, of_several=of_several)}")
     changes = [change for change in root.changes if change.name not in skipped | holding]

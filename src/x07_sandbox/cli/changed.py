@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -33,13 +34,8 @@ _RETURN: Final = re.compile(rb"\r(?!\n)")
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The argument that all of them take; none of the run's files becomes their --report-out."""
-    parser.add_argument(
-        "run",
-        nargs="?",
-        type=named,
-        metavar="RUN",
-        help="its name, or the beginning of it (default: the latest with changes)",
-    )
+    doc = "its name, or the beginning of it (default: the latest with changes)"
+    parser.add_argument("run", nargs="?", type=named, metavar="RUN", help=doc)
     parser.set_defaults(writes=_touched)
 
 
@@ -53,13 +49,13 @@ def _touched(options: argparse.Namespace) -> list[Path]:
 
 
 def tell(result: Result) -> None:
-    """After a run: every deletion, and one line with what became of all."""
+    """After a run: print what became of its changes."""
     for line in lines(result):
         say(line)
 
 
 def lines(result: Result) -> list[str]:
-    """What is told; nothing where there are no changes."""
+    """Every deletion, then what was kept back, then one line with what became of all; none without changes."""
     changes = result.changes
     if changes.state == "none":
         return []
@@ -69,13 +65,12 @@ def lines(result: Result) -> list[str]:
     deleted = [called(one.root, one.name, of_several=several) for one in changes.names if one.action == "deleted"]
     kept_back = (denial for denial in result.denials if denial.action == "change")
     refused = [f"may not be done: {denial.subject}{how(denial.how_to_allow)}" for denial in kept_back]
-    return [*(f"deleted: {name}" for name in deleted), *refused, closing(changes)]
+    return [*(f"deleted: {name}" for name in deleted), *refused, _closing(changes)]
 
 
-def closing(changes: Changes) -> str:
-    """The one line."""
-    counts = [(changes.added, "added"), (changes.changed, "changed"), (changes.deleted, "deleted")]
-    text = ", ".join(f"{count} {word}" for count, word in counts if count) or "changes"
+def _closing(changes: Changes) -> str:
+    counts = {"added": changes.added, "changed": changes.changed, "deleted": changes.deleted}
+    text = _in_words(counts) or "changes"
     why = f" ({changes.reason})" if changes.reason else ""
     after = {
         "applied": "; x07 diff, x07 undo",
@@ -88,27 +83,27 @@ def closing(changes: Changes) -> str:
 
 def summary(changes: ChangeSet, done: str) -> str:
     """What was done to how many."""
-    counts = [(changes.count(word), word) for word in ("added", "changed", "deleted")]
-    return f"{', '.join(f'{count} {word}' for count, word in counts if count) or 'nothing to do'}: {done}"
+    counts = {word: changes.count(word) for word in ("added", "changed", "deleted")}
+    return f"{_in_words(counts) or 'nothing to do'}: {done}"
+
+
+def _in_words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
 
 def list_deleted(changes: ChangeSet, *, back: bool = False) -> None:
     """Every name that goes. back: where these changes are taken back."""
-    for name in _deleted(changes, "added" if back else "deleted"):
-        say(f"deleted: {name}")
-
-
-def _deleted(changes: ChangeSet, action: str = "deleted") -> list[str]:
-    several = changes.of_several
-    every = ((root.root, change) for root in changes.roots for change in root.changes)
-    gone = ((root, change.name) for root, change in every if change.action == action and not change.of_root)
-    return [called(root, name, of_several=several) for root, name in gone]
+    action, several = "added" if back else "deleted", changes.of_several
+    for root in changes.roots:
+        for change in root.changes:
+            if change.action == action and not change.of_root:
+                say(f"deleted: {called(root.root, change.name, of_several=several)}")
 
 
 def pieces(kept: KeptChanges) -> Iterator[bytes]:
     """The patch of a run's changes, many lines at a time: a million of them are not written one by one."""
     some = bytearray()
-    for line in patch(kept.changes, _Before(kept), _After(kept)):
+    for line in patch(kept.changes, _Before(kept), partial(_after, kept.folder / "data")):
         some += line
         if len(some) >= _PIECE:
             yield bytes(some)
@@ -117,17 +112,12 @@ def pieces(kept: KeptChanges) -> Iterator[bytes]:
         yield bytes(some)
 
 
-class _After:
+def _after(path: Path, _root: str, _name: str, node: Node) -> bytes | None:
     """New contents, as they came."""
-
-    def __init__(self, kept: KeptChanges) -> None:
-        self._path = kept.folder / "data"
-
-    def __call__(self, _root: str, _name: str, node: Node) -> bytes | None:
-        if node.at is None or node.size > TEXT_MAX:
-            return None
-        with self._path.open("rb") as file:
-            return os.pread(file.fileno(), node.size, node.at)
+    if node.at is None or node.size > TEXT_MAX:
+        return None
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), node.size, node.at)
 
 
 class _Before:

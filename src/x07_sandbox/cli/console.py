@@ -20,8 +20,12 @@ def plain(text: str) -> str:
 
 def say(text: str, command: str = "x07") -> None:
     """One line to the user; one who cannot be told (a full disk, a closed pipe) still gets the exit code."""
+    _print(f"{command}: {shown(text)}")
+
+
+def _print(line: str, end: str = "\n") -> None:
     with contextlib.suppress(OSError):
-        print(f"{command}: {shown(text)}", file=sys.stderr, flush=True)
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 def show(line: str) -> None:
@@ -51,8 +55,7 @@ class LiveLine:
         """Show *text* in place of what was shown; an empty text clears the line."""
         if self._live and (text or self._shown):
             self._shown = bool(text)
-            with contextlib.suppress(OSError):
-                print(f"\r\033[K{f'x07: {shown(text)}' if text else ''}", end="", file=sys.stderr, flush=True)
+            _print(f"\r\033[K{f'x07: {shown(text)}' if text else ''}", end="")
 
 
 class Progress:
@@ -66,15 +69,13 @@ class Progress:
     def __call__(self, text: str) -> None:
         """Say what is being done now."""
         line = f"x07: {shown(self._title)}: [{time.monotonic() - self._begun:5.1f} s] {shown(text)}"
-        with contextlib.suppress(OSError):
-            if self._live:
-                print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-            else:
-                print(line, file=sys.stderr, flush=True)
+        if self._live:
+            _print(f"\r\033[K{line}", end="")
+        else:
+            _print(line)
 
     def done(self, text: str) -> None:
         """The last line."""
         self(text)
         if self._live:
-            with contextlib.suppress(OSError):
-                print(file=sys.stderr)
+            _print("")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import Backend
     from x07_sandbox.backends.prerequisites import BackendState
     from x07_sandbox.backends.registry import Platform
+    from x07_sandbox.images.store import Image
     from x07_sandbox.images.verify import OpenImage
 
 START: Final = "start of a machine"
@@ -57,17 +58,16 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 def _doctor(options: argparse.Namespace) -> int:
     report = _examined()
-    if print_document(report, options):
-        return 0 if report.good else 1
-    for finding in report.findings:
-        mark = {True: "good", False: "BAD ", None: "note"}[finding.good]
-        show(f"{mark}  {finding.subject}: {finding.text}")
-        if finding.fix:
-            show(f"      {finding.fix}")
-    show("")
-    show("backends, those that are preferred first:")
-    for state in report.backends:
-        _print_backend(state)
+    if not print_document(report, options):
+        for finding in report.findings:
+            mark = {True: "good", False: "BAD ", None: "note"}[finding.good]
+            show(f"{mark}  {finding.subject}: {finding.text}")
+            if finding.fix:
+                show(f"      {finding.fix}")
+        show("")
+        show("backends, those that are preferred first:")
+        for state in report.backends:
+            _print_backend(state)
     return 0 if report.good else 1
 
 
@@ -103,14 +103,12 @@ def platform_finding(platform: Platform) -> Finding:
     """Whether this version has a backend for that platform at all."""
     if words := " ".join(working(platform)):
         return Finding(subject="platform", good=True, text=f"{platform}, for which there is {words}")
-    instead, here = advice(platform)
-    return Finding(
-        subject="platform", good=False, text=f"this version has no backend for {platform}", fix=f"{instead}. {here}"
-    )
+    text, fix = f"this version has no backend for {platform}", ". ".join(advice(platform))
+    return Finding(subject="platform", good=False, text=text, fix=fix)
 
 
 def proof_among(findings: list[Finding]) -> Proof | None:
-    """What is known of starting a machine: that it went well, or the first thing that speaks against it."""
+    """Whether a machine could be started: that it was, or the first bad finding; None if nothing is known."""
     bad = next((finding for finding in findings if finding.good is False), None)
     if bad is not None:
         return Proof(good=False, text=f"{bad.subject}: {bad.text}", fixes=(bad.fix,))
@@ -124,18 +122,18 @@ def _first_on_path(environ: Mapping[str, str]) -> Finding:
 
     subject = "x07 on PATH"
     path = shutil.which("x07", path=environ.get("PATH", ""))
+    text = "there is none"
+    if path is not None:
+        try:
+            with Path(path).open("rb") as file:
+                if b"x07_sandbox" in file.read(_HEAD_BYTES):
+                    return Finding(subject=subject, good=True, text=f"{path} is x07-sandbox")
+            text = f"{path} is another program, perhaps X07's own"
+        except OSError as exc:
+            text = f"{path} cannot be read: {exc.strerror}"
     ours = Path(sys.executable).with_name("x07-sandbox")
     call = f"Call this one x07-sandbox ({ours}), or put its folder first on PATH"
-    if path is None:
-        return Finding(subject=subject, good=None, text="there is none", fix=call)
-    try:
-        with Path(path).open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-    except OSError as exc:
-        return Finding(subject=subject, good=None, text=f"{path} cannot be read: {exc.strerror}", fix=call)
-    if b"x07_sandbox" in head:
-        return Finding(subject=subject, good=True, text=f"{path} is x07-sandbox")
-    return Finding(subject=subject, good=None, text=f"{path} is another program, perhaps X07's own", fix=call)
+    return Finding(subject=subject, good=None, text=text, fix=call)
 
 
 def _variables(environ: Mapping[str, str]) -> Finding:
@@ -149,12 +147,16 @@ def _variables(environ: Mapping[str, str]) -> Finding:
 
 
 def _wish() -> list[Finding]:
-    """What speaks against the backend that variables ask for: every run without a flag is refused for it."""
+    """Why the backend that variables ask for cannot be had: every run without a flag is refused for it."""
     try:
         choice_of_variables()
     except SandboxError as exc:
-        return [Finding(subject="backend of the variables", good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)]
+        return [_bad("backend of the variables", exc)]
     return []
+
+
+def _bad(subject: str, exc: SandboxError) -> Finding:
+    return Finding(subject=subject, good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
 
 
 def _architecture() -> Finding:
@@ -178,22 +180,18 @@ def _tools(backend: str) -> list[Finding]:
 def _image_tools() -> Finding:
     from x07_sandbox.images.commands import missing_tools
 
-    missing = missing_tools()
+    subject, missing = "tools that build an image", missing_tools()
     if not missing:
-        return Finding(subject="tools that build an image", good=True, text="here")
-    return Finding(
-        subject="tools that build an image",
-        good=None,
-        text="missing (needed only to build): " + ", ".join(missing),
-        fix="apt-get install --no-install-recommends " + " ".join(sorted(set(missing.values()))),
-    )
+        return Finding(subject=subject, good=True, text="here")
+    fix = "apt-get install --no-install-recommends " + " ".join(sorted(set(missing.values())))
+    return Finding(subject=subject, good=None, text=f"missing (needed only to build): {', '.join(missing)}", fix=fix)
 
 
 def _folders() -> Finding:
     try:
         state, cache = private_dir(state_dir()), private_dir(cache_dir())
     except SandboxError as exc:
-        return Finding(subject="folders", good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
+        return _bad("folders", exc)
     return Finding(subject="folders", good=True, text=f"records in {state}, images in {cache}")
 
 
@@ -211,7 +209,7 @@ def _groups() -> Finding:
 def _image_and_machine(name: str) -> list[Finding]:
     # Here, so that a machine where the backend cannot run is told about all the rest.
     from x07_sandbox.backends.registry import create
-    from x07_sandbox.images.store import find_image, image_is_current
+    from x07_sandbox.images.store import find_image
     from x07_sandbox.images.verify import open_image
     from x07_sandbox.runs.prepare import check_pinned
 
@@ -219,7 +217,7 @@ def _image_and_machine(name: str) -> list[Finding]:
     try:
         image = find_image(None)
         with open_image(image) as opened:
-            findings.append(_image(image_is_current(image), image.digest))
+            findings.append(_image(image))
             check_pinned(image.digest)
             backend = create(name)
             availability = backend.probe(opened)
@@ -259,18 +257,16 @@ def _start(backend: Backend, image: OpenImage) -> Finding:
         fix = "A run would end the same way" if exc.silence.kind == "failed" else _NO_START
         found = Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=fix)
     except SandboxError as exc:
-        found = Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
+        found = _bad(START, exc)
     if progress:
         progress.done("started" if found.good else "it did not start")
     return found
 
 
-def _image(current: bool, digest: str) -> Finding:  # noqa: FBT001 - one caller, one meaning
-    if current:
-        return Finding(subject="guest image", good=True, text=digest)
-    return Finding(
-        subject="guest image",
-        good=None,
-        text="made by another version of x07-sandbox",
-        fix="x07 image build renews it in a second",
-    )
+def _image(image: Image) -> Finding:
+    from x07_sandbox.images.store import image_is_current
+
+    if image_is_current(image):
+        return Finding(subject="guest image", good=True, text=image.digest)
+    text, fix = "made by another version of x07-sandbox", "x07 image build renews it in a second"
+    return Finding(subject="guest image", good=None, text=text, fix=fix)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -12,8 +11,7 @@ from x07_sandbox.cli.console import put, say
 from x07_sandbox.cli.usage import actions, parser_for
 from x07_sandbox.errors import Cancelled, RefusedError, SandboxError
 from x07_sandbox.host.troubles import host_error
-from x07_sandbox.reports.document import plain, render_json
-from x07_sandbox.reports.failure import failure_report
+from x07_sandbox.reports.document import failure_report, plain, render_json
 
 if TYPE_CHECKING:
     import argparse
@@ -65,7 +63,9 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
     document's, so that no text may go there. Raises OSError, RefusedError.
     """
     if options.report_out is not None:
-        _write(document, options)
+        from x07_sandbox.cli.written import write_bytes
+
+        write_bytes(options.report_out, document)
     ours: bool = options.json or always
     if ours and not options.quiet_json:
         put(document)
@@ -73,18 +73,18 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
 
 
 def write_early_failure(document: bytes, path: Path, others: Iterable[object]) -> None:
-    """An error from before it was known what else a command needs, in the file of --report-out.
+    """Write an error to the file of --report-out before it is known what else the command needs.
 
-    So what else is named on the command line stays as it is, and so does a file that holds anything but an earlier
-    document. others: what the command line says besides. That this file cannot be written is not told: an error is.
+    A file that the command line names elsewhere (*others*), or that holds anything but an earlier document, is left
+    alone. No error is raised where the file cannot be written: the document already tells of one.
     """
-    from x07_sandbox.cli.written import check_outputs, write_all, write_whole
+    from x07_sandbox.cli.written import check_outputs, write_bytes
 
     named = [Path(one) for one in others if isinstance(one, str | Path)]
     with contextlib.suppress(OSError, SandboxError, ValueError, RecursionError):
         check_outputs({"--report-out": path}, named)
         if not path.exists() or _is_document(path):
-            write_whole(path, partial(write_all, data=document))
+            write_bytes(path, document)
 
 
 def _is_document(path: Path) -> bool:
@@ -114,13 +114,12 @@ def report_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def carry_out_with_report(options: argparse.Namespace) -> int:
-    """Carry a verb out whose document goes to a file, where an error that ends it is told too; its exit code.
+    """Carry out a verb that has --report-out, and write an error that ends it to that file too; its exit code.
 
-    Raises UsageError before anything is done if the file cannot be written, if the command line names it for something
-    else, or if the verb itself writes it or goes by it, or the project it is about consists of it (`options.writes`,
-    which gives such paths), and what the verb raises.
+    Raises what the verb raises, and UsageError before anything is done if the file cannot be written, if the command
+    line names it for something else, or if the verb or its project needs it (`options.writes` gives such paths).
     """
-    from x07_sandbox.cli.written import check_outputs
+    from x07_sandbox.cli.written import check_outputs, write_bytes
 
     others = [getattr(options, name, None) for name in _FILES]
     paths = [Path(one) for value in others for one in (value if isinstance(value, list) else [value]) if one]
@@ -133,7 +132,7 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
     except (SandboxError, KeyboardInterrupt, OSError) as exc:
         if (error := _as_error(exc)) is not None:
             try:
-                _write(failure_document(error), options)
+                write_bytes(options.report_out, failure_document(error))
             except RefusedError as unwritten:  # the error itself is what has to be told
                 say(str(unwritten))
         raise
@@ -147,9 +146,3 @@ def _as_error(exc: BaseException) -> Exception | None:
     if isinstance(exc, OSError):
         return None if exc.filename is None else host_error(exc)
     return exc if isinstance(exc, Exception) else None
-
-
-def _write(document: bytes, options: argparse.Namespace) -> None:
-    from x07_sandbox.cli.written import write_all, write_whole
-
-    write_whole(options.report_out, partial(write_all, data=document))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.console import Progress, say, show
 from x07_sandbox.cli.documents import deliver, print_document
-from x07_sandbox.cli.usage import add_document_flags, named_folder
+from x07_sandbox.cli.usage import add_document_flags, named_folder, switch
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
@@ -49,43 +50,25 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     build = inner.add_parser("build", help="make an image; renew or mend one that is here")
     build.add_argument("--name", default="default", help="its name (default: default)")
-    packages = build.add_mutually_exclusive_group()
-    packages.add_argument(
-        "--include",
-        action="append",
-        metavar="PKG,...",
-        help="further Debian packages (default: those that the image of this name has)",
-    )
-    packages.add_argument(
-        "--no-include", action="store_true", help="no further packages, also where the image of this name has some"
-    )
-    modules = build.add_mutually_exclusive_group()
-    modules.add_argument(
-        "--preload",
-        action="append",
-        metavar="MODULE,...",
-        help="Python modules that programs find imported already (default: those that the image of this name has)",
-    )
-    modules.add_argument(
-        "--no-preload", action="store_true", help="no such modules, also where the image of this name has some"
-    )
-    build.add_argument(
-        "--x07-toolchain",
-        type=named_folder,
-        metavar="DIR",
-        help="X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs; kept by later builds",
-    )
-    build.add_argument("--fresh", action="store_true", help="fetch all packages again, to take in updates")
-    build.set_defaults(carry_out=_build)
+    for flag, metavar, what, none in (
+        ("include", "PKG,...", "further Debian packages", "no further packages"),
+        ("preload", "MODULE,...", "Python modules that programs find imported already", "no such modules"),
+    ):
+        group = build.add_mutually_exclusive_group()
+        doc = f"{what} (default: those that the image of this name has)"
+        group.add_argument(f"--{flag}", action="append", metavar=metavar, help=doc)
+        switch(group, f"--no-{flag}", f"{none}, also where the image of this name has some")
+    doc = "X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs; kept by later builds"
+    build.add_argument("--x07-toolchain", type=named_folder, metavar="DIR", help=doc)
+    switch(build, "--fresh", "fetch all packages again, to take in updates")
     listing = inner.add_parser("list", help="the images that are here")
-    listing.set_defaults(carry_out=_list)
     inspect = inner.add_parser("inspect", help="the manifest of an image")
     verify = inner.add_parser("verify", help="read every byte of an image and compare with its manifest")
-    for sub, action in ((inspect, _inspect), (verify, _verify)):
-        sub.add_argument("image", nargs="?", metavar="NAME|DIGEST", help="which one (default: default)")
-        sub.set_defaults(carry_out=action)
-    for sub in (build, listing, inspect, verify):
+    for sub, action in ((build, _build), (listing, _list), (inspect, _inspect), (verify, _verify)):
+        if sub in {inspect, verify}:
+            sub.add_argument("image", nargs="?", metavar="NAME|DIGEST", help="which one (default: default)")
         add_document_flags(sub, "one JSON object on standard output")
+        sub.set_defaults(carry_out=action)
 
 
 def build_with_progress(
@@ -98,7 +81,9 @@ def build_with_progress(
 ) -> Image:
     """Build an image, telling the user how far it is. include, preload: None for what it has. Raises SandboxError."""
     progress = Progress(f"image {name}")
-    before = _led_to(name)
+    before = None
+    with contextlib.suppress(SandboxError):  # it leads to no image, or to one that cannot be read
+        before = named(name)
     image = build_image(name=name, include=include, preload=preload, x07=x07, progress=progress, fresh=fresh)
     try:
         prepare_clones(image, progress)
@@ -112,14 +97,6 @@ def build_with_progress(
         progress.done(f"no VM templates: {exc}")  # the image is good all the same; a run says it again
     progress.done(f"ready: {image.digest}")
     return image
-
-
-def _led_to(name: str) -> Image | None:
-    """The image that *name* leads to now, if it does to one that can be read."""
-    try:
-        return named(name)
-    except SandboxError:
-        return None
 
 
 def _build(options: argparse.Namespace) -> int:

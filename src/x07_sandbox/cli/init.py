@@ -7,7 +7,7 @@ import contextlib
 import os
 import shlex
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import print_line
@@ -23,6 +23,9 @@ from x07_sandbox.programs.starter import ROWS, sandbox_manifest
 from x07_sandbox.programs.toolchains import MAKEFILES
 from x07_sandbox.reports.init import InitReport
 from x07_sandbox.x07.project import first_project
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _FILES_MAX: Final = 10_000
 _MAKEFILE_MAX: Final = 1 << 20
@@ -47,22 +50,16 @@ exit code: 0 if the file was created or is there unchanged, 2 if there is anothe
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
     parser = verbs.add_parser("init", help=help, description="Write a project's first file.", epilog=_EPILOG)
-    parser.add_argument(
-        "folder", nargs="?", type=named_folder, default=Path(), metavar="DIR", help="where (default: here)"
-    )
+    where = "where (default: here)"
+    parser.add_argument("folder", nargs="?", type=named_folder, default=Path(), metavar="DIR", help=where)
     names = tuple(row.name for row in ROWS)
     parser.add_argument("--toolchain", choices=names, metavar="T", help=f"one of {', '.join(names)}")
     started, made = ", ".join(_WITH_ENTRY), ", ".join(_WITH_ARTIFACT)
-    parser.add_argument(
-        "--entry", type=named, metavar="FILE", help=f"{started}: the file that is started (default: main)"
-    )
+    doc = f"{started}: the file that is started (default: main)"
+    parser.add_argument("--entry", type=named, metavar="FILE", help=doc)
     parser.add_argument("--artifact", metavar="FILE", help=f"{made}: what it makes (default: its first target)")
-    parser.add_argument(
-        "--template",
-        choices=tuple(TEMPLATES),
-        metavar="T",
-        help="X07: of the profile's policy, see x07 policy init (default: default)",
-    )
+    doc = "X07: of the profile's policy, see x07 policy init (default: default)"
+    parser.add_argument("--template", choices=tuple(TEMPLATES), metavar="T", help=doc)
     add_document_flags(parser, "errors too as one JSON object on standard output")
     parser.set_defaults(carry_out=_init, writes=_writes)
 
@@ -82,22 +79,19 @@ def _name(options: argparse.Namespace) -> str:
 def _init(options: argparse.Namespace) -> int:
     folder: Path = options.folder
     _check_options(options)
-    try:
-        files = _files_below(folder) if folder.exists() else []
-    except OSError as exc:
-        raise _unusable(folder, exc) from exc
     template = options.template or "default"
     policy = "/".join((*BASE_FOLDER, file_name(template)))
+    with _usable(folder):
+        files = _files_below(folder) if folder.exists() else []
     if options.toolchain is None:
         data = first_project(files, policy)
     else:
+        makefile = _makefile(folder, files)
         data = sandbox_manifest(
-            options.toolchain, files, entry=options.entry, artifact=options.artifact, makefile=_makefile(folder, files)
+            options.toolchain, files, entry=options.entry, artifact=options.artifact, makefile=makefile
         )
-    try:
+    with _usable(folder):
         folder.mkdir(parents=True, exist_ok=True)  # not before: an error leaves no empty folder
-    except OSError as exc:
-        raise _unusable(folder, exc) from exc
     root, name = real_path(folder), _name(options)
     status = write_document(root, (name,), data, overwrite=False)
     report = InitReport(toolchain=options.toolchain or "x07", project_root=str(root), out=name, status=status)
@@ -106,21 +100,19 @@ def _init(options: argparse.Namespace) -> int:
         say(f"{root / name} holds something else and was left alone")
         return DIFFERENT
     if options.toolchain is None and not (root / policy).exists():
-        where = _project_words(root, folder / name)
+        where = f" --project {shlex.quote(str(folder / name))}"
+        with contextlib.suppress(UsageError):  # where this folder is gone
+            where = "" if project_root(None) == root else where
         say(f"its policy is not there yet: run x07 policy init --template {template}{where}")
     return 0
 
 
-def _project_words(root: Path, file: Path) -> str:
-    """What x07 policy init has to be told besides, where it is typed here."""
-    with contextlib.suppress(UsageError):  # where this folder is gone
-        if project_root(None) == root:
-            return ""
-    return f" --project {shlex.quote(str(file))}"
-
-
-def _unusable(folder: Path, exc: OSError) -> UsageError:
-    return UsageError(f"cannot use {folder}", exc.strerror or str(exc), "Name another folder")
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise UsageError(f"cannot use {folder}", exc.strerror or str(exc), "Name another folder") from exc
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -135,7 +127,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Names of the files of a project, sorted: no hidden ones, nothing that a build made, no link followed.
+    """Sorted names of a project's files, without hidden ones, what a build made, and what links lead to.
 
     Raises OSError, and UsageError for too large a tree.
     """
@@ -144,11 +136,11 @@ def _files_below(folder: Path) -> list[str]:
     for place, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NO_SOURCES)
         seen += len(folders) + len(names)
-        if place.count("/") - str(folder).count("/") > _DEPTH_MAX:
-            why = f"its folders are nested deeper than {_DEPTH_MAX}"
-            raise UsageError(f"cannot begin a project in {folder}", why, "Name a folder with the sources alone")
-        if seen > _FILES_MAX:
+        too_deep = place.count("/") - str(folder).count("/") > _DEPTH_MAX
+        if too_deep or seen > _FILES_MAX:
             why = f"there are more than {_FILES_MAX} files"
+            if too_deep:
+                why = f"its folders are nested deeper than {_DEPTH_MAX}"
             raise UsageError(f"cannot begin a project in {folder}", why, "Name a folder with the sources alone")
         for name in names:
             path = os.path.relpath(Path(place) / name, folder)

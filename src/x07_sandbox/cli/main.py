@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
-    from x07_sandbox.errors import SandboxError
-
 # X07's global flags that our verbs have, and whether they take a value.
 _GLOBAL = {"--json": False, "--quiet-json": False, "--report-out": True, "--out": True}
 _JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # how a document is laid out, each verb knows
@@ -33,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _import_msgspec()
         options = _parsed(words)
         _recover()
-        code = _carried_out(options, words)
+        if words[0] == "run" or getattr(options, "report_out", None) is None:  # a run writes its report itself
+            code: int = options.carry_out(options)
+        else:
+            from x07_sandbox.cli.documents import carry_out_with_report
+
+            code = carry_out_with_report(options)
     except KeyboardInterrupt as exc:
         from x07_sandbox.errors import Cancelled
 
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verb_first(words: list[str]) -> list[str]:
-    """The words with the flags that X07's command has before the verb, of every verb, where our verbs read them."""
+    """Move the flags that X07's command has before the verb to where our verbs read them."""
     end = words.index("--") if "--" in words else len(words)
     words = [_JSON.get(word, word) for word in words[:end] if word != "--json=off"] + words[end:]
     count = 0
@@ -60,7 +63,7 @@ def _verb_first(words: list[str]) -> list[str]:
 
 
 def _import_msgspec() -> None:
-    """Without typing_extensions, which it imports where that is installed, for Pythons older than any here: 12 ms."""
+    """Import msgspec without typing_extensions, which costs 12 ms and serves only Pythons older than any here."""
     if "typing_extensions" not in sys.modules:
         sys.modules["typing_extensions"] = None  # type: ignore[assignment]  # the import system's way to say: not here
         try:
@@ -125,16 +128,6 @@ def _namespace(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def _carried_out(options: argparse.Namespace, words: list[str]) -> int:
-    """The exit code. A run writes its report itself, beside its other files; what other verbs report is one thing."""
-    if words[0] != "run" and getattr(options, "report_out", None) is not None:
-        from x07_sandbox.cli.documents import carry_out_with_report
-
-        return carry_out_with_report(options)
-    code: int = options.carry_out(options)
-    return code
-
-
 def _recover() -> None:
     """Put right what a killed command has left half applied, whatever this command is."""
     from x07_sandbox.errors import SandboxError
@@ -152,7 +145,7 @@ def _failed(exc: Exception, words: list[str]) -> int:
     import traceback
 
     from x07_sandbox.cli.console import OutputError
-    from x07_sandbox.errors import Cancelled, SandboxError
+    from x07_sandbox.errors import Cancelled, SandboxError, UsageError
 
     if isinstance(exc, Cancelled):
         _say(str(exc))
@@ -160,7 +153,12 @@ def _failed(exc: Exception, words: list[str]) -> int:
     if isinstance(exc, SandboxError):
         if not _wants_json(words):
             _say(str(exc))
-        return _json_or(_exit_code(exc, words), exc, words)
+        code = 2 if isinstance(exc, UsageError) else 125
+        if words[:1] == ["run"]:  # its outcome's, whether or not there was a run
+            from x07_sandbox.runs.run import failure
+
+            code = failure(exc).x07_exit_code
+        return _json_or(code, exc, words)
     if isinstance(exc, OutputError):
         _say(f"cannot write the output: {exc.strerror}")
         return 125
@@ -172,17 +170,6 @@ def _failed(exc: Exception, words: list[str]) -> int:
     traceback.print_exception(exc)
     _say("this is a bug in x07-sandbox; please report it with the lines above")
     return _json_or(125, exc, words)
-
-
-def _exit_code(exc: SandboxError, words: list[str]) -> int:
-    """Of an error; a run's is its outcome's, whether or not it came before there was one."""
-    from x07_sandbox.errors import UsageError
-
-    if words[:1] == ["run"]:
-        from x07_sandbox.runs.run import failure
-
-        return failure(exc).x07_exit_code
-    return 2 if isinstance(exc, UsageError) else 125
 
 
 def _cancelled(exc: Exception, words: list[str], signalled: int | None) -> int:
@@ -223,10 +210,8 @@ def entry() -> NoReturn:
 
 def end_with(command: Callable[[], int]) -> NoReturn:
     """End with the exit code of *command*, run where names of files are UTF-8."""
-    if sys.getfilesystemencoding() != "utf-8":
-        from x07_sandbox.cli.encoding import start_in_utf8
-
-        start_in_utf8()
+    if sys.getfilesystemencoding() != "utf-8":  # start anew, so that names keep their bytes whatever the locale says
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - no shell is needed
     try:
         code = command()
     except SystemExit as exc:  # argparse's, after --help

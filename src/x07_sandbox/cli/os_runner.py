@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for warning in check_environment(os.environ):
             _say(warning)
-        options = _parsed(argv)
+        options = parser().parse_args(argv)
         if options.cli_specrows:
             return _print(specrows().encode(), 0)
         return _carry_out(options)
@@ -75,13 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         _say("this is a bug in x07-sandbox; please report it with the lines above")
     return SETUP_EXIT
-
-
-def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    options, unknown = parser().parse_known_args(argv)
-    if unknown:
-        raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", f"See {COMMAND} --help")
-    return options
 
 
 def _carry_out(options: argparse.Namespace) -> int:
@@ -111,9 +104,6 @@ def _carry_out(options: argparse.Namespace) -> int:
             wanted = _wanted(options, request, program, stack, accepted=accepted)
             _, report = run_and_report(request, wanted, stack, _say)
     return _print(render_json(report), report.exit_code)
-
-
-# the command line
 
 
 def _world(name: str) -> World:
@@ -150,9 +140,8 @@ def _target(options: argparse.Namespace) -> Path:
     """What the flags name. Raises UsageError for what they cannot name."""
     if options.artifact is not None:
         why = "an artifact of X07 speaks X07's own protocol, and only its runner inside a guest may be given one"
-        raise UsageError(
-            f"cannot run the artifact {options.artifact}", why, "Give its source with --program, or x07 run"
-        )
+        fix = "Give its source with --program, or x07 run"
+        raise UsageError(f"cannot run the artifact {options.artifact}", why, fix)
     path = Path(options.program if options.project is None else options.project)
     if options.project is not None and path.name not in _MANIFESTS:
         why = f"a manifest is called {' or '.join(_MANIFESTS)}"
@@ -168,8 +157,8 @@ def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStac
     stack.callback(progress, "")
     return RunRequest(
         program=path,
-        policy=None if options.policy is None else Path(options.policy),
-        input=None if options.input is None else Path(options.input),
+        policy=_path(options.policy),
+        input=_path(options.input),
         max_output_bytes=settings.MIB if options.max_output_bytes is None else options.max_output_bytes,
         executable=options.compiled_out is not None,
         # Of profiles only `x07 run` knows.
@@ -185,8 +174,7 @@ def _wanted(
 ) -> Wanted:
     """Read and check what the flags name besides the program, before anything starts. Raises UsageError."""
     policy = policy_in_force(request)
-    compiled_out = None if options.compiled_out is None else Path(options.compiled_out)
-    attest_runtime = None if options.attest_runtime is None else Path(options.attest_runtime)
+    compiled_out, attest_runtime = _path(options.compiled_out), _path(options.attest_runtime)
     read = [request.program, Path(options.policy), request.input, *files_read(request, program)]
     check_outputs({"--compiled-out": compiled_out, "--attest-runtime": attest_runtime}, read)
     with request.cancel.waiting():  # for whoever opens the other end of a pipe
@@ -201,6 +189,10 @@ def _wanted(
         accepted=accepted,
         flags=frozenset(option.flag for option in OPTIONS),
     )
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _x07_options(options: argparse.Namespace) -> Options:

@@ -7,10 +7,11 @@ import json
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from x07_sandbox import __version__
 from x07_sandbox.cli.usage import Once, Parser, named, whole_number
-from x07_sandbox.host import settings
+from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 
 COMMAND: Final = "x07-os-runner"
@@ -19,7 +20,7 @@ _MOST: Final = 1 << 48
 _NAMES: Final = frozenset({"F", "D"})  # metavars of files and folders
 
 
-class Option(msgspec.Struct, frozen=True, kw_only=True):
+class Option(msgspec.Struct, frozen=True):
     """One flag. metavar: of its value; empty for a switch.
 
     number: what its whole number counts, empty if it is none. choices: the words that it takes.
@@ -42,80 +43,43 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
         return self.flag.removeprefix("--").replace("-", "_")
 
 
+_WALL: Final = "the wall: auto is vm in run-os-sandboxed and none in run-os (default: X07_SANDBOX_BACKEND, else auto)"
+_WEAKER: Final = "accept a wall that is no virtual machine (or X07_I_ACCEPT_WEAKER_ISOLATION=1)"
+_ATTEST: Final = "where the attestation of the run goes; only in run-os-sandboxed"
+_MEMORY: Final = "memory that an X07 program may allocate; others have the policy's limits.mem_bytes"
+_CPU: Final = "CPU time of an X07 program; others have the policy's limits.cpu_ms"
+_ROOT: Final = "a folder of X07 modules (repeatable), for --program"
+_INNER: Final = "for X07's own runner inside a guest"
+_OURS: Final = (
+    Option("--program", "a source file of one of our toolchains, or *.x07.json", "F"),
+    Option("--project", "the manifest of a project", "F"),
+    Option("--artifact", "an executable that X07 compiled before", "F"),
+    Option("--world", "run-os or run-os-sandboxed; solve worlds are refused", "W", default="run-os"),
+    Option("--policy", "the policy: needed in run-os-sandboxed, refused in run-os", "F"),
+    Option("--input", "the program's input (default: empty)", "F"),
+    Option("--sandbox-backend", _WALL, "B", choices=tuple(SANDBOX_BACKENDS)),
+    Option("--i-accept-weaker-isolation", _WEAKER),
+    Option("--max-output-bytes", "of each output stream of the program", "N", default=MIB, number="bytes"),
+    Option("--compiled-out", "where a copy of the built Linux executable goes", "F"),
+    Option("--attest-runtime", _ATTEST, "F"),
+)
+_X07S: Final = (
+    Option("--solve-fuel", "fuel of an X07 program", "N", default=50_000_000, number="units"),
+    Option("--max-memory-bytes", _MEMORY, "N", default=64 * MIB, number="bytes"),
+    Option("--cpu-time-limit-seconds", _CPU, "N", default=30, number="seconds"),
+    Option("--cc-profile", "how X07's C is compiled", "P", default="default", choices=("default", "size")),
+    Option("--max-c-bytes", "how much C the X07 compiler may make", "N", number="bytes"),
+    Option("--compat", "the X07 version to compile like", "S"),
+    Option("--debug-borrow-checks", "count borrow violations"),
+    Option("--auto-ffi", "compile the foreign code of packages"),
+    Option("--module-root", _ROOT, "D", repeat=True),
+)
 OPTIONS: Final = (
-    Option(flag="--program", metavar="F", doc="a source file of one of our toolchains, or *.x07.json"),
-    Option(flag="--project", metavar="F", doc="the manifest of a project"),
-    Option(flag="--artifact", metavar="F", doc="an executable that X07 compiled before"),
-    Option(flag="--world", metavar="W", default="run-os", doc="run-os or run-os-sandboxed; solve worlds are refused"),
-    Option(flag="--policy", metavar="F", doc="the policy: needed in run-os-sandboxed, refused in run-os"),
-    Option(flag="--input", metavar="F", doc="the program's input (default: empty)"),
-    Option(
-        flag="--sandbox-backend",
-        metavar="B",
-        choices=tuple(SANDBOX_BACKENDS),
-        doc="the wall: auto is vm in run-os-sandboxed and none in run-os (default: X07_SANDBOX_BACKEND, else auto)",
-    ),
-    Option(
-        flag="--i-accept-weaker-isolation",
-        doc="accept a wall that is no virtual machine (or X07_I_ACCEPT_WEAKER_ISOLATION=1)",
-    ),
-    Option(
-        flag="--max-output-bytes",
-        metavar="N",
-        default=settings.MIB,
-        number="bytes",
-        doc="of each output stream of the program",
-    ),
-    Option(flag="--compiled-out", metavar="F", doc="where a copy of the built Linux executable goes"),
-    Option(flag="--attest-runtime", metavar="F", doc="where the attestation of the run goes; only in run-os-sandboxed"),
-    Option(
-        flag="--solve-fuel",
-        metavar="N",
-        default=50_000_000,
-        number="units",
-        x07_only=True,
-        doc="fuel of an X07 program",
-    ),
-    Option(
-        flag="--max-memory-bytes",
-        metavar="N",
-        default=64 * settings.MIB,
-        number="bytes",
-        x07_only=True,
-        doc="memory that an X07 program may allocate; others have the policy's limits.mem_bytes",
-    ),
-    Option(
-        flag="--cpu-time-limit-seconds",
-        metavar="N",
-        default=30,
-        number="seconds",
-        x07_only=True,
-        doc="CPU time of an X07 program; others have the policy's limits.cpu_ms",
-    ),
-    Option(
-        flag="--cc-profile",
-        metavar="P",
-        default="default",
-        choices=("default", "size"),
-        x07_only=True,
-        doc="how X07's C is compiled",
-    ),
-    Option(
-        flag="--max-c-bytes", metavar="N", number="bytes", x07_only=True, doc="how much C the X07 compiler may make"
-    ),
-    Option(flag="--compat", metavar="S", x07_only=True, doc="the X07 version to compile like"),
-    Option(flag="--debug-borrow-checks", x07_only=True, doc="count borrow violations"),
-    Option(flag="--auto-ffi", x07_only=True, doc="compile the foreign code of packages"),
-    Option(
-        flag="--module-root",
-        metavar="D",
-        repeat=True,
-        x07_only=True,
-        doc="a folder of X07 modules (repeatable), for --program",
-    ),
-    Option(flag="--cli-specrows", doc="print this command line as JSON and exit"),
-    Option(flag="--compile-only", hidden=True, doc="for X07's own runner inside a guest"),
-    Option(flag="--i-accept-precompiled-artifact", hidden=True, doc="for X07's own runner inside a guest"),
+    *_OURS,
+    *(replace(option, x07_only=True) for option in _X07S),
+    Option("--cli-specrows", "print this command line as JSON and exit"),
+    Option("--compile-only", _INNER, hidden=True),
+    Option("--i-accept-precompiled-artifact", _INNER, hidden=True),
 )
 
 _EPILOG: Final = """standard output: one JSON object, X07's report x07-os-runner.report@0.5.0

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from x07_sandbox.policy.differences import Change
-    from x07_sandbox.policy.model import Policy
 
 DIFFERENT: Final = 1
 UNREADABLE: Final = 2
@@ -54,27 +53,19 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     policy_init.add_parser(inner)
     check = inner.add_parser("check", help="say all that is wrong with policies")
     check.add_argument("files", nargs="+", metavar="FILE", help="a policy")
-    check.set_defaults(carry_out=_check)
     digest = inner.add_parser("digest", help="one digest for all documents that say the same")
     digest.add_argument("file", metavar="FILE", help="a policy")
-    digest.set_defaults(carry_out=_digest)
-    policy_explain.add_parser(inner).set_defaults(carry_out=_explain)
+    policy_explain.add_parser(inner)
     diff = inner.add_parser("diff", help="what the second policy grants or withdraws")
     diff.add_argument("first", metavar="A", help="a policy")
     diff.add_argument("second", metavar="B", help="another")
-    diff.set_defaults(carry_out=_diff)
-    schema = inner.add_parser("schema", help="the JSON Schema of a policy")
-    schema.set_defaults(carry_out=_schema)
-    for action in inner.choices.values():
+    inner.add_parser("schema", help="the JSON Schema of a policy")
+    acts = (policy_init.init, _check, _digest, _explain, _diff, _schema)
+    for (name, codes), act in zip(EXIT_CODES, acts, strict=True):
+        action = inner.choices[name]
         add_document_flags(action, "one JSON object on standard output, errors too")
-        action.set_defaults(carry_out=partial(_guarded, action.get_default("carry_out")))
-    for name, codes in EXIT_CODES:
-        inner.choices[name].epilog = "\n\n".join(filter(None, (f"exit code: {codes}", inner.choices[name].epilog)))
-
-
-def load(name: str) -> tuple[Policy, bytes]:
-    """A policy by the name that the user gave, and its bytes. Raises UsageError, PolicyError."""
-    return read_policy(name)
+        action.set_defaults(carry_out=partial(_guarded, act))
+        action.epilog = "\n\n".join(filter(None, (f"exit code: {codes}", action.epilog)))
 
 
 def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
@@ -107,7 +98,7 @@ _SEVERITY: Final = (0, INVALID, UNREADABLE)  # what could not even be looked at 
 
 def _checked(name: str) -> CheckedFile:
     try:
-        policy, _ = load(name)
+        policy, _ = read_policy(name)
     except PolicyError as exc:
         return CheckedFile(file=name, status="invalid", problems=exc.problems, text=str(exc))
     except UsageError as exc:
@@ -118,7 +109,7 @@ def _checked(name: str) -> CheckedFile:
 def _digest(options: argparse.Namespace) -> int:
     from hashlib import sha256
 
-    policy, data = load(options.file)
+    policy, data = read_policy(options.file)
     digest = policy_digest(policy)
     of_file = f"sha256:{sha256(data).hexdigest()}"
     report = DigestReport(policy_id=policy.policy_id, digest=digest, file_digest=of_file)
@@ -128,7 +119,7 @@ def _digest(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    policy, _ = load(options.policy)
+    policy, _ = read_policy(options.policy)
     found = policy_explain.explanation(policy, options.policy, options.backend, options.toolchain)
     if not print_document(found, options):
         for line in policy_explain.lines(found):
@@ -139,38 +130,26 @@ def _explain(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     from x07_sandbox.policy.differences import differences
 
-    (first, _), (second, _) = load(options.first), load(options.second)
+    (first, _), (second, _) = read_policy(options.first), read_policy(options.second)
     changes = tuple(differences(first, second))
     if print_document(DiffReport(same=not changes, changes=changes), options):
         return DIFFERENT if changes else 0
-    for effect, title in _EFFECTS:
+    docs = {field.path: field.doc for field in fields()}
+    for effect, verb in (("granted", "grants"), ("withdrawn", "withdraws"), ("changed", "changes")):
         found = [change for change in changes if change.effect == effect]
         if found:
-            show(title)
+            show(f"the second policy {verb}:")
         for change in found:
-            show(f"  {_in_words(change)}")
+            show(f"  {change.field}: {_in_words(change)}. {docs[change.field]}")
     return DIFFERENT if changes else 0
 
 
-_EFFECTS: Final = (
-    ("granted", "the second policy grants:"),
-    ("withdrawn", "the second policy withdraws:"),
-    ("changed", "the second policy changes:"),
-)
-
-
-_DOCS: Final = {field.path: field.doc for field in fields()}
-
-
 def _in_words(change: Change) -> str:
-    """One line; values as JSON, in ASCII, since a policy's text may come from anybody."""
+    """What changes; values as JSON, in ASCII, since a policy's text may come from anybody."""
     before, after = policy_explain.shown(change.before), policy_explain.shown(change.after)
-    what = f"{after} instead of {before}"
     if change.before is None:
-        what = f"{after} added"
-    elif change.after is None:
-        what = f"{before} removed"
-    return f"{change.field}: {what}. {_DOCS[change.field]}"
+        return f"{after} added"
+    return f"{before} removed" if change.after is None else f"{after} instead of {before}"
 
 
 def _schema(options: argparse.Namespace) -> int:

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
 
 # What needs a reader's eye comes first.
-_GROUPS: Final = (
-    ("refused", "refused: a run with this policy does not start"),
-    ("enforced", "enforced"),
-    ("advisory", "advisory: it binds only programs that ask"),
-)
+_GROUPS: Final = {
+    "refused": "refused: a run with this policy does not start",
+    "enforced": "enforced",
+    "advisory": "advisory: it binds only programs that ask",
+}
 _SHOWN_CHARS: Final = 40
 
 _EPILOG: Final = """Nothing is booted and nothing is looked for on this machine: that is why isolation is said as
@@ -39,7 +39,7 @@ examples:
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser(
         "explain",
@@ -47,27 +47,20 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
         description="Say of each field of POLICY whether a run would hold it, by whom, and why.",
         epilog=_EPILOG,
     )
-    parser.add_argument(
-        "policy", nargs="?", default="built-in:default", metavar="POLICY", help="a policy (default: built-in:default)"
-    )
-    names = ", ".join(BY_NAME)
-    parser.add_argument("--backend", metavar="B", help=f"one of {names} (default: what a run takes)")
+    doc = "a policy (default: built-in:default)"
+    parser.add_argument("policy", nargs="?", default="built-in:default", metavar="POLICY", help=doc)
+    parser.add_argument("--backend", metavar="B", help=f"one of {', '.join(BY_NAME)} (default: what a run takes)")
     toolchains = tuple(toolchain.name for toolchain in (*TOOLCHAINS, X07))
-    parser.add_argument(
-        "--toolchain",
-        choices=toolchains,
-        metavar="T",
-        help=f"the program's, one of {', '.join(toolchains)}; only x07 is concerned by language.*",
-    )
-    return parser
+    doc = f"the program's, one of {', '.join(toolchains)}; only x07 is concerned by language.*"
+    parser.add_argument("--toolchain", choices=toolchains, metavar="T", help=doc)
 
 
 def explanation(
     policy: Policy, source: str, backend_name: str | None = None, toolchain: str | None = None
 ) -> ExplainReport:
-    """What --json prints. source: the policy's name, as the user gave it. backend_name: None for what a run would take.
+    """What --json prints. source: the policy as the user named it. backend_name: None for what a run takes.
 
-    Raises UsageError, and RefusedError for what no run could take here.
+    Raises UsageError, and RefusedError for a backend that no run could take here.
     """
     backend = None if backend_name is None else backend_named(backend_name)
     if backend is None or not (backend.built and backend.runs_on(this_platform())):
@@ -97,20 +90,18 @@ def lines(found: ExplainReport) -> list[str]:
     isolation = " or ".join(found.isolation)
     told = [f"policy {found.policy_id} ({found.policy}) on {found.backend} ({isolation})"]
     width = max(len(control.field) for control in found.controls)
-    for state, title in _GROUPS:
+    for state, title in _GROUPS.items():
         group = [control for control in found.controls if control.state == state]
         if group:
             told += ["", f"{title}:"]
         for control in group:
-            value = shown(control.value)
-            told.append(f"  {control.field:{width}}  {value:12}  {control.by}: {control.why}")
+            told.append(f"  {control.field:{width}}  {shown(control.value):12}  {control.by}: {control.why}")
     told += ["", f"seccomp filters of the image: {', '.join(found.filters)} (a result has their digests)"]
     if found.refusals:
         told += ["", "what would allow a run:"]
     for refusal in found.refusals:
         how = refusal.how_to_allow
-        told.append(f"  {refusal.why}")
-        told.append(f"    in the policy: {how.json_path} = {shown(how.value)}")
+        told += [f"  {refusal.why}", f"    in the policy: {how.json_path} = {shown(how.value)}"]
         if how.flag:
             told.append(f"    or: {how.flag}")
     return told

@@ -5,22 +5,19 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, print_line
-from x07_sandbox.cli.usage import named_file
+from x07_sandbox.cli.usage import named_file, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.paths import is_folder, real_path
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.reports.policy_init import PolicyInitReport
-
-if TYPE_CHECKING:
-    from x07_sandbox.policy.model import Policy
 
 BASE_FOLDER: Final = (".x07", "policies", "base")
 DIFFERENT: Final = 2
@@ -34,7 +31,7 @@ examples:
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser(
         "init",
@@ -43,22 +40,16 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> ar
         epilog=_EPILOG,
     )
     parser.add_argument("--template", required=True, choices=tuple(TEMPLATES), metavar="T", help="which one, see below")
-    parser.add_argument(
-        "--project", type=named_file, metavar="FILE", help="the project's file (default: x07.json above here)"
-    )
+    doc = "the project's file (default: x07.json above here)"
+    parser.add_argument("--project", type=named_file, metavar="FILE", help=doc)
     parser.add_argument("--policy-id", metavar="ID", help="the policy's name (default: sandbox.T.base)")
-    parser.add_argument("--force", action="store_true", help="overwrite a file with another content")
-    parser.add_argument(
-        "--emit",
-        choices=("report", "policy"),
-        default="report",
-        metavar="report|policy",
-        help="what is printed: one line of JSON about the file, or the policy itself (default: report)",
-    )
+    switch(parser, "--force", "overwrite a file with another content")
+    doc = "what is printed: one line of JSON about the file, or the policy itself (default: report)"
+    emitted = ("report", "policy")
+    parser.add_argument("--emit", choices=emitted, default="report", metavar="|".join(emitted), help=doc)
     parser.add_argument("--out", type=named_file, metavar="PATH", help="where to, from the project's folder")
-    parser.add_argument("--mkdir-out", action="store_true", help="make the folder that --out names")
-    parser.set_defaults(carry_out=_init, writes=_writes)
-    return parser
+    switch(parser, "--mkdir-out", "make the folder that --out names")
+    parser.set_defaults(writes=_writes)
 
 
 def file_name(template: str) -> str:
@@ -78,18 +69,21 @@ def _writes(options: argparse.Namespace) -> list[Path]:
     return [place, *own_files(root, options.report_out)]
 
 
-def _init(options: argparse.Namespace) -> int:
-    policy = _named(TEMPLATES[options.template], options.policy_id)
+def init(options: argparse.Namespace) -> int:
+    """Write the file, and print what was done; the exit code. Raises SandboxError."""
+    policy = TEMPLATES[options.template]
+    if options.policy_id is not None:
+        if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", options.policy_id):
+            why = "a name has 1 to 64 letters, digits, '_', '.' or '-'"
+            raise UsageError(f"cannot name a policy {options.policy_id!r}", why, "Give another --policy-id")
+        policy = replace(policy, policy_id=options.policy_id)
     data = render_policy(policy)
     root = project_root(options.project)
-    if options.out is None:
-        parts: tuple[str, ...] = (*BASE_FOLDER, file_name(options.template))
-        path = root.joinpath(*parts)
-        status = write_document(root, parts, data, overwrite=options.force)
-    else:
+    folder, parts = root, Path(*BASE_FOLDER, file_name(options.template)).parts
+    if options.out is not None:
         folder, parts = _chosen(root, options.out, make=options.mkdir_out)
-        path = folder.joinpath(*parts)
-        status = write_document(folder, parts, data, overwrite=options.force)
+    path = folder.joinpath(*parts)
+    status = write_document(folder, parts, data, overwrite=options.force)
     if options.emit == "policy":
         deliver(data, options, always=True)
     else:
@@ -104,23 +98,11 @@ def _init(options: argparse.Namespace) -> int:
     return DIFFERENT
 
 
-def _named(policy: Policy, policy_id: str | None) -> Policy:
-    if policy_id is None:
-        return policy
-    if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", policy_id):
-        raise UsageError(
-            f"cannot name a policy {policy_id!r}",
-            "a name has 1 to 64 letters, digits, '_', '.' or '-'",
-            "Give another --policy-id",
-        )
-    return replace(policy, policy_id=policy_id)
-
-
 def _chosen(root: Path, out: Path, *, make: bool) -> tuple[Path, tuple[str, ...]]:
-    """The place that the user named: a folder of theirs that is there, and the way from it. Raises UsageError.
+    """The place that the user named: a folder that is there, and the way from it. Raises UsageError.
 
-    The way through the project may have been laid by somebody else, so it is walked without links, as for every
-    document; what leads out of the project by its own name is the user's.
+    Somebody else may have made the project's folders, so the way through them is walked without links; a way that
+    leads out of the project by its own name is the user's.
     """
     if out.name in {"", ".."}:
         raise UsageError(f"cannot write {out}", "it names no file", "Give the name of a file")

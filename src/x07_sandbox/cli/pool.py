@@ -41,24 +41,16 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     parser = verbs.add_parser("pool", help=help, description="Machines that wait, warm, for programs.", epilog=_EPILOG)
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     start = inner.add_parser("start", help="keep machines warm from now on")
-    start.add_argument(
-        "--size", type=whole_number(1, 4096, "machines"), default=2, metavar="N", help="how many (default: 2)"
-    )
-    start.add_argument(
-        "--idle",
-        type=whole_number(1, 86_400, "seconds"),
-        default=settings.POOL_IDLE_S,
-        metavar="S",
-        help="end when nobody has used it for S seconds (default: 600)",
-    )
+    size, idle = whole_number(1, 4096, "machines"), whole_number(1, 86_400, "seconds")
+    start.add_argument("--size", type=size, default=2, metavar="N", help="how many (default: 2)")
+    doc = "end when nobody has used it for S seconds (default: 600)"
+    start.add_argument("--idle", type=idle, default=settings.POOL_IDLE_S, metavar="S", help=doc)
     start.add_argument("--image", default="", metavar="NAME|DIGEST", help="the guest image (default: default)")
-    start.set_defaults(carry_out=_start)
     stop = inner.add_parser("stop", help="end it, and every machine of its that waits or runs")
-    stop.set_defaults(carry_out=_stop)
     status = inner.add_parser("status", help="how many wait and run")
-    status.set_defaults(carry_out=_status)
-    for action in (start, stop, status):
+    for action, carry_out in ((start, _start), (stop, _stop), (status, _status)):
         add_document_flags(action, "how it stands then, as one JSON object")
+        action.set_defaults(carry_out=carry_out)
 
 
 def _start(options: argparse.Namespace) -> int:
@@ -66,11 +58,12 @@ def _start(options: argparse.Namespace) -> int:
     progress("starting")
     log = pool_dir() / "log"
     ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
-    words = [str(options.size), str(options.idle), options.image, str(ready_w)]
+    argv = [sys.executable, "-m", "x07_sandbox.pool.server"]
+    argv += [str(options.size), str(options.idle), options.image, str(ready_w)]
     with os.fdopen(ready_r, "rb") as ready, log.open("ab") as errors:
         log.chmod(0o600)
         child = subprocess.Popen(
-            [sys.executable, "-m", "x07_sandbox.pool.server", *words],
+            argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -92,12 +85,9 @@ def _start(options: argparse.Namespace) -> int:
         return 0
     child.terminate()
     child.wait()
+    words = {"what": "cannot start the pool", "why": f"its process ended; see {log}", "fix": "Run x07 doctor"}
     kind = UsageError if told.get("usage") else HostError
-    raise kind(
-        str(told.get("what", "cannot start the pool")),
-        str(told.get("why", f"its process ended; see {log}")),
-        str(told.get("fix", "Run x07 doctor")),
-    )
+    raise kind(*(str(told.get(key, word)) for key, word in words.items()))
 
 
 def _heard(ready: IO[bytes], progress: Progress) -> dict[str, Any]:
@@ -129,13 +119,11 @@ def _status(options: argparse.Namespace) -> int:
         return 0
     if pool is None:
         show("no pool runs")
-    else:
-        show(
-            f"{pool.ready} of {pool.size} machines wait, {pool.running} run, {pool.claimed} were taken; "
-            f"unused for {pool.unused_s:.0f} of {pool.idle_s:.0f} s (process {pool.pid})"
-        )
-        if pool.problem:
-            show(f"none can be made now: {pool.problem}")
+        return 0
+    unused = f"unused for {pool.unused_s:.0f} of {pool.idle_s:.0f} s (process {pool.pid})"
+    show(f"{pool.ready} of {pool.size} machines wait, {pool.running} run, {pool.claimed} were taken; {unused}")
+    if pool.problem:
+        show(f"none can be made now: {pool.problem}")
     return 0
 
 

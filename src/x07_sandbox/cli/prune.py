@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import print_document
-from x07_sandbox.cli.usage import add_document_flags
+from x07_sandbox.cli.usage import add_document_flags, switch
 from x07_sandbox.host.settings import KIB
 from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.housekeeping.pruner import PARTS
@@ -36,10 +36,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     """Add the verb."""
     parser = verbs.add_parser("prune", help=help, description="Remove what nobody needs any more.", epilog=_EPILOG)
     for part in PARTS:
-        parser.add_argument(
-            f"--{part}", action="append_const", dest="parts", const=part, help=f"only {part}: see below"
-        )
-    parser.add_argument("--dry-run", action="store_true", help="remove nothing: say what would go")
+        doc = f"only {part}: see below"
+        parser.add_argument(f"--{part}", action="append_const", dest="parts", const=part, help=doc)
+    switch(parser, "--dry-run", "remove nothing: say what would go")
     add_document_flags(parser, "one JSON object on standard output")
     parser.set_defaults(carry_out=_prune)
 
@@ -53,14 +52,12 @@ def _prune(options: argparse.Namespace) -> int:
 
 def _show(report: PruneReport) -> None:
     word = "would remove" if report.dry_run else "removed"
-    lines = [
-        f"{word} {removed.kind} {removed.path} ({_size(removed.bytes)}): {removed.why}" for removed in report.removed
-    ]
-    lines += [f"kept {kept.kind} {kept.path}: {kept.why}" for kept in report.kept]
+    for gone in report.removed:
+        show(f"{word} {gone.kind} {gone.path} ({_size(gone.bytes)}): {gone.why}")
+    for kept in report.kept:
+        show(f"kept {kept.kind} {kept.path}: {kept.why}")
     count = len(report.removed)
-    lines.append(f"{word} {count} thing{'' if count == 1 else 's'}, {_size(report.bytes)}")
-    for line in lines:
-        show(line)
+    show(f"{word} {count} thing{'' if count == 1 else 's'}, {_size(report.bytes)}")
 
 
 def _size(count: int) -> str:

@@ -48,13 +48,11 @@ def lines(result: Result, command: str = "") -> list[str]:
     How to come to a policy stands here once, also for changes that were kept back, of which others tell.
     """
     told = [] if result.outcome == "ok" else _of_program(result, command)
-    if _speaks_of_policy(result) and (result.policy or "").startswith(BUILT_IN):  # nobody has a file of it yet
-        template = (result.policy or "").removeprefix(BUILT_IN)
-        # Relative to a project's folder, where one lies around this: so the whole name.
-        out = '"$PWD/policy.json"'
-        told.append(
-            f"to change the policy: x07 policy init --template {template} --out {out}, then --policy policy.json"
-        )
+    policy = result.policy or ""
+    if policy.startswith(BUILT_IN) and _speaks_of_policy(result):  # nobody has a file of it yet
+        # --out is relative to a project's folder, where one lies around this: so the whole name.
+        init = f'x07 policy init --template {policy.removeprefix(BUILT_IN)} --out "$PWD/policy.json"'
+        told.append(f"to change the policy: {init}, then --policy policy.json")
     return told
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,8 @@ from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
 from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
 from x07_sandbox.errors import ImageError, SandboxError, UsageError
-from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder
+from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
@@ -29,14 +30,9 @@ from x07_sandbox.runs.streams import memory_file, read_all
 if TYPE_CHECKING:
     from x07_sandbox.backends.selection import Choice
     from x07_sandbox.host.cancel import Cancel
-    from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import Loader
     from x07_sandbox.runs.result import Result
-
-_NAME_ONE = "Name one, or give a source with -c"
-_GIVE_ONE = "Give one of -c, --program, --project, --artifact"
-_SOURCE_MAX = settings.SOURCE_MAX_BYTES
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
@@ -86,8 +82,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
         cancel = stack.enter_context(cancelled_by_signals())
         progress = LiveLine()
         stack.callback(progress, "")
-        request = _request(options, stack, cancel, progress, for_x07=for_x07)
-        request = replace(request, choice=choice)
+        request = replace(_request(options, stack, cancel, progress, for_x07=for_x07), choice=choice)
         if options.dry_run:
             from x07_sandbox.cli.dry_run import show_plan
 
@@ -149,26 +144,21 @@ def _loaded(
 ) -> tuple[RunRequest, Program]:
     """The program, read before the run, since it says what else may not be written over. Raises SandboxError."""
     request, program = load_program(request, stack)
-    if outputs:
-        from x07_sandbox.cli.written import check_outputs, files_read
+    from x07_sandbox.cli.written import check_outputs, files_read
 
+    if outputs:
         check_outputs(outputs, files_read(request, program))
     if program.toolchain.protocol is not None:
         from x07_sandbox.cli.run_report import with_derived_file
 
         request = with_derived_file(request, program, program.toolchain.protocol)
         if outputs and isinstance(request.policy, Path):
-            from x07_sandbox.cli.written import check_outputs
-
             check_outputs(outputs, [request.policy])
     return request, program
 
 
 def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
-    """The files to be written, by their flags; refused are those that could not be, or that are read for the run.
-
-    Raises UsageError.
-    """
+    """The files to be written, by their flags. Raises UsageError for one that cannot be, or that the run reads."""
     if all(path is None for path in (options.report_out, options.compiled_out, options.attest_runtime, options.diff)):
         return {}
     from x07_sandbox.cli.written import check_outputs
@@ -191,7 +181,7 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
 
 def _is_x07(path: Path) -> bool:
     """Whether the program is one of X07's own, whose report is what callers of X07's command expect."""
-    if not (path.name.endswith("x07.json") or is_folder(path)):
+    if not (path.name.endswith("x07.json") or is_folder(path)):  # others need not wait for that import
         return False
     from x07_sandbox.x07.project import is_x07
 
@@ -241,7 +231,10 @@ def _request(
     if as_x07 and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
         stdin_fd = None  # X07's command takes what is piped in; who sits there was not asked to type anything
     if stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
-        _go_on_in_the_background()
+        # A terminal that is another's turn is the end of the input. We read whether the program wants it or not: else
+        # the next line that is typed would stop a run behind which `&` was typed, and its machine would go on.
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     if options.input_b64 is not None:
         stdin_fd = memory_file(_decoded(options.input_b64), stack)
     return RunRequest(
@@ -250,8 +243,7 @@ def _request(
         toolchain=toolchain,
         args=tuple(words),
         policy=options.policy,
-        overrides=_overrides(options),
-        override_flags=tuple(_override_flags(options)),
+        **_overrides(options),
         env=dict(map(_variable, options.env)),
         image=options.image,
         wall_ms=None if options.timeout is None else max(1, round(options.timeout * 1000)),
@@ -281,20 +273,16 @@ def _request(
 
 
 def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """The program and its arguments; X07's flags name it too, and in an X07 project nothing has to.
-
-    Raises UsageError.
-    """
+    """The program, by PROGRAM, X07's flags or the X07 project here, and its arguments. Raises UsageError."""
     if options.world != "run-os-sandboxed":
-        raise UsageError(
-            f"cannot run in the world {options.world}",
-            "run-os-sandboxed is the only world that x07-sandbox implements",
-            "Use --world run-os-sandboxed, or leave it out",
-        )
+        why = "run-os-sandboxed is the only world that x07-sandbox implements"
+        fix = "Use --world run-os-sandboxed, or leave it out"
+        raise UsageError(f"cannot run in the world {options.world}", why, fix)
     code = options.code
     named = [value for value in (options.program_flag, options.project, options.artifact) if value is not None]
     if len(named) + (code is not None) > 1:
-        raise UsageError("wrong usage", "more than one program is named", _GIVE_ONE)
+        fix = "Give one of -c, --program, --project, --artifact"
+        raise UsageError("wrong usage", "more than one program is named", fix)
     program = named[0] if named else options.program
     if program == "" and code is None:  # what an unset variable of a shell makes: it does not mean this folder
         raise UsageError("wrong usage", "the name of the program is empty", "Name one")
@@ -328,49 +316,35 @@ def _loaders(options: argparse.Namespace, *, for_x07: bool) -> tuple[Loader, ...
     from x07_sandbox.x07.programs import load_artifact, load_x07
     from x07_sandbox.x07.project import Options
 
-    given = Options(**_x07_options(options))
-    return (partial(load_x07 if for_x07 else load_artifact, options=given),)
+    return (partial(load_x07 if for_x07 else load_artifact, options=Options(**_x07_options(options))),)
 
 
-def _override_flags(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    """Those that were given, and with what."""
-    flags = {name: tuple(getattr(options, name[2:].replace("-", "_"))) for name, _, _ in OVERRIDES}
-    return {name: values for name, values in flags.items() if values}
-
-
-def _overrides(options: argparse.Namespace) -> Overrides | None:
-    given = {name[2:].replace("-", "_"): values for name, values in _override_flags(options).items()}
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """What a request has of the flags that change the policy; nothing where none was given."""
+    keys = {flag: flag[2:].replace("-", "_") for flag, _, _ in OVERRIDES}
+    given = {flag: key for flag, key in keys.items() if getattr(options, key)}
     if not given:
-        return None
+        return {}
     from x07_sandbox.policy.overrides import Overrides
 
-    return Overrides(**given)
-
-
-def _go_on_in_the_background() -> None:
-    """Have a terminal that we may not read, since it is another's turn, be the end of the input.
-
-    We read what comes whether the program wants it or not: else the next line that is typed would stop a run behind
-    which `&` was typed, and its machine would go on to its deadline.
-    """
-    import signal
-
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    overrides = Overrides(**{key: tuple(getattr(options, key)) for key in given.values()})
+    return {"overrides": overrides, "override_flags": tuple(given)}
 
 
 def _nothing_named() -> UsageError:
     """Without PROGRAM only a project of X07's is taken, as its own command does; one of ours is named by its folder."""
     from x07_sandbox.programs.manifest import FILE
 
-    fix = f"Type x07 run . for the project of the {FILE} here" if os.path.lexists(FILE) else _NAME_ONE
+    fix = "Name one, or give a source with -c"
+    if os.path.lexists(FILE):
+        fix = f"Type x07 run . for the project of the {FILE} here"
     return UsageError("cannot run nothing", "no PROGRAM is named, and this is no X07 project", fix)
 
 
 def _source_from_stdin() -> bytes:
     """The source that PROGRAM `-` stands for. Raises UsageError."""
     try:
-        source = read_all(0, _SOURCE_MAX)
+        source = read_all(0, SOURCE_MAX_BYTES)
     except OSError as exc:
         raise UsageError("cannot read the source", exc.strerror or str(exc), "Pipe it to standard input") from exc
     if not source:
@@ -407,7 +381,7 @@ def _stream(fd: int) -> int | None:
 
 
 def _need_image(choice: Choice, ref: str | None) -> None:
-    """On a terminal, make the default image when there is none, or renew it; elsewhere leave the refusal to the run."""
+    """On a terminal, make or renew the default image; elsewhere the run is refused without one."""
     from x07_sandbox.images.store import find_image, image_is_current
 
     if ref is not None or not sys.stderr.isatty() or not create(choice.backend).uses_image:
@@ -424,9 +398,11 @@ def _need_image(choice: Choice, ref: str | None) -> None:
 
 def _explain(result: Result) -> None:
     """Say on standard error what the exit code alone does not; nothing when the program ended by itself."""
-    if result.outcome == "build-failed":
-        _show(result.stdout.data)
-        _show(result.stderr.data)
+    # What a compiler said; it quotes a source, which may be of any encoding.
+    for said in (result.stdout.data, result.stderr.data) if result.outcome == "build-failed" else ():
+        if said:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(plain(said.decode("utf-8", "replace")).removesuffix("\n") + "\n")
     for warning in result.warnings:
         if warning.startswith("the input"):
             say(warning)
@@ -436,10 +412,3 @@ def _explain(result: Result) -> None:
     if result.outcome == "ok" or (result.outcome == "failed" and result.began):
         return
     say(f"{result.outcome}: {result.reason}")
-
-
-def _show(said: bytes) -> None:
-    """What a compiler said, with control characters filtered; it quotes a source, which may be of any encoding."""
-    if said:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(plain(said.decode("utf-8", "replace")).removesuffix("\n") + "\n")

@@ -26,10 +26,7 @@ def print_result(result: Result) -> int:
 
 
 def print_failure(exc: Exception, signalled: int | None = None, code: int | None = None) -> int:
-    """An error that ended the command, as the one JSON object that --json promises; the exit code.
-
-    code: the exit code, where it is another than that of the failure's outcome.
-    """
+    """Print an error that ended the command as one JSON object; the exit code, *code* if that is given."""
     return print_result(_failed(exc, signalled, code))
 
 
@@ -50,7 +47,7 @@ def write_failure(options: argparse.Namespace, exc: Exception, code: int | None 
 
 
 def _failed(exc: Exception, signalled: int | None, code: int | None) -> Result:
-    """The result: that of a run that never began, or, where the error has one, of the run whose files it is about."""
+    """The error's own result, if a run led to it; else that of a run that never began."""
     if isinstance(exc, SandboxError) and exc.result is not None:
         result: Result = with_unwritten(exc.result, [str(exc)])
     else:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.changed import machine_form, pieces
-from x07_sandbox.cli.written import noted, with_unwritten, write_all, write_executable, write_whole
+from x07_sandbox.cli.written import noted, with_unwritten, write_all, write_bytes, write_executable, write_whole
 from x07_sandbox.files.changes import ChangeSet
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.kept import KeptChanges, find
@@ -20,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:
-    """Write what the flags want of a run, its result last; the result then, and a line for each that was not written.
+    """Write what the flags ask for, the result last. Returns the result, and a line for each file that failed.
 
-    Such a line is a warning of the result, whose exit code is then 125: of all else nothing is lost.
+    Each such line is a warning of the result, whose exit code is then 125.
     """
     unwritten: list[str] = []
     if artifact is not None and artifact.complete:
@@ -34,22 +33,22 @@ def write_files(options: argparse.Namespace, result: Result, artifact: OutFile |
     told = with_unwritten(result, unwritten)
     if options.report_out is not None:
         with noted(unwritten):
-            write_whole(options.report_out, partial(write_all, data=render_json(told)))
+            write_bytes(options.report_out, render_json(told))
     return with_unwritten(result, unwritten), unwritten
 
 
 def write_diff(path: Path, result: Result) -> None:
-    """A run's changes as a patch; an empty one where there are none. Raises OSError, SandboxError."""
+    """Write a run's changes as a patch, which may be empty, and beside it, as FILE.json, all of it with digests.
+
+    Raises OSError, SandboxError.
+    """
     kept = KeptChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
-    _write_patch(path, kept if result.changes.state in {"none", "discarded"} else find(result.run))
-
-
-def _write_patch(path: Path, kept: KeptChanges) -> None:
-    """The patch as a file, and beside it, with `.json` behind its name, all of it with digests. Raises OSError."""
+    if result.changes.state not in {"none", "discarded"}:
+        kept = find(result.run)
 
     def put(fd: int) -> None:
         for piece in pieces(kept):
             write_all(fd, piece)
 
     write_whole(path, put)
-    write_whole(path.with_name(f"{path.name}.json"), lambda fd: write_all(fd, machine_form(kept.changes)))
+    write_bytes(path.with_name(f"{path.name}.json"), machine_form(kept.changes))

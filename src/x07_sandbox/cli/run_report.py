@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
@@ -11,7 +10,7 @@ from msgspec.structs import replace
 from x07_sandbox.cli.console import put, say
 from x07_sandbox.cli.run_failure import print_failure, write_failure
 from x07_sandbox.cli.run_outputs import write_diff
-from x07_sandbox.cli.written import noted, write_all, write_whole
+from x07_sandbox.cli.written import noted, write_bytes
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.documents import project_root, write_document
@@ -66,10 +65,7 @@ def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) ->
 
 
 def from_project(options: argparse.Namespace, program: Path) -> None:
-    """Let what names the policy, and files of hosts, begin in the project's folder, as X07's command has it.
-
-    program: one of X07's own; a single program has no project, so its paths begin in the current folder.
-    """
+    """Resolve the policy and files of hosts from the folder of an X07 project; a single program has none."""
     if not is_folder(program) and program.name != PROJECT_FILE:
         return
     root = program if is_folder(program) else program.parent
@@ -90,10 +86,7 @@ def x07_exit(exc: UsageError | RefusedError) -> int:
 def run_with_report(
     request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack
 ) -> int:
-    """Carry the request out and print X07's report; its exit code. Raises SandboxError before there is a run.
-
-    program: what load_program gave beside the request.
-    """
+    """Carry the request out and print X07's report; its exit code. Raises SandboxError before there is a run."""
     policy = policy_in_force(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
@@ -115,7 +108,7 @@ def run_with_report(
     text = render_json(told if options.report != "wrapped" else wrap(told, target_of(program, request.program, told)))
     if options.report_out is not None:
         with noted(unwritten):
-            write_whole(options.report_out, partial(write_all, data=text))
+            write_bytes(options.report_out, text)
     for line in unwritten:
         say(line)
     if not options.quiet_json:
@@ -127,10 +120,7 @@ def run_with_report(
 
 
 def with_derived_file(request: RunRequest, program: Program, protocol: Protocol) -> RunRequest:
-    """Overrides of an X07 program's policy become a file of its project, as X07's own command has it.
-
-    Raises UsageError, PolicyError, and UsageError where there is no policy at all.
-    """
+    """Write the policy with its overrides into the project, as X07's command does. Raises UsageError, PolicyError."""
     need_policy(request, protocol)
     if request.overrides is None:
         return request

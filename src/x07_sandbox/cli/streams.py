@@ -39,13 +39,13 @@ class _Patient(io.FileIO):
 
 def settle_in() -> None:
     """What each of our commands does first."""
-    collect_seldom()
-    fill_closed_streams()
-    write_patiently()
-    keep_own_rights()
+    gc.set_threshold(_OBJECTS, *gc.get_threshold()[1:])  # a run makes no cycles, and looking for them takes 4 ms
+    _fill_closed_streams()
+    _write_patiently()
+    os.umask(os.umask(0o077) & 0o077)  # one that takes our own rights away would lock us out of our files
 
 
-def fill_closed_streams() -> None:
+def _fill_closed_streams() -> None:
     """Put /dev/null where a standard descriptor is closed, before any descriptor of ours can take its number.
 
     Else a program's output would be written into whatever of ours had become descriptor 1.
@@ -63,7 +63,7 @@ def fill_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
-def write_patiently() -> None:
+def _write_patiently() -> None:
     """Have all that we say arrive whole, or be told of as an error, whatever is behind our streams."""
     for name in _NAMES[1:]:
         stream = getattr(sys, name)
@@ -73,16 +73,6 @@ def write_patiently() -> None:
                 io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering
             )
             setattr(sys, name, text)
-
-
-def keep_own_rights() -> None:
-    """Have what we make be ours to use: a umask that takes its owner's rights away would lock us out of our files."""
-    os.umask(os.umask(0o077) & 0o077)
-
-
-def collect_seldom() -> None:
-    """Have Python look for garbage in cycles less often: in a run there is none, and looking takes it 4 ms or more."""
-    gc.set_threshold(_OBJECTS, *gc.get_threshold()[1:])
 
 
 def leave(code: int) -> NoReturn:

@@ -107,13 +107,26 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def option(to: argparse._ActionsContainer, flag: str, metavar: str | None, help: str, **words: Any) -> None:  # noqa: A002, ANN401 - as argparse has them
+    """Add an option that takes a value, once at most unless *words* say otherwise."""
+    to.add_argument(flag, **({"action": Once, "metavar": metavar, "help": help} | words))
+
+
+def repeated(to: argparse._ActionsContainer, flag: str, metavar: str, help: str, **words: Any) -> None:  # noqa: A002, ANN401 - as above
+    """Add an option that may be given any number of times."""
+    option(to, flag, metavar, help, action="append", default=[], **words)
+
+
+def switch(to: argparse._ActionsContainer, flag: str, help: str) -> None:  # noqa: A002 - as above
+    """Add an option without a value."""
+    to.add_argument(flag, action="store_true", help=help)
+
+
 def add_document_flags(parser: argparse._ActionsContainer, json_help: str) -> None:
     """The flags of a verb that has a JSON document to print (cli/documents): whether, and where it goes too."""
-    parser.add_argument("--json", action="store_true", help=json_help)
-    parser.add_argument(
-        "--report-out", action=Once, type=named_file, metavar="FILE", help="write that JSON there too, --json or not"
-    )
-    parser.add_argument("--quiet-json", action="store_true", help="print no JSON, since --report-out has it")
+    switch(parser, "--json", json_help)
+    option(parser, "--report-out", "FILE", "write that JSON there too, --json or not", type=named_file)
+    switch(parser, "--quiet-json", "print no JSON, since --report-out has it")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):

@@ -42,7 +42,7 @@ def check_outputs(
     outputs: by the flag that names them. inputs: files that the run reads; why: what else is said of them. An output
     is replaced as a whole, so of its place only the folder matters. Raises UnwritableError for the first of them.
     """
-    taken = {_real(path): why for path in inputs if path is not None}
+    taken = {real_path(path): why for path in inputs if path is not None}
     for name, path in outputs.items():
         if path is None:
             continue
@@ -50,11 +50,11 @@ def check_outputs(
             error = UnwritableError(f"cannot write {path} ({name})", reason, "Name another place")
             error.path = path
             raise error
-        taken[_real(path)] = "it is named twice"
+        taken[real_path(path)] = "it is named twice"
 
 
-def _against(path: Path, taken: Mapping[str, str]) -> str:
-    """What speaks against writing *path*; nothing if it may be written. taken: what else of places, by the place."""
+def _against(path: Path, taken: Mapping[Path, str]) -> str:
+    """Why *path* may not be written, or an empty text. taken: places that something else needs, and why."""
     try:
         other = path.name in {"", "..", "."} or not stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:
@@ -65,12 +65,12 @@ def _against(path: Path, taken: Mapping[str, str]) -> str:
         return "something that is no file lies there"
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         return f"{path.parent} is no folder that you can write"
-    return taken.get(_real(path), "")
+    return taken.get(real_path(path), "")
 
 
 def is_refused(exc: Exception, path: Path) -> bool:
     """Whether the error is that *path* may not be written."""
-    return isinstance(exc, UnwritableError) and _real(exc.path) == _real(path)
+    return isinstance(exc, UnwritableError) and real_path(exc.path) == real_path(path)
 
 
 def files_read(request: RunRequest, program: Program) -> list[Path]:
@@ -81,10 +81,6 @@ def files_read(request: RunRequest, program: Program) -> list[Path]:
     if request.stdin_fd is not None and stat.S_ISREG(os.fstat(request.stdin_fd).st_mode):
         found.append(Path(os.readlink(f"/proc/self/fd/{request.stdin_fd}")))  # noqa: PTH115 - of a descriptor
     return found
-
-
-def _real(path: Path) -> str:
-    return str(real_path(path))
 
 
 def write_whole(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, code: str = "") -> None:
@@ -116,6 +112,11 @@ def write_all(fd: int, data: bytes) -> None:
             wait_writable(fd)
 
 
+def write_bytes(path: Path, data: bytes, *, code: str = "") -> None:
+    """*data* as the whole of a file. Raises RefusedError, as write_whole."""
+    write_whole(path, lambda fd: write_all(fd, data), code=code)
+
+
 def write_executable(path: Path, artifact: OutFile) -> None:
     """A copy of what was built, as an executable. Raises RefusedError."""
 
@@ -128,10 +129,7 @@ def write_executable(path: Path, artifact: OutFile) -> None:
 
 
 def place_for_artifact(stack: contextlib.ExitStack) -> OutFile:
-    """Where a run puts what it built, to be kept: a file without a name, until *stack* ends.
-
-    Raises HostError, RefusedError.
-    """
+    """A file without a name for what a run builds, until *stack* ends. Raises HostError, RefusedError."""
     return unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.cli import changed, refused
-from x07_sandbox.cli.written import place_for_artifact, write_all, write_executable, write_whole
+from x07_sandbox.cli.written import place_for_artifact, write_bytes, write_executable
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
 from x07_sandbox.reports.document import render_json
@@ -109,5 +108,5 @@ def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Com
         weaker_isolation=wanted.accepted,
     )
     made = attest(result, report.solve, given)
-    write_whole(wanted.attest_runtime, partial(write_all, data=render_json(made)), code=f"{WRITE_CODE}: ")
+    write_bytes(wanted.attest_runtime, render_json(made), code=f"{WRITE_CODE}: ")
     return replace(report, runtime_attestation=reference(str(wanted.attest_runtime), made)), ending

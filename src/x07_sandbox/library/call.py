@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     import contextlib
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from x07_sandbox.backends.base import Machines
-    from x07_sandbox.backends.selection import Choice
-    from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.request import Loader, RunRequest
 
@@ -59,19 +56,14 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     max_output_bytes: int | None = None,
     changes: Literal["apply", "keep", "discard"] = "apply",
     out: str | os.PathLike[str] | None = None,
-    stdin_fd: int,
-    stdin_default: bool,
-    machines: Machines,
-    choice: Choice,
-    cancel: Cancel,
     live: tuple[int | None, int | None] = (None, None),
+    **as_it_is: Any,  # noqa: ANN401 - RunRequest knows them
 ) -> RunRequest:
-    """The request of a call. Raises UsageError."""
+    """The request of a call. as_it_is: what goes into the request unchecked, by name. Raises UsageError."""
+    given = {name: value for name, value in locals().items() if name in _KINDS}
+    _check_types(given)
     from x07_sandbox.runs.request import RunRequest
 
-    given: dict[str, Any] = {"source": source, "toolchain": toolchain, "files": files, "args": args, "env": env}
-    given |= {"timeout_s": timeout_s, "image": image, "max_output_bytes": max_output_bytes, "changes": changes}
-    _check_types(given)
     _check_values(program, source, changes, timeout_s)
     path = None if program is None else Path(_path_text("program", program))
     return RunRequest(
@@ -84,17 +76,13 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
         wall_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),
         image=image,
         env=dict(env or {}),
-        stdin_fd=stdin_fd,
-        stdin_default=stdin_default,
         live_stdout=live[0],
         live_stderr=live[1],
         max_output_bytes=max_output_bytes,
         changes=changes,
         out=None if out is None else Path(_path_text("out", out)),
-        machines=machines,
-        choice=choice,
         loaders=_loaders(path),
-        cancel=cancel,
+        **as_it_is,
     )
 
 
@@ -134,24 +122,18 @@ _KINDS: Final[dict[str, tuple[Any, str]]] = {
 
 def _check_types(given: Mapping[str, Any]) -> None:
     """Raises UsageError for a value of another type, and for a text that is none."""
-    for name, value in given.items():
-        kinds, shown = _KINDS[name]
-        if (
-            not isinstance(value, kinds)
-            or isinstance(value, bool)
-            or (name == "args" and isinstance(value, str | bytes))
-        ):
+    for name, (kinds, shown) in _KINDS.items():
+        value = given[name]
+        one_text = name == "args" and isinstance(value, str | bytes)
+        if not isinstance(value, kinds) or isinstance(value, bool) or one_text:
             raise wrong(name, f"is {type(value).__name__}, not {shown}")
         _check_text(name, value)
-    for name, pairs in (
-        ("args", enumerate(given["args"], start=1)),
-        ("files", (given["files"] or {}).items()),
-        ("env", (given["env"] or {}).items()),
-    ):
+    args, files, env = enumerate(given["args"], start=1), given["files"] or {}, given["env"] or {}
+    for name, pairs in (("args", args), ("files", files.items()), ("env", env.items())):
         for key, inner in pairs:
             _check_text(name, key)
             _check_text(f"{name}[{key!r}]", inner)
-    for key, content in (given["files"] or {}).items():
+    for key, content in files.items():
         if not isinstance(key, str):
             raise wrong("files", f"has the name {key!r}, which is no text")
         if not isinstance(content, bytes):

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Future
     from types import TracebackType
-    from typing import Self
 
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.runs.result import Result
@@ -141,9 +140,6 @@ class Pool(Executor):
     def _end(self) -> None:
         self._workers.shutdown(wait=True)
         self._machines.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -110,10 +110,10 @@ def keep_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"")
 
 @contextlib.contextmanager
 def one_builder(key: str, pause: Callable[[], None], most_s: float) -> Iterator[bool]:
-    """Around a build of *key*: of those that want the same one at a time builds. Whether another had been before.
+    """Let one process at a time build *key*; yields whether another built it before.
 
-    pause: called again and again while another builds; what it raises ends the wait. most_s: after as many seconds it
-    builds all the same, since who was first may be stopped, by Ctrl-Z say. Where nothing can be locked each builds.
+    pause: called repeatedly during the wait; what it raises ends it. most_s: seconds after which the wait ends anyway,
+    since the other may be stopped (Ctrl-Z). Where nothing can be locked, all build.
     """
     waits: list[str] = []
     with contextlib.ExitStack() as stack:

@@ -90,14 +90,10 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
         _wrong(source, str(exc))
     toolchain = toolchain_named(manifest.toolchain)
     _check(manifest, toolchain, source)
-    return msgspec.structs.replace(
-        manifest, entry=_normal(manifest.entry), artifact=_normal(manifest.artifact)
-    ), toolchain
-
-
-def _normal(path: str | None) -> str | None:
-    """As the files are called: without `./` and `//`."""
-    return None if path is None else str(PurePosixPath(path))
+    # As the files are called: without `./` and `//`.
+    paths = {"entry": manifest.entry, "artifact": manifest.artifact}
+    normal = {key: str(PurePosixPath(path)) for key, path in paths.items() if path is not None}
+    return msgspec.structs.replace(manifest, **normal), toolchain
 
 
 def _check_sizes(text: str, source: str) -> None:
@@ -116,11 +112,8 @@ def _check_sizes(text: str, source: str) -> None:
 
 def _check_keys(value: dict[str, object], source: str) -> None:
     """A misspelt key is named, with the one that was meant."""
-    for prefix, table, model in (
-        ("", value, Manifest),
-        ("build.", value.get("build"), BuildTable),
-        ("run.", value.get("run"), RunTable),
-    ):
+    tables = (("", value, Manifest), ("build.", value.get("build"), BuildTable), ("run.", value.get("run"), RunTable))
+    for prefix, table, model in tables:
         known = [field.encode_name for field in msgspec.structs.fields(model)]
         for key in table if isinstance(table, dict) else ():
             if key not in known:
@@ -165,11 +158,8 @@ def find_manifest(program: Path) -> Path | None:
     manifest = program / FILE
     if os.path.lexists(manifest):  # whatever it is: who reads it says what is wrong with it
         return manifest
-    raise UsageError(
-        f"cannot run the folder {program}",
-        f"there is no {FILE} in it",
-        f"Write one (x07 init --toolchain T), or name a source file in it: x07 run {program}/FILE",
-    )
+    fix = f"Write one (x07 init --toolchain T), or name a source file in it: x07 run {program}/FILE"
+    raise UsageError(f"cannot run the folder {program}", f"there is no {FILE} in it", fix)
 
 
 def _wrong(source: str, why: str) -> NoReturn:

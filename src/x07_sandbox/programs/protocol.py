@@ -43,7 +43,4 @@ class Protocol(typing.Protocol):
         """The input as it goes to standard input."""
 
     def output_caps(self, most: int) -> tuple[int, int]:
-        """The most bytes of standard output, where the program's output may have *most*, and of standard error.
-
-        The latter is fixed.
-        """
+        """The most bytes of standard output, where the program's output may have *most*, and of standard error."""

@@ -53,9 +53,8 @@ def _patterns(row: Toolchain, files: Sequence[str]) -> list[str]:
             folder = "" if str(path.parent) == "." else f"{glob.escape(str(path.parent))}/"
             found.append(f"{folder}*{path.suffix}")
     if row.artifact and not any(name in MAKEFILES for name in found):
-        raise UsageError(
-            "cannot begin a make project", "there is no Makefile", "Write one, or name another --toolchain"
-        )
+        fix = "Write one, or name another --toolchain"
+        raise UsageError("cannot begin a make project", "there is no Makefile", fix)
     if not found:
         why = f"there is no file that ends in {', '.join(row.project_files)}"
         raise UsageError(f"cannot begin a {row.name} project", why, "Put one there, or name another --toolchain")

@@ -85,8 +85,8 @@ class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
     suffixes: tuple[str, ...]
     beside: tuple[str, ...] = ()
     build: Callable[[Source], list[str]] | None
-    archive: bool
-    start: Callable[[Source], list[str]]
+    archive: bool = False
+    start: Callable[[Source], list[str]] = lambda _source: [ARTIFACT]
     needs: tuple[str, ...] = ()
     protocol: Protocol | None = None
     entries: tuple[str, ...] | None = None
@@ -111,24 +111,21 @@ _LUA_PATH: Final = f"{PROGRAM_FOLDER}/?.lua;{PROGRAM_FOLDER}/?/init.lua"
 MAKEFILES: Final = ("GNUmakefile", "makefile", "Makefile")  # in the order in which make looks for them
 
 
-def _build_c(source: Source) -> list[str]:
-    given = ["-x", "c", *source.with_suffixes(_C), "-x", "none"]
-    return ["/usr/bin/gcc", "-std=gnu17", "-O2", "-o", OUTPUT, *source.args, *given, "-lm", "-lpthread"]
+def _compiled_by(
+    compiler: str, language: str, standard: str, suffixes: tuple[str, ...]
+) -> Callable[[Source], list[str]]:
+    """The build of a language that one call of a compiler makes an executable of."""
 
+    def build(source: Source) -> list[str]:
+        given = ["-x", language, *source.with_suffixes(suffixes), "-x", "none"]
+        return [compiler, f"-std={standard}", "-O2", "-o", OUTPUT, *source.args, *given, "-lm", "-lpthread"]
 
-def _build_cpp(source: Source) -> list[str]:
-    given = ["-x", "c++", *source.with_suffixes(_CPP), "-x", "none"]
-    return ["/usr/bin/g++", "-std=gnu++20", "-O2", "-o", OUTPUT, *source.args, *given, "-lm", "-lpthread"]
-
-
-def _start_executable(_source: Source) -> list[str]:
-    return [ARTIFACT]
+    return build
 
 
 def _build_archive(source: Source, *check: str) -> list[str]:
-    what = "tree" if source.files else "file"
-    words = [what, source.folder, source.name, PROGRAM_FOLDER, OUTPUT, *check]
-    return [_PYTHON, source.driver, *words]
+    words = ["tree" if source.files else "file", source.folder, source.name, PROGRAM_FOLDER, OUTPUT]
+    return [_PYTHON, source.driver, *words, *check]
 
 
 def _checked_by(*check: str) -> Callable[[Source], list[str]]:
@@ -175,14 +172,12 @@ def _shell_check(source: Source) -> list[str]:
     return [shell, *options[:long], "-n", *options[long:]]
 
 
-def _start_shell(source: Source) -> list[str]:
-    return [*_shell(source), f"{PROGRAM_FOLDER}/{source.name}"]
-
-
-_MAKE_TREE: Final = "/x07/out/tree"
 # The tree is copied, since what came in cannot be written. The artifact is moved, not copied: whatever it is (a link,
 # a fifo) arrives as that, and is looked at from outside.
-_MAKE: Final = """
+_MAKE: Final = (
+    "/bin/sh",
+    "-c",
+    """
 set -e
 cp -R -- "$1/." "$4"
 cd "$4"
@@ -194,11 +189,9 @@ if [ ! -e "$artifact" ] && [ ! -L "$artifact" ]; then
     exit 1
 fi
 mv -T -- "$artifact" "$output"
-"""
-
-
-def _build_make(source: Source) -> list[str]:
-    return ["/bin/sh", "-c", _MAKE, "make", source.folder, source.artifact, OUTPUT, _MAKE_TREE, *source.args]
+""",
+    "make",
+)
 
 
 @cache
@@ -211,9 +204,7 @@ TOOLCHAINS: Final = (
     Toolchain(
         name="c",
         suffixes=_C,
-        build=_build_c,
-        archive=False,
-        start=_start_executable,
+        build=_compiled_by("/usr/bin/gcc", "c", "gnu17", _C),
         beside=(".h",),
         needs=("gcc", "libc6-dev"),
         doc="C, by the image's gcc: optimised, linked with libm and threads.",
@@ -221,9 +212,7 @@ TOOLCHAINS: Final = (
     Toolchain(
         name="cpp",
         suffixes=_CPP,
-        build=_build_cpp,
-        archive=False,
-        start=_start_executable,
+        build=_compiled_by("/usr/bin/g++", "c++", "gnu++20", _CPP),
         beside=_HEADERS,
         needs=("g++", "libc6-dev"),
         doc="C++20, by the image's g++: optimised, linked with libm and threads.",
@@ -243,7 +232,7 @@ TOOLCHAINS: Final = (
         suffixes=(".sh", ".bash"),
         build=lambda source: _build_archive(source, *_shell_check(source)),
         archive=True,
-        start=_start_shell,
+        start=lambda source: [*_shell(source), f"{PROGRAM_FOLDER}/{source.name}"],
         needs=("bash",),
         entries=("main.sh", "run.sh", "main.bash"),
         doc="Shell: checked, started by the shell of its first line with its options, else bash.",
@@ -284,9 +273,7 @@ TOOLCHAINS: Final = (
         name="make",
         suffixes=(),
         beside=(*MAKEFILES, *_C, *_CPP, *_HEADERS, ".s", ".mk"),
-        build=_build_make,
-        archive=False,
-        start=_start_executable,
+        build=lambda source: [*_MAKE, source.folder, source.artifact, OUTPUT, "/x07/out/tree", *source.args],
         needs=("make",),
         artifact=True,
         doc="A project with a Makefile: make, then the artifact that the manifest names.",
@@ -295,8 +282,6 @@ TOOLCHAINS: Final = (
         name="executable",
         suffixes=(),
         build=None,
-        archive=False,
-        start=_start_executable,
         entries=(),
         doc="A ready Linux executable, or a script that names its interpreter: run as it is.",
     ),
@@ -306,10 +291,9 @@ BY_NAME: Final = {toolchain.name: toolchain for toolchain in TOOLCHAINS}
 
 def toolchain_named(name: str) -> Toolchain:
     """The toolchain of that name. Raises UsageError."""
-    try:
-        return BY_NAME[name]
-    except KeyError:
-        raise UsageError(f"no toolchain {name!r}", "there is none of that name", f"Use one of {_names()}") from None
+    if name not in BY_NAME:
+        raise UsageError(f"no toolchain {name!r}", "there is none of that name", f"Use one of {', '.join(BY_NAME)}")
+    return BY_NAME[name]
 
 
 def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
@@ -336,18 +320,13 @@ def require_packages(
     image: how a user names it. included: packages that were added to it, which the command in the error keeps.
     """
     missing = [name for name in toolchain.needs if name not in installed]
+    build = f"Run x07 image build --name {image}"
     if missing == ["x07"]:
-        raise RefusedError(
-            "cannot run an X07 program",
-            f"the image {image} carries no X07 toolchain",
-            f"Run x07 image build --name {image} --x07-toolchain DIR, with X07's Linux build in DIR",
-        )
+        fix = f"{build} --x07-toolchain DIR, with X07's Linux build in DIR"
+        raise RefusedError("cannot run an X07 program", f"the image {image} carries no X07 toolchain", fix)
     if missing:
-        raise RefusedError(
-            f"the image {image} cannot run {toolchain.name} programs",
-            f"it has no {', '.join(missing)}",
-            f"Run x07 image build --name {image} --include {','.join([*included, *missing])}",
-        )
+        what, why = f"the image {image} cannot run {toolchain.name} programs", f"it has no {', '.join(missing)}"
+        raise RefusedError(what, why, f"{build} --include {','.join([*included, *missing])}")
 
 
 def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> None:
@@ -364,31 +343,16 @@ def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> 
 
 def source_name(path: str) -> str:
     """The name under which a source travels: its own, if that is harmless. Raises UsageError."""
-    name = PurePosixPath(path).name
+    what, fix, name = f"cannot run {path!r}", "Rename the file", PurePosixPath(path).name
     if any("\udc80" <= char <= "\udcff" for char in name):
-        raise UsageError(f"cannot run {path!r}", "its name is no UTF-8", "Rename the file")
-    if (
-        not name
-        or name.startswith((".", "-"))
-        or not name.isprintable()
-        or len(name.encode("utf-8", "surrogateescape")) > _NAME_MAX
-    ):
-        raise UsageError(
-            f"cannot run {path!r}",
-            "its name begins with '.' or '-', is too long or has control characters",
-            "Rename the file",
-        )
+        raise UsageError(what, "its name is no UTF-8", fix)
+    too_long = len(name.encode("utf-8", "surrogateescape")) > _NAME_MAX
+    if not name or name.startswith((".", "-")) or not name.isprintable() or too_long:
+        raise UsageError(what, "its name begins with '.' or '-', is too long or has control characters", fix)
     return name
 
 
 def describe(rows: Sequence[Toolchain] = TOOLCHAINS) -> str:
     """One line a toolchain, for help texts."""
-    lines = []
-    for row in rows:
-        names = f" ({', '.join(row.suffixes)})" if row.suffixes else ""
-        lines.append(f"  {row.name}{names}: {row.doc}")
-    return "\n".join(lines)
-
-
-def _names() -> str:
-    return ", ".join(BY_NAME)
+    names = {row.name: f" ({', '.join(row.suffixes)})" if row.suffixes else "" for row in rows}
+    return "\n".join(f"  {row.name}{names[row.name]}: {row.doc}" for row in rows)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Literal
 
 import msgspec
 
 from x07_sandbox.conformance.run import Report
 
-SCHEMA: Final = "x07.sandbox.conform@0.1.0"
-
 
 class ConformReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of it. good: whether nothing failed; the exit code is 0 then, else 1."""
 
-    schema_version: Literal["x07.sandbox.conform@0.1.0"] = SCHEMA
+    schema_version: Literal["x07.sandbox.conform@0.1.0"] = "x07.sandbox.conform@0.1.0"
     good: bool
     backends: tuple[Report, ...]

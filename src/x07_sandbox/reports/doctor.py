@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Literal
 
 import msgspec
 
 from x07_sandbox.backends.prerequisites import BackendState
-
-SCHEMA: Final = "x07.sandbox.doctor@0.1.0"
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,7 +21,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class DoctorReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of it. good: whether nothing is bad; the exit code is 0 then, else 1."""
 
-    schema_version: Literal["x07.sandbox.doctor@0.1.0"] = SCHEMA
+    schema_version: Literal["x07.sandbox.doctor@0.1.0"] = "x07.sandbox.doctor@0.1.0"
     good: bool
     findings: tuple[Finding, ...]
     backends: tuple[BackendState, ...]

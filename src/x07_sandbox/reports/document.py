@@ -1,14 +1,14 @@
-"""How every document of ours is written as JSON."""
+"""How every document of ours is written as JSON; and the one that tells of a failure, of every verb but `run`."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
 import msgspec
 
-if TYPE_CHECKING:
-    from typing import Any
+from x07_sandbox.errors import SandboxError
+from x07_sandbox.policy.problems import PolicyError, Problem
 
 
 def render_json(document: msgspec.Struct) -> bytes:
@@ -31,3 +31,29 @@ def _spelt(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_spelt(inner) for inner in value]
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+class Error(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What could not be done, why, and what to do."""
+
+    what: str
+    why: str
+    fix: str
+
+
+class FailureReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of it. problems: of the policy, where it is that which is wrong."""
+
+    schema_version: Literal["x07.sandbox.failure@0.1.0"] = "x07.sandbox.failure@0.1.0"
+    ok: Literal[False] = False
+    error: Error
+    problems: tuple[Problem, ...] = ()
+
+
+def failure_report(exc: Exception) -> FailureReport:
+    """An error as that document."""
+    if not isinstance(exc, SandboxError):
+        bug = Error(what="a bug in x07-sandbox", why=f"{type(exc).__name__}: {exc}", fix="Report it")
+        return FailureReport(error=bug)
+    problems = exc.problems if isinstance(exc, PolicyError) else ()
+    return FailureReport(error=Error(what=exc.what, why=exc.why, fix=exc.fix), problems=problems)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Literal
 
 import msgspec
-
-BUILD: Final = "x07.sandbox.image.build@0.1.0"
-LIST: Final = "x07.sandbox.image.list@0.1.0"
-VERIFY: Final = "x07.sandbox.image.verify@0.1.0"
 
 
 class BuildReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The image that is there now."""
 
-    schema_version: Literal["x07.sandbox.image.build@0.1.0"] = BUILD
+    schema_version: Literal["x07.sandbox.image.build@0.1.0"] = "x07.sandbox.image.build@0.1.0"
     name: str
     digest: str
 
@@ -36,14 +32,14 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class ListReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All images that are here."""
 
-    schema_version: Literal["x07.sandbox.image.list@0.1.0"] = LIST
+    schema_version: Literal["x07.sandbox.image.list@0.1.0"] = "x07.sandbox.image.list@0.1.0"
     images: tuple[ImageRow, ...]
 
 
 class VerifyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whether an image is what its manifest says. problems: a sentence each. fix: what to do; null if it is good."""
 
-    schema_version: Literal["x07.sandbox.image.verify@0.1.0"] = VERIFY
+    schema_version: Literal["x07.sandbox.image.verify@0.1.0"] = "x07.sandbox.image.verify@0.1.0"
     digest: str
     good: bool
     problems: tuple[str, ...]

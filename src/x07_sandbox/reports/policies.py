@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -10,11 +10,6 @@ from msgspec import UNSET, UnsetType
 from x07_sandbox.plan.controls import Control, Refusal
 from x07_sandbox.policy.differences import Change
 from x07_sandbox.policy.problems import Problem
-
-CHECK: Final = "x07.sandbox.policy.check@0.1.0"
-DIGEST: Final = "x07.sandbox.policy.digest@0.1.0"
-EXPLAIN: Final = "x07.sandbox.policy.explain@0.1.0"
-DIFF: Final = "x07.sandbox.policy.diff@0.1.0"
 
 
 class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,7 +26,7 @@ class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that were named, in that order. ok: whether all are valid."""
 
-    schema_version: Literal["x07.sandbox.policy.check@0.1.0"] = CHECK
+    schema_version: Literal["x07.sandbox.policy.check@0.1.0"] = "x07.sandbox.policy.check@0.1.0"
     ok: bool
     files: tuple[CheckedFile, ...]
 
@@ -39,7 +34,7 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class DigestReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """digest: the same for all documents that say the same. file_digest: of the document's bytes."""
 
-    schema_version: Literal["x07.sandbox.policy.digest@0.1.0"] = DIGEST
+    schema_version: Literal["x07.sandbox.policy.digest@0.1.0"] = "x07.sandbox.policy.digest@0.1.0"
     policy_id: str
     digest: str
     file_digest: str
@@ -58,7 +53,7 @@ class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     filters: names of the image's seccomp filters that the program would be under.
     """
 
-    schema_version: Literal["x07.sandbox.policy.explain@0.1.0"] = EXPLAIN
+    schema_version: Literal["x07.sandbox.policy.explain@0.1.0"] = "x07.sandbox.policy.explain@0.1.0"
     policy: str
     policy_id: str
     digest: str
@@ -74,6 +69,6 @@ class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class DiffReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the second policy grants, withdraws or changes."""
 
-    schema_version: Literal["x07.sandbox.policy.diff@0.1.0"] = DIFF
+    schema_version: Literal["x07.sandbox.policy.diff@0.1.0"] = "x07.sandbox.policy.diff@0.1.0"
     same: bool
     changes: tuple[Change, ...]

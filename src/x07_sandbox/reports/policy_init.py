@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from x07_sandbox.host.documents import Status
-
-SCHEMA: Final = "x07.policy.init.report@0.1.0"
 
 
 class PolicyInitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,7 +16,7 @@ class PolicyInitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     out: the policy's path, relative to the project's root when inside it.
     """
 
-    schema_version: Literal["x07.policy.init.report@0.1.0"] = SCHEMA
+    schema_version: Literal["x07.policy.init.report@0.1.0"] = "x07.policy.init.report@0.1.0"
     template: Literal[
         "cli",
         "default",

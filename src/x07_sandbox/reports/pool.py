@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Literal
 
 import msgspec
-
-SCHEMA: Final = "x07.sandbox.pool@0.1.0"
 
 
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,5 +29,5 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class PoolReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of it. pool: null where none runs."""
 
-    schema_version: Literal["x07.sandbox.pool@0.1.0"] = SCHEMA
+    schema_version: Literal["x07.sandbox.pool@0.1.0"] = "x07.sandbox.pool@0.1.0"
     pool: PoolStatus | None

@@ -17,43 +17,48 @@ from x07_sandbox.housekeeping import pruner
 from x07_sandbox.images import manifest
 from x07_sandbox.plan.outcomes import OUTCOMES
 from x07_sandbox.policy.schema import render_schema
-from x07_sandbox.reports import conform, doctor, failure, images, init, policies, policy_init, pool
+from x07_sandbox.reports import conform, doctor, document, images, init, policies, policy_init, pool
 from x07_sandbox.runs import preview, result
 from x07_sandbox.x07 import attestation, runner_report, wrapped_report
 
 _REF: Final = "#/$defs/{name}"
 _RUNNER: Final = (runner_report.CompileRunReport, runner_report.RunOsReport)
-# File, version, type of each document that is one type.
-_TABLE: Final[tuple[tuple[str, str, type[msgspec.Struct]], ...]] = (
-    ("x07-runtime.attest", attestation.SCHEMA, attestation.Attestation),
-    ("x07-policy-init.report", policy_init.SCHEMA, policy_init.PolicyInitReport),
-    ("preview", preview.SCHEMA, preview.Preview),
-    ("failure", failure.SCHEMA, failure.FailureReport),
-    ("init.report", init.SCHEMA, init.InitReport),
-    ("policy.check", policies.CHECK, policies.CheckReport),
-    ("policy.digest", policies.DIGEST, policies.DigestReport),
-    ("policy.explain", policies.EXPLAIN, policies.ExplainReport),
-    ("policy.diff", policies.DIFF, policies.DiffReport),
-    ("image", manifest.SCHEMA, manifest.Manifest),
-    ("image.build", images.BUILD, images.BuildReport),
-    ("image.list", images.LIST, images.ListReport),
-    ("image.verify", images.VERIFY, images.VerifyReport),
-    ("pool", pool.SCHEMA, pool.PoolReport),
-    ("prune", pruner.SCHEMA, pruner.PruneReport),
-    ("doctor", doctor.SCHEMA, doctor.DoctorReport),
-    ("conform", conform.SCHEMA, conform.ConformReport),
+# File and type of each document that is one type, which has its version as a default.
+_TABLE: Final[tuple[tuple[str, type[msgspec.Struct]], ...]] = (
+    ("x07-runtime.attest", attestation.Attestation),
+    ("x07-policy-init.report", policy_init.PolicyInitReport),
+    ("preview", preview.Preview),
+    ("failure", document.FailureReport),
+    ("init.report", init.InitReport),
+    ("policy.check", policies.CheckReport),
+    ("policy.digest", policies.DigestReport),
+    ("policy.explain", policies.ExplainReport),
+    ("policy.diff", policies.DiffReport),
+    ("image.build", images.BuildReport),
+    ("image.list", images.ListReport),
+    ("image.verify", images.VerifyReport),
+    ("pool", pool.PoolReport),
+    ("prune", pruner.PruneReport),
+    ("doctor", doctor.DoctorReport),
+    ("conform", conform.ConformReport),
 )
 
 
 def schemas() -> dict[str, str]:
     """Each file's name and text."""
-    made = {name: _text(version, _any_of((kind,))) for name, version, kind in _TABLE}
+    made = {name: _text(_version(kind), _any_of((kind,))) for name, kind in _TABLE}
+    made["image"] = _text(manifest.SCHEMA, _any_of((manifest.Manifest,)))
     made["x07-os-runner.report"] = _text(runner_report.SCHEMA, _any_of(_RUNNER))
     made["x07-run.report"] = _text(wrapped_report.SCHEMA, _wrapped())
     made["result"] = _text(result.SCHEMA, _result())
     made["changes"] = _text(changes.SCHEMA, _changes())
     made["run-os-policy"] = render_schema().decode()
     return {f"{name}.schema.json": text for name, text in made.items()}
+
+
+def _version(kind: type[msgspec.Struct]) -> str:
+    (version,) = (field.default for field in msgspec.structs.fields(kind) if field.name == "schema_version")
+    return str(version)
 
 
 def _any_of(types: tuple[type[msgspec.Struct], ...]) -> dict[str, Any]:

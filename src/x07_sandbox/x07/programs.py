@@ -63,10 +63,7 @@ def load_x07(
 def load_artifact(
     request: RunRequest, path: Path, stack: contextlib.ExitStack, *, options: x07.Options
 ) -> tuple[RunRequest, Program]:
-    """The executable at *path*, which X07 compiled before, and the request, with what X07 gives to both.
-
-    Raises UsageError.
-    """
+    """The executable at *path*, which X07 compiled before, and the request for it. Raises UsageError."""
     refuse_profile(request, str(path))
     data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
     program = single_file(X07_ARTIFACT, source_name(str(path)), data, request, stack)

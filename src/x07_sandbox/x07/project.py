@@ -97,15 +97,11 @@ def decode_project(data: bytes, *, source: str) -> Project:
     for name, profile in project.profiles.items():
         paths += [(f"profiles.{name}.policy", profile.policy), (f"profiles.{name}.input", profile.input)]
     for key, path in paths:
-        if path is not None and not _is_inside(path):
+        if path is None:
+            continue
+        if not path.strip() or path.startswith("/") or "\0" in path or ".." in PurePosixPath(path).parts:
             _wrong(source, f"{key[:80]}: {path[:80]!r} is no path inside the project")
     return project
-
-
-def _is_inside(path: str) -> bool:
-    return (
-        bool(path.strip()) and not path.startswith("/") and "\0" not in path and ".." not in PurePosixPath(path).parts
-    )
 
 
 def choose_profile(project: Project, name: str | None, *, source: str) -> Profile | None:
@@ -125,14 +121,10 @@ def choose_profile(project: Project, name: str | None, *, source: str) -> Profil
 
 def merged(options: Options, profile: Profile | None) -> Options:
     """What the flags say, else the profile, else X07's defaults."""
-    values = dict(DEFAULTS)
-    if profile is not None:
-        values |= {
-            name: value for name in Options.__struct_fields__ if (value := getattr(profile, name, None)) is not None
-        }
-    values |= {name: value for name, value in msgspec.structs.asdict(options).items() if value is not None}
-    if values.get("auto_ffi") is None:
-        values["auto_ffi"] = True if profile is None else profile.auto_ffi
+    values = DEFAULTS | {"auto_ffi": True}
+    for given in (profile, options):
+        found = {name: getattr(given, name, None) for name in Options.__struct_fields__}
+        values |= {name: value for name, value in found.items() if value is not None}
     return Options(**values)
 
 
@@ -143,17 +135,13 @@ def compile_argv(options: Options, target: Sequence[str]) -> list[str]:
     if options.max_c_bytes is not None:
         words += ["--max-c-bytes", str(options.max_c_bytes)]
     words += ["--policy", "/x07/in/policy.json", "--input", "/x07/in/input.bin"]
-    words += ["--solve-fuel", str(options.solve_fuel), "--max-memory-bytes", str(options.max_memory_bytes)]
-    words += ["--max-output-bytes", str(options.max_output_bytes)]
-    words += ["--cpu-time-limit-seconds", str(options.cpu_time_limit_seconds)]
+    for name in ("solve_fuel", "max_memory_bytes", "max_output_bytes", "cpu_time_limit_seconds"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     if options.compat is not None:
         words += ["--compat", options.compat]
-    if options.debug_borrow_checks:
-        words.append("--debug-borrow-checks")
+    words += ["--debug-borrow-checks"] if options.debug_borrow_checks else []
     words += ["--compiled-out", "/x07/out/compiled-out", "--compile-only"]
-    if options.auto_ffi:
-        words.append("--auto-ffi")
-    return [*words, *target]
+    return [*words, *(["--auto-ffi"] if options.auto_ffi else []), *target]
 
 
 def arguments_as_input(args: Sequence[str]) -> bytes:
@@ -172,18 +160,13 @@ def is_x07(path: Path) -> bool:
 
 def diagnostics_line(messages: Sequence[str]) -> str:
     """Schema errors of a policy as X07's tools tell them: one line of JSON."""
-    rows = [
-        {"code": "X07-POLICY-SCHEMA-0001", "severity": "error", "stage": "parse", "message": message}
-        for message in messages
-    ]
+    kind = {"code": "X07-POLICY-SCHEMA-0001", "severity": "error", "stage": "parse"}
+    rows = [kind | {"message": message} for message in messages]
     return json.dumps({"schema_version": "x07.x07diag@0.1.0", "ok": False, "diagnostics": rows})
 
 
 def first_project(files: Sequence[str], policy: str) -> bytes:
-    """x07.json: what X07 needs to know of any project, and one profile, which runs it in the sandbox by *policy*.
-
-    The entry is the usual one, or the only X07 source that is there.
-    """
+    """x07.json with one profile, which has *policy*. Its entry: a usual name, or the only X07 source in *files*."""
     sources = [name for name in files if name.endswith(SOURCE_SUFFIX)]
     usual = [name for name in _ENTRIES if name in sources]
     entry = usual[0] if usual else sources[0] if len(sources) == 1 else _ENTRIES[0]

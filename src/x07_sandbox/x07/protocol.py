@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.programs.protocol import BuildExtras
-from x07_sandbox.programs.toolchains import ARTIFACT, SOURCE_FOLDER, Toolchain
+from x07_sandbox.programs.toolchains import SOURCE_FOLDER, Toolchain
 from x07_sandbox.x07.project import WORLD
 
 if TYPE_CHECKING:
@@ -64,8 +64,6 @@ X07: Final = Toolchain(
     name="x07",
     suffixes=(),
     build=lambda source: list(source.args),
-    archive=False,
-    start=lambda _source: [ARTIFACT],
     needs=("x07",),
     protocol=PROTOCOL,
     doc="X07, by the toolchain that the image carries.",

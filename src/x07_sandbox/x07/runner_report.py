@@ -230,11 +230,15 @@ def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: st
 
 
 def flat_report(report: CompileRunReport) -> RunOsReport:
-    """The same run as X07 reports that of an artifact, for which nothing was compiled: mode run-os, all on top.
-
-    What could not be run has the reason where a program's own end would be.
-    """
-    solve = report.solve or _not_solved(report.compile)
+    """The run as X07 reports that of an artifact: mode run-os, all on top. If nothing ran, trap is the reason."""
+    compiled = report.compile
+    solve = report.solve or _uncounted(
+        ok=False,
+        exit_status=compiled.exit_status or FAILED_EXIT,
+        stdout=compiled.stdout_b64,
+        stderr=compiled.stderr_b64,
+        trap=compiled.trap or compiled.compile_error,
+    )
     return RunOsReport(
         mode="run-os",
         world=report.world,
@@ -273,21 +277,13 @@ def _failed_build(result: Result, lang_id: str) -> CompileReport:
 
 
 def _solved(result: Result) -> SolveReport:
-    stdout = result.stdout.data
-    stderr = result.stderr.data
+    stdout, stderr = result.stdout.data, result.stderr.data
     trap = _trap(result, stderr)
     ok = result.outcome == "ok" and trap is None
-    return _uncounted(ok=ok, exit_status=_exit_status(result), stdout=stdout, stderr=stderr, trap=trap)
-
-
-def _not_solved(compiled: CompileReport) -> SolveReport:
-    return _uncounted(
-        ok=False,
-        exit_status=compiled.exit_status or FAILED_EXIT,
-        stdout=compiled.stdout_b64,
-        stderr=compiled.stderr_b64,
-        trap=compiled.trap or compiled.compile_error,
-    )
+    # The program's own status where it chose one; else what `x07 run` ends with, which is never 0 then.
+    own = result.exit_code if result.outcome in {"ok", "failed"} else None
+    status = (result.x07_exit_code or FAILED_EXIT) if own is None else own
+    return _uncounted(ok=ok, exit_status=status, stdout=stdout, stderr=stderr, trap=trap)
 
 
 def _uncounted(*, ok: bool, exit_status: int, stdout: bytes, stderr: bytes, trap: str | None) -> SolveReport:
@@ -301,12 +297,6 @@ def _uncounted(*, ok: bool, exit_status: int, stdout: bytes, stderr: bytes, trap
         trap=trap,
         **dict.fromkeys(COUNTERS),
     )
-
-
-def _exit_status(result: Result) -> int:
-    """The program's own status where it chose one; else what `x07 run` ends with, which is never 0 then."""
-    own = result.exit_code if result.outcome in {"ok", "failed"} else None
-    return (result.x07_exit_code or FAILED_EXIT) if own is None else own
 
 
 def _trap(result: Result, stderr: bytes) -> str | None:

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Writes the parts of docs/policy.md that come from the source: commands, fields, rules, templates, default policy.
+
+python scripts/make_policy_page.py        in an environment that has x07-sandbox
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.cli.policy import EXIT_CODES
+from x07_sandbox.plan.controls import make_plan
+from x07_sandbox.plan.features import vm_features
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.model import OPTIONAL_SECTIONS
+from x07_sandbox.policy.rules import RULES
+from x07_sandbox.policy.schema import fields, host_fields, policy_schema
+from x07_sandbox.policy.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from x07_sandbox.policy.model import Policy, Section
+    from x07_sandbox.policy.schema import Field
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "policy.md"
+_COMMANDS: Final = {
+    "init": "`x07 policy init --template T` | a template, written into the project, below `.x07/policies/base`",
+    "check": "`x07 policy check FILE...` | all that is wrong, at once",
+    "digest": "`x07 policy digest FILE` | the canonical digest, see below",
+    "explain": "`x07 policy explain [POLICY]` | of each field who enforces it, before anything runs",
+    "diff": "`x07 policy diff A B` | what B grants or withdraws compared to A",
+    "schema": "`x07 policy schema` | the JSON Schema",
+}
+_MIB: Final = 1 << 20
+
+
+def commands() -> str:
+    """The commands with their exit codes."""
+    return _table("Command | What it gives | Exit code", (f"{_COMMANDS[name]} | {codes}" for name, codes in EXIT_CODES))
+
+
+def sections() -> str:
+    """What optional sections count like when they are absent."""
+    return "".join(f"- `{name}`: {_in_words(section)}\n" for name, section in OPTIONAL_SECTIONS.items())
+
+
+def all_fields() -> str:
+    """Each section with its fields, and those of a host."""
+    plan = make_plan(default_policy(), vm_features("vm-emulated"))
+    words = {"enforced": "", "advisory": "advice to "}
+    held = {control.field: words.get(control.state, f"{control.state}: ") + control.by for control in plan.controls}
+    head = "Field | Values | When absent | Meaning"
+    parts = []
+    grouped: dict[str, list[Field]] = {}
+    for field in fields():
+        grouped.setdefault(field.path.rpartition(".")[0] or "Top level", []).append(field)
+    for section, inner in grouped.items():
+        doc = policy_schema()["$defs"][inner[0].section]["description"]
+        parts.append(f"### {section}\n\n{doc}\n\n" + _table(f"{head} | Held", (_row(field, held) for field in inner)))
+    hosts = _table(head, map(_row, host_fields()))
+    return "\n".join([*parts, f"### Each host of net.allow_hosts\n\n{hosts}"])
+
+
+def rules() -> str:
+    """The rules, numbered."""
+    return "".join(f"{number}. {rule.doc}\n" for number, rule in enumerate(RULES, start=1))
+
+
+def templates() -> str:
+    """The templates, with what tells them apart."""
+    head = "Template | For | CPU s | Wall s | MiB | Tasks | Reads | Writes | Network"
+    return _table(head, (_template_row(name, policy) for name, policy in TEMPLATES.items()))
+
+
+def default() -> str:
+    """The default policy."""
+    return f"```json\n{render_policy(default_policy()).decode()}```\n"
+
+
+def _table(head: str, rows: Iterable[str]) -> str:
+    lines = [f"| {head} |", "|" + "---|" * len(head.split("|")), *(f"| {row} |" for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _in_words(section: Section) -> str:
+    plain = msgspec.to_builtins(section)
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in plain.items() if not isinstance(value, dict))
+
+
+def _row(field: Field, held: Mapping[str, str] | None = None) -> str:
+    values = f"{field.kind}, {field.bounds}" if field.bounds else field.kind
+    absent = "" if field.default is None else f"`{json.dumps(field.default)}`"
+    if field.required:
+        absent = "required"
+    cells = [f"`{field.path}`", values.replace("|", "\\|"), absent, field.doc]
+    return " | ".join(cells if held is None else [*cells, held[field.path]])
+
+
+def _template_row(name: str, policy: Policy) -> str:
+    limits, roots = policy.limits, (policy.fs.read_roots, policy.fs.write_roots)
+    cells = [
+        f"`{name}`",
+        policy.notes_in_force,
+        *(limits.cpu_ms // 1000, limits.wall_ms // 1000, limits.mem_bytes // _MIB, limits.procs),
+        *(", ".join(f"`{root}`" for root in found) or "nothing" for found in roots),
+        "once hosts are added" if policy.net.enabled else "off",
+    ]
+    return " | ".join(map(str, cells))
+
+
+PARTS = {
+    "commands": commands,
+    "sections": sections,
+    "fields": all_fields,
+    "rules": rules,
+    "templates": templates,
+    "default": default,
+}
+
+
+def render() -> str:
+    """The page with these parts as the source has them now."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, made in PARTS.items():
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        before, found, rest = text.partition(start)
+        if not found or end not in rest:
+            raise SystemExit(f"{PAGE.name} has no place for {name}")
+        text = f"{before}{start}{made()}{rest[rest.index(end) :]}"
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
