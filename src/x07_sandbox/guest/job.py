@@ -41,25 +41,17 @@ _STILL_S: Final = 0.5  # read so much later than that, it tells that the machine
 
 def orders(
     limits: dict[str, int],
-    *,
     hostname: str,
-    out_writable: bool,
-    inputs_on_disk: bool,
     spare_cpu_s: int,
+    *,
+    out_writable: bool,
+    inputs_on_disk: bool = False,
     execution: tuple[Any, ...] | None = None,
 ) -> confine.Orders:
     """What init is told of a job with these limits. spare_cpu_s: what the process may have used before it."""
-    return confine.Orders(
-        hostname=hostname,
-        tmp_bytes=limits["tmp_bytes"],
-        out_writable=out_writable,
-        inputs_on_disk=inputs_on_disk,
-        fds=limits["fds"],
-        cpu_s=limits["cpu_ms"] // 1000 + spare_cpu_s,
-        core_bytes=limits["core_bytes"],
-        tasks=limits["tasks"],
-        execution=execution,
-    )
+    cpu_s = limits["cpu_ms"] // 1000 + spare_cpu_s
+    tmp_bytes, fds, core_bytes, tasks = limits["tmp_bytes"], limits["fds"], limits["core_bytes"], limits["tasks"]
+    return confine.Orders(hostname, tmp_bytes, out_writable, inputs_on_disk, fds, cpu_s, core_bytes, tasks, execution)
 
 
 class Job:
@@ -105,11 +97,9 @@ class Job:
 
     def take(self, event: Event) -> None:
         """A data event from the host."""
-        if isinstance(event, Data) and event.stream == Stream.STDIN:
-            self.held += event.payload
-            self._feed()
-        elif isinstance(event, Eof) and event.stream == Stream.STDIN:
-            self.input_ended = True
+        if isinstance(event, (Data, Eof)) and event.stream == Stream.STDIN:
+            self.held += event.payload if isinstance(event, Data) else b""
+            self.input_ended |= isinstance(event, Eof)
             self._feed()
         elif isinstance(event, Data):
             self.files.write(event.stream, event.payload)
@@ -147,10 +137,10 @@ class Job:
     def _orders(self, execution: Execution | None = None) -> confine.Orders:
         return orders(
             self.limits,
-            hostname=self.hostname,
+            self.hostname,
+            self.place.spare_cpu_s,
             out_writable=self.output is not None,
             inputs_on_disk=self.files.on_disk,
-            spare_cpu_s=self.place.spare_cpu_s,
             execution=None if execution is None else tuple(execution),
         )
 
@@ -287,7 +277,7 @@ class Job:
                 self._send_changes()
 
     def _end_streams(self) -> None:
-        """End outputs that hold nothing more, though they are open: nobody is left who could write to them.
+        """End open outputs that hold nothing more, once all processes are gone.
 
         Descriptors that were sent over a socket and never received keep a pipe open without any process.
         """
@@ -344,10 +334,10 @@ class Job:
             {
                 "wait_status": self.wait_status,
                 "cpu_us": self._cpu_us(),
-                "memory_peak_bytes": group.memory_peak_bytes(),
-                "oom_kills": group.oom_kills(),
-                "tasks_peak": group.tasks_peak(),
-                "tasks_refused": group.tasks_refused(),
+                "memory_peak_bytes": group.count("memory_peak_bytes"),
+                "oom_kills": group.count("oom_kills"),
+                "tasks_peak": group.count("tasks_peak"),
+                "tasks_refused": group.count("tasks_refused"),
                 "cpu_exceeded": self.cpu_exceeded,
                 "stopped": self.stopped,
                 "disk_full": os.statvfs(self.place.platform.scratch).f_bavail < _FULL_BLOCKS,
@@ -378,12 +368,14 @@ class Job:
             link = exc.errno == errno.ELOOP  # so O_NOFOLLOW has it
             return None, "is a link, and none is followed" if link else f"cannot be opened: {exc.strerror}"
         info = os.fstat(fd)
+        problem = None
         if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            problem = "is no regular file of its own"
+        elif info.st_size > self.output["max_bytes"]:
+            problem = f"has {info.st_size} bytes, over the limit of {self.output['max_bytes']}"
+        if problem:
             os.close(fd)
-            return None, "is no regular file of its own"
-        if info.st_size > self.output["max_bytes"]:
-            os.close(fd)
-            return None, f"has {info.st_size} bytes, over the limit of {self.output['max_bytes']}"
+            return None, problem
         self.output_file = os.fdopen(fd, "rb", buffering=0)
         return info.st_size, None
 
@@ -400,12 +392,9 @@ class Job:
 
     def _told_changes(self) -> Iterator[bytes]:
         """The stream of what was changed, root after root."""
-        number = 0
-        for mount in self.mounts:
-            if mount["changes"]:
-                yield Entry(Record.ROOT, b"%d" % number).encoded()
-                yield from changes(self.files.trees[mount["tree"]], os.fsencode(mount["sub"]))
-                number += 1
+        for number, mount in enumerate(mount for mount in self.mounts if mount["changes"]):
+            yield Entry(Record.ROOT, b"%d" % number).encoded()
+            yield from changes(self.files.trees[mount["tree"]], os.fsencode(mount["sub"]))
         yield Entry(Record.END, b"").encoded()
 
     def _send_changes(self) -> None:

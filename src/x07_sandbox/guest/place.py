@@ -148,7 +148,7 @@ class Place:
 
     def measure(self) -> None:
         """See how much memory the process that waits has, and will have until it is the program."""
-        self.waiting_bytes = max(WAITING_BYTES, 2 * self.group.memory_bytes())
+        self.waiting_bytes = max(WAITING_BYTES, 2 * self.group.count("memory_bytes"))
 
     def cpu_us_so_far(self) -> int:
         """CPU time of what waits, in microseconds, as it was when this was first asked for; it does nothing since."""

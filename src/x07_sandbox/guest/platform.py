@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
-    from x07_sandbox.guest.cgroup import Group
+    from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.confine import Measures
 
 
@@ -46,7 +46,7 @@ class Platform(ABC):
         """What hears of refused calls. Raises OSError."""
 
     @abstractmethod
-    def group(self) -> Group:
+    def group(self) -> NoGroup:
         """A new control group for a program, or what stands for it. Raises OSError."""
 
     @abstractmethod

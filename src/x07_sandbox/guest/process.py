@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.audit import NoAudit
@@ -20,9 +20,6 @@ from x07_sandbox.guest.cgroup import NoGroup, given_group
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.platform import Platform
 from x07_sandbox.guest.system import children_of, write_file
-
-if TYPE_CHECKING:
-    from x07_sandbox.guest.cgroup import Group
 
 GROUP: Final = "/run/x07/cgroup"  # where the host puts control groups for the program, where it has any
 # The first versions of Landlock (landlock(7)) that let files be moved from folder to folder, and that have scopes.
@@ -140,7 +137,7 @@ class Confined(_Guest):
         """Mount a folder in memory; the scratch folder is there."""
         confine.mount_memory()
 
-    def group(self) -> Group:
+    def group(self) -> NoGroup:
         """What the host has made."""
         return given_group(GROUP)
 
