@@ -22,12 +22,10 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 from x07_sandbox.errors import PeerError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 NAME_MAX: Final = 4095  # PATH_MAX without its NUL
 PART_MAX: Final = 255
@@ -52,20 +50,15 @@ class Kind(enum.IntEnum):
     END = 7
 
 
-class Entry:
+class Entry(NamedTuple):
     """One record. mode: permission bits, for OTHER with the type. mtime_ns, size: of a file. target: of a link."""
 
-    __slots__ = ("kind", "mode", "mtime_ns", "name", "size", "target")
-
-    def __init__(
-        self, kind: Kind, name: bytes, *, mode: int = 0, mtime_ns: int = 0, size: int = 0, target: bytes = b""
-    ) -> None:
-        self.kind = kind
-        self.name = name
-        self.mode = mode
-        self.mtime_ns = mtime_ns
-        self.size = size
-        self.target = target
+    kind: Kind
+    name: bytes
+    mode: int = 0
+    mtime_ns: int = 0
+    size: int = 0
+    target: bytes = b""
 
     def encoded(self) -> bytes:
         """Its bytes; those of a file are followed by its segments. Raises struct.error for what no record can hold."""
@@ -79,28 +72,20 @@ class Entry:
         return head
 
 
-class Piece:
+class Piece(NamedTuple):
     """Bytes of the file whose entry came last."""
 
-    __slots__ = ("data",)
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
+    data: bytes
 
 
-class Hole:
+class Hole(NamedTuple):
     """So many zeros of it, which take no room."""
 
-    __slots__ = ("size",)
-
-    def __init__(self, size: int) -> None:
-        self.size = size
+    size: int
 
 
 class FileEnd:
     """That file is whole."""
-
-    __slots__ = ()
 
 
 Event = Entry | Piece | Hole | FileEnd

@@ -5,18 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
 
 from x07_sandbox.backends.registry import create
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, WITHOUT_GAPS, Behaviour
-from x07_sandbox.conformance.bench import RUNNER, BrokenError, open_bench
+from x07_sandbox.conformance.bench import RUNNER, Bench, BrokenError, open_bench
 from x07_sandbox.errors import shown
 from x07_sandbox.plan.features import Isolation
-
-if TYPE_CHECKING:
-    from x07_sandbox.conformance.bench import Bench
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.place import IN_MEMORY_BYTES
+from x07_sandbox.guest.place import IN_MEMORY_BYTES, Place
 from x07_sandbox.guest.system import write_all
 from x07_sandbox.guest.trees import Tree
 from x07_sandbox.guest.unpack import ArchiveError, unpack
-
-if TYPE_CHECKING:
-    from x07_sandbox.guest.place import Place
 
 _UNPACKED_MAX: Final = 4 << 30
 _FOLDER: Final = "/x07/in/"

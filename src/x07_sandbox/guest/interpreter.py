@@ -15,13 +15,10 @@ gave the process at its start (AT_RANDOM: stack canary, pointer guard), which ar
 from __future__ import annotations
 
 import marshal
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
 
 from x07_sandbox.guest.restrict import last_steps
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any, NoReturn
 
 PYTHON: Final = "/usr/bin/python3"
 FOLDER: Final = "/run/start"  # in the program's view until it starts

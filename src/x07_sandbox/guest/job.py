@@ -8,26 +8,23 @@ import select
 import stat
 import struct
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from x07_sandbox.channel.frames import Kind, Stream
-from x07_sandbox.channel.link import Data, Eof, Event, State
+from x07_sandbox.channel.link import Data, Eof, Event, Link, State
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, init
 from x07_sandbox.guest.execution import Execution
 from x07_sandbox.guest.files import IncomingFiles
 from x07_sandbox.guest.mounts import Names, mount_all
-from x07_sandbox.guest.place import Limits, failure, told_failure
+from x07_sandbox.guest.place import Limits, Place, failure, told_failure
 from x07_sandbox.guest.trees import changes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from x07_sandbox.channel.link import Link
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.errors import JobError
-    from x07_sandbox.guest.place import Place
 
     Fail = Callable[[JobError], None]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from x07_sandbox.channel.frames import DENIED_MAX
@@ -12,8 +13,6 @@ from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.errors import JobError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
     from x07_sandbox.guest.trees import Tree
 
 _STEPS_MAX: Final = 256  # folders and links on the way to one file

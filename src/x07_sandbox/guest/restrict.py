@@ -7,11 +7,8 @@ beforehand: in a fresh clone each instruction that is met first costs ten times 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 TOKEN_BYTES = 24  # six arguments of 32 bits, as the filter compares them
 

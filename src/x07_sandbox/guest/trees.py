@@ -11,16 +11,14 @@ import contextlib
 import os
 import stat
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator
+from typing import Final
 
 from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import Entry, Hole, Kind, Piece, Reader, can_hold_names, segment
 from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import write_all
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), by which the kernel stamps inodes at the earliest
 _PERMISSIONS: Final = 0o7777

@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import forks
 from x07_sandbox.host.paths import private_dir
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 COUNT: Final = 4096
 _FOLDER: Final = Path("/run/x07-sandbox/uids")

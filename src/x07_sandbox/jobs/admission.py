@@ -16,7 +16,9 @@ import os
 import select
 import subprocess
 import time
-from typing import TYPE_CHECKING, Final, Self
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final, Self
 
 from x07_sandbox.errors import Cancelled, HostError, RefusedError
 from x07_sandbox.host import forks, settings
@@ -25,10 +27,6 @@ from x07_sandbox.host.cores import cores
 from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.paths import cache_folder, open_own
 from x07_sandbox.host.variables import number
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 _VARIABLE: Final = "X07_VM_MAX_RUNNING"
 _MEMORY_EACH: Final = 2 * settings.GIB  # of RAM, of which an ordinary machine uses a small part

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from msgspec.structs import asdict, replace
@@ -87,29 +87,19 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 def create_record(claim: Claim, *, backend: str, image_digest: str) -> JobRecord:
     """Make the job's folder and write `job.json`. Raises HostError."""
     root = private_dir(state_dir())
-    instance = runner_instance(root)
-    created = unix_ms()
     record = JobRecord(
-        job_id=claim.job_id,
-        run_id=claim.run_id,
         backend=backend,
         folder=root / claim.job_id,
-        created_unix_ms=created,
-        deadline_unix_ms=created + settings.allowance_ms() + claim.wall_ms,
-        grace_ms=settings.grace_ms(claim.wall_ms),
         mark=os.urandom(16).hex(),
-        runner_instance=instance,
+        runner_instance=runner_instance(root),
         image_digest=image_digest,
+        **_claimed(claim),
     )
     try:
         record.folder.mkdir(mode=0o700)
         record.folder.chmod(0o700)  # whatever the umask took away
     except OSError as exc:
-        raise HostError(
-            f"cannot make the job's folder {record.folder}",
-            exc.strerror or str(exc),
-            "Free space there, or set X07_VM_STATE_DIR",
-        ) from exc
+        raise _unwritable(f"cannot make the job's folder {record.folder}", exc) from exc
     try:
         _write_job(record)
     except HostError:
@@ -133,17 +123,21 @@ def renewed_record(record: JobRecord, claim: Claim) -> JobRecord:
 
     The mark stays: it is in the arguments of the machine's processes.
     """
-    created = unix_ms()
-    renewed = replace(
-        record,
-        job_id=claim.job_id,
-        run_id=claim.run_id,
-        created_unix_ms=created,
-        deadline_unix_ms=created + settings.allowance_ms() + claim.wall_ms,
-        grace_ms=settings.grace_ms(claim.wall_ms),
-    )
+    renewed = replace(record, **_claimed(claim))
     _write_job(renewed)
     return renewed
+
+
+def _claimed(claim: Claim) -> dict[str, Any]:
+    """Those fields of a record that begin with its job, now."""
+    created = unix_ms()
+    return {
+        "job_id": claim.job_id,
+        "run_id": claim.run_id,
+        "created_unix_ms": created,
+        "deadline_unix_ms": created + settings.allowance_ms() + claim.wall_ms,
+        "grace_ms": settings.grace_ms(claim.wall_ms),
+    }
 
 
 def renamed_record(record: JobRecord) -> JobRecord:
@@ -252,6 +246,8 @@ def _write(path: Path, data: bytes) -> None:
     try:
         replace_file(path, data)
     except OSError as exc:
-        raise HostError(
-            f"cannot write {path}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR"
-        ) from exc
+        raise _unwritable(f"cannot write {path}", exc) from exc
+
+
+def _unwritable(what: str, exc: OSError) -> HostError:
+    return HostError(what, exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR")

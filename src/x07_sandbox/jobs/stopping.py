@@ -6,17 +6,15 @@ import contextlib
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import read_bounded, state_dir
 from x07_sandbox.host.processes import Identity, boot_id, is_alive, kill_identity, pid_namespace, wait_gone
 from x07_sandbox.jobs.record import OWNER_SCHEMA, JobRecord, mark_done
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _RECORD_MAX: Final = 64 * 1024
 _GONE_S: Final = 10.0
