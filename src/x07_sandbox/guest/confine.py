@@ -204,7 +204,7 @@ def _enter(_world: World) -> None:
     root_mode(system.MS_RDONLY)
 
 
-def _rules(world: World) -> None:
+def rules(world: World) -> None:
     """Landlock's rules for a program that may execute some programs only, made here since a clone would pay for each.
 
     `_programs` adds those of the job to the same ruleset; whether the program is put under them comes later.
@@ -228,15 +228,6 @@ def _rules(world: World) -> None:
 def root_mode(flags: int) -> None:
     """Make the root writable, 0, or not, MS_RDONLY."""
     _remount("/", flags)
-
-
-NAMESPACES: Final = Step[World]("namespaces", "CAP_SYS_ADMIN", _namespaces)
-SYSTEM: Final = Step[World]("read-only system", "CAP_SYS_ADMIN", _read_only_system)
-PROC: Final = Step[World]("proc", "CAP_SYS_ADMIN", _proc)
-TEMPORARY: Final = Step[World]("temporary folders", "CAP_SYS_ADMIN", _temporary)
-WORK: Final = Step[World]("work folders", "CAP_SYS_ADMIN, a scratch folder", _work_folders)
-ENTER: Final = Step[World]("root", "CAP_SYS_ADMIN", _enter)
-RULES: Final = Step[World]("rules about programs", "Landlock", _rules)
 
 
 def forget_interpreter() -> None:
@@ -359,31 +350,27 @@ def _fresh_signals(_world: World) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-CONTROL_GROUP: Final = Step[World]("control group", "a control group that can be written to", _control_group)
 FRESH_SIGNALS: Final = Step[World]("fresh signals", "", _fresh_signals)
-SYSTEM_CALLS: Final = Step[World]("system calls", "no new privileges", _system_calls)
-NO_NEW_PRIVILEGES: Final = Step[World]("no new privileges", "", _no_new_privileges)
-
 MACHINE: Final = Measures(
     world=(
-        NAMESPACES,
-        SYSTEM,
-        PROC,
+        Step("namespaces", "CAP_SYS_ADMIN", _namespaces),
+        Step("read-only system", "CAP_SYS_ADMIN", _read_only_system),
+        Step("proc", "CAP_SYS_ADMIN", _proc),
         Step("devices", "CAP_SYS_ADMIN, CAP_MKNOD", _devices),
-        TEMPORARY,
-        WORK,
-        ENTER,
-        RULES,
+        Step("temporary folders", "CAP_SYS_ADMIN", _temporary),
+        Step("work folders", "CAP_SYS_ADMIN, a scratch folder", _work_folders),
+        Step("root", "CAP_SYS_ADMIN", _enter),
+        Step("rules about programs", "Landlock", rules),
     ),
     rights=(
-        CONTROL_GROUP,
+        Step("control group", "a control group that can be written to", _control_group),
         Step("no capabilities", "CAP_SETPCAP", no_capabilities),
         Step("own user", "CAP_SETUID, CAP_SETGID", _own_user),
-        NO_NEW_PRIVILEGES,
+        Step("no new privileges", "", _no_new_privileges),
         FRESH_SIGNALS,
         # What depends on the policy is taken away later, by the process itself (`restrict`).
         Step("scopes", "Landlock", scopes),
-        SYSTEM_CALLS,
+        Step("system calls", "no new privileges", _system_calls),
     ),
     job=(*VIEW, Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits, RESOURCES)),
 )

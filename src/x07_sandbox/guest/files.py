@@ -20,9 +20,7 @@ _FOLDER: Final = "/x07/in/"
 class IncomingFiles:
     """The files of START, written as they come; an archive is unpacked when it is whole, a tree as it comes.
 
-    trees: by their stream.
-
-    on_disk: whether they lie on the scratch disk; few bytes lie in memory, which costs a fresh clone far less.
+    trees: by their stream. on_disk: whether they lie on the scratch disk; memory costs a fresh clone far less.
     """
 
     def __init__(self, entries: list[dict[str, Any]], place: Place) -> None:

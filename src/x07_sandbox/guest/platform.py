@@ -1,8 +1,4 @@
-"""What the agent finds around it: how it speaks to the host, where files of a job lie, which measures there are.
-
-`machine` is a virtual machine of our own. `process` has two weaker ones on the kernel of somebody else: `Confined`,
-below bubblewrap, and `Unconfined`, where nothing is held.
-"""
+"""What the agent runs in: a virtual machine (`machine`), or a process on somebody else's kernel (`process`)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Trees of the host's files: made for the program as they come, and what it has changed of them, sent back.
 
-Everything is made as the program's user, so that it is the program's. A change is found without reading what did not
-change: nobody but the kernel sets an inode's ctime, and the program starts in a later tick of that clock than the last
-of its files was made in. A name whose inode or ctime is another one is sent, and the host compares contents.
+Everything is made as the program's user. A change is found by inode and ctime, which only the kernel sets: the program
+starts in a later tick of that clock than the last of its files was made in. The host then compares contents.
 """
 
 from __future__ import annotations
@@ -27,10 +26,7 @@ _MINE: Final = 0o700
 
 @contextlib.contextmanager
 def as_program(uid: int | None) -> Iterator[None]:
-    """What is made in here is the program's, with exactly the mode that is asked for.
-
-    uid: the program's; None where that is this process's own.
-    """
+    """Make files as the program's user, with exactly the mode asked for. uid: None where that is this process's own."""
     mask = os.umask(0)
     if uid is not None:
         os.setegid(uid)
