@@ -11,10 +11,7 @@ READ: Final = 128 * 1024  # small files are read at once, whatever their holes
 
 
 def parts(fd: int, size: int) -> Iterator[bytes | int]:
-    """Its bytes up to *size*, in order; a whole number stands for so many zeros that take no room.
-
-    Raises OSError, also where the file ends before that.
-    """
+    """Its bytes up to *size*; a number stands for so many zeros without room. Raises OSError, also if it is shorter."""
     position = 0
     while position < size:
         start, end = (0, size) if size <= READ else next_data(fd, position, size)

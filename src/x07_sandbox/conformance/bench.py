@@ -87,8 +87,8 @@ class Running(NamedTuple):
 class Bench:
     """A backend under test, made by `open_bench`.
 
-    image: None where the backend uses none. features: what it offers here. artifact: the built LAUNCHER. build: the
-    result of the run that built it. runner: the command that carries out a run in another process.
+    image: None where the backend uses none. artifact: the built LAUNCHER. build: the result of the run that built it.
+    runner: the command that carries out a run in another process.
     """
 
     def __init__(

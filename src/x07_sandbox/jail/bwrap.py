@@ -65,7 +65,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
 def may_nest() -> bool:
     """Whether this process may mount a /proc of its own, as a pid namespace around bubblewrap needs.
 
-    The kernel lets an ordinary user do so only where the /proc that is there is fully visible: containers hide parts.
+    An ordinary user may only where /proc is fully visible: containers hide parts of it.
     """
     if os.geteuid() == 0:
         return True
@@ -92,7 +92,7 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     if jail.lock_fd is not None:
         argv += ["--sync-fd", str(jail.lock_fd)]
     return supervisor_argv(
-        [*argv, "--", *_rights(jail), *command],
+        [*argv, "--", *_as_user(jail.uid), *command],
         deadline_s=jail.deadline_s,
         runner_pid=jail.runner_pid,
         syscalls=jail.syscalls,
@@ -111,36 +111,26 @@ def supervisor_argv(  # noqa: PLR0913 - the supervisor's own arguments
     keep_fd: int | None = None,
     uid: int | None = None,
 ) -> list[str]:
-    """The command line of the supervisor and what it supervises; the rest as `Jail` has it.
-
-    uid: as whom all of it runs, where root starts it.
-    """
+    """The command line of the supervisor and its command. uid: as whom all of it runs, where root starts it."""
     kept = -1 if keep_fd is None else keep_fd
     numbers = (deadline_s, runner_pid, kept, int(nest), *(syscalls[name] for name in _CALLS))
     # Another user may not reach the file where we are installed.
     script = [SUPERVISOR] if uid is None else ["-e", Path(SUPERVISOR).read_text(encoding="utf-8"), "--"]
-    return [*([] if uid is None else _as_user(uid)), PERL, *script, *map(str, numbers), *command]
-
-
-_NAME: Final = ("--hostname", "x07")  # else it knows the host's
+    return [*_as_user(uid), PERL, *script, *map(str, numbers), *command]
 
 
 def _namespaces(jail: Jail) -> list[str]:
     if jail.uid is None:
         uid = str(INNER_UID)
-        return ["--unshare-all", *_NAME, "--uid", uid, "--gid", uid, "--cap-drop", "ALL"]
+        return ["--unshare-all", "--hostname", "x07", "--uid", uid, "--gid", uid, "--cap-drop", "ALL"]
     kept = [word for cap in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP") for word in ("--cap-add", cap)]
     unshared = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
-    return [*unshared, *_NAME, "--cap-drop", "ALL", *kept]
+    return [*unshared, "--hostname", "x07", "--cap-drop", "ALL", *kept]
 
 
-def _rights(jail: Jail) -> list[str]:
-    if jail.uid is None:
+def _as_user(uid: int | None) -> list[str]:
+    if uid is None:
         return []
-    return _as_user(jail.uid)
-
-
-def _as_user(uid: int) -> list[str]:
     drop = [f"--{name}=-all" for name in ("bounding-set", "inh-caps", "ambient-caps")]
     ids = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
     return [SETPRIV, *ids, *drop, "--no-new-privs", "--"]
@@ -151,6 +141,5 @@ def _folders(paths: list[str]) -> list[str]:
     found: dict[str, None] = {}
     for path in paths:
         parts = path.split("/")[1:-1]
-        for depth in range(1, len(parts) + 1):
-            found["/" + "/".join(parts[:depth])] = None
+        found |= dict.fromkeys("/" + "/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
     return list(found)

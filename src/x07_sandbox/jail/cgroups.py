@@ -52,9 +52,8 @@ class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
 def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
     """Groups called *name* with these limits; no folders where the host gives us none."""
     _remove_abandoned()
-    if (_ROOT / "cgroup.controllers").exists():
-        return _version_2(name, memory_bytes, tasks)
-    return _version_1(name, memory_bytes, tasks)
+    make = _version_2 if (_ROOT / "cgroup.controllers").exists() else _version_1
+    return make(name, memory_bytes, tasks)
 
 
 class ProgramGroups(HostGroups, frozen=True, kw_only=True):

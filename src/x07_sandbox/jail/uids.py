@@ -39,26 +39,17 @@ def free_range() -> int:
 
     Raises HostError.
     """
-    mapped = [
-        tuple(int(word) for word in line.split())
-        for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
-    ]
-    taken = (
-        _ranges("/etc/passwd", 2, 0)
-        + _ranges("/etc/group", 2, 0)
-        + _ranges("/etc/subuid", 1, 2)
-        + _ranges("/etc/subgid", 1, 2)
-    )
+    lines = Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
+    mapped = [tuple(int(word) for word in line.split()) for line in lines]
+    taken = [*_ranges("/etc/passwd", 2, 0), *_ranges("/etc/group", 2, 0)]
+    taken += [*_ranges("/etc/subuid", 1, 2), *_ranges("/etc/subgid", 1, 2)]
     for first in _CANDIDATES:
         inside = any(start <= first and first + COUNT <= start + size for start, _, size in mapped)
         clash = any(first < start + size and start < first + COUNT for start, size in taken)
         if inside and not clash:
             return first
-    raise HostError(
-        "no uid for the job",
-        "no free range of 4096 uids is mapped here",
-        "Run as an ordinary user, or map more uids into this container",
-    )
+    fix = "Run as an ordinary user, or map more uids into this container"
+    raise HostError("no uid for the job", "no free range of 4096 uids is mapped here", fix)
 
 
 @contextlib.contextmanager

@@ -39,8 +39,7 @@ _BETWEEN_LOOKS_S: Final = 0.05
 def max_running() -> int:
     """How many machines may run at once: X07_VM_MAX_RUNNING, else what cores and memory hold. Raises UsageError.
 
-    Three quarters of the memory are for machines that run, one is for those that wait in a pool. Each counts for 2 GiB,
-    which few use; for policies that allow more than that, X07_VM_MAX_RUNNING is the way to say so.
+    Each counts for 2 GiB of three quarters of the memory; the last quarter is for machines that wait in a pool.
     """
     if (named := number(_VARIABLE)) is not None:
         return named
@@ -108,12 +107,10 @@ class _Place:
 
     def take_now(self) -> bool:
         """A slot without waiting, if nobody waits and one is free."""
-        turn = _opened(self._folder / "turn")
-        try:
-            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return self._take()
-        except BlockingIOError:
+        if (turn := _locked(self._folder / "turn")) is None:
             return False
+        try:
+            return self._take()
         finally:
             forks.unlock(turn)
 
@@ -141,11 +138,7 @@ class _Place:
         )
 
     def _nobody_takes(self) -> bool:
-        """Take a slot that stays free; whether we have one now.
-
-        The first of the queue takes one within milliseconds, unless it is stopped, by Ctrl-Z say: then it must not hold
-        all others.
-        """
+        """Take a slot that stays free; whether we have one now. For a first of the queue may be stopped, by Ctrl-Z say."""
         for look in range(_LOOKS):
             if not self._take():
                 return False
@@ -171,8 +164,8 @@ class _Place:
 class _Turn:
     """The lock of the queue's first, and the wait for it.
 
-    Nothing ends a flock(2) that waits but the end of its process. So a child waits, on our open file, to which the lock
-    then belongs: ours when it has ended. When we are killed it waits on, and ends at its turn.
+    Only the end of a process ends its flock(2). So a child waits on our open file, to which the lock then belongs. When
+    we are killed it waits on, and ends at its turn.
     """
 
     def __init__(self, fd: int) -> None:

@@ -1,7 +1,6 @@
 """The record of a job on disk: what X07's tools read (`job.json`), and what ours need to act on it (`owner.json`).
 
-`job.json` has exactly the keys of X07's; everything else lies in `owner.json`. Both are
-written by rename, `done` last and only when the machine is proven gone.
+`job.json` has exactly the keys of X07's. Both are written by rename, `done` last: only when the machine is proven gone.
 """
 
 from __future__ import annotations
@@ -36,10 +35,7 @@ def new_run_id() -> str:
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One job's folder and what is fixed about it from the start.
-
-    mark: random id that the job's processes carry in their arguments.
-    """
+    """What is fixed about a job from the start. mark: random id that its processes carry in their arguments."""
 
     job_id: str
     run_id: str
@@ -119,10 +115,7 @@ def record_from(values: dict[str, object]) -> JobRecord:
 
 
 def renewed_record(record: JobRecord, claim: Claim) -> JobRecord:
-    """The record of a machine that waited, as that of the job which it is now; written where it was. Raises HostError.
-
-    The mark stays: it is in the arguments of the machine's processes.
-    """
+    """The record of a machine that waited, as that of its job, with its old mark and folder. Raises HostError."""
     renewed = replace(record, **_claimed(claim))
     _write_job(renewed)
     return renewed
@@ -142,9 +135,8 @@ def _claimed(claim: Claim) -> dict[str, Any]:
 
 def renamed_record(record: JobRecord) -> JobRecord:
     """Its folder under the name of its job. Raises HostError."""
-    folder = record.folder.with_name(record.job_id)
     try:
-        record.folder.rename(folder)
+        folder = record.folder.rename(record.folder.with_name(record.job_id))
     except OSError as exc:
         raise HostError(f"cannot rename {record.folder}", exc.strerror or str(exc), "Free space there") from exc
     return replace(record, folder=folder)
@@ -210,14 +202,10 @@ def home_of(root: Path) -> Path:
 
 
 def runner_instance(root: Path) -> str:
-    """The stable id of this user's runner: beside the state root if that folder is ours alone, else inside it.
-
-    Made once, by link(2), so that two first runs agree. Raises HostError for a damaged file.
-    """
-    home = home_of(root)
-    path = home / "runner_instance"
+    """The stable id of this user's runner, in `home_of` the state root. Raises HostError for a damaged file."""
+    path = home_of(root) / "runner_instance"
     try:
-        return _instance_at(path, home)
+        return _instance_at(path)
     except OSError as exc:
         from x07_sandbox.host.troubles import fix_of
 
@@ -225,11 +213,11 @@ def runner_instance(root: Path) -> str:
         raise HostError(f"cannot use {path}", exc.strerror or str(exc), fix) from exc
 
 
-def _instance_at(path: Path, home: Path) -> str:
+def _instance_at(path: Path) -> str:
     if not path.exists():
-        temporary = home / f".runner_instance.{os.urandom(8).hex()}"
+        temporary = path.with_name(f".runner_instance.{os.urandom(8).hex()}")
         _write(temporary, f"ri-{os.urandom(16).hex()}\n".encode())
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):  # another first run has just made it
             os.link(temporary, path)
         temporary.unlink()
     text = path.read_text(encoding="ascii", errors="replace")
