@@ -14,8 +14,8 @@ Records follow each other, numbers are big-endian:
     ROOT      nothing: what follows is of the tree with the number that the name says, in decimal
     END       nothing: the last record
 
-No I/O: bytes in, events out. All that a guest sends is hostile: names, numbers and counts have bounds here, and a name
-can neither leave its tree nor be absolute. What an entry may be is for its reader to judge.
+All that a guest sends is hostile: names, numbers and counts have bounds here, and a name can neither leave its tree nor
+be absolute. What an entry may be is for its reader to judge.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -61,19 +62,15 @@ def _fact(observe: Callable[[Bench], Facts], name: str, expected: object = True)
 
 def _ends(outcome: str, exit_code: int, code: str, **limits: int) -> Check:
     """A check that a program under these limits has that outcome, and the command that exit code."""
-    return lambda bench: _expect_end(outcome, exit_code, bench.run(code, policy=policy_with(limits=limits)))
+    end = outcome, exit_code
+    return lambda bench: expect(_END, end, _end(bench.run(code, policy=policy_with(limits=limits))))
+
+
+_END: Final = "outcome and exit code"
 
 
 def _end(result: Result) -> tuple[str, int | None]:
     return result.outcome, result.x07_exit_code
-
-
-def _expect_end(outcome: str, exit_code: int, result: Result) -> None:
-    expect("outcome and exit code", (outcome, exit_code), _end(result))
-
-
-def _new_mark() -> str:
-    return os.urandom(16).hex()
 
 
 # What a program sees.
@@ -191,37 +188,38 @@ _WALL_MS: Final = 700
 _GRACE_MS: Final = int(settings.STOPPED_S * 1000) + 1000  # to ask how the program stood; the rest is for a busy host
 
 
-def _flooded(bench: Bench) -> Facts:
+def _flooded(bench: Bench) -> None:
     result = bench.run("while True: sys.stdout.write('x' * 4096)", max_output_bytes=10_000)
-    return {"outcome, exit code, bytes kept": (*_end(result), len(result.stdout.data))}
+    found = *_end(result), len(result.stdout.data)
+    expect("outcome, exit code, bytes kept", ("output-limit", 153, 10_000), found)
 
 
 def _left(bench: Bench) -> Facts:
-    mark = _new_mark()
-    return {"outcome and exit code": _end(bench.run(_LEAVE, mark)), "processes left": remaining(mark)}
+    mark = secrets.token_hex(16)
+    return {_END: _end(bench.run(_LEAVE, mark)), "processes left": remaining(mark)}
 
 
 def _late(bench: Bench) -> Facts:
-    mark = _new_mark()
+    mark = secrets.token_hex(16)
     result = bench.run(_DEAF, mark, policy=policy_with(limits={"wall_ms": _WALL_MS}))
     times = result.phases["run"].times_ms
     over_ms = times["end"] - times["started"] - _WALL_MS
     grace = "kept" if 0 <= over_ms <= _GRACE_MS else f"ended {over_ms:.0f} ms after its deadline"
-    return {"outcome and exit code": _end(result), "grace": grace, "processes left": remaining(mark)}
+    return {_END: _end(result), "grace": grace, "processes left": remaining(mark)}
 
 
 def _cancelled(bench: Bench) -> None:
-    mark = _new_mark()
+    mark = secrets.token_hex(16)
     with bench.running(_LONG, mark) as running:
         running.line()
         running.cancel(signal.SIGINT)
-        _expect_end("cancelled", 130, running.result())
+        expect(_END, ("cancelled", 130), _end(running.result()))
     expect("processes left", [], remaining(mark))
 
 
 def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
     """Start a run in another process and stop its job by its record, or kill that process first."""
-    mark = _new_mark()
+    mark = secrets.token_hex(16)
     with bench.elsewhere(_LONG, mark) as (runner, line):
         line()
         records = bench.owned_by(runner.pid)
@@ -253,13 +251,14 @@ def _gone_when_stopped(bench: Bench) -> None:
     expect("outcome", "guest-lost", facts["outcome"])
 
 
-def _unused(bench: Bench) -> Facts:
+def _unused(bench: Bench) -> None:
     claim = Claim(run_id=new_run_id(), phase="run", wall_ms=1000)
     kind = MachineKind(image=bench.image, ram_bytes=RAM_CLASSES[0])
     with contextlib.closing(Cancel()) as cancel:
         with bench.backend.start(Job(claim=claim, kind=kind, caller=Caller(cancel=cancel))) as instance:
             record, alive = instance.record, instance.exit_status() is None
-        return {"alive, left, done": (alive, remaining(record.mark), (record.folder / "done").exists())}
+        found = alive, remaining(record.mark), (record.folder / "done").exists()
+    expect("alive, left, done", (True, [], True), found)
 
 
 # What it is held to.
@@ -398,15 +397,13 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
         ("exit-status", "The program's exit status is reported.", _ends("failed", 7, "sys.exit(7)")),
         ("status-137", "An exit status of 137 is not taken for a kill.", _ends("failed", 137, "sys.exit(137)")),
         ("signal", "The signal that ended a program is reported.", _ends("signalled", 128 + signal.SIGABRT, _ABORT)),
-        ("output-limit", "Output is kept up to its limit, at which the program ends.",
-            _fact(_flooded, "outcome, exit code, bytes kept", ("output-limit", 153, 10_000))),
+        ("output-limit", "Output is kept up to its limit, at which the program ends.", _flooded),
         ("left-status", "A program that leaves processes behind ends with its own status.",
-            _fact(_left, "outcome and exit code", ("failed", 5))),
+            _fact(_left, _END, ("failed", 5))),
         ("left-processes", "Processes that a program leaves behind end with it.", _fact(_left, "processes left", [])),
     ),
     "deadline": (
-        ("deadline", "A program that ignores signals ends at its deadline.",
-            _fact(_late, "outcome and exit code", ("timeout", 124))),
+        ("deadline", "A program that ignores signals ends at its deadline.", _fact(_late, _END, ("timeout", 124))),
         ("deadline-of-children", "What that program has started ends with it.", _fact(_late, "processes left", [])),
         ("grace", "A program is ended at its deadline, at most the grace later.", _fact(_late, "grace", "kept")),
         ("stopped-program", "A program stopped by a signal ends at its deadline.",
@@ -420,8 +417,7 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
         ("killed-runner", "The job of a killed runner ends.", _fact(_killed, "processes left", [])),
         ("killed-record", "Stopping the job of a killed runner by its record takes it off the list.",
             _fact(_killed, "jobs listed afterwards", 0)),
-        ("unused-instance", "An instance that was never used ends with its caller.",
-            _fact(_unused, "alive, left, done", (True, [], True))),
+        ("unused-instance", "An instance that was never used ends with its caller.", _unused),
     ),
     "limits": (
         ("cpu", "A program and its children end at their CPU time limit.", _ends("cpu-limit", 124, _BURN, cpu_ms=500)),

@@ -110,11 +110,11 @@ class Bench:
             self._made[make] = make(self)
         return self._made[make]  # type: ignore[return-value]  # as it was put there
 
-    def run(self, code: str, *args: str, stdin: bytes | int | None = None, **fields: Any) -> Result:  # noqa: ANN401 - fields of a request
-        """Run a program to its end. stdin: its input, or where that comes from."""
+    def run(self, code: str, *args: str, stdin: bytes | None = None, **fields: Any) -> Result:  # noqa: ANN401 - fields of a request
+        """Run a program to its end."""
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))
-            stdin_fd = memory_file(stdin, stack) if isinstance(stdin, bytes) else stdin
+            stdin_fd = memory_file(stdin, stack) if stdin is not None else None
             more = {"artifact": self.artifact} | fields
             return run(request(self.backend.name, code, *args, stdin_fd=stdin_fd, cancel=cancel, **more))
 

@@ -139,14 +139,14 @@ class Agent:
 
 def _run_quietly(argv: list[str]) -> None:
     """Run a program of the image to its end, whatever that is."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            null = os.open("/dev/null", os.O_RDWR)
-            for fd in (0, 1, 2):
-                os.dup2(null, fd)
-            os.chdir("/tmp")  # noqa: S108 - the guest's own, in its memory
-            os.execve(argv[0], argv, {"PATH": "/usr/bin:/bin"})
-        finally:
-            os._exit(127)
-    os.waitpid(pid, 0)
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        return
+    try:
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.chdir("/tmp")  # noqa: S108 - the guest's own, in its memory
+        os.execve(argv[0], argv, {"PATH": "/usr/bin:/bin"})
+    finally:
+        os._exit(127)

@@ -73,17 +73,7 @@ class Orders(NamedTuple):
 
 
 class StepError(Exception):
-    """A step of the confinement failed: stage, errno, message."""
-
-    @property
-    def stage(self) -> str:
-        """The step's name."""
-        return str(self.args[0])
-
-    @property
-    def errno(self) -> int:
-        """The kernel's error number, 0 where there is none."""
-        return int(self.args[1])
+    """A step of the confinement failed: its name, the kernel's error number or 0, and a message, as args."""
 
 
 class Step(NamedTuple, Generic[T]):
@@ -285,8 +275,7 @@ def _programs(orders: Orders) -> None:
 
 def _no_execution(orders: Orders) -> None:
     if orders.execution is not None:
-        writable = [*IN_MEMORY, "/x07/out", CWD]
-        execution.close(execution.Execution(*orders.execution), writable, _INPUTS)
+        execution.close(execution.Execution(*orders.execution), [*IN_MEMORY, "/x07/out", CWD], _INPUTS)
 
 
 # A remount of its size takes the flag off again.
@@ -332,8 +321,7 @@ def scopes(_world: World) -> None:
     # Measured: where a later ruleset is about files, this one too forbids moving them unless it allows it.
     fd = system.landlock_ruleset(files=system.FS_REFER, scopes=scopes)
     system.landlock_allow(fd, "/", system.FS_REFER)
-    take_away, _ = restrict.last_steps()
-    take_away(b"", fd)
+    restrict.last_steps()[0](b"", fd)
     os.close(fd)
 
 

@@ -66,7 +66,7 @@ def run_init(world: confine.World, ends: Ends, measures: confine.Measures) -> No
         while True:
             signal.pause()
     except confine.StepError as exc:
-        _report_failure(ends.report_fd, exc.stage, exc.errno, str(exc.args[2]))
+        _report_failure(ends.report_fd, *exc.args)
     except OSError as exc:
         _report_failure(ends.report_fd, "start", exc.errno or 0, str(exc))
     finally:
@@ -154,7 +154,7 @@ def _become(world: confine.World, ends: Ends, measures: confine.Measures) -> NoR
             except OSError as exc:
                 told = f"{exc.errno or 0} {exc}"  # a number only here: it is the program that could not be executed
         except confine.StepError as exc:
-            told = f"0 {exc.stage}: {exc.args[2]}"
+            told = f"0 {exc.args[0]}: {exc.args[2]}"
         except (OSError, ValueError) as exc:
             told = f"0 {exc}"
         os.write(told_fd, told.encode("utf-8", "backslashreplace"))

@@ -202,13 +202,12 @@ class Job:
             self._feed(broken=bool(mask & select.POLLERR))
 
     def _carry(self, fd: int) -> None:
-        stream = self.fds[fd]
         try:
-            data = os.read(fd, min(_READ, self.link.window(stream)))
+            data = os.read(fd, min(_READ, self.link.window(self.fds[fd])))
         except BlockingIOError:
             return
         if data:
-            self.link.send_data(stream, data)
+            self.link.send_data(self.fds[fd], data)
         else:
             self._end_output(fd)
 
@@ -302,8 +301,8 @@ class Job:
         self.cpu_looked_at = now
         used_us = self._cpu_us()
         if late_s > _STILL_S:
-            # We come before the program (cpu.weight): so it was the host that had no time for the whole machine. Its
-            # kernel knows nothing of that, and has counted it as the program's.
+            # We come before the program (cpu.weight), so the host had no time for the whole machine, whose kernel has
+            # counted that as the program's.
             still_us = min(int(late_s * 1_000_000), used_us - self.cpu_seen_us)
             self.cpu_before_us += still_us
             used_us -= still_us

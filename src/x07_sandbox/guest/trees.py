@@ -41,13 +41,12 @@ def as_program(uid: int | None) -> Iterator[None]:
 
 
 class Tree:
-    """One tree below *folder*, an empty folder of the program's.
+    """One tree below *folder*, an empty folder of the program's. uid: as `as_program` has it.
 
     names: of all files and links, with their inodes. folders: of all folders, with their modes.
     """
 
     def __init__(self, folder: str, uid: int | None) -> None:
-        """Begin it. uid: the program's, as `as_program` has it."""
         self._uid = uid
         self.folder = os.fsencode(folder)
         # By way of it: the program's user may not enter the folders above.
@@ -62,21 +61,18 @@ class Tree:
 
     def write(self, data: bytes) -> None:
         """Make what these bytes of the stream tell of. Raises JobError, OSError."""
-        with as_program(self._uid):
-            self._take(data)
-
-    def _take(self, data: bytes) -> None:
         try:
-            for event in self._reader.feed(data):
-                if isinstance(event, Piece):
-                    write_all(self._fd, event.data)
-                    self._position += len(event.data)
-                elif isinstance(event, Hole):
-                    self._position = os.lseek(self._fd, event.size, os.SEEK_CUR)
-                elif isinstance(event, Entry):
-                    self._make(event)
-                else:
-                    self._close_file()
+            with as_program(self._uid):
+                for event in self._reader.feed(data):
+                    if isinstance(event, Piece):
+                        write_all(self._fd, event.data)
+                        self._position += len(event.data)
+                    elif isinstance(event, Hole):
+                        self._position = os.lseek(self._fd, event.size, os.SEEK_CUR)
+                    elif isinstance(event, Entry):
+                        self._make(event)
+                    else:
+                        self._close_file()
         except PeerError as exc:
             raise JobError("files", 0, exc.why) from exc
 

@@ -138,7 +138,7 @@ class _Place:
         )
 
     def _nobody_takes(self) -> bool:
-        """Take a slot that stays free; whether we have one now. For a first of the queue may be stopped, by Ctrl-Z say."""
+        """Take a slot that stays free; whether we have one now. A stopped first, by Ctrl-Z say, holds nobody up."""
         for look in range(_LOOKS):
             if not self._take():
                 return False

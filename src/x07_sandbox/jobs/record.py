@@ -178,8 +178,8 @@ def write_owner(
             "instance": record.mark,
             "boot_id": boot_id(),
             "pid_namespace": pid_namespace(),
-            "runner": _identity(runner),
-            "processes": {name: _identity(identity) for name, identity in processes.items()},
+            "runner": asdict(runner),
+            "processes": {name: asdict(identity) for name, identity in processes.items()},
             "cgroups": list(cgroups),
             "labels": record.labels(),
         },
@@ -189,10 +189,6 @@ def write_owner(
 def mark_done(record: JobRecord) -> None:
     """The last word on a job: its machine is proven gone."""
     _write(record.folder / "done", b"done\n")
-
-
-def _identity(identity: Identity) -> dict[str, int]:
-    return {"pid": identity.pid, "start_ticks": identity.start_ticks}
 
 
 def home_of(root: Path) -> Path:
