@@ -223,7 +223,7 @@ def check_name(name: bytes) -> bytes:
 
 
 def can_hold_names(name: bytes) -> bool:
-    """Whether what lies in the folder *name* can still have a name in a stream, and a path that the kernel takes."""
+    """Whether what lies in the folder *name* can have a name in a stream, and a path that the kernel takes."""
     return len(name) + PART_MAX + 1 < NAME_MAX - 256 and name.count(b"/") + 2 < DEPTH_MAX
 
 

@@ -115,8 +115,8 @@ class Bench:
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))
             stdin_fd = memory_file(stdin, stack) if stdin is not None else None
-            more = {"artifact": self.artifact} | fields
-            return run(request(self.backend.name, code, *args, stdin_fd=stdin_fd, cancel=cancel, **more))
+            fields.setdefault("artifact", self.artifact)
+            return run(request(self.backend.name, code, *args, stdin_fd=stdin_fd, cancel=cancel, **fields))
 
     def output(self, code: str, *args: str, **fields: Any) -> str:  # noqa: ANN401 - as above
         """What a program that ends well printed. Raises BrokenError where it does not."""

@@ -42,7 +42,7 @@ _EQUAL: Final = 0x40000000
 _FIELDS: Final = 64
 _AT_FDCWD: Final = 0xFFFFFF9C
 _EXECUTES: Final = frozenset({"execve", "execveat"})
-# Calls with a path that is not what may not be written: what a link leads to, and what gets one more name.
+# Calls with a path that is not written to: what a link leads to, and what gets one more name.
 _TARGETS: Final = frozenset({"symlink", "symlinkat"})
 _SOURCES: Final = frozenset({"link", "linkat"})
 # Calls with paths that may be of another folder than the working directory: the arguments with its descriptor.

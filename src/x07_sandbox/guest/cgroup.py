@@ -21,10 +21,9 @@ _GONE_S: Final = 5.0
 
 
 class NoGroup:
-    """No group: nothing is held, and CPU time is what /proc has of the processes that there are.
+    """No group: nothing is held, and CPU time is that of /proc, without children whose end was ignored (SIGCHLD).
 
-    A child of whose end nobody wanted to know (SIGCHLD ignored) is not in that. A group holds the program and its
-    children, and neither our init nor the agent; init, where asked for, is the process id of our init.
+    A group holds the program and its children, not our init (of which *init* is the process id) and the agent.
     KILLS: whether it can end all of its processes by itself; else init does it.
     COUNTERS: control files by what they count, then the keys of the lines that count, where there are several.
     """

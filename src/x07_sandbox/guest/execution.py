@@ -59,10 +59,9 @@ def _named_by(prefix: str) -> list[str]:
     if not start:
         return [folder, *links(folder)]
     try:
-        entries = [entry for entry in os.scandir(folder) if entry.name.startswith(start)]
+        return [entry.path for entry in os.scandir(folder) if entry.name.startswith(start)]
     except OSError:
         return []
-    return [entry.path for entry in entries]
 
 
 @functools.cache

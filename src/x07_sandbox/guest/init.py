@@ -1,7 +1,7 @@
 """PID 1 of the program's namespaces: builds its world, starts it, reaps, and reports its true wait status.
 
-The program itself is never PID 1, because the kernel spares a namespace's PID 1 from signals that it sends itself.
-Reports go over a pipe that the program never has: one byte of kind, then a fixed or counted rest.
+The program is not PID 1 itself, since the kernel spares that from signals that it sends itself. Reports go over a pipe
+that the program never has: one byte of kind, then a fixed or counted rest.
 """
 
 from __future__ import annotations

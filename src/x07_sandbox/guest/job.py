@@ -75,16 +75,13 @@ class Job:
         self.started = False
         self.fds: dict[int, int] = {}  # our ends of the program's output -> stream
         self.stdin_fd = place.stdin_fd
-        self.report_fd = -1
-        self.told_fd = -1
+        self.report_fd = self.told_fd = -1
         self.told = b""
         self.held = bytearray()  # input that the program has not read yet: at most one window
         self.input_ended = False
-        self.cpu_before_us = 0
+        self.cpu_before_us = self.cpu_seen_us = 0
         self.cpu_looked_at = 0.0
-        self.cpu_seen_us = 0
-        self.cpu_exceeded = False
-        self.stopped = False
+        self.cpu_exceeded = self.stopped = False
         self.wait_status: int | None = None
         self.output_file: BinaryIO | None = None
         self.changes: Iterator[bytes] | None = None

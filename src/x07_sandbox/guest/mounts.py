@@ -115,9 +115,8 @@ class Names:
                 yield (_device(self._view + folder), os.stat(self._view + folder).st_ino), _text(folder)
 
     def _shows(self, given: str) -> bool:
-        around = (
-            mount for mount in self._mounts if _below(given.strip("/"), _text(mount["at"]).strip("/")) is not None
-        )
+        path = given.strip("/")
+        around = (mount for mount in self._mounts if _below(path, _text(mount["at"]).strip("/")) is not None)
         inner = max(around, key=lambda mount: len(mount["at"]), default=None)
         return inner is not None and not inner["write"]
 
@@ -131,11 +130,9 @@ class Names:
             for inode, name in tree.inodes():
                 # In an inner one that may be written to, another file may have its inode by now.
                 for mount in mounts:
-                    rest = _below(name, mount["sub"])
-                    if rest is not None:
+                    if (rest := _below(name, mount["sub"])) is not None:
                         if not mount["write"]:
-                            path = posixpath.join(mount["at"], rest).rstrip("/")
-                            yield (shown, inode), _text(path)
+                            yield (shown, inode), _text(posixpath.join(mount["at"], rest).rstrip("/"))
                         break
 
 

@@ -64,10 +64,8 @@ class Place:
         self.group = platform.group()
         self._interpreter = interpreter
         self._preload = bool(preload)
-        self._filters = filters.all_filters() if platform.filtered else {}
-        self._cut = {
-            name: filters.cut_at_token(code) for name, code in self._filters.items() if name.endswith(filters.ONCE)
-        }
+        self._filters = known = filters.all_filters() if platform.filtered else {}
+        self._cut = {name: filters.cut_at_token(known[name]) for name in known if name.endswith(filters.ONCE)}
         self.waiting_bytes = WAITING_BYTES
         self.spare_cpu_s = SPARE_CPU_S + (PRELOAD_CPU_S if preload else 0)
         self.in_memory_fds: list[int] = []
@@ -218,7 +216,7 @@ class Place:
 
 
 def failure(report: bytes) -> JobError:
-    """What init says when it cannot go on."""
+    """Why init cannot go on."""
     if not report.startswith(init.FAILED):
         return JobError("init", 0, "the program's init ended without a report")
     told = json.loads(report[1:])

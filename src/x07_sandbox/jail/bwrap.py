@@ -2,13 +2,12 @@
 
 Two forms (docs/design.md, "The jail"):
 
-root   no user namespace. The supervisor and bubblewrap's own two processes keep uid 0 but drop every capability and
-       every descriptor except the lock of the job's uid; setpriv, as the last step inside, changes to that uid,
-       clears all capability sets and the bounding set, and becomes the program.
+root   no user namespace. The supervisor and bubblewrap's two processes keep uid 0 but drop every capability, and every
+       descriptor except the lock of the job's uid; setpriv inside changes to that uid and clears all capability sets.
 user   a user namespace in which the process has a uid that is not 0, and no capability.
 
-In both: own mount, pid, ipc, uts, net and cgroup namespaces, an empty root that holds just the named files,
-read-only, and no /proc; and a filter of system calls, loaded as the last thing before the program (or setpriv).
+In both: own mount, pid, ipc, uts, net and cgroup namespaces, a read-only root of just the named files, no /proc, and a
+filter of system calls, loaded as the last thing before the program (or setpriv).
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     runner_pid: the process with which it dies. syscalls: numbers of the system calls here.
     nest: whether a pid namespace is put around it, so that it ends even if its supervisor is killed: see `may_nest`.
     filter_fd: a pipe from which bubblewrap reads the filter of system calls, as its last step, until the pipe's end.
-        It is the gate: the jail waits there until the filter is written, and where the pipe ends without one, as when
-        the runner dies, the kernel refuses the empty filter and the jail ends. (--block-fd goes on at either.)
+        The jail waits there; where the pipe ends without a filter, as when the runner dies, the kernel refuses the
+        empty one and the jail ends. (--block-fd goes on at either.)
     """
 
     files: tuple[str, ...]

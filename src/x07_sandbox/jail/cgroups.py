@@ -1,8 +1,7 @@
 """Control groups of the host around a jail, where the host has them and we may use them.
 
 Version 2: a group below our own, where we may make one and memory and pids are delegated. Version 1: as root, one
-group in the memory and one in the pids hierarchy. Neither: the guest's fixed RAM size and rlimits bound the process;
-the result says so.
+group in each hierarchy. Neither: the guest's fixed RAM size and rlimits bound the process; the result says so.
 """
 
 from __future__ import annotations

@@ -42,14 +42,9 @@ def _identity(binary: str) -> list[object]:
 
 
 def _ask(binary: str) -> list[str]:
+    env = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
     done = subprocess.run(
-        [_LDD, binary],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
+        [_LDD, binary], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False, env=env
     )
     if done.returncode == 1 and "not a dynamic executable" in done.stdout + done.stderr:
         return [binary]  # linked statically
