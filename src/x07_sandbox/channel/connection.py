@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.channel.link import Link, State
+from x07_sandbox.channel.link import Event, Link, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from x07_sandbox.channel.frames import Role
-    from x07_sandbox.channel.link import Event
 
 READ_SIZE: Final = 128 * 1024
 WRITE_SIZE: Final = 64 * 1024

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from collections.abc import Iterator
+from typing import Final
 
 READ: Final = 128 * 1024  # small files are read at once, whatever their holes
 
 
 def parts(fd: int, size: int) -> Iterator[bytes | int]:
-    """Its bytes up to *size*, in order; a whole number stands for so many zeros that take no room.
-
-    Raises OSError, also where the file ends before that.
-    """
+    """Its bytes up to *size*; a number stands for so many zeros without room. Raises OSError, also if it is shorter."""
     position = 0
     while position < size:
         start, end = (0, size) if size <= READ else next_data(fd, position, size)

@@ -7,9 +7,9 @@ A frame is an 8-byte header and a payload (docs/guest-channel.md):
     reserved        u8, always 0
     stream          u16, big endian; 0 for control frames
 
-Control payloads have closed schemas (`BODIES`): those of `PACKED` are fixed binary records, since a fresh clone pays
-about ten times for each instruction that it meets first, and a JSON parser has many; the others are JSON objects. Data
-payloads are raw bytes. All that the guest says is hostile: each length, count, number and text below has a bound.
+Control payloads have closed schemas (`BODIES`): fixed binary records where `PACKED` has them, since a fresh clone pays
+about ten times for each instruction that it meets first, else JSON objects. Data payloads are raw bytes. All that the
+guest says is hostile: each length, count, number and text below has a bound.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from __future__ import annotations
 import enum
 import json
 import struct
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 from x07_sandbox.errors import PeerError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 PROTOCOL: Final = 1
 HEADER: Final = struct.Struct(">IBBH")
@@ -89,36 +87,24 @@ class Shape(NamedTuple):
 
 _COUNT = Shape("int")
 _TEXT = Shape("text", hi=2000)
+_HOST_NAME = Shape("text", lo=1, hi=64)
+_ANY = Shape("any")
+_BOOL = Shape("bool")
+_ID = Shape("bytes", lo=16, hi=16)
 
 BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.HELLO: {"protocol": Shape("int", 1, 2**31)},
-    Kind.WARM: {
-        "preload": Shape("any"),
-        "hostname": Shape("text", lo=1, hi=64),
-        "output": Shape("bool"),
-        "limits": Shape("any"),
-        "commands": Shape("any"),
-    },
+    Kind.WARM: {"preload": _ANY, "hostname": _HOST_NAME, "output": _BOOL, "limits": _ANY, "commands": _ANY},
     Kind.WARMED: {},
-    Kind.SEED: {
-        "unix_ns": _COUNT,
-        "entropy": Shape("bytes", lo=64, hi=64),
-        "nonce": Shape("bytes", lo=16, hi=16),
-        "machine_id": Shape("bytes", lo=16, hi=16),
-    },
-    Kind.SEEDED: {"nonce": Shape("bytes", lo=16, hi=16)},
+    Kind.SEED: {"unix_ns": _COUNT, "entropy": Shape("bytes", lo=64, hi=64), "nonce": _ID, "machine_id": _ID},
+    Kind.SEEDED: {"nonce": _ID},
     Kind.START: {
         "run_id": Shape("text", lo=1, hi=128),
-        "hostname": Shape("text", lo=1, hi=64),
+        "hostname": _HOST_NAME,
         "phase": Shape("text", lo=1, hi=16),
-        "argv": Shape("any"),
-        "env": Shape("any"),
+        **dict.fromkeys(("argv", "env"), _ANY),
         "cwd": Shape("text", lo=1, hi=4096),
-        "files": Shape("any"),
-        "mounts": Shape("any"),
-        "limits": Shape("any"),
-        "confine": Shape("any"),
-        "output": Shape("any"),
+        **dict.fromkeys(("files", "mounts", "limits", "confine", "output"), _ANY),
     },
     Kind.STARTED: {},
     Kind.STOP: {},
@@ -126,21 +112,14 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
         "by": Shape("text", lo=1, hi=16),
         "call": Shape("text", lo=1, hi=64),
         "errno": Shape("int", 0, 4096),
-        "path": Shape("text", hi=2000),
-        "write": Shape("bool"),
+        "path": _TEXT,
+        "write": _BOOL,
         "count": Shape("int", 1),
     },
     Kind.EXITED: {
         "wait_status": Shape("int", 0, 0xFFFF),
-        "cpu_us": _COUNT,
-        "memory_peak_bytes": _COUNT,
-        "oom_kills": _COUNT,
-        "tasks_peak": _COUNT,
-        "tasks_refused": _COUNT,
-        "cpu_exceeded": Shape("bool"),
-        "stopped": Shape("bool"),
-        "disk_full": Shape("bool"),
-        "memory_full": Shape("bool"),
+        **dict.fromkeys(("cpu_us", "memory_peak_bytes", "oom_kills", "tasks_peak", "tasks_refused"), _COUNT),
+        **dict.fromkeys(("cpu_exceeded", "stopped", "disk_full", "memory_full"), _BOOL),
         "denials_lost": _COUNT,
         "output_bytes": Shape("int", 0, 2**40, optional=True),
         "output_problem": Shape("text", hi=2000, optional=True),
@@ -148,27 +127,16 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.FAILED: {"stage": Shape("text", hi=64), "errno": Shape("int", 0, 4096), "message": _TEXT},
 }
 
+# Control bodies that are no JSON: the fields of BODIES, in that order.
 PACKED: Final[dict[Kind, struct.Struct]] = {
-    Kind.WARMED: struct.Struct(""),
+    **dict.fromkeys((Kind.WARMED, Kind.STARTED, Kind.STOP), struct.Struct("")),
     Kind.SEED: struct.Struct(">Q64s16s16s"),
     Kind.SEEDED: struct.Struct("16s"),
-    Kind.STARTED: struct.Struct(""),
-    Kind.STOP: struct.Struct(""),
-}  # control bodies that are no JSON: the fields of BODIES, in that order
-
+}
+# DATA, EOF and CREDIT go both ways: see `stream_sender`.
 SENDER: Final[dict[Kind, Role]] = {
-    Kind.HELLO: Role.GUEST,
-    Kind.WARM: Role.HOST,
-    Kind.WARMED: Role.GUEST,
-    Kind.SEED: Role.HOST,
-    Kind.SEEDED: Role.GUEST,
-    Kind.START: Role.HOST,
-    Kind.STARTED: Role.GUEST,
-    Kind.STOP: Role.HOST,
-    Kind.DENIED: Role.GUEST,
-    Kind.EXITED: Role.GUEST,
-    Kind.FAILED: Role.GUEST,
-}  # DATA, EOF and CREDIT go both ways: see `stream_sender`
+    kind: Role.HOST if kind in {Kind.WARM, Kind.SEED, Kind.START, Kind.STOP} else Role.GUEST for kind in BODIES
+}
 
 
 def stream_sender(stream: int) -> Role | None:

@@ -1,15 +1,16 @@
 """One end of the channel as a state machine without I/O: bytes in, events out, bytes out.
 
-The table `NEXT` is the protocol: the state after each control frame. Data frames change no state; `DATA_STATES`
-says when they are in order. A pair that is missing raises PeerError (their fault) or ChannelUsageError (ours).
-Both ends run the same table, so the host's idea of the state is never what the guest claims but what it may do.
+`NEXT` is the protocol: the state after each control frame. Data frames change no state; `DATA_STATES` says when they
+are in order. A missing pair raises PeerError (their fault) or ChannelUsageError (ours). Both ends run the same table,
+so the host's idea of the state is never what the guest claims but what it may do.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from x07_sandbox.channel.frames import (
     DATA_MAX,
@@ -26,9 +27,6 @@ from x07_sandbox.channel.frames import (
     take_frame,
 )
 from x07_sandbox.errors import ChannelUsageError, PeerError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 _CREDIT: Final = struct.Struct(">I")
 
@@ -170,11 +168,10 @@ class Link:
     # what comes in
 
     def receive(self, data: bytes) -> Iterator[Event]:
-        """Take bytes from the peer; what they mean, each event decoded when it is asked for.
+        """Take bytes from the peer; iterate over their events, each decoded when it is asked for.
 
-        So what is done about an event comes before the next one is judged, and what came before a fault is not lost
-        with it: events do not depend on how the stream was cut. An iteration that is given up loses nothing: the next
-        one goes on. Raises PeerError from the iteration, and from then on always: the link is of no more use.
+        So events do not depend on how the stream was cut, and none before a fault is lost. A next call goes on where an
+        iteration was given up. The iteration raises PeerError, from then on always: the link is of no more use.
         """
         self._in += data
         return self._events()
@@ -263,9 +260,8 @@ class Link:
 
     def _check_ours(self, stream: int) -> None:
         if stream_sender(stream) is not self.role or self.state not in _data_states(stream):
-            raise ChannelUsageError(
-                f"stream {stream} is not for the {self.role.value} to send while {self.state.value}"
-            )
+            state = self.state.value
+            raise ChannelUsageError(f"stream {stream} is not for the {self.role.value} to send while {state}")
 
     def consumed(self, stream: int, count: int) -> None:
         """Tell the peer, in steps of a quarter window, that *count* bytes of *stream* were taken.

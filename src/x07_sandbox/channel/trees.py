@@ -14,20 +14,18 @@ Records follow each other, numbers are big-endian:
     ROOT      nothing: what follows is of the tree with the number that the name says, in decimal
     END       nothing: the last record
 
-No I/O: bytes in, events out. All that a guest sends is hostile: names, numbers and counts have bounds here, and a name
-can neither leave its tree nor be absolute. What an entry may be is for its reader to judge.
+All that a guest sends is hostile: names, numbers and counts have bounds here, and a name can neither leave its tree nor
+be absolute. What an entry may be is for its reader to judge.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 from x07_sandbox.errors import PeerError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 NAME_MAX: Final = 4095  # PATH_MAX without its NUL
 PART_MAX: Final = 255
@@ -52,20 +50,15 @@ class Kind(enum.IntEnum):
     END = 7
 
 
-class Entry:
+class Entry(NamedTuple):
     """One record. mode: permission bits, for OTHER with the type. mtime_ns, size: of a file. target: of a link."""
 
-    __slots__ = ("kind", "mode", "mtime_ns", "name", "size", "target")
-
-    def __init__(
-        self, kind: Kind, name: bytes, *, mode: int = 0, mtime_ns: int = 0, size: int = 0, target: bytes = b""
-    ) -> None:
-        self.kind = kind
-        self.name = name
-        self.mode = mode
-        self.mtime_ns = mtime_ns
-        self.size = size
-        self.target = target
+    kind: Kind
+    name: bytes
+    mode: int = 0
+    mtime_ns: int = 0
+    size: int = 0
+    target: bytes = b""
 
     def encoded(self) -> bytes:
         """Its bytes; those of a file are followed by its segments. Raises struct.error for what no record can hold."""
@@ -79,28 +72,20 @@ class Entry:
         return head
 
 
-class Piece:
+class Piece(NamedTuple):
     """Bytes of the file whose entry came last."""
 
-    __slots__ = ("data",)
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
+    data: bytes
 
 
-class Hole:
+class Hole(NamedTuple):
     """So many zeros of it, which take no room."""
 
-    __slots__ = ("size",)
-
-    def __init__(self, size: int) -> None:
-        self.size = size
+    size: int
 
 
 class FileEnd:
     """That file is whole."""
-
-    __slots__ = ()
 
 
 Event = Entry | Piece | Hole | FileEnd
@@ -238,7 +223,7 @@ def check_name(name: bytes) -> bytes:
 
 
 def can_hold_names(name: bytes) -> bool:
-    """Whether what lies in the folder *name* can still have a name in a stream, and a path that the kernel takes."""
+    """Whether what lies in the folder *name* can have a name in a stream, and a path that the kernel takes."""
     return len(name) + PART_MAX + 1 < NAME_MAX - 256 and name.count(b"/") + 2 < DEPTH_MAX
 
 

@@ -1,7 +1,6 @@
-"""The one list of what every backend does, and the programs and observations that show it.
+"""What every backend does, and the programs and observations that show it.
 
-An observation runs a program through the ordinary pipeline, once for all behaviours that it shows, and gives facts by
-name. A behaviour says which fact is expected.
+An observation runs a program as any user's, once for all behaviours that it shows, and returns facts by name.
 """
 
 from __future__ import annotations
@@ -10,18 +9,20 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
 from x07_sandbox.backends.base import Job, MachineKind
-from x07_sandbox.conformance.bench import ANSWER_S, Bench, expect, policy_with, read_line, remaining
+from x07_sandbox.conformance.bench import ANSWER_S, Bench, expect, policy_with, remaining
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.paths import cache_folder, state_dir
@@ -40,10 +41,9 @@ WITHOUT_GAPS: Final[frozenset[Group]] = frozenset({"channel", "files", "outcome"
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that a backend does.
+    """One thing that a backend does: a promise, and its check, which raises BrokenError.
 
-    promise: it, as a sentence. check: raises BrokenError where it does not. needs: the capability (plan/features) that
-    says that it does: where a backend does not have that on this host, nothing is checked.
+    needs: a capability (plan/features) without which the check is skipped.
     """
 
     name: str
@@ -53,17 +53,24 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     needs: str = ""
 
 
-def _fact(observe: Callable[[Bench], Facts], name: str, expected: object) -> Check:
+# Programs run below bench.LAUNCHER, which gives them json, os, signal, sys, time and tried().
+
+
+def _fact(observe: Callable[[Bench], Facts], name: str, expected: object = True) -> Check:  # noqa: FBT002 - of any type
     return lambda bench: expect(name, expected, bench.once(observe)[name])
 
 
 def _ends(outcome: str, exit_code: int, code: str, **limits: int) -> Check:
     """A check that a program under these limits has that outcome, and the command that exit code."""
-    return lambda bench: _expect_end(outcome, exit_code, bench.run(code, policy=policy_with(limits=limits)))
+    end = outcome, exit_code
+    return lambda bench: expect(_END, end, _end(bench.run(code, policy=policy_with(limits=limits))))
 
 
-def _expect_end(outcome: str, exit_code: int, result: Result) -> None:
-    expect("outcome and exit code", (outcome, exit_code), (result.outcome, result.x07_exit_code))
+_END: Final = "outcome and exit code"
+
+
+def _end(result: Result) -> tuple[str, int | None]:
+    return result.outcome, result.x07_exit_code
 
 
 # What a program sees.
@@ -72,10 +79,7 @@ _ARGS: Final = ("", "-x", "two words", "line\nend", "\N{SNOWMAN}")
 _ENV: Final = {"CONFORMANCE": "a word, \N{SNOWMAN}"}
 _OWN_VARIABLES: Final = frozenset({"PATH", "HOME", "LANG", "LC_CTYPE", *_ENV})
 _LOOK: Final = """
-import json, os, socket
-def tried(act, *words, **more):
-    try: return act(*words, **more)
-    except OSError: return None
+import socket
 secret, port, pid, ticks, *args = sys.argv[2:]
 stat = tried(open, f"/proc/{pid}/stat")
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -83,10 +87,10 @@ open("made", "w").write("made")
 print(json.dumps({
     "arguments": args,
     "variables": dict(os.environ),
-    "files": os.listdir("."),
+    "its file is there": "made" in os.listdir("."),
     "capabilities": int(status["CapEff"], 16),
     "interfaces": [name for _, name in socket.if_nameindex() if name != "lo"],
-    "a server of the host answers": tried(socket.create_connection, ("127.0.0.1", int(port)), timeout=5) is not None,
+    "a server of the host answers": tried(socket.create_connection, ("127.0.0.1", int(port)), 5) is not None,
     "a file of the host opens": tried(open, secret) is not None,
     "its caller is in /proc": bool(stat) and stat.read().rpartition(")")[2].split()[19] == ticks,
 }))
@@ -110,11 +114,11 @@ def _seen(bench: Bench) -> Facts:
         words = str(secret), str(server.getsockname()[1]), str(us.pid), str(us.start_ticks)
         facts: Facts = json.loads(bench.output(_LOOK, *words, *_ARGS, env=_ENV))
     variables = facts["variables"]
-    facts["its named variable"] = variables.get("CONFORMANCE")
-    facts["other variables"] = [name for name in variables if not (name in _OWN_VARIABLES or name.startswith("X07_"))]
-    facts["its file is there"] = "made" in facts["files"]
-    again = bench.output("import os; print('made' in os.listdir('.'))")
-    return facts | {"the next run finds its file": again == "True\n"}
+    return facts | {
+        "its named variable": variables.get("CONFORMANCE"),
+        "other variables": [name for name in variables if name not in _OWN_VARIABLES and not name.startswith("X07_")],
+        "the next run finds its file": bench.output("print('made' in os.listdir('.'))") == "True\n",
+    }
 
 
 def _echoed(bench: Bench) -> Facts:
@@ -157,27 +161,24 @@ def _beside(bench: Bench) -> None:
 
 # How it ends.
 
-_ABORT: Final = "import os, signal; os.kill(os.getpid(), signal.SIGABRT)"
-_STAND: Final = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+_ABORT: Final = "os.kill(os.getpid(), signal.SIGABRT)"
+_STAND: Final = "os.kill(os.getpid(), signal.SIGSTOP)"
 _LEAVE: Final = """
-import os, time
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
-        for fd in (0, 1, 2): os.close(fd)
+        os.closerange(0, 3)
         time.sleep(1000)
     os._exit(0)
 os.wait()
 sys.exit(5)
 """
 _DEAF: Final = """
-import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if os.fork() == 0: os.setsid()
 while True: time.sleep(1)
 """
 _LONG: Final = """
-import os, time
 if os.fork() == 0:
     os.setsid()
     print("ready", flush=True)
@@ -187,43 +188,41 @@ _WALL_MS: Final = 700
 _GRACE_MS: Final = int(settings.STOPPED_S * 1000) + 1000  # to ask how the program stood; the rest is for a busy host
 
 
-def _flooded(bench: Bench) -> Facts:
+def _flooded(bench: Bench) -> None:
     result = bench.run("while True: sys.stdout.write('x' * 4096)", max_output_bytes=10_000)
-    return {"outcome, exit code, bytes kept": (result.outcome, result.x07_exit_code, len(result.stdout.data))}
+    found = *_end(result), len(result.stdout.data)
+    expect("outcome, exit code, bytes kept", ("output-limit", 153, 10_000), found)
 
 
 def _left(bench: Bench) -> Facts:
-    mark = os.urandom(16).hex()
-    result = bench.run(_LEAVE, mark)
-    return {"outcome and exit code": (result.outcome, result.x07_exit_code), "processes left": remaining(mark)}
+    mark = secrets.token_hex(16)
+    return {_END: _end(bench.run(_LEAVE, mark)), "processes left": remaining(mark)}
 
 
 def _late(bench: Bench) -> Facts:
-    mark = os.urandom(16).hex()
+    mark = secrets.token_hex(16)
     result = bench.run(_DEAF, mark, policy=policy_with(limits={"wall_ms": _WALL_MS}))
     times = result.phases["run"].times_ms
     over_ms = times["end"] - times["started"] - _WALL_MS
     grace = "kept" if 0 <= over_ms <= _GRACE_MS else f"ended {over_ms:.0f} ms after its deadline"
-    ended = result.outcome, result.x07_exit_code
-    return {"outcome and exit code": ended, "grace": grace, "processes left": remaining(mark)}
+    return {_END: _end(result), "grace": grace, "processes left": remaining(mark)}
 
 
 def _cancelled(bench: Bench) -> None:
-    mark = os.urandom(16).hex()
+    mark = secrets.token_hex(16)
     with bench.running(_LONG, mark) as running:
         running.line()
         running.cancel(signal.SIGINT)
-        _expect_end("cancelled", 130, running.result())
+        expect(_END, ("cancelled", 130), _end(running.result()))
     expect("processes left", [], remaining(mark))
 
 
 def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
-    """What becomes of a run of another process, whose job is stopped by its record, or which is killed."""
-    mark = os.urandom(16).hex()
-    with bench.elsewhere(_LONG, mark) as runner:
-        assert runner.stdout is not None  # noqa: S101 - for the type checker
-        read_line(runner.stdout.fileno())
-        records = bench.owned_by(runner)
+    """Start a run in another process and stop its job by its record, or kill that process first."""
+    mark = secrets.token_hex(16)
+    with bench.elsewhere(_LONG, mark) as (runner, line):
+        line()
+        records = bench.owned_by(runner.pid)
         expect("jobs listed", [bench.backend.name], [record.backend for record in records])
         left = []
         if kill:
@@ -231,23 +230,19 @@ def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
             runner.wait(ANSWER_S)
             left = remaining(mark, records[0].mark)
         stopped = [bench.backend.stop(records[0]) for _ in range(2)]
-        outcome = "" if kill else read_line(runner.stdout.fileno()).partition(":")[0]
+        outcome = "" if kill else line().partition(":")[0]
         runner.wait(ANSWER_S)
         return {
             "outcome": outcome,
             "stop said": stopped,
             "processes left": left or remaining(mark, records[0].mark),
             "recorded as done": (records[0].folder / "done").exists(),
-            "jobs listed afterwards": len(bench.owned_by(runner)),
+            "jobs listed afterwards": len(bench.owned_by(runner.pid)),
         }
 
 
-def _stopped(bench: Bench) -> Facts:
-    return _elsewhere(bench, kill=False)
-
-
-def _killed(bench: Bench) -> Facts:
-    return _elsewhere(bench, kill=True)
+_stopped: Final = partial(_elsewhere, kill=False)
+_killed: Final = partial(_elsewhere, kill=True)
 
 
 def _gone_when_stopped(bench: Bench) -> None:
@@ -256,33 +251,31 @@ def _gone_when_stopped(bench: Bench) -> None:
     expect("outcome", "guest-lost", facts["outcome"])
 
 
-def _unused(bench: Bench) -> Facts:
+def _unused(bench: Bench) -> None:
     claim = Claim(run_id=new_run_id(), phase="run", wall_ms=1000)
     kind = MachineKind(image=bench.image, ram_bytes=RAM_CLASSES[0])
     with contextlib.closing(Cancel()) as cancel:
         with bench.backend.start(Job(claim=claim, kind=kind, caller=Caller(cancel=cancel))) as instance:
             record, alive = instance.record, instance.exit_status() is None
-        return {"alive, left, done": (alive, remaining(record.mark), (record.folder / "done").exists())}
+        found = alive, remaining(record.mark), (record.folder / "done").exists()
+    expect("alive, left, done", (True, [], True), found)
 
 
 # What it is held to.
 
 _FDS: Final = 64
 _PROCS: Final = 8
-_BURN: Final = "import os\nos.fork()\nos.fork()\nwhile True: pass\n"
+_BURN: Final = "os.fork()\nos.fork()\nwhile True: pass\n"
 _EAT: Final = "held = []\nwhile True: held.append(bytearray(1 << 20))\n"
 _COUNT: Final = """
-import json, os, resource, signal
-fds, children = [], []
-try:
-    while len(fds) < 1000: fds.append(os.open("/dev/null", os.O_RDONLY))
-except OSError: pass
+import resource
+def count(most, make):
+    made = []
+    while len(made) < most and (one := tried(make)) is not None: made.append(one)
+    return made
+fds = count(1000, lambda: os.open("/dev/null", os.O_RDONLY))
 for fd in fds: os.close(fd)
-try:
-    while len(children) < 100:
-        if not (pid := os.fork()): signal.pause()
-        children.append(pid)
-except OSError: pass
+children = count(100, lambda: os.fork() or signal.pause())
 for pid in children: os.kill(pid, signal.SIGKILL)
 print(json.dumps({
     "descriptors": fds[-1] + 1,
@@ -291,18 +284,15 @@ print(json.dumps({
 }))
 """
 _DARE: Final = """
-import json, os, threading
+import threading
 done = []
 def child():
-    if not (pid := os.fork()): os._exit(0)
-    os.waitpid(pid, 0)
+    os.waitpid(os.fork() or os._exit(0), 0)
     done.append("child")
-for act in (threading.Thread(target=done.append, args=["thread"]).start, child):
-    try: act()
-    except (OSError, RuntimeError): pass
+tried(threading.Thread(target=done.append, args=["thread"]).start)
+tried(child)
 print(json.dumps(done), flush=True)
-try: os.execv("/bin/echo", ["echo", "executed"])
-except OSError: pass
+tried(os.execv, "/bin/echo", ["echo", "executed"])
 """
 _FIELDS: Final = {  # that stand for a capability which is no field itself
     "no-network": "net.enabled",
@@ -319,9 +309,8 @@ def _counted(bench: Bench) -> Facts:
 
 def _dared(bench: Bench) -> Facts:
     process = {"allow_spawn": False, "allow_exec": False, "allow_exec_prefixes": ()}
-    started, *executed = bench.output(
-        _DARE, policy=policy_with(threads={"enabled": False}, process=process)
-    ).splitlines()
+    policy = policy_with(threads={"enabled": False}, process=process)
+    started, *executed = bench.output(_DARE, policy=policy).splitlines()
     return {"tasks started": json.loads(started), "programs executed": executed}
 
 
@@ -337,7 +326,6 @@ def _honest_plan(bench: Bench) -> None:
 # Images and folders.
 
 _FOLDERS: Final = """
-import os
 read, write = sys.argv[2:]
 print(open(f"{read}/given").read())
 try: open(f"{read}/given", "w")
@@ -350,20 +338,15 @@ open("/x07/out/report", "w").write("report")
 
 
 def _expect_refused(bench: Bench, reason: str, env: Mapping[str, str]) -> None:
-    """Expect that a run with these variables is refused, for that reason, before anything is started."""
-    with bench.elsewhere("print('it ran')", env=env) as runner:
-        assert runner.stdout is not None  # noqa: S101 - for the type checker
-        outcome, _, said = read_line(runner.stdout.fileno()).partition(":")
+    """Expect that a run with these variables is refused for that reason before anything starts."""
+    with bench.elsewhere("print('it ran')", env=env) as (runner, line):
+        outcome, _, said = line().partition(":")
         expect(f"outcome ({said}), for the right reason", ("refused", True), (outcome, reason in said))
         expect("jobs", [], [path.name for path in state_dir().glob(f"*-{runner.pid}-*-*")])
 
 
-def _digest(bench: Bench) -> str:
-    return "" if bench.image is None else bench.image.manifest.digest
-
-
 def _damaged(bench: Bench) -> None:
-    digest = _digest(bench)
+    digest = bench.image_digest
     with tempfile.TemporaryDirectory(prefix="conformance-", dir=cache_folder("tmp")) as cache:
         copy = Path(shutil.copytree(find_image(digest).folder, f"{cache}/images/{digest.removeprefix('sha256:')}"))
         largest = max(copy.iterdir(), key=lambda path: path.stat().st_size)
@@ -385,9 +368,7 @@ def _folders(bench: Bench) -> Facts:
         path.write_text("before", encoding="ascii")
     fs = {"read_roots": (str(read),), "write_roots": (str(write),), "deny_hidden": False}
     printed = bench.output(_FOLDERS, str(read), str(write), policy=policy_with(fs=fs), out=out).splitlines()
-    after = {
-        folder.name: {path.name: path.read_text(encoding="ascii") for path in folder.iterdir()} for folder in folders
-    }
+    after = {at.name: {path.name: path.read_text(encoding="ascii") for path in at.iterdir()} for at in folders}
     return after | {"printed": printed}
 
 
@@ -399,7 +380,7 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
             _fact(_seen, "its named variable", _ENV["CONFORMANCE"])),
         ("input", "Input arrives whole, in order, and then ends.",
             _fact(_echoed, "digests of the input", (_SHA256, f"sha256:{_SHA256}"))),
-        ("outputs", "Both outputs arrive whole, and apart.", _fact(_echoed, "both outputs are whole", expected=True)),
+        ("outputs", "Both outputs arrive whole, and apart.", _fact(_echoed, "both outputs are whole")),
         ("streaming", "Input and output are carried while the program runs.",
             _fact(_talked, "lines", ["ready", "ONE", "TWO"])),
         ("end-of-input", "The program sees the end of streamed input.", _fact(_talked, "outcome", "ok")),
@@ -408,8 +389,7 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     "files": (
         ("artifact", "What a build makes arrives unchanged, and is what runs.", _artifact),
         ("files-beside", "Files given with the program lie beside it.", _beside),
-        ("work-folder", "The program can write files where it starts.",
-            _fact(_seen, "its file is there", expected=True)),
+        ("work-folder", "The program can write files where it starts.", _fact(_seen, "its file is there")),
         ("fresh-folder", "A run finds no file of an earlier one.",
             _fact(_seen, "the next run finds its file", expected=False)),
     ),
@@ -417,15 +397,13 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
         ("exit-status", "The program's exit status is reported.", _ends("failed", 7, "sys.exit(7)")),
         ("status-137", "An exit status of 137 is not taken for a kill.", _ends("failed", 137, "sys.exit(137)")),
         ("signal", "The signal that ended a program is reported.", _ends("signalled", 128 + signal.SIGABRT, _ABORT)),
-        ("output-limit", "Output is kept up to its limit, at which the program ends.",
-            _fact(_flooded, "outcome, exit code, bytes kept", ("output-limit", 153, 10_000))),
+        ("output-limit", "Output is kept up to its limit, at which the program ends.", _flooded),
         ("left-status", "A program that leaves processes behind ends with its own status.",
-            _fact(_left, "outcome and exit code", ("failed", 5))),
+            _fact(_left, _END, ("failed", 5))),
         ("left-processes", "Processes that a program leaves behind end with it.", _fact(_left, "processes left", [])),
     ),
     "deadline": (
-        ("deadline", "A program that ignores signals ends at its deadline.",
-            _fact(_late, "outcome and exit code", ("timeout", 124))),
+        ("deadline", "A program that ignores signals ends at its deadline.", _fact(_late, _END, ("timeout", 124))),
         ("deadline-of-children", "What that program has started ends with it.", _fact(_late, "processes left", [])),
         ("grace", "A program is ended at its deadline, at most the grace later.", _fact(_late, "grace", "kept")),
         ("stopped-program", "A program stopped by a signal ends at its deadline.",
@@ -439,8 +417,7 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
         ("killed-runner", "The job of a killed runner ends.", _fact(_killed, "processes left", [])),
         ("killed-record", "Stopping the job of a killed runner by its record takes it off the list.",
             _fact(_killed, "jobs listed afterwards", 0)),
-        ("unused-instance", "An instance that was never used ends with its caller.",
-            _fact(_unused, "alive, left, done", (True, [], True))),
+        ("unused-instance", "An instance that was never used ends with its caller.", _unused),
     ),
     "limits": (
         ("cpu", "A program and its children end at their CPU time limit.", _ends("cpu-limit", 124, _BURN, cpu_ms=500)),
@@ -466,7 +443,7 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     ),
     "images": (
         ("image-digest", "The result names the image by its digest.",
-            lambda bench: expect("digest", _digest(bench), bench.once(_echoed)["image"])),
+            lambda bench: expect("digest", bench.image_digest, bench.once(_echoed)["image"])),
         ("pinned-image", "An image other than the pinned one is refused.",
             lambda bench: _expect_refused(bench, "not the one", {"X07_VM_GUEST_IMAGE_DIGEST": f"sha256:{'0' * 64}"})),
         ("damaged-image", "An image with one changed bit is refused.", _damaged),
@@ -479,19 +456,11 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     ),
 }  # fmt: skip
 _NEEDS: Final = {
-    "cpu": "limits.cpu_ms",
-    "memory": "limits.mem_bytes",
-    "descriptors": "limits.fds",
-    "tasks": "limits.procs",
-    "core-dumps": "limits.core_dumps",
-    "no-network": "no-network",
-    "no-host-servers": "no-network",
-    "no-host-files": "no-host-files",
-    "no-host-variables": "no-host-variables",
-    "no-more-tasks": "confinement",
-    "no-execution": "confinement",
-    **dict.fromkeys(("read-root", "write-root", "out-folder"), "host-files"),
-}
+    "cpu": "limits.cpu_ms", "memory": "limits.mem_bytes", "descriptors": "limits.fds", "tasks": "limits.procs",
+    "core-dumps": "limits.core_dumps", "no-network": "no-network", "no-host-servers": "no-network",
+    "no-host-files": "no-host-files", "no-host-variables": "no-host-variables", "no-more-tasks": "confinement",
+    "no-execution": "confinement", "read-root": "host-files", "write-root": "host-files", "out-folder": "host-files",
+}  # fmt: skip
 BEHAVIOURS: Final = tuple(
     Behaviour(name=name, group=group, promise=promise, check=check, needs=_NEEDS.get(name, ""))
     for group, rows in _TABLE.items()

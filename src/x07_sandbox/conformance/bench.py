@@ -10,8 +10,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
@@ -36,7 +37,12 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 # The one program that is built: a check's own code is its first argument, so that all runs share one artifact.
-LAUNCHER: Final = b"import sys\nexec(sys.argv[1])\n"
+LAUNCHER: Final = b"""import json, os, signal, sys, time
+def tried(act, *words):
+    try: return act(*words)
+    except (OSError, RuntimeError): return None
+exec(sys.argv[1])
+"""
 RUNNER: Final = (sys.executable, "-P", "-m", "x07_sandbox.conformance.runner")
 ANSWER_S: Final = 30.0  # for what takes well under a second on an idle host
 _LOOK_AGAIN_S: Final = 0.02
@@ -61,38 +67,56 @@ def policy_with(*, limits: Mapping[str, Any] | None = None, **sections: Mapping[
     return replace(policy, **{name: replace(getattr(policy, name), **fields) for name, fields in changed.items()})
 
 
-class Bench:
-    """A backend under test. Made by `open_bench`.
+def request(backend: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN401 - fields of a request
+    """A run of LAUNCHER with these arguments, of which the first is code."""
+    fields.setdefault("source", LAUNCHER)
+    fields.setdefault("policy", policy_with())
+    choice = Choice(backend=backend, sandbox_backend=BY_NAME[backend].sandbox_class)
+    return RunRequest(toolchain="python", args=args, choice=choice, **fields)
 
-    image: None where the backend uses none. features: what it offers here. artifact: the built LAUNCHER. build: the
-    result of the run that built it. runner: the command that carries out a run in another process.
+
+class Running(NamedTuple):
+    """A program that runs. line: waits for a line of its output. cancel: ends it. result: waits for its end."""
+
+    stdin: Any
+    line: Callable[[], str]
+    cancel: Cancel
+    result: Callable[[], Result]
+
+
+class Bench:
+    """A backend under test, made by `open_bench`.
+
+    image: None where the backend uses none. artifact: the built LAUNCHER. build: the result of the run that built it.
+    runner: the command that carries out a run in another process.
     """
 
     def __init__(
         self, name: str, folder: Path, image: OpenImage | None, artifact: OutFile, runner: Sequence[str]
     ) -> None:
         self.backend = create(name)
-        self.choice = Choice(backend=name, sandbox_backend=BY_NAME[name].sandbox_class)
         self.folder = folder
         self.image = image
+        self.image_digest = "" if image is None else image.manifest.digest
         self.features = self.backend.probe(image).features
         self.artifact = artifact
         self._runner = runner
         self._made: dict[object, object] = {}
-        self.build = self.run("", artifact=artifact, cache=False)
+        self.build = self.run("", cache=False)
 
     def once(self, make: Callable[[Bench], _T]) -> _T:
-        """What *make* gives, which is called once: several checks share a run."""
+        """What *make* returns; it is called once, so that several checks share a run."""
         if make not in self._made:
             self._made[make] = make(self)
         return self._made[make]  # type: ignore[return-value]  # as it was put there
 
-    def run(self, code: str, *args: str, stdin: bytes | int | None = None, **fields: Any) -> Result:  # noqa: ANN401 - fields of a request
-        """Run a program to its end. stdin: its input, or where that comes from."""
+    def run(self, code: str, *args: str, stdin: bytes | None = None, **fields: Any) -> Result:  # noqa: ANN401 - fields of a request
+        """Run a program to its end."""
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))
-            stdin_fd = memory_file(stdin, stack) if isinstance(stdin, bytes) else stdin
-            return run(self._request(code, *args, stdin_fd=stdin_fd, cancel=cancel, **fields))
+            stdin_fd = memory_file(stdin, stack) if stdin is not None else None
+            fields.setdefault("artifact", self.artifact)
+            return run(request(self.backend.name, code, *args, stdin_fd=stdin_fd, cancel=cancel, **fields))
 
     def output(self, code: str, *args: str, **fields: Any) -> str:  # noqa: ANN401 - as above
         """What a program that ends well printed. Raises BrokenError where it does not."""
@@ -100,15 +124,6 @@ class Bench:
         said = result.stderr.data[-200:].decode(errors="replace")
         expect("how a program ended", "ok", "ok" if result.ok else f"{result.outcome}: {result.reason}; {said}")
         return result.stdout.data.decode(errors="replace")
-
-    def _request(self, code: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN401 - as above
-        common: dict[str, Any] = {
-            "source": LAUNCHER,
-            "toolchain": "python",
-            "args": (code, *args),
-            "policy": policy_with(),
-        }
-        return RunRequest(**(common | {"artifact": self.artifact, "choice": self.choice} | fields))
 
     @contextlib.contextmanager
     def running(self, code: str, *args: str) -> Iterator[Running]:
@@ -123,40 +138,27 @@ class Bench:
             stack.callback(os.close, far_fd)
             pool = stack.enter_context(ThreadPoolExecutor(1))
             stack.callback(cancel)  # on the way out first, so that the pool's end need not wait
-            request = self._request(code, *args, stdin_fd=input_fd, live_stdout=far_fd, cancel=cancel)
-            result = pool.submit(run, request)
-            yield Running(near, output_fd, cancel, lambda: result.result(ANSWER_S))
+            fields = {"stdin_fd": input_fd, "live_stdout": far_fd, "cancel": cancel, "artifact": self.artifact}
+            result = pool.submit(run, request(self.backend.name, code, *args, **fields))
+            yield Running(near, partial(read_line, output_fd), cancel, partial(result.result, ANSWER_S))
 
     @contextlib.contextmanager
     def elsewhere(
         self, code: str, *args: str, env: Mapping[str, str] | None = None
-    ) -> Iterator[subprocess.Popen[bytes]]:
-        """A process that carries out a run (conformance/runner); on the way out it is killed."""
+    ) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
+        """A process that carries out a run (conformance/runner), and its next line; on the way out it is killed."""
         argv = [*self._runner, self.backend.name, code, *args]
         environment = {**os.environ, **(env or {})}
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as runner:
+            assert runner.stdout is not None  # noqa: S101 - for the type checker
             try:
-                yield runner
+                yield runner, partial(read_line, runner.stdout.fileno())
             finally:
                 runner.kill()
 
-    def owned_by(self, runner: subprocess.Popen[bytes]) -> list[JobRecord]:
+    def owned_by(self, pid: int) -> list[JobRecord]:
         """The jobs of that process which the backend lists."""
-        return [record for record in self.backend.list_owned() if record.run_id.split("-")[1] == str(runner.pid)]
-
-
-class Running:
-    """A program that runs. stdin: its input. cancel: ends it. result: waits for its end."""
-
-    def __init__(self, stdin: Any, output_fd: int, cancel: Cancel, result: Callable[[], Result]) -> None:  # noqa: ANN401 - a binary file
-        self.stdin = stdin
-        self.cancel = cancel
-        self.result = result
-        self._output_fd = output_fd
-
-    def line(self) -> str:
-        """The next line of its output. Raises BrokenError where none comes."""
-        return read_line(self._output_fd)
+        return [record for record in self.backend.list_owned() if record.run_id.split("-")[1] == str(pid)]
 
 
 def read_line(fd: int) -> str:
@@ -173,7 +175,7 @@ def read_line(fd: int) -> str:
 
 
 def remaining(*marks: str) -> list[int]:
-    """Processes of this host with one of these texts in their arguments, as soon as there are none, or too late."""
+    """Wait until no process of this host has one of these texts in its arguments; those that still do at the end."""
     deadline = time.monotonic() + ANSWER_S
     while True:
         pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
@@ -187,10 +189,8 @@ def remaining(*marks: str) -> list[int]:
 def open_bench(name: str, runner: Sequence[str] = RUNNER) -> Iterator[Bench]:
     """The backend *name*, ready for checks. Raises SandboxError where it cannot run here."""
     with contextlib.ExitStack() as stack:
-        image = None
-        if create(name).uses_image:
-            image = stack.enter_context(open_image(current_image(find_image(None))))
+        used = create(name).uses_image
+        image = stack.enter_context(open_image(current_image(find_image(None)))) if used else None
         artifact = OutFile(path=OUTPUT, fd=memory_file(b"", stack), max_bytes=settings.ARTIFACT_MAX_BYTES)
-        prefix = f"x07-conformance-{name}-"
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"x07-conformance-{name}-"))
         yield Bench(name, Path(folder), image, artifact, runner)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import Literal
 
 import msgspec
 
 from x07_sandbox.backends.registry import create
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, WITHOUT_GAPS, Behaviour
-from x07_sandbox.conformance.bench import RUNNER, BrokenError, open_bench
+from x07_sandbox.conformance.bench import RUNNER, Bench, BrokenError, open_bench
 from x07_sandbox.errors import shown
 from x07_sandbox.plan.features import Isolation
-
-if TYPE_CHECKING:
-    from x07_sandbox.conformance.bench import Bench
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,21 +59,18 @@ def conform(
 
 def judge(behaviour: Behaviour, bench: Bench) -> Verdict:
     """Check one behaviour, unless it is a known gap or this host does not give what it needs."""
-    verdict = Verdict(name=behaviour.name, group=behaviour.group, promise=behaviour.promise, verdict="passed")
+    known = Verdict(name=behaviour.name, group=behaviour.group, promise=behaviour.promise, verdict="passed")
+    verdict = partial(msgspec.structs.replace, known)
     if reason := bench.backend.known_gaps.get(behaviour.name):
-        return msgspec.structs.replace(verdict, verdict="gap", reason=reason)
+        return verdict(verdict="gap", reason=reason)
     if behaviour.needs and behaviour.needs not in bench.features.can_hold:
-        reason = f"on this host the backend does not hold {behaviour.needs}"
-        return msgspec.structs.replace(verdict, verdict="skipped", reason=reason)
+        return verdict(verdict="skipped", reason=f"on this host the backend does not hold {behaviour.needs}")
     begun = time.monotonic()
-    failed = ""
+    failed = {}
     try:
         behaviour.check(bench)
     except BrokenError as exc:
-        failed = str(exc)
+        failed = {"verdict": "failed", "reason": shown(str(exc))}
     except Exception as exc:  # noqa: BLE001 - whatever a backend does wrong is a verdict on it
-        failed = f"{type(exc).__name__}: {exc}"
-    seconds = round(time.monotonic() - begun, 2)
-    if failed:
-        return msgspec.structs.replace(verdict, verdict="failed", reason=shown(failed), seconds=seconds)
-    return msgspec.structs.replace(verdict, seconds=seconds)
+        failed = {"verdict": "failed", "reason": shown(f"{type(exc).__name__}: {exc}")}
+    return verdict(seconds=round(time.monotonic() - begun, 2), **failed)

@@ -8,30 +8,16 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from x07_sandbox.backends.registry import BY_NAME
-from x07_sandbox.backends.selection import Choice
-from x07_sandbox.conformance.bench import LAUNCHER, policy_with
+from x07_sandbox.conformance.bench import request
 from x07_sandbox.errors import shown
 from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import run
 
 
 def main(words: list[str]) -> None:
     """Carry it out and print how it ended."""
-    name, *args = words
     with contextlib.closing(Cancel()) as cancel:
-        result = run(
-            RunRequest(
-                source=LAUNCHER,
-                toolchain="python",
-                args=tuple(args),
-                policy=policy_with(),
-                choice=Choice(backend=name, sandbox_backend=BY_NAME[name].sandbox_class),
-                live_stdout=1,
-                cancel=cancel,
-            )
-        )
+        result = run(request(*words, live_stdout=1, cancel=cancel))
     sys.stdout.write(f"{result.outcome}: {shown(result.reason)}\n")
 
 

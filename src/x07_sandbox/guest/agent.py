@@ -1,8 +1,8 @@
 """The guest agent: one conversation with the host, one program.
 
-It speaks first, takes clock and entropy before anything else, receives the job and its files, has the program
-started by `init` under `confine`, carries the streams, and reports. What it runs in is its `platform`. In all but the
-weakest the program sees neither the channel nor this process, and this process is in no control group of the program's.
+It speaks first, takes clock and entropy before anything else, receives the job and its files, has `init` start the
+program, carries the streams, and reports. What it runs in is its `platform`: in all but the weakest the program sees
+neither the channel nor this process, which is in no control group of the program's.
 """
 
 from __future__ import annotations
@@ -25,23 +25,20 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Serve the one conversation, and end."""
-    platform = _platform(sys.argv[1:])
+    """Serve the one conversation, and end. Arguments: none in a machine, else those of `process.named`."""
+    platform: Platform
+    if words := sys.argv[1:]:
+        from x07_sandbox.guest.process import named
+
+        platform = named(words)
+    else:
+        from x07_sandbox.guest.machine import Machine
+
+        platform = Machine()
     try:
         Agent(platform.open_channel(), platform).serve()
     finally:
         platform.end()
-
-
-def _platform(words: list[str]) -> Platform:
-    """What the command line says: nothing in a machine, else a kind and what that needs."""
-    if not words:
-        from x07_sandbox.guest.machine import Machine
-
-        return Machine()
-    from x07_sandbox.guest.process import named
-
-    return named(words)
 
 
 class Agent:
@@ -80,18 +77,15 @@ class Agent:
             if events is None:
                 return False
             for event in events:
-                self._guarded(event)
+                try:
+                    self._take(event)
+                except JobError as exc:
+                    self._fail(exc)
+                except OSError as exc:
+                    self._fail(JobError("prepare", exc.errno or 0, str(exc)))
         if self.job is not None:
             self.job.tick()
         return self.connection.flush()
-
-    def _guarded(self, event: Event) -> None:
-        try:
-            self._take(event)
-        except JobError as exc:
-            self._fail(exc)
-        except OSError as exc:
-            self._fail(JobError("prepare", exc.errno or 0, str(exc)))
 
     def _fail(self, problem: JobError) -> None:
         stage, number, message = problem.args
@@ -103,7 +97,9 @@ class Agent:
             if event.kind is Kind.WARM:
                 self._warm(event.body)
             elif event.kind is Kind.SEED:
-                self._take_seed(event.body)
+                self.platform.seed(event.body)
+                self.machine_id = event.body["machine_id"]
+                self.link.send(Kind.SEEDED, {"nonce": event.body["nonce"]})
             elif event.kind is Kind.START:
                 self.place = self.place or Place(self.platform)
                 body = self.platform.adapt(event.body)
@@ -117,8 +113,8 @@ class Agent:
     def _warm(self, body: dict[str, Any]) -> None:
         """Do beforehand what every job needs; the machine is saved after the answer.
 
-        limits, hostname, output: as they will likely be in START.
-        commands: programs of the image, run as root while there is nothing hostile, so that the kernel has read them.
+        limits, hostname, output: as they will likely be in START. commands: programs of the image, run as root while
+        there is nothing hostile, so that the kernel has read them.
         """
         first = self.place is None
         if self.place is not None:  # a program of the host's own has warmed the machine: the next place
@@ -126,15 +122,7 @@ class Agent:
             self.place.close()
         limits = body["limits"]
         self.place = place = Place(self.platform, first=first, interpreter=True, preload=body["preload"])
-        place.prepare(
-            orders(
-                limits,
-                hostname=body["hostname"],
-                out_writable=body["output"],
-                inputs_on_disk=False,
-                spare_cpu_s=place.spare_cpu_s,
-            )
-        )
+        place.prepare(orders(limits, body["hostname"], place.spare_cpu_s, out_writable=body["output"]))
         place.measure()
         place.group.limit(mem_bytes=max(limits["mem_bytes"], place.waiting_bytes), tasks=limits["tasks"])
         for argv in body["commands"]:
@@ -148,22 +136,17 @@ class Agent:
         self.audit.settle()
         self.link.send(Kind.WARMED, {})
 
-    def _take_seed(self, body: dict[str, Any]) -> None:
-        self.platform.seed(body)
-        self.machine_id = body["machine_id"]
-        self.link.send(Kind.SEEDED, {"nonce": body["nonce"]})
-
 
 def _run_quietly(argv: list[str]) -> None:
     """Run a program of the image to its end, whatever that is."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            null = os.open("/dev/null", os.O_RDWR)
-            for fd in (0, 1, 2):
-                os.dup2(null, fd)
-            os.chdir("/tmp")  # noqa: S108 - the guest's own, in its memory
-            os.execve(argv[0], argv, {"PATH": "/usr/bin:/bin"})
-        finally:
-            os._exit(127)
-    os.waitpid(pid, 0)
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        return
+    try:
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.chdir("/tmp")  # noqa: S108 - the guest's own, in its memory
+        os.execve(argv[0], argv, {"PATH": "/usr/bin:/bin"})
+    finally:
+        os._exit(127)

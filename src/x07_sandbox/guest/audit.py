@@ -1,9 +1,8 @@
-"""What the kernel refused the program, as the kernel's own audit tells it (audit(8) by netlink, no daemon).
+"""What the kernel refused the program, from the kernel's own audit (audit(8) by netlink, no daemon).
 
-A rule for each errno makes a record of every listed system call of the program's user that ends with it, and the
-seccomp filters' refusals are recorded by themselves. It is set up before the program's first process is made: a task
-that is older has no room for it. A flood costs no more than the kernel's rate limit lets through; what it swallows is
-counted as lost. Records are read to tell, and decide nothing.
+A rule for each errno records every listed system call of the program's user that ends with it; refusals of seccomp
+filters are recorded anyway. It is set up before the program's first process: an older task has no room for it. The
+kernel's rate limit bounds a flood; what it swallows is counted as lost. Records are reported, and decide nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _EQUAL: Final = 0x40000000
 _FIELDS: Final = 64
 _AT_FDCWD: Final = 0xFFFFFF9C
 _EXECUTES: Final = frozenset({"execve", "execveat"})
-# Calls with a path that is not what may not be written: what a link leads to, and what gets one more name.
+# Calls with a path that is not written to: what a link leads to, and what gets one more name.
 _TARGETS: Final = frozenset({"symlink", "symlinkat"})
 _SOURCES: Final = frozenset({"link", "linkat"})
 # Calls with paths that may be of another folder than the working directory: the arguments with its descriptor.
@@ -67,16 +66,15 @@ _READS_ONLY: Final = frozenset(
     {"openat2", "execve", "execveat", "chdir", "stat", "lstat", "newfstatat", "statx", "readlink", "readlinkat"}
 )
 
-
 Find = Callable[[str, int, str], str]
 Follow = Callable[[str], str]
 
 
 class Refusal(NamedTuple):
-    """One kind of refused call.
+    """One kind of refused call. by: `kernel` or `seccomp`.
 
-    by: `kernel` or `seccomp`. path: as text, empty where the call names none; with a slash at its end where something
-    new was to be made in that folder; of a call that raises a limit, `core`, `cpu` or `nofile`.
+    path: empty where the call names none; a folder with a slash at its end where something new was to be made in it;
+    of a call that raises a limit, `core`, `cpu` or `nofile`.
     """
 
     by: str
@@ -117,13 +115,13 @@ class Audit:
         self._lost_before = self._status()[_LOST]
 
     def begin(self, find: Find | None = None, roots: Sequence[str] = (), follow: Follow | None = None) -> None:
-        """Forget all so far: what comes from here on is the program's. The rest as Refusals has it."""
+        """Forget all so far: what follows is the program's. find, roots, follow: as Refusals has them."""
         while self._next() is not None:
             pass
         self._refusals.forget(find, roots, follow)
 
     def take(self) -> None:
-        """Take what has come, at most so much that others get their turn."""
+        """Take what has come, at most _READS records so that others get their turn."""
         for _ in range(_READS):
             if (record := self._next()) is None:
                 return
@@ -132,8 +130,8 @@ class Audit:
     def end(self) -> tuple[dict[Refusal, int], int]:
         """What was refused since `begin`, how often; and how many records, or kinds beyond `DENIED_MAX`, are lost."""
         deadline = time.monotonic() + _LAST_S
-        # The kernel's thread that sends records has had its turn by now, or has it here. Where there is none at all,
-        # none is lost either, and asking for that would cost most programs milliseconds.
+        # The kernel's thread that sends records has had its turn by now, or has it here. Where there is no record,
+        # none is lost either, and asking the kernel for that would cost most programs milliseconds.
         self.take()
         if not self._refusals.heard:
             os.sched_yield()
@@ -143,7 +141,7 @@ class Audit:
         while True:
             late = time.monotonic() > deadline
             status = self._status()  # before what it says is still to come, which is then read
-            # All that there is, also where the machine stood still meanwhile: nobody is left who could make more of it.
+            # All of it, even past the deadline: nobody is left who could make more.
             while (record := self._next()) is not None:
                 self._refusals.note(*record)
             if late or not status[_QUEUED]:
@@ -155,8 +153,7 @@ class Audit:
 
     def _next(self) -> tuple[int, bytes] | None:
         """The next record of the kernel's, if there is one: its type and its text."""
-        # Asked first, which is cheap, since that code has run by now. An error would be hundreds of blocks that a fresh
-        # clone has not met yet.
+        # Polled first, by code that has run before: an error's would be new to a fresh clone, and slow.
         if not self._poll.poll(0):
             return None
         try:
@@ -168,7 +165,7 @@ class Audit:
         return _HEADER.unpack_from(data)[1], data[_HEADER.size :].rstrip(b"\0")
 
     def _status(self) -> tuple[int, ...]:
-        """The audit's own counters; zeros where it does not say: a program's end does not depend on it."""
+        """The audit's own counters; zeros where it does not answer."""
         answer = b""
         with contextlib.suppress(OSError):
             answer = self._ask(_GET, b"")
@@ -196,19 +193,15 @@ class Audit:
 
 
 class NoAudit:
-    """What stands for the audit where the kernel's is not ours: it hears nothing. fd: never becomes readable."""
+    """Stands for the audit where the kernel's is not ours: it hears nothing. fd: never becomes readable."""
 
     def __init__(self) -> None:
         self.fd, self._other_end = os.pipe2(os.O_CLOEXEC)
 
-    def settle(self) -> None:
-        """Nothing is to be forgotten."""
+    def settle(self, *_names: object) -> None:
+        """Nothing comes, so there is nothing to do."""
 
-    def begin(self, find: Find | None = None, roots: Sequence[str] = (), follow: Follow | None = None) -> None:
-        """Nothing begins."""
-
-    def take(self) -> None:
-        """Nothing comes."""
+    begin = take = settle
 
     def end(self) -> tuple[dict[Refusal, int], int]:
         """Nothing was heard, and nothing is lost of it."""
@@ -225,22 +218,16 @@ class Refusals:
         roots: Sequence[str] = (),
         follow: Follow | None = None,
     ) -> None:
-        """calls: numbers of system calls by name.
+        """calls: numbers of system calls by name. roots: paths of what is mounted of the host's.
 
-        find: the path of what has this device, as the kernel writes it, and this inode, and which name the call has for
-            it, from the working directory on; empty if it does not know, or the name says it as well. A name relative
-            to a descriptor says nothing else of where it lies, and any other may be that of a link.
-        roots: paths of what is mounted of the host's.
+        find: the path of what has this device, as the kernel writes it, and this inode, given the call's own name for
+            it, which may be that of a link, or be relative to a descriptor; empty if unknown, or no better than that.
         follow: what a path of a program leads to, where the program itself may have made a link on its way.
         """
         self._names = {number: name for name, number in calls.items()}
-        self._find = find
-        self._roots = roots
-        self._follow = follow
         self._begun: dict[bytes, _Call] = {}
         self.found: dict[Refusal, int] = {}
-        self.untold = 0
-        self.heard = False  # of anything, also what is no refusal: where records are, some may be lost
+        self.forget(find, roots, follow)
 
     def forget(self, find: Find | None = None, roots: Sequence[str] = (), follow: Follow | None = None) -> None:
         """Begin anew."""
@@ -250,10 +237,10 @@ class Refusals:
         self._begun.clear()
         self.found.clear()
         self.untold = 0
-        self.heard = False
+        self.heard = False  # of anything, also what is no refusal: where records are, some may be lost
 
     def finish(self) -> None:
-        """No more comes: count calls whose records are not whole as far as they are known."""
+        """No more comes: count what is known of calls whose records are not whole."""
         for call in self._begun.values():
             self._count(call)
         self._begun.clear()

@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from typing import Final, Protocol
+from typing import ClassVar, Final
 
 from x07_sandbox.guest.confine import PROGRAM_PID
 from x07_sandbox.guest.system import children_of, read_file, write_file
@@ -20,152 +20,110 @@ _GROUP: Final = f"{_ROOT}/x07"
 _GONE_S: Final = 5.0
 
 
-class Group(Protocol):
-    """What holds the program and its children, and neither our init nor the agent.
+class NoGroup:
+    """No group: nothing is held, and CPU time is that of /proc, without children whose end was ignored (SIGCHLD).
 
+    A group holds the program and its children, not our init (of which *init* is the process id) and the agent.
     KILLS: whether it can end all of its processes by itself; else init does it.
-    In all that takes it, init is the process id of our init, whose first child is the program.
+    COUNTERS: control files by what they count, then the keys of the lines that count, where there are several.
     """
 
-    KILLS: bool
+    KILLS: ClassVar[bool] = False
+    COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    def __init__(self, folder: str = "") -> None:
+        self._folder = folder
+        self._limits = (0, 0)
 
     def remove(self) -> None:
-        """Remove it, once the kernel has let go of its last process. Raises OSError."""
+        """Remove it, where it is ours, once the kernel has let go of its last process. Raises OSError."""
 
     def limit(self, *, mem_bytes: int, tasks: int) -> None:
         """Set the job's limits, if they are others than before."""
+        if self._limits != (mem_bytes, tasks):
+            self._limits = (mem_bytes, tasks)
+            self._set_limits(mem_bytes, tasks)
+
+    def _set_limits(self, mem_bytes: int, tasks: int) -> None:
+        pass
 
     def open_procs(self) -> tuple[int, ...]:
         """Descriptors through which a process joins it by writing 0 to each."""
+        return ()
 
     def kill(self, init: int) -> None:
         """End every process in it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(init, signal.SIGTERM)
 
     def cpu_us(self, init: int) -> int:
         """CPU time of all its processes so far, in microseconds."""
+        return _cpu_ticks(init) * 1_000_000 // os.sysconf("SC_CLK_TCK")
 
-    def oom_kills(self) -> int:
-        """How often the kernel killed for memory in this group."""
+    def count(self, what: str) -> int:
+        """One of COUNTERS, 0 where there is none.
 
-    def tasks_refused(self) -> int:
-        """How often a new task was refused at the limit."""
-
-    def tasks_peak(self) -> int:
-        """Most tasks at once."""
-
-    def memory_bytes(self) -> int:
-        """Memory now, in bytes."""
-
-    def memory_peak_bytes(self) -> int:
-        """Most memory at once, in bytes."""
+        oom_kills, tasks_refused (at the limit), tasks_peak, memory_bytes, memory_peak_bytes.
+        """
+        if what not in self.COUNTERS:
+            return 0
+        name, *keys = self.COUNTERS[what]
+        return _value(f"{self._folder}/{name}", keys)
 
     def program_stopped(self, init: int) -> bool:
         """Whether the program itself, whatever its children do, stands still by a signal."""
+        for pid in children_of(init)[:1]:
+            if fields := _stat(pid):
+                return fields[0] in {"T", "t"}
+        return False
 
 
-class _Files:
-    """A folder of control files."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def read(self, name: str) -> bytes:
-        """Raises OSError."""
-        return read_file(f"{self.folder}/{name}")
-
-    def write(self, name: str, text: str) -> None:
-        """Raises OSError."""
-        write_file(f"{self.folder}/{name}", text)
-
-    def open_procs(self) -> int:
-        """Its list of processes."""
-        return os.open(f"{self.folder}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
-
-    def field(self, name: str, key: bytes) -> int:
-        """A value of a file with one a line; 0 where there is none."""
-        try:
-            lines = self.read(name).splitlines()
-        except FileNotFoundError:
-            return 0
-        for line in lines:
-            found, _, value = line.partition(b" ")
-            if found == key:
-                return int(value)
-        return 0
-
-    def number(self, name: str) -> int:
-        """The value that is a whole file; 0 where there is none."""
-        try:
-            return int(self.read(name))
-        except (FileNotFoundError, ValueError):
-            return 0
-
-
-class GivenGroup:
+class GivenGroup(NoGroup):
     """A group of version 2 at *folder*, made by the host, with the controllers that it could have."""
 
     KILLS = True
+    COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "tasks_refused": ("pids.events", "max"),
+        "tasks_peak": ("pids.peak",),
+        "memory_bytes": ("memory.current",),
+        "memory_peak_bytes": ("memory.peak",),
+        "oom_kills": ("memory.events", "oom_kill", "oom_group_kill"),
+    }
 
     def __init__(self, folder: str) -> None:
-        self._limits = (0, 0)
-        self._files = _Files(folder)
+        super().__init__(folder)
         self._memory = os.path.exists(f"{folder}/memory.max")
         self._pids = os.path.exists(f"{folder}/pids.max")
         if self._memory:
             with contextlib.suppress(FileNotFoundError):  # only there in kernels with swap accounting
-                self._files.write("memory.swap.max", "0")
+                self._write("memory.swap.max", "0")
             # One process killed for memory ends the whole program: a survivor in an unknown state is worth nothing.
-            self._files.write("memory.oom.group", "1")
+            self._write("memory.oom.group", "1")
 
-    def remove(self) -> None:
-        """It is the host's to remove."""
+    def _write(self, name: str, text: str) -> None:
+        write_file(f"{self._folder}/{name}", text)
 
-    def limit(self, *, mem_bytes: int, tasks: int) -> None:
-        """Set the job's limits, if they are others than before."""
-        if self._limits == (mem_bytes, tasks):
-            return
-        self._limits = (mem_bytes, tasks)
+    def _set_limits(self, mem_bytes: int, tasks: int) -> None:
         if self._memory:
-            self._files.write("memory.max", str(mem_bytes))
+            self._write("memory.max", str(mem_bytes))
         if self._pids:
-            self._files.write("pids.max", str(tasks))
+            self._write("pids.max", str(tasks))
 
     def open_procs(self) -> tuple[int, ...]:
         """Descriptors through which a process joins it."""
-        return (self._files.open_procs(),)
+        return (_open_procs(self._folder),)
 
-    def kill(self, _init: int) -> None:
+    def kill(self, init: int) -> None:  # noqa: ARG002 - of use to NoGroup
         """End every process in it."""
-        self._files.write("cgroup.kill", "1")
+        self._write("cgroup.kill", "1")
 
-    def cpu_us(self, _init: int) -> int:
+    def cpu_us(self, init: int) -> int:  # noqa: ARG002 - as above
         """CPU time so far, in microseconds."""
-        return self._files.field("cpu.stat", b"usage_usec")
+        return _value(f"{self._folder}/cpu.stat", ["usage_usec"])
 
-    def oom_kills(self) -> int:
-        """How often the kernel killed for memory."""
-        files = self._files
-        return max(files.field("memory.events", b"oom_kill"), files.field("memory.events", b"oom_group_kill"))
-
-    def tasks_refused(self) -> int:
-        """How often a new task was refused."""
-        return self._files.field("pids.events", b"max")
-
-    def tasks_peak(self) -> int:
-        """Most tasks at once."""
-        return self._files.number("pids.peak")
-
-    def memory_bytes(self) -> int:
-        """Memory now, in bytes."""
-        return self._files.number("memory.current")
-
-    def memory_peak_bytes(self) -> int:
-        """Most memory at once, in bytes."""
-        return self._files.number("memory.peak")
-
-    def program_stopped(self, _init: int) -> bool:
+    def program_stopped(self, init: int) -> bool:  # noqa: ARG002 - as above
         """Whether the program stands still by a signal."""
-        for pid in self._files.read("cgroup.procs").decode().split():
+        for pid in read_file(f"{self._folder}/cgroup.procs").decode().split():
             # It comes first, most likely: to ask all of a fork bomb takes longer than the host may wait for our word.
             if state := _state_of_program(pid):
                 return state in "Tt"
@@ -179,7 +137,7 @@ class RootGroup(GivenGroup):
         write_file(f"{_ROOT}/cgroup.subtree_control", "+memory +pids +cpu")
         os.mkdir(_GROUP)
         super().__init__(_GROUP)
-        self._files.write("cpu.weight", "20")  # agent and init must get their turn beside a busy program
+        self._write("cpu.weight", "20")  # agent and init must get their turn beside a busy program
 
     def remove(self) -> None:
         """Remove it, once the kernel has let go of its last process. Raises OSError."""
@@ -195,125 +153,66 @@ class RootGroup(GivenGroup):
                 return
 
 
-class NoGroup:
-    """No group: nothing is held, and CPU time is what /proc has of the processes that there are.
-
-    A child of whose end nobody wanted to know (SIGCHLD ignored) is not in that.
-    """
-
-    KILLS = False
-
-    def remove(self) -> None:
-        """There is none."""
-
-    def limit(self, *, mem_bytes: int, tasks: int) -> None:
-        """Nothing can be held."""
-
-    def open_procs(self) -> tuple[int, ...]:
-        """Descriptors through which a process joins it."""
-        return ()
-
-    def kill(self, init: int) -> None:
-        """End every process in it."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(init, signal.SIGTERM)
-
-    def cpu_us(self, init: int) -> int:
-        """CPU time so far, in microseconds."""
-        return _cpu_ticks(init) * 1_000_000 // os.sysconf("SC_CLK_TCK")
-
-    def oom_kills(self) -> int:
-        """How often the kernel killed for memory."""
-        return 0
-
-    def tasks_refused(self) -> int:
-        """How often a new task was refused."""
-        return 0
-
-    def tasks_peak(self) -> int:
-        """Most tasks at once."""
-        return 0
-
-    def memory_bytes(self) -> int:
-        """Memory now, in bytes."""
-        return 0
-
-    def memory_peak_bytes(self) -> int:
-        """Most memory at once, in bytes."""
-        return 0
-
-    def program_stopped(self, init: int) -> bool:
-        """Whether the program stands still by a signal."""
-        for pid in children_of(init)[:1]:
-            if fields := _stat(pid):
-                return fields[0] in {"T", "t"}
-        return False
-
-
 class GivenGroups(NoGroup):
     """Groups of version 1 below *folder*, made by the host: those of memory, pids and cpuacct that are there."""
 
-    def __init__(self, folder: str) -> None:
-        self._limits = (0, 0)
-        self._by_name = {name: _Files(f"{folder}/{name}") for name in os.listdir(folder)}
+    COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "tasks_refused": ("pids/pids.events", "max"),
+        "tasks_peak": ("pids/pids.peak",),
+        "memory_bytes": ("memory/memory.usage_in_bytes",),
+        "memory_peak_bytes": ("memory/memory.max_usage_in_bytes",),
+        "oom_kills": ("memory/memory.oom_control", "oom_kill"),
+    }
 
-    def limit(self, *, mem_bytes: int, tasks: int) -> None:
-        """Set the job's limits, if they are others than before."""
-        if self._limits == (mem_bytes, tasks):
-            return
-        self._limits = (mem_bytes, tasks)
-        if memory := self._by_name.get("memory"):
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self._names = os.listdir(folder)
+
+    def _set_limits(self, mem_bytes: int, tasks: int) -> None:
+        if "memory" in self._names:
             # The one with swap may not be below the other, whichever way they change.
-            swap = "memory.memsw.limit_in_bytes"
+            memory = f"{self._folder}/memory/memory"
             with contextlib.suppress(FileNotFoundError):  # only there in kernels with swap accounting
-                memory.write(swap, "-1")
-            memory.write("memory.limit_in_bytes", str(mem_bytes))
+                write_file(f"{memory}.memsw.limit_in_bytes", "-1")
+            write_file(f"{memory}.limit_in_bytes", str(mem_bytes))
             with contextlib.suppress(FileNotFoundError):
-                memory.write(swap, str(mem_bytes))
-        if pids := self._by_name.get("pids"):
-            pids.write("pids.max", str(tasks))
+                write_file(f"{memory}.memsw.limit_in_bytes", str(mem_bytes))
+        if "pids" in self._names:
+            write_file(f"{self._folder}/pids/pids.max", str(tasks))
 
     def open_procs(self) -> tuple[int, ...]:
-        """Descriptors through which a process joins it."""
-        return tuple(files.open_procs() for files in self._by_name.values())
+        """Descriptors through which a process joins them."""
+        return tuple(_open_procs(f"{self._folder}/{name}") for name in self._names)
 
     def cpu_us(self, init: int) -> int:
         """CPU time so far, in microseconds."""
-        counted = self._by_name.get("cpuacct")
-        return counted.number("cpuacct.usage") // 1000 if counted else super().cpu_us(init)
-
-    def oom_kills(self) -> int:
-        """How often the kernel killed for memory."""
-        return self._field("memory", "memory.oom_control", b"oom_kill")
-
-    def tasks_refused(self) -> int:
-        """How often a new task was refused."""
-        return self._field("pids", "pids.events", b"max")
-
-    def tasks_peak(self) -> int:
-        """Most tasks at once."""
-        return self._number("pids", "pids.peak")
-
-    def memory_bytes(self) -> int:
-        """Memory now, in bytes."""
-        return self._number("memory", "memory.usage_in_bytes")
-
-    def memory_peak_bytes(self) -> int:
-        """Most memory at once, in bytes."""
-        return self._number("memory", "memory.max_usage_in_bytes")
-
-    def _field(self, group: str, name: str, key: bytes) -> int:
-        return self._by_name[group].field(name, key) if group in self._by_name else 0
-
-    def _number(self, group: str, name: str) -> int:
-        return self._by_name[group].number(name) if group in self._by_name else 0
+        if "cpuacct" not in self._names:
+            return super().cpu_us(init)
+        return _value(f"{self._folder}/cpuacct/cpuacct.usage", []) // 1000
 
 
-def given_group(folder: str) -> Group:
+def given_group(folder: str) -> NoGroup:
     """The group that the host has put at *folder*, of whichever version; none where there is nothing."""
     if os.path.exists(f"{folder}/cgroup.procs"):
         return GivenGroup(folder)
     return GivenGroups(folder) if os.path.isdir(folder) else NoGroup()
+
+
+def _open_procs(folder: str) -> int:
+    return os.open(f"{folder}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+
+
+def _value(path: str, keys: list[str]) -> int:
+    """The number in a control file, or the largest of the lines which begin with one of *keys*; 0 where none is."""
+    most = 0
+    try:
+        for line in read_file(path).decode().splitlines():
+            key, _, value = line.rpartition(" ")
+            if not keys or key in keys:
+                most = max(most, int(value))
+    except (FileNotFoundError, ValueError):
+        pass
+    return most
 
 
 def _stat(pid: int) -> list[str]:

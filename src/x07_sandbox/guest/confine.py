@@ -1,12 +1,10 @@
-"""Confinement of the program, as lists of steps that each name what they need.
+"""Confinement of the program, as lists of steps that each name what they need. A step that fails ends the job.
 
-`Measures.world` is done once by our init, still root, and builds what the program will see. `Measures.rights` is done
-by the program's own process, and takes away what it may do. Neither depends on the job, so both can be done before a
-machine is saved. `Measures.job` is done by init, still root, when the orders have come. A step may need what a later
-one gives up.
+`Measures.world`: done by init, still root, builds what the program will see. `Measures.rights`: done by the program's
+own process, takes its rights away. Neither depends on the job, so both are done before a machine is saved.
+`Measures.job`: done by init, still root, when the orders have come. A step may need what a later one gives up.
 
-`MACHINE` are those of a virtual machine; `guest/process.py` has those of the weaker platforms. A step that fails ends
-the job.
+`MACHINE` are those of a virtual machine; `guest/process.py` has those of the weaker platforms.
 """
 
 from __future__ import annotations
@@ -40,10 +38,9 @@ class World(NamedTuple):
 
     netns_fd: the program's network namespace, made and kept by the agent.
     procs_fds: join the program's control groups. group_kills: whether these can end all their processes.
-    namespaces: whether the program has namespaces of its own.
+    namespaces: whether the program has its own.
     interpreter: whether a Python interpreter waits to become the program. preload: what it has imported by then.
-    base_filter, quiet_filter: the seccomp filters that every program is under.
-    readable: of the image, what holds no programs.
+    base_filter, quiet_filter: seccomp, for every program. readable: of the image, what holds no programs.
     """
 
     netns_fd: int
@@ -58,11 +55,10 @@ class World(NamedTuple):
 
 
 class Orders(NamedTuple):
-    """What depends on the job.
+    """What depends on the job. execution: an `execution.Execution`, as the plain tuple that can be sent.
 
     tmp_bytes: size of /tmp and of /dev/shm. cpu_s: the limit below that of the control group's counter.
     inputs_on_disk: whether the files of the job are too large to lie in memory.
-    execution: an `execution.Execution`, as the plain tuple that can be sent.
     """
 
     hostname: str
@@ -77,21 +73,11 @@ class Orders(NamedTuple):
 
 
 class StepError(Exception):
-    """A step of the confinement failed: stage, errno, message."""
-
-    @property
-    def stage(self) -> str:
-        """The step's name."""
-        return str(self.args[0])
-
-    @property
-    def errno(self) -> int:
-        """The kernel's error number, 0 where there is none."""
-        return int(self.args[1])
+    """A step of the confinement failed: its name, the kernel's error number or 0, and a message, as args."""
 
 
 class Step(NamedTuple, Generic[T]):
-    """One measure: what it is called in reports, what it needs, the doing, and which fields of the orders decide it."""
+    """One measure: its name in reports, what it needs, the doing, and which fields of the orders decide it."""
 
     name: str
     needs: str
@@ -167,6 +153,11 @@ def devices(make: Callable[[str, str], None]) -> None:
     system.mount("", dev, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_RDONLY)
 
 
+def _remount(path: str, flags: int) -> None:
+    """Change the flags of a mount: MS_RDONLY, or 0 for writable."""
+    system.mount("", path, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | flags)
+
+
 def _tmpfs(path: str) -> None:
     """An empty one for the program, still without room: `_sizes` gives it that."""
     system.mount("tmpfs", path, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=1777,size=4k,nr_inodes=16")
@@ -181,7 +172,7 @@ def _temporary(world: World) -> None:
         with open(f"{ROOT}{interpreter.FOLDER}/sitecustomize.py", "x", encoding="utf-8") as file:
             file.write(interpreter.hook(world.preload))
     system.bind(MACHINE_ID, f"{ROOT}/etc/machine-id", system.MS_RDONLY)
-    system.mount("", f"{ROOT}/run", "", system.MS_REMOUNT | system.MS_BIND | read_only)
+    _remount(f"{ROOT}/run", system.MS_RDONLY)
     system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", read_only, "mode=0755,size=4k")
 
 
@@ -194,9 +185,7 @@ def _work_folders(_world: World) -> None:
     system.bind(f"{SCRATCH}/in", f"{x07}/in", system.MS_RDONLY)
     system.bind(f"{MEMORY}/in", f"{x07}/in", system.MS_RDONLY)
     system.bind(f"{SCRATCH}/out", f"{x07}/out", system.MS_RDONLY)
-    system.mount(
-        "", x07, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | system.MS_RDONLY
-    )
+    _remount(x07, system.MS_RDONLY)
     system.bind(f"{SCRATCH}/work", f"{ROOT}{CWD}")
 
 
@@ -205,13 +194,12 @@ def _enter(_world: World) -> None:
     root_mode(system.MS_RDONLY)
 
 
-def _rules(world: World) -> None:
-    """Landlock's rules for a program that may execute some programs only; whether it is put under them comes later.
+def rules(world: World) -> None:
+    """Landlock's rules for a program that may execute some programs only, made here since a clone would pay for each.
 
-    They are made here because a clone would pay for each; `_programs` adds those of the job to the same ruleset.
+    `_programs` adds those of the job to the same ruleset; whether the program is put under them comes later.
     """
-    files = system.FS_EXECUTE | system.FS_READ_FILE | system.FS_REFER
-    fd = system.landlock_ruleset(files=files)
+    fd = system.landlock_ruleset(files=system.FS_EXECUTE | system.FS_READ_FILE | system.FS_REFER)
     os.dup2(fd, interpreter.RULES_FD, inheritable=world.interpreter)
     os.close(fd)
     # Moving files from folder to folder is not theirs to forbid.
@@ -229,25 +217,15 @@ def _rules(world: World) -> None:
 
 def root_mode(flags: int) -> None:
     """Make the root writable, 0, or not, MS_RDONLY."""
-    system.mount("", "/", "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | flags)
-
-
-NAMESPACES: Final = Step[World]("namespaces", "CAP_SYS_ADMIN", _namespaces)
-SYSTEM: Final = Step[World]("read-only system", "CAP_SYS_ADMIN", _read_only_system)
-PROC: Final = Step[World]("proc", "CAP_SYS_ADMIN", _proc)
-TEMPORARY: Final = Step[World]("temporary folders", "CAP_SYS_ADMIN", _temporary)
-WORK: Final = Step[World]("work folders", "CAP_SYS_ADMIN, a scratch folder", _work_folders)
-ENTER: Final = Step[World]("root", "CAP_SYS_ADMIN", _enter)
-RULES: Final = Step[World]("rules about programs", "Landlock", _rules)
+    _remount("/", flags)
 
 
 def forget_interpreter() -> None:
     """Remove what the waiting interpreter has read of ours from the program's view."""
-    flags = system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV
-    system.mount("", "/run", "", flags)
+    _remount("/run", 0)
     os.unlink(f"{interpreter.FOLDER}/sitecustomize.py")
     os.rmdir(interpreter.FOLDER)
-    system.mount("", "/run", "", flags | system.MS_RDONLY)
+    _remount("/run", system.MS_RDONLY)
 
 
 def _hostname(orders: Orders) -> None:
@@ -262,8 +240,7 @@ def _sizes(orders: Orders) -> None:
 
 
 def _output(orders: Orders) -> None:
-    flags = system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV
-    system.mount("", "/x07/out", "", flags if orders.out_writable else flags | system.MS_RDONLY)
+    _remount("/x07/out", 0 if orders.out_writable else system.MS_RDONLY)
 
 
 def _inputs(orders: Orders) -> None:
@@ -273,8 +250,7 @@ def _inputs(orders: Orders) -> None:
 
 def resource_limits(orders: Orders) -> tuple[tuple[int, int], ...]:
     """The limits of each single process, by resource."""
-    # The cgroup's counter decides on cpu-limit; this is only the net below it, and later, because its
-    # signal could not be told from one that the program sends itself.
+    # The cgroup's counter decides on cpu-limit. This one is higher: its signal could be the program's own.
     return (
         (resource.RLIMIT_CPU, orders.cpu_s),
         (resource.RLIMIT_NOFILE, orders.fds),
@@ -299,8 +275,7 @@ def _programs(orders: Orders) -> None:
 
 def _no_execution(orders: Orders) -> None:
     if orders.execution is not None:
-        writable = [*IN_MEMORY, "/x07/out", CWD]
-        execution.close(execution.Execution(*orders.execution), writable, _INPUTS)
+        execution.close(execution.Execution(*orders.execution), [*IN_MEMORY, "/x07/out", CWD], _INPUTS)
 
 
 # A remount of its size takes the flag off again.
@@ -346,8 +321,7 @@ def scopes(_world: World) -> None:
     # Measured: where a later ruleset is about files, this one too forbids moving them unless it allows it.
     fd = system.landlock_ruleset(files=system.FS_REFER, scopes=scopes)
     system.landlock_allow(fd, "/", system.FS_REFER)
-    take_away, _ = restrict.last_steps()
-    take_away(b"", fd)
+    restrict.last_steps()[0](b"", fd)
     os.close(fd)
 
 
@@ -364,31 +338,27 @@ def _fresh_signals(_world: World) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-CONTROL_GROUP: Final = Step[World]("control group", "a control group that can be written to", _control_group)
 FRESH_SIGNALS: Final = Step[World]("fresh signals", "", _fresh_signals)
-SYSTEM_CALLS: Final = Step[World]("system calls", "no new privileges", _system_calls)
-NO_NEW_PRIVILEGES: Final = Step[World]("no new privileges", "", _no_new_privileges)
-
 MACHINE: Final = Measures(
     world=(
-        NAMESPACES,
-        SYSTEM,
-        PROC,
+        Step("namespaces", "CAP_SYS_ADMIN", _namespaces),
+        Step("read-only system", "CAP_SYS_ADMIN", _read_only_system),
+        Step("proc", "CAP_SYS_ADMIN", _proc),
         Step("devices", "CAP_SYS_ADMIN, CAP_MKNOD", _devices),
-        TEMPORARY,
-        WORK,
-        ENTER,
-        RULES,
+        Step("temporary folders", "CAP_SYS_ADMIN", _temporary),
+        Step("work folders", "CAP_SYS_ADMIN, a scratch folder", _work_folders),
+        Step("root", "CAP_SYS_ADMIN", _enter),
+        Step("rules about programs", "Landlock", rules),
     ),
     rights=(
-        CONTROL_GROUP,
+        Step("control group", "a control group that can be written to", _control_group),
         Step("no capabilities", "CAP_SETPCAP", no_capabilities),
         Step("own user", "CAP_SETUID, CAP_SETGID", _own_user),
-        NO_NEW_PRIVILEGES,
+        Step("no new privileges", "", _no_new_privileges),
         FRESH_SIGNALS,
         # What depends on the policy is taken away later, by the process itself (`restrict`).
         Step("scopes", "Landlock", scopes),
-        SYSTEM_CALLS,
+        Step("system calls", "no new privileges", _system_calls),
     ),
     job=(*VIEW, Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits, RESOURCES)),
 )

@@ -13,12 +13,11 @@ from x07_sandbox.guest import interpreter, system
 
 
 class Execution(NamedTuple):
-    """What may be executed, where not everything may: what is of no file of the image only as far as it is named here.
+    """What may be executed, where not everything may.
 
-    programs: paths of programs that may be executed, None where none may. prefixes: beginnings of further ones.
-        With a list, no other program of the image can be read.
-    program: what is executed first, if anything is. alone: whether nothing that could be executed lies beside it.
-    mounts: where folders of the host are by now.
+    programs: paths of programs that may be executed, None where none may; no other of the image can be read then.
+    prefixes: beginnings of further ones. program: what is executed first, if anything is. alone: whether nothing that
+    could be executed lies beside it. mounts: where folders of the host are by now.
     """
 
     programs: list[str] | None
@@ -29,7 +28,7 @@ class Execution(NamedTuple):
 
 
 def allow(execution: Execution) -> None:
-    """Allow by Landlock what the list names: files as they are now, and whole folders where a beginning names one."""
+    """Allow by Landlock what the list names: files as they are now, and whole folders that a prefix names."""
     if execution.programs is None:
         return
     for at in execution.mounts:
@@ -60,10 +59,9 @@ def _named_by(prefix: str) -> list[str]:
     if not start:
         return [folder, *links(folder)]
     try:
-        entries = [entry for entry in os.scandir(folder) if entry.name.startswith(start)]
+        return [entry.path for entry in os.scandir(folder) if entry.name.startswith(start)]
     except OSError:
         return []
-    return [entry.path for entry in entries]
 
 
 @functools.cache
@@ -78,10 +76,9 @@ def links(folder: str) -> tuple[str, ...]:
 
 
 def close(execution: Execution, writable: list[str], inputs: str) -> None:
-    """Let nothing be executed that is neither of the image nor named.
+    """Let nothing be executed that is neither of the image nor named, by noexec: the loader runs any file it can map.
 
     writable: what of the guest's own the program can write to. inputs: where its files lie.
-    The loader, which every program needs, would run any file that it may read: only noexec keeps it from mapping one.
     """
     closed = [*writable, *execution.mounts]
     if not execution.alone:
@@ -97,10 +94,7 @@ def close(execution: Execution, writable: list[str], inputs: str) -> None:
 
 
 def _open_listed(listed: list[str], places: list[str]) -> list[str]:
-    """Make what is listed mounts of their own, where they lie in one of those places; which of these are to be closed.
-
-    Here, as for the program, it counts that they were made before the place that holds them is closed.
-    """
+    """Make what is listed in those places mounts of their own, before these are closed; which of them to close."""
     listed = sorted(os.path.realpath(path) for path in listed)
     places = list(places)
     closed = [place for place in places if not any(_within(place, path) for path in listed)]
@@ -117,10 +111,7 @@ def _open_listed(listed: list[str], places: list[str]) -> list[str]:
 
 
 def _elsewhere(path: str, holding: str, places: list[str]) -> list[str]:
-    """Where else the file of this path, which lies in the mount *holding*, is: a folder may be mounted at more places.
-
-    places: the mounts that are looked at.
-    """
+    """Where else among these mounts the file at *path*, in the mount *holding*, is: one folder may be mounted twice."""
     sources = _sources()
     disk, top = sources[holding]
     source = top.rstrip("/") + path[len(holding) :]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.place import IN_MEMORY_BYTES
+from x07_sandbox.guest.place import IN_MEMORY_BYTES, Place
 from x07_sandbox.guest.system import write_all
 from x07_sandbox.guest.trees import Tree
 from x07_sandbox.guest.unpack import ArchiveError, unpack
-
-if TYPE_CHECKING:
-    from x07_sandbox.guest.place import Place
 
 _UNPACKED_MAX: Final = 4 << 30
 _FOLDER: Final = "/x07/in/"
@@ -23,9 +20,7 @@ _FOLDER: Final = "/x07/in/"
 class IncomingFiles:
     """The files of START, written as they come; an archive is unpacked when it is whole, a tree as it comes.
 
-    trees: by their stream.
-
-    on_disk: whether they lie on the scratch disk; few bytes lie in memory, which costs a fresh clone far less.
+    trees: by their stream. on_disk: whether they lie on the scratch disk; memory costs a fresh clone far less.
     """
 
     def __init__(self, entries: list[dict[str, Any]], place: Place) -> None:

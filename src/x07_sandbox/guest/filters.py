@@ -1,7 +1,4 @@
-"""What the image brings for the confinement: seccomp filters as bytes, and what of it may always be read.
-
-Both were made when it was built, by `guest/boot/filters.py` and `guest/boot/places.py`.
-"""
+"""What the image brings for the confinement: seccomp filters (`guest/boot/filters`), and what may always be read."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """PID 1 of the program's namespaces: builds its world, starts it, reaps, and reports its true wait status.
 
-The program itself is never PID 1, because the kernel spares a namespace's PID 1 from signals that it sends itself.
-Reports go over a pipe that the program never has: one byte of kind, then a fixed or counted rest.
+The program is not PID 1 itself, since the kernel spares that from signals that it sends itself. Reports go over a pipe
+that the program never has: one byte of kind, then a fixed or counted rest.
 """
 
 from __future__ import annotations
@@ -29,10 +29,8 @@ _STATUS = struct.Struct(">I")
 class Ends(NamedTuple):
     """Descriptors of init and of the program's process; the agent has the other ends.
 
-    streams: what become the program's standard streams.
-    start_fd: where the program's process reads what it is to become. told_fd: gets READY from it, then a failure, which
-        a success closes.
-    orders_fd: where init reads what of the world depends on the job. report_fd: what init says.
+    streams: the program's standard streams. start_fd: what it is to become. told_fd: gets READY, then a failure, or is
+    closed by success. orders_fd: where init reads what of the world depends on the job. report_fd: what init says.
     """
 
     streams: tuple[int, int, int]
@@ -64,12 +62,11 @@ def run_init(world: confine.World, ends: Ends, measures: confine.Measures) -> No
         _obey(world, ends, measures)
         status = _last_of(program, namespace=world.namespaces)
         os.write(ends.report_fd, EXITED + _STATUS.pack(status))
-        # Its end would take the namespaces apart, which takes longer than a small program, for a machine that is about
-        # to be thrown away.
+        # Its end would take the namespaces apart, which takes longer than a small program.
         while True:
             signal.pause()
     except confine.StepError as exc:
-        _report_failure(ends.report_fd, exc.stage, exc.errno, str(exc.args[2]))
+        _report_failure(ends.report_fd, *exc.args)
     except OSError as exc:
         _report_failure(ends.report_fd, "start", exc.errno or 0, str(exc))
     finally:
@@ -97,10 +94,7 @@ def _obey(world: confine.World, ends: Ends, measures: confine.Measures) -> None:
 
 
 def _end_when_asked(program: int) -> None:
-    """Kill the program, and with its end all that is left of it, when the agent sends SIGTERM.
-
-    The program may be able to send it too, where both are one user: it would only end itself.
-    """
+    """Kill the program when SIGTERM comes: from the agent, or from the program, where both are one user."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would raise an exception in here
 
     def kill(_number: int, _frame: object) -> None:
@@ -121,8 +115,7 @@ def _last_of(program: int, *, namespace: bool) -> int:
             break
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         if namespace:
-            # All of this namespace but us, and none of them can fork with that signal pending. Orphans are our
-            # children.
+            # All of this namespace but us; none can fork with that signal pending, and orphans are our children.
             os.kill(-1, signal.SIGKILL)
         while True:
             if not namespace:
@@ -148,7 +141,7 @@ def _become(world: confine.World, ends: Ends, measures: confine.Measures) -> NoR
                 start_fd, told_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (start_fd, told_fd))
                 os.dup2(start_fd, interpreter.START_FD)
                 os.dup2(told_fd, interpreter.TOLD_FD)
-                os.execve(interpreter.PYTHON, interpreter.argv(), interpreter.env())
+                os.execve(interpreter.PYTHON, interpreter.ARGV, interpreter.ENV)
             take_away, execute = restrict.last_steps()
             os.write(told_fd, READY)
             # It is our agent that speaks.
@@ -161,7 +154,7 @@ def _become(world: confine.World, ends: Ends, measures: confine.Measures) -> NoR
             except OSError as exc:
                 told = f"{exc.errno or 0} {exc}"  # a number only here: it is the program that could not be executed
         except confine.StepError as exc:
-            told = f"0 {exc.stage}: {exc.args[2]}"
+            told = f"0 {exc.args[0]}: {exc.args[2]}"
         except (OSError, ValueError) as exc:
             told = f"0 {exc}"
         os.write(told_fd, told.encode("utf-8", "backslashreplace"))

@@ -1,27 +1,20 @@
 """A Python interpreter that is started before there is a job, and becomes the program when there is one.
 
-It is started as any is, with a script's name that does not exist, and stops in its own start-up, where Python imports
-`sitecustomize`: that module is `hook`, which waits for the orders. Then it takes away everything of itself, puts the
-right script's name where the interpreter will look for it, and lets the start-up go on: the interpreter reads, compiles
-and runs the script by itself, with nothing of ours on its stack. Or it executes another program, if that is the order.
+It is started with the name of a script that does not exist, and stops in its own start-up, where Python imports
+`sitecustomize`: that module is `hook`, which imports what is to be preloaded, and waits for the orders. Then it removes
+everything of itself, puts the right script's name where the interpreter will look for it, and lets the start-up go on:
+the interpreter reads, compiles and runs the script with nothing of ours on its stack. Or it executes another program.
 
-With modules to preload it imports them before it waits: a program's own import of them takes no time.
-
-What cannot be made the same as in a fresh start: the seed of string hashes, the layout of memory and what the kernel
-gave the process at its start (AT_RANDOM: stack canary, pointer guard), which are those of the saved machine,
-/proc/self/cmdline and /proc/self/environ, and the CPU time that the start took, by which RLIMIT_CPU is larger.
+What cannot be the same as in a fresh start: docs/design.md, "VM templates".
 """
 
 from __future__ import annotations
 
 import marshal
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
 
 from x07_sandbox.guest.restrict import last_steps
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any, NoReturn
 
 PYTHON: Final = "/usr/bin/python3"
 FOLDER: Final = "/run/start"  # in the program's view until it starts
@@ -31,11 +24,13 @@ TOLD_FD: Final = 4
 RULES_FD: Final = 63  # below 64 the kernel's table of descriptors need not grow
 _NAME_MAX: Final = 255
 PLACEHOLDER: Final = f"{SCRIPTS}program/{'x' * _NAME_MAX}"
+ARGV: Final = [PYTHON, PLACEHOLDER]
 # What the interpreter looks at before it comes to our hook: where the job's differs, it is started afresh.
 _EARLY: Final = ("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "LOCPATH", "HOME")
 # And the C library, before Python.
 _EARLIER: Final = ("PYTHON", "LD_", "GLIBC_", "MALLOC_")
 ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
+ENV: Final = ENVIRONMENT | {"PYTHONPATH": FOLDER}
 # What it looks for there: a user's own modules.
 OWN_MODULES: Final = f"{ENVIRONMENT['HOME']}/.local"
 
@@ -44,10 +39,10 @@ _DEBIANS: Final = frozenset({"apport_python_hook", "ImportError", "install"})
 
 
 def hook(preload: list[str]) -> str:
-    """The module that the interpreter stops in. preload: modules that the program will find imported.
+    """The source of the module that the interpreter stops in. preload: modules that the program will find imported.
 
-    It has none of our modules: it is the code of the functions below, which import what they need, and call one another
-    and use the constants above as if they were in one. They are taken away at the end: each knows all of them.
+    It has none of our modules, but the code of the functions below, which import what they need and share the names in
+    _HOOK and _HOOK_HAS; these are removed at the end.
     """
     codes = {function.__name__: marshal.dumps(function.__code__) for function in _HOOK}
     return f"""import marshal
@@ -135,9 +130,9 @@ def _import_all(preload: list[str]) -> None:
 
 
 def _import_theirs() -> Any:  # noqa: ANN401 - a module
-    """The system's own sitecustomize, if it can be imported here; and look for no user's where none can be.
+    """Import the system's own sitecustomize if it is Debian's, which looks at nothing of the job; it, or None.
 
-    In a fresh clone an import that finds nothing takes milliseconds. Debian's looks at nothing of the job.
+    And have none of the user's looked for where there is none: a failing import costs a fresh clone milliseconds.
     """
     import site
     import sys
@@ -262,32 +257,17 @@ _HOOK: Final = (
     *(_new_secrets, last_steps),
 )
 _HOOK_HAS: Final = {
-    "START_FD": START_FD,
-    "TOLD_FD": TOLD_FD,
-    "RULES_FD": RULES_FD,
-    "FOLDER": FOLDER,
-    "PLACEHOLDER": PLACEHOLDER,
-    "_DEBIANS": _DEBIANS,
+    name: globals()[name] for name in ("START_FD", "TOLD_FD", "RULES_FD", "FOLDER", "PLACEHOLDER", "_DEBIANS")
 }
 
 # What follows runs in the agent.
 
 
-def argv() -> list[str]:
-    """How it is started."""
-    return [PYTHON, PLACEHOLDER]
-
-
-def env() -> dict[str, str]:
-    """With which environment."""
-    return ENVIRONMENT | {"PYTHONPATH": FOLDER}
-
-
 def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bool, own_modules: bool) -> bool:
-    """Whether it would be the same as a fresh start of that command, but for what stands above.
+    """Whether it would be as good as a fresh start of that command.
 
-    preload: it has imported modules, any of which may have looked at any variable, and may have started threads.
-    alone: whether there must be no thread yet. own_modules: whether something lies in OWN_MODULES by now.
+    preload: it has imported modules, which may have looked at any variable, and started threads. alone: whether there
+    must be no thread yet. own_modules: whether something lies in OWN_MODULES by now.
     """
     return (
         len(argv) > 1

@@ -8,26 +8,23 @@ import select
 import stat
 import struct
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from x07_sandbox.channel.frames import Kind, Stream
-from x07_sandbox.channel.link import Data, Eof, Event, State
+from x07_sandbox.channel.link import Data, Eof, Event, Link, State
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, init
 from x07_sandbox.guest.execution import Execution
 from x07_sandbox.guest.files import IncomingFiles
 from x07_sandbox.guest.mounts import Names, mount_all
-from x07_sandbox.guest.place import Limits, failure, told_failure
+from x07_sandbox.guest.place import Limits, Place, failure, told_failure
 from x07_sandbox.guest.trees import changes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from x07_sandbox.channel.link import Link
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.errors import JobError
-    from x07_sandbox.guest.place import Place
 
     Fail = Callable[[JobError], None]
 
@@ -41,25 +38,17 @@ _STILL_S: Final = 0.5  # read so much later than that, it tells that the machine
 
 def orders(
     limits: dict[str, int],
-    *,
     hostname: str,
-    out_writable: bool,
-    inputs_on_disk: bool,
     spare_cpu_s: int,
+    *,
+    out_writable: bool,
+    inputs_on_disk: bool = False,
     execution: tuple[Any, ...] | None = None,
 ) -> confine.Orders:
     """What init is told of a job with these limits. spare_cpu_s: what the process may have used before it."""
-    return confine.Orders(
-        hostname=hostname,
-        tmp_bytes=limits["tmp_bytes"],
-        out_writable=out_writable,
-        inputs_on_disk=inputs_on_disk,
-        fds=limits["fds"],
-        cpu_s=limits["cpu_ms"] // 1000 + spare_cpu_s,
-        core_bytes=limits["core_bytes"],
-        tasks=limits["tasks"],
-        execution=execution,
-    )
+    cpu_s = limits["cpu_ms"] // 1000 + spare_cpu_s
+    tmp_bytes, fds, core_bytes, tasks = limits["tmp_bytes"], limits["fds"], limits["core_bytes"], limits["tasks"]
+    return confine.Orders(hostname, tmp_bytes, out_writable, inputs_on_disk, fds, cpu_s, core_bytes, tasks, execution)
 
 
 class Job:
@@ -86,16 +75,13 @@ class Job:
         self.started = False
         self.fds: dict[int, int] = {}  # our ends of the program's output -> stream
         self.stdin_fd = place.stdin_fd
-        self.report_fd = -1
-        self.told_fd = -1
+        self.report_fd = self.told_fd = -1
         self.told = b""
         self.held = bytearray()  # input that the program has not read yet: at most one window
         self.input_ended = False
-        self.cpu_before_us = 0
+        self.cpu_before_us = self.cpu_seen_us = 0
         self.cpu_looked_at = 0.0
-        self.cpu_seen_us = 0
-        self.cpu_exceeded = False
-        self.stopped = False
+        self.cpu_exceeded = self.stopped = False
         self.wait_status: int | None = None
         self.output_file: BinaryIO | None = None
         self.changes: Iterator[bytes] | None = None
@@ -105,11 +91,9 @@ class Job:
 
     def take(self, event: Event) -> None:
         """A data event from the host."""
-        if isinstance(event, Data) and event.stream == Stream.STDIN:
-            self.held += event.payload
-            self._feed()
-        elif isinstance(event, Eof) and event.stream == Stream.STDIN:
-            self.input_ended = True
+        if isinstance(event, (Data, Eof)) and event.stream == Stream.STDIN:
+            self.held += event.payload if isinstance(event, Data) else b""
+            self.input_ended |= isinstance(event, Eof)
             self._feed()
         elif isinstance(event, Data):
             self.files.write(event.stream, event.payload)
@@ -147,10 +131,10 @@ class Job:
     def _orders(self, execution: Execution | None = None) -> confine.Orders:
         return orders(
             self.limits,
-            hostname=self.hostname,
+            self.hostname,
+            self.place.spare_cpu_s,
             out_writable=self.output is not None,
             inputs_on_disk=self.files.on_disk,
-            spare_cpu_s=self.place.spare_cpu_s,
             execution=None if execution is None else tuple(execution),
         )
 
@@ -215,13 +199,12 @@ class Job:
             self._feed(broken=bool(mask & select.POLLERR))
 
     def _carry(self, fd: int) -> None:
-        stream = self.fds[fd]
         try:
-            data = os.read(fd, min(_READ, self.link.window(stream)))
+            data = os.read(fd, min(_READ, self.link.window(self.fds[fd])))
         except BlockingIOError:
             return
         if data:
-            self.link.send_data(stream, data)
+            self.link.send_data(self.fds[fd], data)
         else:
             self._end_output(fd)
 
@@ -287,7 +270,7 @@ class Job:
                 self._send_changes()
 
     def _end_streams(self) -> None:
-        """End outputs that hold nothing more, though they are open: nobody is left who could write to them.
+        """End open outputs that hold nothing more, once all processes are gone.
 
         Descriptors that were sent over a socket and never received keep a pipe open without any process.
         """
@@ -315,8 +298,8 @@ class Job:
         self.cpu_looked_at = now
         used_us = self._cpu_us()
         if late_s > _STILL_S:
-            # We come before the program (cpu.weight): so it was the host that had no time for the whole machine. Its
-            # kernel knows nothing of that, and has counted it as the program's.
+            # We come before the program (cpu.weight), so the host had no time for the whole machine, whose kernel has
+            # counted that as the program's.
             still_us = min(int(late_s * 1_000_000), used_us - self.cpu_seen_us)
             self.cpu_before_us += still_us
             used_us -= still_us
@@ -344,10 +327,10 @@ class Job:
             {
                 "wait_status": self.wait_status,
                 "cpu_us": self._cpu_us(),
-                "memory_peak_bytes": group.memory_peak_bytes(),
-                "oom_kills": group.oom_kills(),
-                "tasks_peak": group.tasks_peak(),
-                "tasks_refused": group.tasks_refused(),
+                "memory_peak_bytes": group.count("memory_peak_bytes"),
+                "oom_kills": group.count("oom_kills"),
+                "tasks_peak": group.count("tasks_peak"),
+                "tasks_refused": group.count("tasks_refused"),
                 "cpu_exceeded": self.cpu_exceeded,
                 "stopped": self.stopped,
                 "disk_full": os.statvfs(self.place.platform.scratch).f_bavail < _FULL_BLOCKS,
@@ -378,12 +361,14 @@ class Job:
             link = exc.errno == errno.ELOOP  # so O_NOFOLLOW has it
             return None, "is a link, and none is followed" if link else f"cannot be opened: {exc.strerror}"
         info = os.fstat(fd)
+        problem = None
         if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            problem = "is no regular file of its own"
+        elif info.st_size > self.output["max_bytes"]:
+            problem = f"has {info.st_size} bytes, over the limit of {self.output['max_bytes']}"
+        if problem:
             os.close(fd)
-            return None, "is no regular file of its own"
-        if info.st_size > self.output["max_bytes"]:
-            os.close(fd)
-            return None, f"has {info.st_size} bytes, over the limit of {self.output['max_bytes']}"
+            return None, problem
         self.output_file = os.fdopen(fd, "rb", buffering=0)
         return info.st_size, None
 
@@ -400,12 +385,9 @@ class Job:
 
     def _told_changes(self) -> Iterator[bytes]:
         """The stream of what was changed, root after root."""
-        number = 0
-        for mount in self.mounts:
-            if mount["changes"]:
-                yield Entry(Record.ROOT, b"%d" % number).encoded()
-                yield from changes(self.files.trees[mount["tree"]], os.fsencode(mount["sub"]))
-                number += 1
+        for number, mount in enumerate(mount for mount in self.mounts if mount["changes"]):
+            yield Entry(Record.ROOT, b"%d" % number).encoded()
+            yield from changes(self.files.trees[mount["tree"]], os.fsencode(mount["sub"]))
         yield Entry(Record.END, b"").encoded()
 
     def _send_changes(self) -> None:

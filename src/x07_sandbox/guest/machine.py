@@ -18,8 +18,7 @@ from x07_sandbox.guest.system import write_file
 PORT: Final = "x07.0"
 SCRATCH_SERIAL: Final = "x07scratch"
 
-# Doors of the guest's kernel that no program here needs and many attacks went through: a user namespace gives an
-# ordinary process capabilities over namespaces of its own; io_uring and bpf are large and young.
+# Parts of the guest's kernel that no program here needs and many attacks used.
 _CLOSED: Final = (
     ("user/max_user_namespaces", "0"),
     ("kernel/io_uring_disabled", "2"),
@@ -28,8 +27,7 @@ _CLOSED: Final = (
     ("kernel/dmesg_restrict", "1"),
     ("kernel/kptr_restrict", "2"),
 )
-# What the kernel would otherwise do now and then, for machines that live longer: in a fresh clone each costs
-# milliseconds when it comes first.
+# What the kernel does now and then for machines that live longer: the first time costs a clone milliseconds.
 _QUIET: Final = (
     ("kernel/sched_autogroup_enabled", "0"),
     ("vm/compaction_proactiveness", "0"),
@@ -56,11 +54,9 @@ class Machine(Platform):
         for name, value in _QUIET:
             with contextlib.suppress(FileNotFoundError):
                 write_file(f"/proc/sys/{name}", value)
-        # The control group holds the limit and tells of it; an allocation that the kernel finds too large would only
-        # fail.
+        # The control group holds the limit and reports it; the kernel's own guess would only fail an allocation.
         write_file("/proc/sys/vm/overcommit_memory", "1")
-        # A program is to run out of descriptors, of which a policy can give more, not of the kernel's own 128
-        # instances.
+        # A program is to run out of descriptors, of which a policy can give more, not of the kernel's 128 instances.
         write_file("/proc/sys/fs/inotify/max_user_instances", "1048576")
         channel_fd = open_port(PORT)
         self._random_fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)

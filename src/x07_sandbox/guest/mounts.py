@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from x07_sandbox.channel.frames import DENIED_MAX
@@ -12,18 +13,13 @@ from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.errors import JobError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
     from x07_sandbox.guest.trees import Tree
 
 _STEPS_MAX: Final = 256  # folders and links on the way to one file
 
 
 def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
-    """Put each source, a path of ours, where it is told in the namespaces of *init*; outer ones come first.
-
-    The third says whether the program may write there. Raises JobError, OSError.
-    """
+    """Mount (source, place, writable) in the namespaces of *init*, outer ones first. Raises JobError, OSError."""
     trees = []
     for source, at, writable in mounts:
         fd = system.open_tree(source)
@@ -43,9 +39,9 @@ def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
 
 
 class Names:
-    """Paths, for the program: of roots, and by inodes of what it may only read, and of folders in which roots lie.
+    """Paths as the program sees them: of roots; by inode, of what it may only read, and of folders with roots in them.
 
-    Asked for seldom, it looks then.
+    They are looked up when first asked for, which is seldom.
     """
 
     def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mapping[str, Any]], view: str) -> None:
@@ -62,9 +58,9 @@ class Names:
         return [_text(mount["at"]) for mount in self._mounts]
 
     def path(self, device: str, inode: int, given: str = "") -> str:
-        """Of what has this inode; empty for all else. device: its numbers in hexadecimal, as the audit has them.
+        """The path of this inode; empty if unknown, or if *given* lies in a read root itself.
 
-        given: a name for it, which may be that of a link; empty too where that lies in a read root itself.
+        device: its numbers in hexadecimal, as the audit has them. given: a name for it, which may be that of a link.
         """
         if self._around is None:
             self._around = dict(self._folders())
@@ -77,9 +73,9 @@ class Names:
         return self._paths.get((device, inode), "")
 
     def follow(self, given: str) -> str:
-        """What an absolute path leads to that begins where the program may make links; empty for all else.
+        """What a path leads to that begins where the program may make links; empty for all else.
 
-        It may be another by now: this is to tell what was refused, and decides nothing. No more are followed than told.
+        It may have changed since: this is reported, and decides nothing. At most DENIED_MAX are followed.
         """
         if given not in self._led:
             if len(self._led) >= DENIED_MAX:
@@ -119,9 +115,8 @@ class Names:
                 yield (_device(self._view + folder), os.stat(self._view + folder).st_ino), _text(folder)
 
     def _shows(self, given: str) -> bool:
-        around = (
-            mount for mount in self._mounts if _below(given.strip("/"), _text(mount["at"]).strip("/")) is not None
-        )
+        path = given.strip("/")
+        around = (mount for mount in self._mounts if _below(path, _text(mount["at"]).strip("/")) is not None)
         inner = max(around, key=lambda mount: len(mount["at"]), default=None)
         return inner is not None and not inner["write"]
 
@@ -135,11 +130,9 @@ class Names:
             for inode, name in tree.inodes():
                 # In an inner one that may be written to, another file may have its inode by now.
                 for mount in mounts:
-                    rest = _below(name, mount["sub"])
-                    if rest is not None:
+                    if (rest := _below(name, mount["sub"])) is not None:
                         if not mount["write"]:
-                            path = posixpath.join(mount["at"], rest).rstrip("/")
-                            yield (shown, inode), _text(path)
+                            yield (shown, inode), _text(posixpath.join(mount["at"], rest).rstrip("/"))
                         break
 
 

@@ -1,7 +1,4 @@
-"""The place made ready for a program: scratch disk, control group, namespaces, and a process that waits in them.
-
-Nothing in it depends on the job, so that a machine can be saved with it and resumed for any job.
-"""
+"""The place made ready for a program of any job: scratch disk, control group, namespaces, and a process that waits."""
 
 from __future__ import annotations
 
@@ -29,8 +26,8 @@ PRELOAD_CPU_S: Final = 300  # importing may have taken long; the control group's
 class Limits(NamedTuple):
     """What the policy forbids the program, as START says it.
 
-    programs: paths of programs that it may execute; None where it may execute any, or none at all.
-    prefixes: beginnings of further ones. alone: whether nothing that could be one lies beside the program.
+    programs: paths of programs that it may execute; None where it may execute any, or none at all. prefixes: beginnings
+    of further ones. alone: whether nothing that could be one lies beside the program.
     """
 
     threads: bool
@@ -45,10 +42,8 @@ class Place:
     """One prepared place; descriptors are the agent's ends, all close-on-exec.
 
     first: whether it is the first of this machine; before another is made, the last one is closed.
-    interpreter: whether the process that waits is a started Python, as `x07_sandbox.guest.interpreter` has it.
-    preload: modules that it has imported.
-    stdin_fd, stdout_fd, stderr_fd: the program's standard streams. report_fd: what init says.
-    init: process id of the first process of its namespaces.
+    interpreter: whether the process that waits is a started Python. preload: modules that it has imported.
+    init: process id of the first process of its namespaces. report_fd: what init says.
     told_fd: what the program's process says before it is the program; its end means that it is.
     in_memory_fds: the program's folders in memory, once the place is prepared.
     """
@@ -69,10 +64,8 @@ class Place:
         self.group = platform.group()
         self._interpreter = interpreter
         self._preload = bool(preload)
-        self._filters = filters.all_filters() if platform.filtered else {}
-        self._cut = {
-            name: filters.cut_at_token(code) for name, code in self._filters.items() if name.endswith(filters.ONCE)
-        }
+        self._filters = known = filters.all_filters() if platform.filtered else {}
+        self._cut = {name: filters.cut_at_token(known[name]) for name in known if name.endswith(filters.ONCE)}
         self.waiting_bytes = WAITING_BYTES
         self.spare_cpu_s = SPARE_CPU_S + (PRELOAD_CPU_S if preload else 0)
         self.in_memory_fds: list[int] = []
@@ -88,13 +81,7 @@ class Place:
         self.told_fd, told_w = os.pipe2(os.O_CLOEXEC)
         start_r, self._start_fd = os.pipe2(os.O_CLOEXEC)
         orders_r, self._orders_fd = os.pipe2(os.O_CLOEXEC)
-        ends = init.Ends(
-            streams=(stdin_r, stdout_w, stderr_w),
-            start_fd=start_r,
-            told_fd=told_w,
-            orders_fd=orders_r,
-            report_fd=report_w,
-        )
+        ends = init.Ends((stdin_r, stdout_w, stderr_w), start_r, told_w, orders_r, report_w)
         world = confine.World(
             netns_fd=_network_namespace() if platform.namespaces else -1,
             procs_fds=self.group.open_procs(),
@@ -120,14 +107,17 @@ class Place:
             os.close(world.netns_fd)
 
     def prepare(self, orders: confine.Orders) -> None:
-        """Wait until the program's process waits, and have what of the world depends on the job made. Raises JobError.
+        """Wait until the program's process waits, and have init make what depends on the job. Raises JobError.
 
-        May be called again, with other orders: what is the same is not done again.
+        May be called again with other orders: only what differs is done again.
         """
         if self._orders == orders:
             return
         if self._orders is None and (told := os.read(self.told_fd, 1)) != init.READY:
-            raise self._failure(told + read_all(self.told_fd))
+            if told := told + read_all(self.told_fd):
+                raise told_failure(told)
+            os.close(self._orders_fd)
+            raise failure(os.read(self.report_fd, 8192))
         self._orders = orders
         with contextlib.suppress(BrokenPipeError):  # init has ended, and its report says why
             write_all(self._orders_fd, marshal.dumps(tuple(orders)))
@@ -139,16 +129,9 @@ class Place:
             view = f"/proc/{self.init}/root"
             self.in_memory_fds = [os.open(f"{view}{name}", os.O_PATH | os.O_CLOEXEC) for name in confine.IN_MEMORY]
 
-    def _failure(self, told: bytes) -> JobError:
-        """Why no process waits: what it says itself, else what init says."""
-        if told:
-            return told_failure(told)
-        os.close(self._orders_fd)
-        return failure(os.read(self.report_fd, 8192))
-
     def measure(self) -> None:
-        """See how much memory the process that waits has, and will have until it is the program."""
-        self.waiting_bytes = max(WAITING_BYTES, 2 * self.group.memory_bytes())
+        """Measure the memory that the process that waits has, and will have until it is the program."""
+        self.waiting_bytes = max(WAITING_BYTES, 2 * self.group.count("memory_bytes"))
 
     def cpu_us_so_far(self) -> int:
         """CPU time of what waits, in microseconds, as it was when this was first asked for; it does nothing since."""
@@ -161,7 +144,7 @@ class Place:
         os.pwrite(self._machine_id_fd, machine_id.hex().encode() + b"\n", 0)
 
     def mounted(self) -> None:
-        """See what the host's folders, which the program finds from now on, mean for the process that waits."""
+        """See whether the host's folders bring modules of the user for the process that waits."""
         self._own_modules = os.path.lexists(f"/proc/{self.init}/root{interpreter.OWN_MODULES}")
 
     def becomes(self, argv: list[str], env: dict[str, str], limits: Limits) -> bool:
@@ -173,7 +156,7 @@ class Place:
         )
 
     def start(self, argv: list[str], env: dict[str, str], cwd: str, limits: Limits) -> None:
-        """Let the process become the program; what follows is told by `told_fd` and `report_fd`."""
+        """Let the process become the program; `told_fd` and `report_fd` say how that goes."""
         os.close(self._orders_fd)
         become = self.becomes(argv, env, limits)
         name = filters.filter_name(threads=limits.threads, spawn=limits.spawn, execute=limits.execute)
@@ -233,7 +216,7 @@ class Place:
 
 
 def failure(report: bytes) -> JobError:
-    """What init says when it cannot go on."""
+    """Why init cannot go on."""
     if not report.startswith(init.FAILED):
         return JobError("init", 0, "the program's init ended without a report")
     told = json.loads(report[1:])
@@ -241,10 +224,7 @@ def failure(report: bytes) -> JobError:
 
 
 def told_failure(told: bytes) -> JobError:
-    """What the program's process says when it could not become the program: words, and before them a number.
-
-    That is the kernel's, where it would not execute the program; else 0.
-    """
+    """Why a process could not become the program: it sends the kernel's error for its execution, else 0, and words."""
     number, _, message = told.decode("utf-8", "replace").partition(" ")
     return JobError("exec", int(number) if number.isdigit() else 0, message)
 

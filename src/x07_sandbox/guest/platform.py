@@ -1,8 +1,4 @@
-"""What the agent finds around it: how it speaks to the host, where files of a job lie, which measures there are.
-
-`machine` is a virtual machine of our own. `process` has two weaker ones on the kernel of somebody else: `Confined`,
-below bubblewrap, and `Unconfined`, where nothing is held.
-"""
+"""What the agent runs in: a virtual machine (`machine`), or a process on somebody else's kernel (`process`)."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
-    from x07_sandbox.guest.cgroup import Group
+    from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.confine import Measures
 
 
@@ -46,7 +42,7 @@ class Platform(ABC):
         """What hears of refused calls. Raises OSError."""
 
     @abstractmethod
-    def group(self) -> Group:
+    def group(self) -> NoGroup:
         """A new control group for a program, or what stands for it. Raises OSError."""
 
     @abstractmethod

@@ -1,18 +1,17 @@
 """The agent as a process of somebody else's machine: below bubblewrap (`Confined`), or unconfined (`Unconfined`).
 
-`Confined` is uid 0 of a user namespace that bubblewrap has made, and no more to the kernel than the user who started
-it. Its init builds the program's view from there, as in a machine. The program then enters a user namespace of its own,
-below that one: to the kernel it is the same user as agent and init, but it has no right over a process that is not in
-its namespace, and neither over what is mounted.
+`Confined` is uid 0 of a user namespace that bubblewrap has made; to the kernel, the user who started it. Its init
+builds the program's view from there, as in a machine. The program then enters a user namespace below that one: still
+the same user to the kernel, but without rights over processes outside its namespace, and over what is mounted.
 
-Both are told their channel, an inherited descriptor, on the command line, and end when that ends.
+Both find their channel, an inherited descriptor, on the command line, and end when that ends.
 """
 
 from __future__ import annotations
 
 import os
 import resource
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.audit import NoAudit
@@ -20,9 +19,6 @@ from x07_sandbox.guest.cgroup import NoGroup, given_group
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.platform import Platform
 from x07_sandbox.guest.system import children_of, write_file
-
-if TYPE_CHECKING:
-    from x07_sandbox.guest.cgroup import Group
 
 GROUP: Final = "/run/x07/cgroup"  # where the host puts control groups for the program, where it has any
 # The first versions of Landlock (landlock(7)) that let files be moved from folder to folder, and that have scopes.
@@ -44,7 +40,7 @@ def _devices(_world: confine.World) -> None:
 def _rules(world: confine.World) -> None:
     # Without them a job that needs these rules fails: there is no descriptor of them.
     if system.landlock_version() >= _RULES_ABI:
-        confine.RULES.apply(world)
+        confine.rules(world)
 
 
 def _own_user(_world: confine.World) -> None:
@@ -77,25 +73,19 @@ def _resource_limits(orders: confine.Orders) -> None:
     _limit(confine.PROGRAM_PID, (*confine.resource_limits(orders), (resource.RLIMIT_NPROC, orders.tasks)))
 
 
-CONFINED: Final = confine.Measures(
-    world=(
-        confine.NAMESPACES,
-        confine.SYSTEM,
-        confine.PROC,
+_INSTEAD: Final[dict[str, confine.Step[confine.World]]] = {
+    step.name: step
+    for step in (
         confine.Step("devices", "CAP_SYS_ADMIN", _devices),
-        confine.TEMPORARY,
-        confine.WORK,
-        confine.ENTER,
         confine.Step("rules about programs", "Landlock 2, where the kernel has it", _rules),
-    ),
-    rights=(
-        confine.CONTROL_GROUP,
         confine.Step("own user", "CAP_SYS_ADMIN, CAP_SETFCAP, one more user namespace", _own_user),
-        confine.NO_NEW_PRIVILEGES,
-        confine.FRESH_SIGNALS,
         confine.Step("scopes", "Landlock 6, where the kernel has it", _scopes),
-        confine.SYSTEM_CALLS,
-    ),
+    )
+}
+# The steps of a machine, but for these; _own_user gives up capabilities too.
+CONFINED: Final = confine.Measures(
+    world=tuple(_INSTEAD.get(step.name, step) for step in confine.MACHINE.world),
+    rights=tuple(_INSTEAD.get(step.name, step) for step in confine.MACHINE.rights if step.name != "no capabilities"),
     job=(*confine.VIEW, confine.Step("resource limits", "", _resource_limits, (*confine.RESOURCES, "tasks"))),
 )
 
@@ -107,6 +97,11 @@ class _Guest(Platform):
 
     def __init__(self, channel_fd: int) -> None:
         self._channel_fd = channel_fd
+
+    def open_channel(self) -> int:
+        """Keep the channel from what is executed."""
+        os.set_inheritable(self._channel_fd, False)  # noqa: FBT003 - it takes no names
+        return self._channel_fd
 
     def audit(self) -> NoAudit:
         """None: the kernel's audit is the host's."""
@@ -132,30 +127,25 @@ class Confined(_Guest):
 
     def open_channel(self) -> int:
         """Allow one user namespace more, which is the program's: nobody can make another then."""
-        os.set_inheritable(self._channel_fd, False)  # noqa: FBT003 - it takes no names
         write_file("/proc/sys/user/max_user_namespaces", "1")
-        return self._channel_fd
+        return super().open_channel()
 
     def make_folders(self) -> None:
         """Mount a folder in memory; the scratch folder is there."""
         confine.mount_memory()
 
-    def group(self) -> Group:
-        """What the host has made."""
+    def group(self) -> NoGroup:
+        """The group that the host has made."""
         return given_group(GROUP)
 
 
-def _own_init(_world: confine.World) -> None:
+def _own_init(world: confine.World) -> None:
     """Orphans of the program become init's children, and init dies with the agent."""
     system.prctl(system.PR_SET_CHILD_SUBREAPER, 1)
-    _end_with_parent()
+    _end_with_parent(world)
 
 
-def _end_with_init(_world: confine.World) -> None:
-    _end_with_parent()
-
-
-def _end_with_parent() -> None:
+def _end_with_parent(_world: confine.World) -> None:
     system.prctl(system.PR_SET_PDEATHSIG, 9)
 
 
@@ -166,7 +156,7 @@ def _limits_of_child(orders: confine.Orders) -> None:
 
 UNCONFINED: Final = confine.Measures(
     world=(confine.Step("reaper", "", _own_init),),
-    rights=(confine.Step("end with init", "", _end_with_init), confine.FRESH_SIGNALS),
+    rights=(confine.Step("end with init", "", _end_with_parent), confine.FRESH_SIGNALS),
     job=(confine.Step("resource limits", "", _limits_of_child, confine.RESOURCES),),
 )
 # Paths that the host names, and the folders below `scratch` that stand for them.
@@ -185,11 +175,6 @@ class Unconfined(_Guest):
         self.scratch = self.memory = folder
         self.machine_id = f"{folder}/machine-id"
 
-    def open_channel(self) -> int:
-        """Nothing but the channel."""
-        os.set_inheritable(self._channel_fd, False)  # noqa: FBT003 - it takes no names
-        return self._channel_fd
-
     def make_folders(self) -> None:
         """Nothing: there is one folder, and the host has made it."""
 
@@ -201,20 +186,13 @@ class Unconfined(_Guest):
         """With the private folder instead of the paths that a confined program finds its files at."""
         if body["mounts"]:
             raise JobError("mounts", 0, "folders of the host cannot be brought in without confinement")
-        free: dict[str, Any] = {
-            "threads": True,
-            "spawn": True,
-            "execute": True,
-            "programs": None,
-            "prefixes": [],
-            "alone": False,
-        }
+        allowed = dict.fromkeys(("threads", "spawn", "execute"), True)
         return {
             **body,
             "argv": [self._own(word) for word in body["argv"]],
             "env": {name: self._own(value) for name, value in body["env"].items()},
             "cwd": self._own(body["cwd"]),
-            "confine": free,
+            "confine": {**allowed, "programs": None, "prefixes": [], "alone": False},
         }
 
     def _own(self, word: str) -> str:

@@ -1,17 +1,13 @@
 """The last steps of a process before it is the program: what the policy forbids is taken away from it.
 
-`last_steps` also runs in the interpreter that waits, which has none of our modules: its code is put into the hook
-(`x07_sandbox.guest.interpreter`). So it imports what it needs, and uses nothing of this module. What it makes, it makes
-beforehand: in a fresh clone each instruction that is met first costs ten times as much.
+The code of `last_steps` also runs in the interpreter that waits, which has none of our modules (`guest/interpreter`):
+so it imports what it needs, and uses nothing of this module. It makes all it can beforehand, for fresh clones.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 TOKEN_BYTES = 24  # six arguments of 32 bits, as the filter compares them
 

@@ -85,17 +85,16 @@ def pivot_root(new_root: str) -> None:
 
 def open_tree(path: str) -> int:
     """A copy of the mount at *path*, from there down, that is attached nowhere yet. Raises OSError."""
-    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
-    fd: int = _libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
+    fd: int = _libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC)
     _check(fd, path)
     return fd
 
 
 def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
-    """Let no set-id bits and devices hold on a mount, and set *flags* beside what it has. Raises OSError.
+    """Add MS_NOSUID, MS_NODEV and *flags* (MS_RDONLY, MS_NOEXEC) to a mount. Raises OSError.
 
-    mount: its place, or a descriptor of one that is attached nowhere yet. flags: MS_RDONLY, MS_NOEXEC.
-    below: also for all that is mounted in it. It adds only: in a user namespace no flag of the host's can be taken off.
+    mount: its place, or a descriptor of one that is attached nowhere yet. below: also for all that is mounted in it.
+    It adds only: in a user namespace no flag of the host's can be taken off.
     """
     fd, path, how = (mount, b"", _AT_EMPTY_PATH) if isinstance(mount, int) else (_AT_FDCWD, os.fsencode(mount), 0)
     attributes = struct.pack("=4Q", MS_NOSUID | MS_NODEV | flags, 0, 0, 0)  # the first four bits are those of mount(2)
@@ -121,8 +120,7 @@ def prctl(option: int, *values: int) -> None:
 
 def drop_capabilities() -> None:
     """Empty all sets of this process's capabilities but the bounding set. Raises OSError."""
-    header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
-    _check(_libc.capset(header, bytes(24)), "capset")
+    _check(_libc.capset(struct.pack("=Ii", _CAPABILITY_VERSION, 0), bytes(24)), "capset")
 
 
 def landlock_version() -> int:
@@ -155,8 +153,7 @@ def add_entropy(random_fd: int, seed: bytes) -> None:
     fcntl.ioctl(random_fd, _RNDRESEEDCRNG)
 
 
-# Not open(): its layers of buffering and text are thousands of instructions that a fresh clone meets for the first
-# time, at about ten times their later price.
+# Not open(): its layers are thousands of instructions that a fresh clone meets first, at ten times their later price.
 def read_file(path: str) -> bytes:
     """The first 64 KiB of a small file of the kernel's, read at once. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

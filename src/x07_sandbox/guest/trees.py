@@ -1,8 +1,7 @@
 """Trees of the host's files: made for the program as they come, and what it has changed of them, sent back.
 
-Everything is made as the program's user, so that it is the program's. A change is found without reading what did not
-change: nobody but the kernel sets an inode's ctime, and the program starts in a later tick of that clock than the last
-of its files was made in. A name whose inode or ctime is another one is sent, and the host compares contents.
+Everything is made as the program's user. A change is found by inode and ctime, which only the kernel sets: the program
+starts in a later tick of that clock than the last of its files was made in. The host then compares contents.
 """
 
 from __future__ import annotations
@@ -11,16 +10,14 @@ import contextlib
 import os
 import stat
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator
+from typing import Final
 
 from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import Entry, Hole, Kind, Piece, Reader, can_hold_names, segment
 from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import write_all
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), by which the kernel stamps inodes at the earliest
 _PERMISSIONS: Final = 0o7777
@@ -29,10 +26,7 @@ _MINE: Final = 0o700
 
 @contextlib.contextmanager
 def as_program(uid: int | None) -> Iterator[None]:
-    """What is made in here is the program's, with exactly the mode that is asked for.
-
-    uid: the program's; None where that is this process's own.
-    """
+    """Make files as the program's user, with exactly the mode asked for. uid: None where that is this process's own."""
     mask = os.umask(0)
     if uid is not None:
         os.setegid(uid)
@@ -47,13 +41,12 @@ def as_program(uid: int | None) -> Iterator[None]:
 
 
 class Tree:
-    """One tree below *folder*, an empty folder of the program's.
+    """One tree below *folder*, an empty folder of the program's. uid: as `as_program` has it.
 
     names: of all files and links, with their inodes. folders: of all folders, with their modes.
     """
 
     def __init__(self, folder: str, uid: int | None) -> None:
-        """Begin it. uid: the program's, as `as_program` has it."""
         self._uid = uid
         self.folder = os.fsencode(folder)
         # By way of it: the program's user may not enter the folders above.
@@ -68,21 +61,18 @@ class Tree:
 
     def write(self, data: bytes) -> None:
         """Make what these bytes of the stream tell of. Raises JobError, OSError."""
-        with as_program(self._uid):
-            self._take(data)
-
-    def _take(self, data: bytes) -> None:
         try:
-            for event in self._reader.feed(data):
-                if isinstance(event, Piece):
-                    write_all(self._fd, event.data)
-                    self._position += len(event.data)
-                elif isinstance(event, Hole):
-                    self._position = os.lseek(self._fd, event.size, os.SEEK_CUR)
-                elif isinstance(event, Entry):
-                    self._make(event)
-                else:
-                    self._close_file()
+            with as_program(self._uid):
+                for event in self._reader.feed(data):
+                    if isinstance(event, Piece):
+                        write_all(self._fd, event.data)
+                        self._position += len(event.data)
+                    elif isinstance(event, Hole):
+                        self._position = os.lseek(self._fd, event.size, os.SEEK_CUR)
+                    elif isinstance(event, Entry):
+                        self._make(event)
+                    else:
+                        self._close_file()
         except PeerError as exc:
             raise JobError("files", 0, exc.why) from exc
 

@@ -1,8 +1,7 @@
 """Archives that come into the guest: newc cpio (cpio(5)) of plain files and folders, nothing else.
 
-Standard format, own reader: the standard library's tarfile takes ten times as long here (measured), and follows
-more of what an archive asks for than we want. The archive of a program was made by a hostile build, so each name
-is checked and made below a folder that was empty.
+The standard library's tarfile takes ten times as long here (measured), and follows more of what an archive asks for.
+The archive of a program was made by a hostile build, so each name is checked and made below an empty folder.
 """
 
 from __future__ import annotations

@@ -2,13 +2,12 @@
 
 Two forms (docs/design.md, "The jail"):
 
-root   no user namespace. The supervisor and bubblewrap's own two processes keep uid 0 but drop every capability and
-       every descriptor except the lock of the job's uid; setpriv, as the last step inside, changes to that uid,
-       clears all capability sets and the bounding set, and becomes the program.
+root   no user namespace. The supervisor and bubblewrap's two processes keep uid 0 but drop every capability, and every
+       descriptor except the lock of the job's uid; setpriv inside changes to that uid and clears all capability sets.
 user   a user namespace in which the process has a uid that is not 0, and no capability.
 
-In both: own mount, pid, ipc, uts, net and cgroup namespaces, an empty root that holds just the named files,
-read-only, and no /proc; and a filter of system calls, loaded as the last thing before the program (or setpriv).
+In both: own mount, pid, ipc, uts, net and cgroup namespaces, a read-only root of just the named files, no /proc, and a
+filter of system calls, loaded as the last thing before the program (or setpriv).
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     runner_pid: the process with which it dies. syscalls: numbers of the system calls here.
     nest: whether a pid namespace is put around it, so that it ends even if its supervisor is killed: see `may_nest`.
     filter_fd: a pipe from which bubblewrap reads the filter of system calls, as its last step, until the pipe's end.
-        It is the gate: the jail waits there until the filter is written, and where the pipe ends without one, as when
-        the runner dies, the kernel refuses the empty filter and the jail ends. (--block-fd goes on at either.)
+        The jail waits there; where the pipe ends without a filter, as when the runner dies, the kernel refuses the
+        empty one and the jail ends. (--block-fd goes on at either.)
     """
 
     files: tuple[str, ...]
@@ -65,7 +64,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
 def may_nest() -> bool:
     """Whether this process may mount a /proc of its own, as a pid namespace around bubblewrap needs.
 
-    The kernel lets an ordinary user do so only where the /proc that is there is fully visible: containers hide parts.
+    An ordinary user may only where /proc is fully visible: containers hide parts of it.
     """
     if os.geteuid() == 0:
         return True
@@ -92,7 +91,7 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     if jail.lock_fd is not None:
         argv += ["--sync-fd", str(jail.lock_fd)]
     return supervisor_argv(
-        [*argv, "--", *_rights(jail), *command],
+        [*argv, "--", *_as_user(jail.uid), *command],
         deadline_s=jail.deadline_s,
         runner_pid=jail.runner_pid,
         syscalls=jail.syscalls,
@@ -111,36 +110,26 @@ def supervisor_argv(  # noqa: PLR0913 - the supervisor's own arguments
     keep_fd: int | None = None,
     uid: int | None = None,
 ) -> list[str]:
-    """The command line of the supervisor and what it supervises; the rest as `Jail` has it.
-
-    uid: as whom all of it runs, where root starts it.
-    """
+    """The command line of the supervisor and its command. uid: as whom all of it runs, where root starts it."""
     kept = -1 if keep_fd is None else keep_fd
     numbers = (deadline_s, runner_pid, kept, int(nest), *(syscalls[name] for name in _CALLS))
     # Another user may not reach the file where we are installed.
     script = [SUPERVISOR] if uid is None else ["-e", Path(SUPERVISOR).read_text(encoding="utf-8"), "--"]
-    return [*([] if uid is None else _as_user(uid)), PERL, *script, *map(str, numbers), *command]
-
-
-_NAME: Final = ("--hostname", "x07")  # else it knows the host's
+    return [*_as_user(uid), PERL, *script, *map(str, numbers), *command]
 
 
 def _namespaces(jail: Jail) -> list[str]:
     if jail.uid is None:
         uid = str(INNER_UID)
-        return ["--unshare-all", *_NAME, "--uid", uid, "--gid", uid, "--cap-drop", "ALL"]
+        return ["--unshare-all", "--hostname", "x07", "--uid", uid, "--gid", uid, "--cap-drop", "ALL"]
     kept = [word for cap in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP") for word in ("--cap-add", cap)]
     unshared = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
-    return [*unshared, *_NAME, "--cap-drop", "ALL", *kept]
+    return [*unshared, "--hostname", "x07", "--cap-drop", "ALL", *kept]
 
 
-def _rights(jail: Jail) -> list[str]:
-    if jail.uid is None:
+def _as_user(uid: int | None) -> list[str]:
+    if uid is None:
         return []
-    return _as_user(jail.uid)
-
-
-def _as_user(uid: int) -> list[str]:
     drop = [f"--{name}=-all" for name in ("bounding-set", "inh-caps", "ambient-caps")]
     ids = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
     return [SETPRIV, *ids, *drop, "--no-new-privs", "--"]
@@ -151,6 +140,5 @@ def _folders(paths: list[str]) -> list[str]:
     found: dict[str, None] = {}
     for path in paths:
         parts = path.split("/")[1:-1]
-        for depth in range(1, len(parts) + 1):
-            found["/" + "/".join(parts[:depth])] = None
+        found |= dict.fromkeys("/" + "/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
     return list(found)

@@ -1,8 +1,7 @@
 """Control groups of the host around a jail, where the host has them and we may use them.
 
 Version 2: a group below our own, where we may make one and memory and pids are delegated. Version 1: as root, one
-group in the memory and one in the pids hierarchy. Neither: the guest's fixed RAM size and rlimits bound the process;
-the result says so.
+group in each hierarchy. Neither: the guest's fixed RAM size and rlimits bound the process; the result says so.
 """
 
 from __future__ import annotations
@@ -52,9 +51,8 @@ class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
 def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
     """Groups called *name* with these limits; no folders where the host gives us none."""
     _remove_abandoned()
-    if (_ROOT / "cgroup.controllers").exists():
-        return _version_2(name, memory_bytes, tasks)
-    return _version_1(name, memory_bytes, tasks)
+    make = _version_2 if (_ROOT / "cgroup.controllers").exists() else _version_1
+    return make(name, memory_bytes, tasks)
 
 
 class ProgramGroups(HostGroups, frozen=True, kw_only=True):
@@ -92,15 +90,9 @@ def program_groups(name: str, *, uid: int) -> ProgramGroups:
         return _program_group_2(name, uid)
     places = {}
     for controller, files in _GIVEN.items():
-        folder = _ROOT / controller / _PARENT / name
-        if os.geteuid() != 0 or not (_ROOT / controller / "cgroup.procs").exists():
-            continue
-        try:
-            folder.mkdir(parents=True)
-        except OSError:
-            continue  # not ours to make
-        places[controller] = folder
-        _give(folder, files, uid)
+        if os.geteuid() == 0 and (folder := _made_1(controller, name)):
+            places[controller] = folder
+            _give(folder, files, uid)
     return ProgramGroups(folders=tuple(places.values()), holds=tuple(places), places=places)
 
 
@@ -153,21 +145,14 @@ def _parent_2() -> Path | None:
 
 
 def _version_2(name: str, memory_bytes: int, tasks: int) -> HostGroups:
-    nothing = HostGroups(folders=(), holds=())
-    parent = _ROOT / _PARENT if os.geteuid() == 0 else _own_group()
-    try:
-        if os.geteuid() == 0:
-            parent.mkdir(exist_ok=True)
-            (_ROOT / "cgroup.subtree_control").write_text("+memory +pids", encoding="ascii")
-        elif not os.access(parent / "cgroup.procs", os.W_OK):
-            return nothing  # a process can only be moved below a group whose list of processes we may write
-        (parent / "cgroup.subtree_control").write_text("+memory +pids", encoding="ascii")
-        folder = parent / name
-        folder.mkdir()
-    except OSError:
-        return nothing
     limits = {"memory.max": memory_bytes, "pids.max": tasks}
-    return HostGroups(folders=(folder,), holds=("memory", "pids")) if _limited(folder, limits) else nothing
+    with contextlib.suppress(OSError):
+        if (parent := _parent_2()) is not None:
+            folder = parent / name
+            folder.mkdir()
+            if _limited(folder, limits):
+                return HostGroups(folders=(folder,), holds=("memory", "pids"))
+    return HostGroups(folders=(), holds=())
 
 
 def _own_group() -> Path:
@@ -179,20 +164,21 @@ def _own_group() -> Path:
 
 
 def _version_1(name: str, memory_bytes: int, tasks: int) -> HostGroups:
-    folders = []
-    holds = []
+    held = {}
     for controller, file, value in (("memory", "memory.limit_in_bytes", memory_bytes), ("pids", "pids.max", tasks)):
-        folder = _ROOT / controller / _PARENT / name
-        try:
-            if not (_ROOT / controller / "cgroup.procs").exists():
-                continue
+        if (folder := _made_1(controller, name)) and _limited(folder, {file: value}):
+            held[controller] = folder
+    return HostGroups(folders=tuple(held.values()), holds=tuple(held))
+
+
+def _made_1(controller: str, name: str) -> Path | None:
+    """A new group of version 1; None where it is not ours to make, or the name is taken by another job."""
+    folder = _ROOT / controller / _PARENT / name
+    with contextlib.suppress(OSError):
+        if (_ROOT / controller / "cgroup.procs").exists():
             folder.mkdir(parents=True)
-        except OSError:
-            continue  # not ours to make, or the name is taken: then it is another job's
-        if _limited(folder, {file: value}):
-            folders.append(folder)
-            holds.append(controller)
-    return HostGroups(folders=tuple(folders), holds=tuple(holds))
+            return folder
+    return None
 
 
 def _limited(folder: Path, limits: dict[str, int]) -> bool:

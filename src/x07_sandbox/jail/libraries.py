@@ -15,11 +15,9 @@ _LINE = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$")
 
 
 def needed_files(binary: str) -> tuple[str, ...]:
-    """*binary*, its shared libraries and its loader, as absolute paths.
+    """*binary*, its shared libraries and its loader, as absolute paths. Raises HostError.
 
-    Asked of ldd(1) once for each state of the binary and the library cache, and remembered in the cache folder:
-    the loader takes longer to answer than everything else of a start together.
-    Raises HostError.
+    Asked of ldd(1), which is slow, once for each state of the binary and the library cache.
     """
     key = _identity(binary)
     record = cache_folder("libraries") / f"{Path(binary).name}.json"
@@ -38,27 +36,20 @@ def _identity(binary: str) -> list[object]:
     try:
         states = [Path(path).stat() for path in (binary, "/etc/ld.so.cache")]
     except OSError as exc:
-        raise HostError(
-            f"cannot find {binary}", exc.strerror or str(exc), "Run x07 doctor to see what is missing"
-        ) from exc
+        fix = "Run x07 doctor to see what is missing"
+        raise HostError(f"cannot find {binary}", exc.strerror or str(exc), fix) from exc
     return [binary, *([info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns] for info in states)]
 
 
 def _ask(binary: str) -> list[str]:
+    env = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
     done = subprocess.run(
-        [_LDD, binary],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
+        [_LDD, binary], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False, env=env
     )
     if done.returncode == 1 and "not a dynamic executable" in done.stdout + done.stderr:
         return [binary]  # linked statically
     if done.returncode != 0:
-        raise HostError(
-            f"cannot list the libraries of {binary}", done.stderr.strip()[:200] or "ldd failed", "Reinstall its package"
-        )
+        why = done.stderr.strip()[:200] or "ldd failed"
+        raise HostError(f"cannot list the libraries of {binary}", why, "Reinstall its package")
     found = [match.group(1) for line in done.stdout.splitlines() if (match := _LINE.match(line))]
     return [binary, *dict.fromkeys(found)]

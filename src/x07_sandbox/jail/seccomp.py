@@ -3,15 +3,13 @@
 Capabilities and namespaces alone leave four ways open, which this closes in both forms of the jail:
 
 * a new user namespace, in which its maker holds every capability, and with it far more of the kernel;
-* other processes of the jail: bubblewrap's own first process, which need not be under it, could be traced and
-  made to do what the VMM may not; and with a second process of its own a VMM could have every bound on one process
-  many times over, so it may start threads only;
+* other processes: bubblewrap's first one, which need not be under it, could be traced; and with several of its own a
+  VMM would have every bound on one process as often, so it may start threads only;
 * what namespaces do not part: the session keyring, which a child inherits from the user's login, sockets of families
   that reach past the network namespace (vsock), files by handle;
-* what all jobs of a host share: the one pool of its asynchronous I/O (fs.aio-max-nr), which a loop of io_setup uses up
-  for root too; and the image's files, on which locks, leases, hints and notices are words from one job to another.
-  What cannot be closed so is left to SECURITY.md's side channels: which pages of those files are in memory, and
-  futexes on a shared mapping of them.
+* what all jobs of a host share: the pool of asynchronous I/O (fs.aio-max-nr), which a loop of io_setup uses up for root
+  too; and the image's files, on which locks, leases, hints and notices reach other jobs. The rest is left to
+  SECURITY.md's side channels: which pages of those files are in memory, futexes on a shared mapping of them.
 
 Memory that belongs to no process (memfd, System V) is refused too: where the host gives no control group, the limit
 on the address space is the only one.

@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import forks
 from x07_sandbox.host.paths import private_dir
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 COUNT: Final = 4096
 _FOLDER: Final = Path("/run/x07-sandbox/uids")
@@ -41,26 +39,17 @@ def free_range() -> int:
 
     Raises HostError.
     """
-    mapped = [
-        tuple(int(word) for word in line.split())
-        for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
-    ]
-    taken = (
-        _ranges("/etc/passwd", 2, 0)
-        + _ranges("/etc/group", 2, 0)
-        + _ranges("/etc/subuid", 1, 2)
-        + _ranges("/etc/subgid", 1, 2)
-    )
+    lines = Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
+    mapped = [tuple(int(word) for word in line.split()) for line in lines]
+    taken = [*_ranges("/etc/passwd", 2, 0), *_ranges("/etc/group", 2, 0)]
+    taken += [*_ranges("/etc/subuid", 1, 2), *_ranges("/etc/subgid", 1, 2)]
     for first in _CANDIDATES:
         inside = any(start <= first and first + COUNT <= start + size for start, _, size in mapped)
         clash = any(first < start + size and start < first + COUNT for start, size in taken)
         if inside and not clash:
             return first
-    raise HostError(
-        "no uid for the job",
-        "no free range of 4096 uids is mapped here",
-        "Run as an ordinary user, or map more uids into this container",
-    )
+    fix = "Run as an ordinary user, or map more uids into this container"
+    raise HostError("no uid for the job", "no free range of 4096 uids is mapped here", fix)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,9 @@ import os
 import select
 import subprocess
 import time
-from typing import TYPE_CHECKING, Final, Self
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final, Self
 
 from x07_sandbox.errors import Cancelled, HostError, RefusedError
 from x07_sandbox.host import forks, settings
@@ -25,10 +27,6 @@ from x07_sandbox.host.cores import cores
 from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.paths import cache_folder, open_own
 from x07_sandbox.host.variables import number
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 _VARIABLE: Final = "X07_VM_MAX_RUNNING"
 _MEMORY_EACH: Final = 2 * settings.GIB  # of RAM, of which an ordinary machine uses a small part
@@ -41,8 +39,7 @@ _BETWEEN_LOOKS_S: Final = 0.05
 def max_running() -> int:
     """How many machines may run at once: X07_VM_MAX_RUNNING, else what cores and memory hold. Raises UsageError.
 
-    Three quarters of the memory are for machines that run, one is for those that wait in a pool. Each counts for 2 GiB,
-    which few use; for policies that allow more than that, X07_VM_MAX_RUNNING is the way to say so.
+    Each counts for 2 GiB of three quarters of the memory; the last quarter is for machines that wait in a pool.
     """
     if (named := number(_VARIABLE)) is not None:
         return named
@@ -110,12 +107,10 @@ class _Place:
 
     def take_now(self) -> bool:
         """A slot without waiting, if nobody waits and one is free."""
-        turn = _opened(self._folder / "turn")
-        try:
-            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return self._take()
-        except BlockingIOError:
+        if (turn := _locked(self._folder / "turn")) is None:
             return False
+        try:
+            return self._take()
         finally:
             forks.unlock(turn)
 
@@ -143,11 +138,7 @@ class _Place:
         )
 
     def _nobody_takes(self) -> bool:
-        """Take a slot that stays free; whether we have one now.
-
-        The first of the queue takes one within milliseconds, unless it is stopped, by Ctrl-Z say: then it must not hold
-        all others.
-        """
+        """Take a slot that stays free; whether we have one now. A stopped first, by Ctrl-Z say, holds nobody up."""
         for look in range(_LOOKS):
             if not self._take():
                 return False
@@ -173,8 +164,8 @@ class _Place:
 class _Turn:
     """The lock of the queue's first, and the wait for it.
 
-    Nothing ends a flock(2) that waits but the end of its process. So a child waits, on our open file, to which the lock
-    then belongs: ours when it has ended. When we are killed it waits on, and ends at its turn.
+    Only the end of a process ends its flock(2). So a child waits on our open file, to which the lock then belongs. When
+    we are killed it waits on, and ends at its turn.
     """
 
     def __init__(self, fd: int) -> None:

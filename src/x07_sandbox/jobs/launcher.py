@@ -1,7 +1,7 @@
 """One thread that starts every virtual machine of this process, and lives as long as the process.
 
-The kernel's parent-death signal follows the *thread* that started a child, not the process (prctl(2)). A machine
-started from a short-lived thread would be killed when that thread ends; from this one it dies with the process.
+The kernel's parent-death signal follows the *thread* that started a child (prctl(2)): a short-lived one would take the
+machine with it.
 """
 
 from __future__ import annotations

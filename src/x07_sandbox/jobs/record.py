@@ -1,7 +1,6 @@
 """The record of a job on disk: what X07's tools read (`job.json`), and what ours need to act on it (`owner.json`).
 
-`job.json` has exactly the keys of X07's; everything else lies in `owner.json`. Both are
-written by rename, `done` last and only when the machine is proven gone.
+`job.json` has exactly the keys of X07's. Both are written by rename, `done` last: only when the machine is proven gone.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from msgspec.structs import asdict, replace
@@ -36,10 +35,7 @@ def new_run_id() -> str:
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One job's folder and what is fixed about it from the start.
-
-    mark: random id that the job's processes carry in their arguments.
-    """
+    """What is fixed about a job from the start. mark: random id that its processes carry in their arguments."""
 
     job_id: str
     run_id: str
@@ -87,29 +83,19 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 def create_record(claim: Claim, *, backend: str, image_digest: str) -> JobRecord:
     """Make the job's folder and write `job.json`. Raises HostError."""
     root = private_dir(state_dir())
-    instance = runner_instance(root)
-    created = unix_ms()
     record = JobRecord(
-        job_id=claim.job_id,
-        run_id=claim.run_id,
         backend=backend,
         folder=root / claim.job_id,
-        created_unix_ms=created,
-        deadline_unix_ms=created + settings.allowance_ms() + claim.wall_ms,
-        grace_ms=settings.grace_ms(claim.wall_ms),
         mark=os.urandom(16).hex(),
-        runner_instance=instance,
+        runner_instance=runner_instance(root),
         image_digest=image_digest,
+        **_claimed(claim),
     )
     try:
         record.folder.mkdir(mode=0o700)
         record.folder.chmod(0o700)  # whatever the umask took away
     except OSError as exc:
-        raise HostError(
-            f"cannot make the job's folder {record.folder}",
-            exc.strerror or str(exc),
-            "Free space there, or set X07_VM_STATE_DIR",
-        ) from exc
+        raise _unwritable(f"cannot make the job's folder {record.folder}", exc) from exc
     try:
         _write_job(record)
     except HostError:
@@ -129,28 +115,28 @@ def record_from(values: dict[str, object]) -> JobRecord:
 
 
 def renewed_record(record: JobRecord, claim: Claim) -> JobRecord:
-    """The record of a machine that waited, as that of the job which it is now; written where it was. Raises HostError.
-
-    The mark stays: it is in the arguments of the machine's processes.
-    """
-    created = unix_ms()
-    renewed = replace(
-        record,
-        job_id=claim.job_id,
-        run_id=claim.run_id,
-        created_unix_ms=created,
-        deadline_unix_ms=created + settings.allowance_ms() + claim.wall_ms,
-        grace_ms=settings.grace_ms(claim.wall_ms),
-    )
+    """The record of a machine that waited, as that of its job, with its old mark and folder. Raises HostError."""
+    renewed = replace(record, **_claimed(claim))
     _write_job(renewed)
     return renewed
 
 
+def _claimed(claim: Claim) -> dict[str, Any]:
+    """Those fields of a record that begin with its job, now."""
+    created = unix_ms()
+    return {
+        "job_id": claim.job_id,
+        "run_id": claim.run_id,
+        "created_unix_ms": created,
+        "deadline_unix_ms": created + settings.allowance_ms() + claim.wall_ms,
+        "grace_ms": settings.grace_ms(claim.wall_ms),
+    }
+
+
 def renamed_record(record: JobRecord) -> JobRecord:
     """Its folder under the name of its job. Raises HostError."""
-    folder = record.folder.with_name(record.job_id)
     try:
-        record.folder.rename(folder)
+        folder = record.folder.rename(record.folder.with_name(record.job_id))
     except OSError as exc:
         raise HostError(f"cannot rename {record.folder}", exc.strerror or str(exc), "Free space there") from exc
     return replace(record, folder=folder)
@@ -192,8 +178,8 @@ def write_owner(
             "instance": record.mark,
             "boot_id": boot_id(),
             "pid_namespace": pid_namespace(),
-            "runner": _identity(runner),
-            "processes": {name: _identity(identity) for name, identity in processes.items()},
+            "runner": asdict(runner),
+            "processes": {name: asdict(identity) for name, identity in processes.items()},
             "cgroups": list(cgroups),
             "labels": record.labels(),
         },
@@ -205,10 +191,6 @@ def mark_done(record: JobRecord) -> None:
     _write(record.folder / "done", b"done\n")
 
 
-def _identity(identity: Identity) -> dict[str, int]:
-    return {"pid": identity.pid, "start_ticks": identity.start_ticks}
-
-
 def home_of(root: Path) -> Path:
     """Where things beside the state root lie: its parent if that folder is ours and only ours to write, else itself."""
     info = root.parent.stat()
@@ -216,14 +198,10 @@ def home_of(root: Path) -> Path:
 
 
 def runner_instance(root: Path) -> str:
-    """The stable id of this user's runner: beside the state root if that folder is ours alone, else inside it.
-
-    Made once, by link(2), so that two first runs agree. Raises HostError for a damaged file.
-    """
-    home = home_of(root)
-    path = home / "runner_instance"
+    """The stable id of this user's runner, in `home_of` the state root. Raises HostError for a damaged file."""
+    path = home_of(root) / "runner_instance"
     try:
-        return _instance_at(path, home)
+        return _instance_at(path)
     except OSError as exc:
         from x07_sandbox.host.troubles import fix_of
 
@@ -231,11 +209,11 @@ def runner_instance(root: Path) -> str:
         raise HostError(f"cannot use {path}", exc.strerror or str(exc), fix) from exc
 
 
-def _instance_at(path: Path, home: Path) -> str:
+def _instance_at(path: Path) -> str:
     if not path.exists():
-        temporary = home / f".runner_instance.{os.urandom(8).hex()}"
+        temporary = path.with_name(f".runner_instance.{os.urandom(8).hex()}")
         _write(temporary, f"ri-{os.urandom(16).hex()}\n".encode())
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):  # another first run has just made it
             os.link(temporary, path)
         temporary.unlink()
     text = path.read_text(encoding="ascii", errors="replace")
@@ -252,6 +230,8 @@ def _write(path: Path, data: bytes) -> None:
     try:
         replace_file(path, data)
     except OSError as exc:
-        raise HostError(
-            f"cannot write {path}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR"
-        ) from exc
+        raise _unwritable(f"cannot write {path}", exc) from exc
+
+
+def _unwritable(what: str, exc: OSError) -> HostError:
+    return HostError(what, exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR")

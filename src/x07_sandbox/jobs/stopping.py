@@ -7,16 +7,13 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import read_bounded, state_dir
 from x07_sandbox.host.processes import Identity, boot_id, is_alive, kill_identity, pid_namespace, wait_gone
 from x07_sandbox.jobs.record import OWNER_SCHEMA, JobRecord, mark_done
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _RECORD_MAX: Final = 64 * 1024
 _GONE_S: Final = 10.0
@@ -25,18 +22,13 @@ _GRACE_S: Final = 2.0
 
 def live_records(backend: str) -> list[JobRecord]:
     """Jobs of this user and of one backend that were started and are not recorded as gone, oldest first."""
-    return sorted(_live(backend), key=lambda record: record.created_unix_ms)
-
-
-def _live(backend: str) -> Iterator[JobRecord]:
     try:
-        folders = [entry for entry in os.scandir(state_dir()) if entry.is_dir(follow_symlinks=False)]
+        folders = [Path(entry.path) for entry in os.scandir(state_dir()) if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
-        return
-    for entry in folders:
-        folder = Path(entry.path)
-        if not (folder / "done").exists() and (record := read_record(folder)) and record.backend == backend:
-            yield record
+        return []
+    records = [read_record(folder) for folder in folders if not (folder / "done").exists()]
+    found = [record for record in records if record is not None and record.backend == backend]
+    return sorted(found, key=lambda record: record.created_unix_ms)
 
 
 def read_record(folder: Path) -> JobRecord | None:
@@ -62,9 +54,9 @@ def read_record(folder: Path) -> JobRecord | None:
 
 
 def stop_recorded(record: JobRecord) -> bool:
-    """Stop the processes of a job by its record: ask, kill, verify, record; whether they are proven gone.
+    """Stop the processes of a job: ask, kill, verify, record; whether they are proven gone. Safe to call again.
 
-    A process is signalled only if its number, start time, boot and our random mark agree. Safe to call again.
+    A process is signalled only if its number, start time, boot and our random mark agree.
     """
     if (record.folder / "done").exists():
         return True

@@ -3,10 +3,9 @@
     python3 -I -S filters.py TARGET
 
 TARGET, a folder, gets one file of BPF a filter: `base` and `quiet`, which every program is under, and one for every
-combination of what a policy may forbid; and calls.json, numbers by name of what is recorded when it is refused. A
-filter that forbids executing comes twice: the one called "-once" lets that call pass which carries 24 secret bytes in
-three arguments that the kernel does not look at. They are put in place of `MARKERS` when a program starts, by the
-process that becomes it; its memory is gone with that call, and nothing reads a filter back.
+combination of what a policy may forbid; and calls.json, numbers by name of what is recorded when it is refused. Of a
+filter that forbids executing, a second, "-once", lets that call pass which carries 24 secret bytes in three arguments
+that the kernel does not look at. The process that becomes a program puts them in place of `MARKERS`.
 """
 
 import ctypes
@@ -129,13 +128,8 @@ def all_rules() -> dict[str, list[Rule]]:
     return found
 
 
-class _Compare(ctypes.Structure):
-    _fields_ = (
-        ("arg", ctypes.c_uint),
-        ("op", ctypes.c_int),
-        ("datum_a", ctypes.c_uint64),
-        ("datum_b", ctypes.c_uint64),
-    )
+class _Compare(ctypes.Structure):  # argument, operator, two values
+    _fields_ = (("arg", ctypes.c_uint), ("op", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64))
 
 
 def _check(result: int, what: str) -> None:
@@ -147,9 +141,8 @@ def compile_filter(rules: list[Rule], fd: int) -> None:
     """Write the BPF for *rules* to *fd*. Calls that this architecture does not have are left out. Raises OSError."""
     library = ctypes.CDLL("libseccomp.so.2")
     library.seccomp_init.restype = ctypes.c_void_p
-    library.seccomp_rule_add_exact_array.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(_Compare)),
-    )
+    types = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(_Compare))
+    library.seccomp_rule_add_exact_array.argtypes = types
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(ALLOW)))
     # Another architecture's calls, x32's among them, do not exist here.
     _check(library.seccomp_attr_set(context, _BAD_ARCHITECTURE, ctypes.c_uint32(ENOSYS)), "architecture")

@@ -3,8 +3,7 @@
     python3 -I -S pack.py SOURCE DATA TARGET
 
 SOURCE holds the folder x07_sandbox, DATA what goes beside the code as it is. Byte code is "unchecked": nothing looks
-for a source file at start. Entries are stored, not compressed, in name order with one fixed date, so that the same code
-gives the same bytes.
+for a source file at start. Stored in name order with one date: the same code gives the same bytes.
 """
 
 import importlib.util

@@ -3,9 +3,8 @@
     python3 -I -S places.py TARGET
 
 TARGET gets a JSON list of paths: the largest folders without a program in them, and the single files beside programs.
-A program is an executable file in a folder of programs, and an executable ELF program anywhere: the loader, told to run
-it, would execute it without the kernel's asking whether it may be. Scripts elsewhere are data: what may run them is a
-program.
+A program is an executable file in a folder of programs, or an executable ELF program anywhere: the loader would run it
+without the kernel's check. Scripts elsewhere are data: what may run them is a program.
 """
 
 import json
