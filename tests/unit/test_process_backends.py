@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.backends.process.view import AGENT, FILES, Sandbox, System, sandbox_argv
+from x07_sandbox.guest.confine import MACHINE
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.process import Confined, Unconfined, named
+from x07_sandbox.guest.process import CONFINED, Confined, Unconfined, named
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.jail.bwrap import PERL, SETPRIV, SUPERVISOR, supervisor_argv
 
@@ -108,3 +109,12 @@ def test_the_agent_refuses_a_platform_that_it_does_not_know() -> None:
     for words in (["os"], ["vm", "3", "mark"], ["none", "3", "mark"]):
         with pytest.raises(JobError):
             named(words)
+
+
+def test_a_confined_process_takes_its_own_steps() -> None:
+    """Where a process of the host cannot take a step of a virtual machine, it takes another, and leaves none out."""
+    machine = {step.name: step for step in (*MACHINE.world, *MACHINE.rights)}
+    confined = {step.name: step for step in (*CONFINED.world, *CONFINED.rights)}
+    assert machine.keys() - confined.keys() == {"no capabilities"}  # a part of its own user
+    other = {name for name, step in confined.items() if step is not machine.get(name)}
+    assert other == {"devices", "rules about programs", "own user", "scopes"}
