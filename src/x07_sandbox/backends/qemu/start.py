@@ -5,31 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import socket
-import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from x07_sandbox.backends.jailed import Given, end_supervisor, inner_process
+from x07_sandbox.backends.jailed import Given, Start, running, socket_ends
 from x07_sandbox.backends.qemu.instance import Gate, QemuInstance
-from x07_sandbox.backends.qemu.machine import (
-    INITRD,
-    KERNEL,
-    RAM,
-    ROOT,
-    STATE,
-    Machine,
-    Origin,
-    qemu_argv,
-)
+from x07_sandbox.backends.qemu.machine import INITRD, KERNEL, RAM, ROOT, STATE, Machine, Origin, qemu_argv
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.bounded_stream import SideStream
-from x07_sandbox.host.processes import own_identity
 from x07_sandbox.host.troubles import fix_of, need_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
@@ -38,11 +27,11 @@ from x07_sandbox.jail.cgroups import HostGroups, make_groups
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.seccomp import vmm_filter
 from x07_sandbox.jail.uids import lease_uid
-from x07_sandbox.jobs.launcher import Launch, launch
-from x07_sandbox.jobs.record import drop_unstarted, mark_done, write_owner
+from x07_sandbox.jobs.launcher import Launch
+from x07_sandbox.jobs.record import drop_unstarted
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.base import MachineKind, StartMode
+    from x07_sandbox.backends.base import MachineKind
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import JobRecord
 
@@ -156,74 +145,28 @@ def start_qemu(
         passed += [*(fd for fd, _ in (*jail.fd_files, *jail.fd_writable)), machine.scratch_fd, gate_r]
         passed += [theirs[name] for name in ("channel", "net", "qmp", "console")]
         request = Launch(argv=jail_argv(jail, qemu_argv(machine)), pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
-        start_mode: StartMode = "clone" if machine.origin is Origin.CLONE else "cold"
-        made = _Made(record=record, ram_bytes=job.kind.ram_bytes, start_mode=start_mode, gate=gate, ours=ours)
-        yield from _run(made, request, given)
+        groups = make_groups(record.job_id, memory_bytes=machine.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
+        start = Start(
+            record,
+            f"namespaces, {'root' if uid is not None else 'user'}; {groups.describe()}",
+            given,
+            _DEPTH,
+            groups.remove,
+            groups.names(),
+            partial(_bound, machine.ram_bytes, groups),
+            "the virtual machine",
+            NotStartedError,
+            "clone" if machine.origin is Origin.CLONE else "cold",
+        )
+        make = partial(QemuInstance, start, groups, gate, ours)
+        yield stack.enter_context(running(start, request, make, partial(_no_jail, ours["stderr"])))
 
 
-class _Made(NamedTuple):
-    """What a machine is made with, before it has processes. ours: our ends of its streams."""
-
-    record: JobRecord
-    ram_bytes: int
-    start_mode: StartMode
-    gate: Gate
-    ours: dict[str, int]
-
-
-def _run(made: _Made, request: Launch, given: Given) -> Iterator[QemuInstance]:
-    record, ours = made.record, made.ours
-    groups = make_groups(record.job_id, memory_bytes=made.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
-    child = None
-    instance = None
-    gone = False
-    try:
-        # First without processes: whatever is left by a runner killed from here on carries the mark that stands there.
-        runner = own_identity()
-        write_owner(record, runner=runner, processes={}, cgroups=groups.names())
-        try:
-            child = launch(request)
-        except OSError as exc:
-            raise NotStartedError(
-                "cannot start the virtual machine", f"{request.argv[0]}: {exc.strerror}", "Run x07 doctor"
-            ) from exc
-        given.close()  # the child has its own by now; an end of a pipe that stayed open here would never end
-        try:
-            inner = inner_process(child, _DEPTH)
-            _bound(inner.pid, made.ram_bytes, groups)
-            instance = QemuInstance(
-                child=child,
-                inner=inner,
-                gate=made.gate,
-                ends=ours,
-                groups=groups,
-                record=record,
-                start_mode=made.start_mode,
-            )
-        except ProcessLookupError as exc:
-            raise _no_jail(child, ours["stderr"]) from exc
-        instance.record_owner(runner)
-        yield instance
-    finally:
-        if instance is not None:
-            gone = instance.stop()
-            instance.close()
-        else:
-            if child is not None:
-                end_supervisor(child)
-            gone = groups.remove()
-        if gone:
-            with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
-                mark_done(record if instance is None else instance.record)
-
-
-def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> NotStartedError:
+def _no_jail(stderr_fd: int, status: int | None) -> NotStartedError:
     """What bubblewrap said when it could not build the jail, as an error."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(1)
     stream = SideStream(stderr_fd, keep_bytes=4096)
     stream.read()
-    said = stream.text().strip() or f"bubblewrap ended with status {child.returncode}"
+    said = stream.text().strip() or f"bubblewrap ended with status {status}"
     if "find source path" in said:
         fix = "A file that it needs was replaced or removed meanwhile: try again"
     else:
@@ -231,7 +174,7 @@ def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> NotStartedError:
     return NotStartedError("cannot build the jail around the virtual machine", said[:500], fix)
 
 
-def _bound(pid: int, ram_bytes: int, groups: HostGroups) -> None:
+def _bound(ram_bytes: int, groups: HostGroups, pid: int) -> None:
     """Limits on the still blocked process: everything that it starts inherits them."""
     limits = {
         resource.RLIMIT_FSIZE: settings.SCRATCH_BYTES,
@@ -298,10 +241,7 @@ def _channel_ends(stack: contextlib.ExitStack, given: Given) -> tuple[dict[str, 
     ours: dict[str, int] = {}
     theirs: dict[str, int] = {}
     for name in ("channel", "net", "qmp", "console", "stderr"):
-        near, far = socket.socketpair()
-        ours[name], theirs[name] = _own(stack, near.detach()), far.detach()
-        given.add(theirs[name])
-        os.set_blocking(ours[name], False)
+        ours[name], theirs[name] = socket_ends(stack, given)
     return ours, theirs
 
 
