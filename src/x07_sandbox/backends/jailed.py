@@ -124,10 +124,8 @@ def running(
 
 
 def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
-    """Wait for the process *depth* generations below the supervisor. Raises ProcessLookupError if it never comes.
-
-    bubblewrap's --info-fd would give numbers of its own pid namespace, so /proc is searched.
-    """
+    """Wait for the process *depth* generations below the supervisor. Raises ProcessLookupError if it never comes."""
+    # Looked up in /proc: bubblewrap's --info-fd would give numbers of its own pid namespace.
     deadline = Deadline.after(_SETUP_S)
     pidfd = os.pidfd_open(child.pid)
     try:

@@ -115,10 +115,8 @@ class QemuInstance(Streams, Jailed):
         self._gate.open()
 
     def adopt(self, claim: Claim, runner: Identity) -> None:
-        """Make a machine that waited the job of *claim*, which *runner* carries out. Raises HostError, BackendError.
-
-        Whatever breaks off in between leaves a record that names its processes and an owner that is dead by then.
-        """
+        """Make a machine that waited the job of *claim*, which *runner* carries out. Raises HostError, BackendError."""
+        # A failure in between leaves a record that names its processes and an owner that is dead by then.
         self.set_deadline(claim.deadline_s)
         self.record = renewed_record(self.record, claim)
         self.record_owner(runner)
