@@ -27,11 +27,7 @@ StartMode = Literal["cold", "clone", "pool"]  # booted, cloned from a saved mach
 
 
 class Availability(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend offers on this host.
-
-    proof: how that is known. known: whether it is; else the features are the weakest that may turn out.
-    warnings: what the user should know all the same.
-    """
+    """What a backend offers here. proof: how that is known. known: else the features are the weakest possible ones."""
 
     features: Features
     proof: str
@@ -40,10 +36,7 @@ class Availability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
-    """A kind of machine: all jobs of the same kind may be cloned from one saved machine.
-
-    image: None for a backend that uses none. ram_bytes: a size class (plan/sizes). runtime: "build" or "run".
-    """
+    """All jobs of one kind may be clones of one saved machine. ram_bytes: plan/sizes. runtime: "build" or "run"."""
 
     image: OpenImage | None
     ram_bytes: int
@@ -63,8 +56,7 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend needs to start one job; the program itself comes later, over the channel.
 
-    cold: start afresh, even where a clone could be made.
-    meanwhile: called once while the instance comes up, for work that need not wait for it.
+    cold: boot, even where a clone could be made. meanwhile: called once while the instance comes up.
     """
 
     claim: Claim

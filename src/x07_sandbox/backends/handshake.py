@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
@@ -78,10 +78,7 @@ class Talk:
         self.connection.link.send(Kind.SEED, seed)
 
     def until(self, wanted: State, deadline: Deadline, say: Say | None = None) -> Silence | None:
-        """Talk until the state *wanted* is reached (None), or say why it was not.
-
-        say: the frame to send when a state is reached.
-        """
+        """Talk until the state *wanted* is reached (None), or say why it was not. say: frames to send, by state."""
         link, late_turns, late_s = self.connection.link, 0, 0.0
         while link.state is not wanted:
             if say and (frame := say.get(link.state)):
@@ -103,13 +100,10 @@ class Talk:
         return None
 
     def _poll(self, wait_s: float) -> list[int]:
-        poll = select.poll()
+        cancel = () if self._cancel_fd is None else (self._cancel_fd,)
+        poll = polling(self._instance.pidfd, *cancel, *self._instance.side_fds())
         pending = self.connection.link.pending()
         poll.register(self.connection.fd, select.POLLIN | (select.POLLOUT if pending else 0))
-        for fd in (self._instance.pidfd, *self._instance.side_fds()):
-            poll.register(fd, select.POLLIN)
-        if self._cancel_fd is not None:
-            poll.register(self._cancel_fd, select.POLLIN)
         return [fd for fd, _ in poll.poll(wait_s * 1000)]
 
     def _ready(self, fd: int) -> Silence | None:
@@ -155,13 +149,18 @@ class Talk:
         return Silence(kind="ended", why=why, exit_status=status, console_tail=self._instance.console_tail())
 
 
+def polling(*fds: int) -> select.poll:
+    """A poll object that waits until one of *fds* is readable."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return poll
+
+
 def wait_for_exit(instance: Instance) -> int | None:
     """How an instance ended whose channel or process has just done so, if it says that within a moment."""
     limit = Deadline.after(_EXIT_S)
-    poll = select.poll()
-    poll.register(instance.pidfd, select.POLLIN)
-    for fd in instance.side_fds():
-        poll.register(fd, select.POLLIN)
+    poll = polling(instance.pidfd, *instance.side_fds())
     while instance.exit_status() is None and not limit.passed():
         for fd, _ in poll.poll(limit.left_s() * 1000):
             if fd != instance.pidfd:
@@ -176,14 +175,10 @@ def evidence_of(silence: Silence, cancelled_by: int | None = None) -> Evidence:
     from x07_sandbox.plan.outcomes import Evidence, Stage  # not on the way of a job that answers
 
     found = Evidence(stage=Stage.BOOT, instance_status=silence.exit_status, console_tail=silence.console_tail)
-    match silence.kind:
-        case "late":
-            return replace(found, boot_timeout=True)
-        case "protocol":
-            return replace(found, channel_error=silence.why)
-        case "failed":
-            return replace(found, setup_failure=silence.why)
-        case "cancelled":
-            return replace(found, cancelled_by=cancelled_by or 0)
-        case "ended":
-            return found
+    cause: dict[str, dict[str, Any]] = {
+        "late": {"boot_timeout": True},
+        "protocol": {"channel_error": silence.why},
+        "failed": {"setup_failure": silence.why},
+        "cancelled": {"cancelled_by": cancelled_by or 0},
+    }
+    return replace(found, **cause.get(silence.kind, {}))

@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from x07_sandbox.errors import BackendError
+from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import forks
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.processes import Identity, children_of, identify, wait_gone
+from x07_sandbox.host.processes import Identity, children_of, identify, own_identity, wait_gone
 from x07_sandbox.host.waiting import readable
-from x07_sandbox.jobs.record import write_owner
+from x07_sandbox.jobs.launcher import Launch, launch
+from x07_sandbox.jobs.record import mark_done, write_owner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from x07_sandbox.backends.base import StartMode
     from x07_sandbox.jobs.record import JobRecord
 
+_J = TypeVar("_J", bound="Jailed")
 _SETUP_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 0.0003
 _GONE_S: Final = 10.0
@@ -43,12 +47,85 @@ class Given:
             forks.close(self._fds.pop())
 
 
-def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
-    """The process *depth* generations below the supervisor, as soon as it is there.
+def socket_ends(stack: contextlib.ExitStack, given: Given) -> tuple[int, int]:
+    """Our end of a new stream, which does not block and which *stack* closes, and the child's."""
+    near, far = socket.socketpair()
+    fd = near.detach()
+    stack.callback(os.close, fd)
+    os.set_blocking(fd, False)
+    return fd, given.add(far.detach())
 
-    Looked for, not asked for: bubblewrap would tell (--info-fd), but numbers of the pid namespace that it runs in,
-    which it then looks up in the /proc of ours. Raises ProcessLookupError if it never comes.
+
+class Start(NamedTuple):
+    """What a job is started with, before it has processes.
+
+    jail: describes what holds the job. given: closed once the child has them. depth: as in `inner_process`.
+    remove, cgroups: as in `Jailed`. bound: limits the first process, by its pid, while it is still blocked.
+    name, error: of what cannot be started.
     """
+
+    record: JobRecord
+    jail: str
+    given: Given
+    depth: int
+    remove: Callable[[], bool]
+    cgroups: tuple[str, ...] = ()
+    bound: Callable[[int], object] = lambda _pid: None
+    name: str = "the process"
+    error: type[BackendError] = BackendError
+    start_mode: StartMode = "cold"
+
+
+@contextlib.contextmanager
+def running(
+    start: Start,
+    request: Launch,
+    make: Callable[[subprocess.Popen[bytes], Identity], _J],
+    not_built: Callable[[int | None], BackendError],
+) -> Iterator[_J]:
+    """Launch, record and yield a job; on the way out it is gone and its record says so. Raises BackendError, HostError.
+
+    not_built: makes the error for a supervisor that ended, with this status, before the job's first process was there.
+    """
+    child = instance = None
+    gone = False
+    try:
+        # First without processes: whatever is left by a runner killed from here on carries the mark that stands there.
+        runner = own_identity()
+        write_owner(start.record, runner=runner, processes={}, cgroups=start.cgroups)
+        try:
+            child = launch(request)
+        except OSError as exc:
+            why = f"{request.argv[0]}: {exc.strerror}"
+            raise start.error(f"cannot start {start.name}", why, "Run x07 doctor") from exc
+        start.given.close()  # an end of a pipe that stayed open here would never end
+        try:
+            inner = inner_process(child, start.depth)
+            start.bound(inner.pid)
+            instance = make(child, inner)
+        except ProcessLookupError as exc:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1)
+            _end_supervisor(child)
+            raise not_built(child.returncode) from exc
+        instance.record_owner(runner)
+        yield instance
+    finally:
+        if instance is not None:
+            gone = instance.stop()
+            instance.close()
+        else:
+            if child is not None:
+                _end_supervisor(child)
+            gone = start.remove()
+        if gone:
+            with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
+                mark_done(start.record if instance is None else instance.record)
+
+
+def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
+    """Wait for the process *depth* generations below the supervisor. Raises ProcessLookupError if it never comes."""
+    # Looked up in /proc: bubblewrap's --info-fd would give numbers of its own pid namespace.
     deadline = Deadline.after(_SETUP_S)
     pidfd = os.pidfd_open(child.pid)
     try:
@@ -69,8 +146,8 @@ def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
     raise ProcessLookupError
 
 
-def end_supervisor(child: subprocess.Popen[bytes]) -> None:
-    """End a supervisor below which nothing could be seen; should it not end its own, it is killed, and they with it."""
+def _end_supervisor(child: subprocess.Popen[bytes]) -> None:
+    """End a supervisor without an instance. If it does not end its processes in time, killing it does."""
     child.terminate()
     try:
         child.wait(_SETUP_S)
@@ -80,9 +157,10 @@ def end_supervisor(child: subprocess.Popen[bytes]) -> None:
 
 
 class Jailed:
-    """A supervisor, and the first process of the job below it, whose end is the end of all of them.
+    """A supervisor and the job's first process below it, whose end is the end of them all.
 
-    remove: removes what outlives them (control groups, folders); whether that is gone. cgroups: for the record.
+    remove: removes what outlives them (control groups, folders) and returns whether it is gone.
+    cgroups: for the record.
     """
 
     def __init__(

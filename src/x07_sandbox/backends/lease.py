@@ -68,10 +68,9 @@ def send(connection: socket.socket, message: Mapping[str, object], fds: Sequence
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """One message and the descriptors that came with it, now ours; None at the end, and for what is no message."""
     fds = array.array("i")
+    room = socket.CMSG_SPACE(_FDS_MAX * fds.itemsize)
     try:
-        data, rights, _, _ = connection.recvmsg(
-            MESSAGE_MAX, socket.CMSG_SPACE(_FDS_MAX * fds.itemsize), socket.MSG_CMSG_CLOEXEC
-        )
+        data, rights, _, _ = connection.recvmsg(MESSAGE_MAX, room, socket.MSG_CMSG_CLOEXEC)
     except OSError:
         return None
     for level, kind, content in rights:
@@ -123,9 +122,8 @@ class _Lease:
         answer = receive(self._connection)
         if answer is None:  # the pool's process is gone, and every machine of its with it
             self._status = -9
-            return
-        self._status = int(answer[0]["status"])
-        self._gone = bool(answer[0]["gone"])
+        else:
+            self._status, self._gone = int(answer[0]["status"]), bool(answer[0]["gone"])
 
     def give_back(self) -> bool:
         if self._status is None:
@@ -144,16 +142,9 @@ class PoolMachines:
         connection = None if backend.cloning is None else connected()
         if connection is None:
             return None
-        wanted = {
-            "protocol": PROTOCOL,
-            "want": "claim",
-            "run_id": job.claim.run_id,
-            "phase": job.claim.phase,
-            "wall_ms": job.claim.wall_ms,
-            "state_dir": str(state_dir()),
-            "backend": backend.name,
-            "kind": job.kind.key,
-        }
+        claim = job.claim
+        wanted = {"protocol": PROTOCOL, "want": "claim", "state_dir": str(state_dir()), "backend": backend.name}
+        wanted |= {"run_id": claim.run_id, "phase": claim.phase, "wall_ms": claim.wall_ms, "kind": job.kind.key}
         try:
             send(connection, wanted)
             answer = receive(connection)
@@ -202,6 +193,5 @@ def handed_over(backend: Backend, instance: Instance) -> tuple[dict[str, object]
     """What the claimer gets of a machine: the answer, and descriptors, which stay the pool's."""
     assert backend.cloning is not None  # noqa: S101 - a pool has machines only of such a backend
     fds = backend.cloning.descriptors(instance)
-    message: dict[str, object] = {"protocol": PROTOCOL, "jail": instance.jail, "notes": instance.notes}
-    message |= {"record": record_values(instance.record), "fds": list(fds)}
-    return message, list(fds.values())
+    message = {"protocol": PROTOCOL, "jail": instance.jail, "notes": instance.notes, "fds": list(fds)}
+    return message | {"record": record_values(instance.record)}, list(fds.values())

@@ -1,11 +1,11 @@
 """What each backend needs, whether it is here, and what to do: for `x07 doctor`, on any machine.
 
-The table says what to look for; `gather` looks, cheaply and without starting anything; `backend_states` is pure, so
-it can be tested for any machine.
+`gather` looks, without starting anything; `backend_states` is pure, so it can be tested for any machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -27,12 +27,8 @@ CONNECT_S: Final = 0.5
 _KVM: Final = "/dev/kvm"
 
 
-class Need(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that a backend needs.
-
-    name: a program's name or path, else a path. variable: the variable that may name another.
-    system: where it is needed; None for everywhere. optional: it works without, but worse.
-    """
+class Need(msgspec.Struct, frozen=True):
+    """One thing that a backend needs. variable: may name another one. optional: it works without, but worse."""
 
     kind: Kind
     name: str
@@ -41,8 +37,8 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     optional: bool = False
 
 
-class Seen(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a look: whether it is here and usable, and how that looks."""
+class Seen(msgspec.Struct, frozen=True):
+    """Whether something is here and usable, and how that looks."""
 
     good: bool
     text: str
@@ -65,7 +61,7 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     fixes: tuple[str, ...] = ()
 
 
-class Look(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One thing that was looked for. good: None where it is missing and nothing depends on it."""
 
     what: str
@@ -73,7 +69,7 @@ class Look(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     text: str
 
 
-class BackendState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One backend on this machine.
 
     state: proven (it has started a machine here), failed, later (not in this version), not-here (not for this
@@ -92,26 +88,19 @@ class BackendState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 NEEDS: Final[dict[str, tuple[Need, ...]]] = {
     "firecracker-ctr": (
-        Need(kind="program", name="firecracker-ctr", variable="X07_VM_FIRECRACKER_CTR_BIN"),
-        Need(
-            kind="socket",
-            name="/run/firecracker-containerd/containerd.sock",
-            variable="X07_VM_FIRECRACKER_CONTAINERD_SOCK",
-        ),
-        Need(kind="device", name=_KVM),
+        Need("program", "firecracker-ctr", "X07_VM_FIRECRACKER_CTR_BIN"),
+        Need("socket", "/run/firecracker-containerd/containerd.sock", "X07_VM_FIRECRACKER_CONTAINERD_SOCK"),
+        Need("device", _KVM),
     ),
-    "apple-container": (Need(kind="program", name="container"),),
-    "qemu": (Need(kind="device", name=_KVM, optional=True),),  # and the programs of its architecture
-    "vz": (
-        Need(kind="program", name="x07-vz-helper", variable="X07_VM_VZ_HELPER_BIN"),
-        Need(kind="folder", name="", variable="X07_VM_VZ_GUEST_BUNDLE"),
-    ),
-    "podman": (Need(kind="program", name="podman"),),
-    "docker": (Need(kind="program", name="docker"), Need(kind="socket", name="/var/run/docker.sock")),
+    "apple-container": (Need("program", "container"),),
+    "qemu": (Need("device", _KVM, optional=True),),  # and the programs of its architecture
+    "vz": (Need("program", "x07-vz-helper", "X07_VM_VZ_HELPER_BIN"), Need("folder", "", "X07_VM_VZ_GUEST_BUNDLE")),
+    "podman": (Need("program", "podman"),),
+    "docker": (Need("program", "docker"), Need("socket", "/var/run/docker.sock")),
     "os": (
-        Need(kind="program", name="/usr/bin/bwrap", system="linux"),
-        Need(kind="namespaces", name="user namespaces", system="linux"),
-        Need(kind="program", name="/usr/bin/sandbox-exec", system="macos"),
+        Need("program", "/usr/bin/bwrap", system="linux"),
+        Need("namespaces", "user namespaces", system="linux"),
+        Need("program", "/usr/bin/sandbox-exec", system="macos"),
     ),
     "none": (),
 }
@@ -134,7 +123,7 @@ _NO_ARCHITECTURE: Final = (
 def needs_of(name: str, system: System, machine: str) -> tuple[Need, ...]:
     """What the backend *name* needs there."""
     wanted = (need for need in NEEDS.get(name, ()) if need.system in {None, system})
-    return (*(Need(kind="program", name=path) for path in required_tools(name, machine)), *wanted)
+    return (*(Need("program", path) for path in required_tools(name, machine)), *wanted)
 
 
 def place_of(need: Need, environ: Mapping[str, str]) -> str:
@@ -147,29 +136,27 @@ def gather(platform: Platform, environ: Mapping[str, str]) -> Facts:
     machine = os.uname().machine
     seen: dict[tuple[str, str], Seen] = {}
     for row in BY_NAME.values():
-        if row.runs_on(platform):
-            for need in needs_of(row.name, platform.system, machine):
-                place = place_of(need, environ)
-                seen[need.kind, place] = _LOOKS[need.kind](place)
+        for need in needs_of(row.name, platform.system, machine) if row.runs_on(platform) else ():
+            place = place_of(need, environ)
+            seen[need.kind, place] = _LOOKS[need.kind](place)
     return Facts(platform=platform, machine=machine, environ=dict(environ), seen=seen)
 
 
 def _program(name: str) -> Seen:
     path = shutil.which(name)
-    return Seen(good=path is not None, text="not found" if path is None else "here" if path == name else path)
+    return Seen(path is not None, "not found" if path is None else "here" if path == name else path)
 
 
 def _device(path: str) -> Seen:
     if not Path(path).exists():
         return Seen(good=False, text="not here")
     usable = os.access(path, os.R_OK | os.W_OK)
-    return Seen(good=usable, text="can be opened" if usable else "here, but not for this user")
+    return Seen(usable, "can be opened" if usable else "here, but not for this user")
 
 
 def _folder(path: str) -> Seen:
-    if not path:
-        return Seen(good=False, text="none is named")
-    return Seen(good=Path(path).is_dir(), text="here" if Path(path).is_dir() else "no such folder")
+    good = bool(path) and Path(path).is_dir()
+    return Seen(good, "here" if good else "no such folder" if path else "none is named")
 
 
 def _socket(path: str) -> Seen:
@@ -193,22 +180,14 @@ def _namespaces(_name: str) -> Seen:
         ("/proc/sys/kernel/unprivileged_userns_clone", "0"),
         ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1"),
     ):
-        try:
+        with contextlib.suppress(OSError):
             value = Path(path).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if value == forbids and (os.geteuid() != 0 or "max" in path):
-            return Seen(good=False, text=f"forbidden: {path} is {value}")
+            if value == forbids and (os.geteuid() != 0 or "max" in path):
+                return Seen(good=False, text=f"forbidden: {path} is {value}")
     return Seen(good=True, text="no switch of the kernel forbids them")
 
 
-_LOOKS: Final = {
-    "program": _program,
-    "socket": _socket,
-    "device": _device,
-    "folder": _folder,
-    "namespaces": _namespaces,
-}
+_LOOKS = {"program": _program, "socket": _socket, "device": _device, "folder": _folder, "namespaces": _namespaces}
 
 
 def backend_states(facts: Facts, proofs: Mapping[str, Proof]) -> tuple[BackendState, ...]:
@@ -218,27 +197,19 @@ def backend_states(facts: Facts, proofs: Mapping[str, Proof]) -> tuple[BackendSt
 
 def _state(row: BackendRow, facts: Facts, proof: Proof | None) -> BackendState:
     looks = _looks(row, facts) if row.runs_on(facts.platform) else ()
-    state: State
+    found: tuple[State, str, tuple[str, ...]]
     if not row.runs_on(facts.platform):
-        state, text = "not-here", f"it is not for {facts.platform}"
-        remedies = _elsewhere(row, facts.platform)
+        found = "not-here", f"it is not for {facts.platform}", _elsewhere(row, facts.platform)
     elif not row.built:
-        state, text = "later", "this version does not have it yet, and never takes another in its place"
-        remedies = (*advice(facts.platform), f"For the version that brings it: {_COMING[row.name]}")
+        coming = f"For the version that brings it: {_COMING[row.name]}"
+        text = "this version does not have it yet, and never takes another in its place"
+        found = "later", text, (*advice(facts.platform), coming)
     elif proof is not None and proof.good:
-        state, text, remedies = "proven", proof.text, ()
+        found = "proven", proof.text, ()
     else:
-        state, (text, remedies) = "failed", _failure(row, facts, looks, proof)
-    return BackendState(
-        name=row.name,
-        sandbox_backend=row.sandbox_class,
-        isolation=row.isolation,
-        needs_acceptance=row.weaker,
-        state=state,
-        text=text,
-        looks=looks,
-        remedies=remedies,
-    )
+        found = "failed", *_failure(row, facts, looks, proof)
+    kind = row.sandbox_class
+    return BackendState(row.name, kind, row.isolation, row.weaker, found[0], found[1], looks, found[2])
 
 
 def _looks(row: BackendRow, facts: Facts) -> tuple[Look, ...]:
@@ -246,8 +217,7 @@ def _looks(row: BackendRow, facts: Facts) -> tuple[Look, ...]:
     for need in needs_of(row.name, facts.platform.system, facts.machine):
         place = place_of(need, facts.environ)
         seen = facts.seen.get((need.kind, place), Seen(good=False, text="not looked for"))
-        good = None if need.optional and not seen.good else seen.good
-        found.append(Look(what=place or need.variable, good=good, text=seen.text))
+        found.append(Look(place or need.variable, seen.good or (None if need.optional else False), seen.text))
     return tuple(found)
 
 
@@ -257,8 +227,7 @@ def _failure(
     """Why a backend cannot be used, and three things to do about it."""
     if facts.machine not in ARCHES:
         return f"no virtual machine for architecture {facts.machine}", _NO_ARCHITECTURE
-    missing = [look.what for look in looks if look.good is False]
-    if missing:
+    if missing := [look.what for look in looks if look.good is False]:
         packages = required_tools(row.name, facts.machine)
         names = " ".join(sorted({packages[path] for path in missing if path in packages}))
         return f"missing: {', '.join(missing)}", (
@@ -266,8 +235,9 @@ def _failure(
             "Run scripts/setup.sh in a checkout of x07-sandbox, which installs what is missing",
             "Run x07 in a Debian 13 machine or container that has them",
         )
-    told = proof or Proof(good=False, text="nothing was started")
-    return told.text, (*(fix for fix in told.fixes if fix), *_NO_START)[:3]
+    if proof is None:
+        return "nothing was started", _NO_START
+    return proof.text, (*filter(None, proof.fixes), *_NO_START)[:3]
 
 
 _NO_START: Final = (

@@ -39,12 +39,11 @@ class Platform(msgspec.Struct, frozen=True, kw_only=True):
         return "Linux" if self.system == "linux" else "this system"
 
 
-class BackendRow(msgspec.Struct, frozen=True, kw_only=True):
+class BackendRow(msgspec.Struct, frozen=True):
     """One backend.
 
-    sandbox_class: what --sandbox-backend calls it. isolation: what it may turn out to give, best first.
-    linux: whether it is for Linux. macos_from: the first macOS that it is for, 0 for none.
-    auto: whether `auto` may take it; those before it in the table are preferred.
+    sandbox_class: its name for --sandbox-backend. isolation: what it may turn out to give, best first.
+    macos_from: the first macOS that it is for, 0 for none. auto: whether `auto` may take it.
     factory: makes it; None where this version does not have it.
     """
 
@@ -93,16 +92,14 @@ def _none() -> Backend:
 
 _MACOS: Final = 12
 _ROWS: Final = (
-    BackendRow(name="firecracker-ctr", sandbox_class="vm", isolation=("vm-hardware",), auto=True),
-    BackendRow(
-        name="apple-container", sandbox_class="vm", isolation=("vm-hardware",), linux=False, macos_from=26, auto=True
-    ),
-    BackendRow(name="qemu", sandbox_class="vm", isolation=("vm-hardware", "vm-emulated"), auto=True, factory=_qemu),
-    BackendRow(name="vz", sandbox_class="vm", isolation=("vm-hardware",), linux=False, macos_from=_MACOS, auto=True),
-    BackendRow(name="podman", sandbox_class="vm", isolation=("container",), macos_from=_MACOS),
-    BackendRow(name="docker", sandbox_class="vm", isolation=("container",), macos_from=_MACOS),
-    BackendRow(name="os", sandbox_class="os", isolation=("process",), factory=_os),
-    BackendRow(name="none", sandbox_class="none", isolation=("none",), factory=_none),
+    BackendRow("firecracker-ctr", "vm", ("vm-hardware",), auto=True),
+    BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True),
+    BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu),
+    BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=_MACOS, auto=True),
+    BackendRow("podman", "vm", ("container",), macos_from=_MACOS),
+    BackendRow("docker", "vm", ("container",), macos_from=_MACOS),
+    BackendRow("os", "os", ("process",), factory=_os),
+    BackendRow("none", "none", ("none",), factory=_none),
 )
 # In order of preference.
 BY_NAME: Final = {row.name: row for row in _ROWS}
@@ -116,10 +113,7 @@ def create(name: str) -> Backend:
 
 
 def features_of(row: BackendRow) -> Features:
-    """What a backend can be relied on to hold, with nothing started: of several classes the weakest. Raises HostError.
-
-    A virtual machine holds the same on every host, so it is told also where it could not run.
-    """
+    """What a backend can be relied on to hold, by its weakest class, with nothing started. Raises HostError."""
     backend = create(row.name)
     return vm_features(row.isolation[-1]) if backend.uses_image else backend.probe(None, boot=False).features
 
@@ -140,10 +134,7 @@ def registered(row: BackendRow, factory: Factory) -> Iterator[None]:
 
 
 def required_tools(name: str, machine: str) -> Mapping[str, str]:
-    """Programs that a backend of this version needs, by path, and Debian's package of each.
-
-    machine: the architecture as uname -m has it.
-    """
+    """Programs that a backend of this version needs, by path, and Debian's package of each. machine: as uname -m."""
     if name != "qemu" or machine not in ARCHES:
         return {}
     from x07_sandbox.backends.qemu.start import required_tools as of_qemu

@@ -1,7 +1,6 @@
 """Which backend a run takes: pure, from the platform and from what was asked for by flag or variable.
 
-What is asked for is taken or refused, never replaced; nothing weaker than a virtual machine is taken without the
-user's word; and a refusal names a combination that works here.
+What is asked for is taken or refused, never replaced. Weaker isolation than a virtual machine needs the user's word.
 """
 
 from __future__ import annotations
@@ -53,19 +52,15 @@ def select(platform: Platform, asked: Asked) -> Choice:
     row = BY_NAME[name]
     named = row.sandbox_class in {"vm", asked.sandbox_flag or asked.sandbox_variable}
     if row.weaker and not (named and asked.accepted):
-        raise RefusedError(
-            f"the backend {row.name} fails closed",
-            f"it gives {_wall(row)}, which is weaker than a virtual machine, and nobody has accepted that",
-            _instead(platform, asked, row, named=named),
-        )
-    if not row.runs_on(platform):
-        raise RefusedError(f"cannot use the backend {row.name}", f"it is not for {platform}", _instead(platform, asked))
-    if not row.built:
-        raise RefusedError(
-            f"cannot use the backend {row.name}",
-            "this version does not have it yet, and never takes another in its place",
-            _instead(platform, asked),
-        )
+        walls = {"container": "a container", "process": "a confined process of this system"}
+        wall = walls.get(row.isolation[0], "no wall")
+        why = f"it gives {wall}, which is weaker than a virtual machine, and nobody has accepted that"
+        fix = _instead(platform, asked, row, named=named)
+        raise RefusedError(f"the backend {row.name} fails closed", why, fix)
+    if not (row.runs_on(platform) and row.built):
+        why = "this version does not have it yet, and never takes another in its place"
+        why = why if row.runs_on(platform) else f"it is not for {platform}"
+        raise RefusedError(f"cannot use the backend {row.name}", why, _instead(platform, asked))
     return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
 
 
@@ -90,10 +85,7 @@ def asked(
 
 
 def choice_of_variables() -> Choice:
-    """The backend that the environment asks for, where no flag could say otherwise.
-
-    Raises UsageError, also for a variable of ours that is wrong, and RefusedError.
-    """
+    """The backend that the environment asks for. Raises RefusedError; UsageError for any wrong variable of ours."""
     check_environment(os.environ)
     return select(this_platform(), asked(flags=()))
 
@@ -103,9 +95,8 @@ def backend_named(word: str) -> BackendRow:
     word = word.strip().lower()
     name = BACKENDS.get(word, word)
     if name not in BY_NAME:
-        raise UsageError(
-            f"cannot use backend {word!r}", "there is no such backend", f"Name one of: {', '.join(BY_NAME)}"
-        )
+        fix = f"Name one of: {', '.join(BY_NAME)}"
+        raise UsageError(f"cannot use backend {word!r}", "there is no such backend", fix)
     return BY_NAME[name]
 
 
@@ -134,11 +125,8 @@ def _agree(
     class_from: str, wanted: str | None, name_from: str, name: str | None, platform: Platform, asked: Asked
 ) -> None:
     if name is not None and _contradict(wanted, name):
-        raise UsageError(
-            f"{class_from} and {name_from} contradict each other",
-            f"{name} is of the class {BY_NAME[name].sandbox_class}, not {wanted}",
-            _instead(platform, asked),
-        )
+        why = f"{name} is of the class {BY_NAME[name].sandbox_class}, not {wanted}"
+        raise UsageError(f"{class_from} and {name_from} contradict each other", why, _instead(platform, asked))
 
 
 def _contradict(wanted: str | None, name: str | None) -> bool:
@@ -181,10 +169,6 @@ def _by_caller(asked: Asked, flags: tuple[str, ...]) -> str:
     return f"{' and '.join(words)}, or unset {'it' if len(words) == 1 else 'them'}"
 
 
-def _wall(row: BackendRow) -> str:
-    return {"container": "a container", "process": "a confined process of this system"}.get(row.isolation[0], "no wall")
-
-
 def this_platform() -> Platform:
     """Where this process runs."""
     system = os.uname()
@@ -204,14 +188,8 @@ def describe() -> str:
     lines.append("|---|---|---|---|---|---|---|")
     for row in BY_NAME.values():
         macos = f"{row.macos_from}+" if row.macos_from else ""
-        cells = (
-            f"`{row.name}`",
-            row.sandbox_class,
-            " or ".join(f"`{isolation}`" for isolation in row.isolation),
-            "yes" if row.linux else "",
-            macos,
-            "yes" if row.weaker else "",
-            "yes" if row.built else "later",
-        )
+        isolation = " or ".join(f"`{one}`" for one in row.isolation)
+        linux, weaker, here = "yes" * row.linux, "yes" * row.weaker, "yes" if row.built else "later"
+        cells = (f"`{row.name}`", row.sandbox_class, isolation, linux, macos, weaker, here)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -13,8 +13,6 @@ from x07_sandbox.housekeeping.pruner import entries, sweep_temporaries, unlink
 from x07_sandbox.images.store import list_images
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from x07_sandbox.housekeeping.pruner import Pruner
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
@@ -42,17 +40,9 @@ def prune_cache(pruner: Pruner, gone: set[str]) -> None:
             sweep_temporaries(private_dir(cache / name), pruner)
     for path in entries(cache / "artifacts"):
         info = path.lstat()
-        if not _DIGEST.fullmatch(path.name):
-            continue
-        if problem := foreign(info, stat.S_ISREG):
-            pruner.keep("artifact", path, problem)
-        elif pruner.old(info):
-            pruner.remove("artifact", path, "it was not used for 7 days", unlink)
-    _prune_verifications(cache, gone, pruner)
-
-
-def _prune_verifications(cache: Path, gone: set[str], pruner: Pruner) -> None:
-    """What was hashed once and is not there: the record says nothing any more."""
+        if _DIGEST.fullmatch(path.name) and (pruner.old(info) or foreign(info, stat.S_ISREG)):
+            pruner.remove_own("artifact", path, "it was not used for 7 days", unlink)
+    # What was hashed once and is not there: the record says nothing any more.
     there = {path.name for name in ("images", "templates") for path in entries(cache / name)}
     there -= {digest.removeprefix("sha256:") for digest in gone}
     for path in entries(cache / "verified"):

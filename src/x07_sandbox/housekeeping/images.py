@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from functools import partial
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from x07_sandbox.housekeeping.pruner import Pruner
-    from x07_sandbox.images.store import Image
 
 _BASE = re.compile(r"base-[0-9a-f]{32}")
 
@@ -37,8 +35,11 @@ def prune_images(pruner: Pruner) -> set[str]:
         sweep_temporaries(folder / "names", pruner)
         images = list_images()
         doomed = {image.digest for image in images if not image.name}
-        with contextlib.suppress(KeyError):
-            doomed.remove(_pinned(images, pruner))
+        pinned = text("X07_VM_GUEST_IMAGE_DIGEST") or ""
+        for image in images:
+            if image.digest == pinned and not image.name:
+                pruner.keep("image", image.folder, "X07_VM_GUEST_IMAGE_DIGEST names it")
+        doomed.discard(pinned)
         remove = partial(remove_from_store, progress=pruner.progress)
         for image in images:
             if image.digest in doomed:
@@ -50,24 +51,14 @@ def prune_images(pruner: Pruner) -> set[str]:
         return doomed
 
 
-def _pinned(images: list[Image], pruner: Pruner) -> str:
-    """The digest that X07_VM_GUEST_IMAGE_DIGEST names; empty for none."""
-    pinned = text("X07_VM_GUEST_IMAGE_DIGEST") or ""
-    for image in images:
-        if image.digest == pinned and not image.name:
-            pruner.keep("image", image.folder, "X07_VM_GUEST_IMAGE_DIGEST names it")
-    return pinned
-
-
 def _prune_bases(folder: Path, needed: set[str], pruner: Pruner) -> None:
     for path in entries(folder):
         if not _BASE.fullmatch(path.name):
             continue
         base = read_base(path)
         if base is None:
-            pruner.keep(
-                "base", path, "it is damaged or of another format; x07 image build makes it anew where it needs it"
-            )
+            why = "it is damaged or of another format; x07 image build makes it anew where it needs it"
+            pruner.keep("base", path, why)
         elif base.digest not in needed:
             remove = partial(remove_from_store, progress=pruner.progress)
             pruner.remove_own("base", path, "no image is made of it", remove)

@@ -68,7 +68,7 @@ class Pruner:
         self._links: dict[tuple[int, int], int] = {}  # how many names a file would still have
 
     def remove(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
-        """Remove *path* as *how* does; what cannot be removed is told and stays."""
+        """Remove *path* as *how* does; what cannot be removed is reported and stays."""
         size = sum(self._freed(info) for info in _everything(path))
         if not self._dry_run:
             try:

@@ -1,7 +1,7 @@
-"""Records of jobs and folders of runs that are over and older than the retention.
+"""Prune records of jobs and folders of runs that ended longer ago than the retention.
 
-A record goes only if it is ours by its owner.json, says that its machine is gone, and no process of it lives; what is
-damaged, of a newer format or somebody else's stays and is told. Every run under way shares a lock on its folder.
+A record goes only if it is ours by its owner.json, says that its machine is gone, and no process of it lives. Every
+other one stays and is reported. Every run under way shares a lock on its folder.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def prune_records(pruner: Pruner) -> None:
     runs = runs_dir(root)
     if os.path.lexists(runs):
         private_dir(runs)
-    for folder in (root, runs):
-        _remove_leftovers(folder, pruner)
+    for path in (*entries(root), *entries(runs)):
+        if path.name.startswith(_DOOMED) and not foreign(path.lstat(), stat.S_ISDIR):
+            pruner.remove("leftover", path, "a killed prune left it", shutil.rmtree)
     instance = runner_instance(root)
     jobs = [job for path in entries(root) if (job := _job_at(path, pruner)) is not None]
     busy: set[str] = {job.run for job in jobs if job.ended is None}
-    for run in {job.run for job in jobs} | {path.name for path in entries(runs)}:
-        if _RUN.fullmatch(run) and is_locked(runs / run):
-            busy.add(run)
+    known = {job.run for job in jobs} | {path.name for path in entries(runs)}
+    busy |= {run for run in known if _RUN.fullmatch(run) and is_locked(runs / run)}
     # What was applied by halves, and could not be put right yet, needs what lies in its folder.
     busy |= {path.name for path in entries(runs / APPLYING)}
     for job in jobs:
@@ -150,9 +150,3 @@ def _remove_run(folder: Path) -> None:
         doomed = folder.with_name(f"{_DOOMED}{folder.name}")
         folder.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def _remove_leftovers(folder: Path, pruner: Pruner) -> None:
-    for path in entries(folder):
-        if path.name.startswith(_DOOMED) and not foreign(path.lstat(), stat.S_ISDIR):
-            pruner.remove("leftover", path, "a killed prune left it", shutil.rmtree)

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 
 def prepare_clones(image: Image, progress: Callable[[str], None]) -> None:
-    """Save the machines for builds and for runs under the default policy, where the usual backend can clone them.
-
-    Raises SandboxError.
-    """
+    """Save the machines for builds and default runs, where the usual backend can clone them. Raises SandboxError."""
     backend = create(select(this_platform(), Asked()).backend)
     if backend.cloning is None:
         return

@@ -3,8 +3,7 @@
     python -m x07_sandbox.pool.server SIZE IDLE_S IMAGE READY_FD
 
 IMAGE: a name or digest, "" for the default. READY_FD gets one JSON object: {"ready": SIZE}, or what went wrong. It ends
-by SIGTERM or SIGINT, when it is told to, and after IDLE_S seconds in which nobody claimed a machine or holds one; its
-machines end with it, whatever ends it, since each dies with the process that started it.
+by SIGTERM or SIGINT, by request, and after IDLE_S seconds without claim or lease. Its machines die with it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import json
 import os
 import re
 import resource
-import select
 import signal
 import socket
 import sys
@@ -24,18 +22,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.lease import (
-    ANSWER_S,
-    GONE_S,
-    PROTOCOL,
-    SOCKET,
-    handed_over,
-    peer_of,
-    pool_dir,
-    receive,
-    send,
-    socket_address,
-)
+from x07_sandbox.backends import lease
+from x07_sandbox.backends.handshake import polling
+from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handed_over, peer_of, pool_dir, receive, send
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
@@ -60,7 +49,7 @@ _NO_FDS_S: Final = 0.2
 
 
 class Starter:
-    """Whoever started this process: told how far it is, until it was told how that ended. Owns the descriptor."""
+    """Tells the process that started this one how the start goes, until it has ended. Owns the descriptor."""
 
     def __init__(self, owned_fd: int) -> None:
         self._fd: int | None = owned_fd
@@ -101,9 +90,7 @@ class Server:
 
     def serve(self) -> None:
         """Until it is told to end, or nobody has used it for long."""
-        poll = select.poll()
-        for fd in (self.listener.fileno(), self._end):
-            poll.register(fd, select.POLLIN)
+        poll = polling(self.listener.fileno(), self._end)
         while not self._unused():
             for fd, _ in poll.poll(min(self.idle_s, 1.0) * 1000):
                 if fd == self._end:
@@ -160,15 +147,13 @@ class Server:
 
     def status(self) -> dict[str, object]:
         """What `x07 pool status` tells."""
-        with self._lock:
-            leases = self._leases
         machines = self.machines
         problem = machines.problem
         return {
             "pid": os.getpid(),
             "size": machines.size,
             "ready": machines.ready(),
-            "running": leases,
+            "running": self._leases,
             "claimed": machines.claimed,
             "image": machines.kind.image_digest,
             "idle_s": self.idle_s,
@@ -205,10 +190,7 @@ class Server:
                 # A child that the claimer forked may hold the connection open when the claimer is dead.
                 fds.append(os.pidfd_open(claimer))
                 stack.callback(os.close, fds[-1])
-            poll = select.poll()
-            for fd in fds:
-                poll.register(fd, select.POLLIN)
-            return any(fd == self._end for fd, _ in poll.poll())
+            return any(fd == self._end for fd, _ in polling(*fds).poll())
 
     def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
         """The machine that is asked for, already the claimer's by its record; None if there is none."""
@@ -243,7 +225,7 @@ def _listening() -> Iterator[socket.socket]:
         with contextlib.suppress(FileNotFoundError):
             (folder / SOCKET).unlink()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        with listener, socket_address(folder) as address:
+        with listener, lease.socket_address(folder) as address:
             listener.bind(address)
             listener.listen(_WAITING_MAX)
             try:
@@ -272,11 +254,8 @@ def main(words: list[str]) -> int:
                 server.serve()
                 server.wait_leases()
             announce.join(ANSWER_S)  # it may have to tell of that end
-    except SandboxError as exc:
-        starter.tell(_told(exc))
-        return 125
-    except OSError as exc:
-        if (error := host_error(exc)) is None:
+    except (SandboxError, OSError) as exc:
+        if (error := exc if isinstance(exc, SandboxError) else host_error(exc)) is None:
             raise
         starter.tell(_told(error))
         return 125

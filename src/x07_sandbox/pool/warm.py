@@ -1,11 +1,8 @@
-"""Warm machines: clones that have run two programs of ours and wait, each for one program of somebody's.
+"""Warm machines: clones that have run two programs of ours, and wait for one program of a user each.
 
-An emulator pays about ten times for what it meets first. A machine that has been through a C and a Python program, and
-has a fresh place for the next, runs that one in the time that it takes a machine that has been up for long. None is
-ever used again once a program that is not ours has been in it.
-
-Each is recorded and labelled like any job (`RUN-warm`), held to a deadline, and becomes the job of its claimer: first
-the deadline, then the record, then the machine.
+An emulator takes about ten times as long for what it meets first, so each has run a C and a Python program. None is
+used again after a program that is not ours. Each is recorded like any job (`RUN-warm`), with a deadline, and becomes
+its claimer's job in this order: the deadline, the record, the machine.
 """
 
 from __future__ import annotations
@@ -77,10 +74,7 @@ class WarmMachine:
 
 
 class WarmMachines:
-    """Keeps *size* machines warm, in a thread of its own, until it is closed. Thread-safe.
-
-    image: name or digest; None for the default. progress: told of what takes seconds.
-    """
+    """Keeps *size* machines warm, in a thread of its own, until it is closed. Thread-safe. image: name or digest."""
 
     def __init__(
         self, size: int, *, image: str | None = None, progress: Callable[[str], None] = lambda _text: None
@@ -133,13 +127,8 @@ class WarmMachines:
         draft = draft_result(new_run_id())
         folder = RunFolder(draft.run, self._stack)
         try:
-            request = RunRequest(
-                program=program,
-                image=self._image_ref,
-                cancel=self._cancel,
-                progress=self._caller.progress,
-                choice=self._choice,
-            )
+            image, cancel, progress = self._image_ref, self._cancel, self._caller.progress
+            request = RunRequest(program=program, image=image, cancel=cancel, progress=progress, choice=self._choice)
             prepared, draft = last_of(prepare(request, draft, self._stack))
             artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
             ending, _ = last_of(artifact_of(prepared, draft, folder, artifact))
@@ -149,8 +138,6 @@ class WarmMachines:
         finally:
             shutil.rmtree(folder.path, ignore_errors=True)
         return msgspec.structs.replace(spec, wall_ms=_WALL_MS)
-
-    # making
 
     def _keep(self) -> None:
         failures = 0
@@ -163,7 +150,7 @@ class WarmMachines:
                 failures += 1
                 with self._changed:
                     if failures >= _FAILURES_MAX:
-                        self.problem = exc if isinstance(exc, SandboxError) else _out_of(exc)
+                        self.problem = exc if isinstance(exc, SandboxError) else _no_descriptors(exc)
                         self._changed.notify_all()
                     if not self._closing:
                         self._changed.wait(_TRY_AGAIN_S if failures < _FAILURES_MAX else _TRY_LATER_S)
@@ -194,21 +181,20 @@ class WarmMachines:
             oldest.close()
 
     def _make(self) -> WarmMachine:
-        with admitted(cancel_fd=self._cancel.fd, timeout_s=settings.QUEUE_S, progress=self._caller.progress):
-            return self._made()
-
-    def _made(self) -> WarmMachine:
-        claim = Claim(run_id=new_run_id(), phase="warm", wall_ms=int(settings.WARM_S * 1000))
-        with contextlib.ExitStack() as stack:
+        progress = self._caller.progress
+        with (
+            admitted(cancel_fd=self._cancel.fd, timeout_s=settings.QUEUE_S, progress=progress),
+            contextlib.ExitStack() as stack,
+        ):
+            claim = Claim(run_id=new_run_id(), phase="warm", wall_ms=int(settings.WARM_S * 1000))
+            job = Job(claim=claim, kind=self.kind, caller=self._caller)
             try:
-                instance = stack.enter_context(
-                    self.backend.start(Job(claim=claim, kind=self.kind, caller=self._caller))
-                )
+                instance = stack.enter_context(self.backend.start(job))
             except NoAnswerError as exc:
                 self._check_open()
                 raise BackendError("cannot warm a machine", exc.why, "Run x07 doctor") from exc
             for note in instance.notes:
-                self._caller.progress(note)
+                progress(note)
             for number, spec in enumerate(self._specs):
                 if number:
                     greet(instance, cancel_fd=self._cancel.fd)
@@ -218,13 +204,12 @@ class WarmMachines:
     def _run(self, instance: Instance, spec: PhaseSpec) -> None:
         """Have the machine run a program of ours and prepare the next place. Raises BackendError."""
         with contextlib.ExitStack() as stack:
-            stdout, stderr = (
+            out, err = (
                 Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=settings.MIB)
                 for name in ("stdout", "stderr")
             )
-            streams = PhaseStreams(
-                stdin_fd=memory_file(_INPUT, stack), stdout=stdout, stderr=stderr, cancel=self._cancel
-            )
+            stdin_fd = memory_file(_INPUT, stack)
+            streams = PhaseStreams(stdin_fd=stdin_fd, stdout=out, stderr=err, cancel=self._cancel)
             ending = classify(carry_out(spec, instance, streams).evidence)
         self._check_open()
         if ending.outcome is not Outcome.OK:
@@ -234,8 +219,6 @@ class WarmMachines:
     def _check_open(self) -> None:
         if self._closing:
             raise Cancelled("the pool ends", "it was closed", "Start it again")
-
-    # giving out
 
     def in_a_child(self) -> bool:
         """Whether this is a process that was forked from the owner's: no machine is its to take, or to end."""
@@ -314,7 +297,7 @@ def _cloning_of(backend: Backend) -> Cloning:
     return backend.cloning
 
 
-def _out_of(exc: OSError) -> HostError:
+def _no_descriptors(exc: OSError) -> HostError:
     return HostError("cannot keep machines warm", exc.strerror or str(exc), "Raise the limit on open files: ulimit -n")
 
 

@@ -12,14 +12,7 @@ from msgspec.structs import replace
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.models import known
-from x07_sandbox.programs.artifacts import (
-    HEADER_BYTES,
-    artifact_key,
-    cached_artifact,
-    drop_artifact,
-    keep_artifact,
-    one_builder,
-)
+from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import build_driver
 from x07_sandbox.runs.job import carry_out_job
 from x07_sandbox.runs.request import sha256_text
@@ -53,12 +46,14 @@ def artifact_of(prepared: Prepared, draft: Result, folder: RunFolder, artifact: 
     if (build := _recall(key, artifact)) is not None:
         return None, replace(draft, artifact_from="cache", build=build)
     most_s = min(settings.BUILD_WALL_MS / 1000, prepared.request.queue_s)
-    with one_builder(key, _pause_for_another(prepared.request), most_s) as waited:
+    with artifacts.one_builder(key, _pause_for_another(prepared.request), most_s) as waited:
         if waited and (build := _recall(key, artifact)) is not None:
             return None, replace(draft, artifact_from="cache", build=build)
         ending, draft = yield from _build(prepared, draft, folder, artifact)
         if ending is None:
-            keep_artifact(key, artifact.fd, artifact.size, artifact.sha256(), msgspec.json.encode(draft.build))
+            artifacts.keep_artifact(
+                key, artifact.fd, artifact.size, artifact.sha256(), msgspec.json.encode(draft.build)
+            )
         return ending, draft
 
 
@@ -68,7 +63,7 @@ def _key(prepared: Prepared, image_digest: str) -> str:
     extras = None if toolchain.protocol is None else toolchain.protocol.build_extras(prepared.policy.data)
     more = [] if extras is None else [sha256_text(part) for part in extras.key]
     more += [sha256_text(build_driver())] if toolchain.driver else []
-    return artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
+    return artifacts.artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
 
 
 def _pause_for_another(request: RunRequest) -> Callable[[], None]:
@@ -95,13 +90,8 @@ def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFi
         end = carry_out_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
     ending = as_build(end.ending)
     report = replace(end.report, reason=ending.reason)
-    draft = replace(
-        draft,
-        phases={**draft.phases, "build": report},
-        build=BuildOutput(stdout=report.stdout, stderr=report.stderr),
-        jail=end.jail,
-        warnings=[*draft.warnings, *end.warnings],
-    )
+    build, phases = BuildOutput(stdout=report.stdout, stderr=report.stderr), {**draft.phases, "build": report}
+    draft = replace(draft, phases=phases, build=build, jail=end.jail, warnings=[*draft.warnings, *end.warnings])
     if ending.outcome is Outcome.OK and artifact.complete:
         return None, draft
     draft = replace(draft, stdout=report.stdout, stderr=report.stderr)
@@ -113,11 +103,11 @@ def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFi
 
 def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
     """Copy the cached artifact *key* into *artifact*, hashing what is copied; what its build printed if it is good."""
-    with cached_artifact(key) as found:
+    with artifacts.cached_artifact(key) as found:
         if found is None or found.size > artifact.max_bytes:
             return None
         while artifact.size < found.size:
-            data = os.pread(found.fd, min(1 << 20, found.size - artifact.size), HEADER_BYTES + artifact.size)
+            data = os.pread(found.fd, min(1 << 20, found.size - artifact.size), artifacts.HEADER_BYTES + artifact.size)
             if not data or not artifact.take(data):
                 break
         if artifact.sha256() == found.sha256:
@@ -126,5 +116,5 @@ def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
                 artifact.complete = True
                 return build
     artifact.clear()
-    drop_artifact(key)
+    artifacts.drop_artifact(key)
     return None

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.handshake import LATE_S, LATE_TURNS, wait_for_exit
+from x07_sandbox.backends.handshake import LATE_S, LATE_TURNS, polling, wait_for_exit
 from x07_sandbox.channel.frames import DATA_MAX, DENIED_MAX, Kind, Stream
-from x07_sandbox.channel.link import Control, Credit, Data, Eof, Event, State
+from x07_sandbox.channel.link import Control, Data, Eof, Event, State
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
@@ -32,11 +32,10 @@ _FILL: Final = 256 * 1024  # bytes queued for the guest at most, besides the win
 
 
 class PhaseFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known after a phase: the evidence, the guest's own counters, and when what happened.
+    """What is known after a phase. usage: the guest's own counters. refused: bodies of DENIED.
 
-    refused: what the guest says that it saw refused: bodies of DENIED.
-    times_ms: from the release of the instance to: hello, seeded, started, exited, end.
-    input_sha256: of the program's input, None if it was not read to its end. input_problem: why reading it failed.
+    times_ms: from the release of the instance to hello, seeded, started, exited and end.
+    input_sha256: None if the input was not read to its end. input_problem: why reading it failed.
     """
 
     evidence: Evidence
@@ -89,15 +88,9 @@ class Phase:
             usage=self.usage,
             refused=self.refused,
             times_ms=self.times_ms,
-            input_sha256=self._input_sha256(),
+            input_sha256=self.input_hash.hexdigest() if self.input_done and not self.input_problem else None,
             input_problem=self.input_problem,
         )
-
-    def _input_sha256(self) -> str | None:
-        """Digest of the input, if it was read to its end: of a part of unknown length it would say nothing."""
-        return self.input_hash.hexdigest() if self.input_done and not self.input_problem else None
-
-    # one turn
 
     def _turn(self) -> None:
         self._fill()  # first: that there is room for more is progress, by which a deadline moves
@@ -112,15 +105,11 @@ class Phase:
                 return
 
     def _poll(self) -> select.poll:
-        poll = select.poll()
+        progress = [sink.progress_fd for sink in self.sinks.values() if sink.progress_fd is not None]
+        poll = polling(self.instance.pidfd, self.streams.cancel.fd, *self.instance.side_fds(), *progress)
         poll.register(self.instance.channel_fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))
-        for fd in (self.instance.pidfd, self.streams.cancel.fd, *self.instance.side_fds()):
-            poll.register(fd, select.POLLIN)
         if self._wants_input():
             poll.register(self.streams.stdin_fd or 0, select.POLLIN)
-        for sink in self.sinks.values():
-            if sink.progress_fd is not None:
-                poll.register(sink.progress_fd, select.POLLIN)
         return poll
 
     def _ready(self, fd: int, mask: int) -> None:
@@ -139,10 +128,8 @@ class Phase:
             self.instance.drain(fd)
 
     def _time_is_up(self) -> bool:
-        """Act on a deadline that has passed; whether this is the end.
-
-        What had come by then is taken first: it may be we who are late, stopped by Ctrl-Z say, or on a busy host.
-        """
+        """Act on a deadline that has passed; whether this is the end."""
+        # What had come by then is taken first: it may be we who are late, stopped by Ctrl-Z say, or on a busy host.
         if self.over or not self.deadline.passed():
             self.late_turns = 0
             return self.over
@@ -151,23 +138,18 @@ class Phase:
         if self.late_turns < LATE_TURNS and self._has_come(self.late_s if self.late_turns else 0.0):
             self.late_turns += 1
             return False
-        if self.stage is Stage.RUN and not self.asked_to_stop:
+        if self.asked_to_stop:
+            self._end()
+        elif self.stage is Stage.RUN:
             # The deadline is ours and has passed, whatever the guest says from here on; it may still tell how it stood.
             self._stop(deadline_passed=True)
-        elif self.asked_to_stop:
-            self._end()
         else:
             self._end(deadline_passed=True)
         return self.over
 
     def _has_come(self, wait_s: float) -> bool:
         """Whether a word of the guest's, of the machine's end or of the caller's is there, or comes in that time."""
-        poll = select.poll()
-        for fd in (self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd):
-            poll.register(fd, select.POLLIN)
-        return bool(poll.poll(wait_s * 1000))
-
-    # what comes from the guest
+        return bool(polling(self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd).poll(wait_s * 1000))
 
     def _receive(self) -> None:
         events = self.connection.read()
@@ -186,8 +168,6 @@ class Phase:
             self._take_data(event)
         elif isinstance(event, Eof) and event.stream in self.to_come:
             self._arrived(event.stream)
-        elif isinstance(event, Credit):
-            return  # `_fill` looks at the windows anyway
 
     def _arrived(self, stream: int) -> None:
         output = self.spec.output
@@ -260,8 +240,7 @@ class Phase:
     def _exited(self, body: dict[str, Any]) -> None:
         self._mark("exited")
         self.usage = body
-        for name in ("wait_status", "oom_kills", "cpu_exceeded"):
-            self.seen[name] = body[name]
+        self.seen |= {name: body[name] for name in ("wait_status", "oom_kills", "cpu_exceeded")}
         if self.asked_to_stop:
             # What the guest says after our STOP tells how things stood; the end itself was our doing.
             self.seen["stopped"] = body["stopped"]
@@ -277,8 +256,6 @@ class Phase:
         if not self.to_come:
             self._end()
 
-    # what goes to the guest
-
     def _fill(self) -> None:
         """Queue as much for the guest as its windows take."""
         if self.link.state not in {State.PREPARING, State.RUNNING}:
@@ -286,9 +263,8 @@ class Phase:
         for index, file in enumerate(self.spec.files):
             stream = Stream.FIRST_FILE + index
             while self.sent[index] < file.size and self.link.pending() < _FILL and self.link.window(stream):
-                data = os.pread(
-                    file.fd, min(DATA_MAX, self.link.window(stream), file.size - self.sent[index]), self.sent[index]
-                )
+                most = min(DATA_MAX, self.link.window(stream), file.size - self.sent[index])
+                data = os.pread(file.fd, most, self.sent[index])
                 if not data:
                     self._end(setup_failure=f"{file.path} became shorter while it was read")
                     return
@@ -325,8 +301,6 @@ class Phase:
                 self.link.consumed(stream, sink.pump())
                 return
 
-    # the end
-
     def _lost(self) -> None:
         """The channel or the machine has ended: give it a moment to say how."""
         self._end(instance_status=wait_for_exit(self.instance))
@@ -347,15 +321,9 @@ class Phase:
 
 
 def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> bool:
-    """Give slow readers the rest of what they have coming, at most one window a stream; False if a cancel came first.
-
-    Without a deadline, as with any pipe: the machine is gone, and nobody but the reader's owner waits.
-    """
+    """Give slow readers the rest, at most one window a stream, without a deadline; False if a cancel came first."""
     while fds := [sink.progress_fd for sink in sinks if sink.progress_fd is not None]:
-        poll = select.poll()
-        for fd in (cancel.fd, *fds):
-            poll.register(fd, select.POLLIN)
-        for fd, _ in poll.poll():
+        for fd, _ in polling(cancel.fd, *fds).poll():
             if fd == cancel.fd:
                 return False
             for sink in sinks:

@@ -33,7 +33,13 @@ class RunFolder:
 
     def sink(self, name: str, *, live_fd: int | None, max_bytes: int, raw: bool = False) -> tuple[Sink, int]:
         """A sink that keeps its stream in this folder, and the descriptor of that file."""
-        fd = self._open(self.path / name)
+        path = self.path / name
+        try:
+            fd = open_own(path, os.O_RDWR | os.O_EXCL)
+        except OSError as exc:
+            fix = "Free space there, or set X07_VM_STATE_DIR"
+            raise HostError(f"cannot write {path}", exc.strerror or str(exc), fix) from exc
+        self._stack.callback(os.close, fd)
         sink = Sink(name.rpartition("-")[2], keep_fd=fd, live_fd=live_fd, max_bytes=max_bytes, raw=raw)
         self._stack.callback(sink.close)
         return sink, fd
@@ -41,16 +47,6 @@ class RunFolder:
     def out_file(self, guest_path: str, max_bytes: int) -> OutFile:
         """A file without a name for what comes out of the guest: bound by its descriptor, gone with it."""
         return unnamed_file(self.path, guest_path, max_bytes, self._stack)
-
-    def _open(self, path: Path) -> int:
-        try:
-            fd = open_own(path, os.O_RDWR | os.O_EXCL)
-        except OSError as exc:
-            raise HostError(
-                f"cannot write {path}", exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR"
-            ) from exc
-        self._stack.callback(os.close, fd)
-        return fd
 
 
 def runs_dir(root: Path) -> Path:
@@ -60,10 +56,7 @@ def runs_dir(root: Path) -> Path:
 
 
 def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextlib.ExitStack) -> OutFile:
-    """A file without a name on the disk of *folder*, for what comes out of the guest at *guest_path*.
-
-    *stack* closes it. Raises HostError.
-    """
+    """A file without a name on the disk of *folder*, for a file of the guest. *stack* closes it. Raises HostError."""
     try:
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
@@ -86,10 +79,5 @@ def output_of(sink: Sink, fd: int) -> Output:
         import base64
 
         text, coded = None, base64.b64encode(data).decode()
-    return Output(
-        bytes=sink.total_bytes,
-        truncated=sink.overflow,
-        text=text,
-        base64=coded,
-        undelivered=sink.reader_problem or None,
-    )
+    lost = sink.reader_problem or None
+    return Output(bytes=sink.total_bytes, truncated=sink.overflow, text=text, base64=coded, undelivered=lost)

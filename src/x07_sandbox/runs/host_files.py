@@ -29,7 +29,7 @@ from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.folder import runs_dir
 from x07_sandbox.runs.request import ProjectPolicy
 from x07_sandbox.runs.result import ChangedName, Changes
-from x07_sandbox.runs.streams import InFile
+from x07_sandbox.runs.streams import ROOM, InFile
 
 if TYPE_CHECKING:
     import contextlib
@@ -49,7 +49,7 @@ _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
 class HostFiles:
-    """Those of one run. Made before its machine, settled after it."""
+    """The host's files of one run: copied in before its machine starts, settled after it has ended."""
 
     def __init__(
         self, request: RunRequest, program: Program, policy: Policy, folder: RunFolder, stack: contextlib.ExitStack
@@ -90,12 +90,11 @@ class HostFiles:
         self.incoming: Incoming | None = None
         if self._roots and request.changes != "discard":
             private_dir(self._place)
-            self._data_fd = open_own(self._place / "data", os.O_RDWR | os.O_EXCL)
-            stack.callback(os.close, self._data_fd)
-            most = self._bounds.entries + sum(len(copied.nodes) for copied in self.copied)
-            self.incoming = Incoming(
-                self._data_fd, roots=len(self._roots), most_entries=most, most_bytes=settings.CHANGES_MAX_BYTES
-            )
+            data_fd = open_own(self._place / "data", os.O_RDWR | os.O_EXCL)
+            stack.callback(os.close, data_fd)
+            entries = self._bounds.entries + sum(len(copied.nodes) for copied in self.copied)
+            most_bytes = settings.CHANGES_MAX_BYTES
+            self.incoming = Incoming(data_fd, roots=len(self._roots), most_entries=entries, most_bytes=most_bytes)
 
     def _copy(self, tree: Tree, left: int, folder: RunFolder) -> Copied:
         packed = folder.out_file(f"tree {len(self.trees)}", 1 << 60)
@@ -104,8 +103,7 @@ class HostFiles:
                 copied = copy_tree(tree, self._bounds, out, left)
                 size = out.tell()
         except OSError as exc:
-            why, fix = exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR to a larger disk"
-            raise HostError("cannot keep a copy of the program's files", why, fix) from exc
+            raise HostError("cannot keep a copy of the program's files", exc.strerror or str(exc), ROOM) from exc
         self.copied.append(copied)
         self.files.append(InFile(path=tree.host, mode=0, kind="tree", fd=packed.fd, size=size))
         return copied
@@ -147,15 +145,11 @@ class HostFiles:
     # what came back
 
     def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
-        """What becomes of the changes: the state, what was refused, and a warning or nothing.
-
-        ended_well: the program ended by itself. Raises PeerError where the guest contradicts itself, BackendError.
-        """
+        """Apply or keep the changes: the state, what was refused, and a warning. Raises PeerError, BackendError."""
         changes, refused, warning = self._settle(ended_well=ended_well)
-        told = (
-            f"{', '.join(self._moded)}: what may be changed is what lies below a root, so its own mode stays as it was"
-        )
-        return changes, refused, "; ".join(filter(None, (warning, told if self._moded else "")))
+        told = "what may be changed is what lies below a root, so its own mode stays as it was"
+        moded = f"{', '.join(self._moded)}: {told}" if self._moded else ""
+        return changes, refused, "; ".join(filter(None, (warning, moded)))
 
     def _settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
         incoming = self.incoming
@@ -193,9 +187,8 @@ class HostFiles:
         return _told(changes, "applied", ""), [], ""
 
     def _judged(self, incoming: Incoming) -> ChangeSet:
-        allowed = Allowed(
-            mkdir=self._policy.fs.allow_mkdir, remove=self._policy.fs.allow_remove, rename=self._policy.fs.allow_rename
-        )
+        fs = self._policy.fs
+        allowed = Allowed(mkdir=fs.allow_mkdir, remove=fs.allow_remove, rename=fs.allow_rename)
         kept = _kept_by_us()
         roots = []
         for number, (tree, mount) in enumerate(self._roots):
@@ -203,10 +196,8 @@ class HostFiles:
             made = _below(dict.fromkeys(self.copied[tree].made), mount.sub)
             allowed = msgspec.structs.replace(allowed, made=frozenset(made))
             told = [one for one in incoming.told if one.root == number]
-            around = repository_around(mount.host)
-            protection = Protection(
-                mount.host, self._own(mount), self._request.allow_protected, repository=around, kept=kept
-            )
+            around, let_go = repository_around(mount.host), self._request.allow_protected
+            protection = Protection(mount.host, self._own(mount), let_go, repository=around, kept=kept)
             stayed = _below(self.copied[tree].stayed, mount.sub)
             judged = judge(before, stayed, told, self._bounds, allowed, protection)
             if judged.root_mode is not None:
@@ -214,15 +205,9 @@ class HostFiles:
             refused = list(judged.refused)
             if judged.changes and knows_no_case(mount.host):
                 refused += collisions(judged.changes, {*before, *stayed})
-            roots.append(
-                RootChanges(
-                    root=mount.host,
-                    guest=mount.at,
-                    missing=mount.missing,
-                    changes=judged.changes,
-                    refused=tuple(sorted(refused, key=lambda refusal: refusal.name)),
-                )
-            )
+            done, ordered = judged.changes, tuple(sorted(refused, key=lambda refusal: refusal.name))
+            host, guest = mount.host, mount.at
+            roots.append(RootChanges(root=host, guest=guest, missing=mount.missing, changes=done, refused=ordered))
         return ChangeSet(run=self._place.parent.name, roots=tuple(roots))
 
     def _own(self, mount: Mount) -> list[str]:
@@ -242,8 +227,7 @@ class HostFiles:
             place.write_bytes(encode(changes))
         except OSError as exc:
             place.unlink(missing_ok=True)
-            why, fix = exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR to a larger disk"
-            raise BackendError("cannot keep the program's changes", why, fix) from exc
+            raise BackendError("cannot keep the program's changes", exc.strerror or str(exc), ROOM) from exc
 
     def _forget(self) -> None:
         (self._place / "data").unlink(missing_ok=True)
@@ -286,10 +270,7 @@ def _start(program: Program) -> str:
 
 
 def _way_to(path: str) -> set[str]:
-    """What decides which file *path* is, by absolute paths without a link on the way: it, and every link to it.
-
-    Another link in the place of one of these would make another file of the same path.
-    """
+    """The absolute paths that decide which file *path* is: its real one, and every link on the way to it."""
     found: set[str] = set()
     here = Path("/") if path.startswith("/") else real_path(Path())
     left = path.split("/")[::-1]
@@ -327,14 +308,8 @@ def _told(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN4
         ChangedName(root=shown(root), name=shown(change.name), action=change.action)
         for root, change in every[: max(_NAMES_MAX, deletions)]
     )
-    return Changes(
-        state=state,
-        reason=reason,
-        added=changes.count("added"),
-        changed=changes.count("changed"),
-        deleted=changes.count("deleted"),
-        names=names,
-    )
+    counts = {action: changes.count(action) for action in ("added", "changed", "deleted")}
+    return Changes(state=state, reason=reason, names=names, **counts)
 
 
 def _why_kept(changes: ChangeSet) -> str:
@@ -354,7 +329,7 @@ def too_many(policy: Policy, action: str, subject: str) -> Denial:
 
 
 def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds) -> tuple[object, str | None]:
-    """The value of the field, or the flag, that would let in what was left out; nothing where none would."""
+    """The field's value, or the flag, that would let in what was left out; None for either that would not do."""
     if reason == "secret":
         return None, " ".join(_flag("--reveal", name) for name in dict.fromkeys(Path(name).name for name in left.names))
     return value_for(reason, left.most, bounds), None
@@ -369,9 +344,7 @@ def _flag(flag: str, name: str) -> str:
 
 
 def _refusal(root: str, refused: Refused, *, of_several: bool) -> Denial:
-    flag = None
-    if refused.rule == "protected":
-        flag = _flag("--allow-protected", refused.name or Path(root).name)
+    flag = _flag("--allow-protected", refused.name or Path(root).name) if refused.rule == "protected" else None
     if refused.reveal:
         flag = _flag("--reveal", Path(refused.reveal).name)
     subject = f"{called(root, refused.name, of_several=of_several)}: {refused.why}"
@@ -382,13 +355,7 @@ def _denial(field: str, action: str, subject: str, by: str, count: int, how: tup
     """how: a value of the policy's field, and a flag; None for either that would not do."""
     json_path = f"$.{field}" if "." in field else None  # the others are no fields: no policy decides them
     value, flag = how
-    nothing = value is None and flag is None
+    allow = None if how == (None, None) else HowToAllow(json_path=json_path, value=value, flag=flag)
     return Denial(
-        field=field,
-        action=action,
-        subject=subject,
-        enforced_by=by,
-        observed_by="host",
-        count=count,
-        how_to_allow=None if nothing else HowToAllow(json_path=json_path, value=value, flag=flag),
+        field=field, action=action, subject=subject, enforced_by=by, observed_by="host", count=count, how_to_allow=allow
     )

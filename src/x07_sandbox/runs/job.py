@@ -16,7 +16,7 @@ from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim
 from x07_sandbox.runs.phase import PhaseStreams, carry_out, load_loop
 from x07_sandbox.runs.prepare import output_caps
-from x07_sandbox.runs.result import Output, PhaseReport
+from x07_sandbox.runs.result import PhaseReport
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
@@ -42,16 +42,14 @@ class JobEnd(NamedTuple):
 
 def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder) -> JobEnd:
     """Carry out one phase in an instance of its own. Raises SandboxError where there was none."""
-    request = prepared.request
-    live = spec.name == "run"
-    caps = output_caps(request, prepared.program.toolchain) if live else (settings.OUTPUT_MAX_BYTES,) * 2
-    name = "" if live else "build-"
-    stdout, stdout_fd = folder.sink(
-        f"{name}stdout", live_fd=request.live_stdout if live else None, max_bytes=caps[0], raw=request.raw
-    )
-    stderr, stderr_fd = folder.sink(
-        f"{name}stderr", live_fd=request.live_stderr if live else None, max_bytes=caps[1], raw=request.raw
-    )
+    request, raw = prepared.request, prepared.request.raw
+    if spec.name == "run":
+        caps, prefix = output_caps(request, prepared.program.toolchain), ""
+        live = request.live_stdout, request.live_stderr
+    else:
+        caps, prefix, live = (settings.OUTPUT_MAX_BYTES,) * 2, "build-", (None, None)
+    stdout, stdout_fd = folder.sink(f"{prefix}stdout", live_fd=live[0], max_bytes=caps[0], raw=raw)
+    stderr, stderr_fd = folder.sink(f"{prefix}stderr", live_fd=live[1], max_bytes=caps[1], raw=raw)
     with admitted(cancel_fd=request.cancel.fd, timeout_s=request.queue_s, progress=request.progress):
         instance, facts, warnings = _conversed(prepared, spec, run_id, (stdout, stderr))
     from x07_sandbox.plan.outcomes import classify
@@ -65,16 +63,19 @@ def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunF
     if facts.input_problem:
         warnings.append(f"the input could not be read to its end: {facts.input_problem}")
     warnings += ending.warnings
-    outputs = output_of(stdout, stdout_fd), output_of(stderr, stderr_fd)
-    return JobEnd(
-        ending=ending,
-        facts=facts,
-        report=_report(instance, ending, facts, outputs),
-        jail=instance.jail,
-        output_sha256=stdout.sha256(),
-        stderr_fd=stderr_fd,
-        warnings=tuple(warnings),
+    report = PhaseReport(
+        job_id=instance.record.job_id,
+        start=instance.start_mode,
+        outcome=ending.outcome.value,
+        reason=ending.reason,
+        times_ms=facts.times_ms,
+        stdout=output_of(stdout, stdout_fd),
+        stderr=output_of(stderr, stderr_fd),
+        cpu_ms=int(facts.usage.get("cpu_us", 0)) // 1000,
+        memory_peak_bytes=int(facts.usage.get("memory_peak_bytes", 0)),
+        tasks_peak=int(facts.usage.get("tasks_peak", 0)),
     )
+    return JobEnd(ending, facts, report, instance.jail, stdout.sha256(), stderr_fd, tuple(warnings))
 
 
 def _conversed(
@@ -129,20 +130,3 @@ def _answering(
             # That job is over, and stays on record.
             job = replace(job, claim=replace(job.claim, phase=f"{spec.name}-clone"))
     return stack.enter_context(backend.start(job))
-
-
-def _report(instance: Instance, ending: Verdict, facts: PhaseFacts, outputs: tuple[Output, Output]) -> PhaseReport:
-    usage = facts.usage
-    stdout, stderr = outputs
-    return PhaseReport(
-        job_id=instance.record.job_id,
-        start=instance.start_mode,
-        outcome=ending.outcome.value,
-        reason=ending.reason,
-        times_ms=facts.times_ms,
-        stdout=stdout,
-        stderr=stderr,
-        cpu_ms=int(usage.get("cpu_us", 0)) // 1000,
-        memory_peak_bytes=int(usage.get("memory_peak_bytes", 0)),
-        tasks_peak=int(usage.get("tasks_peak", 0)),
-    )

@@ -41,10 +41,7 @@ class KeptChanges(NamedTuple):
 
 
 def find(run: str | None) -> KeptChanges:
-    """The changes of a run: of its name, or of the one whose name begins so; None for the latest that has some.
-
-    Raises UsageError.
-    """
+    """The changes of the run of that name, or whose name begins so; None for the latest. Raises UsageError."""
     from x07_sandbox.files.changes import decode
 
     root = _runs()
@@ -133,10 +130,7 @@ def _sensible(run: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def applying(run: str) -> Iterator[None]:
-    """Around what changes the host's files for a run: whatever ends it, `recover_all` finds what it left.
-
-    Only while the folder of its changes is locked, so that nobody takes away the mark that another has made.
-    """
+    """Mark that a run's changes are being applied, so that `recover_all` finds what is left. Its folder is locked."""
     from x07_sandbox.files.journal import pending
 
     marker = private_dir(_runs() / APPLYING) / run

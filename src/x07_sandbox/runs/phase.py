@@ -22,9 +22,8 @@ CWD = "/opt/x07"
 class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One phase. Descriptors are lent.
 
-    limits: as START carries them (plan/sizes). limits_shown: those of the policy, for reasons.
-    mounts: where trees go, as START has them. areas: of the host, for what is said of refusals.
-    changes: takes what comes back of the trees, if anything does (files/incoming.Incoming; loaded only where it is).
+    limits, mounts: as START carries them (plan/sizes). limits_shown: those of the policy, for reasons.
+    areas: of the host, for reports of refusals. changes: takes changes to the trees (files/incoming.Incoming), or None.
     """
 
     name: Literal["build", "run"]
@@ -44,10 +43,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PhaseStreams(msgspec.Struct, frozen=True, kw_only=True):
-    """What a phase is connected to; all lent.
-
-    stdin_fd: where the program's input is streamed from, None for none. on_started: called when the program runs.
-    """
+    """What a phase is connected to; all lent. stdin_fd: the program's input. on_started: called when it runs."""
 
     stdin_fd: int | None
     stdout: Sink

@@ -40,12 +40,11 @@ if TYPE_CHECKING:
     from x07_sandbox.programs.toolchains import Toolchain
 
 _T = TypeVar("_T")
-# A step of a run: yields the draft of the result whenever it knows more, so that whatever happens next, the result
-# can be made from the last one; returns what the next step needs.
+# A step of a run: yields a draft of the result whenever it knows more, and returns what the next step needs.
 Step = Generator[Result, None, _T]
 
 
-class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+class Prepared(msgspec.Struct, frozen=True):
     """A request that only its plan can refuse. image: None where the backend uses none; image_name: for messages."""
 
     request: RunRequest
@@ -77,10 +76,9 @@ def last_of(step: Step[_T]) -> _T:
 def prepare(
     request: RunRequest, draft: Result, stack: contextlib.ExitStack, *, dry: bool = False
 ) -> Step[tuple[Prepared, Result]]:
-    """Read and check all that a request names, before anything is booted.
+    """Read and check all that a request names, before anything is booted. Raises SandboxError.
 
     dry: nothing will be run, so input is not read, the image is not renewed, and no guest is booted.
-    Raises SandboxError for everything that ends a run here.
     """
     program = request.loaded
     if program is None:
@@ -116,17 +114,7 @@ def prepare(
         warnings=[*draft.warnings, *availability.warnings],
     )
     yield draft
-    prepared = Prepared(
-        request=request,
-        program=program,
-        policy=in_force,
-        image=image,
-        image_name=_image_name(request),
-        backend=backend,
-        availability=availability,
-        plan=plan,
-    )
-    return prepared, draft
+    return Prepared(request, program, in_force, image, _image_name(request), backend, availability, plan), draft
 
 
 def _known(draft: Result, **digests: str) -> Result:
@@ -155,11 +143,9 @@ def _require_programs(program: Program, choice: Choice) -> None:
     argvs = [toolchain.start(source), *([] if toolchain.build is None else [toolchain.build(source)])]
     for path in (argv[0] for argv in argvs):
         if not path.startswith("/x07/") and not os.access(path, os.X_OK):
-            raise RefusedError(
-                f"the backend {choice.backend} cannot run {toolchain.name} programs",
-                f"it uses this host's own programs, and there is no {path}",
-                f"Run apt-get install {' '.join(toolchain.needs)}, or use --sandbox-backend vm",
-            )
+            why = f"it uses this host's own programs, and there is no {path}"
+            fix = f"Run apt-get install {' '.join(toolchain.needs)}, or use --sandbox-backend vm"
+            raise RefusedError(f"the backend {choice.backend} cannot run {toolchain.name} programs", why, fix)
 
 
 def _require_hardware(request: RunRequest, availability: Availability) -> None:
@@ -179,11 +165,9 @@ def check_pinned(digest: str) -> None:
     """Raises RefusedError if another image is the only one that may run."""
     pinned = text("X07_VM_GUEST_IMAGE_DIGEST")
     if pinned not in {None, digest}:
-        raise RefusedError(
-            "the guest image is not the one that may run",
-            f"X07_VM_GUEST_IMAGE_DIGEST is {pinned}, and the image has {digest}",
-            "Name the right image, or set the variable to the image that you trust",
-        )
+        why = f"X07_VM_GUEST_IMAGE_DIGEST is {pinned}, and the image has {digest}"
+        fix = "Name the right image, or set the variable to the image that you trust"
+        raise RefusedError("the guest image is not the one that may run", why, fix)
 
 
 def current_image(image: Image) -> Image:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     import contextlib
 
     from x07_sandbox.files.pack import Packed
-    from x07_sandbox.host.project import ProjectFolder
-    from x07_sandbox.programs.manifest import Manifest
     from x07_sandbox.runs.request import RunRequest
 
 _HEAD_BYTES = 256
@@ -40,10 +38,9 @@ _HEAD_BYTES = 256
 class Program(msgspec.Struct, frozen=True, kw_only=True):
     """A program that was read. data: the source's bytes (for a tree its archive); file: the same, for the build VM.
 
-    project: whether a manifest said what belongs to it. lockfile: of an X07 project, its name there; else None.
-    cpu_ms: CPU time that its own options give it, where the policy does not give less; None for other programs.
-    read: the host's files that a project, or the modules of a program, consist of, which nothing of the run may be
-    written over.
+    project: whether a manifest said what belongs to it. lockfile: an X07 project's, by name; else None.
+    cpu_ms: CPU time limit of its own options, None for none; the policy may give less.
+    read: its files on the host, over which nothing of the run may be written.
     """
 
     toolchain: Toolchain
@@ -58,10 +55,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
-    """The program of *request*, and the request with what the program's manifest says where the request is silent.
-
-    Raises UsageError.
-    """
+    """The program, and the request completed from the program's manifest. Raises UsageError."""
     request, program = _load(request, stack)
     program.toolchain.start(program.source)  # refuses a script that asks for a shell that there is not
     if request.executable and program.toolchain.archive:
@@ -101,7 +95,7 @@ def refuse_profile(request: RunRequest, what: str) -> None:
 
 
 def refuse_what_it_says_itself(request: RunRequest, what: str, why: str) -> None:
-    """Raises UsageError where the call says what a program is made of that says it itself."""
+    """Raise UsageError where the request says what the program is made of and the program says it itself."""
     given = [name for name, value in (("--toolchain", request.toolchain), ("`files`", request.files)) if value]
     if given:
         raise UsageError(f"cannot run {what}", why, f"Leave {' and '.join(given)} out")
@@ -127,6 +121,7 @@ def single_file(
     if toolchain.build is None:
         arch = host_arch()
         check_executable(name, data[:_HEAD_BYTES], arch.name, arch.elf_machine)
+    source = Source(name=name, head=data[:_HEAD_BYTES])
     if request.files:
         from x07_sandbox.files.pack import pack_files
 
@@ -136,14 +131,9 @@ def single_file(
             why = f"`files` has one of that name too, and the program is called {name} in the machine"
             raise UsageError(f"cannot run {name}", why, "Give that file another name")
         packed = pack_files({**request.files, name: data}, "the files beside the program")
-        return _tree(toolchain, Source(name=name, head=data[:_HEAD_BYTES]), packed, stack)
-    return Program(
-        toolchain=toolchain,
-        source=Source(name=name, head=data[:_HEAD_BYTES]),
-        data=data,
-        file=in_memory(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack),
-        sha256=sha256_text(data),
-    )
+        return _tree(toolchain, source, packed, stack)
+    file = in_memory(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack)
+    return Program(toolchain=toolchain, source=source, data=data, file=file, sha256=sha256_text(data))
 
 
 def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextlib.ExitStack) -> Program:
@@ -153,37 +143,35 @@ def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextli
     if sum(len(os.fsencode(word)) + 1 for word in words) > ARGUMENTS_MAX_BYTES:
         why = f"its {len(packed.files)} files have names that are too long, together, for a command line"
         raise UsageError(f"cannot build it with {toolchain.name}", why, "Name fewer files, or have make build it")
-    file = in_memory(packed.archive, PROJECT_FOLDER, 0o755, stack)
-    return Program(
-        toolchain=toolchain,
-        source=source,
-        data=packed.archive,
-        file=replace(file, kind="archive"),
-        sha256=sha256_text(packed.archive),
-    )
+    data = packed.archive
+    file = replace(in_memory(data, PROJECT_FOLDER, 0o755, stack), kind="archive")
+    return Program(toolchain=toolchain, source=source, data=data, file=file, sha256=sha256_text(data))
 
 
 def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
     from x07_sandbox.files.pack import pack_tree
     from x07_sandbox.host.project import ProjectFolder
     from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
+    from x07_sandbox.runs.project import with_own_files
 
     refuse_what_it_says_itself(request, f"the project {path}", "its manifest says what it is")
     place = find_manifest(path)
     assert place is not None  # noqa: S101 - for the type checker: a folder, or that name
     folder = ProjectFolder(place.parent)
-    # Who names the manifest itself may name a link.
-    data = (
-        read_bounded(place, "manifest", MAX_BYTES) if place == path else folder.read(place.name, place.name, MAX_BYTES)
-    )
+    if place == path:  # the user named it, and may name a link
+        data = read_bounded(place, "manifest", MAX_BYTES)
+    else:
+        data = folder.read(place.name, place.name, MAX_BYTES)
     manifest, toolchain = decode_manifest(data, source=str(place))
     packed = pack_tree(place.parent, manifest.files, check=request.cancel.check)
     entry = manifest.entry or ""
     if entry and entry not in packed.files:
         why = f"its entry {entry} is not among its files"
         raise UsageError(f"cannot run the project {path}", why, "Add it to `files` in its manifest")
-    merged = _merged(request, manifest, folder, stack)
-    # What a flag has in place of the manifest's policy or input is of this run alone: they stay the project's.
+    request = with_own_files(request, folder, stack, policy=manifest.policy, stdin=manifest.run.input)
+    args, env = request.args or manifest.run.args, {**manifest.run.env, **request.env}
+    merged = replace(request, args=args, image=request.image or manifest.image, env=env)
+    # The manifest's policy and input belong to the project even where a flag replaces them for this run.
     own = (*packed.files, *filter(None, (manifest.policy, manifest.run.input)))
     read = (place, *(place.parent / name for name in own))
     head = packed.files.get(entry, b"")[:_HEAD_BYTES]
@@ -196,16 +184,3 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
         why = f"none of its files is {' or '.join(toolchain.suffixes)}"
         raise UsageError(f"cannot run the project {path}", why, "Add sources to `files` in its manifest")
     return merged, replace(program, project=True, read=read)
-
-
-def _merged(request: RunRequest, manifest: Manifest, folder: ProjectFolder, stack: contextlib.ExitStack) -> RunRequest:
-    """What the manifest says, where the request is silent. Raises UsageError."""
-    from x07_sandbox.runs.project import with_own_files
-
-    request = with_own_files(request, folder, stack, policy=manifest.policy, stdin=manifest.run.input)
-    return replace(
-        request,
-        args=request.args or manifest.run.args,
-        image=request.image or manifest.image,
-        env={**manifest.run.env, **request.env},
-    )

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 def with_own_files(
     request: RunRequest, folder: ProjectFolder, stack: contextlib.ExitStack, *, policy: str | None, stdin: str | None
 ) -> RunRequest:
-    """The request with the project's policy and input, names in *folder*, or None where it has none.
+    """The request with the project's policy and input, names in *folder* or None. Raises UsageError.
 
-    Both are taken here, where it is seen that they lie in the project: a path would be followed again, and then perhaps
-    elsewhere. *stack* closes them. Raises UsageError.
+    Both are opened here, where it is checked that they lie in the project, and closed by *stack*.
     """
     if request.policy is None and policy is not None:
         data = folder.read(policy, f"its policy {policy}", MAX_BYTES)

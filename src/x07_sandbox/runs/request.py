@@ -34,18 +34,14 @@ if TYPE_CHECKING:
 else:
     Overrides = Loader = Program = object  # msgspec reads annotations; their modules are loaded where needed
 
-# Linux refuses one longer argument (MAX_ARG_STRLEN: 32 pages, NUL included); all of them share a quarter of the stack's
-# 8 MiB with the environment, which may take some hundred KiB.
+# MAX_ARG_STRLEN: 32 pages, NUL included. All arguments share a quarter of the stack's 8 MiB with the environment.
 _ARGUMENT_MAX_BYTES = 131_072
 ARGUMENTS_MAX_BYTES = 1 << 20
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 
 
 class ProjectPolicy(msgspec.Struct, frozen=True):
-    """A policy that a project names for itself, as it was when the project was read.
-
-    path: where it lies. base: the project's real folder, outside which it grants nothing.
-    """
+    """A project's own policy, as read with the project. base: the project's real folder; it grants nothing outside."""
 
     path: Path
     data: bytes
@@ -58,8 +54,7 @@ class ProjectPolicy(msgspec.Struct, frozen=True):
 class InForce(NamedTuple):
     """The policy that holds for a run.
 
-    base: names what it was made from. own_wall_ms: what that gave before the request's `wall_ms` made it less; None
-    where that did not.
+    base: names what it was made from. own_wall_ms: its time limit before the request's `wall_ms` lowered it, else None.
     """
 
     policy: Policy
@@ -71,27 +66,23 @@ class InForce(NamedTuple):
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked for.
 
-    program: path of a source, of a project's folder, or of its manifest. source: a text instead, in the language of
-    toolchain, which for a file overrides what its name says. files: more files beside it, by relative name.
-    policy: as read_policy takes it; None leaves it to the project. overrides: hosts and roots that flags add, or take
-    away; override_flags: these flags, for what is advised. wall_ms: a tighter limit.
-    env: variables of the program besides the fixed ones.
+    program: path of a source, a project's folder, or its manifest. source: a text instead, in the language of
+    toolchain, which for a file overrides its name. files: more files beside it, by relative name.
+    policy: as read_policy takes it; None leaves it to the project. overrides: hosts and roots that flags add or remove;
+    override_flags: these flags, for advice. wall_ms: a tighter limit. env: variables besides the fixed ones.
     input: path of the program's input; else stdin_fd, lent; None for none. stdin_default: a project's own input goes
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
     max_output_bytes: of each stream; None for the project's limit, else the default.
-    artifact: where the built program goes, lent; one that is complete was built before, and is run without a build.
-    executable: what is built is kept for others to run, so it has to be an executable.
-    cold: boot machines anew instead of cloning saved ones. cache: use and keep what was built from the same source.
-    queue_s: how long each machine may wait for others to end. machines: warm ones that wait, or None.
-    choice: the backend, None for what the environment asks for. require_hardware: refuse emulation.
+    artifact: where the built program goes, lent; a complete one is run without a build. executable: it is kept for
+    others to run, so it has to be an executable. cold: boot machines instead of cloning saved ones.
+    cache: use and keep what was built from the same source. queue_s: how long each machine may wait for others.
+    machines: warm ones, or None. choice: the backend, None for the environment's. require_hardware: refuse emulation.
     loaded, in_force: the program and the policy, where the caller has read them already.
-    profile: of an X07 project, None for its own choice. loaders: they read programs of other kinds than our own; each
-    is asked for the program at a path, and gives None for what is not of its kind. whole_input: of a program with a
-    protocol, set when it is read.
+    profile: of an X07 project, None for its own choice. loaders: read programs of other kinds than our own; each gets
+    the path and returns None for what is not of its kind. whole_input: of a program with a protocol, set when read.
     changes: what becomes of the program's changes to files when it has ended by itself. out: a folder for its /x07/out.
-    allow_protected: patterns of names that are let go (files/protected). hide, reveal: more patterns of names that are
-    not copied in, and those that are all the same.
-    progress: told of what takes seconds besides the program; of nothing, "", when that is over.
+    allow_protected: patterns of names that may change (files/protected). hide, reveal: more patterns of names not to
+    copy in, and exceptions from them. progress: told of what takes seconds; "" when that is over.
     """
 
     program: Path | None = None
@@ -154,7 +145,7 @@ def check_arguments(request: RunRequest) -> None:
 
 
 def _check_environment(request: RunRequest, what: str, total: int) -> None:
-    """total: bytes of the arguments, with which the variables share their room. Raises UsageError."""
+    """Check the variables. total: bytes of the arguments, with which they share their room. Raises UsageError."""
     for name, value in request.env.items():
         if not isinstance(value, str):
             raise UsageError(what, f"the variable {name} is {type(value).__name__}, not text", "Give texts")
@@ -164,16 +155,12 @@ def _check_environment(request: RunRequest, what: str, total: int) -> None:
             raise UsageError(what, f"{name} is X07's own", "Use another name")
         total += len(name) + len(os.fsencode(value)) + 2
         if "\0" in value or total > ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
-            raise UsageError(
-                what, f"the variable {name} is too long, or holds a zero byte", "Pass it by standard input"
-            )
+            why = f"the variable {name} is too long, or holds a zero byte"
+            raise UsageError(what, why, "Pass it by standard input")
 
 
 def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Policy, bytes]:
-    """A policy and its bytes; the built-in default if None. A text may be `built-in:TEMPLATE`, else it is a path.
-
-    Raises UsageError, PolicyError, RefusedError.
-    """
+    """A policy and its bytes; None is the default. A text is `built-in:TEMPLATE` or a path. Raises SandboxError."""
     if isinstance(given, str) and given.startswith("built-in:"):
         from x07_sandbox.policy.templates import built_in
 
@@ -210,24 +197,16 @@ def _policy_file(given: str | Path) -> bytes:
 
 
 def _check_own(policy: Policy, given: ProjectPolicy) -> None:
-    """Who wrote the program wrote its policy too: it can lower what is granted, not grant the host's files.
-
-    Raises RefusedError.
-    """
+    """Raise RefusedError where a project's own policy, written by the program's author, grants host files outside."""
     for root in (*policy.fs.read_roots, *policy.fs.write_roots) if policy.fs.enabled else ():
         if root.startswith("/") and not f"{os.path.normpath(root)}/".startswith(f"{given.base.rstrip('/')}/"):
-            raise RefusedError(
-                "cannot use the project's own policy",
-                f"{given} asks for {root[:256]}, which is outside the project",
-                f"Read it, and if you grant that, name it yourself: --policy {given.path.absolute()}",
-            )
+            why = f"{given} asks for {root[:256]}, which is outside the project"
+            fix = f"Read it, and if you grant that, name it yourself: --policy {given.path.absolute()}"
+            raise RefusedError("cannot use the project's own policy", why, fix)
 
 
 def policy_in_force(request: RunRequest) -> InForce:
-    """The policy of a request with its overrides and its tighter time limit.
-
-    Raises UsageError, PolicyError, RefusedError.
-    """
+    """The policy with overrides and the tighter time limit. Raises UsageError, PolicyError, RefusedError."""
     policy, data = read_policy(request.policy)
     base = name_of_policy(request.policy)
     if request.overrides is not None:
@@ -269,10 +248,7 @@ def check_variables(request: RunRequest, policy: Policy) -> None:
 
 
 def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool = True) -> int | None:
-    """The descriptor of the program's input, or None. Raises UsageError.
-
-    wait: for whoever opens the other end of a pipe; else a pipe is not opened, and so not taken from anybody.
-    """
+    """The descriptor of the program's input, or None. wait: else a pipe is not opened. Raises UsageError."""
     path = request.input
     if path is None:
         return request.stdin_fd

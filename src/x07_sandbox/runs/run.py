@@ -1,7 +1,6 @@
-"""One run from request to result: prepare, build, run, settle. Nothing of the host changes on the way.
+"""One run from request to result: prepare, build, run, settle.
 
-A run is a chain of steps over frozen values. The result is one of them: a draft from the start, replaced by one that
-knows more whenever something becomes known, so whatever ends the run, the result is made from the last draft.
+Each step replaces the draft of the result by one that knows more; whatever ends the run, the last draft is the result.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
     if request.overrides is not None:
         _keep(folder.path / "policy.json", prepared.policy.data)
     refusals = [_denial(refusal.field, refusal.why, refusal.how_to_allow) for refusal in prepared.plan.refusals]
-    draft = _more(draft, denials=refusals)
+    draft = _more(draft, refusals)
     yield draft
     prepared.plan.require(request.override_flags)
     policy = prepared.policy.policy
@@ -120,7 +119,7 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
         yield _settled(draft, host_files, ending)
 
 
-def _more(draft: Result, *, denials: list[Denial]) -> Result:
+def _more(draft: Result, denials: list[Denial]) -> Result:
     return replace(draft, denials=[*draft.denials, *denials])
 
 
@@ -153,16 +152,11 @@ def _with_cause(draft: Result, exc: SandboxError) -> Result:
         return draft
     field, value = exc.refused_by
     how = None if value is None else HowToAllow(json_path=f"$.{field}", value=value)
-    return _more(draft, denials=[_denial(field, f"{exc.what}: {exc.why}", how)])
+    return _more(draft, [_denial(field, f"{exc.what}: {exc.why}", how)])
 
 
 def copied_in(
-    request: RunRequest,
-    program: Program,
-    policy: Policy,
-    draft: Result,
-    folder: RunFolder,
-    stack: contextlib.ExitStack,
+    request: RunRequest, program: Program, policy: Policy, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
 ) -> Step[tuple[HostFiles | None, Result]]:
     """The host's files of a run, or None where it has none; what did not go in is noted. Raises SandboxError."""
     roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
@@ -178,9 +172,9 @@ def copied_in(
         try:
             host_files = HostFiles(request, program, policy, folder, stack)
         except EntriesError as exc:
-            yield _more(draft, denials=[too_many(policy, "copy", exc.why)])
+            yield _more(draft, [too_many(policy, "copy", exc.why)])
             raise
-    return host_files, _more(draft, denials=host_files.denials())
+    return host_files, _more(draft, host_files.denials())
 
 
 def _filters(prepared: Prepared, spec: PhaseSpec) -> dict[str, str]:
@@ -246,16 +240,12 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
         caps = output_caps(prepared.request, program.toolchain)
         denials.append(observed.too_much_output(stream, None if fixed else caps[0]))
     draft = replace(draft, denials=denials)
-    if outcome != "ok" and (tail := _tail(end.stderr_fd)):
+    begin = max(0, os.fstat(end.stderr_fd).st_size - _TAIL_BYTES)
+    if outcome != "ok" and (tail := os.pread(end.stderr_fd, _TAIL_BYTES, begin)):
         from x07_sandbox.runs.missed import missed
 
         draft = replace(draft, hints=missed(tail, policy, spec, prepared.request, program))
     return draft
-
-
-def _tail(fd: int) -> bytes:
-    """The end of what a program wrote."""
-    return os.pread(fd, _TAIL_BYTES, max(0, os.fstat(fd).st_size - _TAIL_BYTES))
 
 
 def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
@@ -269,7 +259,7 @@ def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
     except PeerError as exc:
         reason = f"the guest broke the channel's protocol: {exc.why}"
         return _ended(draft, verdict(Outcome.GUEST_LOST, reason, fault="program"))
-    draft = replace(_more(draft, denials=refused), changes=changes)
+    draft = replace(_more(draft, refused), changes=changes)
     if warning:
         draft = replace(draft, warnings=[*draft.warnings, warning])
     kept_back = ending.outcome is Outcome.OK and changes.reason  # changes that were to be applied and were not
@@ -278,18 +268,12 @@ def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
 
 def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:
     return Denial(
-        field=field,
-        action="plan",
-        subject=why,
-        enforced_by="plan",
-        observed_by="host",
-        count=1,
-        how_to_allow=how,
+        field=field, action="plan", subject=why, enforced_by="plan", observed_by="host", count=1, how_to_allow=how
     )
 
 
 def _keep(path: Path, data: bytes) -> None:
-    """A file of the run's folder, for whoever looks there; the run does not depend on it."""
+    """Write a file to the run's folder, where that is possible; the run does not depend on it."""
     with contextlib.suppress(OSError):
         path.write_bytes(data)
         path.chmod(0o600)

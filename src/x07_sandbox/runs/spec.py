@@ -25,13 +25,7 @@ if TYPE_CHECKING:
 
 _ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 # Where a program with a manifest starts: the same private folder, under the name that relative roots have.
-_PROJECT_MOUNT: Final[dict[str, Any]] = {
-    "tree": None,
-    "sub": "",
-    "at": PROJECT_FOLDER,
-    "write": True,
-    "changes": False,
-}
+_PROJECT_MOUNT: Final[dict[str, Any]] = {"tree": None, "sub": "", "at": PROJECT_FOLDER, "write": True, "changes": False}
 
 
 def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
@@ -75,13 +69,8 @@ def run_spec(
     """The run of an artifact."""
     request, program, limits = prepared.request, prepared.program, prepared.plan.limits
     policy, archive, protocol = prepared.policy.policy, program.toolchain.archive, program.toolchain.protocol
-    started = InFile(
-        path=PROGRAM_FOLDER if archive else ARTIFACT,
-        mode=0o755,
-        kind="archive" if archive else "file",
-        fd=artifact.fd,
-        size=artifact.size,
-    )
+    path, kind = (PROGRAM_FOLDER, "archive") if archive else (ARTIFACT, "file")
+    started = InFile(path=path, mode=0o755, kind=kind, fd=artifact.fd, size=artifact.size)
     files = [started, in_memory(prepared.policy.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
     if protocol is not None:
         more = protocol.run_files(request.whole_input)

@@ -17,14 +17,13 @@ from x07_sandbox.host.threads import started
 from x07_sandbox.host.waiting import readable, wait_writable
 
 _CHUNK: Final = 64 * 1024
-_ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
+ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
 
 
 class InFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file that goes into the guest.
 
-    path: where it lies there. kind: "file", "archive" to be unpacked there, or "tree" (channel/trees), which goes to
-    places of its own.
+    path: where it lies there. kind: "file", "archive" to be unpacked there, or "tree" (channel/trees).
     fd: open for reading, lent; read from offset 0, so that one descriptor serves several jobs.
     """
 
@@ -36,10 +35,7 @@ class InFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TerminalFilter:
-    """Takes control sequences out of what a terminal gets: it would act on them, whoever wrote them.
-
-    Line ends, tabs and carriage returns pass; every other control character becomes a visible mark.
-    """
+    """Replaces control characters, on which a terminal would act, but for line ends, tabs and carriage returns."""
 
     def __init__(self) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
@@ -55,11 +51,10 @@ class TerminalFilter:
 
 
 class _Writer:
-    """Writes to a descriptor that may block, in a thread of its own: nothing else can be stalled by its reader.
+    """Writes to a lent descriptor in a thread of its own, so that its reader stalls nothing else.
 
-    Polling before each write would not do: whoever else writes to the same pipe may fill it in between, and a terminal
-    may make more bytes of what it gets. The descriptor is lent; its O_NONBLOCK is shared with others and not changed.
-    progress_fd: readable when something was written, or will never be.
+    Polling before each write would not do: another writer may fill the same pipe in between, and a terminal may expand
+    what it gets. O_NONBLOCK is shared with others and stays. progress_fd: readable when something was written or lost.
     """
 
     def __init__(self, fd: int) -> None:
@@ -125,9 +120,8 @@ class _Writer:
 class Sink:
     """Takes one output stream: counts, caps, keeps it in a file, and passes it on to a reader who may be slow.
 
-    keep_fd: a file that gets everything up to the cap. live_fd: where it is streamed to as well, or None. Both are
-    lent. raw: a terminal gets the bytes as they are. A live reader who stalls never blocks us: `progress_fd` says when
-    it took something.
+    keep_fd: a file that gets everything up to the cap. live_fd: where it is streamed as well, or None. Both are lent.
+    raw: a terminal gets the bytes as they are. `progress_fd` says when the live reader, who never blocks us, took some.
     """
 
     def __init__(self, name: str, *, keep_fd: int, live_fd: int | None, max_bytes: int, raw: bool = False) -> None:
@@ -153,7 +147,7 @@ class Sink:
         try:
             _write_all(self._keep_fd, allowed)
         except OSError as exc:
-            raise BackendError(f"cannot keep the program's {self.name}", exc.strerror or str(exc), _ROOM) from exc
+            raise BackendError(f"cannot keep the program's {self.name}", exc.strerror or str(exc), ROOM) from exc
         if self._live_fd is None or self.reader_gone or not allowed:
             return len(data)
         if self._writer is None:
@@ -209,7 +203,7 @@ class OutFile(msgspec.Struct):
         try:
             _write_all(self.fd, data)
         except OSError as exc:
-            raise BackendError("cannot keep the built program", exc.strerror or str(exc), _ROOM) from exc
+            raise BackendError("cannot keep the built program", exc.strerror or str(exc), ROOM) from exc
         self._hash.update(data)
         self.size += len(data)
         return True
@@ -226,10 +220,7 @@ class OutFile(msgspec.Struct):
 
 
 def read_all(fd: int, most: int) -> bytes:
-    """What comes from *fd* until its end, or until it is more than *most* bytes. Raises OSError.
-
-    It is waited for also where it was given to us with O_NONBLOCK: what is not there yet is not the end.
-    """
+    """Read *fd* to its end, or until it is more than *most* bytes; O_NONBLOCK does not end it. Raises OSError."""
     data = bytearray()
     while len(data) <= most:
         try:

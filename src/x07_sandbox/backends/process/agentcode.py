@@ -1,8 +1,4 @@
-"""The agent for this host's own interpreter: the same code as in a guest image, made once and kept in the cache.
-
-Seccomp filters, and the list of what holds no programs, are made by the same scripts as an image's, in the view that
-programs will have.
-"""
+"""The agent for this host's own interpreter, made by the same code and scripts as a guest image's, and cached."""
 
 from __future__ import annotations
 
@@ -76,15 +72,9 @@ def _in_view(system: System, work: Path, script: list[str]) -> list[str]:
 
 
 def _run(argv: list[str]) -> None:
+    env, no_input = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}, subprocess.DEVNULL
     try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_MADE_S,
-            check=False,
-            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"},
-        )
+        done = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=_MADE_S, check=False, env=env)
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise HostError("cannot prepare the agent", f"{argv[0]}: {exc}", "Run x07 doctor") from exc
     if done.returncode:

@@ -48,15 +48,13 @@ _BY_CONTROLLER: Final = {"memory": "limits.mem_bytes", "pids": "limits.procs", "
 _TASKS_APART: Final = (5, 14)  # from this Linux on a process limit counts a user namespace by itself
 _LANDLOCK: Final = 444  # landlock_create_ruleset: the same number everywhere
 _LANDLOCK_LEAST: Final = 2  # the first version that lets a program move files from folder to folder
-_NO_IMAGE: Final = dict.fromkeys(
-    ("image-digest", "pinned-image", "damaged-image"), "it uses no image: programs are this host's own"
-)
+_WHY: Final = "it uses no image: programs are this host's own"
+_NO_IMAGE: Final = dict.fromkeys(("image-digest", "pinned-image", "damaged-image"), _WHY)
+_NO_COPIES: Final = "an unconfined program cannot be given copies of folders"
 _UNCONFINED: Final = {
     "cpu": "children for whose end nobody waits are not counted",
     **dict.fromkeys(("memory", "tasks"), "no control group holds the program and its children together"),
-    **dict.fromkeys(
-        ("read-root", "write-root", "out-folder"), "an unconfined program cannot be given copies of folders"
-    ),
+    **dict.fromkeys(("read-root", "write-root", "out-folder"), _NO_COPIES),
     **dict.fromkeys(("no-network", "no-host-servers"), "the program uses this host's network"),
     "no-host-files": "the program has its user's files",
     "no-host-variables": "the program can read the variables of its user's processes",
@@ -116,10 +114,7 @@ class OsBackend(_Backend):
         self._controllers: tuple[str, ...] = ()
 
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:
-        """What this host can hold. That it can at all is tried once a boot, and again where it failed.
-
-        Raises HostError where it cannot.
-        """
+        """What this host can hold; tried once a boot, and again where it failed. Raises HostError where it cannot."""
         require_tools()
         self._controllers = _controllers()
         features = _confined_features(self._controllers)
@@ -174,14 +169,15 @@ def _confined_features(controllers: tuple[str, ...]) -> Features:
     held = set(_WALLS | _PER_PROCESS)
     if _landlock_version() >= _LANDLOCK_LEAST:
         held.add("confinement")
-    if _kernel() >= _TASKS_APART:
+    if _numbers(os.uname().release) >= _TASKS_APART:
         held.add("limits.procs")
     held |= {_BY_CONTROLLER[controller] for controller in controllers}
     return Features(isolation="process", own_kernel=False, can_hold=frozenset(held))
 
 
-def _kernel() -> tuple[int, ...]:
-    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+def _numbers(text: str) -> tuple[int, ...]:
+    """The first version number in *text*, (major, minor); () for none."""
+    found = re.search(r"(\d+)\.(\d+)", text)
     return tuple(int(word) for word in found.groups()) if found else ()
 
 
@@ -225,19 +221,12 @@ def require_python() -> None:
 
 def _version(path: str) -> tuple[int, ...]:
     """What a program says of its version; nothing where it does not."""
+    argv, env, no_input = [path, "--version"], {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
     try:
-        done = subprocess.run(
-            [path, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=30,
-            check=False,
-            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
-        )
+        done = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=30, check=False, env=env)
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    found = re.search(rb"(\d+)\.(\d+)", done.stdout)
-    return tuple(int(word) for word in found.groups()) if found else ()
+    return _numbers(done.stdout.decode("ascii", "replace"))
 
 
 def _verdict() -> Path:

@@ -5,30 +5,30 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.jailed import Given, Jailed, end_supervisor, inner_process
+from x07_sandbox.backends.jailed import Given, Jailed, Start, running, socket_ends
 from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, scratch_bytes, this_system
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.bounded_stream import SideStream
-from x07_sandbox.host.processes import own_identity
 from x07_sandbox.host.troubles import need_own_proc
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
-from x07_sandbox.jail.cgroups import ProgramGroups, program_groups
+from x07_sandbox.jail.cgroups import program_groups
 from x07_sandbox.jail.uids import lease_uid
-from x07_sandbox.jobs.launcher import Launch, launch
-from x07_sandbox.jobs.record import drop_unstarted, mark_done, write_owner
+from x07_sandbox.jobs.launcher import Launch
+from x07_sandbox.jobs.record import drop_unstarted
 
 if TYPE_CHECKING:
     import subprocess
+    from contextlib import AbstractContextManager
 
-    from x07_sandbox.backends.base import Greeting, StartMode
+    from x07_sandbox.backends.base import Greeting
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.jobs.record import JobRecord
 
@@ -36,30 +36,33 @@ _CONFINED_DEPTH: Final = 2  # below the supervisor: bubblewrap, which waits, and
 _FREE_DEPTH: Final = 1
 
 
+class _Ends:
+    """Channel and error stream of one agent: ours, closed by *stack*, and the child's, which are given to it."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.given = Given()
+        stack.callback(self.given.close)
+        self.channel_fd, self.far_fd = socket_ends(stack, self.given)
+        fd, theirs = os.pipe2(os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        os.set_blocking(fd, False)
+        self.errors = SideStream(fd, keep_bytes=settings.STDERR_MAX_BYTES)
+        self.stderr_fd = self.given.add(theirs)
+
+
 class ProcessInstance(Jailed):
     """An agent on this host. Made by `start_confined` or `start_unconfined`, which also end it."""
 
     net_fd: int | None = None
-    start_mode: StartMode = "cold"
     notes: tuple[str, ...] = ()
     greeting: Greeting
 
-    def __init__(  # noqa: PLR0913 - what it is made of
-        self,
-        child: subprocess.Popen[bytes],
-        inner: Identity,
-        record: JobRecord,
-        remove: Callable[[], bool],
-        cgroups: tuple[str, ...],
-        *,
-        channel_fd: int,
-        errors: SideStream,
-        jail: str,
-    ) -> None:
-        super().__init__(child, inner, record, remove, cgroups)
-        self.channel_fd = channel_fd
-        self.jail = jail
-        self._errors = errors
+    def __init__(self, start: Start, ends: _Ends, child: subprocess.Popen[bytes], inner: Identity) -> None:
+        super().__init__(child, inner, start.record, start.remove, start.cgroups)
+        self.channel_fd = ends.channel_fd
+        self.jail = start.jail
+        self.start_mode = start.start_mode
+        self._errors = ends.errors
 
     def release(self) -> None:
         """Nothing: the agent is ours, and starts no program before the channel says so."""
@@ -80,19 +83,18 @@ class ProcessInstance(Jailed):
 
 @contextlib.contextmanager
 def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, ...] = ()) -> Iterator[ProcessInstance]:
-    """A confined agent for a job; on the way out it is gone and its record says so. Raises BackendError, HostError.
+    """Start a confined agent; on the way out it is gone and its record says so. Raises BackendError, HostError.
 
-    It runs as an ordinary user: as the one that we are, or where that is root, as one that no other job has.
-    controllers: those of which it must have a control group, since a plan relies on them.
+    It runs as our own user, or where that is root, as a uid that no other job has.
+    controllers: those that a plan relies on, so it must have a control group of each.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
         need_own_proc()
         code = agent_code(confined=True)
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
-        given = Given()
-        stack.callback(given.close)
-        channel_fd, far_fd = _channel(stack, given)
+        ends = _Ends(stack)
+        given = ends.given
         groups = program_groups(record.job_id, uid=os.geteuid() if uid is None else uid)
         stack.callback(groups.remove)
         if missing := sorted(set(controllers) - set(groups.holds)):
@@ -103,7 +105,7 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
             mark=record.mark,
             agent_fd=given.add(os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
             file_fds={path: given.add(_text(path, content)) for path, content in FILES.items()},
-            channel_fd=far_fd,
+            channel_fd=ends.far_fd,
             scratch_bytes=scratch_bytes(settings.SCRATCH_BYTES),
             groups=groups.places,
             lock_fd=lock_fd,
@@ -117,15 +119,15 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
             keep_fd=lock_fd,
             uid=uid,
         )
-        passed = [sandbox.agent_fd, *sandbox.file_fds.values(), far_fd, *([] if lock_fd is None else [lock_fd])]
-        start = _Start(record, given, channel_fd, _CONFINED_DEPTH, groups)
+        passed = [sandbox.agent_fd, *sandbox.file_fds.values(), ends.far_fd, *([] if lock_fd is None else [lock_fd])]
         jail = f"user namespaces, {'a uid of its own' if uid is not None else 'the user'}; {groups.describe()}"
-        yield from start.run(argv, tuple(passed), jail)
+        start = Start(record, jail, given, _CONFINED_DEPTH, groups.remove, groups.names(), groups.add)
+        yield stack.enter_context(_running(start, ends, argv, tuple(passed)))
 
 
 @contextlib.contextmanager
 def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInstance]:
-    """An agent without confinement, with a folder in the record's. Raises BackendError, HostError."""
+    """Start an agent without confinement, with a folder in the record's. Raises BackendError, HostError."""
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
         need_own_proc()
@@ -136,113 +138,29 @@ def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInst
         except OSError as exc:
             why = f"{folder}: {exc.strerror}"
             raise HostError("cannot make the job's folder", why, "Free space there") from exc
-        given = Given()
-        stack.callback(given.close)
-        channel_fd, far_fd = _channel(stack, given)
+        ends = _Ends(stack)
         argv = supervisor_argv(
-            agent_argv(str(code), "none", str(far_fd), str(folder), record.mark),
+            agent_argv(str(code), "none", str(ends.far_fd), str(folder), record.mark),
             deadline_s=deadline_s,
             runner_pid=os.getpid(),
             syscalls=host_arch().syscalls,
             nest=False,
         )
-        start = _Start(record, given, channel_fd, _FREE_DEPTH, ProgramGroups(folders=(), holds=(), places={}), folder)
-        yield from start.run(argv, (far_fd,), "none")
+        start = Start(record, "none", ends.given, _FREE_DEPTH, partial(remove_folder, folder))
+        yield stack.enter_context(_running(start, ends, argv, (ends.far_fd,)))
 
 
-class _Start:
-    """What both have in common. given: is the child's once it has it. depth: as `inner_process` has it.
+def _running(
+    start: Start, ends: _Ends, argv: list[str], pass_fds: tuple[int, ...]
+) -> AbstractContextManager[ProcessInstance]:
+    def not_built(status: int | None) -> BackendError:
+        ends.errors.read()
+        said = " ".join(ends.errors.text().split()) or f"it ended with status {status}"
+        fix = "Allow user namespaces here (in a container: --privileged), or use another backend"
+        return BackendError("cannot start the process", said[:500], fix)
 
-    folder: of the job's files, which goes with it.
-    """
-
-    def __init__(
-        self,
-        record: JobRecord,
-        given: Given,
-        channel_fd: int,
-        depth: int,
-        groups: ProgramGroups,
-        folder: Path | None = None,
-    ) -> None:
-        self.record = record
-        self.given = given
-        self.channel_fd = channel_fd
-        self.depth = depth
-        self.groups = groups
-        self.folder = folder
-
-    def remove(self) -> bool:
-        """Remove what outlives the processes; whether it is gone."""
-        gone = self.groups.remove()
-        return (self.folder is None or remove_folder(self.folder)) and gone
-
-    def run(self, argv: list[str], pass_fds: tuple[int, ...], jail: str) -> Iterator[ProcessInstance]:
-        """Start it, record it, yield it, end it."""
-        child = None
-        instance = None
-        gone = False
-        errors_fd, theirs = os.pipe2(os.O_CLOEXEC)
-        self.given.add(theirs)
-        os.set_blocking(errors_fd, False)
-        errors = SideStream(errors_fd, keep_bytes=settings.STDERR_MAX_BYTES)
-        try:
-            # First without processes: whatever is left by a runner killed from here on carries the mark that stands
-            # there.
-            runner = own_identity()
-            write_owner(self.record, runner=runner, processes={}, cgroups=self.groups.names())
-            try:
-                child = launch(Launch(argv=argv, pass_fds=pass_fds, stderr_fd=theirs))
-            except OSError as exc:
-                why = f"{argv[0]}: {exc.strerror}"
-                raise BackendError("cannot start the process", why, "Run x07 doctor") from exc
-            self.given.close()  # the child has its own by now
-            try:
-                inner = inner_process(child, self.depth)
-                self.groups.add(inner.pid)
-                instance = ProcessInstance(
-                    child,
-                    inner,
-                    self.record,
-                    self.remove,
-                    self.groups.names(),
-                    channel_fd=self.channel_fd,
-                    errors=errors,
-                    jail=jail,
-                )
-            except ProcessLookupError as exc:
-                raise _not_started(child, errors) from exc
-            instance.record_owner(runner)
-            yield instance
-        finally:
-            if instance is not None:
-                gone = instance.stop()
-                instance.close()
-            else:
-                if child is not None:
-                    end_supervisor(child)
-                gone = self.remove()
-            os.close(errors_fd)
-            if gone:
-                with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
-                    mark_done(self.record)
-
-
-def _not_started(child: subprocess.Popen[bytes], errors: SideStream) -> BackendError:
-    end_supervisor(child)
-    errors.read()
-    said = " ".join(errors.text().split()) or f"it ended with status {child.returncode}"
-    fix = "Allow user namespaces here (in a container: --privileged), or use another backend"
-    return BackendError("cannot start the process", said[:500], fix)
-
-
-def _channel(stack: contextlib.ExitStack, given: Given) -> tuple[int, int]:
-    """Our end, and the agent's."""
-    near, far = socket.socketpair()
-    channel_fd = near.detach()
-    stack.callback(os.close, channel_fd)
-    os.set_blocking(channel_fd, False)
-    return channel_fd, given.add(far.detach())
+    request = Launch(argv=argv, pass_fds=pass_fds, stderr_fd=ends.stderr_fd)
+    return running(start, request, partial(ProcessInstance, start, ends), not_built)
 
 
 def _text(path: str, content: bytes) -> int:

@@ -28,7 +28,7 @@ FILES: Final = {
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True):
-    """How the system's own folders lie at the root: links with their targets, and real ones."""
+    """The system's own folders at the root: links with their targets, and real ones."""
 
     links: dict[str, str]
     folders: tuple[str, ...]
@@ -44,10 +44,9 @@ def this_system() -> System:
 class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     """One confined agent.
 
-    mark: random text that proves, in the arguments, that our launcher started this.
-    agent_fd: its code. file_fds: those of FILES, by path. channel_fd: its channel.
-    scratch_bytes: most that files of the job may take, which lie in memory.
-    groups: folders of control groups for the program, by their place below GROUP; "" for the only one.
+    mark: random text that proves, in the arguments, that our launcher started this. agent_fd: its code.
+    file_fds: those of FILES, by path. scratch_bytes: limit for the job's files, which lie in memory.
+    groups: the program's control group folders, by their place below GROUP; "" for the only one.
     lock_fd: stays open as long as anything of it lives.
     """
 

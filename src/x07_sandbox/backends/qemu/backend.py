@@ -53,7 +53,7 @@ class QemuBackend:
     known_gaps: Final[Mapping[str, str]] = {}
 
     def __init__(self) -> None:
-        self._kvm = False
+        self._accelerator = Accelerator(kvm=False)
 
     @property
     def cloning(self) -> QemuBackend:
@@ -63,13 +63,14 @@ class QemuBackend:
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
         """Hardware virtualisation if our agent has answered under it, else emulation."""
         check_tools(host_arch())  # first: what is known of KVM, and each saved machine, is kept by the file of QEMU
-        verdict = kvm_verdict(_need(image)) if boot else known_verdict()
+        assert image is not None or not boot  # noqa: S101 - the backend says that it uses one
+        verdict = known_verdict() if image is None or not boot else kvm_verdict(image)
         if verdict is None:
-            proof = "no guest has tried KVM yet"
-            return Availability(features=vm_features("vm-emulated"), proof=proof, known=False)
-        self._kvm, reason = verdict
-        isolation: Isolation = "vm-hardware" if self._kvm else "vm-emulated"
-        warnings = () if self._kvm else (f"emulated: CPU work in the guest takes {SLOWDOWN} as long as on this host",)
+            return Availability(features=vm_features("vm-emulated"), proof="no guest has tried KVM yet", known=False)
+        kvm, reason = verdict
+        self._accelerator = Accelerator(kvm=kvm)
+        isolation: Isolation = "vm-hardware" if kvm else "vm-emulated"
+        warnings = () if kvm else (f"emulated: CPU work in the guest takes {SLOWDOWN} as long as on this host",)
         return Availability(features=vm_features(isolation), proof=reason, warnings=warnings)
 
     def list_owned(self) -> Sequence[JobRecord]:
@@ -138,27 +139,24 @@ class QemuBackend:
         if evidence.killed:
             notes["cold"] = _started_cold(job, why)
         else:
-            template_for(job.kind, Accelerator(kvm=self._kvm)).distrust(why)
+            template_for(job.kind, self._accelerator).distrust(why)
         return evidence.killed
 
     @contextlib.contextmanager
     def _started(self, job: Job, notes: dict[str, str], *, any_timer: bool) -> Iterator[QemuInstance]:
         """One machine for *job*, blocked until released. notes: gets what the user should know."""
-        accelerator = Accelerator(kvm=self._kvm)
         record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
         with contextlib.ExitStack() as stack:
             stack.callback(drop_unstarted, record)
-            saved, why_not = (None, "") if job.cold else self._saved(job, accelerator, stack, notes)
+            saved, why_not = (None, "") if job.cold else self._saved(job, stack, notes)
             if why_not:
                 notes.setdefault("cold", _started_cold(job, why_not))
             machine = QemuJob(record=record, kind=job.kind, deadline_s=job.claim.deadline_s, any_timer=any_timer)
-            yield stack.enter_context(start_qemu(machine, accelerator, memory=saved))
+            yield stack.enter_context(start_qemu(machine, self._accelerator, memory=saved))
 
-    def _saved(
-        self, job: Job, accelerator: Accelerator, stack: contextlib.ExitStack, notes: dict[str, str]
-    ) -> tuple[Saved | None, str]:
+    def _saved(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> tuple[Saved | None, str]:
         """The machine that such jobs are cloned from, or None and why not."""
-        template = template_for(job.kind, accelerator)
+        template = template_for(job.kind, self._accelerator)
         if reason := template.bad():
             return None, f"{reason}. {_UNTIL}"
         damage = ""
@@ -171,19 +169,17 @@ class QemuBackend:
             damage = f"{exc.what}: {exc.why}"
             job.caller.progress(f"{damage}; making it anew")
             remove_template(template.folder)
-        saved, why_not = self._made(template, job, accelerator, stack)
+        saved, why_not = self._made(template, job, stack)
         if damage:
             notes["damage"] = damage if saved is None else f"{damage}; it was made anew"
         return saved, why_not
 
-    def _made(
-        self, template: Template, job: Job, accelerator: Accelerator, stack: contextlib.ExitStack
-    ) -> tuple[Saved | None, str]:
+    def _made(self, template: Template, job: Job, stack: contextlib.ExitStack) -> tuple[Saved | None, str]:
         """The machine, saved now, or None and why not: whatever prevents that, a job can start cold."""
         if short := lack_of_space(job.kind.ram_bytes):
             return None, short  # for now: nothing is wrong with the template
         try:
-            self._make(template, job.kind, accelerator, job.caller)
+            self._make(template, job.kind, job.caller)
             return stack.enter_context(opened_template(template)), ""
         except NotStartedError as exc:  # for now: another process may have what this one lacks
             return None, f"{exc.what}: {exc.why}"
@@ -196,21 +192,20 @@ class QemuBackend:
                 raise
             return None, f"{error.what}: {error.why}"
 
-    def _make(self, template: Template, kind: MachineKind, accelerator: Accelerator, caller: Caller) -> None:
+    def _make(self, template: Template, kind: MachineKind, caller: Caller) -> None:
         from x07_sandbox.backends.qemu.saving import make_template
 
         with caller.cancel.waiting():
-            make = partial(make_template, template, kind, accelerator)
+            make = partial(make_template, template, kind, self._accelerator)
             ensure_template(template, kind.image_digest, make, caller.progress)
 
     # cloning, as `base.Cloning` has it
 
     def prepare(self, kind: MachineKind, caller: Caller) -> None:
         """Make the template of this kind now, whatever prevented it before. Raises SandboxError."""
-        accelerator = Accelerator(kvm=self._kvm)
-        template = template_for(kind, accelerator)
+        template = template_for(kind, self._accelerator)
         trust_all()
-        self._make(template, kind, accelerator, caller)
+        self._make(template, kind, caller)
 
     def prune(self, pruner: Pruner, images: set[str]) -> None:
         """Remove templates as making another does."""
@@ -241,11 +236,6 @@ class QemuBackend:
 def _ours(instance: Instance) -> QemuInstance:
     assert isinstance(instance, QemuInstance)  # noqa: S101 - whoever has a backend gives it its own instances
     return instance
-
-
-def _need(image: OpenImage | None) -> OpenImage:
-    assert image is not None  # noqa: S101 - the backend says that it uses one
-    return image
 
 
 def _started_cold(job: Job, why: str) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from x07_sandbox.backends.base import Greeting, Lease, StartMode
+    from x07_sandbox.backends.jailed import Start
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.jail.cgroups import HostGroups
     from x07_sandbox.jobs.record import Claim, JobRecord
@@ -89,20 +90,18 @@ class Streams:
 class QemuInstance(Streams, Jailed):
     """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
 
-    def __init__(  # noqa: PLR0913 - what it consists of, each by its name
+    def __init__(
         self,
-        *,
-        child: subprocess.Popen[bytes],
-        inner: Identity,
+        start: Start,
+        groups: HostGroups,
         gate: Gate,
         ends: dict[str, int],
-        groups: HostGroups,
-        record: JobRecord,
-        start_mode: StartMode,
+        child: subprocess.Popen[bytes],
+        inner: Identity,
     ) -> None:
-        Streams.__init__(self, ends, start_mode)
-        Jailed.__init__(self, child, inner, record, groups.remove, groups.names())
-        self.jail = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
+        Streams.__init__(self, ends, start.start_mode)
+        Jailed.__init__(self, child, inner, start.record, start.remove, start.cgroups)
+        self.jail = start.jail
         self.groups = groups
         self.ends = ends
         self._gate = gate
@@ -116,10 +115,8 @@ class QemuInstance(Streams, Jailed):
         self._gate.open()
 
     def adopt(self, claim: Claim, runner: Identity) -> None:
-        """Make a machine that waited the job of *claim*, which *runner* carries out. Raises HostError, BackendError.
-
-        Whatever breaks off in between leaves a record that names its processes and an owner that is dead by then.
-        """
+        """Make a machine that waited the job of *claim*, which *runner* carries out. Raises HostError, BackendError."""
+        # A failure in between leaves a record that names its processes and an owner that is dead by then.
         self.set_deadline(claim.deadline_s)
         self.record = renewed_record(self.record, claim)
         self.record_owner(runner)

@@ -3,10 +3,9 @@
 Measured: microvm with the PIT off and a given TSC frequency never failed to boot under emulation; the second
 port `x07.net` needs max_ports=3; nothing that belongs to one job is on this command line but descriptors.
 
-microvm loads an initramfs right below the address where its firmware has put the ACPI tables, on a page border, and
-lets the two overlap by up to a page: measured, an archive whose size is 3,828 or 4,028 modulo 4,096 leaves the kernel
-in an endless sum over a table's length, one of 4 to 1,232 boots. So an image's last page is all but empty
-(`Arch.initrd_tail_bytes`).
+microvm lets an initramfs overlap its firmware's ACPI tables by up to a page: measured, an archive whose size is 3,828
+or 4,028 modulo 4,096 leaves the kernel in an endless sum over a table's length, one of 4 to 1,232 boots. So an image's
+last page is all but empty (`Arch.initrd_tail_bytes`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from x07_sandbox.host.arch import Arch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
 
 KERNEL: Final = "/img/vmlinux"
 INITRD: Final = "/img/initrd.cpio"
@@ -101,12 +99,8 @@ def qemu_argv(machine: Machine) -> list[str]:
     if machine.kvm_fd is not None:
         argv += ["-add-fd", f"set=3,fd={machine.kvm_fd}"]
     argv += ["-device", "virtio-serial-device,max_ports=3"]
-    argv += [
-        "-chardev",
-        f"socket,id=channel,fd={machine.channel_fd}",
-        "-device",
-        "virtserialport,chardev=channel,nr=1,name=x07.0",
-    ]
+    argv += ["-chardev", f"socket,id=channel,fd={machine.channel_fd}"]
+    argv += ["-device", "virtserialport,chardev=channel,nr=1,name=x07.0"]
     argv += ["-chardev", f"socket,id=net,fd={machine.net_fd}"]
     argv += ["-device", "virtserialport,chardev=net,nr=2,name=x07.net"]
     argv += ["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng"]
@@ -123,10 +117,7 @@ def _memory(origin: Origin, megabytes: int) -> str:
 
 
 def qmp_save() -> bytes:
-    """What makes QEMU write the device state to STATE; the memory is in its file already.
-
-    Not after `stop`: a machine that was saved while it stood still would stand still in every clone.
-    """
+    """Commands that save the device state to STATE. Not after `stop`: clones of a stopped machine are stopped too."""
     return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{STATE}"}})
 
 
@@ -168,10 +159,6 @@ def _disk(path: str, name: str, serial: str, *, read_only: bool) -> list[str]:
     node = f"driver=raw,node-name={name},{mode},file.driver=file,file.filename={path},file.locking=off"
     if not read_only:
         node += ",file.discard=unmap,file.cache.no-flush=on"
-    return [
-        "-blockdev",
-        node,
-        "-device",
-        # A full disk of the host is an error in the guest, not a machine that waits for ever.
-        f"virtio-blk-device,drive={name},serial={serial},werror=report,rerror=report",
-    ]
+    # A full disk of the host is an error in the guest, not a machine that waits for ever.
+    device = f"virtio-blk-device,drive={name},serial={serial},werror=report,rerror=report"
+    return ["-blockdev", node, "-device", device]

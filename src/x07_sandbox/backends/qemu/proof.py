@@ -1,8 +1,7 @@
-"""Whether hardware virtualisation works here: proven by our own agent answering from a guest, or not at all.
+"""Whether hardware virtualisation works here: proven only by our own agent answering from a guest.
 
-A /dev/kvm that opens, makes a machine and runs an instruction proves nothing: it may still boot no stock
-kernel, or spin for ever. So the guest is booted once, under a hard limit, and the verdict is remembered for this
-boot, kernel and QEMU.
+A /dev/kvm that opens and runs an instruction may still boot no stock kernel, or spin for ever. So a guest is booted
+once, under a hard limit, and the verdict is remembered for this boot, kernel and QEMU.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from x07_sandbox.host.troubles import out_of_cpu_time
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.qemu.instance import QemuInstance
     from x07_sandbox.images.verify import OpenImage
 
 
@@ -66,32 +64,19 @@ def known_verdict() -> tuple[bool, str] | None:
 
 def _record() -> Path:
     """Where the verdict for this boot, kernel and QEMU is kept. Raises HostError for a folder that cannot be used."""
-    return cache_folder("proofs") / f"{_key()}.json"
-
-
-def _key() -> str:
-    info = Path(host_arch().qemu_binary).stat()
-    parts = [
-        boot_id(),
-        os.uname().release,
-        os.uname().version,
-        info.st_dev,
-        info.st_ino,
-        info.st_size,
-        info.st_mtime_ns,
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    info, host = Path(host_arch().qemu_binary).stat(), os.uname()
+    parts = [boot_id(), host.release, host.version, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return cache_folder("proofs") / f"{key}.json"
 
 
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[bool, str]:
-    """(works, how that is known): whether our agent answers from a guest with *accelerator* within *limit_s*.
-
-    Raises SandboxError if no guest could be started at all, or one had no time to answer.
-    """
+    """(works, how that is known): whether an agent answers within *limit_s*. Raises SandboxError if none was tried."""
     # What follows is not needed where the verdict is known.
     from x07_sandbox.backends.handshake import Talk
     from x07_sandbox.channel.link import State
 
+    under = " under KVM" if accelerator.kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
     for last in boots():
         claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(limit_s * 1000))
@@ -101,20 +86,12 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[b
             instance.release()
             silence = Talk(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
             if silence is None:
-                return True, f"our agent answered from a guest{_under(accelerator)}"
+                return True, f"our agent answered from a guest{under}"
             if silence.exit_status is None:
-                return False, f"no answer from a guest{_under(accelerator)} within {limit_s:.0f} s: {silence.why}"
+                return False, f"no answer from a guest{under} within {limit_s:.0f} s: {silence.why}"
             if spent := out_of_cpu_time(instance.exit_status()):
                 raise HostError("cannot try a guest", f"the machine {spent}", "Raise that limit")
             if not miscalibrated(silence):
-                return False, _ended(instance, accelerator)
-    return False, f"no guest{_under(accelerator)} could be booted: {MISCALIBRATED}"
-
-
-def _ended(instance: QemuInstance, accelerator: Accelerator) -> str:
-    said = " ".join(instance.console_tail().split())[-200:]
-    return f"a guest{_under(accelerator)} ended before our agent answered: {said or 'it said nothing'}"
-
-
-def _under(accelerator: Accelerator) -> str:
-    return " under KVM" if accelerator.kvm else " under emulation"
+                said = " ".join(instance.console_tail().split())[-200:] or "it said nothing"
+                return False, f"a guest{under} ended before our agent answered: {said}"
+    return False, f"no guest{under} could be booted: {MISCALIBRATED}"

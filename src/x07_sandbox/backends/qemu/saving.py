@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.handshake import Talk
+from x07_sandbox.backends.handshake import Talk, polling
 from x07_sandbox.backends.qemu.machine import qmp_save, qmp_saved
 from x07_sandbox.backends.qemu.start import QemuJob, Saving, start_qemu
 from x07_sandbox.backends.qemu.template import SCHEMA, TemplateManifest, sparse_sha256, warm_up
@@ -52,20 +51,15 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
         head, disk = read_disk(scratch_fd)
         files["scratch.head"] = _new_file(work / "scratch.head", stack)
         os.write(files["scratch.head"], head)
-        parts = {name: _seal(name, fd) for name, fd in files.items()}
+        ram, state, scratch = (_seal(name, fd) for name, fd in files.items())
+        key, image = template.key, kind.image_digest
         return TemplateManifest(
-            schema_version=SCHEMA,
-            key=template.key,
-            image=kind.image_digest,
-            ram=parts["ram"],
-            state=parts["state"],
-            scratch=parts["scratch.head"],
-            scratch_disk=disk,
+            schema_version=SCHEMA, key=key, image=image, ram=ram, state=state, scratch=scratch, scratch_disk=disk
         )
 
 
 def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Saving, *, last: bool) -> bool:
-    """Whether it is; if not, another machine may do better. last: the last that tries. Raises BackendError."""
+    """Boot and save one machine; False if another may do better. last: the last that tries. Raises BackendError."""
     claim = Claim(run_id=new_run_id(), phase="template", wall_ms=int(settings.TEMPLATE_S * 1000))
     record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
     job = QemuJob(record=record, kind=kind, deadline_s=2 * int(settings.TEMPLATE_S), any_timer=last)
@@ -121,9 +115,7 @@ def _save(instance: QemuInstance) -> None:
     """Have QEMU write the device state; the memory is in its file. Raises BackendError."""
     deadline = Deadline.after(settings.TEMPLATE_S)
     instance.tell(qmp_save())
-    poll = select.poll()
-    for fd in (instance.pidfd, *instance.side_fds()):
-        poll.register(fd, select.POLLIN)
+    poll = polling(instance.pidfd, *instance.side_fds())
     while _SAVED not in instance.qmp.text():
         _check_presence(deadline)
         if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
-import socket
-import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from x07_sandbox.backends.jailed import Given, end_supervisor, inner_process
+from x07_sandbox.backends.jailed import Given, Start, running, socket_ends
 from x07_sandbox.backends.qemu.instance import Gate, QemuInstance
-from x07_sandbox.backends.qemu.machine import (
-    INITRD,
-    KERNEL,
-    RAM,
-    ROOT,
-    STATE,
-    Machine,
-    Origin,
-    qemu_argv,
-)
+from x07_sandbox.backends.qemu.machine import INITRD, KERNEL, RAM, ROOT, STATE, Machine, Origin, qemu_argv
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.bounded_stream import SideStream
-from x07_sandbox.host.processes import own_identity
 from x07_sandbox.host.troubles import fix_of, need_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
@@ -38,8 +28,8 @@ from x07_sandbox.jail.cgroups import HostGroups, make_groups
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.seccomp import vmm_filter
 from x07_sandbox.jail.uids import lease_uid
-from x07_sandbox.jobs.launcher import Launch, launch
-from x07_sandbox.jobs.record import drop_unstarted, mark_done, write_owner
+from x07_sandbox.jobs.launcher import Launch
+from x07_sandbox.jobs.record import drop_unstarted
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import MachineKind, StartMode
@@ -64,7 +54,7 @@ _SHELLS: Final = (
 
 
 class Saving(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine that will be saved: empty files for it, lent, open for writing. ram_fd: of the machine's size."""
+    """Empty files for a machine that will be saved, lent, open for writing. ram_fd: of the machine's size."""
 
     ram_fd: int
     state_fd: int
@@ -72,7 +62,7 @@ class Saving(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
-    """A saved machine: its files, lent, open for reading, and what its scratch disk held."""
+    """The files of a saved machine, lent, open for reading, and what its scratch disk held."""
 
     ram_fd: int
     state_fd: int
@@ -103,10 +93,10 @@ class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
 def start_qemu(
     job: QemuJob, accelerator: Accelerator, arch: Arch | None = None, memory: Saving | Saved | None = None
 ) -> Iterator[QemuInstance]:
-    """A QEMU for *job*, blocked until released; on the way out it is gone and its record says so.
+    """Start a QEMU, blocked until released; on the way out it is gone and its record says so.
 
-    memory: a machine to go on from, or files in which this one is to be saved; None boots it in memory of its own.
-    arch: names the VMM and what it needs; this machine's row if None (tests of the jail put another VMM in its place).
+    memory: a saved machine to clone, or files to save this one in; None boots it in memory of its own.
+    arch: the VMM and what it needs; None for this host's (tests of the jail use another VMM).
     Raises NotStartedError, HostError; BackendError too where it ended at once.
     """
     arch, record, image = arch or host_arch(), job.record, image_of(job.kind)
@@ -117,11 +107,12 @@ def start_qemu(
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
         given = Given()  # what the child gets: ours to close once it has them, or when it never came to be
         stack.callback(given.close)
-        ours, theirs = _channel_ends(stack, given)
+        ends = {name: socket_ends(stack, given) for name in ("channel", "net", "qmp", "console", "stderr")}
+        ours, theirs = {name: pair[0] for name, pair in ends.items()}, {name: pair[1] for name, pair in ends.items()}
         machine = Machine(
             arch=arch,
             ram_bytes=job.kind.ram_bytes,
-            kvm_fd=_own(stack, os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) if accelerator.kvm else None,
+            kvm_fd=_kvm(stack) if accelerator.kvm else None,
             tsc_khz=None if accelerator.kvm else tsc_khz(arch),
             scratch_fd=_scratch_disk(given, image, record, memory),
             channel_fd=theirs["channel"],
@@ -129,15 +120,16 @@ def start_qemu(
             qmp_fd=theirs["qmp"],
             console_fd=theirs["console"],
             mark=record.mark,
-            origin=_origin(memory),
+            origin=Origin.COLD if memory is None else Origin.CLONE if isinstance(memory, Saved) else Origin.SAVING,
             any_timer=job.any_timer,
         )
         gate_r, gate_w = os.pipe2(os.O_CLOEXEC)
         gate = Gate(gate_w, vmm_filter(arch))
         stack.callback(gate.close)
         given.add(gate_r)
+        files = [*needed_files(arch.qemu_binary), *arch.firmware, *(needed_files(SETPRIV) if uid is not None else ())]
         jail = Jail(
-            files=_jail_files(arch, with_setpriv=uid is not None),
+            files=tuple(dict.fromkeys(files)),
             # The opened files themselves, on a read-only mount: through a descriptor of its own a VMM that runs under
             # the owner's uid could still change an image's mode and times, and so spoil it for later runs.
             fd_files=_fd_files(image, memory),
@@ -156,74 +148,21 @@ def start_qemu(
         passed += [*(fd for fd, _ in (*jail.fd_files, *jail.fd_writable)), machine.scratch_fd, gate_r]
         passed += [theirs[name] for name in ("channel", "net", "qmp", "console")]
         request = Launch(argv=jail_argv(jail, qemu_argv(machine)), pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
-        start_mode: StartMode = "clone" if machine.origin is Origin.CLONE else "cold"
-        made = _Made(record=record, ram_bytes=job.kind.ram_bytes, start_mode=start_mode, gate=gate, ours=ours)
-        yield from _run(made, request, given)
+        groups = make_groups(record.job_id, memory_bytes=machine.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
+        jail_text = f"namespaces, {'root' if uid is not None else 'user'}; {groups.describe()}"
+        bound = partial(_bound, machine.ram_bytes, groups)
+        start = Start(record, jail_text, given, _DEPTH, groups.remove, groups.names(), bound)
+        mode: StartMode = "clone" if machine.origin is Origin.CLONE else "cold"
+        start = start._replace(name="the virtual machine", error=NotStartedError, start_mode=mode)
+        make = partial(QemuInstance, start, groups, gate, ours)
+        yield stack.enter_context(running(start, request, make, partial(_no_jail, ours["stderr"])))
 
 
-class _Made(NamedTuple):
-    """What a machine is made with, before it has processes. ours: our ends of its streams."""
-
-    record: JobRecord
-    ram_bytes: int
-    start_mode: StartMode
-    gate: Gate
-    ours: dict[str, int]
-
-
-def _run(made: _Made, request: Launch, given: Given) -> Iterator[QemuInstance]:
-    record, ours = made.record, made.ours
-    groups = make_groups(record.job_id, memory_bytes=made.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
-    child = None
-    instance = None
-    gone = False
-    try:
-        # First without processes: whatever is left by a runner killed from here on carries the mark that stands there.
-        runner = own_identity()
-        write_owner(record, runner=runner, processes={}, cgroups=groups.names())
-        try:
-            child = launch(request)
-        except OSError as exc:
-            raise NotStartedError(
-                "cannot start the virtual machine", f"{request.argv[0]}: {exc.strerror}", "Run x07 doctor"
-            ) from exc
-        given.close()  # the child has its own by now; an end of a pipe that stayed open here would never end
-        try:
-            inner = inner_process(child, _DEPTH)
-            _bound(inner.pid, made.ram_bytes, groups)
-            instance = QemuInstance(
-                child=child,
-                inner=inner,
-                gate=made.gate,
-                ends=ours,
-                groups=groups,
-                record=record,
-                start_mode=made.start_mode,
-            )
-        except ProcessLookupError as exc:
-            raise _no_jail(child, ours["stderr"]) from exc
-        instance.record_owner(runner)
-        yield instance
-    finally:
-        if instance is not None:
-            gone = instance.stop()
-            instance.close()
-        else:
-            if child is not None:
-                end_supervisor(child)
-            gone = groups.remove()
-        if gone:
-            with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
-                mark_done(record if instance is None else instance.record)
-
-
-def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> NotStartedError:
+def _no_jail(stderr_fd: int, status: int | None) -> NotStartedError:
     """What bubblewrap said when it could not build the jail, as an error."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(1)
     stream = SideStream(stderr_fd, keep_bytes=4096)
     stream.read()
-    said = stream.text().strip() or f"bubblewrap ended with status {child.returncode}"
+    said = stream.text().strip() or f"bubblewrap ended with status {status}"
     if "find source path" in said:
         fix = "A file that it needs was replaced or removed meanwhile: try again"
     else:
@@ -231,7 +170,7 @@ def _no_jail(child: subprocess.Popen[bytes], stderr_fd: int) -> NotStartedError:
     return NotStartedError("cannot build the jail around the virtual machine", said[:500], fix)
 
 
-def _bound(pid: int, ram_bytes: int, groups: HostGroups) -> None:
+def _bound(ram_bytes: int, groups: HostGroups, pid: int) -> None:
     """Limits on the still blocked process: everything that it starts inherits them."""
     limits = {
         resource.RLIMIT_FSIZE: settings.SCRATCH_BYTES,
@@ -255,33 +194,35 @@ def _bound(pid: int, ram_bytes: int, groups: HostGroups) -> None:
         # Before it is let go, though the kernel takes 10 to 20 ms for it: a VMM that ran meanwhile could take memory
         # that no group would ever count (tried: the test of a memory hog fails).
         groups.add(pid)
-    except ProcessLookupError:
-        raise  # it has ended: the caller knows how to ask why
     except OSError as exc:
+        if isinstance(exc, ProcessLookupError):  # it has ended: the caller knows how to ask why
+            raise
         needed = [
             f"ulimit -H -{option} to {limits[which] // unit} or more"
             for which, option, unit in _SHELLS
-            if which in limits and not _may_be(limits[which], resource.getrlimit(which)[1])
+            if which in limits and limits[which] > _most(which)
         ]
         fix = f"Raise the hard limits of this shell: {', '.join(needed) or 'ulimit -H -a shows them'}"
         raise NotStartedError("cannot bound the virtual machine", f"{exc.strerror or exc}", fix) from exc
 
 
-def _may_be(value: int, hard: int) -> bool:
-    return hard == resource.RLIM_INFINITY or value <= hard
+def _most(which: int) -> float:
+    """The hard limit of this process; infinite for none."""
+    hard = resource.getrlimit(which)[1]
+    return math.inf if hard == resource.RLIM_INFINITY else hard
 
 
 def _tasks_are_counted_apart() -> bool:
     """Whether RLIMIT_NPROC counts only the jail's tasks.
 
-    It does in a user namespace of the jail's own (Linux 5.14), and for a uid of the job's own, as long as bubblewrap's
-    processes before it are the machine's real root, whom the limit does not hold.
+    It does in a user namespace of its own (Linux 5.14), and for a uid of its own if bubblewrap runs as real root.
     """
     mapped = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
     return os.geteuid() != 0 or mapped == ["0", "0", "4294967295"]
 
 
-def _own(stack: contextlib.ExitStack, fd: int) -> int:
+def _kvm(stack: contextlib.ExitStack) -> int:
+    fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     stack.callback(os.close, fd)
     return fd
 
@@ -291,24 +232,6 @@ def image_of(kind: MachineKind) -> OpenImage:
     if kind.image is None:
         raise HostError("cannot start a virtual machine", "it needs a guest image", "Run x07 image build")
     return kind.image
-
-
-def _channel_ends(stack: contextlib.ExitStack, given: Given) -> tuple[dict[str, int], dict[str, int]]:
-    """Our ends, and those that the child gets."""
-    ours: dict[str, int] = {}
-    theirs: dict[str, int] = {}
-    for name in ("channel", "net", "qmp", "console", "stderr"):
-        near, far = socket.socketpair()
-        ours[name], theirs[name] = _own(stack, near.detach()), far.detach()
-        given.add(theirs[name])
-        os.set_blocking(ours[name], False)
-    return ours, theirs
-
-
-def _origin(memory: Saving | Saved | None) -> Origin:
-    if memory is None:
-        return Origin.COLD
-    return Origin.SAVING if isinstance(memory, Saving) else Origin.CLONE
 
 
 def _fd_files(image: OpenImage, memory: Saving | Saved | None) -> tuple[tuple[int, str], ...]:
@@ -322,17 +245,14 @@ def _fd_files(image: OpenImage, memory: Saving | Saved | None) -> tuple[tuple[in
 def _writable(memory: Saving | Saved | None, uid: int | None) -> tuple[tuple[int, str], ...]:
     if not isinstance(memory, Saving):
         return ()
-    for fd in (memory.ram_fd, memory.state_fd):
-        if uid is not None:
+    if uid is not None:
+        for fd in (memory.ram_fd, memory.state_fd):
             os.fchown(fd, uid, uid)
     return ((memory.ram_fd, RAM), (memory.state_fd, STATE))
 
 
 def _scratch_disk(given: Given, image: OpenImage, record: JobRecord, memory: Saving | Saved | None) -> int:
-    """The job's own disk: a file without a name, so that nothing of it can be left behind, and never read here.
-
-    A clone's holds what it held when the machine was saved, for its kernel has it in memory.
-    """
+    """Make the job's disk, a file without a name; a clone's holds what it held when the machine was saved."""
     if isinstance(memory, Saving):
         write_disk(image.fds["scratch"], image.manifest.scratch_disk, memory.scratch_fd)
         return memory.scratch_fd
@@ -342,18 +262,9 @@ def _scratch_disk(given: Given, image: OpenImage, record: JobRecord, memory: Sav
         fix = fix_of(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
         raise HostError("cannot make the scratch disk", f"{record.folder}: {exc.strerror}", fix) from exc
     given.add(fd)  # not ours once the child has it, so that its space is free when the child is gone
-    if isinstance(memory, Saved):
-        write_disk(memory.scratch_fd, memory.scratch_disk, fd)
-    else:
-        write_disk(image.fds["scratch"], image.manifest.scratch_disk, fd)
+    held = (image.fds["scratch"], image.manifest.scratch_disk)
+    write_disk(*(held if memory is None else (memory.scratch_fd, memory.scratch_disk)), fd)
     return fd
-
-
-def _jail_files(arch: Arch, *, with_setpriv: bool) -> tuple[str, ...]:
-    files = [*needed_files(arch.qemu_binary), *arch.firmware]
-    if with_setpriv:
-        files += needed_files(SETPRIV)
-    return tuple(dict.fromkeys(files))
 
 
 def required_tools(arch: Arch) -> dict[str, str]:
@@ -362,16 +273,14 @@ def required_tools(arch: Arch) -> dict[str, str]:
 
 
 def check_tools(arch: Arch) -> None:
-    """Raises HostError where one of them is missing, or firmware, which names all that are, and what to type."""
-    missing = [package for path, package in required_tools(arch).items() if not os.access(path, os.X_OK)]
-    if missing:
+    """Raise HostError, with what to type, where programs or firmware are missing."""
+    what = "cannot start a virtual machine"
+    if missing := [package for path, package in required_tools(arch).items() if not os.access(path, os.X_OK)]:
         names = " ".join(missing)
-        fix = f"Run: apt-get install --no-install-recommends {names}"
-        raise HostError("cannot start a virtual machine", f"missing: {names}", fix)
-    gone = [path for path in arch.firmware if not os.access(path, os.R_OK)]
-    if gone:  # from packages that are there: QEMU's depends on them
+        raise HostError(what, f"missing: {names}", f"Run: apt-get install --no-install-recommends {names}")
+    if gone := [path for path in arch.firmware if not os.access(path, os.R_OK)]:  # of packages that QEMU's depends on
         fix = f"Run: apt-get install --reinstall {' '.join(arch.firmware_packages)}"
-        raise HostError("cannot start a virtual machine", f"missing: {', '.join(gone)}", fix)
+        raise HostError(what, f"missing: {', '.join(gone)}", fix)
 
 
 def tsc_khz(arch: Arch) -> int | None:
@@ -381,8 +290,5 @@ def tsc_khz(arch: Arch) -> int | None:
     for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith("bogomips"):
             return int(float(line.partition(":")[2]) * 500)
-    raise HostError(
-        "cannot tell the processor's clock",
-        "/proc/cpuinfo has no bogomips line",
-        "Run on a machine with hardware virtualisation",
-    )
+    why = "/proc/cpuinfo has no bogomips line"
+    raise HostError("cannot tell the processor's clock", why, "Run on a machine with hardware virtualisation")

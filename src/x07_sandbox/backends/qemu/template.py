@@ -17,6 +17,7 @@ import json
 import math
 import os
 import stat
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -62,10 +63,7 @@ _OF_BUILDS: Final = ["importlib.util", "io", "os", "traceback"]  # what programs
 
 
 def warm_up(kind: MachineKind) -> dict[str, object]:
-    """The body of WARM: what every job of this kind needs, or most likely will.
-
-    commands: programs that are run once before the machine is saved, so that its kernel has read them.
-    """
+    """The body of WARM: what jobs of this kind need. commands: run before saving, so that the kernel has read them."""
     running = kind.runtime == "run"
     return {
         "preload": image_of(kind).manifest.preload if running else _OF_BUILDS,
@@ -77,7 +75,7 @@ def warm_up(kind: MachineKind) -> dict[str, object]:
 
 
 class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """template.json. digest: of all the rest. image: digest of the image that it was made of."""
+    """template.json. digest: of all the rest. image: digest of the image that it was made from."""
 
     schema_version: str
     digest: str = ""
@@ -147,26 +145,18 @@ def lack_of_space(ram_bytes: int) -> str:
 
 def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
     """The template that jobs of this kind go on from. Raises HostError."""
-    arch = host_arch()
+    arch, ram, kvm_fd = host_arch(), kind.ram_bytes, 0 if accelerator.kvm else None
     clock = tsc_khz(arch)
+    fds = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
     machine = Machine(
-        arch=arch,
-        ram_bytes=kind.ram_bytes,
-        kvm_fd=0 if accelerator.kvm else None,
-        tsc_khz=None,
-        scratch_fd=0,
-        channel_fd=0,
-        net_fd=0,
-        qmp_fd=0,
-        console_fd=0,
-        mark="",
-        origin=Origin.SAVING,
+        arch=arch, ram_bytes=ram, kvm_fd=kvm_fd, tsc_khz=None, mark="", origin=Origin.SAVING, any_timer=False, **fds
     )
+    files = [(path, Path(path).stat()) for path in (arch.qemu_binary, *arch.firmware)]
     parts = [
         SCHEMA,
         kind.image_digest,
         qemu_argv(machine),
-        [_file_identity(path) for path in (arch.qemu_binary, *arch.firmware)],
+        [[path, i.st_dev, i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns] for path, i in files],
         # The clock as steps of 0.1 %: what /proc/cpuinfo says of it moves in the last digits.
         0 if clock is None else round(math.log(clock) * 1000),
         _processor() if accelerator.kvm else "",
@@ -174,11 +164,6 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
     ]
     key = hashlib.sha256(canonical(parts)).hexdigest()
     return Template(key=key, folder=templates_dir() / key)
-
-
-def _file_identity(path: str) -> list[object]:
-    info = Path(path).stat()
-    return [path, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
 
 
 def _processor() -> list[str]:
@@ -207,14 +192,15 @@ def opened_template(template: Template) -> Iterator[Saved | None]:
 
 
 def _decode(data: bytes, template: Template) -> TemplateManifest:
+    what = f"cannot use {template.subject.name}"
     try:
         made = msgspec.json.decode(data, type=known(TemplateManifest))
     except msgspec.MsgspecError as exc:
-        raise ImageError(f"cannot use {template.subject.name}", f"its {MANIFEST} is damaged", "Try again") from exc
+        raise ImageError(what, f"its {MANIFEST} is damaged", "Try again") from exc
     if (made.schema_version, made.key) != (SCHEMA, template.key):
-        raise ImageError(f"cannot use {template.subject.name}", f"its {MANIFEST} belongs to another", "Try again")
+        raise ImageError(what, f"its {MANIFEST} belongs to another", "Try again")
     if made != sealed(made):
-        raise ImageError(f"cannot use {template.subject.name}", f"its {MANIFEST} has changed", "Try again")
+        raise ImageError(what, f"its {MANIFEST} has changed", "Try again")
     return made
 
 
@@ -240,14 +226,14 @@ def sparse_sha256(fd: int, size: int) -> str:
 def ensure_template(template: Template, image: str, make: Maker, progress: Callable[[str], None]) -> None:
     """Make the template if it is not there, under a lock, so that several who want it wait for one.
 
-    image: digest of the image that it is of. make: fills a folder. Raises SandboxError; then nothing is there, or
-    another is still at it: one that was stopped, by Ctrl-Z say, must not hold all others.
+    image: digest of its image. make: fills a folder. Raises SandboxError; then nothing is there, or another process is
+    still making one: one that is stopped, by Ctrl-Z say, must not block all others.
     """
+    folder = templates_dir()
     with contextlib.ExitStack() as stack:
-        waiting = "waiting for another process to make the VM template"
-        folder, most_s = templates_dir(), 2 * settings.TEMPLATE_S
         try:
-            stack.enter_context(file_lock(folder / ".lock", on_wait=lambda: progress(waiting), most_s=most_s))
+            waits = partial(progress, "waiting for another process to make the VM template")
+            stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=2 * settings.TEMPLATE_S))
         except TimeoutError as exc:
             fix = "Look whether one is stopped, by Ctrl-Z say"
             raise HostError(f"cannot make {template.subject.name}", f"{exc}: the lock of all templates", fix) from exc
@@ -280,17 +266,15 @@ def _make_alone(template: Template, folder: Path, image: str, make: Maker, progr
     finally:
         shutil.rmtree(work, ignore_errors=True)
     images = {image.digest for image in list_images()} | {image}
-    expire_templates(keep=template.key, images=images)
-
-
-def expire_templates(*, keep: str, images: set[str]) -> None:
-    """Remove templates of images that are gone, and the least recently used above the size limit; never *keep*."""
-    for folder, _ in expired_templates(keep=keep, images=images):
-        remove_template(folder)
+    for old, _ in expired_templates(keep=template.key, images=images):
+        remove_template(old)
 
 
 def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
-    """Which templates go, and why. keep: the key of one that never does; images: digests of those that are there."""
+    """Which templates go, and why: those of images that are gone, and the least recently used above the size limit.
+
+    keep: the key of one that never goes. images: digests of those that are there.
+    """
     found: list[tuple[float, int, Path]] = []
     doomed = []
     most_bytes = settings.TEMPLATES_MAX_BYTES
@@ -312,8 +296,7 @@ def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
 
 
 def _size_bytes(folder: Path) -> int:
-    """What it takes of the disk."""
-    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())  # stat(2): of 512 bytes each
 
 
 def remove_template(folder: Path) -> None:
@@ -337,7 +320,7 @@ def take_template_away(folder: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What killed processes left; whoever asks holds the lock, so that nobody makes one now."""
+    """What killed processes left; the caller holds the lock, so nobody is making one."""
     return [*folder.glob(".new-*"), *folder.glob(".old-*")]
 
 
