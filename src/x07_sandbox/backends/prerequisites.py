@@ -16,12 +16,12 @@ from typing import Final, Literal
 
 import msgspec
 
-from x07_sandbox.backends.registry import BY_NAME, BackendRow, Platform, System, required_tools
+from x07_sandbox.backends.registry import BY_NAME, BackendRow, Platform, System
 from x07_sandbox.backends.selection import ACCEPT_FLAG, working
 from x07_sandbox.host.arch import ARCHES
 
 Kind = Literal["program", "socket", "device", "folder", "namespaces"]
-State = Literal["proven", "failed", "later", "not-here"]
+State = Literal["proven", "untried", "failed", "later", "not-here"]
 
 CONNECT_S: Final = 0.5
 _KVM: Final = "/dev/kvm"
@@ -54,9 +54,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of starting a machine as a run does. fixes: what to do where it failed."""
+    """What became of starting a machine as a run does. good: None where nothing was started. fixes: where it failed."""
 
-    good: bool
+    good: bool | None
     text: str
     fixes: tuple[str, ...] = ()
 
@@ -72,8 +72,9 @@ class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One backend on this machine.
 
-    state: proven (it has started a machine here), failed, later (not in this version), not-here (not for this
-    platform). needs_acceptance: whether it is weaker than a virtual machine. remedies: three, but for proven none.
+    state: proven (it has started a machine here), untried (all that it needs is here), failed, later (not in this
+    version), not-here (not for this platform). needs_acceptance: whether it is weaker than a virtual machine.
+    remedies: three; none where it is proven or untried.
     """
 
     name: str
@@ -97,11 +98,7 @@ NEEDS: Final[dict[str, tuple[Need, ...]]] = {
     "vz": (Need("program", "x07-vz-helper", "X07_VM_VZ_HELPER_BIN"), Need("folder", "", "X07_VM_VZ_GUEST_BUNDLE")),
     "podman": (Need("program", "podman"),),
     "docker": (Need("program", "docker"), Need("socket", "/var/run/docker.sock")),
-    "os": (
-        Need("program", "/usr/bin/bwrap", system="linux"),
-        Need("namespaces", "user namespaces", system="linux"),
-        Need("program", "/usr/bin/sandbox-exec", system="macos"),
-    ),
+    "os": (Need("namespaces", "user namespaces", system="linux"),),
     "none": (),
 }
 _COMING: Final = {
@@ -123,7 +120,7 @@ _NO_ARCHITECTURE: Final = (
 def needs_of(name: str, system: System, machine: str) -> tuple[Need, ...]:
     """What the backend *name* needs there."""
     wanted = (need for need in NEEDS.get(name, ()) if need.system in {None, system})
-    return (*(Need("program", path) for path in required_tools(name, machine)), *wanted)
+    return (*(Need("program", path) for path in BY_NAME[name].tools(machine)), *wanted)
 
 
 def place_of(need: Need, environ: Mapping[str, str]) -> str:
@@ -206,6 +203,8 @@ def _state(row: BackendRow, facts: Facts, proof: Proof | None) -> BackendState:
         found = "later", text, (*advice(facts.platform), coming)
     elif proof is not None and proof.good:
         found = "proven", proof.text, ()
+    elif proof is not None and proof.good is None:
+        found = "untried", proof.text, ()
     else:
         found = "failed", *_failure(row, facts, looks, proof)
     kind = row.sandbox_class
@@ -228,7 +227,7 @@ def _failure(
     if facts.machine not in ARCHES:
         return f"no virtual machine for architecture {facts.machine}", _NO_ARCHITECTURE
     if missing := [look.what for look in looks if look.good is False]:
-        packages = required_tools(row.name, facts.machine)
+        packages = row.tools(facts.machine)
         names = " ".join(sorted({packages[path] for path in missing if path in packages}))
         return f"missing: {', '.join(missing)}", (
             f"Run apt-get install --no-install-recommends {names}",

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.features import Features
 
     Factory = Callable[[], Backend]
+    Tools = Callable[[str], Mapping[str, str]]
 else:
-    Factory = Any  # msgspec reads annotations
+    Factory = Tools = Any  # msgspec reads annotations
 
 Class = Literal["vm", "os", "none"]
 System = Literal["linux", "macos", "other"]
@@ -44,7 +45,8 @@ class BackendRow(msgspec.Struct, frozen=True):
 
     sandbox_class: its name for --sandbox-backend. isolation: what it may turn out to give, best first.
     macos_from: the first macOS that it is for, 0 for none. auto: whether `auto` may take it.
-    factory: makes it; None where this version does not have it.
+    factory: makes it; None where this version does not have it. tools: programs that it needs on a machine (uname -m),
+    by path, and Debian's package of each.
     """
 
     name: str
@@ -54,6 +56,7 @@ class BackendRow(msgspec.Struct, frozen=True):
     macos_from: int = 0
     auto: bool = False
     factory: Factory | None = None
+    tools: Tools = lambda _machine: {}
 
     @property
     def built(self) -> bool:
@@ -90,15 +93,27 @@ def _none() -> Backend:
     return NoneBackend()
 
 
+def _qemu_tools(machine: str) -> Mapping[str, str]:
+    from x07_sandbox.backends.qemu.start import required_tools
+
+    return required_tools(ARCHES[machine]) if machine in ARCHES else {}
+
+
+def _process_tools(_machine: str) -> Mapping[str, str]:
+    from x07_sandbox.backends.process.backend import PACKAGES
+
+    return PACKAGES
+
+
 _MACOS: Final = 12
 _ROWS: Final = (
     BackendRow("firecracker-ctr", "vm", ("vm-hardware",), auto=True),
     BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True),
-    BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu),
+    BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu, tools=_qemu_tools),
     BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=_MACOS, auto=True),
     BackendRow("podman", "vm", ("container",), macos_from=_MACOS),
     BackendRow("docker", "vm", ("container",), macos_from=_MACOS),
-    BackendRow("os", "os", ("process",), factory=_os),
+    BackendRow("os", "os", ("process",), factory=_os, tools=_process_tools),
     BackendRow("none", "none", ("none",), factory=_none),
 )
 # In order of preference.
@@ -131,12 +146,3 @@ def registered(row: BackendRow, factory: Factory) -> Iterator[None]:
         yield
     finally:
         del BY_NAME[row.name]
-
-
-def required_tools(name: str, machine: str) -> Mapping[str, str]:
-    """Programs that a backend of this version needs, by path, and Debian's package of each. machine: as uname -m."""
-    if name != "qemu" or machine not in ARCHES:
-        return {}
-    from x07_sandbox.backends.qemu.start import required_tools as of_qemu
-
-    return of_qemu(ARCHES[machine])

@@ -54,7 +54,8 @@ def select(platform: Platform, asked: Asked) -> Choice:
     if row.weaker and not (named and asked.accepted):
         walls = {"container": "a container", "process": "a confined process of this system"}
         wall = walls.get(row.isolation[0], "no wall")
-        why = f"it gives {wall}, which is weaker than a virtual machine, and nobody has accepted that"
+        lack = "it was not named by its class" if asked.accepted else "nobody has accepted that"
+        why = f"it gives {wall}, which is weaker than a virtual machine, and {lack}"
         fix = _instead(platform, asked, row, named=named)
         raise RefusedError(f"the backend {row.name} fails closed", why, fix)
     if not (row.runs_on(platform) and row.built):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.registry import BY_NAME
@@ -11,6 +13,7 @@ from x07_sandbox.cli.console import LiveLine, show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.cli.usage import Once, add_document_flags
 from x07_sandbox.conformance.run import conform
+from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 from x07_sandbox.reports.conform import ConformReport
 
@@ -51,6 +54,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 
 def _conform(options: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="conform-", dir=cache_folder("tmp")) as folder:
+        # Its runs are nobody's: they must not be what `x07 diff` and `x07 undo` take for the last one.
+        os.environ["X07_VM_STATE_DIR"] = f"{folder}/jobs"
+        return _conformed(options)
+
+
+def _conformed(options: argparse.Namespace) -> int:
     reports = []
     for name in _named(options):
         live = LiveLine()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.prerequisites import Proof, advice, backend_states, gather
-from x07_sandbox.backends.registry import required_tools
-from x07_sandbox.backends.selection import Asked, choice_of_variables, select, this_platform, working
+from x07_sandbox.backends.registry import BY_NAME, create
+from x07_sandbox.backends.selection import ACCEPT_FLAG, Asked, choice_of_variables, select, this_platform, working
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.cli.usage import add_document_flags
@@ -35,7 +35,7 @@ _NO_START: Final = (
     "A run would end the same way: allow it to change uids (in a container: --privileged), or see x07 run --cold"
 )
 _HEAD_BYTES: Final = 4096
-_MARKS: Final = {"proven": "good", "failed": "BAD ", "later": "note", "not-here": "note"}
+_MARKS: Final = {"proven": "good", "untried": "note", "failed": "BAD ", "later": "note", "not-here": "note"}
 _EXAMPLES: Final = """examples:
   x07 doctor                                     everything, for people
   x07 doctor --json | jq '.backends[] | {name, state}'
@@ -92,11 +92,22 @@ def _examined() -> DoctorReport:
         findings += [*_tools(name), _image_tools(), _groups(), *machine]
         if (proof := proof_among(machine)) is not None:
             proofs[name] = proof
+        proofs |= {row.name: _weaker(row.name) for row in BY_NAME.values() if row.built and row.weaker}
     return DoctorReport(
         good=all(finding.good is not False for finding in findings),
         findings=tuple(findings),
         backends=backend_states(gather(platform, os.environ), proofs),
     )
+
+
+def _weaker(name: str) -> Proof:
+    """Whether all that a backend needs is here, which nothing is started on that was not accepted."""
+    try:
+        availability = create(name).probe(None, boot=False)
+    except SandboxError as exc:
+        return Proof(good=False, text=f"{exc.what}: {exc.why}", fixes=(exc.fix,))
+    flags = f"--sandbox-backend {name} {ACCEPT_FLAG}"
+    return Proof(good=None, text=f"{availability.proof}; x07 conform {flags} tries it")
 
 
 def platform_finding(platform: Platform) -> Finding:
@@ -173,7 +184,7 @@ def _tools(backend: str) -> list[Finding]:
         Finding(subject=path, good=True, text="here")
         if os.access(path, os.X_OK)
         else Finding(subject=path, good=False, text="missing", fix=f"apt-get install --no-install-recommends {package}")
-        for path, package in required_tools(backend, os.uname().machine).items()
+        for path, package in BY_NAME[backend].tools(os.uname().machine).items()
     ]
 
 
@@ -208,7 +219,6 @@ def _groups() -> Finding:
 
 def _image_and_machine(name: str) -> list[Finding]:
     # Here, so that a machine where the backend cannot run is told about all the rest.
-    from x07_sandbox.backends.registry import create
     from x07_sandbox.images.store import find_image
     from x07_sandbox.images.verify import open_image
     from x07_sandbox.runs.prepare import check_pinned

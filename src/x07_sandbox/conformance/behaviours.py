@@ -217,6 +217,9 @@ def _cancelled(bench: Bench) -> None:
     expect("processes left", [], remaining(mark))
 
 
+_RECORD: Final = {"job.json", "owner.json", "done"}
+
+
 def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
     """Start a run in another process and stop its job by its record, or kill that process first."""
     mark = secrets.token_hex(16)
@@ -237,6 +240,7 @@ def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
             "stop said": stopped,
             "processes left": left or remaining(mark, records[0].mark),
             "recorded as done": (records[0].folder / "done").exists(),
+            "files left": sorted({path.name for path in records[0].folder.iterdir()} - _RECORD),
             "jobs listed afterwards": len(bench.owned_by(runner.pid)),
         }
 
@@ -247,7 +251,8 @@ _killed: Final = partial(_elsewhere, kill=True)
 
 def _gone_when_stopped(bench: Bench) -> None:
     facts = bench.once(_stopped)
-    expect("what is left", ([], True), (facts["processes left"], facts["recorded as done"]))
+    expect("what is left", ([], []), (facts["processes left"], facts["files left"]))
+    expect("recorded as done", "yes", "yes" if facts["recorded as done"] else "no")
     expect("outcome", "guest-lost", facts["outcome"])
 
 

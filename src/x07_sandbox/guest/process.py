@@ -174,6 +174,7 @@ class Unconfined(_Guest):
         super().__init__(channel_fd)
         self.scratch = self.memory = folder
         self.machine_id = f"{folder}/machine-id"
+        self._stands: tuple[tuple[str, str], ...] = _STANDS
 
     def make_folders(self) -> None:
         """Nothing: there is one folder, and the host has made it."""
@@ -184,19 +185,22 @@ class Unconfined(_Guest):
 
     def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
         """With the private folder instead of the paths that a confined program finds its files at."""
-        if body["mounts"]:
+        # The folder of a project is one of our own; others would have to be mounted.
+        if any(mount["tree"] is not None for mount in body["mounts"]):
             raise JobError("mounts", 0, "folders of the host cannot be brought in without confinement")
+        self._stands = (*((mount["at"], "work") for mount in body["mounts"]), *_STANDS)
         allowed = dict.fromkeys(("threads", "spawn", "execute"), True)
         return {
             **body,
             "argv": [self._own(word) for word in body["argv"]],
             "env": {name: self._own(value) for name, value in body["env"].items()},
             "cwd": self._own(body["cwd"]),
+            "mounts": [],
             "confine": {**allowed, "programs": None, "prefixes": [], "alone": False},
         }
 
     def _own(self, word: str) -> str:
-        for path, name in _STANDS:
+        for path, name in self._stands:
             if word == path or word.startswith(f"{path}/"):
                 return f"{self.scratch}/{name}{word[len(path) :]}"
         return word

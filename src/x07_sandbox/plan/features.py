@@ -22,13 +22,14 @@ class Words(msgspec.Struct, frozen=True, kw_only=True):
     """How a plan and a verdict speak of a kind of isolation.
 
     boundary: what keeps the program apart. inside: whose the program's limits are. no_network: why it has none.
-    supervisor: the process of the host whose end ends the job.
+    supervisor: the process of the host whose end ends the job. no_files: why it has none of the host's.
     """
 
     boundary: str
     inside: str
     no_network: str
     supervisor: str
+    no_files: str
 
 
 _VM: Final = Words(
@@ -36,12 +37,14 @@ _VM: Final = Words(
     inside="the guest's",
     no_network="the machine has no network card",
     supervisor="the virtual machine monitor",
+    no_files="no file of the host is in the machine",
 )
 _PROCESS: Final = Words(
     boundary="the confined process",
     inside="the sandbox's",
     no_network="its network namespace has only a loopback interface",
     supervisor="the agent's process",
+    no_files="of the host's files only the system's programs are there",
 )
 WORDS: Final[dict[Isolation, Words]] = {
     "vm-hardware": _VM,
@@ -72,6 +75,11 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     def emulated(self) -> bool:
         """Whether CPU work is many times slower than on hardware."""
         return self.isolation == "vm-emulated"
+
+    @property
+    def apart(self) -> bool:
+        """Whether the program is kept from the processes that hold it."""
+        return self.isolation != "none"
 
     @property
     def accepted(self) -> bool:

@@ -161,9 +161,9 @@ def _no_files(asked: Asked, _field: str) -> Answer:
     if "no-host-files" not in asked.features.can_hold:
         return _not_held(asked, "this backend does not keep the host's files away")
     if asked.values["fs.enabled"] is True:
-        why = "no file of the host is in the machine, unless --out gives a folder: that is a write root like any other"
+        why = f"{asked.features.words.no_files}, unless --out gives a folder: that is a write root like any other"
         return Answer("enforced", asked.boundary, why)
-    return Answer("enforced", asked.boundary, "no file of the host is in the machine")
+    return Answer("enforced", asked.boundary, asked.features.words.no_files)
 
 
 def _no_network(asked: Asked, field: str) -> Answer:
@@ -221,15 +221,26 @@ _UNCONFINED: Final = Answer("refused", _NOBODY, "this backend does not confine a
 
 def _threads(asked: Asked, _field: str) -> Answer:
     if asked.values["threads.enabled"] is True:
-        return Answer("enforced", asked.own(_CGROUP), "allowed, within limits.procs")
+        return _within_tasks(asked, "allowed, within limits.procs")
     if "confinement" not in asked.features.can_hold:
         return _UNCONFINED
     return Answer("enforced", asked.own(_SECCOMP), "a second thread of a process is refused with EPERM")
 
 
+def _within_tasks(asked: Asked, why: str) -> Answer:
+    held = "limits.procs" in asked.features.can_hold
+    return Answer("enforced", asked.own(_CGROUP), why) if held else Answer("enforced", _PLAN, "allowed")
+
+
+def _deadline(asked: Asked, _field: str) -> Answer:
+    if asked.features.apart:
+        return Answer("enforced", "the host's own clock", "the machine is ended at the deadline")
+    return _not_held(asked, "the program is ended at the deadline, unless it ends first what watches it")
+
+
 def _spawn(asked: Asked, _field: str) -> Answer:
     if asked.policy.process.may_spawn:
-        return Answer("enforced", asked.own(_CGROUP), "allowed, within limits.procs and process.max_live")
+        return _within_tasks(asked, "allowed, within limits.procs and process.max_live")
     if "confinement" not in asked.features.can_hold:
         return _UNCONFINED
     return Answer("enforced", asked.own(_SECCOMP), "a child process is refused with EPERM, however it is asked for")
@@ -315,7 +326,7 @@ TABLE: Final[dict[str, Row]] = {
     "schema_version": _always("the check of the policy", f"every other format than {SCHEMA_VERSION} is refused"),
     "policy_id": _label,
     "notes": _label,
-    "limits.wall_ms": _always("the host's own clock", "the machine is ended at the deadline"),
+    "limits.wall_ms": _deadline,
     "limits.cpu_ms": _limit(_CGROUP, "the kernel counts the CPU time of the program and its children"),
     "limits.mem_bytes": _limit(_CGROUP, "memory of the program and its children, without swap"),
     "limits.fds": _limit(_RLIMIT, "open descriptors of each process"),

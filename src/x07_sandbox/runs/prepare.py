@@ -102,9 +102,13 @@ def prepare(
         image = yield from _image(request, program, draft, stack, dry=dry)
         draft = _known(draft, image=image.manifest.digest)
     else:
+        _refuse_image(request, choice)
         _require_programs(program, choice)
     availability = backend.probe(image, boot=not dry)
     _require_hardware(request, availability)
+    if request.out is not None and "host-files" not in availability.features.can_hold:
+        why = f"the backend {backend.name} cannot bring files back"
+        raise RefusedError("cannot use --out", why, "Leave it out, or use --sandbox-backend vm")
     plan = make_plan(in_force.policy, availability.features, cpu_ms=program.cpu_ms)
     draft = replace(
         draft,
@@ -137,6 +141,16 @@ def _image_name(request: RunRequest) -> str:
     return request.image or text("X07_VM_GUEST_IMAGE") or DEFAULT
 
 
+def _refuse_image(request: RunRequest, choice: Choice) -> None:
+    """Refuse what is asked of a guest image where none is used. Raises RefusedError."""
+    why = f"the backend {choice.backend} uses no guest image"
+    if request.image is not None:
+        raise RefusedError(f"cannot use the image {request.image}", why, "Leave it out, or use --sandbox-backend vm")
+    if text("X07_VM_GUEST_IMAGE_DIGEST") is not None:
+        fix = "Unset X07_VM_GUEST_IMAGE_DIGEST, or use --sandbox-backend vm"
+        raise RefusedError("the guest image is not the one that may run", why, fix)
+
+
 def _require_programs(program: Program, choice: Choice) -> None:
     """Refuse a toolchain whose programs this host lacks. Raises RefusedError."""
     toolchain, source = program.toolchain, program.source
@@ -157,7 +171,8 @@ def _require_hardware(request: RunRequest, availability: Availability) -> None:
         return
     steps = ["leave out --require-hardware"] * request.require_hardware
     steps += ["unset X07_VM_REQUIRE_HARDWARE"] * by_variable
-    fix = f"To accept emulation {' and '.join(steps)}, or run where KVM works"
+    what = "emulation" if availability.features.emulated else "that"
+    fix = f"To accept {what} {' and '.join(steps)}, or run where KVM works"
     raise RefusedError("hardware virtualisation was required", availability.proof, fix)
 
 

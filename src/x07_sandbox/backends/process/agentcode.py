@@ -25,12 +25,17 @@ _CHANGES: Final = ("/var/lib/dpkg/status", "/usr/bin", "/usr/lib", "/usr/local/b
 
 def agent_code(*, confined: bool) -> Path:
     """The agent's zip. confined: with filters, and what else a confined program needs. Raises HostError."""
-    code = read_guest_code()
-    path = cache_folder("agent") / f"{_key(code, confined=confined)}.zip"
-    if not path.exists():
-        replace_file(path, _made(code, this_system(), confined=confined))
-        for old in sorted(path.parent.glob("*.zip"), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
-            old.unlink(missing_ok=True)
+    code, folder = read_guest_code(), cache_folder("agent")
+    key = _key(code, confined=confined)
+    for path in folder.glob(f"{key}-*.zip"):
+        if path.stem == f"{key}-{hashlib.sha256(path.read_bytes()).hexdigest()}":
+            return path
+        path.unlink(missing_ok=True)  # damaged
+    data = _made(code, this_system(), confined=confined)
+    path = folder / f"{key}-{hashlib.sha256(data).hexdigest()}.zip"
+    replace_file(path, data)
+    for old in sorted(folder.glob("*.zip"), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
+        old.unlink(missing_ok=True)
     return path
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _ANSWER_S: Final = 5.0
 _BWRAP_LEAST: Final = (0, 8)
 _PYTHON_LEAST: Final = (3, 12)  # the agent needs os.unshare and os.setns
-_PACKAGES: Final = {BWRAP: "bubblewrap", PYTHON: "python3", PERL: "perl-base", SETPRIV: "util-linux"}
+PACKAGES: Final = {BWRAP: "bubblewrap", PYTHON: "python3", PERL: "perl-base", SETPRIV: "util-linux"}
 _WALLS: Final = frozenset({"host-files", "no-host-files", "no-host-variables", "no-network"})
 _PER_PROCESS: Final = frozenset({"limits.fds", "limits.core_dumps"})
 _BY_CONTROLLER: Final = {"memory": "limits.mem_bytes", "pids": "limits.procs", "cpuacct": "limits.cpu_ms"}
@@ -49,7 +49,7 @@ _TASKS_APART: Final = (5, 14)  # from this Linux on a process limit counts a use
 _LANDLOCK: Final = 444  # landlock_create_ruleset: the same number everywhere
 _LANDLOCK_LEAST: Final = 2  # the first version that lets a program move files from folder to folder
 _WHY: Final = "it uses no image: programs are this host's own"
-_NO_IMAGE: Final = dict.fromkeys(("image-digest", "pinned-image", "damaged-image"), _WHY)
+_NO_IMAGE: Final = dict.fromkeys(("image-digest", "damaged-image"), _WHY)
 _NO_COPIES: Final = "an unconfined program cannot be given copies of folders"
 _UNCONFINED: Final = {
     "cpu": "children for whose end nobody waits are not counted",
@@ -187,7 +187,7 @@ def _landlock_version() -> int:
 
 def require_tools() -> None:
     """Raises HostError naming what is missing, and what to type."""
-    missing = [package for path, package in _PACKAGES.items() if not os.access(path, os.X_OK)]
+    missing = [package for path, package in PACKAGES.items() if not os.access(path, os.X_OK)]
     try:
         ctypes.CDLL(LIBSECCOMP)
     except OSError:
