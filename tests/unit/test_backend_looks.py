@@ -90,6 +90,14 @@ def test_only_what_has_started_a_machine_is_proven() -> None:
     assert [found.name for found in backend_states(facts(), proofs(HERE)) if found.state == "proven"] == ["qemu"]
 
 
+def test_a_weaker_backend_is_no_failure_where_nothing_was_started_on_it() -> None:
+    """A backend that needs acceptance is not tried, so it is neither good nor bad, and nothing is to be mended."""
+    found = next(
+        state for state in backend_states(facts(), {"os": Proof(good=None, text="all is here")}) if state.name == "os"
+    )
+    assert (found.state, found.text, found.remedies) == ("untried", "all is here", ())
+
+
 def test_a_missing_program_is_named_with_its_package() -> None:
     """Where a program of QEMU's is missing, the first remedy installs just its package."""
     for path, package in required_tools(ARCHES["x86_64"]).items():

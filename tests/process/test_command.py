@@ -1,0 +1,83 @@
+"""`x07 run` with a weaker backend, as a user types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.backends.process.agentcode import agent_code
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMAND = [sys.executable, "-c", "from x07_sandbox.cli.main import entry; entry()", "run"]
+BACKENDS = ("os", "none")
+pytestmark = pytest.mark.user
+
+
+def run(backend: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command's end."""
+    flags = ["--sandbox-backend", backend, "--i-accept-weaker-isolation"]
+    return subprocess.run(
+        [*COMMAND, *flags, *words], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project of two modules, whose program writes a file where it starts."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "main.py").write_text("import lib\nopen('new', 'w').write('1')\nprint(lib.WORD)\n")
+    (folder / "lib.py").write_text("WORD = 'found'\n")
+    manifest = (
+        'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nfiles = ["*.py"]\nentry = "main.py"\n'
+    )
+    (folder / "x07-sandbox.toml").write_text(manifest)
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_project_runs_and_leaves_its_folder_alone(project: Path, backend: str) -> None:
+    """A project of several files runs without a guest image, and what it writes is not in the project's folder."""
+    done = run(backend, ".", cwd=project)
+    assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
+    assert not (project / "new").exists()
+    assert ("warning: no isolation" in done.stderr) == (backend == "none")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_would_be_run_is_shown(project: Path, backend: str) -> None:
+    """`--dry-run` shows the plan as text, though there is no image to show."""
+    done = run(backend, "--dry-run", ".", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "toolchain python" in done.stdout
+    assert "image" not in done.stdout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_is_refused_where_none_is_used(project: Path, backend: str) -> None:
+    """A named image is never passed over in silence."""
+    done = run(backend, "--image", "science", ".", cwd=project)
+    assert done.returncode == 125
+    assert f"cannot use the image science: the backend {backend} uses no guest image" in done.stderr
+
+
+def test_files_that_cannot_come_back_are_refused_before_the_run(project: Path) -> None:
+    """`--out` under `none`, which copies no folders, is refused before anything runs."""
+    done = run("none", "--out", "out", ".", cwd=project)
+    assert (done.returncode, done.stdout) == (125, "")
+    assert "cannot use --out: the backend none cannot bring files back" in done.stderr
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_damaged_agent_is_made_anew(project: Path, backend: str) -> None:
+    """A run does not start an agent whose file was damaged, and makes it anew."""
+    agent = agent_code(confined=backend == "os")
+    agent.chmod(0o600)
+    agent.write_bytes(agent.read_bytes()[:1000])
+    done = run(backend, ".", cwd=project)
+    assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
