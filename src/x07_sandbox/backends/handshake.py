@@ -101,7 +101,7 @@ class Talk:
 
     def _poll(self, wait_s: float) -> list[int]:
         cancel = () if self._cancel_fd is None else (self._cancel_fd,)
-        poll = polling(self._instance.pidfd, *cancel, *self._instance.side_fds())
+        poll = polling(self.connection.fd, self._instance.pidfd, *self._instance.side_fds(), *cancel)
         pending = self.connection.link.pending()
         poll.register(self.connection.fd, select.POLLIN | (select.POLLOUT if pending else 0))
         return [fd for fd, _ in poll.poll(wait_s * 1000)]
@@ -150,7 +150,7 @@ class Talk:
 
 
 def polling(*fds: int) -> select.poll:
-    """A poll object that waits until one of *fds* is readable."""
+    """A poll object that waits until one of *fds* is readable, and reports them in this order."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)

@@ -106,10 +106,11 @@ class Phase:
 
     def _poll(self) -> select.poll:
         progress = [sink.progress_fd for sink in self.sinks.values() if sink.progress_fd is not None]
-        poll = polling(self.instance.pidfd, self.streams.cancel.fd, *self.instance.side_fds(), *progress)
+        stdin = [self.streams.stdin_fd or 0] if self._wants_input() else []
+        # In the order in which they are heard: what the guest has said comes before its end.
+        fds = self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd
+        poll = polling(*fds, *self.instance.side_fds(), *stdin, *progress)
         poll.register(self.instance.channel_fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))
-        if self._wants_input():
-            poll.register(self.streams.stdin_fd or 0, select.POLLIN)
         return poll
 
     def _ready(self, fd: int, mask: int) -> None:
@@ -120,8 +121,8 @@ class Phase:
                 self._receive()
         elif fd == self.instance.pidfd:
             self._lost()
-        elif any(fd == sink.progress_fd for sink in self.sinks.values()):
-            self._pump(fd)
+        elif streams := [stream for stream, sink in self.sinks.items() if fd == sink.progress_fd]:
+            self.link.consumed(streams[0], self.sinks[streams[0]].pump())
         elif fd == self.streams.stdin_fd:
             self._read_input()
         else:
@@ -294,12 +295,6 @@ class Phase:
         self.input += data
         self.input_hash.update(data)
         self.input_done = not data
-
-    def _pump(self, fd: int) -> None:
-        for stream, sink in self.sinks.items():
-            if sink.progress_fd == fd:
-                self.link.consumed(stream, sink.pump())
-                return
 
     def _lost(self) -> None:
         """The channel or the machine has ended: give it a moment to say how."""

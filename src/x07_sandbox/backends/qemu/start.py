@@ -32,6 +32,8 @@ from x07_sandbox.jobs.launcher import Launch
 from x07_sandbox.jobs.record import drop_unstarted
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from x07_sandbox.backends.base import MachineKind, StartMode
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import JobRecord
@@ -148,14 +150,20 @@ def start_qemu(
         passed += [*(fd for fd, _ in (*jail.fd_files, *jail.fd_writable)), machine.scratch_fd, gate_r]
         passed += [theirs[name] for name in ("channel", "net", "qmp", "console")]
         request = Launch(argv=jail_argv(jail, qemu_argv(machine)), pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
-        groups = make_groups(record.job_id, memory_bytes=machine.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
-        jail_text = f"namespaces, {'root' if uid is not None else 'user'}; {groups.describe()}"
-        bound = partial(_bound, machine.ram_bytes, groups)
-        start = Start(record, jail_text, given, _DEPTH, groups.remove, groups.names(), bound)
-        mode: StartMode = "clone" if machine.origin is Origin.CLONE else "cold"
-        start = start._replace(name="the virtual machine", error=NotStartedError, start_mode=mode)
-        make = partial(QemuInstance, start, groups, gate, ours)
-        yield stack.enter_context(running(start, request, make, partial(_no_jail, ours["stderr"])))
+        yield stack.enter_context(_running(record, machine, request, given, gate, ours))
+
+
+def _running(
+    record: JobRecord, machine: Machine, request: Launch, given: Given, gate: Gate, ours: dict[str, int]
+) -> AbstractContextManager[QemuInstance]:
+    groups = make_groups(record.job_id, memory_bytes=machine.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
+    jail = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
+    bound = partial(_bound, machine.ram_bytes, groups)
+    start = Start(record, jail, given, _DEPTH, groups.remove, groups.names(), bound)
+    mode: StartMode = "clone" if machine.origin is Origin.CLONE else "cold"
+    start = start._replace(name="the virtual machine", error=NotStartedError, start_mode=mode)
+    make = partial(QemuInstance, start, groups, gate, ours)
+    return running(start, request, make, partial(_no_jail, ours["stderr"]))
 
 
 def _no_jail(stderr_fd: int, status: int | None) -> NotStartedError:
