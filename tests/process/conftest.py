@@ -26,15 +26,20 @@ Backend = OsBackend | NoneBackend
 Run = Callable[..., Ended]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture(scope="session")
+def agents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The agent's code is made once for all of these tests."""
     folder = tmp_path_factory.mktemp("cache")
     folder.chmod(0o700)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("X07_VM_CACHE_DIR", str(folder))
-        yield folder
+    yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def cache(agents: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set for one test at a time: the next on this worker may need the guest image of the usual cache."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(agents))
+    return agents
 
 
 @pytest.fixture(autouse=True)
