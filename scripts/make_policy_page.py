@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "policy.md"
 _COMMANDS: Final = {
     "init": "`x07 policy init --template T` | a template, written into the project, below `.x07/policies/base`",
-    "check": "`x07 policy check FILE...` | all that is wrong, at once",
+    "check": "`x07 policy check FILE...` | all that is wrong; with `--host H:P` what becomes of a connection",
     "digest": "`x07 policy digest FILE` | the canonical digest, see below",
     "explain": "`x07 policy explain [POLICY]` | of each field who enforces it, before anything runs",
     "diff": "`x07 policy diff A B` | what B grants or withdraws compared to A",

@@ -1,4 +1,4 @@
-"""Promises of `x07 policy check`, `digest` and `schema`: verdicts, exit codes, and bad files of every kind."""
+"""Promises of `x07 policy check` (also of a connection), `digest` and `schema`: verdicts, exit codes, bad files."""
 
 from __future__ import annotations
 
@@ -152,3 +152,61 @@ def test_wrong_words_are_one_json_object_too(tmp_path: Path) -> None:
     """With --json a usage error is one JSON object, exit code 2."""
     code, found = as_json(tmp_path, "check")
     assert (code, found["error"]["what"]) == (2, "wrong usage")
+
+
+WITH_HOST = render_policy(TEMPLATES["http-client"]).replace(
+    b'"allow_hosts": []', b'"allow_hosts": [{"host": "*.Example.org", "ports": [443]}]'
+)
+
+
+def test_a_connection_can_be_asked_about(tmp_path: Path) -> None:
+    """`x07 policy check --host` names the rule that would allow a connection, and that none can be made yet, exit 0."""
+    (tmp_path / "p.json").write_bytes(WITH_HOST)
+    code, out, err = policy(tmp_path, "check", "--host", "A.example.org.:443", "p.json")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "a.example.org:443 (tcp): would be allowed; this version cannot give a program connections yet",
+        "  rule net.allow_hosts[0]: *.example.org is listed with port 443",
+        "  its addresses are checked at run time: special ones, such as private ones, are denied",
+    ]
+    code, found = as_json(tmp_path, "check", "--host", "a.example.org:443", "p.json")
+    assert (code, found["allowed"], found["rule"], found["resolved_later"]) == (0, True, "net.allow_hosts[0]", True)
+    assert (found["how_to_allow"], found["available"]) == (None, False)
+
+
+def test_a_denied_connection_says_what_would_allow_it(tmp_path: Path) -> None:
+    """`x07 policy check --host` ends with 1 for a denied connection, and names what allows it, if anything does."""
+    code, out, err = policy(tmp_path, "check", "--host", "example.org:443")
+    assert (code, err) == (1, "")
+    assert 'add {"host": "example.org", "ports": [443]} to net.allow_hosts in the policy' in out
+    assert "--allow-host example.org:443" in out
+    code, out, _ = policy(tmp_path, "check", "--host", "10.0.0.5:22", "--udp", "built-in:cli")
+    assert (code, out.splitlines()[1:]) == (
+        1,
+        [
+            "  rule deny-floor:private: 10.0.0.5 is an address of a private network",
+            "  no change of the policy allows it",
+        ],
+    )
+    code, found = as_json(tmp_path, "check", "--host", "example.org:53", "--udp")
+    assert (code, found["rule"], found["how_to_allow"]["json_path"]) == (1, "net.allow_udp", "$.net.allow_udp")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "why"),
+    [
+        (("--host", "127.1:80"), 2, "ends like an address"),
+        (("--host", "example.org"), 2, "a port from 1 to 65535"),
+        (("--host", "a.org:1", "a.json", "b.json"), 2, "--host takes one policy"),
+        (("--udp", "built-in:cli"), 2, "--udp needs --host"),
+        (("--host", "a.org:1", "missing.json"), 2, "missing.json"),
+        (("--host", "a.org:1", "bad.json"), 3, "$.net.allow_hosts[0]: host *.org: '*' can only be"),
+    ],
+)
+def test_a_wrong_question_about_a_connection_is_told(
+    tmp_path: Path, words: tuple[str, ...], code: int, why: str
+) -> None:
+    """A bad host, port or number of policies is wrong usage, and a policy whose hosts mean nothing is invalid."""
+    (tmp_path / "bad.json").write_bytes(WITH_HOST.replace(b"*.Example.org", b"*.org"))
+    found = policy(tmp_path, "check", *words)
+    assert (found[0], found[1], why in found[2]) == (code, "", True)

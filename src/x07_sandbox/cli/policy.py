@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.cli import policy_explain, policy_init
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import deliver, print_document, print_failure
-from x07_sandbox.cli.usage import add_document_flags
+from x07_sandbox.cli.usage import add_document_flags, option, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
+from x07_sandbox.policy.templates import BUILT_IN
 from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport
 from x07_sandbox.runs.request import read_policy
 
@@ -23,13 +24,17 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.differences import Change
 
 DIFFERENT: Final = 1
+DENIED: Final = 1
 UNREADABLE: Final = 2
 INVALID: Final = 3
 REFUSED: Final = 125
 # Shown by each action's help and by docs/policy.md.
 EXIT_CODES: Final = (
     ("init", "0 the file is there as wanted; 2 another file is there and was left alone, or any error"),
-    ("check", "0 all are valid; 3 one is not; 2 one cannot be read"),
+    (
+        "check",
+        "0 all are valid; 3 one is not; 2 one cannot be read; with --host 0 allowed, 1 denied",
+    ),
     ("digest", "0 it is printed; 3 not valid; 2 cannot be read"),
     ("explain", "0 nothing in it is refused (its roots must exist); 125 something is; 3 not valid; 2 cannot be read"),
     ("diff", "0 no difference; 1 they differ; 3 one is not valid; 2 one cannot be read"),
@@ -41,8 +46,14 @@ exit code: 0; 2 wrong usage, or a file that cannot be read; 3 a policy that is n
 examples:
   x07 policy init --template default        write the built-in policy, to change it
   x07 policy check strict.json              all that is wrong with it, at once
+  x07 policy check --host example.org:443 strict.json
   x07 policy explain strict.json            who enforces each field, before anything runs
   x07 policy diff built-in:default strict.json
+"""
+_CHECK_EPILOG: Final = """examples:
+  x07 policy check strict.json
+  x07 policy check --host example.org:443 strict.json
+  x07 policy check --host '[2001:db8::1]:53' --udp --json strict.json | jq .rule
 """
 
 
@@ -52,7 +63,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     policy_init.add_parser(inner)
     check = inner.add_parser("check", help="say all that is wrong with policies")
-    check.add_argument("files", nargs="+", metavar="FILE", help="a policy")
+    check.add_argument(
+        "files", nargs="*", metavar="FILE", help="a policy (with --host: one, default: built-in:default)"
+    )
+    option(check, "--host", "HOST:PORT", "say instead whether the policy allows this connection, by which rule")
+    switch(check, "--udp", "with --host: by UDP instead of TCP")
+    check.epilog = _CHECK_EPILOG
     digest = inner.add_parser("digest", help="one digest for all documents that say the same")
     digest.add_argument("file", metavar="FILE", help="a policy")
     policy_explain.add_parser(inner)
@@ -80,6 +96,11 @@ def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespa
 
 
 def _check(options: argparse.Namespace) -> int:
+    if options.host is not None:
+        return _check_host(options)
+    if options.udp or not options.files:
+        why = "--udp needs --host" if options.udp else "a FILE is required, or --host"
+        raise UsageError("wrong usage", why, "See x07 policy check --help")
     rows = tuple(_checked(name) for name in options.files)
     worst = max((_CHECK_CODES[row.status] for row in rows), key=_SEVERITY.index)
     if print_document(CheckReport(ok=worst == 0, files=rows), options):
@@ -90,6 +111,20 @@ def _check(options: argparse.Namespace) -> int:
         else:
             show(f"{row.file}: valid ({row.policy_id})")
     return worst
+
+
+def _check_host(options: argparse.Namespace) -> int:
+    from x07_sandbox.cli import policy_host
+
+    if len(options.files) > 1:
+        raise UsageError("wrong usage", "--host takes one policy", "See x07 policy check --help")
+    (name,) = options.files or (f"{BUILT_IN}default",)
+    policy, _ = read_policy(name)
+    report = policy_host.host_report(policy, name, options.host, "udp" if options.udp else "tcp")
+    if not print_document(report, options):
+        for line in policy_host.lines(report):
+            show(line)
+    return 0 if report.allowed else DENIED
 
 
 _CHECK_CODES: Final = {"valid": 0, "invalid": INVALID, "unreadable": UNREADABLE}

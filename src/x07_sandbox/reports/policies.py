@@ -1,4 +1,4 @@
-"""What `x07 policy check`, `digest`, `explain` and `diff` print with --json."""
+"""What `x07 policy check`, `check --host`, `digest`, `explain` and `diff` print with --json."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from x07_sandbox.plan.controls import Control, Refusal
+from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.policy.differences import Change
 from x07_sandbox.policy.problems import Problem
 
@@ -29,6 +30,28 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     schema_version: Literal["x07.sandbox.policy.check@0.1.0"] = "x07.sandbox.policy.check@0.1.0"
     ok: bool
     files: tuple[CheckedFile, ...]
+
+
+class HostReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What would become of a connection. policy: as the user named it. host: in its normal form.
+
+    rule: the rule that decides, such as `net.allow_hosts[2]` or `deny-floor:private`. how_to_allow: null where it is
+    allowed, or where nothing allows it. resolved_later: whether the addresses of the name are checked at run time.
+    available: whether this version can give a program connections.
+    """
+
+    schema_version: Literal["x07.sandbox.policy.host@0.1.0"] = "x07.sandbox.policy.host@0.1.0"
+    policy: str
+    policy_id: str
+    host: str
+    port: int
+    transport: Literal["tcp", "udp"]
+    allowed: bool
+    rule: str
+    reason: str
+    how_to_allow: HowToAllow | None
+    resolved_later: bool
+    available: bool
 
 
 class DigestReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -31,6 +31,7 @@ _TABLE: Final[tuple[tuple[str, type[msgspec.Struct]], ...]] = (
     ("failure", document.FailureReport),
     ("init.report", init.InitReport),
     ("policy.check", policies.CheckReport),
+    ("policy.host", policies.HostReport),
     ("policy.digest", policies.DigestReport),
     ("policy.explain", policies.ExplainReport),
     ("policy.diff", policies.DiffReport),

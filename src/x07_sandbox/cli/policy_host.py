@@ -1,0 +1,56 @@
+"""`x07 policy check --host`: what would become of a connection, from the function that will decide about it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.network.rules import decide, make_allowlist, parse_request
+from x07_sandbox.reports.policies import HostReport
+
+if TYPE_CHECKING:
+    from x07_sandbox.network.rules import Transport
+    from x07_sandbox.policy.model import Policy
+
+_AVAILABLE: Final = False  # a run refuses every policy with hosts
+
+
+def host_report(policy: Policy, source: str, endpoint: str, transport: Transport) -> HostReport:
+    """Decide about a connection. source: the policy as the user named it. Raises UsageError, PolicyError."""
+    request = parse_request(endpoint, transport)
+    decision = decide(make_allowlist(policy), request)
+    return HostReport(
+        policy=source,
+        policy_id=policy.policy_id,
+        host=str(request.host),
+        port=request.port,
+        transport=transport,
+        allowed=decision.allowed,
+        rule=decision.rule,
+        reason=decision.reason,
+        how_to_allow=decision.how_to_allow,
+        resolved_later=decision.allowed and isinstance(request.host, str),
+        available=_AVAILABLE,
+    )
+
+
+def lines(report: HostReport) -> list[str]:
+    """The report as text."""
+    host = f"[{report.host}]" if ":" in report.host else report.host
+    asked = f"{host}:{report.port} ({report.transport})"
+    told = [f"{asked}: denied", f"  rule {report.rule}: {report.reason}"]
+    if report.allowed:
+        told[0] = f"{asked}: would be allowed"
+        if report.resolved_later:
+            told.append("  its addresses are checked at run time: special ones, such as private ones, are denied")
+    elif (how := report.how_to_allow) is None:
+        told.append("  no change of the policy allows it")
+    elif how.json_path == "$.net.allow_hosts":  # the value is the whole list
+        told.append(f"  to allow it: add {json.dumps(how.value[-1])} to net.allow_hosts in the policy")
+        if how.flag:
+            told.append(f"  or, for one run: {how.flag}")
+    else:
+        told.append(f"  to allow it: set {str(how.json_path)[2:]} to {json.dumps(how.value)} in the policy")
+    if not report.available:
+        told[0] += "; this version cannot give a program connections yet"
+    return told

@@ -1,0 +1,1 @@
+"""Which connections a policy allows: decided here without I/O. No other room decides about hosts."""

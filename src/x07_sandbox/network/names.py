@@ -1,0 +1,152 @@
+"""The one normal form of a host, whether a policy, a flag or a guest wrote it.
+
+A name is in lower case, without its final dot, its international labels in their ASCII form (UTS 46). An address is a
+number: an IPv4-mapped IPv6 address is the IPv4 address. Nothing is looked up and nothing is guessed: a text that some
+programs read as an address and others as a name (``127.1``, ``0x7f.1``, ``017700000001``) is an error.
+"""
+
+import re
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final, NoReturn
+
+import msgspec
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.policy.hosts import Addresses, addresses
+
+Address = IPv4Address | IPv6Address
+Host = str | Address
+"""A name, or an address."""
+
+
+class Wildcard(msgspec.Struct, frozen=True):
+    """All names below *suffix*, at any depth; not the suffix itself."""
+
+    suffix: str
+
+
+Pattern = str | Wildcard | Addresses
+"""What an entry of a list stands for."""
+
+_TEXT_MAX: Final = 255  # characters, as in a policy
+_NAME_MAX: Final = 253
+_LABEL_MAX: Final = 63
+_LABEL: Final = re.compile(r"[a-z0-9_-]*")
+# A network or a range. The plain characters keep out what ipaddress takes besides: netmasks and zones.
+_ADDRESSES: Final = re.compile(r"[0-9A-Fa-f:.]+(?:/[0-9]{1,3}|-[0-9A-Fa-f:.]+)")
+_FIX: Final = "Write a name such as example.org, or an address such as 192.0.2.7 or [2001:db8::1]"
+_FIX_PATTERN: Final = f"{_FIX}, a network (192.0.2.0/24), a range (192.0.2.1-192.0.2.9) or *.example.org"
+
+
+def parse_host(text: str) -> Host:
+    """Return the normal form of a name or an address. Raises UsageError for anything else."""
+    if len(text) > _TEXT_MAX:
+        _refuse(text, f"it has more than {_TEXT_MAX} characters")
+    if ":" in text or text.startswith("["):
+        return _ipv6(text)
+    try:
+        return IPv4Address(text)
+    except ValueError:
+        return _name(text)
+
+
+def parse_guest_host(data: bytes) -> Host:
+    """Return the normal form of a host that a guest asked for: ASCII only. Raises UsageError."""
+    try:
+        text = data[: _TEXT_MAX + 1].decode("ascii")
+    except UnicodeDecodeError:
+        _refuse(repr(data[:_TEXT_MAX]), "it is not ASCII text")
+    return parse_host(text)
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Return what an entry of a list stands for: a host, ``*.example.org``, a network or a range. Raises UsageError."""
+    if "*" in text:
+        suffix = parse_host(text.removeprefix("*.")) if text.startswith("*.") and text.count("*") == 1 else None
+        if not isinstance(suffix, str) or "." not in suffix:
+            why = "'*' can only be the whole first label, with at least two labels after it"
+            _refuse(text, why, _FIX_PATTERN)
+        return Wildcard(suffix)
+    if _ADDRESSES.fullmatch(text) and (found := addresses(text)) is not None:
+        return found
+    if "/" in text:
+        _refuse(text, "it is not a network", _FIX_PATTERN)
+    host = parse_host(text)
+    return host if isinstance(host, str) else Addresses(host.version, int(host), int(host))
+
+
+def unmapped(address: Address) -> Address:
+    """Return the IPv4 address in an IPv4-mapped IPv6 address; any other address as it is."""
+    return (isinstance(address, IPv6Address) and address.ipv4_mapped) or address
+
+
+def matches(pattern: Pattern, host: Host) -> bool:
+    """Whether *host* is part of *pattern*. A name never matches addresses, nor an address names."""
+    if isinstance(pattern, Addresses):
+        same = not isinstance(host, str) and host.version == pattern.version
+        return same and pattern.first <= int(host) <= pattern.last
+    if isinstance(pattern, Wildcard):
+        return isinstance(host, str) and host.endswith(f".{pattern.suffix}")
+    return pattern == host
+
+
+def spelled(pattern: Pattern | Host) -> str:
+    """Return the text of a host or a pattern."""
+    if isinstance(pattern, Wildcard):
+        return f"*.{pattern.suffix}"
+    if isinstance(pattern, Addresses):
+        kind = IPv4Address if pattern.version == 4 else IPv6Address  # noqa: PLR2004 - IPv4
+        first, last = kind(pattern.first), kind(pattern.last)
+        return str(first) if first == last else f"{first}-{last}"
+    return str(pattern)
+
+
+def _ipv6(text: str) -> Address:
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if "%" in inner:
+        _refuse(text, "an address with a zone has no meaning outside one machine")
+    try:
+        return unmapped(IPv6Address(inner))
+    except ValueError:
+        _refuse(text, "brackets and ':' are for IPv6 addresses, and it is not one")
+
+
+def _name(text: str) -> str:
+    name = (text if text.isascii() else _to_ascii(text)).lower().removesuffix(".")
+    if len(name) > _NAME_MAX:
+        _refuse(text, f"a name has at most {_NAME_MAX} bytes")
+    labels = name.split(".")
+    for label in labels:
+        if not 0 < len(label) <= _LABEL_MAX:
+            _refuse(text, f"a label, between dots, has 1 to {_LABEL_MAX} bytes")
+        if not _LABEL.fullmatch(label):
+            _refuse(text, "a name has only letters, digits, '-', '_' and dots")
+        if label.startswith("xn--") and not _is_international(label):
+            _refuse(text, f"{label} is not the ASCII form of an international label")
+    # getaddrinfo takes such texts for addresses. Also after UTS 46, which makes digits of full-width ones.
+    if labels[-1].isdigit() or labels[-1].startswith("0x"):
+        _refuse(text, "it ends like an address, and is not one in its usual form")
+    return name
+
+
+def _to_ascii(text: str) -> str:
+    from idna import IDNAError, encode
+
+    try:
+        return encode(text, uts46=True, std3_rules=True).decode()
+    except (IDNAError, UnicodeError) as exc:
+        _refuse(text, f"it is not an international name ({exc})")
+
+
+def _is_international(label: str) -> bool:
+    from idna import IDNAError, alabel, ulabel
+
+    try:
+        return alabel(ulabel(label)).decode() == label
+    except (IDNAError, UnicodeError):
+        return False
+
+
+def _refuse(text: str, why: str, fix: str = _FIX) -> NoReturn:
+    shown = text if len(text) <= _TEXT_MAX else f"{text[:_TEXT_MAX]}..."
+    raise UsageError(f"cannot use the host {shown!r}", why, fix) from None

@@ -1,0 +1,238 @@
+"""What becomes of a connection: from a policy and denials to an allowlist, and from that to decisions.
+
+Pure. A connection is decided twice: `decide` when it is asked for, by name or by address, and `decide_address` for each
+address that its name resolved to. Both check in this order, and the first refusal counts:
+
+1. special names and addresses (floor.py), and QUIC;
+2. denials of ``--deny-host``;
+3. the switches of ``net``;
+4. the entries of the list: a name is matched by names, an address by addresses, and the ports of all that match count.
+"""
+
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Final, Literal
+
+import msgspec
+from msgspec.structs import replace
+
+from x07_sandbox.errors import UsageError, shown
+from x07_sandbox.network.floor import special
+from x07_sandbox.network.names import (
+    Address,
+    Host,
+    Pattern,
+    Wildcard,
+    matches,
+    parse_host,
+    parse_pattern,
+    spelled,
+    unmapped,
+)
+from x07_sandbox.plan.denials import HowToAllow
+from x07_sandbox.plan.observed import allowing
+from x07_sandbox.policy.model import Db, DbNet, Policy
+from x07_sandbox.policy.problems import PolicyError, Problem
+
+Transport = Literal["tcp", "udp"]
+_PORT_LAST: Final = 65_535
+_QUIC: Final = 443
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """A connection that a program asks for. host: in normal form (names.py)."""
+
+    host: Host
+    port: int
+    transport: Transport = "tcp"
+
+    def __str__(self) -> str:
+        """As ``--allow-host`` takes it."""
+        host = f"[{self.host}]" if ":" in str(self.host) else self.host
+        return f"{host}:{self.port}"
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the list. rule, ports_rule: its place in the policy, and its ports'. udp: whether it covers UDP."""
+
+    rule: str
+    ports_rule: str
+    what: Pattern
+    ports: frozenset[int]
+    udp: bool
+
+
+class Denied(msgspec.Struct, frozen=True):
+    """What ``--deny-host`` denies. ports: None for all."""
+
+    what: Pattern
+    ports: frozenset[int] | None
+
+
+class Allowlist(msgspec.Struct, frozen=True, kw_only=True):
+    """All that decides. entries: exact names and addresses first, then wildcards."""
+
+    policy: Policy
+    entries: tuple[Entry, ...]
+    denied: tuple[Denied, ...]
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes of a request. rule: which rule decides it, as a stable id. reason: a sentence without full stop.
+
+    how_to_allow: None where it is allowed, or where nothing allows it.
+    """
+
+    request: Request
+    allowed: bool
+    rule: str
+    reason: str
+    how_to_allow: HowToAllow | None = None
+
+
+def parse_request(text: str, transport: Transport = "tcp") -> Request:
+    """Read ``HOST:PORT``, an IPv6 address in brackets. Raises UsageError."""
+    host, colon, port = text.rpartition(":")
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= len(str(_PORT_LAST)) else 0
+    fix = "Write HOST:PORT, such as example.org:443 or [2001:db8::1]:443"
+    if not colon or not 1 <= number <= _PORT_LAST:
+        raise UsageError(f"cannot use {text!r}", f"it does not end in ':' and a port from 1 to {_PORT_LAST}", fix)
+    if ":" in host and not host.startswith("["):
+        raise UsageError(f"cannot use {text!r}", "an IPv6 address before a port needs brackets", fix)
+    return Request(host=parse_host(host), port=number, transport=transport)
+
+
+def make_allowlist(policy: Policy, denied: Mapping[str, Collection[int] | None] | None = None) -> Allowlist:
+    """Return the list of a policy. denied: ports by host as ``--deny-host`` has them; None stands for all ports.
+
+    Raises PolicyError for all hosts of the policy that mean nothing, and UsageError for a denial that means nothing.
+    """
+    problems: list[Problem] = []
+    entries = sorted(_entries(policy, problems), key=lambda entry: isinstance(entry.what, Wildcard))
+    if problems:
+        raise PolicyError.of(policy.policy_id, problems, in_schema=True)
+    return Allowlist(
+        policy=policy,
+        entries=tuple(entries),
+        denied=tuple(
+            Denied(parse_pattern(host), None if ports is None else frozenset(ports))
+            for host, ports in (denied or {}).items()
+        ),
+    )
+
+
+def decide(allowlist: Allowlist, request: Request) -> Decision:
+    """Decide about a connection when it is asked for. Before a name is dialled, `decide_address` decides again."""
+    for check in (_special, _denial, _switch):
+        if (refusal := check(allowlist, request)) is not None:
+            return refusal
+    return _listed(allowlist, request)
+
+
+def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -> Decision:
+    """Decide about one address that the name of an allowed *decision* resolved to. A refused decision stays refused.
+
+    No entry for addresses counts here: the name was listed, and that is what makes the address good.
+    """
+    if not decision.allowed:
+        return decision
+    asked = decision.request
+    by_address = replace(asked, host=unmapped(address))
+    for check in (_special, _denial):
+        if (refusal := check(allowlist, by_address)) is not None:
+            return replace(refusal, request=asked, reason=f"{asked.host} resolves to {address}: {refusal.reason}")
+    return decision
+
+
+def _special(_: Allowlist, request: Request) -> Decision | None:
+    if (found := special(request.host)) is not None:
+        return _refused(request, *found)
+    if request.transport == "udp" and request.port == _QUIC:
+        return _refused(request, "udp-443", "UDP port 443 is QUIC, which hides the name of the server")
+    return None
+
+
+def _denial(allowlist: Allowlist, request: Request) -> Decision | None:
+    for denied in allowlist.denied:
+        if matches(denied.what, request.host) and (denied.ports is None or request.port in denied.ports):
+            what = spelled(denied.what)
+            return _refused(request, f"deny-host:{what}", f"--deny-host denies {what}, whatever allows it")
+    return None
+
+
+def _switch(allowlist: Allowlist, request: Request) -> Decision | None:
+    """Refuse what a switch of ``net`` turns off, or an empty list."""
+    policy = allowlist.policy
+    net = policy.net
+    for name, on in (
+        ("enabled", net.enabled),
+        (f"allow_{request.transport}", net.allow_tcp if request.transport == "tcp" else net.allow_udp),
+        ("allow_dns", net.allow_dns or not isinstance(request.host, str)),
+    ):
+        if not on:
+            how = allowing(policy, f"net.{name}", value=True)
+            return _refused(request, f"net.{name}", f"net.{name} is false in policy {policy.policy_id}", how)
+    if not net.allow_hosts:
+        also = " (db.net counts only beside it)" if list(_databases(policy)) else ""
+        return _refused(request, "net.allow_hosts", f"net.allow_hosts is empty{also}", _to_list(policy, request))
+    return None
+
+
+def _listed(allowlist: Allowlist, request: Request) -> Decision:
+    """Look the request up in the list; the last check."""
+    found = [
+        entry
+        for entry in allowlist.entries
+        if matches(entry.what, request.host) and (entry.udp or request.transport == "tcp")
+    ]
+    for entry in found:
+        if request.port in entry.ports:
+            reason = f"{spelled(entry.what)} is listed with port {request.port}"
+            return Decision(request=request, allowed=True, rule=entry.rule, reason=reason)
+    how = _to_list(allowlist.policy, request)
+    if not found:
+        return _refused(request, "net.allow_hosts", f"no entry lists {request.host}", how)
+    ports = ", ".join(map(str, sorted(frozenset().union(*(entry.ports for entry in found))))) or "none"
+    reason = f"{request.host} is listed, but not with port {request.port} (only {ports})"
+    return _refused(request, found[0].ports_rule, reason, how)
+
+
+def _refused(request: Request, rule: str, reason: str, how: HowToAllow | None = None) -> Decision:
+    return Decision(request=request, allowed=False, rule=rule, reason=reason, how_to_allow=how)
+
+
+def _to_list(policy: Policy, request: Request) -> HowToAllow | None:
+    """What would list the request. The flag needs allow_tcp, whatever it is for."""
+    listed = [{"host": entry.host, "ports": list(entry.ports)} for entry in policy.net.allow_hosts]
+    more = {"host": str(request.host), "ports": [request.port]}
+    flag = f"--allow-host {shlex.quote(str(request))}" if policy.net.allow_tcp else None
+    return allowing(policy, "net.allow_hosts", [*listed, more], flag)
+
+
+def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
+    """All lines of the list, in the policy's order; what is wrong with a host is added to *problems*."""
+    net = policy.net
+    if not net.enabled or not net.allow_hosts:
+        return
+    rows = [
+        (f"net.allow_hosts[{index}]", f"net.allow_hosts[{index}].ports", entry.host, entry.ports)
+        for index, entry in enumerate(net.allow_hosts)
+    ]
+    rows += [(rule, "db.net.allow_ports", host, ports) for rule, host, ports in _databases(policy)]
+    for rule, ports_rule, host, ports in rows:
+        try:
+            what = parse_pattern(host)
+        except UsageError as exc:
+            problems.append(Problem(f"$.{rule}", f"host {shown(host)}: {exc.why}. {exc.fix}"))
+        else:
+            of_net = rule.startswith("net.")
+            yield Entry(rule=rule, ports_rule=ports_rule, what=what, ports=frozenset(ports), udp=of_net)
+
+
+def _databases(policy: Policy) -> Iterable[tuple[str, str, tuple[int, ...]]]:
+    """Database servers of the policy, where databases are enabled: rule, host and ports of each."""
+    if isinstance(policy.db, Db) and policy.db.enabled and isinstance(policy.db.net, DbNet):
+        net = policy.db.net
+        for name, hosts in (("allow_dns", net.allow_dns), ("allow_cidrs", net.allow_cidrs)):
+            for index, host in enumerate(hosts):
+                yield f"db.net.{name}[{index}]", host, net.allow_ports

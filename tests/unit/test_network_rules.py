@@ -1,0 +1,385 @@
+"""Promises of the allowlist: which connection it allows, by which rule, and what would allow a denied one."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.network.names import parse_guest_host
+from x07_sandbox.network.rules import Decision, Request, decide, decide_address, make_allowlist, parse_request
+from x07_sandbox.plan.denials import HowToAllow
+from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
+from x07_sandbox.policy.problems import PolicyError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from x07_sandbox.network.rules import Transport
+
+GOOD = "93.184.215.14"  # an address that nothing in the floor holds
+HOSTS = st.sampled_from(
+    [
+        *("example.org", "a.example.org", "b.a.example.org", "faß.example", "xn--fa-hia.example", GOOD),
+        *("93.184.215.10-93.184.215.20", "93.184.215.0/24", "2606:4700::1111", "2606:4700::/32"),
+        *("*.example.org", "*.a.example.org"),
+    ]
+)
+ENTRIES = st.tuples(HOSTS, st.sets(st.sampled_from([22, 80, 443]), min_size=1).map(tuple))
+REQUESTS = st.builds(
+    lambda host, port, transport: parse_request(f"{host}:{port}", transport),
+    st.sampled_from(
+        [
+            *("example.org", "A.example.org.", "b.a.example.org", "FAẞ.example", "localhost", GOOD, "93.184.215.200"),
+            *("93.184.216.1", "[2606:4700::1111]", "[::ffff:93.184.215.14]", "10.0.0.1"),
+        ]
+    ),
+    st.sampled_from([22, 80, 443]),
+    st.sampled_from(["tcp", "udp"]),
+)
+
+
+def policy_with(*hosts: tuple[str, tuple[int, ...]], db: Db | None = None, **net: bool) -> Policy:
+    """The built-in default with hosts, UDP, and databases."""
+    base = default_policy()
+    entries = tuple(HostPorts(host=host, ports=ports) for host, ports in hosts)
+    policy = replace(base, net=replace(base.net, **({"allow_udp": True} | net), allow_hosts=entries))
+    return policy if db is None else replace(policy, db=db)
+
+
+def ask(
+    policy: Policy,
+    endpoint: str,
+    transport: Transport = "tcp",
+    denied: Mapping[str, Collection[int] | None] | None = None,
+) -> Decision:
+    """The decision about *endpoint*."""
+    return decide(make_allowlist(policy, denied), parse_request(endpoint, transport))
+
+
+def rule(*args: Any, **words: Any) -> tuple[bool, str]:  # noqa: ANN401 - as ask has them
+    """Whether it is allowed, and by which rule."""
+    found = ask(*args, **words)
+    return found.allowed, found.rule
+
+
+def resolved(
+    policy: Policy, name: str, address: str, denied: Mapping[str, Collection[int] | None] | None = None
+) -> str:
+    """The rule about *address*, to which the listed *name* resolves; empty where it may be dialled."""
+    allowlist = make_allowlist(policy, denied)
+    first = decide(allowlist, parse_request(f"{name}:443"))
+    assert first.allowed
+    found = decide_address(allowlist, first, ip_address(address))
+    return "" if found.allowed else found.rule
+
+
+def test_nothing_is_allowed_without_a_list() -> None:
+    """With net.enabled false, or an empty net.allow_hosts, every connection is denied."""
+    assert rule(policy_with(("example.org", (443,)), enabled=False), "example.org:443") == (False, "net.enabled")
+    assert rule(default_policy(), "example.org:443") == (False, "net.allow_hosts")
+
+
+def test_a_listed_name_is_allowed_with_its_ports_only() -> None:
+    """An entry allows its host with its ports, and no other host or port."""
+    policy = policy_with(("other.example", (1,)), ("example.org", (80, 443)))
+    assert rule(policy, "Example.ORG.:443") == (True, "net.allow_hosts[1]")
+    assert rule(policy, "example.org:22") == (False, "net.allow_hosts[1].ports")
+    for other in ("example.org.evil.test", "xexample.org", "a.example.org", "org.example"):
+        assert rule(policy, f"{other}:443") == (False, "net.allow_hosts")
+
+
+def test_entries_of_one_host_are_united() -> None:
+    """The ports of all entries that match count together, of wildcards too, and an exact entry is named first."""
+    policy = policy_with(("*.example.org", (80, 443)), ("a.example.org", (443,)), ("A.example.org.", (22,)))
+    assert rule(policy, "a.example.org:443") == (True, "net.allow_hosts[1]")
+    assert rule(policy, "a.example.org:22") == (True, "net.allow_hosts[2]")
+    assert rule(policy, "a.example.org:80") == (True, "net.allow_hosts[0]")
+    assert ask(policy, "a.example.org:25").reason == (
+        "a.example.org is listed, but not with port 25 (only 22, 80, 443)"
+    )
+
+
+def test_a_wildcard_allows_names_below_it() -> None:
+    """`*.example.org` allows names at any depth below example.org, and not example.org."""
+    policy = policy_with(("*.example.org", (443,)))
+    assert rule(policy, "b.a.example.org:443") == (True, "net.allow_hosts[0]")
+    assert rule(policy, "example.org:443") == (False, "net.allow_hosts")
+
+
+def test_networks_and_ranges_allow_addresses_that_are_asked_for() -> None:
+    """A network or a range allows its addresses, from the first to the last, and no neighbour."""
+    policy = policy_with(("93.184.215.0/28", (443,)), ("2606:4700::1-2606:4700::9", (53,)))
+    assert rule(policy, "93.184.215.15:443") == (True, "net.allow_hosts[0]")
+    assert rule(policy, "[::ffff:93.184.215.15]:443") == (True, "net.allow_hosts[0]")
+    assert rule(policy, "[2606:4700::9]:53", "udp") == (True, "net.allow_hosts[1]")
+    assert rule(policy, "93.184.215.16:443") == (False, "net.allow_hosts")
+    assert rule(policy, "[2606:4700::a]:53") == (False, "net.allow_hosts")
+
+
+def test_the_switches_of_a_policy_hold() -> None:
+    """Without allow_tcp no TCP, without allow_udp no UDP, without allow_dns no name is allowed; addresses are."""
+    hosts = (("example.org", (53,)), (GOOD, (53,)))
+    assert rule(policy_with(*hosts, allow_tcp=False), f"{GOOD}:53") == (False, "net.allow_tcp")
+    assert rule(policy_with(*hosts, allow_udp=False), f"{GOOD}:53", "udp") == (False, "net.allow_udp")
+    assert rule(policy_with(*hosts, allow_dns=False), "example.org:53") == (False, "net.allow_dns")
+    assert rule(policy_with(*hosts, allow_dns=False), f"{GOOD}:53") == (True, "net.allow_hosts[1]")
+
+
+def test_udp_uses_the_ports_of_an_entry_but_quic_is_denied() -> None:
+    """With allow_udp the ports of an entry hold for UDP too, except 443, where QUIC hides the server's name."""
+    policy = policy_with(("example.org", (53, 443)))
+    assert rule(policy, "example.org:53", "udp") == (True, "net.allow_hosts[0]")
+    assert rule(policy, "example.org:443", "udp") == (False, "udp-443")
+    assert rule(policy, "example.org:443") == (True, "net.allow_hosts[0]")
+
+
+SPECIAL = """
+metadata 169.254.169.254 168.63.129.16 100.100.100.200 fd00:ec2::254 fd20:ce::254 ::ffff:169.254.169.254
+loopback 127.0.0.1 127.255.255.255 ::1 ::ffff:127.0.0.1
+unspecified 0.0.0.0 0.1.2.3 ::
+private 10.0.0.1 172.16.0.1 172.31.255.255 192.168.1.1 fc00::1 fd12:3456::1 fec0::1 ::ffff:10.0.0.1
+shared 100.64.0.1 100.127.255.255
+link-local 169.254.1.1 fe80::1 febf::1
+multicast 224.0.0.1 239.255.255.255 ff02::1
+benchmark 198.18.0.16 198.19.255.255
+documentation 192.0.2.1 198.51.100.1 203.0.113.1 2001:db8::1 3fff::1
+embedded ::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::1 2001::1 2002:7f00:1:: 2002:a00:1::
+special 192.0.0.192 192.31.196.1 192.52.193.1 192.88.99.1 192.175.48.1 100::1 2001:1ff::1 5f00::1
+reserved 240.0.0.1 255.255.255.255 4000::1 1::1 200::1 e000::1
+"""
+
+
+@pytest.mark.parametrize("line", SPECIAL.strip().splitlines())
+def test_special_addresses_are_denied_whatever_lists_them(line: str) -> None:
+    """An address of this host, its networks or its cloud, or of nobody, is denied, also as that of a listed name."""
+    kind, *addresses = line.split()
+    policy = policy_with(("0.0.0.0/0", (443,)), ("::/0", (443,)), ("example.org", (443,)))
+    for address in addresses:
+        found = ask(policy, f"[{address}]:443" if ":" in address else f"{address}:443")
+        assert (found.allowed, found.rule, found.how_to_allow) == (False, f"deny-floor:{kind}", None), address
+        assert resolved(policy, "example.org", address) == f"deny-floor:{kind}", address
+
+
+NEIGHBOURS = """
+1.0.0.0 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0 169.253.255.255 172.15.255.255
+172.32.0.0 192.0.1.0 198.17.255.255 198.20.0.0 223.255.255.255 168.63.129.17
+[2000::1] [2001:200::1] [2003::1] [2620::1] [3ffe::1] [3fff:1000::1]
+"""
+
+
+def test_neighbours_of_special_addresses_are_not_denied() -> None:
+    """The addresses next to special networks are like any other."""
+    policy = policy_with(("0.0.0.0/0", (443,)), ("::/0", (443,)))
+    for address in NEIGHBOURS.split():
+        assert ask(policy, f"{address}:443").allowed, address
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("localhost", "localhost"),
+        ("a.LOCALHOST.", "localhost"),
+        ("printer.local", "local"),
+        ("metadata.google.internal", "internal"),
+        ("nas.home.arpa", "home.arpa"),
+        ("home.arpa", "home.arpa"),
+        ("x.onion", "onion"),
+        ("intranet", "single-label"),
+    ],
+)
+def test_local_names_are_denied_whatever_lists_them(name: str, suffix: str) -> None:
+    """A name of this host or of a local network, or without a dot, is denied though it is listed."""
+    found = ask(policy_with((name, (443,)), ("*.google.internal", (443,))), f"{name}:443")
+    assert (found.allowed, found.rule, found.how_to_allow) == (False, f"local-name:{suffix}", None)
+
+
+def test_a_policy_is_not_refused_for_special_addresses() -> None:
+    """Entries for loopback, private networks and local names make a list; only connections to them are denied."""
+    policy = policy_with(("127.0.0.1", (80,)), ("10.0.0.0/8", (80,)), ("localhost", (80,)), ("example.org", (80,)))
+    assert rule(policy, "example.org:80") == (True, "net.allow_hosts[3]")
+
+
+def test_all_hosts_that_mean_nothing_are_told_at_once() -> None:
+    """A list with hosts in odd forms is refused as a whole, each with its place; not where the network is off."""
+    hosts = (("*", (80,)), ("example.org", (80,)), ("*.org", (80,)), ("127.1", (80,)))
+    with pytest.raises(PolicyError) as caught:
+        make_allowlist(policy_with(*hosts))
+    assert [problem.json_path for problem in caught.value.problems] == [f"$.net.allow_hosts[{n}]" for n in (0, 2, 3)]
+    assert make_allowlist(policy_with(*hosts, enabled=False)).entries == ()
+
+
+def test_database_servers_join_the_list() -> None:
+    """db.net's hosts and ports count, for TCP, where db and net are enabled and net.allow_hosts is not empty."""
+    servers = DbNet(allow_dns=("db.example",), allow_cidrs=("93.184.215.0/24",), allow_ports=(5432,))
+    db = Db(enabled=True, drivers=Drivers(sqlite=False, postgres=True, mysql=False), net=servers)
+    policy = policy_with(("example.org", (443,)), db=db)
+    assert rule(policy, "db.example:5432") == (True, "db.net.allow_dns[0]")
+    assert rule(policy, f"{GOOD}:5432") == (True, "db.net.allow_cidrs[0]")
+    assert rule(policy, "db.example:5433") == (False, "db.net.allow_ports")
+    assert rule(policy, "db.example:5432", "udp") == (False, "net.allow_hosts")
+    off = policy_with(("example.org", (443,)), db=replace(db, enabled=False))
+    assert rule(off, "db.example:5432") == (False, "net.allow_hosts")
+    alone = ask(policy_with(db=db), "db.example:5432")
+    assert (alone.rule, alone.reason) == ("net.allow_hosts", "net.allow_hosts is empty (db.net counts only beside it)")
+
+
+def test_denials_come_before_the_list() -> None:
+    """A denied host stays denied under a wildcard, a network or its own entry, in every spelling, on its ports."""
+    policy = policy_with(("*.example.org", (80, 443)), ("93.184.215.0/24", (443,)), ("faß.example", (443,)))
+    denied = {"Bad.example.org.": [443], "93.184.215.14": None, "XN--FA-HIA.example": None}
+    assert rule(policy, "bad.example.org:443", denied=denied) == (False, "deny-host:bad.example.org")
+    assert rule(policy, "bad.example.org:80", denied=denied) == (True, "net.allow_hosts[0]")
+    assert rule(policy, "good.example.org:443", denied=denied) == (True, "net.allow_hosts[0]")
+    assert rule(policy, f"[::ffff:{GOOD}]:443", denied=denied) == (False, f"deny-host:{GOOD}")
+    assert rule(policy, "faß.example:443", denied=denied) == (False, "deny-host:xn--fa-hia.example")
+    with pytest.raises(UsageError):
+        make_allowlist(policy, {"127.1": None})
+
+
+def test_a_name_is_never_allowed_by_the_rule_of_an_address() -> None:
+    """A denied or unlisted name stays denied though an entry lists every address, also those that it resolves to."""
+    policy = policy_with(("0.0.0.0/0", (443,)), ("::/0", (443,)), ("example.org", (443,)))
+    assert rule(policy, "other.example:443") == (False, "net.allow_hosts")
+    allowlist = make_allowlist(policy, {"example.org": None})
+    denied = decide(allowlist, parse_request("example.org:443"))
+    assert denied.rule == "deny-host:example.org"
+    assert decide_address(allowlist, denied, ip_address(GOOD)) == denied
+
+
+def test_an_address_of_a_listed_name_is_not_listed() -> None:
+    """The address of a listed name cannot be asked for as an address."""
+    policy = policy_with(("example.org", (443,)))
+    assert resolved(policy, "example.org", GOOD) == ""
+    assert rule(policy, f"{GOOD}:443") == (False, "net.allow_hosts")
+
+
+def test_a_denied_address_is_denied_for_every_name() -> None:
+    """A listed name that resolves to a denied address, IPv4-mapped too, does not reach it; the reason names both."""
+    policy = policy_with(("example.org", (443,)))
+    assert resolved(policy, "example.org", GOOD, {"93.184.215.0/24": [443]}) == "deny-host:93.184.215.0-93.184.215.255"
+    assert resolved(policy, "example.org", f"::ffff:{GOOD}", {GOOD: None}) == f"deny-host:{GOOD}"
+    assert resolved(policy, "example.org", GOOD, {GOOD: [80]}) == ""
+    allowlist = make_allowlist(policy)
+    found = decide_address(allowlist, decide(allowlist, parse_request("example.org:443")), ip_address("10.0.0.1"))
+    assert found.reason == "example.org resolves to 10.0.0.1: 10.0.0.1 is an address of a private network"
+
+
+ATTACKS = """
+a.example.evil.test xa.example *.example.org 127.1 0x7f.1 2130706433 017700000001 0 localhost x.local example.org
+93.184.215.15 93.184.215.14:444 198.18.0.16 0.0.0.0 255.255.255.255 224.0.0.1 100.100.100.200 168.63.129.16
+[::ffff:127.0.0.1] [64:ff9b::a9fe:a9fe] [2002:7f00:1::] [fe80::1] [::1] user@a.example a.example/ a.example%00
+45.45.45.53:53 45.45.45.53:853 a.example:0 a.example:
+"""
+
+
+@pytest.mark.parametrize(
+    "attack", [*ATTACKS.split(), "", "a" * 300, "a\0.example", "a.example\r\n", "\uff11\uff12\uff17.0.0.1"]
+)
+def test_an_attack_by_name_or_address_is_denied(attack: str) -> None:
+    """Look-alikes, odd forms, special addresses, neighbours and other ports are denied or no host at all."""
+    policy = policy_with(("a.example", (443,)), ("*.example.org", (443,)), (GOOD, (443,)))
+    assert rule(policy, "A.EXAMPLE.:443") == (True, "net.allow_hosts[0]")
+    bare, colon, port = attack.rpartition(":")
+    if not colon or attack.endswith("]"):
+        bare, port = attack, "443"
+    try:
+        parse_guest_host(bare.encode())  # what the guest itself may send
+        decision = ask(policy, f"{bare}:{port}")
+    except UsageError:
+        return
+    assert not decision.allowed
+
+
+@pytest.mark.parametrize(
+    "text", ["", "example.org", ":443", "example.org:0", "example.org:65536", "a:\uff18", "::1:80"]
+)
+def test_a_request_needs_a_host_and_a_port(text: str) -> None:
+    """A missing host, a port outside 1 to 65535, or an IPv6 address without brackets is an error with a fix."""
+    with pytest.raises(UsageError, match="Write"):
+        parse_request(text)
+
+
+def test_what_would_allow_a_connection_is_told() -> None:
+    """A denied connection that a policy can allow has the value, and the flag where x07 run takes it."""
+    policy = policy_with(("example.org", (443,)))
+    assert ask(policy, "[2606:4700::1]:22").how_to_allow == HowToAllow(
+        json_path="$.net.allow_hosts",
+        value=[{"host": "example.org", "ports": [443]}, {"host": "2606:4700::1", "ports": [22]}],
+        flag="--allow-host '[2606:4700::1]:22'",
+    )
+    no_udp = ask(policy_with(allow_udp=False), "example.org:53", "udp")
+    assert no_udp.how_to_allow == HowToAllow(json_path="$.net.allow_udp", value=True)
+    full = policy_with(*((f"h{n}.example", (443,)) for n in range(256)))
+    assert ask(full, "example.org:443").how_to_allow is None
+
+
+@given(st.lists(ENTRIES, max_size=4), st.fixed_dictionaries({"allow_udp": st.booleans(), "allow_dns": st.booleans()}))
+def test_doing_what_is_told_allows_the_connection(hosts: Any, net: Any) -> None:  # noqa: ANN401 - as hypothesis makes them
+    """Following how_to_allow, step by step, makes valid policies, and in the end the connection is allowed."""
+    policy = policy_with(*hosts, **net, enabled=False, allow_tcp=False)
+    for request in (parse_request("new.example:8443"), parse_request(f"{GOOD}:53", "udp")):
+        current = policy
+        for _ in range(5):
+            decision = decide(make_allowlist(current), request)
+            if decision.allowed:
+                break
+            assert decision.how_to_allow is not None
+            document = msgspec.json.decode(msgspec.json.encode(current))
+            name = str(decision.how_to_allow.json_path).removeprefix("$.net.")
+            document["net"][name] = decision.how_to_allow.value
+            current = decode_policy(msgspec.json.encode(document), source="followed")
+        assert decide(make_allowlist(current), request).allowed
+
+
+@given(st.lists(ENTRIES, max_size=4), ENTRIES, REQUESTS)
+def test_an_entry_adds_its_own_traffic_and_nothing_else(hosts: Any, new: Any, request: Request) -> None:  # noqa: ANN401 - as above
+    """Adding an entry never takes anything away, and allows only what it allows alone."""
+
+    def allowed(*entries: Any) -> bool:  # noqa: ANN401 - as above
+        return decide(make_allowlist(policy_with(*entries)), request).allowed
+
+    assert allowed(*hosts, new) == (allowed(*hosts) or allowed(new))
+
+
+@given(st.lists(ENTRIES, max_size=4), st.dictionaries(HOSTS, st.none() | st.just((443,)), max_size=3), REQUESTS)
+def test_a_denial_only_takes_away(hosts: Any, denied: Any, request: Request) -> None:  # noqa: ANN401 - as above
+    """With denials nothing more is allowed, and nothing that a denial lists."""
+    policy = policy_with(*hosts)
+    with_denials = decide(make_allowlist(policy, denied), request)
+    assert not with_denials.allowed or decide(make_allowlist(policy), request).allowed
+    only = policy_with(*((host, ports or (22, 80, 443)) for host, ports in denied.items()))
+    if denied and decide(make_allowlist(only), request).allowed:
+        assert not with_denials.allowed
+
+
+@given(st.lists(ENTRIES, max_size=4), st.sampled_from(["b.a.example.org", "faß.example", GOOD]), st.data())
+def test_spellings_of_one_host_decide_alike(hosts: Any, host: str, data: st.DataObject) -> None:  # noqa: ANN401 - as above
+    """Two spellings of one host get the same decision."""
+    spellings = {
+        "b.a.example.org": ["B.A.Example.org", "b.a.example.org.", "\uff42.a.example。org"],
+        "faß.example": ["xn--fa-hia.example", "FAẞ.EXAMPLE", "XN--FA-HIA.example."],
+        GOOD: [f"[::ffff:{GOOD}]", "[::FFFF:5db8:d70e]"],
+    }
+    policy = policy_with(*hosts)
+    other = data.draw(st.sampled_from(spellings[host]))
+    assert ask(policy, f"{host}:443") == ask(policy, f"{other}:443")
+
+
+@given(st.text(max_size=60), st.lists(st.text("abc.*-/:0159[]xn", min_size=1, max_size=20), max_size=3))
+def test_any_request_and_list_decide_or_are_our_error(text: str, hosts: list[str]) -> None:
+    """Any text as a request and as a list gives a decision or our error."""
+    try:
+        decision = ask(policy_with(*((host, (443,)) for host in hosts)), f"{text}:443")
+    except SandboxError:
+        return
+    assert decision.rule
+    assert decision.reason
