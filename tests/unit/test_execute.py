@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
@@ -207,11 +208,11 @@ Runs = Callable[..., Run]
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     """Phases of which the test is the guest, and the time."""
-    time = Time()
-    monkeypatch.setattr(execute, "Deadline", time)
-    monkeypatch.setattr(handshake, "Deadline", time)
+    clock = Time()
+    monkeypatch.setattr(execute, "Deadline", clock)
+    monkeypatch.setattr(handshake, "Deadline", clock)
     with contextlib.ExitStack() as stack:
-        yield lambda begun="cold", files=(): Run(begun, stack, time, files)
+        yield lambda begun="cold", files=(): Run(begun, stack, clock, files)
 
 
 def test_files_may_take_long_as_long_as_they_are_taken(runs: Runs) -> None:
@@ -262,6 +263,28 @@ def test_a_program_that_ended_while_we_stood_still_has_ended(runs: Runs) -> None
     assert os.fstat(run.stdout_fd).st_size == len(output)
 
 
+def test_what_a_program_said_in_time_may_come_in_many_pieces(runs: Runs) -> None:
+    """What was on its way while we stood still is taken however many reads it takes, as long as they take no time."""
+    run = runs()
+    run.begin()
+    run.guest.say(Kind.STARTED)
+    link = run.guest.connection.link
+    with run.standing_still(10 * WALL_S):
+        link.send_data(Stream.STDOUT, b".")
+        run.guest.flush()
+    for size in range(2, 22):
+        link.send_data(Stream.STDOUT, b".")
+        run.guest.flush()
+        for _ in range(6000):
+            if os.fstat(run.stdout_fd).st_size == size:
+                break
+            time.sleep(0.001)
+    run.guest.say(Kind.EXITED, **EXITED)
+    facts = run.result()
+    assert (facts.evidence.wait_status, facts.evidence.deadline_passed) == (0, False)
+    assert os.fstat(run.stdout_fd).st_size == 21
+
+
 def test_a_program_that_runs_on_is_ended_although_we_stood_still(runs: Runs) -> None:
     """A runner that is stopped beyond the deadline, and goes on, ends a program that has not ended."""
     run = runs()
@@ -279,24 +302,15 @@ def test_a_program_that_never_stops_writing_is_ended_at_its_deadline(runs: Runs)
     run = runs()
     run.begin()
     run.guest.say(Kind.STARTED)
-    link = run.guest.connection.link
-    stopped = threading.Event()
-
-    def write() -> None:
-        while not stopped.is_set():
-            link.send_data(Stream.STDOUT, bytes(WINDOW))
-            run.guest.flush()
-            event = run.guest.next()
-            if isinstance(event, Control):
-                assert event.kind is Kind.STOP
-                stopped.set()
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    with run.standing_still(WALL_S + 1):
-        pass
-    assert stopped.wait(60)
-    writer.join(60)
+    passes_s = WALL_S  # once it has taken what comes first
+    while True:
+        run.guest.connection.link.send_data(Stream.STDOUT, bytes(WINDOW))
+        run.guest.flush()
+        if isinstance(event := run.guest.next(), Control):
+            break
+        run.time.now += passes_s
+        passes_s = 0.05
+    assert event.kind is Kind.STOP
     run.guest.say(Kind.EXITED, **EXITED)
     assert run.result().evidence.deadline_passed
 

@@ -92,7 +92,14 @@ def test_an_unconfined_program_finds_its_files() -> None:
 def test_an_unconfined_program_gets_no_folder_of_the_host() -> None:
     """Folders of the host cannot be brought in without confinement: the job fails."""
     with pytest.raises(JobError):
-        Unconfined(3, "/state/files").adapt(BODY | {"mounts": [{"at": "/data"}]})
+        Unconfined(3, "/state/files").adapt(BODY | {"mounts": [{"tree": 128, "at": "/data"}]})
+
+
+def test_a_project_of_an_unconfined_program_lies_in_the_work_folder() -> None:
+    """A mount without a folder of the host becomes the job's own folder, and nothing is mounted."""
+    mounts = [{"tree": None, "at": "/project"}]
+    adapted = Unconfined(3, "/state/files").adapt(BODY | {"mounts": mounts, "cwd": "/project/src"})
+    assert (adapted["mounts"], adapted["cwd"]) == ([], "/state/files/work/src")
 
 
 @given(st.text())

@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     Say = Mapping[State, tuple[Kind, Mapping[str, object]]]
 
 _EXIT_S: Final = 5.0  # how long an instance whose channel has ended may take to end itself, so that we can say how
-# How often the channel is read once the time is up, and how long what is still on its way may take to follow.
-LATE_TURNS: Final = 8
-LATE_S: Final = 0.1
+_LATE_S: Final = 0.2  # how long what was said in time may take to arrive once the time is up
+
+
+def grace(deadline: Deadline) -> Deadline:
+    """Until when to read what was said before *deadline*, which has passed: longer if this process stood still."""
+    return Deadline.after(settings.STOPPED_S if deadline.missed() else _LATE_S)
 
 
 def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callable[[], object] | None = None) -> None:
@@ -79,7 +82,7 @@ class Talk:
 
     def until(self, wanted: State, deadline: Deadline, say: Say | None = None) -> Silence | None:
         """Talk until the state *wanted* is reached (None), or say why it was not. say: frames to send, by state."""
-        link, late_turns, late_s = self.connection.link, 0, 0.0
+        link, late = self.connection.link, None
         while link.state is not wanted:
             if say and (frame := say.get(link.state)):
                 link.send(*frame)
@@ -88,11 +91,10 @@ class Talk:
             wait_s = deadline.left_s() + 0.001
             if deadline.passed():
                 # What had come by then is taken first: it may be we who are late, stopped by Ctrl-Z or on a busy host.
-                wait_s = late_s
-                late_s = settings.STOPPED_S if deadline.missed() else LATE_S
-                late_turns += 1
+                wait_s = late.left_s() if late else 0.0
+                late = late or grace(deadline)
             ready = self._poll(wait_s)
-            if late_turns and (not ready or late_turns > LATE_TURNS):
+            if late and (not ready or late.passed()):
                 return Silence(kind="late", why="it did not answer in time", console_tail=self._instance.console_tail())
             for fd in ready:
                 if silence := self._ready(fd):

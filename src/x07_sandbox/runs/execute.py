@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.handshake import LATE_S, LATE_TURNS, polling, wait_for_exit
+from x07_sandbox.backends.handshake import grace, polling, wait_for_exit
 from x07_sandbox.channel.frames import DATA_MAX, DENIED_MAX, Kind, Stream
 from x07_sandbox.channel.link import Control, Data, Eof, Event, State
 from x07_sandbox.errors import PeerError
@@ -62,7 +62,7 @@ class Phase:
         self.usage: dict[str, Any] = {}
         self.refused: list[dict[str, Any]] = []
         self.over = False
-        self.late_turns, self.late_s = 0, 0.0
+        self.late: Deadline | None = None
         self.asked_to_stop = False
         self.sent = [0] * len(spec.files)
         self.input = bytearray()
@@ -132,12 +132,11 @@ class Phase:
         """Act on a deadline that has passed; whether this is the end."""
         # What had come by then is taken first: it may be we who are late, stopped by Ctrl-Z say, or on a busy host.
         if self.over or not self.deadline.passed():
-            self.late_turns = 0
+            self.late = None
             return self.over
-        if not self.late_turns:
-            self.late_s = settings.STOPPED_S if self.deadline.missed() else LATE_S
-        if self.late_turns < LATE_TURNS and self._has_come(self.late_s if self.late_turns else 0.0):
-            self.late_turns += 1
+        wait_s = self.late.left_s() if self.late else 0.0
+        self.late = self.late or grace(self.deadline)
+        if not self.late.passed() and self._has_come(wait_s):
             return False
         if self.asked_to_stop:
             self._end()
