@@ -98,8 +98,8 @@ def test_an_unconfined_program_gets_no_folder_of_the_host() -> None:
 def test_a_project_of_an_unconfined_program_lies_in_the_work_folder() -> None:
     """A mount without a folder of the host becomes the job's own folder, and nothing is mounted."""
     mounts = [{"tree": None, "at": "/project"}]
-    adapted = Unconfined(3, "/state/files").adapt(BODY | {"mounts": mounts, "cwd": "/project/src"})
-    assert (adapted["mounts"], adapted["cwd"]) == ([], "/state/files/work/src")
+    adapted = Unconfined(3, "/state/files").adapt(BODY | {"mounts": mounts, "cwd": "/project"})
+    assert (adapted["mounts"], adapted["cwd"]) == ([], "/state/files/work")
 
 
 @given(st.text())
