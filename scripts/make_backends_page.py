@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes docs/backends/README.md: which backend has which behaviour, from the list and the known gaps.
 
-python scripts/make_backends_page.py        in an environment that has x07-sandbox
+python -m scripts.make_backends_page        in an environment that has x07-sandbox
 """
 
 from __future__ import annotations

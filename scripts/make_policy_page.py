@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes the parts of docs/policy.md that come from the source: commands, fields, rules, templates, default policy.
 
-python scripts/make_policy_page.py        in an environment that has x07-sandbox
+python -m scripts.make_policy_page        in an environment that has x07-sandbox
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from scripts.pages import filled
 from x07_sandbox.cli.policy import EXIT_CODES
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.plan.features import vm_features
@@ -125,14 +126,7 @@ PARTS = {
 
 def render() -> str:
     """The page with these parts as the source has them now."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, made in PARTS.items():
-        start, end = f"<!-- {name} -->\n", "<!-- end -->"
-        before, found, rest = text.partition(start)
-        if not found or end not in rest:
-            raise SystemExit(f"{PAGE.name} has no place for {name}")
-        text = f"{before}{start}{made()}{rest[rest.index(end) :]}"
-    return text
+    return filled(PAGE, PARTS)
 
 
 if __name__ == "__main__":

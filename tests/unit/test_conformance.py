@@ -44,7 +44,7 @@ def test_each_behaviour_is_one_sentence_under_one_name() -> None:
 
 def test_the_page_of_backends_is_current() -> None:
     """docs/backends/README.md has every behaviour and every known gap as the source has them."""
-    assert render() == PAGE.read_text(encoding="utf-8"), "run: python scripts/make_backends_page.py"
+    assert render() == PAGE.read_text(encoding="utf-8"), "run: python -m scripts.make_backends_page"
 
 
 @pytest.mark.parametrize("name", ["os", "none"])

@@ -14,7 +14,7 @@ HELP = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--help"]
 def test_its_tables_are_those_of_the_source() -> None:
     """Every outcome stands there with its exit code and meaning, as the runner's own table has them."""
     text = PAGE.read_text(encoding="utf-8")
-    assert render() == text, "run: python scripts/make_outcomes_page.py"
+    assert render() == text, "run: python -m scripts.make_outcomes_page"
     assert all(f"| `{outcome}` | {row.exit} | `{row.fault}` | {row.doc} |" in text for outcome, row in OUTCOMES.items())
 
 

@@ -18,7 +18,7 @@ from x07_sandbox.policy.schema import fields, policy_schema, render_schema
 from x07_sandbox.policy.templates import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
-HINT = "run: x07 policy schema > schemas/run-os-policy.schema.json; python scripts/make_policy_page.py"
+HINT = "run: x07 policy schema > schemas/run-os-policy.schema.json; python -m scripts.make_policy_page"
 MIB = 1 << 20
 
 

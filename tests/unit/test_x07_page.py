@@ -18,7 +18,7 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 def test_its_tables_are_those_of_the_source() -> None:
     """Flags, backends and variables stand there as their tables have them."""
-    assert render() == TEXT, "run: python scripts/make_x07_page.py"
+    assert render() == TEXT, "run: python -m scripts.make_x07_page"
     assert all(f"`{name}`" in TEXT for name in VARIABLES)
     assert all(f"`{option.flag}" in TEXT for option in OPTIONS if not option.hidden)
 

@@ -1,0 +1,21 @@
+"""Pages of docs/ of which parts are made from the source. Each generator names its parts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+
+def filled(page: Path, parts: Mapping[str, Callable[[], str]]) -> str:
+    """The page with these parts, by name, as the source has them now. Raises SystemExit if it has no place for one."""
+    text = page.read_text(encoding="utf-8")
+    for name, made in parts.items():
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        before, found, rest = text.partition(start)
+        if not found or end not in rest:
+            raise SystemExit(f"{page.name} has no place for {name}")
+        text = f"{before}{start}{made()}{rest[rest.index(end) :]}"
+    return text
