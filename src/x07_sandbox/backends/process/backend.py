@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
 import re
@@ -19,11 +18,11 @@ from x07_sandbox.backends.handshake import Talk, greet
 from x07_sandbox.backends.process.agentcode import LIBSECCOMP, agent_code
 from x07_sandbox.backends.process.start import files_folder, remove_folder, start_confined, start_unconfined
 from x07_sandbox.backends.process.view import PYTHON
+from x07_sandbox.backends.proofs import proof_file
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.paths import cache_folder, replace_file
-from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.paths import replace_file
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
 from x07_sandbox.jail.cgroups import program_groups
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
@@ -231,7 +230,4 @@ def _version(path: str) -> tuple[int, ...]:
 
 def _verdict() -> Path:
     """Where it is kept that it works: for this boot, kernel, user, bubblewrap and agent. Raises HostError."""
-    info = Path(BWRAP).stat()
-    parts = [boot_id(), os.uname().release, os.geteuid(), info.st_ino, info.st_mtime_ns, agent_code(confined=True).name]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    return cache_folder("proofs") / f"{key}.json"
+    return proof_file(BWRAP, os.geteuid(), agent_code(confined=True).name)

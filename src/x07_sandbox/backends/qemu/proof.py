@@ -7,13 +7,13 @@ once, under a hard limit, and the verdict is remembered for this boot, kernel an
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import MachineKind
+from x07_sandbox.backends.proofs import proof_file
 from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
 from x07_sandbox.backends.qemu.timer import MISCALIBRATED, boots, miscalibrated
 from x07_sandbox.errors import HostError, SandboxError
@@ -21,8 +21,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_folder, replace_file
-from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.paths import replace_file
 from x07_sandbox.host.troubles import out_of_cpu_time
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
@@ -64,10 +63,7 @@ def known_verdict() -> tuple[bool, str] | None:
 
 def _record() -> Path:
     """Where the verdict for this boot, kernel and QEMU is kept. Raises HostError for a folder that cannot be used."""
-    info, host = Path(host_arch().qemu_binary).stat(), os.uname()
-    parts = [boot_id(), host.release, host.version, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    return cache_folder("proofs") / f"{key}.json"
+    return proof_file(host_arch().qemu_binary)
 
 
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[bool, str]:
