@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 
 OURS: Final = """
-backends.base backends.handshake backends.jailed backends.lease backends.qemu.backend backends.qemu.instance
-backends.qemu.machine backends.qemu.proof backends.qemu.start backends.qemu.template backends.qemu.timer
-backends.registry backends.selection
+backends.base backends.handshake backends.jailed backends.lease backends.proofs backends.qemu.backend
+backends.qemu.instance backends.qemu.machine backends.qemu.proof backends.qemu.start backends.qemu.template
+backends.qemu.timer backends.registry backends.selection
 channel.connection channel.frames channel.link
 cli.cancel cli.console cli.main cli.run cli.run_options cli.streams cli.usage
 errors
