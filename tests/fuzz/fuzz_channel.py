@@ -44,6 +44,7 @@ START: Final[dict[str, object]] = {
     "limits": {},
     "confine": {"threads": True, "spawn": True, "execute": True, "programs": None, "prefixes": []},
     "output": None,
+    "network": None,
 }
 DENIED: Final[dict[str, object]] = {
     "by": "kernel",

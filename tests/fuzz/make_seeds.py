@@ -9,13 +9,16 @@ first byte. The seeds below "found" are inputs that once broke a promise.
 from __future__ import annotations
 
 import stat
+import struct
 from pathlib import Path
 from typing import Final
 
 from tests.fuzz.fuzz_channel import DENIED, EXITED, NONCE, SEED, START
+from tests.fuzz.fuzz_client_hello import body, extension, hello, message, records, sni
 from tests.fuzz.fuzz_documents import BETWEEN, BUILT, result
 from tests.fuzz.fuzz_observed import POLICIES
 from tests.fuzz.fuzz_unpack import MOST_BYTES
+from x07_sandbox.channel import egress
 from x07_sandbox.channel.frames import PROTOCOL, WINDOW, Kind, Stream, encode, encode_body
 from x07_sandbox.channel.trees import Entry, segment
 from x07_sandbox.channel.trees import Kind as R
@@ -36,6 +39,7 @@ WARM: Final[dict[str, object]] = {
     "preload": [],
     "hostname": "x07",
     "output": True,
+    "network": False,
     "limits": {"fds": 256},
     "commands": [["/bin/true"]],
 }
@@ -148,6 +152,40 @@ def changes_seeds() -> dict[str, bytes]:
     }
 
 
+def dns_query(name: str, kind: int = 1, extra: bytes = b"", opts: int = 0) -> bytes:
+    """A query of class IN; extra: what follows the question, opts: how many records that is."""
+    header = struct.pack(">HHHHHH", 7, 0x0100, 1, 0, 0, opts)
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+    return header + labels + b"\0" + struct.pack(">HH", kind, 1) + extra
+
+
+def dns_seeds() -> dict[str, bytes]:
+    """Queries, some of them damaged, and TCP streams of queries; the first byte says how a stream is cut."""
+    opt = b"\0" + struct.pack(">HHIH", 41, 1232, 0, 0)
+    listed, wildcard = dns_query("example.org"), dns_query("a.B.example.net", 28, opt, 1)
+    reverse = dns_query("16.0.18.198.in-addr.arpa", 12)
+    header = struct.Struct(">HHHHHH")
+    queries = {
+        "listed": listed,
+        "wildcard": wildcard,
+        "unlisted": dns_query("evil.test", 65, opt, 1),
+        "localhost": dns_query("app.localhost", 28),
+        "later-edns": dns_query("example.org", 1, opt[:6] + b"\x01" + opt[7:], 1),
+        "two-opts": dns_query("example.org", 1, opt * 2, 2),
+        "other-class": listed[:-1] + b"\x03",
+        "other-opcode": b"\0\x07\x28\0" + listed[4:],
+        "an-answer": b"\0\x07\x81\x80" + listed[4:],
+        "two-questions": header.pack(7, 0x0100, 2, 0, 0, 0) + listed[12:] * 2,
+        "loop": header.pack(7, 0x0100, 1, 0, 0, 0) + b"\xc0\x0c\0\x01\0\x01",
+        "long-name": dns_query(".".join(["a" * 63] * 4)),
+        "odd-name": dns_query("a b.example.org"),
+        "cut-off": listed[:-3],
+    }
+    messages = (listed, wildcard, reverse, b"", reverse[:5])
+    stream = b"".join(struct.pack(">H", len(message)) + message for message in messages)
+    return {**{name: b"\x00" + query for name, query in queries.items()}, "stream": b"\x06" + stream + b"\xff"}
+
+
 def documents_seeds() -> dict[str, bytes]:
     """One of each document, which the first byte names, and what a program says that is no report."""
     manifest = b'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nfiles = ["*.py"]\nentry = "a.py"\n'
@@ -222,11 +260,115 @@ def patch_seeds() -> dict[str, bytes]:
     }
 
 
+def client_hello_seeds() -> dict[str, bytes]:
+    """First bytes of a connection; see `fuzz_client_hello` for the first byte."""
+    tls, literal, anything = b"\x06", b"\x46", b"\x83"
+    good = sni(b"a.example")
+    versions = extension(43, b"\x02\x03\x04")
+    return {
+        "good": tls + hello(good, versions) + b"\x17\x03\x03\x00\x01x",
+        "small-records": tls + records(message(body(good)), 1),
+        "upper-case": tls + hello(sni(b"A.EXAMPLE.")),
+        "other-name": tls + hello(sni(b"b.example")),
+        "no-name": tls + hello(versions),
+        "no-extensions": tls + records(message(body()[:-2])),
+        "two-names": tls + hello(sni(b"a.example", b"b.example")),
+        "two-extensions": tls + hello(good, good),
+        "ech": tls + hello(good, extension(0xFE0D, bytes(8))),
+        "too-large": tls + records(b"\x01\xff\xff\xff" + bytes(9)),
+        "trailing": tls + records(message(body(good) + b"x")),
+        "alert": tls + records(message(body(good)), 9)[:14] + b"\x15\x03\x01\x00\x02\x01\x00",
+        "literal": literal + hello(sni(b"denied.example")),
+        "literal-address": literal + hello(sni(b"192.0.2.7")),
+        "any-tls": anything + hello(sni(b"b.example")),
+        "any-postgres": anything + bytes.fromhex("0000000804d21630 0000000804d2162f") + hello(good),
+        "any-http": anything + b"GET /x HTTP/1.1\r\nHost: a.example\r\n\r\n",
+        "any-http2": anything + b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        "any-redis": anything + b"GET key\r\n",
+        "any-ssh": anything + b"SSH-2.0-OpenSSH_9.6 x\r\n",
+        "any-binary": anything + b"\x00\x00\x00\x54\x00\x03\x00\x00user\x00",
+    }
+
+
+def http_requests_seeds() -> dict[str, bytes]:
+    """Requests as programs send them, and such as only an enemy sends; see `fuzz_http_requests` for the first byte."""
+    refused, accepted, literal = b"\x06", b"\x86", b"\x46"
+    host = b" HTTP/1.1\r\nHost: a.example\r\n"
+    get = b"GET /x" + host + b"\r\n"
+    post = b"POST /x" + host
+    handshake = b"GET /w" + host + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    chunked = post + b"Transfer-Encoding: chunked\r\n\r\n"
+    return {
+        "get": refused + get * 3,
+        "old": refused + b"GET / HTTP/1.0\r\nhost:A.example.:80\r\n\r\n",
+        "absolute": refused + b"GET http://A.Example?x" + host + b"\r\n",
+        "absolute-other": refused + b"GET http://b.example/" + host + b"\r\n",
+        "length": refused + post + b"Content-Length: 3\r\nExpect: 100-continue\r\n\r\nabc" + get,
+        "chunked": refused + chunked + b"3;x=y\r\nabc\r\n0A\r\n0123456789\r\n0\r\nDigest: x\r\n\r\n" + get,
+        "chunk-footer": refused + chunked + b"3\r\nabcGET / HTTP/1.1\r\n",
+        "trailer-host": refused + chunked + b"0\r\nHost: b.example\r\n\r\n",
+        "both-lengths": refused + post + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "other-host": refused + get + get.replace(b"a.", b"b."),
+        "two-hosts": refused + get[:-2] + b"Host: a.example\r\n\r\n",
+        "folded": refused + get[:-2] + b"X: y\r\n z\r\n\r\n",
+        "bare-lf": refused + get.replace(b"\r\n", b"\n"),
+        "blank-before-colon": refused + b"GET / HTTP/1.1\r\nHost : a.example\r\n\r\n",
+        "connect": refused + b"CONNECT a.example:443" + host + b"\r\n",
+        "http2": refused + b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        "upgrade": refused + get[:-2] + b"Upgrade: h2c\r\nHTTP2-Settings: x\r\n\r\n",
+        "websocket": accepted + handshake + b"\x81\x05hello",
+        "websocket-refused": refused + handshake + get,
+        "literal": literal + get.replace(b"a.example", b"[2001:db8::1]:80") + get.replace(b"a.", b"denied."),
+    }
+
+
+def frame(kind: int, stream: int, payload: bytes = b"", code: int = 0) -> bytes:
+    """A frame of connections."""
+    return egress.HEADER.pack(kind, code, 0, stream, len(payload)) + payload
+
+
+def egress_seeds() -> dict[str, bytes]:
+    """Frames as relay and gate send them, and such as only an enemy sends; see `fuzz_egress` for the first byte."""
+    gate, gate_cut, stalled, guest = b"\x00", b"\x03\x00\x06\x12", b"\x41\x63", b"\x82\x08\x1f"
+
+    def ask(stream: int, transport: int = egress.TCP, host: bytes = b"a.example") -> bytes:
+        return frame(egress.OPEN, stream, struct.pack(">BH", transport, 443) + host)
+
+    opened, data, fin = frame(egress.OPENED, 1), frame(egress.DATA, 1, b"hello"), frame(egress.FIN, 1)
+    credit, reset = frame(egress.CREDIT, 1, struct.pack(">I", egress.WINDOW // 4)), frame(egress.RESET, 1)
+    datagrams = frame(egress.DATAGRAM, 2, b"x") + frame(egress.DATAGRAM, 2)
+    return {
+        "talk": gate_cut + ask(1) + ask(2, egress.UDP) + data + credit + datagrams + data + fin + credit,
+        "reset": gate + ask(1) + data + reset + data + ask(5) + frame(egress.DATA, 5, b"x"),
+        "stalled": stalled + ask(1) + data * 8,
+        "window": gate + ask(1) + frame(egress.DATA, 1, bytes(1500)) * 2,
+        "guest": guest + opened + data + credit + frame(egress.OPENED, 2) + datagrams + fin + reset,
+        "refused": guest + frame(egress.OPENED, 1, code=egress.POLICY) + data + frame(egress.RESET, 3, code=4),
+        "before-opened": guest + data,
+        "opened-twice": guest + opened * 2,
+        "open-twice": gate + ask(1) * 2,
+        "descending": gate + ask(7) + ask(6),
+        "never-opened": gate + ask(1) + frame(egress.DATA, 2, b"x"),
+        "too-much-credit": gate + ask(1) + credit * 5,
+        "no-credit": gate + ask(1) + frame(egress.CREDIT, 1, bytes(4)),
+        "other-transport": gate + ask(2, egress.UDP) + frame(egress.DATA, 2, b"x"),
+        "no-host": gate + ask(1, host=b""),
+        "long": gate + egress.HEADER.pack(egress.DATA, 0, 0, 1, 2**32 - 1) + b"x",
+        "wrong-side": gate + opened,
+        # What came after a fault was kept.
+        "found/kept-after-fault": gate + b"\xff" * 2000,
+    }
+
+
 MADE: Final = {
     "changes": changes_seeds,
     "channel": channel_seeds,
+    "client_hello": client_hello_seeds,
+    "dns": dns_seeds,
     "documents": documents_seeds,
+    "egress": egress_seeds,
     "hints": hints_seeds,
+    "http_requests": http_requests_seeds,
     "observed": observed_seeds,
     "patch": patch_seeds,
     "unpack": unpack_seeds,

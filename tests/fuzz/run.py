@@ -15,8 +15,12 @@ import atheris
 WATCHED: Final = {
     "changes": ["x07_sandbox.channel", "x07_sandbox.files"],
     "channel": ["x07_sandbox.channel"],
+    "client_hello": ["h11", "x07_sandbox.network"],
+    "dns": ["x07_sandbox.guest.dns"],
     "documents": ["x07_sandbox.policy", "x07_sandbox.programs", "x07_sandbox.reports", "tomllib"],
+    "egress": ["x07_sandbox.channel.egress"],
     "hints": ["x07_sandbox.plan"],
+    "http_requests": ["h11", "x07_sandbox.network"],
     "observed": ["x07_sandbox.plan"],
     "patch": ["x07_sandbox.files.patch"],
     "unpack": ["x07_sandbox.guest"],

@@ -11,7 +11,19 @@ from typing import Final
 import pytest
 
 from tests.conftest import FULL, need
-from tests.fuzz import fuzz_changes, fuzz_channel, fuzz_documents, fuzz_hints, fuzz_observed, fuzz_patch, fuzz_unpack
+from tests.fuzz import (
+    fuzz_changes,
+    fuzz_channel,
+    fuzz_client_hello,
+    fuzz_dns,
+    fuzz_documents,
+    fuzz_egress,
+    fuzz_hints,
+    fuzz_http_requests,
+    fuzz_observed,
+    fuzz_patch,
+    fuzz_unpack,
+)
 from tests.fuzz.make_seeds import SEEDS, channel_seeds, seeds
 from x07_sandbox.channel.frames import Kind
 
@@ -19,8 +31,12 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 TARGETS: Final = {
     "changes": fuzz_changes.one_input,
     "channel": fuzz_channel.one_input,
+    "client_hello": fuzz_client_hello.one_input,
+    "dns": fuzz_dns.one_input,
     "documents": fuzz_documents.one_input,
+    "egress": fuzz_egress.one_input,
     "hints": fuzz_hints.one_input,
+    "http_requests": fuzz_http_requests.one_input,
     "observed": fuzz_observed.one_input,
     "patch": fuzz_patch.one_input,
     "unpack": fuzz_unpack.one_input,

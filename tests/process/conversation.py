@@ -134,6 +134,7 @@ class Conversation:
             "limits": LIMITS | dict(program.limits),
             "confine": FREE | dict(program.confine),
             "output": program.output,
+            "network": None,
         }
         if any(mount["changes"] for mount in program.mounts):
             self.to_come.add(Stream.CHANGES)

@@ -40,6 +40,7 @@ FIELD_MEANING: Final = {
     "HELLO.protocol": "Number of the protocol that the agent speaks.",
     "WARM.preload": "List of texts: Python modules that it imports.",
     "WARM.hostname": "That of START, most likely: what is the same need not be done again.",
+    "WARM.network": "Whether START will list hosts.",
     "WARM.output": "Whether START will likely ask for a file.",
     "WARM.limits": "Those of START, most likely.",
     "WARM.commands": "List of lists of texts: programs of the image to be run once, so that the kernel has read them.",
@@ -61,6 +62,11 @@ FIELD_MEANING: Final = {
     "START.confine": "`{threads, spawn, execute, programs, prefixes, alone}`: what is allowed; programs and prefixes "
     "are lists of paths and of beginnings of paths, of what may be executed, or null and empty where no list counts; "
     "alone: whether nothing but the policy lies beside the program.",
+    "START.network": (
+        "What the egress relay is told, or null: `{names, wildcards, tcp, udp, routes}`; addresses that stand for "
+        "names, blocks of such addresses for names below a suffix, what may be asked for as `[first, last, ports]`, and "
+        "networks to route to the relay."
+    ),
     "START.output": "`{path, max_bytes}` of the one file that is wanted back, or null.",
     "DENIED.by": "Who refused it: `kernel` or `seccomp`.",
     "DENIED.call": "Name of the system call.",

@@ -30,7 +30,7 @@ from x07_sandbox.errors import ChannelUsageError, PeerError
 
 BODY: dict[Kind, dict[str, object]] = {
     Kind.HELLO: {"protocol": 1},
-    Kind.WARM: {"preload": [], "hostname": "x07", "output": False, "limits": {}, "commands": []},
+    Kind.WARM: {"preload": [], "hostname": "x07", "output": False, "network": False, "limits": {}, "commands": []},
     Kind.WARMED: {},
     Kind.SEED: SEED,
     Kind.SEEDED: {"nonce": NONCE},

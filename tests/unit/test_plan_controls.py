@@ -14,6 +14,7 @@ from x07_sandbox.plan.features import VM_HOLDS, Features
 from x07_sandbox.plan.rows import TABLE
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.schema import fields
 
 VM = Features(isolation="vm-emulated", own_kernel=True, can_hold=VM_HOLDS)
@@ -27,8 +28,8 @@ ADVISORY = {
 }
 
 
-def plan(**values: object) -> Plan:
-    """The plan in a VM for the default policy with values set by path (dots written as two underscores)."""
+def policy(**values: object) -> Policy:
+    """The default policy with values set by path (dots written as two underscores)."""
     made: dict[str, Any] = json.loads(render_policy(default_policy()))
     for path, value in values.items():
         *sections, name = path.split("__")
@@ -36,7 +37,12 @@ def plan(**values: object) -> Plan:
         for section in sections:
             holder = holder.setdefault(section, {})
         holder[name] = value
-    return make_plan(decode_policy(render_policy(made), source="p"), VM)
+    return decode_policy(render_policy(made), source="p")
+
+
+def plan(**values: object) -> Plan:
+    """The plan in a VM for such a policy."""
+    return make_plan(policy(**values), VM)
 
 
 def states(made: Plan, *names: str) -> set[str]:
@@ -82,19 +88,17 @@ def test_advice_is_advice_whatever_its_value() -> None:
         assert states(made, *advisory) == {"advisory"}
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("net.allow_hosts", [{"host": "example.org", "ports": [443]}]),
-        ("db.enabled", True),
-    ],
-)
-def test_what_cannot_be_given_yet_is_refused_by_name(field: str, value: object) -> None:
-    """Hosts and database servers are refused with the field, the part that is missing, and the line to change."""
-    made = plan(**{"db__drivers": SERVERS, "db__enabled": False, field.replace(".", "__"): value})
+HOSTS = [{"host": "example.org", "ports": [443]}]
+
+
+@pytest.mark.parametrize("fields", [{"net__allow_hosts": HOSTS}, {"db__enabled": True}])
+def test_what_a_backend_cannot_carry_is_refused_by_name(fields: dict[str, object]) -> None:
+    """Hosts, and database servers without hosts, are refused with the field, the reason, and the line to change."""
+    without = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"network"})
+    made = make_plan(policy(**({"db__drivers": SERVERS, "db__enabled": False} | fields)), without)
     (refusal,) = made.refusals
+    (field,) = [name.replace("__", ".") for name in fields]
     assert refusal.field == field
-    assert refusal.why.startswith("this version cannot yet give a program ")
     assert refusal.why.endswith(f": {field}")
     assert refusal.how_to_allow.json_path == f"$.{field}"
     assert refusal.how_to_allow.value in ([], False)
@@ -103,9 +107,37 @@ def test_what_cannot_be_given_yet_is_refused_by_name(field: str, value: object) 
         made.require()
 
 
+def test_hosts_are_held_by_the_egress_gate() -> None:
+    """Where connections can be carried, every switch of the network and every host is enforced by the gate."""
+    made = plan(net__allow_hosts=HOSTS)
+    assert made.refusals == ()
+    names = ("enabled", "allow_dns", "allow_tcp", "allow_udp", "allow_hosts")
+    controls = [control for control in made.controls if control.field in {f"net.{name}" for name in names}]
+    assert {(control.state, control.by) for control in controls} == {("enforced", "the egress gate")}
+
+
+def test_a_plan_says_where_refused_connections_are_reset() -> None:
+    """Where the first packet cannot wait for the gate, the plan says that connect() succeeds at first."""
+    weaker = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"held-connections"})
+    for features, said in ((VM, False), (weaker, True)):
+        made = make_plan(policy(net__allow_hosts=HOSTS), features)
+        (control,) = [control for control in made.controls if control.field == "net.allow_hosts"]
+        assert ("the connection is reset" in control.why) is said
+
+
+def test_database_servers_join_the_hosts() -> None:
+    """Servers of db.net are reached where hosts are listed too; otherwise they are refused, and the plan says why."""
+    joined = plan(db__drivers=SERVERS, db__enabled=True, net__allow_hosts=HOSTS)
+    assert joined.refusals == ()
+    assert states(joined, "db.net.allow_dns") == {"enforced"}
+    (refusal,) = plan(db__drivers=SERVERS, db__enabled=True).refusals
+    assert "net.allow_hosts is not empty" in refusal.why
+
+
 def test_refusals_are_told_all_at_once() -> None:
     """A policy that asks for several missing things hears of each, and of the flags that were given for them only."""
-    made = plan(fs__read_roots=["/usr"], net__allow_hosts=[{"host": "a", "ports": [1]}])
+    without = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"network"})
+    made = make_plan(policy(fs__read_roots=["/usr"], net__allow_hosts=[{"host": "a", "ports": [1]}]), without)
     assert [refusal.field for refusal in made.refusals] == ["fs.read_roots", "net.allow_hosts"]
     with pytest.raises(RefusedError) as told:
         made.require()

@@ -87,11 +87,9 @@ def test_no_folder_is_opened_that_the_policy_does_not_name(policy: Policy) -> No
 
 
 @given(policies())
-def test_every_field_has_one_answer_and_no_host_is_granted(policy: Policy) -> None:
+def test_every_field_has_one_answer(policy: Policy) -> None:
     """Each field of the policy has just one control; what cannot be given is refused, and then nothing runs."""
     plan = make_plan(policy, vm_features("vm-emulated"))
     assert [control.field for control in plan.controls] == list(leaf_values(policy))
     refused = {control.field for control in plan.controls if control.state == "refused"}
     assert refused <= {refusal.field for refusal in plan.refusals}
-    if policy.net.enabled and policy.net.allow_hosts:
-        assert "net.allow_hosts" in refused

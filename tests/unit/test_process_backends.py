@@ -33,6 +33,7 @@ def sandbox(**changed: Any) -> list[str]:  # noqa: ANN401 - fields of Sandbox
         "agent_fd": 10,
         "file_fds": dict.fromkeys(FILES, 11),
         "channel_fd": 12,
+        "net_fd": 13,
         "scratch_bytes": 4096,
         "groups": {},
         "lock_fd": None,
@@ -66,7 +67,7 @@ def test_nothing_is_shared(word: str) -> None:
 def test_the_agent_carries_the_mark() -> None:
     """The agent's own arguments have the mark, by which it is known as ours."""
     argv = sandbox()
-    assert argv[argv.index("--") + 1 :][-4:] == [AGENT, "os", "12", "0123"]
+    assert argv[argv.index("--") + 1 :][-5:] == [AGENT, "os", "12", "13", "0123"]
 
 
 def test_root_runs_all_of_it_as_another_user() -> None:
@@ -111,7 +112,7 @@ def test_words_without_our_paths_stay(word: str) -> None:
 
 def test_the_agent_refuses_a_platform_that_it_does_not_know() -> None:
     """A command line that says nothing known starts nothing."""
-    assert isinstance(named(["os", "3", "mark"]), Confined)
+    assert isinstance(named(["os", "3", "4", "mark"]), Confined)
     assert isinstance(named(["none", "3", "/f", "mark"]), Unconfined)
     for words in (["os"], ["vm", "3", "mark"], ["none", "3", "mark"]):
         with pytest.raises(JobError):

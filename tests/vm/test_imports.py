@@ -33,6 +33,7 @@ host.mounts host.paths host.processes host.settings host.threads host.troubles h
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.libraries jail.seccomp jail.uids
 jobs.admission jobs.launcher jobs.record
+network.account
 plan.confinement plan.controls plan.denials plan.features plan.outcomes plan.rows plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 programs.artifacts programs.toolchains

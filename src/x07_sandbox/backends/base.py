@@ -36,11 +36,15 @@ class Availability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
-    """All jobs of one kind may be clones of one saved machine. ram_bytes: plan/sizes. runtime: "build" or "run"."""
+    """All jobs of one kind may be clones of one saved machine. ram_bytes: plan/sizes. runtime: "build" or "run".
+
+    network: whether the program may have connections.
+    """
 
     image: OpenImage | None
     ram_bytes: int
     runtime: str = "run"
+    network: bool = False
 
     @property
     def image_digest(self) -> str:
@@ -48,9 +52,9 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
         return "" if self.image is None else self.image.manifest.digest
 
     @property
-    def key(self) -> tuple[str, int, str]:
+    def key(self) -> tuple[str, int, str, bool]:
         """Identifies the kind in any process."""
-        return self.image_digest, self.ram_bytes, self.runtime
+        return self.image_digest, self.ram_bytes, self.runtime, self.network
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

@@ -94,7 +94,14 @@ _ID = Shape("bytes", lo=16, hi=16)
 
 BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.HELLO: {"protocol": Shape("int", 1, 2**31)},
-    Kind.WARM: {"preload": _ANY, "hostname": _HOST_NAME, "output": _BOOL, "limits": _ANY, "commands": _ANY},
+    Kind.WARM: {
+        "preload": _ANY,
+        "hostname": _HOST_NAME,
+        "output": _BOOL,
+        "network": _BOOL,
+        "limits": _ANY,
+        "commands": _ANY,
+    },
     Kind.WARMED: {},
     Kind.SEED: {"unix_ns": _COUNT, "entropy": Shape("bytes", lo=64, hi=64), "nonce": _ID, "machine_id": _ID},
     Kind.SEEDED: {"nonce": _ID},
@@ -104,7 +111,7 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
         "phase": Shape("text", lo=1, hi=16),
         **dict.fromkeys(("argv", "env"), _ANY),
         "cwd": Shape("text", lo=1, hi=4096),
-        **dict.fromkeys(("files", "mounts", "limits", "confine", "output"), _ANY),
+        **dict.fromkeys(("files", "mounts", "limits", "confine", "output", "network"), _ANY),
     },
     Kind.STARTED: {},
     Kind.STOP: {},

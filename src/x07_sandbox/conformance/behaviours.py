@@ -30,11 +30,12 @@ from x07_sandbox.host.processes import own_identity
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jobs.record import Claim, new_run_id
 from x07_sandbox.plan.sizes import RAM_CLASSES
+from x07_sandbox.policy.model import HostPorts
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
 
-Group = Literal["channel", "files", "outcome", "deadline", "stop", "limits", "isolation", "images", "roots"]
+Group = Literal["channel", "files", "outcome", "deadline", "stop", "limits", "isolation", "network", "images", "roots"]
 Facts = dict[str, Any]
 Check = Callable[[Bench], None]
 WITHOUT_GAPS: Final[frozenset[Group]] = frozenset({"channel", "files", "outcome", "deadline", "stop"})
@@ -301,6 +302,7 @@ tried(os.execv, "/bin/echo", ["echo", "executed"])
 """
 _FIELDS: Final = {  # that stand for a capability which is no field itself
     "no-network": "net.enabled",
+    "network": "net.allow_hosts",
     "no-host-files": "fs.enabled",
     "no-host-variables": "env.enabled",
     "confinement": "process.max_live",
@@ -317,6 +319,32 @@ def _dared(bench: Bench) -> Facts:
     policy = policy_with(threads={"enabled": False}, process=process)
     started, *executed = bench.output(_DARE, policy=policy).splitlines()
     return {"tasks started": json.loads(started), "programs executed": executed}
+
+
+_CONNECT: Final = """
+import socket
+said = {}
+for name, host in (("listed", "x07-conform.invalid"), ("unlisted", "unlisted.example"), ("special", "10.255.255.1")):
+    with socket.socket() as sock:
+        sock.settimeout(20)
+        try:
+            sock.connect((host, 80))
+            said[name] = "connected"
+        except OSError as exc:
+            said[name] = "unknown" if isinstance(exc, socket.gaierror) else "refused"
+print(json.dumps(said))
+"""
+
+
+def _connected(bench: Bench) -> Facts:
+    """A name that no address has, a name that no policy lists, and a listed address that the gate refuses."""
+    hosts = tuple(HostPorts(host=host, ports=(80,)) for host in ("x07-conform.invalid", "10.255.255.1"))
+    result = bench.run(_CONNECT, policy=policy_with(net={"allow_hosts": hosts}))
+    expect(_END, ("ok", 0), _end(result))
+    net = result.net
+    rows = [] if net is None else [*net.failed, *net.denied]
+    facts: Facts = json.loads(result.stdout.data)
+    return facts | {"the gate saw": sorted(row.host for row in rows)}
 
 
 def _honest_plan(bench: Bench) -> None:
@@ -446,6 +474,13 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
         ("no-execution", "A policy without execution is kept.", _fact(_dared, "programs executed", [])),
         ("honest-plan", "The plan does not say `enforced` of a known gap.", _honest_plan),
     ),
+    "network": (
+        ("unlisted-name", "A name that no policy lists is unknown.", _fact(_connected, "unlisted", "unknown")),
+        ("gate-asked", "The gate decides about each connection to a listed host.",
+            _fact(_connected, "the gate saw", ["10.255.255.1", "x07-conform.invalid"])),
+        ("connect-fails", "A program's connect() fails where the gate refuses.",
+            _fact(_connected, "special", "refused")),
+    ),
     "images": (
         ("image-digest", "The result names the image by its digest.",
             lambda bench: expect("digest", bench.image_digest, bench.once(_echoed)["image"])),
@@ -464,6 +499,7 @@ _NEEDS: Final = {
     "cpu": "limits.cpu_ms", "memory": "limits.mem_bytes", "descriptors": "limits.fds", "tasks": "limits.procs",
     "core-dumps": "limits.core_dumps", "no-network": "no-network", "no-host-servers": "no-network",
     "no-host-files": "no-host-files", "no-host-variables": "no-host-variables", "no-more-tasks": "confinement",
+    "unlisted-name": "network", "gate-asked": "network", "connect-fails": "held-connections",
     "no-execution": "confinement", "read-root": "host-files", "write-root": "host-files", "out-folder": "host-files",
 }  # fmt: skip
 BEHAVIOURS: Final = tuple(

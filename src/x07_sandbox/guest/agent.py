@@ -101,7 +101,9 @@ class Agent:
                 self.machine_id = event.body["machine_id"]
                 self.link.send(Kind.SEEDED, {"nonce": event.body["nonce"]})
             elif event.kind is Kind.START:
-                self.place = self.place or Place(self.platform)
+                network = event.body["network"]
+                self.place = self.place or Place(self.platform, network=network is not None)
+                self.place.admit(network)
                 body = self.platform.adapt(event.body)
                 self.job = Job(self.link, self.machine_id, body, self.place, self.audit, self._fail)
                 self.job.begin_if_complete()
@@ -121,9 +123,13 @@ class Agent:
             self.job = None
             self.place.close()
         limits = body["limits"]
-        self.place = place = Place(self.platform, first=first, interpreter=True, preload=body["preload"])
+        self.place = place = Place(
+            self.platform, first=first, interpreter=True, preload=body["preload"], network=body["network"]
+        )
         place.prepare(orders(limits, body["hostname"], place.spare_cpu_s, out_writable=body["output"]))
         place.measure()
+        if place.relay is not None:
+            place.relay.wait_built()
         place.group.limit(mem_bytes=max(limits["mem_bytes"], place.waiting_bytes), tasks=limits["tasks"])
         for argv in body["commands"]:
             _run_quietly(argv)

@@ -25,6 +25,7 @@ PROGRAM_PID: Final = 2  # in the namespace of which our init is the first proces
 UID: Final = 65532  # fixed, in the image's passwd; holds nothing in the guest
 ROOT: Final = "/run/x07/root"
 MACHINE_ID: Final = "/run/x07/machine-id"
+RESOLV_CONF: Final = "/run/x07/resolv.conf"
 SCRATCH: Final = "/run/x07/scratch"
 MEMORY: Final = "/run/x07/memory"
 _ENTRIES: Final = 4096  # an archive of small files cannot hold more: a header has 110 bytes
@@ -41,6 +42,7 @@ class World(NamedTuple):
     namespaces: whether the program has its own.
     interpreter: whether a Python interpreter waits to become the program. preload: what it has imported by then.
     base_filter, quiet_filter: seccomp, for every program. readable: of the image, what holds no programs.
+    network: whether names are looked up at the relay.
     """
 
     netns_fd: int
@@ -52,6 +54,7 @@ class World(NamedTuple):
     readable: list[str]
     group_kills: bool
     namespaces: bool
+    network: bool
 
 
 class Orders(NamedTuple):
@@ -172,6 +175,8 @@ def _temporary(world: World) -> None:
         with open(f"{ROOT}{interpreter.FOLDER}/sitecustomize.py", "x", encoding="utf-8") as file:
             file.write(interpreter.hook(world.preload))
     system.bind(MACHINE_ID, f"{ROOT}/etc/machine-id", system.MS_RDONLY)
+    if world.network:
+        system.bind(RESOLV_CONF, f"{ROOT}/etc/resolv.conf", system.MS_RDONLY)
     _remount(f"{ROOT}/run", system.MS_RDONLY)
     system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", read_only, "mode=0755,size=4k")
 

@@ -16,7 +16,7 @@ import struct
 from typing import NamedTuple, NoReturn
 
 from x07_sandbox.guest import confine, interpreter, restrict
-from x07_sandbox.guest.system import children_of, read_all
+from x07_sandbox.guest.system import children_of, only_descriptors, read_all
 
 READY = b"R"  # from the program's process: it waits for its start; from init: the orders are carried out
 EXITED = b"X"  # then u32: the wait status as waitpid(2) gives it
@@ -48,7 +48,7 @@ def run_init(world: confine.World, ends: Ends, measures: confine.Measures) -> No
     """Be the init of a program whose orders come later. Never returns."""
     try:
         os.setsid()
-        _only_descriptors(*ends.of_program(), ends.orders_fd, ends.report_fd, world.netns_fd, *world.procs_fds)
+        only_descriptors(*ends.of_program(), ends.orders_fd, ends.report_fd, world.netns_fd, *world.procs_fds)
         confine.apply(measures.world, world)
         program = os.fork()
         if program == 0:
@@ -160,21 +160,6 @@ def _become(world: confine.World, ends: Ends, measures: confine.Measures) -> NoR
         os.write(told_fd, told.encode("utf-8", "backslashreplace"))
     finally:
         os._exit(127)
-
-
-def _only_descriptors(*keep: int) -> None:
-    """Close every descriptor but those: the agent's channel above all."""
-    null = os.open("/dev/null", os.O_RDWR)
-    for target in (0, 1, 2):
-        if target not in keep:
-            os.dup2(null, target)
-    kept = {0, 1, 2, *keep}
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in kept:
-            try:
-                os.close(int(name))
-            except OSError:
-                continue  # the descriptor of the listing itself
 
 
 def _report_failure(report_fd: int, stage: str, number: int, message: str) -> None:

@@ -16,6 +16,7 @@ from x07_sandbox.channel.link import Data, Eof, Event, Link, State
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, init
+from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.execution import Execution
 from x07_sandbox.guest.files import IncomingFiles
 from x07_sandbox.guest.mounts import Names, mount_all
@@ -24,7 +25,6 @@ from x07_sandbox.guest.trees import changes
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
-    from x07_sandbox.guest.errors import JobError
 
     Fail = Callable[[JobError], None]
 
@@ -171,7 +171,7 @@ class Job:
 
     def register(self, poll: select.poll) -> None:
         """Name the descriptors to wait for."""
-        for fd in (self.report_fd, self.told_fd):
+        for fd in (self.report_fd, self.told_fd, self._relay_fd()):
             if fd >= 0:
                 poll.register(fd, select.POLLIN)
         if self.link.state is State.RUNNING:
@@ -183,6 +183,11 @@ class Job:
         if self.stdin_fd >= 0 and self.held:
             poll.register(self.stdin_fd, select.POLLOUT)
 
+    def _relay_fd(self) -> int:
+        """What tells of the relay's end, while the program runs."""
+        running = self.started and self.place.relay is not None and self.link.state is State.RUNNING
+        return self.place.relay.told_fd if running and self.place.relay is not None else -1
+
     def handle(self, fd: int, mask: int) -> None:
         """One of those descriptors is ready."""
         if fd == self.report_fd:
@@ -191,6 +196,10 @@ class Job:
             self._take_told()
         elif fd == self.audit.fd:
             self.audit.take()
+        elif fd == self._relay_fd():
+            assert self.place.relay is not None  # noqa: S101 - for the type checker
+            said = self.place.relay.take_end()
+            self.fail(JobError("relay", 0, said))
         elif fd in self.fds:
             # In one turn init may have ended without a report: after FAILED nothing more of the program is carried.
             if self.link.state is State.RUNNING:

@@ -6,7 +6,8 @@ import contextlib
 import os
 import select
 import time
-from typing import Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.guest import confine, filters, system
 from x07_sandbox.guest.audit import Audit
@@ -15,7 +16,12 @@ from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.platform import Platform
 from x07_sandbox.guest.system import write_file
 
+if TYPE_CHECKING:
+    from x07_sandbox.guest.relay_process import RelayProcess
+
 PORT: Final = "x07.0"
+NET_PORT: Final = "x07.net"
+_NET_MODULES: Final = "/run/x07/modules"
 SCRATCH_SERIAL: Final = "x07scratch"
 
 # Parts of the guest's kernel that no program here needs and many attacks used.
@@ -68,6 +74,14 @@ class Machine(Platform):
         flags = system.MS_NODEV | system.MS_NOSUID
         system.mount(_disk(SCRATCH_SERIAL), self.scratch, "ext4", system.MS_NOATIME | flags, "noinit_itable")
         confine.mount_memory()
+
+    def relay(self, netns_fd: int) -> RelayProcess:
+        """One that opens the virtio port of its own, and holds first packets."""
+        from x07_sandbox.guest.relay_process import RelayProcess
+
+        for name in sorted(os.listdir(_NET_MODULES)):  # their names begin with their place in the order
+            system.load_module(f"{_NET_MODULES}/{name}")
+        return RelayProcess(netns_fd, partial(open_port, NET_PORT), hold=True)
 
     def audit(self) -> Audit:
         """The audit of this kernel."""

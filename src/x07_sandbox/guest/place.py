@@ -7,7 +7,7 @@ import json
 import marshal
 import os
 import signal
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from x07_sandbox.guest import confine, filters, init, interpreter, restrict, system
 from x07_sandbox.guest.errors import JobError
@@ -43,6 +43,7 @@ class Place:
 
     first: whether it is the first of this machine; before another is made, the last one is closed.
     interpreter: whether the process that waits is a started Python. preload: modules that it has imported.
+    network: whether the program may have connections, so that there is a relay.
     init: process id of the first process of its namespaces. report_fd: what init says.
     told_fd: what the program's process says before it is the program; its end means that it is.
     in_memory_fds: the program's folders in memory, once the place is prepared.
@@ -55,12 +56,15 @@ class Place:
         first: bool = True,
         interpreter: bool = False,
         preload: list[str] | None = None,
+        network: bool = False,
     ) -> None:
         self.platform = platform
         if first:
             platform.make_folders()
             with open(platform.machine_id, "x", encoding="ascii"):
                 pass  # filled when it is known
+            if network:
+                platform.make_resolv_conf()
         self.group = platform.group()
         self._interpreter = interpreter
         self._preload = bool(preload)
@@ -92,7 +96,9 @@ class Place:
             readable=filters.readable_places() if platform.filtered else [],
             group_kills=self.group.KILLS,
             namespaces=platform.namespaces,
+            network=network,
         )
+        self.relay = None if not network else platform.relay(world.netns_fd)
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         if platform.namespaces:
             os.unshare(os.CLONE_NEWPID)  # for the next child only: it becomes PID 1 of the program's namespace
@@ -105,6 +111,17 @@ class Place:
             os.close(fd)
         if world.netns_fd >= 0:
             os.close(world.netns_fd)
+
+    def admit(self, network: dict[str, Any] | None) -> None:
+        """Tell the relay what a policy lists, as START carries it; None for nothing. Raises JobError.
+
+        `start` waits until it is done.
+        """
+        if (network is None) != (self.relay is None):
+            raise JobError("relay", 0, "this place was not made for such a job")
+        if self.relay is not None and network is not None:
+            self.relay.wait_built()
+            self.relay.admit(network)
 
     def prepare(self, orders: confine.Orders) -> None:
         """Wait until the program's process waits, and have init make what depends on the job. Raises JobError.
@@ -156,7 +173,9 @@ class Place:
         )
 
     def start(self, argv: list[str], env: dict[str, str], cwd: str, limits: Limits) -> None:
-        """Let the process become the program; `told_fd` and `report_fd` say how that goes."""
+        """Let the process become the program; `told_fd` and `report_fd` say how that goes. Raises JobError."""
+        if self.relay is not None:
+            self.relay.wait_admitted()
         os.close(self._orders_fd)
         become = self.becomes(argv, env, limits)
         name = filters.filter_name(threads=limits.threads, spawn=limits.spawn, execute=limits.execute)
@@ -193,6 +212,8 @@ class Place:
         """End what is left of it, and remove what it wrote, so that another can be made in the same machine."""
         import shutil
 
+        if self.relay is not None:
+            self.relay.close()
         os.kill(self.init, signal.SIGKILL)
         os.waitpid(self.init, 0)
         for fd in (self._machine_id_fd, *self.in_memory_fds):

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.confine import Measures
+    from x07_sandbox.guest.relay_process import RelayProcess
 
 
 class Platform(ABC):
@@ -36,6 +37,17 @@ class Platform(ABC):
     @abstractmethod
     def make_folders(self) -> None:
         """Make `scratch`, `memory`, and the folder of `machine_id`, once. Raises OSError, JobError."""
+
+    @abstractmethod
+    def relay(self, netns_fd: int) -> RelayProcess:
+        """Start the relay in a network namespace. Raises OSError, JobError."""
+
+    def make_resolv_conf(self) -> None:
+        """Write the file that a program with connections has as /etc/resolv.conf, once. Raises OSError."""
+        from x07_sandbox.guest import confine, firewall
+
+        with open(confine.RESOLV_CONF, "x", encoding="ascii") as file:
+            file.write(firewall.RESOLV_CONF)
 
     @abstractmethod
     def audit(self) -> Audit | NoAudit:

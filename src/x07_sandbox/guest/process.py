@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.audit import NoAudit
@@ -19,6 +19,9 @@ from x07_sandbox.guest.cgroup import NoGroup, given_group
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.platform import Platform
 from x07_sandbox.guest.system import children_of, write_file
+
+if TYPE_CHECKING:
+    from x07_sandbox.guest.relay_process import RelayProcess
 
 GROUP: Final = "/run/x07/cgroup"  # where the host puts control groups for the program, where it has any
 # The first versions of Landlock (landlock(7)) that let files be moved from folder to folder, and that have scopes.
@@ -95,13 +98,25 @@ class _Guest(Platform):
 
     program_uid = None
 
-    def __init__(self, channel_fd: int) -> None:
+    def __init__(self, channel_fd: int, net_fd: int = -1) -> None:
         self._channel_fd = channel_fd
+        self._net_fd = net_fd
 
     def open_channel(self) -> int:
         """Keep the channel from what is executed."""
-        os.set_inheritable(self._channel_fd, False)  # noqa: FBT003 - it takes no names
+        for fd in (self._channel_fd, self._net_fd):
+            if fd >= 0:
+                os.set_inheritable(fd, False)  # noqa: FBT003 - it takes no names
         return self._channel_fd
+
+    def relay(self, netns_fd: int) -> RelayProcess:
+        """One that has an inherited stream. First packets are not held: the host's kernel may not be able to."""
+        from x07_sandbox.guest.relay_process import RelayProcess
+
+        if self._net_fd < 0:
+            raise JobError("relay", 0, "this backend carries no connections")
+        os.set_blocking(self._net_fd, False)
+        return RelayProcess(netns_fd, lambda: self._net_fd, (self._net_fd,), hold=False)
 
     def audit(self) -> NoAudit:
         """None: the kernel's audit is the host's."""
@@ -207,13 +222,13 @@ class Unconfined(_Guest):
 
 
 def named(words: list[str]) -> Platform:
-    """What the command line says: `os FD` or `none FD FOLDER`; a last word, which tells whose it is, is not looked at.
+    """What the command line says: `os FD NET_FD` or `none FD FOLDER`; a last word tells whose it is, and is not used.
 
     Raises JobError.
     """
     match words:
-        case ["os", fd, _]:
-            return Confined(int(fd))
+        case ["os", fd, net_fd, _]:
+            return Confined(int(fd), int(net_fd))
         case ["none", fd, folder, _]:
             return Unconfined(int(fd), folder)
         case _:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import socket
@@ -52,7 +53,9 @@ _LANDLOCK_CREATE_RULESET: Final = 444
 _LANDLOCK_ADD_RULE: Final = 445
 _LANDLOCK_RULE_PATH_BENEATH: Final = 1
 
-_PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}  # syscall numbers: glibc has no wrapper
+# Syscall numbers: glibc has no wrapper.
+_PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}
+_FINIT_MODULE: Final = {"x86_64": 313, "aarch64": 273}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -147,6 +150,17 @@ def landlock_allow(ruleset_fd: int, path: str, files: int) -> None:
         os.close(fd)
 
 
+def load_module(path: str) -> None:
+    """Load a module of the kernel; nothing where it is there already. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        result = _libc.syscall(_FINIT_MODULE[os.uname().machine], fd, b"", 0)
+        if result < 0 and ctypes.get_errno() != errno.EEXIST:
+            _check(result, path)
+    finally:
+        os.close(fd)
+
+
 def add_entropy(random_fd: int, seed: bytes) -> None:
     """Mix *seed* into the kernel's pool, credit it, and reseed at once (random(4)). random_fd: /dev/urandom, open."""
     fcntl.ioctl(random_fd, _RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
@@ -197,6 +211,21 @@ def children_of(pid: int) -> list[int]:
     except (FileNotFoundError, ProcessLookupError):
         pass
     return found
+
+
+def only_descriptors(*keep: int) -> None:
+    """Close every descriptor but those: the agent's channel above all; the standard ones lead nowhere."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for target in (0, 1, 2):
+        if target not in keep:
+            os.dup2(null, target)
+    kept = {0, 1, 2, *keep}
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            try:
+                os.close(int(name))
+            except OSError:
+                continue  # the descriptor of the listing itself
 
 
 def loopback_up() -> None:

@@ -33,28 +33,53 @@ class Arch(msgspec.Struct, frozen=True, kw_only=True):
     tested: bool
 
 
-# Numbers of the system calls that the jail's filter and its supervisor name, and the guest (a test compares them with
+# Numbers of the system calls that the jail's filters and its supervisor name, and the guest (a test compares them with
 # libseccomp's, another the guest's own with these).
 # fmt: off
 _X86_64_CALLS = {
-    "add_key": 248, "bpf": 321, "capset": 126, "chroot": 161, "clone": 56, "clone3": 435, "close_range": 436,
-    "execve": 59, "fanotify_init": 300, "fcntl": 72, "flock": 73, "fork": 57, "fsconfig": 431, "fsmount": 432,
-    "fsopen": 430, "fspick": 433, "inotify_init": 253, "inotify_init1": 294, "io_setup": 206, "io_uring_setup": 425,
-    "kcmp": 312, "keyctl": 250, "memfd_create": 319, "memfd_secret": 447, "mount": 165, "mount_setattr": 442,
-    "move_mount": 429, "msgget": 68, "open_by_handle_at": 304, "open_tree": 428, "perf_event_open": 298,
-    "pidfd_getfd": 438, "pivot_root": 155, "prctl": 157, "process_vm_readv": 310, "process_vm_writev": 311,
-    "ptrace": 101, "request_key": 249, "rt_sigprocmask": 14, "rt_sigtimedwait": 128, "seccomp": 317, "semget": 64,
-    "setns": 308, "shmget": 29, "socket": 41, "umount2": 166, "unshare": 272, "userfaultfd": 323, "vfork": 58,
+    "access": 21, "add_key": 248, "bind": 49, "bpf": 321, "brk": 12, "capset": 126, "chroot": 161, "clock_getres": 229,
+    "clock_gettime": 228, "clock_nanosleep": 230, "clone": 56, "clone3": 435, "close": 3, "close_range": 436,
+    "connect": 42, "dup": 32, "dup3": 292, "epoll_create1": 291, "epoll_ctl": 233, "epoll_pwait": 281,
+    "epoll_pwait2": 441, "epoll_wait": 232, "execve": 59, "exit": 60, "exit_group": 231, "faccessat": 269,
+    "faccessat2": 439, "fanotify_init": 300, "fcntl": 72, "fdatasync": 75, "flock": 73, "fork": 57, "fsconfig": 431,
+    "fsmount": 432, "fsopen": 430, "fspick": 433, "fstat": 5, "fsync": 74, "ftruncate": 77, "futex": 202, "getcwd": 79,
+    "getdents64": 217, "getegid": 108, "geteuid": 107, "getgid": 104, "getgroups": 115, "getpeername": 52, "getpid": 39,
+    "getppid": 110, "getrandom": 318, "getresgid": 120, "getresuid": 118, "getrusage": 98, "getsockname": 51,
+    "getsockopt": 55, "gettid": 186, "gettimeofday": 96, "getuid": 102, "inotify_init": 253, "inotify_init1": 294,
+    "io_setup": 206, "io_uring_setup": 425, "ioctl": 16, "kcmp": 312, "keyctl": 250, "lseek": 8, "lstat": 6,
+    "madvise": 28, "memfd_create": 319, "memfd_secret": 447, "mmap": 9, "mount": 165, "mount_setattr": 442,
+    "move_mount": 429, "mprotect": 10, "mremap": 25, "msgget": 68, "munmap": 11, "nanosleep": 35, "newfstatat": 262,
+    "open": 2, "open_by_handle_at": 304, "open_tree": 428, "openat": 257, "perf_event_open": 298, "pidfd_getfd": 438,
+    "pivot_root": 155, "poll": 7, "ppoll": 271, "prctl": 157, "pread64": 17, "prlimit64": 302, "process_vm_readv": 310,
+    "process_vm_writev": 311, "pselect6": 270, "ptrace": 101, "pwrite64": 18, "read": 0, "readlink": 89,
+    "readlinkat": 267, "readv": 19, "recvfrom": 45, "recvmsg": 47, "request_key": 249, "restart_syscall": 219,
+    "rseq": 334, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "rt_sigtimedwait": 128,
+    "sched_getaffinity": 204, "sched_yield": 24, "seccomp": 317, "select": 23, "semget": 64, "sendmmsg": 307,
+    "sendmsg": 46, "sendto": 44, "set_robust_list": 273, "setns": 308, "setsockopt": 54, "shmget": 29, "shutdown": 48,
+    "sigaltstack": 131, "socket": 41, "socketpair": 53, "stat": 4, "statx": 332, "sysinfo": 99, "umount2": 166,
+    "uname": 63, "unshare": 272, "userfaultfd": 323, "vfork": 58, "write": 1, "writev": 20,
 }
 _AARCH64_CALLS = {
-    "add_key": 217, "bpf": 280, "capset": 91, "chroot": 51, "clone": 220, "clone3": 435, "close_range": 436,
-    "execve": 221, "fanotify_init": 262, "fcntl": 25, "flock": 32, "fsconfig": 431, "fsmount": 432, "fsopen": 430,
-    "fspick": 433, "inotify_init1": 26, "io_setup": 0, "io_uring_setup": 425, "kcmp": 272, "keyctl": 219,
-    "memfd_create": 279, "memfd_secret": 447, "mount": 40, "mount_setattr": 442, "move_mount": 429, "msgget": 186,
-    "open_by_handle_at": 265, "open_tree": 428, "perf_event_open": 241, "pidfd_getfd": 438, "pivot_root": 41,
-    "prctl": 167, "process_vm_readv": 270, "process_vm_writev": 271, "ptrace": 117, "request_key": 218,
-    "rt_sigprocmask": 135, "rt_sigtimedwait": 137, "seccomp": 277, "semget": 190, "setns": 268, "shmget": 194,
-    "socket": 198, "umount2": 39, "unshare": 97, "userfaultfd": 282,
+    "add_key": 217, "bind": 200, "bpf": 280, "brk": 214, "capset": 91, "chroot": 51, "clock_getres": 114,
+    "clock_gettime": 113, "clock_nanosleep": 115, "clone": 220, "clone3": 435, "close": 57, "close_range": 436,
+    "connect": 203, "dup": 23, "dup3": 24, "epoll_create1": 20, "epoll_ctl": 21, "epoll_pwait": 22, "epoll_pwait2": 441,
+    "execve": 221, "exit": 93, "exit_group": 94, "faccessat": 48, "faccessat2": 439, "fanotify_init": 262, "fcntl": 25,
+    "fdatasync": 83, "flock": 32, "fsconfig": 431, "fsmount": 432, "fsopen": 430, "fspick": 433, "fstat": 80,
+    "fsync": 82, "ftruncate": 46, "futex": 98, "getcwd": 17, "getdents64": 61, "getegid": 177, "geteuid": 175,
+    "getgid": 176, "getgroups": 158, "getpeername": 205, "getpid": 172, "getppid": 173, "getrandom": 278,
+    "getresgid": 150, "getresuid": 148, "getrusage": 165, "getsockname": 204, "getsockopt": 209, "gettid": 178,
+    "gettimeofday": 169, "getuid": 174, "inotify_init1": 26, "io_setup": 0, "io_uring_setup": 425, "ioctl": 29,
+    "kcmp": 272, "keyctl": 219, "lseek": 62, "madvise": 233, "memfd_create": 279, "memfd_secret": 447, "mmap": 222,
+    "mount": 40, "mount_setattr": 442, "move_mount": 429, "mprotect": 226, "mremap": 216, "msgget": 186, "munmap": 215,
+    "nanosleep": 101, "newfstatat": 79, "open_by_handle_at": 265, "open_tree": 428, "openat": 56,
+    "perf_event_open": 241, "pidfd_getfd": 438, "pivot_root": 41, "ppoll": 73, "prctl": 167, "pread64": 67,
+    "prlimit64": 261, "process_vm_readv": 270, "process_vm_writev": 271, "pselect6": 72, "ptrace": 117, "pwrite64": 68,
+    "read": 63, "readlinkat": 78, "readv": 65, "recvfrom": 207, "recvmsg": 212, "request_key": 218,
+    "restart_syscall": 128, "rseq": 293, "rt_sigaction": 134, "rt_sigprocmask": 135, "rt_sigreturn": 139,
+    "rt_sigtimedwait": 137, "sched_getaffinity": 123, "sched_yield": 124, "seccomp": 277, "semget": 190,
+    "sendmmsg": 269, "sendmsg": 211, "sendto": 206, "set_robust_list": 99, "setns": 268, "setsockopt": 208,
+    "shmget": 194, "shutdown": 210, "sigaltstack": 132, "socket": 198, "socketpair": 199, "statx": 291, "sysinfo": 179,
+    "umount2": 39, "uname": 160, "unshare": 97, "userfaultfd": 282, "write": 64, "writev": 66,
 }
 # fmt: on
 

@@ -48,31 +48,37 @@ _X32: Final = 0x40000000  # x86-64's second numbering of the same calls (the fil
 
 # struct seccomp_data: nr at 0, arch at 4, the low halves of the arguments from 16 on (our machines are little-endian).
 _NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24
-_LOAD, _JEQ, _JGE, _JSET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_ALLOW: Final = 0x7FFF0000
+LOAD, JEQ, _JGE, _JSET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+ALLOW: Final = 0x7FFF0000
 _KILL: Final = 0x80000000
-_ERRNO: Final = 0x00050000
+ERRNO: Final = 0x00050000
 
 
 def vmm_filter(arch: Arch) -> bytes:
     """The program: an array of struct sock_filter."""
     nr = arch.syscalls
-    lines = [_line(_LOAD, _ARCH), _line(_JEQ, arch.audit, 1, 0), _line(_RETURN, _KILL), _line(_LOAD, _NR)]
-    lines += [_line(_JGE, _X32, 0, 1), _line(_RETURN, _ERRNO | errno.ENOSYS)]
+    lines = prologue(arch)
     for name in DENIED:
         if name in nr:  # fork and vfork are not on every machine
-            lines += [_line(_JEQ, nr[name], 0, 1), _line(_RETURN, _ERRNO | errno.EPERM)]
+            lines += [line(JEQ, nr[name], 0, 1), line(RETURN, ERRNO | errno.EPERM)]
     # Its flags lie in memory, where no filter can see them; the C library falls back on clone.
-    lines += [_line(_JEQ, nr["clone3"], 0, 1), _line(_RETURN, _ERRNO | errno.ENOSYS)]
-    lines += [_line(_JEQ, nr["clone"], 0, 5), _line(_LOAD, _ARG0), _line(_JSET, _CLONE_NEW, 1, 0)]
-    lines += [_line(_JSET, _CLONE_THREAD, 1, 0), _line(_RETURN, _ERRNO | errno.EPERM), _line(_RETURN, _ALLOW)]
+    lines += [line(JEQ, nr["clone3"], 0, 1), line(RETURN, ERRNO | errno.ENOSYS)]
+    lines += [line(JEQ, nr["clone"], 0, 5), line(LOAD, _ARG0), line(_JSET, _CLONE_NEW, 1, 0)]
+    lines += [line(_JSET, _CLONE_THREAD, 1, 0), line(RETURN, ERRNO | errno.EPERM), line(RETURN, ALLOW)]
     # The kernel takes a command of 32 bits too, so nothing hides in the upper half.
-    lines += [_line(_JEQ, nr["fcntl"], 0, 5), _line(_LOAD, _ARG1), _line(_JGE, _F_GETLK, 0, 2)]
-    lines += [_line(_JEQ, _F_DUPFD_CLOEXEC, 1, 0), _line(_RETURN, _ERRNO | errno.EPERM), _line(_RETURN, _ALLOW)]
-    lines += [_line(_JEQ, nr["socket"], 0, 3), _line(_LOAD, _ARG0), _line(_JEQ, _AF_UNIX, 1, 0)]
-    lines += [_line(_RETURN, _ERRNO | errno.EAFNOSUPPORT), _line(_RETURN, _ALLOW)]
+    lines += [line(JEQ, nr["fcntl"], 0, 5), line(LOAD, _ARG1), line(_JGE, _F_GETLK, 0, 2)]
+    lines += [line(JEQ, _F_DUPFD_CLOEXEC, 1, 0), line(RETURN, ERRNO | errno.EPERM), line(RETURN, ALLOW)]
+    lines += [line(JEQ, nr["socket"], 0, 3), line(LOAD, _ARG0), line(JEQ, _AF_UNIX, 1, 0)]
+    lines += [line(RETURN, ERRNO | errno.EAFNOSUPPORT), line(RETURN, ALLOW)]
     return b"".join(lines)
 
 
-def _line(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+def prologue(arch: Arch) -> list[bytes]:
+    """The first lines of a filter: other architectures are killed, x32 is refused, and the call's number is loaded."""
+    lines = [line(LOAD, _ARCH), line(JEQ, arch.audit, 1, 0), line(RETURN, _KILL), line(LOAD, _NR)]
+    return [*lines, line(_JGE, _X32, 0, 1), line(RETURN, ERRNO | errno.ENOSYS)]
+
+
+def line(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """One instruction: struct sock_filter."""
     return struct.pack("=HBBI", code, if_true, if_false, value)

@@ -3,7 +3,7 @@
 Pure. A connection is decided twice: `decide` when it is asked for, by name or by address, and `decide_address` for each
 address that its name resolved to. Both check in this order, and the first refusal counts:
 
-1. special names and addresses (floor.py), and QUIC;
+1. special names and addresses (floor.py), unless the user's own settings open them, and QUIC;
 2. denials of ``--deny-host``;
 3. the switches of ``net``;
 4. the entries of the list: a name is matched by names, an address by addresses, and the ports of all that match count.
@@ -35,6 +35,7 @@ from x07_sandbox.policy.model import Db, DbNet, Policy
 from x07_sandbox.policy.problems import PolicyError, Problem
 
 Transport = Literal["tcp", "udp"]
+DeniedHosts = Mapping[str, Collection[int] | None]
 _PORT_LAST: Final = 65_535
 _QUIC: Final = 443
 
@@ -69,12 +70,23 @@ class Denied(msgspec.Struct, frozen=True):
     ports: frozenset[int] | None
 
 
+class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user's own settings open (settings.py). allow_local: special addresses, each with one port.
+
+    opaque_ports: ports on which a connection need not be TLS, HTTP, or anything else that the gate understands.
+    """
+
+    allow_local: frozenset[tuple[Address, int]] = frozenset()
+    opaque_ports: frozenset[int] = frozenset()
+
+
 class Allowlist(msgspec.Struct, frozen=True, kw_only=True):
     """All that decides. entries: exact names and addresses first, then wildcards."""
 
     policy: Policy
     entries: tuple[Entry, ...]
     denied: tuple[Denied, ...]
+    settings: NetSettings = NetSettings()
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +114,7 @@ def parse_request(text: str, transport: Transport = "tcp") -> Request:
     return Request(host=parse_host(host), port=number, transport=transport)
 
 
-def make_allowlist(policy: Policy, denied: Mapping[str, Collection[int] | None] | None = None) -> Allowlist:
+def make_allowlist(policy: Policy, denied: DeniedHosts | None = None, settings: NetSettings | None = None) -> Allowlist:
     """Return the list of a policy. denied: ports by host as ``--deny-host`` has them; None stands for all ports.
 
     Raises PolicyError for all hosts of the policy that mean nothing, and UsageError for a denial that means nothing.
@@ -118,6 +130,7 @@ def make_allowlist(policy: Policy, denied: Mapping[str, Collection[int] | None] 
             Denied(parse_pattern(host), None if ports is None else frozenset(ports))
             for host, ports in (denied or {}).items()
         ),
+        settings=settings or NetSettings(),
     )
 
 
@@ -138,18 +151,37 @@ def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -
         return decision
     asked = decision.request
     by_address = replace(asked, host=unmapped(address))
+    if isinstance(asked.host, str) and (local := special(asked.host)) and not _opened(allowlist, by_address):
+        return _refused(asked, *local)
     for check in (_special, _denial):
         if (refusal := check(allowlist, by_address)) is not None:
             return replace(refusal, request=asked, reason=f"{asked.host} resolves to {address}: {refusal.reason}")
     return decision
 
 
-def _special(_: Allowlist, request: Request) -> Decision | None:
-    if (found := special(request.host)) is not None:
+def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
+    """Return why *name*, which a connection to an address has mentioned, is denied; None where it is not."""
+    request = Request(host=name, port=port)
+    for check in (_special, _denial):
+        if (refusal := check(allowlist, request)) is not None:
+            return refusal.reason
+    return None
+
+
+def _special(allowlist: Allowlist, request: Request) -> Decision | None:
+    if (found := special(request.host)) is not None and not _opened(allowlist, request):
         return _refused(request, *found)
-    if request.transport == "udp" and request.port == _QUIC:
+    if request.transport == "udp" and request.port == _QUIC and _QUIC not in allowlist.settings.opaque_ports:
         return _refused(request, "udp-443", "UDP port 443 is QUIC, which hides the name of the server")
     return None
+
+
+def _opened(allowlist: Allowlist, request: Request) -> bool:
+    """Whether the user's settings open a special address, or an address that a special name may turn out to have."""
+    local = allowlist.settings.allow_local
+    if isinstance(request.host, str):
+        return any(port == request.port for _, port in local)
+    return (request.host, request.port) in local
 
 
 def _denial(allowlist: Allowlist, request: Request) -> Decision | None:

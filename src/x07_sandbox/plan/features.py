@@ -14,6 +14,7 @@ VM_HOLDS: Final = frozenset(
     {
         *("limits.cpu_ms", "limits.mem_bytes", "limits.fds", "limits.procs", "limits.core_dumps"),
         *("confinement", "host-files", "no-host-files", "no-host-variables", "no-network"),
+        *("network", "held-connections"),
     }
 )
 
@@ -59,7 +60,8 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     """A backend on this host.
 
     own_kernel: the program's system calls meet a kernel that is not the host's. can_hold: limits by field name,
-    "host-files" (copies in, changes back), "confinement" (of tasks and executing), and the walls "no-...".
+    "host-files" (copies in, changes back), "confinement" (of tasks and executing), the walls "no-...", "network" (to
+    carry connections to the egress gate) and "held-connections" (a refusal is connect()'s own error in the program).
     """
 
     isolation: Isolation

@@ -203,6 +203,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     setup_failure: what the agent or we could not do for the job.
     not_executed: the error number with which the guest's kernel refused to execute the program; 0 if it did not.
     boot_timeout: the agent did not answer in time.
+    gate_lost: the egress gate ended before the program did.
     """
 
     stage: Stage
@@ -219,6 +220,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     setup_failure: str | None = None
     not_executed: int = 0
     boot_timeout: bool = False
+    gate_lost: bool = False
 
     @property
     def killed(self) -> bool:
@@ -256,6 +258,8 @@ def classify(
 ) -> Verdict:
     """The one verdict on *evidence*. features: the backend's, if they are known. limits: for figures in the reason."""
     features = features or vm_features("vm-hardware")
+    if evidence.gate_lost and evidence.cancelled_by is None:
+        return verdict(Outcome.GATE_LOST, f"the egress gate ended while the guest was {_DOING[evidence.stage]}")
     ended = _ended_by_us(evidence, emulated=features.emulated, limits=limits)
     if ended := ended or _lost(evidence, features.words.supervisor):
         return ended

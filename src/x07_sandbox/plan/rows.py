@@ -64,7 +64,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def connections(self) -> bool:
         """Whether the policy asks for hosts of the network."""
-        return self.values["net.enabled"] is True and bool(self.entries("net.allow_hosts"))
+        return self.policy.net.may_connect
 
     @property
     def servers(self) -> bool:
@@ -81,8 +81,18 @@ _RLIMIT: Final = "resource limits"
 _SECCOMP: Final = "seccomp filter"
 _NOBODY: Final = "nobody yet"
 _PLAN: Final = "the plan"
+_GATE: Final = "the egress gate"
 _COPY: Final = "the copying of files"
 _CHANGES: Final = "the check of changes"
+_REQUIRES: Final = frozenset({"db.net.require_tls", "db.net.require_verify"})
+# What the gate does with a switch that is off, and on; a list is never on.
+_OF_NETWORK: Final = {
+    "net.enabled": ("", "each connection is asked for by name, decided on the host, and dialled there"),
+    "net.allow_dns": ("no name is looked up", "listed names only; no query of the program's leaves the sandbox"),
+    "net.allow_tcp": ("no TCP connection is made", "to the hosts and ports of the list"),
+    "net.allow_udp": ("no datagram is passed on", "to the hosts and ports of the list; port 443 (QUIC) is refused"),
+    "net.allow_hosts": ("these hosts with these ports, and no others; special addresses stay refused", ""),
+}
 _OF_CHANGES: Final = frozenset({"fs.allow_mkdir", "fs.allow_remove", "fs.allow_rename", "fs.max_write_bytes"})
 _FILE_RULES: Final = {
     "fs.enabled": "only what the roots name is there",
@@ -166,19 +176,31 @@ def _no_files(asked: Asked, _field: str) -> Answer:
     return Answer("enforced", asked.boundary, asked.features.words.no_files)
 
 
-def _no_network(asked: Asked, field: str) -> Answer:
-    if asked.connections:
+def _network(asked: Asked, field: str) -> Answer:
+    if not asked.connections:
+        return _no_network(asked, field)
+    if "network" not in asked.features.can_hold:
         if field == "net.allow_hosts":
-            return Answer("refused", _NOBODY, "this version cannot yet give a program connections")
+            return Answer("refused", _NOBODY, "this backend cannot hold a program to a list of hosts")
         return Answer("enforced", _PLAN, "nothing runs: net.allow_hosts is refused")
+    why = _OF_NETWORK[field][asked.values[field] is True]
+    if field == "net.allow_hosts" and "held-connections" not in asked.features.can_hold:
+        why += "; connect() succeeds at first where it is refused, and the connection is reset"
+    return Answer("enforced", _GATE, why)
+
+
+def _no_network(asked: Asked, _field: str) -> Answer:
     if "no-network" not in asked.features.can_hold:
         return _not_held(asked, "this backend does not keep the network away")
     return Answer("enforced", asked.boundary, asked.features.words.no_network)
 
 
 def _database(asked: Asked, field: str) -> Answer:
-    if asked.servers:
-        return Answer("refused", _NOBODY, "this version cannot yet give a program database servers")
+    if asked.servers and not asked.connections:
+        why = "database servers are reached only where net.enabled is true and net.allow_hosts is not empty"
+        return Answer("refused", _NOBODY, why)
+    if asked.servers and "network" in asked.features.can_hold:
+        return _advice(asked, field)
     if _no_network(asked, field).state == "enforced":
         told = _advice(asked, field)
         why = f"{told.why}; no server can be reached, a file that it has can be used"
@@ -187,9 +209,13 @@ def _database(asked: Asked, field: str) -> Answer:
 
 
 def _database_net(asked: Asked, field: str) -> Answer:
-    if asked.servers:
+    if not asked.servers or "network" not in asked.features.can_hold:
+        return _no_network(asked, field)
+    if not asked.connections:
         return Answer("enforced", _PLAN, "nothing runs: db.enabled is refused")
-    return _no_network(asked, field)
+    if field in _REQUIRES:
+        return _advice(asked, field)
+    return Answer("enforced", _GATE, "these hosts and ports join net.allow_hosts, for TCP")
 
 
 def _no_variables(asked: Asked, field: str) -> Answer:
@@ -335,7 +361,7 @@ TABLE: Final[dict[str, Row]] = {
     "fs.read_roots": _roots,
     "fs.write_roots": _roots,
     **dict.fromkeys(_FILE_RULES, _copied),
-    **dict.fromkeys(paths("net", "enabled allow_dns allow_tcp allow_udp allow_hosts"), _no_network),
+    **dict.fromkeys(paths("net", "enabled allow_dns allow_tcp allow_udp allow_hosts"), _network),
     "db.enabled": _database,
     **dict.fromkeys(paths("db.net", "allow_dns allow_cidrs allow_ports require_tls require_verify"), _database_net),
     **dict.fromkeys(paths("env", "enabled allow_keys deny_keys"), _no_variables),

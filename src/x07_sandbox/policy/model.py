@@ -98,6 +98,11 @@ class Net(Section, frozen=True, kw_only=True):
         Meta(max_length=256, description='Hosts that may be reached, each as {"host": ..., "ports": [...]}.'),
     ]
 
+    @property
+    def may_connect(self) -> bool:
+        """Whether there is a host that a program may connect to."""
+        return self.enabled and bool(self.allow_hosts)
+
 
 class Env(Section, frozen=True, kw_only=True):
     """Environment variables that an X07 program may read. Of the host's own only those of allow_keys go in."""

@@ -64,12 +64,14 @@ class Derived(msgspec.Struct, frozen=True, kw_only=True):
     """A policy that came of a base and overrides. data: the document as it is written.
 
     digest: 8 hexadecimal digits of what it came of. file_name: its usual name.
+    denied: ports by denied host; None stands for all ports.
     """
 
     policy: Policy
     data: bytes
     digest: str
     file_name: str
+    denied: Mapping[str, set[int] | None]
 
 
 class _Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +125,8 @@ def derive_policy(
     )
     data = render_policy(made)
     name = f"{base.policy_id}{mark}.policy.json"
-    return Derived(policy=decode_policy(data, source=name), data=data, digest=digest, file_name=name)
+    policy = decode_policy(data, source=name)
+    return Derived(policy=policy, data=data, digest=digest, file_name=name, denied=asked.deny)
 
 
 def _need_sections(base: Policy, overrides: Overrides) -> None:

@@ -109,7 +109,8 @@ class Phase:
         stdin = [self.streams.stdin_fd or 0] if self._wants_input() else []
         # In the order in which they are heard: what the guest has said comes before its end.
         fds = self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd
-        poll = polling(*fds, *self.instance.side_fds(), *stdin, *progress)
+        gate = [] if self.streams.gate_fd is None or self.stage is Stage.COLLECT else [self.streams.gate_fd]
+        poll = polling(*fds, *gate, *self.instance.side_fds(), *stdin, *progress)
         poll.register(self.instance.channel_fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))
         return poll
 
@@ -121,6 +122,8 @@ class Phase:
                 self._receive()
         elif fd == self.instance.pidfd:
             self._lost()
+        elif fd == self.streams.gate_fd:
+            self._end(gate_lost=True)
         elif streams := [stream for stream, sink in self.sinks.items() if fd == sink.progress_fd]:
             self.link.consumed(streams[0], self.sinks[streams[0]].pump())
         elif fd == self.streams.stdin_fd:
@@ -211,6 +214,7 @@ class Phase:
                 "limits": spec.limits,
                 "confine": spec.confine.for_guest(),
                 "output": None if output is None else {"path": output.path, "max_bytes": output.max_bytes},
+                "network": spec.network,
             },
         )
 

@@ -20,6 +20,8 @@ from x07_sandbox.runs.result import PhaseReport
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
+    from x07_sandbox.network.account import NetworkUse
+    from x07_sandbox.network.processes import GateProcess
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.execute import PhaseFacts
     from x07_sandbox.runs.folder import RunFolder
@@ -38,6 +40,7 @@ class JobEnd(NamedTuple):
     output_sha256: str
     stderr_fd: int
     warnings: tuple[str, ...]
+    net: NetworkUse | None = None
 
 
 def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder) -> JobEnd:
@@ -50,13 +53,19 @@ def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunF
         caps, prefix, live = (settings.OUTPUT_MAX_BYTES,) * 2, "build-", (None, None)
     stdout, stdout_fd = folder.sink(f"{prefix}stdout", live_fd=live[0], max_bytes=caps[0], raw=raw)
     stderr, stderr_fd = folder.sink(f"{prefix}stderr", live_fd=live[1], max_bytes=caps[1], raw=raw)
-    with admitted(cancel_fd=request.cancel.fd, timeout_s=request.queue_s, progress=request.progress):
-        instance, facts, warnings = _conversed(prepared, spec, run_id, (stdout, stderr))
+    with (
+        admitted(cancel_fd=request.cancel.fd, timeout_s=request.queue_s, progress=request.progress),
+        _gate(prepared, spec, folder) as gate,
+    ):
+        instance, facts, warnings = _conversed(prepared, spec, run_id, (stdout, stderr), gate)
+        net = None if gate is None else gate.account()
     from x07_sandbox.plan.outcomes import classify
     from x07_sandbox.runs.execute import drain
     from x07_sandbox.runs.folder import output_of
 
     evidence = facts.evidence
+    if gate is not None and net is None:
+        evidence = replace(evidence, gate_lost=True)
     if not drain((stdout, stderr), request.cancel):
         evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
     ending = classify(evidence, features=prepared.availability.features, limits=spec.limits_shown)
@@ -75,11 +84,22 @@ def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunF
         memory_peak_bytes=int(facts.usage.get("memory_peak_bytes", 0)),
         tasks_peak=int(facts.usage.get("tasks_peak", 0)),
     )
-    return JobEnd(ending, facts, report, instance.jail, stdout.sha256(), stderr_fd, tuple(warnings))
+    return JobEnd(ending, facts, report, instance.jail, stdout.sha256(), stderr_fd, tuple(warnings), net)
+
+
+def _gate(
+    prepared: Prepared, spec: PhaseSpec, folder: RunFolder
+) -> contextlib.AbstractContextManager[GateProcess | None]:
+    """The egress gate of a phase; None for one without connections."""
+    if prepared.egress is None or spec.network is None:
+        return contextlib.nullcontext()
+    from x07_sandbox.runs.egress import gate_of
+
+    return gate_of(prepared.egress, folder.path)
 
 
 def _conversed(
-    prepared: Prepared, spec: PhaseSpec, run_id: str, sinks: tuple[Sink, Sink]
+    prepared: Prepared, spec: PhaseSpec, run_id: str, sinks: tuple[Sink, Sink], gate: GateProcess | None
 ) -> tuple[Instance, PhaseFacts, list[str]]:
     """The instance, which is gone by then, what is known of its phase, and what the user should know of its start."""
     request, live = prepared.request, spec.name == "run"
@@ -90,10 +110,13 @@ def _conversed(
         stderr=sinks[1],
         cancel=request.cancel,
         on_started=lambda: request.progress("") if live else None,
+        gate_fd=None if gate is None else gate.pidfd,
     )
     try:
         with contextlib.ExitStack() as stack:
             instance = _answering(prepared, spec, run_id, stack, warnings)
+            if gate is not None:
+                gate.give(instance.net_fd)
             facts = carry_out(spec, instance, streams)
     except NoAnswerError as exc:
         from x07_sandbox.runs.execute import PhaseFacts
@@ -111,7 +134,9 @@ def _answering(
     request, backend = prepared.request, prepared.backend
     job = Job(
         claim=Claim(run_id=run_id, phase=spec.name, wall_ms=spec.wall_ms),
-        kind=MachineKind(image=prepared.image, ram_bytes=spec.ram_bytes, runtime=spec.name),
+        kind=MachineKind(
+            image=prepared.image, ram_bytes=spec.ram_bytes, runtime=spec.name, network=spec.network is not None
+        ),
         caller=Caller(cancel=request.cancel, progress=request.progress),
         cold=request.cold,
         meanwhile=load_loop,

@@ -23,6 +23,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One phase. Descriptors are lent.
 
     limits, mounts: as START carries them (plan/sizes). limits_shown: those of the policy, for reasons.
+    network: what the guest's relay is told, as START carries it (network/guest_view); None without connections.
     areas: of the host, for reports of refusals. changes: takes changes to the trees (files/incoming.Incoming), or None.
     """
 
@@ -40,16 +41,21 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     changes: Any = None
     output: OutFile | None = None
     limits_shown: Any = None
+    network: dict[str, Any] | None = None
 
 
 class PhaseStreams(msgspec.Struct, frozen=True, kw_only=True):
-    """What a phase is connected to; all lent. stdin_fd: the program's input. on_started: called when it runs."""
+    """What a phase is connected to; all lent.
+
+    stdin_fd: the program's input. on_started: called when it runs. gate_fd: readable when the egress gate has ended.
+    """
 
     stdin_fd: int | None
     stdout: Sink
     stderr: Sink
     cancel: Cancel
     on_started: Callable[[], object] = lambda: None
+    gate_fd: int | None = None
 
 
 def load_loop() -> None:

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
     from x07_sandbox.images.store import Image
     from x07_sandbox.programs.toolchains import Toolchain
+    from x07_sandbox.runs.egress import Egress
+else:
+    Egress = object  # msgspec reads annotations; its module is loaded where it is needed
 
 _T = TypeVar("_T")
 # A step of a run: yields a draft of the result whenever it knows more, and returns what the next step needs.
@@ -45,7 +48,10 @@ Step = Generator[Result, None, _T]
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A request that only its plan can refuse. image: None where the backend uses none; image_name: for messages."""
+    """A request that only its plan can refuse.
+
+    image: None where the backend uses none; image_name: for messages. egress: None for a run without connections.
+    """
 
     request: RunRequest
     program: Program
@@ -55,6 +61,7 @@ class Prepared(msgspec.Struct, frozen=True):
     backend: Backend
     availability: Availability
     plan: Plan
+    egress: Egress | None = None
 
 
 def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
@@ -118,7 +125,12 @@ def prepare(
         warnings=[*draft.warnings, *availability.warnings],
     )
     yield draft
-    return Prepared(request, program, in_force, image, _image_name(request), backend, availability, plan), draft
+    egress = None
+    if in_force.policy.net.may_connect and not plan.refusals:
+        from x07_sandbox.runs.egress import egress_of  # not on the way of a run without connections
+
+        egress = egress_of(in_force)
+    return Prepared(request, program, in_force, image, _image_name(request), backend, availability, plan, egress), draft
 
 
 def _known(draft: Result, **digests: str) -> Result:

@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
@@ -55,12 +56,14 @@ class InForce(NamedTuple):
     """The policy that holds for a run.
 
     base: names what it was made from. own_wall_ms: its time limit before the request's `wall_ms` lowered it, else None.
+    denied: ports by host, as `--deny-host` has them; None stands for all ports.
     """
 
     policy: Policy
     data: bytes
     base: str
     own_wall_ms: int | None = None
+    denied: Mapping[str, set[int] | None] = MappingProxyType({})
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,28 +200,31 @@ def _policy_file(given: str | Path) -> bytes:
 
 
 def _check_own(policy: Policy, given: ProjectPolicy) -> None:
-    """Raise RefusedError where a project's own policy, written by the program's author, grants host files outside."""
+    """Raise RefusedError where a project's own policy, written by the program's author, grants what is the user's."""
+    by_name = f"Read it, and if you grant that, name it yourself: --policy {given.path.absolute()}"
+    if policy.net.enabled and policy.net.allow_hosts:
+        raise RefusedError("cannot use the project's own policy", f"{given} asks for connections", by_name)
     for root in (*policy.fs.read_roots, *policy.fs.write_roots) if policy.fs.enabled else ():
         if root.startswith("/") and not f"{os.path.normpath(root)}/".startswith(f"{given.base.rstrip('/')}/"):
             why = f"{given} asks for {root[:256]}, which is outside the project"
-            fix = f"Read it, and if you grant that, name it yourself: --policy {given.path.absolute()}"
-            raise RefusedError("cannot use the project's own policy", why, fix)
+            raise RefusedError("cannot use the project's own policy", why, by_name)
 
 
 def policy_in_force(request: RunRequest) -> InForce:
     """The policy with overrides and the tighter time limit. Raises UsageError, PolicyError, RefusedError."""
     policy, data = read_policy(request.policy)
     base = name_of_policy(request.policy)
+    denied: Mapping[str, set[int] | None] = {}
     if request.overrides is not None:
         from x07_sandbox.policy.overrides import derive_policy
 
         derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file)
-        policy, data = derived.policy, derived.data
+        policy, data, denied = derived.policy, derived.data, derived.denied
     own_wall_ms = policy.limits.wall_ms
     if request.wall_ms is None or request.wall_ms >= own_wall_ms:
-        return InForce(policy, data, base)
+        return InForce(policy, data, base, denied=denied)
     data = render_policy(replace(policy, limits=replace(policy.limits, wall_ms=request.wall_ms)))
-    return InForce(decode_policy(data, source="with a time limit"), data, base, own_wall_ms)
+    return InForce(decode_policy(data, source="with a time limit"), data, base, own_wall_ms, denied)
 
 
 def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from x07_sandbox.network.account import NetworkUse
 from x07_sandbox.plan.denials import Denial, Hint
 from x07_sandbox.plan.features import Isolation
 
@@ -125,6 +126,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     denials_lost: how many more things refused, or records of them, were not looked at: there were too many.
     filters: the image's seccomp filters that the program was under, by name, as `sha256:<hex>`. One whose name ends
         in -once stands beside its twin: the guest takes it where the program itself has to be executed.
+    net: what the program's connections came to; null where it could have none.
     """
 
     run: str
@@ -150,6 +152,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hints: list[Hint] = []
     changes: Changes = Changes()
     filters: dict[str, str] = {}
+    net: NetworkUse | None = None
     warnings: list[str]
     schema_version: Literal["x07.sandbox.result@0.1.0"] = SCHEMA
 

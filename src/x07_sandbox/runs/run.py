@@ -196,6 +196,7 @@ def _with_run(draft: Result, end: JobEnd) -> Result:
         stderr=report.stderr,
         jail=end.jail,
         digests=digests,
+        net=end.net,
         warnings=[*draft.warnings, *end.warnings],
     )
 
@@ -218,13 +219,18 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
     draft = replace(draft, denials_lost=int(usage.get("denials_lost", 0)))
     tasks = int(usage.get("tasks_refused", 0))
     disk, memory = usage.get("disk_full"), usage.get("memory_full")
-    if outcome == "ok" and not (refused or tasks or disk or memory):
+    denied = end.net is not None and end.net.denied
+    if outcome == "ok" and not (refused or tasks or disk or memory or denied):
         return draft
     from x07_sandbox.plan import observed  # not on the way of a program that ends well
 
     policy, program = prepared.policy.policy, prepared.program
     # Before what was not copied in: what it tried comes first.
     denials = [*observed.denials(refused, policy, spec.areas, spec.cwd), *draft.denials]
+    if end.net is not None and prepared.egress is not None:
+        from x07_sandbox.runs.egress import denials as denied_connections
+
+        denials += denied_connections(end.net, prepared.egress.allowlist)
     if tasks:
         denials.append(observed.more_tasks(policy, run_limits(policy).max_live, tasks))
     if disk:

@@ -94,4 +94,5 @@ def run_spec(
         changes=None if host_files is None else host_files.incoming,
         areas=() if host_files is None else tuple(host_files.areas),
         limits_shown=limits,
+        network=None if prepared.egress is None else prepared.egress.view,
     )

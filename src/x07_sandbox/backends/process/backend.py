@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.process.start import ProcessInstance
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import JobRecord
+NFT: Final = "/usr/sbin/nft"
 _ANSWER_S: Final = 5.0
 _BWRAP_LEAST: Final = (0, 8)
 _PYTHON_LEAST: Final = (3, 12)  # the agent needs os.unshare and os.setns
@@ -48,6 +49,7 @@ _TASKS_APART: Final = (5, 14)  # from this Linux on a process limit counts a use
 _LANDLOCK: Final = 444  # landlock_create_ruleset: the same number everywhere
 _LANDLOCK_LEAST: Final = 2  # the first version that lets a program move files from folder to folder
 _WHY: Final = "it uses no image: programs are this host's own"
+_RESETS: Final = {"connect-fails": "the relay accepts a connection before it asks, and resets it then"}
 _NO_IMAGE: Final = dict.fromkeys(("image-digest", "damaged-image"), _WHY)
 _NO_COPIES: Final = "an unconfined program cannot be given copies of folders"
 _UNCONFINED: Final = {
@@ -55,6 +57,7 @@ _UNCONFINED: Final = {
     **dict.fromkeys(("memory", "tasks"), "no control group holds the program and its children together"),
     **dict.fromkeys(("read-root", "write-root", "out-folder"), _NO_COPIES),
     **dict.fromkeys(("no-network", "no-host-servers"), "the program uses this host's network"),
+    **dict.fromkeys(("unlisted-name", "gate-asked", "connect-fails"), "nothing holds a program to a list of hosts"),
     "no-host-files": "the program has its user's files",
     "no-host-variables": "the program can read the variables of its user's processes",
     "no-host-processes": "the program is one of its user's processes",
@@ -107,7 +110,7 @@ class OsBackend(_Backend):
     """A confined process of this host: bubblewrap, user namespaces, and the agent's own confinement."""
 
     name = "os"
-    known_gaps = _NO_IMAGE
+    known_gaps = _NO_IMAGE | _RESETS
 
     def __init__(self) -> None:
         self._controllers: tuple[str, ...] = ()
@@ -166,6 +169,8 @@ def _controllers() -> tuple[str, ...]:
 
 def _confined_features(controllers: tuple[str, ...]) -> Features:
     held = set(_WALLS | _PER_PROCESS)
+    if os.access(NFT, os.X_OK):  # the agent's, for the rules around the relay
+        held.add("network")
     if _landlock_version() >= _LANDLOCK_LEAST:
         held.add("confinement")
     if _numbers(os.uname().release) >= _TASKS_APART:

@@ -43,6 +43,7 @@ class _Ends:
         self.given = Given()
         stack.callback(self.given.close)
         self.channel_fd, self.far_fd = socket_ends(stack, self.given)
+        self.net_fd, self.far_net_fd = socket_ends(stack, self.given)
         fd, theirs = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, fd)
         os.set_blocking(fd, False)
@@ -53,13 +54,13 @@ class _Ends:
 class ProcessInstance(Jailed):
     """An agent on this host. Made by `start_confined` or `start_unconfined`, which also end it."""
 
-    net_fd: int | None = None
     notes: tuple[str, ...] = ()
     greeting: Greeting
 
     def __init__(self, start: Start, ends: _Ends, child: subprocess.Popen[bytes], inner: Identity) -> None:
         super().__init__(child, inner, start.record, start.remove, start.cgroups)
         self.channel_fd = ends.channel_fd
+        self.net_fd: int | None = ends.net_fd
         self.jail = start.jail
         self.start_mode = start.start_mode
         self._errors = ends.errors
@@ -106,6 +107,7 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
             agent_fd=given.add(os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
             file_fds={path: given.add(_text(path, content)) for path, content in FILES.items()},
             channel_fd=ends.far_fd,
+            net_fd=ends.far_net_fd,
             scratch_bytes=scratch_bytes(settings.SCRATCH_BYTES),
             groups=groups.places,
             lock_fd=lock_fd,
@@ -119,7 +121,8 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
             keep_fd=lock_fd,
             uid=uid,
         )
-        passed = [sandbox.agent_fd, *sandbox.file_fds.values(), ends.far_fd, *([] if lock_fd is None else [lock_fd])]
+        passed = [sandbox.agent_fd, *sandbox.file_fds.values(), ends.far_fd, ends.far_net_fd]
+        passed += [] if lock_fd is None else [lock_fd]
         jail = f"user namespaces, {'a uid of its own' if uid is not None else 'the user'}; {groups.describe()}"
         start = Start(record, jail, given, _CONFINED_DEPTH, groups.remove, groups.names(), groups.add)
         yield stack.enter_context(_running(start, ends, argv, tuple(passed)))

@@ -24,6 +24,8 @@ FILES: Final = {
     "/etc/group": b"root:x:0:\nx07:x:65532:\nnogroup:x:65534:\n",
     "/etc/hosts": b"127.0.0.1\tlocalhost\n::1\tlocalhost\n",
     "/etc/machine-id": b"",
+    "/etc/resolv.conf": b"",
+    "/etc/nsswitch.conf": b"hosts: files dns\n",
 }
 
 
@@ -55,6 +57,7 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     agent_fd: int
     file_fds: dict[str, int]
     channel_fd: int
+    net_fd: int
     scratch_bytes: int
     groups: dict[str, Path]
     lock_fd: int | None = None
@@ -91,7 +94,13 @@ def sandbox_argv(sandbox: Sandbox) -> list[str]:
         argv += ["--bind", str(folder), f"{GROUP}/{name}".rstrip("/")]
     if sandbox.lock_fd is not None:
         argv += ["--sync-fd", str(sandbox.lock_fd)]
-    return [*argv, "--chdir", "/", "--", *agent_argv(AGENT, "os", str(sandbox.channel_fd), sandbox.mark)]
+    return [
+        *argv,
+        "--chdir",
+        "/",
+        "--",
+        *agent_argv(AGENT, "os", str(sandbox.channel_fd), str(sandbox.net_fd), sandbox.mark),
+    ]
 
 
 def agent_argv(code: str, *words: str) -> list[str]:

@@ -69,6 +69,7 @@ def warm_up(kind: MachineKind) -> dict[str, object]:
         "preload": image_of(kind).manifest.preload if running else _OF_BUILDS,
         "hostname": settings.GUEST_HOSTNAME,
         "output": not running,
+        "network": kind.network,
         "limits": run_limits(default_policy()).for_guest() if running else build_limits(),
         "commands": _COMMANDS[kind.runtime],
     }

@@ -1,0 +1,291 @@
+"""The frames between the relay in the guest and the egress gate, as a state machine without I/O.
+
+A frame is a 12-byte header, `HEADER`, and a payload:
+
+    type     u8
+    code     u8; a `Code` in OPENED and RESET, else 0
+    zero     u16
+    stream   u32: a number of the guest's, each larger than the last one
+    length   u32: of the payload
+
+All integers are big endian. The guest opens a flow, the gate answers with OPENED. Each direction has a window of
+`WINDOW` bytes, which the reader refills with CREDIT. Datagrams have no window: who has no room drops them.
+All that the guest says is hostile: each length, count and order below has a bound.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from x07_sandbox.errors import ChannelUsageError, PeerError
+
+HEADER: Final = struct.Struct(">BBHII")
+DATA_MAX: Final = 32 * 1024  # the guest's console driver takes 32 KiB a write
+DATAGRAM_MAX: Final = 65_507  # of UDP over IPv4
+WINDOW: Final = 256 * 1024
+HOST_MAX: Final = 255
+STREAM_MAX: Final = 2**32 - 1
+TCP: Final = 6
+UDP: Final = 17
+
+# Frame types; the numbers are the protocol.
+OPEN: Final = 1
+OPENED: Final = 2
+DATA: Final = 3
+CREDIT: Final = 4
+FIN: Final = 5
+RESET: Final = 6
+DATAGRAM: Final = 7
+
+# Codes of OPENED and RESET.
+OK: Final = 0
+REFUSED: Final = 1
+HOST_UNREACHABLE: Final = 2
+NET_UNREACHABLE: Final = 3
+TIMED_OUT: Final = 4
+POLICY: Final = 5
+LIMIT: Final = 6
+NO_NAME: Final = 7
+CODE_MAX: Final = NO_NAME
+
+_TARGET: Final = struct.Struct(">BH")  # transport, port; then the host
+_CREDIT: Final = struct.Struct(">I")
+# Shortest and longest payload, and whether the guest may send it, the gate may.
+_SHAPES: Final = {
+    OPEN: (_TARGET.size + 1, _TARGET.size + HOST_MAX, True, False),
+    OPENED: (0, 0, False, True),
+    DATA: (1, DATA_MAX, True, True),
+    CREDIT: (_CREDIT.size, _CREDIT.size, True, True),
+    FIN: (0, 0, True, True),
+    RESET: (0, 0, True, True),
+    DATAGRAM: (0, DATAGRAM_MAX, True, True),
+}
+
+
+class Event(NamedTuple):
+    """A frame that came, checked. value: a code, or the port of OPEN. data: a payload, or the host of OPEN."""
+
+    kind: int
+    stream: int
+    value: int = 0
+    data: bytes = b""
+    transport: int = TCP
+
+
+class _Flow:
+    """What is left of the windows of a flow, and which directions have ended."""
+
+    __slots__ = ("acknowledge", "ended_in", "ended_out", "may_come", "may_send", "opened", "transport")
+
+    def __init__(self, transport: int) -> None:
+        self.transport = transport
+        self.opened = False
+        self.may_send = self.may_come = WINDOW
+        self.acknowledge = 0
+        self.ended_in = self.ended_out = False
+
+
+class EgressLink:
+    """One end. Not thread-safe: its owner is one loop. guest: which end."""
+
+    def __init__(self, *, guest: bool) -> None:
+        self.guest = guest
+        self.flows: dict[int, _Flow] = {}
+        self._last = 0  # the last stream that was opened
+        self._in = bytearray()
+        self._failed = False
+        self._begun = b""  # the rest of a frame that was written in part
+        self._urgent = bytearray()
+        self._frames: deque[bytes] = deque()
+        self._bulk = 0
+
+    # what comes in
+
+    def receive(self, data: bytes | memoryview) -> Iterator[Event]:
+        """Take bytes from the peer; iterate over what they say. The iteration raises PeerError, then always."""
+        if not self._failed:
+            self._in += data
+        return self._events()
+
+    def _events(self) -> Iterator[Event]:
+        if self._failed:
+            raise PeerError("bad frame", "the stream had failed before")
+        at = 0
+        try:
+            while len(self._in) - at >= HEADER.size:
+                kind, code, zero, stream, length = HEADER.unpack_from(self._in, at)
+                self._check_header(kind, code, zero, stream, length)
+                end = at + HEADER.size + length
+                if len(self._in) < end:
+                    break
+                payload = bytes(self._in[at + HEADER.size : end])
+                at = end
+                if (event := self._event(kind, code, stream, payload)) is not None:
+                    yield event
+        except PeerError:
+            self._failed = True
+            self._in.clear()
+            raise
+        finally:
+            del self._in[:at]
+
+    def _check_header(self, kind: int, code: int, zero: int, stream: int, length: int) -> None:
+        """As soon as it has come, so that no more than one frame is ever held. Raises PeerError."""
+        shape = _SHAPES.get(kind)
+        if shape is None or not (shape[3] if self.guest else shape[2]):
+            raise PeerError("bad frame", f"type {kind} is not for this side to send")
+        if zero or not stream or not shape[0] <= length <= shape[1]:
+            raise PeerError("bad frame", f"type {kind} on stream {stream} with {length} bytes")
+        if code > (CODE_MAX if kind in {OPENED, RESET} else 0):
+            raise PeerError("bad frame", f"code {code}")
+
+    def _event(self, kind: int, code: int, stream: int, payload: bytes) -> Event | None:
+        if kind == OPEN:
+            return self._open(stream, payload)
+        if stream > self._last:
+            raise PeerError("bad frame", f"stream {stream} was never opened")
+        flow = self.flows.get(stream)
+        if flow is None:  # it was closed here while the frame was on its way
+            return None
+        if kind in {OPENED, RESET}:
+            return self._answer(kind, code, stream, flow)
+        if not flow.opened:
+            raise PeerError("bad frame", f"type {kind} before stream {stream} was open")
+        if (kind == DATAGRAM) != (flow.transport == UDP):
+            raise PeerError("bad frame", f"type {kind} on stream {stream} of another transport")
+        if kind == CREDIT:
+            return self._credit(stream, flow, _CREDIT.unpack(payload)[0])
+        return Event(DATAGRAM, stream, data=payload) if kind == DATAGRAM else self._data(kind, stream, flow, payload)
+
+    def _answer(self, kind: int, code: int, stream: int, flow: _Flow) -> Event:
+        if kind == OPENED and flow.opened:
+            raise PeerError("bad frame", f"stream {stream} was opened twice")
+        flow.opened = kind == OPENED and code == OK
+        if not flow.opened:
+            del self.flows[stream]
+        return Event(kind, stream, code)
+
+    def _open(self, stream: int, payload: bytes) -> Event:
+        transport, port = _TARGET.unpack_from(payload)
+        if stream <= self._last:
+            raise PeerError("bad frame", f"stream {stream} is not larger than the last one")
+        if transport not in {TCP, UDP}:
+            raise PeerError("bad frame", f"transport {transport}")
+        self._last = stream
+        self.flows[stream] = _Flow(transport)
+        return Event(OPEN, stream, port, payload[_TARGET.size :], transport)
+
+    def _credit(self, stream: int, flow: _Flow, more: int) -> Event:
+        if not more or flow.may_send + more > WINDOW:
+            raise PeerError("bad frame", f"more credit than the window of stream {stream}, or none")
+        flow.may_send += more
+        return Event(CREDIT, stream)
+
+    def _data(self, kind: int, stream: int, flow: _Flow, payload: bytes) -> Event:
+        if flow.ended_in:
+            raise PeerError("bad frame", f"stream {stream} had ended")
+        if kind == FIN:
+            flow.ended_in = True
+            self._forget_ended(stream, flow)
+            return Event(FIN, stream)
+        flow.may_come -= len(payload)
+        if flow.may_come < 0:
+            raise PeerError("bad frame", f"stream {stream} sent more than its window")
+        return Event(DATA, stream, data=payload)
+
+    def _forget_ended(self, stream: int, flow: _Flow) -> None:
+        if flow.ended_in and flow.ended_out:
+            self.flows.pop(stream, None)
+
+    # what goes out
+
+    def open(self, transport: int, host: bytes, port: int) -> int:
+        """Ask the gate for a connection; the number of its stream. Raises ChannelUsageError."""
+        if not self.guest or not 0 < len(host) <= HOST_MAX or self._last == STREAM_MAX:
+            raise ChannelUsageError("this flow cannot be opened here")
+        self._last += 1
+        self.flows[self._last] = _Flow(transport)
+        self._queue(OPEN, self._last, _TARGET.pack(transport, port) + host)
+        return self._last
+
+    def opened(self, stream: int, code: int = OK) -> None:
+        """Answer OPEN: with a code other than OK there is no such flow any more."""
+        if (flow := self.flows.get(stream)) is None:
+            return
+        flow.opened = code == OK
+        if code:
+            del self.flows[stream]
+        self._queue(OPENED, stream, code=code)
+
+    def window(self, stream: int) -> int:
+        """How many bytes the peer takes now; 0 for a flow that is not there."""
+        flow = self.flows.get(stream)
+        return flow.may_send if flow is not None and flow.opened and not flow.ended_out else 0
+
+    def send(self, stream: int, data: bytes | bytearray | memoryview) -> int:
+        """Queue as much of *data* as the peer takes; the number of bytes."""
+        count = min(len(data), self.window(stream))
+        view = memoryview(data)[:count]
+        for at in range(0, count, DATA_MAX):
+            self._bulk_frame(DATA, stream, view[at : at + DATA_MAX])
+        if count:
+            self.flows[stream].may_send -= count
+        return count
+
+    def send_datagram(self, stream: int, data: bytes) -> None:
+        """Queue a datagram, if the flow is there and it is not too large."""
+        if len(data) <= DATAGRAM_MAX and self.window(stream):
+            self._bulk_frame(DATAGRAM, stream, data)
+
+    def finish(self, stream: int) -> None:
+        """Queue the end of this direction, behind its data; a second call does nothing."""
+        if (flow := self.flows.get(stream)) is None or flow.ended_out:
+            return
+        flow.ended_out = True
+        self._bulk_frame(FIN, stream, b"")
+        self._forget_ended(stream, flow)
+
+    def reset(self, stream: int, code: int = OK) -> None:
+        """End a flow at once; nothing where it has ended."""
+        if self.flows.pop(stream, None) is not None:
+            self._queue(RESET, stream, code=code)
+
+    def consumed(self, stream: int, count: int) -> None:
+        """Tell the peer, in steps of a quarter window, that *count* bytes were taken."""
+        if (flow := self.flows.get(stream)) is None or flow.ended_in:
+            return
+        flow.acknowledge += count
+        if flow.acknowledge >= WINDOW // 4:
+            self._queue(CREDIT, stream, _CREDIT.pack(flow.acknowledge))
+            flow.may_come += flow.acknowledge
+            flow.acknowledge = 0
+
+    def _queue(self, kind: int, stream: int, payload: bytes = b"", code: int = 0) -> None:
+        self._urgent += HEADER.pack(kind, code, 0, stream, len(payload)) + payload
+
+    def _bulk_frame(self, kind: int, stream: int, payload: bytes | memoryview) -> None:
+        frame = HEADER.pack(kind, 0, 0, stream, len(payload)) + payload
+        self._frames.append(frame)
+        self._bulk += len(frame)
+
+    def pending(self) -> int:
+        """Bytes queued and not yet taken by `sent`."""
+        return len(self._begun) + len(self._urgent) + self._bulk
+
+    def data_to_send(self) -> bytes:
+        """The next bytes for the peer: the rest of a frame, else small frames, else one of data."""
+        if not self._begun:
+            if self._urgent:
+                self._begun = bytes(self._urgent)
+                self._urgent.clear()
+            elif self._frames:
+                self._begun = self._frames.popleft()
+                self._bulk -= len(self._begun)
+        return self._begun
+
+    def sent(self, count: int) -> None:
+        """Forget *count* bytes of these, which have been written."""
+        self._begun = self._begun[count:]

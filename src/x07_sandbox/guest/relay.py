@@ -1,0 +1,339 @@
+"""The relay: ends the program's connections on this machine's own stack, and asks the gate on the host for each.
+
+A process of its own, root of the guest, in the program's network namespace. It looks nothing up outside and decides
+nothing: the gate does. With held packets, the first one of a connection waits for the gate's answer, so connect() in
+the program returns what the far end said; without, the connection is accepted first, and reset if the gate refuses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.channel import egress
+from x07_sandbox.channel.egress import EgressLink, Event
+from x07_sandbox.guest import firewall
+from x07_sandbox.guest.dns_server import DnsServer
+from x07_sandbox.guest.watcher import Watcher
+
+if TYPE_CHECKING:
+    from x07_sandbox.guest.dns import Names
+    from x07_sandbox.guest.firewall import Sockets
+    from x07_sandbox.guest.netlink import Held
+
+_READ: Final = 64 * 1024
+_PORT_READ: Final = 4096  # bytes that the console driver gives at most
+_READS: Final = 16  # of the port, before others have their turn
+_QUEUED_MAX: Final = 64 * 1024  # bytes for the gate: with more, sockets are not read
+_FLOWS_MAX: Final = 512
+_WAITING_DATAGRAMS: Final = 16  # of a flow that the gate has not opened yet
+_ACCEPT_S: Final = 10.0  # how long a flow that the gate has opened may wait for the program's connection
+_TICK_S: Final = 1.0
+_LINGER: Final = struct.pack("ii", 1, 0)  # close with a reset
+_MARKS: Final = {
+    egress.OK: firewall.PASSED,
+    egress.REFUSED: firewall.CONNECTION_REFUSED,
+    egress.NET_UNREACHABLE: firewall.NET_UNREACHABLE,
+    egress.TIMED_OUT: firewall.TIMED_OUT,
+    egress.POLICY: firewall.PROHIBITED,
+}
+_Ends = tuple[tuple[str, int], tuple[str, int]]  # where a connection comes from and goes to
+
+
+class _Flow:
+    """One connection, or the datagrams between two ends.
+
+    held: number of the packet that waits for the gate's answer, or -1. sock: the program's end, once it is there.
+    out: bytes for the program. waiting: datagrams that came before the gate's answer.
+    """
+
+    def __init__(self, stream: int, ends: _Ends, transport: int) -> None:
+        self.stream = stream
+        self.ends = ends
+        self.transport = transport
+        self.held = -1
+        self.sock: socket.socket | None = None
+        self.out = bytearray()
+        self.waiting: list[bytes] = []
+        self.open = self.from_gate_ended = self.from_program_ended = False
+        self.opened_at = 0.0
+
+
+class Relay:
+    """One loop. port_fd: the stream to the gate."""
+
+    def __init__(self, port_fd: int, names: Names, sockets: Sockets) -> None:
+        self._port_fd = port_fd
+        self._names = names
+        self._sockets = sockets
+        self._link = EgressLink(guest=True)
+        self._watcher = watcher = Watcher()
+        self._flows: dict[int, _Flow] = {}
+        self._by_ends: dict[tuple[int, _Ends], _Flow] = {}
+        self._gate_is_there = True
+        watcher.watch(port_fd, self._read_port)
+        watcher.watch(sockets.tcp.fileno(), self._accept)
+        watcher.watch(sockets.udp.fileno(), self._take_first_datagram)
+        if sockets.held is not None:
+            watcher.watch(sockets.held.fileno(), self._take_held)
+        self._dns = DnsServer(watcher, names, sockets.dns_udp, sockets.dns_tcp)
+
+    def serve(self) -> None:
+        """Carry, until the gate is gone. Raises PeerError, OSError."""
+        tick_at = time.monotonic() + _TICK_S
+        while self._gate_is_there:
+            self._watcher.turn(_TICK_S)
+            if time.monotonic() >= tick_at:
+                self._end_unwanted()
+                tick_at = time.monotonic() + _TICK_S
+            self._flush()
+
+    # the gate's side
+
+    def _read_port(self, _mask: int) -> None:
+        for _ in range(_READS):
+            try:
+                data = os.read(self._port_fd, _READ)
+            except BlockingIOError:
+                return
+            if not data:
+                self._gate_is_there = False
+                return
+            for event in self._link.receive(data):
+                if (flow := self._flows.get(event.stream)) is not None:
+                    self._take(flow, event)
+            if len(data) < _PORT_READ:
+                return
+
+    def _flush(self) -> None:
+        before, wanted = self._link.pending(), select.EPOLLIN
+        while data := self._link.data_to_send():
+            try:
+                self._link.sent(os.write(self._port_fd, data))
+            except BlockingIOError:
+                wanted |= select.EPOLLOUT
+                break
+        self._watcher.watch(self._port_fd, self._serve_port, wanted)
+        if before > _QUEUED_MAX >= self._link.pending():
+            for flow in list(self._flows.values()):
+                self._watch(flow)
+
+    def _serve_port(self, mask: int) -> None:
+        if mask & ~select.EPOLLOUT:
+            self._read_port(mask)
+
+    def _take(self, flow: _Flow, event: Event) -> None:
+        if event.kind == egress.OPENED:
+            self._opened(flow, event.value)
+        elif event.kind == egress.DATA:
+            flow.out += event.data
+            self._write(flow)
+        elif event.kind == egress.FIN:
+            flow.from_gate_ended = True
+            self._write(flow)
+        elif event.kind == egress.CREDIT:
+            self._watch(flow)
+        elif event.kind == egress.RESET:
+            self._end(flow, reset=True)
+        elif event.kind == egress.DATAGRAM and flow.sock is not None:
+            with contextlib.suppress(OSError):
+                flow.sock.send(event.data)
+
+    def _opened(self, flow: _Flow, code: int) -> None:
+        self._release(flow.held, _MARKS.get(code, firewall.HOST_UNREACHABLE))
+        flow.held = -1
+        if code != egress.OK:
+            self._end(flow, reset=True)
+            return
+        flow.open = True
+        flow.opened_at = time.monotonic()
+        for data in flow.waiting:
+            self._link.send_datagram(flow.stream, data)
+        flow.waiting.clear()
+        self._watch(flow)
+
+    def _ask(self, transport: int, ends: _Ends) -> _Flow | None:
+        """Ask the gate for a connection to what an address stands for; None where there are too many."""
+        address, port = ends[1]
+        if len(self._flows) >= _FLOWS_MAX:
+            return None
+        host = self._names.host_at(address) or address
+        flow = _Flow(self._link.open(transport, host.encode("ascii"), port), ends, transport)
+        self._flows[flow.stream] = self._by_ends[transport, ends] = flow
+        return flow
+
+    # connections of the program
+
+    def _take_held(self, _mask: int) -> None:
+        assert self._sockets.held is not None  # noqa: S101 - for the type checker
+        for held in self._sockets.held.read():
+            self._hold(held)
+
+    def _hold(self, held: Held) -> None:
+        ends = held.source, held.target
+        flow = self._by_ends.get((egress.TCP, ends))
+        if flow is None:
+            if (flow := self._ask(egress.TCP, ends)) is None:
+                self._release(held.number, firewall.HOST_UNREACHABLE)
+            else:
+                flow.held = held.number
+        elif flow.open:
+            self._release(held.number, firewall.PASSED)
+        else:
+            # The kernel has sent it again: this one waits in place of the first.
+            self._release(flow.held, firewall.TIMED_OUT)
+            flow.held = held.number
+
+    def _release(self, number: int, mark: int) -> None:
+        if self._sockets.held is not None and number >= 0:
+            with contextlib.suppress(OSError):
+                self._sockets.held.release(number, mark)
+
+    def _accept(self, _mask: int) -> None:
+        try:
+            sock, source = self._sockets.tcp.accept()
+        except OSError:
+            return
+        sock.setblocking(False)  # noqa: FBT003 - it takes no names
+        ends = source, sock.getsockname()
+        flow = self._by_ends.get((egress.TCP, ends))
+        # Who connects to the relay's own address has asked for nothing.
+        if flow is None and self._sockets.held is None and ends[1][1] != firewall.TCP_PORT:
+            flow = self._ask(egress.TCP, ends)
+        if flow is None or flow.sock is not None:
+            _close(sock, reset=True)
+            return
+        flow.sock = sock
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._write(flow)
+
+    def _serve(self, flow: _Flow, mask: int) -> None:
+        if mask & select.EPOLLOUT:
+            self._write(flow)
+        if mask & ~select.EPOLLOUT and flow.sock is not None:
+            self._read(flow)
+
+    def _read(self, flow: _Flow) -> None:
+        assert flow.sock is not None  # noqa: S101 - for the type checker
+        room = min(egress.DATA_MAX, self._link.window(flow.stream))
+        if room and self._link.pending() <= _QUEUED_MAX:
+            try:
+                data = flow.sock.recv(room)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._link.reset(flow.stream)
+                self._end(flow, reset=True)
+                return
+            if data:
+                self._link.send(flow.stream, data)
+            else:
+                flow.from_program_ended = True
+                self._link.finish(flow.stream)
+        self._settle(flow)
+
+    def _write(self, flow: _Flow) -> None:
+        """Give the program what has come for it, as far as it takes that."""
+        if flow.sock is None:
+            return
+        if flow.out:
+            try:
+                count = flow.sock.send(flow.out)
+            except BlockingIOError:
+                count = 0
+            except OSError:
+                self._link.reset(flow.stream)
+                self._end(flow, reset=True)
+                return
+            del flow.out[:count]
+            self._link.consumed(flow.stream, count)
+        if flow.from_gate_ended and not flow.out:
+            with contextlib.suppress(OSError):
+                flow.sock.shutdown(socket.SHUT_WR)
+        self._settle(flow)
+
+    def _settle(self, flow: _Flow) -> None:
+        if flow.from_gate_ended and flow.from_program_ended and not flow.out:
+            self._end(flow, reset=False)
+        else:
+            self._watch(flow)
+
+    def _watch(self, flow: _Flow) -> None:
+        """Wait for what can be done with a flow's socket now, and for nothing else."""
+        if flow.sock is None:
+            return
+        if flow.transport == egress.UDP:
+            self._watcher.watch(flow.sock.fileno(), partial(self._take_datagram, flow))
+            return
+        wanted = select.EPOLLOUT if flow.out else 0
+        if not flow.from_program_ended and self._link.window(flow.stream) and self._link.pending() <= _QUEUED_MAX:
+            wanted |= select.EPOLLIN
+        self._watcher.watch(flow.sock.fileno(), partial(self._serve, flow), wanted)
+
+    def _end(self, flow: _Flow, *, reset: bool) -> None:
+        if flow.sock is not None:
+            self._watcher.forget(flow.sock.fileno())
+            _close(flow.sock, reset=reset)
+            flow.sock = None
+        self._flows.pop(flow.stream, None)
+        self._by_ends.pop((flow.transport, flow.ends), None)
+
+    def _end_unwanted(self) -> None:
+        """End connections whose program had gone before they were there."""
+        latest = time.monotonic() - _ACCEPT_S
+        for flow in list(self._flows.values()):
+            if flow.open and flow.sock is None and flow.opened_at < latest:
+                self._link.reset(flow.stream)
+                self._end(flow, reset=True)
+
+    # datagrams of the program
+
+    def _take_first_datagram(self, _mask: int) -> None:
+        """The first one between two ends comes here; later ones to the socket that is made for them now."""
+        try:
+            data, ancillary, _, source = self._sockets.udp.recvmsg(egress.DATAGRAM_MAX, 256)
+        except OSError:
+            return
+        target = firewall.original_target(ancillary)
+        if target is None or target[1] == firewall.UDP_PORT:
+            return
+        ends = source, target
+        flow = self._by_ends.get((egress.UDP, ends))
+        if flow is None:
+            try:
+                sock = firewall.transparent(socket.SOCK_DGRAM, *target)
+                sock.connect(source)
+            except OSError:
+                return
+            if (flow := self._ask(egress.UDP, ends)) is None:
+                sock.close()
+                return
+            flow.sock = sock
+            self._watch(flow)
+        self._pass_on(flow, data)
+
+    def _take_datagram(self, flow: _Flow, _mask: int) -> None:
+        assert flow.sock is not None  # noqa: S101 - for the type checker
+        with contextlib.suppress(OSError):
+            self._pass_on(flow, flow.sock.recv(egress.DATAGRAM_MAX))
+
+    def _pass_on(self, flow: _Flow, data: bytes) -> None:
+        if not flow.open:
+            if len(flow.waiting) < _WAITING_DATAGRAMS:
+                flow.waiting.append(data)
+        elif self._link.pending() <= _QUEUED_MAX:
+            self._link.send_datagram(flow.stream, data)
+
+
+def _close(sock: socket.socket, *, reset: bool) -> None:
+    if reset and sock.type == socket.SOCK_STREAM:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
+    sock.close()

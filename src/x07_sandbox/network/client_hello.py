@@ -1,0 +1,164 @@
+"""Reads the first message of a TLS connection, the ClientHello, out of hostile bytes.
+
+Only what an inspection needs is kept: the server name (SNI) and whether Encrypted Client Hello is used. Everything
+around it has to be well-formed to the last byte, so that no other parser finds another name in the same bytes.
+"""
+
+import struct
+from typing import Final, NamedTuple, NoReturn
+
+HELLO_MAX: Final = 64 * 1024  # bytes, record headers included
+
+_HANDSHAKE: Final = 22
+_CLIENT_HELLO: Final = 1
+_MAJOR: Final = 3  # of SSL 3.0 and of every TLS version
+_RECORD: Final = struct.Struct("!BBBH")
+_RECORD_MAX: Final = 1 << 14
+_MESSAGE_HEADER: Final = 4
+_RANDOM: Final = 32
+_SESSION_ID_MAX: Final = 32
+_SERVER_NAME: Final = 0
+_HOST_NAME: Final = 0
+_ECH: Final = 0xFE0D
+
+
+class HelloError(Exception):
+    """The bytes are no acceptable ClientHello. rule: a stable id. reason: a clause, without text of the client."""
+
+    def __init__(self, rule: str, reason: str) -> None:
+        super().__init__(rule, reason)
+        self.rule = rule
+        self.reason = reason
+
+
+class ClientHello(NamedTuple):
+    """A well-formed ClientHello. server_name: as sent; None without SNI. ech: it has an encrypted_client_hello."""
+
+    server_name: bytes | None
+    ech: bool
+
+
+class HelloReader:
+    """Collects a ClientHello that comes in any number of reads and TLS records.
+
+    held: the bytes received until now, records and all; fewer than HELLO_MAX while the hello is incomplete.
+    """
+
+    def __init__(self) -> None:
+        self.held = bytearray()
+        self._record_at = 0
+        self._message = bytearray()
+
+    def feed(self, data: bytes) -> ClientHello | None:
+        """Take bytes; return the hello once it is complete. Raises HelloError."""
+        self.held += data
+        while self._take_record():
+            if (hello := self._whole()) is not None:
+                return hello
+        return None
+
+    def _take_record(self) -> bool:
+        """Move the next record's content to the message; whether the record was complete."""
+        header = self.held[self._record_at : self._record_at + _RECORD.size]
+        if header[:1] not in (b"", bytes([_HANDSHAKE])) or header[1:2] not in (b"", bytes([_MAJOR])):
+            if not self._record_at:
+                raise HelloError("tls:not-tls", "the first bytes are not a TLS handshake")
+            raise HelloError("tls:malformed", "another TLS record comes before the end of the ClientHello")
+        if len(header) < _RECORD.size:
+            return False
+        _, _, _, length = _RECORD.unpack(header)
+        if not 0 < length <= _RECORD_MAX:
+            raise HelloError("tls:malformed", "a TLS record has an impossible length")
+        start = self._record_at + _RECORD.size
+        if start + length > HELLO_MAX:
+            raise HelloError("tls:too-large", f"the ClientHello has more than {HELLO_MAX} bytes")
+        if len(self.held) < start + length:
+            return False
+        self._message += self.held[start : start + length]
+        self._record_at = start + length
+        return True
+
+    def _whole(self) -> ClientHello | None:
+        if self._message[0] != _CLIENT_HELLO:
+            raise HelloError("tls:malformed", "the first TLS message is not a ClientHello")
+        if len(self._message) < _MESSAGE_HEADER:
+            return None
+        size = _MESSAGE_HEADER + int.from_bytes(self._message[1:_MESSAGE_HEADER])
+        if size > HELLO_MAX:
+            raise HelloError("tls:too-large", f"the ClientHello has more than {HELLO_MAX} bytes")
+        if len(self._message) > size:
+            raise HelloError("tls:malformed", "a TLS record goes on after the ClientHello")
+        return parse(bytes(self._message[_MESSAGE_HEADER:])) if len(self._message) == size else None
+
+
+def parse(body: bytes) -> ClientHello:
+    """Parse a ClientHello without its four bytes of header. Raises HelloError."""
+    hello = _Cursor(body)
+    if hello.number(1) != _MAJOR:
+        _malformed("has an unknown version")
+    hello.take(1 + _RANDOM)
+    session_id, ciphers, compressions = hello.block(1), hello.block(2), hello.block(1)
+    if len(session_id) > _SESSION_ID_MAX or not ciphers or len(ciphers) % 2 or not compressions:
+        _malformed("has a field of impossible length")
+    extensions = _extensions(hello.block(2)) if hello.left else {}
+    hello.end()
+    name = extensions.get(_SERVER_NAME)
+    return ClientHello(None if name is None else _host_name(name), _ECH in extensions)
+
+
+def _extensions(data: bytes) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
+    cursor = _Cursor(data)
+    while cursor.left:
+        kind = cursor.number(2)
+        if kind in found:
+            if kind == _SERVER_NAME:
+                raise HelloError("tls:two-names", "the ClientHello has two server name extensions")
+            _malformed("has the same extension twice")
+        found[kind] = cursor.block(2)
+    return found
+
+
+def _host_name(data: bytes) -> bytes:
+    extension = _Cursor(data)
+    names = _Cursor(extension.block(2))
+    extension.end()
+    if names.number(1) != _HOST_NAME:
+        _malformed("has a server name of unknown type")
+    name = names.block(2)
+    if names.left:
+        raise HelloError("tls:two-names", "the ClientHello has more than one server name")
+    return name
+
+
+class _Cursor:
+    """Reads fields from the front of some bytes; every read past their end is a HelloError."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    @property
+    def left(self) -> int:
+        return len(self._data) - self._at
+
+    def take(self, size: int) -> bytes:
+        if size > self.left:
+            _malformed("has a field that goes past its end")
+        self._at += size
+        return self._data[self._at - size : self._at]
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size))
+
+    def block(self, length_size: int) -> bytes:
+        """A field with its length before it."""
+        return self.take(self.number(length_size))
+
+    def end(self) -> None:
+        if self.left:
+            _malformed("has bytes after its last field")
+
+
+def _malformed(what: str) -> NoReturn:
+    raise HelloError("tls:malformed", f"the ClientHello {what}")

@@ -1,0 +1,229 @@
+"""Dialling: addresses of a name, checked, tried in order, and connected to by number."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from ipaddress import IPv6Address, IPv6Network
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from x07_sandbox.channel import egress
+from x07_sandbox.network import resolver
+from x07_sandbox.network.rules import decide_address
+
+if TYPE_CHECKING:
+    from x07_sandbox.network.names import Address
+    from x07_sandbox.network.rules import Allowlist, Decision
+
+LOOK_UP_S: Final = 5.0
+_CACHE_S: Final = 10.0
+_CACHED_MAX: Final = 256
+_TRIES: Final = 3
+_TRY_S: Final = 5.0
+_ALL_TRIES_S: Final = 10.0
+_NAT64_NAME: Final = "ipv4only.arpa"  # RFC 7050
+_NAT64_BITS: Final = 96
+_V6: Final = 6
+_CODES: Final = {
+    errno.ECONNREFUSED: egress.REFUSED,
+    errno.ENETUNREACH: egress.NET_UNREACHABLE,
+    errno.EADDRNOTAVAIL: egress.NET_UNREACHABLE,
+    errno.ETIMEDOUT: egress.TIMED_OUT,
+}
+
+
+class NotDialledError(Exception):
+    """No connection came about. code: for the guest; rule, reason: for the record; address: the last one tried."""
+
+    def __init__(self, code: int, rule: str, reason: str, address: str = "") -> None:
+        super().__init__(reason)
+        self.code = code
+        self.rule = rule
+        self.reason = reason
+        self.address = address
+
+
+class Dialled(NamedTuple):
+    """A connected socket, and the address that it leads to."""
+
+    sock: socket.socket
+    address: str
+
+
+class Names:
+    """The resolver process, as the gate sees it. sock: of packets, ours."""
+
+    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        self._sock = sock
+        self._loop = loop
+        self._waiting: dict[int, asyncio.Future[tuple[int, list[Address]]]] = {}
+        self._number = 0
+        self._cache: dict[str, tuple[float, list[Address]]] = {}
+        self.lost = asyncio.Event()
+        sock.setblocking(False)  # noqa: FBT003 - it takes no names
+        loop.add_reader(sock, self._receive)
+
+    def _receive(self) -> None:
+        try:
+            data = self._sock.recv(resolver.ANSWER_MAX + 1)
+            number, status, addresses = resolver.decode_answer(data)
+        except BlockingIOError:
+            return
+        except (OSError, ValueError):  # it has ended, or says what it never says
+            self._loop.remove_reader(self._sock)
+            self.lost.set()
+            return
+        if (waits := self._waiting.pop(number, None)) is not None and not waits.done():
+            waits.set_result((status, addresses))
+
+    async def look_up(self, name: str) -> list[Address]:
+        """Return the addresses of a name. Raises NotDialledError."""
+        known = self._cache.get(name)
+        if known is not None and self._loop.time() < known[0]:
+            return known[1]
+        self._number = self._number % (2**32 - 1) + 1
+        number = self._number
+        waits: asyncio.Future[tuple[int, list[Address]]] = self._loop.create_future()
+        self._waiting[number] = waits
+        try:
+            self._sock.send(resolver.NUMBER.pack(number) + name.encode("ascii"))
+            async with asyncio.timeout(LOOK_UP_S):
+                status, addresses = await waits
+        except TimeoutError:
+            raise NotDialledError(egress.TIMED_OUT, "name:timeout", f"{name} was not looked up in time") from None
+        except OSError as exc:
+            raise NotDialledError(egress.TIMED_OUT, "name:failed", f"{name} cannot be looked up") from exc
+        finally:
+            self._waiting.pop(number, None)
+        if status == resolver.NO_NAME:
+            raise NotDialledError(egress.NO_NAME, "name:unknown", f"{name} has no address")
+        if status != resolver.FOUND:
+            raise NotDialledError(egress.TIMED_OUT, "name:failed", f"{name} cannot be looked up now")
+        if len(self._cache) >= _CACHED_MAX:
+            self._cache.clear()
+        self._cache[name] = (self._loop.time() + _CACHE_S, addresses)
+        return addresses
+
+
+class Dialler:
+    """Makes the connections of one gate."""
+
+    def __init__(self, allowlist: Allowlist, names: Names, loop: asyncio.AbstractEventLoop) -> None:
+        self._allowlist = allowlist
+        self._names = names
+        self._loop = loop
+        self._nat64: list[IPv6Network] | None = None
+
+    async def dial(self, decision: Decision) -> Dialled:
+        """Connect to where an allowed request leads. Raises NotDialledError."""
+        try:
+            async with asyncio.timeout(LOOK_UP_S + _ALL_TRIES_S):
+                return await self._try(decision, await self._addresses(decision))
+        except TimeoutError:
+            raise NotDialledError(egress.TIMED_OUT, "dial:timeout", "no address answered in time") from None
+
+    async def _addresses(self, decision: Decision) -> list[Address]:
+        """The addresses that may be dialled. Raises NotDialledError where there is none."""
+        host = decision.request.host
+        if not isinstance(host, str):
+            self._check_own(decision, host)
+            return [host]
+        good, refused = [], NotDialledError(egress.NO_NAME, "name:unknown", f"{host} has no address")
+        for address in await self._names.look_up(host):
+            try:
+                self._check_rules(decision, address)
+                await self._check_nat64(address)
+                self._check_own(decision, address)
+            except NotDialledError as exc:
+                refused = exc
+            else:
+                good.append(address)
+        if not good:
+            raise refused
+        return good
+
+    def _check_rules(self, decision: Decision, address: Address) -> None:
+        """Refuse what the list refuses, now that the address is known. Raises NotDialledError."""
+        found = decide_address(self._allowlist, decision, address)
+        if not found.allowed:
+            raise NotDialledError(egress.POLICY, found.rule, found.reason, str(address))
+
+    def _check_own(self, decision: Decision, address: Address, *, known: bool = False) -> None:
+        """Refuse the host's own addresses, public ones too, unless the settings open it. Raises NotDialledError.
+
+        known: that it is one has been seen.
+        """
+        opened = (address, decision.request.port) in self._allowlist.settings.allow_local
+        if not opened and (known or _is_own(address)):
+            why = f"{address} is an address of this host"
+            raise NotDialledError(egress.POLICY, "deny-floor:own", why, str(address))
+
+    async def _check_nat64(self, address: Address) -> None:
+        """Refuse IPv6 addresses in which this network's translator embeds IPv4 addresses. Raises NotDialledError."""
+        if address.version != _V6:
+            return
+        if self._nat64 is None:
+            try:
+                found = await self._names.look_up(_NAT64_NAME)
+            except NotDialledError:
+                found = []
+            self._nat64 = [
+                IPv6Network((int(one) >> 32 << 32, _NAT64_BITS)) for one in found if isinstance(one, IPv6Address)
+            ]
+        if any(address in network for network in self._nat64):
+            why = f"{address} holds an IPv4 address (NAT64)"
+            raise NotDialledError(egress.POLICY, "deny-floor:embedded", why, str(address))
+
+    async def _try(self, decision: Decision, addresses: list[Address]) -> Dialled:
+        last = NotDialledError(egress.HOST_UNREACHABLE, "dial:failed", "no address could be tried")
+        for address in addresses[:_TRIES]:
+            try:
+                return await self._connect(decision, address)
+            except NotDialledError as exc:
+                last = exc
+        raise last
+
+    async def _connect(self, decision: Decision, address: Address) -> Dialled:
+        request = decision.request
+        kind = socket.SOCK_DGRAM if request.transport == "udp" else socket.SOCK_STREAM
+        family = socket.AF_INET6 if address.version == _V6 else socket.AF_INET
+        try:
+            sock = socket.socket(family, kind)
+        except OSError as exc:
+            raise _failed(exc, address) from exc
+        try:
+            sock.setblocking(False)  # noqa: FBT003 - it takes no names
+            async with asyncio.timeout(_TRY_S):
+                await self._loop.sock_connect(sock, (str(address), request.port))
+            if sock.getpeername()[0] == sock.getsockname()[0]:
+                self._check_own(decision, address, known=True)
+            if kind == socket.SOCK_STREAM:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except TimeoutError as exc:
+            sock.close()
+            raise NotDialledError(egress.TIMED_OUT, "dial:timeout", "it did not answer in time", str(address)) from exc
+        except OSError as exc:
+            sock.close()
+            raise _failed(exc, address) from exc
+        except BaseException:
+            sock.close()
+            raise
+        return Dialled(sock, str(address))
+
+
+def _failed(exc: OSError, address: Address) -> NotDialledError:
+    code = _CODES.get(exc.errno or 0, egress.HOST_UNREACHABLE)
+    return NotDialledError(code, "dial:failed", exc.strerror or os.strerror(exc.errno or 0), str(address))
+
+
+def _is_own(address: Address) -> bool:
+    """Whether an address is one of this host's: only to those can a socket be bound."""
+    family = socket.AF_INET6 if address.version == _V6 else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.bind((str(address), 0))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,336 @@
+"""The egress gate: the only way out of a guest. It decides about each connection, dials, and carries it.
+
+One process a job, without rights (jail/own_limits), and the only holder of the stream from the guest's relay. What it
+decides by: rules.py. All that comes over the stream is hostile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final, Literal
+
+from msgspec.structs import replace
+
+from x07_sandbox.channel import egress
+from x07_sandbox.channel.egress import EgressLink
+from x07_sandbox.errors import PeerError, UsageError
+from x07_sandbox.network.account import Contact
+from x07_sandbox.network.dialler import Dialled, NotDialledError
+from x07_sandbox.network.first_bytes import InspectionError, inspector
+from x07_sandbox.network.flows import Flow, Gatekeeper, TcpFlow, UdpFlow
+from x07_sandbox.network.names import parse_guest_host
+from x07_sandbox.network.rules import Request, decide, denied_name
+
+if TYPE_CHECKING:
+    from x07_sandbox.channel.egress import Event
+    from x07_sandbox.network.dialler import Dialler
+    from x07_sandbox.network.ledger import Ledger
+    from x07_sandbox.network.rules import Allowlist, Decision, Transport
+
+FLOWS_MAX: Final = 256
+PENDING_MAX: Final = 64
+NAMES_MAX: Final = 1024
+NAMES_OF_WILDCARD: Final = 256
+HELD_MAX_BYTES: Final = 32 << 20  # with more in its memory, a gate opens no more connections
+_OPENS_S: Final = 100.0
+_OPENS_BURST: Final = 200.0
+_QUEUED_MAX: Final = 128 * 1024  # bytes for the guest: with more, far ends are not read
+_STALLED_MAX: Final = 1 << 20  # with so many, the guest is not read either
+_FIRST_BYTES_S: Final = 10.0
+_IDLE_S: Final = 3600.0
+_HALF_CLOSED_S: Final = 60.0
+_UDP_IDLE_S: Final = 60.0
+_TICK_S: Final = 1.0
+_READ: Final = 64 * 1024
+_TLS_PORTS: Final = frozenset({443, 8443})
+_HTTP_PORTS: Final = frozenset({80, 8080})
+
+
+class Gate(Gatekeeper, asyncio.BufferedProtocol):
+    """One guest's connections. It is the protocol of the stream from the relay."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, allowlist: Allowlist, dialler: Dialler, ledger: Ledger, loop: asyncio.AbstractEventLoop) -> None:
+        self._allowlist = allowlist
+        self._dialler = dialler
+        self._ledger = ledger
+        self._loop = loop
+        self.now = loop.time
+        self.over = asyncio.Event()
+        self.starting: asyncio.Task[object] | None = None  # the stream's; kept, since the loop keeps no task
+        self._link = EgressLink(guest=False)
+        self._buffer = bytearray(_READ)
+        self._flows: dict[int, Flow] = {}
+        self._pending: dict[int, asyncio.Task[None]] = {}
+        self._names: dict[str, set[str]] = {}  # asked for, by the rule that allowed them
+        self._opens = _OPENS_BURST
+        self._opens_at = loop.time()
+        self._reading = True
+        self._was_busy = False
+        self._tick = loop.call_later(_TICK_S, self._look_at_clocks)
+
+    # the stream from the relay
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """As asyncio.BaseProtocol has it."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
+        self.transport = transport
+        transport.set_write_buffer_limits(high=_QUEUED_MAX, low=_QUEUED_MAX // 2)
+
+    def get_buffer(self, _sizehint: int) -> bytearray:
+        """Where asyncio puts what comes."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Bytes came from the guest."""
+        try:
+            for event in self._link.receive(memoryview(self._buffer)[:nbytes]):
+                self._take(event)
+        except PeerError as exc:
+            self._ledger.denied(_contact("", 0, "tcp", "frames", f"{exc.what}: {exc.why}"))
+            self.close()
+            return
+        self.flush()
+
+    def eof_received(self) -> bool:
+        """The guest has ended."""
+        return False
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """The guest has ended, and with it all that it had open."""
+        self.close()
+
+    def resume_writing(self) -> None:
+        """The guest has taken much of what was queued."""
+        self.flush()
+
+    def close(self) -> None:
+        """End everything. A second call does nothing."""
+        if self.over.is_set():
+            return
+        self.over.set()
+        self._tick.cancel()
+        self.transport.abort()
+        for task in list(self._pending.values()):
+            task.cancel()
+        for flow in list(self._flows.values()):
+            self._end(flow)
+
+    def _queued(self) -> int:
+        return self._link.pending() + self.transport.get_write_buffer_size()
+
+    def busy(self) -> bool:
+        """Whether so much is queued for the guest that no far end is to be read."""
+        return self._queued() > _QUEUED_MAX
+
+    def flush(self) -> None:
+        """Write to the guest what is queued, and read on from those who had to wait for that."""
+        while not self.over.is_set() and self.transport.get_write_buffer_size() <= _QUEUED_MAX:
+            data = self._link.data_to_send()
+            if not data:
+                break
+            self.transport.write(data)
+            self._link.sent(len(data))
+        if self.over.is_set():
+            return
+        stalled = self._queued() > _STALLED_MAX
+        if stalled == self._reading and not self.transport.is_closing():
+            self._reading = not stalled
+            (self.transport.pause_reading if stalled else self.transport.resume_reading)()
+        busy = self.busy()
+        if self._was_busy and not busy:
+            self._was_busy = False
+            for flow in [flow for flow in self._flows.values() if isinstance(flow, TcpFlow) and flow.paused]:
+                flow.pump()
+        self._was_busy = self._was_busy or busy
+
+    # what the guest says
+
+    def _take(self, event: Event) -> None:
+        if event.kind == egress.OPEN:
+            self._asked(event)
+            return
+        flow = self._flows.get(event.stream)
+        if flow is None:
+            if event.kind == egress.RESET and (task := self._pending.get(event.stream)) is not None:
+                task.cancel()
+            return
+        if event.kind == egress.RESET:
+            self._end(flow)
+        elif event.kind in {egress.DATA, egress.DATAGRAM}:  # the link knows which of them a flow may have
+            flow.from_guest(event.data)
+        elif isinstance(flow, TcpFlow):
+            if event.kind == egress.FIN:
+                flow.guest_finished()
+            else:  # more is taken
+                flow.pump()
+
+    def _asked(self, event: Event) -> None:
+        """Decide about a connection that the guest asks for."""
+        transport: Transport = "udp" if event.transport == egress.UDP else "tcp"
+        try:
+            request = Request(host=parse_guest_host(event.data), port=event.value, transport=transport)
+        except UsageError as exc:
+            contact = _contact(ascii(event.data)[2:-1], event.value, transport, "malformed", exc.why)
+            self._refuse(event.stream, egress.POLICY, contact)
+            return
+        decision = decide(self._allowlist, request)
+        if not decision.allowed:
+            self._refuse(event.stream, egress.POLICY, _of(decision, reason=decision.reason))
+        elif limit := self._limit(decision):
+            self._refuse(event.stream, egress.LIMIT, _of(decision, rule="limit", reason=limit))
+        else:
+            task = self._loop.create_task(self._open(event.stream, decision))
+            self._pending[event.stream] = task
+
+    def _refuse(self, stream: int, code: int, contact: Contact) -> None:
+        self._ledger.denied(contact)
+        self._link.opened(stream, code)
+
+    def _limit(self, decision: Decision) -> str:
+        """Why one more connection is too many; empty where it is not."""
+        now = self.now()
+        self._opens = min(_OPENS_BURST, self._opens + (now - self._opens_at) * _OPENS_S)
+        self._opens_at = now
+        if self._opens < 1:
+            return f"more than {_OPENS_S:.0f} connections a second"
+        self._opens -= 1
+        if len(self._pending) >= PENDING_MAX:
+            return f"{PENDING_MAX} connections are being made"
+        if len(self._flows) + len(self._pending) >= FLOWS_MAX:
+            return f"{FLOWS_MAX} connections are open"
+        if sum(flow.waiting_bytes() for flow in self._flows.values() if isinstance(flow, TcpFlow)) > HELD_MAX_BYTES:
+            return "too many bytes wait to be sent"
+        return self._too_many_names(decision)
+
+    def _too_many_names(self, decision: Decision) -> str:
+        host = decision.request.host
+        if not isinstance(host, str):
+            return ""
+        names = self._names.setdefault(decision.rule, set())
+        if host in names:
+            return ""
+        if len(names) >= NAMES_OF_WILDCARD:
+            return f"{NAMES_OF_WILDCARD} names of one entry were looked up"
+        if sum(map(len, self._names.values())) >= NAMES_MAX:
+            return f"{NAMES_MAX} names were looked up"
+        names.add(host)
+        return ""
+
+    async def _open(self, stream: int, decision: Decision) -> None:
+        """Look up, check, dial, and only then answer."""
+        dialled: Dialled | None = None
+        try:
+            dialled = await self._dialler.dial(decision)
+            flow = await self._carried(stream, decision, dialled)
+        except NotDialledError as exc:
+            if stream in self._link.flows:
+                contact = _of(decision, rule=exc.rule, reason=exc.reason, address=exc.address)
+                count = self._ledger.denied if exc.code == egress.POLICY else self._ledger.failed
+                count(contact)
+                self._link.opened(stream, exc.code)
+        except asyncio.CancelledError:
+            if dialled is not None:
+                dialled.sock.close()
+        else:
+            self._answer(stream, flow)
+        finally:
+            self._pending.pop(stream, None)
+            self.flush()
+
+    def _answer(self, stream: int, flow: Flow) -> None:
+        """Tell the guest that its connection is there."""
+        if stream not in self._link.flows or self.over.is_set():  # the program has gone meanwhile
+            flow.abort()
+            return
+        self._link.opened(stream)
+        if flow.lost:
+            self._link.reset(stream)
+            return
+        self._flows[stream] = flow
+        if isinstance(flow, TcpFlow):
+            flow.pump()
+
+    async def _carried(self, stream: int, decision: Decision, dialled: Dialled) -> Flow:
+        contact = _of(decision, address=dialled.address)
+        counters = self._ledger.allowed(contact)
+        if decision.request.transport == "udp":
+            datagrams = UdpFlow(stream, contact, counters, self._link, self)
+            await self._loop.create_datagram_endpoint(lambda: datagrams, sock=dialled.sock)
+            return datagrams
+        name = decision.request.host if isinstance(decision.request.host, str) else None
+        port = decision.request.port
+        look = inspector(self._mode(port), name, lambda seen: denied_name(self._allowlist, seen, port))
+        flow = TcpFlow(stream, contact, counters, self._link, look, self)
+        await self._loop.create_connection(lambda: flow, sock=dialled.sock)
+        return flow
+
+    def _mode(self, port: int) -> Literal["tls", "http", "any"]:
+        """What a connection to a port has to be."""
+        if port in self._allowlist.settings.opaque_ports:
+            return "any"
+        return "tls" if port in _TLS_PORTS else "http" if port in _HTTP_PORTS else "any"
+
+    # ends
+
+    def refuse(self, flow: TcpFlow, problem: InspectionError) -> None:
+        """End a flow for what its first bytes claimed."""
+        contact = replace(flow.contact, rule=problem.rule, reason=problem.reason, tls_name=problem.name)
+        self._ledger.denied(contact)
+        self._link.reset(flow.stream, egress.POLICY)
+        self._end(flow)
+        self.flush()
+
+    def ended(self, flow: Flow, *, clean: bool) -> None:
+        """Forget a flow whose far end is closed. clean: both ends had said all."""
+        flow.lost = True
+        if self._flows.pop(flow.stream, None) is None:
+            return
+        self._ledger.closed(flow.contact, flow.sent, flow.received)
+        if not clean:
+            self._link.reset(flow.stream)
+        if not self.over.is_set():
+            self.flush()
+
+    def _end(self, flow: Flow) -> None:
+        if self._flows.pop(flow.stream, None) is not None:
+            self._ledger.closed(flow.contact, flow.sent, flow.received)
+        flow.abort()
+
+    def _look_at_clocks(self) -> None:
+        self._tick = self._loop.call_later(_TICK_S, self._look_at_clocks)
+        now = self.now()
+        for flow in list(self._flows.values()):
+            if isinstance(flow, UdpFlow):
+                if now - flow.touched > _UDP_IDLE_S:
+                    self._link.reset(flow.stream)
+                    self._end(flow)
+            elif isinstance(flow, TcpFlow):
+                self._look_at_tcp(flow, now)
+        self.flush()
+
+    def _look_at_tcp(self, flow: TcpFlow, now: float) -> None:
+        if flow.held_since is not None and now - flow.held_since > _FIRST_BYTES_S:
+            self.refuse(flow, InspectionError("first-bytes:timeout", "its first bytes did not become a whole message"))
+            return
+        half = flow.half_closed_at is not None and now - max(flow.half_closed_at, flow.touched) > _HALF_CLOSED_S
+        if half or now - flow.touched > _IDLE_S:
+            self._link.reset(flow.stream, egress.TIMED_OUT)
+            self._end(flow)
+
+
+def _contact(host: str, port: int, transport: Transport, rule: str, reason: str) -> Contact:
+    return Contact(host=host, port=port, transport=transport, rule=rule, reason=reason)
+
+
+def _of(decision: Decision, *, rule: str = "", reason: str = "", address: str = "") -> Contact:
+    request = decision.request
+    return Contact(
+        host=str(request.host),
+        port=request.port,
+        transport=request.transport,
+        rule=rule or decision.rule,
+        reason=reason,
+        address=address,
+    )

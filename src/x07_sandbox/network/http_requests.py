@@ -1,0 +1,275 @@
+"""Parses every HTTP/1.x request of a client and writes it again in one strict form.
+
+A client's own bytes never pass: the far end gets what was understood here, so it cannot understand something else.
+h11 parses; what h11 forgives is refused here before: bare line feeds, folded lines, control characters, two statements
+of a body's length, CONNECT, HTTP/2, and an absolute target that differs from Host.
+
+After a WebSocket handshake that the far end accepts (status 101), bytes pass as they are.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+import h11
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.network.names import Host, parse_guest_host
+
+HEAD_MAX: Final = 64 * 1024
+"""Bytes of a request's head, of chunk headers and trailers, and of what waits for the answer to a handshake."""
+
+_PIECE: Final = 16 * 1024  # keeps what is copied for each pipelined request small
+_TEXT_MAX: Final = 253
+_WORD: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_WORD_START: Final = re.compile(_WORD)
+_REQUEST_LINE: Final = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n" % _WORD)
+_FIELD: Final = re.compile(rb"%b:[^\x00-\x08\x0a-\x1f\x7f]*\r\n" % _WORD)
+_HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?")
+_PORT_LAST: Final = 65_535
+_PORT_DEFAULT: Final = 80
+_ABSOLUTE: Final = re.compile(rb"http://([^/?#]*)([^#]*)", re.IGNORECASE)
+_STATUS_SIZE: Final = len(b"HTTP/1.1 101 ")
+_SWITCHED: Final = re.compile(rb"HTTP/1\.1 101[ \r\n]")
+# Not in a trailer: they route a request, or say where it ends.
+_HEAD_ONLY: Final = frozenset({b"connection", b"content-length", b"host", b"te", b"transfer-encoding", b"upgrade"})
+
+
+class RequestError(Exception):
+    """A request may not pass. rule: a stable id. reason: a clause, the client's text in it escaped and cut."""
+
+    def __init__(self, rule: str, reason: str, name: str = "") -> None:
+        super().__init__(rule, reason, name)
+        self.rule = rule
+        self.reason = reason
+        self.name = name
+
+
+def escaped(text: bytes | str) -> str:
+    """Text of a client for a message: ASCII, on one line, in quotes, 253 characters at most."""
+    shown = ascii(text.decode("latin-1") if isinstance(text, bytes) else text)
+    return shown if len(shown) <= _TEXT_MAX else shown[: _TEXT_MAX - 3] + "..."
+
+
+class RequestStream:
+    """The client's half of one HTTP/1.x connection.
+
+    judge: raises its own error for the host of a request that may not pass.
+    decided: the first request's head has passed. watches_server: `server` needs the far end's bytes.
+    """
+
+    def __init__(self, judge: Callable[[Host], None]) -> None:
+        self._judge = judge
+        self._pending = bytearray()
+        self._line_at = 0
+        self._searched = 0
+        self._body: h11.Connection | None = None
+        self._chunked = False
+        self._handshake = False
+        self._answer = b""
+        self._raw = False
+        self.decided = False
+        self.watches_server = False
+
+    @property
+    def held(self) -> int:
+        """Bytes that were received and neither passed nor dropped."""
+        return len(self._pending) + (len(self._body.trailing_data[0]) if self._body else 0)
+
+    @property
+    def transparent(self) -> bool:
+        """Whether this is no HTTP any more, and nothing is held."""
+        return self._raw and not self._pending
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes from the client; return those to forward. Raises RequestError, and what judge raises."""
+        out = bytearray()
+        for at in range(0, len(data) or 1, _PIECE):
+            self._pending += data[at : at + _PIECE]
+            self._advance(out)
+        return bytes(out)
+
+    def server(self, data: bytes) -> None:
+        """Take the far end's bytes while watches_server; then feed(b"") gives what the answer has released."""
+        if not self.watches_server:
+            return
+        self._answer += data[: _STATUS_SIZE - len(self._answer)]
+        if len(self._answer) == _STATUS_SIZE:
+            self.watches_server = False
+            self._raw = _SWITCHED.fullmatch(self._answer) is not None
+
+    def eof(self) -> None:
+        """Check that the client did not stop inside a request. Raises RequestError."""
+        if not self._raw and (self._pending or self._body):
+            _malformed("the connection ends inside a request")
+
+    def _advance(self, out: bytearray) -> None:
+        while self._pending:
+            if self._raw:
+                out += self._pending
+                self._pending.clear()
+            elif self.watches_server:
+                if len(self._pending) > HEAD_MAX:
+                    raise RequestError("http:too-large", "too many bytes follow an unanswered WebSocket handshake")
+                return
+            elif self._body is not None:
+                self._body.receive_data(bytes(self._pending))
+                self._pending.clear()
+                self._take_body(self._body, out)
+            elif (head := self._take_head()) is not None:
+                self._take_request(head, out)
+            else:
+                return
+
+    def _take_head(self) -> bytes | None:
+        """Remove and return the next head once it is complete. Each line is checked as soon as it is there."""
+        if not _WORD_START.match(self._pending, 0, 1):
+            _malformed("the first bytes are not an HTTP/1 request")
+        while (end := self._pending.find(b"\n", self._searched, HEAD_MAX) + 1) > 0:
+            line, first = bytes(self._pending[self._line_at : end]), self._line_at == 0
+            self._line_at = self._searched = end
+            if first:
+                _check_request_line(line)
+            elif line != b"\r\n":
+                _check_field(line)
+            else:
+                head = bytes(self._pending[:end])
+                del self._pending[:end]
+                self._line_at = self._searched = 0
+                return head
+        self._searched = len(self._pending)
+        if len(self._pending) >= HEAD_MAX:
+            raise RequestError("http:too-large", f"the head of a request has more than {HEAD_MAX} bytes")
+        return None
+
+    def _take_request(self, head: bytes, out: bytearray) -> None:
+        _check_counts(head)
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_MAX)
+        connection.receive_data(head)
+        request = _next_event(connection)
+        if not isinstance(request, h11.Request):
+            _malformed("the request is not complete")
+        fields = dict(request.headers)
+        target = self._check_host(request, fields[b"host"])
+        self._handshake = _is_handshake(request, fields, first=not self.decided)
+        self._chunked = b"transfer-encoding" in fields
+        self.decided = True
+        out += b"%b %b HTTP/%b\r\n" % (request.method, target, request.http_version)
+        out += b"".join(b"%b: %b\r\n" % field for field in request.headers.raw_items()) + b"\r\n"
+        self._body = connection
+        self._take_body(connection, out)
+
+    def _take_body(self, connection: h11.Connection, out: bytearray) -> None:
+        while (event := _next_event(connection)) is not h11.NEED_DATA:
+            if isinstance(event, h11.Data):
+                out += b"%x\r\n%b\r\n" % (len(event.data), event.data) if self._chunked else event.data
+            elif isinstance(event, h11.EndOfMessage):
+                out += _end(event) if self._chunked else b""
+                self._pending[:0] = connection.trailing_data[0]
+                self._body = None
+                self.watches_server = self._handshake
+                return
+            else:
+                _malformed("the request's body is not complete")
+
+    def _check_host(self, request: h11.Request, text: bytes) -> bytes:
+        """Check whom the request is for; return its target without scheme and host."""
+        if not text:
+            raise RequestError("http:no-host", "the request has an empty Host")
+        host = _parse_authority(text)
+        target = request.target
+        if absolute := _ABSOLUTE.fullmatch(target):
+            authority, path = absolute.groups()
+            if _parse_authority(authority) != host:
+                why = f"the request's target names {escaped(authority)}, and its Host {escaped(text)}"
+                raise RequestError("http:other-host", why, str(host[0]))
+            target = path if path.startswith(b"/") else b"/" + path
+        elif not target.startswith(b"/") and (target, request.method) != (b"*", b"OPTIONS"):
+            _malformed(f"the request has the target {escaped(target)}, which is neither a path nor an http:// URL")
+        self._judge(host[0])
+        return target
+
+
+def _check_request_line(line: bytes) -> None:
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        _malformed("the first line is not an HTTP/1 request line")
+    method, _, version = match.groups()
+    if method == b"PRI" or version.startswith(b"2"):
+        raise RequestError("http:upgrade", "HTTP/2 without TLS is not supported")
+    if version not in {b"1.0", b"1.1"}:
+        _malformed(f"HTTP/{version.decode()} is not supported")
+    if method.upper() == b"CONNECT":
+        raise RequestError("http:connect", "the request asks for a tunnel (CONNECT)")
+
+
+def _check_field(line: bytes) -> None:
+    if not line.endswith(b"\r\n"):
+        _malformed("a line of the request ends in LF without CR")
+    if line.startswith((b" ", b"\t")):
+        _malformed("a header line of the request is folded")
+    if not _FIELD.fullmatch(line):
+        _malformed("a header line of the request is not NAME: VALUE")
+
+
+def _check_counts(head: bytes) -> None:
+    """Check which headers there are, before h11 makes one of two, or an error without an id of ours."""
+    request_line, *lines = head[:-4].split(b"\r\n")
+    count = Counter(line.partition(b":")[0].lower() for line in lines)
+    if count[b"host"] != 1:
+        if count[b"host"]:
+            _malformed("the request has more than one Host")
+        raise RequestError("http:no-host", "the request has no Host")
+    lengths = count[b"transfer-encoding"] + count[b"content-length"]
+    if lengths > 1 or (count[b"transfer-encoding"] and request_line.endswith(b"1.0")):
+        raise RequestError("http:ambiguous-length", "the request's headers state the length of its body ambiguously")
+    if count[b"http2-settings"]:
+        raise RequestError("http:upgrade", "HTTP/2 without TLS is not supported")
+
+
+def _is_handshake(request: h11.Request, fields: dict[bytes, bytes], *, first: bool) -> bool:
+    """Whether this is a WebSocket handshake. Raises RequestError for every other upgrade."""
+    if b"upgrade" not in fields:
+        return False
+    values = [value for name, value in request.headers if name == b"upgrade"]
+    if [value.lower() for value in values] != [b"websocket"]:
+        raise RequestError("http:upgrade", f"an upgrade to {escaped(values[0])} is not supported")
+    if not first:
+        raise RequestError("http:upgrade", "a WebSocket handshake has to be the first request of its connection")
+    body = b"transfer-encoding" in fields or fields.get(b"content-length", b"0").strip(b"0")
+    if request.method != b"GET" or request.http_version != b"1.1" or body:
+        raise RequestError("http:upgrade", "a WebSocket handshake has to be a GET of HTTP/1.1 without a body")
+    return True
+
+
+def _parse_authority(text: bytes) -> tuple[Host, int]:
+    match = _HOST.fullmatch(text)
+    if match is None or not 0 < int(match[2] or _PORT_DEFAULT) <= _PORT_LAST:
+        _malformed(f"the request has the host {escaped(text)}, which is not NAME or NAME:PORT")
+    try:
+        return parse_guest_host(match[1]), int(match[2] or _PORT_DEFAULT)
+    except UsageError:
+        _malformed(f"the request has the host {escaped(text)}, which is neither a name nor an address")
+
+
+def _next_event(connection: h11.Connection) -> object:
+    try:
+        return connection.next_event()
+    except h11.RemoteProtocolError as exc:
+        if exc.error_status_hint == 431:  # noqa: PLR2004 - h11's way to say that its buffer is full
+            raise RequestError("http:too-large", "a line of the request's body is too long") from None
+        _malformed(f"the request is not well-formed: {escaped(str(exc))}")
+
+
+def _end(event: h11.EndOfMessage) -> bytes:
+    """The last chunk, and the trailer."""
+    lines = [b"%b: %b\r\n" % field for field in event.headers.raw_items()]
+    for line, (name, _) in zip(lines, event.headers, strict=True):
+        if name in _HEAD_ONLY or not _FIELD.fullmatch(line):
+            _malformed(f"the request has {escaped(name)} in its trailer")
+    return b"".join([b"0\r\n", *lines, b"\r\n"])
+
+
+def _malformed(why: str) -> NoReturn:
+    raise RequestError("http:malformed", why) from None

@@ -1,0 +1,90 @@
+"""The resolver: a process of its own that looks names up as this host does, and knows nothing else.
+
+It reads a name, which has passed the gate's strict parser, and answers with addresses, over a socket of packets.
+The gate checks every answer again.
+
+A request is a number (u32) and the name; an answer the number, a byte of `Status`, and for each address a byte with
+its version and its 4 or 16 bytes.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import struct
+import threading
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from x07_sandbox.network.names import Address
+
+NUMBER: Final = struct.Struct(">I")
+REQUEST_MAX: Final = NUMBER.size + 253
+ADDRESSES_MAX: Final = 16
+ANSWER_MAX: Final = NUMBER.size + 1 + 17 * ADDRESSES_MAX
+FOUND: Final = 0
+NO_NAME: Final = 1
+FAILED: Final = 2
+_WORKERS: Final = 8
+_V4: Final = 4
+_V6: Final = 6
+
+
+def encode_answer(number: int, status: int, addresses: list[Address]) -> bytes:
+    """Return an answer; addresses beyond the most are left out."""
+    packed = b"".join(bytes([address.version]) + address.packed for address in addresses[:ADDRESSES_MAX])
+    return NUMBER.pack(number) + bytes([status]) + packed
+
+
+def decode_answer(data: bytes) -> tuple[int, int, list[Address]]:
+    """Return number, status and addresses of an answer. Raises ValueError."""
+    if not NUMBER.size < len(data) <= ANSWER_MAX or data[NUMBER.size] > FAILED:
+        raise ValueError("not an answer")
+    addresses: list[Address] = []
+    at = NUMBER.size + 1
+    while at < len(data):
+        size = {_V4: 4, _V6: 16}.get(data[at], 0)
+        packed = data[at + 1 : at + 1 + size]
+        if not size or len(packed) != size:
+            raise ValueError("not an address")
+        addresses.append(IPv4Address(packed) if size == 4 else IPv6Address(packed))  # noqa: PLR2004 - bytes of IPv4
+        at += 1 + size
+    return NUMBER.unpack_from(data)[0], data[NUMBER.size], addresses
+
+
+def look_up(name: str) -> tuple[int, list[Address]]:
+    """Return status and addresses of a name, in the order in which this host would try them."""
+    try:
+        # The final dot: no search list of the host is tried, and no name of its hosts file that has no dot.
+        rows = socket.getaddrinfo(f"{name}.".encode("ascii"), None, type=socket.SOCK_STREAM)
+    except socket.gaierror as exc:
+        known = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+        return (NO_NAME if exc.errno in known else FAILED), []
+    except OSError:
+        return FAILED, []
+    found: dict[Address, None] = {}
+    for family, _, _, _, ends in rows:
+        text = str(ends[0]).partition("%")[0]
+        if family == socket.AF_INET:
+            found[IPv4Address(text)] = None
+        elif family == socket.AF_INET6:
+            found[IPv6Address(text)] = None
+    return (FOUND if found else NO_NAME), list(found)
+
+
+def serve(sock: socket.socket) -> None:
+    """Answer until the gate is gone. A name that takes long holds up at most one of the workers."""
+    waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    for _ in range(_WORKERS):
+        threading.Thread(target=_work, args=(sock, waiting), daemon=True).start()
+    while data := sock.recv(REQUEST_MAX):
+        waiting.put(data)
+
+
+def _work(sock: socket.socket, waiting: queue.SimpleQueue[bytes]) -> None:
+    while True:
+        data = waiting.get()
+        number = NUMBER.unpack_from(data)[0]
+        status, addresses = look_up(data[NUMBER.size :].decode("ascii"))
+        sock.send(encode_answer(number, status, addresses))

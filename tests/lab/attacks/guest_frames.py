@@ -1,0 +1,267 @@
+"""Inside the guest: attacks on the gate in its own language."""
+
+from __future__ import annotations
+
+import random
+import struct
+import time
+from typing import Any
+
+from tests.lab.attacks.guest_port import CREDIT, DATA, DATAGRAM, FIN, RESET, TCP, UDP, Port, asking, frame, port_path
+
+State = dict[str, Any]
+
+
+def _port(state: State) -> Port:
+    if "port" not in state:
+        state["port"] = Port()
+    port = state["port"]
+    assert isinstance(port, Port)
+    return port
+
+
+def no_port(_state: State) -> dict[str, Any]:
+    """Whether there is a stream to a gate at all."""
+    return {"port": port_path()}
+
+
+def exchange(  # noqa: PLR0913 - one order that says all
+    state: State,
+    *,
+    host: str,
+    port: int,
+    say: list[str | float],
+    udp: bool = False,
+    wait_s: float = 0.3,
+    keep: str = "",
+    dribble: bool = False,
+) -> dict[str, Any]:
+    """Ask for a host (hexadecimal), say bytes (hexadecimal), wait between them (seconds, or until something comes).
+
+    keep: leave it open under that name. dribble: the frames go byte by byte.
+    """
+    gate = _port(state)
+    if dribble:
+        gate.last += 1
+        gate.streams[gate.last] = type(gate.streams.get(0))() if 0 in gate.streams else _new()
+        for byte in asking(gate.last, bytes.fromhex(host), port):
+            gate.write(bytes([byte]))
+            time.sleep(0.002)
+        number = gate.last
+    else:
+        number = gate.open(bytes.fromhex(host), port, UDP if udp else TCP)
+    known = gate.until(number, "code", 12)
+    if known.code == 0:
+        for one in say:
+            if isinstance(one, str):
+                data = bytes.fromhex(one)
+                for at in range(0, len(data), 32768):
+                    gate.write(frame(DATAGRAM if udp else DATA, number, data[at : at + 32768]))
+            elif one < 0:
+                gate.write(frame(FIN, number))
+            else:
+                seen = known.received
+                deadline = time.monotonic() + one
+                while time.monotonic() < deadline and known.received == seen and not known.over and not gate.lost:
+                    gate.read(deadline - time.monotonic())
+        if not keep:
+            gate.until(number, "reset", wait_s)
+            if not known.over:
+                gate.write(frame(RESET, number))
+    if keep:
+        state[keep] = number
+    return {"code": known.code, "reset": known.reset, "data": known.data.decode("latin-1")[:300], "lost": gate.lost}
+
+
+def _new() -> Any:
+    from tests.lab.attacks.guest_port import Stream
+
+    return Stream()
+
+
+def kept(state: State, *, keep: str, wait_s: float) -> dict[str, Any]:
+    """Wait for the end of a stream that was left open."""
+    known = _port(state).until(state[keep], "reset", wait_s)
+    return {"reset": known.reset, "data": known.data.decode("latin-1")[:300]}
+
+
+def pause(state: State, *, seconds: float) -> dict[str, Any]:
+    """Take what comes for a while."""
+    _port(state).quiet(seconds)
+    return {}
+
+
+def frames(state: State, *, opens: list[list[Any]], say: str, wait_s: float = 1.0) -> dict[str, Any]:
+    """Open streams (host, port, whether UDP) and wait for their answers, then write bytes; whether the gate closed."""
+    gate = _port(state)
+    codes = []
+    for host, port, udp in opens:
+        number = gate.open(host.encode(), port, UDP if udp else TCP)
+        codes.append(gate.until(number, "code", 12).code)
+    gate.write(bytes.fromhex(say))
+    deadline = time.monotonic() + wait_s
+    while not gate.lost and time.monotonic() < deadline:
+        gate.read(0.05)
+    # What is said after the gate has closed reaches nobody.
+    gate.lost, closed = False, gate.lost
+    gate.write(asking(10_000, b"after.lab.example", 80), 0.3)
+    return {"codes": codes, "closed": closed}
+
+
+def past_credit(state: State, *, host: str, port: int) -> dict[str, Any]:
+    """Send without end to one who does not read, whatever the window is."""
+    gate = _port(state)
+    number = gate.open(host.encode(), port)
+    code = gate.until(number, "code", 12).code
+    one = frame(DATA, number, bytes(32768))
+    sent = 0
+    while not gate.lost and sent < 256 << 20:
+        done = gate.write(one, 3)
+        sent += done
+        gate.read(0)
+        if done < len(one):
+            gate.read(0.5)
+            break
+    return {"code": code, "closed": gate.lost, "sent": sent}
+
+
+def restart(state: State, *, host: str, port: int) -> dict[str, Any]:
+    """A new relay on the old stream: closes the port, opens it again, and counts its streams from 1."""
+    import os
+
+    gate = _port(state)
+    number = gate.open(host.encode(), port)
+    code = gate.until(number, "code", 12).code
+    os.close(gate.fd)
+    again = Port()
+    first = again.open(host.encode(), port)
+    answer = again.until(first, "code", 2).code
+    state["port"] = again
+    return {"code": code, "again": answer, "closed": again.lost}
+
+
+# ---------------------------------------------------------------------------------------------------------- floods
+
+
+def open_flood(state: State, *, host: str, port: int, count: int, reset: bool, pace_s: float = 0.0) -> dict[str, Any]:
+    """Ask *count* times; host may have {} for a number. reset: end each connection that comes about."""
+    gate = _port(state)
+    first, began, ended = gate.last + 1, time.monotonic(), set[int]()
+
+    def look() -> None:
+        if not reset:
+            return
+        for number in [n for n in gate.streams if gate.streams[n].code == 0 and n not in ended]:
+            ended.add(number)
+            gate.write(frame(RESET, number))
+
+    for start in range(0, count, 50):
+        batch = b""
+        for at in range(start, min(start + 50, count)):
+            gate.last += 1
+            gate.streams[gate.last] = _new()
+            batch += asking(gate.last, host.format(at).encode("latin-1"), port)
+        gate.write(batch)
+        while gate.read(0):
+            pass
+        look()
+        if pace_s:
+            gate.quiet(pace_s)
+            look()
+    deadline = time.monotonic() + 20
+    while any(gate.streams[n].code is None for n in range(first, gate.last + 1)) and time.monotonic() < deadline:
+        gate.read(0.1)
+        look()
+    codes: dict[str, int] = {}
+    for number in range(first, gate.last + 1):
+        name = str(gate.streams[number].code)
+        codes[name] = codes.get(name, 0) + 1
+    return {"codes": codes, "seconds": time.monotonic() - began, "lost": gate.lost}
+
+
+def reset_flood(state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
+    """Frames for a stream that is closed, and for one of another machine's numbers, without end."""
+    gate = _port(state)
+    number = gate.open(host.encode(), port)
+    gate.until(number, "code", 12)
+    gate.write(frame(RESET, number))
+    block = frame(RESET, number) * 1000 + frame(CREDIT, number, struct.pack(">I", 1)) * 1000
+    sent = 0
+    while sent < count and not gate.lost:
+        sent += gate.write(block, 20) // 12
+        gate.read(0)
+    return {"sent": sent, "lost": gate.lost}
+
+
+def noise(state: State, *, count: int) -> dict[str, Any]:
+    """Bytes by chance."""
+    gate = _port(state)
+    gate.write(random.Random(7).randbytes(count), 5)  # noqa: S311 - reproducible
+    gate.quiet(0.3)
+    return {"closed": gate.lost}
+
+
+def unread(state: State, *, host: str, flows: int, seconds: float) -> dict[str, Any]:
+    """Open *flows* connections to one who sends without end, and read of the first one only; bytes a second of it."""
+    gate = _port(state)
+    gate.auto_credit = False
+    live = gate.open(host.encode(), 19)
+    gate.until(live, "code", 12)
+
+    def speed(for_s: float) -> float:
+        began, before, given = time.monotonic(), gate.streams[live].received, gate.streams[live].received
+        while (now := time.monotonic()) - began < for_s and not gate.lost:
+            gate.read(0.05)
+            if (more := gate.streams[live].received - given) >= 65536:
+                given += more
+                gate.write(frame(CREDIT, live, struct.pack(">I", more)))
+        if more := gate.streams[live].received - given:
+            gate.write(frame(CREDIT, live, struct.pack(">I", more)))
+        return (gate.streams[live].received - before) / (now - began)
+
+    speed(0.3)
+    alone = speed(seconds)
+    numbers = []
+    for _ in range(flows):
+        number = gate.open(host.encode(), 19)
+        if gate.until(number, "code", 12).code == 0:
+            numbers.append(number)
+    gate.quiet(0.3)
+    beside = speed(seconds)
+    most = max(gate.streams[number].received for number in numbers)
+    return {"alone": alone, "beside": beside, "open": len(numbers), "most_unread": most, "lost": gate.lost}
+
+
+def fill(state: State, *, host: str, flows: int) -> dict[str, Any]:
+    """Fill the windows of *flows* connections to those who do not read; honest about credit."""
+    gate = _port(state)
+    numbers = [gate.open(host.encode(), 6000) for _ in range(flows)]
+    numbers = [number for number in numbers if gate.until(number, "code", 12).code == 0]
+    sent = 0
+    deadline = time.monotonic() + 6
+    idle = 0
+    while time.monotonic() < deadline and idle < 5 and not gate.lost:
+        moved = 0
+        for number in numbers:
+            size = min(32768, gate.streams[number].may_send)
+            if size and not gate.streams[number].over:
+                gate.streams[number].may_send -= size
+                moved += gate.write(frame(DATA, number, bytes(size)), 1)
+            gate.read(0)
+        sent += moved
+        if not moved:
+            idle += 1
+            gate.read(0.1)
+    return {"open": len(numbers), "sent": sent, "lost": gate.lost}
+
+
+def download(state: State, *, host: str, port: int, size: int) -> dict[str, Any]:
+    """Take *size* bytes of an endless source."""
+    gate = _port(state)
+    number = gate.open(host.encode(), port)
+    known = gate.until(number, "code", 12)
+    began = time.monotonic()
+    while known.received < size and not known.over and not gate.lost:
+        gate.read(1)
+    gate.write(frame(RESET, number))
+    return {"code": known.code, "received": known.received, "seconds": time.monotonic() - began, "lost": gate.lost}

@@ -1,0 +1,91 @@
+# mypy: ignore-errors
+"""A guest that is lost to its program, in the place of `guest/agent.py`; the honest one is `guest/honest.py`.
+
+The agent itself keeps to the protocol, so that a run goes on and ends as any other. The program is root of the
+machine: all capabilities, no filter, no Landlock, no process namespace of its own, every module and device at hand.
+Where its first argument is "frames", there is no relay either, and the stream to the gate is the program's.
+"""
+
+from __future__ import annotations
+
+import os
+
+from x07_sandbox.channel.link import Control, Event
+from x07_sandbox.guest import confine, honest, init, machine, place, restrict
+
+_unshare = os.unshare
+_last_steps = restrict.last_steps
+
+
+class NoRelay:
+    """In the place of a `RelayProcess`."""
+
+    def __init__(self) -> None:
+        self.told_fd, self._open_fd = os.pipe2(os.O_CLOEXEC)
+
+    def wait_built(self) -> None:
+        """It is."""
+
+    def wait_admitted(self) -> None:
+        """It is."""
+
+    def admit(self, _network: dict) -> None:
+        """It needs no leave."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+class RootPlace(place.Place):
+    """A place whose program is started anew, without an interpreter that waits."""
+
+    def __init__(self, platform, *, first=True, interpreter=False, preload=None, network=False) -> None:
+        del interpreter, preload
+        super().__init__(platform, first=first, network=network)
+
+
+class LostAgent(honest.Agent):
+    """Honest, but for the relay."""
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Control) and event.kind is honest.Kind.START and "frames" in event.body["argv"]:
+            self.place = self.place or RootPlace(self.platform, network=event.body["network"] is not None)
+            if self.place.relay is not None:
+                self.place.relay.wait_built()
+                self.place.relay.close()
+                self.place.relay = NoRelay()
+        super()._take(event)
+
+
+def _without_pid_namespace(flags: int) -> None:
+    if flags != os.CLONE_NEWPID:
+        _unshare(flags)
+
+
+def _only_the_program(program: int, *, namespace: bool) -> int:
+    """As init._last_of, where everybody is in reach of kill(-1)."""
+    del namespace
+    while True:
+        pid, status = os.wait()
+        if pid == program:
+            return status
+
+
+def _no_last_steps() -> tuple:
+    return (lambda _code, _rules_fd, recorded=True: None), _last_steps()[1]
+
+
+def main() -> None:
+    """Serve the one conversation with a program that is root."""
+    os.unshare = _without_pid_namespace
+    init._last_of = _only_the_program  # noqa: SLF001 - there is no other way in
+    restrict.last_steps = _no_last_steps
+    honest.Place = RootPlace
+    machine.Machine.measures = confine.Measures(
+        world=confine.MACHINE.world, rights=(confine.MACHINE.rights[0], confine.FRESH_SIGNALS), job=confine.VIEW
+    )
+    platform = machine.Machine()
+    try:
+        LostAgent(platform.open_channel(), platform).serve()
+    finally:
+        platform.end()

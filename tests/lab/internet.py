@@ -1,0 +1,714 @@
+"""The servers of the laboratory's internet, one process per network namespace; each contact is one line of the log.
+
+Run by tests/lab/laboratory.py with one argument, a JSON object (see `main`). Prints "ready" once all servers listen,
+answers each line on standard input with "synced" once all that had come before it is in the log, and ends at the end of
+standard input, which is also what the death of its parent looks like.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import re
+import resource
+import socket
+import ssl
+import struct
+import sys
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import dns.exception
+import dns.flags
+import dns.message
+import dns.name
+import dns.rcode
+import dns.rdatatype
+import dns.rrset
+
+DATA_MAX_CHARS: Final = 200
+READS_LOGGED: Final = 20
+"""Reads of one connection that are logged one by one; what comes later is summed up in one line."""
+READ_BYTES: Final = 65_536
+HEAD_MAX_BYTES: Final = 4_194_304
+BODY_MAX_BYTES: Final = 67_108_864
+HELLO_MAX_BYTES: Final = 131_072
+HTTP_PORTS: Final = (80, 8000, 8080)
+TLS_PORTS: Final = (443, 8443, 9443)
+SPOOFED_PORT: Final = 9001
+UDP_ECHO_PORTS: Final = (53, 123, 443, 9000)
+DNS_ADDRESS: Final = "45.45.45.53"
+SECRET_PORT: Final = 8600
+
+
+def escaped(data: bytes) -> str:
+    """The first bytes of *data* in printable ASCII."""
+    return data[:DATA_MAX_CHARS].decode("latin-1").encode("unicode_escape").decode("ascii")[:DATA_MAX_CHARS]
+
+
+def place(address: tuple[Any, ...]) -> str:
+    """Address and port as one string, an IPv6 address in brackets."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Log:
+    """The log of contacts, which several processes append to."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def write(self, where: str, proto: str, event: str, data: bytes = b"", name: str = "", size: int = -1) -> None:
+        """Append one line by one call, so that lines of two processes never mix. size: of *data* unless given."""
+        line = {
+            "at": time.monotonic(),
+            "where": where,
+            "proto": proto,
+            "event": event,
+            "data": escaped(data),
+            "name": name.encode("unicode_escape").decode("ascii")[:300],
+            "size": len(data) if size < 0 else size,
+        }
+        os.write(self._fd, json.dumps(line).encode() + b"\n")
+
+
+# ------------------------------------------------------------------------------------------------------------ streams
+
+
+class Connection:
+    """One TCP connection; plain until `secure` is called, TLS afterwards."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, log: Log) -> None:
+        self.log = log
+        self.where = place(writer.get_extra_info("sockname"))
+        self.transport = writer.transport
+        self._reader, self._writer = reader, writer
+        self._reads = 0
+        self._unlogged: dict[str, int] = defaultdict(int)
+        self._tls: ssl.SSLObject | None = None
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+
+    async def receive(self) -> bytes:
+        """Return what has come, at least one byte; b"" means the peer has finished."""
+        if self._tls is None:
+            return await self._reader.read(READ_BYTES)
+        while True:
+            try:
+                return self._tls.read(READ_BYTES)
+            except ssl.SSLWantReadError:
+                await self._exchange()
+            except ssl.SSLZeroReturnError:
+                return b""
+
+    async def send(self, data: bytes) -> None:
+        """Send all of *data*; waits while the peer does not read."""
+        if self._tls is not None:
+            self._tls.write(data)
+            data = self._outgoing.read()
+        self._writer.write(data)
+        await self._writer.drain()
+        await asyncio.sleep(0)  # a peer that reads fast enough never makes drain() wait, and others want their turn
+
+    async def secure(self, context: ssl.SSLContext) -> bool:
+        """Log the ClientHello's names and shake hands; False if these bytes are no hello, and are logged as bytes."""
+        raw = b""
+        while (names := hello_names(raw)) is None:
+            data = await self._reader.read(READ_BYTES)
+            raw += data
+            if not data or len(raw) > HELLO_MAX_BYTES or (raw and raw[0] != 22):
+                self.note(raw, "tls")
+                return False
+        self.log.write(self.where, "tls", "connect", name=",".join(names))
+        self._incoming.write(raw)
+        tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                await self._exchange()
+            except ssl.SSLError:
+                self._writer.write(self._outgoing.read())  # the alert
+                raise
+        self._tls = tls
+        await self.send(b"")
+        return True
+
+    async def _exchange(self) -> None:
+        self._writer.write(self._outgoing.read())
+        await self._writer.drain()
+        if data := await self._reader.read(READ_BYTES):
+            self._incoming.write(data)
+        elif self._incoming.eof:
+            raise EOFError
+        else:
+            self._incoming.write_eof()
+
+    def note(self, data: bytes, proto: str = "tcp") -> None:
+        """Log bytes that came: the first reads each, later ones only as a sum."""
+        if not data:
+            return
+        self._reads += 1
+        if self._reads <= READS_LOGGED:
+            self.log.write(self.where, proto, "bytes", data)
+        else:
+            self._unlogged[proto] += len(data)
+
+    def close(self) -> None:
+        """End the connection; what was to be sent is still sent."""
+        for proto, size in self._unlogged.items():
+            self.log.write(self.where, proto, "bytes", size=size)
+        if self._tls is not None and not self.transport.is_closing():
+            with contextlib.suppress(ssl.SSLError):  # the peer's own close_notify is not waited for
+                self._tls.unwrap()
+            self._writer.write(self._outgoing.read())
+        self._writer.close()
+
+
+Handler = Callable[[Connection], Awaitable[None]]
+
+
+def hello_names(raw: bytes) -> list[str] | None:
+    """The names (SNI) of a ClientHello in TLS records, [] for none or for other bytes; None while it is not whole."""
+    message, at = b"", 0
+    while True:
+        if len(message) >= 4 and len(message) >= 4 + int.from_bytes(message[1:4]):
+            break
+        if len(raw) < at + 5 or len(raw) < at + 5 + int.from_bytes(raw[at + 3 : at + 5]):
+            return None
+        size = int.from_bytes(raw[at + 3 : at + 5])
+        message += raw[at + 5 : at + 5 + size]
+        at += 5 + size
+    try:
+        return list(_server_names(message))
+    except (IndexError, struct.error):
+        return []
+
+
+def _server_names(message: bytes) -> list[str]:
+    at = 4 + 2 + 32
+    at += 1 + message[at]
+    at += 2 + struct.unpack_from(">H", message, at)[0]
+    at += 1 + message[at]
+    found, at = [], at + 2
+    while at + 4 <= len(message):
+        kind, size = struct.unpack_from(">HH", message, at)
+        body, at = message[at + 4 : at + 4 + size], at + 4 + size
+        inner = 2
+        while kind == 0 and inner + 3 <= len(body):
+            length = struct.unpack_from(">H", body, inner + 1)[0]
+            found.append(body[inner + 3 : inner + 3 + length].decode("latin-1"))
+            inner += 3 + length
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- HTTP
+
+
+class Http:
+    """HTTP/1.1 on one connection. Lenient on purpose: what a gate lets through in a doubtful form is seen as such."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._buffer = bytearray()
+
+    async def serve(self) -> None:
+        """Answer requests until the peer ends them; bytes that are no request are logged as bytes."""
+        try:
+            while await self._request():
+                pass
+        finally:
+            self._connection.note(bytes(self._buffer), "http")
+
+    async def _more(self) -> bool:
+        data = await self._connection.receive()
+        self._buffer += data
+        return bool(data)
+
+    async def _until(self, pattern: bytes) -> bytes | None:
+        """Take what comes before *pattern* and drop the pattern; None, and nothing taken, if it does not come."""
+        start = 0
+        while (found := re.search(pattern, self._buffer[start:])) is None:
+            start = max(0, len(self._buffer) - 4)
+            if len(self._buffer) > HEAD_MAX_BYTES or not await self._more():
+                return None
+        taken = bytes(self._buffer[: start + found.start()])
+        del self._buffer[: start + found.end()]
+        return taken
+
+    async def _take(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            if not await self._more():
+                raise EOFError
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+    async def _request(self) -> bool:
+        """Read and answer one request; whether another may follow."""
+        while self._buffer.startswith((b"\r", b"\n")):
+            del self._buffer[:1]
+        head = await self._until(rb"\r?\n\r?\n")
+        if head is None:
+            return False
+        line, *fields = re.split(rb"\r?\n", head)
+        headers = {
+            name.strip().lower(): value.strip()
+            for name, _, value in (field.partition(b":") for field in reversed(fields))
+        }
+        host = headers.get(b"host", b"").decode("latin-1")
+        self._connection.log.write(self._connection.where, "http", "request", line, name=host)
+        words = line.split()
+        if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
+            await self._answer(b"400 Bad Request", b"")
+            return False
+        body = await self._body(headers)
+        self._connection.note(body, "http")
+        path = re.sub(rb"^[a-z]+://[^/]*", b"", words[1]) or b"/"
+        if path == b"/upgrade" and headers.get(b"upgrade", b"").lower() == b"websocket":
+            await self._upgraded()
+            return False
+        await self._reply(words[0], path, head, body)
+        return headers.get(b"connection", b"").lower() != b"close" and words[2] != b"HTTP/1.0"
+
+    async def _body(self, headers: dict[bytes, bytes]) -> bytes:
+        if b"chunked" not in headers.get(b"transfer-encoding", b"").lower():
+            length = headers.get(b"content-length", b"0")
+            return await self._take(min(int(length), BODY_MAX_BYTES) if length.isdigit() else 0)
+        body = b""
+        while True:
+            line = await self._until(rb"\r?\n")
+            size = re.match(rb"[0-9a-fA-F]{1,8}", line or b"")
+            if size is None or len(body) > BODY_MAX_BYTES:
+                raise EOFError
+            count = int(size[0], 16)
+            if count == 0:
+                break
+            body += await self._take(min(count, BODY_MAX_BYTES))
+            await self._until(rb"\r?\n")
+        while await self._until(rb"\r?\n"):  # trailers, to the empty line
+            pass
+        return body
+
+    async def _reply(self, method: bytes, path: bytes, head: bytes, body: bytes) -> None:
+        if method == b"CONNECT":
+            await self._answer(b"405 Method Not Allowed", b"")
+        elif path in {b"/", b"/refuse-upgrade"}:
+            await self._answer(b"200 OK", b"hello", bare=method == b"HEAD")
+        elif path == b"/echo":
+            await self._answer(b"200 OK", body, bare=method == b"HEAD")
+        elif path == b"/head":
+            await self._answer(b"200 OK", head, bare=method == b"HEAD")
+        elif path == b"/chunked":
+            start = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            await self._connection.send(start + b"3\r\nhel\r\n2;x=y\r\nlo\r\n0\r\n\r\n")
+        elif found := re.fullmatch(rb"/bytes/([0-9]{1,11})", path):
+            await self._many(int(found[1]))
+        else:
+            await self._answer(b"404 Not Found", b"")
+
+    async def _answer(self, status: bytes, body: bytes, *, bare: bool = False) -> None:
+        head = b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
+        await self._connection.send(head if bare else head + body)
+
+    async def _many(self, count: int) -> None:
+        await self._connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % count)
+        for start in range(0, count, READ_BYTES):
+            await self._connection.send(bytes(min(READ_BYTES, count - start)))
+
+    async def _upgraded(self) -> None:
+        head = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        await self._connection.send(head)
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        while data or (data := await self._connection.receive()):
+            self._connection.note(data, "http")
+            await self._connection.send(data)
+            data = b""
+
+
+# ---------------------------------------------------------------------------------------------------- other TCP servers
+
+
+async def http(connection: Connection) -> None:
+    """HTTP/1.1."""
+    await Http(connection).serve()
+
+
+def https(context: ssl.SSLContext) -> Handler:
+    """HTTP/1.1 in TLS."""
+
+    async def handle(connection: Connection) -> None:
+        if await connection.secure(context):
+            await Http(connection).serve()
+
+    return handle
+
+
+async def echo(connection: Connection) -> None:
+    """Send back what comes, to the peer's end."""
+    while data := await connection.receive():
+        connection.note(data)
+        await connection.send(data)
+
+
+async def discard(connection: Connection) -> None:
+    """Read all, say nothing."""
+    while data := await connection.receive():
+        connection.note(data)
+
+
+async def chargen(connection: Connection) -> None:
+    """Send without end; the peer's bytes stay unread."""
+    block = bytes(range(32, 127)) * 512
+    while True:
+        await connection.send(block)
+
+
+def banner(text: bytes) -> Handler:
+    """Speak first, then read."""
+
+    async def handle(connection: Connection) -> None:
+        await connection.send(text)
+        await discard(connection)
+
+    return handle
+
+
+def postgres(context: ssl.SSLContext) -> Handler:
+    """What PostgreSQL does before its first query: an SSLRequest is answered with "S" and followed by TLS."""
+
+    async def handle(connection: Connection) -> None:
+        start = await connection.receive()
+        connection.note(start)
+        if start == struct.pack(">II", 8, 80_877_103):
+            await connection.send(b"S")
+            if not await connection.secure(context):
+                return
+            connection.note(await connection.receive(), "tls")
+        await connection.send(b"R" + struct.pack(">II", 8, 0) + b"Z" + struct.pack(">I", 5) + b"I")
+        await discard(connection)
+
+    return handle
+
+
+async def deaf(connection: Connection) -> None:
+    """Accept, and read no more than what came in the first moment."""
+    connection.transport.pause_reading()  # type: ignore[attr-defined] # a socket's transport reads, too
+    await asyncio.sleep(86_400)  # a timer, since the loop holds no reference to a task that waits for nothing
+
+
+async def serve_tcp(log: Log, addresses: list[str], port: int, handler: Handler) -> None:
+    """Listen on *port* of all *addresses*."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(reader, writer, log)
+        log.write(connection.where, "tcp", "connect")
+        try:
+            await handler(connection)
+        except (OSError, EOFError):
+            pass  # the peer went, or broke its protocol (ssl.SSLError is an OSError)
+        except Exception:  # noqa: BLE001 - whatever a hostile peer sends, the others are served
+            traceback.print_exc()
+        finally:
+            connection.close()
+
+    await asyncio.start_server(serve, addresses, port, backlog=1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------- UDP
+
+
+class Udp(asyncio.DatagramProtocol):
+    """Echo on one address and port; *speaker*: another socket that answers in its place."""
+
+    def __init__(self, log: Log, where: str, speaker: asyncio.DatagramTransport | None = None) -> None:
+        self._log, self._where, self._transport = log, where, speaker
+
+    def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override] # it is one
+        """Take the transport that answers, unless another was given."""
+        self._transport = self._transport or transport
+
+    def datagram_received(self, data: bytes, addr: tuple[str | Any, int]) -> None:
+        """Log and send back."""
+        self._log.write(self._where, "udp", "bytes", data)
+        if self._transport is not None:
+            self._transport.sendto(data, addr)
+
+
+async def serve_udp(log: Log, address: str, port: int) -> None:
+    """Echo on one port; on SPOOFED_PORT the answer comes from another port."""
+    loop = asyncio.get_running_loop()
+    speaker = None
+    if port == SPOOFED_PORT:
+        speaker, _ = await loop.create_datagram_endpoint(asyncio.DatagramProtocol, (address, 0))
+    where = place((address, port))
+    await loop.create_datagram_endpoint(lambda: Udp(log, where, speaker), (address, port))
+
+
+# ---------------------------------------------------------------------------------------------------------------- DNS
+
+
+class Zone:
+    """All names of the internet, in a file that a test may replace at any time; see Laboratory.names."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._read: tuple[int, int] = (0, 0)
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._asked: dict[tuple[int, str], int] = defaultdict(int)
+
+    def answer(self, name: str, kind: str) -> dict[str, Any] | None:
+        """The next answer of the name's script to a question of this kind; the last one stays. None: no such name."""
+        status = self._path.stat()
+        if (status.st_ino, status.st_mtime_ns) != self._read:
+            self._read = (status.st_ino, status.st_mtime_ns)
+            self._entries = json.loads(self._path.read_bytes())
+        entry = self._entries.get(name)
+        while entry is None and "." in name:
+            name = name.partition(".")[2]
+            entry = self._entries.get(f"*.{name}")
+        if entry is None:
+            return None
+        key = (entry["serial"], kind)
+        answers: list[dict[str, Any]] = entry["answers"]
+        at = min(self._asked[key], len(answers) - 1)
+        self._asked[key] += 1
+        return answers[at]
+
+
+class Dns:
+    """The one DNS server: logs every question, then answers from the zone; a name that is not there is NXDOMAIN."""
+
+    def __init__(self, log: Log, zone: Zone) -> None:
+        self._log, self._zone = log, zone
+
+    async def reply(self, wire: bytes, max_bytes: int) -> bytes | None:
+        """The answer to a query; None for what is no query, or one whose script says to be silent."""
+        try:
+            query = dns.message.from_wire(wire)
+            question = query.question[0]
+            response = dns.message.make_response(query)
+        except (dns.exception.DNSException, IndexError, ValueError, struct.error):
+            self._log.write(f"{DNS_ADDRESS}:53", "dns", "bytes", wire)
+            return None
+        name, kind = question.name.to_text(omit_final_dot=True), dns.rdatatype.to_text(question.rdtype)
+        self._log.write(f"{DNS_ADDRESS}:53", "dns", "query", kind.encode(), name=name)
+        delay_s, rcode = self._fill(response, question.name, kind)
+        await asyncio.sleep(delay_s)
+        if rcode == "SILENT":
+            return None
+        response.set_rcode(dns.rcode.from_text(rcode))
+        response.flags |= dns.flags.RA  # glibc takes an empty answer without it for one of a lame server
+        try:
+            return response.to_wire(max_size=max_bytes)
+        except dns.exception.TooBig:
+            response.answer.clear()
+            response.flags |= dns.flags.TC
+            return response.to_wire()
+
+    def _fill(self, response: dns.message.Message, name: dns.name.Name, kind: str) -> tuple[float, str]:
+        """Put the answers in, following CNAMEs; returns the delay in seconds and the response code."""
+        delay_s = 0.0
+        for _ in range(16):
+            answer = self._zone.answer(name.to_text(omit_final_dot=True).lower(), kind)
+            if answer is None:
+                return delay_s, "NXDOMAIN"
+            delay_s += answer["delay_s"]
+            if answer["rcode"] != "NOERROR":
+                return delay_s, str(answer["rcode"])
+            if answer["cname"] is None:
+                wanted = [a for a in answer["addresses"] if kind == ("AAAA" if ":" in a else "A")]
+                if wanted:
+                    response.answer.append(dns.rrset.from_text_list(name, answer["ttl"], "IN", kind, wanted))
+                return delay_s, "NOERROR"
+            response.answer.append(dns.rrset.from_text(name, answer["ttl"], "IN", "CNAME", answer["cname"] + "."))
+            name = dns.name.from_text(answer["cname"])
+        return delay_s, "NOERROR"
+
+    async def stream(self, connection: Connection) -> None:
+        """DNS over TCP: any number of queries, each behind its length."""
+        buffer = b""
+        while data := await connection.receive():
+            buffer += data
+            while len(buffer) >= 2 and len(buffer) >= 2 + int.from_bytes(buffer[:2]):
+                size = 2 + int.from_bytes(buffer[:2])
+                wire, buffer = buffer[2:size], buffer[size:]
+                if response := await self.reply(wire, 65_535):
+                    await connection.send(len(response).to_bytes(2) + response)
+        connection.note(buffer, "dns")
+
+
+class DnsUdp(asyncio.DatagramProtocol):
+    """DNS over UDP."""
+
+    def __init__(self, server: Dns) -> None:
+        self._server = server
+        self._running: set[asyncio.Task[None]] = set()
+        self._transport: asyncio.DatagramTransport | None = None
+
+    def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override] # it is one
+        """Take the transport to answer by."""
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, addr: tuple[str | Any, int]) -> None:
+        """Answer, later if the script says so."""
+        task = asyncio.create_task(self._answer(data, addr))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _answer(self, data: bytes, addr: tuple[str | Any, int]) -> None:
+        response = await self._server.reply(data, 1232)
+        if response is not None and self._transport is not None:
+            self._transport.sendto(response, addr)
+
+
+# ------------------------------------------------------------------------------------------------------------- packets
+
+_DROP, _ACCEPT = 18, 19
+# Classic BPF (linux/filter.h): what came in by IPv4 or IPv6, of TCP only SYN without ACK. Offset 0 is the IP header.
+_FILTER: Final = (
+    (0x30, 0, 0, 0xFFFFF004),  # 0: A = type of packet (SKF_AD_PKTTYPE)
+    (0x15, _DROP - 2, 0, 4),  # 1: PACKET_OUTGOING
+    (0x30, 0, 0, 0),  # 2: A = first byte
+    (0x74, 0, 0, 4),  # 3: A >>= 4
+    (0x15, 0, 6, 4),  # 4: IPv4, else 11
+    (0x30, 0, 0, 9),  # 5: A = protocol
+    (0x15, 0, _ACCEPT - 7, 6),  # 6: TCP
+    (0xB1, 0, 0, 0),  # 7: X = length of the header
+    (0x50, 0, 0, 13),  # 8: A = flags
+    (0x54, 0, 0, 0x12),  # 9: A &= SYN | ACK
+    (0x15, _ACCEPT - 11, _DROP - 11, 2),  # 10: SYN alone
+    (0x15, 0, _DROP - 12, 6),  # 11: IPv6
+    (0x30, 0, 0, 6),  # 12: A = next header
+    (0x15, 0, _ACCEPT - 14, 6),  # 13: TCP
+    (0x30, 0, 0, 53),  # 14: A = flags
+    (0x54, 0, 0, 0x12),  # 15
+    (0x15, _ACCEPT - 17, _DROP - 17, 2),  # 16
+    (0x06, 0, 0, 0),  # 17: never reached
+    (0x06, 0, 0, 0),  # 18: drop
+    (0x06, 0, 0, 512),  # 19: take its first 512 bytes
+)
+_PROTOCOLS: Final = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp"}
+
+
+def watch_packets(log: Log, device: str) -> None:
+    """Log each packet that arrives for whatever address, also where no server listens."""
+    sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 0)
+    code = b"".join(struct.pack("=HBBI", *row) for row in _FILTER)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    sniffer.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HL", len(_FILTER), ctypes.addressof(buffer)))
+    sniffer.setsockopt(socket.SOL_SOCKET, 33, 8_388_608)  # SO_RCVBUFFORCE
+    sniffer.bind((device, 3))  # ETH_P_ALL
+    asyncio.get_running_loop().add_reader(sniffer, _log_packets, log, sniffer)
+
+
+def _log_packets(log: Log, sniffer: socket.socket) -> None:
+    for _ in range(64):  # then others have their turn
+        try:
+            packet = sniffer.recv(512)
+        except BlockingIOError:
+            return
+        version = packet[0] >> 4
+        header = (packet[0] & 15) * 4 if version == 4 else 40
+        number = packet[9] if version == 4 else packet[6]
+        target = socket.inet_ntop(socket.AF_INET, packet[16:20]) if version == 4 else ""
+        target = target or socket.inet_ntop(socket.AF_INET6, packet[24:40])
+        payload = packet[header:]
+        # The kernels of both namespaces find each other by these: neighbours, routers and groups.
+        if number in {0, 2} or (
+            number == 58 and payload[:1] and payload[0] in {130, 131, 132, 133, 134, 135, 136, 143}
+        ):
+            continue
+        proto = _PROTOCOLS.get(number, f"ip-{number}")
+        port = int.from_bytes(payload[2:4]) if number in {6, 17} else 0
+        log.write(place((target, port)), proto, "packet", payload[8:] if number == 17 else b"")
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+async def internet(log: Log, setting: dict[str, Any]) -> None:
+    """All servers of the outside."""
+    addresses: list[str] = setting["addresses"]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(setting["certificate"])
+    context.set_alpn_protocols(["http/1.1"])
+    server = Dns(log, Zone(setting["zone"]))
+    handlers: dict[int, Handler] = {
+        **dict.fromkeys(HTTP_PORTS, http),
+        **dict.fromkeys(TLS_PORTS, https(context)),
+        **dict.fromkeys((22, 2222), banner(b"SSH-2.0-lab\r\n")),
+        7: echo,
+        9: discard,
+        19: chargen,
+        5432: postgres(context),
+        6000: deaf,
+    }
+    for port, handler in handlers.items():
+        await serve_tcp(log, addresses, port, handler)
+    await serve_tcp(log, [DNS_ADDRESS], 53, server.stream)
+    await asyncio.get_running_loop().create_datagram_endpoint(lambda: DnsUdp(server), (DNS_ADDRESS, 53))
+    for address in addresses:
+        for port in (*UDP_ECHO_PORTS, SPOOFED_PORT):
+            if (address, port) != (DNS_ADDRESS, 53):
+                await serve_udp(log, address, port)
+    watch_packets(log, setting["device"])
+
+
+async def host_secrets(log: Log, setting: dict[str, Any]) -> None:
+    """What only the host itself may reach: its loopback and its own public address."""
+    addresses: list[str] = setting["addresses"]
+    await serve_tcp(log, addresses, SECRET_PORT, banner(b"host secret\r\n"))
+    for address in addresses:
+        await serve_udp(log, address, SECRET_PORT)
+
+
+async def run(setting: dict[str, Any]) -> None:
+    """Serve to the end of standard input."""
+    log = Log(setting["log"])
+    await (internet if setting["role"] == "internet" else host_secrets)(log, setting)
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    wanted: asyncio.Queue[None] = asyncio.Queue()
+
+    def read() -> None:
+        lines = os.read(0, 4096)
+        if not lines:
+            ended.set()
+        for _ in range(lines.count(b"\n")):
+            wanted.put_nowait(None)
+
+    async def sync() -> None:
+        while True:
+            await wanted.get()
+            for _ in range(20):  # each is a look at all sockets: accepted, read, and read again
+                await asyncio.sleep(0)
+            os.write(1, b"synced\n")
+
+    task = asyncio.create_task(sync())
+    loop.add_reader(0, read)
+    os.write(1, b"ready\n")
+    await ended.wait()
+    task.cancel()
+
+
+def main() -> None:
+    """Start what the argument says. role: internet or host. log, addresses; zone, certificate and device: internet."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65_536) if most > 0 else 65_536, most))
+    # Connections that are still open are nobody's loss: no waiting for their tasks.
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(run(json.loads(sys.argv[1])))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,600 @@
+"""Promises of the helpers that confine themselves: what the gate and the resolver can do, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import selectors
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import need
+from x07_sandbox.jail.uids import free_range
+
+# "root": root gives the helper a uid of its own. "plain root": root gives it none. "user": an ordinary user's helper.
+FORMS = ["root", "plain root", "user"]
+NOBODY = 65534
+THREADS = 8
+MIB = 1 << 20
+ENVIRONMENT = os.environ | {"RES_OPTIONS": "timeout:1 attempts:1"}  # a host without a name server is told soon
+
+# Runs in the helper: prints what it could do as JSON and waits for its input to end. "ok", or the name of the error.
+DRIVER = r"""
+import asyncio, ctypes, errno, fcntl, json, mmap, os, resource, select, signal, socket, struct, sys, threading, time
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.jail.own_limits import confine
+
+order = json.loads(sys.argv[1])
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.argtypes = [ctypes.c_long] * 7
+numbers = host_arch().syscalls
+found = {}
+
+def tried(name, what, *words):
+    try:
+        what(*words)
+        found[name] = "ok"
+    except OSError as exc:
+        found[name] = errno.errorcode.get(exc.errno, repr(exc))
+    except RuntimeError as exc:
+        found[name] = "RuntimeError"
+
+def call(name, *words):
+    number = name if isinstance(name, int) else numbers[name]
+    if libc.syscall(*[number, *words, 0, 0, 0, 0, 0, 0][:7]) < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+def fork():
+    if os.fork() == 0:
+        os._exit(0)
+
+def thread():
+    started = threading.Thread(target=int)
+    started.start()
+    started.join()
+
+def listen():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+
+def option(*words):
+    with socket.socket() as one:
+        one.setsockopt(*words)
+
+def name_server():
+    # One that answers every question for an IPv4 address with 192.0.2.7.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as up:
+        fcntl.ioctl(up, 0x8914, struct.pack("16sh14x", b"lo", 0x41))
+    server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind(("127.0.0.1", 53))
+    lives, life = os.pipe()  # it ends with the helper
+    if os.fork():
+        server.close()
+        os.close(lives)
+        return
+    os.close(life)
+    while lives not in select.select([server, lives], [], [])[0]:
+        asked, sender = server.recvfrom(512)
+        end = asked.index(b"\0", 12) + 5
+        is_a = asked[end - 4 : end - 2] == b"\0\1"
+        head = asked[:2] + b"\x81\x80\0\1" + (b"\0\1" if is_a else b"\0\0") + bytes(4)
+        server.sendto(head + asked[12:end] + (b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\xc0\0\2\7" if is_a else b""), sender)
+    os._exit(0)
+
+async def tcp():
+    reader, writer = await asyncio.open_connection("127.0.0.1", order["port"])
+    writer.write(b"x" * 300000)
+    writer.write_eof()
+    back = await reader.read(-1)
+    writer.close()
+    await writer.wait_closed()
+    return len(back)
+
+class Datagrams(asyncio.DatagramProtocol):
+    def __init__(self):
+        self.got = asyncio.get_running_loop().create_future()
+    def datagram_received(self, data, sender):
+        self.got.set_result(data)
+
+async def udp():
+    transport, protocol = await asyncio.get_running_loop().create_datagram_endpoint(
+        Datagrams, remote_addr=("127.0.0.1", order["port"]))
+    transport.sendto(b"ping")
+    answer = await asyncio.wait_for(protocol.got, 10)
+    transport.close()
+    return answer.decode()
+
+def given():
+    data, fds, _, _ = socket.recv_fds(control, 16, 1)
+    with socket.socket(fileno=fds[0]) as one:
+        one.sendall(b"through a given descriptor")
+    return data.decode()
+
+def look_up(name):
+    try:
+        return sorted({row[4][0] for row in socket.getaddrinfo(name, 80, type=socket.SOCK_STREAM)})
+    except socket.gaierror as exc:
+        return exc.args[0]
+
+def look_up_in_threads(name):
+    answers = []
+    together = threading.Barrier(order["threads"])
+    def one():
+        together.wait(20)
+        answers.append(look_up(name))
+    threads = [threading.Thread(target=one) for _ in range(order["threads"])]
+    for one_of in threads: one_of.start()
+    for one_of in threads: one_of.join()
+    return answers
+
+control = socket.socket(fileno=order["control"])
+log = os.open(order["log"], os.O_WRONLY | os.O_APPEND)
+if order["dns"]:
+    name_server()
+if order["become"] is not None:
+    os.setgroups([])
+    os.setresgid(*[order["become"]] * 3)
+    os.setresuid(*[order["become"]] * 3)
+if order["started"]:
+    blocked = threading.Event()
+    threading.Thread(target=blocked.wait, daemon=True).start()
+    tried("confine", lambda: confine(order["kind"], uid=order["uid"]))
+    blocked.set()
+    print(json.dumps(found))
+    sys.exit()
+parent, uid = os.getppid(), os.getuid()
+walls = confine(order["kind"], uid=order["uid"])
+
+path = order["file"]
+spare = ctypes.create_string_buffer(256)
+tried("read /etc/passwd", os.open, "/etc/passwd", os.O_RDONLY)
+tried("read /etc/resolv.conf", os.open, "/etc/resolv.conf", os.O_RDONLY)
+tried("read /etc", os.listdir, "/etc")
+tried("read /proc", os.open, "/proc/self/maps", os.O_RDONLY)
+tried("write", os.open, path, os.O_WRONLY)
+tried("write settings", os.open, "/etc/resolv.conf", os.O_RDWR)
+tried("create", os.open, path + ".new", os.O_WRONLY | os.O_CREAT)
+tried("create without a name", os.open, os.path.dirname(path), os.O_WRONLY | os.O_TMPFILE)
+for name in ("unlink", "rmdir", "chroot", "chdir"): tried(name, getattr(os, name), path)
+for name in ("rename", "link", "symlink"): tried(name, getattr(os, name), path, path + ".new")
+for name, word in (("mkdir", 0o700), ("mkfifo", 0o600), ("chmod", 0o777), ("truncate", 0)):
+    tried(name, getattr(os, name), path, word)
+tried("chown", os.chown, path, 0, 0)
+tried("statfs", os.statvfs, "/")
+tried("execute", os.execv, "/bin/true", ["true"])
+tried("spawn", os.posix_spawn, "/bin/true", ["true"], {})
+tried("fork", fork)
+tried("thread", thread)
+tried("signal parent", os.kill, parent, 0)
+tried("signal itself", os.kill, os.getpid(), 0)
+tried("signal a thread", call, 200 if os.uname().machine == "x86_64" else 130, threading.get_native_id(), 0)
+tried("pidfd", os.pidfd_open, parent)
+for family, kind in (
+    ("UNIX", "STREAM"), ("UNIX", "DGRAM"), ("NETLINK", "RAW"), ("PACKET", "RAW"), ("VSOCK", "STREAM"),
+    ("ALG", "SEQPACKET"), ("CAN", "RAW"), ("INET", "RAW"), ("INET", "STREAM"), ("INET", "DGRAM"),
+):
+    tried(f"socket {family} {kind}",
+        lambda: socket.socket(getattr(socket, "AF_" + family), getattr(socket, "SOCK_" + kind)).close())
+tried("ping socket", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP).close())
+tried("listen", listen)
+tried("option TCP_NODELAY", option, socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+tried("option SO_ATTACH_FILTER", option, socket.SOL_SOCKET, 26, bytes(16))
+tried("option TCP_ULP", option, socket.IPPROTO_TCP, 31, b"tls")
+for name in ("memfd_create", "io_uring_setup", "userfaultfd", "bpf", "perf_event_open", "keyctl", "add_key", "mount",
+    "unshare", "setns", "process_vm_readv", "pidfd_getfd", "seccomp", "shmget", "io_setup", "inotify_init1", "flock"):
+    tried(name, call, name, 0, ctypes.addressof(spare), 0, 0, 0)
+tried("ptrace", call, "ptrace", 16, parent, 0, 0)
+tried("setuid", os.setresuid, 0, 0, 0) if uid or order["uid"] else None
+tried("prctl", call, "prctl", 4, 1, 0, 0, 0)
+tried("limits of another", call, "prlimit64", parent, resource.RLIMIT_CORE, 0, ctypes.addressof(spare))
+tried("change a limit", call, "prlimit64", 0, resource.RLIMIT_CORE, ctypes.addressof(spare))
+tried("own limits", resource.getrlimit, resource.RLIMIT_CORE)
+tried("writable code", lambda: mmap.mmap(-1, 4096, prot=7))
+tried("log", os.write, log, b"a line\n")
+tried("cut the log", os.ftruncate, log, 0)
+tried("lengthen the log", os.ftruncate, log, 16 << 20)
+tried("too much log", os.write, log, b"a line\n")
+tried("random", os.urandom, 16)
+tried("close-on-exec", os.set_inheritable, log, True)
+if order["kind"] == "gate":
+    found["tcp"], found["udp"] = asyncio.run(tcp()), asyncio.run(udp())
+else:
+    found["localhost"] = look_up_in_threads("localhost")
+    found["name"] = look_up_in_threads(order["name"])
+    found["idn"] = look_up("b\u00fccher.invalid")
+found["given"] = given()
+print(json.dumps({"walls": walls, "found": found}), flush=True)
+sys.stdin.read()
+"""
+
+
+# Starts a helper, says which process it is, and waits for it.
+STARTER = """
+import subprocess, sys
+helper = subprocess.Popen(sys.argv[2:], pass_fds=[int(sys.argv[1])])
+print(helper.pid, flush=True)
+helper.wait()
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What a helper could do and how it looked from outside.
+
+    found: by the name of what it tried, "ok" or the error. status: /proc/PID/status. limits: /proc/PID/limits. given:
+    what came back through the descriptor that it was given.
+    """
+
+    kind: str
+    form: str
+    uid: int | None
+    walls: list[str]
+    found: dict[str, Any]
+    status: dict[str, str]
+    limits: dict[str, int | None]
+    given: bytes
+    errors: str
+
+    @property
+    def has_landlock(self) -> bool:
+        """Whether the kernel has Landlock."""
+        return any(wall.startswith("Landlock") for wall in self.walls)
+
+    def refused(self, *names: str) -> bool:
+        """Whether the filter refused all of these."""
+        assert {name: self.found[name] for name in names} == dict.fromkeys(names, "EPERM")
+        return True
+
+
+# --- the helper's surroundings ---------------------------------------------------------------------------------------
+
+
+class EchoServer(threading.Thread):
+    """Echoes TCP streams and UDP datagrams on one port of 127.0.0.1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tcp = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.tcp.getsockname()[1]
+        self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.udp.bind(("127.0.0.1", self.port))
+        self.wake, self.waker = socket.socketpair()
+        self.selector = selectors.DefaultSelector()
+        for one in (self.tcp, self.udp, self.wake):
+            self.selector.register(one, selectors.EVENT_READ)
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while True:
+            for key, _ in self.selector.select():
+                if key.fileobj is self.wake:
+                    return
+                if key.fileobj is self.udp:
+                    data, sender = self.udp.recvfrom(2048)
+                    self.udp.sendto(data, sender)
+                else:
+                    self._echo()
+
+    def _echo(self) -> None:
+        connection, _ = self.tcp.accept()
+        with connection:
+            connection.settimeout(20)
+            data = b"".join(iter(lambda: connection.recv(65536), b""))
+            connection.sendall(data)
+
+    def stop(self) -> None:
+        """End the thread and close all."""
+        self.waker.send(b"x")
+        self.join(30)
+        for one in (self.selector, self.tcp, self.udp, self.wake, self.waker):
+            one.close()
+
+
+def fields(text: str) -> dict[str, str]:
+    """/proc/PID/status as names and values."""
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def soft_limits(text: str) -> dict[str, int | None]:
+    """/proc/PID/limits, soft, where soft and hard limits are the same."""
+    rows = [(line[:26].strip(), line[26:].split()[:2]) for line in text.splitlines()[1:]]
+    return {name: None if "unlimited" in words else int(words[0]) for name, words in rows if words[0] == words[1]}
+
+
+def order_for(kind: str, form: str, folder: Path, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+    """What the driver is told."""
+    is_root = os.geteuid() == 0
+    need(is_root or form == "user", "needs root", installable=False)
+    for name in ("log", "file"):
+        (folder / name).write_bytes(b"")
+    order = {
+        "kind": kind,
+        "uid": free_range() if form == "root" else None,
+        "become": NOBODY if is_root and form == "user" else None,
+        "log": str(folder / "log"),
+        "file": str(folder / "file"),
+        "threads": THREADS,
+        "name": "host.invalid",
+        "dns": False,
+        "started": False,
+        "port": 0,
+    }
+    return order | more
+
+
+def look(order: dict[str, Any], form: str, *, before: tuple[str, ...] = ()) -> Look:
+    """Start a helper, let it try everything, and look at it from outside."""
+    ours, theirs = socket.socketpair()
+    one, other = socket.socketpair()
+    with ours, theirs, one, other:
+        socket.send_fds(ours, [b"take this"], [other.fileno()])
+        argv = [*before, sys.executable, "-c", DRIVER, json.dumps(order | {"control": theirs.fileno()})]
+        with subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+            env=ENVIRONMENT,
+        ) as helper:
+            assert helper.stdout is not None
+            line = helper.stdout.readline()
+            proc = Path(f"/proc/{helper.pid}")
+            status, limits = proc.joinpath("status").read_text("utf-8"), ""
+            if line and os.geteuid() == 0:  # what cannot be traced shows its limits to root only
+                limits = proc.joinpath("limits").read_text("utf-8")
+            _, errors = helper.communicate(timeout=60)
+        assert line, errors.decode()
+        told = json.loads(line)
+        one.settimeout(1)
+        given = one.recv(64)
+    return Look(
+        kind=order["kind"],
+        form=form,
+        uid=order["uid"],
+        walls=told["walls"],
+        found=told["found"],
+        status=fields(status),
+        limits=soft_limits(limits),
+        given=given,
+        errors=errors.decode(),
+    )
+
+
+@pytest.fixture(scope="module")
+def looks() -> dict[tuple[str, str], Look]:
+    """Helpers that have been looked at."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[int]:
+    """The port of an echo server."""
+    server = EchoServer()
+    server.start()
+    yield server.port
+    server.stop()
+
+
+def looked(kind: str, form: str, looks: dict[tuple[str, str], Look], port: int, folder: Path) -> Look:
+    """The look at such a helper; one start serves all tests."""
+    if (kind, form) not in looks:
+        looks[kind, form] = look(order_for(kind, form, folder, port=port), form)
+    return looks[kind, form]
+
+
+@pytest.fixture(params=FORMS)
+def gate(request: pytest.FixtureRequest, looks: dict[Any, Look], echo: int, tmp_path: Path) -> Look:
+    """A gate that has confined itself, in each form."""
+    return looked("gate", request.param, looks, echo, tmp_path)
+
+
+@pytest.fixture(params=FORMS)
+def resolver(request: pytest.FixtureRequest, looks: dict[Any, Look], echo: int, tmp_path: Path) -> Look:
+    """A resolver that has confined itself, in each form."""
+    return looked("resolver", request.param, looks, echo, tmp_path)
+
+
+@pytest.fixture(params=[(kind, form) for kind in ("gate", "resolver") for form in FORMS], ids="-".join)
+def helper(request: pytest.FixtureRequest, looks: dict[Any, Look], echo: int, tmp_path: Path) -> Look:
+    """Both helpers, in each form."""
+    kind, form = request.param
+    return looked(kind, form, looks, echo, tmp_path)
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_helper_names_the_walls_around_it(helper: Look) -> None:
+    """A helper says which walls stand, and what the kernel says of the process agrees."""
+    own = ["own uid"] if helper.form == "root" else []
+    assert helper.walls[: len(own) + 2] == [*own, "no capabilities", "no new privileges"]
+    assert helper.walls[-1] == "seccomp"
+    assert helper.errors == ""
+    assert (helper.status["NoNewPrivs"], helper.status["Seccomp"]) == ("1", "2")
+    assert {helper.status[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Amb")} == {"0" * 16}
+    if os.geteuid() == 0 and helper.form != "user":
+        assert helper.status["CapBnd"] == "0" * 16
+    if helper.form == "root":
+        assert helper.status["Uid"].split() == helper.status["Gid"].split() == [str(helper.uid)] * 4
+        assert helper.status["Groups"] == ""
+
+
+def test_a_helper_starts_no_program_and_no_process(helper: Look) -> None:
+    """A helper can neither execute a program nor fork."""
+    assert helper.refused("execute", "spawn", "fork")
+
+
+def test_a_helper_signals_nobody(helper: Look) -> None:
+    """A helper can signal neither its parent nor itself, and can open no handle to another process."""
+    assert helper.refused("signal parent", "signal itself", "signal a thread", "pidfd", "ptrace", "pidfd_getfd")
+    assert helper.refused("process_vm_readv")
+
+
+def test_a_helper_changes_no_file(helper: Look) -> None:
+    """A helper can write, create, rename, remove or truncate no file that it was not given."""
+    assert helper.refused("write", "write settings", "create", "create without a name", "unlink", "rmdir", "rename")
+    assert helper.refused("link", "symlink", "mkdir", "mkfifo", "chmod", "chown", "truncate", "chdir", "chroot")
+    assert helper.refused("mount", "statfs")
+
+
+def test_a_helper_appends_to_the_log_that_it_was_given(helper: Look) -> None:
+    """A helper writes to its log up to 16 MiB, and past that gets an error instead of being killed."""
+    assert {helper.found[name] for name in ("log", "cut the log", "lengthen the log", "close-on-exec", "random")} == {
+        "ok"
+    }
+    assert helper.found["too much log"] == "EFBIG"
+
+
+def test_a_helper_reaches_no_other_part_of_the_kernel(helper: Look) -> None:
+    """A helper gets no anonymous files, rings, BPF, keys, namespaces, shared memory, locks or new filters."""
+    assert helper.refused("memfd_create", "io_uring_setup", "userfaultfd", "bpf", "perf_event_open", "keyctl")
+    assert helper.refused("add_key", "unshare", "setns", "seccomp", "shmget", "io_setup", "inotify_init1", "flock")
+    assert helper.refused("writable code")
+
+
+def test_a_helper_cannot_loosen_its_limits(helper: Look) -> None:
+    """A helper reads its own limits, and can neither change them nor read those of another process."""
+    assert helper.found["own limits"] == "ok"
+    assert helper.refused("limits of another", "change a limit", "prctl")
+    assert helper.found.get("setuid", "EPERM") == "EPERM"
+
+
+def test_a_helper_has_small_limits(helper: Look) -> None:
+    """A helper's memory, files and descriptors are bounded, and a crash leaves no core file."""
+    need(helper.limits, "only root sees the limits of a process that cannot be traced", installable=False)
+    assert helper.limits["Max open files"] == 1024
+    assert helper.limits["Max core file size"] == helper.limits["Max locked memory"] == 0
+    assert helper.limits["Max file size"] == 16 * MIB
+    assert helper.limits["Max address space"] == (512 * MIB if helper.kind == "gate" else 1024 * MIB)
+    assert helper.kind == "resolver" or helper.limits["Max processes"] == 0
+
+
+def test_a_helper_serves_nobody_and_makes_no_odd_sockets(helper: Look) -> None:
+    """A helper makes TCP and UDP sockets, on which it cannot listen; raw, packet, vsock and such are refused."""
+    assert helper.refused("listen", "socket PACKET RAW", "socket VSOCK STREAM", "socket ALG SEQPACKET")
+    assert helper.refused("socket CAN RAW", "socket INET RAW", "ping socket", "socket UNIX DGRAM")
+    assert helper.refused("option SO_ATTACH_FILTER", "option TCP_ULP")
+    allowed = ("socket INET STREAM", "socket INET DGRAM", "option TCP_NODELAY")
+    assert {helper.found[name] for name in allowed} == {"ok"}
+
+
+def test_a_helper_uses_a_descriptor_that_it_is_sent(helper: Look) -> None:
+    """A helper takes a descriptor over a Unix socket and writes to it."""
+    assert (helper.found["given"], helper.given) == ("take this", b"through a given descriptor")
+
+
+@pytest.mark.parametrize("kind", ["gate", "resolver"])
+def test_a_helper_that_has_threads_refuses_to_confine_itself(kind: str, tmp_path: Path) -> None:
+    """A process with a second thread, which Landlock would not bind, gets an error instead of half a confinement."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        order = order_for(kind, "user", tmp_path, started=True, control=theirs.fileno(), become=None)
+        argv = [sys.executable, "-c", DRIVER, json.dumps(order)]
+        done = subprocess.run(
+            argv, capture_output=True, pass_fds=[theirs.fileno()], check=True, timeout=60, stdin=subprocess.DEVNULL
+        )
+    assert json.loads(done.stdout) == {"confine": "EBUSY"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["gate", "resolver"])
+def test_a_helper_ends_with_the_process_that_started_it(kind: str, form: str, echo: int, tmp_path: Path) -> None:
+    """A helper is killed when the process that started it is."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        order = order_for(kind, form, tmp_path, port=echo, control=theirs.fileno())
+        socket.send_fds(ours, [b"take this"], [ours.fileno()])
+        argv = [sys.executable, "-c", STARTER, str(theirs.fileno()), sys.executable, "-c", DRIVER, json.dumps(order)]
+        with subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[theirs.fileno()], env=ENVIRONMENT
+        ) as starter:
+            assert starter.stdout is not None
+            helper = os.pidfd_open(int(starter.stdout.readline()))
+            try:
+                assert starter.stdout.readline().startswith(b'{"walls"')
+                starter.kill()
+                assert select.select([helper], [], [], 30)[0]
+            finally:
+                os.close(helper)
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------
+
+
+def test_the_gate_opens_no_file(gate: Look) -> None:
+    """The gate can open no file at all, and list no folder."""
+    assert gate.refused("read /etc/passwd", "read /etc/resolv.conf", "read /etc", "read /proc")
+
+
+def test_the_gate_has_one_thread(gate: Look) -> None:
+    """The gate cannot start a thread."""
+    assert gate.found["thread"] == "RuntimeError"
+
+
+def test_the_gate_makes_no_local_sockets(gate: Look) -> None:
+    """The gate reaches neither services behind Unix sockets nor the kernel's netlink."""
+    assert gate.refused("socket UNIX STREAM", "socket NETLINK RAW")
+
+
+def test_the_gate_passes_tcp_and_udp_on(gate: Look) -> None:
+    """An asyncio loop in the gate sends 300 kB over TCP and a datagram over UDP, and gets them back."""
+    assert (gate.found["tcp"], gate.found["udp"]) == (300_000, "ping")
+
+
+# --- the resolver ----------------------------------------------------------------------------------------------------
+
+
+def test_the_resolver_reads_only_what_names_take(resolver: Look) -> None:
+    """The resolver reads the name servers' file, and with Landlock neither the users' file nor /etc nor /proc."""
+    if Path("/etc/resolv.conf").exists():
+        assert resolver.found["read /etc/resolv.conf"] == "ok"
+    need(resolver.has_landlock, "the kernel has no Landlock", installable=False)
+    assert {resolver.found[name] for name in ("read /etc/passwd", "read /etc", "read /proc")} == {"EACCES"}
+
+
+def test_the_resolver_starts_threads(resolver: Look) -> None:
+    """The resolver starts threads after it has confined itself."""
+    assert resolver.found["thread"] == "ok"
+
+
+def test_the_resolver_asks_the_kernel_only(resolver: Look) -> None:
+    """The resolver may ask the kernel for routes, as the C library does, and no service behind a Unix socket."""
+    assert resolver.found["socket NETLINK RAW"] == "ok"
+    assert resolver.refused("socket UNIX STREAM")
+
+
+def test_the_resolver_looks_names_up_in_eight_threads(resolver: Look) -> None:
+    """Eight threads of the resolver look up names at once: localhost is found, and a name that nobody has is not."""
+    assert len(resolver.found["localhost"]) == THREADS
+    assert all("127.0.0.1" in answer or "::1" in answer for answer in resolver.found["localhost"])
+    assert len(resolver.found["name"]) == THREADS
+    assert {*resolver.found["name"], resolver.found["idn"]} <= {socket.EAI_NONAME, socket.EAI_AGAIN, socket.EAI_NODATA}
+
+
+@pytest.mark.root
+@pytest.mark.network
+@pytest.mark.parametrize("form", FORMS)
+def test_the_resolver_asks_a_name_server(form: str, tmp_path: Path) -> None:
+    """The resolver's threads get the address of a name from a name server."""
+    need(os.geteuid() == 0, "needs root", installable=False)
+    unshare = shutil.which("unshare")
+    need(unshare, "unshare is not installed", installable=True)
+    settings = tmp_path / "resolv.conf"
+    settings.write_text("nameserver 127.0.0.1\n", encoding="ascii")
+    script = 'mount --bind "$1" /etc/resolv.conf && shift && exec "$@"'
+    before = (str(unshare), "--mount", "--net", "sh", "-c", script, "sh", str(settings))
+    order = order_for("resolver", form, tmp_path, name="host.example", dns=True)
+    seen = look(order, form, before=before)
+    assert seen.found["name"] == [["192.0.2.7"]] * THREADS

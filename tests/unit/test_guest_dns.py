@@ -1,0 +1,501 @@
+"""Promises of the guest's DNS server: listed names have one address, all others do not exist, and no query leaves."""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import dns.edns
+import dns.flags
+import dns.message
+import dns.name
+import dns.opcode
+import dns.rcode
+import dns.rdataclass
+import dns.rdatatype
+import dns.resolver
+import dns.reversename
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from x07_sandbox.guest.dns import ANSWER_MAX, TTL_S, UDP_MAX, Names, answer, split_stream
+
+ADDRESS: Final = "198.18.0.16"
+TCP_MAX: Final = 65535
+# Whatever a client may ask of a name that exists, other than its address.
+OTHER_TYPES: Final = ("AAAA", "HTTPS", "SVCB", "MX", "TXT", "SRV", "ANY", "NS", "SOA", "PTR", "CNAME", "NULL", "AXFR")
+LONGEST: Final = ".".join(["a" * 63, "b" * 63, "c" * 63, "d" * 49, "example.net"])
+POINTER_TO_ITSELF: Final = b"\xc0\x0c"
+
+
+def listed() -> Names:
+    """Names of a policy with two exact entries and three wildcards."""
+    return Names(
+        {"example.org": ADDRESS, "www.example.net": "198.18.0.17"},
+        [("example.net", "198.18.1.0"), ("deep.example.net", "198.18.2.0"), ("example.org", "198.18.3.0")],
+    )
+
+
+def ask(query: dns.message.Message, names: Names | None = None, limit: int = UDP_MAX) -> dns.message.Message:
+    """The parsed answer to a query."""
+    reply = answer(query.to_wire(), names or listed(), limit)
+    assert reply is not None
+    return dns.message.from_wire(reply)
+
+
+def lookup(name: str, kind: str = "A", names: Names | None = None) -> dns.message.Message:
+    """The answer to a query without EDNS."""
+    return ask(dns.message.make_query(name, kind), names)
+
+
+def addresses(reply: dns.message.Message) -> list[str]:
+    """All data of the answer's records."""
+    return [str(data) for records in reply.answer for data in records]
+
+
+def ede(reply: dns.message.Message) -> list[int]:
+    """The codes of Extended DNS Errors."""
+    return [int(option.code) for option in reply.options if isinstance(option, dns.edns.EDEOption)]
+
+
+def is_negative(reply: dns.message.Message) -> bool:
+    """Whether it has no answer, and the SOA that lets a resolver keep that for a while."""
+    soa = [(records.rdtype, records.ttl) for records in reply.authority]
+    return not reply.answer and soa == [(dns.rdatatype.SOA, TTL_S)]
+
+
+def message(
+    *questions: bytes, flags: int = 0x0100, extra: bytes = b"", counts: tuple[int, int, int] = (0, 0, 0)
+) -> bytes:
+    """A message of raw questions and records."""
+    return struct.pack(">HHHHHH", 7, flags, len(questions), *counts) + b"".join(questions) + extra
+
+
+def question(*labels: bytes, kind: int = 1, in_class: int = 1) -> bytes:
+    """A question, of labels that may break every rule but the length of a byte."""
+    return b"".join(bytes([len(label)]) + label for label in labels) + b"\0" + struct.pack(">HH", kind, in_class)
+
+
+def opt(version: int = 0, owner: bytes = b"\0") -> bytes:
+    """An OPT record."""
+    return owner + struct.pack(">HHIH", 41, 1232, version << 16, 0)
+
+
+EXAMPLE: Final = question(b"example", b"org")
+
+
+def rcode(query: bytes) -> dns.rcode.Rcode:
+    """The response code for raw bytes."""
+    reply = answer(query, listed(), TCP_MAX)
+    assert reply is not None
+    return dns.message.from_wire(reply).rcode()
+
+
+# names and their addresses
+
+
+def test_a_listed_name_has_the_address_that_the_host_assigned() -> None:
+    """A program that looks up a listed name gets the one address that stands for it, for 30 seconds."""
+    reply = lookup("example.org")
+    assert reply.rcode() == dns.rcode.NOERROR
+    assert addresses(reply) == [ADDRESS]
+    assert [records.ttl for records in reply.answer] == [TTL_S]
+    assert not reply.authority
+
+
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+def test_a_listed_name_has_no_other_records(kind: str) -> None:
+    """A listed name exists for every record type but has no records besides its address, so clients fall back to it."""
+    reply = lookup("example.org", kind)
+    assert reply.rcode() == dns.rcode.NOERROR
+    assert is_negative(reply)
+
+
+@pytest.mark.parametrize("kind", ["A", *OTHER_TYPES])
+@pytest.mark.parametrize("name", ["evil.test", "example.net", "org", "xexample.org", "example.org.evil.test", "."])
+def test_an_unlisted_name_does_not_exist(name: str, kind: str) -> None:
+    """A name that the policy does not list does not exist, whatever is asked about it."""
+    reply = lookup(name, kind)
+    assert reply.rcode() == dns.rcode.NXDOMAIN
+    assert is_negative(reply)
+    assert reply.edns == -1
+
+
+def test_the_answer_says_that_the_policy_blocks_a_name() -> None:
+    """A client that understands Extended DNS Errors learns that an unlisted name is blocked."""
+    blocked = ask(dns.message.make_query("evil.test", "A", use_edns=0))
+    assert (blocked.rcode(), ede(blocked)) == (dns.rcode.NXDOMAIN, [dns.edns.EDECode.BLOCKED])
+    for kind in ("A", "AAAA"):
+        assert not ede(ask(dns.message.make_query("example.org", kind, use_edns=0)))
+
+
+def test_upper_and_lower_case_are_the_same_name() -> None:
+    """Upper and lower case make no difference, and the question comes back byte for byte for clients that mix both."""
+    query = message(question(b"eXaMPle", b"ORG"))
+    reply = answer(query, listed(), UDP_MAX)
+    assert reply is not None
+    assert reply[12 : len(query)] == query[12:]
+    assert addresses(dns.message.from_wire(reply)) == [ADDRESS]
+
+
+def test_a_wildcard_gives_each_name_below_it_an_address_that_stays() -> None:
+    """Each name below a wildcard has an address of its own, and keeps it."""
+    names = listed()
+    first, second = (addresses(lookup(name, names=names)) for name in ("a.example.org", "x.b.example.org"))
+    assert (first, second) == (["198.18.3.1"], ["198.18.3.2"])
+    assert addresses(lookup("A.example.org", names=names)) == first
+    assert names.address_of("a.example.org") == "198.18.3.1"
+
+
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+def test_a_name_below_a_wildcard_exists_for_all_types(kind: str) -> None:
+    """A name below a wildcard exists whichever type a client asks for first."""
+    reply = lookup("a.example.org", kind)
+    assert reply.rcode() == dns.rcode.NOERROR
+    assert is_negative(reply)
+
+
+def test_the_most_specific_entry_decides() -> None:
+    """An exact name comes before a wildcard, and a longer wildcard before a shorter one, in any order of the list."""
+    names = listed()
+    assert names.address_of("www.example.net") == "198.18.0.17"
+    assert names.address_of("a.deep.example.net") == "198.18.2.1"
+    assert names.address_of("deep.example.net") == "198.18.1.1"
+    assert names.address_of("example.net") is None
+
+
+def test_a_wildcard_has_room_for_254_names() -> None:
+    """A program that makes up names below a wildcard gets 254 addresses and no more, and those keep their meaning."""
+    names = listed()
+    found = [names.address_of(f"n{number}.deep.example.net") for number in range(300)]
+    assert found == [f"198.18.2.{number}" for number in range(1, 255)] + [None] * 46
+    assert lookup("late.deep.example.net", names=names).rcode() == dns.rcode.NXDOMAIN
+    assert lookup("late.deep.example.net", "AAAA", names).rcode() == dns.rcode.NXDOMAIN
+    assert addresses(lookup("n0.deep.example.net", names=names)) == ["198.18.2.1"]
+    assert names.address_of("other.example.net") == "198.18.1.1"
+
+
+@pytest.mark.parametrize("name", ["", ".", ".example.org", "a..example.org", "a b.example.org", "é.example.org"])
+def test_only_valid_names_get_an_address(name: str) -> None:
+    """A text that no DNS message can carry as a name gets no address, also below a wildcard."""
+    assert listed().address_of(name) is None
+    assert listed().address_of(f"{'a' * 64}.example.org") is None
+    assert listed().address_of(".".join(["a"] * 122) + ".example.org") is None
+
+
+def test_an_address_that_is_none_is_refused_at_once() -> None:
+    """An address that cannot be one is an error when the names are set up, not when a program looks them up."""
+    with pytest.raises(OSError, match="illegal IP address"):
+        Names({"example.org": "198.18.0"}, [])
+    with pytest.raises(OSError, match="illegal IP address"):
+        Names({}, [("example.org", "::1")])
+
+
+def test_a_connection_to_an_assigned_address_is_translated_to_its_name() -> None:
+    """The destination of a connection is translated to its name, also if the program never looked it up."""
+    names = listed()
+    assert names.host_at(ADDRESS) == "example.org"
+    assert names.host_at("198.18.3.1") is None
+    names.address_of("a.example.org")
+    assert names.host_at("198.18.3.1") == "a.example.org"
+    assert names.host_at("192.0.2.1") is None
+
+
+# special names
+
+
+@pytest.mark.parametrize("name", ["localhost", "LOCALHOST", "app.localhost"])
+def test_localhost_is_the_machine_itself(name: str) -> None:
+    """The name localhost, and names below it, mean the guest itself, over IPv4 and IPv6."""
+    assert addresses(lookup(name)) == ["127.0.0.1"]
+    assert addresses(lookup(name, "AAAA")) == ["::1"]
+    reply = lookup(name, "TXT")
+    assert (reply.rcode(), is_negative(reply)) == (dns.rcode.NOERROR, True)
+
+
+def test_no_policy_gives_localhost_another_meaning() -> None:
+    """A policy that lists localhost does not move it."""
+    names = Names({"localhost": ADDRESS}, [("localhost", "198.18.1.0")])
+    assert addresses(lookup("localhost", names=names)) == ["127.0.0.1"]
+    assert addresses(lookup("a.localhost", names=names)) == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("name", ["example.org", "a.example.org"])
+def test_a_reverse_lookup_finds_the_name_after_its_lookup(name: str) -> None:
+    """An address that was looked up has its name in reverse, and one that was not looked up has none."""
+    names = listed()
+    address = {"example.org": ADDRESS, "a.example.org": "198.18.3.1"}[name]
+    reverse = dns.reversename.from_address(address).to_text()
+    before = lookup(reverse, "PTR", names)
+    assert (before.rcode(), is_negative(before), names.name_of(address)) == (dns.rcode.NXDOMAIN, True, None)
+    lookup(name, names=names)
+    assert addresses(lookup(reverse, "PTR", names)) == [f"{name}."]
+    assert names.name_of(address) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "in-addr.arpa",
+        "18.198.in-addr.arpa",
+        "016.0.18.198.in-addr.arpa",
+        "1.16.0.18.198.in-addr.arpa",
+        "1.0.0.127.in-addr.arpa",
+        "8.8.8.8.in-addr.arpa",
+        f"1.{'0.' * 31}ip6.arpa",
+    ],
+)
+def test_a_reverse_lookup_of_any_other_address_finds_nothing(name: str) -> None:
+    """A reverse lookup of any other address, or of part of one, says that the name does not exist."""
+    names = listed()
+    names.address_of("example.org")
+    assert lookup(name, "PTR", names).rcode() == dns.rcode.NXDOMAIN
+
+
+# the protocol
+
+
+def test_a_common_resolver_understands_the_answers() -> None:
+    """The answer of a name without records is one that a resolver keeps, rather than asks again for."""
+    query = dns.message.make_query("example.org", "AAAA")
+    reply = ask(query)
+    assert isinstance(reply, dns.message.QueryMessage)
+    assert query.is_response(reply)
+    kept = dns.resolver.Answer(dns.name.from_text("example.org"), dns.rdatatype.AAAA, dns.rdataclass.IN, reply)
+    assert (kept.rrset, kept.chaining_result.minimum_ttl) == (None, TTL_S)
+
+
+@pytest.mark.parametrize("recursion", [True, False])
+def test_the_flags_are_those_of_a_recursive_resolver(recursion: bool) -> None:  # noqa: FBT001 - a parameter of pytest
+    """Answers have the flags of a recursive resolver that does not validate."""
+    query = dns.message.make_query("example.org", "A")
+    query.flags = dns.flags.AD | dns.flags.CD | (dns.flags.RD if recursion else 0)
+    reply = ask(query)
+    assert reply.id == query.id
+    assert reply.flags == dns.flags.QR | dns.flags.RA | (query.flags & dns.flags.RD)
+
+
+@pytest.mark.parametrize("size", [0, 512, 1232, 4096, 65535])
+def test_a_client_that_speaks_edns_is_answered_with_edns(size: int) -> None:
+    """A query with EDNS is answered with EDNS, one without is answered without."""
+    reply = ask(dns.message.make_query("example.org", "A", use_edns=0, payload=size, want_dnssec=True))
+    assert (reply.edns, reply.payload, reply.ednsflags, reply.options) == (0, UDP_MAX, 0, ())
+    assert addresses(reply) == [ADDRESS]
+    assert lookup("example.org").edns == -1
+
+
+def test_options_and_signatures_of_a_client_are_skipped() -> None:
+    """EDNS options, and records beside the OPT, change nothing about an answer."""
+    query = dns.message.make_query(
+        "example.org", "A", use_edns=0, options=[dns.edns.GenericOption(dns.edns.OptionType.COOKIE, b"cookie!!")]
+    )
+    assert addresses(ask(query)) == [ADDRESS]
+    other = b"\xc0\x0c" + struct.pack(">HHIH", 250, 255, 0, 3) + b"abc"
+    reply = answer(message(EXAMPLE, extra=other + opt(), counts=(0, 0, 2)), listed(), UDP_MAX)
+    assert reply is not None
+    assert addresses(dns.message.from_wire(reply)) == [ADDRESS]
+
+
+def test_a_later_version_of_edns_is_refused_by_its_code() -> None:
+    """A query with a later version of EDNS is told that version 0 is spoken here."""
+    query = dns.message.make_query("example.org", "A", use_edns=1)
+    reply = ask(query)
+    assert (reply.rcode(), reply.edns, addresses(reply)) == (dns.rcode.BADVERS, 0, [])
+    assert reply.question == query.question
+
+
+@pytest.mark.parametrize("in_class", ["CH", "HS", "ANY", "NONE"])
+def test_only_the_internet_class_is_served(in_class: str) -> None:
+    """A query of a class other than IN is refused."""
+    query = dns.message.make_query("version.bind", "TXT", in_class, use_edns=0)
+    reply = ask(query)
+    assert (reply.rcode(), reply.edns, reply.question) == (dns.rcode.REFUSED, 0, query.question)
+
+
+@pytest.mark.parametrize("opcode", range(1, 16))
+def test_only_standard_queries_are_served(opcode: int) -> None:
+    """An inverse query, a notification, an update or the like is answered as not implemented."""
+    for body in (EXAMPLE, b"", b"\xff"):
+        query = message(body, flags=opcode << 11)
+        reply = answer(query, listed(), UDP_MAX)
+        assert reply is not None
+        parsed = dns.message.from_wire(reply)
+        assert (parsed.rcode(), parsed.opcode(), parsed.id) == (dns.rcode.NOTIMP, opcode, 7)
+
+
+@pytest.mark.parametrize("count", [0, 2, 3])
+def test_a_query_has_one_question(count: int) -> None:
+    """A query with no question, or with several, is refused as malformed."""
+    assert rcode(message(*[EXAMPLE] * count)) == dns.rcode.FORMERR
+
+
+@pytest.mark.parametrize(
+    "label", [b"a b", b"a.b", b"a\0", b"\n", b"*", b"a@", b"a:", b"a/", b"a%", b"\xc3\xa9", b"\xff", b"\x1b[2J"]
+)
+def test_a_name_has_only_letters_digits_hyphens_and_underscores(label: bytes) -> None:
+    """A name with any other byte is refused as malformed, and comes back with its question, so that no client waits."""
+    query = message(question(label, b"example", b"org"))
+    reply = answer(query, listed(), UDP_MAX)
+    assert reply is not None
+    assert dns.message.from_wire(reply).rcode() == dns.rcode.FORMERR
+    assert reply[12:] == query[12:]
+
+
+def test_names_are_as_long_as_names_may_be() -> None:
+    """A name of 253 characters with labels of 63 is served, and anything longer is refused as malformed."""
+    assert len(LONGEST) == 253
+    assert lookup(LONGEST).rcode() == dns.rcode.NOERROR
+    labels = LONGEST.encode().split(b".")
+    assert rcode(message(question(*labels[:3], b"d" * 50, *labels[4:]))) == dns.rcode.FORMERR
+    for size in (64, 127, 128, 191, 192, 255):
+        assert rcode(message(question(b"a" * size, b"example", b"org"))) == dns.rcode.FORMERR
+
+
+@pytest.mark.parametrize(
+    "name",
+    [POINTER_TO_ITSELF, b"\xc0\x00", b"\xc0\x0e\xc0\x0c", b"\x01a\xc0\x0c", b"\xff\xff", b"\xc0", b"\x07exam", b""],
+)
+def test_a_question_has_no_compression(name: bytes) -> None:
+    """A question with a compression pointer, also one that makes a loop, or one that is cut off, is malformed."""
+    assert rcode(message(name + b"\0\x01\0\x01")) == dns.rcode.FORMERR
+    assert rcode(message(name)) == dns.rcode.FORMERR
+
+
+@pytest.mark.parametrize(
+    ("extra", "counts"),
+    [
+        (b"", (0, 0, 1)),
+        (opt()[:-1], (0, 0, 1)),
+        (opt()[:-1] + b"\x01", (0, 0, 1)),
+        (opt() + b"\0", (0, 0, 1)),
+        (b"\0", (0, 0, 0)),
+        (opt() * 2, (0, 0, 2)),
+        (opt(), (1, 0, 0)),
+        (opt(), (0, 1, 0)),
+        (opt(owner=POINTER_TO_ITSELF), (0, 0, 1)),
+        (opt(owner=b"\x01a\0"), (0, 0, 1)),
+        (opt() * 9, (0, 0, 9)),
+        (opt() * 3, (TCP_MAX, TCP_MAX, TCP_MAX)),
+    ],
+)
+def test_records_behind_the_question_are_checked(extra: bytes, counts: tuple[int, int, int]) -> None:
+    """Records that are cut off, misplaced, repeated or too many make a query malformed."""
+    assert rcode(message(EXAMPLE, extra=extra, counts=counts)) == dns.rcode.FORMERR
+
+
+@pytest.mark.parametrize("size", range(12))
+def test_a_message_without_a_whole_header_is_dropped(size: int) -> None:
+    """A message that is shorter than a header is not answered."""
+    assert answer(message(EXAMPLE)[:size], listed(), UDP_MAX) is None
+
+
+def test_an_answer_is_not_answered() -> None:
+    """A message that is itself an answer is dropped, so that two servers never talk to each other for ever."""
+    reply = answer(message(EXAMPLE), listed(), UDP_MAX)
+    assert reply is not None
+    assert answer(reply, listed(), UDP_MAX) is None
+
+
+def test_an_answer_is_cut_to_the_limit_of_its_transport() -> None:
+    """An answer that is larger than its transport takes has no records, and says that it is cut."""
+    query = dns.message.make_query("example.org", "A", use_edns=0)
+    whole = answer(query.to_wire(), listed(), ANSWER_MAX)
+    assert whole is not None
+    for limit in range(12, len(whole)):
+        reply = answer(query.to_wire(), listed(), limit)
+        assert reply is not None
+        assert len(reply) <= limit
+        parsed = dns.message.from_wire(reply)
+        assert parsed.flags & dns.flags.TC
+        assert parsed.sections[1:] == [[], [], []]
+        assert len(parsed.question) == (limit >= 29)
+    assert answer(query.to_wire(), listed(), len(whole)) == whole
+
+
+# TCP
+
+
+@given(st.lists(st.binary(max_size=300), max_size=4), st.binary(max_size=1), st.integers(1, 9))
+def test_a_tcp_stream_is_split_into_its_messages(messages: list[bytes], rest: bytes, cut: int) -> None:
+    """Messages on a TCP connection are found whole and in order, however the bytes arrive."""
+    stream = b"".join(len(data).to_bytes(2, "big") + data for data in messages) + rest
+    buffer = bytearray()
+    found = []
+    for at in range(0, len(stream), cut):
+        buffer += stream[at : at + cut]
+        while (one := split_stream(buffer)) is not None:
+            found.append(one)
+    assert found == messages
+    assert bytes(buffer) == rest
+
+
+@pytest.mark.parametrize("filler", [b"\0", b"\x01a", b"\x3f" + b"a" * 63, b"\xc0\x0c", b"\xff", opt()])
+def test_a_query_of_64_kib_over_tcp_does_no_harm(filler: bytes) -> None:
+    """A TCP query of the largest size is refused as malformed, and the next one is answered."""
+    for counts in ((0, 0, 0), (TCP_MAX, 0, 0), (0, 0, 8)):
+        large = message(EXAMPLE, extra=filler * (TCP_MAX // len(filler)), counts=counts)[:TCP_MAX]
+        buffer = bytearray(
+            len(large).to_bytes(2, "big") + large + len(message(EXAMPLE)).to_bytes(2, "big") + message(EXAMPLE)
+        )
+        assert split_stream(buffer) == large
+        assert split_stream(buffer) == message(EXAMPLE)
+        assert not buffer
+        assert rcode(large) == dns.rcode.FORMERR
+        assert rcode(message(EXAMPLE)) == dns.rcode.NOERROR
+    assert rcode((message() + filler * TCP_MAX)[:TCP_MAX]) == dns.rcode.FORMERR
+
+
+# any bytes
+
+
+def check(query: bytes, names: Names) -> None:
+    """Answer it, and parse the answer."""
+    reply = answer(query, names, UDP_MAX)
+    if len(query) < 12 or query[2] & 0x80:
+        assert reply is None
+        return
+    assert reply is not None
+    assert len(reply) <= ANSWER_MAX
+    parsed = dns.message.from_wire(reply)
+    assert parsed.flags & dns.flags.QR
+    assert parsed.id == int.from_bytes(query[:2], "big")
+    end = 12 + sum(len(one.name.to_digestable()) + 4 for one in parsed.question)
+    assert reply[12:end] == query[12:end]
+    assert answer(query, names, UDP_MAX) == reply
+
+
+KINDS: Final = st.one_of(st.sampled_from(["A", "PTR", *OTHER_TYPES]), st.integers(0, 0xFFFF).map("TYPE{}".format))
+LABELS: Final = st.sampled_from(
+    ["a", "example", "org", "net", "deep", "localhost", "198", "18", "in-addr", "arpa", "0"]
+)
+
+
+@given(st.binary(max_size=600))
+@example(message(POINTER_TO_ITSELF + b"\0\x01\0\x01"))
+@example(message(EXAMPLE, EXAMPLE))
+def test_any_bytes_are_dropped_or_answered(query: bytes) -> None:
+    """Whatever bytes arrive, they are dropped or answered with a valid message, and nothing fails."""
+    check(query, listed())
+    check(b"\0\x07\x01\0" + query, listed())
+
+
+@given(
+    st.lists(LABELS, max_size=8).map(".".join),
+    KINDS,
+    st.sampled_from([-1, 0, 1]),
+    st.lists(st.tuples(st.integers(0, 80), st.integers(0, 255)), max_size=4),
+    st.integers(0, 120),
+)
+def test_damaged_queries_are_dropped_or_answered(
+    name: str, kind: str, edns: int, damage: list[tuple[int, int]], end: int
+) -> None:
+    """A real query with bytes changed or cut off is dropped or answered with a valid message."""
+    names = listed()
+    names.address_of("example.org")
+    query = bytearray(dns.message.make_query(f"{name}.", kind, use_edns=edns).to_wire())
+    check(bytes(query), names)
+    for at, value in damage:
+        query[at % len(query)] = value
+    check(bytes(query), names)
+    check(bytes(query[:end]), names)

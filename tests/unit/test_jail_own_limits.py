@@ -1,0 +1,201 @@
+"""The filters of the gate and the resolver as programs: what they answer to a call, worked out without a kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+import pytest
+
+from x07_sandbox.host.arch import ARCHES, Arch
+from x07_sandbox.jail.own_limits import (
+    BOTH,
+    BOTH_OLD,
+    GATE_RULES,
+    RESOLVER_OLD,
+    RESOLVER_ONLY,
+    RESOLVER_RULES,
+    gate_filter,
+    resolver_filter,
+)
+
+LINE = struct.Struct("=HBBI")
+DATA = struct.Struct("=IIQ6Q")
+ALLOW = 0x7FFF0000
+KILL = 0x80000000
+REFUSED = 0x00050000 | errno.EPERM
+LACKING = 0x00050000 | errno.ENOSYS
+LINES_MOST = 4096  # BPF_MAXINSNS
+
+each_arch = pytest.mark.parametrize("arch", ARCHES.values(), ids=lambda arch: arch.name)
+each_filter = pytest.mark.parametrize("make", [gate_filter, resolver_filter])
+Filter = Callable[[Arch], bytes]
+
+
+def answer(program: bytes, number: int, audit: int, arguments: tuple[int, ...] = ()) -> int:
+    """What a filter returns for a call."""
+    data = DATA.pack(number, audit, 0, *(*arguments, 0, 0, 0, 0, 0, 0)[:6])
+    lines = list(LINE.iter_unpack(program))
+    at = held = 0
+    while True:
+        code, if_true, if_false, value = lines[at]
+        at += 1
+        match code:
+            case 0x20:
+                (held,) = struct.unpack_from("=I", data, value)
+            case 0x54:
+                held &= value
+            case 0x15:
+                at += if_true if held == value else if_false
+            case 0x35:
+                at += if_true if held >= value else if_false
+            case 0x06:
+                return int(value)
+            case _:
+                pytest.fail(f"unknown instruction {code:#x}")
+
+
+def ask(make: Filter, arch: Arch, name: str, *arguments: int) -> int:
+    """The answer to a call by its name."""
+    return answer(make(arch), arch.syscalls[name], arch.audit, arguments)
+
+
+@each_arch
+def test_every_call_that_a_helper_may_make_has_a_number(arch: Arch) -> None:
+    """The filters allow the same calls on every architecture, but for older forms that a newer one does not have."""
+    assert {*BOTH, *RESOLVER_ONLY} <= set(arch.syscalls)
+    assert {*GATE_RULES, *RESOLVER_RULES} - {"open"} <= set(arch.syscalls)
+    old = {*BOTH_OLD, *RESOLVER_OLD, "open"} & set(arch.syscalls)
+    assert len(old) == (8 if arch.name == "x86_64" else 0)
+
+
+@each_arch
+@each_filter
+def test_the_filter_refuses_every_call_that_it_does_not_list(make: Filter, arch: Arch) -> None:
+    """A call that nobody thought of, such as one of a later kernel, is refused."""
+    program = make(arch)
+    known = {number for name, number in arch.syscalls.items() if name in {*BOTH, *RESOLVER_ONLY}}
+    known |= {number for name, number in arch.syscalls.items() if name in {*BOTH_OLD, *RESOLVER_OLD}}
+    known |= {arch.syscalls[name] for name in {*GATE_RULES, *RESOLVER_RULES, "clone3"} if name in arch.syscalls}
+    for number in set(range(1024)) - known:
+        assert answer(program, number, arch.audit) == REFUSED, number
+    assert len(program) // LINE.size <= LINES_MOST
+
+
+@each_arch
+@each_filter
+def test_calls_of_another_architecture_are_not_let_through(make: Filter, arch: Arch) -> None:
+    """A call by another architecture's numbers ends the process; x86-64's second numbering does not exist."""
+    assert answer(make(arch), arch.syscalls["read"], 0x40000003) == KILL
+    assert answer(make(arch), arch.syscalls["read"] | 0x40000000, arch.audit) == LACKING
+
+
+@each_arch
+@each_filter
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("execve", "ptrace", "bpf", "keyctl", "io_uring_setup", "io_setup", "userfaultfd", "memfd_create"),
+        *("perf_event_open", "mount", "unshare", "setns", "process_vm_writev", "pidfd_getfd", "seccomp", "capset"),
+        *("open_by_handle_at", "shmget", "flock", "fanotify_init"),
+    ],
+)
+def test_no_helper_may_make_a_dangerous_call(make: Filter, arch: Arch, name: str) -> None:
+    """Programs, other processes, mounts, keys and the large parts of the kernel are refused to both helpers."""
+    assert ask(make, arch, name) == REFUSED
+
+
+@each_arch
+def test_only_the_resolver_may_start_threads(arch: Arch) -> None:
+    """The gate starts nothing; the resolver starts threads, and neither processes nor namespaces."""
+    thread, new_user = 0x003D0F00, 0x10000000
+    assert ask(gate_filter, arch, "clone", thread) == REFUSED
+    assert ask(gate_filter, arch, "clone3") == REFUSED
+    assert ask(resolver_filter, arch, "clone", thread) == ALLOW
+    assert ask(resolver_filter, arch, "clone", thread | new_user) == REFUSED
+    assert ask(resolver_filter, arch, "clone", 17) == REFUSED
+    assert ask(resolver_filter, arch, "clone3") == LACKING
+
+
+@each_arch
+def test_only_the_resolver_may_open_files_and_only_to_read(arch: Arch) -> None:
+    """The gate opens no file; the resolver opens none to write, create, truncate or make one without a name."""
+    # Numbers, not names: those that differ between architectures are not among them.
+    writing = [os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, 0x400000 | os.O_RDWR, 0x400000, 3]
+    assert ask(gate_filter, arch, "openat", 0, 0, 0) == REFUSED
+    assert ask(resolver_filter, arch, "openat", 0, 0, os.O_CLOEXEC) == ALLOW
+    for flags in writing:
+        assert ask(resolver_filter, arch, "openat", 0, 0, flags | os.O_CLOEXEC) == REFUSED, flags
+
+
+@each_arch
+@pytest.mark.parametrize(
+    ("words", "gate", "resolver"),
+    [
+        ((socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 6), ALLOW, ALLOW),
+        ((socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 17), ALLOW, ALLOW),
+        ((socket.AF_INET, socket.SOCK_DGRAM, 1), REFUSED, REFUSED),  # ping
+        ((socket.AF_INET, socket.SOCK_RAW, 0), REFUSED, REFUSED),
+        ((socket.AF_INET, socket.SOCK_STREAM, 262), REFUSED, REFUSED),  # MPTCP
+        ((socket.AF_UNIX, socket.SOCK_STREAM, 0), REFUSED, REFUSED),
+        ((socket.AF_UNIX, socket.SOCK_DGRAM, 0), REFUSED, REFUSED),
+        ((socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0), REFUSED, ALLOW),
+        ((socket.AF_NETLINK, socket.SOCK_RAW, 12), REFUSED, REFUSED),  # netfilter
+        ((40, socket.SOCK_STREAM, 0), REFUSED, REFUSED),  # vsock
+        ((17, socket.SOCK_RAW, 0), REFUSED, REFUSED),  # packets
+    ],
+)
+def test_each_helper_has_its_families_of_sockets(
+    arch: Arch, words: tuple[int, int, int], gate: int, resolver: int
+) -> None:
+    """The gate makes TCP and UDP sockets; the resolver also those to name services and to the kernel's addresses."""
+    assert ask(gate_filter, arch, "socket", *words) == gate
+    assert ask(resolver_filter, arch, "socket", *words) == resolver
+
+
+@each_arch
+@each_filter
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        ("socketpair", (1, 1 | socket.SOCK_CLOEXEC, 0), ALLOW),
+        ("socketpair", (1, 2, 0), REFUSED),
+        ("setsockopt", (3, 6, socket.TCP_NODELAY), ALLOW),
+        ("setsockopt", (3, 6, 31), REFUSED),  # TCP_ULP
+        ("setsockopt", (3, socket.SOL_SOCKET, socket.SO_KEEPALIVE), ALLOW),
+        ("setsockopt", (3, socket.SOL_SOCKET, 26), REFUSED),  # SO_ATTACH_FILTER
+        ("setsockopt", (3, 0, 11), ALLOW),  # IP_RECVERR
+        ("setsockopt", (3, 0, 64), REFUSED),  # netfilter
+        ("setsockopt", (3, 263, 1), REFUSED),  # packets
+        ("mprotect", (0, 0, 3), ALLOW),
+        ("mprotect", (0, 0, 5), REFUSED),
+        ("mmap", (0, 0, 3), ALLOW),
+        ("mmap", (0, 0, 7), REFUSED),
+        ("prlimit64", (0, 7, 0), ALLOW),
+        ("prlimit64", (0, 7, 1), REFUSED),
+        ("prlimit64", (0, 7, 1 << 32), REFUSED),
+        ("prlimit64", (1, 7, 0), REFUSED),
+        ("fcntl", (3, 4), ALLOW),
+        ("fcntl", (3, 1024), REFUSED),  # a lease
+        ("fcntl", (3, 8), REFUSED),  # F_SETOWN, by which a descriptor sends signals
+        ("ioctl", (3, 0x5421), ALLOW),
+        ("ioctl", (3, 0x5412), REFUSED),  # TIOCSTI
+        ("prctl", (15,), ALLOW),
+        ("prctl", (4, 1), REFUSED),  # PR_SET_DUMPABLE
+    ],
+)
+def test_a_call_is_allowed_for_what_a_helper_needs_it_for(
+    make: Filter, arch: Arch, name: str, words: tuple[int, ...], expected: int
+) -> None:
+    """Calls that can do much more than a helper needs are allowed with the arguments that it needs."""
+    assert ask(make, arch, name, *words) == expected
+
+
+@each_arch
+def test_only_the_resolver_maps_libraries(arch: Arch) -> None:
+    """The gate loads no further code; the resolver maps libraries, which it cannot write to at the same time."""
+    assert ask(gate_filter, arch, "mmap", 0, 0, 5) == REFUSED
+    assert ask(resolver_filter, arch, "mmap", 0, 0, 5) == ALLOW

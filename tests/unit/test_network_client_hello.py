@@ -1,0 +1,143 @@
+"""Promises of the ClientHello parser: what it finds in real hellos, and what it refuses."""
+
+from __future__ import annotations
+
+import ssl
+import struct
+from typing import Final
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.fuzz.fuzz_client_hello import body, extension, hello, message, pieces, records, sni
+from x07_sandbox.network.client_hello import HELLO_MAX, ClientHello, HelloError, HelloReader
+
+GOOD: Final = body(sni(b"a.example"))
+PADDING: Final = 21
+
+
+def real_hello(name: str | None, *, most: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> bytes:
+    """What this Python sends first."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.maximum_version = most
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    connection = context.wrap_bio(incoming, outgoing, server_hostname=name)
+    with pytest.raises(ssl.SSLWantReadError):
+        connection.do_handshake()
+    return outgoing.read()
+
+
+def read(data: bytes, size: int = 1 << 20) -> ClientHello | None:
+    """Give the bytes to a reader in pieces of *size*, until it has the hello."""
+    reader = HelloReader()
+    for piece in pieces(data, size):
+        if (found := reader.feed(piece)) is not None:
+            return found
+    return None
+
+
+def rule_of(data: bytes, size: int = 1 << 20) -> str:
+    """The id of the rule that refuses the bytes; "" if none does."""
+    try:
+        read(data, size)
+    except HelloError as exc:
+        return exc.rule
+    return ""
+
+
+@pytest.mark.parametrize("most", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("name", ["a.example", "A.Example", "xn--fa-hia.example", None])
+def test_real_hellos_are_read(name: str | None, most: ssl.TLSVersion) -> None:
+    """The server name of a hello from a real TLS library is found, as it was sent."""
+    found = read(real_hello(name, most=most))
+    assert found == ClientHello(None if name is None else name.encode(), ech=False)
+
+
+@pytest.mark.parametrize("record", [1, 2, 3, 7, 100, 1 << 14])
+@pytest.mark.parametrize("size", [1, 5, 4096])
+def test_a_split_hello_is_judged_like_a_whole_one(record: int, size: int) -> None:
+    """A ClientHello split over any number of records and reads is judged like a whole one (attack 51)."""
+    assert read(records(real_hello("a.example")[5:], record), size) == ClientHello(b"a.example", ech=False)
+    assert rule_of(records(message(body(sni(b"a.example", b"b.example"))), record), size) == "tls:two-names"
+
+
+@pytest.mark.parametrize("end", range(len(hello(sni(b"a.example")))))
+def test_part_of_a_hello_is_no_verdict(end: int) -> None:
+    """No part of a good hello is refused or accepted: the rest is waited for."""
+    assert read(hello(sni(b"a.example"))[:end]) is None
+
+
+def test_ech_is_seen() -> None:
+    """An encrypted ClientHello inside does not hide the outer name, and is reported."""
+    assert read(hello(sni(b"a.example"), extension(0xFE0D, bytes(8)))) == ClientHello(b"a.example", ech=True)
+
+
+def test_a_hello_without_extensions_is_read() -> None:
+    """A hello of an old client without any extensions is a hello without a name."""
+    assert read(records(message(GOOD[: 34 + 1 + 4 + 2]))) == ClientHello(None, ech=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "rule"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "tls:not-tls"),
+        (b"GET / HTTP/1.1\r\n", "tls:not-tls"),
+        (b"\x80\x2e\x01\x00\x02", "tls:not-tls"),  # the hello of SSL 2
+        (b"\x16\x02\x00\x00\x01", "tls:not-tls"),
+        (b"\x17\x03\x03\x00\x01x", "tls:not-tls"),
+        (b"\x15\x03\x01\x00\x02\x01\x00", "tls:not-tls"),
+        (b"\x16\x03\x01\x00\x00", "tls:malformed"),
+        (b"\x16\x03\x01\x40\x01", "tls:malformed"),
+        (records(message(GOOD, kind=2)), "tls:malformed"),
+        (records(message(b"", kind=0)) + records(message(GOOD)), "tls:malformed"),
+        (records(message(GOOD)[:20]) + records(b"\x01\x00", kind=21), "tls:malformed"),
+        (records(message(GOOD)[:20]) + records(message(GOOD)[20:], kind=23), "tls:malformed"),
+        (records(message(GOOD) + b"\x0b"), "tls:malformed"),
+        (records(message(GOOD + b"\0")), "tls:malformed"),
+        (records(message(GOOD[:-1])), "tls:malformed"),
+        (records(message(b"\x02" + GOOD[1:])), "tls:malformed"),
+        (records(message(body(session_id=bytes(33)))), "tls:malformed"),
+        (records(message(body(ciphers=b""))), "tls:malformed"),
+        (records(message(body(ciphers=b"\x13\x01\x13"))), "tls:malformed"),
+        (records(message(b"")), "tls:malformed"),
+        (hello(sni(b"a.example"), sni(b"a.example")), "tls:two-names"),
+        (hello(sni(b"a.example", b"a.example")), "tls:two-names"),
+        (hello(sni(b"a.example"), extension(43, b""), extension(43, b"")), "tls:malformed"),
+        (hello(extension(0, b"")), "tls:malformed"),
+        (hello(extension(0, b"\0\0")), "tls:malformed"),
+        (hello(sni(b"a.example", kind=1)), "tls:malformed"),
+        (hello(extension(0, sni(b"a.example")[4:] + b"\0")), "tls:malformed"),
+        (hello(extension(0, struct.pack("!HBH", 12, 0, 10) + b"a.example")), "tls:malformed"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_what_is_not_exactly_one_hello_is_refused(data: bytes, rule: str, size: int) -> None:
+    """Other protocols, other messages, trailing bytes, doubled extensions and second names are refused, however cut."""
+    assert rule_of(data, size) == rule
+
+
+def test_a_hello_has_a_limit() -> None:
+    """A hello of up to 64 KiB, records included, is read; one byte more, or a promise of more, is refused."""
+    most = HELLO_MAX - 4 * 5  # in four records
+    room = most - len(message(body(sni(b"a.example"), extension(PADDING, b""))))
+    largest = records(message(body(sni(b"a.example"), extension(PADDING, bytes(room)))))
+    assert len(largest) == HELLO_MAX
+    assert read(largest) == read(largest, 1000) == ClientHello(b"a.example", ech=False)
+    larger = records(message(body(sni(b"a.example"), extension(PADDING, bytes(room + 1)))))
+    assert rule_of(larger) == rule_of(larger, 1000) == "tls:too-large"
+    assert rule_of(records(b"\x01\x01\x00\x00")) == "tls:too-large"
+    dribbled = records(b"\x01\x00\xff\xf0" + bytes(HELLO_MAX), 1)
+    assert rule_of(dribbled, 999) == "tls:too-large"
+
+
+@given(data=st.binary(max_size=200), at=st.integers(0, 200), size=st.integers(1, 80))
+@example(data=b"", at=0, size=1)
+def test_broken_hellos_give_a_verdict_for_every_cut(data: bytes, at: int, size: int) -> None:
+    """Random bytes in a hello give a hello, a wait or HelloError, nothing else, and the same for every cut."""
+    whole = hello(sni(b"a.example"), extension(PADDING, bytes(9)))
+    broken = whole[:at] + data + whole[at + len(data) :]
+    assert rule_of(broken) == rule_of(broken, size)
+    if not rule_of(broken):
+        assert read(broken) == read(broken, size)

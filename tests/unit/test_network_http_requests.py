@@ -1,0 +1,345 @@
+"""Promises of the HTTP inspection: which requests pass, in which form, and which never do."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fuzz.fuzz_client_hello import denied, pieces
+from tests.fuzz.fuzz_http_requests import one_input, parse
+from x07_sandbox.network.first_bytes import InspectionError, Inspector, inspector
+from x07_sandbox.network.http_requests import HEAD_MAX
+
+NAME: Final = "a.example"
+HOST: Final = b" HTTP/1.1\r\nHost: a.example\r\n"
+GET: Final = b"GET /x" + HOST + b"\r\n"
+OTHER: Final = GET.replace(b"a.example", b"b.example")
+POST: Final = b"POST /x" + HOST
+CHUNKED: Final = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+HANDSHAKE: Final = b"GET /w" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: eA==\r\n\r\n"
+ACCEPTED: Final = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
+REFUSED: Final = b"HTTP/1.1 400 Bad Request\r\n\r\n"
+
+
+def http(name: str | None = NAME) -> Inspector:
+    """The inspector of a new connection."""
+    return inspector("http", name, denied)
+
+
+def forwarded(data: bytes, name: str | None = NAME, size: int = 1 << 20) -> bytes:
+    """What passes of some bytes, all of which have to be fine."""
+    inspected = http(name)
+    out = b"".join(inspected.from_client(piece) for piece in pieces(data, size))
+    inspected.client_eof()
+    assert inspected.decided
+    assert inspected.held == 0
+    return out
+
+
+def refused(data: bytes, name: str | None = NAME, size: int = 1 << 20) -> tuple[str, bytes]:
+    """The rule that refuses some bytes, and what was forwarded before."""
+    inspected, out = http(name), b""
+    try:
+        for piece in pieces(data, size):
+            out += inspected.from_client(piece)
+    except InspectionError as exc:
+        return exc.rule, out
+    return "", out
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        GET,
+        GET * 3,
+        POST + b"Content-Length: 3\r\n\r\nabc" + GET,
+        POST + b"Content-Length: 0\r\n\r\n" + GET,
+        CHUNKED + b"3\r\nabc\r\n0\r\n\r\n" + GET,
+        CHUNKED + b"3\r\nabc\r\n0\r\nDigest: x\r\n\r\n",
+        b"OPTIONS *" + HOST + b"\r\n",
+        b"GET / HTTP/1.0\r\nHost: a.example\r\n\r\n",
+        b"GET /?q=%20&r=http://b.example/ HTTP/1.1\r\nhOST: A.Example.:8080\r\nCookie: a=\xe9\r\n\r\n",
+        b"PROPFIND //b.example/" + HOST + b"Connection: close\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("size", [7, 1 << 20])
+def test_good_requests_arrive(data: bytes, size: int) -> None:
+    """Requests for the listed host arrive as they were sent: kept alive, pipelined, with a body, of HTTP/1.0."""
+    assert parse(forwarded(data, size=size), named=True) == parse(data, named=True)
+    assert forwarded(data) == data
+
+
+def test_requests_are_written_again() -> None:
+    """The far end never gets the client's own bytes, but one strict form of what was understood."""
+    assert forwarded(b"GET /" + HOST + b"X:  y \t\r\n\r\n") == b"GET /" + HOST + b"X: y\r\n\r\n"
+    assert forwarded(CHUNKED + b"003;n=v\r\nabc\r\n000\r\n\r\n") == CHUNKED + b"3\r\nabc\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "written"),
+    [
+        (b"http://a.example/x?y", b"/x?y"),
+        (b"HTTP://A.EXAMPLE:80", b"/"),
+        (b"http://a.example.?y", b"/?y"),
+    ],
+)
+def test_an_absolute_target_must_name_the_host(target: bytes, written: bytes) -> None:
+    """A target that is a whole URL passes as its path if it names what Host names (attack 59)."""
+    assert forwarded(b"GET " + target + HOST + b"\r\n") == b"GET " + written + HOST + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "rule"),
+    [
+        (b"GET /x HTTP/1.1\r\nHost: b.example\r\n", "http:other-host"),  # attack 54
+        (b"GET /x HTTP/1.1\r\nHost: a.example.evil.test\r\n", "http:other-host"),
+        (b"GET /x HTTP/1.1\r\nHost: 192.0.2.7\r\n", "http:other-host"),
+        (b"GET /x HTTP/1.1\r\nHost: a.example:\r\n", "http:malformed"),
+        (b"GET /x HTTP/1.1\r\nHost: a.example:0\r\n", "http:malformed"),
+        (b"GET /x HTTP/1.1\r\nHost: a.example:80:80\r\n", "http:malformed"),
+        (b"GET /x HTTP/1.1\r\nHost: u@a.example\r\n", "http:malformed"),
+        (b"GET /x HTTP/1.1\r\nHost: a.example, b.example\r\n", "http:malformed"),
+        (b"GET /x HTTP/1.1\r\nHost: a.example/\r\n", "http:malformed"),
+        (b"GET /x HTTP/1.1\r\nHost: \r\n", "http:no-host"),
+        (b"GET /x HTTP/1.1\r\nX: y\r\n", "http:no-host"),
+        (b"GET /x HTTP/1.0\r\n", "http:no-host"),
+        (b"GET /x" + HOST + b"Host: a.example\r\n", "http:malformed"),
+        (b"GET /x" + HOST + b"host: b.example\r\n", "http:malformed"),
+        (b"GET http://b.example/" + HOST, "http:other-host"),  # attack 59
+        (b"GET http://a.example:81/" + HOST, "http:other-host"),
+        (b"GET http://a.example@b.example/" + HOST, "http:malformed"),
+        (b"GET https://a.example/" + HOST, "http:malformed"),
+        (b"GET http://a.example/#x" + HOST, "http:malformed"),
+        (b"GET x" + HOST, "http:malformed"),
+        (b"GET *" + HOST, "http:malformed"),
+        (b"CONNECT a.example:443" + HOST, "http:connect"),  # attack 60
+        (b"connect a.example:443" + HOST, "http:connect"),
+        (b"PRI * HTTP/2.0\r\n", "http:upgrade"),  # attack 61
+        (b"GET / HTTP/2.0\r\nHost: a.example\r\n", "http:upgrade"),
+        (GET[:-2] + b"Upgrade: h2c\r\n", "http:upgrade"),
+        (GET[:-2] + b"HTTP2-Settings: AAMAAABk\r\n", "http:upgrade"),
+        (GET[:-2] + b"Upgrade: websocket, h2c\r\n", "http:upgrade"),
+        (GET[:-2] + b"Upgrade: websocket\r\nUpgrade: h2c\r\n", "http:upgrade"),
+        (POST + b"Upgrade: websocket\r\n", "http:upgrade"),
+        (GET[:-2] + b"Upgrade: websocket\r\nContent-Length: 1\r\n", "http:upgrade"),
+        (b"GET /x HTTP/1.3\r\nHost: a.example\r\n", "http:malformed"),
+        (b"GET /x HTTP/0.9\r\nHost: a.example\r\n", "http:malformed"),
+        (b"GET /x\r\n", "http:malformed"),
+        (b"GET  /x" + HOST, "http:malformed"),
+        (b"GET /x y" + HOST, "http:malformed"),
+        (b"\r\n" + GET[:-2], "http:malformed"),
+        (b" " + GET[:-2], "http:malformed"),
+        (b"\x16\x03\x01\x02\x00", "http:malformed"),
+        (b"SSH-2.0-OpenSSH\r\n", "http:malformed"),
+        (GET[:-2] + b"X : y\r\n", "http:malformed"),  # attack 58
+        (b"GET /x HTTP/1.1\r\nHost : a.example\r\n", "http:malformed"),
+        (GET[:-2] + b"X: y\r\n z\r\n", "http:malformed"),
+        (b"GET /x HTTP/1.1\r\n Host: a.example\r\n", "http:malformed"),
+        (GET[:-2] + b"X: y\n", "http:malformed"),
+        (b"GET /x HTTP/1.1\nHost: a.example\r\n", "http:malformed"),
+        (GET[:-2] + b"X: y\rHost: b.example\r\n", "http:malformed"),
+        (GET[:-2] + b"X: \0\r\n", "http:malformed"),
+        (GET[:-2] + b"X: \x0b\r\n", "http:malformed"),
+        (GET[:-2] + b"X\r\n", "http:malformed"),
+        (GET[:-2] + b": y\r\n", "http:malformed"),
+        (POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n", "http:ambiguous-length"),  # attack 56
+        (POST + b"Content-Length: 3\r\nContent-Length: 3\r\n", "http:ambiguous-length"),  # attack 57
+        (POST + b"Content-Length: 3\r\nContent-Length: 4\r\n", "http:ambiguous-length"),
+        (POST + b"Content-Length: 3, 4\r\n", "http:malformed"),
+        (POST + b"Content-Length: +3\r\n", "http:malformed"),
+        (POST + b"Content-Length: " + b"9" * 5000 + b"\r\n", "http:malformed"),
+        (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", "http:ambiguous-length"),
+        (POST + b"Transfer-Encoding: xchunked\r\n", "http:malformed"),
+        (POST + b"Transfer-Encoding: gzip, chunked\r\n", "http:malformed"),
+        (POST.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n", "http:ambiguous-length"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_refused_requests_pass_no_byte(head: bytes, rule: str, size: int) -> None:
+    """A request for another host, or one that two parsers could read differently, passes not a single byte."""
+    assert refused(head + b"\r\n", size=size) == (rule, b"")
+    rule_of_second, out = refused(GET + head + b"\r\n", size=size)
+    assert rule_of_second == rule
+    assert out in (b"", GET)
+
+
+@pytest.mark.parametrize("size", [1, 10, 1 << 20])
+def test_every_request_is_checked(size: int) -> None:
+    """A second request for another host does not pass, whether it is pipelined or sent later (attack 55)."""
+    rule, out = refused(GET + OTHER, size=size)
+    assert rule == "http:other-host"
+    assert out in (b"", GET)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"3\r\nabcGET / HTTP/1.1\r\n\r\n",
+        b"3\nabc\r\n0\r\n\r\n",
+        b"0x3\r\nabc\r\n",
+        b"-1\r\n",
+        b"\r\n",
+        b"123456789012345678901\r\n",
+        b"0\r\nHost: b.example\r\n\r\n",
+        b"0\r\nContent-Length: 3\r\n\r\n",
+        b"0\r\nX : y\r\n\r\n",
+        b"0\r\nX: \x01\r\n\r\n",
+        b"0\r\n" + OTHER,
+    ],
+)
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_chunks_smuggle_no_request(body: bytes, size: int) -> None:
+    """Bad chunk headers, ends and trailers are refused, and nothing behind them passes (attack 63)."""
+    rule, out = refused(CHUNKED + body + b"\r\n" * 40, size=size)
+    assert rule in {"http:malformed", "http:other-host", "http:too-large"}
+    assert b"GET" not in out
+    assert b"b.example" not in out
+
+
+def test_chunk_extensions_do_not_pass() -> None:
+    """A chunk extension, which servers read differently, is left out (attack 63)."""
+    assert forwarded(CHUNKED + b"3;GET=/\r\nabc\r\n0\r\n\r\n") == CHUNKED + b"3\r\nabc\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [1000, 1 << 20])
+def test_heads_have_a_limit(size: int) -> None:
+    """A head of 64 KiB passes; a larger one, or a line without end, is refused (attack 62)."""
+    field = b"X: " + b"y" * (HEAD_MAX - len(GET) - 5) + b"\r\n"
+    assert forwarded(GET[:-2] + field + b"\r\n", size=size) == GET[:-2] + field + b"\r\n"
+    assert refused(GET[:-2] + b"y" + field + b"\r\n", size=size) == ("http:too-large", b"")
+    assert refused(GET[:-2] + b"X: " + b"y" * (1 << 20), size=size) == ("http:too-large", b"")
+    assert refused(b"G" * (1 << 20), size=size) == ("http:too-large", b"")
+    rule, out = refused(CHUNKED + b"3;" + b"x" * (1 << 20), size=size)
+    assert rule == "http:too-large"
+    assert out in (b"", CHUNKED)
+
+
+def test_a_body_is_not_held() -> None:
+    """A large body passes while it comes, and `Expect: 100-continue` needs nothing else than that."""
+    inspected = http()
+    head = POST + b"Content-Length: 1000000\r\nExpect: 100-continue\r\n\r\n"
+    assert inspected.from_client(head) == head
+    inspected.from_server(b"HTTP/1.1 100 Continue\r\n\r\n")
+    for _ in range(10):
+        assert inspected.from_client(bytes(100_000)) == bytes(100_000)
+        assert inspected.held == 0
+    assert inspected.from_client(GET) == GET
+
+
+@pytest.mark.parametrize("data", [GET[:-1], POST + b"Content-Length: 3\r\n\r\nab", CHUNKED + b"3\r\nabc\r\n0\r\n"])
+def test_an_end_inside_a_request_is_an_error(data: bytes) -> None:
+    """A client that stops in the middle of a request ends the connection; one that stops between two does not."""
+    inspected = http()
+    inspected.from_client(GET)
+    inspected.client_eof()
+    inspected.from_client(data)
+    with pytest.raises(InspectionError, match="inside a request"):
+        inspected.client_eof()
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_websocket_passes_once_it_is_accepted(size: int) -> None:
+    """Bytes after a WebSocket handshake wait for the answer, and pass as they are once it is 101."""
+    inspected = http()
+    out = b"".join(inspected.from_client(piece) for piece in pieces(HANDSHAKE + b"\x81\x05hello", size))
+    assert (out, inspected.held) == (HANDSHAKE, 7)
+    assert (inspected.watches_server, inspected.transparent) == (True, False)
+    for piece in pieces(ACCEPTED, size):
+        inspected.from_server(piece)
+    assert (inspected.from_client(b""), inspected.held) == (b"\x81\x05hello", 0)
+    assert inspected.transparent
+    assert inspected.from_client(OTHER) == OTHER
+
+
+@pytest.mark.parametrize("answer", [REFUSED, b"HTTP/1.0 101 x\r\n\r\n", b"HTTP/1.1 1010\r\n\r\n", b"x" * 20])
+def test_a_refused_websocket_is_still_http(answer: bytes) -> None:
+    """After a handshake that the far end refuses, requests are checked as before (attack 64)."""
+    for following, rule in ((GET, ""), (OTHER, "http:other-host"), (HANDSHAKE, "http:upgrade")):
+        inspected = http()
+        assert inspected.from_client(HANDSHAKE + following) == HANDSHAKE
+        inspected.from_server(answer)
+        assert (inspected.watches_server, inspected.transparent) == (False, False)
+        if not rule:
+            assert inspected.from_client(b"") == following
+            continue
+        with pytest.raises(InspectionError) as caught:
+            inspected.from_client(b"")
+        assert caught.value.rule == rule
+
+
+def test_websocket_bytes_have_a_limit() -> None:
+    """No more than 64 KiB wait for the answer to a WebSocket handshake."""
+    inspected = http()
+    inspected.from_client(HANDSHAKE + bytes(HEAD_MAX))
+    with pytest.raises(InspectionError) as caught:
+        inspected.from_client(b"x")
+    assert caught.value.rule == "http:too-large"
+
+
+@pytest.mark.parametrize("host", [b"192.0.2.7", b"[2001:db8::1]:8080", b"b.example", b"B.example.:80"])
+def test_literal_addresses_take_any_host_that_is_not_denied(host: bytes) -> None:
+    """A connection to a literal address may name that address, or any host that no rule denies."""
+    request = GET.replace(b"a.example", host)
+    assert forwarded(request, None) == request
+
+
+def test_literal_addresses_do_not_open_denied_names() -> None:
+    """A denied name stays denied on a connection to a literal address."""
+    assert refused(GET.replace(b"a.example", b"Denied.Example:80"), None) == ("name:denied", b"")
+
+
+def test_errors_show_guest_text_escaped_and_cut() -> None:
+    """No control character of a client, and no long text, gets into a reason."""
+    with pytest.raises(InspectionError) as caught:
+        http().from_client(b"GET /x HTTP/1.1\r\nHost: \xe9'\\" + b"x" * 5000 + b"\r\n\r\n")
+    assert caught.value.reason.isprintable()
+    assert len(caught.value.reason) < 400
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\nHost:a.example\r\n\r\n" * 3000,
+        GET[:-2] + b"a:\r\n" * 16_000 + b"\r\n",
+        CHUNKED + b"1\r\nx\r\n" * 20_000 + b"0\r\n\r\n",
+        CHUNKED + b"1;" + b"x" * 60_000 + b"\r\nx\r\n0\r\n\r\n",
+        GET[:-2] + b"X:" + b" y" * 30_000 + b"\r\n\r\n",
+        GET[:-2] + b"X:" + b" " * 60_000 + b"\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_hostile_requests_take_linear_time(data: bytes, size: int) -> None:
+    """A hundred kilobytes made to be slow take seconds at most, on the slowest machine, and one byte at a time."""
+    start = time.process_time()
+    forwarded(data, size=size)
+    assert time.process_time() - start < 5
+
+
+@given(
+    switches=st.integers(0, 255),
+    parts=st.lists(
+        st.sampled_from(
+            [
+                GET,
+                OTHER,
+                POST,
+                CHUNKED,
+                HANDSHAKE,
+                HOST,
+                b"3\r\nabc\r\n",
+                b"0\r\n\r\n",
+                b"\r\n",
+                b"Content-Length: 3\r\n",
+            ]
+        )
+        | st.binary(max_size=8),
+        max_size=6,
+    ),
+)
+def test_any_bytes_keep_the_promises(switches: int, parts: list[bytes]) -> None:
+    """Random requests, cut anywhere, give the same strict requests or the same error, and nothing else."""
+    one_input(bytes([switches]) + b"".join(parts))
