@@ -73,7 +73,9 @@ class Side:
         self.events.append(event)
         stream = event.stream
         assert stream not in self.gone
-        if event.kind == egress.OPEN:
+        if event.kind == egress.TOLD:
+            assert not stream
+        elif event.kind == egress.OPEN:
             self._answer(event)
         elif event.kind == egress.OPENED:
             self._opened(stream, event.value)

@@ -339,6 +339,7 @@ def egress_seeds() -> dict[str, bytes]:
     datagrams = frame(egress.DATAGRAM, 2, b"x") + frame(egress.DATAGRAM, 2)
     return {
         "talk": gate_cut + ask(1) + ask(2, egress.UDP) + data + credit + datagrams + data + fin + credit,
+        "told": gate + frame(egress.TOLD, 0, b"\x06\x01\xbbunlisted.example") + frame(egress.TOLD, 1, b"\x11\0\0x"),
         "reset": gate + ask(1) + data + reset + data + ask(5) + frame(egress.DATA, 5, b"x"),
         "stalled": stalled + ask(1) + data * 8,
         "window": gate + ask(1) + frame(egress.DATA, 1, bytes(1500)) * 2,

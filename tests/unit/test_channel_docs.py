@@ -63,9 +63,8 @@ FIELD_MEANING: Final = {
     "are lists of paths and of beginnings of paths, of what may be executed, or null and empty where no list counts; "
     "alone: whether nothing but the policy lies beside the program.",
     "START.network": (
-        "What the egress relay is told, or null: `{names, wildcards, tcp, udp, routes}`; addresses that stand for "
-        "names, blocks of such addresses for names below a suffix, what may be asked for as `[first, last, ports]`, and "
-        "networks to route to the relay."
+        "What the egress relay is told, or null: `{names, wildcards, tcp, udp}`: addresses that stand for names, "
+        "blocks of such addresses for names below a suffix, and what may be asked for as `[first, last, ports]`."
     ),
     "START.output": "`{path, max_bytes}` of the one file that is wanted back, or null.",
     "DENIED.by": "Who refused it: `kernel` or `seccomp`.",

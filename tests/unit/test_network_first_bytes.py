@@ -234,6 +234,51 @@ def test_http_is_checked_on_every_port(data: bytes, rule: str, size: int) -> Non
     assert rule or out == data
 
 
+def test_an_unfinished_line_may_go_ahead() -> None:
+    """Text that waits for its line to end can be released, each byte once, and other protocols lose nothing by it."""
+    inspected = inspector("any", NAME, denied)
+    assert (inspected.from_client(b"HE"), inspected.release(), inspected.release()) == (b"", b"HE", b"")
+    assert (inspected.held, inspected.decided) == (0, False)
+    assert (inspected.from_client(b"L"), inspected.release()) == (b"", b"L")
+    assert inspected.from_client(b"O me\r\nmore") == b"O me\r\nmore"
+    assert inspected.transparent
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_a_request_that_went_ahead_is_judged(size: int) -> None:
+    """A request whose line was released is judged like any other: nothing of its head passes with another Host."""
+    for data, rule in ((GET, ""), (GET.replace(b"a.example", b"b.example"), "http:other-host")):
+        inspected, forwarded, found = inspector("any", NAME, denied), b"", ""
+        try:
+            for piece in pieces(data, size):
+                forwarded += inspected.from_client(piece) + inspected.release()
+        except InspectionError as exc:
+            found = exc.rule
+        assert found == rule
+        line = data.index(b"\r\n")
+        assert forwarded == data if not rule else data.startswith(forwarded) and len(forwarded) <= line + 1
+
+
+def test_a_rewritten_request_cannot_follow_what_went_ahead() -> None:
+    """A released beginning that is not how the request is written again ends the connection."""
+    inspected = inspector("any", NAME, denied)
+    absolute = b"GET http://a.example/x HTTP/1.1\r\nHost: a.example\r\n\r\n"
+    assert inspected.from_client(absolute[:8]) + inspected.release() == b"GET http"
+    with pytest.raises(InspectionError) as told:
+        inspected.from_client(absolute[8:])
+    assert told.value.rule == "http:malformed"
+
+
+@pytest.mark.parametrize(
+    ("mode", "data"), [("any", GOOD[:20]), ("any", SSL_REQUEST[:4]), ("tls", GOOD[:9]), ("http", GET[:9])]
+)
+def test_only_text_of_no_known_protocol_goes_ahead(mode: Mode, data: bytes) -> None:
+    """Nothing of a hello, of an SSLRequest, or of a port that is HTTP by rule, is released before it is judged."""
+    inspected = inspector(mode, NAME, denied)
+    assert (inspected.from_client(data), inspected.release()) == (b"", b"")
+    assert inspected.held == len(data)
+
+
 def test_a_long_text_is_not_held_for_ever() -> None:
     """A first line of more than 8 KiB that has no target of HTTP passes."""
     data = b"word " * 1640

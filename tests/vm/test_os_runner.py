@@ -221,13 +221,13 @@ def test_changes_are_told_where_the_attestation_cannot_be_written(caller: Caller
 def test_a_policy_that_cannot_be_carried_out_is_a_setup_failure(caller: Caller) -> None:
     """What this version cannot enforce is refused before any machine, as X07's failure of the backend."""
     document = msgspec.to_builtins(default_policy())
-    document["net"]["allow_hosts"] = [{"host": "example.org", "ports": [443]}]
+    document["fs"]["read_roots"] = ["/usr"]
     (caller.place / "policy.json").write_bytes(render_policy(document))
     report = caller.report("quiet.py", "pass\n", code=1)
     assert report["solve"] is None
     assert report["compile"]["trap"].startswith("vm backend failure: ")
-    assert "net.allow_hosts" in report["compile"]["compile_error"]
-    assert "--allow-host" not in report["compile"]["compile_error"]  # a flag that this command does not have
+    assert "fs.read_roots" in report["compile"]["compile_error"]
+    assert "--allow-read-root" not in report["compile"]["compile_error"]  # a flag that this command does not have
     assert not list(caller.state.glob("*/job.json"))
 
 

@@ -62,7 +62,6 @@ PROGRAM = str(ROOT / "examples/jsonl_to_csv.py")
     [
         ("fs.read_roots", lambda p: p["fs"].update(read_roots=["/usr"])),
         ("fs.write_roots", lambda p: p["fs"].update(write_roots=[".."])),
-        ("net.allow_hosts", lambda p: p["net"].update(allow_hosts=[{"host": "example.org", "ports": [443]}])),
         (
             "db.enabled",
             lambda p: p.update(
@@ -77,7 +76,7 @@ PROGRAM = str(ROOT / "examples/jsonl_to_csv.py")
 def test_a_policy_that_asks_for_what_is_missing_is_refused(
     tmp_path: Path, field: str, change: Callable[[dict[str, Any]], None]
 ) -> None:
-    """A root without a place, hosts, a database server: refused, and the result names the field and how to go on."""
+    """A root without a place, a database server without hosts: refused, and the result names the field and how to go on."""
     code, result = _run(tmp_path, "--policy", _policy(tmp_path, change), PROGRAM)
     assert (code, result["outcome"]) == (125, "refused")
     assert field in result["reason"]

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from x07_sandbox.network.rules import decide, make_allowlist, parse_request
+from x07_sandbox.network.settings import read_settings
 from x07_sandbox.reports.policies import HostReport
 
 if TYPE_CHECKING:
     from x07_sandbox.network.rules import Transport
     from x07_sandbox.policy.model import Policy
 
-_AVAILABLE: Final = False  # a run refuses every policy with hosts
-
 
 def host_report(policy: Policy, source: str, endpoint: str, transport: Transport) -> HostReport:
     """Decide about a connection. source: the policy as the user named it. Raises UsageError, PolicyError."""
     request = parse_request(endpoint, transport)
-    decision = decide(make_allowlist(policy), request)
+    decision = decide(make_allowlist(policy, settings=read_settings()), request)
     return HostReport(
         policy=source,
         policy_id=policy.policy_id,
@@ -30,7 +29,6 @@ def host_report(policy: Policy, source: str, endpoint: str, transport: Transport
         reason=decision.reason,
         how_to_allow=decision.how_to_allow,
         resolved_later=decision.allowed and isinstance(request.host, str),
-        available=_AVAILABLE,
     )
 
 
@@ -51,6 +49,4 @@ def lines(report: HostReport) -> list[str]:
             told.append(f"  or, for one run: {how.flag}")
     else:
         told.append(f"  to allow it: set {str(how.json_path)[2:]} to {json.dumps(how.value)} in the policy")
-    if not report.available:
-        told[0] += "; this version cannot give a program connections yet"
     return told

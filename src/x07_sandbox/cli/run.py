@@ -109,7 +109,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
 
             result = replace(result, x07_exit_code=x07_exit(error))
         unwritten: list[str] = []
-        if artifact is not None or options.diff is not None or options.report_out is not None:
+        if artifact is not None or options.diff or options.net_log or options.report_out:
             from x07_sandbox.cli.run_outputs import write_files
 
             result, unwritten = write_files(options, result, artifact)
@@ -159,7 +159,8 @@ def _loaded(
 
 def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
     """The files to be written, by their flags. Raises UsageError for one that cannot be, or that the run reads."""
-    if all(path is None for path in (options.report_out, options.compiled_out, options.attest_runtime, options.diff)):
+    files = options.report_out, options.compiled_out, options.attest_runtime, options.diff, options.net_log
+    if all(path is None for path in files):
         return {}
     from x07_sandbox.cli.written import check_outputs
 
@@ -171,6 +172,7 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
         "--attest-runtime": options.attest_runtime,
         "--diff": options.diff,
         "beside that of --diff": options.diff and Path(f"{options.diff}.json"),
+        "--net-log": options.net_log,
     }
     program = _named(options)[0] if options.code is None else None
     named = ["/dev/stdin" if program == "-" else program, options.policy]

@@ -96,6 +96,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         help="what becomes of its changes to the folders that it may change, when it has ended by itself; kept ones "
         "wait for x07 diff, x07 apply (default: apply)",
     )
+    option(group, "--net-log", "FILE", "write a line of JSON there for each connection it asks for", type=named_file)
     option(group, "--diff", "FILE", "write its changes there too, as a patch to read", type=named_file)
     option(group, "--out", "DIR", "a folder of ours that it finds as /x07/out, to write to", type=named_folder)
     obeyed = "let it change names that other tools run or obey (.git, Jenkinsfile): docs/policy.md"

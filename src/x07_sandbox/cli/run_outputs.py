@@ -9,6 +9,7 @@ from x07_sandbox.cli.changed import machine_form, pieces
 from x07_sandbox.cli.written import noted, with_unwritten, write_all, write_bytes, write_executable, write_whole
 from x07_sandbox.files.changes import ChangeSet
 from x07_sandbox.reports.document import render_json
+from x07_sandbox.runs.folder import NET_LOG, all_runs
 from x07_sandbox.runs.kept import KeptChanges, find
 
 if TYPE_CHECKING:
@@ -31,10 +32,19 @@ def write_files(options: argparse.Namespace, result: Result, artifact: OutFile |
         with noted(unwritten):
             write_diff(options.diff, result)
     told = with_unwritten(result, unwritten)
+    if options.net_log is not None:
+        with noted(unwritten):
+            write_net_log(options.net_log, result)
     if options.report_out is not None:
         with noted(unwritten):
             write_bytes(options.report_out, render_json(told))
     return with_unwritten(result, unwritten), unwritten
+
+
+def write_net_log(path: Path, result: Result) -> None:
+    """Write a run's log of connections, which is empty where it could have none. Raises OSError, SandboxError."""
+    log = all_runs() / result.run / NET_LOG
+    write_bytes(path, log.read_bytes() if log.is_file() else b"")
 
 
 def write_diff(path: Path, result: Result) -> None:

@@ -21,6 +21,7 @@ VERBS: Final = {
     "diff": "show what a run has changed",
     "apply": "do what a run has changed, which was kept",
     "undo": "take a run's changes back",
+    "logs": "print the log of a run",
     "init": "begin a project: write its first file",
     "policy": "write, check, explain, compare policies",
     "image": "build, list, inspect, verify guest images",

@@ -476,8 +476,8 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     ),
     "network": (
         ("unlisted-name", "A name that no policy lists is unknown.", _fact(_connected, "unlisted", "unknown")),
-        ("gate-asked", "The gate decides about each connection to a listed host.",
-            _fact(_connected, "the gate saw", ["10.255.255.1", "x07-conform.invalid"])),
+        ("gate-asked", "The gate hears of each connection, refused ones too.",
+            _fact(_connected, "the gate saw", ["10.255.255.1", "unlisted.example", "x07-conform.invalid"])),
         ("connect-fails", "A program's connect() fails where the gate refuses.",
             _fact(_connected, "special", "refused")),
     ),

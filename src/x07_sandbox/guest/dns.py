@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import struct
 from socket import AF_INET, inet_ntop, inet_pton
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TTL_S: Final = 30
 UDP_MAX: Final = 4096  # size of a UDP message that the server offers with EDNS (RFC 6891)
@@ -46,6 +49,7 @@ class Names:
 
     exact: address by name. wildcards: a suffix, and the first of 256 addresses for names below it; the first and the
     last of them stay unused. Names are lower case, without a final dot; addresses are dotted.
+    on_unlisted: called with a name whose IPv4 address was asked for and that is not listed.
     Raises OSError for an address that is none.
     """
 
@@ -57,6 +61,7 @@ class Names:
         self._looked_up: set[str] = set()
         firsts = {suffix: int.from_bytes(inet_pton(AF_INET, first), "big") for suffix, first in wildcards}
         self._unused = {suffix: iter(range(first + 1, first + 255)) for suffix, first in firsts.items()}
+        self.on_unlisted: Callable[[str], object] = lambda _name: None
 
     def address_of(self, name: str) -> str | None:
         """Look up a name: its address, or None if it is not listed or the block of its wildcard is full."""
@@ -196,6 +201,8 @@ def _look_up(reply: _Reply, labels: list[str], kind: int, names: Names) -> int:
         # Every type assigns the address of a wildcard's name: a name that exists for one type exists for all.
         address = names.address_of(".".join(labels))
         listed = address is not None
+        if not listed and kind == _A:
+            names.on_unlisted(".".join(labels))
         data = inet_pton(AF_INET, address) if address is not None and kind == _A else None
     if data is not None:
         reply.add(kind, data)

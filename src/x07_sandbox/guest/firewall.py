@@ -7,23 +7,24 @@ rules are a second wall, and make refusals immediate.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
+import select
 import socket
 import struct
 from typing import Any, Final
 
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.netlink import HeldPackets, Routes
+from x07_sandbox.guest.netlink import HeldPackets, Routes, add_elements
 from x07_sandbox.guest.system import write_all
 
 SOURCE: Final = "198.18.0.1"  # where a program's connections come from
-SYNTHETIC: Final = "198.18.0.0/15"  # addresses that stand for names (RFC 2544: for benchmarks)
 DNS: Final = "127.0.0.53"
 DNS_PORT: Final = 53
 TCP_PORT: Final = 1  # of the relay; below those that the kernel or an unprivileged program picks
 UDP_PORT: Final = 2
 RESOLV_CONF: Final = f"nameserver {DNS}\noptions timeout:5 attempts:2\n"
+TO_ASK: Final = 0  # queue of first packets for which the gate is asked
+TO_REFUSE: Final = 1  # queue of those that no policy can allow: they are told of, and refused
 
 # Marks of packets that were held, as the second chain reads them.
 PASSED: Final = 0x100
@@ -39,16 +40,22 @@ _IP_RECVORIGDSTADDR: Final = 20
 _SOCKADDR: Final = struct.Struct(">2xH4s")
 _BACKLOG: Final = 512
 _OWN: Final = f"{{ 127.0.0.0/8, {SOURCE} }}"
-_HOLD: Final = "    tcp flags & (fin|syn|rst|ack) == syn queue to 0\n"
-_RULES: Final = f"""table ip x07 {{
+_TABLE: Final = "x07"
+# The first packet of a connection waits here, so that connect() in the program fails as the far end says.
+_HOLD: Final = f"""
+    tcp flags & (fin|syn|rst|ack) == syn ip daddr . tcp dport @tcp_ok queue to {TO_ASK}
+    tcp flags & (fin|syn|rst|ack) == syn queue to {TO_REFUSE}
+    ip protocol udp ip daddr . udp dport != @udp_ok queue to {TO_REFUSE}
+"""
+_RULES: Final = f"""table ip {_TABLE} {{
   set tcp_ok {{ type ipv4_addr . inet_service; flags interval; }}
   set udp_ok {{ type ipv4_addr . inet_service; flags interval; }}
   chain hold {{
     type filter hook output priority -150; policy drop;
     ip daddr {_OWN} accept
     socket transparent 1 accept
-    ip protocol tcp ip daddr . tcp dport != @tcp_ok reject with icmp type admin-prohibited
-HOLD    ip protocol tcp accept
+HOLD
+    ip protocol tcp accept
     ip protocol udp accept
   }}
   chain verdict {{
@@ -65,50 +72,36 @@ HOLD    ip protocol tcp accept
     ip daddr {_OWN} accept
     socket transparent 1 accept
     ip protocol tcp tproxy to 127.0.0.1:{TCP_PORT} accept
-    ip daddr . udp dport @udp_ok tproxy to 127.0.0.1:{UDP_PORT} accept
-    ip protocol udp reject with icmp type port-unreachable
+    ip protocol udp tproxy to 127.0.0.1:{UDP_PORT} accept
   }}
 }}
 """
-_ELEMENTS_A_LINE: Final = 256
+_NOBODY: Final = ("198.18.0.0", 9)  # stands for no name, so no policy can list it
+_VERIFY_MS: Final = 5000
 
 
 def build(*, hold: bool) -> None:
     """Make all that does not depend on a policy: nothing can be reached yet. Raises OSError, JobError.
 
-    hold: whether the first packet of a connection waits for the gate's answer, which needs a part of the kernel.
+    hold: whether first packets wait, which needs a part of the kernel (nfnetlink_queue). Without, the relay accepts
+    every connection and then asks the gate, so the sets are not used.
     """
     routes = Routes()
     routes.add_address(SOURCE)
-    routes.deliver_here(SYNTHETIC, SOURCE)
-    routes.refuse_the_rest()
+    routes.deliver_here(SOURCE)
     routes.close()
     _load(_RULES.replace("HOLD", _HOLD if hold else ""))
 
 
-def admit(network: dict[str, Any]) -> None:
-    """Open what a policy lists. network: as START carries it (docs/guest-channel.md). Raises OSError, JobError."""
-    routes = Routes()
-    for cidr in network["routes"]:
-        routes.deliver_here(cidr, SOURCE)
-    routes.close()
-    lines = [line for name in ("tcp", "udp") for line in _elements(f"{name}_ok", network[name])]
-    if lines:
-        _load("".join(lines))
-    _verify(network)
+def admit(network: dict[str, Any], sockets: Sockets) -> None:
+    """Open what a policy lists, and try that the rules hold. Raises OSError, JobError.
 
-
-def _elements(name: str, rows: list[tuple[str, str, list[int]]]) -> list[str]:
-    """Lines that add the elements of one set. rows: first and last address, and ports."""
-    elements = [
-        f"{first}-{last} . {port}" if first != last else f"{first} . {port}"
-        for first, last, ports in rows
-        for port in ports
-    ]
-    return [
-        f"add element ip x07 {name} {{ {', '.join(elements[at : at + _ELEMENTS_A_LINE])} }}\n"
-        for at in range(0, len(elements), _ELEMENTS_A_LINE)
-    ]
+    network: as START carries it (docs/guest-channel.md).
+    """
+    for name in ("tcp", "udp"):
+        rows = network[name]  # each first and last address, and ports
+        add_elements(_TABLE, f"{name}_ok", [(first, last, port) for first, last, ports in rows for port in ports])
+    _verify(sockets)
 
 
 def _load(rules: str) -> None:
@@ -137,17 +130,27 @@ def _load(rules: str) -> None:
         raise JobError("firewall", 0, f"nft did not load the rules: {said[:500].decode('ascii', 'replace').strip()}")
 
 
-def _verify(network: dict[str, Any]) -> None:
-    """Try that the rules hold: one address without a route, and a port that no policy can list. Raises JobError."""
-    tries = [(SYNTHETIC.partition("/")[0], errno.EHOSTUNREACH)]  # stands for no name, so no set has it
-    if not any(cidr.endswith("/0") for cidr in network["routes"]):
-        tries.append(("240.0.0.1", errno.EACCES))
-    for address, expected in tries:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-            sock.settimeout(1)
-            found = sock.connect_ex((address, 9))
-        if found != expected:
-            raise JobError("firewall", found, f"{address} is not refused as it should be")
+def _verify(sockets: Sockets) -> None:
+    """Connect to where nobody may: the rules have to bring that to the relay. Raises JobError, OSError."""
+    listens = sockets.tcp if sockets.held is None else sockets.held
+    poll = select.poll()
+    poll.register(listens.fileno(), select.POLLIN)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+        sock.connect_ex(_NOBODY)
+        if not poll.poll(_VERIFY_MS):
+            raise JobError("firewall", 0, "the rules do not bring connections to the relay")
+        if sockets.held is None:
+            accepted, _ = sockets.tcp.accept()
+            found = accepted.getsockname()
+            accepted.close()
+            refused = found == _NOBODY
+        else:
+            held = list(sockets.held.read())
+            for one in held:
+                sockets.held.release(one.queue, one.number, PROHIBITED)
+            refused = [(one.queue, one.target) for one in held] == [(TO_REFUSE, _NOBODY)]
+    if not refused:
+        raise JobError("firewall", 0, "the rules do not hold")
 
 
 class Sockets:
@@ -162,7 +165,7 @@ class Sockets:
         self.dns_udp = transparent(socket.SOCK_DGRAM, DNS, DNS_PORT)
         self.dns_tcp = transparent(socket.SOCK_STREAM, DNS, DNS_PORT)
         self.dns_tcp.listen(_BACKLOG)
-        self.held = HeldPackets() if hold else None
+        self.held = HeldPackets(TO_ASK, TO_REFUSE) if hold else None
 
 
 def transparent(kind: int, address: str, port: int) -> socket.socket:

@@ -21,19 +21,22 @@ _CREATE: Final = 0x400
 _NEW_ADDRESS: Final = 20
 _NEW_ROUTE: Final = 24
 _IFA_LOCAL: Final = 2
-_RTA_DESTINATION: Final = 1
 _RTA_OIF: Final = 4
-_RTA_PRIORITY: Final = 6
 _RTA_SOURCE: Final = 7
 _TABLE_MAIN: Final = 254
 _STATIC: Final = 4
 _SCOPE_HOST: Final = 254
 _LOCAL: Final = 2
-_PROHIBIT: Final = 8
-_LAST_PRIORITY: Final = 1024
 
 _NETFILTER: Final = 12
 _QUEUE: Final = 3 << 8
+_TABLES: Final = 10 << 8  # nf_tables; linux/netfilter/nf_tables.h
+_NEW_ELEMENT: Final = 12
+_BATCH: Final = (0x10, 0x11)  # begin, end: what stands between them is done all or not at all
+_NESTED: Final = 0x8000
+_ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS_LIST = 1, 2, 3
+_ELEMENT, _ELEMENT_VALUE, _ELEMENT_KEY, _ELEMENT_KEY_END = 1, 1, 1, 10
+_ELEMENTS_A_MESSAGE: Final = 1000  # a list of them has a length of 16 bits
 _PACKET, _VERDICT, _CONFIG = 0, 1, 2
 _CFG_COMMAND, _CFG_PARAMETERS, _CFG_LENGTH = 1, 2, 3
 _BIND: Final = 1
@@ -43,9 +46,11 @@ _PACKET_HEADER, _VERDICT_HEADER, _MARK, _PAYLOAD = 1, 2, 3, 10
 _HELD_MAX: Final = 512
 _READ: Final = 65536
 _ACCEPT: Final = 1
+_NETFILTER_HEADER: Final = 4  # family, version, number of the queue
 _TCP: Final = 6
+_UDP: Final = 17
 _IPV4_HEADER: Final = 20
-_TCP_PORTS: Final = 4
+_PORTS: Final = 4
 
 
 def _attribute(kind: int, data: bytes) -> bytes:
@@ -55,7 +60,11 @@ def _attribute(kind: int, data: bytes) -> bytes:
 def _request(sock: socket.socket, kind: int, flags: int, body: bytes) -> None:
     """One request and its answer. Raises OSError with the kernel's error."""
     sock.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST_ACK | flags, 1, 0) + body)
-    answer = sock.recv(_READ)
+    _check_answer(sock.recv(_READ))
+
+
+def _check_answer(answer: bytes) -> None:
+    """Raise OSError where it is not that all is well."""
     number = -_ERROR.unpack_from(answer, _HEADER.size)[0]
     if _HEADER.unpack_from(answer)[1] != _ERROR_TYPE or number:
         raise OSError(number, os.strerror(number), "netlink")
@@ -77,48 +86,78 @@ class Routes:
         body = struct.pack("=BBBBI", socket.AF_INET, 32, 0, _SCOPE_HOST, self._lo)
         _request(self._sock, _NEW_ADDRESS, _CREATE, body + _attribute(_IFA_LOCAL, socket.inet_aton(address)))
 
-    def deliver_here(self, network: str, source: str) -> None:
-        """Deliver what is for *network* (CIDR) to this machine's own stack; programs send from *source*."""
-        address, _, bits = network.partition("/")
-        body = struct.pack("=BBBBBBBBI", socket.AF_INET, int(bits), 0, 0, _TABLE_MAIN, _STATIC, _SCOPE_HOST, _LOCAL, 0)
-        body += _attribute(_RTA_DESTINATION, socket.inet_aton(address)) if int(bits) else b""
+    def deliver_here(self, source: str) -> None:
+        """Deliver all packets to this machine's own stack; programs send from *source*. Raises OSError."""
+        body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, _TABLE_MAIN, _STATIC, _SCOPE_HOST, _LOCAL, 0)
         body += _attribute(_RTA_OIF, struct.pack("=I", self._lo)) + _attribute(_RTA_SOURCE, socket.inet_aton(source))
         _request(self._sock, _NEW_ROUTE, _CREATE, body)
 
-    def refuse_the_rest(self) -> None:
-        """Answer EACCES at once to what no other route is for."""
-        body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, _TABLE_MAIN, _STATIC, 0, _PROHIBIT, 0)
-        _request(self._sock, _NEW_ROUTE, _CREATE, body + _attribute(_RTA_PRIORITY, struct.pack("=I", _LAST_PRIORITY)))
+
+def add_elements(table: str, name: str, elements: list[tuple[str, str, int]]) -> None:
+    """Add elements to a set of addresses and ports in a table of family ip. Raises OSError.
+
+    elements: first and last address, and a port. Not by nft, whose start alone would cost a clone a tenth of a second.
+    """
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER)
+    try:
+        for at in range(0, len(elements), _ELEMENTS_A_MESSAGE):
+            body = struct.pack(">BBH", socket.AF_INET, 0, 0)
+            body += _attribute(_ELEMENTS_TABLE, table.encode() + b"\0") + _attribute(
+                _ELEMENTS_SET, name.encode() + b"\0"
+            )
+            rows = [_element(*row) for row in elements[at : at + _ELEMENTS_A_MESSAGE]]
+            body += _attribute(_ELEMENTS_LIST | _NESTED, b"".join(rows))
+            change = _HEADER.pack(_HEADER.size + len(body), _TABLES | _NEW_ELEMENT, _REQUEST_ACK | _CREATE, 1, 0) + body
+            edge = struct.pack(">BBH", socket.AF_UNSPEC, 0, _TABLES >> 8)
+            begin, end = (_HEADER.pack(_HEADER.size + len(edge), kind, 1, 0, 0) + edge for kind in _BATCH)
+            sock.send(begin + change + end)
+            _check_answer(sock.recv(_READ))
+    finally:
+        sock.close()
+
+
+def _element(first: str, last: str, port: int) -> bytes:
+    ends = [socket.inet_aton(address) + struct.pack(">Hxx", port) for address in (first, last)]
+    low, high = (_attribute(_ELEMENT_VALUE, end) for end in ends)
+    both = _attribute(_ELEMENT_KEY | _NESTED, low) + _attribute(_ELEMENT_KEY_END | _NESTED, high)
+    return _attribute(_ELEMENT | _NESTED, both)
 
 
 class Held(NamedTuple):
-    """A packet that waits for a verdict: the first one of a connection. ends: (address, port) of source and target."""
+    """A packet that waits for a verdict. queue, number: which one it is. transport: its IP protocol number.
 
+    source, target: addresses and ports.
+    """
+
+    queue: int
     number: int
+    transport: int
     source: tuple[str, int]
     target: tuple[str, int]
 
 
 class HeldPackets:
-    """The packets that rules send to queue 0 in the current network namespace."""
+    """The packets that rules send to some queues in the current network namespace."""
 
-    def __init__(self) -> None:
+    def __init__(self, *queues: int) -> None:
+        """Bind to the queues of these numbers. Raises OSError."""
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER)
-        self._configure(_CFG_COMMAND, struct.pack(">BBH", _BIND, 0, socket.AF_INET))
-        self._configure(_CFG_PARAMETERS, struct.pack(">IB", _COPY_BYTES, _COPY_PACKET))
-        self._configure(_CFG_LENGTH, struct.pack(">I", _HELD_MAX))
+        for queue in queues:
+            self._configure(queue, _CFG_COMMAND, struct.pack(">BBH", _BIND, 0, socket.AF_INET))
+            self._configure(queue, _CFG_PARAMETERS, struct.pack(">IB", _COPY_BYTES, _COPY_PACKET))
+            self._configure(queue, _CFG_LENGTH, struct.pack(">I", _HELD_MAX))
         self._sock.setblocking(False)  # noqa: FBT003 - it takes no names
 
     def fileno(self) -> int:
         """The descriptor to wait for."""
         return self._sock.fileno()
 
-    def _configure(self, kind: int, data: bytes) -> None:
-        body = struct.pack(">BBH", socket.AF_UNSPEC, 0, 0) + _attribute(kind, data)
+    def _configure(self, queue: int, kind: int, data: bytes) -> None:
+        body = struct.pack(">BBH", socket.AF_UNSPEC, 0, queue) + _attribute(kind, data)
         _request(self._sock, _QUEUE | _CONFIG, 0, body)
 
     def read(self) -> Iterator[Held]:
-        """What has come, as far as it is the start of a TCP connection over IPv4."""
+        """What has come, as far as it is TCP or UDP over IPv4."""
         try:
             data = self._sock.recv(_READ)
         except (BlockingIOError, OSError):  # the kernel had no room for all (ENOBUFS): those are sent again
@@ -128,32 +167,35 @@ class HeldPackets:
             length, kind, *_ = _HEADER.unpack_from(data, at)
             if length < _HEADER.size:
                 return
-            if kind == _QUEUE | _PACKET and (held := _held(data[at + _HEADER.size + 4 : at + length])) is not None:
+            if kind == _QUEUE | _PACKET and (held := _held(data[at + _HEADER.size : at + length])) is not None:
                 yield held
             at += length + -length % 4
 
-    def release(self, number: int, mark: int) -> None:
-        """Let a packet go on, with a mark for the rules that come later."""
-        body = struct.pack(">BBH", socket.AF_UNSPEC, 0, 0)
+    def release(self, queue: int, number: int, mark: int) -> None:
+        """Let a packet go on, with a mark for the rules that come later. Raises OSError where it waits no more."""
+        body = struct.pack(">BBH", socket.AF_UNSPEC, 0, queue)
         body += _attribute(_VERDICT_HEADER, struct.pack(">II", _ACCEPT, number))
         body += _attribute(_MARK, struct.pack(">I", mark))
         self._sock.send(_HEADER.pack(_HEADER.size + len(body), _QUEUE | _VERDICT, 1, 0, 0) + body)
 
 
-def _held(attributes: bytes) -> Held | None:
-    number, packet, at = -1, b"", 0
-    while at + _ATTRIBUTE.size <= len(attributes):
-        length, kind = _ATTRIBUTE.unpack_from(attributes, at)
+def _held(message: bytes) -> Held | None:
+    """A packet of the kernel's message; None for one that no rule sends here."""
+    queue = struct.unpack_from(">H", message, 2)[0]
+    number, packet, at = -1, b"", _NETFILTER_HEADER
+    while at + _ATTRIBUTE.size <= len(message):
+        length, kind = _ATTRIBUTE.unpack_from(message, at)
         if length < _ATTRIBUTE.size:
             return None
-        value = attributes[at + _ATTRIBUTE.size : at + length]
+        value = message[at + _ATTRIBUTE.size : at + length]
         if kind == _PACKET_HEADER:
             number = struct.unpack_from(">I", value)[0]
         elif kind == _PAYLOAD:
             packet = value
         at += length + -length % 4
     size = (packet[0] & 15) * 4 if packet else 0
-    if number < 0 or size < _IPV4_HEADER or len(packet) < size + _TCP_PORTS or packet[9] != _TCP:
+    if number < 0 or size < _IPV4_HEADER or len(packet) < size + _PORTS or packet[9] not in {_TCP, _UDP}:
         return None
     source_port, port = struct.unpack_from(">HH", packet, size)
-    return Held(number, (socket.inet_ntoa(packet[12:16]), source_port), (socket.inet_ntoa(packet[16:20]), port))
+    source, target = socket.inet_ntoa(packet[12:16]), socket.inet_ntoa(packet[16:20])
+    return Held(queue, number, packet[9], (source, source_port), (target, port))

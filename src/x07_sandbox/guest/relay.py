@@ -49,7 +49,7 @@ _Ends = tuple[tuple[str, int], tuple[str, int]]  # where a connection comes from
 class _Flow:
     """One connection, or the datagrams between two ends.
 
-    held: number of the packet that waits for the gate's answer, or -1. sock: the program's end, once it is there.
+    held: the packet that waits for the gate's answer. sock: the program's end, once it is there.
     out: bytes for the program. waiting: datagrams that came before the gate's answer.
     """
 
@@ -57,7 +57,7 @@ class _Flow:
         self.stream = stream
         self.ends = ends
         self.transport = transport
-        self.held = -1
+        self.held: Held | None = None
         self.sock: socket.socket | None = None
         self.out = bytearray()
         self.waiting: list[bytes] = []
@@ -82,6 +82,7 @@ class Relay:
         watcher.watch(sockets.udp.fileno(), self._take_first_datagram)
         if sockets.held is not None:
             watcher.watch(sockets.held.fileno(), self._take_held)
+        names.on_unlisted = lambda name: self._link.tell(egress.TCP, name.encode("ascii"), 0)
         self._dns = DnsServer(watcher, names, sockets.dns_udp, sockets.dns_tcp)
 
     def serve(self) -> None:
@@ -147,7 +148,7 @@ class Relay:
 
     def _opened(self, flow: _Flow, code: int) -> None:
         self._release(flow.held, _MARKS.get(code, firewall.HOST_UNREACHABLE))
-        flow.held = -1
+        flow.held = None
         if code != egress.OK:
             self._end(flow, reset=True)
             return
@@ -177,23 +178,32 @@ class Relay:
 
     def _hold(self, held: Held) -> None:
         ends = held.source, held.target
+        if held.queue == firewall.TO_REFUSE:
+            self._release(held, firewall.PROHIBITED)
+            self._tell(held.transport, *held.target)
+            return
         flow = self._by_ends.get((egress.TCP, ends))
         if flow is None:
             if (flow := self._ask(egress.TCP, ends)) is None:
-                self._release(held.number, firewall.HOST_UNREACHABLE)
+                self._release(held, firewall.HOST_UNREACHABLE)
             else:
-                flow.held = held.number
+                flow.held = held
         elif flow.open:
-            self._release(held.number, firewall.PASSED)
+            self._release(held, firewall.PASSED)
         else:
             # The kernel has sent it again: this one waits in place of the first.
             self._release(flow.held, firewall.TIMED_OUT)
-            flow.held = held.number
+            flow.held = held
 
-    def _release(self, number: int, mark: int) -> None:
-        if self._sockets.held is not None and number >= 0:
+    def _release(self, held: Held | None, mark: int) -> None:
+        if self._sockets.held is not None and held is not None:
             with contextlib.suppress(OSError):
-                self._sockets.held.release(number, mark)
+                self._sockets.held.release(held.queue, held.number, mark)
+
+    def _tell(self, transport: int, address: str, port: int) -> None:
+        """Tell the gate of a connection that is refused here."""
+        host = self._names.host_at(address) or address
+        self._link.tell(transport, host.encode("ascii"), port)
 
     def _accept(self, _mask: int) -> None:
         try:

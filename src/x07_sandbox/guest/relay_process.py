@@ -75,10 +75,11 @@ def _run(netns_fd: int, open_port: Callable[[], int], orders_fd: int, told_fd: i
         os.setns(netns_fd, os.CLONE_NEWNET)
         firewall.build(hold=hold)
         sockets = firewall.Sockets(hold=hold)
+        port_fd = open_port()
         os.write(told_fd, _READY)
         network = marshal.loads(read_all(orders_fd))  # noqa: S302 - it is our agent that speaks
-        firewall.admit(network)
-        relay = Relay(open_port(), Names(network["names"], network["wildcards"]), sockets)
+        firewall.admit(network, sockets)
+        relay = Relay(port_fd, Names(network["names"], network["wildcards"]), sockets)
         os.write(told_fd, _READY)
         relay.serve()
         os.write(told_fd, b"the gate has ended")

@@ -215,7 +215,8 @@ class Dialler:
 
 def _failed(exc: OSError, address: Address) -> NotDialledError:
     code = _CODES.get(exc.errno or 0, egress.HOST_UNREACHABLE)
-    return NotDialledError(code, "dial:failed", exc.strerror or os.strerror(exc.errno or 0), str(address))
+    # Not its own text, which asyncio writes anew.
+    return NotDialledError(code, "dial:failed", os.strerror(exc.errno or 0), str(address))
 
 
 def _is_own(address: Address) -> bool:

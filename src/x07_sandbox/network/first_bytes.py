@@ -84,6 +84,12 @@ class Inspector(Protocol):
     def client_eof(self) -> None:
         """Take the end of the client's bytes. Raises InspectionError where a message that is checked is incomplete."""
 
+    def release(self) -> bytes:
+        """Return the held part of an unfinished first line of text: its client may be waiting for an answer.
+
+        It is judged all the same, with what follows.
+        """
+
 
 def inspector(mode: Literal["tls", "http", "any"], name: str | None, denied: Callable[[str], str | None]) -> Inspector:
     """Return the inspector of a new connection.
@@ -205,6 +211,9 @@ class _Inspection:
         except (HelloError, RequestError, InspectionError) as exc:
             self._fail(exc)
 
+    def release(self) -> bytes:
+        return self._stage.release() if isinstance(self._stage, _Any) else b""
+
     def _again(self) -> None:
         if self._error is not None:
             raise self._error
@@ -277,11 +286,12 @@ class _Any:
     def __init__(self, names: _Names) -> None:
         self._names = names
         self._start = bytearray()
+        self._released = b""  # the beginning of what will be forwarded, which has been
         self._stage: _Stage | None = None
 
     @property
     def held(self) -> int:
-        return len(self._start) + (self._stage.held if self._stage else 0)
+        return len(self._start) - len(self._released) if self._stage is None else len(self._start) + self._stage.held
 
     @property
     def decided(self) -> bool:
@@ -297,14 +307,30 @@ class _Any:
 
     def feed(self, data: bytes) -> bytes:
         if self._stage is not None and not self._start:
-            return self._stage.feed(data)
+            return self._rest(self._stage.feed(data))
         self._start += data
         asked = b""
         while self._stage is None and self._start[:_POSTGRES_SIZE] in _POSTGRES:
             asked += self._start[:_POSTGRES_SIZE]
             del self._start[:_POSTGRES_SIZE]
         self._stage = self._stage or self._choose(ended=False)
-        return asked if self._stage is None else asked + self._stage.feed(self._take_start())
+        return asked if self._stage is None else asked + self._rest(self._stage.feed(self._take_start()))
+
+    def release(self) -> bytes:
+        if self._stage is not None or _OPEN_LINE.fullmatch(self._start) is None:
+            return b""
+        released = bytes(self._start[len(self._released) :])
+        self._released += released
+        return released
+
+    def _rest(self, out: bytes) -> bytes:
+        """What is to be forwarded, without what has been."""
+        if not out or not self._released:
+            return out
+        if not out.startswith(self._released):
+            raise RequestError("http:malformed", "the request line is not in its usual form")
+        out, self._released = out[len(self._released) :], b""
+        return out
 
     def server(self, data: bytes) -> None:
         if self._stage is not None:

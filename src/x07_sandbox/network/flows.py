@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from x07_sandbox.network.first_bytes import Inspector
 
 _CHUNK: Final = egress.DATA_MAX
+_RELEASE_S: Final = 0.02
 # Shared: asyncio fills it and hands it over before it asks for it again.
 _BUFFER: Final = bytearray(_CHUNK)
 
@@ -97,9 +98,19 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         except InspectionError as exc:
             self._gate.refuse(self, exc)
             return
-        waits = self._inspector.held and not self._inspector.decided
-        self.held_since = (self.held_since or self._gate.now()) if waits else None
+        if not self._inspector.held or self._inspector.decided:
+            self.held_since = None
+        elif self.held_since is None:
+            self.held_since = self._gate.now()
+            asyncio.get_running_loop().call_later(_RELEASE_S, self._release)
         self._send(out)
+
+    def _release(self) -> None:
+        """Send on what may go ahead of its judgement: the program may wait for an answer to it."""
+        if not self.lost and self.held_since is not None and (out := self._inspector.release()):
+            self.held_since = None
+            self._send(out)
+            self._gate.flush()
 
     def _send(self, data: bytes) -> None:
         if data:

@@ -148,7 +148,7 @@ class Gate(Gatekeeper, asyncio.BufferedProtocol):
     # what the guest says
 
     def _take(self, event: Event) -> None:
-        if event.kind == egress.OPEN:
+        if event.kind in {egress.OPEN, egress.TOLD}:
             self._asked(event)
             return
         flow = self._flows.get(event.stream)
@@ -167,15 +167,20 @@ class Gate(Gatekeeper, asyncio.BufferedProtocol):
                 flow.pump()
 
     def _asked(self, event: Event) -> None:
-        """Decide about a connection that the guest asks for."""
+        """Decide about a connection that the guest asks for, or that it has refused by itself."""
         transport: Transport = "udp" if event.transport == egress.UDP else "tcp"
         try:
             request = Request(host=parse_guest_host(event.data), port=event.value, transport=transport)
         except UsageError as exc:
             contact = _contact(ascii(event.data)[2:-1], event.value, transport, "malformed", exc.why)
-            self._refuse(event.stream, egress.POLICY, contact)
+            self._refuse(event.stream, egress.POLICY, contact)  # no answer where it has no stream
             return
         decision = decide(self._allowlist, request)
+        if event.kind == egress.TOLD:
+            # What the list allows was refused by rules that root in the guest has changed: no matter.
+            reason = decision.reason if not decision.allowed else "refused inside the guest"
+            self._ledger.denied(_of(decision, reason=reason))
+            return
         if not decision.allowed:
             self._refuse(event.stream, egress.POLICY, _of(decision, reason=decision.reason))
         elif limit := self._limit(decision):

@@ -6,10 +6,9 @@ made in one place (names.py). The guest's rules are a second wall: the gate deci
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network, summarize_address_range
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any, Final
 
-from x07_sandbox.network.floor import special
 from x07_sandbox.network.names import Wildcard, matches
 from x07_sandbox.policy.hosts import Addresses
 
@@ -20,7 +19,6 @@ _FIRST_NAME: Final = int(IPv4Address("198.18.0.16"))  # 198.18.0.1 is where a pr
 _FIRST_BLOCK: Final = int(IPv4Address("198.19.0.0"))
 _BLOCK: Final = 256
 _V4: Final = 4
-_LOOPBACK: Final = "deny-floor:loopback"
 
 
 def guest_view(allowlist: Allowlist) -> dict[str, Any]:
@@ -45,19 +43,15 @@ def guest_view(allowlist: Allowlist) -> dict[str, Any]:
                 ends = _text(first), _text(first + _BLOCK - 1)
                 tcp.add(*ends, entry.ports)
                 udp.add(*ends, entry.ports if entry.udp else frozenset())
-    routes: dict[str, None] = {}
     for entry in allowlist.entries:
-        for network in _networks(entry):
-            routes[str(network)] = None
-            ends = str(network[0]), str(network[-1])
-            tcp.add(*ends, entry.ports)
-            udp.add(*ends, entry.ports if entry.udp else frozenset())
+        if (addresses := _ends(entry)) is not None:
+            tcp.add(*addresses, entry.ports)
+            udp.add(*addresses, entry.ports if entry.udp else frozenset())
     return {
         "names": exact,
         "wildcards": [[suffix, _text(first)] for suffix, first in blocks.items()],
         "tcp": tcp.rows() if net.allow_tcp else [],
         "udp": udp.rows() if net.allow_udp else [],
-        "routes": list(routes),
     }
 
 
@@ -75,14 +69,11 @@ class _Ports:
         return [[first, last, sorted(ports)] for (first, last), ports in self._ports.items()]
 
 
-def _networks(entry: Entry) -> list[IPv4Network]:
-    """The networks that an entry of addresses needs routes to. IPv6 has none: see "Known limits" in docs/network.md."""
+def _ends(entry: Entry) -> tuple[str, str] | None:
+    """First and last address of an entry of IPv4 addresses. IPv6 has none: see "Limits" in docs/network.md."""
     if not isinstance(entry.what, Addresses) or entry.what.version != _V4:
-        return []
-    first, last = IPv4Address(entry.what.first), IPv4Address(entry.what.last)
-    if all((found := special(end)) is not None and found[0] == _LOOPBACK for end in (first, last)):
-        return []  # the guest's own
-    return [network for network in summarize_address_range(first, last) if isinstance(network, IPv4Network)]
+        return None
+    return _text(entry.what.first), _text(entry.what.last)
 
 
 def _text(number: int) -> str:

@@ -37,7 +37,6 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     rule: the rule that decides, such as `net.allow_hosts[2]` or `deny-floor:private`. how_to_allow: null where it is
     allowed, or where nothing allows it. resolved_later: whether the addresses of the name are checked at run time.
-    available: whether this version can give a program connections.
     """
 
     schema_version: Literal["x07.sandbox.policy.host@0.1.0"] = "x07.sandbox.policy.host@0.1.0"
@@ -51,7 +50,6 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     reason: str
     how_to_allow: HowToAllow | None
     resolved_later: bool
-    available: bool
 
 
 class DigestReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,6 +15,7 @@ from x07_sandbox.network.processes import GateConfig, gate_running
 from x07_sandbox.network.rules import Allowlist, Request, decide, make_allowlist
 from x07_sandbox.network.settings import read_settings
 from x07_sandbox.plan.denials import Denial
+from x07_sandbox.runs.folder import NET_LOG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from x07_sandbox.network.processes import GateProcess
     from x07_sandbox.runs.request import InForce
 
-LOG: Final = "net.jsonl"
 _DENIALS_MAX: Final = 64
+_LIKELY_PORT: Final = 443
 
 
 class Egress(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +48,7 @@ def egress_of(in_force: InForce) -> Egress:
 @contextlib.contextmanager
 def gate_of(egress: Egress, folder: Path) -> Iterator[GateProcess]:
     """Start the gate of a run, which logs to a file in *folder*. Raises HostError."""
-    log_fd = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    log_fd = os.open(folder / NET_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with gate_running(egress.config, log_fd) as gate:
             yield gate
@@ -64,12 +65,14 @@ def _denial(contact: Contact, allowlist: Allowlist) -> Denial:
     how = None
     # A host that is not even a host has nothing that allows it; nor has one that the list allows.
     with contextlib.suppress(UsageError):
-        request = Request(host=parse_host(contact.host), port=contact.port, transport=contact.transport)
+        port = contact.port or _LIKELY_PORT  # a name that was looked up has none
+        request = Request(host=parse_host(contact.host), port=port, transport=contact.transport)
         how = decide(allowlist, request).how_to_allow
+    where = f"{contact.host}:{contact.port}" if contact.port else contact.host
     return Denial(
         field=contact.rule,
-        action="connect",
-        subject=f"{contact.host}:{contact.port} ({contact.transport}): {contact.reason}",
+        action="connect" if contact.port else "look up",
+        subject=where if contact.transport == "tcp" else f"{where} ({contact.transport})",
         enforced_by="egress gate",
         observed_by="host",
         count=contact.count,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host.locks import share_folder
 from x07_sandbox.host.paths import open_own, private_dir, state_dir
 from x07_sandbox.jobs.record import home_of
@@ -16,6 +17,8 @@ from x07_sandbox.runs.streams import OutFile, Sink
 if TYPE_CHECKING:
     import contextlib
 
+NET_LOG = "net.jsonl"  # the egress gate's
+RUN_NAME = re.compile(r"\d{1,15}-\d{1,10}-\d{1,10}")
 APPLYING = ".applying"  # among the folders of runs: what is applied right now (runs/kept)
 
 
@@ -47,6 +50,31 @@ class RunFolder:
     def out_file(self, guest_path: str, max_bytes: int) -> OutFile:
         """A file without a name for what comes out of the guest: bound by its descriptor, gone with it."""
         return unnamed_file(self.path, guest_path, max_bytes, self._stack)
+
+
+def find_run(run: str | None, holds: str, what: str, fix: str) -> Path:
+    """Return the folder of the run of that name, or whose name begins so; None for the latest. Raises UsageError.
+
+    holds: only runs with that file count. what, fix: what the file stands for, and how to get one, for messages.
+    """
+    root = all_runs()
+    found = [path.name for path in root.iterdir() if RUN_NAME.fullmatch(path.name)]
+    found.sort(key=lambda name: [int(part) for part in name.split("-")])
+    names = [name for name in found if (run is None or name.startswith(run)) and (root / name / holds).is_file()]
+    if run in names:
+        names = [run]
+    if not names:
+        why = f"no run has {what}" if run is None else "no run of such a name has any"
+        raise UsageError(f"cannot find {what}", why, fix)
+    if run is not None and len(names) > 1:
+        why = f"{len(names)} runs have names that begin so: {names[0]} and others"
+        raise UsageError(f"cannot tell which run {run} is", why, "Give more of its name")
+    return root / names[-1]
+
+
+def all_runs() -> Path:
+    """Return the folder of all runs of this user. Raises HostError."""
+    return private_dir(runs_dir(private_dir(state_dir())))
 
 
 def runs_dir(root: Path) -> Path:

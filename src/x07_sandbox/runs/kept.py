@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host.locks import folder_to_remove, is_locked, opened_lock
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
-from x07_sandbox.runs.folder import APPLYING, runs_dir
+from x07_sandbox.runs.folder import APPLYING, RUN_NAME, all_runs, find_run, runs_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.changes import ChangeSet
 
-_RUN: Final = re.compile(r"\d{1,15}-\d{1,10}-\d{1,10}")
+_KEPT: Final = "changes/changes.json"
 _CHANGES_MAX: Final = 1 << 30
 
 
@@ -44,34 +43,13 @@ def find(run: str | None) -> KeptChanges:
     """The changes of the run of that name, or whose name begins so; None for the latest. Raises UsageError."""
     from x07_sandbox.files.changes import decode
 
-    root = _runs()
-    names = [name for name in _names(root) if run is None or name.startswith(run)]
-    if run in names:
-        names = [run]
-    if not names:
-        why = "no run has changes to files" if run is None else "no run of such a name has any"
-        raise UsageError("cannot find changes", why, "Run something with a folder that it may change")
-    if run is not None and len(names) > 1:
-        why = f"{len(names)} runs have names that begin so: {names[0]} and others"
-        raise UsageError(f"cannot tell which run {run} is", why, "Give more of its name")
-    name = names[-1]
-    folder = root / name / "changes"
+    path = find_run(run, _KEPT, "changes to files", "Run something with a folder that it may change")
+    name, folder = path.name, path / "changes"
     try:
         changes = decode(read_bounded(folder / "changes.json", "list of changes", _CHANGES_MAX))
     except ValueError as exc:
         raise UsageError(f"cannot use the changes of run {name}", f"they are damaged: {exc}", "Run it again") from exc
     return KeptChanges(run=name, folder=folder, changes=changes)
-
-
-def _runs() -> Path:
-    return private_dir(runs_dir(private_dir(state_dir())))
-
-
-def _names(root: Path) -> list[str]:
-    """Runs that have changes, the oldest first."""
-    found = [path.name for path in root.iterdir() if _RUN.fullmatch(path.name)]
-    found.sort(key=lambda name: [int(part) for part in name.split("-")])
-    return [name for name in found if (root / name / "changes" / "changes.json").is_file()]
 
 
 def do(kept: KeptChanges, changes: ChangeSet, on_wait: Callable[[str], None]) -> ChangeSet:
@@ -133,7 +111,7 @@ def applying(run: str) -> Iterator[None]:
     """Mark that a run's changes are being applied, so that `recover_all` finds what is left. Its folder is locked."""
     from x07_sandbox.files.journal import pending
 
-    marker = private_dir(_runs() / APPLYING) / run
+    marker = private_dir(all_runs() / APPLYING) / run
     marker.touch(mode=0o600)
     try:
         yield
@@ -156,7 +134,7 @@ def recover_all(progress: Callable[[str], None]) -> None:
 
     for name in names:
         folder = root / name / "changes"
-        if not _RUN.fullmatch(name) or not folder.is_dir():
+        if not RUN_NAME.fullmatch(name) or not folder.is_dir():
             (root / APPLYING / name).unlink(missing_ok=True)
             continue
         if is_locked(folder) or is_locked(folder / "undoing"):  # by a process that is applying
