@@ -33,7 +33,7 @@ runtime_packages() {
 
 # Only the tests need these: an ordinary user to become, a compiler for the hostile stand-in for QEMU, a linter, a file
 # system that keeps no modes.
-test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck bindfs iproute2 nftables; }
+test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck bindfs iproute2 nftables redis-tools; }
 
 # missing_packages NAME...: those that dpkg does not know as installed.
 missing_packages() {

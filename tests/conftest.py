@@ -23,6 +23,7 @@ settings.register_profile("ci", max_examples=100, deadline=None, derandomize=Tru
 settings.register_profile("deep", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile("deep" if FULL else "ci" if CI else "dev")
 
+PACKAGES = ("curl", "git", "lua5.4", "nodejs", "python3-pip", "python3-requests", "redis-tools")
 LASTING_FDS: set[int] = set()
 """Descriptors that outlive a test on purpose, such as those of the launcher thread: a fixture adds them here."""
 
@@ -45,6 +46,28 @@ def need(condition: object, reason: str, *, installable: bool) -> None:
     if CI and installable:
         pytest.fail(f"missing, and scripts/test.sh should have installed it: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place of the test's own for records of jobs."""
+    place = tmp_path / "home" / "jobs"
+    place.parent.mkdir(mode=0o700)
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(place))
+    return place
+
+
+@pytest.fixture(scope="session")
+def with_packages() -> str:
+    """The name of an image with packages for all tests; of workers that want it at once one builds it."""
+    from x07_sandbox import SandboxError
+    from x07_sandbox.images.build import build_image
+
+    try:
+        build_image(name="with-packages", include=PACKAGES, progress=lambda _text: None)
+    except SandboxError as exc:
+        need(None, f"an image with {', '.join(PACKAGES)}: {exc}", installable=True)
+    return "with-packages"
 
 
 def overwrite(path: Path, data: bytes | None = None) -> None:

@@ -275,15 +275,6 @@ def artifacts(image: Image, pytestconfig: pytest.Config, tmp_path_factory: pytes
     return made
 
 
-@pytest.fixture
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place of the test's own for records of jobs."""
-    place = tmp_path / "home" / "jobs"
-    place.parent.mkdir(mode=0o700)
-    monkeypatch.setenv("X07_VM_STATE_DIR", str(place))
-    return place
-
-
 def copy_cache(place: Path) -> None:
     """A cache of images and saved machines beside the user's: queue and pool in it are a test's own."""
     place.mkdir(mode=0o700)

@@ -76,7 +76,7 @@ PROGRAM = str(ROOT / "examples/jsonl_to_csv.py")
 def test_a_policy_that_asks_for_what_is_missing_is_refused(
     tmp_path: Path, field: str, change: Callable[[dict[str, Any]], None]
 ) -> None:
-    """A root without a place, a database server without hosts: refused, and the result names the field and how to go on."""
+    """A root without a place, a database server without hosts: refused, and the result names the field."""
     code, result = _run(tmp_path, "--policy", _policy(tmp_path, change), PROGRAM)
     assert (code, result["outcome"]) == (125, "refused")
     assert field in result["reason"]

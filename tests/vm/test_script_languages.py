@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from tests.conftest import need
-from x07_sandbox import SandboxError, run_program
-from x07_sandbox.images.build import build_image
+from x07_sandbox import run_program
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.starter import sandbox_manifest
 
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
     from tests.vm.conftest import Sandbox
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
-
-IMAGE = "languages"
 
 
 class Language(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,13 +68,9 @@ EACH = pytest.mark.parametrize("toolchain", LANGUAGES)
 
 
 @pytest.fixture(scope="session")
-def languages() -> str:
-    """The name of an image with the packages; of workers that want it at once one builds it, the others wait."""
-    try:
-        build_image(name=IMAGE, include=["nodejs", "lua5.4"], progress=lambda _text: None)
-    except SandboxError as exc:
-        need(None, f"an image with nodejs and lua5.4: {exc}", installable=True)
-    return IMAGE
+def languages(with_packages: str) -> str:
+    """The name of an image with these languages."""
+    return with_packages
 
 
 @EACH

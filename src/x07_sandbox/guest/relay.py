@@ -82,7 +82,7 @@ class Relay:
         watcher.watch(sockets.udp.fileno(), self._take_first_datagram)
         if sockets.held is not None:
             watcher.watch(sockets.held.fileno(), self._take_held)
-        names.on_unlisted = lambda name: self._link.tell(egress.TCP, name.encode("ascii"), 0)
+        names.on_unlisted = self._tell_name
         self._dns = DnsServer(watcher, names, sockets.dns_udp, sockets.dns_tcp)
 
     def serve(self) -> None:
@@ -199,6 +199,11 @@ class Relay:
         if self._sockets.held is not None and held is not None:
             with contextlib.suppress(OSError):
                 self._sockets.held.release(held.queue, held.number, mark)
+
+    def _tell_name(self, name: str) -> None:
+        """Tell the gate of a name that does not exist here; without a dot it could be no host outside."""
+        if "." in name:
+            self._link.tell(egress.TCP, name.encode("ascii"), 0)
 
     def _tell(self, transport: int, address: str, port: int) -> None:
         """Tell the gate of a connection that is refused here."""

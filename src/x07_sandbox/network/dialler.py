@@ -119,8 +119,9 @@ class Dialler:
     async def dial(self, decision: Decision) -> Dialled:
         """Connect to where an allowed request leads. Raises NotDialledError."""
         try:
-            async with asyncio.timeout(LOOK_UP_S + _ALL_TRIES_S):
-                return await self._try(decision, await self._addresses(decision))
+            addresses = await self._addresses(decision)
+            async with asyncio.timeout(_ALL_TRIES_S):
+                return await self._try(decision, addresses)
         except TimeoutError:
             raise NotDialledError(egress.TIMED_OUT, "dial:timeout", "no address answered in time") from None
 
@@ -167,7 +168,9 @@ class Dialler:
         if self._nat64 is None:
             try:
                 found = await self._names.look_up(_NAT64_NAME)
-            except NotDialledError:
+            except NotDialledError as exc:
+                if exc.code != egress.NO_NAME:  # not known yet: so it may be one
+                    raise
                 found = []
             self._nat64 = [
                 IPv6Network((int(one) >> 32 << 32, _NAT64_BITS)) for one in found if isinstance(one, IPv6Address)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+import struct
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel import egress
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from x07_sandbox.network.first_bytes import Inspector
 
 _CHUNK: Final = egress.DATA_MAX
+_LINGER: Final = struct.pack("ii", 1, 0)
 _RELEASE_S: Final = 0.02
 # Shared: asyncio fills it and hands it over before it asks for it again.
 _BUFFER: Final = bytearray(_CHUNK)
@@ -129,7 +133,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         if self.lost or self.transport.is_closing():
             return
         self.guest_ended = True
-        if self.transport.can_write_eof():
+        with contextlib.suppress(OSError):  # the far end has just reset the connection, as the loop will hear
             self.transport.write_eof()
         self._half_closed()
 
@@ -148,7 +152,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         """As asyncio.BaseProtocol has it."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
         self.transport = transport
-        transport.set_write_buffer_limits(high=1, low=0)  # `resume_writing` tells when all has been taken
+        transport.set_write_buffer_limits(high=0, low=0)  # `resume_writing` tells when all has been taken
 
     def resume_writing(self) -> None:
         """The far end has taken what there was."""
@@ -205,7 +209,10 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         self._gate.ended(self, clean=exc is None and self._far_ended and not self._rest)
 
     def abort(self) -> None:
-        """Close the far end at once, with a reset."""
+        """Close the far end at once, with a reset: what the program sent may not be all."""
+        if (sock := self.transport.get_extra_info("socket")) is not None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
         self.transport.abort()
 
 

@@ -68,7 +68,7 @@ class Gate(Gatekeeper, asyncio.BufferedProtocol):
         self._opens_at = loop.time()
         self._reading = True
         self._was_busy = False
-        self._tick = loop.call_later(_TICK_S, self._look_at_clocks)
+        self._tick: asyncio.TimerHandle | None = None  # from the moment that there is a guest
 
     # the stream from the relay
 
@@ -77,6 +77,7 @@ class Gate(Gatekeeper, asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
         self.transport = transport
         transport.set_write_buffer_limits(high=_QUEUED_MAX, low=_QUEUED_MAX // 2)
+        self._tick = self._loop.call_later(_TICK_S, self._look_at_clocks)
 
     def get_buffer(self, _sizehint: int) -> bytearray:
         """Where asyncio puts what comes."""
@@ -110,8 +111,9 @@ class Gate(Gatekeeper, asyncio.BufferedProtocol):
         if self.over.is_set():
             return
         self.over.set()
-        self._tick.cancel()
-        self.transport.abort()
+        if self._tick is not None:
+            self._tick.cancel()
+            self.transport.abort()
         for task in list(self._pending.values()):
             task.cancel()
         for flow in list(self._flows.values()):
@@ -121,29 +123,30 @@ class Gate(Gatekeeper, asyncio.BufferedProtocol):
         return self._link.pending() + self.transport.get_write_buffer_size()
 
     def busy(self) -> bool:
-        """Whether so much is queued for the guest that no far end is to be read."""
-        return self._queued() > _QUEUED_MAX
+        """Whether so much is queued for the guest that no far end is to be read; `flush` goes on with those later."""
+        busy = self._queued() > _QUEUED_MAX
+        self._was_busy |= busy
+        return busy
 
     def flush(self) -> None:
         """Write to the guest what is queued, and read on from those who had to wait for that."""
-        while not self.over.is_set() and self.transport.get_write_buffer_size() <= _QUEUED_MAX:
-            data = self._link.data_to_send()
-            if not data:
-                break
-            self.transport.write(data)
-            self._link.sent(len(data))
-        if self.over.is_set():
+        if self._tick is None or self.over.is_set():
             return
+        self._write()
+        while self._was_busy and self._queued() <= _QUEUED_MAX:
+            self._was_busy = False
+            for flow in [flow for flow in self._flows.values() if isinstance(flow, TcpFlow) and flow.paused]:
+                flow.pump()
+            self._write()
         stalled = self._queued() > _STALLED_MAX
         if stalled == self._reading and not self.transport.is_closing():
             self._reading = not stalled
             (self.transport.pause_reading if stalled else self.transport.resume_reading)()
-        busy = self.busy()
-        if self._was_busy and not busy:
-            self._was_busy = False
-            for flow in [flow for flow in self._flows.values() if isinstance(flow, TcpFlow) and flow.paused]:
-                flow.pump()
-        self._was_busy = self._was_busy or busy
+
+    def _write(self) -> None:
+        while self.transport.get_write_buffer_size() <= _QUEUED_MAX and (data := self._link.data_to_send()):
+            self.transport.write(data)
+            self._link.sent(len(data))
 
     # what the guest says
 

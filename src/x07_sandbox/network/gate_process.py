@@ -31,6 +31,7 @@ from x07_sandbox.policy.decode import decode_policy
 
 READY: Final = "ready"
 RESOLVER_LOST: Final = 3
+BUG: Final = 4
 _MESSAGE_MAX: Final = 4096
 
 
@@ -43,6 +44,7 @@ def allowlist_of(config: dict[str, Any]) -> Allowlist:
 
 async def _serve(allowlist: Allowlist, control: socket.socket, log_fd: int, names_sock: socket.socket) -> Ledger:
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_fail)
     ledger = Ledger(partial(_write, log_fd), loop.time)
     names = Names(names_sock, loop)
     gate = Gate(allowlist, Dialler(allowlist, names, loop), ledger, loop)
@@ -56,6 +58,13 @@ async def _serve(allowlist: Allowlist, control: socket.socket, log_fd: int, name
     if not finished.is_set():
         sys.exit(RESOLVER_LOST)
     return ledger
+
+
+def _fail(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """End at the first bug, which asyncio would only log: a gate that has one must not go on deciding."""
+    exc = context.get("exception")
+    os.write(2, f"{context['message']}: {type(exc).__name__}: {exc}\n".encode("ascii", "backslashreplace"))
+    os._exit(BUG)
 
 
 def _write(fd: int, line: bytes) -> None:

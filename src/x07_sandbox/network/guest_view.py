@@ -6,7 +6,8 @@ made in one place (names.py). The guest's rules are a second wall: the gate deci
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.network.names import Wildcard, matches
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _FIRST_NAME: Final = int(IPv4Address("198.18.0.16"))  # 198.18.0.1 is where a program's connections come from
 _FIRST_BLOCK: Final = int(IPv4Address("198.19.0.0"))
 _BLOCK: Final = 256
+_SYNTHETIC: Final = tuple(int(IPv4Network("198.18.0.0/15")[at]) for at in (0, -1))
 _V4: Final = 4
 
 
@@ -28,52 +30,61 @@ def guest_view(allowlist: Allowlist) -> dict[str, Any]:
     suffixes = sorted({entry.what.suffix for entry in allowlist.entries if isinstance(entry.what, Wildcard)})
     if not net.allow_dns:
         names, suffixes = [], []
-    exact = {name: _text(_FIRST_NAME + number) for number, name in enumerate(names)}
+    exact = {name: _FIRST_NAME + number for number, name in enumerate(names)}
     blocks = {suffix: _FIRST_BLOCK + number * _BLOCK for number, suffix in enumerate(suffixes)}
     tcp, udp = _Ports(), _Ports()
-    for name, address in exact.items():
-        for entry in allowlist.entries:
-            if matches(entry.what, name):
-                tcp.add(address, address, entry.ports)
-                udp.add(address, address, entry.ports if entry.udp else frozenset())
-    for suffix, first in blocks.items():
-        # A name below it may match entries of wildcards above it too.
-        for entry in allowlist.entries:
-            if isinstance(entry.what, Wildcard) and f".{suffix}".endswith(f".{entry.what.suffix}"):
-                ends = _text(first), _text(first + _BLOCK - 1)
-                tcp.add(*ends, entry.ports)
-                udp.add(*ends, entry.ports if entry.udp else frozenset())
     for entry in allowlist.entries:
-        if (addresses := _ends(entry)) is not None:
-            tcp.add(*addresses, entry.ports)
-            udp.add(*addresses, entry.ports if entry.udp else frozenset())
+        ranges = _ranges(entry)
+        ranges += [(address, address) for name, address in exact.items() if matches(entry.what, name)]
+        # A name below a suffix may match entries of the suffixes above it too.
+        ranges += [(first, first + _BLOCK - 1) for suffix, first in blocks.items() if _covers(entry, suffix)]
+        for first, last in ranges:
+            tcp.add(first, last, entry.ports)
+            udp.add(first, last, entry.ports if entry.udp else frozenset())
     return {
-        "names": exact,
+        "names": {name: _text(address) for name, address in exact.items()},
         "wildcards": [[suffix, _text(first)] for suffix, first in blocks.items()],
         "tcp": tcp.rows() if net.allow_tcp else [],
         "udp": udp.rows() if net.allow_udp else [],
     }
 
 
+def _covers(entry: Entry, suffix: str) -> bool:
+    """Whether an entry is for all names below a suffix."""
+    return isinstance(entry.what, Wildcard) and f".{suffix}".endswith(f".{entry.what.suffix}")
+
+
 class _Ports:
-    """Ports by range of addresses, united."""
+    """Ports by range of addresses."""
 
     def __init__(self) -> None:
-        self._ports: dict[tuple[str, str], set[int]] = {}
+        self._ranges: list[tuple[int, int, frozenset[int]]] = []
 
-    def add(self, first: str, last: str, ports: frozenset[int]) -> None:
+    def add(self, first: int, last: int, ports: frozenset[int]) -> None:
         if ports:
-            self._ports.setdefault((first, last), set()).update(ports)
+            self._ranges.append((first, last + 1, ports))
 
     def rows(self) -> list[list[Any]]:
-        return [[first, last, sorted(ports)] for (first, last), ports in self._ports.items()]
+        """First and last address, and ports, of ranges that do not overlap: the kernel's sets take no others."""
+        edges = sorted({edge for first, end, _ in self._ranges for edge in (first, end)})
+        rows: list[list[Any]] = []
+        for first, end in pairwise(edges):
+            ports = frozenset().union(*(ports for low, high, ports in self._ranges if low <= first and end <= high))
+            if ports:
+                rows.append([_text(first), _text(end - 1), sorted(ports)])
+        return rows
 
 
-def _ends(entry: Entry) -> tuple[str, str] | None:
-    """First and last address of an entry of IPv4 addresses. IPv6 has none: see "Limits" in docs/network.md."""
+def _ranges(entry: Entry) -> list[tuple[int, int]]:
+    """First and last address of an entry of IPv4 addresses, without those that stand for names.
+
+    IPv6 has none: see "Limits" in docs/network.md.
+    """
     if not isinstance(entry.what, Addresses) or entry.what.version != _V4:
-        return None
-    return _text(entry.what.first), _text(entry.what.last)
+        return []
+    first, last = entry.what.first, entry.what.last
+    parts = [(first, min(last, _SYNTHETIC[0] - 1)), (max(first, _SYNTHETIC[1] + 1), last)]
+    return [(low, high) for low, high in parts if low <= high]
 
 
 def _text(number: int) -> str:

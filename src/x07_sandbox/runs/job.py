@@ -66,6 +66,8 @@ def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunF
     evidence = facts.evidence
     if gate is not None and net is None:
         evidence = replace(evidence, gate_lost=True)
+        if said := gate.said():
+            warnings.append(f"the egress gate said: {said}")
     if not drain((stdout, stderr), request.cancel):
         evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
     ending = classify(evidence, features=prepared.availability.features, limits=spec.limits_shown)

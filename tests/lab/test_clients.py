@@ -1,0 +1,191 @@
+"""Programs that people use, inside the guest, through the gate, against real servers of the laboratory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from tests.conftest import need
+from tests.lab.laboratory import SITE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.lab.laboratory import Laboratory
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+WEB: Final = "web.lab.example"
+FILES: Final = "files.lab.example:9444"
+REDIS: Final = "redis.lab.example"
+SERVER: Final = """
+import functools, http.server, ssl, sys
+folder, certificate, address = sys.argv[1:]
+handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+server = http.server.ThreadingHTTPServer((address, 9444), handler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(certificate)
+server.socket = context.wrap_socket(server.socket, server_side=True)
+print("ready", flush=True)
+server.serve_forever()
+"""
+# The names under which the clients know whom to trust.
+TRUST: Final = ("CURL_CA_BUNDLE", "GIT_SSL_CAINFO", "PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+
+
+@pytest.fixture(scope="module")
+def far_end(lab: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A package index, a git repository and a Redis server; the folder that programs may read."""
+    redis = shutil.which("redis-check-rdb")
+    need(redis, "redis-tools", installable=True)  # which holds the server, under another name
+    site, trusted = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("trusted")
+    shutil.copy(lab.ca_file, trusted / "lab.crt")
+    _make_package(site / "simple/tiny")
+    _make_repository(site / "work", site / "repo.git")
+    lab.names({name: [SITE] for name in ("files.lab.example", REDIS)})
+    inside = ["ip", "netns", "exec", lab.inet]
+    serve = [sys.executable, "-c", SERVER, str(site), str(lab.folder / "server.pem"), SITE]
+    options = ["--bind", SITE, "--port", "6379", "--save", "", "--protected-mode", "no", "--daemonize", "no"]
+    servers = [
+        subprocess.Popen([*inside, *serve], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=site),
+        subprocess.Popen(
+            [*inside, "bash", "-c", 'exec -a redis-server "$0" "$@"', str(redis), *options],
+            stdout=subprocess.DEVNULL,
+            cwd=site,
+        ),
+    ]
+    try:
+        assert servers[0].stdout is not None
+        assert servers[0].stdout.readline() == b"ready\n"
+        _wait_for_redis(lab)
+        yield trusted
+    finally:
+        for server in servers:
+            server.kill()
+            server.communicate()
+        lab.reset_names()
+
+
+def _make_package(folder: Path) -> None:
+    """A wheel, as pip finds it in a listing."""
+    folder.mkdir(parents=True)
+    info = "tiny-1.0.dist-info"
+    wheel = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(folder / "tiny-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("tiny.py", "print('tiny was installed')\n")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", wheel)
+        archive.writestr(f"{info}/RECORD", f"tiny.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+
+
+def _make_repository(work: Path, bare: Path) -> None:
+    """A repository that a server of plain files can serve."""
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@lab.example", "-c", "init.defaultBranch=main"]
+    work.mkdir()
+    (work / "README").write_text("from the laboratory\n", encoding="ascii")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, "-C", str(work), *words], check=True)
+    subprocess.run([*git, "clone", "-q", "--bare", str(work), str(bare)], check=True)
+    subprocess.run([*git, "-C", str(bare), "update-server-info"], check=True)
+
+
+def _wait_for_redis(lab: Laboratory) -> None:
+    ask = ["redis-cli", "-h", SITE, "-t", "1", "ping"]
+    deadline = time.monotonic() + 20
+    while lab.run(ask).stdout != b"PONG\n":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)  # it tells nobody when it listens
+
+
+def run_inside(
+    lab: Laboratory, image: str, folder: Path, state: Path, script: str, hosts: tuple[str, ...]
+) -> dict[str, Any]:
+    """The result of a shell script in a guest whose connections the gate carries."""
+    program = state / "client.sh"
+    program.write_text("set -eu\n" + script, encoding="ascii")
+    argv = [
+        sys.executable,
+        "-c",
+        "import sys; from x07_sandbox.cli.main import main; sys.exit(main())",
+        "run",
+        "--json",
+    ]
+    argv += ["--image", image, "--allow-read-root", str(folder)]
+    argv += [word for host in hosts for word in ("--allow-host", host)]
+    argv += [word for name in TRUST for word in ("--env", f"{name}={folder}/lab.crt")]
+    found: dict[str, Any] = json.loads(lab.run([*argv, str(program)], timeout_s=200).stdout)
+    return found
+
+
+@pytest.mark.usefixtures("state")
+@pytest.mark.parametrize(
+    ("script", "hosts", "printed"),
+    [
+        (f"curl -sS https://{WEB}/; echo; curl -sS http://{WEB}/", (f"{WEB}:80,443",), "hello\nhello"),
+        (
+            f"python3 -c 'from urllib.request import urlopen; print(urlopen(\"https://{WEB}/\").read().decode())'",
+            (f"{WEB}:443",),
+            "hello\n",
+        ),
+        (
+            f"python3 -c 'import requests; print(requests.get(\"https://{WEB}/\").text)'",
+            (f"{WEB}:443",),
+            "hello\n",
+        ),
+        (
+            f"pip install -q --no-deps -t /tmp/t --index-url https://{FILES}/simple/ tiny; python3 /tmp/t/tiny.py",
+            (FILES,),
+            "tiny was installed\n",
+        ),
+        (f"git clone -q https://{FILES}/repo.git /tmp/r && cat /tmp/r/README", (FILES,), "from the laboratory\n"),
+        (f"redis-cli -h {REDIS} set k v; redis-cli -h {REDIS} get k", (f"{REDIS}:6379",), "OK\nv\n"),
+    ],
+    ids=["curl", "urllib", "requests", "pip", "git", "redis"],
+)
+def test_a_real_client_works(  # noqa: PLR0913, PLR0917 - fixtures, and what is tried
+    lab: Laboratory,
+    with_packages: str,
+    far_end: Path,
+    tmp_path: Path,
+    script: str,
+    hosts: tuple[str, ...],
+    printed: str,
+) -> None:
+    """curl, urllib, requests, pip, git and redis-cli reach listed hosts by name, with TLS that they verify."""
+    result = run_inside(lab, with_packages, far_end, tmp_path, script, hosts)
+    assert (result["outcome"], result["stdout"]["text"]) == ("ok", printed), (
+        result["reason"],
+        result["stderr"],
+        result["net"],
+    )
+    assert result["net"]["denied"] == []
+
+
+@pytest.mark.usefixtures("state")
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("curl -sS https://other.lab.example/", "Could not resolve host"),
+        (f"curl -sS https://{WEB}:8443/", "Failed to connect"),
+        ("git clone -q https://other.lab.example/repo.git /tmp/r", "Could not resolve host"),
+        ("redis-cli -h other.lab.example ping", "Name or service not known"),
+    ],
+    ids=["curl-name", "curl-port", "git", "redis"],
+)
+def test_a_client_without_a_listed_host_says_so_at_once(
+    lab: Laboratory, with_packages: str, far_end: Path, tmp_path: Path, script: str, said: str
+) -> None:
+    """A host or a port that is not listed is an ordinary network error for clients, and stands in the result."""
+    result = run_inside(lab, with_packages, far_end, tmp_path, script, (f"{WEB}:443",))
+    assert result["outcome"] == "failed"
+    assert said in result["stderr"]["text"]
+    assert [row["rule"].partition("[")[0] for row in result["net"]["denied"]] == ["net.allow_hosts"]
+    assert result["denials"][0]["how_to_allow"]["flag"].startswith("--allow-host ")

@@ -1,0 +1,175 @@
+"""Promises of the account of a run's connections: bounded whatever a guest does, in plain text, and complete."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.network import ledger
+from x07_sandbox.network.account import Contact, NetworkUse
+from x07_sandbox.network.ledger import LOG_MAX_BYTES, ROWS_MAX, Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LINE_MAX: Final = 16 * 1024  # with all texts at their longest, each character escaped
+
+
+class Log:
+    """A ledger, its lines, and a clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.lines: list[bytes] = []
+        self.ledger = Ledger(self.lines.append, lambda: self.now)
+
+    def events(self) -> list[dict[str, Any]]:
+        """The lines, read."""
+        return [json.loads(line) for line in self.lines]
+
+
+def contact(host: str = "a.example", **more: Any) -> Contact:  # noqa: ANN401 - as Contact has them
+    """A contact; only what matters is named."""
+    words: dict[str, Any] = {"port": 443, "transport": "tcp", "rule": "net.allow_hosts[0]"}
+    return Contact(**(words | more), host=host)
+
+
+def test_a_connection_is_counted_with_its_bytes() -> None:
+    """Connections of one kind are one row, with their number and their bytes; the log has a line for each event."""
+    log = Log()
+    for _ in range(2):
+        counters = log.ledger.allowed(contact(address="93.184.215.14"))
+        counters[1] += 10
+        counters[2] += 200
+        log.now += 0.5
+        log.ledger.closed(contact(address="93.184.215.14"), 10, 200)
+    log.ledger.denied(contact("b.example", rule="net.allow_hosts", reason="no entry lists b.example"))
+    log.ledger.failed(contact(rule="dial:failed", reason="Connection refused"))
+    use = log.ledger.use()
+    (row,) = use.allowed
+    assert (row.host, row.address, row.count, row.sent_bytes, row.received_bytes) == (
+        *("a.example", "93.184.215.14"),
+        *(2, 20, 400),
+    )
+    assert [(row.host, row.rule, row.count) for row in use.denied] == [("b.example", "net.allow_hosts", 1)]
+    assert [(row.host, row.rule, row.count) for row in use.failed] == [("a.example", "dial:failed", 1)]
+    assert (use.more, use.log_dropped) == (0, 0)
+    said = [(line["ms"], line["event"], line["host"]) for line in log.events()]
+    assert said == [
+        *((0, "open", "a.example"), (500, "closed", "a.example"), (500, "open", "a.example")),
+        *((1000, "closed", "a.example"), (1000, "denied", "b.example"), (1000, "failed", "a.example")),
+    ]
+    assert log.events()[1] == {
+        "ms": 500,
+        "event": "closed",
+        "host": "a.example",
+        "port": 443,
+        "transport": "tcp",
+        "rule": "net.allow_hosts[0]",
+        "address": "93.184.215.14",
+        "sent_bytes": 10,
+        "received_bytes": 200,
+    }
+
+
+@pytest.mark.parametrize("table", ["allowed", "denied", "failed"])
+def test_rows_are_bounded_and_the_rest_is_counted(table: str) -> None:
+    """Each table has at most 256 rows; what came beyond them is counted, and known rows go on counting."""
+    log = Log()
+    count: Callable[[Contact], object] = getattr(log.ledger, table)
+    for _ in range(2):
+        for number in range(ROWS_MAX + 44):
+            count(contact(f"n{number}.example"))
+    use = log.ledger.use()
+    rows: list[Contact] = getattr(use, table)
+    assert len(rows) == ROWS_MAX
+    assert {row.count for row in rows} == {2}
+    assert use.more == 88
+
+
+def test_lines_are_bounded_in_time() -> None:
+    """100,000 denials are at most 20 lines a second after a first burst, and the log says how many it left out."""
+    log = Log()
+    for _ in range(100):
+        for _ in range(1000):
+            log.ledger.denied(contact())
+        log.now += 0.1
+    events = log.events()
+    lines = [line for line in events if line["event"] == "denied"]
+    assert 290 <= len(lines) <= 100 + 20 * 10
+    assert len(events) <= 100 + 2 * 20 * 10  # each line may have one before it about those that were left out
+    use = log.ledger.use()
+    assert use.denied[0].count == 100_000
+    assert use.log_dropped == 100_000 - len(lines)
+    left_out = sum(line["lines"] for line in events if line["event"] == "dropped")
+    assert left_out + len(lines) <= 100_000
+    log.now += 100
+    log.ledger.denied(contact())
+    assert sum(line.get("lines", 0) for line in log.events()) == use.log_dropped
+
+
+def test_the_log_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log of a run never has much more than 8 MiB, however long it runs."""
+    assert LOG_MAX_BYTES == 8 << 20
+    monkeypatch.setattr(ledger, "LOG_MAX_BYTES", 100_000)
+    log = Log()
+    for _ in range(5000):
+        log.ledger.denied(contact("\U0001f600" * 300, reason="\u202e" * 600, tls_name="\x1b" * 300))
+        log.now += 1
+    assert sum(map(len, log.lines)) <= 100_000 + LINE_MAX
+    assert log.ledger.use().log_dropped > 4000
+
+
+HOSTILE: Final = 'a\n{"event":"open"}\x1b[2J\u202e\u2028\x7f\x85\0"\\\r'
+
+
+def test_hostile_text_stays_in_its_line() -> None:
+    """A name with line ends, control sequences or bidirectional marks is one line of ASCII, with the text escaped."""
+    log = Log()
+    log.ledger.denied(contact(HOSTILE, reason=HOSTILE, tls_name=HOSTILE))
+    (line,) = log.lines
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+    assert line[:-1].decode("ascii").isprintable()
+    assert {log.events()[0][key] for key in ("host", "reason", "tls_name")} == {HOSTILE}
+
+
+@given(st.lists(st.tuples(st.text(max_size=400), st.text(max_size=700), st.text(max_size=400)), max_size=30))
+def test_any_text_is_one_bounded_line(texts: list[tuple[str, str, str]]) -> None:
+    """Whatever a guest names, each event is one printable line of bounded length, and the account can be written."""
+    log = Log()
+    for host, reason, tls_name in texts:
+        log.ledger.denied(contact(host, reason=reason, tls_name=tls_name))
+    assert len(log.lines) == len(texts)
+    for line in log.lines:
+        assert len(line) <= LINE_MAX
+        assert line[:-1].decode("ascii").isprintable()
+    use = log.ledger.use()
+    assert all(len(row.host) <= 253 and len(row.reason) <= 500 and len(row.tls_name) <= 253 for row in use.denied)
+    assert msgspec.json.decode(msgspec.json.encode(use), type=NetworkUse) == use
+
+
+EVENTS: Final = st.lists(
+    st.tuples(st.sampled_from(["allowed", "denied", "failed"]), st.integers(0, 400), st.integers(0, 30)), max_size=200
+)
+
+
+@given(EVENTS, st.integers(1, 5))
+def test_numbers_add_up(events: list[tuple[str, int, int]], most: int) -> None:
+    """Rows, what is counted beyond them, lines and lines left out are together exactly what happened."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "ROWS_MAX", most)
+        log = Log()
+        for kind, number, wait in events:
+            getattr(log.ledger, kind)(contact(f"n{number}.example"))
+            log.now += wait / 100
+        use = log.ledger.use()
+    rows = [*use.allowed, *use.denied, *use.failed]
+    assert sum(row.count for row in rows) + use.more == len(events)
+    assert max(len(use.allowed), len(use.denied), len(use.failed)) <= most
+    assert len([line for line in log.events() if line["event"] != "dropped"]) + use.log_dropped == len(events)

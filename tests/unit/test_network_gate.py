@@ -1,0 +1,1342 @@
+"""Promises of the egress gate: what a guest's connection may do, what becomes of it, and what it cannot exhaust.
+
+The gate, its dialler and its ledger are real, on a real loop. What is outside the tool has stand-ins: the relay is the
+other end of the frames, the resolver a socket with scripted answers, and `Outside` carries a dialled address to a
+loopback server, after all checks have passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+import json
+import os
+import socket
+from ipaddress import IPv4Address, ip_address
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, cast
+
+import pytest
+from msgspec.structs import replace
+
+from tests.fuzz.fuzz_client_hello import hello, sni
+from x07_sandbox.channel import egress
+from x07_sandbox.channel.egress import TCP, UDP, WINDOW, EgressLink, Event
+from x07_sandbox.network import dialler, gate, resolver
+from x07_sandbox.network.dialler import Dialler, Names
+from x07_sandbox.network.flows import TcpFlow
+from x07_sandbox.network.gate import FLOWS_MAX, NAMES_MAX, NAMES_OF_WILDCARD, PENDING_MAX, Gate
+from x07_sandbox.network.ledger import Ledger
+from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
+from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.model import HostPorts
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+
+    from x07_sandbox.network.account import NetworkUse
+    from x07_sandbox.policy.model import Policy
+
+P = ParamSpec("P")
+GOOD: Final = "93.184.215.14"  # an address that nothing in the floor holds
+OTHER: Final = "93.184.215.15"
+PORTS: Final = (22, 53, 80, 443)
+TEST_S: Final = 60.0
+NAT64: Final = "ipv4only.arpa"
+HELLO: Final = hello(sni(b"a.example"))
+OTHER_HELLO: Final = hello(sni(b"b.example"))
+GET: Final = b"GET /x HTTP/1.1\r\nHost: a.example\r\n\r\n"
+
+
+def policy_with(*hosts: str, ports: tuple[int, ...] = PORTS) -> Policy:
+    """The built-in default with these hosts, for TCP and UDP."""
+    base = default_policy()
+    entries = tuple(HostPorts(host=host, ports=ports) for host in hosts)
+    return replace(base, net=replace(base.net, allow_udp=True, allow_hosts=entries))
+
+
+LISTED: Final = policy_with("a.example", "b.example", "*.wild.example", "93.184.215.0/24")
+
+
+class Waiting:
+    """Somebody who waits until something is true, and looks whenever something happens."""
+
+    def __init__(self) -> None:
+        self._happened = asyncio.Event()
+
+    def happened(self) -> None:
+        """Look again."""
+        self._happened.set()
+
+    async def until(self, true: Callable[[], object]) -> None:
+        """Wait until it is."""
+        while not true():
+            self._happened.clear()
+            await self._happened.wait()
+
+
+class Outside(Waiting):
+    """The network behind the host, as `Dialler` meets it: what connecting to an address comes to.
+
+    routes: by address and port, where that really is, an error, or an event before which there is no answer. own:
+    addresses of the host itself: a connection to them comes from them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routes: dict[tuple[str, int], tuple[str, int] | OSError | asyncio.Event] = {}
+        self.dialled: list[tuple[str, int]] = []
+        self.own: set[str] = set()
+        self.cancelled = asyncio.Event()
+
+    async def sock_connect(self, sock: socket.socket, target: tuple[str, int]) -> None:
+        """As loops have it."""
+        self.dialled.append(target)
+        where = self.routes.get(target, OSError(errno.ENETUNREACH, "Network is unreachable"))
+        self.happened()
+        if isinstance(where, asyncio.Event):
+            try:
+                await where.wait()
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+            where = self.routes[target]
+            assert isinstance(where, tuple)
+        if isinstance(where, OSError):
+            raise where
+        if target[0] not in self.own:
+            sock.bind(("127.0.0.2", 0))  # not the address that it leads to, which would be the host itself
+        await asyncio.get_running_loop().sock_connect(sock, where)
+
+
+class Resolver(Waiting):
+    """The resolver's end of its socket. answers: addresses of names, or a status; other names are never answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours, self.gates = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.ours.setblocking(False)  # noqa: FBT003 - it takes no names
+        self.answers: dict[str, list[str] | int] = {NAT64: resolver.NO_NAME, "a.example": [GOOD], "b.example": [OTHER]}
+        self.asked: list[str] = []
+        self.unknown: int | None = None  # the status of other names
+        asyncio.get_running_loop().add_reader(self.ours, self._answer)
+
+    def _answer(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while data := self.ours.recv(resolver.REQUEST_MAX + 1):
+                assert len(data) <= resolver.REQUEST_MAX
+                name = data[resolver.NUMBER.size :].decode("ascii")
+                self.asked.append(name)
+                self.happened()
+                answer = self.answers.get(name, self.unknown)
+                if answer is None:
+                    continue
+                found = [] if isinstance(answer, int) else [ip_address(text) for text in answer]
+                status = answer if isinstance(answer, int) else resolver.FOUND
+                self.ours.send(resolver.encode_answer(resolver.NUMBER.unpack_from(data)[0], status, found))
+
+    def times(self, name: str) -> int:
+        """How often a name was looked up."""
+        return self.asked.count(name)
+
+    def close(self) -> None:
+        """End it."""
+        loop = asyncio.get_running_loop()
+        for sock in (self.ours, self.gates):
+            loop.remove_reader(sock)
+            sock.close()
+
+
+class Relay(Waiting, asyncio.Protocol):
+    """The relay in the guest. takes: whether the program takes what comes."""
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.link = EgressLink(guest=True)
+        self.events: dict[int, list[Event]] = {}
+        self.got: dict[int, bytearray] = {}
+        self.rest: dict[int, bytes] = {}  # what waits for credit
+        self.finishing: set[int] = set()
+        self.count = 0
+        self.takes = True
+        self.closed = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """As asyncio.BaseProtocol has it."""
+        self.transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """The gate has closed."""
+        self.closed.set()
+        self.happened()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the gate says."""
+        for event in self.link.receive(data):
+            self.count += 1
+            self.events.setdefault(event.stream, []).append(event)
+            if event.kind == egress.DATA:
+                self.got.setdefault(event.stream, bytearray()).extend(event.data)
+                if self.takes:
+                    self.link.consumed(event.stream, len(event.data))
+            elif event.kind == egress.CREDIT:
+                self._push(event.stream)
+        self.flush()
+        self.happened()
+
+    def flush(self) -> None:
+        """Write what is queued."""
+        while data := self.link.data_to_send():
+            self.transport.write(data)
+            self.link.sent(len(data))
+
+    def raw(self, data: bytes) -> None:
+        """Write bytes that a guest made itself."""
+        self.transport.write(data)
+
+    def ask(self, host: str, port: int = 443, transport: int = TCP) -> int:
+        """Ask for a connection; its stream."""
+        stream = self.link.open(transport, host.encode(), port)
+        self.flush()
+        return stream
+
+    async def answer(self, stream: int) -> int:
+        """The code with which it was answered."""
+        await self.until(lambda: self.events.get(stream))
+        first = self.events[stream][0]
+        assert first.kind == egress.OPENED
+        return first.value
+
+    async def connect(self, host: str, port: int = 443, transport: int = TCP) -> int:
+        """Open a connection; its stream."""
+        stream = self.ask(host, port, transport)
+        assert await self.answer(stream) == egress.OK
+        return stream
+
+    def send(self, stream: int, data: bytes) -> None:
+        """Send bytes, as credit comes."""
+        self.rest[stream] = self.rest.get(stream, b"") + data
+        self._push(stream)
+        self.flush()
+
+    def _push(self, stream: int) -> None:
+        rest = self.rest.get(stream, b"")
+        self.rest[stream] = rest[self.link.send(stream, rest) :]
+        if stream in self.finishing and not self.rest[stream]:
+            self.link.finish(stream)
+
+    def datagram(self, stream: int, data: bytes) -> None:
+        """Send a datagram."""
+        self.link.send_datagram(stream, data)
+        self.flush()
+
+    def finish(self, stream: int) -> None:
+        """Say that no more comes, behind what waits."""
+        self.finishing.add(stream)
+        self._push(stream)
+        self.flush()
+
+    def reset(self, stream: int) -> None:
+        """End a connection at once."""
+        self.link.reset(stream)
+        self.flush()
+
+    async def data(self, stream: int, count: int) -> bytes:
+        """The first *count* bytes that came."""
+        await self.until(lambda: len(self.got.get(stream, b"")) >= count)
+        return bytes(self.got[stream][:count])
+
+    async def end(self, stream: int) -> tuple[int, int]:
+        """How a connection ended: FIN or RESET, and the code."""
+        await self.until(lambda: self.events.get(stream) and self.events[stream][-1].kind in {egress.FIN, egress.RESET})
+        return self.events[stream][-1].kind, self.events[stream][-1].value
+
+    def datagrams(self, stream: int) -> list[bytes]:
+        """What came on a UDP flow."""
+        return [event.data for event in self.events.get(stream, []) if event.kind == egress.DATAGRAM]
+
+
+class Far(Waiting, asyncio.Protocol):
+    """One connection at a loopback server."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.server = server
+        self.got = bytearray()
+        self.ended = False
+        self.error: Exception | None = None
+        self.lost = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """As asyncio.BaseProtocol has it."""
+        self.transport = cast("asyncio.Transport", transport)
+        if not self.server.reads:
+            self.transport.pause_reading()
+        self.server.connections.append(self)
+        self.server.happened()
+
+    def data_received(self, data: bytes) -> None:
+        """Keep what came; send it back if the server is one that does."""
+        self.got += data
+        if self.server.echoes:
+            self.transport.write(data)
+        self.happened()
+
+    def eof_received(self) -> bool:
+        """The program has said all."""
+        self.ended = True
+        self.happened()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is over."""
+        self.error = exc
+        self.lost.set()
+        self.happened()
+
+    async def over(self) -> None:
+        """Wait for the end of what the program sends, in whatever way it comes."""
+        await self.until(lambda: self.ended or self.lost.is_set())
+
+    async def data(self, count: int) -> bytes:
+        """The first *count* bytes that came."""
+        await self.until(lambda: len(self.got) >= count)
+        return bytes(self.got[:count])
+
+
+class Server(Waiting):
+    """A loopback server, and its connections in the order in which they came."""
+
+    def __init__(self, *, echoes: bool = False, reads: bool = True) -> None:
+        super().__init__()
+        self.echoes = echoes
+        self.reads = reads
+        self.connections: list[Far] = []
+        self.target = ("", 0)
+
+    async def start(self, stack: contextlib.AsyncExitStack) -> None:
+        """Listen; the end comes with that of *stack*."""
+        listening = await asyncio.get_running_loop().create_server(lambda: Far(self), "127.0.0.1", 0)
+        stack.push_async_callback(self._stop, listening)
+        self.target = listening.sockets[0].getsockname()
+
+    async def _stop(self, listening: asyncio.Server) -> None:
+        listening.close()
+        for far in self.connections:
+            far.transport.abort()
+            await far.lost.wait()
+
+    async def connection(self, number: int = 0) -> Far:
+        """The connection of that number."""
+        await self.until(lambda: len(self.connections) > number)
+        return self.connections[number]
+
+
+class Lab(Waiting):
+    """A gate, the relay in front of it, and the world behind it. resolver, names: of the gate that was made last."""
+
+    resolver: Resolver
+    names: Names
+
+    def __init__(self, stack: contextlib.AsyncExitStack) -> None:
+        super().__init__()
+        self.outside = Outside()
+        self.log: list[dict[str, Any]] = []
+        self._stack = stack
+        self.gate: Gate
+        self.ledger: Ledger
+        self.relay: Relay
+
+    async def server(self, address: str, port: int, *, echoes: bool = False, reads: bool = True) -> Server:
+        """A server at an address of the outside."""
+        server = Server(echoes=echoes, reads=reads)
+        await server.start(self._stack)
+        self.outside.routes[address, port] = server.target
+        return server
+
+    async def another(
+        self, policy: Policy, denied: Mapping[str, set[int] | None] | None = None, settings: NetSettings | None = None
+    ) -> tuple[Gate, Relay, Ledger]:
+        """One more gate with the same outside, and its relay."""
+        loop = asyncio.get_running_loop()
+        allowlist = make_allowlist(policy, denied, settings)
+        ledger = Ledger(self._write, loop.time)
+        self.resolver = Resolver()
+        self._stack.callback(self.resolver.close)
+        names = self.names = Names(self.resolver.gates, loop)
+        made = Gate(allowlist, Dialler(allowlist, names, cast("asyncio.AbstractEventLoop", self.outside)), ledger, loop)
+        near, far = socket.socketpair()
+        relay = Relay()
+        for sock, protocol in ((near, made), (far, relay)):
+            sock.setblocking(False)  # noqa: FBT003 - it takes no names
+            await loop.create_connection(lambda protocol=protocol: protocol, sock=sock)  # type: ignore[misc]
+        self._stack.push_async_callback(_stop, made, relay)
+        return made, relay, ledger
+
+    def _write(self, line: bytes) -> None:
+        self.log.append(json.loads(line))
+        self.happened()
+
+    async def logged(self, event: str, count: int = 1) -> dict[str, Any]:
+        """The line about the event of that number."""
+        await self.until(lambda: len([line for line in self.log if line["event"] == event]) >= count)
+        return [line for line in self.log if line["event"] == event][count - 1]
+
+    def use(self) -> NetworkUse:
+        """The account."""
+        return self.ledger.use()
+
+    def denied(self) -> list[tuple[str, str]]:
+        """Host and rule of each refusal."""
+        return [(contact.host, contact.rule) for contact in self.use().denied]
+
+
+async def _stop(made: Gate, relay: Relay) -> None:
+    made.close()
+    relay.transport.abort()
+    await relay.closed.wait()
+
+
+@contextlib.asynccontextmanager
+async def lab(
+    policy: Policy = LISTED,
+    denied: Mapping[str, set[int] | None] | None = None,
+    settings: NetSettings | None = None,
+) -> AsyncIterator[Lab]:
+    """A gate with what is around it; all of it is gone on the way out."""
+    async with contextlib.AsyncExitStack() as stack:
+        made = Lab(stack)
+        made.gate, made.relay, made.ledger = await made.another(policy, denied, settings)
+        yield made
+
+
+def on_a_loop(scenario: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Make a test of a scenario, which must not take long; no callback or task of the gate may fail in it."""
+
+    @functools.wraps(scenario)
+    def test(*args: P.args, **words: P.kwargs) -> None:
+        faults: list[dict[str, Any]] = []
+
+        async def bounded() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+            async with asyncio.timeout(TEST_S):
+                await scenario(*args, **words)
+
+        asyncio.run(bounded())
+        assert not faults
+
+    return test
+
+
+@on_a_loop
+async def test_a_listed_name_carries_both_ways_to_the_end() -> None:
+    """What a program sends to a listed name arrives, its end too, and the answer comes back after that."""
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        stream = await it.relay.connect("A.Example.", 22)
+        far = await server.connection()
+        it.relay.send(stream, b"\0question")
+        it.relay.finish(stream)
+        assert await far.data(9) == b"\0question"
+        await far.until(lambda: far.ended)
+        far.transport.write(b"answer")
+        assert await it.relay.data(stream, 6) == b"answer"
+        far.transport.write_eof()
+        assert await it.relay.end(stream) == (egress.FIN, 0)
+        assert (await it.logged("closed"))["received_bytes"] == 6
+        assert it.relay.link.flows == {}
+        (row,) = it.use().allowed
+        assert (row.host, row.port, row.rule, row.address) == ("a.example", 22, "net.allow_hosts[0]", GOOD)
+        assert (row.count, row.sent_bytes, row.received_bytes) == (1, 9, 6)
+        assert it.outside.dialled == [(GOOD, 22)]
+
+
+@on_a_loop
+async def test_a_far_end_may_finish_first() -> None:
+    """A program can go on sending after the far end has said all."""
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        stream = await it.relay.connect("a.example", 22)
+        far = await server.connection()
+        far.transport.write(b"banner")
+        far.transport.write_eof()
+        assert await it.relay.end(stream) == (egress.FIN, 0)
+        it.relay.send(stream, b"\0" * 100_000)
+        it.relay.finish(stream)
+        assert len(await far.data(100_000)) == 100_000
+        assert (await it.logged("closed"))["sent_bytes"] == 100_000
+        assert it.relay.got[stream] == b"banner"
+
+
+@on_a_loop
+async def test_large_transfers_are_whole() -> None:
+    """Several megabytes come back as they were sent, on several connections at once."""
+    async with lab() as it:
+        await it.server(GOOD, 22, echoes=True)
+        data = b"\0" + bytes(range(256)) * 8192
+        streams = [await it.relay.connect("a.example", 22) for _ in range(4)]
+        for stream in streams:
+            it.relay.send(stream, data)
+            it.relay.finish(stream)
+        for stream in streams:
+            assert await it.relay.data(stream, len(data)) == data
+
+
+@on_a_loop
+async def test_a_program_hears_of_its_connection_when_it_is_there() -> None:
+    """Until the far end has answered, the program is not told that it is connected."""
+    async with lab() as it:
+        answered = asyncio.Event()
+        server = await it.server(GOOD, 22)
+        it.outside.routes[GOOD, 22] = answered
+        stream = it.relay.ask("a.example", 22)
+        await it.outside.until(lambda: it.outside.dialled)
+        assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
+        assert stream not in it.relay.events
+        it.outside.routes[GOOD, 22] = server.target
+        answered.set()
+        assert await it.relay.answer(stream) == egress.OK
+
+
+ERRORS: Final = {
+    errno.ECONNREFUSED: egress.REFUSED,
+    errno.EHOSTUNREACH: egress.HOST_UNREACHABLE,
+    errno.ENETUNREACH: egress.NET_UNREACHABLE,
+    errno.EADDRNOTAVAIL: egress.NET_UNREACHABLE,
+    errno.EACCES: egress.HOST_UNREACHABLE,
+}
+
+
+@pytest.mark.parametrize("number", ERRORS)
+@on_a_loop
+async def test_a_program_gets_the_far_end_s_error(number: int) -> None:
+    """An error of the network becomes the same error in the program, and counts as failed, not as denied."""
+    async with lab() as it:
+        it.outside.routes[GOOD, 22] = OSError(number, os.strerror(number))
+        assert await it.relay.answer(it.relay.ask("a.example", 22)) == ERRORS[number]
+        (row,) = it.use().failed
+        assert (row.rule, row.reason, row.address) == ("dial:failed", os.strerror(number), GOOD)
+        assert not it.use().denied
+
+
+@on_a_loop
+async def test_a_closed_port_is_refused() -> None:
+    """Where nobody listens, the program gets "connection refused"."""
+    async with lab() as it:
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))  # it does not listen
+            it.outside.routes[GOOD, 22] = nobody.getsockname()
+            assert await it.relay.answer(it.relay.ask("a.example", 22)) == egress.REFUSED
+
+
+@on_a_loop
+async def test_addresses_of_a_name_are_tried_in_order() -> None:
+    """The next address is tried where one does not answer, three at most."""
+    async with lab() as it:
+        tried = [f"93.184.215.{number}" for number in range(1, 6)]
+        it.resolver.answers["a.example"] = tried
+        await it.server(tried[2], 22)
+        await it.server(tried[3], 53)
+        await it.relay.connect("a.example", 22)
+        assert it.outside.dialled == [(address, 22) for address in tried[:3]]
+        assert await it.relay.answer(it.relay.ask("a.example", 53)) == egress.NET_UNREACHABLE
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that waits gives up soon."""
+    monkeypatch.setattr(dialler, "_TRY_S", 0.05)
+    monkeypatch.setattr(dialler, "LOOK_UP_S", 0.1)
+    monkeypatch.setattr(dialler, "_ALL_TRIES_S", 0.2)
+    monkeypatch.setattr(gate, "_TICK_S", 0.02)
+
+
+@pytest.mark.usefixtures("hasty")
+@on_a_loop
+async def test_silence_ends_in_a_timeout() -> None:
+    """A resolver or a far end that never answers costs the program a bounded time, and each says which it was."""
+    async with lab() as it:
+        it.outside.routes[GOOD, 22] = asyncio.Event()
+        assert await it.relay.answer(it.relay.ask("a.example", 22)) == egress.TIMED_OUT
+        assert await it.relay.answer(it.relay.ask("x.wild.example", 22)) == egress.TIMED_OUT
+        assert [row.rule for row in it.use().failed] == ["dial:timeout", "name:timeout"]
+
+
+@on_a_loop
+async def test_names_that_are_not_there() -> None:
+    """A name without an address, and one that cannot be looked up now, have errors of their own."""
+    async with lab() as it:
+        it.resolver.answers |= {"a.example": resolver.NO_NAME, "b.example": resolver.FAILED, "c.wild.example": []}
+        assert await it.relay.answer(it.relay.ask("a.example")) == egress.NO_NAME
+        assert await it.relay.answer(it.relay.ask("b.example")) == egress.TIMED_OUT
+        assert await it.relay.answer(it.relay.ask("c.wild.example")) == egress.NO_NAME
+        assert [row.rule for row in it.use().failed] == ["name:unknown", "name:failed", "name:unknown"]
+
+
+REFUSED: Final = """
+unlisted.example:443 a.example:25 wild.example:443 a.example.evil.test:443 xa.example:443 93.184.216.1:443
+93.184.215.14:444 127.0.0.1:80 10.0.0.1:80 169.254.169.254:80 198.18.0.16:443 0.0.0.0:443 255.255.255.255:443
+224.0.0.1:443 100.100.100.200:80 168.63.129.16:80 localhost:80 x.local:443 intranet:443 [::1]:443 [2606:4700::1]:443
+[::ffff:127.0.0.1]:443 [64:ff9b::a9fe:a9fe]:443 [2002:7f00:1::]:443 [fe80::1]:443 bad.wild.example:443
+93.184.215.99:443 45.45.45.53:53 45.45.45.53:853
+"""
+
+
+@on_a_loop
+async def test_what_the_rules_refuse_is_refused() -> None:
+    """A refused connection fails at once, without a look-up, by the rule and for the reason that the rules give."""
+    denied: dict[str, set[int] | None] = {"bad.wild.example": None, "93.184.215.99": {443}}
+    allowlist = make_allowlist(LISTED, denied)
+    async with lab(denied=denied) as it:
+        for endpoint in REFUSED.split():
+            request = parse_request(endpoint)
+            host = endpoint.rpartition(":")[0].strip("[]")
+            assert await it.relay.answer(it.relay.ask(host, request.port)) == egress.POLICY, endpoint
+            decision = decide(allowlist, request)
+            row = it.use().denied[-1]
+            assert (row.host, row.port, row.transport) == (str(request.host), request.port, "tcp")
+            assert (row.rule, row.reason) == (decision.rule, decision.reason), endpoint
+        assert len(it.use().denied) == len(REFUSED.split())
+        assert it.resolver.asked == []
+        assert it.outside.dialled == []
+
+
+MALFORMED: Final = [
+    *(b"127.1", b"0x7f.1", b"2130706433", b"017700000001", b"0", b"*.wild.example", b"a.example\0", b"a.example\r\n"),
+    *(b"a example", b"a%2eexample", b"user@a.example", b"a.example/", b"a.example:443", b"fe80::1%lo", b"[::1", b"."),
+    *("\uff11\uff12\uff17.0.0.1".encode(), "a\u3002example".encode(), b"\xff\xfe", b"x" * 255, b"a..example"),
+]
+
+
+@on_a_loop
+async def test_a_host_that_is_none_is_refused() -> None:
+    """Odd forms of addresses, control characters and raw text are no hosts; the record of them is plain text."""
+    async with lab() as it:
+        for host in MALFORMED:
+            stream = it.relay.link.open(TCP, host, 443)
+            it.relay.flush()
+            assert await it.relay.answer(stream) == egress.POLICY, host
+        assert {row.rule for row in it.use().denied} == {"malformed"}
+        assert all(row.host.isascii() and row.host.isprintable() for row in it.use().denied)
+        assert it.resolver.asked == []
+        assert it.outside.dialled == []
+        assert await it.relay.answer(it.relay.ask("a.example", 0)) == egress.POLICY
+
+
+SPECIAL: Final = """
+127.0.0.1 10.1.2.3 169.254.169.254 192.168.77.5 0.0.0.0 100.64.0.1 198.18.0.16 224.0.0.1 255.255.255.255 168.63.129.16
+::ffff:127.0.0.1 64:ff9b::a9fe:a9fe 2002:7f00:1:: fe80::1 ::1 fd00::1 ::7f00:1 2001:db8::1
+"""
+
+
+@on_a_loop
+async def test_a_listed_name_never_leads_to_a_special_address() -> None:
+    """A listed name that resolves to an address of this host, its networks or its cloud is refused, and not dialled."""
+    async with lab() as it:
+        for number, address in enumerate(SPECIAL.split()):
+            it.resolver.answers[f"n{number}.wild.example"] = [address]
+            assert await it.relay.answer(it.relay.ask(f"n{number}.wild.example")) == egress.POLICY, address
+            row = it.use().denied[-1]
+            assert row.rule.startswith("deny-floor:")
+            assert row.address == str(ip_address(address))
+            assert row.host == f"n{number}.wild.example"
+        assert it.outside.dialled == []
+
+
+@on_a_loop
+async def test_of_mixed_answers_only_the_good_one_is_dialled() -> None:
+    """Where a name has special addresses besides a public one, only the public one is dialled."""
+    async with lab() as it:
+        it.resolver.answers["a.example"] = ["127.0.0.1", "::1", GOOD, "10.0.0.1"]
+        await it.server(GOOD, 22)
+        await it.relay.connect("a.example", 22)
+        assert it.outside.dialled == [(GOOD, 22)]
+        del it.outside.routes[GOOD, 22]
+        assert await it.relay.answer(it.relay.ask("a.example", 22)) == egress.NET_UNREACHABLE
+        assert it.outside.dialled == [(GOOD, 22)] * 2
+
+
+@on_a_loop
+async def test_a_denied_address_is_not_dialled_for_a_listed_name() -> None:
+    """An address that --deny-host denies is not dialled for a listed name either."""
+    async with lab(denied={GOOD: None}) as it:
+        assert await it.relay.answer(it.relay.ask("a.example")) == egress.POLICY
+        assert it.denied() == [("a.example", f"deny-host:{GOOD}")]
+
+
+@on_a_loop
+async def test_addresses_of_a_translator_to_ipv4_are_refused() -> None:
+    """An IPv6 address in which this network's NAT64 embeds an IPv4 address is refused; others are not."""
+    async with lab() as it:
+        it.resolver.answers |= {NAT64: ["2a01:4f8:64::c000:aa"], "a.example": ["2a01:4f8:64::7f00:1"]}
+        it.resolver.answers["b.example"] = ["2a01:4f8:65::7f00:1"]
+        assert await it.relay.answer(it.relay.ask("a.example")) == egress.POLICY
+        assert await it.relay.answer(it.relay.ask("b.example")) == egress.NET_UNREACHABLE
+        assert it.denied() == [("a.example", "deny-floor:embedded")]
+        assert it.resolver.times(NAT64) == 1
+
+
+@on_a_loop
+async def test_the_host_s_own_public_address_is_refused() -> None:
+    """A connection that turns out to lead to this host itself is closed before a byte passes."""
+    assert dialler._is_own(ip_address("127.0.0.1"))  # noqa: SLF001 - no other own address is on every machine
+    assert not dialler._is_own(ip_address(GOOD))  # noqa: SLF001 - as above
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        it.outside.own.add(GOOD)
+        it.outside.routes[GOOD, 22] = ("127.0.0.1", server.target[1])
+        assert await it.relay.answer(it.relay.ask("a.example", 22)) == egress.POLICY
+        assert await it.relay.answer(it.relay.ask(GOOD, 22)) == egress.POLICY
+        assert it.denied() == [("a.example", "deny-floor:own"), (GOOD, "deny-floor:own")]
+        for number in (0, 1):
+            far = await server.connection(number)
+            await far.over()
+            assert far.got == b""
+
+
+@on_a_loop
+async def test_rebinding_does_not_help() -> None:
+    """A name whose address changes to a private one between two connections is refused at the second."""
+    async with lab() as it:
+        await it.server(GOOD, 22)
+        await it.relay.connect("a.example", 22)
+        it.resolver.answers["a.example"] = ["127.0.0.1"]
+        await it.relay.connect("a.example", 22)
+        assert it.resolver.times("a.example") == 1
+
+
+@on_a_loop
+async def test_a_name_is_looked_up_once_for_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each connection looks its name up once and dials what was checked, so a new address is checked again."""
+    monkeypatch.setattr(dialler, "_CACHE_S", 0.0)
+    async with lab() as it:
+        await it.server(GOOD, 22)
+        await it.relay.connect("a.example", 22)
+        it.resolver.answers["a.example"] = ["127.0.0.1"]
+        assert await it.relay.answer(it.relay.ask("a.example", 22)) == egress.POLICY
+        assert it.resolver.times("a.example") == 2
+        assert it.outside.dialled == [(GOOD, 22)]
+
+
+# bounds
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate of connections does not matter."""
+    monkeypatch.setattr(gate, "_OPENS_BURST", 100_000.0)
+    monkeypatch.setattr(gate, "_OPENS_S", 100_000.0)
+
+
+@pytest.mark.usefixtures("fast")
+@on_a_loop
+async def test_connections_that_are_being_made_are_bounded() -> None:
+    """A program has at most 64 connections in the making; one that it gives up makes room for another."""
+    async with lab() as it:
+        streams = [it.relay.ask(f"n{number}.wild.example") for number in range(PENDING_MAX)]
+        assert await it.relay.answer(it.relay.ask("more.wild.example")) == egress.LIMIT
+        assert it.use().denied[-1].rule == "limit"
+        it.relay.reset(streams[0])
+        assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
+        another = it.relay.ask("another.wild.example")
+        await it.resolver.until(lambda: it.resolver.times("another.wild.example"))
+        assert another not in it.relay.events
+        assert len(it.gate._pending) == PENDING_MAX  # noqa: SLF001 - the bound is the promise
+
+
+@on_a_loop
+async def test_giving_up_a_pending_connection_ends_its_dial() -> None:
+    """A connection that the program gives up while it is dialled is dialled no more, and leaves nothing behind."""
+    async with lab() as it:
+        it.outside.routes[GOOD, 22] = asyncio.Event()
+        stream = it.relay.ask("a.example", 22)
+        await it.outside.until(lambda: it.outside.dialled)
+        it.relay.reset(stream)
+        await it.outside.cancelled.wait()
+        assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
+        assert stream not in it.relay.events
+        assert not it.gate._pending  # noqa: SLF001 - that nothing is left is the promise
+        assert not it.gate._link.flows  # noqa: SLF001 - as above
+
+
+@pytest.mark.usefixtures("fast")
+@on_a_loop
+async def test_open_connections_are_bounded() -> None:
+    """A program has at most 256 connections; one that ends makes room for another."""
+    async with lab() as it:
+        await it.server(GOOD, 22)
+        streams = [await it.relay.connect(GOOD, 22) for _ in range(FLOWS_MAX)]
+        assert await it.relay.answer(it.relay.ask(GOOD, 22)) == egress.LIMIT
+        assert it.use().denied[-1].reason == f"{FLOWS_MAX} connections are open"
+        it.relay.reset(streams[7])
+        await it.relay.connect(GOOD, 22)
+
+
+@on_a_loop
+async def test_the_rate_of_connections_is_bounded() -> None:
+    """Beyond 200 connections at once, and 100 a second, more are refused, and the record says so."""
+    async with lab() as it:
+        streams = [it.relay.ask(GOOD, 22) for _ in range(400)]
+        for stream in streams:
+            assert await it.relay.answer(stream) in {egress.NET_UNREACHABLE, egress.LIMIT}
+        reasons = {row.reason: row.count for row in it.use().denied}
+        assert 100 <= reasons["more than 100 connections a second"] <= 200
+        assert len(it.outside.dialled) <= 300
+
+
+@pytest.mark.usefixtures("fast")
+@on_a_loop
+async def test_names_of_one_wildcard_are_bounded() -> None:
+    """A program can look up 256 names below one wildcard, and those again; other entries are not affected."""
+    async with lab() as it:
+        it.resolver.unknown = resolver.NO_NAME
+        codes = [await it.relay.answer(it.relay.ask(f"n{number}.wild.example")) for number in range(300)]
+        assert codes == [egress.NO_NAME] * NAMES_OF_WILDCARD + [egress.LIMIT] * (300 - NAMES_OF_WILDCARD)
+        assert await it.relay.answer(it.relay.ask("n7.wild.example")) == egress.NO_NAME
+        assert await it.relay.answer(it.relay.ask("a.example")) == egress.NET_UNREACHABLE
+        assert len(it.resolver.asked) <= NAMES_OF_WILDCARD + 2
+
+
+@pytest.mark.usefixtures("fast")
+@on_a_loop
+async def test_names_are_bounded_in_all() -> None:
+    """A program can look up 1024 names, whatever the list allows."""
+    wildcards = 5
+    async with lab(policy_with(*(f"*.w{number}.example" for number in range(wildcards)))) as it:
+        it.resolver.unknown = resolver.NO_NAME
+        codes = [
+            await it.relay.answer(it.relay.ask(f"n{number}.w{number % wildcards}.example"))
+            for number in range(NAMES_MAX + 10)
+        ]
+        assert codes == [egress.NO_NAME] * NAMES_MAX + [egress.LIMIT] * 10
+        assert it.use().denied[-1].reason == f"{NAMES_MAX} names were looked up"
+
+
+@on_a_loop
+async def test_ten_thousand_requests_at_once_are_answered() -> None:
+    """10,000 requests at once get 10,000 answers, with at most 64 in the making, and a bounded record."""
+    count = 10_000
+    async with lab() as it:
+        most = 0
+        made = it.gate._pending  # noqa: SLF001 - the bound is the promise
+        streams = [it.relay.link.open(TCP, b"n%d.wild.example" % (number % 100), 443) for number in range(count)]
+        while data := it.relay.link.data_to_send():
+            it.relay.raw(data)
+            it.relay.link.sent(len(data))
+        it.relay.happened()
+
+        def answered() -> bool:
+            nonlocal most
+            most = max(most, len(made))
+            return it.relay.count >= count - PENDING_MAX
+
+        await it.relay.until(answered)
+        assert 0 < most <= PENDING_MAX
+        assert {events[0].value for events in it.relay.events.values()} == {egress.LIMIT}
+        assert len(streams) == count
+        use = it.use()
+        assert sum(row.count for row in use.denied) + use.more == count - PENDING_MAX
+        assert len(it.log) <= 150
+
+
+# hostile guests
+
+
+@pytest.mark.parametrize("data", [b"\xff" * 12, b"\x03\0\0\0\0\0\0\x09\0\0\0\x01x", b"\x01\0\0\0\0\0\0\x01\0\0\0\0"])
+@on_a_loop
+async def test_a_violation_ends_all_connections(data: bytes) -> None:
+    """A guest that breaks the protocol loses all its connections for good, with a row in the record."""
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        it.outside.routes[OTHER, 22] = asyncio.Event()
+        for _ in range(2):
+            await it.relay.connect("a.example", 22)
+        it.relay.ask("b.example", 22)
+        await it.outside.until(lambda: (OTHER, 22) in it.outside.dialled)
+        it.relay.raw(data)
+        await it.relay.closed.wait()
+        await it.gate.over.wait()
+        for number in (0, 1):
+            await (await server.connection(number)).over()
+        await it.outside.cancelled.wait()
+        assert it.denied() == [("", "frames")]
+        assert len([line for line in it.log if line["event"] == "closed"]) == 2
+
+
+@on_a_loop
+async def test_the_end_of_the_guest_ends_all_connections() -> None:
+    """When the guest is gone, so are its connections."""
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        await it.relay.connect("a.example", 22)
+        it.relay.transport.abort()
+        await it.gate.over.wait()
+        await (await server.connection()).over()
+        assert not it.use().denied
+
+
+@on_a_loop
+async def test_a_reset_of_the_program_reaches_the_far_end() -> None:
+    """A connection that a program drops is reset at the far end too, which so cannot take a part for the whole."""
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        stream = await it.relay.connect("a.example", 22)
+        it.relay.send(stream, b"\0part")
+        far = await server.connection()
+        await far.data(5)
+        it.relay.reset(stream)
+        await far.over()
+        assert isinstance(far.error, ConnectionResetError)
+
+
+@on_a_loop
+async def test_a_reset_of_the_far_end_reaches_the_program() -> None:
+    """A connection that the far end drops is dropped in the guest too."""
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        stream = await it.relay.connect("a.example", 22)
+        (await server.connection()).transport.abort()
+        assert (await it.relay.end(stream))[0] in {egress.RESET, egress.FIN}
+
+
+@on_a_loop
+async def test_a_far_end_that_never_reads_holds_up_nobody() -> None:
+    """What a far end does not read waits in the guest, but for one window; other connections go on."""
+    async with lab() as it:
+        await it.server(GOOD, 22, reads=False)
+        await it.server(OTHER, 22, echoes=True)
+        for _ in range(20):
+            it.relay.send(await it.relay.connect("a.example", 22), b"\0" * (16 << 20))
+        data = b"\0" * (4 << 20)
+        stream = await it.relay.connect("b.example", 22)
+        it.relay.send(stream, data)
+        assert await it.relay.data(stream, len(data)) == data
+        for flow in it.gate._flows.values():  # noqa: SLF001 - the bound is the promise
+            assert isinstance(flow, TcpFlow)
+            assert flow.waiting_bytes() <= WINDOW
+            assert flow.transport.get_write_buffer_size() <= WINDOW
+
+
+@on_a_loop
+async def test_a_gate_that_holds_much_opens_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With too much in the gate's memory, a program gets no more connections."""
+    monkeypatch.setattr(gate, "HELD_MAX_BYTES", WINDOW // 2)
+    async with lab() as it:
+        await it.server(GOOD, 22, reads=False)
+        it.relay.send(await it.relay.connect("a.example", 22), b"\0" * (16 << 20))
+        # Only when the far end's buffers are full does the gate hold anything: each request sees a bit more of it.
+        while (code := await it.relay.answer(it.relay.ask("a.example", 22))) == egress.OK:
+            continue
+        assert code == egress.LIMIT
+        assert it.use().denied[-1].reason == "too many bytes wait to be sent"
+
+
+@on_a_loop
+async def test_a_program_that_never_reads_gets_one_window() -> None:
+    """What a program does not read waits at the far end, but for one window; other connections go on."""
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        await it.server(OTHER, 22, echoes=True)
+        it.relay.takes = False
+        full = [await it.relay.connect("a.example", 22) for _ in range(10)]
+        for number, stream in enumerate(full):
+            (await server.connection(number)).transport.write(b"\0" * (8 << 20))
+            await it.relay.data(stream, WINDOW)
+        it.relay.takes = True
+        data = b"\0" * (4 << 20)
+        stream = await it.relay.connect("b.example", 22)
+        it.relay.send(stream, data)
+        assert await it.relay.data(stream, len(data)) == data
+        for stream in full:
+            assert len(it.relay.got[stream]) == WINDOW
+            flow = it.gate._flows[stream]  # noqa: SLF001 - the bound is the promise
+            assert isinstance(flow, TcpFlow)
+            assert flow.paused
+            assert flow.waiting_bytes() <= egress.DATA_MAX
+
+
+@on_a_loop
+async def test_a_program_that_reads_late_gets_all() -> None:
+    """Programs that read nothing for a while, and then all at once, get all that the far ends sent."""
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        it.relay.takes = False
+        more = egress.DATA_MAX - 100  # the window is no multiple of the reads: of the last one the gate holds a part
+        flows = cast("dict[int, TcpFlow]", it.gate._flows)  # noqa: SLF001 - nobody else knows what it holds
+        streams: list[int] = []
+        while sum(flow.waiting_bytes() for flow in flows.values()) < 140_000:  # that many are "much" for the guest
+            streams.append(await it.relay.connect("a.example", 22))
+            far = await server.connection(len(streams) - 1)
+            for size in (more, WINDOW):
+                far.transport.write(b"\0" * size)
+                await it.relay.data(streams[-1], size)
+        it.relay.takes = True
+        for stream in streams:
+            for _ in range(4):
+                it.relay.link.consumed(stream, WINDOW // 4)
+        it.relay.flush()
+        async with asyncio.timeout(5):
+            for stream in streams:
+                await it.relay.data(stream, more + WINDOW)
+
+
+@on_a_loop
+async def test_a_guest_that_never_reads_stops_its_own_gate_only() -> None:
+    """Where the guest takes nothing, its gate reads nothing more for it, and the gate of another guest is as fast."""
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        await it.server(OTHER, 22, echoes=True)
+        streams = [await it.relay.connect(GOOD, 22) for _ in range(40)]
+        it.relay.transport.pause_reading()
+        for number in range(len(streams)):
+            (await server.connection(number)).transport.write(b"\0" * (1 << 20))
+        _, relay, _ = await it.another(LISTED)
+        data = b"\0" * (8 << 20)
+        stream = await relay.connect(OTHER, 22)
+        relay.send(stream, data)
+        assert await relay.data(stream, len(data)) == data
+        # Each far end is read once before it has to wait.
+        most = (4 + len(streams)) * (egress.DATA_MAX + egress.HEADER.size)
+        assert it.gate._queued() <= most  # noqa: SLF001 - the bound is the promise
+        it.relay.transport.resume_reading()
+        for stream in streams:
+            await it.relay.data(stream, 1 << 20)
+
+
+@on_a_loop
+async def test_a_guest_that_pauses_loses_nothing() -> None:
+    """However often a guest stops reading and goes on, in the end it has all that the far ends sent."""
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        streams = [await it.relay.connect(GOOD, 22) for _ in range(30)]
+        # Less than a quarter window: no credit comes that would wake the gate.
+        for turn in range(1, 4):
+            it.relay.transport.pause_reading()
+            for number in range(len(streams)):
+                (await server.connection(number)).transport.write(b"\0" * 20_000)
+            _, relay, _ = await it.another(LISTED)
+            assert await relay.answer(relay.ask("unlisted.example")) == egress.POLICY
+            it.relay.transport.resume_reading()
+            for stream in streams:
+                await it.relay.data(stream, turn * 20_000)
+
+
+@on_a_loop
+async def test_what_the_guest_refused_by_itself_is_in_the_record() -> None:
+    """A connection that the guest's own rules refused is recorded with the rule that decides, and not dialled."""
+    async with lab() as it:
+        for host, port in ((b"unlisted.example", 443), (b"10.0.0.1", 80), (b"127.1", 443), (b"lookup.example", 0)):
+            it.relay.link.tell(TCP, host, port)
+        it.relay.flush()
+        assert await it.relay.answer(it.relay.ask("a.example", 25)) == egress.POLICY
+        rules = ["net.allow_hosts", "deny-floor:private", "malformed", "net.allow_hosts", "net.allow_hosts[0].ports"]
+        assert [row.rule for row in it.use().denied] == rules
+        assert it.outside.dialled == []
+        assert it.resolver.asked == []
+
+
+# first bytes
+
+
+@on_a_loop
+async def test_tls_with_the_listed_name_passes() -> None:
+    """A TLS connection whose client names the listed host passes as it is."""
+    async with lab() as it:
+        server = await it.server(GOOD, 443)
+        stream = await it.relay.connect("a.example", 443)
+        for at in range(len(HELLO)):
+            it.relay.send(stream, HELLO[at : at + 1])
+        assert await (await server.connection()).data(len(HELLO)) == HELLO
+        it.relay.send(stream, b"more")
+        assert (await (await server.connection()).data(len(HELLO) + 4))[-4:] == b"more"
+
+
+@pytest.mark.parametrize(
+    ("port", "data", "rule"),
+    [
+        (443, OTHER_HELLO, "tls:other-name"),
+        (443, hello(), "tls:no-sni"),
+        (443, b"SSH-2.0-x\r\n", "tls:not-tls"),
+        (443, b"\x16\x03\x01\0\xff\x01" + bytes(300), "tls:malformed"),
+        (80, GET.replace(b"a.", b"b."), "http:other-host"),
+        (80, b"\x16\x03\x01\0\xff\x01" + bytes(300), "http:malformed"),
+        (22, OTHER_HELLO, "tls:other-name"),
+        (22, GET.replace(b"a.", b"b."), "http:other-host"),
+    ],
+)
+@on_a_loop
+async def test_first_bytes_for_another_host_are_not_delivered(port: int, data: bytes, rule: str) -> None:
+    """A connection whose first bytes name another host, or none, is reset, and none of its bytes arrives."""
+    async with lab() as it:
+        server = await it.server(GOOD, port)
+        stream = await it.relay.connect("a.example", port)
+        it.relay.send(stream, data)
+        assert await it.relay.end(stream) == (egress.RESET, egress.POLICY)
+        far = await server.connection()
+        await far.over()
+        assert far.got == b""
+        (row,) = it.use().denied
+        assert (row.host, row.rule, row.address) == ("a.example", rule, GOOD)
+        if "other" in rule:
+            assert row.tls_name == "b.example"
+
+
+@on_a_loop
+async def test_a_second_request_for_another_host_is_not_delivered() -> None:
+    """Of two requests in one go, the second for another host, only the first arrives, and the connection is reset."""
+    async with lab() as it:
+        server = await it.server(GOOD, 80)
+        stream = await it.relay.connect("a.example", 80)
+        it.relay.send(stream, GET)
+        far = await server.connection()
+        await far.data(len(GET))
+        it.relay.send(stream, GET + GET.replace(b"a.", b"evil."))
+        assert await it.relay.end(stream) == (egress.RESET, egress.POLICY)
+        await far.over()
+        assert b"evil" not in far.got
+        assert far.got.count(b"HTTP/1.1") <= 2
+        assert [row.tls_name for row in it.use().denied] == ["evil.example"]
+
+
+@pytest.mark.usefixtures("hasty")
+@on_a_loop
+async def test_first_bytes_that_stay_unfinished_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that starts a hello and does not finish it is reset, and nothing of it arrives."""
+    monkeypatch.setattr(gate, "_FIRST_BYTES_S", 0.05)
+    async with lab() as it:
+        server = await it.server(GOOD, 443)
+        stream = await it.relay.connect("a.example", 443)
+        it.relay.send(stream, HELLO[:-1])
+        assert await it.relay.end(stream) == (egress.RESET, egress.POLICY)
+        far = await server.connection()
+        await far.over()
+        assert far.got == b""
+        assert it.denied() == [("a.example", "first-bytes:timeout")]
+
+
+@on_a_loop
+async def test_a_banner_comes_before_the_client_says_anything() -> None:
+    """What the far end says first is passed on at once, also on a port whose first bytes are checked."""
+    async with lab() as it:
+        server = await it.server(GOOD, 443)
+        stream = await it.relay.connect("a.example", 443)
+        (await server.connection()).transport.write(b"220 ready")
+        assert await it.relay.data(stream, 9) == b"220 ready"
+
+
+@pytest.mark.parametrize(
+    ("port", "data"), [(443, hello(sni(b"bad.example"))), (80, GET.replace(b"a.example", b"Bad.Example:80"))]
+)
+@on_a_loop
+async def test_a_denied_name_is_denied_over_a_listed_address(port: int, data: bytes) -> None:
+    """A name that --deny-host denies is not reached over a listed address either, where the client names it."""
+    async with lab(denied={"bad.example": None}) as it:
+        server = await it.server(GOOD, port)
+        stream = await it.relay.connect(GOOD, port)
+        it.relay.send(stream, data)
+        assert await it.relay.end(stream) == (egress.RESET, egress.POLICY)
+        far = await server.connection()
+        await far.over()
+        assert far.got == b""
+        assert [(row.host, row.rule, row.tls_name) for row in it.use().denied] == [(GOOD, "name:denied", "bad.example")]
+
+
+# the user's own settings
+
+
+@on_a_loop
+async def test_an_opaque_port_takes_any_protocol() -> None:
+    """On a port that the user's settings call opaque, a connection need not be TLS."""
+    async with lab(settings=NetSettings(opaque_ports=frozenset({443}))) as it:
+        server = await it.server(GOOD, 443)
+        stream = await it.relay.connect("a.example", 443)
+        it.relay.send(stream, b"SSH-2.0-x\r\n")
+        assert await (await server.connection()).data(11) == b"SSH-2.0-x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("listed", "opened", "rule"),
+    [(True, True, ""), (False, True, "net.allow_hosts"), (True, False, "deny-floor:loopback")],
+)
+@on_a_loop
+async def test_a_local_address_needs_the_policy_and_the_settings(listed: bool, opened: bool, rule: str) -> None:  # noqa: FBT001 - as parametrize gives them
+    """A service of this host is reached where both the policy and the user's settings name its address and port."""
+    local = "127.0.0.1"
+    server = Server(echoes=True)
+    async with contextlib.AsyncExitStack() as stack:
+        await server.start(stack)
+        port = server.target[1]
+        policy = policy_with(*(["a.example", local] if listed else ["a.example"]), ports=(port,))
+        settings = NetSettings(allow_local=frozenset({(IPv4Address(local), port)} if opened else ()))
+        async with lab(policy, settings=settings) as it:
+            it.outside.own.add(local)
+            it.outside.routes[local, port] = server.target
+            it.resolver.answers["a.example"] = [local]
+            by_address = await it.relay.answer(it.relay.ask(local, port))
+            by_name = await it.relay.answer(it.relay.ask("a.example", port))
+            assert by_address == (egress.POLICY if rule else egress.OK)
+            assert by_name == (egress.OK if opened else egress.POLICY)
+            assert [row.rule for row in it.use().denied if row.host == local] == ([rule] if rule else [])
+
+
+# UDP
+
+
+class UdpServer(Waiting, asyncio.DatagramProtocol):
+    """A loopback server for datagrams, which sends each back."""
+
+    transport: asyncio.DatagramTransport
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.got: list[tuple[bytes, tuple[str, int]]] = []
+        self.lost = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """As asyncio.BaseProtocol has it."""
+        self.transport = cast("asyncio.DatagramTransport", transport)
+
+    def datagram_received(self, data: bytes, address: tuple[str, int]) -> None:
+        """Send it back."""
+        self.got.append((data, address))
+        self.transport.sendto(data, address)
+        self.happened()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """It is closed."""
+        self.lost.set()
+
+
+@contextlib.asynccontextmanager
+async def udp_server(outside: Outside, address: str, port: int) -> AsyncIterator[UdpServer]:
+    """A server for datagrams at an address of the outside."""
+    loop = asyncio.get_running_loop()
+    _, server = await loop.create_datagram_endpoint(UdpServer, local_addr=("127.0.0.1", 0))
+    outside.routes[address, port] = server.transport.get_extra_info("sockname")
+    try:
+        yield server
+    finally:
+        server.transport.abort()
+        await server.lost.wait()
+
+
+@on_a_loop
+async def test_only_the_dialled_peer_s_datagrams_come_in() -> None:
+    """Datagrams go to the listed host and its answers come back; what a third one sends to the same port does not."""
+    async with lab() as it, udp_server(it.outside, GOOD, 53) as server:
+        stream = await it.relay.connect("a.example", 53, UDP)
+        it.relay.datagram(stream, b"one")
+        await it.relay.until(lambda: it.relay.datagrams(stream) == [b"one"])
+        with socket.socket(type=socket.SOCK_DGRAM) as third:
+            third.bind(("127.0.0.1", 0))
+            third.sendto(b"spoofed", server.got[0][1])
+        for data in (b"", b"x" * 30_000, b"two"):
+            it.relay.datagram(stream, data)
+        await it.relay.until(lambda: len(it.relay.datagrams(stream)) == 4)
+        assert it.relay.datagrams(stream) == [b"one", b"", b"x" * 30_000, b"two"]
+        (row,) = it.use().allowed
+        assert (row.transport, row.sent_bytes, row.received_bytes) == ("udp", 30_006, 30_006)
+        it.relay.reset(stream)
+        assert (await it.logged("closed"))["sent_bytes"] == 30_006
+
+
+@pytest.mark.usefixtures("hasty")
+@on_a_loop
+async def test_an_idle_udp_flow_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A UDP flow on which nothing comes for a while is closed, and the guest is told."""
+    monkeypatch.setattr(gate, "_UDP_IDLE_S", 0.05)
+    async with lab() as it, udp_server(it.outside, GOOD, 53):
+        stream = await it.relay.connect("a.example", 53, UDP)
+        assert await it.relay.end(stream) == (egress.RESET, egress.OK)
+        await it.logged("closed")
+
+
+@on_a_loop
+async def test_a_closed_udp_port_does_no_harm() -> None:
+    """Datagrams to a port where nobody listens are lost; the flow and the gate live on."""
+    async with lab() as it:
+        with socket.socket(type=socket.SOCK_DGRAM) as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            it.outside.routes[GOOD, 53] = nobody.getsockname()
+        stream = await it.relay.connect("a.example", 53, UDP)
+        for _ in range(5):
+            it.relay.datagram(stream, b"x")
+            assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
+        assert it.relay.datagrams(stream) == []
+
+
+@on_a_loop
+async def test_quic_is_refused_unless_its_port_is_opaque() -> None:
+    """UDP port 443 is refused, unless the user's settings call it opaque."""
+    async with lab() as it:
+        assert await it.relay.answer(it.relay.ask("a.example", 443, UDP)) == egress.POLICY
+        assert it.denied() == [("a.example", "udp-443")]
+    async with (
+        lab(settings=NetSettings(opaque_ports=frozenset({443}))) as it,
+        udp_server(it.outside, GOOD, 443),
+    ):
+        await it.relay.connect("a.example", 443, UDP)
+
+
+# clocks and ends
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("name", ["_IDLE_S", "_HALF_CLOSED_S"])
+@on_a_loop
+async def test_a_connection_on_which_nothing_comes_ends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that is idle for an hour, or for a minute after one side has ended, times out."""
+    monkeypatch.setattr(gate, name, 0.05)
+    async with lab() as it:
+        server = await it.server(GOOD, 22)
+        stream = await it.relay.connect("a.example", 22)
+        if name == "_HALF_CLOSED_S":
+            it.relay.finish(stream)
+        assert await it.relay.end(stream) == (egress.RESET, egress.TIMED_OUT)
+        await (await server.connection()).over()
+
+
+@on_a_loop
+async def test_the_end_of_the_resolver_is_noticed() -> None:
+    """A gate whose resolver is gone, or says what it never says, hears of it."""
+    async with lab() as it:
+        it.resolver.ours.send(b"\xff")
+        await it.names.lost.wait()
+    async with lab() as it:
+        asyncio.get_running_loop().remove_reader(it.resolver.ours)
+        it.resolver.ours.shutdown(socket.SHUT_RDWR)
+        await it.names.lost.wait()
+
+
+@on_a_loop
+async def test_a_late_answer_of_the_resolver_is_ignored() -> None:
+    """An answer to a question that nobody asks any more changes nothing."""
+    async with lab() as it:
+        it.resolver.ours.send(resolver.encode_answer(77, resolver.FOUND, [ip_address(GOOD)]))
+        await it.server(GOOD, 22)
+        await it.relay.connect("a.example", 22)
+        assert not it.names.lost.is_set()
+
+
+@on_a_loop
+async def test_a_gate_without_a_guest_waits_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that has not got its guest's stream yet does nothing, and can be closed."""
+    monkeypatch.setattr(gate, "_TICK_S", 0.001)
+    loop = asyncio.get_running_loop()
+    allowlist = make_allowlist(LISTED)
+    names = Resolver()
+    try:
+        dials = Dialler(allowlist, Names(names.gates, loop), loop)
+        made = Gate(allowlist, dials, Ledger(lambda _: None, loop.time), loop)
+        ticked = asyncio.Event()
+        loop.call_later(0.01, ticked.set)
+        await ticked.wait()
+        made.close()
+        made.close()
+    finally:
+        names.close()

@@ -1,0 +1,179 @@
+"""Promises of what a guest's relay is told of a policy: which names have addresses, and what it may ask for."""
+
+from __future__ import annotations
+
+import itertools
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any, Final
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from x07_sandbox.guest.dns import Names
+from x07_sandbox.network.guest_view import guest_view
+from x07_sandbox.network.rules import make_allowlist
+from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
+
+SYNTHETIC: Final = IPv4Network("198.18.0.0/15")  # what the guest's own routes lead to its relay
+PROGRAM: Final = IPv4Address("198.18.0.1")  # where a program's connections come from
+
+
+def policy_with(*hosts: tuple[str, tuple[int, ...]], db: Db | None = None, **net: bool) -> Policy:
+    """The built-in default with hosts, UDP, and databases."""
+    base = default_policy()
+    entries = tuple(HostPorts(host=host, ports=ports) for host, ports in hosts)
+    policy = replace(base, net=replace(base.net, **({"allow_udp": True} | net), allow_hosts=entries))
+    return policy if db is None else replace(policy, db=db)
+
+
+def view(*hosts: tuple[str, tuple[int, ...]], **more: Any) -> dict[str, Any]:  # noqa: ANN401 - as policy_with has them
+    """What the relay is told of these hosts."""
+    return guest_view(make_allowlist(policy_with(*hosts, **more)))
+
+
+def ports(rows: list[list[Any]], address: str) -> set[int]:
+    """The ports of an address, by all rows that hold it."""
+    at = IPv4Address(address)
+    return {port for first, last, listed in rows if IPv4Address(first) <= at <= IPv4Address(last) for port in listed}
+
+
+def test_each_name_has_an_address_of_its_own() -> None:
+    """Each listed name has one address and its ports, whatever its spelling; the same list gives the same addresses."""
+    hosts = (("b.example", (443,)), ("A.example.", (80,)), ("faß.example", (22,)), ("a.example", (443,)))
+    found = view(*hosts)
+    assert found["names"] == {
+        "a.example": "198.18.0.16",
+        "b.example": "198.18.0.17",
+        "xn--fa-hia.example": "198.18.0.18",
+    }
+    assert found["tcp"] == [
+        ["198.18.0.16", "198.18.0.16", [80, 443]],
+        ["198.18.0.17", "198.18.0.17", [443]],
+        ["198.18.0.18", "198.18.0.18", [22]],
+    ]
+    assert found["udp"] == found["tcp"]
+    assert view(*hosts) == found
+    assert view(*reversed(hosts))["names"] == found["names"]
+
+
+def test_ports_of_all_entries_that_match_a_name_are_united() -> None:
+    """A name has the ports of its own entries and of the wildcards above it; their blocks have only their own."""
+    found = view(("a.w.x.example", (22,)), ("*.w.x.example", (80,)), ("*.x.example", (443,)), ("A.w.x.example", (25,)))
+    assert ports(found["tcp"], found["names"]["a.w.x.example"]) == {22, 25, 80, 443}
+    blocks = dict(found["wildcards"])
+    assert ports(found["tcp"], blocks["w.x.example"]) == {80, 443}
+    assert ports(found["tcp"], blocks["x.example"]) == {443}
+
+
+def test_wildcards_have_blocks_that_do_not_meet() -> None:
+    """Each wildcard has 256 addresses of its own; one below another has the ports of both."""
+    found = view(("*.b.a.example", (22,)), ("*.a.example", (80,)), ("*.xa.example", (443,)))
+    assert found["wildcards"] == [
+        ["a.example", "198.19.0.0"],
+        ["b.a.example", "198.19.1.0"],
+        ["xa.example", "198.19.2.0"],
+    ]
+    assert [ports(found["tcp"], f"198.19.{block}.255") for block in (0, 1, 2)] == [{80}, {22, 80}, {443}]
+
+
+def test_addresses_networks_and_ranges_have_their_ports() -> None:
+    """Addresses that a policy lists have exactly their ports, up to the ends of a network or range."""
+    found = view(
+        *(("93.184.215.14", (443,)), ("93.184.215.0/28", (80,)), ("93.184.216.3-93.184.216.9", (22,))),
+        ("93.184.215.14", (25,)),
+    )
+    assert found["names"] == {}
+    assert found["tcp"] == found["udp"]
+    assert {at: ports(found["tcp"], f"93.184.215.{at}") for at in (0, 14, 15, 16)} == {
+        0: {80},
+        14: {25, 80, 443},
+        15: {80},
+        16: set(),
+    }
+    assert [ports(found["tcp"], f"93.184.216.{at}") for at in (2, 3, 9, 10)] == [set(), {22}, {22}, set()]
+
+
+def test_ipv6_has_no_way_through_the_relay() -> None:
+    """IPv6 addresses make no rows; an IPv4 address in IPv6's form makes that of the IPv4 address."""
+    found = view(("2606:4700::1", (443,)), ("2606:4700::/32", (443,)), ("::ffff:93.184.215.14", (443,)))
+    assert found["tcp"] == [["93.184.215.14", "93.184.215.14", [443]]]
+
+
+def test_the_switches_of_a_policy_take_away() -> None:
+    """Without allow_dns there are no names, without allow_tcp and allow_udp nothing to ask for over TCP or UDP."""
+    hosts = (("a.example", (443,)), ("*.w.example", (443,)), ("93.184.215.14", (443,)))
+    no_dns = view(*hosts, allow_dns=False)
+    assert (no_dns["names"], no_dns["wildcards"]) == ({}, [])
+    assert no_dns["tcp"] == no_dns["udp"] == [["93.184.215.14", "93.184.215.14", [443]]]
+    whole = view(*hosts)
+    assert view(*hosts, allow_tcp=False) == whole | {"tcp": []}
+    assert view(*hosts, allow_udp=False) == whole | {"udp": []}
+    assert not any(view(*hosts, enabled=False).values())
+    assert not any(view().values())
+
+
+def test_database_servers_are_reached_over_tcp_only() -> None:
+    """Servers of db.net have their ports for TCP, and none for UDP."""
+    servers = DbNet(allow_dns=("db.example",), allow_cidrs=("93.184.215.0/24",), allow_ports=(5432,))
+    db = Db(enabled=True, drivers=Drivers(sqlite=False, postgres=True, mysql=False), net=servers)
+    found = view(("a.example", (443,)), db=db)
+    assert ports(found["tcp"], found["names"]["db.example"]) == {5432}
+    assert ports(found["tcp"], "93.184.215.7") == {5432}
+    assert found["udp"] == [["198.18.0.16", "198.18.0.16", [443]]]
+
+
+def test_an_entry_without_ports_makes_no_row() -> None:
+    """A host without ports has an address, so that it can be looked up, and nothing to ask for."""
+    found = view(("a.example", ()))
+    assert found["names"] == {"a.example": "198.18.0.16"}
+    assert found["tcp"] == found["udp"] == []
+
+
+LAST: Final = st.integers(0, 40)
+NETWORKS: Final = st.one_of(
+    st.builds("93.184.215.{}".format, LAST),
+    st.builds("93.184.215.{}/{}".format, LAST, st.integers(24, 32)),
+    st.builds(lambda low, more: f"93.184.215.{low}-93.184.215.{low + more}", LAST, LAST),
+)
+
+
+@given(st.lists(st.tuples(NETWORKS, st.just((443,))), min_size=1, max_size=4))
+@example([("93.184.215.0/24", (443,)), ("93.184.215.14", (443,))])
+@example([("93.184.215.0-93.184.215.9", (443,)), ("93.184.215.5-93.184.215.20", (443,))])
+def test_no_two_rows_hold_one_address_and_port(hosts: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Networks of a policy may overlap; rows do not, since the guest's kernel refuses a set with elements that do."""
+    found = sorted((IPv4Address(first), IPv4Address(last)) for first, last, _ in view(*hosts)["tcp"])
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(found))
+
+
+def test_a_network_opens_no_ports_of_names() -> None:
+    """An entry for all addresses gives no name a port, since names stand for themselves."""
+    found = view(("a.example", (443,)), ("0.0.0.0/0", (22,)))
+    assert ports(found["tcp"], found["names"]["a.example"]) == {443}
+
+
+LABEL: Final = st.sampled_from(["a", "b", "c"])
+NAME: Final = st.lists(LABEL, min_size=1, max_size=3).map(lambda labels: ".".join([*labels, "example"]))
+HOSTS: Final = st.lists(st.tuples(NAME | NAME.map(lambda name: f"*.{name}"), st.just((443,))), max_size=20)
+
+
+@given(HOSTS)
+def test_no_two_names_share_an_address(hosts: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Names and blocks of wildcards have addresses apart from each other, inside the guest's own network."""
+    found = view(*hosts)
+    names = [IPv4Address(address) for address in found["names"].values()]
+    blocks = [IPv4Network(f"{first}/24") for _, first in found["wildcards"]]
+    assert len({*names, *blocks}) == len(names) + len(blocks)
+    assert all(address in SYNTHETIC and address > PROGRAM for address in names)
+    assert all(block.subnet_of(SYNTHETIC) and not any(name in block for name in names) for block in blocks)
+    Names(found["names"], [(suffix, first) for suffix, first in found["wildcards"]])  # the guest takes it
+
+
+def test_the_longest_list_fits() -> None:
+    """256 names, or 256 wildcards, all have addresses inside the guest's own network."""
+    names = view(*((f"n{number}.example", (443,)) for number in range(256)))["names"]
+    assert max(map(IPv4Address, names.values())) == IPv4Address("198.18.1.15")
+    wildcards = view(*((f"*.n{number}.example", (443,)) for number in range(256)))["wildcards"]
+    assert max(IPv4Address(first) for _, first in wildcards) == IPv4Address("198.19.255.0")

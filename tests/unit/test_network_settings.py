@@ -1,0 +1,190 @@
+"""Promises of the user's own network settings: what they open, and what they refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.errors import HostError, SandboxError, UsageError
+from x07_sandbox.network.rules import NetSettings
+from x07_sandbox.network.settings import as_words, from_words, parse_settings, read_settings, settings_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ALL: Final = b"""
+[net]
+allow_local = ["192.168.7.5:8080", "127.0.0.1:8600", "[::1]:8600", "169.254.169.254:80", "100.64.0.1:22", "[fe80::1]:1"]
+allow_loopback = true
+allow_metadata = true
+opaque_ports = [443, 8443]
+
+[other]
+key = "of another part"
+"""
+OPENED: Final = NetSettings(
+    allow_local=frozenset(
+        (ip_address(address), port)
+        for address, port in (
+            *(("192.168.7.5", 8080), ("127.0.0.1", 8600), ("::1", 8600), ("169.254.169.254", 80)),
+            *(("100.64.0.1", 22), ("fe80::1", 1)),
+        )
+    ),
+    opaque_ports=frozenset({443, 8443}),
+)
+
+
+def test_every_key_is_read() -> None:
+    """Each key of [net] opens what it says; other tables are somebody else's."""
+    assert parse_settings(ALL, "here") == OPENED
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[net]\n", b"[other]\nkey = 1\n", b"[net]\nallow_local = []\nopaque_ports = []"]
+)
+def test_nothing_is_open_by_default(text: bytes) -> None:
+    """Without keys nothing is open."""
+    assert parse_settings(text, "here") == NetSettings()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[net", "it is not TOML"),
+        ("\udcff", "it is not TOML"),
+        ("net = 1", "net is not a table"),
+        ("net = [1]", "net is not a table"),
+        ("[net]\nallow_hosts = []", r"\[net\] has no key 'allow_hosts'"),
+        ("[net]\nallow_loopback = 1", "net.allow_loopback is not true or false"),
+        ('[net]\nallow_metadata = "yes"', "net.allow_metadata is not true or false"),
+        ("[net]\nopaque_ports = 443", "net.opaque_ports is not a list of numbers"),
+        ('[net]\nopaque_ports = ["443"]', "net.opaque_ports is not a list of numbers"),
+        ("[net]\nopaque_ports = [443.0]", "net.opaque_ports is not a list of numbers"),
+        ("[net]\nopaque_ports = [0]", "not a port"),
+        ("[net]\nopaque_ports = [65536]", "not a port"),
+        ("[net]\nopaque_ports = [true]", "not a port"),
+        ('[net]\nallow_local = "10.0.0.1:80"', "net.allow_local is not a list of texts"),
+        ("[net]\nallow_local = [80]", "net.allow_local is not a list of texts"),
+        ('[net]\nallow_local = ["10.0.0.1"]', "net.allow_local: cannot use '10.0.0.1': it does not end in ':'"),
+        ('[net]\nallow_local = ["10.0.0.0/8:80"]', "net.allow_local: cannot use the host"),
+        ('[net]\nallow_local = ["nas.local:80"]', "is not a special address"),
+        ('[net]\nallow_local = ["93.184.215.14:80"]', "is not a special address"),
+        ('[net]\nallow_local = ["198.18.0.16:80"]', "an address for benchmarks"),
+        ('[net]\nallow_local = ["224.0.0.1:80"]', "a multicast address"),
+        ('[net]\nallow_local = ["0.0.0.0:80"]', "an address of no host"),
+        ('[net]\nallow_local = ["[64:ff9b::1]:80"]', "holds an IPv4 address"),
+        ('[net]\nallow_local = ["192.0.2.1:80"]', "an address for documentation"),
+        ('[net]\nallow_local = ["240.0.0.1:80"]', "a reserved address"),
+    ],
+)
+def test_what_means_nothing_is_an_error(text: str, why: str) -> None:
+    """A wrong key, type, port or address is an error that names the file and says what is wrong."""
+    with pytest.raises(UsageError, match=why) as caught:
+        parse_settings(text.encode(errors="surrogateescape"), "/home/u/x07.toml")
+    assert "/home/u/x07.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "word"),
+    [
+        ("127.0.0.1", "allow_loopback"),
+        ("[::1]", "allow_loopback"),
+        ("[::ffff:127.0.0.1]", "allow_loopback"),
+        ("169.254.169.254", "allow_metadata"),
+        ("100.100.100.200", "allow_metadata"),
+    ],
+)
+def test_loopback_and_metadata_need_a_second_word(address: str, word: str) -> None:
+    """A service of this host or of its cloud is opened only where a second key says that it is meant."""
+    text = f'[net]\nallow_local = ["{address}:80"]\n'
+    with pytest.raises(UsageError, match=rf"Write {word} = true in \[net\]"):
+        parse_settings(text.encode(), "here")
+    other = {"allow_loopback": "allow_metadata", "allow_metadata": "allow_loopback"}[word]
+    with pytest.raises(UsageError, match=word):
+        parse_settings(f"{text}{other} = true\n{word} = false".encode(), "here")
+    assert len(parse_settings(f"{text}{word} = true".encode(), "here").allow_local) == 1
+
+
+def test_too_long_a_file_is_an_error() -> None:
+    """A file of more than a mebibyte is refused."""
+    with pytest.raises(UsageError, match="has more than 1048576 bytes"):
+        parse_settings(b"#" * ((1 << 20) + 1), "here")
+    assert parse_settings(b"#" * (1 << 20), "here") == NetSettings()
+
+
+def test_a_missing_file_means_the_defaults(tmp_path: Path) -> None:
+    """Without a file, or without its folder, nothing is open."""
+    assert read_settings(tmp_path / "sandbox.toml") == NetSettings()
+    assert read_settings(tmp_path / "no" / "sandbox.toml") == NetSettings()
+
+
+def test_the_file_is_found_where_settings_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is in XDG_CONFIG_HOME, else in ~/.config; without HOME there is an error."""
+    folder = tmp_path / "x07"
+    folder.mkdir()
+    (folder / "sandbox.toml").write_bytes(ALL)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert read_settings() == OPENED
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert settings_file() == tmp_path / ".config" / "x07" / "sandbox.toml"
+    assert read_settings() == NetSettings()
+    monkeypatch.delenv("HOME")
+    with pytest.raises(HostError, match="HOME is not set"):
+        read_settings()
+
+
+@pytest.mark.parametrize("mode", [0o602, 0o620, 0o666, 0o660])
+def test_a_file_that_others_can_write_is_refused(mode: int, tmp_path: Path) -> None:
+    """Settings that another user could have written are not used, and the error has the command that helps."""
+    path = tmp_path / "sandbox.toml"
+    path.write_bytes(ALL)
+    path.chmod(mode)
+    with pytest.raises(HostError, match=f"Run: chmod go-w {path}"):
+        read_settings(path)
+    path.chmod(0o644)
+    assert read_settings(path) == OPENED
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_file_of_another_user_is_refused(tmp_path: Path) -> None:
+    """Settings that belong to another user are not used."""
+    path = tmp_path / "sandbox.toml"
+    path.write_bytes(ALL)
+    os.chown(path, 65_532, 65_532)
+    with pytest.raises(HostError, match="must belong to you or root"):
+        read_settings(path)
+
+
+def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    """A folder in place of the file, or a file in place of its folder, is an error that names it."""
+    with pytest.raises(HostError, match=f"cannot read {tmp_path}: Is a directory"):
+        read_settings(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(HostError, match="Not a directory"):
+        read_settings(tmp_path / "file" / "sandbox.toml")
+
+
+LOCAL: Final = st.sampled_from(["10.1.2.3", "fd00::1", "fe80::1", "100.64.0.1", "::1", "169.254.169.254"])
+PORT: Final = st.integers(1, 65_535)
+
+
+@given(st.sets(st.tuples(LOCAL.map(ip_address), PORT), max_size=5), st.sets(PORT, max_size=5))
+def test_settings_reach_the_gate_as_they_are(local: set[tuple[object, int]], ports: set[int]) -> None:
+    """What is written for the gate's process is read there as the same settings."""
+    settings = NetSettings(allow_local=frozenset(local), opaque_ports=frozenset(ports))  # type: ignore[arg-type]
+    assert from_words(as_words(settings)) == settings
+
+
+@given(st.binary(max_size=200) | st.text(max_size=60).map(lambda text: f'[net]\nallow_local = ["{text}"]'.encode()))
+def test_any_file_is_settings_or_our_error(data: bytes) -> None:
+    """Whatever is in the file, it gives settings or an error of ours."""
+    with contextlib.suppress(SandboxError):
+        assert isinstance(parse_settings(data, "here"), NetSettings)

@@ -1,0 +1,210 @@
+"""All that judge a connection agree: the decision, what the guest is told, `x07 policy check`, and a run's denials."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network
+from typing import TYPE_CHECKING, Any, Final
+
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from x07_sandbox.cli.policy_host import host_report
+from x07_sandbox.guest.dns import Names
+from x07_sandbox.network.account import Contact
+from x07_sandbox.network.guest_view import guest_view
+from x07_sandbox.network.ledger import Ledger
+from x07_sandbox.network.names import parse_guest_host
+from x07_sandbox.network.rules import Allowlist, Decision, Request, decide, make_allowlist, parse_request
+from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
+from x07_sandbox.runs.egress import denials
+
+if TYPE_CHECKING:
+    from x07_sandbox.network.rules import DeniedHosts, Transport
+
+OF_NAMES: Final = IPv4Network("198.18.0.0/15")  # whoever asks for one of these, the relay asks for its name
+PORTS: Final = st.sampled_from([22, 80, 443])
+LABEL: Final = st.sampled_from(["a", "b", "faß", "x-1"])
+NAME: Final = st.lists(LABEL, min_size=1, max_size=3).map(lambda labels: ".".join([*labels, "example"]))
+LAST: Final = st.integers(0, 255)
+ADDRESS: Final = st.builds("93.184.{}.{}".format, st.sampled_from([215, 216]), LAST)
+SPECIAL: Final = st.sampled_from(["10.0.0.1", "127.0.0.1", "169.254.169.254", "192.168.7.5"])
+LOCAL: Final = st.sampled_from(["localhost", "nas.local", "a.internal", "intranet"])
+IPV6: Final = st.sampled_from(["2606:4700::1", "::ffff:93.184.215.14", "::1"])
+NETWORK: Final = st.one_of(
+    st.builds("93.184.{}.{}/{}".format, st.sampled_from([215, 216]), LAST, st.integers(20, 32)),
+    st.builds(lambda low, more: f"93.184.215.{low}-93.184.216.{more}", LAST, LAST),
+    st.sampled_from(["64.0.0.0/2", "10.0.0.0/8", "2606:4700::/32"]),
+)
+HOST: Final = st.one_of(NAME, NAME.map(lambda name: f"*.{name}"), ADDRESS, NETWORK, SPECIAL, LOCAL, IPV6)
+ENTRY: Final = st.tuples(HOST, st.sets(PORTS).map(tuple))
+NET: Final = st.fixed_dictionaries({name: st.booleans() for name in ("allow_tcp", "allow_udp", "allow_dns")})
+DATABASES: Final = st.none() | st.builds(
+    lambda name, cidr: DbNet(allow_dns=(name,), allow_cidrs=(cidr,), allow_ports=(22,)), NAME, NETWORK
+)
+DENIED: Final = st.dictionaries(NAME | ADDRESS | NETWORK, st.none() | st.sets(PORTS, min_size=1), max_size=2)
+
+
+def spelled(host: str) -> st.SearchStrategy[str]:
+    """Spellings of one host."""
+    if ":" in host:
+        return st.sampled_from([host, host.upper(), f"[{host}]"])
+    if host.rpartition(".")[2].isdigit():
+        return st.sampled_from([host, f"::ffff:{host}", f"[::FFFF:{host}]"])
+    upper = host.replace("ß", "ẞ").upper()  # Python's own upper case of ß is SS, which is another name
+    forms = [host, upper, f"{host}.", f"{upper}.", host.replace(".", "\u3002")]
+    forms += [host.replace("faß", "xn--fa-hia"), host.replace("faß", "XN--FA-HIA"), host.replace("a", "\uff41")]
+    return st.sampled_from(forms)
+
+
+def policy_with(hosts: Any, net: dict[str, bool], databases: DbNet | None) -> Policy:  # noqa: ANN401 - as hypothesis makes them
+    """The built-in default with these hosts."""
+    base = default_policy()
+    entries = tuple(HostPorts(host=host, ports=ports) for host, ports in hosts)
+    db = base.db
+    if databases is not None:
+        db = Db(enabled=True, drivers=Drivers(sqlite=False, postgres=True, mysql=False), net=databases)
+    return replace(base, net=replace(base.net, **net, allow_hosts=entries), db=db)
+
+
+POLICY: Final = st.builds(policy_with, st.lists(ENTRY, max_size=5), NET, DATABASES)
+OTHER_HOST: Final = st.one_of(NAME, ADDRESS, SPECIAL, LOCAL, IPV6, st.just("198.18.0.16"))
+
+
+def transport() -> st.SearchStrategy[Transport]:
+    """One of both."""
+    return st.sampled_from(["tcp", "udp"])
+
+
+def endpoint(host: str, port: int) -> str:
+    """As `x07 policy check --host` takes it."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def request_for(host: str, port: int, transport: Transport) -> Request:
+    """The request that a program makes."""
+    return parse_request(endpoint(host, port), transport)
+
+
+REQUEST: Final = st.builds(request_for, OTHER_HOST, PORTS, transport())
+
+
+def asked_by_guest(view: dict[str, Any], request: Request) -> bool:
+    """Whether the relay asks the gate, by the rules that the guest makes of the view."""
+    host = request.host
+    if isinstance(host, str):
+        names = Names(view["names"], [(suffix, first) for suffix, first in view["wildcards"]])
+        found = names.address_of(host)
+        if found is None:
+            return False
+        at = IPv4Address(found)
+    elif isinstance(host, IPv4Address) and host not in OF_NAMES:
+        at = host
+    else:
+        return False
+    rows = view[request.transport]
+    return any(IPv4Address(first) <= at <= IPv4Address(last) and request.port in ports for first, last, ports in rows)
+
+
+@given(st.lists(ENTRY, min_size=1, max_size=4), ENTRY, NET, DATABASES, REQUEST)
+def test_an_entry_adds_its_own_traffic_and_nothing_else(
+    hosts: Any,  # noqa: ANN401 - as hypothesis makes them
+    new: Any,  # noqa: ANN401 - as above
+    net: dict[str, bool],
+    databases: DbNet | None,
+    request: Request,
+) -> None:
+    """An entry more allows what it allows alone, takes nothing away, and opens nothing else, on the host and inside."""
+    without = make_allowlist(policy_with(hosts, net, databases))
+    alone = make_allowlist(policy_with([new], net, None))
+    together = make_allowlist(policy_with([*hosts, new], net, databases))
+    allowed = [decide(allowlist, request).allowed for allowlist in (without, alone, together)]
+    assert allowed[2] == (allowed[0] or allowed[1])
+    inside = [asked_by_guest(guest_view(allowlist), request) for allowlist in (without, alone, together)]
+    assert inside[2] >= (inside[0] or inside[1])
+
+
+@given(POLICY, DENIED, OTHER_HOST, PORTS, transport())
+def test_the_guest_may_ask_for_what_is_allowed(
+    policy: Policy, denied: DeniedHosts, host: str, port: int, transport: Transport
+) -> None:
+    """Over IPv4 the guest may ask for all that is allowed, and for nothing that the list itself refuses."""
+    request = request_for(host, port, transport)
+    assume(isinstance(request.host, str | IPv4Address))
+    allowlist = make_allowlist(policy, denied)
+    decision = decide(allowlist, request)
+    inside = asked_by_guest(guest_view(allowlist), request)
+    if decision.allowed:
+        assert inside
+    elif inside:  # what lies beside the list, the guest is not told; the gate refuses it
+        beside = ("deny-floor:", "local-name:", "deny-host:", "udp-443")
+        assert decision.rule.startswith(beside), decision
+
+
+@given(POLICY, OTHER_HOST, PORTS, transport(), st.data())
+def test_policy_check_says_what_the_gate_decides(
+    policy: Policy, host: str, port: int, transport: Transport, data: st.DataObject
+) -> None:
+    """`x07 policy check --host` gives the decision, rule, reason and advice that the gate's decision has."""
+    decision = decide(make_allowlist(policy), request_for(host, port, transport))
+    report = host_report(policy, "p.json", endpoint(data.draw(spelled(host)), port), transport)
+    said = (report.host, report.port, report.transport, report.allowed, report.rule, report.reason, report.how_to_allow)
+    request = decision.request
+    assert said == (
+        *(str(request.host), port, transport, decision.allowed),
+        *(decision.rule, decision.reason, decision.how_to_allow),
+    )
+
+
+def recorded(allowlist: Allowlist, decision: Decision) -> Any:  # noqa: ANN401 - a denial
+    """The one denial of a run in which this decision was made."""
+    ledger = Ledger(lambda _: None, lambda: 0.0)
+    request = decision.request
+    ledger.denied(
+        Contact(
+            host=str(request.host),
+            port=request.port,
+            transport=request.transport,
+            rule=decision.rule,
+            reason=decision.reason,
+        )
+    )
+    (denial,) = denials(ledger.use(), allowlist)
+    return denial
+
+
+@given(POLICY, DENIED, OTHER_HOST, PORTS, transport())
+def test_a_run_s_denial_names_the_rule_of_the_decision(
+    policy: Policy, denied: DeniedHosts, host: str, port: int, transport: Transport
+) -> None:
+    """A denied connection is in the run's result with the rule and the advice of the decision."""
+    allowlist = make_allowlist(policy, denied)
+    decision = decide(allowlist, request_for(host, port, transport))
+    assume(not decision.allowed)
+    denial = recorded(allowlist, decision)
+    assert (denial.field, denial.how_to_allow) == (decision.rule, decision.how_to_allow)
+    assert str(decision.request.host) in denial.subject
+    assert str(port) in denial.subject
+
+
+@given(POLICY, DENIED, OTHER_HOST, PORTS, transport(), st.data())
+def test_spellings_of_one_host_are_judged_alike(
+    policy: Policy, denied: DeniedHosts, host: str, port: int, transport: Transport, data: st.DataObject
+) -> None:
+    """Two spellings of one host, in a request, the list or a denial, get the same decision everywhere."""
+    allowlist = make_allowlist(policy, denied)
+    decision = decide(allowlist, request_for(host, port, transport))
+    other = data.draw(spelled(host))
+    assert decide(allowlist, request_for(other, port, transport)) == decision
+    if other.isascii():
+        by_guest = Request(host=parse_guest_host(other.encode()), port=port, transport=transport)
+        assert decide(allowlist, by_guest) == decision
+    for one, two in ((host, other), (other, host)):
+        listed = make_allowlist(policy_with([(one, (port,))], {"allow_udp": True}, None))
+        plain = make_allowlist(policy_with([(two, (port,))], {"allow_udp": True}, None))
+        request = request_for(host, port, transport)
+        assert decide(listed, request).allowed == decide(plain, request).allowed
+        assert guest_view(listed) == guest_view(plain)
+        hidden = make_allowlist(policy_with([(one, (port,))], {"allow_udp": True}, None), {two: None})
+        assert not decide(hidden, request).allowed
