@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,8 +17,9 @@ from x07_sandbox.network.names import parse_guest_host
 from x07_sandbox.network.rules import Decision, Request, decide, decide_address, make_allowlist, parse_request
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
+from x07_sandbox.policy.overrides import Overrides, derive_policy
 from x07_sandbox.policy.problems import PolicyError
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.network.rules import Transport
 
+ROOT = Path(__file__).parents[2]
 GOOD = "93.184.215.14"  # an address that nothing in the floor holds
 HOSTS = st.sampled_from(
     [
@@ -383,3 +386,18 @@ def test_any_request_and_list_decide_or_are_our_error(text: str, hosts: list[str
         return
     assert decision.rule
     assert decision.reason
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/hosts").iterdir()), ids=lambda path: path.name)
+def test_the_lists_of_hosts_in_examples_are_sound(path: Path) -> None:
+    """Every file in examples/hosts can be given to `--allow-host-file`, and opens each of its hosts and ports."""
+    flags = Overrides(allow_host_file=(str(path),))
+    base = default_policy()
+    derived = derive_policy(
+        base, render_policy(base), "the default", flags, read_spec_file=lambda name: Path(name).read_bytes()
+    )
+    policy = derived.policy
+    allowlist = make_allowlist(policy)
+    assert policy.net.allow_hosts
+    for entry in policy.net.allow_hosts:
+        assert all(decide(allowlist, Request(host=entry.host, port=port)).allowed for port in entry.ports)

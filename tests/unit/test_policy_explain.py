@@ -143,3 +143,18 @@ def test_explaining_touches_nothing(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", "explain"]
     done = subprocess.run(argv, cwd=tmp_path, env={"HOME": str(tmp_path)}, capture_output=True, check=False)
     assert (done.returncode, done.stderr, os.listdir(tmp_path)) == (0, b"", [])  # noqa: PTH208 - names are wanted
+
+
+def test_hosts_that_are_never_reached_are_told(tmp_path: Path) -> None:
+    """A policy may list special addresses and local names; `explain` says of each that it is refused, and why."""
+    hosts = ("example.org", "10.0.0.0/8", "0.0.0.0/0", "printer.local", "127.0.0.1", "8.8.8.8")
+    document = json.loads(render_policy(TEMPLATES["http-client"]))
+    document["net"]["allow_hosts"] = [{"host": host, "ports": [80]} for host in hosts]
+    (tmp_path / "p.json").write_bytes(render_policy(document))
+    code, found = as_json(tmp_path, "explain", "p.json")
+    told = {row["field"]: row["why"] for row in found["never_reached"]}
+    assert (code, sorted(told)) == (0, [f"net.allow_hosts[{index}]" for index in (1, 2, 3, 4)])
+    assert told["net.allow_hosts[1]"] == "10.0.0.0/8 is an address of a private network"
+    assert told["net.allow_hosts[3]"] == "printer.local is a name of this host or of a local network"
+    assert "the program's own" in told["net.allow_hosts[4]"]
+    assert "  net.allow_hosts[1]  " in policy(tmp_path, "explain", "p.json")[1]

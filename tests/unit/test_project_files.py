@@ -15,6 +15,7 @@ from x07_sandbox.errors import Cancelled, RefusedError, UsageError
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy.model import HostPorts
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.host_files import roots_in_force
 from x07_sandbox.runs.program import Program, load_program
@@ -239,6 +240,17 @@ def test_what_a_project_brings_grants_nothing_outside_it(
         with pytest.raises(RefusedError, match=f"outside the project. .*--policy {place}"):
             policy_in_force(request)
     assert policy_in_force(load(stack, folder, policy=place)[0])[0].fs == fs
+
+
+def test_what_a_project_brings_grants_no_hosts(folder: Path, stack: contextlib.ExitStack) -> None:
+    """A project's own policy that lists hosts is refused, unless the user names it by a flag."""
+    place = folder / "own/policy.json"
+    policy = default_policy()
+    net = replace(policy.net, enabled=True, allow_hosts=(HostPorts(host="example.org", ports=(443,)),))
+    place.write_bytes(render_policy(replace(policy, net=net)))
+    with pytest.raises(RefusedError, match=f"asks for connections. .*--policy {place}"):
+        policy_in_force(load(stack, folder)[0])
+    assert policy_in_force(load(stack, folder, policy=place)[0])[0].net == net
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ import msgspec
 
 from x07_sandbox.backends.registry import BY_NAME, features_of
 from x07_sandbox.backends.selection import asked, backend_named, select, this_platform
+from x07_sandbox.network.names import spelled
+from x07_sandbox.network.rules import make_allowlist, never_reached
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.model import leaf_values
 from x07_sandbox.programs.toolchains import TOOLCHAINS
-from x07_sandbox.reports.policies import ExplainedControl, ExplainReport
+from x07_sandbox.reports.policies import ExplainedControl, ExplainReport, NeverReached
 from x07_sandbox.x07.protocol import X07
 
 if TYPE_CHECKING:
@@ -82,6 +84,10 @@ def explanation(
             for control in plan.controls
         ),
         refusals=plan.refusals,
+        never_reached=tuple(
+            NeverReached(field=entry.rule, host=spelled(entry.what), why=why)
+            for entry, why in never_reached(make_allowlist(policy))
+        ),
     )
 
 
@@ -96,6 +102,9 @@ def lines(found: ExplainReport) -> list[str]:
             told += ["", f"{title}:"]
         for control in group:
             told.append(f"  {control.field:{width}}  {shown(control.value):12}  {control.by}: {control.why}")
+    if found.never_reached:
+        told += ["", "listed, and never reached unless your own settings open it (docs/network.md):"]
+    told += [f"  {row.field}  {shown(row.host)}: {row.why}" for row in found.never_reached]
     told += ["", f"seccomp filters of the image: {', '.join(found.filters)} (a result has their digests)"]
     if found.refusals:
         told += ["", "what would allow a run:"]

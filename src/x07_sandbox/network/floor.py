@@ -8,6 +8,7 @@ from ipaddress import IPv6Network, ip_network
 from typing import Final
 
 from x07_sandbox.network.names import Address, Host
+from x07_sandbox.policy.hosts import Addresses
 
 # Kind, what it is, and its networks; the first that holds an address names it.
 _FLOOR: Final = tuple(
@@ -54,6 +55,17 @@ def special(host: Host) -> tuple[str, str] | None:
         return _local_name(host)
     kind, what = _kind(host)
     return (f"deny-floor:{kind}", f"{host} is {what}") if kind else None
+
+
+def special_within(addresses: Addresses) -> tuple[str, ...]:
+    """Return what of a range of addresses can never be reached, as sentences without full stop."""
+    found = []
+    for _, what, networks in _FLOOR:
+        for network in networks:
+            first, last = int(network[0]), int(network[-1])
+            if network.version == addresses.version and first <= addresses.last and addresses.first <= last:
+                found.append(f"{network} is {what}")
+    return tuple(found)
 
 
 def _kind(address: Address) -> tuple[str, str]:

@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError, shown
-from x07_sandbox.network.floor import special
+from x07_sandbox.network.floor import special, special_within
 from x07_sandbox.network.names import (
     Address,
     Host,
@@ -31,6 +31,7 @@ from x07_sandbox.network.names import (
 )
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.observed import allowing
+from x07_sandbox.policy.hosts import Addresses
 from x07_sandbox.policy.model import Db, DbNet, Policy
 from x07_sandbox.policy.problems import PolicyError, Problem
 
@@ -157,6 +158,17 @@ def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -
         if (refusal := check(allowlist, by_address)) is not None:
             return replace(refusal, request=asked, reason=f"{asked.host} resolves to {address}: {refusal.reason}")
     return decision
+
+
+def never_reached(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
+    """Yield each entry of the list of which something can never be reached, and why, as a clause."""
+    for entry in allowlist.entries:
+        if isinstance(entry.what, Addresses):
+            if found := special_within(entry.what):
+                more = f", and {len(found) - 1} more like it" if len(found) > 1 else ""
+                yield entry, f"{found[0]}{more}"
+        elif isinstance(entry.what, str) and (local := special(entry.what)) is not None:
+            yield entry, local[1]
 
 
 def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:

@@ -67,11 +67,20 @@ class ExplainedControl(Control, frozen=True, kw_only=True, forbid_unknown_fields
     value: Any
 
 
+class NeverReached(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An entry for hosts of which something can never be reached. field: its place in the policy."""
+
+    field: str
+    host: str
+    why: str
+
+
 class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The plan of a run. policy: as the user named it. isolation: the classes that the backend may have, best first.
 
     carried_out: whether a run would start. toolchain: of the program, where one was named.
     filters: names of the image's seccomp filters that the program would be under.
+    never_reached: hosts that are listed, and that the gate refuses unless the user's own settings open them.
     """
 
     schema_version: Literal["x07.sandbox.policy.explain@0.1.0"] = "x07.sandbox.policy.explain@0.1.0"
@@ -85,6 +94,7 @@ class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     filters: tuple[str, ...]
     controls: tuple[ExplainedControl, ...]
     refusals: tuple[Refusal, ...]
+    never_reached: tuple[NeverReached, ...] = ()
 
 
 class DiffReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
