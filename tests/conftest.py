@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from x07_sandbox.images.store import Image
+
 CI = os.environ.get("CI", "") in {"1", "true"}
 FULL = os.environ.get("X07_TEST_FULL") == "1"
 
@@ -55,6 +57,14 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place.parent.mkdir(mode=0o700)
     monkeypatch.setenv("X07_VM_STATE_DIR", str(place))
     return place
+
+
+@pytest.fixture(scope="session")
+def image() -> Image:
+    """The default image, there and current, in the user's ordinary cache."""
+    from x07_sandbox.images.build import build_image
+
+    return build_image(progress=lambda _text: None)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.processes import Identity, carries_mark, is_alive
-from x07_sandbox.images.build import build_image
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import OUTPUT, Source, toolchain_for
 from x07_sandbox.runs.request import RunRequest
@@ -256,12 +255,6 @@ def _still_there(owner: dict[str, object]) -> Iterator[str]:
     for group in groups:
         if Path(group).exists():
             yield f"its control group {group} is there"
-
-
-@pytest.fixture(scope="session")
-def image() -> Image:
-    """The default image, there and current, in the user's ordinary cache."""
-    return build_image(progress=lambda _text: None)
 
 
 @pytest.fixture(scope="session")

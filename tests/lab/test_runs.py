@@ -1,0 +1,215 @@
+"""Runs whose connections the gate carries: what a program sees, and what its result says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import pytest
+
+from tests.lab.laboratory import LAN, SITE
+from x07_sandbox.policy.default import default_policy, render_policy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.lab.laboratory import Laboratory
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180), pytest.mark.usefixtures("image", "state")]
+
+COMMAND: Final = [sys.executable, "-c", "import sys; from x07_sandbox.cli.main import main; sys.exit(main())"]
+OS: Final = ("--sandbox-backend", "os", "--i-accept-weaker-isolation")
+CONNECT: Final = """
+import json, socket, sys
+said = {}
+for host, port in json.loads(sys.argv[1]):
+    try:
+        with socket.create_connection((host, port), timeout=20) as sock:
+            try:
+                sock.sendall(b"GET / HTTP/1.0\\r\\nHost: " + host.encode() + b"\\r\\n\\r\\n")
+                said[f"{host}:{port}"] = sock.recv(1 << 16)[-5:].decode()
+            except OSError as exc:
+                said[f"{host}:{port}"] = f"later {type(exc).__name__}"
+    except OSError as exc:
+        said[f"{host}:{port}"] = type(exc).__name__ if exc.errno is None else exc.strerror
+print(json.dumps(said))
+"""
+
+
+class Run:
+    """Runs a text of Python in the laboratory."""
+
+    def __init__(self, lab: Laboratory, place: Path) -> None:
+        self.lab = lab
+        self.place = place
+
+    def __call__(self, code: str, *flags: str, args: tuple[str, ...] = (), **net: Any) -> dict[str, Any]:  # noqa: ANN401 - fields of net
+        """The result. net: fields of the policy's `net`, for what flags cannot say."""
+        (self.place / "prog.py").write_text(code, encoding="utf-8")
+        if net:
+            document = msgspec.to_builtins(default_policy())
+            document["net"] |= net
+            (self.place / "policy.json").write_bytes(render_policy(document))
+            flags = ("--policy", str(self.place / "policy.json"), *flags)
+        done = self.lab.run(
+            [*COMMAND, "run", "--json", *flags, str(self.place / "prog.py"), "--", *args], timeout_s=150
+        )
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def connect(self, *ends: tuple[str, int], flags: tuple[str, ...] = (), **net: Any) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401 - as above
+        """What became of connections, by host and port, and the result."""
+        result = self(CONNECT, *flags, args=(json.dumps(ends),), **net)
+        assert result["outcome"] == "ok", (result["reason"], result["stderr"])
+        return json.loads(result["stdout"]["text"]), result
+
+
+@pytest.fixture
+def run(lab: Laboratory, tmp_path: Path) -> Run:
+    """Runs in the laboratory, whose names are the usual ones."""
+    lab.reset_names()
+    return Run(lab, tmp_path)
+
+
+def hosts(*entries: tuple[str, int]) -> list[dict[str, Any]]:
+    """Entries of net.allow_hosts."""
+    return [{"host": host, "ports": [port]} for host, port in entries]
+
+
+def rows(result: dict[str, Any], kind: str) -> list[tuple[str, int, str]]:
+    """What the result says of connections of one kind: host, port, rule."""
+    return [(row["host"], row["port"], row["rule"]) for row in result["net"][kind]]
+
+
+def test_a_program_gets_the_far_end_s_own_errors(run: Run) -> None:
+    """connect() of a program says what the far end said, and a refusal is an error at once; the result lists each."""
+    ends = ("web.lab.example", 80), ("web.lab.example", 81), ("web.lab.example", 443), ("other.lab.example", 80)
+    said, result = run.connect(*ends, (SITE, 80), flags=("--allow-host", "web.lab.example:80,81"))
+    assert said == {
+        "web.lab.example:80": "hello",
+        "web.lab.example:81": "Connection refused",
+        "web.lab.example:443": "No route to host",
+        "other.lab.example:80": "Name or service not known",
+        f"{SITE}:80": "No route to host",
+    }
+    assert rows(result, "allowed") == [("web.lab.example", 80, "net.allow_hosts[0]")]
+    assert rows(result, "failed") == [("web.lab.example", 81, "dial:failed")]
+    assert rows(result, "denied") == [
+        ("web.lab.example", 443, "net.allow_hosts[0].ports"),
+        ("other.lab.example", 0, "net.allow_hosts"),
+        (SITE, 80, "net.allow_hosts"),
+    ]
+    flags = [denial["how_to_allow"]["flag"] for denial in result["denials"]]
+    added = ["web.lab.example:443", "other.lab.example:443", f"{SITE}:80"]
+    assert flags == [f"--allow-host {host}" for host in added]
+    (row,) = result["net"]["allowed"]
+    assert (row["address"], row["count"], row["sent_bytes"] > 30, row["received_bytes"] > 5) == (SITE, 1, True, True)
+
+
+def test_os_reaches_listed_hosts_too(run: Run) -> None:
+    """Under `os` a listed host is reached; a refused connection is accepted first, and reset then."""
+    ends = ("web.lab.example", 80), ("web.lab.example", 81), ("other.lab.example", 80), (SITE, 80)
+    said, result = run.connect(*ends, flags=(*OS, "--allow-host", "web.lab.example:80"))
+    assert said.pop("web.lab.example:80") == "hello"
+    assert said.pop("other.lab.example:80") == "Name or service not known"
+    assert set(said.values()) <= {"later ConnectionResetError", "later BrokenPipeError", "Connection reset by peer"}
+    assert rows(result, "allowed") == [("web.lab.example", 80, "net.allow_hosts[0]")]
+    assert len(rows(result, "denied")) == 3
+    (control,) = [control for control in result["controls"] if control["field"] == "net.allow_hosts"]
+    assert (control["state"], control["by"]) == ("enforced", "the egress gate")
+    assert "the connection is reset" in control["why"]
+
+
+def test_none_is_never_given_a_list(run: Run) -> None:
+    """`none` cannot hold a program to a list of hosts, so it refuses one."""
+    result = run("pass\n", "--sandbox-backend", "none", "--i-accept-weaker-isolation", "--allow-host", "a.example:1")
+    assert (result["outcome"], result["net"]) == ("refused", None)
+    assert "net.allow_hosts" in result["reason"]
+
+
+def test_a_run_without_hosts_has_no_gate(run: Run) -> None:
+    """Without a list there is no resolver for the program, no relay, no log, and nothing in the result."""
+    code = "print(open('/etc/resolv.conf').read(), end='')\nimport socket\nsocket.create_connection(('192.0.2.1', 1))\n"
+    result = run(code)
+    assert result["stdout"]["text"] == ""
+    assert "Network is unreachable" in result["stderr"]["text"]
+    assert result["net"] is None
+    assert not list((run.place / "home").rglob("net.jsonl"))
+
+
+def test_the_log_of_connections_is_kept_and_written(run: Run) -> None:
+    """`--net-log FILE` and `x07 logs --net` have one line of JSON for each event of a connection."""
+    log = run.place / "log"
+    run.connect(
+        ("web.lab.example", 80), ("a.example", 1), flags=("--allow-host", "web.lab.example:80", "--net-log", str(log))
+    )
+    lines = [json.loads(line) for line in log.read_text(encoding="ascii").splitlines()]
+    assert [(line["event"], line["host"]) for line in lines] == [
+        ("open", "web.lab.example"),
+        ("closed", "web.lab.example"),
+        ("denied", "a.example"),
+    ]
+    assert run.lab.run([*COMMAND, "logs", "--net"]).stdout == log.read_bytes()
+
+
+def test_a_loopback_entry_means_the_program_s_own(run: Run) -> None:
+    """An entry for 127.0.0.1 never reaches the host: the program finds its own server there, or nobody."""
+    code = """
+import socket
+with socket.create_server(("127.0.0.1", 8600)) as server:
+    client = socket.create_connection(("127.0.0.1", 8600))
+    server.accept()[0].sendall(b"mine")
+    print(client.recv(9))
+"""
+    mark = run.lab.mark()
+    result = run(code, allow_hosts=hosts(("127.0.0.1", 8600)))
+    assert (result["outcome"], result["stdout"]["text"]) == ("ok", "b'mine'\n")
+    assert run.lab.contacts(mark) == []
+
+
+def test_datagrams_go_to_listed_ports(run: Run) -> None:
+    """With net.allow_udp a program exchanges datagrams with a listed name and port, and with no other port."""
+    code = """
+import socket
+for port in (9000, 9002):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(5)
+        try:
+            sock.connect(("raw.lab.example", port))
+            for word in (b"one", b"two"):
+                sock.send(word)
+                print(sock.recv(99))
+        except OSError as exc:
+            print(type(exc).__name__)
+"""
+    result = run(code, allow_udp=True, allow_hosts=hosts(("raw.lab.example", 9000)))
+    assert result["stdout"]["text"] in {f"b'one'\nb'two'\n{error}\n" for error in ("PermissionError", "OSError")}
+    assert rows(result, "allowed") == [("raw.lab.example", 9000, "net.allow_hosts[0]")]
+    assert rows(result, "denied") == [("raw.lab.example", 9002, "net.allow_hosts[0].ports")]
+
+
+def test_names_below_a_wildcard_are_reached(run: Run) -> None:
+    """`*.wild.lab.example` opens names below it, at any depth, and not the name itself."""
+    ends = ("a.wild.lab.example", 80), ("b.a.wild.lab.example", 80), ("wild.lab.example", 80)
+    said, _ = run.connect(*ends, allow_hosts=hosts(("*.wild.lab.example", 80)))
+    assert list(said.values()) == ["hello", "hello", "Name or service not known"]
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_the_user_s_settings_open_one_local_address(run: Run, monkeypatch: pytest.MonkeyPatch, *, opened: bool) -> None:
+    """A private address is refused though a policy lists it, unless [net] allow_local names it with its port."""
+    config = run.place / "config/x07"
+    config.mkdir(parents=True)
+    if opened:
+        (config / "sandbox.toml").write_text(f'[net]\nallow_local = ["{LAN}:8000"]\n', encoding="ascii")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(config.parent))
+    ends = (LAN, 8000), (LAN, 8080), ("private.lab.example", 8000)
+    said, result = run.connect(
+        *ends, allow_hosts=[{"host": host, "ports": [8000, 8080]} for host in (LAN, "private.lab.example")]
+    )
+    closed = "No route to host"
+    assert list(said.values()) == (["hello", closed, "hello"] if opened else [closed] * 3)
+    refused = {row["rule"] for row in result["net"]["denied"]}
+    assert refused == {"deny-floor:private"}
