@@ -94,3 +94,24 @@ def test_a_program_that_the_user_may_not_read_is_refused(ordinary: Account, tmp_
     assert (done.returncode, result["outcome"]) == (2, "usage-error")
     assert "Permission denied" in result["reason"]
     assert set(ordinary.state.glob("*")) == before
+
+
+def test_an_ordinary_user_s_connections_have_a_gate(ordinary: Account) -> None:
+    """An ordinary user's run has an egress gate too: it hears of what was asked for and of what was refused."""
+    program = ordinary.folder / "connect.py"
+    program.write_text(
+        "import socket\n"
+        "for host in ('x07-conform.invalid', 'unlisted.example'):\n"
+        "    try:\n"
+        "        socket.create_connection((host, 80))\n"
+        "    except OSError as exc:\n"
+        "        print(type(exc).__name__)\n",
+        encoding="ascii",
+    )
+    done = ordinary.x07("run", "--json", "--allow-host", "x07-conform.invalid:80", str(program))
+    result = json.loads(done.stdout)
+    assert result["outcome"] == "ok", result["reason"]
+    assert result["stdout"]["text"].splitlines()[1] == "gaierror"
+    rows = [(row["host"], row["count"]) for kind in ("failed", "denied") for row in result["net"][kind]]
+    assert rows == [("x07-conform.invalid", 1), ("unlisted.example", 1)]
+    assert list(ordinary.state.parent.rglob("net.jsonl"))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
+from functools import partial
 from ipaddress import IPv6Address, IPv6Network
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.channel import egress
@@ -59,6 +62,7 @@ class Names:
         self._sock = sock
         self._loop = loop
         self._waiting: dict[int, asyncio.Future[tuple[int, list[Address]]]] = {}
+        self._asked: dict[str, asyncio.Task[list[Address]]] = {}
         self._number = 0
         self._cache: dict[str, tuple[float, list[Address]]] = {}
         self.lost = asyncio.Event()
@@ -83,6 +87,18 @@ class Names:
         known = self._cache.get(name)
         if known is not None and self._loop.time() < known[0]:
             return known[1]
+        task = self._asked.get(name)
+        if task is None:  # else it is on the way already
+            task = self._asked[name] = self._loop.create_task(self._ask(name))
+            task.add_done_callback(partial(self._answered, name))
+        return await asyncio.shield(task)
+
+    def _answered(self, name: str, task: asyncio.Task[list[Address]]) -> None:
+        del self._asked[name]
+        if not task.cancelled():
+            task.exception()  # taken note of, though nobody may be left who waits for it
+
+    async def _ask(self, name: str) -> list[Address]:
         self._number = self._number % (2**32 - 1) + 1
         number = self._number
         waits: asyncio.Future[tuple[int, list[Address]]] = self._loop.create_future()
@@ -108,9 +124,12 @@ class Names:
 
 
 class Dialler:
-    """Makes the connections of one gate."""
+    """Makes the connections of one gate. bind_tells: as `bind_tells_own` says."""
 
-    def __init__(self, allowlist: Allowlist, names: Names, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, allowlist: Allowlist, names: Names, loop: asyncio.AbstractEventLoop, *, bind_tells: bool = True
+    ) -> None:
+        self._bind_tells = bind_tells
         self._allowlist = allowlist
         self._names = names
         self._loop = loop
@@ -157,7 +176,7 @@ class Dialler:
         known: that it is one has been seen.
         """
         opened = (address, decision.request.port) in self._allowlist.settings.allow_local
-        if not opened and (known or _is_own(address)):
+        if not opened and (known or (self._bind_tells and _is_own(address))):
             why = f"{address} is an address of this host"
             raise NotDialledError(egress.POLICY, "deny-floor:own", why, str(address))
 
@@ -220,6 +239,16 @@ def _failed(exc: OSError, address: Address) -> NotDialledError:
     code = _CODES.get(exc.errno or 0, egress.HOST_UNREACHABLE)
     # Not its own text, which asyncio writes anew.
     return NotDialledError(code, "dial:failed", os.strerror(exc.errno or 0), str(address))
+
+
+def bind_tells_own() -> bool:
+    """Whether only this host's own addresses can be bound to (ip(7): ip_nonlocal_bind), which is the default."""
+    for version in ("ipv4", "ipv6"):
+        with contextlib.suppress(OSError):
+            path = Path(f"/proc/sys/net/{version}/ip_nonlocal_bind")
+            if path.read_text(encoding="ascii").strip() != "0":
+                return False
+    return True
 
 
 def _is_own(address: Address) -> bool:

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import array
 import asyncio
+import encodings.punycode  # noqa: F401 - as idna below
 import gc
 import json
 import os
 import socket
 import sys
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import idna  # noqa: F401 - names.py imports it where it is needed, which is too late here
 import msgspec
 
 from x07_sandbox.jail.own_limits import confine
-from x07_sandbox.network.dialler import Dialler, Names
+from x07_sandbox.network.dialler import Dialler, Names, bind_tells_own
 from x07_sandbox.network.gate import Gate
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.rules import Allowlist, make_allowlist
@@ -42,12 +43,21 @@ def allowlist_of(config: dict[str, Any]) -> Allowlist:
     return make_allowlist(policy, denied, from_words(config["settings"]))
 
 
-async def _serve(allowlist: Allowlist, control: socket.socket, log_fd: int, names_sock: socket.socket) -> Ledger:
+class Ends(NamedTuple):
+    """What a gate has from its runner. control, names: sockets of packets; names leads to the resolver."""
+
+    control: socket.socket
+    names: socket.socket
+    log_fd: int
+
+
+async def _serve(allowlist: Allowlist, ends: Ends, *, bind_tells: bool) -> Ledger:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_fail)
-    ledger = Ledger(partial(_write, log_fd), loop.time)
-    names = Names(names_sock, loop)
-    gate = Gate(allowlist, Dialler(allowlist, names, loop), ledger, loop)
+    control = ends.control
+    ledger = Ledger(partial(_write, ends.log_fd), loop.time)
+    names = Names(ends.names, loop)
+    gate = Gate(allowlist, Dialler(allowlist, names, loop, bind_tells=bind_tells), ledger, loop)
     control.setblocking(False)  # noqa: FBT003 - it takes no names
     finished = asyncio.Event()
     loop.add_reader(control, _hear, control, gate, finished)
@@ -96,14 +106,15 @@ def _gate(words: list[str]) -> None:
     control_fd, config_fd, log_fd, account_fd, resolver_fd, uid = map(int, words)
     with os.fdopen(config_fd, "rb") as file:
         allowlist = allowlist_of(json.load(file))
-    control, names_sock = socket.socket(fileno=control_fd), socket.socket(fileno=resolver_fd)
+    ends = Ends(socket.socket(fileno=control_fd), socket.socket(fileno=resolver_fd), log_fd)
+    bind_tells = bind_tells_own()
     # The loop is made before: what it opens, a socket pair and an epoll object, it keeps.
     with asyncio.Runner() as runner:
         runner.get_loop()
         walls = confine("gate", uid=None if uid < 0 else uid)
         gc.freeze()
-        control.send(json.dumps({"state": READY, "walls": walls}).encode())
-        ledger = runner.run(_serve(allowlist, control, log_fd, names_sock))
+        ends.control.send(json.dumps({"state": READY, "walls": walls}).encode())
+        ledger = runner.run(_serve(allowlist, ends, bind_tells=bind_tells))
     os.write(account_fd, msgspec.json.encode(ledger.use()))
 
 

@@ -62,6 +62,16 @@ def denials(net: NetworkUse, allowlist: Allowlist) -> list[Denial]:
 
 
 def _denial(contact: Contact, allowlist: Allowlist) -> Denial:
+    if contact.rule == "frames":
+        return Denial(
+            field=contact.rule,
+            action="break the protocol of the egress gate",
+            subject=contact.reason,
+            enforced_by="egress gate",
+            observed_by="host",
+            count=contact.count,
+            how_to_allow=None,
+        )
     how = None
     # A host that is not even a host has nothing that allows it; nor has one that the list allows.
     with contextlib.suppress(UsageError):

@@ -1,4 +1,4 @@
-"""Inside the guest: attacks on the gate in its own language."""
+"""Runs in the guest: attacks on the gate by raw frames."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import struct
 import time
 from typing import Any
 
-from tests.lab.attacks.guest_port import CREDIT, DATA, DATAGRAM, FIN, RESET, TCP, UDP, Port, asking, frame, port_path
+from tests.lab.attacks.guest_port import CREDIT, DATA, DATAGRAM, RESET, TCP, TOLD, UDP, Port, Stream, asking, frame
 
 State = dict[str, Any]
 
@@ -20,11 +20,6 @@ def _port(state: State) -> Port:
     return port
 
 
-def no_port(_state: State) -> dict[str, Any]:
-    """Whether there is a stream to a gate at all."""
-    return {"port": port_path()}
-
-
 def exchange(  # noqa: PLR0913 - one order that says all
     state: State,
     *,
@@ -32,38 +27,29 @@ def exchange(  # noqa: PLR0913 - one order that says all
     port: int,
     say: list[str | float],
     udp: bool = False,
-    wait_s: float = 0.3,
+    wait_s: float = 0.1,
     keep: str = "",
     dribble: bool = False,
 ) -> dict[str, Any]:
-    """Ask for a host (hexadecimal), say bytes (hexadecimal), wait between them (seconds, or until something comes).
+    """Open a flow to a host (hex), send bytes (hex), and wait between them (up to so many seconds, or for data).
 
-    keep: leave it open under that name. dribble: the frames go byte by byte.
+    keep: leave it open under that name. dribble: the frame goes byte by byte.
     """
     gate = _port(state)
-    if dribble:
-        gate.last += 1
-        gate.streams[gate.last] = type(gate.streams.get(0))() if 0 in gate.streams else _new()
-        for byte in asking(gate.last, bytes.fromhex(host), port):
-            gate.write(bytes([byte]))
-            time.sleep(0.002)
-        number = gate.last
-    else:
-        number = gate.open(bytes.fromhex(host), port, UDP if udp else TCP)
-    known = gate.until(number, "code", 12)
+    asked = asking(gate.last + 1, bytes.fromhex(host), port, UDP if udp else TCP)
+    gate.last += 1
+    number, known = gate.last, Stream()
+    gate.streams[number] = known
+    for at in range(0, len(asked), 1 if dribble else len(asked)):
+        gate.write(asked[at : at + 1] if dribble else asked)
+        time.sleep(0.002 if dribble else 0)
+    gate.until(number, "code", 12)
     if known.code == 0:
         for one in say:
             if isinstance(one, str):
-                data = bytes.fromhex(one)
-                for at in range(0, len(data), 32768):
-                    gate.write(frame(DATAGRAM if udp else DATA, number, data[at : at + 32768]))
-            elif one < 0:
-                gate.write(frame(FIN, number))
+                _say(gate, number, bytes.fromhex(one), DATAGRAM if udp else DATA)
             else:
-                seen = known.received
-                deadline = time.monotonic() + one
-                while time.monotonic() < deadline and known.received == seen and not known.over and not gate.lost:
-                    gate.read(deadline - time.monotonic())
+                _await(gate, known, one)
         if not keep:
             gate.until(number, "reset", wait_s)
             if not known.over:
@@ -73,10 +59,37 @@ def exchange(  # noqa: PLR0913 - one order that says all
     return {"code": known.code, "reset": known.reset, "data": known.data.decode("latin-1")[:300], "lost": gate.lost}
 
 
-def _new() -> Any:
-    from tests.lab.attacks.guest_port import Stream
+def _say(gate: Port, number: int, data: bytes, kind: int) -> None:
+    for at in range(0, len(data), 32768):
+        gate.write(frame(kind, number, data[at : at + 32768]))
 
-    return Stream()
+
+def _await(gate: Port, known: Stream, wait_s: float) -> None:
+    """Wait until more has come."""
+    seen, deadline = known.received, time.monotonic() + wait_s
+    while time.monotonic() < deadline and known.received == seen and not known.over and not gate.lost:
+        gate.read(deadline - time.monotonic())
+
+
+def write(state: State, *, say: list[str]) -> dict[str, Any]:
+    """Write bytes (hexadecimal); the gate goes on."""
+    gate = _port(state)
+    gate.write(b"".join(map(bytes.fromhex, say)))
+    gate.quiet(0.1)
+    return {"lost": gate.lost}
+
+
+def told_flood(state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
+    """Claim *count* times that the guest itself has refused something, which nobody has asked for."""
+    gate = _port(state)
+    for start in range(0, count, 100):
+        claims = [
+            frame(TOLD, 0, struct.pack(">BH", TCP, port) + host.format(at).encode("latin-1"))
+            for at in range(start, start + 100)
+        ]
+        gate.write(b"".join(claims))
+    number = gate.open(host.format("end").encode("latin-1"), port)
+    return {"code": gate.until(number, "code", 30).code, "lost": gate.lost}
 
 
 def kept(state: State, *, keep: str, wait_s: float) -> dict[str, Any]:
@@ -91,14 +104,18 @@ def pause(state: State, *, seconds: float) -> dict[str, Any]:
     return {}
 
 
-def frames(state: State, *, opens: list[list[Any]], say: str, wait_s: float = 1.0) -> dict[str, Any]:
+def frames(
+    state: State, *, opens: list[list[Any]], say: list[str], pause_s: float = 0.0, wait_s: float = 1.0
+) -> dict[str, Any]:
     """Open streams (host, port, whether UDP) and wait for their answers, then write bytes; whether the gate closed."""
     gate = _port(state)
     codes = []
     for host, port, udp in opens:
         number = gate.open(host.encode(), port, UDP if udp else TCP)
         codes.append(gate.until(number, "code", 12).code)
-    gate.write(bytes.fromhex(say))
+    for one in say:
+        gate.write(bytes.fromhex(one))
+        gate.quiet(pause_s)
     deadline = time.monotonic() + wait_s
     while not gate.lost and time.monotonic() < deadline:
         gate.read(0.05)
@@ -159,7 +176,7 @@ def open_flood(state: State, *, host: str, port: int, count: int, reset: bool, p
         batch = b""
         for at in range(start, min(start + 50, count)):
             gate.last += 1
-            gate.streams[gate.last] = _new()
+            gate.streams[gate.last] = Stream()
             batch += asking(gate.last, host.format(at).encode("latin-1"), port)
         gate.write(batch)
         while gate.read(0):
@@ -207,16 +224,16 @@ def unread(state: State, *, host: str, flows: int, seconds: float) -> dict[str, 
     gate.auto_credit = False
     live = gate.open(host.encode(), 19)
     gate.until(live, "code", 12)
+    given = 0
 
     def speed(for_s: float) -> float:
-        began, before, given = time.monotonic(), gate.streams[live].received, gate.streams[live].received
+        nonlocal given
+        began, before = time.monotonic(), gate.streams[live].received
         while (now := time.monotonic()) - began < for_s and not gate.lost:
             gate.read(0.05)
             if (more := gate.streams[live].received - given) >= 65536:
                 given += more
                 gate.write(frame(CREDIT, live, struct.pack(">I", more)))
-        if more := gate.streams[live].received - given:
-            gate.write(frame(CREDIT, live, struct.pack(">I", more)))
         return (gate.streams[live].received - before) / (now - began)
 
     speed(0.3)

@@ -1,4 +1,4 @@
-"""Inside the guest: root, who does what the test says, one order a line of JSON, and answers each with one line."""
+"""Runs in the guest as root: reads one command per line of JSON, and answers each with one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def main() -> None:
     """Arguments: "frames" for the stream to the gate, else "stack" for what the guest's kernel and relay offer."""
     attacks = importlib.import_module(f"tests.lab.attacks.guest_{sys.argv[1]}")
     state: dict[str, Any] = {}
-    print(json.dumps({"ready": True}), flush=True)
+    _say({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)
         name = order.pop("do")
@@ -23,4 +23,9 @@ def main() -> None:
             answer = getattr(attacks, name)(state, **order) or {}
         except BaseException:  # noqa: BLE001 - the test tells of it
             answer = {"error": traceback.format_exc()}
-        print(json.dumps(answer), flush=True)
+        _say(answer)
+
+
+def _say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()

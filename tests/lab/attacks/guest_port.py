@@ -1,8 +1,7 @@
-"""Inside the guest: the stream to the gate, spoken to by the attacker himself, who is root."""
+"""Runs in the guest: the stream to the gate, opened by the attacker, who is root."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import select
@@ -11,16 +10,15 @@ import time
 from dataclasses import dataclass, field
 
 HEADER = struct.Struct(">BBHII")
-OPEN, OPENED, DATA, CREDIT, FIN, RESET, DATAGRAM = range(1, 8)
+OPEN, OPENED, DATA, CREDIT, FIN, RESET, DATAGRAM, TOLD = range(1, 9)
 TCP, UDP = 6, 17
 WINDOW = 256 * 1024
 PORTS = "/sys/class/virtio-ports"
 
 
 def mount(source: str, target: str, kind: str) -> None:
-    """Mount a file system; where it is there already, that is fine."""
+    """Mount a file system."""
     libc = ctypes.CDLL(None, use_errno=True)
-    os.makedirs(target, exist_ok=True)  # noqa: PTH103 - as all of the guest's code
     if libc.mount(source.encode(), target.encode(), kind.encode(), 0, None) != 0:
         raise OSError(ctypes.get_errno(), f"mount {target}")
 
@@ -35,9 +33,10 @@ def port_path() -> str | None:
                 continue
         with open(f"{PORTS}/{port}/dev", encoding="ascii") as file:  # noqa: PTH123
             major, minor = map(int, file.read().split(":"))
-        with contextlib.suppress(FileExistsError):
-            os.mknod("/tmp/port", 0o20600, os.makedev(major, minor))  # noqa: S108
-        return "/tmp/port"  # noqa: S108
+        if not os.path.exists("/mnt/port"):  # noqa: PTH110
+            mount("tmpfs", "/mnt", "tmpfs")  # one where devices work
+            os.mknod("/mnt/port", 0o20600, os.makedev(major, minor))
+        return "/mnt/port"
     return None
 
 

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""A guest that is lost to its program, in the place of `guest/agent.py`; the honest one is `guest/honest.py`.
+"""A compromised guest: it replaces `guest/agent.py` in images that tests build; the honest agent is `guest/honest.py`.
 
 The agent itself keeps to the protocol, so that a run goes on and ends as any other. The program is root of the
 machine: all capabilities, no filter, no Landlock, no process namespace of its own, every module and device at hand.
@@ -9,9 +9,13 @@ Where its first argument is "frames", there is no relay either, and the stream t
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from x07_sandbox.channel.link import Control, Event
 from x07_sandbox.guest import confine, honest, init, machine, place, restrict
+
+if TYPE_CHECKING:
+    from x07_sandbox.guest.platform import Platform
 
 _unshare = os.unshare
 _last_steps = restrict.last_steps
@@ -39,8 +43,7 @@ class NoRelay:
 class RootPlace(place.Place):
     """A place whose program is started anew, without an interpreter that waits."""
 
-    def __init__(self, platform, *, first=True, interpreter=False, preload=None, network=False) -> None:
-        del interpreter, preload
+    def __init__(self, platform: Platform, *, first: bool = True, network: bool = False, **_words: object) -> None:
         super().__init__(platform, first=first, network=network)
 
 
@@ -72,7 +75,7 @@ def _only_the_program(program: int, *, namespace: bool) -> int:
 
 
 def _no_last_steps() -> tuple:
-    return (lambda _code, _rules_fd, recorded=True: None), _last_steps()[1]
+    return (lambda *_words, **_more: None), _last_steps()[1]
 
 
 def main() -> None:

@@ -1,0 +1,427 @@
+"""Root of a guest attacks the real egress gate; the laboratory's log alone decides what was reached."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.conftest import need
+from tests.lab.attacks.rows import (
+    ENDS_RELAY,
+    FRAME_ROWS,
+    STACK_LISTS,
+    STACK_NAMES,
+    STACK_ROWS,
+    VIOLATIONS,
+    Row,
+    described,
+    opening,
+    packets_of,
+    reached,
+    tls,
+)
+from tests.lab.attacks.session import Seen, Session, Stage, make_cache
+from tests.lab.laboratory import SITE, Laboratory
+
+if TYPE_CHECKING:
+    from tests.lab.laboratory import Script
+
+pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.network, pytest.mark.timeout(180)]
+
+DENIED = ("denied.lab.example:*",)
+MEMORY_MAX = 160 << 20
+"""Peak memory of a gate in bytes, whatever its guest does."""
+
+
+@pytest.fixture(scope="module")
+def stage(lab: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """The laboratory, and an image whose programs are root of the guest."""
+    need(
+        os.access("/dev/kvm", os.W_OK),
+        "the attacks need hardware virtualization for their many machines",
+        installable=False,
+    )
+    folder = tmp_path_factory.mktemp("attacks")
+    folder.chmod(0o700)
+    made = Stage(lab=lab, folder=folder, cache=make_cache(folder))
+    made.prepare()
+    return made
+
+
+def lists_of(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Return the hosts and ports that the rows' policy lists."""
+    lists: dict[str, list[int]] = {}
+    for row in rows:
+        for host, ports in row.lists.items():
+            lists[host] = sorted({*lists.get(host, ()), *ports})
+    return lists
+
+
+def names_of(rows: Sequence[Row]) -> dict[str, Script | None]:
+    """Return the names that the rows need in the laboratory's DNS."""
+    return {name: script for row in rows for name, script in row.names.items()}
+
+
+class Group:
+    """Rows that one guest runs in order; the run happens when the first result is asked for."""
+
+    def __init__(self, stage: Stage, way: str, rows: Sequence[Row]) -> None:
+        self._stage = stage
+        self._way = way
+        self._rows = rows
+        self._seen: dict[str, Seen | str] = {}
+        self.session: Session | None = None
+        self.at_end: Seen | None = None
+
+    def seen(self, row: Row) -> Seen:
+        """Return the result of a row."""
+        if not self._seen:
+            self._run()
+        found = self._seen.get(row.id, "the attacker had ended before")
+        assert isinstance(found, Seen), found
+        return found
+
+    def _run(self) -> None:
+        lab = self._stage.lab
+        lab.reset_names()
+        names = names_of(self._rows) if self._way == "frames" else dict(STACK_NAMES)
+        lab.names(names)
+        lists: Mapping[str, Sequence[int]] = lists_of(self._rows) if self._way == "frames" else STACK_LISTS
+        at = ""
+        try:
+            with self._stage.session(self._way, lists, deny=DENIED) as session:
+                self.session = session
+                for row in self._rows:
+                    at = row.id
+                    self._seen[at] = session.do(row.do, **row.words)
+        except AssertionError as exc:
+            self._seen[at] = str(exc)
+        if self.session is not None:
+            self.at_end = self.session.look()
+
+
+def check(row: Row, seen: Seen) -> None:
+    """Assert that exactly the expected contacts happened, and that the attack was really carried out."""
+    assert described(seen.contacts) == sorted(row.expected), seen.answer
+    packets = Counter(f"{packet.proto} {packet.where}" for packet in seen.packets)
+    for one in row.extra_packets:
+        packets.pop(one, None)
+    assert packets == packets_of(row.expected), seen.answer
+    assert seen.answer == seen.answer | row.answer
+
+
+def by_id(row: Row) -> str:
+    """Return the test id of a row."""
+    return row.id
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+
+
+@pytest.fixture(scope="module")
+def frames_group(stage: Stage) -> Group:
+    """The guest that speaks frames to the gate itself."""
+    return Group(stage, "frames", FRAME_ROWS)
+
+
+@pytest.mark.parametrize("row", FRAME_ROWS, ids=by_id)
+def test_no_request_of_a_lost_guest_reaches_more_than_is_allowed(frames_group: Group, row: Row) -> None:
+    """Root of a guest, speaking to the gate directly, reaches only what the policy lists."""
+    check(row, frames_group.seen(row))
+
+
+def test_nothing_reached_the_outside_after_the_last_request(frames_group: Group) -> None:
+    """The gate survives all these attacks, nothing is contacted afterwards, and the result counts the bytes sent."""
+    frames_group.seen(FRAME_ROWS[-1])
+    session, at_end = frames_group.session, frames_group.at_end
+    assert session is not None
+    assert at_end is not None
+    assert (at_end.contacts, at_end.packets) == ([], [])
+    assert (session.result["outcome"], session.code) == ("ok", 0), session.said
+    (counted,) = [row for row in session.net("allowed") if row["host"] == "ap21.lab.example"]
+    assert counted["sent_bytes"] == len("counted")
+
+
+@pytest.mark.parametrize("row", VIOLATIONS, ids=by_id)
+def test_a_guest_that_breaks_the_protocol_loses_its_gate(stage: Stage, row: Row) -> None:
+    """An invalid frame closes the gate of that run, and the gate ignores everything after it."""
+    group = Group(stage, "frames", [row])
+    check(row, group.seen(row))
+    assert group.at_end is not None
+    assert (group.at_end.contacts, group.at_end.packets) == ([], [])
+    assert group.session is not None
+    assert group.session.counted("denied")["frames"] == 1
+
+
+@pytest.fixture(scope="module")
+def stack_group(stage: Stage) -> Group:
+    """The guest whose root attacks through kernel and relay."""
+    return Group(stage, "stack", STACK_ROWS)
+
+
+@pytest.mark.parametrize("row", STACK_ROWS, ids=by_id)
+def test_no_way_leads_out_past_the_relay(stack_group: Group, row: Row) -> None:
+    """Root of a guest reaches only what the gate allows: by DNS, raw sockets, devices or kernel modules."""
+    check(row, stack_group.seen(row))
+
+
+@pytest.mark.parametrize("row", ENDS_RELAY, ids=by_id)
+def test_without_relay_and_rules_there_is_no_way_out(stage: Stage, row: Row) -> None:
+    """Nothing is reached when root removes the guest's rules, kills its relay, or writes to the relay's stream."""
+    stage.lab.reset_names()
+    stage.lab.names(dict(STACK_NAMES))
+    with stage.session("stack", STACK_LISTS) as session:
+        session.order(row.do, **row.words)
+        with contextlib.suppress(AssertionError):  # a guest that has lost its relay ends
+            check(row, session.look(session.answer()))
+            time.sleep(0.5)
+    at_end = session.look()
+    assert (at_end.contacts, at_end.packets) == ([], [])
+    assert session.result["outcome"] in ({"ok"} if row.id == "1" else {"guest-lost"}), session.said
+
+
+def test_a_policy_that_lists_nothing_leaves_no_way_at_all(stage: Stage) -> None:
+    """An empty allowlist allows nothing (peers 8): nobody answers the guest, and the result has no connections."""
+    with stage.session("frames", {}) as session:
+        asked = session.do("frames", opens=[], say=[opening(1, SITE.encode(), 80).hex()], wait_s=0.3)
+        assert (asked.contacts, asked.packets) == ([], [])
+    at_end = session.look()
+    assert (at_end.contacts, at_end.packets) == ([], [])
+    assert session.result["net"] is None
+
+
+# ---------------------------------------------------------------------------------------------------------- the floods
+
+
+def arrived(seen: Seen, event: str, where: str = "") -> int:
+    """Return how many contacts of a kind there were."""
+    return sum(contact.event == event and contact.where.startswith(where) for contact in seen.contacts)
+
+
+def memory_bytes(pid: int) -> int:
+    """Return the peak memory of a process."""
+    found = re.search(
+        r"^VmHWM:\s+(\d+) kB", Path("/proc", str(pid), "status").read_text(encoding="ascii"), re.MULTILINE
+    )
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def opens_at_most(seconds: float) -> float:
+    """Return how many connections a gate may open in that time."""
+    return 200 + 100 * seconds + 1
+
+
+def test_ten_thousand_requests_come_to_few_connections(stage: Stage) -> None:
+    """A gate that is asked for 10,000 connections at once (22) keeps to its rate limit and its memory limit."""
+    stage.lab.names({"flood.lab.example": [SITE]})
+    with stage.session("frames", {"flood.lab.example": [9]}) as session:
+        gate = session.child("gate")
+        seen = session.do("open_flood", host="flood.lab.example", port=9, count=10_000, reset=True)
+        peak = memory_bytes(gate)
+    codes, seconds = seen.answer["codes"], seen.answer["seconds"]
+    connected = arrived(seen, "connect", f"{SITE}:9")
+    assert set(codes) == {"0", "6"}
+    assert codes["0"] == connected == sum(row["count"] for row in session.net("allowed"))
+    assert session.counted("denied") == {"limit": codes["6"]} == {"limit": 10_000 - connected}
+    assert 0 < connected <= opens_at_most(seconds)
+    assert arrived(seen, "query") <= 2 * connected
+    assert len(seen.packets) == arrived(seen, "query") + connected
+    assert peak < MEMORY_MAX
+
+
+def test_connections_that_are_kept_open_end_at_the_most(stage: Stage) -> None:
+    """A gate keeps at most 256 connections open, however slowly they are opened (68)."""
+    stage.lab.names({"drip.lab.example": [SITE]})
+    with stage.session("frames", {"drip.lab.example": [9]}) as session:
+        words = {"host": "drip.lab.example", "port": 9, "count": 400, "reset": False, "pace_s": 0.3}
+        seen = session.do("open_flood", **words)
+    assert seen.answer["codes"] == {"0": 256, "6": 144}
+    assert arrived(seen, "connect", f"{SITE}:9") == 256
+    assert {row["reason"] for row in session.net("denied")} == {"256 connections are open"}
+
+
+def test_labels_below_a_wildcard_are_few(stage: Stage) -> None:
+    """A gate looks up at most 256 names below a wildcard (37, peers 1)."""
+    with stage.session("frames", {"*.wild.lab.example": [9]}) as session:
+        words = {"host": "l{}.wild.lab.example", "port": 9, "count": 5000, "reset": True, "pace_s": 0.02}
+        seen = session.do("open_flood", **words)
+    names = {contact.name for contact in seen.contacts if contact.event == "query"}
+    assert 200 <= len(names) <= 256
+    assert arrived(seen, "query") == 2 * len(names)
+    assert arrived(seen, "connect") == len(names) == seen.answer["codes"]["0"]
+
+
+def test_half_open_connections_of_nobody_are_bounded(stage: Stage) -> None:
+    """A SYN flood inside the guest causes no more connections than the gate's limits allow."""
+    stage.lab.names({"syn.lab.example": [SITE]})
+    with stage.session("stack", {"syn.lab.example": [9]}) as session:
+        began = time.monotonic()
+        seen = session.do("syn_flood", host="syn.lab.example", port=9, count=5000)
+        seconds = time.monotonic() - began
+    connected = arrived(seen, "connect", f"{SITE}:9")
+    assert seen.answer["sent"] > 0
+    assert connected == sum(row["count"] for row in session.net("allowed")) <= min(256, opens_at_most(seconds))
+    assert len(seen.packets) == arrived(seen, "query") + connected
+
+
+def test_a_program_that_connects_without_end_is_held_to_the_rate(stage: Stage) -> None:
+    """A program that opens thousands of connections is held to the rate limit, and its run ends normally."""
+    stage.lab.names({"many.lab.example": [SITE]})
+    with stage.session("stack", {"many.lab.example": [9]}) as session:
+        seen = session.do("connect_flood", host="many.lab.example", port=9, count=2000, at_once=50)
+        time.sleep(0.2)
+        more = session.look()
+    contacts = arrived(seen, "connect", f"{SITE}:9") + arrived(more, "connect", f"{SITE}:9")
+    allowed = sum(row["count"] for row in session.net("allowed"))
+    assert contacts == allowed <= opens_at_most(seen.answer["seconds"])
+    assert seen.answer["codes"].get("OK", 0) <= contacts
+    assert session.result["outcome"] == "ok", session.said
+
+
+def test_connections_that_nobody_reads_do_not_hold_up_another(stage: Stage) -> None:
+    """A live connection keeps half its speed beside 50 that nobody reads (67), and the gate's memory stays bounded."""
+    stage.lab.names({"endless.lab.example": [SITE]})
+    with stage.session("frames", {"endless.lab.example": [19]}) as session:
+        gate = session.child("gate")
+        before = memory_bytes(gate)
+        answer = session.do("unread", host="endless.lab.example", flows=50, seconds=1.0).answer
+        grown = memory_bytes(gate) - before
+    assert (answer["open"], answer["lost"]) == (50, False)
+    assert answer["most_unread"] <= 256 * 1024
+    assert answer["beside"] > answer["alone"] / 2
+    assert grown < 50 * 1024 * 1024
+
+
+def test_servers_that_do_not_read_fill_no_memory(stage: Stage) -> None:
+    """Servers that read nothing do not fill the gate's memory: the data waits in the guest."""
+    stage.lab.names({"deaf.lab.example": [SITE]})
+    with stage.session("frames", {"deaf.lab.example": [6000]}) as session:
+        gate = session.child("gate")
+        answer = session.do("fill", host="deaf.lab.example", flows=60).answer
+        peak = memory_bytes(gate)
+    assert (answer["open"], answer["lost"]) == (60, False)
+    assert peak < MEMORY_MAX
+
+
+def test_the_log_of_hostile_names_is_lines_of_ascii(stage: Stage) -> None:
+    """Hostile names (69) cannot break the log: each entry is one line of ASCII JSON."""
+    hosts = ["a\nb", "\x1b[2J\x1b]0;x\x07", "\u202eexample", '"}\r\n{"event":"open"', "\x00\x7f\x9b31m", "\\u000a"]
+    stage.lab.names({"log.lab.example": [SITE]})
+    with stage.session("frames", {"log.lab.example": [443]}) as session:
+        for host in hosts:
+            assert session.do("exchange", host=host.encode().hex(), port=443, say=[]).answer["code"] == 5
+        for host in hosts:
+            hello = tls(host.encode()).hex()
+            words = {"host": b"log.lab.example".hex(), "port": 443, "say": [hello], "wait_s": 5.0}
+            assert session.do("exchange", **words).answer["reset"] == 5
+    events = check_log(session)
+    assert Counter(event["event"] for event in events) == {"denied": 12, "open": 6, "closed": 6}
+    assert all(ord(char) in range(32, 127) for row in session.net("denied") for char in str(row))
+    assert all(ord(char) in range(32, 127) or char == "\n" for char in session.said)
+
+
+def check_log(session: Session) -> list[dict[str, Any]]:
+    """Return the log's entries; assert that each is one line of printable ASCII JSON."""
+    lines = session.net_log()
+    assert all(line.endswith(b"\n") and all(32 <= byte < 127 for byte in line[:-1]) for line in lines)
+    events: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    assert all({"ms", "event"} <= set(event) for event in events)
+    return events
+
+
+@pytest.mark.parametrize("how", ["asked", "claimed"])
+def test_a_hundred_thousand_refusals_are_counted_and_few_lines(stage: Stage, how: str) -> None:
+    """The log stays at 20 lines a second beyond a burst of 100 (70), and the result counts every refusal.
+
+    claimed: the guest claims refusals of its own by TOLD frames.
+    """
+    words = {"host": "n{}\x1b.test", "port": 443, "count": 100_000}
+    with stage.session("frames", {"log.lab.example": [443]}) as session:
+        if how == "asked":
+            seen = session.do("open_flood", reset=False, **words)
+            assert seen.answer["codes"] == {"5": 100_000}
+        else:
+            seen = session.do("told_flood", **words)
+            assert seen.answer == {"code": 5, "lost": False}
+    assert (seen.contacts, seen.packets) == ([], [])
+    net = session.result["net"]
+    count = sum(row["count"] for row in net["denied"]) + net["more"]
+    assert count == 100_000 + (how == "claimed")  # and the one request that showed its end
+    assert len(net["denied"]) <= 256
+    events = check_log(session)
+    seconds = (events[-1]["ms"] - events[0]["ms"]) / 1000
+    written = [event for event in events if event["event"] != "dropped"]
+    assert len(written) <= 100 + 20 * seconds + 1
+    assert net["log_dropped"] == count - len(written)
+    assert sum(event.get("lines", 0) for event in events) <= net["log_dropped"]
+
+
+# ----------------------------------------------------------------------------------------------- ends, and other runs
+
+
+@pytest.mark.parametrize("what", ["gate", "resolver"])
+def test_a_run_that_loses_its_gate_ends_at_once(stage: Stage, what: str) -> None:
+    """A run whose gate or resolver is killed during a transfer ends as `gate-lost`, and nothing else is contacted."""
+    stage.lab.names({"mid.lab.example": [SITE]})
+    with stage.session("frames", {"mid.lab.example": [19, 9]}) as session:
+        session.order("download", host="mid.lab.example", port=19, size=1 << 40)
+        time.sleep(0.5)
+        os.kill(session.child(what), signal.SIGKILL)
+        began = time.monotonic()
+        session.process.wait(20)
+        assert time.monotonic() - began < 10
+        assert described(session.look().contacts) == sorted(reached("mid.lab.example", 19))
+    assert (session.code, session.result["outcome"]) == (125, "gate-lost"), session.said
+    at_end = session.look()
+    assert (at_end.contacts, at_end.packets) == ([], [])
+
+
+@pytest.mark.parametrize("attack", ["resets", "opens", "noise", "killed"])
+def test_an_attack_on_one_gate_does_not_disturb_another_run(stage: Stage, attack: str) -> None:
+    """A transfer of one run completes while the gate of another run is flooded, broken or killed (23, 72)."""
+    stage.lab.names({"other-run.lab.example": [SITE], "attacker.lab.example": [SITE]})
+    size = 20_000_000
+    with contextlib.ExitStack() as stack:
+        good = stack.enter_context(stage.session("frames", {"other-run.lab.example": [19]}))
+        bad = stack.enter_context(stage.session("frames", {"attacker.lab.example": [9]}))
+        good.order("download", host="other-run.lab.example", port=19, size=size)
+        if attack == "killed":
+            os.kill(bad.child("gate"), signal.SIGKILL)
+            bad.process.wait(20)
+        else:
+            order: dict[str, dict[str, Any]] = {
+                "resets": {"do": "reset_flood", "host": "attacker.lab.example", "port": 9, "count": 300_000},
+                "opens": {"do": "open_flood", "host": "attacker.lab.example", "port": 9, "count": 5000, "reset": False},
+                "noise": {"do": "noise", "count": 1_000_000},
+            }
+            words = dict(order[attack])
+            bad.order(words.pop("do"), **words)
+            bad.answer()
+        answer = good.answer()
+        assert (answer["code"], answer["lost"]) == (0, False)
+        assert answer["received"] >= size
+    (row,) = good.net("allowed")
+    assert (row["host"], row["count"]) == ("other-run.lab.example", 1)
+    assert good.net("denied") == []
+    assert good.result["outcome"] == "ok", good.said
+    assert {row["host"] for row in bad.net("allowed")} <= {"attacker.lab.example"}
+
+
+# -------------------------------------------------------------------------------------------------------- the table
+
+
+def test_the_table_has_every_attack_once() -> None:
+    """The table holds at least 80 attacks, each with a unique id."""
+    names = [row.id for row in (*FRAME_ROWS, *VIOLATIONS, *STACK_ROWS, *ENDS_RELAY)]
+    assert len(set(names)) == len(names) >= 80
