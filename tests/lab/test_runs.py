@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import pytest
 
-from tests.lab.laboratory import LAN, SITE
+from tests.lab.laboratory import LAN, ROUTER_6, SITE, SITE_6
+from tests.vm.jail_helpers import (
+    accounts_fixture,  # noqa: F401 - pytest finds it here
+    ordinary_fixture,  # noqa: F401 - pytest finds it here
+)
 from x07_sandbox.policy.default import default_policy, render_policy
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.lab.laboratory import Laboratory
+    from tests.vm.jail_helpers import Account
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180), pytest.mark.usefixtures("image", "state")]
 
@@ -28,7 +33,8 @@ for host, port in json.loads(sys.argv[1]):
     try:
         with socket.create_connection((host, port), timeout=20) as sock:
             try:
-                sock.sendall(b"GET / HTTP/1.0\\r\\nHost: " + host.encode() + b"\\r\\n\\r\\n")
+                name = f"[{host}]" if ":" in host else host
+                sock.sendall(f"GET / HTTP/1.0\\r\\nHost: {name}\\r\\n\\r\\n".encode())
                 said[f"{host}:{port}"] = sock.recv(1 << 16)[-5:].decode()
             except OSError as exc:
                 said[f"{host}:{port}"] = f"later {type(exc).__name__}"
@@ -122,6 +128,20 @@ def test_os_reaches_listed_hosts_too(run: Run) -> None:
     assert "the connection is reset" in control["why"]
 
 
+@pytest.mark.user
+@pytest.mark.parametrize("flags", [(), OS], ids=["qemu", "os"])
+def test_an_ordinary_user_reaches_listed_hosts(run: Run, ordinary: Account, flags: tuple[str, ...]) -> None:
+    """An ordinary user's runs reach listed hosts and no others, as root's do."""
+    program = ordinary.folder / "connect.py"
+    program.write_text(CONNECT, encoding="ascii")
+    ends = [("web.lab.example", 80), ("other.lab.example", 80)]
+    words = ["run", "--json", *flags, "--allow-host", "web.lab.example:80", str(program), "--", json.dumps(ends)]
+    result = json.loads(ordinary.x07(*words, inside=tuple(run.lab.gate_prefix)).stdout)
+    assert result["outcome"] == "ok", (result["reason"], result["stderr"])
+    assert list(json.loads(result["stdout"]["text"]).values()) == ["hello", "Name or service not known"]
+    assert rows(result, "allowed") == [("web.lab.example", 80, "net.allow_hosts[0]")]
+
+
 def test_none_is_never_given_a_list(run: Run) -> None:
     """`none` cannot hold a program to a list of hosts, so it refuses one."""
     result = run("pass\n", "--sandbox-backend", "none", "--i-accept-weaker-isolation", "--allow-host", "a.example:1")
@@ -146,11 +166,8 @@ def test_the_log_of_connections_is_kept_and_written(run: Run) -> None:
         ("web.lab.example", 80), ("a.example", 1), flags=("--allow-host", "web.lab.example:80", "--net-log", str(log))
     )
     lines = [json.loads(line) for line in log.read_text(encoding="ascii").splitlines()]
-    assert [(line["event"], line["host"]) for line in lines] == [
-        ("open", "web.lab.example"),
-        ("closed", "web.lab.example"),
-        ("denied", "a.example"),
-    ]
+    events = sorted((line["event"], line["host"]) for line in lines)
+    assert events == [("closed", "web.lab.example"), ("denied", "a.example"), ("open", "web.lab.example")]
     assert run.lab.run([*COMMAND, "logs", "--net"]).stdout == log.read_bytes()
 
 
@@ -167,6 +184,19 @@ with socket.create_server(("127.0.0.1", 8600)) as server:
     result = run(code, allow_hosts=hosts(("127.0.0.1", 8600)))
     assert (result["outcome"], result["stdout"]["text"]) == ("ok", "b'mine'\n")
     assert run.lab.contacts(mark) == []
+
+
+@pytest.mark.parametrize("flags", [(), OS], ids=["qemu", "os"])
+def test_ipv6_addresses_are_listed_and_reached(run: Run, flags: tuple[str, ...]) -> None:
+    """A program reaches a listed IPv6 address with its port, and no other; a name with only an IPv6 address too."""
+    if not run.lab.ipv6:
+        pytest.skip("this kernel has no IPv6")
+    ends = (SITE_6, 8000), (ROUTER_6, 8000), (SITE_6, 8080), ("web6.lab.example", 8000)
+    allowed = [word for host in (f"[{SITE_6}]:8000", "web6.lab.example:8000") for word in ("--allow-host", host)]
+    said, result = run.connect(*ends, flags=(*flags, *allowed))
+    assert [said[f"{SITE_6}:8000"], said["web6.lab.example:8000"]] == ["hello", "hello"]
+    assert all("hello" not in said[f"{host}:{port}"] for host, port in ends[1:3])
+    assert [row[:2] for row in rows(result, "denied")] == [(ROUTER_6, 8000), (SITE_6, 8080)]
 
 
 def test_datagrams_go_to_listed_ports(run: Run) -> None:

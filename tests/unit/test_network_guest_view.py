@@ -95,10 +95,15 @@ def test_addresses_networks_and_ranges_have_their_ports() -> None:
     assert [ports(found["tcp"], f"93.184.216.{at}") for at in (2, 3, 9, 10)] == [set(), {22}, {22}, set()]
 
 
-def test_ipv6_has_no_way_through_the_relay() -> None:
-    """IPv6 addresses make no rows; an IPv4 address in IPv6's form makes that of the IPv4 address."""
-    found = view(("2606:4700::1", (443,)), ("2606:4700::/32", (443,)), ("::ffff:93.184.215.14", (443,)))
-    assert found["tcp"] == [["93.184.215.14", "93.184.215.14", [443]]]
+def test_ipv6_addresses_have_rows_of_their_own() -> None:
+    """Listed IPv6 addresses make rows that do not overlap; an IPv4 address in IPv6's form makes an IPv4 row."""
+    found = view(("2606:4700::1", (443,)), ("2606:4700::/126", (80,)), ("::ffff:93.184.215.14", (443,)))
+    assert found["tcp"] == [
+        ["93.184.215.14", "93.184.215.14", [443]],
+        ["2606:4700::", "2606:4700::", [80]],
+        ["2606:4700::1", "2606:4700::1", [80, 443]],
+        ["2606:4700::2", "2606:4700::3", [80]],
+    ]
 
 
 def test_the_switches_of_a_policy_take_away() -> None:

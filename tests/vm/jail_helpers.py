@@ -73,11 +73,11 @@ class Account:
         """The program that behaves so."""
         return self.folder / f"hostile-{mode}"
 
-    def x07(self, *args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        """The real command line, run as this user."""
+    def x07(self, *args: str, stdin: bytes = b"", inside: tuple[str, ...] = ()) -> subprocess.CompletedProcess[bytes]:
+        """The real command line, run as this user. inside: words before the command, such as a namespace's."""
         code = "import sys; from x07_sandbox.cli.main import main; sys.exit(main())"
         return subprocess.run(
-            [*self.command, sys.executable, "-B", "-c", code, *args],
+            [*inside, *self.command, sys.executable, "-B", "-c", code, *args],
             input=stdin,
             capture_output=True,
             env=self.env,

@@ -21,6 +21,7 @@ _CREATE: Final = 0x400
 _NEW_ADDRESS: Final = 20
 _NEW_ROUTE: Final = 24
 _IFA_LOCAL: Final = 2
+_NO_DUPLICATES: Final = 2  # IFA_F_NODAD: an IPv6 address is of use at once, without looking for others who have it
 _RTA_OIF: Final = 4
 _RTA_SOURCE: Final = 7
 _TABLE_MAIN: Final = 254
@@ -49,7 +50,9 @@ _ACCEPT: Final = 1
 _NETFILTER_HEADER: Final = 4  # family, version, number of the queue
 _TCP: Final = 6
 _UDP: Final = 17
+_V6: Final = 6
 _IPV4_HEADER: Final = 20
+_IPV6_HEADER: Final = 40
 _PORTS: Final = 4
 
 
@@ -83,31 +86,43 @@ class Routes:
 
     def add_address(self, address: str) -> None:
         """Give `lo` an address more. Raises OSError."""
-        body = struct.pack("=BBBBI", socket.AF_INET, 32, 0, _SCOPE_HOST, self._lo)
-        _request(self._sock, _NEW_ADDRESS, _CREATE, body + _attribute(_IFA_LOCAL, socket.inet_aton(address)))
+        family, packed = packed_address(address)
+        body = struct.pack("=BBBBI", family, len(packed) * 8, _NO_DUPLICATES, _SCOPE_HOST, self._lo)
+        _request(self._sock, _NEW_ADDRESS, _CREATE, body + _attribute(_IFA_LOCAL, packed))
 
     def deliver_here(self, source: str) -> None:
-        """Deliver all packets to this machine's own stack; programs send from *source*. Raises OSError."""
-        body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, _TABLE_MAIN, _STATIC, _SCOPE_HOST, _LOCAL, 0)
-        body += _attribute(_RTA_OIF, struct.pack("=I", self._lo)) + _attribute(_RTA_SOURCE, socket.inet_aton(source))
+        """Deliver all packets of the family of *source* to this machine's own stack; programs send from there.
+
+        Raises OSError.
+        """
+        family, packed = packed_address(source)
+        body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, _TABLE_MAIN, _STATIC, _SCOPE_HOST, _LOCAL, 0)
+        body += _attribute(_RTA_OIF, struct.pack("=I", self._lo)) + _attribute(_RTA_SOURCE, packed)
         _request(self._sock, _NEW_ROUTE, _CREATE, body)
 
 
-def add_elements(table: str, name: str, elements: list[tuple[str, str, int]]) -> None:
-    """Add elements to a set of addresses and ports in a table of family ip. Raises OSError.
+def packed_address(address: str) -> tuple[int, bytes]:
+    """The family and the bytes of an address. Raises OSError."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return family, socket.inet_pton(family, address)
 
-    elements: first and last address, and a port. Not by nft, whose start alone would cost a clone a tenth of a second.
+
+def add_elements(table: str, name: str, elements: list[tuple[str, str, int]]) -> None:
+    """Add elements to a set of addresses and ports in a table. Raises OSError.
+
+    elements: first and last address, and a port; all of the table's family. Not by nft, whose start alone would cost a
+    clone a tenth of a second.
     """
     sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER)
     try:
         for at in range(0, len(elements), _ELEMENTS_A_MESSAGE):
-            body = struct.pack(">BBH", socket.AF_INET, 0, 0)
-            body += _attribute(_ELEMENTS_TABLE, table.encode() + b"\0") + _attribute(
-                _ELEMENTS_SET, name.encode() + b"\0"
-            )
+            body = struct.pack(">BBH", packed_address(elements[0][0])[0], 0, 0)
+            body += _attribute(_ELEMENTS_TABLE, table.encode() + b"\0")
+            body += _attribute(_ELEMENTS_SET, name.encode() + b"\0")
             rows = [_element(*row) for row in elements[at : at + _ELEMENTS_A_MESSAGE]]
             body += _attribute(_ELEMENTS_LIST | _NESTED, b"".join(rows))
-            change = _HEADER.pack(_HEADER.size + len(body), _TABLES | _NEW_ELEMENT, _REQUEST_ACK | _CREATE, 1, 0) + body
+            kind = _TABLES | _NEW_ELEMENT
+            change = _HEADER.pack(_HEADER.size + len(body), kind, _REQUEST_ACK | _CREATE, 1, 0) + body
             edge = struct.pack(">BBH", socket.AF_UNSPEC, 0, _TABLES >> 8)
             begin, end = (_HEADER.pack(_HEADER.size + len(edge), kind, 1, 0, 0) + edge for kind in _BATCH)
             sock.send(begin + change + end)
@@ -117,7 +132,7 @@ def add_elements(table: str, name: str, elements: list[tuple[str, str, int]]) ->
 
 
 def _element(first: str, last: str, port: int) -> bytes:
-    ends = [socket.inet_aton(address) + struct.pack(">Hxx", port) for address in (first, last)]
+    ends = [packed_address(address)[1] + struct.pack(">Hxx", port) for address in (first, last)]
     low, high = (_attribute(_ELEMENT_VALUE, end) for end in ends)
     both = _attribute(_ELEMENT_KEY | _NESTED, low) + _attribute(_ELEMENT_KEY_END | _NESTED, high)
     return _attribute(_ELEMENT | _NESTED, both)
@@ -157,7 +172,7 @@ class HeldPackets:
         _request(self._sock, _QUEUE | _CONFIG, 0, body)
 
     def read(self) -> Iterator[Held]:
-        """What has come, as far as it is TCP or UDP over IPv4."""
+        """What has come, as far as it is TCP or UDP."""
         try:
             data = self._sock.recv(_READ)
         except (BlockingIOError, OSError):  # the kernel had no room for all (ENOBUFS): those are sent again
@@ -193,9 +208,21 @@ def _held(message: bytes) -> Held | None:
         elif kind == _PAYLOAD:
             packet = value
         at += length + -length % 4
-    size = (packet[0] & 15) * 4 if packet else 0
-    if number < 0 or size < _IPV4_HEADER or len(packet) < size + _PORTS or packet[9] not in {_TCP, _UDP}:
+    found = _ends(packet)
+    return Held(queue, number, *found) if number >= 0 and found is not None else None
+
+
+def _ends(packet: bytes) -> tuple[int, tuple[str, int], tuple[str, int]] | None:
+    """Transport, source and target of an IP packet; None for other transports."""
+    if packet[:1] and packet[0] >> 4 == _V6:
+        size, family = _IPV6_HEADER, socket.AF_INET6
+        transport, addresses = packet[6:7], packet[8:_IPV6_HEADER]
+    else:
+        size, family = (packet[0] & 15) * 4 if packet else 0, socket.AF_INET
+        transport, addresses = packet[9:10], packet[12:_IPV4_HEADER]
+    if size < _IPV4_HEADER or len(packet) < size + _PORTS or transport[0] not in {_TCP, _UDP}:
         return None
-    source_port, port = struct.unpack_from(">HH", packet, size)
-    source, target = socket.inet_ntoa(packet[12:16]), socket.inet_ntoa(packet[16:20])
-    return Held(queue, number, packet[9], (source, source_port), (target, port))
+    ports = struct.unpack_from(">HH", packet, size)
+    half = len(addresses) // 2
+    source, target = (socket.inet_ntop(family, one) for one in (addresses[:half], addresses[half:]))
+    return transport[0], (source, ports[0]), (target, ports[1])

@@ -78,8 +78,10 @@ class Relay:
         self._by_ends: dict[tuple[int, _Ends], _Flow] = {}
         self._gate_is_there = True
         watcher.watch(port_fd, self._read_port)
-        watcher.watch(sockets.tcp.fileno(), self._accept)
-        watcher.watch(sockets.udp.fileno(), self._take_first_datagram)
+        for sock in sockets.tcp:
+            watcher.watch(sock.fileno(), partial(self._accept, sock))
+        for sock in sockets.udp:
+            watcher.watch(sock.fileno(), partial(self._take_first_datagram, sock))
         if sockets.held is not None:
             watcher.watch(sockets.held.fileno(), self._take_held)
         names.on_unlisted = self._tell_name
@@ -210,13 +212,13 @@ class Relay:
         host = self._names.host_at(address) or address
         self._link.tell(transport, host.encode("ascii"), port)
 
-    def _accept(self, _mask: int) -> None:
+    def _accept(self, listener: socket.socket, _mask: int) -> None:
         try:
-            sock, source = self._sockets.tcp.accept()
+            sock, source = listener.accept()
         except OSError:
             return
         sock.setblocking(False)  # noqa: FBT003 - it takes no names
-        ends = source, sock.getsockname()
+        ends = source[:2], sock.getsockname()[:2]
         flow = self._by_ends.get((egress.TCP, ends))
         # Who connects to the relay's own address has asked for nothing.
         if flow is None and self._sockets.held is None and ends[1][1] != firewall.TCP_PORT:
@@ -310,16 +312,16 @@ class Relay:
 
     # datagrams of the program
 
-    def _take_first_datagram(self, _mask: int) -> None:
+    def _take_first_datagram(self, listener: socket.socket, _mask: int) -> None:
         """The first one between two ends comes here; later ones to the socket that is made for them now."""
         try:
-            data, ancillary, _, source = self._sockets.udp.recvmsg(egress.DATAGRAM_MAX, 256)
+            data, ancillary, _, source = listener.recvmsg(egress.DATAGRAM_MAX, 256)
         except OSError:
             return
         target = firewall.original_target(ancillary)
         if target is None or target[1] == firewall.UDP_PORT:
             return
-        ends = source, target
+        ends = source[:2], target
         flow = self._by_ends.get((egress.UDP, ends))
         if flow is None:
             try:

@@ -6,7 +6,7 @@ made in one place (names.py). The guest's rules are a second wall: the gate deci
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +14,8 @@ from x07_sandbox.network.names import Wildcard, matches
 from x07_sandbox.policy.hosts import Addresses
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from x07_sandbox.network.rules import Allowlist, Entry
 
 _FIRST_NAME: Final = int(IPv4Address("198.18.0.16"))  # 198.18.0.1 is where a program's connections come from
@@ -21,6 +23,7 @@ _FIRST_BLOCK: Final = int(IPv4Address("198.19.0.0"))
 _BLOCK: Final = 256
 _SYNTHETIC: Final = tuple(int(IPv4Network("198.18.0.0/15")[at]) for at in (0, -1))
 _V4: Final = 4
+_V6: Final = 6
 
 
 def guest_view(allowlist: Allowlist) -> dict[str, Any]:
@@ -35,12 +38,12 @@ def guest_view(allowlist: Allowlist) -> dict[str, Any]:
     tcp, udp = _Ports(), _Ports()
     for entry in allowlist.entries:
         ranges = _ranges(entry)
-        ranges += [(address, address) for name, address in exact.items() if matches(entry.what, name)]
+        ranges += [Addresses(_V4, address, address) for name, address in exact.items() if matches(entry.what, name)]
         # A name below a suffix may match entries of the suffixes above it too.
-        ranges += [(first, first + _BLOCK - 1) for suffix, first in blocks.items() if _covers(entry, suffix)]
-        for first, last in ranges:
-            tcp.add(first, last, entry.ports)
-            udp.add(first, last, entry.ports if entry.udp else frozenset())
+        ranges += [Addresses(_V4, at, at + _BLOCK - 1) for suffix, at in blocks.items() if _covers(entry, suffix)]
+        for addresses in ranges:
+            tcp.add(addresses, entry.ports)
+            udp.add(addresses, entry.ports if entry.udp else frozenset())
     return {
         "names": {name: _text(address) for name, address in exact.items()},
         "wildcards": [[suffix, _text(first)] for suffix, first in blocks.items()],
@@ -58,34 +61,35 @@ class _Ports:
     """Ports by range of addresses."""
 
     def __init__(self) -> None:
-        self._ranges: list[tuple[int, int, frozenset[int]]] = []
+        self._given: list[tuple[Addresses, frozenset[int]]] = []
 
-    def add(self, first: int, last: int, ports: frozenset[int]) -> None:
+    def add(self, addresses: Addresses, ports: frozenset[int]) -> None:
         if ports:
-            self._ranges.append((first, last + 1, ports))
+            self._given.append((addresses, ports))
 
     def rows(self) -> list[list[Any]]:
         """First and last address, and ports, of ranges that do not overlap: the kernel's sets take no others."""
-        edges = sorted({edge for first, end, _ in self._ranges for edge in (first, end)})
-        rows: list[list[Any]] = []
+        return [row for version in (_V4, _V6) for row in self._rows(version)]
+
+    def _rows(self, version: int) -> Iterator[list[Any]]:
+        given = [(one.first, one.last + 1, ports) for one, ports in self._given if one.version == version]
+        edges = sorted({edge for first, end, _ in given for edge in (first, end)})
         for first, end in pairwise(edges):
-            ports = frozenset().union(*(ports for low, high, ports in self._ranges if low <= first and end <= high))
+            ports = frozenset().union(*(ports for low, high, ports in given if low <= first and end <= high))
             if ports:
-                rows.append([_text(first), _text(end - 1), sorted(ports)])
-        return rows
+                yield [_text(first, version), _text(end - 1, version), sorted(ports)]
 
 
-def _ranges(entry: Entry) -> list[tuple[int, int]]:
-    """First and last address of an entry of IPv4 addresses, without those that stand for names.
-
-    IPv6 has none: see "Limits" in docs/network.md.
-    """
-    if not isinstance(entry.what, Addresses) or entry.what.version != _V4:
+def _ranges(entry: Entry) -> list[Addresses]:
+    """The addresses of an entry for addresses, without those that stand for names."""
+    if not isinstance(entry.what, Addresses):
         return []
-    first, last = entry.what.first, entry.what.last
+    version, first, last = entry.what.version, entry.what.first, entry.what.last
+    if version != _V4:
+        return [entry.what]
     parts = [(first, min(last, _SYNTHETIC[0] - 1)), (max(first, _SYNTHETIC[1] + 1), last)]
-    return [(low, high) for low, high in parts if low <= high]
+    return [Addresses(version, low, high) for low, high in parts if low <= high]
 
 
-def _text(number: int) -> str:
-    return str(IPv4Address(number))
+def _text(number: int, version: int = 4) -> str:
+    return str(IPv4Address(number) if version == _V4 else IPv6Address(number))
