@@ -152,6 +152,30 @@ def changes_seeds() -> dict[str, bytes]:
     }
 
 
+def name_seeds() -> dict[str, bytes]:
+    """Hosts as guests write them, good and bad."""
+    hosts = {
+        "name": "A.Example.org.",
+        "international": "xn--fa-hia.example",
+        "bad-international": "xn--a.example",
+        "overflow": f"xn--hoa{'4' * 53}aaa.example",
+        "underscore": "_srv-1.example",
+        "address": "192.0.2.7",
+        "short-address": "127.1",
+        "hexadecimal": "0x7f.1",
+        "octal": "017700000001",
+        "ipv6": "[2001:db8::1]",
+        "mapped": "::ffff:127.0.0.1",
+        "zone": "fe80::1%lo",
+        "space": "a b",
+        "zero-byte": "a\0b",
+        "wildcard": "*.example.org",
+        "long-label": "a" * 64,
+        "long": ".".join(["a" * 63] * 4),
+    }
+    return {name: host.encode() for name, host in hosts.items()}
+
+
 def dns_query(name: str, kind: int = 1, extra: bytes = b"", opts: int = 0) -> bytes:
     """A query of class IN; extra: what follows the question, opts: how many records that is."""
     header = struct.pack(">HHHHHH", 7, 0x0100, 1, 0, 0, opts)
@@ -366,6 +390,7 @@ MADE: Final = {
     "channel": channel_seeds,
     "client_hello": client_hello_seeds,
     "dns": dns_seeds,
+    "names": name_seeds,
     "documents": documents_seeds,
     "egress": egress_seeds,
     "hints": hints_seeds,

@@ -130,20 +130,20 @@ def _name(text: str) -> str:
 
 
 def _to_ascii(text: str) -> str:
-    from idna import IDNAError, encode
+    from idna import encode
 
     try:
         return encode(text, uts46=True, std3_rules=True).decode()
-    except (IDNAError, UnicodeError) as exc:
+    except (ValueError, ArithmeticError, LookupError) as exc:  # as in _is_international
         _refuse(text, f"it is not an international name ({exc})")
 
 
 def _is_international(label: str) -> bool:
-    from idna import IDNAError, alabel, ulabel
+    from idna import alabel, ulabel
 
     try:
         return alabel(ulabel(label)).decode() == label
-    except (IDNAError, UnicodeError):
+    except (ValueError, ArithmeticError, LookupError):  # IDNAError, and what Python's own punycode does not catch
         return False
 
 
