@@ -248,7 +248,9 @@ def test_connections_that_are_kept_open_end_at_the_most(stage: Stage) -> None:
         seen = session.do("open_flood", **words)
     assert seen.answer["codes"] == {"0": 256, "6": 144}
     assert arrived(seen, "connect", f"{SITE}:9") == 256
-    assert {row["reason"] for row in session.net("denied")} == {"256 connections are open"}
+    reasons = {row["reason"] for row in session.net("denied")}
+    assert "256 connections are open" in reasons
+    assert reasons <= {"256 connections are open", "64 connections are being made"}  # the second on a busy host
 
 
 def test_labels_below_a_wildcard_are_few(stage: Stage) -> None:

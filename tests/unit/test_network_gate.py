@@ -751,7 +751,7 @@ async def test_connections_that_are_being_made_are_bounded() -> None:
 
 @on_a_loop
 async def test_giving_up_a_pending_connection_ends_its_dial() -> None:
-    """A connection that the program gives up while it is dialled is dialled no more, and leaves nothing behind."""
+    """A connection that the program gives up while it is dialled is dialled no more, and is counted as failed."""
     async with lab() as it:
         it.outside.routes[GOOD, 22] = asyncio.Event()
         stream = it.relay.ask("a.example", 22)
@@ -762,6 +762,7 @@ async def test_giving_up_a_pending_connection_ends_its_dial() -> None:
         assert stream not in it.relay.events
         assert not it.gate._pending  # noqa: SLF001 - that nothing is left is the promise
         assert not it.gate._link.flows  # noqa: SLF001 - as above
+        assert [row.rule for row in it.use().failed] == ["dial:given-up"]
 
 
 @pytest.mark.usefixtures("fast")

@@ -114,7 +114,7 @@ class Gate(Gatekeeper, asyncio.BufferedProtocol):
         if self._tick is not None:
             self._tick.cancel()
             self.transport.abort()
-        for task in list(self._pending.values()):
+        for task in self._pending.values():
             task.cancel()
         for flow in list(self._flows.values()):
             self._end(flow)
@@ -241,6 +241,7 @@ class Gate(Gatekeeper, asyncio.BufferedProtocol):
         except asyncio.CancelledError:
             if dialled is not None:
                 dialled.sock.close()
+            self._ledger.failed(_of(decision, rule="dial:given-up", reason="the program ended it before the answer"))
         else:
             self._answer(stream, flow)
         finally:

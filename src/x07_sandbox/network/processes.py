@@ -161,9 +161,7 @@ def _end_resolver(child: subprocess.Popen[bytes]) -> None:
 
 def _paths() -> list[str]:
     """Where those modules are found that they import: the standard library, and the folders of a few packages."""
-    folders = [
-        path for path in sys.path if path.startswith((sys.base_prefix, sys.prefix)) and "site-packages" not in path
-    ]
+    folders = [str(Path(os.__file__).parent), *(path for path in sys.path if path.endswith("lib-dynload"))]
     for name in _NEEDED:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
