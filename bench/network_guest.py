@@ -47,12 +47,14 @@ def measure(name: str) -> dict[str, object]:
     stage("connect")
     look_ups = [look_up_ms(name) for _ in range(LOOK_UPS)]
     address = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
-    connects, echoes = zip(*(connect_ms(str(address)) for _ in range(CONNECTS)), strict=True)
+    connects, echoes = zip(*(connect_ms(str(address), b"\1") for _ in range(CONNECTS)), strict=True)
+    _, texts = zip(*(connect_ms(str(address), b"x") for _ in range(CONNECTS)), strict=True)
     found: dict[str, object] = {
         "look_up_ms": statistics.median(look_ups),
         "connect_ms": statistics.median(connects),
         "connect_p90_ms": statistics.quantiles(connects, n=10)[-1],
         "echo_ms": statistics.median(echoes),
+        "echo_text_ms": statistics.median(texts),
     }
     stage("up")
     upload(str(address), WARM_UP_S)
@@ -77,13 +79,13 @@ def look_up_ms(name: str) -> float:
     return (time.monotonic() - begun) * 1000
 
 
-def connect_ms(address: str) -> tuple[float, float]:
-    """Milliseconds until connect() returns, and until one byte has come back."""
+def connect_ms(address: str, byte: bytes) -> tuple[float, float]:
+    """Milliseconds until connect() returns, and until *byte* has come back. A letter could begin a request of HTTP."""
     with socket.socket() as sock:
         begun = time.monotonic()
         sock.connect((address, ECHO))
         connected = time.monotonic()
-        sock.send(b"x")
+        sock.send(byte)
         sock.recv(1)
         return (connected - begun) * 1000, (time.monotonic() - begun) * 1000
 

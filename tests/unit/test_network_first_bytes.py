@@ -259,6 +259,20 @@ def test_a_request_that_went_ahead_is_judged(size: int) -> None:
         assert forwarded == data if not rule else data.startswith(forwarded) and len(forwarded) <= line + 1
 
 
+def test_a_byte_that_may_begin_anything_goes_ahead() -> None:
+    """One byte of a start that is still open is released; the hello or SSLRequest that follows is judged as ever."""
+    for start in (GOOD, SSL_REQUEST + GOOD):
+        inspected = inspector("any", NAME, denied)
+        assert inspected.from_client(start[:1]) + inspected.release() == start[:1]
+        assert (inspected.held, inspected.decided) == (0, False)
+        assert inspected.from_client(start[1:]) == start[1:]
+        assert inspected.tls_name == NAME
+    inspected = inspector("any", "other.example", denied)
+    assert inspected.from_client(GOOD[:1]) + inspected.release() == GOOD[:1]
+    with pytest.raises(InspectionError):
+        inspected.from_client(GOOD[1:])
+
+
 def test_a_rewritten_request_cannot_follow_what_went_ahead() -> None:
     """A released beginning that is not how the request is written again ends the connection."""
     inspected = inspector("any", NAME, denied)
@@ -269,11 +283,9 @@ def test_a_rewritten_request_cannot_follow_what_went_ahead() -> None:
     assert told.value.rule == "http:malformed"
 
 
-@pytest.mark.parametrize(
-    ("mode", "data"), [("any", GOOD[:20]), ("any", SSL_REQUEST[:4]), ("tls", GOOD[:9]), ("http", GET[:9])]
-)
+@pytest.mark.parametrize(("mode", "data"), [("any", GOOD[:20]), ("tls", GOOD[:9]), ("http", GET[:9])])
 def test_only_text_of_no_known_protocol_goes_ahead(mode: Mode, data: bytes) -> None:
-    """Nothing of a hello, of an SSLRequest, or of a port that is HTTP by rule, is released before it is judged."""
+    """Nothing of a hello, or of a port that has to be TLS or HTTP, is released before it is judged."""
     inspected = inspector(mode, NAME, denied)
     assert (inspected.from_client(data), inspected.release()) == (b"", b"")
     assert inspected.held == len(data)

@@ -736,7 +736,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fast")
 @on_a_loop
 async def test_connections_that_are_being_made_are_bounded() -> None:
-    """A program has at most 64 connections in the making; one that it gives up makes room for another."""
+    """A program has at most 128 connections in the making; one that it gives up makes room for another."""
     async with lab() as it:
         streams = [it.relay.ask(f"n{number}.wild.example") for number in range(PENDING_MAX)]
         assert await it.relay.answer(it.relay.ask("more.wild.example")) == egress.LIMIT

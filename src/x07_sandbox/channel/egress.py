@@ -125,7 +125,8 @@ class EgressLink:
                 end = at + HEADER.size + length
                 if len(self._in) < end:
                     break
-                payload = bytes(self._in[at + HEADER.size : end])
+                with memoryview(self._in) as view:
+                    payload = bytes(view[at + HEADER.size : end])
                 at = end
                 if (event := self._event(kind, code, stream, payload)) is not None:
                     yield event

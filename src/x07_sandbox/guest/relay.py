@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.netlink import Held
 
 _READ: Final = 64 * 1024
-_PORT_READ: Final = 4096  # bytes that the console driver gives at most
-_READS: Final = 16  # of the port, before others have their turn
+_PORT_READ: Final = 4096  # bytes that the console driver gives for each buffer, so a read has many of them (measured)
+_CHUNK: Final = egress.DATA_MAX - egress.HEADER.size  # a frame of it is one write of the most that the driver takes
 _QUEUED_MAX: Final = 64 * 1024  # bytes for the gate: with more, sockets are not read
 _FLOWS_MAX: Final = 512
 _WAITING_DATAGRAMS: Final = 16  # of a flow that the gate has not opened yet
@@ -77,6 +77,8 @@ class Relay:
         self._flows: dict[int, _Flow] = {}
         self._by_ends: dict[tuple[int, _Ends], _Flow] = {}
         self._gate_is_there = True
+        self._read_view = memoryview(bytearray(_READ))
+        self._read_views = [self._read_view[at : at + _PORT_READ] for at in range(0, _READ, _PORT_READ)]
         watcher.watch(port_fd, self._read_port)
         for sock in sockets.tcp:
             watcher.watch(sock.fileno(), partial(self._accept, sock))
@@ -100,19 +102,16 @@ class Relay:
     # the gate's side
 
     def _read_port(self, _mask: int) -> None:
-        for _ in range(_READS):
-            try:
-                data = os.read(self._port_fd, _READ)
-            except BlockingIOError:
-                return
-            if not data:
-                self._gate_is_there = False
-                return
-            for event in self._link.receive(data):
-                if (flow := self._flows.get(event.stream)) is not None:
-                    self._take(flow, event)
-            if len(data) < _PORT_READ:
-                return
+        try:
+            count = os.readv(self._port_fd, self._read_views)
+        except BlockingIOError:
+            return
+        if not count:
+            self._gate_is_there = False
+            return
+        for event in self._link.receive(self._read_view[:count]):
+            if (flow := self._flows.get(event.stream)) is not None:
+                self._take(flow, event)
 
     def _flush(self) -> None:
         before, wanted = self._link.pending(), select.EPOLLIN
@@ -135,8 +134,7 @@ class Relay:
         if event.kind == egress.OPENED:
             self._opened(flow, event.value)
         elif event.kind == egress.DATA:
-            flow.out += event.data
-            self._write(flow)
+            self._take_data(flow, event.data)
         elif event.kind == egress.FIN:
             flow.from_gate_ended = True
             self._write(flow)
@@ -147,6 +145,24 @@ class Relay:
         elif event.kind == egress.DATAGRAM and flow.sock is not None:
             with contextlib.suppress(OSError):
                 flow.sock.send(event.data)
+
+    def _take_data(self, flow: _Flow, data: bytes) -> None:
+        """Give the program bytes that have come; what it does not take at once waits."""
+        if not flow.out and flow.sock is not None:
+            try:
+                count = flow.sock.send(data)
+            except BlockingIOError:
+                count = 0
+            except OSError:
+                self._link.reset(flow.stream)
+                self._end(flow, reset=True)
+                return
+            self._link.consumed(flow.stream, count)
+            if count == len(data):
+                return
+            data = data[count:]
+        flow.out += data
+        self._watch(flow)
 
     def _opened(self, flow: _Flow, code: int) -> None:
         self._release(flow.held, _MARKS.get(code, firewall.HOST_UNREACHABLE))
@@ -239,7 +255,7 @@ class Relay:
 
     def _read(self, flow: _Flow) -> None:
         assert flow.sock is not None  # noqa: S101 - for the type checker
-        room = min(egress.DATA_MAX, self._link.window(flow.stream))
+        room = min(_CHUNK, self._link.window(flow.stream))
         if room and self._link.pending() <= _QUEUED_MAX:
             try:
                 data = flow.sock.recv(room)

@@ -85,9 +85,10 @@ class Inspector(Protocol):
         """Take the end of the client's bytes. Raises InspectionError where a message that is checked is incomplete."""
 
     def release(self) -> bytes:
-        """Return the held part of an unfinished first line of text: its client may be waiting for an answer.
+        """Return what is held of a start that is not decided yet: its client may be waiting for an answer.
 
-        It is judged all the same, with what follows.
+        It is judged all the same, with what follows. Nothing of a ClientHello is released, nor of what has to be TLS or
+        HTTP.
         """
 
 
@@ -309,15 +310,15 @@ class _Any:
         if self._stage is not None and not self._start:
             return self._rest(self._stage.feed(data))
         self._start += data
-        asked = b""
+        out = b""
         while self._stage is None and self._start[:_POSTGRES_SIZE] in _POSTGRES:
-            asked += self._start[:_POSTGRES_SIZE]
+            out += self._rest(bytes(self._start[:_POSTGRES_SIZE]))
             del self._start[:_POSTGRES_SIZE]
         self._stage = self._stage or self._choose(ended=False)
-        return asked if self._stage is None else asked + self._rest(self._stage.feed(self._take_start()))
+        return out if self._stage is None else out + self._rest(self._stage.feed(self._take_start()))
 
     def release(self) -> bytes:
-        if self._stage is not None or _OPEN_LINE.fullmatch(self._start) is None:
+        if self._stage is not None:
             return b""
         released = bytes(self._start[len(self._released) :])
         self._released += released

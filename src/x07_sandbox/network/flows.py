@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _CHUNK: Final = egress.DATA_MAX
 _LINGER: Final = struct.pack("ii", 1, 0)
-_RELEASE_S: Final = 0.02
+_RELEASE_S: Final = 0.003
 # Shared: asyncio fills it and hands it over before it asks for it again.
 _BUFFER: Final = bytearray(_CHUNK)
 

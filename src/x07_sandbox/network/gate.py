@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from x07_sandbox.network.rules import Allowlist, Decision, Transport
 
 FLOWS_MAX: Final = 256
-PENDING_MAX: Final = 64
+PENDING_MAX: Final = 128
 NAMES_MAX: Final = 1024
 NAMES_OF_WILDCARD: Final = 256
 HELD_MAX_BYTES: Final = 32 << 20  # with more in its memory, a gate opens no more connections

@@ -32,7 +32,12 @@ READY_S: Final = 20.0
 _END_S: Final = 5.0
 _ACCOUNT_MAX: Final = 4 << 20
 _SAID_MAX: Final = 4096
-_CODE: Final = "import sys; sys.path[:] = {paths!r}; from x07_sandbox.network.{module} import main; main()"
+# asyncio and msgspec do without these two, which take megabytes.
+_UNWANTED: Final = {"ssl": None, "typing_extensions": None}
+_CODE: Final = (
+    "import sys; sys.path[:] = {paths!r}; sys.modules.update({unwanted!r}); "
+    "from x07_sandbox.network.{module} import main; main()"
+)
 _NEEDED: Final = ("x07_sandbox", "msgspec", "idna", "h11")
 
 
@@ -146,7 +151,9 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
 
 
 def _start(kind: str, words: tuple[str, ...], fds: tuple[int, ...], said_fd: int) -> subprocess.Popen[bytes]:
-    code = _CODE.format(paths=_paths(), module="gate_process" if kind == "gate" else "resolver_process")
+    code = _CODE.format(
+        paths=_paths(), unwanted=_UNWANTED, module="gate_process" if kind == "gate" else "resolver_process"
+    )
     argv = [sys.executable, "-I", "-S", "-c", code, *words]
     try:
         return launch(Launch(argv=argv, pass_fds=fds, stderr_fd=said_fd))

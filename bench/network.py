@@ -1,0 +1,412 @@
+"""Compare the egress gate with QEMU's user networking and passt, and measure what the feature costs.
+
+    .venv/bin/python -m bench.network [--rounds 5] [--pairs 10] [--json FILE]
+
+The cases take turns, round after round: the same program measures, on the same QEMU, kernel and root file system,
+against the same servers, those of the laboratory of the tests. Needs root, passt, and the network for apt, which
+brings the kernel package: an image's initramfs has no driver for a network card.
+
+What differs: ours runs as `x07 run` runs a program (a cloned machine, jailed, under the program's filters and limits);
+the others are the same machine, booted, without the jail, and with a virtio-net card. slirp has its own MTU of 1500,
+passt the 65520 that it offers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import lzma
+import os
+import selectors
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from bench import network_guest
+from bench.ours import X07
+from tests.lab.laboratory import DNS_ADDRESS, GATE_ADDRESS, ROUTER, Laboratory
+from x07_sandbox.backends.qemu import machine as machines
+from x07_sandbox.backends.qemu.start import tsc_khz
+from x07_sandbox.guest.system import children_of  # of all threads of a process
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.images import cpio, kernel
+from x07_sandbox.images.build import build_image
+from x07_sandbox.images.store import find_image, image_is_current
+from x07_sandbox.plan.sizes import ram_class_bytes
+from x07_sandbox.policy import default_policy, render_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from x07_sandbox.images.store import Image
+
+NAME: Final = "raw.lab.example"
+PORTS: Final = (network_guest.ECHO, network_guest.DISCARD, network_guest.CHARGEN, network_guest.HTTP)
+DRIVER: Final = "virtio_net"
+OURS, SLIRP, PASST = "ours", "slirp", "passt"
+# Address, bits of the netmask, router, resolver, MTU.
+CARDS: Final = {SLIRP: "10.0.2.15,24,10.0.2.2,10.0.2.3,1500", PASST: f"{GATE_ADDRESS},24,{ROUTER},{DNS_ADDRESS},65520"}
+CASE_S: Final = 300.0
+BOOTS: Final = 3  # of a machine whose timer is measured wrong
+SAMPLE_S: Final = 0.05
+PAGE: Final = 4096
+MB: Final = 1e6
+ROWS: Final = (
+    ("up", "one flow up, MiB/s"),
+    ("down", "one flow down, MiB/s"),
+    ("look_up_ms", "look-up of a name, ms"),
+    ("connect_ms", "connect, ms"),
+    ("connect_p90_ms", "connect, ms, p90"),
+    ("echo_ms", "connect and echo of a byte, ms"),
+    ("echo_text_ms", "connect and echo of a letter, ms"),
+    ("many", f"{network_guest.FLOWS} downloads, MiB/s"),
+    ("complete", f"{network_guest.FLOWS} downloads, complete"),
+    ("last_s", f"{network_guest.FLOWS} downloads, seconds"),
+    ("fairness", "bytes of slowest / fastest"),
+)
+# Ours divided by another's: the least that is acceptable, and the goal.
+RATIOS: Final = (("up", 1.0, 2.0), ("down", 0.6, 1.0), ("many", None, None))
+CONNECT_MS: Final = 10.0  # most above another's
+MEMORY_MB: Final = (45, 30)  # of gate and resolver: bar, goal
+
+Figures = dict[str, Any]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="bench.network", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=10, help="of runs of a quiet program, without and with hosts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    options = parser.parse_args()
+    if reason := Laboratory.why_not():
+        raise SystemExit(reason)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp", prefix="x07-bench-")))
+        image = find_image(None)
+        if not image_is_current(image):
+            image = build_image(progress=lambda text: print(text, file=sys.stderr))
+        lab = stack.enter_context(Laboratory())
+        ours = Ours(lab, image, work)
+        card = Card(lab, image, work)
+        cases: dict[str, Callable[[], Figures]] = {OURS: ours.figures}
+        cases |= {name: partial(card.figures, name) for name in CARDS}
+        for hosts in (False, True):  # the first builds the program, and both save their machines
+            ours.quiet_s(hosts=hosts)
+        found: dict[str, list[Figures]] = {name: [] for name in cases}
+        for turn in range(options.rounds):
+            for name, case in cases.items():
+                sys.stderr.write(f"\rround {turn + 1} of {options.rounds}: {name}    ")
+                load = os.getloadavg()[0]
+                found[name].append(case() | {"load": load})
+        pairs = []
+        for turn in range(options.pairs):
+            sys.stderr.write(f"\rpair {turn + 1} of {options.pairs}           ")
+            pairs.append((ours.quiet_s(hosts=False), ours.quiet_s(hosts=True)))
+        sys.stderr.write("\n")
+    show(found, pairs)
+    if options.json is not None:
+        options.json.write_text(json.dumps({"figures": found, "quiet_s": pairs}, indent=1))
+
+
+class Ours:
+    """`x07 run` in the laboratory."""
+
+    def __init__(self, lab: Laboratory, image: Image, work: Path) -> None:
+        self.lab = lab
+        self.image = image
+        self.policy = work / "policy.json"
+        self.report = work / "report.json"
+        self.quiet = work / "quiet.py"
+        self.quiet.write_text("pass\n")
+        document = msgspec.to_builtins(default_policy())
+        document["limits"]["wall_ms"] = document["limits"]["cpu_ms"] = 600_000
+        self.policy.write_bytes(render_policy(document))
+
+    def _argv(self, program: str | Path, *, hosts: bool) -> list[str]:
+        argv = [*self.lab.gate_prefix, str(X07), "run", "--policy", str(self.policy), "--image", self.image.digest]
+        argv += ["--no-pool", "--report-out", str(self.report)]
+        argv += ["--allow-host", f"{NAME}:{','.join(map(str, PORTS))}"] if hosts else []
+        return [*argv, str(program)]
+
+    def _check(self, *, hosts: bool) -> None:
+        """Raise SystemExit where the run was not what it has to be."""
+        result = json.loads(self.report.read_bytes())
+        phase = result["phases"]["run"]
+        wrong = result["outcome"] != "ok" or phase["start"] != "clone" or (result["net"] is not None) != hosts
+        if wrong or result["isolation"] != "vm-emulated":  # the machines with cards know no other
+            raise SystemExit(f"not a run to measure: {result['reason']}, {phase['start']}, {result['isolation']}")
+
+    def quiet_s(self, *, hosts: bool) -> float:
+        """Seconds for a program that does nothing."""
+        begun = time.monotonic()
+        subprocess.run(self._argv(self.quiet, hosts=hosts), check=True, stdin=subprocess.DEVNULL)
+        seconds = time.monotonic() - begun
+        self._check(hosts=hosts)
+        return seconds
+
+    def figures(self) -> Figures:
+        """What the program measures, and the memory of gate and resolver."""
+        argv = [*self._argv(network_guest.__file__, hosts=True), "--", NAME]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+            assert process.stdout is not None
+            lines = Lines(process.stdout.fileno())
+            samples: dict[str, list[tuple[float, float]]] = {"rest": [], "many": []}
+            found: Figures | None = None
+            for line in lines.until_end():
+                found = line if line is not None else found
+                if lines.stage in samples and (sample := _memory_mb(process.pid)) is not None:
+                    samples[lines.stage].append(sample)
+            process.wait()
+        self._check(hosts=True)
+        if found is None:
+            raise SystemExit("ours: the program printed no figures")
+        for name, rows in samples.items():
+            if not rows:
+                raise SystemExit(f"ours: gate and resolver were not found at {name}")
+            for which, column in zip(("rss", "pss"), zip(*rows, strict=True), strict=True):
+                found[f"{name}_{which}_mb"] = max(column)
+        return found
+
+
+class Lines:
+    """What a measuring program prints, and at which stage it is."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.stage = ""
+        self.tail = b""
+
+    def until_end(self) -> Iterator[Figures | None]:
+        """Figures once they have come; None every SAMPLE_S. Raises SystemExit where it takes too long."""
+        deadline = time.monotonic() + CASE_S
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.fd, selectors.EVENT_READ)
+            while True:
+                if time.monotonic() > deadline:
+                    raise SystemExit(f"a case takes too long at {self.stage!r}: {self.tail[-2000:].decode()}")
+                if not selector.select(SAMPLE_S):
+                    yield None
+                    continue
+                try:
+                    data = os.read(self.fd, 65536)
+                except ConnectionResetError:
+                    data = b""
+                if not data:
+                    return
+                *whole, self.tail = (self.tail + data).split(b"\n")
+                for line in whole:
+                    yield self._take(line.decode("utf-8", "replace").strip())
+
+    def _take(self, line: str) -> Figures | None:
+        if line.startswith("stage "):
+            self.stage = line.removeprefix("stage ")
+        elif line.startswith(network_guest.PREFIX):
+            figures: Figures = json.loads(line.removeprefix(network_guest.PREFIX))
+            return figures
+        elif line:
+            print(line, file=sys.stderr)
+        return None
+
+
+def _memory_mb(runner: int) -> tuple[float, float] | None:
+    """RSS and PSS of a run's gate and resolver together; None while they are not both there."""
+    rss, pss, count = 0, 0, 0
+    pending = [runner]
+    try:
+        while pending:
+            pid = pending.pop()
+            pending += children_of(pid)
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"network.gate_process" in words or b"network.resolver_process" in words:
+                rows = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+                rss, pss, count = rss + _kib(rows["Rss"]), pss + _kib(rows["Pss"]), count + 1
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return (rss / MB, pss / MB) if count == 2 else None  # noqa: PLR2004 - gate and resolver
+
+
+def _kib(text: str) -> int:
+    return int(text.split(maxsplit=1)[0]) * 1024
+
+
+class Card:
+    """The same machine with a network card, its agent replaced by the measuring program."""
+
+    def __init__(self, lab: Laboratory, image: Image, work: Path) -> None:
+        self.lab = lab
+        self.image = image
+        self.initrd = work / "initrd.cpio"
+        program = io.BytesIO()
+        with zipfile.ZipFile(program, "w") as archive:
+            archive.write(network_guest.__file__, "__main__.py")
+        entries = [cpio.file("agent.zip", program.getvalue(), 0o400)]  # in place of the one that came before
+        for number, (name, data) in enumerate(card_modules(image.manifest.kernel_release, work)):
+            entries.append(cpio.file(f"modules/net/card-{number}-{name}.ko", data))
+        first = (image.folder / image.manifest.parts.initrd.file).read_bytes()
+        both = first + bytes(-len(first) % 4) + cpio.pack(entries)
+        tail = host_arch().initrd_tail_bytes or len(both)
+        self.initrd.write_bytes(both + bytes((tail - len(both)) % PAGE))
+
+    def figures(self, name: str) -> Figures:
+        """What the program measures in a machine whose card is that of *name*."""
+        for _ in range(BOOTS):
+            with contextlib.ExitStack() as stack:
+                if (found := self._try(name, stack)) is not None:
+                    return found
+        raise SystemExit(f"{name}: the machine never booted well")
+
+    def _try(self, name: str, stack: contextlib.ExitStack) -> Figures | None:
+        """Boot one; None where it ended without figures."""
+        ends = {end: _pair(stack) for end in ("channel", "net", "qmp", "console")}
+        with tempfile.TemporaryFile(dir="/var/tmp") as scratch:
+            scratch.truncate(self.image.manifest.scratch_disk.bytes)
+            theirs = {end: pair[1].fileno() for end, pair in ends.items()}
+            argv = self._argv(scratch.fileno(), theirs, CARDS[name])
+            passed = [scratch.fileno(), *theirs.values()]
+            if name == PASST:
+                near, far = (sock.fileno() for sock in _pair(stack))
+                stack.enter_context(self._running(["passt", "-f", "-q", "-4", "-F", str(far)], [far]))
+                argv += ["-netdev", f"stream,id=card,server=off,addr.type=fd,addr.str={near}"]
+                passed.append(near)
+            else:
+                argv += ["-netdev", "user,id=card,ipv6=off"]
+            stack.enter_context(self._running([*argv, "-device", "virtio-net-device,netdev=card"], passed))
+        for pair in ends.values():
+            pair[1].close()
+        found = None
+        for line in Lines(ends["console"][0].fileno()).until_end():
+            found = line if line is not None else found
+        return found
+
+    def _argv(self, scratch_fd: int, ends: dict[str, int], setting: str) -> list[str]:
+        """The machine's own command line, outside the jail."""
+        arch, parts = host_arch(), self.image.manifest.parts
+        machine = machines.Machine(
+            arch=arch,
+            ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes),
+            kvm_fd=None,
+            tsc_khz=tsc_khz(arch),
+            scratch_fd=scratch_fd,
+            channel_fd=ends["channel"],
+            net_fd=ends["net"],
+            qmp_fd=ends["qmp"],
+            console_fd=ends["console"],
+            mark="bench",
+        )
+        words = machines.kernel_command_line(machine)
+        changed = {
+            machines.KERNEL: str(self.image.folder / parts.kernel.file),
+            machines.ROOT: str(self.image.folder / parts.root.file),
+            machines.INITRD: str(self.initrd),
+            words: f"{words} {network_guest.CARD}{setting}",
+        }
+        argv = [changed.get(word, word) for word in machines.qemu_argv(machine)]
+        return [word.replace(f"={machines.ROOT}", f"={changed[machines.ROOT]}") for word in argv]
+
+    @contextlib.contextmanager
+    def _running(self, argv: list[str], passed: list[int]) -> Iterator[None]:
+        with subprocess.Popen([*self.lab.gate_prefix, *argv], pass_fds=passed, stdin=subprocess.DEVNULL) as process:
+            try:
+                yield
+            finally:
+                process.kill()
+
+
+def _pair(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    near, far = socket.socketpair()
+    stack.callback(near.close)
+    stack.callback(far.close)
+    return near, far
+
+
+def card_modules(release: str, work: Path) -> list[tuple[str, bytes]]:
+    """The driver of the card and what it needs, in the order of loading, from the kernel package of the image."""
+    folder = work / "kernel"
+    folder.mkdir(mode=0o755)
+    package = f"linux-image-{release}"
+    done = subprocess.run(["apt-get", "download", package], cwd=folder, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(
+            f"cannot get {package}: {done.stderr.strip()}\nRun x07 image build with a current package list"
+        )
+    (deb,) = folder.glob("*.deb")
+    tree = folder / "tree.tar"
+    with tree.open("wb") as file:
+        subprocess.run(["dpkg-deb", "--fsys-tarfile", str(deb)], check=True, stdout=file)
+    loaded: dict[str, bytes] = {}
+    depends: dict[str, list[str]] = {}
+    with tarfile.open(tree) as tar:
+        files = {kernel.module_name(member.name): member for member in tar if ".ko" in member.name}
+        pending = [DRIVER]
+        while pending:
+            name = pending.pop()
+            stored = tar.extractfile(files[name])
+            assert stored is not None
+            data = stored.read()
+            loaded[name] = lzma.decompress(data) if files[name].name.endswith(".xz") else data
+            depends[name] = [
+                kernel.module_name(one) for one in kernel.modinfo(loaded[name])["depends"].split(",") if one
+            ]
+            pending += depends[name]
+    return [(name, loaded[name]) for name in kernel.load_order([DRIVER], depends)]
+
+
+def show(found: dict[str, list[Figures]], pairs: list[tuple[float, float]]) -> None:
+    """The table, the ratios, and the bars."""
+    medians = {
+        case: {key: statistics.median(row[key] for row in rows) for key in rows[0] if key != "errors"}
+        for case, rows in found.items()
+    }
+    loads = [row["load"] for rows in found.values() for row in rows]
+    count = len(found[OURS])
+    print(f"medians of {count} rounds, {os.cpu_count()} cores, load {min(loads):.1f} to {max(loads):.1f}")
+    print(f"{'':34} {''.join(f'{case:>26}' for case in found)}")
+    for key, title in ROWS:
+        cells = [
+            f"{medians[case][key]:.2f} ({min(row[key] for row in rows):.2f}-{max(row[key] for row in rows):.2f})"
+            for case, rows in found.items()
+        ]
+        print(f"{title:34} {''.join(f'{cell:>26}' for cell in cells)}")
+    for case, rows in found.items():
+        if errors := sorted({error for row in rows for error in row["errors"]}):
+            print(f"errors, {case}: {', '.join(errors)}")
+    mine = medians[OURS]
+    for other in (SLIRP, PASST):
+        theirs = medians[other]
+        for key, bar, goal in RATIOS:
+            bars = "" if bar is None else f"   bar {bar}, goal {goal}"
+            print(f"{key + ', ours / ' + other:36} {mine[key] / theirs[key]:6.2f}{bars}")
+        for key in ("connect_ms", "echo_ms", "echo_text_ms"):
+            above = mine[key] - theirs[key]
+            bars = f"   bar {CONNECT_MS:.0f}" if key == "connect_ms" else ""
+            print(f"{key + ', ours above ' + other:36} {above:6.1f} ms{bars}")
+    for when in ("rest", "many"):
+        rss, pss = mine[f"{when}_rss_mb"], mine[f"{when}_pss_mb"]
+        print(
+            f"gate and resolver, {when}: RSS {rss:.1f} MB, PSS {pss:.1f} MB   bar {MEMORY_MB[0]}, goal {MEMORY_MB[1]}"
+        )
+    if pairs:
+        without, within = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
+        more = statistics.median((after - before) * 1000 for before, after in pairs)
+        print(
+            f"x07 run of a quiet program: {without:.0f} ms, with hosts {within:.0f} ms, median of pairs {more:+.0f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()
