@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import need
 from tests.lab.attacks.rows import (
     ENDS_RELAY,
     FRAME_ROWS,
@@ -46,11 +45,6 @@ MEMORY_MAX = 160 << 20
 @pytest.fixture(scope="module")
 def stage(lab: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """The laboratory, and an image whose programs are root of the guest."""
-    need(
-        os.access("/dev/kvm", os.W_OK),
-        "the attacks need hardware virtualization for their many machines",
-        installable=False,
-    )
     folder = tmp_path_factory.mktemp("attacks")
     folder.chmod(0o700)
     made = Stage(lab=lab, folder=folder, cache=make_cache(folder))

@@ -16,7 +16,7 @@ from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import DATA_MAX, HEADER, TCP, UDP, WINDOW, EgressLink, Event
 from x07_sandbox.errors import ChannelUsageError, PeerError
 
-QUARTER: Final = WINDOW // 4
+HALF: Final = WINDOW // 2
 
 
 def frame(kind: int, stream: int, payload: bytes = b"", *, code: int = 0, zero: int = 0) -> bytes:
@@ -277,7 +277,7 @@ def test_events_before_a_violation_count() -> None:
 
 def test_frames_that_cross_an_end_are_ignored() -> None:
     """What was on its way while a flow ended is dropped without an error, all types of frames."""
-    late = [frame(egress.DATA, 1, b"x"), credit(1, QUARTER), frame(egress.FIN, 1), frame(egress.RESET, 1)]
+    late = [frame(egress.DATA, 1, b"x"), credit(1, HALF), frame(egress.FIN, 1), frame(egress.RESET, 1)]
     gate = gate_with(TCP, UDP)
     gate.reset(1)
     gate.reset(2)
@@ -307,12 +307,12 @@ def test_small_frames_overtake_data_and_an_end_does_not() -> None:
     """Answers, credit and resets come before queued data; the end of a flow comes behind its own data."""
     guest, gate = both(TCP, TCP, TCP)
     waiting = guest.open(TCP, b"a.example", 443)
-    guest.send(3, bytes(QUARTER))
+    guest.send(3, bytes(HALF))
     passed(guest, gate)
     gate.send(1, bytes(3 * DATA_MAX))
     gate.finish(1)
     gate.opened(waiting)
-    gate.consumed(3, QUARTER)
+    gate.consumed(3, HALF)
     gate.reset(2)
     small = [(egress.OPENED, waiting), (egress.CREDIT, 3), (egress.RESET, 2)]
     kinds = [(event.kind, event.stream) for event in passed(gate, guest)]
@@ -331,18 +331,18 @@ def test_a_frame_that_was_begun_is_finished_first() -> None:
     assert [event.kind for event in events] == [egress.DATA, egress.RESET]
 
 
-def test_credit_comes_in_steps_of_a_quarter_window() -> None:
+def test_credit_comes_in_steps_of_half_a_window() -> None:
     """A reader's small steps cost no frame each, and none is lost."""
     guest, gate = both(TCP)
     assert guest.send(1, bytes(WINDOW + 1)) == WINDOW
     passed(guest, gate)
     assert guest.window(1) == 0
-    for _ in range(QUARTER - 1):
+    for _ in range(HALF - 1):
         gate.consumed(1, 1)
     assert gate.pending() == 0
     gate.consumed(1, 1)
     assert passed(gate, guest) == [Event(egress.CREDIT, 1)]
-    assert guest.window(1) == QUARTER
+    assert guest.window(1) == HALF
 
 
 def test_no_credit_is_sent_after_the_end() -> None:
@@ -419,7 +419,7 @@ def test_no_byte_is_lost_in_long_exchanges(flows: int, seed: int) -> None:
             case 1:
                 exchange.carry(side, choose.choice([1, 11, 4096, 1 << 17]))
             case _:
-                exchange.use(side, stream, choose.choice([1, 4096, QUARTER, WINDOW]))
+                exchange.use(side, stream, choose.choice([1, 4096, HALF, WINDOW]))
     for side, stream in exchange.sent:
         exchange.ends[side].finish(stream)
     exchange.settle()
@@ -430,7 +430,7 @@ def test_no_byte_is_lost_in_long_exchanges(flows: int, seed: int) -> None:
 
 @given(st.integers(1, 3), st.integers(0, 2**32))
 def test_windows_and_credit_add_up(flows: int, seed: int) -> None:
-    """Once all has been read, a sender's window is full but for less than a quarter, whose credit is still due."""
+    """Once all has been read, a sender's window is full but for less than a half, whose credit is still due."""
     choose = random.Random(seed)  # noqa: S311 - a test's
     exchange = Exchange(flows)
     for _ in range(40):
@@ -440,7 +440,7 @@ def test_windows_and_credit_add_up(flows: int, seed: int) -> None:
     for side, stream in exchange.sent:
         window = exchange.ends[side].window(stream)
         flow = exchange.ends["h" if side == "g" else "g"].flows[stream]
-        assert WINDOW - QUARTER < window <= WINDOW
+        assert WINDOW - HALF < window <= WINDOW
         assert window + flow.acknowledge == WINDOW
 
 
@@ -449,7 +449,7 @@ MEANT: Final = [
     *[frame(kind, stream) for kind in (egress.OPENED, egress.FIN, egress.RESET) for stream in (1, 2, 3)],
     *[frame(egress.DATA, stream, b"data") for stream in (1, 2, 3)],
     *[frame(egress.DATAGRAM, stream, b"data") for stream in (1, 2, 3)],
-    *[credit(stream, QUARTER) for stream in (1, 2, 3)],
+    *[credit(stream, HALF) for stream in (1, 2, 3)],
     frame(egress.DATA, 1, bytes(DATA_MAX)) * 8,
     frame(egress.TOLD, 0, b"\x06\x01\xbba.example"),
 ]

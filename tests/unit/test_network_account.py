@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from x07_sandbox.network import ledger
 from x07_sandbox.network.account import Contact, NetworkUse
 from x07_sandbox.network.ledger import LOG_MAX_BYTES, ROWS_MAX, Ledger
+from x07_sandbox.network.rules import make_allowlist
+from x07_sandbox.policy.default import default_policy
+from x07_sandbox.runs.egress import denials
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +29,12 @@ class Log:
     def __init__(self) -> None:
         self.now = 1000.0
         self.lines: list[bytes] = []
-        self.ledger = Ledger(self.lines.append, lambda: self.now)
+        self.ledger = Ledger(self.write, lambda: self.now)
+
+    def write(self, line: bytes) -> bool:
+        """Keep a line."""
+        self.lines.append(line)
+        return True
 
     def events(self) -> list[dict[str, Any]]:
         """The lines, read."""
@@ -173,3 +181,47 @@ def test_numbers_add_up(events: list[tuple[str, int, int]], most: int) -> None:
     assert sum(row.count for row in rows) + use.more == len(events)
     assert max(len(use.allowed), len(use.denied), len(use.failed)) <= most
     assert len([line for line in log.events() if line["event"] != "dropped"]) + use.log_dropped == len(events)
+
+
+def test_a_flood_of_refusals_hides_no_connection() -> None:
+    """A connection is in the log however many refusals there were, and the log ends with how many lines it lacks."""
+    log = Log()
+    for number in range(1000):
+        log.ledger.denied(contact(f"n{number}.example"))
+    log.ledger.allowed(contact("real.example"))
+    for number in range(10):
+        log.ledger.denied(contact(f"m{number}.example"))
+    use = log.ledger.use()
+    events = log.events()
+    assert [line["host"] for line in events if line["event"] == "open"] == ["real.example"]
+    assert events[-1]["event"] == "dropped"
+    assert sum(line["lines"] for line in events if line["event"] == "dropped") == use.log_dropped == 910
+
+
+def test_a_line_that_is_not_written_is_counted() -> None:
+    """Lines that a full disk takes away are counted like those that are left out."""
+    ledger = Ledger(lambda _: False, lambda: 0.0)
+    ledger.allowed(contact())
+    assert ledger.use().log_dropped == 1
+
+
+def test_what_is_left_out_of_denials_is_counted() -> None:
+    """A result has 64 refused connections at most, those with a port first, and the number of all others."""
+    log = Log()
+    for number in range(300):
+        log.ledger.denied(contact(f"n{number}.example", port=0, rule="net.allow_hosts"))
+    log.ledger.denied(contact("real.example", rule="tls:other-name", reason="it names another host"))
+    found, more = denials(log.ledger.use(), make_allowlist(default_policy()))
+    assert (found[0].subject, len(found), len(found) + more) == ("real.example:443", 64, 301)
+
+
+def test_a_refusal_names_the_setting_that_would_let_it() -> None:
+    """What only the user's settings open says so, with the line to write; what nothing opens says why."""
+    log = Log()
+    rules = {"10.0.0.1": "private", "169.254.169.254": "metadata"}
+    for host, rule in (*((host, f"deny-floor:{kind}") for host, kind in rules.items()), ("a.example", "tls:not-tls")):
+        log.ledger.denied(contact(host, rule=rule, reason="why"))
+    found, _ = denials(log.ledger.use(), make_allowlist(default_policy()))
+    settings = [denial.how_to_allow.setting if denial.how_to_allow else None for denial in found]
+    assert settings == ['allow_local = ["10.0.0.1:443"]', None, "opaque_ports = [443]"]
+    assert {denial.reason for denial in found} == {"why"}

@@ -378,9 +378,10 @@ class Lab(Waiting):
         self._stack.push_async_callback(_stop, made, relay)
         return made, relay, ledger
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, line: bytes) -> bool:
         self.log.append(json.loads(line))
         self.happened()
+        return True
 
     async def logged(self, event: str, count: int = 1) -> dict[str, Any]:
         """The line about the event of that number."""
@@ -1333,7 +1334,7 @@ async def test_a_gate_without_a_guest_waits_and_ends(monkeypatch: pytest.MonkeyP
     names = Resolver()
     try:
         dials = Dialler(allowlist, Names(names.gates, loop), loop)
-        made = Gate(allowlist, dials, Ledger(lambda _: None, loop.time), loop)
+        made = Gate(allowlist, dials, Ledger(lambda _: True, loop.time), loop)
         ticked = asyncio.Event()
         loop.call_later(0.01, ticked.set)
         await ticked.wait()

@@ -71,11 +71,11 @@ def test_wildcards_have_blocks_that_do_not_meet() -> None:
     """Each wildcard has 256 addresses of its own; one below another has the ports of both."""
     found = view(("*.b.a.example", (22,)), ("*.a.example", (80,)), ("*.xa.example", (443,)))
     assert found["wildcards"] == [
-        ["a.example", "198.19.0.0"],
-        ["b.a.example", "198.19.1.0"],
-        ["xa.example", "198.19.2.0"],
+        ["a.example", "198.18.4.0"],
+        ["b.a.example", "198.18.5.0"],
+        ["xa.example", "198.18.6.0"],
     ]
-    assert [ports(found["tcp"], f"198.19.{block}.255") for block in (0, 1, 2)] == [{80}, {22, 80}, {443}]
+    assert [ports(found["tcp"], f"198.18.{block}.255") for block in (4, 5, 6)] == [{80}, {22, 80}, {443}]
 
 
 def test_addresses_networks_and_ranges_have_their_ports() -> None:
@@ -181,4 +181,4 @@ def test_the_longest_list_fits() -> None:
     names = view(*((f"n{number}.example", (443,)) for number in range(256)))["names"]
     assert max(map(IPv4Address, names.values())) == IPv4Address("198.18.1.15")
     wildcards = view(*((f"*.n{number}.example", (443,)) for number in range(256)))["wildcards"]
-    assert max(IPv4Address(first) for _, first in wildcards) == IPv4Address("198.19.255.0")
+    assert max(IPv4Address(first) for _, first in wildcards) == IPv4Address("198.19.3.0")

@@ -188,3 +188,10 @@ def test_any_file_is_settings_or_our_error(data: bytes) -> None:
     """Whatever is in the file, it gives settings or an error of ours."""
     with contextlib.suppress(SandboxError):
         assert isinstance(parse_settings(data, "here"), NetSettings)
+
+
+def test_a_relative_place_for_settings_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XDG_CONFIG_HOME counts only as an absolute path: a folder that a command is started in opens nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", ".")
+    assert settings_file() == tmp_path / ".config/x07/sandbox.toml"

@@ -210,3 +210,13 @@ def test_a_wrong_question_about_a_connection_is_told(
     (tmp_path / "bad.json").write_bytes(WITH_HOST.replace(b"*.Example.org", b"*.org"))
     found = policy(tmp_path, "check", *words)
     assert (found[0], found[1], why in found[2]) == (code, "", True)
+
+
+def test_a_host_that_means_nothing_is_invalid(tmp_path: Path) -> None:
+    """`x07 policy check` says of a host that no run could use that the policy is invalid, and why."""
+    document = json.loads(WITH_HOST)
+    document["net"]["allow_hosts"][0]["host"] = "*.com"
+    (tmp_path / "p.json").write_text(json.dumps(document), encoding="utf-8")
+    code, out, err = policy(tmp_path, "check", "p.json")
+    assert code == 3
+    assert "$.net.allow_hosts[0]" in out + err

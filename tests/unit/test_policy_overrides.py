@@ -123,6 +123,15 @@ def test_a_denied_host_is_gone_whatever_allows_it() -> None:
     assert hosts_of(derived) == [("a.example", (1,)), ("10.1.2.3", (5,))]
 
 
+def test_a_gate_holds_what_a_policy_cannot_say() -> None:
+    """For a run, whose gate knows all denials, part of an allowed network may be denied: the policy keeps it all."""
+    base = with_hosts(("10.0.0.0/8", (443, 80)))
+    overrides = Overrides(deny_host=("10.1.2.3:443",))
+    derived = derive_policy(base, render_policy(base), "p", overrides, read_spec_file=lambda _: b"", gate=True)
+    assert hosts_of(derived) == [("10.0.0.0/8", (80, 443))]
+    assert derived.denied == {"10.1.2.3": {443}}
+
+
 def test_what_a_policy_cannot_deny_is_refused() -> None:
     """An address cannot be taken out of an allowed network: that is an error, never a deny that does not hold."""
     base = with_hosts(("10.0.0.0/8", (443, 80)))

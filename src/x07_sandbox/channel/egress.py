@@ -264,11 +264,11 @@ class EgressLink:
             self._queue(RESET, stream, code=code)
 
     def consumed(self, stream: int, count: int) -> None:
-        """Tell the peer, in steps of a quarter window, that *count* bytes were taken."""
+        """Tell the peer, in steps of half a window, that *count* bytes were taken."""
         if (flow := self.flows.get(stream)) is None or flow.ended_in:
             return
         flow.acknowledge += count
-        if flow.acknowledge >= WINDOW // 4:
+        if flow.acknowledge >= WINDOW // 2:
             self._queue(CREDIT, stream, _CREDIT.pack(flow.acknowledge))
             flow.may_come += flow.acknowledge
             flow.acknowledge = 0

@@ -11,6 +11,7 @@ from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import deliver, print_document, print_failure
 from x07_sandbox.cli.usage import add_document_flags, option, switch
 from x07_sandbox.errors import UsageError
+from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
@@ -134,6 +135,7 @@ _SEVERITY: Final = (0, INVALID, UNREADABLE)  # what could not even be looked at 
 def _checked(name: str) -> CheckedFile:
     try:
         policy, _ = read_policy(name)
+        make_allowlist(policy)
     except PolicyError as exc:
         return CheckedFile(file=name, status="invalid", problems=exc.problems, text=str(exc))
     except UsageError as exc:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from x07_sandbox.network.rules import decide, make_allowlist, parse_request
+from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
 from x07_sandbox.network.settings import read_settings
 from x07_sandbox.reports.policies import HostReport
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def host_report(policy: Policy, source: str, endpoint: str, transport: Transport) -> HostReport:
     """Decide about a connection. source: the policy as the user named it. Raises UsageError, PolicyError."""
     request = parse_request(endpoint, transport)
-    decision = decide(make_allowlist(policy, settings=read_settings()), request)
+    # A loopback address is the program's own: the gate is not asked, whatever the settings open for names.
+    own = not isinstance(request.host, str) and request.host.is_loopback
+    settings = NetSettings() if own else read_settings()
+    decision = decide(make_allowlist(policy, settings=settings), request)
     return HostReport(
         policy=source,
         policy_id=policy.policy_id,

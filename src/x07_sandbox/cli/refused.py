@@ -84,7 +84,7 @@ def _speaks_of_policy(result: Result) -> bool:
     advice = [denial.how_to_allow for denial in result.denials if denial.action == _CHANGE]
     if result.outcome != "ok":
         advice += [denial.how_to_allow for denial in _told_of(result)[:_SHOWN]] + [hint.how for hint in result.hints]
-    return any(one is not None and not one.flag for one in advice)
+    return any(one is not None and not (one.flag or one.setting) for one in advice)
 
 
 def _hint(hint: Hint) -> str:
@@ -97,13 +97,18 @@ def _hint(hint: Hint) -> str:
 
 def _line(denial: Denial) -> str:
     times = f" ({denial.count} times)" if denial.count > 1 else ""
-    return f"refused: {denial.action} {denial.subject}{times}{how(denial.how_to_allow, denial.field)}"
+    why = f" ({denial.reason})" if denial.reason else ""
+    if denial.field == "limit":
+        return f"refused: {denial.action} {denial.subject}{times}{why}"
+    return f"refused: {denial.action} {denial.subject}{times}{why}{how(denial.how_to_allow, denial.field)}"
 
 
 def how(allowing: HowToAllow | None, field: str = "") -> str:
     """What would allow it, as the end of a line. field: what refused it, where that is known."""
     if allowing is None:
         return "; nothing allows it"
+    if allowing.setting:
+        return f"; [net] {allowing.setting} in your settings lets it"
     if allowing.flag:
         return f"; {allowing.flag} lets it"
     # A policy may need another field first: what comes then is told by the next run.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.firewall import Sockets
     from x07_sandbox.guest.netlink import Held
 
-_READ: Final = 64 * 1024
+_READ: Final = 128 * 1024
 _PORT_READ: Final = 4096  # bytes that the console driver gives for each buffer, so a read has many of them (measured)
 _CHUNK: Final = egress.DATA_MAX - egress.HEADER.size  # a frame of it is one write of the most that the driver takes
 _QUEUED_MAX: Final = 64 * 1024  # bytes for the gate: with more, sockets are not read

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from x07_sandbox.network.names import Address
     from x07_sandbox.network.rules import Allowlist, Decision
 
-LOOK_UP_S: Final = 5.0
+LOOK_UP_S: Final = resolver.LATE_S
 _CACHE_S: Final = 10.0
 _CACHED_MAX: Final = 256
 _TRIES: Final = 3

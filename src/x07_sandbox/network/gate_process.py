@@ -77,12 +77,12 @@ def _fail(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     os._exit(BUG)
 
 
-def _write(fd: int, line: bytes) -> None:
-    """Append to the log; a full disk costs lines, nothing else."""
+def _write(fd: int, line: bytes) -> bool:
+    """Append to the log, and say whether that was done: a full disk costs lines, nothing else."""
     try:
-        os.write(fd, line)
+        return os.write(fd, line) == len(line)
     except OSError:
-        return
+        return False
 
 
 def _hear(control: socket.socket, gate: Gate, finished: asyncio.Event) -> None:

@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
+from x07_sandbox.errors import UsageError
 from x07_sandbox.network.names import Wildcard, matches
 from x07_sandbox.policy.hosts import Addresses
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from x07_sandbox.network.rules import Allowlist, Entry
 
 _FIRST_NAME: Final = int(IPv4Address("198.18.0.16"))  # 198.18.0.1 is where a program's connections come from
-_FIRST_BLOCK: Final = int(IPv4Address("198.19.0.0"))
+_FIRST_BLOCK: Final = int(IPv4Address("198.18.4.0"))
 _BLOCK: Final = 256
 _SYNTHETIC: Final = tuple(int(IPv4Network("198.18.0.0/15")[at]) for at in (0, -1))
 _V4: Final = 4
@@ -27,12 +28,15 @@ _V6: Final = 6
 
 
 def guest_view(allowlist: Allowlist) -> dict[str, Any]:
-    """Return `network` of START (docs/guest-channel.md)."""
+    """Return `network` of START (docs/guest-channel.md). Raises UsageError for more names than can have an address."""
     net = allowlist.policy.net
     names = sorted({entry.what for entry in allowlist.entries if isinstance(entry.what, str)})
     suffixes = sorted({entry.what.suffix for entry in allowlist.entries if isinstance(entry.what, Wildcard)})
     if not net.allow_dns:
         names, suffixes = [], []
+    if _FIRST_BLOCK + len(suffixes) * _BLOCK - 1 > _SYNTHETIC[1] or _FIRST_NAME + len(names) > _FIRST_BLOCK:
+        fix = "List fewer names, or a shorter suffix for several of them"
+        raise UsageError("cannot use the policy", "it lists more names than there are addresses for", fix)
     exact = {name: _FIRST_NAME + number for number, name in enumerate(names)}
     blocks = {suffix: _FIRST_BLOCK + number * _BLOCK for number, suffix in enumerate(suffixes)}
     tcp, udp = _Ports(), _Ports()

@@ -26,13 +26,17 @@ _Key = tuple[str, int, str, str, str, str, str]
 
 
 class Ledger:
-    """The account of one gate. write: takes each line. now: seconds, from a clock that never goes back."""
+    """The account of one gate. now: seconds, from a clock that never goes back.
 
-    def __init__(self, write: Callable[[bytes], object], now: Callable[[], float]) -> None:
+    write: takes each line, and says whether all of it was written. Refusals have a rate of their own, so that no flood
+    of them keeps a connection out of the log.
+    """
+
+    def __init__(self, write: Callable[[bytes], bool], now: Callable[[], float]) -> None:
         self._write = write
         self._now = now
         self._began = now()
-        self._tokens = float(_BURST)
+        self._tokens = {"denied": float(_BURST), "other": float(_BURST)}
         self._filled_at = self._began
         self._bytes = 0
         self._unwritten = 0  # since the last line
@@ -63,7 +67,8 @@ class Ledger:
         self._line("closed", contact, sent_bytes=sent_bytes, received_bytes=received_bytes)
 
     def use(self) -> NetworkUse:
-        """Return the account."""
+        """Return the account; the log ends with it."""
+        self._tell_dropped()
         return NetworkUse(
             allowed=_rows(self._allowed),
             denied=_rows(self._denied),
@@ -76,7 +81,8 @@ class Ledger:
         key = _key(contact)
         counters = table.get(key)
         if counters is None:
-            if len(table) >= ROWS_MAX:
+            # Names that were only looked up, which are cheap to make up, leave room for connections.
+            if len(table) >= (ROWS_MAX if contact.port else ROWS_MAX // 2):
                 self._more += 1
                 return [0, 0, 0]
             counters = table[key] = [0, 0, 0]
@@ -85,26 +91,31 @@ class Ledger:
 
     def _line(self, event: str, contact: Contact, **more: int) -> None:
         now = self._now()
-        self._tokens = min(_BURST, self._tokens + (now - self._filled_at) * _LINES_S)
+        for kind, tokens in self._tokens.items():
+            self._tokens[kind] = min(_BURST, tokens + (now - self._filled_at) * _LINES_S)
         self._filled_at = now
-        if self._tokens < 1 or self._bytes > LOG_MAX_BYTES:
+        kind = "denied" if event == "denied" else "other"
+        if self._tokens[kind] < 1 or self._bytes > LOG_MAX_BYTES:
             self._unwritten += 1
             self._dropped += 1
             return
-        self._tokens -= 1
-        if self._unwritten:
-            self._put({"event": "dropped", "lines": self._unwritten})
-            self._unwritten = 0
+        self._tokens[kind] -= 1
+        self._tell_dropped()
         host, port, transport, rule, reason, address, tls_name = _key(contact)
         said = {"host": host, "port": port, "transport": transport, "rule": rule}
         perhaps = {"reason": reason, "address": address, "tls_name": tls_name}
         said |= {key: value for key, value in perhaps.items() if value}
         self._put({"event": event, **said, **more})
 
+    def _tell_dropped(self) -> None:
+        if self._unwritten:
+            self._put({"event": "dropped", "lines": self._unwritten})
+            self._unwritten = 0
+
     def _put(self, said: dict[str, Any]) -> None:
         line = json.dumps({"ms": round((self._now() - self._began) * 1000), **said}).encode("ascii") + b"\n"
         self._bytes += len(line)
-        self._write(line)
+        self._dropped += not self._write(line)
 
 
 def _key(contact: Contact) -> _Key:

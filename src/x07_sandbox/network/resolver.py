@@ -13,6 +13,7 @@ import queue
 import socket
 import struct
 import threading
+import time
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Final
 
@@ -26,7 +27,8 @@ ANSWER_MAX: Final = NUMBER.size + 1 + 17 * ADDRESSES_MAX
 FOUND: Final = 0
 NO_NAME: Final = 1
 FAILED: Final = 2
-_WORKERS: Final = 8
+LATE_S: Final = 5.0  # after which the gate does not wait for an answer any more
+_WORKERS: Final = 32
 _V4: Final = 4
 _V6: Final = 6
 
@@ -74,17 +76,19 @@ def look_up(name: str) -> tuple[int, list[Address]]:
 
 
 def serve(sock: socket.socket) -> None:
-    """Answer until the gate is gone. A name that takes long holds up at most one of the workers."""
-    waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    """Answer until the gate is gone. A name that takes long holds up at most one of the workers, for some seconds."""
+    waiting: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
     for _ in range(_WORKERS):
         threading.Thread(target=_work, args=(sock, waiting), daemon=True).start()
     while data := sock.recv(REQUEST_MAX):
-        waiting.put(data)
+        waiting.put((time.monotonic(), data))
 
 
-def _work(sock: socket.socket, waiting: queue.SimpleQueue[bytes]) -> None:
+def _work(sock: socket.socket, waiting: queue.SimpleQueue[tuple[float, bytes]]) -> None:
     while True:
-        data = waiting.get()
+        asked_at, data = waiting.get()
+        if time.monotonic() - asked_at > LATE_S:  # else names that nobody answers would keep out all others
+            continue
         number = NUMBER.unpack_from(data)[0]
         status, addresses = look_up(data[NUMBER.size :].decode("ascii"))
         sock.send(encode_answer(number, status, addresses))

@@ -23,7 +23,8 @@ _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
 
 def settings_file() -> Path:
     """XDG_CONFIG_HOME/x07/sandbox.toml, else ~/.config/x07/sandbox.toml. Raises HostError without a home."""
-    if config := os.environ.get("XDG_CONFIG_HOME"):
+    config = os.environ.get("XDG_CONFIG_HOME", "")
+    if config.startswith("/"):  # the XDG specification: any other is ignored
         return Path(config) / "x07" / "sandbox.toml"
     home = os.environ.get("HOME")
     if not home:

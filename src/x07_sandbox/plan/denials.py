@@ -8,11 +8,15 @@ import msgspec
 
 
 class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What would allow it: a value of the policy, null where only a flag does, and the flag where there is one."""
+    """What would allow it: a value of the policy, null where something else does, and the flag where there is one.
+
+    setting: a line of the user's own settings (docs/network.md), where only that allows it.
+    """
 
     json_path: str | None
     value: Any
     flag: str | None = None
+    setting: str | None = None
 
 
 class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -22,7 +26,7 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         `reserved`, which no policy decides.
     subject: what it was about: a path as the program sees it, with a slash at its end where something new was to be
         made in that folder. count: how often, as far as it was seen.
-    how_to_allow: null where nothing allows it.
+    how_to_allow: null where nothing allows it. reason: why, as a clause; empty where the field says it.
     """
 
     field: str
@@ -32,6 +36,7 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     observed_by: Literal["host", "guest"]
     count: int
     how_to_allow: HowToAllow | None
+    reason: str = ""
 
 
 class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

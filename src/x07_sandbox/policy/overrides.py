@@ -96,12 +96,19 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def derive_policy(
-    base: Policy, base_bytes: bytes, base_path: str, overrides: Overrides, *, read_spec_file: ReadFile
+    base: Policy,
+    base_bytes: bytes,
+    base_path: str,
+    overrides: Overrides,
+    *,
+    read_spec_file: ReadFile,
+    gate: bool = False,
 ) -> Derived:
     """*base* with *overrides* applied; a denied host stays denied, whatever allows it.
 
     base_bytes: the base as it was read. base_path: names it for people. read_spec_file: gives the bytes of a file of
-    specs, bounded, or raises UsageError. Raises UsageError for the first flag that cannot be applied.
+    specs, bounded, or raises UsageError. gate: whether an egress gate holds the denials too, so that a part of a
+    network may be denied. Raises UsageError for the first flag that cannot be applied.
     """
     _need_sections(base, overrides)
     asked = _Asked(
@@ -116,7 +123,7 @@ def derive_policy(
         base,
         policy_id=base.policy_id[: _ID_MAX_BYTES - len(mark)] + mark,
         notes=_notes(base, base_path, digest),
-        net=_net(base.net, asked, raise_dns=overrides.allows) if overrides.hosts else base.net,
+        net=_net(base.net, asked, raise_dns=overrides.allows, gate=gate) if overrides.hosts else base.net,
         fs=replace(
             base.fs,
             read_roots=_joined("--allow-read-root", base.fs.read_roots, asked.read_roots),
@@ -224,13 +231,13 @@ def _denied(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set[
     return found
 
 
-def _net(net: Net, asked: _Asked, *, raise_dns: bool) -> Net:
+def _net(net: Net, asked: _Asked, *, raise_dns: bool, gate: bool) -> Net:
     hosts: dict[str, set[int]] = {}
     for entry in net.allow_hosts:
         hosts.setdefault(entry.host.encode().lower().decode(), set()).update(entry.ports)
     for host, more in asked.allow.items():
         hosts.setdefault(host, set()).update(more)
-    _deny(hosts, asked.deny)
+    _deny(hosts, asked.deny, gate=gate)
     left = {host: tuple(sorted(ports)) for host, ports in hosts.items() if ports}
     for host, kept in left.items():
         if len(kept) > _PORTS_MAX:
@@ -243,8 +250,8 @@ def _net(net: Net, asked: _Asked, *, raise_dns: bool) -> Net:
     return replace(net, allow_dns=allow_dns, allow_hosts=entries)
 
 
-def _deny(hosts: dict[str, set[int]], deny: Mapping[str, set[int] | None]) -> None:
-    """Take from *hosts* what is denied. Raises UsageError where a policy could not say what would be left."""
+def _deny(hosts: dict[str, set[int]], deny: Mapping[str, set[int] | None], *, gate: bool) -> None:
+    """Take from *hosts* what is denied. Raises UsageError where only a gate could hold what would be left."""
     names: dict[Addresses | str, list[str]] = {}
     for host in hosts:
         names.setdefault(meaning(host), []).append(host)
@@ -257,7 +264,7 @@ def _deny(hosts: dict[str, set[int]], deny: Mapping[str, set[int] | None]) -> No
             for host in names.get(token, ()):
                 if cover == "whole":
                     hosts[host] = set() if ports is None else hosts[host] - ports
-                elif cover == "part":
+                elif cover == "part" and not gate:
                     partly.append((denied, ports, host))
     for denied, ports, host in partly:
         if hosts[host] if ports is None else hosts[host] & ports:

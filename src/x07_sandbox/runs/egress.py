@@ -14,7 +14,7 @@ from x07_sandbox.network.names import parse_host
 from x07_sandbox.network.processes import GateConfig, gate_running
 from x07_sandbox.network.rules import Allowlist, Request, decide, make_allowlist
 from x07_sandbox.network.settings import read_settings
-from x07_sandbox.plan.denials import Denial
+from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.runs.folder import NET_LOG
 
 if TYPE_CHECKING:
@@ -56,35 +56,52 @@ def gate_of(egress: Egress, folder: Path) -> Iterator[GateProcess]:
         os.close(log_fd)
 
 
-def denials(net: NetworkUse, allowlist: Allowlist) -> list[Denial]:
-    """What the gate has refused, each with what would allow it."""
-    return [_denial(contact, allowlist) for contact in net.denied[:_DENIALS_MAX]]
+def denials(net: NetworkUse, allowlist: Allowlist) -> tuple[list[Denial], int]:
+    """What the gate has refused, each with what would allow it, and how many refusals are not among them.
+
+    Connections come before names that were only looked up.
+    """
+    found = sorted(net.denied, key=lambda contact: contact.port == 0)
+    return [_denial(contact, allowlist) for contact in found[:_DENIALS_MAX]], len(found[_DENIALS_MAX:]) + net.more
 
 
 def _denial(contact: Contact, allowlist: Allowlist) -> Denial:
+    where = f"{contact.host}:{contact.port}" if contact.port else contact.host
+    action, subject = "connect", where if contact.transport == "tcp" else f"{where} ({contact.transport})"
     if contact.rule == "frames":
-        return Denial(
-            field=contact.rule,
-            action="break the protocol of the egress gate",
-            subject=contact.reason,
-            enforced_by="egress gate",
-            observed_by="host",
-            count=contact.count,
-            how_to_allow=None,
-        )
-    how = None
+        action, subject = "break", "the protocol of the egress gate"
+    elif not contact.port:
+        action = "look up"
+    return Denial(
+        field=contact.rule,
+        action=action,
+        subject=subject,
+        enforced_by="egress gate",
+        observed_by="host",
+        count=contact.count,
+        how_to_allow=_how(contact, allowlist),
+        reason="" if contact.rule.startswith("net.") else contact.reason,
+    )
+
+
+def _how(contact: Contact, allowlist: Allowlist) -> HowToAllow | None:
+    """What would allow it: the list, or a setting of the user's."""
+    if setting := _setting(contact):
+        return HowToAllow(json_path=None, value=None, setting=setting)
     # A host that is not even a host has nothing that allows it; nor has one that the list allows.
     with contextlib.suppress(UsageError):
         port = contact.port or _LIKELY_PORT  # a name that was looked up has none
         request = Request(host=parse_host(contact.host), port=port, transport=contact.transport)
-        how = decide(allowlist, request).how_to_allow
-    where = f"{contact.host}:{contact.port}" if contact.port else contact.host
-    return Denial(
-        field=contact.rule,
-        action="connect" if contact.port else "look up",
-        subject=where if contact.transport == "tcp" else f"{where} ({contact.transport})",
-        enforced_by="egress gate",
-        observed_by="host",
-        count=contact.count,
-        how_to_allow=how,
-    )
+        return decide(allowlist, request).how_to_allow
+    return None
+
+
+def _setting(contact: Contact) -> str:
+    """The line of [net] in the user's settings that would let it, if one does."""
+    kind, _, what = contact.rule.partition(":")
+    if kind in {"tls", "http", "first-bytes", "udp-443"}:
+        return f"opaque_ports = [{contact.port}]"
+    if kind == "deny-floor" and what in {"private", "shared", "link-local"}:
+        address = contact.address or contact.host
+        return f'allow_local = ["{Request(host=parse_host(address), port=contact.port)}"]'
+    return ""

@@ -218,7 +218,7 @@ def policy_in_force(request: RunRequest) -> InForce:
     if request.overrides is not None:
         from x07_sandbox.policy.overrides import derive_policy
 
-        derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file)
+        derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file, gate=True)
         policy, data, denied = derived.policy, derived.data, derived.denied
     own_wall_ms = policy.limits.wall_ms
     if request.wall_ms is None or request.wall_ms >= own_wall_ms:

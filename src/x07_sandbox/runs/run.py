@@ -230,7 +230,9 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
     if end.net is not None and prepared.egress is not None:
         from x07_sandbox.runs.egress import denials as denied_connections
 
-        denials += denied_connections(end.net, prepared.egress.allowlist)
+        connections, more = denied_connections(end.net, prepared.egress.allowlist)
+        denials += connections
+        draft = replace(draft, denials_lost=draft.denials_lost + more)
     if tasks:
         denials.append(observed.more_tasks(policy, run_limits(policy).max_live, tasks))
     if disk:
