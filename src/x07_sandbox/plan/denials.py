@@ -23,7 +23,7 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """One thing that the program tried, or the policy asked for, and did not get.
 
     field: the policy's; or `permissions`, `system-calls`, `scratch`, `output`, `secrets`, `protected`, `kind`,
-        `reserved`, which no policy decides.
+        `reserved`, which no policy decides; of a connection, the id of the rule that refused it.
     subject: what it was about: a path as the program sees it, with a slash at its end where something new was to be
         made in that folder. count: how often, as far as it was seen.
     how_to_allow: null where nothing allows it. reason: why, as a clause; empty where the field says it.
