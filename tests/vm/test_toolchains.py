@@ -654,7 +654,7 @@ def test_variables_that_a_policy_denies_are_refused(sandbox: Sandbox) -> None:
         (denial,) = result["denials"]
         (field,) = changes
         assert (denial["field"], denial["observed_by"]) == (field, "host")
-        assert denial["how_to_allow"] == {"json_path": f"$.{field}", "value": value, "flag": None}
+        assert denial["how_to_allow"] == {"json_path": f"$.{field}", "value": value, "flag": None, "setting": None}
 
 
 # builds that do not end well
