@@ -11,7 +11,6 @@ import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from x07_sandbox.errors import BackendError, HostError
-from x07_sandbox.host import forks
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import Identity, children_of, identify, own_identity, wait_gone
 from x07_sandbox.host.waiting import readable
@@ -22,29 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from x07_sandbox.backends.base import StartMode
+    from x07_sandbox.host.forks import Given
     from x07_sandbox.jobs.record import JobRecord
 
 _J = TypeVar("_J", bound="Jailed")
 _SETUP_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 0.0003
 _GONE_S: Final = 10.0
-
-
-class Given:
-    """Descriptors that are closed together, exactly once; a forked child has none of them."""
-
-    def __init__(self) -> None:
-        self._fds: list[int] = []
-
-    def add(self, owned_fd: int) -> int:
-        """One more, which is given back."""
-        self._fds.append(forks.keep(owned_fd))
-        return owned_fd
-
-    def close(self) -> None:
-        """Close them; a second call does nothing."""
-        while self._fds:
-            forks.close(self._fds.pop())
 
 
 def socket_ends(stack: contextlib.ExitStack, given: Given) -> tuple[int, int]:

@@ -28,13 +28,8 @@ def write_files(options: argparse.Namespace, result: Result, artifact: OutFile |
     if artifact is not None and artifact.complete:
         with noted(unwritten):
             write_executable(options.compiled_out, artifact)
-    if options.diff is not None:
-        with noted(unwritten):
-            write_diff(options.diff, result)
+    write_records(options, result, unwritten)
     told = with_unwritten(result, unwritten)
-    if options.net_log is not None:
-        with noted(unwritten):
-            write_net_log(options.net_log, result)
     if options.report_out is not None:
         with noted(unwritten):
             write_bytes(options.report_out, render_json(told))
@@ -45,6 +40,14 @@ def write_net_log(path: Path, result: Result) -> None:
     """Write a run's log of connections, which is empty where it could have none. Raises OSError, SandboxError."""
     log = all_runs() / result.run / NET_LOG
     write_bytes(path, log.read_bytes() if log.is_file() else b"")
+
+
+def write_records(options: argparse.Namespace, result: Result, unwritten: list[str]) -> None:
+    """Write changes and log of connections where flags ask for them. unwritten: gets a line for each failure."""
+    for path, write in ((options.diff, write_diff), (options.net_log, write_net_log)):
+        if path is not None:
+            with noted(unwritten):
+                write(path, result)
 
 
 def write_diff(path: Path, result: Result) -> None:

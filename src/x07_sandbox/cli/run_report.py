@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.console import put, say
 from x07_sandbox.cli.run_failure import print_failure, write_failure
-from x07_sandbox.cli.run_outputs import write_diff, write_net_log
+from x07_sandbox.cli.run_outputs import write_records
 from x07_sandbox.cli.written import noted, write_bytes
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
@@ -101,12 +101,7 @@ def run_with_report(
     )
     result, report = run_and_report(request, wanted, stack, say)
     unwritten: list[str] = []
-    if options.diff is not None:
-        with noted(unwritten):
-            write_diff(options.diff, result)
-    if options.net_log is not None:
-        with noted(unwritten):
-            write_net_log(options.net_log, result)
+    write_records(options, result, unwritten)
     told = report if options.artifact is None else flat_report(report)
     text = render_json(told if options.report != "wrapped" else wrap(told, target_of(program, request.program, told)))
     if options.report_out is not None:

@@ -185,8 +185,8 @@ class Job:
 
     def _relay_fd(self) -> int:
         """What tells of the relay's end, while the program runs."""
-        running = self.started and self.place.relay is not None and self.link.state is State.RUNNING
-        return self.place.relay.told_fd if running and self.place.relay is not None else -1
+        relay = self.place.relay
+        return relay.told_fd if relay is not None and self.started and self.link.state is State.RUNNING else -1
 
     def handle(self, fd: int, mask: int) -> None:
         """One of those descriptors is ready."""

@@ -149,20 +149,25 @@ class Relay:
     def _take_data(self, flow: _Flow, data: bytes) -> None:
         """Give the program bytes that have come; what it does not take at once waits."""
         if not flow.out and flow.sock is not None:
-            try:
-                count = flow.sock.send(data)
-            except BlockingIOError:
-                count = 0
-            except OSError:
-                self._link.reset(flow.stream)
-                self._end(flow, reset=True)
-                return
-            self._link.consumed(flow.stream, count)
-            if count == len(data):
+            count = self._give(flow, flow.sock, data)
+            if count is None or count == len(data):
                 return
             data = data[count:]
         flow.out += data
         self._watch(flow)
+
+    def _give(self, flow: _Flow, sock: socket.socket, data: bytes | bytearray) -> int | None:
+        """Send the program bytes, and return how many it took; None where it has gone, and the flow with it."""
+        try:
+            count = sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._link.reset(flow.stream)
+            self._end(flow, reset=True)
+            return None
+        self._link.consumed(flow.stream, count)
+        return count
 
     def _opened(self, flow: _Flow, code: int) -> None:
         self._release(flow.held, _MARKS.get(code, firewall.HOST_UNREACHABLE))
@@ -277,16 +282,10 @@ class Relay:
         if flow.sock is None:
             return
         if flow.out:
-            try:
-                count = flow.sock.send(flow.out)
-            except BlockingIOError:
-                count = 0
-            except OSError:
-                self._link.reset(flow.stream)
-                self._end(flow, reset=True)
+            count = self._give(flow, flow.sock, flow.out)
+            if count is None:
                 return
             del flow.out[:count]
-            self._link.consumed(flow.stream, count)
         if flow.from_gate_ended and not flow.out:
             with contextlib.suppress(OSError):
                 flow.sock.shutdown(socket.SHUT_WR)

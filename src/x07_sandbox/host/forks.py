@@ -39,6 +39,23 @@ def forget(fd: int) -> None:
     _ours.discard(fd)
 
 
+class Given:
+    """Descriptors that are closed together, exactly once; a forked child has none of them."""
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+
+    def add(self, owned_fd: int) -> int:
+        """One more, which is given back."""
+        self._fds.append(keep(owned_fd))
+        return owned_fd
+
+    def close(self) -> None:
+        """Close them; a second call does nothing."""
+        while self._fds:
+            close(self._fds.pop())
+
+
 def none_meanwhile() -> contextlib.AbstractContextManager[object]:
     """Around subprocess.Popen, which waits for the end of a pipe that a child forked meanwhile would hold open."""
     return _starting

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import socket
 import struct
-from typing import TYPE_CHECKING, Final
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Final, Protocol
 
 from x07_sandbox.channel import egress
 from x07_sandbox.network.first_bytes import InspectionError
@@ -18,14 +19,13 @@ if TYPE_CHECKING:
     from x07_sandbox.network.account import Contact
     from x07_sandbox.network.first_bytes import Inspector
 
-_CHUNK: Final = egress.DATA_MAX
 _LINGER: Final = struct.pack("ii", 1, 0)
 _RELEASE_S: Final = 0.003
 # Shared: asyncio fills it and hands it over before it asks for it again.
-_BUFFER: Final = bytearray(_CHUNK)
+_BUFFER: Final = bytearray(egress.DATA_MAX)
 
 
-class Flow:
+class Flow(ABC):
     """What all flows have.
 
     counters: as the ledger keeps them. touched: when something last came, in seconds. lost: the far end is closed.
@@ -46,13 +46,13 @@ class Flow:
         self.counters[1] += sent
         self.counters[2] += received
 
+    @abstractmethod
     def from_guest(self, data: bytes) -> None:
         """Take bytes, or a datagram, of the program."""
-        raise NotImplementedError
 
+    @abstractmethod
     def abort(self) -> None:
         """Close the far end at once."""
-        raise NotImplementedError
 
 
 class TcpFlow(Flow, asyncio.BufferedProtocol):
@@ -267,23 +267,21 @@ class UdpFlow(Flow, asyncio.DatagramProtocol):
         self.transport.abort()
 
 
-class Gatekeeper:
+class Gatekeeper(Protocol):
     """What a flow needs of its gate."""
 
-    now: Callable[[], float]
+    @property
+    def now(self) -> Callable[[], float]:
+        """The clock: seconds, never going back."""
 
     def flush(self) -> None:
         """Write to the guest what the link has queued."""
-        raise NotImplementedError
 
     def busy(self) -> bool:
         """Whether so much is queued for the guest that no far end is to be read."""
-        raise NotImplementedError
 
     def refuse(self, flow: TcpFlow, problem: InspectionError) -> None:
         """End a flow for what its first bytes claimed."""
-        raise NotImplementedError
 
     def ended(self, flow: Flow, *, clean: bool) -> None:
         """Forget a flow whose far end is closed. clean: both ends had said all."""
-        raise NotImplementedError

@@ -17,7 +17,7 @@ from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.network.account import Contact
 from x07_sandbox.network.dialler import Dialled, NotDialledError
 from x07_sandbox.network.first_bytes import InspectionError, inspector
-from x07_sandbox.network.flows import Flow, Gatekeeper, TcpFlow, UdpFlow
+from x07_sandbox.network.flows import Flow, TcpFlow, UdpFlow
 from x07_sandbox.network.names import parse_guest_host
 from x07_sandbox.network.rules import Request, decide, denied_name
 
@@ -46,7 +46,7 @@ _TLS_PORTS: Final = frozenset({443, 8443})
 _HTTP_PORTS: Final = frozenset({80, 8080})
 
 
-class Gate(Gatekeeper, asyncio.BufferedProtocol):
+class Gate(asyncio.BufferedProtocol):
     """One guest's connections. It is the protocol of the stream from the relay."""
 
     transport: asyncio.Transport

@@ -132,28 +132,35 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
     with contextlib.ExitStack() as stack:
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (-1, None)
         locks = () if lock_fd is None else (lock_fd,)
-        ours, control = _pair(stack)
-        names_gate, names_resolver = _pair(stack)
+        given = forks.Given()
+        stack.callback(given.close)
+        ours, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        forks.keep(ours.fileno())
+        stack.callback(lambda: forks.close(ours.detach()))
+        control_fd = given.add(control.detach())
+        names = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        gate_fd, resolver_fd = (given.add(end.detach()) for end in names)
         files = {name: _memory(stack, name) for name in ("config", "account", "said", "resolver-said")}
         os.write(files["config"], config.encoded())
         os.lseek(files["config"], 0, os.SEEK_SET)
-        fds = (control.fileno(), files["config"], log_fd, files["account"], names_gate.fileno())
-        child = _start("gate", (*map(str, fds), str(uid)), (*fds, *locks), files["said"])
+        fds = (control_fd, files["config"], log_fd, files["account"], gate_fd)
+        paths = _paths()
+        child = _start(paths, "gate", (*map(str, fds), str(uid)), (*fds, *locks), files["said"])
         gate = GateProcess(child, ours, files["account"], files["said"])
         stack.callback(os.close, gate.pidfd)
         stack.callback(gate.end)
-        fd = names_resolver.fileno()
-        resolver = _start("resolver", (str(fd), str(uid)), (fd, *locks), files["resolver-said"])
+        resolver = _start(
+            paths, "resolver", (str(resolver_fd), str(uid)), (resolver_fd, *locks), files["resolver-said"]
+        )
         stack.callback(_end_resolver, resolver)
-        for sock in (control, names_gate, names_resolver):  # theirs now
-            sock.close()
+        given.close()  # theirs now
         yield gate
 
 
-def _start(kind: str, words: tuple[str, ...], fds: tuple[int, ...], said_fd: int) -> subprocess.Popen[bytes]:
-    code = _CODE.format(
-        paths=_paths(), unwanted=_UNWANTED, module="gate_process" if kind == "gate" else "resolver_process"
-    )
+def _start(
+    paths: list[str], kind: str, words: tuple[str, ...], fds: tuple[int, ...], said_fd: int
+) -> subprocess.Popen[bytes]:
+    code = _CODE.format(paths=paths, unwanted=_UNWANTED, module=f"{kind}_process")
     argv = [sys.executable, "-I", "-S", "-c", code, *words]
     try:
         return launch(Launch(argv=argv, pass_fds=fds, stderr_fd=said_fd))
@@ -175,15 +182,6 @@ def _paths() -> list[str]:
             raise HostError("cannot start the egress gate", f"the Python package {name} is missing", f"Install {name}")
         folders.append(str(Path(spec.origin).parents[1]))
     return list(dict.fromkeys(folders))
-
-
-def _pair(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    for sock in (near, far):
-        forks.keep(sock.fileno())
-        stack.callback(forks.forget, sock.fileno())
-        stack.callback(sock.close)
-    return near, far
 
 
 def _memory(stack: contextlib.ExitStack, name: str) -> int:

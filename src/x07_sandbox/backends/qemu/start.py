@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from x07_sandbox.backends.jailed import Given, Start, running, socket_ends
+from x07_sandbox.backends.jailed import Start, running, socket_ends
 from x07_sandbox.backends.qemu.instance import Gate, QemuInstance
 from x07_sandbox.backends.qemu.machine import INITRD, KERNEL, RAM, ROOT, STATE, Machine, Origin, qemu_argv
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.bounded_stream import SideStream
+from x07_sandbox.host.forks import Given
 from x07_sandbox.host.troubles import fix_of, need_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
