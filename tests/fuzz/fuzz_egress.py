@@ -26,7 +26,7 @@ from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import DATA_MAX, HEADER, TCP, UDP, WINDOW, EgressLink, Event
 from x07_sandbox.errors import PeerError
 
-HELD_MAX: Final = HEADER.size + egress.DATAGRAM_MAX
+HELD_MAX: Final = HEADER.size + max(egress.DATA_MAX, egress.DATAGRAM_MAX)
 OWN_FLOWS: Final = ((TCP, b"a.example"), (UDP, b"a.example"), (TCP, b"93.184.215.14"), (TCP, b"b.example"))
 OUR_BYTES: Final = bytes(WINDOW + 1)
 ANSWERS: Final = (egress.OK, egress.OK, egress.POLICY)  # in turn

@@ -193,7 +193,7 @@ class Relay(Waiting, asyncio.Protocol):
             self.transport.write(data)
             self.link.sent(len(data))
 
-    def raw(self, data: bytes) -> None:
+    def raw(self, data: bytes | memoryview) -> None:
         """Write bytes that a guest made itself."""
         self.transport.write(data)
 

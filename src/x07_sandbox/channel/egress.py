@@ -25,9 +25,9 @@ from typing import Final, NamedTuple
 from x07_sandbox.errors import ChannelUsageError, PeerError
 
 HEADER: Final = struct.Struct(">BBHII")
-DATA_MAX: Final = 32 * 1024  # the guest's console driver takes 32 KiB a write
+DATA_MAX: Final = 128 * 1024
 DATAGRAM_MAX: Final = 65_507  # of UDP over IPv4
-WINDOW: Final = 256 * 1024
+WINDOW: Final = 512 * 1024
 HOST_MAX: Final = 255
 STREAM_MAX: Final = 2**32 - 1
 TCP: Final = 6
@@ -101,7 +101,7 @@ class EgressLink:
         self._last = 0  # the last stream that was opened
         self._in = bytearray()
         self._failed = False
-        self._begun = b""  # the rest of a frame that was written in part
+        self._begun = memoryview(b"")  # the rest of a frame that was written in part
         self._urgent = bytearray()
         self._frames: deque[bytes] = deque()
         self._bulk = 0
@@ -285,14 +285,14 @@ class EgressLink:
         """Bytes queued and not yet taken by `sent`."""
         return len(self._begun) + len(self._urgent) + self._bulk
 
-    def data_to_send(self) -> bytes:
+    def data_to_send(self) -> memoryview:
         """The next bytes for the peer: the rest of a frame, else small frames, else one of data."""
         if not self._begun:
             if self._urgent:
-                self._begun = bytes(self._urgent)
+                self._begun = memoryview(bytes(self._urgent))
                 self._urgent.clear()
             elif self._frames:
-                self._begun = self._frames.popleft()
+                self._begun = memoryview(self._frames.popleft())
                 self._bulk -= len(self._begun)
         return self._begun
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _READ: Final = 128 * 1024
 _PORT_READ: Final = 4096  # bytes that the console driver gives for each buffer, so a read has many of them (measured)
-_CHUNK: Final = egress.DATA_MAX - egress.HEADER.size  # a frame of it is one write of the most that the driver takes
+_CHUNK: Final = egress.DATA_MAX - egress.HEADER.size  # so that a frame is four of the 32 KiB that the driver takes
 _QUEUED_MAX: Final = 64 * 1024  # bytes for the gate: with more, sockets are not read
 _FLOWS_MAX: Final = 512
 _WAITING_DATAGRAMS: Final = 16  # of a flow that the gate has not opened yet

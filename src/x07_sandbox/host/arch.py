@@ -13,6 +13,8 @@ class Arch(msgspec.Struct, frozen=True, kw_only=True):
     """Names and switches of one architecture.
 
     firmware: paths below /usr/share that the machine type reads at start, which firmware_packages bring.
+    emulated_cpu: QEMU's model. Without erms and fsrm the guest's kernel copies by words: QEMU emulates `rep movsb` byte
+        by byte, and copies, fresh pages and files took three to five times as long (docs/performance.md).
     initrd_tail_bytes: how much of its last page an initramfs has to fill (backends/qemu/machine); None for any.
     """
 
@@ -21,6 +23,7 @@ class Arch(msgspec.Struct, frozen=True, kw_only=True):
     qemu_binary: str
     qemu_package: str
     machine: str
+    emulated_cpu: str
     firmware: tuple[str, ...]
     firmware_packages: tuple[str, ...]
     initrd_tail_bytes: int | None
@@ -90,6 +93,7 @@ ARCHES: dict[str, Arch] = {
         qemu_binary="/usr/bin/qemu-system-x86_64",
         qemu_package="qemu-system-x86",
         machine="microvm",
+        emulated_cpu="max,-erms,-fsrm",
         firmware=(
             "/usr/share/seabios/bios-microvm.bin",
             "/usr/share/qemu/pvh.bin",
@@ -111,6 +115,7 @@ ARCHES: dict[str, Arch] = {
         qemu_binary="/usr/bin/qemu-system-aarch64",
         qemu_package="qemu-system-arm",
         machine="virt",
+        emulated_cpu="max",
         firmware=(),
         firmware_packages=(),
         initrd_tail_bytes=None,

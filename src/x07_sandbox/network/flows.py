@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LINGER: Final = struct.pack("ii", 1, 0)
 _RELEASE_S: Final = 0.003
 # Shared: asyncio fills it and hands it over before it asks for it again.
-_BUFFER: Final = bytearray(egress.DATA_MAX)
+_BUFFER: Final = memoryview(bytearray(egress.DATA_MAX))
 
 
 class Flow(ABC):
@@ -159,9 +159,9 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         self._acknowledge()
         self._gate.flush()
 
-    def get_buffer(self, _sizehint: int) -> bytearray:
-        """Where asyncio puts what comes."""
-        return _BUFFER
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        """Return room for this flow's share of what the gate reads at once."""
+        return _BUFFER[: self._gate.share()]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes came from the far end."""
@@ -279,6 +279,9 @@ class Gatekeeper(Protocol):
 
     def busy(self) -> bool:
         """Whether so much is queued for the guest that no far end is to be read."""
+
+    def share(self) -> int:
+        """How many bytes one flow may read at a time."""
 
     def refuse(self, flow: TcpFlow, problem: InspectionError) -> None:
         """End a flow for what its first bytes claimed."""

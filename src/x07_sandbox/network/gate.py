@@ -35,6 +35,7 @@ HELD_MAX_BYTES: Final = 32 << 20  # with more in its memory, a gate opens no mor
 _OPENS_S: Final = 100.0
 _OPENS_BURST: Final = 200.0
 _QUEUED_MAX: Final = 128 * 1024  # bytes for the guest: with more, far ends are not read
+_ROUND_MAX: Final = 3 << 20  # bytes that all flows together read in one turn of the loop
 _STALLED_MAX: Final = 1 << 20  # with so many, the guest is not read either
 _FIRST_BYTES_S: Final = 10.0
 _IDLE_S: Final = 3600.0
@@ -127,6 +128,10 @@ class Gate(asyncio.BufferedProtocol):
         busy = self._queued() > _QUEUED_MAX
         self._was_busy |= busy
         return busy
+
+    def share(self) -> int:
+        """How many bytes one flow may read at a time: all that are ready read before any of it is written."""
+        return min(egress.DATA_MAX, _ROUND_MAX // max(1, len(self._flows)))
 
     def flush(self) -> None:
         """Write to the guest what is queued, and read on from those who had to wait for that."""

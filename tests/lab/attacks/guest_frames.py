@@ -218,35 +218,30 @@ def noise(state: State, *, count: int) -> dict[str, Any]:
     return {"closed": gate.lost}
 
 
-def unread(state: State, *, host: str, flows: int, seconds: float) -> dict[str, Any]:
-    """Open *flows* connections to one who sends without end, and read of the first one only; bytes a second of it."""
+def unread(state: State, *, host: str, flows: int, size: int) -> dict[str, Any]:
+    """Open *flows* connections to one who sends without end and read none; then take *size* bytes of another."""
     gate = _port(state)
     gate.auto_credit = False
     live = gate.open(host.encode(), 19)
     gate.until(live, "code", 12)
-    given = 0
-
-    def speed(for_s: float) -> float:
-        nonlocal given
-        began, before = time.monotonic(), gate.streams[live].received
-        while (now := time.monotonic()) - began < for_s and not gate.lost:
-            gate.read(0.05)
-            if (more := gate.streams[live].received - given) >= 65536:
-                given += more
-                gate.write(frame(CREDIT, live, struct.pack(">I", more)))
-        return (gate.streams[live].received - before) / (now - began)
-
-    speed(0.3)
-    alone = speed(seconds)
     numbers = []
     for _ in range(flows):
         number = gate.open(host.encode(), 19)
         if gate.until(number, "code", 12).code == 0:
             numbers.append(number)
     gate.quiet(0.3)
-    beside = speed(seconds)
-    most = max(gate.streams[number].received for number in numbers)
-    return {"alone": alone, "beside": beside, "open": len(numbers), "most_unread": most, "lost": gate.lost}
+    given, deadline = 0, time.monotonic() + 30
+    while gate.streams[live].received < size and time.monotonic() < deadline and not gate.lost:
+        gate.read(0.05)
+        if (more := gate.streams[live].received - given) >= 65536:
+            given += more
+            gate.write(frame(CREDIT, live, struct.pack(">I", more)))
+    return {
+        "received": gate.streams[live].received,
+        "open": len(numbers),
+        "most_unread": max(gate.streams[number].received for number in numbers),
+        "lost": gate.lost,
+    }
 
 
 def fill(state: State, *, host: str, flows: int) -> dict[str, Any]:

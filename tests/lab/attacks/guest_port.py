@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 HEADER = struct.Struct(">BBHII")
 OPEN, OPENED, DATA, CREDIT, FIN, RESET, DATAGRAM, TOLD = range(1, 9)
 TCP, UDP = 6, 17
-WINDOW = 256 * 1024
+WINDOW = 512 * 1024
 PORTS = "/sys/class/virtio-ports"
 
 

@@ -871,7 +871,7 @@ VIOLATIONS: Final = [
     violation("10", "The host has 300 bytes.", opening(1, b"a" * 300)),
     violation("13-short", "A frame is too short for a port.", raw(OPEN, 1, b"\x06")),
     violation("14", "A frame has the length 4294967295.", raw(DATA, 1, b"x", length=2**32 - 1), tcp=1),
-    violation("14-over", "A frame is one byte longer than one may be.", raw(DATA, 1, bytes(32769)), tcp=1),
+    violation("14-over", "A frame is one byte longer than one may be.", raw(DATA, 1, bytes((128 << 10) + 1)), tcp=1),
     violation("14-empty", "Data of no bytes.", raw(DATA, 1), tcp=1),
     violation("15", "A frame is of no known type.", raw(99, 1, b"x"), tcp=1),
     violation("15-zero", "A frame is of type 0.", raw(0, 1), tcp=1),

@@ -88,7 +88,8 @@ def qemu_argv(machine: Machine) -> list[str]:
     argv += ["-display", "none", "-no-reboot"]
     argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     argv += ["-object", _memory(machine.origin, megabytes), "-M", _machine_type(machine)]
-    argv += ["-m", f"{megabytes}M", "-smp", "1", "-cpu", "max" if machine.kvm_fd is None else "host", "-accel", accel]
+    cpu = machine.arch.emulated_cpu if machine.kvm_fd is None else "host"
+    argv += ["-m", f"{megabytes}M", "-smp", "1", "-cpu", cpu, "-accel", accel]
     if machine.origin is Origin.CLONE:
         argv += ["-incoming", "defer"]
     else:
