@@ -32,8 +32,9 @@ runtime_packages() {
 }
 
 # Only the tests need these: an ordinary user to become, a compiler for the hostile stand-in for QEMU, a linter, a file
-# system that keeps no modes.
-test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck bindfs iproute2 nftables redis-tools; }
+# system that keeps no modes, container engines.
+test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck bindfs iproute2 nftables redis-tools \
+    podman crun runc conmon docker.io docker-cli; }
 
 # missing_packages NAME...: those that dpkg does not know as installed.
 missing_packages() {

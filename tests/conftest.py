@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.engines import EngineUnderTest
+    from x07_sandbox.backends.engines import Name
     from x07_sandbox.images.store import Image
 
 CI = os.environ.get("CI", "") in {"1", "true"}
@@ -78,6 +80,27 @@ def with_packages() -> str:
     except SandboxError as exc:
         need(None, f"an image with {', '.join(PACKAGES)}: {exc}", installable=True)
     return "with-packages"
+
+
+@pytest.fixture(scope="session")
+def podman(need: Need) -> Iterator[EngineUnderTest]:
+    """A real podman with a store of its own, and our image in it."""
+    yield from _engine("podman", need)
+
+
+@pytest.fixture(scope="session")
+def docker(need: Need) -> Iterator[EngineUnderTest]:
+    """A real dockerd on a socket of its own, and our image in it."""
+    yield from _engine("docker", need)
+
+
+def _engine(name: Name, need: Need) -> Iterator[EngineUnderTest]:
+    from tests.engines import missing, running
+
+    reason = missing(name)
+    need(not reason, reason, installable=os.geteuid() == 0)
+    with running(name) as found:
+        yield found
 
 
 def overwrite(path: Path, data: bytes | None = None) -> None:

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from x07_sandbox.errors import SandboxError
+    from x07_sandbox.host.version import __version__
     from x07_sandbox.library.pool import Pool
     from x07_sandbox.library.run import load_policy, run_program, run_program_async
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.result import Result
 
-__version__ = "0.1.0.dev0"
-
-__all__ = ["Policy", "Pool", "Result", "SandboxError", "load_policy", "run_program", "run_program_async"]
+__all__ = ["Policy", "Pool", "Result", "SandboxError", "__version__", "load_policy", "run_program", "run_program_async"]
 
 _EXPORTS = {
     "Policy": "x07_sandbox.policy.model",
     "Pool": "x07_sandbox.library.pool",
     "Result": "x07_sandbox.runs.result",
     "SandboxError": "x07_sandbox.errors",
+    "__version__": "x07_sandbox.host.version",
     "load_policy": "x07_sandbox.library.run",
     "run_program": "x07_sandbox.library.run",
     "run_program_async": "x07_sandbox.library.run",

@@ -77,6 +77,7 @@ class OneFile:
 
     name = NAME
     uses_image = False
+    engine_images = None
     cloning: Cloning | None = None
 
     @property

@@ -193,7 +193,8 @@ def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> No
 
 # Each module costs every caller's start: the rest is loaded by the first call.
 IMPORTED = """
-errors host host.models host.settings host.threads library library.call library.pool library.run network network.account
+errors host host.models host.settings host.threads host.version library library.call library.pool library.run
+network network.account
 plan plan.denials plan.features
 policy policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 runs runs.result
@@ -229,7 +230,7 @@ def test_importing_the_library_costs_only_what_is_on_the_list(tmp_path: Path) ->
     ("name", "value", "why"),
     [
         ("X07_VM_BACKEND", "firecracker-ctr", "another in its place. Use X07_VM_BACKEND=qemu, or unset it[.]$"),
-        ("X07_VM_BACKEND", "podman", "fails closed.* Use X07_VM_BACKEND=qemu, or unset it[.]$"),
+        ("X07_VM_BACKEND", "podman", "fails closed.* unset it, or set X07_I_ACCEPT_WEAKER_ISOLATION=1[.]$"),
         ("X07_VM_BACKEND", "xen", "X07_VM_BACKEND"),
         (
             "X07_SANDBOX_BACKEND",

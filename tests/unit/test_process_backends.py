@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.backends.process.view import AGENT, FILES, Sandbox, System, sandbox_argv
+from x07_sandbox.guest.agent import named
 from x07_sandbox.guest.confine import MACHINE
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.process import CONFINED, Confined, Unconfined, named
+from x07_sandbox.guest.process import CONFINED, Confined, Unconfined
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.jail.bwrap import PERL, SETPRIV, SUPERVISOR, supervisor_argv
 

@@ -57,15 +57,43 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
         return self.image_digest, self.ram_bytes, self.runtime, self.network
 
 
+class RootPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """A folder in the program's view that holds files of the host's. write: whether the program may write there."""
+
+    at: str
+    write: bool
+
+
+class Needs(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a job has to be known where its surroundings are made beforehand, as an engine makes a container's.
+
+    files_bytes: of all files that come in. out: whether a file is to come back from /x07/out. places: of the host's
+    folders, outer ones first. closed: nothing that the program could have written may be executed; alone: as in
+    `Confinement`. The limits are those of START.
+    """
+
+    mem_bytes: int
+    tmp_bytes: int
+    tasks: int
+    fds: int
+    files_bytes: int
+    out: bool = False
+    places: tuple[RootPlace, ...] = ()
+    closed: bool = False
+    alone: bool = True
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend needs to start one job; the program itself comes later, over the channel.
 
-    cold: boot, even where a clone could be made. meanwhile: called once while the instance comes up.
+    needs: None for a backend that does not ask. cold: boot, even where a clone could be made. meanwhile: called once
+    while the instance comes up.
     """
 
     claim: Claim
     kind: MachineKind
     caller: Caller
+    needs: Needs | None = None
     cold: bool = False
     meanwhile: Callable[[], object] = lambda: None
 
@@ -190,6 +218,13 @@ class Cloning(Protocol):
         """The instance that such descriptors belong to, in the process that got them. Raises KeyError."""
 
 
+class EngineImages(Protocol):
+    """Guest images that a container engine keeps."""
+
+    def find(self, ref: str | None) -> OpenImage:
+        """The image of that name; None: the one that X07_VM_GUEST_IMAGE names. Raises ImageError, HostError."""
+
+
 class Machines(Protocol):
     """Where prepared machines wait."""
 
@@ -212,6 +247,10 @@ class Backend(Protocol):
     @property
     def known_gaps(self) -> Mapping[str, str]:
         """Behaviours of the contract (conformance/behaviours) that it does not have, by name, each with a reason."""
+
+    @property
+    def engine_images(self) -> EngineImages | None:
+        """Its images, where an engine keeps them; None where they are our store's."""
 
     @property
     def cloning(self) -> Cloning | None:

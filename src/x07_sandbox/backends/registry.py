@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.host.arch import ARCHES
-from x07_sandbox.plan.features import Isolation, vm_features
+from x07_sandbox.plan.features import Isolation, container_features, vm_features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,6 +93,18 @@ def _none() -> Backend:
     return NoneBackend()
 
 
+def _podman() -> Backend:
+    from x07_sandbox.backends.container.backend import ContainerBackend
+
+    return ContainerBackend("podman")
+
+
+def _docker() -> Backend:
+    from x07_sandbox.backends.container.backend import ContainerBackend
+
+    return ContainerBackend("docker")
+
+
 def _qemu_tools(machine: str) -> Mapping[str, str]:
     from x07_sandbox.backends.qemu.start import required_tools
 
@@ -111,8 +123,8 @@ _ROWS: Final = (
     BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True),
     BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu, tools=_qemu_tools),
     BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=_MACOS, auto=True),
-    BackendRow("podman", "vm", ("container",), macos_from=_MACOS),
-    BackendRow("docker", "vm", ("container",), macos_from=_MACOS),
+    BackendRow("podman", "vm", ("container",), factory=_podman),
+    BackendRow("docker", "vm", ("container",), factory=_docker),
     BackendRow("os", "os", ("process",), factory=_os, tools=_process_tools),
     BackendRow("none", "none", ("none",), factory=_none),
 )
@@ -130,6 +142,8 @@ def create(name: str) -> Backend:
 def features_of(row: BackendRow) -> Features:
     """What a backend can be relied on to hold, by its weakest class, with nothing started. Raises HostError."""
     backend = create(row.name)
+    if backend.engine_images is not None:
+        return container_features()
     return vm_features(row.isolation[-1]) if backend.uses_image else backend.probe(None, boot=False).features
 
 

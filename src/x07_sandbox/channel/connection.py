@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
@@ -16,12 +17,26 @@ WRITE_SIZE: Final = 64 * 1024
 
 
 class Connection:
-    """A `Link` and the descriptor that carries it. The descriptor is lent: its opener closes it."""
+    """A `Link` and the descriptor that carries it. The descriptor is lent: its opener closes it.
 
-    def __init__(self, fd: int, role: Role, state: State = State.WAITING) -> None:
+    out_fd: the one for writing, where that is another.
+    """
+
+    def __init__(self, fd: int, role: Role, state: State = State.WAITING, *, out_fd: int | None = None) -> None:
         self.fd = fd
+        self._out_fd = fd if out_fd is None else out_fd
         self.link = Link(role, state)
-        os.set_blocking(fd, False)
+        for one in {fd, self._out_fd}:
+            os.set_blocking(one, False)
+
+    def register(self, poll: select.poll) -> None:
+        """Wait for what comes, and for room for what is queued."""
+        out = select.POLLOUT if self.link.pending() else 0
+        if self._out_fd == self.fd:
+            poll.register(self.fd, select.POLLIN | out)
+        else:
+            poll.register(self.fd, select.POLLIN)
+            poll.register(self._out_fd, out)
 
     def read(self) -> Iterable[Event] | None:
         """Read once; the events, decoded one by one, or None if the peer has closed.
@@ -40,7 +55,7 @@ class Connection:
         """Write what is queued until the descriptor takes no more; False means that the peer has closed."""
         while self.link.pending():
             try:
-                self.link.sent(os.write(self.fd, self.link.data_to_send(WRITE_SIZE)))
+                self.link.sent(os.write(self._out_fd, self.link.data_to_send(WRITE_SIZE)))
             except BlockingIOError:
                 return True
             except (BrokenPipeError, ConnectionResetError):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from x07_sandbox.cli.console import Progress, say, show
 from x07_sandbox.cli.documents import deliver, print_document
 from x07_sandbox.cli.usage import add_document_flags, named_folder, switch
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
     build_command,
@@ -24,7 +24,7 @@ from x07_sandbox.images.store import (
 )
 from x07_sandbox.images.verify import verify_image
 from x07_sandbox.pool.prepare import prepare_clones
-from x07_sandbox.reports.images import BuildReport, ImageRow, ListReport, VerifyReport
+from x07_sandbox.reports.images import BuildReport, ImageRow, ListReport, LoadReport, VerifyReport
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import DamagedImage, Image
@@ -35,8 +35,13 @@ _EXAMPLES = """examples:
   x07 image build --name science --preload numpy,pandas
   x07 image build --name science                 renew or mend it, with the packages that it has
   x07 image build --name x07 --x07-toolchain x07-linux
+  x07 image load                                 give it to podman and docker, for --backend podman|docker
   x07 image verify                               read every byte again and compare
 """
+
+
+_LOAD = """Load an image into podman and docker, for --backend podman|docker. It is the same bytes each time, so its
+id there, which X07_VM_GUEST_IMAGE_DIGEST can name, is the same on every machine that has the same image."""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
@@ -62,9 +67,14 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     build.add_argument("--x07-toolchain", type=named_folder, metavar="DIR", help=doc)
     switch(build, "--fresh", "fetch all packages again, to take in updates")
     listing = inner.add_parser("list", help="the images that are here")
+    load = inner.add_parser("load", help="give an image to podman and docker", description=_LOAD)
+    load.add_argument("engines", nargs="*", metavar="ENGINE", help="podman or docker (default: those that are here)")
+    load.add_argument("--image", metavar="NAME|DIGEST", help="which image (default: default)")
+    load.add_argument("--tag", metavar="NAME:TAG", help="its name there (default: as the backends look for it)")
+    load.add_argument("--archive", type=Path, metavar="FILE", help="write this file too, for docker, podman or ctr")
     inspect = inner.add_parser("inspect", help="the manifest of an image")
     verify = inner.add_parser("verify", help="read every byte of an image and compare with its manifest")
-    for sub, action in ((build, _build), (listing, _list), (inspect, _inspect), (verify, _verify)):
+    for sub, action in ((build, _build), (listing, _list), (load, _load), (inspect, _inspect), (verify, _verify)):
         if sub in {inspect, verify}:
             sub.add_argument("image", nargs="?", metavar="NAME|DIGEST", help="which one (default: default)")
         add_document_flags(sub, "one JSON object on standard output")
@@ -104,6 +114,31 @@ def _build(options: argparse.Namespace) -> int:
     preload = [] if options.no_preload else _names(options.preload)
     image = build_with_progress(options.name, include, preload, x07=options.x07_toolchain, fresh=options.fresh)
     print_document(BuildReport(name=image.name, digest=image.digest), options)
+    return 0
+
+
+def _load(options: argparse.Namespace) -> int:
+    from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE, check_reference, load
+    from x07_sandbox.backends.engines import PACKAGES
+    from x07_sandbox.runs.prepare import current_image
+
+    if unknown := sorted(set(options.engines) - set(PACKAGES)):
+        raise UsageError(f"cannot load an image into {unknown[0]!r}", "it is no engine", "Name podman or docker")
+    reference = check_reference(options.tag or DEFAULT_REFERENCE)
+    image = current_image(find_image(options.image or "default"))
+    progress = Progress(f"image {reference}")
+    digest, engines = load(image, reference, options.engines, progress, options.archive)
+    progress.done(f"ready: {digest}")
+    report = LoadReport(
+        reference=reference,
+        digest=digest,
+        image=image.digest,
+        engines=engines,
+        archive=None if options.archive is None else str(options.archive),
+    )
+    if not print_document(report, options):
+        places = [*engines, *([] if options.archive is None else [str(options.archive)])]
+        show(f"{reference} {digest} in {', '.join(places)}")
     return 0
 
 

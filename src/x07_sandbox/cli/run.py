@@ -386,7 +386,8 @@ def _need_image(choice: Choice, ref: str | None) -> None:
     """On a terminal, make or renew the default image; elsewhere the run is refused without one."""
     from x07_sandbox.images.store import find_image, image_is_current
 
-    if ref is not None or not sys.stderr.isatty() or not create(choice.backend).uses_image:
+    backend = create(choice.backend)
+    if ref is not None or not sys.stderr.isatty() or not backend.uses_image or backend.engine_images is not None:
         return
     from x07_sandbox.cli.image import build_with_progress
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.backends.base import Job, MachineKind
+from x07_sandbox.backends.base import Job, MachineKind, Needs
 from x07_sandbox.conformance.bench import ANSWER_S, Bench, expect, policy_with, remaining
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
@@ -257,11 +257,14 @@ def _gone_when_stopped(bench: Bench) -> None:
     expect("outcome", "guest-lost", facts["outcome"])
 
 
+_SMALL: Final = Needs(mem_bytes=256 * settings.MIB, tmp_bytes=settings.MIB, tasks=8, fds=64, files_bytes=0)
+
+
 def _unused(bench: Bench) -> None:
     claim = Claim(run_id=new_run_id(), phase="run", wall_ms=1000)
     kind = MachineKind(image=bench.image, ram_bytes=RAM_CLASSES[0])
     with contextlib.closing(Cancel()) as cancel:
-        with bench.backend.start(Job(claim=claim, kind=kind, caller=Caller(cancel=cancel))) as instance:
+        with bench.backend.start(Job(claim=claim, kind=kind, caller=Caller(cancel=cancel), needs=_SMALL)) as instance:
             record, alive = instance.record, instance.exit_status() is None
         found = alive, remaining(record.mark), (record.folder / "done").exists()
     expect("alive, left, done", (True, [], True), found)

@@ -32,6 +32,7 @@ from x07_sandbox.runs.run import run
 from x07_sandbox.runs.streams import OutFile, memory_file
 
 if TYPE_CHECKING:
+    from x07_sandbox.backends.base import Backend
     from x07_sandbox.jobs.record import JobRecord
     from x07_sandbox.runs.result import Result
 
@@ -185,12 +186,19 @@ def remaining(*marks: str) -> list[int]:
         time.sleep(_LOOK_AGAIN_S)  # no event tells of the end of somebody else's process
 
 
+def _image(backend: Backend, stack: contextlib.ExitStack) -> OpenImage | None:
+    if (images := backend.engine_images) is not None:
+        return images.find(None)
+    if not backend.uses_image:
+        return None
+    return stack.enter_context(open_image(current_image(find_image(None))))
+
+
 @contextlib.contextmanager
 def open_bench(name: str, runner: Sequence[str] = RUNNER) -> Iterator[Bench]:
     """The backend *name*, ready for checks. Raises SandboxError where it cannot run here."""
     with contextlib.ExitStack() as stack:
-        used = create(name).uses_image
-        image = stack.enter_context(open_image(current_image(find_image(None)))) if used else None
+        image = _image(create(name), stack)
         artifact = OutFile(path=OUTPUT, fd=memory_file(b"", stack), max_bytes=settings.ARTIFACT_MAX_BYTES)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"x07-conformance-{name}-"))
         yield Bench(name, Path(folder), image, artifact, runner)

@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Serve the one conversation, and end. Arguments: none in a machine, else those of `process.named`."""
+    """Serve the one conversation, and end. Arguments: none in a machine, else those of `named`."""
     platform: Platform
     if words := sys.argv[1:]:
-        from x07_sandbox.guest.process import named
-
         platform = named(words)
     else:
         from x07_sandbox.guest.machine import Machine
@@ -41,12 +39,32 @@ def main() -> None:
         platform.end()
 
 
+def named(words: list[str]) -> Platform:
+    """What the command line says: `os FD NET_FD`, `none FD FOLDER` or `container`, with `network` where there is any.
+
+    A last word tells whose it is, and is not used. Raises JobError.
+    """
+    from x07_sandbox.guest.process import Confined, Unconfined
+
+    match words:
+        case ["os", fd, net_fd, _]:
+            return Confined(int(fd), int(net_fd))
+        case ["none", fd, folder, _]:
+            return Unconfined(int(fd), folder)
+        case ["container", *network, _]:
+            from x07_sandbox.guest.container import Contained
+
+            return Contained(network=network == ["network"])
+        case _:
+            raise JobError("agent", 0, f"no such platform: {' '.join(words)}")
+
+
 class Agent:
     """The conversation. One loop, one poll object; everything else is called from it."""
 
     def __init__(self, channel_fd: int, platform: Platform) -> None:
         self.platform = platform
-        self.connection = Connection(channel_fd, Role.GUEST)
+        self.connection = Connection(channel_fd, Role.GUEST, out_fd=platform.channel_out_fd)
         self.link = self.connection.link
         self.machine_id = b""
         self.place: Place | None = None
@@ -62,8 +80,7 @@ class Agent:
     def _turn(self) -> bool:
         """One wait and what follows from it; False at the end."""
         poll = select.poll()
-        out = select.POLLOUT if self.link.pending() else 0
-        poll.register(self.connection.fd, select.POLLIN | out)
+        self.connection.register(poll)
         if self.job is not None:
             self.job.register(poll)
         running = self.job is not None and self.link.state is State.RUNNING

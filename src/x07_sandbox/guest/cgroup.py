@@ -68,7 +68,7 @@ class NoGroup:
         if what not in self.COUNTERS:
             return 0
         name, *keys = self.COUNTERS[what]
-        return _value(f"{self._folder}/{name}", keys)
+        return counter(f"{self._folder}/{name}", keys)
 
     def program_stopped(self, init: int) -> bool:
         """Whether the program itself, whatever its children do, stands still by a signal."""
@@ -119,7 +119,7 @@ class GivenGroup(NoGroup):
 
     def cpu_us(self, init: int) -> int:  # noqa: ARG002 - as above
         """CPU time so far, in microseconds."""
-        return _value(f"{self._folder}/cpu.stat", ["usage_usec"])
+        return counter(f"{self._folder}/cpu.stat", ["usage_usec"])
 
     def program_stopped(self, init: int) -> bool:  # noqa: ARG002 - as above
         """Whether the program stands still by a signal."""
@@ -188,7 +188,7 @@ class GivenGroups(NoGroup):
         """CPU time so far, in microseconds."""
         if "cpuacct" not in self._names:
             return super().cpu_us(init)
-        return _value(f"{self._folder}/cpuacct/cpuacct.usage", []) // 1000
+        return counter(f"{self._folder}/cpuacct/cpuacct.usage", []) // 1000
 
 
 def given_group(folder: str) -> NoGroup:
@@ -202,7 +202,7 @@ def _open_procs(folder: str) -> int:
     return os.open(f"{folder}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
 
 
-def _value(path: str, keys: list[str]) -> int:
+def counter(path: str, keys: list[str]) -> int:
     """The number in a control file, or the largest of the lines which begin with one of *keys*; 0 where none is."""
     most = 0
     try:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.place import IN_MEMORY_BYTES, Place
 from x07_sandbox.guest.system import write_all
-from x07_sandbox.guest.trees import Tree
 from x07_sandbox.guest.unpack import ArchiveError, unpack
+
+if TYPE_CHECKING:
+    from x07_sandbox.guest.trees import Tree
 
 _UNPACKED_MAX: Final = 4 << 30
 _FOLDER: Final = "/x07/in/"
@@ -34,7 +36,7 @@ class IncomingFiles:
         for stream, entry in self._entries.items():
             self._left[stream] = entry["bytes"]
             if entry["kind"] == "tree":
-                self.trees[stream] = Tree(place.tree_folder(stream), place.platform.program_uid)
+                self.trees[stream] = place.platform.tree(stream)
                 continue
             if entry["kind"] == "archive" and not self.on_disk:
                 self._archives[stream] = io.BytesIO()

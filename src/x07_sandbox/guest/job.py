@@ -19,7 +19,7 @@ from x07_sandbox.guest import confine, init
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.execution import Execution
 from x07_sandbox.guest.files import IncomingFiles
-from x07_sandbox.guest.mounts import Names, mount_all
+from x07_sandbox.guest.mounts import Names
 from x07_sandbox.guest.place import Limits, Place, failure, told_failure
 from x07_sandbox.guest.trees import changes
 
@@ -157,14 +157,15 @@ class Job:
             tree.wait()
         if any(mount["at"].startswith(_PROJECT) for mount in self.mounts):
             os.makedirs(f"{self.place.folder(on_disk=self.files.on_disk)}/project", exist_ok=True)
-        mount_all(self.place.init, [(self._source(mount), mount["at"], mount["write"]) for mount in self.mounts])
+        mounts = [(self._source(mount), mount["at"], mount["write"]) for mount in self.mounts]
+        self.place.platform.mount(self.place.init, mounts)
         self.place.mounted()
 
     def _source(self, mount: dict[str, Any]) -> str:
         """Where it lies, for us."""
         if mount["tree"] is None:
-            return self.place.scratch("work")
-        folder = self.place.scratch(f"trees/{mount['tree']}")
+            return self.place.platform.folder("work")
+        folder = os.fsdecode(self.files.trees[mount["tree"]].folder)
         return f"{folder}/{mount['sub']}" if mount["sub"] else folder
 
     # while it runs
@@ -362,10 +363,11 @@ class Job:
         """Open the one file that the host wants: its size, or what is wrong with it."""
         if self.output is None:
             return None, None
-        path = self.place.scratch(f"out/{os.path.basename(self.output['path'])}")
+        path = f"{self.place.platform.folder('out')}/{os.path.basename(self.output['path'])}"
         try:
-            # O_NONBLOCK: a fifo in its place must not hold us.
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with self.place.platform.reading():
+                # O_NONBLOCK: a fifo in its place must not hold us.
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as exc:
             link = exc.errno == errno.ELOOP  # so O_NOFOLLOW has it
             return None, "is a link, and none is followed" if link else f"cannot be opened: {exc.strerror}"
@@ -402,8 +404,9 @@ class Job:
     def _send_changes(self) -> None:
         assert self.changes is not None  # noqa: S101 - for the type checker
         while (window := self.link.window(Stream.CHANGES)) and self.link.pending() < 4 * _READ:
-            while len(self.changes_held) < _READ and (more := next(self.changes, b"")):
-                self.changes_held += more
+            with self.place.platform.reading():
+                while len(self.changes_held) < _READ and (more := next(self.changes, b"")):
+                    self.changes_held += more
             if not self.changes_held:
                 self.link.end_stream(Stream.CHANGES)
                 self.changes = None

@@ -197,13 +197,6 @@ class Place:
         """A path on the scratch disk that the program does not see."""
         return f"{self.platform.scratch}/{name}"
 
-    def tree_folder(self, number: int) -> str:
-        """A new folder on the scratch disk, of the program's, for a tree of the host's files."""
-        path = self.scratch(f"trees/{number}")
-        os.mkdir(path)
-        self._give(path)
-        return path
-
     def kill(self) -> None:
         """End the program and all its children."""
         self.group.kill(self.init)
@@ -218,7 +211,7 @@ class Place:
         os.waitpid(self.init, 0)
         for fd in (self._machine_id_fd, *self.in_memory_fds):
             os.close(fd)
-        for path in (f"{self.platform.memory}/in", *(self.scratch(name) for name in _FOLDERS)):
+        for path in (f"{self.platform.memory}/in", *(self.platform.folder(name) for name in _FOLDERS)):
             shutil.rmtree(path)
         self.group.remove()
 
@@ -226,14 +219,7 @@ class Place:
         if self.platform.memory != self.platform.scratch:
             os.mkdir(f"{self.platform.memory}/in", 0o755)
         for name, of_program in _FOLDERS.items():
-            os.mkdir(self.scratch(name), 0o755)
-            if of_program:
-                self._give(self.scratch(name))
-
-    def _give(self, path: str) -> None:
-        """Make a folder the program's."""
-        if self.platform.program_uid is not None:
-            os.chown(path, self.platform.program_uid, self.platform.program_uid)
+            self.platform.make_place_folder(name, of_program=of_program)
 
 
 def failure(report: bytes) -> JobError:

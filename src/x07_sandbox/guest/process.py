@@ -61,7 +61,7 @@ def _scopes(world: confine.World) -> None:
         confine.scopes(world)
 
 
-def _limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
+def limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
     """Set what the user who started us may set: a limit of theirs that is lower stays."""
     for which, wanted in limits:
         value = max(wanted, _CORE_NONE) if which == resource.RLIMIT_CORE else wanted
@@ -73,16 +73,18 @@ def _limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
 
 def _resource_limits(orders: confine.Orders) -> None:
     # Tasks are counted in the program's own user namespace (Linux 5.14), of which it is the only user.
-    _limit(confine.PROGRAM_PID, (*confine.resource_limits(orders), (resource.RLIMIT_NPROC, orders.tasks)))
+    limit(confine.PROGRAM_PID, (*confine.resource_limits(orders), (resource.RLIMIT_NPROC, orders.tasks)))
 
 
+RULES: Final = confine.Step[confine.World]("rules about programs", "Landlock 2, where the kernel has it", _rules)
+SCOPES: Final = confine.Step[confine.World]("scopes", "Landlock 6, where the kernel has it", _scopes)
 _INSTEAD: Final[dict[str, confine.Step[confine.World]]] = {
     step.name: step
     for step in (
         confine.Step("devices", "CAP_SYS_ADMIN", _devices),
-        confine.Step("rules about programs", "Landlock 2, where the kernel has it", _rules),
         confine.Step("own user", "CAP_SYS_ADMIN, CAP_SETFCAP, one more user namespace", _own_user),
-        confine.Step("scopes", "Landlock 6, where the kernel has it", _scopes),
+        RULES,
+        SCOPES,
     )
 }
 # The steps of a machine, but for these; _own_user gives up capabilities too.
@@ -93,10 +95,10 @@ CONFINED: Final = confine.Measures(
 )
 
 
-class _Guest(Platform):
-    """What both have in common."""
+class OnSharedKernel(Platform):
+    """What those have in common that run on a kernel of somebody else's."""
 
-    program_uid = None
+    program_uid: int | None = None
 
     def __init__(self, channel_fd: int, net_fd: int = -1) -> None:
         self._channel_fd = channel_fd
@@ -130,7 +132,7 @@ class _Guest(Platform):
         os._exit(0)
 
 
-class Confined(_Guest):
+class Confined(OnSharedKernel):
     """Below bubblewrap."""
 
     measures = CONFINED
@@ -166,11 +168,12 @@ def _end_with_parent(_world: confine.World) -> None:
 
 def _limits_of_child(orders: confine.Orders) -> None:
     for pid in children_of(os.getpid())[:1]:
-        _limit(pid, confine.resource_limits(orders))
+        limit(pid, confine.resource_limits(orders))
 
 
+FREE_INIT: Final = confine.Step[confine.World]("reaper", "", _own_init)
 UNCONFINED: Final = confine.Measures(
-    world=(confine.Step("reaper", "", _own_init),),
+    world=(FREE_INIT,),
     rights=(confine.Step("end with init", "", _end_with_parent), confine.FRESH_SIGNALS),
     job=(confine.Step("resource limits", "", _limits_of_child, confine.RESOURCES),),
 )
@@ -178,7 +181,7 @@ UNCONFINED: Final = confine.Measures(
 _STANDS: Final = (("/x07/in", "in"), ("/x07/out", "out"), (confine.CWD, "work"))
 
 
-class Unconfined(_Guest):
+class Unconfined(OnSharedKernel):
     """The program as an ordinary process of the user: nothing keeps it from anything."""
 
     measures = UNCONFINED
@@ -219,17 +222,3 @@ class Unconfined(_Guest):
             if word == path or word.startswith(f"{path}/"):
                 return f"{self.scratch}/{name}{word[len(path) :]}"
         return word
-
-
-def named(words: list[str]) -> Platform:
-    """What the command line says: `os FD NET_FD` or `none FD FOLDER`; a last word tells whose it is, and is not used.
-
-    Raises JobError.
-    """
-    match words:
-        case ["os", fd, net_fd, _]:
-            return Confined(int(fd), int(net_fd))
-        case ["none", fd, folder, _]:
-            return Unconfined(int(fd), folder)
-        case _:
-            raise JobError("agent", 0, f"no such platform: {' '.join(words)}")

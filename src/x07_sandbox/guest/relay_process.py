@@ -24,7 +24,7 @@ class RelayProcess:
     """The process, as its parent has it. told_fd: ends with it, which ends the job too."""
 
     def __init__(self, netns_fd: int, open_port: Callable[[], int], keep: tuple[int, ...] = (), *, hold: bool) -> None:
-        """Start it in a network namespace.
+        """Start it in a network namespace, -1 for this one.
 
         open_port: opens the stream to the gate. keep: descriptors that this needs. hold: as firewall.build has it.
         """
@@ -72,7 +72,8 @@ class RelayProcess:
 def _run(netns_fd: int, open_port: Callable[[], int], orders_fd: int, told_fd: int, *, hold: bool) -> NoReturn:
     try:
         system.prctl(system.PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.setns(netns_fd, os.CLONE_NEWNET)
+        if netns_fd >= 0:
+            os.setns(netns_fd, os.CLONE_NEWNET)
         firewall.build(hold=hold)
         sockets = firewall.Sockets(hold=hold)
         port_fd = open_port()

@@ -82,7 +82,7 @@ class Tree:
             raise JobError("files", 0, "a tree of files did not come whole")
         for name, mode in reversed(self.folders.items()):
             if mode & _MINE != _MINE:  # not before: nothing could have been made in it
-                os.chmod(name or b".", mode, dir_fd=self._top)
+                self._set_mode(name, mode)
         os.close(self._top)
         self.made_at_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)  # newer kernels stamp some by the finer clock
 
@@ -98,6 +98,9 @@ class Tree:
         for name in self.folders:
             with contextlib.suppress(OSError):
                 yield os.lstat(self.folder + b"/" + name).st_ino, os.fsdecode(name)
+
+    def _set_mode(self, folder: bytes, mode: int) -> None:
+        os.chmod(folder or b".", mode, dir_fd=self._top)
 
     def _make(self, entry: Entry) -> None:
         name = entry.name

@@ -124,6 +124,8 @@ VARIABLES: Final[dict[str, Variable]] = {
             "`x07-vz-helper`",
             effect="with the vz backend",
         ),
+        Variable("X07_VM_PODMAN_BIN", "text", "podman's client: a program.", "`podman` of this system"),
+        Variable("X07_VM_DOCKER_BIN", "text", "docker's client: a program.", "`docker` of this system"),
         Variable(
             "X07_VM_FIRECRACKER_CTR_BIN",
             "text",

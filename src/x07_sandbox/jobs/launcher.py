@@ -10,6 +10,7 @@ import queue
 import signal
 import subprocess
 import threading
+from typing import Final
 
 import msgspec
 
@@ -17,13 +18,20 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host import forks
 from x07_sandbox.host.threads import started
 
+_ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
+
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """A child to start: descriptors are lent and stay the caller's."""
+    """A child to start: descriptors are lent and stay the caller's.
+
+    stdio_fd: its standard input and output; None for none. env: all of its variables; None for the usual few.
+    """
 
     argv: list[str]
     pass_fds: tuple[int, ...]
     stderr_fd: int
+    stdio_fd: int | None = None
+    env: dict[str, str] | None = None
 
 
 _Answer = queue.SimpleQueue["subprocess.Popen[bytes] | OSError"]
@@ -58,11 +66,11 @@ def _serve() -> None:
             with forks.none_meanwhile():
                 child = subprocess.Popen(
                     request.argv,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
+                    stdin=subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd,
+                    stdout=subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd,
                     stderr=request.stderr_fd,
                     pass_fds=request.pass_fds,
-                    env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
+                    env=_ENVIRONMENT if request.env is None else request.env,
                     cwd="/",
                     start_new_session=True,
                 )

@@ -89,6 +89,11 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
         return self.isolation in {"process", "none"}
 
 
+def container_features() -> Features:
+    """Those of a container with our agent in it."""
+    return Features(isolation="container", own_kernel=False, can_hold=VM_HOLDS - {"held-connections"})
+
+
 def vm_features(isolation: Isolation) -> Features:
     """Those of a virtual machine with our agent in it."""
     return Features(isolation=isolation, own_kernel=True, can_hold=VM_HOLDS)

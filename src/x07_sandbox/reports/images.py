@@ -15,6 +15,20 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     digest: str
 
 
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `x07 image load` has loaded. digest: the image id, by which engines know it. image: that of `image list`.
+
+    engines: those that have it. archive: the file that was written, null for none.
+    """
+
+    schema_version: Literal["x07.sandbox.image.load@0.1.0"] = "x07.sandbox.image.load@0.1.0"
+    reference: str
+    digest: str
+    image: str
+    engines: tuple[str, ...]
+    archive: str | None
+
+
 class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One image. name: empty for none. suite: of its packages; null where its manifest cannot be read.
 

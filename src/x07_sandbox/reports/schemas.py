@@ -37,6 +37,7 @@ _TABLE: Final[tuple[tuple[str, type[msgspec.Struct]], ...]] = (
     ("policy.diff", policies.DiffReport),
     ("image.build", images.BuildReport),
     ("image.list", images.ListReport),
+    ("image.load", images.LoadReport),
     ("image.verify", images.VerifyReport),
     ("pool", pool.PoolReport),
     ("prune", pruner.PruneReport),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
+import posixpath
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
+from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, RootChanges, called, encode, folders_above, shown
@@ -128,6 +130,14 @@ class HostFiles:
             }
             for number, mount in self._mounts
         ]
+
+    def places(self) -> tuple[RootPlace, ...]:
+        """The folders that these are in the program's view, outer ones first; of a file, the folder around it."""
+        found: dict[str, bool] = {}
+        for _, mount in self._mounts:
+            at = posixpath.dirname(mount.at) if mount.single else mount.at
+            found[at] = mount.write or found.get(at, False)
+        return tuple(RootPlace(at=at, write=write) for at, write in sorted(found.items()))
 
     # what was left out
 

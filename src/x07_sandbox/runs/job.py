@@ -14,7 +14,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim
-from x07_sandbox.runs.phase import PhaseStreams, carry_out, load_loop
+from x07_sandbox.runs.phase import PhaseStreams, carry_out, load_loop, needs_of
 from x07_sandbox.runs.prepare import output_caps
 from x07_sandbox.runs.result import PhaseReport
 
@@ -140,6 +140,7 @@ def _answering(
             image=prepared.image, ram_bytes=spec.ram_bytes, runtime=spec.name, network=spec.network is not None
         ),
         caller=Caller(cancel=request.cancel, progress=request.progress),
+        needs=needs_of(spec),
         cold=request.cold,
         meanwhile=load_loop,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from x07_sandbox.backends.base import Needs, RootPlace
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.plan.confinement import UNCONFINED, Confinement
 from x07_sandbox.plan.denials import Area
@@ -24,6 +25,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     limits, mounts: as START carries them (plan/sizes). limits_shown: those of the policy, for reasons.
     network: what the guest's relay is told, as START carries it (network/guest_view); None without connections.
+    places: of these mounts, as a backend may need them beforehand.
     areas: of the host, for reports of refusals. changes: takes changes to the trees (files/incoming.Incoming), or None.
     """
 
@@ -37,11 +39,28 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     ram_bytes: int
     cwd: str = CWD
     mounts: tuple[dict[str, Any], ...] = ()
+    places: tuple[RootPlace, ...] = ()
     areas: tuple[Area, ...] = ()
     changes: Any = None
     output: OutFile | None = None
     limits_shown: Any = None
     network: dict[str, Any] | None = None
+
+
+def needs_of(spec: PhaseSpec) -> Needs:
+    """What a backend may have to know of it beforehand."""
+    limits, confine = spec.limits, spec.confine
+    return Needs(
+        mem_bytes=limits["mem_bytes"],
+        tmp_bytes=limits["tmp_bytes"],
+        tasks=limits["tasks"],
+        fds=limits["fds"],
+        files_bytes=sum(file.size for file in spec.files),
+        out=spec.output is not None,
+        places=spec.places,
+        closed=not confine.execute or confine.programs is not None,
+        alone=confine.alone,
+    )
 
 
 class PhaseStreams(msgspec.Struct, frozen=True, kw_only=True):

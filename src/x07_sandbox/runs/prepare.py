@@ -106,7 +106,7 @@ def prepare(
     backend = create(choice.backend)
     image = None
     if backend.uses_image:
-        image = yield from _image(request, program, draft, stack, dry=dry)
+        image = yield from _image(request, program, backend, draft, stack, dry=dry)
         draft = _known(draft, image=image.manifest.digest)
     else:
         _refuse_image(request, choice)
@@ -138,11 +138,14 @@ def _known(draft: Result, **digests: str) -> Result:
 
 
 def _image(
-    request: RunRequest, program: Program, draft: Result, stack: contextlib.ExitStack, *, dry: bool
+    request: RunRequest, program: Program, backend: Backend, draft: Result, stack: contextlib.ExitStack, *, dry: bool
 ) -> Step[OpenImage]:
     with request.cancel.waiting():
-        found = find_image(request.image)
-        image = stack.enter_context(open_image(found if dry else current_image(found)))
+        if (images := backend.engine_images) is not None:
+            image = images.find(request.image)
+        else:
+            found = find_image(request.image)
+            image = stack.enter_context(open_image(found if dry else current_image(found)))
     yield _known(draft, image=image.manifest.digest)
     require_packages(program.toolchain, image.manifest.holds(), _image_name(request), image.manifest.include)
     check_pinned(image.manifest.digest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.host import settings
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
@@ -77,7 +78,9 @@ def run_spec(
         files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
     cwd = PROJECT_FOLDER if program.project else CWD
     mounts = [_PROJECT_MOUNT] if program.project else []
+    places: tuple[RootPlace, ...] = ()
     if host_files is not None:
+        places = host_files.places()
         mounts += host_files.mounts(len(files))
         files += host_files.files
     return PhaseSpec(
@@ -91,6 +94,7 @@ def run_spec(
         ram_bytes=limits.ram_bytes,
         cwd=cwd,
         mounts=tuple(mounts),
+        places=(*([RootPlace(at=PROJECT_FOLDER, write=True)] if program.project else []), *places),
         changes=None if host_files is None else host_files.incoming,
         areas=() if host_files is None else tuple(host_files.areas),
         limits_shown=limits,

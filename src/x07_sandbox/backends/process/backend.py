@@ -72,6 +72,7 @@ class _Backend(ABC):
     name: str
     known_gaps: Mapping[str, str]
     uses_image = False
+    engine_images = None
     cloning = None
 
     @abstractmethod

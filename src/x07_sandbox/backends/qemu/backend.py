@@ -50,6 +50,7 @@ class QemuBackend:
 
     name = "qemu"
     uses_image = True
+    engine_images = None
     known_gaps: Final[Mapping[str, str]] = {}
 
     def __init__(self) -> None:

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Build the guest runner image, and give it to each container engine of this machine: podman, docker.
+#   scripts/build_guest_runner_image.sh [--image NAME] [--tag TAG] [--x07-toolchain DIR] [--archive FILE]
+# Then X07_VM_GUEST_IMAGE=NAME:TAG runs it. Without --image and --tag it is called as the backends look for it.
+# --x07-toolchain: X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs. --archive: write FILE too,
+# for `ctr images import`. Last line: ok: built NAME:TAG
+set -euo pipefail
+unset CDPATH
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd -- "$root"
+# shellcheck source=scripts/lib.sh
+source "$root/scripts/lib.sh"
+
+usage() {
+    printf 'usage: %s [--image NAME] [--tag TAG] [--x07-toolchain DIR] [--archive FILE]\n' "${0##*/}" >&2
+    exit 2
+}
+
+image=ghcr.io/x07lang/x07-guest-runner tag='' build=() load=()
+while [[ $# -gt 0 ]]; do
+    [[ $# -ge 2 ]] || usage
+    case $1 in
+        --image) image=$2 ;;
+        --tag) tag=$2 ;;
+        --x07-toolchain) build=(--name x07 --x07-toolchain "$2") load+=(--image x07) ;;
+        --archive) load+=(--archive "$2") ;;
+        *) usage ;;
+    esac
+    shift 2
+done
+
+set_up runtime
+tag=${tag:-$(.venv/bin/python -c 'import x07_sandbox; print(x07_sandbox.__version__)')}
+.venv/bin/x07 image build "${build[@]}"
+.venv/bin/x07 image load --tag "$image:$tag" "${load[@]}"
+printf 'ok: built %s\n' "$image:$tag"

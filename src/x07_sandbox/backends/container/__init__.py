@@ -1,0 +1,1 @@
+"""podman and docker: a job in a container of the host's kernel."""

@@ -1,0 +1,154 @@
+"""`podman` and `docker` as backends: what an engine offers here, its guest image, and starting jobs in containers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from x07_sandbox.backends.base import Availability
+from x07_sandbox.backends.container.create import engine_gaps
+from x07_sandbox.backends.container.instance import ContainerInstance, container_name, labels_of, remove, started
+from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE
+from x07_sandbox.backends.engines import Engine, Name, engine
+from x07_sandbox.backends.handshake import greet
+from x07_sandbox.errors import BackendError, HostError, ImageError
+from x07_sandbox.host.variables import text
+from x07_sandbox.images import manifest
+from x07_sandbox.images.archive import MANIFEST_LABEL
+from x07_sandbox.images.guestcode import read_guest_code
+from x07_sandbox.images.verify import OpenImage
+from x07_sandbox.jobs.record import mark_done
+from x07_sandbox.jobs.stopping import live_records
+from x07_sandbox.plan.features import container_features
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from x07_sandbox.backends.base import Job
+    from x07_sandbox.jobs.record import JobRecord
+
+_REFERENCE_MAX: Final = 512
+_GAPS: Final = {
+    "connect-fails": "the relay accepts a connection before it asks, and resets it then",
+    "damaged-image": "the engine keeps the image, and its id is what is checked",
+}
+
+
+class ContainerBackend:
+    """A container engine of this host."""
+
+    uses_image = True
+    cloning = None
+    known_gaps: Mapping[str, str] = _GAPS
+
+    def __init__(self, name: Name) -> None:
+        self.name: str = name
+        self._kind = name
+
+    @property
+    def engine_images(self) -> ContainerBackend:
+        """The engine's."""
+        return self
+
+    def find(self, ref: str | None) -> OpenImage:
+        """The engine's image of that name, or what X07_VM_GUEST_IMAGE names. Raises ImageError, HostError."""
+        wanted = ref or text("X07_VM_GUEST_IMAGE") or DEFAULT_REFERENCE
+        if len(wanted) > _REFERENCE_MAX or wanted.startswith("-"):
+            raise ImageError(f"no guest image {wanted[:80]!r}", "it is no name of an image", "Name one: NAME:TAG")
+        client = self._engine()
+        answer = client.call("image", "inspect", wanted)
+        fix = f"Run x07 image load {self.name}, or scripts/build_guest_runner_image.sh; it is never pulled"
+        if answer.status:
+            raise ImageError(f"no guest image {wanted}", answer.error or f"{self.name} does not have it", fix)
+        try:
+            (image,) = msgspec.json.decode(answer.text, type=list[dict[str, Any]])
+            digest = f"sha256:{str(image['Id']).removeprefix('sha256:')}"
+        except (msgspec.DecodeError, ValueError, KeyError) as exc:
+            raise ImageError(
+                f"cannot use the image {wanted}", f"{self.name} describes it otherwise: {exc}", fix
+            ) from exc
+        labels = (image.get("Config") or {}).get("Labels") or image.get("Labels")
+        label = labels.get(MANIFEST_LABEL) if isinstance(labels, dict) else None
+        if not isinstance(label, str):
+            raise ImageError(f"cannot use the image {wanted}", "our agent is not in it: it lacks our label", fix)
+        found = manifest.decode(label.encode(), f"the guest image {wanted}")
+        if found.guest_code != read_guest_code().digest:
+            why = "another version of x07-sandbox made it, and their agents may not understand each other"
+            raise ImageError(f"cannot use the image {wanted}", why, fix)
+        return OpenImage(fds={}, manifest=msgspec.structs.replace(found, digest=digest))
+
+    def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - nothing boots
+        """What the engine can hold here. Raises HostError where it cannot run, or would ignore a limit."""
+        client = self._engine()
+        told = self._told(client)
+        if gaps := engine_gaps(self._kind, told):
+            why = (
+                f"{self.name} would ignore the limit on {' and '.join(gaps)} here (rootless, or without control groups)"
+            )
+            raise HostError(f"cannot use {self.name}", why, "Use control groups of version 2, or run as root")
+        warning = "the program's system calls meet this host's own kernel"
+        proof = f"{self.name} answered, and holds limits on memory and tasks"
+        return Availability(features=container_features(), proof=proof, warnings=(warning,))
+
+    def _told(self, client: Engine) -> dict[str, Any]:
+        answer = client.call("info", "--format", "json" if client.name == "podman" else "{{json .}}")
+        try:
+            told: dict[str, Any] = json.loads(answer.text) if not answer.status else {}
+        except ValueError:
+            told = {}
+        if not told or told.get("ServerErrors"):
+            why = answer.error or str(told.get("ServerErrors", "it says nothing of itself"))[:300]
+            raise HostError(f"cannot use {self.name}", why, f"See whether it answers: {self.name} info")
+        return told
+
+    def _engine(self) -> Engine:
+        client = engine(self._kind)
+        if client.name == "podman" and _needs_runc():
+            return msgspec.structs.replace(client, options=("--runtime", "runc"))
+        return client
+
+    @contextlib.contextmanager
+    def start(self, job: Job) -> Iterator[ContainerInstance]:
+        """Start a job, greeted. Raises NoAnswerError, BackendError, HostError."""
+        assert job.kind.image is not None  # noqa: S101 - for the type checker
+        with started(self._engine(), job, job.kind.image) as instance:
+            greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
+            yield instance
+
+    def list_owned(self) -> Sequence[JobRecord]:
+        """Jobs of this user that are not recorded as gone."""
+        return live_records(self.name)
+
+    def stop(self, record: JobRecord) -> bool:
+        """Remove the container of a record; whether it is proven gone. One that is not ours is left alone."""
+        if (record.folder / "done").exists():
+            return True
+        client = self._engine()
+        answer = client.call("inspect", "--type", "container", container_name(record))
+        if not answer.absent:
+            try:
+                (made,) = msgspec.json.decode(answer.text, type=list[dict[str, Any]])
+            except (msgspec.DecodeError, ValueError) as exc:
+                raise BackendError(f"cannot use {self.name}", answer.error or str(exc), "Run x07 doctor") from exc
+            if labels_of(made).get("io.x07.run_id") != record.job_id:
+                return False
+            if not remove(client, str(made["Id"])):
+                return False
+        for name in ("resolv.conf", "net/relay"):
+            (record.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (record.folder / "net").rmdir()
+        if record.folder.is_dir():
+            mark_done(record)
+        return True
+
+
+def _needs_runc() -> bool:
+    """Whether crun, podman's default, would refuse this host: all of version 1, and one of version 2 beside it."""
+    hybrid = all(Path("/sys/fs/cgroup", name).exists() for name in ("memory", "unified/cgroup.procs"))
+    return hybrid and any(os.access(path, os.X_OK) for path in ("/usr/sbin/runc", "/usr/bin/runc"))

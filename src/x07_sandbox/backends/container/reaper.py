@@ -1,0 +1,46 @@
+"""Ends a container at its deadline, or when its runner has gone, without that runner. A program of its own.
+
+    python -I -S reaper.py FOLDER DEADLINE_S RUNNER_FD CLIENT WORD...
+
+DEADLINE_S: on the boot clock. RUNNER_FD: a pipe whose end means that the runner is gone; a byte before it, that the
+container is. CLIENT WORD...: the call that removes the container. Only cheap modules: it lives as long as the job.
+"""
+
+import os
+import select
+import sys
+import time
+
+_TRIES = 5
+
+
+def main(folder: str, deadline_s: float, runner_fd: int, removing: list[str]) -> None:
+    """Wait, and remove the container unless its runner has done it."""
+    poll = select.poll()
+    poll.register(runner_fd, select.POLLIN)
+    # At most an hour at a time: the clock of poll(2) stands still while the machine sleeps.
+    while (left_s := deadline_s - time.clock_gettime(time.CLOCK_BOOTTIME)) > 0:
+        if poll.poll(min(left_s, 3600) * 1000 + 1):
+            if os.read(runner_fd, 1):
+                return
+            break
+    for attempt in range(_TRIES):
+        pid = os.posix_spawn(removing[0], removing, os.environ)
+        if not os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+            _write(f"{folder}/reaped")
+            return
+        time.sleep(0.2 * 2**attempt)
+
+
+def _write(path: str) -> None:
+    """Write the mark, unless the job's folder is gone."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        return
+    os.write(fd, b"reaped\n")
+    os.close(fd)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -1,0 +1,72 @@
+"""Loading a guest image into container engines."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.backends.engines import PACKAGES, engine
+from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.host.paths import cache_folder
+from x07_sandbox.host.version import __version__
+from x07_sandbox.images.archive import write_archive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from x07_sandbox.backends.engines import Engine, Name
+    from x07_sandbox.images.store import Image
+
+DEFAULT_REFERENCE: Final = f"ghcr.io/x07lang/x07-guest-runner:{__version__}"
+# OCI distribution-spec, with an optional host in front: NAME:TAG.
+_REFERENCE: Final = re.compile(r"[a-z0-9]+(?:[._:/-]+[a-z0-9]+)*:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_REFERENCE_MAX: Final = 255
+_LOAD_S: Final = 600.0
+
+
+def check_reference(reference: str) -> str:
+    """*reference* if an image can be called so. Raises UsageError."""
+    if len(reference) > _REFERENCE_MAX or not _REFERENCE.fullmatch(reference):
+        fix = "Give NAME:TAG in small letters, x07-guest-runner:dev for one"
+        raise UsageError(f"cannot call an image {reference[:80]!r}", "engines take no such name", fix)
+    return reference
+
+
+def engines_here() -> list[Engine]:
+    """The container engines of this host that can be called."""
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(engine(name))
+        except HostError:
+            continue
+    return found
+
+
+def load(
+    image: Image, reference: str, names: Sequence[Name], progress: Callable[[str], None], archive: Path | None = None
+) -> tuple[str, tuple[Name, ...]]:
+    """Load *image* as *reference* into engines, and write it to *archive*; its id there, and which engines have it.
+
+    names: () for all that are here. Raises HostError, ImageError, BackendError.
+    """
+    engines = [engine(name) for name in names] if names or archive is not None else engines_here()
+    if not engines and archive is None:
+        fix = "Install podman or docker.io, or write a file to load elsewhere: --archive FILE"
+        raise HostError("cannot load the guest image", "there is no container engine here", fix)
+    with tempfile.TemporaryDirectory(prefix="archive-", dir=cache_folder("tmp")) as folder:
+        file = Path(folder, "image.tar") if archive is None else archive
+        try:
+            with file.open("wb") as target:
+                digest = write_archive(image, reference, target, Path(folder), progress)
+        except OSError as exc:
+            raise HostError(f"cannot write {file}", exc.strerror or str(exc), "Free space there") from exc
+        for one in engines:
+            progress(f"loading it into {one.name}")
+            answer = one.call("load", "--quiet", "--input", str(file.absolute()), timeout_s=_LOAD_S)
+            if answer.status:
+                fix = f"See whether {one.name} answers: {one.name} info"
+                raise HostError(f"{one.name} did not load the image", answer.error or f"status {answer.status}", fix)
+    return digest, tuple(one.name for one in engines)

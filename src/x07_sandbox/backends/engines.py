@@ -1,0 +1,123 @@
+"""One container engine's command line: which program, with what environment, and what its answers mean."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from typing import Any, Final, Literal
+
+import msgspec
+
+from x07_sandbox.errors import BackendError, HostError
+from x07_sandbox.host.variables import text
+
+Name = Literal["podman", "docker"]
+PACKAGES: Final[dict[Name, str]] = {"podman": "podman", "docker": "docker.io"}
+_SEARCH: Final = ("/usr/bin", "/usr/local/bin", "/bin", "/opt/homebrew/bin")
+_ANSWER_MAX: Final = 8 << 20
+_CALL_S: Final = 30.0
+_GONE: Final = ("no such", "not found", "does not exist", "no container")  # said of what is not there (facts of both)
+_ID: Final = re.compile(r"[0-9a-f]{64}")
+# Without these a client of ours talks to the engine of this host, whatever the caller's shell has set.
+_KEPT: Final = ("HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call of the client gave. text, error: its standard streams, decoded and bounded."""
+
+    status: int
+    text: str
+    error: str
+
+    @property
+    def absent(self) -> bool:
+        """Whether it failed since what it was asked about is not there."""
+        return self.status != 0 and any(word in self.error.lower() for word in _GONE)
+
+
+class Engine(msgspec.Struct, frozen=True, kw_only=True):
+    """podman or docker. binary: its client. env: all that the client sees of variables. options: before the command."""
+
+    name: Name
+    binary: str
+    env: dict[str, str]
+    options: tuple[str, ...] = ()
+
+    def argv(self, *words: str) -> list[str]:
+        """The command line of a call."""
+        return [self.binary, *self.options, *words]
+
+    def call(self, *words: str, timeout_s: float = _CALL_S) -> Answer:
+        """Call the client, and wait for its end. Raises BackendError where it cannot be started, or takes too long."""
+        what = f"cannot use {self.name}"
+        try:
+            done = subprocess.run(
+                self.argv(*words),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=timeout_s,
+                check=False,
+                env=self.env,
+                cwd="/",
+            )
+        except subprocess.TimeoutExpired as exc:
+            why = f"{self.name} {words[0]} gave no answer in {timeout_s:.0f} s"
+            raise BackendError(what, why, f"See whether {self.name} answers: {self.name} ps") from exc
+        except OSError as exc:
+            raise BackendError(what, f"{self.binary}: {exc.strerror}", f"Install {PACKAGES[self.name]}") from exc
+        output, error = done.stdout[:_ANSWER_MAX], done.stderr[-4096:]
+        return Answer(
+            status=done.returncode,
+            text=output.decode("utf-8", "replace"),
+            error=" ".join(_printable(error.decode("utf-8", "replace")).split())[-500:],
+        )
+
+    def objects(self, *words: str) -> list[dict[str, Any]]:
+        """What an inspecting call says, as objects. Raises BackendError."""
+        answer = self.call(*words)
+        if answer.status:
+            raise BackendError(f"cannot use {self.name}", answer.error or f"status {answer.status}", "Run x07 doctor")
+        try:
+            return msgspec.json.decode(answer.text, type=list[dict[str, Any]])
+        except msgspec.DecodeError as exc:
+            why = f"its answer to {' '.join(words[:2])} is no list of objects: {exc}"
+            raise BackendError(f"cannot use {self.name}", why, f"Use another version of {self.name}") from exc
+
+
+def engine(name: Name) -> Engine:
+    """The engine of this host. Raises HostError where there is none, or it is told to be elsewhere."""
+    variable = f"X07_VM_{name.upper()}_BIN"
+    binary = text(variable) or next(
+        (path for folder in _SEARCH if os.access(path := f"{folder}/{name}", os.X_OK)), None
+    )
+    if binary is None:
+        fix = f"Run: apt-get install --no-install-recommends {PACKAGES[name]}, or set {variable}"
+        raise HostError(f"cannot use {name}", f"missing: {name}", fix)
+    if not os.access(binary, os.X_OK):
+        raise HostError(f"cannot use {name}", f"{variable} is {binary}, which is no program", f"Correct {variable}")
+    env = {key: os.environ[key] for key in _KEPT if key in os.environ}
+    env |= {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin",
+        "LC_ALL": "C",
+        "PODMAN_IGNORE_CGROUPSV1_WARNING": "1",
+    }
+    if name == "docker":
+        if host := os.environ.get("DOCKER_HOST", ""):
+            if not host.startswith("unix://"):
+                why = f"DOCKER_HOST is {host[:200]}, and our folders and sockets are on this machine"
+                raise HostError("cannot use docker", why, "Unset DOCKER_HOST, or name a local socket: unix:///path")
+            env["DOCKER_HOST"] = host
+        # Not the user's: it may add variables to containers, or lead to another machine.
+        env["DOCKER_CONFIG"] = "/nonexistent"
+    return Engine(name=name, binary=binary, env=env)
+
+
+def container_id(answer: Answer) -> str:
+    """The id that a creating call printed; empty where it printed none."""
+    last = answer.text.strip().rpartition("\n")[2].strip()
+    return last if not answer.status and _ID.fullmatch(last) else ""
+
+
+def _printable(text_: str) -> str:
+    return "".join(char if char.isprintable() or char.isspace() else "\N{REPLACEMENT CHARACTER}" for char in text_)

@@ -1,0 +1,199 @@
+"""A guest image as an archive that podman, docker and ctr load: OCI layout (image-spec 1.1) and docker's manifest.json.
+
+Two layers: the root file system, the same for all images of one base, and what our own code adds. No times, no owners
+but root, names in order: the same image gives the same bytes, and so the same image id (the config's digest).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from x07_sandbox.errors import ImageError
+from x07_sandbox.host.arch import ARCHES
+from x07_sandbox.images import commands
+from x07_sandbox.images.base import remove_tree
+from x07_sandbox.images.manifest import canonical
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from x07_sandbox.images.store import Image
+
+AGENT: Final = "/usr/lib/x07/agent.zip"
+MANIFEST_LABEL: Final = "io.x07.guest"  # the whole manifest of the guest image, as JSON
+_CREATED: Final = "2025-01-01T00:00:00Z"  # commands.EPOCH
+_HEADER: Final = 110
+_DOCKER_ARCH: Final = {"x86_64": "amd64", "aarch64": "arm64"}
+_FOLDERS: Final = ("x07", "opt/x07", "run", "tmp", "dev", "proc", "sys", "usr/lib/x07")
+_LINKS: Final = {"etc/machine-id": "/run/x07/machine-id"}
+
+
+def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, progress: Callable[[str], None]) -> str:
+    """Write the archive of *image*, called *reference* (NAME:TAG) where it is loaded; the image id, "sha256:<hex>".
+
+    work: an empty folder. Raises ImageError, HostError, OSError.
+    """
+    progress("unpacking the root file system")
+    root = work / "root"
+    argv = [commands.tool("fsck.erofs"), f"--extract={root}", "--no-preserve"]
+    commands.run([*argv, str(image.folder / image.manifest.parts.root.file)], cwd=work, timeout_s=300)
+    progress("making the layers")
+    layers = [_layer(work / "root.tar", root), _agent_layer(work / "agent.tar", image)]
+    remove_tree(root)
+    config = canonical(_config(image, [digest for digest, _ in layers]))
+    config_digest = _sha256(config)
+    blobs = dict(layers)
+    manifest = canonical(_manifest(config_digest, len(config), layers))
+    index = canonical(_index(_sha256(manifest), len(manifest), reference))
+    docker = [{"Config": _blob(config_digest), "RepoTags": [reference], "Layers": [_blob(d) for d, _ in layers]}]
+    progress("writing the archive")
+    with tarfile.open(fileobj=target, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for digest, data in sorted(((config_digest, config), (_sha256(manifest), manifest))):
+            _add(archive, _blob(digest), data)
+        for digest in sorted(blobs):
+            with blobs[digest].open("rb") as layer:
+                info = _entry(_blob(digest))
+                info.size = blobs[digest].stat().st_size
+                archive.addfile(info, layer)
+        _add(archive, "index.json", index)
+        _add(archive, "manifest.json", canonical(docker))
+        _add(archive, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
+    return f"sha256:{config_digest}"
+
+
+def agent_of(image: Image) -> bytes:
+    """The agent's zip, as the image's initramfs has it. Raises ImageError."""
+    data = (image.folder / image.manifest.parts.initrd.file).read_bytes()
+    at = 0
+    while data[at : at + 6] == b"070701":
+        size, name_size = (int(data[at + field : at + field + 8], 16) for field in (54, 94))
+        name = data[at + _HEADER : at + _HEADER + name_size - 1]
+        start = at + _HEADER + name_size
+        start += -start % 4
+        if name == b"agent.zip":
+            return data[start : start + size]
+        at = start + size + -(start + size) % 4
+    raise ImageError("cannot use the guest image", "its initramfs has no agent", "Run x07 image build")
+
+
+def _layer(path: Path, root: Path) -> tuple[str, Path]:
+    """The root file system as a layer: its digest and file."""
+    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        links: dict[tuple[int, int], str] = {}
+        for name in _names(root):
+            place = root / name
+            info = tar.gettarinfo(str(place), name)
+            if info is None or not (info.isreg() or info.isdir() or info.issym() or info.islnk()):
+                continue  # devices are the engine's
+            state = place.lstat()
+            first = links.setdefault((state.st_dev, state.st_ino), name)
+            _plain(info)
+            if info.isreg() or info.islnk():
+                info.type, info.linkname = (tarfile.REGTYPE, "") if first == name else (tarfile.LNKTYPE, first)
+            info.size = state.st_size if info.type == tarfile.REGTYPE else 0
+            if info.type == tarfile.REGTYPE:
+                with place.open("rb") as content:
+                    tar.addfile(info, content)
+            else:
+                tar.addfile(info)
+    return _digest_of(path), path
+
+
+def _agent_layer(path: Path, image: Image) -> tuple[str, Path]:
+    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name in sorted(_FOLDERS):
+            info = _entry(name, 0o755)
+            info.type = tarfile.DIRTYPE
+            tar.addfile(info)
+        for name, link in sorted(_LINKS.items()):
+            info = _entry(name, 0o777)
+            info.type, info.linkname = tarfile.SYMTYPE, link
+            tar.addfile(info)
+        _add(tar, AGENT.removeprefix("/"), agent_of(image))
+    return _digest_of(path), path
+
+
+def _names(root: Path) -> Iterator[str]:
+    """Names of all below *root*, in one order, folders before what is in them."""
+    for folder, inner, files in os.walk(root):
+        inner.sort()
+        below = Path(folder).relative_to(root)
+        yield from sorted(str(below / name) for name in (*inner, *files))
+
+
+def _plain(info: tarfile.TarInfo) -> None:
+    info.uid = info.gid = 0
+    info.uname = info.gname = ""
+    info.mtime = commands.EPOCH
+    info.mode &= 0o1777  # nothing in a container is to run as another user than the one who starts it
+    info.pax_headers = {}
+
+
+def _entry(name: str, mode: int = 0o444) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.mode = mode
+    _plain(info)
+    return info
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = _entry(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def _config(image: Image, layers: list[str]) -> dict[str, Any]:
+    labels = {MANIFEST_LABEL: canonical(msgspec.to_builtins(image.manifest)).decode()}
+    entry = ["/usr/bin/python3", "-I", "-S", "-B", AGENT]
+    return {
+        "architecture": _DOCKER_ARCH[ARCHES[image.manifest.arch].name],
+        "os": "linux",
+        "created": _CREATED,
+        "config": {"Entrypoint": entry, "Env": ["PATH=/usr/bin:/bin"], "Labels": labels, "WorkingDir": "/"},
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in layers]},
+        "history": [{"created": _CREATED, "created_by": "x07-sandbox"} for _ in layers],
+    }
+
+
+def _manifest(config: str, size: int, layers: list[tuple[str, Path]]) -> dict[str, Any]:
+    kind = "application/vnd.oci.image"
+    return {
+        "schemaVersion": 2,
+        "mediaType": f"{kind}.manifest.v1+json",
+        "config": {"mediaType": f"{kind}.config.v1+json", "digest": f"sha256:{config}", "size": size},
+        "layers": [
+            {"mediaType": f"{kind}.layer.v1.tar", "digest": f"sha256:{digest}", "size": path.stat().st_size}
+            for digest, path in layers
+        ],
+    }
+
+
+def _index(manifest: str, size: int, reference: str) -> dict[str, Any]:
+    kind = "application/vnd.oci.image"
+    names = {"io.containerd.image.name": reference, "org.opencontainers.image.ref.name": reference.rpartition(":")[2]}
+    entry = {"mediaType": f"{kind}.manifest.v1+json", "digest": f"sha256:{manifest}", "size": size}
+    return {
+        "schemaVersion": 2,
+        "mediaType": f"{kind}.index.v1+json",
+        "manifests": [{**entry, "annotations": names}],
+    }
+
+
+def _blob(digest: str) -> str:
+    return f"blobs/sha256/{digest}"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,203 @@
+"""Runs in containers of real engines: what holds there, what is refused, and what is left when somebody is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from x07_sandbox.backends.container import reaper
+from x07_sandbox.backends.engines import engine as the_engine
+from x07_sandbox.jobs.stopping import live_records
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.engines import EngineUnderTest
+    from x07_sandbox.backends.engines import Engine
+
+pytestmark = [pytest.mark.root]
+X07 = str(Path(sys.executable).with_name("x07"))
+LOOK = """
+import json, os
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+shown = {name: int(status[name], 16) for name in ("CapBnd", "CapEff", "CapPrm", "CapInh")}
+shown |= {"uid": os.getuid(), "groups": os.getgroups(), "adj": open("/proc/self/oom_score_adj").read().strip()}
+shown |= {"nnp": status["NoNewPrivs"].strip(), "seccomp": status["Seccomp"].strip(), "up": os.listdir("/sys/class/net")}
+def tried(call):
+    try: call()
+    except OSError as exc: return type(exc).__name__
+    return "done"
+shown["tried"] = [
+    tried(lambda: open("/etc/x", "w")), tried(lambda: open("/x07/in/x", "w")), tried(lambda: os.kill(1, 9)),
+    tried(lambda: os.listdir("/proc/1/fd")), tried(lambda: open("/x07/out/x", "w")),
+]
+print(json.dumps(shown))
+"""
+
+
+@pytest.fixture(params=["podman", "docker"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, state: Path) -> EngineUnderTest:  # noqa: ARG001 - records of its own
+    """Each engine, with records of the test's own."""
+    found: EngineUnderTest = request.getfixturevalue(request.param)
+    for name, value in found.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+    return found
+
+
+def x07(engine: EngineUnderTest, *words: str, code: int = 0) -> str:
+    """What `x07 run` on that engine prints; it must end with *code*."""
+    argv = [X07, "run", "--backend", engine.name, *words]
+    done = subprocess.run(argv, capture_output=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
+    said = done.stdout.decode() + done.stderr.decode()
+    assert done.returncode == code, said
+    return said
+
+
+def result_of(engine: EngineUnderTest, tmp_path: Path, source: str, *words: str) -> dict[str, Any]:
+    """The result of a Python program."""
+    program, report = tmp_path / "prog.py", tmp_path / "result.json"
+    program.write_text(source, encoding="utf-8")
+    argv = [X07, "run", "--backend", engine.name, "--report-out", str(report), *words, str(program)]
+    subprocess.run(argv, capture_output=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_program_has_none_of_what_the_agent_has(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """The program has no capability, not even to gain; is the first to die; and reaches neither agent nor its files."""
+    result = result_of(engine, tmp_path, LOOK)
+    shown = json.loads(result["stdout"]["text"])
+    assert [shown.pop(name) for name in ("CapBnd", "CapEff", "CapPrm", "CapInh")] == [0, 0, 0, 0]
+    tried = ["OSError", "PermissionError", "PermissionError", "PermissionError", "PermissionError"]
+    assert shown == {
+        "uid": 65532,
+        "groups": [],
+        "adj": "1000",
+        "nnp": "1",
+        "seccomp": "2",
+        "up": ["lo"],
+        "tried": tried,
+    }
+    assert (result["isolation"], result["backend"]) == ("container", engine.name)
+    assert result["digests"]["image"] == engine.digest
+
+
+def test_a_container_carries_the_labels_of_its_record(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """Labels of schema, run, runner, deadline and image are on the container, and say what the record says."""
+    program = tmp_path / "wait.py"
+    program.write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n", encoding="utf-8")
+    with subprocess.Popen([X07, "run", "--backend", engine.name, str(program)], stdout=subprocess.PIPE) as runner:
+        assert runner.stdout is not None
+        assert runner.stdout.readline() == b"here\n"
+        (record,) = live_records(engine.name)
+        labels = json.loads(engine.call("inspect", f"x07-{record.job_id}"))[0]["Config"]["Labels"]
+        runner.send_signal(signal.SIGINT)
+        assert runner.wait(30) == 130
+    assert {name: labels[name] for name in record.labels()} == record.labels()
+    assert labels["io.x07.deadline_unix_ms"] == str(json.loads(job_of(record.folder))["deadline_unix_ms"])
+    assert labels["io.x07.image_digest"] == engine.digest
+    assert engine.containers() == []
+
+
+def job_of(folder: Path) -> str:
+    """The record of a job, as it lies there."""
+    return (folder / "job.json").read_text(encoding="utf-8")
+
+
+def test_a_container_ends_with_its_runner(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """The container of a killed runner is removed at once, without a sweep, and its record says so."""
+    program = tmp_path / "wait.py"
+    program.write_text("print('here', flush=True)\nimport time\ntime.sleep(600)\n", encoding="utf-8")
+    with subprocess.Popen([X07, "run", "--backend", engine.name, str(program)], stdout=subprocess.PIPE) as runner:
+        assert runner.stdout is not None
+        assert runner.stdout.readline() == b"here\n"
+        (record,) = live_records(engine.name)
+        runner.kill()
+    wait_until(lambda: not engine.containers() and (record.folder / "reaped").exists())
+    assert (record.folder / "reaped").read_text(encoding="ascii") == "reaped\n"
+
+
+def test_a_container_ends_at_its_deadline(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """The reaper removes a container when its time is up, though its runner, stopped, still holds it."""
+    container = engine.call("create", "--network", "none", engine.digest, "container", "mark").strip()
+    runner_r, runner_w = os.pipe()
+    until = time.clock_gettime(time.CLOCK_BOOTTIME) + 1
+    removing = client(engine).argv("rm", "--force", container)
+    argv = [sys.executable, "-I", "-S", reaper.__file__, str(tmp_path), str(until), str(runner_r), *removing]
+    with subprocess.Popen(argv, pass_fds=(runner_r,), env=client(engine).env) as process:
+        os.close(runner_r)
+        assert engine.containers() != []
+        assert process.wait(60) == 0
+    os.close(runner_w)
+    assert engine.containers() == []
+    assert (tmp_path / "reaped").exists()
+
+
+def client(engine: EngineUnderTest) -> Engine:
+    """The engine's client, as the backend has it."""
+    return the_engine(engine.name)
+
+
+def wait_until(met: Callable[[], bool]) -> None:
+    """Wait for a condition that no event tells of."""
+    deadline = time.monotonic() + 60
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_image_that_is_not_the_pinned_one_does_not_run(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """X07_VM_GUEST_IMAGE_DIGEST names the image id; another one is refused although weaker isolation is accepted."""
+    os.environ["X07_VM_GUEST_IMAGE_DIGEST"] = engine.digest
+    try:
+        assert result_of(engine, tmp_path, "print(1)")["outcome"] == "ok"
+        os.environ["X07_VM_GUEST_IMAGE_DIGEST"] = "sha256:" + "0" * 64
+        result = result_of(engine, tmp_path, "print(1)")
+    finally:
+        del os.environ["X07_VM_GUEST_IMAGE_DIGEST"]
+    assert (result["outcome"], "X07_VM_GUEST_IMAGE_DIGEST" in result["reason"]) == ("refused", True)
+
+
+def test_an_image_without_our_agent_is_refused_by_name(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """An image of another kind, and one that is absent, are named in the error with what makes a right one."""
+    with (tmp_path / "empty.tar").open("wb") as file:
+        file.write(bytes(10240))
+    engine.call("import", str(tmp_path / "empty.tar"), "localhost/other:1")
+    program = tmp_path / "prog.py"
+    program.write_text("print(1)", encoding="utf-8")
+    for name in ("localhost/other:1", "localhost/absent:1"):
+        said = x07(engine, "--image", name, str(program), code=125)
+        assert name in said
+        assert "x07 image load" in said
+        assert "scripts/build_guest_runner_image.sh" in said
+    assert engine.containers() == []
+
+
+def test_a_container_takes_only_what_the_gate_lets_it(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """With a list of hosts a container asks the egress gate, and without one it has no way out."""
+    ask = (
+        "import socket\ntry: socket.create_connection(('{}', 443), 5)\nexcept OSError as exc: print(type(exc).__name__)"
+    )
+    result = result_of(engine, tmp_path, ask.format("unlisted.example"), "--allow-host", "listed.example:443")
+    assert (result["outcome"], result["stdout"]["text"]) == ("ok", "gaierror\n")
+    assert [row["host"] for row in result["net"]["denied"]] == ["unlisted.example"]
+    result = result_of(engine, tmp_path, ask.format("93.184.215.14"))
+    assert result["stdout"]["text"] in {"OSError\n", "ConnectionRefusedError\n"}
+
+
+def test_weaker_isolation_is_never_taken_unasked(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """Named without acceptance a container engine is refused, and nothing is started."""
+    del os.environ["X07_I_ACCEPT_WEAKER_ISOLATION"]
+    program = tmp_path / "prog.py"
+    program.write_text("print(1)", encoding="utf-8")
+    assert "--i-accept-weaker-isolation" in x07(engine, str(program), code=125)
+    assert engine.containers() == []

@@ -1,0 +1,149 @@
+"""Real container engines for tests, with our image: podman with its own store, dockerd on its own socket.
+
+Nothing of the host's own engines is used, and its firewall and networks are not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from x07_sandbox.backends.engine_images import load
+from x07_sandbox.backends.engines import engine
+from x07_sandbox.images.build import build_image
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from x07_sandbox.backends.engines import Name
+
+REFERENCE = "x07-guest-runner:test"
+_START_S = 30.0
+_ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
+_DOCKERD = (
+    *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
+    *("--bridge=none", "--userland-proxy=false", "--log-level=warn", "--shutdown-timeout=2"),
+)
+
+
+class EngineUnderTest(NamedTuple):
+    """An engine that is ready. env: variables by which a backend finds it and our image. digest: the image's id."""
+
+    name: Name
+    env: Mapping[str, str]
+    digest: str
+
+    def call(self, *words: str) -> str:
+        """What its client prints; it must succeed."""
+        argv = [self.env.get("X07_VM_PODMAN_BIN", f"/usr/bin/{self.name}"), *words]
+        done = subprocess.run(argv, capture_output=True, timeout=60, check=True, env=_ENV | dict(self.env))
+        return done.stdout.decode()
+
+    def containers(self) -> list[str]:
+        """Names of all containers that it has."""
+        return self.call("ps", "--all", "--format", "{{.Names}}").split()
+
+
+def missing(name: Name) -> str:
+    """Why that engine cannot be tested here; empty where it can."""
+    if os.geteuid() != 0:
+        return f"{name} with a store of its own needs root"
+    tools = ("podman", "runc") if name == "podman" else ("docker", "dockerd", "containerd", "runc")
+    absent = [tool for tool in tools if shutil.which(tool, path=_ENV["PATH"]) is None]
+    return f"missing: {', '.join(absent)}" if absent else ""
+
+
+@contextlib.contextmanager
+def running(name: Name) -> Iterator[EngineUnderTest]:
+    """Start it, load our image into it; on the way out nothing of it is left."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"x07-{name}-", dir="/var/tmp")))
+        env = stack.enter_context((_podman if name == "podman" else _dockerd)(folder))
+        with _variables(env):
+            image = build_image(progress=lambda _text: None)
+            digest, _ = load(image, REFERENCE, [name], lambda _text: None)
+            assert engine(name).call("info").status == 0
+        yield EngineUnderTest(name, env | {"X07_VM_GUEST_IMAGE": REFERENCE}, digest)
+
+
+@contextlib.contextmanager
+def _variables(env: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in env}
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _podman(folder: Path) -> Iterator[dict[str, str]]:
+    client = folder / "podman"
+    words = f"--root {folder}/store --runroot {folder}/run --storage-driver overlay"
+    client.write_text(f'#!/bin/sh\nexec /usr/bin/podman {words} "$@"\n', encoding="ascii")
+    client.chmod(0o755)
+    try:
+        yield {"X07_VM_PODMAN_BIN": str(client)}
+    finally:
+        _quietly(str(client), "rm", "--all", "--force", "--time", "0")
+        _unmounted(folder)
+
+
+@contextlib.contextmanager
+def _dockerd(folder: Path) -> Iterator[dict[str, str]]:
+    (folder / "daemon.json").write_text("{}", encoding="ascii")
+    host = f"unix://{folder}/docker.sock"
+    argv = ["dockerd", "--config-file", f"{folder}/daemon.json", "--host", host, "--data-root", f"{folder}/data"]
+    argv += ["--exec-root", f"{folder}/exec", "--pidfile", f"{folder}/docker.pid", "--cgroup-parent", f"/{folder.name}"]
+    with (folder / "log").open("wb") as log:
+        daemon = subprocess.Popen([*argv, *_DOCKERD], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_ENV)
+    try:
+        deadline = time.monotonic() + _START_S
+        while _quietly("docker", "--host", host, "info"):
+            said = (folder / "log").read_text(encoding="utf-8", errors="replace")[-2000:]
+            assert daemon.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        yield {"DOCKER_HOST": host}
+    finally:
+        listed = subprocess.run(
+            ["/usr/bin/docker", "--host", host, "ps", "--all", "--quiet"],
+            capture_output=True,
+            check=False,
+            env=_ENV,
+            timeout=60,
+        )
+        if ids := listed.stdout.decode().split():
+            _quietly("docker", "--host", host, "rm", "--force", *ids)
+        daemon.terminate()
+        try:
+            daemon.wait(30)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+        _unmounted(folder)
+        for group in Path("/sys/fs/cgroup").glob(f"*/{folder.name}"):
+            with contextlib.suppress(OSError):
+                group.rmdir()
+
+
+def _quietly(*argv: str) -> int:
+    return subprocess.run(argv, capture_output=True, check=False, env=_ENV, timeout=120).returncode
+
+
+def _unmounted(folder: Path) -> None:
+    """Take off what engines leave mounted below their folders, inner mounts first."""
+    lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    places = [line.split()[1] for line in lines if line.split()[1].startswith(f"{folder}/")]
+    for place in sorted(places, key=len, reverse=True):
+        _quietly("umount", "--lazy", place)

@@ -1,0 +1,66 @@
+"""The reaper of container engines, as the process that it is, with a stand-in for the call that removes a container."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.backends.container import reaper
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def start(folder: Path, seconds: float, status: int = 0) -> tuple[subprocess.Popen[bytes], int]:
+    """A reaper with that much time, and the runner's end of its pipe. status: of the call that stands in."""
+    removing = folder / "remove"
+    removing.write_text(f"#!/bin/sh\necho $1 >> {folder}/removed\nexit {status}\n", encoding="ascii")
+    removing.chmod(0o755)
+    runner_r, runner_w = os.pipe()
+    until = time.clock_gettime(time.CLOCK_BOOTTIME) + seconds
+    argv = [sys.executable, "-I", "-S", reaper.__file__, str(folder), str(until), str(runner_r), str(removing), "one"]
+    process = subprocess.Popen(argv, pass_fds=(runner_r,))
+    os.close(runner_r)
+    return process, runner_w
+
+
+def test_it_removes_what_a_dead_runner_left(tmp_path: Path) -> None:
+    """The end of the runner removes the container at once, and the record says `reaped`."""
+    process, runner_w = start(tmp_path, 600)
+    os.close(runner_w)
+    assert process.wait(30) == 0
+    assert (tmp_path / "removed").read_text(encoding="ascii") == "one\n"
+    assert (tmp_path / "reaped").read_text(encoding="ascii") == "reaped\n"
+
+
+def test_it_does_nothing_where_the_runner_has_done_it(tmp_path: Path) -> None:
+    """A runner that has removed its container says so, and nothing is removed twice."""
+    process, runner_w = start(tmp_path, 600)
+    os.write(runner_w, b"g")
+    os.close(runner_w)
+    assert process.wait(30) == 0
+    assert not (tmp_path / "removed").exists()
+    assert not (tmp_path / "reaped").exists()
+
+
+def test_it_removes_at_the_deadline(tmp_path: Path) -> None:
+    """At the deadline the container is removed although its runner is there."""
+    process, runner_w = start(tmp_path, 0.2)
+    assert process.wait(30) == 0
+    os.close(runner_w)
+    assert (tmp_path / "reaped").exists()
+
+
+@pytest.mark.slow
+def test_it_says_nothing_of_what_it_could_not_remove(tmp_path: Path) -> None:
+    """Where removing fails it is tried again, five times, and `reaped` is not written."""
+    process, runner_w = start(tmp_path, 0.0, status=1)
+    assert process.wait(60) == 0
+    os.close(runner_w)
+    assert (tmp_path / "removed").read_text(encoding="ascii") == "one\n" * 5
+    assert not (tmp_path / "reaped").exists()

@@ -1,0 +1,207 @@
+"""Command lines for container engines, and what is read of their answers: pure."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from msgspec.structs import replace
+
+from x07_sandbox.backends.base import Needs, RootPlace
+from x07_sandbox.backends.container.create import Wanted, create_argv, differences, engine_gaps
+from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE, check_reference
+from x07_sandbox.backends.engines import Answer, container_id, engine
+from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.host.version import __version__
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MIB = 1 << 20
+IMAGE = "sha256:" + "ab" * 32
+WANTED = Wanted(
+    engine="docker",
+    image=IMAGE,
+    name="x07-1-2-3-run",
+    mark="c0ffee",
+    labels={"io.x07.schema": "1", "io.x07.run_id": "1-2-3-run"},
+    needs=Needs(
+        mem_bytes=256 * MIB,
+        tmp_bytes=MIB,
+        tasks=8,
+        fds=64,
+        files_bytes=1000,
+        places=(RootPlace(at="/home/u/in", write=False), RootPlace(at="/home/u/out", write=True)),
+    ),
+    resolv_conf="/state/j/resolv.conf",
+)
+MADE: dict[str, Any] = {
+    "Image": IMAGE,
+    "HostConfig": {
+        "NetworkMode": "none",
+        "ReadonlyRootfs": True,
+        "CapAdd": ["CAP_KILL", "SETUID"],
+        "SecurityOpt": ["no-new-privileges"],
+        "Memory": WANTED.memory_bytes,
+        "PidsLimit": WANTED.tasks,
+    },
+    "Mounts": [{"Destination": "/etc/resolv.conf"}, {"Destination": "/home/u/out/"}],
+    "Config": {"Labels": {"io.x07.schema": "1", "io.x07.run_id": "1-2-3-run", "other": "x"}},
+}
+
+
+def after(argv: list[str], flag: str) -> list[str]:
+    """All values of a flag."""
+    return [value for word, value in itertools.pairwise(argv) if word == flag]
+
+
+@pytest.mark.parametrize("engine_name", ["podman", "docker"])
+def test_a_container_is_made_with_nothing_that_was_not_asked_for(engine_name: str) -> None:
+    """A container has no network, a read-only root, four capabilities, limits, and no log on the host's disk."""
+    argv = list(create_argv(replace(WANTED, engine=engine_name)))
+    assert argv[0] == "create"
+    assert argv[-3:] == [IMAGE, "container", "c0ffee"]
+    assert after(argv, "--network") == ["none"]
+    assert after(argv, "--cap-drop") == ["ALL"]
+    assert after(argv, "--cap-add") == ["KILL", "SETGID", "SETPCAP", "SETUID"]
+    assert after(argv, "--security-opt") == ["no-new-privileges"]
+    assert after(argv, "--pull") == ["never"]
+    assert after(argv, "--log-driver") == ["none"]
+    assert after(argv, "--memory") == after(argv, "--memory-swap") == [str(WANTED.memory_bytes)]
+    assert after(argv, "--pids-limit") == ["10"]
+    assert "--read-only" in argv
+    assert ("--http-proxy=false" in argv) == (engine_name == "podman")
+    assert "--privileged" not in argv
+    assert after(argv, "--label") == ["io.x07.schema=1", "io.x07.run_id=1-2-3-run"]
+
+
+def test_only_a_job_with_connections_may_make_rules() -> None:
+    """NET_ADMIN is given with connections only, and the relay's socket with it."""
+    argv = list(create_argv(replace(WANTED, net_folder="/state/j/net")))
+    assert "NET_ADMIN" in after(argv, "--cap-add")
+    assert "type=bind,src=/state/j/net,dst=/run/x07-net,readonly" in after(argv, "--mount")
+    assert argv[-3:] == ["container", "network", "c0ffee"]
+    assert not any("x07-net" in word for word in create_argv(WANTED))
+
+
+def test_folders_of_the_host_lie_in_memory_and_belong_to_whom_the_policy_says() -> None:
+    """Each root is a tmpfs with a size; only what the policy lets the program write is open to it."""
+    tmpfs = WANTED.tmpfs()
+    assert "mode=0755" in tmpfs["/home/u/in"]
+    assert "mode=1777" in tmpfs["/home/u/out"]
+    assert "mode=0755" in tmpfs["/x07/out"]
+    assert all("nosuid,nodev" in options and "size=" in options for options in tmpfs.values())
+    closed = replace(WANTED, needs=replace(WANTED.needs, closed=True, alone=False, out=True)).tmpfs()
+    assert all(",noexec," in options for options in closed.values())
+    assert "mode=1777" in closed["/x07/out"]
+
+
+def test_what_was_made_as_asked_has_no_differences() -> None:
+    """A container as the engines describe one that was made as asked is taken."""
+    assert differences(WANTED, MADE) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        (("Image",), "sha256:" + "cd" * 32, "its image"),
+        (("HostConfig", "Privileged"), True, "its rights"),
+        (("HostConfig", "NetworkMode"), "bridge", "its network"),
+        (("HostConfig", "ReadonlyRootfs"), False, "its root"),
+        (("HostConfig", "PidMode"), "host", "its namespaces"),
+        (("HostConfig", "CapAdd"), ["CAP_SYS_ADMIN"], "its capabilities"),
+        (("HostConfig", "Devices"), [{"PathOnHost": "/dev/kvm"}], "its devices"),
+        (("HostConfig", "SecurityOpt"), ["seccomp=unconfined"], "its security options"),
+        (("HostConfig", "Memory"), 0, "its limit on memory"),
+        (("HostConfig", "PidsLimit"), 2048, "its limit on tasks"),
+        (("Mounts",), [{"Destination": "/home/u"}], "its mounts"),
+        (("Config", "Labels"), {}, "its labels"),
+        (("HostConfig",), None, "its network"),
+    ],
+)
+def test_a_container_that_an_engine_made_otherwise_is_not_used(
+    place: tuple[str, ...], value: object, named: str
+) -> None:
+    """Every difference between what was asked for and what an engine's configuration made of it is found and named."""
+    made = copy.deepcopy(MADE)
+    inner = made
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    assert any(found.startswith(named) for found in differences(WANTED, made))
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "gaps"),
+    [
+        ("podman", {"host": {"security": {"rootless": False}, "cgroupVersion": "v1"}}, []),
+        ("podman", {"host": {"security": {"rootless": True}, "cgroupVersion": "v1"}}, ["memory", "tasks"]),
+        (
+            "podman",
+            {"host": {"security": {"rootless": True}, "cgroupVersion": "v2", "cgroupControllers": ["memory"]}},
+            ["tasks"],
+        ),
+        (
+            "podman",
+            {"host": {"security": {"rootless": True}, "cgroupVersion": "v2", "cgroupControllers": ["memory", "pids"]}},
+            [],
+        ),
+        ("docker", {"MemoryLimit": True, "PidsLimit": True}, []),
+        ("docker", {"MemoryLimit": False, "PidsLimit": True}, ["memory"]),
+        ("docker", {}, ["memory", "tasks"]),
+    ],
+)
+def test_limits_that_an_engine_would_ignore_are_known_before(name: Any, told: dict[str, Any], gaps: list[str]) -> None:  # noqa: ANN401 - a name of an engine
+    """An engine that would start a container without its limits, as podman does rootless on cgroup v1, is found out."""
+    assert engine_gaps(name, told) == gaps
+
+
+def test_variables_that_lead_to_another_machine_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the caller's variables an engine's client sees no endpoint, context, configuration or storage."""
+    client = tmp_path / "client"
+    client.write_text("#!/bin/sh\n", encoding="ascii")
+    client.chmod(0o755)
+    for name in ("CONTAINER_HOST", "CONTAINERS_CONF", "DOCKER_CONTEXT", "DOCKER_TLS", "STORAGE_DRIVER", "LD_PRELOAD"):
+        monkeypatch.setenv(name, "evil")
+    for engine_name in ("podman", "docker"):
+        monkeypatch.setenv(f"X07_VM_{engine_name.upper()}_BIN", str(client))
+        found = engine(engine_name)
+        assert "evil" not in found.env.values()
+        assert found.binary == str(client)
+    monkeypatch.setenv("DOCKER_HOST", "unix:///run/user/1000/docker.sock")
+    assert engine("docker").env["DOCKER_HOST"] == "unix:///run/user/1000/docker.sock"
+    monkeypatch.setenv("DOCKER_HOST", "tcp://10.0.0.1:2375")
+    with pytest.raises(HostError, match="DOCKER_HOST"):
+        engine("docker")
+
+
+def test_an_engine_that_is_not_here_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that is no program is refused by the variable's name."""
+    monkeypatch.setenv("X07_VM_PODMAN_BIN", "/nonexistent/podman")
+    with pytest.raises(HostError, match="X07_VM_PODMAN_BIN"):
+        engine("podman")
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "found"),
+    [("ab" * 32 + "\n", 0, "ab" * 32), ("ab" * 32, 125, ""), ("name\n", 0, ""), ("", 0, ""), ("--rm\n", 0, "")],
+)
+def test_an_id_is_only_what_looks_like_one(text: str, status: int, found: str) -> None:
+    """What an engine prints for a new container is taken only as 64 hexadecimal digits."""
+    assert container_id(Answer(status=status, text=text, error="")) == found
+
+
+@pytest.mark.parametrize("name", ["x07-guest-runner:dev", "localhost:5000/a/b:1.0", DEFAULT_REFERENCE])
+def test_names_of_images_that_engines_take(name: str) -> None:
+    """NAME:TAG, with a registry's host or without; the default has this version as its tag."""
+    assert check_reference(name) == name
+    assert DEFAULT_REFERENCE.endswith(f":{__version__}")
+
+
+@pytest.mark.parametrize("name", ["", "x07", "X:1", "-x:1", "a:b c", "a:" + "b" * 200, "../a:b", "a;b:c"])
+def test_names_of_images_that_engines_do_not_take(name: str) -> None:
+    """A name without a tag, with capitals or with anything else in it is refused with an example."""
+    with pytest.raises(UsageError, match="NAME:TAG"):
+        check_reference(name)
