@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.conftest import need
+from tests.engines import REFERENCE
+from tests.vm.jail_helpers import temporary_user
 from x07_sandbox.backends.container import reaper
+from x07_sandbox.backends.container.create import engine_gaps
+from x07_sandbox.backends.engine_images import load
 from x07_sandbox.backends.engines import engine as the_engine
+from x07_sandbox.images.store import find_image
 from x07_sandbox.jobs.stopping import live_records
 
 if TYPE_CHECKING:
@@ -201,3 +212,81 @@ def test_weaker_isolation_is_never_taken_unasked(engine: EngineUnderTest, tmp_pa
     program.write_text("print(1)", encoding="utf-8")
     assert "--i-accept-weaker-isolation" in x07(engine, str(program), code=125)
     assert engine.containers() == []
+
+
+@pytest.mark.usefixtures("podman")
+def test_rootless_podman_that_would_ignore_the_limits_is_refused() -> None:
+    """Podman as an ordinary user on cgroup v1, which would start a container without its limits, is not used."""
+    need(
+        Path("/sys/fs/cgroup/memory").is_dir(), "this host has cgroup v2, where rootless limits hold", installable=False
+    )
+    with contextlib.ExitStack() as stack:
+        user = stack.enter_context(temporary_user())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp")))
+        os.chown(folder, user.pw_uid, user.pw_gid)
+        env = {"PATH": "/usr/bin:/bin", "HOME": user.pw_dir, "XDG_RUNTIME_DIR": str(folder), "LC_ALL": "C"}
+        argv = ["setpriv", "--reuid", str(user.pw_uid), "--regid", str(user.pw_gid), "--clear-groups", "--"]
+        told = subprocess.run(
+            [*argv, "/usr/bin/podman", "info", "--format", "json"],
+            capture_output=True,
+            check=True,
+            env=env,
+            timeout=60,
+            cwd="/",
+        )
+    assert engine_gaps("podman", json.loads(told.stdout)) == ["memory", "tasks"]
+
+
+@pytest.mark.usefixtures("state")
+def test_crun_runs_it_too(podman: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Podman's own runtime, crun, carries a program as runc does, where the host's control groups let it."""
+    client = tmp_path / "crun-podman"
+    inner = podman.env["X07_VM_PODMAN_BIN"]
+    # crun refuses a host that has both versions of control groups; in a mount namespace of its own it sees one.
+    script = f'umount /sys/fs/cgroup/unified 2>/dev/null; exec {inner} --runtime crun "$@"'
+    lines = ["#!/bin/bash", 'words=(); for w; do [[ $w == --runtime || $w == runc ]] || words+=("$w"); done']
+    lines.append(f'exec unshare --mount sh -c {shlex.quote(script)} podman "${{words[@]}}"')
+    client.write_text("\n".join(lines) + "\n", encoding="ascii")
+    client.chmod(0o755)
+    for name, value in {**podman.env, "X07_VM_PODMAN_BIN": str(client), "X07_I_ACCEPT_WEAKER_ISOLATION": "1"}.items():
+        monkeypatch.setenv(name, value)
+    result = result_of(podman, tmp_path, LOOK)
+    assert (result["outcome"], json.loads(result["stdout"]["text"])["uid"]) == ("ok", 65532), result["reason"]
+    assert podman.containers() == []
+
+
+def test_every_engine_knows_the_image_by_one_id(
+    podman: EngineUnderTest, docker: EngineUnderTest, tmp_path: Path
+) -> None:
+    """The archive is the same bytes each time, and podman, docker and ctr all load it, as the same image."""
+    assert podman.digest == docker.digest
+    archives = [tmp_path / "first.tar", tmp_path / "second.tar"]
+    image = find_image("default")
+    ids = {load(image, REFERENCE, [], lambda _text: None, archive)[0] for archive in archives}
+    assert ids == {podman.digest}
+    first, second = (hashlib.sha256(archive.read_bytes()).hexdigest() for archive in archives)
+    assert first == second
+    assert REFERENCE in containerd_images(tmp_path, archives[0])
+
+
+def containerd_images(folder: Path, archive: Path) -> str:
+    """What a containerd of the test's own lists after it has imported an archive."""
+    place = tempfile.mkdtemp(prefix="x07-ctr-", dir="/run")
+    config = folder / "containerd.toml"
+    config.write_text(
+        f'version = 2\nroot = "{folder}/root"\nstate = "{place}/state"\n'
+        f'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n[grpc]\n  address = "{place}/c.sock"\n',
+        encoding="ascii",
+    )
+    daemon = subprocess.Popen(["/usr/bin/containerd", "--config", str(config), "--log-level", "error"])
+    try:
+        wait_until(Path(place, "c.sock").exists)
+        ctr = ["ctr", "--address", f"{place}/c.sock", "--namespace", "x07test", "images"]
+        subprocess.run(
+            [*ctr, "import", "--snapshotter", "native", "--no-unpack", str(archive)], check=True, timeout=120
+        )
+        return subprocess.run([*ctr, "ls", "-q"], check=True, timeout=60, capture_output=True).stdout.decode()
+    finally:
+        daemon.terminate()
+        daemon.wait(30)
+        shutil.rmtree(place, ignore_errors=True)

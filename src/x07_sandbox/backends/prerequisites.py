@@ -16,8 +16,9 @@ from typing import Final, Literal
 
 import msgspec
 
+from x07_sandbox.backends.engines import PACKAGES
 from x07_sandbox.backends.registry import BY_NAME, BackendRow, Platform, System
-from x07_sandbox.backends.selection import ACCEPT_FLAG, working
+from x07_sandbox.backends.selection import working
 from x07_sandbox.host.arch import ARCHES
 
 Kind = Literal["program", "socket", "device", "folder", "namespaces"]
@@ -96,8 +97,8 @@ NEEDS: Final[dict[str, tuple[Need, ...]]] = {
     "apple-container": (Need("program", "container"),),
     "qemu": (Need("device", _KVM, optional=True),),  # and the programs of its architecture
     "vz": (Need("program", "x07-vz-helper", "X07_VM_VZ_HELPER_BIN"), Need("folder", "", "X07_VM_VZ_GUEST_BUNDLE")),
-    "podman": (Need("program", "podman"),),
-    "docker": (Need("program", "docker"), Need("socket", "/var/run/docker.sock")),
+    "podman": (Need("program", "podman", "X07_VM_PODMAN_BIN"),),
+    "docker": (Need("program", "docker", "X07_VM_DOCKER_BIN"),),
     "os": (Need("namespaces", "user namespaces", system="linux"),),
     "none": (),
 }
@@ -105,10 +106,6 @@ _COMING: Final = {
     "firecracker-ctr": "start firecracker-containerd, and give this user its socket and /dev/kvm",
     "apple-container": "install Apple's container, and run container system start",
     "vz": "build x07-vz-helper, and name its guest bundle in X07_VM_VZ_GUEST_BUNDLE",
-    "podman": f"install podman, and accept a container with {ACCEPT_FLAG}",
-    "docker": f"let this user reach Docker's socket, and accept a container with {ACCEPT_FLAG}",
-    "os": f"allow user namespaces, install bubblewrap, and accept a confined process with {ACCEPT_FLAG}",
-    "none": f"nothing has to be here, and it is no wall: it wants {ACCEPT_FLAG}",
 }
 _NO_ARCHITECTURE: Final = (
     f"Run x07 on one of: {', '.join(sorted(ARCHES))}",
@@ -227,7 +224,7 @@ def _failure(
     if facts.machine not in ARCHES:
         return f"no virtual machine for architecture {facts.machine}", _NO_ARCHITECTURE
     if missing := [look.what for look in looks if look.good is False]:
-        packages = row.tools(facts.machine)
+        packages: dict[str, str] = {**row.tools(facts.machine), **PACKAGES}
         names = " ".join(sorted({packages[path] for path in missing if path in packages}))
         return f"missing: {', '.join(missing)}", (
             f"Run apt-get install --no-install-recommends {names}",

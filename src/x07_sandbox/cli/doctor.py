@@ -73,7 +73,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _print_backend(state: BackendState) -> None:
     wall = " or ".join(state.isolation) + (", only if accepted" if state.needs_acceptance else "")
-    show(f"{_MARKS[state.state]}  {state.name} ({wall}): {state.text}")
+    # Nothing is wrong with a machine that lacks what is only used where somebody asks for it.
+    mark = "note" if state.state == "failed" and state.needs_acceptance else _MARKS[state.state]
+    show(f"{mark}  {state.name} ({wall}): {state.text}")
     for look in state.looks:
         show(f"      {look.what}: {look.text}")
     # Where it is only not in this version or not for this platform, what they all have in common was said above.
