@@ -290,3 +290,21 @@ def containerd_images(folder: Path, archive: Path) -> str:
         daemon.terminate()
         daemon.wait(30)
         shutil.rmtree(place, ignore_errors=True)
+
+
+def test_the_script_builds_and_loads_the_image(podman: EngineUnderTest, tmp_path: Path, state: Path) -> None:
+    """scripts/build_guest_runner_image.sh ends with `ok: built NAME:TAG`, and X07_VM_GUEST_IMAGE runs it at once."""
+    script = str(Path(__file__).parents[2] / "scripts" / "build_guest_runner_image.sh")
+    env = {**os.environ, **podman.env, "DOCKER_HOST": f"unix://{tmp_path}/nobody"}
+    del env["X07_VM_GUEST_IMAGE"]
+    argv = [script, "--image", "localhost/x07-guest-runner", "--tag", "scripted"]
+    done = subprocess.run(argv, env=env, capture_output=True, timeout=300, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().splitlines()[-1] == "ok: built localhost/x07-guest-runner:scripted"
+    program = tmp_path / "prog.py"
+    program.write_text("print('scripted')", encoding="utf-8")
+    env |= {"X07_VM_GUEST_IMAGE": "localhost/x07-guest-runner:scripted", "X07_I_ACCEPT_WEAKER_ISOLATION": "1"}
+    env |= {"X07_VM_BACKEND": "podman", "X07_VM_STATE_DIR": str(state), "X07_VM_GUEST_IMAGE_DIGEST": podman.digest}
+    done = subprocess.run([X07, "run", str(program)], env=env, capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, b"scripted\n"), done.stderr
+    assert subprocess.run([script, "--nothing"], env=env, capture_output=True, check=False).returncode == 2

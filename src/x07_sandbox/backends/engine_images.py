@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.engines import PACKAGES, engine
-from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.version import __version__
 from x07_sandbox.images.archive import write_archive
@@ -35,13 +36,13 @@ def check_reference(reference: str) -> str:
 
 
 def engines_here() -> list[Engine]:
-    """The container engines of this host that can be called."""
+    """The container engines of this host that answer."""
     found = []
     for name in PACKAGES:
-        try:
-            found.append(engine(name))
-        except HostError:
-            continue
+        with contextlib.suppress(HostError, BackendError):
+            one = engine(name)
+            if not one.call("info").status:  # of docker the client may be here alone
+                found.append(one)
     return found
 
 
@@ -55,7 +56,7 @@ def load(
     engines = [engine(name) for name in names] if names or archive is not None else engines_here()
     if not engines and archive is None:
         fix = "Install podman or docker.io, or write a file to load elsewhere: --archive FILE"
-        raise HostError("cannot load the guest image", "there is no container engine here", fix)
+        raise HostError("cannot load the guest image", "no container engine answers here", fix)
     with tempfile.TemporaryDirectory(prefix="archive-", dir=cache_folder("tmp")) as folder:
         file = Path(folder, "image.tar") if archive is None else archive
         try:

@@ -224,7 +224,7 @@ def _failure(
     if facts.machine not in ARCHES:
         return f"no virtual machine for architecture {facts.machine}", _NO_ARCHITECTURE
     if missing := [look.what for look in looks if look.good is False]:
-        packages: dict[str, str] = {**row.tools(facts.machine), **PACKAGES}
+        packages = {**row.tools(facts.machine), **{str(name): package for name, package in PACKAGES.items()}}
         names = " ".join(sorted({packages[path] for path in missing if path in packages}))
         return f"missing: {', '.join(missing)}", (
             f"Run apt-get install --no-install-recommends {names}",
