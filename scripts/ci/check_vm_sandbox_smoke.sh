@@ -157,7 +157,7 @@ check_limits() {
 check_labels() {
     local jobs faults
     needs_run
-    result=$work/result-build.json code=''
+    result=$work/result-build.json code=0
     jobs=("$(value phases build job_id)" "$(value phases run job_id)")
     [[ -n ${jobs[0]} && -n ${jobs[1]} ]] || wrong "the build check gave no jobs"
     faults=$(host labels "$X07_VM_STATE_DIR" "${jobs[@]}" 2>&1) || wrong "$faults"
@@ -202,8 +202,8 @@ check_orphan() {
     done
     result=$work/victim code=running
     [[ -s $work/victim.out ]] || wrong "the run to be killed did not start"
-    job=$(cd -- "$X07_VM_STATE_DIR" && echo *-run)
-    [[ -d $X07_VM_STATE_DIR/$job ]] || wrong "the run to be killed has no record"
+    for job in "$X07_VM_STATE_DIR"/*-run; do job=${job##*/}; done
+    [[ -f $X07_VM_STATE_DIR/$job/job.json ]] || wrong "the run to be killed has no record"
     [[ -n $(host remains "$X07_VM_STATE_DIR" "$job") ]] || wrong "the record of a live run names nothing that lives"
     backend=$(host value "$X07_VM_STATE_DIR/$job/job.json" backend)
     case $backend in

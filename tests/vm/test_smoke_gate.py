@@ -172,3 +172,13 @@ def test_the_gate_checks_virtual_machines_only(tmp_path: Path, words: list[str],
     code, lines = gate(tmp_path, *words, env=env)
     assert code == 1
     assert states(lines) == {}
+
+
+def test_the_how_to_shows_the_output_of_the_gate() -> None:
+    """docs/how-to/run-in-ci.md shows a line for each check of the gate, in its order, and the last line."""
+    page = (ROOT / "docs" / "how-to" / "run-in-ci.md").read_text(encoding="utf-8")
+    block = re.search(r"(?s)```console\n\$ scripts/ci/check_vm_sandbox_smoke\.sh\n(.*?)```", page)
+    assert block
+    lines = block[1].splitlines()
+    assert list(states(lines)) == CHECKS
+    assert lines[-1] == PASSED

@@ -143,4 +143,8 @@ COMMANDS: Final[dict[str, Callable[..., None]]] = {
 }
 
 if __name__ == "__main__":
-    COMMANDS[sys.argv[1]](*sys.argv[2:])
+    try:
+        COMMANDS[sys.argv[1]](*sys.argv[2:])
+    except (OSError, ValueError, LookupError, AttributeError) as exc:
+        print(f"host.py {sys.argv[1]}: {type(exc).__name__}: {exc}")
+        sys.exit(1)
