@@ -218,12 +218,12 @@ check_orphan() {
         "$timeout" --kill-after=20 120 "$x07" sweep --json >"$work/sweep.json" 2>"$work/sweep.err" </dev/null || code=$?
         echo "$code" >"$work/sweep.code"
     fi
-    for ((count = 0; count < 60; count++)); do
+    for ((count = 0; count < 30; count++)); do
         left=$(left_over "$job" "$backend")
         [[ -n $left ]] || break
         sleep 0.5
     done
-    [[ -z $left ]] || wrong "30 s after its runner was killed, of the job $job there is left: $left"
+    [[ -z $left ]] || wrong "15 s after its runner was killed, of the job $job there is left: $left"
     if has sweep; then
         say "a run whose runner was killed left no process, control group or container"
     else
@@ -241,7 +241,7 @@ check_sweep() {
     host removed "$work/sweep.json" "$job" || wrong "x07 sweep --json does not name the job $job among what it removed"
     [[ ! -d $work/orphan/$job || -e $work/orphan/$job/reaped || -e $work/orphan/$job/done ]] ||
         wrong "the record of $job says neither done nor reaped"
-    say "it removed the job of the killed runner, and named it"
+    say "x07 sweep removed the job of the killed runner, and named it"
 }
 
 check_network() {
