@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every check and test: the set-up of quickstart.sh plus what tests need, then ruff, mypy, import-linter, shellcheck,
-# the guest image, pytest.
+# check-jsonschema and zizmor for the CI files, the guest image, pytest.
 #   scripts/test.sh [--full] [-- PYTEST ARGUMENTS]
 # --full: full sizes, long property tests, and the quick start in a clean Debian root. Environment: CI=1 makes a
 # missing tool an error instead of a skip; X07_PYTHON names the Python for .venv.
@@ -37,7 +37,10 @@ static_checks() {
     check mypy
     check mypy --python-version 3.11 --exclude '/x07_sandbox/guest/' src
     check lint-imports --no-logo
-    check shellcheck --external-sources scripts/*.sh .ci/run
+    check check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+    check check-jsonschema --builtin-schema vendor.github-actions action.yml
+    check zizmor --offline --no-progress --strict-collection .github action.yml
+    check shellcheck --external-sources scripts/*.sh scripts/ci/*.sh .ci/run
     [[ ${#broken[@]} -eq 0 ]] || fail "static checks failed; the tests were not started" "${broken[@]}"
 }
 # While the image is made, which takes one processor.

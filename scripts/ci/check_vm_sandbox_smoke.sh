@@ -1,0 +1,372 @@
+#!/usr/bin/env bash
+# The VM smoke gate: checks on this machine, with its own backend, that the promises of `x07 run` hold.
+#   scripts/ci/check_vm_sandbox_smoke.sh
+# Prints one line per check: ok, skip or fail, its name, and what was seen. Ends with "ok: VM sandbox smoke passed" and
+# exit code 0, or with exit code 1. It needs x07 on PATH (else .venv/bin/x07 is taken), Python 3.11, no network, and no
+# more than X07 itself needs: a guest image, for instance. Records go into a folder of its own, which it removes.
+# Environment: X07_VM_BACKEND names a backend; podman and docker also need X07_I_ACCEPT_WEAKER_ISOLATION=1.
+set -euo pipefail
+unset CDPATH
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
+# shellcheck source=scripts/lib.sh
+source "$root/scripts/lib.sh"
+smoke=$root/scripts/ci/smoke
+programs=$smoke/programs
+
+[[ $# -eq 0 ]] || fail "unknown argument: $1" "It takes none; X07_VM_BACKEND names a backend."
+case ${X07_SANDBOX_BACKEND:-} in
+    '' | vm | auto) ;;
+    *) fail "X07_SANDBOX_BACKEND=$X07_SANDBOX_BACKEND is no virtual machine" "Unset it: this gate checks --sandbox-backend vm." ;;
+esac
+export X07_SANDBOX_BACKEND=vm
+export X07_I_ACCEPT_WEAKER_ISOLATION=${X07_I_ACCEPT_WEAKER_ISOLATION:-0}
+
+x07=$(command -v x07 || true)
+[[ -n $x07 || ! -x $root/.venv/bin/x07 ]] || x07=$root/.venv/bin/x07
+[[ -n $x07 ]] || fail "there is no x07 on PATH" "Run scripts/setup.sh, or put x07 on PATH."
+python=$root/.venv/bin/python
+[[ -x $python ]] || python=$(command -v python3) || fail "there is no python3 on PATH" "Install Python 3.11 or newer."
+timeout=$(command -v timeout || command -v gtimeout) ||
+    fail "there is no timeout command" "Install GNU coreutils (macOS: brew install coreutils)."
+
+# ------------------------------------------------------------------------------------------------------- its place
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/x07-smoke.XXXXXX")
+export X07_VM_STATE_DIR=$work/jobs
+listener=''
+
+clean_up() {
+    if [[ -n $listener ]]; then
+        kill "$listener" 2>/dev/null || true
+        wait "$listener" 2>/dev/null || true
+    fi
+    rm -rf -- "$work"
+}
+trap clean_up EXIT
+trap 'exit 1' HUP INT TERM
+
+host() { "$python" -I "$smoke/host.py" "$@"; }
+
+# One run without output of its own. Sets $code and $result, the file with what x07 printed.
+# run_x07 NAME ARGUMENTS...
+run_x07() {
+    result=$work/result-$1.json
+    code=0
+    shift
+    "$timeout" --kill-after=20 300 "$x07" run --json --no-pool "$@" >"$result" 2>"$result.err" </dev/null || code=$?
+}
+
+# value KEY...: one value of the last result.
+value() { host value "$result" "$@" 2>/dev/null || true; }
+
+# ---------------------------------------------------------------------------------------------- a check's own words
+
+skip() {
+    printf '%s\n' "$*"
+    exit 3
+}
+
+wrong() {
+    printf '%s\n' "$*"
+    if [[ -s ${result:-} ]]; then printf 'x07 ended with %s: %s\n' "$code" "$(value reason)"; fi
+    if [[ -s ${result:-}.err ]]; then tail -n 5 -- "$result.err"; fi
+    exit 1
+}
+
+# want WHAT SEEN WANTED
+want() { [[ $2 == "$3" ]] || wrong "$1 is $(printf %q "$2"), not $(printf %q "$3")"; }
+
+has() { grep -qE "^ +$1( |\$)" "$work/help"; }
+needs_run() { has run || skip "this version has no x07 run"; }
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+check_backend() {
+    local backend isolation
+    needs_run
+    run_x07 backend "$programs/probe.py"
+    want "the exit code" "$code" 0
+    backend=$(value backend) isolation=$(value isolation)
+    case ${X07_VM_BACKEND:-} in
+        '') ;;
+        firecracker) want "the backend" "$backend" firecracker-ctr ;;
+        container) want "the backend" "$backend" apple-container ;;
+        *) want "the backend" "$backend" "$X07_VM_BACKEND" ;;
+    esac
+    case $backend:$isolation:$X07_I_ACCEPT_WEAKER_ISOLATION in
+        *:vm-hardware:* | *:vm-emulated:*) ;;
+        podman:container:[1tTyY]* | docker:container:[1tTyY]*) ;;
+        *) wrong "the isolation is $(printf %q "$isolation"), and nobody has accepted that" ;;
+    esac
+    say "$backend, $isolation"
+}
+
+check_build() {
+    needs_run
+    cp -R -- "$smoke/project" "$work/project"
+    cp -- "$programs/probe.py" "$work/project/"
+    printf '%s' "$targets" >"$work/project/targets"
+    run_x07 build --no-cache "$work/project"
+    want "the exit code" "$code" 0
+    want "the outcome" "$(value outcome)" ok
+    want "what the build could reach" "$(value stdout text)" "interfaces: none; reached: none"
+    want "the number of connections to this host" "$(wc -l <"$work/hits" | tr -d ' ')" 1
+    want "the origin of the artifact" "$(value artifact_from)" build
+    [[ -n $(value phases build job_id) && $(value phases build job_id) != $(value phases run job_id) ]] ||
+        wrong "build and run were not two jobs"
+    [[ $(value digests artifact) == sha256:* ]] || wrong "the artifact has no digest"
+    say "compiled without a network, in a job of its own; $(value digests artifact | cut -c 1-19) ran in another"
+}
+
+check_mounts() {
+    needs_run
+    mkdir -- "$work/roots" "$work/roots/readable" "$work/roots/writable"
+    echo hello >"$work/roots/readable/in.txt"
+    echo secret >"$work/roots/other.txt"
+    host policy "$root/examples/policy.json" "$work/policy-roots.json" 'fs.enabled=true' \
+        'fs.read_roots=["readable"]' 'fs.write_roots=["writable"]'
+    cd -- "$work/roots"
+    run_x07 mounts --policy "$work/policy-roots.json" "$programs/roots.py" -- "$work/roots/other.txt"
+    want "the exit code" "$code" 0
+    case $(value stdout text) in
+        *'read root: written'*) wrong "the program could write into its read root" ;;
+        'read: hello; read root: E'*'; other file: missing') ;;
+        *) want "what the program saw" "$(value stdout text)" "read: hello; read root: EROFS; other file: missing" ;;
+    esac
+    want "the file in the read root" "$(cat readable/in.txt)" hello
+    want "the file from the write root" "$(cat writable/out.txt 2>/dev/null)" HELLO
+    want "the state of the changes" "$(value changes state)" applied
+    say "a read root is read-only, a change in a write root came back, nothing else is there"
+}
+
+check_limits() {
+    needs_run
+    host policy "$root/examples/policy.json" "$work/policy-memory.json" limits.mem_bytes=67108864
+    run_x07 memory --policy "$work/policy-memory.json" "$programs/memory.py"
+    want "the outcome of 256 MiB in 64 MiB" "$(value outcome)" oom
+    want "its exit code" "$code" 137
+    host policy "$root/examples/policy.json" "$work/policy-wall.json" limits.wall_ms=5000
+    run_x07 wall --policy "$work/policy-wall.json" "$programs/sleep.py" -- 60
+    want "the outcome of a minute in 5 s" "$(value outcome)" timeout
+    want "its exit code" "$code" 124
+    want "its output" "$(value stdout text)" started
+    say "64 MiB of memory (oom, 137), 5 s of time (timeout, 124)"
+}
+
+check_labels() {
+    local jobs faults
+    needs_run
+    result=$work/result-build.json code=0
+    jobs=("$(value phases build job_id)" "$(value phases run job_id)")
+    [[ -n ${jobs[0]} && -n ${jobs[1]} ]] || wrong "the build check gave no jobs"
+    faults=$(host labels "$X07_VM_STATE_DIR" "${jobs[@]}" 2>&1) || wrong "$faults"
+    [[ -z $faults ]] || wrong "$faults"
+    say "io.x07.schema, run_id, runner_instance, deadline_unix_ms of both jobs agree with their records"
+}
+
+# left_over JOB BACKEND: what a killed run has left, one a line: processes, containers, and control groups where there is
+# a sweep that removes them.
+left_over() {
+    if has sweep; then host remains "$X07_VM_STATE_DIR" "$1"; else host remains "$X07_VM_STATE_DIR" "$1" | grep -v group || true; fi
+    if [[ $2 == podman || $2 == docker ]]; then
+        "$timeout" 30 "$2" ps --all --quiet --filter "label=io.x07.run_id=$1" | sed 's/^/container /'
+    fi
+}
+
+container_labels() {
+    local job=$1 engine=$2 name
+    "$timeout" 30 "$engine" inspect --format '{{json .Config.Labels}}' \
+        "$(host value "$X07_VM_STATE_DIR/$job/job.json" container_id)" >"$work/container.json" ||
+        wrong "$engine does not know the container of the job $job"
+    for name in schema run_id runner_instance deadline_unix_ms; do
+        want "the container's label io.x07.$name" "$(host value "$work/container.json" "io.x07.$name")" \
+            "$(host value "$X07_VM_STATE_DIR/$job/owner.json" labels "io.x07.$name")"
+    done
+}
+
+check_orphan() {
+    local job='' left='' backend count pid
+    needs_run
+    export X07_VM_STATE_DIR=$work/orphan
+    host policy "$root/examples/policy.json" "$work/policy-long.json" limits.wall_ms=300000
+    "$x07" run --no-pool --policy "$work/policy-long.json" "$programs/sleep.py" -- 280 \
+        >"$work/victim.out" 2>"$work/victim.err" </dev/null &
+    pid=$!
+    # Still a child of this shell then, so that the number is its own.
+    trap 'kill -TERM "$pid" 2>/dev/null || true; wait "$pid" 2>/dev/null || true' EXIT
+    for ((count = 0; count < 600; count++)); do
+        [[ ! -s $work/victim.out ]] || break
+        kill -0 "$pid" 2>/dev/null || break
+        sleep 0.1
+    done
+    result=$work/victim code=running
+    [[ -s $work/victim.out ]] || wrong "the run to be killed did not start"
+    for job in "$X07_VM_STATE_DIR"/*-run; do job=${job##*/}; done
+    [[ -f $X07_VM_STATE_DIR/$job/job.json ]] || wrong "the run to be killed has no record"
+    [[ -n $(host remains "$X07_VM_STATE_DIR" "$job") ]] || wrong "the record of a live run names nothing that lives"
+    backend=$(host value "$X07_VM_STATE_DIR/$job/job.json" backend)
+    case $backend in
+        podman | docker) container_labels "$job" "$backend" ;;
+    esac
+    kill -KILL "$pid"
+    wait "$pid" 2>/dev/null || true
+    trap - EXIT
+    echo "$job" >"$work/orphan.job"
+    if has sweep; then
+        code=0
+        "$timeout" --kill-after=20 120 "$x07" sweep --json >"$work/sweep.json" 2>"$work/sweep.err" </dev/null || code=$?
+        echo "$code" >"$work/sweep.code"
+    fi
+    for ((count = 0; count < 30; count++)); do
+        left=$(left_over "$job" "$backend")
+        [[ -n $left ]] || break
+        sleep 0.5
+    done
+    [[ -z $left ]] || wrong "15 s after its runner was killed, of the job $job there is left: $left"
+    if has sweep; then
+        say "a run whose runner was killed left no process, control group or container"
+    else
+        say "a run whose runner was killed left no process"
+    fi
+}
+
+check_sweep() {
+    local job
+    has sweep || skip "this version has no x07 sweep"
+    [[ -s $work/orphan.job && -s $work/sweep.code ]] || wrong "the orphan check planted nothing"
+    job=$(<"$work/orphan.job")
+    result=$work/sweep code=$(<"$work/sweep.code")
+    want "the exit code of x07 sweep" "$code" 0
+    host removed "$work/sweep.json" "$job" || wrong "x07 sweep --json does not name the job $job among what it removed"
+    [[ ! -d $work/orphan/$job || -e $work/orphan/$job/reaped || -e $work/orphan/$job/done ]] ||
+        wrong "the record of $job says neither done nor reaped"
+    say "x07 sweep removed the job of the killed runner, and named it"
+}
+
+check_network() {
+    needs_run
+    host policy "$root/examples/policy.json" "$work/policy-net.json" \
+        net.enabled=true net.allow_tcp=true net.allow_dns=true 'net.allow_hosts=[]'
+    # shellcheck disable=SC2086 # one word a target
+    run_x07 network --policy "$work/policy-net.json" "$programs/probe.py" -- $targets
+    want "the number of connections to this host" "$(wc -l <"$work/hits" | tr -d ' ')" 1
+    if [[ $(value outcome) == refused ]]; then
+        want "the exit code" "$code" 125
+        say "refused before anything started: the list of hosts is empty"
+        return
+    fi
+    want "the exit code" "$code" 0
+    want "what the program could reach" "$(value stdout text)" "interfaces: none; reached: none"
+    say "net.enabled with an empty list of hosts gives no interface and no connection"
+}
+
+# refused_weaker NAME ARGUMENTS...: x07 run with these must be refused, without acceptance, before anything starts.
+refused_weaker() {
+    local name=$1
+    shift
+    run_x07 "weaker-$name" "$@" "$programs/mark.py" -- "$work/ran-$name"
+    [[ ! -e $work/ran-$name ]] || wrong "$name ran the program"
+    want "the outcome with $name" "$(value outcome)" refused
+    want "its exit code" "$code" 125
+    want "its backend" "$(value backend)" ""
+    [[ $(value reason) == *accepted* ]] || wrong "the reason does not say that nobody has accepted $name"
+}
+
+check_weaker() {
+    needs_run
+    export X07_I_ACCEPT_WEAKER_ISOLATION=0
+    unset X07_VM_BACKEND
+    refused_weaker os --sandbox-backend os
+    refused_weaker none --sandbox-backend none
+    refused_weaker podman --backend podman
+    refused_weaker docker --backend docker
+    say "os, none, podman and docker are refused without --i-accept-weaker-isolation"
+}
+
+x07_project() {
+    cp -R -- "$smoke/x07" "$work/$1"
+    cd -- "$work/$1"
+    "$timeout" 60 "$x07" policy init --template worker --project x07.json >"$work/init.out" 2>"$work/init.err" </dev/null ||
+        wrong "x07 policy init failed: $(<"$work/init.err")"
+}
+
+check_x07_program() {
+    needs_run
+    has policy || skip "this version has no x07 policy"
+    x07_project x07-program
+    result=$work/result-x07-program.json code=0
+    "$timeout" --kill-after=20 300 "$x07" run --report runner --no-pool --project x07.json --profile sandbox \
+        --input /dev/null >"$result" 2>"$result.err" </dev/null || code=$?
+    if [[ $code -ne 0 ]] && grep -q 'no X07 toolchain' "$result.err"; then
+        skip "the guest image has no X07 toolchain; x07 image build --x07-toolchain DIR adds one"
+    fi
+    want "the exit code" "$code" 0
+    want "the output, in base64" "$(value solve solve_output_b64)" b2s=
+    say "a project with profile sandbox printed ok"
+}
+
+check_bundle() {
+    has bundle || skip "this version has no x07 bundle"
+    x07_project bundle
+    result=$work/bundle-made code=0
+    "$timeout" --kill-after=20 300 "$x07" bundle --project x07.json --profile sandbox --out "$work/bundled" \
+        --emit-dir "$work/emitted" >"$result" 2>"$result.err" </dev/null || code=$?
+    want "the exit code of x07 bundle" "$code" 0
+    code=0
+    "$timeout" --kill-after=20 300 "$work/bundled" >"$work/bundled.out" 2>"$work/bundled.err" </dev/null || code=$?
+    want "the bundle's output" "$(<"$work/bundled.out")" ok
+    want "the bundle's exit code" "$code" 0
+    say "a bundled program printed ok"
+}
+
+# ------------------------------------------------------------------------------------------------------------ gate
+
+passed=0 failed=0
+
+# In a subshell that is no condition, so that set -e holds in it. What a program said is printed as plain text, and
+# never at the start of a line, where a CI service would obey it.
+check() {
+    local name=$1 status=0
+    set +e
+    (
+        set -e
+        "check_${name//-/_}"
+    ) >"$work/said" 2>&1
+    status=$?
+    set -e
+    LC_ALL=C tr -c '[:print:]\n' '?' <"$work/said" | head -c 4000 >"$work/shown"
+    case $status in
+        0) passed=$((passed + 1)) && say "ok: $name: $(<"$work/shown")" ;;
+        3) say "skip: $name: $(<"$work/shown")" ;;
+        *) failed=$((failed + 1)) && say "fail: $name: $(sed '2,$s/^/    | /' "$work/shown")" ;;
+    esac
+}
+
+"$timeout" 60 "$x07" --help >"$work/help" 2>&1 </dev/null || fail "$x07 --help failed" "Install x07 anew: scripts/setup.sh"
+
+: >"$work/hits"
+# Without the function, so that $! is the listener itself and no shell around it.
+"$python" -I "$smoke/host.py" listen "$work/port" "$work/hits" 3600 >/dev/null </dev/null &
+listener=$!
+for ((count = 0; count < 100; count++)); do
+    [[ ! -s $work/port ]] || break
+    sleep 0.1
+done
+[[ -s $work/port ]] || fail "nothing can listen on this host's loopback" "See the message above."
+host connect "$(<"$work/port")" # which counts: so a connection out of a machine would
+# Loopback, and where a machine finds its host behind QEMU's own network.
+targets="127.0.0.1:$(<"$work/port") 10.0.2.2:$(<"$work/port")"
+
+for name in backend build mounts limits labels orphan sweep network weaker x07-program bundle; do
+    check "$name"
+done
+
+if [[ $failed -gt 0 ]]; then
+    say "fail: VM sandbox smoke: $failed failed, $passed passed"
+    exit 1
+elif [[ $passed -eq 0 ]]; then
+    say "fail: VM sandbox smoke: nothing was checked"
+    exit 1
+fi
+say "ok: VM sandbox smoke passed"

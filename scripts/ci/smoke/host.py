@@ -1,0 +1,150 @@
+"""What check_vm_sandbox_smoke.sh needs on the host: a listener, a policy, and the reading of results and records.
+
+    host.py listen PORT_FILE HITS_FILE SECONDS    accept connections on loopback, a line in HITS_FILE for each
+    host.py connect PORT                          one connection there
+    host.py policy FILE OUT [FIELD=JSON...]       a policy like FILE with these fields changed
+    host.py value FILE KEY...                     one value of a JSON document
+    host.py labels STATE JOB...                   what is wrong with the labels of these jobs, one a line
+    host.py remains STATE JOB                     what a job has left on this host, one a line
+    host.py removed FILE JOB                      whether `x07 sweep --json` names the job among what it removed
+
+It runs with any Python 3.11 or newer, and needs nothing installed.
+"""
+
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+_LABELS: Final = ("schema", "run_id", "runner_instance", "deadline_unix_ms")  # the seed's minimum, each as io.x07.NAME
+_MOST_BYTES: Final = 64 * 1024 * 1024
+
+
+def read(path: str | Path) -> Any:  # noqa: ANN401 - a document of whatever kind
+    """The JSON document in a file."""
+    with Path(path).open("rb") as file:
+        return json.loads(file.read(_MOST_BYTES))
+
+
+def listen(port_file: str, hits_file: str, seconds: str) -> None:
+    """Accept connections on a free port of loopback, until killed or for some seconds."""
+    end = time.monotonic() + float(seconds)
+    with socket.create_server(("127.0.0.1", 0)) as server, Path(hits_file).open("a", encoding="utf-8") as hits:
+        ready = Path(f"{port_file}.new")
+        ready.write_text(str(server.getsockname()[1]), encoding="utf-8")
+        ready.replace(port_file)
+        while (left := end - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                server.accept()[0].close()
+            except TimeoutError:
+                return
+            hits.write("connected\n")
+            hits.flush()
+
+
+def connect(port: str) -> None:
+    """Make one connection to the listener and wait until it closes it."""
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as connection:
+        connection.recv(1)
+
+
+def policy(source: str, target: str, *changes: str) -> None:
+    """Write a policy like *source* with some fields changed, each given as section.name=JSON."""
+    document = read(source)
+    for change in changes:
+        field, _, text = change.partition("=")
+        section, _, name = field.partition(".")
+        document[section][name] = json.loads(text)
+    Path(target).write_text(json.dumps(document), encoding="utf-8")
+
+
+def value(path: str, *keys: str) -> None:
+    """Print one value of a document; nothing for one that is not there."""
+    found = read(path)
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    print(found if isinstance(found, str) else "" if found is None else json.dumps(found))
+
+
+def labels(state: str, *jobs: str) -> None:
+    """Print what is wrong with the labels of these jobs."""
+    runners = set()
+    for job in jobs:
+        folder = Path(state) / job
+        record, labels = read(folder / "job.json"), read(folder / "owner.json").get("labels", {})
+        for name in _LABELS:
+            if not labels.get(f"io.x07.{name}"):
+                print(f"{job} has no label io.x07.{name}")
+        wanted = {"schema": "1", "run_id": record["run_id"], "deadline_unix_ms": str(record["deadline_unix_ms"])}
+        for name, text in wanted.items():
+            if labels.get(f"io.x07.{name}") != text:
+                print(f"{job}: io.x07.{name} is {labels.get(f'io.x07.{name}')!r}, not {text!r}")
+        if record["run_id"] != job:
+            print(f"{job}: job.json has the run_id {record['run_id']!r}")
+        if not record["created_unix_ms"] < record["deadline_unix_ms"]:
+            print(f"{job}: its deadline is not after its creation")
+        runners.add(labels.get("io.x07.runner_instance"))
+    if len(runners) > 1:
+        print(f"the jobs of one run name several runners: {runners}")
+
+
+def remains(state: str, job: str) -> None:
+    """Print what a job has left on this host: processes by number and start time or by its mark, and control groups."""
+    folder = Path(state) / job
+    if not (folder / "owner.json").is_file():
+        return
+    owner = read(folder / "owner.json")
+    for name, process in owner.get("processes", {}).items():
+        if _lives(process["pid"], process["start_ticks"]):
+            print(f"its {name} process {process['pid']} lives")
+    for pid in _marked(owner["instance"]):
+        print(f"process {pid} carries its mark")
+    for group in owner.get("cgroups", []):
+        if Path(group).exists():
+            print(f"its control group {group} is there")
+
+
+def _lives(pid: int, start_ticks: int) -> bool:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    fields = text.rpartition(")")[2].split()
+    return fields[0] not in {"Z", "X"} and int(fields[19]) == start_ticks
+
+
+def _marked(mark: str) -> Iterator[int]:
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "cmdline").read_bytes():
+                yield int(process.name)
+        except OSError:
+            continue
+
+
+def removed(path: str, job: str) -> None:
+    """End with 1 unless a report of a sweep names the job among what it removed."""
+    rows = read(path).get("removed", [])
+    sys.exit(0 if any(job in json.dumps(row) for row in rows) else 1)
+
+
+COMMANDS: Final[dict[str, Callable[..., None]]] = {
+    "listen": listen,
+    "connect": connect,
+    "policy": policy,
+    "value": value,
+    "labels": labels,
+    "remains": remains,
+    "removed": removed,
+}
+
+if __name__ == "__main__":
+    try:
+        COMMANDS[sys.argv[1]](*sys.argv[2:])
+    except (OSError, ValueError, LookupError, AttributeError) as exc:
+        print(f"host.py {sys.argv[1]}: {type(exc).__name__}: {exc}")
+        sys.exit(1)

@@ -1,0 +1,6 @@
+"""Uses 256 MiB."""
+
+block = bytearray(256 * 1024 * 1024)
+for at in range(0, len(block), 4096):
+    block[at] = 1
+print("it got 256 MiB")

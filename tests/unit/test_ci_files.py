@@ -1,0 +1,123 @@
+"""The workflow and the composite action: what they name is there, what they use is pinned, and both are valid."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from ruamel.yaml import YAML
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+WORKFLOW: Final = ROOT / ".github" / "workflows" / "ci-vm.yml"
+ACTION: Final = ROOT / "action.yml"
+FILES: Final = [*sorted(WORKFLOW.parent.glob("*.yml")), ACTION]
+EACH: Final = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+TOOLS: Final = Path(sys.executable).parent
+
+
+def load(path: Path) -> Any:  # noqa: ANN401 - a document of whatever kind
+    """The YAML document in a file."""
+    return YAML(typ="safe").load(path)
+
+
+def steps(document: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - as above
+    """Every step of a workflow or an action."""
+    jobs = document["jobs"].values() if "jobs" in document else [document["runs"]]
+    for job in jobs:
+        yield from job["steps"]
+
+
+@EACH
+def test_actions_of_others_are_pinned_by_their_commit(path: Path) -> None:
+    """Every action of another repository is pinned by the full hash of its commit, beside which its version stands."""
+    used = [step["uses"] for step in steps(load(path)) if "uses" in step]
+    assert used
+    text = path.read_text(encoding="utf-8")
+    for name in used:
+        assert name == "./" or re.search(rf"{re.escape(name)} # v\d+\.\d+\.\d+$", text, re.MULTILINE), name
+        assert name == "./" or re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", name), name
+
+
+@EACH
+def test_what_a_ci_file_starts_is_in_the_repository(path: Path) -> None:
+    """Every script and requirements file that a workflow or the action names exists, and scripts can be executed."""
+    named = set(re.findall(r"(?<![\w.])(?:scripts|requirements)/[\w./-]+", path.read_text(encoding="utf-8")))
+    assert named
+    for name in named:
+        assert (ROOT / name).is_file(), name
+        assert (ROOT / name).suffix != ".sh" or (ROOT / name).stat().st_mode & 0o111, name
+
+
+def test_the_workflow_has_the_self_hosted_runners_of_x07() -> None:
+    """The workflow has jobs for both of X07's runner labels, and hosted ones with and without hardware."""
+    jobs = load(WORKFLOW)["jobs"]
+    labels = {tuple(job["runs-on"]) for job in jobs.values() if not isinstance(job["runs-on"], str)}
+    assert labels == {("self-hosted", "x07-vm-linux-firecracker"), ("self-hosted", "x07-vm-macos")}
+    hosted = [job for job in jobs.values() if isinstance(job["runs-on"], str)]
+    assert sorted(job.get("env", {}).get("X07_VM_REQUIRE_HARDWARE", "0") for job in hosted) == ["0", "1"]
+
+
+def test_the_workflow_has_few_rights_and_ends() -> None:
+    """No job of the workflow may do more than read the repository, none runs for ever, and none has its token kept."""
+    document = load(WORKFLOW)
+    assert document["permissions"] == {}
+    assert "pull_request_target" not in document["on"]
+    for job in document["jobs"].values():
+        assert job["permissions"] == {"contents": "read"}
+        assert job["timeout-minutes"] <= 90
+        assert "self-hosted" not in job["runs-on"] or "workflow_dispatch" in job["if"]
+    for step in steps(document):
+        assert "checkout" not in step.get("uses", "") or step["with"]["persist-credentials"] is False
+
+
+def test_no_text_of_others_is_put_into_a_shell_text() -> None:
+    """Inputs reach the action's shell texts by variables only, so that none of them is read as shell text."""
+    for path in FILES:
+        for step in steps(load(path)):
+            assert "${{" not in step.get("run", ""), path
+
+
+def test_every_input_of_the_action_is_described_and_used() -> None:
+    """Every input of the action has a description and a default, is used, and stands in the how-to."""
+    action = load(ACTION)
+    page = (ROOT / "docs" / "how-to" / "run-in-ci.md").read_text(encoding="utf-8")
+    text = ACTION.read_text(encoding="utf-8")
+    assert action["inputs"]
+    for name, row in {**action["inputs"], **action["outputs"]}.items():
+        assert row["description"]
+        assert f"`{name}`" in page, name
+    for name, row in action["inputs"].items():
+        assert isinstance(row["default"], str)
+        assert f"inputs.{name}" in text, name
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [("vendor.github-workflows", WORKFLOW), ("vendor.github-actions", ACTION)],
+    ids=["workflow", "action"],
+)
+def test_github_would_take_the_file(schema: str, path: Path, tmp_path: Path) -> None:
+    """The workflow and the action are valid by GitHub's own schemas, and a misspelt key in them is not."""
+    argv = [str(TOOLS / "check-jsonschema"), "--builtin-schema", schema]
+    good = subprocess.run([*argv, path], capture_output=True, text=True, check=False)
+    assert good.returncode == 0, good.stdout
+    broken = tmp_path / path.name
+    broken.write_text(path.read_text(encoding="utf-8").replace("steps:", "step:"), encoding="utf-8")
+    assert subprocess.run([*argv, broken], capture_output=True, check=False).returncode == 1
+
+
+def test_zizmor_finds_nothing_unsafe(tmp_path: Path) -> None:
+    """zizmor, offline, finds nothing unsafe in the workflow and the action, and finds an action that is not pinned."""
+    argv = [str(TOOLS / "zizmor"), "--offline", "--no-progress", "--strict-collection"]
+    good = subprocess.run([*argv, ".github", "action.yml"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert good.returncode == 0, good.stdout
+    text = re.sub(r"(actions/cache)@.*", r"\1@v5", ACTION.read_text(encoding="utf-8"))
+    (tmp_path / "action.yml").write_text(text, encoding="utf-8")
+    assert subprocess.run([*argv, "action.yml"], cwd=tmp_path, capture_output=True, check=False).returncode != 0
