@@ -6,6 +6,7 @@
 # more than X07 itself needs: a guest image, for instance. Records go into a folder of its own, which it removes.
 # Environment: X07_VM_BACKEND names a backend; podman and docker also need X07_I_ACCEPT_WEAKER_ISOLATION=1.
 set -euo pipefail
+export PODMAN_IGNORE_CGROUPSV1_WARNING=1 # it is no part of any answer
 unset CDPATH
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -165,18 +166,24 @@ check_labels() {
     say "io.x07.schema, run_id, runner_instance, deadline_unix_ms of both jobs agree with their records"
 }
 
+# client ENGINE: the program that the backend calls.
+client() {
+    local variable=X07_VM_${1^^}_BIN
+    printf '%s\n' "${!variable:-$1}"
+}
+
 # left_over JOB BACKEND: what a killed run has left, one a line: processes, containers, and control groups where there is
 # a sweep that removes them.
 left_over() {
     if has sweep; then host remains "$X07_VM_STATE_DIR" "$1"; else host remains "$X07_VM_STATE_DIR" "$1" | grep -v group || true; fi
     if [[ $2 == podman || $2 == docker ]]; then
-        "$timeout" 30 "$2" ps --all --quiet --filter "label=io.x07.run_id=$1" | sed 's/^/container /'
+        "$timeout" 30 "$(client "$2")" ps --all --quiet --filter "label=io.x07.run_id=$1" | sed 's/^/container /'
     fi
 }
 
 container_labels() {
     local job=$1 engine=$2 name
-    "$timeout" 30 "$engine" inspect --format '{{json .Config.Labels}}' \
+    "$timeout" 30 "$(client "$engine")" inspect --format '{{json .Config.Labels}}' \
         "$(host value "$X07_VM_STATE_DIR/$job/job.json" container_id)" >"$work/container.json" ||
         wrong "$engine does not know the container of the job $job"
     for name in schema run_id runner_instance deadline_unix_ms; do

@@ -308,3 +308,15 @@ def test_the_script_builds_and_loads_the_image(podman: EngineUnderTest, tmp_path
     done = subprocess.run([X07, "run", str(program)], env=env, capture_output=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, b"scripted\n"), done.stderr
     assert subprocess.run([script, "--nothing"], env=env, capture_output=True, check=False).returncode == 2
+
+
+def test_the_smoke_gate_is_green(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """scripts/ci/check_vm_sandbox_smoke.sh passes on a container engine that was named and accepted."""
+    gate = Path(__file__).parents[2] / "scripts" / "ci" / "check_vm_sandbox_smoke.sh"
+    env = {**os.environ, **engine.env, "X07_VM_BACKEND": engine.name, "TMPDIR": str(tmp_path)}
+    env["PATH"] = f"{Path(X07).parent}:{env['PATH']}"
+    done = subprocess.run([gate], env=env, capture_output=True, timeout=300, check=False, stdin=subprocess.DEVNULL)
+    lines = done.stdout.decode().splitlines()
+    assert lines[-1:] == ["ok: VM sandbox smoke passed"], lines
+    assert {line.split(":")[1] for line in lines if line.startswith("skip:")} <= {" sweep", " x07-program", " bundle"}
+    assert engine.containers() == []
