@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.housekeeping.cache import prune_saved
@@ -13,9 +14,8 @@ from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
 from x07_sandbox.runs.kept import recover_all
 
 if TYPE_CHECKING:
+    from x07_sandbox.housekeeping.pruner import Kept, Removed
     from x07_sandbox.housekeeping.sweep import Kind, Sweeper
-
-_KINDS: Final = {"job": "record"}  # what pruning calls a job is the folder of one that has ended
 
 
 def sweep_rest(sweeper: Sweeper) -> None:
@@ -26,15 +26,17 @@ def sweep_rest(sweeper: Sweeper) -> None:
     prune_saved(pruner, set())
     report = pruner.report()
     for gone in report.removed:
-        sweeper.removed(_kind(gone.kind), gone.path, gone.why)
+        # What pruning calls a job is the folder of one that has ended.
+        kind: Kind = "record" if gone.kind == "job" else cast("Kind", gone.kind)
+        sweeper.removed(kind, _name(gone), gone.why)
     for kept in report.kept:
-        sweeper.kept(_kind(kept.kind), kept.path, kept.why)
+        sweeper.kept(cast("Kind", kept.kind), _name(kept), kept.why)
     if not sweeper.dry_run:
         remove_abandoned_groups()
 
 
-def _kind(kind: str) -> Kind:
-    return cast("Kind", _KINDS.get(kind, kind))
+def _name(thing: Removed | Kept) -> str:
+    return Path(thing.path).name if thing.kind in {"job", "run"} else thing.path
 
 
 def _recover(sweeper: Sweeper) -> None:

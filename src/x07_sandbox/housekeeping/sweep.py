@@ -18,20 +18,18 @@ import msgspec
 from x07_sandbox.backends.registry import built, create
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.locks import folder_to_remove
 from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.housekeeping.unstarted import remove_unstarted, why_unstarted
 from x07_sandbox.jobs.judge import here_and_now, judge
 from x07_sandbox.jobs.record import runner_instance
-from x07_sandbox.jobs.stored import read_stored
+from x07_sandbox.jobs.stored import locked_stored
 from x07_sandbox.jobs.unended import unended
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from x07_sandbox.backends.base import Backend
-    from x07_sandbox.jobs.judge import Judgement
+    from x07_sandbox.jobs.judge import Now
     from x07_sandbox.jobs.stored import StoredJob
 
 SCHEMA: Final = "x07.sandbox.sweep@0.1.0"
@@ -114,19 +112,19 @@ def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | N
 def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
     """End every job that may go; the names of those that live. Raises SandboxError."""
     root = private_dir(state_dir())
-    instance, live = runner_instance(root), set()
+    instance, now, live = runner_instance(root), here_and_now(), set()
     for name in unended(root, most):
         if sweeper.over():
             break
-        stored = read_stored(root / name, instance)
-        if stored is not None and not _settled(sweeper, stored, instance):
-            live.add(name)
+        with locked_stored(root / name, instance) as stored:
+            if stored is None or not _settled(sweeper, stored, now):
+                live.add(name)
     return live
 
 
-def _settled(sweeper: Sweeper, stored: StoredJob, instance: str) -> bool:
-    """Do with one job what may be done; whether it may not be one that lives."""
-    judgement = judge(stored, here_and_now())
+def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
+    """Do with one job, whose folder is locked, what may be done; whether it is surely none that lives."""
+    judgement = judge(stored, now)
     name = stored.folder.name
     if judgement.fate == "kept":
         if why := why_unstarted(stored):
@@ -135,45 +133,22 @@ def _settled(sweeper: Sweeper, stored: StoredJob, instance: str) -> bool:
             return True
         sweeper.kept("job", name, stored.why)
         return stored.standing != "unowned"
-    if judgement.fate not in {"dead", "expired"}:
+    if judgement.fate in {"live", "ended"}:
         return judgement.fate == "ended"
-    if sweeper.dry_run:
+    if not sweeper.dry_run and (problem := _not_stopped(sweeper, stored)):
+        sweeper.kept("job", name, f"{judgement.why}, and {problem}")
+    else:
         sweeper.removed("job", name, judgement.why)
-        return True
-    try:
-        with folder_to_remove(stored.folder) as free:
-            if free:  # else another sweep is at it
-                _reap(sweeper, stored.folder, instance)
-    except FileNotFoundError:
-        pass  # it was renamed, as a warm machine that is claimed, or removed
-    except OSError as exc:
-        sweeper.kept("job", name, f"{judgement.why}, and it cannot be used: {exc.strerror}")
     return True
 
 
-def _reap(sweeper: Sweeper, folder: Path, instance: str) -> None:
-    """End one job, whose folder is locked. What was judged before may have changed until then."""
-    stored = read_stored(folder, instance)
-    if stored is None or stored.record is None:
-        return
-    judgement = judge(stored, here_and_now())
-    if judgement.fate not in {"dead", "expired"}:
-        return
-    if problem := _not_stopped(sweeper, stored, judgement):
-        sweeper.kept("job", folder.name, problem)
-    else:
-        sweeper.removed("job", folder.name, judgement.why)
-
-
-def _not_stopped(sweeper: Sweeper, stored: StoredJob, judgement: Judgement) -> str:
+def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
     """Stop a job by its record; why it is not proven gone, empty where it is."""
     assert stored.record is not None  # noqa: S101 - only what is ours is ever stopped
     backend = sweeper.backend(stored.record.backend)
     if backend is None:
-        return f"{judgement.why}, and this version has no backend {stored.record.backend}"
+        return f"this version has no backend {stored.record.backend!a}"
     try:
-        if backend.stop(stored.record):
-            return ""
+        return "" if backend.stop(stored.record) else "nothing proves that its processes are gone"
     except SandboxError as exc:
-        return f"{judgement.why}, and it cannot be stopped: {exc.what}: {exc.why}"
-    return f"{judgement.why}, and nothing proves that its processes are gone"
+        return f"it cannot be stopped: {exc.what}: {exc.why}"

@@ -6,10 +6,13 @@ disk that others may have written to: numbers and texts are checked before anybo
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -125,6 +128,39 @@ _DAMAGES: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 def read_stored(folder: Path, instance: str) -> StoredJob | None:
     """Read one job's folder. instance: the id of this user's runner. None where there is no such folder."""
+    opened = _opened(folder)
+    if not isinstance(opened, int):
+        return opened
+    try:
+        return _read(folder, opened, instance)
+    finally:
+        os.close(opened)
+
+
+@contextlib.contextmanager
+def locked_stored(folder: Path, instance: str) -> Iterator[StoredJob | None]:
+    """Read one job's folder under a lock that a sweep holds while it acts on the job.
+
+    None where another sweep has the lock, or there is no such folder any more.
+    """
+    opened = _opened(folder)
+    if not isinstance(opened, int):
+        yield opened
+        return
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        yield None
+        return
+    try:
+        yield _read(folder, opened, instance)
+    finally:
+        os.close(opened)
+
+
+def _opened(folder: Path) -> int | StoredJob | None:
+    """A descriptor of a job's folder, or what is to be said of one that cannot be opened."""
     try:
         info = folder.lstat()
     except OSError:
@@ -132,34 +168,29 @@ def read_stored(folder: Path, instance: str) -> StoredJob | None:
     if problem := foreign(info, stat.S_ISDIR):
         return StoredJob(folder=folder, info=info, standing="foreign", why=problem)
     try:
-        fd = os.open(folder, _FLAGS | os.O_DIRECTORY)
+        return os.open(folder, _FLAGS | os.O_DIRECTORY)
     except FileNotFoundError:
         return None
     except OSError as exc:
         return StoredJob(folder=folder, info=info, standing="damaged", why=f"it cannot be read: {exc.strerror}")
-    try:
-        return _read(folder, fd, instance)
-    finally:
-        os.close(fd)
 
 
 def _read(folder: Path, fd: int, instance: str) -> StoredJob:
-    stored = StoredJob(folder=folder, info=os.fstat(fd), standing="unowned")
+    known: dict[str, Any] = {"folder": folder, "info": os.fstat(fd)}
     for name in ENDS:
         if (end := _regular(fd, name)) is not None:
-            stored = msgspec.structs.replace(stored, ended=name, ended_info=end)
+            known |= {"ended": name, "ended_info": end}
             break
     try:
-        job = _decoded(fd, "job.json", _JOB, JOB_SCHEMA)
-        stored = msgspec.structs.replace(stored, job=job)
+        known["job"] = job = _decoded(fd, "job.json", _JOB, JOB_SCHEMA)
         owner = _decoded(fd, "owner.json", _OWNER, OWNER_SCHEMA)
         labelled = {name: owner.labels[f"io.x07.{name}"] for name in ("runner_instance", "image_digest")}
     except _UnreadableError as exc:
-        return msgspec.structs.replace(stored, standing=exc.standing, why=exc.why)
+        return StoredJob(**known, standing=exc.standing, why=exc.why)
     except KeyError:
-        return msgspec.structs.replace(stored, standing="damaged", why="its owner.json is damaged")
+        return StoredJob(**known, standing="damaged", why="its owner.json is damaged")
     if labelled["runner_instance"] != instance:
-        return msgspec.structs.replace(stored, standing="foreign", why="it is of another runner")
+        return StoredJob(**known, standing="foreign", why="it is of another runner")
     record = JobRecord(
         job_id=job.run_id,
         run_id=owner.run,
@@ -172,7 +203,7 @@ def _read(folder: Path, fd: int, instance: str) -> StoredJob:
         deadline_boot_ms=owner.deadline_boot_ms,
         **labelled,
     )
-    known = Owner(
+    known["owner"] = Owner(
         boot_id=owner.boot_id,
         pid_namespace=owner.pid_namespace,
         runner=owner.runner.identity(),
@@ -180,7 +211,7 @@ def _read(folder: Path, fd: int, instance: str) -> StoredJob:
         cgroups=owner.cgroups,
         labels=owner.labels,
     )
-    return msgspec.structs.replace(stored, standing="ours", record=record, owner=known)
+    return StoredJob(**known, standing="ours", record=record)
 
 
 def all_stored(root: Path | None = None) -> list[StoredJob]:
