@@ -306,3 +306,33 @@ def test_the_runner_of_another_machine_is_another() -> None:
     (record.folder.parent.parent / "runner_instance.owner").write_text("0" * 64 + "\n")
     assert runner_instance(record.folder.parent) != record.runner_instance
     assert "another runner" in why_kept(swept(), record)
+
+
+# before a run
+
+
+def run_here(code: str = "pass") -> subprocess.CompletedProcess[str]:
+    """`x07 run` of a Python program without a machine."""
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--sandbox-backend", "none"]
+    argv += ["--i-accept-weaker-isolation", "--toolchain", "python", "-c", code]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_a_run_sweeps_first_and_says_what_went() -> None:
+    """A run removes what dead runners left before it starts, and says so in one line; else it is silent."""
+    dead, live = recorded(GONE), recorded()
+    dead.folder.rename(dead.folder.with_name(f"1-{GONE.pid}-0-run"))
+    assert "removed 1 job that dead runners left\n" in run_here().stderr
+    assert (dead.folder.with_name(f"1-{GONE.pid}-0-run") / "reaped").exists()
+    assert not ended(live)
+    assert "dead runners" not in run_here().stderr
+
+
+def test_a_sweep_before_a_run_never_keeps_it_from_starting() -> None:
+    """A run starts whatever lies among the records."""
+    record = recorded(GONE)
+    folder = record.folder.rename(record.folder.with_name(f"1-{GONE.pid}-0-run"))
+    (folder / "owner.json").write_bytes(b"[" * 60_000)
+    (folder.parent / f"2-{GONE.pid}-0-run").write_bytes(b"")
+    (folder.parent / f"3-{GONE.pid}-0-run").symlink_to("/nowhere")
+    assert run_here("raise SystemExit(7)").returncode == 7
