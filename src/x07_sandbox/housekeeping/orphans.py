@@ -56,6 +56,6 @@ def sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
                 elif sweeper.dry_run or backend.remove(orphan):
                     sweeper.removed("instance", called, "no record tells of it, and its deadline has passed")
                 else:
-                    sweeper.kept("instance", called, "it was to be removed, and is still there")
+                    sweeper.kept("instance", called, "it was to be removed, and is still there", failed=True)
         except SandboxError as exc:
             sweeper.kept("instance", name, f"{exc.what}: {exc.why}")

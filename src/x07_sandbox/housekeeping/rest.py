@@ -30,7 +30,7 @@ def sweep_rest(sweeper: Sweeper) -> None:
         kind: Kind = "record" if gone.kind == "job" else cast("Kind", gone.kind)
         sweeper.removed(kind, _name(gone), gone.why)
     for kept in report.kept:
-        sweeper.kept(cast("Kind", kept.kind), _name(kept), kept.why)
+        sweeper.kept(cast("Kind", kept.kind), _name(kept), kept.why, failed=kept.failed)
     if not sweeper.dry_run:
         remove_abandoned_groups()
 

@@ -41,12 +41,16 @@ _AT_START: Final = 512  # jobs: the newest, so that a start costs no more where 
 _ALL: Final = 1 << 30
 
 
-class Swept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One thing that was removed, or stays, and why. id: a job's or run's name, an engine's, or a path."""
+class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One thing that was removed, or stays, and why. id: a job's or run's name, an engine's, or a path.
+
+    failed: it was to go, and that failed.
+    """
 
     kind: Kind
     id: str
     why: str
+    failed: bool = False
 
 
 class SweepReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,9 +77,9 @@ class Sweeper:
         """Note that something went, or would go."""
         self._removed.setdefault((kind, name), Swept(kind=kind, id=name, why=why))
 
-    def kept(self, kind: Kind, name: str, why: str) -> None:
-        """Note that something stays."""
-        self._kept.setdefault((kind, name), Swept(kind=kind, id=name, why=why))
+    def kept(self, kind: Kind, name: str, why: str, *, failed: bool = False) -> None:
+        """Note that something stays. failed: it was to go."""
+        self._kept.setdefault((kind, name), Swept(kind=kind, id=name, why=why, failed=failed))
 
     def over(self) -> bool:
         """Whether its time is up."""
@@ -136,7 +140,7 @@ def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
     if judgement.fate in {"live", "ended"}:
         return judgement.fate == "ended"
     if not sweeper.dry_run and (problem := _not_stopped(sweeper, stored)):
-        sweeper.kept("job", name, f"{judgement.why}, and {problem}")
+        sweeper.kept("job", name, f"{judgement.why}, and {problem}", failed=True)
     else:
         sweeper.removed("job", name, judgement.why)
     return True
