@@ -9,11 +9,14 @@ import os
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
 from tests.unit.test_job_judge import GONE, edit, recorded
+from x07_sandbox.backends.base import Orphan
+from x07_sandbox.backends.process.backend import NoneBackend
+from x07_sandbox.backends.registry import BackendRow, registered
 from x07_sandbox.host import clocks
 from x07_sandbox.host.processes import Identity, identify, own_identity
 from x07_sandbox.housekeeping.orphans import why_not
@@ -282,6 +285,36 @@ def test_an_instance_without_a_record_goes_only_if_it_is_ours_and_overdue(
     """An engine's instance goes only with our labels, past its deadline, and without a live job of that name."""
     found = why_not(LABELS | labels, instance=OURS, live=live, now_unix_ms=now)
     assert (why in found) if why else found == ""
+
+
+class Engine(NoneBackend):
+    """A backend whose instances are held by something that outlives us: here a table."""
+
+    held: ClassVar[dict[str, dict[str, str]]] = {}
+
+    def orphans(self) -> list[Orphan]:
+        """All of them."""
+        return [Orphan(id=name, labels=labels) for name, labels in self.held.items()]
+
+    def remove(self, orphan: Orphan) -> bool:
+        """Forget it."""
+        return self.held.pop(orphan.id, None) is not None
+
+
+def test_instances_without_a_record_are_asked_of_the_backend(state: Path) -> None:
+    """What an engine holds with our labels past its deadline is removed; a live job's and others' instances stay."""
+    live, dead = recorded(), recorded(GONE)
+    ours = dead.labels() | {"io.x07.job_id": "1-2-3-run", "io.x07.run_id": "1-2-3-run"}
+    expired = {"io.x07.deadline_unix_ms": "1"}
+    Engine.held = {"orphan": ours | expired, "young": ours, "other": LABELS, "live": live.labels() | expired}
+    with registered(BackendRow("an-engine", "vm", ("container",)), Engine):
+        dry = swept(dry_run=True)
+        assert len(Engine.held) == 4
+        report = swept()
+    assert names(report, "instance") == names(dry, "instance") == ["an-engine:orphan"]
+    assert set(Engine.held) == {"young", "other", "live"}
+    assert {kept.id for kept in report.kept} == {"an-engine:young", "an-engine:other", "an-engine:live"}
+    assert state.is_dir()
 
 
 # the places around

@@ -46,7 +46,7 @@ def prune_records(pruner: Pruner) -> None:
     # What was applied by halves, and could not be put right yet, needs what lies in its folder.
     busy |= {path.name for path in entries(runs / APPLYING)}
     for job in jobs:
-        if job.run in busy or job.ended_info is None or not pruner.old(job.ended_info):
+        if job.run in busy or not _ended_long_ago(job, pruner):
             if job.ended is None and pruner.old(job.info):
                 pruner.keep("job", job.folder, "nothing says that its machine is gone: it has neither done nor reaped")
         elif problem := _doubt(job):
@@ -76,6 +76,11 @@ def _prune_runs(runs: Path, busy: set[str], pruner: Pruner) -> None:
         young = pruner.now_ms - int(path.name.partition("-")[0]) <= settings.RETENTION_S * 1000
         if not young and pruner.old(path.lstat()):
             pruner.remove_own("run", path, "it ended more than 7 days ago", _remove_run)
+
+
+def _ended_long_ago(job: StoredJob, pruner: Pruner) -> bool:
+    """Whether its end was recorded long ago. The folder's time counts too: `reaped` is a link to an older file."""
+    return job.ended_info is not None and pruner.old(job.ended_info) and pruner.old(job.info)
 
 
 def _doubt(job: StoredJob) -> str:

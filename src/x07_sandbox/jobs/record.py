@@ -27,6 +27,7 @@ from x07_sandbox.host.processes import Identity, boot_id, pid_namespace
 JOB_SCHEMA: Final = "x07.vm.job@0.1.0"
 OWNER_SCHEMA: Final = "x07.sandbox.owner@0.1.0"
 _MACHINE_ID: Final = Path("/etc/machine-id")
+_REAPED: Final = ".reaped"  # in the state root
 _SMALL: Final = 256
 _INSTANCE_ID: Final = re.compile(r"ri-[0-9a-f]{32}\n?")
 
@@ -203,7 +204,18 @@ def mark_done(record: JobRecord) -> None:
 
 
 def mark_reaped(record: JobRecord) -> None:
-    """Record that the job's instance is proven gone, as any process but its runner does. Raises HostError."""
+    """Record that the job's instance is proven gone, as any process but its runner does. Raises HostError.
+
+    One file serves all jobs, by links: a new file costs up to a millisecond on a well-filled ext4 (measured), a link
+    6 us, and a sweep may reap a thousand jobs. The folder's own time tells when it was.
+    """
+    source = record.folder.parent / _REAPED
+    with contextlib.suppress(OSError):  # no links on this file system, or too many
+        if not source.exists():
+            replace_file(source, b"reaped\n")
+        with contextlib.suppress(FileExistsError):
+            os.link(source, record.folder / "reaped", follow_symlinks=False)
+        return
     _write(record.folder / "reaped", b"reaped\n")
 
 
