@@ -11,15 +11,16 @@ import msgspec
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import is_locked
+from x07_sandbox.host.models import known
 from x07_sandbox.host.paths import read_bounded, state_dir
-from x07_sandbox.host.processes import Identity
 from x07_sandbox.housekeeping.lookup import run_folder
 from x07_sandbox.jobs.judge import here_and_now, judge, overdue_ms, state_of
-from x07_sandbox.jobs.stored import JobDocument, StoredJob, all_stored
+from x07_sandbox.jobs.stored import StoredJob, all_stored
 from x07_sandbox.jobs.unended import JOB_NAME
 from x07_sandbox.runs.folder import REQUEST, RUN_NAME, runs_dir
 
 if TYPE_CHECKING:
+    from x07_sandbox.host.processes import Identity
     from x07_sandbox.jobs.judge import Now
 
 _LIVE: Final = frozenset({"starting", "running", "ending", "orphaned", "expired"})
@@ -57,13 +58,34 @@ class PsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     jobs: tuple[JobLine, ...]
 
 
+class RecordReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A job's job.json."""
+
+    schema_version: str
+    run_id: str
+    backend: str
+    container_id: str
+    pid: int | None
+    created_unix_ms: int
+    deadline_unix_ms: int
+    grace_ms: int
+    cleanup_ms: int
+
+
+class ProcessReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One process of one boot. start_ticks: when it started, in clock ticks since boot (proc(5), stat)."""
+
+    pid: int
+    start_ticks: int
+
+
 class OwnerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who runs a job, and what was started for it."""
 
     boot_id: str
     pid_namespace: str
-    runner: Identity
-    processes: dict[str, Identity]
+    runner: ProcessReport
+    processes: dict[str, ProcessReport]
     cgroups: tuple[str, ...]
 
 
@@ -74,13 +96,13 @@ class JobReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     state: str
     why: str
     folder: str
-    record: JobDocument | None
+    record: RecordReport | None
     labels: dict[str, str]
     owner: OwnerReport | None
 
 
-class ResultSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of a run's result.json that says how it ended."""
+class _Ending(msgspec.Struct, frozen=True, kw_only=True):
+    """As it is read: from among the result's other fields."""
 
     outcome: str
     fault: str
@@ -90,6 +112,10 @@ class ResultSummary(msgspec.Struct, frozen=True, kw_only=True):
     signal: int | None = None
     isolation: str | None = None
     backend: str | None = None
+
+
+class ResultSummary(_Ending, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The part of a run's result.json that says how it ended."""
 
 
 class InspectReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -169,7 +195,7 @@ def _newest_runs() -> list[str]:
 def _program(run: str) -> str | None:
     with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
         data = read_bounded(run_folder(run) / REQUEST, "request", _REQUEST_MAX)
-        return msgspec.json.decode(data, type=_Request).program
+        return msgspec.json.decode(data, type=known(_Request)).program
     return None
 
 
@@ -195,7 +221,7 @@ def _job(stored: StoredJob, now: Now) -> JobReport:
         state=state_of(stored, now),
         why=judge(stored, now).why,
         folder=str(stored.folder),
-        record=stored.job,
+        record=None if stored.job is None else RecordReport(**msgspec.structs.asdict(stored.job)),
         labels=_labels(stored),
         # Without the job's mark: a process that carries it among its arguments is taken for one of the job's.
         owner=None
@@ -203,15 +229,20 @@ def _job(stored: StoredJob, now: Now) -> JobReport:
         else OwnerReport(
             boot_id=owner.boot_id,
             pid_namespace=owner.pid_namespace,
-            runner=owner.runner,
-            processes=owner.processes,
+            runner=_process(owner.runner),
+            processes={name: _process(identity) for name, identity in owner.processes.items()},
             cgroups=owner.cgroups,
         ),
     )
 
 
+def _process(identity: Identity) -> ProcessReport:
+    return ProcessReport(pid=identity.pid, start_ticks=identity.start_ticks)
+
+
 def _result(run: str) -> ResultSummary | None:
     with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
         data = read_bounded(run_folder(run) / "result.json", "result", _RESULT_MAX)
-        return msgspec.json.decode(data, type=ResultSummary)
+        ending = msgspec.json.decode(data, type=known(_Ending))
+        return ResultSummary(**msgspec.structs.asdict(ending))
     return None
