@@ -107,6 +107,15 @@ def test_the_run_of_a_dead_command_is_killed_too() -> None:
         assert not (Path(job["folder"]) / "files").exists()
 
 
+def test_a_run_that_is_not_ours_is_not_killed() -> None:
+    """`x07 kill` of a run whose record is not ours to judge is an error with the reason, and ends nothing."""
+    record = recorded(GONE)
+    edit(record, "owner.json", labels={"io.x07.runner_instance": "ri-" + "0" * 32, "io.x07.image_digest": ""})
+    done = x07("kill", record.run_id)
+    assert done.returncode == 125
+    assert b"another runner" in done.stderr
+
+
 def test_inspect_shows_record_labels_owner_and_paths() -> None:
     """One JSON object has the run's jobs with record, labels and owner, how it ended, and where its files lie."""
     assert x07("run", *NONE, "-c", "raise SystemExit(3)").returncode == 3

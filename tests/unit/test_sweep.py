@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.conftest import Need
+
 pytestmark = pytest.mark.usefixtures("state")
 OURS = "ri-" + "1" * 32
 
@@ -200,6 +202,17 @@ def test_a_record_of_x07_is_reported_and_kept() -> None:
         assert alive(identity)
         assert (report.removed, [kept.id for kept in report.kept]) == ((), [folder.name])
         assert (folder / "rootfs.cow.img").exists()
+
+
+def test_another_users_job_stays(need: Need) -> None:
+    """The folder of another user's job is left alone, whatever its files say."""
+    need(os.geteuid() == 0, "only root can give a folder to another user", installable=False)
+    record = recorded(GONE)
+    os.chown(record.folder, 65534, 65534)
+    report = swept()
+    assert names(report) == []
+    assert "uid 65534" in why_kept(report, record)
+    assert not ended(record)
 
 
 # jobs that were never started

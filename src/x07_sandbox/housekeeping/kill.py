@@ -34,8 +34,11 @@ def kill_run(run: str) -> int:
     deadline, ended = Deadline.after(_GONE_S), 0
     while True:
         jobs = _open_jobs(run)
-        if not jobs and not is_locked(run_folder(run)):
-            return ended
+        if not is_locked(run_folder(run)):
+            if not jobs:
+                return ended
+            if all(stored.record is None for stored in jobs):  # not ours to end, and nobody else is about to
+                raise _not_ended(run, jobs)
         ended += sum(_stopped(stored) for stored in jobs)
         if deadline.passed():
             raise _not_ended(run, jobs)
