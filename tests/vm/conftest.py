@@ -236,7 +236,7 @@ def left_behind(state: Path) -> list[str]:
     found = []
     for folder in sorted(path.parent for path in state.glob("*/job.json")):
         if not any((folder / end).is_file() for end in ("done", "reaped")):
-            found.append(f"{folder.name} is not recorded as gone")
+            found.append(f"{folder.name} is recorded neither as done nor as reaped")
         owner = folder / "owner.json"
         if owner.is_file():
             found += [f"{folder.name}: {what}" for what in _still_there(json.loads(owner.read_bytes()))]
