@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.clocks import boot_ms, unix_ms
 from x07_sandbox.host.processes import boot_id, identify, pid_namespace
+from x07_sandbox.jobs import record as records
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, new_run_id, runner_instance, write_owner
 
 # facts of upstream, 6.4
@@ -45,6 +46,7 @@ LABELS = {
 }
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 ALLOWANCE_MS = 750_000
+INSTANCE_FILES = ("runner_instance", "runner_instance.owner")
 INSTANCE = re.compile(r"ri-[0-9a-f]{32}")
 
 
@@ -157,8 +159,8 @@ def test_everything_is_private(root: Path) -> None:
     finally:
         os.umask(before)
     assert sorted(path.name for path in record.folder.iterdir()) == ["done", "job.json", "owner.json"]
-    assert sorted(path.name for path in root.parent.iterdir()) == ["jobs", "runner_instance"]
-    for path in (root, *root.rglob("*"), root.parent / "runner_instance"):
+    assert sorted(path.name for path in root.parent.iterdir()) == ["jobs", *INSTANCE_FILES]
+    for path in (root, *root.rglob("*"), *(root.parent / name for name in INSTANCE_FILES)):
         assert stat.S_IMODE(path.lstat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
@@ -175,6 +177,7 @@ def test_the_owner_is_told_by_more_than_a_number() -> None:
     assert (owner["boot_id"], owner["pid_namespace"]) == (boot_id(), pid_namespace())
     assert (owner["runner"], owner["processes"]) == (own, {"supervisor": own, "inner": own})
     assert owner["cgroups"] == ["/sys/fs/cgroup/x"]
+    assert 0 < owner["deadline_boot_ms"] - boot_ms() <= record.deadline_unix_ms - record.created_unix_ms
     assert (owner["run"], owner["instance"], owner["labels"]) == (record.run_id, record.mark, record.labels())
     assert "mark" not in json.loads((record.folder / "job.json").read_bytes())
 
@@ -243,13 +246,38 @@ def test_the_runner_has_one_id_beside_its_state(home: Path) -> None:
     assert INSTANCE.fullmatch(first)
     assert (home.parent / "runner_instance").read_text(encoding="ascii") == first + "\n"
     assert runner_instance(home) == first
-    assert sorted(path.name for path in home.parent.iterdir()) == ["jobs", "runner_instance"]
+    assert sorted(path.name for path in home.parent.iterdir()) == ["jobs", *INSTANCE_FILES]
 
 
 def test_an_id_of_upstreams_is_taken(home: Path) -> None:
     """Where X07 has made its id already, ours is the same."""
     (home.parent / "runner_instance").write_text("ri-" + "ab" * 16 + "\n", encoding="ascii")
     assert runner_instance(home) == "ri-" + "ab" * 16
+
+
+def test_two_machines_that_share_a_home_are_two_owners(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where machines share a home folder each has an id of its own, which stays the same; the file keeps its format."""
+    machine = home.parent / "machine-id"
+    machine.write_text("a" * 32 + "\n")
+    monkeypatch.setattr(records, "_MACHINE_ID", machine)
+    first = runner_instance(home)
+    machine.write_text("b" * 32 + "\n")
+    second = runner_instance(home)
+    assert INSTANCE.fullmatch(second)
+    assert second != first
+    assert runner_instance(home) == second
+    machine.write_text("a" * 32 + "\n")
+    assert runner_instance(home) == first
+    assert (home.parent / "runner_instance").read_text(encoding="ascii") == first + "\n"
+
+
+def test_two_users_of_one_home_are_two_owners(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another uid in the same home, as in another container, has another id."""
+    first = runner_instance(home)
+    monkeypatch.setattr(records, "home_of", lambda _root: home.parent)
+    uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    assert runner_instance(home) != first
 
 
 @pytest.mark.parametrize("bits", [0o770, 0o702, 0o1777])
@@ -292,7 +320,7 @@ def test_threads_that_start_together_agree_on_one_id(home: Path) -> None:
         worker.join()
     assert len(found) == threads
     assert len(set(found)) == 1
-    assert sorted(path.name for path in home.parent.iterdir()) == ["jobs", "runner_instance"]
+    assert sorted(path.name for path in home.parent.iterdir()) == ["jobs", *INSTANCE_FILES]
 
 
 def test_processes_that_start_together_agree_on_one_id(home: Path) -> None:

@@ -235,8 +235,8 @@ def left_behind(state: Path) -> list[str]:
     """What the jobs recorded below *state* have left on the host, one sentence each."""
     found = []
     for folder in sorted(path.parent for path in state.glob("*/job.json")):
-        if not (folder / "done").is_file():
-            found.append(f"{folder.name} is not recorded as done")
+        if not any((folder / end).is_file() for end in ("done", "reaped")):
+            found.append(f"{folder.name} is recorded neither as done nor as reaped")
         owner = folder / "owner.json"
         if owner.is_file():
             found += [f"{folder.name}: {what}" for what in _still_there(json.loads(owner.read_bytes()))]

@@ -30,9 +30,10 @@ cli.cancel cli.console cli.main cli.run cli.run_options cli.streams cli.usage
 errors
 host.arch host.bounded_stream host.cancel host.clocks host.cores host.forks host.locks host.memory host.models
 host.mounts host.paths host.processes host.settings host.threads host.troubles host.variables host.waiting
+housekeeping.start
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.libraries jail.seccomp jail.uids
-jobs.admission jobs.launcher jobs.record
+jobs.admission jobs.launcher jobs.record jobs.unended
 network.account
 plan.confinement plan.controls plan.denials plan.features plan.outcomes plan.rows plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules

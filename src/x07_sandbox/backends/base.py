@@ -6,7 +6,7 @@ Everything above `backends` knows this module and the registry, and no backend b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -272,4 +272,28 @@ class Backend(Protocol):
         """Jobs of this user that this backend started and that are not recorded as gone."""
 
     def stop(self, record: JobRecord) -> bool:
-        """Stop a job by its record, from any process; whether it is proven gone. Safe to call again."""
+        """Stop a job by its record, from any process; whether it is proven gone, and recorded so.
+
+        Safe to call again. Raises SandboxError.
+        """
+
+
+class Orphan(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance that an engine holds. id: the engine's name of it. labels: as the engine tells them."""
+
+    id: str
+    labels: Mapping[str, str]
+
+
+@runtime_checkable
+class HoldsInstances(Protocol):
+    """What a backend offers whose instances are held by a daemon or engine, and may outlive their record."""
+
+    def orphans(self) -> Sequence[Orphan]:
+        """Every instance of the engine that carries a label of ours, at most some thousands. Raises SandboxError.
+
+        What the engine says is checked by the caller (housekeeping/orphans): an instance may be anybody's.
+        """
+
+    def remove(self, orphan: Orphan) -> bool:
+        """End and remove one of them; whether it is proven gone. Raises SandboxError."""

@@ -116,7 +116,12 @@ def engine(name: Name) -> Engine:
 def container_id(answer: Answer) -> str:
     """The id that a creating call printed; empty where it printed none."""
     last = answer.text.strip().rpartition("\n")[2].strip()
-    return last if not answer.status and _ID.fullmatch(last) else ""
+    return last if not answer.status and is_id(last) else ""
+
+
+def is_id(word: str) -> bool:
+    """Whether *word* can be the whole id of a container."""
+    return _ID.fullmatch(word) is not None
 
 
 def _printable(text_: str) -> str:

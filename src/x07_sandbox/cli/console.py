@@ -8,6 +8,8 @@ import time
 
 from x07_sandbox.errors import shown
 
+_KIB = 1024
+
 
 class OutputError(OSError):
     """Standard output does not take what we print: the reason is the system's, whichever it is, and no bug of ours."""
@@ -32,6 +34,16 @@ def show(line: str) -> None:
     """One line of a result on standard output; a name that is no UTF-8 keeps its bytes. Raises OutputError."""
     text = "".join(char if "\udc80" <= char <= "\udcff" else shown(char) for char in line)
     put(text.encode("utf-8", "surrogateescape") + b"\n")
+
+
+def size(count: int) -> str:
+    """A number of bytes for people."""
+    amount, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < _KIB:
+            break
+        amount, unit = amount / _KIB, larger
+    return f"{amount:.0f} {unit}" if unit == "bytes" else f"{amount:.1f} {unit}"
 
 
 def put(data: bytes) -> None:

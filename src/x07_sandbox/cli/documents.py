@@ -36,6 +36,11 @@ def print_document(report: msgspec.Struct, options: argparse.Namespace) -> bool:
     return deliver(render_json(report), options)
 
 
+def print_object(report: msgspec.Struct, options: argparse.Namespace) -> None:
+    """One JSON object over several lines, whether or not --json is given. As deliver has it."""
+    deliver(render_json(report), options, always=True)
+
+
 def print_line(report: msgspec.Struct, options: argparse.Namespace) -> None:
     """One JSON object on one line, as X07's command prints them, whether or not --json is given. As deliver has it."""
     line = json.dumps(plain(report), ensure_ascii=False, separators=(",", ":")) + "\n"

@@ -1,40 +1,118 @@
-"""`x07 logs`: what a run has left to read about its connections."""
+"""`x07 logs`: what a run printed, or the log of its connections."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import time
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.changed import print_bytes
-from x07_sandbox.cli.console import say
-from x07_sandbox.cli.usage import named
+from x07_sandbox.cli.console import put, say
+from x07_sandbox.cli.usage import named, switch
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host.locks import is_locked
+from x07_sandbox.housekeeping.lookup import known_run, run_folder
 from x07_sandbox.runs.folder import NET_LOG, find_run
+from x07_sandbox.runs.streams import TerminalFilter
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
+    from pathlib import Path
 
-_EPILOG: Final = """One JSON object a line: event (open, closed, denied, failed), host, port, rule, ms since the start.
+_EPILOG: Final = """What the program wrote to standard output goes to standard output, the rest to standard error.
+A terminal gets no control characters but line ends and tabs.
+
+With --net: one JSON object a line: event (open, closed, denied, failed), host, port, rule, ms since the start.
 
 examples:
+  x07 logs
+  x07 logs --follow 1764273600000-4711-0
+  x07 logs --build
   x07 logs --net | jq -c 'select(.event == "denied")'
 """
 _CHUNK: Final = 1 << 16
+_LOOK_AGAIN_S: Final = 0.05
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
-    parser = verbs.add_parser("logs", help=help, description="Print the log of a run.", epilog=_EPILOG)
-    parser.add_argument(
-        "run",
-        nargs="?",
-        type=named,
-        metavar="RUN",
-        help="its name, or the beginning of it (default: the latest that could connect)",
-    )
-    parser.add_argument("--net", action="store_true", required=True, help="each connection that the program asked for")
+    parser = verbs.add_parser("logs", help=help, description="Print what a run printed.", epilog=_EPILOG)
+    doc = "its name, or the beginning of it (default: the latest that has such a log)"
+    parser.add_argument("run", nargs="?", type=named, metavar="RUN", help=doc)
+    which = parser.add_mutually_exclusive_group()
+    switch(which, "--build", "what its build printed instead")
+    switch(which, "--net", "each connection that the program asked for instead")
+    switch(parser, "--follow", "go on as long as the run does, and end with it")
     parser.set_defaults(carry_out=_logs)
 
 
 def _logs(options: argparse.Namespace) -> int:
+    if options.net:
+        if options.follow:
+            raise UsageError("wrong usage", "--net and --follow do not go together", "Leave --follow out")
+        return _net(options)
+    prefix = "build-" if options.build else ""
+    folder = _folder(options, f"{prefix}stdout")
+    streams = [_Stream(folder / f"{prefix}stdout", 1, put), _Stream(folder / f"{prefix}stderr", 2, _put_error)]
+    with contextlib.ExitStack() as stack:
+        for stream in streams:
+            stack.callback(stream.close)
+        live = options.follow
+        while live:
+            live = is_locked(folder)  # first: what it wrote before it ended is read below
+            for stream in streams:
+                stream.pass_on()
+            if live:
+                time.sleep(_LOOK_AGAIN_S)
+        for stream in streams:
+            stream.pass_on()
+    return 0
+
+
+def _folder(options: argparse.Namespace, holds: str) -> Path:
+    """The folder of the run that is meant. Raises UsageError."""
+    if options.run is None:
+        return find_run(None, holds, "output to print", "Run something")
+    folder = run_folder(known_run(options.run))
+    if not folder.is_dir() or not (options.follow or (folder / holds).is_file()):
+        why = f"run {folder.name} has none"
+        raise UsageError("cannot print the output", why, f"See what it has: x07 inspect {folder.name}")
+    return folder
+
+
+class _Stream:
+    """One file of a run's output, and where it goes. It may come to be only later, and grows."""
+
+    def __init__(self, path: Path, target: int, write: Callable[[bytes], None]) -> None:
+        self._path, self._write = path, write
+        self._filter: Callable[[bytes], bytes] = TerminalFilter() if os.isatty(target) else bytes
+        self._fd: int | None = None
+
+    def pass_on(self) -> None:
+        """Write what has come. Raises OSError."""
+        if self._fd is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        while self._fd is not None and (chunk := os.read(self._fd, _CHUNK)):
+            self._write(self._filter(chunk))
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd is not None:
+            os.close(self._fd)
+
+
+def _put_error(data: bytes) -> None:
+    with contextlib.suppress(OSError):  # as with every message: nobody may want it
+        sys.stderr.flush()
+        sys.stderr.buffer.write(data)
+        sys.stderr.buffer.flush()
+
+
+def _net(options: argparse.Namespace) -> int:
     folder = find_run(options.run, NET_LOG, "a log of connections", "Run something with --allow-host")
     say(f"connections of run {folder.name}")
     with (folder / NET_LOG).open("rb") as file:

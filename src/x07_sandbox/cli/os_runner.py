@@ -28,6 +28,7 @@ from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import check_environment, flag, text
+from x07_sandbox.housekeeping.start import sweep_before_start
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.program import load_program
@@ -102,6 +103,7 @@ def _carry_out(options: argparse.Namespace) -> int:
         else:
             _note_unused(options, program)
             wanted = _wanted(options, request, program, stack, accepted=accepted)
+            sweep_before_start(_say)
             _, report = run_and_report(request, wanted, stack, _say)
     return _print(render_json(report), report.exit_code)
 

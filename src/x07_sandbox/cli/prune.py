@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.console import say, show
+from x07_sandbox.cli.console import say, show, size
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.cli.usage import add_document_flags, switch
-from x07_sandbox.host.settings import KIB
 from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.housekeeping.pruner import PARTS
 
@@ -53,17 +52,8 @@ def _prune(options: argparse.Namespace) -> int:
 def _show(report: PruneReport) -> None:
     word = "would remove" if report.dry_run else "removed"
     for gone in report.removed:
-        show(f"{word} {gone.kind} {gone.path} ({_size(gone.bytes)}): {gone.why}")
+        show(f"{word} {gone.kind} {gone.path} ({size(gone.bytes)}): {gone.why}")
     for kept in report.kept:
         show(f"kept {kept.kind} {kept.path}: {kept.why}")
     count = len(report.removed)
-    show(f"{word} {count} thing{'' if count == 1 else 's'}, {_size(report.bytes)}")
-
-
-def _size(count: int) -> str:
-    amount, unit = float(count), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if amount < KIB:
-            break
-        amount, unit = amount / KIB, larger
-    return f"{amount:.0f} {unit}" if unit == "bytes" else f"{amount:.1f} {unit}"
+    show(f"{word} {count} thing{'' if count == 1 else 's'}, {size(report.bytes)}")

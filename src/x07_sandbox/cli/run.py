@@ -22,6 +22,7 @@ from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
+from x07_sandbox.housekeeping.start import sweep_before_start
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import attempt
@@ -89,6 +90,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
             return show_plan(request, options)
         if _x07_options(options) and not request.loaders:
             say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
+        sweep_before_start(say)
         report = options.report or options.attest_runtime or (for_x07 and not options.json)
         if report or for_x07 or outputs:
             request, program = _loaded(request, outputs, stack)

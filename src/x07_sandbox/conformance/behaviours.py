@@ -218,7 +218,8 @@ def _cancelled(bench: Bench) -> None:
     expect("processes left", [], remaining(mark))
 
 
-_RECORD: Final = {"job.json", "owner.json", "done"}
+_ENDS: Final = {"done", "reaped"}  # by the runner, and by any other process that stopped the job
+_RECORD: Final = {"job.json", "owner.json", *_ENDS}
 
 
 def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
@@ -240,7 +241,7 @@ def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
             "outcome": outcome,
             "stop said": stopped,
             "processes left": left or remaining(mark, records[0].mark),
-            "recorded as done": (records[0].folder / "done").exists(),
+            "recorded as gone": any((records[0].folder / end).exists() for end in _ENDS),
             "files left": sorted({path.name for path in records[0].folder.iterdir()} - _RECORD),
             "jobs listed afterwards": len(bench.owned_by(runner.pid)),
         }
@@ -253,7 +254,7 @@ _killed: Final = partial(_elsewhere, kill=True)
 def _gone_when_stopped(bench: Bench) -> None:
     facts = bench.once(_stopped)
     expect("what is left", ([], []), (facts["processes left"], facts["files left"]))
-    expect("recorded as done", "yes", "yes" if facts["recorded as done"] else "no")
+    expect("recorded as gone", "yes", "yes" if facts["recorded as gone"] else "no")
     expect("outcome", "guest-lost", facts["outcome"])
 
 

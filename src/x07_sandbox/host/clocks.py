@@ -16,6 +16,11 @@ def unix_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def boot_ms() -> int:
+    """Milliseconds since this boot of the kernel, sleep included: no step of the wall clock moves it."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
 def unix_ns() -> int:
     """Wall clock in nanoseconds since 1970: what a guest's clock is set to."""
     return time.time_ns()

@@ -15,6 +15,8 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import open_own
 
 LOOK_AGAIN_S: Final = 0.02
+_LOOKS: Final = 10
+_LOOK_S: Final = 0.002
 
 
 def _sleep() -> None:
@@ -60,7 +62,14 @@ def share_folder(path: Path) -> int:
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        for tries in range(_LOOKS, -1, -1):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # for a moment also where somebody only looks whether it is locked
+                if not tries:
+                    raise
+                time.sleep(_LOOK_S)
     except BaseException:
         os.close(fd)
         raise

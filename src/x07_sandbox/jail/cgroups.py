@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +21,7 @@ from x07_sandbox.host.clocks import unix_ms
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 _PARENT: Final = "x07-sandbox"
+_JOB_NAME: Final = re.compile(r"\d+-\d+-\d+-[a-z0-9-]+")
 _ABANDONED_S: Final = 60.0
 _SWEPT_AT_ONCE: Final = 256
 
@@ -48,9 +51,23 @@ class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
         return not left
 
 
+def remove_groups(names: Iterable[str]) -> bool:
+    """Remove a job's groups by the names in its record; whether they are gone. One with a process in it stays."""
+    places = [Path(name) for name in names]
+    # A record may be damaged: only what could be a group of a job is touched, and rmdir takes nothing else.
+    ours = [one for one in places if one.is_relative_to(_ROOT) and ".." not in one.parts and _is_jobs(one)]
+    left = [folder for folder in ours if not _removed(folder)]
+    return not left
+
+
+def _is_jobs(folder: Path) -> bool:
+    below_job = folder.name in {"program", "agent"}
+    return _JOB_NAME.fullmatch(folder.parent.name if below_job else folder.name) is not None
+
+
 def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
     """Groups called *name* with these limits; no folders where the host gives us none."""
-    _remove_abandoned()
+    remove_abandoned_groups()
     make = _version_2 if (_ROOT / "cgroup.controllers").exists() else _version_1
     return make(name, memory_bytes, tasks)
 
@@ -85,7 +102,7 @@ def program_groups(name: str, *, uid: int) -> ProgramGroups:
 
     Of version 1 only as root: an ordinary user cannot move processes between groups of others.
     """
-    _remove_abandoned()
+    remove_abandoned_groups()
     if (_ROOT / "cgroup.controllers").exists():
         return _program_group_2(name, uid)
     places = {}
@@ -206,7 +223,7 @@ def _removed(folder: Path) -> bool:
     return False
 
 
-def _remove_abandoned() -> None:
+def remove_abandoned_groups() -> None:
     """Remove groups of ours that killed runners left: empty ones only, and old enough not to be about to be filled."""
     for parent in (_ROOT / _PARENT, *(_ROOT / controller / _PARENT for controller in _GIVEN)):
         with contextlib.suppress(OSError):

@@ -1,87 +1,79 @@
-"""Jobs by their records, from any process: which are not recorded as gone, and stopping one."""
+"""Stop a job by its record, from any process; and which jobs of this user are not recorded as gone."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import signal
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.errors import UsageError
-from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.paths import read_bounded, state_dir
-from x07_sandbox.host.processes import Identity, boot_id, is_alive, kill_identity, pid_namespace, wait_gone
-from x07_sandbox.jobs.record import OWNER_SCHEMA, JobRecord, mark_done
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import Deadline, boot_ms
+from x07_sandbox.host.processes import boot_id, is_alive, kill_identity, marked, pid_namespace, wait_gone
+from x07_sandbox.jobs.record import mark_reaped
+from x07_sandbox.jobs.stored import all_stored, read_stored
 
-_RECORD_MAX: Final = 64 * 1024
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.host.processes import Identity
+    from x07_sandbox.jobs.record import JobRecord
+    from x07_sandbox.jobs.stored import StoredJob
+
 _GONE_S: Final = 10.0
 _GRACE_S: Final = 2.0
+_FIRST_NAMESPACE: Final = "pid:[4026531836]"  # linux/proc_ns.h: PROC_PID_INIT_INO; from there every process is seen
 
 
 def live_records(backend: str) -> list[JobRecord]:
     """Jobs of this user and of one backend that were started and are not recorded as gone, oldest first."""
-    try:
-        folders = [Path(entry.path) for entry in os.scandir(state_dir()) if entry.is_dir(follow_symlinks=False)]
-    except FileNotFoundError:
-        return []
-    records = [read_record(folder) for folder in folders if not (folder / "done").exists()]
-    found = [record for record in records if record is not None and record.backend == backend]
-    return sorted(found, key=lambda record: record.created_unix_ms)
+    records = [stored.record for stored in all_stored() if stored.ended is None and stored.record is not None]
+    return sorted((one for one in records if one.backend == backend), key=lambda record: record.created_unix_ms)
 
 
-def read_record(folder: Path) -> JobRecord | None:
-    """The record of a job in its folder; None where it is not ours, or cannot be read."""
-    job, owner = _read(folder / "job.json"), _read(folder / "owner.json")
-    if job is None or owner is None or owner.get("schema_version") != OWNER_SCHEMA:
-        return None
-    try:
-        return JobRecord(
-            job_id=str(job["run_id"]),
-            run_id=str(owner["run"]),
-            backend=str(job["backend"]),
-            folder=folder,
-            created_unix_ms=int(job["created_unix_ms"]),
-            deadline_unix_ms=int(job["deadline_unix_ms"]),
-            grace_ms=int(job["grace_ms"]),
-            mark=str(owner["instance"]),
-            runner_instance=str(owner["labels"]["io.x07.runner_instance"]),
-            image_digest=str(owner["labels"]["io.x07.image_digest"]),
-        )
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def stop_recorded(record: JobRecord) -> bool:
-    """Stop the processes of a job: ask, kill, verify, record; whether they are proven gone. Safe to call again.
+def stop_recorded(record: JobRecord, remove: Callable[[StoredJob], bool] = lambda _stored: True) -> bool:
+    """Stop the processes of a job: ask, kill, verify, remove, record; whether it is proven gone. Safe to call again.
 
     A process is signalled only if its number, start time, boot and our random mark agree.
+    remove: removes what outlives the processes (control groups, folders), and returns whether that is gone.
+    Raises HostError where the job's end cannot be recorded.
     """
-    if (record.folder / "done").exists():
+    stored = read_stored(record.folder, record.runner_instance)
+    if stored is None:
+        return True  # its record was removed, as only that of a job that is gone is
+    if stored.ended is not None:
         return True
-    owner = _read(record.folder / "owner.json")
-    if owner is None:
+    if stored.owner is None or stored.record is None or stored.record.mark != record.mark:
         return False
-    if owner.get("boot_id") == boot_id():
-        if owner.get("pid_namespace") != pid_namespace():
-            return False  # its numbers mean nothing here
-        processes = [Identity(**values) for values in dict(owner.get("processes", {})).values()]
-        deadline = Deadline.after(_GONE_S)
-        for identity in processes:  # the supervisor first: it ends all of the jail
-            kill_identity(identity, record.mark, signal.SIGTERM)
-            wait_gone(identity, min(_GRACE_S, deadline.left_s()))
-        for identity in processes:
-            kill_identity(identity, record.mark)
-        if not all(wait_gone(identity, deadline.left_s()) or not is_alive(identity) for identity in processes):
-            return False
-    if record.folder.is_dir():
-        mark_done(record)
+    if not (_processes_gone(stored, record) and remove(stored)):
+        return False
+    mark_reaped(record)
     return True
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(UsageError, OSError, ValueError, RecursionError):
-        found = json.loads(read_bounded(path, "record", _RECORD_MAX))
-        return found if isinstance(found, dict) else None
-    return None
+def _processes_gone(stored: StoredJob, record: JobRecord) -> bool:
+    """End the job's processes; whether they are proven gone."""
+    owner = stored.owner
+    assert owner is not None  # noqa: S101 - the caller has looked
+    if owner.boot_id != boot_id():
+        return True
+    processes = list(owner.processes.values())
+    if owner.pid_namespace != pid_namespace():
+        # Its numbers mean nothing here. Its supervisor ends it at the deadline; a day later that was long ago.
+        overdue_ms = boot_ms() - record.deadline_boot_ms if record.deadline_boot_ms else 0
+        if pid_namespace() != _FIRST_NAMESPACE and overdue_ms < settings.DAY_S * 1000:
+            return False
+        processes = []
+    # A runner that was killed before it wrote down what it had started leaves processes that only the mark tells.
+    return _ended(processes or marked(record.mark), record.mark)
+
+
+def _ended(processes: list[Identity], mark: str) -> bool:
+    deadline, signalled = Deadline.after(_GONE_S), False
+    for identity in processes:  # the supervisor first: it ends all of the jail
+        if kill_identity(identity, mark, signal.SIGTERM):
+            signalled = True
+            wait_gone(identity, min(_GRACE_S, deadline.left_s()))
+    for identity in processes:
+        signalled |= kill_identity(identity, mark)
+    # A live process without the mark is left alone, and may be the job's: then the job is not proven gone.
+    left_s = deadline.left_s if signalled else lambda: 0.0
+    return all(wait_gone(one, left_s()) or not is_alive(one) for one in processes)

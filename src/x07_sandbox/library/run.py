@@ -187,6 +187,7 @@ def run_once(
     """
     from x07_sandbox.backends.lease import PoolMachines
     from x07_sandbox.backends.selection import choice_of_variables
+    from x07_sandbox.housekeeping.start import sweep_before_start
     from x07_sandbox.runs.run import attempt
 
     choice = choice_of_variables()
@@ -206,6 +207,7 @@ def run_once(
             live=live,
             **options,
         )
+        sweep_before_start()
         ended = attempt(request)
     if output is not None and output.problem is not None:
         raise output.problem

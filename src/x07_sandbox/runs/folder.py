@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import contextlib
 
 NET_LOG = "net.jsonl"  # the egress gate's
+REQUEST = "request.json"  # what was asked for, while nothing else tells of the run
 RUN_NAME = re.compile(r"\d{1,15}-\d{1,10}-\d{1,10}")
 APPLYING = ".applying"  # among the folders of runs: what is applied right now (runs/kept)
 

@@ -270,7 +270,8 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
 def _kept_by_us() -> list[str]:
     """Where our records lie, sets of changes and journals among them, and our cache: all of it is believed later."""
     root = state_dir()
-    places = (root, runs_dir(root), home_of(root) / "runner_instance", cache_dir())
+    home = home_of(root)
+    places = (root, runs_dir(root), home / "runner_instance", home / "runner_instance.owner", cache_dir())
     return [str(real_path(path)) for path in places]  # as roots are known
 
 

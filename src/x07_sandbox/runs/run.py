@@ -21,7 +21,7 @@ from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.policy import PolicyError
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.artifact import artifact_of
-from x07_sandbox.runs.folder import RunFolder
+from x07_sandbox.runs.folder import REQUEST, RunFolder
 from x07_sandbox.runs.job import carry_out_job
 from x07_sandbox.runs.prepare import output_caps, prepare
 from x07_sandbox.runs.result import Result, draft_result
@@ -64,6 +64,7 @@ def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
     try:
         with contextlib.ExitStack() as stack:
             folder = RunFolder(draft.run, stack)
+            _keep(folder.path / REQUEST, _asked(request))
             for known in _steps(request, draft, folder, stack):
                 draft = known
             _keep(folder.path / "result.json", msgspec.json.encode(draft))
@@ -278,6 +279,12 @@ def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:
     return Denial(
         field=field, action="plan", subject=why, enforced_by="plan", observed_by="host", count=1, how_to_allow=how
     )
+
+
+def _asked(request: RunRequest) -> bytes:
+    """What `x07 ps` shows of a run: the program's name, without arguments, which may hold secrets."""
+    program = None if request.program is None else os.fsencode(request.program).decode("utf-8", "backslashreplace")
+    return msgspec.json.encode({"schema_version": "x07.sandbox.request@0.1.0", "program": program})
 
 
 def _keep(path: Path, data: bytes) -> None:

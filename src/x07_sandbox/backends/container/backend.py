@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Availability
+from x07_sandbox.backends.base import Availability, Orphan
 from x07_sandbox.backends.container.create import engine_gaps
-from x07_sandbox.backends.container.instance import ContainerInstance, container_name, labels_of, remove, started
+from x07_sandbox.backends.container.instance import (
+    ContainerInstance,
+    container_name,
+    labels_of,
+    remove,
+    remove_files,
+    started,
+)
 from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE
-from x07_sandbox.backends.engines import Engine, Name, engine
+from x07_sandbox.backends.engines import Answer, Engine, Name, engine, is_id
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.variables import text
@@ -22,8 +29,7 @@ from x07_sandbox.images import manifest
 from x07_sandbox.images.archive import MANIFEST_LABEL
 from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.jobs.record import mark_done
-from x07_sandbox.jobs.stopping import live_records
+from x07_sandbox.jobs.stopping import live_records, stop_recorded
 from x07_sandbox.plan.features import container_features
 
 if TYPE_CHECKING:
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     from x07_sandbox.jobs.record import JobRecord
 
 _REFERENCE_MAX: Final = 512
+_ORPHANS_MAX: Final = 1000
 _GAPS: Final = {
     "connect-fails": "the relay accepts a connection before it asks, and resets it then",
     "damaged-image": "the engine keeps the image, and its id is what is checked",
@@ -125,27 +132,43 @@ class ContainerBackend:
         return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
-        """Remove the container of a record; whether it is proven gone. One that is not ours is left alone."""
-        if (record.folder / "done").exists():
-            return True
+        """Remove the container of a record, and what the record's folder holds for it; whether it is proven gone."""
+        return stop_recorded(record, lambda _stored: self._removed(record) and remove_files(record.folder))
+
+    def _removed(self, record: JobRecord) -> bool:
         client = self._engine()
         answer = client.call("inspect", "--type", "container", container_name(record))
-        if not answer.absent:
-            try:
-                (made,) = msgspec.json.decode(answer.text, type=list[dict[str, Any]])
-            except (msgspec.DecodeError, ValueError) as exc:
-                raise BackendError(f"cannot use {self.name}", answer.error or str(exc), "Run x07 doctor") from exc
-            if labels_of(made).get("io.x07.run_id") != record.job_id:
-                return False
-            if not remove(client, str(made["Id"])):
-                return False
-        for name in ("resolv.conf", "net/relay"):
-            (record.folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            (record.folder / "net").rmdir()
-        if record.folder.is_dir():
-            mark_done(record)
-        return True
+        if answer.absent:
+            return True
+        made = _only(answer, client)
+        # Whoever may use the engine can call a container as they like.
+        return labels_of(made).get("io.x07.run_id") == record.job_id and remove(client, str(made.get("Id", "")))
+
+    def orphans(self) -> Sequence[Orphan]:
+        """Containers with our label. None of an engine that does not answer: most users have none there."""
+        try:
+            client = self._engine()
+        except HostError:
+            return ()
+        listed = client.call("ps", "--all", "--no-trunc", "--quiet", "--filter", "label=io.x07.schema=1")
+        ids = [word for word in listed.text.split() if is_id(word)][:_ORPHANS_MAX]
+        if listed.status or not ids:
+            return ()
+        found = client.objects("inspect", "--type", "container", *ids)
+        return [Orphan(id=str(made.get("Id", "")), labels=labels_of(made)) for made in found]
+
+    def remove(self, orphan: Orphan) -> bool:
+        """Remove one of them; whether it is proven gone."""
+        return is_id(orphan.id) and remove(self._engine(), orphan.id)
+
+
+def _only(answer: Answer, client: Engine) -> dict[str, Any]:
+    """The one object that an inspecting call told of. Raises BackendError."""
+    try:
+        (made,) = msgspec.json.decode(answer.text, type=list[dict[str, Any]])
+    except (msgspec.DecodeError, ValueError) as exc:
+        raise BackendError(f"cannot use {client.name}", answer.error or str(exc), "Run x07 doctor") from exc
+    return made
 
 
 def _needs_runc() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from x07_sandbox.jobs.record import create_record, drop_unstarted, mark_done, wr
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from x07_sandbox.backends.base import Greeting, Job, StartMode
     from x07_sandbox.backends.engines import Engine
@@ -119,7 +121,7 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
             yield instance
         finally:
             gone = remove(engine, wanted.name) if instance is None else instance.stop()
-            files.remove()
+            remove_files(record.folder)
             if gone:
                 with contextlib.suppress(OSError):
                     os.write(runner_w, b"g")
@@ -177,12 +179,13 @@ class _Files:
         os.set_blocking(fd, False)
         return fd
 
-    def remove(self) -> None:
-        """Remove them."""
-        for path in (self.resolv_conf, self.net / "relay"):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.net.rmdir()
+
+def remove_files(folder: Path) -> bool:
+    """Remove what a record's folder holds for its container; whether it is gone."""
+    shutil.rmtree(folder / _NET, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        (folder / _RESOLV_CONF).unlink()
+    return not os.path.lexists(folder / _NET)
 
 
 def _wanted(engine: Engine, job: Job, record: JobRecord, image: OpenImage, files: _Files) -> Wanted:

@@ -24,7 +24,7 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import replace_file
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
-from x07_sandbox.jail.cgroups import program_groups
+from x07_sandbox.jail.cgroups import program_groups, remove_groups
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.jobs.stopping import live_records, stop_recorded
 from x07_sandbox.plan.features import Features
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.process.start import ProcessInstance
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import JobRecord
+    from x07_sandbox.jobs.stored import StoredJob
 NFT: Final = "/usr/sbin/nft"
 _ANSWER_S: Final = 5.0
 _BWRAP_LEAST: Final = (0, 8)
@@ -92,8 +93,13 @@ class _Backend(ABC):
         return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
-        """Stop a job by its record: its supervisor ends all of it, and its files go."""
-        return stop_recorded(record) and remove_folder(files_folder(record))
+        """Stop a job by its record: its supervisor ends all of it, and its control groups and files go."""
+
+        def remove(stored: StoredJob) -> bool:
+            groups = stored.owner is None or remove_groups(stored.owner.cgroups)
+            return remove_folder(files_folder(record)) and groups
+
+        return stop_recorded(record, remove)
 
     def _prove(self) -> str:
         """Start an agent, and wait for its answer; why none came, empty where it did. Raises SandboxError."""

@@ -81,10 +81,11 @@ class QemuBackend:
         return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
-        """Stop a job by its record: its supervisor ends all of the jail."""
+        """Stop a job by its record: its supervisor ends all of the jail, and its control groups go."""
+        from x07_sandbox.jail.cgroups import remove_groups
         from x07_sandbox.jobs.stopping import stop_recorded
 
-        return stop_recorded(record)
+        return stop_recorded(record, lambda stored: stored.owner is None or remove_groups(stored.owner.cgroups))
 
     # starting
 

@@ -1,0 +1,99 @@
+"""Measure a sweep of expired jobs among live ones, and what the sweep before each run costs where nothing is to do.
+
+    .venv/bin/python -m bench.sweep [--jobs 1000] [--rounds 5]
+
+Records are planted in a folder of its own: half of them have no live owner any more, the others are this process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from x07_sandbox.backends.registry import create
+from x07_sandbox.host.processes import Identity, own_identity
+from x07_sandbox.housekeeping import start
+from x07_sandbox.housekeeping.sweep import Sweeper, sweep_jobs
+from x07_sandbox.jobs.record import Claim, create_record, mark_done, new_run_id, write_owner
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from x07_sandbox.jobs.record import JobRecord
+
+_GONE = Identity(pid=2**22 - 1, start_ticks=1)
+_ALL = 1 << 30
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="Measure the sweep.")
+    parser.add_argument("--jobs", type=int, default=1000, help="how many expired ones, and how many live ones")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    create("qemu").list_owned()  # what it imports is not what is measured
+    sweeps, again = zip(*[_round(options.jobs) for _ in range(options.rounds)], strict=True)
+    print(f"sweep of {options.jobs} expired among {options.jobs} live jobs: {statistics.median(sweeps):.3f} s")
+    print(f"the next one, of the live ones: {statistics.median(again):.3f} s")
+    for count in (10, 500, 10_000):
+        print(f"before a run, {count} ended jobs: {1000 * _before_a_run(count):.2f} ms")
+
+
+def _round(count: int) -> tuple[float, float]:
+    with _state():
+        for runner in (own_identity(), _GONE):
+            for _ in range(count):
+                _plant(runner)
+        times = []
+        for expected in (count, 0):
+            sweeper = Sweeper(lambda _text: None, dry_run=False)
+            begun = time.monotonic()
+            live = sweep_jobs(sweeper, _ALL)
+            times.append(time.monotonic() - begun)
+            if (len(live), len(sweeper.report().removed)) != (count, expected):
+                raise SystemExit(f"a timed sweep did not do what it should: {len(live)} live")
+        return times[0], times[1]
+
+
+def _before_a_run(count: int) -> float:
+    with _state():
+        for _ in range(count):
+            mark_done(_plant(_GONE))
+        times = []
+        for _ in range(5):
+            start._not_before = 0.0  # noqa: SLF001 - each time as in a new process
+            begun = time.monotonic()
+            start.sweep_before_start()
+            times.append(time.monotonic() - begun)
+        return statistics.median(times)
+
+
+def _plant(runner: Identity) -> JobRecord:
+    claim = Claim(run_id=new_run_id(), phase="run", wall_ms=1000)
+    record = create_record(claim, backend="qemu", image_digest=f"sha256:{'0' * 64}")
+    groups = (f"/sys/fs/cgroup/memory/x07-sandbox/{record.job_id}",)
+    write_owner(record, runner=runner, processes={"supervisor": runner, "inner": runner}, cgroups=groups)
+    return record
+
+
+@contextlib.contextmanager
+def _state() -> Iterator[None]:
+    before = os.environ.get("X07_VM_STATE_DIR")
+    with tempfile.TemporaryDirectory(prefix="x07-bench-") as name:
+        os.environ["X07_VM_STATE_DIR"] = str(Path(name) / "jobs")
+        try:
+            yield
+        finally:
+            os.environ.pop("X07_VM_STATE_DIR")
+            if before is not None:
+                os.environ["X07_VM_STATE_DIR"] = before
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""`x07 ps`: the jobs that run now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.cli.console import show
+from x07_sandbox.cli.documents import print_document
+from x07_sandbox.cli.usage import add_document_flags, switch
+from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.housekeeping.listing import list_jobs
+
+if TYPE_CHECKING:
+    import argparse
+
+    from x07_sandbox.housekeeping.listing import JobLine
+
+_EPILOG: Final = """states:
+  starting, running, ending   its runner lives
+  waiting                     a run under way that has no job now: it waits for its turn, say
+  orphaned, expired           its runner is dead, or its time has passed: the next run or x07 sweep ends it
+  done, reaped                it is over; ended by its runner, or by somebody else (with --all)
+  unowned, foreign, newer, damaged
+                              a record that is not ours to judge (with --all)
+
+examples:
+  x07 ps
+  x07 ps --json | jq -r '.jobs[].labels["io.x07.run_id"]'
+  x07 ps --all
+"""
+_HEAD: Final = ("RUN", "PHASE", "BACKEND", "STATE", "STARTED", "LEFT", "PROGRAM")
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
+    """Add the verb."""
+    parser = verbs.add_parser("ps", help=help, description="List the jobs of this user.", epilog=_EPILOG)
+    switch(parser, "--all", "also those that have ended, and records that are not ours to judge")
+    add_document_flags(parser, "one JSON object on standard output, with labels and reasons")
+    parser.set_defaults(carry_out=_ps)
+
+
+def _ps(options: argparse.Namespace) -> int:
+    report = list_jobs(everything=options.all)
+    if print_document(report, options):
+        return 0
+    rows = [_HEAD, *map(_row, report.jobs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD) - 1)]
+    for row in rows:
+        show("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+    return 0
+
+
+def _row(line: JobLine) -> tuple[str, ...]:
+    age = f"{_span((unix_ms() - line.created_unix_ms) / 1000)} ago"
+    left = "-" if line.left_s is None else _span(line.left_s)
+    return line.run, line.phase or "-", line.backend or "-", line.state, age, left, line.program or "-"
+
+
+def _span(seconds: float) -> str:
+    """A time in the two largest units that it has."""
+    sign, whole = "-" if seconds < 0 else "", int(abs(seconds))
+    for unit, above, name, smaller in ((86_400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):
+        if whole >= unit:
+            return f"{sign}{whole // unit}{name}{whole % unit // above}{smaller}"
+    return f"{sign}{whole}s"

@@ -1,0 +1,76 @@
+"""End a run from any process, by the records of its jobs."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.backends.base import HoldsInstances
+from x07_sandbox.backends.registry import built, create
+from x07_sandbox.errors import HostError
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.locks import is_locked
+from x07_sandbox.host.paths import state_dir
+from x07_sandbox.housekeeping.lookup import run_folder
+from x07_sandbox.jobs.judge import here_and_now, state_of
+from x07_sandbox.jobs.record import runner_instance
+from x07_sandbox.jobs.stored import read_stored
+from x07_sandbox.jobs.unended import JOB_NAME, unended
+
+if TYPE_CHECKING:
+    from x07_sandbox.jobs.stored import StoredJob
+
+_GONE_S: Final = 30.0
+_LOOK_AGAIN_S: Final = 0.02
+_ALL: Final = 1 << 30
+
+
+def kill_run(run: str) -> int:
+    """End every job of a run until the run itself is over; how many were ended.
+
+    Its runner is not signalled: it may be anybody's program, and it ends the run by itself when the job is gone. A job
+    that it starts meanwhile (another attempt, the next phase) is ended too. Raises HostError where the run goes on.
+    """
+    deadline, ended = Deadline.after(_GONE_S), 0
+    while True:
+        jobs = _open_jobs(run)
+        if not is_locked(run_folder(run)):
+            if not jobs:
+                return ended
+            if all(stored.record is None for stored in jobs):  # not ours to end, and nobody else is about to
+                raise _not_ended(run, jobs)
+        ended += sum(_stopped(stored) for stored in jobs)
+        if deadline.passed():
+            raise _not_ended(run, jobs)
+        time.sleep(_LOOK_AGAIN_S)  # no event tells of the next job of somebody else's run
+
+
+def _open_jobs(run: str) -> list[StoredJob]:
+    root = state_dir()
+    names = [name for name in unended(root, _ALL) if (match := JOB_NAME.fullmatch(name)) and match[1] == run]
+    if not names:
+        return []
+    instance = runner_instance(root)
+    return [stored for name in names if (stored := read_stored(root / name, instance)) is not None]
+
+
+def _stopped(stored: StoredJob) -> bool:
+    """Stop one job; whether it is proven gone. One that its runner is about to start has nothing to stop yet."""
+    record = stored.record
+    if record is None or record.backend not in built():
+        return False
+    backend: object = create(record.backend)
+    if not isinstance(backend, HoldsInstances) and state_of(stored, here_and_now()) == "starting":
+        return False
+    return create(record.backend).stop(record)
+
+
+def _not_ended(run: str, jobs: list[StoredJob]) -> HostError:
+    what = f"cannot end run {run}"
+    unclear = [stored for stored in jobs if stored.record is None]
+    if unclear:
+        return HostError(what, f"job {unclear[0].folder.name}: {unclear[0].why}", "See x07 inspect, or x07 sweep")
+    pid = run.split("-")[1]
+    if not jobs:
+        return HostError(what, "it has no job to end: it waits, or works on files", f"End its process: kill {pid}")
+    return HostError(what, "its job does not end", f"End its process, then what is left: kill {pid}; x07 sweep")

@@ -1,0 +1,45 @@
+"""Runs by their names, or a unique beginning of one; among the folders of runs and the records of jobs alike."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host.paths import state_dir
+from x07_sandbox.jobs.unended import JOB_NAME
+from x07_sandbox.runs.folder import RUN_NAME, runs_dir
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def run_folder(run: str) -> Path:
+    """Where that run's files lie, whether or not they are there."""
+    return runs_dir(state_dir()) / run
+
+
+def known_run(word: str) -> str:
+    """The name of the run that *word* is, or begins; a job's name means its run. Raises UsageError."""
+    job = JOB_NAME.fullmatch(word)
+    wanted = job[1] if job else word
+    names = set()
+    if os.path.lexists(state_dir()):
+        names = {match[1] for name in _listed(state_dir()) if (match := JOB_NAME.fullmatch(name))}
+        names |= {name for name in _listed(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)}
+    found = [wanted] if wanted in names else sorted(name for name in names if name.startswith(wanted))
+    if not found:
+        raise UsageError(
+            f"cannot find run {word}", "no run has a name that begins so", "x07 ps --all shows all of them"
+        )
+    if len(found) > 1:
+        why = f"{len(found)} runs have names that begin so: {found[0]} and others"
+        raise UsageError(f"cannot tell which run {word} is", why, "Give more of its name")
+    return found[0]
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - names are wanted
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,61 @@
+"""Instances that an engine holds and no record tells of: found by their labels, removed only by a strict rule."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.backends.base import HoldsInstances
+from x07_sandbox.backends.registry import built
+from x07_sandbox.errors import SandboxError
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.paths import state_dir
+from x07_sandbox.jobs.record import runner_instance
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from x07_sandbox.housekeeping.sweep import Sweeper
+
+_UNIX_MS: Final = re.compile(r"[0-9]{1,16}")
+_ORPHANS_MAX: Final = 4096
+
+
+def why_not(labels: Mapping[str, str], *, instance: str, live: Collection[str], now_unix_ms: int) -> str:
+    """Why an instance with these labels stays; empty if it may go. live: the names of jobs on record that live.
+
+    The labels are all that is known of it, and anybody who may use the engine can write them.
+    """
+    if labels.get("io.x07.schema") != "1":
+        return "it has no io.x07.schema label of this version"
+    if labels.get("io.x07.runner_instance") != instance:
+        return "it is of another runner"
+    if labels.get("io.x07.job_id") in live or labels.get("io.x07.run_id") in live:
+        return "its job is on record and lives"
+    deadline = labels.get("io.x07.deadline_unix_ms", "")
+    if not _UNIX_MS.fullmatch(deadline):
+        return "its deadline label is damaged"
+    if now_unix_ms <= int(deadline) + settings.CLEANUP_MS:
+        return "its deadline has not passed"
+    return ""
+
+
+def sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
+    """Ask every backend that holds instances for those with our labels, and remove what may go."""
+    instance = runner_instance(state_dir())
+    for name in built():
+        backend: object = sweeper.backend(name)
+        if not isinstance(backend, HoldsInstances):
+            continue
+        try:
+            for orphan in list(backend.orphans())[:_ORPHANS_MAX]:
+                called = f"{name}:{orphan.id}"
+                if problem := why_not(orphan.labels, instance=instance, live=live, now_unix_ms=unix_ms()):
+                    sweeper.kept("instance", called, problem)
+                elif sweeper.dry_run or backend.remove(orphan):
+                    sweeper.removed("instance", called, "no record tells of it, and its deadline has passed")
+                else:
+                    sweeper.kept("instance", called, "it was to be removed, and is still there", failed=True)
+        except SandboxError as exc:
+            sweeper.kept("instance", name, f"{exc.what}: {exc.why}")

@@ -1,0 +1,69 @@
+"""Folders of jobs that were never started: their runner was killed between making the folder and writing owner.json."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.locks import is_locked
+from x07_sandbox.host.paths import state_dir
+from x07_sandbox.housekeeping.records import doomed_name
+from x07_sandbox.jobs.unended import JOB_NAME
+from x07_sandbox.runs.folder import runs_dir
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from x07_sandbox.jobs.stored import StoredJob
+
+_OWN_BACKENDS: Final = frozenset({"qemu", "os", "none"})  # X07's own tools have none of these
+_UPSTREAM_PHASES: Final = frozenset({"build", "run"})
+_SETTLED_MS: Final = 60_000
+_SURELY_MS: Final = 3_600_000  # longer than anything that a runner does before it writes owner.json
+
+
+def why_unstarted(stored: StoredJob) -> str:
+    """Why a folder without an owner may go; empty if it may not.
+
+    Nothing was started for it, so nothing has to be ended. It must be ours: a job.json alone may be of X07's tools. And
+    nobody may be about to start it: a run under way holds a lock on its folder, and any other creator is a live
+    process, or was there a moment ago.
+    """
+    match = JOB_NAME.fullmatch(stored.folder.name)
+    if match is None or stored.standing != "unowned" or os.path.lexists(stored.folder / "owner.json"):
+        return ""
+    run = runs_dir(state_dir()) / match[1]
+    backend = stored.job.backend if stored.job is not None else ""
+    ours = backend in _OWN_BACKENDS or match[4] not in _UPSTREAM_PHASES or run.is_dir()
+    if not ours or is_locked(run) or not _holds_nothing(stored.folder):
+        return ""
+    age_ms = unix_ms() - stored.info.st_mtime_ns // 1_000_000
+    creator_lives = os.path.exists(f"/proc/{int(match[3])}")  # noqa: PTH110 - no path of ours
+    if age_ms > (_SURELY_MS if creator_lives else _SETTLED_MS):
+        return "nothing was ever started for it, and its runner is gone"
+    return ""
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether a folder has only what a runner writes before it starts anything."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - names are wanted
+    except OSError:
+        return False
+    return all(name == "job.json" or name.startswith((".job.json.", ".owner.json.")) for name in names)
+
+
+def remove_unstarted(folder: Path) -> bool:
+    """Remove such a folder; whether it is gone. Should its runner live after all, it finds that it has no folder."""
+    doomed = doomed_name(folder)
+    try:
+        folder.rename(doomed)
+        if os.path.lexists(doomed / "owner.json"):  # written at the last moment: it is a job
+            doomed.rename(folder)
+            return False
+        shutil.rmtree(doomed)
+    except OSError:
+        return False
+    return True

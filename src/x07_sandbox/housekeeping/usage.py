@@ -1,0 +1,85 @@
+"""How much disk state and cache take, and what pruning would give back: for `x07 df`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+
+from x07_sandbox.host.paths import cache_dir, state_dir
+from x07_sandbox.housekeeping.prune import prune
+from x07_sandbox.housekeeping.pruner import PARTS
+from x07_sandbox.runs.folder import runs_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_BLOCK: Final = 512  # stat(2): st_blocks
+Name = Literal["images", "templates", "cache", "runs", "records"]
+
+
+class PartUsage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One part of what is kept. bytes: as the disk counts them. prunable_bytes: what `x07 prune` would give back."""
+
+    name: Name
+    path: str
+    files: int
+    bytes: int
+    prunable_bytes: int
+
+
+class DfReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `x07 df --json` prints. bytes, prunable_bytes: of all parts together."""
+
+    schema_version: Literal["x07.sandbox.df@0.1.0"] = "x07.sandbox.df@0.1.0"
+    parts: tuple[PartUsage, ...]
+    bytes: int
+    prunable_bytes: int
+
+
+def disk_usage(progress: Callable[[str], None]) -> DfReport:
+    """Measure it all; nothing is removed. Raises SandboxError."""
+    places: dict[Name, Path] = {
+        "images": cache_dir() / "images",
+        "templates": cache_dir() / "templates",
+        "runs": runs_dir(state_dir()) if os.path.lexists(state_dir()) else state_dir().parent / "runs",
+        "records": state_dir(),
+        "cache": cache_dir(),
+    }
+    prunable = dict.fromkeys(places, 0)
+    for removed in prune(PARTS, progress=progress, dry_run=True).removed:
+        prunable[_part_of(Path(removed.path), places)] += removed.bytes
+    seen: set[tuple[int, int]] = set()
+    parts = []
+    for name, place in places.items():  # the whole cache last: what is counted before is not counted again
+        sizes = list(_sizes(place, seen))
+        used = {"files": len(sizes), "bytes": sum(sizes), "prunable_bytes": prunable[name]}
+        parts.append(PartUsage(name=name, path=str(place), **used))
+    return DfReport(
+        parts=tuple(parts),
+        bytes=sum(part.bytes for part in parts),
+        prunable_bytes=sum(part.prunable_bytes for part in parts),
+    )
+
+
+def _part_of(path: Path, places: dict[Name, Path]) -> Name:
+    return next((name for name, place in places.items() if path.is_relative_to(place)), "cache")
+
+
+def _sizes(folder: Path, seen: set[tuple[int, int]]) -> Iterator[int]:
+    """The size of each file below *folder*; no link is followed, and a file with several names counts once."""
+    folders = [os.fspath(folder)]
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    info = entry.stat(follow_symlinks=False)
+                    if (info.st_dev, info.st_ino) in seen:
+                        continue
+                    seen.add((info.st_dev, info.st_ino))
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    yield info.st_blocks * _BLOCK

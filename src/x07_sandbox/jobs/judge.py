@@ -1,0 +1,87 @@
+"""Whether a job on record may be ended by somebody who did not start it: a pure rule over what was read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from x07_sandbox.host import clocks, processes, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.host.processes import Identity
+    from x07_sandbox.jobs.stored import Owner, StoredJob
+
+# live: its owner may still need it. dead: its owner is provably gone. expired: its time has passed. ended: it is over.
+# kept: it is not ours to judge.
+Fate = Literal["live", "dead", "expired", "ended", "kept"]
+
+
+class Now(NamedTuple):
+    """When and where the rule is asked. alive: whether that very process lives in this pid namespace."""
+
+    boot_id: str
+    pid_namespace: str
+    boot_ms: int
+    unix_ms: int
+    alive: Callable[[Identity], bool] = processes.is_alive
+
+
+class Judgement(NamedTuple):
+    """What may be done with a job, and why, as half a sentence about it."""
+
+    fate: Fate
+    why: str
+
+
+def here_and_now() -> Now:
+    """The present moment, in this process. Raises HostError."""
+    return Now(processes.boot_id(), processes.pid_namespace(), clocks.boot_ms(), clocks.unix_ms())
+
+
+def judge(stored: StoredJob, now: Now) -> Judgement:
+    """Judge one job. A live owner inside its deadline is never touched, whatever else is wrong."""
+    if stored.ended is not None:
+        return Judgement("ended", f"it has {stored.ended}")
+    owner, record = stored.owner, stored.record
+    if owner is None or record is None or stored.job is None:
+        return Judgement("kept", stored.why)
+    if owner.boot_id != now.boot_id:
+        return Judgement("dead", "this host has booted since it was started")
+    # In another pid namespace the runner's number means nothing: there only time tells.
+    here = owner.pid_namespace == now.pid_namespace
+    if here and not now.alive(owner.runner):
+        return Judgement("dead", "its runner is dead")
+    allowed_ms = stored.job.grace_ms + settings.CLEANUP_MS
+    if overdue_ms(stored, now) > allowed_ms:
+        return Judgement("expired", f"its deadline passed {overdue_ms(stored, now) // 1000} s ago")
+    return Judgement("live", "its runner is alive" if here else "its runner is in another pid namespace")
+
+
+def overdue_ms(stored: StoredJob, now: Now) -> int:
+    """How long ago the deadline of a job of this boot was; negative before it.
+
+    By the boot clock, which no step of the wall clock moves; a record of an earlier version has only the other.
+    """
+    if stored.record is None:
+        return 0
+    if stored.record.deadline_boot_ms:
+        return now.boot_ms - stored.record.deadline_boot_ms
+    return now.unix_ms - stored.record.deadline_unix_ms
+
+
+def state_of(stored: StoredJob, now: Now) -> str:
+    """One word on a job, for people: how it stands."""
+    fate = judge(stored, now).fate
+    if fate in {"ended", "dead", "expired"}:
+        return stored.ended or {"dead": "orphaned"}.get(fate, fate)
+    if fate == "kept" or stored.owner is None:
+        return stored.standing
+    return _progress(stored.owner, now)
+
+
+def _progress(owner: Owner, now: Now) -> str:
+    if not owner.processes:
+        return "starting"
+    here = owner.pid_namespace == now.pid_namespace
+    return "ending" if here and not any(map(now.alive, owner.processes.values())) else "running"

@@ -1,0 +1,32 @@
+"""Which jobs have not ended, by one look at the state folder: all that most starts of a job need to know of others."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+JOB_NAME: Final = re.compile(r"((\d{1,15})-(\d{1,10})-\d{1,10})-([a-z][a-z0-9-]{0,63})")
+ENDS: Final[tuple[Literal["done", "reaped"], ...]] = ("done", "reaped")
+
+
+def unended(root: Path, most: int) -> list[str]:
+    """Which of the *most* newest jobs have neither done nor reaped, newest first. One stat(2) for each with done."""
+    try:
+        names = [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted
+    except OSError:
+        return []
+    names.sort(reverse=True)  # they begin with the time of their run
+    place = os.fspath(root)
+    return [name for name in names[:most] if not any(_there(f"{place}/{name}/{end}") for end in ENDS)]
+
+
+def _there(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except OSError:
+        return False
+    return True

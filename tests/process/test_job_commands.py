@@ -1,0 +1,241 @@
+"""`x07 ps`, `inspect`, `logs`, `kill`, `df` and `sweep`, over runs without a machine, from any process of the user."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.published import document
+from tests.unit.test_job_judge import GONE, edit, recorded
+from x07_sandbox.jobs.record import mark_done, mark_reaped
+from x07_sandbox.runs.folder import runs_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
+NONE = ["--sandbox-backend", "none", "--i-accept-weaker-isolation", "--toolchain", "python"]
+LONG = "import sys, time; print('begun', flush=True); print('warned', file=sys.stderr, flush=True); time.sleep(600)"
+WAIT_S = 60
+
+
+def x07(*words: str) -> subprocess.CompletedProcess[bytes]:
+    """One command, to its end."""
+    return subprocess.run([*X07, *words], stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=WAIT_S)
+
+
+def found(*words: str) -> dict[str, Any]:
+    """Its JSON document, which keeps to its published schema."""
+    done = x07(*words)
+    assert done.returncode == 0, done.stderr
+    return document(done.stdout)
+
+
+@contextlib.contextmanager
+def running(code: str = LONG, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A run whose program has printed a line, and the run's name."""
+    argv = [*X07, "run", *NONE, *words, "-c", code]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as runner:
+        try:
+            assert runner.stdout is not None
+            assert runner.stdout.readline() == b"begun\n"
+            (run,) = {job["run"] for job in found("ps", "--json")["jobs"]}
+            yield runner, run
+        finally:
+            runner.kill()
+
+
+def test_ps_lists_what_runs_and_all_of_it_what_ended() -> None:
+    """A live job is listed with its labels, its state and the time it has left; one that ended only with --all."""
+    with running() as (runner, run):
+        (job,) = found("ps", "--json")["jobs"]
+        assert (job["run"], job["phase"], job["backend"], job["state"]) == (run, "run", "none", "running")
+        assert job["labels"]["io.x07.job_id"] == job["job_id"] == f"{run}-run"
+        assert 0 < job["left_s"] < 1000
+        lines = x07("ps").stdout.decode().splitlines()
+        assert len(lines) == 2
+        assert lines[1].split()[:4] == [run, "run", "none", "running"]
+        assert x07("kill", run).returncode == 0
+        runner.wait(WAIT_S)
+    assert found("ps", "--json")["jobs"] == []
+    assert {job["state"] for job in found("ps", "--all", "--json")["jobs"]} == {"done"}
+
+
+def test_ps_shows_the_programs_name_and_no_arguments(tmp_path: Path) -> None:
+    """The program is listed by the name that it was given by, without its arguments, which may be secrets."""
+    program = tmp_path / "fold\x1b[31mer" / "prog.py"
+    program.parent.mkdir()
+    program.write_text("pass\n")
+    assert x07("run", *NONE, str(program), "--", "token=secret").returncode == 0
+    jobs = found("ps", "--all", "--json")["jobs"]
+    assert {job["program"] for job in jobs} == {str(program)}
+    printed = x07("ps", "--all").stdout
+    assert b"prog" in printed
+    assert b"\x1b" not in printed
+    assert b"secret" not in printed
+
+
+def test_a_killed_run_ends_as_guest_lost() -> None:
+    """`x07 kill` from any process, with the beginning of a name, ends job and command; the result says guest-lost."""
+    with running() as (runner, run):
+        done = x07("kill", run[:-1])
+        assert (done.returncode, done.stdout) == (0, b"")
+        assert b"is over" in done.stderr
+        assert runner.wait(WAIT_S) == 125
+    assert found("inspect", run)["result"]["outcome"] == "guest-lost"
+    assert b"was over already" in x07("kill", run).stderr
+
+
+def test_the_run_of_a_dead_command_is_killed_too() -> None:
+    """`x07 kill` of a run whose command was killed sweeps it."""
+    with running() as (runner, run):
+        runner.kill()
+        runner.wait()
+        assert [job["state"] for job in found("ps", "--json")["jobs"]] == ["orphaned"]
+        assert x07("kill", run).returncode == 0
+        (job,) = [job for job in found("inspect", run)["jobs"] if job["job_id"].endswith("-run")]
+        assert job["state"] == "reaped"
+        assert not (Path(job["folder"]) / "files").exists()
+
+
+def test_a_run_that_is_not_ours_is_not_killed() -> None:
+    """`x07 kill` of a run whose record is not ours to judge is an error with the reason, and ends nothing."""
+    record = recorded(GONE)
+    edit(record, "owner.json", labels={"io.x07.runner_instance": "ri-" + "0" * 32, "io.x07.image_digest": ""})
+    done = x07("kill", record.run_id)
+    assert done.returncode == 125
+    assert b"another runner" in done.stderr
+
+
+def test_inspect_shows_record_labels_owner_and_paths() -> None:
+    """One JSON object has the run's jobs with record, labels and owner, how it ended, and where its files lie."""
+    assert x07("run", *NONE, "-c", "raise SystemExit(3)").returncode == 3
+    run = found("ps", "--all", "--json")["jobs"][0]["run"]
+    report = found("inspect", run[:15])
+    assert (report["run"], report["live"], report["result"]["exit_code"]) == (run, False, 3)
+    for job in report["jobs"]:
+        assert job["record"]["run_id"] == job["job_id"] == job["labels"]["io.x07.run_id"]
+        assert job["owner"]["processes"]
+    assert all(Path(path).exists() for path in report["paths"].values())
+    assert found("inspect", report["jobs"][0]["job_id"])["run"] == run
+    assert "instance" not in json.dumps(report["jobs"][0]["owner"])
+
+
+@pytest.mark.parametrize("verb", ["inspect", "kill", "logs"])
+def test_a_name_must_be_of_one_run(verb: str) -> None:
+    """A name that no run has, or that several begin with, is a usage error that says what to do."""
+    first, second = recorded(), recorded()
+    mark_done(first)
+    mark_done(second)
+    unknown, shared = x07(verb, "9-9-9"), x07(verb, first.run_id[:5])
+    assert (unknown.returncode, shared.returncode) == (2, 2)
+    assert b"x07 ps --all" in unknown.stderr
+    assert b"Give more of its name" in shared.stderr
+
+
+def test_logs_prints_what_a_run_printed() -> None:
+    """Output and errors of the latest run, or of one by its name, come where the program wrote them."""
+    assert x07("run", *NONE, "-c", "import sys; print('out'); print('err', file=sys.stderr)").returncode == 0
+    run = found("ps", "--all", "--json")["jobs"][0]["run"]
+    for done in (x07("logs"), x07("logs", run)):
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"out\n", b"err\n")
+    assert x07("logs", "--build", run).returncode == 0
+
+
+def test_logs_follows_a_run_and_ends_with_it() -> None:
+    """With --follow what the program prints comes as it comes, and the command ends when the run does."""
+    code = "import time; print('begun', flush=True); time.sleep(1); print('later', flush=True); time.sleep(600)"
+    with running(code) as (runner, run):
+        with subprocess.Popen([*X07, "logs", "--follow", run], stdout=subprocess.PIPE) as follower:
+            assert follower.stdout is not None
+            assert follower.stdout.readline() == b"begun\n"
+            assert follower.stdout.readline() == b"later\n"
+            assert follower.poll() is None
+            assert x07("kill", run).returncode == 0
+            assert follower.stdout.read() == b""
+            assert follower.wait(WAIT_S) == 0
+        runner.wait(WAIT_S)
+
+
+def test_logs_sends_a_terminal_no_control_characters() -> None:
+    """A program's escape sequences do not reach a terminal by way of its log."""
+    assert x07("run", *NONE, "--raw", "-c", r"print('\x1b]0;title\x07red')").returncode == 0
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run([*X07, "logs"], stdin=subprocess.DEVNULL, stdout=theirs, check=True, timeout=WAIT_S)
+        printed = os.read(ours, 4096)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert b"red" in printed
+    assert b"\x1b" not in printed
+    assert b"\x07" not in printed
+
+
+def test_all_shows_records_that_are_not_ours() -> None:
+    """`x07 ps --all` names foreign, damaged and newer records with the reason, and acts on none."""
+    states: dict[str, tuple[str, object]] = {
+        "foreign": ("labels", {"io.x07.runner_instance": "ri-" + "0" * 32, "io.x07.image_digest": ""}),
+        "damaged": ("instance", "x"),
+        "newer": ("schema_version", "x07.sandbox.owner@9.0.0"),
+    }
+    expected = {}
+    for state, (key, value) in states.items():
+        record = recorded(GONE)
+        edit(record, "owner.json", **{key: value})
+        expected[record.job_id] = state
+    reaped = recorded(GONE)
+    mark_reaped(reaped)
+    expected[reaped.job_id] = "reaped"
+    jobs = found("ps", "--all", "--json")["jobs"]
+    assert {job["job_id"]: job["state"] for job in jobs} == expected
+    assert all(job["why"] for job in jobs)
+    assert found("ps", "--json")["jobs"] == []
+
+
+def test_sweep_is_a_command(state: Path) -> None:
+    """`x07 sweep` says what went and what stays, as text or as one JSON object; with --dry-run nothing goes."""
+    record = recorded(GONE)
+    dry = found("sweep", "--dry-run", "--json")
+    assert (dry["dry_run"], [gone["id"] for gone in dry["removed"]]) == (True, [record.job_id])
+    done = x07("sweep")
+    assert done.returncode == 0
+    assert f"removed job {record.job_id}: its runner is dead\nremoved 1 thing\n" in done.stdout.decode()
+    assert sorted(path.name for path in (state / record.job_id).iterdir()) == ["job.json", "owner.json", "reaped"]
+
+
+def test_df_counts_what_there_is_and_what_would_go() -> None:
+    """`x07 df` says what each part takes, and what `x07 prune` would give back."""
+    assert x07("run", *NONE, "-c", "print('x' * 1_000_000)").returncode == 0
+    report = found("df", "--json")
+    parts = {part["name"]: part for part in report["parts"]}
+    assert parts.keys() == {"images", "templates", "cache", "runs", "records"}
+    assert parts["runs"]["bytes"] > 1_000_000
+    assert parts["records"]["files"] >= 6
+    assert report["bytes"] == sum(part["bytes"] for part in parts.values())
+    assert (parts["runs"]["prunable_bytes"], parts["records"]["prunable_bytes"]) == (0, 0)
+    assert b"PRUNABLE" in x07("df").stdout
+
+
+def test_a_run_that_waits_is_listed(state: Path) -> None:
+    """A run that has no job yet, as one that waits for its turn, is listed as waiting."""
+    argv = [*X07, "run", *NONE, "-c", "pass"]
+    env = {**os.environ, "X07_VM_MAX_RUNNING": "1"}
+    with running() as (_, run), subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL) as second:
+        deadline = time.monotonic() + WAIT_S
+        waiting: list[str] = []
+        while not waiting and time.monotonic() < deadline:
+            waiting = [job["run"] for job in found("ps", "--json")["jobs"] if job["state"] == "waiting"]
+        second.kill()
+        assert waiting
+        assert run not in waiting
+    assert runs_dir(state).is_dir()

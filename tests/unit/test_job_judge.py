@@ -1,0 +1,193 @@
+"""The rule by which a job on record may be ended by somebody else: only if its owner is gone, or its time is up."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from x07_sandbox.host.processes import Identity, boot_id, own_identity, pid_namespace
+from x07_sandbox.jobs.judge import Now, here_and_now, judge, state_of
+from x07_sandbox.jobs.record import (
+    Claim,
+    JobRecord,
+    create_record,
+    mark_done,
+    mark_reaped,
+    new_run_id,
+    runner_instance,
+    write_owner,
+)
+from x07_sandbox.jobs.stored import StoredJob, all_stored, read_stored
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GONE = Identity(pid=2**22 - 1, start_ticks=1)
+ALLOWANCE_MS = 750_000
+CLEANUP_MS = 30_000
+WALL_MS = 10_000
+GRACE_MS = 1000
+
+pytestmark = pytest.mark.usefixtures("state")
+
+
+def recorded(runner: Identity | None = None, **processes: Identity) -> JobRecord:
+    """A job on record that has not ended."""
+    claim = Claim(run_id=new_run_id(), phase="run", wall_ms=WALL_MS)
+    record = create_record(claim, backend="none", image_digest="")
+    write_owner(record, runner=runner or own_identity(), processes=processes, cgroups=())
+    return record
+
+
+def edit(record: JobRecord, name: str = "owner.json", **values: Any) -> None:  # noqa: ANN401 - JSON
+    """Change fields of one of its files; None removes one."""
+    path = record.folder / name
+    document = json.loads(path.read_bytes()) | values
+    path.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
+
+
+def stored(record: JobRecord) -> StoredJob:
+    """What its folder says."""
+    found = read_stored(record.folder, runner_instance(record.folder.parent))
+    assert found is not None
+    return found
+
+
+def fate(record: JobRecord, **now: Any) -> str:  # noqa: ANN401 - as above
+    """What the rule says, here and now but for what *now* names."""
+    return judge(stored(record), here_and_now()._replace(**now)).fate
+
+
+def test_a_live_owner_inside_its_deadline_is_left_alone() -> None:
+    """A job whose runner lives and whose time has not passed is never touched, and one whose runner died is at once."""
+    assert fate(recorded()) == "live"
+    assert fate(recorded(GONE)) == "dead"
+
+
+def test_a_reused_process_number_is_a_dead_owner() -> None:
+    """A process that has the number of a dead runner, and another start time, is not that runner."""
+    me = own_identity()
+    assert fate(recorded(Identity(pid=me.pid, start_ticks=me.start_ticks - 1))) == "dead"
+
+
+def test_another_boot_means_that_the_owner_is_dead() -> None:
+    """Whoever ran a job before the host was booted is dead, also where a live process has its number and start time."""
+    record = recorded()
+    edit(record, boot_id="0" * 36)
+    assert fate(record) == "dead"
+
+
+def test_in_another_pid_namespace_only_the_deadline_counts() -> None:
+    """A runner of another pid namespace cannot be seen: its job goes when its time has passed, not before."""
+    record = recorded(GONE)
+    edit(record, pid_namespace="pid:[1]")
+    assert fate(record) == "live"
+    assert fate(record, boot_ms=record.deadline_boot_ms + GRACE_MS + CLEANUP_MS + 1) == "expired"
+
+
+@pytest.mark.parametrize(("late_ms", "expected"), [(0, "live"), (GRACE_MS + CLEANUP_MS, "live"), (31_001, "expired")])
+def test_a_job_expires_after_deadline_grace_and_clean_up(late_ms: int, expected: str) -> None:
+    """A live owner keeps its job through its deadline, the grace and the time for cleaning up, and no longer."""
+    record = recorded()
+    assert fate(record, boot_ms=record.deadline_boot_ms + late_ms) == expected
+
+
+@pytest.mark.parametrize("step_ms", [-(10**12), 10**12])
+def test_a_step_of_the_wall_clock_changes_nothing(step_ms: int) -> None:
+    """A wall clock that jumps, forward or back, neither expires a job nor keeps one that is overdue."""
+    record = recorded()
+    wall = here_and_now().unix_ms + step_ms
+    assert fate(record, unix_ms=wall) == "live"
+    assert fate(record, unix_ms=wall, boot_ms=record.deadline_boot_ms + 40_000) == "expired"
+
+
+def test_a_record_of_an_earlier_version_is_judged_by_the_wall_clock() -> None:
+    """A record without a deadline on the boot clock expires by the deadline that it has."""
+    record = recorded()
+    edit(record, deadline_boot_ms=None)
+    assert fate(record) == "live"
+    assert fate(record, unix_ms=record.deadline_unix_ms + 31_001) == "expired"
+
+
+@pytest.mark.parametrize("end", ["done", "reaped"])
+def test_what_has_ended_is_not_judged_again(end: str) -> None:
+    """A job with done or reaped is over, whoever ran it."""
+    record = recorded(GONE)
+    mark_done(record) if end == "done" else mark_reaped(record)
+    assert fate(record) == "ended"
+    assert stored(record).ended == end
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "standing"),
+    [
+        ("owner.json", {"schema_version": "x07.sandbox.owner@9.0.0"}, "newer"),
+        ("job.json", {"schema_version": "x07.vm.job@0.2.0"}, "newer"),
+        ("owner.json", {"instance": ""}, "damaged"),
+        ("owner.json", {"instance": "e"}, "damaged"),
+        ("owner.json", {"runner": {"pid": 0, "start_ticks": 1}}, "damaged"),
+        ("owner.json", {"runner": {"pid": -1, "start_ticks": 1}}, "damaged"),
+        ("owner.json", {"runner": {"pid": 10**30, "start_ticks": 1}}, "damaged"),
+        ("owner.json", {"processes": {str(n): {"pid": 2, "start_ticks": 1} for n in range(100)}}, "damaged"),
+        ("owner.json", {"cgroups": ["x" * 5000]}, "damaged"),
+        ("owner.json", {"labels": {}}, "damaged"),
+        ("owner.json", {"labels": {"io.x07.runner_instance": "ri-" + "0" * 32, "io.x07.image_digest": ""}}, "foreign"),
+        ("owner.json", {"deadline_boot_ms": -1}, "damaged"),
+        ("job.json", {"backend": "../x"}, "damaged"),
+        ("job.json", {"deadline_unix_ms": "soon"}, "damaged"),
+        ("job.json", {"padding": "x" * 70_000}, "damaged"),
+    ],
+)
+def test_what_is_not_ours_to_judge_is_kept(name: str, values: dict[str, Any], standing: str) -> None:
+    """A record that is damaged, newer or another runner's is kept, whatever else it says."""
+    record = recorded(GONE)
+    edit(record, name, **values)
+    assert stored(record).standing == standing
+    assert fate(record, boot_ms=2**52) == "kept"
+
+
+def test_a_record_of_x07_is_kept() -> None:
+    """A job.json alone, as X07's own tools write it, is never acted on, whatever process or container it names."""
+    record = recorded(GONE)
+    (record.folder / "owner.json").unlink()
+    edit(record, "job.json", pid=os.getpid(), container_id="x07-1-2-3")
+    assert stored(record).standing == "unowned"
+    assert fate(record, boot_ms=2**52, unix_ms=2**52) == "kept"
+
+
+def test_a_link_is_no_record(tmp_path: Path) -> None:
+    """Neither a folder nor a file of a record is reached through a link."""
+    record, other = recorded(GONE), recorded(GONE)
+    record.folder.rename(tmp_path / "moved")
+    record.folder.symlink_to(tmp_path / "moved")
+    assert stored(record).standing == "foreign"
+    (other.folder / "owner.json").rename(tmp_path / "owner.json")
+    (other.folder / "owner.json").symlink_to(tmp_path / "owner.json")
+    assert stored(other).owner is None
+
+
+def test_a_pipe_in_place_of_a_record_stops_nobody() -> None:
+    """Reading a record never waits, whatever lies in its place."""
+    record = recorded(GONE)
+    (record.folder / "owner.json").unlink()
+    os.mkfifo(record.folder / "owner.json")
+    assert stored(record).owner is None
+
+
+def test_states_are_words_for_people() -> None:
+    """Each job has one word on how it stands."""
+    me = own_identity()
+    now = Now(boot_id(), pid_namespace(), here_and_now().boot_ms, here_and_now().unix_ms)
+    expected = {
+        "starting": recorded(),
+        "running": recorded(inner=me),
+        "ending": recorded(inner=GONE),
+        "orphaned": recorded(GONE, inner=me),
+    }
+    assert {word: state_of(stored(record), now) for word, record in expected.items()} == {
+        word: word for word in expected
+    }
+    assert len(all_stored()) == len(expected)

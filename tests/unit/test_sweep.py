@@ -1,0 +1,384 @@
+"""What a sweep removes and what it leaves alone: it never touches a live job, or anything that is not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+
+from tests.unit.test_job_judge import GONE, edit, recorded
+from x07_sandbox.backends.base import Orphan
+from x07_sandbox.backends.process.backend import NoneBackend
+from x07_sandbox.backends.registry import BackendRow, registered
+from x07_sandbox.host import clocks
+from x07_sandbox.host.processes import Identity, identify, own_identity
+from x07_sandbox.housekeeping.orphans import why_not
+from x07_sandbox.housekeeping.sweep import SweepReport, sweep
+from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id, runner_instance
+from x07_sandbox.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.conftest import Need
+
+pytestmark = pytest.mark.usefixtures("state")
+OURS = "ri-" + "1" * 32
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def swept(*, dry_run: bool = False) -> SweepReport:
+    """A whole sweep."""
+    return sweep(dry_run=dry_run, progress=lambda _text: None)
+
+
+def names(report: SweepReport, kind: str = "job") -> list[str]:
+    """What went."""
+    return [gone.id for gone in report.removed if gone.kind == kind]
+
+
+def why_kept(report: SweepReport, record: JobRecord) -> str:
+    """Why a job stayed; empty if it was not told of."""
+    return "".join(kept.why for kept in report.kept if kept.id == record.job_id)
+
+
+def ended(record: JobRecord) -> bool:
+    """Whether it is recorded as gone."""
+    return (record.folder / "reaped").exists()
+
+
+@contextlib.contextmanager
+def sleeper(*words: str) -> Iterator[Identity]:
+    """A live process of this user with these words among its arguments."""
+    argv = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", *words]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"\n"  # the kernel shows the arguments a moment after the exec
+        identity = identify(child.pid)
+        assert identity is not None
+        try:
+            yield identity
+        finally:
+            child.kill()
+
+
+def alive(identity: Identity) -> bool:
+    """Whether that process still runs."""
+    return (
+        identify(identity.pid) == identity
+        and os.waitid(os.P_PID, identity.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    )
+
+
+def test_a_dead_runners_job_is_reaped_and_a_live_ones_stays() -> None:
+    """The job of a dead runner is ended and recorded as reaped; the one of a live runner beside it is untouched."""
+    dead, live = recorded(GONE), recorded()
+    before = {path.name: path.read_bytes() for path in live.folder.iterdir()}
+    assert names(swept()) == [dead.job_id]
+    assert (dead.folder / "reaped").read_bytes() == b"reaped\n"
+    assert not (dead.folder / "done").exists()
+    assert {path.name: path.read_bytes() for path in live.folder.iterdir()} == before
+    assert swept().removed == ()
+
+
+def test_a_process_that_carries_the_jobs_mark_is_ended() -> None:
+    """What a dead runner started, and wrote down, is ended by its pid, start time and mark."""
+    record = recorded(GONE)
+    with sleeper(record.mark) as identity:
+        edit(record, processes={"inner": {"pid": identity.pid, "start_ticks": identity.start_ticks}})
+        assert names(swept()) == [record.job_id]
+        assert not alive(identity)
+
+
+def test_a_process_that_was_not_written_down_is_found_by_its_mark() -> None:
+    """A runner that was killed just after it started something left a process that is found by the job's mark."""
+    record = recorded(GONE)
+    with sleeper(record.mark) as identity:
+        assert names(swept()) == [record.job_id]
+        assert not alive(identity)
+
+
+@pytest.mark.parametrize("role", ["processes", "runner"])
+def test_a_planted_record_cannot_have_a_process_killed(role: str) -> None:
+    """A record that names a live process of the user exactly has it not signalled: it does not carry the job's mark."""
+    record = recorded(GONE)
+    with sleeper("no mark") as identity:
+        exact = {"pid": identity.pid, "start_ticks": identity.start_ticks}
+        if role == "runner":
+            edit(record, runner=exact, deadline_boot_ms=1)
+        else:
+            edit(record, processes={"inner": exact})
+        report = swept()
+        assert alive(identity)
+        if role == "processes":
+            assert "nothing proves" in why_kept(report, record)
+            assert not ended(record)
+
+
+def test_an_expired_job_of_a_live_runner_goes() -> None:
+    """Past deadline, grace and clean-up time a job is ended although its runner lives, as one that is stopped does."""
+    record = recorded(own_identity())
+    edit(record, deadline_boot_ms=1)
+    assert names(swept()) == [record.job_id]
+    assert ended(record)
+
+
+def test_a_job_that_another_sweep_works_on_is_left_to_it() -> None:
+    """Of two sweeps at once one acts on a job; the other skips it, and waits for nothing."""
+    record = recorded(GONE)
+    fd = os.open(record.folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        assert names(swept()) == []
+    finally:
+        os.close(fd)
+    assert names(swept()) == [record.job_id]
+
+
+def test_sweeps_at_once_report_each_job_once() -> None:
+    """Several sweeps at the same time end every job of a dead runner exactly once, and no live one."""
+    dead, live = [recorded(GONE) for _ in range(40)], [recorded() for _ in range(10)]
+    reports: list[SweepReport] = []
+    threads = [threading.Thread(target=lambda: reports.append(swept())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(name for report in reports for name in names(report)) == sorted(one.job_id for one in dead)
+    assert all(map(ended, dead))
+    assert not any(map(ended, live))
+
+
+def test_a_dry_run_changes_nothing_and_says_the_same() -> None:
+    """A dry run reports what a sweep then does."""
+    record = recorded(GONE)
+    dry = swept(dry_run=True)
+    assert not ended(record)
+    assert swept().removed == dry.removed
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "why"),
+    [
+        ("owner.json", {"schema_version": "x07.sandbox.owner@9.0.0"}, "another format"),
+        ("owner.json", {"instance": "x"}, "damaged"),
+        ("owner.json", {"labels": {"io.x07.runner_instance": OURS, "io.x07.image_digest": ""}}, "another runner"),
+        ("job.json", {"backend": "podman-of-the-future"}, "no backend 'podman-of-the-future'"),
+    ],
+)
+def test_what_cannot_be_judged_is_kept_and_reported(name: str, values: dict[str, object], why: str) -> None:
+    """Damaged, newer and foreign records, and those of an unknown backend, stay and are named with the reason."""
+    record = recorded(GONE)
+    edit(record, name, **values)
+    report = swept()
+    assert names(report) == []
+    assert why in why_kept(report, record)
+    assert not ended(record)
+
+
+def test_a_record_of_x07_is_reported_and_kept() -> None:
+    """A record of X07's own tools stays, and neither the process nor the program that it names is touched."""
+    with sleeper("x07-1-2-3") as identity:
+        folder = recorded(GONE).folder
+        (folder / "owner.json").unlink()
+        record = json.loads((folder / "job.json").read_bytes())
+        record |= {"backend": "vz", "pid": identity.pid, "ctr": {"bin": "/bin/false", "address": "a", "namespace": "n"}}
+        (folder / "job.json").write_text(json.dumps(record))
+        (folder / "rootfs.cow.img").write_bytes(b"")
+        os.utime(folder, (1, 1))
+        report = swept()
+        assert alive(identity)
+        assert (report.removed, [kept.id for kept in report.kept]) == ((), [folder.name])
+        assert (folder / "rootfs.cow.img").exists()
+
+
+def test_another_users_job_stays(need: Need) -> None:
+    """The folder of another user's job is left alone, whatever its files say."""
+    need(os.geteuid() == 0, "only root can give a folder to another user", installable=False)
+    record = recorded(GONE)
+    os.chown(record.folder, 65534, 65534)
+    report = swept()
+    assert names(report) == []
+    assert "uid 65534" in why_kept(report, record)
+    assert not ended(record)
+
+
+# jobs that were never started
+
+
+def unstarted(*, phase: str = "run", backend: str = "qemu", pid: int = GONE.pid, age_s: int = 120) -> JobRecord:
+    """The folder of a job whose runner was killed before it wrote who it was."""
+    run_id = new_run_id().split("-")
+    claim = Claim(run_id=f"{run_id[0]}-{pid}-{run_id[2]}", phase=phase, wall_ms=1000)
+    record = create_record(claim, backend=backend, image_digest="")
+    then = clocks.unix_ms() / 1000 - age_s
+    os.utime(record.folder, (then, then))
+    return record
+
+
+def test_a_folder_of_a_job_that_never_began_goes() -> None:
+    """A runner that was killed before it started anything leaves a folder, which goes once it is a minute old."""
+    old, young, owned = unstarted(), unstarted(age_s=10), unstarted(pid=os.getpid())
+    assert names(swept(), "unstarted") == [old.job_id]
+    assert not old.folder.exists()
+    assert young.folder.exists()
+    assert owned.folder.exists()
+
+
+def test_a_run_under_way_keeps_the_folders_of_its_jobs() -> None:
+    """While a run holds its folder, a job that it has not started yet is left alone, however old it looks."""
+    record = unstarted(age_s=100_000)
+    with contextlib.ExitStack() as stack:
+        RunFolder(record.run_id, stack)
+        assert names(swept(), "unstarted") == []
+    assert names(swept(), "unstarted") == [record.job_id]
+
+
+def test_what_may_be_x07s_is_no_job_that_never_began() -> None:
+    """A job.json for an engine that X07's tools use too goes only if there is a run of ours of that name."""
+    record = unstarted(backend="podman")
+    assert names(swept(), "unstarted") == []
+    with contextlib.ExitStack() as stack:
+        RunFolder(record.run_id, stack)
+    assert names(swept(), "unstarted") == [record.job_id]
+
+
+def test_an_empty_folder_of_ours_goes_and_one_with_files_stays() -> None:
+    """A folder is that of a job that never began only if it holds nothing that anybody else has put there."""
+    empty, full = unstarted(phase="warm"), unstarted()
+    (empty.folder / "job.json").unlink()
+    (full.folder / "in").mkdir()
+    for record in (empty, full):
+        os.utime(record.folder, (1, 1))
+    assert names(swept(), "unstarted") == [empty.job_id]
+    assert full.folder.exists()
+
+
+# instances without a record
+
+LABELS = {
+    "io.x07.schema": "1",
+    "io.x07.runner_instance": OURS,
+    "io.x07.job_id": "1-2-3-run",
+    "io.x07.deadline_unix_ms": "1000000",
+}
+
+
+@pytest.mark.parametrize(
+    ("labels", "live", "now", "why"),
+    [
+        ({}, (), 1_030_001, ""),
+        ({}, (), 1_030_000, "deadline has not passed"),
+        ({}, ("1-2-3-run",), 9_999_999, "on record and lives"),
+        ({"io.x07.schema": "2"}, (), 9_999_999, "label of this version"),
+        ({"io.x07.schema": ""}, (), 9_999_999, "label of this version"),
+        ({"io.x07.runner_instance": "ri-" + "2" * 32}, (), 9_999_999, "another runner"),
+        ({"io.x07.runner_instance": ""}, (), 9_999_999, "another runner"),
+        ({"io.x07.deadline_unix_ms": ""}, (), 9_999_999, "damaged"),
+        ({"io.x07.deadline_unix_ms": "-1"}, (), 9_999_999, "damaged"),
+        ({"io.x07.deadline_unix_ms": "9" * 40}, (), 9_999_999, "damaged"),
+        ({"io.x07.deadline_unix_ms": "1e3"}, (), 9_999_999, "damaged"),
+    ],
+)
+def test_an_instance_without_a_record_goes_only_if_it_is_ours_and_overdue(
+    labels: dict[str, str], live: tuple[str, ...], now: int, why: str
+) -> None:
+    """An engine's instance goes only with our labels, past its deadline, and without a live job of that name."""
+    found = why_not(LABELS | labels, instance=OURS, live=live, now_unix_ms=now)
+    assert (why in found) if why else found == ""
+
+
+class Engine(NoneBackend):
+    """A backend whose instances are held by something that outlives us: here a table."""
+
+    held: ClassVar[dict[str, dict[str, str]]] = {}
+
+    def orphans(self) -> list[Orphan]:
+        """All of them."""
+        return [Orphan(id=name, labels=labels) for name, labels in self.held.items()]
+
+    def remove(self, orphan: Orphan) -> bool:
+        """Forget it."""
+        return self.held.pop(orphan.id, None) is not None
+
+
+def test_instances_without_a_record_are_asked_of_the_backend(state: Path) -> None:
+    """What an engine holds with our labels past its deadline is removed; a live job's and others' instances stay."""
+    live, dead = recorded(), recorded(GONE)
+    ours = dead.labels() | {"io.x07.job_id": "1-2-3-run", "io.x07.run_id": "1-2-3-run"}
+    expired = {"io.x07.deadline_unix_ms": "1"}
+    Engine.held = {"orphan": ours | expired, "young": ours, "other": LABELS, "live": live.labels() | expired}
+    with registered(BackendRow("an-engine", "vm", ("container",)), Engine):
+        dry = swept(dry_run=True)
+        assert len(Engine.held) == 4
+        report = swept()
+    assert names(report, "instance") == names(dry, "instance") == ["an-engine:orphan"]
+    assert set(Engine.held) == {"young", "other", "live"}
+    assert {kept.id for kept in report.kept} == {"an-engine:young", "an-engine:other", "an-engine:live"}
+    assert state.is_dir()
+
+
+# the places around
+
+
+def test_where_nothing_ever_ran_a_sweep_makes_nothing(state: Path) -> None:
+    """On a machine without records a sweep removes nothing, and makes no folder."""
+    assert swept() == SweepReport(dry_run=False, removed=(), kept=())
+    assert not state.exists()
+
+
+def test_a_sweep_ends_with_its_budget() -> None:
+    """A sweep with a budget begins with no other job once the time is up, and the next one goes on."""
+    record = recorded(GONE)
+    assert sweep(dry_run=False, progress=lambda _text: None, budget_s=0).removed == ()
+    assert names(sweep(dry_run=False, progress=lambda _text: None, budget_s=60)) == [record.job_id]
+
+
+def test_the_runner_of_another_machine_is_another() -> None:
+    """A job of a machine that shares the home is foreign to this one, and stays."""
+    record = recorded(GONE)
+    (record.folder.parent.parent / "runner_instance.owner").write_text("0" * 64 + "\n")
+    assert runner_instance(record.folder.parent) != record.runner_instance
+    assert "another runner" in why_kept(swept(), record)
+
+
+# before a run
+
+
+def run_here(code: str = "pass") -> subprocess.CompletedProcess[str]:
+    """`x07 run` of a Python program without a machine."""
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--sandbox-backend", "none"]
+    argv += ["--i-accept-weaker-isolation", "--toolchain", "python", "-c", code]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_a_run_sweeps_first_and_says_what_went() -> None:
+    """A run removes what dead runners left before it starts, and says so in one line; else it is silent."""
+    dead, live = recorded(GONE), recorded()
+    dead.folder.rename(dead.folder.with_name(f"1-{GONE.pid}-0-run"))
+    assert "removed 1 job that dead runners left\n" in run_here().stderr
+    assert (dead.folder.with_name(f"1-{GONE.pid}-0-run") / "reaped").exists()
+    assert not ended(live)
+    assert "dead runners" not in run_here().stderr
+
+
+def test_a_sweep_before_a_run_never_keeps_it_from_starting() -> None:
+    """A run starts whatever lies among the records."""
+    record = recorded(GONE)
+    folder = record.folder.rename(record.folder.with_name(f"1-{GONE.pid}-0-run"))
+    (folder / "owner.json").write_bytes(b"[" * 60_000)
+    (folder.parent / f"2-{GONE.pid}-0-run").write_bytes(b"")
+    (folder.parent / f"3-{GONE.pid}-0-run").symlink_to("/nowhere")
+    assert run_here("raise SystemExit(7)").returncode == 7

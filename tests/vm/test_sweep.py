@@ -1,0 +1,89 @@
+"""Sweep and kill over real virtual machines: nothing of a dead runner's machine stays, and a live one goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.vm.conftest import left_behind, marked, owners
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from x07_sandbox.images.store import Image
+
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image")]
+X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
+LONG = "import time; print('up', flush=True); time.sleep(600)"
+WAIT_S = 120
+
+
+@contextlib.contextmanager
+def running() -> Iterator[subprocess.Popen[bytes]]:
+    """A run whose program has printed a line."""
+    argv = [*X07, "run", "--no-pool", "--timeout", "500", "--toolchain", "python", "-c", LONG]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as runner:
+        try:
+            assert runner.stdout is not None
+            assert runner.stdout.readline() == b"up\n"
+            yield runner
+        finally:
+            runner.kill()
+
+
+def document(*words: str) -> dict[str, Any]:
+    """The JSON document of a command."""
+    done = subprocess.run([*X07, *words], stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=WAIT_S)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_sweep_leaves_nothing_of_a_killed_runners_machine(state: Path) -> None:
+    """After SIGKILL of `x07 run` one sweep leaves no process and no control group, and a live run beside it goes on."""
+    with running() as live:
+        before = {str(owner["instance"]) for owner in owners(state)}
+        with running() as dead:
+            dead.kill()
+            dead.wait()
+            report = document("sweep", "--json")
+        (job,) = report["removed"]
+        assert (job["kind"], job["why"]) == ("job", "its runner is dead")
+        assert (state / job["id"] / "reaped").read_bytes() == b"reaped\n"
+        gone = {str(owner["instance"]) for owner in owners(state)} - before
+        assert not [pid for mark in gone for pid in marked(mark)]
+        assert live.poll() is None
+        assert any(marked(mark) for mark in before)
+        live.send_signal(signal.SIGTERM)
+        live.wait(WAIT_S)
+    assert left_behind(state) == []
+
+
+def test_a_run_in_a_machine_can_be_killed_by_name(state: Path) -> None:
+    """`x07 kill` ends the machine of a run; the command ends with guest-lost, and nothing is left."""
+    with running() as runner:
+        (job,) = document("ps", "--json")["jobs"]
+        assert (job["backend"], job["state"]) == ("qemu", "running")
+        subprocess.run([*X07, "kill", job["run"]], stdin=subprocess.DEVNULL, check=True, timeout=WAIT_S)
+        assert runner.wait(WAIT_S) == 125
+    assert document("inspect", job["run"])["result"]["outcome"] == "guest-lost"
+    assert left_behind(state) == []
+
+
+def test_a_stopped_runner_keeps_its_machine(state: Path, image: Image) -> None:
+    """A runner under SIGSTOP is alive: before its deadline no sweep takes its machine."""
+    assert image.digest
+    with running() as runner:
+        os.kill(runner.pid, signal.SIGSTOP)
+        assert document("sweep", "--json")["removed"] == []
+        os.kill(runner.pid, signal.SIGCONT)
+        runner.send_signal(signal.SIGTERM)
+        runner.wait(WAIT_S)
+    assert left_behind(state) == []
