@@ -34,6 +34,11 @@ def pid_namespace() -> str:
     return str(Path("/proc/self/ns/pid").readlink())
 
 
+def sees_every_process() -> bool:
+    """Whether our pid namespace is the first one of this boot, in which every process has a number."""
+    return pid_namespace() == "pid:[4026531836]"  # linux/proc_ns.h: PROC_PID_INIT_INO
+
+
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """One process of one boot. start_ticks: field 22 of proc(5) stat, clock ticks since boot."""
 

@@ -28,8 +28,8 @@ def why_unstarted(stored: StoredJob) -> str:
     """Why a folder without an owner may go; empty if it may not.
 
     Nothing was started for it, so nothing has to be ended. It must be ours: a job.json alone may be of X07's tools. And
-    nobody may be about to start it: a run under way holds a lock on its folder, and any other creator is a live
-    process, or was there a moment ago.
+    nobody may be about to start it: a run under way holds a lock on its folder; any other creator, say a probe, is a
+    live process, or was there a moment ago.
     """
     match = JOB_NAME.fullmatch(stored.folder.name)
     if match is None or stored.standing != "unowned" or os.path.lexists(stored.folder / "owner.json"):
@@ -39,6 +39,8 @@ def why_unstarted(stored: StoredJob) -> str:
     ours = backend in _OWN_BACKENDS or match[4] not in _UPSTREAM_PHASES or run.is_dir()
     if not ours or is_locked(run) or not _holds_nothing(stored.folder):
         return ""
+    if run.is_dir():  # whoever makes a job for it holds that lock from before the job until after it
+        return "nothing was ever started for it, and its runner is gone"
     age_ms = unix_ms() - stored.info.st_mtime_ns // 1_000_000
     creator_lives = os.path.exists(f"/proc/{int(match[3])}")  # noqa: PTH110 - no path of ours
     if age_ms > (_SURELY_MS if creator_lives else _SETTLED_MS):

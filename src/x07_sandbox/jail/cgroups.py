@@ -18,6 +18,7 @@ import msgspec
 import msgspec.structs
 
 from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.processes import identify, sees_every_process
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 _PARENT: Final = "x07-sandbox"
@@ -224,11 +225,19 @@ def _removed(folder: Path) -> bool:
 
 
 def remove_abandoned_groups() -> None:
-    """Remove groups of ours that killed runners left: empty ones only, and old enough not to be about to be filled."""
+    """Remove groups of ours that killed runners left: empty ones only, and none that is about to be filled."""
     for parent in (_ROOT / _PARENT, *(_ROOT / controller / _PARENT for controller in _GIVEN)):
         with contextlib.suppress(OSError):
             for folder in list(parent.iterdir())[:_SWEPT_AT_ONCE]:
-                if folder.is_dir() and unix_ms() / 1000 - folder.stat().st_mtime > _ABANDONED_S:
+                if folder.is_dir() and _abandoned(folder):
                     for one in (folder / "program", folder / "agent", folder):
                         with contextlib.suppress(OSError):  # the kernel refuses one that holds a process
                             one.rmdir()
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether the runner that made a group is dead, by the job's name (jobs/record), or has had a minute to fill it."""
+    runner = folder.name.split("-")[1:2]
+    if sees_every_process() and runner and runner[0].isdigit() and identify(int(runner[0])) is None:
+        return True
+    return unix_ms() / 1000 - folder.stat().st_mtime > _ABANDONED_S

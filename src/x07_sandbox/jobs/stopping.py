@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline, boot_ms
-from x07_sandbox.host.processes import boot_id, is_alive, kill_identity, marked, pid_namespace, wait_gone
+from x07_sandbox.host.processes import (
+    boot_id,
+    is_alive,
+    kill_identity,
+    marked,
+    pid_namespace,
+    sees_every_process,
+    wait_gone,
+)
 from x07_sandbox.jobs.record import mark_reaped
 from x07_sandbox.jobs.stored import all_stored, read_stored
 
@@ -20,7 +28,6 @@ if TYPE_CHECKING:
 
 _GONE_S: Final = 10.0
 _GRACE_S: Final = 2.0
-_FIRST_NAMESPACE: Final = "pid:[4026531836]"  # linux/proc_ns.h: PROC_PID_INIT_INO; from there every process is seen
 
 
 def live_records(backend: str) -> list[JobRecord]:
@@ -59,7 +66,7 @@ def _processes_gone(stored: StoredJob, record: JobRecord) -> bool:
     if owner.pid_namespace != pid_namespace():
         # Its numbers mean nothing here. Its supervisor ends it at the deadline; a day later that was long ago.
         overdue_ms = boot_ms() - record.deadline_boot_ms if record.deadline_boot_ms else 0
-        if pid_namespace() != _FIRST_NAMESPACE and overdue_ms < settings.DAY_S * 1000:
+        if not sees_every_process() and overdue_ms < settings.DAY_S * 1000:
             return False
         processes = []
     # A runner that was killed before it wrote down what it had started leaves processes that only the mark tells.

@@ -101,8 +101,6 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
     record = create_record(job.claim, backend=engine.name, image_digest=image.manifest.digest)
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
-        files = _Files(record, network=job.kind.network, stack=stack)
-        wanted = _wanted(engine, job, record, image, files)
         # Before there is anything: whatever is left by a runner killed from here on is found by the record's name.
         write_owner(record, runner=own_identity(), processes={}, cgroups=())
         runner_r, runner_w = os.pipe2(os.O_CLOEXEC)
@@ -110,9 +108,11 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
         stack.callback(given.close)
         given.add(runner_r)
         stack.callback(os.close, runner_w)
-        watching = _reaper(engine, record, job.claim.deadline_s, runner_r)
-        instance = None
+        instance = watching = None
         try:
+            files = _Files(record, network=job.kind.network, stack=stack)
+            wanted = _wanted(engine, job, record, image, files)
+            watching = _reaper(engine, record, job.claim.deadline_s, runner_r)
             container = _created(engine, wanted)
             instance = _running(engine, record, container, stack, given)
             given.close()
@@ -120,13 +120,14 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
                 instance.net_fd = files.accepted(instance, stack)
             yield instance
         finally:
-            gone = remove(engine, wanted.name) if instance is None else instance.stop()
+            gone = remove(engine, container_name(record)) if instance is None else instance.stop()
             remove_files(record.folder)
             if gone:
                 with contextlib.suppress(OSError):
                     os.write(runner_w, b"g")
                 with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
                     mark_done(record)
+            if gone and watching is not None:
                 watching.wait()
             if instance is not None:
                 os.close(instance.pidfd)
