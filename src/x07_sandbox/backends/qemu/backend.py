@@ -10,9 +10,10 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Availability, NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet
+from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
-from x07_sandbox.backends.qemu.start import Accelerator, NotStartedError, QemuJob, check_tools, start_qemu
+from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, check_tools, start_qemu
 from x07_sandbox.backends.qemu.template import (
     ensure_template,
     lack_of_space,
