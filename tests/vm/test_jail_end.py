@@ -168,7 +168,7 @@ def test_no_moment_of_a_runner_s_death_leaves_a_process(account: Account, do: st
     step_us = 100 if do == "die" else 1500
     for turn in range(24):
         order = json.dumps({"binary": str(account.hostile("stubborn")), "do": do, "after_us": turn * step_us})
-        argv = [*account.command, sys.executable, "-B", str(account.folder / "jail_driver.py"), order]
+        argv = [*account.words, sys.executable, "-B", str(account.folder / "jail_driver.py"), order]
         died = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=account.env, check=False)
         assert died.returncode in {-signal.SIGKILL, 128 + signal.SIGKILL}, died.stderr.decode()
     marks = {json.loads(path.read_bytes())["instance"] for path in account.state.glob("*/owner.json")}

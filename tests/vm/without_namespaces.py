@@ -2,7 +2,7 @@
 
     without_namespaces.py COMMAND...
 
-Run by path, with nothing but the standard library: namespaces, mounts and setns answer EPERM from here on, also to root.
+Run by path, with nothing but the standard library. Namespaces, mounts and setns answer EPERM then, also to root.
 """
 
 from __future__ import annotations

@@ -143,7 +143,8 @@ def file_rights(jail: Jail, program: str) -> dict[str, int]:
 def gate_message(arch: Arch, pid: int) -> bytes:
     """What lets the jail go: the places of the command, and the filter for the process *pid* that becomes it."""
     drawn = places()
-    return struct.pack("=QQQ", drawn.path, drawn.arguments, drawn.environment) + landlock_filter(arch, pid, drawn)
+    program = landlock_filter(arch, pid, drawn)
+    return struct.pack("=QQQQ", drawn.path, drawn.arguments, drawn.environment, len(program)) + program
 
 
 def landlock_filter(arch: Arch, pid: int, drawn: Places) -> bytes:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.base import Greeting, Lease, StartMode
     from x07_sandbox.backends.jailed import Start
+    from x07_sandbox.backends.qemu.machine import Paths
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.jail.cgroups import HostGroups
     from x07_sandbox.jobs.record import Claim, JobRecord
@@ -55,12 +56,12 @@ class Gate:
 
 
 class Held(NamedTuple):
-    """What its starter has of a QEMU. ends: of its streams, lent. state_path: where it opens its device state."""
+    """What its starter has of a QEMU. ends: of its streams, lent. paths: where it opens its files."""
 
     groups: HostGroups
     gate: Gate
     ends: dict[str, int]
-    state_path: str
+    paths: Paths
 
 
 class Streams:
@@ -108,7 +109,7 @@ class QemuInstance(Streams, Jailed):
         self.jail = start.jail
         self.groups = held.groups
         self.ends = held.ends
-        self.state_path = held.state_path
+        self.paths = held.paths
         self._gate = held.gate
 
     def release(self) -> None:
@@ -116,7 +117,7 @@ class QemuInstance(Streams, Jailed):
         if self._gate.opened or self.child.poll() is not None:
             return  # its deadline came first, and nothing would end what is let go now
         if self.start_mode == "clone":
-            self.tell(qmp_resume(self.state_path))
+            self.tell(qmp_resume(self.paths.state))
         self._gate.open(self.inner.pid)
 
     def adopt(self, claim: Claim, runner: Identity) -> None:

@@ -165,7 +165,7 @@ def _running(ready: _Ready) -> AbstractContextManager[QemuInstance]:
     mode: StartMode = "clone" if machine.origin is Origin.CLONE else "cold"
     start = start._replace(name="the virtual machine", error=NotStartedError, start_mode=mode)
     not_built = partial(_no_jail, ready.ends["stderr"], form)
-    make = partial(QemuInstance, start, Held(groups, ready.gate, ready.ends, machine.paths.state))
+    make = partial(QemuInstance, start, Held(groups, ready.gate, ready.ends, machine.paths))
     return running(start, ready.request, make, not_built)
 
 

@@ -7,8 +7,8 @@
 # hexadecimal digits. Then the numbers of these system calls here. RIGHTS: what Landlock allows on FILE, a path or the
 # number of an open descriptor. LIMIT: one of RLIMIT_*. VARIABLE: NAME=value of the environment.
 #
-# GATE_FD is a pipe. What comes from it until its end are three addresses, eight bytes each, and a filter of system
-# calls; where nothing comes, as when the runner dies, nothing starts. Path, arguments and environment of COMMAND are put
+# GATE_FD is a pipe. What comes from it until its end are three addresses and the length of what follows, eight bytes
+# each, and a filter of system calls; where nothing comes, as when the runner dies, nothing starts. Path, arguments and environment of COMMAND are put
 # at these addresses, and the filter allows execve with them only. COMMAND finds nothing there any more and does not know
 # them, so it can execute nothing, also not itself.
 # Perl, as for the supervisor: it starts in a millisecond, and what follows is system calls.
@@ -75,9 +75,8 @@ while (my ($which, $soft, $hard) = splice @limits, 0, 3) {
 open my $pipe, '<&=', $gate or die "the gate: $!\n";
 my $message = do { local $/; <$pipe> } // '';
 close $pipe;
-length $message > 24 or exit 1; # the runner is gone
-my ($path, $arguments, $environment) = unpack 'Q3', $message;
-my $filter = substr $message, 24;
+my ($path, $arguments, $environment, $length, $filter) = unpack 'Q4 a*', $message;
+defined $length && $length == length $filter or exit 1; # the runner is gone
 put($path, pack 'Z*', $ARGV[0]);
 put($arguments, pack 'p*', @ARGV, undef);
 put($environment, pack 'p*', @variables, undef);
