@@ -40,7 +40,7 @@ MODES = (
     *("hang-up", "hog", "stubborn", "abi"),
 )
 USERADD, USERDEL = "/usr/sbin/useradd", "/usr/sbin/userdel"
-FORMS = ("root", "user", "root without namespaces", "user without namespaces")
+FORMS = ("root", "user")
 WITHOUT = " without namespaces"
 _LIMITED = "Max open files 64 64"
 _count = itertools.count()
@@ -232,7 +232,14 @@ def accounts_fixture(image: Image, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session", params=FORMS, name="account")
 def account_fixture(request: pytest.FixtureRequest, accounts: dict[str, Account]) -> Account:
-    """Each of the forms of the jail in turn."""
+    """Root and an ordinary user in turn."""
+    need(request.param in accounts, "needs to be root", installable=False)
+    return accounts[request.param]
+
+
+@pytest.fixture(scope="session", params=[*FORMS, *(form + WITHOUT for form in FORMS)], name="each_form")
+def each_form_fixture(request: pytest.FixtureRequest, accounts: dict[str, Account]) -> Account:
+    """Both in turn, each with either form of the jail."""
     form = request.param.removesuffix(WITHOUT)
     need(form in accounts, "needs to be root", installable=False)
     return replace(accounts[form], namespaces=form == request.param)

@@ -19,10 +19,10 @@ from tests.vm.jail_helpers import (
     Account,
     Look,
     Runner,
-    account_fixture,  # noqa: F401 - pytest finds it here
     accounts_fixture,  # noqa: F401 - pytest finds it here
     all_pids,
     descriptors,
+    each_form_fixture,  # noqa: F401 - pytest finds it here
     parse,
     status,
 )
@@ -139,8 +139,9 @@ def own_files(account: Account, mine: Runner) -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def look(account: Account) -> Look:
+def look(each_form: Account) -> Look:
     """One hostile program beside another job; both are gone when the tests look at what was found."""
+    account = each_form
     with contextlib.ExitStack() as stack:
         host = HostThings(stack)
         image = find_image(None) if not account.command else None

@@ -84,20 +84,22 @@ def jail_form() -> Form:
     if flag("X07_VM_REQUIRE_NAMESPACES"):
         fix = f"To accept a jail without namespaces unset X07_VM_REQUIRE_NAMESPACES, or allow them: {flags()}"
         raise RefusedError("a jail with namespaces was required", why, fix)
-    return second_form(why)
+    return second_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])
 
 
-def second_form(why: str) -> Form:
-    """The form without namespaces, which *why* forbids. Raises HostError where this host cannot have it either."""
+def second_form(why: str, version: int, missing: list[str]) -> Form:
+    """The form without namespaces, which *why* forbids. Raises HostError where this host cannot have it either.
+
+    version: the kernel's Landlock. missing: capabilities that root lacks to give a job a uid of its own.
+    """
     from x07_sandbox.jail.landlock import KERNEL_NEEDED, VERSION_NEEDED
 
     what = "cannot build the jail around the virtual machine"
-    version = landlock_version()
     if version < VERSION_NEEDED:
         found = f"has version {version}" if version else "has none, or it is switched off"
         reason = f"{why}; without them it needs Landlock {VERSION_NEEDED} ({KERNEL_NEEDED}), and this kernel {found}"
         raise HostError(what, reason, f"Allow namespaces here: {flags()}")
-    if os.geteuid() == 0 and (missing := _missing_capabilities()):
+    if missing:
         reason = f"{why}; and root has no {' '.join(missing)} to give the job a uid of its own"
         fix = f"Run as an ordinary user, allow it to change uids, or allow namespaces: {flags()}"
         raise HostError(what, reason, fix)
