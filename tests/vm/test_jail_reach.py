@@ -190,10 +190,7 @@ def test_no_file_of_the_host_can_be_opened(look: Look) -> None:
 
 
 def test_the_jail_holds_only_what_the_vmm_needs(look: Look) -> None:
-    """The jail's root holds the VMM, its libraries, the image's files and /dev/urandom, and nothing else.
-
-    Without a root of its own these can be opened and no folder can be listed.
-    """
+    """The jail holds the VMM, its libraries, the image's files and /dev/urandom; without a root nothing is listed."""
     assert [finding for finding in look.of("own") if finding.err] == []
     if not look.account.namespaces:
         assert [(finding.arg, finding.err) for finding in look.of("list")] == [("/", errno.EACCES)]
@@ -214,10 +211,7 @@ def test_nothing_can_be_written_or_made(look: Look) -> None:
 
 
 def test_the_image_stays_as_it_is(look: Look) -> None:
-    """The VMM has no descriptor of the image, whose bytes, mode and times it can change by no means.
-
-    Without a root of its own it has one that can be read only.
-    """
+    """The VMM can change the image's bytes, mode and times by no means, and has no descriptor of it, or one to read."""
     inode = look.started["root_inode"]
     held = [finding.arg.split()[1:] for finding in look.of("descriptor") if finding.value == inode]
     assert held == ([] if look.account.namespaces else [["regular", "read"]])
@@ -234,10 +228,7 @@ def test_the_image_stays_as_it_is(look: Look) -> None:
 
 
 def test_exactly_the_given_descriptors_are_open(look: Look) -> None:
-    """The VMM has two null streams, its error stream, channel, network port, QMP, console and scratch disk, no more.
-
-    Without a root of its own it has the image's three files too, to read.
-    """
+    """The VMM has two null streams, its errors, channel, network port, QMP, console, disk; without a root its files."""
     kinds = sorted(finding.arg.split(maxsplit=1)[1] for finding in look.of("descriptor"))
     files = [] if look.account.namespaces else ["regular read"] * 3
     assert kinds == ["device write"] * 2 + files + ["regular write"] + ["socket write"] * 5
