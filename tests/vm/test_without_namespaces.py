@@ -93,6 +93,24 @@ def test_doctor_names_the_form_and_the_flags(bare: Account) -> None:
     assert findings["start of a machine"]["good"] is True, findings
 
 
+def test_namespaces_are_tried_once_for_the_same_rights(tmp_path: Path) -> None:
+    """The verdict on namespaces is kept for this boot and set of rights; with other rights they are tried again."""
+    env = os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    record = tmp_path / "cache" / "jail" / "namespaces.json"
+    code = "from x07_sandbox.jail.forms import forbidden; print(bool(forbidden()))"
+
+    def tried(*before: str) -> tuple[str, int]:
+        argv = [*before, sys.executable, "-c", code]
+        done = subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+        return done.stdout.strip(), record.stat().st_mtime_ns
+
+    first, again = tried(), tried()
+    assert first == again
+    assert first[0] == "False"
+    without = tried(sys.executable, str(WRAPPER))
+    assert (without[0], without == tried(sys.executable, str(WRAPPER))) == ("True", True)
+
+
 @pytest.mark.parametrize(
     ("more", "form"),
     [(("sys_admin", "net_admin"), "namespaces"), ((), "Landlock and seccomp")],

@@ -105,10 +105,10 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
 
 
 def probe_argv(files: tuple[str, ...], runner_pid: int, syscalls: dict[str, int], *, nest: bool) -> list[str]:
-    """A command line that succeeds where a jail with namespaces can be made. files: a program and all it needs."""
+    """A command line that says "ok" where a jail with namespaces can be made. files: printf(1) and all it needs."""
     argv = [BWRAP, *_namespaces(0 if os.geteuid() == 0 else None), "--die-with-parent", "--new-session"]
     argv += [word for path in files for word in ("--ro-bind", path, path)]
-    command = [*argv, "--remount-ro", "/", "--", files[0]]
+    command = [*argv, "--remount-ro", "/", "--", files[0], "ok"]
     return supervisor_argv(command, deadline_s=_PROBE_S, runner_pid=runner_pid, syscalls=syscalls, nest=nest)
 
 

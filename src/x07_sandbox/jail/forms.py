@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from x07_sandbox.host.arch import Arch
 
 _PROBE_S: Final = 20.0
-_TRUE: Final = "/usr/bin/true"
+_PRINTF: Final = "/usr/bin/printf"
 _SAID_BYTES: Final = 300
 # What the kernel or bubblewrap says where namespaces are forbidden. Anything else, such as a lack of memory, is no
 # reason to take the second form.
@@ -142,7 +142,7 @@ def _key() -> str:
 
 def _try_namespaces() -> str:
     what = "cannot try the jail around the virtual machine"
-    argv = probe_argv(needed_files(_TRUE), os.getpid(), host_arch().syscalls, nest=may_nest())
+    argv = probe_argv(needed_files(_PRINTF), os.getpid(), host_arch().syscalls, nest=may_nest())
     try:
         done = subprocess.run(
             argv,
@@ -155,7 +155,7 @@ def _try_namespaces() -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise HostError(what, f"{argv[0]}: {exc}", "Run x07 doctor") from exc
-    if done.returncode == 0:
+    if done.stdout == b"ok":
         return ""
     said = shown(done.stderr[:_SAID_BYTES].decode(errors="replace").strip()) or f"status {done.returncode}"
     if any(words in said for words in _FORBIDDEN):

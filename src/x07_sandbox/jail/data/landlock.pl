@@ -11,10 +11,7 @@
 # each, and a filter of system calls; where nothing comes, as when the runner dies, nothing starts. Path, arguments and environment of COMMAND are put
 # at these addresses, and the filter allows execve with them only. COMMAND finds nothing there any more and does not know
 # them, so it can execute nothing, also not itself.
-# Perl, as for the supervisor: it starts in a millisecond, and what follows is system calls.
-
-use strict;
-use warnings;
+# Perl without a module, as for the supervisor: it starts in a millisecond, and what follows is system calls.
 
 my ($gate, $keep, $ruleset) = splice @ARGV, 0, 3;
 my ($close_range, $mmap, $read, $execve, $prctl, $seccomp, $prlimit) = map { $_ + 0 } splice @ARGV, 0, 7;
