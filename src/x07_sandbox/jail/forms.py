@@ -7,7 +7,6 @@ X07_VM_REQUIRE_NAMESPACES=1 refuses it. Namespaces are tried once per boot and p
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -165,6 +164,8 @@ def _try_namespaces() -> str:
 
 def landlock_version() -> int:
     """The kernel's Landlock; 0 for none (landlock_create_ruleset(2))."""
+    import ctypes  # only where namespaces are forbidden
+
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype, libc.syscall.argtypes = ctypes.c_long, [ctypes.c_long] * 4
     return max(0, int(libc.syscall(444, 0, 0, 1)))
