@@ -12,6 +12,7 @@
 #include <grp.h>
 #include <linux/aio_abi.h>
 #include <linux/capability.h>
+#include <linux/fs.h>
 #include <linux/keyctl.h>
 #include <mqueue.h>
 #include <netinet/in.h>
@@ -28,6 +29,7 @@
 #include <sys/fanotify.h>
 #include <sys/file.h>
 #include <sys/inotify.h>
+#include <sys/ioctl.h>
 #include <sys/ipc.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -45,11 +47,14 @@
 #include <sys/un.h>
 #include <sys/utsname.h>
 #include <sys/wait.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 #define GIB (1ULL << 30)
 
 static int channel = -1, qmp = -1, console = -1, scratch = -1;
+/* Where QEMU would find the image's parts. */
+static char kernel_path[64], initrd_path[64], root_path[64];
 
 static void write_all(int fd, const char *text, size_t size)
 {
@@ -92,10 +97,22 @@ static int number_after(const char *text, const char *key)
 	return found ? atoi(found + strlen(key)) : -1;
 }
 
-/* Which descriptors QEMU would have been given. */
+static void copy_path(char *to, const char *from)
+{
+	snprintf(to, 64, "%.*s", (int)strcspn(from, ","), from);
+}
+
+/* Which descriptors and files QEMU would have been given. */
 static void read_arguments(char **argv)
 {
 	for (; *argv; argv++) {
+		const char *file = strstr(*argv, "file.filename=");
+		if (file && strstr(*argv, "node-name=root,"))
+			copy_path(root_path, file + strlen("file.filename="));
+		if (!strcmp(*argv, "-kernel") && argv[1])
+			copy_path(kernel_path, argv[1]);
+		if (!strcmp(*argv, "-initrd") && argv[1])
+			copy_path(initrd_path, argv[1]);
 		if (strstr(*argv, "socket,id=channel,"))
 			channel = number_after(*argv, "fd=");
 		if (strstr(*argv, "socket,id=qmp,"))
@@ -110,6 +127,44 @@ static void read_arguments(char **argv)
 }
 
 /* --- files --- */
+
+static void change_file(const char *path)
+{
+	struct timespec times[2] = { { 1, 0 }, { 1, 0 } };
+
+	tried_fd("write-file", path, open(path, O_WRONLY));
+	tried_fd("write-file", path, open(path, O_RDONLY | O_TRUNC));
+	tried("write-file", path, truncate(path, 0));
+	tried("chmod-path", path, chmod(path, 0666));
+	tried("chmod-path", path, chown(path, getuid(), getgid()));
+	tried("chmod-path", path, utimensat(AT_FDCWD, path, times, 0));
+	tried("chmod-path", path, setxattr(path, "user.x07", "x", 1, 0));
+	tried("unlink", path, unlink(path));
+	int fd = open(path, O_RDONLY);
+	if (fd >= 0) {
+		int flags = 0;
+		tried("chmod-fd", path, fchmod(fd, 0666));
+		tried("chmod-fd", path, fsetxattr(fd, "user.x07", "x", 1, 0));
+		if (ioctl(fd, FS_IOC_GETFLAGS, &flags) == 0)
+			tried("chmod-fd", path, ioctl(fd, FS_IOC_SETFLAGS, &flags));
+		tried("times-fd", path, futimens(fd, times));
+		close(fd);
+	}
+}
+
+static void change_folder(const char *folder)
+{
+	char path[700];
+
+	snprintf(path, sizeof path, "%s/x07-was-here", folder);
+	tried_fd("create", folder, open(path, O_WRONLY | O_CREAT, 0600));
+	tried("make-folder", folder, mkdir(path, 0700));
+	tried("make-device", folder, mknod(path, S_IFCHR | 0666, makedev(1, 1)));
+	tried("make-fifo", folder, mkfifo(path, 0600));
+	tried("make-link", folder, symlink("/", path));
+	tried_fd("temporary", folder, open(folder, O_TMPFILE | O_RDWR, 0600));
+	tried("chmod-folder", folder, chmod(folder, 0777));
+}
 
 static void walk(const char *folder, int depth)
 {
@@ -133,28 +188,11 @@ static void walk(const char *folder, int depth)
 			walk(path, depth + 1);
 			continue;
 		}
-		if (S_ISREG(info.st_mode)) {
-			struct timespec times[2] = { { 1, 0 }, { 1, 0 } };
-			tried_fd("write-file", path, open(path, O_WRONLY));
-			tried("chmod-path", path, chmod(path, 0666));
-			tried("unlink", path, unlink(path));
-			int fd = open(path, O_RDONLY);
-			if (fd >= 0) {
-				tried("chmod-fd", path, fchmod(fd, 0666));
-				tried("times-fd", path, futimens(fd, times));
-				close(fd);
-			}
-		}
+		if (S_ISREG(info.st_mode))
+			change_file(path);
 	}
 	closedir(open_folder);
-	snprintf(path, sizeof path, "%s/x07-was-here", folder);
-	tried_fd("create", folder, open(path, O_WRONLY | O_CREAT, 0600));
-	tried("make-folder", folder, mkdir(path, 0700));
-	tried("make-device", folder, mknod(path, S_IFCHR | 0666, makedev(1, 1)));
-	tried("make-fifo", folder, mkfifo(path, 0600));
-	tried("make-link", folder, symlink("/", path));
-	tried_fd("temporary", folder, open(folder, O_TMPFILE | O_RDWR, 0600));
-	tried("chmod-folder", folder, chmod(folder, 0777));
+	change_folder(folder);
 }
 
 static void descriptors(void)
@@ -216,18 +254,15 @@ static void processes(void)
 			say("sees-process", "", 0, pid);
 	tried("kill-all", "", kill(-1, SIGTERM));
 	tried("kill-init", "", kill(1, SIGKILL));
+	tried("outlive", "no parent-death signal", prctl(PR_SET_PDEATHSIG, 0));
 	tried("ptrace-init", "", ptrace(PTRACE_ATTACH, 1, 0, 0));
 	tried("ptrace-me", "", ptrace(PTRACE_TRACEME, 0, 0, 0));
 	tried("read-init", "", process_vm_readv(1, &mine, 1, &theirs, 1, 0));
 	int init = syscall(SYS_pidfd_open, 1, 0);
-	if (init >= 0) {
-		for (int fd = 0; fd < 16; fd++) {
-			int got = syscall(SYS_pidfd_getfd, init, fd, 0);
-			tried_fd("descriptor-of-init", "", got);
-		}
-		close(init);
-	}
-	struct utsname names;
+	for (int fd = 0; fd < 16; fd++)
+		tried_fd("descriptor-of-init", "", syscall(SYS_pidfd_getfd, init, fd, 0));
+	close(init);
+	struct utsname names = { 0 };
 	uname(&names);
 	say("nodename", names.nodename, 0, 0);
 	for (int which = 0; which < RLIM_NLIMITS; which++) {
@@ -375,7 +410,7 @@ static void shared(void)
 	struct flock lock = { .l_type = F_RDLCK, .l_whence = SEEK_SET };
 	uint64_t hint = 2; /* RWH_WRITE_LIFE_SHORT */
 	aio_context_t pool = 0;
-	int fd = open("/img/root.erofs", O_RDONLY);
+	int fd = open(root_path, O_RDONLY);
 
 	say("shared", "open", fd < 0 ? errno : 0, 0);
 	tried("aio", "io_setup", syscall(SYS_io_setup, 1, &pool));
@@ -490,12 +525,35 @@ static void about_host(const char *kind, const char *value)
 	network(kind, value);
 	if (!strcmp(kind, "read"))
 		tried_fd("read", value, open(value, O_RDONLY));
+	else if (!strcmp(kind, "own"))
+		tried_fd("own", value, open(value, O_RDONLY));
+	else if (!strcmp(kind, "file"))
+		change_file(value);
+	else if (!strcmp(kind, "folder"))
+		change_folder(value);
 	else if (!strcmp(kind, "pid")) {
-		tried("signal", value, kill(atoi(value), SIGKILL));
+		int pid = atoi(value);
+		siginfo_t info = { .si_signo = SIGKILL, .si_code = SI_QUEUE };
+		struct rlimit limit = { 0, 0 };
+		cpu_set_t cpus;
+
+		CPU_ZERO(&cpus);
+		CPU_SET(0, &cpus);
+		tried("signal", value, kill(pid, SIGKILL));
+		tried("signal", "tgkill", syscall(SYS_tgkill, pid, pid, SIGKILL));
+		tried("signal", "tkill", syscall(SYS_tkill, pid, SIGKILL));
+		tried("signal", "sigqueue", syscall(SYS_rt_sigqueueinfo, pid, SIGKILL, &info));
+		tried("signal", "owner of a socket", fcntl(channel, F_SETOWN, pid));
+		tried("signal", "owner of a socket, by ioctl", ioctl(channel, FIOSETOWN, &pid));
+		tried("reach-process", "prlimit", syscall(SYS_prlimit64, pid, RLIMIT_CORE, &limit, NULL));
+		tried("reach-process", "priority", setpriority(PRIO_PROCESS, pid, 19));
+		tried("reach-process", "processors", sched_setaffinity(pid, sizeof cpus, &cpus));
 		tried("ptrace", value, ptrace(PTRACE_ATTACH, atoi(value), 0, 0));
 		tried_fd("pidfd", value, syscall(SYS_pidfd_open, atoi(value), 0));
 	} else if (!strcmp(kind, "shm"))
 		tried("host-shm", value, shmget(atoi(value), 0, 0));
+	else if (!strcmp(kind, "shm-id"))
+		tried("host-shm", value, shmat(atoi(value), NULL, 0) == (void *)-1 ? -1 : 0);
 	else if (!strcmp(kind, "mq"))
 		tried_fd("host-mq", value, mq_open(value, O_RDONLY));
 }
@@ -559,7 +617,7 @@ static uint32_t crc32(int fd, unsigned long long size)
 
 static void digest(void)
 {
-	static const char *names[] = { "/img/vmlinux", "/img/initrd.cpio", "/img/root.erofs" };
+	const char *names[] = { kernel_path, initrd_path, root_path };
 	char text[32] = { 0 };
 
 	for (int i = 0; i < 3; i++) {

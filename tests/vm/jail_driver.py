@@ -106,6 +106,7 @@ def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
                 jail=instance.jail,
                 holds=list(instance.groups.holds),
                 folder=str(record.folder),
+                image_files=[instance.paths.kernel, instance.paths.initrd, instance.paths.root],
                 root_inode=os.fstat(image.fds["root"]).st_ino,
             )
             yield instance

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ MODES = (
 )
 USERADD, USERDEL = "/usr/sbin/useradd", "/usr/sbin/userdel"
 FORMS = ("root", "user")
+WITHOUT = " without namespaces"
+_LIMITED = "Max open files 64 64"
 _count = itertools.count()
 
 
@@ -49,7 +51,7 @@ class Account:
     """Who runs x07, and with what.
 
     command: words before a command that make it run as this user. folder: readable by the user: binaries, and where
-    needed copies of the package and of what it imports.
+    needed copies of the package and of what it imports. namespaces: whether they are allowed.
     """
 
     form: str
@@ -58,6 +60,22 @@ class Account:
     command: tuple[str, ...]
     env: dict[str, str]
     folder: Path
+    namespaces: bool = True
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What comes before a command that this account runs."""
+        return (*(() if self.namespaces else (sys.executable, str(HERE / "without_namespaces.py"))), *self.command)
+
+    @property
+    def outer(self) -> tuple[str, ...]:
+        """The processes of a jail but the VMM itself."""
+        return ("supervisor", "monitor", "inner") if self.namespaces else ("supervisor",)
+
+    @property
+    def jail(self) -> str:
+        """The form of the jail, as a result names it."""
+        return f"{'namespaces' if self.namespaces else 'Landlock and seccomp'}, {self.form}; "
 
     @property
     def cache(self) -> Path:
@@ -77,7 +95,7 @@ class Account:
         """The real command line, run as this user. inside: words before the command, such as a namespace's."""
         code = "import sys; from x07_sandbox.cli.main import main; sys.exit(main())"
         return subprocess.run(
-            [*inside, *self.command, sys.executable, "-B", "-c", code, *args],
+            [*inside, *self.words, sys.executable, "-B", "-c", code, *args],
             input=stdin,
             capture_output=True,
             env=self.env,
@@ -104,7 +122,7 @@ def public_folder() -> Iterator[Path]:
             [gcc, "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", first, SOURCE], check=True
         )
         for mode in MODES[1:]:
-            os.link(first, folder / f"hostile-{mode}")
+            shutil.copy(first, folder / f"hostile-{mode}")  # no link: each is a file of its own
         yield folder
     finally:
         shutil.rmtree(folder)
@@ -214,9 +232,17 @@ def accounts_fixture(image: Image, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session", params=FORMS, name="account")
 def account_fixture(request: pytest.FixtureRequest, accounts: dict[str, Account]) -> Account:
-    """Each of the two forms of the jail in turn."""
+    """Root and an ordinary user in turn."""
     need(request.param in accounts, "needs to be root", installable=False)
     return accounts[request.param]
+
+
+@pytest.fixture(scope="session", params=[*FORMS, *(form + WITHOUT for form in FORMS)], name="each_form")
+def each_form_fixture(request: pytest.FixtureRequest, accounts: dict[str, Account]) -> Account:
+    """Both in turn, each with either form of the jail."""
+    form = request.param.removesuffix(WITHOUT)
+    need(form in accounts, "needs to be root", installable=False)
+    return replace(accounts[form], namespaces=form == request.param)
 
 
 @pytest.fixture(scope="session", name="ordinary")
@@ -242,7 +268,7 @@ class Runner:
         self._errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [
-                *self.account.command,
+                *self.account.words,
                 sys.executable,
                 "-B",
                 self.account.folder / "jail_driver.py",
@@ -302,7 +328,7 @@ class Runner:
 
     @property
     def monitor(self) -> int:
-        """Bubblewrap's outer process."""
+        """Bubblewrap's outer process, where there is one."""
         (pid,) = children_of(self.supervisor)
         return pid
 
@@ -315,7 +341,7 @@ class Runner:
         """The program that stands in QEMU's place, once it runs."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            found = children_of(self.inner)
+            found = children_of(self.inner) if self.account.namespaces else [self.inner]
             if found and Path(f"/proc/{found[0]}/exe").readlink() == Path(self.order["binary"]):
                 return found[0]
             select.select([], [], [], 0.01)  # no event tells of another process's exec
@@ -325,14 +351,23 @@ class Runner:
         """Until the jail is made, all but the start of the program."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            if ROOT in Path(f"/proc/{self.inner}/mountinfo").read_text(encoding="utf-8"):
+            made = Path(f"/proc/{self.inner}", "mountinfo" if self.account.namespaces else "limits")
+            if (ROOT if self.account.namespaces else _LIMITED) in " ".join(made.read_text(encoding="utf-8").split()):
                 return
             select.select([], [], [], 0.01)  # no event tells of another process's mounts
         pytest.fail("the jail was not made")
 
+    def processes(self) -> dict[str, int]:
+        """All of the jail's, once the program runs."""
+        return {name: getattr(self, name) for name in self.account.outer} | {"vmm": self.vmm()}
+
+    def image_files(self) -> list[str]:
+        """Where the program finds the image's parts."""
+        return list(self.started["image_files"])
+
     def pidfds(self, stack: contextlib.ExitStack) -> list[int]:
         """One for each process of the jail."""
-        fds = [os.pidfd_open(pid) for pid in (self.supervisor, self.monitor, self.inner, self.vmm())]
+        fds = [os.pidfd_open(pid) for pid in self.processes().values()]
         for fd in fds:
             stack.callback(os.close, fd)
         return fds
@@ -402,7 +437,7 @@ class Look:
     """What a job found out about its jail, and what was seen of it from outside.
 
     statuses, links: by name of the process ("supervisor", "monitor", "inner", "vmm"), for this job and for one beside
-    it.
+    it. own: the files that the jail holds for the program. touched: what of the host's files is not as it was.
     """
 
     account: Account
@@ -411,6 +446,8 @@ class Look:
     statuses: list[dict[str, dict[str, str]]]
     links: list[dict[str, dict[int, str]]]
     paths: list[str]
+    own: set[str]
+    touched: list[str]
     image: tuple[os.stat_result, os.stat_result]
     reached: list[str] = field(default_factory=list)
 

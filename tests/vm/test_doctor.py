@@ -70,7 +70,7 @@ def test_doctor_starts_a_machine(well: tuple[int, dict[str, Any], bytes]) -> Non
 @pytest.mark.parametrize(
     ("missing", "text", "fix"),
     [
-        ("all", "cannot build the jail around the virtual machine", "Allow user and mount namespaces here"),
+        ("all", "root has no CAP_KILL CAP_SETGID CAP_SETUID CAP_SETPCAP", "allow it to change uids"),
         ("setuid", "setresuid failed", "allow it to change uids"),
     ],
 )

@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 
 OURS: Final = """
 backends.base backends.handshake backends.jailed backends.lease backends.proofs backends.qemu.backend
-backends.qemu.instance backends.qemu.machine backends.qemu.proof backends.qemu.start backends.qemu.template
-backends.qemu.timer backends.registry backends.selection
+backends.qemu.bounds backends.qemu.instance backends.qemu.machine backends.qemu.proof backends.qemu.start
+backends.qemu.template backends.qemu.timer backends.registry backends.selection
 channel.connection channel.frames channel.link
 cli.cancel cli.console cli.main cli.run cli.run_options cli.streams cli.usage
 errors
@@ -32,7 +32,7 @@ host.arch host.bounded_stream host.cancel host.clocks host.cores host.forks host
 host.mounts host.paths host.processes host.settings host.threads host.troubles host.variables host.waiting
 housekeeping.start
 images.guestcode images.manifest images.scratch images.store images.verify
-jail.bwrap jail.cgroups jail.libraries jail.seccomp jail.uids
+jail.bwrap jail.cgroups jail.forms jail.libraries jail.seccomp jail.uids
 jobs.admission jobs.launcher jobs.record jobs.unended
 network.account
 plan.confinement plan.controls plan.denials plan.features plan.outcomes plan.rows plan.sizes

@@ -22,6 +22,7 @@ from tests.vm.jail_helpers import (
     Runner,
     account_fixture,  # noqa: F401 - pytest finds it here
     accounts_fixture,  # noqa: F401 - pytest finds it here
+    each_form_fixture,  # noqa: F401 - pytest finds it here
     ended,
     parse,
 )
@@ -78,19 +79,19 @@ def test_every_misbehaviour_has_its_verdict(account: Account, mode: str, reason:
     assert int(str(verdict["grown_kib"])) < 20 * 1024
 
 
-def test_another_numbering_of_system_calls_kills(account: Account) -> None:
+def test_another_numbering_of_system_calls_kills(each_form: Account) -> None:
     """A system call by x86's 32-bit numbers, which the filter's table does not know, kills the VMM."""
     need(host_arch().name == "x86_64", "only x86-64 has a second numbering", installable=False)
-    assert f"ended with status {128 + SIGSYS}" in str(_phase(account, "abi", NEVER_S)["reason"])
+    assert f"ended with status {128 + SIGSYS}" in str(_phase(each_form, "abi", NEVER_S)["reason"])
 
 
-def test_a_memory_hog_is_bounded(account: Account) -> None:
+def test_a_memory_hog_is_bounded(each_form: Account) -> None:
     """A VMM that takes memory without end is stopped by the host's control group or by its address space's limit."""
     available = next(
         int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line
     )
     need(available > 5 << 20, "this machine has less than 5 GiB of free memory", installable=False)
-    with Runner(account, mode="hog", do="talk") as runner:
+    with Runner(each_form, mode="hog", do="talk") as runner:
         runner.say(json.dumps(""))
         message = runner.hear("findings")
         if "memory" in runner.started["holds"]:
@@ -103,11 +104,11 @@ def test_a_memory_hog_is_bounded(account: Account) -> None:
 # --- the deadline ----------------------------------------------------------------------------------------------------
 
 
-def test_the_deadline_needs_no_runner(account: Account) -> None:
+def test_the_deadline_needs_no_runner(each_form: Account) -> None:
     """A machine that ignores every signal is gone at its deadline although its runner is stopped."""
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(Runner(account, mode="stubborn", do="hold", deadline_s=10))
+        runner = stack.enter_context(Runner(each_form, mode="stubborn", do="hold", deadline_s=10))
         runner.say("release")
         pidfds = runner.pidfds(stack)
         runner.process.send_signal(signal.SIGSTOP)
@@ -137,10 +138,10 @@ def test_the_deadline_holds_before_release(account: Account) -> None:
 # --- the runner's death ----------------------------------------------------------------------------------------------
 
 
-def test_the_machine_dies_with_its_runner(account: Account) -> None:
+def test_the_machine_dies_with_its_runner(each_form: Account) -> None:
     """A killed runner takes its machine along, one that ignores every signal too."""
     with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(Runner(account, mode="stubborn", do="hold"))
+        runner = stack.enter_context(Runner(each_form, mode="stubborn", do="hold"))
         runner.say("release")
         pidfds = runner.pidfds(stack)
         assert not ended(pidfds, 0.2)
@@ -149,10 +150,10 @@ def test_the_machine_dies_with_its_runner(account: Account) -> None:
         assert [line for line in runner.left() if line.startswith("process")] == []
 
 
-def test_a_machine_that_was_not_let_go_dies_with_its_runner(account: Account) -> None:
+def test_a_machine_that_was_not_let_go_dies_with_its_runner(each_form: Account) -> None:
     """A runner killed before it has let its machine go leaves nothing that runs."""
     with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(Runner(account, mode="mute", do="hold"))
+        runner = stack.enter_context(Runner(each_form, mode="mute", do="hold"))
         runner.wait_at_the_gate()
         pidfds = [os.pidfd_open(pid) for pid in (runner.supervisor, runner.inner)]
         for fd in pidfds:
@@ -163,15 +164,15 @@ def test_a_machine_that_was_not_let_go_dies_with_its_runner(account: Account) ->
 
 
 @pytest.mark.parametrize("do", ["die", "die-early"])
-def test_no_moment_of_a_runner_s_death_leaves_a_process(account: Account, do: str) -> None:
+def test_no_moment_of_a_runner_s_death_leaves_a_process(each_form: Account, do: str) -> None:
     """A runner killed at any moment of a start, or just after it has let its machine go, leaves no process behind."""
     step_us = 100 if do == "die" else 1500
     for turn in range(24):
-        order = json.dumps({"binary": str(account.hostile("stubborn")), "do": do, "after_us": turn * step_us})
-        argv = [*account.command, sys.executable, "-B", str(account.folder / "jail_driver.py"), order]
-        died = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=account.env, check=False)
+        order = json.dumps({"binary": str(each_form.hostile("stubborn")), "do": do, "after_us": turn * step_us})
+        argv = [*each_form.words, sys.executable, "-B", str(each_form.folder / "jail_driver.py"), order]
+        died = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=each_form.env, check=False)
         assert died.returncode in {-signal.SIGKILL, 128 + signal.SIGKILL}, died.stderr.decode()
-    marks = {json.loads(path.read_bytes())["instance"] for path in account.state.glob("*/owner.json")}
+    marks = {json.loads(path.read_bytes())["instance"] for path in each_form.state.glob("*/owner.json")}
     assert marks
     deadline = time.monotonic() + SLACK_S
     while (alive := [pid for mark in marks for pid in marked(mark)]) and time.monotonic() < deadline:
@@ -179,10 +180,10 @@ def test_no_moment_of_a_runner_s_death_leaves_a_process(account: Account, do: st
     assert alive == []
 
 
-def test_the_machine_dies_with_runner_and_supervisor(account: Account) -> None:
+def test_the_machine_dies_with_runner_and_supervisor(each_form: Account) -> None:
     """Runner and supervisor killed together, at any moment after the record is there, leave no process behind."""
     for turn in range(24):
-        with Runner(account, mode="stubborn", do="hold") as runner:
+        with Runner(each_form, mode="stubborn", do="hold") as runner:
             runner.say("release")
             moment = time.monotonic() + turn * 0.0002
             while time.monotonic() < moment:

@@ -19,14 +19,13 @@ from tests.vm.jail_helpers import (
     Account,
     Look,
     Runner,
-    account_fixture,  # noqa: F401 - pytest finds it here
     accounts_fixture,  # noqa: F401 - pytest finds it here
     all_pids,
     descriptors,
+    each_form_fixture,  # noqa: F401 - pytest finds it here
     parse,
     status,
 )
-from x07_sandbox.backends.qemu.machine import INITRD, KERNEL, ROOT
 from x07_sandbox.host import settings
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jail.bwrap import SETPRIV
@@ -37,7 +36,7 @@ pytestmark = pytest.mark.vm
 
 IPC_CREAT = 0o1000
 IPC_RMID = 0
-OUTER_PROCESSES = ("supervisor", "monitor", "inner")
+URANDOM = "/dev/urandom"  # everybody may write to it
 CAP_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
@@ -50,6 +49,7 @@ class HostThings:
         self.folder.chmod(0o755)
         self.secret = self.folder / "secret"
         self.secret.write_text("secret", encoding="ascii")
+        self.mode = self.secret.stat().st_mode & 0o777
         self.tcp = [self._listen(stack, socket.AF_INET, ("127.0.0.1", 0))]
         port = self.tcp[0].getsockname()[1]
         with contextlib.suppress(OSError):
@@ -67,6 +67,7 @@ class HostThings:
         shm = libc.shmget(self.key, 4096, IPC_CREAT | 0o666)
         assert shm >= 0
         stack.callback(libc.shmctl, shm, IPC_RMID, None)
+        self.shm = shm
         self.queue = f"/x07-{token}"
         mq = libc.mq_open(self.queue.encode(), os.O_CREAT | os.O_RDWR, 0o666, None)
         assert mq >= 0
@@ -95,13 +96,27 @@ class HostThings:
             *map(str, [account.home, account.cache, account.state, *folders, folders[0] / "owner.json", self.secret]),
             *map(str, [find_image(None).folder, account.folder / "jail_driver.py", account.hostile("mute")]),
         ]
-        pids = [self.process.pid, os.getpid(), other.process.pid, other.supervisor, other.monitor, other.inner]
-        pids += [other.vmm(), mine.supervisor, mine.monitor]
+        pids = [self.process.pid, os.getpid(), other.process.pid, *other.processes().values()]
+        pids += [getattr(mine, name) for name in account.outer if name != "inner"]
+        # The program's own user may change these: no permission of theirs keeps it out.
+        for path in (self.folder, self.secret):
+            os.chown(path, account.uid, account.uid)
+        files = [str(self.secret), *sorted(own_files(account, mine) - {URANDOM}), "/usr/bin/env", "/dev/null"]
+        places = [str(self.folder), str(account.home), "/tmp", "/dev/shm", "/proc/self", "/"]  # noqa: S108 - host's own
         lines = [f"read {path}" for path in paths] + [f"pid {pid}" for pid in pids]
+        lines += [f"own {path}" for path in own_files(account, mine)]
+        lines += [f"file {path}" for path in files] + [f"folder {path}" for path in places]
         lines += [f"tcp {self.tcp[0].getsockname()[1]}", f"udp {self.udp.getsockname()[1]}"]
         lines += [f"abstract {self.abstract.getsockname()[1:].decode()}", f"unix {self.path.getsockname()}"]
-        lines += [f"shm {self.key}", f"mq {self.queue}"]
+        lines += [f"shm {self.key}", f"shm-id {self.shm}", f"mq {self.queue}"]
         return "".join(f"{line}\n" for line in lines), paths
+
+    def touched(self) -> list[str]:
+        """What of the folder and the file of theirs is not as it was."""
+        found = [name for name in os.listdir(self.folder) if name not in {"secret", "socket"}]  # noqa: PTH208 - names
+        info = self.secret.stat()
+        whole = self.secret.read_text(encoding="ascii") == "secret" and info.st_mode & 0o777 == self.mode
+        return found + ([] if whole and info.st_mtime > 1 else ["secret"])
 
     def reached(self) -> list[str]:
         """Which of them somebody has reached."""
@@ -118,9 +133,15 @@ class HostThings:
         return found
 
 
+def own_files(account: Account, mine: Runner) -> set[str]:
+    """What the jail holds for the program."""
+    return {str(account.hostile("look")), *mine.image_files(), URANDOM}
+
+
 @pytest.fixture(scope="session")
-def look(account: Account) -> Look:
+def look(each_form: Account) -> Look:
     """One hostile program beside another job; both are gone when the tests look at what was found."""
+    account = each_form
     with contextlib.ExitStack() as stack:
         host = HostThings(stack)
         image = find_image(None) if not account.command else None
@@ -136,10 +157,7 @@ def look(account: Account) -> Look:
         findings = parse(message["text"])
         assert findings, message
         assert findings[-1].probe == "end", (findings[-1], message["status"], message["console"])
-        pids = [
-            {name: getattr(runner, name) for name in OUTER_PROCESSES} | {"vmm": runner.vmm()}
-            for runner in (mine, other)
-        ]
+        pids = [runner.processes() for runner in (mine, other)]
         seen = Look(
             account=account,
             findings=findings,
@@ -147,7 +165,9 @@ def look(account: Account) -> Look:
             statuses=[{name: status(pid) for name, pid in jail.items()} for jail in pids],
             links=[{name: descriptors(pid) for name, pid in jail.items()} for jail in pids],
             paths=paths,
+            own=own_files(account, mine),
             image=(before, (folder / "root.erofs").stat()),
+            touched=host.touched(),
             reached=host.reached() + ([] if other.process.poll() is None else ["the other job's runner"]),
         )
         for runner in (mine, other):
@@ -164,12 +184,18 @@ def test_no_file_of_the_host_can_be_opened(look: Look) -> None:
     """Nothing of the host's can be opened from inside the jail: no system file, home, /proc, /sys, record or cache."""
     tried = look.of("read")
     assert {finding.arg for finding in tried} == set(look.paths)
-    assert [finding for finding in tried if finding.err != errno.ENOENT] == []
+    # Where the host's files are not there, or may not be opened.
+    refused = {errno.ENOENT} if look.account.namespaces else {errno.ENOENT, errno.EACCES}
+    assert [finding for finding in tried if finding.err not in refused] == []
 
 
 def test_the_jail_holds_only_what_the_vmm_needs(look: Look) -> None:
-    """The jail's root holds the VMM, its libraries, the image's files and /dev/urandom, and nothing else."""
-    files = {str(look.account.hostile("look")), KERNEL, INITRD, ROOT, "/dev/urandom"}
+    """The jail holds the VMM, its libraries, the image's files and /dev/urandom; without a root nothing is listed."""
+    assert [finding for finding in look.of("own") if finding.err] == []
+    if not look.account.namespaces:
+        assert [(finding.arg, finding.err) for finding in look.of("list")] == [("/", errno.EACCES)]
+        return
+    files = look.own.copy()
     if look.account.form == "root":
         files |= {str(Path(path)) for path in needed_files(SETPRIV)}
     assert {finding.arg for finding in look.of("file")} == files
@@ -181,12 +207,16 @@ def test_nothing_can_be_written_or_made(look: Look) -> None:
     """No file in the jail can be written, removed or given other rights, and none can be made anywhere in it."""
     probes = ("write-file", "chmod-path", "unlink", "chmod-fd", "times-fd", "create", "make-folder", "make-device")
     assert look.worked(*probes, "make-fifo", "make-link", "temporary", "chmod-folder") == []
+    assert look.touched == []
 
 
 def test_the_image_stays_as_it_is(look: Look) -> None:
-    """The VMM has no descriptor of the image, whose bytes, mode and times it can change by no means."""
+    """The VMM can change the image's bytes, mode and times by no means, and has no descriptor of it, or one to read."""
     inode = look.started["root_inode"]
-    assert [finding for finding in look.of("descriptor") if finding.value == inode] == []
+    held = [finding.arg.split()[1:] for finding in look.of("descriptor") if finding.value == inode]
+    assert held == ([] if look.account.namespaces else [["regular", "read"]])
+    if held:
+        assert look.worked("chmod-given", "times-given", "write-given", "cut-given") == []
     before, after = look.image
     assert before.st_ino == inode
     assert (after.st_mode, after.st_mtime_ns, after.st_ctime_ns, after.st_size) == (
@@ -198,9 +228,10 @@ def test_the_image_stays_as_it_is(look: Look) -> None:
 
 
 def test_exactly_the_given_descriptors_are_open(look: Look) -> None:
-    """The VMM has two null streams, its error stream, channel, network port, QMP, console and scratch disk, no more."""
+    """The VMM has two null streams, its errors, channel, network port, QMP, console, disk; without a root its files."""
     kinds = sorted(finding.arg.split(maxsplit=1)[1] for finding in look.of("descriptor"))
-    assert kinds == ["device write"] * 2 + ["regular write"] + ["socket write"] * 5
+    files = [] if look.account.namespaces else ["regular read"] * 3
+    assert kinds == ["device write"] * 2 + files + ["regular write"] + ["socket write"] * 5
 
 
 def test_the_scratch_disk_has_its_size(look: Look) -> None:
@@ -220,14 +251,14 @@ def test_no_other_process_is_seen_or_signalled(look: Look) -> None:
     """The VMM sees no process but the jail's own first one, and signals none of the host's or of another job's."""
     assert [finding.value for finding in look.findings if finding.probe == "sees-process"] == []
     assert [finding.err for finding in look.of("kill-all")] == [errno.ESRCH]
-    assert look.worked("signal", "ptrace", "pidfd") == []
+    assert look.worked("signal", "ptrace", "pidfd", "reach-process") == []
     assert "the process was ended" not in look.reached
     assert "the other job's runner" not in look.reached
-    assert all(name in jail for jail in look.statuses for name in (*OUTER_PROCESSES, "vmm"))
+    assert all(name in jail for jail in look.statuses for name in (*look.account.outer, "vmm"))
 
 
 def test_the_first_process_of_the_jail_cannot_be_taken_over(look: Look) -> None:
-    """The VMM cannot trace, read or take descriptors from bubblewrap's process beside it, which no filter holds."""
+    """The VMM cannot trace, read or take descriptors from the first process that it sees, which no filter holds."""
     assert look.worked("ptrace-init", "ptrace-me", "read-init", "descriptor-of-init") == []
 
 
@@ -235,6 +266,12 @@ def test_no_process_can_be_started(look: Look) -> None:
     """The VMM can start threads only, so no child can outlive it or have its bounds a second time."""
     assert len(look.of("fork")) >= 4
     assert look.worked("fork", "execute") == []
+
+
+def test_the_vmm_cannot_outlive_its_supervisor(look: Look) -> None:
+    """Without a pid namespace the VMM cannot give up the signal that ends it with its supervisor."""
+    kept = look.worked("outlive") == []
+    assert kept or look.account.namespaces  # there the namespace ends it
 
 
 # --- sockets and IPC -------------------------------------------------------------------------------------------------
@@ -309,8 +346,10 @@ def test_the_shared_image_file_carries_no_words_between_jobs(look: Look) -> None
 def test_capabilities_and_uids_from_outside(look: Look) -> None:
     """Seen from the host the VMM has no capability in any set, no-new-privileges, and a uid of its own, never 0."""
     vmms = [jail["vmm"] for jail in look.statuses]
+    # An ordinary user may not empty the bounding set; without new privileges nothing comes of what is in it.
+    sets = CAP_SETS if look.account.namespaces or look.account.form == "root" else CAP_SETS[:3]
     for vmm in vmms:
-        assert {vmm[name] for name in CAP_SETS} == {"0" * 16}
+        assert {vmm[name] for name in sets} == {"0" * 16}
         assert vmm["NoNewPrivs"] == "1"
         assert vmm["Seccomp"] == "2"
         assert len(set(vmm["Uid"].split())) == 1
@@ -318,7 +357,7 @@ def test_capabilities_and_uids_from_outside(look: Look) -> None:
     uids = [int(vmm["Uid"].split()[0]) for vmm in vmms]
     if look.account.form == "user":
         assert set(uids) == {look.account.uid}  # a user has no other; what parts two jobs is the namespaces
-        assert {finding.value for finding in look.of("uid")} == {64000}
+        assert {finding.value for finding in look.of("uid")} == {64000 if look.account.namespaces else look.account.uid}
         return
     first = free_range()
     assert all(first <= uid < first + COUNT for uid in uids)
@@ -337,7 +376,7 @@ def test_the_outer_processes_hold_nothing(look: Look) -> None:
     given = {finding.arg.split()[0]: finding.value for finding in look.of("descriptor") if "socket" in finding.arg}
     errors = f"socket:[{given['2']}]"
     for jail, links in zip(look.statuses, look.links, strict=True):
-        for name in OUTER_PROCESSES:
+        for name in look.account.outer:
             assert {jail[name]["CapEff"], jail[name]["CapPrm"]} == {"0" * 16}
             assert jail[name]["NoNewPrivs"] == "1"
             held = {what for fd, what in links[name].items() if fd > 2}
@@ -346,15 +385,17 @@ def test_the_outer_processes_hold_nothing(look: Look) -> None:
             assert {os.path.dirname(path) for path in files} <= {"/run/x07-sandbox/uids"}, held  # noqa: PTH120
     mine = look.links[0]
     assert [what for what in mine["vmm"].values() if what == errors] == [errors]
-    assert {what for name in OUTER_PROCESSES for what in mine[name].values() if what.startswith("socket:")} <= {errors}
+    assert {what for name in look.account.outer for what in mine[name].values() if what.startswith("socket:")} <= {
+        errors
+    }
 
 
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_name_of_the_host_is_not_known(look: Look) -> None:
-    """The VMM sees a name that every jail has, not the host's."""
-    assert [finding.arg for finding in look.of("nodename")] == ["x07"]
+    """The VMM sees a name that every jail has, or none, not the host's."""
+    assert [finding.arg for finding in look.of("nodename")] == ["x07" if look.account.namespaces else ""]
 
 
 def test_limits_hold_and_cannot_be_raised(look: Look) -> None:
@@ -363,7 +404,10 @@ def test_limits_hold_and_cannot_be_raised(look: Look) -> None:
     assert limits[1] == settings.SCRATCH_BYTES  # RLIMIT_FSIZE
     assert limits[2] == limits[9]  # RLIMIT_DATA
     assert limits[4] == 0  # RLIMIT_CORE
-    assert limits[6] == 96  # RLIMIT_NPROC
+    if look.account.namespaces or look.account.form == "root":
+        assert limits[6] == 96  # RLIMIT_NPROC
+    else:
+        assert limits[6] >= 96  # and what the user has besides, which is counted too
     assert limits[7] == 64  # RLIMIT_NOFILE
     assert limits[9] == (512 * settings.MIB) + 3 * settings.GIB  # RLIMIT_AS
     # What is counted for all of a user's processes together.
@@ -389,5 +433,5 @@ def test_memory_is_bounded(look: Look) -> None:
 def test_the_result_tells_which_groups_hold(look: Look) -> None:
     """The result's word on the jail names the form, and says truthfully whether control groups of the host hold it."""
     jail, holds = look.started["jail"], look.started["holds"]
-    assert jail.startswith(f"namespaces, {look.account.form}; ")
+    assert jail.startswith(look.account.jail)
     assert jail.endswith(f"hold {' and '.join(holds)}" if holds else "no host control groups")

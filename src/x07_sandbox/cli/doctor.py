@@ -91,7 +91,7 @@ def _examined() -> DoctorReport:
     if platform.system == "linux" and os.uname().machine in ARCHES:
         name = select(platform, Asked()).backend
         machine = _image_and_machine(name)
-        findings += [*_tools(name), _image_tools(), _groups(), *machine]
+        findings += [*_tools(name), _image_tools(), _groups(), *_jail(name), *machine]
         if (proof := proof_among(machine)) is not None:
             proofs[name] = proof
         proofs |= {row.name: _weaker(row.name) for row in BY_NAME.values() if row.built and row.weaker}
@@ -217,6 +217,24 @@ def _groups() -> Finding:
         limits = "are used if delegated to you" if version == "2" else "are for root only: none around the machine"
     text = f"version {version}, {limits}; rlimits and the guest's own limits hold everywhere"
     return Finding(subject="control groups", good=None, text=text)
+
+
+def _jail(name: str) -> list[Finding]:
+    """Which form of the jail this host allows around QEMU."""
+    from x07_sandbox.jail.bwrap import BWRAP
+    from x07_sandbox.jail.forms import flags, jail_form
+
+    if name != "qemu" or not os.access(BWRAP, os.X_OK):
+        return []
+    try:
+        form = jail_form()
+    except SandboxError as exc:
+        return [_bad("jail", exc)]
+    if form.namespaces:
+        return [Finding(subject="jail", good=True, text="namespaces, seccomp and a root of its own")]
+    text = f"without namespaces, by Landlock {form.landlock} and seccomp: {form.why}"
+    text += "; X07_VM_REQUIRE_NAMESPACES=1 refuses it"
+    return [Finding(subject="jail", good=None, text=text, fix=f"For the jail with namespaces allow them: {flags()}")]
 
 
 def _image_and_machine(name: str) -> list[Finding]:

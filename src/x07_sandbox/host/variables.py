@@ -91,9 +91,9 @@ VARIABLES: Final[dict[str, Variable]] = {
         Variable(
             "X07_VM_REQUIRE_NAMESPACES",
             "flag",
-            "Refuse a jail that stands without namespaces.",
+            "Refuse a jail around QEMU that stands without namespaces.",
             "0",
-            effect="with the jail's second form; today's jail always has namespaces",
+            effect="with the qemu backend, where the host forbids namespaces",
         ),
         Variable(
             "X07_VM_MAX_RUNNING",

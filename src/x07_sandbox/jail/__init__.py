@@ -1,1 +1,1 @@
-"""One way to confine a host process."""
+"""Ways to confine a host process."""

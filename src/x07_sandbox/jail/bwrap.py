@@ -26,6 +26,7 @@ PERL: Final = "/usr/bin/perl"
 INNER_UID: Final = 64000  # in the user form: the uid that the process sees itself under
 
 SUPERVISOR: Final = str(Path(__file__).with_name("data") / "supervisor.pl")
+_PROBE_S: Final = 10
 _EMPTY_IN_PROC: Final = b"/proc/sys/fs/binfmt_misc"  # an empty folder, which hides nothing
 _CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_range", "unshare", "mount")
 
@@ -36,6 +37,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     files: host paths that appear inside under the same path, read-only.
     fd_files: (descriptor, path inside), read-only: the opened file itself, whatever its path says by then.
     fd_writable: the same for files that may be written; only a machine that is made to be saved has any.
+    fds: other descriptors that it is given. limits: (soft, hard) by RLIMIT's number, where it sets its own.
     devices: device nodes of the host, under the same path.
     uid: host uid for the root form; None for the user form.
     mark: random text that proves, in the arguments, that our launcher started this.
@@ -59,6 +61,8 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     nest: bool
     lock_fd: int | None = None
     fd_writable: tuple[tuple[int, str], ...] = ()
+    fds: tuple[int, ...] = ()
+    limits: dict[int, tuple[int, int]] = {}
 
 
 def may_nest() -> bool:
@@ -73,7 +77,7 @@ def may_nest() -> bool:
 
 def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     """The whole command line: supervisor, bubblewrap, where root setpriv, then *command*."""
-    argv = [BWRAP, *_namespaces(jail)]
+    argv = [BWRAP, *_namespaces(jail.uid)]
     argv += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "X07_INSTANCE", jail.mark]
     argv += ["--setenv", "MALLOC_ARENA_MAX", "1"]  # mallopt(3): a heap for each of QEMU's threads is 0.3 MB more
     opened = [path for _, path in (*jail.fd_files, *jail.fd_writable)]
@@ -100,6 +104,14 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     )
 
 
+def probe_argv(files: tuple[str, ...], runner_pid: int, syscalls: dict[str, int], *, nest: bool) -> list[str]:
+    """A command line that says "ok" where a jail with namespaces can be made. files: printf(1) and all it needs."""
+    argv = [BWRAP, *_namespaces(0 if os.geteuid() == 0 else None), "--die-with-parent", "--new-session"]
+    argv += [word for path in files for word in ("--ro-bind", path, path)]
+    command = [*argv, "--remount-ro", "/", "--", files[0], "ok"]
+    return supervisor_argv(command, deadline_s=_PROBE_S, runner_pid=runner_pid, syscalls=syscalls, nest=nest)
+
+
 def supervisor_argv(  # noqa: PLR0913 - the supervisor's own arguments
     command: list[str],
     *,
@@ -118,10 +130,10 @@ def supervisor_argv(  # noqa: PLR0913 - the supervisor's own arguments
     return [*_as_user(uid), PERL, *script, *map(str, numbers), *command]
 
 
-def _namespaces(jail: Jail) -> list[str]:
-    if jail.uid is None:
-        uid = str(INNER_UID)
-        return ["--unshare-all", "--hostname", "x07", "--uid", uid, "--gid", uid, "--cap-drop", "ALL"]
+def _namespaces(uid: int | None) -> list[str]:
+    if uid is None:
+        inner = str(INNER_UID)
+        return ["--unshare-all", "--hostname", "x07", "--uid", inner, "--gid", inner, "--cap-drop", "ALL"]
     kept = [word for cap in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP") for word in ("--cap-add", cap)]
     unshared = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
     return [*unshared, "--hostname", "x07", "--cap-drop", "ALL", *kept]

@@ -26,11 +26,22 @@ import stat
 import struct
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal
 
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.settings import GIB, MIB
-from x07_sandbox.jail.seccomp import ALLOW, ERRNO, JEQ, LOAD, RETURN, line, prologue
+from x07_sandbox.jail.seccomp import (
+    ALL_BITS,
+    CLONE_NEW,
+    CLONE_THREAD,
+    ERRNO,
+    JEQ,
+    RETURN,
+    Check,
+    Rules,
+    allowing,
+    line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,29 +77,9 @@ RESOLVER_ONLY: Final = (
 BOTH_OLD: Final = ("epoll_wait", "poll", "select")
 RESOLVER_OLD: Final = ("stat", "lstat", "access", "readlink")
 
-_AND: Final = 0x54
-_ARGUMENTS: Final = 16  # where they are in struct seccomp_data; 8 bytes each, the low half first
-_ALL_BITS: Final = 0xFFFFFFFF
-
-
-class Check(NamedTuple):
-    """A condition on one half of an argument: that its bits in *mask* are one of *values*.
-
-    word: the half's number, twice that of the argument, and one more for the upper half. The kernel takes most of these
-    arguments as 32 bits, so that nothing hides in the upper half.
-    """
-
-    word: int
-    values: tuple[int, ...]
-    mask: int = _ALL_BITS
-
-
-# By the name of a call, conditions of which one has to hold, each of several checks that have to hold together.
-Rules = dict[str, tuple[tuple[Check, ...], ...]]
-
 _ARG0, _ARG1, _ARG2 = 0, 2, 4
 _ARG3, _ARG4 = 6, 8
-_TYPE: Final = ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) & _ALL_BITS
+_TYPE: Final = ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) & ALL_BITS
 _INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
 # No other protocol, such as ICMP, MPTCP or SCTP: each is a further part of the kernel.
 _INTERNET_SOCKET: Final = (
@@ -119,8 +110,6 @@ _SIOCGIFINDEX: Final = 0x8933  # the number of a network interface: a name serve
 _AT_EMPTY_PATH: Final = 0x1000
 _PROT_WRITE, _PROT_EXEC = 2, 4
 _PR_SET_NAME, _PR_GET_NAME, _PR_GET_NO_NEW_PRIVS = 15, 16, 39
-_CLONE_THREAD: Final = 0x00010000
-_CLONE_NEW: Final = 0x7E020000
 _FCNTL: Final = (fcntl.F_DUPFD, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_DUPFD_CLOEXEC)
 # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC and the bit of O_TMPFILE that is its own: the same on all our architectures.
 _WRITING: Final = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | 0x400000
@@ -159,13 +148,13 @@ RESOLVER_RULES: Final[Rules] = {
     "mmap": ((Check(_ARG2, (0, _PROT_WRITE, _PROT_EXEC), _PROT_WRITE | _PROT_EXEC),),),
     "open": ((Check(_ARG1, (0,), _WRITING),),),
     "openat": ((Check(_ARG2, (0,), _WRITING),),),
-    "clone": ((Check(_ARG0, (_CLONE_THREAD,), _CLONE_THREAD | _CLONE_NEW),),),
+    "clone": ((Check(_ARG0, (CLONE_THREAD,), CLONE_THREAD | CLONE_NEW),),),
 }
 
 
 def gate_filter(arch: Arch) -> bytes:
     """The gate's seccomp filter, an array of struct sock_filter."""
-    return _program(arch, (*BOTH, *BOTH_OLD), GATE_RULES)
+    return allowing(arch, (*BOTH, *BOTH_OLD), GATE_RULES)
 
 
 def resolver_filter(arch: Arch) -> bytes:
@@ -173,34 +162,7 @@ def resolver_filter(arch: Arch) -> bytes:
     # The flags of clone3 are in memory, where no filter can see them; the C library falls back on clone.
     missing = [line(JEQ, arch.syscalls["clone3"], 0, 1), line(RETURN, ERRNO | errno.ENOSYS)]
     names = (*BOTH, *RESOLVER_ONLY, *BOTH_OLD, *RESOLVER_OLD)
-    return _program(arch, names, RESOLVER_RULES, missing)
-
-
-def _program(arch: Arch, names: tuple[str, ...], rules: Rules, first: list[bytes] | None = None) -> bytes:
-    """Allow the calls of *names*, and those of *rules* under their conditions; EPERM for every other."""
-    numbers = arch.syscalls
-    lines = [*prologue(arch), *(first or [])]
-    for name in names:
-        if name in numbers:
-            lines += [line(JEQ, numbers[name], 0, 1), line(RETURN, ALLOW)]
-    for name, conditions in rules.items():
-        if name in numbers:
-            body = [instruction for checks in conditions for instruction in _condition(checks)]
-            body.append(line(RETURN, ERRNO | errno.EPERM))
-            lines += [line(JEQ, numbers[name], 0, len(body)), *body]
-    return b"".join([*lines, line(RETURN, ERRNO | errno.EPERM)])
-
-
-def _condition(checks: tuple[Check, ...]) -> list[bytes]:
-    """Allow the call if all checks hold, else go on behind these lines."""
-    lines = [line(RETURN, ALLOW)]
-    for check in reversed(checks):
-        last = len(check.values) - 1
-        compare = [line(JEQ, value, last - at, 0) for at, value in enumerate(check.values[:-1])]
-        compare.append(line(JEQ, check.values[-1], 0, len(lines)))
-        masked = [] if check.mask == _ALL_BITS else [line(_AND, check.mask)]
-        lines = [line(LOAD, _ARGUMENTS + 4 * check.word), *masked, *compare, *lines]
-    return lines
+    return allowing(arch, names, RESOLVER_RULES, missing)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

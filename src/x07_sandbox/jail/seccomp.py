@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from x07_sandbox.host.arch import Arch
@@ -37,8 +37,8 @@ DENIED: Final = (
     # what all jobs share: the host's pool of asynchronous I/O, and locks and notices on one file
     *("io_setup", "flock", "inotify_init", "inotify_init1", "fanotify_init"),
 )
-_CLONE_THREAD: Final = 0x00010000
-_CLONE_NEW: Final = 0x7E020000  # every CLONE_NEW* flag of clone(2); NEWTIME exists in clone3 only
+CLONE_THREAD: Final = 0x00010000
+CLONE_NEW: Final = 0x7E020000  # every CLONE_NEW* flag of clone(2); NEWTIME exists in clone3 only
 _AF_UNIX: Final = 1
 # fcntl's commands from here on are locks (5 to 7, 36 to 38), leases (1024), notices (1026), hints (1036) and the like.
 # QEMU needs, as strace shows for booting, saving and cloning, only those below and F_DUPFD_CLOEXEC.
@@ -52,6 +52,25 @@ LOAD, JEQ, _JGE, _JSET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW: Final = 0x7FFF0000
 _KILL: Final = 0x80000000
 ERRNO: Final = 0x00050000
+_AND: Final = 0x54
+_ARGUMENTS: Final = 16  # where they are in struct seccomp_data; 8 bytes each, the low half first
+ALL_BITS: Final = 0xFFFFFFFF
+
+
+class Check(NamedTuple):
+    """A condition on one half of an argument: that its bits in *mask* are one of *values*.
+
+    word: the half's number, twice that of the argument, and one more for the upper half. The kernel takes most of these
+    arguments as 32 bits, so that nothing hides in the upper half.
+    """
+
+    word: int
+    values: tuple[int, ...]
+    mask: int = ALL_BITS
+
+
+# By the name of a call, conditions of which one has to hold, each of several checks that have to hold together.
+Rules = dict[str, tuple[tuple[Check, ...], ...]]
 
 
 def vmm_filter(arch: Arch) -> bytes:
@@ -63,8 +82,8 @@ def vmm_filter(arch: Arch) -> bytes:
             lines += [line(JEQ, nr[name], 0, 1), line(RETURN, ERRNO | errno.EPERM)]
     # Its flags lie in memory, where no filter can see them; the C library falls back on clone.
     lines += [line(JEQ, nr["clone3"], 0, 1), line(RETURN, ERRNO | errno.ENOSYS)]
-    lines += [line(JEQ, nr["clone"], 0, 5), line(LOAD, _ARG0), line(_JSET, _CLONE_NEW, 1, 0)]
-    lines += [line(_JSET, _CLONE_THREAD, 1, 0), line(RETURN, ERRNO | errno.EPERM), line(RETURN, ALLOW)]
+    lines += [line(JEQ, nr["clone"], 0, 5), line(LOAD, _ARG0), line(_JSET, CLONE_NEW, 1, 0)]
+    lines += [line(_JSET, CLONE_THREAD, 1, 0), line(RETURN, ERRNO | errno.EPERM), line(RETURN, ALLOW)]
     # The kernel takes a command of 32 bits too, so nothing hides in the upper half.
     lines += [line(JEQ, nr["fcntl"], 0, 5), line(LOAD, _ARG1), line(_JGE, _F_GETLK, 0, 2)]
     lines += [line(JEQ, _F_DUPFD_CLOEXEC, 1, 0), line(RETURN, ERRNO | errno.EPERM), line(RETURN, ALLOW)]
@@ -82,3 +101,30 @@ def prologue(arch: Arch) -> list[bytes]:
 def line(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     """One instruction: struct sock_filter."""
     return struct.pack("=HBBI", code, if_true, if_false, value)
+
+
+def allowing(arch: Arch, names: tuple[str, ...], rules: Rules, first: list[bytes] | None = None) -> bytes:
+    """Allow the calls of *names*, and those of *rules* under their conditions; EPERM for every other."""
+    numbers = arch.syscalls
+    lines = [*prologue(arch), *(first or [])]
+    for name in names:
+        if name in numbers:
+            lines += [line(JEQ, numbers[name], 0, 1), line(RETURN, ALLOW)]
+    for name, conditions in rules.items():
+        if name in numbers:
+            body = [instruction for checks in conditions for instruction in _condition(checks)]
+            body.append(line(RETURN, ERRNO | errno.EPERM))
+            lines += [line(JEQ, numbers[name], 0, len(body)), *body]
+    return b"".join([*lines, line(RETURN, ERRNO | errno.EPERM)])
+
+
+def _condition(checks: tuple[Check, ...]) -> list[bytes]:
+    """Allow the call if all checks hold, else go on behind these lines."""
+    lines = [line(RETURN, ALLOW)]
+    for check in reversed(checks):
+        last = len(check.values) - 1
+        compare = [line(JEQ, value, last - at, 0) for at, value in enumerate(check.values[:-1])]
+        compare.append(line(JEQ, check.values[-1], 0, len(lines)))
+        masked = [] if check.mask == ALL_BITS else [line(_AND, check.mask)]
+        lines = [line(LOAD, _ARGUMENTS + 4 * check.word), *masked, *compare, *lines]
+    return lines

@@ -10,9 +10,10 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Availability, NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet
+from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
-from x07_sandbox.backends.qemu.start import Accelerator, NotStartedError, QemuJob, check_tools, start_qemu
+from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, check_tools, start_qemu
 from x07_sandbox.backends.qemu.template import (
     ensure_template,
     lack_of_space,
@@ -25,6 +26,8 @@ from x07_sandbox.backends.qemu.timer import MISCALIBRATED, MISCALIBRATED_FIX, bo
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.troubles import host_error
+from x07_sandbox.host.variables import flag
+from x07_sandbox.jail.forms import jail_form
 from x07_sandbox.jobs.record import create_record, drop_unstarted
 from x07_sandbox.plan.features import Isolation, vm_features
 
@@ -64,6 +67,8 @@ class QemuBackend:
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
         """Hardware virtualisation if our agent has answered under it, else emulation."""
         check_tools(host_arch())  # first: what is known of KVM, and each saved machine, is kept by the file of QEMU
+        if flag("X07_VM_REQUIRE_NAMESPACES"):
+            jail_form()  # refuses before anything is made
         assert image is not None or not boot  # noqa: S101 - the backend says that it uses one
         verdict = known_verdict() if image is None or not boot else kvm_verdict(image)
         if verdict is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.backends.jailed import Jailed
 from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
@@ -16,10 +16,11 @@ from x07_sandbox.host.waiting import readable
 from x07_sandbox.jobs.record import renamed_record, renewed_record
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from x07_sandbox.backends.base import Greeting, Lease, StartMode
     from x07_sandbox.backends.jailed import Start
+    from x07_sandbox.backends.qemu.machine import Paths
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.jail.cgroups import HostGroups
     from x07_sandbox.jobs.record import Claim, JobRecord
@@ -29,19 +30,22 @@ _GONE_S: Final = 10.0
 
 
 class Gate:
-    """Where a jail waits to be let go, for its filter of system calls: see `Jail.filter_fd`. Owns the descriptor."""
+    """Where a jail waits to be let go, for its filter of system calls: see `Jail.filter_fd`. Owns the descriptor.
 
-    def __init__(self, owned_fd: int, filter_bytes: bytes) -> None:
+    message: what is written there, by the number of the jail's first process.
+    """
+
+    def __init__(self, owned_fd: int, message: Callable[[int], bytes]) -> None:
         self.opened = False
         self._fd: int | None = forks.keep(owned_fd)  # in a forked child it would hold the gate shut
-        self._filter = filter_bytes
+        self._message = message
 
-    def open(self) -> None:
-        """Let it go. A second call does nothing."""
+    def open(self, pid: int) -> None:
+        """Let it go, whose first process is *pid*. A second call does nothing."""
         if self._fd is not None:
             self.opened = True
             with contextlib.suppress(BrokenPipeError):  # it has ended: its descriptors tell
-                os.write(self._fd, self._filter)  # less than a pipe takes at once (pipe(7)): whole or not at all
+                os.write(self._fd, self._message(pid))  # less than a pipe takes at once (pipe(7)): whole or not at all
         self.close()
 
     def close(self) -> None:
@@ -49,6 +53,15 @@ class Gate:
         if self._fd is not None:
             forks.close(self._fd)
             self._fd = None
+
+
+class Held(NamedTuple):
+    """What its starter has of a QEMU. ends: of its streams, lent. paths: where it opens its files."""
+
+    groups: HostGroups
+    gate: Gate
+    ends: dict[str, int]
+    paths: Paths
 
 
 class Streams:
@@ -90,29 +103,22 @@ class Streams:
 class QemuInstance(Streams, Jailed):
     """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
 
-    def __init__(
-        self,
-        start: Start,
-        groups: HostGroups,
-        gate: Gate,
-        ends: dict[str, int],
-        child: subprocess.Popen[bytes],
-        inner: Identity,
-    ) -> None:
-        Streams.__init__(self, ends, start.start_mode)
+    def __init__(self, start: Start, held: Held, child: subprocess.Popen[bytes], inner: Identity) -> None:
+        Streams.__init__(self, held.ends, start.start_mode)
         Jailed.__init__(self, child, inner, start.record, start.remove, start.cgroups)
         self.jail = start.jail
-        self.groups = groups
-        self.ends = ends
-        self._gate = gate
+        self.groups = held.groups
+        self.ends = held.ends
+        self.paths = held.paths
+        self._gate = held.gate
 
     def release(self) -> None:
         """Let the machine run: its record is written. A second call does nothing."""
         if self._gate.opened or self.child.poll() is not None:
             return  # its deadline came first, and nothing would end what is let go now
         if self.start_mode == "clone":
-            self.tell(qmp_resume())
-        self._gate.open()
+            self.tell(qmp_resume(self.paths.state))
+        self._gate.open(self.inner.pid)
 
     def adopt(self, claim: Claim, runner: Identity) -> None:
         """Make a machine that waited the job of *claim*, which *runner* carries out. Raises HostError, BackendError."""

@@ -38,6 +38,16 @@ class Origin(enum.Enum):
     CLONE = "clone"  # it goes on from such a file, copy-on-write
 
 
+class Paths(msgspec.Struct, frozen=True, kw_only=True):
+    """Where QEMU finds its files: below the jail's own root, or as descriptors in a jail without one."""
+
+    kernel: str = KERNEL
+    initrd: str = INITRD
+    root: str = ROOT
+    ram: str = RAM
+    state: str = STATE
+
+
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """One machine: sizes, how the processor is provided, and the descriptors that QEMU inherits.
 
@@ -58,6 +68,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     mark: str
     origin: Origin = Origin.COLD
     any_timer: bool = False
+    paths: Paths = Paths()
 
 
 def kernel_command_line(machine: Machine) -> str:
@@ -87,14 +98,15 @@ def qemu_argv(machine: Machine) -> list[str]:
     argv = [machine.arch.qemu_binary, "-name", f"x07-{machine.mark}", "-nodefaults", "-no-user-config"]
     argv += ["-display", "none", "-no-reboot"]
     argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
-    argv += ["-object", _memory(machine.origin, megabytes), "-M", _machine_type(machine)]
+    argv += ["-object", _memory(machine, megabytes), "-M", _machine_type(machine)]
     cpu = machine.arch.emulated_cpu if machine.kvm_fd is None else "host"
     argv += ["-m", f"{megabytes}M", "-smp", "1", "-cpu", cpu, "-accel", accel]
     if machine.origin is Origin.CLONE:
         argv += ["-incoming", "defer"]
     else:
-        argv += ["-kernel", KERNEL, "-initrd", INITRD, "-append", kernel_command_line(machine)]
-    argv += _disk(ROOT, "root", ROOT_SERIAL, read_only=True)
+        argv += ["-kernel", machine.paths.kernel, "-initrd", machine.paths.initrd]
+        argv += ["-append", kernel_command_line(machine)]
+    argv += _disk(machine.paths.root, "root", ROOT_SERIAL, read_only=True)
     argv += ["-add-fd", f"set=2,fd={machine.scratch_fd}"]
     argv += _disk("/dev/fdset/2", "scratch", SCRATCH_SERIAL, read_only=False)
     if machine.kvm_fd is not None:
@@ -109,22 +121,23 @@ def qemu_argv(machine: Machine) -> list[str]:
     return [*argv, "-chardev", f"socket,id=qmp,fd={machine.qmp_fd}", "-mon", "chardev=qmp,mode=control"]
 
 
-def _memory(origin: Origin, megabytes: int) -> str:
-    if origin is Origin.COLD:
+def _memory(machine: Machine, megabytes: int) -> str:
+    if machine.origin is Origin.COLD:
         return f"memory-backend-ram,id=ram0,size={megabytes}M"
     # share=on in a clone would ruin the saved machine for all (measured); readonly=on makes that impossible.
-    sharing = "share=on" if origin is Origin.SAVING else "share=off,readonly=on,rom=off"
-    return f"memory-backend-file,id=ram0,size={megabytes}M,mem-path={RAM},{sharing}"
+    sharing = "share=on" if machine.origin is Origin.SAVING else "share=off,readonly=on,rom=off"
+    return f"memory-backend-file,id=ram0,size={megabytes}M,mem-path={machine.paths.ram},{sharing}"
 
 
-def qmp_save() -> bytes:
-    """Commands that save the device state to STATE. Not after `stop`: clones of a stopped machine are stopped too."""
-    return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{STATE}"}})
+def qmp_save(state: str) -> bytes:
+    """Commands that save the device state. Not after `stop`: clones of a stopped machine are stopped too."""
+    return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{state}"}})
 
 
-def qmp_resume() -> bytes:
-    """What makes a clone go on from STATE; may be written in one piece, before QEMU reads."""
-    return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate-incoming", "arguments": {"uri": f"file:{STATE}"}})
+def qmp_resume(state: str) -> bytes:
+    """What makes a clone go on from the state at that path; may be written in one piece, before QEMU reads."""
+    resume = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
+    return _qmp(_CAPABILITIES, _IGNORE_SHARED, resume)
 
 
 def qmp_saved() -> bytes:

@@ -23,6 +23,7 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import replace_file
 from x07_sandbox.host.troubles import out_of_cpu_time
+from x07_sandbox.jail.forms import jail_form
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ def known_verdict() -> tuple[bool, str] | None:
 
 
 def _record() -> Path:
-    """Where the verdict for this boot, kernel and QEMU is kept. Raises HostError for a folder that cannot be used."""
-    return proof_file(host_arch().qemu_binary)
+    """Where the verdict for this boot, kernel, QEMU and form of the jail is kept. Raises HostError, RefusedError."""
+    form = jail_form()
+    return proof_file(host_arch().qemu_binary, *(() if form.namespaces else (form.name,)))
 
 
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> tuple[bool, str]:

@@ -114,7 +114,7 @@ def _seal(name: str, fd: int) -> Part:
 def _save(instance: QemuInstance) -> None:
     """Have QEMU write the device state; the memory is in its file. Raises BackendError."""
     deadline = Deadline.after(settings.TEMPLATE_S)
-    instance.tell(qmp_save())
+    instance.tell(qmp_save(instance.paths.state))
     poll = polling(instance.pidfd, *instance.side_fds())
     while _SAVED not in instance.qmp.text():
         _check_presence(deadline)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import resource
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,9 +12,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from x07_sandbox.backends.jailed import Start, running, socket_ends
-from x07_sandbox.backends.qemu.instance import Gate, QemuInstance
-from x07_sandbox.backends.qemu.machine import INITRD, KERNEL, RAM, ROOT, STATE, Machine, Origin, qemu_argv
-from x07_sandbox.errors import BackendError, HostError
+from x07_sandbox.backends.qemu.bounds import TASKS, NotStartedError, bound, limits_of
+from x07_sandbox.backends.qemu.instance import Gate, Held, QemuInstance
+from x07_sandbox.backends.qemu.machine import Machine, Origin, Paths, qemu_argv
+from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.bounded_stream import SideStream
@@ -24,10 +23,10 @@ from x07_sandbox.host.forks import Given
 from x07_sandbox.host.troubles import fix_of, need_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
-from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, jail_argv, may_nest
-from x07_sandbox.jail.cgroups import HostGroups, make_groups
+from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, may_nest
+from x07_sandbox.jail.cgroups import make_groups
+from x07_sandbox.jail.forms import Form, flags, jail_form
 from x07_sandbox.jail.libraries import needed_files
-from x07_sandbox.jail.seccomp import vmm_filter
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch
 from x07_sandbox.jobs.record import drop_unstarted
@@ -39,21 +38,9 @@ if TYPE_CHECKING:
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import JobRecord
 
-_AS_ABOVE_RAM: Final = 3 * settings.GIB  # code, thread stacks, and the translator's buffer of 1 GiB
 _CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
-# QEMU's own threads, up to 64 workers of its block layer (thread-pool-max) when a guest has as many requests under
-# way, and bubblewrap's first process: with less, a busy guest ends QEMU ("pthread_create failed").
-_TASKS: Final = 96
-_DEPTH: Final = 2  # below the supervisor: bubblewrap, which waits, and the first process of the jail
-# Which limits are not zero, as a shell calls them, and in which unit.
-_SHELLS: Final = (
-    (resource.RLIMIT_FSIZE, "f", 1024),
-    (resource.RLIMIT_AS, "v", 1024),
-    (resource.RLIMIT_DATA, "d", 1024),
-    (resource.RLIMIT_NOFILE, "n", 1),
-    (resource.RLIMIT_SIGPENDING, "i", 1),
-    (resource.RLIMIT_NPROC, "u", 1),
-)
+# Below the supervisor: bubblewrap, which waits, and the first process of the jail; without namespaces only that.
+_DEPTH: Final = {True: 2, False: 1}
 
 
 class Saving(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,10 +58,6 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
     state_fd: int
     scratch_fd: int
     scratch_disk: ScratchDisk
-
-
-class NotStartedError(BackendError):
-    """No machine came to be: the host's doing, or the caller's limits. It says nothing of what it would have run."""
 
 
 class QemuJob(NamedTuple):
@@ -107,11 +90,14 @@ def start_qemu(
         stack.callback(drop_unstarted, record)
         need_own_proc()
         check_tools(arch)
+        form = jail_form()
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
         given = Given()  # what the child gets: ours to close once it has them, or when it never came to be
         stack.callback(given.close)
         ends = {name: socket_ends(stack, given) for name in ("channel", "net", "qmp", "console", "stderr")}
         ours, theirs = {name: pair[0] for name, pair in ends.items()}, {name: pair[1] for name, pair in ends.items()}
+        streams = [theirs[name] for name in ("channel", "net", "qmp", "console")]
+        files, writable = _fd_files(image, memory, given, form), _writable(memory, uid, given, form)
         machine = Machine(
             arch=arch,
             ram_bytes=job.kind.ram_bytes,
@@ -125,19 +111,21 @@ def start_qemu(
             mark=record.mark,
             origin=Origin.COLD if memory is None else Origin.CLONE if isinstance(memory, Saved) else Origin.SAVING,
             any_timer=job.any_timer,
+            paths=msgspec.structs.replace(Paths(), **{name: path for name, (_, path) in (files | writable).items()}),
         )
+        limits = limits_of(machine.ram_bytes, namespaces=form.namespaces)
         gate_r, gate_w = os.pipe2(os.O_CLOEXEC)
-        gate = Gate(gate_w, vmm_filter(arch))
+        gate = Gate(gate_w, form.gate_message(arch))
         stack.callback(gate.close)
         given.add(gate_r)
-        files = [*needed_files(arch.qemu_binary), *arch.firmware, *(needed_files(SETPRIV) if uid is not None else ())]
+        within = needed_files(SETPRIV) if uid is not None and form.namespaces else ()
         jail = Jail(
-            files=tuple(dict.fromkeys(files)),
-            # The opened files themselves, on a read-only mount: through a descriptor of its own a VMM that runs under
-            # the owner's uid could still change an image's mode and times, and so spoil it for later runs.
-            fd_files=_fd_files(image, memory),
-            fd_writable=_writable(memory, uid),
+            files=tuple(dict.fromkeys([*needed_files(arch.qemu_binary), *arch.firmware, *within])),
+            fd_files=tuple(files.values()),
+            fd_writable=tuple(writable.values()),
             devices=("/dev/urandom",),
+            limits=limits,
+            fds=(*([] if machine.kvm_fd is None else [machine.kvm_fd]), machine.scratch_fd, *streams),
             uid=uid,
             mark=record.mark,
             deadline_s=job.deadline_s,
@@ -147,87 +135,52 @@ def start_qemu(
             filter_fd=gate_r,
             lock_fd=lock_fd,
         )
-        passed = [fd for fd in (machine.kvm_fd, lock_fd) if fd is not None]
-        passed += [*(fd for fd, _ in (*jail.fd_files, *jail.fd_writable)), machine.scratch_fd, gate_r]
-        passed += [theirs[name] for name in ("channel", "net", "qmp", "console")]
-        request = Launch(argv=jail_argv(jail, qemu_argv(machine)), pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
-        yield stack.enter_context(_running(record, machine, request, given, gate, ours))
+        passed = [*jail.fds, gate_r, *(fd for fd, _ in (*jail.fd_files, *jail.fd_writable))]
+        passed += [] if lock_fd is None else [lock_fd]
+        argv = form.argv(jail, qemu_argv(machine))
+        request = Launch(argv=argv, pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
+        yield stack.enter_context(_running(_Ready(record, machine, form, request, given, gate, ours, limits)))
 
 
-def _running(
-    record: JobRecord, machine: Machine, request: Launch, given: Given, gate: Gate, ours: dict[str, int]
-) -> AbstractContextManager[QemuInstance]:
-    groups = make_groups(record.job_id, memory_bytes=machine.ram_bytes + _CGROUP_ABOVE_RAM, tasks=_TASKS)
-    jail = f"namespaces, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
-    bound = partial(_bound, machine.ram_bytes, groups)
-    start = Start(record, jail, given, _DEPTH, groups.remove, groups.names(), bound)
+class _Ready(NamedTuple):
+    """A machine that only has to be launched. ends: ours, of its streams."""
+
+    record: JobRecord
+    machine: Machine
+    form: Form
+    request: Launch
+    given: Given
+    gate: Gate
+    ends: dict[str, int]
+    limits: dict[int, tuple[int, int]]
+
+
+def _running(ready: _Ready) -> AbstractContextManager[QemuInstance]:
+    record, machine, form = ready.record, ready.machine, ready.form
+    groups = make_groups(record.job_id, memory_bytes=machine.ram_bytes + _CGROUP_ABOVE_RAM, tasks=TASKS)
+    jail = f"{form.name}, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
+    # Without namespaces the jail sets its limits itself: of a process of another uid not every root may.
+    hold = partial(bound, ready.limits if form.namespaces else {}, groups)
+    start = Start(record, jail, ready.given, _DEPTH[form.namespaces], groups.remove, groups.names(), hold)
     mode: StartMode = "clone" if machine.origin is Origin.CLONE else "cold"
     start = start._replace(name="the virtual machine", error=NotStartedError, start_mode=mode)
-    make = partial(QemuInstance, start, groups, gate, ours)
-    return running(start, request, make, partial(_no_jail, ours["stderr"]))
+    not_built = partial(_no_jail, ready.ends["stderr"], form)
+    make = partial(QemuInstance, start, Held(groups, ready.gate, ready.ends, machine.paths))
+    return running(start, ready.request, make, not_built)
 
 
-def _no_jail(stderr_fd: int, status: int | None) -> NotStartedError:
-    """What bubblewrap said when it could not build the jail, as an error."""
+def _no_jail(stderr_fd: int, form: Form, status: int | None) -> NotStartedError:
+    """What was said when the jail could not be built, as an error."""
     stream = SideStream(stderr_fd, keep_bytes=4096)
     stream.read()
-    said = stream.text().strip() or f"bubblewrap ended with status {status}"
+    said = stream.text().strip() or f"it ended with status {status}"
     if "find source path" in said:
         fix = "A file that it needs was replaced or removed meanwhile: try again"
+    elif form.namespaces:
+        fix = f"Allow user and mount namespaces here: {flags()}"
     else:
-        fix = "Allow user and mount namespaces here (in a container: --privileged)"
+        fix = f"Run x07 doctor, or allow namespaces here: {flags()}"
     return NotStartedError("cannot build the jail around the virtual machine", said[:500], fix)
-
-
-def _bound(ram_bytes: int, groups: HostGroups, pid: int) -> None:
-    """Limits on the still blocked process: everything that it starts inherits them."""
-    limits = {
-        resource.RLIMIT_FSIZE: settings.SCRATCH_BYTES,
-        resource.RLIMIT_AS: ram_bytes + _AS_ABOVE_RAM,
-        resource.RLIMIT_DATA: ram_bytes + _AS_ABOVE_RAM,  # the guest's RAM is such memory
-        resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_MEMLOCK: 0,
-        # These two are counted for all processes of a user together, in the jail or not.
-        resource.RLIMIT_SIGPENDING: 64,
-        resource.RLIMIT_MSGQUEUE: 0,
-    }
-    if _tasks_are_counted_apart():
-        limits[resource.RLIMIT_NPROC] = _TASKS
-    try:
-        for which, value in limits.items():
-            resource.prlimit(pid, which, (value, value))
-        soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        if soft != resource.RLIM_INFINITY:  # as long as the shell allows; a second before that a signal tells of it
-            resource.prlimit(pid, resource.RLIMIT_CPU, (hard - 1 if hard > 0 else hard, hard))
-        # Before it is let go, though the kernel takes 10 to 20 ms for it: a VMM that ran meanwhile could take memory
-        # that no group would ever count (tried: the test of a memory hog fails).
-        groups.add(pid)
-    except OSError as exc:
-        if isinstance(exc, ProcessLookupError):  # it has ended: the caller knows how to ask why
-            raise
-        needed = [
-            f"ulimit -H -{option} to {limits[which] // unit} or more"
-            for which, option, unit in _SHELLS
-            if which in limits and limits[which] > _most(which)
-        ]
-        fix = f"Raise the hard limits of this shell: {', '.join(needed) or 'ulimit -H -a shows them'}"
-        raise NotStartedError("cannot bound the virtual machine", f"{exc.strerror or exc}", fix) from exc
-
-
-def _most(which: int) -> float:
-    """The hard limit of this process; infinite for none."""
-    hard = resource.getrlimit(which)[1]
-    return math.inf if hard == resource.RLIM_INFINITY else hard
-
-
-def _tasks_are_counted_apart() -> bool:
-    """Whether RLIMIT_NPROC counts only the jail's tasks.
-
-    It does in a user namespace of its own (Linux 5.14), and for a uid of its own if bubblewrap runs as real root.
-    """
-    mapped = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
-    return os.geteuid() != 0 or mapped == ["0", "0", "4294967295"]
 
 
 def _kvm(stack: contextlib.ExitStack) -> int:
@@ -243,21 +196,40 @@ def image_of(kind: MachineKind) -> OpenImage:
     return kind.image
 
 
-def _fd_files(image: OpenImage, memory: Saving | Saved | None) -> tuple[tuple[int, str], ...]:
-    """What the machine reads. A clone has kernel and initramfs in its memory."""
-    root = image.fds["root"], ROOT
+# By the name in `Paths`: the descriptor, and under which path QEMU opens it.
+_Files = dict[str, tuple[int, str]]
+
+
+def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: Given, form: Form) -> _Files:
+    """What the machine reads. A clone has kernel and initramfs in its memory.
+
+    The opened files themselves, on a read-only mount: through a descriptor of its own a VMM that runs under the owner's
+    uid could still change an image's mode and times, and so spoil it for later runs.
+    """
+    root = image.fds["root"]
     if isinstance(memory, Saved):
-        return ((memory.ram_fd, RAM), (memory.state_fd, STATE), root)
-    return ((image.fds["kernel"], KERNEL), (image.fds["initrd"], INITRD), root)
+        return _placed({"ram": memory.ram_fd, "state": memory.state_fd, "root": root}, given, form)
+    return _placed({"kernel": image.fds["kernel"], "initrd": image.fds["initrd"], "root": root}, given, form)
 
 
-def _writable(memory: Saving | Saved | None, uid: int | None) -> tuple[tuple[int, str], ...]:
+def _writable(memory: Saving | Saved | None, uid: int | None, given: Given, form: Form) -> _Files:
     if not isinstance(memory, Saving):
-        return ()
+        return {}
     if uid is not None:
         for fd in (memory.ram_fd, memory.state_fd):
             os.fchown(fd, uid, uid)
-    return ((memory.ram_fd, RAM), (memory.state_fd, STATE))
+    return _placed({"ram": memory.ram_fd, "state": memory.state_fd}, given, form, os.O_RDWR)
+
+
+def _placed(fds: dict[str, int], given: Given, form: Form, flags: int = os.O_RDONLY) -> _Files:
+    """Where they are: bound below the jail's root, or opened anew, since what is opened once has one offset for all."""
+    if form.namespaces:
+        return {name: (fd, getattr(Paths(), name)) for name, fd in fds.items()}
+    found = {}
+    for name, fd in fds.items():
+        own = given.add(os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC))
+        found[name] = own, f"/proc/self/fd/{own}"
+    return found
 
 
 def _scratch_disk(given: Given, image: OpenImage, record: JobRecord, memory: Saving | Saved | None) -> int:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv
+from x07_sandbox.backends.qemu.machine import Machine, Origin, Paths, qemu_argv
 from x07_sandbox.backends.qemu.start import Saved, image_of, tsc_khz
 from x07_sandbox.errors import BackendError, HostError, ImageError, UsageError
 from x07_sandbox.host import settings
@@ -150,7 +150,15 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
     clock = tsc_khz(arch)
     fds = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
     machine = Machine(
-        arch=arch, ram_bytes=ram, kvm_fd=kvm_fd, tsc_khz=None, mark="", origin=Origin.SAVING, any_timer=False, **fds
+        arch=arch,
+        ram_bytes=ram,
+        kvm_fd=kvm_fd,
+        tsc_khz=None,
+        mark="",
+        origin=Origin.SAVING,
+        any_timer=False,
+        paths=Paths(),
+        **fds,
     )
     files = [(path, Path(path).stat()) for path in (arch.qemu_binary, *arch.firmware)]
     parts = [

@@ -57,22 +57,27 @@ if ($nest && $uid == 0) {
         put('gid_map', "$gid $gid 1");
     }
 }
+# The child is let go only after it has asked to die with this process: an answer that lay in the pipe before that could
+# be read after this process was killed.
+pipe my $asked_r, my $asked_w or die "pipe: $!\n";
 pipe my $alive_r, my $alive_w or die "pipe: $!\n";
 my $jail = fork // die "fork: $!\n";
 if (!$jail) {
     call('parent-death signal', $prctl, $PDEATHSIG, $KILL, 0, 0, 0);
+    syswrite $asked_w, '.' or exit 1;
     if ($nest) {
         call('unshare', $unshare, $NEWNS);
         call('mount', $mount, 'none', '/', 0, $PRIVATE, 0);
         call('/proc', $mount, 'proc', '/proc', 'proc', $NOSUID_NODEV_NOEXEC, 0);
     }
     close $alive_w;
-    sysread($alive_r, my $word, 1) or exit 1; # the supervisor had gone before that signal was asked for
+    sysread($alive_r, my $word, 1) or exit 1; # the supervisor had gone by then
     call('rt_sigprocmask', $sigprocmask, $SETMASK, $none, 0, 8);
     exec {$ARGV[0]} @ARGV;
     die "$ARGV[0]: $!\n";
 }
-syswrite $alive_w, '.' or die "pipe: $!\n";
+close $asked_w;
+syswrite $alive_w, '.' or die "pipe: $!\n" if sysread $asked_r, my $asked, 1;
 call('no new privileges', $prctl, $NO_NEW_PRIVS, 1, 0, 0, 0);
 # Version 3 of capset's header (capabilities(7)), this process; all sets empty.
 call('capset', $capset, pack('LL', 0x20080522, 0), pack('L6', (0) x 6));

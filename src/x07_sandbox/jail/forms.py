@@ -1,0 +1,177 @@
+"""Which of the jail's two forms this host allows: with namespaces, else with Landlock and seccomp alone.
+
+The second is taken unasked, where the kernel forbids namespaces, because the tests hold it to the same hostile binary;
+X07_VM_REQUIRE_NAMESPACES=1 refuses it. Namespaces are tried once per boot and per set of rights: the verdict is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from x07_sandbox.errors import HostError, RefusedError, shown
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.paths import cache_folder, replace_file
+from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.variables import flag
+from x07_sandbox.jail.bwrap import BWRAP, Jail, jail_argv, may_nest, probe_argv
+from x07_sandbox.jail.libraries import needed_files
+from x07_sandbox.jail.seccomp import vmm_filter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.host.arch import Arch
+
+_PROBE_S: Final = 20.0
+_PRINTF: Final = "/usr/bin/printf"
+_SAID_BYTES: Final = 300
+# What the kernel or bubblewrap says where namespaces are forbidden. Anything else, such as a lack of memory, is no
+# reason to take the second form.
+_FORBIDDEN: Final = (
+    *("Operation not permitted", "Permission denied", "Function not implemented", "No permissions to"),
+    *("ENOSPC", "No space left on device", "does not support user namespaces", "Invalid argument"),
+)
+_SWITCHES: Final = (
+    *("/proc/sys/user/max_user_namespaces", "/proc/sys/kernel/unprivileged_userns_clone"),
+    *("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "/proc/self/attr/current"),
+)
+_RIGHTS: Final = ("CapEff:", "CapBnd:", "NoNewPrivs:", "Seccomp:", "Seccomp_filters:")
+_NEEDED_BY_ROOT: Final = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8}
+FLAGS_FOR_ROOT: Final = "--cap-add SYS_ADMIN --cap-add NET_ADMIN --security-opt apparmor=unconfined"
+FLAGS_FOR_A_USER: Final = "--security-opt seccomp=unconfined --security-opt apparmor=unconfined"
+
+
+class Form(NamedTuple):
+    """One form of the jail. name: for the result. landlock: the version that it stands on, where it has no namespaces.
+
+    why: what forbids namespaces here; empty where nothing does.
+    """
+
+    name: str
+    namespaces: bool
+    landlock: int = 0
+    why: str = ""
+
+    def argv(self, jail: Jail, command: list[str]) -> list[str]:
+        """The command line of *command* in that jail."""
+        if self.namespaces:
+            return jail_argv(jail, command)
+        from x07_sandbox.jail.landlock import landlock_argv
+
+        return landlock_argv(jail, command, self.landlock)
+
+    def gate_message(self, arch: Arch) -> Callable[[int], bytes]:
+        """What lets a jail go, by the number of its first process."""
+        if self.namespaces:
+            return lambda _pid: vmm_filter(arch)
+        from x07_sandbox.jail.landlock import gate_message
+
+        return lambda pid: gate_message(arch, pid)
+
+
+def jail_form() -> Form:
+    """The form that this host allows. Raises RefusedError where it is refused by the variable, HostError for none."""
+    why = forbidden()
+    if not why:
+        return Form("namespaces", namespaces=True)
+    if flag("X07_VM_REQUIRE_NAMESPACES"):
+        fix = f"To accept a jail without namespaces unset X07_VM_REQUIRE_NAMESPACES, or allow them: {flags()}"
+        raise RefusedError("a jail with namespaces was required", why, fix)
+    return second_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])
+
+
+def second_form(why: str, version: int, missing: list[str]) -> Form:
+    """The form without namespaces, which *why* forbids. Raises HostError where this host cannot have it either.
+
+    version: the kernel's Landlock. missing: capabilities that root lacks to give a job a uid of its own.
+    """
+    from x07_sandbox.jail.landlock import KERNEL_NEEDED, VERSION_NEEDED
+
+    what = "cannot build the jail around the virtual machine"
+    if version < VERSION_NEEDED:
+        found = f"has version {version}" if version else "has none, or it is switched off"
+        reason = f"{why}; without them it needs Landlock {VERSION_NEEDED} ({KERNEL_NEEDED}), and this kernel {found}"
+        raise HostError(what, reason, f"Allow namespaces here: {flags()}")
+    if missing:
+        reason = f"{why}; and root has no {' '.join(missing)} to give the job a uid of its own"
+        fix = f"Run as an ordinary user, allow it to change uids, or allow namespaces: {flags()}"
+        raise HostError(what, reason, fix)
+    return Form("Landlock and seccomp", namespaces=False, landlock=version, why=why)
+
+
+def flags() -> str:
+    """What gives a container the form with namespaces."""
+    return f"in a container {FLAGS_FOR_ROOT if os.geteuid() == 0 else FLAGS_FOR_A_USER}, or --privileged"
+
+
+def forbidden() -> str:
+    """Why namespaces cannot be had here, tried once for each boot and set of rights; empty where they can.
+
+    Raises HostError where that could not be tried.
+    """
+    record = cache_folder("jail") / "namespaces.json"
+    key = _key()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(record.read_text(encoding="utf-8"))
+        if known["key"] == key:
+            return str(known["why"])
+    why = _try_namespaces()
+    replace_file(record, json.dumps({"key": key, "why": why}).encode())
+    return why
+
+
+def _key() -> str:
+    """A digest of all that decides about namespaces, as far as it can be read."""
+    info = Path(BWRAP).stat()
+    found: list[object] = [boot_id(), os.geteuid(), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
+    found += [Path("/proc/self/ns", name).readlink().name for name in ("user", "mnt", "pid", "net")]
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    found += [line for line in status if line.startswith(_RIGHTS)]
+    for path in _SWITCHES:
+        with contextlib.suppress(OSError):
+            found.append((path, Path(path).read_text(encoding="utf-8", errors="replace")))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _try_namespaces() -> str:
+    what = "cannot try the jail around the virtual machine"
+    argv = probe_argv(needed_files(_PRINTF), os.getpid(), host_arch().syscalls, nest=may_nest())
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
+            cwd="/",
+            timeout=_PROBE_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise HostError(what, f"{argv[0]}: {exc}", "Run x07 doctor") from exc
+    if done.stdout == b"ok":
+        return ""
+    said = shown(done.stderr[:_SAID_BYTES].decode(errors="replace").strip()) or f"status {done.returncode}"
+    if any(words in said for words in _FORBIDDEN):
+        return f"namespaces are forbidden here ({said})"
+    raise HostError(what, said, "Try again, or run x07 doctor")
+
+
+def landlock_version() -> int:
+    """The kernel's Landlock; 0 for none (landlock_create_ruleset(2))."""
+    import ctypes  # only where namespaces are forbidden
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype, libc.syscall.argtypes = ctypes.c_long, [ctypes.c_long] * 4
+    return max(0, int(libc.syscall(444, 0, 0, 1)))
+
+
+def _missing_capabilities() -> list[str]:
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    held = int(next(line.split()[1] for line in status if line.startswith("CapEff:")), 16)
+    return [name for name, bit in _NEEDED_BY_ROOT.items() if not held >> bit & 1]

@@ -1,0 +1,187 @@
+"""Promises of the jail's second form: its filter, worked out without a kernel, its Landlock rules and command line."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.unit.test_jail_bwrap import COMMAND, UID, jail
+from tests.unit.test_jail_own_limits import ALLOW, KILL, LACKING, LINE, LINES_MOST, REFUSED, answer, each_arch
+from x07_sandbox.errors import HostError
+from x07_sandbox.host.arch import Arch, host_arch
+from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
+from x07_sandbox.jail.forms import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT, second_form
+from x07_sandbox.jail.landlock import (
+    CALLS,
+    CALLS_OLD,
+    Places,
+    call_rules,
+    file_rights,
+    gate_message,
+    landlock_argv,
+    landlock_filter,
+    places,
+    ruleset,
+)
+
+PID = 4711
+DRAWN = Places(path=0x2345_6789_ABC0, arguments=0x1FFF_0000_0008, environment=0x4000_0000_0010)
+READ, WRITE, EXECUTE, TRUNCATE = 1 << 2, 1 << 1, 1 << 0, 1 << 14
+HEADER = struct.Struct("=QQQQ")
+
+
+def ask(arch: Arch, name: str, *arguments: int) -> int:
+    """The filter's answer to a call by its name."""
+    return answer(landlock_filter(arch, PID, DRAWN), arch.syscalls[name], arch.audit, arguments)
+
+
+@each_arch
+def test_every_call_that_the_vmm_may_make_has_a_number(arch: Arch) -> None:
+    """The filter allows the same calls on every architecture, but for older forms that a newer one does not have."""
+    assert {*CALLS, *call_rules(PID, DRAWN)} - {"open"} <= set(arch.syscalls)
+    assert len({*CALLS_OLD, "open"} & set(arch.syscalls)) == (7 if arch.name == "x86_64" else 0)
+
+
+@each_arch
+def test_a_call_that_is_not_listed_is_refused(arch: Arch) -> None:
+    """A call that nobody thought of, such as one of a later kernel, is refused, and another numbering ends the VMM."""
+    program = landlock_filter(arch, PID, DRAWN)
+    listed = {*CALLS, *CALLS_OLD, *call_rules(PID, DRAWN), "clone3", "socket", "kill"}
+    known = {number for name, number in arch.syscalls.items() if name in listed}
+    for number in set(range(1024)) - known:
+        assert answer(program, number, arch.audit) == REFUSED, number
+    assert answer(program, arch.syscalls["read"], 0x40000003) == KILL
+    assert answer(program, arch.syscalls["read"] | 0x40000000, arch.audit) == LACKING
+    assert len(program) // LINE.size <= LINES_MOST
+
+
+@each_arch
+def test_the_command_is_executed_once(arch: Arch) -> None:
+    """The filter allows execve with the three addresses that were drawn and with no others."""
+    drawn = msgspec.structs.astuple(DRAWN)
+    assert ask(arch, "execve", *drawn) == ALLOW
+    for at in range(3):
+        for wrong in (0, drawn[at] + 8, drawn[at] ^ 1 << 40, drawn[at] & 0xFFFFFFFF):
+            assert ask(arch, "execve", *drawn[:at], wrong, *drawn[at + 1 :]) == REFUSED
+
+
+def test_the_addresses_cannot_be_guessed() -> None:
+    """Each job draws its own three addresses, on which a pointer may lie, from more than 2**43 each."""
+    drawn = [place for _ in range(200) for place in msgspec.structs.astuple(places())]
+    assert len(set(drawn)) == len(drawn)
+    assert all(place % 8 == 0 and 1 << 44 <= place < 5 << 44 for place in drawn)
+    assert (5 - 1 << 44) // 8 >= 1 << 43
+    assert len({place >> 40 for place in drawn}) > 20
+
+
+@each_arch
+def test_only_the_vmm_s_own_process_is_signalled(arch: Arch) -> None:
+    """The VMM may wake its own threads; to kill it hears that there is no such process, whichever it is."""
+    assert ask(arch, "tgkill", PID, PID + 1, 6) == ALLOW
+    assert ask(arch, "tgkill", PID + 1, PID + 1, 9) == REFUSED
+    assert ask(arch, "kill", PID, 9) == ask(arch, "kill", 1, 0) == 0x00050000 | errno.ESRCH
+
+
+@each_arch
+def test_threads_may_be_started_and_processes_not(arch: Arch) -> None:
+    """The VMM starts threads, and neither processes nor namespaces."""
+    thread = 0x003D0F00
+    assert ask(arch, "clone", thread) == ALLOW
+    assert ask(arch, "clone", thread | 0x10000000) == REFUSED
+    assert ask(arch, "clone", 17) == REFUSED
+    assert ask(arch, "clone3") == LACKING
+
+
+@each_arch
+def test_no_socket_is_made(arch: Arch) -> None:
+    """No socket of any family can be made, and none can be connected or given a name."""
+    assert {ask(arch, "socket", family, 1) for family in range(46)} == {0x00050000 | errno.EAFNOSUPPORT}
+    assert {ask(arch, name) for name in ("connect", "bind", "socketpair")} == {REFUSED}
+
+
+@each_arch
+def test_what_a_call_is_asked_for_is_looked_at(arch: Arch) -> None:
+    """KVM's requests pass and those that name a process for signals do not; a parent-death signal cannot be changed."""
+    assert ask(arch, "ioctl", 3, 0xAE80) == ALLOW
+    assert {ask(arch, "ioctl", 3, request) for request in (0x8901, 0x8902, 0x40086602, 0x5412)} == {REFUSED}
+    assert {ask(arch, "fcntl", 3, command) for command in (5, 6, 8, 36, 1024, 1026, 1036)} == {REFUSED}
+    assert ask(arch, "prctl", 15) == ALLOW
+    assert ask(arch, "prctl", 1) == REFUSED
+    assert ask(arch, "prlimit64", 0, 7, 0) == ALLOW
+    assert ask(arch, "prlimit64", 0, 7, 1 << 32) == ask(arch, "prlimit64", 1, 7, 0) == REFUSED
+    assert ask(arch, "openat", 0, 0, 0o2000101) == ALLOW  # Landlock decides
+    assert ask(arch, "openat", 0, 0, 0x410000) == REFUSED  # a file without a name
+
+
+def test_the_gate_s_message_is_whole() -> None:
+    """What lets the jail go fits into a pipe at once and tells its length, so that no part of it passes for all."""
+    message = gate_message(host_arch(), PID)
+    path, arguments, environment, length = HEADER.unpack_from(message)
+    assert message[HEADER.size :] == landlock_filter(host_arch(), PID, Places(path, arguments, environment))
+    assert (length, len(message) < 65536) == (len(message) - HEADER.size, True)
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted"),
+    [
+        (3, (0x7FFF, 0, 0)),
+        (4, (0x7FFF, 3, 0)),
+        (5, (0xFFFF, 3, 0)),
+        (6, (0xFFFF, 3, 3)),
+        (9, (0xFFFF, 3, 3)),
+    ],
+)
+def test_landlock_is_asked_for_all_that_its_version_can(version: int, wanted: tuple[int, int, int]) -> None:
+    """Landlock decides about files, from version 4 on about TCP, from 6 on about signals and abstract sockets too."""
+    assert struct.unpack("=QQQ", ruleset(version)) == wanted
+
+
+def test_files_have_no_more_rights_than_they_need() -> None:
+    """Files are read; only the VMM is executed, and only descriptors given for it are written."""
+    made = msgspec.structs.replace(jail(UID), fd_writable=((13, "/proc/self/fd/13"),))
+    assert file_rights(made, COMMAND[0]) == {
+        "/usr/bin/qemu": READ | EXECUTE,
+        "/lib64/ld.so": READ,
+        "/usr/share/seabios/bios.bin": READ,
+        "/dev/urandom": READ,
+        "11": READ,
+        "12": READ,
+        "13": READ | WRITE | TRUNCATE,
+    }
+
+
+@pytest.mark.parametrize("uid", [UID, None], ids=["root", "user"])
+def test_all_of_it_runs_under_the_job_s_uid(uid: int | None) -> None:
+    """As root the supervisor already runs under the job's uid; the script comes as text then, as that uid needs it."""
+    argv = landlock_argv(jail(uid), COMMAND, 7)
+    assert argv[-len(COMMAND) :] == COMMAND
+    assert BWRAP not in argv
+    assert argv.count(PERL) == 2
+    script = next(word for word in argv[argv.index(PERL, argv.index(PERL) + 1) :] if "landlock" in word)
+    if uid is None:
+        assert SETPRIV not in argv
+        assert Path(script).name == "landlock.pl"
+    else:
+        assert argv[0] == SETPRIV
+        assert argv[argv.index("--reuid") + 1] == str(UID)
+        assert "Confines this process" in script
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_a_kernel_with_too_old_a_landlock_is_refused(version: int) -> None:
+    """Without namespaces and with a Landlock that cannot forbid truncating, nothing runs; the message names both."""
+    with pytest.raises(HostError) as caught:
+        second_form("namespaces are forbidden here", version, [])
+    assert "needs Landlock 3 (Linux 6.2)" in caught.value.why
+    assert any(flags in caught.value.fix for flags in (FLAGS_FOR_ROOT, FLAGS_FOR_A_USER))
+
+
+def test_root_without_the_rights_for_a_uid_is_refused() -> None:
+    """Root that cannot give a job a uid of its own runs nothing without namespaces, and hears which rights it lacks."""
+    with pytest.raises(HostError, match="root has no CAP_SETUID"):
+        second_form("namespaces are forbidden here", 7, ["CAP_SETUID"])
+    assert second_form("why", 7, []).landlock == 7

@@ -1,0 +1,128 @@
+"""x07 on hosts that forbid namespaces: the jail's second form is taken unasked, named, and can be refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.conftest import need
+from tests.vm.jail_helpers import (
+    HERE,
+    Account,
+    account_fixture,  # noqa: F401 - pytest finds it here
+    accounts_fixture,  # noqa: F401 - pytest finds it here
+)
+from x07_sandbox.jail.bwrap import SETPRIV
+from x07_sandbox.jail.forms import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.vm
+
+WRAPPER = HERE / "without_namespaces.py"
+# What Docker gives root in a container, as bits of capabilities(7) by setpriv's names.
+IN_A_CONTAINER = (
+    *("chown", "dac_override", "fowner", "fsetid", "kill", "setgid", "setuid", "setpcap"),
+    *("net_bind_service", "net_raw", "sys_chroot", "mknod", "audit_write", "setfcap"),
+)
+
+
+@pytest.fixture(name="bare")
+def bare_fixture(account: Account) -> Account:
+    """Root and an ordinary user in turn, on a host without namespaces."""
+    return replace(account, namespaces=False)
+
+
+def _run(account: Account, *words: str, inside: tuple[str, ...] = (), **env: str) -> tuple[int, dict[str, Any]]:
+    program = account.folder / "six.py"
+    program.write_text("print(6 * int(input()))\n", encoding="ascii")
+    program.chmod(0o644)
+    caller = replace(account, env=account.env | env)
+    done = caller.x07("run", "--json", *words, str(program), stdin=b"7\n", inside=inside)
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("words", "start"), [((), "clone"), (("--cold",), "cold")], ids=["clone", "cold"])
+def test_a_run_takes_the_second_form_and_names_it(bare: Account, words: tuple[str, ...], start: str) -> None:
+    """Where namespaces are forbidden a program runs all the same, in a clone or cold, and the result names the jail."""
+    code, result = _run(bare, *words)
+    assert (code, result["outcome"], result["stdout"]["text"]) == (0, "ok", "42\n"), result["reason"]
+    assert result["jail"].startswith(bare.jail)
+    assert result["jail"].startswith("Landlock and seccomp, ")
+    assert {phase["start"] for phase in result["phases"].values()} == {start}
+
+
+def test_namespaces_can_be_demanded(bare: Account) -> None:
+    """With X07_VM_REQUIRE_NAMESPACES=1 a run without them is refused with the flags that a container needs."""
+    code, result = _run(bare, X07_VM_REQUIRE_NAMESPACES="1")
+    assert (code, result["outcome"], result["jail"]) == (125, "refused", None)
+    assert "a jail with namespaces was required" in result["reason"]
+    assert (FLAGS_FOR_ROOT if bare.form == "root" else FLAGS_FOR_A_USER) in result["reason"]
+
+
+def test_what_is_demanded_and_there_is_not_refused(account: Account) -> None:
+    """Where namespaces are allowed X07_VM_REQUIRE_NAMESPACES=1 changes nothing."""
+    code, result = _run(account, X07_VM_REQUIRE_NAMESPACES="1")
+    assert (code, result["outcome"]) == (0, "ok"), result["reason"]
+    assert result["jail"].startswith("namespaces, ")
+
+
+def test_without_landlock_nothing_runs(account: Account) -> None:
+    """A kernel with neither namespaces nor Landlock runs nothing, and the reason names both."""
+    code, result = _run(account, inside=(sys.executable, str(WRAPPER), "--nor-landlock"))
+    assert (code, result["jail"]) == (125, None)
+    assert "namespaces are forbidden here" in result["reason"]
+    assert "needs Landlock 3 (Linux 6.2), and this kernel has none" in result["reason"]
+
+
+def test_doctor_names_the_form_and_the_flags(bare: Account) -> None:
+    """The doctor says which form of the jail a run has here, and the container flags that give the full one."""
+    done = bare.x07("doctor", "--json")
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
+    jail = findings["jail"]
+    assert (jail["good"], "without namespaces, by Landlock" in jail["text"]) == (None, True)
+    assert "X07_VM_REQUIRE_NAMESPACES=1 refuses it" in jail["text"]
+    assert (FLAGS_FOR_ROOT if bare.form == "root" else FLAGS_FOR_A_USER) in jail["fix"]
+    assert findings["start of a machine"]["good"] is True, findings
+
+
+def test_namespaces_are_tried_once_for_the_same_rights(tmp_path: Path) -> None:
+    """The verdict on namespaces is kept for this boot and set of rights; with other rights they are tried again."""
+    env = os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    record = tmp_path / "cache" / "jail" / "namespaces.json"
+    code = "from x07_sandbox.jail.forms import forbidden; print(bool(forbidden()))"
+
+    def tried(*before: str) -> tuple[str, int]:
+        argv = [*before, sys.executable, "-c", code]
+        done = subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+        return done.stdout.strip(), record.stat().st_mtime_ns
+
+    first, again = tried(), tried()
+    assert first == again
+    assert first[0] == "False"
+    without = tried(sys.executable, str(WRAPPER))
+    assert (without[0], without == tried(sys.executable, str(WRAPPER))) == ("True", True)
+
+
+@pytest.mark.parametrize(
+    ("more", "form"),
+    [(("sys_admin", "net_admin"), "namespaces"), ((), "Landlock and seccomp")],
+    ids=["with the flags", "without"],
+)
+def test_the_flags_give_the_form_with_namespaces(tmp_path: Path, more: tuple[str, ...], form: str) -> None:
+    """Root with a container's capabilities and those of the flags that doctor prints has the form with namespaces."""
+    need(os.geteuid() == 0, "needs root, to take rights away from it", installable=False)
+    assert all(f"--cap-add {capability.upper()}" in FLAGS_FOR_ROOT for capability in more)
+    kept = "-all," + ",".join(f"+{name}" for name in (*IN_A_CONTAINER, *more))
+    code = "from x07_sandbox.jail.forms import jail_form; print(jail_form().name)"
+    argv = [SETPRIV, f"--bounding-set={kept}", "--inh-caps=-all", sys.executable, "-c", code]
+    env = os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == (form, "")
