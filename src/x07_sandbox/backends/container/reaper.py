@@ -27,15 +27,20 @@ def main(folder: str, deadline_s: float, runner_fd: int, removing: list[str]) ->
     for attempt in range(_TRIES):
         pid = os.posix_spawn(removing[0], removing, os.environ)
         if not os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-            _write(f"{folder}/reaped")
+            _tidy(folder)
             return
         time.sleep(0.2 * 2**attempt)
 
 
-def _write(path: str) -> None:
-    """Write the mark, unless the job's folder is gone."""
+def _tidy(folder: str) -> None:
+    """Remove what the job's folder held for the container, then write `reaped`; nothing where the folder is gone."""
+    for remove, name in ((os.unlink, "net/relay"), (os.rmdir, "net"), (os.unlink, "resolv.conf")):
+        try:
+            remove(f"{folder}/{name}")
+        except OSError:
+            continue
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        fd = os.open(f"{folder}/reaped", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError:
         return
     os.write(fd, b"reaped\n")

@@ -1,0 +1,273 @@
+"""Chaos: whatever is killed, or fails, at whatever step, the next sweep leaves nothing, and a live job goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.conftest import FULL
+from x07_sandbox.conformance.bench import remaining
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.engines import EngineUnderTest
+
+pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(900)]
+RUNNER = str(Path(__file__).with_name("runner.py"))
+X07 = str(Path(sys.executable).with_name("x07"))
+BACKENDS = ("qemu", "os", "podman", "docker")
+CLASSES = {"qemu": "vm", "podman": "vm", "docker": "vm", "os": "os", "none": "none"}
+POINTS = 1000 if FULL else 12
+PROGRAM = """
+import os, sys
+folder = sys.argv[1]
+for name in ("a", "b"): open(f"{folder}/{name}", "w").write("new")
+open(f"{folder}/c", "w").write("new")
+print("done")
+"""
+SLEEPER = "print('here', flush=True)\nimport time\ntime.sleep(600)\n"
+_HALF_WRITTEN = (".owner.json.", ".job.json.", ".done.", ".reaped.")
+OLD = {"a": "old", "b": "old"}
+NEW = {"a": "new", "b": "new", "c": "new"}
+
+
+class Stage:
+    """One backend with records of its own, a live job in them, and a folder that runs change."""
+
+    def __init__(self, backend: str, folder: Path, engine: EngineUnderTest | None) -> None:
+        self.backend = backend
+        self.engine = engine
+        self.folder = folder
+        self.state = folder / "home" / "jobs"
+        self.state.parent.mkdir(mode=0o700)
+        self.env = {**os.environ, "X07_VM_STATE_DIR": str(self.state), "X07_I_ACCEPT_WEAKER_ISOLATION": "1"}
+        self.env |= dict(engine.env) if engine else {}
+        self.tree = folder / "tree"
+        self.tree.mkdir()
+        for name, text in (("prog.py", PROGRAM), ("sleep.py", SLEEPER)):
+            (folder / name).write_text(text, encoding="utf-8")
+        self.words = ["--sandbox-backend", CLASSES[backend]]
+        self.words += ["--backend", backend] if CLASSES[backend] == "vm" else []
+        self.words += ["--no-pool"] if backend == "qemu" else []
+        self.groups = groups()
+        self.mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
+        self.marks: set[str] = set()
+
+    def reset(self) -> None:
+        """Put the old files there."""
+        for path in self.tree.iterdir():
+            path.unlink()
+        for name, text in OLD.items():
+            (self.tree / name).write_text(text, encoding="ascii")
+
+    def run(self, how: str, number: int, *, roots: bool = True) -> tuple[int, str, int | None]:
+        """A run that is hit at a step: its exit code, what it said, and how many steps there were."""
+        count = self.folder / "count"
+        count.unlink(missing_ok=True)
+        changed = ["--allow-write-root", str(self.tree)] if roots else []
+        words = ["run", *self.words, *changed, str(self.folder / "prog.py"), "--", str(self.tree if roots else "/tmp")]  # noqa: S108 - the guest's
+        done = subprocess.run(
+            [sys.executable, RUNNER, how, str(number), str(count), *words],
+            env=self.env,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+            check=False,
+        )
+        self.note_marks()
+        steps = int(count.read_text(encoding="ascii")) if count.exists() else None
+        return done.returncode, (done.stdout + done.stderr).decode(errors="replace"), steps
+
+    def note_marks(self) -> None:
+        """Remember the marks that processes of the jobs on record carry."""
+        for owner in self.state.glob("*/owner.json"):
+            with contextlib.suppress(ValueError):
+                self.marks.add(json.loads(owner.read_bytes())["instance"])
+
+    def sweep(self) -> dict[str, Any]:
+        """What `x07 sweep` says."""
+        done = subprocess.run([X07, "sweep", "--json"], env=self.env, capture_output=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def left(self, spared: set[str]) -> list[str]:
+        """What remains of jobs besides the *spared* ones: processes, containers, groups, mounts, files."""
+        marks = {mark for mark in self.marks if mark not in {self.mark_of(name) for name in spared}}
+        found = [f"process {pid}" for pid in remaining(*marks)] if marks else []
+        for folder in sorted(self.state.iterdir()) if self.state.exists() else []:
+            if folder.name in spared or not (folder / "job.json").exists():
+                continue
+            if not any((folder / name).exists() for name in ("done", "reaped")):
+                found.append(f"record {folder.name}: {sorted(path.name for path in folder.iterdir())}")
+            # A record that was being written goes with the folder, after its retention.
+            over = {path.name for path in folder.iterdir() if not path.name.startswith(_HALF_WRITTEN)}
+            over -= {"job.json", "owner.json", "done", "reaped"}
+            found += [f"file {folder.name}/{name}" for name in sorted(over)]
+        if self.engine is not None:
+            kept = {f"x07-{name}" for name in spared}
+            found += [f"container {name}" for name in self.engine.containers() if name not in kept]
+        found += [f"group {group}" for group in sorted(groups() - self.groups)]
+        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
+        return found + [line for line in mounts.splitlines() if str(self.state) in line]
+
+    def mark_of(self, job: str) -> str:
+        """The mark of a job."""
+        found: str = json.loads((self.state / job / "owner.json").read_bytes())["instance"]
+        return found
+
+    def tree_now(self) -> dict[str, str]:
+        """The files of the folder that runs change."""
+        return {path.name: path.read_text(encoding="utf-8") for path in self.tree.iterdir()}
+
+
+def groups() -> set[str]:
+    """Control groups of jobs and containers that are there, by path."""
+    found = set()
+    for parent in ("x07-sandbox", "x07-docker-*", "libpod_parent"):
+        for pattern in (f"{parent}/*/", f"*/{parent}/*/"):
+            found |= {str(path) for path in Path("/sys/fs/cgroup").glob(pattern) if path.name != "conmon"}
+    return found
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """Each backend, ready, with a warm image and no job."""
+    engine = request.getfixturevalue(request.param) if request.param in {"podman", "docker"} else None
+    if request.param == "qemu":
+        request.getfixturevalue("image")
+    found = Stage(request.param, tmp_path_factory.mktemp(f"chaos-{request.param}"), engine)
+    found.reset()
+    code, said, _ = found.run("kill", 0)
+    assert code == 0, said
+    found.sweep()
+    yield found
+    found.sweep()
+    assert found.left(set()) == []
+
+
+@contextlib.contextmanager
+def live_job(stage: Stage, *words: str, spared: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A run that goes on, and its job. spared: it is to be there at the end, and what is its is no remains."""
+    before = {path.name for path in stage.state.glob("*-run")}
+    argv = [X07, "run", *stage.words, *words, str(stage.folder / "sleep.py")]
+    with subprocess.Popen(argv, env=stage.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"here\n"
+            (job,) = {path.name for path in stage.state.glob("*-run")} - before
+            stage.note_marks()
+            stage.groups |= groups() if spared else set()
+            yield process, job
+        finally:
+            process.kill()
+
+
+def points(count: int) -> list[int]:
+    """Which of that many steps are hit: all of them, or some that are spread evenly."""
+    step = max(1, -(-count // POINTS))
+    return list(range(1, count + 1, step))
+
+
+def test_a_runner_killed_at_any_step_leaves_nothing(stage: Stage) -> None:
+    """After a runner is killed before any step, one sweep leaves nothing of it, and the job beside it lives on."""
+    stage.reset()
+    _, _, count = stage.run("kill", 0)
+    assert count is not None
+    with live_job(stage, spared=True) as (process, job):
+        for number in points(count):
+            stage.reset()
+            code, said, _ = stage.run("kill", number)
+            assert code in {-signal.SIGKILL, 0}, (number, said)
+            stage.sweep()
+            assert stage.left({job}) == [], number
+            assert stage.tree_now() in (OLD, NEW), number
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert stage.left(set()) == []
+
+
+def victims(stage: Stage, job: str) -> dict[str, list[int]]:
+    """Processes of a live job by what they are, as far as this backend has them."""
+    owner = json.loads((stage.state / job / "owner.json").read_bytes())
+    found = {name: [identity["pid"]] for name, identity in owner["processes"].items()}
+    runner = owner["runner"]["pid"]
+    for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            parent = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+            line = " ".join(words)
+            for kind, sign in (("reaper", "reaper.py"), ("client", "--attach"), ("gate", "gate_process")):
+                if sign in line and parent == runner:
+                    found.setdefault(kind, []).append(pid)
+    if stage.engine is not None:
+        (told,) = json.loads(stage.engine.call("inspect", f"x07-{job}"))
+        found["agent"] = [told["State"]["Pid"]]
+        parent = int(
+            Path(f"/proc/{told['State']['Pid']}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+        )
+        found["monitor"] = [parent]  # conmon, or containerd's shim
+    found["runner"] = [runner]
+    return found
+
+
+PAIRS = ("runner+reaper", "runner+agent", "runner+monitor", "supervisor+runner", "inner+runner", "gate+runner")
+KINDS = ("reaper", "gate", "client", "agent", "monitor", "supervisor", "inner", *PAIRS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_process_of_a_job_may_be_killed(stage: Stage, kind: str) -> None:
+    """Whichever processes of a job are killed, alone or two at once, the run ends, and one sweep leaves nothing."""
+    with (
+        live_job(stage, spared=True) as (other, spared),
+        live_job(stage, "--allow-host", "a.example:443") as (process, job),
+    ):
+        known = victims(stage, job)
+        wanted = [pid for name in kind.split("+") for pid in known.get(name, [])]
+        if any(name not in known for name in kind.split("+")):
+            pytest.skip(f"{stage.backend} has no {kind}")
+        for pid in wanted:
+            os.kill(pid, signal.SIGKILL)
+        if kind == "reaper":
+            process.send_signal(signal.SIGINT)
+        process.wait(60)
+        stage.sweep()
+        deadline = time.monotonic() + 30
+        while (left := stage.left({spared})) and time.monotonic() < deadline:
+            time.sleep(0.2)  # a monitor that was killed is noticed by its engine a little later
+            stage.sweep()
+        assert left == []
+        assert other.poll() is None
+
+
+ERRORS = ("ENOSPC", "EMFILE", "ENOMEM")
+
+
+@pytest.mark.parametrize(
+    "backend", ["none", pytest.param("qemu", marks=[] if FULL else pytest.mark.skip("full sizes"))]
+)
+def test_a_run_whose_host_calls_fail_ends_with_a_reason(backend: str, tmp_path: Path) -> None:
+    """Whichever host call fails, a run ends well or with one line that says why, never with a traceback or remains."""
+    stage = Stage(backend, tmp_path, None)
+    stage.reset()
+    _, _, count = stage.run("kill", 0, roots=False)
+    assert count is not None
+    for number in range(1, count + 1):
+        for error in ERRORS if FULL else (ERRORS[number % len(ERRORS)],):
+            code, said, _ = stage.run(error, number, roots=False)
+            assert "Traceback" not in said, (number, error, said)
+            assert code in {0, 1, 2, 125}, (number, error, said)
+            assert code == 0 or "x07: " in said, (number, error, said)
+            stage.sweep()
+            assert stage.left(set()) == [], (number, error)
