@@ -59,7 +59,7 @@ class Stage:
         self.words = ["--sandbox-backend", CLASSES[backend]]
         self.words += ["--backend", backend] if CLASSES[backend] == "vm" else []
         self.words += ["--no-pool"] if backend == "qemu" else []
-        self.groups = groups()
+        self.jobs: set[str] = set()
         self.mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
         self.marks: set[str] = set()
 
@@ -89,7 +89,8 @@ class Stage:
         return done.returncode, (done.stdout + done.stderr).decode(errors="replace"), steps
 
     def note_marks(self) -> None:
-        """Remember the marks that processes of the jobs on record carry."""
+        """Remember the jobs on record, and the marks that their processes carry."""
+        self.jobs |= {path.name for path in self.state.iterdir()}
         for owner in self.state.glob("*/owner.json"):
             with contextlib.suppress(ValueError):
                 self.marks.add(json.loads(owner.read_bytes())["instance"])
@@ -117,7 +118,8 @@ class Stage:
         if self.engine is not None:
             kept = {f"x07-{name}" for name in spared}
             found += [f"container {name}" for name in self.engine.containers() if name not in kept]
-        found += [f"group {group}" for group in sorted(groups() - self.groups)]
+        jobs = self.jobs - spared
+        found += [f"group {path}" for path in Path("/sys/fs/cgroup").glob("*/x07-sandbox/*/") if path.name in jobs]
         mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
         return found + [line for line in mounts.splitlines() if str(self.state) in line]
 
@@ -129,15 +131,6 @@ class Stage:
     def tree_now(self) -> dict[str, str]:
         """The files of the folder that runs change."""
         return {path.name: path.read_text(encoding="utf-8") for path in self.tree.iterdir()}
-
-
-def groups() -> set[str]:
-    """Control groups of jobs and containers that are there, by path."""
-    found = set()
-    for parent in ("x07-sandbox", "x07-docker-*", "libpod_parent"):
-        for pattern in (f"{parent}/*/", f"*/{parent}/*/"):
-            found |= {str(path) for path in Path("/sys/fs/cgroup").glob(pattern) if path.name != "conmon"}
-    return found
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -157,8 +150,8 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @contextlib.contextmanager
-def live_job(stage: Stage, *words: str, spared: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A run that goes on, and its job. spared: it is to be there at the end, and what is its is no remains."""
+def live_job(stage: Stage, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A run that goes on, and its job."""
     before = {path.name for path in stage.state.glob("*-run")}
     argv = [X07, "run", *stage.words, *words, str(stage.folder / "sleep.py")]
     with subprocess.Popen(argv, env=stage.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -167,7 +160,6 @@ def live_job(stage: Stage, *words: str, spared: bool = False) -> Iterator[tuple[
             assert process.stdout.readline() == b"here\n"
             (job,) = {path.name for path in stage.state.glob("*-run")} - before
             stage.note_marks()
-            stage.groups |= groups() if spared else set()
             yield process, job
         finally:
             process.kill()
@@ -184,7 +176,7 @@ def test_a_runner_killed_at_any_step_leaves_nothing(stage: Stage) -> None:
     stage.reset()
     _, _, count = stage.run("kill", 0)
     assert count is not None
-    with live_job(stage, spared=True) as (process, job):
+    with live_job(stage) as (process, job):
         for number in points(count):
             stage.reset()
             code, said, _ = stage.run("kill", number)
@@ -230,7 +222,7 @@ KINDS = ("reaper", "gate", "client", "agent", "monitor", "supervisor", "inner", 
 def test_any_process_of_a_job_may_be_killed(stage: Stage, kind: str) -> None:
     """Whichever processes of a job are killed, alone or two at once, the run ends, and one sweep leaves nothing."""
     with (
-        live_job(stage, spared=True) as (other, spared),
+        live_job(stage) as (other, spared),
         live_job(stage, "--allow-host", "a.example:443") as (process, job),
     ):
         known = victims(stage, job)

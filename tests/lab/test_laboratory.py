@@ -199,7 +199,9 @@ for host, port in (("46.46.46.46", 81), ("8.8.8.8", 443)):
         print(type(error).__name__)
 socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", ("1.1.1.1", 53))
 """
-    assert lab.python(code).split() == ["ConnectionRefusedError", "TimeoutError"]
+    refused, nobody = lab.python(code).split()
+    # Nobody's address may be known as unreachable by then, if the machine is slow.
+    assert (refused, nobody in {"TimeoutError", "OSError"}) == ("ConnectionRefusedError", True)
     lab.wait_quiet()
     assert lab.contacts(mark) == []
     assert {(found.where, found.proto, found.data) for found in lab.packets(mark)} == {

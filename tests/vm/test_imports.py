@@ -29,7 +29,8 @@ channel.connection channel.frames channel.link
 cli.cancel cli.console cli.main cli.run cli.run_options cli.streams cli.usage
 errors
 host.arch host.bounded_stream host.cancel host.clocks host.cores host.forks host.locks host.memory host.models
-host.mounts host.paths host.processes host.settings host.threads host.troubles host.variables host.waiting
+host.mounts host.paths host.processes host.settings host.threads host.troubles host.variables host.version
+host.waiting
 housekeeping.start
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.forms jail.libraries jail.seccomp jail.uids

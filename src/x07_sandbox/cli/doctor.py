@@ -244,17 +244,20 @@ def _image_and_machine(name: str) -> list[Finding]:
     from x07_sandbox.runs.prepare import check_pinned
 
     findings: list[Finding] = []
+    probing = False
     try:
         image = find_image(None)
         with open_image(image) as opened:
             findings.append(_image(image))
             check_pinned(image.digest)
-            backend = create(name)
+            backend, probing = create(name), True
             availability = backend.probe(opened)
             isolation = f"{availability.features.isolation} ({availability.proof})"
             findings.append(Finding(subject="isolation", good=True, text=isolation))
             findings.append(_start(backend, opened))
     except SandboxError as exc:
+        if probing:  # for a proof a machine is started as for a run
+            return [*findings, _bad(START, exc)]
         return [*findings, Finding(subject=exc.what, good=False, text=exc.why, fix=exc.fix)]
     if availability.features.emulated:
         text = f"{availability.warnings[0].removeprefix('emulated: ')}; X07_VM_REQUIRE_HARDWARE=1 refuses it"

@@ -68,7 +68,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
             "/dev/shm": f"{_TMPFS},{run},size={needs.tmp_bytes},mode=1777",  # noqa: S108 - as above
             "/x07": f"{_TMPFS},{'exec' if needs.alone or not needs.closed else 'noexec'},size={files},mode=0755",
             "/opt/x07": f"{_TMPFS},{run},size={program},mode=1777",
-            "/x07/out": f"{_TMPFS},noexec,size={program},mode={'1777' if needs.out else '0755'}",
+            "/x07/out": f"{_TMPFS},{run},size={program},mode={'1777' if needs.out else '0755'}",
         }
         for place in needs.places:
             found[place.at] = f"{_TMPFS},{run},size={program},mode={'1777' if place.write else '0755'}"
