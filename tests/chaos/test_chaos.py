@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from tests.conftest import FULL
-from x07_sandbox.conformance.bench import remaining
+from x07_sandbox.conformance.bench import policy_with, remaining
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,6 +61,9 @@ class Stage:
         self.words += ["--backend", backend] if CLASSES[backend] == "vm" else []
         self.words += ["--no-pool"] if backend == "qemu" else []
         self.jobs: set[str] = set()
+        long = policy_with(limits={"wall_ms": 3_600_000})  # for a job that outlives all that is tried beside it
+        self.long = folder / "long.json"
+        self.long.write_bytes(msgspec.json.encode(long))
         self.mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
         self.marks: set[str] = set()
 
@@ -176,7 +180,7 @@ def test_a_runner_killed_at_any_step_leaves_nothing(stage: Stage) -> None:
     stage.reset()
     _, _, count = stage.run("kill", 0)
     assert count is not None
-    with live_job(stage) as (process, job):
+    with live_job(stage, "--policy", str(stage.long)) as (process, job):
         for number in points(count):
             stage.reset()
             code, said, _ = stage.run("kill", number)

@@ -256,14 +256,16 @@ def test_crun_runs_it_too(podman: EngineUnderTest, tmp_path: Path, monkeypatch: 
 
 
 def test_every_engine_knows_the_image_by_one_id(
-    podman: EngineUnderTest, docker: EngineUnderTest, tmp_path: Path
+    podman: EngineUnderTest, docker: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The archive is the same bytes each time, and podman, docker and ctr all load it, as the same image."""
     assert podman.digest == docker.digest
+    for name, value in {**podman.env, **docker.env}.items():
+        monkeypatch.setenv(name, value)
     archives = [tmp_path / "first.tar", tmp_path / "second.tar"]
     image = find_image("default")
-    ids = {load(image, REFERENCE, [], lambda _text: None, archive)[0] for archive in archives}
-    assert ids == {podman.digest}
+    found = {load(image, REFERENCE, [], lambda _text: None, archive) for archive in archives}
+    assert found == {(podman.digest, ("podman", "docker"))}
     first, second = (hashlib.sha256(archive.read_bytes()).hexdigest() for archive in archives)
     assert first == second
     assert REFERENCE in containerd_images(tmp_path, archives[0])
@@ -319,4 +321,23 @@ def test_the_smoke_gate_is_green(engine: EngineUnderTest, tmp_path: Path) -> Non
     lines = done.stdout.decode().splitlines()
     assert lines[-1:] == ["ok: VM sandbox smoke passed"], lines
     assert {line.split(":")[1] for line in lines if line.startswith("skip:")} <= {" sweep", " x07-program", " bundle"}
+    assert engine.containers() == []
+
+
+def test_a_container_is_ended_by_name_and_only_in_its_engine(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """`x07 ps` shows a container as running, `x07 kill` ends it, and a client of another engine leaves it alone."""
+    program = tmp_path / "wait.py"
+    program.write_text("print('here', flush=True)\nimport time\ntime.sleep(600)\n", encoding="utf-8")
+    with subprocess.Popen([X07, "run", "--backend", engine.name, str(program)], stdout=subprocess.PIPE) as runner:
+        assert runner.stdout is not None
+        assert runner.stdout.readline() == b"here\n"
+        (record,) = live_records(engine.name)
+        shown = json.loads(subprocess.run([X07, "ps", "--json"], capture_output=True, check=True).stdout)
+        assert [job["state"] for job in shown["jobs"]] == ["running"]
+        other = {**os.environ, f"X07_VM_{engine.name.upper()}_BIN": "/bin/true"}
+        done = subprocess.run([X07, "kill", record.run_id], env=other, capture_output=True, check=False, timeout=60)
+        assert (done.returncode, b"another" in done.stderr) == (125, True), done.stderr
+        assert not (record.folder / "reaped").exists()
+        subprocess.run([X07, "kill", record.run_id], check=True, timeout=60)
+        assert runner.wait(60) == 125
     assert engine.containers() == []

@@ -317,16 +317,18 @@ class Engine(NoneBackend):
 def test_instances_without_a_record_are_asked_of_the_backend(state: Path) -> None:
     """What an engine holds with our labels past its deadline is removed; a live job's and others' instances stay."""
     live, dead = recorded(), recorded(GONE)
-    ours = dead.labels() | {"io.x07.job_id": "1-2-3-run", "io.x07.run_id": "1-2-3-run"}
+    ours = dead.labels() | {"io.x07.job_id": f"1-{GONE.pid}-3-run", "io.x07.run_id": f"1-{GONE.pid}-3-run"}
     expired = {"io.x07.deadline_unix_ms": "1"}
+    elsewhere = ours | expired | {"io.x07.job_id": "x", "io.x07.run_id": f"1-{os.getpid()}-3-run"}
     Engine.held = {"orphan": ours | expired, "young": ours, "other": LABELS, "live": live.labels() | expired}
+    Engine.held |= {"elsewhere": elsewhere}  # its runner lives, and its record lies in another folder
     with registered(BackendRow("an-engine", "vm", ("container",)), Engine):
         dry = swept(dry_run=True)
-        assert len(Engine.held) == 4
+        assert len(Engine.held) == 5
         report = swept()
     assert names(report, "instance") == names(dry, "instance") == ["an-engine:orphan"]
-    assert set(Engine.held) == {"young", "other", "live"}
-    assert {kept.id for kept in report.kept} == {"an-engine:young", "an-engine:other", "an-engine:live"}
+    assert set(Engine.held) == {"young", "other", "live", "elsewhere"}
+    assert {kept.id for kept in report.kept} == {f"an-engine:{name}" for name in Engine.held}
     assert state.is_dir()
 
 

@@ -53,7 +53,7 @@ def load(
 
     names: () for all that are here. Raises HostError, ImageError, BackendError.
     """
-    engines = [engine(name) for name in names] if names or archive is not None else engines_here()
+    engines = [engine(name) for name in names] if names else engines_here()
     if not engines and archive is None:
         fix = "Install podman or docker.io, or write a file to load elsewhere: --archive FILE"
         raise HostError("cannot load the guest image", "no container engine answers here", fix)

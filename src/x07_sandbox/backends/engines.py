@@ -44,6 +44,11 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str]
     options: tuple[str, ...] = ()
 
+    @property
+    def place(self) -> str:
+        """Which engine it is, of several that a host may have: the client, and the socket that it was told of."""
+        return " ".join((self.binary, *(self.env[key] for key in ("DOCKER_HOST",) if key in self.env)))
+
     def argv(self, *words: str) -> list[str]:
         """The command line of a call."""
         return [self.binary, *self.options, *words]

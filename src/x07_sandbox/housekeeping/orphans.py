@@ -11,6 +11,7 @@ from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import state_dir
+from x07_sandbox.host.processes import identify
 from x07_sandbox.jobs.record import runner_instance
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _UNIX_MS: Final = re.compile(r"[0-9]{1,16}")
 _ORPHANS_MAX: Final = 4096
+_PID_DIGITS: Final = 10
 
 
 def why_not(labels: Mapping[str, str], *, instance: str, live: Collection[str], now_unix_ms: int) -> str:
@@ -41,6 +43,14 @@ def why_not(labels: Mapping[str, str], *, instance: str, live: Collection[str], 
     return ""
 
 
+def runner_lives(labels: Mapping[str, str]) -> bool:
+    """Whether there is a process of the number that its run's name has: whatever the clock says, it stays then."""
+    runner = labels.get("io.x07.run_id", "").split("-")[1:2]
+    return (
+        bool(runner) and runner[0].isdigit() and len(runner[0]) <= _PID_DIGITS and identify(int(runner[0])) is not None
+    )
+
+
 def sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
     """Ask every backend that holds instances for those with our labels, and remove what may go."""
     instance = runner_instance(state_dir())
@@ -53,6 +63,8 @@ def sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
                 called = f"{name}:{orphan.id}"
                 if problem := why_not(orphan.labels, instance=instance, live=live, now_unix_ms=unix_ms()):
                     sweeper.kept("instance", called, problem)
+                elif runner_lives(orphan.labels):
+                    sweeper.kept("instance", called, "its runner may be alive, and its record in another folder")
                 elif sweeper.dry_run or backend.remove(orphan):
                     sweeper.removed("instance", called, "no record tells of it, and its deadline has passed")
                 else:

@@ -156,3 +156,5 @@ def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
         return "" if backend.stop(stored.record) else "nothing proves that its processes are gone"
     except SandboxError as exc:
         return f"it cannot be stopped: {exc.what}: {exc.why}"
+    except OSError as exc:  # one job must not keep a sweep from all others
+        return f"it cannot be stopped: {exc.strerror or exc}"

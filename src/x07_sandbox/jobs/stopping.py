@@ -36,11 +36,14 @@ def live_records(backend: str) -> list[JobRecord]:
     return sorted((one for one in records if one.backend == backend), key=lambda record: record.created_unix_ms)
 
 
-def stop_recorded(record: JobRecord, remove: Callable[[StoredJob], bool] = lambda _stored: True) -> bool:
+def stop_recorded(
+    record: JobRecord, remove: Callable[[StoredJob], bool] = lambda _stored: True, *, signals: bool = True
+) -> bool:
     """Stop the processes of a job: ask, kill, verify, remove, record; whether it is proven gone. Safe to call again.
 
     A process is signalled only if its number, start time, boot and our random mark agree.
     remove: removes what outlives the processes (control groups, folders), and returns whether that is gone.
+    signals: whether its processes are ours to end; those of a container are its engine's.
     Raises HostError where the job's end cannot be recorded.
     """
     stored = read_stored(record.folder, record.runner_instance)
@@ -50,7 +53,7 @@ def stop_recorded(record: JobRecord, remove: Callable[[StoredJob], bool] = lambd
         return True
     if stored.owner is None or stored.record is None or stored.record.mark != record.mark:
         return False
-    if not (_processes_gone(stored, record) and remove(stored)):
+    if not ((not signals or _processes_gone(stored, record)) and remove(stored)):
         return False
     mark_reaped(record)
     return True

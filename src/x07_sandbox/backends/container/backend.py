@@ -16,6 +16,7 @@ from x07_sandbox.backends.container.instance import (
     ContainerInstance,
     container_name,
     labels_of,
+    recorded_engine,
     remove,
     remove_files,
     started,
@@ -133,10 +134,15 @@ class ContainerBackend:
 
     def stop(self, record: JobRecord) -> bool:
         """Remove the container of a record, and what the record's folder holds for it; whether it is proven gone."""
-        return stop_recorded(record, lambda _stored: self._removed(record) and remove_files(record.folder))
+        return stop_recorded(
+            record, lambda _stored: self._removed(record) and remove_files(record.folder), signals=False
+        )
 
     def _removed(self, record: JobRecord) -> bool:
         client = self._engine()
+        if (other := recorded_engine(record.folder)) not in {"", client.place}:
+            fix = f"Set X07_VM_{self.name.upper()}_BIN and DOCKER_HOST as they were"
+            raise BackendError("cannot stop the container", f"it was started with another {self.name}: {other}", fix)
         answer = client.call("inspect", "--type", "container", container_name(record))
         if answer.absent:
             return True
@@ -154,8 +160,12 @@ class ContainerBackend:
         ids = [word for word in listed.text.split() if is_id(word)][:_ORPHANS_MAX]
         if listed.status or not ids:
             return ()
-        found = client.objects("inspect", "--type", "container", *ids)
-        return [Orphan(id=str(made.get("Id", "")), labels=labels_of(made)) for made in found]
+        found = []
+        for one in ids:  # one by one: any of them may go meanwhile, and would fail the call for all
+            answer = client.call("inspect", "--type", "container", one)
+            if not answer.status:
+                found.append(Orphan(id=one, labels=labels_of(_only(answer, client))))
+        return found
 
     def remove(self, orphan: Orphan) -> bool:
         """Remove one of them; whether it is proven gone."""

@@ -15,12 +15,13 @@ from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import Wanted, create_argv, differences
 from x07_sandbox.backends.engines import container_id
 from x07_sandbox.backends.jailed import socket_ends
-from x07_sandbox.errors import BackendError, HostError
+from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.bounded_stream import SideStream
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.forks import Given
-from x07_sandbox.host.processes import own_identity
+from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.processes import identify, own_identity
 from x07_sandbox.host.waiting import readable
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import create_record, drop_unstarted, mark_done, write_owner
@@ -39,6 +40,8 @@ _EXIT_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 0.05
 _NET: Final = "net"
 _RESOLV_CONF: Final = "resolv.conf"
+_ENGINE: Final = "engine"
+_ENGINE_MAX: Final = 8192
 _RELAY: Final = "nameserver 127.0.0.53\noptions timeout:5 attempts:2\n"  # guest/firewall has it
 
 
@@ -79,6 +82,11 @@ class ContainerInstance:
         self._errors.read()
         return self._errors.text()
 
+    @property
+    def client_pid(self) -> int:
+        """The engine's client."""
+        return self._client.pid
+
     def exit_status(self) -> int | None:
         """How the engine's client ended; it passes on the container's status."""
         return self._client.poll()
@@ -110,12 +118,13 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
         stack.callback(os.close, runner_w)
         instance = watching = None
         try:
-            files = _Files(record, network=job.kind.network, stack=stack)
+            files = _Files(engine, record, network=job.kind.network, stack=stack)
             wanted = _wanted(engine, job, record, image, files)
             watching = _reaper(engine, record, job.claim.deadline_s, runner_r)
             container = _created(engine, wanted)
             instance = _running(engine, record, container, stack, given)
             given.close()
+            _record_processes(record, instance, watching)
             if files.listener is not None:
                 instance.net_fd = files.accepted(instance, stack)
             yield instance
@@ -133,15 +142,23 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
                 os.close(instance.pidfd)
 
 
+def _record_processes(record: JobRecord, instance: ContainerInstance, watching: subprocess.Popen[bytes]) -> None:
+    """Write down that the job has begun. Its processes are the engine's; these two are only about it."""
+    found = {"client": identify(instance.client_pid), "reaper": identify(watching.pid)}
+    processes = {name: identity for name, identity in found.items() if identity is not None}
+    write_owner(record, runner=own_identity(), processes=processes, cgroups=())
+
+
 class _Files:
     """What the container has of the record's folder: the gate's socket, and /etc/resolv.conf."""
 
-    def __init__(self, record: JobRecord, *, network: bool, stack: contextlib.ExitStack) -> None:
+    def __init__(self, engine: Engine, record: JobRecord, *, network: bool, stack: contextlib.ExitStack) -> None:
         self._folder = record.folder
         self.resolv_conf = record.folder / _RESOLV_CONF
         self.net = record.folder / _NET
         self.listener: socket.socket | None = None
         try:
+            (record.folder / _ENGINE).write_text(engine.place, encoding="utf-8")
             self.resolv_conf.write_text(_RELAY if network else "", encoding="ascii")
             self.resolv_conf.chmod(0o644)
             if network:
@@ -184,9 +201,17 @@ class _Files:
 def remove_files(folder: Path) -> bool:
     """Remove what a record's folder holds for its container; whether it is gone."""
     shutil.rmtree(folder / _NET, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        (folder / _RESOLV_CONF).unlink()
+    for name in (_RESOLV_CONF, _ENGINE):
+        (folder / name).unlink(missing_ok=True)
     return not os.path.lexists(folder / _NET)
+
+
+def recorded_engine(folder: Path) -> str:
+    """Which engine has the container of a job, by its record's folder; empty where that is not known."""
+    try:
+        return read_bounded(folder / _ENGINE, "record", _ENGINE_MAX).decode("utf-8", "replace")
+    except (OSError, UsageError):
+        return ""
 
 
 def _wanted(engine: Engine, job: Job, record: JobRecord, image: OpenImage, files: _Files) -> Wanted:

@@ -34,7 +34,12 @@ def main(folder: str, deadline_s: float, runner_fd: int, removing: list[str]) ->
 
 def _tidy(folder: str) -> None:
     """Remove what the job's folder held for the container, then write `reaped`; nothing where the folder is gone."""
-    for remove, name in ((os.unlink, "net/relay"), (os.rmdir, "net"), (os.unlink, "resolv.conf")):
+    for remove, name in (
+        (os.unlink, "net/relay"),
+        (os.rmdir, "net"),
+        (os.unlink, "resolv.conf"),
+        (os.unlink, "engine"),
+    ):
         try:
             remove(f"{folder}/{name}")
         except OSError:
