@@ -61,7 +61,7 @@ class Stage:
         self.words += ["--backend", backend] if CLASSES[backend] == "vm" else []
         self.words += ["--no-pool"] if backend == "qemu" else []
         self.jobs: set[str] = set()
-        long = policy_with(limits={"wall_ms": 3_600_000})  # for a job that outlives all that is tried beside it
+        long = policy_with(limits={"wall_ms": 600_000})  # for a job that outlives all that is tried beside it
         self.long = folder / "long.json"
         self.long.write_bytes(msgspec.json.encode(long))
         self.mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
