@@ -29,10 +29,11 @@ from x07_sandbox.images.store import find_image
 from x07_sandbox.jobs.stopping import live_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.engines import EngineUnderTest
     from x07_sandbox.backends.engines import Engine
+    from x07_sandbox.jobs.record import JobRecord
 
 pytestmark = [pytest.mark.root]
 X07 = str(Path(sys.executable).with_name("x07"))
@@ -102,14 +103,21 @@ def test_the_program_has_none_of_what_the_agent_has(engine: EngineUnderTest, tmp
     assert result["digests"]["image"] == engine.digest
 
 
-def test_a_container_carries_the_labels_of_its_record(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """Labels of schema, run, runner, deadline and image are on the container, and say what the record says."""
-    program = tmp_path / "wait.py"
-    program.write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n", encoding="utf-8")
+@contextlib.contextmanager
+def waiting_run(engine: EngineUnderTest, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], JobRecord]]:
+    """A run whose program has begun and waits, and the record of its job."""
+    program = folder / "wait.py"
+    program.write_text("print('here', flush=True)\nimport time\ntime.sleep(600)\n", encoding="utf-8")
     with subprocess.Popen([X07, "run", "--backend", engine.name, str(program)], stdout=subprocess.PIPE) as runner:
         assert runner.stdout is not None
         assert runner.stdout.readline() == b"here\n"
         (record,) = live_records(engine.name)
+        yield runner, record
+
+
+def test_a_container_carries_the_labels_of_its_record(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """Labels of schema, run, runner, deadline and image are on the container, and say what the record says."""
+    with waiting_run(engine, tmp_path) as (runner, record):
         labels = json.loads(engine.call("inspect", f"x07-{record.job_id}"))[0]["Config"]["Labels"]
         runner.send_signal(signal.SIGINT)
         assert runner.wait(30) == 130
@@ -126,12 +134,7 @@ def job_of(folder: Path) -> str:
 
 def test_a_container_ends_with_its_runner(engine: EngineUnderTest, tmp_path: Path) -> None:
     """The container of a killed runner is removed at once, without a sweep, and its record says so."""
-    program = tmp_path / "wait.py"
-    program.write_text("print('here', flush=True)\nimport time\ntime.sleep(600)\n", encoding="utf-8")
-    with subprocess.Popen([X07, "run", "--backend", engine.name, str(program)], stdout=subprocess.PIPE) as runner:
-        assert runner.stdout is not None
-        assert runner.stdout.readline() == b"here\n"
-        (record,) = live_records(engine.name)
+    with waiting_run(engine, tmp_path) as (runner, record):
         runner.kill()
     wait_until(lambda: not engine.containers() and (record.folder / "reaped").exists())
     assert (record.folder / "reaped").read_text(encoding="ascii") == "reaped\n"
@@ -326,12 +329,7 @@ def test_the_smoke_gate_is_green(engine: EngineUnderTest, tmp_path: Path) -> Non
 
 def test_a_container_is_ended_by_name_and_only_in_its_engine(engine: EngineUnderTest, tmp_path: Path) -> None:
     """`x07 ps` shows a container as running, `x07 kill` ends it, and a client of another engine leaves it alone."""
-    program = tmp_path / "wait.py"
-    program.write_text("print('here', flush=True)\nimport time\ntime.sleep(600)\n", encoding="utf-8")
-    with subprocess.Popen([X07, "run", "--backend", engine.name, str(program)], stdout=subprocess.PIPE) as runner:
-        assert runner.stdout is not None
-        assert runner.stdout.readline() == b"here\n"
-        (record,) = live_records(engine.name)
+    with waiting_run(engine, tmp_path) as (runner, record):
         shown = json.loads(subprocess.run([X07, "ps", "--json"], capture_output=True, check=True).stdout)
         assert [job["state"] for job in shown["jobs"]] == ["running"]
         other = {**os.environ, f"X07_VM_{engine.name.upper()}_BIN": "/bin/true"}

@@ -35,6 +35,14 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         """Whether it failed since what it was asked about is not there."""
         return self.status != 0 and any(word in self.error.lower() for word in _GONE)
 
+    def only(self, engine: str) -> dict[str, Any]:
+        """The one object that an inspecting call told of. Raises BackendError."""
+        try:
+            (made,) = msgspec.json.decode(self.text, type=list[dict[str, Any]])
+        except (msgspec.DecodeError, ValueError) as exc:
+            raise BackendError(f"cannot use {engine}", self.error or str(exc), "Run x07 doctor") from exc
+        return made
+
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """podman or docker. binary: its client. env: all that the client sees of variables. options: before the command."""
@@ -77,17 +85,6 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
             text=output.decode("utf-8", "replace"),
             error=" ".join(_printable(error.decode("utf-8", "replace")).split())[-500:],
         )
-
-    def objects(self, *words: str) -> list[dict[str, Any]]:
-        """What an inspecting call says, as objects. Raises BackendError."""
-        answer = self.call(*words)
-        if answer.status:
-            raise BackendError(f"cannot use {self.name}", answer.error or f"status {answer.status}", "Run x07 doctor")
-        try:
-            return msgspec.json.decode(answer.text, type=list[dict[str, Any]])
-        except msgspec.DecodeError as exc:
-            why = f"its answer to {' '.join(words[:2])} is no list of objects: {exc}"
-            raise BackendError(f"cannot use {self.name}", why, f"Use another version of {self.name}") from exc
 
 
 def engine(name: Name) -> Engine:

@@ -11,6 +11,8 @@ import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from x07_sandbox.errors import BackendError, HostError
+from x07_sandbox.host import settings
+from x07_sandbox.host.bounded_stream import SideStream
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import Identity, children_of, identify, own_identity, wait_gone
 from x07_sandbox.host.waiting import readable
@@ -37,6 +39,36 @@ def socket_ends(stack: contextlib.ExitStack, given: Given) -> tuple[int, int]:
     stack.callback(os.close, fd)
     os.set_blocking(fd, False)
     return fd, given.add(far.detach())
+
+
+def error_stream(stack: contextlib.ExitStack, given: Given) -> tuple[SideStream, int]:
+    """A child's standard error as we read it, which *stack* closes, and the child's end."""
+    fd, theirs = os.pipe2(os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    os.set_blocking(fd, False)
+    return SideStream(fd, keep_bytes=settings.STDERR_MAX_BYTES), given.add(theirs)
+
+
+class OwnAgent:
+    """What instances have in common that are no machine: the agent is ours, and what is said beside the channel."""
+
+    _errors: SideStream
+
+    def release(self) -> None:
+        """Nothing: the agent is ours, and starts no program before the channel says so."""
+
+    def side_fds(self) -> tuple[int, ...]:
+        """What agent and all between it and us have to say."""
+        return () if self._errors.ended else (self._errors.fd,)
+
+    def drain(self, _fd: int) -> None:
+        """Read it, keeping no more than its bound."""
+        self._errors.read()
+
+    def console_tail(self) -> str:
+        """The last of that, control characters replaced."""
+        self._errors.read()
+        return self._errors.text()
 
 
 class Start(NamedTuple):

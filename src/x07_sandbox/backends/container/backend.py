@@ -22,7 +22,7 @@ from x07_sandbox.backends.container.instance import (
     started,
 )
 from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE
-from x07_sandbox.backends.engines import Answer, Engine, Name, engine, is_id
+from x07_sandbox.backends.engines import Engine, Name, engine, is_id
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.variables import text
@@ -73,13 +73,10 @@ class ContainerBackend:
         fix = f"Run x07 image load {self.name}, or scripts/build_guest_runner_image.sh; it is never pulled"
         if answer.status:
             raise ImageError(f"no guest image {wanted}", answer.error or f"{self.name} does not have it", fix)
-        try:
-            (image,) = msgspec.json.decode(answer.text, type=list[dict[str, Any]])
-            digest = f"sha256:{str(image['Id']).removeprefix('sha256:')}"
-        except (msgspec.DecodeError, ValueError, KeyError) as exc:
-            raise ImageError(
-                f"cannot use the image {wanted}", f"{self.name} describes it otherwise: {exc}", fix
-            ) from exc
+        image = answer.only(self.name)
+        if not image.get("Id"):
+            raise ImageError(f"cannot use the image {wanted}", f"{self.name} tells no id of it", fix)
+        digest = f"sha256:{str(image['Id']).removeprefix('sha256:')}"
         labels = (image.get("Config") or {}).get("Labels") or image.get("Labels")
         label = labels.get(MANIFEST_LABEL) if isinstance(labels, dict) else None
         if not isinstance(label, str):
@@ -146,7 +143,7 @@ class ContainerBackend:
         answer = client.call("inspect", "--type", "container", container_name(record))
         if answer.absent:
             return True
-        made = _only(answer, client)
+        made = answer.only(self.name)
         # Whoever may use the engine can call a container as they like.
         return labels_of(made).get("io.x07.run_id") == record.job_id and remove(client, str(made.get("Id", "")))
 
@@ -164,21 +161,12 @@ class ContainerBackend:
         for one in ids:  # one by one: any of them may go meanwhile, and would fail the call for all
             answer = client.call("inspect", "--type", "container", one)
             if not answer.status:
-                found.append(Orphan(id=one, labels=labels_of(_only(answer, client))))
+                found.append(Orphan(id=one, labels=labels_of(answer.only(self.name))))
         return found
 
     def remove(self, orphan: Orphan) -> bool:
         """Remove one of them; whether it is proven gone."""
         return is_id(orphan.id) and remove(self._engine(), orphan.id)
-
-
-def _only(answer: Answer, client: Engine) -> dict[str, Any]:
-    """The one object that an inspecting call told of. Raises BackendError."""
-    try:
-        (made,) = msgspec.json.decode(answer.text, type=list[dict[str, Any]])
-    except (msgspec.DecodeError, ValueError) as exc:
-        raise BackendError(f"cannot use {client.name}", answer.error or str(exc), "Run x07 doctor") from exc
-    return made
 
 
 def _needs_runc() -> bool:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from x07_sandbox.backends.base import Needs
+from x07_sandbox.host.settings import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from x07_sandbox.backends.engines import Name
 
-MIB: Final = 1 << 20
 # What the agent needs to become another user, to take that one's rights, and to end it. All of it is taken from the
 # program, with everything else.
 CAPABILITIES: Final = ("KILL", "SETGID", "SETPCAP", "SETUID")

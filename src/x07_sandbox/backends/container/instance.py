@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import Wanted, create_argv, differences
 from x07_sandbox.backends.engines import container_id
-from x07_sandbox.backends.jailed import socket_ends
+from x07_sandbox.backends.jailed import OwnAgent, error_stream, socket_ends
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.bounded_stream import SideStream
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.forks import Given
 from x07_sandbox.host.paths import read_bounded
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.base import Greeting, Job, StartMode
     from x07_sandbox.backends.engines import Engine
+    from x07_sandbox.host.bounded_stream import SideStream
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import JobRecord
 
@@ -45,7 +45,7 @@ _ENGINE_MAX: Final = 8192
 _RELAY: Final = "nameserver 127.0.0.53\noptions timeout:5 attempts:2\n"  # guest/firewall has it
 
 
-class ContainerInstance:
+class ContainerInstance(OwnAgent):
     """A started container, as `backends/base.Instance` has it."""
 
     channel_fd: int
@@ -65,22 +65,6 @@ class ContainerInstance:
         self._client = client
         self._errors = errors
         self._gone = False
-
-    def release(self) -> None:
-        """Nothing: the agent is ours, and starts no program before the channel says so."""
-
-    def side_fds(self) -> tuple[int, ...]:
-        """What engine and agent have to say."""
-        return () if self._errors.ended else (self._errors.fd,)
-
-    def drain(self, _fd: int) -> None:
-        """Read it, keeping no more than its bound."""
-        self._errors.read()
-
-    def console_tail(self) -> str:
-        """The last of that, control characters replaced."""
-        self._errors.read()
-        return self._errors.text()
 
     @property
     def client_pid(self) -> int:
@@ -153,7 +137,6 @@ class _Files:
     """What the container has of the record's folder: the gate's socket, and /etc/resolv.conf."""
 
     def __init__(self, engine: Engine, record: JobRecord, *, network: bool, stack: contextlib.ExitStack) -> None:
-        self._folder = record.folder
         self.resolv_conf = record.folder / _RESOLV_CONF
         self.net = record.folder / _NET
         self.listener: socket.socket | None = None
@@ -239,7 +222,7 @@ def _created(engine: Engine, wanted: Wanted) -> str:
     container = container_id(answer)
     if not container:
         raise BackendError("cannot make the container", answer.error or f"status {answer.status}", "Run x07 doctor")
-    (made,) = engine.objects("inspect", "--type", "container", container) or [{}]
+    made = engine.call("inspect", "--type", "container", container).only(engine.name)
     if found := differences(wanted, made):
         why = f"{engine.name} made it other than was asked for: {', '.join(found)}"
         fix = f"Look at {engine.name}'s configuration: it changes every container"
@@ -251,12 +234,9 @@ def _running(
     engine: Engine, record: JobRecord, container: str, stack: contextlib.ExitStack, given: Given
 ) -> ContainerInstance:
     channel_fd, far_fd = socket_ends(stack, given)
-    fd, theirs = os.pipe2(os.O_CLOEXEC)
-    stack.callback(os.close, fd)
-    os.set_blocking(fd, False)
-    errors = SideStream(fd, keep_bytes=settings.STDERR_MAX_BYTES)
+    errors, stderr_fd = error_stream(stack, given)
     argv = engine.argv("start", "--attach", "--interactive", container)
-    client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=given.add(theirs), stdio_fd=far_fd, env=engine.env))
+    client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=stderr_fd, stdio_fd=far_fd, env=engine.env))
     instance = ContainerInstance(engine, record, container, client, errors)
     instance.channel_fd = channel_fd
     return instance

@@ -10,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.jailed import Jailed, Start, running, socket_ends
+from x07_sandbox.backends.jailed import Jailed, OwnAgent, Start, error_stream, running, socket_ends
 from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, scratch_bytes, this_system
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.bounded_stream import SideStream
 from x07_sandbox.host.forks import Given
 from x07_sandbox.host.troubles import need_own_proc
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
@@ -45,14 +44,10 @@ class _Ends:
         stack.callback(self.given.close)
         self.channel_fd, self.far_fd = socket_ends(stack, self.given)
         self.net_fd, self.far_net_fd = socket_ends(stack, self.given)
-        fd, theirs = os.pipe2(os.O_CLOEXEC)
-        stack.callback(os.close, fd)
-        os.set_blocking(fd, False)
-        self.errors = SideStream(fd, keep_bytes=settings.STDERR_MAX_BYTES)
-        self.stderr_fd = self.given.add(theirs)
+        self.errors, self.stderr_fd = error_stream(stack, self.given)
 
 
-class ProcessInstance(Jailed):
+class ProcessInstance(OwnAgent, Jailed):
     """An agent on this host. Made by `start_confined` or `start_unconfined`, which also end it."""
 
     notes: tuple[str, ...] = ()
@@ -65,22 +60,6 @@ class ProcessInstance(Jailed):
         self.jail = start.jail
         self.start_mode = start.start_mode
         self._errors = ends.errors
-
-    def release(self) -> None:
-        """Nothing: the agent is ours, and starts no program before the channel says so."""
-
-    def side_fds(self) -> tuple[int, ...]:
-        """What agent, bubblewrap and supervisor have to say."""
-        return () if self._errors.ended else (self._errors.fd,)
-
-    def drain(self, _fd: int) -> None:
-        """Read it, keeping no more than its bound."""
-        self._errors.read()
-
-    def console_tail(self) -> str:
-        """The last of that, control characters replaced."""
-        self._errors.read()
-        return self._errors.text()
 
 
 @contextlib.contextmanager
