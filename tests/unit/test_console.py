@@ -20,7 +20,7 @@ from x07_sandbox.cli.written import write_all
         ("policy", "explain"),
         ("policy", "schema"),
         ("completion", "bash"),
-        ("run", "--help"),
+        ("run", "--help-all"),
     ],
 )
 def test_a_reader_who_is_slow_gets_all_of_it(words: tuple[str, ...]) -> None:

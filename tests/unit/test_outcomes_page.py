@@ -8,7 +8,7 @@ import sys
 from scripts.make_outcomes_page import PAGE, render
 from x07_sandbox.plan.outcomes import OUTCOMES, ExitRule, outcomes_by_exit
 
-HELP = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--help"]
+HELP = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--help-all"]
 
 
 def test_its_tables_are_those_of_the_source() -> None:
@@ -26,7 +26,7 @@ def test_each_outcome_has_one_exit_code() -> None:
 
 
 def test_the_help_of_a_run_has_the_same_exit_codes() -> None:
-    """`x07 run --help` names every exit code with its outcomes."""
+    """`x07 run --help-all` names every exit code with its outcomes."""
     shown = subprocess.run(HELP, capture_output=True, text=True, check=True).stdout
     for code, outcomes in outcomes_by_exit().items():
         assert f"\n  {code}: {', '.join(outcomes)}\n" in shown

@@ -17,7 +17,7 @@ from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import asked, select, this_platform
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
-from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog
+from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog, help_level
 from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
@@ -44,6 +44,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         description="Build PROGRAM in one throw-away virtual machine and run it in another.",
         usage="x07 run [OPTIONS] PROGRAM [-- ARGS]",
         late_epilog=epilog,
+        level_of=help_level,
     )
     add_options(parser)
     parser.set_defaults(carry_out=_run)

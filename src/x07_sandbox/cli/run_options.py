@@ -6,6 +6,7 @@ import argparse
 
 from x07_sandbox.cli.usage import (
     add_document_flags,
+    add_help_levels,
     name_pattern,
     named,
     named_file,
@@ -18,42 +19,81 @@ from x07_sandbox.cli.usage import (
 )
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
-from x07_sandbox.programs.toolchains import BY_NAME, describe
+from x07_sandbox.programs.toolchains import BY_NAME, TOOLCHAINS, describe
 
 _EXAMPLES = """examples:
-  x07 run prog.py
-  x07 run --input data.txt prog.c -- --top 10
+  x07 run prog.py                                    no files, no network, 60 s
+  x07 run --input data.txt prog.c -- --top 10        compile, then run with input and arguments
   x07 run -c 'print(6 * 7)' --toolchain python
-  generate | x07 run --toolchain shell -           the source comes from standard input
+  x07 run --allow-write-root build --allow-host example.org:443 prog.py
+"""
+_MORE_EXAMPLES = """  generate | x07 run --toolchain shell -           the source comes from standard input
   x07 run --policy strict.json --json prog.py
   x07 run --env LEVEL=3 ./a.out
   while read -r name; do x07 run --input /dev/null "$name"; done < list
   x07 run --dry-run project/                       what would be done, and what the policy would hold
 """
+_EXITS = """exit code: the program's own; 2 wrong usage, 124 time limit, 125 not run or lost, 126 build failed,
+128+N signal N, 137 out of memory, 153 output limit (docs/outcomes.md; scripts read `outcome` of --json)
+"""
 OVERRIDES = (
-    ("--allow-host", "HOST:PORT[,PORT...]", "a host that it may connect to"),
-    ("--allow-host-file", "FILE", "a file of such, one a line"),
-    ("--deny-host", "HOST:PORT[,...]|HOST:*", "one that it may not, whatever allows it"),
-    ("--deny-host-file", "FILE", "a file of such"),
-    ("--allow-read-root", "PATH", "a folder that it may read"),
-    ("--allow-write-root", "PATH", "one that it may change"),
+    ("--allow-host", "HOST:PORT[,PORT...]", "let it connect to this host"),
+    ("--allow-host-file", "FILE", "the same for each line of a file"),
+    ("--deny-host", "HOST:PORT|HOST:*", "refuse this host, whatever allows it"),
+    ("--deny-host-file", "FILE", "the same for each line of a file"),
+    ("--allow-read-root", "PATH", "let it read this folder"),
+    ("--allow-write-root", "PATH", "let it change this folder (its changes are copied back)"),
+)
+# The options that only --help-all shows; a new option is in --help unless it is named here.
+RARE = frozenset(
+    {
+        *("--allow-host-file", "--deny-host-file", "--net-log", "--reveal", "--stdin", "--input-b64", "--backend"),
+        *("--sandbox-backend", "--i-accept-weaker-isolation", "--queue-timeout", "--no-pool", "--no-cache", "--cold"),
+        *("--report-out", "--quiet-json", "--json=full", "--raw", "--compiled-out"),
+    }
 )
 X07_LIMITS = ("--solve-fuel", "--max-memory-bytes", "--cpu-time-limit-seconds")
+X07_OPTIONS = frozenset(
+    {
+        *("--program", "--project", "--artifact", "--world", "--profile", "--auto-ffi", "--report", "--attest-runtime"),
+        *X07_LIMITS,
+    }
+)
 
 
-def epilog() -> str:
-    """What help says below the options; made only when it is asked for, since a run has no use for it."""
+def epilog(level: str) -> str:
+    """The text below the options, made only when help is asked for."""
+    if level == "all":
+        return _full_epilog()
+    if level == "x07":
+        return (
+            "Without PROGRAM, the x07.json of this folder or of the nearest one above it is run.\n"
+            "docs/x07.md describes the reports and the command x07-os-runner.\n"
+        )
+    languages = ", ".join(row.name for row in TOOLCHAINS)
+    return f"toolchains: {languages}, or a folder with x07-sandbox.toml\n{_EXITS}\n{_EXAMPLES}"
+
+
+def _full_epilog() -> str:
     from x07_sandbox.plan.outcomes import describe_exits
 
-    return f"""languages, by the name of the file or by --toolchain:
+    return f"""toolchains, by the file's name or by --toolchain:
 {describe()}
-A folder with an x07-sandbox.toml is a project of more files: docs/programs.md.
+A folder with an x07-sandbox.toml is a project of several files: docs/programs.md.
 
-exit codes, and the outcomes that have them (docs/outcomes.md):
-{describe_exits()}A program may use the same numbers: scripts read `outcome`. Output that could not
-be written makes 125 too.
+exit codes and their outcomes (docs/outcomes.md):
+{describe_exits()}A program may use the same numbers, so scripts should read `outcome`. Output that could
+not be written also ends with 125.
 
-{_EXAMPLES}"""
+{_EXAMPLES}{_MORE_EXAMPLES}"""
+
+
+def help_level(action: argparse.Action) -> str:
+    """Which help shows this option: everyday ("") for `--help`, "x07" for `--help-x07`, "all" for the rest."""
+    names = action.option_strings
+    if any(name in RARE for name in names):
+        return "all"
+    return "x07" if any(name in X07_OPTIONS for name in names) else ""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,93 +102,94 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "program",
         metavar="PROGRAM",
         nargs="?",
-        help="a source file, an executable, a project's folder; - for stdin (default: the x07.json of this folder or "
-        "of the nearest above it)",
+        help="source file, executable or project folder; - reads standard input",
     )
-    parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, behind --")
-    _add_program(parser)
-    _add_files(parser)
-    _add_input(parser)
-    _add_machine(parser)
-    _add_output(parser)
-    _add_x07(parser)
+    parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, after --")
+    add_help_levels(parser, "all", "x07")
+    add_program(parser)
+    add_files(parser)
+    add_machine(parser)
+    add_output(parser)
+    add_x07(parser)
 
 
-def _add_program(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the program")
-    option(group, "-c", "CODE", "a source text; needs --toolchain", dest="code")
-    option(group, "--toolchain", "T", "how it is built and started", choices=tuple(BY_NAME))
-    what = "what it may touch: a document, or built-in:TEMPLATE (default: no files, no network, 60 s, 512 MiB)"
+def add_program(parser: argparse.ArgumentParser) -> None:
+    """What runs, under which policy."""
+    group = parser.add_argument_group("program and policy")
+    option(group, "-c", "CODE", "run this source text; needs --toolchain", dest="code")
+    option(group, "--toolchain", "T", "how to build and start it (default: by the file's name)", choices=tuple(BY_NAME))
+    what = "policy file or built-in:NAME (default: no network or files, 60 s, 512 MiB)"
     option(group, "--policy", "FILE", what)
-    option(group, "--timeout", "S", "seconds that it may take, at most the policy's", type=seconds(600))
-    repeated(group, "--env", "NAME=VALUE", "a variable of the program; NAME alone: ours")
-    group = parser.add_argument_group("changes to the policy, each any number of times")
+    option(group, "--timeout", "S", "time limit in seconds, at most the policy's", type=seconds(600))
+    repeated(group, "--env", "NAME=VALUE", "set a variable; NAME alone copies yours")
     for name, form, meaning in OVERRIDES:
         repeated(group, name, form, meaning)
 
 
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("its files")
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Which files and input go in, and what becomes of changed files."""
+    group = parser.add_argument_group("files")
+    given = group.add_mutually_exclusive_group()
+    option(given, "--input", "FILE", "read standard input from this file (default: yours)", type=named_file)
+    switch(given, "--stdin", "pass your standard input, even if the project names a file")
+    option(given, "--input-b64", "TEXT", "use these bytes as standard input, in base64")
     group.add_argument(
         "--changes",
         choices=("apply", "keep", "discard"),
         default="apply",
-        help="what becomes of its changes to the folders that it may change, when it has ended by itself; kept ones "
-        "wait for x07 diff, x07 apply (default: apply)",
+        help="what to do with changed files (default: apply; keep: for x07 apply)",
     )
-    option(group, "--net-log", "FILE", "write a line of JSON there for each connection it asks for", type=named_file)
-    option(group, "--diff", "FILE", "write its changes there too, as a patch to read", type=named_file)
-    option(group, "--out", "DIR", "a folder of ours that it finds as /x07/out, to write to", type=named_folder)
-    obeyed = "let it change names that other tools run or obey (.git, Jenkinsfile): docs/policy.md"
+    option(group, "--net-log", "FILE", "write a line of JSON for each connection", type=named_file)
+    option(group, "--diff", "FILE", "also write the changes as a patch", type=named_file)
+    option(group, "--out", "DIR", "folder for its output; the program sees it as /x07/out", type=named_folder)
+    obeyed = "let it change protected names such as .git or Jenkinsfile"
     repeated(group, "--allow-protected", "PATTERN", obeyed, type=named)
-    repeated(group, "--hide", "PATTERN", "names that do not go in, wherever they lie", type=name_pattern)
-    repeated(group, "--reveal", "PATTERN", "names of secrets that do go in: '*.pem'", type=name_pattern)
+    repeated(group, "--hide", "PATTERN", "keep files of this name out: '*.csv'", type=name_pattern)
+    repeated(group, "--reveal", "PATTERN", "let in names that look like secrets: '*.pem'", type=name_pattern)
 
 
-def _add_input(parser: argparse.ArgumentParser) -> None:
-    title = "its standard input (default: the project's, else ours, which is taken whether the program reads it or not)"
-    group = parser.add_argument_group(title).add_mutually_exclusive_group()
-    option(group, "--input", "FILE", "a file", type=named_file)
-    switch(group, "--stdin", "ours, whatever the project says")
-    option(group, "--input-b64", "TEXT", "bytes, as base64")
-
-
-def _add_machine(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the machines")
-    option(group, "--image", "NAME|DIGEST", "the guest image (default: default)")
-    switch(group, "--require-hardware", "refuse emulation")
-    option(group, "--backend", "B", "how they are started (default: X07_VM_BACKEND, else qemu)")
-    wall = "the wall (default: X07_SANDBOX_BACKEND, else auto)"
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """The guest image and how virtual machines are started."""
+    group = parser.add_argument_group("virtual machine")
+    option(group, "--image", "NAME|DIGEST", "guest image (default: default)")
+    switch(group, "--require-hardware", "refuse emulation; run only with hardware virtualisation")
+    option(group, "--backend", "B", "backend (default: X07_VM_BACKEND, else qemu)")
+    wall = "kind of isolation (default: X07_SANDBOX_BACKEND, else auto)"
     option(group, "--sandbox-backend", None, wall, choices=tuple(SANDBOX_BACKENDS))
-    switch(group, "--i-accept-weaker-isolation", "accept a wall that is no virtual machine, if named")
+    switch(group, "--i-accept-weaker-isolation", "allow a backend that is not a virtual machine")
     queue = whole_number(0, int(settings.QUEUE_S), "seconds")
-    doc = "how long to wait while as many machines run as may (default: 600)"
+    doc = "how long to wait for a free slot (default: 600)"
     group.add_argument("--queue-timeout", type=queue, default=settings.QUEUE_S, metavar="S", help=doc)
-    switch(group, "--no-pool", "take no warm machine, also where x07 pool keeps some")
-    switch(group, "--no-cache", "build also what was built before from the same source")
-    switch(group, "--cold", "boot the machines anew instead of cloning saved ones")
+    switch(group, "--no-pool", "do not use a warm VM of x07 pool")
+    switch(group, "--no-cache", "build again, even if the same source was built before")
+    switch(group, "--cold", "boot the VMs instead of cloning saved ones")
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """What is printed and written."""
     group = parser.add_argument_group("output")
     add_document_flags(group, "print the result as one JSON object instead of the program's output")
-    switch(group, "--raw", "let a terminal have control sequences of the program's")
-    most = "per stream (default: 64 MiB); of an X07 program its output (default: its profile's, else 1 MiB)"
+    group.add_argument(
+        "--json=full", dest="json", action="store_const", const="full", help="the same with every control of the policy"
+    )
+    switch(group, "--raw", "pass the program's control sequences to the terminal")
+    most = "limit for each output stream (default: 64 MiB)"
     option(group, "--max-output-bytes", "N", most, type=whole_number(0, 1 << 40, "bytes"))
-    option(group, "--compiled-out", "FILE", "keep what was built there", type=named_file)
-    report = "print X07's report instead, and end with its exit code"
-    option(group, "--report", None, report, choices=("runner", "wrapped"))
-    attest = "X07's attestation of the run, with --report runner if none is named"
-    option(group, "--attest-runtime", "FILE", attest, type=named_file)
-    switch(group, "--dry-run", "boot nothing: say what would be done")
+    option(group, "--compiled-out", "FILE", "save the built program", type=named_file)
+    switch(group, "--dry-run", "run nothing; show what would be done")
 
 
-def _add_x07(parser: argparse.ArgumentParser) -> None:
+def add_x07(parser: argparse.ArgumentParser) -> None:
+    """For X07's own programs, and scripts that call X07's command."""
     group = parser.add_argument_group("for X07's own programs, and scripts that call X07's command")
     for kind, dest in (("program", "program_flag"), ("project", "project"), ("artifact", "artifact")):
         option(group, f"--{kind}", "F", f"the {kind}, in place of PROGRAM", dest=dest)
     group.add_argument("--world", metavar="W", default="run-os-sandboxed", help="run-os-sandboxed, the only one here")
-    option(group, "--profile", "N", "of an x07.json")
+    option(group, "--profile", "N", "profile of an x07.json")
     group.add_argument("--auto-ffi", action=argparse.BooleanOptionalAction, help="compile the foreign code of packages")
     for name in X07_LIMITS:
-        option(group, name, "N", "binds X07 programs only", type=whole_number(0, 1 << 48, "units"))
+        option(group, name, "N", "applies to X07 programs only", type=whole_number(0, 1 << 48, "units"))
+    report = "print X07's report instead, and end with its exit code"
+    option(group, "--report", None, report, choices=("runner", "wrapped"))
+    attest = "X07's attestation of the run; implies --report runner"
+    option(group, "--attest-runtime", "FILE", attest, type=named_file)

@@ -43,6 +43,7 @@ _EXAMPLES: Final = """examples:
   x07 run --json prog.py | jq .outcome    everything about the run as one JSON object
 """
 _NUMBER_CHARS = 32
+_WIDTH: Final = 110  # columns of help
 
 
 def whole_number(lo: int, hi: int, what: str) -> Callable[[str], int]:
@@ -128,6 +129,28 @@ def switch(to: argparse._ActionsContainer, flag: str, help: str) -> None:  # noq
     to.add_argument(flag, action="store_true", help=help)
 
 
+class _HelpLevel(argparse.Action):
+    """Print the help of the level that is its constant, and exit."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,  # noqa: ARG002 - as argparse calls it
+        values: str | Sequence[Any] | None,  # noqa: ARG002 - as above
+        option_string: str | None = None,  # noqa: ARG002 - as above
+    ) -> NoReturn:
+        put(parser.format_help(self.const).encode())  # type: ignore[call-arg]  # only a Parser has such options
+        parser.exit()
+
+
+def add_help_levels(parser: argparse._ActionsContainer, rest: str, *names: str) -> None:
+    """Add `--help-NAME` for each level of help beside `--help`. rest: the level that shows every option."""
+    for name in (rest, *names):
+        doc = "show every option" if name == rest else f"show the options for {name.upper()}'s own programs"
+        words: dict[str, Any] = {"action": _HelpLevel, "nargs": 0, "const": name, "default": argparse.SUPPRESS}
+        parser.add_argument(f"--help-{name}", help=doc, dest=argparse.SUPPRESS, **words)
+
+
 def add_document_flags(parser: argparse._ActionsContainer, json_help: str) -> None:
     """The flags of a verb that has a JSON document to print (cli/documents): whether, and where it goes too."""
     switch(parser, "--json", json_help)
@@ -136,31 +159,48 @@ def add_document_flags(parser: argparse._ActionsContainer, json_help: str) -> No
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the terminal; asked of it without the modules that the base class would import for that."""
+    """Help as wide as the terminal, up to 110 columns; measured without the modules that the base class imports."""
 
-    def __init__(self, prog: str, indent_increment: int = 2, max_help_position: int = 24) -> None:
+    def __init__(self, prog: str, indent_increment: int = 2, max_help_position: int = 36) -> None:
         try:
-            columns = os.get_terminal_size(1).columns
+            columns = os.get_terminal_size(1).columns - 2
         except OSError:
-            columns = 80
-        super().__init__(prog, indent_increment, max_help_position, width=max(40, columns - 2))
+            columns = _WIDTH
+        super().__init__(prog, indent_increment, max_help_position, width=min(_WIDTH, max(40, columns)))
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ours, so that --json holds for them too; options are written out in full.
 
-    late_epilog: makes the epilog when help is asked for.
+    late_epilog: makes the epilog when help is asked for, from the level of help.
+    level_of: the level of help that shows an option, where a parser has several: "" is `--help`, NAME `--help-NAME`.
     """
 
-    def __init__(self, *args: Any, late_epilog: Callable[[], str] | None = None, **words: Any) -> None:  # noqa: ANN401 - as argparse has them
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401 - as argparse has them
+        late_epilog: Callable[[str], str] | None = None,
+        level_of: Callable[[argparse.Action], str] | None = None,
+        **words: Any,  # noqa: ANN401 - as above
+    ) -> None:
         super().__init__(*args, **({"formatter_class": Formatter} | words | {"allow_abbrev": False}))
         self._late_epilog = late_epilog
+        self._level_of = level_of
 
-    def format_help(self) -> str:
-        """All of the help."""
+    def format_help(self, level: str = "") -> str:
+        """The help of one level; "all" has every option."""
         if self._late_epilog is not None:
-            self.epilog = self._late_epilog()
-        return super().format_help()
+            self.epilog = self._late_epilog(level)
+        if self._level_of is None or level == "all":
+            return super().format_help()
+        texts = {action: action.help for action in self._actions if self._level_of(action) != level}
+        for action in texts:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in texts.items():
+                action.help = text
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         """Print help or version; unlike the base class, not past an error. Raises OSError."""

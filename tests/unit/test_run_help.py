@@ -1,0 +1,58 @@
+"""`x07 run --help` shows what most users need; the rest has helps of its own."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from x07_sandbox.cli.main import main
+from x07_sandbox.cli.run_options import RARE, X07_OPTIONS
+from x07_sandbox.cli.usage import actions, parser_for
+
+LINES = 60
+COLUMNS = 110
+
+
+def shown(capfd: pytest.CaptureFixture[str], flag: str) -> str:
+    """What `x07 run` prints with this flag."""
+    with pytest.raises(SystemExit) as ended:
+        main(["run", flag])
+    assert ended.value.code == 0
+    return capfd.readouterr().out
+
+
+def options(text: str) -> set[str]:
+    """The options that a help has a line for."""
+    return {
+        name
+        for line in re.findall(r"^  (-\S.*?)(?:  |$)", text, re.MULTILINE)
+        for name in re.findall(r"-[-\w=]+", line)
+    }
+
+
+def test_the_help_of_a_run_fits_a_screen(capfd: pytest.CaptureFixture[str]) -> None:
+    """`x07 run --help` has at most 60 lines of 110 columns, with one line for each option."""
+    lines = shown(capfd, "--help").splitlines()
+    assert len(lines) <= LINES
+    assert max(map(len, lines)) <= COLUMNS
+    assert not [line for line in lines if line.startswith(" " * 30)], "a help text takes a second line"
+
+
+def test_everyday_help_leaves_out_rare_and_x07_options(capfd: pytest.CaptureFixture[str]) -> None:
+    """`--help` names the everyday options and how to see the others."""
+    found = options(shown(capfd, "--help"))
+    assert {"-c", "--policy", "--timeout", "--allow-host", "--changes", "--json", "--help-all", "--help-x07"} <= found
+    assert not found & (RARE | X07_OPTIONS)
+
+
+def test_help_for_x07_shows_its_options_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """`--help-x07` shows what only X07's own callers need."""
+    assert options(shown(capfd, "--help-x07")) == X07_OPTIONS | {"--no-auto-ffi"}
+
+
+def test_help_all_shows_every_option(capfd: pytest.CaptureFixture[str]) -> None:
+    """`--help-all` leaves no option out, and every option that is listed as rare or as X07's exists."""
+    every = {name for action in actions(parser_for(["run"])) for name in action.option_strings if name != "--version"}
+    assert options(shown(capfd, "--help-all")) == every
+    assert every >= RARE | X07_OPTIONS
