@@ -57,7 +57,7 @@ class Command:
     def seconds(self) -> float:
         """One run, from the command's start to its end. Raises SystemExit if it was not what it claims to be."""
         nonce = os.urandom(8).hex()
-        argv = [str(X07), "run", *self.flags, "--json", str(self.program)]
+        argv = [str(X07), "run", *self.flags, "--json=full", str(self.program)]
         begun = time.monotonic()
         done = subprocess.run(argv, input=f"{nonce}\n".encode(), capture_output=True, check=False)
         seconds = time.monotonic() - begun

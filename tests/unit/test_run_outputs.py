@@ -57,7 +57,7 @@ def x07(*words: str, module: str = "main", most_bytes: int | None = None) -> sub
 def test_a_file_that_cannot_be_written_loses_nothing_else(place: Path) -> None:
     """Where one file cannot be written, the others are, and the result stays, with a warning and exit code 125."""
     options = argparse.Namespace(
-        compiled_out=place / "gone/prog", diff=place / "gone/d", report_out=place / "r", net_log=None
+        json=False, compiled_out=place / "gone/prog", diff=place / "gone/d", report_out=place / "r", net_log=None
     )
     result = failure(UsageError("a", "b", "c"))
     with contextlib.ExitStack() as stack:

@@ -200,7 +200,7 @@ def _json_or(code: int, exc: Exception, words: list[str], signalled: int | None 
 def _wants_json(words: list[str]) -> bool:
     """Whether standard output must be one JSON object; asked of the words, since parsing them may have failed."""
     ours = words[: words.index("--")] if "--" in words else words
-    return "--json" in ours and "--quiet-json" not in ours
+    return not {"--json", "--json=full"}.isdisjoint(ours) and "--quiet-json" not in ours
 
 
 def entry() -> NoReturn:

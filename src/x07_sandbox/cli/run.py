@@ -119,7 +119,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
     if options.json and not options.quiet_json:
         from x07_sandbox.cli.run_failure import print_result
 
-        return print_result(result)
+        return print_result(result, full=options.json == "full")
     return _told(result, unwritten)
 
 

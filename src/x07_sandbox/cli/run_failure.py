@@ -10,7 +10,7 @@ from x07_sandbox.cli.console import put
 from x07_sandbox.cli.documents import write_early_failure
 from x07_sandbox.cli.written import is_refused, with_unwritten
 from x07_sandbox.errors import Cancelled, SandboxError
-from x07_sandbox.reports.document import render_json
+from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.run import failure
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
 
 
-def print_result(result: Result) -> int:
+def print_result(result: Result, *, full: bool = False) -> int:
     """A run as one JSON object; its exit code."""
-    put(render_json(result))
+    put(render_result(result, full=full))
     return result.x07_exit_code
 
 
@@ -32,7 +32,7 @@ def print_failure(exc: Exception, signalled: int | None = None, code: int | None
 
 def failure_document(exc: Exception, code: int | None = None) -> bytes:
     """The same, as it is written to a file."""
-    return render_json(_failed(exc, exc.signal if isinstance(exc, Cancelled) else None, code))
+    return render_result(_failed(exc, exc.signal if isinstance(exc, Cancelled) else None, code), full=True)
 
 
 def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:

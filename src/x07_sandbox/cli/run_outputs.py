@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from x07_sandbox.cli.changed import machine_form, pieces
 from x07_sandbox.cli.written import noted, with_unwritten, write_all, write_bytes, write_executable, write_whole
 from x07_sandbox.files.changes import ChangeSet
-from x07_sandbox.reports.document import render_json
+from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.folder import NET_LOG, all_runs
 from x07_sandbox.runs.kept import KeptChanges, find
 
@@ -32,7 +32,7 @@ def write_files(options: argparse.Namespace, result: Result, artifact: OutFile |
     told = with_unwritten(result, unwritten)
     if options.report_out is not None:
         with noted(unwritten):
-            write_bytes(options.report_out, render_json(told))
+            write_bytes(options.report_out, render_result(told, full=options.json == "full"))
     return with_unwritten(result, unwritten), unwritten
 
 

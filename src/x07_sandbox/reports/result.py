@@ -1,0 +1,61 @@
+"""A run's result as JSON: in short, as `--json` prints it, or in full, as `--json=full` does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from x07_sandbox.reports.document import plain, render_json
+
+if TYPE_CHECKING:
+    from x07_sandbox.runs.result import Result
+
+
+class OmittedControls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The controls that the short form does not list: those that are as the built-in policy has them in a VM.
+
+    enforced: how many of them are enforced. advisory: the fields of those that are only advisory.
+    digest: of all of them, as `x07 run --json=full` lists them, in JSON without blanks: `sha256:<hex>`.
+    """
+
+    enforced: int
+    advisory: list[str]
+    digest: str
+
+
+def render_result(result: Result, *, full: bool) -> bytes:
+    """One JSON object: in full over many lines, in short with one line for each key."""
+    if full:
+        return render_json(result)
+    document = _short(result)
+    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in document.items())
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("ascii")
+
+
+def _short(result: Result) -> dict[str, object]:
+    document: dict[str, object] = plain(result)
+    usual = _usual_controls()
+    omitted = [msgspec.to_builtins(c) for c in result.controls if usual.get(c.field) == (c.state, c.by, c.why)]
+    if not omitted:
+        return document
+    fields = {control["field"] for control in omitted}
+    short = OmittedControls(
+        enforced=sum(control["state"] == "enforced" for control in omitted),
+        advisory=[control["field"] for control in omitted if control["state"] == "advisory"],
+        digest=f"sha256:{hashlib.sha256(json.dumps(omitted, separators=(',', ':')).encode()).hexdigest()}",
+    )
+    listed = [msgspec.to_builtins(control) for control in result.controls if control.field not in fields]
+    return document | {"controls": listed, "controls_omitted": msgspec.to_builtins(short)}
+
+
+def _usual_controls() -> dict[str, tuple[str, str, str]]:
+    """State, holder and reason of each field of the built-in policy in a virtual machine."""
+    from x07_sandbox.plan.controls import make_plan
+    from x07_sandbox.plan.features import vm_features
+    from x07_sandbox.policy.default import default_policy
+
+    plan = make_plan(default_policy(), vm_features("vm-hardware"))
+    return {c.field: (c.state, c.by, c.why) for c in plan.controls if c.state != "refused"}
