@@ -38,7 +38,7 @@ def x07(where: Path, *words: str) -> tuple[int, bytes, str]:
 
 def init(where: Path, *words: str) -> tuple[int, dict[str, Any], str]:
     """Exit code, report and standard error of `x07 init`."""
-    code, out, err = x07(where, "init", *words)
+    code, out, err = x07(where, "init", "--json", *words)
     return code, json.loads(out), err
 
 
@@ -61,7 +61,7 @@ def fill(where: Path, *names: str) -> None:
 
 def test_an_x07_project_is_minimal_and_readable(tmp_path: Path) -> None:
     """`x07 init` writes X07's required keys and one profile, and one compact line about it; again it is unchanged."""
-    code, out, err = x07(tmp_path, "init")
+    code, out, err = x07(tmp_path, "init", "--json")
     report = '{"schema_version":"x07.sandbox.init.report@0.1.0","toolchain":"x07","project_root":"%s","out":"x07.json",'
     assert (code, out.decode()) == (0, report % tmp_path + '"status":"created"}\n')
     assert "x07 policy init --template default" in err
@@ -78,6 +78,16 @@ def test_an_x07_project_is_minimal_and_readable(tmp_path: Path) -> None:
     ]
     assert json.loads(data)["schema_version"] == "x07.project@0.5.0"
     assert init(tmp_path)[:2] == (0, json.loads(out) | {"status": "unchanged"})
+
+
+@pytest.mark.parametrize("words", [(), ("--toolchain", "python")])
+def test_people_are_told_the_file_and_the_next_command(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Without --json `x07 init` prints the file that it wrote and the command that comes next, and no JSON."""
+    fill(tmp_path, "main.py")
+    name, following = (FILE, "x07 run .") if words else ("x07.json", "x07 policy init --template default")
+    said = f"{tmp_path / name}\nnext: {following}\n"
+    assert x07(tmp_path, "init", *words) == (0, f"created {said}".encode(), "")
+    assert x07(tmp_path, "init", *words) == (0, f"already up to date: {said}".encode(), "")
 
 
 @pytest.mark.parametrize("template", ["default", "worker"])

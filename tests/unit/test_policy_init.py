@@ -29,7 +29,7 @@ def init(where: Path, *words: str, template: str = "cli") -> tuple[int, bytes, s
 
 def report(where: Path, *words: str, template: str = "cli") -> tuple[int, dict[str, Any]]:
     """Exit code and report of `x07 policy init`."""
-    code, out, _ = init(where, *words, template=template)
+    code, out, _ = init(where, "--json", *words, template=template)
     return code, json.loads(out)
 
 
@@ -37,7 +37,7 @@ def report(where: Path, *words: str, template: str = "cli") -> tuple[int, dict[s
 def test_the_first_call_creates_and_the_second_finds_it_unchanged(tmp_path: Path, template: str) -> None:
     """A template is written below .x07/policies/base once, and told in one compact line, keys in order."""
     place = DEFAULT_PLACE.format(template)
-    code, out, err = init(tmp_path, template=template)
+    code, out, err = init(tmp_path, "--json", template=template)
     expected = (
         '{"schema_version":"x07.policy.init.report@0.1.0","template":"%s","project_root":"%s","out":"%s",'
         '"status":"created","policy_id":"sandbox.%s.base"}\n'
@@ -48,13 +48,20 @@ def test_the_first_call_creates_and_the_second_finds_it_unchanged(tmp_path: Path
     assert (code, said["status"]) == (0, "unchanged")
 
 
+def test_people_are_told_how_to_use_the_policy(tmp_path: Path) -> None:
+    """Without --json the path of the policy is printed, and the command that runs a program under it."""
+    code, out, err = init(tmp_path, "--out", "my policy.json")
+    told = f"created {tmp_path}/my policy.json\nnext: x07 run --policy 'my policy.json' PROGRAM\n"
+    assert (code, out.decode(), err) == (0, told, "")
+
+
 def test_another_file_is_left_alone_until_force_overwrites_it(tmp_path: Path) -> None:
     """A file with another content makes exit code 2 and stays as it is; --force replaces it and keeps its mode."""
     report(tmp_path)
     place = tmp_path / DEFAULT_PLACE.format("cli")
     place.write_bytes(b"mine\n")
     place.chmod(0o640)
-    code, out, err = init(tmp_path)
+    code, out, err = init(tmp_path, "--json")
     assert (code, json.loads(out)["status"], place.read_bytes()) == (2, "exists_different", b"mine\n")
     assert "--force" in err
     code, out, _ = init(tmp_path, "--emit", "policy")

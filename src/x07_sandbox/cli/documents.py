@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.console import put, say
+from x07_sandbox.cli.console import put, say, show
 from x07_sandbox.cli.usage import actions, parser_for
 from x07_sandbox.errors import Cancelled, RefusedError, SandboxError
 from x07_sandbox.host.troubles import host_error
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import msgspec
+
+    from x07_sandbox.host.documents import Status
 
 # What documents that tell of a command begin their version with; those that a command reads are called otherwise.
 _DOCUMENTS: Final = ("x07.sandbox.", "x07-os-runner.report@", "x07.run.report@", "x07.policy.init.report@")
@@ -41,10 +44,25 @@ def print_object(report: msgspec.Struct, options: argparse.Namespace) -> None:
     deliver(render_json(report), options, always=True)
 
 
-def print_line(report: msgspec.Struct, options: argparse.Namespace) -> None:
-    """One JSON object on one line, as X07's command prints them, whether or not --json is given. As deliver has it."""
+def print_line(report: msgspec.Struct, options: argparse.Namespace, *, always: bool = False) -> bool:
+    """One JSON object on one line, as X07's command prints them. As deliver has it."""
     line = json.dumps(plain(report), ensure_ascii=False, separators=(",", ":")) + "\n"
-    deliver(line.encode(), options, always=True)
+    return deliver(line.encode(), options, always=always)
+
+
+def show_written(path: Path, status: Status, following: str) -> None:
+    """Tell people that a file was written, and the command that comes next; one that was left alone is an error."""
+    words: dict[Status, str] = {"created": "created", "overwritten": "overwrote", "unchanged": "already up to date:"}
+    if status in words:
+        show(f"{words[status]} {path}")
+        show(f"next: {following}")
+
+
+def from_here(path: Path) -> str:
+    """The path as it is typed in this folder, quoted for a shell."""
+    with contextlib.suppress(OSError, ValueError):
+        path = path.relative_to(Path.cwd())
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def print_failure(exc: Exception, options: argparse.Namespace | None = None) -> None:

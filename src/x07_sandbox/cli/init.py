@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.documents import print_line
+from x07_sandbox.cli.documents import from_here, print_line, show_written
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.cli.usage import add_document_flags, named, named_folder
 from x07_sandbox.errors import UsageError
@@ -60,7 +60,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     parser.add_argument("--artifact", metavar="FILE", help=f"{made}: what it makes (default: its first target)")
     doc = "X07: of the profile's policy, see x07 policy init (default: default)"
     parser.add_argument("--template", choices=tuple(TEMPLATES), metavar="T", help=doc)
-    add_document_flags(parser, "errors too as one JSON object on standard output")
+    add_document_flags(parser, "print one line of JSON")
     parser.set_defaults(carry_out=_init, writes=_writes)
 
 
@@ -95,15 +95,20 @@ def _init(options: argparse.Namespace) -> int:
     root, name = real_path(folder), _name(options)
     status = write_document(root, (name,), data, overwrite=False)
     report = InitReport(toolchain=options.toolchain or "x07", project_root=str(root), out=name, status=status)
-    print_line(report, options)
+    told = print_line(report, options) or options.quiet_json
     if status == "exists_different":
         say(f"{root / name} holds something else and was left alone")
         return DIFFERENT
-    if options.toolchain is None and not (root / policy).exists():
+    following = f"x07 run {from_here(root)}"
+    if needs_policy := options.toolchain is None and not (root / policy).exists():
         where = f" --project {shlex.quote(str(folder / name))}"
         with contextlib.suppress(UsageError):  # where this folder is gone
             where = "" if project_root(None) == root else where
-        say(f"its policy is not there yet: run x07 policy init --template {template}{where}")
+        following = f"x07 policy init --template {template}{where}"
+    if not told:
+        show_written(root / name, status, following)
+    elif needs_policy:
+        say(f"its policy is missing: run {following}")
     return 0
 
 

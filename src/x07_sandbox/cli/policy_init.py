@@ -10,7 +10,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.documents import deliver, print_line
+from x07_sandbox.cli.documents import deliver, from_here, print_line, show_written
 from x07_sandbox.cli.usage import named_file, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import project_root, write_document
@@ -44,9 +44,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--project", type=named_file, metavar="FILE", help=doc)
     parser.add_argument("--policy-id", metavar="ID", help="the policy's name (default: sandbox.T.base)")
     switch(parser, "--force", "overwrite a file with another content")
-    doc = "what is printed: one line of JSON about the file, or the policy itself (default: report)"
+    doc = "print one line of JSON about the file, or the policy itself (default: text for people)"
     emitted = ("report", "policy")
-    parser.add_argument("--emit", choices=emitted, default="report", metavar="|".join(emitted), help=doc)
+    parser.add_argument("--emit", choices=emitted, metavar="|".join(emitted), help=doc)
     parser.add_argument("--out", type=named_file, metavar="PATH", help="where to, from the project's folder")
     switch(parser, "--mkdir-out", "make the folder that --out names")
     parser.set_defaults(writes=_writes)
@@ -91,7 +91,8 @@ def init(options: argparse.Namespace) -> int:
         report = PolicyInitReport(
             template=options.template, project_root=str(root), out=out, status=status, policy_id=policy.policy_id
         )
-        print_line(report, options)
+        if not (print_line(report, options, always=options.emit == "report") or options.quiet_json):
+            show_written(path, status, f"x07 run --policy {from_here(path)} PROGRAM")
     if status != "exists_different":
         return 0
     say(f"{path} holds something else and was left alone; --force overwrites it")
