@@ -23,7 +23,9 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.library.call import make_request
-from x07_sandbox.policy import PolicyError, default_policy
+from x07_sandbox.library.options import RunOptions
+from x07_sandbox.library.run import OPTIONS
+from x07_sandbox.policy import PolicyError, default_policy, render_policy
 from x07_sandbox.runs.program import load_program
 
 if TYPE_CHECKING:
@@ -68,6 +70,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"program": ""}, "program is empty"),
         ({"policy": HALF}, "policy holds half"),
         ({"policy": 5}, "policy is int, not a path or a Policy"),
+        ({"memory": "lots"}, "memory is 'lots', which is no size"),
+        ({"memory": 5}, "memory is 5, and must be at least 1M and at most 16G"),
+        ({"memory": True}, "memory is bool, not a size"),
+        ({"cpu_s": 0}, "cpu_s is 0, and must be above 0"),
+        ({"timeout_s": 601}, "timeout_s is 601, and must be at least 0.001 and at most 600 seconds"),
+        ({"procs": -1}, "procs is -1, and must be at least 0"),
+        ({"fds": 1.5}, "fds is float, not a whole number"),
+        ({"build_timeout_s": 5000}, "build_timeout_s is 5000"),
     ],
 )
 def test_what_no_program_could_be_given_is_named(words: dict[str, Any], why: str) -> None:
@@ -144,10 +154,23 @@ def test_load_policy_takes_what_a_run_takes() -> None:
     assert not isinstance(caught.value, PolicyError)
 
 
+def test_a_limit_above_that_of_a_policy_file_names_the_keyword(tmp_path: Path) -> None:
+    """`timeout_s=200` with a policy of 60 s is an error in Python's words, never a shorter run."""
+    (tmp_path / "strict.json").write_bytes(render_policy(default_policy()))
+    with pytest.raises(UsageError, match=r"cannot use timeout_s=200: .* allows 60 \(limits\.wall_ms\)"):
+        run_program(source="true", toolchain="shell", policy=tmp_path / "strict.json", timeout_s=200)
+
+
+def test_every_way_of_running_takes_the_same_keywords() -> None:
+    """What a type checker allows for `submit`, `map` and the coroutine is what `run_program` takes."""
+    assert set(RunOptions.__annotations__) == OPTIONS - {"input", "check"}
+    assert {"memory", "cpu_s", "timeout_s", "procs", "fds", "policy"} <= set(RunOptions.__annotations__)
+
+
 def test_an_option_that_is_not_known_is_named_with_the_function() -> None:
     """An option that run_program_async does not know is Python's own error for it, not for a function behind it."""
     with pytest.raises(TypeError, match=re.escape("run_program_async() got an unexpected keyword argument 'stdin'")):
-        asyncio.run(run_program_async("prog.py", stdin=b""))
+        asyncio.run(run_program_async("prog.py", stdin=b""))  # type: ignore[call-arg]  # the point
 
 
 def asked(stack: contextlib.ExitStack, folder: Path, **words: Any) -> RunRequest:  # noqa: ANN401 - any option

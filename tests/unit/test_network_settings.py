@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import HostError, SandboxError, UsageError
+from x07_sandbox.host.paths import settings_file
 from x07_sandbox.network.rules import NetSettings
-from x07_sandbox.network.settings import as_words, from_words, parse_settings, read_settings, settings_file
+from x07_sandbox.network.settings import as_words, from_words, parse_settings, read_settings
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,6 +13,7 @@ from x07_sandbox.plan.hints import Beside, hints
 from x07_sandbox.plan.observed import denials, limit_hit, more_tasks, too_much_output
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.limits import flag_reach
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.templates import TEMPLATES
 
@@ -347,23 +348,50 @@ def test_a_limit_that_ended_the_program_is_a_refusal_too(outcome: str, path: str
 
 
 @pytest.mark.parametrize(
-    ("outcome", "held", "tighter", "flag"),
+    ("outcome", "held", "own", "cpu_ms", "flag"),
     [
-        ("timeout", {"limits.wall_ms": 2000}, {"own_wall_ms": 9000}, "--timeout 4"),
-        ("timeout", {"limits.wall_ms": 2000}, {"own_wall_ms": 2500}, "--timeout 2.5"),
-        ("timeout", {"limits.wall_ms": 350_500}, {"own_wall_ms": 600_000}, "--timeout 600"),
-        ("cpu-limit", {"limits.cpu_ms": 5000}, {"cpu_ms": 3000}, "--cpu-time-limit-seconds 6"),
-        ("cpu-limit", {"limits.cpu_ms": 3000}, {"cpu_ms": 3000, "own_wall_ms": 1}, None),
+        ("timeout", {"limits.wall_ms": 2000}, {"limits.wall_ms": 9000}, None, "--timeout 4"),
+        ("timeout", {"limits.wall_ms": 2000}, {"limits.wall_ms": 2500}, None, "--timeout 2.5"),
+        ("timeout", {"limits.wall_ms": 350_500}, {"limits.wall_ms": 600_000}, None, "--timeout 600"),
+        ("oom", {"limits.mem_bytes": 1 << 28}, {"limits.mem_bytes": 1 << 31}, None, "--memory 512M"),
+        ("cpu-limit", {"limits.cpu_ms": 5000}, {"limits.cpu_ms": 5000}, 3000, "--cpu-time-limit-seconds 6"),
+        ("cpu-limit", {"limits.cpu_ms": 3000}, {"limits.cpu_ms": 3000, "limits.wall_ms": 90_000}, 3000, None),
     ],
 )
 def test_a_tighter_limit_of_the_call_is_what_is_to_be_raised(
-    outcome: str, held: dict[str, Any], tighter: dict[str, int], flag: str | None
+    outcome: str, held: dict[str, Any], own: dict[str, Any], cpu_ms: int | None, flag: str | None
 ) -> None:
     """Where a flag held the program the advice is that flag: a change of the policy would do nothing."""
-    denial = limit_hit(outcome, policy(held), **tighter)
+    reach = flag_reach(policy(own).limits, policy(held).limits, may_raise=False)
+    denial = limit_hit(outcome, policy(held), reach, cpu_ms=cpu_ms)
     assert denial is not None
     assert (denial.how_to_allow and denial.how_to_allow.flag) == flag
     assert flag is None or denial.how_to_allow == HowToAllow(json_path=None, value=None, flag=flag)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "flag", "path", "value"),
+    [
+        ("timeout", "--timeout 120", "$.limits.wall_ms", 120_000),
+        ("cpu-limit", "--cpu-time 120", "$.limits.cpu_ms", 120_000),
+        ("oom", "--memory 1G", "$.limits.mem_bytes", 1 << 30),
+    ],
+)
+def test_the_flag_that_raises_a_limit_is_named(outcome: str, flag: str, path: str, value: int) -> None:
+    """With a built-in policy the advice is the flag that raises the limit, beside the field of the policy."""
+    reach = flag_reach(None, policy({}).limits, may_raise=True)
+    denial = limit_hit(outcome, policy({}), reach)
+    assert denial is not None
+    assert denial.how_to_allow == HowToAllow(json_path=path, value=value, flag=flag)
+
+
+def test_more_processes_and_open_files_have_flags_too() -> None:
+    """With a built-in policy tasks and descriptors that were refused name `--procs` and `--fds`."""
+    reach = flag_reach(None, policy({}).limits, may_raise=True)
+    tasks = more_tasks(policy({"process.max_live": 8}), 8, 1, reach)
+    assert tasks.how_to_allow == HowToAllow(json_path="$.process.max_live", value=16, flag="--procs 16")
+    (files,) = denials([kernel("openat", "/data/x", EMFILE)], policy({}), (), "/opt/x07", reach)
+    assert files.how_to_allow == HowToAllow(json_path="$.limits.fds", value=512, flag="--fds 512")
 
 
 @pytest.mark.parametrize(("most", "flag"), [(1000, "2000"), (0, "1"), (None, None)])

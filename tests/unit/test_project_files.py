@@ -15,6 +15,7 @@ from x07_sandbox.errors import Cancelled, RefusedError, UsageError
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy.limits import LimitChanges
 from x07_sandbox.policy.model import HostPorts
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.host_files import roots_in_force
@@ -277,22 +278,24 @@ def test_an_error_about_a_project_is_short(
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize(("wall_ms", "own"), [(None, None), (4000, 5000), (5000, None), (6000, None)])
+@pytest.mark.parametrize(("wall_ms", "own"), [(None, None), (4000, 5000), (5000, None)])
 def test_whose_time_limit_holds_is_known(tmp_path: Path, wall_ms: int | None, own: int | None) -> None:
     """A time limit of the call holds where it is less than the policy's; where both are the same it is the policy's."""
     limits = replace(default_policy().limits, wall_ms=5000)
     place = tmp_path / "p.json"
     place.write_bytes(render_policy(replace(default_policy(), limits=limits)))
     with contextlib.closing(Cancel()) as cancel:
-        in_force = policy_in_force(RunRequest(source=b"", policy=str(place), wall_ms=wall_ms, cancel=cancel))
-    assert (in_force.own_wall_ms, in_force.policy.limits.wall_ms) == (own, wall_ms if own else 5000)
+        changes = None if wall_ms is None else LimitChanges(wall_ms=wall_ms)
+        in_force = policy_in_force(RunRequest(source=b"", policy=str(place), limits=changes, cancel=cancel))
+    assert in_force.policy.limits.wall_ms == (wall_ms if own else 5000)
+    assert (in_force.own and in_force.own.wall_ms) == own
 
 
 def test_with_flags_alone_the_policy_is_still_the_built_in_one() -> None:
     """Roots and a time limit by flags change it, and who gave them has no file of it: that is what advice goes by."""
     overrides = Overrides(allow_read_root=("/data",))
     with contextlib.closing(Cancel()) as cancel:
-        in_force = policy_in_force(RunRequest(overrides=overrides, wall_ms=20000, cancel=cancel))
+        in_force = policy_in_force(RunRequest(overrides=overrides, limits=LimitChanges(wall_ms=20000), cancel=cancel))
     assert in_force.policy.fs.read_roots == ("/data",)
     assert (in_force.base, in_force.policy.limits.wall_ms) == ("built-in:default", 20000)
 
@@ -311,7 +314,9 @@ def test_a_shorter_time_limit_makes_another_document(tmp_path: Path, timeout_ms:
     place = tmp_path / "policy.json"
     place.write_bytes(POLICY.replace(b"\n", b"\n\n"))
     with contextlib.closing(Cancel()) as cancel:
-        in_force = policy_in_force(RunRequest(source=b"", policy=str(place), wall_ms=timeout_ms, cancel=cancel))
+        in_force = policy_in_force(
+            RunRequest(source=b"", policy=str(place), limits=LimitChanges(wall_ms=timeout_ms), cancel=cancel)
+        )
     assert in_force.data == (render_policy(in_force.policy) if shorter else place.read_bytes())
     assert in_force.policy.limits.wall_ms == timeout_ms
     assert in_force.base == str(place)

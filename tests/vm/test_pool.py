@@ -386,7 +386,7 @@ def test_a_pool_takes_what_run_program_takes(state: Path, echo: str, tmp_path: P
     came: list[tuple[str, bytes]] = []
     with Pool(size=1) as pool:
         with pytest.raises(TypeError, match=re.escape("submit() got an unexpected keyword argument 'stdin'")):
-            pool.submit(echo, stdin=b"x")
+            pool.submit(echo, stdin=b"x")  # type: ignore[call-arg]  # the point
         result = pool.submit(echo, input=b"a", on_output=lambda name, data: came.append((name, data))).result(300)
         assert (result.stdout.text, came) == ("got a\n", [("stdout", b"got a\n")])
         assert pool.submit(project).result(300).stdout.text == "got Ulm\n"

@@ -56,6 +56,7 @@ def _lines(found: Preview) -> list[str]:
         *(f"folder {root.host}: a copy at {root.guest}, to {_DEEDS[root.write]}" for root in found.roots),
         f"run in another machine: {_short(found.run)}",
         f"limits: {', '.join(held)}",
+        *([] if found.scaling is None else [f"scaled for emulation: time and CPU time {found.scaling.factor} times"]),
         *([f"image {found.image}: {found.digests['image']}"] if "image" in found.digests else []),
         f"policy: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))} (x07 policy explain)",
         *(f"refused: {refusal.why}" for refusal in found.plan.refusals),

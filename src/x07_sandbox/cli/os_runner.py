@@ -166,6 +166,7 @@ def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStac
         # Of profiles only `x07 run` knows.
         loaders=(partial(load_x07, options=_x07_options(options), profiles=False),),
         machines=PoolMachines(),
+        scale_limits=False,  # X07's report has no place for it
         progress=progress,
         cancel=stack.enter_context(cancelled_by_signals()),
     )

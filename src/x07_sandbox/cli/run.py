@@ -17,7 +17,7 @@ from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import asked, select, this_platform
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
-from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog, help_level
+from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog, help_level, limits_of
 from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
@@ -251,7 +251,7 @@ def _request(
         **_overrides(options),
         env=dict(map(_variable, options.env)),
         image=options.image,
-        wall_ms=None if options.timeout is None else max(1, round(options.timeout * 1000)),
+        **limits_of(options),
         input=options.input,
         stdin_fd=stdin_fd,
         stdin_default=not (options.stdin or options.input_b64 is not None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from x07_sandbox.cli.usage import (
     add_document_flags,
@@ -29,6 +30,7 @@ _EXAMPLES = """examples:
 """
 _MORE_EXAMPLES = """  generate | x07 run --toolchain shell -           the source comes from standard input
   x07 run --policy strict.json --json prog.py
+  x07 run --memory 1G --timeout 300 prog.py
   x07 run --env LEVEL=3 ./a.out
   while read -r name; do x07 run --input /dev/null "$name"; done < list
   x07 run --dry-run project/                       what would be done, and what the policy would hold
@@ -52,6 +54,7 @@ RARE = frozenset(
         *("--report-out", "--quiet-json", "--json=full", "--raw", "--compiled-out"),
     }
 )
+_NO_LIMITS = (None, None, None, None, None)
 X07_LIMITS = ("--solve-fuel", "--max-memory-bytes", "--cpu-time-limit-seconds")
 X07_OPTIONS = frozenset(
     {
@@ -120,10 +123,63 @@ def add_program(parser: argparse.ArgumentParser) -> None:
     option(group, "--toolchain", "T", "how to build and start it (default: by the file's name)", choices=tuple(BY_NAME))
     what = "policy file or built-in:NAME (default: no network or files, 60 s, 512 MiB)"
     option(group, "--policy", "FILE", what)
-    option(group, "--timeout", "S", "time limit in seconds, at most the policy's", type=seconds(600))
+    add_limits(group)
     repeated(group, "--env", "NAME=VALUE", "set a variable; NAME alone copies yours")
     for name, form, meaning in OVERRIDES:
         repeated(group, name, form, meaning)
+
+
+def add_limits(to: argparse._ActionsContainer) -> None:
+    """The flags that set limits of the policy, and that of the build; `limits_of` reads them."""
+    option(to, "--memory", "SIZE", "memory limit, such as 512M or 1G", type=memory_size)
+    option(to, "--cpu-time", "S", "CPU time limit in seconds", type=seconds(600))
+    option(to, "--timeout", "S", "time limit in seconds", type=seconds(600))
+    option(
+        to,
+        "--procs",
+        "N",
+        "limit of tasks (processes, threads) besides the first",
+        type=whole_number(0, 1024, "processes"),
+    )
+    option(to, "--fds", "N", "limit of open files for each process", type=whole_number(0, 1024, "open files"))
+    build = "time limit of the build in seconds (default: 300)"
+    option(to, "--build-timeout", "S", build, type=seconds(settings.BUILD_S_MAX))
+    switch(to, "--scale-limits", "multiply time limits under emulation by how much slower it is")
+
+
+def limits_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a request has of these flags; nothing where none was given."""
+    given: dict[str, Any] = {}
+    if (options.memory, options.cpu_time, options.timeout, options.procs, options.fds) != _NO_LIMITS:
+        from x07_sandbox.policy.limits import LimitChanges
+
+        given["limits"] = LimitChanges(
+            mem_bytes=options.memory,
+            cpu_ms=_milliseconds(options.cpu_time),
+            wall_ms=_milliseconds(options.timeout),
+            procs=options.procs,
+            fds=options.fds,
+        )
+    if options.build_timeout is not None:
+        given["build_wall_ms"] = _milliseconds(options.build_timeout)
+    if options.scale_limits:
+        given["scale_limits"] = True
+    return given
+
+
+def memory_size(text: str) -> int:
+    """A type of options: a size in bytes, as 512M or 1G."""
+    from x07_sandbox.policy.limits import parse_size, range_fault
+
+    size = parse_size(text)
+    fault = "is no size: write 512M, 1G or a number of bytes" if size is None else range_fault("mem_bytes", size)
+    if size is None or fault:
+        raise argparse.ArgumentTypeError(f"{text!r} {fault}")
+    return size
+
+
+def _milliseconds(value_s: float | None) -> int | None:
+    return None if value_s is None else max(1, round(value_s * 1000))
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:

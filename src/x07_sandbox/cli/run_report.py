@@ -21,6 +21,7 @@ from x07_sandbox.policy.overrides import derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.request import (
+    is_callers_own,
     name_of_policy,
     need_policy,
     open_input,
@@ -133,4 +134,7 @@ def with_derived_file(request: RunRequest, program: Program, protocol: Protocol)
     fix = f"Make {place.parent} a folder that you can write, or leave the flags that change the policy out"
     write_document(root, parts, derived.data, overwrite=True, fix=fix)
     say(f"using derived policy {place}", "x07 run")
-    return replace(request, policy=place, overrides=None)
+    limits = request.limits
+    if limits is not None:  # the file has another name, and the policy is still of the same author
+        limits = replace(limits, may_raise=is_callers_own(request.policy))
+    return replace(request, policy=place, overrides=None, limits=limits)

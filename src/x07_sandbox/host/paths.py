@@ -75,6 +75,17 @@ def private_dir(path: Path) -> Path:
     return path
 
 
+def settings_file() -> Path:
+    """The user's own settings: x07/sandbox.toml in XDG_CONFIG_HOME, else ~/.config. Raises HostError without a home."""
+    config = os.environ.get("XDG_CONFIG_HOME", "")
+    if config.startswith("/"):  # the XDG specification: any other is ignored
+        return Path(config) / "x07" / "sandbox.toml"
+    home = os.environ.get("HOME")
+    if not home:
+        raise HostError("no place for settings", "HOME is not set", "Set HOME")
+    return Path(home) / ".config" / "x07" / "sandbox.toml"
+
+
 def cache_folder(name: str) -> Path:
     """A folder of the cache; both are checked by private_dir(). Raises HostError."""
     return private_dir(private_dir(cache_dir()) / name)

@@ -33,6 +33,7 @@ SETTLE_S: Final = 1.0  # how long what is in the way of undoing changes of files
 
 BUILD_WALL_MS: Final = 300_000
 BUILD_CPU_MS: Final = 300_000
+BUILD_S_MAX: Final = 3600  # what --build-timeout may set
 BUILD_MEM_BYTES: Final = 2 * GIB
 BUILD_TASKS: Final = 256
 BUILD_FDS: Final = 1024

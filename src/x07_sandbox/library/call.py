@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 # What carries runs out is imported when there is one: importing this costs next to nothing.
 from x07_sandbox.errors import UsageError
+from x07_sandbox.host.settings import BUILD_S_MAX
 
 if TYPE_CHECKING:
     import contextlib
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
+    from x07_sandbox.policy.limits import LimitChanges
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.request import Loader, RunRequest
 
-_WALL_S_MAX: Final = 600
+_SECONDS_BOUND: Final = 1e9  # far beyond every limit; what is above could not be converted
 _RUN: Final = "x07_sandbox.run_program"
 _WHAT: Final = {
     _RUN: "cannot run a program",
@@ -52,6 +54,12 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     policy: str | os.PathLike[str] | Policy | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
+    memory: str | int | None = None,
+    cpu_s: float | None = None,
+    procs: int | None = None,
+    fds: int | None = None,
+    build_timeout_s: float | None = None,
+    scale_limits: bool | None = None,
     image: str | None = None,
     max_output_bytes: int | None = None,
     changes: Literal["apply", "keep", "discard"] = "apply",
@@ -64,7 +72,7 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     _check_types(given)
     from x07_sandbox.runs.request import RunRequest
 
-    _check_values(program, source, changes, timeout_s)
+    _check_values(program, source, changes, build_timeout_s)
     path = None if program is None else Path(_path_text("program", program))
     return RunRequest(
         program=path,
@@ -73,7 +81,9 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
         files=dict(files or {}),
         args=tuple(args),
         policy=policy_given("policy", policy),
-        wall_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),
+        limits=_limits(memory, procs, fds, cpu_s=cpu_s, timeout_s=timeout_s),
+        build_wall_ms=_milliseconds(build_timeout_s),
+        scale_limits=scale_limits,
         image=image,
         env=dict(env or {}),
         live_stdout=live[0],
@@ -114,6 +124,12 @@ _KINDS: Final[dict[str, tuple[Any, str]]] = {
     "args": (collections.abc.Sequence, "a list of texts"),
     "env": (_MAPPING, "a mapping of texts to texts"),
     "timeout_s": (float | int | None, "a number"),
+    "memory": (str | int | None, "a size, as '1G', or a number of bytes"),
+    "cpu_s": (float | int | None, "a number"),
+    "procs": (int | None, "a whole number"),
+    "fds": (int | None, "a whole number"),
+    "build_timeout_s": (float | int | None, "a number"),
+    "scale_limits": (bool | None, "True, False or None"),
     "image": (str | None, "a text"),
     "max_output_bytes": (int | None, "a whole number"),
     "changes": (str, "a text"),
@@ -125,7 +141,7 @@ def _check_types(given: Mapping[str, Any]) -> None:
     for name, (kinds, shown) in _KINDS.items():
         value = given[name]
         one_text = name == "args" and isinstance(value, str | bytes)
-        if not isinstance(value, kinds) or isinstance(value, bool) or one_text:
+        if not isinstance(value, kinds) or (isinstance(value, bool) and name != "scale_limits") or one_text:
             raise wrong(name, f"is {type(value).__name__}, not {shown}")
         _check_text(name, value)
     args, files, env = enumerate(given["args"], start=1), given["files"] or {}, given["env"] or {}
@@ -140,15 +156,50 @@ def _check_types(given: Mapping[str, Any]) -> None:
             raise wrong(f"files[{key!r}]", f"is {type(content).__name__}, not bytes")
 
 
-def _check_values(program: object, source: object, changes: str, timeout_s: float | None) -> None:
+def _check_values(program: object, source: object, changes: str, build_timeout_s: float | None) -> None:
     """What no type can say. Raises UsageError."""
     if (program is None) == (source is None):
         raise UsageError("cannot run a program", "exactly one of program and source is needed", "Give one of them")
     if changes not in {"apply", "keep", "discard"}:
         raise UsageError("cannot run a program", f"changes is {changes!r}", "Use apply, keep or discard")
-    if timeout_s is not None and not 0 < timeout_s <= _WALL_S_MAX:
-        why = f"timeout_s is {timeout_s!r}, and must be above 0 and at most {_WALL_S_MAX}"
+    if build_timeout_s is not None and not 0 < build_timeout_s <= BUILD_S_MAX:
+        why = f"build_timeout_s is {build_timeout_s!r}, and must be above 0 and at most {BUILD_S_MAX}"
         raise UsageError("cannot run a program", why, "Give another time limit")
+
+
+def _limits(
+    memory: str | int | None, procs: int | None, fds: int | None, *, cpu_s: float | None, timeout_s: float | None
+) -> LimitChanges | None:
+    """The limits of a call; None where it sets none. Raises UsageError."""
+    if memory is None and procs is None and fds is None and cpu_s is None and timeout_s is None:
+        return None
+    from x07_sandbox.policy.limits import NAMES, LimitChanges, parse_size, range_fault
+
+    size = parse_size(memory) if isinstance(memory, str) else memory
+    if memory is not None and size is None:
+        raise wrong("memory", f"is {memory!r}, which is no size: write '512M', '1G' or a number of bytes")
+    given = {"memory": memory, "cpu_s": cpu_s, "timeout_s": timeout_s, "procs": procs, "fds": fds}
+    for name in ("cpu_s", "timeout_s"):
+        value = given[name]
+        if isinstance(value, int | float) and not 0 < value < _SECONDS_BOUND:  # NaN is not
+            raise wrong(name, f"is {value!r}, and must be above 0 and at most 600")
+    changes = LimitChanges(
+        mem_bytes=size,
+        cpu_ms=_milliseconds(cpu_s),
+        wall_ms=_milliseconds(timeout_s),
+        procs=procs,
+        fds=fds,
+        by_keyword=True,
+    )
+    for field, number in changes.given().items():
+        if fault := range_fault(field, number):
+            keyword = NAMES[field].keyword
+            raise wrong(keyword, f"is {given[keyword]!r}, and {fault}")
+    return changes
+
+
+def _milliseconds(value_s: float | None) -> int | None:
+    return None if value_s is None else max(1, round(value_s * 1000))
 
 
 def _path_text(name: str, value: object, expected: str = "a path", function: str = _RUN) -> str:

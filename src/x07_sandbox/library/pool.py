@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Unpack
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.library.options import RunOptions
     from x07_sandbox.runs.result import Result
 
 
@@ -28,7 +30,7 @@ class Pool(Executor):
 
         with Pool(size=4) as pool:
             future = pool.submit("grade.py", b"input", args=["--strict"])
-            results = list(pool.map("grade.py", [b"first input", b"second input"]))
+            results = list(pool.map("grade.py", [b"first input", b"second input"], memory="256M", timeout_s=10))
 
     A `concurrent.futures.Executor` whose callables are paths of programs, and whose results are `Result`s: also for
     `asyncio.wrap_future(pool.submit(...))`. Thread-safe; a forked child can take nothing. A machine is never used for
@@ -65,31 +67,52 @@ class Pool(Executor):
         self,
         program: str | os.PathLike[str] | None = None,
         input: bytes | None = None,  # noqa: A002 - as subprocess.run has it
-        **options: Any,  # noqa: ANN401 - those of run_program, by name
+        *,
+        args: Sequence[str] = (),
+        check: bool = False,
+        **options: Unpack[RunOptions],
     ) -> Future[Result]:
         """Run *program* when there is room, with *input* as its whole input; otherwise as `run_program`.
 
         What `run_program` would raise is raised by the future. Raises SandboxError in a forked child. Cancelling the
         future of a program that runs does not end it (as with any executor): `shutdown(cancel_futures=True)` does.
         """
-        check_names("submit", options, {"args", *OPTIONS})
-        if self._machines.in_a_child():
-            raise UsageError("cannot use this pool", "it is of the process that this one was forked from", "Make one")
-        return self._workers.submit(self._run, program, input, **options)
+        check_names("submit", options, OPTIONS)
+        self._check_process()
+        return self._workers.submit(self._run, program, input, args=args, check=check, **options)
 
     def map(  # type: ignore[override]  # as above
-        self, program: str | os.PathLike[str], inputs: Iterable[bytes], /, *, timeout: float | None = None
+        self,
+        program: str | os.PathLike[str] | None,
+        inputs: Iterable[bytes],
+        /,
+        *,
+        timeout: float | None = None,
+        args: Sequence[str] = (),
+        check: bool = False,
+        **options: Unpack[RunOptions],
     ) -> Iterator[Result]:
-        """The results of *program* for each of *inputs*, in order. timeout: seconds for all, else TimeoutError."""
-        return super().map(program, inputs, timeout=timeout)  # type: ignore[arg-type]  # as above
+        """The results of *program* for each of *inputs*, in order; otherwise as `run_program`.
+
+        timeout: seconds for all of them together, else TimeoutError; `timeout_s` is for each program.
+        """
+        check_names("map", options, OPTIONS - {"input"})
+        self._check_process()
+        run = partial(self._run, program, args=args, check=check, **options)
+        return self._workers.map(run, inputs, timeout=timeout)
+
+    def _check_process(self) -> None:
+        """Raise UsageError in a forked child."""
+        if self._machines.in_a_child():
+            raise UsageError("cannot use this pool", "it is of the process that this one was forked from", "Make one")
 
     def _run(
         self,
         program: str | os.PathLike[str] | None,
         data: bytes | None,
         *,
-        args: Sequence[str] = (),
-        check: bool = False,
+        args: Sequence[str],
+        check: bool,
         **options: Any,  # noqa: ANN401 - run_once knows them
     ) -> Result:
         from x07_sandbox.host.cancel import Cancel

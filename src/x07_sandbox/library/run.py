@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 # What carries runs out is imported when there is one: importing this costs next to nothing.
 from x07_sandbox.errors import SandboxError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.base import Machines
     from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.library.options import RunOptions
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.result import Result
 
@@ -39,6 +40,12 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     policy: str | os.PathLike[str] | Policy | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
+    memory: str | int | None = None,
+    cpu_s: float | None = None,
+    procs: int | None = None,
+    fds: int | None = None,
+    build_timeout_s: float | None = None,
+    scale_limits: bool | None = None,
     image: str | None = None,
     max_output_bytes: int | None = None,
     changes: Literal["apply", "keep", "discard"] = "apply",
@@ -54,7 +61,11 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     policy: path of a policy document, `built-in:TEMPLATE`, or a Policy. What is not given (no args, None for input,
     policy, image) is what the manifest of a project says, as for `x07 run`; give a policy for a project that you did
     not write. Without one: no input, the built-in policy `default`, the default image.
-    timeout_s: seconds that the program may take, at most the policy's. image: name or digest of a guest image.
+    memory, cpu_s, timeout_s, procs, fds: limits in place of the policy's: a size ("1G", or bytes), seconds of CPU time,
+    seconds in all, processes and threads beside the first, open files. They may be above those of a built-in policy,
+    and only below those of any other. build_timeout_s: seconds for the build, 300 for None.
+    scale_limits: whether an emulated machine gets as much more time as it is slower; None leaves it to your settings.
+    image: name or digest of a guest image.
     changes: what becomes of its changes to the folders that the policy lets it change, when it has ended by itself;
     `Result.changes` says what it was. out: a folder for what it writes to /x07/out.
     max_output_bytes: of each stream, 64 MiB for None. on_output: called with "stdout" or "stderr" and bytes as they
@@ -121,8 +132,9 @@ async def run_program_async(
     program: str | os.PathLike[str] | None = None,
     args: Sequence[str] = (),
     *,
+    input: bytes | None = None,  # noqa: A002 - as subprocess.run has it
     check: bool = False,
-    **options: Any,  # noqa: ANN401 - those of run_program, by name
+    **options: Unpack[RunOptions],
 ) -> Result:
     """As `run_program`, with its options, beside the event loop. Cancelled, it ends the machine, then raises."""
     check_names("run_program_async", options, OPTIONS)
@@ -146,7 +158,7 @@ async def run_program_async(
     def work() -> None:
         result, problem = None, None
         try:
-            result = run_once(cancel, program, args, **options)
+            result = run_once(cancel, program, args, input=input, **options)
         except BaseException as exc:  # noqa: BLE001 - raised again where it is awaited
             problem = exc
         with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody waits

@@ -1,69 +1,35 @@
-"""`[net]` in the user's own settings, ~/.config/x07/sandbox.toml: what no policy may decide.
-
-Never read from a project: what a program's author writes must not open the user's own network.
-"""
+"""`[net]` in the user's own settings (host/user_settings): what no policy may decide."""
 
 from __future__ import annotations
 
-import os
-import stat
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host.paths import settings_file
+from x07_sandbox.host.user_settings import settings_bytes, settings_table
 from x07_sandbox.network.floor import special
 from x07_sandbox.network.rules import NetSettings, Request, parse_request
 
-_MAX_BYTES: Final = 1 << 20
+if TYPE_CHECKING:
+    from pathlib import Path
+
 _KEYS: Final = frozenset({"allow_local", "allow_loopback", "allow_metadata", "opaque_ports"})
 _PORT_LAST: Final = 65_535
 _OPENED: Final = frozenset({"private", "shared", "link-local"})  # kinds of floor.py that allow_local alone opens
 _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
 
 
-def settings_file() -> Path:
-    """XDG_CONFIG_HOME/x07/sandbox.toml, else ~/.config/x07/sandbox.toml. Raises HostError without a home."""
-    config = os.environ.get("XDG_CONFIG_HOME", "")
-    if config.startswith("/"):  # the XDG specification: any other is ignored
-        return Path(config) / "x07" / "sandbox.toml"
-    home = os.environ.get("HOME")
-    if not home:
-        raise HostError("no place for settings", "HOME is not set", "Set HOME")
-    return Path(home) / ".config" / "x07" / "sandbox.toml"
-
-
 def read_settings(path: Path | None = None) -> NetSettings:
     """Return what the file says; the defaults where there is none. Raises UsageError, HostError."""
     path = path or settings_file()
-    try:
-        with path.open("rb") as file:
-            info = os.fstat(file.fileno())
-            data = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
-        return NetSettings()
-    except OSError as exc:
-        raise HostError(f"cannot read {path}", exc.strerror or str(exc), "Make it readable, or remove it") from exc
-    if info.st_uid not in {0, os.geteuid()} or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        why = "others than you can write to it"
-        raise HostError(f"cannot use {path}", why, f"Run: chmod go-w {path}; it must belong to you or root")
-    return parse_settings(data, str(path))
+    data = settings_bytes(path)
+    return NetSettings() if data is None else parse_settings(data, str(path))
 
 
 def parse_settings(data: bytes, source: str) -> NetSettings:
     """Return what the text of a settings file says. Raises UsageError, naming *source*."""
-    import tomllib
-
     what = f"cannot use {source}"
-    if len(data) > _MAX_BYTES:
-        raise UsageError(what, f"it has more than {_MAX_BYTES} bytes", "Make it smaller")
-    try:
-        net = tomllib.loads(data.decode()).get("net", {})
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise UsageError(what, f"it is not TOML: {exc}", "Correct it") from exc
-    if not isinstance(net, dict):
-        raise UsageError(what, "net is not a table", "Write [net]")
-    if unknown := sorted(set(net) - _KEYS):
-        raise UsageError(what, f"[net] has no key {unknown[0]!r}", f"Its keys are {', '.join(sorted(_KEYS))}")
+    net = settings_table(data, "net", _KEYS, source)
     for key in _OPENED_BY.values():
         if not isinstance(net.get(key, False), bool):
             raise UsageError(what, f"net.{key} is not true or false", "Correct it")

@@ -16,6 +16,7 @@ from x07_sandbox.host.models import known
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.plan.places import OUT, WRITABLE, inside, place
+from x07_sandbox.policy.limits import Reach, flag_text
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.rules import rule_problems
 from x07_sandbox.policy.schema import largest
@@ -52,19 +53,22 @@ _EXECUTES: Final = frozenset({"execve", "execveat"})
 _RAISES: Final = frozenset({"setrlimit", "prlimit64"})
 _MAKES_FOLDERS: Final = frozenset({"mkdir", "mkdirat"})
 _REPLACES: Final = ("rename", "unlink", "rmdir")  # and the calls whose names begin so
+_NO_FLAGS: Final = Reach()
 _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
 
 
-def denials(refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequence[Area], cwd: str) -> list[Denial]:
-    """What was refused, each once. refused: bodies of DENIED. cwd: where the program started."""
+def denials(
+    refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequence[Area], cwd: str, reach: Reach = _NO_FLAGS
+) -> list[Denial]:
+    """What was refused, each once. refused: bodies of DENIED. cwd: where the program started. reach: of flags."""
     found: dict[tuple[str, str, str], Denial] = {}
     for body in refused:
         if body["by"] == "seccomp":
             denial = _call(body, policy)
         elif body["errno"] == errno.EMFILE:
-            denial = _descriptors(body, policy)
+            denial = _descriptors(body, policy, reach)
         elif body["call"] in _RAISES:
-            denial = _limit(body, policy)
+            denial = _limit(body, policy, reach)
         elif body["call"] in _EXECUTES:
             denial = _execution(body, policy, areas, cwd)
         else:
@@ -93,18 +97,16 @@ def allowing(policy: Policy, field: str, value: object, flag: str | None = None)
     return HowToAllow(json_path=f"$.{field}", value=value, flag=flag)
 
 
-def more_tasks(policy: Policy, max_live: int | None, count: int) -> Denial:
+def more_tasks(policy: Policy, max_live: int | None, count: int, reach: Reach = _NO_FLAGS) -> Denial:
     """New tasks were refused at the limit. max_live: the policy's, where that is the limit."""
     field, held = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
-    return _seen(field, "start", "a new task", _CGROUP, count, _more(policy, field, held))
+    return _seen(field, "start", "a new task", _CGROUP, count, _more(policy, field, held, reach))
 
 
-def limit_hit(
-    outcome: str, policy: Policy, *, cpu_ms: int | None = None, own_wall_ms: int | None = None
-) -> Denial | None:
+def limit_hit(outcome: str, policy: Policy, reach: Reach = _NO_FLAGS, *, cpu_ms: int | None = None) -> Denial | None:
     """What the program did to end so; None where no limit ended it.
 
-    cpu_ms: X07's limit, which holds where it is below the policy's. own_wall_ms: the policy's, if --timeout is less.
+    reach: how far flags raise the limit. cpu_ms: X07's limit, which holds where it is below the policy's.
     """
     if outcome not in _LIMITS:
         return None
@@ -113,10 +115,8 @@ def limit_hit(
     how: HowToAllow | None
     if field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < held:
         how = _by_flag(f"--cpu-time-limit-seconds {cpu_ms // 500}")
-    elif field == "limits.wall_ms" and own_wall_ms is not None:
-        how = _by_flag(f"--timeout {min(2 * held, own_wall_ms) / 1000:g}")
     else:
-        how = _more(policy, field, held)
+        how = _more(policy, field, held, reach)
     return msgspec.structs.replace(_seen(field, action, what, by, 1, how), observed_by=observer)
 
 
@@ -132,10 +132,10 @@ def disk_full() -> Denial:
     return _seen("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
 
 
-def memory_full(policy: Policy) -> Denial:
+def memory_full(policy: Policy, reach: Reach = _NO_FLAGS) -> Denial:
     """The program's /tmp or /dev/shm was full at the end."""
     what = "a folder in memory (/tmp, /dev/shm) is full; each may hold a quarter of limits.mem_bytes"
-    how = _more(policy, "limits.mem_bytes", policy.limits.mem_bytes)
+    how = _more(policy, "limits.mem_bytes", policy.limits.mem_bytes, reach)
     return _seen("limits.mem_bytes", "write", what, "the size of the folders in memory", 1, how)
 
 
@@ -144,10 +144,17 @@ def _by_flag(flag: str) -> HowToAllow:
     return HowToAllow(json_path=None, value=None, flag=flag)
 
 
-def _more(policy: Policy, field: str, held: int) -> HowToAllow | None:
-    """A larger number, if a policy can say one."""
-    most = largest(field)
-    return allowing(policy, field, min(most, max(2 * held, held + 1))) if held < most else None
+def _more(policy: Policy, field: str, held: int, reach: Reach) -> HowToAllow | None:
+    """A larger number, by the flag that sets it where one can, else by the policy if that can say one."""
+    named = "limits.procs" if field == "process.max_live" else field  # --procs raises both
+    most, top = largest(field), reach.tops.get(named, 0)
+    if held >= most:
+        return None
+    value = min(most, max(2 * held, held + 1), *([top] if top > held else []))
+    flag = flag_text(named.removeprefix("limits."), value) if top > held else None
+    if flag is not None and not reach.policy_too:
+        return _by_flag(flag)
+    return allowing(policy, field, value, flag)
 
 
 def _seen(field: str, action: str, subject: str, by: str, count: int, how: HowToAllow | None) -> Denial:
@@ -177,20 +184,20 @@ def _of_process(policy: Policy, name: str) -> HowToAllow | None:
     return allowing(policy, f"process.{name if policy.process.enabled else 'enabled'}", value=True)
 
 
-def _descriptors(body: Mapping[str, Any], policy: Policy) -> Denial:
-    how = _more(policy, "limits.fds", policy.limits.fds)
+def _descriptors(body: Mapping[str, Any], policy: Policy, reach: Reach) -> Denial:
+    how = _more(policy, "limits.fds", policy.limits.fds, reach)
     return _seen("limits.fds", "open", "one more descriptor", _RLIMITS, body["count"], how)
 
 
-def _limit(body: Mapping[str, Any], policy: Policy) -> Denial:
+def _limit(body: Mapping[str, Any], policy: Policy, reach: Reach) -> Denial:
     """It wanted a higher limit of its own (ulimit); what others than these are no policy decides."""
     field, what, how = PERMISSIONS, f"({body['call']})", None
     if body["path"] == "nofile":
         field, what = "limits.fds", "the limit of open descriptors"
-        how = _more(policy, field, policy.limits.fds)
+        how = _more(policy, field, policy.limits.fds, reach)
     elif body["path"] == "cpu":
         field, what = "limits.cpu_ms", "the limit of CPU time"
-        how = _more(policy, field, policy.limits.cpu_ms)
+        how = _more(policy, field, policy.limits.cpu_ms, reach)
     elif body["path"] == "core":
         field, what = "limits.core_dumps", "the limit of a core file's size"
         how = None if policy.limits.core_dumps else allowing(policy, field, value=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.host import settings
 from x07_sandbox.host.troubles import out_of_cpu_time
 from x07_sandbox.plan.features import vm_features
 
@@ -268,15 +269,22 @@ def classify(
     return _ended_by_itself(evidence, evidence.wait_status, limits)
 
 
-def as_build(found: Verdict) -> Verdict:
-    """The same verdict on a build phase: what a run may be told of a compiler is that the build failed."""
+def as_build(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verdict:
+    """The same verdict on a build phase: what a run may be told of a compiler is that the build failed.
+
+    wall_ms: the time that the build could take, for advice.
+    """
     own_end = {Outcome.FAILED, Outcome.SIGNALLED, Outcome.TIMEOUT, Outcome.CPU_LIMIT, Outcome.OOM, Outcome.OUTPUT_LIMIT}
     if found.outcome not in own_end:
         reason = found.reason
         for running, building in _BUILDING.items():
             reason = reason.replace(f"while the guest was {running}", f"while the guest was {building}")
         return replace(found, reason=reason)
-    reason = _POLICY_FIELD.sub("(fixed for builds)", found.reason)
+    reason = found.reason
+    if found.outcome in {Outcome.TIMEOUT, Outcome.CPU_LIMIT} and wall_ms < settings.BUILD_S_MAX * 1000:
+        more_s = min(settings.BUILD_S_MAX, 2 * max(1, wall_ms // 1000))
+        reason = _POLICY_FIELD.sub(f"(--build-timeout {more_s} gives it more time)", reason)
+    reason = _POLICY_FIELD.sub("(fixed for builds)", reason)
     return replace(found, outcome=Outcome.BUILD_FAILED, fault="program", reason=f"the build failed: {reason}")
 
 

@@ -28,6 +28,7 @@ class Field:
     required: bool  # inside its section
     default: object
     maximum: int | None
+    minimum: int | None
     doc: str
 
 
@@ -45,9 +46,15 @@ def fields() -> tuple[Field, ...]:
 
 def largest(path: str) -> int:
     """The largest number that a policy can say for the field at *path*, like "limits.fds"."""
-    found = next(field.maximum for field in fields() if field.path == path)
-    assert found is not None  # noqa: S101 - the caller names a field with a range
-    return found
+    return range_of(path)[1]
+
+
+def range_of(path: str) -> tuple[int, int]:
+    """The smallest and the largest number that a policy can say for the field at *path*."""
+    found = next((field.minimum, field.maximum) for field in fields() if field.path == path)
+    assert found[0] is not None  # noqa: S101 - the caller names a field with a range
+    assert found[1] is not None  # noqa: S101 - as above
+    return found[0], found[1]
 
 
 def host_fields() -> tuple[Field, ...]:
@@ -69,6 +76,7 @@ def _fields(section: str, prefix: str) -> Iterator[Field]:
             required=name in made.get("required", ()),
             default=schema.get("default"),
             maximum=schema.get("maximum"),
+            minimum=schema.get("minimum"),
             doc=schema["description"],
         )
 

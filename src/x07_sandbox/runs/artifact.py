@@ -45,7 +45,7 @@ def artifact_of(prepared: Prepared, draft: Result, folder: RunFolder, artifact: 
     key = _key(prepared, prepared.image.manifest.digest)
     if (build := _recall(key, artifact)) is not None:
         return None, replace(draft, artifact_from="cache", build=build)
-    most_s = min(settings.BUILD_WALL_MS / 1000, prepared.request.queue_s)
+    most_s = min((prepared.request.build_wall_ms or settings.BUILD_WALL_MS) / 1000, prepared.request.queue_s)
     with artifacts.one_builder(key, _pause_for_another(prepared.request), most_s) as waited:
         if waited and (build := _recall(key, artifact)) is not None:
             return None, replace(draft, artifact_from="cache", build=build)
@@ -88,7 +88,7 @@ def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFi
     prepared.request.progress(f"building {prepared.program.source.name or 'the project'} in a machine of its own")
     with contextlib.ExitStack() as stack:
         end = carry_out_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
-    ending = as_build(end.ending)
+    ending = as_build(end.ending, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)
     report = replace(end.report, reason=ending.reason)
     build, phases = BuildOutput(stdout=report.stdout, stderr=report.stderr), {**draft.phases, "build": report}
     draft = replace(draft, phases=phases, build=build, jail=end.jail, warnings=[*draft.warnings, *end.warnings])

@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import Availability, Backend
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice, choice_of_variables
-from x07_sandbox.errors import RefusedError, shown
+from x07_sandbox.errors import HostError, RefusedError, UsageError, shown
 from x07_sandbox.host import settings
+from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.variables import flag, text
 from x07_sandbox.images.store import DEFAULT, find_image, image_is_current
 from x07_sandbox.images.verify import OpenImage, open_image
@@ -99,6 +100,7 @@ def prepare(
         need_policy(request, protocol)
         request = request if dry else with_framed_input(request, protocol, stack)
     in_force = request.in_force or policy_in_force(request)
+    _check_cpu_time(request, program)
     draft = _known(replace(draft, policy=shown(in_force.base)), policy=sha256_text(in_force.data))
     yield draft
     check_variables(request, in_force.policy)
@@ -131,6 +133,32 @@ def prepare(
 
         egress = egress_of(in_force)
     return Prepared(request, program, in_force, image, _image_name(request), backend, availability, plan, egress), draft
+
+
+def _check_cpu_time(request: RunRequest, program: Program) -> None:
+    """Raise UsageError for a CPU limit that the tighter one of an X07 program would cut."""
+    limits, own_ms = request.limits, program.cpu_ms
+    if limits is not None and limits.cpu_ms is not None and own_ms is not None and own_ms < limits.cpu_ms:
+        why = f"X07's own limit for the program is {own_ms / 1000:g} s"
+        fix = f"Raise that with --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or its profile"
+        raise UsageError(f"cannot use {limits.named('cpu_ms', limits.cpu_ms)}", why, fix)
+
+
+def wants_scaling(prepared: Prepared) -> bool:
+    """Whether the user wants limits scaled, and the machine is emulated. Raises SandboxError for unusable settings."""
+    asked = prepared.request.scale_limits
+    if not prepared.availability.features.emulated or asked is False:
+        return False
+    if asked:
+        return True
+    try:
+        if not os.path.lexists(settings_file()):
+            return False
+    except HostError:  # without a home there are no settings
+        return False
+    from x07_sandbox.host.user_settings import scale_when_emulated  # few have settings
+
+    return scale_when_emulated()
 
 
 def _known(draft: Result, **digests: str) -> Result:

@@ -11,10 +11,11 @@ from x07_sandbox.files.roots import Root, trees_of
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import Plan
 from x07_sandbox.runs.host_files import roots_in_force
-from x07_sandbox.runs.prepare import last_of, prepare
-from x07_sandbox.runs.result import draft_result
+from x07_sandbox.runs.prepare import last_of, prepare, wants_scaling
+from x07_sandbox.runs.result import Scaling, draft_result
 
 if TYPE_CHECKING:
+    from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.runs.request import RunRequest
 
 SCHEMA: Final = "x07.sandbox.preview@0.1.0"
@@ -25,7 +26,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     toolchain: its name. build: argv in the build VM, or None where nothing is built. run: argv in the run VM.
     roots: folders of the host that it gets copies of. digests: of image, policy and source. The isolation class is not
-    known before something has booted.
+    known before something has booted. scaling: of the limits, where the factor was measured already.
     """
 
     schema_version: Literal["x07.sandbox.preview@0.1.0"] = SCHEMA
@@ -37,6 +38,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     digests: dict[str, str]
     image: str
     plan: Plan
+    scaling: Scaling | None = None
 
 
 def preview(request: RunRequest) -> Preview:
@@ -47,6 +49,7 @@ def preview(request: RunRequest) -> Preview:
         roots = roots_in_force(request, program, ready.policy.policy)
         if not ready.plan.refusals:
             trees_of(roots)  # a run looks at each of them before it copies any
+        ready, scaling = _scaled(ready)
         digests = {name: digest for name, digest in msgspec.structs.asdict(draft.digests).items() if digest}
         return Preview(
             toolchain=toolchain.name,
@@ -57,4 +60,13 @@ def preview(request: RunRequest) -> Preview:
             digests=digests,
             image=ready.image_name,
             plan=ready.plan,
+            scaling=scaling,
         )
+
+
+def _scaled(ready: Prepared) -> tuple[Prepared, Scaling | None]:
+    """Time and CPU limits as they would be scaled; not before the factor was measured."""
+    from x07_sandbox.runs.scaling import known_factor, scale
+
+    factor = known_factor() if wants_scaling(ready) else None
+    return (ready, None) if factor is None else scale(ready, factor)[:2]

@@ -27,13 +27,17 @@ from x07_sandbox.runs.streams import InFile, OutFile, memory_file, read_all
 if TYPE_CHECKING:
     import contextlib
 
+    from x07_sandbox.policy.limits import LimitChanges, Reach
+    from x07_sandbox.policy.model import Limits
     from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.programs.protocol import Protocol
     from x07_sandbox.runs.program import Program
 
     Loader = Callable[["RunRequest", Path, contextlib.ExitStack], tuple["RunRequest", Program] | None]
 else:
-    Overrides = Loader = Program = object  # msgspec reads annotations; their modules are loaded where needed
+    LimitChanges = Overrides = Loader = Program = (
+        object  # msgspec reads annotations; their modules are loaded where needed
+    )
 
 # MAX_ARG_STRLEN: 32 pages, NUL included. All arguments share a quarter of the stack's 8 MiB with the environment.
 _ARGUMENT_MAX_BYTES = 131_072
@@ -55,15 +59,23 @@ class ProjectPolicy(msgspec.Struct, frozen=True):
 class InForce(NamedTuple):
     """The policy that holds for a run.
 
-    base: names what it was made from. own_wall_ms: its time limit before the request's `wall_ms` lowered it, else None.
-    denied: ports by host, as `--deny-host` has them; None stands for all ports.
+    base: names what it was made from. denied: ports by host, as `--deny-host` has them; None stands for all ports.
+    own: the policy's limits before the request's `limits` changed them; None where they did not.
+    may_raise: whether the request may raise limits above the policy's.
     """
 
     policy: Policy
     data: bytes
     base: str
-    own_wall_ms: int | None = None
     denied: Mapping[str, set[int] | None] = MappingProxyType({})
+    own: Limits | None = None
+    may_raise: bool = False
+
+    def reach(self) -> Reach:
+        """How far flags can raise the limits."""
+        from x07_sandbox.policy.limits import flag_reach  # for advice, which few runs need
+
+        return flag_reach(self.own, self.policy.limits, may_raise=self.may_raise)
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +84,9 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     program: path of a source, a project's folder, or its manifest. source: a text instead, in the language of
     toolchain, which for a file overrides its name. files: more files beside it, by relative name.
     policy: as read_policy takes it; None leaves it to the project. overrides: hosts and roots that flags add or remove;
-    override_flags: these flags, for advice. wall_ms: a tighter limit. env: variables besides the fixed ones.
+    override_flags: these flags, for advice. limits: what the caller set of the policy's limits. build_wall_ms: time for
+    the build, None for the usual. scale_limits: whether time and CPU limits grow with the slowness of an emulated
+    machine (runs/scaling); None leaves it to the user's settings. env: variables besides the fixed ones.
     input: path of the program's input; else stdin_fd, lent; None for none. stdin_default: a project's own input goes
     before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
     max_output_bytes: of each stream; None for the project's limit, else the default.
@@ -96,7 +110,9 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     policy: str | Path | Policy | ProjectPolicy | None = None
     overrides: Overrides | None = None
     override_flags: tuple[str, ...] = ()
-    wall_ms: int | None = None
+    limits: LimitChanges | None = None
+    build_wall_ms: int | None = None
+    scale_limits: bool | None = None
     image: str | None = None
     env: Mapping[str, str] = {}
     input: Path | None = None
@@ -211,7 +227,7 @@ def _check_own(policy: Policy, given: ProjectPolicy) -> None:
 
 
 def policy_in_force(request: RunRequest) -> InForce:
-    """The policy with overrides and the tighter time limit. Raises UsageError, PolicyError, RefusedError."""
+    """The policy with overrides and the caller's limits. Raises UsageError, PolicyError, RefusedError."""
     policy, data = read_policy(request.policy)
     base = name_of_policy(request.policy)
     denied: Mapping[str, set[int] | None] = {}
@@ -220,11 +236,24 @@ def policy_in_force(request: RunRequest) -> InForce:
 
         derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file, gate=True)
         policy, data, denied = derived.policy, derived.data, derived.denied
-    own_wall_ms = policy.limits.wall_ms
-    if request.wall_ms is None or request.wall_ms >= own_wall_ms:
-        return InForce(policy, data, base, denied=denied)
-    data = render_policy(replace(policy, limits=replace(policy.limits, wall_ms=request.wall_ms)))
-    return InForce(decode_policy(data, source="with a time limit"), data, base, own_wall_ms, denied)
+    may_raise = is_callers_own(request.policy)
+    if request.limits is None:
+        return InForce(policy, data, base, denied, may_raise=may_raise)
+    from x07_sandbox.policy.limits import change_limits
+
+    if request.limits.may_raise is not None:
+        may_raise = request.limits.may_raise
+    own = policy.limits
+    changed = change_limits(policy, request.limits, may_raise=may_raise, source=base)
+    if changed == policy:
+        return InForce(policy, data, base, denied, may_raise=may_raise)
+    data = render_policy(changed)
+    return InForce(decode_policy(data, source="with changed limits"), data, base, denied, own, may_raise)
+
+
+def is_callers_own(given: str | Path | Policy | ProjectPolicy | None) -> bool:
+    """Whether the caller is the author of the policy: a built-in one, chosen by the caller, or none at all."""
+    return given is None or (isinstance(given, str) and given.startswith("built-in:"))
 
 
 def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:

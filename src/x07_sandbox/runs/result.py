@@ -107,6 +107,17 @@ class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     output: str | None = None
 
 
+class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits that were multiplied, since the machine was emulated and the user wanted that.
+
+    factor: how much slower than the host it was measured to be. wall_ms, cpu_ms: the limits that held.
+    """
+
+    factor: int
+    wall_ms: int
+    cpu_ms: int
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one run ended.
 
@@ -127,6 +138,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     filters: the image's seccomp filters that the program was under, by name, as `sha256:<hex>`. One whose name ends
         in -once stands beside its twin: the guest takes it where the program itself has to be executed.
     net: what the program's connections came to; null where it could have none.
+    scaling: of its time and CPU limits; null where the policy's own held.
     """
 
     run: str
@@ -153,6 +165,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     changes: Changes = Changes()
     filters: dict[str, str] = {}
     net: NetworkUse | None = None
+    scaling: Scaling | None = None
     warnings: list[str]
     schema_version: Literal["x07.sandbox.result@0.1.0"] = SCHEMA
 

@@ -23,7 +23,7 @@ from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.artifact import artifact_of
 from x07_sandbox.runs.folder import REQUEST, RunFolder
 from x07_sandbox.runs.job import carry_out_job
-from x07_sandbox.runs.prepare import output_caps, prepare
+from x07_sandbox.runs.prepare import output_caps, prepare, wants_scaling
 from x07_sandbox.runs.result import Result, draft_result
 from x07_sandbox.runs.spec import run_spec
 
@@ -100,6 +100,8 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
     prepared.plan.require(request.override_flags)
     policy = prepared.policy.policy
     host_files, draft = yield from copied_in(prepared.request, prepared.program, policy, draft, folder, stack)
+    prepared, draft = _scaled(prepared, draft)
+    yield draft
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
     failed, draft = yield from artifact_of(prepared, draft, folder, artifact)
     if failed is not None:
@@ -110,7 +112,7 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
     draft = replace(draft, digests=digests, filters=_filters(prepared, spec))
     yield draft
     end = carry_out_job(prepared, spec, draft.run, folder)
-    ending = _by_whose_limit(end.ending, prepared)
+    ending = _by_whose_limit(end.ending, prepared, scaled=draft.scaling is not None)
     draft = _with_run(draft, end._replace(ending=ending))
     draft = _with_denials(draft, prepared, spec, end)
     yield draft
@@ -202,16 +204,38 @@ def _with_run(draft: Result, end: JobEnd) -> Result:
     )
 
 
-def _by_whose_limit(ending: Verdict, prepared: Prepared) -> Verdict:
-    """The verdict with the flags in its reason that held the program tighter than the policy."""
-    from x07_sandbox.plan.outcomes import as_limited_by
+def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
+    """Time and CPU limits as the user wants them on an emulated machine; where that cannot be, the policy's hold."""
+    if not wants_scaling(prepared):
+        return prepared, draft
+    from x07_sandbox.runs.scaling import measured_factor, scale  # most runs are not scaled
 
-    flags, cpu_ms = {}, prepared.program.cpu_ms
-    if prepared.policy.own_wall_ms is not None:
-        flags["limits.wall_ms"] = "--timeout"
+    try:
+        prepared, scaling, warnings = scale(prepared, measured_factor(prepared))
+    except (HostError, BackendError) as exc:
+        return prepared, replace(draft, warnings=[*draft.warnings, f"the limits were not scaled: {exc}"])
+    return prepared, replace(draft, scaling=scaling, warnings=[*draft.warnings, *warnings])
+
+
+def _by_whose_limit(ending: Verdict, prepared: Prepared, *, scaled: bool) -> Verdict:
+    """The verdict with the flags in its reason that set the limit, or that scale it on an emulated machine."""
+    from x07_sandbox.plan.outcomes import Outcome, as_limited_by
+
+    flags, cpu_ms, changes = {}, prepared.program.cpu_ms, prepared.request.limits
+    if changes is not None:
+        from x07_sandbox.policy.limits import NAMES
+
+        for field in changes.given():
+            flags[f"limits.{field}"] = NAMES[field].keyword if changes.by_keyword else NAMES[field].flag
     if cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
         flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
-    return as_limited_by(ending, flags)
+    ending = as_limited_by(ending, flags)
+    of_time = ending.outcome in {Outcome.TIMEOUT, Outcome.CPU_LIMIT}
+    emulated = prepared.availability.features.emulated
+    if not of_time or not emulated or scaled or prepared.request.scale_limits is False:
+        return ending
+    name = "scale_limits=True" if changes is not None and changes.by_keyword else "--scale-limits"
+    return replace(ending, reason=f"{ending.reason}; {name} scales the limits to the emulated machine")
 
 
 def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> Result:
@@ -227,7 +251,8 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
 
     policy, program = prepared.policy.policy, prepared.program
     # Before what was not copied in: what it tried comes first.
-    denials = [*observed.denials(refused, policy, spec.areas, spec.cwd), *draft.denials]
+    reach = prepared.policy.reach()
+    denials = [*observed.denials(refused, policy, spec.areas, spec.cwd, reach), *draft.denials]
     if end.net is not None and prepared.egress is not None:
         from x07_sandbox.runs.egress import denials as denied_connections
 
@@ -235,13 +260,12 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
         denials += connections
         draft = replace(draft, denials_lost=draft.denials_lost + more)
     if tasks:
-        denials.append(observed.more_tasks(policy, run_limits(policy).max_live, tasks))
+        denials.append(observed.more_tasks(policy, run_limits(policy).max_live, tasks, reach))
     if disk:
         denials.append(observed.disk_full())
     if memory:
-        denials.append(observed.memory_full(policy))
-    own_wall_ms = prepared.policy.own_wall_ms
-    if limit := observed.limit_hit(outcome, policy, cpu_ms=program.cpu_ms, own_wall_ms=own_wall_ms):
+        denials.append(observed.memory_full(policy, reach))
+    if limit := observed.limit_hit(outcome, policy, reach, cpu_ms=program.cpu_ms):
         denials.append(limit)
     if outcome == "output-limit":
         stream = str(end.facts.evidence.output_overflow)

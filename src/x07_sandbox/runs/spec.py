@@ -50,17 +50,18 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
         extras = toolchain.protocol.build_extras(prepared.policy.data)
         files += [in_memory(data, path, 0o644, stack) for path, data in extras.files.items()]
         env |= extras.env
-    limits = build_limits()
+    wall_ms = prepared.request.build_wall_ms
+    limits = build_limits(wall_ms)
     return PhaseSpec(
         name="build",
         argv=toolchain.build(program.source),
         files=tuple(files),
         limits=limits,
-        wall_ms=settings.BUILD_WALL_MS,
+        wall_ms=wall_ms or settings.BUILD_WALL_MS,
         env=env,
         ram_bytes=ram_class_bytes(limits["mem_bytes"]),
         output=artifact,
-        limits_shown=build_limits_shown(),
+        limits_shown=build_limits_shown(wall_ms),
     )
 
 

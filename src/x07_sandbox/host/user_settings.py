@@ -1,0 +1,64 @@
+"""The user's own settings, ~/.config/x07/sandbox.toml: what no policy and no project may decide.
+
+Never read from a project: what a program's author writes must not change the user's own choices.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, Any, Final
+
+from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.host.paths import settings_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_MAX_BYTES: Final = 1 << 20
+
+
+def settings_bytes(path: Path) -> bytes | None:
+    """Return the content of a settings file, None where there is none. Raises HostError."""
+    try:
+        with path.open("rb") as file:
+            info = os.fstat(file.fileno())
+            data = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise HostError(f"cannot read {path}", exc.strerror or str(exc), "Make it readable, or remove it") from exc
+    if info.st_uid not in {0, os.geteuid()} or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        why = "others than you can write to it"
+        raise HostError(f"cannot use {path}", why, f"Run: chmod go-w {path}; it must belong to you or root")
+    return data
+
+
+def settings_table(data: bytes, name: str, keys: frozenset[str], source: str) -> dict[str, Any]:
+    """Return the table [*name*] of a settings file, which may have these keys. Raises UsageError, naming *source*."""
+    import tomllib
+
+    what = f"cannot use {source}"
+    if len(data) > _MAX_BYTES:
+        raise UsageError(what, f"it has more than {_MAX_BYTES} bytes", "Make it smaller")
+    try:
+        table = tomllib.loads(data.decode()).get(name, {})
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise UsageError(what, f"it is not TOML: {exc}", "Correct it") from exc
+    if not isinstance(table, dict):
+        raise UsageError(what, f"{name} is not a table", f"Write [{name}]")
+    if unknown := sorted(set(table) - keys):
+        raise UsageError(what, f"[{name}] has no key {unknown[0]!r}", f"Its keys are {', '.join(sorted(keys))}")
+    return table
+
+
+def scale_when_emulated() -> bool:
+    """Whether `[limits] scale_when_emulated = "auto"` is set. Raises HostError, UsageError."""
+    path = settings_file()
+    if (data := settings_bytes(path)) is None:
+        return False
+    value = settings_table(data, "limits", frozenset({"scale_when_emulated"}), str(path)).get("scale_when_emulated")
+    if value not in {None, "auto", "never"}:
+        why = 'limits.scale_when_emulated is neither "auto" nor "never"'
+        raise UsageError(f"cannot use {path}", why, "Correct it")
+    return value == "auto"

@@ -1,0 +1,31 @@
+"""The keywords that every way of running a program from Python takes, for type checkers: those of `run_program`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Literal, TypedDict
+
+from x07_sandbox.policy.model import Policy  # noqa: TC001 - as above
+
+
+class RunOptions(TypedDict, total=False):
+    """All but program, args, input and check, with the meaning that `run_program` gives them."""
+
+    source: str | bytes | None
+    toolchain: str | None
+    files: Mapping[str, bytes] | None
+    policy: str | os.PathLike[str] | Policy | None
+    env: Mapping[str, str] | None
+    timeout_s: float | None
+    memory: str | int | None
+    cpu_s: float | None
+    procs: int | None
+    fds: int | None
+    build_timeout_s: float | None
+    scale_limits: bool | None
+    image: str | None
+    max_output_bytes: int | None
+    changes: Literal["apply", "keep", "discard"]
+    out: str | os.PathLike[str] | None
+    on_output: Callable[[Literal["stdout", "stderr"], bytes], object] | None

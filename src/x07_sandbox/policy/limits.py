@@ -1,0 +1,165 @@
+"""Limits that a caller sets beside the policy: `--memory 1G`, `memory="1G"` and their kin.
+
+Pure. The author of a policy may raise a limit of it as far as a policy can say; everybody else may only lower one. No
+value is cut: one that cannot hold is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from msgspec.structs import replace
+
+from x07_sandbox.errors import UsageError
+
+if TYPE_CHECKING:
+    from x07_sandbox.policy.model import Limits, Policy
+
+_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_SIZE: Final = re.compile(r"([0-9]{1,12})(?:(\.[0-9]{1,6})?([KMG])(?:i?B)?)?", re.IGNORECASE | re.ASCII)
+
+
+class Name(msgspec.Struct, frozen=True):
+    """What a limit is called: the flag, the keyword of the library, and the words of a message."""
+
+    flag: str
+    keyword: str
+    words: str
+
+
+NAMES: Final[Mapping[str, Name]] = MappingProxyType(
+    {
+        "mem_bytes": Name("--memory", "memory", "memory"),
+        "cpu_ms": Name("--cpu-time", "cpu_s", "CPU time"),
+        "wall_ms": Name("--timeout", "timeout_s", "time"),
+        "procs": Name("--procs", "procs", "processes"),
+        "fds": Name("--fds", "fds", "open files"),
+    }
+)
+"""By the name of the policy's field."""
+
+
+class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits that the caller set; None leaves the policy's.
+
+    by_keyword: whether they were given as keywords of the library, by which errors name them then.
+    may_raise: whether they may be above the policy's; None where the policy's origin decides (runs/request).
+    """
+
+    mem_bytes: int | None = None
+    cpu_ms: int | None = None
+    wall_ms: int | None = None
+    procs: int | None = None
+    fds: int | None = None
+    by_keyword: bool = False
+    may_raise: bool | None = None
+
+    def given(self) -> dict[str, int]:
+        """The limits that are set, by the name of their field."""
+        return {field: value for field in NAMES if (value := getattr(self, field)) is not None}
+
+    def named(self, field: str, value: int) -> str:
+        """A limit as the caller writes it: `--timeout 20`, or `timeout_s=20`."""
+        return keyword_text(field, value) if self.by_keyword else flag_text(field, value)
+
+
+class Reach(msgspec.Struct, frozen=True):
+    """How far flags can raise the limits that hold. tops: by path ("limits.fds"), the largest value that a flag sets.
+
+    policy_too: whether a change of the policy alone would raise them too.
+    """
+
+    tops: Mapping[str, int] = MappingProxyType({})
+    policy_too: bool = True
+
+
+def parse_size(text: str) -> int | None:
+    """The bytes that a size stands for, as 512M, 1.5G or a plain number; None for any other text."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        return None
+    number, fraction, unit = found[1], found[2] or "", (found[3] or "").upper()
+    return int(float(number + fraction) * _UNITS[unit]) if fraction else int(number) * _UNITS[unit]
+
+
+def size_text(size: int) -> str:
+    """A size as a flag takes it: 1536M for 1.5 GiB."""
+    unit = next(unit for unit in ("G", "M", "K", "") if size % _UNITS[unit] == 0)
+    return f"{size // _UNITS[unit]}{unit}"
+
+
+def flag_text(field: str, value: int) -> str:
+    """A limit as a flag: `--cpu-time 2.5`."""
+    return f"{NAMES[field].flag} {_value(field, value)}"
+
+
+def keyword_text(field: str, value: int) -> str:
+    """A limit as a keyword of the library: `memory="1G"`."""
+    shown = _value(field, value)
+    return f'{NAMES[field].keyword}="{shown}"' if field == "mem_bytes" else f"{NAMES[field].keyword}={shown}"
+
+
+def _value(field: str, value: int) -> str:
+    if field == "mem_bytes":
+        return size_text(value)
+    return _seconds(value) if field.endswith("_ms") else str(value)
+
+
+def _seconds(value_ms: int) -> str:
+    return f"{value_ms / 1000:.3f}".rstrip("0").rstrip(".")
+
+
+def range_fault(field: str, value: int) -> str:
+    """What is wrong with a limit that no policy can hold; empty for one that it can."""
+    from x07_sandbox.policy.schema import range_of  # costs more than all here, and most runs set no limit
+
+    least, most = range_of(f"limits.{field}")
+    if least <= value <= most:
+        return ""
+    unit = " seconds" if field.endswith("_ms") else ""
+    return f"must be at least {_value(field, least)} and at most {_value(field, most)}{unit}"
+
+
+def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, source: str) -> Policy:
+    """*policy* with the limits that the caller set. source: names the policy in errors.
+
+    procs counts for children too: a smaller process.max_live is raised with it, where it may be. Raises UsageError.
+    """
+    given = changes.given()
+    limits = policy.limits
+    for field, value in given.items():
+        if fault := range_fault(field, value):
+            name = NAMES[field].keyword if changes.by_keyword else NAMES[field].flag
+            raise UsageError(f"cannot use {changes.named(field, value)}", f"{name} {fault}", "Give another value")
+        if value > getattr(limits, field) and not may_raise:
+            raise _too_large(changes, field, value, f"limits.{field}", getattr(limits, field), source)
+    process, procs = policy.process, given.get("procs")
+    if procs is not None and process.may_spawn and process.max_live < procs:
+        if not may_raise:
+            raise _too_large(changes, "procs", procs, "process.max_live", process.max_live, source)
+        process = replace(process, max_live=procs)
+    return replace(policy, limits=replace(limits, **given), process=process)
+
+
+def _too_large(changes: LimitChanges, field: str, value: int, path: str, held: int, source: str) -> UsageError:
+    """The error for a limit above that of a policy that is not the caller's to raise."""
+    lowered = "A keyword" if changes.by_keyword else "A flag"
+    why = f"the policy {source} allows {_value(field, held)} ({path}). {lowered} can only lower a limit of that policy"
+    fix = f"Set {path} to {value} in the policy, or use {changes.named(field, held)}"
+    return UsageError(f"cannot use {changes.named(field, value)}", why, fix).by(path, value)
+
+
+def flag_reach(own: Limits | None, held: Limits, *, may_raise: bool) -> Reach:
+    """How far flags can raise the limits *held*. own: the policy's own, before the caller changed them, or None."""
+    from x07_sandbox.policy.schema import range_of
+
+    if may_raise:
+        return Reach({f"limits.{field}": range_of(f"limits.{field}")[1] for field in NAMES})
+    if own is None:
+        return Reach()
+    tops = {f"limits.{field}": getattr(own, field) for field in NAMES if getattr(own, field) > getattr(held, field)}
+    return Reach(tops, policy_too=False)

@@ -1,0 +1,143 @@
+"""Time and CPU limits under emulation: multiplied by how much slower the emulated machine is, where the user wants it.
+
+The factor is measured once per boot of the host, QEMU and processor: a piece of CPU work of ours in a guest and on the
+host. Neither a policy nor a project can ask for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
+
+from x07_sandbox.backends.proofs import proof_file
+from x07_sandbox.errors import BackendError, HostError, SandboxError
+from x07_sandbox.host import settings
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.paths import replace_file
+from x07_sandbox.jobs.record import new_run_id
+from x07_sandbox.plan.controls import make_plan
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.schema import largest
+from x07_sandbox.programs.toolchains import OUTPUT
+from x07_sandbox.runs.folder import RunFolder
+from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.request import InForce, RunRequest
+from x07_sandbox.runs.result import Scaling
+from x07_sandbox.runs.spec import run_spec
+
+if TYPE_CHECKING:
+    from x07_sandbox.runs.prepare import Prepared
+
+# Starts, imports and computes, as most programs do: in the guest all of it counts against the CPU limit.
+_WORK: Final = b"""#!/usr/bin/python3 -I
+import argparse, decimal, json, random, re
+values = [(i * 7919) % 10007 for i in range(20000)]
+text = json.dumps(sorted(values))
+for _ in range(4):
+    words = re.findall("[0-9]+", text)
+    total = sum(int(word) % 97 for word in words)
+"""
+_FACTOR_MAX: Final = 64  # more comes of a host that was busy with something else meanwhile
+_WORK_S: Final = 60
+_LOCK_S: Final = 180.0
+
+
+def scale(prepared: Prepared, factor: int) -> tuple[Prepared, Scaling, tuple[str, ...]]:
+    """Return what is to be run with its time and CPU limits multiplied, what they are now, and warnings."""
+    limits = prepared.plan.limits
+    wanted = {field: getattr(limits, field) * factor for field in ("wall_ms", "cpu_ms")}
+    given = {field: min(value, largest(f"limits.{field}")) for field, value in wanted.items()}
+    warnings = tuple(
+        f"limits.{field} was scaled to {given[field] / 1000:g} s, the largest value, and not to {value / 1000:g} s"
+        for field, value in wanted.items()
+        if given[field] < value
+    )
+    plan = replace(prepared.plan, limits=replace(limits, **given))
+    return replace(prepared, plan=plan), Scaling(factor=factor, **given), warnings
+
+
+def measured_factor(prepared: Prepared) -> int:
+    """Return how many times slower than this host the emulated machine is; measured where it is not known.
+
+    Raises SandboxError where it cannot be measured.
+    """
+    if (known := known_factor()) is not None:
+        return known
+    record = _record()
+    request = prepared.request
+    try:
+        with file_lock(record.with_name(".slowness-lock"), most_s=_LOCK_S, pause=request.cancel.pause):
+            if (known := known_factor()) is not None:  # by now
+                return known
+            request.progress("measuring how much slower than this host the emulated machine is")
+            factor = min(_FACTOR_MAX, max(1, math.ceil(_guest_ms(prepared) / _host_ms())))
+            replace_file(record, json.dumps({"factor": factor}).encode())
+    except TimeoutError as exc:
+        raise HostError("cannot measure the emulated machine", str(exc), "Try again") from exc
+    return factor
+
+
+def known_factor() -> int | None:
+    """Return the factor that was measured since this host booted; None if there is none yet."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SandboxError):
+        factor = json.loads(_record().read_text(encoding="utf-8"))["factor"]
+        if type(factor) is int and 1 <= factor <= _FACTOR_MAX:
+            return factor
+    return None
+
+
+def _record() -> Path:
+    """Where the factor for this boot, QEMU and processor is kept. Raises HostError."""
+    found = re.search(r"^(?:model name|CPU part)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+    return proof_file(host_arch().qemu_binary, "slowness", found[1] if found else "")
+
+
+def _guest_ms(prepared: Prepared) -> int:
+    """Return the CPU time of the work in a guest, by its control group. Raises SandboxError."""
+    policy, asked = default_policy(), prepared.request
+    with contextlib.ExitStack() as stack:
+        request = RunRequest(
+            source=_WORK, toolchain="executable", queue_s=asked.queue_s, progress=asked.progress, cancel=asked.cancel
+        )
+        request, program = load_program(request, stack)
+        plan = make_plan(policy, prepared.availability.features)
+        in_force = InForce(policy, render_policy(policy), "built-in:default")
+        work = replace(prepared, request=request, program=program, policy=in_force, plan=plan, egress=None)
+        folder = RunFolder(new_run_id(), stack)
+        stack.callback(shutil.rmtree, folder.path, ignore_errors=True)
+        artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
+        artifact.complete = artifact.take(program.data)
+        end = carry_out_job(work, run_spec(work, artifact, stack), folder.path.name, folder)
+    asked.cancel.check()
+    if end.ending.outcome != "ok" or end.report.cpu_ms <= 0:
+        why = f"a piece of CPU work of ours ended as {end.ending.outcome}: {end.ending.reason}"
+        raise BackendError("cannot measure the emulated machine", why, "See x07 doctor")
+    return end.report.cpu_ms
+
+
+def _host_ms() -> float:
+    """Return the CPU time of the same work on the host. Raises HostError."""
+    show = b"\nimport os, sys\nsys.stdout.write(repr(sum(os.times()[:2])))\n"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-"],
+            input=_WORK + show,
+            capture_output=True,
+            check=True,
+            timeout=_WORK_S,
+        )
+        return max(1.0, 1000 * float(done.stdout))
+    except (OSError, subprocess.SubprocessError, ValueError) as exc:
+        why = f"{sys.executable} did not do a piece of CPU work: {exc}"
+        raise HostError("cannot measure this host", why, "Run x07 doctor again") from exc

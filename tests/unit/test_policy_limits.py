@@ -1,0 +1,149 @@
+"""Promises of limits that a caller sets beside the policy: whose policy may be raised, and that nothing is cut."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from x07_sandbox.cli.run_options import add_options, limits_of
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.plan.controls import run_limits
+from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy.limits import LimitChanges, change_limits, parse_size, size_text
+from x07_sandbox.policy.templates import TEMPLATES
+from x07_sandbox.runs.request import InForce, ProjectPolicy, RunRequest, policy_in_force
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GIB = 1 << 30
+RAISED = LimitChanges(mem_bytes=GIB, cpu_ms=90_000, wall_ms=120_000, procs=128, fds=512)
+
+
+def in_force(policy: Any, **limits: Any) -> InForce:  # noqa: ANN401 - as a request takes them
+    """The policy that holds for a request."""
+    with contextlib.closing(Cancel()) as cancel:
+        return policy_in_force(RunRequest(source=b"", policy=policy, limits=LimitChanges(**limits), cancel=cancel))
+
+
+@pytest.mark.parametrize("policy", [None, "built-in:default"])
+def test_flags_raise_the_limits_of_a_built_in_policy(policy: str | None) -> None:
+    """Whoever names no policy file may give a program more, and the document says what holds."""
+    found = in_force(policy, **RAISED.given())
+    limits = found.policy.limits
+    assert (limits.mem_bytes, limits.cpu_ms, limits.wall_ms) == (GIB, 90_000, 120_000)
+    assert (limits.procs, limits.fds) == (128, 512)
+    assert found.data == render_policy(found.policy)
+    assert found.reach().tops["limits.wall_ms"] == 600_000
+
+
+def test_raised_processes_hold_for_children_too() -> None:
+    """`--procs 128` allows 128 tasks, though the built-in policy limits children separately."""
+    assert run_limits(in_force(None, procs=128).policy).tasks == 129
+    assert run_limits(in_force("built-in:worker-parallel", procs=32).policy).tasks == 33
+
+
+@pytest.mark.parametrize(("field", "value"), RAISED.given().items())
+@pytest.mark.parametrize("kind", ["file", "project", "value"])
+def test_a_given_policy_is_only_lowered(tmp_path: Path, kind: str, field: str, value: int) -> None:
+    """A value above that of a policy file, a project's policy or a Policy is an error that names the field to edit."""
+    place = tmp_path / "strict.json"
+    place.write_bytes(render_policy(default_policy()))
+    project = ProjectPolicy(place, place.read_bytes(), str(tmp_path))
+    policy = {"file": str(place), "project": project, "value": default_policy()}[kind]
+    with pytest.raises(UsageError, match="can only lower") as caught:
+        in_force(policy, **{field: value})
+    assert f"Set limits.{field} to {value} in the policy" in caught.value.fix
+    assert caught.value.refused_by == (f"limits.{field}", value)
+    held = getattr(default_policy().limits, field)
+    lowered = in_force(policy, **{field: held // 2})
+    if field != "procs":
+        assert getattr(lowered.policy.limits, field) == held // 2
+        assert lowered.reach().tops == {f"limits.{field}": held}
+
+
+def test_a_smaller_number_of_children_is_not_passed_over() -> None:
+    """In a given policy process.max_live holds children tighter than limits.procs, and so it is what is named."""
+    base = replace(default_policy(), process=replace(default_policy().process, max_live=4))
+    with pytest.raises(UsageError, match=r"allows 4 \(process\.max_live\)"):
+        change_limits(base, LimitChanges(procs=32), may_raise=False, source="strict.json")
+    made = change_limits(base, LimitChanges(procs=3), may_raise=False, source="strict.json")
+    assert run_limits(made).tasks == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag", "keyword"),
+    [
+        ("wall_ms", 600_001, "--timeout 600.001", "timeout_s=600.001"),
+        ("mem_bytes", 1 << 40, "--memory 1024G", 'memory="1024G"'),
+        ("procs", 2000, "--procs 2000", "procs=2000"),
+    ],
+)
+def test_no_flag_goes_beyond_what_a_policy_can_say(field: str, value: int, flag: str, keyword: str) -> None:
+    """A value outside the schema's range is an error, by the name under which it was given."""
+    for by_keyword, shown in ((False, flag), (True, keyword)):
+        changes = replace(LimitChanges(**{field: value}), by_keyword=by_keyword)  # type: ignore[arg-type]  # of ints
+        with pytest.raises(UsageError, match="must be at least") as caught:
+            change_limits(default_policy(), changes, may_raise=True, source="built-in:default")
+        assert caught.value.what == f"cannot use {shown}"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512M", 512 << 20), ("1G", GIB), ("1.5g", GIB * 3 // 2), ("2GiB", 2 * GIB), ("64mb", 64 << 20), ("4096", 4096)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    """Units are powers of 1024, in any case."""
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "1.5", "1e9", "1 G B", "1T", "0x10", "\u0661G", "nan"])
+def test_what_is_no_size_is_not_guessed(text: str) -> None:
+    """Anything else is no size."""
+    assert parse_size(text) is None
+
+
+@given(st.integers(0, 1 << 34))
+def test_a_size_that_is_shown_can_be_given_back(size: int) -> None:
+    """Each advice can be pasted."""
+    assert parse_size(size_text(size)) == size
+
+
+def flags(*words: str) -> dict[str, Any]:
+    """What a request has of the flags of `x07 run`."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return limits_of(parser.parse_args([*words, "prog.py"]))
+
+
+def test_flags_become_limits() -> None:
+    """Each flag sets its own limit and no other; without one nothing is set."""
+    assert flags() == {}
+    assert flags("--memory", "1G", "--cpu-time", "2.5") == {"limits": LimitChanges(mem_bytes=GIB, cpu_ms=2500)}
+    words = ("--timeout", "0.0001", "--procs", "0", "--fds", "12")
+    assert flags(*words) == {"limits": LimitChanges(wall_ms=1, procs=0, fds=12)}
+    assert flags("--build-timeout", "900", "--scale-limits") == {"build_wall_ms": 900_000, "scale_limits": True}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--memory", "lots"), ("--memory", "1K"), ("--memory", "17G"), ("--procs", "1025"), ("--build-timeout", "3601")],
+)
+def test_a_flag_out_of_range_is_refused(words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A value that no policy can say is wrong usage, before anything is read."""
+    with pytest.raises(SystemExit):
+        flags(*words)
+    assert words[0] in capsys.readouterr().err
+
+
+def test_templates_can_be_raised_too() -> None:
+    """Every built-in template takes every limit."""
+    for name in TEMPLATES:
+        assert in_force(f"built-in:{name}", **RAISED.given()).policy.limits.mem_bytes == GIB
