@@ -181,11 +181,14 @@ _MAKE: Final = (
 set -e
 cp -R -- "$1/." "$4"
 cd "$4"
-artifact=$2 output=$3
+sources=$1 artifact=$2 output=$3
 shift 4
 make "$@"
 if [ ! -e "$artifact" ] && [ ! -L "$artifact" ]; then
-    echo "make ended well, but there is no file $artifact" >&2
+    echo "make succeeded, but it made no file $artifact. Set artifact in the manifest to what it makes" >&2
+    find . -type f -perm -100 | head -n 1000 | while read -r file; do
+        [ -e "$sources/$file" ] || echo "it made the program ${file#./}" >&2
+    done
     exit 1
 fi
 mv -T -- "$artifact" "$output"
@@ -272,7 +275,7 @@ TOOLCHAINS: Final = (
     Toolchain(
         name="make",
         suffixes=(),
-        beside=(*MAKEFILES, *_C, *_CPP, *_HEADERS, ".s", ".mk"),
+        beside=(*MAKEFILES, *_C, *_CPP, *_HEADERS, ".s", ".mk"),  # and `x07 init` lists all else that is no build's
         build=lambda source: [*_MAKE, source.folder, source.artifact, OUTPUT, "/x07/out/tree", *source.args],
         needs=("make",),
         artifact=True,
