@@ -307,11 +307,13 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
             return toolchain
     if head.startswith((_ELF, b"#!")):
         return BY_NAME["executable"]
+    from x07_sandbox.programs.other_languages import advice
+
     known = ", ".join(suffix for toolchain in TOOLCHAINS for suffix in toolchain.suffixes)
     raise UsageError(
         f"cannot run {path}",
-        f"{suffix or 'no suffix'} names no toolchain, and it is no executable",
-        f"Name the source with one of {known}, or its toolchain (x07 run --toolchain)",
+        f"{suffix or 'no suffix'} names no toolchain, and the file is no executable and has no #! line",
+        advice(path) or f"Give it a suffix of {known}, or name its toolchain with --toolchain, or add a #! line",
     )
 
 
