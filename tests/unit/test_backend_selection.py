@@ -20,18 +20,19 @@ AUTOS: tuple[Class, ...] = ("vm", "none")
 QEMU = Choice(backend="qemu", sandbox_backend="vm")
 
 # For each backend named alone: what becomes of it on Linux, macOS 26, macOS 12 and elsewhere, without acceptance and
-# with it. "closed": fails closed for want of acceptance; "later": not built yet; "elsewhere": not for this platform.
+# with it. "closed": fails closed without acceptance; "later": not built yet, on any platform; "elsewhere": not for this
+# platform.
 NAMED = {
-    "firecracker-ctr": ("later elsewhere elsewhere elsewhere", "later elsewhere elsewhere elsewhere"),
-    "apple-container": ("elsewhere later elsewhere elsewhere", "elsewhere later elsewhere elsewhere"),
+    "firecracker-ctr": ("later later later later", "later later later later"),
+    "apple-container": ("later later later later", "later later later later"),
     "qemu": ("taken elsewhere elsewhere elsewhere", "taken elsewhere elsewhere elsewhere"),
-    "vz": ("elsewhere later later elsewhere", "elsewhere later later elsewhere"),
+    "vz": ("later later later later", "later later later later"),
     "podman": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
     "docker": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
     "os": ("closed closed closed closed", "closed closed closed closed"),  # its class has to be named too
     "none": ("closed closed closed closed", "closed closed closed closed"),
 }
-TEXTS = {"closed": "fails closed", "later": "does not have it yet", "elsewhere": "is not for"}
+TEXTS = {"closed": "fails closed", "later": "not supported in this version", "elsewhere": "not supported on"}
 
 
 def answer(platform: Platform, asked: Asked) -> str:
@@ -99,6 +100,42 @@ def test_a_contradiction_is_an_error(wanted: str, name: str, of: str) -> None:
             select(LINUX, asked)
         by_flag, by_variable = "--sandbox-backend vm --backend qemu", "X07_SANDBOX_BACKEND=vm and X07_VM_BACKEND=qemu"
         assert f"Use {by_flag if of == 'flag' else by_variable}" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("asked", "fix"),
+    [
+        (Asked(sandbox_flag="os"), "add --i-accept-weaker-isolation"),
+        (Asked(backend_flag="os"), "add --sandbox-backend os --i-accept-weaker-isolation"),
+        (Asked(backend_flag="none", accepted=True), "add --sandbox-backend none --i-accept-weaker-isolation"),
+        (Asked(backend_flag="podman"), "add --i-accept-weaker-isolation"),
+        (Asked(backend_variable="docker", flags=()), "set X07_I_ACCEPT_WEAKER_ISOLATION=1"),
+        (
+            Asked(backend_variable="os", flags=()),
+            "set X07_SANDBOX_BACKEND=os and X07_I_ACCEPT_WEAKER_ISOLATION=1",
+        ),
+    ],
+)
+def test_one_refusal_names_all_that_weaker_isolation_needs(asked: Asked, fix: str) -> None:
+    """A backend that is weaker than a VM is refused once, with every flag or variable that is needed to take it."""
+    with pytest.raises(RefusedError) as caught:
+        select(LINUX, asked)
+    assert f"or {fix}" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("firecracker-ctr", "not supported in this version"),
+        ("vz", "not supported in this version, and it is for macOS 12 and later"),
+        ("apple-container", "not supported in this version, and it is for macOS 26 and later"),
+    ],
+)
+def test_a_backend_that_this_version_lacks_says_so(name: str, why: str) -> None:
+    """A backend that is not built is refused as not supported in this version, on whichever platform."""
+    with pytest.raises(RefusedError, match=f"cannot use the backend {name}") as caught:
+        select(LINUX, Asked(backend_flag=name))
+    assert caught.value.why == why
 
 
 @pytest.mark.parametrize("platform", PLATFORMS, ids=str)

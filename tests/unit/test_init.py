@@ -208,7 +208,35 @@ def test_our_own_example_is_understood(tmp_path: Path) -> None:
     init(tmp_path, "--toolchain", "make", "routes")
     found = made(tmp_path / "routes")
     assert (found["toolchain"], found["artifact"]) == ("make", "bin/routes")
-    assert found["files"] == ["Makefile", "src/graph.cpp", "src/graph.h", "src/main.cpp"]
+    assert found["files"] == [
+        *("Makefile", "policy.json", "roads.txt", "src/graph.cpp", "src/graph.h", "src/main.cpp"),
+    ]
+
+
+def test_make_gets_all_that_it_may_need(tmp_path: Path) -> None:
+    """Sub-Makefiles, scripts, data of tests and files without a suffix travel; what a build left there does not."""
+    fill(tmp_path, "Makefile", "Makefile-so", "config.h.in", "words[1]", "tests/data/a", "tests/in.json", "doc/x.1")
+    fill(tmp_path, "src/Makefile", "src/a.c", "src/a.d", "src/a.lo", ".hidden", "build/y.c", FILE + ".orig")
+    (tmp_path / "src/a.o").write_bytes(b"\x7fELF")
+    (tmp_path / "prog").write_bytes(b"\x7fELF")
+    (tmp_path / "libx.so.1").write_bytes(b"\x7fELF")
+    (tmp_path / "libx.a").write_bytes(b"!<arch>\n")
+    (tmp_path / "Makefile").write_text("all:\n\tcd src && $(MAKE) $@\n")
+    (tmp_path / "src/Makefile").write_text("P = lua\nall: $(P)\n$(P): a.c\n\tcc -o $@ a.c\n")
+    assert init(tmp_path, "--toolchain", "make")[0] == 0
+    found = made(tmp_path)
+    assert found["artifact"] == "src/lua"
+    assert set(found["files"]) == {
+        *("Makefile", "Makefile-so", "config.h.in", "words[1]", "tests/data/a", "tests/in.json", "doc/x.1"),
+        *("src/Makefile", "src/a.c", FILE + ".orig"),
+    }
+
+
+def test_a_make_project_of_many_names_is_listed_by_folders() -> None:
+    """Data of tests in more files without a suffix than a manifest may list go in by a pattern for their folder."""
+    names = ["Makefile", "a.c", *(f"tests/data/{number}" for number in range(2000))]
+    data = sandbox_manifest("make", names, artifact="a")
+    assert decode_manifest(data, source=FILE)[0].files == ("*", "tests/data/*")
 
 
 def test_what_cannot_be_told_may_be_said(tmp_path: Path) -> None:
@@ -234,6 +262,9 @@ def test_what_cannot_be_told_may_be_said(tmp_path: Path) -> None:
         ("make", ["Makefile"], "", "no plain first target"),
         ("make", ["Makefile"], "$(OBJECTS): x\n", "--artifact"),
         ("make", ["Makefile"], "%.o: %.c\n", "--artifact"),
+        ("make", ["Makefile"], "all: libx.a\nlibx.a: a.c\n\tar cr $@\n", r"x07 exec --workdir \. -- make test"),
+        ("make", ["Makefile", "configure"], "all:\n\techo no\n", r"-- sh -c '\./configure && make'"),
+        ("make", ["configure", "Makefile.in"], "", r"\./configure makes it.*x07 exec --workdir"),
         ("python", ["a.py", "b.py"], "", "any of a.py, b.py.*--entry"),
         ("shell", ["lib/a.sh"], "", "none at the top"),
         ("python", ["../a.py"], "", "--entry|not a path inside"),
@@ -243,7 +274,7 @@ def test_what_cannot_be_told_may_be_said(tmp_path: Path) -> None:
 def test_what_is_missing_is_told(toolchain: str, files: list[str], makefile: str, why: str) -> None:
     """Where the files do not make a project of that toolchain, the error says what is missing and what to do."""
     with pytest.raises(UsageError, match=why):
-        sandbox_manifest(toolchain, files, makefile=makefile)
+        sandbox_manifest(toolchain, files, makefiles={"Makefile": makefile})
 
 
 @pytest.mark.parametrize(
@@ -251,18 +282,33 @@ def test_what_is_missing_is_told(toolchain: str, files: list[str], makefile: str
     [
         ("all:\n\tcc -o prog a.c\n", None),
         ("all: \\\n  prog\nprog: a.c\n", "prog"),
-        ("A = 1\nB := x # y\n.PHONY: all\nC ?= $(B)\n$(C) z: a\n", None),
-        ("B:=bin/x # y\r\nall : ${B} other ; echo\r\n", "bin/x"),
-        ("E =\n$(E): a\n\tcc\nprog:: a\nx y: z\n", "x"),
+        ("A = 1\nB := x # y\n.PHONY: all\nC ?= $(B)\n$(C) z: a\n", "x"),
+        ("B:=bin/x # y\r\nall : ${B} other ; echo\r\nbin/% : %.c\r\n\tcc -o $@\r\n", "bin/x"),
+        ("all: one other\n", None),
+        ("all: one hello\n", "hello"),  # make's own rule, by hello.c
+        ("E =\n$(E): a\n\tcc\nprog:: a\nx y: z\n", "prog"),
+        # cJSON: a phony target is no file, nor is a library a program.
+        (
+            ".PHONY: shared t\nT = p\nall: shared t\nshared: l.so\nl.so: a\n\tcc -o $@\nt: $(T)\n$(T): a\n\tcc -o $@\n",
+            "p",
+        ),
+        # bzip2: the recipe of `test` makes no such file, whether or not it says so.
+        ("all: libx.a test\nlibx.a: a.o\n\tar cq libx.a\ntest: bz\n\t./bz\nbz: libx.a\n\tcc -o bz\n", "bz"),
+        ("start: bin/prog\n\t./bin/prog\nbin/prog: a.c\n\tcc -o $@ $<\n", "bin/prog"),
+        ("ifeq (Darwin, $(U))\nE = x.app\nendif\nE = x\nifdef W\nE = x.exe\nendif\n$(E): a\n\tcc -o $@\n", "x"),
+        ("all: prog\nprog: a.o b.o\na.o: a.h\n", "prog"),
+        ("all: libx.a\nlibx.a: a.o\n\tar cq $@\n", None),
+        ("a: b\nb: a\n", "b"),
+        (".PHONY: a b\na: b\nb: a\n", None),
     ],
 )
 def test_a_makefile_is_read_line_by_line(makefile: str, artifact: str | None) -> None:
-    """The artifact is the first rule's, or what `all` needs on its own line and the lines that it goes on in."""
+    """The artifact is the first program that plain `make` makes: no phony target, no library, nothing else's name."""
     if artifact is None:
         with pytest.raises(UsageError, match="--artifact"):
-            sandbox_manifest("make", ["Makefile"], makefile=makefile)
+            sandbox_manifest("make", ["Makefile"], makefiles={"Makefile": makefile})
     else:
-        data = sandbox_manifest("make", ["Makefile"], makefile=makefile)
+        data = sandbox_manifest("make", ["Makefile", "hello.c"], makefiles={"Makefile": makefile})
         assert decode_manifest(data, source=FILE)[0].artifact == artifact
 
 
@@ -275,6 +321,9 @@ def test_a_makefile_is_read_line_by_line(makefile: str, artifact: str | None) ->
         "a=" + "b" * 4000 + "\n" + "$(a):=\n" * (1 << 17) + ("$(a)" * 1000 + ": x\n") * 100,
         "a " * (1 << 19),
         "$(" * (1 << 19) + ":",
+        "a=" + "b " * 2000 + "\n" + ("$(a): $(a)\n" + "\tx\n" * 1000) * 300,
+        "".join(f"v{n} = $(v{n + 1})$(v{n + 1})\n" for n in range(2000)) + "$(v0): x\n" * 10000,
+        "".join(f"t{n}: t{n + 1}\n" for n in range(60000)),
     ],
 )
 @pytest.mark.timeout(60)
@@ -282,7 +331,7 @@ def test_no_makefile_takes_long_to_read(makefile: str) -> None:
     """A Makefile as large as may be, made to cost the square of its length or all memory, is refused in time."""
     before_s = time.thread_time()  # which goes on only while we do
     with pytest.raises(UsageError, match="--artifact"):
-        sandbox_manifest("make", ["Makefile"], makefile=makefile)
+        sandbox_manifest("make", ["Makefile"], makefiles={"Makefile": makefile})
     assert time.thread_time() - before_s < 10
 
 
@@ -295,7 +344,7 @@ def test_any_names_make_a_manifest_or_our_error(row: Toolchain, names: list[str]
     """Whatever files are called and a Makefile holds, what comes out is a manifest that we read, or our error."""
     files = [f"{name}{suffix}" for name in names for suffix in row.project_files[:2]]
     try:
-        data = sandbox_manifest(row.name, ["Makefile", *files], makefile=makefile)
+        data = sandbox_manifest(row.name, ["Makefile", *files], makefiles={"Makefile": makefile})
     except UsageError:
         return
     assert decode_manifest(data, source=FILE)[1] == row

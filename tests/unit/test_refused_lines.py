@@ -71,6 +71,19 @@ def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFi
     ]
 
 
+def test_a_template_without_processes_names_one_with_them() -> None:
+    """A shell that could start nothing under built-in:cli is told which policy lets it, with the same folders."""
+    how = HowToAllow(json_path="$.process.allow_spawn", value=True)
+    ended = result(replace(denial("a new process", how, action="start"), field="process.allow_spawn"))
+    advice = (
+        "built-in:cli starts no processes; to start some: "
+        "--policy built-in:default --allow-read-root . --allow-write-root out"
+    )
+    assert lines(replace(ended, policy="built-in:cli"))[-1] == advice
+    assert not any("starts no processes" in line for line in lines(replace(ended, policy=DEFAULT)))
+    assert not any("starts no processes" in line for line in lines(replace(ended, policy="mine.json")))
+
+
 def test_what_one_change_allows_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     """A program that a shell could neither execute nor read is one line; what nothing allows stands there as it was."""
     programs = [HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{name}"]) for name in "abc"]

@@ -58,7 +58,7 @@ def test_a_source_gets_its_toolchain(name: str, head: bytes, toolchain: str) -> 
     assert toolchain_for(name, head).name == toolchain
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a", "a.rs", "Makefile", "a.py.bak"])
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.zig", "Makefile", "a.py.bak"])
 def test_what_no_toolchain_takes_is_wrong_usage(name: str) -> None:
     """Anything else is told which suffixes there are."""
     with pytest.raises(UsageError, match=r"\.py.*--toolchain"):
@@ -104,7 +104,7 @@ def test_every_toolchain_begins_a_project(row: Toolchain) -> None:
         data = f'schema_version = "{SCHEMA}"\ntoolchain = "{row.name}"\nfiles = ["a"]\nentry = "a"\n'.encode()
     else:
         files = MAKEFILES[:1] if row.artifact else [f"sub/other{row.suffixes[0]}", f"tool{row.suffixes[-1]}"]
-        data = sandbox_manifest(row.name, files, makefile="prog:\n")
+        data = sandbox_manifest(row.name, files, makefiles={MAKEFILES[0]: "prog:\n"})
     manifest, found = decode_manifest(data, source=FILE)
     assert found is row
     assert (manifest.entry is None, manifest.artifact is None) == (row.entries is None, not row.artifact)
@@ -243,3 +243,28 @@ def test_an_image_without_the_compiler_is_refused_with_what_to_do() -> None:
         require_packages(BY_NAME["cpp"], {"libc6-dev", "gcc"}, "small")
     require_packages(BY_NAME["cpp"], {"libc6-dev", "g++"}, "small")
     require_packages(BY_NAME["executable"], set(), "small")
+
+
+@pytest.mark.parametrize(
+    ("path", "fix"),
+    [
+        (
+            "p.rb",
+            "#!/usr/bin/ruby its first line.* --name ruby --include ruby && x07 run --image ruby p.rb",
+        ),
+        ("a b.php", "#!/usr/bin/php its first line.* --include php-cli && x07 run --image php 'a b.php'"),
+        (
+            "src/p.go",
+            "x07 image build --name go --include golang-go && x07 exec --image go --workdir src -- go run p.go",
+        ),
+        ("p.rs", "--include rustc && x07 exec .* -- sh -c 'rustc -o /tmp/program p.rs && /tmp/program'"),
+        ("P.java", "--include openjdk-21-jdk-headless && x07 exec .* -- java P.java"),
+        ("p.ts", "--include node-typescript && x07 exec .* -- sh -c 'tsc --outDir /tmp p.ts && node /tmp/p.js'"),
+        ("p.xyz", "or name its toolchain with --toolchain, or add a #! line"),
+    ],
+)
+def test_a_source_of_another_language_names_what_runs_it(path: str, fix: str) -> None:
+    """A source file that no toolchain takes is refused with the image and the command that would run it."""
+    with pytest.raises(UsageError, match=f"cannot run {path}.*{fix}"):
+        toolchain_for(path, b"x = 1\n")
+    assert toolchain_for(path, b"#!/usr/bin/ruby\n").name == "executable"

@@ -614,7 +614,7 @@ def test_x07s_report_instead_of_the_output(tmp_path: Path) -> None:
         (["--backend", "qemu"], {}, 0, ""),
         (["--sandbox-backend", "vm"], {"X07_VM_BACKEND": "qemu"}, 0, ""),
         (["--backend", "docker"], {}, 125, "fails closed"),
-        (["--backend", "firecracker"], {}, 125, "does not have it yet"),
+        (["--backend", "firecracker"], {}, 125, "not supported in this version"),
         (["--backend", "xen"], {}, 2, "no such backend"),
         (["--sandbox-backend", "os"], {}, 125, "fails closed"),
         (["--sandbox-backend", "os", "--i-accept-weaker-isolation"], {}, 0, "the program ended with status 0"),

@@ -54,13 +54,13 @@ def select(platform: Platform, asked: Asked) -> Choice:
     if row.weaker and not (named and asked.accepted):
         walls = {"container": "a container", "process": "a confined process of this system"}
         wall = walls.get(row.isolation[0], "no wall")
-        lack = "it was not named by its class" if asked.accepted else "nobody has accepted that"
-        why = f"it gives {wall}, which is weaker than a virtual machine, and {lack}"
+        why = f"it gives {wall}, which is weaker isolation than a virtual machine and needs your consent"
         fix = _instead(platform, asked, row, named=named)
         raise RefusedError(f"the backend {row.name} fails closed", why, fix)
     if not (row.runs_on(platform) and row.built):
-        why = "this version does not have it yet, and never takes another in its place"
-        why = why if row.runs_on(platform) else f"it is not for {platform}"
+        why = f"not supported on {platform}" if row.built else "not supported in this version"
+        if not (row.built or row.runs_on(platform)):
+            why += f", and it is for {_home(row)}"
         raise RefusedError(f"cannot use the backend {row.name}", why, _instead(platform, asked))
     return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
 
@@ -168,6 +168,11 @@ def _by_caller(asked: Asked, flags: tuple[str, ...]) -> str:
     given.append((asked.backend_variable, "X07_VM_BACKEND", "--backend"))
     words = [f"{variable}={found[flag]}" for word, variable, flag in given if word]
     return f"{' and '.join(words)}, or unset {'it' if len(words) == 1 else 'them'}"
+
+
+def _home(row: BackendRow) -> str:
+    """The platform that a backend is for."""
+    return "Linux" if row.linux else f"macOS {row.macos_from} and later"
 
 
 def this_platform() -> Platform:

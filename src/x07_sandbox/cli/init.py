@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _FILES_MAX: Final = 10_000
 _MAKEFILE_MAX: Final = 1 << 20
+_MAKEFILES_MAX: Final = 64
 _WITH_ENTRY: Final = tuple(row.name for row in ROWS if row.entries)
 _WITH_ARTIFACT: Final = tuple(row.name for row in ROWS if row.artifact)
 _DEPTH_MAX: Final = 256  # os.walk of Python 3.11 calls itself for each level
@@ -57,7 +58,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     started, made = ", ".join(_WITH_ENTRY), ", ".join(_WITH_ARTIFACT)
     doc = f"{started}: the file that is started (default: main)"
     parser.add_argument("--entry", type=named, metavar="FILE", help=doc)
-    parser.add_argument("--artifact", metavar="FILE", help=f"{made}: what it makes (default: its first target)")
+    parser.add_argument("--artifact", metavar="FILE", help=f"{made}: what it makes (default: what its Makefile shows)")
     doc = "X07: of the profile's policy, see x07 policy init (default: default)"
     parser.add_argument("--template", choices=tuple(TEMPLATES), metavar="T", help=doc)
     add_document_flags(parser, "print one line of JSON")
@@ -86,9 +87,13 @@ def _init(options: argparse.Namespace) -> int:
     if options.toolchain is None:
         data = first_project(files, policy)
     else:
-        makefile = _makefile(folder, files)
+        makefiles = {}
+        if options.toolchain == "make":
+            with _usable(folder):
+                files = [name for name in files if not _is_built(folder / name)]
+            makefiles = _makefiles(folder, files)
         data = sandbox_manifest(
-            options.toolchain, files, entry=options.entry, artifact=options.artifact, makefile=makefile
+            options.toolchain, files, entry=options.entry, artifact=options.artifact, makefiles=makefiles
         )
     with _usable(folder):
         folder.mkdir(parents=True, exist_ok=True)  # not before: an error leaves no empty folder
@@ -158,9 +163,20 @@ def _raise(exc: OSError) -> None:
     raise exc
 
 
-def _makefile(folder: Path, files: list[str]) -> str:
-    name = next((name for name in MAKEFILES if name in files), None)
-    if name is None:
-        return ""
+def _is_built(path: Path) -> bool:
+    """Whether a file is an object, a library or a program, as a build on this machine leaves them."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(8).startswith((b"\x7fELF", b"!<arch>\n"))
+
+
+def _makefiles(folder: Path, files: list[str]) -> dict[str, str]:
+    """The text of the Makefile that make takes in each folder, the uppermost first."""
     place = ProjectFolder(folder, f"cannot begin a project in {folder}")
-    return place.read(name, name, _MAKEFILE_MAX).decode("utf-8", "replace")
+    found: dict[str, str] = {}
+    for path in sorted({Path(name).parent for name in files}, key=lambda path: (len(path.parts), path)):
+        name = next((name for name in (str(path / one) for one in MAKEFILES) if name in files), None)
+        if name is not None and len(found) < _MAKEFILES_MAX:
+            found[name] = place.read(name, name, _MAKEFILE_MAX).decode("utf-8", "replace")
+    return found

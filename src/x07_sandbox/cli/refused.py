@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.policy.templates import BUILT_IN
+from x07_sandbox.policy.templates import BUILT_IN, built_in
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -53,7 +53,19 @@ def lines(result: Result, command: str = "") -> list[str]:
         # --out is relative to a project's folder, where one lies around this: so the whole name.
         init = f'x07 policy init --template {policy.removeprefix(BUILT_IN)} --out "$PWD/policy.json"'
         told.append(f"to change the policy: {init}, then --policy policy.json")
+        if any(denial.field.startswith("process.") for denial in result.denials):
+            told += _with_processes(policy)
     return told
+
+
+def _with_processes(policy: str) -> list[str]:
+    """How to start processes, and keep the folders of a template that forbids them."""
+    held = built_in(policy)
+    if held is None or held.process.may_spawn:
+        return []
+    flags = [f"--allow-read-root {root}" for root in held.fs.read_roots]
+    flags += [f"--allow-write-root {root}" for root in held.fs.write_roots]
+    return [f"{policy} starts no processes; to start some: {' '.join([f'--policy {BUILT_IN}default', *flags])}"]
 
 
 def _of_program(result: Result, command: str) -> list[str]:

@@ -181,11 +181,14 @@ _MAKE: Final = (
 set -e
 cp -R -- "$1/." "$4"
 cd "$4"
-artifact=$2 output=$3
+sources=$1 artifact=$2 output=$3
 shift 4
 make "$@"
 if [ ! -e "$artifact" ] && [ ! -L "$artifact" ]; then
-    echo "make ended well, but there is no file $artifact" >&2
+    echo "make succeeded, but it made no file $artifact. Set artifact in the manifest to what it makes" >&2
+    find . -type f -perm -100 | head -n 1000 | while read -r file; do
+        [ -e "$sources/$file" ] || echo "it made the program ${file#./}" >&2
+    done
     exit 1
 fi
 mv -T -- "$artifact" "$output"
@@ -272,7 +275,7 @@ TOOLCHAINS: Final = (
     Toolchain(
         name="make",
         suffixes=(),
-        beside=(*MAKEFILES, *_C, *_CPP, *_HEADERS, ".s", ".mk"),
+        beside=(*MAKEFILES, *_C, *_CPP, *_HEADERS, ".s", ".mk"),  # and `x07 init` lists all else that is no build's
         build=lambda source: [*_MAKE, source.folder, source.artifact, OUTPUT, "/x07/out/tree", *source.args],
         needs=("make",),
         artifact=True,
@@ -304,11 +307,13 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
             return toolchain
     if head.startswith((_ELF, b"#!")):
         return BY_NAME["executable"]
+    from x07_sandbox.programs.other_languages import advice
+
     known = ", ".join(suffix for toolchain in TOOLCHAINS for suffix in toolchain.suffixes)
     raise UsageError(
         f"cannot run {path}",
-        f"{suffix or 'no suffix'} names no toolchain, and it is no executable",
-        f"Name the source with one of {known}, or its toolchain (x07 run --toolchain)",
+        f"{suffix or 'no suffix'} names no toolchain, and the file is no executable and has no #! line",
+        advice(path) or f"Give it a suffix of {known}, or name its toolchain with --toolchain, or add a #! line",
     )
 
 
