@@ -10,7 +10,9 @@ import threading
 
 import pytest
 
+from x07_sandbox.cli.console import LiveLine
 from x07_sandbox.cli.written import write_all
+from x07_sandbox.host.cancel import Notice
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,12 @@ def test_a_report_waits_for_a_reader_who_is_slow() -> None:
         writer.start()
         assert pipe.read() == data
     writer.join()
+
+
+def test_what_takes_long_once_is_said_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where standard error is no terminal, ordinary progress is silent, and a notice is one line."""
+    live = LiveLine()
+    live("copying files in")
+    live(Notice("saving a machine"))
+    live("")
+    assert capsys.readouterr().err == "x07: saving a machine\n"

@@ -51,6 +51,15 @@ def test_groups_hold_what_they_say(groups: HostGroups) -> None:
     assert all(name in groups.describe() for name in groups.holds)
 
 
+def test_the_limit_on_memory_can_be_set_anew(groups: HostGroups, need: Need) -> None:
+    """A machine that waits in a pool gets the limit of the job that claims it, be it higher or lower."""
+    need("memory" in groups.holds, "this host gives us no memory group", installable=False)
+    for limit in (2 * MEMORY, MEMORY // 2):
+        groups.limit_memory(limit)
+        files = [folder / name for folder in groups.folders for name in VALUES if name.startswith("memory")]
+        assert {int(file.read_text(encoding="ascii")) for file in files if file.exists()} == {limit}
+
+
 def test_a_process_is_moved_into_all_of_them(groups: HostGroups) -> None:
     """A process that was added is in every group of the job, and its group cannot be removed while it lives."""
     with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) as child:

@@ -298,7 +298,7 @@ def test_a_build_that_ends_badly_is_a_failed_build() -> None:
     assert as_build(classify(run(wait_status=0))) == classify(run(wait_status=0))
     for kept in (run(cancelled_by=2), run(instance_status=-9)):
         found = as_build(classify(kept))
-        assert found.reason.endswith(" while the guest was building the program")
+        assert " while the guest was building the program" in found.reason
         assert replace(found, reason="") == replace(classify(kept), reason="")
     found = as_build(classify(run(cancelled_by=2, stage=Stage.COLLECT)))
     assert found.reason.endswith(" while the guest was handing over what was built")
@@ -310,3 +310,13 @@ def test_a_verdict_without_a_guest_takes_its_fault_from_the_table() -> None:
         outcome=Outcome.BACKEND_ERROR, fault="host", reason="no VMM"
     )
     assert verdict(Outcome.REFUSED, "no image", fault="host").fault == "host"
+
+
+@pytest.mark.parametrize("status", [-9, 137])
+def test_a_killed_machine_names_memory_and_a_way_out(status: int) -> None:
+    """A machine that the kernel killed is guest-lost, the host's fault, with what to do if memory ran out."""
+    found = classify(run(instance_status=status))
+    assert (found.outcome, found.fault) == (Outcome.GUEST_LOST, "host")
+    assert "ran out of memory" in found.reason
+    assert "X07_VM_MAX_RUNNING=1" in found.reason
+    assert "memory" not in classify(run(instance_status=1)).reason

@@ -179,7 +179,14 @@ def test_memory_is_what_was_asked_for(ram_bytes: int) -> None:
     argv = qemu_argv(machine(ram_bytes=ram_bytes))
     (size,) = values(argv, "-m")
     assert int(size.removesuffix("M")) * MIB <= ram_bytes < (int(size.removesuffix("M")) + 1) * MIB
-    assert f"memory-backend-ram,id=ram0,size={size}" in values(argv, "-object")
+    assert f"memory-backend-ram,id=ram0,size={size},reserve=off" in values(argv, "-object")
+
+
+@pytest.mark.parametrize("origin", Origin)
+def test_memory_is_not_reserved(origin: Origin) -> None:
+    """A machine of any origin starts on a host with less RAM and swap than the machine has."""
+    (memory,) = (value for value in values(qemu_argv(machine(origin=origin)), "-object") if "id=ram0" in value)
+    assert "reserve=off" in memory.split(",")
 
 
 def test_hardware_is_used_by_descriptor_and_emulation_says_so() -> None:

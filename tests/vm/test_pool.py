@@ -234,7 +234,7 @@ def test_a_claimed_machine_has_its_jobs_deadline(state: Path) -> None:
     machines.start()
     with contextlib.closing(machines):
         wait_for(lambda: machines.ready() == 1, 120)
-        machine = machines.take(claim(), own_identity())
+        machine = machines.take(claim(), own_identity(), machines.kind.ram_bytes)
         assert machine is not None
         cast("QemuInstance", machine.instance).set_deadline(1)
         assert select.select([machine.instance.pidfd], [], [], 60)[0]
@@ -414,11 +414,11 @@ def test_a_forked_child_has_no_part_in_its_parents_pool(state: Path, echo: str) 
         wait_for(lambda: machines.ready() == 1, 120)
         child = os.fork()
         if child == 0:
-            taken = machines.take(claim(), own_identity())
+            taken = machines.take(claim(), own_identity(), machines.kind.ram_bytes)
             machines.close()
             os._exit(0 if taken is None else 1)
         assert os.waitpid(child, 0)[1] == 0
-        machine = machines.take(claim(), own_identity())
+        machine = machines.take(claim(), own_identity(), machines.kind.ram_bytes)
         assert machine is not None
         assert machine.instance.exit_status() is None
         assert machine.close()

@@ -28,9 +28,17 @@ def test_an_agent_that_answers_is_the_proof(image: Image, tmp_path: Path, monkey
     """Where our agent answers from a guest in time, the proof holds; tried with emulation, which works everywhere."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with open_image(image) as opened:
-        works, reason = prove(opened, Accelerator(kvm=False), settings.BOOT_S)
-    assert works, reason
-    assert "agent answered" in reason
+        found = prove(opened, Accelerator(kvm=False), settings.BOOT_S)
+    assert found.works, found.reason
+    assert "agent answered" in found.reason
+
+
+def test_a_late_guest_is_no_lasting_evidence(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that does not answer in time is told apart from one that ended, and a verdict on it is short-lived."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    with open_image(image) as opened:
+        found = prove(opened, Accelerator(kvm=False), 0.2)
+    assert (found.works, found.late) == (False, True), found.reason
 
 
 TRY = """

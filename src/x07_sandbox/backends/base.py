@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkab
 import msgspec
 
 from x07_sandbox.errors import BackendError
+from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.record import Claim, JobRecord
 from x07_sandbox.plan.features import Features
+from x07_sandbox.plan.sizes import used_ram_bytes
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -96,6 +98,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     needs: Needs | None = None
     cold: bool = False
     meanwhile: Callable[[], object] = lambda: None
+
+    @property
+    def used_ram_bytes(self) -> int:
+        """The most of the machine's RAM that the job uses: all of it where its needs are not known."""
+        ram, needs = self.kind.ram_bytes, self.needs
+        if needs is None:
+            return ram
+        out = settings.ARTIFACT_MAX_BYTES if needs.out else 0
+        changes = settings.CHANGES_MAX_BYTES if any(place.write for place in needs.places) else 0
+        return used_ram_bytes(ram, needs.mem_bytes, needs.files_bytes + out + changes)
 
 
 class Greeting(NamedTuple):
@@ -208,8 +220,11 @@ class Cloning(Protocol):
     def renew(self, instance: Instance, kind: MachineKind) -> None:
         """After a program of our own: have the agent make a fresh place for the next one. Raises BackendError."""
 
-    def adopt(self, instance: Instance, claim: Claim, runner: Identity) -> None:
-        """Make a waiting instance the job of *claim*, carried out by *runner*. Raises HostError, BackendError."""
+    def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
+        """Make a waiting instance the job of *claim*, carried out by *runner*. Raises HostError, BackendError.
+
+        ram_bytes: the most of the machine's RAM that the job uses.
+        """
 
     def descriptors(self, instance: Instance) -> dict[str, int]:
         """What another process needs to use the instance, by name; lent."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.base import Backend, Instance, Job
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 SOCKET: Final = "socket"
 MESSAGE_MAX: Final = 64 * 1024
 ANSWER_S: Final = 5.0
@@ -145,6 +145,7 @@ class PoolMachines:
         claim = job.claim
         wanted = {"protocol": PROTOCOL, "want": "claim", "state_dir": str(state_dir()), "backend": backend.name}
         wanted |= {"run_id": claim.run_id, "phase": claim.phase, "wall_ms": claim.wall_ms, "kind": job.kind.key}
+        wanted["ram_bytes"] = job.used_ram_bytes
         try:
             send(connection, wanted)
             answer = receive(connection)

@@ -7,6 +7,7 @@ import sys
 import time
 
 from x07_sandbox.errors import shown
+from x07_sandbox.host.cancel import Notice
 
 _KIB = 1024
 
@@ -57,7 +58,7 @@ def put(data: bytes) -> None:
 
 
 class LiveLine:
-    """One line on a terminal about what takes long; it goes away again. Elsewhere nothing."""
+    """One line on a terminal about what takes long; it goes away again. Elsewhere only notices, each in a line."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
@@ -68,6 +69,8 @@ class LiveLine:
         if self._live and (text or self._shown):
             self._shown = bool(text)
             _print(f"\r\033[K{f'x07: {shown(text)}' if text else ''}", end="")
+        elif not self._live and isinstance(text, Notice):
+            say(text)
 
 
 class Progress:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.backends.prerequisites import Proof, advice, backend_states, gather
 from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.backends.selection import ACCEPT_FLAG, Asked, choice_of_variables, select, this_platform, working
-from x07_sandbox.cli.console import Progress, show
+from x07_sandbox.cli.console import LiveLine, show, size
 from x07_sandbox.cli.documents import print_document
 from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.errors import SandboxError
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from x07_sandbox.images.verify import OpenImage
 
 START: Final = "start of a machine"
-_NO_START: Final = (
-    "A run would end the same way: allow it to change uids (in a container: --privileged), or see x07 run --cold"
-)
+_NO_START: Final = "A run would end the same way"
+_NO_UIDS: Final = f"{_NO_START}: allow it to change uids (in a container: --privileged)"
+_TOO_SLOW: Final = "This host is slow or busy: run x07 doctor again when less runs on it"
 _HEAD_BYTES: Final = 4096
 _MARKS: Final = {"proven": "good", "untried": "note", "failed": "BAD ", "later": "note", "not-here": "note"}
 _EXAMPLES: Final = """examples:
@@ -91,7 +91,7 @@ def _examined() -> DoctorReport:
     if platform.system == "linux" and os.uname().machine in ARCHES:
         name = select(platform, Asked()).backend
         machine = _image_and_machine(name)
-        findings += [*_tools(name), _image_tools(), _groups(), *_jail(name), *machine]
+        findings += [*_tools(name), _image_tools(), _groups(), *_room(), *_jail(name), *machine]
         if (proof := proof_among(machine)) is not None:
             proofs[name] = proof
         proofs |= {row.name: _weaker(row.name) for row in BY_NAME.values() if row.built and row.weaker}
@@ -219,6 +219,23 @@ def _groups() -> Finding:
     return Finding(subject="control groups", good=None, text=text)
 
 
+def _room() -> list[Finding]:
+    """How many runs this host holds at once."""
+    from x07_sandbox.host.cores import cores
+    from x07_sandbox.host.memory import memory_bytes
+    from x07_sandbox.jobs.admission import MEMORY_EACH, max_running
+
+    subject, memory, each = "runs at once", memory_bytes(), MEMORY_EACH >> 30
+    try:
+        most = max_running()
+    except SandboxError as exc:
+        return [_bad(subject, exc)]
+    text = f"{most}; this host has {cores()} cores and {size(memory)} of memory, and each run may use {each} GiB"
+    if memory * 3 // 4 < MEMORY_EACH:
+        text += ", which is more than three quarters of that: large programs may not fit"
+    return [Finding(subject=subject, good=None, text=text)]
+
+
 def _jail(name: str) -> list[Finding]:
     """Which form of the jail this host allows around QEMU."""
     from x07_sandbox.jail.bwrap import BWRAP
@@ -253,7 +270,9 @@ def _image_and_machine(name: str) -> list[Finding]:
             backend, probing = create(name), True
             availability = backend.probe(opened)
             isolation = f"{availability.features.isolation} ({availability.proof})"
-            findings.append(Finding(subject="isolation", good=True, text=isolation))
+            # Emulation where KVM was tried in vain is nothing good, and no error either: runs work.
+            good = None if availability.features.emulated and Path("/dev/kvm").exists() else True
+            findings.append(Finding(subject="isolation", good=good, text=isolation))
             findings.append(_start(backend, opened))
     except SandboxError as exc:
         if probing:  # for a proof a machine is started as for a run
@@ -272,9 +291,8 @@ def _start(backend: Backend, image: OpenImage) -> Finding:
     from x07_sandbox.jobs.record import Claim, new_run_id
     from x07_sandbox.plan.sizes import RAM_CLASSES
 
-    progress = Progress("doctor") if sys.stderr.isatty() else None
-    if progress:
-        progress("starting a machine in its jail, as a run does")
+    progress = LiveLine()
+    progress("starting a machine in its jail, as a run does")
     found = Finding(subject=START, good=True, text="our agent answered from a machine started as a run starts it")
     try:
         with contextlib.closing(Cancel()) as cancel:
@@ -287,12 +305,11 @@ def _start(backend: Backend, image: OpenImage) -> Finding:
             with backend.start(job):
                 pass
     except NoAnswerError as exc:
-        fix = "A run would end the same way" if exc.silence.kind == "failed" else _NO_START
+        fix = _TOO_SLOW if exc.silence.kind == "late" else _NO_UIDS if "setres" in exc.why else _NO_START
         found = Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=fix)
     except SandboxError as exc:
         found = _bad(START, exc)
-    if progress:
-        progress.done("started" if found.good else "it did not start")
+    progress("")
     return found
 
 

@@ -65,6 +65,12 @@ class Cancel:
         os.close(self.fd)
 
 
+class Notice(str):
+    """A line of progress that is said also where there is no terminal: what it tells of happens once and takes long."""
+
+    __slots__ = ()
+
+
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """Whoever asked for a job. progress: gets a line before something that takes seconds, and "" when it is over."""
 

@@ -25,6 +25,8 @@ TEMPLATE_S: Final = 60.0  # making a VM template: boot, warm-up, saving
 COPY_IN_S: Final = 60.0  # since the guest last took something of the files that go in
 CHANGES_OUT_S: Final = 60.0
 KVM_PROOF_S: Final = 5.0
+KVM_RETRY_S: Final = 300.0  # after a guest under KVM was late, another is tried
+TEMPLATE_RETRY_S: Final = 300.0  # after a clone of a VM template was late, or one could not be made in time
 # How long a guest may take to say how its program stood when it was killed at its deadline: the longest grace. A tenth
 # of a short wall time is too little for an emulated machine among others.
 STOPPED_S: Final = 1.0

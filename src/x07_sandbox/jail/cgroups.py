@@ -22,6 +22,7 @@ from x07_sandbox.host.processes import identify, sees_every_process
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 _PARENT: Final = "x07-sandbox"
+_MEMORY_LIMITS: Final = ("memory.max", "memory.limit_in_bytes")  # of versions 2 and 1
 _JOB_NAME: Final = re.compile(r"\d+-\d+-\d+-[a-z0-9-]+")
 _ABANDONED_S: Final = 60.0
 _SWEPT_AT_ONCE: Final = 256
@@ -45,6 +46,12 @@ class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
         """Move a process into them. Raises OSError."""
         for folder in self.folders:
             (folder / "cgroup.procs").write_text(str(pid), encoding="ascii")
+
+    def limit_memory(self, memory_bytes: int) -> None:
+        """Set another limit on memory, where they hold one. Raises OSError where more than that is in use."""
+        for path in (folder / name for folder in self.folders for name in _MEMORY_LIMITS):
+            if path.exists():
+                path.write_text(str(memory_bytes), encoding="ascii")
 
     def remove(self) -> bool:
         """Remove the groups of a job whose processes are gone; whether they are gone too."""

@@ -29,7 +29,7 @@ from x07_sandbox.host.paths import cache_folder, open_own
 from x07_sandbox.host.variables import number
 
 _VARIABLE: Final = "X07_VM_MAX_RUNNING"
-_MEMORY_EACH: Final = 2 * settings.GIB  # of RAM, of which an ordinary machine uses a small part
+MEMORY_EACH: Final = 2 * settings.GIB  # of RAM, of which an ordinary machine uses a small part
 _LOOK_AGAIN_S: Final = 0.003
 _SAY_AFTER_S: Final = 1.0
 _LOOKS: Final = 5
@@ -43,7 +43,7 @@ def max_running() -> int:
     """
     if (named := number(_VARIABLE)) is not None:
         return named
-    return max(1, min(cores(), memory_bytes() * 3 // 4 // _MEMORY_EACH))
+    return max(1, min(cores(), memory_bytes() * 3 // 4 // MEMORY_EACH))
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ _SIGNALS: Final = (
     "SIGTTOU", "SIGURG", "SIGXCPU", "SIGXFSZ", "SIGVTALRM", "SIGPROF", "SIGWINCH", "SIGIO", "SIGPWR", "SIGSYS",
 )
 # fmt: on
+_OUT_OF_MEMORY: Final = "; if this host ran out of memory, run fewer programs at once (X07_VM_MAX_RUNNING=1)"
 _PANIC: Final = re.compile(r"Kernel panic - not syncing: ([^\n]*)")
 _POLICY_FIELD: Final = re.compile(r"\(limits\.\w+\)")
 _INIT_DIED: Final = "Attempted to kill init"
@@ -386,7 +387,9 @@ def _instance_ended(evidence: Evidence, status: int, supervisor: str) -> Verdict
         how = "ended without an error"
     outcome = Outcome.BACKEND_ERROR if evidence.stage is Stage.START else Outcome.GUEST_LOST
     said = ""
-    if evidence.stage is Stage.BOOT and evidence.console_tail:  # nothing is in it yet that could lie
+    if status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL}:
+        said = _OUT_OF_MEMORY
+    elif evidence.stage is Stage.BOOT and evidence.console_tail:  # nothing is in it yet that could lie
         said = f": {_shown(' '.join(evidence.console_tail.split())[-_SHOWN_CHARS:])}"
     return verdict(outcome, f"{supervisor} {how} while the guest was {doing}{said}")
 

@@ -21,13 +21,18 @@ if TYPE_CHECKING:
 
 
 def prepare_clones(image: Image, progress: Callable[[str], None]) -> None:
-    """Save the machines for builds and default runs, where the usual backend can clone them. Raises SandboxError."""
+    """Save the machines for builds and ordinary runs, where the usual backend can clone them. Raises SandboxError."""
     backend = create(select(this_platform(), Asked()).backend)
     if backend.cloning is None:
         return
-    sizes = {"build": settings.BUILD_MEM_BYTES, "run": default_policy().limits.mem_bytes}
+    build_ram, run_ram = (
+        ram_class_bytes(size) for size in (settings.BUILD_MEM_BYTES, default_policy().limits.mem_bytes)
+    )
     with open_image(image) as opened, contextlib.closing(Cancel()) as cancel:
         backend.probe(opened)
-        for runtime, mem_bytes in sizes.items():
-            kind = MachineKind(image=opened, ram_bytes=ram_class_bytes(mem_bytes), runtime=runtime)
+        for kind in (
+            MachineKind(image=opened, ram_bytes=build_ram, runtime="build"),
+            MachineKind(image=opened, ram_bytes=run_ram),
+            MachineKind(image=opened, ram_bytes=run_ram, network=True),
+        ):
             backend.cloning.prepare(kind, Caller(cancel=cancel, progress=progress))

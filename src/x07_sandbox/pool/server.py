@@ -196,10 +196,12 @@ class Server:
         """The machine that is asked for, already the claimer's by its record; None if there is none."""
         ours = (str(state_dir()), self.machines.backend.name, list(self.machines.kind.key))
         runner = identify(pid)
-        claim = _claim(asked)
+        claim, ram_bytes = _claim(asked), asked.get("ram_bytes")
+        if type(ram_bytes) is not int or not 0 < ram_bytes <= self.machines.kind.ram_bytes:
+            return None
         if claim is None or runner is None or tuple(map(asked.get, ("state_dir", "backend", "kind"))) != ours:
             return None
-        return self.machines.take(claim, runner)
+        return self.machines.take(claim, runner, ram_bytes)
 
 
 def _claim(asked: dict[str, Any]) -> Claim | None:

@@ -37,7 +37,7 @@ from x07_sandbox.policy import default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.artifact import artifact_of
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.phase import PhaseStreams, carry_out
+from x07_sandbox.runs.phase import PhaseStreams, carry_out, needs_of
 from x07_sandbox.runs.prepare import check_pinned, current_image, last_of, prepare
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.result import draft_result
@@ -187,7 +187,7 @@ class WarmMachines:
             contextlib.ExitStack() as stack,
         ):
             claim = Claim(run_id=new_run_id(), phase="warm", wall_ms=int(settings.WARM_S * 1000))
-            job = Job(claim=claim, kind=self.kind, caller=self._caller)
+            job = Job(claim=claim, kind=self.kind, caller=self._caller, needs=needs_of(self._specs[0]))
             try:
                 instance = stack.enter_context(self.backend.start(job))
             except NoAnswerError as exc:
@@ -242,8 +242,11 @@ class WarmMachines:
         """Whether its machines are of that kind."""
         return (backend, kind.key) == (self.backend.name, self.kind.key)
 
-    def take(self, claim: Claim, runner: Identity) -> WarmMachine | None:
-        """One of them, as the job of *claim*, carried out by *runner*; None if none waits or it could not become it."""
+    def take(self, claim: Claim, runner: Identity, ram_bytes: int) -> WarmMachine | None:
+        """One of them, as the job of *claim*, carried out by *runner*; None if none waits or it could not become it.
+
+        ram_bytes: the most of the machine's RAM that the job uses.
+        """
         if self.in_a_child():
             return None
         with self._changed:
@@ -253,7 +256,7 @@ class WarmMachines:
             self.used_at = time.monotonic()
             self._changed.notify_all()
         try:
-            self._cloning.adopt(machine.instance, claim, runner)
+            self._cloning.adopt(machine.instance, claim, runner, ram_bytes)
         except (HostError, BackendError):
             machine.close()
             return None
@@ -263,7 +266,9 @@ class WarmMachines:
 
     def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
         """As `Machines` has it: one for a run of this process."""
-        machine = self.take(job.claim, own_identity()) if self.serves(backend.name, job.kind) else None
+        if not self.serves(backend.name, job.kind):
+            return None
+        machine = self.take(job.claim, own_identity(), job.used_ram_bytes)
         return None if machine is None else _claimed(machine, job)
 
     def close(self) -> None:

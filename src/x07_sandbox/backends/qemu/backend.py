@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +16,7 @@ from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
 from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, check_tools, start_qemu
 from x07_sandbox.backends.qemu.template import (
+    LateError,
     ensure_template,
     lack_of_space,
     opened_template,
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 
 # Measured on 2 cores (docs/design.md, "Emulation"): compilers and interpreters take this much longer.
 SLOWDOWN: Final = "9 to 17 times"
-_UNTIL: Final = "So do all like it, until x07 image build is run for their image or the host boots anew"
 _ANY_TIMER: Final = "the {} machine may have a timer that is late: each booted before it measured its own wrong"
 
 
@@ -146,7 +147,7 @@ class QemuBackend:
         if evidence.killed:
             notes["cold"] = _started_cold(job, why)
         else:
-            template_for(job.kind, self._accelerator).distrust(why)
+            template_for(job.kind, self._accelerator).distrust(why, late=error.silence.kind == "late")
         return evidence.killed
 
     @contextlib.contextmanager
@@ -158,14 +159,14 @@ class QemuBackend:
             saved, why_not = (None, "") if job.cold else self._saved(job, stack, notes)
             if why_not:
                 notes.setdefault("cold", _started_cold(job, why_not))
-            machine = QemuJob(record=record, kind=job.kind, deadline_s=job.claim.deadline_s, any_timer=any_timer)
+            machine = QemuJob(record, job.kind, job.claim.deadline_s, any_timer=any_timer, ram_bytes=job.used_ram_bytes)
             yield stack.enter_context(start_qemu(machine, self._accelerator, memory=saved))
 
     def _saved(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> tuple[Saved | None, str]:
         """The machine that such jobs are cloned from, or None and why not."""
         template = template_for(job.kind, self._accelerator)
         if reason := template.bad():
-            return None, f"{reason}. {_UNTIL}"
+            return None, reason
         damage = ""
         try:
             if (saved := stack.enter_context(opened_template(template))) is not None:
@@ -176,7 +177,10 @@ class QemuBackend:
             damage = f"{exc.what}: {exc.why}"
             job.caller.progress(f"{damage}; making it anew")
             remove_template(template.folder)
+        begun = time.monotonic()
         saved, why_not = self._made(template, job, stack)
+        if saved is not None:
+            notes["saved"] = f"a machine for {template.title} was saved first, in {time.monotonic() - begun:.0f} s"
         if damage:
             notes["damage"] = damage if saved is None else f"{damage}; it was made anew"
         return saved, why_not
@@ -191,8 +195,7 @@ class QemuBackend:
         except NotStartedError as exc:  # for now: another process may have what this one lacks
             return None, f"{exc.what}: {exc.why}"
         except (BackendError, ImageError) as exc:
-            template.distrust(f"{exc.what}: {exc.why}")
-            return None, f"{exc.what}: {exc.why}. {_UNTIL}"
+            return None, template.distrust(f"{exc.what}: {exc.why}", late=isinstance(exc, LateError))
         except (HostError, OSError) as exc:  # as on a full disk; that says nothing of the template, and is tried again
             error = exc if isinstance(exc, HostError) else host_error(exc)
             if error is None:
@@ -226,9 +229,9 @@ class QemuBackend:
 
         renew(instance, kind)
 
-    def adopt(self, instance: Instance, claim: Claim, runner: Identity) -> None:
-        """Make a machine that waited the job of *claim*."""
-        _ours(instance).adopt(claim, runner)
+    def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
+        """Make a machine that waited the job of *claim*, which uses at most *ram_bytes* of its RAM."""
+        _ours(instance).adopt(claim, runner, ram_bytes)
 
     def descriptors(self, instance: Instance) -> dict[str, int]:
         """Its streams, and what tells of its processes' end."""

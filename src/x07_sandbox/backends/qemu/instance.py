@@ -8,6 +8,7 @@ import subprocess
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.backends.jailed import Jailed
+from x07_sandbox.backends.qemu.bounds import VMM_BYTES
 from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import forks, settings
@@ -120,10 +121,17 @@ class QemuInstance(Streams, Jailed):
             self.tell(qmp_resume(self.paths.state))
         self._gate.open(self.inner.pid)
 
-    def adopt(self, claim: Claim, runner: Identity) -> None:
-        """Make a machine that waited the job of *claim*, which *runner* carries out. Raises HostError, BackendError."""
+    def adopt(self, claim: Claim, runner: Identity, ram_bytes: int) -> None:
+        """Make a machine that waited the job of *claim*, which *runner* carries out. Raises HostError, BackendError.
+
+        ram_bytes: the most of its RAM that this job uses.
+        """
         # A failure in between leaves a record that names its processes and an owner that is dead by then.
         self.set_deadline(claim.deadline_s)
+        try:
+            self.groups.limit_memory(ram_bytes + VMM_BYTES)
+        except OSError as exc:
+            raise BackendError("cannot limit the machine's memory", exc.strerror or str(exc), "Try again") from exc
         self.record = renewed_record(self.record, claim)
         self.record_owner(runner)
         self.record = renamed_record(self.record)

@@ -122,11 +122,13 @@ def qemu_argv(machine: Machine) -> list[str]:
 
 
 def _memory(machine: Machine, megabytes: int) -> str:
+    # Memory is taken as the guest touches it. Reserved beforehand, a machine of 8 GiB, of which a build uses a part,
+    # would not start on a host with less RAM and swap (proc(5): vm.overcommit_memory).
     if machine.origin is Origin.COLD:
-        return f"memory-backend-ram,id=ram0,size={megabytes}M"
+        return f"memory-backend-ram,id=ram0,size={megabytes}M,reserve=off"
     # share=on in a clone would ruin the saved machine for all (measured); readonly=on makes that impossible.
     sharing = "share=on" if machine.origin is Origin.SAVING else "share=off,readonly=on,rom=off"
-    return f"memory-backend-file,id=ram0,size={megabytes}M,mem-path={machine.paths.ram},{sharing}"
+    return f"memory-backend-file,id=ram0,size={megabytes}M,mem-path={machine.paths.ram},reserve=off,{sharing}"
 
 
 def qmp_save(state: str) -> bytes:

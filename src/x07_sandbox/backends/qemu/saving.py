@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.backends.handshake import Talk, polling
 from x07_sandbox.backends.qemu.machine import qmp_save, qmp_saved
 from x07_sandbox.backends.qemu.start import QemuJob, Saving, start_qemu
-from x07_sandbox.backends.qemu.template import SCHEMA, TemplateManifest, sparse_sha256, warm_up
+from x07_sandbox.backends.qemu.template import SCHEMA, LateError, TemplateManifest, sparse_sha256, warm_up
 from x07_sandbox.backends.qemu.timer import boots, miscalibrated
 from x07_sandbox.channel.frames import Kind
 from x07_sandbox.channel.link import State
@@ -75,7 +75,8 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
             if spent := out_of_cpu_time(instance.exit_status()):
                 raise HostError("cannot make a VM template", f"{why}; it {spent}", "Raise that limit")
             said = " ".join(instance.console_tail().split())[-200:] if silence.kind == "ended" else ""
-            raise BackendError("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
+            error = LateError if silence.kind == "late" else BackendError
+            raise error("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
         _save(instance)
         if not instance.stop():
             raise BackendError("cannot make a VM template", "its machine did not end", _FIX)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from x07_sandbox.backends.jailed import Start, running, socket_ends
-from x07_sandbox.backends.qemu.bounds import TASKS, NotStartedError, bound, limits_of
+from x07_sandbox.backends.qemu.bounds import TASKS, VMM_BYTES, NotStartedError, bound, limits_of
 from x07_sandbox.backends.qemu.instance import Gate, Held, QemuInstance
 from x07_sandbox.backends.qemu.machine import Machine, Origin, Paths, qemu_argv
 from x07_sandbox.errors import HostError
-from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.bounded_stream import SideStream
 from x07_sandbox.host.forks import Given
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import JobRecord
 
-_CGROUP_ABOVE_RAM: Final = 1536 * settings.MIB
 # Below the supervisor: bubblewrap, which waits, and the first process of the jail; without namespaces only that.
 _DEPTH: Final = {True: 2, False: 1}
 
@@ -61,12 +59,17 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QemuJob(NamedTuple):
-    """One machine to start. deadline_s: when its supervisor ends it. any_timer: it may go on with a wrong timer."""
+    """One machine to start.
+
+    deadline_s: when its supervisor ends it. any_timer: it may go on with a wrong timer. ram_bytes: how much of its RAM
+    it may use, beside which its control group has room for QEMU itself; None for all.
+    """
 
     record: JobRecord
     kind: MachineKind
     deadline_s: int
     any_timer: bool = False
+    ram_bytes: int | None = None
 
 
 class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,13 +142,13 @@ def start_qemu(
         passed += [] if lock_fd is None else [lock_fd]
         argv = form.argv(jail, qemu_argv(machine))
         request = Launch(argv=argv, pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
-        yield stack.enter_context(_running(_Ready(record, machine, form, request, given, gate, ours, limits)))
+        yield stack.enter_context(_running(_Ready(job, machine, form, request, given, gate, ours, limits)))
 
 
 class _Ready(NamedTuple):
     """A machine that only has to be launched. ends: ours, of its streams."""
 
-    record: JobRecord
+    job: QemuJob
     machine: Machine
     form: Form
     request: Launch
@@ -156,8 +159,9 @@ class _Ready(NamedTuple):
 
 
 def _running(ready: _Ready) -> AbstractContextManager[QemuInstance]:
-    record, machine, form = ready.record, ready.machine, ready.form
-    groups = make_groups(record.job_id, memory_bytes=machine.ram_bytes + _CGROUP_ABOVE_RAM, tasks=TASKS)
+    record, machine, form = ready.job.record, ready.machine, ready.form
+    memory_bytes = (ready.job.ram_bytes or machine.ram_bytes) + VMM_BYTES
+    groups = make_groups(record.job_id, memory_bytes=memory_bytes, tasks=TASKS)
     jail = f"{form.name}, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}"
     # Without namespaces the jail sets its limits itself: of a process of another uid not every root may.
     hold = partial(bound, ready.limits if form.namespaces else {}, groups)

@@ -28,6 +28,8 @@ from x07_sandbox.backends.qemu.start import Saved, image_of, tsc_khz
 from x07_sandbox.errors import BackendError, HostError, ImageError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.cancel import Notice
+from x07_sandbox.host.clocks import boot_ms
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.models import known
 from x07_sandbox.host.paths import cache_dir, cache_folder, foreign, least_recently_used, read_bounded, replace_file
@@ -95,11 +97,16 @@ def sealed(made: TemplateManifest) -> TemplateManifest:
     return msgspec.structs.replace(made, digest=f"sha256:{digest}")
 
 
+class LateError(BackendError):
+    """A machine that would be saved was not ready in time: the host may have been busy."""
+
+
 class Template(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a template is, or would be."""
+    """Where a template is, or would be. title: what goes on from it, for people."""
 
     key: str
     folder: Path
+    title: str = "runs"
 
     @property
     def subject(self) -> Subject:
@@ -107,19 +114,33 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
         return Subject(name=f"VM template {self.key[:12]}", record=self.key, sha256=sparse_sha256)
 
     def bad(self) -> str:
-        """Why it is not used in this boot of the host; empty if nothing speaks against it."""
+        """Why it is not used now, and until when; empty if nothing speaks against it."""
         try:
             told = json.loads(read_bounded(self.folder.with_suffix(".bad"), "note", _BAD_MAX))
-            return str(told["reason"]) if told["boot_id"] == boot_id() else ""
+            if told["boot_id"] != boot_id() or boot_ms() >= float(told.get("retry_at_ms", math.inf)):
+                return ""
+            return f"{told['reason']}. {_until(late='retry_at_ms' in told)}"
         except (UsageError, ValueError, RecursionError, KeyError, TypeError):
             return ""
 
-    def distrust(self, reason: str) -> None:
-        """Remove it, and make no other in this boot of the host."""
+    def distrust(self, reason: str, *, late: bool) -> str:
+        """Remove it, and make no other until the host reboots; what `bad` says from then on.
+
+        late: a machine was too slow, as any is on a busy host; then for some minutes only.
+        """
+        record: dict[str, object] = {"boot_id": boot_id(), "reason": reason[:500]}
+        if late:
+            record["retry_at_ms"] = boot_ms() + int(settings.TEMPLATE_RETRY_S * 1000)
         with contextlib.suppress(OSError):
-            record = {"boot_id": boot_id(), "reason": reason[:500]}
             replace_file(self.folder.with_suffix(".bad"), json.dumps(record).encode())
         remove_template(self.folder)
+        return f"{reason}. {_until(late=late)}"
+
+
+def _until(*, late: bool) -> str:
+    """How long jobs do without a template."""
+    until = f"for {settings.TEMPLATE_RETRY_S / 60:.0f} minutes" if late else "until this host reboots"
+    return f"Jobs like it start cold {until}, or until you run x07 image build for their image"
 
 
 def trust_all() -> None:
@@ -172,7 +193,8 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
         warm_up(kind),
     ]
     key = hashlib.sha256(canonical(parts)).hexdigest()
-    return Template(key=key, folder=templates_dir() / key)
+    jobs = "builds" if kind.runtime == "build" else "runs with connections" if kind.network else "runs"
+    return Template(key=key, folder=templates_dir() / key, title=f"{jobs} ({ram >> 30} GiB of RAM)")
 
 
 def _processor() -> list[str]:
@@ -241,7 +263,7 @@ def ensure_template(template: Template, image: str, make: Maker, progress: Calla
     folder = templates_dir()
     with contextlib.ExitStack() as stack:
         try:
-            waits = partial(progress, "waiting for another process to make the VM template")
+            waits = partial(progress, "waiting for another process that saves a machine")
             stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=2 * settings.TEMPLATE_S))
         except TimeoutError as exc:
             fix = "Look whether one is stopped, by Ctrl-Z say"
@@ -261,7 +283,7 @@ def _make_alone(template: Template, folder: Path, image: str, make: Maker, progr
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
         work.chmod(0o700)  # whatever the umask took away
-        progress("making the VM template, once for this image")
+        progress(Notice(f"saving a machine for {template.title} of this image; later ones start in 0.1 s"))
         made = sealed(make(work))
         path = work / MANIFEST
         path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
@@ -349,4 +371,4 @@ def prune_templates(pruner: Pruner, images: set[str]) -> None:
         for path in folder.glob("*.bad"):
             heeded = Template(key=path.stem, folder=path.with_suffix("")).bad()
             if not foreign(path.lstat(), stat.S_ISREG) and not heeded:
-                pruner.remove("leftover", path, "it was true of another boot of this machine", Path.unlink)
+                pruner.remove("leftover", path, "it does not hold any more", Path.unlink)
