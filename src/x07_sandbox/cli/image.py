@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   x07 image build                                make or renew the image `default`
   x07 image build --name science --include python3-numpy,python3-pandas
-  x07 image build --name science --preload numpy,pandas
+  x07 image build --name science --pip 'numpy,pandas>=2' --preload numpy,pandas
   x07 image build --name science                 renew or mend it, with the packages that it has
   x07 image build --name x07 --x07-toolchain x07-linux
   x07 image load                                 give it to podman and docker, for --backend podman|docker
@@ -57,6 +57,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     build.add_argument("--name", default="default", help="its name (default: default)")
     for flag, metavar, what, none in (
         ("include", "PKG,...", "further Debian packages", "no further packages"),
+        ("pip", "PKG,...", "Python packages from wheels; also file:requirements.txt", "no such packages"),
         ("preload", "MODULE,...", "Python modules that programs find imported already", "no such modules"),
     ):
         group = build.add_mutually_exclusive_group()
@@ -86,15 +87,19 @@ def build_with_progress(
     include: list[str] | None,
     preload: list[str] | None = None,
     *,
+    pip: list[str] | None = None,
     x07: Path | None = None,
     fresh: bool = False,
 ) -> Image:
-    """Build an image, telling the user how far it is. include, preload: None for what it has. Raises SandboxError."""
+    """Build an image, telling the user how far it is. Raises SandboxError.
+
+    include, preload, pip: None for what the image of this name has.
+    """
     progress = Progress(f"image {name}")
     before = None
     with contextlib.suppress(SandboxError):  # it leads to no image, or to one that cannot be read
         before = named(name)
-    image = build_image(name=name, include=include, preload=preload, x07=x07, progress=progress, fresh=fresh)
+    image = build_image(name=name, include=include, preload=preload, pip=pip, x07=x07, progress=progress, fresh=fresh)
     try:
         prepare_clones(image, progress)
     except SandboxError as exc:
@@ -112,7 +117,8 @@ def build_with_progress(
 def _build(options: argparse.Namespace) -> int:
     include = [] if options.no_include else _names(options.include)
     preload = [] if options.no_preload else _names(options.preload)
-    image = build_with_progress(options.name, include, preload, x07=options.x07_toolchain, fresh=options.fresh)
+    pip = [] if options.no_pip else _requirements(options.pip)
+    image = build_with_progress(options.name, include, preload, pip=pip, x07=options.x07_toolchain, fresh=options.fresh)
     print_document(BuildReport(name=image.name, digest=image.digest), options)
     return 0
 
@@ -145,6 +151,13 @@ def _load(options: argparse.Namespace) -> int:
 def _names(chunks: list[str] | None) -> list[str] | None:
     """What an option that takes names parted by commas was given; None if it was not."""
     return None if chunks is None else [name.strip() for chunk in chunks for name in chunk.split(",") if name.strip()]
+
+
+def _requirements(chunks: list[str] | None) -> list[str] | None:
+    """What --pip was given; None if it was not."""
+    from x07_sandbox.images.pip import split_list
+
+    return None if chunks is None else [each for chunk in chunks for each in split_list(chunk)]
 
 
 def _list(options: argparse.Namespace) -> int:

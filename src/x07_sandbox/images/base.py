@@ -1,7 +1,8 @@
 """The first stage of an image: root file system, kernel and modules, from the host's package sources.
 
 It takes half a minute and the network, so it is kept and shared by all images of the same recipe,
-architecture, suite and packages; X07's toolchain is appended to one. Our own code comes in the second stage (boot.py).
+architecture, suite and packages; X07's toolchain and Python packages are appended to one. Our own code comes in the
+second stage (boot.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import pwd
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,7 @@ from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.models import known
 from x07_sandbox.host.mounts import mounts
-from x07_sandbox.images import commands, kernel, manifest, recipe, scratch, sources, toolchain, verify
+from x07_sandbox.images import apt_index, commands, kernel, manifest, recipe, scratch, sources, toolchain, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,18 +62,20 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """What a base is made of. x07: digest of X07's toolchain, "" for none."""
+    """What a base is made of. x07: digest of X07's toolchain, "" for none. pip: digests of Python packages' wheels."""
 
     arch: Arch
     suite: str
     include: tuple[str, ...]
     x07: str = ""
+    pip: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """The name of its folder."""
         words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include)]
         words += [self.x07, toolchain.DATE] if self.x07 else []
+        words += [{"pip": sorted(self.pip), "layout": recipe.PIP_LAYOUT}] if self.pip else []
         return hashlib.sha256(manifest.canonical(words)).hexdigest()[:32]
 
 
@@ -99,8 +103,8 @@ def make_base(work: Path, kind: Kind, progress: Callable[[str], None]) -> Path:
     """A finished base folder below *work*, without X07's toolchain, for its place. Raises SandboxError."""
     for name in ("mmdebstrap", "mkfs.erofs", "mke2fs", "dpkg-deb", "zstd", "apt-config", "bwrap"):
         commands.tool(name)
-    found = sources.host_sources(kind.suite, kind.arch.deb, note=progress)
-    (work / "build.sources").write_text("\n".join(source.stanza() for source in found))
+    file = apt_index.write_sources(work, kind.suite, kind.arch.deb, progress)
+    apt_index.check_known(file, kind.include, kind.suite)
     progress(f"fetching and unpacking {kind.suite} packages")
     _mmdebstrap(work, kind, progress)
     progress("taking the kernel apart")
@@ -129,23 +133,29 @@ def make_base(work: Path, kind: Kind, progress: Callable[[str], None]) -> Path:
     return folder
 
 
-def add_x07(work: Path, folder: Path, base: Base, source: Path, digest: str) -> Path:
-    """A base folder like *base* in *folder*, with the toolchain at *source* appended to its root file system.
+def add_layer(work: Path, folder: Path, base: Base, tar: Path, *, x07: str = "") -> Path:
+    """A base folder like *base* in *folder*, with the files in *tar*, which goes, appended to its root file system.
 
-    digest: of *source*. Raises SandboxError.
+    x07: digest of X07's toolchain if that is what they are. Raises SandboxError.
     """
-    made, tar = work / "base", work / "x07.tar"
-    made.mkdir(mode=0o700)
+    made = Path(tempfile.mkdtemp(prefix="base-", dir=work))
     for part in base.parts():
         if part != base.root:
             os.link(folder / part.file, made / part.file)
     root = made / base.root.file
     shutil.copyfile(folder / base.root.file, root)
-    toolchain.pack(source, tar)
     _mkfs(work, root, tar, "--incremental=data")
     tar.unlink()
-    _put_record(made, msgspec.structs.replace(base, root=part_of(made, base.root.file), x07=digest))
+    _put_record(made, msgspec.structs.replace(base, root=part_of(made, base.root.file), x07=x07 or base.x07))
     return made
+
+
+def unpack_root(work: Path, folder: Path, base: Base) -> Path:
+    """The root file system of *base* as a folder in *work*, for `remove_tree`. Raises SandboxError."""
+    root = work / "unpacked"
+    argv = [commands.tool("fsck.erofs"), f"--extract={root}", "--no-preserve", str(folder / base.root.file)]
+    commands.run(argv, cwd=work, timeout_s=300)
+    return root
 
 
 def _mkfs(work: Path, target: Path, tar: Path, *options: str) -> None:

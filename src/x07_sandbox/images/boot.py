@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import commands, cpio, guestcode
-from x07_sandbox.images.base import Base, check_space, remove_tree
+from x07_sandbox.images.base import Base, check_space, remove_tree, unpack_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,9 +40,8 @@ def make_initrd(
     """
     check_space(work.parent, UNPACKED_MAX * base.root.bytes)
     progress("unpacking the root file system for its compiler")
-    root, source, target = work / "root", work / "source", work / "target"
-    argv = [commands.tool("fsck.erofs"), f"--extract={root}", "--no-preserve", str(base_folder / base.root.file)]
-    commands.run(argv, cwd=work, timeout_s=300)
+    root = unpack_root(work, base_folder, base)
+    source, target = work / "source", work / "target"
     for name, data in code.tools.items():
         _write(source / name, data)
     for name, data in code.agent.items():

@@ -13,8 +13,9 @@ from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder
+from x07_sandbox.images import apt_index, boot, guestcode, manifest, recipe, sources, store, toolchain, verify, wheels
 from x07_sandbox.images import base as bases
-from x07_sandbox.images import boot, guestcode, manifest, recipe, sources, store, toolchain, verify
+from x07_sandbox.images import pip as pips
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,14 +24,26 @@ if TYPE_CHECKING:
 
 WORK_PREFIX = "image-"
 X07_COPY = "x07"
+WHEELS = "wheels"
+SOURCES = "pip-sources"
 
 
 class Extras(msgspec.Struct, frozen=True, kw_only=True):
-    """What an image has beyond the usual: Debian packages, Python modules to preload, X07's toolchain by its digest."""
+    """What an image has beyond the usual.
+
+    include: Debian packages. preload: Python modules. x07: digest of X07's toolchain. pip: Python packages from wheels.
+    """
 
     include: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
     x07: str = ""
+    pip: tuple[manifest.Wheel, ...] = ()
+
+    def kind(self) -> bases.Kind:
+        """The base that such an image is made of, on this host."""
+        wheels = tuple(wheel.sha256 for wheel in self.pip)
+        suite = sources.release_codename()
+        return bases.Kind(arch=host_arch(), suite=suite, include=self.include, x07=self.x07, pip=wheels)
 
 
 def build_image(  # noqa: PLR0913 - what an image may be made with, each by its name
@@ -38,6 +51,7 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
     name: str = store.DEFAULT,
     include: Sequence[str] | None = None,
     preload: Sequence[str] | None = None,
+    pip: Sequence[str] | None = None,
     x07: Path | None = None,
     progress: Callable[[str], None],
     fresh: bool = False,
@@ -45,24 +59,28 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
 ) -> Image:
     """The image for this installation's guest code, called *name* from now on; what is damaged is made anew.
 
-    include: further Debian packages. preload: Python modules that a program on a saved machine finds imported. x07:
-    folder of X07's toolchain. Each None: what the image of this name has by now. fresh: fetch and unpack the packages
-    again. code: what runs in the guest; this installation's if None. progress: called with one line of text at a time.
+    include: further Debian packages. preload: Python modules that a program on a saved machine finds imported. pip:
+    Python packages, as pip.check_requirements takes them. x07: folder of X07's toolchain. Each None: what the image of
+    this name has by now. fresh: fetch and unpack the packages again. code: what runs in the guest; this installation's
+    if None. progress: called with one line of text at a time.
     Raises SandboxError; then nothing has changed.
     """
     store.check_name(name)
     asked_packages = None if include is None else recipe.check_packages(include)
     asked_modules = None if preload is None else recipe.check_modules(preload)
+    asked_wheels = None if pip is None else pips.check_requirements(pip)
     images = store.images_dir()
     with file_lock(images / ".lock", on_wait=lambda: progress("waiting for another build of an image")):
         for left in leftovers():
             bases.remove_work(left, progress)
-        more = _extras(name, asked_packages, asked_modules, progress)
+        more = _extras(name, asked_packages, asked_modules, progress, keeps_pip=asked_wheels is None)
         work = _new_work()
         try:
             if x07 is not None:
                 progress(f"copying the X07 toolchain {x07}")
                 more = msgspec.structs.replace(more, x07=toolchain.snapshot(x07, work / X07_COPY))
+            if asked_wheels is not None:
+                more = msgspec.structs.replace(more, pip=_fetch(work, images, more, asked_wheels, progress))
             digest = _build(work, images, more, progress, fresh=fresh, code=code or guestcode.read_guest_code())
         finally:
             bases.remove_work(work, progress)
@@ -73,24 +91,23 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
 def _build(
     work: Path, images: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool, code: guestcode.GuestCode
 ) -> str:
-    arch = host_arch()
-    suite = sources.release_codename()
-    kind = bases.Kind(arch=arch, suite=suite, include=more.include, x07=more.x07)
+    kind = more.kind()
     folder = images / f"base-{kind.key}"
     base = None if fresh else bases.read_base(folder)
     if base is not None and (known := _known((base.digest, code.digest, more.preload), progress)) is not None:
         return known
     if base is None or not _whole(folder, base, progress):
-        base = _new_base(work, folder, kind, progress, fresh=fresh)
+        base = _new_base(work, folder, more, progress, fresh=fresh)
     draft = manifest.Manifest(
         schema_version=manifest.SCHEMA,
         digest=manifest.NO_DIGEST,
         recipe=recipe.RECIPE,
-        arch=arch.name,
-        suite=suite,
+        arch=kind.arch.name,
+        suite=kind.suite,
         include=list(more.include),
         preload=list(more.preload),
         x07=more.x07,
+        pip=list(more.pip),
         base=base.digest,
         guest_code=code.digest,
         kernel_release=base.kernel_release,
@@ -109,7 +126,12 @@ def _build(
 
 
 def _extras(
-    name: str, packages: tuple[str, ...] | None, modules: tuple[str, ...] | None, progress: Callable[[str], None]
+    name: str,
+    packages: tuple[str, ...] | None,
+    modules: tuple[str, ...] | None,
+    progress: Callable[[str], None],
+    *,
+    keeps_pip: bool,
 ) -> Extras:
     """What is asked for, else what the image called *name* has. Raises ImageError where that cannot be told."""
     try:
@@ -125,11 +147,43 @@ def _extras(
         progress(f"with the packages that it had: {', '.join(had[0])}")
     if modules is None and had[1]:
         progress(f"with the modules that it had: {', '.join(had[1])}")
+    if keeps_pip and image is not None and image.manifest.pip:
+        progress(f"with the Python packages that it had: {', '.join(wheel.name for wheel in image.manifest.pip)}")
     return Extras(
         include=recipe.check_packages(had[0]) if packages is None else packages,
         preload=recipe.check_modules(had[1]) if modules is None else modules,
         x07="" if image is None else image.manifest.x07,
+        pip=() if image is None else tuple(image.manifest.pip),
     )
+
+
+def _fetch(
+    work: Path,
+    images: Path,
+    more: Extras,
+    lines: tuple[str, ...],
+    progress: Callable[[str], None],
+    *,
+    deps: bool = True,
+) -> tuple[manifest.Wheel, ...]:
+    """Fetch the wheels that satisfy *lines* and fit the image. Raises SandboxError."""
+    if not lines:
+        return ()
+    kind = more.kind()
+    place = work / SOURCES
+    place.mkdir(mode=0o700)
+    file = apt_index.write_sources(place, kind.suite, kind.arch.deb, lambda _note: None)
+    python = _python(images, more) or pips.guest_python(apt_index.versions(file, ("python3", "libc6")), kind.arch.name)
+    return pips.download(work / WHEELS, lines, python, progress, sources_file=file, deps=deps)
+
+
+def _python(images: Path, more: Extras) -> pips.GuestPython | None:
+    """The Python of the base that is here already; None where there is none."""
+    kind = msgspec.structs.replace(more.kind(), x07="", pip=())
+    base = bases.read_base(images / f"base-{kind.key}")
+    if base is None:
+        return None
+    return pips.guest_python({package.name: package.version for package in base.packages}, kind.arch.name)
 
 
 def _known(wanted: tuple[str, str, tuple[str, ...]], progress: Callable[[str], None]) -> str | None:
@@ -153,28 +207,58 @@ def _whole(folder: Path, base: bases.Base, progress: Callable[[str], None]) -> b
     return True
 
 
-def _new_base(
-    work: Path, folder: Path, kind: bases.Kind, progress: Callable[[str], None], *, fresh: bool
-) -> bases.Base:
-    if kind.x07:
+def _new_base(work: Path, folder: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool) -> bases.Base:
+    """Make the base for *more* in *folder*: from packages, or by adding to the base without the last addition."""
+    if more.pip:
+        made = _with_wheels(work, folder, more, progress, fresh=fresh)
+    elif more.x07:
         if not (work / X07_COPY).exists():
             why = "its X07 toolchain is not here"
             raise ImageError("cannot make the image anew", why, "Name it again: --x07-toolchain DIR")
-        plain = msgspec.structs.replace(kind, x07="")
-        below = folder.with_name(f"base-{plain.key}")
-        base = None if fresh else bases.read_base(below)
-        if base is None or not _whole(below, base, progress):
-            base = _new_base(work, below, plain, progress, fresh=fresh)
+        below, base = _base_below(work, folder, msgspec.structs.replace(more, x07=""), progress, fresh=fresh)
         progress("adding the X07 toolchain")
-        made = bases.add_x07(work, below, base, work / X07_COPY, kind.x07)
+        tar = work / "x07.tar"
+        toolchain.pack(work / X07_COPY, tar)
+        made = bases.add_layer(work, below, base, tar, x07=more.x07)
     else:
-        made = bases.make_base(work, kind, progress)
+        made = bases.make_base(work, more.kind(), progress)
     if folder.exists():  # images hold its files by links of their own
         folder.rename(work / f"old-{folder.name}")
     made.rename(folder)
     written = bases.read_base(folder)
     assert written is not None  # noqa: S101
     return written
+
+
+def _base_below(
+    work: Path, folder: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool
+) -> tuple[Path, bases.Base]:
+    """The base for *more*, beside *folder*, made where it is missing or damaged."""
+    below = folder.with_name(f"base-{more.kind().key}")
+    base = None if fresh else bases.read_base(below)
+    if base is None or not _whole(below, base, progress):
+        base = _new_base(work, below, more, progress, fresh=fresh)
+    return below, base
+
+
+def _with_wheels(work: Path, folder: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool) -> Path:
+    """A base folder in *work*: the base without Python packages, and those that *more* names."""
+    without = msgspec.structs.replace(more, pip=())
+    below, base = _base_below(work, folder, without, progress, fresh=fresh)
+    python = _python(folder.parent, without)
+    assert python is not None  # noqa: S101 - it is made by now
+    if not (work / WHEELS).exists():  # they were fetched for an image that is here: the same ones again
+        fetched = _fetch(work, folder.parent, without, pips.pinned(more.pip), progress, deps=False)
+        if set(fetched) != set(more.pip):
+            why = "the package index has other files by now"
+            raise ImageError("cannot make the image anew", why, "Name its Python packages again: --pip NAME,...")
+    progress("unpacking the root file system")
+    bases.check_space(work, boot.UNPACKED_MAX * base.root.bytes)
+    root = bases.unpack_root(work, below, base)
+    progress("adding the Python packages")
+    tar = wheels.make_layer(work, sorted((work / WHEELS).iterdir()), root, python.version)
+    bases.remove_tree(root)
+    return bases.add_layer(work, below, base, tar)
 
 
 def _second_stage(

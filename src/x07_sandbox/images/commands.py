@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SEARCH = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 PACKAGES = {
+    "apt-cache": "apt",
     "apt-config": "apt",
     "bwrap": "bubblewrap",
     "dpkg-deb": "dpkg",

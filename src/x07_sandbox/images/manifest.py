@@ -69,6 +69,14 @@ class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     arch: str
 
 
+class Wheel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A Python package that was installed from a wheel, and the digest of that wheel."""
+
+    name: str
+    version: str
+    sha256: Sha256
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """All that is known of an image.
 
@@ -77,6 +85,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     filters: seccomp filters by name.
     preload: Python modules that a program on a saved machine finds imported; absent where there are none.
     x07: sha256 over X07's own toolchain in it; absent where there is none.
+    pip: Python packages from wheels, with those that they need; absent where there are none.
     """
 
     schema_version: str
@@ -94,6 +103,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     filters: dict[str, Part]
     preload: list[str] = []
     x07: str = ""
+    pip: list[Wheel] = []
 
     def holds(self) -> set[str]:
         """Names of what is in it: packages, and "x07" for X07's toolchain."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from x07_sandbox.host.arch import Arch
 
 RECIPE = 3
+PIP_LAYOUT = 1  # bump it whenever a change in wheels.py changes what an image with Python packages holds
 PACKAGES = ("ca-certificates", "g++", "gcc", "iproute2", "libc6-dev", "libseccomp2", "make", "nftables", "python3")
 JOB_ID = 65532  # uid and gid of the program; guest/confine uses the same
 EROFS_UUID = "00000000-0000-4000-8000-000000000006"
@@ -25,6 +26,10 @@ EROFS_UUID = "00000000-0000-4000-8000-000000000006"
 EROFS_OPTIONS = ("-zlz4hc,level=4", "-C65536")
 UNWANTED = ("man", "doc", "locale", "info", "lintian", "bug", "doc-base", "pixmaps")
 
+# UNWANTED leaves out the folders of manual pages too, and update-alternatives fails where it cannot link a page.
+MAN_FOLDERS = """
+for number in 1 2 3 4 5 6 7 8 9; do mkdir -p "$1/usr/share/man/man$number"; done
+"""
 # Hooks get the tree as $1 and run with `set -eu`. They see no chroot network and leave nothing behind.
 ACCOUNTS = f"""
 printf 'x07:x:{JOB_ID}:{JOB_ID}:x07:/opt/x07:/bin/sh\\n' >> "$1/etc/passwd"
@@ -54,6 +59,7 @@ rm -rf "$1/x07-kernel" "$1/etc/apt" "$1/var/log" "$1/var/cache" "$1/var/lib/apt"
 rm -f "$1/etc/dpkg/dpkg.cfg.d/99mmdebstrap" "$1/usr/bin/"*lto-dump* "$1/usr/libexec/gcc/"*/*/lto1
 rm -f "$1/usr/lib/{multiarch}/"lib?san.so* "$1/usr/lib/{multiarch}/"libhwasan.so*
 rm -f "$1/var/lib/dpkg/"*-old "$1/etc/"*- "$1/etc/resolv.conf" "$1/var/lib/dbus/machine-id" "$1/etc/.pwd.lock"
+rm -rf "$1/usr/share/man/"*
 mkdir -m 0755 "$1/var/log" "$1/var/cache"
 : > "$1/etc/resolv.conf"
 : > "$1/etc/machine-id"
@@ -100,6 +106,7 @@ def mmdebstrap_options(arch: Arch, include: Sequence[str], kernel_deb: str, dpkg
         _script(BYTE_CODE),
         _script(CLEAN.format(multiarch=arch.multiarch)),
     ]
+    options.append(f"--setup-hook={_script(MAN_FOLDERS)}")
     return options + [f"--customize-hook={hook}" for hook in hooks]
 
 

@@ -75,23 +75,24 @@ def pack(folder: Path, tar: Path) -> None:
     """
     with tarfile.open(tar, "x", format=tarfile.PAX_FORMAT) as archive:
         for name in (".", "usr", "usr/local", "usr/local/bin", "usr/local/lib", PLACE):
-            archive.addfile(_entry(name, tarfile.DIRTYPE, 0o755))
+            archive.addfile(entry(name, tarfile.DIRTYPE, 0o755))
         for path in _paths(folder):
             info, name = path.lstat(), f"{PLACE}/{path.relative_to(folder)}"
             if stat.S_ISLNK(info.st_mode):
-                archive.addfile(_entry(name, tarfile.SYMTYPE, 0o777, link=str(path.readlink())))
+                archive.addfile(entry(name, tarfile.SYMTYPE, 0o777, link=str(path.readlink())))
             elif stat.S_ISDIR(info.st_mode):
-                archive.addfile(_entry(name, tarfile.DIRTYPE, 0o755))
+                archive.addfile(entry(name, tarfile.DIRTYPE, 0o755))
             else:
                 mode = 0o755 if info.st_mode & 0o100 else 0o644
                 with path.open("rb") as file:
-                    archive.addfile(_entry(name, tarfile.REGTYPE, mode, size=info.st_size), file)
+                    archive.addfile(entry(name, tarfile.REGTYPE, mode, size=info.st_size), file)
         for path in sorted((folder / "bin").iterdir()):
             link = f"../lib/x07/bin/{path.name}"
-            archive.addfile(_entry(f"usr/local/bin/{path.name}", tarfile.SYMTYPE, 0o777, link=link))
+            archive.addfile(entry(f"usr/local/bin/{path.name}", tarfile.SYMTYPE, 0o777, link=link))
 
 
-def _entry(name: str, kind: bytes, mode: int, *, size: int = 0, link: str = "") -> tarfile.TarInfo:
+def entry(name: str, kind: bytes, mode: int, *, size: int = 0, link: str = "") -> tarfile.TarInfo:
+    """An entry of an archive that becomes part of an image: of root, with the one date."""
     made = tarfile.TarInfo(name)
     made.type, made.mode, made.size, made.linkname, made.mtime = kind, mode, size, link, DATE
     return made

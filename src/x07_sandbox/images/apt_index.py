@@ -1,0 +1,96 @@
+"""What the host's own package lists say: which Debian packages there are, and the versions that an image will have.
+
+They are those that `apt-get update` fetched, of the sources that an image is made from. A host without any is asked
+nothing: mmdebstrap fetches its own lists, and names what it does not find.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import TYPE_CHECKING
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.images import commands, sources
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+NEAR_MAX = 3
+_NEAR = 0.75
+_PYTHON = "python3-"
+
+
+def write_sources(work: Path, suite: str, deb_arch: str, note: Callable[[str], None]) -> Path:
+    """The sources that an image is made from, as a file in *work*. Raises ImageError."""
+    file = work / "build.sources"
+    found = sources.host_sources(suite, deb_arch, note=note)
+    file.write_text("\n".join(source.stanza() for source in found))
+    return file
+
+
+def check_known(file: Path, include: Sequence[str], suite: str) -> None:
+    """Raises UsageError, with near matches, for the first package that no source in *file* has."""
+    known = package_names(file) if include else frozenset()
+    if not known:
+        return
+    missing = [name for name in include if name not in known]
+    missing = [name for name in missing if not _has_provider(file, name)]
+    if missing:
+        name = missing[0]
+        near = near_names(name, known)
+        fixes = [f"Name one of these: {', '.join(near)}"] if near else ["Look for it with apt-cache search"]
+        fixes += [f"For the package of PyPI use --pip {name}"] if f"{_PYTHON}{name}" in known else []
+        fixes.append("If it is new, run apt-get update first")
+        why = f"Debian {suite} has no package of this name"
+        raise UsageError(f"cannot add {name!r} to an image", why, ". ".join(fixes))
+
+
+def package_names(file: Path) -> frozenset[str]:
+    """Names of all packages in the host's lists of the sources in *file*; none where there are no such lists."""
+    return frozenset(_cache(file, "pkgnames").split())
+
+
+def versions(file: Path, names: Sequence[str]) -> dict[str, str]:
+    """The version of each package that an image would get; those that no list has are left out."""
+    wanted = [name for name in names if name in package_names(file)]
+    if not wanted:
+        return {}
+    stanzas = sources.parse_deb822(_cache(file, "show", "--no-all-versions", *wanted))
+    return {stanza["Package"]: stanza["Version"] for stanza in stanzas if {"Package", "Version"} <= stanza.keys()}
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """The packages among *known* that somebody who typed *name* may have meant, the likeliest first."""
+    known = set(known)
+    likely = [each for each in (f"{_PYTHON}{name}", f"lib{name}-dev", f"lib{name}") if each in known]
+    # Comparing is slow, and there are 70,000 names.
+    similar = [each for each in known if abs(len(each) - len(name)) <= 2 and each[0] == name[0]]  # noqa: PLR2004
+    near = likely + difflib.get_close_matches(name, sorted(similar), NEAR_MAX, _NEAR)
+    return list(dict.fromkeys(near + near_projects(name, known, prefix=_PYTHON)))[:NEAR_MAX]
+
+
+def near_projects(name: str, known: Iterable[str], *, prefix: str = "") -> list[str]:
+    """Names of Python projects that Debian packages and that look like *name*, each with *prefix* before it."""
+    name = re.sub(r"[-_.]+", "-", name).lower()
+    projects = sorted(each.removeprefix(_PYTHON) for each in known if each.startswith(_PYTHON))
+    near = difflib.get_close_matches(name, projects, NEAR_MAX, _NEAR)
+    return [prefix + each for each in sorted(near, key=lambda each: each[0] != name[0])]
+
+
+def _has_provider(file: Path, name: str) -> bool:
+    """Whether *name* is a virtual package that others provide."""
+    return bool(_cache(file, "showpkg", name).partition("Reverse Provides:")[2].strip())
+
+
+def _cache(file: Path, *words: str) -> str:
+    options = [
+        f"Dir::Etc::sourcelist={file}",
+        "Dir::Etc::sourceparts=/dev/null",
+        "Dir::State::status=/dev/null",  # what this host has installed does not count
+        "Dir::Cache::pkgcache=",  # kept by nobody: it is of other sources than the host's own
+        "Dir::Cache::srcpkgcache=",
+    ]
+    argv = [commands.tool("apt-cache"), "-q", *(word for option in options for word in ("-o", option)), *words]
+    return commands.capture(argv).decode(errors="replace")

@@ -1,0 +1,242 @@
+"""Wheels of Python packages for an image: what may be asked for, and fetching it with the host's pip.
+
+pip runs with the user's own settings (its configuration files, PIP_* variables), for it is their index that is asked.
+It takes wheels only, so that nothing of a package runs on the host, and none of its settings goes into the image.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.errors import HostError, ImageError, UsageError
+from x07_sandbox.images import apt_index, commands, manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+FILE_PREFIX: Final = "file:"
+FILE_MAX_BYTES: Final = 1024 * 1024
+REQUIREMENTS_MAX: Final = 1000
+PIP_TIMEOUT_S: Final = 1800.0
+WORDS_LINES: Final = 400
+_OLDEST_GLIBC: Final = 5  # manylinux1
+_NAME: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_VERSION: Final = r"(?:===?|~=|!=|<=?|>=?)\s*[A-Za-z0-9.!+*_-]+"
+_REQUIREMENT: Final = re.compile(
+    rf"(?P<name>{_NAME})\s*(?:\[\s*{_NAME}(?:\s*,\s*{_NAME})*\s*\])?\s*"
+    rf"(?:\(?\s*{_VERSION}(?:\s*,\s*{_VERSION})*\s*\)?)?\s*(?:;[A-Za-z0-9_.'\"<>=!~() +-]+)?"
+)
+_HASH: Final = re.compile(r"\s+--hash[= ]\s*(sha(?:256|384|512):[0-9a-f]{64,128})(?=\s|$)")
+_NOT_FOUND: Final = re.compile(rf"No matching distribution found for ({_NAME})")
+_FORM: Final = "Write a name with optional extras and versions, such as pandas[excel]>=2,<3"
+
+
+class GuestPython(msgspec.Struct, frozen=True, kw_only=True):
+    """What wheels must fit. version: "3.13". glibc: minor version of the C library."""
+
+    version: str
+    glibc: int
+    machine: str
+
+    @property
+    def tag(self) -> str:
+        """As tags of wheels call it: "cp313"."""
+        return "cp" + self.version.replace(".", "")
+
+    def options(self) -> list[str]:
+        """Options of pip that choose wheels for it."""
+        options = ["--python-version", self.version, "--implementation", "cp"]
+        for abi in (self.tag, "abi3", "none"):
+            options += ["--abi", abi]
+        newest_first = [f"manylinux_2_{minor}" for minor in range(self.glibc, _OLDEST_GLIBC - 1, -1)]
+        for platform in (*newest_first, "manylinux2014", "manylinux2010", "manylinux1", "linux"):
+            options += ["--platform", f"{platform}_{self.machine}"]
+        return options
+
+
+def guest_python(versions: Mapping[str, str], machine: str) -> GuestPython:
+    """The Python of an image with these versions of packages (python3, libc6). Raises HostError."""
+    python = re.match(r"(3\.\d+)[.-]", versions.get("python3", ""))
+    glibc = re.match(r"2\.(\d+)", versions.get("libc6", ""))
+    if python is None or glibc is None:
+        why = "this host has no package lists, which tell the image's version of Python"
+        raise HostError("cannot choose wheels for the image", why, "Run apt-get update as root")
+    return GuestPython(version=python[1], glibc=int(glibc[1]), machine=machine)
+
+
+def split_list(text: str) -> list[str]:
+    """The requirements in *text*, parted by commas; those between versions and in extras part nothing."""
+    found: list[str] = []
+    for piece in text.split(","):
+        goes_on = found and (re.match(r"\s*[<>=!~]", piece) or found[-1].count("[") > found[-1].count("]"))
+        if goes_on:
+            found[-1] += f",{piece}"
+        else:
+            found.append(piece)
+    return [piece.strip() for piece in found if piece.strip()]
+
+
+def check_requirements(asked: Sequence[str]) -> tuple[str, ...]:
+    """Lines for pip, from requirements and "file:PATH" of such. Raises UsageError for all but names and versions."""
+    lines: list[str] = []
+    for each in asked:
+        if each.startswith(FILE_PREFIX):
+            lines += _read_file(Path(each.removeprefix(FILE_PREFIX)))
+        else:
+            lines.append(_check_one(each, "--pip"))
+    if len(lines) > REQUIREMENTS_MAX:
+        raise UsageError("cannot add Python packages", f"there are more than {REQUIREMENTS_MAX}", "Name fewer")
+    return tuple(sorted(set(lines)))
+
+
+def _read_file(path: Path) -> list[str]:
+    what = f"cannot read the requirements {str(path)!r}"
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE_MAX_BYTES + 1)
+    except OSError as exc:
+        raise UsageError(what, exc.strerror or str(exc), "Name a file: --pip file:requirements.txt") from exc
+    if len(data) > FILE_MAX_BYTES:
+        raise UsageError(what, f"it has more than {FILE_MAX_BYTES} bytes", "Name a shorter one")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise UsageError(what, "it is not UTF-8", "Save it as UTF-8") from None
+    lines: list[str] = []
+    joined, begin = "", 0
+    for number, raw in enumerate(text.splitlines(), start=1):
+        begin = begin or number
+        if raw.rstrip().endswith("\\") and not raw.lstrip().startswith("#"):
+            joined += raw.rstrip()[:-1] + " "
+            continue
+        line = re.sub(r"(^|\s)#.*", "", joined + raw).strip()
+        if line:
+            lines.append(_check_one(line, f"{path}, line {begin}", hashes=True))
+        joined, begin = "", 0
+    if joined.strip():
+        raise UsageError(what, f"line {begin} goes on after the last line", "Remove the backslash at its end")
+    return lines
+
+
+def _check_one(text: str, where: str, *, hashes: bool = False) -> str:
+    digests = _HASH.findall(text) if hashes else []
+    line = _HASH.sub("", text).strip() if hashes else text
+    if not _REQUIREMENT.fullmatch(line):
+        odd = (
+            "options are not taken"
+            if line.startswith("-") or " --" in line
+            else "only packages of an index are taken, no addresses and paths"
+            if re.search(r"[@/\\:]", line)
+            else "it is no name of a Python package with versions"
+        )
+        raise UsageError(f"cannot add {text[:80]!r} ({where})", odd, _FORM)
+    return " ".join([line, *(f"--hash={digest}" for digest in digests)])
+
+
+def pinned(wheels: Sequence[manifest.Wheel]) -> tuple[str, ...]:
+    """Lines for pip that only these very wheels satisfy."""
+    return tuple(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}" for wheel in wheels)
+
+
+def download(
+    folder: Path,
+    lines: Sequence[str],
+    python: GuestPython,
+    progress: Callable[[str], None],
+    *,
+    sources_file: Path,
+    deps: bool = True,
+) -> tuple[manifest.Wheel, ...]:
+    """Fetch the wheels that satisfy *lines* into the new *folder*. Raises UsageError, ImageError, HostError.
+
+    sources_file: as apt_index.write_sources makes it, for near matches. deps: what they need too.
+    """
+    pip = find_pip()
+    folder.mkdir(mode=0o700)
+    file = folder.with_name("requirements.txt")
+    file.write_text("".join(f"{line}\n" for line in lines))
+    argv = [*pip, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
+    argv += ["--only-binary", ":all:", *python.options(), *([] if deps else ["--no-deps"])]
+    argv += ["--dest", str(folder), "--requirement", str(file)]
+    said: collections.deque[str] = collections.deque(maxlen=WORDS_LINES)
+
+    def hear(line: str) -> None:
+        said.append(line)
+        if match := re.match(r"Collecting (\S+)", line):
+            progress(f"fetching {match[1][:100]}")
+
+    progress("fetching Python packages")
+    try:
+        env = {**os.environ, "LC_ALL": "C.UTF-8"}
+        commands.run(argv, cwd=folder, timeout_s=PIP_TIMEOUT_S, extra_env=env, on_line=hear)
+    except ImageError as exc:
+        raise _failure(list(said), python, sources_file) or exc from exc
+    return tuple(sorted(map(wheel_of, sorted(folder.iterdir())), key=lambda wheel: (wheel.name, wheel.sha256)))
+
+
+def _failure(said: list[str], python: GuestPython, sources_file: Path) -> UsageError | ImageError | None:
+    """What pip's words mean; None where it named no reason."""
+    errors = [line.strip().removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+    if not errors:
+        return None
+    text = " ".join(error[:300] for error in errors[:4])
+    match = next((found for line in errors if (found := _NOT_FOUND.search(line))), None)
+    if match is None or "hash" in errors[0].lower():
+        return ImageError("pip cannot fetch the wheels", text, "Change what --pip names, then try again")
+    name = match[1]
+    if any("Retrying" in line for line in said):
+        fix = "Look at the network and at pip's settings: pip config list"
+        return ImageError(f"pip cannot fetch {name!r}", f"its package index does not answer: {text}", fix)
+    what = f"cannot add {name!r} to an image"
+    if versions := re.search(r"\(from versions: (?!none\))([^)]*)\)", " ".join(errors)):
+        newest = versions[1].split(", ")[-1][:80]
+        why = f"pip finds no such version for Python {python.version}; the newest is {newest}"
+        return UsageError(what, why, "Ask for a version that there is")
+    why = f"pip finds no wheel of this name for Python {python.version} on Linux ({python.machine})"
+    return UsageError(what, why, _instead(name, apt_index.package_names(sources_file)))
+
+
+def _instead(name: str, known: frozenset[str]) -> str:
+    """What somebody may have meant by *name*, which pip does not find."""
+    if f"python3-{name.lower()}" in known:
+        return f"Take Debian's: --include python3-{name.lower()}"
+    if near := apt_index.near_projects(name, known):
+        return f"Name one of these: {', '.join(near)}. Debian has it too: --include python3-{near[0]}"
+    return "Look at its name; packages that come as source only cannot be added"
+
+
+def wheel_of(path: Path) -> manifest.Wheel:
+    """Name, version and digest of a wheel's file. Raises ImageError."""
+    parts = path.name.removesuffix(".whl").split("-")
+    if not path.name.endswith(".whl") or len(parts) not in {5, 6} or not path.is_file():
+        raise ImageError(f"cannot use {path.name[:100]!r}", "pip fetched it, and it is no wheel", "Leave it out")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return manifest.Wheel(name=re.sub(r"[-_.]+", "-", parts[0]).lower(), version=parts[1], sha256=digest)
+
+
+def find_pip() -> list[str]:
+    """The command line of an interpreter that has pip: this one, else python3. Raises HostError."""
+    for program in (sys.executable, shutil.which("python3"), "/usr/bin/python3"):
+        if program and os.access(program, os.X_OK) and _has_pip(program):
+            return [program]
+    raise HostError("cannot fetch Python packages", "this host has no pip", "Run apt install python3-pip")
+
+
+def _has_pip(program: str) -> bool:
+    argv = [program, "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('pip') is None)"]
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
