@@ -90,13 +90,16 @@ def _add_program(parser: argparse.ArgumentParser) -> None:
         repeated(group, name, form, meaning)
 
 
-def add_limits(to: argparse._ActionsContainer) -> None:
-    """The flags that set limits of the policy, and that of the build; `limits_of` reads them."""
+def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False) -> None:
+    """Add the flags that set limits, which `limits_of` reads. of_policy: only those that a policy can say."""
     option(to, "--memory", "SIZE", "memory, as 512M or 1G", type=memory_size)
     option(to, "--cpu-time", "S", "seconds of CPU time", type=seconds(600))
     option(to, "--timeout", "S", "seconds from its start to its end", type=seconds(600))
     option(to, "--procs", "N", "processes and threads beside the first", type=whole_number(0, 1024, "processes"))
     option(to, "--fds", "N", "open files of each process", type=whole_number(0, 1024, "open files"))
+    if of_policy:
+        to.set_defaults(build_timeout=None, scale_limits=False)
+        return
     build = "seconds for the build (default: 300)"
     option(to, "--build-timeout", "S", build, type=seconds(settings.BUILD_S_MAX))
     switch(to, "--scale-limits", "give an emulated machine as much more time and CPU time as it is slower")
