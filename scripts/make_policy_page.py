@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "policy.md"
 _COMMANDS: Final = {
+    "new": "`x07 policy new [FLAGS]` | a complete policy from flags, on standard output",
     "init": "`x07 policy init --template T` | a template, written into the project, below `.x07/policies/base`",
     "check": "`x07 policy check FILE...` | all that is wrong; with `--host H:P` what becomes of a connection",
     "digest": "`x07 policy digest FILE` | the canonical digest, see below",

@@ -281,6 +281,8 @@ def _image_and_machine(name: str) -> list[Finding]:
     if availability.features.emulated:
         text = f"{availability.warnings[0].removeprefix('emulated: ')}; X07_VM_REQUIRE_HARDWARE=1 refuses it"
         findings.append(Finding(subject="emulation", good=None, text=text))
+        if all(finding.good is not False for finding in findings):
+            findings.append(_slowness())
     return findings
 
 
@@ -311,6 +313,33 @@ def _start(backend: Backend, image: OpenImage) -> Finding:
         found = _bad(START, exc)
     progress("")
     return found
+
+
+def _slowness() -> Finding:
+    """How much slower the emulated machine is, as `--scale-limits` takes it: measured where that is not known."""
+    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.run import attempt
+    from x07_sandbox.runs.scaling import known_factor
+
+    factor = known_factor()
+    if factor is None:
+        progress = Progress("doctor") if sys.stderr.isatty() else None
+        if progress:
+            progress("measuring how much slower than this host the emulated machine is")
+        with contextlib.closing(Cancel()) as cancel:
+            request = RunRequest(source=b"#!/bin/sh\n", toolchain="executable", scale_limits=True, cancel=cancel)
+            result, _ = attempt(request)
+        if progress:
+            progress.done("measured")
+        if result.scaling is None:
+            text = next((text for text in result.warnings if "scaled" in text), result.reason)
+            return Finding(subject="limits under emulation", good=None, text=text)
+        factor = result.scaling.factor
+    text = (
+        f"CPU work of ours took {factor} times as long in a machine; x07 run --scale-limits gives that much more time"
+    )
+    return Finding(subject="limits under emulation", good=None, text=text)
 
 
 def _image(image: Image) -> Finding:

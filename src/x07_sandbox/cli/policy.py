@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli import policy_explain, policy_init
+from x07_sandbox.cli import policy_explain, policy_init, policy_new
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import deliver, print_document, print_failure
 from x07_sandbox.cli.usage import add_document_flags, option, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.policy.canonical import policy_digest
-from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.policy.problems import MISSING, PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
 from x07_sandbox.policy.templates import BUILT_IN
 from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport
@@ -31,6 +32,7 @@ INVALID: Final = 3
 REFUSED: Final = 125
 # Shown by each action's help and by docs/policy.md.
 EXIT_CODES: Final = (
+    ("new", "0 it is printed; 2 a value that no policy can say"),
     ("init", "0 the file is there as wanted; 2 another file is there and was left alone, or any error"),
     (
         "check",
@@ -41,10 +43,12 @@ EXIT_CODES: Final = (
     ("diff", "0 no difference; 1 they differ; 3 one is not valid; 2 one cannot be read"),
     ("schema", "0 it is printed"),
 )
+_LEFT_OUT: Final = 8  # as many names as fit a line
 _EPILOG: Final = """A policy is named by its file, or as built-in:NAME, by the name of a template.
 exit code: 0; 2 wrong usage, or a file that cannot be read; 3 a policy that is not valid; see also each action's help.
 
 examples:
+  x07 policy new --memory 1G > policy.json  a policy from flags
   x07 policy init --template default        write the built-in policy, to change it
   x07 policy check strict.json              all that is wrong with it, at once
   x07 policy check --host example.org:443 strict.json
@@ -62,6 +66,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     """Add the verb and its own verbs."""
     parser = verbs.add_parser("policy", help=help, description="What a program may touch and use.", epilog=_EPILOG)
     inner = parser.add_subparsers(metavar="ACTION", required=True)
+    policy_new.add_parser(inner)
     policy_init.add_parser(inner)
     check = inner.add_parser("check", help="say all that is wrong with policies")
     check.add_argument(
@@ -77,7 +82,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     diff.add_argument("first", metavar="A", help="a policy")
     diff.add_argument("second", metavar="B", help="another")
     inner.add_parser("schema", help="the JSON Schema of a policy")
-    acts = (policy_init.init, _check, _digest, _explain, _diff, _schema)
+    acts = (policy_new.new, policy_init.init, _check, _digest, _explain, _diff, _schema)
     for (name, codes), act in zip(EXIT_CODES, acts, strict=True):
         action = inner.choices[name]
         add_document_flags(action, "one JSON object on standard output, errors too")
@@ -137,10 +142,31 @@ def _checked(name: str) -> CheckedFile:
         policy, _ = read_policy(name)
         make_allowlist(policy)
     except PolicyError as exc:
-        return CheckedFile(file=name, status="invalid", problems=exc.problems, text=str(exc))
+        return CheckedFile(file=name, status="invalid", problems=exc.problems, **_completed(name, exc))
     except UsageError as exc:
         return CheckedFile(file=name, status="unreadable", problems=(), text=str(exc))
     return CheckedFile(file=name, status="valid", policy_id=policy.policy_id, digest=policy_digest(policy))
+
+
+def _completed(name: str, exc: PolicyError) -> dict[str, str]:
+    """What is told of an invalid file, and the command that completes it where it is incomplete."""
+    from pathlib import Path
+
+    from x07_sandbox.host.paths import read_bounded
+    from x07_sandbox.policy.decode import MAX_BYTES
+    from x07_sandbox.policy.made import completion
+
+    text, found = str(exc), None
+    if name.isprintable() and any(problem.message == MISSING for problem in exc.problems):
+        with contextlib.suppress(UsageError):
+            found = completion(read_bounded(Path(name), "policy", MAX_BYTES))
+    if found is None:
+        return {"text": text}
+    command = found.line(f"{name.removesuffix('.json')}.complete.json")
+    text += f"\n  This writes a complete policy: {command}"
+    if found.left_out:
+        text += f"\n  No flag says {', '.join(found.left_out[:_LEFT_OUT])}"
+    return {"text": text, "completed_by": command}
 
 
 def _digest(options: argparse.Namespace) -> int:

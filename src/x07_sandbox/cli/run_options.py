@@ -129,19 +129,17 @@ def add_program(parser: argparse.ArgumentParser) -> None:
         repeated(group, name, form, meaning)
 
 
-def add_limits(to: argparse._ActionsContainer) -> None:
-    """The flags that set limits of the policy, and that of the build; `limits_of` reads them."""
+def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False) -> None:
+    """Add the flags that set limits, which `limits_of` reads. of_policy: only those that a policy can say."""
     option(to, "--memory", "SIZE", "memory limit, such as 512M or 1G", type=memory_size)
     option(to, "--cpu-time", "S", "CPU time limit in seconds", type=seconds(600))
     option(to, "--timeout", "S", "time limit in seconds", type=seconds(600))
-    option(
-        to,
-        "--procs",
-        "N",
-        "limit of tasks (processes, threads) besides the first",
-        type=whole_number(0, 1024, "processes"),
-    )
+    procs = "limit of processes and threads besides the first"
+    option(to, "--procs", "N", procs, type=whole_number(0, 1024, "processes"))
     option(to, "--fds", "N", "limit of open files for each process", type=whole_number(0, 1024, "open files"))
+    if of_policy:
+        to.set_defaults(build_timeout=None, scale_limits=False)
+        return
     build = "time limit of the build in seconds (default: 300)"
     option(to, "--build-timeout", "S", build, type=seconds(settings.BUILD_S_MAX))
     switch(to, "--scale-limits", "multiply time limits under emulation by how much slower it is")

@@ -8,7 +8,7 @@ from typing import Any
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
-from x07_sandbox.policy.problems import HUGE, Problem, json_path
+from x07_sandbox.policy.problems import HUGE, MISSING, Problem, json_path
 from x07_sandbox.policy.schema import fields, policy_schema
 
 _SHOWN_CHARS = 40
@@ -36,7 +36,7 @@ def schema_problems(document: object) -> Iterator[Problem]:
 
 def _required(_validator: Any, required: list[str], instance: object, _schema: object) -> Iterator[ValidationError]:  # noqa: ANN401
     if isinstance(instance, dict):
-        yield from (ValidationError("is missing", path=(name,)) for name in required if name not in instance)
+        yield from (ValidationError(MISSING, path=(name,)) for name in required if name not in instance)
 
 
 def _closed(_v: Any, _allowed: object, instance: object, schema: Mapping[str, Any]) -> Iterator[ValidationError]:  # noqa: ANN401

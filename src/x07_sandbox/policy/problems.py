@@ -9,6 +9,8 @@ from x07_sandbox.errors import UsageError
 
 HUGE: int = 10**20
 """Stands for any larger number of a document, which is outside every range."""
+MISSING = "is missing"
+"""What is wrong with a field that has to be there and is not."""
 _SHOWN_CHARS = 80  # of a key that nobody trusts, in a message
 
 

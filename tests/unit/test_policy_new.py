@@ -1,0 +1,138 @@
+"""Promises of `x07 policy new` and of the command that `x07 policy check` prints for an incomplete policy."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.policy_command import as_json, policy
+from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.limits import NAMES
+from x07_sandbox.policy.made import Wanted, completion, make_policy
+from x07_sandbox.policy.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FLAGS = ("--memory", "1G", "--cpu-time", "20", "--timeout", "30", "--allow-host", "example.org:443", "--read", ".")
+
+
+def made(where: Path, *words: str) -> dict[str, Any]:
+    """The policy that `x07 policy new` prints."""
+    code, out, err = policy(where, "new", *words)
+    assert (code, err) == (0, "")
+    decode_policy(out.encode(), source="printed")
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_flags_make_a_complete_policy(tmp_path: Path) -> None:
+    """What is printed is a valid policy that says what the flags say, and the built-in policy's values else."""
+    found = made(tmp_path, *FLAGS, "--write", "build", "--id", "my.policy")
+    default = json.loads(render_policy(TEMPLATES["default"]))
+    assert found["policy_id"] == "my.policy"
+    assert found["limits"] == default["limits"] | {"mem_bytes": 1 << 30, "cpu_ms": 20_000, "wall_ms": 30_000}
+    assert (found["fs"]["read_roots"], found["fs"]["write_roots"]) == (["."], ["build"])
+    assert found["net"]["allow_hosts"] == [{"host": "example.org", "ports": [443]}]
+    assert (found["env"], found["process"]) == (default["env"], default["process"])
+
+
+@pytest.mark.parametrize("template", ["cli", "worker"])
+def test_a_closed_template_takes_hosts_and_roots(tmp_path: Path, template: str) -> None:
+    """A root or a host that is named can be used, also where the template has none."""
+    found = made(tmp_path, "--template", template, *FLAGS)
+    assert found["policy_id"] == f"custom.{template}"
+    assert found["fs"]["enabled"]
+    assert found["net"]["enabled"]
+    assert found["net"]["allow_tcp"]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--memory", "99G"), "must be at least 1M and at most 16G"),
+        (("--allow-host", "example.org"), "it is not a host and ports"),
+        (("--id", "a b"), "a name has 1 to 64 letters"),
+        (("--build-timeout", "9"), "unrecognized arguments: --build-timeout"),
+    ],
+)
+def test_what_no_policy_can_say_is_refused(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
+    """Wrong values make exit code 2, and nothing is printed that could become a file."""
+    code, out, err = policy(tmp_path, "new", *words)
+    assert (code, out) == (2, "")
+    assert why in err
+
+
+def test_check_prints_the_command_that_completes_a_policy(tmp_path: Path) -> None:
+    """An incomplete policy's own fields come back as flags of a line that can be pasted, and makes a valid policy."""
+    document: dict[str, Any] = {
+        "policy_id": "mine",
+        "limits": {"mem_bytes": 1 << 30, "wall_ms": 2500, "procs": 8},
+        "fs": {"enabled": True, "read_roots": ["a b"], "write_roots": []},
+        "net": {"allow_hosts": [{"host": "::1", "ports": [80, 81]}]},
+        "env": {"allow_keys": ["LANG"], "deny_keys": []},
+        "time": {"enabled": True},
+    }
+    (tmp_path / "part.json").write_text(json.dumps(document))
+    code, found = as_json(tmp_path, "check", "part.json")
+    command = found["files"][0]["completed_by"]
+    *words, arrow, place = shlex.split(command)
+    assert (code, words[:3], arrow, place) == (3, ["x07", "policy", "new"], ">", "part.complete.json")
+    complete = made(tmp_path, *words[3:])
+    assert complete["policy_id"] == "mine"
+    assert complete["limits"] | document["limits"] == complete["limits"]
+    assert complete["fs"]["read_roots"] == ["a b"]
+    assert complete["net"]["allow_hosts"] == document["net"]["allow_hosts"]
+    _, _, err = policy(tmp_path, "check", "part.json")
+    assert f"This writes a complete policy: {command}" in err
+    assert "No flag says env.allow_keys" in err
+
+
+def test_a_wrong_but_complete_policy_has_no_such_command(tmp_path: Path) -> None:
+    """Where no field is missing there is nothing to complete."""
+    document = json.loads(render_policy(TEMPLATES["default"]))
+    document["limits"]["fds"] = 9000
+    (tmp_path / "wrong.json").write_text(json.dumps(document))
+    code, found = as_json(tmp_path, "check", "wrong.json")
+    assert (code, "completed_by" in found["files"][0]) == (3, False)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 1 << 41) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["host", "ports", "x"]), inner),
+    max_leaves=6,
+)
+FIELDS = ["policy_id", *NAMES, "read_roots", "write_roots", "allow_hosts", "other"]
+SECTION = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)
+
+
+@given(st.dictionaries(st.sampled_from(["policy_id", "limits", "fs", "net", "x"]), SECTION | VALUES, max_size=5))
+def test_any_document_gives_words_that_a_shell_passes_on_whole(document: dict[str, Any]) -> None:
+    """Whoever wrote the document, the line is printable, and a shell reads from it what was meant and nothing else."""
+    found = completion(json.dumps(document).encode())
+    if found is not None:
+        line = found.line("p.json")
+        assert line.isprintable()
+        assert shlex.split(line) == ["x07", "policy", "new", *found.words, ">", "p.json"]
+        assert all("\n" not in name for name in found.left_out)
+
+
+def test_no_words_are_the_template_itself() -> None:
+    """A document that says nothing that flags say is completed by the built-in policy."""
+    found = completion(b'{"env": {}}')
+    assert found is not None
+    assert found.line("p.json") == "x07 policy new > p.json"
+    assert completion(b"{}") is None
+    assert completion(b"[1") is None
+
+
+def test_the_made_policy_names_its_template() -> None:
+    """Notes and id say where it comes from."""
+    found = make_policy(Wanted(template="worker"))
+    assert (found.policy_id, "template worker" in found.notes_in_force) == ("custom.worker", True)
