@@ -87,7 +87,7 @@ def run_with_report(
     request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack
 ) -> int:
     """Carry the request out and print X07's report; its exit code. Raises SandboxError before there is a run."""
-    policy = policy_in_force(request)
+    policy = request.in_force or policy_in_force(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
     wanted = Wanted(
@@ -133,4 +133,5 @@ def with_derived_file(request: RunRequest, program: Program, protocol: Protocol)
     fix = f"Make {place.parent} a folder that you can write, or leave the flags that change the policy out"
     write_document(root, parts, derived.data, overwrite=True, fix=fix)
     say(f"using derived policy {place}", "x07 run")
-    return replace(request, policy=place, overrides=None)
+    request = replace(request, policy=place, overrides=None)
+    return replace(request, in_force=policy_in_force(request)._replace(denied=derived.denied))

@@ -15,6 +15,7 @@ from x07_sandbox.runs.prepare import last_of, prepare
 from x07_sandbox.runs.result import draft_result
 
 if TYPE_CHECKING:
+    from x07_sandbox.network.rules import Denied, Entry
     from x07_sandbox.runs.request import RunRequest
 
 SCHEMA: Final = "x07.sandbox.preview@0.1.0"
@@ -25,7 +26,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     toolchain: its name. build: argv in the build VM, or None where nothing is built. run: argv in the run VM.
     roots: folders of the host that it gets copies of. digests: of image, policy and source. The isolation class is not
-    known before something has booted.
+    known before something has booted. hosts: HOST:PORTS to which it may connect; denied_hosts: what flags deny.
     """
 
     schema_version: Literal["x07.sandbox.preview@0.1.0"] = SCHEMA
@@ -37,6 +38,8 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     digests: dict[str, str]
     image: str
     plan: Plan
+    hosts: tuple[str, ...] = ()
+    denied_hosts: tuple[str, ...] = ()
 
 
 def preview(request: RunRequest) -> Preview:
@@ -57,4 +60,15 @@ def preview(request: RunRequest) -> Preview:
             digests=digests,
             image=ready.image_name,
             plan=ready.plan,
+            hosts=tuple(_endpoint(entry) for entry in ready.egress.allowlist.entries) if ready.egress else (),
+            denied_hosts=tuple(_endpoint(entry) for entry in ready.egress.allowlist.denied) if ready.egress else (),
         )
+
+
+def _endpoint(entry: Entry | Denied) -> str:
+    """A line of the list as `--allow-host` and `--deny-host` take it."""
+    from x07_sandbox.network.names import spelled
+
+    host = spelled(entry.what)
+    ports = "*" if entry.ports is None else ",".join(map(str, sorted(entry.ports)))
+    return f"[{host}]:{ports}" if ":" in host else f"{host}:{ports}"
