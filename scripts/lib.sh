@@ -184,6 +184,11 @@ make_venv() {
     wanted_stamp "$kind" .venv/bin/python >.venv/.x07-stamp
 }
 
+# compile_modules PYTHON: where PYTHONDONTWRITEBYTECODE is set, every command would compile this project's modules anew.
+compile_modules() {
+    "$1" -m compileall -q src </dev/null || say "Some modules could not be compiled: every start compiles them anew."
+}
+
 # --------------------------------------------------------------------------------------------------------- set-up
 
 # set_up KIND: runtime for a user, dev for the tests. Says first what it will do; takes a moment when all is there.
@@ -226,5 +231,6 @@ set_up() {
                 "Install one (Debian: python3-venv), or name it: X07_PYTHON=/path/to/python3 ${0##*/}"
         make_venv "$kind" "$python"
     fi
+    compile_modules .venv/bin/python
     exec 9>&-
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import stat
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +27,13 @@ settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("deep", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile("deep" if FULL else "ci" if CI else "dev")
+
+# nohup and a script's background ignore these two, and every program that a test starts would inherit that. A handler
+# is not inherited: a terminal that goes away ends no tests, and the programs have the default.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 PACKAGES = ("curl", "git", "lua5.4", "nodejs", "python3-pip", "python3-requests", "redis-tools")
 LASTING_FDS: set[int] = set()

@@ -95,6 +95,15 @@ def test_a_killed_run_ends_as_guest_lost() -> None:
     assert b"was over already" in x07("kill", run).stderr
 
 
+def test_a_kill_can_be_told_as_json() -> None:
+    """`x07 kill --json` prints one object with the run's whole name and how many of its jobs it ended."""
+    with running() as (runner, run):
+        assert (found("kill", "--json", run[:-1])["run"], runner.wait(WAIT_S)) == (run, 125)
+    assert found("kill", "--json", run) == {"schema_version": "x07.sandbox.kill@0.1.0", "run": run, "jobs_ended": 0}
+    failed = x07("kill", "--json", "no-such-run")
+    assert (failed.returncode, document(failed.stdout)["error"]["what"]) == (2, "cannot find run no-such-run")
+
+
 def test_the_run_of_a_dead_command_is_killed_too() -> None:
     """`x07 kill` of a run whose command was killed sweeps it."""
     with running() as (runner, run):

@@ -186,7 +186,7 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
         (("--artifact", "a.out", "--i-accept-precompiled-artifact"), "X07's own protocol"),
         (("--program", "prog.c", "--compile-only"), "--compile-only"),
         (("--program", "prog.rs"), ".rs names no toolchain"),
-        (("--program", "prog.rs"), "x07 run --toolchain"),  # a flag that this command has not
+        (("--program", "prog.zig"), "x07 run --toolchain"),  # a flag that this command has not
         (("--program", "missing.c"), "missing.c"),
         (("--program", "."), "it is a project"),
         (("--program", "x07-sandbox.toml"), "it is a project"),
@@ -202,6 +202,7 @@ def test_what_cannot_be_built_is_refused_by_name(
     os.mkfifo(place / "pipe")
     (place / "prog.x07.json").write_text("{}")
     (place / "prog.rs").touch()
+    (place / "prog.zig").touch()
     assert named in refused(*SANDBOXED, "--policy", "policy.json", *words)
 
 

@@ -193,8 +193,26 @@ def test_a_denied_connection_says_what_would_allow_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("denied", "rule"),
+    [
+        ("a.example.org:*", "deny-host:a.example.org"),
+        ("a.example.org:80,443", "deny-host:a.example.org"),
+        ("a.example.org:80", "net.allow_hosts[0]"),
+        ("b.example.org:*", "net.allow_hosts[0]"),
+    ],
+)
+def test_a_connection_can_be_asked_about_with_a_denial(tmp_path: Path, denied: str, rule: str) -> None:
+    """`x07 policy check --host` with --deny-host decides as a run with that flag does."""
+    (tmp_path / "p.json").write_bytes(WITH_HOST)
+    code, found = as_json(tmp_path, "check", "--host", "a.example.org:443", "--deny-host", denied, "p.json")
+    assert (code, found["rule"]) == (0 if rule.startswith("net.") else 1, rule)
+
+
+@pytest.mark.parametrize(
     ("words", "code", "why"),
     [
+        (("--deny-host", "a.org:*", "built-in:cli"), 2, "--deny-host needs --host"),
+        (("--host", "a.org:1", "--deny-host", "a.org"), 2, "cannot use --deny-host 'a.org'"),
         (("--host", "127.1:80"), 2, "ends like an address"),
         (("--host", "example.org"), 2, "a port from 1 to 65535"),
         (("--host", "a.org:1", "a.json", "b.json"), 2, "--host takes one policy"),

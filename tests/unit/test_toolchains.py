@@ -260,7 +260,7 @@ def test_an_image_without_the_compiler_is_refused_with_what_to_do() -> None:
         ("p.rs", "--include rustc && x07 exec .* -- sh -c 'rustc -o /tmp/program p.rs && /tmp/program'"),
         ("P.java", "--include openjdk-21-jdk-headless && x07 exec .* -- java P.java"),
         ("p.ts", "--include node-typescript && x07 exec .* -- sh -c 'tsc --outDir /tmp p.ts && node /tmp/p.js'"),
-        ("p.xyz", "or name its toolchain with --toolchain, or add a #! line"),
+        ("p.xyz", "or a #! line, or name its toolchain: x07 run --toolchain T"),
     ],
 )
 def test_a_source_of_another_language_names_what_runs_it(path: str, fix: str) -> None:

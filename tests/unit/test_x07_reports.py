@@ -321,6 +321,18 @@ def given(**changes: Any) -> Attested:  # noqa: ANN401 - any field
     return Attested(**(fields | changes))
 
 
+def test_an_attestation_names_denied_hosts() -> None:
+    """What --deny-host denied is attested, sorted ports by host; no ports stand for all of them."""
+    result = ended(Outcome.OK)
+    attested = attest(result, solved(result), given(denied={"b.example": {443, 80}, "a.example": None}))
+    made = json.loads(render_json(attested))
+    jsonschema.validate(made, ATTEST)
+    assert made["effective_deny_hosts"] == [
+        {"host": "b.example", "ports": [80, 443]},
+        {"host": "a.example", "ports": []},
+    ]
+
+
 @pytest.mark.parametrize(("outcome", "code"), [(Outcome.OK, 0), (Outcome.FAILED, 3)])
 def test_an_attestation_names_what_ran(outcome: Outcome, code: int) -> None:
     """It keeps to its schema with every key of X07's, and has the digests of image, policy bytes and executable."""

@@ -506,6 +506,10 @@ def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
     assert not jobs.exists()
     told = command("--dry-run", "--allow-read-root", str(tmp_path), "-c", "x", "--toolchain", "c").stdout.decode()
     assert f"folder {tmp_path}: a copy at {tmp_path}, to read\n" in told
+    assert "network: no connections\n" in told
+    hosts = ("--allow-host", "example.org:443,80", "--deny-host", "a.example.org:*")
+    told = command("--dry-run", *hosts, "-c", "x", "--toolchain", "c").stdout.decode()
+    assert "network: example.org:80,443 (but not a.example.org:*)\n" in told
 
 
 @pytest.mark.parametrize(

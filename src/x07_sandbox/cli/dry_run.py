@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import print_document
@@ -14,10 +14,12 @@ from x07_sandbox.runs.preview import Preview, preview
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from x07_sandbox.runs.request import RunRequest
 
 
+_LISTED: Final = 8
 _DEEDS = {False: "read", True: "change"}
 
 
@@ -42,7 +44,6 @@ def _lines(found: Preview) -> list[str]:
     for control in found.plan.controls:
         states[control.state] = states.get(control.state, 0) + 1
     built = "nothing is built" if found.build is None else f"built in a machine without network: {_short(found.build)}"
-    files = found.files if len(found.files) <= 8 else [*found.files[:8], f"and {len(found.files) - 8} more"]  # noqa: PLR2004 - as many as fit a line
     held = (
         f"{limits.wall_ms} ms",
         f"{limits.cpu_ms} ms of CPU",
@@ -52,15 +53,25 @@ def _lines(found: Preview) -> list[str]:
     )
     return [
         f"toolchain {found.toolchain}: {built}",
-        f"files that go in: {', '.join(files)}",
+        f"files that go in: {_listed(found.files)}",
         *(f"folder {root.host}: a copy at {root.guest}, to {_DEEDS[root.write]}" for root in found.roots),
         f"run in another machine: {_short(found.run)}",
         f"limits: {', '.join(held)}",
         *([] if found.scaling is None else [f"scaled for emulation: time and CPU time {found.scaling.factor} times"]),
+        f"network: {_listed(found.hosts) or 'no connections'}{_denied(found)}",
         *([f"image {found.image}: {found.digests['image']}"] if "image" in found.digests else []),
         f"policy: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))} (x07 policy explain)",
         *(f"refused: {refusal.why}" for refusal in found.plan.refusals),
     ]
+
+
+def _denied(found: Preview) -> str:
+    return f" (but not {_listed(found.denied_hosts)})" if found.denied_hosts else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few, as many as fit a line."""
+    return ", ".join(names if len(names) <= _LISTED else [*names[:_LISTED], f"and {len(names) - _LISTED} more"])
 
 
 def _short(argv: list[str]) -> str:

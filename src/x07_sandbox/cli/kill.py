@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.usage import named
-from x07_sandbox.housekeeping.kill import kill_run
+from x07_sandbox.cli.documents import print_document
+from x07_sandbox.cli.usage import add_document_flags, named
+from x07_sandbox.housekeeping.kill import KillReport, kill_run
 from x07_sandbox.housekeeping.lookup import known_run
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ outcome guest-lost and exit code 125. The run of a command that is dead already 
 examples:
   x07 ps
   x07 kill 1764273600000-4711-0
+  x07 kill --json 1764273600000-4711-0 | jq .jobs_ended
 
 exit code: 0 if the run is over; 125 if it goes on
 """
@@ -27,11 +29,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     """Add the verb."""
     parser = verbs.add_parser("kill", help=help, description="End a run, from any process.", epilog=_EPILOG)
     parser.add_argument("run", type=named, metavar="RUN", help="its name, or the beginning of it: see x07 ps")
+    add_document_flags(parser, "one JSON object on standard output")
     parser.set_defaults(carry_out=_kill)
 
 
 def _kill(options: argparse.Namespace) -> int:
     run = known_run(options.run)
     ended = kill_run(run)
-    say(f"run {run} is over" if ended else f"run {run} was over already")
+    if not print_document(KillReport(run=run, jobs_ended=ended), options):
+        say(f"run {run} is over" if ended else f"run {run} was over already")
     return 0

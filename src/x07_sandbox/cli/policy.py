@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from x07_sandbox.cli import policy_explain, policy_init, policy_new
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.documents import deliver, print_document, print_failure
-from x07_sandbox.cli.usage import add_document_flags, option, switch
+from x07_sandbox.cli.usage import add_document_flags, option, repeated, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.policy.canonical import policy_digest
@@ -58,6 +58,7 @@ examples:
 _CHECK_EPILOG: Final = """examples:
   x07 policy check strict.json
   x07 policy check --host example.org:443 strict.json
+  x07 policy check --host example.org:443 --deny-host 'example.org:*' strict.json
   x07 policy check --host '[2001:db8::1]:53' --udp --json strict.json | jq .rule
 """
 
@@ -73,6 +74,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         "files", nargs="*", metavar="FILE", help="a policy (with --host: one, default: built-in:default)"
     )
     option(check, "--host", "HOST:PORT", "say instead whether the policy allows this connection, by which rule")
+    repeated(
+        check, "--deny-host", "HOST:PORT|HOST:*", "with --host: as if this flag of x07 run were given (repeatable)"
+    )
     switch(check, "--udp", "with --host: by UDP instead of TCP")
     check.epilog = _CHECK_EPILOG
     digest = inner.add_parser("digest", help="one digest for all documents that say the same")
@@ -104,8 +108,10 @@ def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespa
 def _check(options: argparse.Namespace) -> int:
     if options.host is not None:
         return _check_host(options)
-    if options.udp or not options.files:
-        why = "--udp needs --host" if options.udp else "a FILE is required, or --host"
+    if options.udp or options.deny_host or not options.files:
+        why = "a FILE is required, or --host"
+        if options.udp or options.deny_host:
+            why = f"{'--udp' if options.udp else '--deny-host'} needs --host"
         raise UsageError("wrong usage", why, "See x07 policy check --help")
     rows = tuple(_checked(name) for name in options.files)
     worst = max((_CHECK_CODES[row.status] for row in rows), key=_SEVERITY.index)
@@ -126,7 +132,8 @@ def _check_host(options: argparse.Namespace) -> int:
         raise UsageError("wrong usage", "--host takes one policy", "See x07 policy check --help")
     (name,) = options.files or (f"{BUILT_IN}default",)
     policy, _ = read_policy(name)
-    report = policy_host.host_report(policy, name, options.host, "udp" if options.udp else "tcp")
+    transport: Literal["udp", "tcp"] = "udp" if options.udp else "tcp"
+    report = policy_host.host_report(policy, name, options.host, transport, options.deny_host)
     if not print_document(report, options):
         for line in policy_host.lines(report):
             show(line)

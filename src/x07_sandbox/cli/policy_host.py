@@ -7,20 +7,28 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
 from x07_sandbox.network.settings import read_settings
+from x07_sandbox.policy.overrides import denied_hosts
 from x07_sandbox.reports.policies import HostReport
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from x07_sandbox.network.rules import Transport
     from x07_sandbox.policy.model import Policy
 
 
-def host_report(policy: Policy, source: str, endpoint: str, transport: Transport) -> HostReport:
-    """Decide about a connection. source: the policy as the user named it. Raises UsageError, PolicyError."""
+def host_report(
+    policy: Policy, source: str, endpoint: str, transport: Transport, denied: Sequence[str] = ()
+) -> HostReport:
+    """Decide about a connection. Raises UsageError, PolicyError.
+
+    source: the policy as the user named it. denied: hosts as `--deny-host` takes them.
+    """
     request = parse_request(endpoint, transport)
     # A loopback address is the program's own: the gate is not asked, whatever the settings open for names.
     own = not isinstance(request.host, str) and request.host.is_loopback
     settings = NetSettings() if own else read_settings()
-    decision = decide(make_allowlist(policy, settings=settings), request)
+    decision = decide(make_allowlist(policy, denied_hosts(denied), settings), request)
     return HostReport(
         policy=source,
         policy_id=policy.policy_id,

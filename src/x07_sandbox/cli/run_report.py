@@ -88,7 +88,7 @@ def run_with_report(
     request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack
 ) -> int:
     """Carry the request out and print X07's report; its exit code. Raises SandboxError before there is a run."""
-    policy = policy_in_force(request)
+    policy = request.in_force or policy_in_force(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
     wanted = Wanted(
@@ -137,4 +137,5 @@ def with_derived_file(request: RunRequest, program: Program, protocol: Protocol)
     limits = request.limits
     if limits is not None:  # the file has another name, and the policy is still of the same author
         limits = replace(limits, may_raise=is_callers_own(request.policy))
-    return replace(request, policy=place, overrides=None, limits=limits)
+    request = replace(request, policy=place, overrides=None, limits=limits)
+    return replace(request, in_force=policy_in_force(request)._replace(denied=derived.denied))

@@ -106,6 +106,7 @@ def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Com
         artifact_path=PROGRAM_FOLDER if toolchain.archive else ARTIFACT,
         input_len_bytes=len(wanted.data),
         weaker_isolation=wanted.accepted,
+        denied=wanted.policy.denied,
     )
     made = attest(result, report.solve, given)
     write_bytes(wanted.attest_runtime, render_json(made), code=f"{WRITE_CODE}: ")

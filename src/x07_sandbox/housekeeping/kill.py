@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
 
 from x07_sandbox.backends.base import HoldsInstances
 from x07_sandbox.backends.registry import built, create
@@ -23,6 +25,14 @@ if TYPE_CHECKING:
 _GONE_S: Final = 30.0
 _LOOK_AGAIN_S: Final = 0.02
 _ALL: Final = 1 << 30
+
+
+class KillReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The run, which is over. jobs_ended: how many of its jobs were ended for that, 0 where it was over already."""
+
+    schema_version: Literal["x07.sandbox.kill@0.1.0"] = "x07.sandbox.kill@0.1.0"
+    run: str
+    jobs_ended: int
 
 
 def kill_run(run: str) -> int:

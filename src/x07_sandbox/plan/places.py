@@ -37,7 +37,7 @@ def place(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str
         return (path, "") if own is None else (None, f"it would lie over {own}, which is the machine's own")
     relative = os.path.normpath(given)
     if relative == ".." or relative.startswith("../"):
-        return None, "it leads out of the folder that it is relative to"
+        return None, "it leads out of the folder that it is relative to: name it by its absolute path"
     return os.path.normpath(f"{start}/{relative}"), ""
 
 

@@ -136,6 +136,11 @@ def derive_policy(
     return Derived(policy=policy, data=data, digest=digest, file_name=name, denied=asked.deny)
 
 
+def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
+    """What `--deny-host` flags deny: ports by host; None stands for all ports. Raises UsageError."""
+    return _denied(_specs("--deny-host", (), given, lambda _name: b""))
+
+
 def _need_sections(base: Policy, overrides: Overrides) -> None:
     needs = []
     if overrides.hosts:

@@ -313,7 +313,7 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
     raise UsageError(
         f"cannot run {path}",
         f"{suffix or 'no suffix'} names no toolchain, and the file is no executable and has no #! line",
-        advice(path) or f"Give it a suffix of {known}, or name its toolchain with --toolchain, or add a #! line",
+        advice(path) or f"Give it a suffix of {known}, or a #! line, or name its toolchain: x07 run --toolchain T",
     )
 
 

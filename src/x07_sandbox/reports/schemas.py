@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from x07_sandbox.files import changes
-from x07_sandbox.housekeeping import listing, pruner, sweep, usage
+from x07_sandbox.housekeeping import kill, listing, pruner, sweep, usage
 from x07_sandbox.images import manifest
 from x07_sandbox.plan.outcomes import OUTCOMES
 from x07_sandbox.policy.schema import render_schema
@@ -43,6 +43,7 @@ _TABLE: Final[tuple[tuple[str, type[msgspec.Struct]], ...]] = (
     ("pool", pool.PoolReport),
     ("prune", pruner.PruneReport),
     ("sweep", sweep.SweepReport),
+    ("kill", kill.KillReport),
     ("ps", listing.PsReport),
     ("inspect", listing.InspectReport),
     ("df", usage.DfReport),

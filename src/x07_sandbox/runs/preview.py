@@ -16,6 +16,7 @@ from x07_sandbox.runs.result import Scaling, draft_result
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.prepare import Prepared
+    from x07_sandbox.network.rules import Denied, Entry
     from x07_sandbox.runs.request import RunRequest
 
 SCHEMA: Final = "x07.sandbox.preview@0.1.0"
@@ -27,6 +28,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     toolchain: its name. build: argv in the build VM, or None where nothing is built. run: argv in the run VM.
     roots: folders of the host that it gets copies of. digests: of image, policy and source. The isolation class is not
     known before something has booted. scaling: of the limits, where the factor was measured already.
+    hosts: HOST:PORTS to which it may connect; denied_hosts: what flags deny.
     """
 
     schema_version: Literal["x07.sandbox.preview@0.1.0"] = SCHEMA
@@ -39,6 +41,8 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     image: str
     plan: Plan
     scaling: Scaling | None = None
+    hosts: tuple[str, ...] = ()
+    denied_hosts: tuple[str, ...] = ()
 
 
 def preview(request: RunRequest) -> Preview:
@@ -61,6 +65,8 @@ def preview(request: RunRequest) -> Preview:
             image=ready.image_name,
             plan=ready.plan,
             scaling=scaling,
+            hosts=tuple(_endpoint(entry) for entry in ready.egress.allowlist.entries) if ready.egress else (),
+            denied_hosts=tuple(_endpoint(entry) for entry in ready.egress.allowlist.denied) if ready.egress else (),
         )
 
 
@@ -70,3 +76,12 @@ def _scaled(ready: Prepared) -> tuple[Prepared, Scaling | None]:
 
     factor = known_factor() if wants_scaling(ready) else None
     return (ready, None) if factor is None else scale(ready, factor)[:2]
+
+
+def _endpoint(entry: Entry | Denied) -> str:
+    """A line of the list as `--allow-host` and `--deny-host` take it."""
+    from x07_sandbox.network.names import spelled
+
+    host = spelled(entry.what)
+    ports = "*" if entry.ports is None else ",".join(map(str, sorted(entry.ports)))
+    return f"[{host}]:{ports}" if ":" in host else f"{host}:{ports}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
@@ -26,7 +28,7 @@ Enforcement = Literal["none", "vm_boundary_allowlist", "guest_allowlist", "unsup
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A host and its ports."""
+    """A host and its ports; of a denied host none stands for all of them."""
 
     host: str
     ports: list[Annotated[int, Meta(ge=1, le=65535)]]
@@ -71,7 +73,7 @@ class Attestation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Attested(msgspec.Struct, frozen=True, kw_only=True):
-    """What is attested besides the result: as it was given to the run."""
+    """What is attested besides the result: as it was given to the run. denied: ports by host, None for all ports."""
 
     policy: Policy
     policy_bytes: bytes
@@ -79,6 +81,7 @@ class Attested(msgspec.Struct, frozen=True, kw_only=True):
     artifact_path: str
     input_len_bytes: int
     weaker_isolation: bool
+    denied: Mapping[str, Collection[int] | None] = MappingProxyType({})
 
 
 def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
@@ -108,7 +111,7 @@ def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
         allow_tcp=net.allow_tcp,
         allow_udp=net.allow_udp,
         effective_allow_hosts=[Host(host=entry.host, ports=list(entry.ports)) for entry in net.allow_hosts],
-        effective_deny_hosts=[],
+        effective_deny_hosts=[Host(host=host, ports=sorted(ports or ())) for host, ports in given.denied.items()],
         bundled_binary_digest=result.digests.artifact,
         compile_attestation_digest=None,
         capsule_attestation_digests=[],
