@@ -20,7 +20,7 @@ COMMAND = ["/usr/bin/qemu", "--bind", "/", "/", "--uid", "0", "--"]
 UID = 0x70000123
 WITH_ONE = {"--uid", "--gid", "--cap-drop", "--cap-add", "--perms", "--dir", "--sync-fd"}
 WITH_ONE |= {"--remount-ro", "--seccomp", "--add-seccomp-fd"}
-WITH_TWO = {"--setenv", "--ro-bind", "--ro-bind-fd", "--dev-bind"}
+WITH_TWO = {"--setenv", "--ro-bind", "--ro-bind-fd", "--dev-bind", "--file"}
 
 
 def jail(uid: int | None) -> Jail:
@@ -173,6 +173,16 @@ def test_files_are_bound_read_only_and_nothing_else_is(uid: int | None) -> None:
     ]
     assert [option for option in binds if option[0] == "--dev-bind"] == [("--dev-bind", "/dev/urandom", "/dev/urandom")]
     assert {option[0] for option in binds} == {"--ro-bind", "--ro-bind-fd", "--dev-bind"}
+
+
+@BOTH
+def test_what_is_copied_in_can_be_read_and_not_written(uid: int | None) -> None:
+    """A copy in the jail's own root is readable for the job's user, and sealed with that root."""
+    words = options(msgspec.structs.replace(jail(uid), fd_copies=((13, "/proc/sys/vm/overcommit_memory"),)))
+    at = words.index(("--file", "13", "/proc/sys/vm/overcommit_memory"))
+    assert words[at - 1] == ("--perms", "0444")
+    assert ("--dir", "/proc/sys/vm") in words[:at]
+    assert ("--remount-ro", "/") in words[at:]
 
 
 @BOTH

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm.conftest import PROGRAMS
+from tests.vm.conftest import PROGRAMS, left_behind
 from x07_sandbox.host import settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import Need
     from tests.vm.conftest import Ran, Sandbox
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
@@ -95,6 +98,18 @@ def test_memory_without_end_is_oom(sandbox: Sandbox) -> None:
     assert "64 MiB" in ran.reason
     assert ran.lines() == ["allocating"]
     assert 60 * MIB < ran.result.phases["run"].memory_peak_bytes <= 64 * MIB
+
+
+def test_a_machine_that_the_host_has_no_memory_for_is_guest_lost(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, state: Path, need: Need
+) -> None:
+    """Where the host's kernel kills the machine for memory the run ends at once as the host's fault, with a way out."""
+    monkeypatch.setattr("x07_sandbox.backends.qemu.start.VMM_BYTES", -480 * MIB)  # much less than the program asks for
+    ran = sandbox.behave("hog")
+    need("hold memory" in str(ran.result.jail), "this host gives us no memory group", installable=False)
+    assert (ran.outcome, ran.result.fault) == ("guest-lost", "host"), ran.reason
+    assert "ran out of memory" in ran.reason
+    assert left_behind(state) == []
 
 
 def test_memory_of_a_child_counts_as_the_programs(sandbox: Sandbox) -> None:

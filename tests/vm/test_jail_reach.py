@@ -89,7 +89,19 @@ class HostThings:
         folders = [Path(runner.started["folder"]) for runner in (other, mine)]
         paths = [
             "/dev/shm",  # noqa: S108 - it must not be there
-            *("/etc/passwd", "/etc/shadow", "/etc", "/root", "/home", "/var", "/run", "/opt", "/boot", "/sys", "/proc"),
+            *(
+                "/etc/passwd",
+                "/etc/shadow",
+                "/etc",
+                "/root",
+                "/home",
+                "/var",
+                "/run",
+                "/opt",
+                "/boot",
+                "/sys",
+                "/proc/version",
+            ),
             *("/proc/self", "/proc/self/fd", "/proc/1/environ", "/proc/1/root", "/proc/kcore", "/sys/kernel"),
             *("/dev/mem", "/dev/kmem", "/dev/kvm", "/dev/null", "/dev/vda", "/dev/pts", "/dev/tty"),
             *("/dev/mqueue", "/dev/fuse", "/dev/net/tun", "/dev/vsock", "/sys/fs/cgroup", "/bin/sh", "/usr/bin/env"),

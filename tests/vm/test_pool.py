@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
 import pytest
 
 from tests.conftest import FULL
@@ -27,6 +28,7 @@ from x07_sandbox.backends import lease
 from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.lease import PoolMachines
 from x07_sandbox.backends.qemu.backend import QemuBackend
+from x07_sandbox.backends.qemu.bounds import VMM_BYTES
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import clocks, settings
 from x07_sandbox.host.cancel import Caller, Cancel
@@ -35,7 +37,7 @@ from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim, new_run_id
 from x07_sandbox.plan.sizes import ram_class_bytes
-from x07_sandbox.policy import default_policy
+from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.pool import warm
 from x07_sandbox.pool.warm import WarmMachines
 from x07_sandbox.runs.request import RunRequest
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import Future
 
+    from tests.conftest import Need
     from x07_sandbox.backends.base import Lease
     from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
     from x07_sandbox.images.store import Image
@@ -168,6 +171,41 @@ def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path) -
     assert status() is None
     assert left_behind(state) == []
     assert ran(echo)["phases"]["run"]["start"] == "clone"
+
+
+def test_a_pool_serves_small_policies(echo: str, state: Path, tmp_path: Path) -> None:
+    """A run with a policy of 48 MiB takes a warm machine as the default does, and is still `oom` at 48 MiB."""
+    values = msgspec.to_builtins(default_policy())
+    values["limits"]["mem_bytes"] = 48 << 20
+    policy, hog = tmp_path / "small.json", tmp_path / "hog.py"
+    policy.write_bytes(render_policy(values))
+    hog.write_text("print(len(bytearray(200 << 20)))\n")
+    ran(str(hog), "--no-pool")
+    with pool_process(2):
+        assert ran(echo, "--policy", str(policy), stdin=b"hello")["phases"]["run"]["start"] == "pool"
+        killed = json.loads(x07("run", "--json", str(hog), "--policy", str(policy)).stdout)
+        assert (killed["outcome"], killed["phases"]["run"]["start"]) == ("oom", "pool"), killed["reason"]
+        assert "48 MiB" in killed["reason"]
+    assert left_behind(state) == []
+
+
+def test_a_claimed_machine_is_held_to_the_memory_of_its_job(state: Path, need: Need) -> None:
+    """While it waits a warm machine has the limit of the default policy, and from the claim on that of its job."""
+    machines = WarmMachines(1)
+    machines.start()
+    with contextlib.closing(machines):
+        wait_for(lambda: machines.ready() == 1, 120)
+        used = 200 << 20
+        machine = machines.take(claim(), own_identity(), used)
+        assert machine is not None
+        groups = cast("QemuInstance", machine.instance).groups
+        names = ("memory.max", "memory.limit_in_bytes")
+        limits = [folder / name for folder in groups.folders for name in names if (folder / name).exists()]
+        held = {int(path.read_text(encoding="ascii")) for path in limits}
+        assert machine.close()
+        need(limits, "this host gives us no memory group", installable=False)
+        assert held == {used + VMM_BYTES}
+    assert left_behind(state) == []
 
 
 def test_a_warm_machine_is_as_new(state: Path, tmp_path: Path) -> None:

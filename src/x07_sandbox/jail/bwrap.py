@@ -36,6 +36,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
 
     files: host paths that appear inside under the same path, read-only.
     fd_files: (descriptor, path inside), read-only: the opened file itself, whatever its path says by then.
+    fd_copies: the same for what bubblewrap copies into the jail's own root.
     fd_writable: the same for files that may be written; only a machine that is made to be saved has any.
     fds: other descriptors that it is given. limits: (soft, hard) by RLIMIT's number, where it sets its own.
     devices: device nodes of the host, under the same path.
@@ -60,6 +61,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     filter_fd: int
     nest: bool
     lock_fd: int | None = None
+    fd_copies: tuple[tuple[int, str], ...] = ()
     fd_writable: tuple[tuple[int, str], ...] = ()
     fds: tuple[int, ...] = ()
     limits: dict[int, tuple[int, int]] = {}
@@ -80,13 +82,15 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     argv = [BWRAP, *_namespaces(jail.uid)]
     argv += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "X07_INSTANCE", jail.mark]
     argv += ["--setenv", "MALLOC_ARENA_MAX", "1"]  # mallopt(3): a heap for each of QEMU's threads is 0.3 MB more
-    opened = [path for _, path in (*jail.fd_files, *jail.fd_writable)]
+    opened = [path for _, path in (*jail.fd_files, *jail.fd_copies, *jail.fd_writable)]
     for path in _folders([*jail.files, *opened, *jail.devices]):
         argv += ["--perms", "0755", "--dir", path]
     for path in jail.files:
         argv += ["--ro-bind", path, path]
     for fd, path in jail.fd_files:
         argv += ["--ro-bind-fd", str(fd), path]
+    for fd, path in jail.fd_copies:
+        argv += ["--perms", "0444", "--file", str(fd), path]
     for fd, path in jail.fd_writable:
         argv += ["--bind-fd", str(fd), path]
     for path in jail.devices:

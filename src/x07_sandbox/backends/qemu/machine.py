@@ -26,6 +26,7 @@ INITRD: Final = "/img/initrd.cpio"
 ROOT: Final = "/img/root.erofs"
 RAM: Final = "/img/ram"
 STATE: Final = "/img/state"
+OVERCOMMIT: Final = "/proc/sys/vm/overcommit_memory"  # QEMU reads it before it leaves memory unreserved
 SCRATCH_SERIAL: Final = "x07scratch"
 ROOT_SERIAL: Final = "x07root"
 
@@ -52,6 +53,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """One machine: sizes, how the processor is provided, and the descriptors that QEMU inherits.
 
     kvm_fd: an opened /dev/kvm, or None for emulation.
+    reserve: whether QEMU asks the host for all of the RAM at once.
     any_timer: whether the guest goes on with a timer that its kernel has measured wrong (guest/boot/init.c).
     tsc_khz: frequency of the host's time stamp counter; None where the guest can find it itself.
     """
@@ -67,6 +69,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     console_fd: int
     mark: str
     origin: Origin = Origin.COLD
+    reserve: bool = False
     any_timer: bool = False
     paths: Paths = Paths()
 
@@ -124,11 +127,12 @@ def qemu_argv(machine: Machine) -> list[str]:
 def _memory(machine: Machine, megabytes: int) -> str:
     # Memory is taken as the guest touches it. Reserved beforehand, a machine of 8 GiB, of which a build uses a part,
     # would not start on a host with less RAM and swap (proc(5): vm.overcommit_memory).
+    backend = f"id=ram0,size={megabytes}M,reserve={'on' if machine.reserve else 'off'}"
     if machine.origin is Origin.COLD:
-        return f"memory-backend-ram,id=ram0,size={megabytes}M,reserve=off"
+        return f"memory-backend-ram,{backend}"
     # share=on in a clone would ruin the saved machine for all (measured); readonly=on makes that impossible.
     sharing = "share=on" if machine.origin is Origin.SAVING else "share=off,readonly=on,rom=off"
-    return f"memory-backend-file,id=ram0,size={megabytes}M,mem-path={machine.paths.ram},reserve=off,{sharing}"
+    return f"memory-backend-file,{backend},mem-path={machine.paths.ram},{sharing}"
 
 
 def qmp_save(state: str) -> bytes:

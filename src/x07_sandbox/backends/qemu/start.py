@@ -14,7 +14,7 @@ import msgspec
 from x07_sandbox.backends.jailed import Start, running, socket_ends
 from x07_sandbox.backends.qemu.bounds import TASKS, VMM_BYTES, NotStartedError, bound, limits_of
 from x07_sandbox.backends.qemu.instance import Gate, Held, QemuInstance
-from x07_sandbox.backends.qemu.machine import Machine, Origin, Paths, qemu_argv
+from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths, qemu_argv
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.bounded_stream import SideStream
@@ -113,6 +113,7 @@ def start_qemu(
             console_fd=theirs["console"],
             mark=record.mark,
             origin=Origin.COLD if memory is None else Origin.CLONE if isinstance(memory, Saved) else Origin.SAVING,
+            reserve=not form.namespaces,
             any_timer=job.any_timer,
             paths=msgspec.structs.replace(Paths(), **{name: path for name, (_, path) in (files | writable).items()}),
         )
@@ -125,6 +126,7 @@ def start_qemu(
         jail = Jail(
             files=tuple(dict.fromkeys([*needed_files(arch.qemu_binary), *arch.firmware, *within])),
             fd_files=tuple(files.values()),
+            fd_copies=_overcommit(given, form),
             fd_writable=tuple(writable.values()),
             devices=("/dev/urandom",),
             limits=limits,
@@ -138,7 +140,7 @@ def start_qemu(
             filter_fd=gate_r,
             lock_fd=lock_fd,
         )
-        passed = [*jail.fds, gate_r, *(fd for fd, _ in (*jail.fd_files, *jail.fd_writable))]
+        passed = [*jail.fds, gate_r, *(fd for fd, _ in (*jail.fd_files, *jail.fd_writable, *jail.fd_copies))]
         passed += [] if lock_fd is None else [lock_fd]
         argv = form.argv(jail, qemu_argv(machine))
         request = Launch(argv=argv, pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
@@ -214,6 +216,15 @@ def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: Given, for
     if isinstance(memory, Saved):
         return _placed({"ram": memory.ram_fd, "state": memory.state_fd, "root": root}, given, form)
     return _placed({"kernel": image.fds["kernel"], "initrd": image.fds["initrd"], "root": root}, given, form)
+
+
+def _overcommit(given: Given, form: Form) -> tuple[tuple[int, str], ...]:
+    """The file by which QEMU decides whether it may leave memory unreserved: ours, since the jail has no /proc."""
+    if not form.namespaces:
+        return ()
+    fd = given.add(os.memfd_create("overcommit_memory", os.MFD_CLOEXEC))
+    os.pwrite(fd, b"1\n", 0)  # always, as proc(5) has it; the kernel goes by its own setting all the same
+    return ((fd, OVERCOMMIT),)
 
 
 def _writable(memory: Saving | Saved | None, uid: int | None, given: Given, form: Form) -> _Files:

@@ -177,6 +177,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
         tsc_khz=None,
         mark="",
         origin=Origin.SAVING,
+        reserve=False,
         any_timer=False,
         paths=Paths(),
         **fds,
