@@ -109,7 +109,7 @@ class Unpacker:
         archive: zipfile.ZipFile,
         info: zipfile.ZipInfo,
         target: Path,
-        digest: tuple[str, bytes] | None,
+        digest: _Digest | None,
         wheel: str,
     ) -> None:
         self._entries += 1
