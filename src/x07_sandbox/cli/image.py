@@ -20,6 +20,7 @@ from x07_sandbox.images.store import (
     image_is_current,
     list_images,
     named,
+    remove_name,
     set_name,
 )
 from x07_sandbox.images.verify import verify_image
@@ -128,7 +129,9 @@ def build_with_progress(
                 fix = "Add the package that has it (--include or --pip), or leave it out of --preload"
             elif "preload" not in exc.why:
                 fix = f"Try again with fewer modules. {exc.fix}"
-            if before is not None and before.manifest.preload != image.manifest.preload:
+            if before is None:
+                remove_name(name)
+            elif before.manifest.preload != image.manifest.preload:
                 set_name(name, before.digest.removeprefix("sha256:"))
                 fix += f"; {name!r} stays the image that it was"
             raise type(exc)("cannot preload modules", exc.why, fix) from exc
