@@ -7,14 +7,16 @@ build that has to make something ends at the first one that it needs.
 from __future__ import annotations
 
 import os
+import shutil
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
 
 from tests.conftest import overwrite
+from tests.published import document
 from x07_sandbox.cli.main import main
-from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.images import base as bases
@@ -184,6 +186,75 @@ def test_packages_that_cannot_be_known_are_not_dropped(science: store.Image) -> 
     )
     with pytest.raises(HostError, match=r"fsck\.erofs is missing"):  # so far it comes: the image is made anew
         build.build_image(name="science", include=PACKAGES, progress=print)
+
+
+def test_an_image_is_removed_by_its_name(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    """`x07 image rm` removes a name, and the files and packages of the image once no other name leads to it."""
+    store.set_name("second", science.folder.name)
+    plain = _make(())
+    store.set_name("default", plain)
+    assert main(["image", "rm", "science", "--json"]) == 0
+    report = document(capsys.readouterr().out)
+    assert report["images"] == [{"name": "science", "digest": science.digest}]
+    assert (report["bytes"], report["kept"]) == (0, [])
+    assert science.folder.is_dir()
+    assert main(["image", "rm", "second"]) == 0
+    assert capsys.readouterr().out.startswith("removed second (")
+    assert not science.folder.exists()
+    assert not _base_folder(PACKAGES).exists()
+    assert store.find_image("default").folder.name == plain
+    assert _base_folder(()).is_dir()
+
+
+def test_a_damaged_image_can_be_removed(science: store.Image) -> None:
+    """An image whose manifest cannot be read goes like any other."""
+    overwrite(science.folder / "manifest.json")
+    assert main(["image", "rm", "science"]) == 0
+    assert not science.folder.exists()
+
+
+def test_a_pinned_image_stays(science: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image that X07_VM_GUEST_IMAGE_DIGEST names loses its name, and stays."""
+    monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", science.digest)
+    assert main(["image", "rm", "science"]) == 0
+    assert store.find_image(science.digest).digest == science.digest
+
+
+def test_nothing_is_removed_where_a_name_is_wrong(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    """One unknown name is an error that lists the images, and all of them stay."""
+    assert main(["image", "rm", "science", "sience"]) == 2
+    assert "There are: science" in capsys.readouterr().err
+    assert store.find_image("science").digest == science.digest
+
+
+def test_an_engines_image_is_no_image_of_ours() -> None:
+    """A reference such as NAME:TAG is refused with the backend that takes it, and the command that makes an image."""
+    for ref in ("ghcr.io/x07lang/runner:1", "runner:dev"):
+        with pytest.raises(UsageError, match="podman and docker take") as caught:
+            store.find_image(ref)
+        assert "x07 image build" in caught.value.fix
+
+
+def test_the_wheels_of_an_image_make_it_another(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other wheels make another base; without a word on them an image keeps its own, and `image list` names them."""
+    wheel = manifest.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
+    more = build.Extras(include=PACKAGES, pip=(wheel,))
+    assert more.kind().key != build.Extras(include=PACKAGES).kind().key
+    place = store.images_dir() / "with-wheels"
+    shutil.copytree(science.folder, place)
+    made = manifest.sealed(msgspec.structs.replace(science.manifest, pip=[wheel]))
+    (place / "manifest.json").unlink()
+    bases.put(place, "manifest.json", manifest.encode(made))
+    place.rename(store.images_dir() / made.digest.removeprefix("sha256:"))
+    store.set_name("wheels", made.digest.removeprefix("sha256:"))
+    said: list[str] = []
+    with pytest.raises(HostError):
+        build.build_image(name="wheels", progress=said.append)
+    assert "with the Python packages that it had: six" in said
+    assert build.build_image(name="wheels", pip=(), progress=print).digest == science.digest
+    store.set_name("wheels", made.digest.removeprefix("sha256:"))
+    assert main(["image", "list"]) == 0
+    assert "trixie  pip: six==1.16.0" in capsys.readouterr().out.replace(sources.release_codename(), "trixie")
 
 
 def test_a_base_goes_with_the_last_image_that_is_made_of_it(science: store.Image) -> None:

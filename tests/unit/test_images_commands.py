@@ -23,6 +23,13 @@ def test_error_shows_the_last_lines(tmp_path: Path) -> None:
         commands.run(_sh("echo first; echo second >&2; exit 3"), cwd=tmp_path, timeout_s=10)
 
 
+def test_an_error_far_above_the_end_is_shown(tmp_path: Path) -> None:
+    """The line that says which package failed is shown, however much was printed after it."""
+    script = "echo 'update-alternatives: error: no such folder'; seq 100; exit 1"
+    with pytest.raises(ImageError, match=r"update-alternatives: error: no such folder\n  89\n  90"):
+        commands.run(_sh(script), cwd=tmp_path, timeout_s=10)
+
+
 def test_lines_come_whole_and_endless_output_is_bounded(tmp_path: Path) -> None:
     """Progress gets whole lines; a command that talks without end costs no memory."""
     lines: list[str] = []

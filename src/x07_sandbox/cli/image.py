@@ -1,4 +1,4 @@
-"""`x07 image`: build, list, inspect and verify guest images."""
+"""`x07 image`: build, list, load, remove, inspect and verify guest images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.cli.console import Progress, say, show
+from x07_sandbox.cli.console import Progress, say, show, size
 from x07_sandbox.cli.documents import deliver, print_document
 from x07_sandbox.cli.usage import add_document_flags, named_folder, switch
 from x07_sandbox.errors import SandboxError, UsageError
@@ -20,15 +20,25 @@ from x07_sandbox.images.store import (
     image_is_current,
     list_images,
     named,
+    remove_name,
     set_name,
 )
 from x07_sandbox.images.verify import verify_image
 from x07_sandbox.pool.prepare import prepare_clones
-from x07_sandbox.reports.images import BuildReport, ImageRow, ListReport, LoadReport, VerifyReport
+from x07_sandbox.reports.images import (
+    BuildReport,
+    ImageRow,
+    ListReport,
+    LoadReport,
+    RemovedName,
+    RemoveReport,
+    VerifyReport,
+)
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import DamagedImage, Image
 
+PIP_SHOWN = 5
 _EXAMPLES = """examples:
   x07 image build                                make or renew the image `default`
   x07 image build --name science --include python3-numpy,python3-pandas
@@ -36,12 +46,17 @@ _EXAMPLES = """examples:
   x07 image build --name science                 renew or mend it, with the packages that it has
   x07 image build --name x07 --x07-toolchain x07-linux
   x07 image load                                 give it to podman and docker, for --backend podman|docker
+  x07 image rm science
   x07 image verify                               read every byte again and compare
 """
 
 
 _LOAD = """Load an image into podman and docker, for --backend podman|docker. It is the same bytes each time, so its
 id there, which X07_VM_GUEST_IMAGE_DIGEST can name, is the same on every machine that has the same image."""
+
+
+_RM = """Remove images by their names, with their saved machines and the packages that no other image needs. An image
+with another name stays; runs that have begun go on."""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
@@ -73,9 +88,14 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     load.add_argument("--image", metavar="NAME|DIGEST", help="which image (default: default)")
     load.add_argument("--tag", metavar="NAME:TAG", help="its name there (default: as the backends look for it)")
     load.add_argument("--archive", type=Path, metavar="FILE", help="write this file too, for docker, podman or ctr")
+    remove = inner.add_parser("rm", help="remove images by name, and what only they need", description=_RM)
+    remove.add_argument("names", nargs="+", metavar="NAME", help="as in x07 image list")
     inspect = inner.add_parser("inspect", help="the manifest of an image")
     verify = inner.add_parser("verify", help="read every byte of an image and compare with its manifest")
-    for sub, action in ((build, _build), (listing, _list), (load, _load), (inspect, _inspect), (verify, _verify)):
+    for sub, action in (
+        *((build, _build), (listing, _list), (load, _load), (remove, _remove)),
+        *((inspect, _inspect), (verify, _verify)),
+    ):
         if sub in {inspect, verify}:
             sub.add_argument("image", nargs="?", metavar="NAME|DIGEST", help="which one (default: default)")
         add_document_flags(sub, "one JSON object on standard output")
@@ -104,11 +124,17 @@ def build_with_progress(
         prepare_clones(image, progress)
     except SandboxError as exc:
         if image.manifest.preload:  # most likely one that is not there: no run would find any of them imported
-            fix = f"Give modules that it has, with their packages (--include). {exc.fix}"
-            if before is not None and before.manifest.preload != image.manifest.preload:
+            fix = "Leave the slow module out of --preload, or try again while this machine has less to do"
+            if "ModuleNotFoundError" in exc.why:
+                fix = "Add the package that has it (--include or --pip), or leave it out of --preload"
+            elif "preload" not in exc.why:
+                fix = f"Try again with fewer modules. {exc.fix}"
+            if before is None:
+                remove_name(name)
+            elif before.manifest.preload != image.manifest.preload:
                 set_name(name, before.digest.removeprefix("sha256:"))
-                fix = f"Give modules that it has, with their packages (--include); {name!r} stays the image that it was"
-            raise type(exc)(exc.what, exc.why, fix) from exc
+                fix += f"; {name!r} stays the image that it was"
+            raise type(exc)("cannot preload modules", exc.why, fix) from exc
         progress.done(f"no VM templates: {exc}")  # the image is good all the same; a run says it again
     progress.done(f"ready: {image.digest}")
     return image
@@ -168,7 +194,9 @@ def _list(options: argparse.Namespace) -> int:
         say("no images yet: run x07 image build")
     for row in rows:
         note = "" if row.problem is None else f"  ({row.problem}. {row.fix}.)"
-        show(f"{row.name or '-':<16} {row.digest}  {row.suite or 'damaged'}{note}")
+        packages = f"  pip: {', '.join(row.pip[:PIP_SHOWN])}" if row.pip else ""
+        more = f" and {len(row.pip) - PIP_SHOWN} more" if len(row.pip) > PIP_SHOWN else ""
+        show(f"{row.name or '-':<16} {row.digest}  {row.suite or 'damaged'}{packages}{more}{note}")
     return 0
 
 
@@ -179,12 +207,34 @@ def _row(image: Image) -> ImageRow:
         problem = "it was made by another version of x07-sandbox"
         fix = f"Run {build_command(image.name)}" if image.name else "It has no name: take another one"
     suite = image.manifest.suite
-    return ImageRow(name=image.name, digest=image.digest, suite=suite, current=current, problem=problem, fix=fix)
+    pip = tuple(f"{wheel.name}=={wheel.version}" for wheel in image.manifest.pip)
+    return ImageRow(
+        name=image.name, digest=image.digest, suite=suite, pip=pip, current=current, problem=problem, fix=fix
+    )
 
 
 def _damaged_row(image: DamagedImage) -> ImageRow:
     why, fix = image.problem.why, image.problem.fix
-    return ImageRow(name=image.name, digest=image.digest, suite=None, current=False, problem=why, fix=fix)
+    return ImageRow(name=image.name, digest=image.digest, suite=None, pip=(), current=False, problem=why, fix=fix)
+
+
+def _remove(options: argparse.Namespace) -> int:
+    from x07_sandbox.housekeeping.images import remove_images
+    from x07_sandbox.housekeeping.pruner import Pruner
+
+    pruner = Pruner(Progress("image rm"), dry_run=False)
+    removed = remove_images(options.names, pruner)
+    done = pruner.report()
+    report = RemoveReport(
+        images=tuple(RemovedName(name=name, digest=digest) for name, digest in removed.items()),
+        bytes=done.bytes,
+        kept=tuple(f"{kept.path}: {kept.why}" for kept in done.kept if kept.failed),
+    )
+    if not print_document(report, options):
+        show(f"removed {', '.join(removed)} ({size(done.bytes)})")
+        for kept in report.kept:
+            say(f"not removed: {kept}")
+    return 1 if report.kept else 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

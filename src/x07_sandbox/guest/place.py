@@ -6,7 +6,9 @@ import contextlib
 import json
 import marshal
 import os
+import select
 import signal
+import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from x07_sandbox.guest import confine, filters, init, interpreter, restrict, system
@@ -21,6 +23,7 @@ _FOLDERS: Final = {"in": False, "out": True, "work": True, "trees": False}  # an
 WAITING_BYTES: Final = 32 << 20  # what the process that waits may have, whatever the job's limit
 SPARE_CPU_S: Final = 5
 PRELOAD_CPU_S: Final = 300  # importing may have taken long; the control group's counter, which knows, is what decides
+PRELOAD_S: Final = 180.0  # for all modules together; the host waits longer (host/settings.py: PRELOAD_S)
 
 
 class Limits(NamedTuple):
@@ -67,7 +70,7 @@ class Place:
                 platform.make_resolv_conf()
         self.group = platform.group()
         self._interpreter = interpreter
-        self._preload = bool(preload)
+        self._preload = preload or []
         self._filters = known = filters.all_filters() if platform.filtered else {}
         self._cut = {name: filters.cut_at_token(known[name]) for name in known if name.endswith(filters.ONCE)}
         self.waiting_bytes = WAITING_BYTES
@@ -130,7 +133,7 @@ class Place:
         """
         if self._orders == orders:
             return
-        if self._orders is None and (told := os.read(self.told_fd, 1)) != init.READY:
+        if self._orders is None and (told := self._first_words()) != init.READY:
             if told := told + read_all(self.told_fd):
                 raise told_failure(told)
             os.close(self._orders_fd)
@@ -145,6 +148,27 @@ class Place:
             # Its init waits until the machine ends, and with it the program's view.
             view = f"/proc/{self.init}/root"
             self.in_memory_fds = [os.open(f"{view}{name}", os.O_PATH | os.O_CLOEXEC) for name in confine.IN_MEMORY]
+
+    def _first_words(self) -> bytes:
+        """What the waiting process says once it has imported what is to be preloaded. Raises JobError if that is slow.
+
+        It writes a line for each module: "M", its name, a space, how many seconds it took.
+        """
+        if not self._preload:
+            return os.read(self.told_fd, 1)
+        until, words = time.monotonic() + PRELOAD_S, b""
+        took: list[str] = []
+        while True:
+            left_s = until - time.monotonic()
+            if left_s <= 0 or not select.select([self.told_fd], [], [], left_s)[0]:
+                raise JobError("preload", 0, _too_slow(self._preload, took))
+            chunk = os.read(self.told_fd, 4096)
+            words += chunk
+            while words[:1] == b"M" and b"\n" in words:
+                line, _, words = words.partition(b"\n")
+                took.append(line[1:].decode("ascii", "replace"))
+            if not chunk or words[:1] not in {b"", b"M"}:
+                return words
 
     def measure(self) -> None:
         """Measure the memory that the process that waits has, and will have until it is the program."""
@@ -169,7 +193,7 @@ class Place:
         # Landlock binds one thread, and no filter ends those that there are.
         alone = limits.programs is not None or not limits.threads
         return self._interpreter and interpreter.can_become(
-            argv, env, preload=self._preload, alone=alone, own_modules=self._own_modules
+            argv, env, preload=bool(self._preload), alone=alone, own_modules=self._own_modules
         )
 
     def start(self, argv: list[str], env: dict[str, str], cwd: str, limits: Limits) -> None:
@@ -228,6 +252,13 @@ def failure(report: bytes) -> JobError:
         return JobError("init", 0, "the program's init ended without a report")
     told = json.loads(report[1:])
     return JobError(told["stage"], told["errno"], told["message"])
+
+
+def _too_slow(preload: list[str], took: list[str]) -> str:
+    """Which module was too slow, and how long the ones before it took."""
+    done = "; ".join(f"{line.replace(' ', ' took ')} s" for line in took)
+    slow = preload[len(took)] if len(took) < len(preload) else "Python itself"
+    return f"{slow} was not imported within {PRELOAD_S:.0f} s for all" + (f"; {done}" if done else "")
 
 
 def told_failure(told: bytes) -> JobError:

@@ -7,15 +7,18 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING
 
+from x07_sandbox.errors import UsageError
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.variables import text
+from x07_sandbox.housekeeping.cache import prune_saved
 from x07_sandbox.housekeeping.pruner import entries, sweep_temporaries
 from x07_sandbox.images.base import read_base, remove_work
 from x07_sandbox.images.build import leftovers, remove_from_store
-from x07_sandbox.images.store import damaged_images, images_dir, list_images
+from x07_sandbox.images.store import all_names, check_name, damaged_images, images_dir, list_images, remove_name
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from x07_sandbox.housekeeping.pruner import Pruner
@@ -49,6 +52,38 @@ def prune_images(pruner: Pruner) -> set[str]:
             pruner.keep("image", place, f"{damaged.problem.why}. {damaged.problem.fix}")
         _prune_bases(folder, {image.manifest.base for image in images if image.digest not in doomed}, pruner)
         return doomed
+
+
+def remove_images(names: Collection[str], pruner: Pruner) -> dict[str, str]:
+    """Remove the images called *names*, and what only they need; the digest of each.
+
+    An image stays that has another name, or that X07_VM_GUEST_IMAGE_DIGEST pins. A run that has begun holds the files
+    that it needs open. Raises UsageError, before anything goes, where there is no image of a name; SandboxError.
+    """
+    folder = images_dir()
+    with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for a build of an image to end")):
+        known = all_names()
+        for name in names:
+            if check_name(name) not in known:
+                here = f"There are: {', '.join(sorted(known))}" if known else "See x07 image list"
+                raise UsageError(f"cannot remove the image {name!r}", "none is called that", here)
+        removed = {name: known.pop(name) for name in dict.fromkeys(names)}
+        for name in removed:
+            remove_name(name)
+        pinned = (text("X07_VM_GUEST_IMAGE_DIGEST") or "").removeprefix("sha256:")
+        doomed = set(removed.values()) - set(known.values()) - {pinned}
+        made_of = {image.digest.removeprefix("sha256:"): image.manifest.base for image in list_images()}
+        unneeded = {made_of[digest] for digest in doomed & made_of.keys()}
+        unneeded -= {base for digest, base in made_of.items() if digest not in doomed}
+        remove = partial(remove_from_store, progress=pruner.progress)
+        for digest in sorted(doomed):
+            if os.path.lexists(folder / digest):
+                pruner.remove_own("image", folder / digest, "no name leads to it any more", remove)
+        for path in entries(folder):
+            if _BASE.fullmatch(path.name) and (base := read_base(path)) is not None and base.digest in unneeded:
+                pruner.remove_own("base", path, "no image is made of it", remove)
+    prune_saved(pruner, {f"sha256:{digest}" for digest in doomed})
+    return {name: f"sha256:{digest}" for name, digest in removed.items()}
 
 
 def _prune_bases(folder: Path, needed: set[str], pruner: Pruner) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -36,6 +37,9 @@ PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY",
 EPOCH = 1735689600  # the one date in every image: 1 January 2025
 LOG_BYTES = 64 * 1024
 ERROR_LINES = 12
+_ERROR = re.compile(
+    r"\berror\b|^E: |returned error", re.IGNORECASE
+)  # lines that explain a failure, wherever they stand
 GRACE_S = 10.0  # mmdebstrap unmounts and removes its tree after SIGTERM
 
 
@@ -131,7 +135,8 @@ def _drain(fd: int, log: bytearray, on_line: Callable[[str], None] | None, until
 
 def _tail(log: bytearray) -> str:
     lines = [line for line in log.decode(errors="replace").splitlines() if line.strip()]
-    return "\n  " + "\n  ".join(lines[-ERROR_LINES:]) if lines else "it said nothing"
+    shown = [line for line in lines[:-ERROR_LINES] if _ERROR.search(line)][:ERROR_LINES] + lines[-ERROR_LINES:]
+    return "\n  " + "\n  ".join(shown) if lines else "it said nothing"
 
 
 def _end(proc: subprocess.Popen[bytes]) -> None:

@@ -180,11 +180,11 @@ def download(
         env = {**os.environ, "LC_ALL": "C.UTF-8"}
         commands.run(argv, cwd=folder, timeout_s=PIP_TIMEOUT_S, extra_env=env, on_line=hear)
     except ImageError as exc:
-        raise _failure(list(said), python, sources_file) or exc from exc
+        raise failure(list(said), python, sources_file) or exc from exc
     return tuple(sorted(map(wheel_of, sorted(folder.iterdir())), key=lambda wheel: (wheel.name, wheel.sha256)))
 
 
-def _failure(said: list[str], python: GuestPython, sources_file: Path) -> UsageError | ImageError | None:
+def failure(said: list[str], python: GuestPython, sources_file: Path) -> UsageError | ImageError | None:
     """What pip's words mean; None where it named no reason."""
     errors = [line.strip().removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
     if not errors:

@@ -69,6 +69,10 @@ def images_dir() -> Path:
 def check_name(name: str) -> str:
     """*name* if an image can be called so. Raises UsageError."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name) or re.fullmatch(r"[0-9a-f]{12,}", name):
+        if re.search("[:/@]", name):
+            why = "that names an image of a container engine, which podman and docker take (--backend podman)"
+            fix = f"Virtual machines take images built on this machine: x07 image build, then --image {DEFAULT}"
+            raise UsageError(f"cannot use {name[:80]!r} as a guest image", why, fix)
         why = "a name has 1 to 64 of a-z, 0-9, '.', '_', '-', and is no digest"
         raise UsageError(f"cannot call an image {name!r}", why, "Choose another name")
     return name
@@ -95,7 +99,7 @@ def find_image(ref: str | None) -> Image:
 
 
 def _not_there(name: str, what: str) -> ImageError:
-    names = _names()
+    names = all_names()
     digest = names.get(name)
     if digest is not None:
         return ImageError(what, "its folder is gone", _cure_unread(images_dir() / digest, name))
@@ -108,7 +112,7 @@ def _not_there(name: str, what: str) -> ImageError:
 
 def named(name: str) -> Image | None:
     """The image called *name*; None where none was built, or its folder is gone. Raises ImageError if it is damaged."""
-    digest = _names().get(check_name(name))
+    digest = all_names().get(check_name(name))
     return None if digest is None or not (images_dir() / digest).is_dir() else load(digest, name)
 
 
@@ -123,7 +127,7 @@ def damaged_images() -> list[DamagedImage]:
 
 
 def _all() -> Iterator[Image | DamagedImage]:
-    names = _names()
+    names = all_names()
     nameless = [("", digest) for digest in sorted(set(_digests()) - set(names.values()))]
     for name, digest in [*sorted(names.items()), *nameless]:
         try:
@@ -162,7 +166,7 @@ def _cure_unread(folder: Path, name: str) -> str:
 
 
 def _name_of(digest: str) -> str:
-    return next((name for name, pointed in sorted(_names().items()) if pointed == digest), "")
+    return next((name for name, pointed in sorted(all_names().items()) if pointed == digest), "")
 
 
 def set_name(name: str, digest: str) -> None:
@@ -171,7 +175,13 @@ def set_name(name: str, digest: str) -> None:
     replace_file(names / check_name(name), f"{digest}\n".encode(), sync=True)
 
 
-def _names() -> dict[str, str]:
+def remove_name(name: str) -> None:
+    """Forget *name*; the image stays. Raises OSError."""
+    (images_dir() / "names" / check_name(name)).unlink()
+
+
+def all_names() -> dict[str, str]:
+    """The digest (hex) that each name points to."""
     folder = images_dir() / "names"
     names = {}
     with contextlib.suppress(FileNotFoundError):

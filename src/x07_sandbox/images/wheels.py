@@ -109,7 +109,7 @@ class Unpacker:
         archive: zipfile.ZipFile,
         info: zipfile.ZipInfo,
         target: Path,
-        digest: tuple[str, bytes] | None,
+        digest: _Digest | None,
         wheel: str,
     ) -> None:
         self._entries += 1
@@ -193,12 +193,12 @@ def make_layer(work: Path, wheels: Sequence[Path], root: Path, python: str) -> P
     )
     argv = boot.bwrap_argv(root, empty, tree / site, ("sh", "-c", f"{script} || :"))
     commands.run(argv, cwd=work, timeout_s=_COMPILE_S)
-    _pack(tree, tar)
+    pack(tree, tar)
     shutil.rmtree(tree)
     return tar
 
 
-def _pack(tree: Path, tar: Path) -> None:
+def pack(tree: Path, tar: Path) -> None:
     """All below *tree*, owned by root and of one date, in one order."""
     with tarfile.open(tar, "x", format=tarfile.PAX_FORMAT) as archive:
         archive.addfile(entry(".", tarfile.DIRTYPE, 0o755))

@@ -1,4 +1,7 @@
-"""What `x07 image build`, `list` and `verify` print with --json; `x07 image inspect` prints the image's manifest."""
+"""What `x07 image build`, `list`, `load`, `rm` and `verify` print with --json.
+
+`x07 image inspect` prints the image's manifest.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +35,14 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One image. name: empty for none. suite: of its packages; null where its manifest cannot be read.
 
-    current: whether this version made it. problem, fix: null where it can be used as it is.
+    pip: Python packages from wheels, "NAME==VERSION". current: whether this version made it. problem, fix: null where
+    it can be used as it is.
     """
 
     name: str
     digest: str
     suite: str | None
+    pip: tuple[str, ...]
     current: bool
     problem: str | None
     fix: str | None
@@ -48,6 +53,22 @@ class ListReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     schema_version: Literal["x07.sandbox.image.list@0.1.0"] = "x07.sandbox.image.list@0.1.0"
     images: tuple[ImageRow, ...]
+
+
+class RemovedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A name that leads to no image any more, and the image that it led to."""
+
+    name: str
+    digest: str
+
+
+class RemoveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `x07 image rm` did. bytes: what the disk got back. kept: files that could not be removed, and why."""
+
+    schema_version: Literal["x07.sandbox.image.rm@0.1.0"] = "x07.sandbox.image.rm@0.1.0"
+    images: tuple[RemovedName, ...]
+    bytes: int
+    kept: tuple[str, ...]
 
 
 class VerifyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

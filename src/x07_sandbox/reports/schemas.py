@@ -39,6 +39,7 @@ _TABLE: Final[tuple[tuple[str, type[msgspec.Struct]], ...]] = (
     ("image.build", images.BuildReport),
     ("image.list", images.ListReport),
     ("image.load", images.LoadReport),
+    ("image.rm", images.RemoveReport),
     ("image.verify", images.VerifyReport),
     ("pool", pool.PoolReport),
     ("prune", pruner.PruneReport),

@@ -15,8 +15,8 @@ from x07_sandbox.runs.prepare import last_of, prepare, wants_scaling
 from x07_sandbox.runs.result import Scaling, draft_result
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.network.rules import Denied, Entry
+    from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.runs.request import RunRequest
 
 SCHEMA: Final = "x07.sandbox.preview@0.1.0"

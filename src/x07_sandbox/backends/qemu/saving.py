@@ -60,13 +60,15 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
 
 def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Saving, *, last: bool) -> bool:
     """Boot and save one machine; False if another may do better. last: the last that tries. Raises BackendError."""
-    claim = Claim(run_id=new_run_id(), phase="template", wall_ms=int(settings.TEMPLATE_S * 1000))
+    words = warm_up(kind)
+    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
+    claim = Claim(run_id=new_run_id(), phase="template", wall_ms=int(limit_s * 1000))
     record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
-    job = QemuJob(record=record, kind=kind, deadline_s=2 * int(settings.TEMPLATE_S), any_timer=last)
+    job = QemuJob(record=record, kind=kind, deadline_s=2 * int(limit_s), any_timer=last)
     with start_qemu(job, accelerator, memory=saving) as instance:
         instance.release()
-        deadline = Deadline.after(settings.TEMPLATE_S)
-        say = {State.GREETED: (Kind.WARM, warm_up(kind))}
+        deadline = Deadline.after(limit_s)
+        say = {State.GREETED: (Kind.WARM, words)}
         if silence := Talk(instance, State.WAITING).until(State.WARM, deadline, say):
             _check_presence(deadline)
             if miscalibrated(silence) and not last:
@@ -85,9 +87,10 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
 
 def renew(instance: Instance, kind: MachineKind) -> None:
     """Have the agent, which has run a program of ours, make a fresh place for the next one. Raises BackendError."""
-    say = {State.COLLECTING: (Kind.WARM, warm_up(kind) | {"commands": []})}
+    words = warm_up(kind) | {"commands": []}
+    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
     talk = Talk(instance, State.COLLECTING)
-    if silence := talk.until(State.WARM, Deadline.after(settings.TEMPLATE_S), say):
+    if silence := talk.until(State.WARM, Deadline.after(limit_s), {State.COLLECTING: (Kind.WARM, words)}):
         raise BackendError("cannot warm a machine", silence.why, "Run x07 doctor")
     instance.start_mode = "pool"  # also one that was booted is spoken to as one that waits from now on
 

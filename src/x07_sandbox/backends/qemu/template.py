@@ -265,7 +265,8 @@ def ensure_template(template: Template, image: str, make: Maker, progress: Calla
     with contextlib.ExitStack() as stack:
         try:
             waits = partial(progress, "waiting for another process that saves a machine")
-            stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=2 * settings.TEMPLATE_S))
+            most_s = 2 * settings.TEMPLATE_S + settings.PRELOAD_S
+            stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=most_s))
         except TimeoutError as exc:
             fix = "Look whether one is stopped, by Ctrl-Z say"
             raise HostError(f"cannot make {template.subject.name}", f"{exc}: the lock of all templates", fix) from exc

@@ -1,0 +1,63 @@
+"""Names of Debian packages are looked up in the host's lists before anything is fetched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.images import apt_index, sources
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import Need
+
+KNOWN = ("python3-numpy", "python3-numpydoc", "python3-sunpy", "nodejs", "libfoo-dev", "zip")
+
+
+def test_near_names_are_found() -> None:
+    """Somebody who types a Python package's own name, or mistypes a name, is told of the package."""
+    assert apt_index.near_names("numpy", KNOWN)[0] == "python3-numpy"
+    assert apt_index.near_names("nodejss", KNOWN) == ["nodejs"]
+    assert apt_index.near_names("foo", KNOWN) == ["libfoo-dev"]
+    assert apt_index.near_names("qqqqqqqq", KNOWN) == []
+    assert apt_index.near_projects("Nunpy", KNOWN)[0] == "numpy"
+
+
+@pytest.fixture
+def lists(tmp_path: Path, need: Need) -> Path:
+    """The file that names the sources of an image, of which this host has the lists."""
+    file = apt_index.write_sources(tmp_path, sources.release_codename(), host_arch().deb, lambda _note: None)
+    need(bool(apt_index.package_names(file)), "package lists of this host (apt-get update)", installable=False)
+    return file
+
+
+def test_an_unknown_package_is_named_at_once(lists: Path) -> None:
+    """A name that no source has is refused before the build, with the package that was probably meant."""
+    with pytest.raises(UsageError, match="no package of this name") as caught:
+        apt_index.check_known(lists, ["zip", "numpy"], "trixie")
+    assert "python3-numpy" in caught.value.fix
+    assert "--pip numpy" in caught.value.fix
+
+
+def test_known_and_virtual_packages_are_taken(lists: Path) -> None:
+    """A package, and a name that several packages provide, need no further word."""
+    apt_index.check_known(lists, ["zip", "awk"], "trixie")
+
+
+def test_the_versions_of_a_new_image_are_known(lists: Path) -> None:
+    """The Python that a new image will have is known before it is made."""
+    found = apt_index.versions(lists, ("python3", "libc6", "no-such-package"))
+    assert sorted(found) == ["libc6", "python3"]
+    assert found["python3"].startswith("3.")
+
+
+def test_a_host_without_lists_refuses_nothing(tmp_path: Path) -> None:
+    """Where the host has no lists of an image's sources, names are left to the build itself."""
+    file = tmp_path / "build.sources"
+    file.write_text("Types: deb\nURIs: http://x.invalid/debian\nSuites: sid\nComponents: main\n")
+    apt_index.check_known(file, ["no-such-package"], "sid")
+    assert apt_index.versions(file, ["python3"]) == {}
