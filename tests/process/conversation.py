@@ -79,6 +79,7 @@ class Program:
     confine: Mapping[str, Any] = field(default_factory=dict)
     mounts: list[dict[str, Any]] = field(default_factory=list)
     output: dict[str, Any] | None = None
+    left: dict[str, int] | None = None
 
 
 def python(source: str, *words: str, **how: Any) -> Program:  # noqa: ANN401 - fields of Program
@@ -135,6 +136,7 @@ class Conversation:
             "confine": FREE | dict(program.confine),
             "output": program.output,
             "network": None,
+            "left": program.left,
         }
         if any(mount["changes"] for mount in program.mounts):
             self.to_come.add(Stream.CHANGES)

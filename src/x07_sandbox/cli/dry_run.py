@@ -51,8 +51,7 @@ def _lines(found: Preview) -> list[str]:
         f"{limits.fds} descriptors",
     )
     return [
-        f"toolchain {found.toolchain}: {built}",
-        f"files that go in: {', '.join(files)}",
+        *([f"toolchain {found.toolchain}: {built}", f"files that go in: {', '.join(files)}"] if files else []),
         *(f"folder {root.host}: a copy at {root.guest}, to {_DEEDS[root.write]}" for root in found.roots),
         f"run in another machine: {_short(found.run)}",
         f"limits: {', '.join(held)}",

@@ -72,12 +72,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_machine(parser)
     _add_output(parser)
     _add_x07(parser)
+    parser.set_defaults(command=[], read=False)
 
 
-def _add_program(parser: argparse.ArgumentParser) -> None:
+def add_command_options(parser: argparse.ArgumentParser) -> None:
+    """Add those of `x07 exec`: what a command of the image has of them, which is never built."""
+    parser.add_argument("command", nargs="*", metavar="COMMAND [ARGS]", help="the command and its arguments, behind --")
+    _add_program(parser, built=False)
+    _add_files(parser)
+    _add_input(parser)
+    _add_machine(parser, built=False)
+    _add_output(parser, built=False)
+    names = ("program", "code", "toolchain", "artifact", "program_flag", "project", "compiled_out", "report")
+    parser.set_defaults(**dict.fromkeys((*names, "attest_runtime", "profile", "auto_ffi")), args=[], no_cache=False)
+    parser.set_defaults(world="run-os-sandboxed", **{name[2:].replace("-", "_"): None for name in X07_LIMITS})
+
+
+def _add_program(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     group = parser.add_argument_group("the program")
-    option(group, "-c", "CODE", "a source text; needs --toolchain", dest="code")
-    option(group, "--toolchain", "T", "how it is built and started", choices=tuple(BY_NAME))
+    option(group, "--workdir", "DIR", "start it in a copy of this folder; changes come back", type=named_folder)
+    if built:
+        option(group, "-c", "CODE", "a source text; needs --toolchain", dest="code")
+        option(group, "--toolchain", "T", "how it is built and started", choices=tuple(BY_NAME))
+    else:
+        switch(group, "--read", "let it read the folder of --workdir only, not change it")
     what = "what it may touch: a document, or built-in:TEMPLATE (default: no files, no network, 60 s, 512 MiB)"
     option(group, "--policy", "FILE", what)
     option(group, "--timeout", "S", "seconds that it may take, at most the policy's", type=seconds(600))
@@ -113,7 +131,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     option(group, "--input-b64", "TEXT", "bytes, as base64")
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> None:
+def _add_machine(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     group = parser.add_argument_group("the machines")
     option(group, "--image", "NAME|DIGEST", "the guest image (default: default)")
     switch(group, "--require-hardware", "refuse emulation")
@@ -125,22 +143,25 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     doc = "how long to wait while as many machines run as may (default: 600)"
     group.add_argument("--queue-timeout", type=queue, default=settings.QUEUE_S, metavar="S", help=doc)
     switch(group, "--no-pool", "take no warm machine, also where x07 pool keeps some")
-    switch(group, "--no-cache", "build also what was built before from the same source")
+    if built:
+        switch(group, "--no-cache", "build also what was built before from the same source")
     switch(group, "--cold", "boot the machines anew instead of cloning saved ones")
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def _add_output(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     group = parser.add_argument_group("output")
     add_document_flags(group, "print the result as one JSON object instead of the program's output")
     switch(group, "--raw", "let a terminal have control sequences of the program's")
     most = "per stream (default: 64 MiB); of an X07 program its output (default: its profile's, else 1 MiB)"
     option(group, "--max-output-bytes", "N", most, type=whole_number(0, 1 << 40, "bytes"))
+    switch(group, "--dry-run", "boot nothing: say what would be done")
+    if not built:
+        return
     option(group, "--compiled-out", "FILE", "keep what was built there", type=named_file)
     report = "print X07's report instead, and end with its exit code"
     option(group, "--report", None, report, choices=("runner", "wrapped"))
     attest = "X07's attestation of the run, with --report runner if none is named"
     option(group, "--attest-runtime", "FILE", attest, type=named_file)
-    switch(group, "--dry-run", "boot nothing: say what would be done")
 
 
 def _add_x07(parser: argparse.ArgumentParser) -> None:
