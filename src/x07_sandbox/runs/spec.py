@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.host import settings
 from x07_sandbox.plan.confinement import confinement
-from x07_sandbox.plan.places import WORK
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.toolchains import (
@@ -88,7 +87,11 @@ def run_spec(
     if protocol is not None:
         more = protocol.run_files(request.whole_input)
         files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
-    cwd = WORK if request.workdir is not None else PROJECT_FOLDER if program.project else CWD
+    cwd = PROJECT_FOLDER if program.project else CWD
+    if request.workdir is not None:
+        from x07_sandbox.plan.places import WORK  # not on the way of a run without files
+
+        cwd = WORK
     left, left_files = _left(prepared, stack)
     if request.files and request.workdir is None:
         from x07_sandbox.runs.left import work_files
