@@ -16,11 +16,21 @@ if TYPE_CHECKING:
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.host.version import __version__
     from x07_sandbox.library.pool import Pool
-    from x07_sandbox.library.run import load_policy, run_program, run_program_async
+    from x07_sandbox.library.run import exec_command, load_policy, run_program, run_program_async
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.result import Result
 
-__all__ = ["Policy", "Pool", "Result", "SandboxError", "__version__", "load_policy", "run_program", "run_program_async"]
+__all__ = [
+    "Policy",
+    "Pool",
+    "Result",
+    "SandboxError",
+    "__version__",
+    "exec_command",
+    "load_policy",
+    "run_program",
+    "run_program_async",
+]
 
 _EXPORTS = {
     "Policy": "x07_sandbox.policy.model",
@@ -28,6 +38,7 @@ _EXPORTS = {
     "Result": "x07_sandbox.runs.result",
     "SandboxError": "x07_sandbox.errors",
     "__version__": "x07_sandbox.host.version",
+    "exec_command": "x07_sandbox.library.run",
     "load_policy": "x07_sandbox.library.run",
     "run_program": "x07_sandbox.library.run",
     "run_program_async": "x07_sandbox.library.run",

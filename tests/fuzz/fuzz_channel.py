@@ -45,6 +45,7 @@ START: Final[dict[str, object]] = {
     "confine": {"threads": True, "spawn": True, "execute": True, "programs": None, "prefixes": []},
     "output": None,
     "network": None,
+    "left": None,
 }
 DENIED: Final[dict[str, object]] = {
     "by": "kernel",
@@ -66,6 +67,8 @@ EXITED: Final[dict[str, object]] = {
     "disk_full": False,
     "memory_full": False,
     "denials_lost": 0,
+    "left_files": 0,
+    "left_bytes": 0,
     "output_bytes": None,
     "output_problem": None,
 }

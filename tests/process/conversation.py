@@ -79,6 +79,7 @@ class Program:
     confine: Mapping[str, Any] = field(default_factory=dict)
     mounts: list[dict[str, Any]] = field(default_factory=list)
     output: dict[str, Any] | None = None
+    left: dict[str, int] | None = None
 
 
 def python(source: str, *words: str, **how: Any) -> Program:  # noqa: ANN401 - fields of Program
@@ -135,11 +136,14 @@ class Conversation:
             "confine": FREE | dict(program.confine),
             "output": program.output,
             "network": None,
+            "left": program.left,
         }
         if any(mount["changes"] for mount in program.mounts):
             self.to_come.add(Stream.CHANGES)
         if program.output is not None:
             self.to_come.add(Stream.OUTPUT_FILE)
+        if program.left is not None and program.left["files"]:
+            self.to_come.add(Stream.LEFT)
         self.link.send(Kind.START, body)
         for number, (_, _, content) in enumerate(program.files.values()):
             self.send(Stream.FIRST_FILE + number, content)
@@ -178,6 +182,8 @@ class Conversation:
                 self.last = event
                 if event.kind is Kind.FAILED or not event.body["output_bytes"]:
                     self.to_come.discard(Stream.OUTPUT_FILE)
+                if event.kind is Kind.EXITED and not event.body["left_files"]:
+                    self.to_come.discard(Stream.LEFT)
                 if event.kind is Kind.FAILED:
                     self.to_come.clear()
             elif isinstance(event, Data):

@@ -16,7 +16,7 @@ import pytest
 from tests.process.conftest import claim, left, run_on, started
 from tests.process.conversation import Conversation, Program, python
 from x07_sandbox.backends.base import Job, MachineKind
-from x07_sandbox.channel.frames import Kind
+from x07_sandbox.channel.frames import Kind, Stream
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.cancel import Caller, Cancel
@@ -71,6 +71,27 @@ def test_what_cannot_be_executed_is_said(either: Backend) -> None:
     ended = run_on(either, Program(argv=["/x07/in/nothing"]))
     assert ended.kind is Kind.FAILED
     assert (ended.body["stage"], ended.body["errno"]) == ("exec", 2)
+
+
+def test_a_command_is_looked_up_on_the_programs_path(either: Backend) -> None:
+    """A name without a slash is a program of PATH, and one that is nowhere there is told as missing."""
+    ended = run_on(either, Program(argv=["sh", "-c", "echo $0 $1", "a", "b"]))
+    assert (ended.code, ended.stdout) == (0, "a b\n"), ended.stderr
+    ended = run_on(either, Program(argv=["no-such-command"]))
+    assert (ended.kind, ended.body["stage"], ended.body["errno"]) == (Kind.FAILED, "exec", 2)
+
+
+def test_files_in_private_folders_are_counted_and_handed_over(either: Backend) -> None:
+    """Of what is left in the working folder all is counted, and what is wanted and may be read is sent."""
+    source = "import os; open('a', 'w').write('one'); os.mkdir('d'); open('d/b', 'w').close(); open('.rc', 'w').close()"
+    ended = run_on(either, python(source, left={"files": 0, "bytes": 0}))
+    assert (ended.code, ended.body["left_files"], ended.body["left_bytes"]) == (0, 2, 3), ended.stderr
+    assert Stream.LEFT not in ended.streams
+    ended = run_on(either, python(f"{source}; os.chmod('d', 0)", left={"files": 9, "bytes": 9}))
+    assert ended.code == 0, ended.stderr
+    assert b"one" in ended.streams[Stream.LEFT]
+    ended = run_on(either, python("pass", left={"files": 9, "bytes": 9}))
+    assert (ended.code, ended.body["left_files"]) == (0, 0)
 
 
 def test_what_the_program_leaves_running_is_ended(either: Backend) -> None:

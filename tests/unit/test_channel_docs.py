@@ -67,6 +67,10 @@ FIELD_MEANING: Final = {
         "blocks of such addresses for names below a suffix, and what may be asked for as `[first, last, ports]`."
     ),
     "START.output": "`{path, max_bytes}` of the one file that is wanted back, or null.",
+    "START.left": (
+        "What is wanted of the files that the program leaves in its private folders, `{files, bytes}` at most, or null "
+        "where these are not looked at. With 0 files those of the working folder are counted."
+    ),
     "DENIED.by": "Who refused it: `kernel` or `seccomp`.",
     "DENIED.call": "Name of the system call.",
     "DENIED.errno": "What it ended with.",
@@ -84,6 +88,8 @@ FIELD_MEANING: Final = {
     "EXITED.disk_full": "The scratch disk is full.",
     "EXITED.memory_full": "One of the program's folders in memory is full: /tmp or /dev/shm.",
     "EXITED.denials_lost": "How much more was refused, or records of it, and is not told.",
+    "EXITED.left_files": "How many files the program left in the folders that START has looked at.",
+    "EXITED.left_bytes": "Their bytes.",
     "EXITED.output_bytes": "Size of the output file; null when none follows.",
     "EXITED.output_problem": "Why none follows.",
     "FAILED.stage": "What the agent was doing.",
@@ -96,6 +102,7 @@ STREAM_MEANING: Final = {
     Stream.STDERR: "Its standard error.",
     Stream.OUTPUT_FILE: "The file that START asks for, after EXITED.",
     Stream.CHANGES: "What the program has changed in the mounts that START asks about, after EXITED.",
+    Stream.LEFT: "Files that the program left in its private folders, of which START wants some, after EXITED.",
     Stream.FIRST_FILE: "Files that go in, in the order of START.",
 }
 STATE_MEANING: Final = {

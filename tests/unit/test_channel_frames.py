@@ -206,9 +206,10 @@ def test_what_a_guest_sends_is_small() -> None:
 
 
 def test_every_stream_has_one_sender_or_none() -> None:
-    """Input and files go in, outputs, an output file and changes come out, and no other stream is anyone's to send."""
+    """Input and files go in, outputs, a file, changes and what was left come out; no other stream is anyone's."""
     assert STREAMS[Role.HOST] == [Stream.STDIN, *range(Stream.FIRST_FILE, LAST_FILE + 1)]
-    assert STREAMS[Role.GUEST] == [Stream.STDOUT, Stream.STDERR, Stream.OUTPUT_FILE, Stream.CHANGES]
+    outputs = [Stream.STDOUT, Stream.STDERR, Stream.OUTPUT_FILE]
+    assert STREAMS[Role.GUEST] == [*outputs, Stream.CHANGES, Stream.LEFT]
     assert stream_sender(Stream.CONTROL) is None
 
 

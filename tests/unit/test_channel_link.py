@@ -41,7 +41,7 @@ BODY: dict[Kind, dict[str, object]] = {
     Kind.EXITED: EXITED,
     Kind.FAILED: {"stage": "init", "errno": 2, "message": "no"},
 }
-STREAMS = [Stream.STDIN, Stream.STDOUT, Stream.STDERR, Stream.OUTPUT_FILE, Stream.CHANGES, Stream.FIRST_FILE, LAST_FILE]
+STREAMS = [*(stream for stream in Stream if stream != Stream.CONTROL), LAST_FILE]
 CONTROL = sorted(SENDER)
 
 

@@ -66,6 +66,7 @@ class Stream(enum.IntEnum):
     STDERR = 3
     OUTPUT_FILE = 4
     CHANGES = 5
+    LEFT = 6
     FIRST_FILE = 16
 
 
@@ -111,7 +112,7 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
         "phase": Shape("text", lo=1, hi=16),
         **dict.fromkeys(("argv", "env"), _ANY),
         "cwd": Shape("text", lo=1, hi=4096),
-        **dict.fromkeys(("files", "mounts", "limits", "confine", "output", "network"), _ANY),
+        **dict.fromkeys(("files", "mounts", "limits", "confine", "output", "network", "left"), _ANY),
     },
     Kind.STARTED: {},
     Kind.STOP: {},
@@ -128,6 +129,7 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
         **dict.fromkeys(("cpu_us", "memory_peak_bytes", "oom_kills", "tasks_peak", "tasks_refused"), _COUNT),
         **dict.fromkeys(("cpu_exceeded", "stopped", "disk_full", "memory_full"), _BOOL),
         "denials_lost": _COUNT,
+        **dict.fromkeys(("left_files", "left_bytes"), _COUNT),
         "output_bytes": Shape("int", 0, 2**40, optional=True),
         "output_problem": Shape("text", hi=2000, optional=True),
     },
@@ -150,7 +152,7 @@ def stream_sender(stream: int) -> Role | None:
     """Who may send data on *stream*; None where nobody may."""
     if stream == Stream.STDIN or Stream.FIRST_FILE <= stream <= LAST_FILE:
         return Role.HOST
-    if stream in {Stream.STDOUT, Stream.STDERR, Stream.OUTPUT_FILE, Stream.CHANGES}:
+    if Stream.STDOUT <= stream <= Stream.LEFT:
         return Role.GUEST
     return None
 

@@ -324,14 +324,12 @@ def _slowness() -> Finding:
 
     factor = known_factor()
     if factor is None:
-        progress = Progress("doctor") if sys.stderr.isatty() else None
-        if progress:
-            progress("measuring how much slower than this host the emulated machine is")
+        progress = LiveLine()
+        progress("measuring how much slower than this host the emulated machine is")
         with contextlib.closing(Cancel()) as cancel:
             request = RunRequest(source=b"#!/bin/sh\n", toolchain="executable", scale_limits=True, cancel=cancel)
             result, _ = attempt(request)
-        if progress:
-            progress.done("measured")
+        progress("")
         if result.scaling is None:
             text = next((text for text in result.warnings if "scaled" in text), result.reason)
             return Finding(subject="limits under emulation", good=None, text=text)

@@ -52,8 +52,11 @@ def _lines(found: Preview) -> list[str]:
         f"{limits.fds} descriptors",
     )
     return [
-        f"toolchain {found.toolchain}: {built}",
-        f"files that go in: {_listed(found.files)}",
+        *(
+            [f"toolchain {found.toolchain}: {built}", f"files that go in: {_listed(found.files)}"]
+            if found.files
+            else []
+        ),
         *(f"folder {root.host}: a copy at {root.guest}, to {_DEEDS[root.write]}" for root in found.roots),
         f"run in another machine: {_short(found.run)}",
         f"limits: {', '.join(held)}",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # X07's global flags that our verbs have, and whether they take a value.
 _GLOBAL = {"--json": False, "--quiet-json": False, "--report-out": True, "--out": True}
+_RUNS = ("run", "exec")  # verbs whose document is the result of a run
 _JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # how a document is laid out, each verb knows
 
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _import_msgspec()
         options = _parsed(words)
         _recover()
-        if words[0] == "run" or getattr(options, "report_out", None) is None:  # a run writes its report itself
+        if words[0] in _RUNS or getattr(options, "report_out", None) is None:  # a run writes its report itself
             code: int = options.carry_out(options)
         else:
             from x07_sandbox.cli.documents import carry_out_with_report
@@ -56,7 +57,7 @@ def _verb_first(words: list[str]) -> list[str]:
     while count < len(words) and (flag := words[count].partition("=")[0]) in _GLOBAL:
         count += 2 if words[count] == flag and _GLOBAL[flag] else 1
     flags, verb, rest = words[:count], words[count : count + 1], words[count + 1 :]
-    if verb == ["run"]:  # which takes no flag between its program and that one's arguments
+    if verb[:1] and verb[0] in _RUNS:  # which takes no flag between its program and that one's arguments
         return [*verb, *flags, *rest]
     end = rest.index("--") if "--" in rest else len(rest)  # behind the verb's own verb, if it has one
     return [*verb, *rest[:end], *flags, *rest[end:]]
@@ -106,7 +107,7 @@ def _parsed(words: list[str]) -> argparse.Namespace:
 
 def _failure_document(exc: Exception, words: list[str]) -> bytes:
     """An error as the verb's document."""
-    if words[:1] == ["run"]:
+    if words[:1] and words[0] in _RUNS:
         from x07_sandbox.cli.run_failure import failure_document as of_run
 
         return of_run(exc)
@@ -123,7 +124,7 @@ def _namespace(words: list[str]) -> argparse.Namespace:
     options, unknown = parser_for(words).parse_known_args(words)
     if unknown:
         verb = f"x07 {words[0]}" if words[0] in VERBS else "x07"
-        fix = f"See {verb} --help" + ("; arguments of the program go behind --" if verb == "x07 run" else "")
+        fix = f"See {verb} --help" + ("; arguments of the program go behind --" if words[0] in _RUNS else "")
         raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", fix)
     return options
 
@@ -154,7 +155,7 @@ def _failed(exc: Exception, words: list[str]) -> int:
         if not _wants_json(words):
             _say(str(exc))
         code = 2 if isinstance(exc, UsageError) else 125
-        if words[:1] == ["run"]:  # its outcome's, whether or not there was a run
+        if words[:1] and words[0] in _RUNS:  # its outcome's, whether or not there was a run
             from x07_sandbox.runs.run import failure
 
             code = failure(exc).x07_exit_code
@@ -187,7 +188,7 @@ def _json_or(code: int, exc: Exception, words: list[str], signalled: int | None 
     if not _wants_json(words):
         return code
     with contextlib.suppress(OSError):
-        if words[0] == "run":
+        if words[0] in _RUNS:
             from x07_sandbox.cli.run_failure import print_failure as print_run_failure
 
             return print_run_failure(exc, signalled)

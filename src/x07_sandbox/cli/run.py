@@ -47,10 +47,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         level_of=help_level,
     )
     add_options(parser)
-    parser.set_defaults(carry_out=_run)
+    parser.set_defaults(carry_out=run_command)
 
 
-def _run(options: argparse.Namespace) -> int:
+def run_command(options: argparse.Namespace) -> int:
+    """Carry out `x07 run` or `x07 exec`; the exit code. Raises SandboxError."""
     try:
         return _chosen(options)
     except SandboxError as exc:
@@ -136,6 +137,11 @@ def _told(result: Result, unwritten: list[str]) -> int:
         from x07_sandbox.cli.changed import tell
 
         tell(result)
+    if result.files_discarded.count and sys.stderr.isatty():
+        count = result.files_discarded.count
+        files = f"{count} files" if count > 1 else "1 file"
+        keep = "keep such with --workdir DIR, or write to /x07/out with --out DIR"
+        say(f"thrown away: {files} in the program's working folder; {keep}")
     from x07_sandbox.plan.outcomes import REFUSED_EXIT  # loaded by now, while the machine came up
 
     lost = result.stdout.undelivered or result.stderr.undelivered
@@ -229,7 +235,7 @@ def _request(
             raise UsageError("wrong usage", why, "Leave --stdin out, or give the source with -c")
         with cancel.waiting():
             program, source = None, _source_from_stdin()
-    elif program is None:
+    elif program is None and not options.command:
         raise _nothing_named()
     stdin_fd = None if options.code is None and source is not None else _stream(0)
     as_x07 = for_x07 or options.report or options.attest_runtime
@@ -244,7 +250,10 @@ def _request(
         stdin_fd = memory_file(_decoded(options.input_b64), stack)
     return RunRequest(
         program=None if program is None else Path(program),
+        command=tuple(options.command),
         source=source,
+        workdir=options.workdir,
+        workdir_read=options.read,
         toolchain=toolchain,
         args=tuple(words),
         policy=options.policy,
@@ -288,13 +297,32 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
     if len(named) + (code is not None) > 1:
         fix = "Give one of -c, --program, --project, --artifact"
         raise UsageError("wrong usage", "more than one program is named", fix)
+    if options.command:
+        return None, []
     program = named[0] if named else options.program
     if program == "" and code is None:  # what an unset variable of a shell makes: it does not mean this folder
         raise UsageError("wrong usage", "the name of the program is empty", "Name one")
     if not named:
+        _refuse_command(options)
         nothing = options.program is None and code is None
         return _project_here() if nothing else options.program, options.args
     return program, [*([] if options.program is None else [options.program]), *options.args]
+
+
+def _refuse_command(options: argparse.Namespace) -> None:
+    """Raise UsageError for what looks like a command of the image, and is no file here: make test."""
+    program, words = options.program, options.args
+    no_command = not program or program == "-" or {"/", "."} & set(program)
+    if options.code is not None or no_command or os.path.lexists(program):
+        return
+    from shutil import which
+
+    if not (words or which(program)):
+        return
+    from shlex import join
+
+    fix = f"To run a command of the image: x07 exec --workdir . -- {join([program, *words])}"
+    raise UsageError(f"cannot run {program}", f"there is no file {program} here", fix)
 
 
 def _project_here() -> str | None:

@@ -114,22 +114,42 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_machine(parser)
     add_output(parser)
     add_x07(parser)
+    parser.set_defaults(command=[], read=False)
 
 
-def add_program(parser: argparse.ArgumentParser) -> None:
+def add_command_options(parser: argparse.ArgumentParser) -> None:
+    """Add those of `x07 exec`: a command of the image is never built."""
+    parser.add_argument("command", nargs="*", metavar="COMMAND [ARGS]", help="the command and its arguments, after --")
+    add_help_levels(parser, "all")
+    add_program(parser, built=False)
+    add_files(parser)
+    add_machine(parser, built=False)
+    add_output(parser, built=False)
+    names = ["program", "code", "toolchain", "artifact", "program_flag", "project", "compiled_out", "report"]
+    names += ["attest_runtime", "profile", "auto_ffi", "build_timeout"]
+    parser.set_defaults(**dict.fromkeys(names), args=[], no_cache=False)
+    parser.set_defaults(world="run-os-sandboxed", **{name[2:].replace("-", "_"): None for name in X07_LIMITS})
+
+
+def add_program(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     """What runs, under which policy."""
     group = parser.add_argument_group("program and policy")
-    option(group, "-c", "CODE", "run this source text; needs --toolchain", dest="code")
-    option(group, "--toolchain", "T", "how to build and start it (default: by the file's name)", choices=tuple(BY_NAME))
+    option(group, "--workdir", "DIR", "start in a copy of this folder; its changes come back", type=named_folder)
+    if built:
+        option(group, "-c", "CODE", "run this source text; needs --toolchain", dest="code")
+        how = "how to build and start it (default: by the file's name)"
+        option(group, "--toolchain", "T", how, choices=tuple(BY_NAME))
+    else:
+        switch(group, "--read", "let it only read the folder of --workdir")
     what = "policy file or built-in:NAME (default: no network or files, 60 s, 512 MiB)"
     option(group, "--policy", "FILE", what)
-    add_limits(group)
+    add_limits(group, built=built)
     repeated(group, "--env", "NAME=VALUE", "set a variable; NAME alone copies yours")
     for name, form, meaning in OVERRIDES:
         repeated(group, name, form, meaning)
 
 
-def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False) -> None:
+def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False, built: bool = True) -> None:
     """Add the flags that set limits, which `limits_of` reads. of_policy: only those that a policy can say."""
     option(to, "--memory", "SIZE", "memory limit, such as 512M or 1G", type=memory_size)
     option(to, "--cpu-time", "S", "CPU time limit in seconds", type=seconds(600))
@@ -140,8 +160,9 @@ def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False) -> No
     if of_policy:
         to.set_defaults(build_timeout=None, scale_limits=False)
         return
-    build = "time limit of the build in seconds (default: 300)"
-    option(to, "--build-timeout", "S", build, type=seconds(settings.BUILD_S_MAX))
+    if built:
+        build = "time limit of the build in seconds (default: 300)"
+        option(to, "--build-timeout", "S", build, type=seconds(settings.BUILD_S_MAX))
     switch(to, "--scale-limits", "multiply time limits under emulation by how much slower it is")
 
 
@@ -202,7 +223,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     repeated(group, "--reveal", "PATTERN", "let in names that look like secrets: '*.pem'", type=name_pattern)
 
 
-def add_machine(parser: argparse.ArgumentParser) -> None:
+def add_machine(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     """The guest image and how virtual machines are started."""
     group = parser.add_argument_group("virtual machine")
     option(group, "--image", "NAME|DIGEST", "guest image (default: default)")
@@ -215,11 +236,12 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     doc = "how long to wait for a free slot (default: 600)"
     group.add_argument("--queue-timeout", type=queue, default=settings.QUEUE_S, metavar="S", help=doc)
     switch(group, "--no-pool", "do not use a warm VM of x07 pool")
-    switch(group, "--no-cache", "build again, even if the same source was built before")
+    if built:
+        switch(group, "--no-cache", "build again, even if the same source was built before")
     switch(group, "--cold", "boot the VMs instead of cloning saved ones")
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     """What is printed and written."""
     group = parser.add_argument_group("output")
     add_document_flags(group, "print the result as one JSON object instead of the program's output")
@@ -229,7 +251,8 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     switch(group, "--raw", "pass the program's control sequences to the terminal")
     most = "limit for each output stream (default: 64 MiB)"
     option(group, "--max-output-bytes", "N", most, type=whole_number(0, 1 << 40, "bytes"))
-    option(group, "--compiled-out", "FILE", "save the built program", type=named_file)
+    if built:
+        option(group, "--compiled-out", "FILE", "save the built program", type=named_file)
     switch(group, "--dry-run", "run nothing; show what would be done")
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 VERBS: Final = {
     "run": "run a program in a throw-away virtual machine",
+    "exec": "run a command of the image, in a copy of a folder",
     "diff": "show what a run has changed",
     "apply": "do what a run has changed, which was kept",
     "undo": "take a run's changes back",
@@ -40,6 +41,7 @@ _EXAMPLES: Final = """examples:
   x07 image build                         make the guest image (once)
   x07 run prog.py -- --verbose            run a Python program in a throw-away machine
   x07 run --input data.txt prog.c         compile in one machine, run in another, with input
+  x07 exec --workdir . -- make test       run a command of the image in a copy of this folder
   x07 run --json prog.py | jq .outcome    everything about the run as one JSON object
 """
 _NUMBER_CHARS = 32

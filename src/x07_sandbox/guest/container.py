@@ -209,6 +209,10 @@ class Contained(OnSharedKernel):
         mounted.setdefault(b"", any(places.values()))
         return ContainerTree(base, mounted)
 
+    def work_tree(self) -> Tree:
+        """As Platform has it."""
+        return ContainerTree(self.folder("work"), {b"": True})
+
     def mount(self, init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
         """Nothing: they are there."""
 

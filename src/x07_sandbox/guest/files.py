@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.frames import Stream
+from x07_sandbox.guest.confine import CWD
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.place import IN_MEMORY_BYTES, Place
 from x07_sandbox.guest.system import write_all
@@ -22,12 +23,14 @@ _FOLDER: Final = "/x07/in/"
 class IncomingFiles:
     """The files of START, written as they come; an archive is unpacked when it is whole, a tree as it comes.
 
-    trees: by their stream. on_disk: whether they lie on the scratch disk; memory costs a fresh clone far less.
+    trees: by their stream. work: the one that is the program's private working folder, if any.
+    on_disk: whether they lie on the scratch disk; memory costs a fresh clone far less.
     """
 
     def __init__(self, entries: list[dict[str, Any]], place: Place) -> None:
         self.on_disk = sum(entry["bytes"] for entry in entries if entry["kind"] != "tree") > IN_MEMORY_BYTES
         self.trees: dict[int, Tree] = {}
+        self.work: Tree | None = None
         self._folder = place.folder(on_disk=self.on_disk)
         self._entries = {Stream.FIRST_FILE + index: entry for index, entry in enumerate(entries)}
         self._open: dict[int, int] = {}
@@ -36,7 +39,10 @@ class IncomingFiles:
         for stream, entry in self._entries.items():
             self._left[stream] = entry["bytes"]
             if entry["kind"] == "tree":
-                self.trees[stream] = place.platform.tree(stream)
+                in_work = entry["path"] == CWD
+                tree = place.platform.work_tree() if in_work else place.platform.tree(stream)
+                self.trees[stream] = tree
+                self.work = tree if in_work else self.work
                 continue
             if entry["kind"] == "archive" and not self.on_disk:
                 self._archives[stream] = io.BytesIO()

@@ -19,6 +19,7 @@ from x07_sandbox.guest import confine, init
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.execution import Execution
 from x07_sandbox.guest.files import IncomingFiles
+from x07_sandbox.guest.left import left_files, stream_of
 from x07_sandbox.guest.mounts import Names
 from x07_sandbox.guest.place import Limits, Place, failure, told_failure
 from x07_sandbox.guest.trees import changes
@@ -75,6 +76,7 @@ class Job:
         self.hostname: str = body["hostname"]
         self.output: dict[str, Any] | None = body["output"]
         self.mounts: list[dict[str, Any]] = body["mounts"]
+        self.left: dict[str, int] | None = body["left"]
         self.confined = Limits(**body["confine"])
         self.files = IncomingFiles(body["files"], place)
         self.started = False
@@ -91,8 +93,8 @@ class Job:
         self.cpu_exceeded = self.stopped = False
         self.wait_status: int | None = None
         self.output_file: BinaryIO | None = None
-        self.changes: Iterator[bytes] | None = None
-        self.changes_held = b""
+        self.trees: list[tuple[Stream, Iterator[bytes]]] = []  # that are to be sent
+        self.trees_held = b""
 
     # before the program
 
@@ -122,7 +124,10 @@ class Job:
         if self.mounts:
             place.prepare(self._orders())
             self._mount()
+        self._find_command()
         place.prepare(self._orders(self._execution()))
+        for tree in self.files.trees.values():
+            tree.wait()
         place.name(self.machine_id)
         self.cpu_before_us = place.cpu_us_so_far()
         self.cpu_looked_at = time.monotonic()
@@ -141,7 +146,7 @@ class Job:
             self.limits,
             self.hostname,
             self.place.spare_cpu_s,
-            out_writable=self.output is not None,
+            out_writable=self.output is not None or self._collects(),
             inputs_on_disk=self.files.on_disk,
             execution=None if execution is None else tuple(execution),
         )
@@ -159,10 +164,25 @@ class Job:
             mounts=[mount["at"] for mount in self.mounts],
         )
 
+    def _collects(self) -> bool:
+        """Whether the host wants what the program leaves in its private folders."""
+        return self.left is not None and self.left["files"] > 0
+
+    def _find_command(self) -> None:
+        """Replace a name without a slash by the path of that program, in a folder of PATH. Raises JobError."""
+        name = self.argv[0]
+        if "/" in name:
+            return
+        view = f"/proc/{self.place.init}/root" if self.place.platform.namespaces else ""
+        for folder in self.env.get("PATH", "").split(":"):
+            path = f"{folder}/{name}"
+            if path.startswith("/") and os.path.isfile(view + path) and os.access(view + path, os.X_OK):
+                self.argv = [path, *self.argv[1:]]
+                return
+        raise JobError("exec", errno.ENOENT, f"no command {name}")
+
     def _mount(self) -> None:
         """Put the host's folders where the program looks for them."""
-        for tree in self.files.trees.values():
-            tree.wait()
         if any(mount["at"].startswith(_PROJECT) for mount in self.mounts):
             os.makedirs(f"{self.place.folder(on_disk=self.files.on_disk)}/project", exist_ok=True)
         mounts = [(self._source(mount), mount["at"], mount["write"]) for mount in self.mounts]
@@ -298,8 +318,8 @@ class Job:
         if self.link.state is State.COLLECTING:
             if self.output_file is not None:
                 self._send_output()
-            if self.changes is not None and self.output_file is None:
-                self._send_changes()
+            if self.trees and self.output_file is None:
+                self._send_trees()
 
     def _end_streams(self) -> None:
         """End open outputs that hold nothing more, once all processes are gone.
@@ -353,7 +373,8 @@ class Job:
         for refusal, count in refused.items():
             self.link.send(Kind.DENIED, {**refusal._asdict(), "count": count})
         if any(mount["changes"] for mount in self.mounts):
-            self.changes = self._told_changes()
+            self.trees.append((Stream.CHANGES, self._told_changes()))
+        left_count, left_size = self._look_at_left()
         self.link.send(
             Kind.EXITED,
             {
@@ -368,10 +389,24 @@ class Job:
                 "disk_full": os.statvfs(self.place.platform.scratch).f_bavail < _FULL_BLOCKS,
                 "memory_full": self._memory_full(),
                 "denials_lost": lost,
+                "left_files": left_count,
+                "left_bytes": left_size,
                 "output_bytes": size,
                 "output_problem": problem,
             },
         )
+
+    def _look_at_left(self) -> tuple[int, int]:
+        """How many files the program left in its private folders, and their bytes; they are sent if wanted."""
+        if self.left is None:
+            return 0, 0
+        names = ("work", "out") if self._collects() else ("work",)
+        folders = [self.place.platform.folder(name) for name in names]
+        with self.place.platform.reading():
+            left = left_files(folders, self.files.work, self.left["files"], self.left["bytes"])
+        if left.files and self._collects():
+            self.trees.append((Stream.LEFT, stream_of(left)))
+        return left.files, min(left.size, 2**62)
 
     def _memory_full(self) -> bool:
         """Whether one of the program's folders in memory has no room left, for bytes or for names."""
@@ -423,15 +458,15 @@ class Job:
             yield from changes(self.files.trees[mount["tree"]], os.fsencode(mount["sub"]))
         yield Entry(Record.END, b"").encoded()
 
-    def _send_changes(self) -> None:
-        assert self.changes is not None  # noqa: S101 - for the type checker
-        while (window := self.link.window(Stream.CHANGES)) and self.link.pending() < 4 * _READ:
+    def _send_trees(self) -> None:
+        stream, pieces = self.trees[0]
+        while (window := self.link.window(stream)) and self.link.pending() < 4 * _READ:
             with self.place.platform.reading():
-                while len(self.changes_held) < _READ and (more := next(self.changes, b"")):
-                    self.changes_held += more
-            if not self.changes_held:
-                self.link.end_stream(Stream.CHANGES)
-                self.changes = None
+                while len(self.trees_held) < _READ and (more := next(pieces, b"")):
+                    self.trees_held += more
+            if not self.trees_held:
+                self.link.end_stream(stream)
+                del self.trees[0]
                 return
-            count = self.link.send_data(Stream.CHANGES, self.changes_held[: min(window, _READ)])
-            self.changes_held = self.changes_held[count:]
+            count = self.link.send_data(stream, self.trees_held[: min(window, _READ)])
+            self.trees_held = self.trees_held[count:]

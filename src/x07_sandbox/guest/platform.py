@@ -64,6 +64,10 @@ class Platform(ABC):
         self.make_place_folder(name, of_program=True)
         return Tree(self.folder(name), self.program_uid)
 
+    def work_tree(self) -> Tree:
+        """The program's private working folder, for files that lie in it from the start. Raises OSError."""
+        return Tree(self.folder("work"), self.program_uid)
+
     def mount(self, init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
         """Mount (source, place, writable) in the namespaces of *init*, outer ones first. Raises JobError, OSError."""
         mount_all(init, mounts)

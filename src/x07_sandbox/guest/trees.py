@@ -147,24 +147,25 @@ def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
     top = tree.folder + b"/" + sub if sub else tree.folder
     info = os.lstat(top)
     if not stat.S_ISDIR(info.st_mode):  # a root that is one file
-        if _is_other(tree, sub, info):
-            yield from _content(top, b"", info)
+        if is_other(tree, sub, info):
+            yield from content(top, b"", info)
         return
     seen: set[bytes] = set()
     yield from _changed_folder(tree, sub, top, b"", info.st_mode)
-    for path, below, info in _walk(top):
+    for path, below, info in walk(top):
         name = prefix + below
         seen.add(name)
         if stat.S_ISDIR(info.st_mode):
             yield from _changed_folder(tree, name, path, below, info.st_mode)
-        elif _is_other(tree, name, info):
-            yield from _content(path, below, info)
+        elif is_other(tree, name, info):
+            yield from content(path, below, info)
     gone = {name for name in (*tree.names, *tree.folders) if name.startswith(prefix) and name != sub} - seen
     for name in sorted(gone, reverse=True):  # folders after what was in them
         yield Entry(Kind.GONE, name[len(prefix) :]).encoded()
 
 
-def _is_other(tree: Tree, name: bytes, info: os.stat_result) -> bool:
+def is_other(tree: Tree, name: bytes, info: os.stat_result) -> bool:
+    """Whether a file or link is not what came in under that name."""
     return tree.names.get(name) != info.st_ino or info.st_ctime_ns > tree.made_at_ns
 
 
@@ -176,13 +177,18 @@ def _changed_folder(tree: Tree, name: bytes, path: bytes, below: bytes, mode: in
         yield Entry(Kind.OTHER, below, mode=mode).encoded()
 
 
-def _walk(top: bytes) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
-    """Path, name below *top*, and state of all that is there, folders before what is in them."""
+def walk(top: bytes, *, hidden: bool = True) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
+    """Path, name below *top*, and state of all that is there, folders before what is in them.
+
+    hidden: whether names at the top that begin with a dot count.
+    """
     folders = [b""]
     while folders:
         folder = folders.pop()
         with os.scandir(top + b"/" + folder if folder else top) as found:
             entries = sorted(found, key=lambda entry: entry.name)
+        if not (hidden or folder):
+            entries = [entry for entry in entries if not entry.name.startswith(b".")]
         inner = []
         for entry in entries:
             below = folder + b"/" + entry.name if folder else entry.name
@@ -193,7 +199,7 @@ def _walk(top: bytes) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
         folders += reversed(inner)
 
 
-def _content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
+def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
     """A file, a link, or the word that there is something else."""
     if stat.S_ISLNK(info.st_mode):
         yield Entry(Kind.LINK, name, target=os.readlink(path)).encoded()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.request import Loader, RunRequest
 
 _SECONDS_BOUND: Final = 1e9  # far beyond every limit; what is above could not be converted
+FILES_BYTES: Final = 64 << 20
+_FILES_BYTES_MAX: Final = 1 << 30
 _RUN: Final = "x07_sandbox.run_program"
 _WHAT: Final = {
     _RUN: "cannot run a program",
@@ -50,7 +52,11 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     *,
     source: str | bytes | None = None,
     toolchain: str | None = None,
+    command: Sequence[str] = (),
+    workdir: str | os.PathLike[str] | None = None,
+    read_only: bool = False,
     files: Mapping[str, bytes] | None = None,
+    max_files_bytes: int = FILES_BYTES,
     policy: str | os.PathLike[str] | Policy | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
@@ -72,13 +78,21 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     _check_types(given)
     from x07_sandbox.runs.request import RunRequest
 
-    _check_values(program, source, changes, build_timeout_s)
+    _check_values(program, source, command, changes, build_timeout_s)
+    if read_only and workdir is None:
+        raise UsageError("cannot run a program", "read_only is about the folder of workdir", "Give workdir too")
+    if not 0 <= max_files_bytes <= _FILES_BYTES_MAX:
+        raise wrong("max_files_bytes", f"is {max_files_bytes}, and must be from 0 to {_FILES_BYTES_MAX}")
     path = None if program is None else Path(_path_text("program", program))
     return RunRequest(
         program=path,
         source=source.encode("utf-8", "surrogateescape") if isinstance(source, str) else source,
         toolchain=toolchain,
+        command=tuple(command),
+        workdir=None if workdir is None else Path(_path_text("workdir", workdir)),
+        workdir_read=read_only,
         files=dict(files or {}),
+        max_files_bytes=max_files_bytes,
         args=tuple(args),
         policy=policy_given("policy", policy),
         limits=_limits(memory, procs, fds, cpu_s=cpu_s, timeout_s=timeout_s),
@@ -120,6 +134,8 @@ _MAPPING: Any = collections.abc.Mapping | None
 _KINDS: Final[dict[str, tuple[Any, str]]] = {
     "source": (str | bytes | None, "a text or bytes"),
     "toolchain": (str | None, "a text"),
+    "command": (collections.abc.Sequence, "a list of texts"),
+    "max_files_bytes": (int, "a whole number"),
     "files": (_MAPPING, "a mapping of names to bytes"),
     "args": (collections.abc.Sequence, "a list of texts"),
     "env": (_MAPPING, "a mapping of texts to texts"),
@@ -140,12 +156,13 @@ def _check_types(given: Mapping[str, Any]) -> None:
     """Raises UsageError for a value of another type, and for a text that is none."""
     for name, (kinds, shown) in _KINDS.items():
         value = given[name]
-        one_text = name == "args" and isinstance(value, str | bytes)
+        one_text = name in {"args", "command"} and isinstance(value, str | bytes)
         if not isinstance(value, kinds) or (isinstance(value, bool) and name != "scale_limits") or one_text:
             raise wrong(name, f"is {type(value).__name__}, not {shown}")
         _check_text(name, value)
     args, files, env = enumerate(given["args"], start=1), given["files"] or {}, given["env"] or {}
-    for name, pairs in (("args", args), ("files", files.items()), ("env", env.items())):
+    command = enumerate(given["command"])
+    for name, pairs in (("command", command), ("args", args), ("files", files.items()), ("env", env.items())):
         for key, inner in pairs:
             _check_text(name, key)
             _check_text(f"{name}[{key!r}]", inner)
@@ -156,10 +173,15 @@ def _check_types(given: Mapping[str, Any]) -> None:
             raise wrong(f"files[{key!r}]", f"is {type(content).__name__}, not bytes")
 
 
-def _check_values(program: object, source: object, changes: str, build_timeout_s: float | None) -> None:
+def _check_values(
+    program: object, source: object, command: Sequence[str], changes: str, build_timeout_s: float | None
+) -> None:
     """What no type can say. Raises UsageError."""
-    if (program is None) == (source is None):
-        raise UsageError("cannot run a program", "exactly one of program and source is needed", "Give one of them")
+    if (program is not None) + (source is not None) + bool(command) != 1:
+        why = "exactly one of program, source and command is needed"
+        raise UsageError("cannot run a program", why, "Give one of them")
+    if not all(isinstance(word, str) for word in command):
+        raise wrong("command", "is no list of texts")
     if changes not in {"apply", "keep", "discard"}:
         raise UsageError("cannot run a program", f"changes is {changes!r}", "Use apply, keep or discard")
     if build_timeout_s is not None and not 0 < build_timeout_s <= BUILD_S_MAX:

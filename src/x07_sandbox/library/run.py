@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 # What carries runs out is imported when there is one: importing this costs next to nothing.
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.threads import started
-from x07_sandbox.library.call import check_names, input_file, make_request, wrong
+from x07_sandbox.library.call import FILES_BYTES, check_names, input_file, make_request, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,11 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     *,
     source: str | bytes | None = None,
     toolchain: str | None = None,
+    command: Sequence[str] = (),
+    workdir: str | os.PathLike[str] | None = None,
+    read_only: bool = False,
     files: Mapping[str, bytes] | None = None,
+    max_files_bytes: int = FILES_BYTES,
     input: bytes | None = None,  # noqa: A002 - as subprocess.run has it
     policy: str | os.PathLike[str] | Policy | None = None,
     env: Mapping[str, str] | None = None,
@@ -56,7 +60,12 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     """Build and run a program in throw-away virtual machines, and return how it ended.
 
     program: path of a source file, an executable, or a project's folder. source: a text instead, in the language of
-    *toolchain* ("python", "c", ...). files: more files beside it, relative name to content.
+    *toolchain* ("python", "c", ...). command: a command of the image and its arguments instead, as `exec_command` has
+    it. files: more files, relative name to content: they lie beside the source and, unless there is a workdir, in the
+    program's working folder, which is private and otherwise empty.
+    workdir: a folder of yours in whose copy it starts; changes come back unless read_only. `x07 run --workdir` says
+    more. Without it `Result.files` has what it left in its working folder, and in /x07/out unless *out* is given:
+    max_files_bytes at most. The rest is thrown away, and counted as `Result.files_discarded`.
     args: its arguments, a list of texts. input: its whole input. env: variables beside the fixed ones.
     policy: path of a policy document, `built-in:TEMPLATE`, or a Policy. What is not given (no args, None for input,
     policy, image) is what the manifest of a project says, as for `x07 run`; give a policy for a project that you did
@@ -85,6 +94,25 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
 
     with contextlib.closing(Cancel()) as cancel:
         return checked(*_whole(cancel, lambda: run_once(cancel, program, args, **options)), check=check)
+
+
+def exec_command(
+    command: Sequence[str],
+    workdir: str | os.PathLike[str] | None = None,
+    *,
+    read_only: bool = False,
+    check: bool = False,
+    **options: Any,  # noqa: ANN401 - those of run_program, by name
+) -> Result:
+    """Run a command of the guest image, such as `["make", "test"]`, in a copy of a folder; return how it ended.
+
+    command: its name, looked up in the image, or with a slash a path from workdir; then its arguments.
+    workdir: the folder; changes to it come back as `run_program` has it, unless read_only. None for a private, empty
+    one. The rest, what is returned and what is raised are those of `run_program`; nothing is built. A command that the
+    image does not have ends as "failed" with exit code 127.
+    """
+    check_names("exec_command", options, OPTIONS - {"command", "source", "toolchain"})
+    return run_program(command=command, workdir=workdir, read_only=read_only, check=check, **options)
 
 
 def _whole(cancel: Cancel, work: Callable[[], Ended]) -> Ended:

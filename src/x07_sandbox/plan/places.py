@@ -10,6 +10,7 @@ import os
 from typing import Final
 
 PROGRAM: Final = "/opt/x07"
+WORK: Final = f"{PROGRAM}/work"  # the folder of --workdir
 OUT: Final = "/x07/out"
 WRITABLE: Final = ("/tmp", "/dev/shm", PROGRAM, OUT)  # noqa: S108 - the guest's own
 # The guest's own tree: nothing of the host's may lie in it, above it or over it.
@@ -23,7 +24,7 @@ _OVER: Final = ("/tmp", "/opt")  # noqa: S108 - the guest's own; something in th
 def place(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str]:
     """Where a root of that name lies in the guest, a normal path, or None and why there is no place for it.
 
-    start: PROGRAM, or the folder where a project starts. Pure.
+    start: PROGRAM, WORK, or the folder where a project starts. Pure.
     """
     if not given or "\0" in given:
         return None, "it names nothing"

@@ -290,6 +290,14 @@ TOOLCHAINS: Final = (
     ),
 )
 BY_NAME: Final = {toolchain.name: toolchain for toolchain in TOOLCHAINS}
+# Of `x07 exec`; no toolchain that a user names. A name without a slash is looked up in the guest.
+COMMAND: Final = Toolchain(
+    name="command",
+    suffixes=(),
+    build=None,
+    start=lambda source: [source.name],
+    doc="A command of the guest image.",
+)
 
 
 def toolchain_named(name: str) -> Toolchain:

@@ -215,6 +215,7 @@ class Phase:
                 "confine": spec.confine.for_guest(),
                 "output": None if output is None else {"path": output.path, "max_bytes": output.max_bytes},
                 "network": spec.network,
+                "left": spec.left,
             },
         )
 
@@ -225,12 +226,13 @@ class Phase:
                 raise PeerError("bad data", "an output file that was not asked for, or is larger than announced")
             self.link.consumed(event.stream, len(event.payload))
             return
-        if event.stream == Stream.CHANGES:
-            if Stream.CHANGES not in self.to_come or self.spec.changes is None:
+        if event.stream in {Stream.CHANGES, Stream.LEFT}:
+            if event.stream not in self.to_come:
                 raise PeerError("bad data", "changes that were not asked for")
             self.link.consumed(event.stream, len(event.payload))
-            if not self.spec.changes.take(event.payload):
-                self._arrived(Stream.CHANGES)
+            taker = self.spec.changes if event.stream == Stream.CHANGES else self.spec.left_files
+            if not taker.take(event.payload):
+                self._arrived(event.stream)
             return
         sink = self.sinks[Stream(event.stream)]
         self.link.consumed(event.stream, sink.take(event.payload))
@@ -257,6 +259,8 @@ class Phase:
             self.to_come.add(Stream.OUTPUT_FILE)
         if self.spec.changes is not None:
             self.to_come.add(Stream.CHANGES)
+        if self.spec.left_files is not None and body["left_files"]:
+            self.to_come.add(Stream.LEFT)
         if not self.to_come:
             self._end()
 

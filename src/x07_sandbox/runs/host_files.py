@@ -26,12 +26,13 @@ from x07_sandbox.host.paths import cache_dir, is_folder, one_slash, open_own, pr
 from x07_sandbox.jobs.record import home_of
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Area, Denial, HowToAllow
-from x07_sandbox.plan.places import OUT, PROGRAM
+from x07_sandbox.plan.places import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.folder import runs_dir
 from x07_sandbox.runs.request import ProjectPolicy
 from x07_sandbox.runs.result import ChangedName, Changes
 from x07_sandbox.runs.streams import ROOM, InFile
+from x07_sandbox.runs.workdir import workdir_root, working_folder
 
 if TYPE_CHECKING:
     import contextlib
@@ -80,8 +81,10 @@ class HostFiles:
             # What lies in another root, and that did not take it along.
             waiting += trees_of([root for root in roots if root.host in apart])
         writable = change_roots(self.trees)
-        self._mounts = mounts_of(self.trees, confinement(policy, _start(program)))
+        self._mounts = mounts_of(self.trees, confinement(policy, _start(request, program)))
         given = {root.guest: root.given for root in roots}
+        if request.workdir is not None and not program.project:
+            given[WORK] = "."  # as --allow-write-root has it
         # What is in force: of what lies in a write root all can be written, whatever else names it.
         self.areas = [
             Area(given=given[mount.at], at=mount.at, write=mount.write, joins=joins.get(mount.at))
@@ -245,16 +248,18 @@ class HostFiles:
 
 
 def base_folder(request: RunRequest, program: Program) -> Path:
-    """The folder that relative roots are below: the project's, else ours. Raises UsageError."""
+    """The folder that relative roots are below: the project's, else that of --workdir, else ours. Raises UsageError."""
     if program.project and request.program is not None:
         path = Path(request.program)
         return real_path(path if is_folder(path) else path.parent)
-    return real_path(Path())
+    return real_path(Path()) if request.workdir is None else working_folder(request.workdir)
 
 
 def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
     """The folders of the host that a run opens to its program. Raises RefusedError, UsageError."""
-    roots = roots_of(policy, base_folder(request, program), _start(program))
+    roots = roots_of(policy, base_folder(request, program), _start(request, program))
+    if request.workdir is not None:
+        roots = (*roots, workdir_root(request, program, policy, request.workdir))
     if request.out is None:
         return roots
     if not policy.fs.enabled:
@@ -275,9 +280,11 @@ def _kept_by_us() -> list[str]:
     return [str(real_path(path)) for path in places]  # as roots are known
 
 
-def _start(program: Program) -> str:
-    """Where it starts in the machine."""
-    return PROJECT_FOLDER if program.project else PROGRAM
+def _start(request: RunRequest, program: Program) -> str:
+    """The folder below which relative roots lie in the machine."""
+    if program.project:
+        return PROJECT_FOLDER
+    return PROGRAM if request.workdir is None else WORK
 
 
 def _way_to(path: str) -> set[str]:

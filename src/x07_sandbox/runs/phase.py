@@ -27,6 +27,8 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     network: what the guest's relay is told, as START carries it (network/guest_view); None without connections.
     places: of these mounts, as a backend may need them beforehand.
     areas: of the host, for reports of refusals. changes: takes changes to the trees (files/incoming.Incoming), or None.
+    left: what is wanted of the files in the program's private folders, as START carries it; None where they are not
+    looked at. left_files: takes them (runs/left.LeftFiles), or None.
     """
 
     name: Literal["build", "run"]
@@ -42,6 +44,8 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     places: tuple[RootPlace, ...] = ()
     areas: tuple[Area, ...] = ()
     changes: Any = None
+    left: dict[str, int] | None = None
+    left_files: Any = None
     output: OutFile | None = None
     limits_shown: Any = None
     network: dict[str, Any] | None = None
@@ -56,7 +60,7 @@ def needs_of(spec: PhaseSpec) -> Needs:
         tasks=limits["tasks"],
         fds=limits["fds"],
         files_bytes=sum(file.size for file in spec.files),
-        out=spec.output is not None,
+        out=spec.output is not None or spec.left_files is not None,
         places=spec.places,
         closed=not confine.execute or confine.programs is not None,
         alone=confine.alone,

@@ -19,7 +19,7 @@ from x07_sandbox.host.variables import flag, text
 from x07_sandbox.images.store import DEFAULT, find_image, image_is_current
 from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.plan.controls import Plan, make_plan
-from x07_sandbox.programs.toolchains import require_packages
+from x07_sandbox.programs.toolchains import COMMAND, require_packages
 from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import (
     InForce,
@@ -115,9 +115,10 @@ def prepare(
         _require_programs(program, choice)
     availability = backend.probe(image, boot=not dry)
     _require_hardware(request, availability)
-    if request.out is not None and "host-files" not in availability.features.can_hold:
-        why = f"the backend {backend.name} cannot bring files back"
-        raise RefusedError("cannot use --out", why, "Leave it out, or use --sandbox-backend vm")
+    for flag_name, folder in (("--out", request.out), ("--workdir", request.workdir)):
+        if folder is not None and "host-files" not in availability.features.can_hold:
+            why = f"the backend {backend.name} cannot bring files back"
+            raise RefusedError(f"cannot use {flag_name}", why, "Leave it out, or use --sandbox-backend vm")
     plan = make_plan(in_force.policy, availability.features, cpu_ms=program.cpu_ms)
     draft = replace(
         draft,
@@ -197,6 +198,8 @@ def _refuse_image(request: RunRequest, choice: Choice) -> None:
 def _require_programs(program: Program, choice: Choice) -> None:
     """Refuse a toolchain whose programs this host lacks. Raises RefusedError."""
     toolchain, source = program.toolchain, program.source
+    if toolchain is COMMAND:  # looked up where it is run
+        return
     argvs = [toolchain.start(source), *([] if toolchain.build is None else [toolchain.build(source)])]
     for path in (argv[0] for argv in argvs):
         if not path.startswith("/x07/") and not os.access(path, os.X_OK):

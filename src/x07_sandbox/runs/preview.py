@@ -10,6 +10,7 @@ import msgspec
 from x07_sandbox.files.roots import Root, trees_of
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import Plan
+from x07_sandbox.programs.toolchains import COMMAND
 from x07_sandbox.runs.host_files import roots_in_force
 from x07_sandbox.runs.prepare import last_of, prepare, wants_scaling
 from x07_sandbox.runs.result import Scaling, draft_result
@@ -59,7 +60,7 @@ def preview(request: RunRequest) -> Preview:
             toolchain=toolchain.name,
             build=None if toolchain.build is None else toolchain.build(program.source),
             run=[*toolchain.start(program.source), *request.args],
-            files=list(program.source.files) or [program.source.name],
+            files=[] if toolchain is COMMAND else list(program.source.files) or [program.source.name],
             roots=roots,
             digests=digests,
             image=ready.image_name,

@@ -14,6 +14,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.programs.toolchains import (
+    COMMAND,
     PROJECT_FOLDER,
     SOURCE_FOLDER,
     Source,
@@ -66,6 +67,8 @@ def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunR
 
 
 def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
+    if request.command:
+        return _from_command(request, stack)
     if request.source is not None:
         refuse_profile(request, "the source")
         return request, _from_text(request, request.source, stack)
@@ -86,6 +89,16 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
         why = f"it has more than {settings.SOURCE_MAX_BYTES} bytes"
         raise UsageError(f"cannot run {path}", why, "Name a smaller source file")
     return request, single_file(toolchain, name, data, request, stack)
+
+
+def _from_command(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
+    """A command of the image: there is nothing of it to read or build."""
+    name, *args = request.command
+    if not name or "\0" in name:
+        raise UsageError("cannot run the command", "its name is empty or holds a zero byte", "Name one: make, sh")
+    file = in_memory(b"", f"{SOURCE_FOLDER}/command", 0o644, stack)
+    program = Program(toolchain=COMMAND, source=Source(name=name), data=b"", file=file, sha256=sha256_text(b""))
+    return replace(request, args=(*args, *request.args)), program
 
 
 def refuse_profile(request: RunRequest, what: str) -> None:
@@ -122,11 +135,9 @@ def single_file(
         arch = host_arch()
         check_executable(name, data[:_HEAD_BYTES], arch.name, arch.elf_machine)
     source = Source(name=name, head=data[:_HEAD_BYTES])
-    if request.files:
+    if request.files and toolchain.build is not None:
         from x07_sandbox.files.pack import pack_files
 
-        if toolchain.build is None:
-            raise UsageError(f"cannot run {name}", "an executable takes no files beside it", "Leave `files` out")
         if name in request.files:
             why = f"`files` has one of that name too, and the program is called {name} in the machine"
             raise UsageError(f"cannot run {name}", why, "Give that file another name")

@@ -81,8 +81,11 @@ class InForce(NamedTuple):
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked for.
 
-    program: path of a source, a project's folder, or its manifest. source: a text instead, in the language of
-    toolchain, which for a file overrides its name. files: more files beside it, by relative name.
+    program: path of a source, a project's folder, or its manifest. command: a command of the image and its arguments
+    instead. source: a text instead, in the language of
+    toolchain, which for a file overrides its name. files: more files beside it, and in its private working folder, by
+    relative name. workdir: a folder whose copy it starts in; workdir_read: it cannot be changed.
+    max_files_bytes: of what it leaves in its private folders and is handed over as `Result.files`; 0 for none.
     policy: as read_policy takes it; None leaves it to the project. overrides: hosts and roots that flags add or remove;
     override_flags: these flags, for advice. limits: what the caller set of the policy's limits. build_wall_ms: time for
     the build, None for the usual. scale_limits: whether time and CPU limits grow with the slowness of an emulated
@@ -103,9 +106,13 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     program: Path | None = None
+    command: tuple[str, ...] = ()
     source: bytes | None = None
     toolchain: str | None = None
     files: Mapping[str, bytes] = {}
+    workdir: Path | None = None
+    workdir_read: bool = False
+    max_files_bytes: int = 0
     args: tuple[str, ...] = ()
     policy: str | Path | Policy | ProjectPolicy | None = None
     overrides: Overrides | None = None
@@ -146,9 +153,9 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 def check_arguments(request: RunRequest) -> None:
     """Refuse what no program could be started with (execve(2)), before anything is built. Raises UsageError."""
-    what = f"cannot run {request.program or 'the source'} with these arguments"
+    what = f"cannot run {request.program or ''.join(request.command[:1]) or 'the source'} with these arguments"
     total = 0
-    for number, arg in enumerate(request.args, start=1):
+    for number, arg in enumerate((*request.command[:1], *request.args), start=0 if request.command else 1):
         if not isinstance(arg, str):
             raise UsageError(what, f"number {number} is no text", "Give texts")
         size = len(os.fsencode(arg)) + 1

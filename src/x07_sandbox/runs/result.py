@@ -6,7 +6,7 @@ Schema `x07.sandbox.result@0.1.0`: `schemas/result.schema.json` is generated fro
 from __future__ import annotations
 
 import builtins
-from typing import Final, Literal
+from typing import Any, Final, Literal, Self
 
 import msgspec
 
@@ -96,6 +96,13 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     names: tuple[ChangedName, ...] = ()
 
 
+class Discarded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Files that were thrown away with the machine: how many, and their bytes."""
+
+    count: int = 0
+    bytes: int = 0
+
+
 class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """sha256 of what went in and came out, as `sha256:<hex>`; null for what there was none of."""
 
@@ -118,7 +125,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     cpu_ms: int
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """How one run ended.
 
     run: its name, for `x07 diff` and its kin. schema_version: of this form.
@@ -137,6 +144,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     denials_lost: how many more things refused, or records of them, were not looked at: there were too many.
     filters: the image's seccomp filters that the program was under, by name, as `sha256:<hex>`. One whose name ends
         in -once stands beside its twin: the guest takes it where the program itself has to be executed.
+    files_discarded: what the program left in its private folders, and nobody took: see x07 run --workdir and --out.
     net: what the program's connections came to; null where it could have none.
     scaling: of its time and CPU limits; null where the policy's own held.
     """
@@ -163,6 +171,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     denials_lost: int = 0
     hints: list[Hint] = []
     changes: Changes = Changes()
+    files_discarded: Discarded = Discarded()
     filters: dict[str, str] = {}
     net: NetworkUse | None = None
     scaling: Scaling | None = None
@@ -178,6 +187,28 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def began(self) -> bool:
         """Whether the program itself was ever executed."""
         return "run" in self.phases and "started" in self.phases["run"].times_ms
+
+    @property
+    def files(self) -> dict[str, builtins.bytes]:
+        """Files that the program left in its private working folder or in /x07/out, by relative name.
+
+        Only calls from Python take them (`max_files_bytes`), and no document of a result has them.
+        """
+        found: dict[str, builtins.bytes] = vars(self).get("files_left", {})
+        return found
+
+    def having(self, files: dict[str, builtins.bytes]) -> Self:
+        """The same result, with these as its `files`."""
+        vars(self)["files_left"] = files
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _with_files, (type(self), msgspec.structs.asdict(self), self.files)
+
+
+def _with_files(kind: type[Result], fields: dict[str, Any], files: dict[str, bytes]) -> Result:
+    """Undo Result.__reduce__: a pickled result keeps its files."""
+    return kind(**fields).having(files)
 
 
 NOTHING = Output(bytes=0, truncated=False, text="")

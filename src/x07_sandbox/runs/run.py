@@ -6,9 +6,10 @@ Each step replaces the draft of the result by one that knows more; whatever ends
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import replace
@@ -19,12 +20,12 @@ from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.policy import PolicyError
-from x07_sandbox.programs.toolchains import OUTPUT
+from x07_sandbox.programs.toolchains import COMMAND, OUTPUT
 from x07_sandbox.runs.artifact import artifact_of
 from x07_sandbox.runs.folder import REQUEST, RunFolder
 from x07_sandbox.runs.job import carry_out_job
 from x07_sandbox.runs.prepare import output_caps, prepare, wants_scaling
-from x07_sandbox.runs.result import Result, draft_result
+from x07_sandbox.runs.result import Discarded, Result, draft_result
 from x07_sandbox.runs.spec import run_spec
 
 if TYPE_CHECKING:
@@ -109,17 +110,20 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
         return
     digests = replace(draft.digests, artifact=f"sha256:{artifact.sha256()}")
     spec = run_spec(prepared, artifact, stack, host_files)
+    if prepared.program.toolchain is COMMAND:
+        digests, draft = replace(digests, source=None, artifact=None), replace(draft, artifact_from=None)
     draft = replace(draft, digests=digests, filters=_filters(prepared, spec))
     yield draft
     end = carry_out_job(prepared, spec, draft.run, folder)
     ending = _by_whose_limit(end.ending, prepared, scaled=draft.scaling is not None)
+    ending = _without_command(ending, end, prepared)
     draft = _with_run(draft, end._replace(ending=ending))
     draft = _with_denials(draft, prepared, spec, end)
+    left = {} if spec.left_files is None else spec.left_files.files()
+    draft = replace(draft, files_discarded=_discarded(end.facts.usage, left))
     yield draft
-    if host_files is None:
-        yield _ended(draft, ending)
-    else:
-        yield _settled(draft, host_files, ending)
+    ended = _ended(draft, ending) if host_files is None else _settled(draft, host_files, ending)
+    yield ended.having(left)
 
 
 def _more(draft: Result, denials: list[Denial]) -> Result:
@@ -163,7 +167,7 @@ def copied_in(
 ) -> Step[tuple[HostFiles | None, Result]]:
     """The host's files of a run, or None where it has none; what did not go in is noted. Raises SandboxError."""
     roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
-    if request.out is None and not roots:
+    if request.out is None and request.workdir is None and not roots:
         return None, draft
     # Not on the way of a run without files.
     from x07_sandbox.files.copy import EntriesError
@@ -238,6 +242,24 @@ def _by_whose_limit(ending: Verdict, prepared: Prepared, *, scaled: bool) -> Ver
     return replace(ending, reason=f"{ending.reason}; {name} scales the limits to the emulated machine")
 
 
+def _discarded(usage: dict[str, Any], taken: dict[str, bytes]) -> Discarded:
+    """What the guest counted in the program's private folders, but for what was taken."""
+    count = usage.get("left_files", 0) - len(taken)
+    size = usage.get("left_bytes", 0) - sum(map(len, taken.values()))
+    return Discarded(count=max(0, count), bytes=max(0, size))
+
+
+def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdict:
+    """The verdict, which says so where the image has no such command."""
+    if prepared.program.toolchain is not COMMAND or end.facts.evidence.not_executed != errno.ENOENT:
+        return ending
+    name, image = ascii(prepared.program.source.name)[1:-1], prepared.image_name
+    if "/" in name:
+        return replace(ending, reason=f"there is no {name} in the machine, or no interpreter that it names")
+    fix = f"x07 image build --name {image} --include PACKAGE adds the Debian package that has it"
+    return replace(ending, reason=f"there is no command {name} in the image {image}; {fix}")
+
+
 def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> Result:
     """The draft with what the program was refused, and what it seems to have missed."""
     usage, refused, outcome = end.facts.usage, end.facts.refused, end.ending.outcome.value
@@ -307,7 +329,8 @@ def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:
 
 def _asked(request: RunRequest) -> bytes:
     """What `x07 ps` shows of a run: the program's name, without arguments, which may hold secrets."""
-    program = None if request.program is None else os.fsencode(request.program).decode("utf-8", "backslashreplace")
+    named = request.program or "".join(request.command[:1])
+    program = os.fsencode(named).decode("utf-8", "backslashreplace") if named else None
     return msgspec.json.encode({"schema_version": "x07.sandbox.request@0.1.0", "program": program})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.backends.base import RootPlace
@@ -10,7 +11,14 @@ from x07_sandbox.host import settings
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
 from x07_sandbox.policy import program_environment
-from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, PROJECT_FOLDER, SOURCE_FOLDER, build_driver
+from x07_sandbox.programs.toolchains import (
+    ARTIFACT,
+    COMMAND,
+    PROGRAM_FOLDER,
+    PROJECT_FOLDER,
+    SOURCE_FOLDER,
+    build_driver,
+)
 from x07_sandbox.runs.phase import CWD, PhaseSpec
 from x07_sandbox.runs.request import in_memory
 from x07_sandbox.runs.streams import InFile
@@ -21,7 +29,9 @@ if TYPE_CHECKING:
 
     from x07_sandbox.policy import Policy
     from x07_sandbox.runs.host_files import HostFiles
+    from x07_sandbox.runs.left import LeftFiles
     from x07_sandbox.runs.prepare import Prepared
+    from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.streams import OutFile
 
 # Python writes its output at once, so that a timeout loses none, and no byte code into folders that it may only read.
@@ -79,12 +89,22 @@ def run_spec(
     request, program, limits = prepared.request, prepared.program, prepared.plan.limits
     policy, archive, protocol = prepared.policy.policy, program.toolchain.archive, program.toolchain.protocol
     path, kind = (PROGRAM_FOLDER, "archive") if archive else (ARTIFACT, "file")
-    started = InFile(path=path, mode=0o755, kind=kind, fd=artifact.fd, size=artifact.size)
-    files = [started, in_memory(prepared.policy.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
+    files = [in_memory(prepared.policy.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
+    if program.toolchain is not COMMAND:
+        files.insert(0, InFile(path=path, mode=0o755, kind=kind, fd=artifact.fd, size=artifact.size))
     if protocol is not None:
         more = protocol.run_files(request.whole_input)
         files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
     cwd = PROJECT_FOLDER if program.project else CWD
+    if request.workdir is not None:
+        from x07_sandbox.plan.places import WORK  # not on the way of a run without files
+
+        cwd = WORK
+    left, left_files = _left(prepared, stack)
+    if request.files and request.workdir is None:
+        from x07_sandbox.runs.left import work_files
+
+        files.append(work_files(request.files, stack))
     mounts = [_PROJECT_MOUNT] if program.project else []
     places: tuple[RootPlace, ...] = ()
     if host_files is not None:
@@ -93,7 +113,7 @@ def run_spec(
         files += host_files.files
     return PhaseSpec(
         name="run",
-        argv=[*program.toolchain.start(program.source), *request.args],
+        argv=[*_start(program, cwd), *request.args],
         files=tuple(files),
         limits=limits.for_guest(),
         confine=confinement(policy, cwd, alone=not (archive or protocol)),
@@ -104,7 +124,30 @@ def run_spec(
         mounts=tuple(mounts),
         places=(*([RootPlace(at=PROJECT_FOLDER, write=True)] if program.project else []), *places),
         changes=None if host_files is None else host_files.incoming,
+        left=left,
+        left_files=left_files,
         areas=() if host_files is None else tuple(host_files.areas),
         limits_shown=limits,
         network=None if prepared.egress is None else prepared.egress.view,
     )
+
+
+def _start(program: Program, cwd: str) -> list[str]:
+    """What starts the program; a command with a slash in its name is found from its working folder."""
+    start = program.toolchain.start(program.source)
+    if program.toolchain is COMMAND and "/" in start[0]:
+        start[0] = posixpath.normpath(posixpath.join(cwd, start[0]))
+    return start
+
+
+def _left(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[dict[str, int] | None, LeftFiles | None]:
+    """What is wanted of the files that the program leaves in its private folders, and what takes them."""
+    request = prepared.request
+    if prepared.program.toolchain.protocol is not None:
+        return None, None
+    if not request.max_files_bytes:  # they are only counted; beside a folder of the user's nobody looks for them
+        return None if request.workdir is not None else {"files": 0, "bytes": 0}, None
+    from x07_sandbox.runs.left import LeftFiles
+
+    left_files = LeftFiles(stack, request.max_files_bytes)
+    return left_files.wanted(), left_files

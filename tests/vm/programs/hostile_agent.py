@@ -40,6 +40,8 @@ ENDED = {
     "disk_full": False,
     "memory_full": False,
     "denials_lost": 0,
+    "left_files": 0,
+    "left_bytes": 0,
     "output_bytes": None,
     "output_problem": None,
 }

@@ -1,0 +1,47 @@
+"""`x07 exec`: run a command of the guest image in a copy of a folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from x07_sandbox.cli.run import run_command
+from x07_sandbox.cli.run_options import add_command_options, help_level
+from x07_sandbox.errors import UsageError
+
+if TYPE_CHECKING:
+    import argparse
+
+_EXAMPLES = """examples:
+  x07 exec --workdir . -- make test              run the tests of the project here; changes come back
+  x07 exec --workdir proj --read -- grep -rn main src
+  x07 exec --workdir . --changes keep -- sh -c './configure && make'
+  x07 diff                                       look at what it changed; x07 apply does it
+  x07 exec --workdir . --timeout 600 --memory 1G -- make -j2
+  x07 exec -- python3 --version                  without a folder: a private, empty one
+
+A name without a slash is looked up in the image (x07 image build --include adds Debian packages),
+one with a slash in DIR: ./configure. Relative folders of --allow-read-root and --allow-write-root lie in DIR.
+The exit code is the command's own, and 127 where the image has no such command: docs/how-to/run-a-command.md.
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "exec",
+        help=help,
+        description="Run a command of the guest image in a throw-away virtual machine, in a copy of DIR.",
+        usage="x07 exec [--workdir DIR [--read]] [OPTIONS] -- COMMAND [ARGS]",
+        late_epilog=lambda _level: _EXAMPLES,
+        level_of=help_level,
+    )
+    add_command_options(parser)
+    parser.set_defaults(carry_out=_exec)
+
+
+def _exec(options: argparse.Namespace) -> int:
+    if not options.command:
+        raise UsageError("wrong usage", "no command is named", "Name one: x07 exec --workdir . -- make test")
+    if options.read and options.workdir is None:
+        raise UsageError("wrong usage", "--read is about the folder of --workdir", "Name one, or leave --read out")
+    return run_command(options)

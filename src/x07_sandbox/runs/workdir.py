@@ -1,0 +1,53 @@
+"""The folder of `--workdir`: which one it may be, and the root that it is."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.files.changes import shown
+from x07_sandbox.files.roots import Root
+from x07_sandbox.host.paths import is_folder, one_slash, real_path
+from x07_sandbox.plan.places import WORK
+
+if TYPE_CHECKING:
+    from x07_sandbox.policy.model import Policy
+    from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.request import RunRequest
+
+
+def workdir_root(request: RunRequest, program: Program, policy: Policy, workdir: Path) -> Root:
+    """The folder in whose copy the program starts. Raises RefusedError, UsageError."""
+    what = f"cannot use --workdir {shown(str(workdir))}"
+    if program.toolchain.protocol is not None:
+        fix = "Use --allow-read-root or --allow-write-root"
+        raise UsageError(what, "an X07 program sees only the folders of its policy", fix)
+    if not policy.fs.enabled:
+        fix = "Set fs.enabled to true in it, or leave --workdir out"
+        raise RefusedError(what, f"fs.enabled is false in policy {policy.policy_id}", fix).by("fs.enabled", value=True)
+    if policy.fs.deny_hidden and any(part.startswith(".") and part.strip(".") for part in workdir.parts):
+        fix = "Set fs.deny_hidden to false, or enter that folder and use --workdir ."
+        why = "it is hidden, and fs.deny_hidden is true"
+        raise RefusedError(what, why, fix).by("fs.deny_hidden", value=False)
+    host = working_folder(workdir)
+    if request.files and program.toolchain.build is None:
+        why = "`files` would lie in the private working folder, and that folder takes its place"
+        raise UsageError(what, why, "Write them to that folder, or leave workdir out")
+    return Root(field="--workdir", given=str(workdir), host=str(host), guest=WORK, write=not request.workdir_read)
+
+
+def working_folder(workdir: Path) -> Path:
+    """Where that folder is. Raises UsageError for what is none, and for one that holds the user's whole home folder."""
+    what = f"cannot use --workdir {shown(str(workdir))}"
+    folder = real_path(Path()) / workdir
+    if not is_folder(folder):
+        raise UsageError(what, "there is no such folder", f"Make it: mkdir -p {shlex.quote(shown(str(workdir)))}")
+    real = real_path(folder)
+    home = real_path(Path(os.path.expanduser("~")))  # noqa: PTH111 - Path's own raises where there is none
+    if real == home or real in home.parents:
+        why = "it is the root of the file system" if real == Path("/") else "it is your home folder, or holds it"
+        raise UsageError(what, f"{why}, and all of it would be copied", "Name the folder of one project")
+    return Path(one_slash(os.path.normpath(folder)))

@@ -1,0 +1,284 @@
+"""Promises of `x07 exec`, --workdir and Result.files that need no machine: refusals, and what a guest may send."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from x07_sandbox import SandboxError, exec_command, run_program
+from x07_sandbox.channel.trees import Entry, Kind, segment
+from x07_sandbox.cli.main import main
+from x07_sandbox.errors import PeerError, RefusedError, UsageError
+from x07_sandbox.guest.left import LOOKED_AT_MAX, left_files, stream_of
+from x07_sandbox.guest.trees import Tree
+from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.plan.places import PROGRAM, WORK, place
+from x07_sandbox.policy import Policy, default_policy
+from x07_sandbox.runs.host_files import roots_in_force
+from x07_sandbox.runs.left import FILES_MAX, LeftFiles, work_files
+from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.result import draft_result
+
+if TYPE_CHECKING:
+    from x07_sandbox.files.roots import Root
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to be in, which is not the home folder, and a place without guest images."""
+    for name in ("here", "home"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def policy_with(**fs: object) -> Policy:
+    """The built-in policy with other rules for files."""
+    policy = default_policy()
+    return replace(policy, fs=replace(policy.fs, **fs))
+
+
+def roots(policy: Policy | None = None, **words: Any) -> tuple[Root, ...]:  # noqa: ANN401 - any of a request's
+    """The roots of a run of a command with these words."""
+    with contextlib.ExitStack() as stack:
+        cancel = stack.enter_context(contextlib.closing(Cancel()))
+        request, program = load_program(RunRequest(command=("make",), cancel=cancel, **words), stack)
+        return roots_in_force(request, program, policy or default_policy())
+
+
+def told(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command that is used wrongly says."""
+    assert main(words) == 2
+    return capfd.readouterr().err
+
+
+def test_a_working_folder_is_an_ordinary_root(here: Path) -> None:
+    """--workdir is a write root, with --read a read root, and relative roots of the policy lie in it."""
+    (here / "proj").mkdir()
+    policy = policy_with(write_roots=("build",))
+    inner, whole = roots(policy, workdir=Path("proj"), workdir_read=True)
+    assert (whole.host, whole.guest, whole.write) == (str(here / "proj"), WORK, False)
+    assert (inner.host, inner.guest, inner.write) == (str(here / "proj/build"), f"{WORK}/build", True)
+    assert roots(workdir=Path())[0].write
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("/", "it is the root of the file system"),
+        ("../home", "it is your home folder"),
+        ("..", "it is your home folder, or holds it"),
+        ("to-home", "it is your home folder"),
+        ("nothing", r"there is no such folder.*mkdir -p nothing"),
+        ("file", "there is no such folder"),
+    ],
+)
+def test_a_working_folder_that_no_one_means_is_refused(here: Path, name: str, why: str) -> None:
+    """The root, the home folder, what holds it, a link to it, and what is no folder are refused with the reason."""
+    (here / "to-home").symlink_to(here.parent / "home")
+    (here / "file").touch()
+    with pytest.raises(UsageError, match=why):
+        roots(workdir=Path(name))
+
+
+def test_a_policy_decides_about_working_folders_too(here: Path) -> None:
+    """A policy without files takes no --workdir, and a hidden folder needs fs.deny_hidden false."""
+    (here / ".hidden").mkdir()
+    with pytest.raises(RefusedError, match=r"fs\.enabled is false"):
+        roots(policy_with(enabled=False), workdir=Path())
+    with pytest.raises(RefusedError, match="it is hidden"):
+        roots(workdir=Path(".hidden"))
+    assert roots(policy_with(deny_hidden=False), workdir=Path(".hidden"))[0].host == str(here / ".hidden")
+
+
+def test_a_relative_root_that_leads_out_is_told_what_works() -> None:
+    """The refusal of ../dir says that the absolute path is taken."""
+    where, why = place("../dir", PROGRAM, deny_hidden=True)
+    assert where is None
+    assert "name it by its absolute path" in why
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["make", "test"], "x07 exec --workdir . -- make test\n"),
+        (["make", "--", "a b", "$(x)"], "x07 exec --workdir . -- make 'a b' '$(x)'"),
+        (["sh"], "x07 exec --workdir . -- sh"),
+    ],
+)
+def test_a_command_given_to_run_is_answered_with_the_line_that_works(
+    words: list[str], fix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`x07 run make test` names the line to type instead, quoted for a shell."""
+    said = told(capfd, "run", *words)
+    assert fix.strip() in said
+    assert f"there is no file {words[0]} here" in said
+
+
+@pytest.mark.parametrize("words", [["prog.py", "--", "x"], ["./make", "x"], ["nothing-of-that-name"]])
+def test_a_program_that_is_missing_is_no_command(
+    here: Path, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelt source, a path and a single unknown name are told as missing files."""
+    assert here
+    assert "exec" not in told(capfd, "run", *words)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ([], "no command is named"),
+        (["--workdir", "."], "no command is named"),
+        (["--read", "--", "ls"], "--read is about the folder of --workdir"),
+        (["--", ""], "its name is empty"),
+        (["--workdir", "", "--", "ls"], "the name of the folder is empty"),
+        (["ls", "-l"], "arguments of the program go behind --"),
+    ],
+)
+def test_wrong_usage_of_exec_is_told(words: list[str], why: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A command line that makes no sense is wrong usage, with the reason."""
+    assert why in told(capfd, "exec", *words)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ({"command": "make"}, "command is str, not a list of texts"),
+        ({"command": ["make", 5]}, "command is no list of texts"),
+        ({"command": ["make"], "source": "x"}, "exactly one of program, source and command"),
+        ({"command": ["make"], "read_only": True}, "Give workdir too"),
+        ({"command": ["make"], "workdir": 5}, "workdir is int"),
+        ({"command": ["make"], "max_files_bytes": -1}, "max_files_bytes is -1"),
+        ({"command": ["make"], "max_files_bytes": 1 << 40}, "max_files_bytes is"),
+    ],
+)
+def test_a_wrong_call_names_its_argument(words: dict[str, Any], why: str) -> None:
+    """A command, a folder or a bound that cannot be used is an error before anything runs."""
+    with pytest.raises(SandboxError, match=why):
+        run_program(**words)
+
+
+def test_a_command_is_not_given_what_only_programs_have() -> None:
+    """exec_command takes neither a source nor a toolchain."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'toolchain'"):
+        exec_command(["make"], toolchain="c")
+
+
+# files that go in, and that are left
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    """What closes files."""
+    with contextlib.ExitStack() as one:
+        yield one
+
+
+def test_files_go_in_and_only_what_became_of_them_comes_out(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+    """Files of a call lie in the working folder; of these only the changed ones, and all new ones, are left."""
+    file = work_files({"a/b.txt": b"one", "kept": b"", "changed": b"1"}, stack)
+    tree = Tree(str(tmp_path), None)
+    tree.write(os.pread(file.fd, file.size, 0))
+    tree.finish()
+    tree.wait()
+    assert (tmp_path / "a/b.txt").read_bytes() == b"one"
+    (tmp_path / "changed").write_bytes(b"2")
+    (tmp_path / "a/new").write_bytes(bytes(70_000))
+    for hidden in (".cache", "a"):
+        (tmp_path / hidden).mkdir(exist_ok=True)
+        (tmp_path / hidden / ".x").write_bytes(b"3")
+    (tmp_path / "link").symlink_to("changed")
+    left = left_files([str(tmp_path)], tree, 10, 1 << 20)
+    assert (left.files, left.size) == (4, 70_002)  # the link too, which is not handed over
+    taken = LeftFiles(stack, 1 << 20)
+    assert all(taken.take(piece) for piece in stream_of(left))
+    assert taken.files() == {"a/.x": b"3", "a/new": bytes(70_000), "changed": b"2"}
+
+
+def test_what_is_too_much_is_counted_and_not_sent(tmp_path: Path) -> None:
+    """Files over the bounds are counted with their sizes; those that fit are sent all the same."""
+    for name, size in (("a", 10), ("b", 1 << 40), ("c", 10), ("d", 1)):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, size)
+    left = left_files([str(tmp_path)], None, 2, 20)
+    assert (left.files, left.size) == (4, (1 << 40) + 21)
+    assert [name for _, _, name, _ in left.sent] == [b"a", b"c"]
+
+
+def test_the_agent_does_not_look_at_endless_folders(tmp_path: Path) -> None:
+    """However many files a program makes, a bounded number of them is looked at."""
+    for number in range(LOOKED_AT_MAX + 5):
+        (tmp_path / str(number)).touch()
+    assert left_files([str(tmp_path)], None, 0, 0).files == LOOKED_AT_MAX
+
+
+def sent(*entries: tuple[bytes, bytes], root: bytes = b"0") -> bytes:
+    """A stream of files, as a guest sends it."""
+    parts = [Entry(Kind.ROOT, root).encoded()]
+    for name, data in entries:
+        parts += [Entry(Kind.FILE, name, mode=0o644, size=len(data)).encoded(), segment(len(data)) + data]
+    return b"".join([*parts, Entry(Kind.END, b"").encoded()])
+
+
+@pytest.mark.parametrize("name", [b"../x", b"/x", b"a//b", b"a/../../x", b"x\0y", b"."])
+def test_a_name_that_leads_out_ends_the_run(name: bytes, stack: contextlib.ExitStack) -> None:
+    """A guest that sends a name outside its folder has broken the protocol."""
+    with pytest.raises(PeerError):
+        LeftFiles(stack, 100).take(sent((name, b"1")))
+
+
+def test_more_than_asked_for_is_thrown_away(stack: contextlib.ExitStack) -> None:
+    """A guest that sends more bytes or more files than the caller wants gives the caller none of them."""
+    for data in (sent((b"x", bytes(101))), sent(*[(b"%d" % n, b"1") for n in range(FILES_MAX + 1)])):
+        taken = LeftFiles(stack, 100 if len(data) < 1000 else 1 << 20)
+        assert not taken.take(data)
+        assert taken.files() == {}
+
+
+def test_a_stream_that_stops_gives_nothing(stack: contextlib.ExitStack) -> None:
+    """Files come all or not at all: a machine that ended on the way has left none."""
+    taken = LeftFiles(stack, 100)
+    assert taken.take(sent((b"a", b"1"))[:-3])
+    assert taken.files() == {}
+
+
+def test_names_that_are_no_text_are_left_out(stack: contextlib.ExitStack) -> None:
+    """Every name in Result.files is Unicode; a file of another name is not handed over."""
+    taken = LeftFiles(stack, 100)
+    assert taken.take(sent((b"\xff", b"1"), ("ü".encode(), b"2")))
+    assert taken.files() == {"ü": b"2"}
+
+
+@given(data=st.binary(max_size=200), cut=st.integers(0, 200))
+def test_any_bytes_are_files_or_an_error_of_the_guests(data: bytes, cut: int) -> None:
+    """Whatever a guest sends, the host has files with plain names, or says that the guest broke the protocol."""
+    with contextlib.ExitStack() as stack:
+        taken = LeftFiles(stack, 1000)
+        with contextlib.suppress(PeerError):
+            for piece in (sent((b"a", b"1"))[:cut], data):
+                taken.take(piece)
+        assert all(name and ".." not in name.split("/") for name in taken.files())
+
+
+def test_a_result_keeps_its_files_when_it_is_pickled() -> None:
+    """A result with files goes to another process whole, and its document does not have their contents."""
+    result = draft_result("1-2-3").having({"a": b"1"})
+    again = pickle.loads(pickle.dumps(result))  # noqa: S301 - our own
+    assert (again, again.files) == (result, {"a": b"1"})
+    assert draft_result("1-2-3").files == {}

@@ -1,0 +1,163 @@
+"""Promises of `x07 exec`, --workdir and files of calls, in machines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from msgspec.structs import replace
+
+from tests.vm.conftest import left_behind
+from x07_sandbox import Pool, exec_command, load_policy, run_program, run_program_async
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from x07_sandbox.images.store import Image
+
+pytestmark = pytest.mark.vm
+
+COMMAND = [sys.executable, "-m", "x07_sandbox.cli.main"]
+MAKEFILE = """\
+all:
+\tcp in.txt out.txt
+test:
+\ttest "$(cat in.txt)" = data && pwd
+fails:
+\texit 1
+"""
+LEAVES = """
+import os
+print(open("data.csv").read(), sorted(os.listdir()))
+import helper
+open("new.csv", "w").write("made")
+os.mkdir("d")
+open("d/e.bin", "wb").write(bytes(9))
+open("/x07/out/c.png", "w").write("png")
+open("large", "wb").truncate(1 << 40)
+os.symlink("/etc/passwd", "link")
+"""
+
+
+@pytest.fixture
+def project(image: Image, state: Path, tmp_path: Path) -> Path:
+    """A project with a Makefile, and nothing left behind afterwards."""
+    assert image.digest
+    assert state
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "Makefile").write_text(MAKEFILE.replace("$(", "$$("))
+    (folder / "in.txt").write_text("data\n")
+    (folder / ".hidden").write_text("")
+    return folder
+
+
+def x07(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command in a folder, as a user types it."""
+    return subprocess.run(
+        [*COMMAND, *words], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+
+
+def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The result that a command with --json has printed."""
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_command_of_the_image_runs_in_a_copy_of_a_folder(project: Path, state: Path) -> None:
+    """`x07 exec --workdir . -- make` works on a copy, and its changes come back, applied, and can be undone."""
+    done = x07(project, "exec", "--workdir", ".", "--", "make", "test", "all")
+    assert done.returncode == 0, done.stderr
+    assert "/opt/x07/work\n" in done.stdout
+    assert "1 added: applied" in done.stderr
+    assert (project / "out.txt").read_text() == "data\n"
+    assert x07(project, "undo").returncode == 0
+    assert not (project / "out.txt").exists()
+    assert left_behind(state) == []
+
+
+def test_a_folder_that_is_only_to_be_read_stays_as_it_is(project: Path) -> None:
+    """With --read the command cannot write to the folder, and a write root within it can be named beside."""
+    (project / "build").mkdir()
+    script = "ls -A; touch x; cp in.txt build/out.txt"
+    words = ("--workdir", "project", "--read", "--allow-write-root", "build")
+    done = x07(project.parent, "exec", "--json", *words, "--", "sh", "-c", script)
+    found = result(done)
+    assert (found["outcome"], found["stdout"]["text"]) == ("ok", "Makefile\nbuild\nin.txt\n"), found["reason"]
+    assert [denial["subject"] for denial in found["denials"] if denial["action"] == "write"] == ["/opt/x07/work/x"]
+    assert (project / "build/out.txt").read_text() == "data\n"
+
+
+def test_the_exit_code_is_the_commands_own(project: Path) -> None:
+    """A command that fails ends as it did, and one that the image does not have with 127 and what would add it."""
+    done = x07(project, "exec", "--workdir", ".", "--", "make", "fails")
+    assert done.returncode == 2, done.stderr
+    done = x07(project, "exec", "--workdir", ".", "--", "no-such-command", "x")
+    assert done.returncode == 127
+    assert "there is no command no-such-command in the image" in done.stderr
+    assert "x07 image build" in done.stderr
+    done = x07(project, "exec", "--json", "--workdir", ".", "--", "./missing")
+    assert (done.returncode, result(done)["outcome"]) == (127, "failed")
+    assert "there is no /opt/x07/work/missing" in result(done)["reason"]
+
+
+def test_a_command_is_under_the_policy(project: Path) -> None:
+    """A policy that lets a program start no other holds for a command too, and the command itself starts."""
+    policy = load_policy()
+    alone = replace(policy, process=replace(policy.process, allow_spawn=False, allow_exec=False))
+    found = exec_command(["sh", "-c", "echo here; /bin/ls"], project, policy=alone)
+    assert (found.outcome, found.stdout.text) == ("failed", "here\n"), found.reason
+    assert found.denials
+    assert (found.digests.source, found.digests.artifact, found.artifact_from) == (None, None, None)
+
+
+def test_a_program_works_in_a_folder_of_the_users(project: Path) -> None:
+    """With --workdir what a program writes by a relative name lands in that folder."""
+    (project.parent / "prog.py").write_text("open('data.csv', 'w').write(open('in.txt').read())")
+    done = x07(project.parent, "run", "--workdir", "project", "prog.py")
+    assert done.returncode == 0, done.stderr
+    assert (project / "data.csv").read_text() == "data\n"
+
+
+def test_files_go_in_and_come_out_of_a_call(state: Path) -> None:
+    """files= lie in the working folder and beside the source; Result.files has what was left, bounded and counted."""
+    files = {"data.csv": b"1,2", "helper.py": b"", "kept": b""}
+    found = run_program(source=LEAVES, toolchain="python", files=files)
+    assert (found.outcome, found.stdout.text) == ("ok", "1,2 ['data.csv', 'helper.py', 'kept']\n"), found.reason
+    assert found.files == {"c.png": b"png", "d/e.bin": bytes(9), "new.csv": b"made"}
+    assert (found.files_discarded.count, found.files_discarded.bytes) == (2, 1 << 40)
+    none = run_program(source=LEAVES.replace("/x07/out/", ""), toolchain="python", files=files, max_files_bytes=0)
+    assert (none.outcome, none.files, none.files_discarded.count) == ("ok", {}, 5)
+    assert left_behind(state) == []
+
+
+def test_other_calls_have_files_too(state: Path) -> None:
+    """A pool, an asynchronous call, and a command without a folder hand over what was left."""
+    words: dict[str, Any] = {"command": ["sh", "-c", "cat a > b"], "files": {"a": b"1"}}
+    with Pool(size=1) as pool:
+        assert pool.submit(**words).result().files == {"b": b"1"}
+    assert asyncio.run(run_program_async(**words)).files == {"b": b"1"}
+    assert exec_command(words["command"], files=words["files"]).files == {"b": b"1"}
+    assert left_behind(state) == []
+
+
+def test_a_terminal_is_told_what_was_thrown_away(project: Path) -> None:
+    """Files in the private working folder are counted in the result, and told once on a terminal."""
+    ours, theirs = pty.openpty()
+    words = [*COMMAND, "exec", "--", "sh", "-c", "touch a b .c"]
+    done = subprocess.run(words, cwd=project, stdin=subprocess.DEVNULL, stderr=theirs, check=False)
+    os.close(theirs)
+    said = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert done.returncode == 0, said
+    assert said.count("thrown away: 2 files") == 1
+    assert "--workdir DIR" in said
+    quiet = x07(project, "exec", "--json", "--", "sh", "-c", "echo 12 > a")
+    assert (result(quiet)["files_discarded"], quiet.stderr) == ({"count": 1, "bytes": 3}, "")
