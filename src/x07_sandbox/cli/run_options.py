@@ -91,14 +91,16 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("its files")
     group.add_argument(
         "--changes",
-        choices=("apply", "keep", "discard"),
+        choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
-        help="what becomes of its changes to the folders that it may change, when it has ended by itself; kept ones "
-        "wait for x07 diff, x07 apply (default: apply)",
+        help="what becomes of its changes to the folders that it may change, when it has ended by itself; apply leaves "
+        "out and keeps what may not be changed; kept ones wait for x07 diff, x07 apply (default: apply)",
     )
     option(group, "--net-log", "FILE", "write a line of JSON there for each connection it asks for", type=named_file)
     option(group, "--diff", "FILE", "write its changes there too, as a patch to read", type=named_file)
     option(group, "--out", "DIR", "a folder of ours that it finds as /x07/out, to write to", type=named_folder)
+    switch(group, "--allow-hidden", "let names that begin with a dot in and out (built-in policies only)")
+    switch(group, "--allow-symlinks", "let symbolic links in and out (built-in policies only)")
     obeyed = "let it change names that other tools run or obey (.git, Jenkinsfile): docs/policy.md"
     repeated(group, "--allow-protected", "PATTERN", obeyed, type=named)
     repeated(group, "--hide", "PATTERN", "names that do not go in, wherever they lie", type=name_pattern)

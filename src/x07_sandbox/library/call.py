@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from x07_sandbox.policy.model import Policy
+    from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.runs.request import Loader, RunRequest
 
 _WALL_S_MAX: Final = 600
@@ -54,8 +55,10 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     timeout_s: float | None = None,
     image: str | None = None,
     max_output_bytes: int | None = None,
-    changes: Literal["apply", "keep", "discard"] = "apply",
+    changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply",
     out: str | os.PathLike[str] | None = None,
+    allow_hidden: bool = False,
+    allow_symlinks: bool = False,
     live: tuple[int | None, int | None] = (None, None),
     **as_it_is: Any,  # noqa: ANN401 - RunRequest knows them
 ) -> RunRequest:
@@ -81,9 +84,22 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
         max_output_bytes=max_output_bytes,
         changes=changes,
         out=None if out is None else Path(_path_text("out", out)),
+        overrides=_overrides(hidden=allow_hidden, symlinks=allow_symlinks),
         loaders=_loaders(path),
         **as_it_is,
     )
+
+
+def _overrides(**let_in: bool) -> Overrides | None:
+    """What the call changes of the policy. Raises UsageError."""
+    for word, value in let_in.items():
+        if not isinstance(value, bool):
+            raise wrong(f"allow_{word}", f"is {type(value).__name__}, not a bool")
+    if not any(let_in.values()):
+        return None
+    from x07_sandbox.policy.overrides import Overrides
+
+    return Overrides(let_in=tuple(word for word, value in let_in.items() if value))
 
 
 def _loaders(path: Path | None) -> tuple[Loader, ...]:
@@ -144,8 +160,10 @@ def _check_values(program: object, source: object, changes: str, timeout_s: floa
     """What no type can say. Raises UsageError."""
     if (program is None) == (source is None):
         raise UsageError("cannot run a program", "exactly one of program and source is needed", "Give one of them")
-    if changes not in {"apply", "keep", "discard"}:
-        raise UsageError("cannot run a program", f"changes is {changes!r}", "Use apply, keep or discard")
+    if changes not in {"apply", "all-or-nothing", "keep", "discard"}:
+        raise UsageError(
+            "cannot run a program", f"changes is {changes!r}", "Use apply, all-or-nothing, keep or discard"
+        )
     if timeout_s is not None and not 0 < timeout_s <= _WALL_S_MAX:
         why = f"timeout_s is {timeout_s!r}, and must be above 0 and at most {_WALL_S_MAX}"
         raise UsageError("cannot run a program", why, "Give another time limit")

@@ -119,7 +119,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     profile: str | None = None
     loaders: tuple[Loader, ...] = ()
     whole_input: bytes = b""
-    changes: Literal["apply", "keep", "discard"] = "apply"
+    changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply"
     out: Path | None = None
     allow_protected: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()
@@ -160,6 +160,11 @@ def _check_environment(request: RunRequest, what: str, total: int) -> None:
         if "\0" in value or total > ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
             why = f"the variable {name} is too long, or holds a zero byte"
             raise UsageError(what, why, "Pass it by standard input")
+
+
+def is_built_in(given: str | Path | Policy | ProjectPolicy | None) -> bool:
+    """Whether read_policy takes one of our own policies, which the user's flags may change freely."""
+    return given is None or (isinstance(given, str) and given.startswith("built-in:"))
 
 
 def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Policy, bytes]:
@@ -216,8 +221,9 @@ def policy_in_force(request: RunRequest) -> InForce:
     base = name_of_policy(request.policy)
     denied: Mapping[str, set[int] | None] = {}
     if request.overrides is not None:
-        from x07_sandbox.policy.overrides import derive_policy
+        from x07_sandbox.policy.overrides import check_grants, derive_policy
 
+        check_grants(policy, request.overrides, built_in=is_built_in(request.policy))
         derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file, gate=True)
         policy, data, denied = derived.policy, derived.data, derived.denied
     own_wall_ms = policy.limits.wall_ms
