@@ -114,7 +114,9 @@ def chosen(
         if grants.any and was_left_out and not any(root.left_out for root in roots):
             raise _nothing_let(changes, grants)
     parts = [_without(root, skip, grants, of_several=changes.of_several) for root in roots]
-    if unused := set(skip).difference(*(used for _, used in parts)):
+    out = [(root.root, one.name) for root in changes.roots for one in (*root.left_out, *root.refused)]
+    unused = {word for word in skip if not any(_covers(word, root, name) for root, name in out)}
+    if unused := unused.difference(*(used for _, used in parts)):
         raise UsageError("cannot skip", f"nothing that was changed is called {min(unused)}", "See x07 diff")
     return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts))
 

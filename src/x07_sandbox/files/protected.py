@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import os
 import posixpath
 import re
@@ -120,7 +121,7 @@ class Protection:
         self._kept = {f"{self._whole(path)}/" for path in kept}
         self._place = self._whole(root).rstrip("/")
         lets = [self._lets_part(part) for part in root.split("/") if self._any_part(part)]
-        self._below_git = folded(self._name) == _GIT
+        self._below_git = self._folded(self._name) == _GIT
         self._lets_root = bool(lets) and all(lets)
         self._left = not all(lets)
 
@@ -132,10 +133,11 @@ class Protection:
             return "it is the policy or the manifest in use"
         if self.lets(name):
             return ""
-        if obeyed := self._obeyed(name):
+        if self._allowed and (obeyed := self._obeyed(name)):
             return f"git runs or obeys {obeyed}, which only a pattern for that name allows"
-        above = _inherited(name.rpartition("/")[0], self._folders, lambda inner: self._by_name(inner) or None)
-        return self._root or above or self._by_name(name)
+        folder, _, part = name.rpartition("/")
+        above = _inherited(folder, self._folders, lambda inner: self._by_name(*inner.rpartition("/")) or None)
+        return self._root or above or self._part(part) or (self._ci_part(part) if folder in self._tops else "")
 
     def is_kept(self, name: str) -> bool:
         """Whether x07 itself keeps what is under *name*, a set of changes that waits to be applied, say."""
@@ -152,24 +154,20 @@ class Protection:
         # Who lets one part go, a folder of CI tasks say, has not let go a `.git` that a program puts into it.
         named = next((count for count in range(len(parts), 0, -1) if self._is_named("/".join(parts[:count]))), 0)
         left = self._left or any(self._any_part(part) and not self._lets_part(part) for part in parts[named:])
-        return (
-            not left and (self._lets_root or named > 0 or any(map(self._lets_part, parts))) and not self._obeyed(name)
-        )
+        is_let = self._lets_root or named > 0 or any(map(self._lets_part, parts))
+        return is_let and not left and not self._obeyed(name)
 
     def _obeyed(self, name: str) -> str:
         """What git runs or obeys, if *name* is it or lies in it and no pattern is for that; else empty."""
         if not self._allowed:
             return ""
         parts = [*([self._name] if self._below_git else []), *name.split("/")]
-        first = next((at for at, part in enumerate(parts) if self._folded(part) == _GIT), len(parts))
-        if first + 1 >= len(parts) or self._folded(parts[first + 1]) not in _GIT_OBEYS:
-            return ""
-        ends = range(first + 2, len(parts) + 1)
-        if any(
-            self._is_named("/".join(parts[start:end])) for end in ends for start in {0, first, int(self._below_git)}
-        ):
-            return ""
-        return "/".join(parts[first : first + 2])
+        for at, (part, below) in enumerate(itertools.pairwise(parts)):
+            if self._folded(part) == _GIT and self._folded(below) in _GIT_OBEYS:
+                starts, ends = {0, at, int(self._below_git)}, range(at + 2, len(parts) + 1)
+                if not any(self._is_named("/".join(parts[start:end])) for start in starts for end in ends):
+                    return "/".join(parts[at : at + 2])
+        return ""
 
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
         """Those of *changed* that lie in a folder git takes for a repository, and why each may not.
@@ -206,9 +204,8 @@ class Protection:
     def _matches(self, *forms: str) -> bool:
         return any(pattern.match(form.casefold()) for pattern in self._allowed for form in forms)
 
-    def _by_name(self, path: str) -> str:
-        """Why the last part of *path* is protected where it lies."""
-        folder, _, part = path.rpartition("/")
+    def _by_name(self, folder: str, _: str, part: str) -> str:
+        """Why *part* is protected where it lies."""
         return self._part(part) or (self._ci_part(part) if folder in self._tops else "")
 
     def _any_part(self, part: str) -> str:
