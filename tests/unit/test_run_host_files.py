@@ -400,7 +400,9 @@ def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.Capture
         Entry(Kind.FILE, b"new/" + name, mode=0o644) for name in (b"in/.vscode/ci.yml", b"in/AGENTS.md", b"in/a.txt")
     ]
     folders = [Entry(Kind.FOLDER, b"new" + name, mode=0o755) for name in (b"", b"/in", b"/in/.vscode", b"/b")]
-    changes, denials, _ = run.back(run.files(changes="all-or-nothing"), *gone, Entry(Kind.GONE, b"proj"), *(folders + come if moved else []))
+    changes, denials, _ = run.back(
+        run.files(changes="all-or-nothing"), *gone, Entry(Kind.GONE, b"proj"), *(folders + come if moved else [])
+    )
     assert changes.state == "kept"
     kept_set = find(RUN)
     skip = [denial.subject.partition(":")[0] for denial in denials]

@@ -114,7 +114,8 @@ def chosen(
         if grants.any and was_left_out and not any(root.left_out for root in roots):
             raise _nothing_let(changes, grants)
     parts = [_without(root, skip, grants, of_several=changes.of_several) for root in roots]
-    out = [(root.root, one.name) for root in changes.roots for one in (*root.left_out, *root.refused)]
+    out = [(root.root, one.name) for root in changes.roots for one in root.left_out]
+    out += [(root.root, one.name) for root in changes.roots for one in root.refused]
     unused = {word for word in skip if not any(_covers(word, root, name) for root, name in out)}
     if unused := unused.difference(*(used for _, used in parts)):
         raise UsageError("cannot skip", f"nothing that was changed is called {min(unused)}", "See x07 diff")

@@ -48,6 +48,7 @@ _T = TypeVar("_T")
 _NAMES_MAX: Final = 1000  # of a result, but for deletions; all are in the run's folder
 _DENIALS_MAX: Final = 100
 _LETS_IN: Final[dict[Reason, str]] = {"hidden": "--allow-hidden", "link": "--allow-symlinks"}
+_LINKS_TOO: Final = ", and links are in it (fs.allow_symlinks)"
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
@@ -151,7 +152,9 @@ class HostFiles:
         for copied in self.copied:
             for reason, left in copied.left_out.items():
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
-                subject = f"{', '.join(map(shown, left.names))}{more}: {WORDS[reason]}"
+                subject = (
+                    f"{', '.join(map(shown, left.names))}{more}: {WORDS[reason]}{_LINKS_TOO if left.links else ''}"
+                )
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
                 found.append(denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
         return found
@@ -381,4 +384,6 @@ def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds, *, built_in: bool)
         return None, " ".join(
             flag_for("--reveal", name) for name in dict.fromkeys(Path(name).name for name in left.names)
         )
-    return value_for(reason, left.most, bounds), _LETS_IN.get(reason) if built_in else None
+    flags = [_LETS_IN[reason]] if built_in and reason in _LETS_IN else []
+    flags += [_LETS_IN["link"]] if flags and left.links else []
+    return value_for(reason, left.most, bounds), " ".join(flags) or None
