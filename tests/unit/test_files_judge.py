@@ -22,7 +22,7 @@ from x07_sandbox.files.collisions import collisions, folds, knows_no_case
 from x07_sandbox.files.copy import Bounds, Stayed, stays_inside
 from x07_sandbox.files.incoming import Incoming, Told
 from x07_sandbox.files.judge import Allowed, Judged, judge
-from x07_sandbox.files.protected import Protection, repository_around
+from x07_sandbox.files.protected import Protection, repository_around, work_trees
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,32 +190,69 @@ def test_git_runs_nothing_of_a_folder_that_it_would_take_for_a_repository(tmp_pa
 @pytest.mark.parametrize(
     "name",
     [
-        *(".forgejo/workflows/x.yml", ".gitea", ".appveyor.yml", ".build.yml", ".teamcity/x", ".semaphore"),
-        *("azure-pipelines.yaml", ".drone.yaml", "lefthook.yaml", ".devcontainer.json", ".nvim.lua", ".lvimrc"),
+        *("lefthook.yaml", ".devcontainer.json", ".nvim.lua", ".lvimrc"),
         *(".theia", ".ideavimrc", "X.sublime-project", ".xsession", ".xsessionrc", ".shrc", ".mkshrc"),
         *(".yashrc", ".xonshrc", ".gdbinit", ".lldbinit", ".Rprofile", ".irbrc", ".psqlrc", ".sqliterc"),
         *(".mise.local.toml", ".mise/config.toml", "mise.local.toml", ".mcp.json", ".codex/config.toml"),
         *(".vs/tasks.vs.json", ".helix/languages.toml", ".nova/Tasks/x.json", ".lapce/run.toml", ".gitpod.yml"),
-        *(".builds/x.yml", ".cirrus.star", ".zuul.yaml", ".zuul.d/x.yaml", ".tekton/x.yaml", "buildspec.yml"),
-        *("cloudbuild.yaml", ".roo/mcp.json", ".roomodes", ".kiro/hooks/x", ".windsurf/x", ".windsurfrules"),
+        *(".roo/mcp.json", ".roomodes", ".kiro/hooks/x", ".windsurf/x", ".windsurfrules"),
         *(".continue/x", "opencode.json", "opencode.jsonc", ".opencode/x", "CLAUDE.md", "CLAUDE.local.md"),
         *("AGENTS.md", "GEMINI.md", ".cursorrules", ".clinerules", ".pdbrc", ".ghci", ".ocamlinit", ".pryrc"),
         *(".dir-locals.el", ".dir-locals-2.el", ".aider.conf.yml", "lefthook.json", "lefthook.toml", "lefthook.jsonc"),
         *("lefthook-local.yml", "lefthook-local.toml", ".lefthook-local.json", ".lefthook.toml", ".lefthook/x/y.sh"),
-        *("azure-pipelines-x.yml", ".azure-pipelines/x.yml", ".azuredevops/x.yml", ".harness/x.yaml", "bitrise.yml"),
-        *(".bitrise.yml", "wercker.yml", ".scrutinizer.yml", "screwdriver.yaml", "codemagic.yaml", "circle.yml"),
-        *("Jenkinsfile.groovy", ".ci/x", ".autoenv.zsh", ".rvmrc", ".ruby-version", ".node-version", ".login_conf"),
+        *(".autoenv.zsh", ".rvmrc", ".ruby-version", ".node-version", ".login_conf"),
         *(".project", "QWEN.md", ".qwen/x", "WARP.md", ".warp/x", "crush.json", ".crush.json", ".trae/rules/x"),
         *(".amazonq/x", ".junie/x", ".augment/x", ".goosehints", ".agents/x", ".agent/x", ".copilot/x", ".rules"),
-        *(".gemini", ".GIT", "x07.json", "sub/.github/workflows/x"),
+        *(".gemini", ".GIT", "x07.json", ".husky/pre-commit", ".pre-commit-config.yaml"),
+        *("copilot-instructions.md", "x.prompt.md", "x.instructions.md"),
     ],
 )
 def test_names_that_other_tools_obey_are_protected(name: str) -> None:
-    """What CI, editors, shells, debuggers and assistants run or read by itself, in any folder and spelling."""
+    """What git, editors, shells, debuggers and assistants run or read by itself, in any folder and spelling."""
     assert Protection(ROOT).why(name)
     assert Protection(ROOT).why(f"sub/{name}")
     assert Protection(f"/home/{name}").why("x")
     assert not Protection(ROOT, (), name.split("/")).why(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".forgejo/workflows/x.yml", ".gitea", ".appveyor.yml", ".build.yml", ".teamcity/x", ".semaphore"),
+        *("azure-pipelines.yaml", ".drone.yaml", ".builds/x.yml", ".cirrus.star", ".zuul.yaml", ".zuul.d/x.yaml"),
+        *(".tekton/x.yaml", "buildspec.yml", "cloudbuild.yaml", "azure-pipelines-x.yml", ".azure-pipelines/x.yml"),
+        *(".azuredevops/x.yml", ".harness/x.yaml", "bitrise.yml", ".bitrise.yml", "wercker.yml", ".scrutinizer.yml"),
+        *("screwdriver.yaml", "codemagic.yaml", "circle.yml", "Jenkinsfile.groovy", ".ci/x", ".github/workflows/x"),
+        *("appveyor.yml", ".travis.yml", "JENKINSFILE", ".gitlab-ci.yml", "bitbucket-pipelines.yml", ".circleci/x"),
+    ],
+)
+def test_files_of_ci_systems_are_protected_where_these_look(name: str) -> None:
+    """At the top of a write root or of a git work tree in it; a copy of a project elsewhere is nobody's task."""
+    tree = Protection(ROOT, tops=work_trees(["a", "a/b/.GIT", "c/.gitx"]))
+    assert tree.why(name)
+    assert tree.why(f"a/b/{name}")
+    assert not tree.why(f"a/{name}")
+    assert not tree.why(f"c/{name}")
+    assert tree.why(f"a/{name}/.envrc")
+    assert Protection(f"/home/{name}").why("x")
+    assert not Protection(ROOT, (), name.split("/")).why(name)
+
+
+@pytest.mark.parametrize("patterns", [(".git",), (".git", ".git/refs")])
+def test_one_pattern_lets_a_git_folder_without_what_git_obeys(patterns: tuple[str, ...]) -> None:
+    """--allow-protected .git lets commits come back, and no hook, no configuration and no repository in it."""
+    plain = ["HEAD", "index", "objects/aa/x", "refs/heads/main", "logs/HEAD"]
+    obeyed = ["hooks/post-commit", "config", "Config.worktree", "info/attributes", "modules/x/config", "commondir"]
+    for folder in ("", "sub/"):
+        told = new(*(f"{folder}.git/{name}" for name in (*plain, *obeyed)))
+        names = [one.name for one in told]
+        protection = Protection(ROOT, (), patterns)
+        left = {name for name in names if protection.why(name)} | set(protection.repositories(names, names))
+        assert {f"{folder}.git/{name}" for name in obeyed} <= left
+        assert not {f"{folder}.git", *(f"{folder}.git/{name}" for name in plain)} & left
+        named = Protection(ROOT, (), (*patterns, ".git/hooks"))
+        assert not named.why(f"{folder}.git/hooks/post-commit")
+        assert named.why(f"{folder}.git/config")
 
 
 def test_a_root_is_let_by_what_it_is_protected_for() -> None:
@@ -234,7 +271,11 @@ def test_a_root_is_let_by_what_it_is_protected_for() -> None:
         ((".github",), ".github/workflows/x", True),
         ((".github",), ".github/.git/hooks/x", False),
         ((".github",), ".github/.envrc", False),
-        ((".github", ".git"), ".github/.git/hooks/x", True),
+        ((".github", ".git"), ".github/.git/objects/x", True),
+        ((".github", ".git"), ".github/.git/hooks/x", False),
+        ((".github", ".git", ".git/hooks"), ".github/.git/hooks/x", True),
+        ((".github/.git/hooks",), ".github/.git/hooks/x", True),
+        ((".github/.git/hooks",), ".github/.git/objects/x", False),
         ((".github/.git/*",), ".github/.git/hooks/x", True),
         (("src",), "src/.git/config", False),
         (("*",), "src/.git/config", True),
@@ -280,7 +321,7 @@ def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:
         ("mine.json", "protected"),
     }
     kept = as_set(found)
-    for patterns in (["*"], [".vscode", ".git", "mine.json"]):
+    for patterns in (["*"], [".vscode", ".git", ".git/config", "mine.json"]):
         with pytest.raises(RefusedError, match="leads out") as caught:
             chosen(kept, [], patterns)
         assert "is protected" not in caught.value.why
@@ -439,7 +480,7 @@ def test_each_part_of_a_name_is_folded_once() -> None:
     told = new(*(f"{folder}/{number}" for number in range(3000)))
     found = calls(lambda: judged(told))
     assert found["folded"] <= 20 + 3000 + len(ROOT.split("/"))
-    assert found["_why_part"] <= found["folded"]
+    assert found["_why_part"] <= found["folded"] + len(ROOT.split("/")) + 1  # those of the top, for CI systems too
     assert found.total() < 30 * len(told)
 
 

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import posixpath
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.changed import add_run, list_deleted, machine_form, summary
+from x07_sandbox.cli.changed import add_run, left_out, list_deleted, machine_form, summary
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.documents import deliver, wanted
-from x07_sandbox.cli.usage import add_document_flags, named, repeated
+from x07_sandbox.cli.usage import add_document_flags, named, repeated, switch
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import called, folders_above, path_of
 from x07_sandbox.files.protected import Protection
+from x07_sandbox.files.split import taken
 from x07_sandbox.runs.kept import do, find
+from x07_sandbox.runs.refusals import command, told
+from x07_sandbox.runs.result import Changes
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from x07_sandbox.files.changes import ChangeSet, RootChanges
+    from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
 
+_TOLD_MAX: Final = 10
 _EPILOG: Final = """All or nothing: where a name is no more as it was copied into the machine, nothing is changed. A
 kill at any moment leaves the old files or the new ones, once the next x07 command has run. Where a part is applied
-already, another needs x07 undo first.
+already, another needs x07 undo first. What a run left out needs the flag for its reason: see x07 diff. If the rest is
+applied already, it has an undo of its own.
 
 examples:
   x07 apply                        the latest run's
@@ -42,36 +47,123 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     add_run(parser)
     repeated(parser, "--skip", "PATH", "leave a name below a root, or a path, out with all that is below it")
     repeated(parser, "--allow-protected", "PATTERN", "as x07 run has it", type=named)
+    switch(parser, "--allow-hidden", "apply also names that begin with a dot")
+    switch(parser, "--allow-symlinks", "apply also symbolic links")
     add_document_flags(parser, "what was done, as one JSON object; errors too")
     parser.set_defaults(carry_out=_apply)
 
 
 def _apply(options: argparse.Namespace) -> int:
     kept = find(options.run)
-    changes = chosen(kept.changes, options.skip, options.allow_protected)
-    done = do(kept, changes, lambda path: say(f"waiting: another command changes {path}"))
+    flags = {flag for flag in ("--allow-hidden", "--allow-symlinks") if getattr(options, flag[2:].replace("-", "_"))}
+    grants = Grants(protected=tuple(options.allow_protected), flags=frozenset(flags))
+    changes = chosen(kept.changes, options.skip, grants=grants, applied=kept.applied)
+    later = kept.applied and any(root.left_out for root in kept.changes.roots) and grants.any
+    done = do(kept, changes, lambda path: say(f"waiting: another command changes {path}"), later=later)
     if wanted(options) and deliver(machine_form(changes if done.roots else done), options):
         return 0
     if done.roots:
         list_deleted(changes)
     there = "all of it is there already" if any(root.changes for root in changes.roots) else "nothing is left to apply"
     say(summary(changes, "applied; x07 undo") if done.roots else there)
+    _tell_left_out(kept.changes, changes)
     return 0
 
 
-def chosen(changes: ChangeSet, skip: Sequence[str], allow_protected: Sequence[str]) -> ChangeSet:
+class Grants(NamedTuple):
+    """What the user lets be applied in spite of a refusal. protected: patterns; flags: others of `x07 apply`."""
+
+    protected: tuple[str, ...] = ()
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one at all."""
+        return bool(self.protected or self.flags)
+
+    def lets(self, root: str) -> Callable[[Refused], bool]:
+        """Return what tells whether a refusal in that root is overruled."""
+        protection = Protection(root, allowed=self.protected)
+
+        def is_let(refusal: Refused) -> bool:
+            if refusal.rule == "protected":
+                return protection.lets(refusal.name)
+            return bool(refusal.flag) and refusal.flag in self.flags
+
+        return is_let
+
+
+def chosen(
+    changes: ChangeSet,
+    skip: Sequence[str],
+    allow_protected: Sequence[str] = (),
+    *,
+    grants: Grants | None = None,
+    applied: bool = False,
+) -> ChangeSet:
     """The set without what is skipped; folders that hold some of it stay, and a line says so.
 
-    skip: names below a root, or absolute paths. Raises UsageError, and RefusedError for what may not be done.
+    skip: names below a root, or absolute paths. applied: the set is applied, so that what *grants* lets of what was
+    left out goes alone. Raises UsageError, and RefusedError for what may not be done.
     """
-    parts = [_without(root, skip, allow_protected, of_several=changes.of_several) for root in changes.roots]
-    if unused := set(skip).difference(*(used for _, used in parts)):
+    grants = grants or Grants(protected=tuple(allow_protected))
+    roots = changes.roots
+    if not changes.all_or_nothing:
+        roots = tuple(_with_left_out(root, grants, applied=applied) for root in roots)
+        was_left_out = any(root.left_out for root in changes.roots)
+        if grants.any and was_left_out and not any(root.left_out for root in roots):
+            raise _nothing_let(changes, grants)
+    parts = [_without(root, skip, grants, of_several=changes.of_several) for root in roots]
+    out = [(root.root, one.name) for root in changes.roots for one in root.left_out]
+    out += [(root.root, one.name) for root in changes.roots for one in root.refused]
+    unused = {word for word in skip if not any(_covers(word, root, name) for root, name in out)}
+    if unused := unused.difference(*(used for _, used in parts)):
         raise UsageError("cannot skip", f"nothing that was changed is called {min(unused)}", "See x07 diff")
-    return replace(changes, roots=tuple(root for root, _ in parts))
+    return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts))
+
+
+def _with_left_out(root: RootChanges, grants: Grants, *, applied: bool) -> RootChanges:
+    """The root with what is let of what was left out, as changes and as left_out, and without reasons."""
+    more = taken(root, grants.lets(root.root)) if grants.any else ()
+    alone = applied and grants.any
+    every = more if alone else sorted((*root.changes, *more), key=lambda change: change.name)
+    missing = root.missing and not (alone and root.changes)  # else it is there by now
+    return replace(root, changes=tuple(every), missing=missing, refused=(), left_out=more)
+
+
+def _nothing_let(changes: ChangeSet, grants: Grants) -> RefusedError:
+    """The error where flags were given that let nothing of what was left out."""
+    left = [
+        f"{called(root.root, refusal.name, of_several=changes.of_several)}: {refusal.why}"
+        for root in changes.roots
+        for refusal in root.refused
+        if not grants.lets(root.root)(refusal)
+    ]
+    return _refused(left, "See x07 diff, and give a flag for each reason")
+
+
+def _refused(left: list[str], fix: str) -> RefusedError:
+    more = f", and {len(left) - _TOLD_MAX} more" if len(left) > _TOLD_MAX else ""
+    return RefusedError("cannot apply the changes", "; ".join(left[:_TOLD_MAX]) + more, fix)
+
+
+def _tell_left_out(kept: ChangeSet, done: ChangeSet) -> None:
+    """Say what stays left out, and the command that applies it."""
+    applied = {(root.root, change.name) for root in done.roots for change in root.changes}
+    if kept.all_or_nothing:
+        return
+    roots = [
+        replace(root, refused=tuple(one for one in root.refused if (root.root, one.name) not in applied))
+        for root in kept.roots
+    ]
+    _, entries = told(replace(kept, roots=tuple(roots)), built_in=True)
+    if entries:
+        for line in left_out(Changes(left_out_entries=entries, apply_left_out=command(kept.run, entries))):
+            say(line)
 
 
 def _without(
-    root: RootChanges, skip: Sequence[str], allow_protected: Sequence[str], *, of_several: bool
+    root: RootChanges, skip: Sequence[str], grants: Grants, *, of_several: bool
 ) -> tuple[RootChanges, set[str]]:
     """What is left of a root; and which of *skip* are of any use."""
     told = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
@@ -81,16 +173,11 @@ def _without(
     staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
     words = {word: folders_above([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
     holding = folders_above(staying).union(*words.values()) & _ended(root) - skipped
-    protection = Protection(root.root, allowed=allow_protected)
-    left = [
-        refusal
-        for refusal in root.refused
-        if refusal.name not in skipped | holding and not (refusal.rule == "protected" and protection.lets(refusal.name))
-    ]
+    lets = grants.lets(root.root)
+    left = [refusal for refusal in root.refused if refusal.name not in skipped | holding and not lets(refusal)]
     if left:
-        told_of = [f"{called(root.root, refusal.name, of_several=of_several)}: {refusal.why}" for refusal in left[:10]]
-        more = f", and {len(left) - 10} more" if len(left) > 10 else ""  # noqa: PLR2004 - as many as above
-        raise RefusedError("cannot apply the changes", "; ".join(told_of) + more, "Leave them out with --skip PATH")
+        told_of = [f"{called(root.root, refusal.name, of_several=of_several)}: {refusal.why}" for refusal in left]
+        raise _refused(told_of, "Leave them out with --skip PATH")
     for name in sorted(holding):
         say(f"stays, since it holds what is skipped: {called(root.root, name, of_several=of_several)}")
     changes = [change for change in root.changes if change.name not in skipped | holding]

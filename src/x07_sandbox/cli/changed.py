@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from x07_sandbox.files.changes import Node
+    from x07_sandbox.plan.denials import Denial
     from x07_sandbox.runs.result import Changes, Result
 
 _PIECE: Final = 1 << 16
+_NAMED: Final = 8
+_RULES: Final = {"fs.deny_hidden": "hidden", "fs.allow_symlinks": "a link"}
 _RETURN: Final = re.compile(rb"\r(?!\n)")
 
 
@@ -45,7 +48,7 @@ def _touched(options: argparse.Namespace) -> list[Path]:
         roots = find(options.run).changes.roots
     except SandboxError:
         return []  # the verb says so itself, and writes nothing
-    return [Path(path_of(root.root, change.name)) for root in roots for change in root.changes]
+    return [Path(path_of(root.root, change.name)) for root in roots for change in (*root.changes, *root.left_out)]
 
 
 def tell(result: Result) -> None:
@@ -55,7 +58,7 @@ def tell(result: Result) -> None:
 
 
 def lines(result: Result) -> list[str]:
-    """Every deletion, then what was kept back, then one line with what became of all; none without changes."""
+    """Every deletion, then what was kept back or left out, then one line with what became of all the rest."""
     changes = result.changes
     if changes.state == "none":
         return []
@@ -63,14 +66,35 @@ def lines(result: Result) -> list[str]:
     if len(changes.names) < changes.added + changes.changed + changes.deleted:  # others may be of further roots
         several = find(result.run).changes.of_several
     deleted = [called(one.root, one.name, of_several=several) for one in changes.names if one.action == "deleted"]
-    kept_back = (denial for denial in result.denials if denial.action == "change")
-    refused = [f"may not be done: {denial.subject}{how(denial.how_to_allow)}" for denial in kept_back]
-    return [*(f"deleted: {name}" for name in deleted), *refused, _closing(changes)]
+    taken = {entry.name for entry in changes.left_out_entries if entry.take}
+    word = "left out" if changes.left_out else "may not be done"
+    kept_back = [denial for denial in result.denials if denial.action == "change" and denial.subject not in taken]
+    refused = [f"{word}: {_because(denial)}{how(denial.how_to_allow, denial.field)}" for denial in kept_back]
+    closing = [] if changes.left_out and not _counts(changes) else [_closing(changes)]
+    return [*(f"deleted: {name}" for name in deleted), *refused, *left_out(changes), *closing]
+
+
+def _because(denial: Denial) -> str:
+    return f"{denial.subject}: {denial.reason}" if denial.reason else denial.subject
+
+
+def left_out(changes: Changes) -> list[str]:
+    """One line with what was left out and can be applied, and the command for that; none where nothing can."""
+    entries = [entry for entry in changes.left_out_entries if entry.take]
+    if not entries:
+        return []
+    names = [f"{entry.name} ({', '.join(_RULES.get(rule, rule) for rule in entry.rules)})" for entry in entries]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return [f"left out: {', '.join(names[:_NAMED])}{more}; to apply: {changes.apply_left_out}"]
+
+
+def _counts(changes: Changes) -> dict[str, int]:
+    counts = {"added": changes.added, "changed": changes.changed, "deleted": changes.deleted}
+    return {word: count for word, count in counts.items() if count}
 
 
 def _closing(changes: Changes) -> str:
-    counts = {"added": changes.added, "changed": changes.changed, "deleted": changes.deleted}
-    text = _in_words(counts) or "changes"
+    text = _in_words(_counts(changes)) or "changes"
     why = f" ({changes.reason})" if changes.reason else ""
     after = {
         "applied": "; x07 diff, x07 undo",
@@ -124,21 +148,21 @@ class _Before:
     """Old contents: from the host, if they are still there, else from what was kept to undo the changes."""
 
     def __init__(self, kept: KeptChanges) -> None:
-        self._data = kept.folder / "undo" / "data"
-        self._at: dict[tuple[str, str], int] = {}
-        with contextlib.suppress(OSError, ValueError):  # not applied, or it cannot be undone
-            undoing = decode((kept.folder / "undo" / "changes.json").read_bytes())
-            for root in undoing.roots:
-                for change in root.changes:
-                    if change.after is not None and change.after.at is not None:
-                        self._at[root.root, change.name] = change.after.at
+        self._at: dict[tuple[str, str], tuple[Path, int]] = {}
+        for place in (kept.folder / "undo", kept.later / "undo"):
+            with contextlib.suppress(OSError, ValueError):  # not applied, or it cannot be undone
+                undoing = decode((place / "changes.json").read_bytes())
+                for root in undoing.roots:
+                    for change in root.changes:
+                        if change.after is not None and change.after.at is not None:
+                            self._at[root.root, change.name] = place / "data", change.after.at
 
     def __call__(self, root: str, name: str, node: Node) -> bytes | None:
         if node.size > TEXT_MAX:
             return None
         found = _matching(Path(path_of(root, name)), 0, node)
         if found is None and (root, name) in self._at:
-            found = _matching(self._data, self._at[root, name], node)
+            found = _matching(*self._at[root, name], node)
         return found
 
 

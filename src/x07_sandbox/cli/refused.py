@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
@@ -11,7 +12,7 @@ from x07_sandbox.cli.console import say
 from x07_sandbox.policy.templates import BUILT_IN, built_in
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable, Sequence
 
     from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
     from x07_sandbox.runs.result import Result
@@ -20,6 +21,7 @@ _SHOWN: Final = 4
 _LISTED: Final = 4
 # Of these others tell: the reason of a refused run, and what becomes of changes.
 _CHANGE: Final = "change"
+_OF_PATHS: Final = frozenset({"read", "write"})
 _ELSEWHERE: Final = frozenset({"plan", _CHANGE})
 
 
@@ -88,7 +90,26 @@ def _told_of(result: Result) -> list[Denial]:
     done: dict[tuple[str, str], Denial] = {}
     for denial in found:
         done.setdefault((denial.subject, str(denial.how_to_allow or denial.action)), denial)
-    return list(done.values())
+    return _folded(done.values())
+
+
+def _folded(denials: Iterable[Denial]) -> list[Denial]:
+    """The same, with one for all paths that the same flag or value would allow: the folder that they lie in."""
+    groups: dict[str, list[Denial]] = {}
+    for number, denial in enumerate(denials):
+        same = denial.how_to_allow is not None and denial.subject.startswith("/") and denial.action in _OF_PATHS
+        key = f"{denial.field} {denial.action} {denial.how_to_allow} {denial.reason}" if same else str(number)
+        groups.setdefault(key, []).append(denial)
+    return [_one(group) for group in groups.values()]
+
+
+def _one(group: Sequence[Denial]) -> Denial:
+    first = group[0]
+    if len(group) == 1:
+        return first
+    folder = posixpath.commonpath([denial.subject for denial in group])
+    subject = f"{folder.rstrip('/')}/ ({len(group)} places in it, such as {first.subject})"
+    return replace(first, subject=subject, count=1)
 
 
 def _speaks_of_policy(result: Result) -> bool:

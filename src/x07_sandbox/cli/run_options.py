@@ -210,13 +210,15 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     option(given, "--input-b64", "TEXT", "use these bytes as standard input, in base64")
     group.add_argument(
         "--changes",
-        choices=("apply", "keep", "discard"),
+        choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
         help="what to do with changed files (default: apply; keep: for x07 apply)",
     )
     option(group, "--net-log", "FILE", "write a line of JSON for each connection", type=named_file)
     option(group, "--diff", "FILE", "also write the changes as a patch", type=named_file)
     option(group, "--out", "DIR", "folder for its output; the program sees it as /x07/out", type=named_folder)
+    switch(group, "--allow-hidden", "let names that begin with a dot in and out")
+    switch(group, "--allow-symlinks", "let symbolic links in and out")
     obeyed = "let it change protected names such as .git or Jenkinsfile"
     repeated(group, "--allow-protected", "PATTERN", obeyed, type=named)
     repeated(group, "--hide", "PATTERN", "keep files of this name out: '*.csv'", type=name_pattern)

@@ -17,11 +17,11 @@ from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.paths import is_file, is_folder
 from x07_sandbox.host.variables import flag
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
-from x07_sandbox.policy.overrides import derive_policy
+from x07_sandbox.policy.overrides import check_grants, derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.request import (
-    is_callers_own,
+    is_built_in,
     name_of_policy,
     need_policy,
     open_input,
@@ -128,6 +128,7 @@ def with_derived_file(request: RunRequest, program: Program, protocol: Protocol)
         root = request.program
     base, data = read_policy(request.policy)
     name = name_of_policy(request.policy)
+    check_grants(base, request.overrides, built_in=is_built_in(request.policy))
     derived = derive_policy(base, data, name, request.overrides, read_spec_file=read_spec_file)
     parts = (".x07", "policies", "_generated", derived.file_name)
     place = root.joinpath(*parts)
@@ -136,6 +137,6 @@ def with_derived_file(request: RunRequest, program: Program, protocol: Protocol)
     say(f"using derived policy {place}", "x07 run")
     limits = request.limits
     if limits is not None:  # the file has another name, and the policy is still of the same author
-        limits = replace(limits, may_raise=is_callers_own(request.policy))
+        limits = replace(limits, may_raise=is_built_in(request.policy))
     request = replace(request, policy=place, overrides=None, limits=limits)
     return replace(request, in_force=policy_in_force(request)._replace(denied=derived.denied))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import argparse
 
 _EPILOG: Final = """All or nothing: where a name is no more as the run left it, nothing is changed. What is undone can
-be applied again.
+be applied again. What was left out and applied afterwards is undone first, alone.
 
 examples:
   x07 undo
@@ -33,9 +33,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 
 def _undo(options: argparse.Namespace) -> int:
-    changes = undo(find(options.run), lambda path: say(f"waiting: another command changes {path}"))
+    kept = find(options.run)
+    changes = undo(kept, lambda path: say(f"waiting: another command changes {path}"))
     if wanted(options) and deliver(machine_form(changes), options):
         return 0
     list_deleted(changes, back=True)
-    say(summary(changes, "undone; x07 apply"))
+    then = "x07 undo takes back what was applied before" if kept.applied else "x07 apply"
+    say(summary(changes, f"undone; {then}"))
     return 0

@@ -79,13 +79,14 @@ Rule = Literal[
     "reserved",
     "kind",
 ]
+Flag = Literal["", "--allow-protected", "--allow-hidden", "--allow-symlinks"]
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One reason why a change may not be done.
 
     value: what would have to stand in the policy, None where nothing would do. reveal: a name that was taken for one of
-    a secret, and lies there; empty for none.
+    a secret, and lies there; empty for none. flag: of `x07 apply`, which applies the change in spite of this reason.
     """
 
     name: str
@@ -93,14 +94,15 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     why: str
     value: int | bool | None = None
     reveal: str = ""
+    flag: Flag = ""
 
 
 class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Changes below one folder of the host.
 
     root: its absolute path, without a link on the way. missing: it was not there, and is made if it is to hold
-    something. changes: sorted by name. refused: why some may not be done, sorted by name, all reasons of each; while
-    there are any, nothing is done.
+    something. changes: sorted by name. left_out: changes that are kept for review and not applied with the others.
+    refused: why some may not be done, sorted by name, all reasons of each; what only depends on one has none.
     """
 
     root: str
@@ -108,19 +110,21 @@ class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     missing: bool
     changes: tuple[Change, ...]
     refused: tuple[Refused, ...] = ()
+    left_out: tuple[Change, ...] = ()
 
 
 class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All of a run, or what undoes it."""
+    """All of a run, or what undoes it. all_or_nothing: while anything is refused, nothing is applied."""
 
     schema_version: Literal["x07.sandbox.changes@0.1.0"] = SCHEMA
     run: str
     roots: tuple[RootChanges, ...]
+    all_or_nothing: bool = True
 
     @property
     def of_several(self) -> bool:
         """Whether something of more than one root is told of."""
-        return sum(bool(root.changes or root.refused) for root in self.roots) > 1
+        return sum(bool(root.changes or root.left_out or root.refused) for root in self.roots) > 1
 
     def count(self, action: str) -> int:
         """How many there are of one action. That a root itself is made, or goes again, is none."""

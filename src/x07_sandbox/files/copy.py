@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import hashlib
+import itertools
 import os
 import posixpath
 import re
@@ -47,6 +48,7 @@ _TRIES: Final = 3
 # What is said of a name that has become something else since it was looked at: nothing, a link, a folder, a socket.
 _CHANGED: Final = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO}
 _TOLD: Final = 5
+_LOOKED_AT: Final = 1000
 # Names under which people keep secrets: left out wherever they lie, unless the host's owner says otherwise.
 SECRETS: Final = (
     *(".env", ".env.*", ".netrc", ".npmrc", ".pypirc", ".git-credentials", ".aws", ".azure", ".gnupg", ".kube"),
@@ -95,11 +97,15 @@ def bounds_of(policy: Policy, hide: Sequence[str] = (), reveal: Sequence[str] = 
 
 
 class LeftOut(msgspec.Struct):
-    """What was left out for one reason. names: the first few. most: the largest, in bytes, or the deepest, in parts."""
+    """What was left out for one reason. names: the first few. most: the largest, in bytes, or the deepest, in parts.
+
+    links: whether one is a folder with links in it, which stay out even if it is let in.
+    """
 
     count: int = 0
     names: list[str] = msgspec.field(default_factory=list)
     most: int = 0
+    links: bool = False
 
 
 class Stayed(msgspec.Struct, frozen=True):
@@ -252,6 +258,9 @@ class _Walk:
         """Pack one entry; the descriptor of a folder whose entries follow."""
         if reason := self._stays(part, name):
             self._leave(reason, name, name.count("/") + 1 if reason == "deep" else 0)
+            left = self.copied.left_out.get(reason)
+            if left is not None and reason == "hidden" and not (self._bounds.allow_symlinks or left.links):
+                left.links = _holds_links(folder, part, name)
             return None
         return self._tried(lambda: self._packed(folder, part, name, device), name)
 
@@ -453,6 +462,25 @@ def stays_inside(name: str, target: str) -> bool:
     way = [part for part in target.split("/") if part not in {"", "."}]
     up = next((count for count, part in enumerate(way) if part != ".."), len(way))
     return bool(name) and not target.startswith("/") and up <= name.count("/") and ".." not in way[up:]
+
+
+def _holds_links(folder: int, part: str, name: str) -> bool:
+    """Whether links that stay inside are among the first entries of the folder *part*; of what is none, false."""
+    try:
+        fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        return False
+    try:
+        with os.scandir(fd) as entries:
+            return any(
+                stays_inside(f"{name}/{entry.name}", os.readlink(entry.name, dir_fd=fd))
+                for entry in itertools.islice(entries, _LOOKED_AT)
+                if entry.is_symlink()
+            )
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _one_of(patterns: Sequence[str]) -> re.Pattern[str] | None:

@@ -1,7 +1,7 @@
 """What of the changes that a guest tells of may be done on the host: pure, on names and digests only.
 
-The net difference is judged: what a program made and removed again is nobody's business. One entry that may not be
-done keeps the whole set back, and each is named.
+The net difference is judged: what a program made and removed again is nobody's business. An entry that may not be done
+is left out, with what depends on it, and named; or, where all or nothing is asked for, it keeps the whole set back.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from x07_sandbox.errors import PeerError
 from x07_sandbox.files.changes import STAGING, Change, Node, Refused, folders_above, shown
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, WORDS, stays_inside, value_for
 from x07_sandbox.files.links import OUT, Links
+from x07_sandbox.files.split import with_dependents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from x07_sandbox.files.protected import Protection
 
 _SPECIAL_BITS: Final = 0o7000
+_SPLITS_MAX: Final = 8
 _Content = tuple[str, str, int, str]
 
 
@@ -43,8 +45,10 @@ class Allowed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
-    """changes: those of a root. refused: every reason why one may not be done. Both are sorted by name.
+    """changes: those of a root. refused: every reason why one may not be done. All are sorted by name.
 
+    left_out: changes that are not among the others, since they are refused or depend on one that is. is_whole: nothing
+    could be left out, so that nothing may be done while anything is refused.
     What lies too deep, or is of no kind that a tree holds, is refused and no change. root_mode: which one the root, a
     folder, was given; on the host it keeps its own.
     """
@@ -52,51 +56,109 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     changes: tuple[Change, ...]
     refused: tuple[Refused, ...]
     root_mode: int | None = None
+    left_out: tuple[Change, ...] = ()
+    is_whole: bool = False
 
 
-def judge(
+def judge(  # noqa: PLR0913 - the tree, what is told of it, and what is allowed
     before: Mapping[str, Node],
     stayed: Mapping[str, Stayed],
     told: Iterable[Told],
     bounds: Bounds,
     allowed: Allowed,
     protection: Protection,
+    *,
+    split: bool = False,
 ) -> Judged:
     """Judge what was told of one root. before: what was copied into it, by name from the root. stayed: what was not.
 
+    split: leave out what is refused, with what depends on it, and judge the rest again.
     Raises PeerError where it contradicts itself, which an honest guest's never does.
     """
     near, refused = _near(told, bounds.depth)
     after, others = _after(before, near)
     refused += others
-    if allowed.made:
-        before, after = _without_made(before, after, allowed.made)
-    changes = [
-        Change(name=name, before=before.get(name), after=after.get(name))
-        for name in sorted({*before, *after})
-        if not _same(before.get(name), after.get(name)) and (name or not _is_folder(after.get(name)))
-    ]
-    moved = _moved(changes)
-    links = Links(after, stayed)
-    refused += _by_way_to_a_root(changes, before, stayed, bounds)
-    refused += _by_place(changes, stayed, bounds)
-    for change in changes:
-        refused += _by_name(change.name, bounds, protection)
-        refused += _by_kind(change, bounds)
-        refused += _by_way(change, links, stayed, bounds)
-        refused += _by_deed(change, allowed, moved)
-    told_of = {refusal.name for refusal in refused if refusal.rule == "protected"}
-    written = [change.name for change in changes if change.after is not None]
-    # One that was there is one, whatever is gone of it now, and what was not copied in counts.
-    for name, why in protection.repositories({**before, **after, **stayed}, written).items():
-        if name not in told_of:
-            refused.append(Refused(name=name, rule="protected", why=why))
+    check = _Check(before, stayed, bounds, allowed, protection)
+    changes, found = check(after)
+    refused += found
     root = after.get("")
-    return Judged(
+    moded = root is not None and root.kind == "folder" and not root.same(before.get(""))
+    judged = Judged(
         changes=tuple(changes),
-        refused=tuple(sorted(refused, key=lambda refusal: refusal.name)),
-        root_mode=root.mode if root is not None and root.kind == "folder" and not root.same(before.get("")) else None,
+        refused=_sorted(refused),
+        root_mode=root.mode if root is not None and moded else None,
     )
+    return _split(judged, after, check) if split and refused else judged
+
+
+def _split(judged: Judged, after: dict[str, Node], check: _Check) -> Judged:
+    """Leave out what may not be done; as *judged* where the rest does not come to stand by itself."""
+    refused = list(judged.refused)
+    for _ in range(_SPLITS_MAX):
+        left = with_dependents(judged.changes, {refusal.name for refusal in refused})
+        rest, found = check(_reverted(after, check.before, left))
+        if not found:
+            out = tuple(change for change in judged.changes if change.name in left)
+            return msgspec.structs.replace(judged, changes=tuple(rest), left_out=out, refused=_sorted(refused))
+        refused += found
+    return msgspec.structs.replace(judged, is_whole=True)
+
+
+def _reverted(after: dict[str, Node], before: Mapping[str, Node], names: set[str]) -> dict[str, Node]:
+    """What is to be there where *names* stay as they were."""
+    found = {name: node for name, node in after.items() if name not in names or name in before}
+    return found | {name: before[name] for name in names if name in before}
+
+
+def _sorted(refused: Iterable[Refused]) -> tuple[Refused, ...]:
+    return tuple(sorted(refused, key=lambda refusal: refusal.name))
+
+
+class _Check:
+    """Finds the changes that lead to a state of the tree, and every reason why one of them may not be done."""
+
+    def __init__(
+        self,
+        before: Mapping[str, Node],
+        stayed: Mapping[str, Stayed],
+        bounds: Bounds,
+        allowed: Allowed,
+        protection: Protection,
+    ) -> None:
+        self.before = before
+        self._stayed = stayed
+        self._bounds = bounds
+        self._allowed = allowed
+        self._protection = protection
+
+    def __call__(self, after: dict[str, Node]) -> tuple[list[Change], list[Refused]]:
+        before, stayed, bounds, protection = self.before, self._stayed, self._bounds, self._protection
+        if self._allowed.made:
+            before, after = _without_made(before, after, self._allowed.made)
+        changes = [
+            Change(name=name, before=before.get(name), after=after.get(name))
+            for name in sorted({*before, *after})
+            if not _same(before.get(name), after.get(name)) and (name or not _is_folder(after.get(name)))
+        ]
+        moved = _moved(changes)
+        links = Links(after, stayed)
+        refused = [*_by_way_to_a_root(changes, before, stayed, bounds), *_by_place(changes, stayed, bounds)]
+        for change in changes:
+            refused += _by_name(change.name, bounds, protection)
+            refused += _by_kind(change, bounds)
+            refused += _by_way(change, links, stayed, bounds)
+            refused += _by_deed(change, self._allowed, moved)
+        told_of = {refusal.name for refusal in refused if refusal.rule == "protected"}
+        written = [change.name for change in changes if change.after is not None]
+        # One that was there is one, whatever is gone of it now, and what was not copied in counts.
+        for name, why in protection.repositories({**before, **after, **stayed}, written).items():
+            if name not in told_of:
+                refused.append(_protected(name, why))
+        return changes, refused
+
+
+def _protected(name: str, why: str) -> Refused:
+    return Refused(name=name, rule="protected", why=why, flag="--allow-protected")
 
 
 def _is_folder(node: Node | None) -> bool:
@@ -185,10 +247,10 @@ def _what(name: str, mode: int) -> str:
 
 def _by_name(name: str, bounds: Bounds, protection: Protection) -> Iterator[Refused]:
     if why := protection.why(name):
-        yield Refused(name=name, rule="protected", why=why)
+        yield _protected(name, why)
     if bounds.deny_hidden and "/." in f"/{name}":
         why = "its name begins with a dot, and fs.deny_hidden is true"
-        yield Refused(name=name, rule="fs.deny_hidden", why=why, value=False)
+        yield Refused(name=name, rule="fs.deny_hidden", why=why, value=False, flag="--allow-hidden")
     if protection.is_kept(name):
         yield Refused(name=name, rule="reserved", why="x07 keeps its own records, or its cache, there")
     if f"/{STAGING}" in f"/{name}":
@@ -203,7 +265,8 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
         if not stays_inside(name, node.target):
             yield Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads out of its root")
         elif not bounds.allow_symlinks:
-            yield Refused(name=name, rule="fs.allow_symlinks", why="it is a link", value=True)
+            why = "it is a link, and fs.allow_symlinks is false"
+            yield Refused(name=name, rule="fs.allow_symlinks", why=why, value=True, flag="--allow-symlinks")
         return
     if node.mode & _SPECIAL_BITS:
         yield Refused(name=name, rule="kind", why="it has a set-id or sticky bit")
@@ -215,7 +278,7 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
 def _by_way(change: Change, links: Links, stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:
     """Of a link whose own target stays inside: what others make of it."""
     name, node = change.name, change.after
-    if node is None or node.kind != "link" or not bounds.allow_symlinks or not stays_inside(name, node.target):
+    if node is None or node.kind != "link" or not stays_inside(name, node.target):
         return
     through = links.through(name)
     if through in stayed:

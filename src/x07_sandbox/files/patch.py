@@ -35,25 +35,36 @@ _MODES: Final = {"file": 0o100000, "link": 0o120000}
 
 
 def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
-    """The patch in pieces: deletions first, then the rest, root by root. before, after: where contents come from."""
+    """The patch in pieces, root by root: deletions first, what is left out last.
+
+    before, after: where contents come from.
+    """
     work = Work(PAIRS_MAX)
     for root in changes.roots:
-        if not (root.changes or root.refused):
+        if not (root.changes or root.left_out or root.refused):
             continue
         yield b"# in " + _quoted(os.fsencode(root.root)) + b"\n"
+        word = b"may not be done" if changes.all_or_nothing else b"left out"
         refused: dict[str, str] = {}
         for refusal in root.refused:
             refused[refusal.name] = "; ".join(filter(None, (refused.get(refusal.name), refusal.why)))
-        for change in sorted(root.changes, key=lambda change: change.action != "deleted"):
-            if why := refused.get(change.name):
-                yield _note(root.root, change.name, _quoted(why.encode()))
+        depends = dict.fromkeys((change.name for change in root.left_out), "it depends on what is left out")
+        every = [*sorted(root.changes, key=_deletions_first), *sorted(root.left_out, key=_deletions_first)]
+        for change in every:
+            why = refused.get(change.name) or depends.get(change.name)
+            if why:
+                yield _note(word, root.root, change.name, _quoted(why.encode()))
             yield from _one(root.root, change, before, after, work)
-        for name in sorted(set(refused) - {change.name for change in root.changes}):
-            yield _note(root.root, name, refused[name].encode())
+        for name in sorted(set(refused) - {change.name for change in every}):
+            yield _note(word, root.root, name, refused[name].encode())
 
 
-def _note(root: str, name: str, why: bytes) -> bytes:
-    return b"# may not be done: " + _quoted(os.fsencode(name or root)) + b": " + why + b"\n"
+def _deletions_first(change: Change) -> bool:
+    return change.action != "deleted"
+
+
+def _note(word: bytes, root: str, name: str, why: bytes) -> bytes:
+    return b"# " + word + b": " + _quoted(os.fsencode(name or root)) + b": " + why + b"\n"
 
 
 def _one(root: str, change: Change, before: Content, after: Content, work: Work) -> Iterator[bytes]:

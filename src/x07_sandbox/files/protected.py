@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import os
 import posixpath
 import re
@@ -41,16 +42,25 @@ _PARTS: Final = (
     *(".cursorrules", ".clinerules", ".aider.conf.yml"),
     *("qwen.md", ".qwen", "warp.md", ".warp", "crush.json", ".crush.json", ".trae", ".amazonq", ".junie", ".augment"),
     *(".goosehints", ".agents", ".agent", ".copilot", ".rules"),
-    *(".github", ".gitlab-ci.yml", ".gitlab", ".circleci", ".travis.yml", ".drone.yml", ".woodpecker*", ".buildkite"),
-    *("jenkinsfile*", "azure-pipelines*.yml", "bitbucket-pipelines.yml", "appveyor.yml", ".cirrus.yml", ".husky"),
-    *(".forgejo", ".gitea", ".appveyor.yml", ".build.yml", ".teamcity", ".semaphore", "azure-pipelines*.yaml"),
-    *(".azure-pipelines", ".azuredevops", ".harness", "bitrise.yml", ".bitrise.yml", "wercker.yml", ".scrutinizer.yml"),
-    *("screwdriver.yaml", "codemagic.yaml", "circle.yml", ".ci"),
-    *(".builds", ".cirrus.star", ".zuul.yaml", ".zuul.d", "zuul.yaml", "zuul.d", ".tekton"),
-    *("buildspec.yml", "buildspec.yaml", "cloudbuild.yaml", "cloudbuild.yml", "cloudbuild.json"),
-    *(".drone.yaml", ".pre-commit-config.yaml", ".lefthook*", ".overcommit.yml"),
+    *("copilot-instructions.md", "*.instructions.md", "*.prompt.md", "*.chatmode.md"),
+    *(".husky", ".pre-commit-config.yaml", ".lefthook*", ".overcommit.yml"),
     *(f"lefthook{local}.{kind}" for local in ("", "-local") for kind in ("yml", "yaml", "toml", "json*")),
 )
+# What CI systems run. They look at the top of a repository only, so a copy of a project elsewhere is none of theirs.
+_CI_PARTS: Final = (
+    *(".github", ".gitlab-ci.yml", ".gitlab", ".circleci", ".travis.yml", ".drone.yml", ".woodpecker*", ".buildkite"),
+    *("jenkinsfile*", "azure-pipelines*.yml", "bitbucket-pipelines.yml", "appveyor.yml", ".cirrus.yml"),
+    *(".forgejo", ".gitea", ".appveyor.yml", ".build.yml", ".teamcity", ".semaphore", "azure-pipelines*.yaml"),
+    *(".azure-pipelines", ".azuredevops", ".harness", "bitrise.yml", ".bitrise.yml", "wercker.yml", ".scrutinizer.yml"),
+    *("screwdriver.yaml", "codemagic.yaml", "circle.yml", ".ci", ".drone.yaml"),
+    *(".builds", ".cirrus.star", ".zuul.yaml", ".zuul.d", "zuul.yaml", "zuul.d", ".tekton"),
+    *("buildspec.yml", "buildspec.yaml", "cloudbuild.yaml", "cloudbuild.yml", "cloudbuild.json"),
+)
+# What git runs, or takes settings from, directly below a `.git` or by way of it.
+_GIT_OBEYS: Final = frozenset(
+    {"hooks", "config", "config.worktree", "info", "modules", "commondir", "worktrees", "rebase-merge"}
+)
+_GIT: Final = ".git"
 _GIT_NEEDS: Final = frozenset({"objects", "refs"})
 _GIT_NAMES: Final = frozenset({"head", "commondir", *_GIT_NEEDS})
 _GIT_FILES: Final = ("HEAD", "commondir", *_GIT_NEEDS)
@@ -66,9 +76,14 @@ def folded(text: str) -> str:
 
 
 @functools.cache
-def _protected() -> re.Pattern[str]:
-    """All of _PARTS at once, a group for each: a hundred comparisons for each part of a large tree take minutes."""
-    return re.compile("|".join(f"({fnmatch.translate(pattern)})" for pattern in _PARTS))
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """All of them at once, a group for each: a hundred comparisons for each part of a large tree take minutes."""
+    return re.compile("|".join(f"({fnmatch.translate(pattern)})" for pattern in patterns))
+
+
+def work_trees(names: Iterable[str]) -> set[str]:
+    """Return the folders of *names*, names below a root, that are the top of a git work tree."""
+    return {folder for folder, _, part in (name.rpartition("/") for name in names) if folded(part) == _GIT}
 
 
 class Protection:
@@ -78,6 +93,7 @@ class Protection:
     that git takes for one. own: further names that are protected, say the policy in use. allowed: patterns that the
     host's owner has let go, each for a path from the root, or a part of that or of the root's own path; of a path all
     protected parts are let. kept: paths below which x07 keeps what it trusts itself: nobody can let go what lies there.
+    tops: folders, besides the root, in which files of CI systems count, as work_trees() finds them.
     """
 
     def __init__(
@@ -88,20 +104,24 @@ class Protection:
         *,
         repository: str = "",
         kept: Iterable[str] = (),
+        tops: Iterable[str] = (),
     ) -> None:
         # A part stands in the names of all that lies below it. These caches go with this object: names are a guest's.
         self._folded = functools.cache(folded)
-        self._part = functools.cache(self._why_part)
+        self._part = functools.cache(lambda part: self._why_part(part, _PARTS))
+        self._ci_part = functools.cache(lambda part: self._why_part(part, _CI_PARTS))
+        self._tops = {"", *tops}
         self._lets_part = functools.cache(lambda part: self._matches(part, self._folded(part)))
         self._folders: dict[str, str | None] = {}
         self._own = {self._whole(name) for name in own}
         self._allowed = [re.compile(fnmatch.translate(pattern.casefold())) for pattern in allowed]
         around = _of_repository(shown(repository)) if repository else ""
-        self._root = next(filter(None, map(self._part, root.split("/"))), around)
+        self._root = next(filter(None, map(self._any_part, root.split("/"))), around)
         self._name = root.rpartition("/")[2]
         self._kept = {f"{self._whole(path)}/" for path in kept}
         self._place = self._whole(root).rstrip("/")
-        lets = [self._lets_part(part) for part in root.split("/") if self._part(part)]
+        lets = [self._lets_part(part) for part in root.split("/") if self._any_part(part)]
+        self._below_git = self._folded(self._name) == _GIT
         self._lets_root = bool(lets) and all(lets)
         self._left = not all(lets)
 
@@ -113,9 +133,11 @@ class Protection:
             return "it is the policy or the manifest in use"
         if self.lets(name):
             return ""
+        if self._allowed and (obeyed := self._obeyed(name)):
+            return f"git runs or obeys {obeyed}, which only a pattern for that name allows"
         folder, _, part = name.rpartition("/")
-        above = _inherited(folder, self._folders, lambda inner: self._part(inner.rpartition("/")[2]) or None)
-        return self._root or above or self._part(part)
+        above = _inherited(folder, self._folders, lambda inner: self._by_name(*inner.rpartition("/")) or None)
+        return self._root or above or self._part(part) or (self._ci_part(part) if folder in self._tops else "")
 
     def is_kept(self, name: str) -> bool:
         """Whether x07 itself keeps what is under *name*, a set of changes that waits to be applied, say."""
@@ -130,8 +152,22 @@ class Protection:
             return True
         parts = (name or self._name).split("/")
         # Who lets one part go, a folder of CI tasks say, has not let go a `.git` that a program puts into it.
-        left = self._left or any(self._part(part) and not self._lets_part(part) for part in parts)
-        return not left and (self._lets_root or any(map(self._lets_part, parts)))
+        named = next((count for count in range(len(parts), 0, -1) if self._is_named("/".join(parts[:count]))), 0)
+        left = self._left or any(self._any_part(part) and not self._lets_part(part) for part in parts[named:])
+        is_let = self._lets_root or named > 0 or any(map(self._lets_part, parts))
+        return is_let and not left and not self._obeyed(name)
+
+    def _obeyed(self, name: str) -> str:
+        """What git runs or obeys, if *name* is it or lies in it and no pattern is for that; else empty."""
+        if not self._allowed:
+            return ""
+        parts = [*([self._name] if self._below_git else []), *name.split("/")]
+        for at, (part, below) in enumerate(itertools.pairwise(parts)):
+            if self._folded(part) == _GIT and self._folded(below) in _GIT_OBEYS:
+                starts, ends = {0, at, int(self._below_git)}, range(at + 2, len(parts) + 1)
+                if not any(self._is_named("/".join(parts[start:end])) for start in starts for end in ends):
+                    return "/".join(parts[at : at + 2])
+        return ""
 
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
         """Those of *changed* that lie in a folder git takes for a repository, and why each may not.
@@ -153,7 +189,8 @@ class Protection:
         for name in changed:
             above = name.rpartition("/")[0]
             place = _inherited(above, inside, lambda inner: inner if whole(inner) in bare else None) if name else None
-            if place is not None and not self._is_named(name):
+            in_git = place is not None and self._folded(place.rpartition("/")[2] or self._name) == _GIT
+            if place is not None and not self._is_named(name) and not (in_git and self.lets(name)):
                 refused[name] = _of_repository(shown(place) or "the root")
         return refused
 
@@ -167,11 +204,18 @@ class Protection:
     def _matches(self, *forms: str) -> bool:
         return any(pattern.match(form.casefold()) for pattern in self._allowed for form in forms)
 
-    def _why_part(self, part: str) -> str:
-        found = _protected().match(self._folded(part))
+    def _by_name(self, folder: str, _: str, part: str) -> str:
+        """Why *part* is protected where it lies."""
+        return self._part(part) or (self._ci_part(part) if folder in self._tops else "")
+
+    def _any_part(self, part: str) -> str:
+        return self._part(part) or self._ci_part(part)
+
+    def _why_part(self, part: str, patterns: tuple[str, ...]) -> str:
+        found = _any_of(patterns).match(self._folded(part))
         if found is None or found.lastindex is None:
             return ""
-        return f"{_PARTS[found.lastindex - 1]} is protected: other tools run or obey it"
+        return f"{patterns[found.lastindex - 1]} is protected: other tools run or obey it"
 
 
 def _of_repository(where: str) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.policy.limits import LimitChanges
     from x07_sandbox.policy.model import Policy
+    from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.runs.request import Loader, RunRequest
 
 _SECONDS_BOUND: Final = 1e9  # far beyond every limit; what is above could not be converted
@@ -68,8 +69,10 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     scale_limits: bool | None = None,
     image: str | None = None,
     max_output_bytes: int | None = None,
-    changes: Literal["apply", "keep", "discard"] = "apply",
+    changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply",
     out: str | os.PathLike[str] | None = None,
+    allow_hidden: bool = False,
+    allow_symlinks: bool = False,
     live: tuple[int | None, int | None] = (None, None),
     **as_it_is: Any,  # noqa: ANN401 - RunRequest knows them
 ) -> RunRequest:
@@ -105,9 +108,22 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
         max_output_bytes=max_output_bytes,
         changes=changes,
         out=None if out is None else Path(_path_text("out", out)),
+        overrides=_overrides(hidden=allow_hidden, symlinks=allow_symlinks),
         loaders=_loaders(path),
         **as_it_is,
     )
+
+
+def _overrides(**let_in: bool) -> Overrides | None:
+    """What the call changes of the policy. Raises UsageError."""
+    for word, value in let_in.items():
+        if not isinstance(value, bool):
+            raise wrong(f"allow_{word}", f"is {type(value).__name__}, not a bool")
+    if not any(let_in.values()):
+        return None
+    from x07_sandbox.policy.overrides import Overrides
+
+    return Overrides(let_in=tuple(word for word, value in let_in.items() if value))
 
 
 def _loaders(path: Path | None) -> tuple[Loader, ...]:
@@ -182,8 +198,10 @@ def _check_values(
         raise UsageError("cannot run a program", why, "Give one of them")
     if not all(isinstance(word, str) for word in command):
         raise wrong("command", "is no list of texts")
-    if changes not in {"apply", "keep", "discard"}:
-        raise UsageError("cannot run a program", f"changes is {changes!r}", "Use apply, keep or discard")
+    if changes not in {"apply", "all-or-nothing", "keep", "discard"}:
+        raise UsageError(
+            "cannot run a program", f"changes is {changes!r}", "Use apply, all-or-nothing, keep or discard"
+        )
     if build_timeout_s is not None and not 0 < build_timeout_s <= BUILD_S_MAX:
         why = f"build_timeout_s is {build_timeout_s!r}, and must be above 0 and at most {BUILD_S_MAX}"
         raise UsageError("cannot run a program", why, "Give another time limit")

@@ -52,8 +52,10 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     scale_limits: bool | None = None,
     image: str | None = None,
     max_output_bytes: int | None = None,
-    changes: Literal["apply", "keep", "discard"] = "apply",
+    changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply",
     out: str | os.PathLike[str] | None = None,
+    allow_hidden: bool = False,
+    allow_symlinks: bool = False,
     on_output: OnOutput | None = None,
     check: bool = False,
 ) -> Result:
@@ -76,7 +78,9 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     scale_limits: whether an emulated machine gets as much more time as it is slower; None leaves it to your settings.
     image: name or digest of a guest image.
     changes: what becomes of its changes to the folders that the policy lets it change, when it has ended by itself;
-    `Result.changes` says what it was. out: a folder for what it writes to /x07/out.
+    `Result.changes` says what it was. "apply" leaves out what may not be done, "all-or-nothing" does nothing then.
+    out: a folder for what it writes to /x07/out. allow_hidden, allow_symlinks: let names that begin with a dot, and
+    symbolic links, in and out; a policy that you give has to allow it itself.
     max_output_bytes: of each stream, 64 MiB for None. on_output: called with "stdout" or "stderr" and bytes as they
     come, from another thread; what it raises ends the run, and is raised here.
 

@@ -35,7 +35,10 @@ ReadFile = Callable[[str], bytes]
 
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
-    """The flags as they were given, each any number of times; the files are paths."""
+    """The flags as they were given, each any number of times; the files are paths.
+
+    let_in: "hidden", "symlinks": names that a built-in policy keeps out (check_grants).
+    """
 
     allow_host: tuple[str, ...] = ()
     allow_host_file: tuple[str, ...] = ()
@@ -43,6 +46,7 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     deny_host_file: tuple[str, ...] = ()
     allow_read_root: tuple[str, ...] = ()
     allow_write_root: tuple[str, ...] = ()
+    let_in: tuple[str, ...] = ()
 
     @property
     def any(self) -> bool:
@@ -81,6 +85,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
     deny: Mapping[str, set[int] | None]
     read_roots: tuple[str, ...]
     write_roots: tuple[str, ...]
+    let_in: tuple[str, ...]
 
     def digest(self, base_bytes: bytes) -> str:
         asked = {
@@ -92,6 +97,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
                 for host, ports in sorted(self.deny.items())
             ],
         }
+        asked |= {"let_in": sorted(self.let_in)} if self.let_in else {}
         return hashlib.sha256(base_bytes + canonical_json(asked)).hexdigest()[:_DIGEST_CHARS]
 
 
@@ -116,6 +122,7 @@ def derive_policy(
         deny=_denied(_specs("--deny-host", overrides.deny_host_file, overrides.deny_host, read_spec_file)),
         read_roots=tuple(_roots("--allow-read-root", overrides.allow_read_root)),
         write_roots=tuple(_roots("--allow-write-root", overrides.allow_write_root)),
+        let_in=overrides.let_in,
     )
     digest = asked.digest(base_bytes)
     mark = f".g{digest}"
@@ -128,6 +135,8 @@ def derive_policy(
             base.fs,
             read_roots=_joined("--allow-read-root", base.fs.read_roots, asked.read_roots),
             write_roots=_joined("--allow-write-root", base.fs.write_roots, asked.write_roots),
+            deny_hidden=base.fs.deny_hidden and "hidden" not in overrides.let_in,
+            allow_symlinks=base.fs.allow_symlinks or "symlinks" in overrides.let_in,
         ),
     )
     data = render_policy(made)
@@ -141,12 +150,24 @@ def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
     return _denied(_specs("--deny-host", (), given, lambda _name: b""))
 
 
+def check_grants(base: Policy, overrides: Overrides, *, built_in: bool) -> None:
+    """Refuse flags that grant what only the author of the policy *base* may. Raises UsageError."""
+    for word, field, held, value in (
+        ("hidden", "deny_hidden", not base.fs.deny_hidden, False),
+        ("symlinks", "allow_symlinks", base.fs.allow_symlinks, True),
+    ):
+        if word in overrides.let_in and not held and not built_in:
+            why = f"policy {base.policy_id} does not allow it, and flags loosen only built-in policies"
+            fix = f"Set fs.{field} to {str(value).lower()} in the policy"
+            raise UsageError(f"cannot use --allow-{word}", why, fix).by(f"fs.{field}", value=value)
+
+
 def _need_sections(base: Policy, overrides: Overrides) -> None:
     needs = []
     if overrides.hosts:
         needs += [("net.enabled", base.net.enabled, "hosts"), ("net.allow_tcp", base.net.allow_tcp, "hosts")]
-    if overrides.allow_read_root or overrides.allow_write_root:
-        needs.append(("fs.enabled", base.fs.enabled, "roots"))
+    if overrides.allow_read_root or overrides.allow_write_root or overrides.let_in:
+        needs.append(("fs.enabled", base.fs.enabled, "files"))
     for field, held, what in needs:
         if not held:
             raise UsageError(

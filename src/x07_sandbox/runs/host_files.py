@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import posixpath
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -14,22 +12,23 @@ import msgspec
 from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
-from x07_sandbox.files.changes import ChangeSet, RootChanges, called, encode, folders_above, shown
+from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, folders_above, shown
 from x07_sandbox.files.collisions import collisions, knows_no_case
-from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, LeftOut, bounds_of, copy_tree, value_for
+from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, LeftOut, Reason, bounds_of, copy_tree, value_for
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
-from x07_sandbox.files.protected import Protection, repository_around
+from x07_sandbox.files.protected import Protection, repository_around, work_trees
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import cache_dir, is_folder, one_slash, open_own, private_dir, real_path, state_dir
 from x07_sandbox.jobs.record import home_of
 from x07_sandbox.plan.confinement import confinement
-from x07_sandbox.plan.denials import Area, Denial, HowToAllow
+from x07_sandbox.plan.denials import Area
 from x07_sandbox.plan.places import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.folder import runs_dir
-from x07_sandbox.runs.request import ProjectPolicy
+from x07_sandbox.runs.refusals import command, denial, flag_for, told
+from x07_sandbox.runs.request import ProjectPolicy, is_built_in
 from x07_sandbox.runs.result import ChangedName, Changes
 from x07_sandbox.runs.streams import ROOM, InFile
 from x07_sandbox.runs.workdir import workdir_root, working_folder
@@ -37,17 +36,20 @@ from x07_sandbox.runs.workdir import workdir_root, working_folder
 if TYPE_CHECKING:
     import contextlib
 
-    from x07_sandbox.files.changes import Refused
-    from x07_sandbox.files.copy import Bounds, Copied, Reason
+    from x07_sandbox.files.copy import Bounds, Copied
     from x07_sandbox.files.roots import Mount, Tree
+    from x07_sandbox.plan.denials import Denial, HowToAllow
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.folder import RunFolder
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.result import LeftOutEntry
 
 _T = TypeVar("_T")
 _NAMES_MAX: Final = 1000  # of a result, but for deletions; all are in the run's folder
 _DENIALS_MAX: Final = 100
+_LETS_IN: Final[dict[Reason, str]] = {"hidden": "--allow-hidden", "link": "--allow-symlinks"}
+_LINKS_TOO: Final = ", and links are in it (fs.allow_symlinks)"
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
@@ -60,6 +62,7 @@ class HostFiles:
         """Copy in. Raises SandboxError: EntriesError, of which too_many() tells."""
         self._request = request
         self._policy = policy
+        self._built_in = is_built_in(request.policy)
         self._place = folder.path / "changes"
         self._bounds = bounds_of(policy, request.hide, request.reveal)
         roots = roots_in_force(request, program, policy)
@@ -117,8 +120,10 @@ class HostFiles:
         """What would have let it travel with the tree that left it, or a folder around it, out."""
         for name in {mount.sub} | folders_above([mount.sub]):
             if (stayed := copied.stayed.get(name)) is not None:
-                how = _to_let_in(stayed.reason, LeftOut(names=[name], most=stayed.most), self._bounds)
-                return _denial(FIELDS[stayed.reason], "", "", "", 1, how).how_to_allow
+                how = _to_let_in(
+                    stayed.reason, LeftOut(names=[name], most=stayed.most), self._bounds, built_in=self._built_in
+                )
+                return denial(FIELDS[stayed.reason], "", "", "", 1, how).how_to_allow
         return None
 
     def mounts(self, first: int) -> list[dict[str, Any]]:
@@ -150,9 +155,11 @@ class HostFiles:
         for copied in self.copied:
             for reason, left in copied.left_out.items():
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
-                subject = f"{', '.join(map(shown, left.names))}{more}: {WORDS[reason]}"
-                how = _to_let_in(reason, left, self._bounds)
-                found.append(_denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
+                subject = (
+                    f"{', '.join(map(shown, left.names))}{more}: {WORDS[reason]}{_LINKS_TOO if left.links else ''}"
+                )
+                how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
+                found.append(denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
         return found
 
     # what came back
@@ -160,8 +167,8 @@ class HostFiles:
     def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
         """Apply or keep the changes: the state, what was refused, and a warning. Raises PeerError, BackendError."""
         changes, refused, warning = self._settle(ended_well=ended_well)
-        told = "what may be changed is what lies below a root, so its own mode stays as it was"
-        moded = f"{', '.join(self._moded)}: {told}" if self._moded else ""
+        why = "what may be changed is what lies below a root, so its own mode stays as it was"
+        moded = f"{', '.join(self._moded)}: {why}" if self._moded else ""
         return changes, refused, "; ".join(filter(None, (warning, moded)))
 
     def _settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
@@ -174,19 +181,25 @@ class HostFiles:
             refused = [too_many(self._policy, "change", why)] if incoming.too_many else []
             return Changes(state="discarded", reason=why), refused, f"the program's changes to files are lost: {why}"
         changes = self._judged(incoming)
-        if not any(root.changes or root.refused for root in changes.roots):
+        if not any(root.changes or root.left_out or root.refused for root in changes.roots):
             self._forget()
             return Changes(), [], ""
         self._keep(changes)
-        if any(root.refused for root in changes.roots):
-            every = ((root.root, refusal) for root in changes.roots for refusal in root.refused[:_DENIALS_MAX])
-            refused = [_refusal(root, refusal, of_several=changes.of_several) for root, refusal in every]
-            return _told(changes, "kept", _why_kept(changes)), refused[:_DENIALS_MAX], ""
+        denials, entries = told(changes, built_in=self._built_in)
+        denials = denials[:_DENIALS_MAX]
+        if changes.all_or_nothing and any(root.refused for root in changes.roots):
+            return _summed(changes, "kept", _why_kept(changes)), denials, ""
+        settled, warning = self._carried_out(changes, ended_well=ended_well)
+        return _with_left_out(settled, changes, entries), denials, warning
+
+    def _carried_out(self, changes: ChangeSet, *, ended_well: bool) -> tuple[Changes, str]:
         if self._request.changes == "keep" or not ended_well:
-            return _told(changes, "kept", "" if ended_well else "the program did not end by itself"), [], ""
+            return _summed(changes, "kept", "" if ended_well else "the program did not end by itself"), ""
+        if not any(root.changes for root in changes.roots):
+            return _summed(changes, "kept", ""), ""
         return self._applied(changes)
 
-    def _applied(self, changes: ChangeSet) -> tuple[Changes, list[Denial], str]:
+    def _applied(self, changes: ChangeSet) -> tuple[Changes, str]:
         from x07_sandbox.files.apply import ConflictError
         from x07_sandbox.runs.kept import KeptChanges, do
 
@@ -194,34 +207,46 @@ class HostFiles:
         try:
             do(kept, changes, lambda path: self._request.progress(f"waiting: another command changes {path}"))
         except ConflictError as exc:
-            return _told(changes, "conflict", exc.why), [], ""
+            return _summed(changes, "conflict", exc.why), ""
         except HostError as exc:
-            return _told(changes, "kept", f"{exc.what}: {exc.why}"), [], str(exc)
-        return _told(changes, "applied", ""), [], ""
+            return _summed(changes, "kept", f"{exc.what}: {exc.why}"), str(exc)
+        return _summed(changes, "applied", ""), ""
 
     def _judged(self, incoming: Incoming) -> ChangeSet:
         fs = self._policy.fs
         allowed = Allowed(mkdir=fs.allow_mkdir, remove=fs.allow_remove, rename=fs.allow_rename)
         kept = _kept_by_us()
         roots = []
+        whole = self._request.changes == "all-or-nothing"
         for number, (tree, mount) in enumerate(self._roots):
             before = _below(self.copied[tree].nodes, mount.sub)
             made = _below(dict.fromkeys(self.copied[tree].made), mount.sub)
             allowed = msgspec.structs.replace(allowed, made=frozenset(made))
-            told = [one for one in incoming.told if one.root == number]
-            around, let_go = repository_around(mount.host), self._request.allow_protected
-            protection = Protection(mount.host, self._own(mount), let_go, repository=around, kept=kept)
+            found = [one for one in incoming.told if one.root == number]
             stayed = _below(self.copied[tree].stayed, mount.sub)
-            judged = judge(before, stayed, told, self._bounds, allowed, protection)
+            around, let_go = repository_around(mount.host), self._request.allow_protected
+            tops = work_trees([*before, *stayed])
+            protection = Protection(mount.host, self._own(mount), let_go, repository=around, kept=kept, tops=tops)
+            judged = judge(before, stayed, found, self._bounds, allowed, protection, split=not whole)
             if judged.root_mode is not None:
                 self._moded.append(f"{shown(mount.host)} was given mode {judged.root_mode:04o}")
             refused = list(judged.refused)
             if judged.changes and knows_no_case(mount.host):
-                refused += collisions(judged.changes, {*before, *stayed})
-            done, ordered = judged.changes, tuple(sorted(refused, key=lambda refusal: refusal.name))
-            host, guest = mount.host, mount.at
-            roots.append(RootChanges(root=host, guest=guest, missing=mount.missing, changes=done, refused=ordered))
-        return ChangeSet(run=self._place.parent.name, roots=tuple(roots))
+                refused += collisions((*judged.changes, *judged.left_out), {*before, *stayed})
+            # Of names that would be one on the host, neither is more right than the other.
+            whole = whole or len(refused) > len(judged.refused) or judged.is_whole
+            roots.append(
+                RootChanges(
+                    root=mount.host,
+                    guest=mount.at,
+                    missing=mount.missing,
+                    changes=judged.changes,
+                    refused=tuple(sorted(refused, key=lambda refusal: refusal.name)),
+                    left_out=judged.left_out,
+                )
+            )
+        every = tuple(map(_joined, roots)) if whole else tuple(roots)
+        return ChangeSet(run=self._place.parent.name, roots=every, all_or_nothing=whole)
 
     def _own(self, mount: Mount) -> list[str]:
         """Names below a root of what the run itself was told by."""
@@ -318,7 +343,21 @@ def _below(nodes: dict[str, _T], sub: str) -> dict[str, _T]:
     return found
 
 
-def _told(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN401 - Changes knows its states
+def _joined(root: RootChanges) -> RootChanges:
+    """The same with nothing left out."""
+    every = sorted((*root.changes, *root.left_out), key=lambda change: change.name)
+    return msgspec.structs.replace(root, changes=tuple(every), left_out=())
+
+
+def _with_left_out(settled: Changes, changes: ChangeSet, entries: tuple[LeftOutEntry, ...]) -> Changes:
+    names = {(root.root, one.name) for root in changes.roots for one in root.left_out}
+    names |= {(root.root, one.name) for root in changes.roots for one in root.refused}
+    return msgspec.structs.replace(
+        settled, left_out=len(names), left_out_entries=entries, apply_left_out=command(changes.run, entries)
+    )
+
+
+def _summed(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN401 - Changes knows its states
     every = [(root.root, change) for root in changes.roots for change in root.changes]
     every.sort(key=lambda one: one[1].action != "deleted")
     deletions = sum(change.action == "deleted" for _, change in every)
@@ -326,8 +365,8 @@ def _told(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN4
         ChangedName(root=shown(root), name=shown(change.name), action=change.action)
         for root, change in every[: max(_NAMES_MAX, deletions)]
     )
-    counts = {action: changes.count(action) for action in ("added", "changed", "deleted")}
-    return Changes(state=state, reason=reason, names=names, **counts)
+    added, changed, deleted = map(changes.count, ("added", "changed", "deleted"))
+    return Changes(state=state, reason=reason, names=names, added=added, changed=changed, deleted=deleted)
 
 
 def _why_kept(changes: ChangeSet) -> str:
@@ -343,37 +382,15 @@ def too_many(policy: Policy, action: str, subject: str) -> Denial:
     """There were more entries than fs.max_entries, going in ("copy") or coming back ("change")."""
     value = min(2 * bounds_of(policy).entries, NUMBER_MAX)
     by = "copying in" if action == "copy" else "the check of changes"
-    return _denial("fs.max_entries", action, subject, by, 1, (value, None))
+    return denial("fs.max_entries", action, subject, by, 1, (value, None))
 
 
-def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds) -> tuple[object, str | None]:
+def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds, *, built_in: bool) -> tuple[object, str | None]:
     """The field's value, or the flag, that would let in what was left out; None for either that would not do."""
     if reason == "secret":
-        return None, " ".join(_flag("--reveal", name) for name in dict.fromkeys(Path(name).name for name in left.names))
-    return value_for(reason, left.most, bounds), None
-
-
-def _flag(flag: str, name: str) -> str:
-    """*flag* with a pattern for just this name, as a shell takes it; any one character for what cannot be written."""
-    pattern = "".join(char if char.isprintable() else "?" for char in glob.escape(name))
-    if pattern.startswith("-"):
-        pattern = f"[-]{pattern[1:]}"  # else it would be a flag
-    return f"{flag} {shlex.quote(pattern)}"
-
-
-def _refusal(root: str, refused: Refused, *, of_several: bool) -> Denial:
-    flag = _flag("--allow-protected", refused.name or Path(root).name) if refused.rule == "protected" else None
-    if refused.reveal:
-        flag = _flag("--reveal", Path(refused.reveal).name)
-    subject = f"{called(root, refused.name, of_several=of_several)}: {refused.why}"
-    return _denial(refused.rule, "change", subject, "the check of changes", 1, (refused.value, flag))
-
-
-def _denial(field: str, action: str, subject: str, by: str, count: int, how: tuple[object, str | None]) -> Denial:
-    """how: a value of the policy's field, and a flag; None for either that would not do."""
-    json_path = f"$.{field}" if "." in field else None  # the others are no fields: no policy decides them
-    value, flag = how
-    allow = None if how == (None, None) else HowToAllow(json_path=json_path, value=value, flag=flag)
-    return Denial(
-        field=field, action=action, subject=subject, enforced_by=by, observed_by="host", count=count, how_to_allow=allow
-    )
+        return None, " ".join(
+            flag_for("--reveal", name) for name in dict.fromkeys(Path(name).name for name in left.names)
+        )
+    flags = [_LETS_IN[reason]] if built_in and reason in _LETS_IN else []
+    flags += [_LETS_IN["link"]] if flags and left.links else []
+    return value_for(reason, left.most, bounds), " ".join(flags) or None

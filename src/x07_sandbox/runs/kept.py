@@ -2,7 +2,8 @@
 
 `runs/RUN/changes/`: `changes.json` and `data` (files/changes) as the guest told them, and what files/apply keeps there.
 While something is being applied a file of the run's name lies in `runs/.applying/`, so that the next command finds
-what a killed one left without looking at every run.
+what a killed one left without looking at every run. What was left out and is applied afterwards has a folder of its
+own, `changes/later/`, for its journal and for what undoes it; it is undone first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from x07_sandbox.files.changes import ChangeSet
 
 _KEPT: Final = "changes/changes.json"
+_LATER: Final = "later"
 _CHANGES_MAX: Final = 1 << 30
 
 
@@ -38,6 +40,11 @@ class KeptChanges(NamedTuple):
         """Whether the host has them, as far as we did it."""
         return (self.folder / "undo").is_dir()
 
+    @property
+    def later(self) -> Path:
+        """The folder of what was left out and applied afterwards."""
+        return self.folder / _LATER
+
 
 def find(run: str | None) -> KeptChanges:
     """The changes of the run of that name, or whose name begins so; None for the latest. Raises UsageError."""
@@ -52,16 +59,30 @@ def find(run: str | None) -> KeptChanges:
     return KeptChanges(run=name, folder=folder, changes=changes)
 
 
-def do(kept: KeptChanges, changes: ChangeSet, on_wait: Callable[[str], None]) -> ChangeSet:
-    """Apply *changes*, which are those of *kept* or a part. Raises ConflictError, HostError."""
+def do(kept: KeptChanges, changes: ChangeSet, on_wait: Callable[[str], None], *, later: bool = False) -> ChangeSet:
+    """Apply *changes*, which are those of *kept* or a part. Raises ConflictError, HostError.
+
+    later: they were left out, and the others are applied: they have an undo of their own.
+    """
     from x07_sandbox.files.apply import apply
 
-    with _sensible(kept.run), (kept.folder / "data").open("rb") as data:
-        return apply(changes, data.fileno(), kept.folder, on_wait=on_wait, around=applying(kept.run))
+    around = _alone(kept.folder, on_wait) if later else contextlib.nullcontext()
+    place = kept.later if later else kept.folder
+    with around, _sensible(kept.run), (kept.folder / "data").open("rb") as data:
+        undoable = (place / "undo").is_dir()
+        done = apply(changes, data.fileno(), place, on_wait=on_wait, around=applying(kept.run))
+        if later and not done.roots and not undoable:
+            import shutil
+
+            shutil.rmtree(place)  # all of it was there already: there is nothing to undo
+        return done
 
 
 def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
-    """Bring back what was there before they were applied. Raises UsageError, ConflictError, HostError."""
+    """Bring back what was there before they were applied. Raises UsageError, ConflictError, HostError.
+
+    Where a part of them was applied afterwards, only that is undone.
+    """
     import shutil
 
     from x07_sandbox.files.apply import apply
@@ -70,22 +91,23 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
     from x07_sandbox.files.things import ConflictError, undo_conflict
 
     what = f"cannot undo the changes of run {kept.run}"
-    place = kept.folder / "undo"
     with _alone(kept.folder, on_wait), _sensible(kept.run), applying(kept.run), contextlib.ExitStack() as stack:
-        if not kept.applied:  # or not any more: another command may have undone them meanwhile
+        folder = kept.later if (kept.later / "undo").is_dir() else kept.folder
+        place = folder / "undo"
+        if not place.is_dir():  # or not any more: another command may have undone them meanwhile
             raise UsageError(what, "they are not applied", "See x07 diff")
         data = stack.enter_context((place / "data").open("rb"))
         changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
         try:
             # What it displaces is what the run wrote, which is kept: a full disk is no reason not to take it back.
-            done = apply(changes, data.fileno(), kept.folder / "undoing", on_wait=on_wait, keeps=False)
+            done = apply(changes, data.fileno(), folder / "undoing", on_wait=on_wait, keeps=False)
         except ConflictError as exc:
             raise (undo_conflict(exc, what) if exc.names else exc) from None
         except HostError as exc:
             raise HostError(what, exc.why, exc.fix) from exc
         # In this order: killed before the last of it, we find all of it done the next time, and end it.
-        shutil.rmtree(kept.folder / "undoing")
-        drop(kept.folder)  # from here on they are kept again, and can be applied again
+        shutil.rmtree(folder / "undoing")
+        drop(folder)  # from here on they are kept again, and can be applied again
     return done
 
 
@@ -109,8 +131,6 @@ def _sensible(run: str) -> Iterator[None]:
 @contextlib.contextmanager
 def applying(run: str) -> Iterator[None]:
     """Mark that a run's changes are being applied, so that `recover_all` finds what is left. Its folder is locked."""
-    from x07_sandbox.files.journal import pending
-
     marker = private_dir(all_runs() / APPLYING) / run
     marker.touch(mode=0o600)
     try:
@@ -118,8 +138,20 @@ def applying(run: str) -> Iterator[None]:
     finally:
         # Unless something was in the way of undoing it: then the next command tries again.
         folder = marker.parent.parent / run / "changes"
-        if not (pending(folder) or pending(folder / "undoing")):
+        if not _pending(folder):
             marker.unlink(missing_ok=True)
+
+
+def _places(folder: Path) -> list[Path]:
+    """The folders of a run's changes in which something may be half applied, as far as they are there."""
+    every = (folder, folder / "undoing", folder / _LATER, folder / _LATER / "undoing")
+    return [place for place in every if place.is_dir()]
+
+
+def _pending(folder: Path) -> bool:
+    from x07_sandbox.files.journal import pending
+
+    return any(map(pending, _places(folder)))
 
 
 def recover_all(progress: Callable[[str], None]) -> None:
@@ -130,22 +162,20 @@ def recover_all(progress: Callable[[str], None]) -> None:
     except OSError:
         return
     from x07_sandbox.files.apply import recover
-    from x07_sandbox.files.journal import pending
 
     for name in names:
         folder = root / name / "changes"
         if not RUN_NAME.fullmatch(name) or not folder.is_dir():
             (root / APPLYING / name).unlink(missing_ok=True)
             continue
-        if is_locked(folder) or is_locked(folder / "undoing"):  # by a process that is applying
+        if any(map(is_locked, _places(folder))):  # by a process that is applying
             continue
         try:
-            recover(folder)
-            if (folder / "undoing").is_dir():
-                recover(folder / "undoing")
+            for place in _places(folder):
+                recover(place)
         except SandboxError as exc:
             progress(f"{exc} The journal is below {folder}.")
             continue
         with contextlib.suppress(OSError), folder_to_remove(folder) as free:  # else another has begun meanwhile
-            if free and not (pending(folder) or pending(folder / "undoing")):
+            if free and not _pending(folder):
                 (root / APPLYING / name).unlink(missing_ok=True)

@@ -142,7 +142,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     profile: str | None = None
     loaders: tuple[Loader, ...] = ()
     whole_input: bytes = b""
-    changes: Literal["apply", "keep", "discard"] = "apply"
+    changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply"
     out: Path | None = None
     allow_protected: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()
@@ -183,6 +183,11 @@ def _check_environment(request: RunRequest, what: str, total: int) -> None:
         if "\0" in value or total > ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
             why = f"the variable {name} is too long, or holds a zero byte"
             raise UsageError(what, why, "Pass it by standard input")
+
+
+def is_built_in(given: str | Path | Policy | ProjectPolicy | None) -> bool:
+    """Whether read_policy takes one of our own policies, which the user's flags may change freely."""
+    return given is None or (isinstance(given, str) and given.startswith("built-in:"))
 
 
 def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Policy, bytes]:
@@ -239,11 +244,12 @@ def policy_in_force(request: RunRequest) -> InForce:
     base = name_of_policy(request.policy)
     denied: Mapping[str, set[int] | None] = {}
     if request.overrides is not None:
-        from x07_sandbox.policy.overrides import derive_policy
+        from x07_sandbox.policy.overrides import check_grants, derive_policy
 
+        check_grants(policy, request.overrides, built_in=is_built_in(request.policy))
         derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file, gate=True)
         policy, data, denied = derived.policy, derived.data, derived.denied
-    may_raise = is_callers_own(request.policy)
+    may_raise = is_built_in(request.policy)
     if request.limits is None:
         return InForce(policy, data, base, denied, may_raise=may_raise)
     from x07_sandbox.policy.limits import change_limits
@@ -256,11 +262,6 @@ def policy_in_force(request: RunRequest) -> InForce:
         return InForce(policy, data, base, denied, may_raise=may_raise)
     data = render_policy(changed)
     return InForce(decode_policy(data, source="with changed limits"), data, base, denied, own, may_raise)
-
-
-def is_callers_own(given: str | Path | Policy | ProjectPolicy | None) -> bool:
-    """Whether the caller is the author of the policy: a built-in one, chosen by the caller, or none at all."""
-    return given is None or (isinstance(given, str) and given.startswith("built-in:"))
 
 
 def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:

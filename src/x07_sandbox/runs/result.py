@@ -81,11 +81,26 @@ class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     action: Literal["added", "changed", "deleted"]
 
 
+class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An entry that may not be applied, and was kept for review with all that lies below it.
+
+    rules: which ones refuse it. entries: how many names they refuse there. take: flags of `x07 apply` that apply it,
+    quoted for a shell; empty where none does.
+    """
+
+    name: str
+    rules: tuple[str, ...]
+    entries: int
+    take: str
+
+
 class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What became of the program's changes to files.
 
-    reason: why they were not applied. added, changed, deleted: how many. names: all deletions first, and of the rest
-    as many as make 1000.
+    reason: why they were not applied. added, changed, deleted: how many, and names: all deletions first, and of the
+    rest as many as make 1000; both without what was left out.
+    left_out: how many names were left out, since they are refused or depend on one that is. left_out_entries: the
+    uppermost that are refused, at most 100. apply_left_out: the command that applies what of them it can.
     """
 
     state: Literal["none", "applied", "kept", "conflict", "discarded"] = "none"
@@ -94,6 +109,9 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     changed: int = 0
     deleted: int = 0
     names: tuple[ChangedName, ...] = ()
+    left_out: int = 0
+    left_out_entries: tuple[LeftOutEntry, ...] = ()
+    apply_left_out: str = ""
 
 
 class Discarded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,0 +1,113 @@
+"""Which changes depend on others that are left out: those that could not be applied, or would lose something."""
+
+from __future__ import annotations
+
+import itertools
+import posixpath
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from x07_sandbox.files.copy import DEPTH_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from x07_sandbox.files.changes import Change, Node, Refused, RootChanges
+
+
+def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[str]:
+    """Return *refused* and the names of all changes that depend on one of these.
+
+    What lies below one depends on it; so does the other half of a rename, and a link that leads through it. A folder
+    that was to be removed stays for what stays in it; whatever else was removed from it is still removed.
+    """
+    refused = set(refused)
+    by_name = {change.name: change for change in changes}
+    dependents, below = _dependents(changes, by_name.keys() | refused)
+    left, staying = set[str](), set[str]()
+    todo = list(refused)
+    while todo:
+        name = todo.pop()
+        if name in left:
+            continue
+        left.add(name)
+        todo += dependents[name] + below[name]
+        there = by_name.get(name)
+        for folder in _above(name) if there is not None and there.before is not None else ():
+            if folder not in staying and folder in by_name and _ends(by_name[folder]):
+                staying.add(folder)
+                todo += dependents[folder]
+    return left | staying
+
+
+def _dependents(
+    changes: Sequence[Change], names: AbstractSet[str]
+) -> tuple[defaultdict[str, list[str]], defaultdict[str, list[str]]]:
+    """Which changes depend on each of *names*: by a rename or a link, and since they lie below it."""
+    dependents, below = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for name, other in _renames(changes):
+        dependents[name].append(other)
+    for change in changes:
+        for folder in filter(names.__contains__, _above(change.name)):
+            below[folder].append(change.name)
+        if change.after is not None and change.after.kind == "link":
+            for part in filter(names.__contains__, _way(change.name, change.after.target)):
+                dependents[part].append(change.name)
+    return dependents, below
+
+
+def taken(root: RootChanges, lets: Callable[[Refused], bool]) -> tuple[Change, ...]:
+    """Return the changes left out of *root* that may be done if *lets* overrules the reasons for which it is true."""
+    refused = {refusal.name for refusal in root.refused if not lets(refusal)}
+    still = with_dependents((*root.changes, *root.left_out), refused)
+    return tuple(change for change in root.left_out if change.name not in still)
+
+
+def _above(name: str) -> Iterator[str]:
+    """The folders above a name, without the root, which is there whatever is said of it."""
+    while name := name.rpartition("/")[0]:
+        yield name
+
+
+def _ends(change: Change) -> bool:
+    """Whether a folder that was there is to be none any more."""
+    before, after = change.before, change.after
+    return before is not None and before.kind == "folder" and (after is None or after.kind != "folder")
+
+
+def _renames(changes: Iterable[Change]) -> Iterator[tuple[str, str]]:
+    """Both ways, a name that is gone and one that has its content now. A file without content is never a rename."""
+    gone: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    new: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for change in changes:
+        before, after = _content(change.before), _content(change.after)
+        if before and change.after is None:
+            gone[before].append(change.name)
+        elif after and after != before:
+            new[after][posixpath.basename(change.name)].append(change.name)
+    for content, names in gone.items():
+        found = new[content]
+        others = []
+        for name in names:  # in a folder that was renamed its files have the names that they had
+            if same := found[posixpath.basename(name)]:
+                other = same.pop()
+                yield from ((name, other), (other, name))
+            else:
+                others.append(name)
+        for name, other in zip(others, itertools.chain(*found.values()), strict=False):
+            yield from ((name, other), (other, name))
+
+
+def _content(node: Node | None) -> tuple[str, ...] | None:
+    if node is None or node.kind == "folder" or (node.kind == "file" and not node.size):
+        return None
+    return node.kind, node.sha256, node.target
+
+
+def _way(name: str, target: str) -> Iterator[str]:
+    """Where a link leads, by names alone, and all folders on the way there."""
+    end = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    parts = end.split("/")[:DEPTH_MAX]  # nothing that is judged lies deeper
+    for count in range(1, len(parts) + 1):
+        yield "/".join(parts[:count])

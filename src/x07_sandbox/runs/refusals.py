@@ -1,0 +1,131 @@
+"""What a result says of changes that were refused: one denial and one line for each uppermost entry."""
+
+from __future__ import annotations
+
+import glob
+import shlex
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.files.changes import called
+from x07_sandbox.plan.denials import Denial, HowToAllow
+from x07_sandbox.runs.result import LeftOutEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
+
+_ENTRIES_MAX: Final = 100
+_PATTERNS_MAX: Final = 8  # of a line to paste
+
+
+def denial(field: str, action: str, subject: str, by: str, count: int, how: tuple[object, str | None]) -> Denial:
+    """Make one. how: a value of the policy's field, and a flag; None for either that would not do."""
+    json_path = f"$.{field}" if "." in field else None  # the others are no fields: no policy decides them
+    value, flag = how
+    allow = None if how == (None, None) else HowToAllow(json_path=json_path, value=value, flag=flag)
+    return Denial(
+        field=field, action=action, subject=subject, enforced_by=by, observed_by="host", count=count, how_to_allow=allow
+    )
+
+
+def flag_for(flag: str, name: str) -> str:
+    """*flag* with a pattern for just this name, as a shell takes it; any one character for what cannot be written."""
+    pattern = "".join(char if char.isprintable() else "?" for char in glob.escape(name))
+    if pattern.startswith("-"):
+        pattern = f"[-]{pattern[1:]}"  # else it would be a flag
+    return f"{flag} {shlex.quote(pattern)}"
+
+
+def told(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[LeftOutEntry, ...]]:
+    """Return a denial and an entry for each uppermost name that was refused, in the same order.
+
+    built_in: the policy is one of ours, of which flags may change what another policy's author decides.
+    """
+    denials: list[Denial] = []
+    entries: list[LeftOutEntry] = []
+    for root in changes.roots:
+        for name, reasons in list(_uppermost(root).items())[: _ENTRIES_MAX - len(denials)]:
+            subject = called(root.root, name, of_several=changes.of_several)
+            own = [one for one in reasons if one.name == name]
+            one_of_each = list({one.rule: one for one in [*reversed(reasons), *reversed(own)]}.values())[::-1]
+            why = "; ".join(dict.fromkeys(_why(root, name, one) for one in [*own, *one_of_each]))
+            count = len({one.name for one in reasons})
+            rules = tuple(one.rule for one in one_of_each)
+            field = "protected" if "protected" in rules else rules[0]
+            how = _how(root, name, own, one_of_each, built_in=built_in)
+            by = "the check of changes"
+            denials.append(
+                Denial(
+                    field=field,
+                    action="change",
+                    subject=subject,
+                    enforced_by=by,
+                    observed_by="host",
+                    count=count,
+                    how_to_allow=how,
+                    reason=why,
+                )
+            )
+            take = _flags(root, name, one_of_each) if all(one.flag for one in own) else []
+            entries.append(LeftOutEntry(name=subject, rules=rules, entries=count, take=" ".join(take)))
+    return denials, tuple(entries)
+
+
+def command(run: str, entries: Iterable[LeftOutEntry]) -> str:
+    """Return the line that applies what was left out, as far as flags can; empty where none can."""
+    flags = [entry.take for entry in entries if entry.take][:_PATTERNS_MAX]
+    every = dict.fromkeys(_split_flags(" ".join(flags)))
+    return shlex.join(["x07", "apply", run]) + "".join(f" {flag}" for flag in every) if flags else ""
+
+
+def _split_flags(flags: str) -> list[str]:
+    """Each flag with its value, if it has one."""
+    found: list[str] = []
+    for word in map(shlex.quote, shlex.split(flags)):
+        if word.startswith("--"):
+            found.append(word)
+        else:
+            found[-1] += f" {word}"
+    return found
+
+
+def _uppermost(root: RootChanges) -> dict[str, list[Refused]]:
+    """The reasons by the uppermost refused folder that a name lies in, or by the name itself."""
+    names = {refusal.name for refusal in root.refused}
+    found: defaultdict[str, list[Refused]] = defaultdict(list)
+    for refusal in root.refused:
+        top = above = refusal.name
+        while above := above.rpartition("/")[0]:
+            top = above if above in names else top
+        found[top].append(refusal)
+    return found
+
+
+def _why(root: RootChanges, top: str, refusal: Refused) -> str:
+    return refusal.why if refusal.name == top else f"{called(root.root, refusal.name, of_several=False)}: {refusal.why}"
+
+
+def _how(
+    root: RootChanges, top: str, own: Sequence[Refused], reasons: Sequence[Refused], *, built_in: bool
+) -> HowToAllow | None:
+    """What would allow an entry in the next run. own: its own reasons; reasons: one of each rule, of all below too."""
+    if any(not one.flag and not one.reveal and one.value is None for one in own):
+        return None
+    if edits := [one for one in reasons if one.value is not None and not (built_in and one.flag)]:
+        return HowToAllow(json_path=f"$.{edits[0].rule}", value=edits[0].value)
+    flags = _flags(root, top, reasons)
+    flags += [flag_for("--reveal", Path(one.reveal).name) for one in reasons if one.reveal]
+    fields = [one for one in reasons if one.value is not None]
+    path, value = (f"$.{fields[0].rule}", fields[0].value) if fields else (None, None)
+    return HowToAllow(json_path=path, value=value, flag=" ".join(flags))
+
+
+def _flags(root: RootChanges, top: str, reasons: Iterable[Refused]) -> list[str]:
+    """The flags of `x07 apply` and `x07 run` for an entry."""
+    flags: set[str] = {one.flag for one in reasons if one.flag}
+    named = "--allow-protected"
+    found = sorted(flags - {named})
+    return [*found, flag_for(named, top or Path(root.root).name)] if named in flags else found
