@@ -157,7 +157,7 @@ def test_load_policy_takes_what_a_run_takes() -> None:
 def test_a_limit_above_that_of_a_policy_file_names_the_keyword(tmp_path: Path) -> None:
     """`timeout_s=200` with a policy of 60 s is an error in Python's words, never a shorter run."""
     (tmp_path / "strict.json").write_bytes(render_policy(default_policy()))
-    with pytest.raises(UsageError, match=r"cannot use timeout_s=200: .* allows 60 \(limits\.wall_ms\)"):
+    with pytest.raises(UsageError, match=r"cannot use timeout_s=200: .* allows 60 s \(limits\.wall_ms\)"):
         run_program(source="true", toolchain="shell", policy=tmp_path / "strict.json", timeout_s=200)
 
 

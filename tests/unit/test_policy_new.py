@@ -95,12 +95,14 @@ def test_check_prints_the_command_that_completes_a_policy(tmp_path: Path) -> Non
 
 
 def test_a_wrong_but_complete_policy_has_no_such_command(tmp_path: Path) -> None:
-    """Where no field is missing there is nothing to complete."""
-    document = json.loads(render_policy(TEMPLATES["default"]))
-    document["limits"]["fds"] = 9000
-    (tmp_path / "wrong.json").write_text(json.dumps(document))
-    code, found = as_json(tmp_path, "check", "wrong.json")
-    assert (code, "completed_by" in found["files"][0]) == (3, False)
+    """Where a field is wrong or misspelt, that is what is to be corrected."""
+    for name in ("fds", "fdss"):
+        document = json.loads(render_policy(TEMPLATES["default"]))
+        del document["limits"]["fds"]
+        document["limits"][name] = 9000
+        (tmp_path / "wrong.json").write_text(json.dumps(document))
+        code, found = as_json(tmp_path, "check", "wrong.json")
+        assert (code, "completed_by" in found["files"][0]) == (3, False)
 
 
 VALUES = st.recursive(

@@ -164,7 +164,7 @@ def _completed(name: str, exc: PolicyError) -> dict[str, str]:
     from x07_sandbox.policy.made import completion
 
     text, found = str(exc), None
-    if name.isprintable() and any(problem.message == MISSING for problem in exc.problems):
+    if name.isprintable() and all(problem.message == MISSING for problem in exc.problems):
         with contextlib.suppress(UsageError):
             found = completion(read_bounded(Path(name), "policy", MAX_BYTES))
     if found is None:

@@ -147,8 +147,9 @@ def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, sou
 
 def _too_large(changes: LimitChanges, field: str, value: int, path: str, held: int, source: str) -> UsageError:
     """The error for a limit above that of a policy that is not the caller's to raise."""
-    lowered = "A keyword" if changes.by_keyword else "A flag"
-    why = f"the policy {source} allows {_value(field, held)} ({path}). {lowered} can only lower a limit of that policy"
+    given = "A keyword" if changes.by_keyword else "A flag"
+    allowed = f"{_value(field, held)}{' s' if field.endswith('_ms') else ''}"
+    why = f"the policy {source} allows {allowed} ({path}). {given} can only lower a limit of that policy"
     fix = f"Set {path} to {value} in the policy, or use {changes.named(field, held)}"
     return UsageError(f"cannot use {changes.named(field, value)}", why, fix).by(path, value)
 

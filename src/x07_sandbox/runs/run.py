@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 _TAIL_BYTES = 64 * 1024  # of its error output, in which a failed program may have said what it missed
 
+SCALABLE = "the machine is emulated; --scale-limits gives it as much more time as it is slower"
+
 # By the value of their outcome: its table is loaded only while a machine comes up, or where one of these is raised.
 _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
     (PolicyError, "refused"),
@@ -115,8 +117,7 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
     draft = replace(draft, digests=digests, filters=_filters(prepared, spec))
     yield draft
     end = carry_out_job(prepared, spec, draft.run, folder)
-    ending = _by_whose_limit(end.ending, prepared, scaled=draft.scaling is not None)
-    ending = _without_command(ending, end, prepared)
+    ending = _without_command(_by_whose_limit(end.ending, prepared), end, prepared)
     draft = _with_run(draft, end._replace(ending=ending))
     draft = _with_denials(draft, prepared, spec, end)
     left = {} if spec.left_files is None else spec.left_files.files()
@@ -221,9 +222,9 @@ def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
     return prepared, replace(draft, scaling=scaling, warnings=[*draft.warnings, *warnings])
 
 
-def _by_whose_limit(ending: Verdict, prepared: Prepared, *, scaled: bool) -> Verdict:
-    """The verdict with the flags in its reason that set the limit, or that scale it on an emulated machine."""
-    from x07_sandbox.plan.outcomes import Outcome, as_limited_by
+def _by_whose_limit(ending: Verdict, prepared: Prepared) -> Verdict:
+    """The verdict with the flags in its reason that set the limit."""
+    from x07_sandbox.plan.outcomes import as_limited_by
 
     flags, cpu_ms, changes = {}, prepared.program.cpu_ms, prepared.request.limits
     if changes is not None:
@@ -233,13 +234,7 @@ def _by_whose_limit(ending: Verdict, prepared: Prepared, *, scaled: bool) -> Ver
             flags[f"limits.{field}"] = NAMES[field].keyword if changes.by_keyword else NAMES[field].flag
     if cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
         flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
-    ending = as_limited_by(ending, flags)
-    of_time = ending.outcome in {Outcome.TIMEOUT, Outcome.CPU_LIMIT}
-    emulated = prepared.availability.features.emulated
-    if not of_time or not emulated or scaled or prepared.request.scale_limits is False:
-        return ending
-    name = "scale_limits=True" if changes is not None and changes.by_keyword else "--scale-limits"
-    return replace(ending, reason=f"{ending.reason}; {name} scales the limits to the emulated machine")
+    return as_limited_by(ending, flags)
 
 
 def _discarded(usage: dict[str, Any], taken: dict[str, bytes]) -> Discarded:
@@ -288,6 +283,9 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
     if memory:
         denials.append(observed.memory_full(policy, reach))
     if limit := observed.limit_hit(outcome, policy, reach, cpu_ms=program.cpu_ms):
+        scalable = outcome in {"timeout", "cpu-limit"} and prepared.availability.features.emulated
+        if scalable and draft.scaling is None and prepared.request.scale_limits is not False:
+            limit = replace(limit, reason=SCALABLE)
         denials.append(limit)
     if outcome == "output-limit":
         stream = str(end.facts.evidence.output_overflow)

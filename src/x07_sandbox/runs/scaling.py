@@ -37,6 +37,7 @@ from x07_sandbox.runs.result import Scaling
 from x07_sandbox.runs.spec import run_spec
 
 if TYPE_CHECKING:
+    from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.runs.prepare import Prepared
 
 # Prints the CPU time of its fastest round in milliseconds: other rounds may have shared the processor, and in a guest
@@ -60,7 +61,12 @@ _LOCK_S: Final = 180.0
 
 def scale(prepared: Prepared, factor: int) -> tuple[Prepared, Scaling, tuple[str, ...]]:
     """Return what is to be run with its time and CPU limits multiplied, what they are now, and warnings."""
-    limits = prepared.plan.limits
+    limits, scaling, warnings = scaled_limits(prepared.plan.limits, factor)
+    return replace(prepared, plan=replace(prepared.plan, limits=limits)), scaling, warnings
+
+
+def scaled_limits(limits: RunLimits, factor: int) -> tuple[RunLimits, Scaling, tuple[str, ...]]:
+    """Return the limits multiplied, up to what a policy can say; what they are now, and a warning for each cut one."""
     wanted = {field: getattr(limits, field) * factor for field in ("wall_ms", "cpu_ms")}
     given = {field: min(value, largest(f"limits.{field}")) for field, value in wanted.items()}
     warnings = tuple(
@@ -68,8 +74,7 @@ def scale(prepared: Prepared, factor: int) -> tuple[Prepared, Scaling, tuple[str
         for field, value in wanted.items()
         if given[field] < value
     )
-    plan = replace(prepared.plan, limits=replace(limits, **given))
-    return replace(prepared, plan=plan), Scaling(factor=factor, **given), warnings
+    return replace(limits, **given), Scaling(factor=factor, **given), warnings
 
 
 def measured_factor(prepared: Prepared) -> int:

@@ -1,0 +1,94 @@
+"""Promises of limits under emulation that need no machine: how far they grow, who may ask, and the time of a build."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.host import settings
+from x07_sandbox.host.user_settings import scale_when_emulated
+from x07_sandbox.plan.controls import run_limits
+from x07_sandbox.plan.outcomes import Evidence, Outcome, Stage, as_build, classify
+from x07_sandbox.plan.sizes import build_limits, build_limits_shown
+from x07_sandbox.policy import default_policy
+from x07_sandbox.runs.scaling import scaled_limits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_time_and_cpu_time_are_multiplied_and_nothing_else() -> None:
+    """A factor of 8 makes 480 s of 60 s; memory, processes and files stay."""
+    limits = run_limits(default_policy())
+    made, scaling, warnings = scaled_limits(limits, 8)
+    assert (made.wall_ms, made.cpu_ms, warnings) == (480_000, 480_000, ())
+    assert (scaling.factor, scaling.wall_ms, scaling.cpu_ms) == (8, 480_000, 480_000)
+    assert (made.mem_bytes, made.procs, made.fds) == (limits.mem_bytes, limits.procs, limits.fds)
+
+
+def test_no_factor_goes_beyond_what_a_policy_can_say() -> None:
+    """Limits stop at 600 s, and a warning says so for each that did."""
+    made, scaling, warnings = scaled_limits(run_limits(default_policy()), 17)
+    assert (made.wall_ms, made.cpu_ms, scaling.factor) == (600_000, 600_000, 17)
+    assert [text.partition(" ")[0] for text in warnings] == ["limits.wall_ms", "limits.cpu_ms"]
+    assert "not to 1020 s" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (None, False),
+        ("[net]\nopaque_ports = []\n", False),
+        ('[limits]\nscale_when_emulated = "never"\n', False),
+        ('[limits]\nscale_when_emulated = "auto"\n', True),
+    ],
+)
+def test_the_settings_file_may_ask_for_scaled_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, *, wanted: bool
+) -> None:
+    """Limits are scaled only where the user's own file says "auto"."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    if text is not None:
+        (tmp_path / "x07").mkdir()
+        (tmp_path / "x07" / "sandbox.toml").write_text(text)
+    assert scale_when_emulated() == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[limits]\nscale_when_emulated = true\n", 'neither "auto" nor "never"'),
+        ('[limits]\nscale = "auto"\n', r"\[limits\] has no key 'scale'"),
+        ("limits = 5\n", "limits is not a table"),
+        ("[limits\n", "it is not TOML"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
+    """A mistake in the file is an error, and never taken for "never"."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "x07").mkdir()
+    (tmp_path / "x07" / "sandbox.toml").write_text(text)
+    with pytest.raises(UsageError, match=why):
+        scale_when_emulated()
+    (tmp_path / "x07" / "sandbox.toml").chmod(0o666)
+    with pytest.raises(HostError, match="others than you can write to it"):
+        scale_when_emulated()
+
+
+def test_a_build_has_the_time_that_was_asked_for() -> None:
+    """`--build-timeout` sets the time of a build and its CPU time; without it both are the usual 300 s."""
+    assert (build_limits()["cpu_ms"], build_limits_shown().wall_ms) == (300_000, 300_000)
+    shown = build_limits_shown(900_000)
+    assert (build_limits(900_000)["cpu_ms"], shown.wall_ms, shown.cpu_ms) == (900_000, 900_000, 900_000)
+
+
+@pytest.mark.parametrize(("wall_ms", "more"), [(300_000, "--build-timeout 600"), (2_000_000, "--build-timeout 3600")])
+def test_a_build_that_took_too_long_names_its_flag(wall_ms: int, more: str) -> None:
+    """A build that ended at its time limit says which flag gives it more, as long as there is more."""
+    late = classify(Evidence(stage=Stage.RUN, deadline_passed=True), limits=build_limits_shown(wall_ms))
+    found = as_build(late, wall_ms)
+    assert (found.outcome, more in found.reason) == (Outcome.BUILD_FAILED, True)
+    most = as_build(late, settings.BUILD_S_MAX * 1000)
+    assert "--build-timeout" not in most.reason
