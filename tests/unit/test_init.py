@@ -270,7 +270,8 @@ def test_what_is_missing_is_told(toolchain: str, files: list[str], makefile: str
 @pytest.mark.parametrize(
     ("makefile", "artifact"),
     [
-        ("all:\n\tcc -o prog a.c\n", None),
+        ("all:\n\tcc -o prog a.c\n", "prog"),
+        ("all:\n\tcc -c -o a.o a.c\n\tcc a.o\n", None),
         ("all: \\\n  prog\nprog: a.c\n", "prog"),
         ("A = 1\nB := x # y\n.PHONY: all\nC ?= $(B)\n$(C) z: a\n", "x"),
         ("B:=bin/x # y\r\nall : ${B} other ; echo\r\nbin/% : %.c\r\n\tcc -o $@\r\n", "bin/x"),

@@ -6,6 +6,7 @@ Each step replaces the draft of the result by one that knows more; whatever ends
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -254,6 +255,10 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
         from x07_sandbox.runs.missed import missed
 
         draft = replace(draft, hints=missed(tail, policy, spec, prepared.request, program))
+    elif end.facts.evidence.not_executed == errno.ENOENT:
+        from x07_sandbox.runs.missed import missing_interpreter
+
+        draft = replace(draft, hints=missing_interpreter(program))
     return draft
 
 
