@@ -125,7 +125,8 @@ def test_a_make_project_is_built_from_its_files(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize(
     ("rule", "why"),
     [
-        ("out:\n\ttrue\n", "there is no file out"),
+        ("out:\n\ttrue\n", "it made no file out"),
+        ("out:\n\tcp /bin/true other\n", "it made the program other"),
         ("out:\n\tln -s /etc/passwd out\n", "is a link, and none is followed"),
         ("out:\n\tmkfifo out\n", "no regular file"),
         ("out:\n\tmkdir out\n", "no regular file"),
