@@ -222,6 +222,13 @@ def test_make_gets_all_that_it_may_need(tmp_path: Path) -> None:
     }
 
 
+def test_a_program_of_a_folder_below_is_found_by_its_source() -> None:
+    """A sub-Makefile that leaves a program to make's own rules is understood by the sources beside it."""
+    texts = {"Makefile": "all:\n\t$(MAKE) -C src\n", "src/Makefile": "all: tool\n"}
+    data = sandbox_manifest("make", [*texts, "src/tool.c"], makefiles=texts)
+    assert decode_manifest(data, source=FILE)[0].artifact == "src/tool"
+
+
 def test_a_make_project_of_many_names_is_listed_by_folders() -> None:
     """Data of tests in more files without a suffix than a manifest may list go in by a pattern for their folder."""
     names = ["Makefile", "a.c", *(f"tests/data/{number}" for number in range(2000))]

@@ -170,7 +170,8 @@ def program_of(makefiles: Mapping[str, str], files: Collection[str]) -> str:
     for path in sorted(makefiles, key=lambda path: (path.count("/"), path)):
         folder = posixpath.dirname(path)
         if folder and {folder, f"{folder}/", f"./{folder}"} & words:
-            below = next(_Makefile(makefiles[path]).programs(), None)
+            beside = {name.removeprefix(f"{folder}/") for name in files if name.startswith(f"{folder}/")}
+            below = next(_Makefile(makefiles[path], beside).programs(), None)
             if below is not None:
                 return posixpath.normpath(f"{folder}/{below}")
     why = "no target of the Makefile is clearly a program" if read.rules else "the Makefile has no plain first target"

@@ -15,7 +15,7 @@ _SCRIPTS: Final = {
     ".tcl": ("tcl", "/usr/bin/tclsh"),
     ".awk": ("gawk", "/usr/bin/gawk -f"),
 }
-_NAMED_ALIKE: Final = ("fish", "gawk", "guile", "lua5.4", "ruby", "zsh")  # programs and their packages
+_NAMED_ALIKE: Final = ("fish", "gawk", "lua5.4", "ruby", "zsh")  # programs and their packages
 _FIRST_LINE: Final = re.compile(rb"#!\s*(?:/usr)?/bin/(?:env\s+(?:-S\s*)?)?([A-Za-z0-9][\w.+-]{0,63})\s")
 # Suffix: Debian package, and the shell line that builds and runs a file; {file} is its name, {stem} without suffix.
 _COMMANDS: Final = {
