@@ -29,7 +29,7 @@ SCHEMA = json.loads(schemas()["failure.schema.json"])
     ("words", "code", "why"),
     [
         ([], 2, "required: COMMAND"),
-        (["bogus"], 2, "invalid choice: 'bogus'"),
+        (["bogus"], 2, "there is no command 'bogus'"),
         (["--json", "doctor", "--everything"], 2, "unrecognized arguments: --everything"),
         (["--json", "--json", "policy", "digest"], 2, "required: FILE"),
         (["doctor", "--everything"], 2, "unrecognized arguments: --everything"),
@@ -242,3 +242,21 @@ def test_a_signal_before_there_is_a_run_has_its_exit_code(
     result = json.loads(said.out)
     assert (result["outcome"], result["signal"], result["x07_exit_code"]) == ("cancelled", number, code)
     assert "a signal came" in said.err
+
+
+@pytest.mark.parametrize(
+    ("word", "fix"),
+    [
+        ("a b.py", "To run it: x07 run 'a b.py'"),
+        ("inspct", "Did you mean x07 inspect? See x07 --help"),
+        ("frobnicate", "See x07 --help"),
+    ],
+)
+def test_a_word_that_is_no_command_names_what_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], word: str, fix: str
+) -> None:
+    """`x07 prog.py` says how to run the program, and a mistyped command names the nearest one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b.py").touch()
+    assert main.main([word]) == 2
+    assert capfd.readouterr().err == f"x07: wrong usage: there is no command {word!r}. {fix}.\n"

@@ -232,6 +232,13 @@ def test_make_gets_all_that_it_may_need(tmp_path: Path) -> None:
     }
 
 
+def test_a_program_of_a_folder_below_is_found_by_its_source() -> None:
+    """A sub-Makefile that leaves a program to make's own rules is understood by the sources beside it."""
+    texts = {"Makefile": "all:\n\t$(MAKE) -C src\n", "src/Makefile": "all: tool\n"}
+    data = sandbox_manifest("make", [*texts, "src/tool.c"], makefiles=texts)
+    assert decode_manifest(data, source=FILE)[0].artifact == "src/tool"
+
+
 def test_a_make_project_of_many_names_is_listed_by_folders() -> None:
     """Data of tests in more files without a suffix than a manifest may list go in by a pattern for their folder."""
     names = ["Makefile", "a.c", *(f"tests/data/{number}" for number in range(2000))]
@@ -280,7 +287,8 @@ def test_what_is_missing_is_told(toolchain: str, files: list[str], makefile: str
 @pytest.mark.parametrize(
     ("makefile", "artifact"),
     [
-        ("all:\n\tcc -o prog a.c\n", None),
+        ("all:\n\tcc -o prog a.c\n", "prog"),
+        ("all:\n\tcc -c -o a.o a.c\n\tcc a.o\n", None),
         ("all: \\\n  prog\nprog: a.c\n", "prog"),
         ("A = 1\nB := x # y\n.PHONY: all\nC ?= $(B)\n$(C) z: a\n", "x"),
         ("B:=bin/x # y\r\nall : ${B} other ; echo\r\nbin/% : %.c\r\n\tcc -o $@\r\n", "bin/x"),

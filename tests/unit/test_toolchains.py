@@ -15,6 +15,7 @@ from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.programs.manifest import FILE, SCHEMA, decode_manifest
+from x07_sandbox.programs.other_languages import interpreter_of
 from x07_sandbox.programs.starter import sandbox_manifest
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,
@@ -268,3 +269,22 @@ def test_a_source_of_another_language_names_what_runs_it(path: str, fix: str) ->
     with pytest.raises(UsageError, match=f"cannot run {path}.*{fix}"):
         toolchain_for(path, b"x = 1\n")
     assert toolchain_for(path, b"#!/usr/bin/ruby\n").name == "executable"
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        (b"#!/usr/bin/ruby\n", ("ruby", "ruby")),
+        (b"#! /usr/bin/env php\n", ("php", "php-cli")),
+        (b"#!/usr/bin/env -S node --x\n", ("node", "nodejs")),
+        (b"#!/usr/bin/odd-1.2\n", ("odd-1.2", "PACKAGE")),
+        (b"#!/opt/x/ruby\n", None),
+        (b"#!/usr/bin/$(touch x)\n", None),
+        (b"#!/usr/bin/-x\n", None),
+        (b"#!/usr/bin/" + b"a" * 70 + b"\n", None),
+        (b"\x7fELF", None),
+    ],
+)
+def test_the_interpreter_of_a_script_is_known(head: bytes, found: tuple[str, str] | None) -> None:
+    """The hint to an interpreter that an image lacks names its program and package, and nothing that is not a name."""
+    assert interpreter_of(head) == found

@@ -13,6 +13,7 @@ from x07_sandbox.programs.starter import sandbox_manifest
 
 if TYPE_CHECKING:
     from tests.vm.conftest import Sandbox
+    from x07_sandbox.images.store import Image
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -119,3 +120,12 @@ def test_a_project_of_scripts_runs_from_the_manifest_that_init_writes(
     (folder / FILE).write_bytes(sandbox_manifest(toolchain, sorted([language.name, name])))
     ran = sandbox.run(folder, image=languages)
     assert (ran.outcome, ran.stdout) == ("ok", b"42\n"), ran.stderr
+
+
+def test_an_interpreter_that_the_image_lacks_is_named(image: Image) -> None:
+    """A script whose interpreter is not in the image ends with 127, and a hint names the package to include."""
+    result = run_program(source="#!/usr/bin/ruby\nputs 1\n", toolchain="executable", image=image.digest)
+    assert (result.outcome, result.exit_code) == ("failed", 127)
+    (hint,) = result.hints
+    assert hint.subject == "the program ruby"
+    assert "x07 image build --name NAME --include ruby" in str(hint.how.flag)

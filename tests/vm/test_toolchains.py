@@ -141,7 +141,8 @@ def test_make_sees_the_mtimes_of_the_project(sandbox: Sandbox, *, stale: bool) -
 @pytest.mark.parametrize(
     ("rule", "why"),
     [
-        ("out:\n\ttrue\n", "there is no file out"),
+        ("out:\n\ttrue\n", "it made no file out"),
+        ("out:\n\tcp /bin/true other\n", "it made the program other"),
         ("out:\n\tln -s /etc/passwd out\n", "is a link, and none is followed"),
         ("out:\n\tmkfifo out\n", "no regular file"),
         ("out:\n\tmkdir out\n", "no regular file"),

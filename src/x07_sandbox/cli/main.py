@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from x07_sandbox.errors import UsageError
 
 # X07's global flags that our verbs have, and whether they take a value.
 _GLOBAL = {"--json": False, "--quiet-json": False, "--report-out": True, "--out": True}
@@ -121,12 +123,29 @@ def _namespace(words: list[str]) -> argparse.Namespace:
     from x07_sandbox.cli.usage import VERBS, parser_for
     from x07_sandbox.errors import UsageError
 
+    if words and words[0] not in VERBS and not words[0].startswith("-"):
+        raise _no_verb(words[0], VERBS)
     options, unknown = parser_for(words).parse_known_args(words)
     if unknown:
         verb = f"x07 {words[0]}" if words[0] in VERBS else "x07"
         fix = f"See {verb} --help" + ("; arguments of the program go behind --" if words[0] in _RUNS else "")
         raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", fix)
     return options
+
+
+def _no_verb(word: str, verbs: Iterable[str]) -> UsageError:
+    """The error about a first word that is no command: often a program, or a mistyped command."""
+    import difflib
+    import shlex
+
+    from x07_sandbox.errors import UsageError
+
+    fix = "See x07 --help"
+    if os.path.exists(word):  # noqa: PTH110 - a name that cannot be one is no file
+        fix = f"To run it: x07 run {shlex.quote(word)}"
+    elif near := difflib.get_close_matches(word, verbs, 1):
+        fix = f"Did you mean x07 {near[0]}? See x07 --help"
+    return UsageError("wrong usage", f"there is no command {word!r}", fix)
 
 
 def _recover() -> None:

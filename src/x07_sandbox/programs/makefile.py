@@ -21,6 +21,7 @@ _RECIPE_MAX: Final = 64  # lines
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VARIABLE: Final = re.compile(r"\$[({](\w+)[)}]")
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,1023}")
+_OUTPUT: Final = re.compile(r"\s-o\s+(\S+)")
 _CONDITIONAL: Final = re.compile(r"\s*(ifeq|ifneq|ifdef|ifndef|endif)\b")
 # What is made on the way, or for other programs, and cannot be started.
 _NO_PROGRAM: Final = (".a", ".o", ".so", ".la", ".lo", ".dylib", ".dll", ".h", ".hpp", ".c", ".cpp", ".d", ".pc", ".1")
@@ -128,6 +129,13 @@ class _Makefile:
         seen: set[str] = set()
         for root in [*list(self.rules)[:1], "all"]:
             yield from self._below(root, seen)
+        # A recipe may make a program without a target of its own: `all:` with `cc -o prog prog.c`.
+        recipes = (
+            line for name in (*list(self.rules)[:1], "all") if name in self.rules for line in self.rules[name].recipe
+        )
+        for name in (found[1] for line in recipes for found in _OUTPUT.finditer(line)):
+            if _PLAIN.fullmatch(name) and not name.endswith(_NO_PROGRAM):
+                yield name
 
     def _below(self, target: str, seen: set[str]) -> Iterator[str]:
         waiting = [(target, False)]
@@ -162,7 +170,8 @@ def program_of(makefiles: Mapping[str, str], files: Collection[str]) -> str:
     for path in sorted(makefiles, key=lambda path: (path.count("/"), path)):
         folder = posixpath.dirname(path)
         if folder and {folder, f"{folder}/", f"./{folder}"} & words:
-            below = next(_Makefile(makefiles[path]).programs(), None)
+            beside = {name.removeprefix(f"{folder}/") for name in files if name.startswith(f"{folder}/")}
+            below = next(_Makefile(makefiles[path], beside).programs(), None)
             if below is not None:
                 return posixpath.normpath(f"{folder}/{below}")
     why = "no target of the Makefile is clearly a program" if read.rules else "the Makefile has no plain first target"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import PurePosixPath
 from typing import Final
@@ -14,6 +15,8 @@ _SCRIPTS: Final = {
     ".tcl": ("tcl", "/usr/bin/tclsh"),
     ".awk": ("gawk", "/usr/bin/gawk -f"),
 }
+_NAMED_ALIKE: Final = ("fish", "gawk", "lua5.4", "ruby", "zsh")  # programs and their packages
+_FIRST_LINE: Final = re.compile(rb"#!\s*(?:/usr)?/bin/(?:env\s+(?:-S\s*)?)?([A-Za-z0-9][\w.+-]{0,63})\s")
 # Suffix: Debian package, and the shell line that builds and runs a file; {file} is its name, {stem} without suffix.
 _COMMANDS: Final = {
     ".go": ("golang-go", "go run {file}"),
@@ -39,6 +42,16 @@ def advice(path: str) -> str | None:
         image = suffix[1:]
         return f"Use x07 exec: {_build(image, package)} && x07 exec --image {image} --workdir {folder} -- {command}"
     return None
+
+
+def interpreter_of(head: bytes) -> tuple[str, str] | None:
+    """The name of the interpreter that a script's first line asks for, and the package that has it, if it is known."""
+    found = _FIRST_LINE.match(head)
+    if found is None:
+        return None
+    name = found[1].decode()
+    known = (package for package, path in _SCRIPTS.values() if PurePosixPath(path.split()[0]).name == name)
+    return name, next(known, {"node": "nodejs"}.get(name, name if name in _NAMED_ALIKE else "PACKAGE"))
 
 
 def _build(image: str, package: str) -> str:

@@ -25,6 +25,19 @@ def missed(tail: bytes, policy: Policy, spec: PhaseSpec, request: RunRequest, pr
     return hints(tail, policy, spec.areas, spec.cwd, _beside(request, program), os.environ)
 
 
+def missing_interpreter(program: Program) -> list[Hint]:
+    """A hint to the interpreter of a script that the guest could not find."""
+    from x07_sandbox.plan.denials import Hint, HowToAllow
+    from x07_sandbox.programs.other_languages import interpreter_of
+
+    found = interpreter_of(program.source.head) if program.toolchain.build is None else None
+    if found is None:
+        return []
+    name, package = found
+    flag = f"--image NAME, after x07 image build --name NAME --include {package},"
+    return [Hint(subject=f"the program {name}", how=HowToAllow(json_path=None, value=None, flag=flag))]
+
+
 def _beside(request: RunRequest, program: Program) -> Beside | None:
     """The modules that lie beside a program of one file, for a hint to one that it missed."""
     if request.program is None or program.project or program.toolchain.name != "python":

@@ -298,6 +298,10 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
         from x07_sandbox.runs.missed import missed
 
         draft = replace(draft, hints=missed(tail, policy, spec, prepared.request, program))
+    elif end.facts.evidence.not_executed == errno.ENOENT:
+        from x07_sandbox.runs.missed import missing_interpreter
+
+        draft = replace(draft, hints=missing_interpreter(program))
     return draft
 
 
