@@ -134,7 +134,7 @@ def test_a_program_that_is_missing_is_no_command(
     here: Path, words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A misspelt source, a path and a single unknown name are told as missing files."""
-    assert here
+    assert here.is_dir()
     assert "exec" not in told(capfd, "run", *words)
 
 
@@ -226,6 +226,15 @@ def test_the_agent_does_not_look_at_endless_folders(tmp_path: Path) -> None:
     for number in range(LOOKED_AT_MAX + 5):
         (tmp_path / str(number)).touch()
     assert left_files([str(tmp_path)], None, 0, 0).files == LOOKED_AT_MAX
+
+
+def test_folders_of_the_host_are_not_what_was_left(tmp_path: Path) -> None:
+    """Where folders of the host lie in the working folder, what is in them is no file that was left there."""
+    (tmp_path / "work/a").mkdir(parents=True)
+    for name in ("work/a/b", "work2", "other"):
+        (tmp_path / name).write_bytes(b"1")
+    left = left_files([str(tmp_path)], None, 9, 9, [b"work", b"not/there"])
+    assert [name for _, _, name, _ in left.sent] == [b"other", b"work2"]
 
 
 def sent(*entries: tuple[bytes, bytes], root: bytes = b"0") -> bytes:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _READ: Final = 32 * 1024
 _PROJECT: Final = "/x07/in/project"
+_OUT: Final = "/x07/out"
 _FULL_BLOCKS: Final = 256  # of 4 KiB: a disk with less left counts as full
 _FULL_SHARE: Final = 64  # of a folder in memory: with less than one such part left it counts as full
 TICK_S: Final = 0.1  # how often the CPU counter is read while the program runs
@@ -400,10 +401,14 @@ class Job:
         """How many files the program left in its private folders, and their bytes; they are sent if wanted."""
         if self.left is None:
             return 0, 0
-        names = ("work", "out") if self._collects() else ("work",)
-        folders = [self.place.platform.folder(name) for name in names]
+        # What lies in a folder of the host, which some platforms make in these, is among the changes.
+        places = [mount["at"] for mount in self.mounts]
+        with_out = self._collects() and _OUT not in places
+        folders = [self.place.platform.folder(name) for name in ("work", "out")[: 1 + with_out]]
+        start = f"{next((mount['at'] for mount in self.mounts if mount['tree'] is None), confine.CWD)}/"
+        roots = [os.fsencode(at.removeprefix(start)) for at in places if at.startswith(start)]
         with self.place.platform.reading():
-            left = left_files(folders, self.files.work, self.left["files"], self.left["bytes"])
+            left = left_files(folders, self.files.work, self.left["files"], self.left["bytes"], roots)
         if left.files and self._collects():
             self.trees.append((Stream.LEFT, stream_of(left)))
         return left.files, min(left.size, 2**62)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from x07_sandbox.channel.trees import Entry, Kind
@@ -25,17 +25,19 @@ class Left(NamedTuple):
     sent: list[tuple[int, bytes, bytes, os.stat_result]]
 
 
-def left_files(folders: Sequence[str], given: Tree | None, most_files: int, most_bytes: int) -> Left:
+def left_files(
+    folders: Sequence[str], given: Tree | None, most_files: int, most_bytes: int, roots: Collection[bytes] = ()
+) -> Left:
     """Look for files in *folders*, of which the first is the working folder.
 
     given: what lay there from the start, which counts only where it was changed. Names at the top of the working folder
     that begin with a dot are what programs keep in their home folder, and do not count. Regular files are sent while
-    they fit in most_files and most_bytes.
+    they fit in most_files and most_bytes. roots: names in the working folder under which folders of the host lie.
     """
     count = size = sent_size = looked_at = 0
     sent: list[tuple[int, bytes, bytes, os.stat_result]] = []
     for number, folder in enumerate(folders):
-        entries = walk(os.fsencode(folder), hidden=number > 0)
+        entries = walk(os.fsencode(folder), hidden=number > 0, skipped=() if number else roots)
         while (entry := _next(entries)) is not None:
             path, name, info = entry
             looked_at += 1

@@ -10,7 +10,7 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from x07_sandbox.channel.contents import parts
@@ -177,21 +177,23 @@ def _changed_folder(tree: Tree, name: bytes, path: bytes, below: bytes, mode: in
         yield Entry(Kind.OTHER, below, mode=mode).encoded()
 
 
-def walk(top: bytes, *, hidden: bool = True) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
+def walk(
+    top: bytes, *, hidden: bool = True, skipped: Collection[bytes] = ()
+) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
     """Path, name below *top*, and state of all that is there, folders before what is in them.
 
-    hidden: whether names at the top that begin with a dot count.
+    hidden: whether names at the top that begin with a dot count. skipped: names that do not.
     """
     folders = [b""]
     while folders:
         folder = folders.pop()
         with os.scandir(top + b"/" + folder if folder else top) as found:
             entries = sorted(found, key=lambda entry: entry.name)
-        if not (hidden or folder):
-            entries = [entry for entry in entries if not entry.name.startswith(b".")]
         inner = []
         for entry in entries:
             below = folder + b"/" + entry.name if folder else entry.name
+            if below in skipped or not (hidden or folder or not below.startswith(b".")):
+                continue
             info = entry.stat(follow_symlinks=False)
             yield entry.path, below, info
             if stat.S_ISDIR(info.st_mode) and can_hold_names(below):

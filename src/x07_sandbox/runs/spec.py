@@ -116,7 +116,7 @@ def run_spec(
         argv=[*_start(program, cwd), *request.args],
         files=tuple(files),
         limits=limits.for_guest(),
-        confine=confinement(policy, cwd, alone=not (archive or protocol)),
+        confine=confinement(policy, PROJECT_FOLDER if program.project else cwd, alone=not (archive or protocol)),
         wall_ms=limits.wall_ms,
         env=run_environment(policy, request.env, os.environ),
         ram_bytes=limits.ram_bytes,
