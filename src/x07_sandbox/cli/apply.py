@@ -22,6 +22,7 @@ from x07_sandbox.runs.result import Changes
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
+    from collections.abc import Set as AbstractSet
 
     from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
 
@@ -57,7 +58,8 @@ def _apply(options: argparse.Namespace) -> int:
     kept = find(options.run)
     flags = {flag for flag in ("--allow-hidden", "--allow-symlinks") if getattr(options, flag[2:].replace("-", "_"))}
     grants = Grants(protected=tuple(options.allow_protected), flags=frozenset(flags))
-    changes = chosen(kept.changes, options.skip, grants=grants, applied=kept.applied)
+    before = set[tuple[str, str]]() if kept.changes.all_or_nothing else kept.done()
+    changes = chosen(kept.changes, options.skip, grants=grants, applied=before if kept.applied else None)
     later = kept.applied and any(root.left_out for root in kept.changes.roots) and grants.any
     done = do(kept, changes, lambda path: say(f"waiting: another command changes {path}"), later=later)
     if wanted(options) and deliver(machine_form(changes if done.roots else done), options):
@@ -66,7 +68,7 @@ def _apply(options: argparse.Namespace) -> int:
         list_deleted(changes)
     there = "all of it is there already" if any(root.changes for root in changes.roots) else "nothing is left to apply"
     say(summary(changes, "applied; x07 undo") if done.roots else there)
-    _tell_left_out(kept.changes, changes)
+    _tell_left_out(kept.changes, before | {(root.root, one.name) for root in changes.roots for one in root.changes})
     return 0
 
 
@@ -99,17 +101,17 @@ def chosen(
     allow_protected: Sequence[str] = (),
     *,
     grants: Grants | None = None,
-    applied: bool = False,
+    applied: AbstractSet[tuple[str, str]] | None = None,
 ) -> ChangeSet:
     """The set without what is skipped; folders that hold some of it stay, and a line says so.
 
-    skip: names below a root, or absolute paths. applied: the set is applied, so that what *grants* lets of what was
-    left out goes alone. Raises UsageError, and RefusedError for what may not be done.
+    skip: names below a root, or absolute paths. applied: what is applied already, by root and name, so that what
+    *grants* lets of what was left out goes alone. Raises UsageError, and RefusedError for what may not be done.
     """
     grants = grants or Grants(protected=tuple(allow_protected))
     roots = changes.roots
     if not changes.all_or_nothing:
-        roots = tuple(_with_left_out(root, grants, applied=applied) for root in roots)
+        roots = tuple(_with_left_out(root, grants, applied) for root in roots)
         was_left_out = any(root.left_out for root in changes.roots)
         if grants.any and was_left_out and not any(root.left_out for root in roots):
             raise _nothing_let(changes, grants)
@@ -122,13 +124,15 @@ def chosen(
     return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts))
 
 
-def _with_left_out(root: RootChanges, grants: Grants, *, applied: bool) -> RootChanges:
+def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple[str, str]] | None) -> RootChanges:
     """The root with what is let of what was left out, as changes and as left_out, and without reasons."""
-    more = taken(root, grants.lets(root.root)) if grants.any else ()
-    alone = applied and grants.any
-    every = more if alone else sorted((*root.changes, *more), key=lambda change: change.name)
+    lets, done = grants.lets(root.root), applied or set()
+    more = taken(root, lambda one: (root.root, one.name) in done or lets(one)) if grants.any else ()
+    alone = applied is not None and grants.any
+    every = [*more] if alone else sorted((*root.changes, *more), key=lambda change: change.name)
+    changes = [change for change in every if not (alone and (root.root, change.name) in done)]
     missing = root.missing and not (alone and root.changes)  # else it is there by now
-    return replace(root, changes=tuple(every), missing=missing, refused=(), left_out=more)
+    return replace(root, changes=tuple(changes), missing=missing, refused=(), left_out=more)
 
 
 def _nothing_let(changes: ChangeSet, grants: Grants) -> RefusedError:
@@ -147,9 +151,8 @@ def _refused(left: list[str], fix: str) -> RefusedError:
     return RefusedError("cannot apply the changes", "; ".join(left[:_TOLD_MAX]) + more, fix)
 
 
-def _tell_left_out(kept: ChangeSet, done: ChangeSet) -> None:
-    """Say what stays left out, and the command that applies it."""
-    applied = {(root.root, change.name) for root in done.roots for change in root.changes}
+def _tell_left_out(kept: ChangeSet, applied: AbstractSet[tuple[str, str]]) -> None:
+    """Say what stays left out, and the command that applies it. applied: by root and name."""
     if kept.all_or_nothing:
         return
     roots = [
@@ -157,9 +160,8 @@ def _tell_left_out(kept: ChangeSet, done: ChangeSet) -> None:
         for root in kept.roots
     ]
     _, entries = told(replace(kept, roots=tuple(roots)), built_in=True)
-    if entries:
-        for line in left_out(Changes(left_out_entries=entries, apply_left_out=command(kept.run, entries))):
-            say(line)
+    for line in left_out(Changes(left_out_entries=entries, apply_left_out=command(kept.run, entries))):
+        say(line)
 
 
 def _without(

@@ -149,13 +149,13 @@ class _Before:
 
     def __init__(self, kept: KeptChanges) -> None:
         self._at: dict[tuple[str, str], tuple[Path, int]] = {}
-        for place in (kept.folder / "undo", kept.later / "undo"):
-            with contextlib.suppress(OSError, ValueError):  # not applied, or it cannot be undone
-                undoing = decode((place / "changes.json").read_bytes())
+        for place in kept.undos:
+            with contextlib.suppress(OSError, ValueError):  # it cannot be undone
+                undoing = decode((place / "undo/changes.json").read_bytes())
                 for root in undoing.roots:
                     for change in root.changes:
                         if change.after is not None and change.after.at is not None:
-                            self._at[root.root, change.name] = place / "data", change.after.at
+                            self._at[root.root, change.name] = place / "undo/data", change.after.at
 
     def __call__(self, root: str, name: str, node: Node) -> bytes | None:
         if node.size > TEXT_MAX:

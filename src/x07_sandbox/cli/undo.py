@@ -38,6 +38,6 @@ def _undo(options: argparse.Namespace) -> int:
     if wanted(options) and deliver(machine_form(changes), options):
         return 0
     list_deleted(changes, back=True)
-    then = "x07 undo takes back what was applied before" if kept.applied else "x07 apply"
+    then = "x07 undo takes back what was applied before" if kept.undos else "x07 apply"
     say(summary(changes, f"undone; {then}"))
     return 0

@@ -3,7 +3,7 @@
 `runs/RUN/changes/`: `changes.json` and `data` (files/changes) as the guest told them, and what files/apply keeps there.
 While something is being applied a file of the run's name lies in `runs/.applying/`, so that the next command finds
 what a killed one left without looking at every run. What was left out and is applied afterwards has a folder of its
-own, `changes/later/`, for its journal and for what undoes it; it is undone first.
+own, `changes/later-N/`, for its journal and for what undoes it; the last one is undone first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from x07_sandbox.files.changes import ChangeSet
 
 _KEPT: Final = "changes/changes.json"
-_LATER: Final = "later"
+_LATER: Final = "later-"
 _CHANGES_MAX: Final = 1 << 30
 
 
@@ -41,9 +41,21 @@ class KeptChanges(NamedTuple):
         return (self.folder / "undo").is_dir()
 
     @property
-    def later(self) -> Path:
-        """The folder of what was left out and applied afterwards."""
-        return self.folder / _LATER
+    def undos(self) -> list[Path]:
+        """The folders whose `undo` undoes something, the first applied first."""
+        return [place for place in (self.folder, *_later(self.folder)) if (place / "undo").is_dir()]
+
+    def done(self) -> set[tuple[str, str]]:
+        """What is applied, by root and name. Raises HostError."""
+        from x07_sandbox.files.kept import undoes
+
+        with _sensible(self.run):
+            return {name for place in self.undos for name in undoes(place)}
+
+
+def _later(folder: Path) -> list[Path]:
+    """The folders of what was left out and applied afterwards, the first first."""
+    return sorted(folder.glob(f"{_LATER}*"), key=lambda path: int(path.name.removeprefix(_LATER)))
 
 
 def find(run: str | None) -> KeptChanges:
@@ -67,11 +79,10 @@ def do(kept: KeptChanges, changes: ChangeSet, on_wait: Callable[[str], None], *,
     from x07_sandbox.files.apply import apply
 
     around = _alone(kept.folder, on_wait) if later else contextlib.nullcontext()
-    place = kept.later if later else kept.folder
     with around, _sensible(kept.run), (kept.folder / "data").open("rb") as data:
-        undoable = (place / "undo").is_dir()
+        place = kept.folder / f"{_LATER}{len(kept.undos)}" if later else kept.folder
         done = apply(changes, data.fileno(), place, on_wait=on_wait, around=applying(kept.run))
-        if later and not done.roots and not undoable:
+        if later and not done.roots:
             import shutil
 
             shutil.rmtree(place)  # all of it was there already: there is nothing to undo
@@ -92,10 +103,10 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
 
     what = f"cannot undo the changes of run {kept.run}"
     with _alone(kept.folder, on_wait), _sensible(kept.run), applying(kept.run), contextlib.ExitStack() as stack:
-        folder = kept.later if (kept.later / "undo").is_dir() else kept.folder
-        place = folder / "undo"
-        if not place.is_dir():  # or not any more: another command may have undone them meanwhile
+        if not kept.undos:  # or not any more: another command may have undone them meanwhile
             raise UsageError(what, "they are not applied", "See x07 diff")
+        folder = kept.undos[-1]
+        place = folder / "undo"
         data = stack.enter_context((place / "data").open("rb"))
         changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
         try:
@@ -144,8 +155,8 @@ def applying(run: str) -> Iterator[None]:
 
 def _places(folder: Path) -> list[Path]:
     """The folders of a run's changes in which something may be half applied, as far as they are there."""
-    every = (folder, folder / "undoing", folder / _LATER, folder / _LATER / "undoing")
-    return [place for place in every if place.is_dir()]
+    every = (folder, *_later(folder))
+    return [place for part in every for place in (part, part / "undoing") if place.is_dir()]
 
 
 def _pending(folder: Path) -> bool:

@@ -50,7 +50,10 @@ def told(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[Lef
         for name, reasons in list(_uppermost(root).items())[: _ENTRIES_MAX - len(denials)]:
             subject = called(root.root, name, of_several=changes.of_several)
             own = [one for one in reasons if one.name == name]
-            one_of_each = list({one.rule: one for one in [*reversed(reasons), *reversed(own)]}.values())[::-1]
+            by_rule: dict[str, Refused] = {}
+            for one in [*own, *reasons]:
+                by_rule.setdefault(one.rule, one)
+            one_of_each = list(by_rule.values())
             why = "; ".join(dict.fromkeys(_why(root, name, one) for one in [*own, *one_of_each]))
             count = len({one.name for one in reasons})
             rules = tuple(one.rule for one in one_of_each)
