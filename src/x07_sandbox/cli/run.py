@@ -417,4 +417,4 @@ def _explain(result: Result) -> None:
             say(f"the program's {name} could not be passed on: {stream.undelivered}")
     if result.outcome == "ok" or (result.outcome == "failed" and result.began):
         return
-    say(f"{result.outcome}: {result.reason}")
+    say(f"{result.outcome}: {result.reason}", bad=f"{result.outcome}:")
