@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from x07_sandbox.cli.os_runner_options import OPTIONS
 from x07_sandbox.cli.refused import for_flags, lines, tell
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
-from x07_sandbox.runs.result import NOTHING, Digests, Result
+from x07_sandbox.runs.result import NOTHING, Digests, Outcome, Result
 
 if TYPE_CHECKING:
     import pytest
@@ -30,7 +30,7 @@ def denial(subject: str, how: HowToAllow | None = None, *, action: str = "read",
     )
 
 
-def result(*denials: Denial, outcome: str = "failed", lost: int = 0, hints: tuple[Hint, ...] = ()) -> Result:
+def result(*denials: Denial, outcome: Outcome = "failed", lost: int = 0, hints: tuple[Hint, ...] = ()) -> Result:
     """A run that ended so."""
     return Result(
         run="1-1-1",
@@ -121,7 +121,7 @@ def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixt
     line = HowToAllow(json_path="$.limits.fds", value=512)
     flag = HowToAllow(json_path="$.fs.read_roots", value=["/d"], flag="--allow-read-root /d")
     said = []
-    denials = [(denial("in the policy", how), "failed") for how in (line, line, flag)]
+    denials: list[tuple[Denial, Outcome]] = [(denial("in the policy", how), "failed") for how in (line, line, flag)]
     denials.append((denial("link", line, action="change"), "ok"))
     for (tried, outcome), policy in zip(denials, (DEFAULT, "own.json", DEFAULT, DEFAULT), strict=True):
         tell(replace(result(tried, outcome=outcome), policy=policy))
