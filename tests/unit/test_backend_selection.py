@@ -20,7 +20,7 @@ AUTOS: tuple[Class, ...] = ("vm", "none")
 QEMU = Choice(backend="qemu", sandbox_backend="vm")
 
 # For each backend named alone: what becomes of it on Linux, macOS 26, macOS 12 and elsewhere, without acceptance and
-# with it. "closed": fails closed for want of acceptance; "later": not built yet; "elsewhere": not for this platform.
+# with it. "closed": refused for want of acceptance; "later": not built yet; "elsewhere": not for this platform.
 NAMED = {
     "firecracker-ctr": ("later elsewhere elsewhere elsewhere", "later elsewhere elsewhere elsewhere"),
     "apple-container": ("elsewhere later elsewhere elsewhere", "elsewhere later elsewhere elsewhere"),
@@ -31,7 +31,7 @@ NAMED = {
     "os": ("closed closed closed closed", "closed closed closed closed"),  # its class has to be named too
     "none": ("closed closed closed closed", "closed closed closed closed"),
 }
-TEXTS = {"closed": "fails closed", "later": "does not have it yet", "elsewhere": "is not for"}
+TEXTS = {"closed": "weaker isolation", "later": "not supported in this version", "elsewhere": "is not for"}
 
 
 def answer(platform: Platform, asked: Asked) -> str:

@@ -276,7 +276,8 @@ def as_build(found: Verdict) -> Verdict:
         for running, building in _BUILDING.items():
             reason = reason.replace(f"while the guest was {running}", f"while the guest was {building}")
         return replace(found, reason=reason)
-    reason = _POLICY_FIELD.sub("(fixed for builds)", found.reason)
+    reason = _POLICY_FIELD.sub("(fixed for builds)", found.reason).replace("the program", "the compiler", 1)
+    reason = reason.replace("the compiler ended with status", "the compiler exited with status", 1)
     return replace(found, outcome=Outcome.BUILD_FAILED, fault="program", reason=f"the build failed: {reason}")
 
 

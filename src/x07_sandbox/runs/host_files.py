@@ -16,7 +16,7 @@ from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, RootChanges, called, encode, folders_above, shown
 from x07_sandbox.files.collisions import collisions, knows_no_case
-from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, LeftOut, bounds_of, copy_tree, value_for
+from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, LeftOut, bounds_of, copy_tree, value_for, why_left_out
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection, repository_around
@@ -147,7 +147,7 @@ class HostFiles:
         for copied in self.copied:
             for reason, left in copied.left_out.items():
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
-                subject = f"{', '.join(map(shown, left.names))}{more}: {WORDS[reason]}"
+                subject = f"{', '.join(map(shown, left.names))}{more}: {why_left_out(reason, self._bounds)}"
                 how = _to_let_in(reason, left, self._bounds)
                 found.append(_denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
         return found
@@ -341,7 +341,7 @@ def too_many(policy: Policy, action: str, subject: str) -> Denial:
 
 def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds) -> tuple[object, str | None]:
     """The field's value, or the flag, that would let in what was left out; None for either that would not do."""
-    if reason == "secret":
+    if reason in {"chosen", "secret"}:
         return None, " ".join(_flag("--reveal", name) for name in dict.fromkeys(Path(name).name for name in left.names))
     return value_for(reason, left.most, bounds), None
 
