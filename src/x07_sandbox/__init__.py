@@ -1,10 +1,23 @@
-"""Run a program that nobody trusts inside a throw-away virtual machine.
+"""Run an untrusted program inside a throw-away virtual machine.
 
     from x07_sandbox import run_program
     result = run_program("prog.py", input=b"data")
     print(result.outcome, result.stdout.text)
 
-Everything is imported on first use, from the table below: `import x07_sandbox` alone loads none of it.
+Functions; `help(x07_sandbox.run_program)` has all arguments:
+    run_program         build and run a program; returns a Result
+    run_program_async   the same for asyncio
+    load_policy         read a policy from a file or a template
+
+Classes and types:
+    Pool                an executor that runs many programs in warm VMs
+    Result              how a run ended, what it printed and changed
+    Output              one output stream of a result
+    Outcome             the words that Result.outcome can be
+    Policy, Limits      what a program may touch and use up
+    SandboxError        the base of all errors
+
+`import x07_sandbox` loads none of these: each is imported on first use.
 """
 
 from __future__ import annotations
@@ -17,10 +30,13 @@ if TYPE_CHECKING:
     from x07_sandbox.host.version import __version__
     from x07_sandbox.library.pool import Pool
     from x07_sandbox.library.run import exec_command, load_policy, run_program, run_program_async
-    from x07_sandbox.policy.model import Policy
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.policy.model import Limits, Policy
+    from x07_sandbox.runs.result import Outcome, Output, Result
 
 __all__ = [
+    "Limits",
+    "Outcome",
+    "Output",
     "Policy",
     "Pool",
     "Result",
@@ -33,6 +49,9 @@ __all__ = [
 ]
 
 _EXPORTS = {
+    "Limits": "x07_sandbox.policy.model",
+    "Outcome": "x07_sandbox.runs.result",
+    "Output": "x07_sandbox.runs.result",
     "Policy": "x07_sandbox.policy.model",
     "Pool": "x07_sandbox.library.pool",
     "Result": "x07_sandbox.runs.result",
@@ -51,3 +70,8 @@ def __getattr__(name: str) -> object:
     except KeyError:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
     return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    """Every public name, so that help() and completion show what is not loaded yet."""
+    return sorted({*globals(), *__all__})

@@ -24,9 +24,11 @@ def one_input(data: bytes) -> None:
     for hint in found:
         assert hint.subject.isprintable()
         msgspec.json.encode(hint)
-        if hint.how.json_path is None:  # a module or a program, which another image brings, or a variable
+        if hint.how.json_path is None:  # a module or a program, which another image brings, a variable, a connection
             assert hint.how.flag is not None
-            assert hint.subject.startswith(("the Python module ", "the program ", "the variable "))
+            assert hint.subject.startswith(
+                ("the Python module ", "the program ", "the variable ", "the connection to ", "a connection")
+            )
             continue
         assert hint.kind != "missing" or "/" in hint.subject
         follow(hint.how, policy)

@@ -20,7 +20,7 @@ AUTOS: tuple[Class, ...] = ("vm", "none")
 QEMU = Choice(backend="qemu", sandbox_backend="vm")
 
 # For each backend named alone: what becomes of it on Linux, macOS 26, macOS 12 and elsewhere, without acceptance and
-# with it. "closed": fails closed without acceptance; "later": not built yet, on any platform; "elsewhere": not for this
+# with it. "closed": refused without acceptance; "later": not built yet, on any platform; "elsewhere": not for this
 # platform.
 NAMED = {
     "firecracker-ctr": ("later later later later", "later later later later"),
@@ -32,7 +32,7 @@ NAMED = {
     "os": ("closed closed closed closed", "closed closed closed closed"),  # its class has to be named too
     "none": ("closed closed closed closed", "closed closed closed closed"),
 }
-TEXTS = {"closed": "fails closed", "later": "not supported in this version", "elsewhere": "not supported on"}
+TEXTS = {"closed": "weaker isolation", "later": "not supported in this version", "elsewhere": "not supported on"}
 
 
 def answer(platform: Platform, asked: Asked) -> str:

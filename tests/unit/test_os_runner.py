@@ -107,11 +107,11 @@ def test_the_other_world_has_no_policy(refused: Refused, flag: str) -> None:
 def test_weaker_isolation_fails_closed(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], variables: dict[str, str]
 ) -> None:
-    """Without acceptance, run-os too, the refusal says that it fails closed and names what works."""
+    """Without acceptance, run-os too, the refusal says that the isolation is weaker and names what works."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     told = refused(*words)
-    assert "fails closed" in told
+    assert "weaker isolation" in told
     assert "--world run-os-sandboxed --policy FILE --sandbox-backend vm" in told
 
 

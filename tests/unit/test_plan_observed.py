@@ -425,14 +425,14 @@ def test_what_is_at_its_most_cannot_be_allowed() -> None:
         ("what():  filesystem error: cannot open: No such file or directory [in/x]\n", "in/x", "in/x"),
         ("tool: cannot open /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
         ("open /srv/x: no such file or directory\n", "/srv/x", "/srv/x"),
-        ("/x07/in/program/it.sh: line 3: jq: command not found\n", "the program jq", "--include PACKAGE"),
-        ("/x07/in/program/it.sh: 3: jq: not found\n", "the program jq", "--include PACKAGE"),
+        ("/x07/in/program/it.sh: line 3: jq: command not found\n", "the program jq", "--include jq"),
+        ("/x07/in/program/it.sh: 3: tool: not found\n", "the program tool", "--include PACKAGE"),
         ('FileNotFoundError: [Errno 2] No such file or directory: "/srv/it\'s"', "/srv/it's", "/srv/it"),
         ("FileNotFoundError: [Errno 2] No such file or directory: 'a.csv'", "./a.csv", "./a.csv"),
         (
             "ModuleNotFoundError: No module named 'some_thing.more'\n",
             "the Python module some_thing",
-            "python3-some-thing",
+            "--pip some_thing",
         ),
     ],
 )
@@ -513,22 +513,22 @@ def test_a_key_that_no_environment_has_is_no_hint() -> None:
 
 
 def test_a_program_that_is_missed_is_hinted_at() -> None:
-    """What Python's subprocess did not find needs an image; it may have been a folder to run in, which is told too."""
+    """What Python's subprocess did not find needs an image; a bare name is no file to bring in."""
     raised = """Traceback (most recent call last):
   File "/usr/lib/python3.13/subprocess.py", line 1972, in _execute_child
     raise child_exception_type(errno_num, err_msg, err_filename)
     ~~~~~~~~~~~~~~~~~~~~~~~~~~^^^
 FileNotFoundError: [Errno 2] No such file or directory: '{}'
 """
-    (first, second) = hints(raised.format("ffmpeg").encode(), policy({}), (), START)
-    assert (first.subject, second.subject) == ("the program ffmpeg", "./ffmpeg")
-    assert "--image NAME" in (first.how.flag or "")
+    (first,) = hints(raised.format("ffmpeg").encode(), policy({}), (), START)
+    assert (first.subject, first.how.json_path) == ("the program ffmpeg", None)
+    assert first.how.flag == "--image mine, after x07 image build --name mine --include ffmpeg"
     assert first.to_write is None
     for path in ("/srv/tool", "./tool"):
         (hint,) = hints(raised.format(path).encode(), policy({}), (), START)
         assert hint.subject == path
-    other = raised.format("ffmpeg").replace("subprocess.py", "mine.py")
-    assert [hint.subject for hint in hints(other.encode(), policy({}), (), START)] == ["./ffmpeg"]
+    other = raised.format("data.txt").replace("subprocess.py", "mine.py")
+    assert [hint.subject for hint in hints(other.encode(), policy({}), (), START)] == ["./data.txt"]
 
 
 @pytest.mark.parametrize(

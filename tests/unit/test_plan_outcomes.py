@@ -294,7 +294,7 @@ def test_a_build_that_ends_badly_is_a_failed_build() -> None:
     found = as_build(classify(run(wait_status=1 << 8)))
     assert found.outcome is Outcome.BUILD_FAILED
     assert found.fault == "program"
-    assert found.reason == "the build failed: the program ended with status 1"
+    assert found.reason == "the build failed: the compiler exited with status 1"
     assert as_build(classify(run(wait_status=0))) == classify(run(wait_status=0))
     for kept in (run(cancelled_by=2), run(instance_status=-9)):
         found = as_build(classify(kept))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
 
+import pytest
 from msgspec.structs import replace
 
 from x07_sandbox.cli.os_runner_options import OPTIONS
 from x07_sandbox.cli.refused import for_flags, lines, tell
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
-from x07_sandbox.runs.result import NOTHING, Digests, Result
-
-if TYPE_CHECKING:
-    import pytest
+from x07_sandbox.runs.result import NOTHING, Digests, Outcome, Result
 
 DEFAULT = "built-in:default"
 
@@ -30,7 +28,7 @@ def denial(subject: str, how: HowToAllow | None = None, *, action: str = "read",
     )
 
 
-def result(*denials: Denial, outcome: str = "failed", lost: int = 0, hints: tuple[Hint, ...] = ()) -> Result:
+def result(*denials: Denial, outcome: Outcome = "failed", lost: int = 0, hints: tuple[Hint, ...] = ()) -> Result:
     """A run that ended so."""
     return Result(
         run="1-1-1",
@@ -63,11 +61,11 @@ def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFi
     line = HowToAllow(json_path="$.limits.fds", value=60)
     tell(result(*(denial(f"/{name}") for name in "abcd"), denial("/data/", flag), denial("x", line, count=3), lost=7))
     assert capsys.readouterr().err.splitlines() == [
-        "x07: refused: read /data/; --allow-write-root /data lets it",
-        "x07: refused: read x (3 times); $.limits.fds = 60 in the policy lets it",
-        "x07: refused: read /a; nothing allows it",
-        "x07: refused: read /b; nothing allows it",
-        "x07: and up to 9 more things were refused; --json lists them, or as many as were seen",
+        "x07: denied: read /data/. To allow it, use --allow-write-root /data",
+        "x07: denied: read x (3 times). To allow it, set limits.fds to 60 in the policy.",
+        "x07: denied: read /a. Nothing allows it.",
+        "x07: denied: read /b. Nothing allows it.",
+        "x07: and up to 9 more denials; --json lists those that were recorded",
     ]
 
 
@@ -89,10 +87,10 @@ def test_what_one_change_allows_is_told_once(capsys: pytest.CaptureFixture[str])
     programs = [HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{name}"]) for name in "abc"]
     tried = [denial(how.value[0], how, action=action) for how in programs for action in ("execute", "read")]
     tell(result(*tried, *(denial("/z", action=action) for action in ("read", "write"))))
-    assert [line.partition(";")[0] for line in capsys.readouterr().err.splitlines()] == [
-        *(f"x07: refused: execute /bin/{name}" for name in "abc"),
-        "x07: refused: read /z",
-        "x07: and 1 more things were refused",
+    assert [re.split("[.;] ", line)[0] for line in capsys.readouterr().err.splitlines()] == [
+        *(f"x07: denied: execute /bin/{name}" for name in "abc"),
+        "x07: denied: read /z",
+        "x07: and 1 more denials",
     ]
 
 
@@ -100,14 +98,14 @@ def test_lines_are_short_and_act_on_no_terminal(capsys: pytest.CaptureFixture[st
     """Of a long list only what is added is shown; names and hints come without control characters."""
     how = HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{number}" for number in range(100)])
     flags = [HowToAllow(json_path=None, value=None, flag=f"--allow-{name}-root /a") for name in ("read", "write")]
-    hint = Hint(subject="/a\x1b[2J", how=flags[0], to_write=flags[1])
+    hint = Hint(subject="the program x\x1b[2J", how=flags[0], to_write=flags[1])
     tell(result(denial("/bin/\x1b[2J99", how), hints=(hint,)))
     said = capsys.readouterr().err
-    assert '$.process.allow_execs = [..., "/bin/99"] in the policy lets it' in said
-    assert "is not in the sandbox; --allow-read-root /a lets it (to write: --allow-write-root /a)" in said
+    assert 'set process.allow_execs to [..., "/bin/99"] in the policy.' in said
+    assert r"the program x\x1b[2J is missing. To add it, use --allow-read-root /a" in said
     assert "\x1b" not in said
     tell(result(hints=(Hint(subject="the library /tmp/a.so", kind="library", how=how),)))
-    assert "x07: the library /tmp/a.so cannot be loaded from where it lies; $.process" in capsys.readouterr().err
+    assert "x07: the library /tmp/a.so cannot be loaded from there. To allow it, set process" in capsys.readouterr().err
 
 
 def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,8 +122,8 @@ def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixt
     )
     tell(result(spawn, hints=(Hint(subject="/a", how=files),)))
     assert capsys.readouterr().err.splitlines() == [
-        "x07: refused: start a new process; $.process.max_live = 16 in the policy comes first",
-        "x07: /a is not in the sandbox; $.fs.enabled = true in the policy comes first",
+        "x07: denied: start a new process. First set process.max_live to 16 in the policy, then process.allow_spawn.",
+        "x07: /a is not in the sandbox. First set fs.enabled to true in the policy, then fs.read_roots.",
     ]
 
 
@@ -134,7 +132,7 @@ def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixt
     line = HowToAllow(json_path="$.limits.fds", value=512)
     flag = HowToAllow(json_path="$.fs.read_roots", value=["/d"], flag="--allow-read-root /d")
     said = []
-    denials = [(denial("in the policy", how), "failed") for how in (line, line, flag)]
+    denials: list[tuple[Denial, Outcome]] = [(denial("in the policy", how), "failed") for how in (line, line, flag)]
     denials.append((denial("link", line, action="change"), "ok"))
     for (tried, outcome), policy in zip(denials, (DEFAULT, "own.json", DEFAULT, DEFAULT), strict=True):
         tell(replace(result(tried, outcome=outcome), policy=policy))
@@ -164,9 +162,48 @@ def test_another_command_is_told_what_it_can_do() -> None:
     hint = Hint(subject="/m", how=HowToAllow(json_path="$.fs.read_roots", value=["/m"], flag="--allow-read-root /m"))
     found = result(denial("a", root), denial("b", reveal), denial("c", output), lost=1, hints=(hint,))
     assert lines(for_flags(found, frozenset(option.flag for option in OPTIONS)), "x07 run ") == [
-        'refused: read a; $.fs.write_roots = ["/d"] in the policy lets it',
-        "refused: read b; x07 run with --reveal x.pem lets it",
-        "refused: read c; --max-output-bytes 4 lets it",
-        "and up to 1 more things were refused; x07 run --json lists them, or as many as were seen",
-        '/m is not in the sandbox; $.fs.read_roots = ["/m"] in the policy lets it',
+        'denied: read a. To allow it, set fs.write_roots to ["/d"] in the policy.',
+        "denied: read b. To allow it, use x07 run with --reveal x.pem",
+        "denied: read c. To allow it, use --max-output-bytes 4",
+        "and up to 1 more denials; x07 run --json lists those that were recorded",
+        '/m is not in the sandbox. To allow it, set fs.read_roots to ["/m"] in the policy.',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "action", "value", "said"),
+    [
+        (
+            "limits.cpu_ms",
+            "use",
+            8000,
+            "CPU time limit reached. To allow more, set limits.cpu_ms to 8000 in the policy.",
+        ),
+        ("limits.wall_ms", "run", 9000, "time limit reached. To allow more, set limits.wall_ms to 9000 in the policy."),
+        (
+            "limits.mem_bytes",
+            "use",
+            64,
+            "memory limit reached. To allow more, set limits.mem_bytes to 64 in the policy.",
+        ),
+        ("limits.procs", "start", 8, "process limit reached. To allow more, set limits.procs to 8 in the policy."),
+    ],
+)
+def test_a_limit_that_was_reached_is_named(field: str, action: str, value: int, said: str) -> None:
+    """The limit, and what raises it: the policy's value, or the flag where there is one."""
+    tried = replace(denial("more", HowToAllow(json_path=f"$.{field}", value=value), action=action), field=field)
+    assert lines(result(tried)) == [f"denied: {said}"]
+    flagged = replace(tried, how_to_allow=HowToAllow(json_path=None, value=None, flag="--timeout 9"))
+    assert lines(result(flagged)) == [f"denied: {said.partition('set limits')[0]}use --timeout 9"]
+
+
+def test_a_failed_connection_is_told_with_its_flag() -> None:
+    """A run without network says so, and the flag stands last, to be copied."""
+    how = HowToAllow(json_path=None, value=None, flag="--allow-host example.org:443")
+    hint = Hint(subject="the connection to example.org:443", kind="network", how=how)
+    assert lines(result(hints=(hint,))) == [
+        (
+            "the connection to example.org:443 failed, since this run has no network. To allow it, use "
+            "--allow-host example.org:443"
+        )
     ]

@@ -151,7 +151,7 @@ def test_a_project_is_run_from_inside(
 ) -> None:
     """Without a program `x07 run` takes the x07.json of this folder, else of the nearest above it; else it is wrong."""
     assert main(["run", "--profile", "dev", "--input", os.devnull]) == 2
-    assert b"cannot run nothing: no PROGRAM is named" in capfdbinary.readouterr().err
+    assert b"no program given: PROGRAM is missing" in capfdbinary.readouterr().err
     (project / place).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(project / place)
     assert main(["run", "--profile", "dev", "--input", os.devnull, "--report", "wrapped"]) == 1
@@ -241,10 +241,10 @@ def test_what_nobody_accepted_ends_with_two(
     target = [*words, "--policy", str(project / "policy.json"), str(project)]
     assert main(["run", *target]) == 2
     said = capsys.readouterr()
-    assert (said.out, "fails closed" in said.err) == ("", True)
+    assert (said.out, "weaker isolation" in said.err) == ("", True)
     assert main(["run", "--json", *target]) == 2
     result = document(capsys.readouterr().out)
-    assert (result["x07_exit_code"], result["outcome"], "fails closed" in result["reason"]) == (2, "refused", True)
+    assert (result["x07_exit_code"], result["outcome"], "weaker isolation" in result["reason"]) == (2, "refused", True)
     assert main(["run", *words, "--report", "runner", "--artifact", "tool"]) == 2
     assert main(["run", *words, "tool"]) == 125
 

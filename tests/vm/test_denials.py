@@ -321,14 +321,14 @@ def test_a_newcomer_reads_what_to_add(state: Path, tmp_path: Path, root: Path) -
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", str(program)]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "x07: refused: write /etc/; nothing allows it\n" in done.stderr
+    assert "x07: denied: write /etc/. Nothing allows it.\n" in done.stderr
     flags = ["--allow-read-root", f"{root}/in.txt"]
     assert (
-        f"x07: {root}/in.txt is not in the sandbox; {' '.join(flags)} lets it (to write: --allow-write-root {root})\n"
-        in done.stderr
+        f"x07: {root}/in.txt is not in the sandbox. To allow it, use {' '.join(flags)} "
+        f"(to write: --allow-write-root {root})\n" in done.stderr
     )
     done = subprocess.run([*argv[:4], *flags, argv[4]], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "--include python3-nothing-like-it" in done.stderr
+    assert "--pip nothing_like_it" in done.stderr
 
 
 def test_a_module_beside_the_program_comes_with_a_project(state: Path, tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_module_beside_the_program_comes_with_a_project(state: Path, tmp_path:
         return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     said = x07("run", "it s.py").stderr.splitlines()[-1]
-    first, then = said.removesuffix(", lets it").partition("; ")[2].split(", after ")
+    first, then = said.partition(", use ")[2].split(", after ")
     assert (first.split()[0], then.split()[0]) == ("x07", "x07")
     x07(*shlex.split(then)[1:])
     done = x07(*shlex.split(first)[1:])

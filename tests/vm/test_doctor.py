@@ -63,7 +63,7 @@ def test_doctor_starts_a_machine(well: tuple[int, dict[str, Any], bytes]) -> Non
     code, found, shown = well
     assert (code, found["good"]) == (0, True)
     assert "our agent answered" in found["text"]
-    assert b"starting a machine" in shown
+    assert b"starting a VM" in shown
 
 
 @pytest.mark.root
@@ -121,7 +121,7 @@ def test_doctor_says_what_variables_have_every_run_refused(tmp_path: Path, image
     code, findings = _findings(env | {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "a" * 64})
     wish, pinned = findings["backend of the variables"], findings["the guest image is not the one that may run"]
     assert (code, wish["good"], pinned["good"]) == (1, False, False)
-    assert "the backend os fails closed" in wish["text"]
+    assert "cannot use the backend os: it runs programs in" in wish["text"]
     assert wish["fix"] == "Use X07_SANDBOX_BACKEND=vm, or unset it, or set X07_I_ACCEPT_WEAKER_ISOLATION=1"
     assert image.digest in pinned["text"]
     assert "isolation" not in findings  # no machine was started for it

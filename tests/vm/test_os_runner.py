@@ -186,7 +186,7 @@ def test_a_program_that_does_not_end_is_timed_out(caller: Caller) -> None:
 def test_output_is_capped(caller: Caller) -> None:
     """At --max-output-bytes the program is ended; the trap says which stream, stderr what would let it write more."""
     done = caller.call("loud.py", 'print("x" * 100_000)\n', "--max-output-bytes", "1000")
-    assert b"write more to stdout; --max-output-bytes 2000 lets it" in done.stderr
+    assert b"output limit reached. To allow more, use --max-output-bytes 2000" in done.stderr
     solve = parsed(done.stdout, done.returncode)["solve"]
     assert (solve["ok"], solve["trap"]) == (False, "stdout exceeded cap")
     assert decoded(solve, "solve_output_b64") == b"x" * 1000

@@ -196,7 +196,7 @@ def _state(row: BackendRow, facts: Facts, proof: Proof | None) -> BackendState:
         found = "not-here", f"it is not for {facts.platform}", _elsewhere(row, facts.platform)
     elif not row.built:
         coming = f"For the version that brings it: {_COMING[row.name]}"
-        text = "this version does not have it yet, and never takes another in its place"
+        text = "not supported in this version"
         found = "later", text, (*advice(facts.platform), coming)
     elif proof is not None and proof.good:
         found = "proven", proof.text, ()

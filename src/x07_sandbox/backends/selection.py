@@ -53,10 +53,10 @@ def select(platform: Platform, asked: Asked) -> Choice:
     named = row.sandbox_class in {"vm", asked.sandbox_flag or asked.sandbox_variable}
     if row.weaker and not (named and asked.accepted):
         walls = {"container": "a container", "process": "a confined process of this system"}
-        wall = walls.get(row.isolation[0], "no wall")
-        why = f"it gives {wall}, which is weaker isolation than a virtual machine and needs your consent"
+        wall = walls.get(row.isolation[0], "no sandbox at all")
+        why = f"it runs programs in {wall}; that is weaker isolation than a virtual machine and needs your consent"
         fix = _instead(platform, asked, row, named=named)
-        raise RefusedError(f"the backend {row.name} fails closed", why, fix)
+        raise RefusedError(f"cannot use the backend {row.name}", why, fix)
     if not (row.runs_on(platform) and row.built):
         why = f"not supported on {platform}" if row.built else "not supported in this version"
         if not (row.built or row.runs_on(platform)):
@@ -141,7 +141,7 @@ def _automatic(platform: Platform, asked: Asked) -> Choice:
             return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
     names = " and ".join(row.name for row in candidates)
     why = f"this version has none of those for {platform} yet ({names})" if names else f"there is none for {platform}"
-    raise RefusedError("no virtual machine backend, and the sandbox fails closed", why, _instead(platform, asked))
+    raise RefusedError("no virtual machine backend", why, _instead(platform, asked))
 
 
 def _instead(platform: Platform, asked: Asked, weaker: BackendRow | None = None, *, named: bool = True) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
+from typing import IO, Final
 
 from x07_sandbox.errors import shown
 from x07_sandbox.host.cancel import Notice
 
 _KIB = 1024
+_COLOURS: Final = {"good": "32", "BAD": "1;31", "note": "33"}
 
 
 class OutputError(OSError):
@@ -21,9 +24,24 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def say(text: str, command: str = "x07") -> None:
-    """One line to the user; one who cannot be told (a full disk, a closed pipe) still gets the exit code."""
-    _print(f"{command}: {shown(text)}")
+def painted(text: str, mark: str, stream: IO[str]) -> str:
+    """The text in the colour of "good", "BAD" or "note" where *stream* is a terminal that wants colour."""
+    if mark not in _COLOURS or not stream.isatty():
+        return text
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb":  # https://no-color.org
+        return text
+    return f"\033[{_COLOURS[mark]}m{text}\033[0m"
+
+
+def say(text: str, command: str = "x07", *, bad: str = "") -> None:
+    """One line to the user; one who cannot be told (a full disk, a closed pipe) still gets the exit code.
+
+    bad: how the text begins where it tells of a failure; a terminal shows that in red.
+    """
+    line, head = f"{command}: {shown(text)}", f"{command}: {shown(bad)}"
+    if bad and line.startswith(head):
+        line = painted(head, "BAD", sys.stderr) + line[len(head) :]
+    _print(line)
 
 
 def _print(line: str, end: str = "\n") -> None:
@@ -31,9 +49,14 @@ def _print(line: str, end: str = "\n") -> None:
         print(line, end=end, file=sys.stderr, flush=True)
 
 
-def show(line: str) -> None:
-    """One line of a result on standard output; a name that is no UTF-8 keeps its bytes. Raises OutputError."""
+def show(line: str, mark: str = "") -> None:
+    """One line of a result on standard output; a name that is no UTF-8 keeps its bytes. Raises OutputError.
+
+    mark: "good", "BAD" or "note", which the line then begins with, in its colour.
+    """
     text = "".join(char if "\udc80" <= char <= "\udcff" else shown(char) for char in line)
+    if mark:
+        text = f"{painted(mark, mark, sys.stdout)}{' ' * (6 - len(mark))}{text}"
     put(text.encode("utf-8", "surrogateescape") + b"\n")
 
 

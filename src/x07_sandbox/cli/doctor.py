@@ -35,7 +35,7 @@ _NO_START: Final = "A run would end the same way"
 _NO_UIDS: Final = f"{_NO_START}: allow it to change uids (in a container: --privileged)"
 _TOO_SLOW: Final = "This host is slow or busy: run x07 doctor again when less runs on it"
 _HEAD_BYTES: Final = 4096
-_MARKS: Final = {"proven": "good", "untried": "note", "failed": "BAD ", "later": "note", "not-here": "note"}
+_MARKS: Final = {"proven": "good", "untried": "note", "failed": "BAD", "later": "note", "not-here": "note"}
 _EXAMPLES: Final = """examples:
   x07 doctor                                     everything, for people
   x07 doctor --json | jq '.backends[] | {name, state}'
@@ -60,8 +60,8 @@ def _doctor(options: argparse.Namespace) -> int:
     report = _examined()
     if not print_document(report, options):
         for finding in report.findings:
-            mark = {True: "good", False: "BAD ", None: "note"}[finding.good]
-            show(f"{mark}  {finding.subject}: {finding.text}")
+            mark = {True: "good", False: "BAD", None: "note"}[finding.good]
+            show(f"{finding.subject}: {finding.text}", mark)
             if finding.fix:
                 show(f"      {finding.fix}")
         show("")
@@ -75,7 +75,7 @@ def _print_backend(state: BackendState) -> None:
     wall = " or ".join(state.isolation) + (", only if accepted" if state.needs_acceptance else "")
     # Nothing is wrong with a machine that lacks what is only used where somebody asks for it.
     mark = "note" if state.state == "failed" and state.needs_acceptance else _MARKS[state.state]
-    show(f"{mark}  {state.name} ({wall}): {state.text}")
+    show(f"{state.name} ({wall}): {state.text}", mark)
     for look in state.looks:
         show(f"      {look.what}: {look.text}")
     # Where it is only not in this version or not for this platform, what they all have in common was said above.
@@ -294,7 +294,7 @@ def _start(backend: Backend, image: OpenImage) -> Finding:
     from x07_sandbox.plan.sizes import RAM_CLASSES
 
     progress = LiveLine()
-    progress("starting a machine in its jail, as a run does")
+    progress("doctor: starting a VM in its jail, as a run does")
     found = Finding(subject=START, good=True, text="our agent answered from a machine started as a run starts it")
     try:
         with contextlib.closing(Cancel()) as cancel:

@@ -172,7 +172,7 @@ def _failed(exc: Exception, words: list[str]) -> int:
         return _cancelled(exc, words, exc.signal)
     if isinstance(exc, SandboxError):
         if not _wants_json(words):
-            _say(str(exc))
+            _say(str(exc), bad=exc.what)
         code = 2 if isinstance(exc, UsageError) else 125
         if words[:1] and words[0] in _RUNS:  # its outcome's, whether or not there was a run
             from x07_sandbox.runs.run import failure
@@ -196,10 +196,10 @@ def _cancelled(exc: Exception, words: list[str], signalled: int | None) -> int:
     return _json_or(130 if signalled == 2 else 143, exc, words, signalled)  # noqa: PLR2004 - SIGINT
 
 
-def _say(text: str) -> None:
+def _say(text: str, bad: str = "") -> None:
     from x07_sandbox.cli.console import say
 
-    say(text)
+    say(text, bad=bad)
 
 
 def _json_or(code: int, exc: Exception, words: list[str], signalled: int | None = None) -> int:

@@ -23,6 +23,17 @@ _LISTED: Final = 4
 _CHANGE: Final = "change"
 _OF_PATHS: Final = frozenset({"read", "write"})
 _ELSEWHERE: Final = frozenset({"plan", _CHANGE})
+# A limit that was reached, by the field and by what the program did.
+_REACHED: Final = {
+    ("limits.wall_ms", "run"): "time limit reached",
+    ("limits.cpu_ms", "use"): "CPU time limit reached",
+    ("limits.mem_bytes", "use"): "memory limit reached",
+    ("limits.procs", "start"): "process limit reached",
+    ("process.max_live", "start"): "limit of child processes reached",
+    ("limits.fds", "open"): "limit of open files reached",
+    ("output", "write"): "output limit reached",
+}
+_FULL: Final = frozenset({"scratch", "limits.mem_bytes"})  # fields of which a denied write is told as a sentence
 
 
 def tell(result: Result) -> None:
@@ -77,7 +88,7 @@ def _of_program(result: Result, command: str) -> list[str]:
     more = max(0, len(found) - _SHOWN) + result.denials_lost
     if more:
         most = "up to " if result.denials_lost else ""  # there it is records, of which a refusal has several
-        told.append(f"and {most}{more} more things were refused; {command}--json lists them, or as many as were seen")
+        told.append(f"and {most}{more} more denials; {command}--json lists those that were recorded")
     return [*told, *map(_hint, result.hints)]
 
 
@@ -121,32 +132,42 @@ def _speaks_of_policy(result: Result) -> bool:
 
 
 def _hint(hint: Hint) -> str:
-    to_write = f" (to write: {hint.to_write.flag})" if hint.to_write and hint.to_write.flag else ""
     if hint.kind == "library":
-        return f"{hint.subject} cannot be loaded from where it lies{how(hint.how)}"
-    field = "env.allow_keys" if hint.kind == "variable" else "fs.read_roots"
-    return f"{hint.subject} is not in the sandbox{how(hint.how, field)}{to_write}"
+        return f"{hint.subject} cannot be loaded from there{how(hint.how)}"
+    if hint.kind == "network":
+        return f"{hint.subject} failed, since this run has no network{how(hint.how, 'net.allow_hosts')}"
+    if hint.kind == "variable":
+        return f"{hint.subject} is not set{how(hint.how, 'env.allow_keys', purpose='set it')}"
+    if hint.how.json_path is None:  # a program or a module
+        return f"{hint.subject} is missing{how(hint.how, purpose='add it')}"
+    to_write = f" (to write: {hint.to_write.flag})" if hint.to_write and hint.to_write.flag else ""
+    return f"{hint.subject} is not in the sandbox{how(hint.how, 'fs.read_roots')}{to_write}"
 
 
 def _line(denial: Denial) -> str:
     times = f" ({denial.count} times)" if denial.count > 1 else ""
     why = f" ({denial.reason})" if denial.reason else ""
+    if reached := _REACHED.get((denial.field, denial.action)):
+        return f"denied: {reached}{times}{how(denial.how_to_allow, denial.field, purpose='allow more')}"
+    what = denial.subject if denial.action == "write" and denial.field in _FULL else f"{denial.action} {denial.subject}"
     if denial.field == "limit":
-        return f"refused: {denial.action} {denial.subject}{times}{why}"
-    return f"refused: {denial.action} {denial.subject}{times}{why}{how(denial.how_to_allow, denial.field)}"
+        return f"denied: {what}{times}{why}"
+    return f"denied: {what}{times}{why}{how(denial.how_to_allow, denial.field)}"
 
 
-def how(allowing: HowToAllow | None, field: str = "") -> str:
-    """What would allow it, as the end of a line. field: what refused it, where that is known."""
+def how(allowing: HowToAllow | None, field: str = "", *, purpose: str = "allow it") -> str:
+    """What would allow it, as the end of a line; a flag stands last, to be copied. field: what refused it, if known."""
     if allowing is None:
-        return "; nothing allows it"
+        return ". Nothing allows it."
     if allowing.setting:
-        return f"; [net] {allowing.setting} in your settings lets it"
+        return f". To {purpose}, set {allowing.setting} under [net] in your settings."
     if allowing.flag:
-        return f"; {allowing.flag} lets it"
-    # A policy may need another field first: what comes then is told by the next run.
-    does = "lets it" if allowing.json_path == f"$.{field}" or "." not in field else "comes first"
-    return f"; {allowing.json_path} = {_value(allowing.value)} in the policy {does}"
+        return f". To {purpose}, use {allowing.flag}"
+    value = f"{(allowing.json_path or '').removeprefix('$.')} to {_value(allowing.value)} in the policy"
+    # A policy may need another field first: the next run then tells the rest.
+    if allowing.json_path == f"$.{field}" or "." not in field:
+        return f". To {purpose}, set {value}."
+    return f". First set {value}, then {field}."
 
 
 def _value(value: object) -> str:

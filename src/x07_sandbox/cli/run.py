@@ -369,10 +369,10 @@ def _nothing_named() -> UsageError:
     """Without PROGRAM only a project of X07's is taken, as its own command does; one of ours is named by its folder."""
     from x07_sandbox.programs.manifest import FILE
 
-    fix = "Name one, or give a source with -c"
+    fix = "Try x07 run prog.py"
     if os.path.lexists(FILE):
-        fix = f"Type x07 run . for the project of the {FILE} here"
-    return UsageError("cannot run nothing", "no PROGRAM is named, and this is no X07 project", fix)
+        fix = f"Try x07 run . for the project of the {FILE} here"
+    return UsageError("no program given", "PROGRAM is missing, and there is no x07.json here", fix)
 
 
 def _source_from_stdin() -> bytes:
@@ -446,4 +446,4 @@ def _explain(result: Result) -> None:
             say(f"the program's {name} could not be passed on: {stream.undelivered}")
     if result.outcome == "ok" or (result.outcome == "failed" and result.began):
         return
-    say(f"{result.outcome}: {result.reason}")
+    say(f"{result.outcome}: {result.reason}", bad=f"{result.outcome}:")

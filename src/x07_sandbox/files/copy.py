@@ -14,6 +14,7 @@ import itertools
 import os
 import posixpath
 import re
+import shlex
 import stat
 import time
 from typing import TYPE_CHECKING, Final, Literal
@@ -57,7 +58,7 @@ SECRETS: Final = (
 )
 
 Reason = Literal[
-    "hidden", "secret", "link", "link-out", "large", "deep", "special", "other-disk", "unreadable", "changing"
+    "hidden", "chosen", "secret", "link", "link-out", "large", "deep", "special", "other-disk", "unreadable", "changing"
 ]
 
 
@@ -68,7 +69,8 @@ class EntriesError(RefusedError):
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     """What may travel. read_bytes, write_bytes: of one file.
 
-    secrets: patterns (fnmatch(3)) of names that stay, in any case of letters, unless one of reveal matches them too.
+    secrets, hide: patterns (fnmatch(3)) of names that stay, in any case of letters, unless one of reveal matches them
+    too; hide: those of --hide.
     """
 
     deny_hidden: bool
@@ -78,11 +80,12 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     entries: int
     depth: int
     secrets: tuple[str, ...] = SECRETS
+    hide: tuple[str, ...] = ()
     reveal: tuple[str, ...] = ()
 
 
 def bounds_of(policy: Policy, hide: Sequence[str] = (), reveal: Sequence[str] = ()) -> Bounds:
-    """Those of a policy; 0 stands for X07's defaults. hide: more patterns of secrets."""
+    """Those of a policy; 0 stands for X07's defaults. hide, reveal: patterns of names."""
     fs = policy.fs
     return Bounds(
         deny_hidden=fs.deny_hidden,
@@ -91,7 +94,7 @@ def bounds_of(policy: Policy, hide: Sequence[str] = (), reveal: Sequence[str] = 
         write_bytes=fs.max_write_bytes or WRITE_BYTES,
         entries=fs.max_entries or ENTRIES,
         depth=min(fs.max_depth or DEPTH, DEPTH_MAX),
-        secrets=(*SECRETS, *hide),
+        hide=tuple(hide),
         reveal=tuple(reveal),
     )
 
@@ -154,6 +157,7 @@ class _Walk:
         self._ways = self._subs | folders_above(self._subs)
         self._there: set[str] = set()  # of these ways
         self._secret = _one_of(bounds.secrets)
+        self._chosen = _one_of(bounds.hide)
         self._revealed = _one_of(bounds.reveal)
 
     def run(self) -> None:
@@ -297,7 +301,10 @@ class _Walk:
         if bounds.deny_hidden and part.startswith("."):
             return "hidden"
         lower = part.lower()
-        if self._secret and self._secret.match(lower) and not (self._revealed and self._revealed.match(lower)):
+        revealed = self._revealed and self._revealed.match(lower)
+        if self._chosen and self._chosen.match(lower) and not revealed:
+            return "chosen"
+        if self._secret and self._secret.match(lower) and not revealed:
             return "secret"
         if name.count("/") >= bounds.depth or len(os.fsencode(name)) > NAME_MAX:
             return "deep"
@@ -404,7 +411,8 @@ class _Walk:
 
     def _leave(self, reason: Reason, name: str, size: int = 0) -> None:
         if self._tree.only:
-            error = UsageError(f"cannot give the program {name}", WORDS[reason], "Leave it out, or see docs/policy.md")
+            why = why_left_out(reason, self._bounds)
+            error = UsageError(f"cannot give the program {name}", why, "Leave it out, or see docs/policy.md")
             raise error.by(FIELDS[reason], value_for(reason, size, self._bounds))
         if self._is_written(name):
             self.copied.stayed[name] = Stayed(reason, size)
@@ -417,9 +425,10 @@ class _Walk:
             left.names.append(name)
 
 
-WORDS: Final[dict[Reason, str]] = {
+_WORDS: Final[dict[Reason, str]] = {
     "hidden": "its name begins with a dot (fs.deny_hidden)",
-    "secret": "its name is one of a secret",
+    "chosen": "hidden by --hide",
+    "secret": "its name looks like a secret's",
     "link": "it is a link (fs.allow_symlinks)",
     "link-out": "it is a link that leads out of its root",
     "large": "it is larger than fs.max_read_bytes",
@@ -431,6 +440,7 @@ WORDS: Final[dict[Reason, str]] = {
 }
 FIELDS: Final[dict[Reason, Rule]] = {
     "hidden": "fs.deny_hidden",
+    "chosen": "secrets",
     "secret": "secrets",
     "link": "fs.allow_symlinks",
     "link-out": "fs.allow_symlinks",
@@ -439,6 +449,12 @@ FIELDS: Final[dict[Reason, Rule]] = {
     **dict.fromkeys(("special", "other-disk", "unreadable", "changing"), "fs.read_roots"),
 }
 """Under which field of a policy each is told; `secrets` is none."""
+
+
+def why_left_out(reason: Reason, bounds: Bounds) -> str:
+    """Why something was left out, as a clause; of what --hide names with its patterns, as a shell takes them."""
+    patterns = map(shlex.quote, bounds.hide if reason == "chosen" else ())
+    return " ".join([_WORDS[reason], *patterns])
 
 
 def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:

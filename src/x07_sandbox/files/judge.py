@@ -16,7 +16,7 @@ import msgspec
 from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
 from x07_sandbox.files.changes import STAGING, Change, Node, Refused, folders_above, shown
-from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, WORDS, stays_inside, value_for
+from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, stays_inside, value_for, why_left_out
 from x07_sandbox.files.links import OUT, Links
 from x07_sandbox.files.split import with_dependents
 
@@ -328,9 +328,9 @@ def _by_stayed(name: str, why: str, stayed: str, there: Stayed, bounds: Bounds) 
     return Refused(
         name=name,
         rule=FIELDS[there.reason],
-        why=f"{why}, which was not copied in: {WORDS[there.reason]}",
+        why=f"{why}, which was not copied in: {why_left_out(there.reason, bounds)}",
         value=value_for(there.reason, there.most, bounds),
-        reveal=stayed if there.reason == "secret" else "",
+        reveal=stayed if there.reason in {"chosen", "secret"} else "",
     )
 
 

@@ -66,7 +66,7 @@ class Cancel:
 
 
 class Notice(str):
-    """A line of progress that is said also where there is no terminal: what it tells of happens once and takes long."""
+    """A line of progress that is printed without a terminal too: it tells of something long that happens once."""
 
     __slots__ = ()
 

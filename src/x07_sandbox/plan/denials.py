@@ -42,12 +42,13 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Something that the program seems to have missed, and what would bring it there (plan/hints).
 
-    kind: whether it is not there, is a library that cannot be loaded from where it lies, or a variable that is not set.
+    kind: whether it is not there, is a library that cannot be loaded from where it lies, a variable that is not set, or
+        a connection of a run that has no network.
     how: what lets it be read, or loaded. to_write: what lets a file of that name be made; null where nothing does.
     """
 
     subject: str
-    kind: Literal["missing", "library", "variable"] = "missing"
+    kind: Literal["missing", "library", "variable", "network"] = "missing"
     how: HowToAllow
     to_write: HowToAllow | None = None
 

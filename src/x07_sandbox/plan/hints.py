@@ -11,8 +11,10 @@ import posixpath
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from x07_sandbox.plan.connections import connection_hints
 from x07_sandbox.plan.denials import Hint, HowToAllow
 from x07_sandbox.plan.observed import allowing, root_to_allow, to_load
+from x07_sandbox.plan.packages import flag_for_module, flag_for_program, is_known_program
 from x07_sandbox.plan.places import PROGRAM, inside, place
 
 if TYPE_CHECKING:
@@ -51,7 +53,15 @@ _PROGRAM: Final = re.compile(
 _COMMAND: Final = re.compile(
     r"^[^:\n]{1,255}: (?:line )?\d+: (\w[\w.+-]{0,99}): (?:command )?not found$", re.MULTILINE | re.ASCII
 )
-_MODULE: Final = re.compile(r"^ModuleNotFoundError: No module named '(\w{1,100})", re.MULTILINE | re.ASCII)
+# As Node says it of a program, and coreutils' env.
+_SPAWNED: Final = re.compile(
+    r"\bspawn (\w[\w.+-]{0,99}) ENOENT|\benv: ['\u2018](\w[\w.+-]{0,99})['\u2019]: No such", re.ASCII
+)
+# As an import says it, and `python3 -m NAME`.
+_MODULE: Final = re.compile(
+    r"^(?:ModuleNotFoundError: No module named '|[\w/.-]{0,100}python[\d.]{0,6}: No module named )(\w{1,100})",
+    re.MULTILINE | re.ASCII,
+)
 # As Python says it of a variable that os.environ has not; and bash and dash where a script cannot do without one.
 _VARIABLES: Final = tuple(
     re.compile(pattern, re.MULTILINE | re.ASCII)
@@ -80,20 +90,36 @@ def hints(
 ) -> list[Hint]:
     """At most three things that it seems to have missed. tail: of its errors. ours: names of the host's variables."""
     text = tail.decode("utf-8", "replace")
+    executed = dict.fromkeys(name for said in (_PROGRAM, _SPAWNED) for name in _names(said, text))
     paths = dict.fromkeys(_paths(text, policy, areas, cwd))
+    # A bare name that was to be executed is a program of the image, and no file to bring in.
+    tools = {path: path.removeprefix("./") for path in paths}
+    executed |= dict.fromkeys(name for name in tools.values() if is_known_program(name))
+    paths = {path: None for path in paths if tools[path] not in executed}
     modules = (_module(name, beside) for name in dict.fromkeys(_MODULE.findall(text)))
-    programs, commands = (map(_program, dict.fromkeys(said.findall(text))) for said in (_PROGRAM, _COMMAND))
+    programs = map(_program, executed)
+    commands = (_program(name) for name in dict.fromkeys(_COMMAND.findall(text)) if name not in executed)
     missing = (_hint(path, policy) for path in paths)
     # A script that goes on may miss many programs: what else it missed comes before.
     names = dict.fromkeys(name for said in _VARIABLES for name in said.findall(text))
     variables = (_variable(name, policy, ours) for name in names)
-    told = (*_libraries(text, policy, areas, cwd), *programs, *missing, *modules, *variables, *commands)
+    connections = connection_hints(text, policy)
+    told = (*_libraries(text, policy, areas, cwd), *connections, *programs, *missing, *modules, *variables, *commands)
     return list(itertools.islice((hint for hint in told if hint is not None), _MOST))
 
 
+def _names(pattern: re.Pattern[str], text: str) -> Iterator[str]:
+    for match in pattern.finditer(text):
+        yield next(name for name in match.groups() if name)
+
+
 def _program(name: str) -> Hint:
-    flag = "--image NAME, after x07 image build --name NAME --include PACKAGE,"
-    return Hint(subject=f"the program {name}", how=HowToAllow(json_path=None, value=None, flag=flag))
+    return Hint(subject=f"the program {name}", how=_by_image(flag_for_program(name)))
+
+
+def _by_image(flag: str) -> HowToAllow:
+    """An image of the user's own, and the command that builds it with what is missing."""
+    return HowToAllow(json_path=None, value=None, flag=f"--image mine, after x07 image build --name mine {flag}")
 
 
 def _variable(name: str, policy: Policy, ours: Collection[str]) -> Hint | None:
@@ -149,8 +175,7 @@ def _hint(path: str, policy: Policy) -> Hint | None:
 
 
 def _module(name: str, beside: Beside | None) -> Hint:
+    how = _by_image(flag_for_module(name))
     if beside is not None and name in beside.modules:
-        flag = beside.flag
-    else:
-        flag = f"--image NAME, after x07 image build --name NAME --include python3-{name.lower().replace('_', '-')},"
-    return Hint(subject=f"the Python module {name}", how=HowToAllow(json_path=None, value=None, flag=flag))
+        how = HowToAllow(json_path=None, value=None, flag=beside.flag)
+    return Hint(subject=f"the Python module {name}", how=how)

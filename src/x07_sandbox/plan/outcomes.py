@@ -281,7 +281,8 @@ def as_build(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verdict:
         for running, building in _BUILDING.items():
             reason = reason.replace(f"while the guest was {running}", f"while the guest was {building}")
         return replace(found, reason=reason)
-    reason = found.reason
+    reason = found.reason.replace("the program", "the compiler", 1)
+    reason = reason.replace("the compiler ended with status", "the compiler exited with status", 1)
     if found.outcome in {Outcome.TIMEOUT, Outcome.CPU_LIMIT} and wall_ms < settings.BUILD_S_MAX * 1000:
         more_s = min(settings.BUILD_S_MAX, 2 * max(1, wall_ms // 1000))
         reason = _POLICY_FIELD.sub(f"(--build-timeout {more_s} gives it more time)", reason)

@@ -14,7 +14,16 @@ from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, folders_above, shown
 from x07_sandbox.files.collisions import collisions, knows_no_case
-from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, WORDS, LeftOut, Reason, bounds_of, copy_tree, value_for
+from x07_sandbox.files.copy import (
+    FIELDS,
+    NUMBER_MAX,
+    LeftOut,
+    Reason,
+    bounds_of,
+    copy_tree,
+    value_for,
+    why_left_out,
+)
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
@@ -155,9 +164,8 @@ class HostFiles:
         for copied in self.copied:
             for reason, left in copied.left_out.items():
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
-                subject = (
-                    f"{', '.join(map(shown, left.names))}{more}: {WORDS[reason]}{_LINKS_TOO if left.links else ''}"
-                )
+                why = why_left_out(reason, self._bounds)
+                subject = f"{', '.join(map(shown, left.names))}{more}: {why}{_LINKS_TOO if left.links else ''}"
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
                 found.append(denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
         return found
@@ -387,10 +395,9 @@ def too_many(policy: Policy, action: str, subject: str) -> Denial:
 
 def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds, *, built_in: bool) -> tuple[object, str | None]:
     """The field's value, or the flag, that would let in what was left out; None for either that would not do."""
-    if reason == "secret":
-        return None, " ".join(
-            flag_for("--reveal", name) for name in dict.fromkeys(Path(name).name for name in left.names)
-        )
+    if reason in {"chosen", "secret"}:
+        names = dict.fromkeys(Path(name).name for name in left.names)
+        return None, " ".join(flag_for("--reveal", name) for name in names)
     flags = [_LETS_IN[reason]] if built_in and reason in _LETS_IN else []
     flags += [_LETS_IN["link"]] if flags and left.links else []
     return value_for(reason, left.most, bounds), " ".join(flags) or None

@@ -54,5 +54,5 @@ def _beside(request: RunRequest, program: Program) -> Beside | None:
     modules = {entry.name.removesuffix(".py") for entry in found if entry.name.endswith(".py")}
     modules |= {entry.name for entry in found if os.path.exists(f"{entry.path}/__init__.py")}  # noqa: PTH110 - a text
     has_manifest = FILE in {entry.name for entry in found}
-    init = f", after x07 init --toolchain python --entry {shlex.quote(name)} {shlex.quote(where)},"
+    init = f", after x07 init --toolchain python --entry {shlex.quote(name)} {shlex.quote(where)}"
     return Beside(modules, f"x07 run {shlex.quote(where)}{f' with both in its {FILE}' if has_manifest else init}")

@@ -74,7 +74,7 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
         return request, _from_text(request, request.source, stack)
     path = request.program
     if path is None:
-        raise UsageError("cannot run nothing", "there is neither a program nor a source", "Name a file, or use -c")
+        raise UsageError("no program given", "there is neither a program nor a source", "Name a file, or give a source")
     for loader in request.loaders:
         if (loaded := loader(request, path, stack)) is not None:
             return loaded

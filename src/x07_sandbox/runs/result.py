@@ -16,6 +16,25 @@ from x07_sandbox.plan.features import Isolation
 
 SCHEMA: Final = "x07.sandbox.result@0.1.0"
 
+# The words of plan/outcomes, which is not loaded here, since its table would cost every start.
+Outcome = Literal[
+    "ok",
+    "failed",
+    "signalled",
+    "timeout",
+    "cpu-limit",
+    "oom",
+    "output-limit",
+    "refused",
+    "guest-lost",
+    "gate-lost",
+    "backend-error",
+    "internal-error",
+    "build-failed",
+    "cancelled",
+    "usage-error",
+]
+
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """One output stream: `text` where it is UTF-8, else `base64`. bytes: how many came up to the cap.
@@ -47,7 +66,7 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     job_id: str
     start: Literal["cold", "clone", "pool"]
-    outcome: str
+    outcome: Outcome
     reason: str
     times_ms: dict[str, float]
     stdout: Output
@@ -168,7 +187,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     run: str
-    outcome: str
+    outcome: Outcome
     fault: Literal["program", "policy", "host", "none"]
     reason: str
     x07_exit_code: int

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from x07_sandbox.plan.hints import Hint
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.policy import Policy
     from x07_sandbox.runs.host_files import HostFiles
@@ -292,17 +293,21 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
         fixed = program.toolchain.protocol is not None and stream == "stderr"
         caps = output_caps(prepared.request, program.toolchain)
         denials.append(observed.too_much_output(stream, None if fixed else caps[0]))
-    draft = replace(draft, denials=denials)
+    return replace(draft, denials=denials, hints=_hints(outcome, prepared, spec, end))
+
+
+def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> list[Hint]:
+    """What a failed program seems to have missed, by what it said or by how its start failed."""
     begin = max(0, os.fstat(end.stderr_fd).st_size - _TAIL_BYTES)
     if outcome != "ok" and (tail := os.pread(end.stderr_fd, _TAIL_BYTES, begin)):
         from x07_sandbox.runs.missed import missed
 
-        draft = replace(draft, hints=missed(tail, policy, spec, prepared.request, program))
-    elif end.facts.evidence.not_executed == errno.ENOENT:
+        return missed(tail, prepared.policy.policy, spec, prepared.request, prepared.program)
+    if end.facts.evidence.not_executed == errno.ENOENT:
         from x07_sandbox.runs.missed import missing_interpreter
 
-        draft = replace(draft, hints=missing_interpreter(program))
-    return draft
+        return missing_interpreter(prepared.program)
+    return []
 
 
 def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:

@@ -1,0 +1,129 @@
+"""Hints to what a failed program missed: network, Python modules, programs, each with a line that can be pasted."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from x07_sandbox.plan.hints import hints
+from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.model import HostPorts
+
+START = "/opt/x07"
+POLICY = default_policy()
+
+
+def found(text: str) -> list[tuple[str, str | None]]:
+    """Subject and flag of each hint to the end of a program's errors, under the built-in policy."""
+    return [(hint.subject, hint.how.flag) for hint in hints(text.encode(), POLICY, (), START)]
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("curl: (6) Could not resolve host: example.org\n", "example.org:443"),
+        (
+            "curl: (7) Failed to connect to example.org port 8080 after 1 ms: no server\n",
+            "example.org:8080",
+        ),
+        ("wget: unable to resolve host address \u2018example.org\u2019\n", "example.org:443"),
+        (
+            "fatal: unable to access 'https://github.com/a/b.git/': Could not resolve host: github.com\n",
+            "github.com:443",
+        ),
+        ("fatal: unable to access 'http://git.example:81/a': Could not resolve host: git.example\n", "git.example:81"),
+        ("Error: getaddrinfo EAI_AGAIN registry.npmjs.org\n", "registry.npmjs.org:443"),
+        ("Error: connect ENETUNREACH 192.0.2.7:5432 - Local (0.0.0.0:0)\n", "192.0.2.7:5432"),
+        ('Get "http://example.org/": dial tcp: lookup example.org on [::1]:53: connection refused\n', "example.org:80"),
+        ("dial tcp 192.0.2.7:25: connect: network is unreachable\n", "192.0.2.7:25"),
+        (
+            (
+                "HTTPSConnectionPool(host='pypi.org', port=443): Max retries exceeded with url: /simple/six/ (by "
+                "NewConnectionError: [Errno -3] Temporary failure in name resolution)\n"
+            ),
+            "pypi.org:443",
+        ),
+        (
+            (
+                '  File "<string>", line 1, in <module>\n    urllib.request.urlopen("https://example.org/data")\n'
+                "urllib.error.URLError: <urlopen error [Errno -3] Temporary failure in name resolution>\n"
+            ),
+            "example.org:443",
+        ),
+        (
+            '    socket.create_connection(("192.0.2.7", 80))\nOSError: [Errno 101] Network is unreachable\n',
+            "192.0.2.7:80",
+        ),
+        (
+            (
+                "error sending request for url (https://crates.io/): failed to lookup address information: Name or "
+                "service not known\n"
+            ),
+            "crates.io:443",
+        ),
+    ],
+)
+def test_a_failed_connection_names_the_flag(text: str, host: str) -> None:
+    """Python, curl, wget, git, Node, Go and Rust without network: the flag that allows the host and port is named."""
+    assert found(text) == [(f"the connection to {host}", f"--allow-host {host}")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "socket.gaierror: [Errno -3] Temporary failure in name resolution\n",
+        "Error: Network is unreachable (os error 101)\n",
+        "curl: (6) Could not resolve host: $(reboot).example\n",
+        "curl: (6) Could not resolve host: intranet\n",
+    ],
+)
+def test_a_host_that_is_not_known_is_left_open(text: str) -> None:
+    """Where no valid host is named, the form of the flag is told, and nothing of the program's stands in it."""
+    assert found(text) == [("a connection", "--allow-host HOST:PORT")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ConnectionRefusedError: [Errno 111] Connection refused\n",
+        "Error: connect ECONNREFUSED 127.0.0.1:5432\n",
+        "curl: (7) Failed to connect to localhost port 80: Connection refused\n",
+        'print("see https://example.org/")\nValueError\n',
+        "Error: connect ENETUNREACH 192.0.2.7:99999\n",
+    ],
+)
+def test_local_servers_and_mere_addresses_are_no_hint(text: str) -> None:
+    """A server of the machine's own that is not there, an address in a text and a wrong port ask for no network."""
+    assert found(text) == []
+
+
+def test_a_run_with_network_has_no_such_hint() -> None:
+    """Where hosts are allowed, the gate tells of each connection; where the policy has no network, it comes first."""
+    text = b"curl: (6) Could not resolve host: example.org\n"
+    allowed = replace(POLICY.net, allow_hosts=(HostPorts(host="a.example", ports=(443,)),))
+    assert hints(text, replace(POLICY, net=allowed), (), START) == []
+    (hint,) = hints(text, replace(POLICY, net=replace(POLICY.net, enabled=False)), (), START)
+    assert (hint.kind, hint.how.json_path, hint.how.value) == ("network", "$.net.enabled", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "flags"),
+    [
+        ("ModuleNotFoundError: No module named 'numpy'\n", "the Python module numpy", "--include python3-numpy"),
+        ("ModuleNotFoundError: No module named 'yaml'\n", "the Python module yaml", "--include python3-yaml"),
+        (
+            "ModuleNotFoundError: No module named 'unknown_one.it'\n",
+            "the Python module nobody_knows",
+            "--pip nobody_knows",
+        ),
+        ("/usr/bin/python3: No module named pip\n", "the Python module pip", "--pip PACKAGE"),
+        ("prog.sh: line 1: pip: command not found\n", "the program pip", "--pip PACKAGE"),
+        ("FileNotFoundError: [Errno 2] No such file or directory: 'pip'\n", "the program pip", "--pip PACKAGE"),
+        ("prog.sh: 2: node: not found\n", "the program node", "--include nodejs"),
+        ("/usr/bin/env: \u2018ruby\u2019: No such file or directory\n", "the program ruby", "--include ruby"),
+        ("Error: spawn git ENOENT\n", "the program git", "--include git"),
+    ],
+)
+def test_what_an_image_lacks_names_the_command_that_builds_one(text: str, subject: str, flags: str) -> None:
+    """Modules by Debian's package where it is known, else from PyPI; programs by package; pip by packages of PyPI."""
+    assert found(text) == [(subject, f"--image mine, after x07 image build --name mine {flags}")]

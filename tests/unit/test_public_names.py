@@ -1,0 +1,49 @@
+"""The library's public names can be found, and their types catch a mistake before anything runs."""
+
+from __future__ import annotations
+
+import pydoc
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import x07_sandbox
+from x07_sandbox.plan.outcomes import OUTCOMES
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """from x07_sandbox import Outcome, Output, run_program
+
+result = run_program("prog.py")
+wanted: Outcome = "timeout"
+stream: Output = result.stdout
+good = result.outcome == "cpu-limit"
+bad = result.outcome == "timed-out"
+"""
+
+
+def test_help_lists_the_public_functions() -> None:
+    """`help(x07_sandbox)` names every public function and class, and has the arguments of each function."""
+    text = pydoc.plain(pydoc.render_doc(x07_sandbox))
+    named = {name for name in x07_sandbox.__all__ if not name.startswith("_")}
+    top = text.partition("PACKAGE CONTENTS")[0]
+    assert [name for name in sorted(named) if not re.search(rf"\b{name}\b", top)] == []
+    functions = text.partition("\nFUNCTIONS\n")[2]
+    for name in ("run_program", "run_program_async", "load_policy"):
+        assert f"\n    {name}(" in functions or f" {name}(" in functions
+    assert set(x07_sandbox.__all__) <= set(dir(x07_sandbox))
+
+
+def test_the_words_of_an_outcome_are_those_of_the_table() -> None:
+    """`Outcome` takes exactly the outcomes that a run can have."""
+    assert list(get_args(x07_sandbox.Outcome)) == [outcome.value for outcome in OUTCOMES]
+
+
+def test_a_type_checker_finds_a_wrong_outcome(tmp_path: Path) -> None:
+    """A type checker refuses a word that no run ends with, and takes those that runs end with."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    argv = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", str(script)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert [line.split(":")[1] for line in done.stdout.splitlines() if ": error:" in line] == ["7"], done.stdout
