@@ -167,7 +167,7 @@ def test_what_no_flag_of_apply_lets_says_what_would(run: Run) -> None:
     changes, denials, _ = run.back(run.files({"allow_mkdir": False}), folder("d"), file("a"))
     assert changes.apply_left_out == ""
     assert said(changes, denials) == [
-        "left out: d: it is a new folder; $.fs.allow_mkdir = true in the policy lets it",
+        "left out: d: it is a new folder. To allow it, set fs.allow_mkdir to true in the policy.",
         "1 added: applied; x07 diff, x07 undo",
     ]
 

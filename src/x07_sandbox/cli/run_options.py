@@ -212,7 +212,8 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         "--changes",
         choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
-        help="what to do with changed files (default: apply; keep: for x07 apply)",
+        metavar="HOW",
+        help="changed files: apply (default), all-or-nothing, keep or discard",
     )
     option(group, "--net-log", "FILE", "write a line of JSON for each connection", type=named_file)
     option(group, "--diff", "FILE", "also write the changes as a patch", type=named_file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypedDict
 
 from x07_sandbox.policy.model import Policy  # noqa: TC001 - as above
@@ -14,7 +14,11 @@ class RunOptions(TypedDict, total=False):
 
     source: str | bytes | None
     toolchain: str | None
+    command: Sequence[str]
+    workdir: str | os.PathLike[str] | None
+    read_only: bool
     files: Mapping[str, bytes] | None
+    max_files_bytes: int
     policy: str | os.PathLike[str] | Policy | None
     env: Mapping[str, str] | None
     timeout_s: float | None
@@ -26,6 +30,8 @@ class RunOptions(TypedDict, total=False):
     scale_limits: bool | None
     image: str | None
     max_output_bytes: int | None
-    changes: Literal["apply", "keep", "discard"]
+    changes: Literal["apply", "all-or-nothing", "keep", "discard"]
     out: str | os.PathLike[str] | None
+    allow_hidden: bool
+    allow_symlinks: bool
     on_output: Callable[[Literal["stdout", "stderr"], bytes], object] | None

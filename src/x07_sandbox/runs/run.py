@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from x07_sandbox.plan.hints import Hint
+    from x07_sandbox.plan.denials import Hint
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.policy import Policy
     from x07_sandbox.runs.host_files import HostFiles
