@@ -274,6 +274,6 @@ def test_errors_name_keywords_in_place_of_flags(text: str, said: str) -> None:
 def test_an_error_of_a_run_names_the_keyword(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program in an unknown language is told with `toolchain`, in the error and in its result."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
-    with pytest.raises(SandboxError, match=r"with toolchain[.]$") as caught:
+    with pytest.raises(SandboxError, match=r"Name its toolchain[.]$") as caught:
         run_program(source="print(1)")
     assert "--toolchain" not in caught.value.result.reason
