@@ -25,6 +25,7 @@ from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.library.call import make_request
 from x07_sandbox.library.options import RunOptions
 from x07_sandbox.library.run import OPTIONS
+from x07_sandbox.library.wording import in_python
 from x07_sandbox.policy import PolicyError, default_policy, render_policy
 from x07_sandbox.runs.program import load_program
 
@@ -102,8 +103,8 @@ def test_no_file_takes_the_place_of_another(tmp_path: Path, *, named: bool) -> N
     ("given", "fix"),
     [
         ({"files": {"a": b""}}, "Leave `files` out"),
-        ({"toolchain": "c"}, "Leave --toolchain out"),
-        ({"toolchain": "c", "files": {"a": b""}}, "Leave --toolchain and `files` out"),
+        ({"toolchain": "c"}, "Leave toolchain out"),
+        ({"toolchain": "c", "files": {"a": b""}}, "Leave toolchain and `files` out"),
     ],
 )
 def test_what_a_project_says_itself_is_left_out(tmp_path: Path, manifest: str, given: dict[str, Any], fix: str) -> None:
@@ -255,7 +256,7 @@ def test_importing_the_library_costs_only_what_is_on_the_list(tmp_path: Path) ->
         (
             "X07_VM_BACKEND",
             "firecracker-ctr",
-            "not supported in this version. Use X07_VM_BACKEND=qemu, or unset it[.]$",
+            "not supported.* Use X07_VM_BACKEND=qemu, or unset it[.]$",
         ),
         ("X07_VM_BACKEND", "podman", "weaker isolation.* unset it, or set X07_I_ACCEPT_WEAKER_ISOLATION=1[.]$"),
         ("X07_VM_BACKEND", "xen", "X07_VM_BACKEND"),
@@ -276,3 +277,26 @@ def test_the_variables_of_the_command_count_for_the_library_too(
         run_program(source="1", toolchain="python")
     with pytest.raises(SandboxError, match=why):
         Pool(size=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("the program was still running after 4 s (--timeout)", "the program was still running after 4 s (timeout_s)"),
+        ("Name a file with --input", "Name a file with input"),
+        ("Leave it out, or use --sandbox-backend vm", "Leave it out, or use X07_SANDBOX_BACKEND=vm"),
+        ("Write one (x07 init --toolchain T)", "Write one (x07 init --toolchain T)"),
+        ("Use --timeout-like and --outer", "Use --timeout-like and --outer"),
+    ],
+)
+def test_errors_name_keywords_in_place_of_flags(text: str, said: str) -> None:
+    """What a command would be told about a flag, a caller from Python is told about the keyword."""
+    assert in_python(text) == said
+
+
+def test_an_error_of_a_run_names_the_keyword(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in an unknown language is told with `toolchain`, in the error and in its result."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    with pytest.raises(SandboxError, match=r"Name its toolchain[.]$") as caught:
+        run_program(source="print(1)")
+    assert "--toolchain" not in caught.value.result.reason

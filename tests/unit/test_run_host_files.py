@@ -158,6 +158,13 @@ def test_patterns_of_secrets_know_no_case(run: Run) -> None:
     assert set(found.nodes) == {"", "a.pem"}
 
 
+def test_what_the_user_hides_is_told_with_the_pattern(run: Run) -> None:
+    """A file that --hide kept out is told by that flag, and is not called a secret."""
+    (run.root / "data.csv").write_text("x")
+    run.files(changes="discard", hide=("*.csv",))
+    assert run.denial("secrets").subject.endswith("data.csv: hidden by --hide '*.csv'")
+
+
 def test_what_nothing_would_let_in_says_so(run: Run) -> None:
     """A special file, a link that leads out and a file that no number of a policy reaches have no way to be allowed."""
     os.mkfifo(run.root / "pipe")
@@ -463,7 +470,7 @@ def test_what_was_left_out_and_is_in_the_way_says_so(
     how = denials[0].how_to_allow
     assert how is not None
     words: dict[str, Any] = {} if more else {"reveal": (flag_of(denials[0])[1],)}
-    assert ("; --reveal key.pem" if words else str(how.json_path)) in told
+    assert ("use --reveal key.pem" if words else f"set {how.json_path}".replace("$.", "")) in told
     assert how.value == next(iter(more.values()), None)
     assert f"f/d/{left}" in run.files({**fs, **more}, changes="discard", **words).copied[0].nodes
 

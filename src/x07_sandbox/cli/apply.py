@@ -1,4 +1,4 @@
-"""`x07 apply`: do what a run has changed, which was kept."""
+"""`x07 apply`: apply a run's saved changes."""
 
 from __future__ import annotations
 

@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 VERBS: Final = {
     "run": "run a program in a throw-away virtual machine",
-    "exec": "run a command of the image, in a copy of a folder",
-    "diff": "show what a run has changed",
-    "apply": "do what a run has changed, which was kept",
-    "undo": "take a run's changes back",
-    "ps": "list the jobs that run now",
+    "exec": "run a command of the image in a copy of a folder",
+    "diff": "show what a run changed",
+    "apply": "apply a run's saved changes",
+    "undo": "revert a run's applied changes",
+    "ps": "list running jobs",
     "inspect": "print everything about one run as JSON",
-    "logs": "print what a run printed, or its connections",
-    "kill": "end a run that is under way",
-    "init": "begin a project: write its first file",
-    "policy": "write, check, explain, compare policies",
-    "image": "build, list, inspect, verify guest images",
-    "pool": "keep machines warm, so that runs start at once",
-    "sweep": "remove what dead runners left",
-    "df": "show how much disk images, caches and records take",
-    "prune": "remove what nobody needs any more",
-    "completion": "complete these words in a shell",
-    "doctor": "what is here, what was proven, what to do",
-    "conform": "check that a backend does what every backend does",
+    "logs": "print a run's output, or its connections",
+    "kill": "end a running job",
+    "init": "start a project: write its first file",
+    "policy": "write, check, explain and compare policies",
+    "image": "build, list, inspect and verify guest images",
+    "pool": "keep VMs warm, so that runs start at once",
+    "sweep": "remove what dead runners left behind",
+    "df": "show disk usage of images, caches and records",
+    "prune": "remove images, caches and records that are no longer needed",
+    "completion": "print shell completion",
+    "doctor": "check this machine and say what to fix",
+    "conform": "run the conformance tests of a backend",
 }
 _EXAMPLES: Final = """examples:
   x07 image build                         make the guest image (once)
@@ -223,7 +223,7 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
     from x07_sandbox import __version__
 
     parser = Parser(
-        prog="x07", description="Run a program that nobody trusts in a throw-away virtual machine.", epilog=_EXAMPLES
+        prog="x07", description="Run an untrusted program in a throw-away virtual machine.", epilog=_EXAMPLES
     )
     parser.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog="x07")  # else argparse lays out a usage line

@@ -271,7 +271,18 @@ def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
 
 
 def checked(result: Result, problem: SandboxError | None, *, check: bool) -> Result:
-    """The result, if the program was run; with *check* only if it ended well. Raises SandboxError, *problem* if any."""
+    """The result, if the program was run; with *check* only if it ended well. Raises SandboxError, *problem* if any.
+
+    Its reason, and the error, name the keywords of `run_program` where a command would be told flags.
+    """
+    if result.outcome != "ok":
+        from msgspec.structs import replace
+
+        from x07_sandbox.library.wording import in_python, reword
+
+        result = replace(result, reason=in_python(result.reason))
+        if problem is not None:
+            reword(problem)
     if result.outcome in _NOT_RUN:
         error = problem or SandboxError("the program could not be run", result.reason, "See the result of this error")
     elif check and not result.ok:

@@ -348,7 +348,7 @@ def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> 
         if head.startswith(b"#!"):
             return
         why = "it is neither an ELF file nor a script"
-        raise UsageError(f"cannot run {path}", why, "Name its toolchain (x07 run --toolchain)")
+        raise UsageError(f"cannot run {path}", why, "Name its language with --toolchain")
     # 64 bits, little endian; e_machine is at 18 (elf(5)).
     if head[4:6] != b"\x02\x01" or head[18:20] != elf_machine.to_bytes(2, "little"):
         raise UsageError(f"cannot run {path}", f"it is no executable for {machine}", "Build it for that machine")

@@ -1,0 +1,37 @@
+"""What errors and reasons call the flags of `x07 run`, for callers from Python: by the keyword of `run_program`."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from x07_sandbox.errors import SandboxError
+
+_KEYWORDS: Final = {
+    "--changes": "changes",
+    "--env": "env",
+    "--image": "image",
+    "--input": "input",
+    "--max-output-bytes": "max_output_bytes",
+    "--out": "out",
+    "--policy": "policy",
+    "--sandbox-backend vm": "X07_SANDBOX_BACKEND=vm",
+    "--timeout": "timeout_s",
+    "--toolchain": "toolchain",
+    "-c": "source",
+}
+_FLAG: Final = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, _KEYWORDS))})(?![\w-])")
+_COMMAND: Final = re.compile(r"\bx07 [^.,;()]*$")  # a command to be typed keeps its flags
+
+
+def in_python(text: str) -> str:
+    """The text with keywords of `run_program` in place of flags."""
+    if "-" not in text:
+        return text
+    return _FLAG.sub(lambda found: found[0] if _COMMAND.search(text[: found.start()]) else _KEYWORDS[found[0]], text)
+
+
+def reword(error: SandboxError) -> None:
+    """Have an error, in its three texts, name keywords."""
+    error.args = tuple(in_python(part) if isinstance(part, str) else part for part in error.args)
