@@ -21,6 +21,7 @@ import pytest
 from tests.conftest import need
 from tests.engines import REFERENCE
 from tests.vm.jail_helpers import temporary_user
+from x07_sandbox import exec_command
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import engine_gaps
 from x07_sandbox.backends.engine_images import load
@@ -102,6 +103,24 @@ def test_the_program_has_none_of_what_the_agent_has(engine: EngineUnderTest, tmp
     }
     assert (result["isolation"], result["backend"]) == ("container", engine.name)
     assert result["digests"]["image"] == engine.digest
+
+
+def test_a_command_works_in_a_folder_and_leaves_files(
+    engine: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command's changes to a copy of a folder come back, and so does what it leaves in its private folders."""
+    monkeypatch.setenv("X07_VM_BACKEND", engine.name)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "in").write_text("1")
+    script = "cat in > out; echo no > ../private"
+    found = exec_command(["sh", "-c", script], folder)
+    assert (found.outcome, found.files) == ("ok", {"private": b"no\n"}), found.reason
+    assert (folder / "out").read_text() == "1"
+    script = "cat a > b; mkdir d; echo x > /x07/out/c; mkdir -m 0 closed"
+    found = exec_command(["sh", "-c", script], files={"a": b"2"})
+    assert (found.outcome, found.files) == ("ok", {"b": b"2", "c": b"x\n"}), found.reason
+    assert exec_command(["no-such-command"]).exit_code == 127
 
 
 @contextlib.contextmanager

@@ -248,6 +248,22 @@ def test_folders_of_the_host_go_in_and_changes_come_out(confined: OsBackend) -> 
     assert changes(ended) == {"other": b"after\n", "new": b"new\n", "gone": None}
 
 
+def test_changes_and_files_that_were_left_come_back_together(confined: OsBackend) -> None:
+    """A program that changed the host's folders and left files of its own has both handed over."""
+    number = int(Stream.FIRST_FILE + 1)
+    mount = {"tree": number, "sub": "", "at": "/data/w", "write": True, "changes": True}
+    ended = told(
+        confined,
+        "open('/data/w/new', 'w').write('new\\n'); open('mine', 'w').write('left')\n",
+        files={"": (0o755, "tree", tree({}))},
+        mounts=[mount],
+        left={"files": 5, "bytes": 100},
+    )
+    assert ended.code == 0, ended.stderr
+    assert changes(ended) == {"new": b"new\n"}
+    assert b"left" in ended.streams[Stream.LEFT]
+
+
 def test_an_output_file_comes_back(confined: OsBackend) -> None:
     """What a build leaves in /x07/out is sent to the host."""
     path = "/x07/out/compiled-out"

@@ -464,14 +464,14 @@ class Job:
         yield Entry(Record.END, b"").encoded()
 
     def _send_trees(self) -> None:
-        stream, pieces = self.trees[0]
-        while (window := self.link.window(stream)) and self.link.pending() < 4 * _READ:
+        while self.trees and (window := self.link.window(self.trees[0][0])) and self.link.pending() < 4 * _READ:
+            stream, pieces = self.trees[0]
             with self.place.platform.reading():
                 while len(self.trees_held) < _READ and (more := next(pieces, b"")):
                     self.trees_held += more
             if not self.trees_held:
                 self.link.end_stream(stream)
                 del self.trees[0]
-                return
+                continue
             count = self.link.send_data(stream, self.trees_held[: min(window, _READ)])
             self.trees_held = self.trees_held[count:]

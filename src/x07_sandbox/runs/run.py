@@ -250,6 +250,8 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
     if prepared.program.toolchain is not COMMAND or end.facts.evidence.not_executed != errno.ENOENT:
         return ending
     name, image = ascii(prepared.program.source.name)[1:-1], prepared.image_name
+    if prepared.image is None:
+        return replace(ending, reason=f"there is no command {name} on this host")
     if "/" in name:
         return replace(ending, reason=f"there is no {name} in the machine, or no interpreter that it names")
     fix = f"x07 image build --name {image} --include PACKAGE adds the Debian package that has it"
