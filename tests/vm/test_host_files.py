@@ -175,7 +175,7 @@ def test_with_x07s_report_changes_are_told_and_written_as_without(project: Proje
     done = project.x07(*words, CHANGE)
     assert done.stderr.endswith("x07: 4 added, 1 changed, 2 deleted: applied; x07 diff, x07 undo\n")
     assert (project.folder.parent / "p").read_text() == project.x07("diff").stdout
-    done = project.x07(*words, 'open("Jenkinsfile", "w")', code=1)
+    done = project.x07("run", "--changes", "all-or-nothing", *words[1:], 'open("Jenkinsfile", "w")', code=1)
     assert "x07: may not be done: Jenkinsfile" in done.stderr
     assert "1 of them may not be done" in json.loads(done.stdout)["solve"]["trap"]
 
@@ -239,23 +239,65 @@ def test_what_was_changed_meanwhile_is_a_conflict(project: Project) -> None:
     assert "go.sh" in project.seen()
 
 
-def test_one_name_that_may_not_be_changed_keeps_all_back(project: Project) -> None:
-    """A protected name refuses the whole set, by name and with the flag; x07 apply takes the rest, or all if let."""
+def test_a_name_that_may_not_be_changed_is_left_out(project: Project) -> None:
+    """A protected name is left out and the rest applied; the exit code is the program's, and a command takes it."""
     source = 'open("Jenkinsfile", "w").write("x"); open("fine.txt", "w").write("y")'
-    result = project.run(source, "--allow-write-root", ".", code=125)
-    assert (result["outcome"], result["changes"]["state"]) == ("ok", "kept")
+    result = project.run(source, "--allow-write-root", ".")
+    changes = result["changes"]
+    assert (result["outcome"], changes["state"], changes["added"], changes["left_out"]) == ("ok", "applied", 1, 1)
     (denial,) = [denial for denial in result["denials"] if denial["action"] == "change"]
     assert denial["field"] == "protected"
     assert denial["how_to_allow"]["flag"] == "--allow-protected Jenkinsfile"
+    assert (project.seen().get("fine.txt"), project.seen().get("Jenkinsfile")) == ("y", None)
+    _, *words = shlex.split(changes["apply_left_out"])
+    project.x07(*words)
+    assert (project.seen().get("fine.txt"), project.seen().get("Jenkinsfile")) == ("y", "x")
+    project.x07("undo")
+    assert (project.seen().get("fine.txt"), project.seen().get("Jenkinsfile")) == ("y", None)
+    flag = shlex.split(denial["how_to_allow"]["flag"])
+    result = project.run('open("Jenkinsfile", "w").write("x")', "--allow-write-root", ".", *flag)
+    assert result["changes"]["state"] == "applied"
+    assert project.seen()["Jenkinsfile"] == "x"
+
+
+def test_one_name_keeps_all_back_where_that_is_asked_for(project: Project) -> None:
+    """With --changes all-or-nothing a protected name refuses the whole set; x07 apply takes the rest by --skip."""
+    source = 'open("Jenkinsfile", "w").write("x"); open("fine.txt", "w").write("y")'
+    result = project.run(source, "--allow-write-root", ".", "--changes", "all-or-nothing", code=125)
+    assert (result["outcome"], result["changes"]["state"]) == ("ok", "kept")
     assert "fine.txt" not in project.seen()
     assert "Jenkinsfile" in project.x07("apply", code=125).stderr
     project.x07("apply", "--skip", "Jenkinsfile")
     assert (project.seen().get("fine.txt"), project.seen().get("Jenkinsfile")) == ("y", None)
-    result = project.run(
-        'open("Jenkinsfile", "w").write("x")', "--allow-write-root", ".", *shlex.split(denial["how_to_allow"]["flag"])
-    )
-    assert result["changes"]["state"] == "applied"
-    assert project.seen()["Jenkinsfile"] == "x"
+
+
+def test_flags_let_hidden_names_and_links_in_and_out(project: Project) -> None:
+    """--allow-hidden and --allow-symlinks do what the built-in policy does not, and no policy of another's loosens."""
+    (project.folder / "link").symlink_to(".secret")
+    source = 'import os; print(open("link").read()); os.symlink("link", ".new"); os.mkdir(".d")'
+    flags = ("--allow-hidden", "--allow-symlinks")
+    result = project.run(source, "--allow-write-root", ".", *flags)
+    assert (result["stdout"]["text"], result["changes"]["state"]) == ("hidden\n\n", "applied")
+    assert (project.folder / ".new").is_symlink()
+    for flag in flags:
+        refused = project.run("pass", "--policy", project.policy(write_roots=["."]), flag, code=2)
+        assert f"cannot use {flag}" in refused["reason"]
+
+
+def test_a_hidden_folder_of_links_names_both_flags(project: Project) -> None:
+    """What stays out since it is hidden, and would then lack its links, has both reasons and flags in one line."""
+    (project.folder / "node_modules/.bin").mkdir(parents=True)
+    (project.folder / "node_modules/tool.js").write_text("1")
+    (project.folder / "node_modules/.bin/tool").symlink_to("../tool.js")
+    source = 'print(len(open("node_modules/.bin/tool").read()))'
+    result = project.run(source, "--allow-read-root", "node_modules", code=1)
+    (denial,) = [denial for denial in result["denials"] if denial["action"] == "copy"]
+    assert ".bin: " in denial["subject"]
+    assert "fs.allow_symlinks" in denial["subject"]
+    flags = denial["how_to_allow"]["flag"]
+    assert flags == "--allow-hidden --allow-symlinks"
+    result = project.run(source, "--allow-read-root", "node_modules", *flags.split())
+    assert result["stdout"]["text"] == "1\n"
 
 
 RULES = [
@@ -276,7 +318,7 @@ def test_a_rule_of_the_policy_keeps_a_change_back_and_says_what_would_let_it(
     """Each rule about changes refuses by name; with the line that the result names the same run passes."""
     before = project.seen()
     rules = {"write_roots": ["."], **fs}
-    result = project.run(source, "--policy", project.policy(**rules), code=125)
+    result = project.run(source, "--policy", project.policy(**rules))
     refused = [denial for denial in result["denials"] if denial["action"] == "change"]
     assert refused
     assert {denial["field"] for denial in refused} == {field}
@@ -495,7 +537,7 @@ def test_the_policy_in_use_stays_where_it_lies(project: Project) -> None:
     given.rename(project.folder / "real.json")
     (project.folder / "policy.json").symlink_to("real.json")
     source = "import os; os.remove('policy.json'); open('policy.json', 'w').close(); open('real.json', 'w').close()"
-    result = project.run(source, "--policy", "policy.json", code=125)
-    assert result["changes"]["state"] == "kept"
-    refused = [denial["subject"] for denial in result["denials"] if denial["action"] == "change"]
-    assert refused == [f"{name}: it is the policy or the manifest in use" for name in ("policy.json", "real.json")]
+    result = project.run(source, "--policy", "policy.json")
+    assert (result["changes"]["state"], result["changes"]["left_out"]) == ("kept", 2)
+    refused = [(denial["subject"], denial["reason"]) for denial in result["denials"] if denial["action"] == "change"]
+    assert refused == [(name, "it is the policy or the manifest in use") for name in ("policy.json", "real.json")]
