@@ -243,7 +243,14 @@ def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> No
             "the newest is 1.16.0",
         ),
         (["WARNING: Retrying (Retry(total=0", "ERROR: No matching distribution found for six"], "does not answer"),
-        (["ERROR: THESE PACKAGES DO NOT MATCH THE HASHES"], "DO NOT MATCH"),
+        (
+            [
+                "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM",
+                "    six==1.0 from https://x/y:",
+                "        Expected",
+            ],
+            "for six==1.0 does not match its hash",
+        ),
         (["ERROR: Cannot install a and b because they conflict"], "conflict"),
     ],
 )

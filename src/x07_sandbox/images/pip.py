@@ -189,9 +189,15 @@ def failure(said: list[str], python: GuestPython, sources_file: Path) -> UsageEr
     errors = [line.strip().removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
     if not errors:
         return None
-    text = " ".join(error[:300] for error in errors[:4])
+    text = " ".join(error[:300] for error in errors[:4]).rstrip(".")
     match = next((found for line in errors if (found := _NOT_FOUND.search(line))), None)
-    if match is None or "hash" in errors[0].lower():
+    if "DO NOT MATCH THE HASHES" in text:
+        wrong = next((found[1] for line in said if (found := re.match(rf"\s+({_NAME}\S*) from ", line))), "one")
+        why = f"what the package index has for {wrong[:100]} does not match its hash"
+        return ImageError(
+            "pip cannot fetch the wheels", why, "Look where the file comes from before you change the hash"
+        )
+    if match is None or "hash" in text.lower():
         return ImageError("pip cannot fetch the wheels", text, "Change what --pip names, then try again")
     name = match[1]
     if any("Retrying" in line for line in said):
