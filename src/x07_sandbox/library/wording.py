@@ -9,16 +9,24 @@ if TYPE_CHECKING:
     from x07_sandbox.errors import SandboxError
 
 _KEYWORDS: Final = {
+    "--allow-hidden": "allow_hidden",
+    "--allow-symlinks": "allow_symlinks",
+    "--build-timeout": "build_timeout_s",
     "--changes": "changes",
+    "--cpu-time": "cpu_s",
     "--env": "env",
+    "--fds": "fds",
     "--image": "image",
     "--input": "input",
     "--max-output-bytes": "max_output_bytes",
+    "--memory": "memory",
     "--out": "out",
     "--policy": "policy",
+    "--procs": "procs",
     "--sandbox-backend vm": "X07_SANDBOX_BACKEND=vm",
     "--timeout": "timeout_s",
     "--toolchain": "toolchain",
+    "--workdir": "workdir",
     "-c": "source",
 }
 _FLAG: Final = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, _KEYWORDS))})(?![\w-])")
