@@ -70,6 +70,13 @@ def _judge(incoming: Incoming, number: int, fd: int) -> None:
     made = ChangeSet(run="1-1-1", roots=(root,))
     assert decode(encode(made)) == made
     check_set(chosen(made, sorted(refused), []))
+    split = judge(BEFORE, {}, told, BOUNDS, allowed, Protection(ROOT), split=True)
+    if not split.is_whole:
+        names = {refusal.name for refusal in split.refused}
+        assert not names & {change.name for change in split.changes}
+        assert {change.name for change in (*split.changes, *split.left_out)} == {one.name for one in judged.changes}
+        root = RootChanges(root=ROOT, guest="/x", missing=False, changes=split.changes, left_out=split.left_out)
+        check_set(ChangeSet(run="1-1-1", roots=(root,), all_or_nothing=False))
 
 
 def _check_content(change: Change, fd: int) -> None:

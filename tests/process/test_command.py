@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import need
 from x07_sandbox.backends.process.agentcode import agent_code
 
 if TYPE_CHECKING:
@@ -81,3 +83,28 @@ def test_a_damaged_agent_is_made_anew(project: Path, backend: str) -> None:
     agent.write_bytes(agent.read_bytes()[:1000])
     done = run(backend, ".", cwd=project)
     assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
+
+
+def test_git_works_in_a_folder_that_may_be_changed(tmp_path: Path) -> None:
+    """Two flags let a program make a repository and commit to it, without the hooks and settings that it wrote."""
+    need(os.access("/usr/bin/git", os.X_OK), "git", installable=True)
+    flags = ["--toolchain", "shell", "--allow-hidden", "--allow-protected", ".git", "--allow-write-root", ".", "-c"]
+    commit = "git add a && git -c user.name=a -c user.email=a@example.org commit -qm"
+    made = run("os", *flags, f"git init -q . && echo a >a && {commit} one", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "left out: .git/config (protected), .git/hooks (protected)" in made.stderr
+    assert not (tmp_path / ".git/hooks").exists()
+    more = run("os", *flags, f"echo b >>a && {commit} two", cwd=tmp_path)
+    assert (more.returncode, "left out" in more.stderr) == (0, False), more.stderr
+    log = run(
+        "os",
+        "--toolchain",
+        "shell",
+        "--allow-hidden",
+        "--allow-read-root",
+        ".",
+        "-c",
+        "git log --format=%s",
+        cwd=tmp_path,
+    )
+    assert (log.returncode, log.stdout) == (0, "two\none\n"), log.stderr

@@ -15,7 +15,7 @@ from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.hosts import addresses, covers, is_name, meaning
 from x07_sandbox.policy.model import HostPorts, Policy
-from x07_sandbox.policy.overrides import Derived, Overrides, derive_policy
+from x07_sandbox.policy.overrides import Derived, Overrides, check_grants, derive_policy
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:
@@ -327,3 +327,18 @@ def test_what_is_no_address_is_no_address(host: str) -> None:
     """Malformed networks and ranges stand for no address; only what has a letter is a name."""
     assert addresses(host) is None
     assert is_name(host) == any(char.isalpha() for char in host)
+
+
+def test_names_that_stay_out_are_let_in_by_flags_of_built_in_policies_only() -> None:
+    """Hidden names and links are allowed in the built-in policy; another has to allow them itself."""
+    derived = derive(let_in=("hidden", "symlinks")).policy
+    assert (derived.fs.deny_hidden, derived.fs.allow_symlinks) == (False, True)
+    assert derived.policy_id != derive(let_in=("hidden",)).policy.policy_id
+    only = derive(let_in=("symlinks",)).policy
+    assert (only.fs.deny_hidden, only.fs.allow_symlinks) == (True, True)
+    for word, field in (("hidden", "fs.deny_hidden"), ("symlinks", "fs.allow_symlinks")):
+        flags = Overrides(let_in=(word,))
+        check_grants(default_policy(), flags, built_in=True)
+        check_grants(derived, flags, built_in=False)
+        with pytest.raises(UsageError, match=f"cannot use --allow-{word}.*Set {field} to"):
+            check_grants(default_policy(), flags, built_in=False)

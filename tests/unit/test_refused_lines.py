@@ -82,6 +82,20 @@ def test_a_template_without_processes_names_one_with_them() -> None:
     assert not any("starts no processes" in line for line in lines(replace(ended, policy="mine.json")))
 
 
+def test_paths_that_one_flag_allows_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of sixty folders of one read root that could not be written, one line has the folder that they lie in."""
+    flag = HowToAllow(json_path="$.fs.write_roots", value=["/p"], flag="--allow-write-root /p")
+    other = HowToAllow(json_path="$.fs.write_roots", value=["/q"], flag="--allow-write-root /q")
+    many = [denial(f"/p/pkg/{number}/__pycache__/", flag, action="write") for number in range(60)]
+    tell(result(*many, denial("/q/x", other, action="write"), denial("/p/y", flag)))
+    assert capsys.readouterr().err.splitlines() == [
+        "x07: denied: write /p/pkg/ (60 places in it, such as /p/pkg/0/__pycache__/). "
+        "To allow it, use --allow-write-root /p",
+        "x07: denied: write /q/x. To allow it, use --allow-write-root /q",
+        "x07: denied: read /p/y. To allow it, use --allow-write-root /p",
+    ]
+
+
 def test_what_one_change_allows_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     """A program that a shell could neither execute nor read is one line; what nothing allows stands there as it was."""
     programs = [HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{name}"]) for name in "abc"]

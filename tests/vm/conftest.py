@@ -120,6 +120,7 @@ class Sandbox:
                 cold=cold,
                 cache=cache,
                 env=env or {},
+                changes="all-or-nothing",  # a run that is tried again finds the files as this one did
                 loaders=(load_x07,),
                 cancel=cancel,
             )
