@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,7 +135,8 @@ def build_with_progress(
             elif before.manifest.preload != image.manifest.preload:
                 set_name(name, before.digest.removeprefix("sha256:"))
                 fix += f"; {name!r} stays the image that it was"
-            raise type(exc)("cannot preload modules", exc.why, fix) from exc
+            why = re.sub("^(exec|preload): ", "", exc.why)  # the guest's stage
+            raise type(exc)("cannot preload modules", why, fix) from exc
         progress.done(f"no VM templates: {exc}")  # the image is good all the same; a run says it again
     progress.done(f"ready: {image.digest}")
     return image
