@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from x07_sandbox.cli.console import LiveLine
-from x07_sandbox.host.cancel import Slow
-
 MISSING = ["policy", "digest", "missing.json"]
 RED = b"\x1b[1;31m"
 
@@ -66,11 +63,3 @@ def test_doctor_marks_its_findings_in_colour(tmp_path: Path) -> None:
     said = _said(tmp_path, ["doctor"], "stdout", TERM="xterm")
     assert b"\x1b[32mgood\x1b[0m  folders: " in said
     assert RED + b"BAD\x1b[0m   " in said  # there is no image
-
-
-def test_a_log_gets_a_line_about_what_takes_very_long(capfd: pytest.CaptureFixture[str]) -> None:
-    """Without a terminal ordinary progress is silent, and what takes many seconds and happens seldom has one line."""
-    progress = LiveLine()
-    for text in ("building prog.c", Slow("making the VM template"), ""):
-        progress(text)
-    assert capfd.readouterr().err == "x07: making the VM template\n"

@@ -130,7 +130,7 @@ def test_a_file_whose_name_is_no_text_is_checked_as_any_other(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "words", [("check", "--json"), ("explain", "--json"), ("init", "--template", "cli", "--project")]
+    "words", [("check", "--json"), ("explain", "--json"), ("init", "--json", "--template", "cli", "--project")]
 )
 def test_a_name_that_is_no_text_is_spelt_out_in_a_document(tmp_path: Path, words: tuple[str, ...]) -> None:
     """No document has half a surrogate pair in it, which strict readers of JSON refuse: such a name is spelt out."""

@@ -80,7 +80,7 @@ def put(data: bytes) -> None:
 
 
 class LiveLine:
-    """One line on a terminal about what takes long; it goes away again. Elsewhere only what takes very long is told."""
+    """One line on a terminal about what takes long; it goes away again. Elsewhere nothing."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
@@ -91,11 +91,6 @@ class LiveLine:
         if self._live and (text or self._shown):
             self._shown = bool(text)
             _print(f"\r\033[K{f'x07: {shown(text)}' if text else ''}", end="")
-        elif not self._live and text:
-            from x07_sandbox.host.cancel import Slow  # loaded by whatever takes long
-
-            if isinstance(text, Slow):
-                say(text)
 
 
 class Progress:

@@ -65,12 +65,6 @@ class Cancel:
         os.close(self.fd)
 
 
-class Slow(str):
-    """A line of progress about something that takes many seconds and happens seldom: worth a line in a log too."""
-
-    __slots__ = ()
-
-
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """Whoever asked for a job. progress: gets a line before something that takes seconds, and "" when it is over."""
 

@@ -28,7 +28,6 @@ from x07_sandbox.backends.qemu.start import Saved, image_of, tsc_khz
 from x07_sandbox.errors import BackendError, HostError, ImageError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.cancel import Slow
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.models import known
 from x07_sandbox.host.paths import cache_dir, cache_folder, foreign, least_recently_used, read_bounded, replace_file
@@ -262,7 +261,7 @@ def _make_alone(template: Template, folder: Path, image: str, make: Maker, progr
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
         work.chmod(0o700)  # whatever the umask took away
-        progress(Slow("making the VM template, once for this image"))
+        progress("making the VM template, once for this image")
         made = sealed(make(work))
         path = work / MANIFEST
         path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
