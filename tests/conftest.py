@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -71,10 +72,18 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def image() -> Image:
-    """The default image, there and current, in the user's ordinary cache."""
-    from x07_sandbox.images.build import build_image
+    """The default image, there and current, in the user's ordinary cache, with the VM templates of ordinary runs.
 
-    return build_image(progress=lambda _text: None)
+    A run that has to make one takes long, and may say so on standard error, which tests compare.
+    """
+    from x07_sandbox import SandboxError
+    from x07_sandbox.images.build import build_image
+    from x07_sandbox.pool.prepare import prepare_clones
+
+    made = build_image(progress=lambda _text: None)
+    with contextlib.suppress(SandboxError):  # where none can be saved, runs boot
+        prepare_clones(made, lambda _text: None)
+    return made
 
 
 @pytest.fixture(scope="session")

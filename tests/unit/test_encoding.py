@@ -17,7 +17,7 @@ def test_a_locale_that_is_not_utf_8_changes_no_name(tmp_path: Path, words: tuple
     """Where Python would take names to be ASCII a file is found by its name, which stands in documents as it is."""
     (tmp_path / "prüf.py").touch()
     done = subprocess.run(
-        [sys.executable, *words, "init", "--toolchain", "python", "--entry", "prüf.py"],
+        [sys.executable, *words, "init", "--json", "--toolchain", "python", "--entry", "prüf.py"],
         cwd=tmp_path,
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         capture_output=True,

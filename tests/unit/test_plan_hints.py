@@ -113,8 +113,8 @@ def test_a_run_with_network_has_no_such_hint() -> None:
         ("ModuleNotFoundError: No module named 'yaml'\n", "the Python module yaml", "--include python3-yaml"),
         (
             "ModuleNotFoundError: No module named 'unknown_one.it'\n",
-            "the Python module nobody_knows",
-            "--pip nobody_knows",
+            "the Python module unknown_one",
+            "--pip unknown_one",
         ),
         ("/usr/bin/python3: No module named pip\n", "the Python module pip", "--pip PACKAGE"),
         ("prog.sh: line 1: pip: command not found\n", "the program pip", "--pip PACKAGE"),

@@ -89,8 +89,10 @@ def test_paths_that_one_flag_allows_are_one_line(capsys: pytest.CaptureFixture[s
     many = [denial(f"/p/pkg/{number}/__pycache__/", flag, action="write") for number in range(60)]
     tell(result(*many, denial("/q/x", other, action="write"), denial("/p/y", flag)))
     assert capsys.readouterr().err.splitlines() == [
-        "x07: denied: write /p/pkg/ (60 places in it, such as /p/pkg/0/__pycache__/). "
-        "To allow it, use --allow-write-root /p",
+        (
+            "x07: denied: write /p/pkg/ (60 places in it, such as /p/pkg/0/__pycache__/). "
+            "To allow it, use --allow-write-root /p"
+        ),
         "x07: denied: write /q/x. To allow it, use --allow-write-root /q",
         "x07: denied: read /p/y. To allow it, use --allow-write-root /p",
     ]

@@ -63,7 +63,7 @@ def test_doctor_starts_a_machine(well: tuple[int, dict[str, Any], bytes]) -> Non
     code, found, shown = well
     assert (code, found["good"]) == (0, True)
     assert "our agent answered" in found["text"]
-    assert b"starting a VM" in shown
+    assert b"starting a machine" in shown
 
 
 @pytest.mark.root

@@ -31,7 +31,7 @@ def _json(where: Path, *words: str) -> dict[str, Any]:
 def test_what_is_explained_is_what_runs(tmp_path: Path, image: Image, template: str) -> None:
     """The controls of a result are those that `x07 policy explain` told, and what it refuses is refused."""
     assert image.digest
-    _json(tmp_path, "policy", "init", "--template", template, "--out", "policy.json")
+    _json(tmp_path, "policy", "init", "--json", "--template", template, "--out", "policy.json")
     told = _json(tmp_path, "policy", "explain", "policy.json", "--json")
     result = _json(tmp_path, "run", "--json=full", "--policy", "policy.json", PROGRAM)
     for row in told["controls"]:

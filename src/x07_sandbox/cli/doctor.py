@@ -294,7 +294,7 @@ def _start(backend: Backend, image: OpenImage) -> Finding:
     from x07_sandbox.plan.sizes import RAM_CLASSES
 
     progress = LiveLine()
-    progress("doctor: starting a VM in its jail, as a run does")
+    progress("starting a machine in its jail, as a run does")
     found = Finding(subject=START, good=True, text="our agent answered from a machine started as a run starts it")
     try:
         with contextlib.closing(Cancel()) as cancel:
