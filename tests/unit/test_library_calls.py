@@ -249,3 +249,11 @@ def test_the_variables_of_the_command_count_for_the_library_too(
         run_program(source="1", toolchain="python")
     with pytest.raises(SandboxError, match=why):
         Pool(size=1)
+
+
+def test_names_to_let_in_are_switches_of_a_call() -> None:
+    """allow_hidden and allow_symlinks are true or false; with a policy that is given the error names its field."""
+    with pytest.raises(SandboxError, match="allow_hidden is str, not a bool"):
+        run_program(source="pass", toolchain="python", allow_hidden="yes")  # type: ignore[arg-type]
+    with pytest.raises(SandboxError, match=r"Set fs\.allow_symlinks to true"):
+        run_program(source="pass", toolchain="python", policy=load_policy(), allow_symlinks=True)
