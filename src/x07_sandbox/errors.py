@@ -59,7 +59,8 @@ class SandboxError(Exception):
         return shown(str(self.args[2]))
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.why}{'' if self.why.endswith('?') else '.'} {self.fix}."
+        end = "" if ": x07 " in self.fix else "."  # a command at the end can be pasted as it is
+        return f"{self.what}: {self.why}{'' if self.why.endswith('?') else '.'} {self.fix}{end}"
 
 
 class UsageError(SandboxError):

@@ -300,3 +300,11 @@ def test_an_error_of_a_run_names_the_keyword(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SandboxError, match=r"Name its toolchain[.]$") as caught:
         run_program(source="print(1)")
     assert "--toolchain" not in caught.value.result.reason
+
+
+def test_names_to_let_in_are_switches_of_a_call() -> None:
+    """allow_hidden and allow_symlinks are true or false; with a policy that is given the error names its field."""
+    with pytest.raises(SandboxError, match="allow_hidden is str, not a bool"):
+        run_program(source="pass", toolchain="python", allow_hidden="yes")  # type: ignore[arg-type]
+    with pytest.raises(SandboxError, match=r"Set fs\.allow_symlinks to true"):
+        run_program(source="pass", toolchain="python", policy=load_policy(), allow_symlinks=True)
