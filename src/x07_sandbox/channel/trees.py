@@ -4,10 +4,10 @@ Records follow each other, numbers are big-endian:
 
     kind      u8
     name      u16 length, then bytes: below the tree's root, parts divided by '/'; empty for the root itself
-    FOLDER    mode u16
-    FILE      mode u16, mtime i64 (ns since 1970), size u64, then segments until their lengths are that size:
+    FOLDER    mode u16, mtime i64 (ns since 1970)
+    FILE      mode u16, mtime i64, size u64, then segments until their lengths are that size:
               u64, of which the top bit says hole and the rest is the length; unless it is a hole, the bytes
-    LINK      u16 length, then the target
+    LINK      mtime i64, u16 length, then the target
     GONE      nothing: it was there and is no more
     OTHER     mode u16, with its type: what no stream carries (device, socket, pipe, what has extended attributes, a
               folder too deep for names below it)
@@ -34,7 +34,10 @@ SIZE_MAX: Final = 1 << 40
 _HOLE: Final = 1 << 63
 _HEAD: Final = struct.Struct(">BH")
 _MODE: Final = struct.Struct(">H")
+_FOLDER: Final = struct.Struct(">Hq")
 _FILE: Final = struct.Struct(">HqQ")
+_LINK: Final = struct.Struct(">qH")
+_MTIME_MAX: Final = (1 << 63) - 1  # of 2262; a file system may hold later ones
 _SEGMENT: Final = struct.Struct(">Q")
 
 
@@ -51,7 +54,10 @@ class Kind(enum.IntEnum):
 
 
 class Entry(NamedTuple):
-    """One record. mode: permission bits, for OTHER with the type. mtime_ns, size: of a file. target: of a link."""
+    """One record. mode: permission bits, for OTHER with the type. mtime_ns: of a file, folder or link.
+
+    size: of a file. target: of a link.
+    """
 
     kind: Kind
     name: bytes
@@ -63,11 +69,14 @@ class Entry(NamedTuple):
     def encoded(self) -> bytes:
         """Its bytes; those of a file are followed by its segments. Raises struct.error for what no record can hold."""
         head = _HEAD.pack(self.kind, len(self.name)) + self.name
+        mtime_ns = max(-_MTIME_MAX, min(self.mtime_ns, _MTIME_MAX))
         if self.kind is Kind.FILE:
-            return head + _FILE.pack(self.mode, self.mtime_ns, self.size)
+            return head + _FILE.pack(self.mode, mtime_ns, self.size)
         if self.kind is Kind.LINK:
-            return head + _MODE.pack(len(self.target)) + self.target
-        if self.kind in {Kind.FOLDER, Kind.OTHER}:
+            return head + _LINK.pack(mtime_ns, len(self.target)) + self.target
+        if self.kind is Kind.FOLDER:
+            return head + _FOLDER.pack(self.mode, mtime_ns)
+        if self.kind is Kind.OTHER:
             return head + _MODE.pack(self.mode)
         return head
 
@@ -160,7 +169,10 @@ class Reader:
         if kind is Kind.LINK:
             return _link(view, rest, name)
         self.ended = kind is Kind.END
-        if kind in _REST:
+        if kind is Kind.FOLDER:
+            mode, mtime_ns = _FOLDER.unpack_from(view, rest)
+            return Entry(kind, name, mode=mode, mtime_ns=mtime_ns), rest + _FOLDER.size
+        if kind is Kind.OTHER:
             (mode,) = _MODE.unpack_from(view, rest)
             return Entry(kind, name, mode=mode), rest + _MODE.size
         return Entry(kind, name), rest
@@ -192,8 +204,8 @@ def _head(view: memoryview, at: int) -> tuple[Kind, bytes, int] | None:
 
 
 def _link(view: memoryview, at: int, name: bytes) -> tuple[Entry, int] | None:
-    (size,) = _MODE.unpack_from(view, at)
-    at += _MODE.size
+    mtime_ns, size = _LINK.unpack_from(view, at)
+    at += _LINK.size
     if not 0 < size <= NAME_MAX:
         raise _bad("a link's target has a wrong length")
     if len(view) - at < size:
@@ -201,12 +213,12 @@ def _link(view: memoryview, at: int, name: bytes) -> tuple[Entry, int] | None:
     target = bytes(view[at : at + size])
     if b"\0" in target:
         raise _bad("a link's target holds a zero byte")
-    return Entry(Kind.LINK, name, target=target), at + size
+    return Entry(Kind.LINK, name, mtime_ns=mtime_ns, target=target), at + size
 
 
 _ROOT_DIGITS: Final = 3
 _KINDS: Final = {int(kind): kind for kind in Kind}
-_REST: Final = {Kind.FILE: _FILE.size, Kind.LINK: _MODE.size, Kind.FOLDER: _MODE.size, Kind.OTHER: _MODE.size}
+_REST: Final = {Kind.FILE: _FILE.size, Kind.LINK: _LINK.size, Kind.FOLDER: _FOLDER.size, Kind.OTHER: _MODE.size}
 
 
 def check_name(name: bytes) -> bytes:

@@ -14,6 +14,7 @@ import os
 import posixpath
 import re
 import stat
+import time
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
@@ -158,7 +159,7 @@ class _Walk:
                     only = self._tree.only
                     self._tried(lambda: self._file(fd, only, only, info.st_dev), only)
                 else:
-                    self._put(Entry(Kind.FOLDER, b"", mode=info.st_mode & 0o777), "")
+                    self._put(Entry(Kind.FOLDER, b"", mode=info.st_mode & 0o777, mtime_ns=info.st_mtime_ns), "")
                     self._folders(fd, info.st_dev)
             finally:
                 os.close(fd)
@@ -189,7 +190,7 @@ class _Walk:
         from x07_sandbox.files.checks import default_mode  # seldom needed
 
         mode = default_mode()
-        self._out.write(Entry(Kind.FOLDER, os.fsencode(name), mode=mode).encoded())
+        self._out.write(Entry(Kind.FOLDER, os.fsencode(name), mode=mode, mtime_ns=time.time_ns()).encoded())
         self.copied.nodes[name] = Node(kind="folder", mode=mode)
         self.copied.made.add(name)
         self._there.add(name)
@@ -205,7 +206,7 @@ class _Walk:
                 # As of a folder, it is known here that it was there: it may go with the folder that it lies in.
                 self._count(name, Node(kind="file", mode=0o644, sha256=hashlib.sha256().hexdigest()))
             else:
-                self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=0o755), name)
+                self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=0o755, mtime_ns=time.time_ns()), name)
 
     def _open(self) -> int | None:
         """The folder of the tree; None for a write root that is not there yet. No part of the way may be a link."""
@@ -271,12 +272,12 @@ class _Walk:
         return None
 
     def _packed(self, folder: int, part: str, name: str, device: int) -> int | None:
-        mode = os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode
-        if stat.S_ISDIR(mode):
+        info = os.stat(part, dir_fd=folder, follow_symlinks=False)
+        if stat.S_ISDIR(info.st_mode):
             return self._folder(folder, part, name, device)
-        if stat.S_ISLNK(mode):
-            self._link(folder, part, name)
-        elif stat.S_ISREG(mode):
+        if stat.S_ISLNK(info.st_mode):
+            self._link(folder, part, name, info.st_mtime_ns)
+        elif stat.S_ISREG(info.st_mode):
             self._file(folder, part, name, device)
         else:
             self._leave("special", name)
@@ -300,10 +301,11 @@ class _Walk:
             os.close(fd)
             self._leave("other-disk", name)
             return None
-        self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=info.st_mode & 0o777), name)
+        mode, mtime_ns = info.st_mode & 0o777, info.st_mtime_ns
+        self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=mode, mtime_ns=mtime_ns), name)
         return fd
 
-    def _link(self, folder: int, part: str, name: str) -> None:
+    def _link(self, folder: int, part: str, name: str, mtime_ns: int) -> None:
         target = os.readlink(part, dir_fd=folder)
         if not stays_inside(name, target):
             self._leave("link-out", name)
@@ -311,7 +313,7 @@ class _Walk:
         if not self._bounds.allow_symlinks:
             self._leave("link", name)
             return
-        self._put(Entry(Kind.LINK, os.fsencode(name), target=os.fsencode(target)), name)
+        self._put(Entry(Kind.LINK, os.fsencode(name), mtime_ns=mtime_ns, target=os.fsencode(target)), name)
 
     def _file(self, folder: int, part: str, name: str, device: int) -> None:
         """A regular file, read anew where it changed meanwhile."""

@@ -23,34 +23,47 @@ _PATH_MAX: Final = 1024
 
 
 class Packed(msgspec.Struct, frozen=True, kw_only=True):
-    """An archive (newc, cpio(5)), and what is in it: relative name of each file, and its content."""
+    """An archive (newc, cpio(5)), and what is in it: relative name of each file, and its content.
+
+    archive: without mtimes, so that equal files have equal digests. timed: the same with the mtimes, if asked for.
+    """
 
     archive: bytes
     files: dict[str, bytes]
+    timed: bytes = b""
 
 
 def pack_tree(
-    root: Path, patterns: Sequence[str], *, what: str = "", check: Callable[[], None] = lambda: None
+    root: Path,
+    patterns: Sequence[str],
+    *,
+    what: str = "",
+    check: Callable[[], None] = lambda: None,
+    mtimes: bool = False,
 ) -> Packed:
     """The files below *root* that *patterns* name (glob(7), and `**` for any folders), hidden ones only if named so.
 
     A link counts as what it leads to, if that lies below *root* too. what: how errors begin. check: called again and
-    again, raises to end it. Raises UsageError.
+    again, raises to end it. mtimes: whether to pack `Packed.timed` too. Raises UsageError.
     """
     folder = ProjectFolder(root, what)
-    found: dict[str, tuple[bytes, int]] = {}
+    found: dict[str, tuple[bytes, int, int]] = {}
     left = settings.SOURCE_MAX_BYTES
     for name in Walk(folder, patterns, check).files():
         check()
         check_name(name, f"the files of {root}")
-        data, mode = folder.content(name, left)
+        data, info = folder.content(name, left)
         left -= len(data)
-        found[name] = data, 0o755 if mode & 0o100 else 0o644
+        found[name] = data, 0o755 if info.st_mode & 0o100 else 0o644, info.st_mtime_ns
         if left < 0 or len(found) > FILES_MAX:
             many = f"are more than {FILES_MAX}" if left >= 0 else f"have more than {settings.SOURCE_MAX_BYTES} bytes"
             raise folder.refused(f"its files {many}", "Name fewer files, or take out what is not needed")
     ordered = dict(sorted(found.items()))
-    return Packed(archive=_archive(ordered), files={name: data for name, (data, _) in ordered.items()})
+    return Packed(
+        archive=_archive({name: (data, mode, 0) for name, (data, mode, _) in ordered.items()}),
+        files={name: data for name, (data, _, _) in ordered.items()},
+        timed=_archive(ordered) if mtimes else b"",
+    )
 
 
 def pack_files(files: Mapping[str, bytes], what: str) -> Packed:
@@ -68,7 +81,7 @@ def pack_files(files: Mapping[str, bytes], what: str) -> Packed:
         if any(str(parent) in names for parent in PurePosixPath(name).parents):
             raise UsageError(f"cannot take {what}", f"{name!r} lies below a file", "Rename one of them")
     ordered = dict(sorted(files.items()))
-    return Packed(archive=_archive({name: (data, 0o644) for name, data in ordered.items()}), files=ordered)
+    return Packed(archive=_archive({name: (data, 0o644, 0) for name, data in ordered.items()}), files=ordered)
 
 
 def check_name(name: str, what: str) -> None:
@@ -84,10 +97,10 @@ def check_name(name: str, what: str) -> None:
         raise UsageError(f"cannot take {what}", why, "Use names without '..', '//', control characters")
 
 
-def _archive(files: Mapping[str, tuple[bytes, int]]) -> bytes:
+def _archive(files: Mapping[str, tuple[bytes, int, int]]) -> bytes:
     folders: dict[str, Entry] = {}
     for name in files:
         for parent in reversed(PurePosixPath(name).parents):
             if str(parent) != ".":
                 folders.setdefault(str(parent), folder(str(parent)))
-    return pack([*folders.values(), *(file(name, data, mode) for name, (data, mode) in files.items())])
+    return pack([*folders.values(), *(file(name, *content) for name, content in files.items())])

@@ -26,10 +26,12 @@ class NoGroup:
     A group holds the program and its children, not our init (of which *init* is the process id) and the agent.
     KILLS: whether it can end all of its processes by itself; else init does it.
     COUNTERS: control files by what they count, then the keys of the lines that count, where there are several.
+    SHOWN: the folder of the group that the program may read, empty for none.
     """
 
     KILLS: ClassVar[bool] = False
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {}
+    SHOWN: ClassVar[str] = ""
 
     def __init__(self, folder: str = "") -> None:
         self._folder = folder
@@ -132,6 +134,8 @@ class GivenGroup(NoGroup):
 
 class RootGroup(GivenGroup):
     """A group of version 2 that this process, which has the whole hierarchy, makes itself."""
+
+    SHOWN = _GROUP
 
     def __init__(self) -> None:
         write_file(f"{_ROOT}/cgroup.subtree_control", "+memory +pids +cpu")

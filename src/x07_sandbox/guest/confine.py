@@ -32,6 +32,8 @@ _ENTRIES: Final = 4096  # an archive of small files cannot hold more: a header h
 CWD: Final = "/opt/x07"
 IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - folders of the program that lie in the guest's memory
 _INPUTS: Final = "/x07/in"
+CGROUP_VIEW: Final = "/sys/fs/cgroup"
+_PTYS_MAX: Final = 64  # the kernel's buffers of each are not counted as the program's memory
 
 
 class World(NamedTuple):
@@ -43,6 +45,7 @@ class World(NamedTuple):
     interpreter: whether a Python interpreter waits to become the program. preload: what it has imported by then.
     base_filter, quiet_filter: seccomp, for every program. readable: of the image, what holds no programs.
     network: whether names are looked up at the relay.
+    group_folder: the program's control group, which it can read at CGROUP_VIEW; empty for none.
     """
 
     netns_fd: int
@@ -55,6 +58,7 @@ class World(NamedTuple):
     group_kills: bool
     namespaces: bool
     network: bool
+    group_folder: str
 
 
 class Orders(NamedTuple):
@@ -144,13 +148,21 @@ def _devices(_world: World) -> None:
 
 
 def devices(make: Callable[[str, str], None]) -> None:
-    """A folder of the devices that every program may use. make: makes the device of a name at a path."""
+    """Mount /dev with the devices that every program may use, and pseudoterminals of its own.
+
+    make: makes the device of a name at a path. /dev/tty opens the controlling terminal, which is none of the host's:
+    the program's session has none until it opens one of its own.
+    """
     dev = f"{ROOT}/dev"
     system.mount("tmpfs", dev, "tmpfs", system.MS_NOSUID, "mode=0755,size=64k,nr_inodes=64")
-    for name in ("null", "zero", "full", "random", "urandom"):
+    for name in ("null", "zero", "full", "random", "urandom", "tty"):
         make(name, f"{dev}/{name}")
     for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
         os.symlink(f"/proc/self/fd{target}", f"{dev}/{name}")
+    os.mkdir(f"{dev}/pts")
+    pts = f"newinstance,mode=0620,ptmxmode=0666,max={_PTYS_MAX}"
+    system.mount("devpts", f"{dev}/pts", "devpts", system.MS_NOSUID | system.MS_NOEXEC, pts)
+    os.symlink("pts/ptmx", f"{dev}/ptmx")
     os.mkdir(f"{dev}/shm")
     _tmpfs(f"{dev}/shm")
     system.mount("", dev, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_RDONLY)
@@ -168,7 +180,6 @@ def _tmpfs(path: str) -> None:
 
 def _temporary(world: World) -> None:
     _tmpfs(f"{ROOT}/tmp")  # noqa: S108 - the guest's own
-    read_only = system.MS_NOSUID | system.MS_NODEV | system.MS_RDONLY
     system.mount("tmpfs", f"{ROOT}/run", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
     if world.interpreter:
         os.mkdir(f"{ROOT}{interpreter.FOLDER}")
@@ -178,7 +189,18 @@ def _temporary(world: World) -> None:
     if world.network:
         system.bind(RESOLV_CONF, f"{ROOT}/etc/resolv.conf", system.MS_RDONLY)
     _remount(f"{ROOT}/run", system.MS_RDONLY)
-    system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", read_only, "mode=0755,size=4k")
+
+
+def _kernel_state(world: World) -> None:
+    """Mount an empty /sys; in it, read-only, the program's own control group and no other.
+
+    Runtimes (node, the JVM, Go) read the memory limit there to choose the size of their heaps.
+    """
+    system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=4k")
+    if world.group_folder:
+        os.makedirs(f"{ROOT}{CGROUP_VIEW}")
+        system.bind(world.group_folder, f"{ROOT}{CGROUP_VIEW}", system.MS_RDONLY | system.MS_NOEXEC)
+    _remount(f"{ROOT}/sys", system.MS_RDONLY)
 
 
 def _work_folders(_world: World) -> None:
@@ -299,6 +321,8 @@ VIEW: Final[tuple[Step[Orders], ...]] = (
 def _control_group(world: World) -> None:
     for fd in world.procs_fds:
         os.write(fd, b"0")
+    if world.group_folder:
+        os.unshare(os.CLONE_NEWCGROUP)  # so that /proc/self/cgroup names the group at CGROUP_VIEW "/"
     system.write_file("/proc/self/oom_score_adj", "500")  # not the agent's, which the kernel must never choose
 
 
@@ -351,6 +375,7 @@ MACHINE: Final = Measures(
         Step("proc", "CAP_SYS_ADMIN", _proc),
         Step("devices", "CAP_SYS_ADMIN, CAP_MKNOD", _devices),
         Step("temporary folders", "CAP_SYS_ADMIN", _temporary),
+        Step("kernel state", "CAP_SYS_ADMIN", _kernel_state),
         Step("work folders", "CAP_SYS_ADMIN, a scratch folder", _work_folders),
         Step("root", "CAP_SYS_ADMIN", _enter),
         Step("rules about programs", "Landlock", rules),

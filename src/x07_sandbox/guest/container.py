@@ -132,9 +132,9 @@ class ContainerTree(Tree):
         with as_program(self._owner(self._entry.name)):
             super()._close_file()
 
-    def _set_mode(self, folder: bytes, mode: int) -> None:
+    def _finish_folder(self, folder: bytes, mode: int, mtime_ns: int | None) -> None:
         with as_program(self._owner(folder)):
-            super()._set_mode(folder, mode)
+            super()._finish_folder(folder, mode, mtime_ns)
 
 
 def _below(base: str, sub: bytes) -> bytes:

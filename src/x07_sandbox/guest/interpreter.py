@@ -26,10 +26,19 @@ _NAME_MAX: Final = 255
 PLACEHOLDER: Final = f"{SCRIPTS}program/{'x' * _NAME_MAX}"
 ARGV: Final = [PYTHON, PLACEHOLDER]
 # What the interpreter looks at before it comes to our hook: where the job's differs, it is started afresh.
-_EARLY: Final = ("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "LOCPATH", "HOME")
+_EARLY: Final = (
+    *("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "LOCPATH", "HOME"),
+    *("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"),
+)
 # And the C library, before Python.
 _EARLIER: Final = ("PYTHON", "LD_", "GLIBC_", "MALLOC_")
-ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
+ENVIRONMENT: Final = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/opt/x07",
+    "LANG": "C.UTF-8",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
 ENV: Final = ENVIRONMENT | {"PYTHONPATH": FOLDER}
 # What it looks for there: a user's own modules.
 OWN_MODULES: Final = f"{ENVIRONMENT['HOME']}/.local"
@@ -274,7 +283,7 @@ def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bo
         and argv[0] == PYTHON
         and argv[1].startswith(SCRIPTS)
         and len(argv[1]) <= len(PLACEHOLDER)
-        and not any(name.startswith(_EARLIER) for name in env)
+        and not any(name.startswith(_EARLIER) and name not in _EARLY for name in env)
         and not own_modules
         and not (preload and alone)
         and (not preload or all(name in ENVIRONMENT or name.startswith("X07_") for name in env))

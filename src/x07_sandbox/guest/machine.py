@@ -32,6 +32,7 @@ _CLOSED: Final = (
     ("kernel/yama/ptrace_scope", "1"),
     ("kernel/dmesg_restrict", "1"),
     ("kernel/kptr_restrict", "2"),
+    ("dev/tty/ldisc_autoload", "0"),
 )
 # What the kernel does now and then for machines that live longer: the first time costs a clone milliseconds.
 _QUIET: Final = (

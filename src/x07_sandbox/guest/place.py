@@ -97,6 +97,7 @@ class Place:
             group_kills=self.group.KILLS,
             namespaces=platform.namespaces,
             network=network,
+            group_folder=self.group.SHOWN,
         )
         self.relay = None if not network else platform.relay(world.netns_fd)
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)

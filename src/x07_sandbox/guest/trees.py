@@ -53,6 +53,7 @@ class Tree:
         self._top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.names: dict[bytes, int] = {}
         self.folders: dict[bytes, int] = {b"": 0o755}
+        self._mtimes: dict[bytes, int] = {}  # of folders, in nanoseconds
         self.made_at_ns = 0
         self._reader = Reader()
         self._fd = -1
@@ -80,9 +81,10 @@ class Tree:
         """The stream has ended. Raises JobError."""
         if not self._reader.ended:
             raise JobError("files", 0, "a tree of files did not come whole")
+        # Not before: a folder changes its mtime with each entry made in it, and its mode may allow none.
         for name, mode in reversed(self.folders.items()):
-            if mode & _MINE != _MINE:  # not before: nothing could have been made in it
-                self._set_mode(name, mode)
+            if mode & _MINE != _MINE or name in self._mtimes:
+                self._finish_folder(name, mode, self._mtimes.get(name))
         os.close(self._top)
         self.made_at_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)  # newer kernels stamp some by the finer clock
 
@@ -99,28 +101,32 @@ class Tree:
             with contextlib.suppress(OSError):
                 yield os.lstat(self.folder + b"/" + name).st_ino, os.fsdecode(name)
 
-    def _set_mode(self, folder: bytes, mode: int) -> None:
-        os.chmod(folder or b".", mode, dir_fd=self._top)
+    def _finish_folder(self, folder: bytes, mode: int, mtime_ns: int | None) -> None:
+        if mode & _MINE != _MINE:
+            os.chmod(folder or b".", mode, dir_fd=self._top)
+        if mtime_ns is not None:
+            os.utime(folder or b".", ns=(mtime_ns, mtime_ns), dir_fd=self._top, follow_symlinks=False)
 
     def _make(self, entry: Entry) -> None:
         name = entry.name
         if entry.kind is Kind.END:
             return
         if entry.kind is Kind.FOLDER and not name:
-            self.folders[b""] = entry.mode
+            self.folders[b""], self._mtimes[b""] = entry.mode, entry.mtime_ns
             os.fchmod(self._top, entry.mode | _MINE)
             return
         if name.rpartition(b"/")[0] not in self.folders or name in self.names or name in self.folders or not name:
             raise JobError("files", 0, f"the tree has no place for {name[:200]!r}")
         if entry.kind is Kind.FOLDER:
             os.mkdir(name, entry.mode | _MINE, dir_fd=self._top)
-            self.folders[name] = entry.mode
+            self.folders[name], self._mtimes[name] = entry.mode, entry.mtime_ns
         elif entry.kind is Kind.FILE:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(name, flags, entry.mode, dir_fd=self._top)
             self._entry, self._position = entry, 0
         elif entry.kind is Kind.LINK:
             os.symlink(entry.target, name, dir_fd=self._top)
+            os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=self._top, follow_symlinks=False)
             self.names[name] = os.stat(name, dir_fd=self._top, follow_symlinks=False).st_ino
         else:
             raise JobError("files", 0, f"a tree cannot hold {entry.kind.name}")

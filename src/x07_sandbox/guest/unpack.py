@@ -32,7 +32,7 @@ def unpack(source: BinaryIO, target: str, *, most_bytes: int) -> int:
             raise ArchiveError("no newc header")
         if not _FIELDS.fullmatch(header, 6):
             raise ArchiveError("no number in a header")
-        mode, size, name_size = (int(header[at : at + 8], 16) for at in (14, 54, 94))
+        mode, seconds, size, nanoseconds, name_size = (int(header[at : at + 8], 16) for at in (14, 46, 54, 86, 94))
         if not 1 < name_size <= _NAME_MAX:
             raise ArchiveError("a name is too long or empty")
         padded = _exactly(source, name_size + -(_HEADER + name_size) % 4)
@@ -46,7 +46,8 @@ def unpack(source: BinaryIO, target: str, *, most_bytes: int) -> int:
         total += size
         if total > most_bytes:
             raise ArchiveError(f"more than {most_bytes} bytes")
-        _make(source, os.path.join(os.fsencode(target), _checked(raw)), mode, size)
+        mtime_ns = seconds * 10**9 + min(nanoseconds, 10**9 - 1)
+        _make(source, os.path.join(os.fsencode(target), _checked(raw)), mode, size, mtime_ns)
     raise ArchiveError(f"more than {ENTRIES_MAX} entries")
 
 
@@ -57,7 +58,7 @@ def _checked(raw: bytes) -> bytes:
     return raw
 
 
-def _make(source: BinaryIO, path: bytes, mode: int, size: int) -> None:
+def _make(source: BinaryIO, path: bytes, mode: int, size: int, mtime_ns: int) -> None:
     if stat.S_ISDIR(mode):
         if size:
             raise ArchiveError("a folder with content of its own")
@@ -75,6 +76,9 @@ def _make(source: BinaryIO, path: bytes, mode: int, size: int) -> None:
             chunk = _exactly(source, min(left, 1 << 20))
             file.write(chunk)
             left -= len(chunk)
+        if mtime_ns:
+            file.flush()
+            os.utime(fd, ns=(mtime_ns, mtime_ns))
     _exactly(source, -size % 4)
 
 

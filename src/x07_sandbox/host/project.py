@@ -63,11 +63,11 @@ class ProjectFolder:
         except UsageError:
             return False
 
-    def content(self, name: str, most: int) -> tuple[bytes, int]:
-        """A regular file's first *most* + 1 bytes, to show if there are more, and its mode. Raises UsageError."""
+    def content(self, name: str, most: int) -> tuple[bytes, os.stat_result]:
+        """A regular file's first *most* + 1 bytes, to show if there are more, and its state. Raises UsageError."""
         fd = self.open(name)
         with self._readable(name), os.fdopen(fd, "rb") as file:
-            return file.read(most + 1), os.fstat(fd).st_mode
+            return file.read(most + 1), os.fstat(fd)
 
     def read(self, name: str, shown: str, most: int) -> bytes:
         """A regular file of at most *most* bytes. Raises UsageError."""

@@ -11,15 +11,17 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 0xFFFFFFFF  # the size field has eight hexadecimal digits; past it the archive would be silently wrong
 TRAILER = "TRAILER!!!"
+_MTIME_MAX_NS = 0xFFFFFFFF * 10**9
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file or folder; mode holds the type too (stat.S_IFREG or stat.S_IFDIR)."""
+    """One file or folder; mode holds the type too (stat.S_IFREG or stat.S_IFDIR). mtime_ns: 0 for none."""
 
     name: str
     mode: int
     data: bytes = b""
+    mtime_ns: int = 0
 
 
 def folder(name: str, mode: int = 0o755) -> Entry:
@@ -27,14 +29,15 @@ def folder(name: str, mode: int = 0o755) -> Entry:
     return Entry(name, stat.S_IFDIR | mode)
 
 
-def file(name: str, data: bytes, mode: int = 0o444) -> Entry:
+def file(name: str, data: bytes, mode: int = 0o444, mtime_ns: int = 0) -> Entry:
     """An entry for a regular file."""
-    return Entry(name, stat.S_IFREG | mode, data)
+    return Entry(name, stat.S_IFREG | mode, data, mtime_ns)
 
 
 def pack(entries: Sequence[Entry]) -> bytes:
-    """The archive, in the order given: owner root, no time, inode numbers counted from 1.
+    """The archive, in the order given: owner root, inode numbers counted from 1.
 
+    The nanoseconds of an mtime, for which the format has no field, are in that of a device's minor number.
     Raises ValueError for a name that is empty, absolute or twice there, and for a file over MAX_FILE_BYTES.
     """
     out = bytearray()
@@ -54,8 +57,9 @@ def pack(entries: Sequence[Entry]) -> bytes:
 def _header(inode: int, entry: Entry) -> bytes:
     size = check_size(entry.name, len(entry.data))
     links = 2 if stat.S_ISDIR(entry.mode) else 1
+    seconds, nanoseconds = divmod(max(0, min(entry.mtime_ns, _MTIME_MAX_NS)), 10**9)
     # inode mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check
-    fields = (inode, entry.mode, 0, 0, links, 0, size, 0, 0, 0, 0, len(entry.name.encode()) + 1, 0)
+    fields = (inode, entry.mode, 0, 0, links, seconds, size, 0, 0, 0, nanoseconds, len(entry.name.encode()) + 1, 0)
     return b"070701" + b"".join(b"%08X" % field for field in fields)
 
 

@@ -172,14 +172,14 @@ def _shell_check(source: Source) -> list[str]:
     return [shell, *options[:long], "-n", *options[long:]]
 
 
-# The tree is copied, since what came in cannot be written. The artifact is moved, not copied: whatever it is (a link,
+# The tree is copied, since what came in cannot be written, with its mtimes, by which make decides. The artifact is moved, not copied: whatever it is (a link,
 # a fifo) arrives as that, and is looked at from outside.
 _MAKE: Final = (
     "/bin/sh",
     "-c",
     """
 set -e
-cp -R -- "$1/." "$4"
+cp -R --preserve=timestamps -- "$1/." "$4"
 cd "$4"
 artifact=$2 output=$3
 shift 4

@@ -144,7 +144,7 @@ def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextli
         why = f"its {len(packed.files)} files have names that are too long, together, for a command line"
         raise UsageError(f"cannot build it with {toolchain.name}", why, "Name fewer files, or have make build it")
     data = packed.archive
-    file = replace(in_memory(data, PROJECT_FOLDER, 0o755, stack), kind="archive")
+    file = replace(in_memory(packed.timed or data, PROJECT_FOLDER, 0o755, stack), kind="archive")
     return Program(toolchain=toolchain, source=source, data=data, file=file, sha256=sha256_text(data))
 
 
@@ -163,7 +163,7 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     else:
         data = folder.read(place.name, place.name, MAX_BYTES)
     manifest, toolchain = decode_manifest(data, source=str(place))
-    packed = pack_tree(place.parent, manifest.files, check=request.cancel.check)
+    packed = pack_tree(place.parent, manifest.files, check=request.cancel.check, mtimes=toolchain.artifact)
     entry = manifest.entry or ""
     if entry and entry not in packed.files:
         why = f"its entry {entry} is not among its files"

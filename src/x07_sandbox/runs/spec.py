@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.runs.streams import OutFile
 
-_ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
+# Python writes its output at once, so that a timeout loses none, and no byte code into folders that it may only read.
+_ENVIRONMENT: Final = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/opt/x07",
+    "LANG": "C.UTF-8",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
 # Where a program with a manifest starts: the same private folder, under the name that relative roots have.
 _PROJECT_MOUNT: Final[dict[str, Any]] = {"tree": None, "sub": "", "at": PROJECT_FOLDER, "write": True, "changes": False}
 
