@@ -46,7 +46,9 @@ def told(kind: Kind, name: bytes, more: object) -> tuple[bytes, list[object]]:
         return data, [*heard, "end"]
     mode = more if isinstance(more, int) else 0
     target = more if isinstance(more, bytes) else b""
-    return Entry(kind, name, mode=mode, target=target).encoded(), [(kind, name, mode, 0, 0, target)]
+    mtime_ns = -len(name) if kind in {Kind.FOLDER, Kind.LINK} else 0
+    entry = Entry(kind, name, mode=mode, mtime_ns=mtime_ns, target=target)
+    return entry.encoded(), [(kind, name, mode, mtime_ns, 0, target)]
 
 
 def heard_by(reader: Reader, data: bytes) -> list[object]:
@@ -153,3 +155,13 @@ def test_an_empty_file_ends_at_once() -> None:
     entry, end = list(Reader().feed(Entry(Kind.FILE, b"a").encoded()))
     assert isinstance(entry, Entry)
     assert isinstance(end, FileEnd)
+
+
+@pytest.mark.parametrize("kind", [Kind.FOLDER, Kind.FILE, Kind.LINK])
+@pytest.mark.parametrize(("mtime_ns", "carried"), [(1 << 70, (1 << 63) - 1), (-(1 << 70), 1 - (1 << 63)), (-7, -7)])
+def test_an_mtime_beyond_the_format_is_carried_as_the_nearest(kind: Kind, mtime_ns: int, carried: int) -> None:
+    """A program that sets an mtime of the year 2446 cannot make its record fail."""
+    data = Entry(kind, b"a", mtime_ns=mtime_ns, target=b"x").encoded()
+    (entry, *_) = list(Reader().feed(data))
+    assert isinstance(entry, Entry)
+    assert entry.mtime_ns == carried

@@ -58,6 +58,20 @@ def test_the_same_tree_is_the_same_archive(tmp_path: Path) -> None:
     assert pack_tree(tmp_path, ["b/*", "a.c"]).archive != first.archive
 
 
+@pytest.mark.parametrize(
+    ("mtime_ns", "arrives"), [(1_700_000_000_123_456_789,) * 2, (5,) * 2, (1 << 62, 0xFFFFFFFF * 10**9)]
+)
+def test_an_archive_with_mtimes_is_unpacked_with_them(tmp_path: Path, mtime_ns: int, arrives: int) -> None:
+    """A file keeps its mtime to the nanosecond, up to 2106; the digested archive stays without."""
+    tree(tmp_path / "in", "gen.c")
+    os.utime(tmp_path / "in/gen.c", ns=(0, mtime_ns))
+    packed = pack_tree(tmp_path / "in", ["**"], mtimes=True)
+    (tmp_path / "out").mkdir()
+    unpack(io.BytesIO(packed.timed), str(tmp_path / "out"), most_bytes=1 << 20)
+    assert (tmp_path / "out/gen.c").stat().st_mtime_ns == arrives
+    assert packed.archive == pack_tree(tmp_path / "in", ["**"]).archive != packed.timed
+
+
 def huge(path: Path) -> None:
     """A file that is too large, with nothing in it."""
     with path.open("wb") as file:

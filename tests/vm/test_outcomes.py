@@ -122,7 +122,13 @@ def test_no_variable_of_the_host_goes_in(looked: Ran) -> None:
     """The environment holds the fixed variables and X07's own, and nothing of the caller's."""
     given = dict(line.split("=", 1) for line in _told(looked, "env"))
     fixed = {name: value for name, value in given.items() if not name.startswith("X07_")}
-    assert fixed == {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
+    assert fixed == {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "HOME": "/opt/x07",
+        "LANG": "C.UTF-8",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     assert given["X07_WORLD"]
     assert "X07_TEST_CANARY" not in given
     assert not any(name.startswith("X07_VM") for name in given)
@@ -183,13 +189,13 @@ def test_the_machine_has_one_name_and_no_network(looked: Ran) -> None:
 
 
 def test_nothing_of_the_agent_is_visible(looked: Ran) -> None:
-    """Agent, channel, disks, console, other processes and control groups are not there for the program."""
+    """Agent, channel, disks, console, other processes and other control groups are not there for the program."""
     seen = dict(line.split() for line in _told(looked, "see"))
     assert seen == dict.fromkeys(seen, "ENOENT")
-    assert {"/run/x07", "/proc/1", "/dev/vport0p1", "/sys/fs/cgroup"} < set(seen)
+    assert {"/run/x07", "/proc/1", "/dev/vport0p1", "/sys/fs/cgroup/x07"} < set(seen)
     assert "/run/x07" not in "".join(line for line in looked.lines() if line.startswith("/proc/self/mounts"))
     assert "hidepid=invisible" in looked.stdout.decode()
-    assert _told(looked, "/proc/self/cgroup:") == ["0::/x07"]
+    assert _told(looked, "/proc/self/cgroup:") == ["0::/"]
 
 
 def test_the_system_is_read_only(looked: Ran) -> None:

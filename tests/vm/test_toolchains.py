@@ -122,6 +122,22 @@ def test_a_make_project_is_built_from_its_files(sandbox: Sandbox) -> None:
     assert sandbox.run(folder / "x07-sandbox.toml", "other").stdout == b"2 other\n"
 
 
+@pytest.mark.parametrize("stale", [False, True])
+def test_make_sees_the_mtimes_of_the_project(sandbox: Sandbox, *, stale: bool) -> None:
+    """A generated file is made again only if it is older than what it is made from, by however little."""
+    folder = project(
+        sandbox.work / "p",
+        Makefile="out: gen.c\n\t$(CC) -o $@ gen.c\ngen.c: a.c\n\tsed s/old/new/ gen.c > g && mv g gen.c\n",
+        a_c="",
+        gen_c='#include <stdio.h>\nint main(void) { puts("old"); }\n',
+    )
+    (folder / "x07-sandbox.toml").write_text(MAKE)
+    for name, after in (("a.c", stale), ("gen.c", not stale)):
+        os.utime(folder / name, ns=(0, 1_700_000_000_000_000_000 + after))
+    ran = sandbox.run(folder)
+    assert (ran.outcome, ran.stdout) == ("ok", b"new\n" if stale else b"old\n"), ran.stderr
+
+
 @pytest.mark.parametrize(
     ("rule", "why"),
     [

@@ -84,7 +84,8 @@ class Agent:
         if self.job is not None:
             self.job.register(poll)
         running = self.job is not None and self.link.state is State.RUNNING
-        ready = poll.poll(TICK_S * 1000 if running else None)
+        wait_s = self.job.paused_s() if running and self.job is not None else 0.0
+        ready = poll.poll((wait_s or TICK_S) * 1000 if running else None)
         for fd, mask in ready:
             if fd != self.connection.fd:
                 if self.job is not None:

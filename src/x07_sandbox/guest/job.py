@@ -33,6 +33,11 @@ _PROJECT: Final = "/x07/in/project"
 _FULL_BLOCKS: Final = 256  # of 4 KiB: a disk with less left counts as full
 _FULL_SHARE: Final = 64  # of a folder in memory: with less than one such part left it counts as full
 TICK_S: Final = 0.1  # how often the CPU counter is read while the program runs
+# A program that writes line by line is not interrupted for each: after so many short reads in a row, with no input
+# between them, its pipe is left to fill for a moment.
+_SHORT: Final = 2048
+_SHORT_READS: Final = 4
+_PAUSE_S: Final = 0.005
 _STILL_S: Final = 0.5  # read so much later than that, it tells that the machine stood still
 
 
@@ -77,6 +82,8 @@ class Job:
         self.stdin_fd = place.stdin_fd
         self.report_fd = self.told_fd = -1
         self.told = b""
+        self.read_at = self.paused_until = 0.0  # of outputs
+        self.short_reads = 0
         self.held = bytearray()  # input that the program has not read yet: at most one window
         self.input_ended = False
         self.cpu_before_us = self.cpu_seen_us = 0
@@ -92,6 +99,7 @@ class Job:
     def take(self, event: Event) -> None:
         """A data event from the host."""
         if isinstance(event, (Data, Eof)) and event.stream == Stream.STDIN:
+            self.short_reads = 0
             self.held += event.payload if isinstance(event, Data) else b""
             self.input_ended |= isinstance(event, Eof)
             self._feed()
@@ -178,11 +186,17 @@ class Job:
         if self.link.state is State.RUNNING:
             poll.register(self.audit.fd, select.POLLIN)
             # A reader on the host who stalls lets the window run out: then the program waits, and nobody else.
-            for fd, stream in self.fds.items():
+            for fd, stream in self.fds.items() if not self.paused_s() else ():
                 if self.link.window(stream):
                     poll.register(fd, select.POLLIN)
         if self.stdin_fd >= 0 and self.held:
             poll.register(self.stdin_fd, select.POLLOUT)
+
+    def paused_s(self) -> float:
+        """For how long no output is to be read."""
+        if self.short_reads < _SHORT_READS or self.wait_status is not None:
+            return 0.0
+        return max(0.0, self.paused_until - time.monotonic())
 
     def _relay_fd(self) -> int:
         """What tells of the relay's end, while the program runs."""
@@ -215,8 +229,16 @@ class Job:
             return
         if data:
             self.link.send_data(self.fds[fd], data)
+            self._count_read(len(data))
         else:
             self._end_output(fd)
+
+    def _count_read(self, size: int) -> None:
+        now = time.monotonic()
+        most = _SHORT if self.short_reads < _SHORT_READS else _READ // 2
+        in_row = size < most and now - self.read_at < 3 * _PAUSE_S
+        self.short_reads = self.short_reads + 1 if in_row else 0
+        self.read_at, self.paused_until = now, now + _PAUSE_S
 
     def _feed(self, *, broken: bool = False) -> None:
         """Give the program what has come for it; where it reads no more, take and drop the rest."""

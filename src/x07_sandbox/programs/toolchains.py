@@ -172,8 +172,8 @@ def _shell_check(source: Source) -> list[str]:
     return [shell, *options[:long], "-n", *options[long:]]
 
 
-# The tree is copied, since what came in cannot be written, with its mtimes, by which make decides. The artifact is moved, not copied: whatever it is (a link,
-# a fifo) arrives as that, and is looked at from outside.
+# The tree is copied, since what came in cannot be written, with its mtimes, by which make decides. The artifact is
+# moved, not copied: whatever it is (a link, a fifo) arrives as that, and is looked at from outside.
 _MAKE: Final = (
     "/bin/sh",
     "-c",

@@ -427,7 +427,7 @@ static void try_paths(void)
 {
 	static const char *const gone[] = {
 		"/run/x07", "/run/x07/agent.zip", "/x07/agent", "/dev/vda", "/dev/vdb", "/dev/vport0p1", "/dev/vport1p1",
-		"/dev/console", "/dev/mem", "/dev/kmsg", "/dev/net", "/dev/tty", "/dev/ptmx", "/sys/fs/cgroup", "/sys/class",
+		"/dev/console", "/dev/mem", "/dev/kmsg", "/dev/net", "/sys/fs/cgroup/x07", "/sys/class",
 		"/proc/1", "/proc/1/fd", "/initrd", "/old", "/agent.zip",
 	};
 	static const char *const read_only[] = {"/", "/etc", "/usr/bin", "/x07", "/x07/in", "/x07/out", "/dev", "/run", "/sys", "/proc", "/opt", "/root", "/var/tmp"};
