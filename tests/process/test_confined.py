@@ -76,6 +76,20 @@ def test_nothing_of_a_users_can_be_read(confined: OsBackend, tmp_path: Path) -> 
     assert ended.stdout.splitlines() == ["set()", "no ENOENT ['LANG']"], ended.stderr
 
 
+def test_a_program_has_terminals_of_its_own(confined: OsBackend) -> None:
+    """A program can open terminals, has none of the caller's, and sees no terminals but its own."""
+    ended = told(
+        confined,
+        "import pty\n"
+        "print(tried(open, '/dev/tty'), os.listdir('/dev/pts'))\n"
+        "first, other = pty.openpty()\n"
+        "os.write(first, b'word\\n')\n"
+        "print(os.ttyname(other), os.read(other, 9), sorted(os.listdir('/dev/pts')))\n",
+    )
+    assert ended.code == 0, ended.stderr
+    assert ended.stdout.splitlines() == ["no ENXIO ['ptmx']", "/dev/pts/0 b'word\\n' ['0', 'ptmx']"]
+
+
 def test_the_system_cannot_be_changed(confined: OsBackend) -> None:
     """Whatever of the host a program sees is read-only; its own folders are not."""
     ended = told(
