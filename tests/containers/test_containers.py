@@ -27,6 +27,7 @@ from x07_sandbox.backends.engine_images import load
 from x07_sandbox.backends.engines import engine as the_engine
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jobs.stopping import live_records
+from x07_sandbox.policy.default import default_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -113,6 +114,33 @@ def waiting_run(engine: EngineUnderTest, folder: Path) -> Iterator[tuple[subproc
         assert runner.stdout.readline() == b"here\n"
         (record,) = live_records(engine.name)
         yield runner, record
+
+
+VIEW = """
+import json, os, pty, sys
+groups = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+limits = [open(path).read().strip() for path in groups if os.path.exists(path)]
+times = [os.lstat(path).st_mtime_ns for path in sys.argv[1:]]
+print(json.dumps([limits, os.ttyname(pty.openpty()[1]), times]))
+"""
+
+
+def test_a_program_finds_its_memory_limit_a_terminal_and_mtimes(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """A container shows the limit to runtimes, has terminals, and its files have the mtimes of the host."""
+    paths = []
+    for root in ("in", "out"):
+        (tmp_path / root / "sub").mkdir(parents=True)
+        (tmp_path / root / "sub/file").write_text("x", encoding="ascii")
+        paths += [str(tmp_path / root / name) for name in ("sub/file", "sub")]
+    for number, path in enumerate(paths):
+        os.utime(path, ns=(0, 1_700_000_000_000_000_001 + number))
+    roots = ("--allow-read-root", str(tmp_path / "in"), "--allow-write-root", str(tmp_path / "out"))
+    (tmp_path / "prog.py").write_text(VIEW, encoding="utf-8")
+    limits, terminal, times = json.loads(x07(engine, *roots, str(tmp_path / "prog.py"), *paths))
+    memory = default_policy().limits.mem_bytes
+    assert memory <= int(limits[0]) < memory + (128 << 20)  # the agent is in the same group
+    assert terminal == "/dev/pts/0"
+    assert times == [1_700_000_000_000_000_001 + number for number in range(4)]
 
 
 def test_a_container_carries_the_labels_of_its_record(engine: EngineUnderTest, tmp_path: Path) -> None:
