@@ -415,7 +415,7 @@ def written(path: Path) -> str:
         (lambda _: ["missing.py"], 2, "No such file"),
         (lambda at: [str(at)], 2, "there is no x07-sandbox.toml in it"),
         (lambda _: ["-c", "x"], 2, "does not say what language"),
-        (lambda _: [], 2, "no PROGRAM is named"),
+        (lambda _: [], 2, "PROGRAM is missing"),
         (lambda _: ["--toolchain", "make", "-c", "x"], 2, "make works on a project"),
         (lambda _: ["a.x07.json"], 2, "cannot read the program a.x07.json"),
         (lambda at: [pipe(at / "a.py")], 2, "no regular file"),
