@@ -43,9 +43,10 @@ KINDS = (
 def grade(pool: Pool, toolchain: str, source: str) -> str:
     """One word for a submission: how the first test that it does not pass ended."""
     for data, expected in TESTS:
-        options = {"toolchain": toolchain, "policy": POLICY, "timeout_s": 10, "max_output_bytes": 100_000}
         try:
-            result = pool.submit(None, data, source=source, **options).result()
+            result = pool.submit(
+                None, data, source=source, toolchain=toolchain, policy=POLICY, timeout_s=10, max_output_bytes=100_000
+            ).result()
         except SandboxError as exc:  # not the submission's fault: say so, and grade the rest
             print(exc, file=sys.stderr)
             return "not graded"

@@ -44,6 +44,14 @@ def test_flags_raise_the_limits_of_a_built_in_policy(policy: str | None) -> None
     assert found.reach().tops["limits.wall_ms"] == 600_000
 
 
+def test_more_time_is_more_cpu_time_too() -> None:
+    """`--timeout 300` lets a program compute for as long, unless --cpu-time says otherwise or the policy is given."""
+    assert in_force(None, wall_ms=300_000).policy.limits.cpu_ms == 300_000
+    assert in_force(None, wall_ms=300_000, cpu_ms=9000).policy.limits.cpu_ms == 9000
+    assert in_force(None, wall_ms=5000).policy.limits.cpu_ms == default_policy().limits.cpu_ms
+    assert in_force(default_policy(), wall_ms=5000).policy.limits.cpu_ms == default_policy().limits.cpu_ms
+
+
 def test_raised_processes_hold_for_children_too() -> None:
     """`--procs 128` allows 128 tasks, though the built-in policy limits children separately."""
     assert run_limits(in_force(None, procs=128).policy).tasks == 129

@@ -148,7 +148,7 @@ def _line(denial: Denial) -> str:
     times = f" ({denial.count} times)" if denial.count > 1 else ""
     why = f" ({denial.reason})" if denial.reason else ""
     if reached := _REACHED.get((denial.field, denial.action)):
-        return f"denied: {reached}{times}{how(denial.how_to_allow, denial.field, purpose='allow more')}"
+        return f"denied: {reached}{times}{why}{how(denial.how_to_allow, denial.field, purpose='allow more')}"
     what = denial.subject if denial.action == "write" and denial.field in _FULL else f"{denial.action} {denial.subject}"
     if denial.field == "limit":
         return f"denied: {what}{times}{why}"

@@ -127,9 +127,12 @@ def range_fault(field: str, value: int) -> str:
 def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, source: str) -> Policy:
     """*policy* with the limits that the caller set. source: names the policy in errors.
 
-    procs counts for children too: a smaller process.max_live is raised with it, where it may be. Raises UsageError.
+    procs counts for children too: a smaller process.max_live is raised with it, where it may be. More time is of no use
+    to a program that computes without more CPU time, so that follows, where it may. Raises UsageError.
     """
     given = changes.given()
+    if may_raise and "cpu_ms" not in given and given.get("wall_ms", 0) > policy.limits.cpu_ms:
+        given["cpu_ms"] = given["wall_ms"]
     limits = policy.limits
     for field, value in given.items():
         if fault := range_fault(field, value):
