@@ -52,6 +52,13 @@ def test_json_is_exactly_one_object() -> None:
     assert "5 the" in result["stdout"]["text"]
 
 
+def test_a_command_runs_in_a_copy_of_a_folder() -> None:
+    """The README's command of the image sees the files of the folder that --workdir names."""
+    done = _type(".venv/bin/x07 exec --workdir examples --read -- wc -l jsonl_to_csv.py")
+    lines = (ROOT / "examples" / "jsonl_to_csv.py").read_bytes().count(b"\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{lines} jsonl_to_csv.py\n", "")
+
+
 def test_doctor_finds_nothing_bad() -> None:
     """The README's doctor call ends with 0 where the examples run, and says nothing on the way."""
     done = _type(".venv/bin/x07 doctor")
