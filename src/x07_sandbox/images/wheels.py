@@ -89,9 +89,9 @@ class Unpacker:
     def _place(self, name: str, data: str, wheel: str) -> str | None:
         """Where a file goes, below the root; None for nowhere."""
         parts = name.split("/")
-        if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(parts) or len(max(parts)) > _NAME_MAX:
+        if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(parts) or max(map(len, parts)) > _NAME_MAX:
             raise _bad(wheel, f"it has a file {name[:100]!r}, which is no path below a folder")
-        if parts[0] != data:
+        if parts[0] != data or len(parts) == 1:
             return f"{self._site}/{name}"
         scheme, rest = parts[1], "/".join(parts[2:])
         if scheme in {"purelib", "platlib"} and rest:
