@@ -188,7 +188,7 @@ def run_by_command(call: dict[str, Any]) -> Result:
             encoding="utf-8",
         )
         (folder / "stdin").write_bytes(call["stdin"])
-        argv = [str(Path(sys.executable).with_name("x07")), "run", "--json", "--max-output-bytes", str(OUTPUT_MAX)]
+        argv = [str(Path(sys.executable).with_name("x07")), "run", "--json=full", "--max-output-bytes", str(OUTPUT_MAX)]
         argv += ["--policy", str(POLICY), "--timeout", str(call["timeout_s"])]
         argv += ["--input", f"{name}/stdin", f"{name}/project"]
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)

@@ -283,7 +283,7 @@ refused_weaker() {
     want "the outcome with $name" "$(value outcome)" refused
     want "its exit code" "$code" 125
     want "its backend" "$(value backend)" ""
-    [[ $(value reason) == *accepted* ]] || wrong "the reason does not say that nobody has accepted $name"
+    [[ $(value reason) == *"weaker isolation"* ]] || wrong "the reason does not say that $name isolates less"
 }
 
 check_weaker() {

@@ -7,6 +7,7 @@
 Functions; `help(x07_sandbox.run_program)` has all arguments:
     run_program         build and run a program; returns a Result
     run_program_async   the same for asyncio
+    exec_command        run a command of the guest image
     load_policy         read a policy from a file or a template
 
 Classes and types:

@@ -248,8 +248,8 @@ def test_a_signal_before_there_is_a_run_has_its_exit_code(
     ("word", "fix"),
     [
         ("a b.py", "To run it: x07 run 'a b.py'"),
-        ("inspct", "Did you mean x07 inspect? See x07 --help"),
-        ("frobnicate", "See x07 --help"),
+        ("inspct", "Did you mean x07 inspect? See x07 --help."),
+        ("frobnicate", "See x07 --help."),
     ],
 )
 def test_a_word_that_is_no_command_names_what_was_meant(
@@ -259,4 +259,4 @@ def test_a_word_that_is_no_command_names_what_was_meant(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.py").touch()
     assert main.main([word]) == 2
-    assert capfd.readouterr().err == f"x07: wrong usage: there is no command {word!r}. {fix}.\n"
+    assert capfd.readouterr().err == f"x07: wrong usage: there is no command {word!r}. {fix}\n"

@@ -284,6 +284,7 @@ def test_the_variables_of_the_command_count_for_the_library_too(
     [
         ("the program was still running after 4 s (--timeout)", "the program was still running after 4 s (timeout_s)"),
         ("Name a file with --input", "Name a file with input"),
+        ("Give it more with --timeout 4.5", "Give it more with timeout_s=4.5"),
         ("Leave it out, or use --sandbox-backend vm", "Leave it out, or use X07_SANDBOX_BACKEND=vm"),
         ("Write one (x07 init --toolchain T)", "Write one (x07 init --toolchain T)"),
         ("Use --timeout-like and --outer", "Use --timeout-like and --outer"),

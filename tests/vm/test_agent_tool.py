@@ -179,7 +179,8 @@ def test_malformed_calls_of_an_assistant_are_told_what_is_wrong(image: Image, st
     lines += [line for line, _ in NO_ID.values()]
     found = answers("command", b"".join(lines) + call("next"))
     told = by_id([one for one in found if one["id"] is not None])
-    assert told.pop("next")["stdout"] == "well\n"
+    assert told["next"].get("stdout") == "well\n", told["next"]
+    del told["next"]
     for number, (name, (_, part)) in enumerate(MALFORMED.items()):
         content = told.pop(str(number))
         assert content["outcome"] == "usage-error", name

@@ -272,6 +272,7 @@ def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
     """Where another process has been making the machine for too long a run starts cold, and says so."""
     shutil.rmtree(templates_dir(), ignore_errors=True)
     monkeypatch.setattr(settings, "TEMPLATE_S", 0.1)
+    monkeypatch.setattr(settings, "PRELOAD_S", 0.1)
     with file_lock(templates_dir() / ".lock"):
         ran = in_own_cache.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason

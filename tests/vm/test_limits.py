@@ -85,7 +85,7 @@ def test_a_build_has_a_time_limit_of_its_own(tmp_path: Path) -> None:
     result = run_program(tmp_path, build_timeout_s=2)
     assert (result.outcome, result.x07_exit_code) == ("build-failed", 126)
     assert "after 2 s" in result.reason
-    assert "--build-timeout 4" in result.reason
+    assert "build_timeout_s=4" in result.reason
 
 
 def test_limits_grow_with_the_slowness_of_an_emulated_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

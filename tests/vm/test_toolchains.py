@@ -376,7 +376,7 @@ def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.Monk
         ({"source": "x", "max_output_bytes": 1.5}, "max_output_bytes is float"),
         ({"source": "x", "input": "text"}, "input is str, not bytes"),
         ({"source": "x", "on_output": 3}, "on_output is int, not a function"),
-        ({}, "exactly one of program and source"),
+        ({}, "exactly one of program, source and command"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(state: Path, words: dict[str, Any], why: str) -> None:

@@ -30,9 +30,9 @@ def print_failure(exc: Exception, signalled: int | None = None, code: int | None
     return print_result(_failed(exc, signalled, code))
 
 
-def failure_document(exc: Exception, code: int | None = None) -> bytes:
+def failure_document(exc: Exception, code: int | None = None, *, full: bool = False) -> bytes:
     """The same, as it is written to a file."""
-    return render_result(_failed(exc, exc.signal if isinstance(exc, Cancelled) else None, code), full=True)
+    return render_result(_failed(exc, exc.signal if isinstance(exc, Cancelled) else None, code), full=full)
 
 
 def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
@@ -43,7 +43,7 @@ def write_failure(options: argparse.Namespace, exc: Exception, code: int | None 
         others = [value for name, value in vars(options).items() if name != "report_out"]
         others += [name for value in others if isinstance(value, list) for name in value]
         others.append(f"{options.diff}.json")
-        write_early_failure(failure_document(exc, code), options.report_out, others)
+        write_early_failure(failure_document(exc, code, full=options.json == "full"), options.report_out, others)
 
 
 def _failed(exc: Exception, signalled: int | None, code: int | None) -> Result:

@@ -78,7 +78,8 @@ def _end(result: Result) -> tuple[str, int | None]:
 
 _ARGS: Final = ("", "-x", "two words", "line\nend", "\N{SNOWMAN}")
 _ENV: Final = {"CONFORMANCE": "a word, \N{SNOWMAN}"}
-_OWN_VARIABLES: Final = frozenset({"PATH", "HOME", "LANG", "LC_CTYPE", *_ENV})
+_PYTHON_VARIABLES: Final = ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")  # set for every program
+_OWN_VARIABLES: Final = frozenset({"PATH", "HOME", "LANG", "LC_CTYPE", *_PYTHON_VARIABLES, *_ENV})
 _LOOK: Final = """
 import socket
 secret, port, pid, ticks, *args = sys.argv[2:]

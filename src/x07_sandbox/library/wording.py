@@ -29,7 +29,7 @@ _KEYWORDS: Final = {
     "--workdir": "workdir",
     "-c": "source",
 }
-_FLAG: Final = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, _KEYWORDS))})(?![\w-])")
+_FLAG: Final = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, _KEYWORDS))})(?![\w-])(?: ([0-9][0-9.]*)\b)?")
 _COMMAND: Final = re.compile(r"\bx07 [^.,;()]*$")  # a command to be typed keeps its flags
 
 
@@ -37,7 +37,13 @@ def in_python(text: str) -> str:
     """The text with keywords of `run_program` in place of flags."""
     if "-" not in text:
         return text
-    return _FLAG.sub(lambda found: found[0] if _COMMAND.search(text[: found.start()]) else _KEYWORDS[found[0]], text)
+
+    def keyword(found: re.Match[str]) -> str:
+        if _COMMAND.search(text[: found.start()]):
+            return found[0]
+        return f"{_KEYWORDS[found[1]]}={found[2]}" if found[2] else _KEYWORDS[found[1]]
+
+    return _FLAG.sub(keyword, text)
 
 
 def reword(error: SandboxError) -> None:
