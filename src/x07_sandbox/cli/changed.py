@@ -19,6 +19,7 @@ from x07_sandbox.cli.usage import named
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.files.changes import ChangeSet, called, decode, path_of, shown
 from x07_sandbox.files.patch import TEXT_MAX, patch
+from x07_sandbox.files.split import with_applied
 from x07_sandbox.runs.kept import KeptChanges, find
 
 if TYPE_CHECKING:
@@ -66,12 +67,13 @@ def lines(result: Result) -> list[str]:
     if len(changes.names) < changes.added + changes.changed + changes.deleted:  # others may be of further roots
         several = find(result.run).changes.of_several
     deleted = [called(one.root, one.name, of_several=several) for one in changes.names if one.action == "deleted"]
+    gone = "deleted" if changes.state == "applied" else "would be deleted"
     taken = {entry.name for entry in changes.left_out_entries if entry.take}
     word = "left out" if changes.left_out else "may not be done"
     kept_back = [denial for denial in result.denials if denial.action == "change" and denial.subject not in taken]
     refused = [f"{word}: {_because(denial)}{how(denial.how_to_allow, denial.field)}" for denial in kept_back]
     closing = [] if changes.left_out and not _counts(changes) else [_closing(changes)]
-    return [*(f"deleted: {name}" for name in deleted), *refused, *left_out(changes), *closing]
+    return [*(f"{gone}: {name}" for name in deleted), *refused, *left_out(changes), *closing]
 
 
 def _because(denial: Denial) -> str:
@@ -122,6 +124,12 @@ def list_deleted(changes: ChangeSet, *, back: bool = False) -> None:
         for change in root.changes:
             if change.action == action and not change.of_root:
                 say(f"deleted: {called(root.root, change.name, of_several=several)}")
+
+
+def as_applied(kept: KeptChanges) -> KeptChanges:
+    """The same, where what was left out and is applied by now is a change like the others. Raises HostError."""
+    done = kept.done() if any(root.left_out for root in kept.changes.roots) else None
+    return kept if not done else kept._replace(changes=with_applied(kept.changes, done))
 
 
 def pieces(kept: KeptChanges) -> Iterator[bytes]:

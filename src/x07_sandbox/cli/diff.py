@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.changed import add_run, machine_form, pieces, print_bytes
+from x07_sandbox.cli.changed import add_run, as_applied, machine_form, pieces, print_bytes
 from x07_sandbox.cli.documents import deliver, wanted
 from x07_sandbox.cli.usage import add_document_flags
 from x07_sandbox.runs.kept import find
@@ -29,7 +29,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 
 def _diff(options: argparse.Namespace) -> int:
-    kept = find(options.run)
+    kept = as_applied(find(options.run))
     if wanted(options) and deliver(machine_form(kept.changes), options):
         return 0
     for piece in pieces(kept):

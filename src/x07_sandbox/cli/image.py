@@ -132,7 +132,7 @@ def build_with_progress(
                 fix = f"Try again with fewer modules. {exc.fix}"
             if before is None:
                 remove_name(name)
-            elif before.manifest.preload != image.manifest.preload:
+            elif before.digest != image.digest:
                 set_name(name, before.digest.removeprefix("sha256:"))
                 fix += f"; {name!r} stays the image that it was"
             why = re.sub("^(exec|preload): ", "", exc.why)  # the guest's stage

@@ -58,7 +58,10 @@ _CI_PARTS: Final = (
 )
 # What git runs, or takes settings from, directly below a `.git` or by way of it.
 _GIT_OBEYS: Final = frozenset(
-    {"hooks", "config", "config.worktree", "info", "modules", "commondir", "worktrees", "rebase-merge"}
+    {
+        *("hooks", "config", "config.worktree", "info", "modules", "commondir", "worktrees", "remotes"),
+        *("rebase-merge", "rebase-apply", "sequencer"),  # commands and options of a rebase or cherry-pick that goes on
+    }
 )
 _GIT: Final = ".git"
 _GIT_NEEDS: Final = frozenset({"objects", "refs"})
@@ -114,7 +117,7 @@ class Protection:
         self._lets_part = functools.cache(lambda part: self._matches(part, self._folded(part)))
         self._folders: dict[str, str | None] = {}
         self._own = {self._whole(name) for name in own}
-        self._allowed = [re.compile(fnmatch.translate(pattern.casefold())) for pattern in allowed]
+        self._allowed = [(re.compile(fnmatch.translate(pattern.casefold())), pattern.casefold()) for pattern in allowed]
         around = _of_repository(shown(repository)) if repository else ""
         self._root = next(filter(None, map(self._any_part, root.split("/"))), around)
         self._name = root.rpartition("/")[2]
@@ -165,7 +168,9 @@ class Protection:
         for at, (part, below) in enumerate(itertools.pairwise(parts)):
             if self._folded(part) == _GIT and self._folded(below) in _GIT_OBEYS:
                 starts, ends = {0, at, int(self._below_git)}, range(at + 2, len(parts) + 1)
-                if not any(self._is_named("/".join(parts[start:end])) for start in starts for end in ends):
+                # A pattern such as `.git*` is meant for other names: this one has to stand in it.
+                own = self._folded(below)
+                if not any(self._is_named("/".join(parts[start:end]), own) for start in starts for end in ends):
                     return "/".join(parts[at : at + 2])
         return ""
 
@@ -194,15 +199,16 @@ class Protection:
                 refused[name] = _of_repository(shown(place) or "the root")
         return refused
 
-    def _is_named(self, name: str) -> bool:
-        """Whether a pattern is for this very name, and not for a part of it only."""
-        return self._matches(name, self._whole(name))
+    def _is_named(self, name: str, part: str = "") -> bool:
+        """Whether a pattern is for this very name, and not for a part of it only. part: which it must have, if any."""
+        return self._matches(name, self._whole(name), part=part)
 
     def _whole(self, name: str) -> str:
         return "/".join(map(self._folded, name.split("/")))
 
-    def _matches(self, *forms: str) -> bool:
-        return any(pattern.match(form.casefold()) for pattern in self._allowed for form in forms)
+    def _matches(self, *forms: str, part: str = "") -> bool:
+        allowed = [pattern for pattern, text in self._allowed if not part or part in text.split("/")]
+        return any(pattern.match(form.casefold()) for pattern in allowed for form in forms)
 
     def _by_name(self, folder: str, _: str, part: str) -> str:
         """Why *part* is protected where it lies."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 import posixpath
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
 
 from x07_sandbox.files.copy import DEPTH_MAX
+
+_EMPTY: Final = "empty"
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
-    from x07_sandbox.files.changes import Change, Node, Refused, RootChanges
+    from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges
 
 
 def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[str]:
@@ -64,6 +68,23 @@ def taken(root: RootChanges, lets: Callable[[Refused], bool]) -> tuple[Change, .
     return tuple(change for change in root.left_out if change.name not in still)
 
 
+def with_applied(changes: ChangeSet, done: AbstractSet[tuple[str, str]]) -> ChangeSet:
+    """Return the set with what was left out and is *done* by now, by root and name, among its other changes."""
+    roots = []
+    for root in changes.roots:
+        now = [change for change in root.left_out if (root.root, change.name) in done]
+        names = {change.name for change in now}
+        roots.append(
+            replace(
+                root,
+                changes=tuple(sorted((*root.changes, *now), key=lambda change: change.name)),
+                left_out=tuple(change for change in root.left_out if change.name not in names),
+                refused=tuple(refusal for refusal in root.refused if refusal.name not in names),
+            )
+        )
+    return replace(changes, roots=tuple(roots))
+
+
 def _above(name: str) -> Iterator[str]:
     """The folders above a name, without the root, which is there whatever is said of it."""
     while name := name.rpartition("/")[0]:
@@ -77,7 +98,10 @@ def _ends(change: Change) -> bool:
 
 
 def _renames(changes: Iterable[Change]) -> Iterator[tuple[str, str]]:
-    """Both ways, a name that is gone and one that has its content now. A file without content is never a rename."""
+    """Both ways, a name that is gone and one that has its content now.
+
+    Folders and files without content are taken for renamed only where the last part of the name stays.
+    """
     gone: dict[tuple[str, ...], list[str]] = defaultdict(list)
     new: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for change in changes:
@@ -93,15 +117,17 @@ def _renames(changes: Iterable[Change]) -> Iterator[tuple[str, str]]:
             if same := found[posixpath.basename(name)]:
                 other = same.pop()
                 yield from ((name, other), (other, name))
-            else:
+            elif content[0] != _EMPTY:
                 others.append(name)
         for name, other in zip(others, itertools.chain(*found.values()), strict=False):
             yield from ((name, other), (other, name))
 
 
 def _content(node: Node | None) -> tuple[str, ...] | None:
-    if node is None or node.kind == "folder" or (node.kind == "file" and not node.size):
+    if node is None:
         return None
+    if node.kind == "folder" or (node.kind == "file" and not node.size):
+        return _EMPTY, node.kind
     return node.kind, node.sha256, node.target
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.trees import Tree
 
 T = TypeVar("T")
-LOOKED_AT_MAX: Final = 10_000  # entries; what lies beyond is neither counted nor sent
+LOOKED_AT_MAX: Final = 100_000  # entries; what lies beyond is neither counted nor sent
 
 
 class Left(NamedTuple):

@@ -80,6 +80,9 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
                 progress(f"copying the X07 toolchain {x07}")
                 more = msgspec.structs.replace(more, x07=toolchain.snapshot(x07, work / X07_COPY))
             if asked_wheels is not None:
+                if more.pip:
+                    had = ", ".join(wheel.name for wheel in more.pip)
+                    progress(f"replacing the Python packages that it had: {had}")
                 more = msgspec.structs.replace(more, pip=_fetch(work, images, more, asked_wheels, progress))
             digest = _build(work, images, more, progress, fresh=fresh, code=code or guestcode.read_guest_code())
         finally:

@@ -38,6 +38,19 @@ _REQUIREMENT: Final = re.compile(
 )
 _HASH: Final = re.compile(r"\s+--hash[= ]\s*(sha(?:256|384|512):[0-9a-f]{64,128})(?=\s|$)")
 _NOT_FOUND: Final = re.compile(rf"No matching distribution found for ({_NAME})")
+# pip itself, in a process that can start no other. pip builds a package from source where a wheel asks for one by its
+# address, whatever --only-binary says; and it runs all code of packages in processes of their own.
+_NO_BUILDS: Final = "x07-sandbox builds no package from source"
+_PIP: Final = f"""
+import runpy, sys
+STARTS = ("subprocess.Popen", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system")
+def refuse(event, args):
+    if event in STARTS:
+        raise PermissionError("{_NO_BUILDS}")
+sys.addaudithook(refuse)
+sys.argv[0] = "pip"
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 _FORM: Final = "Write a name with optional extras and versions, such as pandas[excel]>=2,<3"
 
 
@@ -165,7 +178,7 @@ def download(
     folder.mkdir(mode=0o700)
     file = folder.with_name("requirements.txt")
     file.write_text("".join(f"{line}\n" for line in lines))
-    argv = [*pip, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
+    argv = [*pip, "-c", _PIP, "download", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     argv += ["--only-binary", ":all:", *python.options(), *([] if deps else ["--no-deps"])]
     argv += ["--dest", str(folder), "--requirement", str(file)]
     said: collections.deque[str] = collections.deque(maxlen=WORDS_LINES)
@@ -180,6 +193,14 @@ def download(
         env = {**os.environ, "LC_ALL": "C.UTF-8"}
         commands.run(argv, cwd=folder, timeout_s=PIP_TIMEOUT_S, extra_env=env, on_line=hear)
     except ImageError as exc:
+        if any(_NO_BUILDS in line for line in said):
+            last = next(
+                (found[1] for line in reversed(said) if (found := re.match(r"\s*Collecting (\S+)", line))), "a package"
+            )
+            why = f"{last[:100]} comes as source, and nothing is built on this host"
+            raise ImageError(
+                "pip cannot fetch the wheels", why, "Leave it out, or ask for a version with wheels"
+            ) from exc
         raise failure(list(said), python, sources_file) or exc from exc
     return tuple(sorted(map(wheel_of, sorted(folder.iterdir())), key=lambda wheel: (wheel.name, wheel.sha256)))
 

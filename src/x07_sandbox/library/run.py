@@ -280,7 +280,7 @@ def checked(result: Result, problem: SandboxError | None, *, check: bool) -> Res
 
         from x07_sandbox.library.wording import in_python, reword
 
-        result = replace(result, reason=in_python(result.reason))
+        result = replace(result, reason=in_python(result.reason)).having(result.files)
         if problem is not None:
             reword(problem)
     if result.outcome in _NOT_RUN:

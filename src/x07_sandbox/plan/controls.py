@@ -14,7 +14,7 @@ from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.rows import TABLE, Asked, State
 from x07_sandbox.plan.sizes import guest_limits, ram_class_bytes
 from x07_sandbox.policy.environment import VARIABLES, program_environment
-from x07_sandbox.policy.model import leaf_values
+from x07_sandbox.policy.model import Limits, leaf_values
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -69,6 +69,17 @@ class RunLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def tasks(self) -> int:
         """Most processes and threads together, the program's first thread among them."""
         return (self.procs if self.max_live is None else self.max_live) + 1
+
+    def of_policy(self) -> Limits:
+        """The same as a policy says them."""
+        return Limits(
+            cpu_ms=self.cpu_ms,
+            wall_ms=self.wall_ms,
+            mem_bytes=self.mem_bytes,
+            fds=self.fds,
+            procs=self.procs,
+            core_dumps=self.core_dumps,
+        )
 
     def for_guest(self) -> dict[str, int]:
         """What START carries as `limits`. procs counts tasks beyond the program's first thread."""

@@ -331,12 +331,15 @@ def _not_executed(number: int) -> Verdict:
     return replace(verdict(Outcome.FAILED, reason), exit_code=status)
 
 
+EMULATED: Final = "; this machine is emulated, and CPU work takes many times longer than on hardware"
+
+
 def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | RunLimits | None) -> str:
     after = f"after {limits.wall_ms / 1000:g} s" if limits else "at its deadline"
     if evidence.stopped:
         by = "by a signal, by whom is unknown"
         return f"the program had been stopped {by}, and had not ended {after} (limits.wall_ms)"
-    hint = "; this machine is emulated, and CPU work takes many times longer than on hardware" if emulated else ""
+    hint = EMULATED if emulated else ""
     return f"the program was still running {after} (limits.wall_ms){hint}"
 
 

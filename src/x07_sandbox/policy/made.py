@@ -86,18 +86,22 @@ def completion(data: bytes) -> Completion | None:
     if not isinstance(document, dict) or not document:
         return None
     words, said, refused = [], set(), set()
+    off = {path for path, value in _values(document) if path in _SWITCHES and value is not True}
+    sections = tuple(f"{path.partition('.')[0]}." for path in off)
     for path, flag, value in _flags(document):
-        if flag[1].isprintable() and _is_taken(path, value):
+        if path.startswith(sections):  # a root or a host would switch it on
+            refused.add(path)
+        elif flag[1].isprintable() and _is_taken(path, value):
             words += flag
             said.add(path)
         else:
             refused.add(path)
-    known = {*said - refused, *_SWITCHES, "schema_version", "notes"}
+    known = {*said - refused, *_SWITCHES - off, "schema_version", "notes"}
     usual = dict(_values(msgspec.to_builtins(TEMPLATES["default"])))
     same = {
         path
         for path, value in _values(document)
-        if path in usual and value in (usual[path], []) and path not in refused
+        if path in usual and value in (usual[path], []) and path not in refused | off
     }
     left_out = [path for path, _ in _values(document) if path not in known | same and path.isprintable()]
     return Completion(tuple(words), tuple(left_out))

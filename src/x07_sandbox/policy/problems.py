@@ -49,6 +49,8 @@ class PolicyError(UsageError):
         lines = [str(problem) for problem in problems]
         why = lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *(f"  {line}" for line in lines)])
         fix = "Correct the document; docs/policy.md lists every field"
+        if any(problem.message == MISSING for problem in problems):
+            fix += ". x07 policy new writes a complete one"
         return cls(f"policy {source} is refused", why, fix, problems, in_schema=in_schema)
 
 

@@ -397,7 +397,7 @@ def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds, *, built_in: bool)
     """The field's value, or the flag, that would let in what was left out; None for either that would not do."""
     if reason in {"chosen", "secret"}:
         names = dict.fromkeys(Path(name).name for name in left.names)
-        return None, " ".join(flag_for("--reveal", name) for name in names)
+        return None, " ".join(filter(None, (flag_for("--reveal", name) for name in names))) or None
     flags = [_LETS_IN[reason]] if built_in and reason in _LETS_IN else []
     flags += [_LETS_IN["link"]] if flags and left.links else []
     return value_for(reason, left.most, bounds), " ".join(flags) or None

@@ -32,8 +32,10 @@ def denial(field: str, action: str, subject: str, by: str, count: int, how: tupl
 
 
 def flag_for(flag: str, name: str) -> str:
-    """*flag* with a pattern for just this name, as a shell takes it; any one character for what cannot be written."""
-    pattern = "".join(char if char.isprintable() else "?" for char in glob.escape(name))
+    """*flag* with a pattern for just this name, as a shell takes it; empty where the name cannot be written."""
+    if not name.isprintable():
+        return ""
+    pattern = glob.escape(name)
     if pattern.startswith("-"):
         pattern = f"[-]{pattern[1:]}"  # else it would be a flag
     return f"{flag} {shlex.quote(pattern)}"
@@ -73,6 +75,7 @@ def told(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[Lef
                 )
             )
             take = _flags(root, name, one_of_each) if all(one.flag for one in own) else []
+            take = take if all(take) else []  # a name that cannot be written is in no line to paste
             entries.append(LeftOutEntry(name=subject, rules=rules, entries=count, take=" ".join(take)))
     return denials, tuple(entries)
 
@@ -121,9 +124,11 @@ def _how(
         return HowToAllow(json_path=f"$.{edits[0].rule}", value=edits[0].value)
     flags = _flags(root, top, reasons)
     flags += [flag_for("--reveal", Path(one.reveal).name) for one in reasons if one.reveal]
+    if not all(flags):
+        return None
     fields = [one for one in reasons if one.value is not None]
     path, value = (f"$.{fields[0].rule}", fields[0].value) if fields else (None, None)
-    return HowToAllow(json_path=path, value=value, flag=" ".join(flags))
+    return HowToAllow(json_path=path, value=value, flag=" ".join(flags) or None)
 
 
 def _flags(root: RootChanges, top: str, reasons: Iterable[Refused]) -> list[str]:

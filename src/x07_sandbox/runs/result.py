@@ -13,6 +13,7 @@ import msgspec
 from x07_sandbox.network.account import NetworkUse
 from x07_sandbox.plan.denials import Denial, Hint
 from x07_sandbox.plan.features import Isolation
+from x07_sandbox.policy.model import Limits
 
 SCHEMA: Final = "x07.sandbox.result@0.1.0"
 
@@ -184,6 +185,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     files_discarded: what the program left in its private folders, and nobody took: see x07 run --workdir and --out.
     net: what the program's connections came to; null where it could have none.
     scaling: of its time and CPU limits; null where the policy's own held.
+    limits: those that held for the program, whoever set them; null where there is no plan.
     """
 
     run: str
@@ -212,6 +214,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     filters: dict[str, str] = {}
     net: NetworkUse | None = None
     scaling: Scaling | None = None
+    limits: Limits | None = None
     warnings: list[str]
     schema_version: Literal["x07.sandbox.result@0.1.0"] = SCHEMA
 

@@ -23,7 +23,7 @@ from x07_sandbox.policy import PolicyError
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT
 from x07_sandbox.runs.artifact import artifact_of
 from x07_sandbox.runs.folder import REQUEST, RunFolder
-from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.job import carry_out_job, waited
 from x07_sandbox.runs.prepare import output_caps, prepare, wants_scaling
 from x07_sandbox.runs.result import Discarded, Result, draft_result
 from x07_sandbox.runs.spec import run_spec
@@ -105,6 +105,7 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
     policy = prepared.policy.policy
     host_files, draft = yield from copied_in(prepared.request, prepared.program, policy, draft, folder, stack)
     prepared, draft = _scaled(prepared, draft)
+    draft = replace(draft, limits=prepared.plan.limits.of_policy())
     yield draft
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
     failed, draft = yield from artifact_of(prepared, draft, folder, artifact)
@@ -287,6 +288,7 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
         denials.append(observed.memory_full(policy, reach))
     if limit := observed.limit_hit(outcome, policy, reach, cpu_ms=program.cpu_ms):
         scalable = outcome in {"timeout", "cpu-limit"} and prepared.availability.features.emulated
+        scalable = scalable and not (outcome == "timeout" and waited(end.facts, spec))
         if scalable and draft.scaling is None and prepared.request.scale_limits is not False:
             limit = replace(limit, reason=SCALABLE)
         denials.append(limit)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import shown
 from x07_sandbox.files.roots import Root
-from x07_sandbox.host.paths import is_folder, one_slash, real_path
+from x07_sandbox.host.paths import cache_dir, is_folder, one_slash, real_path, state_dir
 from x07_sandbox.plan.places import WORK
 
 if TYPE_CHECKING:
@@ -50,4 +50,13 @@ def working_folder(workdir: Path) -> Path:
     if real == home or real in home.parents:
         why = "it is the root of the file system" if real == Path("/") else "it is your home folder, or holds it"
         raise UsageError(what, f"{why}, and all of it would be copied", "Name the folder of one project")
+    ours = next((place for place in _not_copied() if real == place or place in real.parents), None)
+    if ours is not None:
+        why = f"{ours} is of the system, or x07 keeps records of other runs there"
+        raise UsageError(what, why, "Name the folder of one project")
     return Path(one_slash(os.path.normpath(folder)))
+
+
+def _not_copied() -> list[Path]:
+    """Folders that are of no project. Raises HostError."""
+    return [*map(Path, ("/proc", "/sys", "/dev")), real_path(state_dir()), real_path(cache_dir())]
