@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FOLDER = Node(kind="folder", mode=0o755)
+EMPTY = Node(kind="file", mode=0o644, size=0, sha256="e" * 64)
 
 
 @pytest.fixture
@@ -203,6 +204,18 @@ def test_diff_and_its_document_show_both_parts(run: Run, capsys: pytest.CaptureF
     assert document["all_or_nothing"] is False
 
 
+def test_diff_shows_what_was_applied_later_as_applied(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once x07 apply has brought what was left out, x07 diff calls it left out no more."""
+    run.back(run.files({"allow_symlinks": True}), link("c", "y"), link(".envrc", "x"))
+    assert main(["diff"]) == 0
+    assert "left out: .envrc" in capsys.readouterr().out
+    assert main(["apply", "--allow-protected", ".envrc"]) == 0
+    assert main(["diff"]) == 0
+    text = capsys.readouterr().out
+    assert "left out" not in text
+    assert ".envrc" in text
+
+
 def test_a_conflict_applies_nothing_and_what_is_left_out_stays_named(run: Run) -> None:
     """Where a file of the host's was changed meanwhile, neither part is applied."""
     (run.root / "a").write_text("x")
@@ -281,6 +294,17 @@ DEPENDING: list[tuple[list[Change], set[str], set[str]]] = [
         {"new/2"},
         {"old/2", "new/2"},
     ),
+    (
+        [
+            *(change(name, FOLDER, None) for name in ("old", "old/empty")),
+            *(change(f"old/{name}", EMPTY, None) for name in ("a", "b")),
+            *(change(name, None, FOLDER) for name in ("new", "new/empty")),
+            *(change(f"new/{name}", None, EMPTY) for name in ("a", "b")),
+        ],
+        {"new"},
+        {"old", "old/a", "old/b", "old/empty", "new", "new/a", "new/b", "new/empty"},
+    ),
+    ([change("a", EMPTY, None), change("b", None, EMPTY)], {"b"}, {"b"}),
 ]
 
 

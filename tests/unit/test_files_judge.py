@@ -238,11 +238,12 @@ def test_files_of_ci_systems_are_protected_where_these_look(name: str) -> None:
     assert not Protection(ROOT, (), name.split("/")).why(name)
 
 
-@pytest.mark.parametrize("patterns", [(".git",), (".git", ".git/refs")])
+@pytest.mark.parametrize("patterns", [(".git",), (".git", ".git/refs"), (".git*",), ("*",)])
 def test_one_pattern_lets_a_git_folder_without_what_git_obeys(patterns: tuple[str, ...]) -> None:
     """--allow-protected .git lets commits come back, and no hook, no configuration and no repository in it."""
     plain = ["HEAD", "index", "objects/aa/x", "refs/heads/main", "logs/HEAD"]
     obeyed = ["hooks/post-commit", "config", "Config.worktree", "info/attributes", "modules/x/config", "commondir"]
+    obeyed += ["sequencer/opts", "rebase-apply/x", "rebase-merge/git-rebase-todo", "remotes/origin"]
     for folder in ("", "sub/"):
         told = new(*(f"{folder}.git/{name}" for name in (*plain, *obeyed)))
         names = [one.name for one in told]
@@ -276,9 +277,11 @@ def test_a_root_is_let_by_what_it_is_protected_for() -> None:
         ((".github", ".git", ".git/hooks"), ".github/.git/hooks/x", True),
         ((".github/.git/hooks",), ".github/.git/hooks/x", True),
         ((".github/.git/hooks",), ".github/.git/objects/x", False),
-        ((".github/.git/*",), ".github/.git/hooks/x", True),
+        ((".github/.git/*",), ".github/.git/hooks/x", False),
+        ((".github/.git/*",), ".github/.git/objects/x", True),
         (("src",), "src/.git/config", False),
-        (("*",), "src/.git/config", True),
+        (("*",), "src/.git/config", False),
+        (("*", ".git/config"), "src/.git/config", True),
         ((".github",), ".github/policy.json", False),
         ((".github/policy.json",), ".github/policy.json", True),
     ],
@@ -321,7 +324,7 @@ def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:
         ("mine.json", "protected"),
     }
     kept = as_set(found)
-    for patterns in (["*"], [".vscode", ".git", ".git/config", "mine.json"]):
+    for patterns in (["*", ".git/config"], [".vscode", ".git", ".git/config", "mine.json"]):
         with pytest.raises(RefusedError, match="leads out") as caught:
             chosen(kept, [], patterns)
         assert "is protected" not in caught.value.why

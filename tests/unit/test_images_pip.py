@@ -261,3 +261,43 @@ def test_what_pip_says_becomes_one_line(tmp_path: Path, said: list[str], expecte
     assert problem is not None
     assert expected in problem.why
     assert pip.failure(["Collecting six"], PYTHON, tmp_path / "build.sources") is None
+
+
+def test_nothing_of_a_package_is_built_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel that needs a package by its address, which pip would build from source, is refused and nothing runs."""
+    ran = tmp_path / "ran"
+    index, source, evil = tmp_path / "index", tmp_path / "evil-1.0", tmp_path / "evil.tar.gz"
+    for folder in (index, source):
+        folder.mkdir()
+    (source / "pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "b"\nbackend-path = ["."]\n')
+    (source / "b.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    with tarfile.open(evil, "w:gz") as archive:
+        archive.add(source, "evil-1.0")
+    about = f"Metadata-Version: 2.1\nName: good\nVersion: 1.0\nRequires-Dist: evil @ {evil.as_uri()}\n"
+    wheel_file = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {"good-1.0.dist-info/METADATA": about.encode(), "good-1.0.dist-info/WHEEL": wheel_file.encode()}
+    _wheel(index, files, name="good-1.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    sources = tmp_path / "sources.list"
+    sources.touch()
+    with pytest.raises(ImageError, match="nothing is built on this host"):
+        pip.download(tmp_path / "wheels", ("good",), PYTHON, lambda _text: None, sources_file=sources)
+    assert not ran.exists()
+
+
+def test_pip_fetches_a_wheel_and_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheels of a package and of its dependencies come from the index that pip's own settings name."""
+    index = tmp_path / "index"
+    index.mkdir()
+    for name, needs in (("good", "Requires-Dist: other\n"), ("other", "")):
+        about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}"
+        wheel_file = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        inside = {"METADATA": about.encode(), "WHEEL": wheel_file.encode()}
+        _wheel(index, {f"{name}-1.0.dist-info/{file}": data for file, data in inside.items()}, name=f"{name}-1.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    sources = tmp_path / "sources.list"
+    sources.touch()
+    found = pip.download(tmp_path / "wheels", ("good",), PYTHON, lambda _text: None, sources_file=sources)
+    assert [wheel.name for wheel in found] == ["good", "other"]

@@ -125,6 +125,22 @@ def test_any_document_gives_words_that_a_shell_passes_on_whole(document: dict[st
         assert all("\n" not in name for name in found.left_out)
 
 
+@pytest.mark.parametrize(
+    ("document", "off"),
+    [
+        ('{"fs": {"enabled": false, "read_roots": ["/etc"]}}', "fs.enabled"),
+        ('{"net": {"enabled": false, "allow_hosts": [{"host": "a.org", "ports": [443]}]}}', "net.enabled"),
+        ('{"net": {"allow_tcp": false, "allow_hosts": [{"host": "a.org", "ports": [443]}]}}', "net.allow_tcp"),
+    ],
+)
+def test_what_a_document_switches_off_is_not_switched_on(document: str, off: str) -> None:
+    """Roots and hosts of a section that is off are in no completing command, which names the switch instead."""
+    found = completion(document.encode())
+    assert found is not None
+    assert found.words == ()
+    assert off in found.left_out
+
+
 def test_no_words_are_the_template_itself() -> None:
     """A document that says nothing that flags say is completed by the built-in policy."""
     found = completion(b'{"env": {}}')

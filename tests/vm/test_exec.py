@@ -135,6 +135,8 @@ def test_files_go_in_and_come_out_of_a_call(state: Path) -> None:
     assert (found.outcome, found.stdout.text) == ("ok", "1,2 ['data.csv', 'helper.py', 'kept']\n"), found.reason
     assert found.files == {"c.png": b"png", "d/e.bin": bytes(9), "new.csv": b"made"}
     assert (found.files_discarded.count, found.files_discarded.bytes) == (2, 1 << 40)
+    failed = run_program(source="open('part', 'w').write('1'); raise SystemExit(3)", toolchain="python")
+    assert (failed.outcome, failed.files) == ("failed", {"part": b"1"})
     none = run_program(source=LEAVES.replace("/x07/out/", ""), toolchain="python", files=files, max_files_bytes=0)
     assert (none.outcome, none.files, none.files_discarded.count) == ("ok", {}, 5)
     assert left_behind(state) == []

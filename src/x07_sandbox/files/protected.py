@@ -130,7 +130,7 @@ class Protection:
 
     def why(self, name: str) -> str:
         """Why *name* may not be changed; empty if it may."""
-        if self._is_named(name):
+        if self._is_named(name) and not self._obeyed(name):
             return ""
         if self._own and self._whole(name) in self._own:
             return "it is the policy or the manifest in use"
@@ -151,7 +151,7 @@ class Protection:
         """Whether the host's owner has let *name* go: as it is written, or as it is compared."""
         if not self._allowed:
             return False
-        if self._is_named(name):
+        if self._is_named(name) and not self._obeyed(name):
             return True
         parts = (name or self._name).split("/")
         # Who lets one part go, a folder of CI tasks say, has not let go a `.git` that a program puts into it.
