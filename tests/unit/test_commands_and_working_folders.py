@@ -147,7 +147,7 @@ def test_a_program_that_is_missing_is_no_command(
         (["--read", "--", "ls"], "--read is about the folder of --workdir"),
         (["--", ""], "its name is empty"),
         (["--workdir", "", "--", "ls"], "the name of the folder is empty"),
-        (["ls", "-l"], "arguments of the program go behind --"),
+        (["ls", "-l"], "arguments of the program go after --"),
     ],
 )
 def test_wrong_usage_of_exec_is_told(words: list[str], why: str, capfd: pytest.CaptureFixture[str]) -> None:

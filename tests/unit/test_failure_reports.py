@@ -260,3 +260,14 @@ def test_a_word_that_is_no_command_names_what_was_meant(
     (tmp_path / "a b.py").touch()
     assert main.main([word]) == 2
     assert capfd.readouterr().err == f"x07: wrong usage: there is no command {word!r}. {fix}\n"
+
+
+@pytest.mark.parametrize(("word", "near"), [("--mem", "--memory"), ("--timout=3", "--timeout"), ("--zzzzzz", "")])
+def test_a_mistyped_option_names_the_one_that_was_meant(
+    word: str, near: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Options are written out in full, and a shortened or mistyped one is answered with the whole name."""
+    assert main.main(["run", word, "prog.py"]) == 2
+    said = capfd.readouterr().err
+    assert word in said
+    assert (f"Did you mean {near}?" in said) is bool(near)

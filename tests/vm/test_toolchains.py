@@ -470,7 +470,7 @@ def test_a_program_that_cannot_be_run_is_told_why(
         (["a.sh", "--dry-run", "--report-out", "x"], "--dry-run writes nothing"),
         (["a.sh", "--timeout", "0"], "no time above 0"),
         (["a.sh", "--timeout", "nan"], "no time above 0"),
-        (["a.sh", "--top", "10"], "arguments of the program go behind --"),
+        (["a.sh", "--top", "10"], "arguments of the program go after --"),
     ],
 )
 def test_nothing_that_a_run_reads_is_written_over(tmp_path: Path, words: list[str], why: str) -> None:

@@ -128,9 +128,23 @@ def _namespace(words: list[str]) -> argparse.Namespace:
     options, unknown = parser_for(words).parse_known_args(words)
     if unknown:
         verb = f"x07 {words[0]}" if words[0] in VERBS else "x07"
-        fix = f"See {verb} --help" + ("; arguments of the program go behind --" if words[0] in _RUNS else "")
+        fix = f"See {verb} --help" + ("; arguments of the program go after --" if words[0] in _RUNS else "")
+        if near := _near_option(unknown[0], words):
+            fix = f"Did you mean {near}? {fix}"
         raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", fix)
     return options
+
+
+def _near_option(word: str, words: list[str]) -> str:
+    """The option that a mistyped one is near to; empty for none."""
+    import difflib
+
+    from x07_sandbox.cli.usage import actions, parser_for
+
+    known = [name for action in actions(parser_for(words)) for name in action.option_strings if name.startswith("--")]
+    name = word.partition("=")[0]
+    longer = [option for option in known if len(name) > len("--") and option.startswith(name)]  # no abbreviations
+    return next(iter([*longer, *difflib.get_close_matches(name, known, 1, 0.8)]), "") if name.startswith("--") else ""
 
 
 def _no_verb(word: str, verbs: Iterable[str]) -> UsageError:

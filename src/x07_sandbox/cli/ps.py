@@ -23,6 +23,9 @@ _EPILOG: Final = """states:
   unowned, foreign, newer, damaged
                               a record that is not ours to judge (with --all)
 
+LEFT is the time until the job's deadline, at which it is ended whatever happened to its runner: the program's time
+limit, and what waiting for a machine, its start and copying files may take.
+
 examples:
   x07 ps
   x07 ps --json | jq -r '.jobs[].labels["io.x07.run_id"]'

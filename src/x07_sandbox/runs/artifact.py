@@ -89,6 +89,8 @@ def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFi
     with contextlib.ExitStack() as stack:
         end = carry_out_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
     ending = as_build(end.ending, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)
+    if prepared.program.toolchain.archive:  # of a language that is not compiled
+        ending = replace(ending, reason=ending.reason.replace("the compiler", "the check of the source", 1))
     report = replace(end.report, reason=ending.reason)
     build, phases = BuildOutput(stdout=report.stdout, stderr=report.stderr), {**draft.phases, "build": report}
     draft = replace(draft, phases=phases, build=build, jail=end.jail, warnings=[*draft.warnings, *end.warnings])
