@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every check and test: the set-up of quickstart.sh plus what tests need, then ruff, mypy, import-linter, shellcheck,
-# check-jsonschema and zizmor for the CI files, the guest image, pytest.
+# check-jsonschema and zizmor for the CI files, the documentation as a site, the guest image, pytest.
 #   scripts/test.sh [--full] [-- PYTEST ARGUMENTS]
 # --full: full sizes, long property tests, and the quick start in a clean Debian root. Environment: CI=1 makes a
 # missing tool an error instead of a skip; X07_PYTHON names the Python for .venv.
@@ -40,6 +40,7 @@ static_checks() {
     check check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
     check check-jsonschema --builtin-schema vendor.github-actions action.yml
     check zizmor --offline --no-progress --strict-collection .github action.yml
+    check scripts/build_docs.sh
     check shellcheck --external-sources scripts/*.sh scripts/ci/*.sh .ci/run
     [[ ${#broken[@]} -eq 0 ]] || fail "static checks failed; the tests were not started" "${broken[@]}"
 }
@@ -64,9 +65,9 @@ if [[ $full == yes ]]; then
     [[ ${#broken[@]} -eq 0 ]] || fail "the quick start failed in a clean root" "See its messages above."
 fi
 
-# -rs: every skip with its reason; pytest's own line with all counts comes last. More workers than processors, since a
+# -rs: every skip with its reason; --durations: the slowest tests. More workers than processors, since a
 # third of the time of a test with a virtual machine is waiting; a file to one worker, so that what its tests share,
 # images and saved machines, is made once.
 step "pytest"
 workers=$(($(nproc) * 5 / 2))
-exec .venv/bin/pytest -rs -n "$workers" --maxprocesses 6 --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/pytest -rs --durations=30 -n "$workers" --maxprocesses 6 --dist loadfile --no-loadscope-reorder "$@"
