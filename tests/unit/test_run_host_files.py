@@ -67,7 +67,7 @@ class Run:
         self.folder = RunFolder(RUN, stack)
         self.stack = stack
         self.cancel = Cancel()
-        stack.callback(os.close, self.cancel.fd)
+        stack.callback(self.cancel.close)
 
     def files(
         self,
