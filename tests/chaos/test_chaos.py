@@ -257,10 +257,9 @@ def test_a_run_whose_host_calls_fail_ends_with_a_reason(backend: str, tmp_path: 
     """Whichever host call fails, a run ends well or with one line that says why, never with a traceback or remains."""
     stage = Stage(backend, tmp_path, None)
     stage.reset()
-    stage.run("kill", 0, roots=False)  # what is made once, such as the agent's code, is there from now on
-    _, _, count = stage.run("kill", 0, roots=False)
-    assert count is not None
-    for number in range(1, count + 1):
+    # The first run makes what is made once, such as the agent's code; one that waits for its turn looks many times.
+    counts = [steps for _, _, steps in (stage.run("kill", 0, roots=False) for _ in range(4)) if steps is not None]
+    for number in range(1, min(counts) + 1):
         for error in ERRORS if FULL else (ERRORS[number % len(ERRORS)],):
             code, said, _ = stage.run(error, number, roots=False)
             assert "Traceback" not in said, (number, error, said)

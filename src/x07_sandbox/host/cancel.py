@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 
 
 class Cancel:
-    """A request to end the run: a signal handler or another thread makes it, the loop polls its descriptor.
-
-    fd: readable from the request on. wake_fd: whatever is written to it wakes the loop, for signal.set_wakeup_fd.
-    """
+    """A request to end the run: a signal handler or another thread makes it, the loop polls its descriptor."""
 
     def __init__(self) -> None:
-        self.fd, self.wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.signal: int | None = None
         self._waiting = False
 
@@ -61,13 +58,11 @@ class Cancel:
         """Ask for the end; signal: the one that we got, 0 for a request without one."""
         if self.signal is None:
             self.signal = signal
-        with contextlib.suppress(BlockingIOError):  # it is full, so the loop wakes anyway
-            os.write(self.wake_fd, b"\0")
+        os.eventfd_write(self.fd, 1)
 
     def close(self) -> None:
-        """Close the descriptors."""
+        """Close the descriptor."""
         os.close(self.fd)
-        os.close(self.wake_fd)
 
 
 class Notice(str):
