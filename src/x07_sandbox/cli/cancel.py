@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.threads import started
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -44,16 +45,14 @@ def _heard(wanted: Collection[int], cancel: Cancel) -> Iterator[None]:
                 cancel(number)
 
     thread = threading.Thread(target=forward, name="x07-signals", daemon=True)
-    started = False
-    with contextlib.suppress(RuntimeError):  # there may be no more threads: the handlers are called all the same
-        thread.start()
-        started = True
+    with contextlib.suppress(OSError):  # there may be no more threads: the handlers are called all the same
+        started(thread)
     before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
         os.close(write_fd)
-        if started:
+        if thread.ident is not None:
             thread.join()
         os.close(read_fd)

@@ -196,6 +196,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     deadline_passed: our own deadline for the stage came first.
     stopped: the program's processes were stopped by a signal when the deadline came.
     cpu_exceeded: the cgroup's counter passed limits.cpu_ms.
+    cpu_us: the cgroup's counter at the end, in microseconds; None when it never came.
     oom_kills: the cgroup's counter of processes killed for memory.
     output_overflow: the stream that passed its cap: "stdout" or "stderr".
     channel_error: how the guest broke the protocol; an end of the stream alone is no such error.
@@ -213,6 +214,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     deadline_passed: bool = False
     stopped: bool = False
     cpu_exceeded: bool = False
+    cpu_us: int | None = None
     oom_kills: int = 0
     output_overflow: str | None = None
     channel_error: str | None = None
@@ -331,7 +333,9 @@ def _not_executed(number: int) -> Verdict:
     return replace(verdict(Outcome.FAILED, reason), exit_code=status)
 
 
-EMULATED: Final = "; this machine is emulated, and CPU work takes many times longer than on hardware"
+def waited(evidence: Evidence, limits: Limits | RunLimits | None) -> bool:
+    """Whether the program waited for most of its time: then it was no slow processor that took it."""
+    return limits is not None and evidence.cpu_us is not None and evidence.cpu_us < limits.wall_ms * 1000 // 2
 
 
 def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | RunLimits | None) -> str:
@@ -339,7 +343,8 @@ def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | RunL
     if evidence.stopped:
         by = "by a signal, by whom is unknown"
         return f"the program had been stopped {by}, and had not ended {after} (limits.wall_ms)"
-    hint = EMULATED if emulated else ""
+    slow = emulated and not waited(evidence, limits)
+    hint = "; this machine is emulated, and CPU work takes many times longer than on hardware" if slow else ""
     return f"the program was still running {after} (limits.wall_ms){hint}"
 
 

@@ -246,7 +246,7 @@ class Phase:
     def _exited(self, body: dict[str, Any]) -> None:
         self._mark("exited")
         self.usage = body
-        self.seen |= {name: body[name] for name in ("wait_status", "oom_kills", "cpu_exceeded")}
+        self.seen |= {name: body[name] for name in ("wait_status", "oom_kills", "cpu_exceeded", "cpu_us")}
         if self.asked_to_stop:
             # What the guest says after our STOP tells how things stood; the end itself was our doing.
             self.seen["stopped"] = body["stopped"]

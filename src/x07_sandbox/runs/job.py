@@ -59,7 +59,7 @@ def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunF
     ):
         instance, facts, warnings = _conversed(prepared, spec, run_id, (stdout, stderr), gate)
         net = None if gate is None else gate.account()
-    from x07_sandbox.plan.outcomes import EMULATED, classify
+    from x07_sandbox.plan.outcomes import classify
     from x07_sandbox.runs.execute import drain
     from x07_sandbox.runs.folder import output_of
 
@@ -71,8 +71,6 @@ def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunF
     if not drain((stdout, stderr), request.cancel):
         evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
     ending = classify(evidence, features=prepared.availability.features, limits=spec.limits_shown)
-    if waited(facts, spec):
-        ending = replace(ending, reason=ending.reason.replace(EMULATED, ""))
     if facts.input_problem:
         warnings.append(f"the input could not be read to its end: {facts.input_problem}")
     warnings += ending.warnings
@@ -89,12 +87,6 @@ def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunF
         tasks_peak=int(facts.usage.get("tasks_peak", 0)),
     )
     return JobEnd(ending, facts, report, instance.jail, stdout.sha256(), stderr_fd, tuple(warnings), net)
-
-
-def waited(facts: PhaseFacts, spec: PhaseSpec) -> bool:
-    """Whether the program waited for most of its time: then it was no slow processor that took it."""
-    cpu_us = facts.usage.get("cpu_us")
-    return cpu_us is not None and int(cpu_us) < spec.wall_ms * 1000 // 2
 
 
 def _gate(

@@ -23,7 +23,7 @@ from x07_sandbox.policy import PolicyError
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT
 from x07_sandbox.runs.artifact import artifact_of
 from x07_sandbox.runs.folder import REQUEST, RunFolder
-from x07_sandbox.runs.job import carry_out_job, waited
+from x07_sandbox.runs.job import carry_out_job
 from x07_sandbox.runs.prepare import output_caps, prepare, wants_scaling
 from x07_sandbox.runs.result import Discarded, Result, draft_result
 from x07_sandbox.runs.spec import run_spec
@@ -269,6 +269,7 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
     if outcome == "ok" and not (refused or tasks or disk or memory or denied):
         return draft
     from x07_sandbox.plan import observed  # not on the way of a program that ends well
+    from x07_sandbox.plan.outcomes import waited
 
     policy, program = prepared.policy.policy, prepared.program
     # Before what was not copied in: what it tried comes first.
@@ -288,7 +289,7 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
         denials.append(observed.memory_full(policy, reach))
     if limit := observed.limit_hit(outcome, policy, reach, cpu_ms=program.cpu_ms):
         scalable = outcome in {"timeout", "cpu-limit"} and prepared.availability.features.emulated
-        scalable = scalable and not (outcome == "timeout" and waited(end.facts, spec))
+        scalable = scalable and not (outcome == "timeout" and waited(end.facts.evidence, spec.limits_shown))
         if scalable and draft.scaling is None and prepared.request.scale_limits is not False:
             limit = replace(limit, reason=SCALABLE)
         denials.append(limit)
