@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from tests.conftest import FULL
-from x07_sandbox.conformance.bench import policy_with, remaining
+from x07_sandbox.conformance.harness import policy_with, remaining
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ from x07_sandbox.backends.registry import create
 from x07_sandbox.cli.main import main
 from x07_sandbox.conformance import run
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
-from x07_sandbox.conformance.bench import expect
+from x07_sandbox.conformance.harness import expect
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,7 +10,7 @@ import pytest
 from x07_sandbox.backends.engines import PACKAGES
 from x07_sandbox.backends.registry import built
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
-from x07_sandbox.conformance.bench import open_bench
+from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.conformance.run import judge
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.conftest import Need
-    from x07_sandbox.conformance.bench import Bench
+    from x07_sandbox.conformance.harness import Bench
 
 pytestmark = [pytest.mark.vm, pytest.mark.user]
 

@@ -24,7 +24,7 @@ from x07_sandbox.backends.process.view import agent_argv
 from x07_sandbox.backends.registry import BackendRow, registered
 from x07_sandbox.conformance import runner
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
-from x07_sandbox.conformance.bench import open_bench
+from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.conformance.run import conform, judge
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.processes import own_identity

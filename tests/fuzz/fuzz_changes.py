@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.channel.trees import check_name
 from x07_sandbox.cli.apply import chosen
 from x07_sandbox.errors import BackendError, PeerError
+from x07_sandbox.files.change_rules import Allowed, judge
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges, decode, encode
 from x07_sandbox.files.checks import check_set
 from x07_sandbox.files.copy import Bounds
 from x07_sandbox.files.incoming import Incoming
-from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import pytest
 
 from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import EgressLink
-from x07_sandbox.host.waiting import readable
+from x07_sandbox.host.poll import readable
 from x07_sandbox.network.processes import GateConfig, GateProcess, gate_running
 from x07_sandbox.network.rules import NetSettings
 from x07_sandbox.policy.default import default_policy, render_policy

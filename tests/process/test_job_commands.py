@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.published import document
-from tests.unit.test_job_judge import GONE, edit, recorded
+from tests.unit.test_stop_rules import GONE, edit, recorded
 from x07_sandbox.jobs.record import mark_done, mark_reaped
 from x07_sandbox.runs.folder import runs_dir
 

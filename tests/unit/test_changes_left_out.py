@@ -13,14 +13,14 @@ import pytest
 
 from tests.unit.test_run_host_files import RUN, Run, die_at, said
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.cli.changed import pieces
+from x07_sandbox.cli.changes_text import pieces
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, Node, decode, encode
-from x07_sandbox.files.split import with_dependents
+from x07_sandbox.files.dependencies import with_dependents
 from x07_sandbox.host.paths import private_dir
-from x07_sandbox.runs.kept import find, recover_all
-from x07_sandbox.runs.kept import undo as undo_kept
+from x07_sandbox.runs.saved_changes import find, recover_all
+from x07_sandbox.runs.saved_changes import undo as undo_kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,13 +18,13 @@ from x07_sandbox import SandboxError, exec_command, run_program
 from x07_sandbox.channel.trees import Entry, Kind, segment
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import PeerError, RefusedError, UsageError
-from x07_sandbox.guest.left import LOOKED_AT_MAX, left_files, stream_of
+from x07_sandbox.guest.private_files import LOOKED_AT_MAX, left_files, stream_of
 from x07_sandbox.guest.trees import Tree
 from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.plan.places import PROGRAM, WORK, place
+from x07_sandbox.plan.guest_paths import PROGRAM, WORK, place
 from x07_sandbox.policy import Policy, default_policy
 from x07_sandbox.runs.host_files import roots_in_force
-from x07_sandbox.runs.left import FILES_MAX, LeftFiles, work_files
+from x07_sandbox.runs.private_files import FILES_MAX, LeftFiles, work_files
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.result import draft_result

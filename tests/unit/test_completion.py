@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.cli.usage import VERBS
+from x07_sandbox.cli.parser import VERBS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,6 +81,6 @@ def test_another_shell_is_named_as_unknown() -> None:
 
 def test_nothing_else_imports_shtab() -> None:
     """The library behind it costs no other command anything."""
-    code = "import sys; from x07_sandbox.cli.usage import parser_for; parser_for([]); print('shtab' in sys.modules)"
+    code = "import sys; from x07_sandbox.cli.parser import parser_for; parser_for([]); print('shtab' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
+from x07_sandbox.cli.atomic_output import write_all
 from x07_sandbox.cli.console import LiveLine
-from x07_sandbox.cli.written import write_all
 from x07_sandbox.host.cancel import Notice
 
 

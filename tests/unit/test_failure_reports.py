@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 
 from tests.published import document
-from x07_sandbox.cli import documents, main
+from x07_sandbox.cli import json_output, main
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.errors import Cancelled, UsageError
 from x07_sandbox.reports.schemas import schemas
@@ -203,7 +203,7 @@ def test_whatever_ends_a_verb_is_in_its_report(tmp_path: Path, raised: BaseExcep
 
     for name in ("r", "folder"):
         with pytest.raises(type(raised)):
-            documents.carry_out_with_report(argparse.Namespace(report_out=tmp_path / name, carry_out=carry_out))
+            json_output.carry_out_with_report(argparse.Namespace(report_out=tmp_path / name, carry_out=carry_out))
     assert document((tmp_path / "r").read_bytes())["error"]["what"] == what
     assert list((tmp_path / "folder").iterdir()) == []
 

@@ -34,7 +34,7 @@ from x07_sandbox.host import beneath
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from x07_sandbox.files.steps import Site
+    from x07_sandbox.files.apply_steps import Site
 
 PROJECT = Path(__file__).resolve().parents[2]
 SHM = Path("/dev/shm")  # noqa: S108 - a folder of the test's own is made in it

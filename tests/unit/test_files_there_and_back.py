@@ -20,10 +20,10 @@ from tests.conftest import FULL
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.apply import apply
+from x07_sandbox.files.change_rules import Allowed, Judged, judge
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
 from x07_sandbox.files.copy import Bounds, copy_tree
 from x07_sandbox.files.incoming import Incoming
-from x07_sandbox.files.judge import Allowed, Judged, judge
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.files.roots import Mount, Tree
 from x07_sandbox.guest.mounts import Names

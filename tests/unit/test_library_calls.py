@@ -22,10 +22,10 @@ from x07_sandbox.backends.selection import choice_of_variables
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.library.call import make_request
+from x07_sandbox.library.arguments import make_request
+from x07_sandbox.library.keyword_names import in_python
 from x07_sandbox.library.options import RunOptions
 from x07_sandbox.library.run import OPTIONS
-from x07_sandbox.library.wording import in_python
 from x07_sandbox.policy import PolicyError, default_policy, render_policy
 from x07_sandbox.runs.program import load_program
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.network import ledger
-from x07_sandbox.network.account import Contact, NetworkUse
 from x07_sandbox.network.ledger import LOG_MAX_BYTES, ROWS_MAX, Ledger
 from x07_sandbox.network.rules import make_allowlist
+from x07_sandbox.network.summary import Contact, NetworkUse
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.runs.egress import denials
 

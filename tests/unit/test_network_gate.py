@@ -35,7 +35,7 @@ from x07_sandbox.policy.model import HostPorts
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 
-    from x07_sandbox.network.account import NetworkUse
+    from x07_sandbox.network.summary import NetworkUse
     from x07_sandbox.policy.model import Policy
 
 P = ParamSpec("P")

@@ -11,11 +11,11 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.policy_host import host_report
 from x07_sandbox.guest.dns import Names
-from x07_sandbox.network.account import Contact
 from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.names import parse_guest_host
 from x07_sandbox.network.rules import Allowlist, Decision, Request, decide, make_allowlist, parse_request
+from x07_sandbox.network.summary import Contact
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
 from x07_sandbox.runs.egress import denials

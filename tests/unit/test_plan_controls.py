@@ -8,10 +8,10 @@ import pytest
 
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.confinement import confinement
+from x07_sandbox.plan.control_table import TABLE
 from x07_sandbox.plan.controls import Plan, make_plan
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.features import VM_HOLDS, Features
-from x07_sandbox.plan.rows import TABLE
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.model import Policy

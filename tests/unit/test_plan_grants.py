@@ -14,7 +14,7 @@ from x07_sandbox.files.roots import roots_of
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan, run_limits
 from x07_sandbox.plan.features import vm_features
-from x07_sandbox.plan.places import PROGRAM
+from x07_sandbox.plan.guest_paths import PROGRAM
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.model import Policy, leaf_values
 

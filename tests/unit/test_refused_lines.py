@@ -7,8 +7,8 @@ import re
 import pytest
 from msgspec.structs import replace
 
+from x07_sandbox.cli.denials_text import for_flags, lines, tell
 from x07_sandbox.cli.os_runner_options import OPTIONS
-from x07_sandbox.cli.refused import for_flags, lines, tell
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
 from x07_sandbox.runs.result import NOTHING, Digests, Outcome, Result
 

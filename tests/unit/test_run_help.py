@@ -7,8 +7,8 @@ import re
 import pytest
 
 from x07_sandbox.cli.main import main
+from x07_sandbox.cli.parser import actions, parser_for
 from x07_sandbox.cli.run_options import RARE, X07_OPTIONS
-from x07_sandbox.cli.usage import actions, parser_for
 
 LINES = 60
 COLUMNS = 110

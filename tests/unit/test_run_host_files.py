@@ -25,7 +25,7 @@ from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.apply import chosen
-from x07_sandbox.cli.changed import lines, machine_form, pieces, print_bytes, tell
+from x07_sandbox.cli.changes_text import lines, machine_form, pieces, print_bytes, tell
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.run_outputs import write_diff
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
@@ -37,17 +37,17 @@ from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.plan.denials import HowToAllow
-from x07_sandbox.plan.places import OUT
+from x07_sandbox.plan.guest_paths import OUT
 from x07_sandbox.policy import render_policy
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.host_files import HostFiles
-from x07_sandbox.runs.kept import do, find, recover_all, undo
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.result import ChangedName, Changes, draft_result
 from x07_sandbox.runs.run import attempt, copied_in, failure
+from x07_sandbox.runs.saved_changes import do, find, recover_all, undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

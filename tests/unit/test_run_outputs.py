@@ -15,9 +15,9 @@ import pytest
 
 from tests.published import document
 from x07_sandbox.cli import os_runner
+from x07_sandbox.cli.atomic_output import place_for_artifact, write_all, write_whole
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.run_outputs import write_files
-from x07_sandbox.cli.written import place_for_artifact, write_all, write_whole
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.host.paths import private_dir, state_dir

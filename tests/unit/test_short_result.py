@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from tests.published import document
 from x07_sandbox.cli import main
-from x07_sandbox.cli.usage import parser_for
+from x07_sandbox.cli.parser import parser_for
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.plan.features import Isolation, container_features, vm_features
 from x07_sandbox.policy.default import default_policy

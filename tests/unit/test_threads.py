@@ -8,7 +8,7 @@ import sys
 LIMITED = """
 import errno, os, resource, threading
 from x07_sandbox.host.threads import started
-from x07_sandbox.host.troubles import host_error
+from x07_sandbox.host.os_errors import host_error
 if os.geteuid() == 0:
     os.setresuid(65431, 65431, 65431)  # root is not counted
 resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))

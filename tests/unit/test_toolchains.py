@@ -15,8 +15,8 @@ from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.programs.manifest import FILE, SCHEMA, decode_manifest
+from x07_sandbox.programs.new_manifest import sandbox_manifest
 from x07_sandbox.programs.other_languages import interpreter_of
-from x07_sandbox.programs.starter import sandbox_manifest
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,
     BY_NAME,

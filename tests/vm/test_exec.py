@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from tests.vm.conftest import left_behind
 from x07_sandbox import Pool, exec_command, load_policy, run_program, run_program_async
-from x07_sandbox.plan.places import WORK
+from x07_sandbox.plan.guest_paths import WORK
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ import pytest
 
 from tests.vm.conftest import copy_cache, left_behind
 from x07_sandbox import run_program
-from x07_sandbox.host import forks
+from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.jobs.admission import admitted
 
@@ -94,14 +94,14 @@ def test_a_lock_is_not_a_forked_childs(tmp_path: Path) -> None:
 def test_what_is_kept_from_children_is_dev_null_there(tmp_path: Path) -> None:
     """In a forked child such a descriptor leads to /dev/null: its number stays taken, its file is not held."""
     path = tmp_path / "file"
-    fd = forks.keep(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    fd = close_on_fork.keep(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     pid = os.fork()
     if pid == 0:
         same = os.fstat(fd).st_rdev == Path("/dev/null").stat().st_rdev
         os._exit(0 if same else 1)
     assert os.waitpid(pid, 0)[1] == 0
     os.write(fd, b"mine")
-    forks.forget(fd)
+    close_on_fork.forget(fd)
     os.close(fd)
     assert path.read_bytes() == b"mine"
 
@@ -109,7 +109,7 @@ def test_what_is_kept_from_children_is_dev_null_there(tmp_path: Path) -> None:
 def test_no_child_is_forked_while_a_process_is_started() -> None:
     """A thread that forks waits while another starts a process, which would wait for the child's end otherwise."""
     pids: list[int] = []
-    with forks.none_meanwhile():
+    with close_on_fork.none_meanwhile():
         forking = threading.Thread(target=forked, args=(pids,))
         forking.start()
         forking.join(0.2)

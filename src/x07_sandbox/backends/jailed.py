@@ -14,8 +14,8 @@ from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.bounded_stream import SideStream
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.poll import readable
 from x07_sandbox.host.processes import Identity, children_of, identify, own_identity, wait_gone
-from x07_sandbox.host.waiting import readable
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import mark_done, write_owner
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from x07_sandbox.backends.base import StartMode
-    from x07_sandbox.host.forks import Given
+    from x07_sandbox.host.close_on_fork import Given
     from x07_sandbox.jobs.record import JobRecord
 
 _J = TypeVar("_J", bound="Jailed")

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError
-from x07_sandbox.host import forks
+from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.paths import cache_folder, state_dir
-from x07_sandbox.host.waiting import readable
+from x07_sandbox.host.poll import readable
 from x07_sandbox.jobs.record import record_from, record_values
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class PoolMachines:
 def _leased(
     backend: Backend, job: Job, connection: socket.socket, told: dict[str, Any], owned_fds: list[int]
 ) -> Iterator[Instance]:
-    forks.keep(connection.fileno())  # it would last as long as any child that is forked meanwhile
+    close_on_fork.keep(connection.fileno())  # it would last as long as any child that is forked meanwhile
     try:
         instance = _instance_of(backend, connection, told, owned_fds)
         try:
@@ -172,7 +172,7 @@ def _leased(
         finally:
             instance.stop()
     finally:
-        forks.forget(connection.fileno())
+        close_on_fork.forget(connection.fileno())
         connection.close()
         for fd in owned_fds:
             os.close(fd)

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.changed import add_run, left_out, list_deleted, machine_form, summary
+from x07_sandbox.cli.changes_text import add_run, left_out, list_deleted, machine_form, summary
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.documents import deliver, wanted
-from x07_sandbox.cli.usage import add_document_flags, named, repeated, switch
+from x07_sandbox.cli.json_output import deliver, wanted
+from x07_sandbox.cli.parser import add_document_flags, named, repeated, switch
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import called, folders_above, path_of
+from x07_sandbox.files.dependencies import taken
 from x07_sandbox.files.protected import Protection
-from x07_sandbox.files.split import taken
-from x07_sandbox.runs.kept import do, find
 from x07_sandbox.runs.refusals import command, told
 from x07_sandbox.runs.result import Changes
+from x07_sandbox.runs.saved_changes import do, find
 
 if TYPE_CHECKING:
     import argparse

@@ -6,7 +6,7 @@ import argparse
 from typing import Final
 
 from x07_sandbox.cli.console import put
-from x07_sandbox.cli.usage import actions, parser_for
+from x07_sandbox.cli.parser import actions, parser_for
 
 SHELLS: Final = ("bash", "zsh", "tcsh")
 _EPILOG: Final = """examples:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.backends.selection import asked, select, this_platform
 from x07_sandbox.cli.console import LiveLine, show
-from x07_sandbox.cli.documents import print_document
-from x07_sandbox.cli.usage import Once, add_document_flags
+from x07_sandbox.cli.json_output import print_document
+from x07_sandbox.cli.parser import Once, add_document_flags
 from x07_sandbox.conformance.run import conform
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.variables import SANDBOX_BACKENDS

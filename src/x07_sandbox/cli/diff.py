@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.changed import add_run, as_applied, machine_form, pieces, print_bytes
-from x07_sandbox.cli.documents import deliver, wanted
-from x07_sandbox.cli.usage import add_document_flags
-from x07_sandbox.runs.kept import find
+from x07_sandbox.cli.changes_text import add_run, as_applied, machine_form, pieces, print_bytes
+from x07_sandbox.cli.json_output import deliver, wanted
+from x07_sandbox.cli.parser import add_document_flags
+from x07_sandbox.runs.saved_changes import find
 
 if TYPE_CHECKING:
     import argparse

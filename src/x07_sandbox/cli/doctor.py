@@ -13,8 +13,8 @@ from x07_sandbox.backends.prerequisites import Proof, advice, backend_states, ga
 from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.backends.selection import ACCEPT_FLAG, Asked, choice_of_variables, select, this_platform, working
 from x07_sandbox.cli.console import LiveLine, show, size
-from x07_sandbox.cli.documents import print_document
-from x07_sandbox.cli.usage import add_document_flags
+from x07_sandbox.cli.json_output import print_document
+from x07_sandbox.cli.parser import add_document_flags
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir

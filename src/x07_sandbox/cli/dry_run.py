@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say, show
-from x07_sandbox.cli.documents import print_document
+from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.run_failure import print_failure
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.outcomes import REFUSED_EXIT

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.console import Progress, say, show, size
-from x07_sandbox.cli.documents import deliver, print_document
-from x07_sandbox.cli.usage import add_document_flags, named_folder, switch
+from x07_sandbox.cli.json_output import deliver, print_document
+from x07_sandbox.cli.parser import add_document_flags, named_folder, switch
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (

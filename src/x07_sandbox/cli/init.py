@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.documents import from_here, print_line, show_written
+from x07_sandbox.cli.json_output import from_here, print_line, show_written
+from x07_sandbox.cli.parser import add_document_flags, named, named_folder
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
-from x07_sandbox.cli.usage import add_document_flags, named, named_folder
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, project_root, write_document
 from x07_sandbox.host.paths import real_path
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
-from x07_sandbox.programs.starter import ROWS, sandbox_manifest
+from x07_sandbox.programs.new_manifest import ROWS, sandbox_manifest
 from x07_sandbox.programs.toolchains import MAKEFILES
 from x07_sandbox.reports.init import InitReport
 from x07_sandbox.x07.project import first_project

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.documents import print_object
-from x07_sandbox.cli.usage import add_document_flags, named
+from x07_sandbox.cli.json_output import print_object
+from x07_sandbox.cli.parser import add_document_flags, named
 from x07_sandbox.housekeeping.listing import inspect_run
 from x07_sandbox.housekeeping.lookup import known_run
 

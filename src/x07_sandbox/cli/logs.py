@@ -8,9 +8,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.changed import print_bytes
+from x07_sandbox.cli.changes_text import print_bytes
 from x07_sandbox.cli.console import put, say
-from x07_sandbox.cli.usage import named, switch
+from x07_sandbox.cli.parser import named, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.housekeeping.lookup import known_run, run_folder

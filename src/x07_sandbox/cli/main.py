@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     try:
         _heed_signals()
-        from x07_sandbox.cli.streams import settle_in
+        from x07_sandbox.cli.std_streams import settle_in
 
         settle_in()
         _import_msgspec()
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[0] in _RUNS or getattr(options, "report_out", None) is None:  # a run writes its report itself
             code: int = options.carry_out(options)
         else:
-            from x07_sandbox.cli.documents import carry_out_with_report
+            from x07_sandbox.cli.json_output import carry_out_with_report
 
             code = carry_out_with_report(options)
     except KeyboardInterrupt as exc:
@@ -99,11 +99,11 @@ def _parsed(words: list[str]) -> argparse.Namespace:
             _say(warning)
         return _namespace(words)
     except UsageError as exc:
-        from x07_sandbox.cli import documents
+        from x07_sandbox.cli import json_output
 
-        path, others = documents.report_file(words)
+        path, others = json_output.report_file(words)
         if path is not None:
-            documents.write_early_failure(_failure_document(exc, words), path, others)
+            json_output.write_early_failure(_failure_document(exc, words), path, others)
         raise
 
 
@@ -113,14 +113,14 @@ def _failure_document(exc: Exception, words: list[str]) -> bytes:
         from x07_sandbox.cli.run_failure import failure_document as of_run
 
         return of_run(exc)
-    from x07_sandbox.cli.documents import failure_document
+    from x07_sandbox.cli.json_output import failure_document
 
     return failure_document(exc)
 
 
 def _namespace(words: list[str]) -> argparse.Namespace:
     """What the words mean. Raises UsageError, which names the verb's own help."""
-    from x07_sandbox.cli.usage import VERBS, parser_for
+    from x07_sandbox.cli.parser import VERBS, parser_for
     from x07_sandbox.errors import UsageError
 
     if words and words[0] not in VERBS and not words[0].startswith("-"):
@@ -139,7 +139,7 @@ def _near_option(word: str, words: list[str]) -> str:
     """The option that a mistyped one is near to; empty for none."""
     import difflib
 
-    from x07_sandbox.cli.usage import actions, parser_for
+    from x07_sandbox.cli.parser import actions, parser_for
 
     known = [name for action in actions(parser_for(words)) for name in action.option_strings if name.startswith("--")]
     name = word.partition("=")[0]
@@ -170,7 +170,7 @@ def _recover() -> None:
 
     with contextlib.suppress(SandboxError, OSError):  # a place that cannot be used is told by what needs it
         if os.path.isdir(runs_dir(state_dir()) / APPLYING):  # noqa: PTH112 - no module for it on the usual way
-            from x07_sandbox.runs.kept import recover_all
+            from x07_sandbox.runs.saved_changes import recover_all
 
             recover_all(_say)
 
@@ -197,7 +197,7 @@ def _failed(exc: Exception, words: list[str]) -> int:
         _say(f"cannot write the output: {exc.strerror}")
         return 125
     if isinstance(exc, OSError | MemoryError):
-        from x07_sandbox.host.troubles import host_error
+        from x07_sandbox.host.os_errors import host_error
 
         if (error := host_error(exc)) is not None:
             return _failed(error, words)
@@ -225,7 +225,7 @@ def _json_or(code: int, exc: Exception, words: list[str], signalled: int | None 
             from x07_sandbox.cli.run_failure import print_failure as print_run_failure
 
             return print_run_failure(exc, signalled)
-        from x07_sandbox.cli.documents import print_failure
+        from x07_sandbox.cli.json_output import print_failure
 
         print_failure(exc)
     return code
@@ -250,7 +250,7 @@ def end_with(command: Callable[[], int]) -> NoReturn:
         code = command()
     except SystemExit as exc:  # argparse's, after --help
         code = exc.code if isinstance(exc.code, int) else 0
-    from x07_sandbox.cli.streams import leave
+    from x07_sandbox.cli.std_streams import leave
 
     leave(code)
 

@@ -17,12 +17,12 @@ from msgspec.structs import replace
 from x07_sandbox.backends.lease import PoolMachines
 from x07_sandbox.backends.registry import Platform
 from x07_sandbox.backends.selection import ACCEPT_VARIABLE, asked, select, this_platform, working
+from x07_sandbox.cli.atomic_output import check_outputs, files_read
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, put, say
 from x07_sandbox.cli.main import end_with
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
-from x07_sandbox.cli.streams import settle_in
-from x07_sandbox.cli.written import check_outputs, files_read
+from x07_sandbox.cli.std_streams import settle_in
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("cancelled before there was a run")
     except (OSError, MemoryError) as exc:
-        from x07_sandbox.host.troubles import host_error
+        from x07_sandbox.host.os_errors import host_error
 
         _say(str(host_error(exc) or f"cannot go on: {exc}"))
     except Exception:  # noqa: BLE001 - the last place that can keep the exit code's promise

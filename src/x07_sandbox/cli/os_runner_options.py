@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox import __version__
-from x07_sandbox.cli.usage import Once, Parser, named, whole_number
+from x07_sandbox.cli.parser import Once, Parser, named, whole_number
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 

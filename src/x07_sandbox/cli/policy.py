@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from x07_sandbox.cli import policy_explain, policy_init, policy_new
 from x07_sandbox.cli.console import say, show
-from x07_sandbox.cli.documents import deliver, print_document, print_failure
-from x07_sandbox.cli.usage import add_document_flags, option, repeated, switch
+from x07_sandbox.cli.json_output import deliver, print_document, print_failure
+from x07_sandbox.cli.parser import add_document_flags, option, repeated, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.policy.canonical import policy_digest
@@ -161,7 +161,7 @@ def _completed(name: str, exc: PolicyError) -> dict[str, str]:
 
     from x07_sandbox.host.paths import read_bounded
     from x07_sandbox.policy.decode import MAX_BYTES
-    from x07_sandbox.policy.made import completion
+    from x07_sandbox.policy.from_flags import completion
 
     text, found = str(exc), None
     if name.isprintable() and all(problem.message == MISSING for problem in exc.problems):

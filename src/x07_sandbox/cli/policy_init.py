@@ -10,8 +10,8 @@ from typing import Final
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.documents import deliver, from_here, print_line, show_written
-from x07_sandbox.cli.usage import named_file, switch
+from x07_sandbox.cli.json_output import deliver, from_here, print_line, show_written
+from x07_sandbox.cli.parser import named_file, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.paths import is_folder, real_path

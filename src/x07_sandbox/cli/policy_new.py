@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.documents import deliver
+from x07_sandbox.cli.json_output import deliver
+from x07_sandbox.cli.parser import named, option, repeated
 from x07_sandbox.cli.run_options import add_limits, limits_of
-from x07_sandbox.cli.usage import named, option, repeated
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.from_flags import Wanted, is_id, make_policy
 from x07_sandbox.policy.limits import LimitChanges
-from x07_sandbox.policy.made import Wanted, is_id, make_policy
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ import msgspec
 
 from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connected, peer_of, pool_dir, receive, send
 from x07_sandbox.cli.console import Progress, show
-from x07_sandbox.cli.documents import print_document, wanted
-from x07_sandbox.cli.usage import add_document_flags, whole_number
+from x07_sandbox.cli.json_output import print_document, wanted
+from x07_sandbox.cli.parser import add_document_flags, whole_number
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.models import known
+from x07_sandbox.host.decoding import known
 from x07_sandbox.reports.pool import PoolReport, PoolStatus
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from x07_sandbox.files.patterns import Walk
 from x07_sandbox.host.paths import read_bounded, real_path
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.programs import manifest
-from x07_sandbox.programs.starter import ROWS
+from x07_sandbox.programs.new_manifest import ROWS
 from x07_sandbox.x07 import project as x07
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say, show, size
-from x07_sandbox.cli.documents import print_document
-from x07_sandbox.cli.usage import add_document_flags, switch
+from x07_sandbox.cli.json_output import print_document
+from x07_sandbox.cli.parser import add_document_flags, switch
 from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.housekeeping.pruner import PARTS
 

@@ -103,7 +103,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
             request = replace(request, loaded=program)
         artifact = None
         if options.compiled_out:
-            from x07_sandbox.cli.written import place_for_artifact
+            from x07_sandbox.cli.atomic_output import place_for_artifact
 
             artifact = place_for_artifact(stack)
             request = replace(request, artifact=artifact)
@@ -130,11 +130,11 @@ def _told(result: Result, unwritten: list[str]) -> int:
     for line in unwritten:
         say(line)
     if result.denials or result.hints:
-        from x07_sandbox.cli.refused import tell as tell_refused
+        from x07_sandbox.cli.denials_text import tell as tell_refused
 
         tell_refused(result)
     if result.changes.state != "none":
-        from x07_sandbox.cli.changed import tell
+        from x07_sandbox.cli.changes_text import tell
 
         tell(result)
     if result.files_discarded.count and sys.stderr.isatty():
@@ -153,7 +153,7 @@ def _loaded(
 ) -> tuple[RunRequest, Program]:
     """The program, read before the run, since it says what else may not be written over. Raises SandboxError."""
     request, program = load_program(request, stack)
-    from x07_sandbox.cli.written import check_outputs, files_read
+    from x07_sandbox.cli.atomic_output import check_outputs, files_read
 
     if outputs:
         check_outputs(outputs, files_read(request, program))
@@ -171,7 +171,7 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
     files = options.report_out, options.compiled_out, options.attest_runtime, options.diff, options.net_log
     if all(path is None for path in files):
         return {}
-    from x07_sandbox.cli.written import check_outputs
+    from x07_sandbox.cli.atomic_output import check_outputs
 
     if options.dry_run:
         raise UsageError("wrong usage", "--dry-run writes nothing", "Leave the names of files out")

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from x07_sandbox.cli.atomic_output import is_refused, with_unwritten
 from x07_sandbox.cli.console import put
-from x07_sandbox.cli.documents import write_early_failure
-from x07_sandbox.cli.written import is_refused, with_unwritten
+from x07_sandbox.cli.json_output import write_early_failure
 from x07_sandbox.errors import Cancelled, SandboxError
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.run import failure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from x07_sandbox.cli.usage import (
+from x07_sandbox.cli.parser import (
     add_document_flags,
     add_help_levels,
     name_pattern,

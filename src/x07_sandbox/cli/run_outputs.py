@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.cli.changed import machine_form, pieces
-from x07_sandbox.cli.written import noted, with_unwritten, write_all, write_bytes, write_executable, write_whole
+from x07_sandbox.cli.atomic_output import noted, with_unwritten, write_all, write_bytes, write_executable, write_whole
+from x07_sandbox.cli.changes_text import machine_form, pieces
 from x07_sandbox.files.changes import ChangeSet
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.folder import NET_LOG, all_runs
-from x07_sandbox.runs.kept import KeptChanges, find
+from x07_sandbox.runs.saved_changes import KeptChanges, find
 
 if TYPE_CHECKING:
     import argparse

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from x07_sandbox.cli.atomic_output import noted, write_bytes
 from x07_sandbox.cli.console import put, say
 from x07_sandbox.cli.run_failure import print_failure, write_failure
 from x07_sandbox.cli.run_outputs import write_records
-from x07_sandbox.cli.written import noted, write_bytes
 from x07_sandbox.cli.x07_report import Wanted, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.documents import project_root, write_document

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say, show
-from x07_sandbox.cli.documents import print_document
-from x07_sandbox.cli.usage import add_document_flags, switch
+from x07_sandbox.cli.json_output import print_document
+from x07_sandbox.cli.parser import add_document_flags, switch
 from x07_sandbox.housekeeping.sweep import sweep
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.cli import changed, refused
-from x07_sandbox.cli.written import place_for_artifact, write_bytes, write_executable
+from x07_sandbox.cli import changes_text, denials_text
+from x07_sandbox.cli.atomic_output import place_for_artifact, write_bytes, write_executable
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
 from x07_sandbox.reports.document import render_json
@@ -71,8 +71,8 @@ def run_and_report(
     request.progress("")
     if isinstance(error, UsageError):
         raise error
-    told, command = (result, "") if wanted.flags is None else (refused.for_flags(result, wanted.flags), "x07 run ")
-    aftermath = [*refused.lines(told, command), *changed.lines(told)]
+    told, command = (result, "") if wanted.flags is None else (denials_text.for_flags(result, wanted.flags), "x07 run ")
+    aftermath = [*denials_text.lines(told, command), *changes_text.lines(told)]
     try:
         report, lines = _make_report(wanted, result, artifact)
     except SandboxError as exc:

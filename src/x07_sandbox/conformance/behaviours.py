@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from x07_sandbox.backends.base import Job, MachineKind, Needs
-from x07_sandbox.conformance.bench import ANSWER_S, Bench, expect, policy_with, remaining
+from x07_sandbox.conformance.harness import ANSWER_S, Bench, expect, policy_with, remaining
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.paths import cache_folder, state_dir

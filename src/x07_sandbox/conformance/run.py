@@ -11,7 +11,7 @@ import msgspec
 
 from x07_sandbox.backends.registry import create
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, WITHOUT_GAPS, Behaviour
-from x07_sandbox.conformance.bench import RUNNER, Bench, BrokenError, open_bench
+from x07_sandbox.conformance.harness import RUNNER, Bench, BrokenError, open_bench
 from x07_sandbox.errors import shown
 from x07_sandbox.plan.features import Isolation
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from x07_sandbox.conformance.bench import request
+from x07_sandbox.conformance.harness import request
 from x07_sandbox.errors import shown
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.runs.run import run

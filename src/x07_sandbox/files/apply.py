@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import journal
+from x07_sandbox.files.apply_steps import Site, displaced, do, holds, ready, staged, undo
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
 from x07_sandbox.files.checks import as_kept, check_set, look_at, reached_by
+from x07_sandbox.files.inode import NOTHING, ConflictError, conflict
 from x07_sandbox.files.journal import Head, Place
-from x07_sandbox.files.kept import discard, keep, leave, prepare, publish, undoes
 from x07_sandbox.files.staging import Planner, fill, undo_changes
-from x07_sandbox.files.steps import Site, displaced, do, holds, ready, staged, undo
-from x07_sandbox.files.things import NOTHING, ConflictError, conflict
-from x07_sandbox.host import beneath, forks, settings
+from x07_sandbox.files.undo_data import discard, keep, leave, prepare, publish, undoes
+from x07_sandbox.host import beneath, close_on_fork, settings
 from x07_sandbox.host.locks import opened_lock
 from x07_sandbox.host.paths import private_dir
 
@@ -296,7 +296,7 @@ def _sites(
                 if exc.errno not in NOTHING:
                     raise
                 raise _elsewhere(path, recorded) from exc
-            stack.callback(forks.close, forks.keep(fd))  # a copy in a forked child would keep the lock
+            stack.callback(close_on_fork.close, close_on_fork.keep(fd))  # a copy in a forked child would keep the lock
             info = os.fstat(fd)
             ident = (info.st_dev, info.st_ino)
             if recorded is not None and recorded[path].ident != ident:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from x07_sandbox.host.models import known
+from x07_sandbox.host.decoding import known
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

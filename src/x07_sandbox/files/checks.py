@@ -14,13 +14,13 @@ import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files.changes import STAGING, Change, Node
-from x07_sandbox.files.things import thing
+from x07_sandbox.files.inode import thing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from x07_sandbox.files.changes import ChangeSet, RootChanges
-    from x07_sandbox.files.things import Thing
+    from x07_sandbox.files.inode import Thing
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _TARGET_MAX: Final = 4095

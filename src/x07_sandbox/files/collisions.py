@@ -16,8 +16,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.files.changes import Refused, shown
+from x07_sandbox.files.inode import ident_of, listed
 from x07_sandbox.files.protected import folded
-from x07_sandbox.files.things import ident_of, listed
 from x07_sandbox.host import beneath
 
 if TYPE_CHECKING:

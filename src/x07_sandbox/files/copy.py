@@ -28,7 +28,7 @@ from x07_sandbox.files.changes import Node, folders_above
 from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount
 from x07_sandbox.host import beneath
-from x07_sandbox.plan.places import OUT, inside
+from x07_sandbox.plan.guest_paths import OUT, inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

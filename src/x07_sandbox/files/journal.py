@@ -22,8 +22,8 @@ import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files.changes import Node
-from x07_sandbox.files.things import Ident
-from x07_sandbox.host.models import known
+from x07_sandbox.files.inode import Ident
+from x07_sandbox.host.decoding import known
 
 Phase = Literal["staging", "journal", "committed"]
 Doing = Literal["mode", "remove", "replace", "add"]

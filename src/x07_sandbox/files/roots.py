@@ -1,4 +1,4 @@
-"""Which folders of the host a policy opens, and which of them travel together; plan/places says where to."""
+"""Which folders of the host a policy opens, and which of them travel together; plan/guest_paths says where to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import one_slash
-from x07_sandbox.plan.places import inside, place
+from x07_sandbox.plan.guest_paths import inside, place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -12,15 +12,15 @@ import msgspec
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import contents
 from x07_sandbox.files.checks import only_mode
+from x07_sandbox.files.inode import thing
 from x07_sandbox.files.journal import Doing, Step
-from x07_sandbox.files.things import thing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from x07_sandbox.files.apply_steps import Site
     from x07_sandbox.files.changes import Change, Node
     from x07_sandbox.files.checks import Item
-    from x07_sandbox.files.steps import Site
 
 # A folder must have both of its owner, or nothing in it can be made or removed, and it cannot go elsewhere.
 _OPEN: Final = 0o300

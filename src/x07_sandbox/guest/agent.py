@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import PROTOCOL, Kind, Role
 from x07_sandbox.channel.link import NEXT, Control, Event, State
+from x07_sandbox.guest.environment import Place
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.job import TICK_S, Job, orders
-from x07_sandbox.guest.place import Place
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.platform import Platform

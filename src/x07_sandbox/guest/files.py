@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.guest.confine import CWD
+from x07_sandbox.guest.environment import IN_MEMORY_BYTES, Place
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.place import IN_MEMORY_BYTES, Place
 from x07_sandbox.guest.system import write_all
 from x07_sandbox.guest.unpack import ArchiveError, unpack
 

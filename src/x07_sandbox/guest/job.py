@@ -16,12 +16,12 @@ from x07_sandbox.channel.link import Data, Eof, Event, Link, State
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, init
+from x07_sandbox.guest.environment import Limits, Place, failure, told_failure
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.execution import Execution
 from x07_sandbox.guest.files import IncomingFiles
-from x07_sandbox.guest.left import left_files, stream_of
 from x07_sandbox.guest.mounts import Names
-from x07_sandbox.guest.place import Limits, Place, failure, told_failure
+from x07_sandbox.guest.private_files import left_files, stream_of
 from x07_sandbox.guest.trees import changes
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import msgspec
 
 from x07_sandbox.errors import Cancelled
 from x07_sandbox.host.locks import LOOK_AGAIN_S
-from x07_sandbox.host.waiting import readable
+from x07_sandbox.host.poll import readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

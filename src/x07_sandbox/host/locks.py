@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from x07_sandbox.host import forks
+from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import open_own
 
@@ -36,23 +36,23 @@ def file_lock(
     on_wait: called once before waiting. most_s: how long to wait; then TimeoutError is raised, since the other process
     may be stopped. pause: waits a moment, again and again; what it raises ends the wait.
     """
-    fd = forks.keep(open_own(path, os.O_RDWR))
+    fd = close_on_fork.keep(open_own(path, os.O_RDWR))
     try:
         _take(fd, on_wait, most_s, pause)
         yield
     finally:
-        forks.unlock(fd)
+        close_on_fork.unlock(fd)
 
 
 @contextlib.contextmanager
 def opened_lock(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """The same on what is open already, for reading at least. It is closed at the end."""
-    forks.keep(owned_fd)
+    close_on_fork.keep(owned_fd)
     try:
         _take(owned_fd, on_wait)
         yield
     finally:
-        forks.unlock(owned_fd)
+        close_on_fork.unlock(owned_fd)
 
 
 def share_folder(path: Path) -> int:

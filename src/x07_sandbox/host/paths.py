@@ -182,7 +182,7 @@ def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as exc:
-        from x07_sandbox.host.troubles import fix_of
+        from x07_sandbox.host.os_errors import fix_of
 
         fix = fix_of(exc, "Choose a folder that you can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR")
         raise HostError(f"cannot make folder {here}", exc.strerror or str(exc), fix) from exc

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.waiting import readable
+from x07_sandbox.host.poll import readable
 
 
 @cache
@@ -21,7 +21,7 @@ def boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError as exc:
-        from x07_sandbox.host.troubles import need_own_proc
+        from x07_sandbox.host.os_errors import need_own_proc
 
         need_own_proc()
         why = f"{exc.filename}: {exc.strerror}"

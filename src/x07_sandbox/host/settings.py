@@ -22,7 +22,7 @@ WARM_BYTES: Final = 256 * MIB  # what a warm machine that waits takes, generousl
 WARM_S: Final = 1800.0  # how long a warm machine waits in a pool at most; then another takes its place
 POOL_IDLE_S: Final = 600  # how long a pool lives that nobody uses
 TEMPLATE_S: Final = 60.0  # making a VM template: boot, warm-up, saving
-# That much more where modules are preloaded. The guest has a limit of its own, 180 s (guest/place.py).
+# That much more where modules are preloaded. The guest has a limit of its own, 180 s (guest/environment.py).
 PRELOAD_S: Final = 200.0
 COPY_IN_S: Final = 60.0  # since the guest last took something of the files that go in
 CHANGES_OUT_S: Final = 60.0

@@ -14,13 +14,13 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.housekeeping.lookup import run_folder
-from x07_sandbox.jobs.judge import here_and_now, state_of
+from x07_sandbox.jobs.active import JOB_NAME, unended
+from x07_sandbox.jobs.reader import read_stored
 from x07_sandbox.jobs.record import runner_instance
-from x07_sandbox.jobs.stored import read_stored
-from x07_sandbox.jobs.unended import JOB_NAME, unended
+from x07_sandbox.jobs.stop_rules import here_and_now, state_of
 
 if TYPE_CHECKING:
-    from x07_sandbox.jobs.stored import StoredJob
+    from x07_sandbox.jobs.reader import StoredJob
 
 _GONE_S: Final = 30.0
 _LOOK_AGAIN_S: Final = 0.02

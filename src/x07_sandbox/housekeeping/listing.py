@@ -10,18 +10,18 @@ import msgspec
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.decoding import known
 from x07_sandbox.host.locks import is_locked
-from x07_sandbox.host.models import known
 from x07_sandbox.host.paths import read_bounded, state_dir
 from x07_sandbox.housekeeping.lookup import run_folder
-from x07_sandbox.jobs.judge import here_and_now, judge, overdue_ms, state_of
-from x07_sandbox.jobs.stored import StoredJob, all_stored
-from x07_sandbox.jobs.unended import JOB_NAME
+from x07_sandbox.jobs.active import JOB_NAME
+from x07_sandbox.jobs.reader import StoredJob, all_stored
+from x07_sandbox.jobs.stop_rules import here_and_now, judge, overdue_ms, state_of
 from x07_sandbox.runs.folder import REQUEST, RUN_NAME, runs_dir
 
 if TYPE_CHECKING:
     from x07_sandbox.host.processes import Identity
-    from x07_sandbox.jobs.judge import Now
+    from x07_sandbox.jobs.stop_rules import Now
 
 _LIVE: Final = frozenset({"starting", "running", "ending", "orphaned", "expired"})
 _RESULT_MAX: Final = settings.GIB

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.jobs.unended import JOB_NAME
+from x07_sandbox.jobs.active import JOB_NAME
 from x07_sandbox.runs.folder import RUN_NAME, runs_dir
 
 if TYPE_CHECKING:

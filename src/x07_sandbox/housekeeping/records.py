@@ -16,14 +16,14 @@ from x07_sandbox.host.locks import folder_to_remove, is_locked
 from x07_sandbox.host.paths import foreign, private_dir, state_dir
 from x07_sandbox.host.processes import boot_id, is_alive, pid_namespace
 from x07_sandbox.housekeeping.pruner import entries
-from x07_sandbox.jobs.stored import all_stored
+from x07_sandbox.jobs.reader import all_stored
 from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from x07_sandbox.housekeeping.pruner import Pruner
-    from x07_sandbox.jobs.stored import StoredJob
+    from x07_sandbox.jobs.reader import StoredJob
 
 _DOOMED: Final = ".pruned-"  # a name that no reader takes for a record
 

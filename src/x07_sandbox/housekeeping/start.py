@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.jobs.unended import JOB_NAME, unended
+from x07_sandbox.jobs.active import JOB_NAME, unended
 
 if TYPE_CHECKING:
     from collections.abc import Callable

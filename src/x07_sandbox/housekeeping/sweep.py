@@ -1,8 +1,8 @@
 """Sweep: end and remove what dead runners left, and never touch anything else.
 
-What goes: jobs of ours whose owner is provably dead or whose time has passed (jobs/judge), folders of jobs that were
-never started, instances of ours that no record tells of (housekeeping/orphans), changes to files that were applied by
-halves, folders past their retention, and saved machines that no image needs. Everything else stays and is reported.
+Removed are jobs of ours whose owner is provably dead or whose deadline has passed (jobs/stop_rules), folders of jobs
+that never started, instances of ours without a record (housekeeping/orphans), half-applied file changes, folders past
+their retention, and templates that no image needs. Everything else stays and is reported.
 
 Any number of sweeps and runners may work at once: a sweep acts on a job only under a lock on its folder, which it never
 waits for, and judges the job again under it.
@@ -20,17 +20,17 @@ from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.housekeeping.unstarted import remove_unstarted, why_unstarted
-from x07_sandbox.jobs.judge import here_and_now, judge
+from x07_sandbox.jobs.active import unended
+from x07_sandbox.jobs.reader import locked_stored
 from x07_sandbox.jobs.record import runner_instance
-from x07_sandbox.jobs.stored import locked_stored
-from x07_sandbox.jobs.unended import unended
+from x07_sandbox.jobs.stop_rules import here_and_now, judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from x07_sandbox.backends.base import Backend
-    from x07_sandbox.jobs.judge import Now
-    from x07_sandbox.jobs.stored import StoredJob
+    from x07_sandbox.jobs.reader import StoredJob
+    from x07_sandbox.jobs.stop_rules import Now
 
 SCHEMA: Final = "x07.sandbox.sweep@0.1.0"
 # job: ended, its instance and files removed, and recorded as reaped. unstarted: the folder of a job that never began.
@@ -106,7 +106,7 @@ def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | N
         live = sweep_jobs(sweeper, _ALL if budget_s is None else _AT_START)
         if budget_s is None:
             from x07_sandbox.housekeeping.orphans import sweep_orphans
-            from x07_sandbox.housekeeping.rest import sweep_rest
+            from x07_sandbox.housekeeping.sweep_leftovers import sweep_rest
 
             sweep_orphans(sweeper, live)
             sweep_rest(sweeper)

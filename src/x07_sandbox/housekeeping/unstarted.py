@@ -10,13 +10,13 @@ from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.housekeeping.records import doomed_name
-from x07_sandbox.jobs.unended import JOB_NAME
+from x07_sandbox.jobs.active import JOB_NAME
 from x07_sandbox.runs.folder import runs_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from x07_sandbox.jobs.stored import StoredJob
+    from x07_sandbox.jobs.reader import StoredJob
 
 _OWN_BACKENDS: Final = frozenset({"qemu", "os", "none"})  # X07's own tools have none of these
 _UPSTREAM_PHASES: Final = frozenset({"build", "run"})

@@ -22,8 +22,8 @@ import msgspec
 
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import Arch
+from x07_sandbox.host.decoding import known
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.models import known
 from x07_sandbox.host.mounts import mounts
 from x07_sandbox.images import apt_index, commands, kernel, manifest, recipe, scratch, sources, toolchain, verify
 

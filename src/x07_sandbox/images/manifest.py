@@ -13,7 +13,7 @@ import msgspec
 import msgspec.structs
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host.models import known
+from x07_sandbox.host.decoding import known
 
 SCHEMA = "x07.sandbox.image@0.1.0"
 NO_DIGEST = "sha256:" + "0" * 64  # of a draft, until sealed() puts the true one there

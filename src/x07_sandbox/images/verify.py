@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host.models import known
+from x07_sandbox.host.decoding import known
 from x07_sandbox.host.mounts import mounts
+from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import boot_id
-from x07_sandbox.host.troubles import host_error
 from x07_sandbox.images import manifest, store
 from x07_sandbox.images.manifest import Manifest
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host import forks
+from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.paths import private_dir
 
 COUNT: Final = 4096
@@ -58,16 +58,16 @@ def lease_uid() -> Iterator[tuple[int, int]]:
     first = free_range()
     for _ in range(_TRIES):
         uid = first + int.from_bytes(os.urandom(4), "big") % COUNT
-        fd = forks.keep(_lock_file(str(uid)))
+        fd = close_on_fork.keep(_lock_file(str(uid)))
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            forks.close(fd)
+            close_on_fork.close(fd)
             continue
         try:
             yield uid, fd
         finally:
-            forks.close(fd)
+            close_on_fork.close(fd)
         return
     raise HostError("no uid for the job", f"{_TRIES} random uids were all in use", "Wait for other jobs to end")
 

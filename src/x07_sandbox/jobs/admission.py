@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from x07_sandbox.errors import Cancelled, HostError, RefusedError
-from x07_sandbox.host import forks, settings
+from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.cores import cores
 from x07_sandbox.host.memory import memory_bytes
@@ -74,7 +74,7 @@ def kept_warm(count: int, most: int) -> Iterator[None]:
             if had == count:
                 break
             if (fd := _locked(folder / f"warm-{number}")) is not None:
-                stack.callback(forks.unlock, fd)
+                stack.callback(close_on_fork.unlock, fd)
                 had += 1
         if had < count:
             why = f"memory holds {most} machines that wait, and other pools leave {had} of them"
@@ -88,13 +88,13 @@ def _locked(path: Path) -> int | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        forks.unlock(fd)
+        close_on_fork.unlock(fd)
         return None
     return fd
 
 
 def _opened(path: Path) -> int:
-    return forks.keep(open_own(path, os.O_RDWR))
+    return close_on_fork.keep(open_own(path, os.O_RDWR))
 
 
 class _Place:
@@ -112,7 +112,7 @@ class _Place:
         try:
             return self._take()
         finally:
-            forks.unlock(turn)
+            close_on_fork.unlock(turn)
 
     def wait(self, cancel_fd: int, timeout_s: float, progress: Callable[[str], None]) -> None:
         """Queue until there is a slot."""
@@ -150,7 +150,7 @@ class _Place:
     def leave(self) -> None:
         """Give the slot back."""
         if self._fd is not None:
-            forks.unlock(self._fd)
+            close_on_fork.unlock(self._fd)
             self._fd = None
 
     def _take(self) -> bool:
@@ -174,7 +174,7 @@ class _Turn:
         self._pidfd = -1
         self._child: subprocess.Popen[bytes] | None = None
         try:
-            with forks.none_meanwhile():
+            with close_on_fork.none_meanwhile():
                 self._child = subprocess.Popen(
                     ["/usr/bin/flock", "-x", str(fd)],
                     stdin=subprocess.DEVNULL,
@@ -223,4 +223,4 @@ class _Turn:
             self._child.wait()
         if self._pidfd >= 0:
             os.close(self._pidfd)
-        forks.unlock(self._fd)
+        close_on_fork.unlock(self._fd)

@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host import forks
+from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.threads import started
 
 _ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
@@ -63,7 +63,7 @@ def _serve() -> None:
     while True:
         request, answer = _requests.get()
         try:
-            with forks.none_meanwhile():
+            with close_on_fork.none_meanwhile():
                 child = subprocess.Popen(
                     request.argv,
                     stdin=subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd,

@@ -1,7 +1,7 @@
 """The record of a job on disk: what X07's tools read (`job.json`), and what ours need to act on it (`owner.json`).
 
 `job.json` has exactly the keys of X07's. Both are written by rename. The last file says that the instance is proven
-gone: `done` is written by the runner, `reaped` by any other process that stopped the job. jobs/stored reads all of it.
+gone: `done` is written by the runner, `reaped` by any other process that stopped the job. jobs/reader reads all of it.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def runner_instance(root: Path) -> str:
             return made
         return f"ri-{_sha256(made, ours)[:32]}"
     except OSError as exc:
-        from x07_sandbox.host.troubles import fix_of
+        from x07_sandbox.host.os_errors import fix_of
 
         fix = fix_of(exc, "Remove it; a new one is made")
         raise HostError(f"cannot use {path}", exc.strerror or str(exc), fix) from exc

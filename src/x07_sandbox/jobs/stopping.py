@@ -16,15 +16,15 @@ from x07_sandbox.host.processes import (
     sees_every_process,
     wait_gone,
 )
+from x07_sandbox.jobs.reader import all_stored, read_stored
 from x07_sandbox.jobs.record import mark_reaped
-from x07_sandbox.jobs.stored import all_stored, read_stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from x07_sandbox.host.processes import Identity
+    from x07_sandbox.jobs.reader import StoredJob
     from x07_sandbox.jobs.record import JobRecord
-    from x07_sandbox.jobs.stored import StoredJob
 
 _GONE_S: Final = 10.0
 _GRACE_S: Final = 2.0

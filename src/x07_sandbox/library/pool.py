@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.threads import started
-from x07_sandbox.library.call import check_names, wrong
+from x07_sandbox.library.arguments import check_names, wrong
 from x07_sandbox.library.run import OPTIONS, checked, run_once
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 # What carries runs out is imported when there is one: importing this costs next to nothing.
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.threads import started
-from x07_sandbox.library.call import FILES_BYTES, check_names, input_file, make_request, wrong
+from x07_sandbox.library.arguments import FILES_BYTES, check_names, input_file, make_request, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -264,7 +264,7 @@ def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
     It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another, which is checked where it is used, or
     here. Raises SandboxError that tells all that is wrong with a document, each with its place.
     """
-    from x07_sandbox.library.call import policy_given
+    from x07_sandbox.library.arguments import policy_given
     from x07_sandbox.runs.request import read_policy
 
     return read_policy(policy_given("name", name, "x07_sandbox.load_policy"))[0]
@@ -278,7 +278,7 @@ def checked(result: Result, problem: SandboxError | None, *, check: bool) -> Res
     if result.outcome != "ok":
         from msgspec.structs import replace
 
-        from x07_sandbox.library.wording import in_python, reword
+        from x07_sandbox.library.keyword_names import in_python, reword
 
         result = replace(result, reason=in_python(result.reason)).having(result.files)
         if problem is not None:
@@ -321,19 +321,19 @@ class _Output:
                     self._cancel()
 
     def __enter__(self) -> Self:
-        from x07_sandbox.host import forks
+        from x07_sandbox.host import close_on_fork
 
         for fd in self.fds:
-            forks.keep(fd)  # a forked child would keep the threads reading
+            close_on_fork.keep(fd)  # a forked child would keep the threads reading
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        from x07_sandbox.host import forks
+        from x07_sandbox.host import close_on_fork
 
         for fd in self.fds:
-            forks.close(fd)
+            close_on_fork.close(fd)
         for thread in self._threads:
             thread.join()
         for read_fd, _ in self._ends.values():

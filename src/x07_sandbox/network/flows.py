@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from x07_sandbox.channel.egress import EgressLink
-    from x07_sandbox.network.account import Contact
     from x07_sandbox.network.first_bytes import Inspector
+    from x07_sandbox.network.summary import Contact
 
 _LINGER: Final = struct.pack("ii", 1, 0)
 _RELEASE_S: Final = 0.003

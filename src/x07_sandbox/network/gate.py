@@ -14,12 +14,12 @@ from msgspec.structs import replace
 from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import EgressLink
 from x07_sandbox.errors import PeerError, UsageError
-from x07_sandbox.network.account import Contact
 from x07_sandbox.network.dialler import Dialled, NotDialledError
 from x07_sandbox.network.first_bytes import InspectionError, inspector
 from x07_sandbox.network.flows import Flow, TcpFlow, UdpFlow
 from x07_sandbox.network.names import parse_guest_host
 from x07_sandbox.network.rules import Request, decide, denied_name
+from x07_sandbox.network.summary import Contact
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.egress import Event

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
-from x07_sandbox.network.account import Contact, NetworkUse
+from x07_sandbox.network.summary import Contact, NetworkUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

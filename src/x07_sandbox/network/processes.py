@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host import forks
-from x07_sandbox.host.waiting import readable
+from x07_sandbox.host import close_on_fork
+from x07_sandbox.host.poll import readable
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch, launch
-from x07_sandbox.network.account import NetworkUse
 from x07_sandbox.network.rules import DeniedHosts, NetSettings
 from x07_sandbox.network.settings import as_words
+from x07_sandbox.network.summary import NetworkUse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,11 +132,11 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
     with contextlib.ExitStack() as stack:
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (-1, None)
         locks = () if lock_fd is None else (lock_fd,)
-        given = forks.Given()
+        given = close_on_fork.Given()
         stack.callback(given.close)
         ours, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        forks.keep(ours.fileno())
-        stack.callback(lambda: forks.close(ours.detach()))
+        close_on_fork.keep(ours.fileno())
+        stack.callback(lambda: close_on_fork.close(ours.detach()))
         control_fd = given.add(control.detach())
         names = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         gate_fd, resolver_fd = (given.add(end.detach()) for end in names)

@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError, shown
-from x07_sandbox.network.floor import special, special_within
+from x07_sandbox.network.blocked_addresses import special, special_within
 from x07_sandbox.network.names import (
     Address,
     Host,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.user_settings import settings_bytes, settings_table
-from x07_sandbox.network.floor import special
+from x07_sandbox.network.blocked_addresses import special
 from x07_sandbox.network.rules import NetSettings, Request, parse_request
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.errors import RefusedError
+from x07_sandbox.plan.control_table import TABLE, Asked, State
 from x07_sandbox.plan.denials import HowToAllow
-from x07_sandbox.plan.rows import TABLE, Asked, State
 from x07_sandbox.plan.sizes import guest_limits, ram_class_bytes
 from x07_sandbox.policy.environment import VARIABLES, program_environment
 from x07_sandbox.policy.model import Limits, leaf_values

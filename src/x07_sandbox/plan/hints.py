@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.plan.connections import connection_hints
 from x07_sandbox.plan.denials import Hint, HowToAllow
+from x07_sandbox.plan.guest_paths import PROGRAM, inside, place
 from x07_sandbox.plan.observed import allowing, root_to_allow, to_load
 from x07_sandbox.plan.packages import flag_for_module, flag_for_program, is_known_program
-from x07_sandbox.plan.places import PROGRAM, inside, place
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence

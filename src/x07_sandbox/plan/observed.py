@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.host.models import known
+from x07_sandbox.host.decoding import known
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Denial, HowToAllow
-from x07_sandbox.plan.places import OUT, WRITABLE, inside, place
+from x07_sandbox.plan.guest_paths import OUT, WRITABLE, inside, place
 from x07_sandbox.policy.limits import Reach, flag_text
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.rules import rule_problems

@@ -18,7 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.host import settings
-from x07_sandbox.host.troubles import out_of_cpu_time
+from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.plan.features import vm_features
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import msgspec
 
-from x07_sandbox.host.models import known
+from x07_sandbox.host.decoding import known
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.problems import HUGE, PolicyError, Problem, json_path
 from x07_sandbox.policy.rules import rule_problems

@@ -28,12 +28,12 @@ from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, hande
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.decoding import known
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.models import known
+from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.paths import state_dir
+from x07_sandbox.host.poll import readable
 from x07_sandbox.host.processes import identify
-from x07_sandbox.host.troubles import host_error
-from x07_sandbox.host.waiting import readable
 from x07_sandbox.jobs.record import Claim
 from x07_sandbox.pool.warm import WarmMachines
 

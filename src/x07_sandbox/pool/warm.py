@@ -38,10 +38,10 @@ from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.artifact import artifact_of
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.phase import PhaseStreams, carry_out, needs_of
+from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.prepare import check_pinned, current_image, last_of, prepare
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.result import draft_result
-from x07_sandbox.runs.spec import run_spec
 from x07_sandbox.runs.streams import Sink, memory_file
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Annotated, Final, NoReturn
 import msgspec
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.models import known
+from x07_sandbox.host.decoding import known
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.programs.toolchains import Toolchain, toolchain_named
 

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from x07_sandbox.host.documents import Status
-from x07_sandbox.programs.starter import ROWS
+from x07_sandbox.programs.new_manifest import ROWS
 
 _TOOLCHAINS: Final = sorted([*(row.name for row in ROWS), "x07"])
 

@@ -11,13 +11,13 @@ from msgspec.structs import replace
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.models import known
+from x07_sandbox.host.decoding import known
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import build_driver
 from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.phase_specs import build_spec
 from x07_sandbox.runs.request import sha256_text
 from x07_sandbox.runs.result import BuildOutput
-from x07_sandbox.runs.spec import build_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from x07_sandbox.network.account import Contact, NetworkUse
     from x07_sandbox.network.processes import GateProcess
+    from x07_sandbox.network.summary import Contact, NetworkUse
     from x07_sandbox.runs.request import InForce
 
 _DENIALS_MAX: Final = 64

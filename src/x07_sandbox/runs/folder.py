@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NET_LOG = "net.jsonl"  # the egress gate's
 REQUEST = "request.json"  # what was asked for, while nothing else tells of the run
 RUN_NAME = re.compile(r"\d{1,15}-\d{1,10}-\d{1,10}")
-APPLYING = ".applying"  # among the folders of runs: what is applied right now (runs/kept)
+APPLYING = ".applying"  # among the folders of runs: what is applied right now (runs/saved_changes)
 
 
 class RunFolder:
@@ -89,7 +89,7 @@ def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextli
     try:
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        from x07_sandbox.host.troubles import fix_of
+        from x07_sandbox.host.os_errors import fix_of
 
         fix = fix_of(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
         raise HostError("cannot keep the built program", f"{folder}: {exc.strerror}", fix) from exc

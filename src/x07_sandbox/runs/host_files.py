@@ -12,6 +12,7 @@ import msgspec
 from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
+from x07_sandbox.files.change_rules import Allowed, judge
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, folders_above, shown
 from x07_sandbox.files.collisions import collisions, knows_no_case
 from x07_sandbox.files.copy import (
@@ -25,7 +26,6 @@ from x07_sandbox.files.copy import (
     why_left_out,
 )
 from x07_sandbox.files.incoming import Incoming
-from x07_sandbox.files.judge import Allowed, judge
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
@@ -33,7 +33,7 @@ from x07_sandbox.host.paths import cache_dir, is_folder, one_slash, open_own, pr
 from x07_sandbox.jobs.record import home_of
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Area
-from x07_sandbox.plan.places import OUT, PROGRAM, WORK
+from x07_sandbox.plan.guest_paths import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.folder import runs_dir
 from x07_sandbox.runs.refusals import command, denial, flag_for, told
@@ -209,7 +209,7 @@ class HostFiles:
 
     def _applied(self, changes: ChangeSet) -> tuple[Changes, str]:
         from x07_sandbox.files.apply import ConflictError
-        from x07_sandbox.runs.kept import KeptChanges, do
+        from x07_sandbox.runs.saved_changes import KeptChanges, do
 
         kept = KeptChanges(run=changes.run, folder=self._place, changes=changes)
         try:

@@ -20,8 +20,8 @@ from x07_sandbox.runs.result import PhaseReport
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
-    from x07_sandbox.network.account import NetworkUse
     from x07_sandbox.network.processes import GateProcess
+    from x07_sandbox.network.summary import NetworkUse
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.execute import PhaseFacts
     from x07_sandbox.runs.folder import RunFolder

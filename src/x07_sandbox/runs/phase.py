@@ -28,7 +28,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     places: of these mounts, as a backend may need them beforehand.
     areas: of the host, for reports of refusals. changes: takes changes to the trees (files/incoming.Incoming), or None.
     left: what is wanted of the files in the program's private folders, as START carries it; None where they are not
-    looked at. left_files: takes them (runs/left.LeftFiles), or None.
+    looked at. left_files: takes them (runs/private_files.LeftFiles), or None.
     """
 
     name: Literal["build", "run"]

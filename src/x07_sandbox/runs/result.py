@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, Self
 
 import msgspec
 
-from x07_sandbox.network.account import NetworkUse
+from x07_sandbox.network.summary import NetworkUse
 from x07_sandbox.plan.denials import Denial, Hint
 from x07_sandbox.plan.features import Isolation
 from x07_sandbox.policy.model import Limits

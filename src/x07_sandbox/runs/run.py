@@ -24,9 +24,9 @@ from x07_sandbox.programs.toolchains import COMMAND, OUTPUT
 from x07_sandbox.runs.artifact import artifact_of
 from x07_sandbox.runs.folder import REQUEST, RunFolder
 from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.prepare import output_caps, prepare, wants_scaling
 from x07_sandbox.runs.result import Discarded, Result, draft_result
-from x07_sandbox.runs.spec import run_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +76,7 @@ def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
     except SandboxError as exc:
         return _ended(_with_cause(draft, exc), _verdict_of(exc, request.cancel.signal)), exc
     except (OSError, MemoryError) as exc:
-        from x07_sandbox.host.troubles import host_error
+        from x07_sandbox.host.os_errors import host_error
 
         if (error := host_error(exc)) is None:
             raise
@@ -175,7 +175,7 @@ def copied_in(
     # Not on the way of a run without files.
     from x07_sandbox.files.copy import EntriesError
     from x07_sandbox.runs.host_files import HostFiles, too_many
-    from x07_sandbox.runs.kept import recover_all
+    from x07_sandbox.runs.saved_changes import recover_all
 
     recover_all(request.progress)  # a caller of the library has no command that did it
     with request.cancel.waiting():
@@ -305,11 +305,11 @@ def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> li
     """What a failed program seems to have missed, by what it said or by how its start failed."""
     begin = max(0, os.fstat(end.stderr_fd).st_size - _TAIL_BYTES)
     if outcome != "ok" and (tail := os.pread(end.stderr_fd, _TAIL_BYTES, begin)):
-        from x07_sandbox.runs.missed import missed
+        from x07_sandbox.runs.hint_context import missed
 
         return missed(tail, prepared.policy.policy, spec, prepared.request, prepared.program)
     if end.facts.evidence.not_executed == errno.ENOENT:
-        from x07_sandbox.runs.missed import missing_interpreter
+        from x07_sandbox.runs.hint_context import missing_interpreter
 
         return missing_interpreter(prepared.program)
     return []

@@ -31,10 +31,10 @@ from x07_sandbox.policy.schema import largest
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import InForce, RunRequest
 from x07_sandbox.runs.result import Scaling
-from x07_sandbox.runs.spec import run_spec
 
 if TYPE_CHECKING:
     from x07_sandbox.plan.controls import RunLimits

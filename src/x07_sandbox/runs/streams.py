@@ -13,8 +13,8 @@ from typing import Final
 import msgspec
 
 from x07_sandbox.errors import BackendError
+from x07_sandbox.host.poll import readable, wait_writable
 from x07_sandbox.host.threads import started
-from x07_sandbox.host.waiting import readable, wait_writable
 
 _CHUNK: Final = 64 * 1024
 ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"

@@ -11,7 +11,7 @@ from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import shown
 from x07_sandbox.files.roots import Root
 from x07_sandbox.host.paths import cache_dir, is_folder, one_slash, real_path, state_dir
-from x07_sandbox.plan.places import WORK
+from x07_sandbox.plan.guest_paths import WORK
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy

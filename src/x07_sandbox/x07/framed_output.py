@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.host.models import known
+from x07_sandbox.host.decoding import known
 from x07_sandbox.x07.protocol import HEAD_BYTES
 from x07_sandbox.x07.runner_report import COUNTERS, FAILED_EXIT, CompileRunReport, SolveReport
 

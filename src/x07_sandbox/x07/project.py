@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 import msgspec
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.models import known
+from x07_sandbox.host.decoding import known
 
 PROJECT_FILE: Final = "x07.json"
 SOURCE_SUFFIX: Final = ".x07.json"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.host.models import known
+from x07_sandbox.host.decoding import known
 from x07_sandbox.x07.framed_output import read_protocol
 from x07_sandbox.x07.runner_report import FAILED_EXIT, CompileReport, CompileRunReport, runner_report
 

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from x07_sandbox.channel.link import Control, Event
-from x07_sandbox.guest import confine, honest, init, machine, place, restrict
+from x07_sandbox.guest import confine, environment, honest, init, machine, restrict
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.platform import Platform
@@ -40,7 +40,7 @@ class NoRelay:
         """There is nothing to end."""
 
 
-class RootPlace(place.Place):
+class RootPlace(environment.Place):
     """A place whose program is started anew, without an interpreter that waits."""
 
     def __init__(self, platform: Platform, *, first: bool = True, network: bool = False, **_words: object) -> None:

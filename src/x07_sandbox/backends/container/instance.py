@@ -18,10 +18,10 @@ from x07_sandbox.backends.jailed import OwnAgent, error_stream, socket_ends
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.forks import Given
+from x07_sandbox.host.close_on_fork import Given
 from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.poll import readable
 from x07_sandbox.host.processes import identify, own_identity
-from x07_sandbox.host.waiting import readable
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import create_record, drop_unstarted, mark_done, write_owner
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import Job
     from x07_sandbox.backends.process.start import ProcessInstance
     from x07_sandbox.images.verify import OpenImage
+    from x07_sandbox.jobs.reader import StoredJob
     from x07_sandbox.jobs.record import JobRecord
-    from x07_sandbox.jobs.stored import StoredJob
 NFT: Final = "/usr/sbin/nft"
 _ANSWER_S: Final = 5.0
 _BWRAP_LEAST: Final = (0, 8)

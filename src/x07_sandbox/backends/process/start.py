@@ -16,8 +16,8 @@ from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbo
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.forks import Given
-from x07_sandbox.host.troubles import need_own_proc
+from x07_sandbox.host.close_on_fork import Given
+from x07_sandbox.host.os_errors import need_own_proc
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
 from x07_sandbox.jail.cgroups import program_groups
 from x07_sandbox.jail.uids import lease_uid

@@ -27,7 +27,7 @@ from x07_sandbox.backends.qemu.template import (
 from x07_sandbox.backends.qemu.timer import MISCALIBRATED, MISCALIBRATED_FIX, boots, miscalibrated
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.troubles import host_error
+from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.variables import flag
 from x07_sandbox.jail.forms import jail_form
 from x07_sandbox.jobs.record import create_record, drop_unstarted

@@ -11,9 +11,9 @@ from x07_sandbox.backends.jailed import Jailed
 from x07_sandbox.backends.qemu.bounds import VMM_BYTES
 from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
 from x07_sandbox.errors import BackendError
-from x07_sandbox.host import forks, settings
+from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.bounded_stream import SideStream
-from x07_sandbox.host.waiting import readable
+from x07_sandbox.host.poll import readable
 from x07_sandbox.jobs.record import renamed_record, renewed_record
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Gate:
 
     def __init__(self, owned_fd: int, message: Callable[[int], bytes]) -> None:
         self.opened = False
-        self._fd: int | None = forks.keep(owned_fd)  # in a forked child it would hold the gate shut
+        self._fd: int | None = close_on_fork.keep(owned_fd)  # in a forked child it would hold the gate shut
         self._message = message
 
     def open(self, pid: int) -> None:
@@ -52,7 +52,7 @@ class Gate:
     def close(self) -> None:
         """Shut it for good: what still waits ends. A second call does nothing."""
         if self._fd is not None:
-            forks.close(self._fd)
+            close_on_fork.close(self._fd)
             self._fd = None
 
 

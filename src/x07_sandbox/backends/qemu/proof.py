@@ -23,8 +23,8 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline, boot_ms
 from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.host.paths import replace_file
-from x07_sandbox.host.troubles import out_of_cpu_time
 from x07_sandbox.jail.forms import jail_form
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.sizes import RAM_CLASSES

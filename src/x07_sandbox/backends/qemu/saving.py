@@ -16,8 +16,8 @@ from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.host.paths import open_own
-from x07_sandbox.host.troubles import out_of_cpu_time
 from x07_sandbox.images.manifest import Part
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id

@@ -18,8 +18,8 @@ from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.bounded_stream import SideStream
-from x07_sandbox.host.forks import Given
-from x07_sandbox.host.troubles import fix_of, need_own_proc
+from x07_sandbox.host.close_on_fork import Given
+from x07_sandbox.host.os_errors import fix_of, need_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, may_nest

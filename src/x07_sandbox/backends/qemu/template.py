@@ -30,8 +30,8 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.clocks import boot_ms
+from x07_sandbox.host.decoding import known
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.models import known
 from x07_sandbox.host.paths import cache_dir, cache_folder, foreign, least_recently_used, read_bounded, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical

@@ -154,7 +154,7 @@ def add_help_levels(parser: argparse._ActionsContainer, rest: str, *names: str) 
 
 
 def add_document_flags(parser: argparse._ActionsContainer, json_help: str) -> None:
-    """The flags of a verb that has a JSON document to print (cli/documents): whether, and where it goes too."""
+    """The flags of a verb that has a JSON document to print (cli/json_output): whether, and where it goes too."""
     switch(parser, "--json", json_help)
     option(parser, "--report-out", "FILE", "write that JSON there too, --json or not", type=named_file)
     switch(parser, "--quiet-json", "print no JSON, since --report-out has it")

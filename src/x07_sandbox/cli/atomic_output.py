@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir, real_path, state_dir
-from x07_sandbox.host.waiting import wait_writable
+from x07_sandbox.host.poll import wait_writable
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import unnamed_file

@@ -11,7 +11,7 @@ from x07_sandbox.housekeeping.pruner import Pruner, entries
 from x07_sandbox.housekeeping.records import prune_records
 from x07_sandbox.jail.cgroups import remove_abandoned_groups
 from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
-from x07_sandbox.runs.kept import recover_all
+from x07_sandbox.runs.saved_changes import recover_all
 
 if TYPE_CHECKING:
     from x07_sandbox.housekeeping.pruner import Kept, Removed

@@ -47,7 +47,7 @@ class KeptChanges(NamedTuple):
 
     def done(self) -> set[tuple[str, str]]:
         """What is applied, by root and name. Raises HostError."""
-        from x07_sandbox.files.kept import undoes
+        from x07_sandbox.files.undo_data import undoes
 
         with _sensible(self.run):
             return {name for place in self.undos for name in undoes(place)}
@@ -98,8 +98,8 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
 
     from x07_sandbox.files.apply import apply
     from x07_sandbox.files.changes import decode
-    from x07_sandbox.files.kept import drop
-    from x07_sandbox.files.things import ConflictError, undo_conflict
+    from x07_sandbox.files.inode import ConflictError, undo_conflict
+    from x07_sandbox.files.undo_data import drop
 
     what = f"cannot undo the changes of run {kept.run}"
     with _alone(kept.folder, on_wait), _sensible(kept.run), applying(kept.run), contextlib.ExitStack() as stack:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from x07_sandbox.files.inode import NOTHING, Ident, Thing, conflict, ident_of, thing
 from x07_sandbox.files.journal import Place, Step
-from x07_sandbox.files.things import NOTHING, Ident, Thing, conflict, ident_of, thing
 from x07_sandbox.host import beneath
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from x07_sandbox.channel.trees import Entry, Kind, segment
 from x07_sandbox.files.changes import folders_above
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.pack import pack_files
-from x07_sandbox.plan.places import PROGRAM
+from x07_sandbox.plan.guest_paths import PROGRAM
 from x07_sandbox.runs.streams import InFile, memory_file
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import msgspec
 
 from x07_sandbox.host.paths import foreign, state_dir
 from x07_sandbox.host.processes import Identity
+from x07_sandbox.jobs.active import ENDS, JOB_NAME
 from x07_sandbox.jobs.record import JOB_SCHEMA, OWNER_SCHEMA, JobRecord, runner_instance
-from x07_sandbox.jobs.unended import ENDS, JOB_NAME
 
 # ours: by its owner.json. unowned: a job.json without one, or an empty folder: a job that was never started, or X07's.
 Standing = Literal["ours", "unowned", "foreign", "newer", "damaged"]

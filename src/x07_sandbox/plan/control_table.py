@@ -144,7 +144,7 @@ def _roots(asked: Asked, field: str) -> Answer:
         return _no_files(asked, field)
     if "host-files" not in asked.features.can_hold:
         return Answer("refused", _NOBODY, "this backend cannot give a program files of the host")
-    from x07_sandbox.plan.places import PROGRAM, place  # not on the way of a run without files
+    from x07_sandbox.plan.guest_paths import PROGRAM, place  # not on the way of a run without files
 
     hidden = asked.values["fs.deny_hidden"] is True
     for root in given:
@@ -302,7 +302,7 @@ def _execs(asked: Asked, _field: str) -> Answer:
 
 def _written_and_executed(asked: Asked) -> list[str]:
     """Entries of the lists that lead where the program can write; a file of a writable folder is kept as it is."""
-    from x07_sandbox.plan.places import PROGRAM, WRITABLE, place  # not on the way of a run without a list
+    from x07_sandbox.plan.guest_paths import PROGRAM, WRITABLE, place  # not on the way of a run without a list
 
     given = asked.entries("fs.write_roots") if asked.files else ()
     roots = [path for root in given if (path := place(str(root), PROGRAM, deny_hidden=False)[0])]
@@ -311,7 +311,7 @@ def _written_and_executed(asked: Asked) -> list[str]:
 
 def _perhaps_written_and_executed(asked: Asked, but: Sequence[str]) -> list[str]:
     """Entries that lead where it can write if two roots are one folder: not told by names, where one is relative."""
-    from x07_sandbox.plan.places import PROGRAM, place
+    from x07_sandbox.plan.guest_paths import PROGRAM, place
 
     if not asked.files:
         return []
@@ -323,7 +323,7 @@ def _perhaps_written_and_executed(asked: Asked, but: Sequence[str]) -> list[str]
 
 def _leading_into(asked: Asked, roots: Sequence[str], folders: Sequence[str]) -> list[str]:
     """Beginnings that lead into one of the folders, and files that are one of the roots."""
-    from x07_sandbox.plan.places import PROGRAM
+    from x07_sandbox.plan.guest_paths import PROGRAM
 
     prefixes = [str(entry) for entry in asked.entries("process.allow_exec_prefixes")]
     files = [str(entry) for entry in asked.entries("process.allow_execs")]

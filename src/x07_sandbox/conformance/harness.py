@@ -20,8 +20,8 @@ from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.backends.selection import Choice
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.poll import readable
 from x07_sandbox.host.processes import carries_mark
-from x07_sandbox.host.waiting import readable
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.policy import Policy, default_policy

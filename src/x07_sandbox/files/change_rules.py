@@ -17,8 +17,8 @@ from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
 from x07_sandbox.files.changes import STAGING, Change, Node, Refused, folders_above, shown
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, stays_inside, value_for, why_left_out
-from x07_sandbox.files.links import OUT, Links
-from x07_sandbox.files.split import with_dependents
+from x07_sandbox.files.dependencies import with_dependents
+from x07_sandbox.files.link_targets import OUT, Links
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -16,12 +16,12 @@ from tests.conftest import need
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.apply import chosen
 from x07_sandbox.errors import PeerError, RefusedError
+from x07_sandbox.files.change_rules import Allowed, Judged, judge
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
 from x07_sandbox.files.checks import check_set
 from x07_sandbox.files.collisions import collisions, folds, knows_no_case
 from x07_sandbox.files.copy import Bounds, Stayed, stays_inside
 from x07_sandbox.files.incoming import Incoming, Told
-from x07_sandbox.files.judge import Allowed, Judged, judge
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
 
 if TYPE_CHECKING:

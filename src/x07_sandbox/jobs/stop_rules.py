@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from x07_sandbox.host.processes import Identity
-    from x07_sandbox.jobs.stored import Owner, StoredJob
+    from x07_sandbox.jobs.reader import Owner, StoredJob
 
 # live: its owner may still need it. dead: its owner is provably gone. expired: its time has passed. ended: it is over.
 # kept: it is not ours to judge.

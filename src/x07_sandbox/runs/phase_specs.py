@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from x07_sandbox.policy import Policy
     from x07_sandbox.runs.host_files import HostFiles
-    from x07_sandbox.runs.left import LeftFiles
     from x07_sandbox.runs.prepare import Prepared
+    from x07_sandbox.runs.private_files import LeftFiles
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.streams import OutFile
 
@@ -97,12 +97,12 @@ def run_spec(
         files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
     cwd = PROJECT_FOLDER if program.project else CWD
     if request.workdir is not None:
-        from x07_sandbox.plan.places import WORK  # not on the way of a run without files
+        from x07_sandbox.plan.guest_paths import WORK  # not on the way of a run without files
 
         cwd = WORK
     left, left_files = _left(prepared, stack)
     if request.files and request.workdir is None:
-        from x07_sandbox.runs.left import work_files
+        from x07_sandbox.runs.private_files import work_files
 
         files.append(work_files(request.files, stack))
     mounts = [_PROJECT_MOUNT] if program.project else []
@@ -147,7 +147,7 @@ def _left(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[dict[str, in
         return None, None
     if not request.max_files_bytes:  # they are only counted; beside a folder of the user's nobody looks for them
         return None if request.workdir is not None else {"files": 0, "bytes": 0}, None
-    from x07_sandbox.runs.left import LeftFiles
+    from x07_sandbox.runs.private_files import LeftFiles
 
     left_files = LeftFiles(stack, request.max_files_bytes)
     return left_files.wanted(), left_files

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from x07_sandbox.host.processes import Identity, boot_id, own_identity, pid_namespace
-from x07_sandbox.jobs.judge import Now, here_and_now, judge, state_of
+from x07_sandbox.jobs.reader import StoredJob, all_stored, read_stored
 from x07_sandbox.jobs.record import (
     Claim,
     JobRecord,
@@ -20,7 +20,7 @@ from x07_sandbox.jobs.record import (
     runner_instance,
     write_owner,
 )
-from x07_sandbox.jobs.stored import StoredJob, all_stored, read_stored
+from x07_sandbox.jobs.stop_rules import Now, here_and_now, judge, state_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import put, say, show
-from x07_sandbox.cli.usage import actions, parser_for
+from x07_sandbox.cli.parser import actions, parser_for
 from x07_sandbox.errors import Cancelled, RefusedError, SandboxError
-from x07_sandbox.host.troubles import host_error
+from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.reports.document import failure_report, plain, render_json
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
     document's, so that no text may go there. Raises OSError, RefusedError.
     """
     if options.report_out is not None:
-        from x07_sandbox.cli.written import write_bytes
+        from x07_sandbox.cli.atomic_output import write_bytes
 
         write_bytes(options.report_out, document)
     ours: bool = options.json or always
@@ -101,7 +101,7 @@ def write_early_failure(document: bytes, path: Path, others: Iterable[object]) -
     A file that the command line names elsewhere (*others*), or that holds anything but an earlier document, is left
     alone. No error is raised where the file cannot be written: the document already tells of one.
     """
-    from x07_sandbox.cli.written import check_outputs, write_bytes
+    from x07_sandbox.cli.atomic_output import check_outputs, write_bytes
 
     named = [Path(one) for one in others if isinstance(one, str | Path)]
     with contextlib.suppress(OSError, SandboxError, ValueError, RecursionError):
@@ -142,7 +142,7 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
     Raises what the verb raises, and UsageError before anything is done if the file cannot be written, if the command
     line names it for something else, or if the verb or its project needs it (`options.writes` gives such paths).
     """
-    from x07_sandbox.cli.written import check_outputs, write_bytes
+    from x07_sandbox.cli.atomic_output import check_outputs, write_bytes
 
     others = [getattr(options, name, None) for name in _FILES]
     paths = [Path(one) for value in others for one in (value if isinstance(value, list) else [value]) if one]

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.cli.console import put, say
-from x07_sandbox.cli.refused import how
-from x07_sandbox.cli.usage import named
+from x07_sandbox.cli.denials_text import how
+from x07_sandbox.cli.parser import named
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.files.changes import ChangeSet, called, decode, path_of, shown
+from x07_sandbox.files.dependencies import with_applied
 from x07_sandbox.files.patch import TEXT_MAX, patch
-from x07_sandbox.files.split import with_applied
-from x07_sandbox.runs.kept import KeptChanges, find
+from x07_sandbox.runs.saved_changes import KeptChanges, find
 
 if TYPE_CHECKING:
     import argparse

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import changes as data_model
 from x07_sandbox.files import contents
-from x07_sandbox.files.steps import AWAY, OPENED, displaced_slot
-from x07_sandbox.files.things import listed, thing
+from x07_sandbox.files.apply_steps import AWAY, OPENED, displaced_slot
+from x07_sandbox.files.inode import listed, thing
 from x07_sandbox.host.paths import replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from x07_sandbox.files.apply_steps import Site
     from x07_sandbox.files.changes import Change, ChangeSet, Node
+    from x07_sandbox.files.inode import Ident
     from x07_sandbox.files.journal import Step
-    from x07_sandbox.files.steps import Site
-    from x07_sandbox.files.things import Ident
 
 _SLOT: Final = re.compile(rf"\d+({re.escape(AWAY)})?", re.ASCII)
 _NEXT, _PLANNED, _CHANGES, _DATA = "undo.new", "planned.json", "changes.json", "data"
