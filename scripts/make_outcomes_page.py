@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/outcomes.md from the table of outcomes.
+"""Writes the tables of docs/reference/outcomes.md from the table of outcomes.
 
 python -m scripts.make_outcomes_page        in an environment that has x07-sandbox
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from scripts.pages import filled
 from x07_sandbox.plan.outcomes import describe, describe_exits_table
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "outcomes.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "outcomes.md"
 TABLES = {"outcomes": describe, "exits": describe_exits_table}
 
 

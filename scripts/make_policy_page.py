@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the parts of docs/policy.md that come from the source: commands, fields, rules, templates, default policy.
+"""Write the generated parts of docs/reference/policy.md: commands, fields, rules, templates, default policy.
 
 python -m scripts.make_policy_page        in an environment that has x07-sandbox
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy, Section
     from x07_sandbox.policy.schema import Field
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "policy.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "policy.md"
 _COMMANDS: Final = {
     "new": "`x07 policy new [FLAGS]` | a complete policy from flags, on standard output",
     "init": "`x07 policy init --template T` | a template, written into the project, below `.x07/policies/base`",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/x07.md that come from the source: flags, backends, variables.
+"""Writes the tables of docs/reference/x07.md that come from the source: flags, backends, variables.
 
 python -m scripts.make_x07_page        in an environment that has x07-sandbox
 """
@@ -13,7 +13,7 @@ from x07_sandbox.backends import selection
 from x07_sandbox.cli import os_runner_options
 from x07_sandbox.host import variables
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "x07.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "x07.md"
 TABLES = {
     "flags": os_runner_options.describe,
     "backends": selection.describe,

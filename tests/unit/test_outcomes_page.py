@@ -1,4 +1,4 @@
-"""docs/outcomes.md and the help say what the table of outcomes says."""
+"""docs/reference/outcomes.md and the help say what the table of outcomes says."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_the_schema_file_is_the_model() -> None:
 
 
 def test_the_page_is_the_model() -> None:
-    """docs/policy.md is what the model and the rules say."""
+    """docs/reference/policy.md is what the model and the rules say."""
     assert PAGE.read_text(encoding="utf-8") == render(), HINT
 
 

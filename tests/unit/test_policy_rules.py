@@ -138,6 +138,6 @@ def test_the_id_is_a_plain_word(policy_id: str) -> None:
 
 
 def test_every_rule_is_documented() -> None:
-    """Each rule has its own sentence for docs/policy.md."""
+    """Each rule has its own sentence for docs/reference/policy.md."""
     assert len({rule.doc for rule in RULES}) == len(RULES)
     assert all(rule.check.__doc__ and rule.doc.endswith((".", ")")) for rule in RULES)

@@ -128,8 +128,8 @@ def test_every_toolchain_names_the_packages_that_an_image_lacks(row: Toolchain) 
 
 @EACH
 def test_every_toolchain_is_documented(row: Toolchain) -> None:
-    """docs/programs.md has one line for each toolchain with all its suffixes, and so have the help and the schema."""
-    page = (ROOT / "docs" / "programs.md").read_text()
+    """docs/reference/programs.md, the help and the schema list each toolchain with all its suffixes."""
+    page = (ROOT / "docs" / "reference" / "programs.md").read_text()
     (line,) = [line for line in page.splitlines() if line.startswith(f"| `{row.name}` |")]
     assert all(f"`{suffix}`" in line for suffix in row.suffixes)
     assert all(word in describe() for word in (row.name, row.doc, *row.suffixes))

@@ -1,4 +1,4 @@
-"""docs/x07.md says what the source says, and shows only commands that a test runs."""
+"""docs/reference/x07.md says what the source says, and shows only commands that a test runs."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def by_id(found: list[dict[str, Any]]) -> dict[str | int, dict[str, Any]]:
     return contents
 
 
-@pytest.mark.skipif(not FULL, reason="full sizes only: the calls of docs/agents.md and examples/README.md are typed")
+@pytest.mark.skipif(not FULL, reason="full sizes only: tests of the pages make the same calls")
 @pytest.mark.parametrize("way", WAYS)
 def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, state: Path) -> None:
     """The agent's tool runs every language with input and further files, and tells output, status and signal."""

@@ -392,7 +392,7 @@ def test_a_module_that_cannot_be_preloaded_is_named(
     assert find_image("right").digest == before.digest
 
 
-# hosts that change under a saved machine: stand-ins, which docs/performance.md names as such
+# hosts that change under a saved machine: stand-ins, which docs/explanation/performance.md names as such
 
 
 def in_qemus_place(monkeypatch: pytest.MonkeyPatch, binary: Path, *more: str) -> None:

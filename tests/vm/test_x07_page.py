@@ -1,4 +1,4 @@
-"""The commands of docs/x07.md, run as a reader would type them."""
+"""The commands of docs/reference/x07.md, run as a reader would type them."""
 
 from __future__ import annotations
 

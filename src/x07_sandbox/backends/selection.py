@@ -189,7 +189,7 @@ def this_platform() -> Platform:
 
 
 def describe() -> str:
-    """The table of backends as docs/x07.md shows it."""
+    """The table of backends as docs/reference/x07.md shows it."""
     lines = ["| backend | `--sandbox-backend` | isolation | Linux | macOS | needs acceptance | here |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in BY_NAME.values():

@@ -37,7 +37,7 @@ _DEPTH_MAX: Final = 256  # os.walk of Python 3.11 calls itself for each level
 _NO_SOURCES: Final = frozenset({"__pycache__", "bin", "build", "deps", "dist", "node_modules", "out", "target", "venv"})
 _EPILOG: Final = f"""Without --toolchain: an {MANIFEST} for a project of X07's, with one profile, `sandbox`, and its
 policy where x07 policy init --template T puts it. X07's own `x07 pkg lock` writes the lock file that it needs.
-With it: an {FILE} with the sources that are there (docs/programs.md).
+With it: an {FILE} with the sources that are there (docs/reference/programs.md).
 
 examples:
   x07 init && x07 policy init --template default

@@ -24,7 +24,7 @@ _JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # how a document 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code (docs/outcomes.md)."""
+    """Run one command; the exit code (docs/reference/outcomes.md)."""
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     try:
         _heed_signals()

@@ -140,7 +140,7 @@ def specrows() -> str:
 
 
 def describe() -> str:
-    """The flags as docs/x07.md shows them."""
+    """The flags as docs/reference/x07.md shows them."""
     lines = ["| flag | meaning | while not given | binds |", "|---|---|---|---|"]
     for option in OPTIONS:
         if not option.hidden:

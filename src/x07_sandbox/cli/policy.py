@@ -30,7 +30,7 @@ DENIED: Final = 1
 UNREADABLE: Final = 2
 INVALID: Final = 3
 REFUSED: Final = 125
-# Shown by each action's help and by docs/policy.md.
+# Shown by each action's help and by docs/reference/policy.md.
 EXIT_CODES: Final = (
     ("new", "0 it is printed; 2 a value that no policy can say"),
     ("init", "0 the file is there as wanted; 2 another file is there and was left alone, or any error"),

@@ -103,7 +103,7 @@ def lines(found: ExplainReport) -> list[str]:
         for control in group:
             told.append(f"  {control.field:{width}}  {shown(control.value):12}  {control.by}: {control.why}")
     if found.never_reached:
-        told += ["", "listed, and never reached unless your own settings open it (docs/network.md):"]
+        told += ["", "listed, and never reached unless your own settings open it (docs/explanation/network.md):"]
     told += [f"  {row.field}  {shown(row.host)}: {row.why}" for row in found.never_reached]
     told += ["", f"seccomp filters of the image: {', '.join(found.filters)} (a result has their digests)"]
     if found.refusals:

@@ -36,7 +36,7 @@ _MORE_EXAMPLES = """  generate | x07 run --toolchain shell -           the sourc
   x07 run --dry-run project/                       what would be done, and what the policy would hold
 """
 _EXITS = """exit code: the program's own; 2 wrong usage, 124 time limit, 125 not run or lost, 126 build failed,
-128+N signal N, 137 out of memory, 153 output limit (docs/outcomes.md; scripts read `outcome` of --json)
+128+N signal N, 137 out of memory, 153 output limit (docs/reference/outcomes.md; scripts read `outcome` of --json)
 """
 OVERRIDES = (
     ("--allow-host", "HOST:PORT[,PORT...]", "let it connect to this host"),
@@ -71,7 +71,7 @@ def epilog(level: str) -> str:
     if level == "x07":
         return (
             "Without PROGRAM, the x07.json of this folder or of the nearest one above it is run.\n"
-            "docs/x07.md describes the reports and the command x07-os-runner.\n"
+            "docs/reference/x07.md describes the reports and the command x07-os-runner.\n"
         )
     languages = ", ".join(row.name for row in TOOLCHAINS)
     return f"toolchains: {languages}, or a folder with x07-sandbox.toml\n{_EXITS}\n{_EXAMPLES}"
@@ -82,9 +82,9 @@ def _full_epilog() -> str:
 
     return f"""toolchains, by the file's name or by --toolchain:
 {describe()}
-A folder with an x07-sandbox.toml is a project of several files: docs/programs.md.
+A folder with an x07-sandbox.toml is a project of several files: docs/reference/programs.md.
 
-exit codes and their outcomes (docs/outcomes.md):
+exit codes and their outcomes (docs/reference/outcomes.md):
 {describe_exits()}A program may use the same numbers, so scripts should read `outcome`. Output that could
 not be written also ends with 125.
 

@@ -412,7 +412,7 @@ class _Walk:
     def _leave(self, reason: Reason, name: str, size: int = 0) -> None:
         if self._tree.only:
             why = why_left_out(reason, self._bounds)
-            error = UsageError(f"cannot give the program {name}", why, "Leave it out, or see docs/policy.md")
+            error = UsageError(f"cannot give the program {name}", why, "Leave it out, or see docs/reference/policy.md")
             raise error.by(FIELDS[reason], value_for(reason, size, self._bounds))
         if self._is_written(name):
             self.copied.stayed[name] = Stayed(reason, size)

@@ -5,7 +5,7 @@ It is started with the name of a script that does not exist, and stops in its ow
 everything of itself, puts the right script's name where the interpreter will look for it, and lets the start-up go on:
 the interpreter reads, compiles and runs the script with nothing of ours on its stack. Or it executes another program.
 
-What cannot be the same as in a fresh start: docs/design.md, "VM templates".
+What cannot be the same as in a fresh start: docs/explanation/design.md, "VM templates".
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ class Arch(msgspec.Struct, frozen=True, kw_only=True):
 
     firmware: paths below /usr/share that the machine type reads at start, which firmware_packages bring.
     emulated_cpu: QEMU's model. Without erms and fsrm the guest's kernel copies by words: QEMU emulates `rep movsb` byte
-        by byte, and copies, fresh pages and files took three to five times as long (docs/performance.md).
+        by byte, and copies, fresh pages and files took three to five times as long (docs/explanation/performance.md).
     initrd_tail_bytes: how much of its last page an initramfs has to fill (backends/qemu/machine); None for any.
     """
 

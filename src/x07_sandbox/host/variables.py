@@ -241,12 +241,12 @@ def _unknown(name: str) -> str:
     shown = ascii(name)[1:-1]
     longer = [known for known in VARIABLES if known.startswith(f"{name}_")]  # the rest of a name is soon forgotten
     close = longer or difflib.get_close_matches(name[:_SHOWN_CHARS], VARIABLES, n=1, cutoff=0.75)
-    meant = f"; did you mean {close[0]}?" if close else "; docs/x07.md lists them"
+    meant = f"; did you mean {close[0]}?" if close else "; docs/reference/x07.md lists them"
     return f"{shown[:_SHOWN_CHARS]} is no variable of x07-sandbox{meant}"
 
 
 def describe() -> str:
-    """The table as docs/x07.md shows it."""
+    """The table as docs/reference/x07.md shows it."""
     rows = ["| variable | holds | while unset | has an effect | |", "|---|---|---|---|---|"]
     rows += [
         f"| `{variable.name}` | {_holds(variable)} | {variable.default} | {variable.effect} | {variable.doc} |"

@@ -1,6 +1,6 @@
 """The jail around a host process, by bubblewrap: building its command line is pure.
 
-Two forms (docs/design.md, "The jail"):
+Two forms (docs/explanation/design.md, "The jail"):
 
 root   no user namespace. The supervisor and bubblewrap's two processes keep uid 0 but drop every capability, and every
        descriptor except the lock of the job's uid; setpriv inside changes to that uid and clears all capability sets.

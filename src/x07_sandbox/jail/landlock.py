@@ -1,7 +1,7 @@
 """The jail's second form, for hosts where namespaces are forbidden: building its command line and filter is pure.
 
-What bubblewrap's namespaces keep out of a VMM's reach, two other walls of the kernel do here (docs/design.md, "The
-jail"), set up by data/landlock.pl in the process that becomes the VMM:
+Landlock and seccomp replace bubblewrap's namespaces (docs/explanation/design.md, "The jail"). They are set up
+by data/landlock.pl in the process that becomes the VMM:
 
 Landlock   opens no file but the VMM's own, its libraries, its firmware and the descriptors that it was given, and
            these only as far as it needs them.

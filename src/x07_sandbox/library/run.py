@@ -84,8 +84,8 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     max_output_bytes: of each stream, 64 MiB for None. on_output: called with "stdout" or "stderr" and bytes as they
     come, from another thread; what it raises ends the run, and is raised here.
 
-    The Result has what the program printed as `stdout.data` (bytes) and `stdout.text` (None where it is no UTF-8). Of
-    one of X07's own programs that is its frame, four bytes of length first; only X07's report judges it (docs/x07.md).
+    The result has the program's output as `stdout.data` (bytes) and `stdout.text` (None unless it is UTF-8). The output
+    of an X07 program is its frame, which starts with four bytes of length (docs/reference/x07.md).
     A warm machine is taken where `x07 pool` keeps some. Thread-safe; nothing is printed. What a signal's handler raises
     meanwhile, as Ctrl-C does, ends the run, and is raised when its machine is gone.
 
@@ -259,7 +259,7 @@ def run_once(
 
 
 def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
-    """The policy at a path, or `built-in:TEMPLATE` (docs/policy.md); None is the built-in `default`.
+    """The policy at a path, or `built-in:TEMPLATE` (docs/reference/policy.md); None is the built-in `default`.
 
     It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another, which is checked where it is used, or
     here. Raises SandboxError that tells all that is wrong with a document, each with its place.

@@ -10,7 +10,7 @@ import msgspec
 class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What would allow it: a value of the policy, null where something else does, and the flag where there is one.
 
-    setting: a line of the user's own settings (docs/network.md), where only that allows it.
+    setting: a line of the user's own settings (docs/explanation/network.md), where only that allows it.
     """
 
     json_path: str | None

@@ -146,14 +146,14 @@ def outcomes_by_exit() -> dict[str, list[Outcome]]:
 
 
 def describe() -> str:
-    """The table as docs/outcomes.md shows it."""
+    """The table as docs/reference/outcomes.md shows it."""
     rows = ["| outcome | exit code of `x07 run` | usual `fault` | what happened |", "|---|---|---|---|"]
     rows += [f"| `{outcome}` | {row.exit} | `{row.fault}` | {row.doc} |" for outcome, row in OUTCOMES.items()]
     return "\n".join(rows) + "\n"
 
 
 def describe_exits_table() -> str:
-    """The exit codes as docs/outcomes.md shows them."""
+    """The exit codes as docs/reference/outcomes.md shows them."""
     rows = ["| exit code | outcomes |", "|---|---|"]
     rows += [f"| {code} | {', '.join(f'`{name}`' for name in names)} |" for code, names in outcomes_by_exit().items()]
     return "\n".join(rows) + "\n"

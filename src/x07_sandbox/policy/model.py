@@ -1,7 +1,7 @@
 """The policy document x07.run-os-policy@0.1.0 as one typed model.
 
 It owns every field's range, default and one-line doc: decoder, JSON schema (schemas/run-os-policy.schema.json) and
-docs/policy.md come from it. What no range can say is in rules.py.
+docs/reference/policy.md come from it. What no range can say is in rules.py.
 
 A section that is absent is ``UNSET``; OPTIONAL_SECTIONS and the ``*_in_force`` properties give what counts then.
 """

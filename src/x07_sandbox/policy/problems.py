@@ -48,7 +48,7 @@ class PolicyError(UsageError):
         """The error for *problems* (at least one) in the document that came from *source*."""
         lines = [str(problem) for problem in problems]
         why = lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *(f"  {line}" for line in lines)])
-        fix = "Correct the document; docs/policy.md lists every field"
+        fix = "Correct the document; docs/reference/policy.md lists every field"
         if any(problem.message == MISSING for problem in problems):
             fix += ". x07 policy new writes a complete one"
         return cls(f"policy {source} is refused", why, fix, problems, in_schema=in_schema)

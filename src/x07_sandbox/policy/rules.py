@@ -138,7 +138,7 @@ def lists_hold_no_nul(document: object) -> Iterator[Problem]:
 
 
 class Rule(msgspec.Struct, frozen=True):
-    """One rule: how it is checked, and what docs/policy.md says about it."""
+    """One rule: how it is checked, and what docs/reference/policy.md says about it."""
 
     check: Callable[[object], Iterator[Problem]]
     doc: str

@@ -1,4 +1,4 @@
-"""What the model makes: the JSON Schema, and every field with its range and meaning for docs/policy.md.
+"""What the model makes: the JSON Schema, and every field with its range and meaning for docs/reference/policy.md.
 
 A unit test holds schemas/run-os-policy.schema.json to this; `x07 policy schema` prints it.
 """

@@ -163,4 +163,4 @@ def find_manifest(program: Path) -> Path | None:
 
 
 def _wrong(source: str, why: str) -> NoReturn:
-    raise UsageError(f"the manifest {source} is refused", why, "See docs/programs.md")
+    raise UsageError(f"the manifest {source} is refused", why, "See docs/reference/programs.md")

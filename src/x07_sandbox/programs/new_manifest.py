@@ -41,7 +41,7 @@ def sandbox_manifest(
         lines.append(f"entry = {_text(entry or _entry(row, files))}")
     if row.artifact:
         lines.append(f"artifact = {_text(artifact or program_of(makefiles or {}, set(files)))}")
-    data = ("# What this project consists of. All keys: docs/programs.md\n" + "\n".join(lines) + "\n").encode()
+    data = ("# The files of this project. Reference: docs/reference/programs.md\n" + "\n".join(lines) + "\n").encode()
     manifest.decode_manifest(data, source=manifest.FILE)
     return data
 

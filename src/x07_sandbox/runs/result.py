@@ -167,7 +167,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How one run ended.
 
     run: its name, for `x07 diff` and its kin. schema_version: of this form.
-    outcome: one word of docs/outcomes.md. fault: whose doing it was. reason: one sentence for people.
+    outcome: one word of docs/reference/outcomes.md. fault: whose doing it was. reason: one sentence for people.
     x07_exit_code: what `x07 run` ends with. exit_code, signal: how the program itself ended; null where it did not so.
     stdout, stderr: what it printed; of a failed build, what that printed.
     isolation, backend, jail: the wall that stood. phases: what each machine did, times in milliseconds, sizes in bytes.

@@ -1,6 +1,6 @@
 """X07's project file, and how its compiler is called in the build VM: its own runner with --compile-only.
 
-Formats and calling rules are X07's (docs/x07.md).
+Formats and calling rules are X07's (docs/reference/x07.md).
 """
 
 from __future__ import annotations

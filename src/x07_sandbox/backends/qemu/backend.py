@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import Claim, JobRecord
 
-# Measured on 2 cores (docs/design.md, "Emulation"): compilers and interpreters take this much longer.
+# Measured on 2 cores (docs/explanation/design.md, "Emulation"): compilers and interpreters take this much longer.
 SLOWDOWN: Final = "9 to 17 times"
 _ANY_TIMER: Final = "the {} machine may have a timer that is late: each booted before it measured its own wrong"
 
