@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     r"""A text for people with all that does not print as escapes, such as \x1b: names of files may hold anything.
 
     A line of its own is only what is set in by two blanks, so that no name makes a line that looks like ours.
@@ -33,30 +33,30 @@ class SandboxError(Exception):
     # The run's Result, where there is one. Not typed as such: this module knows nothing of the others.
     result: Any = None
     # Where a field of the policy is the cause: that field, and the value that would let it; None where none does.
-    refused_by: tuple[str, Any] | None = None
+    policy_cause: tuple[str, Any] | None = None
 
     def __init__(self, what: str, why: str, fix: str) -> None:
         super().__init__(what, why, fix)  # all arguments, so that the error survives pickling
 
-    def by(self, field: str, value: object) -> Self:
+    def caused_by(self, field: str, value: object) -> Self:
         """Itself, with the field of the policy that is the cause, like "fs.enabled"; value: as above."""
-        self.refused_by = field, value
+        self.policy_cause = field, value
         return self
 
     @property
     def what(self) -> str:
         """The thing that failed."""
-        return shown(str(self.args[0]))
+        return printable(str(self.args[0]))
 
     @property
     def why(self) -> str:
         """The cause."""
-        return shown(str(self.args[1]))
+        return printable(str(self.args[1]))
 
     @property
     def fix(self) -> str:
         """What to do."""
-        return shown(str(self.args[2]))
+        return printable(str(self.args[2]))
 
     def __str__(self) -> str:
         end = "" if ": x07 " in self.fix else "."  # a command at the end can be pasted as it is

@@ -69,7 +69,7 @@ def test_a_given_policy_is_only_lowered(tmp_path: Path, kind: str, field: str, v
     with pytest.raises(UsageError, match="can only lower") as caught:
         in_force(policy, **{field: value})
     assert f"Set limits.{field} to {value} in the policy" in caught.value.fix
-    assert caught.value.refused_by == (f"limits.{field}", value)
+    assert caught.value.policy_cause == (f"limits.{field}", value)
     held = getattr(default_policy().limits, field)
     lowered = in_force(policy, **{field: held // 2})
     if field != "procs":

@@ -15,7 +15,7 @@ import pytest
 
 from tests.published import document
 from x07_sandbox.cli import os_runner
-from x07_sandbox.cli.atomic_output import place_for_artifact, write_all, write_whole
+from x07_sandbox.cli.atomic_output import artifact_file, write_all, write_atomically
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.run_outputs import write_files
 from x07_sandbox.errors import UsageError
@@ -61,7 +61,7 @@ def test_a_file_that_cannot_be_written_loses_nothing_else(place: Path) -> None:
     )
     result = failure(UsageError("a", "b", "c"))
     with contextlib.ExitStack() as stack:
-        artifact = place_for_artifact(stack)
+        artifact = artifact_file(stack)
         assert artifact.take(b"\x7fELF")
         artifact.complete = True
         told, unwritten = write_files(options, result, artifact)
@@ -93,7 +93,7 @@ def test_a_report_that_cannot_be_written_leaves_the_result(words: tuple[str, ...
 def test_any_name_that_a_file_may_have_is_written(place: Path) -> None:
     """A file whose name is as long as names may be is written like any other, and nothing else is left there."""
     name = "\U0001f600" * 63 + "abc"  # 255 bytes
-    write_whole(place / name, lambda fd: write_all(fd, b"x"))
+    write_atomically(place / name, lambda fd: write_all(fd, b"x"))
     assert [(path.name, path.read_bytes()) for path in place.iterdir()] == [(name, b"x")]
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.changes_text import add_run, left_out, list_deleted, machine_form, summary
+from x07_sandbox.cli.changes_text import add_run, changes_json, left_out, say_deleted, summary
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.json_output import deliver, wanted
-from x07_sandbox.cli.parser import add_document_flags, named, repeated, switch
+from x07_sandbox.cli.json_output import deliver, document_wanted
+from x07_sandbox.cli.parser import add_document_flags, nonempty, repeated, switch
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import called, folders_above, path_of
 from x07_sandbox.files.dependencies import taken
@@ -47,7 +47,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     parser = verbs.add_parser("apply", help=help, description="Do what a run has changed.", epilog=_EPILOG)
     add_run(parser)
     repeated(parser, "--skip", "PATH", "leave a name below a root, or a path, out with all that is below it")
-    repeated(parser, "--allow-protected", "PATTERN", "as x07 run has it", type=named)
+    repeated(parser, "--allow-protected", "PATTERN", "as x07 run has it", type=nonempty)
     switch(parser, "--allow-hidden", "apply also names that begin with a dot")
     switch(parser, "--allow-symlinks", "apply also symbolic links")
     add_document_flags(parser, "what was done, as one JSON object; errors too")
@@ -59,13 +59,13 @@ def _apply(options: argparse.Namespace) -> int:
     flags = {flag for flag in ("--allow-hidden", "--allow-symlinks") if getattr(options, flag[2:].replace("-", "_"))}
     grants = Grants(protected=tuple(options.allow_protected), flags=frozenset(flags))
     before = set[tuple[str, str]]() if kept.changes.all_or_nothing else kept.done()
-    changes = chosen(kept.changes, options.skip, grants=grants, applied=before if kept.applied else None)
+    changes = select_changes(kept.changes, options.skip, grants, applied=before if kept.applied else None)
     later = kept.applied and any(root.left_out for root in kept.changes.roots) and grants.any
     done = do(kept, changes, lambda path: say(f"waiting: another command changes {path}"), later=later)
-    if wanted(options) and deliver(machine_form(changes if done.roots else done), options):
+    if document_wanted(options) and deliver(changes_json(changes if done.roots else done), options):
         return 0
     if done.roots:
-        list_deleted(changes)
+        say_deleted(changes)
     there = "all of it is there already" if any(root.changes for root in changes.roots) else "nothing is left to apply"
     say(summary(changes, "applied; x07 undo") if done.roots else there)
     _tell_left_out(kept.changes, before | {(root.root, one.name) for root in changes.roots for one in root.changes})
@@ -95,12 +95,14 @@ class Grants(NamedTuple):
         return is_let
 
 
-def chosen(
+NO_GRANTS: Final = Grants()
+
+
+def select_changes(
     changes: ChangeSet,
     skip: Sequence[str],
-    allow_protected: Sequence[str] = (),
+    grants: Grants = NO_GRANTS,
     *,
-    grants: Grants | None = None,
     applied: AbstractSet[tuple[str, str]] | None = None,
 ) -> ChangeSet:
     """The set without what is skipped; folders that hold some of it stay, and a line says so.
@@ -108,7 +110,6 @@ def chosen(
     skip: names below a root, or absolute paths. applied: what is applied already, by root and name, so that what
     *grants* lets of what was left out goes alone. Raises UsageError, and RefusedError for what may not be done.
     """
-    grants = grants or Grants(protected=tuple(allow_protected))
     roots = changes.roots
     if not changes.all_or_nothing:
         roots = tuple(_with_left_out(root, grants, applied) for root in roots)

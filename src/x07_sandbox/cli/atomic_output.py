@@ -83,7 +83,7 @@ def files_read(request: RunRequest, program: Program) -> list[Path]:
     return found
 
 
-def write_whole(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, code: str = "") -> None:
+def write_atomically(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, code: str = "") -> None:
     """Have *fill* write into a new file that then becomes *path*.
 
     mode: as for open(2), so that the user's umask holds. code: stands before the error. Raises RefusedError.
@@ -113,8 +113,8 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def write_bytes(path: Path, data: bytes, *, code: str = "") -> None:
-    """*data* as the whole of a file. Raises RefusedError, as write_whole."""
-    write_whole(path, lambda fd: write_all(fd, data), code=code)
+    """*data* as the whole of a file. Raises RefusedError, as write_atomically."""
+    write_atomically(path, lambda fd: write_all(fd, data), code=code)
 
 
 def write_executable(path: Path, artifact: OutFile) -> None:
@@ -125,25 +125,25 @@ def write_executable(path: Path, artifact: OutFile) -> None:
         while position < artifact.size and (count := os.sendfile(fd, artifact.fd, position, artifact.size - position)):
             position += count
 
-    write_whole(path, copy, mode=0o777)
+    write_atomically(path, copy, mode=0o777)
 
 
-def place_for_artifact(stack: contextlib.ExitStack) -> OutFile:
+def artifact_file(stack: contextlib.ExitStack) -> OutFile:
     """A file without a name for what a run builds, until *stack* ends. Raises HostError, RefusedError."""
     return unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
 
 
 @contextlib.contextmanager
-def noted(unwritten: list[str]) -> Iterator[None]:
+def collect_error(write_errors: list[str]) -> Iterator[None]:
     """Have an error of writing be a line of that list: there is a run to tell of, whatever becomes of its files."""
     try:
         yield
     except (SandboxError, OSError) as exc:
-        unwritten.append(str(exc))
+        write_errors.append(str(exc))
 
 
-def with_unwritten(result: Result, unwritten: list[str]) -> Result:
+def with_write_errors(result: Result, write_errors: list[str]) -> Result:
     """The result of a run of whose files these lines tell that they were not written."""
-    if not unwritten:
+    if not write_errors:
         return result
-    return replace(result, x07_exit_code=REFUSED_EXIT, warnings=[*result.warnings, *unwritten])
+    return replace(result, x07_exit_code=REFUSED_EXIT, warnings=[*result.warnings, *write_errors])

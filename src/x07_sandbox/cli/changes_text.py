@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.cli.console import put, say
-from x07_sandbox.cli.denials_text import how
-from x07_sandbox.cli.parser import named
+from x07_sandbox.cli.console import say, write_stdout
+from x07_sandbox.cli.denials_text import how_to_allow_text
+from x07_sandbox.cli.parser import nonempty
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.files.changes import ChangeSet, called, decode, path_of, shown
 from x07_sandbox.files.dependencies import with_applied
@@ -39,7 +39,7 @@ _RETURN: Final = re.compile(rb"\r(?!\n)")
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The argument that all of them take; none of the run's files becomes their --report-out."""
     doc = "its name, or the beginning of it (default: the latest with changes)"
-    parser.add_argument("run", nargs="?", type=named, metavar="RUN", help=doc)
+    parser.add_argument("run", nargs="?", type=nonempty, metavar="RUN", help=doc)
     parser.set_defaults(writes=_touched)
 
 
@@ -52,13 +52,13 @@ def _touched(options: argparse.Namespace) -> list[Path]:
     return [Path(path_of(root.root, change.name)) for root in roots for change in (*root.changes, *root.left_out)]
 
 
-def tell(result: Result) -> None:
+def say_changes(result: Result) -> None:
     """After a run: print what became of its changes."""
-    for line in lines(result):
+    for line in change_lines(result):
         say(line)
 
 
-def lines(result: Result) -> list[str]:
+def change_lines(result: Result) -> list[str]:
     """Every deletion, then what was kept back or left out, then one line with what became of all the rest."""
     changes = result.changes
     if changes.state == "none":
@@ -71,7 +71,9 @@ def lines(result: Result) -> list[str]:
     taken = {entry.name for entry in changes.left_out_entries if entry.take}
     word = "left out" if changes.left_out else "may not be done"
     kept_back = [denial for denial in result.denials if denial.action == "change" and denial.subject not in taken]
-    refused = [f"{word}: {_because(denial)}{how(denial.how_to_allow, denial.field)}" for denial in kept_back]
+    refused = [
+        f"{word}: {_because(denial)}{how_to_allow_text(denial.how_to_allow, denial.field)}" for denial in kept_back
+    ]
     closing = [] if changes.left_out and not _counts(changes) else [_closing(changes)]
     return [*(f"{gone}: {name}" for name in deleted), *refused, *left_out(changes), *closing]
 
@@ -117,7 +119,7 @@ def _in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
 
-def list_deleted(changes: ChangeSet, *, back: bool = False) -> None:
+def say_deleted(changes: ChangeSet, *, back: bool = False) -> None:
     """Every name that goes. back: where these changes are taken back."""
     action, several = "added" if back else "deleted", changes.of_several
     for root in changes.roots:
@@ -126,13 +128,13 @@ def list_deleted(changes: ChangeSet, *, back: bool = False) -> None:
                 say(f"deleted: {called(root.root, change.name, of_several=several)}")
 
 
-def as_applied(kept: KeptChanges) -> KeptChanges:
+def include_applied(kept: KeptChanges) -> KeptChanges:
     """The same, where what was left out and is applied by now is a change like the others. Raises HostError."""
     done = kept.done() if any(root.left_out for root in kept.changes.roots) else None
     return kept if not done else kept._replace(changes=with_applied(kept.changes, done))
 
 
-def pieces(kept: KeptChanges) -> Iterator[bytes]:
+def patch_chunks(kept: KeptChanges) -> Iterator[bytes]:
     """The patch of a run's changes, many lines at a time: a million of them are not written one by one."""
     some = bytearray()
     for line in patch(kept.changes, _Before(kept), partial(_after, kept.folder / "data")):
@@ -189,7 +191,7 @@ def _matching(path: Path, at: int, node: Node) -> bytes | None:
     return data if hashlib.sha256(data).hexdigest() == node.sha256 else None
 
 
-def machine_form(changes: ChangeSet) -> bytes:
+def changes_json(changes: ChangeSet) -> bytes:
     """All of it as JSON, names as text that can be written anywhere."""
     import json
 
@@ -210,4 +212,4 @@ def print_bytes(data: bytes) -> None:
 
         # Who reads a patch judges what it brings: what follows a carriage return would be shown in place of it.
         data = _RETURN.sub("\N{REPLACEMENT CHARACTER}".encode(), TerminalFilter()(data))
-    put(data)
+    write_stdout(data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from x07_sandbox.cli.console import put
+from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.cli.parser import actions, parser_for
 
 SHELLS: Final = ("bash", "zsh", "tcsh")
@@ -46,5 +46,5 @@ def _completion(options: argparse.Namespace) -> int:
     text = shtab.complete(parser, shell=options.shell)
     if options.shell in _BOTH:
         text = text.replace(*_BOTH[options.shell])
-    put(text.rstrip("\n").encode() + b"\n")
+    write_stdout(text.rstrip("\n").encode() + b"\n")
     return 0

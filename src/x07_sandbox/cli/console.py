@@ -8,7 +8,7 @@ import sys
 import time
 from typing import IO, Final
 
-from x07_sandbox.errors import shown
+from x07_sandbox.errors import printable
 from x07_sandbox.host.cancel import Notice
 
 _KIB = 1024
@@ -38,7 +38,7 @@ def say(text: str, command: str = "x07", *, bad: str = "") -> None:
 
     bad: how the text begins where it tells of a failure; a terminal shows that in red.
     """
-    line, head = f"{command}: {shown(text)}", f"{command}: {shown(bad)}"
+    line, head = f"{command}: {printable(text)}", f"{command}: {printable(bad)}"
     if bad and line.startswith(head):
         line = painted(head, "BAD", sys.stderr) + line[len(head) :]
     _print(line)
@@ -54,10 +54,10 @@ def show(line: str, mark: str = "") -> None:
 
     mark: "good", "BAD" or "note", which the line then begins with, in its colour.
     """
-    text = "".join(char if "\udc80" <= char <= "\udcff" else shown(char) for char in line)
+    text = "".join(char if "\udc80" <= char <= "\udcff" else printable(char) for char in line)
     if mark:
         text = f"{painted(mark, mark, sys.stdout)}{' ' * (6 - len(mark))}{text}"
-    put(text.encode("utf-8", "surrogateescape") + b"\n")
+    write_stdout(text.encode("utf-8", "surrogateescape") + b"\n")
 
 
 def size(count: int) -> str:
@@ -70,7 +70,7 @@ def size(count: int) -> str:
     return f"{amount:.0f} {unit}" if unit == "bytes" else f"{amount:.1f} {unit}"
 
 
-def put(data: bytes) -> None:
+def write_stdout(data: bytes) -> None:
     """*data* on standard output, behind what was printed there before. Raises OutputError."""
     try:
         sys.stdout.flush()
@@ -91,7 +91,7 @@ class LiveLine:
         """Show *text* in place of what was shown; an empty text clears the line."""
         if self._live and (text or self._shown):
             self._shown = bool(text)
-            _print(f"\r\033[K{f'x07: {shown(text)}' if text else ''}", end="")
+            _print(f"\r\033[K{f'x07: {printable(text)}' if text else ''}", end="")
         elif not self._live and isinstance(text, Notice):
             say(text)
 
@@ -106,7 +106,7 @@ class Progress:
 
     def __call__(self, text: str) -> None:
         """Say what is being done now."""
-        line = f"x07: {shown(self._title)}: [{time.monotonic() - self._begun:5.1f} s] {shown(text)}"
+        line = f"x07: {printable(self._title)}: [{time.monotonic() - self._begun:5.1f} s] {printable(text)}"
         if self._live:
             _print(f"\r\033[K{line}", end="")
         else:

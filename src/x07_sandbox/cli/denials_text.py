@@ -36,9 +36,9 @@ _REACHED: Final = {
 _FULL: Final = frozenset({"scratch", "limits.mem_bytes"})  # fields of which a denied write is told as a sentence
 
 
-def tell(result: Result) -> None:
+def say_denials(result: Result) -> None:
     """After a program that did not end well: it may not know why itself."""
-    for line in lines(result):
+    for line in denial_lines(result):
         say(line)
 
 
@@ -55,7 +55,7 @@ def for_flags(result: Result, flags: Collection[str]) -> Result:
     return replace(result, denials=denials, hints=hints)
 
 
-def lines(result: Result, command: str = "") -> list[str]:
+def denial_lines(result: Result, command: str = "") -> list[str]:
     """What is told. command: the one that has --json, where it is another.
 
     How to come to a policy stands here once, also for changes that were kept back, of which others tell.
@@ -133,29 +133,31 @@ def _speaks_of_policy(result: Result) -> bool:
 
 def _hint(hint: Hint) -> str:
     if hint.kind == "library":
-        return f"{hint.subject} cannot be loaded from there{how(hint.how)}"
+        return f"{hint.subject} cannot be loaded from there{how_to_allow_text(hint.how)}"
     if hint.kind == "network":
-        return f"{hint.subject} failed, since this run has no network{how(hint.how, 'net.allow_hosts')}"
+        return f"{hint.subject} failed, since this run has no network{how_to_allow_text(hint.how, 'net.allow_hosts')}"
     if hint.kind == "variable":
-        return f"{hint.subject} is not set{how(hint.how, 'env.allow_keys', purpose='set it')}"
+        return f"{hint.subject} is not set{how_to_allow_text(hint.how, 'env.allow_keys', purpose='set it')}"
     if hint.how.json_path is None:  # a program or a module
-        return f"{hint.subject} is missing{how(hint.how, purpose='add it')}"
+        return f"{hint.subject} is missing{how_to_allow_text(hint.how, purpose='add it')}"
     to_write = f" (to write: {hint.to_write.flag})" if hint.to_write and hint.to_write.flag else ""
-    return f"{hint.subject} is not in the sandbox{how(hint.how, 'fs.read_roots')}{to_write}"
+    return f"{hint.subject} is not in the sandbox{how_to_allow_text(hint.how, 'fs.read_roots')}{to_write}"
 
 
 def _line(denial: Denial) -> str:
     times = f" ({denial.count} times)" if denial.count > 1 else ""
     why = f" ({denial.reason})" if denial.reason else ""
     if reached := _REACHED.get((denial.field, denial.action)):
-        return f"denied: {reached}{times}{why}{how(denial.how_to_allow, denial.field, purpose='allow more')}"
+        return (
+            f"denied: {reached}{times}{why}{how_to_allow_text(denial.how_to_allow, denial.field, purpose='allow more')}"
+        )
     what = denial.subject if denial.action == "write" and denial.field in _FULL else f"{denial.action} {denial.subject}"
     if denial.field == "limit":
         return f"denied: {what}{times}{why}"
-    return f"denied: {what}{times}{why}{how(denial.how_to_allow, denial.field)}"
+    return f"denied: {what}{times}{why}{how_to_allow_text(denial.how_to_allow, denial.field)}"
 
 
-def how(allowing: HowToAllow | None, field: str = "", *, purpose: str = "allow it") -> str:
+def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: str = "allow it") -> str:
     """What would allow it, as the end of a line; a flag stands last, to be copied. field: what refused it, if known."""
     if allowing is None:
         return ". Nothing allows it."

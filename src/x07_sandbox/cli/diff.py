@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.changes_text import add_run, as_applied, machine_form, pieces, print_bytes
-from x07_sandbox.cli.json_output import deliver, wanted
+from x07_sandbox.cli.changes_text import add_run, changes_json, include_applied, patch_chunks, print_bytes
+from x07_sandbox.cli.json_output import deliver, document_wanted
 from x07_sandbox.cli.parser import add_document_flags
 from x07_sandbox.runs.saved_changes import find
 
@@ -29,9 +29,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 
 def _diff(options: argparse.Namespace) -> int:
-    kept = as_applied(find(options.run))
-    if wanted(options) and deliver(machine_form(kept.changes), options):
+    kept = include_applied(find(options.run))
+    if document_wanted(options) and deliver(changes_json(kept.changes), options):
         return 0
-    for piece in pieces(kept):
+    for piece in patch_chunks(kept):
         print_bytes(piece)
     return 0

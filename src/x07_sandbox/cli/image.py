@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.console import Progress, say, show, size
 from x07_sandbox.cli.json_output import deliver, print_document
-from x07_sandbox.cli.parser import add_document_flags, named_folder, switch
+from x07_sandbox.cli.parser import add_document_flags, folder_path, switch
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
@@ -81,7 +81,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
         group.add_argument(f"--{flag}", action="append", metavar=metavar, help=doc)
         switch(group, f"--no-{flag}", f"{none}, also where the image of this name has some")
     doc = "X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs; kept by later builds"
-    build.add_argument("--x07-toolchain", type=named_folder, metavar="DIR", help=doc)
+    build.add_argument("--x07-toolchain", type=folder_path, metavar="DIR", help=doc)
     switch(build, "--fresh", "fetch all packages again, to take in updates")
     listing = inner.add_parser("list", help="the images that are here")
     load = inner.add_parser("load", help="give an image to podman and docker", description=_LOAD)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.json_output import from_here, print_line, show_written
-from x07_sandbox.cli.parser import add_document_flags, named, named_folder
+from x07_sandbox.cli.json_output import print_line, shell_path, show_written
+from x07_sandbox.cli.parser import add_document_flags, folder_path, nonempty
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, project_root, write_document
@@ -52,12 +52,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     """Add the verb."""
     parser = verbs.add_parser("init", help=help, description="Write a project's first file.", epilog=_EPILOG)
     where = "where (default: here)"
-    parser.add_argument("folder", nargs="?", type=named_folder, default=Path(), metavar="DIR", help=where)
+    parser.add_argument("folder", nargs="?", type=folder_path, default=Path(), metavar="DIR", help=where)
     names = tuple(row.name for row in ROWS)
     parser.add_argument("--toolchain", choices=names, metavar="T", help=f"one of {', '.join(names)}")
     started, made = ", ".join(_WITH_ENTRY), ", ".join(_WITH_ARTIFACT)
     doc = f"{started}: the file that is started (default: main)"
-    parser.add_argument("--entry", type=named, metavar="FILE", help=doc)
+    parser.add_argument("--entry", type=nonempty, metavar="FILE", help=doc)
     parser.add_argument("--artifact", metavar="FILE", help=f"{made}: what it makes (default: what its Makefile shows)")
     doc = "X07: of the profile's policy, see x07 policy init (default: default)"
     parser.add_argument("--template", choices=tuple(TEMPLATES), metavar="T", help=doc)
@@ -104,7 +104,7 @@ def _init(options: argparse.Namespace) -> int:
     if status == "exists_different":
         say(f"{root / name} holds something else and was left alone")
         return DIFFERENT
-    following = f"x07 run {from_here(root)}"
+    following = f"x07 run {shell_path(root)}"
     if needs_policy := options.toolchain is None and not (root / policy).exists():
         where = f" --project {shlex.quote(str(folder / name))}"
         with contextlib.suppress(UsageError):  # where this folder is gone

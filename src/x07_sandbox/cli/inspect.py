@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.json_output import print_object
-from x07_sandbox.cli.parser import add_document_flags, named
+from x07_sandbox.cli.parser import add_document_flags, nonempty
 from x07_sandbox.housekeeping.listing import inspect_run
 from x07_sandbox.housekeeping.lookup import known_run
 
@@ -25,7 +25,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     """Add the verb."""
     doc = "Print everything about one run as one JSON object."
     parser = verbs.add_parser("inspect", help=help, description=doc, epilog=_EPILOG)
-    parser.add_argument("run", type=named, metavar="RUN", help="its name, or the beginning of it")
+    parser.add_argument("run", type=nonempty, metavar="RUN", help="its name, or the beginning of it")
     add_document_flags(parser, "one JSON object on standard output, which is what it prints anyway")
     parser.set_defaults(carry_out=_inspect)
 

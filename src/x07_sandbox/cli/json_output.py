@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.console import put, say, show
+from x07_sandbox.cli.console import say, show, write_stdout
 from x07_sandbox.cli.parser import actions, parser_for
 from x07_sandbox.errors import Cancelled, RefusedError, SandboxError
 from x07_sandbox.host.os_errors import host_error
@@ -29,7 +29,7 @@ _DOCUMENT_MAX: Final = 1 << 28
 _FILES: Final = ("file", "files", "first", "second", "policy", "project")
 
 
-def wanted(options: argparse.Namespace) -> bool:
+def document_wanted(options: argparse.Namespace) -> bool:
     """Whether anybody asked for the document of a verb that prints text otherwise."""
     return bool(options.json or options.report_out is not None)
 
@@ -58,7 +58,7 @@ def show_written(path: Path, status: Status, following: str) -> None:
         show(f"next: {following}")
 
 
-def from_here(path: Path) -> str:
+def shell_path(path: Path) -> str:
     """The path as it is typed in this folder, quoted for a shell."""
     with contextlib.suppress(OSError, ValueError):
         path = path.relative_to(Path.cwd())
@@ -69,7 +69,7 @@ def print_failure(exc: Exception, options: argparse.Namespace | None = None) -> 
     """An error, as a document; options: None for standard output alone. Raises OSError, RefusedError."""
     document = failure_document(exc)
     if options is None:
-        put(document)
+        write_stdout(document)
     else:
         deliver(document, options)
 
@@ -91,7 +91,7 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
         write_bytes(options.report_out, document)
     ours: bool = options.json or always
     if ours and not options.quiet_json:
-        put(document)
+        write_stdout(document)
     return ours
 
 
@@ -156,8 +156,8 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
         if (error := _as_error(exc)) is not None:
             try:
                 write_bytes(options.report_out, failure_document(error))
-            except RefusedError as unwritten:  # the error itself is what has to be told
-                say(str(unwritten))
+            except RefusedError as write_errors:  # the error itself is what has to be told
+                say(str(write_errors))
         raise
     return code
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import print_document
-from x07_sandbox.cli.parser import add_document_flags, named
+from x07_sandbox.cli.parser import add_document_flags, nonempty
 from x07_sandbox.housekeeping.kill import KillReport, kill_run
 from x07_sandbox.housekeeping.lookup import known_run
 
@@ -28,7 +28,7 @@ exit code: 0 if the run is over; 125 if it goes on
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
     parser = verbs.add_parser("kill", help=help, description="End a run, from any process.", epilog=_EPILOG)
-    parser.add_argument("run", type=named, metavar="RUN", help="its name, or the beginning of it: see x07 ps")
+    parser.add_argument("run", type=nonempty, metavar="RUN", help="its name, or the beginning of it: see x07 ps")
     add_document_flags(parser, "one JSON object on standard output")
     parser.set_defaults(carry_out=_kill)
 

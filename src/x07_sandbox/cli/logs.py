@@ -9,8 +9,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.changes_text import print_bytes
-from x07_sandbox.cli.console import put, say
-from x07_sandbox.cli.parser import named, switch
+from x07_sandbox.cli.console import say, write_stdout
+from x07_sandbox.cli.parser import nonempty, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.housekeeping.lookup import known_run, run_folder
@@ -41,7 +41,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     """Add the verb."""
     parser = verbs.add_parser("logs", help=help, description="Print what a run printed.", epilog=_EPILOG)
     doc = "its name, or the beginning of it (default: the latest that has such a log)"
-    parser.add_argument("run", nargs="?", type=named, metavar="RUN", help=doc)
+    parser.add_argument("run", nargs="?", type=nonempty, metavar="RUN", help=doc)
     which = parser.add_mutually_exclusive_group()
     switch(which, "--build", "what its build printed instead")
     switch(which, "--net", "each connection that the program asked for instead")
@@ -56,7 +56,7 @@ def _logs(options: argparse.Namespace) -> int:
         return _net(options)
     prefix = "build-" if options.build else ""
     folder = _folder(options, f"{prefix}stdout")
-    streams = [_Stream(folder / f"{prefix}stdout", 1, put), _Stream(folder / f"{prefix}stderr", 2, _put_error)]
+    streams = [_Stream(folder / f"{prefix}stdout", 1, write_stdout), _Stream(folder / f"{prefix}stderr", 2, _put_error)]
     with contextlib.ExitStack() as stack:
         for stream in streams:
             stack.callback(stream.close)

@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     try:
         _heed_signals()
-        from x07_sandbox.cli.std_streams import settle_in
+        from x07_sandbox.cli.std_streams import prepare_streams
 
-        settle_in()
+        prepare_streams()
         _import_msgspec()
         options = _parsed(words)
         _recover()

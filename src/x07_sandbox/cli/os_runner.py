@@ -19,11 +19,11 @@ from x07_sandbox.backends.registry import Platform
 from x07_sandbox.backends.selection import ACCEPT_VARIABLE, asked, select, this_platform, working
 from x07_sandbox.cli.atomic_output import check_outputs, files_read
 from x07_sandbox.cli.cancel import cancelled_by_signals
-from x07_sandbox.cli.console import LiveLine, put, say
+from x07_sandbox.cli.console import LiveLine, say, write_stdout
 from x07_sandbox.cli.main import end_with
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
-from x07_sandbox.cli.std_streams import settle_in
-from x07_sandbox.cli.x07_report import Wanted, run_and_report
+from x07_sandbox.cli.std_streams import prepare_streams
+from x07_sandbox.cli.x07_report import ReportRequest, run_and_report
 from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder
@@ -54,7 +54,7 @@ _SANDBOXED: Final = "--world run-os-sandboxed --policy FILE"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0 ok, 1 a report of a failure, 2 nothing on standard output."""
-    settle_in()
+    prepare_streams()
     try:
         for warning in check_environment(os.environ):
             _say(warning)
@@ -174,7 +174,7 @@ def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStac
 
 def _wanted(
     options: argparse.Namespace, request: RunRequest, program: Program, stack: contextlib.ExitStack, *, accepted: bool
-) -> Wanted:
+) -> ReportRequest:
     """Read and check what the flags name besides the program, before anything starts. Raises UsageError."""
     policy = policy_in_force(request)
     compiled_out, attest_runtime = _path(options.compiled_out), _path(options.attest_runtime)
@@ -182,7 +182,7 @@ def _wanted(
     check_outputs({"--compiled-out": compiled_out, "--attest-runtime": attest_runtime}, read)
     with request.cancel.waiting():  # for whoever opens the other end of a pipe
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
-    return Wanted(
+    return ReportRequest(
         program=program,
         policy=policy,
         policy_path=options.policy,
@@ -221,7 +221,7 @@ def _note_unused(options: argparse.Namespace, program: Program) -> None:
 def _print(data: bytes, code: int) -> int:
     """Write to standard output. Raises HostError."""
     try:
-        put(data)  # whole, here, where a full disk behind it is told
+        write_stdout(data)  # whole, here, where a full disk behind it is told
     except OSError as exc:
         why, fix = exc.strerror or str(exc), "Send it where there is room for it"
         raise HostError("cannot write to standard output", why, fix) from exc

@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox import __version__
-from x07_sandbox.cli.parser import Once, Parser, named, whole_number
+from x07_sandbox.cli.parser import Once, Parser, nonempty, whole_number
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 
@@ -114,7 +114,7 @@ def _words(option: Option) -> dict[str, Any]:
     if option.choices:
         words |= {"choices": option.choices, "metavar": None}
     if option.metavar in _NAMES:
-        words["type"] = named
+        words["type"] = nonempty
     if option.number:
         words["type"] = whole_number(0, _MOST, option.number)
     return words

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from x07_sandbox.cli.console import put
+from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,23 +74,23 @@ def seconds(most: int) -> Callable[[str], float]:
     return read
 
 
-def named_folder(text: str) -> Path:
+def folder_path(text: str) -> Path:
     """A type of options: a folder, which has a name; none is what an unset variable of a shell makes, and not `.`."""
     if not text:
         raise argparse.ArgumentTypeError("the name of the folder is empty")
     return Path(text)
 
 
-def named(text: str) -> str:
+def nonempty(text: str) -> str:
     """A type of options: the name of a file, as it is given; an empty one is refused like that of a folder."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return text
 
 
-def named_file(text: str) -> Path:
-    """As `named`, as a path."""
-    return Path(named(text))
+def file_path(text: str) -> Path:
+    """As `nonempty`, as a path."""
+    return Path(nonempty(text))
 
 
 def name_pattern(text: str) -> str:
@@ -141,7 +141,7 @@ class _HelpLevel(argparse.Action):
         values: str | Sequence[Any] | None,  # noqa: ARG002 - as above
         option_string: str | None = None,  # noqa: ARG002 - as above
     ) -> NoReturn:
-        put(parser.format_help(self.const).encode())  # type: ignore[call-arg]  # only a Parser has such options
+        write_stdout(parser.format_help(self.const).encode())  # type: ignore[call-arg]  # only a Parser has such options
         parser.exit()
 
 
@@ -156,7 +156,7 @@ def add_help_levels(parser: argparse._ActionsContainer, rest: str, *names: str) 
 def add_document_flags(parser: argparse._ActionsContainer, json_help: str) -> None:
     """The flags of a verb that has a JSON document to print (cli/json_output): whether, and where it goes too."""
     switch(parser, "--json", json_help)
-    option(parser, "--report-out", "FILE", "write that JSON there too, --json or not", type=named_file)
+    option(parser, "--report-out", "FILE", "write that JSON there too, --json or not", type=file_path)
     switch(parser, "--quiet-json", "print no JSON, since --report-out has it")
 
 
@@ -207,7 +207,7 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         """Print help or version; unlike the base class, not past an error. Raises OSError."""
         if file is sys.stdout:
-            put(message.encode("utf-8", "surrogateescape"))
+            write_stdout(message.encode("utf-8", "surrogateescape"))
         else:
             (file or sys.stderr).write(message)
 

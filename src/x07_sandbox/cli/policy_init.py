@@ -10,8 +10,8 @@ from typing import Final
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.json_output import deliver, from_here, print_line, show_written
-from x07_sandbox.cli.parser import named_file, switch
+from x07_sandbox.cli.json_output import deliver, print_line, shell_path, show_written
+from x07_sandbox.cli.parser import file_path, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.paths import is_folder, real_path
@@ -41,13 +41,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.add_argument("--template", required=True, choices=tuple(TEMPLATES), metavar="T", help="which one, see below")
     doc = "the project's file (default: x07.json above here)"
-    parser.add_argument("--project", type=named_file, metavar="FILE", help=doc)
+    parser.add_argument("--project", type=file_path, metavar="FILE", help=doc)
     parser.add_argument("--policy-id", metavar="ID", help="the policy's name (default: sandbox.T.base)")
     switch(parser, "--force", "overwrite a file with another content")
     doc = "print one line of JSON about the file, or the policy itself (default: text for people)"
     emitted = ("report", "policy")
     parser.add_argument("--emit", choices=emitted, metavar="|".join(emitted), help=doc)
-    parser.add_argument("--out", type=named_file, metavar="PATH", help="where to, from the project's folder")
+    parser.add_argument("--out", type=file_path, metavar="PATH", help="where to, from the project's folder")
     switch(parser, "--mkdir-out", "make the folder that --out names")
     parser.set_defaults(writes=_writes)
 
@@ -92,7 +92,7 @@ def init(options: argparse.Namespace) -> int:
             template=options.template, project_root=str(root), out=out, status=status, policy_id=policy.policy_id
         )
         if not (print_line(report, options, always=options.emit == "report") or options.quiet_json):
-            show_written(path, status, f"x07 run --policy {from_here(path)} PROGRAM")
+            show_written(path, status, f"x07 run --policy {shell_path(path)} PROGRAM")
     if status != "exists_different":
         return 0
     say(f"{path} holds something else and was left alone; --force overwrites it")

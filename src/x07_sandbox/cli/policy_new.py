@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.json_output import deliver
-from x07_sandbox.cli.parser import named, option, repeated
+from x07_sandbox.cli.parser import nonempty, option, repeated
 from x07_sandbox.cli.run_options import add_limits, limits_of
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.default import render_policy
@@ -34,11 +34,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         epilog=_EPILOG,
     )
     option(parser, "--template", "T", "what the rest is taken from (default: default)", choices=tuple(TEMPLATES))
-    option(parser, "--id", "ID", "the policy's name (default: custom.T)", type=named)
+    option(parser, "--id", "ID", "the policy's name (default: custom.T)", type=nonempty)
     add_limits(parser, of_policy=True)
     repeated(parser, "--allow-host", "HOST:PORT[,PORT...]", "a host that the program may connect to")
-    repeated(parser, "--read", "PATH", "a file or folder that it may read", type=named)
-    repeated(parser, "--write", "PATH", "a file or folder that it may read and change", type=named)
+    repeated(parser, "--read", "PATH", "a file or folder that it may read", type=nonempty)
+    repeated(parser, "--write", "PATH", "a file or folder that it may read and change", type=nonempty)
 
 
 def new(options: argparse.Namespace) -> int:

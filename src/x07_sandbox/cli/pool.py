@@ -14,7 +14,7 @@ import msgspec
 
 from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connected, peer_of, pool_dir, receive, send
 from x07_sandbox.cli.console import Progress, show
-from x07_sandbox.cli.json_output import print_document, wanted
+from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import add_document_flags, whole_number
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
@@ -80,7 +80,7 @@ def _start(options: argparse.Namespace) -> int:
             raise
     if "ready" in told:
         progress.done(f"{told['ready']} machines are warm (process {child.pid})")
-        if wanted(options):
+        if document_wanted(options):
             print_document(PoolReport(pool=_told()), options)
         return 0
     child.terminate()

@@ -103,40 +103,40 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
             request = replace(request, loaded=program)
         artifact = None
         if options.compiled_out:
-            from x07_sandbox.cli.atomic_output import place_for_artifact
+            from x07_sandbox.cli.atomic_output import artifact_file
 
-            artifact = place_for_artifact(stack)
+            artifact = artifact_file(stack)
             request = replace(request, artifact=artifact)
         result, error = attempt(request)
         if for_x07 and isinstance(error, UsageError):
             from x07_sandbox.cli.run_report import x07_exit
 
             result = replace(result, x07_exit_code=x07_exit(error))
-        unwritten: list[str] = []
+        write_errors: list[str] = []
         if artifact is not None or options.diff or options.net_log or options.report_out:
             from x07_sandbox.cli.run_outputs import write_files
 
-            result, unwritten = write_files(options, result, artifact)
+            result, write_errors = write_files(options, result, artifact)
     if options.json and not options.quiet_json:
         from x07_sandbox.cli.run_failure import print_result
 
         return print_result(result, full=options.json == "full")
-    return _told(result, unwritten)
+    return _told(result, write_errors)
 
 
-def _told(result: Result, unwritten: list[str]) -> int:
-    """Say what the program's own output does not; the exit code. unwritten: a line for each file that was not."""
+def _told(result: Result, write_errors: list[str]) -> int:
+    """Say what the program's own output does not; the exit code. write_errors: a line for each file that was not."""
     _explain(result)
-    for line in unwritten:
+    for line in write_errors:
         say(line)
     if result.denials or result.hints:
-        from x07_sandbox.cli.denials_text import tell as tell_refused
+        from x07_sandbox.cli.denials_text import say_denials
 
-        tell_refused(result)
+        say_denials(result)
     if result.changes.state != "none":
-        from x07_sandbox.cli.changes_text import tell
+        from x07_sandbox.cli.changes_text import say_changes
 
-        tell(result)
+        say_changes(result)
     if result.files_discarded.count and sys.stderr.isatty():
         count = result.files_discarded.count
         files = f"{count} files" if count > 1 else "1 file"

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.atomic_output import is_refused, with_unwritten
-from x07_sandbox.cli.console import put
+from x07_sandbox.cli.atomic_output import is_refused, with_write_errors
+from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.cli.json_output import write_early_failure
 from x07_sandbox.errors import Cancelled, SandboxError
 from x07_sandbox.reports.result import render_result
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def print_result(result: Result, *, full: bool = False) -> int:
     """A run as one JSON object; its exit code."""
-    put(render_result(result, full=full))
+    write_stdout(render_result(result, full=full))
     return result.x07_exit_code
 
 
@@ -49,7 +49,7 @@ def write_failure(options: argparse.Namespace, exc: Exception, code: int | None 
 def _failed(exc: Exception, signalled: int | None, code: int | None) -> Result:
     """The error's own result, if a run led to it; else that of a run that never began."""
     if isinstance(exc, SandboxError) and exc.result is not None:
-        result: Result = with_unwritten(exc.result, [str(exc)])
+        result: Result = with_write_errors(exc.result, [str(exc)])
     else:
         result = failure(exc, signalled)
     return result if code is None else replace(result, x07_exit_code=code)

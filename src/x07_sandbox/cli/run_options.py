@@ -8,10 +8,10 @@ from typing import Any
 from x07_sandbox.cli.parser import (
     add_document_flags,
     add_help_levels,
+    file_path,
+    folder_path,
     name_pattern,
-    named,
-    named_file,
-    named_folder,
+    nonempty,
     option,
     repeated,
     seconds,
@@ -134,7 +134,7 @@ def add_command_options(parser: argparse.ArgumentParser) -> None:
 def add_program(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     """What runs, under which policy."""
     group = parser.add_argument_group("program and policy")
-    option(group, "--workdir", "DIR", "start in a copy of this folder; its changes come back", type=named_folder)
+    option(group, "--workdir", "DIR", "start in a copy of this folder; its changes come back", type=folder_path)
     if built:
         option(group, "-c", "CODE", "run this source text; needs --toolchain", dest="code")
         how = "how to build and start it (default: by the file's name)"
@@ -205,7 +205,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     """Which files and input go in, and what becomes of changed files."""
     group = parser.add_argument_group("files")
     given = group.add_mutually_exclusive_group()
-    option(given, "--input", "FILE", "read standard input from this file (default: yours)", type=named_file)
+    option(given, "--input", "FILE", "read standard input from this file (default: yours)", type=file_path)
     switch(given, "--stdin", "pass your standard input, even if the project names a file")
     option(given, "--input-b64", "TEXT", "use these bytes as standard input, in base64")
     group.add_argument(
@@ -215,13 +215,13 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="changed files: apply (default), all-or-nothing, keep or discard",
     )
-    option(group, "--net-log", "FILE", "write a line of JSON for each connection", type=named_file)
-    option(group, "--diff", "FILE", "also write the changes as a patch", type=named_file)
-    option(group, "--out", "DIR", "folder for its output; the program sees it as /x07/out", type=named_folder)
+    option(group, "--net-log", "FILE", "write a line of JSON for each connection", type=file_path)
+    option(group, "--diff", "FILE", "also write the changes as a patch", type=file_path)
+    option(group, "--out", "DIR", "folder for its output; the program sees it as /x07/out", type=folder_path)
     switch(group, "--allow-hidden", "let names that begin with a dot in and out")
     switch(group, "--allow-symlinks", "let symbolic links in and out")
     obeyed = "let it change protected names such as .git or Jenkinsfile"
-    repeated(group, "--allow-protected", "PATTERN", obeyed, type=named)
+    repeated(group, "--allow-protected", "PATTERN", obeyed, type=nonempty)
     repeated(group, "--hide", "PATTERN", "keep files of this name out: '*.csv'", type=name_pattern)
     repeated(group, "--reveal", "PATTERN", "let in names that look like secrets: '*.pem'", type=name_pattern)
 
@@ -255,7 +255,7 @@ def add_output(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     most = "limit for each output stream (default: 64 MiB)"
     option(group, "--max-output-bytes", "N", most, type=whole_number(0, 1 << 40, "bytes"))
     if built:
-        option(group, "--compiled-out", "FILE", "save the built program", type=named_file)
+        option(group, "--compiled-out", "FILE", "save the built program", type=file_path)
     switch(group, "--dry-run", "run nothing; show what would be done")
 
 
@@ -272,4 +272,4 @@ def add_x07(parser: argparse.ArgumentParser) -> None:
     report = "print X07's report instead, and end with its exit code"
     option(group, "--report", None, report, choices=("runner", "wrapped"))
     attest = "X07's attestation of the run; implies --report runner"
-    option(group, "--attest-runtime", "FILE", attest, type=named_file)
+    option(group, "--attest-runtime", "FILE", attest, type=file_path)

@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.cli.atomic_output import noted, with_unwritten, write_all, write_bytes, write_executable, write_whole
-from x07_sandbox.cli.changes_text import machine_form, pieces
+from x07_sandbox.cli.atomic_output import (
+    collect_error,
+    with_write_errors,
+    write_all,
+    write_atomically,
+    write_bytes,
+    write_executable,
+)
+from x07_sandbox.cli.changes_text import changes_json, patch_chunks
 from x07_sandbox.files.changes import ChangeSet
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.folder import NET_LOG, all_runs
@@ -24,16 +31,16 @@ def write_files(options: argparse.Namespace, result: Result, artifact: OutFile |
 
     Each such line is a warning of the result, whose exit code is then 125.
     """
-    unwritten: list[str] = []
+    write_errors: list[str] = []
     if artifact is not None and artifact.complete:
-        with noted(unwritten):
+        with collect_error(write_errors):
             write_executable(options.compiled_out, artifact)
-    write_records(options, result, unwritten)
-    told = with_unwritten(result, unwritten)
+    write_records(options, result, write_errors)
+    told = with_write_errors(result, write_errors)
     if options.report_out is not None:
-        with noted(unwritten):
+        with collect_error(write_errors):
             write_bytes(options.report_out, render_result(told, full=options.json == "full"))
-    return with_unwritten(result, unwritten), unwritten
+    return with_write_errors(result, write_errors), write_errors
 
 
 def write_net_log(path: Path, result: Result) -> None:
@@ -42,11 +49,11 @@ def write_net_log(path: Path, result: Result) -> None:
     write_bytes(path, log.read_bytes() if log.is_file() else b"")
 
 
-def write_records(options: argparse.Namespace, result: Result, unwritten: list[str]) -> None:
-    """Write changes and log of connections where flags ask for them. unwritten: gets a line for each failure."""
+def write_records(options: argparse.Namespace, result: Result, write_errors: list[str]) -> None:
+    """Write changes and log of connections where flags ask for them. write_errors: gets a line for each failure."""
     for path, write in ((options.diff, write_diff), (options.net_log, write_net_log)):
         if path is not None:
-            with noted(unwritten):
+            with collect_error(write_errors):
                 write(path, result)
 
 
@@ -60,8 +67,8 @@ def write_diff(path: Path, result: Result) -> None:
         kept = find(result.run)
 
     def put(fd: int) -> None:
-        for piece in pieces(kept):
+        for piece in patch_chunks(kept):
             write_all(fd, piece)
 
-    write_whole(path, put)
-    write_bytes(path.with_name(f"{path.name}.json"), machine_form(kept.changes))
+    write_atomically(path, put)
+    write_bytes(path.with_name(f"{path.name}.json"), changes_json(kept.changes))

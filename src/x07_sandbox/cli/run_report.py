@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.atomic_output import noted, write_bytes
-from x07_sandbox.cli.console import put, say
+from x07_sandbox.cli.atomic_output import collect_error, write_bytes
+from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.run_failure import print_failure, write_failure
 from x07_sandbox.cli.run_outputs import write_records
-from x07_sandbox.cli.x07_report import Wanted, run_and_report
+from x07_sandbox.cli.x07_report import ReportRequest, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.paths import is_file, is_folder
@@ -91,7 +91,7 @@ def run_with_report(
     policy = request.in_force or policy_in_force(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
-    wanted = Wanted(
+    wanted = ReportRequest(
         program=program,
         policy=policy,
         policy_path=None if request.policy is None else str(request.policy),
@@ -101,18 +101,18 @@ def run_with_report(
         accepted=options.i_accept_weaker_isolation or flag("X07_I_ACCEPT_WEAKER_ISOLATION"),
     )
     result, report = run_and_report(request, wanted, stack, say)
-    unwritten: list[str] = []
-    write_records(options, result, unwritten)
+    write_errors: list[str] = []
+    write_records(options, result, write_errors)
     told = report if options.artifact is None else flat_report(report)
     text = render_json(told if options.report != "wrapped" else wrap(told, target_of(program, request.program, told)))
     if options.report_out is not None:
-        with noted(unwritten):
+        with collect_error(write_errors):
             write_bytes(options.report_out, text)
-    for line in unwritten:
+    for line in write_errors:
         say(line)
     if not options.quiet_json:
-        put(text)
-    if unwritten:
+        write_stdout(text)
+    if write_errors:
         protocol = program.toolchain.protocol
         return REFUSED_EXIT if protocol is None else protocol.usage_exit
     return report.exit_code

@@ -37,7 +37,7 @@ class _Patient(io.FileIO):
             wait_writable(self.fileno())
 
 
-def settle_in() -> None:
+def prepare_streams() -> None:
     """What each of our commands does first."""
     gc.set_threshold(_OBJECTS, *gc.get_threshold()[1:])  # a run makes no cycles, and looking for them takes 4 ms
     _fill_closed_streams()

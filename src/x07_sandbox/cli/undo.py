@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.changes_text import add_run, list_deleted, machine_form, summary
+from x07_sandbox.cli.changes_text import add_run, changes_json, say_deleted, summary
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.json_output import deliver, wanted
+from x07_sandbox.cli.json_output import deliver, document_wanted
 from x07_sandbox.cli.parser import add_document_flags
 from x07_sandbox.runs.saved_changes import find, undo
 
@@ -35,9 +35,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 def _undo(options: argparse.Namespace) -> int:
     kept = find(options.run)
     changes = undo(kept, lambda path: say(f"waiting: another command changes {path}"))
-    if wanted(options) and deliver(machine_form(changes), options):
+    if document_wanted(options) and deliver(changes_json(changes), options):
         return 0
-    list_deleted(changes, back=True)
+    say_deleted(changes, back=True)
     then = "x07 undo takes back what was applied before" if kept.undos else "x07 apply"
     say(summary(changes, f"undone; {then}"))
     return 0

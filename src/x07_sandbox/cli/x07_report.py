@@ -9,7 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.cli import changes_text, denials_text
-from x07_sandbox.cli.atomic_output import place_for_artifact, write_bytes, write_executable
+from x07_sandbox.cli.atomic_output import artifact_file, write_bytes, write_executable
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
 from x07_sandbox.reports.document import render_json
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.streams import OutFile
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What the report tells besides the result.
 
     policy_path: as the user named it, None for the built-in one. data: the whole input.
@@ -49,13 +49,13 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_and_report(
-    request: RunRequest, wanted: Wanted, stack: contextlib.ExitStack, say: Callable[[str], None]
+    request: RunRequest, wanted: ReportRequest, stack: contextlib.ExitStack, say: Callable[[str], None]
 ) -> tuple[Result, CompileRunReport]:
     """Carry the request out with what was read for it, and write the files; *say* gets the lines for the user.
 
     Raises UsageError where the request is wrong, RefusedError where a file cannot be written; that has the result.
     """
-    artifact = place_for_artifact(stack)
+    artifact = artifact_file(stack)
     if wanted.attest_runtime is not None:
         wanted.attest_runtime.unlink(missing_ok=True)  # what lies there attests another run
     request = replace(
@@ -72,7 +72,7 @@ def run_and_report(
     if isinstance(error, UsageError):
         raise error
     told, command = (result, "") if wanted.flags is None else (denials_text.for_flags(result, wanted.flags), "x07 run ")
-    aftermath = [*denials_text.lines(told, command), *changes_text.lines(told)]
+    aftermath = [*denials_text.denial_lines(told, command), *changes_text.change_lines(told)]
     try:
         report, lines = _make_report(wanted, result, artifact)
     except SandboxError as exc:
@@ -85,7 +85,7 @@ def run_and_report(
     return result, report
 
 
-def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[CompileRunReport, list[str]]:
+def _make_report(wanted: ReportRequest, result: Result, artifact: OutFile) -> tuple[CompileRunReport, list[str]]:
     """The report, and lines about how it ended; the files are written. Raises RefusedError where one cannot be."""
     toolchain = wanted.program.toolchain
     built = Built(

@@ -43,7 +43,7 @@ def input_file(data: bytes | None, stack: contextlib.ExitStack) -> int:
     from x07_sandbox.runs.streams import memory_file
 
     if not isinstance(data, bytes | bytearray | memoryview | None):
-        raise wrong("input", f"is {type(data).__name__}, not bytes")
+        raise bad_argument("input", f"is {type(data).__name__}, not bytes")
     return memory_file(bytes(data or b""), stack)
 
 
@@ -85,7 +85,7 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     if read_only and workdir is None:
         raise UsageError("cannot run a program", "read_only is about the folder of workdir", "Give workdir too")
     if not 0 <= max_files_bytes <= _FILES_BYTES_MAX:
-        raise wrong("max_files_bytes", f"is {max_files_bytes}, and must be from 0 to {_FILES_BYTES_MAX}")
+        raise bad_argument("max_files_bytes", f"is {max_files_bytes}, and must be from 0 to {_FILES_BYTES_MAX}")
     path = None if program is None else Path(_path_text("program", program))
     return RunRequest(
         program=path,
@@ -97,7 +97,7 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
         files=dict(files or {}),
         max_files_bytes=max_files_bytes,
         args=tuple(args),
-        policy=policy_given("policy", policy),
+        policy=policy_argument("policy", policy),
         limits=_limits(memory, procs, fds, cpu_s=cpu_s, timeout_s=timeout_s),
         build_wall_ms=_milliseconds(build_timeout_s),
         scale_limits=scale_limits,
@@ -118,7 +118,7 @@ def _overrides(**let_in: bool) -> Overrides | None:
     """What the call changes of the policy. Raises UsageError."""
     for word, value in let_in.items():
         if not isinstance(value, bool):
-            raise wrong(f"allow_{word}", f"is {type(value).__name__}, not a bool")
+            raise bad_argument(f"allow_{word}", f"is {type(value).__name__}, not a bool")
     if not any(let_in.values()):
         return None
     from x07_sandbox.policy.overrides import Overrides
@@ -137,7 +137,7 @@ def _loaders(path: Path | None) -> tuple[Loader, ...]:
     return (load_x07,)
 
 
-def policy_given(name: str, value: object, function: str = _RUN) -> str | Policy | None:
+def policy_argument(name: str, value: object, function: str = _RUN) -> str | Policy | None:
     """A policy as read_policy takes it; name: of the argument of *function*. Raises UsageError."""
     from x07_sandbox.policy.model import Policy
 
@@ -174,7 +174,7 @@ def _check_types(given: Mapping[str, Any]) -> None:
         value = given[name]
         one_text = name in {"args", "command"} and isinstance(value, str | bytes)
         if not isinstance(value, kinds) or (isinstance(value, bool) and name != "scale_limits") or one_text:
-            raise wrong(name, f"is {type(value).__name__}, not {shown}")
+            raise bad_argument(name, f"is {type(value).__name__}, not {shown}")
         _check_text(name, value)
     args, files, env = enumerate(given["args"], start=1), given["files"] or {}, given["env"] or {}
     command = enumerate(given["command"])
@@ -184,9 +184,9 @@ def _check_types(given: Mapping[str, Any]) -> None:
             _check_text(f"{name}[{key!r}]", inner)
     for key, content in files.items():
         if not isinstance(key, str):
-            raise wrong("files", f"has the name {key!r}, which is no text")
+            raise bad_argument("files", f"has the name {key!r}, which is no text")
         if not isinstance(content, bytes):
-            raise wrong(f"files[{key!r}]", f"is {type(content).__name__}, not bytes")
+            raise bad_argument(f"files[{key!r}]", f"is {type(content).__name__}, not bytes")
 
 
 def _check_values(
@@ -197,7 +197,7 @@ def _check_values(
         why = "exactly one of program, source and command is needed"
         raise UsageError("cannot run a program", why, "Give one of them")
     if not all(isinstance(word, str) for word in command):
-        raise wrong("command", "is no list of texts")
+        raise bad_argument("command", "is no list of texts")
     if changes not in {"apply", "all-or-nothing", "keep", "discard"}:
         raise UsageError(
             "cannot run a program", f"changes is {changes!r}", "Use apply, all-or-nothing, keep or discard"
@@ -217,12 +217,12 @@ def _limits(
 
     size = parse_size(memory) if isinstance(memory, str) else memory
     if memory is not None and size is None:
-        raise wrong("memory", f"is {memory!r}, which is no size: write '512M', '1G' or a number of bytes")
+        raise bad_argument("memory", f"is {memory!r}, which is no size: write '512M', '1G' or a number of bytes")
     given = {"memory": memory, "cpu_s": cpu_s, "timeout_s": timeout_s, "procs": procs, "fds": fds}
     for name in ("cpu_s", "timeout_s"):
         value = given[name]
         if isinstance(value, int | float) and not 0 < value < _SECONDS_BOUND:  # NaN is not
-            raise wrong(name, f"is {value!r}, and must be above 0 and at most 600")
+            raise bad_argument(name, f"is {value!r}, and must be above 0 and at most 600")
     changes = LimitChanges(
         mem_bytes=size,
         cpu_ms=_milliseconds(cpu_s),
@@ -234,7 +234,7 @@ def _limits(
     for field, number in changes.given().items():
         if fault := range_fault(field, number):
             keyword = NAMES[field].keyword
-            raise wrong(keyword, f"is {given[keyword]!r}, and {fault}")
+            raise bad_argument(keyword, f"is {given[keyword]!r}, and {fault}")
     return changes
 
 
@@ -246,12 +246,12 @@ def _path_text(name: str, value: object, expected: str = "a path", function: str
     """A path as text. Raises UsageError."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
     if not isinstance(text, str):
-        raise wrong(name, f"is {type(value).__name__}, not {expected}", function)
+        raise bad_argument(name, f"is {type(value).__name__}, not {expected}", function)
     _check_text(name, text, function)
     if "\0" in text:
-        raise wrong(name, "holds a zero byte", function)
+        raise bad_argument(name, "holds a zero byte", function)
     if not text:  # as of a variable that is not set: it does not mean the current folder
-        raise wrong(name, "is empty", function)
+        raise bad_argument(name, "is empty", function)
     return text
 
 
@@ -261,9 +261,9 @@ def _check_text(name: str, value: object, function: str = _RUN) -> None:
         if isinstance(value, str):
             value.encode("utf-8", "surrogateescape")  # bytes that are no UTF-8, as os.fsdecode has them, are let be
     except UnicodeEncodeError as exc:
-        raise wrong(name, "holds half of a surrogate pair, which is no Unicode", function) from exc
+        raise bad_argument(name, "holds half of a surrogate pair, which is no Unicode", function) from exc
 
 
-def wrong(name: str, why: str, function: str = _RUN) -> UsageError:
+def bad_argument(name: str, why: str, function: str = _RUN) -> UsageError:
     """The error for an argument that cannot be used. why: goes on from its name."""
     return UsageError(_WHAT[function], f"{name} {why}", f"See help({function})")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.threads import started
-from x07_sandbox.library.arguments import check_names, wrong
-from x07_sandbox.library.run import OPTIONS, checked, run_once
+from x07_sandbox.library.arguments import bad_argument, check_names
+from x07_sandbox.library.run import OPTIONS, check_result, run_once
 
 if TYPE_CHECKING:
     import os
@@ -44,7 +44,7 @@ class Pool(Executor):
         Raises SandboxError. The machines are made in the background: `wait_ready` waits for them.
         """
         if not isinstance(image, str | None):
-            raise wrong("image", f"is {type(image).__name__}, not a text", "x07_sandbox.Pool")
+            raise bad_argument("image", f"is {type(image).__name__}, not a text", "x07_sandbox.Pool")
         from x07_sandbox.jobs.admission import max_running  # when there is a pool: importing this costs little
         from x07_sandbox.pool.warm import WarmMachines
 
@@ -122,7 +122,7 @@ class Pool(Executor):
             stack.enter_context(self._cancellable(cancel))
             options = {"image": self._image} | options
             ended = run_once(cancel, program, args, machines=self._machines, input=data, **options)
-            return checked(*ended, check=check)
+            return check_result(*ended, check=check)
 
     @contextlib.contextmanager
     def _cancellable(self, cancel: Cancel) -> Iterator[None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 # What carries runs out is imported when there is one: importing this costs next to nothing.
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.threads import started
-from x07_sandbox.library.arguments import FILES_BYTES, check_names, input_file, make_request, wrong
+from x07_sandbox.library.arguments import FILES_BYTES, bad_argument, check_names, input_file, make_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -97,7 +97,9 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     from x07_sandbox.host.cancel import Cancel
 
     with contextlib.closing(Cancel()) as cancel:
-        return checked(*_whole(cancel, lambda: run_once(cancel, program, args, **options)), check=check)
+        return check_result(
+            *_run_uninterrupted(cancel, lambda: run_once(cancel, program, args, **options)), check=check
+        )
 
 
 def exec_command(
@@ -119,7 +121,7 @@ def exec_command(
     return run_program(command=command, workdir=workdir, read_only=read_only, check=check, **options)
 
 
-def _whole(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
+def _run_uninterrupted(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
     """Do *work* so that nothing that a signal's handler raises, as Ctrl-C does, can tear it apart: it ends it.
 
     Handlers run in the main thread, at any line: one in the middle of a start or a stop would leave a machine behind.
@@ -207,7 +209,7 @@ async def run_program_async(
                 with contextlib.suppress(asyncio.CancelledError):
                     await ended.wait()
             raise
-    return checked(*ended_as, check=check)
+    return check_result(*ended_as, check=check)
 
 
 OPTIONS = frozenset(run_program.__kwdefaults__ or ())
@@ -236,7 +238,7 @@ def run_once(
 
     choice = choice_of_variables()
     if on_output is not None and not callable(on_output):
-        raise wrong("on_output", f"is {type(on_output).__name__}, not a function")
+        raise bad_argument("on_output", f"is {type(on_output).__name__}, not a function")
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(_Output(on_output, cancel)) if on_output is not None else None
         live = (None, None) if output is None else output.fds
@@ -264,13 +266,13 @@ def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
     It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another, which is checked where it is used, or
     here. Raises SandboxError that tells all that is wrong with a document, each with its place.
     """
-    from x07_sandbox.library.arguments import policy_given
+    from x07_sandbox.library.arguments import policy_argument
     from x07_sandbox.runs.request import read_policy
 
-    return read_policy(policy_given("name", name, "x07_sandbox.load_policy"))[0]
+    return read_policy(policy_argument("name", name, "x07_sandbox.load_policy"))[0]
 
 
-def checked(result: Result, problem: SandboxError | None, *, check: bool) -> Result:
+def check_result(result: Result, problem: SandboxError | None, *, check: bool) -> Result:
     """The result, if the program was run; with *check* only if it ended well. Raises SandboxError, *problem* if any.
 
     Its reason, and the error, name the keywords of `run_program` where a command would be told flags.

@@ -16,7 +16,7 @@ from typing import Final, Literal
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.errors import UsageError, shown
+from x07_sandbox.errors import UsageError, printable
 from x07_sandbox.network.blocked_addresses import special, special_within
 from x07_sandbox.network.names import (
     Address,
@@ -267,7 +267,7 @@ def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
         try:
             what = parse_pattern(host)
         except UsageError as exc:
-            problems.append(Problem(f"$.{rule}", f"host {shown(host)}: {exc.why}. {exc.fix}"))
+            problems.append(Problem(f"$.{rule}", f"host {printable(host)}: {exc.why}. {exc.fix}"))
         else:
             of_net = rule.startswith("net.")
             yield Entry(rule=rule, ports_rule=ports_rule, what=what, ports=frozenset(ports), udp=of_net)

@@ -154,7 +154,7 @@ def _too_large(changes: LimitChanges, field: str, value: int, path: str, held: i
     allowed = f"{_value(field, held)}{' s' if field.endswith('_ms') else ''}"
     why = f"the policy {source} allows {allowed} ({path}). {given} can only lower a limit of that policy"
     fix = f"Set {path} to {value} in the policy, or use {changes.named(field, held)}"
-    return UsageError(f"cannot use {changes.named(field, value)}", why, fix).by(path, value)
+    return UsageError(f"cannot use {changes.named(field, value)}", why, fix).caused_by(path, value)
 
 
 def flag_reach(own: Limits | None, held: Limits, *, may_raise: bool) -> Reach:

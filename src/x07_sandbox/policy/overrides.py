@@ -159,7 +159,7 @@ def check_grants(base: Policy, overrides: Overrides, *, built_in: bool) -> None:
         if word in overrides.let_in and not held and not built_in:
             why = f"policy {base.policy_id} does not allow it, and flags loosen only built-in policies"
             fix = f"Set fs.{field} to {str(value).lower()} in the policy"
-            raise UsageError(f"cannot use --allow-{word}", why, fix).by(f"fs.{field}", value=value)
+            raise UsageError(f"cannot use --allow-{word}", why, fix).caused_by(f"fs.{field}", value=value)
 
 
 def _need_sections(base: Policy, overrides: Overrides) -> None:
@@ -174,7 +174,7 @@ def _need_sections(base: Policy, overrides: Overrides) -> None:
                 f"cannot change the {what} of policy {base.policy_id}",
                 f"{field} is false there",
                 f"Set {field} to true in it, or leave the flags out",
-            ).by(field, value=True)
+            ).caused_by(field, value=True)
 
 
 def _specs(

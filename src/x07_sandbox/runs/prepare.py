@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import Availability, Backend
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice, choice_of_variables
-from x07_sandbox.errors import HostError, RefusedError, UsageError, shown
+from x07_sandbox.errors import HostError, RefusedError, UsageError, printable
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.variables import flag, text
@@ -101,7 +101,7 @@ def prepare(
         request = request if dry else with_framed_input(request, protocol, stack)
     in_force = request.in_force or policy_in_force(request)
     _check_cpu_time(request, program)
-    draft = _known(replace(draft, policy=shown(in_force.base)), policy=sha256_text(in_force.data))
+    draft = _known(replace(draft, policy=printable(in_force.base)), policy=sha256_text(in_force.data))
     yield draft
     check_variables(request, in_force.policy)
     choice = request.choice or choice_of_variables()
