@@ -84,7 +84,7 @@ def test_a_late_clone_speaks_against_its_template_for_minutes_only(
 def test_a_note_that_cannot_be_read_speaks_against_no_template(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
 ) -> None:
-    """Whatever lies where it is collect_error that a template is no good, and is no such note, is not heeded."""
+    """Whatever lies where it is noted that a template is no good, and is no such note, is not heeded."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     template = Template(key="a" * 64, folder=templates_dir() / ("a" * 64))
     path = template.folder.with_suffix(".bad")
