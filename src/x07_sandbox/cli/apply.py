@@ -26,31 +26,30 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
 
-_TOLD_MAX: Final = 10
-_EPILOG: Final = """All or nothing: where a name is no more as it was copied into the machine, nothing is changed. A
-kill at any moment leaves the old files or the new ones, once the next x07 command has run. Where a part is applied
-already, another needs x07 undo first. What a run left out needs the flag for its reason: see x07 diff. If the rest is
-applied already, it has an undo of its own.
+_LISTED: Final = 10
+_EPILOG: Final = """Applies everything or nothing: if a file has changed since it was copied into the VM,
+nothing is changed. If the command is killed, the next x07 command finishes it or rolls it back. What the run left out
+needs the flag for its reason: see x07 diff. To apply a different selection, first run x07 undo.
 
 examples:
-  x07 apply                        the latest run's
+  x07 apply                        the changes of the latest run
   x07 apply --skip .github --skip notes.txt
   x07 apply --skip /home/me/project/notes.txt
   x07 apply --allow-protected Jenkinsfile
 
-exit code: 0 done, or done before; 125 a conflict, or names that may not be changed; 2 no such run
+exit code: 0 applied, now or before; 125 a conflict, or changes that are not allowed; 2 no such run
 """
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
-    parser = verbs.add_parser("apply", help=help, description="Do what a run has changed.", epilog=_EPILOG)
+    parser = verbs.add_parser("apply", help=help, description="Apply a run's saved changes.", epilog=_EPILOG)
     add_run(parser)
-    repeated(parser, "--skip", "PATH", "leave a name below a root, or a path, out with all that is below it")
-    repeated(parser, "--allow-protected", "PATTERN", "as x07 run has it", type=nonempty)
-    switch(parser, "--allow-hidden", "apply also names that begin with a dot")
-    switch(parser, "--allow-symlinks", "apply also symbolic links")
-    add_document_flags(parser, "what was done, as one JSON object; errors too")
+    repeated(parser, "--skip", "PATH", "leave out this file or folder: a name below a root, or an absolute path")
+    repeated(parser, "--allow-protected", "PATTERN", "allow protected names such as .git or Jenkinsfile", type=nonempty)
+    switch(parser, "--allow-hidden", "apply names that begin with a dot too")
+    switch(parser, "--allow-symlinks", "apply symbolic links too")
+    add_document_flags(parser, "print what was done, or the error, as one JSON object")
     parser.set_defaults(carry_out=_apply)
 
 
@@ -61,30 +60,30 @@ def _apply(options: argparse.Namespace) -> int:
     before = set[tuple[str, str]]() if kept.changes.all_or_nothing else kept.done()
     changes = select_changes(kept.changes, options.skip, grants, applied=before if kept.applied else None)
     later = kept.applied and any(root.left_out for root in kept.changes.roots) and grants.any
-    done = do(kept, changes, lambda path: say(f"waiting: another command changes {path}"), later=later)
+    done = do(kept, changes, lambda path: say(f"waiting: another command is changing {path}"), later=later)
     if document_wanted(options) and deliver(changes_json(changes if done.roots else done), options):
         return 0
     if done.roots:
         say_deleted(changes)
-    there = "all of it is there already" if any(root.changes for root in changes.roots) else "nothing is left to apply"
-    say(summary(changes, "applied; x07 undo") if done.roots else there)
-    _tell_left_out(kept.changes, before | {(root.root, one.name) for root in changes.roots for one in root.changes})
+    nothing = "already applied" if any(root.changes for root in changes.roots) else "nothing to apply"
+    say(summary(changes, "applied; x07 undo") if done.roots else nothing)
+    _say_left_out(kept.changes, before | {(root.root, one.name) for root in changes.roots for one in root.changes})
     return 0
 
 
 class Grants(NamedTuple):
-    """What the user lets be applied in spite of a refusal. protected: patterns; flags: others of `x07 apply`."""
+    """What the user allows. protected: patterns of names; flags: --allow-hidden, --allow-symlinks."""
 
     protected: tuple[str, ...] = ()
     flags: frozenset[str] = frozenset()
 
     @property
     def any(self) -> bool:
-        """Whether there is one at all."""
+        """Whether anything is allowed."""
         return bool(self.protected or self.flags)
 
     def lets(self, root: str) -> Callable[[Refused], bool]:
-        """Return what tells whether a refusal in that root is overruled."""
+        """Return a function that tells whether a refusal in that root is overruled."""
         protection = Protection(root, allowed=self.protected)
 
         def is_let(refusal: Refused) -> bool:
@@ -105,39 +104,40 @@ def select_changes(
     *,
     applied: AbstractSet[tuple[str, str]] | None = None,
 ) -> ChangeSet:
-    """The set without what is skipped; folders that hold some of it stay, and a line says so.
+    """Return the changes without those to skip, and with those left out that *grants* allows.
 
-    skip: names below a root, or absolute paths. applied: what is applied already, by root and name, so that what
-    *grants* lets of what was left out goes alone. Raises UsageError, and RefusedError for what may not be done.
+    A folder that holds something skipped stays; a message says so. skip: names below a root, or absolute paths.
+    applied: what is applied already, by root and name; then only what was left out is returned.
+    Raises UsageError, and RefusedError for changes that are not allowed.
     """
     roots = changes.roots
     if not changes.all_or_nothing:
         roots = tuple(_with_left_out(root, grants, applied) for root in roots)
         was_left_out = any(root.left_out for root in changes.roots)
         if grants.any and was_left_out and not any(root.left_out for root in roots):
-            raise _nothing_let(changes, grants)
+            raise _nothing_allowed(changes, grants)
     parts = [_without(root, skip, grants, of_several=changes.of_several) for root in roots]
     out = [(root.root, one.name) for root in changes.roots for one in root.left_out]
     out += [(root.root, one.name) for root in changes.roots for one in root.refused]
     unused = {word for word in skip if not any(_covers(word, root, name) for root, name in out)}
     if unused := unused.difference(*(used for _, used in parts)):
-        raise UsageError("cannot skip", f"nothing that was changed is called {min(unused)}", "See x07 diff")
+        raise UsageError("cannot skip", f"no change has the name {min(unused)}", "See x07 diff")
     return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts))
 
 
 def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple[str, str]] | None) -> RootChanges:
-    """The root with what is let of what was left out, as changes and as left_out, and without reasons."""
+    """Return the root without refusals, and with the allowed part of what was left out as changes."""
     lets, done = grants.lets(root.root), applied or set()
     more = taken(root, lambda one: (root.root, one.name) in done or lets(one)) if grants.any else ()
     alone = applied is not None and grants.any
     every = [*more] if alone else sorted((*root.changes, *more), key=lambda change: change.name)
     changes = [change for change in every if not (alone and (root.root, change.name) in done)]
-    missing = root.missing and not (alone and root.changes)  # else it is there by now
+    missing = root.missing and not (alone and root.changes)  # otherwise it exists by now
     return replace(root, changes=tuple(changes), missing=missing, refused=(), left_out=more)
 
 
-def _nothing_let(changes: ChangeSet, grants: Grants) -> RefusedError:
-    """The error where flags were given that let nothing of what was left out."""
+def _nothing_allowed(changes: ChangeSet, grants: Grants) -> RefusedError:
+    """Return the error for flags that allow nothing of what was left out."""
     left = [
         f"{called(root.root, refusal.name, of_several=changes.of_several)}: {refusal.why}"
         for root in changes.roots
@@ -148,12 +148,12 @@ def _nothing_let(changes: ChangeSet, grants: Grants) -> RefusedError:
 
 
 def _refused(left: list[str], fix: str) -> RefusedError:
-    more = f", and {len(left) - _TOLD_MAX} more" if len(left) > _TOLD_MAX else ""
-    return RefusedError("cannot apply the changes", "; ".join(left[:_TOLD_MAX]) + more, fix)
+    more = f", and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
+    return RefusedError("cannot apply the changes", "; ".join(left[:_LISTED]) + more, fix)
 
 
-def _tell_left_out(kept: ChangeSet, applied: AbstractSet[tuple[str, str]]) -> None:
-    """Say what stays left out, and the command that applies it. applied: by root and name."""
+def _say_left_out(kept: ChangeSet, applied: AbstractSet[tuple[str, str]]) -> None:
+    """Print what stays left out, and the command that applies it. applied: by root and name."""
     if kept.all_or_nothing:
         return
     roots = [
@@ -168,28 +168,28 @@ def _tell_left_out(kept: ChangeSet, applied: AbstractSet[tuple[str, str]]) -> No
 def _without(
     root: RootChanges, skip: Sequence[str], grants: Grants, *, of_several: bool
 ) -> tuple[RootChanges, set[str]]:
-    """What is left of a root; and which of *skip* are of any use."""
-    told = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
-    by_word = {word: {name for name in told if _covers(word, root.root, name)} for word in skip}
+    """Return the root without what is skipped, and the entries of *skip* that matched something."""
+    names = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
+    by_word = {word: {name for name in names if _covers(word, root.root, name)} for word in skip}
     skipped = set[str]().union(*by_word.values())
-    # What is skipped and is there stays, also what was not copied in, and with it the folders that it lies in.
+    # Skipped files that exist stay, copied in or not, and so do the folders around them.
     staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
     words = {word: folders_above([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
-    holding = folders_above(staying).union(*words.values()) & _ended(root) - skipped
+    holding = folders_above(staying).union(*words.values()) & _removed_folders(root) - skipped
     lets = grants.lets(root.root)
     left = [refusal for refusal in root.refused if refusal.name not in skipped | holding and not lets(refusal)]
     if left:
-        told_of = [f"{called(root.root, refusal.name, of_several=of_several)}: {refusal.why}" for refusal in left]
-        raise _refused(told_of, "Leave them out with --skip PATH")
+        why = [f"{called(root.root, refusal.name, of_several=of_several)}: {refusal.why}" for refusal in left]
+        raise _refused(why, "Leave them out with --skip PATH")
     for name in sorted(holding):
-        say(f"stays, since it holds what is skipped: {called(root.root, name, of_several=of_several)}")
+        say(f"kept because it contains skipped files: {called(root.root, name, of_several=of_several)}")
     changes = [change for change in root.changes if change.name not in skipped | holding]
     used = {word for word in skip if by_word[word] or words[word] & holding}
     return replace(root, changes=tuple(changes), refused=()), used
 
 
-def _ended(root: RootChanges) -> set[str]:
-    """Folders that are to be none any more."""
+def _removed_folders(root: RootChanges) -> set[str]:
+    """Return the folders that are deleted or replaced by something else."""
     return {
         change.name
         for change in root.changes
@@ -199,7 +199,7 @@ def _ended(root: RootChanges) -> set[str]:
 
 
 def _covers(word: str, root: str, name: str) -> bool:
-    """Whether *word* is that name, or one above it. The root itself has its last part as a name, too."""
+    """Whether *word* is that name, or a folder above it. The root itself also has its last part as a name."""
     if word.startswith("/"):
         path, above = path_of(root, name), word.rstrip("/")
         return path == above or path.startswith(f"{above}/")

@@ -1,4 +1,4 @@
-"""`x07 df`: how much disk images, caches and records take."""
+"""`x07 df`: show disk usage of images, caches and records."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     import argparse
 
 _EPILOG: Final = """parts:
-  images     guest images, and the packages kept for them
-  templates  saved machines, which runs are cloned from
-  cache      what was built, and notes on what was verified
+  images     guest images and their packages
+  templates  saved VMs, from which runs are cloned
+  cache      built programs, and records of what was verified
   runs       output, results and changes of runs
-  records    of jobs
+  records    records of jobs
 
 examples:
   x07 df
   x07 df --json | jq .prunable_bytes
-  x07 prune                             give back what the last column counts
+  x07 prune                             free what the last column counts
 """
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
-    doc = "Show how much disk state and cache take, and what x07 prune would give back."
+    doc = "Show disk usage of images, caches and records, and what x07 prune would free."
     parser = verbs.add_parser("df", help=help, description=doc, epilog=_EPILOG)
-    add_document_flags(parser, "one JSON object on standard output")
+    add_document_flags(parser, "print one JSON object")
     parser.set_defaults(carry_out=_df)
 
 

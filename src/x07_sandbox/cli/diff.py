@@ -1,4 +1,4 @@
-"""`x07 diff`: what a run has changed, to read before or after it is applied."""
+"""`x07 diff`: show what a run changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from x07_sandbox.runs.saved_changes import find
 if TYPE_CHECKING:
     import argparse
 
-_EPILOG: Final = """A patch in git's form: deletions first. What a policy does not let be done is marked, and says why.
+_EPILOG: Final = """Prints a patch in git's format, deletions first.
+Changes that are not allowed are marked, with the reason.
 
 examples:
   x07 diff | less
@@ -22,9 +23,9 @@ examples:
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
-    parser = verbs.add_parser("diff", help=help, description="Show what a run has changed.", epilog=_EPILOG)
+    parser = verbs.add_parser("diff", help=help, description="Show what a run changed.", epilog=_EPILOG)
     add_run(parser)
-    add_document_flags(parser, "all of it with digests, as one JSON object")
+    add_document_flags(parser, "print all changes with digests as one JSON object")
     parser.set_defaults(carry_out=_diff)
 
 
@@ -32,6 +33,6 @@ def _diff(options: argparse.Namespace) -> int:
     kept = include_applied(find(options.run))
     if document_wanted(options) and deliver(changes_json(kept.changes), options):
         return 0
-    for piece in patch_chunks(kept):
-        print_bytes(piece)
+    for chunk in patch_chunks(kept):
+        print_bytes(chunk)
     return 0

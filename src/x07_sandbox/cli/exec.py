@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     import argparse
 
 _EXAMPLES = """examples:
-  x07 exec --workdir . -- make test              run the tests of the project here; changes come back
+  x07 exec --workdir . -- make test              run the project's tests; changes are copied back
   x07 exec --workdir proj --read -- grep -rn main src
   x07 exec --workdir . --changes keep -- sh -c './configure && make'
-  x07 diff                                       look at what it changed; x07 apply does it
+  x07 diff                                       show what it changed; x07 apply applies it
   x07 exec --workdir . --timeout 600 --memory 1G -- make -j2
-  x07 exec -- python3 --version                  without a folder: a private, empty one
+  x07 exec -- python3 --version                  without --workdir: start in an empty folder
 
-A name without a slash is looked up in the image (x07 image build --include adds Debian packages),
-one with a slash in DIR: ./configure. Relative folders of --allow-read-root and --allow-write-root lie in DIR.
-The exit code is the command's own, and 127 where the image has no such command: docs/how-to/run-a-command.md.
+A command without a slash is looked up in the image (x07 image build --include adds Debian packages),
+one with a slash, such as ./configure, in DIR. Relative paths of --allow-read-root and --allow-write-root
+start in DIR. The exit code is the command's own, or 127 if there is no such command. See docs/how-to/run-a-command.md.
 """
 
 
@@ -30,7 +30,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     parser = verbs.add_parser(
         "exec",
         help=help,
-        description="Run a command of the guest image in a throw-away virtual machine, in a copy of DIR.",
+        description="Run a command of the guest image in a throw-away VM, in a copy of DIR.",
         usage="x07 exec [--workdir DIR [--read]] [OPTIONS] -- COMMAND [ARGS]",
         late_epilog=lambda _level: _EXAMPLES,
         level_of=help_level,
@@ -41,7 +41,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 def _exec(options: argparse.Namespace) -> int:
     if not options.command:
-        raise UsageError("wrong usage", "no command is named", "Name one: x07 exec --workdir . -- make test")
+        raise UsageError("wrong usage", "no command given", "Try x07 exec --workdir . -- make test")
     if options.read and options.workdir is None:
-        raise UsageError("wrong usage", "--read is about the folder of --workdir", "Name one, or leave --read out")
+        raise UsageError("wrong usage", "--read requires --workdir", "Add --workdir DIR, or omit --read")
     return run_command(options)

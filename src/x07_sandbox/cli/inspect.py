@@ -1,10 +1,10 @@
-"""`x07 inspect`: all about one run, as JSON."""
+"""`x07 inspect`: print everything about one run as JSON."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.cli.json_output import print_object
+from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags, nonempty
 from x07_sandbox.housekeeping.listing import inspect_run
 from x07_sandbox.housekeeping.lookup import known_run
@@ -12,7 +12,7 @@ from x07_sandbox.housekeeping.lookup import known_run
 if TYPE_CHECKING:
     import argparse
 
-_EPILOG: Final = """The object has the run's jobs (record, labels, owner, state), how it ended, and where its files lie.
+_EPILOG: Final = """The object has the run's jobs (record, labels, owner, state), its result, and the paths of its files.
 
 examples:
   x07 inspect 1764273600000
@@ -25,11 +25,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     """Add the verb."""
     doc = "Print everything about one run as one JSON object."
     parser = verbs.add_parser("inspect", help=help, description=doc, epilog=_EPILOG)
-    parser.add_argument("run", type=nonempty, metavar="RUN", help="its name, or the beginning of it")
-    add_document_flags(parser, "one JSON object on standard output, which is what it prints anyway")
+    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or the start of it")
+    add_document_flags(parser, "accepted for symmetry: the output is always JSON")
     parser.set_defaults(carry_out=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    print_object(inspect_run(known_run(options.run)), options)
+    print_document(inspect_run(known_run(options.run)), options, always=True)
     return 0

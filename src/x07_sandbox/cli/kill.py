@@ -1,4 +1,4 @@
-"""`x07 kill`: end a run that is under way."""
+"""`x07 kill`: end a running job."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from x07_sandbox.housekeeping.lookup import known_run
 if TYPE_CHECKING:
     import argparse
 
-_EPILOG: Final = """Its machine is ended and removed. The command that started the run then ends by itself, with the
-outcome guest-lost and exit code 125. The run of a command that is dead already is swept.
+_EPILOG: Final = """Its VM is ended and removed. The command that started the run then exits with code 125, outcome
+guest-lost. If that command is dead, its run is swept.
 
 examples:
   x07 ps
   x07 kill 1764273600000-4711-0
   x07 kill --json 1764273600000-4711-0 | jq .jobs_ended
 
-exit code: 0 if the run is over; 125 if it goes on
+exit code: 0 the run has ended; 125 it could not be ended
 """
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
     parser = verbs.add_parser("kill", help=help, description="End a run, from any process.", epilog=_EPILOG)
-    parser.add_argument("run", type=nonempty, metavar="RUN", help="its name, or the beginning of it: see x07 ps")
-    add_document_flags(parser, "one JSON object on standard output")
+    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or the start of it: see x07 ps")
+    add_document_flags(parser, "print one JSON object")
     parser.set_defaults(carry_out=_kill)
 
 
@@ -37,5 +37,5 @@ def _kill(options: argparse.Namespace) -> int:
     run = known_run(options.run)
     ended = kill_run(run)
     if not print_document(KillReport(run=run, jobs_ended=ended), options):
-        say(f"run {run} is over" if ended else f"run {run} was over already")
+        say(f"run {run} ended" if ended else f"run {run} had already ended")
     return 0

@@ -1,4 +1,4 @@
-"""`x07 prune`: remove what nobody needs any more, and say what and how much."""
+"""`x07 prune`: remove images, caches and records that are no longer needed."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from x07_sandbox.housekeeping.pruner import PARTS
 if TYPE_CHECKING:
     from x07_sandbox.housekeeping.pruner import PruneReport
 
-_EPILOG: Final = """what goes, with no switch all of it:
-  --images  images that no name leads to, and the packages kept for them; not what X07_VM_GUEST_IMAGE_DIGEST names
-  --cache   what was built and has not been used for 7 days, and what killed processes left
-  --runs    records of jobs, and folders of runs, that ended more than 7 days ago: with changes to files that were kept
-            there, and what undoes them, whenever they were applied
-Saved machines go with their image. Nothing goes that a run or a build under way uses, that is somebody else's, damaged
-or of a newer format; the latter are named.
+_EPILOG: Final = """what is removed (without a switch, all of it):
+  --images  images without a name, with their packages and templates; not the one in X07_VM_GUEST_IMAGE_DIGEST
+  --cache   built programs that were not used for 7 days, and leftovers of killed processes
+  --runs    records of jobs and folders of runs that ended more than 7 days ago, with their saved changes and undo data
+Nothing is removed that a run or build in progress uses, or that belongs to another user; damaged and newer items are
+listed.
 
 examples:
   x07 prune --dry-run
   x07 prune --images
   x07 prune --json | jq .bytes
 
-exit code: 0; 1 if something that should go could not be removed
+exit code: 0 done; 1 something could not be removed
 """
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
-    parser = verbs.add_parser("prune", help=help, description="Remove what nobody needs any more.", epilog=_EPILOG)
+    parser = verbs.add_parser(
+        "prune", help=help, description="Remove images, caches and records that are no longer needed.", epilog=_EPILOG
+    )
     for part in PARTS:
-        doc = f"only {part}: see below"
+        doc = f"remove only {part}: see below"
         parser.add_argument(f"--{part}", action="append_const", dest="parts", const=part, help=doc)
-    switch(parser, "--dry-run", "remove nothing: say what would go")
-    add_document_flags(parser, "one JSON object on standard output")
+    switch(parser, "--dry-run", "show what would be removed, without removing it")
+    add_document_flags(parser, "print one JSON object")
     parser.set_defaults(carry_out=_prune)
 
 
@@ -56,4 +57,4 @@ def _show(report: PruneReport) -> None:
     for kept in report.kept:
         show(f"kept {kept.kind} {kept.path}: {kept.why}")
     count = len(report.removed)
-    show(f"{word} {count} thing{'' if count == 1 else 's'}, {size(report.bytes)}")
+    show(f"{word} {count} item{'' if count == 1 else 's'}, {size(report.bytes)}")

@@ -1,4 +1,4 @@
-"""`x07 ps`: the jobs that run now."""
+"""`x07 ps`: list running jobs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from x07_sandbox.housekeeping.listing import JobLine
 
 _EPILOG: Final = """states:
-  starting, running, ending   its runner lives
-  waiting                     a run under way that has no job now: it waits for its turn, say
-  orphaned, expired           its runner is dead, or its time has passed: the next run or x07 sweep ends it
-  done, reaped                it is over; ended by its runner, or by somebody else (with --all)
+  starting, running, ending   its runner is alive
+  waiting                     a run without a job yet, e.g. waiting for a free slot
+  orphaned, expired           its runner is dead, or its deadline has passed: the next run or x07 sweep removes it
+  done, reaped                ended by its runner, or by another process (with --all)
   unowned, foreign, newer, damaged
-                              a record that is not ours to judge (with --all)
+                              a record of another user, machine or version, or an unreadable one (with --all)
 
-LEFT is the time until the job's deadline, at which it is ended whatever happened to its runner: the program's time
-limit, and what waiting for a machine, its start and copying files may take.
+LEFT is the time until the job's deadline, when it is killed even if its runner is dead. It includes the program's time
+limit and the time to queue, start the VM and copy files.
 
 examples:
   x07 ps
@@ -37,8 +37,8 @@ _HEAD: Final = ("RUN", "PHASE", "BACKEND", "STATE", "STARTED", "LEFT", "PROGRAM"
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
     parser = verbs.add_parser("ps", help=help, description="List the jobs of this user.", epilog=_EPILOG)
-    switch(parser, "--all", "also those that have ended, and records that are not ours to judge")
-    add_document_flags(parser, "one JSON object on standard output, with labels and reasons")
+    switch(parser, "--all", "show ended jobs and foreign or unreadable records too")
+    add_document_flags(parser, "print one JSON object, with labels and reasons")
     parser.set_defaults(carry_out=_ps)
 
 
@@ -60,9 +60,9 @@ def _row(line: JobLine) -> tuple[str, ...]:
 
 
 def _span(seconds: float) -> str:
-    """A time in the two largest units that it has."""
+    """Return a time in its two largest units: "1h5m"."""
     sign, whole = "-" if seconds < 0 else "", int(abs(seconds))
-    for unit, above, name, smaller in ((86_400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):
+    for unit, smaller, letter, smaller_letter in ((86_400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):
         if whole >= unit:
-            return f"{sign}{whole // unit}{name}{whole % unit // above}{smaller}"
+            return f"{sign}{whole // unit}{letter}{whole % unit // smaller}{smaller_letter}"
     return f"{sign}{whole}s"

@@ -1,4 +1,4 @@
-"""`x07 undo`: bring back what was there before a run's changes were applied."""
+"""`x07 undo`: revert a run's applied changes."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from x07_sandbox.runs.saved_changes import find, undo
 if TYPE_CHECKING:
     import argparse
 
-_EPILOG: Final = """All or nothing: where a name is no more as the run left it, nothing is changed. What is undone can
-be applied again. What was left out and applied afterwards is undone first, alone.
+_EPILOG: Final = """Reverts everything or nothing: if a file has changed since, nothing is changed.
+Reverted changes can be
+applied again. Changes that were applied in a second step are reverted first, alone.
 
 examples:
   x07 undo
   x07 undo 1764064
 
-exit code: 0 done; 125 a conflict; 2 no such run, or nothing of it is applied
+exit code: 0 reverted; 125 a conflict; 2 no such run, or none of its changes is applied
 """
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb."""
-    parser = verbs.add_parser("undo", help=help, description="Take a run's changes back.", epilog=_EPILOG)
+    parser = verbs.add_parser("undo", help=help, description="Revert a run's applied changes.", epilog=_EPILOG)
     add_run(parser)
-    add_document_flags(parser, "what was done, as one JSON object; errors too")
+    add_document_flags(parser, "print what was done, or the error, as one JSON object")
     parser.set_defaults(carry_out=_undo)
 
 
 def _undo(options: argparse.Namespace) -> int:
     kept = find(options.run)
-    changes = undo(kept, lambda path: say(f"waiting: another command changes {path}"))
+    changes = undo(kept, lambda path: say(f"waiting: another command is changing {path}"))
     if document_wanted(options) and deliver(changes_json(changes), options):
         return 0
     say_deleted(changes, back=True)
-    then = "x07 undo takes back what was applied before" if kept.undos else "x07 apply"
-    say(summary(changes, f"undone; {then}"))
+    then = "x07 undo reverts what was applied before" if kept.undos else "x07 apply"
+    say(summary(changes, f"reverted; {then}"))
     return 0
