@@ -52,7 +52,7 @@ _EXAMPLES: Final = """examples:
 """
 _LOAD: Final = """Load an image into podman and docker, for --backend podman|docker. Its id there is the same on every
 machine with the same image; X07_VM_GUEST_IMAGE_DIGEST can name it."""
-_RM: Final = """Remove images by name, with their templates and the packages that no other image needs. An image that has
+_RM: Final = """Remove images by name, with their templates and the packages that no other image needs. An image with
 another name stays. Running programs are not affected."""
 
 
@@ -68,7 +68,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     build = inner.add_parser("build", help="build, update or repair an image")
     build.add_argument("--name", default="default", help="name of the image (default: default)")
     for flag, metavar, what, none in (
-        ("include", "PKG,...", "more Debian packages", "no more Debian packages"),
+        ("include", "PKG,...", "extra Debian packages", "no more Debian packages"),
         ("pip", "PKG,...", "Python packages from wheels; also file:requirements.txt", "no Python packages from wheels"),
         ("preload", "MODULE,...", "Python modules to import before programs start", "preload no modules"),
     ):
@@ -154,7 +154,7 @@ def _load(options: argparse.Namespace) -> int:
 
     if unknown := sorted(set(options.engines) - set(PACKAGES)):
         raise UsageError(
-            f"cannot load an image into {unknown[0]!r}", "it is not a container engine", "Use podman or docker"
+            f"cannot load an image into {unknown[0]!r}", "it is no container engine", "Use podman or docker"
         )
     reference = check_reference(options.tag or DEFAULT_REFERENCE)
     image = current_image(find_image(options.image or "default"))

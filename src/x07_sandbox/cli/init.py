@@ -36,8 +36,8 @@ _DEPTH_MAX: Final = 256  # os.walk of Python 3.11 calls itself for each level
 # Folders of builds and tools, which hold no sources.
 _NO_SOURCES: Final = frozenset({"__pycache__", "bin", "build", "deps", "dist", "node_modules", "out", "target", "venv"})
 _EPILOG: Final = f"""With --toolchain: write an {FILE} that lists the sources in DIR (docs/reference/programs.md).
-Without it: write an {MANIFEST} for an X07 project with one profile, `sandbox`, whose policy x07 policy init writes. X07's
-own `x07 pkg lock` writes the lock file that it needs.
+Without it: write an {MANIFEST} for an X07 project with one profile, `sandbox`, whose policy x07 policy init writes.
+X07's own `x07 pkg lock` writes the lock file that it needs.
 
 examples:
   x07 init --toolchain python

@@ -12,7 +12,7 @@ from x07_sandbox.housekeeping.lookup import known_run
 if TYPE_CHECKING:
     import argparse
 
-_EPILOG: Final = """The object has the run's jobs (record, labels, owner, state), its result, and the paths of its files.
+_EPILOG: Final = """The object has the run's jobs (record, labels, owner, state), its result, and the file paths.
 
 examples:
   x07 inspect 1764273600000

@@ -32,27 +32,24 @@ INVALID: Final = 3
 REFUSED: Final = 125
 # Shown by each action's help and by docs/reference/policy.md.
 EXIT_CODES: Final = (
-    ("new", "0 it is printed; 2 a value that no policy can say"),
-    ("init", "0 the file is there as wanted; 2 another file is there and was left alone, or any error"),
-    (
-        "check",
-        "0 all are valid; 3 one is not; 2 one cannot be read; with --host 0 allowed, 1 denied",
-    ),
-    ("digest", "0 it is printed; 3 not valid; 2 cannot be read"),
-    ("explain", "0 nothing in it is refused (its roots must exist); 125 something is; 3 not valid; 2 cannot be read"),
-    ("diff", "0 no difference; 1 they differ; 3 one is not valid; 2 one cannot be read"),
-    ("schema", "0 it is printed"),
+    ("new", "0 printed; 2 a value that no policy can hold"),
+    ("init", "0 the file was written or is up to date; 2 a different file exists and was not changed, or an error"),
+    ("check", "0 all valid; 3 one is invalid; 2 one cannot be read; with --host: 0 allowed, 1 denied"),
+    ("digest", "0 printed; 3 invalid; 2 cannot be read"),
+    ("explain", "0 a run can start (its roots must exist); 125 a run would be refused; 3 invalid; 2 cannot be read"),
+    ("diff", "0 no difference; 1 they differ; 3 one is invalid; 2 one cannot be read"),
+    ("schema", "0 printed"),
 )
-_LEFT_OUT: Final = 8  # as many names as fit a line
-_EPILOG: Final = """A policy is named by its file, or as built-in:NAME, by the name of a template.
-exit code: 0; 2 wrong usage, or a file that cannot be read; 3 a policy that is not valid; see also each action's help.
+_LISTED: Final = 8
+_EPILOG: Final = """A policy is the name of a file, or built-in:NAME for a template.
+exit code: 0 success; 2 wrong usage, or a file that cannot be read; 3 an invalid policy; see also each action's help.
 
 examples:
-  x07 policy new --memory 1G > policy.json  a policy from flags
-  x07 policy init --template default        write the built-in policy, to change it
-  x07 policy check strict.json              all that is wrong with it, at once
+  x07 policy new --memory 1G > policy.json  make a policy from flags
+  x07 policy init --template default        write the built-in policy to a file, to edit it
+  x07 policy check strict.json              report all errors in a policy
   x07 policy check --host example.org:443 strict.json
-  x07 policy explain strict.json            who enforces each field, before anything runs
+  x07 policy explain strict.json            show what enforces each field
   x07 policy diff built-in:default strict.json
 """
 _CHECK_EPILOG: Final = """examples:
@@ -65,37 +62,34 @@ _CHECK_EPILOG: Final = """examples:
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
     """Add the verb and its own verbs."""
-    parser = verbs.add_parser("policy", help=help, description="What a program may touch and use.", epilog=_EPILOG)
+    parser = verbs.add_parser("policy", help=help, description="Manage policies.", epilog=_EPILOG)
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     policy_new.add_parser(inner)
     policy_init.add_parser(inner)
-    check = inner.add_parser("check", help="say all that is wrong with policies")
-    check.add_argument(
-        "files", nargs="*", metavar="FILE", help="a policy (with --host: one, default: built-in:default)"
-    )
-    option(check, "--host", "HOST:PORT", "say instead whether the policy allows this connection, by which rule")
-    repeated(
-        check, "--deny-host", "HOST:PORT|HOST:*", "with --host: as if this flag of x07 run were given (repeatable)"
-    )
-    switch(check, "--udp", "with --host: by UDP instead of TCP")
+    check = inner.add_parser("check", help="report all errors in policies")
+    doc = "a policy (with --host: at most one; default: built-in:default)"
+    check.add_argument("files", nargs="*", metavar="FILE", help=doc)
+    option(check, "--host", "HOST:PORT", "show whether the policy allows this connection, and by which rule")
+    repeated(check, "--deny-host", "HOST:PORT|HOST:*", "with --host: apply this flag of x07 run (repeatable)")
+    switch(check, "--udp", "with --host: use UDP instead of TCP")
     check.epilog = _CHECK_EPILOG
-    digest = inner.add_parser("digest", help="one digest for all documents that say the same")
+    digest = inner.add_parser("digest", help="print a digest that is the same for all equivalent documents")
     digest.add_argument("file", metavar="FILE", help="a policy")
     policy_explain.add_parser(inner)
-    diff = inner.add_parser("diff", help="what the second policy grants or withdraws")
+    diff = inner.add_parser("diff", help="show what the second policy grants or withdraws")
     diff.add_argument("first", metavar="A", help="a policy")
-    diff.add_argument("second", metavar="B", help="another")
-    inner.add_parser("schema", help="the JSON Schema of a policy")
+    diff.add_argument("second", metavar="B", help="another policy")
+    inner.add_parser("schema", help="print the JSON Schema of a policy")
     acts = (policy_new.new, policy_init.init, _check, _digest, _explain, _diff, _schema)
     for (name, codes), act in zip(EXIT_CODES, acts, strict=True):
         action = inner.choices[name]
-        add_document_flags(action, "one JSON object on standard output, errors too")
+        add_document_flags(action, "print one JSON object; errors too")
         action.set_defaults(carry_out=partial(_guarded, act))
         action.epilog = "\n\n".join(filter(None, (f"exit code: {codes}", action.epilog)))
 
 
 def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """An invalid policy has an exit code of its own here; every other error is told as everywhere."""
+    """Carry out an action; an invalid policy has its own exit code. Raises SandboxError for other errors."""
     try:
         return act(options)
     except PolicyError as exc:
@@ -109,9 +103,9 @@ def _check(options: argparse.Namespace) -> int:
     if options.host is not None:
         return _check_host(options)
     if options.udp or options.deny_host or not options.files:
-        why = "a FILE is required, or --host"
+        why = "FILE or --host is required"
         if options.udp or options.deny_host:
-            why = f"{'--udp' if options.udp else '--deny-host'} needs --host"
+            why = f"{'--udp' if options.udp else '--deny-host'} requires --host"
         raise UsageError("wrong usage", why, "See x07 policy check --help")
     rows = tuple(_checked(name) for name in options.files)
     worst = max((_CHECK_CODES[row.status] for row in rows), key=_SEVERITY.index)
@@ -129,7 +123,7 @@ def _check_host(options: argparse.Namespace) -> int:
     from x07_sandbox.cli import policy_host
 
     if len(options.files) > 1:
-        raise UsageError("wrong usage", "--host takes one policy", "See x07 policy check --help")
+        raise UsageError("wrong usage", "--host accepts one policy", "See x07 policy check --help")
     (name,) = options.files or (f"{BUILT_IN}default",)
     policy, _ = read_policy(name)
     transport: Literal["udp", "tcp"] = "udp" if options.udp else "tcp"
@@ -141,7 +135,7 @@ def _check_host(options: argparse.Namespace) -> int:
 
 
 _CHECK_CODES: Final = {"valid": 0, "invalid": INVALID, "unreadable": UNREADABLE}
-_SEVERITY: Final = (0, INVALID, UNREADABLE)  # what could not even be looked at counts most
+_SEVERITY: Final = (0, INVALID, UNREADABLE)  # the last is the worst
 
 
 def _checked(name: str) -> CheckedFile:
@@ -156,7 +150,7 @@ def _checked(name: str) -> CheckedFile:
 
 
 def _completed(name: str, exc: PolicyError) -> dict[str, str]:
-    """What is told of an invalid file, and the command that completes it where it is incomplete."""
+    """Return the error text for an invalid file, and the command that completes an incomplete one."""
     from pathlib import Path
 
     from x07_sandbox.host.paths import read_bounded
@@ -170,9 +164,9 @@ def _completed(name: str, exc: PolicyError) -> dict[str, str]:
     if found is None:
         return {"text": text}
     command = found.line(f"{name.removesuffix('.json')}.complete.json")
-    text += f"\n  This writes a complete policy: {command}"
+    text += f"\n  To write a complete policy: {command}"
     if found.left_out:
-        text += f"\n  No flag says {', '.join(found.left_out[:_LEFT_OUT])}"
+        text += f"\n  No flag sets {', '.join(found.left_out[:_LISTED])}"
     return {"text": text, "completed_by": command}
 
 
@@ -215,8 +209,8 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _in_words(change: Change) -> str:
-    """What changes; values as JSON, in ASCII, since a policy's text may come from anybody."""
-    before, after = policy_explain.shown(change.before), policy_explain.shown(change.after)
+    """Return the change with values as ASCII JSON: the text of a policy is not trusted."""
+    before, after = policy_explain.json_text(change.before), policy_explain.json_text(change.after)
     if change.before is None:
         return f"{after} added"
     return f"{before} removed" if change.after is None else f"{after} instead of {before}"

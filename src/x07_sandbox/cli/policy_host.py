@@ -1,4 +1,4 @@
-"""`x07 policy check --host`: what would become of a connection, from the function that will decide about it."""
+"""`x07 policy check --host`: whether the gate would allow a connection."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 def host_report(
     policy: Policy, source: str, endpoint: str, transport: Transport, denied: Sequence[str] = ()
 ) -> HostReport:
-    """Decide about a connection. Raises UsageError, PolicyError.
+    """Decide about a connection as the gate does. Raises UsageError, PolicyError.
 
-    source: the policy as the user named it. denied: hosts as `--deny-host` takes them.
+    source: the policy as the user named it. denied: hosts in the form of `--deny-host`.
     """
     request = parse_request(endpoint, transport)
-    # A loopback address is the program's own: the gate is not asked, whatever the settings open for names.
+    # Connections to a loopback address stay in the guest, so the user's settings do not apply.
     own = not isinstance(request.host, str) and request.host.is_loopback
     settings = NetSettings() if own else read_settings()
     decision = decide(make_allowlist(policy, denied_hosts(denied), settings), request)
@@ -44,20 +44,19 @@ def host_report(
 
 
 def lines(report: HostReport) -> list[str]:
-    """The report as text."""
+    """Return the report as text."""
     host = f"[{report.host}]" if ":" in report.host else report.host
-    asked = f"{host}:{report.port} ({report.transport})"
-    told = [f"{asked}: denied", f"  rule {report.rule}: {report.reason}"]
+    connection = f"{host}:{report.port} ({report.transport})"
+    text = [f"{connection}: {'allowed' if report.allowed else 'denied'}", f"  rule {report.rule}: {report.reason}"]
     if report.allowed:
-        told[0] = f"{asked}: would be allowed"
         if report.resolved_later:
-            told.append("  its addresses are checked at run time: special ones, such as private ones, are denied")
+            text.append("  its addresses are checked at run time; special ones, such as private ones, are denied")
     elif (how := report.how_to_allow) is None:
-        told.append("  no change of the policy allows it")
+        text.append("  no change to the policy allows it")
     elif how.json_path == "$.net.allow_hosts":  # the value is the whole list
-        told.append(f"  to allow it: add {json.dumps(how.value[-1])} to net.allow_hosts in the policy")
+        text.append(f"  to allow it: add {json.dumps(how.value[-1])} to net.allow_hosts in the policy")
         if how.flag:
-            told.append(f"  or, for one run: {how.flag}")
+            text.append(f"  or, for one run: {how.flag}")
     else:
-        told.append(f"  to allow it: set {str(how.json_path)[2:]} to {json.dumps(how.value)} in the policy")
-    return told
+        text.append(f"  to allow it: set {str(how.json_path)[2:]} to {json.dumps(how.value)} in the policy")
+    return text

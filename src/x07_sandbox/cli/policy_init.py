@@ -39,9 +39,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Write a policy from a template, by default to .x07/policies/base in the project.",
         epilog=_EPILOG,
     )
-    parser.add_argument(
-        "--template", required=True, choices=tuple(TEMPLATES), metavar="T", help="the template: see below"
-    )
+    parser.add_argument("--template", required=True, choices=tuple(TEMPLATES), metavar="T", help="see below")
     doc = "the project's file (default: x07.json in this folder or above)"
     parser.add_argument("--project", type=file_path, metavar="FILE", help=doc)
     parser.add_argument("--policy-id", metavar="ID", help="policy_id of the policy (default: sandbox.T.base)")
@@ -49,9 +47,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     doc = "print a line of JSON about the file, or the policy itself (default: text)"
     emitted = ("report", "policy")
     parser.add_argument("--emit", choices=emitted, metavar="|".join(emitted), help=doc)
-    parser.add_argument(
-        "--out", type=file_path, metavar="PATH", help="the file to write, relative to the project's folder"
-    )
+    parser.add_argument("--out", type=file_path, metavar="PATH", help="file to write, relative to the project")
     switch(parser, "--mkdir-out", "create the folder of --out")
 
 
