@@ -41,7 +41,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 def _exec(options: argparse.Namespace) -> int:
     if not options.command:
-        raise UsageError("wrong usage", "no command given", "Try x07 exec --workdir . -- make test")
+        raise UsageError("wrong usage", "no command given", "For example: x07 exec --workdir . -- make test")
     if options.read and options.workdir is None:
         raise UsageError("wrong usage", "--read requires --workdir", "Add --workdir DIR, or omit --read")
     return run_command(options)

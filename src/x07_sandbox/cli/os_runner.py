@@ -142,7 +142,7 @@ def _target(options: argparse.Namespace) -> Path:
     """Return the path of the program or manifest. Raises UsageError."""
     if options.artifact is not None:
         why = "only X07's own runner inside a guest may run an artifact"
-        fix = f"Use --program with its source, or x07 run --artifact {options.artifact}"
+        fix = f"Use --program with its source, or run it: x07 run --artifact {options.artifact}"
         raise UsageError(f"cannot run the artifact {options.artifact}", why, fix)
     path = Path(options.program if options.project is None else options.project)
     if options.project is not None and path.name not in _MANIFESTS:
@@ -200,9 +200,7 @@ def _path(name: str | None) -> Path | None:
 
 def _x07_options(options: argparse.Namespace) -> Options:
     """Return the options for X07's compiler. Raises UsageError."""
-    names = set(Options.__struct_fields__) - {
-        "max_output_bytes"
-    }  # set in the request, since it holds for every program
+    names = set(Options.__struct_fields__) - {"max_output_bytes"}  # the request has it
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     roots = tuple(options.module_root or ())
     return Options(**{name: value for name, value in given.items() if value is not None}, module_roots=roots)
