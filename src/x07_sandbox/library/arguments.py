@@ -1,4 +1,4 @@
-"""What a call from Python gives, checked: a value that cannot be used is an error that names its argument."""
+"""Check the arguments of a call from Python; an error names the argument."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-# What carries runs out is imported when there is one: importing this costs next to nothing.
+# Modules that run programs are imported on the first run, so that importing this one is cheap.
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.settings import BUILD_S_MAX
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.runs.request import Loader, RunRequest
 
-_SECONDS_BOUND: Final = 1e9  # far beyond every limit; what is above could not be converted
+_SECONDS_BOUND: Final = 1e9  # far above every limit, so that no conversion overflows
 FILES_BYTES: Final = 64 << 20
 _FILES_BYTES_MAX: Final = 1 << 30
 _RUN: Final = "x07_sandbox.run_program"
 _WHAT: Final = {
     _RUN: "cannot run a program",
     "x07_sandbox.load_policy": "cannot load a policy",
-    "x07_sandbox.Pool": "cannot keep a pool",
+    "x07_sandbox.Pool": "cannot start a pool",
 }
 
 
 def check_names(function: str, options: Iterable[str], known: Collection[str]) -> None:
-    """Refuse options that *function* does not know, in Python's own words. Raises TypeError."""
+    """Raise TypeError, in Python's words, for an option that *function* does not have."""
     for name in options:
         if name not in known:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 def input_file(data: bytes | None, stack: contextlib.ExitStack) -> int:
-    """The input, nothing for None, as a file in memory; *stack* closes it. Raises UsageError."""
+    """Return the input as a file in memory, empty for None; *stack* closes it. Raises UsageError."""
     from x07_sandbox.runs.streams import memory_file
 
     if not isinstance(data, bytes | bytearray | memoryview | None):
@@ -47,7 +47,7 @@ def input_file(data: bytes | None, stack: contextlib.ExitStack) -> int:
     return memory_file(bytes(data or b""), stack)
 
 
-def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
+def make_request(  # noqa: PLR0913 - one for each keyword of run_program
     program: str | os.PathLike[str] | None,
     args: Sequence[str],
     *,
@@ -74,16 +74,15 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     allow_hidden: bool = False,
     allow_symlinks: bool = False,
     live: tuple[int | None, int | None] = (None, None),
-    **as_it_is: Any,  # noqa: ANN401 - RunRequest knows them
+    **unchecked: Any,  # noqa: ANN401 - fields of RunRequest
 ) -> RunRequest:
-    """The request of a call. as_it_is: what goes into the request unchecked, by name. Raises UsageError."""
-    given = {name: value for name, value in locals().items() if name in _KINDS}
-    _check_types(given)
+    """Return the request for a call. unchecked: further fields of the request. Raises UsageError."""
+    _check_types({name: value for name, value in locals().items() if name in _KINDS})
     from x07_sandbox.runs.request import RunRequest
 
     _check_values(program, source, command, changes, build_timeout_s)
     if read_only and workdir is None:
-        raise UsageError("cannot run a program", "read_only is about the folder of workdir", "Give workdir too")
+        raise UsageError("cannot run a program", "read_only requires workdir", "Pass workdir too")
     if not 0 <= max_files_bytes <= _FILES_BYTES_MAX:
         raise bad_argument("max_files_bytes", f"is {max_files_bytes}, and must be from 0 to {_FILES_BYTES_MAX}")
     path = None if program is None else Path(_path_text("program", program))
@@ -110,24 +109,24 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
         out=None if out is None else Path(_path_text("out", out)),
         overrides=_overrides(hidden=allow_hidden, symlinks=allow_symlinks),
         loaders=_loaders(path),
-        **as_it_is,
+        **unchecked,
     )
 
 
-def _overrides(**let_in: bool) -> Overrides | None:
-    """What the call changes of the policy. Raises UsageError."""
-    for word, value in let_in.items():
+def _overrides(**allowed: bool) -> Overrides | None:
+    """Return the changes to the policy, if any. Raises UsageError."""
+    for word, value in allowed.items():
         if not isinstance(value, bool):
             raise bad_argument(f"allow_{word}", f"is {type(value).__name__}, not a bool")
-    if not any(let_in.values()):
+    if not any(allowed.values()):
         return None
     from x07_sandbox.policy.overrides import Overrides
 
-    return Overrides(let_in=tuple(word for word, value in let_in.items() if value))
+    return Overrides(let_in=tuple(word for word, value in allowed.items() if value))
 
 
 def _loaders(path: Path | None) -> tuple[Loader, ...]:
-    """X07's, for what its name allows to be X07's: loading it costs what other programs need not pay."""
+    """Return the loader of X07 programs if the name may be one's; other programs do not pay for the import."""
     from x07_sandbox.host.paths import is_folder
 
     if path is None or not (path.name.endswith("x07.json") or is_folder(path)):
@@ -138,7 +137,7 @@ def _loaders(path: Path | None) -> tuple[Loader, ...]:
 
 
 def policy_argument(name: str, value: object, function: str = _RUN) -> str | Policy | None:
-    """A policy as read_policy takes it; name: of the argument of *function*. Raises UsageError."""
+    """Check an argument that names a policy or is one. name: of the argument of *function*. Raises UsageError."""
     from x07_sandbox.policy.model import Policy
 
     if value is None or isinstance(value, Policy):
@@ -148,33 +147,33 @@ def policy_argument(name: str, value: object, function: str = _RUN) -> str | Pol
 
 _MAPPING: Any = collections.abc.Mapping | None
 _KINDS: Final[dict[str, tuple[Any, str]]] = {
-    "source": (str | bytes | None, "a text or bytes"),
-    "toolchain": (str | None, "a text"),
-    "command": (collections.abc.Sequence, "a list of texts"),
-    "max_files_bytes": (int, "a whole number"),
-    "files": (_MAPPING, "a mapping of names to bytes"),
-    "args": (collections.abc.Sequence, "a list of texts"),
-    "env": (_MAPPING, "a mapping of texts to texts"),
+    "source": (str | bytes | None, "str or bytes"),
+    "toolchain": (str | None, "str"),
+    "command": (collections.abc.Sequence, "a list of str"),
+    "max_files_bytes": (int, "int"),
+    "files": (_MAPPING, "a mapping of str to bytes"),
+    "args": (collections.abc.Sequence, "a list of str"),
+    "env": (_MAPPING, "a mapping of str to str"),
     "timeout_s": (float | int | None, "a number"),
-    "memory": (str | int | None, "a size, as '1G', or a number of bytes"),
+    "memory": (str | int | None, "a size such as '1G' or a number of bytes"),
     "cpu_s": (float | int | None, "a number"),
-    "procs": (int | None, "a whole number"),
-    "fds": (int | None, "a whole number"),
+    "procs": (int | None, "int"),
+    "fds": (int | None, "int"),
     "build_timeout_s": (float | int | None, "a number"),
     "scale_limits": (bool | None, "True, False or None"),
-    "image": (str | None, "a text"),
-    "max_output_bytes": (int | None, "a whole number"),
-    "changes": (str, "a text"),
+    "image": (str | None, "str"),
+    "max_output_bytes": (int | None, "int"),
+    "changes": (str, "str"),
 }
 
 
 def _check_types(given: Mapping[str, Any]) -> None:
-    """Raises UsageError for a value of another type, and for a text that is none."""
-    for name, (kinds, shown) in _KINDS.items():
+    """Raise UsageError for a value of a wrong type, and for text that cannot be encoded."""
+    for name, (kinds, expected) in _KINDS.items():
         value = given[name]
         one_text = name in {"args", "command"} and isinstance(value, str | bytes)
         if not isinstance(value, kinds) or (isinstance(value, bool) and name != "scale_limits") or one_text:
-            raise bad_argument(name, f"is {type(value).__name__}, not {shown}")
+            raise bad_argument(name, f"is {type(value).__name__}, not {expected}")
         _check_text(name, value)
     args, files, env = enumerate(given["args"], start=1), given["files"] or {}, given["env"] or {}
     command = enumerate(given["command"])
@@ -184,7 +183,7 @@ def _check_types(given: Mapping[str, Any]) -> None:
             _check_text(f"{name}[{key!r}]", inner)
     for key, content in files.items():
         if not isinstance(key, str):
-            raise bad_argument("files", f"has the name {key!r}, which is no text")
+            raise bad_argument("files", f"has the name {key!r}, which is not str")
         if not isinstance(content, bytes):
             raise bad_argument(f"files[{key!r}]", f"is {type(content).__name__}, not bytes")
 
@@ -192,25 +191,25 @@ def _check_types(given: Mapping[str, Any]) -> None:
 def _check_values(
     program: object, source: object, command: Sequence[str], changes: str, build_timeout_s: float | None
 ) -> None:
-    """What no type can say. Raises UsageError."""
+    """Raise UsageError for values that their type allows but a run does not."""
     if (program is not None) + (source is not None) + bool(command) != 1:
-        why = "exactly one of program, source and command is needed"
-        raise UsageError("cannot run a program", why, "Give one of them")
+        why = "exactly one of program, source and command is required"
+        raise UsageError("cannot run a program", why, "Pass one of them")
     if not all(isinstance(word, str) for word in command):
-        raise bad_argument("command", "is no list of texts")
+        raise bad_argument("command", "is not a list of str")
     if changes not in {"apply", "all-or-nothing", "keep", "discard"}:
         raise UsageError(
             "cannot run a program", f"changes is {changes!r}", "Use apply, all-or-nothing, keep or discard"
         )
     if build_timeout_s is not None and not 0 < build_timeout_s <= BUILD_S_MAX:
         why = f"build_timeout_s is {build_timeout_s!r}, and must be above 0 and at most {BUILD_S_MAX}"
-        raise UsageError("cannot run a program", why, "Give another time limit")
+        raise UsageError("cannot run a program", why, "Use another time limit")
 
 
 def _limits(
     memory: str | int | None, procs: int | None, fds: int | None, *, cpu_s: float | None, timeout_s: float | None
 ) -> LimitChanges | None:
-    """The limits of a call; None where it sets none. Raises UsageError."""
+    """Return the limits that a call sets, or None. Raises UsageError."""
     if memory is None and procs is None and fds is None and cpu_s is None and timeout_s is None:
         return None
     from x07_sandbox.policy.limits import NAMES, LimitChanges, parse_size, range_fault
@@ -243,27 +242,27 @@ def _milliseconds(value_s: float | None) -> int | None:
 
 
 def _path_text(name: str, value: object, expected: str = "a path", function: str = _RUN) -> str:
-    """A path as text. Raises UsageError."""
+    """Return a path as text. Raises UsageError."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
     if not isinstance(text, str):
         raise bad_argument(name, f"is {type(value).__name__}, not {expected}", function)
     _check_text(name, text, function)
     if "\0" in text:
-        raise bad_argument(name, "holds a zero byte", function)
-    if not text:  # as of a variable that is not set: it does not mean the current folder
+        raise bad_argument(name, "contains a zero byte", function)
+    if not text:  # it does not mean the current folder
         raise bad_argument(name, "is empty", function)
     return text
 
 
 def _check_text(name: str, value: object, function: str = _RUN) -> None:
-    """Refuse a text that no file, name or argument could hold. Raises UsageError."""
+    """Raise UsageError for text that cannot be encoded."""
     try:
         if isinstance(value, str):
-            value.encode("utf-8", "surrogateescape")  # bytes that are no UTF-8, as os.fsdecode has them, are let be
+            value.encode("utf-8", "surrogateescape")  # accepts bytes that os.fsdecode made text of
     except UnicodeEncodeError as exc:
-        raise bad_argument(name, "holds half of a surrogate pair, which is no Unicode", function) from exc
+        raise bad_argument(name, "contains half of a surrogate pair", function) from exc
 
 
 def bad_argument(name: str, why: str, function: str = _RUN) -> UsageError:
-    """The error for an argument that cannot be used. why: goes on from its name."""
+    """Return the error for an argument. why: follows its name."""
     return UsageError(_WHAT[function], f"{name} {why}", f"See help({function})")
