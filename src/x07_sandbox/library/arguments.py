@@ -212,11 +212,12 @@ def _limits(
     """Return the limits that a call sets, or None. Raises UsageError."""
     if memory is None and procs is None and fds is None and cpu_s is None and timeout_s is None:
         return None
+    from x07_sandbox.library.keyword_names import KEYWORDS
     from x07_sandbox.policy.limits import NAMES, LimitChanges, parse_size, range_fault
 
     size = parse_size(memory) if isinstance(memory, str) else memory
     if memory is not None and size is None:
-        raise bad_argument("memory", f"is {memory!r}, which is no size: write '512M', '1G' or a number of bytes")
+        raise bad_argument("memory", f"is {memory!r}, which is not a size: write '512M', '1G' or a number of bytes")
     given = {"memory": memory, "cpu_s": cpu_s, "timeout_s": timeout_s, "procs": procs, "fds": fds}
     for name in ("cpu_s", "timeout_s"):
         value = given[name]
@@ -228,11 +229,10 @@ def _limits(
         wall_ms=_milliseconds(timeout_s),
         procs=procs,
         fds=fds,
-        by_keyword=True,
     )
     for field, number in changes.given().items():
         if fault := range_fault(field, number):
-            keyword = NAMES[field].keyword
+            keyword = KEYWORDS[NAMES[field].flag]
             raise bad_argument(keyword, f"is {given[keyword]!r}, and {fault}")
     return changes
 

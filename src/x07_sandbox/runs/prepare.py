@@ -140,9 +140,11 @@ def _check_cpu_time(request: RunRequest, program: Program) -> None:
     """Raise UsageError for a CPU limit that the tighter one of an X07 program would cut."""
     limits, own_ms = request.limits, program.cpu_ms
     if limits is not None and limits.cpu_ms is not None and own_ms is not None and own_ms < limits.cpu_ms:
+        from x07_sandbox.policy.limits import flag_text  # only for the error
+
         why = f"X07's own limit for the program is {own_ms / 1000:g} s"
         fix = f"Raise that with --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or its profile"
-        raise UsageError(f"cannot use {limits.named('cpu_ms', limits.cpu_ms)}", why, fix)
+        raise UsageError(f"cannot use {flag_text('cpu_ms', limits.cpu_ms)}", why, fix)
 
 
 def wants_scaling(prepared: Prepared) -> bool:

@@ -233,7 +233,7 @@ def _by_whose_limit(ending: Verdict, prepared: Prepared) -> Verdict:
         from x07_sandbox.policy.limits import NAMES
 
         for field in changes.given():
-            flags[f"limits.{field}"] = NAMES[field].keyword if changes.by_keyword else NAMES[field].flag
+            flags[f"limits.{field}"] = NAMES[field].flag
     if cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
         flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
     return as_limited_by(ending, flags)
