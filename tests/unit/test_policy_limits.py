@@ -97,7 +97,7 @@ def test_a_smaller_number_of_children_is_not_passed_over() -> None:
 )
 def test_no_flag_goes_beyond_what_a_policy_can_say(field: str, value: int, flag: str, keyword: str) -> None:
     """A value outside the schema's range is an error that names the flag, and the keyword for callers from Python."""
-    changes = LimitChanges(**{field: value})
+    changes = LimitChanges(**{field: value})  # type: ignore[arg-type]  # of ints
     with pytest.raises(UsageError, match="must be at least") as caught:
         change_limits(default_policy(), changes, may_raise=True, source="built-in:default")
     assert caught.value.what == f"cannot use {flag}"

@@ -1,7 +1,4 @@
-"""What `x07 image build`, `list`, `load`, `rm` and `verify` print with --json.
-
-`x07 image inspect` prints the image's manifest.
-"""
+"""The documents of `x07 image build`, `list`, `load`, `rm` and `verify`."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import msgspec
 
 
 class BuildReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The image that is there now."""
+    """The image that was built."""
 
     schema_version: Literal["x07.sandbox.image.build@0.1.0"] = "x07.sandbox.image.build@0.1.0"
     name: str
@@ -19,9 +16,9 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `x07 image load` has loaded. digest: the image id, by which engines know it. image: that of `image list`.
+    """What was loaded. digest: the image id in the engines. image: its digest in `image list`.
 
-    engines: those that have it. archive: the file that was written, null for none.
+    engines: those that have it now. archive: the file that was written, or null.
     """
 
     schema_version: Literal["x07.sandbox.image.load@0.1.0"] = "x07.sandbox.image.load@0.1.0"
@@ -33,10 +30,10 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One image. name: empty for none. suite: of its packages; null where its manifest cannot be read.
+    """One image. name: empty if it has none. suite: of its packages; null if its manifest cannot be read.
 
-    pip: Python packages from wheels, "NAME==VERSION". current: whether this version made it. problem, fix: null where
-    it can be used as it is.
+    pip: Python packages from wheels, "NAME==VERSION". current: whether this version built it. problem, fix: null if it
+    can be used.
     """
 
     name: str
@@ -49,21 +46,21 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ListReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All images that are here."""
+    """All images."""
 
     schema_version: Literal["x07.sandbox.image.list@0.1.0"] = "x07.sandbox.image.list@0.1.0"
     images: tuple[ImageRow, ...]
 
 
 class RemovedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A name that leads to no image any more, and the image that it led to."""
+    """A removed name, and the digest of its image."""
 
     name: str
     digest: str
 
 
 class RemoveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `x07 image rm` did. bytes: what the disk got back. kept: files that could not be removed, and why."""
+    """What was removed. bytes: freed disk space. kept: files that could not be removed, and why."""
 
     schema_version: Literal["x07.sandbox.image.rm@0.1.0"] = "x07.sandbox.image.rm@0.1.0"
     images: tuple[RemovedName, ...]
@@ -72,7 +69,7 @@ class RemoveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class VerifyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Whether an image is what its manifest says. problems: a sentence each. fix: what to do; null if it is good."""
+    """Whether an image matches its manifest. problems: a sentence each. fix: what to do; null if it is good."""
 
     schema_version: Literal["x07.sandbox.image.verify@0.1.0"] = "x07.sandbox.image.verify@0.1.0"
     digest: str

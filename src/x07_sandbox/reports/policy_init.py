@@ -1,4 +1,4 @@
-"""What `x07 policy init` reports, `x07.policy.init.report@0.1.0`."""
+"""The document of `x07 policy init`, `x07.policy.init.report@0.1.0`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from x07_sandbox.host.documents import Status
 
 
 class PolicyInitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One compact line, with its keys in this order. template: X07's eight, and our `default`.
-
-    out: the policy's path, relative to the project's root when inside it.
-    """
+    """One line, with its keys in this order. out: the policy's path, relative to the project's root if inside it."""
 
     schema_version: Literal["x07.policy.init.report@0.1.0"] = "x07.policy.init.report@0.1.0"
     template: Literal[

@@ -1,4 +1,4 @@
-"""What `x07 pool status --json` prints, `x07.sandbox.pool@0.1.0`."""
+"""The document of `x07 pool`, `x07.sandbox.pool@0.1.0`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import msgspec
 
 
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the pool's process says of itself.
+    """The status that the pool reports.
 
-    size: machines that are to wait. ready, running: how many wait and run now. claimed: how many were ever taken.
+    size: VMs that should wait. ready, running: VMs that wait and run now. claimed: VMs used since the start.
     image: digest. idle_s: seconds without use after which it ends. unused_s: seconds since the last use.
-    problem: why no machine can be made now, or null.
+    problem: why no VM can be started now, or null.
     """
 
     pid: int
@@ -27,7 +27,7 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class PoolReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All of it. pool: null where none runs."""
+    """The document. pool: null if none is running."""
 
     schema_version: Literal["x07.sandbox.pool@0.1.0"] = "x07.sandbox.pool@0.1.0"
     pool: PoolStatus | None

@@ -1,7 +1,7 @@
-"""What a program compiled by X07 and its runner say to each other over standard streams. Pure.
+"""Decode the output of a program that X07 compiled. No I/O.
 
-Input and output are framed: four bytes of length, little-endian, then exactly so many. What the program's runtime
-counted is the last line of standard error that is a JSON object with a counter. All of it is hostile.
+The output is a frame: four bytes of length, little-endian, then the data. The counters of the program's runtime are in
+the last line of standard error that is a JSON object with a counter. All of it is hostile data.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from x07_sandbox.host.decoding import known
 from x07_sandbox.x07.protocol import HEAD_BYTES
 from x07_sandbox.x07.runner_report import COUNTERS, FAILED_EXIT, CompileRunReport, SolveReport
 
-NOT_FRAMED: Final = "stdout is not a length and exactly so many bytes"
+NOT_FRAMED: Final = "stdout is not one complete frame"
 NO_METRICS: Final = "stderr has no line of metrics"
 
 
-# What X07's runtime counted; None for what it did not tell. Other keys of the line are nobody's business.
+# The counters of X07's runtime; None if missing. Other keys are ignored.
 Metrics: Final = msgspec.defstruct(
     "Metrics",
     [(field.name, field.type, None) for field in msgspec.structs.fields(SolveReport) if field.name in COUNTERS],
@@ -29,14 +29,14 @@ Metrics: Final = msgspec.defstruct(
 
 
 def framed_output(stdout: bytes) -> bytes | None:
-    """The program's output; None if standard output is anything else than one whole frame."""
+    """Return the program's output; None if standard output is not exactly one frame."""
     if len(stdout) < HEAD_BYTES or struct.unpack_from("<I", stdout)[0] != len(stdout) - HEAD_BYTES:
         return None
     return stdout[HEAD_BYTES:]
 
 
 def find_metrics(stderr: bytes) -> dict[str, Any] | None:
-    """All counters, as the last line that tells one has them."""
+    """Return all counters from the last line that has one."""
     for line in reversed(stderr.splitlines()):
         if not line.lstrip().startswith(b"{"):
             continue
@@ -50,9 +50,9 @@ def find_metrics(stderr: bytes) -> dict[str, Any] | None:
 
 
 def read_protocol(report: CompileRunReport) -> CompileRunReport:
-    """The report of a program that speaks so: its output unpacked, its counters in their places.
+    """Return the report with the output unpacked and the counters filled in.
 
-    A program that ended well and did not keep to the protocol did not end well.
+    A program that exited with 0 but broke the protocol has failed.
     """
     if report.solve is None:
         return report

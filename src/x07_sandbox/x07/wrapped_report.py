@@ -1,4 +1,4 @@
-"""X07's wrapped report, `x07.run.report@0.3.0`: a runner's report with what was resolved to start it."""
+"""X07's wrapped report, `x07.run.report@0.3.0`: a runner's report with the resolved target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEMA: Final = "x07.run.report@0.3.0"
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was run. resolved_module_roots: X07's; none for our toolchains."""
+    """What was run. resolved_module_roots: empty for our toolchains."""
 
     kind: Literal["project", "program", "artifact"]
     path: str
@@ -29,7 +29,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class WrappedReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The envelope. report: the runner's, unchanged."""
+    """The wrapped report. report: the runner's, unchanged."""
 
     schema_version: Literal["x07.run.report@0.3.0"] = SCHEMA
     runner: Literal["os", "host"]
@@ -40,12 +40,12 @@ class WrappedReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def wrap(report: CompileRunReport | RunOsReport, target: Target) -> WrappedReport:
-    """The runner's report in its envelope."""
+    """Return the runner's report in its envelope."""
     return WrappedReport(runner="os", world=report.world, target=target, report=msgspec.to_builtins(report))
 
 
 def target_of(program: Program, path: Path | None, report: CompileRunReport | RunOsReport) -> Target:
-    """What was run. path: where the program was read; None for a source that is in no file, which is called `-`."""
+    """Return what was run. path: of the program; None for a source without a file, which is named `-`."""
     root = None if path is None or not program.project else path if is_folder(path) else path.parent
     return Target(
         kind="artifact" if isinstance(report, RunOsReport) else "project" if program.project else "program",
