@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.trees import check_name
-from x07_sandbox.cli.apply import select_changes
+from x07_sandbox.cli.changes import select_changes
 from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.files.change_rules import Allowed, judge
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges, decode, encode

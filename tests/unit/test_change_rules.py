@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import need
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.cli.apply import Grants, select_changes
+from x07_sandbox.cli.changes import Grants, select_changes
 from x07_sandbox.errors import PeerError, RefusedError
 from x07_sandbox.files.change_rules import Allowed, Judged, judge
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges

@@ -24,7 +24,7 @@ import pytest
 from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
-from x07_sandbox.cli.apply import Grants, select_changes
+from x07_sandbox.cli.changes import Grants, select_changes
 from x07_sandbox.cli.changes_text import change_lines, changes_json, patch_chunks, print_bytes, say_changes
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.run_outputs import write_diff

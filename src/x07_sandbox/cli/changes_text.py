@@ -35,7 +35,7 @@ _RULES: Final = {"fs.deny_hidden": "hidden", "fs.allow_symlinks": "a link"}
 _RETURN: Final = re.compile(rb"\r(?!\n)")
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument RUN."""
     doc = "the run's id, or the start of it (default: the latest run with changes)"
     parser.add_argument("run", nargs="?", type=nonempty, metavar="RUN", help=doc)

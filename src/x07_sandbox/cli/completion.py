@@ -25,9 +25,9 @@ _FILES: Final = frozenset({"FILE", "PATH", "F", "PROGRAM", "POLICY", "A", "B"})
 _FOLDERS: Final = frozenset({"DIR"})
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser("completion", help=help, description="Print shell completion for x07.", epilog=_EPILOG)
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 completion`."""
+    parser.epilog = _EPILOG
     parser.add_argument("shell", choices=SHELLS, help="the shell to complete in")
     parser.set_defaults(carry_out=_completion)
 

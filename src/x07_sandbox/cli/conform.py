@@ -33,14 +33,10 @@ exit code: 0 nothing failed; 1 something failed
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "conform",
-        help=help,
-        description="Run small test programs on a backend. This takes up to a minute and changes nothing.",
-        epilog=_EPILOG,
-    )
+def add_conform(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 conform`."""
+    parser.description = "Run small test programs on a backend. This takes up to a minute and changes nothing."
+    parser.epilog = _EPILOG
     parser.add_argument(
         "--backend", action=Once, metavar="B", help="the backend (default: every VM backend that can run here)"
     )
@@ -48,7 +44,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     parser.add_argument(
         "--i-accept-weaker-isolation", action="store_true", help="allow a backend that is not a virtual machine"
     )
-    add_document_flags(parser, "print one JSON object")
+    add_document_flags(parser)
     parser.set_defaults(carry_out=_conform)
 
 

@@ -44,15 +44,11 @@ exit code: 0 nothing is BAD; 1 something is
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "doctor",
-        help=help,
-        description="Check this machine, start a VM to prove that it works, and say what to fix.",
-        epilog=_EXAMPLES,
-    )
-    add_document_flags(parser, "print one JSON object")
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 doctor`."""
+    parser.description = "Check this machine, start a VM to prove that it works, and say what to fix."
+    parser.epilog = _EXAMPLES
+    add_document_flags(parser)
     parser.set_defaults(carry_out=_doctor)
 
 

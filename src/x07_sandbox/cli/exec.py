@@ -11,6 +11,8 @@ from x07_sandbox.errors import UsageError
 if TYPE_CHECKING:
     import argparse
 
+    from x07_sandbox.cli.parser import Parser
+
 _EXAMPLES = """examples:
   x07 exec --workdir . -- make test              run the project's tests; changes are copied back
   x07 exec --workdir proj --read -- grep -rn main src
@@ -25,16 +27,12 @@ start in DIR. The exit code is the command's own, or 127 if there is no such com
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "exec",
-        help=help,
-        description="Run a command of the guest image in a throw-away VM, in a copy of DIR.",
-        usage="x07 exec [--workdir DIR [--read]] [OPTIONS] -- COMMAND [ARGS]",
-        late_epilog=lambda _level: _EXAMPLES,
-        level_of=help_level,
-    )
+def add_exec(parser: Parser) -> None:
+    """Add the arguments of `x07 exec`."""
+    parser.description = "Run a command of the guest image in a throw-away VM, in a copy of DIR."
+    parser.usage = "x07 exec [--workdir DIR [--read]] [OPTIONS] -- COMMAND [ARGS]"
+    parser.late_epilog = lambda _level: _EXAMPLES
+    parser.level_of = help_level
     add_command_options(parser)
     parser.set_defaults(carry_out=_exec)
 

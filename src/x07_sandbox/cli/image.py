@@ -56,14 +56,10 @@ _RM: Final = """Remove images by name, with their templates and the packages tha
 another name stays. Running programs are not affected."""
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb and its own verbs."""
-    parser = verbs.add_parser(
-        "image",
-        help=help,
-        description="Manage guest images. They are built from this host's package sources.",
-        epilog=_EXAMPLES,
-    )
+def add_image(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 image`."""
+    parser.description = "Manage guest images. They are built from this host's package sources."
+    parser.epilog = _EXAMPLES
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     build = inner.add_parser("build", help="build, update or repair an image")
     build.add_argument("--name", default="default", help="name of the image (default: default)")
@@ -95,7 +91,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
     ):
         if sub in {inspect, verify}:
             sub.add_argument("image", nargs="?", metavar="NAME|DIGEST", help="which image (default: default)")
-        add_document_flags(sub, "print one JSON object")
+        add_document_flags(sub)
         sub.set_defaults(carry_out=action)
 
 

@@ -48,9 +48,9 @@ exit code: 0 the file was created or is up to date; 2 a different file exists an
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser("init", help=help, description="Write the first file of a project.", epilog=_EPILOG)
+def add_init(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 init`."""
+    parser.epilog = _EPILOG
     doc = "the project's folder (default: the current one)"
     parser.add_argument("folder", nargs="?", type=folder_path, default=Path(), metavar="DIR", help=doc)
     names = tuple(row.name for row in ROWS)

@@ -37,9 +37,9 @@ _CHUNK: Final = 1 << 16
 _LOOK_AGAIN_S: Final = 0.05
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser("logs", help=help, description="Print a run's output.", epilog=_EPILOG)
+def add_logs(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 logs`."""
+    parser.epilog = _EPILOG
     doc = "the run's id, or the start of it (default: the latest run with such a log)"
     parser.add_argument("run", nargs="?", type=nonempty, metavar="RUN", help=doc)
     which = parser.add_mutually_exclusive_group()

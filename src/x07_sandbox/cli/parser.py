@@ -37,6 +37,11 @@ VERBS: Final = {
     "doctor": "check this machine and say what to fix",
     "conform": "run the conformance tests of a backend",
 }
+_MODULES: Final = {  # modules that have several verbs
+    **dict.fromkeys(("diff", "apply", "undo"), "changes"),
+    **dict.fromkeys(("ps", "inspect", "kill"), "jobs"),
+    **dict.fromkeys(("sweep", "df", "prune"), "cleanup"),
+}
 _EXAMPLES: Final = """examples:
   x07 image build                         make the guest image (once)
   x07 run prog.py -- --verbose            run a Python program in a throw-away VM
@@ -155,7 +160,7 @@ def add_help_levels(parser: argparse._ActionsContainer, rest: str, *names: str) 
         parser.add_argument(f"--help-{name}", help=doc, dest=argparse.SUPPRESS, **words)
 
 
-def add_document_flags(parser: argparse._ActionsContainer, json_help: str) -> None:
+def add_document_flags(parser: argparse._ActionsContainer, json_help: str = "print one JSON object") -> None:
     """Add the flags of a verb that can print a JSON document (cli/json_output)."""
     switch(parser, "--json", json_help)
     option(parser, "--report-out", "FILE", "write the JSON object to this file, with or without --json", type=file_path)
@@ -180,24 +185,19 @@ class Parser(argparse.ArgumentParser):
     level_of: returns the level of help that shows an option: "" for `--help`, NAME for `--help-NAME`.
     """
 
-    def __init__(
-        self,
-        *args: Any,  # noqa: ANN401 - as argparse has them
-        late_epilog: Callable[[str], str] | None = None,
-        level_of: Callable[[argparse.Action], str] | None = None,
-        **words: Any,  # noqa: ANN401 - as above
-    ) -> None:
+    late_epilog: Callable[[str], str] | None = None
+    level_of: Callable[[argparse.Action], str] | None = None
+
+    def __init__(self, *args: Any, **words: Any) -> None:  # noqa: ANN401 - as argparse has them
         super().__init__(*args, **({"formatter_class": Formatter} | words | {"allow_abbrev": False}))
-        self._late_epilog = late_epilog
-        self._level_of = level_of
 
     def format_help(self, level: str = "") -> str:
         """Return the help of one level; "all" has every option."""
-        if self._late_epilog is not None:
-            self.epilog = self._late_epilog(level)
-        if self._level_of is None or level == "all":
+        if self.late_epilog is not None:
+            self.epilog = self.late_epilog(level)
+        if self.level_of is None or level == "all":
             return super().format_help()
-        texts = {action: action.help for action in self._actions if self._level_of(action) != level}
+        texts = {action: action.help for action in self._actions if self.level_of(action) != level}
         for action in texts:
             action.help = argparse.SUPPRESS
         try:
@@ -230,7 +230,9 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog="x07")  # else argparse lays out a usage line
     for verb in words[:1] if words and words[0] in VERBS else VERBS:
-        import_module(f"x07_sandbox.cli.{verb}").add_parser(verbs, help=VERBS[verb])
+        doc = VERBS[verb]
+        added = verbs.add_parser(verb, help=doc, description=f"{doc[0].upper()}{doc[1:]}.")
+        getattr(import_module(f"x07_sandbox.cli.{_MODULES.get(verb, verb)}"), f"add_{verb}")(added)
     return parser
 
 

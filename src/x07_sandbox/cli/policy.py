@@ -60,9 +60,9 @@ _CHECK_EPILOG: Final = """examples:
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb and its own verbs."""
-    parser = verbs.add_parser("policy", help=help, description="Manage policies.", epilog=_EPILOG)
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 policy`."""
+    parser.epilog = _EPILOG
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     policy_new.add_parser(inner)
     policy_init.add_parser(inner)

@@ -35,9 +35,9 @@ examples:
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb and its own verbs."""
-    parser = verbs.add_parser("pool", help=help, description="Keep VMs ready for programs.", epilog=_EPILOG)
+def add_pool(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 pool`."""
+    parser.epilog = _EPILOG
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     start = inner.add_parser("start", help="start the pool")
     size, idle = whole_number(1, 4096, "VMs"), whole_number(1, 86_400, "seconds")

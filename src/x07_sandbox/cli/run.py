@@ -30,22 +30,19 @@ from x07_sandbox.runs.streams import memory_file, read_all
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.cli.parser import Parser
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import Loader
     from x07_sandbox.runs.result import Result
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "run",
-        help=help,
-        description="Build PROGRAM in one throw-away VM and run it in another.",
-        usage="x07 run [OPTIONS] PROGRAM [-- ARGS]",
-        late_epilog=epilog,
-        level_of=help_level,
-    )
+def add_run(parser: Parser) -> None:
+    """Add the arguments of `x07 run`."""
+    parser.description = "Build PROGRAM in one throw-away VM and run it in another."
+    parser.usage = "x07 run [OPTIONS] PROGRAM [-- ARGS]"
+    parser.late_epilog = epilog
+    parser.level_of = help_level
     add_options(parser)
     parser.set_defaults(carry_out=run_command)
 

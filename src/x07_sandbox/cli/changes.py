@@ -1,4 +1,4 @@
-"""`x07 apply`: apply a run's saved changes."""
+"""`x07 diff`, `x07 apply` and `x07 undo`: show, apply and revert the changes of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.changes_text import add_run, changes_json, left_out, say_deleted, summary
+from x07_sandbox.cli.changes_text import (
+    add_run_argument,
+    changes_json,
+    include_applied,
+    left_out,
+    patch_chunks,
+    print_bytes,
+    say_deleted,
+    summary,
+)
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import deliver, document_wanted
 from x07_sandbox.cli.parser import add_document_flags, nonempty, repeated, switch
@@ -17,7 +26,7 @@ from x07_sandbox.files.dependencies import taken
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.runs.refusals import command, told
 from x07_sandbox.runs.result import Changes
-from x07_sandbox.runs.saved_changes import do, find
+from x07_sandbox.runs.saved_changes import do, find, undo
 
 if TYPE_CHECKING:
     import argparse
@@ -27,7 +36,7 @@ if TYPE_CHECKING:
     from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
 
 _LISTED: Final = 10
-_EPILOG: Final = """Applies everything or nothing: if a file has changed since it was copied into the VM,
+_APPLY_EPILOG: Final = """Applies everything or nothing: if a file has changed since it was copied into the VM,
 nothing is changed. If the command is killed, the next x07 command finishes it or rolls it back. What the run left out
 needs the flag for its reason: see x07 diff. To apply a different selection, first run x07 undo.
 
@@ -39,12 +48,29 @@ examples:
 
 exit code: 0 applied, now or before; 125 a conflict, or changes that are not allowed; 2 no such run
 """
+_DIFF_EPILOG: Final = """Prints a patch in git's format, deletions first.
+Changes that are not allowed are marked, with the reason.
+
+examples:
+  x07 diff | less
+  x07 diff --json | jq '.roots[].changes[] | .name'
+"""
+_UNDO_EPILOG: Final = """Reverts everything or nothing: if a file has changed since, nothing is changed.
+Reverted changes can be
+applied again. Changes that were applied in a second step are reverted first, alone.
+
+examples:
+  x07 undo
+  x07 undo 1764064
+
+exit code: 0 reverted; 125 a conflict; 2 no such run, or none of its changes is applied
+"""
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser("apply", help=help, description="Apply a run's saved changes.", epilog=_EPILOG)
-    add_run(parser)
+def add_apply(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 apply`."""
+    parser.epilog = _APPLY_EPILOG
+    add_run_argument(parser)
     repeated(parser, "--skip", "PATH", "leave out this file or folder: a name below a root, or an absolute path")
     repeated(parser, "--allow-protected", "PATTERN", "allow protected names such as .git or Jenkinsfile", type=nonempty)
     switch(parser, "--allow-hidden", "apply names that begin with a dot too")
@@ -205,3 +231,39 @@ def _covers(word: str, root: str, name: str) -> bool:
         return path == above or path.startswith(f"{above}/")
     above = word.rstrip("/")
     return above in {name, name or posixpath.basename(root)} or name.startswith(f"{above}/")
+
+
+def add_diff(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 diff`."""
+    parser.epilog = _DIFF_EPILOG
+    add_run_argument(parser)
+    add_document_flags(parser, "print all changes with digests as one JSON object")
+    parser.set_defaults(carry_out=_diff)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    kept = include_applied(find(options.run))
+    if document_wanted(options) and deliver(changes_json(kept.changes), options):
+        return 0
+    for chunk in patch_chunks(kept):
+        print_bytes(chunk)
+    return 0
+
+
+def add_undo(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 undo`."""
+    parser.epilog = _UNDO_EPILOG
+    add_run_argument(parser)
+    add_document_flags(parser, "print what was done, or the error, as one JSON object")
+    parser.set_defaults(carry_out=_undo)
+
+
+def _undo(options: argparse.Namespace) -> int:
+    kept = find(options.run)
+    changes = undo(kept, lambda path: say(f"waiting: another command is changing {path}"))
+    if document_wanted(options) and deliver(changes_json(changes), options):
+        return 0
+    say_deleted(changes, back=True)
+    then = "x07 undo reverts what was applied before" if kept.undos else "x07 apply"
+    say(summary(changes, f"reverted; {then}"))
+    return 0
