@@ -26,7 +26,7 @@ from x07_sandbox.images.store import (
 )
 from x07_sandbox.images.verify import verify_image
 from x07_sandbox.pool.prepare import prepare_clones
-from x07_sandbox.reports.images import (
+from x07_sandbox.reports.verbs import (
     BuildReport,
     ImageRow,
     ListReport,

@@ -21,7 +21,7 @@ from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.new_manifest import ROWS, sandbox_manifest
 from x07_sandbox.programs.toolchains import MAKEFILES
-from x07_sandbox.reports.init import InitReport
+from x07_sandbox.reports.verbs import InitReport
 from x07_sandbox.x07.project import first_project
 
 if TYPE_CHECKING:

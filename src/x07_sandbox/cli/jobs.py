@@ -34,7 +34,7 @@ examples:
   x07 ps --all
 """
 _HEAD: Final = ("RUN", "PHASE", "BACKEND", "STATE", "STARTED", "LEFT", "PROGRAM")
-_INSPECT_EPILOG: Final = """The object has the run's jobs (record, labels, owner, state), its result, and the file paths.
+_INSPECT_EPILOG: Final = """The object has the run's jobs (record, labels, owner, state), its result and its files.
 
 examples:
   x07 inspect 1764273600000

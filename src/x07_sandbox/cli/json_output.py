@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say, show, write_stdout
-from x07_sandbox.errors import Cancelled, RefusedError, SandboxError
-from x07_sandbox.host.os_errors import host_error
+from x07_sandbox.errors import RefusedError, SandboxError
 from x07_sandbox.reports.document import failure_report, plain, render_json
 
 if TYPE_CHECKING:
@@ -92,20 +91,10 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
     check_outputs({"--report-out": options.report_out}, paths, why="the command line names it for something else")
     try:
         code: int = options.carry_out(options)
-    except (SandboxError, KeyboardInterrupt, OSError) as exc:
-        if (error := _as_error(exc)) is not None:
-            try:
-                write_bytes(options.report_out, render_json(failure_report(error)))
-            except RefusedError as unwritten:  # must not hide the first error
-                say(str(unwritten))
+    except SandboxError as exc:
+        try:
+            write_bytes(options.report_out, render_json(failure_report(exc)))
+        except RefusedError as unwritten:  # must not hide the first error
+            say(str(unwritten))
         raise
     return code
-
-
-def _as_error(exc: BaseException) -> Exception | None:
-    """Return the error to report; None if standard output failed, because the file then has its document already."""
-    if isinstance(exc, KeyboardInterrupt):
-        return Cancelled("the command was cancelled", "a signal came", "Start it again")
-    if isinstance(exc, OSError):
-        return None if exc.filename is None else host_error(exc)
-    return exc if isinstance(exc, Exception) else None

@@ -19,12 +19,12 @@ from x07_sandbox.backends.registry import Platform
 from x07_sandbox.backends.selection import ACCEPT_VARIABLE, asked, select, this_platform, working
 from x07_sandbox.cli.atomic_output import check_outputs, files_read
 from x07_sandbox.cli.cancel import cancelled_by_signals
-from x07_sandbox.cli.console import LiveLine, say, write_stdout
+from x07_sandbox.cli.console import LiveLine, OutputError, say, write_stdout
 from x07_sandbox.cli.main import end_with
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
 from x07_sandbox.cli.std_streams import prepare_streams
 from x07_sandbox.cli.x07_report import ReportRequest, run_and_report
-from x07_sandbox.errors import HostError, RefusedError, SandboxError, UsageError
+from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import check_environment, flag, text
@@ -60,12 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(warning)
         options = parser().parse_args(argv)
         if options.cli_specrows:
-            return _print(specrows().encode(), 0)
+            write_stdout(specrows().encode())
+            return 0
         return _carry_out(options)
     except SandboxError as exc:
         _say(str(exc))
     except KeyboardInterrupt:
         _say("cancelled before the run started")
+    except OutputError as exc:
+        _say(f"cannot write to standard output: {exc.strerror}")
     except (OSError, MemoryError) as exc:
         from x07_sandbox.host.os_errors import host_error
 
@@ -105,7 +108,8 @@ def _carry_out(options: argparse.Namespace) -> int:
             wanted = _wanted(options, request, program, stack, accepted=accepted)
             sweep_before_start(_say)
             _, report = run_and_report(request, wanted, stack, _say)
-    return _print(render_json(report), report.exit_code)
+    write_stdout(render_json(report))
+    return report.exit_code
 
 
 def _world(name: str) -> World:
@@ -216,16 +220,6 @@ def _note_unused(options: argparse.Namespace, program: Program) -> None:
     unused = [name for name, value in values.items() if value is not None and value is not False]
     if unused:
         _say(f"{', '.join(unused)}: no effect on {program.toolchain.name} programs, which have the policy's limits")
-
-
-def _print(data: bytes, code: int) -> int:
-    """Write to standard output. Raises HostError."""
-    try:
-        write_stdout(data)
-    except OSError as exc:
-        why, fix = exc.strerror or str(exc), "Redirect it to a disk with free space"
-        raise HostError("cannot write to standard output", why, fix) from exc
-    return code
 
 
 def _say(line: str) -> None:

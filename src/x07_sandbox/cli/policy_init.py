@@ -17,7 +17,7 @@ from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.paths import is_folder, real_path
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
-from x07_sandbox.reports.policy_init import PolicyInitReport
+from x07_sandbox.reports.verbs import PolicyInitReport
 
 BASE_FOLDER: Final = (".x07", "policies", "base")
 DIFFERENT: Final = 2

@@ -19,7 +19,7 @@ from x07_sandbox.cli.parser import add_document_flags, whole_number
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import known
-from x07_sandbox.reports.pool import PoolReport, PoolStatus
+from x07_sandbox.reports.verbs import PoolReport, PoolStatus
 
 if TYPE_CHECKING:
     from typing import IO

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 # Modules that run programs are imported on the first run, so that importing this one is cheap.
 from x07_sandbox.errors import UsageError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _SECONDS_BOUND: Final = 1e9  # far above every limit, so that no conversion overflows
 FILES_BYTES: Final = 64 << 20
+_CHANGES: Final = ("apply", "all-or-nothing", "keep", "discard")
 _FILES_BYTES_MAX: Final = 1 << 30
 _RUN: Final = "x07_sandbox.run_program"
 _WHAT: Final = {
@@ -47,68 +48,39 @@ def input_file(data: bytes | None, stack: contextlib.ExitStack) -> int:
     return memory_file(bytes(data or b""), stack)
 
 
-def make_request(  # noqa: PLR0913 - one for each keyword of run_program
+def make_request(
     program: str | os.PathLike[str] | None,
     args: Sequence[str],
-    *,
-    source: str | bytes | None = None,
-    toolchain: str | None = None,
-    command: Sequence[str] = (),
-    workdir: str | os.PathLike[str] | None = None,
-    read_only: bool = False,
-    files: Mapping[str, bytes] | None = None,
-    max_files_bytes: int = FILES_BYTES,
-    policy: str | os.PathLike[str] | Policy | None = None,
-    env: Mapping[str, str] | None = None,
-    timeout_s: float | None = None,
-    memory: str | int | None = None,
-    cpu_s: float | None = None,
-    procs: int | None = None,
-    fds: int | None = None,
-    build_timeout_s: float | None = None,
-    scale_limits: bool | None = None,
-    image: str | None = None,
-    max_output_bytes: int | None = None,
-    changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply",
-    out: str | os.PathLike[str] | None = None,
-    allow_hidden: bool = False,
-    allow_symlinks: bool = False,
-    live: tuple[int | None, int | None] = (None, None),
+    given: Mapping[str, Any],
     **unchecked: Any,  # noqa: ANN401 - fields of RunRequest
 ) -> RunRequest:
-    """Return the request for a call. unchecked: further fields of the request. Raises UsageError."""
-    _check_types({name: value for name, value in locals().items() if name in _KINDS})
+    """Return the request for a call. given: the keywords of `run_program`, with defaults. Raises UsageError.
+
+    unchecked: further fields of the request.
+    """
+    _check_types({"args": args, **given})
     from x07_sandbox.runs.request import RunRequest
 
-    _check_values(program, source, command, changes, build_timeout_s)
-    if read_only and workdir is None:
-        raise UsageError("cannot run a program", "read_only requires workdir", "Pass workdir too")
-    if not 0 <= max_files_bytes <= _FILES_BYTES_MAX:
-        raise bad_argument("max_files_bytes", f"is {max_files_bytes}, and must be from 0 to {_FILES_BYTES_MAX}")
+    _check_values(program, given)
     path = None if program is None else Path(_path_text("program", program))
+    source, workdir, out = given["source"], given["workdir"], given["out"]
+    names = ("toolchain", "max_files_bytes", "scale_limits", "image", "max_output_bytes", "changes")
     return RunRequest(
         program=path,
         source=source.encode("utf-8", "surrogateescape") if isinstance(source, str) else source,
-        toolchain=toolchain,
-        command=tuple(command),
+        command=tuple(given["command"]),
         workdir=None if workdir is None else Path(_path_text("workdir", workdir)),
-        workdir_read=read_only,
-        files=dict(files or {}),
-        max_files_bytes=max_files_bytes,
+        workdir_read=given["read_only"],
+        files=dict(given["files"] or {}),
         args=tuple(args),
-        policy=policy_argument("policy", policy),
-        limits=_limits(memory, procs, fds, cpu_s=cpu_s, timeout_s=timeout_s),
-        build_wall_ms=_milliseconds(build_timeout_s),
-        scale_limits=scale_limits,
-        image=image,
-        env=dict(env or {}),
-        live_stdout=live[0],
-        live_stderr=live[1],
-        max_output_bytes=max_output_bytes,
-        changes=changes,
+        policy=policy_argument("policy", given["policy"]),
+        limits=_limits(given),
+        build_wall_ms=_milliseconds(given["build_timeout_s"]),
+        env=dict(given["env"] or {}),
         out=None if out is None else Path(_path_text("out", out)),
-        overrides=_overrides(hidden=allow_hidden, symlinks=allow_symlinks),
+        overrides=_overrides(hidden=given["allow_hidden"], symlinks=given["allow_symlinks"]),
         loaders=_loaders(path),
+        **{name: given[name] for name in names},
         **unchecked,
     )
 
@@ -168,19 +140,13 @@ _KINDS: Final[dict[str, tuple[Any, str]]] = {
 
 
 def _check_types(given: Mapping[str, Any]) -> None:
-    """Raise UsageError for a value of a wrong type, and for text that cannot be encoded."""
+    """Raise UsageError for a value of a wrong type."""
     for name, (kinds, expected) in _KINDS.items():
         value = given[name]
         one_text = name in {"args", "command"} and isinstance(value, str | bytes)
         if not isinstance(value, kinds) or (isinstance(value, bool) and name != "scale_limits") or one_text:
             raise bad_argument(name, f"is {type(value).__name__}, not {expected}")
-        _check_text(name, value)
-    args, files, env = enumerate(given["args"], start=1), given["files"] or {}, given["env"] or {}
-    command = enumerate(given["command"])
-    for name, pairs in (("command", command), ("args", args), ("files", files.items()), ("env", env.items())):
-        for key, inner in pairs:
-            _check_text(name, key)
-            _check_text(f"{name}[{key!r}]", inner)
+    files = given["files"] or {}
     for key, content in files.items():
         if not isinstance(key, str):
             raise bad_argument("files", f"has the name {key!r}, which is not str")
@@ -188,29 +154,29 @@ def _check_types(given: Mapping[str, Any]) -> None:
             raise bad_argument(f"files[{key!r}]", f"is {type(content).__name__}, not bytes")
 
 
-def _check_values(
-    program: object, source: object, command: Sequence[str], changes: str, build_timeout_s: float | None
-) -> None:
+def _check_values(program: object, given: Mapping[str, Any]) -> None:
     """Raise UsageError for values that their type allows but a run does not."""
-    if (program is not None) + (source is not None) + bool(command) != 1:
+    command, build_timeout_s = given["command"], given["build_timeout_s"]
+    if (program is not None) + (given["source"] is not None) + bool(command) != 1:
         why = "exactly one of program, source and command is required"
-        raise UsageError("cannot run a program", why, "Pass one of them")
+        raise UsageError(_WHAT[_RUN], why, "Pass one of them")
     if not all(isinstance(word, str) for word in command):
         raise bad_argument("command", "is not a list of str")
-    if changes not in {"apply", "all-or-nothing", "keep", "discard"}:
-        raise UsageError(
-            "cannot run a program", f"changes is {changes!r}", "Use apply, all-or-nothing, keep or discard"
-        )
+    if given["changes"] not in _CHANGES:
+        raise UsageError(_WHAT[_RUN], f"changes is {given['changes']!r}", f"Use one of {', '.join(_CHANGES)}")
     if build_timeout_s is not None and not 0 < build_timeout_s <= BUILD_S_MAX:
         why = f"build_timeout_s is {build_timeout_s!r}, and must be above 0 and at most {BUILD_S_MAX}"
-        raise UsageError("cannot run a program", why, "Use another time limit")
+        raise UsageError(_WHAT[_RUN], why, "Use another time limit")
+    if given["read_only"] and given["workdir"] is None:
+        raise UsageError(_WHAT[_RUN], "read_only requires workdir", "Pass workdir too")
+    if not 0 <= given["max_files_bytes"] <= _FILES_BYTES_MAX:
+        raise bad_argument("max_files_bytes", f"must be from 0 to {_FILES_BYTES_MAX}")
 
 
-def _limits(
-    memory: str | int | None, procs: int | None, fds: int | None, *, cpu_s: float | None, timeout_s: float | None
-) -> LimitChanges | None:
+def _limits(given: Mapping[str, Any]) -> LimitChanges | None:
     """Return the limits that a call sets, or None. Raises UsageError."""
-    if memory is None and procs is None and fds is None and cpu_s is None and timeout_s is None:
+    memory = given["memory"]
+    if all(given[name] is None for name in ("memory", "cpu_s", "timeout_s", "procs", "fds")):
         return None
     from x07_sandbox.library.keyword_names import KEYWORDS
     from x07_sandbox.policy.limits import NAMES, LimitChanges, parse_size, range_fault
@@ -218,18 +184,12 @@ def _limits(
     size = parse_size(memory) if isinstance(memory, str) else memory
     if memory is not None and size is None:
         raise bad_argument("memory", f"is {memory!r}, which is not a size: write '512M', '1G' or a number of bytes")
-    given = {"memory": memory, "cpu_s": cpu_s, "timeout_s": timeout_s, "procs": procs, "fds": fds}
     for name in ("cpu_s", "timeout_s"):
         value = given[name]
-        if isinstance(value, int | float) and not 0 < value < _SECONDS_BOUND:  # NaN is not
+        if value is not None and not 0 < value < _SECONDS_BOUND:  # rejects NaN
             raise bad_argument(name, f"is {value!r}, and must be above 0 and at most 600")
-    changes = LimitChanges(
-        mem_bytes=size,
-        cpu_ms=_milliseconds(cpu_s),
-        wall_ms=_milliseconds(timeout_s),
-        procs=procs,
-        fds=fds,
-    )
+    cpu_ms, wall_ms = _milliseconds(given["cpu_s"]), _milliseconds(given["timeout_s"])
+    changes = LimitChanges(mem_bytes=size, cpu_ms=cpu_ms, wall_ms=wall_ms, procs=given["procs"], fds=given["fds"])
     for field, number in changes.given().items():
         if fault := range_fault(field, number):
             keyword = KEYWORDS[NAMES[field].flag]
@@ -246,21 +206,11 @@ def _path_text(name: str, value: object, expected: str = "a path", function: str
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
     if not isinstance(text, str):
         raise bad_argument(name, f"is {type(value).__name__}, not {expected}", function)
-    _check_text(name, text, function)
     if "\0" in text:
         raise bad_argument(name, "contains a zero byte", function)
     if not text:  # it does not mean the current folder
         raise bad_argument(name, "is empty", function)
     return text
-
-
-def _check_text(name: str, value: object, function: str = _RUN) -> None:
-    """Raise UsageError for text that cannot be encoded."""
-    try:
-        if isinstance(value, str):
-            value.encode("utf-8", "surrogateescape")  # accepts bytes that os.fsdecode made text of
-    except UnicodeEncodeError as exc:
-        raise bad_argument(name, "contains half of a surrogate pair", function) from exc
 
 
 def bad_argument(name: str, why: str, function: str = _RUN) -> UsageError:

@@ -243,13 +243,14 @@ def run_once(
         request = make_request(
             program,
             args,
+            {**(run_program.__kwdefaults__ or {}), **options},
             stdin_fd=input_file(input, stack),
             stdin_default=input is None,
             machines=machines or PoolMachines(),
             choice=choice,
             cancel=cancel,
-            live=live,
-            **options,
+            live_stdout=live[0],
+            live_stderr=live[1],
         )
         sweep_before_start()
         ended = attempt(request)

@@ -16,7 +16,7 @@ from x07_sandbox.files import changes
 from x07_sandbox.housekeeping import kill, listing, pruner, sweep, usage
 from x07_sandbox.images import manifest
 from x07_sandbox.policy.schema import render_schema
-from x07_sandbox.reports import conform, doctor, document, images, init, policies, policy_init, pool
+from x07_sandbox.reports import conform, doctor, document, policies, verbs
 from x07_sandbox.reports import result as short_result
 from x07_sandbox.runs import preview, result
 from x07_sandbox.x07 import attestation, runner_report, wrapped_report
@@ -26,21 +26,21 @@ _RUNNER: Final = (runner_report.CompileRunReport, runner_report.RunOsReport)
 # File name and type of each document that is a single type.
 _TABLE: Final[tuple[tuple[str, type[msgspec.Struct]], ...]] = (
     ("x07-runtime.attest", attestation.Attestation),
-    ("x07-policy-init.report", policy_init.PolicyInitReport),
+    ("x07-policy-init.report", verbs.PolicyInitReport),
     ("preview", preview.Preview),
     ("failure", document.FailureReport),
-    ("init.report", init.InitReport),
+    ("init.report", verbs.InitReport),
     ("policy.check", policies.CheckReport),
     ("policy.host", policies.HostReport),
     ("policy.digest", policies.DigestReport),
     ("policy.explain", policies.ExplainReport),
     ("policy.diff", policies.DiffReport),
-    ("image.build", images.BuildReport),
-    ("image.list", images.ListReport),
-    ("image.load", images.LoadReport),
-    ("image.rm", images.RemoveReport),
-    ("image.verify", images.VerifyReport),
-    ("pool", pool.PoolReport),
+    ("image.build", verbs.BuildReport),
+    ("image.list", verbs.ListReport),
+    ("image.load", verbs.LoadReport),
+    ("image.rm", verbs.RemoveReport),
+    ("image.verify", verbs.VerifyReport),
+    ("pool", verbs.PoolReport),
     ("prune", pruner.PruneReport),
     ("sweep", sweep.SweepReport),
     ("kill", kill.KillReport),

@@ -1,10 +1,47 @@
-"""The documents of `x07 image build`, `list`, `load`, `rm` and `verify`."""
+"""The documents of `x07 init`, `policy init`, `image` and `pool`."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
+from msgspec import Meta
+
+from x07_sandbox.host.documents import Status
+from x07_sandbox.programs.new_manifest import ROWS
+
+_TOOLCHAINS: Final = sorted([*(row.name for row in ROWS), "x07"])
+
+
+class InitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line, with its keys in this order. out: the file's name in the project's root."""
+
+    schema_version: Literal["x07.sandbox.init.report@0.1.0"] = "x07.sandbox.init.report@0.1.0"
+    toolchain: Annotated[str, Meta(extra_json_schema={"enum": _TOOLCHAINS})]
+    project_root: str
+    out: str
+    status: Status
+
+
+class PolicyInitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line, with its keys in this order. out: the policy's path, relative to the project's root if inside it."""
+
+    schema_version: Literal["x07.policy.init.report@0.1.0"] = "x07.policy.init.report@0.1.0"
+    template: Literal[
+        "cli",
+        "default",
+        "fs-tool",
+        "http-client",
+        "postgres-client",
+        "sqlite-app",
+        "web-service",
+        "worker",
+        "worker-parallel",
+    ]
+    project_root: str
+    out: str
+    status: Status
+    policy_id: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 class BuildReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,3 +113,29 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     good: bool
     problems: tuple[str, ...]
     fix: str | None
+
+
+class PoolStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The status that the pool reports.
+
+    size: VMs that should wait. ready, running: VMs that wait and run now. claimed: VMs used since the start.
+    image: digest. idle_s: seconds without use after which it ends. unused_s: seconds since the last use.
+    problem: why no VM can be started now, or null.
+    """
+
+    pid: int
+    size: int
+    ready: int
+    running: int
+    claimed: int
+    image: str
+    idle_s: float
+    unused_s: float
+    problem: str | None
+
+
+class PoolReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The document. pool: null if none is running."""
+
+    schema_version: Literal["x07.sandbox.pool@0.1.0"] = "x07.sandbox.pool@0.1.0"
+    pool: PoolStatus | None
