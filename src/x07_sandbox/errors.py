@@ -35,26 +35,12 @@ class SandboxError(Exception):
 
     def __init__(self, what: str, why: str, fix: str) -> None:
         super().__init__(what, why, fix)  # all arguments, so that the error survives pickling
+        self.what, self.why, self.fix = (printable(str(part)) for part in (what, why, fix))
 
     def caused_by(self, field: str, value: object) -> Self:
         """Set the policy field that is the cause, such as "fs.enabled", and the value to allow it; return the error."""
         self.policy_cause = field, value
         return self
-
-    @property
-    def what(self) -> str:
-        """What failed."""
-        return printable(str(self.args[0]))
-
-    @property
-    def why(self) -> str:
-        """The cause."""
-        return printable(str(self.args[1]))
-
-    @property
-    def fix(self) -> str:
-        """What to do."""
-        return printable(str(self.args[2]))
 
     def __str__(self) -> str:
         end = "" if ": x07 " in self.fix else "."  # so that a command at the end can be pasted

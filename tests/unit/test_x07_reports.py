@@ -24,12 +24,13 @@ from x07_sandbox.x07.runner_report import (
     Built,
     CompileRunReport,
     SolveReport,
+    Target,
     World,
     failure_report,
     flat_report,
     runner_report,
+    wrap,
 )
-from x07_sandbox.x07.wrapped_report import Target, wrap
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {name: json.loads(text) for name, text in schemas().items()}

@@ -38,6 +38,7 @@ VERBS: Final = {
     "conform": "run the conformance tests of a backend",
 }
 _MODULES: Final = {  # modules that have several verbs
+    "exec": "run",
     **dict.fromkeys(("diff", "apply", "undo"), "changes"),
     **dict.fromkeys(("ps", "inspect", "kill"), "jobs"),
     **dict.fromkeys(("sweep", "df", "prune"), "cleanup"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -12,18 +13,20 @@ from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import deliver, print_document, print_failure
 from x07_sandbox.cli.parser import add_document_flags, option, repeated, switch
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.rules import make_allowlist
+from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.problems import MISSING, PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
 from x07_sandbox.policy.templates import BUILT_IN
-from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport
+from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport, HostReport
 from x07_sandbox.runs.request import read_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from x07_sandbox.network.rules import Transport
     from x07_sandbox.policy.differences import Change
+    from x07_sandbox.policy.model import Policy
 
 DIFFERENT: Final = 1
 DENIED: Final = 1
@@ -120,18 +123,64 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _check_host(options: argparse.Namespace) -> int:
-    from x07_sandbox.cli import policy_host
-
     if len(options.files) > 1:
         raise UsageError("wrong usage", "--host accepts one policy", "See x07 policy check --help")
     (name,) = options.files or (f"{BUILT_IN}default",)
     policy, _ = read_policy(name)
     transport: Literal["udp", "tcp"] = "udp" if options.udp else "tcp"
-    report = policy_host.host_report(policy, name, options.host, transport, options.deny_host)
+    report = host_report(policy, name, options.host, transport, options.deny_host)
     if not print_document(report, options):
-        for line in policy_host.lines(report):
+        for line in _host_lines(report):
             show(line)
     return 0 if report.allowed else DENIED
+
+
+def host_report(
+    policy: Policy, source: str, endpoint: str, transport: Transport, denied: Sequence[str] = ()
+) -> HostReport:
+    """Decide about a connection as the gate does. Raises UsageError, PolicyError.
+
+    source: the policy as the user named it. denied: hosts in the form of `--deny-host`.
+    """
+    from x07_sandbox.network.settings import read_settings
+    from x07_sandbox.policy.overrides import denied_hosts
+
+    request = parse_request(endpoint, transport)
+    # Connections to a loopback address stay in the guest, so the user's settings do not apply.
+    own = not isinstance(request.host, str) and request.host.is_loopback
+    settings = NetSettings() if own else read_settings()
+    decision = decide(make_allowlist(policy, denied_hosts(denied), settings), request)
+    return HostReport(
+        policy=source,
+        policy_id=policy.policy_id,
+        host=str(request.host),
+        port=request.port,
+        transport=transport,
+        allowed=decision.allowed,
+        rule=decision.rule,
+        reason=decision.reason,
+        how_to_allow=decision.how_to_allow,
+        resolved_later=decision.allowed and isinstance(request.host, str),
+    )
+
+
+def _host_lines(report: HostReport) -> list[str]:
+    """Return the report as text."""
+    host = f"[{report.host}]" if ":" in report.host else report.host
+    connection = f"{host}:{report.port} ({report.transport})"
+    text = [f"{connection}: {'allowed' if report.allowed else 'denied'}", f"  rule {report.rule}: {report.reason}"]
+    if report.allowed:
+        if report.resolved_later:
+            text.append("  its addresses are checked at run time; special ones, such as private ones, are denied")
+    elif (how := report.how_to_allow) is None:
+        text.append("  no change to the policy allows it")
+    elif how.json_path == "$.net.allow_hosts":  # the value is the whole list
+        text.append(f"  to allow it: add {json.dumps(how.value[-1])} to net.allow_hosts in the policy")
+        if how.flag:
+            text.append(f"  or, for one run: {how.flag}")
+    else:
+        text.append(f"  to allow it: set {str(how.json_path)[2:]} to {json.dumps(how.value)} in the policy")
+    return text
 
 
 _CHECK_CODES: Final = {"valid": 0, "invalid": INVALID, "unreadable": UNREADABLE}

@@ -1,4 +1,4 @@
-"""`x07 run`: run a program and exit as it did."""
+"""`x07 run` and `x07 exec`: run a program or a command of the image, and exit as it did."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
@@ -17,7 +17,15 @@ from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import asked, select, this_platform
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
-from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog, help_level, limits_of
+from x07_sandbox.cli.run_options import (
+    OVERRIDES,
+    X07_LIMITS,
+    add_command_options,
+    add_options,
+    epilog,
+    help_level,
+    limits_of,
+)
 from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
@@ -37,6 +45,20 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
 
 
+_EXEC_EXAMPLES: Final = """examples:
+  x07 exec --workdir . -- make test              run the project's tests; changes are copied back
+  x07 exec --workdir proj --read -- grep -rn main src
+  x07 exec --workdir . --changes keep -- sh -c './configure && make'
+  x07 diff                                       show what it changed; x07 apply applies it
+  x07 exec --workdir . --timeout 600 --memory 1G -- make -j2
+  x07 exec -- python3 --version                  without --workdir: start in an empty folder
+
+A command without a slash is looked up in the image (x07 image build --include adds Debian packages),
+one with a slash, such as ./configure, in DIR. Relative paths of --allow-read-root and --allow-write-root
+start in DIR. The exit code is the command's own, or 127 if there is no such command. See docs/how-to/run-a-command.md.
+"""
+
+
 def add_run(parser: Parser) -> None:
     """Add the arguments of `x07 run`."""
     parser.description = "Build PROGRAM in one throw-away VM and run it in another."
@@ -45,6 +67,24 @@ def add_run(parser: Parser) -> None:
     parser.level_of = help_level
     add_options(parser)
     parser.set_defaults(carry_out=run_command)
+
+
+def add_exec(parser: Parser) -> None:
+    """Add the arguments of `x07 exec`."""
+    parser.description = "Run a command of the guest image in a throw-away VM, in a copy of DIR."
+    parser.usage = "x07 exec [--workdir DIR [--read]] [OPTIONS] -- COMMAND [ARGS]"
+    parser.late_epilog = lambda _level: _EXEC_EXAMPLES
+    parser.level_of = help_level
+    add_command_options(parser)
+    parser.set_defaults(carry_out=_exec)
+
+
+def _exec(options: argparse.Namespace) -> int:
+    if not options.command:
+        raise UsageError("wrong usage", "no command given", "For example: x07 exec --workdir . -- make test")
+    if options.read and options.workdir is None:
+        raise UsageError("wrong usage", "--read requires --workdir", "Add --workdir DIR, or omit --read")
+    return run_command(options)
 
 
 def run_command(options: argparse.Namespace) -> int:

@@ -32,8 +32,7 @@ from x07_sandbox.runs.request import (
 )
 from x07_sandbox.x07.project import PROJECT_FILE, diagnostics_line
 from x07_sandbox.x07.protocol import INPUT_MAX_BYTES, USAGE_EXIT
-from x07_sandbox.x07.runner_report import flat_report
-from x07_sandbox.x07.wrapped_report import target_of, wrap
+from x07_sandbox.x07.runner_report import flat_report, target_of, wrap
 
 if TYPE_CHECKING:
     import argparse

@@ -50,3 +50,4 @@ def in_python(text: str) -> str:
 def reword(error: SandboxError) -> None:
     """Make the texts of an error name keywords."""
     error.args = tuple(in_python(part) if isinstance(part, str) else part for part in error.args)
+    error.what, error.why, error.fix = map(in_python, (error.what, error.why, error.fix))

@@ -19,7 +19,7 @@ from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.reports import conform, doctor, document, policies, verbs
 from x07_sandbox.reports import result as short_result
 from x07_sandbox.runs import preview, result
-from x07_sandbox.x07 import attestation, runner_report, wrapped_report
+from x07_sandbox.x07 import attestation, runner_report
 
 _REF: Final = "#/$defs/{name}"
 _RUNNER: Final = (runner_report.CompileRunReport, runner_report.RunOsReport)
@@ -57,7 +57,7 @@ def schemas() -> dict[str, str]:
     made = {name: _text(_version(kind), _any_of((kind,))) for name, kind in _TABLE}
     made["image"] = _text(manifest.SCHEMA, _any_of((manifest.Manifest,)))
     made["x07-os-runner.report"] = _text(runner_report.SCHEMA, _any_of(_RUNNER))
-    made["x07-run.report"] = _text(wrapped_report.SCHEMA, _wrapped())
+    made["x07-run.report"] = _text(runner_report.WRAPPED_SCHEMA, _wrapped())
     made["result"] = _text(result.SCHEMA, _result())
     made["changes"] = _text(changes.SCHEMA, _changes())
     made["run-os-policy"] = render_schema().decode()
@@ -76,7 +76,7 @@ def _any_of(types: tuple[type[msgspec.Struct], ...]) -> dict[str, Any]:
 
 
 def _wrapped() -> dict[str, Any]:
-    made = _any_of((wrapped_report.WrappedReport, *_RUNNER))
+    made = _any_of((runner_report.WrappedReport, *_RUNNER))
     made["$defs"]["WrappedReport"]["properties"]["report"] = {"anyOf": made.pop("anyOf")[1:]}
     return {"$ref": _REF.format(name="WrappedReport"), **made}
 

@@ -1,15 +1,27 @@
-"""X07's report of an X07 program: the compiler's report from the build VM, and the program's frames. No I/O."""
+"""X07's report of an X07 program: the compiler's report from the build VM, and the program's frames. No I/O.
+
+The program's output is a frame: four bytes of length, little-endian, then the data. The counters of its runtime are in
+the last line of standard error that is a JSON object with a counter. All of it is hostile data.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import struct
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.host.decoding import known
-from x07_sandbox.x07.framed_output import read_protocol
-from x07_sandbox.x07.runner_report import FAILED_EXIT, CompileReport, CompileRunReport, runner_report
+from x07_sandbox.x07.protocol import HEAD_BYTES
+from x07_sandbox.x07.runner_report import (
+    COUNTERS,
+    FAILED_EXIT,
+    CompileReport,
+    CompileRunReport,
+    SolveReport,
+    runner_report,
+)
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
@@ -17,6 +29,58 @@ if TYPE_CHECKING:
     from x07_sandbox.x07.runner_report import Built, CompileMode
 
 UNREADABLE: Final = "the compiler's report cannot be read"
+NOT_FRAMED: Final = "stdout is not one complete frame"
+NO_METRICS: Final = "stderr has no line of metrics"
+
+
+# The counters of X07's runtime; None if missing. Other keys are ignored.
+Metrics: Final = msgspec.defstruct(
+    "Metrics",
+    [(field.name, field.type, None) for field in msgspec.structs.fields(SolveReport) if field.name in COUNTERS],
+    frozen=True,
+)
+
+
+def framed_output(stdout: bytes) -> bytes | None:
+    """Return the program's output; None if standard output is not exactly one frame."""
+    if len(stdout) < HEAD_BYTES or struct.unpack_from("<I", stdout)[0] != len(stdout) - HEAD_BYTES:
+        return None
+    return stdout[HEAD_BYTES:]
+
+
+def find_metrics(stderr: bytes) -> dict[str, Any] | None:
+    """Return all counters from the last line that has one."""
+    for line in reversed(stderr.splitlines()):
+        if not line.lstrip().startswith(b"{"):
+            continue
+        try:
+            found = msgspec.json.decode(line, type=known(Metrics))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+        if found != Metrics():
+            return msgspec.structs.asdict(found)
+    return None
+
+
+def read_protocol(report: CompileRunReport) -> CompileRunReport:
+    """Return the report with the output unpacked and the counters filled in.
+
+    A program that exited with 0 but broke the protocol has failed.
+    """
+    if report.solve is None:
+        return report
+    solve = _read(report.solve)
+    good = report.compile.ok and solve.ok and solve.exit_status == 0
+    return replace(report, solve=solve, exit_code=0 if good else FAILED_EXIT)
+
+
+def _read(solve: SolveReport) -> SolveReport:
+    output = framed_output(solve.stdout_b64)
+    metrics = find_metrics(solve.stderr_b64)
+    trap = solve.trap
+    if trap is None and solve.ok:
+        trap = NOT_FRAMED if output is None else NO_METRICS if metrics is None else None
+    return replace(solve, ok=solve.ok and trap is None, solve_output_b64=output or b"", trap=trap, **(metrics or {}))
 
 
 class _CompilerReport(msgspec.Struct, frozen=True):

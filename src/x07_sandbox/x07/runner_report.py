@@ -1,4 +1,4 @@
-"""X07's runner report, `x07-os-runner.report@0.5.0`, made from our result. No I/O.
+"""X07's runner report, `x07-os-runner.report@0.5.0`, made from our result, and its wrapped form.
 
 Its shape is X07's: all keys of a mode, and no others. The counters of X07's own programs (fuel, calls, statistics) are
 null for programs of our toolchains.
@@ -6,15 +6,22 @@ null for programs of our toolchains.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
+from x07_sandbox.host.paths import is_folder
 from x07_sandbox.runs.result import NOTHING, Result
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from x07_sandbox.runs.program import Program
+
 SCHEMA: Final = "x07-os-runner.report@0.5.0"
+WRAPPED_SCHEMA: Final = "x07.run.report@0.3.0"
 NATIVE_REQUIRES: Final = "x07.native-requires@0.1.0"
 FAILED_EXIT: Final = 1  # of the command and in the report, unless everything succeeded
 _TRAP_CHARS: Final = 1000
@@ -333,3 +340,41 @@ def _is_json(words: str) -> bool:
 
 def _lost(message: str) -> str:
     return f"vm backend failure: {message}"
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was run. resolved_module_roots: empty for our toolchains."""
+
+    kind: Literal["project", "program", "artifact"]
+    path: str
+    project_root: str | None
+    lockfile: str | None
+    resolved_module_roots: list[str]
+
+
+class WrappedReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The wrapped report. report: the runner's, unchanged."""
+
+    schema_version: Literal["x07.run.report@0.3.0"] = WRAPPED_SCHEMA
+    runner: Literal["os", "host"]
+    world: World
+    target: Target
+    repair: dict[str, Any] | UnsetType = UNSET
+    report: dict[str, Any]
+
+
+def wrap(report: CompileRunReport | RunOsReport, target: Target) -> WrappedReport:
+    """Return the runner's report in its envelope."""
+    return WrappedReport(runner="os", world=report.world, target=target, report=msgspec.to_builtins(report))
+
+
+def target_of(program: Program, path: Path | None, report: CompileRunReport | RunOsReport) -> Target:
+    """Return what was run. path: of the program; None for a source without a file, which is named `-`."""
+    root = None if path is None or not program.project else path if is_folder(path) else path.parent
+    return Target(
+        kind="artifact" if isinstance(report, RunOsReport) else "project" if program.project else "program",
+        path="-" if path is None else str(path),
+        project_root=None if root is None else str(root),
+        lockfile=None if root is None or program.lockfile is None else str(root / program.lockfile),
+        resolved_module_roots=[],
+    )
