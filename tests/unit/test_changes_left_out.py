@@ -98,7 +98,7 @@ def test_what_was_left_out_has_an_undo_of_its_own(run: Run, capsys: pytest.Captu
     assert f"left out: AGENTS.md (protected); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in said
     assert there(run) == {"a", ".envrc"}
     assert main(["undo"]) == 0
-    assert "undone; x07 undo takes back what was applied before" in capsys.readouterr().err
+    assert "reverted; x07 undo reverts what was applied before" in capsys.readouterr().err
     assert there(run) == {"a"}
     assert main(["undo"]) == 0
     assert there(run) == set()
@@ -113,7 +113,7 @@ def test_what_is_applied_already_is_no_second_undo(run: Run, capsys: pytest.Capt
     run.back(run.files(), file("a"), file(".envrc"))
     for _ in range(2):
         assert main(["apply", "--allow-protected", ".envrc"]) == 0
-    assert "nothing is left to apply" in capsys.readouterr().err
+    assert "nothing to apply" in capsys.readouterr().err
     for expected in ({"a"}, set()):
         assert main(["undo"]) == 0
         assert there(run) == expected

@@ -58,7 +58,7 @@ def test_a_closed_template_takes_hosts_and_roots(tmp_path: Path, template: str) 
     [
         (("--memory", "99G"), "must be at least 1M and at most 16G"),
         (("--allow-host", "example.org"), "it is not a host and ports"),
-        (("--id", "a b"), "a name has 1 to 64 letters"),
+        (("--id", "a b"), "an id has 1 to 64 letters"),
         (("--build-timeout", "9"), "unrecognized arguments: --build-timeout"),
     ],
 )
@@ -90,8 +90,8 @@ def test_check_prints_the_command_that_completes_a_policy(tmp_path: Path) -> Non
     assert complete["fs"]["read_roots"] == ["a b"]
     assert complete["net"]["allow_hosts"] == document["net"]["allow_hosts"]
     _, _, err = policy(tmp_path, "check", "part.json")
-    assert f"This writes a complete policy: {command}" in err
-    assert "No flag says env.allow_keys" in err
+    assert f"To write a complete policy: {command}" in err
+    assert "No flag sets env.allow_keys" in err
 
 
 def test_a_wrong_but_complete_policy_has_no_such_command(tmp_path: Path) -> None:

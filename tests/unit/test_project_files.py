@@ -140,7 +140,7 @@ def test_a_folder_on_the_way_may_not_lead_out(folder: Path, stack: contextlib.Ex
     """A link to a folder outside, on the way to a file that a project names, is refused as well."""
     (folder / "own").rename(folder.parent / "elsewhere")
     (folder / "own").symlink_to(folder.parent / "elsewhere")
-    with pytest.raises(UsageError, match=r"leads out of it|lock file own/x07\.lock\.json is not there"):
+    with pytest.raises(UsageError, match=r"leads out of it|lock file own/x07\.lock\.json is missing"):
         load(stack, folder)
 
 

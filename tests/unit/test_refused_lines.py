@@ -65,8 +65,8 @@ def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFi
     assert capsys.readouterr().err.splitlines() == [
         "x07: denied: read /data/. To allow it, use --allow-write-root /data",
         "x07: denied: read x (3 times). To allow it, set limits.fds to 60 in the policy.",
-        "x07: denied: read /a. Nothing allows it.",
-        "x07: denied: read /b. Nothing allows it.",
+        "x07: denied: read /a. It cannot be allowed.",
+        "x07: denied: read /b. It cannot be allowed.",
         "x07: and up to 9 more denials; --json lists those that were recorded",
     ]
 
@@ -76,12 +76,12 @@ def test_a_template_without_processes_names_one_with_them() -> None:
     how = HowToAllow(json_path="$.process.allow_spawn", value=True)
     ended = result(replace(denial("a new process", how, action="start"), field="process.allow_spawn"))
     advice = (
-        "built-in:cli starts no processes; to start some: "
+        "built-in:cli allows no processes; to allow them: "
         "--policy built-in:default --allow-read-root . --allow-write-root out"
     )
     assert denial_lines(replace(ended, policy="built-in:cli"))[-1] == advice
-    assert not any("starts no processes" in line for line in denial_lines(replace(ended, policy=DEFAULT)))
-    assert not any("starts no processes" in line for line in denial_lines(replace(ended, policy="mine.json")))
+    assert not any("allows no processes" in line for line in denial_lines(replace(ended, policy=DEFAULT)))
+    assert not any("allows no processes" in line for line in denial_lines(replace(ended, policy="mine.json")))
 
 
 def test_paths_that_one_flag_allows_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +92,7 @@ def test_paths_that_one_flag_allows_are_one_line(capsys: pytest.CaptureFixture[s
     say_denials(result(*many, denial("/q/x", other, action="write"), denial("/p/y", flag)))
     assert capsys.readouterr().err.splitlines() == [
         (
-            "x07: denied: write /p/pkg/ (60 places in it, such as /p/pkg/0/__pycache__/). "
+            "x07: denied: write /p/pkg/ (60 paths in it, such as /p/pkg/0/__pycache__/). "
             "To allow it, use --allow-write-root /p"
         ),
         "x07: denied: write /q/x. To allow it, use --allow-write-root /q",
@@ -221,7 +221,7 @@ def test_a_failed_connection_is_told_with_its_flag() -> None:
     hint = Hint(subject="the connection to example.org:443", kind="network", how=how)
     assert denial_lines(result(hints=(hint,))) == [
         (
-            "the connection to example.org:443 failed, since this run has no network. To allow it, use "
+            "the connection to example.org:443 failed: this run has no network. To allow it, use "
             "--allow-host example.org:443"
         )
     ]

@@ -430,7 +430,7 @@ def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.Capture
         ["new/b", "new/in", "new/in/a.txt"] if moved else []
     )
     stays = [line for line in capsys.readouterr().err.splitlines() if "stays" in line]
-    assert stays == [f"x07: stays, since it holds what is skipped: {name}" for name in ("proj", "proj/in")]
+    assert stays == [f"x07: kept because it contains skipped files: {name}" for name in ("proj", "proj/in")]
 
 
 def test_what_was_not_copied_in_can_be_skipped(run: Run) -> None:
@@ -738,7 +738,7 @@ def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
 
 
 def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where nothing is left to apply the command says that, and not that it is done."""
+    """Where nothing to apply the command says that, and not that it is done."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
@@ -747,9 +747,9 @@ def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.Ca
         assert main(["apply", *words]) == 0
         said.append(capsys.readouterr().err)
     assert said == [
-        "x07: nothing is left to apply\n",
+        "x07: nothing to apply\n",
         "x07: 1 added: applied; x07 undo\n",
-        "x07: all of it is there already\n",
+        "x07: already applied\n",
     ]
 
 
@@ -775,7 +775,7 @@ def test_undoing_lists_what_it_deletes(run: Run, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert main(["undo"]) == 0
     told = [f"x07: deleted: {change.name}" for change in made]
-    assert capsys.readouterr().err.splitlines() == [*told, "x07: 3 added: undone; x07 apply"]
+    assert capsys.readouterr().err.splitlines() == [*told, "x07: 3 added: reverted; x07 apply"]
 
 
 def test_what_is_there_already_lists_no_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -791,7 +791,7 @@ def test_what_is_there_already_lists_no_deletions(run: Run, capsys: pytest.Captu
     for _ in range(2):
         assert main(["apply"]) == 0
         said.append(capsys.readouterr().err)
-    assert said == ["x07: deleted: a\nx07: 1 deleted: applied; x07 undo\n", "x07: all of it is there already\n"]
+    assert said == ["x07: deleted: a\nx07: 1 deleted: applied; x07 undo\n", "x07: already applied\n"]
 
 
 def test_a_root_that_is_made_is_no_change_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -806,7 +806,7 @@ def test_a_root_that_is_made_is_no_change_of_its_own(run: Run, capsys: pytest.Ca
     for verb in ("apply", "undo"):
         assert main([verb]) == 0
         said.append(capsys.readouterr().err)
-    assert said == ["x07: 1 added: applied; x07 undo\n", "x07: deleted: a\nx07: 1 added: undone; x07 apply\n"]
+    assert said == ["x07: 1 added: applied; x07 undo\n", "x07: deleted: a\nx07: 1 added: reverted; x07 apply\n"]
     assert not run.root.exists()
 
 

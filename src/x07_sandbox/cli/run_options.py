@@ -36,8 +36,7 @@ _MORE_EXAMPLES = """  generate | x07 run --toolchain shell -           the sourc
   x07 run --dry-run project/                       show what would be done, without running anything
 """
 _EXITS = """exit code: the program's own; 2 wrong usage, 124 time limit, 125 not run or lost, 126 build failed,
-128+N signal N, 137 out of memory, 153 output limit.
-Scripts should read `outcome` of --json (docs/reference/outcomes.md).
+128+N signal N, 137 out of memory, 153 output limit; scripts read `outcome` of --json (docs/reference/outcomes.md)
 """
 OVERRIDES = (
     ("--allow-host", "HOST:PORT[,PORT...]", "let the program connect to this host"),
@@ -106,7 +105,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "program",
         metavar="PROGRAM",
         nargs="?",
-        help="source file, executable or project folder; - reads the source from standard input",
+        help="source file, executable or project folder; - for standard input",
     )
     parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, after --")
     add_help_levels(parser, "all", "x07")
