@@ -14,6 +14,7 @@ from x07_sandbox.backends.qemu.template import (
     SCHEMA,
     Template,
     TemplateManifest,
+    clear_suspensions,
     ensure_template,
     expired_templates,
     lack_of_space,
@@ -21,7 +22,6 @@ from x07_sandbox.backends.qemu.template import (
     sealed,
     sparse_sha256,
     templates_dir,
-    trust_all,
 )
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host import settings
@@ -56,10 +56,10 @@ def test_what_spoke_against_a_template_is_forgotten(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     templates = [Template(key=key, folder=templates_dir() / key) for key in ("a" * 64, "b" * 64)]
     for template in templates:
-        template.distrust("a clone of it ended", late=False)
+        template.suspend("a clone of it ended", late=False)
     for template in templates:
         assert template.bad().startswith("a clone of it ended. Jobs like it start cold until this host reboots")
-    trust_all()
+    clear_suspensions()
     assert [template.bad() for template in templates] == ["", ""]
 
 
@@ -69,10 +69,10 @@ def test_a_late_clone_speaks_against_its_template_for_minutes_only(
     """A clone that was late on a busy host does not make every later run start cold: minutes later all is as before."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     late, ended = (Template(key=key, folder=templates_dir() / key) for key in ("a" * 64, "b" * 64))
-    said = late.distrust("a clone of it did not answer in time", late=True)
+    said = late.suspend("a clone of it did not answer in time", late=True)
     assert "start cold for 5 minutes" in said
     assert late.bad() == said
-    ended.distrust("a clone of it ended", late=False)
+    ended.suspend("a clone of it ended", late=False)
     now_ms = boot_ms()
     monkeypatch.setattr("x07_sandbox.backends.qemu.template.boot_ms", lambda: now_ms + 301_000)
     assert late.bad() == ""

@@ -19,8 +19,8 @@ import pytest
 from tests.conftest import FULL, overwrite
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
 from x07_sandbox.backends import handshake
-from x07_sandbox.backends.base import Silence
-from x07_sandbox.backends.handshake import Talk
+from x07_sandbox.backends.base import HandshakeFailure
+from x07_sandbox.backends.handshake import Handshake
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.template import (
     MANIFEST,
@@ -455,13 +455,13 @@ def test_a_saving_that_was_stopped_is_not_held_against_a_template(
     """Where a run was stopped while it had a machine saved, by Ctrl-Z say, it starts cold, and the next saves it."""
     shutil.rmtree(templates_dir(), ignore_errors=True)
 
-    class Stopped(Talk):
-        def until(self, *_args: object, **_options: object) -> Silence:
+    class Stopped(Handshake):
+        def until(self, *_args: object, **_options: object) -> HandshakeFailure:
             time.sleep(3)
-            return Silence(kind="late", why="it did not answer in time")
+            return HandshakeFailure(kind="late", why="it did not answer in time")
 
     with monkeypatch.context() as patch:
-        patch.setattr("x07_sandbox.backends.qemu.saving.Talk", Stopped)
+        patch.setattr("x07_sandbox.backends.qemu.saving.Handshake", Stopped)
         patch.setattr(settings, "TEMPLATE_S", 2.0)
         ran = in_own_cache.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason

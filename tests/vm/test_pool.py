@@ -26,7 +26,7 @@ from tests.vm.test_clones import RANDOM
 from x07_sandbox import Pool, SandboxError
 from x07_sandbox.backends import lease
 from x07_sandbox.backends.base import Job, MachineKind
-from x07_sandbox.backends.lease import PoolMachines
+from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.backends.qemu.bounds import VMM_BYTES
 from x07_sandbox.errors import HostError, UsageError
@@ -245,7 +245,7 @@ def test_no_machine_is_served_twice(
 
     def take() -> None:
         job = Job(claim=claim(), kind=kind, caller=Caller(cancel=cancel))
-        waiting = PoolMachines().claim(QemuBackend(), job)
+        waiting = PoolClient().claim(QemuBackend(), job)
         if waiting is not None:
             with lock:
                 marks.append(held.enter_context(waiting).record.mark)
@@ -344,7 +344,7 @@ def test_a_warm_machine_that_does_not_answer_costs_a_clone_and_is_told(
     monkeypatch.setattr(QemuBackend, "leased", dead)
     cancel = Cancel()
     with pool_process(1), contextlib.closing(cancel):
-        result = run(RunRequest(program=Path(echo), machines=PoolMachines(), cancel=cancel))
+        result = run(RunRequest(program=Path(echo), machines=PoolClient(), cancel=cancel))
     assert (result.outcome, result.phases["run"].start) == ("ok", "clone"), result.reason
     assert "the run had no warm machine: the one it took did not answer" in result.warnings
 

@@ -121,7 +121,7 @@ class Greeting(NamedTuple):
     times_ms: dict[str, float]
 
 
-class Silence(msgspec.Struct, frozen=True, kw_only=True):
+class HandshakeFailure(msgspec.Struct, frozen=True, kw_only=True):
     """Why an agent did not get to where it was expected.
 
     kind: "ended" (the instance, or its channel), "late", "protocol" (the agent broke it), "failed" (the agent said so),
@@ -137,12 +137,12 @@ class Silence(msgspec.Struct, frozen=True, kw_only=True):
 class NoAnswerError(BackendError):
     """An instance was started, and its agent never answered; it has been stopped. times_ms: as of a greeting."""
 
-    def __init__(self, instance: Instance, silence: Silence, times_ms: dict[str, float]) -> None:
-        said = " ".join(silence.console_tail.split())[-200:] if silence.kind == "ended" else ""
-        why = f"{silence.why}; {said}" if said else silence.why
+    def __init__(self, instance: Instance, failure: HandshakeFailure, times_ms: dict[str, float]) -> None:
+        said = " ".join(failure.console_tail.split())[-200:] if failure.kind == "ended" else ""
+        why = f"{failure.why}; {said}" if said else failure.why
         super().__init__("the machine did not answer", why, "Run x07 doctor")
         self.instance = instance
-        self.silence = silence
+        self.failure = failure
         self.times_ms = times_ms
 
 
@@ -187,7 +187,7 @@ class Lease(Protocol):
     def exit_status(self) -> int | None:
         """How the instance ended, by that process's word; None while it lives."""
 
-    def give_back(self) -> bool:
+    def end_lease(self) -> bool:
         """Say that the instance is not needed any more, and wait; whether that process proved it gone."""
 
 
@@ -240,7 +240,7 @@ class EngineImages(Protocol):
         """The image of that name; None: the one that X07_VM_GUEST_IMAGE names. Raises ImageError, HostError."""
 
 
-class Machines(Protocol):
+class MachineSource(Protocol):
     """Where prepared machines wait."""
 
     def claim(self, backend: Backend, job: Job) -> AbstractContextManager[Instance] | None:

@@ -49,7 +49,7 @@ def error_stream(stack: contextlib.ExitStack, given: Given) -> tuple[SideStream,
     return SideStream(fd, keep_bytes=settings.STDERR_MAX_BYTES), given.add(theirs)
 
 
-class OwnAgent:
+class HostAgent:
     """What instances have in common that are no machine: the agent is ours, and what is said beside the channel."""
 
     _errors: SideStream
@@ -208,7 +208,7 @@ class Jailed:
         """How the supervisor ended; it passes on the status of what it started."""
         return self.child.poll()
 
-    def ends_when_asked(self) -> bool:
+    def quit_gracefully(self) -> bool:
         """Ask it to end by itself, where there is a way; whether it has."""
         return False
 
@@ -216,7 +216,7 @@ class Jailed:
         """Ask, kill, wait, remove what is left; whether all of it is proven gone. Safe to call again."""
         if self.gone or self._closed:
             return self.gone
-        if not self.ends_when_asked():
+        if not self.quit_gracefully():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
         deadline = Deadline.after(_GONE_S)

@@ -87,7 +87,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
     return message, list(fds)
 
 
-def connected() -> socket.socket | None:
+def connect_to_pool() -> socket.socket | None:
     """A connection to the pool's process of this user; None where there is none. Raises HostError."""
     folder = pool_dir()
     if not (folder / SOCKET).exists():
@@ -125,7 +125,7 @@ class _Lease:
         else:
             self._status, self._gone = int(answer[0]["status"]), bool(answer[0]["gone"])
 
-    def give_back(self) -> bool:
+    def end_lease(self) -> bool:
         if self._status is None:
             with contextlib.suppress(OSError):
                 send(self._connection, {"protocol": PROTOCOL, "over": True})
@@ -134,12 +134,12 @@ class _Lease:
         return self._gone
 
 
-class PoolMachines:
-    """The pool's process of this user, as `Machines` has it."""
+class PoolClient:
+    """The pool's process of this user, as `MachineSource` has it."""
 
     def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
         """One of its machines, for *job*. Raises BackendError: the pool may have that job on record now."""
-        connection = None if backend.cloning is None else connected()
+        connection = None if backend.cloning is None else connect_to_pool()
         if connection is None:
             return None
         claim = job.claim
@@ -190,7 +190,7 @@ def _instance_of(backend: Backend, connection: socket.socket, told: dict[str, An
     return instance
 
 
-def handed_over(backend: Backend, instance: Instance) -> tuple[dict[str, object], list[int]]:
+def handover(backend: Backend, instance: Instance) -> tuple[dict[str, object], list[int]]:
     """What the claimer gets of a machine: the answer, and descriptors, which stay the pool's."""
     assert backend.cloning is not None  # noqa: S101 - a pool has machines only of such a backend
     fds = backend.cloning.descriptors(instance)

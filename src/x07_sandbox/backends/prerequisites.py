@@ -18,7 +18,7 @@ import msgspec
 
 from x07_sandbox.backends.engines import PACKAGES
 from x07_sandbox.backends.registry import BY_NAME, BackendRow, Platform, System
-from x07_sandbox.backends.selection import working
+from x07_sandbox.backends.selection import usable_flags
 from x07_sandbox.host.arch import ARCHES
 
 Kind = Literal["program", "socket", "device", "folder", "namespaces"]
@@ -245,11 +245,11 @@ _NO_START: Final = (
 
 def advice(platform: Platform) -> tuple[str, str]:
     """Two things to do instead of taking a backend that cannot be had there."""
-    words = " ".join(working(platform))
+    words = " ".join(usable_flags(platform))
     if words:
         return f"Use {words}", "Leave --backend and X07_VM_BACKEND out: then what this version has is taken"
     return (
-        f"Run x07 on Linux with {' '.join(working(Platform(system='linux')))}",
+        f"Run x07 on Linux with {' '.join(usable_flags(Platform(system='linux')))}",
         "Start a Linux virtual machine of your own here, and run x07 inside it",
     )
 

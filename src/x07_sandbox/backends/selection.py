@@ -19,7 +19,7 @@ ACCEPT_FLAG: Final = "--i-accept-weaker-isolation"
 ACCEPT_VARIABLE: Final = "X07_I_ACCEPT_WEAKER_ISOLATION"
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
+class BackendRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked for, with words as they are meant (host/variables); None for nothing.
 
     accepted: whether weaker isolation was, by flag or variable. auto: the class that `auto` stands for.
@@ -42,39 +42,39 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     sandbox_backend: Class
 
 
-def select(platform: Platform, asked: Asked) -> Choice:
+def select(platform: Platform, request: BackendRequest) -> Choice:
     """The backend. Raises UsageError for a contradiction, RefusedError for what cannot be had here."""
-    wanted_class, name = _wanted(platform, asked)
+    wanted_class, name = _wanted(platform, request)
     if name is None and wanted_class in {"os", "none"}:
         name = wanted_class
     if name is None:
-        return _automatic(platform, asked)
+        return _automatic(platform, request)
     row = BY_NAME[name]
-    named = row.sandbox_class in {"vm", asked.sandbox_flag or asked.sandbox_variable}
-    if row.weaker and not (named and asked.accepted):
+    named = row.sandbox_class in {"vm", request.sandbox_flag or request.sandbox_variable}
+    if row.weaker and not (named and request.accepted):
         walls = {"container": "a container", "process": "a confined process of this system"}
         wall = walls.get(row.isolation[0], "no sandbox at all")
         why = f"it runs programs in {wall}; that is weaker isolation than a virtual machine and needs your consent"
-        fix = _instead(platform, asked, row, named=named)
+        fix = _instead(platform, request, row, named=named)
         raise RefusedError(f"cannot use the backend {row.name}", why, fix)
     if not (row.runs_on(platform) and row.built):
         why = f"not supported on {platform}" if row.built else "not supported in this version"
         if not (row.built or row.runs_on(platform)):
             why += f", and it is for {_home(row)}"
-        raise RefusedError(f"cannot use the backend {row.name}", why, _instead(platform, asked))
+        raise RefusedError(f"cannot use the backend {row.name}", why, _instead(platform, request))
     return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
 
 
-def asked(
+def backend_request(
     *,
     sandbox: str | None = None,
     backend: str | None = None,
     accepted: bool = False,
     auto: Class = "vm",
     flags: tuple[str, ...] = ("--sandbox-backend", "--backend"),
-) -> Asked:
-    """What flags (words as they are given) and the environment ask for. flags: as in Asked. Raises UsageError."""
-    return Asked(
+) -> BackendRequest:
+    """Return the request made by flags and environment. Raises UsageError."""
+    return BackendRequest(
         sandbox_flag=SANDBOX_BACKENDS[sandbox] if sandbox else None,
         sandbox_variable=text("X07_SANDBOX_BACKEND"),
         backend_flag=backend_named(backend).name if backend else None,
@@ -85,10 +85,10 @@ def asked(
     )
 
 
-def choice_of_variables() -> Choice:
+def choice_from_environment() -> Choice:
     """The backend that the environment asks for. Raises RefusedError; UsageError for any wrong variable of ours."""
     check_environment(os.environ)
-    return select(this_platform(), asked(flags=()))
+    return select(this_platform(), backend_request(flags=()))
 
 
 def backend_named(word: str) -> BackendRow:
@@ -101,7 +101,7 @@ def backend_named(word: str) -> BackendRow:
     return BY_NAME[name]
 
 
-def working(platform: Platform) -> tuple[str, ...]:
+def usable_flags(platform: Platform) -> tuple[str, ...]:
     """The flags of a combination that works there without anybody's acceptance; empty where there is none yet."""
     for row in BY_NAME.values():
         if row.built and row.runs_on(platform) and not row.weaker:
@@ -109,48 +109,52 @@ def working(platform: Platform) -> tuple[str, ...]:
     return ()
 
 
-def _wanted(platform: Platform, asked: Asked) -> tuple[str, str | None]:
+def _wanted(platform: Platform, request: BackendRequest) -> tuple[str, str | None]:
     """(class, backend or None): the command line before the environment. Raises UsageError."""
-    _agree("--sandbox-backend", asked.sandbox_flag, "--backend", asked.backend_flag, platform, asked)
-    variables = replace(asked, flags=())  # what can be said by them is advised
-    _agree("X07_SANDBOX_BACKEND", asked.sandbox_variable, "X07_VM_BACKEND", asked.backend_variable, platform, variables)
-    if asked.backend_flag is not None:
-        return BY_NAME[asked.backend_flag].sandbox_class, asked.backend_flag
-    wanted = asked.sandbox_flag or asked.sandbox_variable or "auto"
+    _agree("--sandbox-backend", request.sandbox_flag, "--backend", request.backend_flag, platform, request)
+    variables = replace(request, flags=())  # what can be said by them is advised
+    _agree(
+        "X07_SANDBOX_BACKEND", request.sandbox_variable, "X07_VM_BACKEND", request.backend_variable, platform, variables
+    )
+    if request.backend_flag is not None:
+        return BY_NAME[request.backend_flag].sandbox_class, request.backend_flag
+    wanted = request.sandbox_flag or request.sandbox_variable or "auto"
     # A variable gives way where the command line has named another class.
-    name = None if _contradict(wanted, asked.backend_variable) else asked.backend_variable
-    return (asked.auto if wanted == "auto" and name is None else wanted), name
+    name = None if _contradict(wanted, request.backend_variable) else request.backend_variable
+    return (request.auto if wanted == "auto" and name is None else wanted), name
 
 
 def _agree(
-    class_from: str, wanted: str | None, name_from: str, name: str | None, platform: Platform, asked: Asked
+    class_from: str, wanted: str | None, name_from: str, name: str | None, platform: Platform, request: BackendRequest
 ) -> None:
     if name is not None and _contradict(wanted, name):
         why = f"{name} is of the class {BY_NAME[name].sandbox_class}, not {wanted}"
-        raise UsageError(f"{class_from} and {name_from} contradict each other", why, _instead(platform, asked))
+        raise UsageError(f"{class_from} and {name_from} contradict each other", why, _instead(platform, request))
 
 
 def _contradict(wanted: str | None, name: str | None) -> bool:
     return name is not None and wanted not in {None, "auto", BY_NAME[name].sandbox_class}
 
 
-def _automatic(platform: Platform, asked: Asked) -> Choice:
+def _automatic(platform: Platform, request: BackendRequest) -> Choice:
     candidates = [row for row in BY_NAME.values() if row.auto and row.runs_on(platform)]
     for row in candidates:
         if row.built:
             return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
     names = " and ".join(row.name for row in candidates)
     why = f"this version has none of those for {platform} yet ({names})" if names else f"there is none for {platform}"
-    raise RefusedError("no virtual machine backend", why, _instead(platform, asked))
+    raise RefusedError("no virtual machine backend", why, _instead(platform, request))
 
 
-def _instead(platform: Platform, asked: Asked, weaker: BackendRow | None = None, *, named: bool = True) -> str:
+def _instead(
+    platform: Platform, request: BackendRequest, weaker: BackendRow | None = None, *, named: bool = True
+) -> str:
     """What to do. weaker: what was asked for, and would do with the user's acceptance; named: and by its class."""
-    here = working(platform)
-    words = _by_caller(asked, here or working(Platform(system="linux")))
+    here = usable_flags(platform)
+    words = _by_caller(request, here or usable_flags(Platform(system="linux")))
     parts = [f"Use {words}" if here else f"Run it on Linux with {words}"]
     if weaker is not None and weaker.built and weaker.runs_on(platform):
-        if asked.flags:
+        if request.flags:
             wall = "" if named else f"--sandbox-backend {weaker.sandbox_class} "
             parts.append(f"or add {wall}{ACCEPT_FLAG} (or {ACCEPT_VARIABLE}=1)")
         else:
@@ -159,13 +163,13 @@ def _instead(platform: Platform, asked: Asked, weaker: BackendRow | None = None,
     return ", ".join(parts)
 
 
-def _by_caller(asked: Asked, flags: tuple[str, ...]) -> str:
-    """What `working` says, as the caller can say it: by the flags that it has, else by the variables that are set."""
+def _by_caller(request: BackendRequest, flags: tuple[str, ...]) -> str:
+    """Render `usable_flags` in the caller's own flags, else in the variables that are set."""
     found = dict(zip(flags[::2], flags[1::2], strict=True))
-    if asked.flags:
-        return " ".join(f"{flag} {found[flag]}" for flag in asked.flags)
-    given = [(asked.sandbox_variable, "X07_SANDBOX_BACKEND", "--sandbox-backend")]
-    given.append((asked.backend_variable, "X07_VM_BACKEND", "--backend"))
+    if request.flags:
+        return " ".join(f"{flag} {found[flag]}" for flag in request.flags)
+    given = [(request.sandbox_variable, "X07_SANDBOX_BACKEND", "--sandbox-backend")]
+    given.append((request.backend_variable, "X07_VM_BACKEND", "--backend"))
     words = [f"{variable}={found[flag]}" for word, variable, flag in given if word]
     return f"{' and '.join(words)}, or unset {'it' if len(words) == 1 else 'them'}"
 

@@ -14,7 +14,7 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.housekeeping.lookup import run_folder
-from x07_sandbox.jobs.active import JOB_NAME, unended
+from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
 from x07_sandbox.jobs.reader import read_stored
 from x07_sandbox.jobs.record import runner_instance
 from x07_sandbox.jobs.stop_rules import here_and_now, state_of
@@ -57,7 +57,7 @@ def kill_run(run: str) -> int:
 
 def _open_jobs(run: str) -> list[StoredJob]:
     root = state_dir()
-    names = [name for name in unended(root, _ALL) if (match := JOB_NAME.fullmatch(name)) and match[1] == run]
+    names = [name for name in unfinished_jobs(root, _ALL) if (match := JOB_NAME.fullmatch(name)) and match[1] == run]
     if not names:
         return []
     instance = runner_instance(root)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.jobs.active import JOB_NAME, unended
+from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,7 @@ def sweep_before_start(say: Callable[[str], None] = lambda _text: None) -> None:
     if begun < _not_before:
         return
     with contextlib.suppress(SandboxError, OSError):
-        if any(not _surely_lives(name) for name in unended(state_dir(), _NEWEST)):
+        if any(not _surely_lives(name) for name in unfinished_jobs(state_dir(), _NEWEST)):
             from x07_sandbox.housekeeping.sweep import sweep
 
             report = sweep(dry_run=False, progress=say, budget_s=_BUDGET_S)

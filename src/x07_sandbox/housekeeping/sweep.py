@@ -20,7 +20,7 @@ from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.housekeeping.unstarted import remove_unstarted, why_unstarted
-from x07_sandbox.jobs.active import unended
+from x07_sandbox.jobs.active import unfinished_jobs
 from x07_sandbox.jobs.reader import locked_stored
 from x07_sandbox.jobs.record import runner_instance
 from x07_sandbox.jobs.stop_rules import here_and_now, judge
@@ -106,10 +106,10 @@ def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | N
         live = sweep_jobs(sweeper, _ALL if budget_s is None else _AT_START)
         if budget_s is None:
             from x07_sandbox.housekeeping.orphans import sweep_orphans
-            from x07_sandbox.housekeeping.sweep_leftovers import sweep_rest
+            from x07_sandbox.housekeeping.sweep_leftovers import sweep_leftovers
 
             sweep_orphans(sweeper, live)
-            sweep_rest(sweeper)
+            sweep_leftovers(sweeper)
     return sweeper.report()
 
 
@@ -117,7 +117,7 @@ def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
     """End every job that may go; the names of those that live. Raises SandboxError."""
     root = private_dir(state_dir())
     instance, now, live = runner_instance(root), here_and_now(), set()
-    for name in unended(root, most):
+    for name in unfinished_jobs(root, most):
         if sweeper.over():
             break
         with locked_stored(root / name, instance) as stored:

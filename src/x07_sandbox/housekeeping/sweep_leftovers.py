@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from x07_sandbox.housekeeping.sweep import Kind, Sweeper
 
 
-def sweep_rest(sweeper: Sweeper) -> None:
+def sweep_leftovers(sweeper: Sweeper) -> None:
     """Do all of it. Raises SandboxError."""
     _recover(sweeper)
     pruner = Pruner(sweeper.progress, dry_run=sweeper.dry_run)

@@ -66,13 +66,13 @@ class Form(NamedTuple):
 
         return landlock_argv(jail, command, self.landlock)
 
-    def gate_message(self, arch: Arch) -> Callable[[int], bytes]:
+    def release_message(self, arch: Arch) -> Callable[[int], bytes]:
         """What lets a jail go, by the number of its first process."""
         if self.namespaces:
             return lambda _pid: vmm_filter(arch)
-        from x07_sandbox.jail.landlock import gate_message
+        from x07_sandbox.jail.landlock import release_message
 
-        return lambda pid: gate_message(arch, pid)
+        return lambda pid: release_message(arch, pid)
 
 
 def jail_form() -> Form:
@@ -81,12 +81,12 @@ def jail_form() -> Form:
     if not why:
         return Form("namespaces", namespaces=True)
     if flag("X07_VM_REQUIRE_NAMESPACES"):
-        fix = f"To accept a jail without namespaces unset X07_VM_REQUIRE_NAMESPACES, or allow them: {flags()}"
+        fix = f"To accept a jail without namespaces unset X07_VM_REQUIRE_NAMESPACES, or allow them: {namespace_flags()}"
         raise RefusedError("a jail with namespaces was required", why, fix)
-    return second_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])
+    return landlock_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])
 
 
-def second_form(why: str, version: int, missing: list[str]) -> Form:
+def landlock_form(why: str, version: int, missing: list[str]) -> Form:
     """The form without namespaces, which *why* forbids. Raises HostError where this host cannot have it either.
 
     version: the kernel's Landlock. missing: capabilities that root lacks to give a job a uid of its own.
@@ -97,15 +97,15 @@ def second_form(why: str, version: int, missing: list[str]) -> Form:
     if version < VERSION_NEEDED:
         found = f"has version {version}" if version else "has none, or it is switched off"
         reason = f"{why}; without them it needs Landlock {VERSION_NEEDED} ({KERNEL_NEEDED}), and this kernel {found}"
-        raise HostError(what, reason, f"Allow namespaces here: {flags()}")
+        raise HostError(what, reason, f"Allow namespaces here: {namespace_flags()}")
     if missing:
         reason = f"{why}; and root has no {' '.join(missing)} to give the job a uid of its own"
-        fix = f"Run as an ordinary user, allow it to change uids, or allow namespaces: {flags()}"
+        fix = f"Run as an ordinary user, allow it to change uids, or allow namespaces: {namespace_flags()}"
         raise HostError(what, reason, fix)
     return Form("Landlock and seccomp", namespaces=False, landlock=version, why=why)
 
 
-def flags() -> str:
+def namespace_flags() -> str:
     """What gives a container the form with namespaces."""
     return f"in a container {FLAGS_FOR_ROOT if os.geteuid() == 0 else FLAGS_FOR_A_USER}, or --privileged"
 

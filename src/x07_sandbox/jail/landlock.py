@@ -140,7 +140,7 @@ def file_rights(jail: Jail, program: str) -> dict[str, int]:
     return rights | {str(fd): _READ_FILE | _WRITE_FILE | _TRUNCATE for fd, _ in jail.fd_writable}
 
 
-def gate_message(arch: Arch, pid: int) -> bytes:
+def release_message(arch: Arch, pid: int) -> bytes:
     """What lets the jail go: the places of the command, and the filter for the process *pid* that becomes it."""
     drawn = places()
     program = landlock_filter(arch, pid, drawn)

@@ -13,7 +13,7 @@ JOB_NAME: Final = re.compile(r"((\d{1,15})-(\d{1,10})-\d{1,10})-([a-z][a-z0-9-]{
 ENDS: Final[tuple[Literal["done", "reaped"], ...]] = ("done", "reaped")
 
 
-def unended(root: Path, most: int) -> list[str]:
+def unfinished_jobs(root: Path, most: int) -> list[str]:
     """Which of the *most* newest jobs have neither done nor reaped, newest first. One stat(2) for each with done."""
     try:
         names = [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted

@@ -29,7 +29,7 @@ from x07_sandbox.host.paths import cache_folder, open_own
 from x07_sandbox.host.variables import number
 
 _VARIABLE: Final = "X07_VM_MAX_RUNNING"
-MEMORY_EACH: Final = 2 * settings.GIB  # of RAM, of which an ordinary machine uses a small part
+MEMORY_PER_MACHINE: Final = 2 * settings.GIB  # of RAM, of which an ordinary machine uses a small part
 _LOOK_AGAIN_S: Final = 0.003
 _SAY_AFTER_S: Final = 1.0
 _LOOKS: Final = 5
@@ -43,7 +43,7 @@ def max_running() -> int:
     """
     if (named := number(_VARIABLE)) is not None:
         return named
-    return max(1, min(cores(), memory_bytes() * 3 // 4 // MEMORY_EACH))
+    return max(1, min(cores(), memory_bytes() * 3 // 4 // MEMORY_PER_MACHINE))
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def admitted(
 
 
 @contextlib.contextmanager
-def kept_warm(count: int, most: int) -> Iterator[None]:
+def warm_slots(count: int, most: int) -> Iterator[None]:
     """Around a pool in which *count* machines wait, of the *most* for which there is memory. Raises HostError."""
     folder = cache_folder("slots")
     with contextlib.ExitStack() as stack:

@@ -219,14 +219,14 @@ def mark_reaped(record: JobRecord) -> None:
     _write(record.folder / "reaped", b"reaped\n")
 
 
-def home_of(root: Path) -> Path:
+def state_home(root: Path) -> Path:
     """Where things beside the state root lie: its parent if that folder is ours and only ours to write, else itself."""
     info = root.parent.stat()
     return root.parent if info.st_uid == os.geteuid() and not info.st_mode & 0o022 else root
 
 
 def runner_instance(root: Path) -> str:
-    """The stable id of this user's runner on this machine, in `home_of` the state root.
+    """The stable id of this user's runner on this machine, in `state_home` the state root.
 
     A home folder may be shared by several machines or users (NFS, a container's volume), and a process id or a boot id
     of one means nothing on another. `runner_instance` keeps the format that X07's tools read; `runner_instance.owner`
@@ -234,7 +234,7 @@ def runner_instance(root: Path) -> str:
     it is the same each time, nothing has to be written for it, and nobody takes another's jobs for its own.
     Raises HostError for a damaged file.
     """
-    path = home_of(root) / "runner_instance"
+    path = state_home(root) / "runner_instance"
     try:
         made = _instance_at(path)
         ours = _machine_and_user()

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from x07_sandbox.backends import lease
-from x07_sandbox.backends.handshake import polling
-from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handed_over, peer_of, pool_dir, receive, send
+from x07_sandbox.backends.handshake import input_poll
+from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handover, peer_of, pool_dir, receive, send
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
@@ -90,7 +90,7 @@ class Server:
 
     def serve(self) -> None:
         """Until it is told to end, or nobody has used it for long."""
-        poll = polling(self.listener.fileno(), self._end)
+        poll = input_poll(self.listener.fileno(), self._end)
         while not self._unused():
             for fd, _ in poll.poll(min(self.idle_s, 1.0) * 1000):
                 if fd == self._end:
@@ -170,7 +170,7 @@ class Server:
             self._leases += 1
         ended = False
         try:
-            message, fds = handed_over(self.machines.backend, machine.instance)
+            message, fds = handover(self.machines.backend, machine.instance)
             send(connection, message, fds)
             connection.settimeout(None)
             ended = self._wait_for_an_end(connection, machine.instance.pidfd, pid)
@@ -190,7 +190,7 @@ class Server:
                 # A child that the claimer forked may hold the connection open when the claimer is dead.
                 fds.append(os.pidfd_open(claimer))
                 stack.callback(os.close, fds[-1])
-            return any(fd == self._end for fd, _ in polling(*fds).poll())
+            return any(fd == self._end for fd, _ in input_poll(*fds).poll())
 
     def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
         """The machine that is asked for, already the claimer's by its record; None if there is none."""

@@ -21,7 +21,7 @@ import msgspec
 from x07_sandbox.backends.base import Job, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import choice_of_variables
+from x07_sandbox.backends.selection import choice_from_environment
 from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
@@ -29,7 +29,7 @@ from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.admission import admitted, kept_warm
+from x07_sandbox.jobs.admission import admitted, warm_slots
 from x07_sandbox.jobs.record import Claim, new_run_id
 from x07_sandbox.plan.outcomes import Outcome, classify
 from x07_sandbox.plan.sizes import ram_class_bytes
@@ -79,7 +79,7 @@ class WarmMachines:
     def __init__(
         self, size: int, *, image: str | None = None, progress: Callable[[str], None] = lambda _text: None
     ) -> None:
-        self._choice = choice_of_variables()
+        self._choice = choice_from_environment()
         memory = memory_bytes()
         most = memory // 4 // settings.WARM_BYTES
         if most < 1:
@@ -108,7 +108,7 @@ class WarmMachines:
     def start(self) -> None:
         """Open image and programs, and begin to make machines. Raises SandboxError."""
         try:
-            self._stack.enter_context(kept_warm(self.size, self._most))
+            self._stack.enter_context(warm_slots(self.size, self._most))
             self._image = self._stack.enter_context(open_image(current_image(find_image(self._image_ref))))
             check_pinned(self._image.manifest.digest)
             self.backend = create(self._choice.backend)
@@ -220,7 +220,7 @@ class WarmMachines:
         if self._closing:
             raise Cancelled("the pool ends", "it was closed", "Start it again")
 
-    def in_a_child(self) -> bool:
+    def in_forked_child(self) -> bool:
         """Whether this is a process that was forked from the owner's: no machine is its to take, or to end."""
         return os.getpid() != self._owner_pid
 
@@ -247,7 +247,7 @@ class WarmMachines:
 
         ram_bytes: the most of the machine's RAM that the job uses.
         """
-        if self.in_a_child():
+        if self.in_forked_child():
             return None
         with self._changed:
             if not self._ready or self._closing:
@@ -265,7 +265,7 @@ class WarmMachines:
         return machine
 
     def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
-        """As `Machines` has it: one for a run of this process."""
+        """As `MachineSource` has it: one for a run of this process."""
         if not self.serves(backend.name, job.kind):
             return None
         machine = self.take(job.claim, own_identity(), job.used_ram_bytes)
@@ -273,7 +273,7 @@ class WarmMachines:
 
     def close(self) -> None:
         """End those that wait, and make no more. Those that were claimed are their claimers'."""
-        if self.in_a_child():
+        if self.in_forked_child():
             return
         with self._changed:
             if self._closing:

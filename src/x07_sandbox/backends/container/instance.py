@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import Wanted, create_argv, differences
 from x07_sandbox.backends.engines import container_id
-from x07_sandbox.backends.jailed import OwnAgent, error_stream, socket_ends
+from x07_sandbox.backends.jailed import HostAgent, error_stream, socket_ends
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
@@ -45,7 +45,7 @@ _ENGINE_MAX: Final = 8192
 _RELAY: Final = "nameserver 127.0.0.53\noptions timeout:5 attempts:2\n"  # guest/firewall has it
 
 
-class ContainerInstance(OwnAgent):
+class ContainerInstance(HostAgent):
     """A started container, as `backends/base.Instance` has it."""
 
     channel_fd: int

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.base import Availability
-from x07_sandbox.backends.handshake import Talk, greet
+from x07_sandbox.backends.handshake import Handshake, greet
 from x07_sandbox.backends.process.agentcode import LIBSECCOMP, agent_code
 from x07_sandbox.backends.process.start import files_folder, remove_folder, start_confined, start_unconfined
 from x07_sandbox.backends.process.view import PYTHON
@@ -106,11 +106,11 @@ class _Backend(ABC):
         claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(_ANSWER_S * 1000))
         record = create_record(claim, backend=self.name, image_digest="")
         with self._started(record, int(_ANSWER_S) + 5) as instance:
-            silence = Talk(instance, State.WAITING).until(State.GREETED, Deadline.after(_ANSWER_S))
-            if silence is None:
+            failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(_ANSWER_S))
+            if failure is None:
                 return ""
             said = " ".join(instance.console_tail().split())[-300:]
-            return f"{silence.why}: {said}" if said else silence.why
+            return f"{failure.why}: {said}" if said else failure.why
 
 
 class OsBackend(_Backend):

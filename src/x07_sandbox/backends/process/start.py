@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.jailed import Jailed, OwnAgent, Start, error_stream, running, socket_ends
+from x07_sandbox.backends.jailed import HostAgent, Jailed, Start, error_stream, running, socket_ends
 from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, scratch_bytes, this_system
 from x07_sandbox.errors import BackendError, HostError
@@ -47,7 +47,7 @@ class _Ends:
         self.errors, self.stderr_fd = error_stream(stack, self.given)
 
 
-class ProcessInstance(OwnAgent, Jailed):
+class ProcessInstance(HostAgent, Jailed):
     """An agent on this host. Made by `start_confined` or `start_unconfined`, which also end it."""
 
     notes: tuple[str, ...] = ()

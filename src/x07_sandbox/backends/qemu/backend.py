@@ -16,15 +16,15 @@ from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
 from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, check_tools, start_qemu
 from x07_sandbox.backends.qemu.template import (
-    LateError,
+    TemplateTimeoutError,
+    clear_suspensions,
     ensure_template,
     lack_of_space,
     opened_template,
     remove_template,
     template_for,
-    trust_all,
 )
-from x07_sandbox.backends.qemu.timer import MISCALIBRATED, MISCALIBRATED_FIX, boots, miscalibrated
+from x07_sandbox.backends.qemu.timer import MISCALIBRATED, MISCALIBRATED_FIX, boot_attempts, miscalibrated
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.os_errors import host_error
@@ -107,7 +107,7 @@ class QemuBackend:
         notes: dict[str, str] = {}  # by what they are about: each is told once
         if cold:
             job.caller.progress(f"booting a machine for the {claim.phase}")
-        tries = enumerate(boots(), 1)
+        tries = enumerate(boot_attempts(), 1)
         number, last = next(tries)
         while True:
             with contextlib.ExitStack() as one:
@@ -124,17 +124,17 @@ class QemuBackend:
                 finally:
                     instance.notes = tuple(notes.values())
             # It never got to hear of the program, so another machine may take its place.
-            if error.silence.kind == "cancelled":
+            if error.failure.kind == "cancelled":
                 raise error
             if instance.start_mode == "clone" and not cloned:
                 cold, cloned = self._silent_clone(job, error, notes), True
                 claim = replace(claim, phase=f"{job.claim.phase}-cold")
                 continue
-            if not miscalibrated(error.silence):
+            if not miscalibrated(error.failure):
                 raise error
             if last:
-                silence = replace(error.silence, kind="failed", why=f"{MISCALIBRATED}; {MISCALIBRATED_FIX}")
-                raise NoAnswerError(instance, silence, error.times_ms)
+                failure = replace(error.failure, kind="failed", why=f"{MISCALIBRATED}; {MISCALIBRATED_FIX}")
+                raise NoAnswerError(instance, failure, error.times_ms)
             claim = replace(claim, phase=f"{job.claim.phase}-cold{number}")
             number, last = next(tries)
 
@@ -142,12 +142,12 @@ class QemuBackend:
         """Note that a clone did not answer; whether another might, so that the next has to be told to start cold."""
         from x07_sandbox.plan.outcomes import classify
 
-        evidence = evidence_of(error.silence)
+        evidence = evidence_of(error.failure)
         why = f"a clone of it did not answer: {classify(evidence).reason}"
         if evidence.killed:
             notes["cold"] = _started_cold(job, why)
         else:
-            template_for(job.kind, self._accelerator).distrust(why, late=error.silence.kind == "late")
+            template_for(job.kind, self._accelerator).suspend(why, late=error.failure.kind == "late")
         return evidence.killed
 
     @contextlib.contextmanager
@@ -195,7 +195,7 @@ class QemuBackend:
         except NotStartedError as exc:  # for now: another process may have what this one lacks
             return None, f"{exc.what}: {exc.why}"
         except (BackendError, ImageError) as exc:
-            return None, template.distrust(f"{exc.what}: {exc.why}", late=isinstance(exc, LateError))
+            return None, template.suspend(f"{exc.what}: {exc.why}", late=isinstance(exc, TemplateTimeoutError))
         except (HostError, OSError) as exc:  # as on a full disk; that says nothing of the template, and is tried again
             error = exc if isinstance(exc, HostError) else host_error(exc)
             if error is None:
@@ -214,7 +214,7 @@ class QemuBackend:
     def prepare(self, kind: MachineKind, caller: Caller) -> None:
         """Make the template of this kind now, whatever prevented it before. Raises SandboxError."""
         template = template_for(kind, self._accelerator)
-        trust_all()
+        clear_suspensions()
         self._make(template, kind, caller)
 
     def prune(self, pruner: Pruner, images: set[str]) -> None:

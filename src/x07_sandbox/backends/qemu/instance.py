@@ -144,7 +144,7 @@ class QemuInstance(Streams, Jailed):
         if libc.sigqueue(self.child.pid, _DEADLINE_SIGNAL, ctypes.c_void_p(seconds)):  # unreaped: surely ours
             raise BackendError("cannot set the deadline", os.strerror(ctypes.get_errno()), "Try again")
 
-    def ends_when_asked(self) -> bool:
+    def quit_gracefully(self) -> bool:
         """Ask QEMU to quit; whether it has."""
         self.tell(qmp_quit())
         return self._gate.opened and readable(self.pidfd, 0.05)
@@ -174,5 +174,5 @@ class LeasedInstance(Streams):
         if self._gone is None:
             if self.exit_status() is None:
                 self.tell(qmp_quit())
-            self._gone = self._lease.give_back() and readable(self._inner_pidfd, _GONE_S)
+            self._gone = self._lease.end_lease() and readable(self._inner_pidfd, _GONE_S)
         return self._gone

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.proofs import proof_file
 from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
-from x07_sandbox.backends.qemu.timer import MISCALIBRATED, boots, miscalibrated
+from x07_sandbox.backends.qemu.timer import MISCALIBRATED, boot_attempts, miscalibrated
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -97,27 +97,27 @@ def _record() -> Path:
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
     """Find out whether an agent answers within *limit_s*. Raises SandboxError if none was tried."""
     # What follows is not needed where the verdict is known.
-    from x07_sandbox.backends.handshake import Talk
+    from x07_sandbox.backends.handshake import Handshake
     from x07_sandbox.channel.link import State
 
     under = " under KVM" if accelerator.kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
-    for last in boots():
+    for last in boot_attempts():
         claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(limit_s * 1000))
         record = create_record(claim, backend="qemu", image_digest=image.manifest.digest)
         job = QemuJob(record=record, kind=kind, deadline_s=int(limit_s) + 5, any_timer=last)
         with start_qemu(job, accelerator) as instance:
             instance.release()
-            silence = Talk(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
-            if silence is None:
+            failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
+            if failure is None:
                 return Proof(works=True, reason=f"our agent answered from a guest{under}")
-            if silence.kind == "late":
+            if failure.kind == "late":
                 return Proof(works=False, reason=f"no answer from a guest{under} within {limit_s:.0f} s", late=True)
-            if silence.exit_status is None:
-                return Proof(works=False, reason=f"a guest{under} failed: {silence.why}")
+            if failure.exit_status is None:
+                return Proof(works=False, reason=f"a guest{under} failed: {failure.why}")
             if spent := out_of_cpu_time(instance.exit_status()):
                 raise HostError("cannot try a guest", f"the machine {spent}", "Raise that limit")
-            if not miscalibrated(silence):
+            if not miscalibrated(failure):
                 said = " ".join(instance.console_tail().split())[-200:] or "it said nothing"
                 return Proof(works=False, reason=f"a guest{under} ended before our agent answered: {said}")
     return Proof(works=False, reason=f"no guest{under} could be booted: {MISCALIBRATED}")

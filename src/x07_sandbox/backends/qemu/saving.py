@@ -6,11 +6,11 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.handshake import Talk, polling
+from x07_sandbox.backends.handshake import Handshake, input_poll
 from x07_sandbox.backends.qemu.machine import qmp_save, qmp_saved
 from x07_sandbox.backends.qemu.start import QemuJob, Saving, start_qemu
-from x07_sandbox.backends.qemu.template import SCHEMA, LateError, TemplateManifest, sparse_sha256, warm_up
-from x07_sandbox.backends.qemu.timer import boots, miscalibrated
+from x07_sandbox.backends.qemu.template import SCHEMA, TemplateManifest, TemplateTimeoutError, sparse_sha256, warm_frame
+from x07_sandbox.backends.qemu.timer import boot_attempts, miscalibrated
 from x07_sandbox.channel.frames import Kind
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError
@@ -43,7 +43,7 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
         scratch_fd = os.open(work, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, scratch_fd)
         saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
-        for last in boots():
+        for last in boot_attempts():
             os.ftruncate(saving.ram_fd, 0)
             os.ftruncate(saving.ram_fd, kind.ram_bytes)
             if _booted_and_saved(kind, accelerator, saving, last=last):
@@ -60,7 +60,7 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
 
 def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Saving, *, last: bool) -> bool:
     """Boot and save one machine; False if another may do better. last: the last that tries. Raises BackendError."""
-    words = warm_up(kind)
+    words = warm_frame(kind)
     limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
     claim = Claim(run_id=new_run_id(), phase="template", wall_ms=int(limit_s * 1000))
     record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
@@ -69,15 +69,15 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
         instance.release()
         deadline = Deadline.after(limit_s)
         say = {State.GREETED: (Kind.WARM, words)}
-        if silence := Talk(instance, State.WAITING).until(State.WARM, deadline, say):
+        if failure := Handshake(instance, State.WAITING).until(State.WARM, deadline, say):
             _check_presence(deadline)
-            if miscalibrated(silence) and not last:
+            if miscalibrated(failure) and not last:
                 return False
-            why = silence.why
+            why = failure.why
             if spent := out_of_cpu_time(instance.exit_status()):
                 raise HostError("cannot make a VM template", f"{why}; it {spent}", "Raise that limit")
-            said = " ".join(instance.console_tail().split())[-200:] if silence.kind == "ended" else ""
-            error = LateError if silence.kind == "late" else BackendError
+            said = " ".join(instance.console_tail().split())[-200:] if failure.kind == "ended" else ""
+            error = TemplateTimeoutError if failure.kind == "late" else BackendError
             raise error("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
         _save(instance)
         if not instance.stop():
@@ -87,11 +87,11 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
 
 def renew(instance: Instance, kind: MachineKind) -> None:
     """Have the agent, which has run a program of ours, make a fresh place for the next one. Raises BackendError."""
-    words = warm_up(kind) | {"commands": []}
+    words = warm_frame(kind) | {"commands": []}
     limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
-    talk = Talk(instance, State.COLLECTING)
-    if silence := talk.until(State.WARM, Deadline.after(limit_s), {State.COLLECTING: (Kind.WARM, words)}):
-        raise BackendError("cannot warm a machine", silence.why, "Run x07 doctor")
+    talk = Handshake(instance, State.COLLECTING)
+    if failure := talk.until(State.WARM, Deadline.after(limit_s), {State.COLLECTING: (Kind.WARM, words)}):
+        raise BackendError("cannot warm a machine", failure.why, "Run x07 doctor")
     instance.start_mode = "pool"  # also one that was booted is spoken to as one that waits from now on
 
 
@@ -119,7 +119,7 @@ def _save(instance: QemuInstance) -> None:
     """Have QEMU write the device state; the memory is in its file. Raises BackendError."""
     deadline = Deadline.after(settings.TEMPLATE_S)
     instance.tell(qmp_save(instance.paths.state))
-    poll = polling(instance.pidfd, *instance.side_fds())
+    poll = input_poll(instance.pidfd, *instance.side_fds())
     while _SAVED not in instance.qmp.text():
         _check_presence(deadline)
         if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():

@@ -24,7 +24,7 @@ from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, may_nest
 from x07_sandbox.jail.cgroups import make_groups
-from x07_sandbox.jail.forms import Form, flags, jail_form
+from x07_sandbox.jail.forms import Form, jail_form, namespace_flags
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch
@@ -119,7 +119,7 @@ def start_qemu(
         )
         limits = limits_of(machine.ram_bytes, namespaces=form.namespaces)
         gate_r, gate_w = os.pipe2(os.O_CLOEXEC)
-        gate = Gate(gate_w, form.gate_message(arch))
+        gate = Gate(gate_w, form.release_message(arch))
         stack.callback(gate.close)
         given.add(gate_r)
         within = needed_files(SETPRIV) if uid is not None and form.namespaces else ()
@@ -183,9 +183,9 @@ def _no_jail(stderr_fd: int, form: Form, status: int | None) -> NotStartedError:
     if "find source path" in said:
         fix = "A file that it needs was replaced or removed meanwhile: try again"
     elif form.namespaces:
-        fix = f"Allow user and mount namespaces here: {flags()}"
+        fix = f"Allow user and mount namespaces here: {namespace_flags()}"
     else:
-        fix = f"Run x07 doctor, or allow namespaces here: {flags()}"
+        fix = f"Run x07 doctor, or allow namespaces here: {namespace_flags()}"
     return NotStartedError("cannot build the jail around the virtual machine", said[:500], fix)
 
 

@@ -64,7 +64,7 @@ _COMMANDS: Final = {
 _OF_BUILDS: Final = ["importlib.util", "io", "os", "traceback"]  # what programs/data/build_archive.py imports
 
 
-def warm_up(kind: MachineKind) -> dict[str, object]:
+def warm_frame(kind: MachineKind) -> dict[str, object]:
     """The body of WARM: what jobs of this kind need. commands: run before saving, so that the kernel has read them."""
     running = kind.runtime == "run"
     return {
@@ -97,7 +97,7 @@ def sealed(made: TemplateManifest) -> TemplateManifest:
     return msgspec.structs.replace(made, digest=f"sha256:{digest}")
 
 
-class LateError(BackendError):
+class TemplateTimeoutError(BackendError):
     """A machine that would be saved was not ready in time: the host may have been busy."""
 
 
@@ -123,7 +123,7 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
         except (UsageError, ValueError, RecursionError, KeyError, TypeError):
             return ""
 
-    def distrust(self, reason: str, *, late: bool) -> str:
+    def suspend(self, reason: str, *, late: bool) -> str:
         """Remove it, and make no other until the host reboots; what `bad` says from then on.
 
         late: a machine was too slow, as any is on a busy host; then for some minutes only.
@@ -143,7 +143,7 @@ def _until(*, late: bool) -> str:
     return f"Jobs like it start cold {until}, or until you run x07 image build for their image"
 
 
-def trust_all() -> None:
+def clear_suspensions() -> None:
     """Forget what spoke against any template. Raises HostError."""
     for path in templates_dir().glob("*.bad"):
         path.unlink(missing_ok=True)
@@ -191,7 +191,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
         # The clock as steps of 0.1 %: what /proc/cpuinfo says of it moves in the last digits.
         0 if clock is None else round(math.log(clock) * 1000),
         _processor() if accelerator.kvm else "",
-        warm_up(kind),
+        warm_frame(kind),
     ]
     key = hashlib.sha256(canonical(parts)).hexdigest()
     jobs = "builds" if kind.runtime == "build" else "runs with connections" if kind.network else "runs"
