@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.extra_backend import registered
 from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job, StartMode
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.jailed import Jailed, inner_process
@@ -21,7 +22,7 @@ from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.backend import NoneBackend
 from x07_sandbox.backends.process.start import remove_folder
 from x07_sandbox.backends.process.view import agent_argv
-from x07_sandbox.backends.registry import BackendRow, registered
+from x07_sandbox.backends.registry import BackendRow
 from x07_sandbox.conformance import runner
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
 from x07_sandbox.conformance.harness import open_bench

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
+from tests.extra_backend import registered
 from tests.unit.test_stop_rules import GONE, edit, recorded
 from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.process.backend import NoneBackend
-from x07_sandbox.backends.registry import BackendRow, registered
+from x07_sandbox.backends.registry import BackendRow
 from x07_sandbox.host import clocks
 from x07_sandbox.host.processes import Identity, identify, own_identity
 from x07_sandbox.housekeeping.orphans import why_not

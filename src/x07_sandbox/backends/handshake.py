@@ -1,4 +1,4 @@
-"""The conversation with an agent before and between jobs: until it answers, or has a place for a program ready."""
+"""The handshake with an agent: until it answers, and until it is ready for a program."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from x07_sandbox.host.clocks import Deadline, unix_ns
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from x07_sandbox.backends.base import Instance
+    from x07_sandbox.backends.base import FailureKind, Instance
     from x07_sandbox.plan.outcomes import Evidence
 
     Say = Mapping[State, tuple[Kind, Mapping[str, object]]]
 
-_EXIT_S: Final = 5.0  # how long an instance whose channel has ended may take to end itself, so that we can say how
-_LATE_S: Final = 0.2  # how long what was said in time may take to arrive once the time is up
+_EXIT_S: Final = 5.0  # for an instance whose channel ended to end itself, so that its exit status is known
+_LATE_S: Final = 0.2  # for data that was sent before a deadline to arrive after it
 
 
 def read_deadline(deadline: Deadline) -> Deadline:
-    """Until when to read what was said before *deadline*, which has passed: longer if this process stood still."""
+    """Return until when to read data sent before *deadline*, which has passed: longer if we were stopped meanwhile."""
     return Deadline.after(settings.STOPPED_S if deadline.missed() else _LATE_S)
 
 
 def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callable[[], object] | None = None) -> None:
-    """Release the instance, wait for its agent, give it clock and entropy, and set `Instance.greeting`.
+    """Release the instance, wait for its agent, send clock and entropy, and set `Instance.greeting`.
 
-    cancel_fd: ends the wait when it becomes readable. meanwhile: called while the instance comes up.
+    cancel_fd: ends the wait once readable. meanwhile: called while the instance comes up.
     Raises NoAnswerError; the caller stops the instance.
     """
-    cold = instance.start_mode == "cold"  # else its agent greeted whoever had it saved, and waits
+    cold = instance.start_mode == "cold"  # the agent of any other start has sent HELLO already
     released_at = time.monotonic()
     deadline = Deadline.after(settings.BOOT_S if cold else settings.CLONE_S)
     instance.release()
@@ -54,7 +54,7 @@ def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callab
     if failure is None:
         if cold:
             talk.seed()
-            if deadline.passed():  # the agent was in time; we were not
+            if deadline.passed():  # the agent was in time, this process was not
                 deadline = Deadline.after(settings.CLONE_S)
         failure = talk.until(State.READY, deadline)
     if failure is not None:
@@ -66,7 +66,7 @@ def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callab
 
 
 class Handshake:
-    """One conversation. reached: when the agent said HELLO and SEEDED, on the monotonic clock."""
+    """One handshake. reached: when HELLO and SEEDED arrived, on the monotonic clock."""
 
     def __init__(self, instance: Instance, begin: State, cancel_fd: int | None = None) -> None:
         self.connection = Connection(instance.channel_fd, Role.HOST, begin)
@@ -76,12 +76,12 @@ class Handshake:
         self._nonce = os.urandom(16)
 
     def seed(self) -> None:
-        """Queue clock and entropy, and a nonce that the answer has to repeat."""
+        """Queue clock, entropy and a nonce, which the answer must repeat."""
         seed = {"unix_ns": unix_ns(), "entropy": os.urandom(64), "nonce": self._nonce, "machine_id": os.urandom(16)}
         self.connection.link.send(Kind.SEED, seed)
 
     def until(self, wanted: State, deadline: Deadline, say: Say | None = None) -> HandshakeFailure | None:
-        """Talk until the state *wanted* is reached; return the failure otherwise. say: frames to send, by state."""
+        """Talk until the state *wanted* is reached; otherwise return the failure. say: frames to send, by state."""
         link, late = self.connection.link, None
         while link.state is not wanted:
             if say and (frame := say.get(link.state)):
@@ -90,14 +90,12 @@ class Handshake:
                 return self._ended("its channel ended")
             wait_s = deadline.left_s() + 0.001
             if deadline.passed():
-                # What had come by then is taken first: it may be we who are late, stopped by Ctrl-Z or on a busy host.
+                # Read what arrived in time first: this process may have been stopped or starved.
                 wait_s = late.left_s() if late else 0.0
                 late = late or read_deadline(deadline)
             ready = self._poll(wait_s)
             if late and (not ready or late.passed()):
-                return HandshakeFailure(
-                    kind="late", why="it did not answer in time", console_tail=self._instance.console_tail()
-                )
+                return self._failed("late", "it did not answer in time")
             for fd in ready:
                 if failure := self._ready(fd):
                     return failure
@@ -132,29 +130,31 @@ class Handshake:
                     return HandshakeFailure(kind="failed", why=f"{event.body['stage']}: {event.body['message']}")
                 self._take(event)
         except PeerError as exc:
-            why = f"{exc.what}: {exc.why}"
-            return HandshakeFailure(kind="protocol", why=why, console_tail=self._instance.console_tail())
+            return self._failed("protocol", f"{exc.what}: {exc.why}")
         return None
 
     def _take(self, event: Control) -> None:
         body = event.body
         if event.kind is Kind.HELLO:
             if body["protocol"] != PROTOCOL:
-                why = f"the agent speaks protocol {body['protocol']}, and this is {PROTOCOL}"
+                why = f"the agent uses protocol {body['protocol']}, this host protocol {PROTOCOL}"
                 raise PeerError("bad HELLO frame", why)
             self.reached["hello"] = time.monotonic()
         elif event.kind is Kind.SEEDED:
             if body["nonce"] != self._nonce:
-                raise PeerError("bad SEEDED frame", "it does not answer our seed")
+                raise PeerError("bad SEEDED frame", "its nonce is not ours")
             self.reached["seeded"] = time.monotonic()
 
     def _ended(self, why: str) -> HandshakeFailure:
-        status = wait_for_exit(self._instance)
-        return HandshakeFailure(kind="ended", why=why, exit_status=status, console_tail=self._instance.console_tail())
+        return self._failed("ended", why, wait_for_exit(self._instance))
+
+    def _failed(self, kind: FailureKind, why: str, exit_status: int | None = None) -> HandshakeFailure:
+        tail = self._instance.console_tail()
+        return HandshakeFailure(kind=kind, why=why, exit_status=exit_status, console_tail=tail)
 
 
 def input_poll(*fds: int) -> select.poll:
-    """A poll object that waits until one of *fds* is readable, and reports them in this order."""
+    """Return a poll object that reports readable *fds*, in this order."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
@@ -162,7 +162,7 @@ def input_poll(*fds: int) -> select.poll:
 
 
 def wait_for_exit(instance: Instance) -> int | None:
-    """How an instance ended whose channel or process has just done so, if it says that within a moment."""
+    """Return the exit status of an instance whose channel or process just ended, None if it takes too long."""
     limit = Deadline.after(_EXIT_S)
     poll = input_poll(instance.pidfd, *instance.side_fds())
     while instance.exit_status() is None and not limit.passed():
@@ -175,8 +175,8 @@ def wait_for_exit(instance: Instance) -> int | None:
 
 
 def evidence_of(failure: HandshakeFailure, cancelled_by: int | None = None) -> Evidence:
-    """What a verdict on such a job goes by. cancelled_by: the signal of the caller who cancelled it."""
-    from x07_sandbox.plan.outcomes import Evidence, Stage  # not on the way of a job that answers
+    """Return the evidence for a verdict on the job. cancelled_by: the signal of the caller that cancelled it."""
+    from x07_sandbox.plan.outcomes import Evidence, Stage  # only imported after a failure
 
     found = Evidence(stage=Stage.BOOT, instance_status=failure.exit_status, console_tail=failure.console_tail)
     cause: dict[str, dict[str, Any]] = {

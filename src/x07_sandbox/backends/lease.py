@@ -1,8 +1,7 @@
-"""Claiming a warm machine from the pool's process: what both sides say over its private socket, and the claimer's side.
+"""The pool's private socket: its messages, and the claimer's side.
 
-One connection is one claim. The claimer asks with a JSON object; the pool answers with one, and with the machine's
-descriptors. From then on the connection is the lease: when it ends, for whatever reason, the pool ends the machine.
-The claimer ends it by saying so, and gets the word that the machine is gone. Both check the other's uid.
+One connection is one claim: a JSON request, answered by JSON and the machine's descriptors. From then on the connection
+is the lease: when it ends, the pool ends the machine and confirms that. Both sides check the other's uid.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ _CREDENTIALS: Final = struct.Struct("3i")
 
 
 def pool_dir() -> Path:
-    """The folder of the pool's socket, lock and log. Raises HostError."""
+    """Return the folder of the pool's socket, lock and log. Raises HostError."""
     return cache_folder("pool")
 
 
 @contextlib.contextmanager
 def socket_address(folder: Path) -> Iterator[str]:
-    """The socket's path below *folder*, by way of a descriptor: a path in an address may have 107 bytes only."""
+    """Yield the socket's address by way of a descriptor, since an address holds at most 107 bytes."""
     fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{fd}/{SOCKET}"
@@ -53,20 +52,20 @@ def socket_address(folder: Path) -> Iterator[str]:
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """(pid, uid) of the other side, by the kernel's word (unix(7): SO_PEERCRED)."""
+    """Return (pid, uid) of the peer, from the kernel (unix(7): SO_PEERCRED)."""
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(data)
     return pid, uid
 
 
 def send(connection: socket.socket, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
-    """One message, with descriptors, which stay ours. Raises OSError."""
+    """Send one message with descriptors, which stay ours. Raises OSError."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     connection.sendmsg([json.dumps(message).encode()], rights)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """One message and the descriptors that came with it, now ours; None at the end, and for what is no message."""
+    """Receive one message and its descriptors, now ours; None at the end or for a malformed message."""
     fds = array.array("i")
     room = socket.CMSG_SPACE(_FDS_MAX * fds.itemsize)
     try:
@@ -88,7 +87,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
 
 
 def connect_to_pool() -> socket.socket | None:
-    """A connection to the pool's process of this user; None where there is none. Raises HostError."""
+    """Connect to this user's pool process; None if there is none. Raises HostError."""
     folder = pool_dir()
     if not (folder / SOCKET).exists():
         return None
@@ -100,14 +99,12 @@ def connect_to_pool() -> socket.socket | None:
         if peer_of(connection)[1] == os.geteuid():
             return connection
     except OSError:
-        pass  # it has ended, and left its socket
+        pass  # the process has ended and left its socket behind
     connection.close()
     return None
 
 
 class _Lease:
-    """The connection to the pool's process, as `base.Lease` has it."""
-
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._status: int | None = None
@@ -115,12 +112,12 @@ class _Lease:
 
     def exit_status(self) -> int | None:
         if self._status is None and readable(self._connection.fileno(), 0):
-            self._hear()
+            self._read_answer()
         return self._status
 
-    def _hear(self) -> None:
+    def _read_answer(self) -> None:
         answer = receive(self._connection)
-        if answer is None:  # the pool's process is gone, and every machine of its with it
+        if answer is None:  # the pool's process is gone, and with it its machines
             self._status = -9
         else:
             self._status, self._gone = int(answer[0]["status"]), bool(answer[0]["gone"])
@@ -130,15 +127,15 @@ class _Lease:
             with contextlib.suppress(OSError):
                 send(self._connection, {"protocol": PROTOCOL, "over": True})
             self._connection.settimeout(GONE_S)
-            self._hear()
+            self._read_answer()
         return self._gone
 
 
 class PoolClient:
-    """The pool's process of this user, as `MachineSource` has it."""
+    """The pool process of this user, a `MachineSource`."""
 
     def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
-        """One of its machines, for *job*. Raises BackendError: the pool may have that job on record now."""
+        """Return one of its machines for *job*. Raises BackendError; the pool may have recorded the job by then."""
         connection = None if backend.cloning is None else connect_to_pool()
         if connection is None:
             return None
@@ -155,17 +152,17 @@ class PoolClient:
             return _leased(backend, job, connection, *answer)
         connection.close()
         if answer is None:
-            raise BackendError("cannot take a machine from the pool", "it does not answer", "See x07 pool status")
+            raise BackendError("cannot take a machine from the pool", "it did not answer", "See x07 pool status")
         return None
 
 
 @contextlib.contextmanager
 def _leased(
-    backend: Backend, job: Job, connection: socket.socket, told: dict[str, Any], owned_fds: list[int]
+    backend: Backend, job: Job, connection: socket.socket, answer: dict[str, Any], owned_fds: list[int]
 ) -> Iterator[Instance]:
-    close_on_fork.keep(connection.fileno())  # it would last as long as any child that is forked meanwhile
+    close_on_fork.keep(connection.fileno())  # a forked child must not prolong the lease
     try:
-        instance = _instance_of(backend, connection, told, owned_fds)
+        instance = _instance_of(backend, connection, answer, owned_fds)
         try:
             greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
             yield instance
@@ -178,21 +175,21 @@ def _leased(
             os.close(fd)
 
 
-def _instance_of(backend: Backend, connection: socket.socket, told: dict[str, Any], owned_fds: list[int]) -> Instance:
-    assert backend.cloning is not None  # noqa: S101 - it was looked at before the machine was claimed
+def _instance_of(backend: Backend, connection: socket.socket, answer: dict[str, Any], owned_fds: list[int]) -> Instance:
+    assert backend.cloning is not None  # noqa: S101 - checked by `claim`
     try:
-        fds = dict(zip(told["fds"], owned_fds, strict=True))
-        instance = backend.cloning.leased(_Lease(connection), record_from(told["record"]), str(told["jail"]), fds)
-        instance.notes = tuple(map(str, told["notes"]))
+        fds = dict(zip(answer["fds"], owned_fds, strict=True))
+        instance = backend.cloning.leased(_Lease(connection), record_from(answer["record"]), str(answer["jail"]), fds)
+        instance.notes = tuple(map(str, answer["notes"]))
     except (KeyError, ValueError, TypeError) as exc:
         what = "cannot take a machine from the pool"
-        raise BackendError(what, f"its answer is damaged ({exc})", "Run x07 pool stop, and try again") from exc
+        raise BackendError(what, f"its answer is malformed ({exc})", "Run x07 pool stop, then try again") from exc
     return instance
 
 
 def handover(backend: Backend, instance: Instance) -> tuple[dict[str, object], list[int]]:
-    """What the claimer gets of a machine: the answer, and descriptors, which stay the pool's."""
-    assert backend.cloning is not None  # noqa: S101 - a pool has machines only of such a backend
+    """Return what the claimer of a machine receives: the answer, and descriptors, which stay the pool's."""
+    assert backend.cloning is not None  # noqa: S101 - else there is no pool
     fds = backend.cloning.descriptors(instance)
     message = {"protocol": PROTOCOL, "jail": instance.jail, "notes": instance.notes, "fds": list(fds)}
     return message | {"record": record_values(instance.record)}, list(fds.values())

@@ -1,6 +1,6 @@
-"""Which backend a run takes: pure, from the platform and from what was asked for by flag or variable.
+"""The selection of a backend: pure, from the platform and the request made by flags and variables.
 
-What is asked for is taken or refused, never replaced. Weaker isolation than a virtual machine needs the user's word.
+What is requested is used or refused, never replaced. Isolation weaker than a virtual machine needs the user's consent.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ACCEPT_VARIABLE: Final = "X07_I_ACCEPT_WEAKER_ISOLATION"
 
 
 class BackendRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for, with words as they are meant (host/variables); None for nothing.
+    """The requested class and backend by their canonical names (host/variables), None for none.
 
-    accepted: whether weaker isolation was, by flag or variable. auto: the class that `auto` stands for.
-    flags: those that the caller has, for what is advised; () where only variables can ask.
+    accepted: whether weaker isolation was. auto: the class that `auto` stands for.
+    flags: the caller's, for advice; () if it only has variables.
     """
 
     sandbox_flag: str | None = None
@@ -36,14 +36,14 @@ class BackendRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run takes. sandbox_backend: its class."""
+    """The selected backend. sandbox_backend: its class."""
 
     backend: str
     sandbox_backend: Class
 
 
 def select(platform: Platform, request: BackendRequest) -> Choice:
-    """The backend. Raises UsageError for a contradiction, RefusedError for what cannot be had here."""
+    """Select the backend. Raises UsageError for a contradiction, RefusedError if it is not available."""
     wanted_class, name = _wanted(platform, request)
     if name is None and wanted_class in {"os", "none"}:
         name = wanted_class
@@ -86,13 +86,13 @@ def backend_request(
 
 
 def choice_from_environment() -> Choice:
-    """The backend that the environment asks for. Raises RefusedError; UsageError for any wrong variable of ours."""
+    """Return the choice of the environment. Raises RefusedError; UsageError for any invalid variable of ours."""
     check_environment(os.environ)
     return select(this_platform(), backend_request(flags=()))
 
 
 def backend_named(word: str) -> BackendRow:
-    """The backend that *word*, a name or an alias in any case, means. Raises UsageError."""
+    """Return the backend with this name or alias, in any case. Raises UsageError."""
     word = word.strip().lower()
     name = BACKENDS.get(word, word)
     if name not in BY_NAME:
@@ -102,7 +102,7 @@ def backend_named(word: str) -> BackendRow:
 
 
 def usable_flags(platform: Platform) -> tuple[str, ...]:
-    """The flags of a combination that works there without anybody's acceptance; empty where there is none yet."""
+    """Return flags that select a backend on that platform without consent to weaker isolation; () if there is none."""
     for row in BY_NAME.values():
         if row.built and row.runs_on(platform) and not row.weaker:
             return "--sandbox-backend", row.sandbox_class, "--backend", row.name
@@ -110,21 +110,20 @@ def usable_flags(platform: Platform) -> tuple[str, ...]:
 
 
 def _wanted(platform: Platform, request: BackendRequest) -> tuple[str, str | None]:
-    """(class, backend or None): the command line before the environment. Raises UsageError."""
-    _agree("--sandbox-backend", request.sandbox_flag, "--backend", request.backend_flag, platform, request)
-    variables = replace(request, flags=())  # what can be said by them is advised
-    _agree(
-        "X07_SANDBOX_BACKEND", request.sandbox_variable, "X07_VM_BACKEND", request.backend_variable, platform, variables
-    )
+    """Return (class, backend or None): the command line before the environment. Raises UsageError."""
+    _check_agreement("--sandbox-backend", request.sandbox_flag, "--backend", request.backend_flag, platform, request)
+    by_class, by_name = request.sandbox_variable, request.backend_variable
+    variables = replace(request, flags=())
+    _check_agreement("X07_SANDBOX_BACKEND", by_class, "X07_VM_BACKEND", by_name, platform, variables)
     if request.backend_flag is not None:
         return BY_NAME[request.backend_flag].sandbox_class, request.backend_flag
     wanted = request.sandbox_flag or request.sandbox_variable or "auto"
-    # A variable gives way where the command line has named another class.
+    # A variable is ignored if the command line selects another class.
     name = None if _contradict(wanted, request.backend_variable) else request.backend_variable
     return (request.auto if wanted == "auto" and name is None else wanted), name
 
 
-def _agree(
+def _check_agreement(
     class_from: str, wanted: str | None, name_from: str, name: str | None, platform: Platform, request: BackendRequest
 ) -> None:
     if name is not None and _contradict(wanted, name):
@@ -142,17 +141,17 @@ def _automatic(platform: Platform, request: BackendRequest) -> Choice:
         if row.built:
             return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
     names = " and ".join(row.name for row in candidates)
-    why = f"this version has none of those for {platform} yet ({names})" if names else f"there is none for {platform}"
+    why = f"this version has none for {platform} yet ({names})" if names else f"there is none for {platform}"
     raise RefusedError("no virtual machine backend", why, _instead(platform, request))
 
 
 def _instead(
     platform: Platform, request: BackendRequest, weaker: BackendRow | None = None, *, named: bool = True
 ) -> str:
-    """What to do. weaker: what was asked for, and would do with the user's acceptance; named: and by its class."""
+    """Return what to do. weaker: the requested backend if consent would help. named: its class was requested too."""
     here = usable_flags(platform)
     words = _by_caller(request, here or usable_flags(Platform(system="linux")))
-    parts = [f"Use {words}" if here else f"Run it on Linux with {words}"]
+    parts = [f"Use {words}" if here else f"Run x07 on Linux with {words}"]
     if weaker is not None and weaker.built and weaker.runs_on(platform):
         if request.flags:
             wall = "" if named else f"--sandbox-backend {weaker.sandbox_class} "
@@ -175,12 +174,11 @@ def _by_caller(request: BackendRequest, flags: tuple[str, ...]) -> str:
 
 
 def _home(row: BackendRow) -> str:
-    """The platform that a backend is for."""
     return "Linux" if row.linux else f"macOS {row.macos_from} and later"
 
 
 def this_platform() -> Platform:
-    """Where this process runs."""
+    """Return the platform of this process."""
     system = os.uname()
     if system.sysname == "Linux":
         return Platform(system="linux")
@@ -190,16 +188,3 @@ def this_platform() -> Platform:
         major = platform.mac_ver()[0].partition(".")[0]
         return Platform(system="macos", macos_major=int(major) if major.isdigit() else 0)
     return Platform(system="other")
-
-
-def describe() -> str:
-    """The table of backends as docs/reference/x07.md shows it."""
-    lines = ["| backend | `--sandbox-backend` | isolation | Linux | macOS | needs acceptance | here |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for row in BY_NAME.values():
-        macos = f"{row.macos_from}+" if row.macos_from else ""
-        isolation = " or ".join(f"`{one}`" for one in row.isolation)
-        linux, weaker, here = "yes" * row.linux, "yes" * row.weaker, "yes" if row.built else "later"
-        cells = (f"`{row.name}`", row.sandbox_class, isolation, linux, macos, weaker, here)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

@@ -85,8 +85,7 @@ def _print_backend(state: BackendState) -> None:
     show(f"{state.name} ({wall}): {state.text}", mark)
     for look in state.looks:
         show(f"      {look.what}: {look.text}")
-    # Where it is only not in this version or not for this platform, what they all have in common was said above.
-    for remedy in state.remedies if state.state == "failed" else state.remedies[-1:]:
+    for remedy in state.remedies if state.state == "failed" else ():
         show(f"      - {remedy}")
 
 

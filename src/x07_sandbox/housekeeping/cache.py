@@ -25,8 +25,11 @@ def prune_saved(pruner: Pruner, gone: set[str]) -> None:
         return
     images = {image.digest for image in list_images()} - gone
     for backend in map(create, built()):
-        if backend.cloning is not None:
-            backend.cloning.prune(pruner, images)
+        if backend.cloning is None:
+            continue
+        for one in backend.cloning.prunable(images, lambda: pruner.progress("waiting for a VM template to be made")):
+            remove = pruner.remove if one.kind == "leftover" else pruner.remove_own
+            remove(one.kind, one.path, one.why, one.remove)
 
 
 def prune_cache(pruner: Pruner, gone: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""Making a VM template: boot a machine, let our agent prepare all that no job decides, save it."""
+"""Making a VM template: boot a machine, have the agent prepare everything that no job decides, save it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.handshake import Handshake, input_poll
-from x07_sandbox.backends.qemu.machine import qmp_save, qmp_saved
+from x07_sandbox.backends.qemu.machine import qmp_query_save, qmp_save
 from x07_sandbox.backends.qemu.start import QemuJob, Saving, start_qemu
 from x07_sandbox.backends.qemu.template import SCHEMA, TemplateManifest, TemplateTimeoutError, sparse_sha256, warm_frame
 from x07_sandbox.backends.qemu.timer import boot_attempts, miscalibrated
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
 _ASK_AGAIN_MS: Final = 5
-_FIX: Final = "Jobs start cold until the host boots anew or x07 image build is run"
+_FIX: Final = "Jobs start cold until this host reboots or you run: x07 image build"
 
 
 def make_template(template: Template, kind: MachineKind, accelerator: Accelerator, work: Path) -> TemplateManifest:
-    """Make it in the folder *work*. Raises SandboxError."""
+    """Make the template in the folder *work*. Raises SandboxError."""
     with contextlib.ExitStack() as stack:
         files = {name: _new_file(work / name, stack) for name in ("ram", "state")}
         scratch_fd = os.open(work, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -59,7 +59,7 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
 
 
 def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Saving, *, last: bool) -> bool:
-    """Boot and save one machine; False if another may do better. last: the last that tries. Raises BackendError."""
+    """Boot and save one machine; False if another attempt may succeed. Raises SandboxError."""
     words = warm_frame(kind)
     limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
     claim = Claim(run_id=new_run_id(), phase="template", wall_ms=int(limit_s * 1000))
@@ -70,7 +70,6 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
         deadline = Deadline.after(limit_s)
         say = {State.GREETED: (Kind.WARM, words)}
         if failure := Handshake(instance, State.WAITING).until(State.WARM, deadline, say):
-            _check_presence(deadline)
             if miscalibrated(failure) and not last:
                 return False
             why = failure.why
@@ -86,19 +85,13 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
 
 
 def renew(instance: Instance, kind: MachineKind) -> None:
-    """Have the agent, which has run a program of ours, make a fresh place for the next one. Raises BackendError."""
+    """Have the agent, which has run a program of ours, prepare for the next one. Raises BackendError."""
     words = warm_frame(kind) | {"commands": []}
     limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
     talk = Handshake(instance, State.COLLECTING)
     if failure := talk.until(State.WARM, Deadline.after(limit_s), {State.COLLECTING: (Kind.WARM, words)}):
         raise BackendError("cannot warm a machine", failure.why, "Run x07 doctor")
-    instance.start_mode = "pool"  # also one that was booted is spoken to as one that waits from now on
-
-
-def _check_presence(deadline: Deadline) -> None:
-    """Raises HostError if this process missed the deadline itself, which says nothing of the machine."""
-    if deadline.missed():
-        raise HostError("cannot make a VM template", "this process was stopped meanwhile", "The next run tries again")
+    instance.start_mode = "pool"  # from now on its agent waits in the same state as a clone's
 
 
 def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
@@ -108,7 +101,7 @@ def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
 
 
 def _seal(name: str, fd: int) -> Part:
-    """Ours again, and read-only for everybody; the machine that wrote it is gone."""
+    """Take the file back from the machine's uid, and make it read-only."""
     os.fchown(fd, os.geteuid(), os.getegid())
     os.fchmod(fd, 0o444)
     size = os.fstat(fd).st_size
@@ -116,16 +109,16 @@ def _seal(name: str, fd: int) -> Part:
 
 
 def _save(instance: QemuInstance) -> None:
-    """Have QEMU write the device state; the memory is in its file. Raises BackendError."""
+    """Have QEMU write the device state; the memory is in its file already. Raises BackendError."""
     deadline = Deadline.after(settings.TEMPLATE_S)
-    instance.tell(qmp_save(instance.paths.state))
+    instance.send_qmp(qmp_save(instance.paths.state))
     poll = input_poll(instance.pidfd, *instance.side_fds())
     while _SAVED not in instance.qmp.text():
-        _check_presence(deadline)
         if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():
             said = instance.qmp.text()[-300:] + instance.console_tail()[-200:]
-            raise BackendError("cannot make a VM template", f"QEMU did not save it: {said}", _FIX)
-        instance.tell(qmp_saved())
+            error = TemplateTimeoutError if deadline.passed() else BackendError
+            raise error("cannot make a VM template", f"QEMU did not save it: {said}", _FIX)
+        instance.send_qmp(qmp_query_save())
         for fd, _ in poll.poll(_ASK_AGAIN_MS):
             if fd != instance.pidfd:
                 instance.drain(fd)

@@ -1,4 +1,4 @@
-"""An emulated machine's timer: its kernel may measure it wrong on a busy host, and then another machine is booted."""
+"""The timer of an emulated machine: on a busy host its kernel may calibrate it wrong, and another boot is needed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import HandshakeFailure
 
 _SAID: Final = "x07 init: the timer was measured wrong"  # guest/boot/init.c
-MISCALIBRATED: Final = "its kernel measured its timer wrong, as on a host with too little time for it"
-MISCALIBRATED_FIX: Final = "try again with less beside it"
+MISCALIBRATED: Final = "its kernel calibrated its timer wrong, as happens on an overloaded host"
+MISCALIBRATED_FIX: Final = "try again when the host is less busy"
 
 
 def boot_attempts() -> Iterator[bool]:
-    """Yield, for each boot that a job may have, whether it is the last one."""
+    """Yield, for each allowed boot attempt, whether it is the last one."""
     return (number == settings.BOOTS_MAX for number in range(1, settings.BOOTS_MAX + 1))
 
 
 def miscalibrated(failure: HandshakeFailure) -> bool:
-    """Whether a machine gave up booting because its kernel had measured its timer wrong: another may do better."""
+    """Whether the machine gave up booting because of its timer."""
     return _SAID in failure.console_tail
