@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from x07_sandbox.backends.jailed import Start, running, socket_ends
+from x07_sandbox.backends.jailed import Start, memory_file, running, socket_ends
 from x07_sandbox.backends.qemu.bounds import TASKS, VMM_BYTES, NotStartedError, bound, limits_of
 from x07_sandbox.backends.qemu.instance import HostSide, QemuInstance, ReleasePipe
 from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths, qemu_argv
@@ -208,9 +208,8 @@ def _overcommit(given: Given, form: Form) -> tuple[tuple[int, str], ...]:
     """Return our copy of the file that tells QEMU to leave memory unreserved, since the jail has no /proc."""
     if not form.namespaces:
         return ()
-    fd = given.add(os.memfd_create("overcommit_memory", os.MFD_CLOEXEC))
-    os.pwrite(fd, b"1\n", 0)  # "always" in proc(5), for QEMU only: the kernel uses the host's setting
-    return ((fd, OVERCOMMIT),)
+    # "always" in proc(5), for QEMU only: the kernel uses the host's setting.
+    return ((memory_file("overcommit_memory", b"1\n", given), OVERCOMMIT),)
 
 
 def _writable(memory: Saving | Saved | None, uid: int | None, given: Given, form: Form) -> _Files:
