@@ -18,18 +18,18 @@ from x07_sandbox.jail.forms import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT, landlock_fo
 from x07_sandbox.jail.landlock import (
     CALLS,
     CALLS_OLD,
-    Places,
+    ExecAddresses,
     call_rules,
     file_rights,
     landlock_argv,
     landlock_filter,
-    places,
+    random_addresses,
     release_message,
     ruleset,
 )
 
 PID = 4711
-DRAWN = Places(path=0x2345_6789_ABC0, arguments=0x1FFF_0000_0008, environment=0x4000_0000_0010)
+DRAWN = ExecAddresses(path=0x2345_6789_ABC0, arguments=0x1FFF_0000_0008, environment=0x4000_0000_0010)
 READ, WRITE, EXECUTE, TRUNCATE = 1 << 2, 1 << 1, 1 << 0, 1 << 14
 HEADER = struct.Struct("=QQQQ")
 
@@ -71,7 +71,7 @@ def test_the_command_is_executed_once(arch: Arch) -> None:
 
 def test_the_addresses_cannot_be_guessed() -> None:
     """Each job draws its own three addresses, on which a pointer may lie, from more than 2**43 each."""
-    drawn = [place for _ in range(200) for place in msgspec.structs.astuple(places())]
+    drawn = [place for _ in range(200) for place in msgspec.structs.astuple(random_addresses())]
     assert len(set(drawn)) == len(drawn)
     assert all(place % 8 == 0 and 1 << 44 <= place < 5 << 44 for place in drawn)
     assert (5 - 1 << 44) // 8 >= 1 << 43
@@ -121,7 +121,7 @@ def test_the_gate_s_message_is_whole() -> None:
     """What lets the jail go fits into a pipe at once and tells its length, so that no part of it passes for all."""
     message = release_message(host_arch(), PID)
     path, arguments, environment, length = HEADER.unpack_from(message)
-    assert message[HEADER.size :] == landlock_filter(host_arch(), PID, Places(path, arguments, environment))
+    assert message[HEADER.size :] == landlock_filter(host_arch(), PID, ExecAddresses(path, arguments, environment))
     assert (length, len(message) < 65536) == (len(message) - HEADER.size, True)
 
 
