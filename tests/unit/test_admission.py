@@ -250,21 +250,3 @@ def test_a_wait_that_could_not_begin_leaves_nothing(
         holder.end()
     with admitted(cancel_fd=never, timeout_s=60) as waited:
         assert waited < 30
-
-
-def test_a_wait_where_nobody_hears_of_children() -> None:
-    """With SIGCHLD ignored, as some programs have it, a run waits for its turn all the same."""
-    holder = Holder("first")
-    try:
-        assert holder.has_it() == "first"
-        code = "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n" + HOLDER
-        argv = [sys.executable, "-c", code, "second"]
-        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as waiting:
-            assert waiting.stdout is not None
-            assert waiting.stdout.readline() == "queued\n"
-            time.sleep(0.3)  # as above
-            holder.end()
-            assert waiting.stdout.readline() == "second\n"
-        assert waiting.returncode == 0
-    finally:
-        holder.end()

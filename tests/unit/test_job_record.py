@@ -140,6 +140,7 @@ def test_labels_hold_only_what_every_runtime_takes(
         mark="m" * 32,
         runner_instance="ri-" + "0" * 32,
         image_digest=DIGEST,
+        deadline_boot_ms=deadline,
     )
     for key, value in record.labels().items():
         assert re.fullmatch(r"io\.x07\.[a-z0-9._-]+", key)

@@ -164,7 +164,7 @@ def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path) -
         if FULL:
             assert ran(echo, "--cold")["phases"]["run"]["start"] == "cold"
         again = x07("pool", "start")
-        assert (again.returncode, b"runs already" in again.stderr) == (125, True)
+        assert (again.returncode, b"has one already" in again.stderr) == (125, True)
         told = status()
         assert told is not None
         assert (told["claimed"], told["problem"]) == (1, None)
@@ -365,7 +365,7 @@ def test_a_pool_that_waits_for_its_machines_says_so_and_can_be_ended(
         assert start.stderr is not None
         assert any("waiting: 1 machines run" in line for line in start.stderr)
         assert x07("pool", "stop").returncode == 0
-        assert "it was told to end while it started" in start.stderr.read()
+        assert "it was stopped during its start" in start.stderr.read()
     assert start.returncode == 125
     assert left_behind(state) == []
 

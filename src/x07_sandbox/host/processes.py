@@ -8,6 +8,7 @@ import os
 import signal
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -40,10 +41,10 @@ def sees_every_process() -> bool:
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """One process of one boot. start_ticks: field 22 of proc(5) stat, clock ticks since boot."""
+    """One process of one boot. start_ticks: field 22 of proc(5) stat, clock ticks since boot. Decoding checks both."""
 
-    pid: int
-    start_ticks: int
+    pid: Annotated[int, msgspec.Meta(ge=1, le=2**22)]
+    start_ticks: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 def identify(pid: int) -> Identity | None:

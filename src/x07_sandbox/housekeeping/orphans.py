@@ -1,4 +1,4 @@
-"""Instances that an engine holds and no record tells of: found by their labels, removed only by a strict rule."""
+"""Instances of an engine without a record: found by their labels, removed by a strict rule."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _PID_DIGITS: Final = 10
 
 
 def why_not(labels: Mapping[str, str], *, instance: str, live: Collection[str], now_unix_ms: int) -> str:
-    """Why an instance with these labels stays; empty if it may go. live: the names of jobs on record that live.
+    """Return why an instance with these labels stays, "" if it can go. live: the names of live recorded jobs.
 
-    The labels are all that is known of it, and anybody who may use the engine can write them.
+    Anyone with access to the engine can set these labels.
     """
     if labels.get("io.x07.schema") != "1":
         return "it has no io.x07.schema label of this version"
     if labels.get("io.x07.runner_instance") != instance:
-        return "it is of another runner"
+        return "it belongs to another runner"
     if labels.get("io.x07.job_id") in live or labels.get("io.x07.run_id") in live:
-        return "its job is on record and lives"
+        return "its job is recorded as live"
     deadline = labels.get("io.x07.deadline_unix_ms", "")
     if not _UNIX_MS.fullmatch(deadline):
         return "its deadline label is damaged"
@@ -44,7 +44,7 @@ def why_not(labels: Mapping[str, str], *, instance: str, live: Collection[str], 
 
 
 def runner_lives(labels: Mapping[str, str]) -> bool:
-    """Whether there is a process of the number that its run's name has: whatever the clock says, it stays then."""
+    """Whether there is a process with the pid in the run's name; the instance then stays."""
     runner = labels.get("io.x07.run_id", "").split("-")[1:2]
     return (
         bool(runner) and runner[0].isdigit() and len(runner[0]) <= _PID_DIGITS and identify(int(runner[0])) is not None
@@ -52,7 +52,7 @@ def runner_lives(labels: Mapping[str, str]) -> bool:
 
 
 def sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
-    """Ask every backend that holds instances for those with our labels, and remove what may go."""
+    """Remove the instances with our labels that can go, from every backend with an engine."""
     instance = runner_instance(state_dir())
     for name in built():
         backend: object = sweeper.backend(name)
@@ -66,8 +66,8 @@ def sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
                 elif runner_lives(orphan.labels):
                     sweeper.kept("instance", called, "its runner may be alive, and its record in another folder")
                 elif sweeper.dry_run or backend.remove(orphan):
-                    sweeper.removed("instance", called, "no record tells of it, and its deadline has passed")
+                    sweeper.removed("instance", called, "it has no record, and its deadline has passed")
                 else:
-                    sweeper.kept("instance", called, "it was to be removed, and is still there", failed=True)
+                    sweeper.kept("instance", called, "it was removed, but still exists", failed=True)
         except SandboxError as exc:
             sweeper.kept("instance", name, f"{exc.what}: {exc.why}")

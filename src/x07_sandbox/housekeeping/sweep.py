@@ -1,17 +1,17 @@
-"""Sweep: end and remove what dead runners left, and never touch anything else.
+"""Sweep: end and remove what dead runners left, and nothing else.
 
-Removed are jobs of ours whose owner is provably dead or whose deadline has passed (jobs/stop_rules), folders of jobs
-that never started, instances of ours without a record (housekeeping/orphans), half-applied file changes, folders past
-their retention, and templates that no image needs. Everything else stays and is reported.
+It ends jobs of ours whose owner is provably dead or whose deadline has passed (jobs/stop_rules). It removes folders of
+jobs that never started, instances without a record (housekeeping/orphans), folders past their retention and templates
+without an image, and rolls back incomplete file changes. Everything else stays and is reported.
 
-Any number of sweeps and runners may work at once: a sweep acts on a job only under a lock on its folder, which it never
-waits for, and judges the job again under it.
+Sweeps and runners may work concurrently: a sweep judges and ends a job under a lock on its folder, without waiting.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 import msgspec
 
@@ -33,18 +33,17 @@ if TYPE_CHECKING:
     from x07_sandbox.jobs.stop_rules import Now
 
 SCHEMA: Final = "x07.sandbox.sweep@0.1.0"
-# job: ended, its instance and files removed, and recorded as reaped. unstarted: the folder of a job that never began.
-# instance: one that only an engine knew. changes: files changed by halves, put right. record, run: folders past
-# retention. template, leftover: as `x07 prune` has them.
+# job: ended, cleaned up and recorded as reaped. unstarted: the folder of a job that never started. instance: one that
+# only an engine knew. changes: incomplete file changes. record, run: folders past their retention.
 Kind = Literal["job", "unstarted", "instance", "changes", "record", "run", "template", "leftover"]
-_AT_START: Final = 512  # jobs: the newest, so that a start costs no more where thousands of records lie
+_AT_START: Final = 512  # the newest jobs, to bound the cost of a start
 _ALL: Final = 1 << 30
 
 
 class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One thing that was removed, or stays, and why. id: a job's or run's name, an engine's, or a path.
+    """An object that was removed or stays, and why. id: a job's or run's name, an engine's, or a path.
 
-    failed: it was to go, and that failed.
+    failed: removing it failed.
     """
 
     kind: Kind
@@ -54,7 +53,7 @@ class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
 
 
 class SweepReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `x07 sweep --json` prints. dry_run: nothing was removed."""
+    """The output of `x07 sweep --json`. dry_run: nothing was removed."""
 
     schema_version: Literal["x07.sandbox.sweep@0.1.0"] = SCHEMA
     dry_run: bool
@@ -63,7 +62,7 @@ class SweepReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Sweeper:
-    """One sweep: what it may do, and what it has done."""
+    """The options and results of one sweep."""
 
     def __init__(self, progress: Callable[[str], None], *, dry_run: bool, budget_s: float | None = None) -> None:
         self.progress = progress
@@ -74,11 +73,11 @@ class Sweeper:
         self._backends: dict[str, Backend] = {}
 
     def removed(self, kind: Kind, name: str, why: str) -> None:
-        """Note that something went, or would go."""
+        """Report a removal, done or planned."""
         self._removed.setdefault((kind, name), Swept(kind=kind, id=name, why=why))
 
     def kept(self, kind: Kind, name: str, why: str, *, failed: bool = False) -> None:
-        """Note that something stays. failed: it was to go."""
+        """Report what stays. failed: removing it failed."""
         self._kept.setdefault((kind, name), Swept(kind=kind, id=name, why=why, failed=failed))
 
     def over(self) -> bool:
@@ -86,35 +85,35 @@ class Sweeper:
         return self._deadline is not None and self._deadline.passed()
 
     def backend(self, name: str) -> Backend | None:
-        """The backend of that name; None where this version does not have it."""
+        """Return the backend of that name, None if this version lacks it."""
         if name not in self._backends and name in built():
             self._backends[name] = create(name)
         return self._backends.get(name)
 
     def report(self) -> SweepReport:
-        """All that was done."""
+        """Return the report."""
         return SweepReport(dry_run=self.dry_run, removed=tuple(self._removed.values()), kept=tuple(self._kept.values()))
 
 
 def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | None = None) -> SweepReport:
-    """Remove what dead runners left. Raises SandboxError if a folder of ours cannot be used at all.
+    """Remove what dead runners left. Raises SandboxError if a folder of ours cannot be used.
 
-    budget_s: look only at jobs, the newest first, and begin with no other after that time; None: do all of it.
+    budget_s: sweep only jobs, newest first, and start with no other after that time; None: sweep everything.
     """
     sweeper = Sweeper(progress, dry_run=dry_run, budget_s=budget_s)
     if os.path.lexists(state_dir()):
         live = sweep_jobs(sweeper, _ALL if budget_s is None else _AT_START)
         if budget_s is None:
             from x07_sandbox.housekeeping.orphans import sweep_orphans
-            from x07_sandbox.housekeeping.sweep_leftovers import sweep_leftovers
 
             sweep_orphans(sweeper, live)
-            sweep_leftovers(sweeper)
+            _sweep_changes(sweeper)
+            _sweep_leftovers(sweeper)
     return sweeper.report()
 
 
 def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
-    """End every job that may go; the names of those that live. Raises SandboxError."""
+    """End every job that may be ended and return the names of those that live. Raises SandboxError."""
     root = private_dir(state_dir())
     instance, now, live = runner_instance(root), here_and_now(), set()
     for name in unfinished_jobs(root, most):
@@ -127,7 +126,7 @@ def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
 
 
 def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
-    """Do with one job, whose folder is locked, what may be done; whether it is surely none that lives."""
+    """Handle one job, whose folder is locked, and return whether it is surely not alive."""
     judgement = judge(stored, now)
     name = stored.folder.name
     if judgement.fate == "kept":
@@ -147,8 +146,8 @@ def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
 
 
 def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
-    """Stop a job by its record; why it is not proven gone, empty where it is."""
-    assert stored.record is not None  # noqa: S101 - only what is ours is ever stopped
+    """Stop a job by its record and return why it is not proven gone, "" if it is."""
+    assert stored.record is not None  # noqa: S101 - the job is ours
     backend = sweeper.backend(stored.record.backend)
     if backend is None:
         return f"this version has no backend {stored.record.backend!a}"
@@ -156,5 +155,46 @@ def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
         return "" if backend.stop(stored.record) else "nothing proves that its processes are gone"
     except SandboxError as exc:
         return f"it cannot be stopped: {exc.what}: {exc.why}"
-    except OSError as exc:  # one job must not keep a sweep from all others
+    except OSError as exc:  # the other jobs must be swept all the same
         return f"it cannot be stopped: {exc.strerror or exc}"
+
+
+def _sweep_changes(sweeper: Sweeper) -> None:
+    """Roll back or complete file changes that were interrupted."""
+    from x07_sandbox.housekeeping.pruner import entries
+    from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
+    from x07_sandbox.runs.saved_changes import recover_all
+
+    folder = runs_dir(state_dir()) / APPLYING
+    before = {path.name for path in entries(folder) if RUN_NAME.fullmatch(path.name)}
+    if not sweeper.dry_run:
+        recover_all(sweeper.progress)
+    left = {path.name for path in entries(folder)} if not sweeper.dry_run else set()
+    for run in sorted(before):
+        if run in left:
+            sweeper.kept("changes", run, "its changes are being applied, or cannot be recovered yet")
+        else:
+            sweeper.removed("changes", run, "its changes were applied incompletely")
+
+
+def _sweep_leftovers(sweeper: Sweeper) -> None:
+    """Remove folders past their retention, saved machines without an image, and control groups of dead runners."""
+    from x07_sandbox.housekeeping.images import prune_saved
+    from x07_sandbox.housekeeping.pruner import Pruner
+    from x07_sandbox.housekeeping.records import prune_records
+    from x07_sandbox.jail.cgroups import remove_abandoned_groups
+
+    def name(path: str, kind: str) -> str:
+        return Path(path).name if kind in {"job", "run"} else path
+
+    pruner = Pruner(sweeper.progress, dry_run=sweeper.dry_run)
+    prune_records(pruner)
+    prune_saved(pruner, set())
+    report = pruner.report()
+    for gone in report.removed:  # pruning only removes records of jobs
+        kind = cast("Kind", "record" if gone.kind == "job" else gone.kind)
+        sweeper.removed(kind, name(gone.path, gone.kind), gone.why)
+    for kept in report.kept:
+        sweeper.kept(cast("Kind", kept.kind), name(kept.path, kept.kind), kept.why, failed=kept.failed)
+    if not sweeper.dry_run:
+        remove_abandoned_groups()

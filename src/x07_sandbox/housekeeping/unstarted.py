@@ -1,4 +1,4 @@
-"""Folders of jobs that were never started: their runner was killed between making the folder and writing owner.json."""
+"""Folders of jobs whose runner was killed before it wrote owner.json, so before anything started."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ if TYPE_CHECKING:
 
     from x07_sandbox.jobs.reader import StoredJob
 
-_OWN_BACKENDS: Final = frozenset({"qemu", "os", "none"})  # X07's own tools have none of these
+_OWN_BACKENDS: Final = frozenset({"qemu", "os", "none"})  # X07's tools use none of these
 _UPSTREAM_PHASES: Final = frozenset({"build", "run"})
 _SETTLED_MS: Final = 60_000
-_SURELY_MS: Final = 3_600_000  # longer than anything that a runner does before it writes owner.json
+_SURELY_MS: Final = 3_600_000  # far longer than a runner takes to write owner.json
 
 
 def why_unstarted(stored: StoredJob) -> str:
-    """Why a folder without an owner may go; empty if it may not.
+    """Return why a folder without an owner can go, "" if it must stay.
 
-    Nothing was started for it, so nothing has to be ended. It must be ours: a job.json alone may be of X07's tools. And
-    nobody may be about to start it: a run under way holds a lock on its folder; any other creator, say a probe, is a
-    live process, or was there a moment ago.
+    It must be ours, since X07's tools write a job.json alone. And nobody may be about to start the job: a run in
+    progress locks its folder; any other creator, such as a probe, is a live process, or was a moment ago.
     """
     match = JOB_NAME.fullmatch(stored.folder.name)
     if match is None or stored.standing != "unowned" or os.path.lexists(stored.folder / "owner.json"):
@@ -39,17 +38,17 @@ def why_unstarted(stored: StoredJob) -> str:
     ours = backend in _OWN_BACKENDS or match[4] not in _UPSTREAM_PHASES or run.is_dir()
     if not ours or is_locked(run) or not _holds_nothing(stored.folder):
         return ""
-    if run.is_dir():  # whoever makes a job for it holds that lock from before the job until after it
-        return "nothing was ever started for it, and its runner is gone"
+    if run.is_dir():  # jobs of a run exist only while it is locked
+        return "it was never started, and its runner is gone"
     age_ms = unix_ms() - stored.info.st_mtime_ns // 1_000_000
-    creator_lives = os.path.exists(f"/proc/{int(match[3])}")  # noqa: PTH110 - no path of ours
+    creator_lives = os.path.exists(f"/proc/{int(match[3])}")  # noqa: PTH110 - in /proc
     if age_ms > (_SURELY_MS if creator_lives else _SETTLED_MS):
-        return "nothing was ever started for it, and its runner is gone"
+        return "it was never started, and its runner is gone"
     return ""
 
 
 def _holds_nothing(folder: Path) -> bool:
-    """Whether a folder has only what a runner writes before it starts anything."""
+    """Whether a folder only has files that a runner writes before it starts anything."""
     try:
         names = os.listdir(folder)  # noqa: PTH208 - names are wanted
     except OSError:
@@ -58,11 +57,11 @@ def _holds_nothing(folder: Path) -> bool:
 
 
 def remove_unstarted(folder: Path) -> bool:
-    """Remove such a folder; whether it is gone. Should its runner live after all, it finds that it has no folder."""
+    """Remove such a folder and return whether it is gone. A runner that lives after all fails without it."""
     doomed = doomed_name(folder)
     try:
         folder.rename(doomed)
-        if os.path.lexists(doomed / "owner.json"):  # written at the last moment: it is a job
+        if os.path.lexists(doomed / "owner.json"):  # the job was just started
             doomed.rename(folder)
             return False
         shutil.rmtree(doomed)

@@ -1,7 +1,7 @@
 """The jail around a host process by bubblewrap, as a command line. Pure.
 
-root   Without a user namespace. The supervisor and bubblewrap's processes keep uid 0 but drop every capability and
-       every descriptor except the lock of the job's uid; setpriv inside changes to that uid and clears all capabilities.
+root   Without a user namespace. Supervisor and bubblewrap keep uid 0 but drop every capability, and every descriptor
+       except the lock of the job's uid; setpriv inside changes to that uid and clears all capabilities.
 user   In a user namespace, under a uid that is not 0, without capabilities.
 
 Both have their own mount, pid, ipc, uts, net and cgroup namespaces, a read-only root of just the named files, no /proc,

@@ -7,8 +7,8 @@ Beside capabilities and namespaces it closes in both forms of the jail:
   per process; so it may only start threads;
 * what namespaces do not separate: the session keyring, sockets beyond the network namespace (vsock), files by handle;
 * what all jobs of a host share: the pool of asynchronous I/O (fs.aio-max-nr), which a loop of io_setup exhausts for
-  root too, and locks, leases and notices on the image's files. SECURITY.md has the rest under side channels: which pages of
-  these files are in memory, futexes on a shared mapping of them;
+  root too, and locks, leases and notices on the image's files. SECURITY.md has the rest under side channels: which
+  pages of these files are in memory, futexes on a shared mapping of them;
 * memory that belongs to no process (memfd, System V): without a control group only the address space is limited.
 """
 

@@ -1,4 +1,4 @@
-"""Which jobs have not ended, by one look at the state folder: all that most starts of a job need to know of others."""
+"""The unfinished jobs, by one listing of the state folder. Few imports, since every start of a job needs it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ENDS: Final[tuple[Literal["done", "reaped"], ...]] = ("done", "reaped")
 
 
 def unfinished_jobs(root: Path, most: int) -> list[str]:
-    """Which of the *most* newest jobs have neither done nor reaped, newest first. One stat(2) for each with done."""
+    """Return those of the *most* newest jobs that have neither done nor reaped, newest first."""
     try:
         names = [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted
     except OSError:
         return []
-    names.sort(reverse=True)  # they begin with the time of their run
+    names.sort(reverse=True)  # the names start with the run's time
     place = os.fspath(root)
     return [name for name in names[:most] if not any(_there(f"{place}/{name}/{end}") for end in ENDS)]
 

@@ -1,4 +1,4 @@
-"""Making beforehand what the first run would have to make: a saved machine for each phase."""
+"""Making the saved machines that the first runs would otherwise have to make."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def prepare_clones(image: Image, progress: Callable[[str], None]) -> None:
-    """Save the machines for builds and ordinary runs, where the usual backend can clone them. Raises SandboxError."""
+    """Save the machines for builds and ordinary runs, if the default backend can clone. Raises SandboxError."""
     backend = create(select(this_platform(), BackendRequest()).backend)
     if backend.cloning is None:
         return
