@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def registered(row: BackendRow, factory: Callable[[], Backend]) -> Iterator[None]:
     """Register *row* with this factory for the duration of the context."""
-    BY_NAME[row.name] = replace(row, factory=factory)
+    BY_NAME[row.name] = replace(row, factory=lambda _name: factory())
     try:
         yield
     finally:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.extra_backend import registered
-from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job, StartMode
+from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job
 from x07_sandbox.backends.handshake import greet
-from x07_sandbox.backends.jailed import Jailed, inner_process
+from x07_sandbox.backends.jailed import Jailed, Start, inner_process
 from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.backend import NoneBackend
 from x07_sandbox.backends.process.start import remove_folder
@@ -28,6 +28,7 @@ from x07_sandbox.conformance.behaviours import BEHAVIOURS
 from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.conformance.run import conform, judge
 from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.close_on_fork import Given
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.jail.bwrap import supervisor_argv
 from x07_sandbox.jobs.launcher import Launch, launch
@@ -52,8 +53,6 @@ class Child(Jailed):
     """An agent below a supervisor of ours, which ends with all that the program has started."""
 
     net_fd: int | None = None
-    jail = "none"
-    start_mode: StartMode = "cold"
     notes: tuple[str, ...] = ()
     greeting: Greeting
     channel_fd: int
@@ -109,7 +108,8 @@ class OneFile:
                 nest=False,
             )
             child = launch(Launch(argv=argv, pass_fds=(far.fileno(),), stderr_fd=nowhere.fileno()))
-            instance = Child(child, inner_process(child, depth=1), record, lambda: remove_folder(folder), ())
+            start = Start(record, "none", Given(), 1, lambda: remove_folder(folder))
+            instance = Child(start, child, inner_process(child, depth=1))
             instance.channel_fd = near.fileno()
             near.setblocking(False)  # noqa: FBT003 - it takes no names
             try:

@@ -109,7 +109,7 @@ def test_what_was_made_as_asked_has_no_differences() -> None:
         (("Image",), "sha256:" + "cd" * 32, "its image"),
         (("HostConfig", "Privileged"), True, "its rights"),
         (("HostConfig", "NetworkMode"), "bridge", "its network"),
-        (("HostConfig", "ReadonlyRootfs"), False, "its root"),
+        (("HostConfig", "ReadonlyRootfs"), False, "its writable root"),
         (("HostConfig", "PidMode"), "host", "its namespaces"),
         (("HostConfig", "CapAdd"), ["CAP_SYS_ADMIN"], "its capabilities"),
         (("HostConfig", "Devices"), [{"PathOnHost": "/dev/kvm"}], "its devices"),

@@ -295,7 +295,7 @@ class HoldsInstances(Protocol):
     def orphans(self) -> Sequence[Orphan]:
         """Return the engine's instances with our labels, at most some thousands. Raises SandboxError.
 
-        Anybody can set these labels: the caller checks them (housekeeping/orphans).
+        Anybody can set these labels: the caller checks them (housekeeping/sweep).
         """
 
     def remove(self, orphan: Orphan) -> bool:

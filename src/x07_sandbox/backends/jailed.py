@@ -83,8 +83,8 @@ class Start(NamedTuple):
     """How to start a job.
 
     jail: a description. given: descriptors to close once the child has them. depth: see `inner_process`.
-    remove, cgroups: see `Jailed`. bound: limits the first process, by pid, while it is blocked.
-    name, error: for messages.
+    remove: removes what outlives the processes (control groups, folders), and returns whether that is gone.
+    bound: limits the first process, by pid, while it is blocked. name, error: for messages.
     """
 
     record: JobRecord
@@ -180,26 +180,17 @@ def _end_supervisor(child: subprocess.Popen[bytes]) -> None:
 
 
 class Jailed:
-    """A supervisor and the job's first process, with which all others end.
+    """A supervisor and the job's first process, with which all others end."""
 
-    remove: removes what outlives the processes (control groups, folders) and returns whether that is gone.
-    """
-
-    def __init__(
-        self,
-        child: subprocess.Popen[bytes],
-        inner: Identity,
-        record: JobRecord,
-        remove: Callable[[], bool],
-        cgroups: tuple[str, ...],
-    ) -> None:
+    def __init__(self, start: Start, child: subprocess.Popen[bytes], inner: Identity) -> None:
         self.child = child
-        self.record = record
+        self.record = start.record
+        self.jail = start.jail
+        self.start_mode = start.start_mode
         self.inner = inner
         self.gone = False
         self._closed = False
-        self._remove = remove
-        self._cgroups = cgroups
+        self._start = start
         self.supervisor = identify(child.pid)
         self.inner_pidfd = os.pidfd_open(inner.pid)  # first, since it may fail: this process may be gone
         self.pidfd = os.pidfd_open(child.pid)
@@ -209,7 +200,7 @@ class Jailed:
         if self.supervisor is None:
             raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
         processes = {"supervisor": self.supervisor, "inner": self.inner}
-        write_owner(self.record, runner=runner, processes=processes, cgroups=self._cgroups)
+        write_owner(self.record, runner=runner, processes=processes, cgroups=self._start.cgroups)
 
     def exit_status(self) -> int | None:
         """Return the supervisor's exit status, which is that of its command."""
@@ -237,7 +228,7 @@ class Jailed:
                 self.child.wait(deadline.left_s())
         # The proof: the kernel reaps the first process of a pid namespace after all others.
         gone = self.child.returncode is not None and wait_gone(self.inner, deadline.left_s())
-        self.gone = gone and self._remove()
+        self.gone = gone and self._start.remove()
         return self.gone
 
     def close(self) -> None:

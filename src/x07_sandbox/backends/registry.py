@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import Backend
     from x07_sandbox.plan.features import Features
 
-    Factory = Callable[[], Backend]
+    Factory = Callable[[str], Backend]
     Tools = Callable[[str], Mapping[str, str]]
 else:
     Factory = Tools = Any  # msgspec reads annotations
@@ -41,8 +41,8 @@ class BackendRow(msgspec.Struct, frozen=True):
 
     sandbox_class: its name for --sandbox-backend. isolation: the classes it can provide, best first.
     macos_from: the first macOS that it supports, 0 for none. auto: whether `auto` may select it.
-    factory: None if this version lacks it. tools: the programs it needs on a machine (uname -m), by path, with Debian's
-    package of each.
+    factory: makes it from its name; None if this version lacks it. tools: the programs that it needs on a machine
+    (uname -m), by path, with Debian's package of each.
     """
 
     name: str
@@ -71,34 +71,22 @@ class BackendRow(msgspec.Struct, frozen=True):
         return platform.system == "macos" and 0 < self.macos_from <= platform.macos_major
 
 
-def _qemu() -> Backend:
+def _qemu(_name: str) -> Backend:
     from x07_sandbox.backends.qemu.backend import QemuBackend
 
     return QemuBackend()
 
 
-def _os() -> Backend:
-    from x07_sandbox.backends.process.backend import OsBackend
+def _process(name: str) -> Backend:
+    from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
 
-    return OsBackend()
-
-
-def _none() -> Backend:
-    from x07_sandbox.backends.process.backend import NoneBackend
-
-    return NoneBackend()
+    return OsBackend() if name == "os" else NoneBackend()
 
 
-def _podman() -> Backend:
+def _container(name: str) -> Backend:
     from x07_sandbox.backends.container.backend import ContainerBackend
 
-    return ContainerBackend("podman")
-
-
-def _docker() -> Backend:
-    from x07_sandbox.backends.container.backend import ContainerBackend
-
-    return ContainerBackend("docker")
+    return ContainerBackend("podman" if name == "podman" else "docker")
 
 
 def _qemu_tools(machine: str) -> Mapping[str, str]:
@@ -118,10 +106,10 @@ _ROWS: Final = (
     BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True),
     BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu, tools=_qemu_tools),
     BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=12, auto=True),
-    BackendRow("podman", "vm", ("container",), factory=_podman),
-    BackendRow("docker", "vm", ("container",), factory=_docker),
-    BackendRow("os", "os", ("process",), factory=_os, tools=_process_tools),
-    BackendRow("none", "none", ("none",), factory=_none),
+    BackendRow("podman", "vm", ("container",), factory=_container),
+    BackendRow("docker", "vm", ("container",), factory=_container),
+    BackendRow("os", "os", ("process",), factory=_process, tools=_process_tools),
+    BackendRow("none", "none", ("none",), factory=_process),
 )
 # In order of preference.
 BY_NAME: Final = {row.name: row for row in _ROWS}
@@ -131,7 +119,7 @@ def create(name: str) -> Backend:
     """Return a new instance of that backend, without probing it."""
     factory = BY_NAME[name].factory
     assert factory is not None  # noqa: S101 - only built backends are selected
-    return factory()
+    return factory(name)
 
 
 def features_of(row: BackendRow) -> Features:

@@ -40,7 +40,7 @@ def sees_every_process() -> bool:
     return pid_namespace() == "pid:[4026531836]"  # linux/proc_ns.h: PROC_PID_INIT_INO
 
 
-class Identity(msgspec.Struct, frozen=True, kw_only=True):
+class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One process of one boot. start_ticks: field 22 of proc(5) stat, clock ticks since boot. Decoding checks both."""
 
     pid: Annotated[int, msgspec.Meta(ge=1, le=2**22)]

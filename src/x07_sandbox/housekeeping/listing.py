@@ -58,6 +58,10 @@ class PsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     jobs: tuple[JobLine, ...]
 
 
+class RecordReport(JobDocument, frozen=True, forbid_unknown_fields=True):
+    """A job's job.json."""
+
+
 class OwnerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The runner of a job, and what was started for it."""
 
@@ -75,7 +79,7 @@ class JobReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     state: str
     why: str
     folder: str
-    record: JobDocument | None
+    record: RecordReport | None
     labels: dict[str, str]
     owner: OwnerReport | None
 
@@ -199,7 +203,7 @@ def _job(stored: StoredJob, now: Now) -> JobReport:
         state=state_of(stored, now),
         why=judge(stored, now).why,
         folder=str(stored.folder),
-        record=stored.job,
+        record=None if stored.job is None else RecordReport(**msgspec.structs.asdict(stored.job)),
         labels=_labels(stored),
         # The mark is left out: a process that shows it among its arguments is taken for one of the job's.
         owner=None

@@ -1,7 +1,7 @@
 """Sweep: end and remove what dead runners left, and nothing else.
 
 It ends jobs of ours whose owner is provably dead or whose deadline has passed (jobs/stop_rules). It removes folders of
-jobs that never started, instances without a record (housekeeping/orphans), folders past their retention and templates
+jobs that never started, an engine's instances without a record, folders past their retention and templates
 without an image, and rolls back incomplete file changes. Everything else stays and is reported.
 
 Sweeps and runners may work concurrently: a sweep judges and ends a job under a lock on its folder, without waiting.
@@ -10,23 +10,30 @@ Sweeps and runners may work concurrently: a sweep judges and ends a job under a 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, cast
 
 import msgspec
 
+from x07_sandbox.backends.base import HoldsInstances
 from x07_sandbox.backends.registry import built, create
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import Deadline, unix_ms
+from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import private_dir, state_dir
-from x07_sandbox.housekeeping.unstarted import remove_unstarted, why_unstarted
-from x07_sandbox.jobs.active import unfinished_jobs
+from x07_sandbox.host.processes import identify
+from x07_sandbox.housekeeping.records import doomed_name
+from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
 from x07_sandbox.jobs.reader import locked_stored
 from x07_sandbox.jobs.record import runner_instance
 from x07_sandbox.jobs.stop_rules import here_and_now, judge
+from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Mapping
 
     from x07_sandbox.backends.base import Backend
     from x07_sandbox.jobs.reader import StoredJob
@@ -38,6 +45,13 @@ SCHEMA: Final = "x07.sandbox.sweep@0.1.0"
 Kind = Literal["job", "unstarted", "instance", "changes", "record", "run", "template", "leftover"]
 _AT_START: Final = 512  # the newest jobs, to bound the cost of a start
 _ALL: Final = 1 << 30
+_UNIX_MS: Final = re.compile(r"[0-9]{1,16}")
+_ORPHANS_MAX: Final = 4096
+_PID_DIGITS: Final = 10
+_OWN_BACKENDS: Final = frozenset({"qemu", "os", "none"})  # X07's tools use none of these
+_UPSTREAM_PHASES: Final = frozenset({"build", "run"})
+_SETTLED_MS: Final = 60_000
+_SURELY_MS: Final = 3_600_000  # far longer than a runner takes to write owner.json
 
 
 class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -104,9 +118,7 @@ def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | N
     if os.path.lexists(state_dir()):
         live = sweep_jobs(sweeper, _ALL if budget_s is None else _AT_START)
         if budget_s is None:
-            from x07_sandbox.housekeeping.orphans import sweep_orphans
-
-            sweep_orphans(sweeper, live)
+            _sweep_orphans(sweeper, live)
             _sweep_changes(sweeper)
             _sweep_leftovers(sweeper)
     return sweeper.report()
@@ -130,8 +142,8 @@ def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
     judgement = judge(stored, now)
     name = stored.folder.name
     if judgement.fate == "kept":
-        if why := why_unstarted(stored):
-            if sweeper.dry_run or remove_unstarted(stored.folder):
+        if why := _why_unstarted(stored):
+            if sweeper.dry_run or _remove_unstarted(stored.folder):
                 sweeper.removed("unstarted", name, why)
             return True
         sweeper.kept("job", name, stored.why)
@@ -159,10 +171,104 @@ def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
         return f"it cannot be stopped: {exc.strerror or exc}"
 
 
+def _why_unstarted(stored: StoredJob) -> str:
+    """Return why a folder without an owner can go, "" if it must stay.
+
+    It must be ours, since X07's tools write a job.json alone. And nobody may be about to start the job: a run in
+    progress locks its folder; any other creator, such as a probe, is a live process, or was a moment ago.
+    """
+    match = JOB_NAME.fullmatch(stored.folder.name)
+    if match is None or stored.standing != "unowned" or os.path.lexists(stored.folder / "owner.json"):
+        return ""
+    run = runs_dir(state_dir()) / match[1]
+    backend = stored.job.backend if stored.job is not None else ""
+    ours = backend in _OWN_BACKENDS or match[4] not in _UPSTREAM_PHASES or run.is_dir()
+    if not ours or is_locked(run) or not _holds_nothing(stored.folder):
+        return ""
+    if run.is_dir():  # jobs of a run exist only while it is locked
+        return "it was never started, and its runner is gone"
+    age_ms = unix_ms() - stored.info.st_mtime_ns // 1_000_000
+    creator_lives = os.path.exists(f"/proc/{int(match[3])}")  # noqa: PTH110 - in /proc
+    if age_ms > (_SURELY_MS if creator_lives else _SETTLED_MS):
+        return "it was never started, and its runner is gone"
+    return ""
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether a folder only has files that a runner writes before it starts anything."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - names are wanted
+    except OSError:
+        return False
+    return all(name == "job.json" or name.startswith((".job.json.", ".owner.json.")) for name in names)
+
+
+def _remove_unstarted(folder: Path) -> bool:
+    """Remove such a folder and return whether it is gone. A runner that lives after all fails without it."""
+    doomed = doomed_name(folder)
+    try:
+        folder.rename(doomed)
+        if os.path.lexists(doomed / "owner.json"):  # the job was just started
+            doomed.rename(folder)
+            return False
+        shutil.rmtree(doomed)
+    except OSError:
+        return False
+    return True
+
+
+def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str], now_unix_ms: int) -> str:
+    """Return why an instance with these labels stays, "" if it can go. live: the names of live recorded jobs.
+
+    Anyone with access to the engine can set these labels.
+    """
+    if labels.get("io.x07.schema") != "1":
+        return "it has no io.x07.schema label of this version"
+    if labels.get("io.x07.runner_instance") != instance:
+        return "it belongs to another runner"
+    if labels.get("io.x07.job_id") in live or labels.get("io.x07.run_id") in live:
+        return "its job is recorded as live"
+    deadline = labels.get("io.x07.deadline_unix_ms", "")
+    if not _UNIX_MS.fullmatch(deadline):
+        return "its deadline label is damaged"
+    if now_unix_ms <= int(deadline) + settings.CLEANUP_MS:
+        return "its deadline has not passed"
+    return ""
+
+
+def _runner_lives(labels: Mapping[str, str]) -> bool:
+    """Whether there is a process with the pid in the run's name; the instance then stays."""
+    runner = labels.get("io.x07.run_id", "").split("-")[1:2]
+    return (
+        bool(runner) and runner[0].isdigit() and len(runner[0]) <= _PID_DIGITS and identify(int(runner[0])) is not None
+    )
+
+
+def _sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
+    """Remove the instances with our labels that can go, from every backend with an engine."""
+    instance = runner_instance(state_dir())
+    for name in built():
+        backend: object = sweeper.backend(name)
+        if not isinstance(backend, HoldsInstances):
+            continue
+        try:
+            for orphan in list(backend.orphans())[:_ORPHANS_MAX]:
+                called = f"{name}:{orphan.id}"
+                if problem := why_kept(orphan.labels, instance=instance, live=live, now_unix_ms=unix_ms()):
+                    sweeper.kept("instance", called, problem)
+                elif _runner_lives(orphan.labels):
+                    sweeper.kept("instance", called, "its runner may be alive, and its record in another folder")
+                elif sweeper.dry_run or backend.remove(orphan):
+                    sweeper.removed("instance", called, "it has no record, and its deadline has passed")
+                else:
+                    sweeper.kept("instance", called, "it was removed, but still exists", failed=True)
+        except SandboxError as exc:
+            sweeper.kept("instance", name, f"{exc.what}: {exc.why}")
+
+
 def _sweep_changes(sweeper: Sweeper) -> None:
     """Roll back or complete file changes that were interrupted."""
     from x07_sandbox.housekeeping.pruner import entries
-    from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
     from x07_sandbox.runs.saved_changes import recover_all
 
     folder = runs_dir(state_dir()) / APPLYING

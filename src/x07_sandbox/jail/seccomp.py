@@ -83,21 +83,17 @@ THREADS_ONLY: Final = ((Check(ARG0, (CLONE_THREAD,), CLONE_THREAD | CLONE_NEW),)
 
 def vmm_filter(arch: Arch) -> bytes:
     """Return the VMM's filter, an array of struct sock_filter."""
-    nr = arch.syscalls
+    numbers = arch.syscalls
     lines = prologue(arch)
     for name in DENIED:
-        if name in nr:  # not every machine has fork and vfork
-            lines += [line(JEQ, nr[name], 0, 1), line(RETURN, ERRNO | errno.EPERM)]
+        if name in numbers:  # not every machine has fork and vfork
+            lines += [line(JEQ, numbers[name], 0, 1), line(RETURN, ERRNO | errno.EPERM)]
     # Its flags are in memory, unseen by filters; the C library falls back on clone.
-    lines += [line(JEQ, nr["clone3"], 0, 1), line(RETURN, ERRNO | errno.ENOSYS)]
-    lines += [line(JEQ, nr["clone"], 0, 5), line(LOAD, _ARG0), line(_JSET, CLONE_NEW, 1, 0)]
-    lines += [line(_JSET, CLONE_THREAD, 1, 0), line(RETURN, ERRNO | errno.EPERM), line(RETURN, ALLOW)]
-    # The kernel ignores the upper half of fcntl's command.
-    lines += [line(JEQ, nr["fcntl"], 0, 5), line(LOAD, _ARG1), line(_JGE, _F_GETLK, 0, 2)]
-    lines += [line(JEQ, _F_DUPFD_CLOEXEC, 1, 0), line(RETURN, ERRNO | errno.EPERM), line(RETURN, ALLOW)]
-    lines += [line(JEQ, nr["socket"], 0, 3), line(LOAD, _ARG0), line(JEQ, _AF_UNIX, 1, 0)]
-    lines += [line(RETURN, ERRNO | errno.EAFNOSUPPORT), line(RETURN, ALLOW)]
-    return b"".join(lines)
+    lines += [line(JEQ, numbers["clone3"], 0, 1), line(RETURN, ERRNO | errno.ENOSYS)]
+    lines += _rule(numbers["clone"], THREADS_ONLY, errno.EPERM)
+    lines += _rule(numbers["fcntl"], COMMON_RULES["fcntl"], errno.EPERM)
+    lines += _rule(numbers["socket"], ((Check(ARG0, (_AF_UNIX,)),),), errno.EAFNOSUPPORT)
+    return b"".join([*lines, line(RETURN, ALLOW)])
 
 
 def prologue(arch: Arch) -> list[bytes]:
@@ -122,10 +118,15 @@ def allowlist_filter(arch: Arch, names: tuple[str, ...], rules: Rules, errors: d
             lines += [line(JEQ, numbers[name], 0, 1), line(RETURN, ALLOW)]
     for name, conditions in rules.items():
         if name in numbers:
-            body = [instruction for checks in conditions for instruction in _condition(checks)]
-            body.append(line(RETURN, ERRNO | errno.EPERM))
-            lines += [line(JEQ, numbers[name], 0, len(body)), *body]
+            lines += _rule(numbers[name], conditions, errno.EPERM)
     return b"".join([*lines, line(RETURN, ERRNO | errno.EPERM)])
+
+
+def _rule(number: int, conditions: tuple[tuple[Check, ...], ...], error: int) -> list[bytes]:
+    """Return the lines that allow a call under any of *conditions*, and let it fail otherwise."""
+    body = [instruction for checks in conditions for instruction in _condition(checks)]
+    body.append(line(RETURN, ERRNO | error))
+    return [line(JEQ, number, 0, len(body)), *body]
 
 
 def _condition(checks: tuple[Check, ...]) -> list[bytes]:

@@ -54,11 +54,9 @@ class ProcessInstance(HostAgent, Jailed):
     greeting: Greeting
 
     def __init__(self, start: Start, ends: _Ends, child: subprocess.Popen[bytes], inner: Identity) -> None:
-        super().__init__(child, inner, start.record, start.remove, start.cgroups)
+        super().__init__(start, child, inner)
         self.channel_fd = ends.channel_fd
         self.net_fd: int | None = ends.net_fd
-        self.jail = start.jail
-        self.start_mode = start.start_mode
         self._errors = ends.errors
 
 

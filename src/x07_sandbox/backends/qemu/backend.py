@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
@@ -14,17 +13,26 @@ from x07_sandbox.backends.handshake import evidence_of, greet
 from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
-from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, check_tools, start_qemu
+from x07_sandbox.backends.qemu.start import (
+    MISCALIBRATED,
+    Accelerator,
+    QemuJob,
+    boot_attempts,
+    check_tools,
+    miscalibrated,
+    start_qemu,
+)
 from x07_sandbox.backends.qemu.template import (
     TemplateTimeoutError,
     clear_suspensions,
     ensure_template,
     lack_of_space,
     opened_template,
+    prunable,
     remove_template,
+    renew,
     template_for,
 )
-from x07_sandbox.backends.qemu.timer import MISCALIBRATED, MISCALIBRATED_FIX, boot_attempts, miscalibrated
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.os_errors import host_error
@@ -131,7 +139,9 @@ class QemuBackend:
             if not miscalibrated(error.failure):
                 raise error
             if last:
-                failure = replace(error.failure, kind="failed", why=f"{MISCALIBRATED}; {MISCALIBRATED_FIX}")
+                failure = replace(
+                    error.failure, kind="failed", why=f"{MISCALIBRATED}; try again when the host is less busy"
+                )
                 raise NoAnswerError(instance, failure, error.times_ms)
             claim = replace(claim, phase=f"{job.claim.phase}-cold{number}")
             number, last = next(tries)
@@ -201,11 +211,8 @@ class QemuBackend:
             return None, f"{error.what}: {error.why}"
 
     def _make(self, template: Template, kind: MachineKind, caller: Caller) -> None:
-        from x07_sandbox.backends.qemu.saving import make_template
-
         with caller.cancel.waiting():
-            make = partial(make_template, template, kind, self._accelerator)
-            ensure_template(template, kind.image_digest, make, caller.progress)
+            ensure_template(template, kind, self._accelerator, caller.progress)
 
     def prepare(self, kind: MachineKind, caller: Caller) -> None:
         """Make the template now, even if it is suspended. Raises SandboxError."""
@@ -215,14 +222,10 @@ class QemuBackend:
 
     def prunable(self, images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
         """Yield the templates and leftovers that can go, under their lock."""
-        from x07_sandbox.backends.qemu.template import prunable
-
         return prunable(images, on_wait)
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
         """Have the agent prepare for the next program. Raises BackendError."""
-        from x07_sandbox.backends.qemu.saving import renew
-
         renew(instance, kind)
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:

@@ -106,8 +106,7 @@ class QemuInstance(Streams, Jailed):
 
     def __init__(self, start: Start, host: HostSide, child: subprocess.Popen[bytes], inner: Identity) -> None:
         Streams.__init__(self, host.ends, start.start_mode)
-        Jailed.__init__(self, child, inner, start.record, start.remove, start.cgroups)
-        self.jail = start.jail
+        Jailed.__init__(self, start, child, inner)
         self.groups = host.groups
         self.ends = host.ends
         self.paths = host.paths

@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from x07_sandbox.backends.base import MachineKind
+from x07_sandbox.backends.handshake import Handshake
 from x07_sandbox.backends.proofs import proof_file, read_verdict, write_verdict
-from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
-from x07_sandbox.backends.qemu.timer import MISCALIBRATED, boot_attempts, miscalibrated
+from x07_sandbox.backends.qemu.start import (
+    MISCALIBRATED,
+    Accelerator,
+    QemuJob,
+    boot_attempts,
+    miscalibrated,
+    start_qemu,
+)
+from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -86,10 +94,6 @@ def _record() -> Path:
 
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
     """Return whether an agent answers within *limit_s* seconds. Raises SandboxError if no guest could be tried."""
-    # Imported only if no verdict is stored.
-    from x07_sandbox.backends.handshake import Handshake
-    from x07_sandbox.channel.link import State
-
     under = " under KVM" if accelerator.kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
     for last in boot_attempts():

@@ -16,6 +16,7 @@ from x07_sandbox.backends.qemu.bounds import TASKS, VMM_BYTES, NotStartedError, 
 from x07_sandbox.backends.qemu.instance import HostSide, QemuInstance, ReleasePipe
 from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths, qemu_argv
 from x07_sandbox.errors import HostError
+from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.bounded_stream import SideStream
 from x07_sandbox.host.close_on_fork import Given
@@ -31,10 +32,11 @@ from x07_sandbox.jobs.launcher import Launch
 from x07_sandbox.jobs.record import drop_unstarted
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.base import MachineKind, StartMode
+    from x07_sandbox.backends.base import HandshakeFailure, MachineKind, StartMode
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import JobRecord
 
+MISCALIBRATED: Final = "its kernel calibrated its timer wrong, as happens on an overloaded host"
 # Generations below the supervisor, by whether there are namespaces: then bubblewrap's outer process is in between.
 _DEPTH: Final = {True: 2, False: 1}
 
@@ -173,6 +175,16 @@ def _no_jail(stderr_fd: int, form: Form, status: int | None) -> NotStartedError:
     else:
         fix = f"Run x07 doctor, or allow namespaces here: {namespace_flags()}"
     return NotStartedError("cannot build the jail around the virtual machine", said[:500], fix)
+
+
+def boot_attempts() -> Iterator[bool]:
+    """Yield, for each allowed boot attempt, whether it is the last one."""
+    return (number == settings.BOOTS_MAX for number in range(1, settings.BOOTS_MAX + 1))
+
+
+def miscalibrated(failure: HandshakeFailure) -> bool:
+    """Whether an emulated machine gave up booting because of its timer (guest/boot/init.c)."""
+    return "x07 init: the timer was measured wrong" in failure.console_tail
 
 
 def _kvm(stack: contextlib.ExitStack) -> int:

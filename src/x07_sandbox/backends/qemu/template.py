@@ -17,24 +17,40 @@ import os
 import stat
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from x07_sandbox.backends.base import Prunable
+from x07_sandbox.backends.handshake import Handshake, input_poll
 from x07_sandbox.backends.proofs import read_verdict, write_verdict
-from x07_sandbox.backends.qemu.machine import Machine, Origin, Paths, qemu_argv
-from x07_sandbox.backends.qemu.start import Saved, image_of, tsc_khz
+from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv, qmp_query_save, qmp_save
+from x07_sandbox.backends.qemu.start import (
+    QemuJob,
+    Saved,
+    Saving,
+    boot_attempts,
+    image_of,
+    miscalibrated,
+    start_qemu,
+    tsc_khz,
+)
+from x07_sandbox.channel.frames import Kind
+from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Notice
+from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.decoding import known
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir, cache_folder, foreign, least_recently_used
+from x07_sandbox.host.os_errors import out_of_cpu_time
+from x07_sandbox.host.paths import cache_dir, cache_folder, foreign, least_recently_used, open_own
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
+from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
+from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.sizes import build_limits
 from x07_sandbox.policy import default_policy
@@ -42,10 +58,9 @@ from x07_sandbox.policy import default_policy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from x07_sandbox.backends.base import MachineKind
+    from x07_sandbox.backends.base import Instance, MachineKind
+    from x07_sandbox.backends.qemu.instance import QemuInstance
     from x07_sandbox.backends.qemu.start import Accelerator
-
-    Maker = Callable[[Path], "TemplateManifest"]
 
 SCHEMA: Final = "x07.sandbox.template@0.2.0"
 MANIFEST: Final = "template.json"
@@ -58,6 +73,11 @@ _COMMANDS: Final = {
     "build": [["/bin/true"], ["/bin/sh", "-c", _COMPILE]],
 }
 _OF_BUILDS: Final = ["importlib.util", "io", "os", "traceback"]  # imported by programs/data/build_archive.py
+
+_SAVED: Final = '"status": "completed"'
+_NOT_SAVED: Final = '"status": "failed"'
+_ASK_AGAIN_MS: Final = 5
+_FIX: Final = "Jobs start cold until this host reboots or you run: x07 image build"
 
 
 def warm_frame(kind: MachineKind) -> dict[str, object]:
@@ -157,7 +177,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
     """Return the template for jobs of this kind. Raises HostError."""
     arch, ram, kvm_fd = host_arch(), kind.ram_bytes, 0 if accelerator.kvm else None
     clock = tsc_khz(arch)
-    fds = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
+    fds: dict[str, Any] = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
     machine = Machine(
         arch=arch,
         ram_bytes=ram,
@@ -165,9 +185,6 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
         tsc_khz=None,
         mark="",
         origin=Origin.SAVING,
-        reserve=False,
-        any_timer=False,
-        paths=Paths(),
         **fds,
     )
     files = [(path, Path(path).stat()) for path in (arch.qemu_binary, *arch.firmware)]
@@ -243,11 +260,10 @@ def sparse_sha256(fd: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def ensure_template(template: Template, image: str, make: Maker, progress: Callable[[str], None]) -> None:
-    """Make the template under a lock unless it exists, so that concurrent callers make it once.
-
-    image: digest of its image. make: fills a folder. Raises SandboxError.
-    """
+def ensure_template(
+    template: Template, kind: MachineKind, accelerator: Accelerator, progress: Callable[[str], None]
+) -> None:
+    """Make the template under a lock unless it exists, so that concurrent callers make it once. Raises SandboxError."""
     folder = templates_dir()
     with contextlib.ExitStack() as stack:
         try:
@@ -257,13 +273,16 @@ def ensure_template(template: Template, image: str, make: Maker, progress: Calla
         except TimeoutError as exc:  # the other process may be stopped, and must not block all others
             what = f"cannot make {template.subject.name}"
             raise HostError(what, f"{exc}: the lock of all templates", "Check for a stopped x07: ps ax") from exc
-        _make_alone(template, folder, image, make, progress)
+        _make_alone(template, kind, accelerator, progress)
 
 
-def _make_alone(template: Template, folder: Path, image: str, make: Maker, progress: Callable[[str], None]) -> None:
+def _make_alone(
+    template: Template, kind: MachineKind, accelerator: Accelerator, progress: Callable[[str], None]
+) -> None:
     import shutil
     import tempfile
 
+    folder = template.folder.parent
     if template.folder.is_dir():
         return
     remove_template(template.folder)  # in case it is no folder
@@ -273,16 +292,104 @@ def _make_alone(template: Template, folder: Path, image: str, make: Maker, progr
     try:
         work.chmod(0o700)  # the umask may have removed some of these bits
         progress(Notice(f"saving a machine for {template.title} of this image; later ones start in 0.1 s"))
-        made = sealed(make(work))
+        made = sealed(make_template(template, kind, accelerator, work))
         path = work / MANIFEST
         path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
         path.chmod(0o444)
         work.rename(template.folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    images = {image.digest for image in list_images()} | {image}
+    images = {image.digest for image in list_images()} | {kind.image_digest}
     for old, _ in expired_templates(keep=template.key, images=images):
         remove_template(old)
+
+
+def make_template(template: Template, kind: MachineKind, accelerator: Accelerator, work: Path) -> TemplateManifest:
+    """Make the template in the folder *work*. Raises SandboxError."""
+    with contextlib.ExitStack() as stack:
+        files = {name: _new_file(work / name, stack) for name in ("ram", "state")}
+        scratch_fd = os.open(work, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, scratch_fd)
+        saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
+        for last in boot_attempts():
+            os.ftruncate(saving.ram_fd, 0)
+            os.ftruncate(saving.ram_fd, kind.ram_bytes)
+            if _booted_and_saved(kind, accelerator, saving, last=last):
+                break
+        head, disk = read_disk(scratch_fd)
+        files["scratch.head"] = _new_file(work / "scratch.head", stack)
+        os.write(files["scratch.head"], head)
+        ram, state, scratch = (_seal(name, fd) for name, fd in files.items())
+        key, image = template.key, kind.image_digest
+        return TemplateManifest(
+            schema_version=SCHEMA, key=key, image=image, ram=ram, state=state, scratch=scratch, scratch_disk=disk
+        )
+
+
+def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Saving, *, last: bool) -> bool:
+    """Boot and save one machine; False if another attempt may succeed. Raises SandboxError."""
+    words = warm_frame(kind)
+    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
+    claim = Claim(run_id=new_run_id(), phase="template", wall_ms=int(limit_s * 1000))
+    record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
+    job = QemuJob(record=record, kind=kind, deadline_s=2 * int(limit_s), any_timer=last)
+    with start_qemu(job, accelerator, memory=saving) as instance:
+        instance.release()
+        deadline = Deadline.after(limit_s)
+        say = {State.GREETED: (Kind.WARM, words)}
+        if failure := Handshake(instance, State.WAITING).until(State.WARM, deadline, say):
+            if miscalibrated(failure) and not last:
+                return False
+            why = failure.why
+            if spent := out_of_cpu_time(instance.exit_status()):
+                raise HostError("cannot make a VM template", f"{why}; it {spent}", "Raise that limit")
+            said = " ".join(instance.console_tail().split())[-200:] if failure.kind == "ended" else ""
+            error = TemplateTimeoutError if failure.kind == "late" else BackendError
+            raise error("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
+        _save(instance)
+        if not instance.stop():
+            raise BackendError("cannot make a VM template", "its machine did not end", _FIX)
+    return True
+
+
+def renew(instance: Instance, kind: MachineKind) -> None:
+    """Have the agent, which has run a program of ours, prepare for the next one. Raises BackendError."""
+    words = warm_frame(kind) | {"commands": []}
+    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
+    talk = Handshake(instance, State.COLLECTING)
+    if failure := talk.until(State.WARM, Deadline.after(limit_s), {State.COLLECTING: (Kind.WARM, words)}):
+        raise BackendError("cannot warm a machine", failure.why, "Run x07 doctor")
+    instance.start_mode = "pool"  # from now on its agent waits in the same state as a clone's
+
+
+def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
+    fd = open_own(path, os.O_RDWR | os.O_EXCL)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _seal(name: str, fd: int) -> Part:
+    """Take the file back from the machine's uid, and make it read-only."""
+    os.fchown(fd, os.geteuid(), os.getegid())
+    os.fchmod(fd, 0o444)
+    size = os.fstat(fd).st_size
+    return Part(file=name, bytes=size, sha256=sparse_sha256(fd, size))
+
+
+def _save(instance: QemuInstance) -> None:
+    """Have QEMU write the device state; the memory is in its file already. Raises BackendError."""
+    deadline = Deadline.after(settings.TEMPLATE_S)
+    instance.send_qmp(qmp_save(instance.paths.state))
+    poll = input_poll(instance.pidfd, *instance.side_fds())
+    while _SAVED not in instance.qmp.text():
+        if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():
+            said = instance.qmp.text()[-300:] + instance.console_tail()[-200:]
+            error = TemplateTimeoutError if deadline.passed() else BackendError
+            raise error("cannot make a VM template", f"QEMU did not save it: {said}", _FIX)
+        instance.send_qmp(qmp_query_save())
+        for fd, _ in poll.poll(_ASK_AGAIN_MS):
+            if fd != instance.pidfd:
+                instance.drain(fd)
 
 
 def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
