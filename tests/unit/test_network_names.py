@@ -9,7 +9,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.names import Wildcard, matches, parse_guest_host, parse_host, parse_pattern, spelled, unmapped
+from x07_sandbox.network.names import (
+    Wildcard,
+    matches,
+    parse_guest_host,
+    parse_host,
+    parse_pattern,
+    pattern_text,
+    unmapped,
+)
 from x07_sandbox.policy.hosts import Addresses
 
 LABELS = st.text("abcxyz019-_", min_size=1, max_size=12).filter(lambda label: not label.startswith("xn--"))
@@ -37,7 +45,7 @@ ADDRESSES = st.ip_addresses()
 )
 def test_spellings_of_a_host_have_one_normal_form(text: str, normal: str) -> None:
     """Case, a final dot, international letters, brackets and IPv4-mapped addresses do not make another host."""
-    assert spelled(parse_host(text)) == normal
+    assert pattern_text(parse_host(text)) == normal
 
 
 @pytest.mark.parametrize(
@@ -147,8 +155,8 @@ def test_any_text_is_a_host_or_our_error(text: str) -> None:
         host = parse_host(text)
     except UsageError:
         return
-    assert parse_host(spelled(host)) == host
-    assert parse_guest_host(spelled(host).encode("ascii")) == host
+    assert parse_host(pattern_text(host)) == host
+    assert parse_guest_host(pattern_text(host).encode("ascii")) == host
 
 
 @given(st.one_of(st.text(max_size=40), st.text("0123456789abcdef.:-/[]*", max_size=40)))
@@ -158,7 +166,7 @@ def test_any_text_is_an_entry_or_our_error(text: str) -> None:
         pattern = parse_pattern(text)
     except UsageError:
         return
-    assert parse_pattern(spelled(pattern)) == pattern
+    assert parse_pattern(pattern_text(pattern)) == pattern
 
 
 @given(st.binary(max_size=300))
@@ -179,7 +187,7 @@ def test_names_and_addresses_never_match_each_other(name: str, number: object) -
         assert not matches(everything, host)
     assert not matches(parse_pattern(name), address)
     assert not matches(Wildcard("org"), address)
-    assert matches(parse_pattern(spelled(address)), address)
+    assert matches(parse_pattern(pattern_text(address)), address)
 
 
 def test_a_wildcard_covers_every_depth_but_not_its_own_name() -> None:

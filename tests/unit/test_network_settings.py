@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.network.rules import NetSettings
-from x07_sandbox.network.settings import as_words, from_words, parse_settings, read_settings
+from x07_sandbox.network.settings import parse_settings, read_settings, settings_from_json, settings_to_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -181,7 +181,7 @@ PORT: Final = st.integers(1, 65_535)
 def test_settings_reach_the_gate_as_they_are(local: set[tuple[object, int]], ports: set[int]) -> None:
     """What is written for the gate's process is read there as the same settings."""
     settings = NetSettings(allow_local=frozenset(local), opaque_ports=frozenset(ports))  # type: ignore[arg-type]
-    assert from_words(as_words(settings)) == settings
+    assert settings_from_json(settings_to_json(settings)) == settings
 
 
 @given(st.binary(max_size=200) | st.text(max_size=60).map(lambda text: f'[net]\nallow_local = ["{text}"]'.encode()))

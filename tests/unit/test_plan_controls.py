@@ -17,8 +17,8 @@ from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.schema import fields
 
-VM = Features(isolation="vm-emulated", own_kernel=True, can_hold=VM_HOLDS)
-NOTHING = Features(isolation="none", own_kernel=False, can_hold=frozenset())
+VM = Features(isolation="vm-emulated", own_kernel=True, can_enforce=VM_HOLDS)
+NOTHING = Features(isolation="none", own_kernel=False, can_enforce=frozenset())
 SERVERS = {"sqlite": True, "postgres": True, "mysql": False}
 ADVISORY = {
     "fs.allow_walk",
@@ -94,7 +94,7 @@ HOSTS = [{"host": "example.org", "ports": [443]}]
 @pytest.mark.parametrize("fields", [{"net__allow_hosts": HOSTS}, {"db__enabled": True}])
 def test_what_a_backend_cannot_carry_is_refused_by_name(fields: dict[str, object]) -> None:
     """Hosts, and database servers without hosts, are refused with the field, the reason, and the line to change."""
-    without = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"network"})
+    without = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"network"})
     made = make_plan(policy(**({"db__drivers": SERVERS, "db__enabled": False} | fields)), without)
     (refusal,) = made.refusals
     (field,) = [name.replace("__", ".") for name in fields]
@@ -118,7 +118,7 @@ def test_hosts_are_held_by_the_egress_gate() -> None:
 
 def test_a_plan_says_where_refused_connections_are_reset() -> None:
     """Where the first packet cannot wait for the gate, the plan says that connect() succeeds at first."""
-    weaker = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"held-connections"})
+    weaker = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"held-connections"})
     for features, said in ((VM, False), (weaker, True)):
         made = make_plan(policy(net__allow_hosts=HOSTS), features)
         (control,) = [control for control in made.controls if control.field == "net.allow_hosts"]
@@ -136,7 +136,7 @@ def test_database_servers_join_the_hosts() -> None:
 
 def test_refusals_are_told_all_at_once() -> None:
     """A policy that asks for several missing things hears of each, and of the flags that were given for them only."""
-    without = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"network"})
+    without = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"network"})
     made = make_plan(policy(fs__read_roots=["/usr"], net__allow_hosts=[{"host": "a", "ports": [1]}]), without)
     assert [refusal.field for refusal in made.refusals] == ["fs.read_roots", "net.allow_hosts"]
     with pytest.raises(RefusedError) as told:
@@ -308,7 +308,7 @@ def test_a_variable_too_long_for_linux_is_refused_before_anything_starts() -> No
 
 def test_confinement_is_claimed_only_where_it_stands() -> None:
     """A backend that does not confine programs refuses each field that asks for it."""
-    weak = Features(isolation="none", own_kernel=False, can_hold=VM_HOLDS - {"confinement"})
+    weak = Features(isolation="none", own_kernel=False, can_enforce=VM_HOLDS - {"confinement"})
     changes: dict[str, Any] = json.loads(render_policy(default_policy()))
     changes["process"] |= {"allow_exec": False, "allow_spawn": False, "max_live": 1}
     changes["threads"]["enabled"] = False

@@ -17,10 +17,10 @@ from x07_sandbox.plan.outcomes import (
     Outcome,
     Stage,
     Verdict,
-    as_build,
-    as_limited_by,
+    build_verdict,
     classify,
     exit_code,
+    name_flags,
     signal_name,
     verdict,
 )
@@ -63,7 +63,7 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
     ),
     *(
         (
-            Evidence(stage=Stage.SETUP, setup_failure="exec: x", not_executed=number),
+            Evidence(stage=Stage.SETUP, setup_failure="exec: x", exec_errno=number),
             "failed",
             "program",
             why,
@@ -77,8 +77,8 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
         )
     ),
     # What says nothing of the program, and what is told once it runs.
-    (Evidence(stage=Stage.SETUP, setup_failure="exec: x", not_executed=1), "refused", "host", "exec: x", None, None),
-    (run(setup_failure="exec: x", not_executed=8), "guest-lost", "program", "exec: x", None, None),
+    (Evidence(stage=Stage.SETUP, setup_failure="exec: x", exec_errno=1), "refused", "host", "exec: x", None, None),
+    (run(setup_failure="exec: x", exec_errno=8), "guest-lost", "program", "exec: x", None, None),
     (run(setup_failure="pack: 28"), "guest-lost", "program", "failed while running the program: pack", None, None),
     (run(console_tail=PANIC, instance_status=0), "guest-lost", "program", "kernel panicked", None, None),
     (run(console_tail=INIT_DIED, instance_status=0), "guest-lost", "program", "agent died", None, None),
@@ -190,9 +190,9 @@ def test_who_survives_the_death_of_a_child_is_not_out_of_memory(status: int) -> 
 def test_a_reason_names_the_flag_that_set_the_limit() -> None:
     """Where a flag held the program tighter than the policy, its verdict is the same and names the flag."""
     found = classify(run(deadline_passed=True), limits=default_policy().limits)
-    limited = as_limited_by(found, {"limits.wall_ms": "--timeout"})
+    limited = name_flags(found, {"limits.wall_ms": "--timeout"})
     assert limited == replace(found, reason="the program was still running after 60 s (--timeout)")
-    assert as_limited_by(found, {"limits.cpu_ms": "--timeout"}) == found
+    assert name_flags(found, {"limits.cpu_ms": "--timeout"}) == found
 
 
 def test_a_timeout_under_emulation_says_that_cpu_work_is_slower() -> None:
@@ -243,7 +243,7 @@ EVIDENCE = st.builds(
 def test_any_evidence_has_one_verdict_with_a_code(evidence: Evidence, isolation: Isolation) -> None:
     """Whatever is known, there is one outcome, one reason and one exit code, for a run and for a build."""
     found = classify(evidence, features=vm_features(isolation))
-    for each in (found, as_build(found)):
+    for each in (found, build_verdict(found)):
         assert each.reason
         assert each.outcome in OUTCOMES
         assert 0 <= each.x07_exit_code <= 255
@@ -291,16 +291,16 @@ def test_an_outcome_of_the_program_needs_the_programs_end(outcome: Outcome) -> N
 
 def test_a_build_that_ends_badly_is_a_failed_build() -> None:
     """Whatever a compiler did is build-failed, with its own reason; one that was lost or cancelled is told so."""
-    found = as_build(classify(run(wait_status=1 << 8)))
+    found = build_verdict(classify(run(wait_status=1 << 8)))
     assert found.outcome is Outcome.BUILD_FAILED
     assert found.fault == "program"
     assert found.reason == "the build failed: the compiler exited with status 1"
-    assert as_build(classify(run(wait_status=0))) == classify(run(wait_status=0))
+    assert build_verdict(classify(run(wait_status=0))) == classify(run(wait_status=0))
     for kept in (run(cancelled_by=2), run(instance_status=-9)):
-        found = as_build(classify(kept))
+        found = build_verdict(classify(kept))
         assert " while the guest was building the program" in found.reason
         assert replace(found, reason="") == replace(classify(kept), reason="")
-    found = as_build(classify(run(cancelled_by=2, stage=Stage.COLLECT)))
+    found = build_verdict(classify(run(cancelled_by=2, stage=Stage.COLLECT)))
     assert found.reason.endswith(" while the guest was handing over what was built")
 
 

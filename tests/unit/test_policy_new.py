@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.policy_command import as_json, policy
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import render_policy
-from x07_sandbox.policy.from_flags import Wanted, completion, make_policy
+from x07_sandbox.policy.from_flags import NewPolicy, completion, make_policy
 from x07_sandbox.policy.limits import NAMES
 from x07_sandbox.policy.templates import TEMPLATES
 
@@ -152,5 +152,5 @@ def test_no_words_are_the_template_itself() -> None:
 
 def test_the_made_policy_names_its_template() -> None:
     """Notes and id say where it comes from."""
-    found = make_policy(Wanted(template="worker"))
+    found = make_policy(NewPolicy(template="worker"))
     assert (found.policy_id, "template worker" in found.notes_in_force) == ("custom.worker", True)

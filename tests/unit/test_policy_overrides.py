@@ -331,13 +331,13 @@ def test_what_is_no_address_is_no_address(host: str) -> None:
 
 def test_names_that_stay_out_are_let_in_by_flags_of_built_in_policies_only() -> None:
     """Hidden names and links are allowed in the built-in policy; another has to allow them itself."""
-    derived = derive(let_in=("hidden", "symlinks")).policy
+    derived = derive(include=("hidden", "symlinks")).policy
     assert (derived.fs.deny_hidden, derived.fs.allow_symlinks) == (False, True)
-    assert derived.policy_id != derive(let_in=("hidden",)).policy.policy_id
-    only = derive(let_in=("symlinks",)).policy
+    assert derived.policy_id != derive(include=("hidden",)).policy.policy_id
+    only = derive(include=("symlinks",)).policy
     assert (only.fs.deny_hidden, only.fs.allow_symlinks) == (True, True)
     for word, field in (("hidden", "fs.deny_hidden"), ("symlinks", "fs.allow_symlinks")):
-        flags = Overrides(let_in=(word,))
+        flags = Overrides(include=(word,))
         check_grants(default_policy(), flags, built_in=True)
         check_grants(derived, flags, built_in=False)
         with pytest.raises(UsageError, match=f"cannot use --allow-{word}.*Set {field} to"):

@@ -10,7 +10,7 @@ from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.user_settings import scale_when_emulated
 from x07_sandbox.plan.controls import run_limits
-from x07_sandbox.plan.outcomes import Evidence, Outcome, Stage, as_build, classify
+from x07_sandbox.plan.outcomes import Evidence, Outcome, Stage, build_verdict, classify
 from x07_sandbox.plan.sizes import build_limits, build_limits_shown
 from x07_sandbox.policy import default_policy
 from x07_sandbox.runs.scaling import scaled_limits
@@ -88,7 +88,7 @@ def test_a_build_has_the_time_that_was_asked_for() -> None:
 def test_a_build_that_took_too_long_names_its_flag(wall_ms: int, more: str) -> None:
     """A build that ended at its time limit says which flag gives it more, as long as there is more."""
     late = classify(Evidence(stage=Stage.RUN, deadline_passed=True), limits=build_limits_shown(wall_ms))
-    found = as_build(late, wall_ms)
+    found = build_verdict(late, wall_ms)
     assert (found.outcome, more in found.reason) == (Outcome.BUILD_FAILED, True)
-    most = as_build(late, settings.BUILD_S_MAX * 1000)
+    most = build_verdict(late, settings.BUILD_S_MAX * 1000)
     assert "--build-timeout" not in most.reason

@@ -7,13 +7,13 @@ import sys
 
 LIMITED = """
 import errno, os, resource, threading
-from x07_sandbox.host.threads import started
+from x07_sandbox.host.threads import start_thread
 from x07_sandbox.host.os_errors import host_error
 if os.geteuid() == 0:
     os.setresuid(65431, 65431, 65431)  # root is not counted
 resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
 try:
-    started(threading.Thread(target=print))
+    start_thread(threading.Thread(target=print))
 except OSError as exc:
     print(errno.errorcode[exc.errno], host_error(exc))
 """

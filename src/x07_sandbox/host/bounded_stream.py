@@ -9,7 +9,7 @@ _CHUNK: Final = 64 * 1024
 _PRINTABLE: Final = {"\n", "\t"}
 
 
-class SideStream:
+class BoundedStream:
     """A non-blocking descriptor of which only the last *keep_bytes* are remembered. The descriptor is lent."""
 
     def __init__(self, fd: int, *, keep_bytes: int) -> None:

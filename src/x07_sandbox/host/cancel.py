@@ -11,7 +11,7 @@ import msgspec
 
 from x07_sandbox.errors import Cancelled
 from x07_sandbox.host.locks import LOOK_AGAIN_S
-from x07_sandbox.host.poll import readable
+from x07_sandbox.host.poll import wait_readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +45,7 @@ class Cancel:
 
     def pause(self) -> None:
         """Wait a moment for something that no event tells of. Raises Cancelled once there was a request."""
-        readable(self.fd, LOOK_AGAIN_S)
+        wait_readable(self.fd, LOOK_AGAIN_S)
         self.check()
 
     def interrupt(self, signal: int) -> None:

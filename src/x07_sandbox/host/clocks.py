@@ -45,7 +45,7 @@ class Deadline(msgspec.Struct, frozen=True):
         """Seconds since then, 0.0 when it is still to come."""
         return max(0.0, self.clock() - self.at)
 
-    def missed(self) -> bool:
+    def missed_while_stopped(self) -> bool:
         """Whether it passed while this process stood still: stopped by Ctrl-Z, say, and not the one it waited for."""
         return self.late_s() > _STOOD_STILL_S
 

@@ -15,7 +15,7 @@ _ours: set[int] = set()
 _starting = threading.RLock()  # one that only its owner can release, whatever a signal tears apart
 
 
-def keep(fd: int) -> int:
+def add(fd: int) -> int:
     """From now on a forked child has /dev/null in place of *fd*, which is given back."""
     _ours.add(fd)
     return fd
@@ -34,12 +34,12 @@ def close(fd: int) -> None:
     os.close(fd)
 
 
-def forget(fd: int) -> None:
+def discard(fd: int) -> None:
     """Its owner closes it."""
     _ours.discard(fd)
 
 
-class Given:
+class FdGroup:
     """Descriptors that are closed together, exactly once; a forked child has none of them."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Given:
 
     def add(self, owned_fd: int) -> int:
         """One more, which is given back."""
-        self._fds.append(keep(owned_fd))
+        self._fds.append(add(owned_fd))
         return owned_fd
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class Given:
             close(self._fds.pop())
 
 
-def none_meanwhile() -> contextlib.AbstractContextManager[object]:
+def no_fork() -> contextlib.AbstractContextManager[object]:
     """Around subprocess.Popen, which waits for the end of a pipe that a child forked meanwhile would hold open."""
     return _starting
 

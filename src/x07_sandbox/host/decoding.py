@@ -12,7 +12,7 @@ _lock: Final = threading.Lock()
 _known: Final[set[object]] = set()
 
 
-def known(model: type[_Model]) -> type[_Model]:
+def prepared(model: type[_Model]) -> type[_Model]:
     """*model*, once msgspec knows all of it; given to every decoding.
 
     msgspec 0.22 learns a type when it is first used; a second thread that uses the half-known type dies of SIGSEGV.

@@ -12,7 +12,7 @@ from typing import Final
 
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.paths import open_own
+from x07_sandbox.host.paths import open_private_file
 
 LOOK_AGAIN_S: Final = 0.02
 _LOOKS: Final = 10
@@ -36,7 +36,7 @@ def file_lock(
     on_wait: called once before waiting. most_s: how long to wait; then TimeoutError is raised, since the other process
     may be stopped. pause: waits a moment, again and again; what it raises ends the wait.
     """
-    fd = close_on_fork.keep(open_own(path, os.O_RDWR))
+    fd = close_on_fork.add(open_private_file(path, os.O_RDWR))
     try:
         _take(fd, on_wait, most_s, pause)
         yield
@@ -45,9 +45,9 @@ def file_lock(
 
 
 @contextlib.contextmanager
-def opened_lock(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+def lock_fd_held(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """The same on what is open already, for reading at least. It is closed at the end."""
-    close_on_fork.keep(owned_fd)
+    close_on_fork.add(owned_fd)
     try:
         _take(owned_fd, on_wait)
         yield
@@ -55,7 +55,7 @@ def opened_lock(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> 
         close_on_fork.unlock(owned_fd)
 
 
-def share_folder(path: Path) -> int:
+def lock_shared(path: Path) -> int:
     """A descriptor of a folder under a shared flock(2), so that nobody removes it.
 
     Raises OSError, BlockingIOError where somebody is removing it.
@@ -77,7 +77,7 @@ def share_folder(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def folder_to_remove(path: Path) -> Iterator[bool]:
+def lock_for_removal(path: Path) -> Iterator[bool]:
     """Whether nobody shares the folder; nobody does before the end of the context then. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -94,7 +94,7 @@ def folder_to_remove(path: Path) -> Iterator[bool]:
 def is_locked(path: Path) -> bool:
     """Whether a process holds a lock on a folder; of one that is not there, or is a link, none does."""
     try:
-        with folder_to_remove(path) as free:
+        with lock_for_removal(path) as free:
             return not free
     except OSError:
         return False

@@ -37,7 +37,7 @@ def host_error(exc: OSError | MemoryError) -> HostError | None:
     fix = _FIXES.get(exc.errno or 0)
     if fix is None:
         try:
-            need_own_proc()
+            require_own_proc()
         except HostError as error:  # what cannot be found is most likely there
             return error
         return None
@@ -50,12 +50,12 @@ def out_of_cpu_time(status: int | None) -> str:
     return "used all the CPU time that this shell allows a process (ulimit -H -t)" if status in _OUT_OF_TIME else ""
 
 
-def fix_of(exc: OSError, otherwise: str) -> str:
+def fix_for(exc: OSError, otherwise: str) -> str:
     """What to do about *exc*: room, or a disk to write to, where that is what lacks, else *otherwise*."""
     return _FIXES[exc.errno] if exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS} else otherwise
 
 
-def need_own_proc() -> None:
+def require_own_proc() -> None:
     """Raise HostError where /proc is missing or tells of another pid namespace: no process could be found in it."""
     try:
         number = Path("/proc/self").readlink().name

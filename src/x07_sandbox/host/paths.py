@@ -33,13 +33,13 @@ def state_dir() -> Path:
 
 
 def _absolute(value: str, name: str) -> Path:
-    path = Path(one_slash(value))
+    path = Path(collapse_leading_slashes(value))
     if not path.is_absolute():
         raise HostError(f"cannot use {name}", f"{value!r} is not an absolute path", f"Set {name} to an absolute path")
     return path
 
 
-def one_slash(path: str) -> str:
+def collapse_leading_slashes(path: str) -> str:
     """*path* with one slash at its beginning where it has two: another place to POSIX, not to Linux."""
     return f"/{path.lstrip('/')}" if path.startswith("//") else path
 
@@ -144,7 +144,7 @@ def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
     return data
 
 
-def open_own(path: Path, flags: int) -> int:
+def open_private_file(path: Path, flags: int) -> int:
     """A descriptor of a file of ours, which is made with mode 0600 where it is missing. Raises OSError."""
     fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _OWN)
     try:
@@ -163,7 +163,7 @@ def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
-        fd = open_own(temporary, os.O_WRONLY | os.O_EXCL)
+        fd = open_private_file(temporary, os.O_WRONLY | os.O_EXCL)
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             if sync:
@@ -182,9 +182,9 @@ def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as exc:
-        from x07_sandbox.host.os_errors import fix_of
+        from x07_sandbox.host.os_errors import fix_for
 
-        fix = fix_of(exc, "Choose a folder that you can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR")
+        fix = fix_for(exc, "Choose a folder that you can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR")
         raise HostError(f"cannot make folder {here}", exc.strerror or str(exc), fix) from exc
     return True
 
@@ -227,7 +227,7 @@ def _how_to_be_private(info: os.stat_result, here: Path) -> str:
     return f"Leave it as it is and choose {where}, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR"
 
 
-def foreign(info: os.stat_result, kind: Callable[[int], bool]) -> str:
+def why_not_ours(info: os.stat_result, kind: Callable[[int], bool]) -> str:
     """Why something is not ours to remove; empty if it is. kind: S_ISDIR or S_ISREG, so that no link is taken."""
     if not kind(info.st_mode):
         return "it is a link, or another kind of file"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 
 
-def readable(fd: int, timeout_s: float | None = None) -> bool:
+def wait_readable(fd: int, timeout_s: float | None = None) -> bool:
     """Whether something comes, or the end, within that time, in whole milliseconds; None waits for ever."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.poll import readable
+from x07_sandbox.host.poll import wait_readable
 
 
 @cache
@@ -21,9 +21,9 @@ def boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError as exc:
-        from x07_sandbox.host.os_errors import need_own_proc
+        from x07_sandbox.host.os_errors import require_own_proc
 
-        need_own_proc()
+        require_own_proc()
         why = f"{exc.filename}: {exc.strerror}"
         fix = "Mount a whole /proc, without subset=pid (in a unit of systemd: ProcSubset=all)"
         raise HostError("cannot tell which boot of this host it is", why, fix) from exc
@@ -77,7 +77,7 @@ def _stat_fields(pid: int) -> list[str] | None:
     return text.rpartition(")")[2].split()
 
 
-def carries_mark(pid: int, mark: str) -> bool:
+def has_mark(pid: int, mark: str) -> bool:
     """Whether a process has *mark*, which only our launcher sets, among its arguments. No mark is no proof."""
     try:
         return bool(mark) and mark.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -85,13 +85,13 @@ def carries_mark(pid: int, mark: str) -> bool:
         return False
 
 
-def marked(mark: str) -> list[Identity]:
+def processes_with_mark(mark: str) -> list[Identity]:
     """Every process that carries *mark* among its arguments, as far as /proc shows them; never this one."""
     found = []
     for entry in os.scandir("/proc"):
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(PermissionError):  # somebody else's, where /proc hides them
-                if carries_mark(int(entry.name), mark) and (identity := identify(int(entry.name))) is not None:
+                if has_mark(int(entry.name), mark) and (identity := identify(int(entry.name))) is not None:
                     found.append(identity)
     return found
 
@@ -109,7 +109,7 @@ def kill_identity(identity: Identity, mark: str, number: int = signal.SIGKILL) -
         return False
     try:
         # Checked after the pidfd is held: from here on the number cannot come to mean another process.
-        if not is_alive(identity) or not carries_mark(identity.pid, mark):
+        if not is_alive(identity) or not has_mark(identity.pid, mark):
             return False
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, number)
@@ -138,6 +138,6 @@ def wait_gone(identity: Identity, timeout_s: float) -> bool:
     try:
         if not is_alive(identity):
             return True
-        return readable(pidfd, timeout_s)
+        return wait_readable(pidfd, timeout_s)
     finally:
         os.close(pidfd)

@@ -7,7 +7,7 @@ import os
 import threading
 
 
-def started(thread: threading.Thread) -> threading.Thread:
+def start_thread(thread: threading.Thread) -> threading.Thread:
     """It, started. Raises OSError, EAGAIN, where there may be no more; Python's own error would look like a bug."""
     try:
         thread.start()

@@ -27,7 +27,7 @@ from x07_sandbox.network.dialler import Dialler, Names, bind_tells_own
 from x07_sandbox.network.gate import Gate
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.rules import Allowlist, make_allowlist
-from x07_sandbox.network.settings import from_words
+from x07_sandbox.network.settings import settings_from_json
 from x07_sandbox.policy.decode import decode_policy
 
 READY: Final = "ready"
@@ -40,7 +40,7 @@ def allowlist_of(config: dict[str, Any]) -> Allowlist:
     """Return what decides, from the configuration that the runner has written. Raises SandboxError."""
     policy = decode_policy(config["policy"].encode(), source="the policy")
     denied = {host: None if ports is None else frozenset(ports) for host, ports in config["denied"].items()}
-    return make_allowlist(policy, denied, from_words(config["settings"]))
+    return make_allowlist(policy, denied, settings_from_json(config["settings"]))
 
 
 class Ends(NamedTuple):

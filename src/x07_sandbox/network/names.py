@@ -90,7 +90,7 @@ def matches(pattern: Pattern, host: Host) -> bool:
     return pattern == host
 
 
-def spelled(pattern: Pattern | Host) -> str:
+def pattern_text(pattern: Pattern | Host) -> str:
     """Return the text of a host or a pattern."""
     if isinstance(pattern, Wildcard):
         return f"*.{pattern.suffix}"

@@ -18,11 +18,11 @@ import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import close_on_fork
-from x07_sandbox.host.poll import readable
+from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.network.rules import DeniedHosts, NetSettings
-from x07_sandbox.network.settings import as_words
+from x07_sandbox.network.settings import settings_to_json
 from x07_sandbox.network.summary import NetworkUse
 
 if TYPE_CHECKING:
@@ -51,7 +51,11 @@ class GateConfig(msgspec.Struct, frozen=True, kw_only=True):
     def encoded(self) -> bytes:
         """As the gate reads it."""
         denied = {host: None if ports is None else sorted(ports) for host, ports in self.denied.items()}
-        words: dict[str, Any] = {"policy": self.policy.decode(), "denied": denied, "settings": as_words(self.settings)}
+        words: dict[str, Any] = {
+            "policy": self.policy.decode(),
+            "denied": denied,
+            "settings": settings_to_json(self.settings),
+        }
         return json.dumps(words).encode()
 
 
@@ -69,7 +73,7 @@ class GateProcess:
     def _wait_ready(self) -> None:
         """Wait until it is confined and listens. Raises HostError."""
         answer = b""
-        if readable(self._control.fileno(), READY_S):
+        if wait_readable(self._control.fileno(), READY_S):
             with contextlib.suppress(OSError):
                 answer = self._control.recv(_SAID_MAX)
         try:
@@ -78,7 +82,7 @@ class GateProcess:
             why = self.said() or "it did not answer"
             raise HostError("cannot start the egress gate", why, "Run x07 doctor") from exc
 
-    def give(self, stream_fd: int | None) -> None:
+    def send_stream(self, stream_fd: int | None) -> None:
         """Give it the stream from the guest's relay, once it is ready; in our hands nothing of it is left.
 
         Raises HostError.
@@ -132,10 +136,10 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
     with contextlib.ExitStack() as stack:
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (-1, None)
         locks = () if lock_fd is None else (lock_fd,)
-        given = close_on_fork.Given()
+        given = close_on_fork.FdGroup()
         stack.callback(given.close)
         ours, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        close_on_fork.keep(ours.fileno())
+        close_on_fork.add(ours.fileno())
         stack.callback(lambda: close_on_fork.close(ours.detach()))
         control_fd = given.add(control.detach())
         names = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -26,7 +26,7 @@ from x07_sandbox.network.names import (
     matches,
     parse_host,
     parse_pattern,
-    spelled,
+    pattern_text,
     unmapped,
 )
 from x07_sandbox.plan.denials import HowToAllow
@@ -160,7 +160,7 @@ def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -
     return decision
 
 
-def never_reached(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
+def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
     """Yield each entry of the list of which something can never be reached, and why, as a clause."""
     for entry in allowlist.entries:
         if isinstance(entry.what, Addresses):
@@ -199,7 +199,7 @@ def _opened(allowlist: Allowlist, request: Request) -> bool:
 def _denial(allowlist: Allowlist, request: Request) -> Decision | None:
     for denied in allowlist.denied:
         if matches(denied.what, request.host) and (denied.ports is None or request.port in denied.ports):
-            what = spelled(denied.what)
+            what = pattern_text(denied.what)
             return _refused(request, f"deny-host:{what}", f"--deny-host denies {what}, whatever allows it")
     return None
 
@@ -231,7 +231,7 @@ def _listed(allowlist: Allowlist, request: Request) -> Decision:
     ]
     for entry in found:
         if request.port in entry.ports:
-            reason = f"{spelled(entry.what)} is listed with port {request.port}"
+            reason = f"{pattern_text(entry.what)} is listed with port {request.port}"
             return Decision(request=request, allowed=True, rule=entry.rule, reason=reason)
     how = _to_list(allowlist.policy, request)
     if not found:

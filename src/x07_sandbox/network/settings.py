@@ -66,14 +66,14 @@ def _local(text: str, net: dict[str, Any], what: str) -> tuple[Any, int]:
     return request.host, request.port
 
 
-def as_words(settings: NetSettings) -> dict[str, list[Any]]:
+def settings_to_json(settings: NetSettings) -> dict[str, list[Any]]:
     """Return the settings as JSON can hold them."""
     local = [str(Request(host=host, port=port)) for host, port in settings.allow_local]
     return {"allow_local": sorted(local), "opaque_ports": sorted(settings.opaque_ports)}
 
 
-def from_words(words: dict[str, list[Any]]) -> NetSettings:
-    """Return the settings that `as_words` was given. Raises UsageError."""
+def settings_from_json(words: dict[str, list[Any]]) -> NetSettings:
+    """Return the settings that `settings_to_json` was given. Raises UsageError."""
     local = [parse_request(text) for text in words["allow_local"]]
     return NetSettings(
         allow_local=frozenset((request.host, request.port) for request in local if not isinstance(request.host, str)),

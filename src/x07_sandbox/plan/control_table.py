@@ -114,7 +114,7 @@ def _always(by: str, why: str) -> Row:
 
 def _limit(by: str, why: str) -> Row:
     def row(asked: Asked, field: str) -> Answer:
-        if field in asked.features.can_hold:
+        if field in asked.features.can_enforce:
             return Answer("enforced", asked.own(by), why)
         return _not_held(asked, "this backend cannot hold this limit")
 
@@ -123,7 +123,11 @@ def _limit(by: str, why: str) -> Row:
 
 def _not_held(asked: Asked, why: str) -> Answer:
     """What every policy asks for, and this backend cannot hold: refused, unless weaker isolation was accepted."""
-    return Answer("advisory", "nobody", why) if asked.features.accepted else Answer("refused", _NOBODY, why)
+    return (
+        Answer("advisory", "nobody", why)
+        if asked.features.weaker_isolation_accepted
+        else Answer("refused", _NOBODY, why)
+    )
 
 
 def _advice(asked: Asked, field: str) -> Answer:
@@ -142,15 +146,15 @@ def _roots(asked: Asked, field: str) -> Answer:
     given = [str(root) for root in asked.entries(field)]
     if not given or not asked.files:
         return _no_files(asked, field)
-    if "host-files" not in asked.features.can_hold:
+    if "host-files" not in asked.features.can_enforce:
         return Answer("refused", _NOBODY, "this backend cannot give a program files of the host")
-    from x07_sandbox.plan.guest_paths import PROGRAM, place  # not on the way of a run without files
+    from x07_sandbox.plan.guest_paths import PROGRAM, guest_path  # not on the way of a run without files
 
     hidden = asked.values["fs.deny_hidden"] is True
     for root in given:
-        where, why = place(root, PROGRAM, deny_hidden=hidden)
+        where, why = guest_path(root, PROGRAM, deny_hidden=hidden)
         if where is None:
-            bare = place(root, PROGRAM, deny_hidden=False)[0]
+            bare = guest_path(root, PROGRAM, deny_hidden=False)[0]
             instead = None if bare is None else ("fs.deny_hidden", False)
             return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no place in the machine ({why})", instead)
     if field == "fs.read_roots":
@@ -168,7 +172,7 @@ def _copied(asked: Asked, field: str) -> Answer:
 
 
 def _no_files(asked: Asked, _field: str) -> Answer:
-    if "no-host-files" not in asked.features.can_hold:
+    if "no-host-files" not in asked.features.can_enforce:
         return _not_held(asked, "this backend does not keep the host's files away")
     if asked.values["fs.enabled"] is True:
         why = f"{asked.features.words.no_files}, unless --out gives a folder: that is a write root like any other"
@@ -179,18 +183,18 @@ def _no_files(asked: Asked, _field: str) -> Answer:
 def _network(asked: Asked, field: str) -> Answer:
     if not asked.connections:
         return _no_network(asked, field)
-    if "network" not in asked.features.can_hold:
+    if "network" not in asked.features.can_enforce:
         if field == "net.allow_hosts":
             return Answer("refused", _NOBODY, "this backend cannot hold a program to a list of hosts")
         return Answer("enforced", _PLAN, "nothing runs: net.allow_hosts is refused")
     why = _OF_NETWORK[field][asked.values[field] is True]
-    if field == "net.allow_hosts" and "held-connections" not in asked.features.can_hold:
+    if field == "net.allow_hosts" and "held-connections" not in asked.features.can_enforce:
         why += "; connect() succeeds at first where it is refused, and the connection is reset"
     return Answer("enforced", _GATE, why)
 
 
 def _no_network(asked: Asked, _field: str) -> Answer:
-    if "no-network" not in asked.features.can_hold:
+    if "no-network" not in asked.features.can_enforce:
         return _not_held(asked, "this backend does not keep the network away")
     return Answer("enforced", asked.boundary, asked.features.words.no_network)
 
@@ -199,7 +203,7 @@ def _database(asked: Asked, field: str) -> Answer:
     if asked.servers and not asked.connections:
         why = "database servers are reached only where net.enabled is true and net.allow_hosts is not empty"
         return Answer("refused", _NOBODY, why)
-    if asked.servers and "network" in asked.features.can_hold:
+    if asked.servers and "network" in asked.features.can_enforce:
         return _advice(asked, field)
     if _no_network(asked, field).state == "enforced":
         told = _advice(asked, field)
@@ -209,7 +213,7 @@ def _database(asked: Asked, field: str) -> Answer:
 
 
 def _database_net(asked: Asked, field: str) -> Answer:
-    if not asked.servers or "network" not in asked.features.can_hold:
+    if not asked.servers or "network" not in asked.features.can_enforce:
         return _no_network(asked, field)
     if not asked.connections:
         return Answer("enforced", _PLAN, "nothing runs: db.enabled is refused")
@@ -219,7 +223,7 @@ def _database_net(asked: Asked, field: str) -> Answer:
 
 
 def _no_variables(asked: Asked, field: str) -> Answer:
-    if "no-host-variables" not in asked.features.can_hold:
+    if "no-host-variables" not in asked.features.can_enforce:
         return _not_held(asked, "this backend does not keep the host's variables away")
     if field == "env.allow_keys" and asked.entries(field) and asked.values["env.enabled"] is True:
         own = sorted(str(key) for key in asked.entries(field) if str(key).startswith("X07_"))
@@ -248,18 +252,18 @@ _UNCONFINED: Final = Answer("refused", _NOBODY, "this backend does not confine a
 def _threads(asked: Asked, _field: str) -> Answer:
     if asked.values["threads.enabled"] is True:
         return _within_tasks(asked, "allowed, within limits.procs")
-    if "confinement" not in asked.features.can_hold:
+    if "confinement" not in asked.features.can_enforce:
         return _UNCONFINED
     return Answer("enforced", asked.own(_SECCOMP), "a second thread of a process is refused with EPERM")
 
 
 def _within_tasks(asked: Asked, why: str) -> Answer:
-    held = "limits.procs" in asked.features.can_hold
+    held = "limits.procs" in asked.features.can_enforce
     return Answer("enforced", asked.own(_CGROUP), why) if held else Answer("enforced", _PLAN, "allowed")
 
 
 def _deadline(asked: Asked, _field: str) -> Answer:
-    if asked.features.apart:
+    if asked.features.separates_program:
         return Answer("enforced", "the host's own clock", "the machine is ended at the deadline")
     return _not_held(asked, "the program is ended at the deadline, unless it ends first what watches it")
 
@@ -267,7 +271,7 @@ def _deadline(asked: Asked, _field: str) -> Answer:
 def _spawn(asked: Asked, _field: str) -> Answer:
     if asked.policy.process.may_spawn:
         return _within_tasks(asked, "allowed, within limits.procs and process.max_live")
-    if "confinement" not in asked.features.can_hold:
+    if "confinement" not in asked.features.can_enforce:
         return _UNCONFINED
     return Answer("enforced", asked.own(_SECCOMP), "a child process is refused with EPERM, however it is asked for")
 
@@ -277,7 +281,7 @@ def _allow_exec(asked: Asked, field: str) -> Answer:
         return Answer("enforced", asked.boundary, "allowed, inside a machine that is thrown away")
     if field == "process.enabled" and asked.values[field] is True:
         return Answer("enforced", asked.boundary, "the fields of this section say what is allowed")
-    if "confinement" not in asked.features.can_hold:
+    if "confinement" not in asked.features.can_enforce:
         return _UNCONFINED
     why = "after the program's own start every execution is EPERM, and nothing that is not of the image can be loaded"
     return Answer("enforced", asked.own(f"{_SECCOMP}, noexec"), why)
@@ -286,7 +290,7 @@ def _allow_exec(asked: Asked, field: str) -> Answer:
 def _execs(asked: Asked, _field: str) -> Answer:
     if asked.policy.process.may_execute and names_everything(asked.entries("process.allow_exec_prefixes")):
         return Answer("enforced", asked.boundary, 'the prefix "/" allows every program in the machine')
-    if "confinement" not in asked.features.can_hold:
+    if "confinement" not in asked.features.can_enforce:
         return _UNCONFINED
     if not asked.policy.process.may_execute:
         return Answer("enforced", asked.own(_SECCOMP), "nothing may be executed, so no entry counts")
@@ -302,22 +306,22 @@ def _execs(asked: Asked, _field: str) -> Answer:
 
 def _written_and_executed(asked: Asked) -> list[str]:
     """Entries of the lists that lead where the program can write; a file of a writable folder is kept as it is."""
-    from x07_sandbox.plan.guest_paths import PROGRAM, WRITABLE, place  # not on the way of a run without a list
+    from x07_sandbox.plan.guest_paths import PROGRAM, WRITABLE, guest_path  # not on the way of a run without a list
 
     given = asked.entries("fs.write_roots") if asked.files else ()
-    roots = [path for root in given if (path := place(str(root), PROGRAM, deny_hidden=False)[0])]
+    roots = [path for root in given if (path := guest_path(str(root), PROGRAM, deny_hidden=False)[0])]
     return _leading_into(asked, roots, (*WRITABLE, *roots))
 
 
 def _perhaps_written_and_executed(asked: Asked, but: Sequence[str]) -> list[str]:
     """Entries that lead where it can write if two roots are one folder: not told by names, where one is relative."""
-    from x07_sandbox.plan.guest_paths import PROGRAM, place
+    from x07_sandbox.plan.guest_paths import PROGRAM, guest_path
 
     if not asked.files:
         return []
     written = {str(root).startswith("/") for root in asked.entries("fs.write_roots")}
     given = [root for root in map(str, asked.entries("fs.read_roots")) if (not root.startswith("/")) in written]
-    roots = [path for root in given if (path := place(root, PROGRAM, deny_hidden=False)[0])]
+    roots = [path for root in given if (path := guest_path(root, PROGRAM, deny_hidden=False)[0])]
     return [entry for entry in _leading_into(asked, roots, roots) if entry not in but]
 
 
@@ -331,9 +335,9 @@ def _leading_into(asked: Asked, roots: Sequence[str], folders: Sequence[str]) ->
 
 
 def _max_live(asked: Asked, field: str) -> Answer:
-    if "limits.procs" in asked.features.can_hold and asked.number("limits.procs") <= asked.number(field):
+    if "limits.procs" in asked.features.can_enforce and asked.number("limits.procs") <= asked.number(field):
         return Answer("enforced", asked.own(_CGROUP), "limits.procs is not larger, and holds for children too")
-    if "confinement" not in asked.features.can_hold:
+    if "confinement" not in asked.features.can_enforce:
         return _not_held(asked, "this backend does not confine a program")
     if not asked.policy.process.may_spawn:
         return Answer("enforced", asked.own(_SECCOMP), "no child may be started at all")

@@ -53,7 +53,7 @@ class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     to_write: HowToAllow | None = None
 
 
-class Area(msgspec.Struct, frozen=True, kw_only=True):
+class GuestMount(msgspec.Struct, frozen=True, kw_only=True):
     """A mount of the host's in the guest. given: as the policy or the flag names it. at: where the program sees it.
 
     joins: what would let it go in with the root around it, which left it out.

@@ -59,14 +59,14 @@ WORDS: Final[dict[Isolation, Words]] = {
 class Features(msgspec.Struct, frozen=True, kw_only=True):
     """A backend on this host.
 
-    own_kernel: the program's system calls meet a kernel that is not the host's. can_hold: limits by field name,
+    own_kernel: the program's system calls meet a kernel that is not the host's. can_enforce: limits by field name,
     "host-files" (copies in, changes back), "confinement" (of tasks and executing), the walls "no-...", "network" (to
     carry connections to the egress gate) and "held-connections" (a refusal is connect()'s own error in the program).
     """
 
     isolation: Isolation
     own_kernel: bool
-    can_hold: frozenset[str]
+    can_enforce: frozenset[str]
 
     @property
     def words(self) -> Words:
@@ -79,21 +79,21 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
         return self.isolation == "vm-emulated"
 
     @property
-    def apart(self) -> bool:
+    def separates_program(self) -> bool:
         """Whether the program is kept from the processes that hold it."""
         return self.isolation != "none"
 
     @property
-    def accepted(self) -> bool:
+    def weaker_isolation_accepted(self) -> bool:
         """Whether the user has accepted that it holds less than every policy asks for: that is advisory then."""
         return self.isolation in {"process", "none"}
 
 
 def container_features() -> Features:
     """Those of a container with our agent in it."""
-    return Features(isolation="container", own_kernel=False, can_hold=VM_HOLDS - {"held-connections"})
+    return Features(isolation="container", own_kernel=False, can_enforce=VM_HOLDS - {"held-connections"})
 
 
 def vm_features(isolation: Isolation) -> Features:
     """Those of a virtual machine with our agent in it."""
-    return Features(isolation=isolation, own_kernel=True, can_hold=VM_HOLDS)
+    return Features(isolation=isolation, own_kernel=True, can_enforce=VM_HOLDS)

@@ -21,7 +21,7 @@ _SYSTEM: Final = (
 _OVER: Final = ("/tmp", "/opt")  # noqa: S108 - the guest's own; something in them may be of the host, not all of them
 
 
-def place(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str]:
+def guest_path(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str]:
     """Where a root of that name lies in the guest, a normal path, or None and why there is no place for it.
 
     start: PROGRAM, WORK, or the folder where a project starts. Pure.
@@ -32,7 +32,7 @@ def place(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str
         return None, "it is hidden, and fs.deny_hidden is true"
     if given.startswith("/"):
         path = "/" + os.path.normpath(given).lstrip("/")
-        own = next((own for own in _SYSTEM if path == own or inside(path, own) or inside(own, path)), None)
+        own = next((own for own in _SYSTEM if path == own or is_below(path, own) or is_below(own, path)), None)
         if own is None and path in _OVER:
             own = path
         return (path, "") if own is None else (None, f"it would lie over {own}, which is the machine's own")
@@ -42,6 +42,6 @@ def place(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str
     return os.path.normpath(f"{start}/{relative}"), ""
 
 
-def inside(path: str, folder: str) -> bool:
+def is_below(path: str, folder: str) -> bool:
     """Whether a normal path lies below another."""
     return path.startswith(folder.rstrip("/") + "/")

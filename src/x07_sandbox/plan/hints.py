@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.plan.connections import connection_hints
 from x07_sandbox.plan.denials import Hint, HowToAllow
-from x07_sandbox.plan.guest_paths import PROGRAM, inside, place
+from x07_sandbox.plan.guest_paths import PROGRAM, guest_path, is_below
 from x07_sandbox.plan.observed import allowing, root_to_allow, to_load
 from x07_sandbox.plan.packages import flag_for_module, flag_for_program, is_known_program
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    from x07_sandbox.plan.denials import Area
+    from x07_sandbox.plan.denials import GuestMount
     from x07_sandbox.policy.model import Policy
 
 _MOST: Final = 3
@@ -73,7 +73,7 @@ _VARIABLES: Final = tuple(
 )
 
 
-class Beside(NamedTuple):
+class LocalModules(NamedTuple):
     """What lies beside a program of one file on the host, and stays there. flag: how it goes in, as a project."""
 
     modules: Collection[str]
@@ -83,9 +83,9 @@ class Beside(NamedTuple):
 def hints(
     tail: bytes,
     policy: Policy,
-    areas: Sequence[Area],
+    areas: Sequence[GuestMount],
     cwd: str,
-    beside: Beside | None = None,
+    beside: LocalModules | None = None,
     ours: Collection[str] = (),
 ) -> list[Hint]:
     """At most three things that it seems to have missed. tail: of its errors. ours: names of the host's variables."""
@@ -137,7 +137,7 @@ def _variable(name: str, policy: Policy, ours: Collection[str]) -> Hint | None:
     return Hint(subject=f"the variable {name}", kind="variable", how=how)
 
 
-def _libraries(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[Hint]:
+def _libraries(text: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Iterator[Hint]:
     for name in dict.fromkeys(_UNLOADED.findall(text)):
         if "/" in name and name.isprintable():
             path = posixpath.normpath(posixpath.join(cwd, name))
@@ -145,19 +145,22 @@ def _libraries(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> It
                 yield Hint(subject=f"the library {path}", kind="library", how=how)
 
 
-def _paths(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[str]:
+def _paths(text: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Iterator[str]:
     for pattern in _MISSING:
         for path in (found["path"] for found in pattern.finditer(text)):
-            at, _ = place(path, cwd, deny_hidden=False)
-            known = at is None or any(at == area.at or inside(at, area.at) for area in areas)
+            at, _ = guest_path(path, cwd, deny_hidden=False)
+            known = at is None or any(at == area.at or is_below(at, area.at) for area in areas)
             known = known and not (at and _hidden(path, policy))  # what a root keeps back may be missed all the same
-            if not known and path.isprintable() and not inside(path, PROGRAM):
+            if not known and path.isprintable() and not is_below(path, PROGRAM):
                 yield path if "/" in path else f"./{path}"
 
 
 def _hidden(path: str, policy: Policy) -> bool:
     """Whether it would have its place but for fs.deny_hidden."""
-    return place(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0] != place(path, PROGRAM, deny_hidden=False)[0]
+    return (
+        guest_path(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
+        != guest_path(path, PROGRAM, deny_hidden=False)[0]
+    )
 
 
 def _hint(path: str, policy: Policy) -> Hint | None:
@@ -168,13 +171,13 @@ def _hint(path: str, policy: Policy) -> Hint | None:
         return None if how is None else Hint(subject=path, how=how)
     folder = path.rpartition("/")[0]
     how = root_to_allow(policy, "read_roots", path)
-    there = folder and place(folder, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
+    there = folder and guest_path(folder, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
     # What it was to be opened for is not said; a file that is to be made needs its folder.
     to_write = root_to_allow(policy, "write_roots", folder) if there else None
     return None if how is None else Hint(subject=path, how=how, to_write=to_write)
 
 
-def _module(name: str, beside: Beside | None) -> Hint:
+def _module(name: str, beside: LocalModules | None) -> Hint:
     how = _by_image(flag_for_module(name))
     if beside is not None and name in beside.modules:
         how = HowToAllow(json_path=None, value=None, flag=beside.flag)

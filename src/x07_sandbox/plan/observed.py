@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Denial, HowToAllow
-from x07_sandbox.plan.guest_paths import OUT, WRITABLE, inside, place
-from x07_sandbox.policy.limits import Reach, flag_text
+from x07_sandbox.plan.guest_paths import OUT, WRITABLE, guest_path, is_below
+from x07_sandbox.policy.limits import FlagReach, flag_text
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.rules import rule_problems
 from x07_sandbox.policy.schema import largest
@@ -24,7 +24,7 @@ from x07_sandbox.policy.schema import largest
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from x07_sandbox.plan.denials import Area
+    from x07_sandbox.plan.denials import GuestMount
 
 PERMISSIONS: Final = "permissions"  # stands for a field where no field decides
 SYSTEM_CALLS: Final = "system-calls"
@@ -53,12 +53,16 @@ _EXECUTES: Final = frozenset({"execve", "execveat"})
 _RAISES: Final = frozenset({"setrlimit", "prlimit64"})
 _MAKES_FOLDERS: Final = frozenset({"mkdir", "mkdirat"})
 _REPLACES: Final = ("rename", "unlink", "rmdir")  # and the calls whose names begin so
-_NO_FLAGS: Final = Reach()
+_NO_FLAGS: Final = FlagReach()
 _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
 
 
 def denials(
-    refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequence[Area], cwd: str, reach: Reach = _NO_FLAGS
+    refused: Iterable[Mapping[str, Any]],
+    policy: Policy,
+    areas: Sequence[GuestMount],
+    cwd: str,
+    reach: FlagReach = _NO_FLAGS,
 ) -> list[Denial]:
     """What was refused, each once. refused: bodies of DENIED. cwd: where the program started. reach: of flags."""
     found: dict[tuple[str, str, str], Denial] = {}
@@ -91,19 +95,21 @@ def allowing(policy: Policy, field: str, value: object, flag: str | None = None)
         path, value = _FIRST[problem.json_path]
         return HowToAllow(json_path=path, value=value)
     try:
-        msgspec.convert(document, known(Policy))
+        msgspec.convert(document, prepared(Policy))
     except msgspec.ValidationError:
         return None
     return HowToAllow(json_path=f"$.{field}", value=value, flag=flag)
 
 
-def more_tasks(policy: Policy, max_live: int | None, count: int, reach: Reach = _NO_FLAGS) -> Denial:
+def more_tasks(policy: Policy, max_live: int | None, count: int, reach: FlagReach = _NO_FLAGS) -> Denial:
     """New tasks were refused at the limit. max_live: the policy's, where that is the limit."""
     field, held = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
     return _seen(field, "start", "a new task", _CGROUP, count, _more(policy, field, held, reach))
 
 
-def limit_hit(outcome: str, policy: Policy, reach: Reach = _NO_FLAGS, *, cpu_ms: int | None = None) -> Denial | None:
+def limit_hit(
+    outcome: str, policy: Policy, reach: FlagReach = _NO_FLAGS, *, cpu_ms: int | None = None
+) -> Denial | None:
     """What the program did to end so; None where no limit ended it.
 
     reach: how far flags raise the limit. cpu_ms: X07's limit, which holds where it is below the policy's.
@@ -132,7 +138,7 @@ def disk_full() -> Denial:
     return _seen("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
 
 
-def memory_full(policy: Policy, reach: Reach = _NO_FLAGS) -> Denial:
+def memory_full(policy: Policy, reach: FlagReach = _NO_FLAGS) -> Denial:
     """The program's /tmp or /dev/shm was full at the end."""
     what = "a folder in memory (/tmp, /dev/shm) is full; each may hold a quarter of limits.mem_bytes"
     how = _more(policy, "limits.mem_bytes", policy.limits.mem_bytes, reach)
@@ -144,7 +150,7 @@ def _by_flag(flag: str) -> HowToAllow:
     return HowToAllow(json_path=None, value=None, flag=flag)
 
 
-def _more(policy: Policy, field: str, held: int, reach: Reach) -> HowToAllow | None:
+def _more(policy: Policy, field: str, held: int, reach: FlagReach) -> HowToAllow | None:
     """A larger number, by the flag that sets it where one can, else by the policy if that can say one."""
     named = "limits.procs" if field == "process.max_live" else field  # --procs raises both
     most, top = largest(field), reach.tops.get(named, 0)
@@ -184,12 +190,12 @@ def _of_process(policy: Policy, name: str) -> HowToAllow | None:
     return allowing(policy, f"process.{name if policy.process.enabled else 'enabled'}", value=True)
 
 
-def _descriptors(body: Mapping[str, Any], policy: Policy, reach: Reach) -> Denial:
+def _descriptors(body: Mapping[str, Any], policy: Policy, reach: FlagReach) -> Denial:
     how = _more(policy, "limits.fds", policy.limits.fds, reach)
     return _seen("limits.fds", "open", "one more descriptor", _RLIMITS, body["count"], how)
 
 
-def _limit(body: Mapping[str, Any], policy: Policy, reach: Reach) -> Denial:
+def _limit(body: Mapping[str, Any], policy: Policy, reach: FlagReach) -> Denial:
     """It wanted a higher limit of its own (ulimit); what others than these are no policy decides."""
     field, what, how = PERMISSIONS, f"({body['call']})", None
     if body["path"] == "nofile":
@@ -204,14 +210,14 @@ def _limit(body: Mapping[str, Any], policy: Policy, reach: Reach) -> Denial:
     return _seen(field, "raise", what, _RLIMITS, body["count"], how)
 
 
-def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: str) -> Denial:
+def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Denial:
     path, count = body["path"], body["count"]
     lists = confinement(policy, cwd)
     if not path.startswith("/") or lists.programs is None or body["errno"] != errno.EACCES:
         return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
     listed = not _misses(path, policy, cwd)
     root = _root_of(path, areas)
-    folder = root.at if root is not None else next((own for own in WRITABLE if inside(path, own)), None)
+    folder = root.at if root is not None else next((own for own in WRITABLE if is_below(path, own)), None)
     if folder is None or (root is not None and not root.write):
         if listed:
             return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
@@ -225,7 +231,7 @@ def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], c
     return _seen("process.allow_exec_prefixes", "execute", path, by, count, how)
 
 
-def to_load(path: str, policy: Policy, areas: Sequence[Area], cwd: str) -> HowToAllow | None:
+def to_load(path: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> HowToAllow | None:
     """What would let a library be loaded from there, an absolute path: what lets it be executed, or comes first."""
     if not policy.process.may_execute:
         return _of_process(policy, "allow_exec")
@@ -242,7 +248,7 @@ def _misses(path: str, policy: Policy, cwd: str) -> bool:
     return lists.programs is not None and path not in lists.programs and not path.startswith(lists.prefixes)
 
 
-def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: str) -> Denial:
+def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Denial:
     path, count = body["path"], body["count"]
     action = "write" if body["write"] else "read"
     if not path.startswith("/"):  # of a folder that is known by its descriptor, or none at all: nothing to advise
@@ -264,7 +270,9 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: s
     return _seen(field, action, path, _MOUNTS, count, how)
 
 
-def _to_write(path: str, area: Area | None, policy: Policy, cwd: str, *, folder: bool) -> tuple[str, HowToAllow | None]:
+def _to_write(
+    path: str, area: GuestMount | None, policy: Policy, cwd: str, *, folder: bool
+) -> tuple[str, HowToAllow | None]:
     """The field that forbids it, and what would allow it. area: the read root around it. folder: to be made there."""
     if f"{path}/".startswith(f"{OUT}/"):
         out = _by_flag("--out DIR")
@@ -273,37 +281,37 @@ def _to_write(path: str, area: Area | None, policy: Policy, cwd: str, *, folder:
     around = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)
     if area is not None:
         given = area.given
-    elif around == cwd or inside(around, cwd):  # it has no absolute name: what lies there is of relative roots
+    elif around == cwd or is_below(around, cwd):  # it has no absolute name: what lies there is of relative roots
         given = posixpath.relpath(around, cwd)
     else:
         given = around
-    if place(given, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
+    if guest_path(given, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
         # Of / and /opt no root can be made, but of what lies in them; only the name is not known (`guest/audit`).
         new = posixpath.join(path, "FOLDER")
-        if not (folder and path.endswith("/")) or place(new, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
+        if not (folder and path.endswith("/")) or guest_path(new, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
             return PERMISSIONS, None
         how = _by_flag(f"--allow-write-root {new}")
         return "fs.write_roots", how if policy.fs.enabled else allowing(policy, "fs.enabled", value=True)
     return "fs.write_roots", root_to_allow(policy, "write_roots", given)
 
 
-def _to_replace(path: str, areas: Sequence[Area], policy: Policy, cwd: str) -> HowToAllow | None:
+def _to_replace(path: str, areas: Sequence[GuestMount], policy: Policy, cwd: str) -> HowToAllow | None:
     """What would let a mount be replaced or removed: the folder of a root, as a root around it."""
     area = _root_of(path, areas)
     if area is None or area.at != path or path == OUT:
         return None
-    if any(other.write and inside(path, other.at) for other in areas):  # there is such a root
+    if any(other.write and is_below(path, other.at) for other in areas):  # there is such a root
         return area.joins
     given = posixpath.normpath(area.given)
     folder = posixpath.dirname(given) or "."
-    if given == "." or place(folder, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
+    if given == "." or guest_path(folder, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
         return None
     return root_to_allow(policy, "write_roots", folder)
 
 
-def _root_of(path: str, areas: Sequence[Area]) -> Area | None:
+def _root_of(path: str, areas: Sequence[GuestMount]) -> GuestMount | None:
     """The innermost root that it is, or lies in."""
-    around = (area for area in areas if path == area.at or inside(path, area.at))
+    around = (area for area in areas if path == area.at or is_below(path, area.at))
     return max(around, key=lambda area: area.at.count("/"), default=None)
 
 

@@ -204,7 +204,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     console_tail: the end of the console; hostile text, looked at only when the guest was lost.
     cancelled_by: the signal that ended the run from outside (0: a request without one).
     setup_failure: what the agent or we could not do for the job.
-    not_executed: the error number with which the guest's kernel refused to execute the program; 0 if it did not.
+    exec_errno: the error number with which the guest's kernel refused to execute the program; 0 if it did not.
     boot_timeout: the agent did not answer in time.
     gate_lost: the egress gate ended before the program did.
     """
@@ -222,7 +222,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     console_tail: str = ""
     cancelled_by: int | None = None
     setup_failure: str | None = None
-    not_executed: int = 0
+    exec_errno: int = 0
     boot_timeout: bool = False
     gate_lost: bool = False
 
@@ -272,7 +272,7 @@ def classify(
     return _ended_by_itself(evidence, evidence.wait_status, limits)
 
 
-def as_build(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verdict:
+def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verdict:
     """The same verdict on a build phase: what a run may be told of a compiler is that the build failed.
 
     wall_ms: the time that the build could take, for advice.
@@ -292,7 +292,7 @@ def as_build(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verdict:
     return replace(found, outcome=Outcome.BUILD_FAILED, fault="program", reason=f"the build failed: {reason}")
 
 
-def as_limited_by(found: Verdict, flags: Mapping[str, str]) -> Verdict:
+def name_flags(found: Verdict, flags: Mapping[str, str]) -> Verdict:
     """The same verdict where flags set limits, by the field in whose place they did: the reason names the flag."""
     reason = found.reason
     for field, flag in flags.items():
@@ -313,8 +313,8 @@ def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | RunLimi
         reason = f"the run was cancelled{by} while the guest was {_DOING[evidence.stage]}"
         cancelled = verdict(Outcome.CANCELLED, reason)
         return replace(cancelled, signal=evidence.cancelled_by or None)
-    if evidence.not_executed in _OF_THE_PROGRAM and evidence.stage not in _STARTED:
-        return _not_executed(evidence.not_executed)
+    if evidence.exec_errno in _OF_THE_PROGRAM and evidence.stage not in _STARTED:
+        return _not_executed(evidence.exec_errno)
     if evidence.setup_failure is not None and evidence.stage not in _STARTED:
         text = _shown(evidence.setup_failure)
         return verdict(Outcome.REFUSED, f"the guest could not be made ready for the program: {text}", fault="host")
@@ -333,7 +333,7 @@ def _not_executed(number: int) -> Verdict:
     return replace(verdict(Outcome.FAILED, reason), exit_code=status)
 
 
-def waited(evidence: Evidence, limits: Limits | RunLimits | None) -> bool:
+def mostly_waited(evidence: Evidence, limits: Limits | RunLimits | None) -> bool:
     """Whether the program waited for most of its time: then it was no slow processor that took it."""
     return limits is not None and evidence.cpu_us is not None and evidence.cpu_us < limits.wall_ms * 1000 // 2
 
@@ -343,7 +343,7 @@ def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | RunL
     if evidence.stopped:
         by = "by a signal, by whom is unknown"
         return f"the program had been stopped {by}, and had not ended {after} (limits.wall_ms)"
-    slow = emulated and not waited(evidence, limits)
+    slow = emulated and not mostly_waited(evidence, limits)
     hint = "; this machine is emulated, and CPU work takes many times longer than on hardware" if slow else ""
     return f"the program was still running {after} (limits.wall_ms){hint}"
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import msgspec
 
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.problems import HUGE, PolicyError, Problem, json_path
 from x07_sandbox.policy.rules import rule_problems
@@ -88,7 +88,7 @@ def accept(parsed: Parsed) -> Policy | None:
     if parsed.odd and any(_text_problems(parsed.value)):
         return None
     try:
-        policy = msgspec.convert(parsed.value, known(Policy))
+        policy = msgspec.convert(parsed.value, prepared(Policy))
     except (msgspec.ValidationError, RecursionError):
         return None
     return None if any(rule_problems(parsed.value)) else policy

@@ -28,7 +28,7 @@ _ID_MAX: Final = 64
 _SWITCHES: Final = frozenset({"fs.enabled", "net.enabled", "net.allow_tcp"})  # on wherever a root or a host is named
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+class NewPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """What a new policy is to say. template: what it says besides."""
 
     template: str = "default"
@@ -39,7 +39,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     write_roots: tuple[str, ...] = ()
 
 
-def make_policy(wanted: Wanted) -> Policy:
+def make_policy(wanted: NewPolicy) -> Policy:
     """The policy. Raises UsageError for what no policy can say."""
     base = TEMPLATES[wanted.template]
     policy = change_limits(base, wanted.limits, may_raise=True, source=f"{BUILT_IN}{wanted.template}")
@@ -107,10 +107,10 @@ def completion(data: bytes) -> Completion | None:
     return Completion(tuple(words), tuple(left_out))
 
 
-def _flags(document: dict[str, Any]) -> Iterator[tuple[str, list[str], Wanted]]:
+def _flags(document: dict[str, Any]) -> Iterator[tuple[str, list[str], NewPolicy]]:
     """Each field that a flag says: its path, the flag, and the same as `make_policy` takes it."""
     if isinstance(name := document.get("policy_id"), str):
-        yield "policy_id", ["--id", name], Wanted(policy_id=name)
+        yield "policy_id", ["--id", name], NewPolicy(policy_id=name)
     limits, fs, net = (
         found if isinstance(found := document.get(name), dict) else {} for name in ("limits", "fs", "net")
     )
@@ -119,18 +119,18 @@ def _flags(document: dict[str, Any]) -> Iterator[tuple[str, list[str], Wanted]]:
             yield (
                 f"limits.{field}",
                 flag_text(field, value).split(),
-                Wanted(limits=replace(LimitChanges(), **{field: value})),
+                NewPolicy(limits=replace(LimitChanges(), **{field: value})),
             )
     for root in _texts(fs.get("read_roots")):
-        yield "fs.read_roots", ["--read", root], Wanted(read_roots=(root,))
+        yield "fs.read_roots", ["--read", root], NewPolicy(read_roots=(root,))
     for root in _texts(fs.get("write_roots")):
-        yield "fs.write_roots", ["--write", root], Wanted(write_roots=(root,))
+        yield "fs.write_roots", ["--write", root], NewPolicy(write_roots=(root,))
     hosts = net.get("allow_hosts")
     for entry in hosts if isinstance(hosts, list) else ():
         if isinstance(entry, dict) and isinstance(entry.get("host"), str) and isinstance(entry.get("ports"), list):
             host = f"[{entry['host']}]" if ":" in entry["host"] else entry["host"]
             spec = f"{host}:{','.join(map(str, entry['ports']))}"
-            yield "net.allow_hosts", ["--allow-host", spec], Wanted(hosts=(spec,))
+            yield "net.allow_hosts", ["--allow-host", spec], NewPolicy(hosts=(spec,))
 
 
 def _texts(value: object) -> list[str]:
@@ -139,10 +139,10 @@ def _texts(value: object) -> list[str]:
     return [text for text in found if isinstance(text, str) and not text.startswith("-")]
 
 
-def _is_taken(path: str, wanted: Wanted) -> bool:
+def _is_taken(path: str, wanted: NewPolicy) -> bool:
     """Whether a policy can say it."""
     if path == "policy_id":
-        return is_id(str(wanted.policy_id))
+        return is_policy_id(str(wanted.policy_id))
     try:
         make_policy(wanted)
     except UsageError:
@@ -150,7 +150,7 @@ def _is_taken(path: str, wanted: Wanted) -> bool:
     return True
 
 
-def is_id(text: str) -> bool:
+def is_policy_id(text: str) -> bool:
     """Whether a policy can have that name."""
     return 0 < len(text) <= _ID_MAX and text.isascii() and all(char.isalnum() or char in "_.-" for char in text)
 

@@ -67,7 +67,7 @@ class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
         return keyword_text(field, value) if self.by_keyword else flag_text(field, value)
 
 
-class Reach(msgspec.Struct, frozen=True):
+class FlagReach(msgspec.Struct, frozen=True):
     """How far flags can raise the limits that hold. tops: by path ("limits.fds"), the largest value that a flag sets.
 
     policy_too: whether a change of the policy alone would raise them too.
@@ -157,13 +157,13 @@ def _too_large(changes: LimitChanges, field: str, value: int, path: str, held: i
     return UsageError(f"cannot use {changes.named(field, value)}", why, fix).by(path, value)
 
 
-def flag_reach(own: Limits | None, held: Limits, *, may_raise: bool) -> Reach:
+def flag_reach(own: Limits | None, held: Limits, *, may_raise: bool) -> FlagReach:
     """How far flags can raise the limits *held*. own: the policy's own, before the caller changed them, or None."""
     from x07_sandbox.policy.schema import range_of
 
     if may_raise:
-        return Reach({f"limits.{field}": range_of(f"limits.{field}")[1] for field in NAMES})
+        return FlagReach({f"limits.{field}": range_of(f"limits.{field}")[1] for field in NAMES})
     if own is None:
-        return Reach()
+        return FlagReach()
     tops = {f"limits.{field}": getattr(own, field) for field in NAMES if getattr(own, field) > getattr(held, field)}
-    return Reach(tops, policy_too=False)
+    return FlagReach(tops, policy_too=False)

@@ -37,7 +37,7 @@ ReadFile = Callable[[str], bytes]
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     """The flags as they were given, each any number of times; the files are paths.
 
-    let_in: "hidden", "symlinks": names that a built-in policy keeps out (check_grants).
+    include: "hidden", "symlinks": names that a built-in policy keeps out (check_grants).
     """
 
     allow_host: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     deny_host_file: tuple[str, ...] = ()
     allow_read_root: tuple[str, ...] = ()
     allow_write_root: tuple[str, ...] = ()
-    let_in: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
 
     @property
     def any(self) -> bool:
@@ -85,7 +85,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
     deny: Mapping[str, set[int] | None]
     read_roots: tuple[str, ...]
     write_roots: tuple[str, ...]
-    let_in: tuple[str, ...]
+    include: tuple[str, ...]
 
     def digest(self, base_bytes: bytes) -> str:
         asked = {
@@ -97,7 +97,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
                 for host, ports in sorted(self.deny.items())
             ],
         }
-        asked |= {"let_in": sorted(self.let_in)} if self.let_in else {}
+        asked |= {"let_in": sorted(self.include)} if self.include else {}
         return hashlib.sha256(base_bytes + canonical_json(asked)).hexdigest()[:_DIGEST_CHARS]
 
 
@@ -122,7 +122,7 @@ def derive_policy(
         deny=_denied(_specs("--deny-host", overrides.deny_host_file, overrides.deny_host, read_spec_file)),
         read_roots=tuple(_roots("--allow-read-root", overrides.allow_read_root)),
         write_roots=tuple(_roots("--allow-write-root", overrides.allow_write_root)),
-        let_in=overrides.let_in,
+        include=overrides.include,
     )
     digest = asked.digest(base_bytes)
     mark = f".g{digest}"
@@ -135,8 +135,8 @@ def derive_policy(
             base.fs,
             read_roots=_joined("--allow-read-root", base.fs.read_roots, asked.read_roots),
             write_roots=_joined("--allow-write-root", base.fs.write_roots, asked.write_roots),
-            deny_hidden=base.fs.deny_hidden and "hidden" not in overrides.let_in,
-            allow_symlinks=base.fs.allow_symlinks or "symlinks" in overrides.let_in,
+            deny_hidden=base.fs.deny_hidden and "hidden" not in overrides.include,
+            allow_symlinks=base.fs.allow_symlinks or "symlinks" in overrides.include,
         ),
     )
     data = render_policy(made)
@@ -156,7 +156,7 @@ def check_grants(base: Policy, overrides: Overrides, *, built_in: bool) -> None:
         ("hidden", "deny_hidden", not base.fs.deny_hidden, False),
         ("symlinks", "allow_symlinks", base.fs.allow_symlinks, True),
     ):
-        if word in overrides.let_in and not held and not built_in:
+        if word in overrides.include and not held and not built_in:
             why = f"policy {base.policy_id} does not allow it, and flags loosen only built-in policies"
             fix = f"Set fs.{field} to {str(value).lower()} in the policy"
             raise UsageError(f"cannot use --allow-{word}", why, fix).by(f"fs.{field}", value=value)
@@ -166,7 +166,7 @@ def _need_sections(base: Policy, overrides: Overrides) -> None:
     needs = []
     if overrides.hosts:
         needs += [("net.enabled", base.net.enabled, "hosts"), ("net.allow_tcp", base.net.allow_tcp, "hosts")]
-    if overrides.allow_read_root or overrides.allow_write_root or overrides.let_in:
+    if overrides.allow_read_root or overrides.allow_write_root or overrides.include:
         needs.append(("fs.enabled", base.fs.enabled, "files"))
     for field, held, what in needs:
         if not held:

@@ -84,7 +84,7 @@ class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     carried_out: whether a run would start. toolchain: of the program, where one was named.
     filters: names of the image's seccomp filters that the program would be under.
-    never_reached: hosts that are listed, and that the gate refuses unless the user's own settings open them.
+    unreachable_entries: hosts that are listed, and that the gate refuses unless the user's own settings open them.
     """
 
     schema_version: Literal["x07.sandbox.policy.explain@0.1.0"] = "x07.sandbox.policy.explain@0.1.0"
@@ -98,7 +98,7 @@ class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     filters: tuple[str, ...]
     controls: tuple[ExplainedControl, ...]
     refusals: tuple[Refusal, ...]
-    never_reached: tuple[NeverReached, ...] = ()
+    unreachable_entries: tuple[NeverReached, ...] = ()
 
 
 class DiffReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

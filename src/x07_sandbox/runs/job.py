@@ -118,7 +118,7 @@ def _conversed(
         with contextlib.ExitStack() as stack:
             instance = _answering(prepared, spec, run_id, stack, warnings)
             if gate is not None:
-                gate.give(instance.net_fd)
+                gate.send_stream(instance.net_fd)
             facts = carry_out(spec, instance, streams)
     except NoAnswerError as exc:
         from x07_sandbox.runs.execute import PhaseFacts
