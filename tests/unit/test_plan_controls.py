@@ -336,7 +336,7 @@ def test_confinement_is_claimed_only_where_it_stands() -> None:
 def test_a_list_tells_where_what_is_written_may_be_executed(changes: dict[str, object], told: str) -> None:
     """The control names the entries that lead into a place where the program can write, and is silent without one."""
     found = {control.field: control.why for control in plan(**changes).controls}["process.allow_exec_prefixes"]
-    assert found.partition("may be: ")[2] == told
+    assert found.partition("execute files below: ")[2] == told
     assert "executed" in found
 
 
@@ -355,7 +355,7 @@ def test_of_a_hidden_root_what_lets_it_is_told(root: str, path: str, value: obje
     assert (refusal.field, refusal.how_to_allow) == ("fs.read_roots", HowToAllow(json_path=path, value=value))
     with pytest.raises(RefusedError) as error:
         made.require(["--allow-read-root"])
-    assert f"Change {path[2:]} in the policy, or leave out --allow-read-root" in error.value.fix
+    assert f"Change {path[2:]} in the policy, or omit --allow-read-root" in error.value.fix
     assert (plan(fs__read_roots=[root], fs__deny_hidden=False).refusals == ()) == (value is False)
 
 
@@ -364,8 +364,8 @@ def test_of_a_hidden_root_what_lets_it_is_told(root: str, path: str, value: obje
     [
         ("/srv/two", "two", "/srv/two/, /srv/two"),
         ("/srv/two", "/data", ""),
-        ("two", "/srv", "two"),  # the beginning is told anyway: it leads into a folder of the program's
-        ("two", "three", ""),
+        ("two", "/srv", "two/, two"),  # the prefix always leads into a folder that the program can write
+        ("two", "three", "two/"),
     ],
 )
 def test_a_list_tells_where_two_roots_may_be_one_folder(given: str, written: str, told: str) -> None:
@@ -373,8 +373,8 @@ def test_a_list_tells_where_two_roots_may_be_one_folder(given: str, written: str
     changes: dict[str, object] = {"fs__read_roots": [given], "fs__write_roots": [written]}
     changes |= {"process__allow_execs": [given], "process__allow_exec_prefixes": [f"{given}/"]}
     found = {control.field: control.why for control in plan(**changes).controls}
-    assert found["process.allow_execs"].partition("the same folder of the host, there too: ")[2] == told
-    assert "only where a write root holds them too" in found["fs.read_roots"]
+    assert found["process.allow_execs"].partition("execute files below: ")[2] == told
+    assert "changes count only inside a write root" in found["fs.read_roots"]
 
 
 def test_fewer_children_than_tasks_bound_all_tasks() -> None:

@@ -491,7 +491,7 @@ def test_a_variable_that_is_missed_is_hinted_at(said: str) -> None:
 
     def hint(name: str, ours: tuple[str, ...] = (), **env: object) -> Hint | None:
         values = {f"env.{key}": value for key, value in env.items()}
-        found = hints(said.format(name, name).encode(), policy(values), (), START, ours=ours)
+        found = hints(said.format(name, name).encode(), policy(values), (), START, host_variables=ours)
         assert [(one.subject, one.kind) for one in found] in ([], [(f"the variable {name}", "variable")])
         return found[0] if found else None
 

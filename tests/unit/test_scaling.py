@@ -11,7 +11,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.user_settings import scale_when_emulated
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.outcomes import Evidence, Outcome, Stage, build_verdict, classify
-from x07_sandbox.plan.sizes import build_limits, build_limits_shown
+from x07_sandbox.plan.sizes import build_limits
 from x07_sandbox.policy import default_policy
 from x07_sandbox.runs.scaling import scaled_limits
 
@@ -79,15 +79,14 @@ def test_a_setting_that_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_build_has_the_time_that_was_asked_for() -> None:
     """`--build-timeout` sets the time of a build and its CPU time; without it both are the usual 300 s."""
-    assert (build_limits()["cpu_ms"], build_limits_shown().wall_ms) == (300_000, 300_000)
-    shown = build_limits_shown(900_000)
-    assert (build_limits(900_000)["cpu_ms"], shown.wall_ms, shown.cpu_ms) == (900_000, 900_000, 900_000)
+    assert (build_limits().cpu_ms, build_limits().wall_ms) == (300_000, 300_000)
+    assert (build_limits(900_000).cpu_ms, build_limits(900_000).wall_ms) == (900_000, 900_000)
 
 
 @pytest.mark.parametrize(("wall_ms", "more"), [(300_000, "--build-timeout 600"), (2_000_000, "--build-timeout 3600")])
 def test_a_build_that_took_too_long_names_its_flag(wall_ms: int, more: str) -> None:
     """A build that ended at its time limit says which flag gives it more, as long as there is more."""
-    late = classify(Evidence(stage=Stage.RUN, deadline_passed=True), limits=build_limits_shown(wall_ms))
+    late = classify(Evidence(stage=Stage.RUN, deadline_passed=True), limits=build_limits(wall_ms))
     found = build_verdict(late, wall_ms)
     assert (found.outcome, more in found.reason) == (Outcome.BUILD_FAILED, True)
     most = build_verdict(late, settings.BUILD_S_MAX * 1000)

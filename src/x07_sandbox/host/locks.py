@@ -1,7 +1,5 @@
 """Advisory file locks between processes of one user."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -20,7 +18,7 @@ _LOOK_S: Final = 0.002
 
 
 def _sleep() -> None:
-    time.sleep(LOOK_AGAIN_S)  # nothing but a signal ends it
+    time.sleep(LOOK_AGAIN_S)
 
 
 @contextlib.contextmanager
@@ -31,10 +29,10 @@ def file_lock(
     most_s: float | None = None,
     pause: Callable[[], None] = _sleep,
 ) -> Iterator[None]:
-    """Hold an exclusive flock(2) on *path*, which is made when missing and never removed.
+    """Hold an exclusive flock(2) on *path*, which is created if missing and never removed.
 
-    on_wait: called once before waiting. most_s: how long to wait; then TimeoutError is raised, since the other process
-    may be stopped. pause: waits a moment, again and again; what it raises ends the wait.
+    on_wait: called once before waiting. most_s: timeout, after which TimeoutError is raised. pause: waits for a polling
+    interval; its exceptions end the wait.
     """
     fd = close_on_fork.add(open_private_file(path, os.O_RDWR))
     try:
@@ -46,7 +44,7 @@ def file_lock(
 
 @contextlib.contextmanager
 def lock_fd_held(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """The same on what is open already, for reading at least. It is closed at the end."""
+    """Hold an exclusive flock(2) on an open descriptor, which is closed at the end."""
     close_on_fork.add(owned_fd)
     try:
         _take(owned_fd, on_wait)
@@ -56,9 +54,9 @@ def lock_fd_held(owned_fd: int, *, on_wait: Callable[[], None] | None = None) ->
 
 
 def lock_shared(path: Path) -> int:
-    """A descriptor of a folder under a shared flock(2), so that nobody removes it.
+    """Return a descriptor of a folder with a shared flock(2), which prevents its removal.
 
-    Raises OSError, BlockingIOError where somebody is removing it.
+    Raises OSError; BlockingIOError while it is being removed.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -66,7 +64,7 @@ def lock_shared(path: Path) -> int:
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:  # for a moment also where somebody only looks whether it is locked
+            except BlockingIOError:  # also briefly during is_locked()
                 if not tries:
                     raise
                 time.sleep(_LOOK_S)
@@ -78,7 +76,7 @@ def lock_shared(path: Path) -> int:
 
 @contextlib.contextmanager
 def lock_for_removal(path: Path) -> Iterator[bool]:
-    """Whether nobody shares the folder; nobody does before the end of the context then. Raises OSError."""
+    """Yield whether the folder could be locked against lock_shared(). Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         try:
@@ -92,7 +90,7 @@ def lock_for_removal(path: Path) -> Iterator[bool]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock on a folder; of one that is not there, or is a link, none does."""
+    """Return whether a process holds a lock on a folder; False for a missing folder or a link."""
     try:
         with lock_for_removal(path) as free:
             return not free
@@ -113,7 +111,7 @@ def _take(
     deadline = Deadline.after(most_s)
     while not _taken(fd):
         if deadline.passed():
-            raise TimeoutError(f"another process has held it for {most_s:.0f} s")
+            raise TimeoutError(f"another process has held the lock for {most_s:.0f} s")
         pause()
 
 

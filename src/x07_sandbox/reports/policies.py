@@ -14,10 +14,7 @@ from x07_sandbox.policy.problems import Problem
 
 
 class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One policy. file: as the user named it. policy_id, digest: of a valid one. problems, text: of any other.
-
-    completed_by: the command that makes a complete policy of the fields of an incomplete one.
-    """
+    """One policy. file: as the user named it. policy_id, digest: of a valid one. problems, text: of any other."""
 
     file: str
     status: Literal["valid", "invalid", "unreadable"]
@@ -25,7 +22,6 @@ class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     digest: str | UnsetType = UNSET
     problems: tuple[Problem, ...] | UnsetType = UNSET
     text: str | UnsetType = UNSET
-    completed_by: str | UnsetType = UNSET
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -45,7 +45,7 @@ from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
 from x07_sandbox.plan.controls import run_limits
-from x07_sandbox.plan.sizes import build_limits
+from x07_sandbox.plan.sizes import build_limits, guest_limits
 from x07_sandbox.policy import default_policy
 
 if TYPE_CHECKING:
@@ -74,12 +74,13 @@ _OF_BUILDS: Final = ["importlib.util", "io", "os", "traceback"]  # what programs
 def warm_up(kind: MachineKind) -> dict[str, object]:
     """The body of WARM: what jobs of this kind need. commands: run before saving, so that the kernel has read them."""
     running = kind.runtime == "run"
+    limits = run_limits(default_policy()).for_guest() if running else guest_limits(build_limits(), settings.BUILD_TASKS)
     return {
         "preload": image_of(kind).manifest.preload if running else _OF_BUILDS,
         "hostname": settings.GUEST_HOSTNAME,
         "output": not running,
         "network": kind.network,
-        "limits": run_limits(default_policy()).for_guest() if running else build_limits(),
+        "limits": limits,
         "commands": _COMMANDS[kind.runtime],
     }
 
