@@ -108,7 +108,7 @@ def test_a_relative_root_that_leads_out_is_told_what_works() -> None:
     """The refusal of ../dir says that the absolute path is taken."""
     where, why = guest_path("../dir", PROGRAM, deny_hidden=True)
     assert where is None
-    assert "name it by its absolute path" in why
+    assert "use an absolute path" in why
 
 
 @pytest.mark.usefixtures("here")

@@ -816,7 +816,7 @@ async def test_names_are_bounded_in_all() -> None:
             for number in range(NAMES_MAX + 10)
         ]
         assert codes == [egress.NO_NAME] * NAMES_MAX + [egress.LIMIT] * 10
-        assert it.use().denied[-1].reason == f"{NAMES_MAX} names were looked up"
+        assert it.use().denied[-1].reason == f"{NAMES_MAX} names were resolved"
 
 
 @on_a_loop
@@ -935,7 +935,7 @@ async def test_a_gate_that_holds_much_opens_no_more(monkeypatch: pytest.MonkeyPa
         while (code := await it.relay.answer(it.relay.ask("a.example", 22))) == egress.OK:
             continue
         assert code == egress.LIMIT
-        assert it.use().denied[-1].reason == "too many bytes wait to be sent"
+        assert it.use().denied[-1].reason == "too many bytes are waiting to be sent"
 
 
 @on_a_loop

@@ -65,34 +65,34 @@ def test_spellings_of_a_host_have_one_normal_form(text: str, normal: str) -> Non
         ("a.org/x", "only letters"),
         ("%61.org", "only letters"),
         ("*.example.org", "only letters"),
-        ("127.1", "ends like an address"),
-        ("0x7f.1", "ends like an address"),
-        ("2130706433", "ends like an address"),
-        ("017700000001", "ends like an address"),
-        ("0", "ends like an address"),
-        ("010.0.0.1", "ends like an address"),
-        ("127.0.0.1.", "ends like an address"),
-        ("a.0x7f", "ends like an address"),
-        ("\uff11\uff12\uff17.0.0.1", "ends like an address"),
-        ("①②⑦.1", "ends like an address"),
+        ("127.1", "looks like an address"),
+        ("0x7f.1", "looks like an address"),
+        ("2130706433", "looks like an address"),
+        ("017700000001", "looks like an address"),
+        ("0", "looks like an address"),
+        ("010.0.0.1", "looks like an address"),
+        ("127.0.0.1.", "looks like an address"),
+        ("a.0x7f", "looks like an address"),
+        ("\uff11\uff12\uff17.0.0.1", "looks like an address"),
+        ("①②⑦.1", "looks like an address"),
         ("xn--a.example", "international label"),
         ("a\u200db.example", "international name"),
         ("\ud800.example", "international name"),
         ("a\u2044b.example", "international name"),
-        ("[192.0.2.7]", "not one"),
-        ("[example.org]", "not one"),
-        ("[::1", "not one"),
-        ("::1]", "not one"),
-        ("1:2", "not one"),
+        ("[192.0.2.7]", "not an IPv6 address"),
+        ("[example.org]", "not an IPv6 address"),
+        ("[::1", "not an IPv6 address"),
+        ("::1]", "not an IPv6 address"),
+        ("1:2", "not an IPv6 address"),
         ("fe80::1%eth0", "zone"),
-        ("::ffff:010.0.0.1", "not one"),
+        ("::ffff:010.0.0.1", "not an IPv6 address"),
     ],
 )
 def test_a_host_in_an_odd_form_is_refused(text: str, why: str) -> None:
     """Short, octal and hexadecimal addresses, zones, bad labels and other characters are errors with a fix."""
     with pytest.raises(UsageError, match=why) as caught:
         parse_host(text)
-    assert "Write a name such as" in str(caught.value)
+    assert "Use a name such as" in str(caught.value)
 
 
 @pytest.mark.parametrize("data", ["faß.example".encode(), b"a\xff.org", b"a" * 300, "\uff11.org".encode(), b""])

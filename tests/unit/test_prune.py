@@ -448,7 +448,7 @@ def test_a_planted_link_in_place_of_our_folders_is_refused(full: list[Path], tmp
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "prune"]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 125
-    assert "it is a link or no folder" in done.stderr
+    assert "it is a link or not a folder" in done.stderr
     moved = [path.relative_to(tmp_path / which) for path in full if path.is_relative_to(tmp_path / which)]
     assert all((tmp_path / "real" / path).exists() for path in moved)
 

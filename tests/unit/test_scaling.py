@@ -60,7 +60,7 @@ def test_the_settings_file_may_ask_for_scaled_limits(
     ("text", "why"),
     [
         ("[limits]\nscale_when_emulated = true\n", 'neither "auto" nor "never"'),
-        ('[limits]\nscale = "auto"\n', r"\[limits\] has no key 'scale'"),
+        ('[limits]\nscale = "auto"\n', r"\[limits\] has an unknown key 'scale'"),
         ("limits = 5\n", "limits is not a table"),
         ("[limits\n", "it is not TOML"),
     ],
@@ -73,7 +73,7 @@ def test_a_setting_that_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match=why):
         scale_when_emulated()
     (tmp_path / "x07" / "sandbox.toml").chmod(0o666)
-    with pytest.raises(HostError, match="others than you can write to it"):
+    with pytest.raises(HostError, match="other users can write to it"):
         scale_when_emulated()
 
 

@@ -22,5 +22,5 @@ except OSError as exc:
 def test_a_thread_too_many_is_told_as_the_limit_that_it_is() -> None:
     """Where there may be no more threads that is no bug of ours: the limit to raise is named."""
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("EAGAIN cannot go on: Resource temporarily unavailable"), done.stderr
+    assert done.stdout.startswith("EAGAIN cannot continue: Resource temporarily unavailable"), done.stderr
     assert "ulimit -u" in done.stdout

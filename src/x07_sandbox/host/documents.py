@@ -23,7 +23,7 @@ def project_root(project: Path | None) -> Path:
     """
     if project is not None:
         if not is_file(project):
-            raise UsageError(f"cannot use the project {project}", "it is not a file", f"Name the project's {MANIFEST}")
+            raise UsageError(f"cannot use the project {project}", "it is not a readable file", f"Name the project's {MANIFEST}")
         return real_path(project.parent)
     here = real_path(Path())
     return next((folder for folder in (here, *here.parents) if is_file(folder / MANIFEST)), here)
@@ -45,7 +45,7 @@ def write_document(
     except OSError as exc:
         why = exc.strerror or str(exc)
         if exc.errno in {errno.ELOOP, errno.ENOTDIR}:
-            why = f"a parent is a link or not a folder ({why})"
+            why = f"it or a parent is a link or not a folder ({why})"
         raise UsageError(f"cannot write {path}", why, fix) from exc
 
 

@@ -23,7 +23,7 @@ def settings_bytes(path: Path) -> bytes | None:
         raise HostError(f"cannot read {path}", exc.strerror or str(exc), "Make it readable, or remove it") from exc
     if info.st_uid not in {0, os.geteuid()} or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         why = "other users can write to it"
-        raise HostError(f"cannot use {path}", why, f"Make it yours and run: chmod go-w {path}")
+        raise HostError(f"cannot use {path}", why, f"Run: chmod go-w {path} (it must belong to you or root)")
     return data
 
 

@@ -81,7 +81,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
         "http-client": replace(
             _CLI,
             policy_id="sandbox.http-client.base",
-            notes="An HTTP client. Add the hosts that it may reach.",
+            notes="An HTTP client; add the hosts that it may reach.",
             limits=_limits(180, 300, 1024, 256, 32),
             fs=replace(_FILES, allow_glob=False, max_write_bytes=256 * _MIB, max_entries=20_000, max_depth=32),
             net=_DEFAULT.net,
@@ -91,7 +91,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
         "web-service": replace(
             _CLI,
             policy_id="sandbox.web-service.base",
-            notes="A web service that takes its port and host from variables. Add the hosts that it may reach.",
+            notes="A web service that takes its port and host from variables; add the hosts that it may reach.",
             limits=_limits(180, 600, 1024, 512, 64),
             fs=replace(_FILES, max_write_bytes=128 * _MIB),
             net=_DEFAULT.net,
@@ -130,7 +130,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
         "postgres-client": replace(
             _CLI,
             policy_id="sandbox.postgres-client.base",
-            notes="A client of a PostgreSQL server, over TLS only. Add the server.",
+            notes="A client of a PostgreSQL server, over TLS only; add the server.",
             limits=_limits(120, 300, 1024, 256, 32),
             language=_DEFAULT.language,
             db=replace(_DATABASE, drivers=replace(_NO_DRIVER, postgres=True), net=DbNet()),
