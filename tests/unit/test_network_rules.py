@@ -307,7 +307,7 @@ def test_an_attack_by_name_or_address_is_denied(attack: str) -> None:
 )
 def test_a_request_needs_a_host_and_a_port(text: str) -> None:
     """A missing host, a port outside 1 to 65535, or an IPv6 address without brackets is an error with a fix."""
-    with pytest.raises(UsageError, match="Write HOST:PORT|Use a name"):
+    with pytest.raises(UsageError, match=r"Write HOST:PORT|Use a name"):
         parse_request(text)
 
 

@@ -15,6 +15,7 @@ from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import Wanted, create_argv, differences
 from x07_sandbox.backends.engines import container_id
 from x07_sandbox.backends.jailed import OwnAgent, error_stream, socket_ends
+from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
@@ -42,7 +43,6 @@ _NET: Final = "net"
 _RESOLV_CONF: Final = "resolv.conf"
 _ENGINE: Final = "engine"
 _ENGINE_MAX: Final = 8192
-_RELAY: Final = "nameserver 127.0.0.53\noptions timeout:5 attempts:2\n"  # guest/firewall has it
 
 
 class ContainerInstance(OwnAgent):
@@ -142,7 +142,7 @@ class _Files:
         self.listener: socket.socket | None = None
         try:
             (record.folder / _ENGINE).write_text(engine.place, encoding="utf-8")
-            self.resolv_conf.write_text(_RELAY if network else "", encoding="ascii")
+            self.resolv_conf.write_text(RESOLV_CONF if network else "", encoding="ascii")
             self.resolv_conf.chmod(0o644)
             if network:
                 self.net.mkdir(mode=0o755)
