@@ -28,7 +28,7 @@ from x07_sandbox.conformance.behaviours import BEHAVIOURS
 from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.conformance.run import conform, judge
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.close_on_fork import Given
+from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.jail.bwrap import supervisor_argv
 from x07_sandbox.jobs.launcher import Launch, launch
@@ -88,7 +88,7 @@ class OneFile:
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
         """It needs nothing, and holds nothing."""
         del image, boot
-        features = Features(isolation="none", own_kernel=False, can_hold=frozenset())
+        features = Features(isolation="none", own_kernel=False, can_enforce=frozenset())
         return Availability(features=features, proof="none needed")
 
     @contextlib.contextmanager
@@ -108,7 +108,7 @@ class OneFile:
                 nest=False,
             )
             child = launch(Launch(argv=argv, pass_fds=(far.fileno(),), stderr_fd=nowhere.fileno()))
-            start = Start(record, "none", Given(), 1, lambda: remove_folder(folder))
+            start = Start(record, "none", FdGroup(), 1, lambda: remove_folder(folder))
             instance = Child(start, child, inner_process(child, depth=1))
             instance.channel_fd = near.fileno()
             near.setblocking(False)  # noqa: FBT003 - it takes no names
@@ -146,7 +146,7 @@ class Boastful(OneFile):
         """It claims the memory limit, and that no file of the host is seen."""
         del image, boot
         features = Features(
-            isolation="none", own_kernel=False, can_hold=frozenset({"limits.mem_bytes", "no-host-files"})
+            isolation="none", own_kernel=False, can_enforce=frozenset({"limits.mem_bytes", "no-host-files"})
         )
         return Availability(features=features, proof="none needed")
 

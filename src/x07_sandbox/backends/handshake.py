@@ -31,7 +31,7 @@ _LATE_S: Final = 0.2  # for data that was sent before a deadline to arrive after
 
 def read_deadline(deadline: Deadline) -> Deadline:
     """Return until when to read data sent before *deadline*, which has passed: longer if we were stopped meanwhile."""
-    return Deadline.after(settings.STOPPED_S if deadline.missed() else _LATE_S)
+    return Deadline.after(settings.STOPPED_S if deadline.missed_while_stopped() else _LATE_S)
 
 
 def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callable[[], object] | None = None) -> None:

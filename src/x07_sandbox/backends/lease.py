@@ -18,7 +18,7 @@ from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.paths import cache_folder, state_dir
-from x07_sandbox.host.poll import readable
+from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jobs.record import record_from, record_values
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class _Lease:
         self._gone = False
 
     def exit_status(self) -> int | None:
-        if self._status is None and readable(self._connection.fileno(), 0):
+        if self._status is None and wait_readable(self._connection.fileno(), 0):
             self._read_answer()
         return self._status
 
@@ -160,7 +160,7 @@ class PoolClient:
 def _leased(
     backend: Backend, job: Job, connection: socket.socket, answer: dict[str, Any], owned_fds: list[int]
 ) -> Iterator[Instance]:
-    close_on_fork.keep(connection.fileno())  # a forked child must not prolong the lease
+    close_on_fork.add(connection.fileno())  # a forked child must not prolong the lease
     try:
         instance = _instance_of(backend, connection, answer, owned_fds)
         try:
@@ -169,7 +169,7 @@ def _leased(
         finally:
             instance.stop()
     finally:
-        close_on_fork.forget(connection.fileno())
+        close_on_fork.discard(connection.fileno())
         connection.close()
         for fd in owned_fds:
             os.close(fd)

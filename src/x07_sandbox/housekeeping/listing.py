@@ -10,7 +10,7 @@ import msgspec
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import read_bounded, state_dir
 from x07_sandbox.host.processes import Identity
@@ -33,7 +33,7 @@ class JobLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One job.
 
     state: starting, running, ending, orphaned (its runner is dead), expired, done, reaped; waiting for a run without a
-    job; unowned, foreign, newer or damaged for a record that is not ours to judge. why: the reason for the state.
+    job; unowned, why_not_ours, newer or damaged for a record that is not ours to judge. why: the reason for the state.
     left_s: time until its deadline, negative after it; null if it has ended or that is unknown.
     program: the requested program; null if it was given as text, or is unknown.
     """
@@ -177,7 +177,7 @@ def _newest_runs() -> list[str]:
 def _program(run: str) -> str | None:
     with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
         data = read_bounded(run_folder(run) / REQUEST, "request", _REQUEST_MAX)
-        return msgspec.json.decode(data, type=known(_Request)).program
+        return msgspec.json.decode(data, type=prepared(_Request)).program
     return None
 
 
@@ -215,6 +215,6 @@ def _job(stored: StoredJob, now: Now) -> JobReport:
 def _result(run: str) -> ResultSummary | None:
     with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
         data = read_bounded(run_folder(run) / "result.json", "result", _RESULT_MAX)
-        ending = msgspec.json.decode(data, type=known(_Ending))
+        ending = msgspec.json.decode(data, type=prepared(_Ending))
         return ResultSummary(**msgspec.structs.asdict(ending))
     return None

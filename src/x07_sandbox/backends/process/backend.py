@@ -135,7 +135,7 @@ class OsBackend(_Backend):
             write_verdict(verdict, {"proof": proof})
             known = True
         warnings = ["the program's system calls reach this host's kernel"]
-        if missing := sorted(set(_BY_CONTROLLER.values()) - features.can_hold):
+        if missing := sorted(set(_BY_CONTROLLER.values()) - features.can_enforce):
             warnings.append(f"this host provides no control groups for {', '.join(missing)}")
         proof = proof if known else "no confined process was started yet"
         return Availability(features=features, proof=proof, known=known, warnings=tuple(warnings))
@@ -155,7 +155,7 @@ class NoneBackend(_Backend):
         require_python()
         # Root may raise its own limits again.
         held = frozenset() if os.geteuid() == 0 else _PER_PROCESS
-        features = Features(isolation="none", own_kernel=False, can_hold=held)
+        features = Features(isolation="none", own_kernel=False, can_enforce=held)
         whose = "root's" if os.geteuid() == 0 else "this user's"
         warning = f"nothing protects {whose} files, processes and network from the program"
         return Availability(features=features, proof="an ordinary process needs no proof", warnings=(warning,))
@@ -180,7 +180,7 @@ def _confined_features(controllers: tuple[str, ...]) -> Features:
     if _numbers(os.uname().release) >= _TASKS_APART:
         held.add("limits.procs")
     held |= {_BY_CONTROLLER[controller] for controller in controllers}
-    return Features(isolation="process", own_kernel=False, can_hold=frozenset(held))
+    return Features(isolation="process", own_kernel=False, can_enforce=frozenset(held))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

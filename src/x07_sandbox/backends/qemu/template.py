@@ -42,17 +42,17 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import out_of_cpu_time
-from x07_sandbox.host.paths import cache_dir, cache_folder, foreign, least_recently_used, open_own
+from x07_sandbox.host.paths import cache_dir, cache_folder, least_recently_used, open_private_file, why_not_ours
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.controls import run_limits
-from x07_sandbox.plan.sizes import build_limits
+from x07_sandbox.plan.sizes import build_limits, guest_limits
 from x07_sandbox.policy import default_policy
 
 if TYPE_CHECKING:
@@ -83,12 +83,13 @@ _FIX: Final = "Jobs start cold until this host reboots or you run: x07 image bui
 def warm_frame(kind: MachineKind) -> dict[str, object]:
     """Return the body of WARM. commands: run before saving, so that their files are in the guest's memory."""
     running = kind.runtime == "run"
+    limits = run_limits(default_policy()).for_guest() if running else guest_limits(build_limits(), settings.BUILD_TASKS)
     return {
         "preload": image_of(kind).manifest.preload if running else _OF_BUILDS,
         "hostname": settings.GUEST_HOSTNAME,
         "output": not running,
         "network": kind.network,
-        "limits": run_limits(default_policy()).for_guest() if running else build_limits(),
+        "limits": limits,
         "commands": _COMMANDS[kind.runtime],
     }
 
@@ -231,7 +232,7 @@ def opened_template(template: Template) -> Iterator[Saved | None]:
 def _decode(data: bytes, template: Template) -> TemplateManifest:
     what = f"cannot use {template.subject.name}"
     try:
-        made = msgspec.json.decode(data, type=known(TemplateManifest))
+        made = msgspec.json.decode(data, type=prepared(TemplateManifest))
     except msgspec.MsgspecError as exc:
         raise ImageError(what, f"its {MANIFEST} is damaged", "Try again") from exc
     if (made.schema_version, made.key) != (SCHEMA, template.key):
@@ -363,7 +364,7 @@ def renew(instance: Instance, kind: MachineKind) -> None:
 
 
 def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
-    fd = open_own(path, os.O_RDWR | os.O_EXCL)
+    fd = open_private_file(path, os.O_RDWR | os.O_EXCL)
     stack.callback(os.close, fd)
     return fd
 
@@ -405,7 +406,7 @@ def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
             most_bytes -= _size_bytes(folder)
             continue
         try:
-            made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=known(TemplateManifest))
+            made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=prepared(TemplateManifest))
         except (OSError, msgspec.MsgspecError):
             doomed.append((folder, "its manifest is damaged"))
             continue
@@ -455,11 +456,11 @@ def prunable(images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable
     folder = templates_dir()
     with file_lock(folder / ".lock", on_wait=on_wait):
         for left in leftovers(folder):
-            if not foreign(left.lstat(), stat.S_ISDIR):
+            if not why_not_ours(left.lstat(), stat.S_ISDIR):
                 yield Prunable("leftover", left, "a killed process left it", shutil.rmtree)
         for path, why in expired_templates(keep="", images=images):
             yield Prunable("template", path, why, delete_template)
         for path in folder.glob("*.bad"):
             suspended = Template(key=path.stem, folder=path.with_suffix("")).suspended()
-            if not foreign(path.lstat(), stat.S_ISREG) and not suspended:
+            if not why_not_ours(path.lstat(), stat.S_ISREG) and not suspended:
                 yield Prunable("leftover", path, "it has expired", Path.unlink)
