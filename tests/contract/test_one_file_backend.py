@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from msgspec.structs import replace
 
-from tests.extra_backend import registered
+from x07_sandbox.backends import registry
 from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.jailed import Jailed, Start, inner_process
@@ -37,8 +38,9 @@ from x07_sandbox.jobs.stopping import live_records, stop_recorded
 from x07_sandbox.plan.features import Features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from x07_sandbox.backends.base import Backend
     from x07_sandbox.images.verify import OpenImage
 
 pytestmark = [pytest.mark.vm, pytest.mark.user]
@@ -47,6 +49,16 @@ NAME: Final = "one-file"
 ROW: Final = BackendRow(name=NAME, sandbox_class="none", isolation=("none",))
 BY_NAME: Final = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
 RUNNER: Final = (sys.executable, __file__)
+
+
+@contextlib.contextmanager
+def registered(row: BackendRow, factory: Callable[[], Backend]) -> Iterator[None]:
+    """Register *row* with this factory for the duration of the context."""
+    registry.BY_NAME[row.name] = replace(row, factory=lambda _name: factory())
+    try:
+        yield
+    finally:
+        del registry.BY_NAME[row.name]
 
 
 class Child(Jailed):

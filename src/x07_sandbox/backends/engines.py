@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.errors import BackendError, HostError
+from x07_sandbox.errors import BackendError, HostError, shown
 from x07_sandbox.host.variables import text
 
 Name = Literal["podman", "docker"]
@@ -83,7 +83,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         return Answer(
             status=done.returncode,
             text=output.decode("utf-8", "replace"),
-            error=" ".join(_printable(error.decode("utf-8", "replace")).split())[-500:],
+            error=shown(" ".join(error.decode("utf-8", "replace").split()))[-500:],
         )
 
 
@@ -126,7 +126,3 @@ def container_id(answer: Answer) -> str:
 def is_id(word: str) -> bool:
     """Whether *word* is a full container id."""
     return _ID.fullmatch(word) is not None
-
-
-def _printable(text_: str) -> str:
-    return "".join(char if char.isprintable() or char.isspace() else "\N{REPLACEMENT CHARACTER}" for char in text_)

@@ -42,11 +42,11 @@ def pool_dir() -> Path:
 
 
 @contextlib.contextmanager
-def socket_address(folder: Path) -> Iterator[str]:
-    """Yield the socket's address by way of a descriptor, since an address holds at most 107 bytes."""
+def socket_address(folder: Path, name: str = SOCKET) -> Iterator[str]:
+    """Yield a socket's address by way of a descriptor, since an address holds at most 107 bytes."""
     fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{fd}/{SOCKET}"
+        yield f"/proc/self/fd/{fd}/{name}"
     finally:
         os.close(fd)
 

@@ -60,7 +60,7 @@ def select(platform: Platform, request: BackendRequest) -> Choice:
     if not (row.runs_on(platform) and row.built):
         why = f"not supported on {platform}" if row.built else "not supported in this version"
         if not (row.built or row.runs_on(platform)):
-            why += f", and it is for {_home(row)}"
+            why += f", and it is for {'Linux' if row.linux else f'macOS {row.macos_from} and later'}"
         raise RefusedError(f"cannot use the backend {row.name}", why, _instead(platform, request))
     return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
 
@@ -171,10 +171,6 @@ def _by_caller(request: BackendRequest, flags: tuple[str, ...]) -> str:
     given.append((request.backend_variable, "X07_VM_BACKEND", "--backend"))
     words = [f"{variable}={found[flag]}" for word, variable, flag in given if word]
     return f"{' and '.join(words)}, or unset {'it' if len(words) == 1 else 'them'}"
-
-
-def _home(row: BackendRow) -> str:
-    return "Linux" if row.linux else f"macOS {row.macos_from} and later"
 
 
 def this_platform() -> Platform:

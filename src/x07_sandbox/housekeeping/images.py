@@ -36,16 +36,13 @@ def prune_images(pruner: Pruner) -> set[str]:
         for left in leftovers():
             pruner.remove("leftover", left, "a killed build left it", partial(remove_work, progress=pruner.progress))
         sweep_temporaries(folder / "names", pruner)
-        images = list_images()
-        doomed = {image.digest for image in images if not image.name}
-        pinned = text("X07_VM_GUEST_IMAGE_DIGEST") or ""
-        for image in images:
-            if image.digest == pinned and not image.name:
-                pruner.keep("image", image.folder, "X07_VM_GUEST_IMAGE_DIGEST names it")
-        doomed.discard(pinned)
+        images, doomed = list_images(), set()
         remove = partial(remove_from_store, progress=pruner.progress)
         for image in images:
-            if image.digest in doomed:
+            if not image.name and image.digest == text("X07_VM_GUEST_IMAGE_DIGEST"):
+                pruner.keep("image", image.folder, "X07_VM_GUEST_IMAGE_DIGEST names it")
+            elif not image.name:
+                doomed.add(image.digest)
                 pruner.remove_own("image", image.folder, "it has no name", remove)
         for damaged in damaged_images():
             place = folder / damaged.digest.removeprefix("sha256:")

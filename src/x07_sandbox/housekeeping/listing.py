@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 import msgspec
 
@@ -21,8 +21,11 @@ from x07_sandbox.jobs.stop_rules import here_and_now, judge, overdue_ms, state_o
 from x07_sandbox.runs.folder import REQUEST, RUN_NAME, runs_dir
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from x07_sandbox.jobs.stop_rules import Now
 
+_T = TypeVar("_T", bound=msgspec.Struct)
 _LIVE: Final = frozenset({"starting", "running", "ending", "orphaned", "expired"})
 _RESULT_MAX: Final = settings.GIB
 _REQUEST_MAX: Final = 64 * settings.KIB
@@ -175,10 +178,8 @@ def _newest_runs() -> list[str]:
 
 
 def _program(run: str) -> str | None:
-    with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
-        data = read_bounded(run_folder(run) / REQUEST, "request", _REQUEST_MAX)
-        return msgspec.json.decode(data, type=prepared(_Request)).program
-    return None
+    request = _read(run_folder(run) / REQUEST, _REQUEST_MAX, _Request)
+    return None if request is None else request.program
 
 
 def inspect_run(run: str) -> InspectReport:
@@ -213,8 +214,11 @@ def _job(stored: StoredJob, now: Now) -> JobReport:
 
 
 def _result(run: str) -> ResultSummary | None:
+    ending = _read(run_folder(run) / "result.json", _RESULT_MAX, _Ending)
+    return None if ending is None else ResultSummary(**msgspec.structs.asdict(ending))
+
+
+def _read(path: Path, max_bytes: int, kind: type[_T]) -> _T | None:
     with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
-        data = read_bounded(run_folder(run) / "result.json", "result", _RESULT_MAX)
-        ending = msgspec.json.decode(data, type=prepared(_Ending))
-        return ResultSummary(**msgspec.structs.asdict(ending))
+        return msgspec.json.decode(read_bounded(path, "file", max_bytes), type=prepared(kind))
     return None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.host.paths import cache_dir, private_dir, why_not_ours
 from x07_sandbox.housekeeping.images import prune_images, prune_saved
-from x07_sandbox.housekeeping.pruner import Pruner, entries, sweep_temporaries, unlink
+from x07_sandbox.housekeeping.pruner import Pruner, entries, sweep_temporaries
 from x07_sandbox.housekeeping.records import prune_records
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ def _prune_cache(pruner: Pruner, gone: set[str]) -> None:
     for path in entries(cache / "artifacts"):
         info = path.lstat()
         if _DIGEST.fullmatch(path.name) and (pruner.old(info) or why_not_ours(info, stat.S_ISREG)):
-            pruner.remove_own("artifact", path, "it was not used for 7 days", unlink)
+            pruner.remove_own("artifact", path, "it was not used for 7 days", Path.unlink)
     there = {path.name for name in ("images", "templates") for path in entries(cache / name)}
     there -= {digest.removeprefix("sha256:") for digest in gone}
     for path in entries(cache / "verified"):
         known = path.suffix == ".json" and not path.name.startswith(".")
         if known and path.stem not in there and not why_not_ours(path.lstat(), stat.S_ISREG):
-            pruner.remove("verification", path, "its subject is gone", unlink)
+            pruner.remove("verification", path, "its subject is gone", Path.unlink)

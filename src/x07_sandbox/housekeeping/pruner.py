@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
@@ -17,7 +18,6 @@ from x07_sandbox.host.paths import why_not_ours
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 SCHEMA: Final = "x07.sandbox.prune@0.1.0"
 Part = Literal["images", "cache", "runs"]
@@ -118,7 +118,7 @@ def sweep_temporaries(folder: Path, pruner: Pruner) -> None:
             and not why_not_ours(info, stat.S_ISREG)
             and pruner.old(info, settings.DAY_S)
         ):
-            pruner.remove("leftover", path, "a killed process left it incomplete", unlink)
+            pruner.remove("leftover", path, "a killed process left it incomplete", Path.unlink)
 
 
 def entries(folder: Path) -> list[Path]:
@@ -128,11 +128,6 @@ def entries(folder: Path) -> list[Path]:
             return sorted(folder / entry.name for entry in found)
     except FileNotFoundError:
         return []
-
-
-def unlink(path: Path) -> None:
-    """Remove a file. Raises OSError."""
-    path.unlink()
 
 
 def _everything(path: Path) -> Iterator[os.stat_result]:

@@ -81,7 +81,7 @@ class Sweeper:
     def __init__(self, progress: Callable[[str], None], *, dry_run: bool, budget_s: float | None = None) -> None:
         self.progress = progress
         self.dry_run = dry_run
-        self._deadline = None if budget_s is None else Deadline.after(budget_s)
+        self.deadline = None if budget_s is None else Deadline.after(budget_s)
         self._removed: dict[tuple[str, str], Swept] = {}
         self._kept: dict[tuple[str, str], Swept] = {}
         self._backends: dict[str, Backend] = {}
@@ -93,10 +93,6 @@ class Sweeper:
     def kept(self, kind: Kind, name: str, why: str, *, failed: bool = False) -> None:
         """Report what stays. failed: removing it failed."""
         self._kept.setdefault((kind, name), Swept(kind=kind, id=name, why=why, failed=failed))
-
-    def over(self) -> bool:
-        """Whether its time is up."""
-        return self._deadline is not None and self._deadline.passed()
 
     def backend(self, name: str) -> Backend | None:
         """Return the backend of that name, None if this version lacks it."""
@@ -129,7 +125,7 @@ def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
     root = private_dir(state_dir())
     instance, now, live = runner_instance(root), here_and_now(), set()
     for name in unfinished_jobs(root, most):
-        if sweeper.over():
+        if sweeper.deadline is not None and sweeper.deadline.passed():
             break
         with locked_stored(root / name, instance) as stored:
             if stored is None or not _settled(sweeper, stored, now):

@@ -21,12 +21,4 @@ def unfinished_jobs(root: Path, most: int) -> list[str]:
         return []
     names.sort(reverse=True)  # the names start with the run's time
     place = os.fspath(root)
-    return [name for name in names[:most] if not any(_there(f"{place}/{name}/{end}") for end in ENDS)]
-
-
-def _there(path: str) -> bool:
-    try:
-        os.lstat(path)
-    except OSError:
-        return False
-    return True
+    return [name for name in names[:most] if not any(os.path.lexists(f"{place}/{name}/{end}") for end in ENDS)]

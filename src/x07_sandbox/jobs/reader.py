@@ -211,18 +211,17 @@ def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schem
     damaged = f"its {name} is damaged"
     try:
         fd = os.open(name, _FLAGS, dir_fd=folder_fd)
+        try:
+            data = None if why_not_ours(os.fstat(fd), stat.S_ISREG) else os.read(fd, _RECORD_MAX + 1)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
-        raise _missing(name) from None
+        data = None
     except OSError as exc:
         raise _UnreadableError("damaged", damaged) from exc
-    try:
-        if why_not_ours(os.fstat(fd), stat.S_ISREG):
-            raise _missing(name)
-        data = os.read(fd, _RECORD_MAX + 1)
-    except OSError as exc:
-        raise _UnreadableError("damaged", damaged) from exc
-    finally:
-        os.close(fd)
+    if data is None:
+        why = f"it has no {name} of ours, so x07-sandbox did not make it, or it is damaged"
+        raise _UnreadableError("unowned", why)
     try:
         found = decoder.decode(data)
         version = found.schema_version
@@ -236,7 +235,3 @@ def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schem
     if found is None or len(data) > _RECORD_MAX:
         raise _UnreadableError("damaged", damaged)
     return found
-
-
-def _missing(name: str) -> _UnreadableError:
-    return _UnreadableError("unowned", f"it has no {name} of ours, so x07-sandbox did not make it, or it is damaged")

@@ -222,8 +222,10 @@ def runner_instance(root: Path) -> str:
     """
     path = state_home(root) / "runner_instance"
     try:
-        made = _instance_at(path)
-        ours = _machine_and_user()
+        made = _made_once(path, f"ri-{os.urandom(16).hex()}\n")
+        if not _INSTANCE_ID.fullmatch(made):
+            raise HostError(f"cannot use {path}", "it does not hold a runner id", "Remove it; x07 makes a new one")
+        made, ours = made.strip(), _machine_and_user()
         if _made_once(path.with_name("runner_instance.owner"), f"{ours}\n").strip() == ours:
             return made
         return f"ri-{_sha256(made, ours)[:32]}"
@@ -245,13 +247,6 @@ def _machine_and_user() -> str:
 
 def _sha256(*words: str) -> str:
     return sha256("\0".join(words).encode()).hexdigest()
-
-
-def _instance_at(path: Path) -> str:
-    text = _made_once(path, f"ri-{os.urandom(16).hex()}\n")
-    if not _INSTANCE_ID.fullmatch(text):
-        raise HostError(f"cannot use {path}", "it does not hold a runner id", "Remove it; x07 makes a new one")
-    return text.strip()
 
 
 def _made_once(path: Path, content: str) -> str:

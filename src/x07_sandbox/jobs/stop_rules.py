@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from x07_sandbox.host.processes import Identity
-    from x07_sandbox.jobs.reader import Owner, StoredJob
+    from x07_sandbox.jobs.reader import StoredJob
 
 # live: its owner may still need it. dead: its owner is provably gone. expired: its deadline has passed. ended: it is
 # over. kept: it is not ours to judge.
@@ -67,12 +67,9 @@ def state_of(stored: StoredJob, now: Now) -> str:
     fate = judge(stored, now).fate
     if fate in {"ended", "dead", "expired"}:
         return stored.ended or {"dead": "orphaned"}.get(fate, fate)
-    if fate == "kept" or stored.owner is None:
+    owner = stored.owner
+    if fate == "kept" or owner is None:
         return stored.standing
-    return _progress(stored.owner, now)
-
-
-def _progress(owner: Owner, now: Now) -> str:
     if not owner.processes:
         return "starting"
     here = owner.pid_namespace == now.pid_namespace

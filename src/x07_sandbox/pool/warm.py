@@ -150,7 +150,9 @@ class WarmMachines:
                 failures += 1
                 with self._changed:
                     if failures >= _FAILURES_MAX:
-                        self.problem = exc if isinstance(exc, SandboxError) else _no_descriptors(exc)
+                        fix = "Raise the limit on open files: ulimit -n"
+                        hosts = HostError("cannot keep machines warm", str(exc), fix)
+                        self.problem = exc if isinstance(exc, SandboxError) else hosts
                         self._changed.notify_all()
                     if not self._closing:
                         self._changed.wait(_TRY_AGAIN_S if failures < _FAILURES_MAX else _TRY_LATER_S)
@@ -300,10 +302,6 @@ def _cloning_of(backend: Backend) -> Cloning:
         why = f"the backend {backend.name} cannot clone machines"
         raise UsageError("cannot keep a pool", why, "Run programs without a pool")
     return backend.cloning
-
-
-def _no_descriptors(exc: OSError) -> HostError:
-    return HostError("cannot keep machines warm", exc.strerror or str(exc), "Raise the limit on open files: ulimit -n")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences
 from x07_sandbox.backends.engines import container_id
 from x07_sandbox.backends.jailed import HostAgent, error_stream, socket_ends
+from x07_sandbox.backends.lease import socket_address
 from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host import settings
@@ -145,11 +146,8 @@ class _Files:
 
     def _listening(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        folder_fd = os.open(self.net, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:  # by way of a descriptor: an address holds at most 107 bytes
-            listener.bind(f"/proc/self/fd/{folder_fd}/relay")
-        finally:
-            os.close(folder_fd)
+        with socket_address(self.net, "relay") as address:
+            listener.bind(address)
         (self.net / "relay").chmod(0o666)
         listener.listen(1)
         return listener

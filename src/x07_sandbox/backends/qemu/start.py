@@ -87,7 +87,8 @@ def start_qemu(
     memory: a saved machine to clone, or files to save this one in; None: boot in anonymous memory.
     arch: the VMM and its needs, this host's by default. Raises BackendError (NotStartedError among them), HostError.
     """
-    arch, record, image = arch or host_arch(), job.record, image_of(job.kind)
+    arch, record, image = arch or host_arch(), job.record, job.kind.image
+    assert image is not None  # noqa: S101 - each virtual machine has one
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
         require_own_proc()
@@ -103,7 +104,7 @@ def start_qemu(
         machine = Machine(
             arch=arch,
             ram_bytes=job.kind.ram_bytes,
-            kvm_fd=_kvm(stack) if accelerator.kvm else None,
+            kvm_fd=given.add(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) if accelerator.kvm else None,
             tsc_khz=None if accelerator.kvm else tsc_khz(arch),
             scratch_fd=_scratch_disk(given, image, record, memory),
             channel_fd=theirs["channel"],
@@ -185,19 +186,6 @@ def boot_attempts() -> Iterator[bool]:
 def miscalibrated(failure: HandshakeFailure) -> bool:
     """Whether an emulated machine gave up booting because of its timer (guest/boot/init.c)."""
     return "x07 init: the timer was measured wrong" in failure.console_tail
-
-
-def _kvm(stack: contextlib.ExitStack) -> int:
-    fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-    stack.callback(os.close, fd)
-    return fd
-
-
-def image_of(kind: MachineKind) -> OpenImage:
-    """Return the image that each kind of virtual machine has. Raises HostError."""
-    if kind.image is None:
-        raise HostError("cannot start a virtual machine", "it needs a guest image", "Run x07 image build")
-    return kind.image
 
 
 # By the name in `Paths`: the descriptor, and the path under which QEMU opens it.

@@ -30,7 +30,6 @@ from x07_sandbox.backends.qemu.start import (
     Saved,
     Saving,
     boot_attempts,
-    image_of,
     miscalibrated,
     start_qemu,
     tsc_khz,
@@ -82,10 +81,11 @@ _FIX: Final = "Jobs start cold until this host reboots or you run: x07 image bui
 
 def warm_frame(kind: MachineKind) -> dict[str, object]:
     """Return the body of WARM. commands: run before saving, so that their files are in the guest's memory."""
+    assert kind.image is not None  # noqa: S101 - each virtual machine has one
     running = kind.runtime == "run"
     limits = run_limits(default_policy()).for_guest() if running else guest_limits(build_limits(), settings.BUILD_TASKS)
     return {
-        "preload": image_of(kind).manifest.preload if running else _OF_BUILDS,
+        "preload": kind.image.manifest.preload if running else _OF_BUILDS,
         "hostname": settings.GUEST_HOSTNAME,
         "output": not running,
         "network": kind.network,
