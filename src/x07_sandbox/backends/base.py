@@ -27,10 +27,7 @@ FailureKind = Literal["ended", "late", "protocol", "failed", "cancelled"]
 
 
 class Availability(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend offers on this host.
-
-    proof: how that is known. known: False if nothing was tried; `features` then holds the weakest ones possible.
-    """
+    """What a backend offers here. proof: the evidence. known: whether it was tried; else features are the weakest."""
 
     features: Features
     proof: str
@@ -235,10 +232,7 @@ class MachineSource(Protocol):
     """A source of prepared machines: a pool in this process or in another."""
 
     def claim(self, backend: Backend, job: Job) -> AbstractContextManager[Instance] | None:
-        """Return a greeted machine for *job*, None if the source has none of its kind.
-
-        Raises BackendError, including NoAnswerError; the job may have a record by then.
-        """
+        """Return a greeted machine for *job*, None if there is none. Raises BackendError; the job may be recorded."""
 
 
 class Backend(Protocol):
@@ -266,19 +260,13 @@ class Backend(Protocol):
         """
 
     def start(self, job: Job) -> AbstractContextManager[Instance]:
-        """Start a job, greeted, with the backend's own retries. On exit the job is gone and recorded as gone.
-
-        Raises NoAnswerError, BackendError, HostError.
-        """
+        """Start a job, greeted; on exit it is gone and recorded so. Raises NoAnswerError, BackendError, HostError."""
 
     def list_owned(self) -> Sequence[JobRecord]:
         """Return this user's jobs on this backend that are not recorded as gone."""
 
     def stop(self, record: JobRecord) -> bool:
-        """Stop a job by its record, from any process, and return whether it is proven and recorded as gone.
-
-        Can be called again. Raises SandboxError.
-        """
+        """Stop a job from any process and return whether it is proven and recorded as gone. Raises SandboxError."""
 
 
 class Orphan(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,10 +281,7 @@ class HoldsInstances(Protocol):
     """A backend whose instances belong to a daemon or engine and can outlive their record."""
 
     def orphans(self) -> Sequence[Orphan]:
-        """Return the engine's instances with our labels, at most some thousands. Raises SandboxError.
-
-        Anybody can set these labels: the caller checks them (housekeeping/sweep).
-        """
+        """Return the instances with our labels, which anybody can set (see housekeeping/sweep). Raises SandboxError."""
 
     def remove(self, orphan: Orphan) -> bool:
         """Remove one of them and return whether it is proven gone. Raises SandboxError."""

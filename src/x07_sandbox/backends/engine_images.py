@@ -17,7 +17,7 @@ from x07_sandbox.images.archive import write_archive
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from x07_sandbox.backends.engines import Engine, Name
+    from x07_sandbox.backends.engines import Name
     from x07_sandbox.images.store import Image
 
 DEFAULT_REFERENCE: Final = f"ghcr.io/x07lang/x07-guest-runner:{__version__}"
@@ -35,17 +35,6 @@ def check_reference(reference: str) -> str:
     return reference
 
 
-def engines_here() -> list[Engine]:
-    """Return the container engines of this host that answer."""
-    found = []
-    for name in PACKAGES:
-        with contextlib.suppress(HostError, BackendError):
-            one = engine(name)
-            if not one.call("info").status:  # docker's client may be installed without the engine
-                found.append(one)
-    return found
-
-
 def load(
     image: Image, reference: str, names: Sequence[Name], progress: Callable[[str], None], archive: Path | None = None
 ) -> tuple[str, tuple[Name, ...]]:
@@ -53,7 +42,12 @@ def load(
 
     names: () for all engines of this host. Raises HostError, ImageError, BackendError.
     """
-    engines = [engine(name) for name in names] if names else engines_here()
+    engines = [engine(name) for name in names]
+    for name in () if names else PACKAGES:
+        with contextlib.suppress(HostError, BackendError):
+            one = engine(name)
+            if not one.call("info").status:  # docker's client may be installed without the engine
+                engines.append(one)
     if not engines and archive is None:
         fix = "Install podman or docker.io, or write a file to load elsewhere: --archive FILE"
         raise HostError("cannot load the guest image", "no container engine answers on this host", fix)

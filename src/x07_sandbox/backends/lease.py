@@ -161,18 +161,15 @@ def _leased(
     backend: Backend, job: Job, connection: socket.socket, answer: dict[str, Any], owned_fds: list[int]
 ) -> Iterator[Instance]:
     close_on_fork.add(connection.fileno())  # a forked child must not prolong the lease
-    try:
-        instance = _instance_of(backend, connection, answer, owned_fds)
-        try:
-            greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
-            yield instance
-        finally:
-            instance.stop()
-    finally:
-        close_on_fork.discard(connection.fileno())
-        connection.close()
+    with contextlib.ExitStack() as stack:
         for fd in owned_fds:
-            os.close(fd)
+            stack.callback(os.close, fd)
+        stack.callback(connection.close)
+        stack.callback(close_on_fork.discard, connection.fileno())
+        instance = _instance_of(backend, connection, answer, owned_fds)
+        stack.callback(instance.stop)
+        greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
+        yield instance
 
 
 def _instance_of(backend: Backend, connection: socket.socket, answer: dict[str, Any], owned_fds: list[int]) -> Instance:

@@ -111,24 +111,20 @@ def usable_flags(platform: Platform) -> tuple[str, ...]:
 
 def _wanted(platform: Platform, request: BackendRequest) -> tuple[str, str | None]:
     """Return (class, backend or None): the command line before the environment. Raises UsageError."""
-    _check_agreement("--sandbox-backend", request.sandbox_flag, "--backend", request.backend_flag, platform, request)
-    by_class, by_name = request.sandbox_variable, request.backend_variable
-    variables = replace(request, flags=())
-    _check_agreement("X07_SANDBOX_BACKEND", by_class, "X07_VM_BACKEND", by_name, platform, variables)
+    by_variable = (request.sandbox_variable, "X07_SANDBOX_BACKEND", request.backend_variable, "X07_VM_BACKEND")
+    for wanted, origin, name, name_origin, caller in (
+        (request.sandbox_flag, "--sandbox-backend", request.backend_flag, "--backend", request),
+        (*by_variable, replace(request, flags=())),
+    ):
+        if name is not None and _contradict(wanted, name):
+            why = f"{name} is of the class {BY_NAME[name].sandbox_class}, not {wanted}"
+            raise UsageError(f"{origin} and {name_origin} contradict each other", why, _instead(platform, caller))
     if request.backend_flag is not None:
         return BY_NAME[request.backend_flag].sandbox_class, request.backend_flag
     wanted = request.sandbox_flag or request.sandbox_variable or "auto"
     # A variable is ignored if the command line selects another class.
     name = None if _contradict(wanted, request.backend_variable) else request.backend_variable
     return (request.auto if wanted == "auto" and name is None else wanted), name
-
-
-def _check_agreement(
-    class_from: str, wanted: str | None, name_from: str, name: str | None, platform: Platform, request: BackendRequest
-) -> None:
-    if name is not None and _contradict(wanted, name):
-        why = f"{name} is of the class {BY_NAME[name].sandbox_class}, not {wanted}"
-        raise UsageError(f"{class_from} and {name_from} contradict each other", why, _instead(platform, request))
 
 
 def _contradict(wanted: str | None, name: str | None) -> bool:

@@ -69,10 +69,10 @@ def _stopped(stored: StoredJob) -> bool:
     record = stored.record
     if record is None or record.backend not in built():
         return False
-    backend: object = create(record.backend)
+    backend = create(record.backend)
     if not isinstance(backend, HoldsInstances) and state_of(stored, here_and_now()) == "starting":
         return False
-    return create(record.backend).stop(record)
+    return backend.stop(record)
 
 
 def _not_ended(run: str, jobs: list[StoredJob]) -> HostError:

@@ -14,7 +14,7 @@ from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import read_bounded, state_dir
 from x07_sandbox.host.processes import Identity
-from x07_sandbox.housekeeping.lookup import run_folder
+from x07_sandbox.housekeeping.lookup import listed, run_folder
 from x07_sandbox.jobs.active import JOB_NAME
 from x07_sandbox.jobs.reader import JobDocument, StoredJob, all_stored
 from x07_sandbox.jobs.stop_rules import here_and_now, judge, overdue_ms, state_of
@@ -170,10 +170,7 @@ def _labels(stored: StoredJob) -> dict[str, str]:
 
 
 def _newest_runs() -> list[str]:
-    try:
-        names = [name for name in os.listdir(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)]  # noqa: PTH208
-    except FileNotFoundError:
-        return []
+    names = [name for name in listed(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)]
     return sorted(names, reverse=True)[:_WAITING_MAX]
 
 

@@ -25,8 +25,8 @@ def known_run(word: str) -> str:
     wanted = job[1] if job else word
     names = set()
     if os.path.lexists(state_dir()):
-        names = {match[1] for name in _listed(state_dir()) if (match := JOB_NAME.fullmatch(name))}
-        names |= {name for name in _listed(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)}
+        names = {match[1] for name in listed(state_dir()) if (match := JOB_NAME.fullmatch(name))}
+        names |= {name for name in listed(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)}
     found = [wanted] if wanted in names else sorted(name for name in names if name.startswith(wanted))
     if not found:
         raise UsageError(f"cannot find run {word}", "no run's name starts with that", "List all runs: x07 ps --all")
@@ -36,7 +36,8 @@ def known_run(word: str) -> str:
     return found[0]
 
 
-def _listed(folder: Path) -> list[str]:
+def listed(folder: Path) -> list[str]:
+    """Return the names in a folder; none if it does not exist."""
     try:
         return os.listdir(folder)  # noqa: PTH208 - names are wanted
     except FileNotFoundError:

@@ -19,7 +19,6 @@ from x07_sandbox.host.paths import why_not_ours
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SCHEMA: Final = "x07.sandbox.prune@0.1.0"
 Part = Literal["images", "cache", "runs"]
 Kind = Literal["image", "base", "template", "artifact", "verification", "leftover", "job", "run"]
 PARTS: Final[tuple[Part, ...]] = ("images", "cache", "runs")
@@ -49,7 +48,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class PruneReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The output of `x07 prune --json`. dry_run: nothing was removed. bytes: the sum."""
 
-    schema_version: Literal["x07.sandbox.prune@0.1.0"] = SCHEMA
+    schema_version: Literal["x07.sandbox.prune@0.1.0"] = "x07.sandbox.prune@0.1.0"
     dry_run: bool
     bytes: int
     removed: tuple[Removed, ...]

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from x07_sandbox.jobs.reader import StoredJob
     from x07_sandbox.jobs.stop_rules import Now
 
-SCHEMA: Final = "x07.sandbox.sweep@0.1.0"
 # job: ended, cleaned up and recorded as reaped. unstarted: the folder of a job that never started. instance: one that
 # only an engine knew. changes: incomplete file changes. record, run: folders past their retention.
 Kind = Literal["job", "unstarted", "instance", "changes", "record", "run", "template", "leftover"]
@@ -69,7 +68,7 @@ class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
 class SweepReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The output of `x07 sweep --json`. dry_run: nothing was removed."""
 
-    schema_version: Literal["x07.sandbox.sweep@0.1.0"] = SCHEMA
+    schema_version: Literal["x07.sandbox.sweep@0.1.0"] = "x07.sandbox.sweep@0.1.0"
     dry_run: bool
     removed: tuple[Swept, ...]
     kept: tuple[Swept, ...]
@@ -84,7 +83,6 @@ class Sweeper:
         self.deadline = None if budget_s is None else Deadline.after(budget_s)
         self._removed: dict[tuple[str, str], Swept] = {}
         self._kept: dict[tuple[str, str], Swept] = {}
-        self._backends: dict[str, Backend] = {}
 
     def removed(self, kind: Kind, name: str, why: str) -> None:
         """Report a removal, done or planned."""
@@ -96,9 +94,7 @@ class Sweeper:
 
     def backend(self, name: str) -> Backend | None:
         """Return the backend of that name, None if this version lacks it."""
-        if name not in self._backends and name in built():
-            self._backends[name] = create(name)
-        return self._backends.get(name)
+        return create(name) if name in built() else None
 
     def report(self) -> SweepReport:
         """Return the report."""

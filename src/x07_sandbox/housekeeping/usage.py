@@ -51,7 +51,8 @@ def disk_usage(progress: Callable[[str], None]) -> DfReport:
     }
     prunable = dict.fromkeys(places, 0)
     for removed in prune(PARTS, progress=progress, dry_run=True).removed:
-        prunable[_part_of(Path(removed.path), places)] += removed.bytes
+        path = Path(removed.path)
+        prunable[next((name for name, place in places.items() if path.is_relative_to(place)), "cache")] += removed.bytes
     seen: set[tuple[int, int]] = set()
     parts = []
     for name, place in places.items():  # the whole cache comes last, for what is not counted yet
@@ -63,10 +64,6 @@ def disk_usage(progress: Callable[[str], None]) -> DfReport:
         bytes=sum(part.bytes for part in parts),
         prunable_bytes=sum(part.prunable_bytes for part in parts),
     )
-
-
-def _part_of(path: Path, places: dict[Name, Path]) -> Name:
-    return next((name for name, place in places.items() if path.is_relative_to(place)), "cache")
 
 
 def _sizes(folder: Path, seen: set[tuple[int, int]]) -> Iterator[int]:

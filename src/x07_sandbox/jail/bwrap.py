@@ -40,9 +40,8 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     mark: the random text that identifies the job's processes. deadline_s: when the kernel ends the jail.
     runner_pid: the process with which the jail ends. syscalls: the numbers of the system calls here.
     nest: add a pid namespace around the jail, so that it ends even if its supervisor is killed (`may_nest`).
-    filter_fd: the pipe from which bubblewrap reads the system call filter until its end, as its last step. The jail
-        waits there. If the pipe ends without a filter, as when the runner dies, the kernel rejects the empty filter and
-        the jail ends; with --block-fd it would continue.
+    filter_fd: the pipe from which bubblewrap, as its last step, reads the system call filter; the jail waits there. If
+        it ends empty, as when the runner dies, the kernel rejects that and the jail ends. (--block-fd would continue.)
     """
 
     files: tuple[str, ...]

@@ -139,15 +139,10 @@ def _key() -> str:
 def _try_namespaces() -> str:
     what = "cannot try the jail around the virtual machine"
     argv = probe_argv(needed_files(_PRINTF), os.getpid(), host_arch().syscalls, nest=may_nest())
+    env, no_input = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
     try:
         done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
-            cwd="/",
-            timeout=_PROBE_S,
-            check=False,
+            argv, stdin=no_input, capture_output=True, env=env, cwd="/", timeout=_PROBE_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise HostError(what, f"{argv[0]}: {exc}", "Run x07 doctor") from exc

@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["gate", "resolver"]
 
-# --- system calls ----------------------------------------------------------------------------------------------------
-
 BOTH: Final = (
     # data through open descriptors
     *("read", "write", "readv", "writev", "pread64", "pwrite64", "lseek", "close", "close_range", "dup", "dup3"),
@@ -155,8 +153,6 @@ def resolver_filter(arch: Arch) -> bytes:
     return allowlist_filter(arch, names, RESOLVER_RULES, {"clone3": errno.ENOSYS})
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
 LANDLOCK_LATEST: Final = 6  # the latest version that we know; later kernels keep its rights
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 _SCOPES: Final = 1 << 0 | 1 << 1  # abstract Unix sockets, and signals to processes outside
@@ -232,8 +228,6 @@ def _landlock(kind: Kind) -> int:
         os.close(ruleset)
     return version
 
-
-# --- the process -----------------------------------------------------------------------------------------------------
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4

@@ -37,20 +37,16 @@ DENIED: Final = (
 CLONE_THREAD: Final = 0x00010000
 CLONE_NEW: Final = 0x7E020000  # every CLONE_NEW* flag of clone(2); NEWTIME is only in clone3
 _AF_UNIX: Final = 1
-# From here on fcntl's commands are locks (5 to 7, 36 to 38), leases (1024), notices (1026), hints (1036) and others. By
-# strace QEMU needs only those below and F_DUPFD_CLOEXEC.
-_F_GETLK: Final = 5
 _F_DUPFD_CLOEXEC: Final = 1030
 _X32: Final = 0x40000000  # x86-64's second set of call numbers
 
-# struct seccomp_data: nr at 0, arch at 4, the low halves of the arguments from 16 on (our machines are little-endian).
-_NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24
-LOAD, JEQ, _JGE, _JSET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+# Offsets in struct seccomp_data; an argument has 8 bytes, the low half first (our machines are little-endian).
+_NR, _ARCH, _ARGUMENTS = 0, 4, 16
+LOAD, JEQ, _JGE, RETURN = 0x20, 0x15, 0x35, 0x06
 ALLOW: Final = 0x7FFF0000
 _KILL: Final = 0x80000000
 ERRNO: Final = 0x00050000
 _AND: Final = 0x54
-_ARGUMENTS: Final = 16  # where they are in struct seccomp_data; 8 bytes each, the low half first
 ALL_BITS: Final = 0xFFFFFFFF
 
 
@@ -72,7 +68,7 @@ ARG0, ARG1, ARG2, ARG3 = 0, 2, 4, 6
 TMPFILE: Final = 0x400000  # O_TMPFILE's own bit
 REQUESTS: Final = (0x541B, 0x5421, 0x5450, 0x5451)  # FIONREAD, FIONBIO, FIONCLEX, FIOCLEX; none names a process
 COMMON_RULES: Final[Rules] = {
-    # F_DUPFD to F_SETFL, F_DUPFD_CLOEXEC: no locks, leases, owners or notices.
+    # F_DUPFD to F_SETFL, F_DUPFD_CLOEXEC: all that QEMU uses (strace); no locks, leases, owners, notices or hints.
     "fcntl": ((Check(ARG1, (0, 1, 2, 3, 4, _F_DUPFD_CLOEXEC)),),),
     # Reading its own limits: pid 0, and no new limits.
     "prlimit64": ((Check(ARG0, (0,)), Check(ARG2, (0,)), Check(ARG2 + 1, (0,))),),

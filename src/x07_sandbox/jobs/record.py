@@ -153,19 +153,10 @@ def renamed_record(record: JobRecord) -> JobRecord:
 
 
 def _write_job(record: JobRecord) -> None:
-    document: dict[str, object] = {
-        "schema_version": JOB_SCHEMA,
-        "run_id": record.job_id,
-        "backend": record.backend,
-        "container_id": f"x07-{record.job_id}",
-        "pid": None,
-        "created_unix_ms": record.created_unix_ms,
-        "deadline_unix_ms": record.deadline_unix_ms,
-        "grace_ms": record.grace_ms,
-        "cleanup_ms": settings.CLEANUP_MS,
-        "ctr": None,
-    }
-    _write_json(record.folder / "job.json", document)
+    known = {name: getattr(record, name) for name in ("created_unix_ms", "deadline_unix_ms", "grace_ms")}
+    head: dict[str, object] = {"schema_version": JOB_SCHEMA, "run_id": record.job_id, "backend": record.backend}
+    head |= {"container_id": f"x07-{record.job_id}", "pid": None}
+    _write_json(record.folder / "job.json", head | known | {"cleanup_ms": settings.CLEANUP_MS, "ctr": None})
 
 
 def drop_unstarted(record: JobRecord) -> None:

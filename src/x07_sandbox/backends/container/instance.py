@@ -102,7 +102,12 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
             spec = _spec(engine, job, record, image, files)
             reaper_process = _start_reaper(engine, record, job.claim.deadline_s, runner_r)
             container = _created(engine, spec)
-            instance = _running(engine, record, container, stack, given)
+            channel_fd, far_fd = socket_ends(stack, given)
+            errors, stderr_fd = error_stream(stack, given)
+            argv = engine.argv("start", "--attach", "--interactive", container)
+            client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=stderr_fd, stdio_fd=far_fd, env=engine.env))
+            instance = ContainerInstance(engine, record, container, client, errors)
+            instance.channel_fd = channel_fd
             given.close()
             # The job's processes are the engine's; these two only serve it.
             found = {"client": identify(instance.client.pid), "reaper": identify(reaper_process.pid)}
@@ -216,18 +221,6 @@ def _created(engine: Engine, spec: ContainerSpec) -> str:
         fix = f"Check {engine.name}'s configuration, which applies to every container"
         raise BackendError("cannot use the container", why, fix)
     return container
-
-
-def _running(
-    engine: Engine, record: JobRecord, container: str, stack: contextlib.ExitStack, given: FdGroup
-) -> ContainerInstance:
-    channel_fd, far_fd = socket_ends(stack, given)
-    errors, stderr_fd = error_stream(stack, given)
-    argv = engine.argv("start", "--attach", "--interactive", container)
-    client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=stderr_fd, stdio_fd=far_fd, env=engine.env))
-    instance = ContainerInstance(engine, record, container, client, errors)
-    instance.channel_fd = channel_fd
-    return instance
 
 
 def _start_reaper(engine: Engine, record: JobRecord, deadline_s: int, runner_fd: int) -> subprocess.Popen[bytes]:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from x07_sandbox.jobs.record import JobRecord
 NFT: Final = "/usr/sbin/nft"
 _ANSWER_S: Final = 5.0
+_CANNOT_START: Final = "cannot start a confined process"
 _BWRAP_LEAST: Final = (0, 8)
 _PYTHON_LEAST: Final = (3, 12)  # the agent needs os.unshare and os.setns
 PACKAGES: Final = {BWRAP: "bubblewrap", PYTHON: "python3", PERL: "perl-base", SETPRIV: "util-linux"}
@@ -121,17 +122,19 @@ class OsBackend(_Backend):
 
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:
         """Return what this host can limit, proven once a boot by starting a process. Raises HostError."""
-        require_tools()
+        _require_tools()
         self._controllers = _controllers()
         features = _confined_features(self._controllers)
         proof = f"our agent answered from a confined process under Linux {os.uname().release}"
         verdict = proof_file(BWRAP, os.geteuid(), agent_code(confined=True).name)
         known = verdict.exists()
         if not known and boot:
-            require_versions()
+            if _version(BWRAP) < _BWRAP_LEAST:
+                raise HostError(_CANNOT_START, f"{BWRAP} is too old", "Install bubblewrap 0.8 or newer")
+            _require_python()
             if why := self._prove():
                 fix = "Allow user namespaces here (in a container: --privileged), or use another backend"
-                raise HostError("cannot start a confined process", why, fix)
+                raise HostError(_CANNOT_START, why, fix)
             write_verdict(verdict, {"proof": proof})
             known = True
         warnings = ["the program's system calls reach this host's kernel"]
@@ -152,7 +155,7 @@ class NoneBackend(_Backend):
 
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - nothing boots
         """Return what this host can limit. Raises HostError if the agent's interpreter is missing."""
-        require_python()
+        _require_python()
         # Root may raise its own limits again.
         held = frozenset() if os.geteuid() == 0 else _PER_PROCESS
         features = Features(isolation="none", own_kernel=False, can_enforce=held)
@@ -189,7 +192,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in found.groups()) if found else ()
 
 
-def require_tools() -> None:
+def _require_tools() -> None:
     """Raise HostError if programs or libraries are missing."""
     missing = [package for path, package in PACKAGES.items() if not os.access(path, os.X_OK)]
     try:
@@ -198,22 +201,13 @@ def require_tools() -> None:
         missing.append("libseccomp2")
     if missing:
         names = " ".join(missing)
-        fix = f"Run: apt-get install --no-install-recommends {names}"
-        raise HostError("cannot start a confined process", f"missing: {names}", fix)
+        raise HostError(_CANNOT_START, f"missing: {names}", f"Run: apt-get install --no-install-recommends {names}")
     if Path(BWRAP).stat().st_mode & stat.S_ISUID:
         why, fix = f"{BWRAP} is set-user-ID, which gives it more rights than it needs", f"Run: chmod u-s {BWRAP}"
-        raise HostError("cannot start a confined process", why, fix)
+        raise HostError(_CANNOT_START, why, fix)
 
 
-def require_versions() -> None:
-    """Raise HostError if a program is too old."""
-    if _version(BWRAP) < _BWRAP_LEAST:
-        fix = "Install bubblewrap 0.8 or newer"
-        raise HostError("cannot start a confined process", f"{BWRAP} is too old", fix)
-    require_python()
-
-
-def require_python() -> None:
+def _require_python() -> None:
     """Raise HostError if the interpreter is missing or too old."""
     if not os.access(PYTHON, os.X_OK):
         fix = "Run: apt-get install --no-install-recommends python3"

@@ -25,15 +25,7 @@ from x07_sandbox.backends.base import Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
 from x07_sandbox.backends.proofs import read_verdict, write_verdict
 from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv, qmp_query_save, qmp_save
-from x07_sandbox.backends.qemu.start import (
-    QemuJob,
-    Saved,
-    Saving,
-    boot_attempts,
-    miscalibrated,
-    start_qemu,
-    tsc_khz,
-)
+from x07_sandbox.backends.qemu.start import QemuJob, Saved, Saving, boot_attempts, miscalibrated, start_qemu, tsc_khz
 from x07_sandbox.channel.frames import Kind
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError, ImageError
@@ -179,15 +171,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
     arch, ram, kvm_fd = host_arch(), kind.ram_bytes, 0 if accelerator.kvm else None
     clock = tsc_khz(arch)
     fds: dict[str, Any] = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
-    machine = Machine(
-        arch=arch,
-        ram_bytes=ram,
-        kvm_fd=kvm_fd,
-        tsc_khz=None,
-        mark="",
-        origin=Origin.SAVING,
-        **fds,
-    )
+    machine = Machine(arch=arch, ram_bytes=ram, kvm_fd=kvm_fd, tsc_khz=None, mark="", origin=Origin.SAVING, **fds)
     files = [(path, Path(path).stat()) for path in (arch.qemu_binary, *arch.firmware)]
     parts = [
         SCHEMA,
